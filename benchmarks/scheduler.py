@@ -1,0 +1,120 @@
+"""CPU cost of scheduling, without a model: python benchmarks/scheduler.py [--running 256 2048 8192]
+
+A scripted device answers every step at once with random tokens; samples end by themselves with a mean of 200 tokens (at
+most 400). Timed are `schedule` (page growth, grouping and admission included) and `apply` in the steady state, the running
+limit full. Two workloads: `chat` has one sample a prompt and shares nothing, the most admissions and the largest forests;
+`repeated` has 512 samples for each of many prompts behind one 900-token header.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokabatch.messages import Requests, SamplingParams, StepBatch, StepResult
+from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
+from tokabatch.scheduling.stopping import StopRules
+
+VOCAB, EOS, PAGE = 128_256, 128_001, 16
+MEAN_OUTPUT, MAX_OUTPUT = 200, 400
+
+
+@dataclass(frozen=True)
+class Timing:
+    running: float
+    schedule_ms: float
+    apply_ms: float
+    p99_ms: float
+
+
+def requests_of(workload: str, running: int) -> Requests:
+    rng = np.random.default_rng(0)
+    if workload == "chat":
+        count, n = 6 * running, 1
+        length = np.clip(rng.lognormal(np.log(180), 0.6, count), 16, 1024).astype(np.int32)
+        lcp = np.zeros(count, np.int32)
+    else:
+        count, n = max(8, 6 * running // 512), 512
+        length = np.full(count, 1000, np.int32)
+        lcp = np.full(count, 900, np.int32)
+        lcp[0] = 0
+    sampling = (SamplingParams(n=n, max_tokens=MAX_OUTPUT),)
+    return Requests(
+        row_index=np.arange(count),
+        tokens=rng.integers(0, VOCAB, int(length.sum()), dtype=np.int32),
+        start=(np.cumsum(length) - length).astype(np.int64),
+        length=length,
+        lcp=lcp,
+        params=np.zeros(count, np.int32),
+        sampling=sampling,
+    )
+
+
+def answer(step: StepBatch, rng: np.random.Generator) -> StepResult:
+    count = int(step.run_samples.sum())
+    token = np.where(rng.random(count) < 1 / MEAN_OUTPUT, EOS, rng.integers(0, EOS, count)).astype(np.int32)
+    empty = np.zeros((count, 0), np.int32)
+    return StepResult(
+        step.index, token, np.ones(count, np.bool_), np.full(count, np.nan, np.float32), empty, empty.astype(np.float32)
+    )
+
+
+def measure(workload: str, running: int, steps: int) -> Timing:
+    requests = requests_of(workload, running)
+    limits = SchedulerLimits(
+        page_size=PAGE,
+        num_pages=running * (1024 + MAX_OUTPUT) // PAGE,
+        max_running=running,
+        max_step_tokens=running + max(8192, 4 * running),
+        max_pages_per_sequence=-(-(1024 + MAX_OUTPUT) // PAGE),
+        grouping=GroupingLimits(4, 4),
+    )
+    scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [EOS], VOCAB, None))
+    rng = np.random.default_rng(1)
+    schedule, apply, active = [], [], []
+    while len(schedule) < steps:
+        begin = time.perf_counter()
+        batch = scheduler.schedule()
+        middle = time.perf_counter()
+        assert batch is not None, "the workload ran out before the measurement did"
+        result = answer(batch, rng)
+        resume = time.perf_counter()
+        scheduler.apply(result)
+        end = time.perf_counter()
+        # Steady state: the running limit has been full for a mean output length.
+        if scheduler.counts.steps > MEAN_OUTPUT:
+            schedule.append(middle - begin)
+            apply.append(end - resume)
+            active.append(len(scheduler.sequences.order))
+    total = np.array(schedule) + np.array(apply)
+    return Timing(
+        float(np.mean(active)),
+        float(np.mean(schedule)) * 1e3,
+        float(np.mean(apply)) * 1e3,
+        float(np.quantile(total, 0.99)) * 1e3,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--running", type=int, nargs="+", default=[256, 2048, 8192])
+    parser.add_argument("--steps", type=int, default=200)
+    args = parser.parse_args()
+    print(f"{'workload':10} {'running':>8} {'schedule':>9} {'apply':>7} {'total':>7} {'p99':>7}  ms a step   us/sequence")
+    for workload in ("chat", "repeated"):
+        for running in args.running:
+            t = measure(workload, running, args.steps)
+            total = t.schedule_ms + t.apply_ms
+            print(
+                f"{workload:10} {t.running:8.0f} {t.schedule_ms:9.3f} {t.apply_ms:7.3f} {total:7.3f} {t.p99_ms:7.3f}"
+                f"  {total * 1e3 / t.running:22.3f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The scheduler against a device that checks every read: any limits, any prompts, the same outputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import token_device as device
+
+from tokabatch.messages import SamplingParams
+from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.scheduler import SchedulerLimits
+
+
+@st.composite
+def jobs(draw):
+    """Prompts with nested shared prefixes, limits from roomy to barely possible, one to three steps in flight."""
+    heads = draw(st.lists(st.lists(st.integers(0, 3), max_size=14), min_size=1, max_size=4))
+    tails = st.lists(st.integers(0, 3), min_size=1, max_size=6)
+    prompts = [draw(st.sampled_from(heads)) + draw(tails) for _ in range(draw(st.integers(1, 10)))]
+    params = [
+        SamplingParams(n=draw(st.integers(1, 6)), max_tokens=draw(st.integers(1, 20)), ignore_eos=draw(st.booleans()))
+        for _ in range(draw(st.integers(1, 2)))
+    ]
+    page_size = draw(st.sampled_from([1, 2, 4, 8]))
+    longest = max(map(len, prompts)) + max(p.max_tokens for p in params)
+    pages = -(-longest // page_size)
+    max_running = draw(st.integers(1, 12))
+    limits = SchedulerLimits(
+        page_size=page_size,
+        num_pages=pages + 1 + draw(st.integers(0, 40)),
+        max_running=max_running,
+        max_step_tokens=max_running + draw(st.integers(0, 20)),
+        max_pages_per_sequence=pages,
+        grouping=draw(st.sampled_from([None, GroupingLimits(1, 1), GroupingLimits(2, 1), GroupingLimits(3, 2)])),
+    )
+    return prompts, params, limits, draw(st.integers(1, 3))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(jobs())
+def test_any_schedule_gives_every_sample_its_own_tokens(job):
+    prompts, params, limits, depth = job
+    requests = device.make_requests(prompts, params)
+    completions, scheduler = device.drive(requests, limits, prompts, depth)
+    for row, prompt in enumerate(prompts):
+        row_params = params[row % len(params)]
+        for sample in range(row_params.n):
+            got = completions.pop((row, sample))
+            assert got.token_ids.tolist() == device.expected_output(row, sample, len(prompt), row_params)
+            ended = got.token_ids[-1] == device.EOS and not row_params.ignore_eos
+            assert got.finish_reason == ("stop" if ended else "length")
+            assert got.num_prompt_tokens == len(prompt)
+    assert not completions
+    assert scheduler.done and scheduler.pool.num_used == sum(len(p.pages) for p in scheduler.prompts)
+    assert scheduler.counts.prompt_tokens == sum(
+        len(p) * params[row % len(params)].n for row, p in enumerate(prompts)
+    )
+
+
+def test_a_shared_prefix_is_prefilled_once(small_limits):
+    header = list(range(16))
+    prompts = [[*header, i, i + 1, i + 2] for i in range(5)]
+    requests = device.make_requests(prompts, [SamplingParams(n=4, max_tokens=3, ignore_eos=True)])
+    _, scheduler = device.drive(requests, small_limits, prompts)
+    # The header once, each prompt's own three tokens once, and one token for each further sample.
+    assert scheduler.counts.prefilled_tokens == 16 + 5 * 3 + 5 * 3
+    assert scheduler.counts.preemptions == 0
+
+
+def long_winded(max_tokens: int) -> SamplingParams:
+    """Samples that could stop, as far as the scheduler knows, and never do: longer than any forecast expects."""
+    return SamplingParams(n=2, max_tokens=max_tokens, ignore_eos=True, stop_token_ids=(device.VOCAB + 1,))
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_preemption_keeps_tokens_when_the_forecast_was_wrong(depth):
+    prompts = [[i, i + 1] for i in range(6)]
+    limits = SchedulerLimits(2, 30, 6, 12, 26, GroupingLimits(2, 1))
+    params = long_winded(50)
+    completions, scheduler = device.drive(device.make_requests(prompts, [params]), limits, prompts, depth)
+    assert scheduler.counts.preemptions > 0
+    assert scheduler.counts.recomputed_tokens > 0
+    assert len(completions) == 12
+    assert all(
+        c.token_ids.tolist() == device.expected_output(row, sample, 2, params) for (row, sample), c in completions.items()
+    )
+
+
+def test_known_lengths_are_never_preempted():
+    prompts = [[i, i + 1] for i in range(6)]
+    limits = SchedulerLimits(2, 30, 6, 12, 26, None)
+    params = SamplingParams(n=2, max_tokens=24, ignore_eos=True)
+    _, scheduler = device.drive(device.make_requests(prompts, [params]), limits, prompts)
+    assert scheduler.counts.preemptions == 0
+
+
+def test_hydragen_levels_nest(small_limits):
+    prompts = [[1] * 8 + [2] * 8 + [i] for i in range(2)] + [[1] * 8 + [3] * 8 + [i] for i in range(2)]
+    requests = device.make_requests(prompts, [SamplingParams(n=2, max_tokens=4, ignore_eos=True)])
+    scheduler_class = device.Scheduler
+    scheduler = scheduler_class(requests, small_limits, device.StopRules(requests.sampling, [], device.VOCAB, None))
+    runner = device.TokenDevice(small_limits)
+    runner.prompts = prompts
+    deepest = 0
+    while not scheduler.done:
+        batch = scheduler.schedule()
+        deepest = max(deepest, len({tuple(level.page_start) for level in batch.prefix_levels if len(level.slot)}))
+        scheduler.apply(runner.run(batch))
+    assert deepest >= 2
+
+
+@pytest.mark.parametrize("num_running", [64])
+def test_books_close_at_size(num_running):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, device.VOCAB, rng.integers(1, 40)).tolist() for _ in range(150)]
+    params = [SamplingParams(n=2, max_tokens=50)]
+    limits = SchedulerLimits(8, 300, num_running, 128, 12, GroupingLimits(2, 1))
+    completions, scheduler = device.drive(device.make_requests(prompts, params), limits, prompts, 2, integrity=False)
+    assert len(completions) == 300
+    assert scheduler.counts.output_tokens >= sum(len(c.token_ids) for c in completions.values())

@@ -1,0 +1,47 @@
+"""The contract of an attention backend: it owns the paged KV cache and the page table, and computes attention over both.
+
+Two calls a step. `prepare` applies the step's page-table cells and page copies and plans the passes; `attend` runs once a
+layer: it writes the step's keys and values, then attends. Backends know nothing of models beyond `KVShape`, and nothing of
+requests: slots, positions and pages are all they see. `tests/attention` runs every backend through the same checks.
+
+A step's result is a list of passes merged by log-sum-exp: one causal pass a run over the slot's own pages, and for each
+`PrefixLevel` one unmasked pass a group over the pages it shares (Hydragen, Juravsky et al. 2024, arXiv:2402.05099).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from tokabatch.messages import StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """Sizes of one replica's cache. `num_slots` and `max_pages` size the page table."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    num_pages: int
+    num_slots: int
+    max_pages: int
+
+    def bytes_per_page(self, dtype: torch.dtype) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.page_size * dtype.itemsize
+
+
+class AttentionBackend(Protocol):
+    """What the engine calls."""
+
+    def prepare(self, step: StepBatch) -> None:
+        """Apply the step's cache changes and plan its passes."""
+        ...
+
+    def attend(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+        """Write keys and values, return softmax(q k / sqrt(D)) v of shape [T, H, D]. Queries and keys carry their positions."""
+        ...

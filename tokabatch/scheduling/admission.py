@@ -1,0 +1,232 @@
+"""Which waiting samples join the next step.
+
+Candidates stand in plan order: prompts whose pages had to be given up, then open prompts with samples left, then prompts
+never opened. They are admitted in that order while running limit, token budget, pages and the forecast of page use allow;
+a later candidate never overtakes an earlier one that does not fit, so no sample starves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokabatch.messages import Int32, Requests
+from tokabatch.scheduling.counts import SchedulerCounts
+from tokabatch.scheduling.forecast import Forecast
+from tokabatch.scheduling.lengths import LengthModel
+from tokabatch.scheduling.pages import PagePool
+from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
+from tokabatch.scheduling.sequences import Generated, Sequences
+from tokabatch.scheduling.stepping import StepDraft
+
+MAX_FRESH = 256
+"""Prompts opened in one step at most."""
+
+_NONE = np.zeros(0, np.int32)
+
+Runs = tuple[Int32, Int32]
+"""Slots and the tokens each computes in the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """Arrays over candidates: `counts[i]` samples of `request[i]`; the first `num_known` have been open before."""
+
+    request: Int32
+    counts: Int32
+    num_known: int
+
+
+class Admission:
+    """Opens slots for waiting samples. Shares the scheduler's books: it alone adds to them, the scheduler removes."""
+
+    def __init__(
+        self,
+        requests: Requests,
+        page_size: int,
+        pool: PagePool,
+        prompts: OpenPrompts,
+        sequences: Sequences,
+        counts: SchedulerCounts,
+    ) -> None:
+        self._requests = requests
+        self._page_size = page_size
+        self._pool = pool
+        self._prompts = prompts
+        self._sequences = sequences
+        self._counts = counts
+        sampling = requests.sampling
+        self._num_samples = np.array([p.n for p in sampling], np.int32)
+        self._max_tokens = np.array([p.max_tokens for p in sampling], np.int32)
+        self._fixed_length = np.array([p.ignore_eos and not p.stop and not p.stop_token_ids for p in sampling], np.bool_)
+        self.lengths = LengthModel(int(self._max_tokens.max(initial=1)))
+        self.preempted: dict[tuple[int, int], Generated] = {}
+        """Output of preempted samples by (request, sample)."""
+
+    def admit(self, budget: int, draft: StepDraft, alone: bool) -> Runs:
+        """Open slots for as many candidates as fit and return their runs. `alone`: nothing runs or is in flight, so the first
+        candidate must come in whatever the forecast says."""
+        if budget <= 0 or not self._sequences.num_free:
+            return _NONE, _NONE
+        candidates = self._candidates(budget, draft.index)
+        if not len(candidates.request):
+            return _NONE, _NONE
+        counts = self._fitting(candidates)
+        if alone:
+            counts[0] = max(1, counts[0])
+        taken = self._admit_known(candidates, counts, budget, draft)
+        if taken is None:
+            taken = []
+        else:
+            budget -= sum(int(takes.sum()) for _, takes in taken)
+            fresh = counts[candidates.num_known :]
+            count = len(fresh) if fresh.all() else int(np.argmin(fresh > 0))
+            if count and budget > 0 and self._sequences.num_free:
+                taken.append(self._admit_fresh(min(count, self._sequences.num_free), budget, draft))
+        runs = [np.concatenate(part) for part in zip((_NONE, _NONE), *taken, strict=True)]
+        if alone and not len(runs[0]) and self._prompts.suspend_idle(keep=int(candidates.request[0])):
+            return self.admit(budget, draft, alone)
+        return runs[0], runs[1]
+
+    def _candidates(self, budget: int, step: int) -> _Candidates:
+        free = self._sequences.num_free
+        known: list[tuple[int, int]] = [(request, 1) for request in self._prompts.suspended[:free]]
+        free -= len(known)
+        for prompt in self._prompts.with_pending():
+            if free <= 0 or budget <= 0:
+                break
+            if not prompt.can_fork(step) and prompt.leader >= 0:
+                continue
+            count = min(prompt.num_pending, free, budget) if prompt.can_fork(step) else 1
+            known.append((prompt.request, count))
+            free -= count
+            budget -= count
+        first = self._prompts.next_request
+        fresh = np.arange(first, min(first + min(max(free, 0), MAX_FRESH), len(self._requests)), dtype=np.int32)
+        cost = np.cumsum(self._requests.length[fresh] - self._requests.lcp[fresh])
+        fresh = fresh[: int(np.searchsorted(cost, max(budget, 0))) + 1] if budget > 0 else fresh[:0]
+        return _Candidates(
+            request=np.concatenate((np.array([k[0] for k in known], np.int32), fresh)),
+            counts=np.concatenate((np.array([k[1] for k in known], np.int32), np.ones(len(fresh), np.int32))),
+            num_known=len(known),
+        )
+
+    def _fitting(self, candidates: _Candidates) -> Int32:
+        """How many samples of each candidate fit the pool at every future step."""
+        seq, size = self._sequences, self._page_size
+        order = seq.order
+        self.lengths.refresh(seq.generated[order])
+        remaining = self._remaining(seq.params[order], seq.generated[order])
+        decoding = seq.length[order] - seq.computed[order] <= 1
+        computed = np.where(decoding, seq.computed[order], seq.length[order] - 1)
+        requests, held = self._prompts.held_pages()
+        last_step = np.zeros(len(requests), np.int32)
+        np.maximum.at(last_step, np.searchsorted(requests, seq.request[order]), remaining)
+        waiting = [prompt.request for prompt in self._prompts.with_pending()]
+        last_step[np.searchsorted(requests, waiting)] = np.iinfo(np.int32).max
+        entries = candidates.request
+        params = self._requests.params[entries]
+        expected = self._remaining(params, np.zeros(len(entries), np.int32))
+        length = self._requests.length[entries]
+        full, total = (length - 1) // size, -(-length // size)
+        opens = np.array([int(request) not in self._prompts for request in entries], np.bool_)
+        prompt_pages = np.where(opens, total - np.minimum(self._requests.lcp[entries] // size, full), 0)
+        horizon = int(expected.max())
+        forecast = Forecast(size, computed, seq.shared_pages[order], remaining, held, last_step, horizon)
+        shared = np.where(opens, total, full)
+        return forecast.admit(self._pool.num_pages, length - 1, shared, expected, prompt_pages, candidates.counts)
+
+    def _remaining(self, params: Int32, generated: Int32) -> Int32:
+        limit = self._max_tokens[params]
+        expected = self.lengths.remaining(generated, limit)
+        return np.maximum(np.where(self._fixed_length[params], limit - generated, expected), 1)
+
+    def _admit_known(self, candidates: _Candidates, counts: Int32, budget: int, draft: StepDraft) -> list[Runs] | None:
+        """Admit samples of prompts that have been open before; None when one of them did not get all it asked for."""
+        taken: list[Runs] = []
+        for i in range(candidates.num_known):
+            request, count = int(candidates.request[i]), min(int(counts[i]), budget, self._sequences.num_free)
+            if count <= 0:
+                return taken if taken else None
+            prompt = self._prompts[request] if request in self._prompts else self._prompts.reopen(request)
+            if prompt is None:
+                return taken if taken else None
+            fork = prompt.can_fork(draft.index)
+            count = min(count, self._pool.num_free) if fork else 1
+            if count == 0:
+                return taken if taken else None
+            runs = self._fork(prompt, count, budget, draft) if fork else self._lead([prompt], budget, draft)
+            budget -= int(runs[1].sum())
+            taken.append(runs)
+        return taken
+
+    def _admit_fresh(self, count: int, budget: int, draft: StepDraft) -> Runs:
+        """Open the next prompts and admit the first sample of each."""
+        first = self._prompts.next_request
+        num_samples = self._num_samples[self._requests.params[first : first + count]]
+        opened = self._prompts.open_next(count, num_samples)
+        return self._lead(opened, budget, draft) if opened else (_NONE, _NONE)
+
+    def _lead(self, prompts: list[OpenPrompt], budget: int, draft: StepDraft) -> Runs:
+        """Admit one sample of each prompt, which computes the prompt in the prompt's own pages."""
+        requests = np.array([prompt.request for prompt in prompts], np.int32)
+        slots = self._sequences.open(requests, np.array([prompt.take_sample() for prompt in prompts], np.int32))
+        counts = np.array([len(prompt.pages) for prompt in prompts], np.int32)
+        draft.set_pages(self._sequences.share_pages(slots, counts, np.concatenate([p.pages for p in prompts])))
+        self._fill(slots, requests, np.array([prompt.computed for prompt in prompts], np.int32))
+        for prompt, slot in zip(prompts, slots.tolist(), strict=True):
+            prompt.leader = slot
+            prompt.live += 1
+        return self._start(slots, budget, draft)
+
+    def _fork(self, prompt: OpenPrompt, count: int, budget: int, draft: StepDraft) -> Runs:
+        """Admit samples of a computed prompt: they read its full pages in place, and copy its last, partly filled one."""
+        samples = np.array([prompt.take_sample() for _ in range(count)], np.int32)
+        requests = np.full(count, prompt.request, np.int32)
+        slots = self._sequences.open(requests, samples)
+        shared = np.full(count, prompt.full, np.int32)
+        draft.set_pages(self._sequences.share_pages(slots, shared, np.tile(prompt.pages[: prompt.full], count)))
+        self._fill(slots, requests, np.full(count, prompt.length - 1, np.int32))
+        prompt.live += count
+        runs = self._start(slots, budget, draft)
+        if (prompt.length - 1) % self._page_size:
+            tail = np.full(count, prompt.pages[prompt.full], np.int32)
+            draft.copy_pages(tail, self._sequences.page_table[slots, prompt.full])
+        return runs
+
+    def _start(self, slots: Int32, budget: int, draft: StepDraft) -> Runs:
+        """Give freshly opened slots their first tokens and the pages for them; each gets the page of its first token even
+        when the budget leaves it none to compute yet."""
+        seq = self._sequences
+        pending = seq.length[slots] - seq.computed[slots]
+        take = np.clip(budget - (np.cumsum(pending) - pending), 0, pending).astype(np.int32)
+        needs = seq.missing_pages(slots, np.maximum(take, 1))
+        if int(needs.sum()) > self._pool.num_free:
+            # Preempted samples come back long: begin with one token each, which needs one page at most.
+            take = np.minimum(take, 1)
+            needs = seq.missing_pages(slots, np.ones_like(take))
+        draft.set_pages(seq.add_pages(slots, needs))
+        draft.open_slots(slots)
+        return slots[take > 0], take[take > 0]
+
+    def _fill(self, slots: Int32, requests: Int32, start: Int32) -> None:
+        """Set the columns of freshly opened slots; preempted samples get their output back."""
+        seq, counts = self._sequences, self._counts
+        length = self._requests.length[requests]
+        params = self._requests.params[requests]
+        seq.prompt_length[slots] = seq.length[slots] = length
+        seq.params[slots], seq.limit[slots] = params, self._max_tokens[params]
+        seq.computed[slots] = seq.cached_tokens[slots] = start
+        counts.prompt_tokens += int(length.sum())
+        counts.cached_tokens += int(start.sum())
+        if not self.preempted:
+            return
+        for i, slot in enumerate(slots.tolist()):
+            output = self.preempted.pop((int(requests[i]), int(seq.sample[slot])), None)
+            if output is not None:
+                counts.prompt_tokens -= int(length[i])
+                counts.cached_tokens -= int(start[i])
+                seq.restore(slot, output)
+                seq.length[slot] += len(output.tokens)
+                counts.recomputed_tokens += int(seq.length[slot] - start[i])

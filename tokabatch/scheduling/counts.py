@@ -1,0 +1,21 @@
+"""What a scheduler has done so far, for progress display and summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class SchedulerCounts:
+    """Running totals of one scheduler."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Prompt tokens of admitted samples, each sample counting its whole prompt."""
+    cached_tokens: int = 0
+    """Those among them that were already computed when the sample was admitted."""
+    prefilled_tokens: int = 0
+    output_tokens: int = 0
+    finished: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0

@@ -1,0 +1,76 @@
+"""Which runs of a step share which prefix pages: Hydragen groups, nested, found anew every step in vectorised passes.
+
+The runs stand in plan order, so those that share a prefix are neighbours and the pages shared by neighbours form an
+LCP-interval tree. Each level of that tree that is worth it becomes one `PrefixLevel`. Knows only arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokabatch.messages import Int32, PrefixLevel
+
+
+@dataclass(frozen=True, slots=True)
+class GroupingLimits:
+    """A prefix pass is made for at least `min_group` runs over at least `min_pages` pages."""
+
+    min_group: int
+    min_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRuns:
+    """Consecutive runs of one step that belong to one prompt, arrays over N such prompts in plan order.
+
+    `shared_before` counts the physical pages shared with the previous prompt of these arrays (0 for the first),
+    `shared_within` those shared by the prompt's own samples, `limit` the full pages that lie before all of its queries.
+    """
+
+    num_runs: Int32
+    token_start: Int32
+    token_stop: Int32
+    slot: Int32
+    shared_before: Int32
+    shared_within: Int32
+    limit: Int32
+
+
+def find_groups(prompts: PromptRuns, limits: GroupingLimits) -> tuple[list[PrefixLevel], Int32]:
+    """Levels from the root down, and for each prompt the leading pages that they cover."""
+    count = len(prompts.num_runs)
+    covered = np.zeros(count, np.int32)
+    levels: list[PrefixLevel] = []
+    if count == 0 or int(prompts.num_runs.sum()) < limits.min_group:
+        return levels, covered
+    between = np.zeros(count, np.int32)
+    between[1:] = np.minimum(prompts.shared_before[1:], np.minimum(prompts.limit[1:], prompts.limit[:-1]))
+    within = np.minimum(prompts.shared_within, prompts.limit)
+    runs_before = np.concatenate(([0], np.cumsum(prompts.num_runs)))
+    frozen = np.zeros(count, np.bool_)
+    while True:
+        first = np.nonzero((between - covered < limits.min_pages) | frozen)[0]
+        first = first if len(first) and first[0] == 0 else np.concatenate(([0], first))
+        stop = np.append(first[1:], count)
+        single = stop - first == 1
+        inner = between.copy()
+        inner[first] = np.where(single, within[first], np.iinfo(np.int32).max)
+        depth = np.minimum.reduceat(inner, first)
+        members = runs_before[stop] - runs_before[first]
+        valid = (members >= limits.min_group) & (depth - covered[first] >= limits.min_pages) & ~frozen[first]
+        if not valid.any():
+            return levels, covered
+        levels.append(
+            PrefixLevel(
+                token_start=prompts.token_start[first[valid]],
+                token_stop=prompts.token_stop[stop[valid] - 1],
+                slot=prompts.slot[first[valid]],
+                page_start=covered[first[valid]],
+                page_stop=depth[valid].astype(np.int32),
+            )
+        )
+        sizes = stop - first
+        frozen |= ~np.repeat(valid, sizes)
+        covered = np.where(frozen, covered, np.repeat(depth, sizes)).astype(np.int32)

@@ -1,0 +1,52 @@
+"""The pool of KV pages: who holds which, by reference count. It knows neither slots nor prompts, only their claims."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokabatch.messages import Int32
+
+
+class PagePool:
+    """Hands out page ids 0 .. num_pages - 1. A page is free exactly when nobody holds a reference.
+
+    Lowest ids go out first and freed ones are reused last-in first-out, so a small job touches a small part of the cache.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.references = np.zeros(num_pages, np.int32)
+        self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
+        self.num_free = num_pages
+
+    @property
+    def num_used(self) -> int:
+        return self.num_pages - self.num_free
+
+    def allocate(self, count: int) -> Int32:
+        """Take `count` pages, one reference each. The caller has checked `num_free`."""
+        assert count <= self.num_free, f"{count} pages asked for, {self.num_free} free"
+        self.num_free -= count
+        pages = self._free[self.num_free : self.num_free + count][::-1].copy()
+        self.references[pages] = 1
+        return pages
+
+    def retain(self, pages: Int32) -> None:
+        """Add a reference to each page; the ids are distinct."""
+        self.references[pages] += 1
+
+    def release(self, pages: Int32) -> None:
+        """Drop one reference for each entry; an id may stand several times, once for each reference dropped."""
+        np.subtract.at(self.references, pages, 1)
+        freed = np.unique(pages[self.references[pages] == 0])
+        self._free[self.num_free : self.num_free + len(freed)] = freed[::-1]
+        self.num_free += len(freed)
+
+    def check_integrity(self, held: Int32) -> None:
+        """`held` lists every reference anybody believes to hold; raises AssertionError where the books differ."""
+        expected = np.bincount(held, minlength=self.num_pages)
+        assert np.array_equal(expected, self.references), "reference counts differ from the pages held"
+        free = self._free[: self.num_free]
+        assert len(np.unique(free)) == self.num_free, "a page is free twice"
+        assert not self.references[free].any(), "a free page is referenced"
+        assert self.num_free == int((self.references == 0).sum()), "an unreferenced page is not free"

@@ -1,0 +1,309 @@
+"""Prompts whose KV pages are alive, and which of those pages a new prompt may share.
+
+Requests arrive in plan order, a depth-first walk of the prefix tree, so whatever prompt r can share with the past it can
+share with its neighbours in that order. A prompt is *open* from its first admission until its last sample is finished; it
+holds one reference to each of its pages, its samples hold only the pages they add. The last opened prompt (the cursor) stays
+open, trimmed to what its successor will share: no page is kept past its last reader, none is dropped before.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from tokabatch.messages import Int32, Requests
+from tokabatch.scheduling.pages import PagePool
+
+
+class OpenPrompt:
+    """One prompt's pages and its samples' progress. `pages` covers the prompt, its last page possibly partial; `full` counts
+    the pages that every sample may read in place: the last token is always left out, so that a sample computes at least one."""
+
+    __slots__ = ("computed", "full", "leader", "length", "live", "next_sample", "num_samples", "pages", "ready_step", "request",
+                 "requeued")
+
+    def __init__(self, request: int, length: int, num_samples: int, page_size: int, pages: Int32, computed: int) -> None:
+        self.request = request
+        self.length = length
+        self.num_samples = num_samples
+        self.full = (length - 1) // page_size
+        self.pages = pages
+        self.computed = computed
+        """Leading prompt tokens whose keys and values are in `pages` once the steps scheduled so far have run."""
+        self.ready_step = -1
+        """The step that computes the last of the tokens a fork needs; forks start in a later one."""
+        self.leader = -1
+        self.live = 0
+        self.next_sample = 0
+        self.requeued: deque[int] = deque()
+
+    @property
+    def num_pending(self) -> int:
+        return self.num_samples - self.next_sample + len(self.requeued)
+
+    def take_sample(self) -> int:
+        """The next sample to admit, preempted ones first."""
+        if self.requeued:
+            return self.requeued.popleft()
+        self.next_sample += 1
+        return self.next_sample - 1
+
+    @property
+    def finished(self) -> bool:
+        return self.live == 0 and self.num_pending == 0
+
+    def can_fork(self, step: int) -> bool:
+        return self.computed >= self.length - 1 and self.ready_step < step
+
+
+class OpenPrompts:
+    """All open prompts in plan order, with the physical pages that neighbours share."""
+
+    def __init__(self, requests: Requests, pool: PagePool, page_size: int) -> None:
+        self._requests = requests
+        self._pool = pool
+        self._page_size = page_size
+        self._open: dict[int, OpenPrompt] = {}
+        self._order = np.zeros(16, np.int32)
+        """Requests of the open prompts, ascending, in the first `_count` places."""
+        self._shared = np.zeros(16, np.int32)
+        """Leading pages each shares with the one before it in `_order`."""
+        self._sizes = np.zeros(16, np.int32)
+        self._count = 0
+        self._cursor: OpenPrompt | None = None
+        self._suspended: dict[int, OpenPrompt] = {}
+        self._waiting: dict[int, OpenPrompt] = {}
+        self.next_request = 0
+        """The first request that has never been opened."""
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, request: int) -> bool:
+        return request in self._open
+
+    def __getitem__(self, request: int) -> OpenPrompt:
+        return self._open[request]
+
+    def __iter__(self):
+        return iter(self._open.values())
+
+    def with_pending(self) -> list[OpenPrompt]:
+        """Open prompts with samples to admit, in plan order."""
+        self._waiting = {r: p for r, p in self._waiting.items() if p.num_pending and r in self._open}
+        return [self._waiting[r] for r in sorted(self._waiting)]
+
+    def requeue(self, prompt: OpenPrompt, sample: int) -> None:
+        """Put a preempted sample back among those to admit."""
+        prompt.requeued.append(sample)
+        self._waiting[prompt.request] = prompt
+
+    def full_pages(self, requests: Int32) -> Int32:
+        """Pages of each prompt that all its samples share."""
+        return (self._requests.length[requests] - 1) // self._page_size
+
+    def num_pages(self, request: int) -> int:
+        return -(-int(self._requests.length[request]) // self._page_size)
+
+    def sharable(self, request: int) -> tuple[OpenPrompt | None, int]:
+        """The open neighbour that shares the most leading full pages with `request`, and how many."""
+        order = self._order[: self._count]
+        place = int(np.searchsorted(order, request))
+        full = (int(self._requests.length[request]) - 1) // self._page_size
+        best: tuple[OpenPrompt | None, int] = (None, 0)
+        for neighbour in order[max(0, place - 1) : place + 1]:
+            low, high = sorted((int(neighbour), request))
+            lcp = int(self._requests.lcp[low + 1 : high + 1].min())
+            prompt = self._open[int(neighbour)]
+            pages = min(lcp // self._page_size, full, len(prompt.pages), prompt.full)
+            if pages > best[1]:
+                best = (prompt, pages)
+        return best
+
+    def open_next(self, count: int, num_samples: Int32) -> list[OpenPrompt]:
+        """Open up to `count` prompts that were never open before, in order, each sharing what its predecessor holds or is
+        about to compute in the same step. Fewer come back when the pool lacks pages, or none while the first must wait."""
+        first = self.next_request
+        batch = np.arange(first, first + count)
+        size = self._page_size
+        full = (self._requests.length[batch] - 1) // size
+        shared = np.minimum(self._requests.lcp[batch] // size, full)
+        shared[1:] = np.minimum(shared[1:], full[:-1])
+        neighbour, shared[0] = self.sharable(first)
+        if neighbour is not None and neighbour.computed < shared[0] * size:
+            return []
+        fresh = -(-self._requests.length[batch] // size) - shared
+        count = int(np.searchsorted(np.cumsum(fresh), self._pool.num_free, side="right"))
+        if count == 0:
+            return []
+        stops = np.cumsum(fresh[:count])
+        allocated = self._pool.allocate(int(stops[-1]))
+        opened: list[OpenPrompt] = []
+        previous = neighbour
+        for i, stop in enumerate(stops.tolist()):
+            own = allocated[stop - fresh[i] : stop]
+            pages = own
+            if shared[i] and previous is not None:
+                inherited = previous.pages[: shared[i]]
+                self._pool.retain(inherited)
+                pages = np.concatenate((inherited, own))
+            length = int(self._requests.length[batch[i]])
+            previous = OpenPrompt(first + i, length, int(num_samples[i]), size, pages, int(shared[i]) * size)
+            opened.append(previous)
+        self._append(opened, shared[:count])
+        self.next_request += count
+        cursor, self._cursor = self._cursor, opened[-1]
+        if cursor is not None and cursor.finished:
+            self._close([cursor])
+        return opened
+
+    def reopen(self, request: int) -> OpenPrompt | None:
+        """Give a suspended prompt pages again. None while a neighbour must compute first, or when the pool lacks pages."""
+        neighbour, shared = self.sharable(request)
+        if neighbour is not None and neighbour.computed < shared * self._page_size:
+            return None
+        fresh = self.num_pages(request) - shared
+        if fresh > self._pool.num_free:
+            return None
+        prompt = self._suspended.pop(request)
+        inherited = neighbour.pages[:shared] if neighbour is not None else prompt.pages[:0]
+        self._pool.retain(inherited)
+        prompt.pages = np.concatenate((inherited, self._pool.allocate(fresh)))
+        prompt.computed, prompt.ready_step, prompt.leader = shared * self._page_size, -1, -1
+        self._insert(prompt)
+        return prompt
+
+    def release_finished(self, prompts: list[OpenPrompt]) -> None:
+        """Free the pages of prompts whose last sample has finished; the cursor keeps what its successor shares."""
+        done = [prompt for prompt in prompts if prompt.finished and prompt.request in self._open]
+        if self._cursor in done:
+            done.remove(self._cursor)
+            self._trim_cursor(self._cursor)
+        if done:
+            self._close(done)
+
+    def suspend_idle(self, keep: int = -1) -> int:
+        """Under pressure: give up the pages of every prompt without running samples, but for `keep`. Pending samples
+        compute them again later. Returns how many pages came free."""
+        before = self._pool.num_free
+        idle = [prompt for prompt in self._open.values() if prompt.live == 0 and prompt.request != keep]
+        for prompt in idle:
+            if prompt is self._cursor:
+                self._cursor = None
+            if prompt.num_pending:
+                self._suspended[prompt.request] = prompt
+        if idle:
+            self._close(idle)
+        return self._pool.num_free - before
+
+    @property
+    def suspended(self) -> list[int]:
+        """Requests with pending samples and no pages, in plan order."""
+        return sorted(self._suspended)
+
+    def shared_between(self, requests: Int32) -> Int32:
+        """Physical pages that each of these open prompts, ascending, shares with the one before it; 0 for the first."""
+        place = np.searchsorted(self._order[: self._count], requests)
+        shared = np.zeros(len(requests), np.int32)
+        if len(requests) > 1:
+            upto = self._shared[: place[-1] + 1]
+            shared[1:] = np.minimum.reduceat(upto, place[:-1] + 1)
+        return shared
+
+    def held_pages(self) -> tuple[Int32, Int32]:
+        """Open requests in plan order and the pages attributed to each: a page shared by several counts at the last."""
+        attributed = self._sizes[: self._count].copy()
+        attributed[:-1] -= self._shared[1 : self._count]
+        return self._order[: self._count].copy(), attributed
+
+    def check_integrity(self) -> Int32:
+        """Assert the order and sharing; return every page reference held here."""
+        order = self._order[: self._count]
+        assert sorted(self._open) == order.tolist(), "the order differs from the open prompts"
+        for index in range(1, self._count):
+            before, after = self._open[int(order[index - 1])].pages, self._open[int(order[index])].pages
+            assert self._sizes[index] == len(after), "a prompt's page count differs from the one noted"
+            assert self._shared[index] <= _common(before, after), "neighbours share fewer pages than noted"
+        pages = [prompt.pages for prompt in self._open.values()]
+        return np.concatenate(pages) if pages else np.zeros(0, np.int32)
+
+    def _trim_cursor(self, cursor: OpenPrompt) -> None:
+        following = self.next_request
+        lcp = int(self._requests.lcp[following]) if following < len(self._requests) else 0
+        keep = min(lcp // self._page_size, cursor.full)
+        if keep == 0:
+            self._cursor = None
+            self._close([cursor])
+            return
+        self._pool.release(cursor.pages[keep:])
+        cursor.pages = cursor.pages[:keep]
+        place = int(np.searchsorted(self._order[: self._count], cursor.request))
+        self._sizes[place] = keep
+        self._shared[place : min(place + 2, self._count)] = np.minimum(
+            self._shared[place : min(place + 2, self._count)], keep
+        )
+
+    def _reserve(self, count: int) -> None:
+        while self._count + count > len(self._order):
+            self._order, self._shared, self._sizes = (
+                np.concatenate((array, np.zeros_like(array))) for array in (self._order, self._shared, self._sizes)
+            )
+
+    def _append(self, prompts: list[OpenPrompt], shared: Int32) -> None:
+        """Add prompts behind all others; `shared` pages are those each has in common with its predecessor in the plan."""
+        self._reserve(len(prompts))
+        span = slice(self._count, self._count + len(prompts))
+        self._order[span] = [prompt.request for prompt in prompts]
+        self._shared[span] = shared
+        self._sizes[span] = [len(prompt.pages) for prompt in prompts]
+        for prompt in prompts:
+            self._open[prompt.request] = self._waiting[prompt.request] = prompt
+        if self._count:
+            # The first may share with another neighbour than the one that stands right before it.
+            before = self._open[int(self._order[self._count - 1])]
+            self._shared[self._count] = _common(before.pages, prompts[0].pages)
+        else:
+            self._shared[0] = 0
+        self._count += len(prompts)
+
+    def _insert(self, prompt: OpenPrompt) -> None:
+        self._reserve(1)
+        place = int(np.searchsorted(self._order[: self._count], prompt.request))
+        for array in (self._order, self._shared, self._sizes):
+            array[place + 1 : self._count + 1] = array[place : self._count]
+        self._order[place] = prompt.request
+        self._sizes[place] = len(prompt.pages)
+        self._count += 1
+        self._open[prompt.request] = self._waiting[prompt.request] = prompt
+        for index in (place, place + 1):
+            if 0 < index < self._count:
+                before, after = int(self._order[index - 1]), int(self._order[index])
+                self._shared[index] = _common(self._open[before].pages, self._open[after].pages)
+        self._shared[0] = 0
+
+    def _close(self, prompts: list[OpenPrompt]) -> None:
+        self._pool.release(np.concatenate([prompt.pages for prompt in prompts]))
+        for prompt in prompts:
+            del self._open[prompt.request]
+            prompt.pages = prompt.pages[:0]
+            prompt.computed = 0
+        order, shared = self._order[: self._count], self._shared[: self._count]
+        stays = np.ones(self._count, np.bool_)
+        stays[np.searchsorted(order, [prompt.request for prompt in prompts])] = False
+        keep = np.nonzero(stays)[0]
+        if len(keep):
+            # Between two survivors the shared pages are the minimum over the closed ones in between.
+            merged = np.minimum.reduceat(shared[: keep[-1] + 1], np.append(0, keep[:-1] + 1))
+            merged[0] = 0
+            self._shared[: len(keep)] = merged
+            self._order[: len(keep)] = order[keep]
+            self._sizes[: len(keep)] = self._sizes[keep]
+        self._count = len(keep)
+
+
+def _common(a: Int32, b: Int32) -> int:
+    """Length of the common prefix of two page lists."""
+    size = min(len(a), len(b))
+    differs = a[:size] != b[:size]
+    return int(differs.argmax()) if differs.any() else size

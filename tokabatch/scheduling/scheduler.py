@@ -1,0 +1,244 @@
+"""What runs in the next step. The scheduler decides and keeps the books; it sends nothing and computes nothing.
+
+`schedule` decides a step as if no sample ended, `apply` takes in what a step sampled, one or more steps later: any number of
+steps may be in flight, results arrive in order, and what was computed for a sample that had already ended is dropped.
+Order within a step: running samples decode; prefills under way continue; then samples are admitted while the forecast of
+page use stays under the pool. When pages run out after all, the latest admitted sample is preempted; its tokens are kept.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokabatch.messages import Bool, Completion, Int32, Requests, StepBatch, StepResult
+from tokabatch.scheduling.admission import Admission
+from tokabatch.scheduling.counts import SchedulerCounts
+from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.pages import PagePool
+from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
+from tokabatch.scheduling.sequences import Sequences
+from tokabatch.scheduling.stepping import SamplingTable, StepDraft
+from tokabatch.scheduling.stopping import StopRules
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What the device can hold. `max_step_tokens` is at least `max_running`."""
+
+    page_size: int
+    num_pages: int
+    max_running: int
+    max_step_tokens: int
+    max_pages_per_sequence: int
+    grouping: GroupingLimits | None
+    """None turns Hydragen off: every sample reads its whole context by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    slots: Int32
+    epochs: Int32
+
+
+class Scheduler:
+    """Feeds one replica from `requests`, in their order."""
+
+    def __init__(self, requests: Requests, limits: SchedulerLimits, stops: StopRules) -> None:
+        self.requests = requests
+        self.limits = limits
+        self.counts = SchedulerCounts()
+        self._stops = stops
+        self._sampling = requests.sampling
+        self._table = SamplingTable(requests.sampling)
+        self.pool = PagePool(limits.num_pages)
+        self.prompts = OpenPrompts(requests, self.pool, limits.page_size)
+        wanted = max((p.logprobs if p.logprobs is not None else -1 for p in self._sampling), default=-1)
+        self._reports_logprobs = wanted >= 0
+        self.sequences = Sequences(
+            limits.max_running, limits.max_pages_per_sequence, self.pool, limits.page_size, wanted
+        )
+        self._admission = Admission(requests, limits.page_size, self.pool, self.prompts, self.sequences, self.counts)
+        self._in_flight: deque[_InFlight] = deque()
+
+    @property
+    def done(self) -> bool:
+        """Every sample of every request has been returned as a completion."""
+        if len(self.sequences.order) or self._in_flight or self.prompts.next_request < len(self.requests):
+            return False
+        return not self.prompts.suspended and not self.prompts.with_pending()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def schedule(self) -> StepBatch | None:
+        """Decide the next step; None when nothing can be computed before further results are applied."""
+        seq = self.sequences
+        draft = StepDraft(self.counts.steps + 1)
+        self._grow(self._decoding(), draft)
+        decoding = self._decoding()
+        budget = self.limits.max_step_tokens - len(decoding)
+        prefilling = seq.order[~seq.on_device[seq.order] & (seq.length[seq.order] > seq.computed[seq.order])]
+        prefilling = prefilling[np.argsort(seq.admitted[prefilling], kind="stable")]
+        runs, takes, budget = self._continue_prefill(prefilling, budget, draft)
+        alone = not len(seq.order) and not self._in_flight
+        admitted, admitted_takes = self._admission.admit(budget, draft, alone)
+        runs, takes = np.concatenate((runs, admitted)), np.concatenate((takes, admitted_takes))
+        if not len(decoding) and not len(runs):
+            if self._in_flight or not len(seq.order):
+                return None
+            if not self.prompts.suspend_idle():
+                self._preempt_latest()
+            return self.schedule()
+        by_plan = np.lexsort((seq.admitted[runs], seq.request[runs]))
+        prefill = (runs[by_plan], takes[by_plan])
+        batch = draft.build(
+            seq, self.prompts, self.requests, self._table, prefill, decoding, self.limits.grouping, self.limits.page_size
+        )
+        self._advance(batch)
+        return batch
+
+    def apply(self, result: StepResult) -> list[Completion]:
+        """Take in the oldest step in flight; returns the samples it finished. Raises nothing: bad logits end their sample
+        with the error code `nan_logits`."""
+        step = self._in_flight.popleft()
+        current = self.sequences.epoch[step.slots] == step.epochs
+        slots, tokens, finite = step.slots[current], result.token[current], result.finite[current]
+        seq = self.sequences
+        seq.append(slots, tokens)
+        if self._reports_logprobs:
+            seq.append_logprobs(slots, result.logprob[current], result.top_ids[current], result.top_logprobs[current])
+        self.counts.output_tokens += len(slots)
+        ends: dict[int, int | str | None] = {int(i): None for i in np.nonzero(seq.generated[slots] >= seq.limit[slots])[0]}
+        for i in self._stops.suspects(tokens):
+            slot = slots[i]
+            reason = self._stops.check(int(seq.params[slot]), seq.tokens[slot, : seq.generated[slot]])
+            if reason is not None:
+                ends[int(i)] = reason
+        ends.update({int(i): None for i in np.nonzero(~finite)[0]})
+        if not ends:
+            return []
+        places = np.fromiter(ends, np.int64, len(ends))
+        return self._finish(slots[places], list(ends.values()), finite[places])
+
+    def check_integrity(self) -> None:
+        """Assert that page references, slots and prompts agree; for tests, after any operation."""
+        seq = self.sequences
+        held = [self.prompts.check_integrity(), seq.own_pages(seq.order)]
+        self.pool.check_integrity(np.concatenate(held))
+        assert (np.diff(seq.request[seq.order]) >= 0).all(), "slots are not in plan order"
+        assert len(np.unique(seq.order)) == len(seq.order) == seq.num_slots - seq.num_free, "slots are lost or doubled"
+        for slot in seq.order:
+            prompt = self.prompts[int(seq.request[slot])]
+            shared = int(seq.shared_pages[slot])
+            assert np.array_equal(seq.page_table[slot, :shared], prompt.pages[:shared]), "a slot reads pages it does not share"
+            computed = min(int(seq.computed[slot]), int(seq.prompt_length[slot] + seq.limit[slot]) - 1)
+            assert seq.num_pages[slot] * self.limits.page_size >= computed, "a slot lacks pages"
+        live = {int(r): int(c) for r, c in zip(*np.unique(seq.request[seq.order], return_counts=True), strict=True)}
+        assert all(prompt.live == live.get(prompt.request, 0) for prompt in self.prompts), "live counts differ"
+
+    def _decoding(self) -> Int32:
+        seq = self.sequences
+        order = seq.order
+        return order[seq.on_device[order] & (seq.length[order] > seq.computed[order])]
+
+    def _grow(self, slots: Int32, draft: StepDraft) -> None:
+        """Give each slot the page its next position needs, preempting where the pool is short."""
+        seq, size = self.sequences, self.limits.page_size
+        needs = slots[seq.computed[slots] >= seq.num_pages[slots] * size]
+        while len(needs) > self.pool.num_free:
+            if not self.prompts.suspend_idle():
+                victim = self._preempt_latest()
+                needs = needs[needs != victim]
+        draft.set_pages(seq.add_pages(needs, np.ones(len(needs), np.int32)))
+
+    def _preempt_latest(self) -> int:
+        seq = self.sequences
+        assert len(seq.order) > 1, "a single sample does not fit the pool; the job was sized wrongly"
+        unfinished = seq.order[seq.length[seq.order] > seq.computed[seq.order]]
+        victim = int(unfinished[np.argmax(seq.admitted[unfinished])])
+        prompt = self.prompts[int(seq.request[victim])]
+        params = self._sampling[int(seq.params[victim])]
+        output = seq.output(victim, -1 if params.logprobs is None else params.logprobs)
+        self._admission.preempted[prompt.request, int(seq.sample[victim])] = output
+        if prompt.leader == victim:
+            prompt.leader = -1
+        self.prompts.requeue(prompt, int(seq.sample[victim]))
+        prompt.live -= 1
+        self.counts.preemptions += 1
+        self.sequences.close(np.array([victim], np.int32))
+        return victim
+
+    def _continue_prefill(self, slots: Int32, budget: int, draft: StepDraft) -> tuple[Int32, Int32, int]:
+        """Share the token budget among prefills under way, oldest first; each takes what pages it needs or waits."""
+        seq = self.sequences
+        pending = seq.length[slots] - seq.computed[slots]
+        take = np.clip(budget - (np.cumsum(pending) - pending), 0, pending).astype(np.int32)
+        slots, take = slots[take > 0], take[take > 0]
+        short = seq.missing_pages(slots, take)
+        keep = np.cumsum(short) <= self.pool.num_free
+        slots, take, short = slots[keep], take[keep], short[keep]
+        draft.set_pages(seq.add_pages(slots, short))
+        return slots, take, budget - int(take.sum())
+
+    def _advance(self, batch: StepBatch) -> None:
+        """Move every run's slot past the step, as if no sample ended."""
+        seq = self.sequences
+        slots = batch.run_slot
+        seq.computed[slots] = batch.run_start + batch.run_length
+        for slot in slots[: batch.num_prefill_runs]:
+            self._advance_prompt(int(slot), batch.index)
+        self.counts.prefilled_tokens += int(batch.run_length[: batch.num_prefill_runs].sum())
+        sampled = slots[batch.run_samples]
+        seq.on_device[sampled] = True
+        seq.length[sampled] += 1
+        full = seq.length[sampled] - seq.prompt_length[sampled] >= seq.limit[sampled]
+        # The last token of the limit needs no keys and values: its slot only waits for the result.
+        seq.computed[sampled[full]] = seq.length[sampled[full]]
+        self._in_flight.append(_InFlight(sampled, seq.epoch[sampled]))
+        self.counts.steps += 1
+
+    def _advance_prompt(self, slot: int, step: int) -> None:
+        prompt = self.prompts[int(self.sequences.request[slot])]
+        if prompt.leader == slot:
+            prompt.computed = min(int(self.sequences.computed[slot]), prompt.length)
+            prompt.ready_step = step
+            if prompt.computed >= prompt.length - 1:
+                prompt.leader = -1
+
+    def _finish(self, slots: Int32, reasons: list[int | str | None], finite: Bool) -> list[Completion]:
+        seq = self.sequences
+        completions: list[Completion] = []
+        touched: dict[int, OpenPrompt] = {}
+        lengths = seq.generated[slots]
+        stopped = np.array([reason is not None for reason in reasons], np.bool_)
+        self._admission.lengths.observe(lengths, stopped)
+        for slot, reason, valid in zip(slots.tolist(), reasons, finite.tolist(), strict=True):
+            prompt = self.prompts[int(seq.request[slot])]
+            prompt.live -= 1
+            touched[prompt.request] = prompt
+            params = self._sampling[int(seq.params[slot])]
+            output = seq.output(slot, -1 if params.logprobs is None else params.logprobs)
+            completions.append(
+                Completion(
+                    row_index=int(self.requests.row_index[prompt.request]),
+                    sample_index=int(seq.sample[slot]),
+                    token_ids=output.tokens,
+                    finish_reason="length" if reason is None else "stop",
+                    stop_reason=reason,
+                    num_prompt_tokens=prompt.length,
+                    num_cached_tokens=output.num_cached_tokens,
+                    logprobs=output.logprobs,
+                    top_ids=output.top_ids,
+                    top_logprobs=output.top_logprobs,
+                    error_code=None if valid else "nan_logits",
+                    error_message=None if valid else "the model's logits held NaN or no finite value",
+                )
+            )
+        self.counts.finished += len(completions)
+        self.sequences.close(slots)
+        self.prompts.release_finished(list(touched.values()))
+        return completions

@@ -1,0 +1,151 @@
+"""Turning a step's decisions into the message the worker gets. Knows the layout of `StepBatch`, decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tokabatch.messages import Int32, PrefixLevel, Requests, SamplingParams, SlotInit, StepBatch
+from tokabatch.scheduling.grouping import GroupingLimits, PromptRuns, find_groups
+from tokabatch.scheduling.prompts import OpenPrompts
+from tokabatch.scheduling.sequences import Sequences
+
+_NONE = np.zeros(0, np.int32)
+
+
+class SamplingTable:
+    """`Requests.sampling` as arrays, so that a step's slots are initialised by one lookup."""
+
+    def __init__(self, sampling: Sequence[SamplingParams]) -> None:
+        self.seed = np.array([p.seed for p in sampling], np.int64)
+        self.temperature = np.array([p.temperature for p in sampling], np.float32)
+        self.top_p = np.array([p.top_p for p in sampling], np.float32)
+        self.top_k = np.array([p.top_k for p in sampling], np.int32)
+        self.min_p = np.array([p.min_p for p in sampling], np.float32)
+        self.logprobs = np.array([-1 if p.logprobs is None else p.logprobs for p in sampling], np.int32)
+
+
+class StepDraft:
+    """Collects a step's changes to slots and pages while the scheduler decides."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self._opened: list[Int32] = []
+        self._cells: list[tuple[Int32, Int32, Int32]] = []
+        self._copies: list[tuple[Int32, Int32]] = []
+
+    def open_slots(self, slots: Int32) -> None:
+        self._opened.append(slots)
+
+    def set_pages(self, cells: tuple[Int32, Int32, Int32]) -> None:
+        """Changed page-table cells: slots, columns, pages. No cell is set twice in a step."""
+        self._cells.append(cells)
+
+    def copy_pages(self, src: Int32, dst: Int32) -> None:
+        self._copies.append((src, dst))
+
+    def build(
+        self,
+        seq: Sequences,
+        prompts: OpenPrompts,
+        requests: Requests,
+        table: SamplingTable,
+        prefill: tuple[Int32, Int32],
+        decoding: Int32,
+        grouping: GroupingLimits | None,
+        page_size: int,
+    ) -> StepBatch:
+        """The step that computes `prefill` (slots and token counts, in plan order) and one token of each decoding slot."""
+        prefilling, takes = prefill
+        slots = np.concatenate((prefilling, decoding))
+        start = seq.computed[slots]
+        length = np.concatenate((takes, np.ones(len(decoding), np.int32)))
+        levels: list[PrefixLevel] = []
+        skip = np.zeros(len(slots), np.int32)
+        if grouping is not None:
+            token = np.append(0, np.cumsum(length)).astype(np.int32)
+            for section in (slice(0, len(prefilling)), slice(len(prefilling), len(slots))):
+                found, skip[section] = _group_section(seq, prompts, slots, start // page_size, token, section, grouping)
+                levels.extend(found)
+        cells, copies = self._cells, self._copies
+        return StepBatch(
+            index=self.index,
+            inits=_slot_inits(seq, requests, table, np.concatenate(self._opened) if self._opened else _NONE),
+            table_slot=np.concatenate([c[0] for c in cells]) if cells else _NONE,
+            table_column=np.concatenate([c[1] for c in cells]) if cells else _NONE,
+            table_page=np.concatenate([c[2] for c in cells]) if cells else _NONE,
+            copy_src=np.concatenate([c[0] for c in copies]) if copies else _NONE,
+            copy_dst=np.concatenate([c[1] for c in copies]) if copies else _NONE,
+            num_prefill_runs=len(prefilling),
+            run_slot=slots,
+            run_start=start,
+            run_length=length,
+            run_samples=start + length == seq.length[slots],
+            run_skip=skip,
+            token_ids=_host_tokens(seq, requests, prefilling, takes),
+            prefix_levels=tuple(levels),
+        )
+
+
+def _slot_inits(seq: Sequences, requests: Requests, table: SamplingTable, slots: Int32) -> SlotInit:
+    params = seq.params[slots]
+    return SlotInit(
+        slot=slots,
+        row=requests.row_index[seq.request[slots]],
+        sample=seq.sample[slots],
+        seed=table.seed[params],
+        temperature=table.temperature[params],
+        top_p=table.top_p[params],
+        top_k=table.top_k[params],
+        min_p=table.min_p[params],
+        logprobs=table.logprobs[params],
+    )
+
+
+def _host_tokens(seq: Sequences, requests: Requests, slots: Int32, takes: Int32) -> Int32:
+    """Token ids of the prefill runs, one run after another: prompt tokens, then those a preempted sample had produced."""
+    if not len(slots):
+        return _NONE
+    run = np.repeat(np.arange(len(slots)), takes)
+    position = np.arange(len(run)) - (np.cumsum(takes) - takes)[run] + seq.computed[slots][run]
+    length = seq.prompt_length[slots][run]
+    in_prompt = position < length
+    tokens = np.empty(len(run), np.int32)
+    start = requests.start[seq.request[slots]]
+    tokens[in_prompt] = requests.tokens[(start[run] + position)[in_prompt]]
+    later = ~in_prompt
+    tokens[later] = seq.tokens[slots[run[later]], (position - length)[later]]
+    return tokens
+
+
+def _group_section(
+    seq: Sequences,
+    prompts: OpenPrompts,
+    slots: Int32,
+    full_pages: Int32,
+    token: Int32,
+    section: slice,
+    limits: GroupingLimits,
+) -> tuple[list[PrefixLevel], Int32]:
+    """Hydragen groups among the runs of `section`, which stand in plan order; and the pages covered for each run."""
+    own = slots[section]
+    if len(own) < limits.min_group:
+        return [], np.zeros(len(own), np.int32)
+    request = seq.request[own]
+    first = np.nonzero(np.append(True, request[1:] != request[:-1]))[0]
+    counts = np.diff(np.append(first, len(own))).astype(np.int32)
+    distinct = request[first]
+    levels, covered = find_groups(
+        PromptRuns(
+            num_runs=counts,
+            token_start=token[section.start + first],
+            token_stop=token[section.start + first + counts],
+            slot=own[first],
+            shared_before=prompts.shared_between(distinct),
+            shared_within=prompts.full_pages(distinct),
+            limit=np.minimum.reduceat(full_pages[section], first),
+        ),
+        limits,
+    )
+    return levels, np.repeat(covered, counts)
