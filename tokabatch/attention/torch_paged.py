@@ -188,3 +188,6 @@ def _merge_into(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other
     total = torch.logaddexp(lse, other_lse)
     out.mul_(torch.exp(lse - total).unsqueeze(-1)).add_(other * torch.exp(other_lse - total).unsqueeze(-1))
     lse.copy_(total)
+
+
+Backend = TorchPagedAttention

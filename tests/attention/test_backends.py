@@ -1,0 +1,104 @@
+"""Every attention backend against dense softmax attention, on the steps that the scheduler really makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import token_device as device
+
+import tokabatch.attention
+from tokabatch.attention import create_backend
+from tokabatch.attention.base import KVShape
+from tokabatch.messages import SamplingParams
+from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
+from tokabatch.scheduling.stopping import StopRules
+
+LAYERS, HEADS, KV_HEADS, DIM = 2, 4, 2, 8
+BACKENDS = sorted(
+    path.stem for path in Path(tokabatch.attention.__file__).parent.glob("*_paged.py") if path.stem.startswith("torch")
+)
+
+
+class DenseReference:
+    """Keys and values as functions of (layer, token, position), so that a context's tokens determine what is attended to."""
+
+    def __init__(self, longest: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        size = (LAYERS, 2, device.VOCAB, longest, KV_HEADS, DIM)
+        self.kv = torch.randn(size, generator=generator, dtype=torch.float64)
+
+    def new(self, layer: int, tokens: list[int], start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = torch.arange(start, start + len(tokens))
+        k, v = self.kv[layer, :, torch.tensor(tokens), positions]
+        return k, v
+
+    def attend(self, layer: int, q_HD: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+        k_LKD, v_LKD = self.new(layer, tokens, 0)
+        k_LHD, v_LHD = (t.repeat_interleave(HEADS // KV_HEADS, 1) for t in (k_LKD, v_LKD))
+        weights = torch.softmax(torch.einsum("hd,lhd->hl", q_HD, k_LHD) * DIM**-0.5, -1)
+        return torch.einsum("hl,lhd->hd", weights, v_LHD)
+
+
+@st.composite
+def workloads(draw):
+    heads = draw(st.lists(st.lists(st.integers(0, 3), max_size=20), min_size=1, max_size=3))
+    tails = st.lists(st.integers(0, 3), min_size=1, max_size=9)
+    prompts = [draw(st.sampled_from(heads)) + draw(tails) for _ in range(draw(st.integers(1, 5)))]
+    return prompts, draw(st.sampled_from([1, 4, 16])), draw(st.sampled_from([None, GroupingLimits(1, 1), GroupingLimits(2, 1)]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=25, deadline=None)
+@given(workloads())
+def test_backend_equals_dense_attention(backend, workload):
+    prompts, page_size, grouping = workload
+    params = SamplingParams(n=3, max_tokens=6)
+    longest = max(map(len, prompts)) + 6
+    limits = SchedulerLimits(page_size, 400, 7, 20, -(-longest // page_size), grouping)
+    requests = device.make_requests(prompts, [params])
+    scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [device.EOS], device.VOCAB, None))
+    tokens_device = device.TokenDevice(limits)
+    tokens_device.prompts = prompts
+    shape = KVShape(LAYERS, HEADS, KV_HEADS, DIM, page_size, 400, 7, limits.max_pages_per_sequence)
+    attention = create_backend(backend, shape, torch.float64, torch.device("cpu"))
+    reference = DenseReference(longest)
+    while not scheduler.done:
+        step = scheduler.schedule()
+        result = tokens_device.run(step)
+        attention.prepare(step)
+        contexts = [
+            (int(start), tokens_device.expected(*tokens_device.identity[int(slot)], int(start + length)))
+            for slot, start, length in zip(step.run_slot, step.run_start, step.run_length, strict=True)
+        ]
+        for layer in range(LAYERS):
+            new = [reference.new(layer, tokens[start:], start) for start, tokens in contexts]
+            q_THD = torch.randn(step.num_tokens, HEADS, DIM, dtype=torch.float64)
+            out = attention.attend(layer, q_THD, torch.cat([n[0] for n in new]), torch.cat([n[1] for n in new]))
+            ends = [tokens[: i + 1] for start, tokens in contexts for i in range(start, len(tokens))]
+            expected = torch.stack([reference.attend(layer, q, tokens) for q, tokens in zip(q_THD, ends, strict=True)])
+            torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+        scheduler.apply(result)
+
+
+def test_long_prompts_are_split_and_stay_exact(monkeypatch):
+    monkeypatch.setattr("tokabatch.attention.torch_paged.MAX_SCORES", 4096)
+    prompt = [i % device.VOCAB for i in range(700)]
+    limits = SchedulerLimits(16, 64, 2, 1000, 64, GroupingLimits(1, 1))
+    requests = device.make_requests([prompt], [SamplingParams(n=2, max_tokens=2, ignore_eos=True)])
+    scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [], device.VOCAB, None))
+    attention = create_backend(
+        "torch_paged", KVShape(LAYERS, HEADS, KV_HEADS, DIM, 16, 64, 2, 64), torch.float64, torch.device("cpu")
+    )
+    reference = DenseReference(710)
+    step = scheduler.schedule()
+    attention.prepare(step)
+    k, v = reference.new(0, prompt, 0)
+    q = torch.randn(700, HEADS, DIM, dtype=torch.float64)
+    out = attention.attend(0, q, k, v)
+    for i in (0, 1, 299, 698, 699):
+        torch.testing.assert_close(out[i], reference.attend(0, q[i], prompt[: i + 1]), rtol=1e-10, atol=1e-12)

@@ -1,0 +1,124 @@
+"""The boundary between the scheduler's process and the model: steps go in, results come out, in the same order.
+
+`InProcessExecutor` computes when a step is submitted, so that a breakpoint in the model works; `ProcessExecutor` has the
+worker in a process of its own and computes while the scheduler decides the next step. Both keep the same contract.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import threading
+import traceback
+from collections import deque
+from multiprocessing.connection import Connection
+from typing import Protocol
+
+from tokabatch.engine.worker import Worker, WorkerSpec
+from tokabatch.errors import EngineError, TokabatchError
+from tokabatch.messages import StepBatch, StepResult
+
+STOP_SECONDS = 10.0
+
+
+class Executor(Protocol):
+    """Any number of steps may be submitted before the first result is collected."""
+
+    def submit(self, step: StepBatch) -> None: ...
+
+    def collect(self) -> StepResult:
+        """The result of the oldest step not yet collected. Raises EngineError when the worker is gone."""
+        ...
+
+    def close(self) -> None:
+        """Release the device; results not collected are lost."""
+        ...
+
+
+class InProcessExecutor:
+    """See `Executor`."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._worker = Worker.build(spec)
+        self._results: deque[StepResult] = deque()
+
+    def submit(self, step: StepBatch) -> None:
+        self._results.append(self._worker.run(step))
+
+    def collect(self) -> StepResult:
+        return self._results.popleft()
+
+    def close(self) -> None:
+        self._results.clear()
+
+
+class ProcessExecutor:
+    """See `Executor`. The process is spawned, not forked: a forked child cannot use CUDA."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, spec), name="tokabatch-worker", daemon=True)
+        self._process.start()
+        theirs.close()
+        self._receive()
+
+    def submit(self, step: StepBatch) -> None:
+        try:
+            self._pipe.send(step)
+        except OSError as error:
+            raise self._gone() from error
+
+    def collect(self) -> StepResult:
+        result = self._receive()
+        assert isinstance(result, StepResult)
+        return result
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(STOP_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _receive(self) -> StepResult | None:
+        try:
+            message = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise self._gone() from error
+        if isinstance(message, TokabatchError):
+            self.close()
+            raise message
+        return message
+
+    def _gone(self) -> EngineError:
+        self._process.join(STOP_SECONDS)
+        return EngineError(f"the worker process died (exit code {self._process.exitcode}); its own output says why")
+
+
+def _serve(pipe: Connection, spec: WorkerSpec) -> None:
+    """The worker process: ready (None), then a result for each step, until the other end closes.
+
+    Steps are drained by a thread: were both sides to block in a send larger than the pipe's buffer, neither would go on.
+    """
+    steps: queue.SimpleQueue[StepBatch | None] = queue.SimpleQueue()
+    try:
+        worker = Worker.build(spec)
+        pipe.send(None)
+        threading.Thread(target=_drain, args=(pipe, steps), daemon=True).start()
+        while (step := steps.get()) is not None:
+            pipe.send(worker.run(step))
+    except TokabatchError as error:
+        pipe.send(error)
+    except BrokenPipeError:
+        return
+    except Exception:
+        pipe.send(EngineError(f"the worker process failed:\n{traceback.format_exc()}"))
+
+
+def _drain(pipe: Connection, steps: queue.SimpleQueue[StepBatch | None]) -> None:
+    try:
+        while True:
+            steps.put(pipe.recv())
+    except (EOFError, OSError):
+        steps.put(None)

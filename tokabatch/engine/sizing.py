@@ -1,0 +1,104 @@
+"""How large a replica is: running limit, step size and KV pages, from the device's memory and what the job can use.
+
+A CPU is sized by arithmetic. Sizes never exceed what the job can fill, so that a small job allocates a small cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from tokabatch.attention.base import KVShape
+from tokabatch.errors import JobError
+from tokabatch.job import EngineConfig
+from tokabatch.model.spec import ModelSpec
+
+CPU_MAX_RUNNING = 512
+CPU_PREFILL_TOKENS = 1024
+CPU_MEMORY_SHARE = 0.6
+"""Of the memory that is available once the weights are counted."""
+MIN_GROUP, MIN_PREFIX_TOKENS = 4, 32
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadFacts:
+    """What the prompts are known to need, in tokens and samples."""
+
+    num_samples: int
+    longest_sequence: int
+    """The longest prompt plus its max_tokens."""
+    total_tokens: int
+    """Sum over samples of prompt plus max_tokens: no cache can use more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSizes:
+    """The decided sizes. Plain numbers: they cross the process boundary."""
+
+    page_size: int
+    num_pages: int
+    max_running: int
+    max_step_tokens: int
+    max_pages_per_sequence: int
+    min_group: int
+    """0 turns Hydragen off."""
+    min_prefix_pages: int
+
+
+def decide_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, facts: WorkloadFacts) -> ReplicaSizes:
+    """Raises JobError where the longest sample cannot fit, with the numbers and the key to change."""
+    page = config.page_size
+    wanted = CPU_MAX_RUNNING if config.max_running == "auto" else config.max_running
+    max_running = max(1, min(wanted, facts.num_samples))
+    step = CPU_PREFILL_TOKENS + max_running if config.max_step_tokens == "auto" else config.max_step_tokens
+    if step < max_running:
+        raise JobError(
+            f"engine.max_step_tokens is {step}, less than the {max_running} samples that may run at once; "
+            f"write at least {max_running}, or lower engine.max_running"
+        )
+    per_sequence = -(-facts.longest_sequence // page)
+    # One page more than the longest sample: its prompt's last page is copied for it, and the original kept.
+    needed = per_sequence + 1
+    useful = min(
+        max_running * (per_sequence + 1) + needed,
+        -(-facts.total_tokens // page) + 2 * facts.num_samples + needed,
+    )
+    if config.kv_cache_tokens == "auto":
+        shape = kv_shape(spec, page, 1, 1, 1)
+        budget = int(psutil.virtual_memory().available * CPU_MEMORY_SHARE) // shape.bytes_per_page(dtype)
+        remedy = "use a machine with more memory"
+    else:
+        budget = config.kv_cache_tokens // page
+        remedy = f"set engine.kv_cache_tokens to at least {needed * page}"
+    if budget < needed:
+        raise JobError(
+            f"the longest sample needs {needed * page} tokens of KV cache (prompt plus max_tokens), but "
+            f"{max(0, budget) * page} fit; {remedy}, or lower generation.max_tokens"
+        )
+    prefix = MIN_PREFIX_TOKENS if config.hydragen_min_prefix == "auto" else config.hydragen_min_prefix
+    group = MIN_GROUP if config.hydragen_min_group == "auto" else config.hydragen_min_group
+    return ReplicaSizes(
+        page_size=page,
+        num_pages=min(budget, useful) if config.kv_cache_tokens == "auto" else budget,
+        max_running=max_running,
+        max_step_tokens=step,
+        max_pages_per_sequence=per_sequence,
+        min_group=0 if config.hydragen is False else group,
+        min_prefix_pages=max(1, -(-prefix // page)),
+    )
+
+
+def kv_shape(spec: ModelSpec, page_size: int, num_pages: int, num_slots: int, max_pages: int) -> KVShape:
+    """The cache of one unsharded replica."""
+    return KVShape(
+        num_layers=spec.num_layers,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        page_size=page_size,
+        num_pages=num_pages,
+        num_slots=num_slots,
+        max_pages=max_pages,
+    )
