@@ -1,0 +1,333 @@
+"""Committing shards: when, under which names, and what a failing disk leaves behind. Read back with plain pyarrow."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tokabatch.data.durable import DurableFiles
+from tokabatch.data.folder import Claim
+from tokabatch.data.manifest import Manifest, Versions, mark_success, read_manifest, write_manifest, write_summary
+from tokabatch.data.shards import ShardWriter
+from tokabatch.errors import OutputError
+
+SCHEMA = pa.schema([("row_index", pa.int64()), ("status", pa.string()), ("text", pa.string())])
+
+
+def rows(begin: int, stop: int, errors: int = 0) -> pa.Table:
+    count = stop - begin
+    status = ["error"] * errors + ["ok"] * (count - errors)
+    return pa.table(
+        {"row_index": range(begin, stop), "status": status, "text": [f"t{i}" for i in range(begin, stop)]},
+        schema=SCHEMA,
+    )
+
+
+def committed(out: Path) -> dict[str, list[int]]:
+    return {path.name: pq.read_table(path)["row_index"].to_pylist() for path in sorted((out / "data").iterdir())}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def writer_for(claim: Claim, rows_per_shard: int = 1000, clock: Callable[[], float] | None = None) -> ShardWriter:
+    return ShardWriter(claim, SCHEMA, rows_per_shard=rows_per_shard, flush_seconds=30, clock=clock or Clock())
+
+
+def test_shards_are_cut_at_rows_per_shard(tmp_path: Path) -> None:
+    with Claim(tmp_path / "out") as claim:
+        writer = writer_for(claim, rows_per_shard=4)
+        writer.add(rows(0, 3))
+        assert committed(tmp_path / "out") == {}
+        writer.add(rows(3, 10, errors=1))
+        assert list(committed(tmp_path / "out")) == ["part-00000.parquet", "part-00001.parquet"]
+        shards = writer.close()
+    assert committed(tmp_path / "out") == {
+        "part-00000.parquet": [0, 1, 2, 3],
+        "part-00001.parquet": [4, 5, 6, 7],
+        "part-00002.parquet": [8, 9],
+    }
+    assert [(shard.rows, shard.ok, shard.errors) for shard in shards] == [(4, 3, 1), (4, 4, 0), (2, 2, 0)]
+    for shard in shards:
+        assert (tmp_path / "out" / shard.name).stat().st_size == shard.bytes
+    assert not (tmp_path / "out" / "_tmp").exists()
+
+
+def test_a_shard_is_cut_when_its_oldest_row_has_waited(tmp_path: Path) -> None:
+    clock = Clock()
+    with Claim(tmp_path / "out") as claim:
+        writer = writer_for(claim, clock=clock)
+        clock.now += 1000
+        writer.add(rows(0, 1))
+        clock.now += 20
+        writer.add(rows(1, 2))
+        clock.now += 9.9
+        writer.tick()
+        assert writer.shards == () and writer.buffered_rows == 2
+        clock.now += 0.2
+        writer.tick()
+        assert committed(tmp_path / "out") == {"part-00000.parquet": [0, 1]}
+        writer.tick()
+        writer.close()
+    assert len(committed(tmp_path / "out")) == 1
+
+
+def test_rows_left_over_by_a_full_shard_wait_anew(tmp_path: Path) -> None:
+    clock = Clock()
+    with Claim(tmp_path / "out") as claim:
+        writer = writer_for(claim, rows_per_shard=2, clock=clock)
+        writer.add(rows(0, 1))
+        clock.now += 29
+        writer.add(rows(1, 3))
+        clock.now += 29
+        writer.tick()
+        assert len(writer.shards) == 1
+        clock.now += 2
+        writer.tick()
+        assert len(writer.shards) == 2
+
+
+def test_many_bytes_are_cut_before_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokabatch.data.shards._SHARD_BYTES", 100)
+    with Claim(tmp_path / "out") as claim:
+        writer = writer_for(claim)
+        writer.add(rows(0, 50))
+        assert len(writer.shards) == 1
+
+
+def test_an_empty_run_commits_nothing_and_closes_its_books(tmp_path: Path) -> None:
+    with Claim(tmp_path / "out") as claim:
+        writer = writer_for(claim)
+        writer.add(rows(0, 0))
+        assert mark_success(claim, writer.close(), 0).closed
+    assert json.loads((tmp_path / "out" / "_SUCCESS").read_text())["files"] == []
+
+
+def test_pages_carry_checksums_and_a_flipped_bit_is_seen(tmp_path: Path) -> None:
+    with Claim(tmp_path / "out") as claim:
+        writer = writer_for(claim)
+        writer.add(rows(0, 500))
+        path = tmp_path / "out" / writer.close()[0].name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(OSError):
+        pq.ParquetFile(path, page_checksum_verification=True).read()
+
+
+def test_row_groups_stay_small_where_rows_are_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokabatch.data.shards._ROW_GROUP_BYTES", 1000)
+    with Claim(tmp_path / "out") as claim:
+        writer = writer_for(claim)
+        writer.add(rows(0, 500))
+        path = tmp_path / "out" / writer.close()[0].name
+    metadata = pq.read_metadata(path)
+    assert metadata.num_rows == 500 and 10 <= metadata.num_row_groups <= 50
+
+
+class Faulty(DurableFiles):
+    """Notes every call; the one numbered `fail_at` raises `code`."""
+
+    def __init__(self, fail_at: int | None = None, code: int = errno.EIO) -> None:
+        self.calls: list[str] = []
+        self.fail_at = fail_at
+        self.code = code
+
+    def note(self, name: str) -> None:
+        self.calls.append(name)
+        if len(self.calls) - 1 == self.fail_at:
+            raise OSError(self.code, os.strerror(self.code))
+
+    def create(self, path: Path) -> BinaryIO:
+        self.note("create")
+        return super().create(path)
+
+    def sync(self, file: BinaryIO) -> None:
+        self.note("sync")
+        super().sync(file)
+
+    def link(self, source: Path, target: Path) -> None:
+        self.note("link")
+        super().link(source, target)
+
+    def rename_new(self, source: Path, target: Path) -> None:
+        self.note("rename_new")
+        super().rename_new(source, target)
+
+    def sync_folder(self, path: Path) -> None:
+        self.note(f"sync_folder {path.name}")
+        super().sync_folder(path)
+
+    def remove(self, path: Path) -> None:
+        self.note(f"remove {path.parent.name}")
+        super().remove(path)
+
+
+def test_the_commit_is_synced_before_it_is_published(tmp_path: Path) -> None:
+    files = Faulty()
+    with Claim(tmp_path / "out", files) as claim:
+        writer = writer_for(claim)
+        files.calls.clear()
+        writer.add(rows(0, 3))
+        writer.close()
+    assert files.calls == ["create", "sync", "link", "sync_folder data", "remove _tmp"]
+
+
+@pytest.mark.parametrize("call", range(4))
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_failed_commit_keeps_its_rows_and_can_be_tried_again(tmp_path: Path, call: int, code: int) -> None:
+    files = Faulty()
+    out = tmp_path / "out"
+    with Claim(out, files) as claim:
+        writer = writer_for(claim)
+        writer.add(rows(0, 3))
+        files.calls.clear()
+        files.fail_at, files.code = call, code
+        with pytest.raises(OSError) as caught:
+            writer.commit()
+        assert caught.value.errno == code
+        assert committed(out) == {} and writer.shards == () and writer.buffered_rows == 3
+        assert list((out / "_tmp").iterdir()) == []
+        files.fail_at = None
+        writer.close()
+    assert committed(out) == {"part-00000.parquet": [0, 1, 2]}
+
+
+def test_a_temporary_name_that_stays_behind_does_not_undo_the_commit(tmp_path: Path) -> None:
+    files = Faulty()
+    with Claim(tmp_path / "out", files) as claim:
+        writer = writer_for(claim, rows_per_shard=3)
+        files.calls.clear()
+        files.fail_at = 4
+        writer.add(rows(0, 3))
+        assert len(writer.shards) == 1 and writer.buffered_rows == 0
+    assert committed(tmp_path / "out") == {"part-00000.parquet": [0, 1, 2]}
+
+
+def test_without_hard_links_a_rename_that_does_not_replace_publishes(tmp_path: Path) -> None:
+    files = Faulty()
+    out = tmp_path / "out"
+    with Claim(out, files) as claim:
+        writer = writer_for(claim, rows_per_shard=3)
+        files.calls.clear()
+        files.fail_at, files.code = 2, errno.EPERM
+        writer.add(rows(0, 3))
+    assert files.calls == ["create", "sync", "link", "rename_new", "sync_folder data"]
+    assert committed(out) == {"part-00000.parquet": [0, 1, 2]}
+
+
+@pytest.mark.parametrize("code", [None, errno.EPERM], ids=["link", "rename"])
+@pytest.mark.parametrize("system", [True, False], ids=["renameat2", "plain rename"])
+def test_a_shard_that_exists_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None, system: bool
+) -> None:
+    if not system:
+        monkeypatch.setattr("tokabatch.data.durable._rename_no_replace", lambda source, target: False)
+    files = Faulty()
+    with Claim(tmp_path / "out", files) as claim:
+        writer = writer_for(claim)
+        writer.add(rows(0, 3))
+        foreign = tmp_path / "out" / "data" / "part-00000.parquet"
+        foreign.write_bytes(b"another's")
+        files.calls.clear()
+        if code is not None:
+            files.fail_at, files.code = 2, code
+        with pytest.raises(OutputError, match=r"part-00000\.parquet exists already"):
+            writer.close()
+        assert foreign.read_bytes() == b"another's"
+
+
+def test_a_folder_with_data_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with Claim(tmp_path / "out") as claim:
+        writer = writer_for(claim)
+        writer.add(rows(0, 1))
+        writer.close()
+    with pytest.raises(OutputError, match=r"already holds 1 file.*part-00000.*Choose another output\.path") as caught:
+        Claim(tmp_path / "out")
+    assert caught.value.exit_code == 2
+    assert len(committed(tmp_path / "out")) == 1
+
+
+def test_what_a_crash_left_without_data_is_cleared(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "_tmp").mkdir(parents=True)
+    (out / "_tmp" / "part-00000.parquet").write_bytes(b"torn")
+    (out / "_SUCCESS").write_text("{}")
+    with Claim(out):
+        assert list((out / "_tmp").iterdir()) == []
+        assert not (out / "_SUCCESS").exists()
+
+
+def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(OutputError, match=r"cannot be written.*Choose another output\.path"):
+            Claim(path)
+    with pytest.raises(OutputError, match="No space left"):
+        Claim(tmp_path / "full", Faulty(fail_at=0, code=errno.ENOSPC))
+    with Claim(tmp_path / "full"):
+        pass
+
+
+def test_one_writer_a_folder_and_the_claim_dies_with_its_process(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    program = (
+        "import sys; from pathlib import Path; from tokabatch.data.folder import Claim\n"
+        "claim = Claim(Path(sys.argv[1])); print('claimed', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "claimed\n"
+        with pytest.raises(OutputError, match="another run is writing"):
+            Claim(out)
+        other.kill()
+    with Claim(out) as claim:
+        assert claim.folder.is_claimed()
+    assert not claim.folder.is_claimed()
+
+
+def manifest() -> Manifest:
+    versions = Versions("0.1.0", "2.13.0", "5.23.0", "3.11.7")
+    return Manifest("2026-01-02T03:04:05+00:00", "models/x", versions, 5, 10, {"generation": {"n": 2}})
+
+
+def test_the_manifest_comes_back(tmp_path: Path) -> None:
+    with Claim(tmp_path / "out") as claim:
+        assert read_manifest(claim.folder) is None
+        write_manifest(claim, manifest())
+        assert read_manifest(claim.folder) == manifest()
+        write_summary(claim, {"tokens_per_second": float("nan"), "path": tmp_path})
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert written == {"tokens_per_second": None, "path": str(tmp_path)}
+
+
+def test_success_is_marked_only_when_the_books_close(tmp_path: Path) -> None:
+    success = tmp_path / "out" / "_SUCCESS"
+    with Claim(tmp_path / "out") as claim:
+        writer = writer_for(claim, rows_per_shard=2)
+        writer.add(rows(0, 3, errors=1))
+        shards = writer.close()
+        books = mark_success(claim, shards, 4)
+        assert not books.closed and books.pending == 1 and not success.exists()
+        assert mark_success(claim, shards, 3).closed
+    document = json.loads(success.read_text())
+    assert (document["samples"], document["ok"], document["errors"]) == (3, 2, 1)
+    assert [(file["name"], file["rows"]) for file in document["files"]] == [
+        ("data/part-00000.parquet", 2),
+        ("data/part-00001.parquet", 1),
+    ]

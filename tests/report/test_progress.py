@@ -1,0 +1,139 @@
+"""Progress: what is shown when, how fast it is, and that a pipe gets no control codes."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from tokabatch.report.progress import (
+    LineProgress,
+    LiveProgress,
+    NullProgress,
+    Phase,
+    Progress,
+    ProgressSnapshot,
+    Rates,
+    open_progress,
+)
+
+
+def at(elapsed: float, phase: Phase = "generating", done: int = 0) -> ProgressSnapshot:
+    return ProgressSnapshot(
+        phase, elapsed, rows_done=done // 4, rows_total=100, samples_done=done, samples_total=400, errors=1,
+        tokens_in=done * 100, tokens_out=done * 50, kv_used=0.432, running=64, waiting=200,
+    )  # fmt: skip
+
+
+def a_terminal() -> tuple[Console, io.StringIO]:
+    stream = io.StringIO()
+    return Console(file=stream, force_terminal=True, width=100, legacy_windows=False), stream
+
+
+class TestRates:
+    def test_sliding_window_and_eta(self) -> None:
+        rates = Rates(window=10.0)
+        for second in range(101):
+            rates.add(at(float(second), done=second if second <= 50 else 50 + (second - 50) * 2))
+        assert rates.tokens_out == pytest.approx(100.0)
+        assert rates.tokens_in == pytest.approx(200.0)
+        assert rates.eta == pytest.approx((400 - 150) / 1.5)
+        assert len(rates._points) <= 12
+
+    def test_nothing_known_yet(self) -> None:
+        rates = Rates()
+        assert (rates.tokens_in, rates.eta) == (0.0, None)
+        rates.add(at(0.0, "reading"))
+        rates.add(at(0.0, "generating"))
+        assert (rates.tokens_out, rates.eta) == (0.0, None)
+
+    def test_samples_of_an_earlier_run_do_not_count_as_pace(self) -> None:
+        rates = Rates()
+        rates.add(at(10.0, done=200))
+        rates.add(at(20.0, done=300))
+        assert rates.eta == pytest.approx(10.0)
+
+
+class TestLines:
+    def test_a_line_every_few_seconds_and_at_each_phase_and_at_the_end(self) -> None:
+        stream = io.StringIO()
+        with LineProgress(stream, interval=5.0) as progress:
+            progress.update(at(0.0, "reading"))
+            progress.update(at(0.1, "reading"))
+            progress.message("model: 3,400,000 parameters")
+            for tenth in range(10, 111):
+                progress.update(at(tenth / 10, done=tenth))
+        lines = stream.getvalue().splitlines()
+        assert [line.split(" rows")[0] for line in lines if line.startswith("[")] == [
+            "[ 0.00 s] reading   ", "[ 1.00 s] generating", "[ 6.00 s] generating", "[ 11.0 s] generating",
+        ]  # fmt: skip
+        assert lines[1] == "model: 3,400,000 parameters"
+        assert "samples 110/400" in lines[-1] and "out 500 tok/s" in lines[-1] and "kv 43%" in lines[-1]
+        assert "running 64  waiting 200  eta 29.0 s" in lines[-1]
+
+    def test_no_control_codes(self) -> None:
+        stream = io.StringIO()
+        with LineProgress(stream, interval=0.0) as progress:
+            for done in range(5):
+                progress.update(at(float(done), done=done))
+        assert not any(character < " " and character != "\n" for character in stream.getvalue())
+
+    def test_the_last_state_is_shown_also_after_an_error(self) -> None:
+        stream = io.StringIO()
+        with pytest.raises(KeyError), LineProgress(stream) as progress:
+            progress.update(at(0.0))
+            progress.update(at(1.0, done=77))
+            raise KeyError
+        assert "samples 77/400" in stream.getvalue().splitlines()[-1]
+
+
+class TestLive:
+    def test_draws_every_phase(self) -> None:
+        console, stream = a_terminal()
+        with LiveProgress(console) as progress:
+            progress.update(ProgressSnapshot("reading", 0.1, rows_done=5))
+            progress.update(ProgressSnapshot("loading", 0.2, rows_done=5, rows_total=5))
+            progress.message("[not markup]")
+            progress.update(at(1.0))
+            progress.update(at(2.0, done=123))
+            progress.update(ProgressSnapshot("writing", 3.0, samples_total=0))
+        shown = stream.getvalue()
+        for text in ("reading", "loading", "generating", "writing", "[not markup]", "samples", "400"):
+            assert text in shown
+
+    def test_shows_the_last_state_and_gives_the_cursor_back(self) -> None:
+        console, stream = a_terminal()
+        with LiveProgress(console) as progress:
+            progress.update(at(1.0))
+            progress.update(at(1.01, done=396))
+        assert "99.0%" in stream.getvalue() and stream.getvalue().endswith("\x1b[?25h")
+
+    def test_update_costs_nothing_between_frames(self) -> None:
+        console, stream = a_terminal()
+        snapshot = at(1.0)
+        with LiveProgress(console) as progress:
+            progress.update(snapshot)
+            drawn = len(stream.getvalue())
+            began = time.perf_counter()
+            for _ in range(1000):
+                progress.update(snapshot)
+            # A thousand calls take well under one frame; the bound is loose for a busy machine.
+            assert time.perf_counter() - began < 0.15
+            assert len(stream.getvalue()) == drawn
+
+
+class TestChoice:
+    def test_quiet_and_pipes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+            monkeypatch.delenv(name, raising=False)
+        assert isinstance(open_progress(quiet=True), NullProgress)
+        assert isinstance(open_progress(quiet=False), LineProgress)
+
+    def test_null_is_silent(self, capfd: pytest.CaptureFixture[str]) -> None:
+        progress: Progress = NullProgress()
+        with progress:
+            progress.update(at(1.0))
+            progress.message("x")
+        assert capfd.readouterr() == ("", "")

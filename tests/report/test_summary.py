@@ -1,0 +1,120 @@
+"""The figures that are shown: that they are right, aligned, free of control codes, and safe with any text."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from tokabatch.job import Setting
+from tokabatch.report.render import plain, tables
+from tokabatch.report.summary import (
+    KvFacts,
+    ModelFacts,
+    PlanReport,
+    RunSummary,
+    Section,
+    plan_sections,
+    run_sections,
+    seconds_text,
+    status_sections,
+)
+
+SUMMARY = RunSummary(
+    rows=100, samples=400, ok=390, errors=10, prompt_tokens=50_000, cached_tokens=30_000, cacheable_tokens=40_000,
+    prefilled_tokens=20_500, output_tokens=80_000, seconds=45.0, load_seconds=5.0, steps=1234, output_path="out/x",
+    exit_code=3, preemptions=2, recomputed_tokens=500, host_seconds=0.25,
+    error_counts=(("prompt_too_long", 8), ("bad_json", 2)), pass_at_k=((1, 0.25), (4, 0.5)),
+)  # fmt: skip
+MODEL = ModelFacts("m", "llama", 3_400_000, 6, 256, 4, 2, 64, 2048, 4096, "float32")
+
+
+def a_plan(**changes: object) -> PlanReport:
+    values: dict[str, object] = dict(
+        model=MODEL, kv=KvFacts(1536, 16, 1024), rows=100, samples=400, prompt_tokens=1000, unique_tokens=400,
+        max_output_tokens=102_400, longest_prompt=77, first_prompt="Question: [bold]1+1[/bold]?\n  Answer:",
+        first_token_ids=(1, 22, 333), settings=(Setting("n", "4", "job"), Setting("temperature", "0.6", "default")),
+    )  # fmt: skip
+    return PlanReport(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def facts(sections: tuple[Section, ...]) -> dict[str, str]:
+    return {row[0]: row[1] for section in sections for row in section.rows}
+
+
+class TestRunSummary:
+    def test_figures(self) -> None:
+        shown = facts(run_sections(SUMMARY))
+        assert shown["samples"] == "400 = 390 ok + 10 errors"
+        assert shown["output tokens"] == "80,000 (2,000 per second)"
+        assert shown["saved by sharing"] == "30,000 of 40,000 possible (75.0%)"
+        assert shown["error prompt_too_long"] == "8"
+        assert shown["pass@4"] == "0.5000"
+        assert "max_fraction" in shown["result"]
+
+    def test_what_is_left_is_shown_and_nothing_divides_by_zero(self) -> None:
+        empty = RunSummary(
+            rows=3, samples=12, ok=2, errors=0, prompt_tokens=0, cached_tokens=0, cacheable_tokens=0, prefilled_tokens=0,
+            output_tokens=0, seconds=0.0, load_seconds=0.0, steps=0, output_path="o", exit_code=75, cancelled=4,
+        )  # fmt: skip
+        shown = facts(run_sections(empty))
+        assert shown["samples"] == "12 = 2 ok + 0 errors + 4 cancelled + 6 pending"
+        assert "run the same command again" in shown["result"]
+        assert "pass@1" not in shown and empty.to_dict()["output_tokens_per_second"] == 0
+
+    def test_to_dict_is_json(self) -> None:
+        values = json.loads(json.dumps(SUMMARY.to_dict()))
+        assert values["pass_at_k"] == {"1": 0.25, "4": 0.5} and values["pending"] == 0
+        assert values["error_counts"] == {"prompt_too_long": 8, "bad_json": 2}
+
+
+class TestPlan:
+    def test_figures(self) -> None:
+        shown = facts(plan_sections(a_plan(error_counts=(("bad_json", 2), ("empty_prompt", 1)))))
+        assert shown["rows"] == "100, 3 with errors" and shown["error bad_json"] == "2"
+        assert shown["shared tokens"] == "600 (60.0%)"
+        assert shown["pages"] == "1,024 (16,384 tokens, 24.0 MiB)"
+
+    def test_pages_unknown_before_the_device_is(self) -> None:
+        shown = facts(plan_sections(a_plan(kv=KvFacts(1536, 16, None))))
+        assert shown["pages"] == "as many as the device's memory holds"
+
+    def test_settings_say_where_they_come_from(self) -> None:
+        text = plain(plan_sections(a_plan()))
+        assert "  key          value  from\n  n            4      job\n  temperature  0.6    default\n" in text
+
+    def test_a_huge_prompt_is_cut_and_says_so(self) -> None:
+        text = plain(plan_sections(a_plan(first_prompt="x" * 10_000, first_token_ids=tuple(range(5000)))))
+        assert "[… and 6,000 more characters]" in text and "[… and 4,488 more]" in text and "5,000 token ids" in text
+
+
+class TestRender:
+    def test_plain_text_has_no_control_codes_and_keeps_lines_apart(self) -> None:
+        text = plain((*run_sections(SUMMARY), *plan_sections(a_plan())))
+        assert "\x1b" not in text
+        assert "  Question: [bold]1+1[/bold]?\n    Answer:" in text
+
+    def test_columns_align(self) -> None:
+        text = plain((Section("T", (("a", "1"), ("longer", "2\n3"))),))
+        assert text == "T\n  a       1\n  longer  2\n          3"
+        assert plain((Section("Empty", ()),)) == "Empty"
+
+    def test_tables_show_markup_and_any_text_literally(self) -> None:
+        stream = io.StringIO()
+        sections = (*plan_sections(a_plan()), *run_sections(SUMMARY), Section("Empty", ()))
+        Console(file=stream, force_terminal=True, width=100, color_system="truecolor").print(tables(sections))
+        assert "[bold]1+1[/bold]" in stream.getvalue() and "prompt_too_long" in stream.getvalue()
+
+    def test_status(self) -> None:
+        sections = status_sections({"state": "running", "rows": None, "ok": 1200, "accuracy": 0.25})
+        assert plain(sections) == "Status\n  state     running\n  ok        1,200\n  accuracy  0.2500"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "0.00 s"), (9.994, "9.99 s"), (59.9, "59.9 s"), (60, "1:00"), (3599.7, "1:00:00"), (90_061, "25:01:01")],
+)
+def test_seconds(seconds: float, text: str) -> None:
+    assert seconds_text(seconds) == text

@@ -1,0 +1,270 @@
+"""The command line as a user meets it: real processes, their output, their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = "jobs/quickstart.yaml"
+SMALL = ("input.limit=2", "generation.n=2", "generation.max_tokens=8")
+HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy", "pydantic")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "NO_COLOR", "COLUMNS")}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **changes}
+
+
+def tokabatch(*arguments: str | Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tokabatch", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=120)
+
+
+def job_file(folder: Path, *lines: str) -> Path:
+    path = folder / "job.yaml"
+    head = ["model: {path: missing/model}", "input: {path: missing.jsonl}", f"output: {{path: {folder / 'out'}}}"]
+    path.write_text("\n".join([*head, *lines]) + "\n")
+    return path
+
+
+class TestWithoutAModel:
+    def test_version(self) -> None:
+        done = tokabatch("--version")
+        assert (done.returncode, done.stderr) == (0, "") and re.fullmatch(r"tokabatch \d+\.\d+\.\d+\n", done.stdout)
+
+    def test_help_teaches(self) -> None:
+        done = tokabatch("--help")
+        assert done.returncode == 0 and "\x1b" not in done.stdout
+        for text in ("tokabatch run jobs/quickstart.yaml", "Exit codes", "75 ", "130 ", "generation.n=4", "run --keys"):
+            assert text in done.stdout
+        for command in ("run", "plan", "status", "export", "download"):
+            assert f"\n  {command} " in done.stdout
+            assert "Example" in tokabatch(command, "--help").stdout
+
+    def test_keys_explains_every_key(self) -> None:
+        done = tokabatch("run", "--keys")
+        assert done.returncode == 0
+        assert "generation.max_tokens\n    Most tokens a sample may have.\n    Accepts" in done.stdout
+        assert "Accepts a folder's path; required." in done.stdout and "prompt.few_shot.k\n" in done.stdout
+
+    def test_help_is_quick_and_imports_nothing_heavy(self) -> None:
+        code = f"import sys, tokabatch.cli; print([name for name in {HEAVY} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert done.stdout.strip() == "[]"
+        assert min(self._seconds("--help") for _ in range(5)) < 0.5
+
+    def _seconds(self, *arguments: str) -> float:
+        began = time.perf_counter()
+        tokabatch(*arguments)
+        return time.perf_counter() - began
+
+    def test_the_package_alone_is_light_and_its_names_arrive_on_demand(self) -> None:
+        code = (
+            "import sys, tokabatch\n"
+            "assert not {'torch', 'pyarrow', 'numpy', 'pydantic'} & set(sys.modules)\n"
+            "assert 'Job' in dir(tokabatch) and tokabatch.__version__\n"
+            "from tokabatch import Job\n"
+            "assert not {'torch', 'pyarrow'} & set(sys.modules)\n"
+            "try: tokabatch.nothing\n"
+            "except AttributeError as error: print(error)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert "has no attribute 'nothing'" in done.stdout
+
+    @pytest.mark.parametrize(
+        "arguments", [("nope",), ("run", "a.yaml", "--nope"), ("export", "x"), ("status", "a", "b"), ("--nope",)]
+    )
+    def test_a_wrong_command_line_is_exit_2(self, arguments: tuple[str, ...]) -> None:
+        done = tokabatch(*arguments)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "Usage" in done.stderr
+
+    @pytest.mark.parametrize("arguments", [(), ("run",), ("plan",), ("status",), ("export",), ("download",)])
+    def test_nothing_said_shows_the_help(self, arguments: tuple[str, ...]) -> None:
+        done = tokabatch(*arguments)
+        assert done.returncode in (0, 2) and "Example" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+class TestRefusals:
+    """Exit 2, one message on standard error, no traceback, nothing on standard output, nothing written."""
+
+    @pytest.mark.parametrize("command", ["run", "plan"])
+    @pytest.mark.parametrize(
+        ("lines", "overrides", "message"),
+        [
+            (["generation:", "  max_tokenz: 3"], [], "5: generation.max_tokenz: unknown key; did you mean `max_tokens`?"),
+            (["engine: {page_size: 24}"], [], "4: engine.page_size: got the number 24; accepts a power of two"),
+            ([], ["n=4"], "override `n=4`: unknown key; did you mean `generation.n=4`?"),
+            ([], ["generation.n"], "write key=value"),
+            (["a: [1"], [], "not valid YAML"),
+        ],
+    )
+    def test_jobs(self, tmp_path: Path, command: str, lines: list[str], overrides: list[str], message: str) -> None:
+        done = tokabatch(command, job_file(tmp_path, *lines), *overrides)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: ") and message in done.stderr and "Traceback" not in done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
+
+    def test_several_problems_at_once(self, tmp_path: Path) -> None:
+        done = tokabatch("run", job_file(tmp_path, "generation: {n: 0}"), "seed=1", "generation.topp=1")
+        assert done.returncode == 2 and done.stderr.startswith("errors:\n") and len(done.stderr.splitlines()) == 4
+
+    def test_no_such_job(self, tmp_path: Path) -> None:
+        done = tokabatch("run", tmp_path / "x.yaml")
+        assert done.returncode == 2 and "no such file" in done.stderr and "Traceback" not in done.stderr
+
+    def test_a_terminal_of_few_characters(self, tmp_path: Path) -> None:
+        done = tokabatch("run", job_file(tmp_path), "generation.näme=1", PYTHONIOENCODING="ascii")
+        assert done.returncode == 2 and "unknown key" in done.stderr
+
+    def test_status_and_export_of_nothing(self, tmp_path: Path) -> None:
+        for arguments in (("status", tmp_path / "no"), ("export", tmp_path / "no", "--to", tmp_path / "a.jsonl")):
+            done = tokabatch(*arguments)
+            assert done.returncode == 2 and "Traceback" not in done.stderr and str(tmp_path / "no") in done.stderr
+
+    def test_download_without_the_hub(self, tmp_path: Path) -> None:
+        done = tokabatch("download", "nobody/nothing", HF_HOME=str(tmp_path))
+        assert done.returncode == 2 and "nobody/nothing" in done.stderr and "Traceback" not in done.stderr
+
+    @pytest.mark.parametrize("command", ["run", "plan"])
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("model.path=./no-such-folder", "no-such-folder"),
+            ("input.path=no-such-file.jsonl", "no-such-file.jsonl"),
+            ("prompt.template={{ no_such_column }}", "no_such_column"),
+        ],
+    )
+    def test_what_a_job_names_must_exist(self, tmp_path: Path, command: str, override: str, message: str) -> None:
+        done = tokabatch(command, QUICKSTART, *SMALL, f"output.path={tmp_path / 'out'}", override)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        assert not list((tmp_path / "out").glob("data/*"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.CompletedProcess[str]]]:
+    """One small run of the quickstart, looked at by several tests."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    yield out, tokabatch("run", QUICKSTART, *SMALL, f"output.path={out}")
+
+
+class TestQuickstart:
+    def test_plan_shows_everything_and_writes_nothing(self, tmp_path: Path) -> None:
+        done = tokabatch("plan", QUICKSTART, *SMALL, f"output.path={tmp_path / 'out'}")
+        assert (done.returncode, list(tmp_path.iterdir())) == (0, []), done.stderr
+        assert "\x1b" not in done.stdout
+        for text in ("First prompt", "token ids", "unique tokens", "longest prompt", "bytes per token", "at most 32"):
+            assert text in done.stdout
+        assert re.search(r"max_tokens +8 +job", done.stdout) and re.search(r"\n  samples +4\n", done.stdout)
+
+    def test_run_leaves_every_sample_in_parquet(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+        out, done = finished
+        assert done.returncode == 0, done.stderr
+        table = pq.read_table(sorted((out / "data").glob("part-*.parquet"))).to_pylist()
+        assert sorted((row["row_index"], row["sample_index"]) for row in table) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert all(row["status"] == "ok" and row["num_output_tokens"] <= 8 for row in table)
+        for name in ("manifest.json", "summary.json", "_SUCCESS"):
+            assert (out / name).exists()
+        assert json.loads((out / "summary.json").read_text())
+
+    def test_summary_on_stdout_progress_on_stderr(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+        _, done = finished
+        assert "4 = 4 ok + 0 errors" in done.stdout and "saved by sharing" in done.stdout and "pass@2" in done.stdout
+        assert "generating" in done.stderr and "generating" not in done.stdout
+        assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stderr
+
+    def test_status(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+        done = tokabatch("status", finished[0])
+        assert done.returncode == 0 and re.search(r"state +complete", done.stdout) and re.search(r"ok +4\n", done.stdout)
+
+    @pytest.mark.parametrize(("nested", "lines"), [((), 4), (("--nested",), 2)])
+    def test_export(
+        self, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, nested: tuple[str, ...], lines: int
+    ) -> None:
+        target = tmp_path / "all.jsonl"
+        done = tokabatch("export", finished[0], "--to", target, *nested)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in target.read_text().splitlines()]
+        assert len(rows) == lines and [row["row_index"] for row in rows] == sorted(row["row_index"] for row in rows)
+        assert str(target) in done.stdout
+
+    def test_quiet(self, tmp_path: Path) -> None:
+        done = tokabatch("run", QUICKSTART, *SMALL, f"output.path={tmp_path / 'out'}", "--quiet")
+        assert done.returncode == 0 and "samples" in done.stdout and "generating" not in done.stderr
+
+    def test_from_python(self, tmp_path: Path) -> None:
+        code = (
+            "from tokabatch import Job, run\n"
+            f"summary = run(Job.load({QUICKSTART!r}, *{SMALL!r}, 'output.path={tmp_path / 'out'}'))\n"
+            "print(summary.ok, summary.exit_code)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout == "4 0\n", done.stderr
+
+    def test_too_many_errors_is_exit_3(self, tmp_path: Path) -> None:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text('{"prompt": "a"}\nnot json\n')
+        done = tokabatch(
+            "run", QUICKSTART, "generation.n=1", "generation.max_tokens=4", "prompt={}", "verify=null", f"input.path={rows}",
+            "input.limit=null", f"output.path={tmp_path / 'out'}",
+        )  # fmt: skip
+        assert done.returncode == 3, done.stderr
+        assert "bad_json" in done.stdout and "2 = 1 ok + 1 errors" in done.stdout
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are a Unix matter")
+    def test_a_terminal_gets_a_live_display(self, tmp_path: Path) -> None:
+        shown = in_terminal("run", QUICKSTART, *SMALL, f"output.path={tmp_path / 'out'}")
+        assert "\x1b[?25l" in shown and "\x1b[?25h" in shown and "generating" in shown and "pass@2" in shown
+
+    @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+    def test_a_signal_stops_it_and_keeps_the_books(self, tmp_path: Path, sent: signal.Signals, code: int) -> None:
+        out = tmp_path / "out"
+        arguments = ("run", QUICKSTART, "generation.n=500", "generation.ignore_eos=true", f"output.path={out}")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tokabatch", *arguments], cwd=ROOT, env=environment(), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "generating" in line:
+                break
+        process.send_signal(sent)
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == code, stderr
+        assert "Traceback" not in stderr and "run the same command again" in stdout
+        assert not (out / "_SUCCESS").exists()
+
+
+def in_terminal(*arguments: str) -> str:
+    """Everything that a command shows on a terminal of its own."""
+    leader, follower = pty.openpty()
+    changes = environment(TERM="xterm-256color", COLUMNS="100", LINES="30")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tokabatch", *arguments], cwd=ROOT, env=changes, stdout=follower, stderr=follower
+    )
+    os.close(follower)
+    shown = b""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (process.poll() is None or select.select([leader], [], [], 0)[0]):
+        if select.select([leader], [], [], 0.2)[0]:
+            try:
+                shown += os.read(leader, 65536)
+            except OSError:  # The other end is closed: nothing more will come.
+                break
+    process.wait(timeout=30)
+    os.close(leader)
+    return shown.decode()

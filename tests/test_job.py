@@ -1,0 +1,402 @@
+"""The job file: what is accepted, what is refused, and that a refusal says where and what to write instead."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokabatch.errors import JobError, RowError
+from tokabatch.job import GenerationConfig, Job, verifier_names
+from tokabatch.job.scalars import parse_scalar, write_value
+from tokabatch.messages import SamplingParams
+
+MINIMAL = {"model": {"path": "m"}, "input": {"path": "x.jsonl"}, "output": {"path": "out/x"}}
+HEADER = "model: {path: m}\ninput: {path: x.jsonl}\noutput: {path: out/x}\n"
+ISSUE_EXAMPLE = r"""
+model: {path: meta-llama/Llama-3.2-1B-Instruct, revision: null, tokenizer: null, dtype: auto}   # hub id or folder
+input:
+  path: data/*.jsonl
+  subset: null
+  split: null
+  limit: null
+  id_column: null
+prompt:
+  template: "Question: {{ question }}\nAnswer:"
+  system: null
+  chat: auto
+  messages: null
+  token_ids: null
+  few_shot: {path: jobs/data/x.jsonl, k: 4, template: "..."}
+generation: {n: 1, temperature: 1.0, top_p: 1.0, top_k: null, min_p: 0.0, max_tokens: 256, stop: [], stop_token_ids: [],
+             ignore_eos: false, seed: 0, logprobs: null}
+engine: {device: auto, page_size: 16, kv_cache_tokens: auto, max_running: auto, max_step_tokens: auto, hydragen: auto,
+         hydragen_min_group: auto, hydragen_min_prefix: auto}
+output: {path: out/gsm8k, rows_per_shard: 50000, flush_seconds: 30, columns: all}
+errors: {policy: continue, max_fraction: 0.01}
+"""
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    path = folder / "job.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def refusal(source: object, *overrides: str) -> str:
+    with pytest.raises(JobError) as caught:
+        Job.load(source, *overrides)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def refused_file(folder: Path, text: str | bytes) -> str:
+    """The refusal of a job file, its path shortened to `job.yaml`."""
+    return refusal(write(folder, text)).replace(str(folder / "job.yaml"), "job.yaml")
+
+
+class TestAccepted:
+    def test_the_documented_file_and_its_defaults(self, tmp_path: Path) -> None:
+        job = Job.load(write(tmp_path, ISSUE_EXAMPLE))
+        assert job.prompt.template == "Question: {{ question }}\nAnswer:"
+        assert job.prompt.few_shot is not None and job.prompt.few_shot.k == 4
+        assert job.output.flush_seconds == 30.0 and isinstance(job.output.flush_seconds, float)
+        # Everything the example spells out is a default, but for what names files.
+        bare = Job.load(MINIMAL)
+        assert (job.generation, job.engine, job.errors) == (bare.generation, bare.engine, bare.errors)
+
+    def test_a_file_and_a_mapping_load_the_same(self, tmp_path: Path) -> None:
+        assert Job.load(write(tmp_path, HEADER)) == Job.load(str(tmp_path / "job.yaml")) == Job.load(MINIMAL)
+
+    def test_to_dict_is_json_and_loads_back(self) -> None:
+        job = Job.load(MINIMAL, 'generation.stop=["\\n"]', "output.columns=[id]", "prompt.template={{ q }}")
+        values = job.to_dict()
+        assert values["generation"]["stop"] == ["\n"]
+        assert Job.load(values) == job
+
+    def test_the_mapping_is_left_alone(self) -> None:
+        source = {"model": {"path": "m"}, "input": {"path": "x"}, "output": {"path": "o"}, "engine": None}
+        Job.load(source, "model.dtype=float32", "engine.page_size=8")
+        assert source == {"model": {"path": "m"}, "input": {"path": "x"}, "output": {"path": "o"}, "engine": None}
+
+    def test_an_empty_section_has_its_defaults(self, tmp_path: Path) -> None:
+        assert Job.load(write(tmp_path, HEADER + "engine:\ngeneration:\n")) == Job.load(MINIMAL)
+
+    def test_frozen(self) -> None:
+        with pytest.raises(ValueError, match="frozen"):
+            Job.load(MINIMAL).generation.n = 2  # type: ignore[misc]
+
+    def test_path_objects_and_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", "/home/somebody")
+        job = Job.load({**MINIMAL, "model": {"path": Path("a/b")}, "output": {"path": "~/out"}})
+        assert (job.model.path, job.output.path) == ("a/b", "/home/somebody/out")
+
+    def test_byte_order_mark_and_windows_line_ends(self, tmp_path: Path) -> None:
+        assert Job.load(write(tmp_path, b"\xef\xbb\xbf" + HEADER.replace("\n", "\r\n").encode())) == Job.load(MINIMAL)
+
+    def test_importing_loads_no_torch(self) -> None:
+        code = "import sys, tokabatch.job; print([m for m in ('torch', 'pyarrow', 'transformers') if m in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]"
+
+
+class TestScalars:
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("1K", 1024), ("1k", 1000), ("2M", 2 << 20), ("2m", 2_000_000), ("3G", 3 << 30), ("3g", 3_000_000_000),
+            ("1e3", 1000), ("2E+06", 2_000_000), ("1e-5", 1e-5), ("1.5e3", 1500.0), (".5", 0.5), ("-7", -7), ("+7", 7),
+            ("007", 7), ("0x1F", 31), ("0o17", 15), ("null", None), ("~", None), ("", None), ("true", True),
+            ("False", False), ("yes", "yes"), ("no", "no"), ("on", "on"), ("12:30", "12:30"), ("1_000", "1_000"),
+            ("1.2.3", "1.2.3"), ("2020-01-01", "2020-01-01"), ("K", "K"), ("1KB", "1KB"), ("nan", "nan"), ("e3", "e3"),
+            (".inf", math.inf), ("-.inf", -math.inf), ("<<", "<<"), ("=", "="),
+        ],
+    )  # fmt: skip
+    def test_plain_words(self, text: str, value: object) -> None:
+        parsed = parse_scalar(text)
+        assert parsed == value and type(parsed) is type(value)
+
+    def test_not_a_number(self) -> None:
+        parsed = parse_scalar(".nan")
+        assert isinstance(parsed, float) and math.isnan(parsed)
+
+    @given(st.text(max_size=40))
+    def test_any_text_has_a_meaning(self, text: str) -> None:
+        assert parse_scalar(text) is None or isinstance(parse_scalar(text), str | int | float)
+
+    @given(st.integers(-(10**30), 10**30) | st.floats(allow_nan=False) | st.booleans() | st.none())
+    def test_what_is_written_reads_back(self, value: object) -> None:
+        if isinstance(value, float) and math.isinf(value):
+            return
+        assert parse_scalar(write_value(value)) == value
+
+    def test_in_a_file(self, tmp_path: Path) -> None:
+        text = HEADER + "generation: {max_tokens: 1K, top_p: 1e-1, n: 1e3}\nengine: {kv_cache_tokens: 64K}\n"
+        job = Job.load(write(tmp_path, text))
+        assert (job.generation.max_tokens, job.generation.top_p, job.generation.n) == (1024, 0.1, 1000)
+        assert job.engine.kv_cache_tokens == 65536
+
+    def test_quoted_stays_text(self, tmp_path: Path) -> None:
+        job = Job.load(write(tmp_path, HEADER + "verify: {kind: exact, answer: '1K'}\nprompt: {system: \"true\"}\n"))
+        assert job.verify is not None and (job.verify.answer, job.prompt.system) == ("1K", "true")
+
+
+class TestRefusedFiles:
+    @pytest.mark.parametrize(
+        ("lines", "message"),
+        [
+            ("generation:\n  max_tokenz: 4", "5: generation.max_tokenz: unknown key; did you mean `max_tokens`?"),
+            ("max_tokens: 4", "4: max_tokens: unknown key; did you mean `generation.max_tokens`?"),
+            ("generatoin: {n: 2}", "4: generatoin: unknown key; did you mean `generation`?"),
+            ("engine: {seed: 3}", "4: engine.seed: unknown key; did you mean `generation.seed`?"),
+            ("engine: {zzz: 3}", "4: engine.zzz: unknown key; the keys of engine are device, page_size"),
+            ("prompt: {path: 3}", "there are `model.path`, `input.path`, `prompt.few_shot.path`, `output.path`"),
+            ("generation: {n: four}", "4: generation.n: got the text four; accepts a whole number >= 1"),
+            ("generation: {n: 2.0}", "got the number 2.0; accepts a whole number >= 1, for example `n: 4`"),
+            ("generation: {n: true}", "got true; accepts a whole number"),
+            ("generation: {n: 0}", "got the number 0; accepts a whole number >= 1"),
+            ("generation: {n: null}", "got null; accepts a whole number >= 1"),
+            ("generation: {n: 3000000000}", "got the number 3000000000"),
+            ("generation: {n: [4]}", "got a list; accepts a whole number"),
+            ("generation: {temperature: true}", "got true; accepts a finite number >= 0"),
+            ("generation: {temperature: -0.1}", "accepts a finite number >= 0"),
+            ("generation: {temperature: .nan}", "got the number nan; accepts a finite number"),
+            ("generation: {temperature: .inf}", "got the number inf; accepts a finite number"),
+            ("generation: {top_p: 0}", "accepts a number above 0 and at most 1"),
+            ("generation: {top_p: 1.01}", "accepts a number above 0 and at most 1"),
+            ("generation: {min_p: 1}", "accepts a number from 0 to below 1"),
+            ("generation: {max_tokens: 0}", "accepts a whole number >= 1"),
+            ("generation: {top_k: -1}", "or null or 0 for off"),
+            ("generation: {stop: foo}", 'accepts a list of non-empty texts, for example `stop: ["\\n\\n"]`'),
+            ("generation: {stop: ['']}", "generation.stop[0]: got empty text"),
+            ("generation:\n  stop:\n    - a\n    - 3", "7: generation.stop[1]: got the number 3"),
+            ("generation: {stop_token_ids: [-1]}", "stop_token_ids[0]: got the number -1; accepts a list of token ids"),
+            ("generation: {ignore_eos: yes}", "got the text yes; accepts true or false"),
+            ("generation: {seed: -1}", "accepts a whole number from 0 to 2^63 - 1"),
+            ("generation: 5", "generation: got the number 5; accepts a mapping of the keys n, temperature"),
+            ("engine: {page_size: 24}", "got the number 24; accepts a power of two >= 1, for example `page_size: 16`"),
+            ("engine: {device: tpu}", "got the text tpu; accepts one of auto, cpu, cuda"),
+            ("engine: {hydragen: 1}", "got the number 1; accepts auto, true or false"),
+            ("engine: {max_running: many}", "accepts auto, or a whole number >= 1"),
+            ("errors: {max_fraction: 1.5}", "accepts a number from 0 to 1"),
+            ("errors: {policy: skip}", "accepts one of continue, stop"),
+            ("prompt: {system: 42}", "got the number 42; accepts text (a Jinja template), or null (text that looks like"),
+            ("prompt: {template: a, messages: b}", "4: prompt: template and messages are given, but a prompt has one"),
+            ("prompt: {template: a, messages: b, token_ids: c}", "template and messages and token_ids are given"),
+            ("prompt: {token_ids: a, system: b}", "system cannot be put in front of token_ids"),
+            ("prompt: {chat: false, template: a, system: b}", "system needs a chat template, but chat is false"),
+            ("prompt:\n  few_shot: {path: a, k: 0, template: b}", "5: prompt.few_shot.k: got the number 0"),
+            ("prompt:\n  few_shot: {path: a}", "5: prompt.few_shot.template: missing; accepts text (a Jinja template)"),
+            ("prompt:\n  template: {{ question }}", "5: prompt.template: a key must be a single word"),
+            ("verify: {kind: gsm9k, answer: a}", "4: verify.kind: there is no verifier `gsm9k`; did you mean `gsm8k`?"),
+            ("verify: {kind: gsm8k}", "4: verify.answer: missing; accepts text"),
+            ("verify: {kind: ../gsm8k, answer: a}", "there is no verifier `../gsm8k`"),
+            ("generation:\n  n: 2\n  n: 3", "6: generation.n: given twice, first on line 5; keep one"),
+            ("model: {path: other}", "4: model: given twice, first on line 1; keep one"),
+        ],
+    )
+    def test_keys_and_values(self, tmp_path: Path, lines: str, message: str) -> None:
+        refused = refused_file(tmp_path, f"{HEADER}{lines}\n")
+        assert message in refused
+        assert all(re.match(r"job\.yaml:\d+: ", line) for line in refused.splitlines())
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "job.yaml: holds nothing; a job file is a mapping"),
+            ("- a\n- b\n", "job.yaml: holds a list"),
+            ("hello\n", "job.yaml: holds plain text"),
+            ("{}\n", "job.yaml: model.path: missing; accepts a Hugging Face id or a local folder"),
+            ("a: &x [1]\nb: *x\n", "job.yaml:1: `&x`: YAML anchors and aliases are not accepted"),
+            ("a: !!python/object/apply:os.system [ls]\n", "YAML tags are not accepted"),
+            ("model:\n\tpath: m\n", "job.yaml:2: not valid YAML"),
+            ("prompt: {template: 'a}\n", "not valid YAML"),
+            ("prompt:\n  system: Answer: now\n", "job.yaml:2: not valid YAML: mapping values are not allowed here (text"),
+            ("a: 1\n---\nb: 2\n", "holds more than one document"),
+            ("a: " + "[" * 5000, "nested more than 20 levels deep"),
+            ("a: \x01\n", "not valid YAML"),
+            (b"a: \xff\n", "job.yaml: not UTF-8 text (byte 3)"),
+            ("a: " + "x" * (1 << 20), "is no job file"),
+        ],
+        ids=lambda value: repr(value[:24]),
+    )
+    def test_documents(self, tmp_path: Path, text: str | bytes, message: str) -> None:
+        assert message in refused_file(tmp_path, text)
+
+    def test_alias_bomb_is_quick(self, tmp_path: Path) -> None:
+        bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+        assert "anchors and aliases are not accepted" in refused_file(tmp_path, bomb)
+
+    def test_several_problems_come_together_in_the_order_of_the_file(self, tmp_path: Path) -> None:
+        text = HEADER + "generation:\n  n: 0\n  temprature: 1\n  n: 2\nengine: {page_size: 3}\n"
+        lines = refused_file(tmp_path, text).splitlines()
+        assert [line.split(":")[1] for line in lines] == ["5", "6", "7", "8"]
+        assert "did you mean `temperature`?" in lines[1]
+
+    def test_missing_files(self, tmp_path: Path) -> None:
+        write(tmp_path, HEADER)
+        missing = refusal(tmp_path / "jop.yaml")
+        assert "no such file" in missing and "job.yaml" in missing
+        assert "is a folder; name the job file inside it" in refusal(tmp_path)
+
+    def test_a_file_that_may_not_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def deny(path: Path) -> bytes:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "read_bytes", deny)
+        assert "job.yaml: cannot be read: Permission denied" in refusal(tmp_path / "job.yaml")
+
+    def test_mappings_are_as_strict(self) -> None:
+        assert refusal({**MINIMAL, "generation": {"n": "4"}}) == (
+            'job: generation.n: got the text "4"; accepts a whole number >= 1, for example `n: 4`'
+        )
+        assert "got a Python set; accepts" in refusal({**MINIMAL, "generation": {"temperature": {1}}})
+        assert "unknown key" in refusal({**MINIMAL, 3: 4})
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60) | st.text("{}[]:,-?&*!|>'\"%@` \n#ab1", max_size=60))
+    def test_any_text_is_refused_in_words(self, tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+        path = tmp_path_factory.getbasetemp() / "any.yaml"
+        path.write_text(text, encoding="utf-8")
+        assert str(path) in refusal(path)
+
+
+class TestOverrides:
+    def test_they_win_over_the_file_and_the_last_wins(self, tmp_path: Path) -> None:
+        path = write(tmp_path, HEADER + "generation: {n: 2, seed: 7}\n")
+        job = Job.load(path, "generation.n=3", "generation.n=1K", "model.dtype=float32", "output.flush_seconds=2")
+        assert (job.generation.n, job.generation.seed, job.model.dtype) == (1024, 7, "float32")
+
+    @pytest.mark.parametrize(
+        ("override", "value"),
+        [
+            ("prompt.template={{ question }}", "{{ question }}"),
+            ("prompt.template={% if a %}b{% endif %}", "{% if a %}b{% endif %}"),
+            ("prompt.template=Question: {{ q }} a=b", "Question: {{ q }} a=b"),
+            ('prompt.template="a\\nb"', "a\nb"),
+            ("prompt.template=' x '", " x "),
+            ("prompt.template= x ", " x "),
+            ("prompt.template='42'", "42"),
+            ("prompt.template=null", None),
+            ("prompt.template=", None),
+        ],
+    )
+    def test_text_values(self, override: str, value: str | None) -> None:
+        assert Job.load(MINIMAL, override).prompt.template == value
+
+    def test_lists_sections_and_new_sections(self) -> None:
+        job = Job.load(MINIMAL, "generation.stop=[a, '1']", "generation.stop_token_ids=[1K, 2]", "prompt.few_shot.k=2",
+                       "prompt.few_shot.path=x", "prompt.few_shot.template=y", "verify={kind: exact, answer: a}",
+                       "output.columns=[id]")  # fmt: skip
+        assert job.generation.stop == ("a", "1") and job.generation.stop_token_ids == (1024, 2)
+        assert job.prompt.few_shot is not None and job.prompt.few_shot.k == 2
+        assert job.verify is not None and job.output.columns == ("id",)
+        assert Job.load(job.to_dict(), "verify=null").verify is None
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("n=4", "override `n=4`: unknown key; did you mean `generation.n=4`?"),
+            ("generation.maxtokens=4", "unknown key; did you mean `generation.max_tokens=4`?"),
+            ("path=x", "override `path=x`: unknown key; there are `model.path`, `input.path`"),
+            ("a.b.c=4", "override `a.b.c=4`: a: unknown key"),
+            ("engine.page_size=24", "override `engine.page_size=24`: got the number 24; accepts a power of two >= 1"),
+            ("generation.n.x=4", "override `generation.n.x=4`: generation.n: got a mapping; accepts a whole number"),
+            ("generation={n: 0}", "override `generation={n: 0}`: generation.n: got the number 0"),
+            ("generation.stop=[a", "override `generation.stop=[a`: the value is not valid YAML; close every quote"),
+            ("generation.stop={a: 1, a: 2}", "the value is not valid YAML"),
+            ("generation.n", "override `generation.n`: write key=value, for example generation.n=4"),
+            ("=4", "override `=4`: write key=value"),
+            ("generation..n=4", "write key=value"),
+            ("verify.kind=gsm8k", "override `verify.kind=gsm8k`: verify.answer: missing; accepts text"),
+        ],
+    )
+    def test_refusals_name_the_override(self, tmp_path: Path, override: str, message: str) -> None:
+        refused = refusal(write(tmp_path, HEADER + "generation: {n: 2}\n"), override)
+        assert message in refused and "job.yaml" not in refused
+
+    def test_file_and_override_problems_come_together(self, tmp_path: Path) -> None:
+        refused = refusal(write(tmp_path, HEADER + "engine: {page_size: 3}\n"), "n=4", "generation.n=0", "seed=1")
+        assert [line.split(": ")[0].rpartition("/")[2] for line in refused.splitlines()] == [
+            "job.yaml:4", "override `n=4`", "override `generation.n=0`", "override `seed=1`",
+        ]  # fmt: skip
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.text(max_size=30))
+    def test_any_override_is_taken_or_refused_in_words(self, text: str) -> None:
+        for override in (text, f"generation.stop={text}", f"{text}=1"):
+            try:
+                Job.load(MINIMAL, override)
+            except JobError as error:
+                assert "override" in str(error)
+
+
+class TestGeneration:
+    def test_params(self) -> None:
+        job = Job.load(MINIMAL, "generation.n=3", "generation.stop=[x]", "generation.logprobs=0")
+        assert job.generation.params() == SamplingParams(n=3, stop=("x",), logprobs=0)
+
+    def test_row_params_override_and_nulls_do_not(self) -> None:
+        generation = GenerationConfig(n=3, temperature=0.5, top_k=7)
+        params = generation.row_params({"temperature": 0, "n": None, "stop": ["a"], "top_k": 0})
+        assert params == SamplingParams(n=3, temperature=0.0, stop=("a",))
+
+    @pytest.mark.parametrize(
+        ("struct", "message"),
+        [
+            ({"temperature": -1.0}, "sampling_params.temperature: got the number -1.0; accepts a finite number >= 0"),
+            ({"temperature": float("nan")}, "got the number nan"),
+            ({"n": 0}, "sampling_params.n: got the number 0"),
+            ({"top_p": 0.0}, "sampling_params.top_p"),
+            ({"max_token": 5}, "sampling_params.max_token: unknown key; did you mean `max_tokens`?"),
+            ({"zzz": 5}, "unknown key; the keys here are n, temperature"),
+            ({"n": "3", "seed": 1.5}, "sampling_params.n: got the text"),
+        ],
+    )
+    def test_row_params_refusals(self, struct: dict[str, object], message: str) -> None:
+        refused = GenerationConfig().row_params(struct)
+        assert isinstance(refused, RowError) and refused.code == "bad_sampling"
+        assert message in refused.message and "\n" not in refused.message
+
+    def test_model_defaults_fill_what_the_job_leaves_open(self) -> None:
+        job = Job.load(MINIMAL, "generation.temperature=0.2")
+        effective, listed = job.generation.with_model_defaults(
+            {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_length": 20, "min_p": 7.0}
+        )
+        assert (effective.temperature, effective.top_p, effective.top_k, effective.min_p) == (0.2, 0.9, 20, 0.0)
+        sources = {setting.key: (setting.value, setting.source) for setting in listed}
+        assert sources["temperature"] == ("0.2", "job")
+        assert sources["top_p"] == ("0.9", "generation_config.json")
+        assert sources["max_tokens"] == ("256", "default") and sources["min_p"] == ("0.0", "default")
+        assert list(sources) == list(GenerationConfig.model_fields)
+
+
+class TestReference:
+    def test_every_key_is_described(self) -> None:
+        keys = Job.describe_keys()
+        assert all(key.description.endswith(".") and key.accepts for key in keys)
+        assert {key.name for key in keys if key.default is None} >= {"model.path", "input.path", "output.path"}
+
+    def test_every_example_is_accepted(self, tmp_path: Path) -> None:
+        """What a refusal tells people to write must load: provoke each key's refusal and follow it."""
+        for key in Job.describe_keys():
+            if key.name.startswith("verify.kind"):
+                continue
+            base = {**MINIMAL, "verify": {"kind": "exact", "answer": "a"}}
+            few_shot = ("prompt.few_shot.path=x", "prompt.few_shot.template=y") if "few_shot" in key.name else ()
+            advice = re.search(r"for example `(.*)`$", refusal(base, *few_shot, f"{key.name}={{a: 1}}"))
+            assert advice is not None, key.name
+            Job.load(base, *few_shot, advice[1])
+
+    def test_verifiers_are_listed_without_importing_them(self) -> None:
+        assert {"gsm8k", "exact"} <= set(verifier_names())
+        assert not any(name.startswith("_") for name in verifier_names())
+
+    @pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("jobs/*.yaml")), ids=lambda path: path.name)
+    def test_the_jobs_of_this_repository_load(self, path: Path) -> None:
+        Job.load(path, "generation.n=2")

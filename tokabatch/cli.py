@@ -1,0 +1,205 @@
+"""The command line: the only module that prints results, reports errors and decides the exit code.
+
+Nothing heavy is imported here, so that help answers at once: a command fetches what it needs through `_load`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokabatch import __version__
+from tokabatch.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from tokabatch.report.summary import PlanReport, RunSummary, Section
+
+_HELP = """Offline batch inference: complete every row of a dataset with a language model, each row n times.
+
+A job file says what to do; any key of it can be overridden on the command line. The job is checked and planned
+before the weights load, the results are Parquet files in the job's output folder.
+
+\b
+Examples
+  tokabatch plan jobs/quickstart.yaml                     check a job, show its first prompt and its size
+  tokabatch run jobs/quickstart.yaml                      run it
+  tokabatch run jobs/quickstart.yaml generation.n=4       with one key changed
+  tokabatch run --keys                                    every key of a job file, explained
+  tokabatch status out/quickstart                         how far a run is
+  tokabatch export out/quickstart --to samples.jsonl      one file, ordered by row and sample
+
+\b
+Exit codes
+  0    complete
+  1    internal error
+  2    the command line, the job file or a file it names is wrong; the message says what and how to mend it
+  3    complete, but with more errors than errors.max_fraction allows
+  4    the books do not close (a bug: please report it)
+  75   stopped before the end; run the same command again to go on
+  130  interrupted, after committing what was finished
+"""
+
+_OVERRIDES_HELP = """key=value, dotted as in the file: generation.n=4 engine.page_size=32 model.dtype=float32. Numbers take
+1K (1,024), 1k (1,000), M and G; a list is written as in YAML: 'generation.stop=["\\n"]'."""
+
+app = typer.Typer(
+    help=_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+def main() -> None:
+    """Entry point. A mistake of the user's ends in one message and exit code 2; anything unforeseen in its traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for stream in (sys.stdout, sys.stderr):
+        # A prompt may hold characters that the terminal's encoding has not.
+        stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        app()
+    except UsageError as error:
+        print(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tokabatch {__version__}")
+        raise typer.Exit
+
+
+def _print_keys(wanted: bool) -> None:
+    if wanted:
+        for key in _load("tokabatch.job").Job.describe_keys():
+            default = "required" if key.default is None else f"default {key.default}"
+            print(f"{key.name}\n    {key.description}\n    Accepts {key.accepts}; {default}.")
+        raise typer.Exit
+
+
+JobArgument = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
+OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=_OVERRIDES_HELP, show_default=False)]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of a run.", show_default=False)]
+KeysOption = Annotated[
+    bool, typer.Option("--keys", callback=_print_keys, is_eager=True, help="Explain every key of a job file, and exit.")
+]
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
+
+@app.command(no_args_is_help=True)
+def run(
+    job: JobArgument,
+    overrides: OverridesArgument = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; the summary is still printed.")] = False,
+    keys: KeysOption = False,
+) -> None:
+    """Run a job and print its summary.
+
+    The results are Parquet files under OUT/data, which appear while the run goes on. Progress goes to standard error,
+    the summary to standard output.
+
+    \b
+    Examples
+      tokabatch run jobs/quickstart.yaml
+      tokabatch run jobs/quickstart.yaml generation.n=4 output.path=out/four --quiet
+    """
+    loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
+    with _load("tokabatch.report.progress").open_progress(quiet) as progress:
+        summary: RunSummary = _load("tokabatch.runner").run(loaded, progress)
+    _print_sections(_load("tokabatch.report.summary").run_sections(summary))
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command(no_args_is_help=True)
+def plan(job: JobArgument, overrides: OverridesArgument = None, keys: KeysOption = False) -> None:
+    """Check a job and show what it would do.
+
+    Loads no weights and writes nothing. Reads the whole input: counts rows, samples and tokens, shared and unshared,
+    and shows the first prompt with its token ids and the settings in effect.
+
+    \b
+    Example
+      tokabatch plan jobs/quickstart.yaml generation.n=100
+    """
+    loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
+    report: PlanReport = _load("tokabatch.runner").plan(loaded)
+    _print_sections(_load("tokabatch.report.summary").plan_sections(report))
+
+
+@app.command(no_args_is_help=True)
+def status(out: OutArgument) -> None:
+    """Show how far the run in an output folder is.
+
+    \b
+    Example
+      tokabatch status out/quickstart
+    """
+    found: Any = _load("tokabatch.data.status").read_status(out)
+    if found.state == "absent":
+        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
+    values = {**asdict(found), "pending": found.pending, "accuracy": found.accuracy}
+    _print_sections(_load("tokabatch.report.summary").status_sections(values))
+
+
+@app.command(no_args_is_help=True)
+def export(
+    out: OutArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="FILE.jsonl|FILE.parquet", help="File to write.", show_default=False)],
+    nested: Annotated[bool, typer.Option("--nested", help="One record a row, its samples as a list.")] = False,
+) -> None:
+    """Write a run's samples into one file, ordered by row and sample.
+
+    \b
+    Examples
+      tokabatch export out/quickstart --to samples.parquet
+      tokabatch export out/quickstart --to rows.jsonl --nested
+    """
+    exported = _load("tokabatch.data.export").export(out, to, nested=nested)
+    print(f"{exported.path}: {exported.samples:,} samples of {exported.rows:,} rows, {exported.bytes:,} bytes")
+
+
+@app.command(no_args_is_help=True)
+def download(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hugging Face id, such as Qwen/Qwen3-0.6B.", show_default=False)
+    ],
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit.", show_default=False)] = None,
+) -> None:
+    """Fetch a model from the Hugging Face hub.
+
+    It goes into the hub's cache; the folder it lies in is printed. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured.
+
+    \b
+    Example
+      tokabatch download Qwen/Qwen3-0.6B
+    """
+    print(_load("tokabatch.model.resolve").resolve_model(model, revision))
+
+
+def _load(module: str) -> Any:
+    """The one place that imports late: torch and pyarrow take seconds, and most invocations need neither."""
+    return import_module(module)
+
+
+def _print_sections(sections: tuple[Section, ...]) -> None:
+    render = _load("tokabatch.report.render")
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        _load("rich.console").Console(highlight=False).print(render.tables(sections))
+    else:
+        print(render.plain(sections))

@@ -1,0 +1,129 @@
+"""From the job's `input.path` to an ordered list of files: a file, a folder, a glob or an fsspec URL.
+
+This module knows no file format beyond its extension. Folders are read recursively; names that begin with `.` or `_` are
+bookkeeping of other tools and are no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import IO, Any, cast
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+
+from tokabatch.errors import InputError
+
+COMPRESSIONS = (".gz", ".zst")
+GLOB_CHARACTERS = "*?["
+ADVICE = {
+    "json": "turn the array into JSON Lines, for example with: jq -c '.[]' data.json > data.jsonl",
+    "ndjson": "rename it to .jsonl",
+    "csv": "convert it to Parquet or JSON Lines, for example with pandas.read_csv(...).to_parquet(...)",
+    "tsv": "convert it to Parquet or JSON Lines, for example with pandas.read_csv(..., sep='\\t').to_parquet(...)",
+    "txt": 'write one JSON object a line, for example {"prompt": "..."}, into a .jsonl file',
+}
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One file of the input. `path` is as its file system spells it, `size` in bytes or None where unknown."""
+
+    fs: AbstractFileSystem
+    path: str
+    size: int | None
+
+    def open(self) -> IO[bytes]:
+        try:
+            return cast("IO[bytes]", self.fs.open(self.path, "rb"))
+        except OSError as error:
+            raise InputError(f"cannot open {self.path}: {error}. Check that it exists and is readable.") from error
+
+    @property
+    def compression(self) -> str:
+        """`.gz`, `.zst`, or the empty string."""
+        return next((suffix for suffix in COMPRESSIONS if self.path.endswith(suffix)), "")
+
+    @property
+    def format(self) -> str:
+        """The extension below any compression, without its dot: `jsonl` for `a.jsonl.gz`."""
+        name = self.path.rsplit("/", 1)[-1].removesuffix(self.compression)
+        return name.rsplit(".", 1)[-1].lower() if "." in name else ""
+
+
+def find_files(path: str, formats: Collection[str]) -> tuple[str, tuple[InputFile, ...]]:
+    """The one format of the input and its files, sorted by path. Raises InputError naming `path` and the remedy."""
+    fs, root = _open_file_system(path)
+    try:
+        files = _list(fs, path, root, formats)
+    except OSError as error:
+        raise InputError(f"cannot list input.path {path!r}: {error}") from error
+    found = sorted({file.format for file in files})
+    unknown = [file for file in files if file.format not in formats]
+    if unknown:
+        raise InputError(_unknown_format(unknown[0], formats))
+    if len(found) > 1:
+        raise InputError(
+            f"input.path {path!r} mixes {' and '.join(found)} files; name one kind, for example {path.rstrip('/')}/*.{found[0]}"
+            if not _is_glob(root)
+            else f"input.path {path!r} mixes {' and '.join(found)} files; narrow the pattern to one kind"
+        )
+    return found[0], tuple(files)
+
+
+def _open_file_system(path: str) -> tuple[AbstractFileSystem, str]:
+    try:
+        fs, root = cast("tuple[AbstractFileSystem, str]", url_to_fs(path))
+    except ImportError as error:
+        raise InputError(f"input.path {path!r} needs another package: {error}") from error
+    except ValueError as error:
+        raise InputError(f"input.path {path!r} is not a URL that fsspec knows: {error}") from error
+    return fs, root
+
+
+def _list(fs: AbstractFileSystem, path: str, root: str, formats: Collection[str]) -> list[InputFile]:
+    if fs.isfile(root):
+        return [_file(fs, root, fs.info(root))]
+    if fs.isdir(root):
+        found = cast("dict[str, dict[str, Any]]", fs.find(root, detail=True))
+        visible = {name: info for name, info in found.items() if not _is_hidden(name.removeprefix(root.rstrip("/")))}
+        files = [_file(fs, name, info) for name, info in sorted(visible.items())]
+        known = [file for file in files if file.format in formats]
+        if not known:
+            seen = ", ".join(file.path.rsplit("/", 1)[-1] for file in files[:5]) or "nothing"
+            raise InputError(f"the folder {path!r} holds no {_spell(formats)} file (it holds {seen}); check input.path")
+        return known
+    if _is_glob(root):
+        matches = cast("dict[str, dict[str, Any]]", fs.glob(root, detail=True))
+        wants_dots = root.rsplit("/", 1)[-1].startswith(".")
+        names = [name for name in sorted(matches) if wants_dots or not name.rsplit("/", 1)[-1].startswith(".")]
+        files = [_file(fs, name, matches[name]) for name in names if matches[name].get("type") == "file"]
+        if not files:
+            raise InputError(f"input.path {path!r} matches no file; check the pattern and the folder you run in")
+        return files
+    raise InputError(f"input.path {path!r} does not exist; paths are relative to the folder you run in")
+
+
+def _file(fs: AbstractFileSystem, path: str, info: dict[str, Any]) -> InputFile:
+    size = info.get("size")
+    return InputFile(fs, path, int(size) if size is not None else None)
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(part[:1] in (".", "_") for part in relative.split("/") if part)
+
+
+def _is_glob(path: str) -> bool:
+    return any(character in path for character in GLOB_CHARACTERS)
+
+
+def _spell(formats: Collection[str]) -> str:
+    return " or ".join(f".{name}" for name in sorted(formats))
+
+
+def _unknown_format(file: InputFile, formats: Collection[str]) -> str:
+    advice = ADVICE.get(file.format, "convert it, or give the file its right extension")
+    return (
+        f"{file.path} is not a format that can be read ({_spell(formats)}; .jsonl also as .jsonl.gz and .jsonl.zst): {advice}"
+    )

@@ -1,0 +1,112 @@
+"""Arrow types for JSON values, learned while the values stream by.
+
+Whole numbers and fractions in one column become float64 where that loses nothing; values of different kinds, numbers beyond
+64 bits, objects without or with too many different keys become a string column that holds each value's JSON text. Constant
+memory for a bounded number of columns. This module knows no files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import pyarrow as pa
+
+MAX_FIELDS = 256
+MAX_DEPTH = 16
+EXACT_FLOAT = 1 << 53
+INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
+
+Encoder = Callable[[Any], Any]
+
+
+class JsonType:
+    """The values of one column, list or field seen so far."""
+
+    __slots__ = ("_as_text", "_depth", "_fields", "_inexact", "_items", "_kinds")
+
+    def __init__(self, depth: int = 0) -> None:
+        self._kinds: set[type] = set()
+        self._items: JsonType | None = None
+        self._fields: dict[str, JsonType] = {}
+        self._inexact = False
+        self._as_text = depth >= MAX_DEPTH
+        self._depth = depth
+
+    def add(self, value: Any) -> None:
+        kind = type(value)
+        self._kinds.add(kind)
+        if kind is int:
+            self._add_int(value)
+        elif kind is list and not self._as_text:
+            self._items = self._items or JsonType(self._depth + 1)
+            for item in value:
+                self._items.add(item)
+        elif kind is dict and not self._as_text:
+            self._add_object(value)
+
+    def arrow(self) -> pa.DataType:
+        """The type that every value seen fits, once encoded."""
+        kinds = self._kinds - {type(None)}
+        if self.is_text():
+            return pa.string()
+        if kinds <= {int}:
+            return pa.int64()
+        if kinds <= {int, float}:
+            return pa.float64()
+        if kinds == {bool}:
+            return pa.bool_()
+        if kinds == {list}:
+            return pa.list_(self._items.arrow() if self._items else pa.string())
+        return pa.struct([pa.field(name, field.arrow()) for name, field in self._fields.items()])
+
+    def encoder(self) -> Encoder | None:
+        """What turns a value into one of the Arrow type; None where nothing needs to change."""
+        if self.is_text():
+            return None if self._kinds <= {str, type(None)} else _json_text
+        if list in self._kinds:
+            inner = self._items.encoder() if self._items else None
+            return _list_encoder(inner) if inner else None
+        fields = {name: encode for name, field in self._fields.items() if (encode := field.encoder())}
+        return _object_encoder(fields) if fields else None
+
+    def is_text(self) -> bool:
+        """Whether the column is strings: the values are, or they do not fit one other type."""
+        kinds = self._kinds - {type(None)}
+        if not kinds or self._as_text or kinds == {str} or (kinds == {dict} and not self._fields):
+            return True
+        return not (len(kinds) == 1 or (kinds == {int, float} and not self._inexact))
+
+    def _add_int(self, value: int) -> None:
+        if not -EXACT_FLOAT <= value <= EXACT_FLOAT:
+            self._inexact = True
+            if not INT64_MIN <= value <= INT64_MAX:
+                self._as_text = True
+
+    def _add_object(self, value: Mapping[str, Any]) -> None:
+        for name, item in value.items():
+            field = self._fields.get(name)
+            if field is None:
+                if len(self._fields) >= MAX_FIELDS:
+                    self._as_text, self._fields = True, {}
+                    return
+                field = self._fields[name] = JsonType(self._depth + 1)
+            field.add(item)
+
+
+def _json_text(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _list_encoder(inner: Encoder) -> Encoder:
+    return lambda value: None if value is None else [inner(item) for item in cast("list[Any]", value)]
+
+
+def _object_encoder(fields: Mapping[str, Encoder]) -> Encoder:
+    def encode(value: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        return {name: fields[name](item) if name in fields else item for name, item in value.items()}
+
+    return encode

@@ -1,0 +1,41 @@
+"""JSON that any parser reads: no NaN or Infinity (they become null), and a text for every value JSON has no type for.
+
+Bytes become base64, what is left its `str`. This module knows no schema.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def to_json(value: object, *, indent: int | None = None) -> str:
+    """One JSON text, non-ASCII characters as they are."""
+    try:
+        return _dump(value, indent)
+    except ValueError:
+        return _dump(_finite(value), indent)
+
+
+def _dump(value: object, indent: int | None) -> str:
+    separators = (",", ":") if indent is None else None
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain, indent=indent, separators=separators)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return base64.b64encode(value).decode("ascii")
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,45 @@
+"""Where rows come from. A reader is one file in this folder; the file's name is its key.
+
+A file `readers/<extension>.py` reads files of that extension through its `open_files(name, files) -> Reader`. `hub.py` reads
+`hf://datasets/org/name` through its `open_dataset`. Adding a format is adding a file; it is imported only when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from tokabatch.data.files import find_files
+from tokabatch.data.rows import Reader
+from tokabatch.errors import InputError
+from tokabatch.job import InputConfig
+
+HUB = "hub"
+HUB_SCHEME = "hf://datasets/"
+
+
+def open_reader(config: InputConfig) -> Reader:
+    """The reader for the job's input. `subset` and `split` mean something to hub datasets only and are ignored for files,
+    so that one job can be pointed at a local copy by overriding `input.path` alone. `limit` is applied by the caller."""
+    path = config.path
+    if _is_hub_dataset(path):
+        return importlib.import_module(f"{__name__}.{HUB}").open_dataset(path, config.subset, config.split)
+    return open_path(path)
+
+
+def open_path(path: str) -> Reader:
+    """The reader for a file, folder, glob or fsspec URL."""
+    if _is_hub_dataset(path):
+        raise InputError(f"{path} is a whole hub dataset; name one file of it, such as {path.rstrip('/')}/data/FILE.parquet")
+    kind, files = find_files(path, formats())
+    return importlib.import_module(f"{__name__}.{kind}").open_files(path, files)
+
+
+def formats() -> tuple[str, ...]:
+    """The file extensions that can be read."""
+    return tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name != HUB)
+
+
+def _is_hub_dataset(path: str) -> bool:
+    """A whole dataset, not a file inside its repository."""
+    return path.startswith(HUB_SCHEME) and path.removeprefix(HUB_SCHEME).strip("/").count("/") <= 1

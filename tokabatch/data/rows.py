@@ -1,0 +1,64 @@
+"""What a reader hands on: rows in the order of the input, numbered from 0 over all of its files, faults included.
+
+This module knows no file format. A row that could not be read is a `Row` with an error, so that every record of the input
+is counted exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from tokabatch.errors import RowError
+
+MAX_BATCH_ROWS = 1024
+MAX_BATCH_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record. `columns` is None exactly when `error` says why it could not be parsed at all."""
+
+    index: int
+    columns: Mapping[str, Any] | None
+    error: RowError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """At most MAX_BATCH_ROWS consecutive rows, or fewer where they are large, with what is kept of them for the output.
+
+    Either `texts` holds the JSON text of each row (empty for one that could not be parsed), or `table` the rows in the
+    reader's schema. A row's `columns` may hold fewer columns than that, never others.
+    """
+
+    rows: Sequence[Row]
+    texts: Sequence[bytes] = ()
+    table: pa.RecordBatch | None = None
+
+    def head(self, count: int) -> RowBatch:
+        """The first `count` rows."""
+        if count >= len(self.rows):
+            return self
+        return RowBatch(self.rows[:count], self.texts[:count], None if self.table is None else self.table.slice(0, count))
+
+
+class Reader(Protocol):
+    """A dataset that can be read from its beginning any number of times, in constant memory."""
+
+    @property
+    def name(self) -> str:
+        """What messages call this input."""
+        ...
+
+    @property
+    def schema(self) -> pa.Schema | None:
+        """The columns and their Arrow types; None where only reading every row can tell (JSON Lines)."""
+        ...
+
+    def batches(self, columns: Collection[str] | None = None) -> Iterator[RowBatch]:
+        """Every row in order. `columns` names those that the caller will look at in `Row.columns`; None is all."""
+        ...

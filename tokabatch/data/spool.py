@@ -1,0 +1,70 @@
+"""Arrays and texts that grow on disk while a dataset streams by, then are read back through memory maps.
+
+Each spool owns the file it was given until `finish`. Nothing here is durable: a spool lives as long as its run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from tokabatch.messages import Int64
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+class ArraySpool(Generic[Scalar]):
+    """A one-dimensional array of one type, appended in pieces."""
+
+    def __init__(self, path: Path, dtype: type[Scalar]) -> None:
+        self._path = path
+        self._dtype = np.dtype(dtype)
+        self._file = path.open("wb")
+        self.length = 0
+
+    def append(self, values: Sequence[Any] | npt.NDArray[Scalar]) -> None:
+        array = np.asarray(values, dtype=self._dtype)
+        self._file.write(array.tobytes())
+        self.length += len(array)
+
+    def finish(self) -> npt.NDArray[Scalar]:
+        """The whole array, memory-mapped and read-only."""
+        self._file.close()
+        if self.length == 0:
+            return np.empty(0, dtype=self._dtype)
+        return np.memmap(self._path, dtype=self._dtype, mode="r", shape=(self.length,)).view(np.ndarray)
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Finished byte strings: number i is `data[offsets[i] : offsets[i + 1]]`."""
+
+    data: npt.NDArray[np.uint8]
+    offsets: Int64
+
+    def get(self, row: int) -> bytes:
+        return self.data[self.offsets[row] : self.offsets[row + 1]].tobytes()
+
+
+class TextSpool:
+    """Byte strings one after another, and where each begins."""
+
+    def __init__(self, path: Path) -> None:
+        self._data = ArraySpool(path, np.uint8)
+        self._offsets = ArraySpool(path.with_suffix(".offsets"), np.int64)
+        self._offsets.append([0])
+
+    def append(self, texts: Sequence[bytes]) -> None:
+        ends = accumulate((len(text) for text in texts), initial=self._data.length)
+        next(ends)
+        self._offsets.append(list(ends))
+        self._data.append(np.frombuffer(b"".join(texts), dtype=np.uint8))
+
+    def finish(self) -> Texts:
+        return Texts(self._data.finish(), self._offsets.finish())

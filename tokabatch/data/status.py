@@ -1,0 +1,142 @@
+"""How far a run is, read from its output folder by anyone at any time.
+
+The shards are the journal: what they hold is what is done. Only footers and two or three small columns are read. This
+module does not know pass@k; it hands out the counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from tokabatch.data.folder import OutputFolder
+from tokabatch.data.manifest import Books, read_manifest, read_summary
+from tokabatch.data.shards import count_ok, damaged, open_shard
+from tokabatch.messages import Bool, Int64
+
+State = Literal["running", "complete", "incomplete", "absent"]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """`rows` and `samples` are what the run will have, None where no manifest says; the rest is what is committed."""
+
+    state: State
+    rows: int | None
+    samples: int | None
+    ok: int
+    errors: int
+    cancelled: int
+    shards: int
+    bytes: int
+    correct: int | None
+    """Samples found correct; None where the job does not verify."""
+
+    @property
+    def committed(self) -> int:
+        """Samples in the shards."""
+        return self.ok + self.errors
+
+    @property
+    def pending(self) -> int | None:
+        """Samples still to come; None where their number is not known."""
+        if self.samples is None:
+            return None
+        return Books(self.samples, self.ok, self.errors, self.cancelled).pending
+
+    @property
+    def accuracy(self) -> float | None:
+        """Correct samples over committed ones, error rows counted as wrong."""
+        if self.correct is None or not self.committed:
+            return None
+        return self.correct / self.committed
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """For each row with a committed sample, ascending by row index: its samples, error rows included, and how many are
+    correct. Arrays of the same length."""
+
+    row_index: Int64
+    samples: Int64
+    correct: Int64
+
+
+def read_status(path: Path) -> Status:
+    """The state of the output folder `path`. Raises OutputError where one of its files is damaged."""
+    folder = OutputFolder(path)
+    # Asked first: a run that ends in between must not look incomplete.
+    running = folder.is_claimed()
+    manifest = read_manifest(folder)
+    paths = folder.shard_paths()
+    ok = errors = 0
+    correct: int | None = None
+    for table in _columns(paths, ("status", "correct")):
+        shard_ok = count_ok(table)
+        ok += shard_ok
+        errors += table.num_rows - shard_ok
+        if "correct" in table.column_names:
+            correct = (correct or 0) + int(_flags(table).sum())
+    state: State = "incomplete"
+    if folder.success.exists():
+        state = "complete"
+    elif running:
+        state = "running"
+    elif manifest is None and not paths:
+        state = "absent"
+    cancelled = read_summary(folder).get("cancelled", 0)
+    return Status(
+        state=state,
+        rows=manifest.rows if manifest else None,
+        samples=manifest.samples if manifest else None,
+        ok=ok,
+        errors=errors,
+        cancelled=cancelled if isinstance(cancelled, int) else 0,
+        shards=len(paths),
+        bytes=sum(path.stat().st_size for path in paths),
+        correct=correct,
+    )
+
+
+def read_tally(path: Path) -> Tally | None:
+    """Samples and correct samples of each row; None where nothing is verified. Memory: 16 bytes a row of the input."""
+    samples = np.zeros(0, dtype=np.int64)
+    correct = np.zeros(0, dtype=np.int64)
+    verified = False
+    for table in _columns(OutputFolder(path).shard_paths(), ("row_index", "correct")):
+        verified = verified or "correct" in table.column_names
+        rows = table["row_index"].to_numpy()
+        samples = _add(samples, np.bincount(rows))
+        if "correct" in table.column_names:
+            correct = _add(correct, np.bincount(rows[_flags(table)]))
+    if not verified:
+        return None
+    present = np.flatnonzero(samples)
+    return Tally(present, samples[present], _add(correct, np.zeros(len(samples), np.int64))[present])
+
+
+def _columns(paths: Sequence[Path], names: Sequence[str]) -> Iterator[pa.Table]:
+    for path in paths:
+        with open_shard(path) as file:
+            present = [name for name in names if name in file.schema_arrow.names]
+            for group in range(file.num_row_groups):
+                try:
+                    yield file.read_row_group(group, columns=present)
+                except (OSError, pa.ArrowException) as error:
+                    raise damaged(path, error) from error
+
+
+def _flags(table: pa.Table) -> Bool:
+    return table["correct"].fill_null(False).to_numpy().astype(np.bool_)
+
+
+def _add(left: Int64, right: Int64) -> Int64:
+    total = np.zeros(max(len(left), len(right)), dtype=np.int64)
+    total[: len(left)] += left
+    total[: len(right)] += right
+    return total

@@ -1,0 +1,201 @@
+"""The whole input, tokenised once and kept on disk: what planning, scheduling and the output read.
+
+`ingest` is a single pass over the rows in bounded memory; everything per row lives in files of the given folder, which the
+caller owns and removes. This module knows no schedule and no output format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from tokabatch.data.columns import Columns, ColumnSpool, open_column_spool
+from tokabatch.data.identity import IdSpool, read_ids
+from tokabatch.data.prompts import Limits, Prompt, PromptBuilder
+from tokabatch.data.readers import open_reader
+from tokabatch.data.rows import Reader, Row, RowBatch
+from tokabatch.data.spool import ArraySpool, Texts
+from tokabatch.data.templates import list_columns
+from tokabatch.errors import InputError, RowError
+from tokabatch.job import GenerationConfig, Job
+from tokabatch.messages import Int32, Int64, SamplingParams
+
+if TYPE_CHECKING:
+    from tokabatch.data.tokenizer import Tokenizer
+
+MAX_NAMES = 10_000
+
+
+@dataclass(frozen=True)
+class InputStore:
+    """Row r's prompt is `tokens[start[r] : start[r] + length[r]]`, sampled as `sampling[params[r]]`; a row in `errors` has
+    length 0. Arrays are memory-mapped and read-only."""
+
+    num_rows: int
+    tokens: Int32
+    start: Int64
+    length: Int32
+    params: Int32
+    sampling: tuple[SamplingParams, ...]
+    errors: dict[int, RowError]
+    column_schema: pa.Schema
+    """The input columns that the output carries (`output.columns`)."""
+    chat: bool
+    """Whether text prompts go through the chat template."""
+    hidden_rows: int
+    """Prompts in which a row's text spelled a special token, encoded as plain text."""
+    _columns: Columns
+    _ids: Texts | None
+
+    def prompt(self, row: int) -> Int32:
+        """Token ids of one row, shape [length]."""
+        start = int(self.start[row])
+        return self.tokens[start : start + int(self.length[row])]
+
+    @property
+    def first_prompt_row(self) -> int | None:
+        """The first row that has a prompt."""
+        found = np.flatnonzero(self.length[: len(self.errors) + 1])
+        return int(found[0]) if len(found) else None
+
+    def columns(self, row_indices: Int64, names: Sequence[str] | None = None) -> pa.Table:
+        """Input columns of any rows in any order, repeats included; `names` overrides those of `column_schema`. Nulls for
+        a row that could not be read."""
+        rows, back = np.unique(np.asarray(row_indices, dtype=np.int64), return_inverse=True)
+        table = self._columns.take(rows, self.column_schema.names if names is None else names)
+        return table if np.array_equal(back, np.arange(len(rows))) else table.take(pa.array(back))
+
+    def ids(self, row_indices: Int64) -> pa.Array[Any]:
+        """The rows' ids as strings: of `input.id_column`, else the row number; null where a row has none."""
+        return read_ids(self._ids, np.asarray(row_indices, dtype=np.int64))
+
+    def close(self) -> None:
+        """Releases the files; the folder is the caller's."""
+        self._columns.close()
+
+
+def ingest(
+    job: Job,
+    tokenizer: Tokenizer,
+    folder: Path,
+    context_length: int,
+    *,
+    generation: GenerationConfig | None = None,
+    vocab_size: int | None = None,
+    on_rows: Callable[[int, int], None] | None = None,
+) -> InputStore:
+    """Reads, renders and tokenises the job's input into `folder`, which must exist and be empty.
+
+    `generation` is the job's with the model's defaults filled in; `vocab_size` the number of embeddings (default: the
+    tokenizer's). `on_rows` is told the number of rows and error rows so far after each batch. Raises InputError or JobError
+    where the input as a whole cannot be used; a faulty row is an entry in `errors`.
+    """
+    limits = Limits(context_length, vocab_size or tokenizer.vocab_size)
+    builder = PromptBuilder(job.prompt, generation or job.generation, tokenizer, limits)
+    reader = open_reader(job.input)
+    if reader.schema is not None:
+        _check_columns(job, builder, reader.schema.names)
+    spools = _Spools(job, folder, reader)
+    left = job.input.limit
+    needed = builder.columns | {name for name in (job.input.id_column,) if name}
+    for batch in reader.batches(needed):
+        kept = batch if left is None else batch.head(left)
+        spools.append(kept, builder.build(kept.rows))
+        if on_rows is not None:
+            on_rows(spools.num_rows, len(spools.errors))
+        left = None if left is None else left - len(kept.rows)
+        if left == 0:
+            break
+    if spools.num_rows == 0:
+        raise InputError(f"input.path {reader.name!r} holds no rows; check the file")
+    if spools.any_parsed:
+        _check_columns(job, builder, spools.names)
+    return spools.finish(job, builder)
+
+
+class _Spools:
+    """Everything that grows while the rows stream by."""
+
+    def __init__(self, job: Job, folder: Path, reader: Reader) -> None:
+        carried = job.output.columns
+        answer = {job.verify.answer} if job.verify else set[str]()
+        kept = None if carried == "all" else sorted({*carried, *answer})
+        self._tokens = ArraySpool(folder / "tokens.bin", np.int32)
+        self._start = ArraySpool(folder / "start.bin", np.int64)
+        self._length = ArraySpool(folder / "length.bin", np.int32)
+        self._params = ArraySpool(folder / "params.bin", np.int32)
+        self._columns: ColumnSpool = open_column_spool(folder / "columns", reader.schema, kept)
+        self._ids = IdSpool(folder / "ids.bin", job.input.id_column) if job.input.id_column else None
+        self._sampling: dict[SamplingParams, int] = {}
+        self.errors: dict[int, RowError] = {}
+        self.names: dict[str, None] = dict.fromkeys(reader.schema.names) if reader.schema is not None else {}
+        self.num_rows = 0
+        self.any_parsed = False
+
+    def append(self, batch: RowBatch, prompts: Sequence[Prompt | RowError]) -> None:
+        faults = self._ids.append(batch.rows) if self._ids else {}
+        results = [faults.get(row.index, prompt) for row, prompt in zip(batch.rows, prompts, strict=True)]
+        self.errors.update(
+            {row.index: each for row, each in zip(batch.rows, results, strict=True) if isinstance(each, RowError)}
+        )
+        self._append_prompts(results)
+        self._columns.append(batch)
+        self._note_names(batch.rows)
+        self.num_rows += len(batch.rows)
+
+    def finish(self, job: Job, builder: PromptBuilder) -> InputStore:
+        ids = self._ids.finish() if self._ids else None
+        columns = self._columns.finish()
+        carried = job.output.columns
+        names = [name for name in columns.schema.names if carried == "all" or name in carried]
+        return InputStore(
+            num_rows=self.num_rows,
+            tokens=self._tokens.finish(),
+            start=self._start.finish(),
+            length=self._length.finish(),
+            params=self._params.finish(),
+            sampling=tuple(self._sampling),
+            errors=self.errors,
+            column_schema=pa.schema([columns.schema.field(name) for name in names]),
+            chat=builder.chat,
+            hidden_rows=builder.hidden_rows,
+            _columns=columns,
+            _ids=ids,
+        )
+
+    def _append_prompts(self, results: Sequence[Prompt | RowError]) -> None:
+        lengths = [0 if isinstance(each, RowError) else len(each.token_ids) for each in results]
+        ends = self._tokens.length + np.cumsum(lengths, dtype=np.int64)
+        tokens = [each.token_ids for each in results if isinstance(each, Prompt)]
+        self._start.append(ends - np.asarray(lengths, dtype=np.int64))
+        self._length.append(lengths)
+        self._params.append([0 if isinstance(each, RowError) else self._param_index(each.params) for each in results])
+        if tokens:
+            self._tokens.append(np.concatenate(tokens))
+
+    def _param_index(self, params: SamplingParams) -> int:
+        return self._sampling.setdefault(params, len(self._sampling))
+
+    def _note_names(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if row.columns is not None:
+                self.any_parsed = True
+                self.names.update(dict.fromkeys(row.columns))
+        if len(self.names) > MAX_NAMES:
+            raise InputError(f"the rows have more than {MAX_NAMES} different keys; nest those that vary in one object")
+
+
+def _check_columns(job: Job, builder: PromptBuilder, present: Collection[str]) -> None:
+    """Raises InputError where the whole input lacks a column that the job names."""
+    builder.check_columns(present)
+    named = {"input.id_column": job.input.id_column, "verify.answer": job.verify.answer if job.verify else None}
+    wanted = [(key, name) for key, name in named.items() if name]
+    wanted += [("output.columns", name) for name in (() if job.output.columns == "all" else job.output.columns)]
+    for key, name in wanted:
+        if name not in present:
+            raise InputError(f"{key}: the input has no column {name!r}; its columns are {list_columns(present)}")

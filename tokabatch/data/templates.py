@@ -1,0 +1,99 @@
+"""A prompt template of the job: which columns it needs, and its text for one row.
+
+A column that the template reads must have a value in every row. What the template itself guards is free: a name under
+`| default(...)` or `is defined` may be missing, a name that it tests (`{% if hint %}`, `is none`) may be null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Template as CompiledTemplate
+from jinja2 import nodes
+from jinja2.exceptions import TemplateError, TemplateSyntaxError, UndefinedError
+from jinja2.meta import find_undeclared_variables
+
+from tokabatch.data.sandbox import Sandbox, TemplateTooLarge, render
+from tokabatch.errors import JobError, RowError
+
+GUARDING_FILTERS = frozenset(["default", "d"])
+GUARDING_TESTS = frozenset(["defined", "undefined"])
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Compiled once; `names` are all the columns it mentions, `required` those the input must have, `non_null` those that
+    must have a value in each row."""
+
+    compiled: CompiledTemplate
+    names: frozenset[str]
+    required: frozenset[str]
+    non_null: frozenset[str]
+
+    def render(self, row: Mapping[str, Any]) -> str | RowError:
+        """The text for one row, or why there is none: `missing_field`, `bad_type`, `template_failed`, `template_too_large`."""
+        for name in self.non_null:
+            if row.get(name) is None:
+                return missing_field(name, row)
+        try:
+            return render(self.compiled.generate, row)
+        except UndefinedError as error:
+            return RowError("missing_field", f"the template: {error.message}")
+        except (TemplateTooLarge, MemoryError) as error:
+            return RowError("template_too_large", f"the template: {error}")
+        except RecursionError:
+            return RowError("template_too_large", "the template calls itself without end")
+        except TypeError as error:
+            return RowError("bad_type", f"the template: {error}")
+        except (TemplateError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            return RowError("template_failed", f"the template: {error}")
+
+
+def compile_template(source: str, key: str) -> Template:
+    """`key` is the job's key that holds it, for messages. Raises JobError with the template's line."""
+    sandbox = Sandbox()
+    try:
+        tree = sandbox.parse(source)
+        compiled = sandbox.from_string(source)
+    except TemplateSyntaxError as error:
+        raise JobError(f"{key} is no valid Jinja template: line {error.lineno}: {error.message}") from error
+    except (TemplateError, RecursionError) as error:
+        raise JobError(f"{key} is no valid Jinja template: {error}") from error
+    names = frozenset(find_undeclared_variables(tree)) - frozenset(sandbox.globals)
+    guarded = frozenset(_guarded(tree))
+    return Template(compiled, names, names - guarded, names - guarded - frozenset(_tested(tree)))
+
+
+def missing_field(name: str, row: Mapping[str, Any]) -> RowError:
+    """The row lacks `name`, or it is null there."""
+    if name in row:
+        return RowError("missing_field", f"the column {name!r} is null in this row")
+    return RowError("missing_field", f"the column {name!r} is missing in this row; it has {list_columns(row)}")
+
+
+def list_columns(names: Any) -> str:
+    """Column names for a message, at most 20."""
+    listed = sorted(str(name) for name in names)
+    return (", ".join(listed[:20]) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "")) or "none"
+
+
+def _guarded(tree: nodes.Template) -> Iterator[str]:
+    for filtered in tree.find_all(nodes.Filter):
+        if filtered.name in GUARDING_FILTERS and isinstance(filtered.node, nodes.Name):
+            yield filtered.node.name
+    for test in tree.find_all(nodes.Test):
+        if test.name in GUARDING_TESTS and isinstance(test.node, nodes.Name):
+            yield test.node.name
+
+
+def _tested(tree: nodes.Template) -> Iterator[str]:
+    for branch in tree.find_all((nodes.If, nodes.CondExpr)):
+        yield from (name.name for name in _names(branch.test))
+
+
+def _names(test: nodes.Node) -> Iterator[nodes.Name]:
+    if isinstance(test, nodes.Name):
+        yield test
+    yield from test.find_all(nodes.Name)

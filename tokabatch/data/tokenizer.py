@@ -1,0 +1,189 @@
+"""The model's tokenizer: texts to ids and back, in batches on every core.
+
+The only module of `data` that imports transformers. It adds a BOS where the tokenizer would and the text has none, and never
+an end token after a prompt. It knows no rows and no templates but the model's own chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tokabatch.errors import ModelError, RowError
+from tokabatch.job import ModelConfig
+from tokabatch.messages import Int32
+
+PROBE = "a"
+DECODE_CHUNK = 4096
+SLICE_CHARACTERS = 256 << 10
+LONG_TEXT_CHARACTERS = 1 << 20
+
+
+class Tokenizer:
+    """Immutable in use; safe to share between threads that only encode and decode."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+        self.name = name
+        self._tokenizer = tokenizer
+        self._backend: Backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = False
+        self._added = self._backend.get_added_tokens_decoder()
+        plain = self._encode([PROBE])[0]
+        whole: list[int] = self._backend.encode(PROBE, add_special_tokens=True).ids
+        self._prefix = tuple(whole[: _find(whole, plain)])
+        self._prefix_text = str(self._backend.decode(list(self._prefix), skip_special_tokens=False)) if self._prefix else ""
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer.chat_template is not None
+
+    @property
+    def bos_id(self) -> int | None:
+        return cast("int | None", self._tokenizer.bos_token_id)
+
+    @property
+    def eos_id(self) -> int | None:
+        return cast("int | None", self._tokenizer.eos_token_id)
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """What `add_special_tokens` puts in front of a text: the BOS, or nothing."""
+        return self._prefix
+
+    @property
+    def prefix_text(self) -> str:
+        """How a text spells `prefix_ids`; empty where there are none."""
+        return self._prefix_text
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @cached_property
+    def special_texts(self) -> frozenset[str]:
+        """The texts that the tokenizer reads as special tokens."""
+        return frozenset(str(token.content) for token in self._added.values() if token.special)
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text; a BOS is added where asked for, unless the text begins with its own."""
+        encoded = self._encode(texts)
+        if not add_special_tokens or not self._prefix:
+            return encoded
+        prefix = list(self._prefix)
+        return [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in encoded]
+
+    def encode_pieces(self, pieces: Sequence[tuple[str, bool]], add_special_tokens: bool) -> list[int]:
+        """Ids of a text cut at its special tokens, (text, is special) each: the other pieces are plain text even where they
+        spell a special token."""
+        trimmed = self._trimmed(pieces)
+        self._backend.encode_special_tokens = True
+        try:
+            plain = iter(self._encode([text for text, special in trimmed if not special]))
+        finally:
+            self._backend.encode_special_tokens = False
+        ids: list[int] = []
+        for text, special in trimmed:
+            ids.extend([cast("int", self._backend.token_to_id(text))] if special else next(plain))
+        prefix = list(self._prefix) if add_special_tokens else []
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+    def exceeds(self, text: str, limit: int) -> bool:
+        """Whether a very long text certainly has more than `limit` tokens, found slice by slice in little memory. A slice's
+        count can differ from its share of the whole only at its two cuts, so twice the limit is a safe margin."""
+        if len(text) <= LONG_TEXT_CHARACTERS:
+            return False
+        count = 0
+        for start in range(0, len(text), SLICE_CHARACTERS):
+            count += len(self._encode([text[start : start + SLICE_CHARACTERS]])[0])
+            if count > 2 * limit:
+                return True
+        return False
+
+    def decode_batch(self, batch: Sequence[Sequence[int] | Int32], skip_special_tokens: bool = True) -> list[str]:
+        """The text of each list of ids; bytes that are no UTF-8 become U+FFFD."""
+        lists = [ids.tolist() if isinstance(ids, np.ndarray) else list(ids) for ids in batch]
+        return self._backend.decode_batch(lists, skip_special_tokens=skip_special_tokens)
+
+    def piece_texts(self) -> list[str]:
+        """What each id adds to a text, index by id; U+FFFD where it is part of a character, empty for an id not in use."""
+        return list(self._pieces)
+
+    def token_text(self, token_id: int) -> str:
+        """What one id adds to a text, special tokens spelled out."""
+        return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else ""
+
+    def apply_chat_template(self, messages: list[dict[str, Any]]) -> str | RowError:
+        """The conversation as the model wants it, up to where its answer begins. A conversation that ends with an assistant
+        message is continued in that message. `bad_messages` where the model's template refuses it."""
+        resumed = messages[-1].get("role") == "assistant"
+        try:
+            return cast(
+                "str",
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=not resumed, continue_final_message=resumed
+                ),
+            )
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            return RowError("bad_messages", f"the model's chat template refuses the messages: {error}")
+        except (RecursionError, MemoryError) as error:
+            return RowError("template_too_large", f"the model's chat template ran away: {error}")
+
+    @cached_property
+    def _pieces(self) -> list[str]:
+        """Decoded behind a letter, since a first token may lose its leading space."""
+        before = self._encode([PROBE])[0][-1:]
+        start = len(str(self._backend.decode(before, skip_special_tokens=False)))
+        texts: list[str] = []
+        for first in range(0, self.vocab_size, DECODE_CHUNK):
+            batch = [[*before, token] for token in range(first, min(first + DECODE_CHUNK, self.vocab_size))]
+            texts.extend(text[start:] for text in self.decode_batch(batch, skip_special_tokens=False))
+        return texts
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _trimmed(self, pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
+        """Plain pieces without the spaces that a neighbouring special token takes in."""
+        tokens = {str(token.content): token for token in self._added.values()}
+        kept: list[tuple[str, bool]] = []
+        for position, (text, special) in enumerate(pieces):
+            before = tokens.get(pieces[position - 1][0]) if position and not special else None
+            after = tokens.get(pieces[position + 1][0]) if position + 1 < len(pieces) and not special else None
+            text = text.lstrip() if before and before.rstrip else text
+            text = text.rstrip() if after and after.lstrip else text
+            if text:
+                kept.append((text, special))
+        return kept
+
+
+def load_tokenizer(model: ModelConfig) -> Tokenizer:
+    """The tokenizer the job names, from a local folder or the hub. Raises ModelError with the remedy."""
+    name = model.tokenizer or model.path
+    try:
+        loaded = AutoTokenizer.from_pretrained(
+            name, revision=model.revision if model.tokenizer is None else None, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises many kinds for a missing, damaged or remote-code tokenizer
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        key = "model.tokenizer" if model.tokenizer else "model.path"
+        raise ModelError(
+            f"cannot load the tokenizer of {name!r} ({key}): {reason}. Check that the folder holds tokenizer.json, or "
+            "fetch the model with `tokabatch download`."
+        ) from error
+    if not isinstance(loaded, PreTrainedTokenizerFast):
+        raise ModelError(f"the tokenizer of {name!r} has no tokenizer.json; only tokenizers of that kind can be used")
+    return Tokenizer(loaded, name)
+
+
+def _find(whole: list[int], part: list[int]) -> int:
+    """Where `part` begins in `whole`."""
+    return next((at for at in range(len(whole)) if whole[at : at + len(part)] == part), 0)

@@ -1,0 +1,37 @@
+"""The job file: strict schema, defaults, overrides; whatever is wrong is refused with file, line, key and remedy.
+
+Inside: `scalars` (what a word means), `document` (YAML with lines), `fields` (kinds of value), then `keys`, `refusals`, `load`,
+and `schema` on top.
+"""
+
+from tokabatch.job.keys import Key
+from tokabatch.job.schema import (
+    EngineConfig,
+    ErrorsConfig,
+    FewShotConfig,
+    GenerationConfig,
+    InputConfig,
+    Job,
+    ModelConfig,
+    OutputConfig,
+    PromptConfig,
+    Setting,
+    VerifyConfig,
+    verifier_names,
+)
+
+__all__ = [
+    "EngineConfig",
+    "ErrorsConfig",
+    "FewShotConfig",
+    "GenerationConfig",
+    "InputConfig",
+    "Job",
+    "Key",
+    "ModelConfig",
+    "OutputConfig",
+    "PromptConfig",
+    "Setting",
+    "VerifyConfig",
+    "verifier_names",
+]

@@ -1,0 +1,129 @@
+"""A YAML text as plain values, with the line on which each key stands.
+
+Safe by construction: no tags, no anchors or aliases (so no alias bombs), bounded size and nesting, one document, and a
+mapping at its top. Knows nothing of the job's keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from tokabatch.errors import JobError
+from tokabatch.job.scalars import parse_scalar
+
+MAX_CHARACTERS = 1 << 20
+MAX_DEPTH = 20
+
+Path = tuple[str | int, ...]
+
+_OPENING = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+
+
+class _Loader(yaml.SafeLoader):
+    """Resolves nothing by itself: every plain scalar arrives as the characters that were written."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML reads the class attribute)
+
+
+@dataclass(frozen=True)
+class Document:
+    """`values` nested as written; `lines` maps the path of every key and list item to its line, counted from 1."""
+
+    values: Any
+    lines: dict[Path, int] = field(default_factory=dict)
+    problems: tuple[tuple[Path, int, str], ...] = ()
+    """Faults that leave the rest readable (duplicate keys), as (path of the key, line, what is wrong)."""
+
+
+def parse_document(text: str, name: str) -> Document:
+    """Parses one YAML document; raises JobError naming `name` and the line where it cannot be read at all."""
+    if len(text) > MAX_CHARACTERS:
+        raise JobError(f"{name}: {len(text):,} characters is no job file; the limit is {MAX_CHARACTERS:,}")
+    try:
+        _refuse_unsafe(text, name)
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        raise JobError(_syntax_message(error, name)) from None
+    except yaml.YAMLError as error:
+        raise JobError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if node is None:
+        return Document(values=None)
+    lines: dict[Path, int] = {}
+    problems: list[tuple[Path, int, str]] = []
+    values = _construct(node, (), lines, problems)
+    return Document(values, lines, tuple(problems))
+
+
+def _refuse_unsafe(text: str, name: str) -> None:
+    depth = 0
+    for token in yaml.scan(text, Loader=_Loader):
+        line = token.start_mark.line + 1
+        if isinstance(token, yaml.AnchorToken | yaml.AliasToken):
+            sign = "&" if isinstance(token, yaml.AnchorToken) else "*"
+            raise JobError(
+                f"{name}:{line}: `{sign}{token.value}`: YAML anchors and aliases are not accepted; "
+                "write the value out, or put text that begins with & or * in quotes"
+            )
+        if isinstance(token, yaml.TagToken):
+            tag = text[token.start_mark.index : token.end_mark.index]
+            raise JobError(
+                f"{name}:{line}: `{tag}`: YAML tags are not accepted; write a plain value, "
+                "or put text that begins with ! in quotes"
+            )
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > MAX_DEPTH:
+            raise JobError(f"{name}:{line}: nested more than {MAX_DEPTH} levels deep")
+
+
+def _syntax_message(error: yaml.MarkedYAMLError, name: str) -> str:
+    mark = error.problem_mark or error.context_mark
+    where = f"{name}:{mark.line + 1}" if mark else name
+    what = " ".join(part for part in (error.context, error.problem) if part)
+    if "\\t" in what:
+        what += " (indent with spaces, not tabs)"
+    elif "mapping values are not allowed" in what:
+        what += ' (text that contains ": " needs quotes)'
+    elif "single document" in what:
+        what = "holds more than one document; keep one job a file, and remove the `---` line"
+    return f"{where}: not valid YAML: {what}"
+
+
+def _construct(node: yaml.Node, path: Path, lines: dict[Path, int], problems: list[tuple[Path, int, str]]) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return _construct_mapping(node, path, lines, problems)
+    if isinstance(node, yaml.SequenceNode):
+        items: list[Any] = []
+        for index, child in enumerate(node.value):
+            lines[(*path, index)] = child.start_mark.line + 1
+            items.append(_construct(child, (*path, index), lines, problems))
+        return items
+    assert isinstance(node, yaml.ScalarNode)
+    return parse_scalar(node.value) if node.style is None else node.value
+
+
+def _construct_mapping(
+    node: yaml.MappingNode, path: Path, lines: dict[Path, int], problems: list[tuple[Path, int, str]]
+) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append((path, line, "a key must be a single word, not a list or mapping; quote text in {{ … }}"))
+            continue
+        key: str = key_node.value
+        key_path = (*path, key)
+        if key in values:
+            problems.append((key_path, line, f"given twice, first on line {lines[key_path]}; keep one"))
+            continue
+        lines[key_path] = line
+        values[key] = _construct(value_node, key_path, lines, problems)
+    return values

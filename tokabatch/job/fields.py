@@ -1,0 +1,103 @@
+"""The kinds of value a job's keys hold: each a pydantic type with the words that explain it to whoever wrote another.
+
+Knows no section and no key; `schema` composes these, `refusals` and `keys` read the words back.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+MAX_INT32 = 2**31 - 1
+MAX_INT64 = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """Stands in a type's metadata. `what` completes "accepts …"; `example` is a value as one writes it in YAML."""
+
+    what: str
+    example: str
+
+
+def _path_text(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)  # pyright: ignore[reportUnknownArgumentType]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
+def _tuple(value: Any) -> Any:
+    # A YAML list arrives as a Python list, which strict types refuse; its items stay strict.
+    return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise PydanticCustomError("power_of_two", "not a power of two")
+    return value
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise PydanticCustomError("finite", "not finite")
+    return value
+
+
+Auto = Literal["auto"]
+_Text = Annotated[str, Field(min_length=1)]
+_Count = Annotated[int, Field(ge=1, le=MAX_INT32)]
+_Finite = Annotated[float, AfterValidator(_finite)]
+
+_Path = Annotated[_Text, BeforeValidator(_path_text)]
+
+ModelPath = Annotated[_Path, Accepts("a Hugging Face id or a local folder", "meta-llama/Llama-3.2-1B-Instruct")]
+InputPath = Annotated[_Path, Accepts("a file, folder, glob or URL, or hf://datasets/OWNER/NAME", "data/*.jsonl")]
+FilePath = Annotated[_Path, Accepts("a path", "data/examples.jsonl")]
+FolderPath = Annotated[_Path, Accepts("a folder's path", "out/first")]
+OptionalText = Annotated[_Text | None, Accepts("text, or null", "name")]
+OptionalModelPath = Annotated[
+    _Text | None,
+    BeforeValidator(_path_text),
+    Accepts("a Hugging Face id or a local folder, or null", "meta-llama/Llama-3.2-1B-Instruct"),
+]
+Text = Annotated[_Text, Accepts("text", "name")]
+Template = Annotated[_Text, Accepts("text (a Jinja template)", '"Question: {{ question }}\\nAnswer:"')]
+OptionalTemplate = Annotated[_Text | None, Accepts("text (a Jinja template), or null", '"Question: {{ question }}\\nAnswer:"')]
+
+Flag = Annotated[bool, Accepts("true or false", "true")]
+AutoFlag = Annotated[Auto | bool, Accepts("auto, true or false", "auto")]
+
+Count = Annotated[_Count, Accepts("a whole number >= 1", "4")]
+OptionalCount = Annotated[_Count | None, Accepts("a whole number >= 1, or null", "100")]
+AutoCount = Annotated[Auto | _Count, Accepts("auto, or a whole number >= 1", "auto")]
+AutoTokens = Annotated[Auto | Annotated[int, Field(ge=1, le=MAX_INT64)], Accepts("auto, or a whole number >= 1", "64K")]
+AutoGroup = Annotated[Auto | Annotated[_Count, Field(ge=2)], Accepts("auto, or a whole number >= 2", "auto")]
+PageSize = Annotated[_Count, AfterValidator(_power_of_two), Accepts("a power of two >= 1", "16")]
+OptionalTopK = Annotated[
+    Annotated[int, Field(ge=0, le=MAX_INT32)] | None, Accepts("a whole number >= 1, or null or 0 for off", "50")
+]
+OptionalLogprobs = Annotated[
+    Annotated[int, Field(ge=0, le=MAX_INT32)] | None, Accepts("a whole number >= 0, or null for none", "5")
+]
+Seed = Annotated[int, Field(ge=0, le=MAX_INT64), Accepts("a whole number from 0 to 2^63 - 1", "0")]
+
+Temperature = Annotated[_Finite, Field(ge=0), Accepts("a finite number >= 0 (0 is greedy)", "0.7")]
+TopP = Annotated[_Finite, Field(gt=0, le=1), Accepts("a number above 0 and at most 1", "0.95")]
+MinP = Annotated[_Finite, Field(ge=0, lt=1), Accepts("a number from 0 to below 1", "0.05")]
+Fraction = Annotated[_Finite, Field(ge=0, le=1), Accepts("a number from 0 to 1", "0.01")]
+Seconds = Annotated[_Finite, Field(gt=0), Accepts("a number of seconds above 0", "30")]
+
+_Tuple = BeforeValidator(_tuple)
+
+Texts = Annotated[tuple[_Text, ...], _Tuple, Accepts("a list of non-empty texts", '["\\n\\n"]')]
+TokenIds = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=MAX_INT32)], ...],
+    _Tuple,
+    Accepts("a list of token ids (whole numbers >= 0)", "[128009]"),
+]
+Columns = Annotated[Literal["all"] | tuple[_Text, ...], _Tuple, Accepts("all, or a list of column names", "[id, question]")]

@@ -1,0 +1,58 @@
+"""The keys of a strict model, read from its fields: what each accepts, its default, its description. Knows no job."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from tokabatch.job.fields import Accepts
+from tokabatch.job.scalars import write_value
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key; `default` is None where the key must be given."""
+
+    name: str
+    accepts: str
+    default: str | None
+    description: str
+
+
+def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
+    """Every leaf key below a model, dotted, in the order in which the model declares them."""
+    for name, info in model.model_fields.items():
+        section = section_of(info.annotation)
+        if section is not None:
+            yield from list_keys(section, f"{prefix}{name}.")
+            continue
+        default = None if info.is_required() else write_value(info.default)
+        yield Key(prefix + name, accepts_of(info).what, default, info.description or "")
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, optional or not; None where the field is a leaf."""
+    candidates = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    for candidate in candidates:
+        # Python 3.10 takes `tuple[int, ...]` for a type; the origin tells them apart.
+        if get_origin(candidate) is None and isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def accepts_of(info: FieldInfo) -> Accepts:
+    """The words for a field's type."""
+    for entry in info.metadata:
+        if isinstance(entry, Accepts):
+            return entry
+    section = section_of(info.annotation)
+    if section is not None:
+        return Accepts(f"a mapping of the keys {', '.join(section.model_fields)}", "{}")
+    assert get_origin(info.annotation) is Literal, info
+    choices = [write_value(choice) for choice in get_args(info.annotation)]
+    return Accepts(f"one of {', '.join(choices)}", choices[0])

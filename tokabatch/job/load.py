@@ -1,0 +1,174 @@
+"""A job file (or mapping) and its overrides as one validated model, or one JobError that lists all that is wrong.
+
+Knows how the values were written and where, for the messages; the model says which keys there are.
+"""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from tokabatch.errors import JobError
+from tokabatch.job.document import Path, parse_document
+from tokabatch.job.keys import section_of
+from tokabatch.job.refusals import Refusal, dotted, refusals_of
+from tokabatch.job.scalars import parse_scalar
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_TEMPLATE_OPENINGS = ("{{", "{%", "{#")
+_NO_LINE = 1 << 30
+"""Sorts what has no line behind what has one."""
+
+
+@dataclass
+class _Draft:
+    """Values on their way to validation, with where each was written and what is already known to be wrong."""
+
+    name: str
+    values: dict[str, Any]
+    lines: dict[Path, int] = field(default_factory=dict)
+    overrides: dict[Path, str] = field(default_factory=dict)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+    """(sort key, text): by line, then whatever has no line, then overrides."""
+
+
+def load_model(model: type[Model], source: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str]) -> Model:
+    """Reads, overrides and validates; raises JobError naming file and line, or override, for every problem found."""
+    draft = _draft_of_mapping(source) if isinstance(source, Mapping) else _draft_of_file(pathlib.Path(source))
+    for number, override in enumerate(overrides):
+        _apply(draft, override, number)
+    _fill_empty_sections(model, draft.values)
+    loaded: Model | None = None
+    try:
+        loaded = model.model_validate(draft.values)
+    except ValidationError as error:
+        draft.problems += [_located(draft, refusal) for refusal in refusals_of(model, error, draft.values)]
+    if loaded is None or draft.problems:
+        raise JobError("\n".join(text for _, text in sorted(draft.problems, key=lambda problem: problem[0])))
+    return loaded
+
+
+def _draft_of_mapping(source: Mapping[str, Any]) -> _Draft:
+    values = copy.deepcopy(dict(source))
+    return _Draft("job", values)
+
+
+def _draft_of_file(path: pathlib.Path) -> _Draft:
+    document = parse_document(_read_text(path), str(path))
+    if not isinstance(document.values, dict):
+        found = "nothing" if document.values is None else "a list" if isinstance(document.values, list) else "plain text"
+        raise JobError(f"{path}: holds {found}; a job file is a mapping of sections, for example `model: {{path: …}}`")
+    draft = _Draft(str(path), document.values, document.lines)
+    for key_path, line, message in document.problems:
+        draft.problems.append((line, f"{path}:{line}: {dotted(key_path)}: {message}" if key_path else message))
+    return draft
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        folder = path.parent
+        others = sorted(str(other) for pattern in ("*.yaml", "*.yml") for other in folder.glob(pattern))
+        near = f"; job files there: {', '.join(others[:5])}" if others else ""
+        raise JobError(f"{path}: no such file (looked in {folder.absolute()}){near}") from None
+    except IsADirectoryError:
+        raise JobError(f"{path}: is a folder; name the job file inside it") from None
+    except UnicodeDecodeError as error:
+        raise JobError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _apply(draft: _Draft, override: str, number: int) -> None:
+    key, equals, text = override.partition("=")
+    parts = tuple(key.strip().split("."))
+    if not equals or not all(parts):
+        draft.problems.append((_rank(number), f"override `{override}`: write key=value, for example generation.n=4"))
+        return
+    try:
+        value = _parse_value(text)
+    except JobError:
+        remedy = "close every quote and bracket, for example generation.stop='[\"\\n\\n\"]'"
+        draft.problems.append((_rank(number), f"override `{override}`: the value is not valid YAML; {remedy}"))
+        return
+    target = draft.values
+    written = parts
+    for depth, part in enumerate(parts[:-1], start=1):
+        if not isinstance(target.get(part), dict):
+            written = min(written, parts[:depth], key=len)
+            target[part] = {}
+        target = target[part]
+    target[parts[-1]] = value
+    draft.lines = {path: line for path, line in draft.lines.items() if path[: len(written)] != written}
+    draft.overrides = {path: raw for path, raw in draft.overrides.items() if path[: len(written)] != written}
+    # Also under the topmost section that it made, so that a key missing there is laid at its door.
+    draft.overrides[written] = draft.overrides[parts] = override
+
+
+def _parse_value(text: str) -> Any:
+    """A scalar as in a file; a list, mapping or quoted text where it opens like one; a Jinja template stays text."""
+    stripped = text.strip()
+    if stripped.startswith(("[", "{", '"', "'")) and not stripped.startswith(_TEMPLATE_OPENINGS):
+        document = parse_document(stripped, "value")
+        if document.problems:
+            raise JobError(document.problems[0][2])
+        return document.values
+    value = parse_scalar(stripped)
+    return text if isinstance(value, str) else value
+
+
+def _fill_empty_sections(model: type[BaseModel], values: dict[str, Any]) -> None:
+    """`engine:` with nothing under it, and a section left out whose keys are required, read as empty mappings."""
+    for name, info in model.model_fields.items():
+        empty = values.get(name) is None
+        if empty and section_of(info.annotation) is info.annotation and (name in values or info.is_required()):
+            values[name] = {}
+
+
+def _located(draft: _Draft, refusal: Refusal) -> tuple[int, str]:
+    """The refusal with where it was written, and the remedy spelled as one would write it there."""
+    override = _override_at(draft, refusal.path)
+    if override is not None:
+        return _rank(list(draft.overrides.values()).index(override)), _in_override(override, refusal)
+    prefixes = (refusal.path[:end] for end in range(len(refusal.path), 0, -1))
+    line = next((draft.lines[prefix] for prefix in prefixes if prefix in draft.lines), None)
+    if line is None:
+        return _NO_LINE, _in_file(draft.name, refusal)
+    return line, _in_file(f"{draft.name}:{line}", refusal)
+
+
+def _in_override(override: str, refusal: Refusal) -> str:
+    key, _, value = override.partition("=")
+    if refusal.suggestion:
+        return f"override `{override}`: {refusal.message}; did you mean `{refusal.suggestion}={value}`?"
+    subject = "" if key.strip() == refusal.key else f"{refusal.key}: "
+    remedy = f", for example `{refusal.key}={refusal.example}`" if refusal.example is not None else ""
+    return f"override `{override}`: {subject}{refusal.message}{remedy}"
+
+
+def _in_file(where: str, refusal: Refusal) -> str:
+    remedy = ""
+    if refusal.suggestion:
+        section, _, word = refusal.suggestion.rpartition(".")
+        remedy = f"; did you mean `{word if section == dotted(refusal.path[:-1]) else refusal.suggestion}`?"
+    elif refusal.example is not None:
+        word = next(part for part in reversed(refusal.path) if isinstance(part, str))
+        remedy = f", for example `{word}: {refusal.example}`"
+    return f"{where}: {refusal.key}: {refusal.message}{remedy}"
+
+
+def _rank(number: int) -> int:
+    return _NO_LINE + 1 + number
+
+
+def _override_at(draft: _Draft, path: Path) -> str | None:
+    """The override that wrote the value at `path`, itself or as part of what is above it."""
+    above = [key for key in draft.overrides if path[: len(key)] == key]
+    return draft.overrides[max(above, key=len)] if above else None

@@ -1,0 +1,141 @@
+"""Why a model refused its values, in words: the key, what was given, what is accepted, and what to write instead.
+
+Turns pydantic's errors into one sentence a key. Knows no file and no line; `load` adds where each key was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from tokabatch.job.document import Path
+from tokabatch.job.keys import accepts_of, list_keys, section_of
+from tokabatch.job.scalars import write_value
+
+_SHOWN = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One thing that is wrong. `path` leads to the key; `suggestion` is the dotted key that was probably meant, if any;
+    `example` a value that would be accepted, if the value is at fault."""
+
+    path: Path
+    message: str
+    suggestion: str | None = None
+    example: str | None = None
+
+    @property
+    def key(self) -> str:
+        return dotted(self.path)
+
+
+def refusals_of(model: type[BaseModel], error: ValidationError, values: Any) -> Iterator[Refusal]:
+    """One refusal for each key at fault, in pydantic's order; `values` is what was validated."""
+    seen: set[Path] = set()
+    for details in error.errors(include_url=False, include_context=True):
+        path, owner = _locate(model, details["loc"])
+        if path not in seen:
+            seen.add(path)
+            yield _refusal(model, owner, path, details, values)
+
+
+def row_message(model: type[BaseModel], error: ValidationError, values: Mapping[str, Any]) -> str:
+    """The refusals of one row's settings as one line."""
+    parts: list[str] = []
+    for refusal in refusals_of(model, error, values):
+        hint = f"; did you mean `{refusal.suggestion}`?" if refusal.suggestion else ""
+        parts.append(f"sampling_params.{refusal.key}: {refusal.message}{hint}")
+    return "; ".join(parts)
+
+
+def dotted(path: Path) -> str:
+    """`("generation", "stop", 0)` as `generation.stop[0]`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[Path, type[BaseModel]]:
+    """Pydantic's location without its union branches, which is a path in the values, and the model it ends in."""
+    path: list[str | int] = []
+    owner = model
+    for depth, part in enumerate(loc):
+        path.append(part)
+        info = owner.model_fields.get(str(part))
+        if info is None:
+            break
+        section = section_of(info.annotation)
+        if section is None:
+            path += [index for index in loc[depth + 1 :] if isinstance(index, int)]
+            break
+        owner = section
+    return tuple(path), owner
+
+
+def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details: ErrorDetails, values: Any) -> Refusal:
+    if details["type"] in ("extra_forbidden", "invalid_key"):
+        return _unknown_key(model, owner, path)
+    if details["type"] == "value_error":
+        return Refusal(path, str(details["ctx"]["error"]))  # pyright: ignore[reportTypedDictNotRequiredAccess]
+    keys = [part for part in path if isinstance(part, str)]
+    info = _field(model, keys)
+    accepts = accepts_of(info)
+    if details["type"] == "missing":
+        return Refusal(path, f"missing; accepts {accepts.what}", example=accepts.example)
+    given = _lookup(values, path)
+    wants_text = details["type"] == "string_type" and isinstance(given, bool | int | float)
+    quotes = " (text that looks like a number or true/false needs quotes)" if wants_text else ""
+    return Refusal(path, f"got {_describe(given)}; accepts {accepts.what}{quotes}", example=accepts.example)
+
+
+def _field(model: type[BaseModel], keys: list[str]) -> Any:
+    info = model.model_fields[keys[0]]
+    section = section_of(info.annotation)
+    return _field(section, keys[1:]) if section is not None and len(keys) > 1 else info
+
+
+def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path) -> Refusal:
+    word = str(path[-1])
+    prefix = dotted(path[:-1])
+    everywhere = [key.name for key in list_keys(model)]
+    elsewhere = [name for name in everywhere if name.rpartition(".")[2] == word]
+    siblings = list(owner.model_fields)
+    near = get_close_matches(word, siblings, n=1)
+    if len(elsewhere) > 1:
+        return Refusal(path, f"unknown key; there are {', '.join(f'`{name}`' for name in elsewhere)}")
+    if elsewhere:
+        return Refusal(path, "unknown key", suggestion=elsewhere[0])
+    if near:
+        return Refusal(path, "unknown key", suggestion=f"{prefix}.{near[0]}" if prefix else near[0])
+    last_words = {name.rpartition(".")[2]: name for name in everywhere}
+    if far := get_close_matches(word, last_words, n=1, cutoff=0.75):
+        return Refusal(path, "unknown key", suggestion=last_words[far[0]])
+    return Refusal(path, f"unknown key; the keys {f'of {prefix}' if prefix else 'here'} are {', '.join(siblings)}")
+
+
+def _lookup(values: Any, path: Path) -> Any:
+    for part in path:
+        values = values[part]
+    return values
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, str):
+        text = value if len(value) <= _SHOWN else value[: _SHOWN - 1] + "…"
+        return f"the text {write_value(text)!s}" if text.strip() else "empty text"
+    if isinstance(value, bool) or value is None:
+        return write_value(value)
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if isinstance(value, int | float):
+        return f"the number {write_value(value)}"
+    return f"a Python {type(value).__name__}"

@@ -1,0 +1,244 @@
+"""The job: everything a run does, as frozen, strict, nested models. Field descriptions are the reference of the keys.
+
+`Job.load` is the way in; it raises JobError for whatever is wrong with a job on its own. Whether the files
+and columns it names exist is for the readers to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tokabatch.errors import RowError
+from tokabatch.job import fields
+from tokabatch.job.keys import Key, list_keys
+from tokabatch.job.load import load_model
+from tokabatch.job.refusals import row_message
+from tokabatch.job.scalars import write_value
+from tokabatch.messages import SamplingParams
+
+_VERIFIERS = Path(__file__).parent.parent / "experiments" / "verifiers"
+# What a generation_config.json may decide where the job says nothing.
+_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), validate_default=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One effective setting; `source` is `job`, `generation_config.json` or `default`."""
+
+    key: str
+    value: str
+    source: str
+
+
+class ModelConfig(_Section):
+    """The model and its tokenizer."""
+
+    path: fields.ModelPath = Field(description="Hugging Face id or local folder of the model (safetensors).")
+    revision: fields.OptionalText = Field(default=None, description="Branch, tag or commit of a hub model.")
+    tokenizer: fields.OptionalModelPath = Field(
+        default=None, description="Id or folder of the tokenizer, if not the model's own."
+    )
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type to compute in; auto is the model's own on a GPU and float32 on a CPU."
+    )
+
+
+class InputConfig(_Section):
+    """The rows to complete."""
+
+    path: fields.InputPath = Field(
+        description="JSONL (.gz, .zst) or Parquet: a file, folder, glob or fsspec URL; or hf://datasets/OWNER/NAME."
+    )
+    subset: fields.OptionalText = Field(default=None, description="Configuration of a hub dataset, such as main.")
+    split: fields.OptionalText = Field(default=None, description="Split of a hub dataset, such as test.")
+    limit: fields.OptionalCount = Field(default=None, description="Take only the first so many rows.")
+    id_column: fields.OptionalText = Field(default=None, description="Column whose values identify rows; null: the row number.")
+
+
+class FewShotConfig(_Section):
+    """Examples rendered once and put in front of every prompt."""
+
+    path: fields.FilePath = Field(description="File of examples, read as input.path is.")
+    k: fields.Count = Field(default=4, description="How many examples: the first k of the file.")
+    template: fields.Template = Field(description="Jinja template of one example.")
+
+
+class PromptConfig(_Section):
+    """How a row becomes a prompt: at most one of template, messages and token_ids. With none of them, the row's column
+    prompt, messages or prompt_token_ids is used."""
+
+    template: fields.OptionalTemplate = Field(default=None, description="Sandboxed Jinja over the row's columns.")
+    system: fields.OptionalTemplate = Field(default=None, description="System message, where a chat template applies.")
+    chat: fields.AutoFlag = Field(
+        default="auto", description="Whether the tokenizer's chat template applies; auto: where it has one."
+    )
+    messages: fields.OptionalText = Field(default=None, description="Column that holds a list of chat messages.")
+    token_ids: fields.OptionalText = Field(default=None, description="Column that holds a list of token ids.")
+    few_shot: FewShotConfig | None = Field(default=None, description="Examples in front of every prompt.")
+    special_tokens: Literal["text", "allow", "reject"] = Field(
+        default="text", description="Special tokens spelled out in a row: plain text, taken as tokens, or an error row."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptConfig:
+        given = [name for name in ("template", "messages", "token_ids") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given, but a prompt has one source; keep one, remove the rest")
+        if self.token_ids is not None:
+            for name in ("few_shot", "system"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} cannot be put in front of token_ids; remove {name}, or use template")
+        if self.chat is False:
+            for name in ("system", "messages"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs a chat template, but chat is false; remove {name}, or `chat: false`")
+        return self
+
+
+class GenerationConfig(_Section):
+    """How samples are drawn. A row may override any of these with a struct in its column sampling_params."""
+
+    n: fields.Count = Field(default=1, description="Samples for each row.")
+    temperature: fields.Temperature = Field(default=1.0, description="0 is greedy.")
+    top_p: fields.TopP = Field(
+        default=1.0, description="Keep the most likely tokens whose probabilities add up to this; 1: all."
+    )
+    top_k: fields.OptionalTopK = Field(default=None, description="Keep only the k most likely tokens.")
+    min_p: fields.MinP = Field(default=0.0, description="Drop tokens below this fraction of the most likely one's probability.")
+    max_tokens: fields.Count = Field(default=256, description="Most tokens a sample may have.")
+    stop: fields.Texts = Field(default=(), description="Texts that end a sample.")
+    stop_token_ids: fields.TokenIds = Field(default=(), description="Token ids that end a sample, besides the model's own.")
+    ignore_eos: fields.Flag = Field(default=False, description="Go on past the model's end-of-sequence tokens.")
+    seed: fields.Seed = Field(default=0, description="A sample depends on seed, row and sample number, never on its company.")
+    logprobs: fields.OptionalLogprobs = Field(
+        default=None, description="Report log probabilities: 0 the chosen token's, k also the k most likely ones'."
+    )
+
+    def params(self) -> SamplingParams:
+        """The same as the currency of the later stages."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        values["top_k"] = self.top_k or 0
+        return SamplingParams(**values)
+
+    def row_params(self, struct: Mapping[str, Any]) -> SamplingParams | RowError:
+        """These settings under one row's own; a null in the row takes the job's value, as Parquet structs fill up with
+        nulls. Code `bad_sampling` where the row names an unknown setting or a value that is not accepted."""
+        given = {name: value for name, value in struct.items() if value is not None}
+        merged = {name: getattr(self, name) for name in type(self).model_fields} | given
+        try:
+            return GenerationConfig.model_validate(merged).params()
+        except ValidationError as error:
+            return RowError("bad_sampling", row_message(GenerationConfig, error, merged))
+
+    def with_model_defaults(self, defaults: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[Setting, ...]]:
+        """Fills what the job does not say from a model's generation_config.json, and tells where each value came from.
+        Only temperature, top_p, top_k and min_p are taken; a value that this job would refuse is left out."""
+        taken: dict[str, Any] = {}
+        for name in _MODEL_DEFAULTS:
+            if name in self.model_fields_set or defaults.get(name) is None:
+                continue
+            try:
+                GenerationConfig.model_validate({name: defaults[name]})
+            except ValidationError:
+                continue
+            taken[name] = defaults[name]
+        merged = {name: getattr(self, name) for name in self.model_fields_set} | taken
+        effective = GenerationConfig.model_validate(merged)
+        settings: list[Setting] = []
+        for name in GenerationConfig.model_fields:
+            source = "generation_config.json" if name in taken else "job" if name in merged else "default"
+            settings.append(Setting(name, write_value(getattr(effective, name)), source))
+        return effective, tuple(settings)
+
+
+class EngineConfig(_Section):
+    """How the work is done; nothing here changes what is sampled. `auto` values are decided from the device."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the GPU where there is one.")
+    page_size: fields.PageSize = Field(default=16, description="Tokens in a page of the KV cache.")
+    kv_cache_tokens: fields.AutoTokens = Field(default="auto", description="Tokens the KV cache holds; auto: what fits.")
+    max_running: fields.AutoCount = Field(default="auto", description="Most samples running at once.")
+    max_step_tokens: fields.AutoCount = Field(default="auto", description="Most tokens computed in one step.")
+    hydragen: fields.AutoFlag = Field(default="auto", description="Attend to a shared prefix once for its whole group.")
+    hydragen_min_group: fields.AutoGroup = Field(default="auto", description="Fewest samples for a shared pass.")
+    hydragen_min_prefix: fields.AutoCount = Field(default="auto", description="Fewest shared tokens for a shared pass.")
+    queue_depth: fields.AutoCount = Field(default="auto", description="Steps in flight; auto: 1 on a CPU, 2 on a GPU.")
+    process: fields.AutoFlag = Field(default="auto", description="Run the model in a process of its own; auto: on a GPU only.")
+
+
+class OutputConfig(_Section):
+    """Where the completions go, as Parquet."""
+
+    path: fields.FolderPath = Field(description="Folder of the results; it is created.")
+    rows_per_shard: fields.Count = Field(default=50000, description="Most samples in one Parquet file.")
+    flush_seconds: fields.Seconds = Field(default=30.0, description="Finished samples are on disk after at most so long.")
+    columns: fields.Columns = Field(default="all", description="Input columns to carry over to the output.")
+
+
+class VerifyConfig(_Section):
+    """Check each sample against the row's answer: adds the column `correct`, and pass@k to the summary."""
+
+    kind: fields.Text = Field(description="The verifier: the name of a file in tokabatch/experiments/verifiers.")
+    answer: fields.Text = Field(description="Column that holds the reference answer.")
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        names = verifier_names()
+        if kind in names:
+            return kind
+        nearest = get_close_matches(kind, names, n=1)
+        hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
+        raise ValueError(f"there is no verifier `{kind}`{hint} (there are: {', '.join(names) or 'none'})")
+
+
+class ErrorsConfig(_Section):
+    """What a row that cannot be completed does to the run. It always becomes an error row."""
+
+    policy: Literal["continue", "stop"] = Field(default="continue", description="Go on after an error row, or stop admitting.")
+    max_fraction: fields.Fraction = Field(default=0.01, description="Share of error samples above which the run exits with 3.")
+
+
+class Job(_Section):
+    """One run, described completely."""
+
+    model: ModelConfig
+    input: InputConfig
+    prompt: PromptConfig = PromptConfig()
+    generation: GenerationConfig = GenerationConfig()
+    engine: EngineConfig = EngineConfig()
+    output: OutputConfig
+    verify: VerifyConfig | None = None
+    errors: ErrorsConfig = ErrorsConfig()
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any], *overrides: str) -> Job:
+        """Reads a job file (or a mapping of the same shape) and applies overrides such as `generation.n=4`.
+
+        Paths inside are relative to the working directory. Raises JobError listing every problem that was found.
+        """
+        return load_model(cls, source, overrides)
+
+    @classmethod
+    def describe_keys(cls) -> tuple[Key, ...]:
+        """Every key a job file may hold, in its order."""
+        return tuple(list_keys(cls))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, every default filled in; `Job.load` takes it back."""
+        return self.model_dump(mode="json")
+
+
+def verifier_names() -> tuple[str, ...]:
+    """The verifiers that exist: one for each file of the folder, none of them imported."""
+    return tuple(sorted(path.stem for path in _VERIFIERS.glob("*.py") if not path.stem.startswith("_")))

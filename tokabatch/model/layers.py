@@ -1,0 +1,65 @@
+"""The pieces of a layer that are not matrix products: normalisation, rotary embedding, gated activation.
+
+Shape legend: T tokens, E hidden size, H heads, D head dimension, F feed-forward size, P positions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from tokabatch.model.spec import ModelSpec, RopeSpec
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight, the mean over the last axis. `weight` is [D], or [H, D] for a weight per head.
+
+    In 16-bit dtypes the mean is taken in float32 and the quotient is rounded before it is weighted, as transformers
+    does; float64 stays float64.
+    """
+    if x.dtype in (torch.float32, torch.float64) and weight.dim() == 1:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x, weight.shape[-1:], None, eps).mul_(weight)
+
+
+def rotary_frequencies(rope: RopeSpec, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """Radians per position of each rotated pair, shape [head_dim / 2].
+
+    Llama 3's scaling: with w the wavelength, the share kept unscaled grows linearly in original_context / w from 0 at
+    `low_freq_factor` to 1 at `high_freq_factor`.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=dtype) / head_dim
+    frequency = 1.0 / (rope.theta**exponent)
+    if rope.scaling is None:
+        return frequency
+    scaling = rope.scaling
+    turns = scaling.original_context_length * frequency / (2 * math.pi)
+    kept = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
+    return (1.0 - kept) * frequency / scaling.factor + kept * frequency
+
+
+def rotary_table(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Cosines, then sines, of every position: shape [P, 1, D]. Computed in float64 for float64, else in float32."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    frequency = rotary_frequencies(spec.rope, spec.head_dim, exact)
+    angle = torch.arange(spec.context_length, dtype=exact)[:, None] * frequency
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)[:, None].to(device=device, dtype=dtype)
+
+
+def rotate(x_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns dimension i with dimension i + D/2 by the token's angle, whose cosines and sines are [T, 1, D/2]. Returns a
+    new contiguous tensor."""
+    first, second = x_THD.chunk(2, dim=-1)
+    out_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype, device=x_THD.device)
+    out_first, out_second = out_THD.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    return out_THD
+
+
+def gate(gate_up_T2F: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, in place: the result is a view of the argument's first half."""
+    gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+    return F.silu(gate_TF, inplace=True).mul_(up_TF)

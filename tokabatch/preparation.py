@@ -1,0 +1,138 @@
+"""Everything that is settled before weights load: the model's files, the tokenised input, and the plan order.
+
+`prepare` serves `run` and `plan` alike; whatever the user got wrong surfaces here, in seconds. It writes into the scratch
+folder it is given and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokabatch.data.generation_defaults import effective_generation, eos_token_ids
+from tokabatch.data.output import FailedRow
+from tokabatch.data.store import InputStore, ingest
+from tokabatch.data.tokenizer import Tokenizer, load_tokenizer
+from tokabatch.engine.sizing import WorkloadFacts
+from tokabatch.errors import JobError
+from tokabatch.job import GenerationConfig, Job, Setting
+from tokabatch.messages import Int64, Requests
+from tokabatch.model.checkpoint import Checkpoint, preflight
+from tokabatch.model.families import read_spec
+from tokabatch.model.resolve import resolve_model
+from tokabatch.model.spec import ModelSpec
+from tokabatch.model.weights import resolve_dtype
+from tokabatch.planning.order import order_prompts
+from tokabatch.planning.sharing import Sharing, measure_sharing
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that can start."""
+
+    folder: Path
+    spec: ModelSpec
+    checkpoint: Checkpoint
+    device: str
+    dtype: torch.dtype
+    tokenizer: Tokenizer
+    eos_token_ids: tuple[int, ...]
+    generation: GenerationConfig
+    settings: tuple[Setting, ...]
+    store: InputStore
+    requests: Requests
+    num_samples: Int64
+    """Samples of each request, in plan order."""
+    failures: tuple[FailedRow, ...]
+
+    @property
+    def samples_total(self) -> int:
+        """All samples that the output has to account for."""
+        return int(self.num_samples.sum()) + sum(failure.num_samples for failure in self.failures)
+
+    @property
+    def error_counts(self) -> tuple[tuple[str, int], ...]:
+        """Rows that could not become prompts, by code."""
+        return tuple(sorted(Counter(failure.error.code for failure in self.failures).items()))
+
+    def sharing(self, page_size: int) -> Sharing:
+        return measure_sharing(self.requests.length, self.requests.lcp, self.num_samples, page_size)
+
+    def workload(self) -> WorkloadFacts:
+        """What the engine's sizes follow from."""
+        limit = np.array([params.max_tokens for params in self.requests.sampling], np.int64)[self.requests.params]
+        whole = self.requests.length + limit
+        return WorkloadFacts(
+            num_samples=int(self.num_samples.sum()),
+            longest_sequence=int(whole.max(initial=1)),
+            total_tokens=int((whole * self.num_samples).sum()),
+        )
+
+
+def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None = None) -> Prepared:
+    """Check the model, read and tokenise the input, order it. Raises UsageError for whatever cannot work; `on_rows` is told
+    the rows and error rows read so far."""
+    device = pick_device(job)
+    folder = resolve_model(job.model.path, job.model.revision)
+    spec = read_spec(folder)
+    checkpoint = preflight(folder, spec)
+    tokenizer = load_tokenizer(job.model.model_copy(update={"path": str(folder)}))
+    generation, settings = effective_generation(job, folder)
+    store = ingest(
+        job,
+        tokenizer,
+        scratch,
+        spec.context_length,
+        generation=generation,
+        vocab_size=spec.vocab_size,
+        on_rows=on_rows,
+    )
+    requests = order_requests(store)
+    wanted = np.array([params.n for params in store.sampling], np.int64)
+    stated = "float32" if job.model.dtype == "auto" and device == "cpu" else job.model.dtype
+    return Prepared(
+        folder=folder,
+        spec=spec,
+        checkpoint=checkpoint,
+        device=device,
+        dtype=resolve_dtype(stated, spec, checkpoint),
+        tokenizer=tokenizer,
+        eos_token_ids=eos_token_ids(folder, tokenizer),
+        generation=generation,
+        settings=settings,
+        store=store,
+        requests=requests,
+        num_samples=wanted[requests.params],
+        failures=tuple(FailedRow(row, generation.n, error) for row, error in sorted(store.errors.items())),
+    )
+
+
+def pick_device(job: Job) -> str:
+    """`cpu` or `cuda`. Raises JobError where a GPU is asked for and there is none."""
+    available = torch.cuda.is_available()
+    if job.engine.device == "cuda" and not available:
+        raise JobError("engine.device is cuda, but torch sees no GPU; write auto or cpu, or install a CUDA build of torch")
+    return "cuda" if available and job.engine.device != "cpu" else "cpu"
+
+
+def order_requests(store: InputStore) -> Requests:
+    """The rows that have prompts, in plan order."""
+    rows = np.flatnonzero(store.length > 0)
+    start, length = store.start[rows], store.length[rows]
+    order = order_prompts(store.tokens, start, length)
+    chosen = rows[order.permutation]
+    return Requests(
+        row_index=chosen.astype(np.int64),
+        tokens=store.tokens,
+        start=store.start[chosen],
+        length=store.length[chosen],
+        lcp=order.lcp,
+        params=store.params[chosen],
+        sampling=store.sampling,
+    )
+

@@ -1,0 +1,121 @@
+"""From finished samples to rows on disk: decode, verify, add the input's columns, hand to the shard writer.
+
+Keeps the running books: what is ok, what is an error, and how many samples of each row are right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from tokabatch.data.folder import Claim
+from tokabatch.data.output import FailedRow, build_table, cut_at_stop, output_schema, sample_keys, text_token_ids
+from tokabatch.data.shards import Shard, ShardWriter
+from tokabatch.experiments.pass_at_k import curve
+from tokabatch.experiments.verifiers import load_verifier
+from tokabatch.job import Job
+from tokabatch.messages import Completion, Int64
+from tokabatch.preparation import Prepared
+
+BATCH_SAMPLES = 2048
+"""Samples made into a table at once; fewer when `flush_seconds` are over."""
+
+
+class Recorder:
+    """Takes completions in any order. `finish` commits the rest; nothing is lost before that but to a crash."""
+
+    def __init__(self, job: Job, prepared: Prepared, claim: Claim) -> None:
+        store = prepared.store
+        self._tokenizer = prepared.tokenizer
+        self._store = store
+        self._answer = job.verify.answer if job.verify else None
+        self._verify = load_verifier(job.verify.kind) if job.verify else None
+        self._schema = output_schema(
+            store.column_schema, columns=job.output.columns, id_column=job.input.id_column, verified=job.verify is not None
+        )
+        self._writer = ShardWriter(
+            claim, self._schema, rows_per_shard=job.output.rows_per_shard, flush_seconds=job.output.flush_seconds
+        )
+        self._waiting: list[Completion] = []
+        self._num_samples = np.zeros(store.num_rows, np.int64)
+        self._num_correct = np.zeros(store.num_rows, np.int64)
+        self.bad_references: Counter[str] = Counter()
+        """What the verifier said of answers that it does not understand, and for how many samples."""
+        self.error_counts: Counter[str] = Counter()
+        self.num_ok = 0
+
+    @property
+    def num_errors(self) -> int:
+        return sum(self.error_counts.values())
+
+    @property
+    def num_done(self) -> int:
+        return self.num_ok + self.num_errors
+
+    def fail(self, failures: Sequence[FailedRow]) -> None:
+        """Rows that never became prompts."""
+        for begin in range(0, len(failures), BATCH_SAMPLES):
+            self._write([], failures[begin : begin + BATCH_SAMPLES])
+
+    def add(self, completions: list[Completion]) -> None:
+        """Samples that the scheduler finished."""
+        self._waiting += completions
+        if len(self._waiting) >= BATCH_SAMPLES:
+            self._flush()
+        self._writer.tick()
+
+    def finish(self) -> tuple[Shard, ...]:
+        """Commit everything and return all shards."""
+        self._flush()
+        return self._writer.close()
+
+    def pass_at_k(self) -> tuple[tuple[int, float], ...] | None:
+        """The curve over the rows seen so far; None when nothing is verified."""
+        if self._verify is None:
+            return None
+        seen = self._num_samples > 0
+        return tuple((point.k, point.value) for point in curve(self._num_samples[seen], self._num_correct[seen]))
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._write(waiting, ())
+
+    def _write(self, completions: Sequence[Completion], failures: Sequence[FailedRow]) -> None:
+        rows, _ = sample_keys(completions, failures)
+        texts = self._texts(completions)
+        columns = self._store.columns(rows)
+        correct = self._judge(rows[: len(completions)], completions, texts)
+        table = build_table(
+            self._schema, completions, failures, texts=texts, ids=self._store.ids(rows), columns=columns, correct=correct
+        )
+        self._writer.add(table)
+        np.add.at(self._num_samples, rows, 1)
+        self.error_counts.update(c.error_code for c in completions if c.error_code is not None)
+        for failure in failures:
+            self.error_counts[failure.error.code] += failure.num_samples
+        self.num_ok += sum(c.error_code is None for c in completions)
+
+    def _texts(self, completions: Sequence[Completion]) -> list[str]:
+        texts = self._tokenizer.decode_batch([text_token_ids(completion) for completion in completions])
+        return [cut_at_stop(text, c.stop_reason) for text, c in zip(texts, completions, strict=True)]
+
+    def _judge(self, rows: Int64, completions: Sequence[Completion], texts: Sequence[str]) -> list[bool | None] | None:
+        """Each sample's verdict; None for a sample whose reference cannot be compared with."""
+        if self._verify is None or self._answer is None:
+            return None
+        answers = self._store.columns(rows, [self._answer]).column(0).to_pylist()
+        verdicts: list[bool | None] = []
+        for row, completion, text, answer in zip(rows.tolist(), completions, texts, answers, strict=True):
+            try:
+                right = completion.error_code is None and self._verify(text, answer)
+            except ValueError as error:
+                self.bad_references[str(error)] += 1
+                verdicts.append(None)
+                continue
+            self._num_correct[row] += right
+            verdicts.append(right)
+        return verdicts
+

@@ -1,0 +1,233 @@
+"""Progress of a run: a live display on a terminal, plain lines elsewhere, nothing when asked for nothing.
+
+The runner calls `update` as often as it likes, from one thread: all but a few calls a second return after one comparison.
+Everything goes to standard error. Knows no engine; a snapshot holds all that is shown.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Protocol, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tokabatch.report.summary import seconds_text
+
+Phase = Literal["reading", "loading", "generating", "writing"]
+
+_REFRESH_SECONDS = 0.2
+_LINE_SECONDS = 5.0
+_WINDOW_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressSnapshot:
+    """Where a run stands. Totals are None while they are not known; `kv_used` is the fraction of the KV pages in use;
+    `elapsed` counts seconds since the run began; token counts are those computed so far."""
+
+    phase: Phase
+    elapsed: float
+    rows_done: int = 0
+    rows_total: int | None = None
+    samples_done: int = 0
+    samples_total: int | None = None
+    errors: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    kv_used: float = 0.0
+    running: int = 0
+    waiting: int = 0
+
+
+class Progress(Protocol):
+    """Whoever makes one enters it; the runner only calls `update` and `message`."""
+
+    def update(self, snapshot: ProgressSnapshot) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def __enter__(self) -> Progress: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+def open_progress(quiet: bool) -> Progress:
+    """The display that standard error can show."""
+    if quiet:
+        return NullProgress()
+    console = Console(stderr=True, highlight=False)
+    if console.is_terminal and not console.is_dumb_terminal:
+        return LiveProgress(console)
+    return LineProgress(sys.stderr)
+
+
+class NullProgress:
+    """Shows nothing."""
+
+    def update(self, snapshot: ProgressSnapshot) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def __enter__(self) -> NullProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+
+class Rates:
+    """Speeds over the last seconds, from the snapshots that were shown."""
+
+    def __init__(self, window: float = _WINDOW_SECONDS) -> None:
+        self._window = window
+        self._points: deque[ProgressSnapshot] = deque()
+        self._first_generating: ProgressSnapshot | None = None
+
+    def add(self, snapshot: ProgressSnapshot) -> None:
+        if snapshot.phase == "generating" and self._first_generating is None:
+            self._first_generating = snapshot
+        self._points.append(snapshot)
+        # The oldest point is the last one outside of the window, so that the window is always covered.
+        while len(self._points) > 2 and self._points[1].elapsed <= snapshot.elapsed - self._window:
+            self._points.popleft()
+
+    @property
+    def tokens_in(self) -> float:
+        """Prompt tokens per second."""
+        return self._per_second(lambda snapshot: snapshot.tokens_in)
+
+    @property
+    def tokens_out(self) -> float:
+        """Sampled tokens per second."""
+        return self._per_second(lambda snapshot: snapshot.tokens_out)
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds left at the pace since generation began; None before the first samples are done."""
+        first = self._first_generating
+        if first is None:
+            return None
+        last = self._points[-1]
+        done = last.samples_done - first.samples_done
+        if last.phase != "generating" or last.samples_total is None or done <= 0:
+            return None
+        return (last.samples_total - last.samples_done) * (last.elapsed - first.elapsed) / done
+
+    def _per_second(self, value: Callable[[ProgressSnapshot], int]) -> float:
+        if len(self._points) < 2:
+            return 0.0
+        first, last = self._points[0], self._points[-1]
+        seconds = last.elapsed - first.elapsed
+        return (value(last) - value(first)) / seconds if seconds > 0 else 0.0
+
+
+class LineProgress:
+    """One plain line every few seconds and at each change of phase, without control codes."""
+
+    def __init__(self, stream: TextIO, interval: float = _LINE_SECONDS) -> None:
+        self._stream = stream
+        self._interval = interval
+        self._next = 0.0
+        self._phase: Phase | None = None
+        self._rates = Rates()
+        self._unshown: ProgressSnapshot | None = None
+
+    def update(self, snapshot: ProgressSnapshot) -> None:
+        if snapshot.elapsed < self._next and snapshot.phase == self._phase:
+            self._unshown = snapshot
+            return
+        self._show(snapshot)
+
+    def message(self, text: str) -> None:
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+    def __enter__(self) -> LineProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._unshown is not None:
+            self._show(self._unshown)
+
+    def _show(self, snapshot: ProgressSnapshot) -> None:
+        self._next = snapshot.elapsed + self._interval
+        self._phase = snapshot.phase
+        self._unshown = None
+        self._rates.add(snapshot)
+        self.message(f"[{seconds_text(snapshot.elapsed):>7}] {snapshot.phase:<10} {'  '.join(_facts(snapshot, self._rates))}")
+
+
+class LiveProgress:
+    """A bar and the figures, redrawn in place a few times a second."""
+
+    def __init__(self, console: Console) -> None:
+        self._live = Live(console=console, auto_refresh=False, transient=False)
+        self._next = 0.0
+        self._phase: Phase | None = None
+        self._rates = Rates()
+        self._unshown: ProgressSnapshot | None = None
+
+    def update(self, snapshot: ProgressSnapshot) -> None:
+        now = time.monotonic()
+        if now < self._next and snapshot.phase == self._phase:
+            self._unshown = snapshot
+            return
+        self._next = now + _REFRESH_SECONDS
+        self._phase = snapshot.phase
+        self._show(snapshot)
+
+    def message(self, text: str) -> None:
+        self._live.console.print(Text(text))
+
+    def __enter__(self) -> LiveProgress:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._unshown is not None:
+            self._show(self._unshown)
+        self._live.stop()
+
+    def _show(self, snapshot: ProgressSnapshot) -> None:
+        self._unshown = None
+        self._rates.add(snapshot)
+        self._live.update(_draw(snapshot, self._rates), refresh=True)
+
+
+def _draw(snapshot: ProgressSnapshot, rates: Rates) -> Group:
+    done, total = snapshot.samples_done, snapshot.samples_total
+    if snapshot.phase == "reading" or total is None:
+        done, total = snapshot.rows_done, snapshot.rows_total
+    grid = Table.grid(padding=(0, 1))
+    percent = Text(f"{done / total:.1%}" if total else "", style="bold")
+    bar = ProgressBar(total=total or None, completed=done, width=40, pulse=not total, animation_time=snapshot.elapsed)
+    grid.add_row(Text(snapshot.phase, style="bold cyan"), bar, percent, Text(seconds_text(snapshot.elapsed), style="dim"))
+    return Group(grid, Text("  ".join(_facts(snapshot, rates)), overflow="fold"))
+
+
+def _facts(snapshot: ProgressSnapshot, rates: Rates) -> list[str]:
+    facts = [f"rows {_of(snapshot.rows_done, snapshot.rows_total)}"]
+    if snapshot.samples_total is not None:
+        facts.append(f"samples {_of(snapshot.samples_done, snapshot.samples_total)}")
+    facts.append(f"errors {snapshot.errors:,}")
+    if snapshot.phase != "generating":
+        return facts
+    facts += [f"in {rates.tokens_in:,.0f} tok/s", f"out {rates.tokens_out:,.0f} tok/s", f"kv {snapshot.kv_used:.0%}"]
+    facts += [f"running {snapshot.running:,}", f"waiting {snapshot.waiting:,}"]
+    eta = rates.eta
+    return facts if eta is None else [*facts, f"eta {seconds_text(eta)}"]
+
+
+def _of(done: int, total: int | None) -> str:
+    return f"{done:,}" if total is None else f"{done:,}/{total:,}"

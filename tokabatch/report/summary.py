@@ -1,0 +1,264 @@
+"""What a run or a plan found, as plain frozen values, and the sections of facts that are shown of them.
+
+The runner fills these; `render` draws the sections. Knows no terminal, no file and no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tokabatch.job import Setting
+
+_EXIT_WORDS = {
+    0: "complete",
+    3: "complete, but with more errors than errors.max_fraction allows",
+    4: "the books do not close: rows x n is not ok + error + cancelled + pending",
+    75: "stopped; run the same command again to go on",
+    130: "interrupted after committing what was finished; run the same command again to go on",
+}
+_SHOWN_CHARACTERS = 4000
+_SHOWN_TOKEN_IDS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A titled list of (label, value). With `columns`, `rows` is a table under those headings instead."""
+
+    title: str
+    rows: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """The figures of one run. Token counts are over the run's whole work, recomputed tokens counted once more in
+    `prefilled_tokens` only.
+
+    `cached_tokens` of the prompts were not prefilled because another sample had; `cacheable_tokens` is the most that any
+    order and any cache could have saved. `seconds` is the whole run, `load_seconds` the part before the first step,
+    `host_seconds` the scheduler's own CPU time. `pass_at_k` is None where nothing was verified.
+    """
+
+    rows: int
+    samples: int
+    ok: int
+    errors: int
+    prompt_tokens: int
+    cached_tokens: int
+    cacheable_tokens: int
+    prefilled_tokens: int
+    output_tokens: int
+    seconds: float
+    load_seconds: float
+    steps: int
+    output_path: str
+    exit_code: int
+    cancelled: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    host_seconds: float = 0.0
+    error_counts: tuple[tuple[str, int], ...] = ()
+    pass_at_k: tuple[tuple[int, float], ...] | None = None
+
+    @property
+    def pending(self) -> int:
+        """Samples that a later run still owes."""
+        return self.samples - self.ok - self.errors - self.cancelled
+
+    @property
+    def work_seconds(self) -> float:
+        """Seconds from the first step on."""
+        return max(self.seconds - self.load_seconds, 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, derived figures included."""
+        values = asdict(self)
+        values["pending"] = self.pending
+        values["output_tokens_per_second"] = round(_rate(self.output_tokens, self.work_seconds), 1)
+        values["error_counts"] = dict(self.error_counts)
+        values["pass_at_k"] = None if self.pass_at_k is None else {str(k): value for k, value in self.pass_at_k}
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a model before its weights load. `family` is the Hugging Face model_type."""
+
+    path: str
+    family: str
+    parameters: int
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class KvFacts:
+    """The KV cache: `pages` of `page_size` tokens; `pages` is None where the device decides it at start."""
+
+    bytes_per_token: int
+    page_size: int
+    pages: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What `tokabatch plan` finds without loading weights. `unique_tokens` are the nodes of the prompts' prefix tree: the
+    fewest prompt tokens that have to be prefilled; `max_output_tokens` is the sum of max_tokens over all samples."""
+
+    model: ModelFacts
+    kv: KvFacts
+    rows: int
+    samples: int
+    prompt_tokens: int
+    unique_tokens: int
+    max_output_tokens: int
+    longest_prompt: int
+    first_prompt: str
+    first_token_ids: tuple[int, ...]
+    settings: tuple[Setting, ...]
+    error_counts: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def error_rows(self) -> int:
+        """Rows that will become error rows."""
+        return sum(count for _, count in self.error_counts)
+
+    @property
+    def shared_tokens(self) -> int:
+        """Prompt tokens that stand in another prompt's prefix already."""
+        return self.prompt_tokens - self.unique_tokens
+
+
+def run_sections(summary: RunSummary) -> tuple[Section, ...]:
+    """The final summary of a run."""
+    books = [
+        ("result", _EXIT_WORDS.get(summary.exit_code, f"exit code {summary.exit_code}")),
+        ("rows", _count(summary.rows)),
+        ("samples", _books(summary)),
+        *((f"error {code}", _count(number)) for code, number in summary.error_counts),
+        ("output", summary.output_path),
+    ]
+    saved = _share(summary.cached_tokens, summary.cacheable_tokens)
+    work = [
+        ("time", f"{seconds_text(summary.seconds)} (loading {seconds_text(summary.load_seconds)})"),
+        ("output tokens", _with_rate(summary.output_tokens, summary.work_seconds)),
+        ("prompt tokens", _with_rate(summary.prompt_tokens, summary.work_seconds)),
+        ("prefilled tokens", _count(summary.prefilled_tokens)),
+        ("saved by sharing", f"{_count(summary.cached_tokens)} of {_count(summary.cacheable_tokens)} possible{saved}"),
+        ("steps", f"{_count(summary.steps)}, scheduler {seconds_text(summary.host_seconds)}"),
+        ("preemptions", f"{_count(summary.preemptions)}, {_count(summary.recomputed_tokens)} tokens recomputed"),
+    ]
+    sections = [Section("Run", tuple(books)), Section("Work", tuple(work))]
+    if summary.pass_at_k is not None:
+        rates = tuple((f"pass@{k}", f"{value:.4f}") for k, value in summary.pass_at_k)
+        sections.append(Section("Verified", rates))
+    return tuple(sections)
+
+
+def plan_sections(report: PlanReport) -> tuple[Section, ...]:
+    """Everything a plan shows."""
+    model = report.model
+    facts = (
+        ("path", model.path),
+        ("architecture", f"{model.family}, {model.layers} layers, hidden size {_count(model.hidden_size)}"),
+        ("attention", f"{model.heads} heads, {model.kv_heads} KV heads of {model.head_dim}"),
+        ("parameters", _count(model.parameters)),
+        ("vocabulary", _count(model.vocab_size)),
+        ("context", f"{_count(model.context_length)} tokens"),
+        ("dtype", model.dtype),
+    )
+    return (
+        Section("Model", facts),
+        Section("Work", _plan_work(report)),
+        Section("KV cache", _plan_kv(report.kv)),
+        Section("Generation", tuple((s.key, s.value, s.source) for s in report.settings), ("key", "value", "from")),
+        Section("First prompt", (("", _cut_text(report.first_prompt)),)),
+        Section(f"Its {_count(len(report.first_token_ids))} token ids", (("", _cut_ids(report.first_token_ids)),)),
+        *((Section("Notes", tuple(("", note) for note in report.notes)),) if report.notes else ()),
+    )
+
+
+def status_sections(values: Mapping[str, Any]) -> tuple[Section, ...]:
+    """The state of an output folder: (name, value) as they come, unknown ones left out."""
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        text = f"{value:.4f}" if isinstance(value, float) else _count(value) if isinstance(value, int) else str(value)
+        rows.append((name.replace("_", " "), text))
+    return (Section("Status", tuple(rows)),)
+
+
+def seconds_text(seconds: float) -> str:
+    """`0.41 s`, `12.3 s`, `4:05` (minutes) or `3:04:05`."""
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _plan_work(report: PlanReport) -> tuple[tuple[str, str], ...]:
+    shared = _share(report.shared_tokens, report.prompt_tokens)
+    return (
+        ("rows", _count(report.rows) + (f", {_count(report.error_rows)} with errors" if report.error_rows else "")),
+        *((f"error {code}", _count(number)) for code, number in report.error_counts),
+        ("samples", _count(report.samples)),
+        ("prompt tokens", _count(report.prompt_tokens)),
+        ("longest prompt", f"{_count(report.longest_prompt)} tokens"),
+        ("unique tokens", f"{_count(report.unique_tokens)} to prefill at least"),
+        ("shared tokens", f"{_count(report.shared_tokens)}{shared}"),
+        ("output tokens", f"at most {_count(report.max_output_tokens)}"),
+    )
+
+
+def _plan_kv(kv: KvFacts) -> tuple[tuple[str, str], ...]:
+    size = [("bytes per token", _count(kv.bytes_per_token)), ("page", f"{_count(kv.page_size)} tokens")]
+    if kv.pages is None:
+        return (*size, ("pages", "as many as the device's memory holds"))
+    tokens = kv.pages * kv.page_size
+    mebibytes = tokens * kv.bytes_per_token / (1 << 20)
+    return (*size, ("pages", f"{_count(kv.pages)} ({_count(tokens)} tokens, {mebibytes:,.1f} MiB)"))
+
+
+def _books(summary: RunSummary) -> str:
+    parts = [f"{_count(summary.ok)} ok", f"{_count(summary.errors)} errors"]
+    parts += [f"{_count(summary.cancelled)} cancelled"] if summary.cancelled else []
+    parts += [f"{_count(summary.pending)} pending"] if summary.pending else []
+    return f"{_count(summary.samples)} = {' + '.join(parts)}"
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def _rate(number: int, seconds: float) -> float:
+    return number / seconds if seconds > 0 else 0.0
+
+
+def _with_rate(number: int, seconds: float) -> str:
+    return f"{_count(number)} ({_rate(number, seconds):,.0f} per second)" if seconds > 0 else _count(number)
+
+
+def _share(part: int, whole: int) -> str:
+    return f" ({part / whole:.1%})" if whole else ""
+
+
+def _cut_text(text: str) -> str:
+    rest = len(text) - _SHOWN_CHARACTERS
+    return text if rest <= 0 else f"{text[:_SHOWN_CHARACTERS]}\n[… and {_count(rest)} more characters]"
+
+
+def _cut_ids(ids: tuple[int, ...]) -> str:
+    shown = " ".join(map(str, ids[:_SHOWN_TOKEN_IDS]))
+    rest = len(ids) - _SHOWN_TOKEN_IDS
+    return shown if rest <= 0 else f"{shown} [… and {_count(rest)} more]"

@@ -1,0 +1,256 @@
+"""One run, from the job to the report. Read `run` and you have read the architecture.
+
+    job ─► prepare (rows, prompts, plan order) ─► sizes ─► scheduler ⇄ executor ─► recorder (shards) ─► summary
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+
+import torch
+
+from tokabatch import __version__
+from tokabatch.data.folder import Claim
+from tokabatch.data.manifest import Manifest, Versions, mark_success, write_manifest, write_summary
+from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
+from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, kv_shape
+from tokabatch.engine.worker import WorkerSpec
+from tokabatch.errors import EngineError
+from tokabatch.job import Job
+from tokabatch.messages import Completion
+from tokabatch.model.spec import tensor_shapes
+from tokabatch.preparation import Prepared, prepare
+from tokabatch.recorder import Recorder
+from tokabatch.report.progress import NullProgress, Phase, Progress, ProgressSnapshot
+from tokabatch.report.summary import KvFacts, ModelFacts, PlanReport, RunSummary
+from tokabatch.scheduling.counts import SchedulerCounts
+from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
+from tokabatch.scheduling.stopping import StopRules, TokenText
+
+EXIT_COMPLETE, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 3, 4, 75, 130
+
+
+def run(job: Job, progress: Progress | None = None) -> RunSummary:
+    """Complete every row of the job's input and write the output folder.
+
+    Raises UsageError before any weights load for a job that cannot work, EngineError when the engine breaks. Ctrl-C commits
+    what is finished and returns a summary with exit code 130.
+    """
+    clock = _Clock(progress or NullProgress())
+    with Claim(Path(job.output.path)) as claim:
+        scratch = claim.folder.temporary / "input"
+        scratch.mkdir(parents=True)
+        prepared = prepare(job, scratch, clock.reading)
+        sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload())
+        recorder = Recorder(job, prepared, claim)
+        write_manifest(claim, _manifest(job, prepared))
+        recorder.fail(prepared.failures)
+        scheduler = Scheduler(prepared.requests, _limits(sizes), _stop_rules(prepared))
+        exit_code = EXIT_COMPLETE
+        if prepared.failures and job.errors.policy == "stop":
+            exit_code = EXIT_STOPPED
+        elif len(prepared.requests):
+            clock.show("loading", prepared, scheduler, recorder)
+            executor = _executor(job, prepared, sizes)
+            clock.loaded()
+            try:
+                exit_code = _generate(job, prepared, scheduler, executor, recorder, clock)
+            except KeyboardInterrupt:
+                exit_code = EXIT_INTERRUPTED
+            finally:
+                executor.close()
+        clock.show("writing", prepared, scheduler, recorder)
+        books = mark_success(claim, recorder.finish(), prepared.samples_total)
+        if exit_code == EXIT_COMPLETE and not books.closed:
+            exit_code = EXIT_BOOKS
+        elif exit_code == EXIT_COMPLETE and books.errors > job.errors.max_fraction * books.samples:
+            exit_code = EXIT_ERRORS
+        summary = _summary(job, prepared, scheduler.counts, recorder, clock, exit_code)
+        write_summary(claim, summary.to_dict())
+        for reason, count in recorder.bad_references.items():
+            clock.progress.message(f"not verified: {count} samples ({reason})")
+        prepared.store.close()
+    return summary
+
+
+def plan(job: Job) -> PlanReport:
+    """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError."""
+    with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
+        prepared = prepare(job, Path(scratch))
+        sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload())
+        report = _plan_report(job, prepared, sizes)
+        prepared.store.close()
+    return report
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Where the run stands in time, and the display of it."""
+
+    progress: Progress
+    begun: float = field(default_factory=time.perf_counter)
+    load_seconds: float = 0.0
+    host_seconds: float = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def loaded(self) -> None:
+        self.load_seconds = self.elapsed
+
+    def reading(self, rows: int, errors: int) -> None:
+        self.progress.update(ProgressSnapshot("reading", self.elapsed, rows_done=rows, errors=errors))
+
+    def show(self, phase: Phase, prepared: Prepared, scheduler: Scheduler, recorder: Recorder) -> None:
+        counts, waiting = scheduler.counts, prepared.samples_total - recorder.num_errors - scheduler.counts.finished
+        running = len(scheduler.sequences.order)
+        self.progress.update(
+            ProgressSnapshot(
+                phase=phase,
+                elapsed=self.elapsed,
+                rows_done=scheduler.prompts.next_request + len(prepared.failures),
+                rows_total=prepared.store.num_rows,
+                samples_done=counts.finished + sum(failure.num_samples for failure in prepared.failures),
+                samples_total=prepared.samples_total,
+                errors=recorder.num_errors,
+                tokens_in=counts.prompt_tokens,
+                tokens_out=counts.output_tokens,
+                kv_used=scheduler.pool.num_used / scheduler.pool.num_pages,
+                running=running,
+                waiting=max(0, waiting - running),
+            )
+        )
+
+
+def _generate(
+    job: Job, prepared: Prepared, scheduler: Scheduler, executor: Executor, recorder: Recorder, clock: _Clock
+) -> int:
+    """Step until every sample is finished, up to `queue_depth` steps ahead of the results; the run's exit code so far."""
+    depth = job.engine.queue_depth
+    depth = (2 if prepared.device == "cuda" else 1) if depth == "auto" else depth
+    while not scheduler.done:
+        begin = time.perf_counter()
+        step = scheduler.schedule() if scheduler.num_in_flight < depth else None
+        clock.host_seconds += time.perf_counter() - begin
+        if step is not None:
+            executor.submit(step)
+            continue
+        if not scheduler.num_in_flight:
+            raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
+        result = executor.collect()
+        begin = time.perf_counter()
+        completions: list[Completion] = scheduler.apply(result)
+        clock.host_seconds += time.perf_counter() - begin
+        recorder.add(completions)
+        clock.show("generating", prepared, scheduler, recorder)
+        if job.errors.policy == "stop" and any(c.error_code is not None for c in completions):
+            return EXIT_STOPPED
+    return EXIT_COMPLETE
+
+
+def _executor(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> Executor:
+    """The replica, in a process of its own on a GPU or when the job asks for it."""
+    spec = WorkerSpec(prepared.folder, prepared.spec, prepared.dtype, prepared.device, "torch_paged", sizes)
+    separate = prepared.device == "cuda" if job.engine.process == "auto" else job.engine.process
+    return ProcessExecutor(spec) if separate else InProcessExecutor(spec)
+
+
+def _limits(sizes: ReplicaSizes) -> SchedulerLimits:
+    return SchedulerLimits(
+        page_size=sizes.page_size,
+        num_pages=sizes.num_pages,
+        max_running=sizes.max_running,
+        max_step_tokens=sizes.max_step_tokens,
+        max_pages_per_sequence=sizes.max_pages_per_sequence,
+        grouping=GroupingLimits(sizes.min_group, sizes.min_prefix_pages) if sizes.min_group else None,
+    )
+
+
+def _stop_rules(prepared: Prepared) -> StopRules:
+    tokenizer, sampling = prepared.tokenizer, prepared.requests.sampling
+    text = None
+    if any(params.stop for params in sampling):
+        text = TokenText(tokenizer.piece_texts(), lambda ids: tokenizer.decode_batch([ids])[0])
+    return StopRules(sampling, prepared.eos_token_ids, prepared.spec.vocab_size, text)
+
+
+def _manifest(job: Job, prepared: Prepared) -> Manifest:
+    return Manifest(
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        model_path=str(prepared.folder),
+        versions=Versions(__version__, torch.__version__, version("transformers"), platform.python_version()),
+        rows=prepared.store.num_rows,
+        samples=prepared.samples_total,
+        job=job.to_dict(),
+    )
+
+
+def _summary(
+    job: Job, prepared: Prepared, counts: SchedulerCounts, recorder: Recorder, clock: _Clock, exit_code: int
+) -> RunSummary:
+    return RunSummary(
+        rows=prepared.store.num_rows,
+        samples=prepared.samples_total,
+        ok=recorder.num_ok,
+        errors=recorder.num_errors,
+        prompt_tokens=counts.prompt_tokens,
+        cached_tokens=counts.cached_tokens,
+        cacheable_tokens=prepared.sharing(job.engine.page_size).saved_tokens,
+        prefilled_tokens=counts.prefilled_tokens,
+        output_tokens=counts.output_tokens,
+        seconds=clock.elapsed,
+        load_seconds=clock.load_seconds,
+        steps=counts.steps,
+        output_path=str(job.output.path),
+        exit_code=exit_code,
+        preemptions=counts.preemptions,
+        recomputed_tokens=counts.recomputed_tokens,
+        host_seconds=clock.host_seconds,
+        error_counts=tuple(sorted(recorder.error_counts.items())),
+        pass_at_k=recorder.pass_at_k(),
+    )
+
+
+def _plan_report(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> PlanReport:
+    spec, store, sharing = prepared.spec, prepared.store, prepared.sharing(job.engine.page_size)
+    model = ModelFacts(
+        path=str(prepared.folder),
+        family=spec.family,
+        parameters=sum(prod(shape) for shape in tensor_shapes(spec).values()),
+        layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        heads=spec.num_heads,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        vocab_size=spec.vocab_size,
+        context_length=spec.context_length,
+        dtype=str(prepared.dtype).removeprefix("torch."),
+    )
+    per_page = kv_shape(spec, sizes.page_size, 1, 1, 1).bytes_per_page(prepared.dtype)
+    requests = prepared.requests
+    limits = [params.max_tokens for params in requests.sampling]
+    first = store.first_prompt_row
+    ids = store.prompt(first).tolist() if first is not None else []
+    return PlanReport(
+        model=model,
+        kv=KvFacts(per_page // sizes.page_size, sizes.page_size, sizes.num_pages),
+        rows=store.num_rows,
+        samples=prepared.samples_total,
+        prompt_tokens=sharing.total_tokens,
+        unique_tokens=sharing.unique_tokens,
+        max_output_tokens=sum(limits[p] * int(n) for p, n in zip(requests.params, prepared.num_samples, strict=True)),
+        longest_prompt=int(requests.length.max(initial=0)),
+        first_prompt=prepared.tokenizer.decode_batch([ids], skip_special_tokens=False)[0],
+        first_token_ids=tuple(ids),
+        settings=prepared.settings,
+        error_counts=prepared.error_counts,
+    )
