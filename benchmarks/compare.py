@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shlex
 import statistics
 import subprocess
@@ -34,6 +35,7 @@ from benchmarks.models import SHAPES, save_random_model, vocab_size
 from benchmarks.workloads import WORKLOADS, Int32, Parameters, Workload, make_workload
 
 LOG = Path(__file__).with_name("LOG.md")
+MAX_NOISE = 0.03
 BASELINES = ("transformers_generate", "transformers_batch")
 
 
@@ -49,10 +51,38 @@ class Contestant:
 class Run:
     outputs: tuple[Int32, ...]
     seconds: float
+    cpu_seconds: float
     load_seconds: float
     computed_prefill: int
     computed_decode: int
     peak_rss: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """A moment's reading of how long the machine's cores have worked, in seconds: altogether, and on our child processes."""
+
+    at: float
+    busy: float | None
+    ours: float
+
+    @staticmethod
+    def read() -> Cores:
+        stat, busy = Path("/proc/stat"), None
+        if stat.exists():
+            user, nice, system = (int(ticks) for ticks in stat.read_text().split(maxsplit=4)[1:4])
+            busy = (user + nice + system) / os.sysconf("SC_CLK_TCK")
+        children, own = resource.getrusage(resource.RUSAGE_CHILDREN), resource.getrusage(resource.RUSAGE_SELF)
+        ours = children.ru_utime + children.ru_stime + own.ru_utime + own.ru_stime
+        return Cores(time.monotonic(), busy, ours)
+
+    def taken_by_others(self) -> float | None:
+        """Share of all cores that other processes used since this reading; None where the system does not say."""
+        now = Cores.read()
+        if self.busy is None or now.busy is None:
+            return None
+        seconds = (now.at - self.at) * (os.cpu_count() or 1)
+        return max(0.0, (now.busy - self.busy) - (now.ours - self.ours)) / seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +196,13 @@ def measure(bench: Bench, contestants: list[Contestant], model: Path, workload: 
     runs: list[list[Run]] = [[] for _ in contestants]
     for _ in range(rounds):
         for own, contestant in zip(runs, contestants, strict=True):
+            before = Cores.read()
             run = load_run(bench.child(contestant, "measure", model, workload, contestant.settings))
+            others = before.taken_by_others()
             assert_lengths(contestant, run, workload)
             own.append(run)
-            print(f"  {contestant.key}: {run.seconds:.2f} s", flush=True)
+            noise = f"; OTHER PROCESSES USED {others:.0%} OF THE CORES" if others and others > MAX_NOISE else ""
+            print(f"  {contestant.key}: {run.seconds:.2f} s ({run.cpu_seconds:.2f} s CPU){noise}", flush=True)
     return runs
 
 
@@ -179,6 +212,7 @@ def load_run(file: Path) -> Run:
         return Run(
             outputs=tuple(np.split(data["tokens"], ends)),
             seconds=float(data["seconds"]),
+            cpu_seconds=float(data["cpu_seconds"]),
             load_seconds=float(data["load_seconds"]),
             computed_prefill=int(data["computed_prefill"]),
             computed_decode=int(data["computed_decode"]),
@@ -231,24 +265,30 @@ def render(contestants: list[Contestant], tuned: list[Contestant], runs: list[li
         default=None,
     )
     rows = [
-        "| engine | seconds | out tok/s | prompt tok/s | ratio | useful | load s | peak RSS | settings |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| engine | seconds | CPU s | out tok/s | prompt tok/s | ratio | useful | load s | peak RSS | settings |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for contestant, final, own, median in zip(contestants, tuned, runs, seconds, strict=True):
         spread = f" ({min(r.seconds for r in own):.1f}-{max(r.seconds for r in own):.1f})" if len(own) > 1 else ""
-        ratio = f"{baseline / median:.2f}x" if baseline else "-"
-        rows.append(
-            f"| {contestant.key} | {median:.1f}{spread} | {workload.num_output_tokens / median:,.0f} | "
-            f"{workload.num_prompt_tokens / median:,.0f} | {ratio} | {useful(own[0], workload)} | "
-            f"{own[0].load_seconds:.1f} | {max(run.peak_rss for run in own) / 2**20:,.0f} MiB | "
-            f"{describe(final.settings) or '-'} |"
+        cells = (
+            contestant.key,
+            f"{median:.1f}{spread}",
+            f"{statistics.median(run.cpu_seconds for run in own):.1f}",
+            f"{workload.num_output_tokens / median:,.0f}",
+            f"{workload.num_prompt_tokens / median:,.0f}",
+            f"{baseline / median:.2f}x" if baseline else "-",
+            useful(own[0], workload),
+            f"{own[0].load_seconds:.1f}",
+            f"{max(run.peak_rss for run in own) / 2**20:,.0f} MiB",
+            describe(final.settings) or "-",
         )
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def useful(run: Run, workload: Workload) -> str:
-    """Share of the token positions put through the model that any engine must compute: distinct prompt tokens are not
-    asked for here, only rows that were neither padding nor already finished."""
+    """The workload's tokens, each prompt counted once, as a share of the token positions that went through the model. Below
+    1 is padding, finished rows and prompts computed for every sample; above 1, shared beginnings computed once."""
     parts: list[str] = []
     if run.computed_prefill > 0:
         parts.append(f"prefill {workload.num_prompt_tokens / run.computed_prefill:.0%}")

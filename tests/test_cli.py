@@ -138,13 +138,12 @@ class TestRefusals:
         done = tokabatch("download", "nobody/nothing", HF_HOME=str(tmp_path))
         assert done.returncode == 2 and "nobody/nothing" in done.stderr and "Traceback" not in done.stderr
 
-    @pytest.mark.parametrize("command", ["run", "plan"])
     @pytest.mark.parametrize(
-        ("override", "message"),
+        ("command", "override", "message"),
         [
-            ("model.path=./no-such-folder", "no-such-folder"),
-            ("input.path=no-such-file.jsonl", "no-such-file.jsonl"),
-            ("prompt.template={{ no_such_column }}", "no_such_column"),
+            ("run", "model.path=./no-such-folder", "no-such-folder"),
+            ("plan", "input.path=no-such-file.jsonl", "no-such-file.jsonl"),
+            ("run", "prompt.template={{ no_such_column }}", "no_such_column"),
         ],
     )
     def test_what_a_job_names_must_exist(self, tmp_path: Path, command: str, override: str, message: str) -> None:
@@ -200,10 +199,6 @@ class TestQuickstart:
         assert len(rows) == lines and [row["row_index"] for row in rows] == sorted(row["row_index"] for row in rows)
         assert str(target) in done.stdout
 
-    def test_quiet(self, tmp_path: Path) -> None:
-        done = tokabatch("run", QUICKSTART, *SMALL, f"output.path={tmp_path / 'out'}", "--quiet")
-        assert done.returncode == 0 and "samples" in done.stdout and "generating" not in done.stderr
-
     def test_from_python(self, tmp_path: Path) -> None:
         code = (
             "from tokabatch import Job, run\n"
@@ -215,47 +210,51 @@ class TestQuickstart:
         )
         assert done.stdout == "4 0\n", done.stderr
 
-    def test_too_many_errors_is_exit_3(self, tmp_path: Path) -> None:
+    def test_too_many_errors_is_exit_3_and_quiet_is_quiet(self, tmp_path: Path) -> None:
         rows = tmp_path / "rows.jsonl"
         rows.write_text('{"prompt": "a"}\nnot json\n')
         done = tokabatch(
             "run", QUICKSTART, "generation.n=1", "generation.max_tokens=4", "prompt={}", "verify=null", f"input.path={rows}",
-            "input.limit=null", f"output.path={tmp_path / 'out'}",
+            "input.limit=null", f"output.path={tmp_path / 'out'}", "--quiet",
         )  # fmt: skip
         assert done.returncode == 3, done.stderr
+        assert "generating" not in done.stderr
         assert "bad_json" in done.stdout and "2 = 1 ok + 1 errors" in done.stdout
 
-    @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are a Unix matter")
     def test_a_terminal_gets_a_live_display(self, tmp_path: Path) -> None:
         shown = in_terminal("run", QUICKSTART, *SMALL, f"output.path={tmp_path / 'out'}")
         assert "\x1b[?25l" in shown and "\x1b[?25h" in shown and "generating" in shown and "pass@2" in shown
 
-    @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-    def test_a_signal_stops_it_and_keeps_the_books(self, tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    def test_no_color_is_honoured(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+        assert "\x1b" in in_terminal("status", finished[0])
+        assert "\x1b" not in in_terminal("status", finished[0], NO_COLOR="1")
+
+    def test_ctrl_c_commits_what_is_finished(self, tmp_path: Path) -> None:
         out = tmp_path / "out"
-        arguments = ("run", QUICKSTART, "generation.n=500", "generation.ignore_eos=true", f"output.path={out}")
+        arguments = ("run", QUICKSTART, "generation.n=500", "generation.max_tokens=8", f"output.path={out}")
         process = subprocess.Popen(
             [sys.executable, "-m", "tokabatch", *arguments], cwd=ROOT, env=environment(), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         assert process.stderr is not None
         for line in process.stderr:
-            if "generating" in line:
+            if re.search("generating.* samples [1-9]", line):
                 break
-        process.send_signal(sent)
+        process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)
-        assert process.returncode == code, stderr
-        assert "Traceback" not in stderr and "run the same command again" in stdout
+        assert process.returncode == 130, stderr
+        assert "Traceback" not in stderr and "committed" in stdout and " pending" in stdout
+        committed = sum(pq.read_metadata(shard).num_rows for shard in out.glob("data/part-*.parquet"))
+        assert f" = {committed:,} ok" in stdout and committed > 0
         assert not (out / "_SUCCESS").exists()
 
 
-def in_terminal(*arguments: str) -> str:
+def in_terminal(*arguments: str | Path, **changes: str) -> str:
     """Everything that a command shows on a terminal of its own."""
     leader, follower = pty.openpty()
-    changes = environment(TERM="xterm-256color", COLUMNS="100", LINES="30")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tokabatch", *arguments], cwd=ROOT, env=changes, stdout=follower, stderr=follower
-    )
+    settings = environment(TERM="xterm-256color", COLUMNS="100", LINES="30", **changes)
+    command = [sys.executable, "-m", "tokabatch", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=ROOT, env=settings, stdout=follower, stderr=follower)
     os.close(follower)
     shown = b""
     deadline = time.monotonic() + 120

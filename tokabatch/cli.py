@@ -41,8 +41,8 @@ Exit codes
   2    the command line, the job file or a file it names is wrong; the message says what and how to mend it
   3    complete, but with more errors than errors.max_fraction allows
   4    the books do not close (a bug: please report it)
-  75   stopped before the end; run the same command again to go on
-  130  interrupted, after committing what was finished
+  75   stopped before the end; what was finished is committed
+  130  interrupted (Ctrl-C); what was finished is committed
 """
 
 _OVERRIDES_HELP = """key=value, dotted as in the file: generation.n=4 engine.page_size=32 model.dtype=float32. Numbers take

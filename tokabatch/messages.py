@@ -136,7 +136,7 @@ class StepResult:
     """What a step sampled, arrays of S in the order of the runs with `run_samples`.
 
     `logprob` is the natural logarithm under the unmodified model distribution (temperature 1, no filter); it is NaN where the
-    slot asked for none. `top_ids` and `top_logprobs` have shape [S, K], K the largest number asked for in the step (0 when none).
+    slot asked for none. `top_ids` and `top_logprobs` have shape [S, K], K the largest number asked for in the step (0: none).
     """
 
     index: int

@@ -92,6 +92,7 @@ def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None 
         vocab_size=spec.vocab_size,
         on_rows=on_rows,
     )
+    _check_logprobs(store, spec)
     requests = order_requests(store)
     wanted = np.array([params.n for params in store.sampling], np.int64)
     stated = "float32" if job.model.dtype == "auto" and device == "cpu" else job.model.dtype
@@ -136,3 +137,8 @@ def order_requests(store: InputStore) -> Requests:
         sampling=store.sampling,
     )
 
+
+def _check_logprobs(store: InputStore, spec: ModelSpec) -> None:
+    most = max((params.logprobs or 0 for params in store.sampling), default=0)
+    if most > spec.vocab_size:
+        raise JobError(f"generation.logprobs is {most}, but the model has {spec.vocab_size} tokens; write at most that many")

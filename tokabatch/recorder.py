@@ -118,4 +118,3 @@ class Recorder:
             self._num_correct[row] += right
             verdicts.append(right)
         return verdicts
-

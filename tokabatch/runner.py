@@ -1,6 +1,6 @@
 """One run, from the job to the report. Read `run` and you have read the architecture.
 
-    job ─► prepare (rows, prompts, plan order) ─► sizes ─► scheduler ⇄ executor ─► recorder (shards) ─► summary
+job ─► prepare (rows, prompts, plan order) ─► sizes ─► scheduler ⇄ executor ─► recorder (shards) ─► summary
 """
 
 from __future__ import annotations
@@ -131,9 +131,7 @@ class _Clock:
         )
 
 
-def _generate(
-    job: Job, prepared: Prepared, scheduler: Scheduler, executor: Executor, recorder: Recorder, clock: _Clock
-) -> int:
+def _generate(job: Job, prepared: Prepared, scheduler: Scheduler, executor: Executor, recorder: Recorder, clock: _Clock) -> int:
     """Step until every sample is finished, up to `queue_depth` steps ahead of the results; the run's exit code so far."""
     depth = job.engine.queue_depth
     depth = (2 if prepared.device == "cuda" else 1) if depth == "auto" else depth

@@ -40,11 +40,13 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`outputs[p * n + s]` is sample s of prompt p. `computed_*` count the token positions that went through the
-    model, with padding and finished rows, where the driver can know (else None): the rest of them is waste."""
+    """`outputs[p * n + s]` is sample s of prompt p. `cpu_seconds` is the process's CPU time while the clock ran.
+    `computed_*` count the token positions that went through the model, with padding and finished rows, where
+    the driver can know (else None): the rest of them is waste."""
 
     outputs: tuple[Int32, ...]
     seconds: float
+    cpu_seconds: float
     load_seconds: float
     computed_prefill_tokens: int | None = None
     computed_decode_tokens: int | None = None

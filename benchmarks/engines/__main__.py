@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import resource
-import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -73,18 +72,17 @@ def tune(engine: Engine, folder: Path, workload: Workload, settings: Any, pinned
 
 def timed(engine: Engine, folder: Path, workload: Workload, settings: Any) -> float:
     """Seconds of one trial; a setting that the engine cannot run with costs infinity and says why."""
-    began = time.perf_counter()
     try:
-        seconds = engine.generate(folder, workload, settings).seconds
+        result = engine.generate(folder, workload, settings)
     except (RuntimeError, ValueError, MemoryError) as error:
         print(f"    {describe(settings)}: failed: {str(error).splitlines()[0]}", flush=True)
         return float("inf")
-    rate = workload.num_output_tokens / seconds
+    rate = workload.num_output_tokens / result.seconds
     print(
-        f"    {describe(settings)}: {seconds:.1f} s, {rate:,.0f} tok/s (with load {time.perf_counter() - began:.1f} s)",
+        f"    {describe(settings)}: {result.seconds:.1f} s ({result.cpu_seconds:.1f} s CPU), {rate:,.0f} tok/s",
         flush=True,
     )
-    return seconds
+    return result.seconds
 
 
 def profiled(engine: Engine, folder: Path, workload: Workload, settings: Any) -> str:
@@ -101,11 +99,20 @@ def save(file: Path, result: Result) -> None:
         tokens=np.concatenate(result.outputs),
         length=np.array([len(output) for output in result.outputs]),
         seconds=result.seconds,
+        cpu_seconds=result.cpu_seconds,
         load_seconds=result.load_seconds,
         computed_prefill=unknown if result.computed_prefill_tokens is None else result.computed_prefill_tokens,
         computed_decode=unknown if result.computed_decode_tokens is None else result.computed_decode_tokens,
-        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss=peak_rss(),
     )
+
+
+def peak_rss() -> int:
+    """Bytes. On Linux `ru_maxrss` starts at the parent's peak, so the kernel's own mark of this address space is read."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def describe(settings: Any) -> str:

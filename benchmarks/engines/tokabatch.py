@@ -64,14 +64,15 @@ def generate(folder: Path, workload: Workload, settings: Settings) -> Result:
         warm_up = workload.take(WARM_UP_PROMPTS)
         few = np.minimum(warm_up.output_length_PN, WARM_UP_TOKENS)
         serve(executor, replace(warm_up, output_length_PN=few), sizes, spec.vocab_size)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         served = serve(executor, workload, sizes, spec.vocab_size)
-        finished = time.perf_counter()
+        finished, cpu_finished = time.perf_counter(), time.process_time()
     finally:
         executor.close()
     return Result(
         outputs=tuple(served.outputs[sample] for sample in range(workload.num_samples)),
         seconds=finished - started,
+        cpu_seconds=cpu_finished - cpu_started,
         load_seconds=started - began,
         # The last token drawn of a sample is never computed; the first one comes out of its prefill.
         computed_prefill_tokens=served.computed - (workload.num_output_tokens - workload.num_samples),

@@ -61,15 +61,16 @@ def generate(folder: Path, workload: Workload, settings: Settings) -> Result:
     manager.start()
     try:
         collect(manager, submit(manager, workload, range(min(4, workload.num_samples)), limit=3))
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         outputs = collect(manager, submit(manager, workload, range(workload.num_samples)))
-        finished = time.perf_counter()
+        finished, cpu_finished = time.perf_counter(), time.process_time()
     finally:
         manager.stop(block=True, timeout=RESULT_TIMEOUT_S)
         manager.destroy()
     return Result(
         outputs=tuple(outputs[sample] for sample in range(workload.num_samples)),
         seconds=finished - started,
+        cpu_seconds=cpu_finished - cpu_started,
         load_seconds=started - began,
         computed_decode_tokens=workload.num_output_tokens,
     )

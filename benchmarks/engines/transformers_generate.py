@@ -76,7 +76,7 @@ def generate(folder: Path, workload: Workload, settings: Settings) -> Result:
     for batch in (batches[0], batches[-1]):
         limited = Batch(batch.sample_B, batch.token_ids_BW, batch.mask_BW, batch.length_B.clamp(max=WARM_UP_TOKENS))
         run_batch(model, limited, settings, workload, header_cache(model, workload, prefix))
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
 
     outputs: list[Int32 | None] = [None] * workload.num_samples
     header = header_cache(model, workload, prefix)
@@ -85,11 +85,12 @@ def generate(folder: Path, workload: Workload, settings: Settings) -> Result:
         new_BL = sequence_BL[:, batch.token_ids_BW.shape[1] :].astype(np.int32)
         for row, (sample, length) in enumerate(zip(batch.sample_B, batch.length_B.tolist(), strict=True)):
             outputs[sample] = new_BL[row, :length].copy()
-    finished = time.perf_counter()
+    finished, cpu_finished = time.perf_counter(), time.process_time()
 
     return Result(
         outputs=tuple(output for output in outputs if output is not None),
         seconds=finished - started,
+        cpu_seconds=cpu_finished - cpu_started,
         load_seconds=started - began,
         computed_prefill_tokens=prefix + sum((b.token_ids_BW.shape[1] - prefix) * len(b.sample_B) for b in batches),
         computed_decode_tokens=sum(int(b.length_B.max()) * len(b.sample_B) for b in batches),

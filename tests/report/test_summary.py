@@ -61,7 +61,7 @@ class TestRunSummary:
         )  # fmt: skip
         shown = facts(run_sections(empty))
         assert shown["samples"] == "12 = 2 ok + 0 errors + 4 cancelled + 6 pending"
-        assert "run the same command again" in shown["result"]
+        assert "committed" in shown["result"]
         assert "pass@1" not in shown and empty.to_dict()["output_tokens_per_second"] == 0
 
     def test_to_dict_is_json(self) -> None:

@@ -54,9 +54,7 @@ def test_any_schedule_gives_every_sample_its_own_tokens(job):
             assert got.num_prompt_tokens == len(prompt)
     assert not completions
     assert scheduler.done and scheduler.pool.num_used == sum(len(p.pages) for p in scheduler.prompts)
-    assert scheduler.counts.prompt_tokens == sum(
-        len(p) * params[row % len(params)].n for row, p in enumerate(prompts)
-    )
+    assert scheduler.counts.prompt_tokens == sum(len(p) * params[row % len(params)].n for row, p in enumerate(prompts))
 
 
 def test_a_shared_prefix_is_prefilled_once(small_limits):

@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 COMMON = {
     "vocab_size": 97,
@@ -33,4 +43,18 @@ def build(family: str, folder: Path, seed: int = 0, **overrides: object) -> Path
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
     model.save_pretrained(folder)
+    return folder
+
+
+def add_tokenizer(folder: Path, chat_template: str | None = None) -> Path:
+    """A byte-level tokenizer of 97 ids: ids 0 to 2 are special (2 ends a text), then printable ASCII and newline."""
+    alphabet = ["\n", *map(chr, range(32, 125))]
+    symbols = {bytes_to_unicode()[ord(char)]: index for index, char in enumerate(alphabet, 3)}
+    vocab = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | symbols
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", bos_token="<bos>")
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
     return folder

@@ -163,5 +163,3 @@ def expected_output(row: int, sample: int, prompt_length: int, params: SamplingP
         if output[-1] == EOS and not params.ignore_eos:
             break
     return output
-
-

@@ -4,8 +4,8 @@ Pages are gathered into contiguous keys and values, a cache-sized block at a tim
 them while they are still near the cores: on a CPU the gather, not the arithmetic, is the cost, and a shared prefix that is
 gathered once for its whole group is where Hydragen pays.
 
-Shapes: T tokens of the step, H query heads, K key-value heads, G = H / K, D head dim, P page size, B runs of a block,
-Q queries a run of a block, L keys of a block.
+Shapes: T tokens of the step, H query heads, K key-value heads, G = H / K, D head dim, P page size, B passes of a block,
+Q queries a pass, L keys a pass.
 """
 
 from __future__ import annotations
@@ -23,16 +23,39 @@ BLOCK_BYTES = 8 << 20
 """Keys and values gathered at a time; measured on a 32 MB L3: 4 to 16 MB are within 5 % of each other, 50 MB costs 30 %."""
 MAX_SCORES = 1 << 23
 """Scores held at a time; splits long prompts along their queries, so that each part also skips the keys it may not see."""
+MAX_BATCHED_QUERIES = 64
+"""Passes of more queries are computed alone: their own product fills the cores."""
+UNMASKED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    """What to attend to, arrays of N: tokens `token : token + queries` over pages `page_table[slot, first : last]`.
+
+    `position` is that of the first query, for the causal mask; `UNMASKED` where every query sees every key.
+    """
+
+    token: Int32
+    queries: Int32
+    slot: Int32
+    first: Int32
+    last: Int32
+    position: Int32
+
+    def take(self, index: np.ndarray) -> _Passes:
+        names = ("token", "queries", "slot", "first", "last", "position")
+        return _Passes(*(getattr(self, name)[index] for name in names))
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Runs computed together: B runs of Q queries each over L padded keys."""
+    """Passes computed together: B of Q queries each over L keys, both padded. Padding repeats a pass's last query, so that
+    what it writes back is written twice and is the same."""
 
     tokens: slice | torch.Tensor
     pages: torch.Tensor
-    """Page ids, B * (L / P), run after run."""
-    num_runs: int
+    """Page ids, B * (L / P), pass after pass."""
+    num_passes: int
     mask_BQL: torch.Tensor | None
 
 
@@ -51,8 +74,8 @@ class TorchPagedAttention:
         page_bytes = 2 * shape.num_kv_heads * shape.page_size * shape.head_dim * dtype.itemsize
         self._block_pages = max(1, BLOCK_BYTES // page_bytes)
         self._write_T = torch.empty(0, dtype=torch.int64)
-        self._blocks: list[_Block] = []
-        self._groups: list[_Block] = []
+        self._own: list[_Block] = []
+        self._shared: list[_Block] = []
 
     def prepare(self, step: StepBatch) -> None:
         self.page_table[step.table_slot, step.table_column] = step.table_page
@@ -66,12 +89,21 @@ class TorchPagedAttention:
         position_T = np.arange(step.num_tokens) - first_T[run_T] + step.run_start[run_T]
         page_T = self.page_table[step.run_slot[run_T], position_T // size]
         self._write_T = self._tensor(page_T.astype(np.int64) * size + position_T % size)
-        self._blocks = self._plan_single(step, first_T) + self._plan_long(step, first_T)
-        self._groups = [
-            _Block(slice(int(start), int(stop)), self._tensor(self.page_table[slot, first:last]), 1, None)
+        first = first_T.astype(np.int32)
+        last = -(-(step.run_start + step.run_length) // size)
+        self._own = self._plan(_Passes(first, step.run_length, step.run_slot, step.run_skip, last, step.run_start))
+        self._shared = [
+            block
             for level in step.prefix_levels
-            for start, stop, slot, first, last in zip(
-                level.token_start, level.token_stop, level.slot, level.page_start, level.page_stop, strict=True
+            for block in self._plan(
+                _Passes(
+                    level.token_start,
+                    level.token_stop - level.token_start,
+                    level.slot,
+                    level.page_start,
+                    level.page_stop,
+                    np.full(len(level.slot), UNMASKED, np.int32),
+                )
             )
         ]
 
@@ -83,94 +115,91 @@ class TorchPagedAttention:
             flat.index_copy_(1, self._write_T, new_TKD.to(self.dtype).transpose(0, 1))
         q_KTGD = q_THD.view(len(q_THD), shape.num_kv_heads, -1, shape.head_dim).transpose(0, 1)
         out_KTGD = torch.empty(q_KTGD.shape, dtype=q_THD.dtype, device=self.device)
-        lse_KTG = torch.empty(q_KTGD.shape[:-1], dtype=q_THD.dtype, device=self.device) if self._groups else None
-        for block in self._blocks:
+        lse_KTG = torch.empty(q_KTGD.shape[:-1], dtype=q_THD.dtype, device=self.device) if self._shared else None
+        for block in self._own:
             out, lse = self._pass(block, q_KTGD, k_cache, v_cache, need_lse=lse_KTG is not None)
             out_KTGD[:, block.tokens] = out
             if lse_KTG is not None:
                 lse_KTG[:, block.tokens] = lse
-        for block in self._groups:
+        for block in self._shared:
             assert lse_KTG is not None
             out, lse = self._pass(block, q_KTGD, k_cache, v_cache, need_lse=True)
-            _merge_into(out_KTGD[:, block.tokens], lse_KTG[:, block.tokens], out, lse)
+            _merge_into(out_KTGD, lse_KTG, block.tokens, out, lse)
         return out_KTGD.transpose(0, 1).reshape(q_THD.shape)
 
     def _pass(
         self, block: _Block, q_KTGD: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, need_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One block's attention: outputs [K, tokens, G, D] and natural log-sum-exp [K, tokens, G] (empty unless asked for)."""
-        heads, dim = self.shape.num_kv_heads, self.shape.head_dim
-        group = q_KTGD.shape[2]
+        dim, group = self.shape.head_dim, q_KTGD.shape[2]
         q = q_KTGD[:, block.tokens]
-        batch = heads * block.num_runs
-        q_BQD = q.reshape(batch, -1, dim)
+        batch = self.shape.num_kv_heads * block.num_passes
+        q_BQD = (q * dim**-0.5).reshape(batch, -1, dim)
         k_BLD = k_cache.index_select(1, block.pages).view(batch, -1, dim)
         v_BLD = v_cache.index_select(1, block.pages).view(batch, -1, dim)
-        limit = max(1, MAX_SCORES // (batch * k_BLD.shape[1]))
-        if block.mask_BQL is None and q_BQD.shape[1] > limit:
-            parts = [self._softmax_pass(part, k_BLD, v_BLD, None, group, need_lse) for part in q_BQD.split(limit, dim=1)]
-            out, lse = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
-        else:
-            out, lse = self._softmax_pass(q_BQD, k_BLD, v_BLD, block.mask_BQL, group, need_lse)
-        return out.view(q.shape), lse.view(q.shape[:-1]) if need_lse else lse
-
-    def _softmax_pass(
-        self,
-        q_BQD: torch.Tensor,
-        k_BLD: torch.Tensor,
-        v_BLD: torch.Tensor,
-        mask_BQL: torch.Tensor | None,
-        group: int,
-        need_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = torch.bmm(q_BQD * self.shape.head_dim**-0.5, k_BLD.transpose(1, 2))
-        if mask_BQL is not None:
-            runs, queries, keys = mask_BQL.shape
-            scores.view(-1, runs, queries, group, keys).add_(mask_BQL.unsqueeze(2))
+        scores = torch.bmm(q_BQD, k_BLD.transpose(1, 2))
+        if block.mask_BQL is not None:
+            runs, queries, keys = block.mask_BQL.shape
+            scores.view(-1, runs, queries, group, keys).add_(block.mask_BQL.unsqueeze(2))
         if not need_lse:
-            return torch.bmm(torch.softmax(scores, -1), v_BLD), scores.new_empty(0)
-        lse = torch.logsumexp(scores, -1)
-        return torch.bmm(scores.sub_(lse.unsqueeze(-1)).exp_(), v_BLD), lse
+            return torch.bmm(torch.softmax(scores, -1), v_BLD).view(q.shape), scores.new_empty(0)
+        highest = scores.amax(-1, keepdim=True)
+        total = scores.sub_(highest).exp_().sum(-1, keepdim=True)
+        out = torch.bmm(scores, v_BLD).div_(total)
+        return out.view(q.shape), highest.add_(total.log_()).view(q.shape[:-1])
 
-    def _plan_single(self, step: StepBatch, first_T: np.ndarray) -> list[_Block]:
-        """Runs of one token, longest first, cut into blocks of similar length that fit the cache budget."""
-        runs = np.nonzero(step.run_length == 1)[0]
-        keys = step.run_start[runs] + 1 - step.run_skip[runs] * self.shape.page_size
-        num_pages = -(-keys // self.shape.page_size)
-        order = np.argsort(-num_pages, kind="stable")
-        runs, keys, num_pages = runs[order], keys[order], num_pages[order]
-        blocks: list[_Block] = []
-        begin = 0
-        while begin < len(runs):
-            width = int(num_pages[begin])
-            end = min(len(runs), begin + max(1, self._block_pages // width))
-            end = max(begin + 1, int(np.searchsorted(-num_pages[:end], -(3 * width // 4), side="right")))
-            part = slice(begin, end)
-            columns = np.minimum(np.arange(width), num_pages[part, None] - 1) + step.run_skip[runs[part], None]
-            pages = self.page_table[step.run_slot[runs[part], None], columns]
-            hidden = np.arange(width * self.shape.page_size) >= keys[part, None]
-            blocks.append(
-                _Block(self._tensor(first_T[runs[part]]), self._tensor(pages.ravel()), end - begin, self._mask(hidden[:, None]))
-            )
-            begin = end
+    def _plan(self, passes: _Passes) -> list[_Block]:
+        """Passes of like numbers of queries and pages together, in blocks that fit the cache budget; long ones alone."""
+        alone = np.nonzero(passes.queries > MAX_BATCHED_QUERIES)[0].tolist()
+        blocks = [block for index in alone for block in self._plan_alone(passes, index)]
+        pages = passes.last - passes.first
+        query_class = np.ceil(np.log2(passes.queries)).astype(np.int32)
+        for chosen in np.unique(query_class[passes.queries <= MAX_BATCHED_QUERIES]):
+            members = np.nonzero(query_class == chosen)[0]
+            members = members[np.argsort(-pages[members], kind="stable")]
+            begin = 0
+            while begin < len(members):
+                width = int(pages[members[begin]])
+                scores = self.shape.num_heads * (1 << int(chosen)) * width * self.shape.page_size
+                fits = max(1, min(self._block_pages // width, MAX_SCORES // scores))
+                narrow = np.searchsorted(-pages[members], -(3 * width // 4), side="right")
+                end = min(begin + fits, max(begin + 1, int(narrow)))
+                blocks.append(self._batch(passes.take(members[begin:end])))
+                begin = end
         return blocks
 
-    def _plan_long(self, step: StepBatch, first_T: np.ndarray) -> list[_Block]:
-        """Runs of several tokens, each alone, split along its queries where the scores would grow too large."""
-        size = self.shape.page_size
+    def _batch(self, passes: _Passes) -> _Block:
+        size, count = self.shape.page_size, len(passes.token)
+        width, queries = int((passes.last - passes.first).max()), int(passes.queries.max())
+        query_BQ = np.minimum(np.arange(queries), passes.queries[:, None] - 1)
+        column_BL = np.minimum(passes.first[:, None] + np.arange(width), passes.last[:, None] - 1)
+        key_BL = passes.first[:, None] * size + np.arange(width * size)
+        seen_BQ = np.where(
+            passes.position[:, None] == UNMASKED, passes.last[:, None] * size - 1, passes.position[:, None] + query_BQ
+        )
+        return _Block(
+            tokens=self._tensor((passes.token[:, None] + query_BQ).ravel()),
+            pages=self._tensor(self.page_table[passes.slot[:, None], column_BL].ravel()),
+            num_passes=count,
+            mask_BQL=self._mask(key_BL[:, None, :] > seen_BQ[:, :, None]),
+        )
+
+    def _plan_alone(self, passes: _Passes, index: int) -> list[_Block]:
+        """One pass of many queries, split along them where the scores would grow too large."""
+        size, slot = self.shape.page_size, passes.slot[index]
+        first, all_pages = int(passes.first[index]), int(passes.last[index])
+        token, queries, position = int(passes.token[index]), int(passes.queries[index]), int(passes.position[index])
+        stride = max(16, MAX_SCORES // (self.shape.num_heads * (all_pages - first) * size))
         blocks: list[_Block] = []
-        for run in np.nonzero(step.run_length > 1)[0]:
-            slot, skip = step.run_slot[run], int(step.run_skip[run])
-            start, length, token = int(step.run_start[run]), int(step.run_length[run]), int(first_T[run])
-            keys = start + length - skip * size
-            stride = max(16, MAX_SCORES // (self.shape.num_heads * keys))
-            for begin in range(0, length, stride):
-                end = min(length, begin + stride)
-                last = -(-(start + end) // size)
-                position_Q = np.arange(start + begin, start + end)
-                hidden = np.arange(skip * size, last * size)[None, :] > position_Q[:, None]
-                pages = self._tensor(self.page_table[slot, skip:last])
-                blocks.append(_Block(slice(token + begin, token + end), pages, 1, self._mask(hidden[None])))
+        for begin in range(0, queries, stride):
+            end = min(queries, begin + stride)
+            last = all_pages if position == UNMASKED else -(-(position + end) // size)
+            mask = None
+            if position != UNMASKED:
+                key_L, position_Q = np.arange(first * size, last * size), np.arange(position + begin, position + end)
+                mask = self._mask(key_L[None, None, :] > position_Q[None, :, None])
+            pages = self._tensor(self.page_table[slot, first:last])
+            blocks.append(_Block(slice(token + begin, token + end), pages, 1, mask))
         return blocks
 
     def _mask(self, hidden: np.ndarray) -> torch.Tensor | None:
@@ -183,11 +212,15 @@ class TorchPagedAttention:
         return torch.from_numpy(values.astype(np.int64)).to(self.device)
 
 
-def _merge_into(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
-    """Fold a second pass over disjoint keys into (out, lse), in place: softmax over the union of the keys."""
-    total = torch.logaddexp(lse, other_lse)
-    out.mul_(torch.exp(lse - total).unsqueeze(-1)).add_(other * torch.exp(other_lse - total).unsqueeze(-1))
-    lse.copy_(total)
+def _merge_into(
+    out: torch.Tensor, lse: torch.Tensor, tokens: slice | torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> None:
+    """Fold a second pass of some tokens, over other keys, into (out, lse): the softmax over the union of the keys."""
+    own_lse = lse[:, tokens]
+    total = torch.logaddexp(own_lse, other_lse)
+    merged = out[:, tokens] * torch.exp(own_lse - total).unsqueeze(-1)
+    out[:, tokens] = merged.add_(other.mul_(torch.exp(other_lse - total).unsqueeze(-1)))
+    lse[:, tokens] = total
 
 
 Backend = TorchPagedAttention

@@ -15,8 +15,8 @@ _EXIT_WORDS = {
     0: "complete",
     3: "complete, but with more errors than errors.max_fraction allows",
     4: "the books do not close: rows x n is not ok + error + cancelled + pending",
-    75: "stopped; run the same command again to go on",
-    130: "interrupted after committing what was finished; run the same command again to go on",
+    75: "stopped before the end; what was finished is committed",
+    130: "interrupted before the end; what was finished is committed",
 }
 _SHOWN_CHARACTERS = 4000
 _SHOWN_TOKEN_IDS = 512

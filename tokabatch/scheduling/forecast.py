@@ -66,7 +66,8 @@ class Forecast:
             return counts
         last = int(np.argmin(fits))
         before = after[last] - own[last] * counts[last]
-        room = np.where(own[last] > 0, (capacity - before) // np.maximum(own[last], 1), np.where(before <= capacity, counts[last], 0))
+        spare = capacity - before
+        room = np.where(own[last] > 0, spare // np.maximum(own[last], 1), np.where(spare >= 0, counts[last], 0))
         admitted = np.where(np.arange(len(counts)) < last, counts, 0)
         admitted[last] = max(0, int(room.min()))
         return admitted

@@ -20,8 +20,19 @@ class OpenPrompt:
     """One prompt's pages and its samples' progress. `pages` covers the prompt, its last page possibly partial; `full` counts
     the pages that every sample may read in place: the last token is always left out, so that a sample computes at least one."""
 
-    __slots__ = ("computed", "full", "leader", "length", "live", "next_sample", "num_samples", "pages", "ready_step", "request",
-                 "requeued")
+    __slots__ = (
+        "computed",
+        "full",
+        "leader",
+        "length",
+        "live",
+        "next_sample",
+        "num_samples",
+        "pages",
+        "ready_step",
+        "request",
+        "requeued",
+    )
 
     def __init__(self, request: int, length: int, num_samples: int, page_size: int, pages: Int32, computed: int) -> None:
         self.request = request
@@ -240,9 +251,7 @@ class OpenPrompts:
         cursor.pages = cursor.pages[:keep]
         place = int(np.searchsorted(self._order[: self._count], cursor.request))
         self._sizes[place] = keep
-        self._shared[place : min(place + 2, self._count)] = np.minimum(
-            self._shared[place : min(place + 2, self._count)], keep
-        )
+        self._shared[place : min(place + 2, self._count)] = np.minimum(self._shared[place : min(place + 2, self._count)], keep)
 
     def _reserve(self, count: int) -> None:
         while self._count + count > len(self._order):

@@ -57,9 +57,7 @@ class Scheduler:
         self.prompts = OpenPrompts(requests, self.pool, limits.page_size)
         wanted = max((p.logprobs if p.logprobs is not None else -1 for p in self._sampling), default=-1)
         self._reports_logprobs = wanted >= 0
-        self.sequences = Sequences(
-            limits.max_running, limits.max_pages_per_sequence, self.pool, limits.page_size, wanted
-        )
+        self.sequences = Sequences(limits.max_running, limits.max_pages_per_sequence, self.pool, limits.page_size, wanted)
         self._admission = Admission(requests, limits.page_size, self.pool, self.prompts, self.sequences, self.counts)
         self._in_flight: deque[_InFlight] = deque()
 

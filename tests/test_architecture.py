@@ -1,0 +1,100 @@
+"""Who imports whom, read from the source: imports point down, siblings do not know each other, torch stays where it belongs."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import tokabatch
+
+PACKAGE = Path(tokabatch.__file__).parent
+LEAVES = {"errors", "messages", "job"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "messages": set(),
+    "job": LEAVES,
+    "parallel": LEAVES,
+    "attention": LEAVES | {"parallel"},
+    "model": LEAVES | {"parallel"},
+    "data": LEAVES,
+    "planning": LEAVES,
+    "scheduling": LEAVES,
+    "experiments": LEAVES,
+    "report": LEAVES,
+    "engine": LEAVES | {"model", "attention", "parallel"},
+    "preparation": LEAVES | {"data", "planning", "engine", "model"},
+    "recorder": LEAVES | {"data", "experiments", "preparation"},
+    "runner": LEAVES
+    | {"preparation", "recorder", "data", "planning", "scheduling", "engine", "model", "experiments", "report"},
+    "cli": LEAVES | {"report"},
+    "__init__": LEAVES | {"report", "runner"},
+    "__main__": {"cli"},
+}
+WITHOUT_TORCH = {"errors", "messages", "job", "data", "planning", "scheduling", "experiments", "report", "cli"}
+HEAVY_HOMES = {
+    "transformers": {"data/tokenizer.py"},
+    "flashinfer": {"attention/flashinfer_paged.py"},
+    "datasets": {"data/readers/hub.py"},
+    "typer": {"cli.py"},
+    "torch.distributed": {"parallel/mesh.py", "parallel/collectives.py"},
+}
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(file: Path) -> str:
+    """The package or top-level module that a file belongs to."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return names
+
+
+@pytest.mark.parametrize("file", files(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down(file):
+    here = room(file)
+    rooms = {name.split(".")[1] for name in imported(file) if name.startswith("tokabatch.")} - {here, "__version__"}
+    allowed = MAY_IMPORT[here]
+    assert {r for r in rooms if r in MAY_IMPORT} <= allowed, f"{file} may import {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("file", files(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_heavy_libraries_have_one_home(file):
+    relative = str(file.relative_to(PACKAGE))
+    names = imported(file)
+    if room(file) in WITHOUT_TORCH:
+        assert not {name for name in names if name.split(".")[0] == "torch"}, f"{relative} imports torch"
+    for library, homes in HEAVY_HOMES.items():
+        uses = {name for name in names if name == library or name.startswith(library + ".")}
+        assert not uses or relative in homes, f"{relative} imports {library}; its home is {homes}"
+
+
+def test_no_module_imports_inside_functions():
+    for file in files():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                inner = [n for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom))]
+                assert not inner, f"{file}:{inner[0].lineno}: an import inside {node.name}"
+
+
+def test_only_the_command_line_prints_or_exits():
+    for file in files():
+        if room(file) == "cli":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            called = node.func if isinstance(node, ast.Call) else None
+            assert not (isinstance(called, ast.Name) and called.id == "print"), f"{file}:{node.lineno} prints"
+            exits = isinstance(called, ast.Attribute) and called.attr == "exit" and ast.unparse(called.value) == "sys"
+            assert not exits, f"{file}:{node.lineno} exits"

@@ -1,0 +1,237 @@
+"""Whole runs in this process: a job in, shards out, checked with plain pyarrow and with transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from support import tiny_models
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tokabatch import Job, plan, run
+from tokabatch.errors import JobError, OutputError
+
+HEADER = "Each line adds two numbers: 1+1=2, 2+5=7, 3+4=7, 8+1=9.\n"
+ROWS = [{"question": f"What is {i}+{i * 7 % 5}?", "answer": str(i + i * 7 % 5), "extra": {"i": i}} for i in range(12)]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "qwen3"
+    return tiny_models.add_tokenizer(tiny_models.build("qwen3", folder))
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+def job(model: Path, rows: Path, out: Path, **changes: Any) -> Job:
+    base: dict[str, Any] = {
+        "model": {"path": str(model), "dtype": "float64"},
+        "input": {"path": str(rows)},
+        "prompt": {"template": HEADER + "Q: {{ question }}\nA:"},
+        "generation": {"n": 3, "temperature": 0.8, "max_tokens": 10, "seed": 5},
+        "engine": {"device": "cpu", "page_size": 8},
+        "output": {"path": str(out)},
+    }
+    for section, values in changes.items():
+        base[section] = {**base.get(section, {}), **values}
+    return Job.load(base)
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """All committed samples by row and sample; every shard is read, and nothing else."""
+    samples = [row for shard in sorted((out / "data").glob("*.parquet")) for row in pq.read_table(shard).to_pylist()]
+    return sorted(samples, key=lambda row: (row["row_index"], row["sample_index"]))
+
+
+def drawn(out: Path) -> list[tuple[int, int, list[int]]]:
+    return [(row["row_index"], row["sample_index"], row["token_ids"]) for row in read(out)]
+
+
+def test_greedy_text_is_that_of_transformers(model, rows, tmp_path):
+    summary = run(job(model, rows, tmp_path / "out", generation={"n": 2, "temperature": 0.0}))
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    samples = read(tmp_path / "out")
+    assert [(s["row_index"], s["sample_index"]) for s in samples] == [(r, s) for r in range(len(ROWS)) for s in range(2)]
+    for sample in samples:
+        prompt = HEADER + f"Q: {ROWS[sample['row_index']]['question']}\nA:"
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            out = reference.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=2, pad_token_id=0)
+        expected = out[0, ids.shape[1] :].tolist()
+        assert sample["token_ids"] == expected
+        assert sample["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+        assert sample["finish_reason"] == ("stop" if expected[-1] == 2 else "length")
+        assert sample["num_prompt_tokens"] == ids.shape[1]
+        assert sample["question"] == ROWS[sample["row_index"]]["question"]
+        assert sample["extra"] == ROWS[sample["row_index"]]["extra"]
+    assert (summary.exit_code, summary.ok, summary.errors) == (0, 24, 0)
+    assert summary.prompt_tokens == sum(s["num_prompt_tokens"] for s in samples)
+    assert summary.cached_tokens == sum(s["num_cached_tokens"] for s in samples) > 0.8 * summary.cacheable_tokens
+    assert summary.output_tokens == sum(s["num_output_tokens"] for s in samples)
+
+
+ENGINES = [
+    {"page_size": 1},
+    {"page_size": 64},
+    {"hydragen": False},
+    {"hydragen_min_group": 2, "hydragen_min_prefix": 1, "max_running": 5},
+    {"max_running": 2, "max_step_tokens": 7},
+    {"kv_cache_tokens": 200, "queue_depth": 3},
+    {"process": True, "queue_depth": 2},
+]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(model, tmp_path_factory) -> list[tuple[int, int, list[int]]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run(job(model, file, folder / "out"))
+    return drawn(folder / "out")
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: ",".join(f"{k}={v}" for k, v in engine.items()))
+def test_engine_settings_do_not_change_what_is_drawn(engine, model, rows, tmp_path, undisturbed):
+    assert run(job(model, rows, tmp_path / "out", engine=engine)).exit_code == 0
+    assert drawn(tmp_path / "out") == undisturbed
+
+
+def test_more_samples_begin_with_the_same_ones(model, rows, tmp_path, undisturbed):
+    run(job(model, rows, tmp_path / "out", generation={"n": 7}))
+    assert [sample for sample in drawn(tmp_path / "out") if sample[1] < 3] == undisturbed
+
+
+def test_bad_rows_cost_one_row_each_and_the_books_close(model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps(row).encode() for row in ROWS]
+    lines[2] = b'{"question": "unfinished'
+    lines[5] = b'{"question": null, "answer": "1"}'
+    lines[7] = b'{"question": "' + b"x" * 600 + b'", "answer": "1"}'
+    lines[9] = b'{"question": "\xff", "answer": "1"}'
+    file.write_bytes(b"\n".join(lines) + b"\n")
+    out = tmp_path / "out"
+    summary = run(job(model, file, out))
+    samples = read(out)
+    assert len(samples) == 36
+    errors = {s["row_index"]: s["error_code"] for s in samples if s["status"] == "error"}
+    assert errors == {2: "bad_json", 5: "missing_field", 7: "prompt_too_long", 9: "bad_utf8"}
+    assert all(s["error_message"] and s["text"] is None for s in samples if s["status"] == "error")
+    assert (summary.ok, summary.errors, summary.exit_code) == (24, 12, 3)
+    assert json.loads((out / "_SUCCESS").read_text())["samples"] == 36
+    good = [s for s in samples if s["status"] == "ok"]
+    run(job(model, file, tmp_path / "again", errors={"max_fraction": 0.5}, generation={"n": 1}))
+    first = [(s["row_index"], s["token_ids"]) for s in good if s["sample_index"] == 0]
+    assert [(s["row_index"], s["token_ids"]) for s in read(tmp_path / "again") if s["status"] == "ok"] == first
+
+
+def test_policy_stop_samples_nothing_after_an_error(model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "a"}\n{broken\n')
+    summary = run(job(model, file, tmp_path / "out", errors={"policy": "stop"}))
+    assert (summary.exit_code, summary.ok, summary.errors, summary.pending) == (75, 0, 3, 3)
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_an_input_of_bad_rows_only(model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": null}\n' * 3)
+    summary = run(job(model, file, tmp_path / "out"))
+    assert (summary.samples, summary.errors, summary.exit_code) == (9, 9, 3)
+
+
+def test_stop_strings_ids_and_logprobs(model, rows, tmp_path):
+    out = tmp_path / "out"
+    plain = drawn_texts(model, rows, tmp_path / "plain")
+    common = max("eaonrst0123456789,.", key=lambda char: sum(char in text for text in plain.values()))
+    stop_id = 3 + 1 + ord("q") - 32
+    run(job(model, rows, out, generation={"stop": [common], "stop_token_ids": [stop_id], "max_tokens": 40, "logprobs": 2}))
+    reasons = set()
+    for sample in read(out):
+        reasons.add(sample["stop_reason"])
+        assert common not in sample["text"]
+        assert len(sample["logprobs"]) == len(sample["token_ids"]) == sample["num_output_tokens"]
+        assert sample["cumulative_logprob"] == pytest.approx(sum(p["logprob"] for p in sample["logprobs"]), abs=1e-4)
+        for position in sample["logprobs"]:
+            assert len(position["top_token_ids"]) == len(position["top_logprobs"]) == 2
+            assert position["top_logprobs"][0] >= position["top_logprobs"][1] >= -100
+        if sample["stop_reason"] == str(stop_id):
+            assert sample["token_ids"][-1] == stop_id and "q" not in sample["text"]
+        if sample["stop_reason"] == common:
+            assert sample["finish_reason"] == "stop"
+    assert common in reasons
+
+
+def drawn_texts(model: Path, rows: Path, out: Path) -> dict[tuple[int, int], str]:
+    run(job(model, rows, out, generation={"max_tokens": 40}))
+    return {(s["row_index"], s["sample_index"]): s["text"] for s in read(out)}
+
+
+def test_a_row_may_say_how_it_is_sampled(model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    changes = [
+        {},
+        {"sampling_params": {"n": 5, "temperature": 0.0}},
+        {"sampling_params": {"max_tokens": 2, "ignore_eos": True}},
+    ]
+    file.write_text("".join(json.dumps({"prompt": "Say it", **change}) + "\n" for change in changes))
+    run(job(model, file, tmp_path / "out", prompt={"template": None}))
+    by_row = {r: [s for s in read(tmp_path / "out") if s["row_index"] == r] for r in range(3)}
+    assert [len(by_row[r]) for r in range(3)] == [3, 5, 3]
+    assert len({tuple(s["token_ids"]) for s in by_row[1]}) == 1
+    assert all(s["num_output_tokens"] == 2 for s in by_row[2])
+
+
+def test_verified_runs_report_pass_at_k(model, rows, tmp_path):
+    summary = run(job(model, rows, tmp_path / "out", verify={"kind": "gsm8k", "answer": "answer"}))
+    samples = read(tmp_path / "out")
+    assert {type(s["correct"]) for s in samples} == {bool}
+    assert summary.pass_at_k is not None and [k for k, _ in summary.pass_at_k] == [1, 2, 3]
+    assert summary.pass_at_k[0][1] == pytest.approx(sum(s["correct"] for s in samples) / len(samples))
+
+
+def test_shards_appear_while_the_run_goes_on(model, rows, tmp_path):
+    run(job(model, rows, tmp_path / "out", output={"rows_per_shard": 7}))
+    counts = [pq.read_metadata(shard).num_rows for shard in sorted((tmp_path / "out" / "data").glob("*.parquet"))]
+    assert counts == [7, 7, 7, 7, 7, 1]
+
+
+def test_a_finished_folder_is_not_written_over(model, rows, tmp_path):
+    run(job(model, rows, tmp_path / "out", generation={"n": 1}))
+    before = drawn(tmp_path / "out")
+    with pytest.raises(OutputError, match="out"):
+        run(job(model, rows, tmp_path / "out"))
+    assert drawn(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": {"kv_cache_tokens": 64}}, "engine.kv_cache_tokens"),
+        ({"engine": {"max_running": 8, "max_step_tokens": 4}}, "engine.max_step_tokens"),
+        ({"generation": {"logprobs": 98}}, "generation.logprobs"),
+    ],
+)
+def test_a_job_that_cannot_fit_is_refused_with_the_key(changes, message, model, rows, tmp_path):
+    with pytest.raises(JobError, match=message):
+        run(job(model, rows, tmp_path / "out", **changes))
+
+
+def test_plan_counts_what_run_then_does(model, rows, tmp_path):
+    planned = plan(job(model, rows, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    summary = run(job(model, rows, tmp_path / "out"))
+    assert planned.prompt_tokens == summary.prompt_tokens
+    assert planned.shared_tokens == summary.cacheable_tokens
+    assert planned.samples == summary.samples
+    assert planned.first_prompt == HEADER + f"Q: {ROWS[0]['question']}\nA:"
+    assert summary.output_tokens <= planned.max_output_tokens
