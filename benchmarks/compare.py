@@ -261,7 +261,11 @@ def render(contestants: list[Contestant], tuned: list[Contestant], runs: list[li
     """Markdown. `ratio` is against the fastest of the engines that come from transformers without help by hand."""
     seconds = [statistics.median(run.seconds for run in own) for own in runs]
     baseline = min(
-        (s for s, c in zip(seconds, contestants, strict=True) if c.key in BASELINES and "prefix" not in c.settings),
+        (
+            s
+            for s, c in zip(seconds, contestants, strict=True)
+            if c.key in BASELINES and c.settings.get("prefix", "none") == "none"
+        ),
         default=None,
     )
     rows = [

@@ -66,11 +66,12 @@ class Prepared:
     def workload(self) -> WorkloadFacts:
         """What the engine's sizes follow from."""
         limit = np.array([params.max_tokens for params in self.requests.sampling], np.int64)[self.requests.params]
-        whole = self.requests.length + limit
         return WorkloadFacts(
             num_samples=int(self.num_samples.sum()),
-            longest_sequence=int(whole.max(initial=1)),
-            total_tokens=int((whole * self.num_samples).sum()),
+            longest_sequence=int((self.requests.length + limit).max(initial=1)),
+            longest_output=int(limit.max(initial=1)),
+            num_prompts=len(self.requests),
+            unique_prompt_tokens=int((self.requests.length.astype(np.int64) - self.requests.lcp).sum()),
         )
 
 

@@ -35,6 +35,7 @@ from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules, TokenText
 
+SHOW_SECONDS = 0.1
 EXIT_COMPLETE, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 3, 4, 75, 130
 
 
@@ -99,6 +100,8 @@ class _Clock:
     begun: float = field(default_factory=time.perf_counter)
     load_seconds: float = 0.0
     host_seconds: float = 0.0
+    shown_phase: Phase | None = None
+    next_show: float = 0.0
 
     @property
     def elapsed(self) -> float:
@@ -111,8 +114,12 @@ class _Clock:
         self.progress.update(ProgressSnapshot("reading", self.elapsed, rows_done=rows, errors=errors))
 
     def show(self, phase: Phase, prepared: Prepared, scheduler: Scheduler, recorder: Recorder) -> None:
-        counts, waiting = scheduler.counts, prepared.samples_total - recorder.num_errors - scheduler.counts.finished
-        running = len(scheduler.sequences.order)
+        """Tell the display where the run stands, a few times a second at most."""
+        if phase == self.shown_phase and self.elapsed < self.next_show:
+            return
+        self.shown_phase, self.next_show = phase, self.elapsed + SHOW_SECONDS
+        counts, running = scheduler.counts, len(scheduler.sequences.order)
+        waiting = max(0, int(prepared.num_samples.sum()) - counts.finished - running)
         self.progress.update(
             ProgressSnapshot(
                 phase=phase,
@@ -126,7 +133,8 @@ class _Clock:
                 tokens_out=counts.output_tokens,
                 kv_used=scheduler.pool.num_used / scheduler.pool.num_pages,
                 running=running,
-                waiting=max(0, waiting - running),
+                waiting=waiting,
+                tokens_left=scheduler.expected_tokens_left(waiting),
             )
         )
 

@@ -93,7 +93,9 @@ def facts(workload: Workload) -> WorkloadFacts:
     return WorkloadFacts(
         num_samples=workload.num_samples,
         longest_sequence=workload.longest,
-        total_tokens=workload.n * workload.num_prompt_tokens + workload.num_output_tokens,
+        longest_output=int(workload.output_length_PN.max()),
+        num_prompts=workload.num_samples,
+        unique_prompt_tokens=workload.num_prompt_tokens,
     )
 
 

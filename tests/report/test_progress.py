@@ -24,6 +24,7 @@ def at(elapsed: float, phase: Phase = "generating", done: int = 0) -> ProgressSn
     return ProgressSnapshot(
         phase, elapsed, rows_done=done // 4, rows_total=100, samples_done=done, samples_total=400, errors=1,
         tokens_in=done * 100, tokens_out=done * 50, kv_used=0.432, running=64, waiting=200,
+        tokens_left=(400 - done) * 50,
     )  # fmt: skip
 
 
@@ -39,7 +40,7 @@ class TestRates:
             rates.add(at(float(second), done=second if second <= 50 else 50 + (second - 50) * 2))
         assert rates.tokens_out == pytest.approx(100.0)
         assert rates.tokens_in == pytest.approx(200.0)
-        assert rates.eta == pytest.approx((400 - 150) / 1.5)
+        assert rates.eta == pytest.approx((400 - 150) * 50 / 100.0)
         assert len(rates._points) <= 12
 
     def test_nothing_known_yet(self) -> None:
@@ -48,12 +49,6 @@ class TestRates:
         rates.add(at(0.0, "reading"))
         rates.add(at(0.0, "generating"))
         assert (rates.tokens_out, rates.eta) == (0.0, None)
-
-    def test_samples_of_an_earlier_run_do_not_count_as_pace(self) -> None:
-        rates = Rates()
-        rates.add(at(10.0, done=200))
-        rates.add(at(20.0, done=300))
-        assert rates.eta == pytest.approx(10.0)
 
 
 class TestLines:

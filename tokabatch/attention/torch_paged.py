@@ -69,8 +69,7 @@ class TorchPagedAttention:
         self.device = device
         self.page_table = np.zeros((shape.num_slots, shape.max_pages), np.int32)
         cache = (shape.num_layers, shape.num_kv_heads, shape.num_pages, shape.page_size * shape.head_dim)
-        self.k_cache = torch.zeros(cache, dtype=dtype, device=device)
-        self.v_cache = torch.zeros(cache, dtype=dtype, device=device)
+        self.k_cache, self.v_cache = (_zeros(cache, dtype, device) for _ in range(2))
         page_bytes = 2 * shape.num_kv_heads * shape.page_size * shape.head_dim * dtype.itemsize
         self._block_pages = max(1, BLOCK_BYTES // page_bytes)
         self._write_T = torch.empty(0, dtype=torch.int64)
@@ -210,6 +209,13 @@ class TorchPagedAttention:
 
     def _tensor(self, values: np.ndarray | Int32) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self.device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take host memory only where they are written: torch clears its own, numpy asks for clear pages."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _merge_into(

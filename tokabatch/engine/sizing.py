@@ -29,8 +29,11 @@ class WorkloadFacts:
     num_samples: int
     longest_sequence: int
     """The longest prompt plus its max_tokens."""
-    total_tokens: int
-    """Sum over samples of prompt plus max_tokens: no cache can use more."""
+    longest_output: int
+    """The largest max_tokens."""
+    num_prompts: int
+    unique_prompt_tokens: int
+    """Prompt tokens with every shared prefix counted once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +64,9 @@ def decide_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, fact
     per_sequence = -(-facts.longest_sequence // page)
     # One page more than the longest sample: its prompt's last page is copied for it, and the original kept.
     needed = per_sequence + 1
-    useful = min(
-        max_running * (per_sequence + 1) + needed,
-        -(-facts.total_tokens // page) + 2 * facts.num_samples + needed,
-    )
+    # What the job can fill at most: every prompt page once, and for each running sample its output and a copied page.
+    prompt_pages = min(facts.unique_prompt_tokens // page + 2 * facts.num_prompts, max_running * per_sequence)
+    useful = prompt_pages + max_running * (-(-facts.longest_output // page) + 2) + needed
     if config.kv_cache_tokens == "auto":
         shape = kv_shape(spec, page, 1, 1, 1)
         budget = int(psutil.virtual_memory().available * CPU_MEMORY_SHARE) // shape.bytes_per_page(dtype)

@@ -46,6 +46,8 @@ class ProgressSnapshot:
     kv_used: float = 0.0
     running: int = 0
     waiting: int = 0
+    tokens_left: int | None = None
+    """Output tokens still expected, by the lengths seen so far."""
 
 
 class Progress(Protocol):
@@ -92,11 +94,8 @@ class Rates:
     def __init__(self, window: float = _WINDOW_SECONDS) -> None:
         self._window = window
         self._points: deque[ProgressSnapshot] = deque()
-        self._first_generating: ProgressSnapshot | None = None
 
     def add(self, snapshot: ProgressSnapshot) -> None:
-        if snapshot.phase == "generating" and self._first_generating is None:
-            self._first_generating = snapshot
         self._points.append(snapshot)
         # The oldest point is the last one outside of the window, so that the window is always covered.
         while len(self._points) > 2 and self._points[1].elapsed <= snapshot.elapsed - self._window:
@@ -114,15 +113,11 @@ class Rates:
 
     @property
     def eta(self) -> float | None:
-        """Seconds left at the pace since generation began; None before the first samples are done."""
-        first = self._first_generating
-        if first is None:
+        """Seconds that the tokens still expected take at the present speed; None while nothing is sampled."""
+        if not self._points:
             return None
-        last = self._points[-1]
-        done = last.samples_done - first.samples_done
-        if last.phase != "generating" or last.samples_total is None or done <= 0:
-            return None
-        return (last.samples_total - last.samples_done) * (last.elapsed - first.elapsed) / done
+        last, speed = self._points[-1], self.tokens_out
+        return None if last.phase != "generating" or last.tokens_left is None or speed <= 0 else last.tokens_left / speed
 
     def _per_second(self, value: Callable[[ProgressSnapshot], int]) -> float:
         if len(self._points) < 2:

@@ -60,6 +60,8 @@ class Admission:
         self._num_samples = np.array([p.n for p in sampling], np.int32)
         self._max_tokens = np.array([p.max_tokens for p in sampling], np.int32)
         self._fixed_length = np.array([p.ignore_eos and not p.stop and not p.stop_token_ids for p in sampling], np.bool_)
+        self._share = np.bincount(requests.params, weights=self._num_samples[requests.params], minlength=len(sampling))
+        """Samples of each kind of sampling parameters."""
         self.lengths = LengthModel(int(self._max_tokens.max(initial=1)))
         self.preempted: dict[tuple[int, int], Generated] = {}
         """Output of preempted samples by (request, sample)."""
@@ -88,6 +90,16 @@ class Admission:
         if alone and not len(runs[0]) and self._prompts.suspend_idle(keep=int(candidates.request[0])):
             return self.admit(budget, draft, alone)
         return runs[0], runs[1]
+
+    def expected_tokens_left(self, waiting: int) -> int:
+        """Output tokens still to come: of the running samples, and of `waiting` more at the workload's mean."""
+        seq = self._sequences
+        running = self._remaining(seq.params[seq.order], seq.generated[seq.order])
+        if not waiting:
+            return int(running.sum())
+        kinds = np.arange(len(self._max_tokens), dtype=np.int32)
+        fresh = self._remaining(kinds, np.zeros_like(kinds))
+        return int(running.sum()) + round(waiting * float(np.average(fresh, weights=self._share)))
 
     def _candidates(self, budget: int, step: int) -> _Candidates:
         free = self._sequences.num_free
@@ -120,11 +132,7 @@ class Admission:
         remaining = self._remaining(seq.params[order], seq.generated[order])
         decoding = seq.length[order] - seq.computed[order] <= 1
         computed = np.where(decoding, seq.computed[order], seq.length[order] - 1)
-        requests, held = self._prompts.held_pages()
-        last_step = np.zeros(len(requests), np.int32)
-        np.maximum.at(last_step, np.searchsorted(requests, seq.request[order]), remaining)
-        waiting = [prompt.request for prompt in self._prompts.with_pending()]
-        last_step[np.searchsorted(requests, waiting)] = np.iinfo(np.int32).max
+        held, held_steps = self._prompts.held_pages(), self._prompts.last_steps(seq.request[order], remaining)
         entries = candidates.request
         params = self._requests.params[entries]
         expected = self._remaining(params, np.zeros(len(entries), np.int32))
@@ -133,7 +141,7 @@ class Admission:
         opens = np.array([int(request) not in self._prompts for request in entries], np.bool_)
         prompt_pages = np.where(opens, total - np.minimum(self._requests.lcp[entries] // size, full), 0)
         horizon = int(expected.max())
-        forecast = Forecast(size, computed, seq.shared_pages[order], remaining, held, last_step, horizon)
+        forecast = Forecast(size, computed, seq.shared_pages[order], remaining, held, held_steps, horizon)
         shared = np.where(opens, total, full)
         return forecast.admit(self._pool.num_pages, length - 1, shared, expected, prompt_pages, candidates.counts)
 

@@ -35,12 +35,19 @@ class PagePool:
         """Add a reference to each page; the ids are distinct."""
         self.references[pages] += 1
 
+    def free(self, pages: Int32) -> None:
+        """Drop the only reference to each of these distinct pages."""
+        self.references[pages] = 0
+        self._push(pages)
+
     def release(self, pages: Int32) -> None:
         """Drop one reference for each entry; an id may stand several times, once for each reference dropped."""
         np.subtract.at(self.references, pages, 1)
-        freed = np.unique(pages[self.references[pages] == 0])
-        self._free[self.num_free : self.num_free + len(freed)] = freed[::-1]
-        self.num_free += len(freed)
+        self._push(np.unique(pages[self.references[pages] == 0]))
+
+    def _push(self, pages: Int32) -> None:
+        self._free[self.num_free : self.num_free + len(pages)] = pages[::-1]
+        self.num_free += len(pages)
 
     def check_integrity(self, held: Int32) -> None:
         """`held` lists every reference anybody believes to hold; raises AssertionError where the books differ."""

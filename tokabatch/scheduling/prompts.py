@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 
 import numpy as np
+import numpy.typing as npt
 
 from tokabatch.messages import Int32, Requests
 from tokabatch.scheduling.pages import PagePool
@@ -215,18 +216,42 @@ class OpenPrompts:
 
     def shared_between(self, requests: Int32) -> Int32:
         """Physical pages that each of these open prompts, ascending, shares with the one before it; 0 for the first."""
-        place = np.searchsorted(self._order[: self._count], requests)
         shared = np.zeros(len(requests), np.int32)
+        if len(requests) == self._count:
+            shared[1:] = self._shared[1 : self._count]
+            return shared
+        place = self._places(requests)
         if len(requests) > 1:
             upto = self._shared[: place[-1] + 1]
             shared[1:] = np.minimum.reduceat(upto, place[:-1] + 1)
         return shared
 
-    def held_pages(self) -> tuple[Int32, Int32]:
-        """Open requests in plan order and the pages attributed to each: a page shared by several counts at the last."""
+    def any_shared(self, pages: int) -> bool:
+        """Whether any two neighbours share at least so many pages."""
+        return bool((self._shared[: self._count] >= pages).any())
+
+    def _places(self, requests: Int32) -> npt.NDArray[np.int64]:
+        """Where open prompts, ascending, stand in the order."""
+        if len(requests) == self._count:
+            return np.arange(self._count)
+        return np.searchsorted(self._order[: self._count], requests)
+
+    def last_steps(self, requests: Int32, steps: Int32) -> Int32:
+        """For every open prompt the largest of `steps` (aligned with `requests`, ascending, repeats allowed): how long its
+        samples hold it. Without running samples it is 0, with samples still to admit it has no end."""
+        last = np.zeros(self._count, np.int32)
+        if len(requests):
+            first = np.flatnonzero(np.append(True, requests[1:] != requests[:-1]))
+            last[self._places(requests[first])] = np.maximum.reduceat(steps, first)
+        waiting = np.array([prompt.request for prompt in self.with_pending()], np.int32)
+        last[np.searchsorted(self._order[: self._count], waiting)] = np.iinfo(np.int32).max
+        return last
+
+    def held_pages(self) -> Int32:
+        """Pages attributed to each open prompt, in plan order: a page shared by several counts at the last of them."""
         attributed = self._sizes[: self._count].copy()
         attributed[:-1] -= self._shared[1 : self._count]
-        return self._order[: self._count].copy(), attributed
+        return attributed
 
     def check_integrity(self) -> Int32:
         """Assert the order and sharing; return every page reference held here."""

@@ -72,15 +72,18 @@ class Scheduler:
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
+    def expected_tokens_left(self, waiting: int) -> int:
+        """Output tokens still to come, `waiting` samples not yet admitted included, by the lengths seen so far."""
+        return self._admission.expected_tokens_left(waiting)
+
     def schedule(self) -> StepBatch | None:
         """Decide the next step; None when nothing can be computed before further results are applied."""
         seq = self.sequences
         draft = StepDraft(self.counts.steps + 1)
-        self._grow(self._decoding(), draft)
-        decoding = self._decoding()
+        decoding, prefilling = self._runnable()
+        if self._grow(decoding, draft):
+            decoding, prefilling = self._runnable()
         budget = self.limits.max_step_tokens - len(decoding)
-        prefilling = seq.order[~seq.on_device[seq.order] & (seq.length[seq.order] > seq.computed[seq.order])]
-        prefilling = prefilling[np.argsort(seq.admitted[prefilling], kind="stable")]
         runs, takes, budget = self._continue_prefill(prefilling, budget, draft)
         alone = not len(seq.order) and not self._in_flight
         admitted, admitted_takes = self._admission.admit(budget, draft, alone)
@@ -103,9 +106,10 @@ class Scheduler:
         """Take in the oldest step in flight; returns the samples it finished. Raises nothing: bad logits end their sample
         with the error code `nan_logits`."""
         step = self._in_flight.popleft()
-        current = self.sequences.epoch[step.slots] == step.epochs
-        slots, tokens, finite = step.slots[current], result.token[current], result.finite[current]
         seq = self.sequences
+        matches = seq.epoch[step.slots] == step.epochs
+        current = slice(None) if matches.all() else matches
+        slots, tokens, finite = step.slots[current], result.token[current], result.finite[current]
         seq.append(slots, tokens)
         if self._reports_logprobs:
             seq.append_logprobs(slots, result.logprob[current], result.top_ids[current], result.top_logprobs[current])
@@ -116,7 +120,8 @@ class Scheduler:
             reason = self._stops.check(int(seq.params[slot]), seq.tokens[slot, : seq.generated[slot]])
             if reason is not None:
                 ends[int(i)] = reason
-        ends.update({int(i): None for i in np.nonzero(~finite)[0]})
+        if not finite.all():
+            ends.update({int(i): None for i in np.nonzero(~finite)[0]})
         if not ends:
             return []
         places = np.fromiter(ends, np.int64, len(ends))
@@ -138,20 +143,30 @@ class Scheduler:
         live = {int(r): int(c) for r, c in zip(*np.unique(seq.request[seq.order], return_counts=True), strict=True)}
         assert all(prompt.live == live.get(prompt.request, 0) for prompt in self.prompts), "live counts differ"
 
-    def _decoding(self) -> Int32:
+    def _runnable(self) -> tuple[Int32, Int32]:
+        """Slots with something to compute: those whose last token the worker holds, in plan order, and those that the host
+        has tokens for, oldest first."""
         seq = self.sequences
-        order = seq.order
-        return order[seq.on_device[order] & (seq.length[order] > seq.computed[order])]
+        pending = seq.order[seq.length[seq.order] > seq.computed[seq.order]]
+        on_device = seq.on_device[pending]
+        if on_device.all():
+            return pending, pending[:0]
+        prefilling = pending[~on_device]
+        return pending[on_device], prefilling[np.argsort(seq.admitted[prefilling], kind="stable")]
 
-    def _grow(self, slots: Int32, draft: StepDraft) -> None:
-        """Give each slot the page its next position needs, preempting where the pool is short."""
+    def _grow(self, slots: Int32, draft: StepDraft) -> bool:
+        """Give each slot the page its next position needs, preempting where the pool is short; whether any was."""
         seq, size = self.sequences, self.limits.page_size
         needs = slots[seq.computed[slots] >= seq.num_pages[slots] * size]
+        preempted = False
         while len(needs) > self.pool.num_free:
             if not self.prompts.suspend_idle():
                 victim = self._preempt_latest()
                 needs = needs[needs != victim]
-        draft.set_pages(seq.add_pages(needs, np.ones(len(needs), np.int32)))
+                preempted = True
+        if len(needs):
+            draft.set_pages(seq.add_pages(needs, np.ones(len(needs), np.int32)))
+        return preempted
 
     def _preempt_latest(self) -> int:
         seq = self.sequences

@@ -83,7 +83,7 @@ class Sequences:
         """Return slots and their own pages; results still in flight for them are recognised by the changed epoch."""
         own = self.own_pages(slots)
         if len(own):
-            self._pool.release(own)
+            self._pool.free(own)
         self.request[slots] = -1
         self.epoch[slots] += 1
         self.order = self.order[self.request[self.order] >= 0]

@@ -136,6 +136,8 @@ def _group_section(
     first = np.nonzero(np.append(True, request[1:] != request[:-1]))[0]
     counts = np.diff(np.append(first, len(own))).astype(np.int32)
     distinct = request[first]
+    if len(distinct) == len(own) and not prompts.any_shared(limits.min_pages):
+        return [], np.zeros(len(own), np.int32)
     levels, covered = find_groups(
         PromptRuns(
             num_runs=counts,
