@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preparation": LEAVES | {"data", "planning", "engine", "model"},
     "recorder": LEAVES | {"data", "experiments", "preparation"},
     "runner": LEAVES
-    | {"preparation", "recorder", "data", "planning", "scheduling", "engine", "model", "experiments", "report"},
+    | {"preparation", "recorder", "data", "planning", "scheduling", "engine", "attention", "model", "experiments", "report"},
     "cli": LEAVES | {"report"},
     "__init__": LEAVES | {"report", "runner"},
     "__main__": {"cli"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokabatch import Job, plan, run
 from tokabatch.errors import JobError, OutputError
+from tokabatch.report.progress import NullProgress, ProgressSnapshot
 
 HEADER = "Each line adds two numbers: 1+1=2, 2+5=7, 3+4=7, 8+1=9.\n"
 ROWS = [{"question": f"What is {i}+{i * 7 % 5}?", "answer": str(i + i * 7 % 5), "extra": {"i": i}} for i in range(12)]
@@ -199,10 +201,71 @@ def test_verified_runs_report_pass_at_k(model, rows, tmp_path):
     assert summary.pass_at_k[0][1] == pytest.approx(sum(s["correct"] for s in samples) / len(samples))
 
 
-def test_shards_appear_while_the_run_goes_on(model, rows, tmp_path):
+class Watcher(NullProgress):
+    """Looks into the output folder while the run goes on."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.seen: list[int] = []
+
+    def update(self, snapshot: ProgressSnapshot) -> None:
+        if snapshot.phase == "generating":
+            self.seen.append(sum(pq.read_metadata(shard).num_rows for shard in (self.out / "data").glob("*.parquet")))
+
+
+@pytest.mark.parametrize("output", [{"flush_seconds": 0.001}, {"rows_per_shard": 1}], ids=["by time", "by rows"])
+def test_shards_appear_while_the_run_goes_on(output, model, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("tokabatch.recorder.BATCH_SAMPLES", 1 if "rows_per_shard" in output else 10_000)
+    monkeypatch.setattr("tokabatch.runner.SHOW_SECONDS", 0.0)
+    watcher = Watcher(tmp_path / "out")
+    run(job(model, rows, tmp_path / "out", output=output, engine={"max_running": 4}), watcher)
+    assert 0 < watcher.seen[len(watcher.seen) // 2] < watcher.seen[-1]
+
+
+def test_shards_have_the_size_asked_for(model, rows, tmp_path):
     run(job(model, rows, tmp_path / "out", output={"rows_per_shard": 7}))
     counts = [pq.read_metadata(shard).num_rows for shard in sorted((tmp_path / "out" / "data").glob("*.parquet"))]
     assert counts == [7, 7, 7, 7, 7, 1]
+
+
+def test_a_stopped_run_commits_what_is_finished(model, rows, tmp_path):
+    asked: list[bool] = []
+
+    def should_stop() -> bool:
+        asked.append(True)
+        return len(asked) == 25
+
+    summary = run(job(model, rows, tmp_path / "out", engine={"max_running": 3}), should_stop=should_stop)
+    samples = read(tmp_path / "out")
+    assert summary.exit_code == 130
+    assert 0 < len(samples) == summary.ok < 36
+    assert summary.pending == 36 - len(samples)
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"verify": {"kind": "gsm8k", "answer": "answer"}}, {"output": {"columns": []}}])
+def test_an_input_that_does_not_parse_is_all_error_rows(changes, model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{broken\n" * 2)
+    summary = run(job(model, file, tmp_path / "out", **changes))
+    assert (summary.errors, summary.exit_code) == (6, 3)
+    assert {s["error_code"] for s in read(tmp_path / "out")} == {"bad_json"}
+
+
+def test_references_that_cannot_be_compared_are_reported(model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "a", "answer": "no number"}\n{"question": "b", "answer": "3"}\n')
+    summary = run(job(model, file, tmp_path / "out", verify={"kind": "gsm8k", "answer": "answer"}))
+    assert summary.unverified == 3 and summary.unverified_reasons
+    assert [s["correct"] for s in read(tmp_path / "out") if s["row_index"] == 0] == [None] * 3
+
+
+def test_the_manifest_holds_what_was_used(model, rows, tmp_path):
+    folder = tmp_path / "with-defaults"
+    shutil.copytree(model, folder)
+    (folder / "generation_config.json").write_text('{"top_p": 0.5, "eos_token_id": 2}')
+    run(job(folder, rows, tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["job"]["generation"]["top_p"] == 0.5
 
 
 def test_a_finished_folder_is_not_written_over(model, rows, tmp_path):
@@ -219,6 +282,8 @@ def test_a_finished_folder_is_not_written_over(model, rows, tmp_path):
         ({"engine": {"kv_cache_tokens": 64}}, "engine.kv_cache_tokens"),
         ({"engine": {"max_running": 8, "max_step_tokens": 4}}, "engine.max_step_tokens"),
         ({"generation": {"logprobs": 98}}, "generation.logprobs"),
+        ({"generation": {"max_tokens": 512}}, "generation.max_tokens"),
+        ({"generation": {"stop_token_ids": [97]}}, "generation.stop_token_ids"),
     ],
 )
 def test_a_job_that_cannot_fit_is_refused_with_the_key(changes, message, model, rows, tmp_path):

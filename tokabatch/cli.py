@@ -6,7 +6,11 @@ Nothing heavy is imported here, so that help answers at once: a command fetches 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokabatch import __version__
-from tokabatch.errors import OutputError, UsageError
+from tokabatch.errors import OutputError, TokabatchError
 
 if TYPE_CHECKING:
     from tokabatch.report.summary import PlanReport, RunSummary, Section
@@ -59,14 +63,14 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point. A mistake of the user's ends in one message and exit code 2; anything unforeseen in its traceback."""
+    """Entry point. An error of ours ends in one message and its exit code; anything unforeseen in its traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for stream in (sys.stdout, sys.stderr):
         # A prompt may hold characters that the terminal's encoding has not.
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         app()
-    except UsageError as error:
+    except TokabatchError as error:
         print(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
@@ -120,8 +124,9 @@ def run(
       tokabatch run jobs/quickstart.yaml generation.n=4 output.path=out/four --quiet
     """
     loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
-    with _load("tokabatch.report.progress").open_progress(quiet) as progress:
-        summary: RunSummary = _load("tokabatch.runner").run(loaded, progress)
+    runner = _load("tokabatch.runner")
+    with _stop_on_interrupt() as should_stop, _load("tokabatch.report.progress").open_progress(quiet) as progress:
+        summary: RunSummary = runner.run(loaded, progress, should_stop=should_stop)
     _print_sections(_load("tokabatch.report.summary").run_sections(summary))
     raise typer.Exit(summary.exit_code)
 
@@ -189,7 +194,31 @@ def download(
     Example
       tokabatch download Qwen/Qwen3-0.6B
     """
-    print(_load("tokabatch.model.resolve").resolve_model(model, revision))
+    print(_load("tokabatch.model.resolve").resolve_model(model, revision, key="MODEL", revision_key="--revision"))
+
+
+@contextmanager
+def _stop_on_interrupt() -> Generator[Callable[[], bool], None, None]:
+    """Yields whether Ctrl-C was pressed. The first only asks the run to stop, the second does what Ctrl-C always does."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        asked.set()
+        with suppress(OSError):
+            # Not `print`, which must not be entered anew where the signal may have struck.
+            os.write(2, b"stopping: committing what is finished; Ctrl-C again to stop at once\n")
+
+    # Only the main thread may set handlers; and another program's, or one that ignores Ctrl-C, stays.
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield asked.is_set
+        return
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _load(module: str) -> Any:

@@ -99,8 +99,8 @@ class PrefixLevel:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One forward pass, decided. Fields apply in the order they stand: slots open, the page table changes, pages are copied,
-    the runs are computed, each layer writing all its keys and values before it attends.
+    """One forward pass, decided. Fields apply in the order they stand: slots open, the page table changes, pages are cleared,
+    pages are copied, the runs are computed, each layer writing all its keys and values before it attends.
 
     A run is consecutive positions of one slot; the runs lie one after another on the step's token axis, those that bring
     their token ids from the host first (`num_prefill_runs`, `token_ids` of their lengths summed), then the decode runs:
@@ -113,6 +113,8 @@ class StepBatch:
     table_slot: Int32
     table_column: Int32
     table_page: Int32
+    clear_pages: Int32
+    """Pages to set to zero: their last owner left values that are not finite."""
     copy_src: Int32
     copy_dst: Int32
     num_prefill_runs: int

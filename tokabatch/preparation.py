@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from tokabatch.data.generation_defaults import effective_generation, eos_token_ids
-from tokabatch.data.output import FailedRow
+from tokabatch.data.output import FailedRow, output_schema
 from tokabatch.data.store import InputStore, ingest
 from tokabatch.data.tokenizer import Tokenizer, load_tokenizer
 from tokabatch.engine.sizing import WorkloadFacts
@@ -49,6 +50,7 @@ class Prepared:
     num_samples: Int64
     """Samples of each request, in plan order."""
     failures: tuple[FailedRow, ...]
+    output_schema: pa.Schema
 
     @property
     def samples_total(self) -> int:
@@ -71,6 +73,7 @@ class Prepared:
             longest_sequence=int((self.requests.length + limit).max(initial=1)),
             longest_output=int(limit.max(initial=1)),
             num_prompts=len(self.requests),
+            logprobs=max((-1 if p.logprobs is None else p.logprobs for p in self.requests.sampling), default=-1),
             unique_prompt_tokens=int((self.requests.length.astype(np.int64) - self.requests.lcp).sum()),
         )
 
@@ -84,6 +87,7 @@ def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None 
     checkpoint = preflight(folder, spec)
     tokenizer = load_tokenizer(job.model.model_copy(update={"path": str(folder)}))
     generation, settings = effective_generation(job, folder)
+    _check_generation(generation, spec)
     store = ingest(
         job,
         tokenizer,
@@ -93,7 +97,6 @@ def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None 
         vocab_size=spec.vocab_size,
         on_rows=on_rows,
     )
-    _check_logprobs(store, spec)
     requests = order_requests(store)
     wanted = np.array([params.n for params in store.sampling], np.int64)
     stated = "float32" if job.model.dtype == "auto" and device == "cpu" else job.model.dtype
@@ -111,6 +114,9 @@ def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None 
         requests=requests,
         num_samples=wanted[requests.params],
         failures=tuple(FailedRow(row, generation.n, error) for row, error in sorted(store.errors.items())),
+        output_schema=output_schema(
+            store.column_schema, columns=job.output.columns, id_column=job.input.id_column, verified=job.verify is not None
+        ),
     )
 
 
@@ -139,7 +145,17 @@ def order_requests(store: InputStore) -> Requests:
     )
 
 
-def _check_logprobs(store: InputStore, spec: ModelSpec) -> None:
-    most = max((params.logprobs or 0 for params in store.sampling), default=0)
-    if most > spec.vocab_size:
-        raise JobError(f"generation.logprobs is {most}, but the model has {spec.vocab_size} tokens; write at most that many")
+def _check_generation(generation: GenerationConfig, spec: ModelSpec) -> None:
+    """What only the model can tell of the job's own settings; a row's settings cost that row alone."""
+    if (generation.logprobs or 0) > spec.vocab_size:
+        raise JobError(
+            f"generation.logprobs is {generation.logprobs}, but the model has {spec.vocab_size} tokens; write at most that many"
+        )
+    unknown = [token for token in generation.stop_token_ids if token >= spec.vocab_size]
+    if unknown:
+        raise JobError(f"generation.stop_token_ids names {unknown[0]}, but the model's token ids end at {spec.vocab_size - 1}")
+    if generation.max_tokens >= spec.context_length:
+        raise JobError(
+            f"generation.max_tokens is {generation.max_tokens}, but the model's context is {spec.context_length} tokens, "
+            "prompt included; write a smaller number"
+        )

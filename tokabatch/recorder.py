@@ -5,13 +5,14 @@ Keeps the running books: what is ok, what is an error, and how many samples of e
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from tokabatch.data.folder import Claim
-from tokabatch.data.output import FailedRow, build_table, cut_at_stop, output_schema, sample_keys, text_token_ids
+from tokabatch.data.output import FailedRow, build_table, cut_at_stop, sample_keys, text_token_ids
 from tokabatch.data.shards import Shard, ShardWriter
 from tokabatch.experiments.pass_at_k import curve
 from tokabatch.experiments.verifiers import load_verifier
@@ -21,28 +22,32 @@ from tokabatch.preparation import Prepared
 
 BATCH_SAMPLES = 2048
 """Samples made into a table at once; fewer when `flush_seconds` are over."""
+SHOWN_REASONS = 3
 
 
 class Recorder:
     """Takes completions in any order. `finish` commits the rest; nothing is lost before that but to a crash."""
 
-    def __init__(self, job: Job, prepared: Prepared, claim: Claim) -> None:
+    def __init__(self, job: Job, prepared: Prepared, claim: Claim, clock: Callable[[], float] = time.monotonic) -> None:
         store = prepared.store
         self._tokenizer = prepared.tokenizer
         self._store = store
         self._answer = job.verify.answer if job.verify else None
         self._verify = load_verifier(job.verify.kind) if job.verify else None
-        self._schema = output_schema(
-            store.column_schema, columns=job.output.columns, id_column=job.input.id_column, verified=job.verify is not None
-        )
+        self._schema = prepared.output_schema
         self._writer = ShardWriter(
             claim, self._schema, rows_per_shard=job.output.rows_per_shard, flush_seconds=job.output.flush_seconds
         )
+        self._clock = clock
+        self._flush_seconds = job.output.flush_seconds
         self._waiting: list[Completion] = []
+        self._oldest: float | None = None
+        """When the first sample that is not committed yet came in."""
         self._num_samples = np.zeros(store.num_rows, np.int64)
         self._num_correct = np.zeros(store.num_rows, np.int64)
-        self.bad_references: Counter[str] = Counter()
-        """What the verifier said of answers that it does not understand, and for how many samples."""
+        self.num_unverified = 0
+        """Samples whose reference answer the verifier does not understand; pass@k counts them as wrong."""
+        self.unverified_reasons: list[str] = []
         self.error_counts: Counter[str] = Counter()
         self.num_ok = 0
 
@@ -60,11 +65,16 @@ class Recorder:
             self._write([], failures[begin : begin + BATCH_SAMPLES])
 
     def add(self, completions: list[Completion]) -> None:
-        """Samples that the scheduler finished."""
+        """Samples that the scheduler finished; on disk after at most `flush_seconds`."""
         self._waiting += completions
+        if completions and self._oldest is None:
+            self._oldest = self._clock()
         if len(self._waiting) >= BATCH_SAMPLES:
             self._flush()
-        self._writer.tick()
+        if self._oldest is not None and self._clock() - self._oldest >= self._flush_seconds:
+            self._flush()
+            self._writer.commit()
+            self._oldest = None
 
     def finish(self) -> tuple[Shard, ...]:
         """Commit everything and return all shards."""
@@ -79,9 +89,9 @@ class Recorder:
         return tuple((point.k, point.value) for point in curve(self._num_samples[seen], self._num_correct[seen]))
 
     def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        if waiting:
-            self._write(waiting, ())
+        if self._waiting:
+            self._write(self._waiting, ())
+            self._waiting = []
 
     def _write(self, completions: Sequence[Completion], failures: Sequence[FailedRow]) -> None:
         rows, _ = sample_keys(completions, failures)
@@ -106,13 +116,17 @@ class Recorder:
         """Each sample's verdict; None for a sample whose reference cannot be compared with."""
         if self._verify is None or self._answer is None:
             return None
+        if not completions:
+            return []
         answers = self._store.columns(rows, [self._answer]).column(0).to_pylist()
         verdicts: list[bool | None] = []
         for row, completion, text, answer in zip(rows.tolist(), completions, texts, answers, strict=True):
             try:
                 right = completion.error_code is None and self._verify(text, answer)
             except ValueError as error:
-                self.bad_references[str(error)] += 1
+                self.num_unverified += 1
+                if len(self.unverified_reasons) < SHOWN_REASONS and str(error) not in self.unverified_reasons:
+                    self.unverified_reasons.append(str(error))
                 verdicts.append(None)
                 continue
             self._num_correct[row] += right

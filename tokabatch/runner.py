@@ -8,6 +8,8 @@ from __future__ import annotations
 import platform
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 
 from tokabatch import __version__
+from tokabatch.attention import choose_backend
 from tokabatch.data.folder import Claim
 from tokabatch.data.manifest import Manifest, Versions, mark_success, write_manifest, write_summary
 from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
@@ -24,7 +27,6 @@ from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, kv_shape
 from tokabatch.engine.worker import WorkerSpec
 from tokabatch.errors import EngineError
 from tokabatch.job import Job
-from tokabatch.messages import Completion
 from tokabatch.model.spec import tensor_shapes
 from tokabatch.preparation import Prepared, prepare
 from tokabatch.recorder import Recorder
@@ -39,11 +41,11 @@ SHOW_SECONDS = 0.1
 EXIT_COMPLETE, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 3, 4, 75, 130
 
 
-def run(job: Job, progress: Progress | None = None) -> RunSummary:
+def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bool] | None = None) -> RunSummary:
     """Complete every row of the job's input and write the output folder.
 
-    Raises UsageError before any weights load for a job that cannot work, EngineError when the engine breaks. Ctrl-C commits
-    what is finished and returns a summary with exit code 130.
+    Raises UsageError before any weights load for a job that cannot work, EngineError when the engine breaks. `should_stop`
+    is asked between steps; once it says so, what is finished is committed and the summary has exit code 130.
     """
     clock = _Clock(progress or NullProgress())
     with Claim(Path(job.output.path)) as claim:
@@ -60,12 +62,10 @@ def run(job: Job, progress: Progress | None = None) -> RunSummary:
             exit_code = EXIT_STOPPED
         elif len(prepared.requests):
             clock.show("loading", prepared, scheduler, recorder)
-            executor = _executor(job, prepared, sizes)
+            executor = _executor(job, prepared, sizes, clock.progress)
             clock.loaded()
             try:
-                exit_code = _generate(job, prepared, scheduler, executor, recorder, clock)
-            except KeyboardInterrupt:
-                exit_code = EXIT_INTERRUPTED
+                exit_code = _generate(job, prepared, scheduler, executor, recorder, clock, should_stop or _never)
             finally:
                 executor.close()
         clock.show("writing", prepared, scheduler, recorder)
@@ -76,8 +76,6 @@ def run(job: Job, progress: Progress | None = None) -> RunSummary:
             exit_code = EXIT_ERRORS
         summary = _summary(job, prepared, scheduler.counts, recorder, clock, exit_code)
         write_summary(claim, summary.to_dict())
-        for reason, count in recorder.bad_references.items():
-            clock.progress.message(f"not verified: {count} samples ({reason})")
         prepared.store.close()
     return summary
 
@@ -107,6 +105,13 @@ class _Clock:
     def elapsed(self) -> float:
         return time.perf_counter() - self.begun
 
+    @contextmanager
+    def scheduling(self) -> Iterator[None]:
+        """Counts the CPU time of what runs inside as the scheduler's."""
+        begin = time.thread_time()
+        yield
+        self.host_seconds += time.thread_time() - begin
+
     def loaded(self) -> None:
         self.load_seconds = self.elapsed
 
@@ -124,7 +129,7 @@ class _Clock:
             ProgressSnapshot(
                 phase=phase,
                 elapsed=self.elapsed,
-                rows_done=scheduler.prompts.next_request + len(prepared.failures),
+                rows_done=counts.finished_prompts + len(prepared.failures),
                 rows_total=prepared.store.num_rows,
                 samples_done=counts.finished + sum(failure.num_samples for failure in prepared.failures),
                 samples_total=prepared.samples_total,
@@ -139,33 +144,51 @@ class _Clock:
         )
 
 
-def _generate(job: Job, prepared: Prepared, scheduler: Scheduler, executor: Executor, recorder: Recorder, clock: _Clock) -> int:
+def _generate(
+    job: Job,
+    prepared: Prepared,
+    scheduler: Scheduler,
+    executor: Executor,
+    recorder: Recorder,
+    clock: _Clock,
+    should_stop: Callable[[], bool],
+) -> int:
     """Step until every sample is finished, up to `queue_depth` steps ahead of the results; the run's exit code so far."""
     depth = job.engine.queue_depth
     depth = (2 if prepared.device == "cuda" else 1) if depth == "auto" else depth
     while not scheduler.done:
-        begin = time.perf_counter()
-        step = scheduler.schedule() if scheduler.num_in_flight < depth else None
-        clock.host_seconds += time.perf_counter() - begin
+        with clock.scheduling():
+            step = scheduler.schedule() if scheduler.num_in_flight < depth else None
         if step is not None:
             executor.submit(step)
             continue
         if not scheduler.num_in_flight:
             raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
         result = executor.collect()
-        begin = time.perf_counter()
-        completions: list[Completion] = scheduler.apply(result)
-        clock.host_seconds += time.perf_counter() - begin
+        with clock.scheduling():
+            completions = scheduler.apply(result)
         recorder.add(completions)
         clock.show("generating", prepared, scheduler, recorder)
+        if should_stop():
+            return EXIT_INTERRUPTED
         if job.errors.policy == "stop" and any(c.error_code is not None for c in completions):
             return EXIT_STOPPED
     return EXIT_COMPLETE
 
 
-def _executor(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> Executor:
+def _never() -> bool:
+    return False
+
+
+def _executor(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Progress) -> Executor:
     """The replica, in a process of its own on a GPU or when the job asks for it."""
-    spec = WorkerSpec(prepared.folder, prepared.spec, prepared.dtype, prepared.device, "torch_paged", sizes)
+    backend = choose_backend(prepared.device, prepared.dtype)
+    if prepared.device == "cuda" and backend == "torch_paged":
+        progress.message(
+            f"attention runs in plain torch, many times slower than FlashInfer's kernels: those need model.dtype bfloat16 or "
+            f"float16 (it is {str(prepared.dtype).removeprefix('torch.')}) and the package flashinfer-python"
+        )
+    spec = WorkerSpec(prepared.folder, prepared.spec, prepared.dtype, prepared.device, backend, sizes)
     separate = prepared.device == "cuda" if job.engine.process == "auto" else job.engine.process
     return ProcessExecutor(spec) if separate else InProcessExecutor(spec)
 
@@ -196,7 +219,7 @@ def _manifest(job: Job, prepared: Prepared) -> Manifest:
         versions=Versions(__version__, torch.__version__, version("transformers"), platform.python_version()),
         rows=prepared.store.num_rows,
         samples=prepared.samples_total,
-        job=job.to_dict(),
+        job=job.model_copy(update={"generation": prepared.generation}).to_dict(),
     )
 
 
@@ -223,6 +246,8 @@ def _summary(
         host_seconds=clock.host_seconds,
         error_counts=tuple(sorted(recorder.error_counts.items())),
         pass_at_k=recorder.pass_at_k(),
+        unverified=recorder.num_unverified,
+        unverified_reasons=tuple(recorder.unverified_reasons),
     )
 
 
@@ -259,4 +284,22 @@ def _plan_report(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> PlanRepor
         first_token_ids=tuple(ids),
         settings=prepared.settings,
         error_counts=prepared.error_counts,
+        notes=_plan_notes(prepared),
     )
+
+
+def _plan_notes(prepared: Prepared) -> tuple[str, ...]:
+    """What a person should know before running: how the prompts were made, and the first fault of each kind."""
+    store = prepared.store
+    notes = ["text prompts go through the tokenizer's chat template"] if store.chat else []
+    if store.hidden_rows:
+        notes.append(
+            f"{store.hidden_rows:,} rows spell a special token in their text; it is encoded as plain text "
+            "(prompt.special_tokens: allow takes it as the token)"
+        )
+    seen: set[str] = set()
+    for failure in prepared.failures:
+        if failure.error.code not in seen:
+            seen.add(failure.error.code)
+            notes.append(f"row {failure.row_index}: {failure.error.code}: {failure.error.message}")
+    return tuple(notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,35 +13,69 @@ from support import token_device as device
 
 import tokabatch.attention
 from tokabatch.attention import create_backend
-from tokabatch.attention.base import KVShape
+from tokabatch.attention.base import AttentionBackend, KVShape
 from tokabatch.messages import SamplingParams
 from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
 
-LAYERS, HEADS, KV_HEADS, DIM = 2, 4, 2, 8
-BACKENDS = sorted(
-    path.stem for path in Path(tokabatch.attention.__file__).parent.glob("*_paged.py") if path.stem.startswith("torch")
-)
+LAYERS, HEADS, KV_HEADS = 2, 4, 2
+BACKENDS = sorted(path.stem for path in Path(tokabatch.attention.__file__).parent.glob("*_paged.py"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A backend on a device. 16-bit types are compared with a reference over the rounded keys, values and queries."""
+
+    backend: str
+    device: str
+    dtype: torch.dtype
+    dim: int
+
+    @property
+    def tolerance(self) -> dict[str, float]:
+        exact = self.dtype == torch.float64
+        return {"rtol": 1e-10, "atol": 1e-12} if exact else {"rtol": 2e-2, "atol": 2e-2}
+
+    def create(self, page_size: int, num_pages: int, num_slots: int, max_pages: int) -> AttentionBackend:
+        shape = KVShape(LAYERS, HEADS, KV_HEADS, self.dim, page_size, num_pages, num_slots, max_pages)
+        return create_backend(self.backend, shape, self.dtype, torch.device(self.device))
+
+
+CASES = [
+    pytest.param(Case("torch_paged", "cpu", torch.float64, 8), id="torch-cpu"),
+    *(
+        pytest.param(Case(backend, "cuda", torch.bfloat16, dim), id=f"{backend}-{dim}", marks=pytest.mark.gpu)
+        for backend in BACKENDS
+        for dim in (64, 128)
+    ),
+]
 
 
 class DenseReference:
     """Keys and values as functions of (layer, token, position), so that a context's tokens determine what is attended to."""
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int, case: Case) -> None:
         generator = torch.Generator().manual_seed(0)
-        size = (LAYERS, 2, device.VOCAB, longest, KV_HEADS, DIM)
-        self.kv = torch.randn(size, generator=generator, dtype=torch.float64)
+        self.case = case
+        size = (LAYERS, 2, device.VOCAB, longest, KV_HEADS, case.dim)
+        self.kv = torch.randn(size, generator=generator).to(case.dtype).double()
 
     def new(self, layer: int, tokens: list[int], start: int) -> tuple[torch.Tensor, torch.Tensor]:
         positions = torch.arange(start, start + len(tokens))
         k, v = self.kv[layer, :, torch.tensor(tokens), positions]
         return k, v
 
+    def queries(self, count: int) -> torch.Tensor:
+        return torch.randn(count, HEADS, self.case.dim).to(self.case.dtype).double()
+
+    def on_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.to(self.case.device, self.case.dtype) for tensor in tensors]
+
     def attend(self, layer: int, q_HD: torch.Tensor, tokens: list[int]) -> torch.Tensor:
         k_LKD, v_LKD = self.new(layer, tokens, 0)
         k_LHD, v_LHD = (t.repeat_interleave(HEADS // KV_HEADS, 1) for t in (k_LKD, v_LKD))
-        weights = torch.softmax(torch.einsum("hd,lhd->hl", q_HD, k_LHD) * DIM**-0.5, -1)
+        weights = torch.softmax(torch.einsum("hd,lhd->hl", q_HD, k_LHD) * self.case.dim**-0.5, -1)
         return torch.einsum("hl,lhd->hd", weights, v_LHD)
 
 
@@ -52,10 +87,10 @@ def workloads(draw):
     return prompts, draw(st.sampled_from([1, 4, 16])), draw(st.sampled_from([None, GroupingLimits(1, 1), GroupingLimits(2, 1)]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
 @settings(max_examples=25, deadline=None)
 @given(workloads())
-def test_backend_equals_dense_attention(backend, workload):
+def test_backend_equals_dense_attention(case, workload):
     prompts, page_size, grouping = workload
     params = SamplingParams(n=3, max_tokens=6)
     longest = max(map(len, prompts)) + 6
@@ -64,9 +99,8 @@ def test_backend_equals_dense_attention(backend, workload):
     scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [device.EOS], device.VOCAB, None))
     tokens_device = device.TokenDevice(limits)
     tokens_device.prompts = prompts
-    shape = KVShape(LAYERS, HEADS, KV_HEADS, DIM, page_size, 400, 7, limits.max_pages_per_sequence)
-    attention = create_backend(backend, shape, torch.float64, torch.device("cpu"))
-    reference = DenseReference(longest)
+    attention = case.create(page_size, 400, 7, limits.max_pages_per_sequence)
+    reference = DenseReference(longest, case)
     while not scheduler.done:
         step = scheduler.schedule()
         result = tokens_device.run(step)
@@ -77,28 +111,26 @@ def test_backend_equals_dense_attention(backend, workload):
         ]
         for layer in range(LAYERS):
             new = [reference.new(layer, tokens[start:], start) for start, tokens in contexts]
-            q_THD = torch.randn(step.num_tokens, HEADS, DIM, dtype=torch.float64)
-            out = attention.attend(layer, q_THD, torch.cat([n[0] for n in new]), torch.cat([n[1] for n in new]))
+            q_THD = reference.queries(step.num_tokens)
+            k_TKD, v_TKD = torch.cat([n[0] for n in new]), torch.cat([n[1] for n in new])
+            out = attention.attend(layer, *reference.on_device(q_THD, k_TKD, v_TKD))
             ends = [tokens[: i + 1] for start, tokens in contexts for i in range(start, len(tokens))]
             expected = torch.stack([reference.attend(layer, q, tokens) for q, tokens in zip(q_THD, ends, strict=True)])
-            torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(out.double().cpu(), expected, **case.tolerance)
         scheduler.apply(result)
 
 
-def test_long_prompts_are_split_and_stay_exact(monkeypatch):
+@pytest.mark.parametrize("case", CASES)
+def test_long_prompts_stay_exact(case, monkeypatch):
     monkeypatch.setattr("tokabatch.attention.torch_paged.MAX_SCORES", 4096)
     prompt = [i % device.VOCAB for i in range(700)]
     limits = SchedulerLimits(16, 64, 2, 1000, 64, GroupingLimits(1, 1))
     requests = device.make_requests([prompt], [SamplingParams(n=2, max_tokens=2, ignore_eos=True)])
     scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [], device.VOCAB, None))
-    attention = create_backend(
-        "torch_paged", KVShape(LAYERS, HEADS, KV_HEADS, DIM, 16, 64, 2, 64), torch.float64, torch.device("cpu")
-    )
-    reference = DenseReference(710)
-    step = scheduler.schedule()
-    attention.prepare(step)
-    k, v = reference.new(0, prompt, 0)
-    q = torch.randn(700, HEADS, DIM, dtype=torch.float64)
-    out = attention.attend(0, q, k, v)
+    attention = case.create(16, 64, 2, 64)
+    reference = DenseReference(710, case)
+    attention.prepare(scheduler.schedule())
+    q_THD = reference.queries(700)
+    out = attention.attend(0, *reference.on_device(q_THD, *reference.new(0, prompt, 0))).double().cpu()
     for i in (0, 1, 299, 698, 699):
-        torch.testing.assert_close(out[i], reference.attend(0, q[i], prompt[: i + 1]), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(out[i], reference.attend(0, q_THD[i], prompt[: i + 1]), **case.tolerance)

@@ -53,7 +53,6 @@ def test_any_schedule_gives_every_sample_its_own_tokens(job):
             assert got.finish_reason == ("stop" if ended else "length")
             assert got.num_prompt_tokens == len(prompt)
     assert not completions
-    assert scheduler.done and scheduler.pool.num_used == sum(len(p.pages) for p in scheduler.prompts)
     assert scheduler.counts.prompt_tokens == sum(len(p) * params[row % len(params)].n for row, p in enumerate(prompts))
 
 
@@ -117,4 +116,4 @@ def test_books_close_at_size(num_running):
     limits = SchedulerLimits(8, 300, num_running, 128, 12, GroupingLimits(2, 1))
     completions, scheduler = device.drive(device.make_requests(prompts, params), limits, prompts, 2, integrity=False)
     assert len(completions) == 300
-    assert scheduler.counts.output_tokens >= sum(len(c.token_ids) for c in completions.values())
+    assert scheduler.counts.output_tokens == sum(len(c.token_ids) for c in completions.values())

@@ -68,6 +68,7 @@ class TokenDevice:
             self.context[int(slot)] = []
             self.table[slot] = -1
         self.table[step.table_slot, step.table_column] = step.table_page
+        self.cache[step.clear_pages] = -1
         self.cache[step.copy_dst] = self.cache[step.copy_src]
         assert step.num_tokens <= self.limits.max_step_tokens
         written: list[tuple[int, int, int]] = []
@@ -152,7 +153,7 @@ def drive(requests: Requests, limits: SchedulerLimits, prompts: list[list[int]],
                 scheduler.check_integrity()
         else:
             raise AssertionError("the scheduler is stuck")
-    assert scheduler.pool.num_used == 0 or len(scheduler.prompts)
+    assert scheduler.pool.num_used == 0 and not len(scheduler.prompts), "pages or prompts leaked"
     return completions, scheduler
 
 

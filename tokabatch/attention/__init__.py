@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
@@ -12,3 +13,9 @@ from tokabatch.attention.base import AttentionBackend, KVShape
 def create_backend(name: str, shape: KVShape, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
     """The backend of the file `name`, its cache allocated."""
     return import_module(f"tokabatch.attention.{name}").Backend(shape, dtype, device)
+
+
+def choose_backend(device: str, dtype: torch.dtype) -> str:
+    """FlashInfer's kernels for 16-bit types on a GPU where they are installed, else plain torch."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return "flashinfer_paged" if device == "cuda" and half and find_spec("flashinfer") else "torch_paged"

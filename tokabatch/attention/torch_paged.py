@@ -67,6 +67,8 @@ class TorchPagedAttention:
         self.shape = shape
         self.dtype = dtype
         self.device = device
+        self._compute = torch.float64 if dtype == torch.float64 else torch.float32
+        """Scores, sums and merges are at least float32: a 16-bit log-sum-exp is off by percents."""
         self.page_table = np.zeros((shape.num_slots, shape.max_pages), np.int32)
         cache = (shape.num_layers, shape.num_kv_heads, shape.num_pages, shape.page_size * shape.head_dim)
         self.k_cache, self.v_cache = (_zeros(cache, dtype, device) for _ in range(2))
@@ -78,6 +80,10 @@ class TorchPagedAttention:
 
     def prepare(self, step: StepBatch) -> None:
         self.page_table[step.table_slot, step.table_column] = step.table_page
+        if len(step.clear_pages):
+            cleared = self._tensor(step.clear_pages)
+            self.k_cache[:, :, cleared] = 0
+            self.v_cache[:, :, cleared] = 0
         if len(step.copy_src):
             src, dst = self._tensor(step.copy_src), self._tensor(step.copy_dst)
             self.k_cache[:, :, dst] = self.k_cache[:, :, src]
@@ -113,8 +119,8 @@ class TorchPagedAttention:
             flat = cache.view(shape.num_kv_heads, -1, shape.head_dim)
             flat.index_copy_(1, self._write_T, new_TKD.to(self.dtype).transpose(0, 1))
         q_KTGD = q_THD.view(len(q_THD), shape.num_kv_heads, -1, shape.head_dim).transpose(0, 1)
-        out_KTGD = torch.empty(q_KTGD.shape, dtype=q_THD.dtype, device=self.device)
-        lse_KTG = torch.empty(q_KTGD.shape[:-1], dtype=q_THD.dtype, device=self.device) if self._shared else None
+        out_KTGD = torch.empty(q_KTGD.shape, dtype=self._compute, device=self.device)
+        lse_KTG = torch.empty(q_KTGD.shape[:-1], dtype=self._compute, device=self.device) if self._shared else None
         for block in self._own:
             out, lse = self._pass(block, q_KTGD, k_cache, v_cache, need_lse=lse_KTG is not None)
             out_KTGD[:, block.tokens] = out
@@ -124,7 +130,7 @@ class TorchPagedAttention:
             assert lse_KTG is not None
             out, lse = self._pass(block, q_KTGD, k_cache, v_cache, need_lse=True)
             _merge_into(out_KTGD, lse_KTG, block.tokens, out, lse)
-        return out_KTGD.transpose(0, 1).reshape(q_THD.shape)
+        return out_KTGD.transpose(0, 1).reshape(q_THD.shape).to(q_THD.dtype)
 
     def _pass(
         self, block: _Block, q_KTGD: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, need_lse: bool
@@ -133,9 +139,9 @@ class TorchPagedAttention:
         dim, group = self.shape.head_dim, q_KTGD.shape[2]
         q = q_KTGD[:, block.tokens]
         batch = self.shape.num_kv_heads * block.num_passes
-        q_BQD = (q * dim**-0.5).reshape(batch, -1, dim)
-        k_BLD = k_cache.index_select(1, block.pages).view(batch, -1, dim)
-        v_BLD = v_cache.index_select(1, block.pages).view(batch, -1, dim)
+        q_BQD = (q.to(self._compute) * dim**-0.5).reshape(batch, -1, dim)
+        k_BLD = k_cache.index_select(1, block.pages).view(batch, -1, dim).to(self._compute)
+        v_BLD = v_cache.index_select(1, block.pages).view(batch, -1, dim).to(self._compute)
         scores = torch.bmm(q_BQD, k_BLD.transpose(1, 2))
         if block.mask_BQL is not None:
             runs, queries, keys = block.mask_BQL.shape
@@ -204,7 +210,7 @@ class TorchPagedAttention:
     def _mask(self, hidden: np.ndarray) -> torch.Tensor | None:
         if not hidden.any():
             return None
-        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
+        mask = torch.zeros(hidden.shape, dtype=self._compute, device=self.device)
         return mask.masked_fill_(torch.from_numpy(hidden).to(self.device), -math.inf)
 
     def _tensor(self, values: np.ndarray | Int32) -> torch.Tensor:

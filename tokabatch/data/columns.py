@@ -30,7 +30,8 @@ class Columns(Protocol):
     @property
     def schema(self) -> pa.Schema: ...
     def take(self, rows: Int64, names: Sequence[str]) -> pa.Table:
-        """The named columns of ascending, distinct rows."""
+        """The named columns of ascending, distinct rows; nulls for a column that no row has. Without names, a table without
+        rows."""
         ...
 
     def close(self) -> None: ...
@@ -80,6 +81,8 @@ class ArrowColumns:
         self._starts = starts
 
     def take(self, rows: Int64, names: Sequence[str]) -> pa.Table:
+        if not names:
+            return pa.table({})
         batch_of = np.searchsorted(self._starts, rows, side="right") - 1
         touched, first = np.unique(batch_of, return_index=True)
         bounds = [*first.tolist(), len(rows)]
@@ -116,6 +119,8 @@ class JsonColumnSpool:
                 known.add(value)
 
     def finish(self) -> Columns:
+        for name in sorted(self._wanted or ()):
+            self._types.setdefault(name, JsonType())
         return JsonColumns(self._texts.finish(), self._types)
 
     def _add_column(self, name: str) -> JsonType:
@@ -132,18 +137,24 @@ class JsonColumns:
 
     def __init__(self, texts: Texts, types: dict[str, JsonType]) -> None:
         self._texts = texts
-        self.schema = pa.schema([pa.field(name, kind.arrow()) for name, kind in types.items()])
+        self._types = types
         self._encoders = {name: kind.encoder() for name, kind in types.items()}
+        self.schema = pa.schema([self._field(name) for name in types])
 
     def take(self, rows: Int64, names: Sequence[str]) -> pa.Table:
+        if not names:
+            return pa.table({})
         parsed = [self._row(row) for row in rows.tolist()]
+        fields = [self._field(name) for name in names]
         arrays: list[pa.Array[Any]] = []
-        for name in names:
-            values = [row.get(name) for row in parsed]
-            encode = self._encoders[name]
-            kind = self.schema.field(name).type
-            arrays.append(pa.array([encode(value) for value in values] if encode else values, type=kind))
-        return pa.Table.from_arrays(arrays, schema=pa.schema([self.schema.field(name) for name in names]))
+        for field in fields:
+            values = [row.get(field.name) for row in parsed]
+            encode = self._encoders.get(field.name)
+            arrays.append(pa.array([encode(value) for value in values] if encode else values, type=field.type))
+        return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+    def _field(self, name: str) -> pa.Field[Any]:
+        return pa.field(name, self._types.get(name, JsonType()).arrow())
 
     def close(self) -> None:
         """Nothing is held open but memory maps, which go with this object."""

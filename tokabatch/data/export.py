@@ -52,6 +52,15 @@ def export(path: Path, target: Path, *, nested: bool = False) -> Exported:
     folder = OutputFolder(path)
     shards = folder.shard_paths()
     _check(folder, shards, target, nested)
+    try:
+        return _export(shards, target, nested)
+    except OSError as error:
+        raise OutputError(
+            f"--to {target} cannot be written: {error.strerror or error}. Make room there, or name a file elsewhere."
+        ) from error
+
+
+def _export(shards: Sequence[Path], target: Path, nested: bool) -> Exported:
     schema = _common_schema(shards)
     with tempfile.TemporaryDirectory(prefix=".tokabatch-export-", dir=target.absolute().parent) as scratch:
         bucket, num_buckets, num_rows = _cut(shards)

@@ -18,7 +18,7 @@ SEPARATOR = "\n\n"
 def render_few_shot(config: FewShotConfig) -> str:
     """The joined examples. Raises InputError naming the file and row where one cannot be rendered."""
     template = compile_template(config.template, "prompt.few_shot.template")
-    batches = open_path(config.path).batches(template.names)
+    batches = open_path(config.path, "prompt.few_shot.path").batches(template.names)
     rows = list(islice(chain.from_iterable(batch.rows for batch in batches), config.k))
     if len(rows) < config.k:
         raise InputError(f"prompt.few_shot.path {config.path} holds {len(rows)} rows, but few_shot.k is {config.k}; lower k")

@@ -1,4 +1,4 @@
-"""From the job's `input.path` to an ordered list of files: a file, a folder, a glob or an fsspec URL.
+"""From a path of the job to an ordered list of files: a file, a folder, a glob or an fsspec URL.
 
 This module knows no file format beyond its extension. Folders are read recursively; names that begin with `.` or `_` are
 bookkeeping of other tools and are no data.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, Any, NoReturn, cast
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -28,17 +28,16 @@ ADVICE = {
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One file of the input. `path` is as its file system spells it, `size` in bytes or None where unknown."""
+    """One file of the input. `path` is as its file system spells it."""
 
     fs: AbstractFileSystem
     path: str
-    size: int | None
 
     def open(self) -> IO[bytes]:
         try:
             return cast("IO[bytes]", self.fs.open(self.path, "rb"))
-        except OSError as error:
-            raise InputError(f"cannot open {self.path}: {error}. Check that it exists and is readable.") from error
+        except Exception as error:  # see `refuse_unreachable`
+            refuse_unreachable(self.path, error)
 
     @property
     def compression(self) -> str:
@@ -52,62 +51,72 @@ class InputFile:
         return name.rsplit(".", 1)[-1].lower() if "." in name else ""
 
 
-def find_files(path: str, formats: Collection[str]) -> tuple[str, tuple[InputFile, ...]]:
-    """The one format of the input and its files, sorted by path. Raises InputError naming `path` and the remedy."""
-    fs, root = _open_file_system(path)
+def find_files(path: str, formats: Collection[str], key: str) -> tuple[str, tuple[InputFile, ...]]:
+    """The one format of the input and its files, sorted by path. Raises InputError naming `key` of the job, the path and the
+    remedy."""
+    place = f"{key} {path!r}"
+    fs, root = _open_file_system(path, place)
     try:
-        files = _list(fs, path, root, formats)
-    except OSError as error:
-        raise InputError(f"cannot list input.path {path!r}: {error}") from error
+        files = _list(fs, place, root, formats)
+    except InputError:
+        raise
+    except Exception as error:  # see `refuse_unreachable`
+        refuse_unreachable(place, error)
     found = sorted({file.format for file in files})
     unknown = [file for file in files if file.format not in formats]
     if unknown:
         raise InputError(_unknown_format(unknown[0], formats))
     if len(found) > 1:
         raise InputError(
-            f"input.path {path!r} mixes {' and '.join(found)} files; name one kind, for example {path.rstrip('/')}/*.{found[0]}"
+            f"{place} mixes {' and '.join(found)} files; name one kind, for example {path.rstrip('/')}/*.{found[0]}"
             if not _is_glob(root)
-            else f"input.path {path!r} mixes {' and '.join(found)} files; narrow the pattern to one kind"
+            else f"{place} mixes {' and '.join(found)} files; narrow the pattern to one kind"
         )
     return found[0], tuple(files)
 
 
-def _open_file_system(path: str) -> tuple[AbstractFileSystem, str]:
+def refuse_unreachable(place: str, error: Exception) -> NoReturn:
+    """The refusal of a file or folder that its file system will not give. Callers catch Exception: each of fsspec's file systems
+    raises kinds of its own (those of its HTTP client, mostly), and the package of the hub's has changed its name before."""
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    remedy = "Check that it exists and can be read"
+    if not isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+        remedy += "; if it lies on a server out of reach, fetch it elsewhere and name the local copy"
+    raise InputError(f"{place} cannot be read: {reason}. {remedy}.") from error
+
+
+def _open_file_system(path: str, place: str) -> tuple[AbstractFileSystem, str]:
     try:
         fs, root = cast("tuple[AbstractFileSystem, str]", url_to_fs(path))
     except ImportError as error:
-        raise InputError(f"input.path {path!r} needs another package: {error}") from error
+        raise InputError(f"{place} needs another package: {error}") from error
     except ValueError as error:
-        raise InputError(f"input.path {path!r} is not a URL that fsspec knows: {error}") from error
+        raise InputError(f"{place} is not a URL that fsspec knows: {error}") from error
+    except Exception as error:  # see `refuse_unreachable`
+        refuse_unreachable(place, error)
     return fs, root
 
 
-def _list(fs: AbstractFileSystem, path: str, root: str, formats: Collection[str]) -> list[InputFile]:
+def _list(fs: AbstractFileSystem, place: str, root: str, formats: Collection[str]) -> list[InputFile]:
     if fs.isfile(root):
-        return [_file(fs, root, fs.info(root))]
+        return [InputFile(fs, root)]
     if fs.isdir(root):
-        found = cast("dict[str, dict[str, Any]]", fs.find(root, detail=True))
-        visible = {name: info for name, info in found.items() if not _is_hidden(name.removeprefix(root.rstrip("/")))}
-        files = [_file(fs, name, info) for name, info in sorted(visible.items())]
+        found = cast("list[str]", fs.find(root))
+        files = [InputFile(fs, name) for name in sorted(found) if not _is_hidden(name.removeprefix(root.rstrip("/")))]
         known = [file for file in files if file.format in formats]
         if not known:
             seen = ", ".join(file.path.rsplit("/", 1)[-1] for file in files[:5]) or "nothing"
-            raise InputError(f"the folder {path!r} holds no {_spell(formats)} file (it holds {seen}); check input.path")
+            raise InputError(f"{place} is a folder that holds no {_spell(formats)} file (it holds {seen}); check the path")
         return known
     if _is_glob(root):
         matches = cast("dict[str, dict[str, Any]]", fs.glob(root, detail=True))
         wants_dots = root.rsplit("/", 1)[-1].startswith(".")
         names = [name for name in sorted(matches) if wants_dots or not name.rsplit("/", 1)[-1].startswith(".")]
-        files = [_file(fs, name, matches[name]) for name in names if matches[name].get("type") == "file"]
+        files = [InputFile(fs, name) for name in names if matches[name].get("type") == "file"]
         if not files:
-            raise InputError(f"input.path {path!r} matches no file; check the pattern and the folder you run in")
+            raise InputError(f"{place} matches no file; check the pattern and the folder you run in")
         return files
-    raise InputError(f"input.path {path!r} does not exist; paths are relative to the folder you run in")
-
-
-def _file(fs: AbstractFileSystem, path: str, info: dict[str, Any]) -> InputFile:
-    size = info.get("size")
-    return InputFile(fs, path, int(size) if size is not None else None)
+    raise InputError(f"{place} does not exist; paths are relative to the folder you run in")
 
 
 def _is_hidden(relative: str) -> bool:

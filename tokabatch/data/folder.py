@@ -13,6 +13,7 @@ import fcntl
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -61,13 +62,16 @@ class Claim:
     """The right of one process to write into an output folder, until `release` or the process's end.
 
     Raises OutputError where the folder cannot be written, already holds data, or another run writes there. The lock
-    belongs to the open file: a forked child holds it too, for as long as it lives.
+    belongs to the open file: a forked child holds it too, for as long as it lives. A claim that wrote neither a manifest nor
+    a shard takes away what it made.
     """
 
     def __init__(self, path: Path, files: DurableFiles | None = None) -> None:
         self.files = files or DurableFiles()
         self.folder = OutputFolder(path)
-        self._descriptor = self._prepare(path)
+        self._made = [folder for folder in (self.folder.data, path, *path.parents) if not folder.exists()]
+        self._descriptor: int | None = None
+        self._prepare()
 
     def write(self, target: Path, content: bytes) -> None:
         """Replace one of the folder's small files atomically."""
@@ -77,6 +81,7 @@ class Claim:
         """Let others write here; leaves no unfinished file behind."""
         if self._descriptor is not None:
             shutil.rmtree(self.folder.temporary, ignore_errors=True)
+            self._remove_unused()
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -86,31 +91,31 @@ class Claim:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.release()
 
-    def _prepare(self, path: Path) -> int | None:
+    def _prepare(self) -> None:
         folder = self.folder
-        descriptor: int | None = None
         try:
             folder.data.mkdir(parents=True, exist_ok=True)
-            descriptor = _lock(folder)
+            self._descriptor = _lock(folder)
             self._clear()
-        except (OSError, OutputError) as error:
-            if descriptor is not None:
-                os.close(descriptor)
-            if isinstance(error, OutputError):
-                raise
-            raise OutputError(
-                f"output.path {str(path)!r} cannot be written: {error.strerror or error}. Choose another output.path."
-            ) from error
-        return descriptor
+        except BaseException as error:
+            self.release()
+            if isinstance(error, OSError):
+                raise _unwritable(folder.path, error.strerror or str(error)) from error
+            raise
+
+    def _remove_unused(self) -> None:
+        """Needs the lock. A folder that is not empty stays."""
+        folder = self.folder
+        if folder.manifest.exists() or any(folder.data.iterdir()):
+            return
+        with suppress(OSError):
+            folder.lock.unlink()
+            for made in self._made:
+                made.rmdir()
 
     def _clear(self) -> None:
         folder = self.folder
-        found = sorted(entry.name for entry in folder.data.iterdir() if not entry.name.startswith("."))
-        if found:
-            raise OutputError(
-                f"output.path {str(folder.path)!r} already holds {len(found)} file(s) of a run (data/{found[0]}). "
-                "Choose another output.path, or remove that folder to start over."
-            )
+        _refuse_data(folder)
         if folder.temporary.exists():
             shutil.rmtree(folder.temporary)
         folder.temporary.mkdir()
@@ -122,21 +127,64 @@ class Claim:
         self.files.sync_folder(folder.path)
 
 
+def check_output(path: Path) -> None:
+    """Raises the OutputError that a claim of this folder would end in now; makes and changes nothing."""
+    folder = OutputFolder(path)
+    if folder.data.is_dir():
+        _refuse_data(folder)
+    if folder.is_claimed():
+        raise _busy(folder)
+    # `lexists`: a link to nowhere is in the way, too.
+    nearest = next(place for place in (folder.data, path, *path.absolute().parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise _unwritable(path, f"{nearest} is not a folder")
+    for place in (nearest, path) if nearest == folder.data else (nearest,):
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise _unwritable(path, f"no permission to write in {place.absolute()}")
+
+
+def _refuse_data(folder: OutputFolder) -> None:
+    found = sorted(entry.name for entry in folder.data.iterdir() if not entry.name.startswith("."))
+    if found:
+        raise OutputError(
+            f"output.path {str(folder.path)!r} already holds {len(found)} file(s) of a run (data/{found[0]}). "
+            "Choose another output.path, or remove that folder to start over."
+        )
+
+
+def _unwritable(path: Path, reason: str) -> OutputError:
+    return OutputError(f"output.path {str(path)!r} cannot be written: {reason}. Choose another output.path.")
+
+
+def _busy(folder: OutputFolder) -> OutputError:
+    return OutputError(
+        f"another run is writing to output.path {str(folder.path)!r}. Wait for it, stop it, or choose another output.path."
+    )
+
+
 def _lock(folder: OutputFolder) -> int:
-    descriptor = os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o644)
     # `tokabatch status` holds a shared lock for an instant, hence more than one attempt.
     for _ in range(_CLAIM_ATTEMPTS):
+        descriptor = os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
-            time.sleep(_CLAIM_PAUSE_SECONDS)
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 return descriptor
             os.close(descriptor)
-            raise
-    os.close(descriptor)
-    raise OutputError(
-        f"another run is writing to output.path {str(folder.path)!r}. Wait for it, stop it, or choose another output.path."
-    )
+            if not isinstance(error, BlockingIOError):
+                raise
+            time.sleep(_CLAIM_PAUSE_SECONDS)
+            continue
+        # The holder before may have removed the file that is locked now.
+        if _is_file(descriptor, folder.lock):
+            return descriptor
+        os.close(descriptor)
+    raise _busy(folder)
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

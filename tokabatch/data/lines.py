@@ -13,7 +13,7 @@ from typing import IO, Protocol
 
 import zstandard
 
-from tokabatch.data.files import InputFile
+from tokabatch.data.files import InputFile, refuse_unreachable
 from tokabatch.errors import InputError
 
 READ_BYTES = 1 << 20
@@ -83,8 +83,8 @@ def _raw_blocks(stream: IO[bytes], file: InputFile, size: int) -> Iterator[bytes
     try:
         while block := stream.read(size):
             yield block
-    except OSError as error:
-        raise InputError(f"reading {file.path} failed: {error}") from error
+    except Exception as error:  # see `refuse_unreachable`
+        refuse_unreachable(file.path, error)
 
 
 def _inflate(stream: IO[bytes], file: InputFile, new: Callable[[], Decompressor]) -> Iterator[bytes]:

@@ -131,7 +131,8 @@ def build_table(
     """
     assert len(texts) == len(completions) and (correct is not None) == (CORRECT.name in schema.names)
     row_index, sample_index = sample_keys(completions, failures)
-    assert len(ids) == columns.num_rows == len(row_index)
+    # A table without columns has no rows either, whatever it was taken from.
+    assert len(ids) == len(row_index) and (columns.num_rows == len(row_index) or not columns.num_columns)
     missing = len(row_index) - len(completions)
     good = np.array([completion.error_code is None for completion in completions], dtype=np.bool_)
     own: dict[str, Any] = {

@@ -2,15 +2,16 @@
 
 A shard is written under `_tmp/`, flushed, fsynced, published under its final name without overwriting, and its folder
 fsynced; only then does the writer forget its rows. So a reader, a crash included, meets whole shards only, and a commit
-that failed can be tried again. Every page carries a checksum. The writer knows the table's schema, not its meaning,
+that an exception cut short, wherever it did, can be tried again: it neither loses nor repeats a row. Every page carries a checksum. The writer knows the table's schema, not its meaning,
 except that `status` tells ok from error rows.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,6 +39,30 @@ class Shard:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Books:
+    """What is committed and what waits. Replaced in one assignment, so that they are true wherever an exception strikes."""
+
+    shards: tuple[Shard, ...] = ()
+    waiting: tuple[pa.Table, ...] = ()
+    oldest: float = 0.0
+    attempt: tuple[Shard, int] | None = None
+    """The shard being published, and the inode by which its file is known."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(table.num_rows for table in self.waiting)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(table.nbytes for table in self.waiting)
+
+    def committed(self, shard: Shard, now: float) -> _Books:
+        """The shard's rows moved from those that wait to those that are committed."""
+        rest = pa.concat_tables(self.waiting).slice(shard.rows)
+        return _Books((*self.shards, shard), (rest,) if rest.num_rows else (), now)
+
+
 class ShardWriter:
     """Buffers tables of one schema and commits them as numbered shards, in the order they came.
 
@@ -59,46 +84,35 @@ class ShardWriter:
         self._rows_per_shard = rows_per_shard
         self._flush_seconds = flush_seconds
         self._clock = clock
-        self._buffer: list[pa.Table] = []
-        self._buffered_rows = 0
-        self._buffered_bytes = 0
-        self._oldest = 0.0
-        self._shards: list[Shard] = []
+        self._books = _Books()
 
     @property
     def shards(self) -> tuple[Shard, ...]:
         """What is committed so far."""
-        return tuple(self._shards)
-
-    @property
-    def buffered_rows(self) -> int:
-        """Rows that a crash would lose now."""
-        return self._buffered_rows
+        return self._books.shards
 
     def add(self, table: pa.Table) -> None:
         """Take over the rows of `table`; commits what is due. Raises OSError where the disk fails, the rows kept."""
         assert table.schema.equals(self._schema), "a table of another schema"
+        books = self._books
         if table.num_rows:
-            if not self._buffer:
-                self._oldest = self._clock()
-            self._buffer.append(table)
-            self._buffered_rows += table.num_rows
-            self._buffered_bytes += table.nbytes
-        while self._buffered_rows >= self._rows_per_shard:
+            oldest = books.oldest if books.waiting else self._clock()
+            self._books = replace(books, waiting=(*books.waiting, table), oldest=oldest)
+        while self._books.num_rows >= self._rows_per_shard:
             self._commit(self._rows_per_shard)
-        if self._buffered_bytes >= _SHARD_BYTES:
+        if self._books.num_bytes >= _SHARD_BYTES:
             self.commit()
         self.tick()
 
     def tick(self) -> None:
         """Commit if the oldest buffered row has waited long enough."""
-        if self._buffer and self._clock() - self._oldest >= self._flush_seconds:
+        if self._books.waiting and self._clock() - self._books.oldest >= self._flush_seconds:
             self.commit()
 
     def commit(self) -> None:
         """Commit everything buffered; nothing happens when there is none."""
-        while self._buffered_rows:
-            self._commit(min(self._rows_per_shard, self._buffered_rows))
+        while waiting := self._books.num_rows:
+            self._commit(min(self._rows_per_shard, waiting))
 
     def close(self) -> tuple[Shard, ...]:
         """Commit the rest and return all shards."""
@@ -106,34 +120,49 @@ class ShardWriter:
         return self.shards
 
     def _commit(self, num_rows: int) -> None:
-        rows = pa.concat_tables(self._buffer)
-        self._shards.append(self._write(rows.slice(0, num_rows), len(self._shards)))
-        rest = rows.slice(num_rows)
-        self._buffer = [rest] if rest.num_rows else []
-        self._buffered_rows = rest.num_rows
-        self._buffered_bytes = rest.nbytes
-        self._oldest = self._clock()
-
-    def _write(self, table: pa.Table, number: int) -> Shard:
-        folder, files = self._claim.folder, self._claim.files
-        final = folder.data / f"part-{number:05d}.parquet"
+        """Commit the first `num_rows` rows, or book the shard that an exception kept from being booked."""
+        if self._settle():
+            return
+        folder, files, books = self._claim.folder, self._claim.files, self._books
+        final = folder.data / f"part-{len(books.shards):05d}.parquet"
         temporary = folder.temporary / final.name
         try:
-            with files.create(temporary) as file:
-                write_parquet(table, file)
-                files.sync(file)
-                size = file.tell()
+            shard, inode = self._write(pa.concat_tables(books.waiting).slice(0, num_rows), temporary, final)
+            self._books = replace(books, attempt=(shard, inode))
             publish(files, temporary, final)
         except FileExistsError as error:
             raise OutputError(
                 f"{final} exists already: something else writes to this folder. Choose another output.path."
             ) from error
         except OSError:
+            self._books = books
             temporary.unlink(missing_ok=True)
             raise
+        self._books = books.committed(shard, self._clock())
+
+    def _settle(self) -> bool:
+        """Whether a shard had its final name already when an exception struck; it is booked now."""
+        if self._books.attempt is None:
+            return False
+        shard, inode = self._books.attempt
+        final = self._claim.folder.path / shard.name
+        if final.exists() and final.stat().st_ino == inode:
+            self._claim.files.sync_folder(final.parent)
+            self._books = self._books.committed(shard, self._clock())
+            return True
+        self._books = replace(self._books, attempt=None)
+        return False
+
+    def _write(self, table: pa.Table, temporary: Path, final: Path) -> tuple[Shard, int]:
+        """The finished, synced shard under its temporary name, and its inode."""
+        files = self._claim.files
+        with files.create(temporary) as file:
+            write_parquet(table, file)
+            files.sync(file)
+            size, inode = file.tell(), os.fstat(file.fileno()).st_ino
         ok = count_ok(table)
-        name = final.relative_to(folder.path).as_posix()
-        return Shard(name, table.num_rows, ok, table.num_rows - ok, size)
+        name = final.relative_to(self._claim.folder.path).as_posix()
+        return Shard(name, table.num_rows, ok, table.num_rows - ok, size), inode
 
 
 def write_parquet(table: pa.Table, file: object) -> None:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from tokabatch.data.folder import OutputFolder
 from tokabatch.data.manifest import Books, read_manifest, read_summary
 from tokabatch.data.shards import count_ok, damaged, open_shard
-from tokabatch.messages import Bool, Int64
+from tokabatch.messages import Bool
 
 State = Literal["running", "complete", "incomplete", "absent"]
 
@@ -57,16 +57,6 @@ class Status:
         return self.correct / self.committed
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """For each row with a committed sample, ascending by row index: its samples, error rows included, and how many are
-    correct. Arrays of the same length."""
-
-    row_index: Int64
-    samples: Int64
-    correct: Int64
-
-
 def read_status(path: Path) -> Status:
     """The state of the output folder `path`. Raises OutputError where one of its files is damaged."""
     folder = OutputFolder(path)
@@ -103,23 +93,6 @@ def read_status(path: Path) -> Status:
     )
 
 
-def read_tally(path: Path) -> Tally | None:
-    """Samples and correct samples of each row; None where nothing is verified. Memory: 16 bytes a row of the input."""
-    samples = np.zeros(0, dtype=np.int64)
-    correct = np.zeros(0, dtype=np.int64)
-    verified = False
-    for table in _columns(OutputFolder(path).shard_paths(), ("row_index", "correct")):
-        verified = verified or "correct" in table.column_names
-        rows = table["row_index"].to_numpy()
-        samples = _add(samples, np.bincount(rows))
-        if "correct" in table.column_names:
-            correct = _add(correct, np.bincount(rows[_flags(table)]))
-    if not verified:
-        return None
-    present = np.flatnonzero(samples)
-    return Tally(present, samples[present], _add(correct, np.zeros(len(samples), np.int64))[present])
-
-
 def _columns(paths: Sequence[Path], names: Sequence[str]) -> Iterator[pa.Table]:
     for path in paths:
         with open_shard(path) as file:
@@ -133,10 +106,3 @@ def _columns(paths: Sequence[Path], names: Sequence[str]) -> Iterator[pa.Table]:
 
 def _flags(table: pa.Table) -> Bool:
     return table["correct"].fill_null(False).to_numpy().astype(np.bool_)
-
-
-def _add(left: Int64, right: Int64) -> Int64:
-    total = np.zeros(max(len(left), len(right)), dtype=np.int64)
-    total[: len(left)] += left
-    total[: len(right)] += right
-    return total

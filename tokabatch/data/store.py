@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from tokabatch.data.tokenizer import Tokenizer
 
 MAX_NAMES = 10_000
+MAX_MESSAGE = 500
+"""Characters of an error's message: a bad row may be large, and there may be many."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,11 @@ class InputStore:
 
     def columns(self, row_indices: Int64, names: Sequence[str] | None = None) -> pa.Table:
         """Input columns of any rows in any order, repeats included; `names` overrides those of `column_schema`. Nulls for
-        a row that could not be read."""
+        a row that could not be read. Arrow's tables without columns have no rows, whatever `row_indices` holds."""
         rows, back = np.unique(np.asarray(row_indices, dtype=np.int64), return_inverse=True)
         table = self._columns.take(rows, self.column_schema.names if names is None else names)
-        return table if np.array_equal(back, np.arange(len(rows))) else table.take(pa.array(back))
+        in_order = not table.num_columns or np.array_equal(back, np.arange(len(rows)))
+        return table if in_order else table.take(pa.array(back))
 
     def ids(self, row_indices: Int64) -> pa.Array[Any]:
         """The rows' ids as strings: of `input.id_column`, else the row number; null where a row has none."""
@@ -141,7 +144,7 @@ class _Spools:
         faults = self._ids.append(batch.rows) if self._ids else {}
         results = [faults.get(row.index, prompt) for row, prompt in zip(batch.rows, prompts, strict=True)]
         self.errors.update(
-            {row.index: each for row, each in zip(batch.rows, results, strict=True) if isinstance(each, RowError)}
+            {row.index: _shortened(each) for row, each in zip(batch.rows, results, strict=True) if isinstance(each, RowError)}
         )
         self._append_prompts(results)
         self._columns.append(batch)
@@ -188,6 +191,12 @@ class _Spools:
                 self.names.update(dict.fromkeys(row.columns))
         if len(self.names) > MAX_NAMES:
             raise InputError(f"the rows have more than {MAX_NAMES} different keys; nest those that vary in one object")
+
+
+def _shortened(error: RowError) -> RowError:
+    if len(error.message) <= MAX_MESSAGE:
+        return error
+    return RowError(error.code, error.message[: MAX_MESSAGE - 1] + "…")
 
 
 def _check_columns(job: Job, builder: PromptBuilder, present: Collection[str]) -> None:

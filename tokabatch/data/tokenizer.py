@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +20,7 @@ from tokabatch.errors import ModelError, RowError
 from tokabatch.job import ModelConfig
 from tokabatch.messages import Int32
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PROBE = "a"
 DECODE_CHUNK = 4096
 SLICE_CHARACTERS = 256 << 10
@@ -46,21 +48,12 @@ class Tokenizer:
         return self._tokenizer.chat_template is not None
 
     @property
-    def bos_id(self) -> int | None:
-        return cast("int | None", self._tokenizer.bos_token_id)
-
-    @property
     def eos_id(self) -> int | None:
         return cast("int | None", self._tokenizer.eos_token_id)
 
     @property
-    def prefix_ids(self) -> tuple[int, ...]:
-        """What `add_special_tokens` puts in front of a text: the BOS, or nothing."""
-        return self._prefix
-
-    @property
     def prefix_text(self) -> str:
-        """How a text spells `prefix_ids`; empty where there are none."""
+        """How a text spells what `add_special_tokens` puts in front of it: the BOS, or nothing."""
         return self._prefix_text
 
     @cached_property
@@ -114,12 +107,17 @@ class Tokenizer:
         return self._backend.decode_batch(lists, skip_special_tokens=skip_special_tokens)
 
     def piece_texts(self) -> list[str]:
-        """What each id adds to a text, index by id; U+FFFD where it is part of a character, empty for an id not in use."""
-        return list(self._pieces)
+        """What each id adds to a text, index by id; U+FFFD where it is part of a character, empty for an id not in use.
 
-    def token_text(self, token_id: int) -> str:
-        """What one id adds to a text, special tokens spelled out."""
-        return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else ""
+        Decoded behind a letter, since a first token may lose its leading space.
+        """
+        before = self._encode([PROBE])[0][-1:]
+        start = len(str(self._backend.decode(before, skip_special_tokens=False)))
+        texts: list[str] = []
+        for first in range(0, self.vocab_size, DECODE_CHUNK):
+            batch = [[*before, token] for token in range(first, min(first + DECODE_CHUNK, self.vocab_size))]
+            texts.extend(text[start:] for text in self.decode_batch(batch, skip_special_tokens=False))
+        return texts
 
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> str | RowError:
         """The conversation as the model wants it, up to where its answer begins. A conversation that ends with an assistant
@@ -136,17 +134,6 @@ class Tokenizer:
             return RowError("bad_messages", f"the model's chat template refuses the messages: {error}")
         except (RecursionError, MemoryError) as error:
             return RowError("template_too_large", f"the model's chat template ran away: {error}")
-
-    @cached_property
-    def _pieces(self) -> list[str]:
-        """Decoded behind a letter, since a first token may lose its leading space."""
-        before = self._encode([PROBE])[0][-1:]
-        start = len(str(self._backend.decode(before, skip_special_tokens=False)))
-        texts: list[str] = []
-        for first in range(0, self.vocab_size, DECODE_CHUNK):
-            batch = [[*before, token] for token in range(first, min(first + DECODE_CHUNK, self.vocab_size))]
-            texts.extend(text[start:] for text in self.decode_batch(batch, skip_special_tokens=False))
-        return texts
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -168,13 +155,19 @@ class Tokenizer:
 def load_tokenizer(model: ModelConfig) -> Tokenizer:
     """The tokenizer the job names, from a local folder or the hub. Raises ModelError with the remedy."""
     name = model.tokenizer or model.path
+    key = "model.tokenizer" if model.tokenizer else "model.path"
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
+        raise ModelError(
+            f"{key} {name!r} holds no tokenizer (no tokenizer.json); copy it into the folder, or name a folder or hub id that has "
+            "it as model.tokenizer"
+        )
     try:
         loaded = AutoTokenizer.from_pretrained(
             name, revision=model.revision if model.tokenizer is None else None, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many kinds for a missing, damaged or remote-code tokenizer
         reason = " ".join(str(error).split())[:400] or type(error).__name__
-        key = "model.tokenizer" if model.tokenizer else "model.path"
         raise ModelError(
             f"cannot load the tokenizer of {name!r} ({key}): {reason}. Check that the folder holds tokenizer.json, or "
             "fetch the model with `tokabatch download`."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import signal
 import threading
 import traceback
 from collections import deque
@@ -67,7 +68,9 @@ class ProcessExecutor:
         try:
             self._pipe.send(step)
         except OSError as error:
-            raise self._gone() from error
+            # Results of earlier steps, and last of all what went wrong, may still lie in the pipe.
+            while True:
+                self._receive(error)
 
     def collect(self) -> StepResult:
         result = self._receive()
@@ -81,11 +84,11 @@ class ProcessExecutor:
             self._process.kill()
             self._process.join()
 
-    def _receive(self) -> StepResult | None:
+    def _receive(self, cause: Exception | None = None) -> StepResult | None:
         try:
             message = self._pipe.recv()
         except (EOFError, OSError) as error:
-            raise self._gone() from error
+            raise self._gone() from (cause or error)
         if isinstance(message, TokabatchError):
             self.close()
             raise message
@@ -101,6 +104,8 @@ def _serve(pipe: Connection, spec: WorkerSpec) -> None:
 
     Steps are drained by a thread: were both sides to block in a send larger than the pipe's buffer, neither would go on.
     """
+    # Ctrl-C reaches the whole process group; when to stop is the parent's to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     steps: queue.SimpleQueue[StepBatch | None] = queue.SimpleQueue()
     try:
         worker = Worker.build(spec)
@@ -110,7 +115,7 @@ def _serve(pipe: Connection, spec: WorkerSpec) -> None:
             pipe.send(worker.run(step))
     except TokabatchError as error:
         pipe.send(error)
-    except BrokenPipeError:
+    except ConnectionError:
         return
     except Exception:
         pipe.send(EngineError(f"the worker process failed:\n{traceback.format_exc()}"))

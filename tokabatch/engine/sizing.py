@@ -6,6 +6,8 @@ A CPU is sized by arithmetic. Sizes never exceed what the job can fill, so that 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 
 import psutil
 import torch
@@ -13,12 +15,13 @@ import torch
 from tokabatch.attention.base import KVShape
 from tokabatch.errors import JobError
 from tokabatch.job import EngineConfig
-from tokabatch.model.spec import ModelSpec
+from tokabatch.model.spec import ModelSpec, tensor_shapes
 
 CPU_MAX_RUNNING = 512
 CPU_PREFILL_TOKENS = 1024
 CPU_MEMORY_SHARE = 0.6
 """Of the memory that is available once the weights are counted."""
+CGROUP = Path("/sys/fs/cgroup")
 MIN_GROUP, MIN_PREFIX_TOKENS = 4, 32
 
 
@@ -34,6 +37,8 @@ class WorkloadFacts:
     num_prompts: int
     unique_prompt_tokens: int
     """Prompt tokens with every shared prefix counted once."""
+    logprobs: int = -1
+    """The most alternatives a sample reports for each token; -1 where none reports any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,8 @@ class ReplicaSizes:
 def decide_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, facts: WorkloadFacts) -> ReplicaSizes:
     """Raises JobError where the longest sample cannot fit, with the numbers and the key to change."""
     page = config.page_size
+    if page > spec.context_length:
+        raise JobError(f"engine.page_size is {page}, more than the model's context of {spec.context_length} tokens; write 16")
     wanted = CPU_MAX_RUNNING if config.max_running == "auto" else config.max_running
     max_running = max(1, min(wanted, facts.num_samples))
     step = CPU_PREFILL_TOKENS + max_running if config.max_step_tokens == "auto" else config.max_step_tokens
@@ -67,12 +74,18 @@ def decide_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, fact
     # What the job can fill at most: every prompt page once, and for each running sample its output and a copied page.
     prompt_pages = min(facts.unique_prompt_tokens // page + 2 * facts.num_prompts, max_running * per_sequence)
     useful = prompt_pages + max_running * (-(-facts.longest_output // page) + 2) + needed
+    left = available_memory() - weight_bytes(spec, dtype) - _logprob_bytes(facts, max_running)
+    fitting = int(left * CPU_MEMORY_SHARE) // kv_shape(spec, page, 1, 1, 1).bytes_per_page(dtype)
     if config.kv_cache_tokens == "auto":
-        shape = kv_shape(spec, page, 1, 1, 1)
-        budget = int(psutil.virtual_memory().available * CPU_MEMORY_SHARE) // shape.bytes_per_page(dtype)
-        remedy = "use a machine with more memory"
+        budget = fitting
+        remedy = "use a machine with more memory, lower generation.logprobs or engine.max_running where they are high"
     else:
         budget = config.kv_cache_tokens // page
+        if needed <= fitting < min(budget, useful):
+            raise JobError(
+                f"engine.kv_cache_tokens is {config.kv_cache_tokens}, but memory holds about {fitting * page} beside the "
+                "weights; write auto or at most that"
+            )
         remedy = f"set engine.kv_cache_tokens to at least {needed * page}"
     if budget < needed:
         raise JobError(
@@ -90,6 +103,26 @@ def decide_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, fact
         min_group=0 if config.hydragen is False else group,
         min_prefix_pages=max(1, -(-prefix // page)),
     )
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: the machine's, or less where a container limits it."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):
+        return available
+    return min(available, limit - used)
+
+
+def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Memory of the weights; tied embeddings count twice, as a CPU keeps the head in a layout of its own."""
+    numbers = sum(prod(shape) for shape in tensor_shapes(spec).values())
+    return (numbers + (spec.vocab_size * spec.hidden_size if spec.tied_embeddings else 0)) * dtype.itemsize
+
+
+def _logprob_bytes(facts: WorkloadFacts, max_running: int) -> int:
+    return max_running * facts.longest_output * (4 + 8 * facts.logprobs) if facts.logprobs >= 0 else 0
 
 
 def kv_shape(spec: ModelSpec, page_size: int, num_pages: int, num_slots: int, max_pages: int) -> KVShape:

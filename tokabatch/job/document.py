@@ -28,6 +28,15 @@ _OPENING = (
 _CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 
+@dataclass
+class _Notes:
+    """What is noted while values are made."""
+
+    lines: dict[Path, int] = field(default_factory=dict)
+    problems: list[tuple[Path, int, str]] = field(default_factory=list)
+    empty: set[Path] = field(default_factory=set)
+
+
 class _Loader(yaml.SafeLoader):
     """Resolves nothing by itself: every plain scalar arrives as the characters that were written."""
 
@@ -42,6 +51,8 @@ class Document:
     lines: dict[Path, int] = field(default_factory=dict)
     problems: tuple[tuple[Path, int, str], ...] = ()
     """Faults that leave the rest readable (duplicate keys), as (path of the key, line, what is wrong)."""
+    empty: frozenset[Path] = frozenset()
+    """The keys with nothing behind their colon; their value is None, as that of a written null."""
 
 
 def parse_document(text: str, name: str) -> Document:
@@ -57,10 +68,9 @@ def parse_document(text: str, name: str) -> Document:
         raise JobError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
     if node is None:
         return Document(values=None)
-    lines: dict[Path, int] = {}
-    problems: list[tuple[Path, int, str]] = []
-    values = _construct(node, (), lines, problems)
-    return Document(values, lines, tuple(problems))
+    notes = _Notes()
+    values = _construct(node, (), notes)
+    return Document(values, notes.lines, tuple(notes.problems), frozenset(notes.empty))
 
 
 def _refuse_unsafe(text: str, name: str) -> None:
@@ -97,33 +107,35 @@ def _syntax_message(error: yaml.MarkedYAMLError, name: str) -> str:
     return f"{where}: not valid YAML: {what}"
 
 
-def _construct(node: yaml.Node, path: Path, lines: dict[Path, int], problems: list[tuple[Path, int, str]]) -> Any:
+def _construct(node: yaml.Node, path: Path, notes: _Notes) -> Any:
     if isinstance(node, yaml.MappingNode):
-        return _construct_mapping(node, path, lines, problems)
+        return _construct_mapping(node, path, notes)
     if isinstance(node, yaml.SequenceNode):
         items: list[Any] = []
         for index, child in enumerate(node.value):
-            lines[(*path, index)] = child.start_mark.line + 1
-            items.append(_construct(child, (*path, index), lines, problems))
+            notes.lines[(*path, index)] = child.start_mark.line + 1
+            items.append(_construct(child, (*path, index), notes))
         return items
     assert isinstance(node, yaml.ScalarNode)
-    return parse_scalar(node.value) if node.style is None else node.value
+    if node.style is not None:
+        return node.value
+    if not node.value:
+        notes.empty.add(path)
+    return parse_scalar(node.value)
 
 
-def _construct_mapping(
-    node: yaml.MappingNode, path: Path, lines: dict[Path, int], problems: list[tuple[Path, int, str]]
-) -> dict[str, Any]:
+def _construct_mapping(node: yaml.MappingNode, path: Path, notes: _Notes) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            problems.append((path, line, "a key must be a single word, not a list or mapping; quote text in {{ … }}"))
+            notes.problems.append((path, line, "a key must be a single word, not a list or mapping; quote text in {{ … }}"))
             continue
         key: str = key_node.value
         key_path = (*path, key)
         if key in values:
-            problems.append((key_path, line, f"given twice, first on line {lines[key_path]}; keep one"))
+            notes.problems.append((key_path, line, f"given twice, first on line {notes.lines[key_path]}; keep one"))
             continue
-        lines[key_path] = line
-        values[key] = _construct(value_node, key_path, lines, problems)
+        notes.lines[key_path] = line
+        values[key] = _construct(value_node, key_path, notes)
     return values

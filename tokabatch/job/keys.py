@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -43,6 +43,16 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
         if get_origin(candidate) is None and isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
+
+
+def field_at(model: type[BaseModel], path: Sequence[str | int]) -> FieldInfo | None:
+    """The field that a path of keys leads to; None where there is no such field."""
+    owner: type[BaseModel] | None = model
+    info: FieldInfo | None = None
+    for part in path:
+        info = owner.model_fields.get(str(part)) if owner is not None else None
+        owner = section_of(info.annotation) if info is not None else None
+    return info
 
 
 def accepts_of(info: FieldInfo) -> Accepts:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from tokabatch.errors import JobError
 from tokabatch.job.document import Path, parse_document
-from tokabatch.job.keys import section_of
+from tokabatch.job.keys import field_at, section_of
 from tokabatch.job.refusals import Refusal, dotted, refusals_of
 from tokabatch.job.scalars import parse_scalar
 
@@ -36,6 +36,8 @@ class _Draft:
     overrides: dict[Path, str] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)
     """(sort key, text): by line, then whatever has no line, then overrides."""
+    empty: frozenset[Path] = frozenset()
+    """Keys of the file with nothing behind them."""
 
 
 def load_model(model: type[Model], source: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str]) -> Model:
@@ -43,6 +45,7 @@ def load_model(model: type[Model], source: str | pathlib.Path | Mapping[str, Any
     draft = _draft_of_mapping(source) if isinstance(source, Mapping) else _draft_of_file(pathlib.Path(source))
     for number, override in enumerate(overrides):
         _apply(draft, override, number)
+    _refuse_empty_sections(model, draft)
     _fill_empty_sections(model, draft.values)
     loaded: Model | None = None
     try:
@@ -64,7 +67,7 @@ def _draft_of_file(path: pathlib.Path) -> _Draft:
     if not isinstance(document.values, dict):
         found = "nothing" if document.values is None else "a list" if isinstance(document.values, list) else "plain text"
         raise JobError(f"{path}: holds {found}; a job file is a mapping of sections, for example `model: {{path: …}}`")
-    draft = _Draft(str(path), document.values, document.lines)
+    draft = _Draft(str(path), document.values, document.lines, empty=document.empty)
     for key_path, line, message in document.problems:
         draft.problems.append((line, f"{path}:{line}: {dotted(key_path)}: {message}" if key_path else message))
     return draft
@@ -130,6 +133,20 @@ def _fill_empty_sections(model: type[BaseModel], values: dict[str, Any]) -> None
         empty = values.get(name) is None
         if empty and section_of(info.annotation) is info.annotation and (name in values or info.is_required()):
             values[name] = {}
+
+
+def _refuse_empty_sections(model: type[BaseModel], draft: _Draft) -> None:
+    """`verify:` with nothing under it is a section cut short, where null would be none at all; which is meant must be said."""
+    for path in draft.empty & draft.lines.keys():
+        info = field_at(model, path)
+        section = section_of(info.annotation) if info is not None else None
+        if info is None or section is None or info.is_required():
+            continue
+        required = [name for name, each in section.model_fields.items() if each.is_required()]
+        if required:
+            line = draft.lines[path]
+            remedy = f"give its keys ({', '.join(section.model_fields)}), or write `{path[-1]}: null` for none"
+            draft.problems.append((line, f"{draft.name}:{line}: {dotted(path)}: nothing stands under it; {remedy}"))
 
 
 def _located(draft: _Draft, refusal: Refusal) -> tuple[int, str]:

@@ -235,8 +235,13 @@ class Job(_Section):
         return tuple(list_keys(cls))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, every default filled in; `Job.load` takes it back."""
+        """Plain JSON values, every default filled in: the record of a run. A job loaded from it has all of them set, so a
+        model's own generation defaults no longer apply; `given` is the form that loads back as the same job."""
         return self.model_dump(mode="json")
+
+    def given(self) -> dict[str, Any]:
+        """Plain JSON values of what the job says, without defaults: `Job.load(job.given())` is this job again."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
 
 def verifier_names() -> tuple[str, ...]:

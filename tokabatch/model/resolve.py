@@ -22,37 +22,43 @@ from tokabatch.errors import ModelError
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 _UNWANTED = ("*/*", "consolidated*")
-_FORMS = "`model.path` must be a model's folder or a hub id like `owner/name`."
 
 
-def resolve_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model. Raises ModelError with the remedy where there is none to be had."""
+def resolve_model(
+    path_or_hub_id: str | Path, revision: str | None = None, *, key: str = "model.path", revision_key: str = "model.revision"
+) -> Path:
+    """The folder of a model. Raises ModelError with the remedy where there is none to be had; `key` and `revision_key` are what
+    the user wrote the two under."""
+    forms = f"{key} must be a model's folder or a hub id like `owner/name`."
     name = str(path_or_hub_id)
     local = Path(path_or_hub_id).expanduser()
     if local.is_dir():
         return local
     if local.exists():
-        raise ModelError(f"{name}: is a file. {_FORMS}")
+        raise ModelError(f"{name}: is a file. {forms}")
     if isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"{name}: no such folder. {_FORMS}")
-    return _fetch(name, revision)
+        raise ModelError(f"{name}: no such folder. {forms}")
+    return _fetch(name, revision, key, revision_key)
 
 
-def _fetch(name: str, revision: str | None) -> Path:
+def _fetch(name: str, revision: str | None, key: str, revision_key: str) -> Path:
     place = name if revision is None else f"{name} at revision {revision!r}"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*_WANTED], ignore_patterns=[*_UNWANTED]))
     except GatedRepoError as error:
         raise ModelError(f"{place}: access is restricted. Accept its terms on the hub, then set HF_TOKEN.") from error
     except RevisionNotFoundError as error:
-        raise ModelError(f"{place}: no such revision. Give a branch, tag or commit as `model.revision`.") from error
+        raise ModelError(f"{place}: no such revision. Give a branch, tag or commit as {revision_key}.") from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"{place}: not on the hub, or private. Check `model.path`, or set HF_TOKEN.") from error
+        raise ModelError(f"{place}: not on the hub, or private. Check {key}, or set HF_TOKEN.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        remedy = "Connect (HF_HUB_OFFLINE unset), or give a local folder as `model.path`."
+        remedy = (
+            f"Connect (HF_HUB_OFFLINE unset); or run `tokabatch download {name}` on a machine that is connected, copy the folder "
+            "that it prints, and name the copy as model.path in the job."
+        )
         raise ModelError(f"{place}: not a folder, not in the hub cache, and the hub is out of reach. {remedy}") from error
     except HFValidationError as error:
-        raise ModelError(f"{name}: neither a folder nor a hub id ({error}). Check `model.path`.") from error
-    except (OSError, RuntimeError) as error:
+        raise ModelError(f"{name}: neither a folder nor a hub id ({error}). Check {key}.") from error
+    except Exception as error:  # of the disk, or of the HTTP client that the hub library happens to use
         remedy = "Run the command again; what has arrived is kept."
         raise ModelError(f"{place}: could not be fetched ({error}). {remedy}") from error

@@ -12,6 +12,7 @@ Nothing here waits for a CUDA device. Shape legend: S rows, V vocabulary, K alte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 
@@ -69,6 +70,9 @@ class Sampled:
 def sample(logits_SV: torch.Tensor, inputs: SamplerInputs) -> Sampled:
     """Draws a token per row. Computes in float32, in float64 for float64 logits. `logits_SV` is left as it is."""
     num_rows, vocab_size = logits_SV.shape
+    plain = not inputs.any_filter and inputs.max_logprobs <= 0
+    if plain and logits_SV.is_cuda and logits_SV.dtype != torch.float64:
+        return _sample_fused(logits_SV, inputs)
     if logits_SV.device.type != "cpu":
         block = max(1, _BLOCK_DEVICE // vocab_size)
     else:
@@ -89,6 +93,15 @@ def sample(logits_SV: torch.Tensor, inputs: SamplerInputs) -> Sampled:
         top_ids_SK=torch.cat([part.top_ids_SK for part in parts]),
         top_logprobs_SK=torch.cat([part.top_logprobs_SK for part in parts]),
     )
+
+
+def _sample_fused(logits_SV: torch.Tensor, inputs: SamplerInputs) -> Sampled:
+    """Without filters and alternatives, on a GPU: one pass over the logits in their own dtype."""
+    uniform_S = uniform(inputs.seed, inputs.row, inputs.sample, inputs.position) if inputs.any_random else None
+    fused = import_module("tokabatch.model.triton_sampling")
+    token_S, finite_S, logprob_S = fused.draw(logits_SV, inputs.temperature, uniform_S, inputs.max_logprobs == 0)
+    none_SK = logprob_S.new_empty(logits_SV.shape[0], 0)
+    return Sampled(token_S.int(), finite_S, logprob_S.masked_fill(inputs.logprobs < 0, torch.nan), none_SK.int(), none_SK)
 
 
 def _sample_block(logits_SV: torch.Tensor, inputs: SamplerInputs, uniform_S: torch.Tensor | None, rows: slice) -> Sampled:

@@ -33,16 +33,6 @@ class Sharing:
         """The theoretical maximum that sharing can save."""
         return self.total_tokens - self.unique_tokens
 
-    @property
-    def saved_fraction(self) -> float:
-        """`saved_tokens` over the total; 0 for an empty run."""
-        return self.saved_tokens / self.total_tokens if self.total_tokens else 0.0
-
-    @property
-    def cacheable_fraction(self) -> float:
-        """`cacheable_tokens` over the total; 0 for an empty run."""
-        return self.cacheable_tokens / self.total_tokens if self.total_tokens else 0.0
-
 
 def measure_sharing(length: Int32, lcp: Int32, num_samples: Int64, page_size: int) -> Sharing:
     """Count what R prompts share; `length`, `lcp` and `num_samples` have shape [R], in plan order.

@@ -31,8 +31,9 @@ _WINDOW_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class ProgressSnapshot:
-    """Where a run stands. Totals are None while they are not known; `kv_used` is the fraction of the KV pages in use;
-    `elapsed` counts seconds since the run began; token counts are those computed so far."""
+    """Where a run stands. Totals are None while they are not known; a row is done with its last sample; `kv_used` is the
+    fraction of the KV pages in use; `elapsed` counts seconds since the run began; `tokens_in` are the prompt tokens of the
+    samples begun, those shared with others included, `tokens_out` the tokens sampled."""
 
     phase: Phase
     elapsed: float

@@ -61,6 +61,9 @@ class RunSummary:
     host_seconds: float = 0.0
     error_counts: tuple[tuple[str, int], ...] = ()
     pass_at_k: tuple[tuple[int, float], ...] | None = None
+    unverified: int = 0
+    """Samples whose reference the verifier does not understand; pass@k counts them as wrong."""
+    unverified_reasons: tuple[str, ...] = ()
 
     @property
     def pending(self) -> int:
@@ -160,7 +163,9 @@ def run_sections(summary: RunSummary) -> tuple[Section, ...]:
     sections = [Section("Run", tuple(books)), Section("Work", tuple(work))]
     if summary.pass_at_k is not None:
         rates = tuple((f"pass@{k}", f"{value:.4f}") for k, value in summary.pass_at_k)
-        sections.append(Section("Verified", rates))
+        unclear = (("not verified", f"{_count(summary.unverified)} samples, counted as wrong"),) if summary.unverified else ()
+        why = tuple(("because", reason) for reason in summary.unverified_reasons)
+        sections.append(Section("Verified", (*rates, *unclear, *why)))
     return tuple(sections)
 
 

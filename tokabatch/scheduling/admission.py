@@ -77,10 +77,8 @@ class Admission:
         counts = self._fitting(candidates)
         if alone:
             counts[0] = max(1, counts[0])
-        taken = self._admit_known(candidates, counts, budget, draft)
-        if taken is None:
-            taken = []
-        else:
+        taken, complete = self._admit_known(candidates, counts, budget, draft)
+        if complete:
             budget -= sum(int(takes.sum()) for _, takes in taken)
             fresh = counts[candidates.num_known :]
             count = len(fresh) if fresh.all() else int(np.argmin(fresh > 0))
@@ -108,9 +106,10 @@ class Admission:
         for prompt in self._prompts.with_pending():
             if free <= 0 or budget <= 0:
                 break
-            if not prompt.can_fork(step) and prompt.leader >= 0:
+            if not prompt.can_fork(step) and (prompt.leader >= 0 or prompt.tainted):
                 continue
-            count = min(prompt.num_pending, free, budget) if prompt.can_fork(step) else 1
+            # Preempted samples come back one by one: each has a length of its own.
+            count = min(prompt.num_pending, free, budget) if prompt.can_fork(step) and not prompt.requeued else 1
             known.append((prompt.request, count))
             free -= count
             budget -= count
@@ -135,7 +134,10 @@ class Admission:
         held, held_steps = self._prompts.held_pages(), self._prompts.last_steps(seq.request[order], remaining)
         entries = candidates.request
         params = self._requests.params[entries]
-        expected = self._remaining(params, np.zeros(len(entries), np.int32))
+        produced = np.zeros(len(entries), np.int32)
+        for i in range(candidates.num_known):
+            produced[i] = self._produced(int(entries[i]))
+        expected = self._remaining(params, produced)
         length = self._requests.length[entries]
         full, total = (length - 1) // size, -(-length // size)
         opens = np.array([int(request) not in self._prompts for request in entries], np.bool_)
@@ -143,31 +145,38 @@ class Admission:
         horizon = int(expected.max())
         forecast = Forecast(size, computed, seq.shared_pages[order], remaining, held, held_steps, horizon)
         shared = np.where(opens, total, full)
-        return forecast.admit(self._pool.num_pages, length - 1, shared, expected, prompt_pages, candidates.counts)
+        start = length - 1 + produced
+        return forecast.admit(self._pool.num_pages, start, shared, expected, prompt_pages, candidates.counts)
+
+    def _produced(self, request: int) -> int:
+        """Output tokens of the sample of this prompt that is admitted next, if it was preempted."""
+        requeued = self._prompts.pending_prompt(request).requeued
+        output = self.preempted.get((request, requeued[0])) if requeued else None
+        return 0 if output is None else len(output.tokens)
 
     def _remaining(self, params: Int32, generated: Int32) -> Int32:
         limit = self._max_tokens[params]
         expected = self.lengths.remaining(generated, limit)
         return np.maximum(np.where(self._fixed_length[params], limit - generated, expected), 1)
 
-    def _admit_known(self, candidates: _Candidates, counts: Int32, budget: int, draft: StepDraft) -> list[Runs] | None:
-        """Admit samples of prompts that have been open before; None when one of them did not get all it asked for."""
+    def _admit_known(self, candidates: _Candidates, counts: Int32, budget: int, draft: StepDraft) -> tuple[list[Runs], bool]:
+        """Admit samples of prompts that have been open before; and whether all that asked got a sample in."""
         taken: list[Runs] = []
         for i in range(candidates.num_known):
             request, count = int(candidates.request[i]), min(int(counts[i]), budget, self._sequences.num_free)
             if count <= 0:
-                return taken if taken else None
+                return taken, False
             prompt = self._prompts[request] if request in self._prompts else self._prompts.reopen(request)
             if prompt is None:
-                return taken if taken else None
+                return taken, False
             fork = prompt.can_fork(draft.index)
             count = min(count, self._pool.num_free) if fork else 1
             if count == 0:
-                return taken if taken else None
+                return taken, False
             runs = self._fork(prompt, count, budget, draft) if fork else self._lead([prompt], budget, draft)
             budget -= int(runs[1].sum())
             taken.append(runs)
-        return taken
+        return taken, True
 
     def _admit_fresh(self, count: int, budget: int, draft: StepDraft) -> Runs:
         """Open the next prompts and admit the first sample of each."""

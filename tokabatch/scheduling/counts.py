@@ -17,5 +17,7 @@ class SchedulerCounts:
     prefilled_tokens: int = 0
     output_tokens: int = 0
     finished: int = 0
+    finished_prompts: int = 0
+    """Prompts all of whose samples are finished."""
     preemptions: int = 0
     recomputed_tokens: int = 0

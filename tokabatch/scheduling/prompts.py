@@ -33,6 +33,7 @@ class OpenPrompt:
         "ready_step",
         "request",
         "requeued",
+        "tainted",
     )
 
     def __init__(self, request: int, length: int, num_samples: int, page_size: int, pages: Int32, computed: int) -> None:
@@ -49,6 +50,8 @@ class OpenPrompt:
         self.live = 0
         self.next_sample = 0
         self.requeued: deque[int] = deque()
+        self.tainted = False
+        """A sample met logits that are not finite: nobody else builds on these pages."""
 
     @property
     def num_pending(self) -> int:
@@ -66,7 +69,7 @@ class OpenPrompt:
         return self.live == 0 and self.num_pending == 0
 
     def can_fork(self, step: int) -> bool:
-        return self.computed >= self.length - 1 and self.ready_step < step
+        return self.computed >= self.length - 1 and self.ready_step < step and not self.tainted
 
 
 class OpenPrompts:
@@ -106,6 +109,10 @@ class OpenPrompts:
         self._waiting = {r: p for r, p in self._waiting.items() if p.num_pending and r in self._open}
         return [self._waiting[r] for r in sorted(self._waiting)]
 
+    def pending_prompt(self, request: int) -> OpenPrompt:
+        """An open or suspended prompt."""
+        return self._open[request] if request in self._open else self._suspended[request]
+
     def requeue(self, prompt: OpenPrompt, sample: int) -> None:
         """Put a preempted sample back among those to admit."""
         prompt.requeued.append(sample)
@@ -128,6 +135,8 @@ class OpenPrompts:
             low, high = sorted((int(neighbour), request))
             lcp = int(self._requests.lcp[low + 1 : high + 1].min())
             prompt = self._open[int(neighbour)]
+            if prompt.tainted:
+                continue
             pages = min(lcp // self._page_size, full, len(prompt.pages), prompt.full)
             if pages > best[1]:
                 best = (prompt, pages)
@@ -183,11 +192,17 @@ class OpenPrompts:
         self._pool.retain(inherited)
         prompt.pages = np.concatenate((inherited, self._pool.allocate(fresh)))
         prompt.computed, prompt.ready_step, prompt.leader = shared * self._page_size, -1, -1
+        prompt.tainted = False
         self._insert(prompt)
         return prompt
 
     def release_finished(self, prompts: list[OpenPrompt]) -> None:
         """Free the pages of prompts whose last sample has finished; the cursor keeps what its successor shares."""
+        spoilt = [prompt for prompt in prompts if prompt.tainted and prompt.live == 0 and prompt.request in self._open]
+        for prompt in spoilt:
+            self._suspend(prompt)
+        if spoilt:
+            self._close(spoilt)
         done = [prompt for prompt in prompts if prompt.finished and prompt.request in self._open]
         if self._cursor in done:
             done.remove(self._cursor)
@@ -201,13 +216,17 @@ class OpenPrompts:
         before = self._pool.num_free
         idle = [prompt for prompt in self._open.values() if prompt.live == 0 and prompt.request != keep]
         for prompt in idle:
-            if prompt is self._cursor:
-                self._cursor = None
-            if prompt.num_pending:
-                self._suspended[prompt.request] = prompt
+            self._suspend(prompt)
         if idle:
             self._close(idle)
         return self._pool.num_free - before
+
+    def _suspend(self, prompt: OpenPrompt) -> None:
+        """Note what a prompt about to be closed still has to admit."""
+        if prompt is self._cursor:
+            self._cursor = None
+        if prompt.num_pending:
+            self._suspended[prompt.request] = prompt
 
     @property
     def suspended(self) -> list[int]:

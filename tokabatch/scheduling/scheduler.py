@@ -97,7 +97,15 @@ class Scheduler:
         by_plan = np.lexsort((seq.admitted[runs], seq.request[runs]))
         prefill = (runs[by_plan], takes[by_plan])
         batch = draft.build(
-            seq, self.prompts, self.requests, self._table, prefill, decoding, self.limits.grouping, self.limits.page_size
+            seq,
+            self.prompts,
+            self.requests,
+            self._table,
+            prefill,
+            decoding,
+            self.limits.grouping,
+            self.limits.page_size,
+            self.pool.take_to_clear(),
         )
         self._advance(batch)
         return batch
@@ -233,6 +241,9 @@ class Scheduler:
             prompt = self.prompts[int(seq.request[slot])]
             prompt.live -= 1
             touched[prompt.request] = prompt
+            if not valid:
+                prompt.tainted = True
+                self.pool.taint(seq.page_table[slot, : seq.num_pages[slot]])
             params = self._sampling[int(seq.params[slot])]
             output = seq.output(slot, -1 if params.logprobs is None else params.logprobs)
             completions.append(
@@ -253,5 +264,6 @@ class Scheduler:
             )
         self.counts.finished += len(completions)
         self.sequences.close(slots)
+        self.counts.finished_prompts += sum(prompt.finished for prompt in touched.values())
         self.prompts.release_finished(list(touched.values()))
         return completions

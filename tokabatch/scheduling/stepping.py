@@ -55,6 +55,7 @@ class StepDraft:
         decoding: Int32,
         grouping: GroupingLimits | None,
         page_size: int,
+        clear_pages: Int32,
     ) -> StepBatch:
         """The step that computes `prefill` (slots and token counts, in plan order) and one token of each decoding slot."""
         prefilling, takes = prefill
@@ -75,6 +76,7 @@ class StepDraft:
             table_slot=np.concatenate([c[0] for c in cells]) if cells else _NONE,
             table_column=np.concatenate([c[1] for c in cells]) if cells else _NONE,
             table_page=np.concatenate([c[2] for c in cells]) if cells else _NONE,
+            clear_pages=clear_pages,
             copy_src=np.concatenate([c[0] for c in copies]) if copies else _NONE,
             copy_dst=np.concatenate([c[1] for c in copies]) if copies else _NONE,
             num_prefill_runs=len(prefilling),

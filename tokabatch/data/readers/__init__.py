@@ -27,11 +27,12 @@ def open_reader(config: InputConfig) -> Reader:
     return open_path(path)
 
 
-def open_path(path: str) -> Reader:
-    """The reader for a file, folder, glob or fsspec URL."""
+def open_path(path: str, key: str = "input.path") -> Reader:
+    """The reader for a file, folder, glob or fsspec URL; `key` is where the job names it."""
     if _is_hub_dataset(path):
-        raise InputError(f"{path} is a whole hub dataset; name one file of it, such as {path.rstrip('/')}/data/FILE.parquet")
-    kind, files = find_files(path, formats())
+        example = f"{path.rstrip('/')}/data/FILE.parquet"
+        raise InputError(f"{key} {path!r} is a whole hub dataset; name one file of it, such as {example}")
+    kind, files = find_files(path, formats(), key)
     return importlib.import_module(f"{__name__}.{kind}").open_files(path, files)
 
 

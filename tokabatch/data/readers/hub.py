@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, cast
 
 import pyarrow as pa
@@ -18,11 +17,11 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from tokabatch.data.arrow_rows import rows_of
+from tokabatch.data.readers import HUB_SCHEME
 from tokabatch.data.readers.parquet import conform, plain_schema
 from tokabatch.data.rows import MAX_BATCH_ROWS, RowBatch
 from tokabatch.errors import InputError
 
-SCHEME = "hf://datasets/"
 CONNECT_SECONDS = 10.0
 OFFLINE_ADVICE = (
     "If this machine has no hub access, download the dataset elsewhere and set input.path to its .jsonl or .parquet file."
@@ -47,7 +46,7 @@ class HubReader:
 
 def open_dataset(path: str, subset: str | None, split: str | None) -> HubReader:
     """The registry's entry point for `hf://datasets/org/name[@revision]`. Raises InputError with what to change."""
-    repository, _, revision = path.removeprefix(SCHEME).partition("@")
+    repository, _, revision = path.removeprefix(HUB_SCHEME).partition("@")
     name = f"{path} ({', '.join(part for part in (subset, split) if part) or 'default'})"
     if not constants.HF_HUB_OFFLINE:
         _check_reachable(path, repository, revision or None)
@@ -59,13 +58,14 @@ def open_dataset(path: str, subset: str | None, split: str | None) -> HubReader:
         raise InputError(f"{path}: {_first_line(error)}. Check the name, or log in if it is gated (HF_TOKEN).") from error
     except (ValueError, OSError, RuntimeError) as error:
         raise InputError(f"{path} cannot be opened: {error}. Check input.subset and input.split. {OFFLINE_ADVICE}") from error
+    except Exception as error:  # the kind depends on the HTTP client that the hub library uses
+        raise InputError(f"cannot reach the hub for {path}: {_first_line(error)}. {OFFLINE_ADVICE}") from error
     if isinstance(loaded, IterableDatasetDict):
         splits = [str(key) for key in loaded]
         if len(splits) != 1:
             raise InputError(f"{path} has the splits {', '.join(splits)}; set input.split to one of them")
         loaded = loaded[splits[0]]
-    dataset = loaded
-    return HubReader(name, dataset, _schema(dataset, name))
+    return HubReader(name, loaded, _schema(loaded, name))
 
 
 def _check_reachable(path: str, repository: str, revision: str | None) -> None:
@@ -88,10 +88,10 @@ def _schema(dataset: IterableDataset, name: str) -> pa.Schema:
 
 
 def _tables(dataset: IterableDataset, name: str) -> Iterator[pa.Table]:
+    batches: Any = dataset.with_format("arrow").iter(batch_size=MAX_BATCH_ROWS)
     try:
-        batches: Iterator[Any] = iter(dataset.with_format("arrow").iter(batch_size=MAX_BATCH_ROWS))
-        yield from cast("Iterator[pa.Table]", chain(batches))
-    except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError, OSError) as error:
+        yield from cast("Iterator[pa.Table]", batches)
+    except Exception as error:  # the kind depends on the HTTP client that the hub library uses
         raise InputError(f"reading {name} from the hub failed: {_first_line(error)}. {OFFLINE_ADVICE}") from error
 
 

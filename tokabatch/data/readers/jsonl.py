@@ -13,9 +13,10 @@ from tokabatch.data.files import InputFile
 from tokabatch.data.lines import MAX_LINE_BYTES, Line, read_lines
 from tokabatch.data.rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, Row, RowBatch
 from tokabatch.data.strict_json import BAD_JSON, parse_object
-from tokabatch.errors import RowError
+from tokabatch.errors import InputError, RowError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class JsonLinesReader:
         texts: list[bytes] = []
         held = index = 0
         for file in self.files:
-            for line in _without_trailing_blanks(read_lines(file, self.max_line_bytes)):
+            for line in _without_trailing_blanks(_without_mark(read_lines(file, self.max_line_bytes), file)):
                 row = self._row(file, line, index)
                 rows.append(row)
                 texts.append((line.data or b"") if row.error is None else b"")
@@ -66,8 +67,7 @@ def open_files(name: str, files: tuple[InputFile, ...]) -> JsonLinesReader:
 
 def _without_trailing_blanks(lines: Iterator[Line]) -> Iterator[Line]:
     blanks: list[Line] = []
-    for given in lines:
-        line = _without_mark(given) if given.number == 1 else given
+    for line in lines:
         if line.data is not None and not line.data.strip():
             blanks.append(line)
             continue
@@ -76,8 +76,15 @@ def _without_trailing_blanks(lines: Iterator[Line]) -> Iterator[Line]:
         yield line
 
 
-def _without_mark(line: Line) -> Line:
-    """A byte order mark in front of the first line is no part of it."""
-    if line.data is None or not line.data.startswith(BYTE_ORDER_MARK):
-        return line
-    return replace(line, data=line.data.removeprefix(BYTE_ORDER_MARK))
+def _without_mark(lines: Iterator[Line], file: InputFile) -> Iterator[Line]:
+    """A byte order mark in front of the first line is no part of it; UTF-16's tells that no line can be read."""
+    for line in lines:
+        if line.number > 1 or line.data is None:
+            yield line
+            continue
+        if line.data.startswith(UTF_16_MARKS):
+            raise InputError(
+                f"{file.path} is UTF-16 text, JSON Lines is UTF-8; convert it, for example with: "
+                "iconv -f UTF-16 -t UTF-8 old.jsonl > new.jsonl"
+            )
+        yield replace(line, data=line.data.removeprefix(BYTE_ORDER_MARK))

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokabatch.data.arrow_rows import rows_of
-from tokabatch.data.files import InputFile
+from tokabatch.data.files import InputFile, refuse_unreachable
 from tokabatch.data.rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, RowBatch
 from tokabatch.errors import InputError
 
@@ -32,7 +32,7 @@ class ParquetReader:
         index = 0
         for file in self.files:
             with _opened(file) as parquet:
-                for batch in _row_batches(parquet):
+                for batch in _row_batches(parquet, file):
                     typed = conform(batch, self.schema, file.path)
                     yield rows_of(typed, columns, index, file.path)
                     index += typed.num_rows
@@ -40,6 +40,9 @@ class ParquetReader:
 
 def open_files(name: str, files: tuple[InputFile, ...]) -> ParquetReader:
     """The registry's entry point for `.parquet`: reads every footer."""
+    compressed = next((file for file in files if file.compression), None)
+    if compressed is not None:
+        raise InputError(f"{compressed.path}: Parquet files compress themselves and are not read out of another; decompress it")
     schema: pa.Schema | None = None
     for file in files:
         with _opened(file) as parquet:
@@ -81,17 +84,32 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 @contextmanager
 def _opened(file: InputFile) -> Generator[pq.ParquetFile, None, None]:
     with file.open() as stream:
-        try:
-            yield pq.ParquetFile(stream, pre_buffer=False)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{file.path} is not a readable Parquet file: {error}. Fetch or write it again.") from error
+        with _faults_named(file):
+            parquet = pq.ParquetFile(stream, pre_buffer=False)
+        yield parquet
 
 
-def _row_batches(parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+@contextmanager
+def _faults_named(file: InputFile) -> Generator[None, None, None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file.path} is not a readable Parquet file: {error}. Fetch or write it again.") from error
+    except Exception as error:  # see `refuse_unreachable`
+        refuse_unreachable(file.path, error)
+
+
+def _row_batches(parquet: pq.ParquetFile, file: InputFile) -> Iterator[pa.RecordBatch]:
     """Batches of one row group after another (a batch across two can come out torn where a type is null), fewer rows where
     they are large."""
     for number in range(parquet.metadata.num_row_groups):
         group = parquet.metadata.row_group(number)
         row_bytes = max(1, group.total_byte_size // max(group.num_rows, 1))
         size = max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES // row_bytes))
-        yield from parquet.iter_batches(batch_size=size, row_groups=[number])
+        batches = iter(parquet.iter_batches(batch_size=size, row_groups=[number]))
+        while True:
+            with _faults_named(file):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            yield batch
