@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -16,6 +17,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
+from tokabatch import cli
+from tokabatch.errors import EngineError
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "jobs/quickstart.yaml"
@@ -137,6 +141,9 @@ class TestRefusals:
     def test_download_without_the_hub(self, tmp_path: Path) -> None:
         done = tokabatch("download", "nobody/nothing", HF_HOME=str(tmp_path))
         assert done.returncode == 2 and "nobody/nothing" in done.stderr and "Traceback" not in done.stderr
+        assert "tokabatch download nobody/nothing` on a machine that is connected" in done.stderr
+        done = tokabatch("download", tmp_path / "no-folder")
+        assert done.returncode == 2 and "MODEL must be a model's folder" in done.stderr and "model.path" not in done.stderr
 
     @pytest.mark.parametrize(
         ("command", "override", "message"),
@@ -149,7 +156,52 @@ class TestRefusals:
     def test_what_a_job_names_must_exist(self, tmp_path: Path, command: str, override: str, message: str) -> None:
         done = tokabatch(command, QUICKSTART, *SMALL, f"output.path={tmp_path / 'out'}", override)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-        assert not list((tmp_path / "out").glob("data/*"))
+        assert list(tmp_path.iterdir()) == []
+
+
+IN_HANDLER = """
+import os, signal, threading
+from tokabatch import cli
+with cli._stop_on_interrupt() as should_stop:
+    assert not should_stop()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert should_stop()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    except KeyboardInterrupt:
+        print("second")
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+with cli._stop_on_interrupt() as should_stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert not should_stop() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+def elsewhere():
+    with cli._stop_on_interrupt() as should_stop:
+        print("thread", should_stop())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+thread = threading.Thread(target=elsewhere)
+thread.start()
+thread.join()
+"""
+
+
+def test_the_first_ctrl_c_asks_and_the_second_interrupts() -> None:
+    done = subprocess.run([sys.executable, "-c", IN_HANDLER], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert (done.stdout, done.stderr.count("stopping: ")) == ("second\nthread False\n", 1), done.stderr
+
+
+def test_an_error_of_the_engine_is_a_message_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise EngineError("the worker died")
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    sys.stderr.seek(0)
+    assert (caught.value.code, sys.stderr.read()) == (1, "error: the worker died\n")
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +296,7 @@ class TestQuickstart:
         stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
         assert "Traceback" not in stderr and "committed" in stdout and " pending" in stdout
+        assert stderr.count("stopping: committing what is finished; Ctrl-C again to stop at once\n") == 1
         committed = sum(pq.read_metadata(shard).num_rows for shard in out.glob("data/part-*.parquet"))
         assert f" = {committed:,} ok" in stdout and committed > 0
         assert not (out / "_SUCCESS").exists()

@@ -179,6 +179,46 @@ def test_logprobs_are_those_of_the_unmodified_model(model_folders):
         torch.testing.assert_close(torch.from_numpy(completion.top_logprobs).double(), top, rtol=0, atol=1e-4)
 
 
+class Spoiler:
+    """A worker whose model breaks for one row: its hidden states turn to NaN, and with them its keys and values."""
+
+    def __init__(self, worker: Worker, bad_tokens: set[int]) -> None:
+        self.worker = worker
+        embed = worker._decoder._weights.embed_VE
+        embed[list(bad_tokens)] = float("nan")
+
+    def run(self, step):
+        return self.worker.run(step)
+
+
+@pytest.mark.parametrize("max_running", [1, 2, 4])
+@pytest.mark.parametrize("grouping", [None, GroupingLimits(2, 1)])
+def test_a_row_that_breaks_the_model_costs_that_row_alone(model_folders, max_running, grouping):
+    prompts = [[*HEADER, 50, 51, 96, 53], [*HEADER, 50, 51, 52, 53], [*HEADER, 60], [7, 8, 9]]
+    params = SamplingParams(n=3, temperature=0.0, max_tokens=6, ignore_eos=True)
+    requests = token_device.make_requests(prompts, [params])
+    limits = SchedulerLimits(4, 40, max_running, 40, 8, grouping)
+    sizes = ReplicaSizes(4, 40, max_running, 40, 8, 2 if grouping else 0, 1)
+    outputs = []
+    for bad in (set(), {96}):
+        folder = model_folders["llama"]
+        worker = Worker.build(WorkerSpec(folder, read_spec(folder), torch.float64, "cpu", "torch_paged", sizes))
+        spoiler = Spoiler(worker, bad)
+        scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [], VOCAB, None))
+        done: dict[tuple[int, int], Completion] = {}
+        while not scheduler.done:
+            for completion in scheduler.apply(spoiler.run(scheduler.schedule())):
+                done[completion.row_index, completion.sample_index] = completion
+            scheduler.check_integrity()
+        outputs.append(done)
+    healthy, broken = outputs
+    for key, completion in broken.items():
+        assert (completion.error_code == "nan_logits") == (key[0] == 0)
+        if key[0] != 0:
+            assert completion.token_ids.tolist() == healthy[key].token_ids.tolist()
+    assert len(broken) == 12
+
+
 def test_a_broken_model_ends_the_sample_with_nan_logits(model_folders, tmp_path):
     folder = tiny_models.build("llama", tmp_path / "broken")
     worker = Worker.build(

@@ -19,7 +19,7 @@ from tokabatch.messages import SamplingParams
 
 MINIMAL = {"model": {"path": "m"}, "input": {"path": "x.jsonl"}, "output": {"path": "out/x"}}
 HEADER = "model: {path: m}\ninput: {path: x.jsonl}\noutput: {path: out/x}\n"
-ISSUE_EXAMPLE = r"""
+DOCUMENTED_FILE = r"""
 model: {path: meta-llama/Llama-3.2-1B-Instruct, revision: null, tokenizer: null, dtype: auto}   # hub id or folder
 input:
   path: data/*.jsonl
@@ -62,7 +62,7 @@ def refused_file(folder: Path, text: str | bytes) -> str:
 
 class TestAccepted:
     def test_the_documented_file_and_its_defaults(self, tmp_path: Path) -> None:
-        job = Job.load(write(tmp_path, ISSUE_EXAMPLE))
+        job = Job.load(write(tmp_path, DOCUMENTED_FILE))
         assert job.prompt.template == "Question: {{ question }}\nAnswer:"
         assert job.prompt.few_shot is not None and job.prompt.few_shot.k == 4
         assert job.output.flush_seconds == 30.0 and isinstance(job.output.flush_seconds, float)
@@ -79,6 +79,14 @@ class TestAccepted:
         assert values["generation"]["stop"] == ["\n"]
         assert Job.load(values) == job
 
+    def test_given_loads_back_with_what_was_left_unset(self) -> None:
+        job = Job.load(MINIMAL, "generation.temperature=0.5", "generation.top_k=null", "generation.stop=[x]", "verify=null")
+        again = Job.load(job.given())
+        defaults = {"temperature": 0.1, "top_p": 0.9, "top_k": 20}
+        assert again == job and again.given() == job.given()
+        assert again.generation.with_model_defaults(defaults) == job.generation.with_model_defaults(defaults)
+        assert Job.load(job.to_dict()).generation.with_model_defaults(defaults)[0].top_p == 1.0
+
     def test_the_mapping_is_left_alone(self) -> None:
         source = {"model": {"path": "m"}, "input": {"path": "x"}, "output": {"path": "o"}, "engine": None}
         Job.load(source, "model.dtype=float32", "engine.page_size=8")
@@ -86,6 +94,14 @@ class TestAccepted:
 
     def test_an_empty_section_has_its_defaults(self, tmp_path: Path) -> None:
         assert Job.load(write(tmp_path, HEADER + "engine:\ngeneration:\n")) == Job.load(MINIMAL)
+
+    @pytest.mark.parametrize("none", ["null", "~"])
+    def test_an_optional_section_may_be_null(self, tmp_path: Path, none: str) -> None:
+        path = write(tmp_path, HEADER + f"verify: {none}\nprompt: {{few_shot: {none}}}\n")
+        assert Job.load(path) == Job.load(MINIMAL)
+        path = write(tmp_path, HEADER + "verify:\n")
+        assert Job.load(path, "verify=null").verify is None
+        assert Job.load(path, "verify={kind: exact, answer: a}").verify is not None
 
     def test_frozen(self) -> None:
         with pytest.raises(ValueError, match="frozen"):
@@ -195,6 +211,8 @@ class TestRefusedFiles:
             ("prompt:\n  template: {{ question }}", "5: prompt.template: a key must be a single word"),
             ("verify: {kind: gsm9k, answer: a}", "4: verify.kind: there is no verifier `gsm9k`; did you mean `gsm8k`?"),
             ("verify: {kind: gsm8k}", "4: verify.answer: missing; accepts text"),
+            ("verify:", "4: verify: nothing stands under it; give its keys (kind, answer), or write `verify: null` for none"),
+            ("prompt:\n  few_shot:", "5: prompt.few_shot: nothing stands under it; give its keys (path, k, template)"),
             ("verify: {kind: ../gsm8k, answer: a}", "there is no verifier `../gsm8k`"),
             ("generation:\n  n: 2\n  n: 3", "6: generation.n: given twice, first on line 5; keep one"),
             ("model: {path: other}", "4: model: given twice, first on line 1; keep one"),

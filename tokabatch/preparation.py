@@ -87,7 +87,7 @@ def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None 
     checkpoint = preflight(folder, spec)
     tokenizer = load_tokenizer(job.model.model_copy(update={"path": str(folder)}))
     generation, settings = effective_generation(job, folder)
-    _check_generation(generation, spec)
+    _check_generation(generation, spec, tokenizer)
     store = ingest(
         job,
         tokenizer,
@@ -120,6 +120,12 @@ def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None 
     )
 
 
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of special tokens by their text: a stop string that spells one means the token."""
+    texts = sorted(tokenizer.special_texts)
+    return {text: ids[0] for text, ids in zip(texts, tokenizer.encode_batch(texts, False), strict=True) if len(ids) == 1}
+
+
 def pick_device(job: Job) -> str:
     """`cpu` or `cuda`. Raises JobError where a GPU is asked for and there is none."""
     available = torch.cuda.is_available()
@@ -145,7 +151,7 @@ def order_requests(store: InputStore) -> Requests:
     )
 
 
-def _check_generation(generation: GenerationConfig, spec: ModelSpec) -> None:
+def _check_generation(generation: GenerationConfig, spec: ModelSpec, tokenizer: Tokenizer) -> None:
     """What only the model can tell of the job's own settings; a row's settings cost that row alone."""
     if (generation.logprobs or 0) > spec.vocab_size:
         raise JobError(
@@ -154,6 +160,13 @@ def _check_generation(generation: GenerationConfig, spec: ModelSpec) -> None:
     unknown = [token for token in generation.stop_token_ids if token >= spec.vocab_size]
     if unknown:
         raise JobError(f"generation.stop_token_ids names {unknown[0]}, but the model's token ids end at {spec.vocab_size - 1}")
+    for text in generation.stop:
+        hidden = next((s for s in sorted(tokenizer.special_texts) if s in text and s != text), None)
+        if hidden:
+            raise JobError(
+                f"generation.stop holds {text!r}: special tokens such as {hidden!r} are not part of the text; write {hidden!r} "
+                "alone, or the text without it"
+            )
     if generation.max_tokens >= spec.context_length:
         raise JobError(
             f"generation.max_tokens is {generation.max_tokens}, but the model's context is {spec.context_length} tokens, "

@@ -28,7 +28,7 @@ from tokabatch.engine.worker import WorkerSpec
 from tokabatch.errors import EngineError
 from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes
-from tokabatch.preparation import Prepared, prepare
+from tokabatch.preparation import Prepared, prepare, special_ids
 from tokabatch.recorder import Recorder
 from tokabatch.report.progress import NullProgress, Phase, Progress, ProgressSnapshot
 from tokabatch.report.summary import KvFacts, ModelFacts, PlanReport, RunSummary
@@ -208,7 +208,7 @@ def _stop_rules(prepared: Prepared) -> StopRules:
     tokenizer, sampling = prepared.tokenizer, prepared.requests.sampling
     text = None
     if any(params.stop for params in sampling):
-        text = TokenText(tokenizer.piece_texts(), lambda ids: tokenizer.decode_batch([ids])[0])
+        text = TokenText(tokenizer.piece_texts(), lambda ids: tokenizer.decode_batch([ids])[0], special_ids(tokenizer))
     return StopRules(sampling, prepared.eos_token_ids, prepared.spec.vocab_size, text)
 
 

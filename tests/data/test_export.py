@@ -226,3 +226,18 @@ def test_memory_does_not_grow_with_the_output(tmp_path: Path, monkeypatch: pytes
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert (tmp_path / "all.jsonl").stat().st_size > num_rows * size * 0.9
     assert grown < 300_000, "KiB over the start, for 200 MB of samples"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("fails", ["mkdtemp", "fsync", "write"])
+def test_a_disk_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, suffix: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_output(tmp_path / "out", [(0, 0), (1, 0)], pa.table({"q": ["a", "b"]}))
+    place = {"mkdtemp": "tempfile.mkdtemp", "fsync": "os.fsync", "write": "tokabatch.data.export._deal"}[fails]
+    monkeypatch.setattr(place, fail)
+    target = tmp_path / f"all{suffix}"
+    with pytest.raises(OutputError, match=r"--to .*all.* cannot be written: No space left on device\. Make room"):
+        export(tmp_path / "out", target)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

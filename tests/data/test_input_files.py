@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from tokabatch.data.few_shot import render_few_shot
 from tokabatch.data.readers import formats, open_path, open_reader
 from tokabatch.errors import InputError
-from tokabatch.job import InputConfig
+from tokabatch.job import FewShotConfig, InputConfig
 
 
 def values(path: str) -> list[int]:
@@ -64,11 +68,66 @@ def test_subset_and_split_are_accepted_for_files(folder: Path) -> None:
         ("{folder}/mixed", "mixes jsonl and parquet"),
         ("nosuchscheme://bucket/x.jsonl", "nosuchscheme"),
         ("hf://datasets/org/name", "name one file"),
+        ("{folder}/packed.parquet.gz", "compress themselves"),
     ],
 )
 def test_refusals_name_the_path_and_the_remedy(folder: Path, path: str, message: str) -> None:
-    for name in ("data.json", "data.csv", "noextension", "mixed/a.jsonl", "mixed/b.parquet", "empty/notes.md"):
+    for name in (
+        "data.json",
+        "data.csv",
+        "noextension",
+        "packed.parquet.gz",
+        "mixed/a.jsonl",
+        "mixed/b.parquet",
+        "empty/notes.md",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
     with pytest.raises(InputError, match=message):
         open_path(path.format(folder=folder))
+
+
+def test_refusals_name_the_key_that_holds_the_path(tmp_path: Path) -> None:
+    config = FewShotConfig(path=str(tmp_path / "none.jsonl"), template="x")
+    with pytest.raises(InputError, match=r"^prompt\.few_shot\.path '.*none\.jsonl' does not exist"):
+        render_few_shot(config)
+    with pytest.raises(InputError, match=r"^input\.path '.*none\.jsonl' does not exist"):
+        open_reader(InputConfig(path=config.path))
+
+
+class OutOfReach(Exception):
+    """As of an HTTP client: no OSError."""
+
+
+class Unreachable(MemoryFileSystem):
+    """Fails at the named call."""
+
+    protocol = "unreachable"
+    cachable = False
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        self.at = at
+
+    def isfile(self, path: str) -> bool:
+        if self.at == "isfile":
+            raise OutOfReach("name resolution failed\nmore")
+        return True
+
+    def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+        if self.at == "open":
+            raise OutOfReach("name resolution failed\nmore")
+        return Broken(b'{"a": 1}\n')
+
+
+class Broken(io.BytesIO):
+    def read(self, size: int | None = -1, /) -> bytes:
+        raise OutOfReach("name resolution failed\nmore")
+
+
+@pytest.mark.parametrize("at", ["isfile", "open", "read"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.jsonl.gz"])
+def test_a_server_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch, at: str, name: str) -> None:
+    monkeypatch.setattr("tokabatch.data.files.url_to_fs", lambda path: (Unreachable(at), path))
+    with pytest.raises(InputError, match=rf"{name}'? cannot be read: name resolution failed\. .* name the local copy\.$"):
+        list(open_path(f"unreachable://set/{name}").batches())

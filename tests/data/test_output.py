@@ -203,3 +203,11 @@ def test_the_stop_token_is_not_decoded() -> None:
     assert text_token_ids(completion(0, 0, [5, 6, 2], stop_reason="x")).tolist() == [5, 6, 2]
     assert text_token_ids(completion(0, 0, [5, 6, 2])).tolist() == [5, 6, 2]
     assert text_token_ids(completion(0, 0, [])).tolist() == []
+
+
+def test_a_table_without_input_columns_takes_its_rows_from_the_samples() -> None:
+    schema = output_schema(INPUTS, columns=[])
+    made = [completion(0, 0, [1]), completion(1, 0, [2, 3])]
+    failed = [FailedRow(2, 2, RowError("bad_json", "why"))]
+    built = build_table(schema, made, failed, texts=["a", "b"], ids=list("0122"), columns=pa.table({}))
+    assert built.num_rows == 4 and built["row_index"].to_pylist() == [0, 1, 2, 2] and schema.names[-1] == "error_message"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -15,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tokabatch.data.durable import DurableFiles
-from tokabatch.data.folder import Claim
+from tokabatch.data.durable import DurableFiles, publish
+from tokabatch.data.folder import Claim, check_output
 from tokabatch.data.manifest import Manifest, Versions, mark_success, read_manifest, write_manifest, write_summary
 from tokabatch.data.shards import ShardWriter
 from tokabatch.errors import OutputError
@@ -78,7 +79,7 @@ def test_a_shard_is_cut_when_its_oldest_row_has_waited(tmp_path: Path) -> None:
         writer.add(rows(1, 2))
         clock.now += 9.9
         writer.tick()
-        assert writer.shards == () and writer.buffered_rows == 2
+        assert writer.shards == ()
         clock.now += 0.2
         writer.tick()
         assert committed(tmp_path / "out") == {"part-00000.parquet": [0, 1]}
@@ -147,11 +148,12 @@ class Faulty(DurableFiles):
         self.calls: list[str] = []
         self.fail_at = fail_at
         self.code = code
+        self.error: BaseException | None = None
 
     def note(self, name: str) -> None:
         self.calls.append(name)
         if len(self.calls) - 1 == self.fail_at:
-            raise OSError(self.code, os.strerror(self.code))
+            raise self.error or OSError(self.code, os.strerror(self.code))
 
     def create(self, path: Path) -> BinaryIO:
         self.note("create")
@@ -201,11 +203,60 @@ def test_a_failed_commit_keeps_its_rows_and_can_be_tried_again(tmp_path: Path, c
         with pytest.raises(OSError) as caught:
             writer.commit()
         assert caught.value.errno == code
-        assert committed(out) == {} and writer.shards == () and writer.buffered_rows == 3
+        assert committed(out) == {} and writer.shards == ()
         assert list((out / "_tmp").iterdir()) == []
         files.fail_at = None
         writer.close()
     assert committed(out) == {"part-00000.parquet": [0, 1, 2]}
+
+
+@pytest.mark.parametrize("link", [True, False], ids=["link", "rename"])
+@pytest.mark.parametrize("call", range(6))
+def test_an_interrupt_at_any_call_neither_loses_nor_repeats_rows(tmp_path: Path, call: int, link: bool) -> None:
+    class Interrupted(Faulty):
+        def link(self, source: Path, target: Path) -> None:
+            self.note("link")
+            if not link:
+                raise OSError(errno.EPERM, "no links here")
+            os.link(source, target)
+
+    files = Interrupted()
+    out = tmp_path / "out"
+    with Claim(out, files) as claim:
+        writer = writer_for(claim, rows_per_shard=3)
+        files.calls.clear()
+        files.fail_at, files.error = call, KeyboardInterrupt()
+        try:
+            writer.add(rows(0, 4))
+        except KeyboardInterrupt:
+            files.fail_at = None
+            writer.add(rows(4, 5))
+        else:
+            files.fail_at = None
+            writer.add(rows(4, 5))
+        writer.add(rows(5, 8))
+        shards = writer.close()
+    held = committed(out)
+    assert [row for name in sorted(held) for row in held[name]] == list(range(8))
+    assert [shard.name for shard in shards] == [f"data/{name}" for name in sorted(held)]
+    assert [shard.rows for shard in shards] == [len(held[name]) for name in sorted(held)]
+
+
+def test_an_interrupt_behind_the_publishing_does_not_repeat_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(files: DurableFiles, source: Path, target: Path) -> None:
+        publish(files, source, target)
+        raise KeyboardInterrupt
+
+    with Claim(tmp_path / "out") as claim:
+        writer = writer_for(claim)
+        writer.add(rows(0, 3))
+        monkeypatch.setattr("tokabatch.data.shards.publish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.commit()
+        monkeypatch.undo()
+        writer.add(rows(3, 5))
+        writer.close()
+    assert committed(tmp_path / "out") == {"part-00000.parquet": [0, 1, 2], "part-00001.parquet": [3, 4]}
 
 
 def test_a_temporary_name_that_stays_behind_does_not_undo_the_commit(tmp_path: Path) -> None:
@@ -215,7 +266,7 @@ def test_a_temporary_name_that_stays_behind_does_not_undo_the_commit(tmp_path: P
         files.calls.clear()
         files.fail_at = 4
         writer.add(rows(0, 3))
-        assert len(writer.shards) == 1 and writer.buffered_rows == 0
+        assert len(writer.close()) == 1
     assert committed(tmp_path / "out") == {"part-00000.parquet": [0, 1, 2]}
 
 
@@ -271,6 +322,65 @@ def test_what_a_crash_left_without_data_is_cleared(tmp_path: Path) -> None:
     with Claim(out):
         assert list((out / "_tmp").iterdir()) == []
         assert not (out / "_SUCCESS").exists()
+
+
+def test_a_claim_that_wrote_nothing_leaves_nothing_it_made(tmp_path: Path) -> None:
+    with Claim(tmp_path / "made" / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    with Claim(tmp_path / "there"):
+        pass
+    assert list((tmp_path / "there").iterdir()) == []
+    with pytest.raises(OutputError, match="No space left"):
+        Claim(tmp_path / "full", Faulty(fail_at=0, code=errno.ENOSPC))
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    with Claim(tmp_path / "kept") as claim:
+        write_manifest(claim, manifest())
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["_lock", "data", "manifest.json"]
+
+
+def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening the lock file and locking it, the run before may end and take the file away."""
+    out = tmp_path / "out"
+    out.mkdir()
+    lock_file = out / "_lock"
+    real, struck = fcntl.flock, False
+
+    def flock(descriptor: int, operation: int) -> None:
+        nonlocal struck
+        if not struck:
+            struck = True
+            lock_file.unlink()
+        real(descriptor, operation)
+
+    monkeypatch.setattr("tokabatch.data.folder.fcntl.flock", flock)
+    with Claim(out) as claim:
+        assert lock_file.exists() and claim.folder.is_claimed()
+
+
+def test_check_output_refuses_as_a_claim_does_and_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Claim(tmp_path / "full") as claim:
+        writer = writer_for(claim)
+        writer.add(rows(0, 1))
+        writer.close()
+        (tmp_path / "busy").mkdir()
+        with Claim(tmp_path / "busy"), pytest.raises(OutputError, match="another run is writing"):
+            check_output(tmp_path / "busy")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    for path in (tmp_path / "new" / "deep", tmp_path / "busy", tmp_path):
+        check_output(path)
+    with pytest.raises(OutputError, match="already holds 1 file"):
+        check_output(tmp_path / "full")
+    for path in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / "dangling" / "out"):
+        with pytest.raises(OutputError, match=r"cannot be written: .* is not a folder"):
+            check_output(path)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(OutputError, match=r"cannot be written: no permission .*Choose another output\.path"):
+        check_output(tmp_path / "new" / "deep")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tokabatch.data.folder import Claim
 from tokabatch.data.manifest import Manifest, Versions, mark_success, write_manifest, write_summary
 from tokabatch.data.shards import ShardWriter
-from tokabatch.data.status import read_status, read_tally
+from tokabatch.data.status import read_status
 from tokabatch.errors import OutputError
 
 SCHEMA = pa.schema([("row_index", pa.int64()), ("status", pa.string()), ("correct", pa.bool_())])
@@ -41,7 +41,7 @@ def test_the_life_of_a_run(tmp_path: Path) -> None:
     assert read_status(out).state == "incomplete"
 
 
-def test_a_complete_run_and_its_tally(tmp_path: Path) -> None:
+def test_a_complete_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Claim(out) as claim:
         write_manifest(claim, MANIFEST)
@@ -52,11 +52,6 @@ def test_a_complete_run_and_its_tally(tmp_path: Path) -> None:
         assert read_status(out).state == "complete"
     status = read_status(out)
     assert (status.state, status.committed, status.pending, status.shards) == ("complete", 6, 0, 2)
-    tally = read_tally(out)
-    assert tally is not None
-    assert tally.row_index.tolist() == [0, 2, 5]
-    assert tally.samples.tolist() == [2, 3, 1]
-    assert tally.correct.tolist() == [1, 2, 0]
 
 
 def test_cancelled_samples_are_not_pending(tmp_path: Path) -> None:
@@ -67,7 +62,7 @@ def test_cancelled_samples_are_not_pending(tmp_path: Path) -> None:
     assert (status.cancelled, status.pending, status.state) == (4, 2, "incomplete")
 
 
-def test_an_unverified_run_has_no_tally(tmp_path: Path) -> None:
+def test_a_run_that_is_not_verified(tmp_path: Path) -> None:
     schema = pa.schema(list(SCHEMA)[:2])
     with Claim(tmp_path / "out") as claim:
         writer = ShardWriter(claim, schema, rows_per_shard=1, flush_seconds=1e9)
@@ -75,7 +70,6 @@ def test_an_unverified_run_has_no_tally(tmp_path: Path) -> None:
     status = read_status(tmp_path / "out")
     assert (status.state, status.rows, status.samples, status.pending) == ("incomplete", None, None, None)
     assert (status.ok, status.correct, status.accuracy) == (1, None, None)
-    assert read_tally(tmp_path / "out") is None
 
 
 def test_looking_does_not_disturb(tmp_path: Path) -> None:

@@ -123,6 +123,36 @@ def test_a_file_of_nothing_but_bad_rows_still_has_its_books(write_rows: Write, i
     assert store.column_schema.names == []
 
 
+def test_named_columns_of_nothing_but_bad_rows_are_null(write_rows: Write, ingest_job: Ingest) -> None:
+    path = write_rows(b"{", b"[")
+    store = ingest_job(path, verify={"kind": "exact", "answer": "a"})
+    rows = np.asarray([1, 0, 1])
+    assert store.columns(rows, ["a"]).to_pylist() == [{"a": None}] * 3
+    assert store.columns(rows, []).num_columns == store.columns(rows).num_columns == 0
+    store = ingest_job(path, output={"path": "out", "columns": ["b"]}, verify={"kind": "exact", "answer": "a"})
+    assert store.column_schema == pa.schema({"b": pa.string()}) and store.columns(rows).to_pylist() == [{"b": None}] * 3
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_an_output_without_input_columns(format: str, tmp_path: Path, write_rows: Write, ingest_job: Ingest) -> None:
+    rows = [{"prompt": "x", "a": number} for number in range(1500)]
+    path = write_rows(*rows)
+    if format == "parquet":
+        path = tmp_path / "x.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    asked = np.asarray([3, 3, 1200, 0])
+    for sections in ({}, {"verify": {"kind": "exact", "answer": "a"}}):
+        store = ingest_job(path, output={"path": "out", "columns": []}, **sections)
+        assert store.column_schema.names == [] and store.columns(asked).num_columns == 0
+        assert store.ids(asked).to_pylist() == ["3", "3", "1200", "0"]
+    assert store.columns(asked, ["a"]).to_pylist() == [{"a": 3}, {"a": 3}, {"a": 1200}, {"a": 0}]
+
+
+def test_messages_of_bad_rows_are_kept_short(write_rows: Write, ingest_job: Ingest) -> None:
+    store = ingest_job(write_rows({"prompt": "x", "sampling_params": {"y" * 5000: 1}}, {"prompt": "x"}))
+    assert len(store.errors[0].message) == 500 and store.errors[0].message.endswith("…")
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

@@ -16,11 +16,11 @@ def test_round_trip_and_facts(tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers["bos"]
     texts = ["the quick brown fox", "täglich 😀", "", " a"]
     ids = tokenizer.encode_batch(texts, add_special_tokens=True)
-    assert all(row[0] == 0 for row in ids) and tokenizer.prefix_ids == (0,)
+    assert all(row[0] == 0 for row in ids) and tokenizer.prefix_text == "<|bos|>"
     assert tokenizer.decode_batch([np.asarray(row, dtype=np.int32) for row in ids]) == texts
     assert tokenizer.decode_batch(ids, skip_special_tokens=False)[0] == "<|bos|>the quick brown fox"
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 323)
-    assert tokenizers["plain"].bos_id is None and tokenizers["plain"].prefix_ids == ()
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (1, 323)
+    assert tokenizers["plain"].prefix_text == ""
     assert tokenizers["chat"].has_chat_template and not tokenizer.has_chat_template
     assert tokenizer.special_texts == {"<|bos|>", "<|eos|>", "<|start|>", "<|end|>"}
 
@@ -32,14 +32,13 @@ def test_piece_texts_are_what_each_id_adds(tokenizers: dict[str, Tokenizer]) -> 
     ids = tokenizer.encode_batch(["the quick brown fox: 12 apples\n"], False)[0]
     assert "".join(pieces[token] for token in ids) == "the quick brown fox: 12 apples\n"
     assert any(piece.startswith(" ") and len(piece) > 1 for piece in pieces)
-    assert tokenizer.token_text(10**6) == ""
 
 
 def test_a_missing_or_damaged_tokenizer_is_refused(tmp_path: Path, tokenizer_folders: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match=r"model\.path.*tokenizer\.json"):
+    with pytest.raises(ModelError, match=r"model\.path.*holds no tokenizer \(no tokenizer\.json\)"):
         load_tokenizer(ModelConfig(path=str(tmp_path)))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match=r"model\.tokenizer"):
         load_tokenizer(ModelConfig(path=str(tokenizer_folders["bos"]), tokenizer=str(tmp_path)))
     other = ModelConfig(path=str(tmp_path), tokenizer=str(tokenizer_folders["bos"]))
-    assert load_tokenizer(other).prefix_ids == (0,)
+    assert load_tokenizer(other).prefix_text == "<|bos|>"

@@ -76,8 +76,8 @@ def find_files(path: str, formats: Collection[str], key: str) -> tuple[str, tupl
 
 
 def refuse_unreachable(place: str, error: Exception) -> NoReturn:
-    """The refusal of a file or folder that its file system will not give. Callers catch Exception: each of fsspec's file systems
-    raises kinds of its own (those of its HTTP client, mostly), and the package of the hub's has changed its name before."""
+    """The refusal of a file or folder that its file system will not give. Callers catch Exception: each of fsspec's file
+    systems raises kinds of its own (those of its HTTP client, mostly), and the hub's client has changed its package before."""
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     remedy = "Check that it exists and can be read"
     if not isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):

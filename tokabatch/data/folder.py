@@ -69,7 +69,7 @@ class Claim:
     def __init__(self, path: Path, files: DurableFiles | None = None) -> None:
         self.files = files or DurableFiles()
         self.folder = OutputFolder(path)
-        self._made = [folder for folder in (self.folder.data, path, *path.parents) if not folder.exists()]
+        self._made = [place for place in (self.folder.data, path, *path.parents) if not os.path.lexists(place)]
         self._descriptor: int | None = None
         self._prepare()
 
@@ -106,9 +106,9 @@ class Claim:
     def _remove_unused(self) -> None:
         """Needs the lock. A folder that is not empty stays."""
         folder = self.folder
-        if folder.manifest.exists() or any(folder.data.iterdir()):
-            return
         with suppress(OSError):
+            if folder.manifest.exists() or any(folder.data.iterdir()):
+                return
             folder.lock.unlink()
             for made in self._made:
                 made.rmdir()
@@ -130,13 +130,13 @@ class Claim:
 def check_output(path: Path) -> None:
     """Raises the OutputError that a claim of this folder would end in now; makes and changes nothing."""
     folder = OutputFolder(path)
-    if folder.data.is_dir():
+    if os.path.isdir(folder.data) and os.access(folder.data, os.R_OK):
         _refuse_data(folder)
     if folder.is_claimed():
         raise _busy(folder)
     # `lexists`: a link to nowhere is in the way, too.
     nearest = next(place for place in (folder.data, path, *path.absolute().parents) if os.path.lexists(place))
-    if not nearest.is_dir():
+    if not os.path.isdir(nearest):
         raise _unwritable(path, f"{nearest} is not a folder")
     for place in (nearest, path) if nearest == folder.data else (nearest,):
         if not os.access(place, os.W_OK | os.X_OK):

@@ -2,8 +2,8 @@
 
 A shard is written under `_tmp/`, flushed, fsynced, published under its final name without overwriting, and its folder
 fsynced; only then does the writer forget its rows. So a reader, a crash included, meets whole shards only, and a commit
-that an exception cut short, wherever it did, can be tried again: it neither loses nor repeats a row. Every page carries a checksum. The writer knows the table's schema, not its meaning,
-except that `status` tells ok from error rows.
+that an exception cut short, wherever it did, can be tried again: it neither loses nor repeats a row. Every page carries
+a checksum. The writer knows the table's schema, not its meaning, except that `status` tells ok from error rows.
 """
 
 from __future__ import annotations

@@ -159,8 +159,8 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     folder = Path(name).expanduser()
     if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
         raise ModelError(
-            f"{key} {name!r} holds no tokenizer (no tokenizer.json); copy it into the folder, or name a folder or hub id that has "
-            "it as model.tokenizer"
+            f"{key} {name!r} holds no tokenizer (no tokenizer.json); copy it into the folder, or name a folder or hub id "
+            "that has it as model.tokenizer"
         )
     try:
         loaded = AutoTokenizer.from_pretrained(

@@ -53,8 +53,8 @@ def _fetch(name: str, revision: str | None, key: str, revision_key: str) -> Path
         raise ModelError(f"{place}: not on the hub, or private. Check {key}, or set HF_TOKEN.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         remedy = (
-            f"Connect (HF_HUB_OFFLINE unset); or run `tokabatch download {name}` on a machine that is connected, copy the folder "
-            "that it prints, and name the copy as model.path in the job."
+            f"Connect (HF_HUB_OFFLINE unset); or run `tokabatch download {name}` on a machine that is connected, copy the "
+            "folder that it prints, and name the copy as model.path in the job."
         )
         raise ModelError(f"{place}: not a folder, not in the hub cache, and the hub is out of reach. {remedy}") from error
     except HFValidationError as error:

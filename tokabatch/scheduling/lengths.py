@@ -1,8 +1,9 @@
 """How long samples will be, learned while they run.
 
 A Kaplan-Meier estimate (Kaplan and Meier 1958) of the length at which a sample stops by itself: finished samples are
-events, those still running and those cut at max_tokens are censored. A weak prior (`PRIOR_WEIGHT` samples with a constant
-hazard of one stop in half of max_tokens) speaks where nothing has been seen. Lengths are output tokens.
+events, those still running and those cut at max_tokens are censored. Where little was seen the hazard leans on the pooled
+one (stops per token over the whole run, beginning at one stop in half of max_tokens) with the weight of `PRIOR_WEIGHT` samples.
+Lengths are output tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class LengthModel:
         """Mean residual life E[L - g | L > g] = sum over u >= g of S(u) / S(g), for g = 0 .. max_tokens."""
         ended = self._ended + np.bincount(running, minlength=len(self._ended))[: len(self._ended)]
         at_risk = np.cumsum(ended[::-1])[::-1]
-        prior = min(1.0, 2.0 / self.max_tokens)
+        pooled = (1.0 + self._stopped.sum()) / (self.max_tokens / 2 + at_risk[1:].sum())
+        prior = min(1.0, float(pooled))
         hazard = (self._stopped + PRIOR_WEIGHT * prior) / (at_risk + PRIOR_WEIGHT)
         survival = np.exp(np.cumsum(np.log1p(-np.minimum(hazard, 1 - 1e-9))))[: self.max_tokens + 1]
         survival[-1] = 0.0

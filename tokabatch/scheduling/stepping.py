@@ -20,7 +20,8 @@ class SamplingTable:
     def __init__(self, sampling: Sequence[SamplingParams]) -> None:
         self.seed = np.array([p.seed for p in sampling], np.int64)
         self.temperature = np.array([p.temperature for p in sampling], np.float32)
-        self.top_p = np.array([p.top_p for p in sampling], np.float32)
+        # Below float32's resolution nothing would be kept; the most likely token always is.
+        self.top_p = np.array([max(p.top_p, 1e-6) for p in sampling], np.float32)
         self.top_k = np.array([p.top_k for p in sampling], np.int32)
         self.min_p = np.array([p.min_p for p in sampling], np.float32)
         self.logprobs = np.array([-1 if p.logprobs is None else p.logprobs for p in sampling], np.int32)

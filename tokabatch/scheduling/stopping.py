@@ -6,7 +6,7 @@ singly. Knows no tokenizer: the caller brings `decode` and the text of each toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +16,12 @@ from tokabatch.messages import Int32, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class TokenText:
-    """What stop strings need of a tokenizer: `pieces[i]` is the text of token i alone, `decode` that of several."""
+    """What stop strings need of a tokenizer: `pieces[i]` is the text of token i alone, `decode` that of several, special
+    tokens left out; `special` holds the ids of those by their text."""
 
     pieces: Sequence[str]
     decode: Callable[[list[int]], str]
+    special: Mapping[str, int]
 
 
 class StopRules:
@@ -28,13 +30,19 @@ class StopRules:
     def __init__(
         self, sampling: Sequence[SamplingParams], eos_token_ids: Sequence[int], vocab_size: int, text: TokenText | None
     ) -> None:
-        self._ids = [frozenset(p.stop_token_ids) | frozenset(() if p.ignore_eos else eos_token_ids) for p in sampling]
-        self._strings = [p.stop for p in sampling]
+        special = text.special if text is not None else {}
+        self._ids = [
+            frozenset(p.stop_token_ids)
+            | frozenset(() if p.ignore_eos else eos_token_ids)
+            | frozenset(special[s] for s in p.stop if s in special)
+            for p in sampling
+        ]
+        self._strings = [tuple(s for s in p.stop if s not in special) for p in sampling]
         self._text = text
-        self._window = 4 + max((len(s.encode()) for p in sampling for s in p.stop), default=0)
+        self._window = max((len(s.encode()) for strings in self._strings for s in strings), default=0)
         self._suspect = np.zeros(vocab_size, np.bool_)
         self._suspect[[i for ids in self._ids for i in ids if 0 <= i < vocab_size]] = True
-        strings = {s for p in sampling for s in p.stop}
+        strings = {s for strings in self._strings for s in strings}
         if strings:
             assert text is not None, "stop strings need the tokenizer's text"
             last = {s[-1] for s in strings}
@@ -54,6 +62,20 @@ class StopRules:
         if not strings:
             return None
         assert self._text is not None
-        tail = self._text.decode(tokens[-self._window :].tolist())
+        tail = self._text.decode(tokens[self._tail_start(tokens) :].tolist())
         found = [(tail.find(s), s) for s in strings if s in tail]
         return min(found)[1] if found else None
+
+    def _tail_start(self, tokens: Int32) -> int:
+        """Where to begin decoding so that the end of the text is whole: enough tokens that have text of their own to hold the
+        longest stop string, beginning with one that is a whole piece, not the middle of a character."""
+        assert self._text is not None
+        pieces = self._text.pieces
+        found = 0
+        for place in range(len(tokens) - 1, -1, -1):
+            token = int(tokens[place])
+            piece = pieces[token] if token < len(pieces) else ""
+            found += piece != ""
+            if found > self._window and piece and "\ufffd" not in piece:
+                return place
+        return 0
