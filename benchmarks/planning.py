@@ -68,7 +68,7 @@ def main() -> None:
         clock = time.perf_counter()
         order = order_prompts(tokens, start, length)
         seconds = time.perf_counter() - clock
-        sharing = measure_sharing(length[order.permutation], order.lcp, np.ones(num_prompts, dtype=np.int64), 16)
+        sharing = measure_sharing(length[order.permutation], order.lcp, np.ones(num_prompts, dtype=np.int64))
     print(f"prompts {num_prompts:,} x {num_tokens} tokens ({num_prompts * num_tokens * 4 / 1e9:.2f} GB of token ids)")
     print(f"order and LCPs  {seconds:.2f} s")
     print(f"peak memory     {peak_bytes() / 1e9:.2f} GB (before ordering {before / 1e9:.2f} GB)")

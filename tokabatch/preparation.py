@@ -24,10 +24,11 @@ from tokabatch.errors import JobError
 from tokabatch.job import GenerationConfig, Job, Setting
 from tokabatch.messages import Int64, Requests
 from tokabatch.model.checkpoint import Checkpoint, preflight
+from tokabatch.model.config import read_config
 from tokabatch.model.families import read_spec
 from tokabatch.model.resolve import resolve_model
 from tokabatch.model.spec import ModelSpec
-from tokabatch.model.weights import resolve_dtype
+from tokabatch.model.weights import named_dtype, resolve_dtype
 from tokabatch.planning.order import order_prompts
 from tokabatch.planning.sharing import Sharing, measure_sharing
 
@@ -38,7 +39,6 @@ class Prepared:
 
     folder: Path
     spec: ModelSpec
-    checkpoint: Checkpoint
     device: str
     dtype: torch.dtype
     tokenizer: Tokenizer
@@ -62,8 +62,8 @@ class Prepared:
         """Rows that could not become prompts, by code."""
         return tuple(sorted(Counter(failure.error.code for failure in self.failures).items()))
 
-    def sharing(self, page_size: int) -> Sharing:
-        return measure_sharing(self.requests.length, self.requests.lcp, self.num_samples, page_size)
+    def sharing(self) -> Sharing:
+        return measure_sharing(self.requests.length, self.requests.lcp, self.num_samples)
 
     def workload(self) -> WorkloadFacts:
         """What the engine's sizes follow from."""
@@ -78,13 +78,13 @@ class Prepared:
         )
 
 
-def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None = None) -> Prepared:
+def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None = None, *, weights: bool = True) -> Prepared:
     """Check the model, read and tokenise the input, order it. Raises UsageError for whatever cannot work; `on_rows` is told
-    the rows and error rows read so far."""
+    the rows and error rows read so far. Weights that are still on the hub are fetched last, and only if `weights` says so."""
     device = pick_device(job)
-    folder = resolve_model(job.model.path, job.model.revision)
+    folder = resolve_model(job.model.path, job.model.revision, weights=False)
     spec = read_spec(folder)
-    checkpoint = preflight(folder, spec)
+    checkpoint = preflight(folder, spec) if Path(job.model.path).expanduser().is_dir() else None
     tokenizer = load_tokenizer(job.model.model_copy(update={"path": str(folder)}))
     generation, settings = effective_generation(job, folder)
     _check_generation(generation, spec, tokenizer)
@@ -98,14 +98,14 @@ def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None 
         on_rows=on_rows,
     )
     requests = order_requests(store)
+    if checkpoint is None and weights:
+        checkpoint = preflight(resolve_model(job.model.path, job.model.revision), spec)
     wanted = np.array([params.n for params in store.sampling], np.int64)
-    stated = "float32" if job.model.dtype == "auto" and device == "cpu" else job.model.dtype
     return Prepared(
         folder=folder,
         spec=spec,
-        checkpoint=checkpoint,
         device=device,
-        dtype=resolve_dtype(stated, spec, checkpoint),
+        dtype=_choose_dtype(job, device, folder, spec, checkpoint),
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids(folder, tokenizer),
         generation=generation,
@@ -118,6 +118,15 @@ def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None 
             store.column_schema, columns=job.output.columns, id_column=job.input.id_column, verified=job.verify is not None
         ),
     )
+
+
+def _choose_dtype(job: Job, device: str, folder: Path, spec: ModelSpec, checkpoint: Checkpoint | None) -> torch.dtype:
+    """`auto` is float32 on a CPU and the checkpoint's own elsewhere; its config speaks for one that is not here yet."""
+    stated = "float32" if job.model.dtype == "auto" and device == "cpu" else job.model.dtype
+    if stated == "auto" and checkpoint is None:
+        values = read_config(folder).values
+        stated = str(values.get("dtype") or values.get("torch_dtype") or "float32")
+    return named_dtype(stated) if checkpoint is None else resolve_dtype(stated, spec, checkpoint)
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -20,7 +20,7 @@ import torch
 
 from tokabatch import __version__
 from tokabatch.attention import choose_backend
-from tokabatch.data.folder import Claim
+from tokabatch.data.folder import Claim, check_output
 from tokabatch.data.manifest import Manifest, Versions, mark_success, write_manifest, write_summary
 from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, kv_shape
@@ -82,8 +82,9 @@ def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bo
 
 def plan(job: Job) -> PlanReport:
     """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError."""
+    check_output(Path(job.output.path))
     with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
-        prepared = prepare(job, Path(scratch))
+        prepared = prepare(job, Path(scratch), weights=False)
         sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload())
         report = _plan_report(job, prepared, sizes)
         prepared.store.close()
@@ -106,7 +107,7 @@ class _Clock:
         return time.perf_counter() - self.begun
 
     @contextmanager
-    def scheduling(self) -> Iterator[None]:
+    def scheduling(self) -> Generator[None]:
         """Counts the CPU time of what runs inside as the scheduler's."""
         begin = time.thread_time()
         yield
@@ -186,7 +187,7 @@ def _executor(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Progr
     if prepared.device == "cuda" and backend == "torch_paged":
         progress.message(
             f"attention runs in plain torch, many times slower than FlashInfer's kernels: those need model.dtype bfloat16 or "
-            f"float16 (it is {str(prepared.dtype).removeprefix('torch.')}) and the package flashinfer-python"
+            f'float16 (it is {str(prepared.dtype).removeprefix("torch.")}) and `pip install -e ".[gpu]"`'
         )
     spec = WorkerSpec(prepared.folder, prepared.spec, prepared.dtype, prepared.device, backend, sizes)
     separate = prepared.device == "cuda" if job.engine.process == "auto" else job.engine.process
@@ -233,7 +234,7 @@ def _summary(
         errors=recorder.num_errors,
         prompt_tokens=counts.prompt_tokens,
         cached_tokens=counts.cached_tokens,
-        cacheable_tokens=prepared.sharing(job.engine.page_size).saved_tokens,
+        cacheable_tokens=prepared.sharing().saved_tokens,
         prefilled_tokens=counts.prefilled_tokens,
         output_tokens=counts.output_tokens,
         seconds=clock.elapsed,
@@ -252,7 +253,7 @@ def _summary(
 
 
 def _plan_report(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> PlanReport:
-    spec, store, sharing = prepared.spec, prepared.store, prepared.sharing(job.engine.page_size)
+    spec, store, sharing = prepared.spec, prepared.store, prepared.sharing()
     model = ModelFacts(
         path=str(prepared.folder),
         family=spec.family,

@@ -133,5 +133,5 @@ def test_a_damaged_compressed_file_is_refused(kind: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 def test_utf_16_is_refused_with_the_remedy(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "x.jsonl").write_bytes(("\ufeff" + json.dumps({"a": 1}) + "\n").encode(encoding))
-    with pytest.raises(InputError, match="UTF-16.*iconv"):
+    with pytest.raises(InputError, match=r"UTF-16.*iconv"):
         read(tmp_path / "x.jsonl")

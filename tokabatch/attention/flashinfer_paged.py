@@ -18,8 +18,11 @@ import torch
 
 from tokabatch.attention.base import KVShape
 from tokabatch.messages import Int32, StepBatch
+from tokabatch.transfer import to_device
 
 WORKSPACE_BYTES = 256 << 20
+RING = 4
+"""Sets of wrappers; more than the steps that are ever in flight."""
 LONG_CONTEXT = 700
 """Mean keys a decode run from which tensor cores win; on an H200 they lose at 200 and win at 1,500."""
 DECODE_GROUPS = (1, 2, 4, 8)
@@ -51,12 +54,8 @@ class FlashInferPagedAttention:
         self.v_cache = torch.zeros(cache, dtype=dtype, device=device)
         # One scratch for all wrappers: their kernels run one after another on one stream.
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._decoders = {
-            tensor_cores: flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "NHD", use_tensor_cores=tensor_cores)
-            for tensor_cores in (False, True)
-        }
-        self._prefill = self._new_prefill()
-        self._levels: list[flashinfer.BatchPrefillWithPagedKVCacheWrapper] = []
+        self._sets = [_Wrappers(self._workspace) for _ in range(RING)]
+        self._use = self._sets[0]
         self._write_T = torch.empty(0, dtype=torch.int64, device=device)
         self._own: list[_Call] = []
         self._shared: list[_Call] = []
@@ -76,6 +75,7 @@ class FlashInferPagedAttention:
         position_T = np.arange(step.num_tokens) + np.repeat(step.run_start - first, step.run_length)
         page_T = self.page_table[np.repeat(step.run_slot, step.run_length), position_T // size]
         self._write_T = self._to_device(page_T.astype(np.int64) * size + position_T % size)
+        self._use = self._sets[step.index % RING]
         self._own = self._plan_own(step)
         self._plan_levels(step)
 
@@ -112,8 +112,9 @@ class FlashInferPagedAttention:
                 continue
             indptr, indices = self._page_lists(step.run_slot[part], step.run_skip[part], last[part])
             if part.start == 0 and split:
-                self._plan_prefill(self._prefill, step.run_length[part], indptr, indices, last_length[part], causal=True)
-                calls.append(_Call(span, _returning_lse(self._prefill)))
+                prefill = self._use.prefill
+                self._plan_prefill(prefill, step.run_length[part], indptr, indices, last_length[part], causal=True)
+                calls.append(_Call(span, _returning_lse(prefill)))
             else:
                 keys = stop[part] - step.run_skip[part] * size
                 calls.append(_Call(span, _returning_lse(self._plan_decode(indptr, indices, last_length[part], keys))))
@@ -122,9 +123,7 @@ class FlashInferPagedAttention:
     def _plan_levels(self, step: StepBatch) -> None:
         self._shared = []
         levels = [level for level in step.prefix_levels if len(level.slot)]
-        while len(self._levels) < len(levels):
-            self._levels.append(self._new_prefill())
-        for wrapper, level in zip(self._levels, levels, strict=False):
+        for wrapper, level in zip(self._use.levels(len(levels)), levels, strict=True):
             queries = level.token_stop - level.token_start
             indptr, indices = self._page_lists(level.slot, level.page_start, level.page_stop)
             full = np.full(len(level.slot), self.shape.page_size, np.int32)
@@ -141,7 +140,7 @@ class FlashInferPagedAttention:
     ) -> flashinfer.BatchDecodeWithPagedKVCacheWrapper:
         shape = self.shape
         group = shape.num_heads // shape.num_kv_heads
-        wrapper = self._decoders[group not in DECODE_GROUPS or float(keys.mean()) > LONG_CONTEXT]
+        wrapper = self._use.decoders[group not in DECODE_GROUPS or float(keys.mean()) > LONG_CONTEXT]
         wrapper.plan(
             _host(indptr),
             indices,
@@ -181,17 +180,37 @@ class FlashInferPagedAttention:
         )
 
     def _page_lists(self, slots: Int32, first: Int32, last: Int32) -> tuple[Int32, torch.Tensor]:
-        """`page_table[slot, first : last]` of N passes: offsets [N + 1] on the host, page ids one after another on the device."""
+        """`page_table[slot, first : last]` of N passes: offsets [N + 1] on the host, page ids end to end on the device."""
         counts = last - first
         indptr = np.append(0, np.cumsum(counts)).astype(np.int32)
         column = np.arange(int(indptr[-1])) - np.repeat(indptr[:-1] - first, counts)
         return indptr, self._to_device(self.page_table[np.repeat(slots, counts), column])
 
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        return to_device(values, self.device)
+
+
+class _Wrappers:
+    """The kernels' wrappers of one step in flight. Planning fills a pinned buffer of the wrapper's that the device reads later:
+    a wrapper may be planned again only when its step has run."""
+
+    def __init__(self, workspace: torch.Tensor) -> None:
+        self._workspace = workspace
+        self.decoders = {
+            tensor_cores: flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)
+            for tensor_cores in (False, True)
+        }
+        self.prefill = self._new_prefill()
+        self._levels: list[flashinfer.BatchPrefillWithPagedKVCacheWrapper] = []
+
+    def levels(self, count: int) -> list[flashinfer.BatchPrefillWithPagedKVCacheWrapper]:
+        """A wrapper for each prefix level."""
+        while len(self._levels) < count:
+            self._levels.append(self._new_prefill())
+        return self._levels[:count]
+
     def _new_prefill(self) -> flashinfer.BatchPrefillWithPagedKVCacheWrapper:
         return flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend="fa2")
-
-    def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device)
 
 
 def _returning_lse(
@@ -201,7 +220,7 @@ def _returning_lse(
 
 
 def _host(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int32))
+    return torch.from_numpy(values.astype(np.int32)).pin_memory()
 
 
 Backend = FlashInferPagedAttention

@@ -136,7 +136,13 @@ class PromptBuilder:
             return self._params
         if not isinstance(given, Mapping):
             return RowError("bad_sampling", f"{SAMPLING_PARAMS} must be an object of settings, not {type(given).__name__}")
-        return self._generation.row_params(cast("Mapping[str, Any]", given))
+        params = self._generation.row_params(cast("Mapping[str, Any]", given))
+        if isinstance(params, SamplingParams):
+            beyond = [token for token in params.stop_token_ids if token >= self._limits.vocab_size]
+            if beyond or (params.logprobs or 0) > self._limits.vocab_size:
+                asked = f"stop_token_ids names {beyond[0]}" if beyond else f"logprobs is {params.logprobs}"
+                return RowError("bad_sampling", f"{asked}, but the model has {self._limits.vocab_size} tokens")
+        return params
 
     def _safe_draft(self, row: Mapping[str, Any]) -> Draft | RowError:
         draft = self._draft(row)

@@ -1,7 +1,7 @@
 """The boundary between the scheduler's process and the model: steps go in, results come out, in the same order.
 
-`InProcessExecutor` computes when a step is submitted, so that a breakpoint in the model works; `ProcessExecutor` has the
-worker in a process of its own and computes while the scheduler decides the next step. Both keep the same contract.
+`InProcessExecutor` launches a step when it is submitted, so that a breakpoint in the model works; `ProcessExecutor` has the
+worker in a process of its own and launches while the scheduler decides the next step. Both keep the same contract.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from collections import deque
 from multiprocessing.connection import Connection
 from typing import Protocol
 
-from tokabatch.engine.worker import Worker, WorkerSpec
+from tokabatch.engine.worker import Launched, Worker, WorkerSpec
 from tokabatch.errors import EngineError, TokabatchError
 from tokabatch.messages import StepBatch, StepResult
 
 STOP_SECONDS = 10.0
+POLL_SECONDS = 0.0002
 
 
 class Executor(Protocol):
@@ -41,16 +42,16 @@ class InProcessExecutor:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._worker = Worker.build(spec)
-        self._results: deque[StepResult] = deque()
+        self._launched: deque[Launched] = deque()
 
     def submit(self, step: StepBatch) -> None:
-        self._results.append(self._worker.run(step))
+        self._launched.append(self._worker.launch(step))
 
     def collect(self) -> StepResult:
-        return self._results.popleft()
+        return self._launched.popleft().wait()
 
     def close(self) -> None:
-        self._results.clear()
+        self._launched.clear()
 
 
 class ProcessExecutor:
@@ -111,14 +112,28 @@ def _serve(pipe: Connection, spec: WorkerSpec) -> None:
         worker = Worker.build(spec)
         pipe.send(None)
         threading.Thread(target=_drain, args=(pipe, steps), daemon=True).start()
-        while (step := steps.get()) is not None:
-            pipe.send(worker.run(step))
+        _work(worker, steps, pipe)
     except TokabatchError as error:
         pipe.send(error)
     except ConnectionError:
         return
     except Exception:
         pipe.send(EngineError(f"the worker process failed:\n{traceback.format_exc()}"))
+
+
+def _work(worker: Worker, steps: queue.SimpleQueue[StepBatch | None], pipe: Connection) -> None:
+    """Launch what arrives, ahead of sending back what is done: the device always has the next step queued."""
+    launched: deque[Launched] = deque()
+    while True:
+        try:
+            step = steps.get(timeout=POLL_SECONDS if launched else None)
+        except queue.Empty:
+            if launched[0].done:
+                pipe.send(launched.popleft().wait())
+            continue
+        if step is None:
+            return
+        launched.append(worker.launch(step))
 
 
 def _drain(pipe: Connection, steps: queue.SimpleQueue[StepBatch | None]) -> None:

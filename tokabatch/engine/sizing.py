@@ -21,6 +21,8 @@ CPU_MAX_RUNNING = 512
 CPU_PREFILL_TOKENS = 1024
 CPU_MEMORY_SHARE = 0.6
 """Of the memory that is available once the weights are counted."""
+MAX_QUEUE_DEPTH = 3
+"""Fewer than the sets of buffers that a GPU backend rotates."""
 CGROUP = Path("/sys/fs/cgroup")
 MIN_GROUP, MIN_PREFIX_TOKENS = 4, 32
 
@@ -60,6 +62,11 @@ def decide_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, fact
     page = config.page_size
     if page > spec.context_length:
         raise JobError(f"engine.page_size is {page}, more than the model's context of {spec.context_length} tokens; write 16")
+    if config.queue_depth != "auto" and config.queue_depth > MAX_QUEUE_DEPTH:
+        raise JobError(
+            f"engine.queue_depth is {config.queue_depth}; more than {MAX_QUEUE_DEPTH} steps ahead gain nothing, write 1 to "
+            f"{MAX_QUEUE_DEPTH} or auto"
+        )
     wanted = CPU_MAX_RUNNING if config.max_running == "auto" else config.max_running
     max_running = max(1, min(wanted, facts.num_samples))
     step = CPU_PREFILL_TOKENS + max_running if config.max_step_tokens == "auto" else config.max_step_tokens

@@ -20,6 +20,7 @@ from tokabatch.model.decoder import Decoder
 from tokabatch.model.sampler import Sampled, SamplerInputs, sample
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import load_decoder
+from tokabatch.transfer import to_device, to_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,13 @@ class Worker:
         shape = kv_shape(spec.spec, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_pages_per_sequence)
         return cls(decoder, create_backend(spec.backend, shape, spec.dtype, device), sizes.max_running)
 
-    @torch.inference_mode()
     def run(self, step: StepBatch) -> StepResult:
-        """Execute one step."""
+        """Execute one step and wait for its result."""
+        return self.launch(step).wait()
+
+    @torch.inference_mode()
+    def launch(self, step: StepBatch) -> Launched:
+        """Queue one step on the device; on a CPU it is computed before this returns."""
         self._slots.open(step.inits)
         self._backend.prepare(step)
         run_stop = np.cumsum(step.run_length)
@@ -69,10 +74,43 @@ class Worker:
         position_S = (step.run_start + step.run_length)[step.run_samples]
         sampled = sample(logits_SV, self._slots.inputs(slots, position_S, self._device))
         self._last_token[self._tensor(slots)] = sampled.token_S.long()
-        return _to_host(step.index, sampled)
+        return Launched(step.index, sampled)
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self._device)
+        return to_device(values.astype(np.int64), self._device)
+
+
+class Launched:
+    """A step on its way: its results travel to the host behind it, and `wait` is for them alone."""
+
+    def __init__(self, index: int, sampled: Sampled) -> None:
+        self._index = index
+        self._token_S = to_host(sampled.token_S)
+        self._finite_S = to_host(sampled.finite_S)
+        self._logprob_S = to_host(sampled.logprob_S)
+        self._top_ids_SK = to_host(sampled.top_ids_SK)
+        self._top_logprobs_SK = to_host(sampled.top_logprobs_SK)
+        self._event: torch.cuda.Event | None = None
+        if sampled.token_S.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> StepResult:
+        if self._event is not None:
+            self._event.synchronize()
+        return StepResult(
+            index=self._index,
+            token=self._token_S.numpy(),
+            finite=self._finite_S.numpy(),
+            logprob=self._logprob_S.numpy(),
+            top_ids=self._top_ids_SK.numpy(),
+            top_logprobs=self._top_logprobs_SK.numpy(),
+        )
 
 
 class _SlotParams:
@@ -94,7 +132,7 @@ class _SlotParams:
 
     def inputs(self, slots: Int32, position_S: Int32, device: torch.device) -> SamplerInputs:
         def gather(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values).to(device)
+            return to_device(values, device)
 
         temperature, top_p = self._temperature[slots], self._top_p[slots]
         top_k, min_p, logprobs = self._top_k[slots], self._min_p[slots], self._logprobs[slots]
@@ -112,14 +150,3 @@ class _SlotParams:
             any_filter=bool(((top_p < 1) | (top_k > 0) | (min_p > 0)).any()),
             max_logprobs=int(logprobs.max(initial=-1)),
         )
-
-
-def _to_host(index: int, sampled: Sampled) -> StepResult:
-    return StepResult(
-        index=index,
-        token=sampled.token_S.cpu().numpy(),
-        finite=sampled.finite_S.cpu().numpy(),
-        logprob=sampled.logprob_S.cpu().numpy(),
-        top_ids=sampled.top_ids_SK.cpu().numpy(),
-        top_logprobs=sampled.top_logprobs_SK.cpu().numpy(),
-    )

@@ -6,6 +6,8 @@ Shape legend: T tokens, E hidden size, H heads, D head dimension, F feed-forward
 from __future__ import annotations
 
 import math
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +18,10 @@ from tokabatch.model.spec import ModelSpec, RopeSpec
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) * weight, the mean over the last axis. `weight` is [D], or [H, D] for a weight per head.
 
-    In 16-bit dtypes the mean is taken in float32 and the quotient is rounded before it is weighted, as transformers
-    does; float64 stays float64.
+    In 16-bit dtypes the mean is taken in float32; on a CPU the quotient is rounded before it is weighted, as transformers
+    does, on a GPU one kernel does both and rounds once. float64 stays float64.
     """
-    if x.dtype in (torch.float32, torch.float64) and weight.dim() == 1:
+    if weight.dim() == 1 and (x.is_cuda or x.dtype in (torch.float32, torch.float64)):
         return F.rms_norm(x, weight.shape, weight, eps)
     return F.rms_norm(x, weight.shape[-1:], None, eps).mul_(weight)
 
@@ -52,6 +54,8 @@ def rotate(x_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     """Turns dimension i with dimension i + D/2 by the token's angle, whose cosines and sines are [T, 1, D/2]. Returns a
     new contiguous tensor."""
     first, second = x_THD.chunk(2, dim=-1)
+    if _is_fused(x_THD):
+        return _fused().rotate(x_THD, cos, sin)
     out_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype, device=x_THD.device)
     out_first, out_second = out_THD.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
@@ -60,6 +64,17 @@ def rotate(x_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def gate(gate_up_T2F: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, in place: the result is a view of the argument's first half."""
+    """silu(gate) * up. May overwrite the argument; the result may be a view of it."""
+    if _is_fused(gate_up_T2F):
+        return _fused().gate(gate_up_T2F)
     gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
     return F.silu(gate_TF, inplace=True).mul_(up_TF)
+
+
+def _is_fused(x: torch.Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _fused() -> ModuleType:
+    """Triton is there only where there is a GPU."""
+    return import_module("tokabatch.model.triton_layers")

@@ -20,15 +20,21 @@ from huggingface_hub.errors import (
 
 from tokabatch.errors import ModelError
 
-_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
+_WEIGHTS = ("*.safetensors",)
+_WANTED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 _UNWANTED = ("*/*", "consolidated*")
 
 
 def resolve_model(
-    path_or_hub_id: str | Path, revision: str | None = None, *, key: str = "model.path", revision_key: str = "model.revision"
+    path_or_hub_id: str | Path,
+    revision: str | None = None,
+    *,
+    weights: bool = True,
+    key: str = "model.path",
+    revision_key: str = "model.revision",
 ) -> Path:
-    """The folder of a model. Raises ModelError with the remedy where there is none to be had; `key` and `revision_key` are what
-    the user wrote the two under."""
+    """The folder of a model; with `weights` False, only its small files need be there. Raises ModelError with the remedy where
+    there is none to be had; `key` and `revision_key` are what the user wrote the two under."""
     forms = f"{key} must be a model's folder or a hub id like `owner/name`."
     name = str(path_or_hub_id)
     local = Path(path_or_hub_id).expanduser()
@@ -38,13 +44,13 @@ def resolve_model(
         raise ModelError(f"{name}: is a file. {forms}")
     if isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"{name}: no such folder. {forms}")
-    return _fetch(name, revision, key, revision_key)
+    return _fetch(name, revision, (*_WANTED, *_WEIGHTS) if weights else _WANTED, key, revision_key)
 
 
-def _fetch(name: str, revision: str | None, key: str, revision_key: str) -> Path:
+def _fetch(name: str, revision: str | None, wanted: tuple[str, ...], key: str, revision_key: str) -> Path:
     place = name if revision is None else f"{name} at revision {revision!r}"
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_WANTED], ignore_patterns=[*_UNWANTED]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*_UNWANTED]))
     except GatedRepoError as error:
         raise ModelError(f"{place}: access is restricted. Accept its terms on the hub, then set HF_TOKEN.") from error
     except RevisionNotFoundError as error:
@@ -53,8 +59,8 @@ def _fetch(name: str, revision: str | None, key: str, revision_key: str) -> Path
         raise ModelError(f"{place}: not on the hub, or private. Check {key}, or set HF_TOKEN.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         remedy = (
-            f"Connect (HF_HUB_OFFLINE unset); or run `tokabatch download {name}` on a machine that is connected, copy the "
-            "folder that it prints, and name the copy as model.path in the job."
+            "Connect (HF_HUB_OFFLINE unset), or name a local folder as model.path in the job: on a machine that is connected, "
+            f"`tokabatch download {name}` prints one to copy."
         )
         raise ModelError(f"{place}: not a folder, not in the hub cache, and the hub is out of reach. {remedy}") from error
     except HFValidationError as error:

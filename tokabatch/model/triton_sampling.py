@@ -18,7 +18,7 @@ CHUNK = 8192
 
 
 @triton.jit
-def _summarise(  # pyright: ignore
+def _summarise(
     logits_ptr, temperature_ptr, highest_ptr, first_ptr, mass_ptr, plain_ptr,
     vocab, row_stride, num_chunks, CHUNK: tl.constexpr, WANT_PLAIN: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def _summarise(  # pyright: ignore
 
 
 @triton.jit
-def _walk(  # pyright: ignore
+def _walk(
     logits_ptr, temperature_ptr, chunk_ptr, base_ptr, rest_ptr, token_ptr, logit_ptr, vocab, row_stride, CHUNK: tl.constexpr
 ):
     """The token of the chosen chunk at which the running mass passes `rest`, and its logit."""

@@ -149,9 +149,14 @@ def resolve_dtype(dtype: str | torch.dtype, spec: ModelSpec, checkpoint: Checkpo
         return dtype
     if dtype == "auto":
         return _STORED[checkpoint.tensors[spec.checkpoint_name("model.embed_tokens.weight")].dtype]
-    if dtype not in _DTYPES:
-        raise ModelError(f"model.dtype: {dtype!r} is not one of auto, {', '.join(_DTYPES)}.")
-    return _DTYPES[dtype]
+    return named_dtype(dtype)
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The dtype that a job or a config calls so."""
+    if name not in _DTYPES:
+        raise ModelError(f"model.dtype: {name!r} is not one of auto, {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
 
 
 def _check_mesh(spec: ModelSpec, mesh: Mesh) -> None:
