@@ -209,7 +209,7 @@ def _stop_rules(prepared: Prepared) -> StopRules:
     tokenizer, sampling = prepared.tokenizer, prepared.requests.sampling
     text = None
     if any(params.stop for params in sampling):
-        text = TokenText(tokenizer.piece_texts(), lambda ids: tokenizer.decode_batch([ids])[0], special_ids(tokenizer))
+        text = TokenText(tokenizer.piece_texts(), tokenizer.decode_batch, special_ids(tokenizer))
     return StopRules(sampling, prepared.eos_token_ids, prepared.spec.vocab_size, text)
 
 

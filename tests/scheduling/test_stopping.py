@@ -39,7 +39,7 @@ TOKENIZERS = {"byte-level": byte_level(), "byte-fallback": byte_fallback()}
 
 def rules(tokenizer: Tokenizer, params: SamplingParams) -> StopRules:
     pieces = [tokenizer.decode([i], skip_special_tokens=False) for i in range(tokenizer.get_vocab_size())]
-    text = TokenText(pieces, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), {"<eos>": 0})
+    text = TokenText(pieces, lambda lists: tokenizer.decode_batch(lists, skip_special_tokens=True), {"<eos>": 0})
     return StopRules([params], [], tokenizer.get_vocab_size(), text)
 
 
@@ -47,7 +47,7 @@ def first_stop(checked: StopRules, tokens: list[int]) -> int | None:
     """How many tokens the sample has when the rules end it."""
     for count in range(1, len(tokens) + 1):
         so_far = np.array(tokens[:count], np.int32)
-        if len(checked.suspects(so_far[-1:])) and checked.check(0, so_far) is not None:
+        if len(checked.suspects(so_far[-1:])) and checked.check([0], [so_far])[0] is not None:
             return count
     return None
 
@@ -71,14 +71,12 @@ def test_the_first_token_at_which_the_whole_text_holds_the_string(kind, data):
 
 def test_a_stop_string_that_spells_a_special_token_means_the_token():
     checked = rules(TOKENIZERS["byte-level"], SamplingParams(stop=("<eos>", "zz")))
-    assert checked.check(0, np.array([5, 6, 0], np.int32)) == 0
-    assert checked.check(0, np.array([5, 0, 6], np.int32)) is None
+    outputs = [np.array(tokens, np.int32) for tokens in ([5, 6, 0], [5, 0, 6])]
+    assert checked.check([0, 0], outputs) == [0, None]
 
 
 def test_ids_of_other_parameters_do_not_stop():
     checked = StopRules([SamplingParams(stop_token_ids=(3,)), SamplingParams(ignore_eos=True)], [9], 20, None)
     assert checked.suspects(np.array([3, 4, 9], np.int32)).tolist() == [0, 2]
-    assert checked.check(0, np.array([3], np.int32)) == 3
-    assert checked.check(0, np.array([9], np.int32)) == 9
-    assert checked.check(1, np.array([3], np.int32)) is None
-    assert checked.check(1, np.array([9], np.int32)) is None
+    outputs = [np.array([token], np.int32) for token in (3, 9, 3, 9)]
+    assert checked.check([0, 0, 1, 1], outputs) == [3, 9, None, None]

@@ -123,11 +123,12 @@ class Scheduler:
             seq.append_logprobs(slots, result.logprob[current], result.top_ids[current], result.top_logprobs[current])
         self.counts.output_tokens += len(slots)
         ends: dict[int, int | str | None] = {int(i): None for i in np.nonzero(seq.generated[slots] >= seq.limit[slots])[0]}
-        for i in self._stops.suspects(tokens):
-            slot = slots[i]
-            reason = self._stops.check(int(seq.params[slot]), seq.tokens[slot, : seq.generated[slot]])
-            if reason is not None:
-                ends[int(i)] = reason
+        suspects = self._stops.suspects(tokens).tolist()
+        if suspects:
+            asked = slots[suspects].tolist()
+            outputs = [seq.tokens[slot, : seq.generated[slot]] for slot in asked]
+            reasons = self._stops.check([int(seq.params[slot]) for slot in asked], outputs)
+            ends.update({i: reason for i, reason in zip(suspects, reasons, strict=True) if reason is not None})
         if not finite.all():
             ends.update({int(i): None for i in np.nonzero(~finite)[0]})
         if not ends:
