@@ -109,8 +109,16 @@ def test_engine_settings_do_not_change_what_is_drawn(engine, model, rows, tmp_pa
 
 
 def test_more_samples_begin_with_the_same_ones(model, rows, tmp_path, undisturbed):
-    run(job(model, rows, tmp_path / "out", generation={"n": 7}))
-    assert [sample for sample in drawn(tmp_path / "out") if sample[1] < 3] == undisturbed
+    run(job(model, rows, tmp_path / "few", generation={"n": 4}))
+    run(job(model, rows, tmp_path / "many", generation={"n": 16}))
+    few, many = drawn(tmp_path / "few"), drawn(tmp_path / "many")
+    assert [sample for sample in many if sample[1] < 4] == few
+    assert [sample for sample in few if sample[1] < 3] == undisturbed
+
+
+def test_a_row_alone_is_drawn_as_in_company(model, rows, tmp_path, undisturbed):
+    run(job(model, rows, tmp_path / "out", input={"limit": 1}))
+    assert drawn(tmp_path / "out") == [sample for sample in undisturbed if sample[0] == 0]
 
 
 def test_bad_rows_cost_one_row_each_and_the_books_close(model, tmp_path):

@@ -52,7 +52,7 @@ def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bo
         scratch = claim.folder.temporary / "input"
         scratch.mkdir(parents=True)
         prepared = prepare(job, scratch, clock.reading)
-        sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload())
+        sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
         recorder = Recorder(job, prepared, claim)
         write_manifest(claim, _manifest(job, prepared))
         recorder.fail(prepared.failures)
@@ -85,7 +85,7 @@ def plan(job: Job) -> PlanReport:
     check_output(Path(job.output.path))
     with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
         prepared = prepare(job, Path(scratch), weights=False)
-        sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload())
+        sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
         report = _plan_report(job, prepared, sizes)
         prepared.store.close()
     return report

@@ -1,6 +1,7 @@
 """How large a replica is: running limit, step size and KV pages, from the device's memory and what the job can use.
 
-A CPU is sized by arithmetic. Sizes never exceed what the job can fill, so that a small job allocates a small cache.
+Sized by arithmetic: free memory less the weights and what a largest step needs beside them. Sizes never exceed what the job can
+fill, so that a small job allocates a small cache.
 """
 
 from __future__ import annotations
@@ -17,14 +18,27 @@ from tokabatch.errors import JobError
 from tokabatch.job import EngineConfig
 from tokabatch.model.spec import ModelSpec, tensor_shapes
 
-CPU_MAX_RUNNING = 512
-CPU_PREFILL_TOKENS = 1024
-CPU_MEMORY_SHARE = 0.6
-"""Of the memory that is available once the weights are counted."""
 MAX_QUEUE_DEPTH = 3
 """Fewer than the sets of buffers that a GPU backend rotates."""
 CGROUP = Path("/sys/fs/cgroup")
 MIN_GROUP, MIN_PREFIX_TOKENS = 4, 32
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDefaults:
+    """What `auto` means on a kind of device; `memory_share` is of what is free once weights and working space are counted."""
+
+    max_running: int
+    prefill_tokens: int
+    memory_share: float
+    working_bytes: int
+    """Kernels' scratch and the allocator's slack."""
+
+
+DEFAULTS = {
+    "cpu": DeviceDefaults(max_running=512, prefill_tokens=1024, memory_share=0.6, working_bytes=0),
+    "cuda": DeviceDefaults(max_running=8192, prefill_tokens=8192, memory_share=0.9, working_bytes=4 << 30),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +71,16 @@ class ReplicaSizes:
     min_prefix_pages: int
 
 
-def decide_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, facts: WorkloadFacts) -> ReplicaSizes:
+def decide_sizes(
+    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, facts: WorkloadFacts, device: str = "cpu"
+) -> ReplicaSizes:
     """Raises JobError where the longest sample cannot fit, with the numbers and the key to change."""
     page = config.page_size
-    if page > spec.context_length:
-        raise JobError(f"engine.page_size is {page}, more than the model's context of {spec.context_length} tokens; write 16")
-    if config.queue_depth != "auto" and config.queue_depth > MAX_QUEUE_DEPTH:
-        raise JobError(
-            f"engine.queue_depth is {config.queue_depth}; more than {MAX_QUEUE_DEPTH} steps ahead gain nothing, write 1 to "
-            f"{MAX_QUEUE_DEPTH} or auto"
-        )
-    wanted = CPU_MAX_RUNNING if config.max_running == "auto" else config.max_running
+    _check_limits(config, spec)
+    defaults = DEFAULTS[device]
+    wanted = defaults.max_running if config.max_running == "auto" else config.max_running
     max_running = max(1, min(wanted, facts.num_samples))
-    step = CPU_PREFILL_TOKENS + max_running if config.max_step_tokens == "auto" else config.max_step_tokens
+    step = defaults.prefill_tokens + max_running if config.max_step_tokens == "auto" else config.max_step_tokens
     if step < max_running:
         raise JobError(
             f"engine.max_step_tokens is {step}, less than the {max_running} samples that may run at once; "
@@ -81,8 +92,35 @@ def decide_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, fact
     # What the job can fill at most: every prompt page once, and for each running sample its output and a copied page.
     prompt_pages = min(facts.unique_prompt_tokens // page + 2 * facts.num_prompts, max_running * per_sequence)
     useful = prompt_pages + max_running * (-(-facts.longest_output // page) + 2) + needed
-    left = available_memory() - weight_bytes(spec, dtype) - _logprob_bytes(facts, max_running)
-    fitting = int(left * CPU_MEMORY_SHARE) // kv_shape(spec, page, 1, 1, 1).bytes_per_page(dtype)
+    fitting = _fitting_pages(config, spec, dtype, facts, device, max_running, step)
+    prefix = MIN_PREFIX_TOKENS if config.hydragen_min_prefix == "auto" else config.hydragen_min_prefix
+    group = MIN_GROUP if config.hydragen_min_group == "auto" else config.hydragen_min_group
+    return ReplicaSizes(
+        page_size=page,
+        num_pages=_decide_pages(config, needed, useful, fitting),
+        max_running=max_running,
+        max_step_tokens=step,
+        max_pages_per_sequence=per_sequence,
+        min_group=0 if config.hydragen is False else group,
+        min_prefix_pages=max(1, -(-prefix // page)),
+    )
+
+
+def _check_limits(config: EngineConfig, spec: ModelSpec) -> None:
+    if config.page_size > spec.context_length:
+        raise JobError(
+            f"engine.page_size is {config.page_size}, more than the model's context of {spec.context_length} tokens; write 16"
+        )
+    if config.queue_depth != "auto" and config.queue_depth > MAX_QUEUE_DEPTH:
+        raise JobError(
+            f"engine.queue_depth is {config.queue_depth}; more than {MAX_QUEUE_DEPTH} steps ahead gain nothing, write 1 to "
+            f"{MAX_QUEUE_DEPTH} or auto"
+        )
+
+
+def _decide_pages(config: EngineConfig, needed: int, useful: int, fitting: int) -> int:
+    """Pages of the cache: `needed` at least, `useful` at most unless the job says otherwise, of `fitting`."""
+    page = config.page_size
     if config.kv_cache_tokens == "auto":
         budget = fitting
         remedy = "use a machine with more memory, lower generation.logprobs or engine.max_running where they are high"
@@ -99,17 +137,29 @@ def decide_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, fact
             f"the longest sample needs {needed * page} tokens of KV cache (prompt plus max_tokens), but "
             f"{max(0, budget) * page} fit; {remedy}, or lower generation.max_tokens"
         )
-    prefix = MIN_PREFIX_TOKENS if config.hydragen_min_prefix == "auto" else config.hydragen_min_prefix
-    group = MIN_GROUP if config.hydragen_min_group == "auto" else config.hydragen_min_group
-    return ReplicaSizes(
-        page_size=page,
-        num_pages=min(budget, useful) if config.kv_cache_tokens == "auto" else budget,
-        max_running=max_running,
-        max_step_tokens=step,
-        max_pages_per_sequence=per_sequence,
-        min_group=0 if config.hydragen is False else group,
-        min_prefix_pages=max(1, -(-prefix // page)),
-    )
+    return min(budget, useful) if config.kv_cache_tokens == "auto" else budget
+
+
+def _fitting_pages(
+    config: EngineConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    facts: WorkloadFacts,
+    device: str,
+    max_running: int,
+    step: int,
+) -> int:
+    """Pages that the device's memory holds beside the weights and a largest step."""
+    if device == "cuda":
+        left = int(torch.cuda.mem_get_info()[0]) - weight_bytes(spec, dtype, head_apart=False)
+        # The widest activations of a step twice over, and the logits of every sample in the model's dtype and in float32.
+        widest = spec.hidden_size * 4 + 2 * spec.intermediate_size + 3 * spec.num_heads * spec.head_dim
+        left -= 2 * step * widest * dtype.itemsize + max_running * spec.vocab_size * (dtype.itemsize + 4)
+    else:
+        left = available_memory() - weight_bytes(spec, dtype, head_apart=True) - _logprob_bytes(facts, max_running)
+    defaults = DEFAULTS[device]
+    bytes_per_page = kv_shape(spec, config.page_size, 1, 1, 1).bytes_per_page(dtype)
+    return int((left - defaults.working_bytes) * defaults.memory_share) // bytes_per_page
 
 
 def available_memory() -> int:
@@ -122,10 +172,10 @@ def available_memory() -> int:
     return min(available, limit - used)
 
 
-def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Memory of the weights; tied embeddings count twice, as a CPU keeps the head in a layout of its own."""
+def weight_bytes(spec: ModelSpec, dtype: torch.dtype, head_apart: bool) -> int:
+    """Memory of the weights. `head_apart`: tied embeddings count twice, as a CPU keeps the head in a layout of its own."""
     numbers = sum(prod(shape) for shape in tensor_shapes(spec).values())
-    return (numbers + (spec.vocab_size * spec.hidden_size if spec.tied_embeddings else 0)) * dtype.itemsize
+    return (numbers + (spec.vocab_size * spec.hidden_size if spec.tied_embeddings and head_apart else 0)) * dtype.itemsize
 
 
 def _logprob_bytes(facts: WorkloadFacts, max_running: int) -> int:

@@ -1,0 +1,91 @@
+"""Sizes follow from memory, weights and the job; what cannot fit is refused with the key to change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tokabatch.engine import sizing
+from tokabatch.engine.sizing import WorkloadFacts, decide_sizes, kv_shape, weight_bytes
+from tokabatch.errors import JobError
+from tokabatch.job import EngineConfig
+from tokabatch.model.spec import ModelSpec, RopeSpec
+
+SPEC = ModelSpec("llama", 1000, 64, 2, 4, 2, 16, 128, 1e-5, RopeSpec(1e4), 4096, tied_embeddings=True)
+FACTS = WorkloadFacts(num_samples=1000, longest_sequence=300, longest_output=100, num_prompts=100, unique_prompt_tokens=20_000)
+PAGE_BYTES = kv_shape(SPEC, 16, 1, 1, 1).bytes_per_page(torch.float32)
+
+
+@pytest.fixture
+def memory(monkeypatch, tmp_path):
+    """Sets what the machine, and the container if any, has left."""
+
+    def set_memory(machine: int, container: int | None = None) -> None:
+        monkeypatch.setattr(sizing.psutil, "virtual_memory", lambda: SimpleNamespace(available=machine))
+        monkeypatch.setattr(sizing, "CGROUP", tmp_path)
+        if container is not None:
+            (tmp_path / "memory.max").write_text(str(container + 500))
+            (tmp_path / "memory.current").write_text("500")
+
+    return set_memory
+
+
+def pages(config: EngineConfig | None = None, facts: WorkloadFacts = FACTS) -> int:
+    return decide_sizes(config or EngineConfig(), SPEC, torch.float32, facts).num_pages
+
+
+def test_a_small_job_takes_a_small_cache(memory):
+    memory(1 << 40)
+    assert pages() <= 20_000 // 16 + 200 + 512 * (100 // 16 + 3) + 20
+
+
+def test_weights_and_the_container_come_off_first(memory):
+    weights = weight_bytes(SPEC, torch.float32, head_apart=True)
+    memory(weights + 100 * PAGE_BYTES)
+    assert pages() == 60
+    memory(1 << 40, container=weights + 50 * PAGE_BYTES)
+    assert pages() == 30
+
+
+def test_too_little_memory_names_the_numbers(memory):
+    memory(weight_bytes(SPEC, torch.float32, head_apart=True) + 10 * PAGE_BYTES)
+    with pytest.raises(JobError, match="320 tokens of KV cache"):
+        pages()
+
+
+def test_a_cache_larger_than_memory_is_refused(memory):
+    memory(weight_bytes(SPEC, torch.float32, head_apart=True) + 100 * PAGE_BYTES)
+    with pytest.raises(JobError, match="memory holds about 960"):
+        pages(EngineConfig(kv_cache_tokens=100_000))
+    assert pages(EngineConfig(kv_cache_tokens=640)) == 40
+
+
+def test_stored_logprobs_count(memory):
+    memory(weight_bytes(SPEC, torch.float32, head_apart=True) + 200 * PAGE_BYTES + 512 * 100 * (4 + 8 * 5))
+    assert pages(facts=replace(FACTS, logprobs=5)) == 120
+
+
+def test_a_gpu_keeps_room_for_a_step(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 80 << 30))
+    facts = replace(FACTS, num_samples=10**6, unique_prompt_tokens=10**9, num_prompts=10**6, longest_output=4000)
+    sizes = decide_sizes(EngineConfig(), SPEC, torch.bfloat16, facts, "cuda")
+    cache = sizes.num_pages * kv_shape(SPEC, 16, 1, 1, 1).bytes_per_page(torch.bfloat16)
+    assert 3.2 < cache / (1 << 30) < 0.9 * (8 - 4)
+    assert sizes.max_running == 8192 and sizes.max_step_tokens == 16384
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (EngineConfig(page_size=8192), "engine.page_size"),
+        (EngineConfig(queue_depth=9), "engine.queue_depth"),
+        (EngineConfig(max_running=64, max_step_tokens=32), "engine.max_step_tokens"),
+    ],
+)
+def test_limits_that_cannot_work_name_their_key(config, key, memory):
+    memory(1 << 40)
+    with pytest.raises(JobError, match=key):
+        pages(config)
