@@ -251,6 +251,12 @@ def test_a_stopped_run_commits_what_is_finished(model, rows, tmp_path):
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
+def test_stopping_while_the_input_is_read_leaves_nothing(model, rows, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(job(model, rows, tmp_path / "out"), should_stop=lambda: True)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("changes", [{}, {"verify": {"kind": "gsm8k", "answer": "answer"}}, {"output": {"columns": []}}])
 def test_an_input_that_does_not_parse_is_all_error_rows(changes, model, tmp_path):
     file = tmp_path / "rows.jsonl"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -45,13 +46,14 @@ def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bo
     """Complete every row of the job's input and write the output folder.
 
     Raises UsageError before any weights load for a job that cannot work, EngineError when the engine breaks. `should_stop`
-    is asked between steps; once it says so, what is finished is committed and the summary has exit code 130.
+    is asked between steps; once it says so, what is finished is committed and the summary has exit code 130. While the input is
+    still read there is nothing to commit: it ends in KeyboardInterrupt and leaves no folder behind.
     """
-    clock = _Clock(progress or NullProgress())
+    clock, should_stop = _Clock(progress or NullProgress()), should_stop or _never
     with Claim(Path(job.output.path)) as claim:
         scratch = claim.folder.temporary / "input"
         scratch.mkdir(parents=True)
-        prepared = prepare(job, scratch, clock.reading)
+        prepared = prepare(job, scratch, partial(_reading, clock, should_stop))
         sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
         recorder = Recorder(job, prepared, claim)
         write_manifest(claim, _manifest(job, prepared))
@@ -65,7 +67,7 @@ def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bo
             executor = _executor(job, prepared, sizes, clock.progress)
             clock.loaded()
             try:
-                exit_code = _generate(job, prepared, scheduler, executor, recorder, clock, should_stop or _never)
+                exit_code = _generate(job, prepared, scheduler, executor, recorder, clock, should_stop)
             finally:
                 executor.close()
         clock.show("writing", prepared, scheduler, recorder)
@@ -143,6 +145,12 @@ class _Clock:
                 tokens_left=scheduler.expected_tokens_left(waiting),
             )
         )
+
+
+def _reading(clock: _Clock, should_stop: Callable[[], bool], rows: int, errors: int) -> None:
+    clock.reading(rows, errors)
+    if should_stop():
+        raise KeyboardInterrupt
 
 
 def _generate(
