@@ -132,6 +132,11 @@ class StepBatch:
     def num_tokens(self) -> int:
         return int(self.run_length.sum())
 
+    def positions(self) -> Int64:
+        """Position in its slot of each of the step's tokens, shape [T]."""
+        first = np.cumsum(self.run_length) - self.run_length
+        return np.arange(self.num_tokens) + np.repeat(self.run_start - first, self.run_length)
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:

@@ -55,10 +55,6 @@ class Recorder:
     def num_errors(self) -> int:
         return sum(self.error_counts.values())
 
-    @property
-    def num_done(self) -> int:
-        return self.num_ok + self.num_errors
-
     def fail(self, failures: Sequence[FailedRow]) -> None:
         """Rows that never became prompts."""
         for begin in range(0, len(failures), BATCH_SAMPLES):

@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
-from tokabatch.messages import StepBatch
+from tokabatch.messages import Int32, Int64, StepBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,13 @@ class KVShape:
 
     def bytes_per_page(self, dtype: torch.dtype) -> int:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.page_size * dtype.itemsize
+
+
+def cache_places(step: StepBatch, page_table: Int32, page_size: int) -> Int64:
+    """Where the keys and values of each of the step's tokens go, shape [T]: page * page_size + offset."""
+    position_T = step.positions()
+    page_T = page_table[np.repeat(step.run_slot, step.run_length), position_T // page_size]
+    return page_T.astype(np.int64) * page_size + position_T % page_size
 
 
 class AttentionBackend(Protocol):

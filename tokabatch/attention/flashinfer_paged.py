@@ -16,7 +16,7 @@ import flashinfer
 import numpy as np
 import torch
 
-from tokabatch.attention.base import KVShape
+from tokabatch.attention.base import KVShape, cache_places
 from tokabatch.messages import Int32, StepBatch
 from tokabatch.transfer import to_device
 
@@ -70,11 +70,7 @@ class FlashInferPagedAttention:
             src, dst = self._to_device(step.copy_src).long(), self._to_device(step.copy_dst).long()
             self.k_cache[:, dst] = self.k_cache[:, src]
             self.v_cache[:, dst] = self.v_cache[:, src]
-        size = self.shape.page_size
-        first = np.cumsum(step.run_length) - step.run_length
-        position_T = np.arange(step.num_tokens) + np.repeat(step.run_start - first, step.run_length)
-        page_T = self.page_table[np.repeat(step.run_slot, step.run_length), position_T // size]
-        self._write_T = self._to_device(page_T.astype(np.int64) * size + position_T % size)
+        self._write_T = self._to_device(cache_places(step, self.page_table, self.shape.page_size))
         self._use = self._sets[step.index % RING]
         self._own = self._plan_own(step)
         self._plan_levels(step)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tokabatch.attention.base import KVShape
+from tokabatch.attention.base import KVShape, cache_places
 from tokabatch.messages import Int32, StepBatch
 from tokabatch.transfer import to_device
 
@@ -90,12 +90,8 @@ class TorchPagedAttention:
             self.k_cache[:, :, dst] = self.k_cache[:, :, src]
             self.v_cache[:, :, dst] = self.v_cache[:, :, src]
         size = self.shape.page_size
-        run_T = np.repeat(np.arange(len(step.run_slot)), step.run_length)
-        first_T = np.cumsum(step.run_length) - step.run_length
-        position_T = np.arange(step.num_tokens) - first_T[run_T] + step.run_start[run_T]
-        page_T = self.page_table[step.run_slot[run_T], position_T // size]
-        self._write_T = self._tensor(page_T.astype(np.int64) * size + position_T % size)
-        first = first_T.astype(np.int32)
+        self._write_T = self._tensor(cache_places(step, self.page_table, size))
+        first = (np.cumsum(step.run_length) - step.run_length).astype(np.int32)
         last = -(-(step.run_start + step.run_length) // size)
         self._own = self._plan(_Passes(first, step.run_length, step.run_slot, step.run_skip, last, step.run_start))
         self._shared = [

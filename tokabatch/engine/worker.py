@@ -64,11 +64,10 @@ class Worker:
         self._slots.open(step.inits)
         self._backend.prepare(step)
         run_stop = np.cumsum(step.run_length)
-        position_T = np.arange(step.num_tokens) + np.repeat(step.run_start - run_stop + step.run_length, step.run_length)
         decoding = self._tensor(step.run_slot[step.num_prefill_runs :])
         token_T = torch.cat((self._tensor(step.token_ids), self._last_token[decoding]))
         logits_SV = self._decoder.forward(
-            token_T, self._tensor(position_T), self._backend.attend, self._tensor(run_stop[step.run_samples] - 1)
+            token_T, self._tensor(step.positions()), self._backend.attend, self._tensor(run_stop[step.run_samples] - 1)
         )
         slots = step.run_slot[step.run_samples]
         position_S = (step.run_start + step.run_length)[step.run_samples]

@@ -44,10 +44,6 @@ class Forecast:
         self._last_step = (np.arange(self.num_bins, dtype=np.int64) + 1) * self.stride - 1
         self.curve = self._private(computed, shared, remaining) + self._held(held_pages, held_steps)
 
-    @property
-    def peak(self) -> int:
-        return int(self.curve.max(initial=0))
-
     def admit(
         self, capacity: int, computed: Int32, shared: Int32, remaining: Int32, prompt_pages: Int32, counts: Int32
     ) -> Int32:
