@@ -37,7 +37,7 @@ class Quarantine:
         if not running:
             return None
         requests = {request for request, _ in running}
-        suspects = requests & {request for request, _ in self._bars}
+        suspects = frozenset(requests & {request for request, _ in self._bars})
         bars = {sample: count + depth for sample, count in running.items()}
         if not suspects:
             self._bars, self._untried, self.trial = bars, [], None
@@ -48,7 +48,7 @@ class Quarantine:
         if len(suspects) > 1 or self.trial != suspects:
             self._split(sorted(suspects))
             return None
-        self._lone_crashes += requests == suspects
+        self._lone_crashes += len(requests) == 1
         return self._condemn() if self._lone_crashes >= LONE_CRASHES else None
 
     def advance(self, generated: Mapping[Sample, int], ended: Collection[Sample]) -> None:
