@@ -45,13 +45,14 @@ class Run:
         self.told: list[str] = []
         self.stop = Interruption()
         self.done: dict[tuple[int, int], Completion] = {}
-        self.start = partial(ProcessExecutor, script, scripted_worker.build, patience, "forkserver")
+        self.make = partial(ProcessExecutor, script, scripted_worker.build, patience, "forkserver")
         self.options = {"depth": depth, "max_restarts": max_restarts}
 
     def complete(self, each_step: Callable[[int, int], None] = lambda step, pid: None) -> None:
         """`each_step` is told how many steps are done and the worker's pid."""
-        replica = Replica(self.scheduler, self.start, counts=self.counts, stop=self.stop, tell=self.told.append, **self.options)
+        replica = Replica(self.scheduler, self.make, counts=self.counts, stop=self.stop, tell=self.told.append, **self.options)
         try:
+            replica.start()
             steps = 0
             while not self.scheduler.done:
                 steps += 1
@@ -109,8 +110,8 @@ def test_a_killed_worker_costs_no_sample(script):
 
 def test_death_is_noticed_within_two_seconds(script):
     executor = ProcessExecutor(script(sleep={1: 60.0}), scripted_worker.build, start_method="forkserver")
-    step = Run(script()).scheduler.schedule()
-    executor.submit(step)
+    executor.start()
+    executor.submit(Run(script()).scheduler.schedule())
     seen: list[float] = []
 
     def kill() -> None:
@@ -129,6 +130,7 @@ def test_death_is_noticed_within_two_seconds(script):
 def test_a_stopped_worker_is_a_hang_even_where_the_pipe_is_full(script, queued):
     run = Run(script())
     executor = ProcessExecutor(script(), scripted_worker.build, SHORT, "forkserver")
+    executor.start()
     step = run.scheduler.schedule()
     executor.submit(step)
     executor.collect()

@@ -35,12 +35,12 @@ class ReplicaCounts:
 
 
 class Replica:
-    """Runs the scheduler's work on workers that `start` makes. Without `max_restarts` a worker cannot be replaced."""
+    """Runs the scheduler's work on workers that `make` makes. Without `max_restarts` a worker cannot be replaced."""
 
     def __init__(
         self,
         scheduler: Scheduler,
-        start: Callable[[], Executor],
+        make: Callable[[], Executor],
         *,
         depth: int,
         counts: ReplicaCounts,
@@ -48,10 +48,9 @@ class Replica:
         stop: Interruption | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> None:
-        """Starts the first worker. `depth` steps are in flight at most; `tell` takes what a person should know. Raises what
-        `start` raises, and Stopped when `stop` says so."""
+        """`depth` steps are in flight at most; `tell` takes what a person should know."""
         self._scheduler = scheduler
-        self._start = start
+        self._make = make
         self._depth = depth
         self._max_restarts = max_restarts
         self._stop = stop or Interruption()
@@ -61,7 +60,23 @@ class Replica:
         """Workers lost since a sample was finished."""
         self._drops = 0
         """Steps that this worker has dropped."""
-        self._executor = self._new_worker()
+        self._executor = make()
+
+    def start(self) -> None:
+        """Load the model. Raises what the worker raises, EngineError when none can be started, and Stopped."""
+        failures = 0
+        while True:
+            try:
+                with self._stop.at_once():
+                    self._executor.start()
+            except WorkerLost as fault:
+                failures += fault.cause == "failed"
+                if failures >= FAILED_STARTS:
+                    raise
+                self._renew(fault, "it was being started")
+            else:
+                self._drops = 0
+                return
 
     def advance(self) -> list[Completion]:
         """Go on until the next result or fault; returns the samples that it finished. Raises Stopped while waiting, and
@@ -117,27 +132,17 @@ class Replica:
     def _replace_worker(self, fault: WorkerLost) -> list[Completion]:
         before = self._scheduler.counts.requeued
         completions = self._scheduler.lost_device(str(fault).splitlines()[0])
-        self._executor.close()
-        self._note(fault, f"{self._scheduler.counts.requeued - before:,} running samples keep their tokens and go on")
-        for code_row in sorted({completion.row_index for completion in completions}):
-            self._tell(f"row {code_row} has killed the worker again, running alone: it becomes an error row (worker_crash)")
-        self._executor = self._new_worker()
+        for row in sorted({completion.row_index for completion in completions}):
+            self._tell(f"row {row} has killed the worker again, running alone: it becomes an error row (worker_crash)")
+        self._renew(fault, f"{self._scheduler.counts.requeued - before:,} running samples keep their tokens and go on")
+        self.start()
         return completions
 
-    def _new_worker(self) -> Executor:
-        failures = 0
-        while True:
-            try:
-                with self._stop.at_once():
-                    executor = self._start()
-            except WorkerLost as fault:
-                failures += fault.cause == "failed"
-                if failures >= FAILED_STARTS:
-                    raise
-                self._note(fault, "it was being started")
-            else:
-                self._drops = 0
-                return executor
+    def _renew(self, fault: WorkerLost, consequence: str) -> None:
+        """Put a new worker, not yet started, in the place of a lost one. Raises where no other is to be started."""
+        self._executor.close()
+        self._note(fault, consequence)
+        self._executor = self._make()
 
     def _note(self, fault: WorkerLost, consequence: str) -> None:
         """Count a lost worker, and say so. Raises where another is not to be started."""

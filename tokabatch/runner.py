@@ -68,8 +68,8 @@ def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bo
         if prepared.failures and job.errors.policy == "stop":
             exit_code = EXIT_STOPPED
         elif len(prepared.requests):
-            start = _worker_start(job, prepared, sizes, clock.progress)
-            exit_code = _complete(job, prepared, scheduler, start, recorder, clock, stop, replica_counts)
+            make = _executors(job, prepared, sizes, clock.progress)
+            exit_code = _complete(job, prepared, scheduler, make, recorder, clock, stop, replica_counts)
         clock.show("writing", prepared, scheduler, recorder)
         books = mark_success(claim, recorder.finish(), prepared.samples_total)
         if exit_code == EXIT_COMPLETE and not books.closed:
@@ -148,7 +148,7 @@ def _complete(
     job: Job,
     prepared: Prepared,
     scheduler: Scheduler,
-    start: Callable[[], Executor],
+    make: Callable[[], Executor],
     recorder: Recorder,
     clock: _Clock,
     stop: Interruption,
@@ -156,18 +156,18 @@ def _complete(
 ) -> int:
     """Load the model and step until every sample is finished; the run's exit code so far."""
     depth = job.engine.queue_depth
-    replica: Replica | None = None
+    replica = Replica(
+        scheduler,
+        make,
+        depth=(2 if prepared.device == "cuda" else 1) if depth == "auto" else depth,
+        counts=counts,
+        max_restarts=job.engine.max_restarts if _runs_apart(job, prepared) else None,
+        stop=stop,
+        tell=clock.progress.message,
+    )
     clock.show("loading", prepared, scheduler, recorder)
     try:
-        replica = Replica(
-            scheduler,
-            start,
-            depth=(2 if prepared.device == "cuda" else 1) if depth == "auto" else depth,
-            counts=counts,
-            max_restarts=job.engine.max_restarts if _runs_apart(job, prepared) else None,
-            stop=stop,
-            tell=clock.progress.message,
-        )
+        replica.start()
         clock.loaded()
         while not scheduler.done:
             completions = replica.advance()
@@ -183,8 +183,7 @@ def _complete(
         recorder.finish()
         raise
     finally:
-        if replica is not None:
-            replica.close()
+        replica.close()
     return EXIT_COMPLETE
 
 
@@ -193,8 +192,8 @@ def _runs_apart(job: Job, prepared: Prepared) -> bool:
     return prepared.device == "cuda" if job.engine.process == "auto" else job.engine.process
 
 
-def _worker_start(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Progress) -> Callable[[], Executor]:
-    """What makes the replica's worker, again where it has to."""
+def _executors(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Progress) -> Callable[[], Executor]:
+    """What makes the replica's executor, and another where that one is lost."""
     backend = choose_backend(prepared.device, prepared.dtype)
     if prepared.device == "cuda" and backend == "torch_paged":
         progress.message(

@@ -41,12 +41,15 @@ def steps() -> list[StepBatch]:
 
 
 def test_a_model_that_cannot_load_is_the_users_error(spec, tmp_path):
+    executor = ProcessExecutor(replace(spec, folder=tmp_path))
     with pytest.raises(ModelError):
-        ProcessExecutor(replace(spec, folder=tmp_path))
+        executor.start()
+    executor.close()
 
 
 def test_the_cause_of_a_broken_step_arrives_with_steps_in_flight(spec, steps):
     executor = ProcessExecutor(spec)
+    executor.start()
     broken = replace(steps[1], run_slot=np.full_like(steps[1].run_slot, 99))
     with pytest.raises(EngineError, match="IndexError"):
         executor.submit(steps[0])
@@ -60,6 +63,7 @@ def test_the_cause_of_a_broken_step_arrives_with_steps_in_flight(spec, steps):
 
 def test_a_killed_worker_is_noticed(spec, steps):
     executor = ProcessExecutor(spec)
+    executor.start()
     executor.submit(steps[0])
     executor.collect()
     os.kill(executor.pid, signal.SIGKILL)
@@ -70,6 +74,7 @@ def test_a_killed_worker_is_noticed(spec, steps):
 
 def test_close_ends_the_process(spec):
     executor = ProcessExecutor(spec)
+    executor.start()
     executor.close()
     assert executor._process.exitcode == 0
 
@@ -89,6 +94,7 @@ if __name__ == "__main__":
     if {when!r} == "loading":
         os.write(1, b"0\\n")
     executor = ProcessExecutor(Script(limits, [[1, 2, 3]], Path({marks!r}), load_seconds={load}, sleep={{1: 300.0}}), build)
+    executor.start()
     os.write(1, f"{{executor.pid}}\\n".encode())
     requests = make_requests([[1, 2, 3]], [SamplingParams(max_tokens=6)])
     executor.submit(Scheduler(requests, limits, StopRules(requests.sampling, [], 97, None)).schedule())
@@ -119,9 +125,14 @@ def test_no_orphan_is_left_when_the_parent_is_killed(when, tmp_path):
 
 def test_signals_for_the_parent_leave_the_worker_alone(spec, steps):
     executor = ProcessExecutor(spec)
+    executor.start()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(executor.pid, number)
     executor.submit(steps[0])
     executor.collect()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
     executor.close()
+
+
+def test_an_executor_that_was_never_started_closes(spec):
+    ProcessExecutor(spec).close()

@@ -59,6 +59,10 @@ class Executor(Protocol):
     """Any number of steps may be submitted before the first result is collected. Both methods raise WorkerLost when the
     worker is gone, and StepDropped when it had no memory for a step: what was submitted and not collected is lost then."""
 
+    def start(self) -> None:
+        """Load the model. Steps may be submitted afterwards. Raises what building the worker raises, or WorkerLost."""
+        ...
+
     def submit(self, step: StepBatch) -> None: ...
 
     def collect(self) -> StepResult:
@@ -70,7 +74,7 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Release the device; results not collected are lost."""
+        """Release the device, started or not; results not collected are lost."""
         ...
 
 
@@ -78,10 +82,15 @@ class InProcessExecutor:
     """See `Executor`. A worker in this process cannot be lost."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        self._worker = Worker.build(spec)
+        self._spec = spec
+        self._worker: Worker | None = None
         self._launched: deque[Running] = deque()
 
+    def start(self) -> None:
+        self._worker = Worker.build(self._spec)
+
     def submit(self, step: StepBatch) -> None:
+        assert self._worker is not None, "not started"
         try:
             self._launched.append(self._worker.launch(step))
         except (RuntimeError, MemoryError) as error:
@@ -98,8 +107,8 @@ class InProcessExecutor:
 
 
 class ProcessExecutor:
-    """See `Executor`. The process is spawned, not forked: a forked child cannot use CUDA. `build(spec)` makes the worker there;
-    the constructor returns when it is ready, and raises what `build` does."""
+    """See `Executor`. `build(spec)` makes the worker in a process of its own, which is spawned, as a forked child cannot use
+    CUDA."""
 
     def __init__(
         self,
@@ -108,21 +117,24 @@ class ProcessExecutor:
         patience: Patience | None = None,
         start_method: Literal["spawn", "forkserver"] = "spawn",
     ) -> None:
-        context = multiprocessing.get_context(start_method)
-        self._pipe, steps = context.Pipe()
-        signs, pulse = context.Pipe(duplex=False)
+        context = multiprocessing.get_context("spawn" if start_method == "spawn" else "forkserver")
+        self._pipe, self._their_pipe = context.Pipe()
+        self._signs, self._pulse = context.Pipe(duplex=False)
         work = pickle.dumps((_serve, (build, spec)))
-        self._process = context.Process(target=child.main, args=(steps, pulse, work), name="tokabatch-worker", daemon=True)
-        _start_shielded(self._process)
-        steps.close()
-        pulse.close()
-        self._watch = Watch(signs, patience or Patience(), self._process.kill)
+        ends = (self._their_pipe, self._pulse, work)
+        self._process: BaseProcess = context.Process(target=child.main, args=ends, name="tokabatch-worker", daemon=True)  # pyright: ignore
+        self._patience = patience or Patience()
+        self._watch: Watch | None = None
+
+    def start(self) -> None:
         try:
-            self._receive()
-            self._watch.ready()
-        except BaseException:
-            self.close()
-            raise
+            _start_shielded(self._process)
+        finally:
+            self._their_pipe.close()
+            self._pulse.close()
+        self._watch = Watch(self._signs, self._patience, self._process.kill)
+        self._receive()
+        self._watch.ready()
 
     @property
     def pid(self) -> int | None:
@@ -141,7 +153,11 @@ class ProcessExecutor:
 
     def close(self) -> None:
         self._pipe.close()
-        self._watch.close()
+        if self._watch is not None:
+            self._watch.close()
+        self._signs.close()
+        if self._process.pid is None:
+            return
         self._process.join(STOP_SECONDS)
         if self._process.is_alive():
             self._process.kill()
@@ -170,7 +186,7 @@ class ProcessExecutor:
 
     def _gone(self) -> WorkerLost:
         self._process.join(STOP_SECONDS)
-        if self._watch.fault is not None:
+        if self._watch is not None and self._watch.fault is not None:
             return WorkerLost(f"the worker process hung ({self._watch.fault}) and was killed", "hung")
         code = self._process.exitcode
         if code is not None and code < 0:

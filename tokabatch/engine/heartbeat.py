@@ -132,11 +132,9 @@ class Watch:
         self._vitals.ready = True
 
     def close(self) -> None:
-        """Stop watching; the child notices that nobody listens."""
+        """Stop watching. The pipe is the caller's to close."""
         self._closing.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-        self._pipe.close()
+        self._thread.join()
 
     def _look(self) -> None:
         before = time.monotonic()
