@@ -129,7 +129,7 @@ def test_a_stopped_worker_is_replaced(model, rows, tmp_path, watched):
 
 def test_a_poison_row_costs_its_own_samples(model, tmp_path, monkeypatch):
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"question": q}) + "\n" for q in ("a", "b", "the | kills", "c")))
+    file.write_text("".join(json.dumps({"question": q}) + "\n" for q in ("a", "b", "kills", "c")))
     monkeypatch.setattr("tokabatch.runner.ProcessExecutor", partial(ProcessExecutor, build=poisoned_worker.build))
     summary = run(job(model, file, tmp_path / "out", generation={"n": 2, "max_tokens": 8}, errors={"max_fraction": 0.5}))
     assert (summary.exit_code, summary.ok, summary.errors) == (0, 6, 2)

@@ -1,4 +1,4 @@
-"""A real worker that is killed by every step in which a certain token comes from the host: a row that kills workers."""
+"""A real worker that is killed by every step that admits a sample of a certain row."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.messages import StepBatch
 
-POISON = 4 + ord("|") - ord(" ")
-"""The id that the tests' tokenizer gives this character alone."""
+ROW = 2
 
 
 @dataclass
@@ -18,7 +17,7 @@ class PoisonedWorker:
     worker: Worker
 
     def launch(self, step: StepBatch):
-        if POISON in step.token_ids:
+        if ROW in step.inits.row:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.worker.launch(step)
 
