@@ -24,6 +24,15 @@ from tokabatch.transfer import to_device, to_host
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileSpec:
+    """Record `steps` steps from step `start` on (the first is 1) into the Chrome trace `path`."""
+
+    path: Path
+    start: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """All a worker is built from; picklable, so that it can be built in another process."""
 
@@ -33,6 +42,7 @@ class WorkerSpec:
     device: str
     backend: str
     sizes: ReplicaSizes
+    profile: ProfileSpec | None = None
 
 
 class Worker:
