@@ -27,7 +27,7 @@ from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.timing import Timer, Work
 from tokabatch.model.layers import gate
 
-LAUNCHES, LAUNCH_ROUNDS = 50, 40
+LAUNCHES = 50
 """Launches between two waits: fewer than the driver queues, beyond which a launch waits for the device."""
 GRAPH_KERNELS = 10
 
@@ -41,10 +41,13 @@ class Scale:
     chunks: tuple[int, ...]
     fp8_rows: tuple[int, ...]
     layers: int
+    launch_rounds: int
 
 
-FULL = Scale(("llama-3.2-1b", "llama-3.1-8b"), 8192, (512, 1024, 2048, 4096, 8192), (256, 1024, 4096, 8192), layers=4)
-SMALL = Scale(("tiny",), 64, (16, 32, 64), (32, 64), layers=2)
+FULL = Scale(
+    ("llama-3.2-1b", "llama-3.1-8b"), 8192, (512, 1024, 2048, 4096, 8192), (256, 1024, 4096, 8192), layers=4, launch_rounds=40
+)
+SMALL = Scale(("tiny",), 64, (16, 32, 64), (32, 64), layers=2, launch_rounds=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,22 +251,22 @@ def launch(bench: Bench) -> None:
         works["event record"] = event.record
     works[f"graph replay of {GRAPH_KERNELS} kernels"] = bench.timer.captured(lambda: [product() for _ in range(GRAPH_KERNELS)])
     for way, work in works.items():
-        cpu, wall = _launch_cost(bench.timer, work)
+        cpu, wall = _launch_cost(bench.timer, work, bench.scale.launch_rounds)
         print(f"{way}: {cpu * 1e6:.2f} us of CPU a call, {wall * 1e6:.2f} us by the clock", flush=True)
 
 
-def _launch_cost(timer: Timer, work: Work) -> tuple[float, float]:
+def _launch_cost(timer: Timer, work: Work, rounds: int) -> tuple[float, float]:
     """Seconds of the calling thread, and of the clock."""
     for _ in range(20):
         work()
     cpu = wall = 0.0
-    for _ in range(LAUNCH_ROUNDS):
+    for _ in range(rounds):
         timer.wait()
         cpu_begin, begin = time.thread_time(), time.perf_counter()
         for _ in range(LAUNCHES):
             work()
         cpu, wall = cpu + time.thread_time() - cpu_begin, wall + time.perf_counter() - begin
-    calls = LAUNCHES * LAUNCH_ROUNDS
+    calls = LAUNCHES * rounds
     return cpu / calls, wall / calls
 
 
