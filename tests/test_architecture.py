@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transfer": set(),
     "parallel": LEAVES,
     "attention": LEAVES | {"parallel", "transfer"},
-    "model": LEAVES | {"parallel"},
+    "model": LEAVES | {"parallel", "transfer"},
     "data": LEAVES,
     "planning": LEAVES,
     "costs": LEAVES | {"model"},

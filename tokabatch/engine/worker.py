@@ -15,9 +15,10 @@ import torch
 from tokabatch.attention import create_backend
 from tokabatch.attention.base import AttentionBackend
 from tokabatch.engine.sizing import ReplicaSizes, kv_shape
-from tokabatch.messages import Int32, SlotInit, StepBatch, StepResult
+from tokabatch.messages import StepBatch, StepResult
 from tokabatch.model.decoder import Decoder
-from tokabatch.model.sampler import Sampled, SamplerInputs, sample
+from tokabatch.model.sampler import Sampled, sample
+from tokabatch.model.slot_table import SlotTable
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import load_decoder
 from tokabatch.transfer import to_device, to_host
@@ -53,7 +54,7 @@ class Worker:
         self._backend = backend
         self._device = decoder.device
         self._last_token = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
-        self._slots = _SlotParams(num_slots)
+        self._slots = SlotTable(num_slots, self._device)
 
     @classmethod
     def build(cls, spec: WorkerSpec) -> Worker:
@@ -81,8 +82,8 @@ class Worker:
         )
         slots = step.run_slot[step.run_samples]
         position_S = (step.run_start + step.run_length)[step.run_samples]
-        sampled = sample(logits_SV, self._slots.inputs(slots, position_S, self._device))
-        self._last_token[self._tensor(slots)] = sampled.token_S.long()
+        inputs = self._slots.inputs(slots, self._tensor(slots), to_device(position_S, self._device))
+        sampled = sample(logits_SV, inputs, self._last_token)
         return Launched(step.index, sampled)
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
@@ -94,13 +95,9 @@ class Launched:
 
     def __init__(self, index: int, sampled: Sampled) -> None:
         self._index = index
-        self._token_S = to_host(sampled.token_S)
-        self._finite_S = to_host(sampled.finite_S)
-        self._logprob_S = to_host(sampled.logprob_S)
-        self._top_ids_SK = to_host(sampled.top_ids_SK)
-        self._top_logprobs_SK = to_host(sampled.top_logprobs_SK)
+        self._sampled = Sampled(to_host(sampled.packed))
         self._event: torch.cuda.Event | None = None
-        if sampled.token_S.is_cuda:
+        if sampled.packed.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
 
@@ -114,48 +111,9 @@ class Launched:
             self._event.synchronize()
         return StepResult(
             index=self._index,
-            token=self._token_S.numpy(),
-            finite=self._finite_S.numpy(),
-            logprob=self._logprob_S.numpy(),
-            top_ids=self._top_ids_SK.numpy(),
-            top_logprobs=self._top_logprobs_SK.numpy(),
-        )
-
-
-class _SlotParams:
-    """Sampling parameters by slot, kept on the host: a step gathers those of the slots it samples."""
-
-    def __init__(self, num_slots: int) -> None:
-        self._seed, self._row = np.zeros(num_slots, np.int64), np.zeros(num_slots, np.int64)
-        self._sample, self._top_k = np.zeros(num_slots, np.int32), np.zeros(num_slots, np.int32)
-        self._logprobs = np.full(num_slots, -1, np.int32)
-        self._temperature, self._top_p = np.ones(num_slots, np.float32), np.ones(num_slots, np.float32)
-        self._min_p = np.zeros(num_slots, np.float32)
-
-    def open(self, inits: SlotInit) -> None:
-        slot = inits.slot
-        self._seed[slot], self._row[slot], self._sample[slot] = inits.seed, inits.row, inits.sample
-        self._temperature[slot], self._top_p[slot] = inits.temperature, inits.top_p
-        self._top_k[slot], self._min_p[slot] = inits.top_k, inits.min_p
-        self._logprobs[slot] = inits.logprobs
-
-    def inputs(self, slots: Int32, position_S: Int32, device: torch.device) -> SamplerInputs:
-        def gather(values: np.ndarray) -> torch.Tensor:
-            return to_device(values, device)
-
-        temperature, top_p = self._temperature[slots], self._top_p[slots]
-        top_k, min_p, logprobs = self._top_k[slots], self._min_p[slots], self._logprobs[slots]
-        return SamplerInputs(
-            seed=gather(self._seed[slots]),
-            row=gather(self._row[slots]),
-            sample=gather(self._sample[slots]),
-            position=gather(position_S),
-            temperature=gather(temperature),
-            top_p=gather(top_p),
-            top_k=gather(top_k),
-            min_p=gather(min_p),
-            logprobs=gather(logprobs),
-            any_random=bool((temperature > 0).any()),
-            any_filter=bool(((top_p < 1) | (top_k > 0) | (min_p > 0)).any()),
-            max_logprobs=int(logprobs.max(initial=-1)),
+            token=self._sampled.token_S.numpy(),
+            finite=self._sampled.finite_S.numpy(),
+            logprob=self._sampled.logprob_S.numpy(),
+            top_ids=self._sampled.top_ids_SK.numpy(),
+            top_logprobs=self._sampled.top_logprobs_SK.numpy(),
         )
