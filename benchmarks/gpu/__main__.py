@@ -144,6 +144,7 @@ def measure(part: Part, model: Path, places: Places, scale: float, seed: int, pr
     workload = workload if part.prompts is None else workload.take(part.prompts)
     print(f"\n== {model.name} {part.label}: {describe_workload(workload)}", flush=True)
     source = places.scratch / f"{model.name}-{part.workload}.parquet"
+    workload.save(source.with_suffix(".npz"))
     jobs.write_input(workload, source)
     job = jobs.job(model, source, places.out / "completions", workload)
     figures = run_pass(part, job, places, workload)

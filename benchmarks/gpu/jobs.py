@@ -21,17 +21,14 @@ ROW_GROUP = 2048
 
 def write_input(workload: Workload, file: Path) -> int:
     """One row for each prompt and output length. Returns the number of rows."""
-    prompts: list[int] = []
-    params: list[dict[str, int]] = []
-    for index, lengths in enumerate(workload.output_length_PN):
-        for length, count in zip(*np.unique(lengths, return_counts=True), strict=True):
-            prompts.append(index)
-            params.append({"n": int(count), "max_tokens": int(length)})
-    tokens: pa.Array[Any] = pa.array([workload.prompts[index] for index in prompts], pa.list_(pa.int32()))
+    groups = list(workload.groups())
+    params = [{"n": group.samples, "max_tokens": group.output_length} for group in groups]
+    tokens: pa.Array[Any] = pa.array([workload.prompts[group.prompt] for group in groups], pa.list_(pa.int32()))
     struct = pa.struct([("n", pa.int64()), ("max_tokens", pa.int64())])
-    table = pa.table({PROMPT: pa.array(prompts, pa.int64()), TOKENS: tokens, PARAMS: pa.array(params, struct)})
+    prompts = pa.array([group.prompt for group in groups], pa.int64())
+    table = pa.table({PROMPT: prompts, TOKENS: tokens, PARAMS: pa.array(params, struct)})
     pq.write_table(table, file, row_group_size=ROW_GROUP, compression="zstd")
-    return len(prompts)
+    return len(groups)
 
 
 def job(model: Path, source: Path, output: Path, workload: Workload) -> dict[str, Any]:
