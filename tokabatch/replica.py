@@ -28,6 +28,8 @@ class ReplicaCounts:
 
     host_seconds: float = 0.0
     """CPU time of the scheduler."""
+    launch_seconds: float = 0.0
+    """CPU time of the worker's launches."""
     restarts: Counter[str] = field(default_factory=Counter[str])
     """Workers lost, by cause."""
     dropped_steps: int = 0
@@ -75,6 +77,7 @@ class Replica:
                     raise
                 self._renew(fault, "it was being started")
             else:
+                self._scheduler.settle_pages(self._executor.sizes.num_pages)
                 self._drops = 0
                 return
 
@@ -87,6 +90,7 @@ class Replica:
             return self._make_smaller(fault)
         except WorkerLost as fault:
             return self._replace_worker(fault)
+        self._counts.launch_seconds += result.launch_seconds
         with self._scheduling():
             completions = self._scheduler.apply(result)
         if completions:

@@ -25,7 +25,7 @@ from tokabatch.data.manifest import Manifest, Versions, mark_success, write_mani
 from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
 from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, kv_shape
-from tokabatch.engine.worker import WorkerSpec
+from tokabatch.engine.worker import ProfileSpec, WorkerSpec
 from tokabatch.errors import EngineError, Stopped
 from tokabatch.interruption import Interruption
 from tokabatch.job import Job
@@ -70,6 +70,7 @@ def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bo
         elif len(prepared.requests):
             make = _executors(job, prepared, sizes, clock.progress)
             exit_code = _complete(job, prepared, scheduler, make, recorder, clock, stop, replica_counts)
+            _check_profile(job, scheduler.counts, clock.progress)
         clock.show("writing", prepared, scheduler, recorder)
         books = mark_success(claim, recorder.finish(), prepared.samples_total)
         if exit_code == EXIT_COMPLETE and not books.closed:
@@ -200,10 +201,27 @@ def _executors(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Prog
             f"attention runs in plain torch, many times slower than FlashInfer's kernels: those need model.dtype bfloat16 or "
             f'float16 (it is {str(prepared.dtype).removeprefix("torch.")}) and `pip install -e ".[gpu]"`'
         )
-    spec = WorkerSpec(prepared.folder, prepared.spec, prepared.dtype, prepared.device, backend, sizes)
+    spec = WorkerSpec(
+        folder=prepared.folder,
+        spec=prepared.spec,
+        dtype=prepared.dtype,
+        device=prepared.device,
+        backend=backend,
+        sizes=sizes,
+        fp8=job.model.quantization == "fp8",
+        kv_dtype=torch.float8_e4m3fn if job.engine.kv_cache_dtype == "fp8" else None,
+        profile=job.profile and ProfileSpec(Path(job.profile.path), job.profile.start, job.profile.steps),
+    )
     if _runs_apart(job, prepared):
         return partial(ProcessExecutor, spec, patience=Patience.of(job.engine.hang_seconds))
     return partial(InProcessExecutor, spec)
+
+
+def _check_profile(job: Job, counts: SchedulerCounts, progress: Progress) -> None:
+    if job.profile and counts.steps < job.profile.start:
+        progress.message(
+            f"nothing was profiled: the run had {counts.steps} steps, and profile.start is {job.profile.start}; write less"
+        )
 
 
 def _limits(sizes: ReplicaSizes) -> SchedulerLimits:
@@ -266,6 +284,7 @@ def _summary(
         restarts=tuple(sorted(replica.restarts.items())),
         requeued=counts.requeued,
         dropped_steps=replica.dropped_steps,
+        launch_seconds=replica.launch_seconds,
         error_counts=tuple(sorted(recorder.error_counts.items())),
         pass_at_k=recorder.pass_at_k(),
         unverified=recorder.num_unverified,

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass
 
-from tokabatch.engine.worker import Worker, WorkerSpec
+from tokabatch.engine.launcher import Launcher
+from tokabatch.engine.worker import WorkerSpec
 from tokabatch.messages import StepBatch
 
 ROW = 2
 
 
-@dataclass
-class PoisonedWorker:
-    worker: Worker
-
+class PoisonedLauncher(Launcher):
     def launch(self, step: StepBatch):
         if ROW in step.inits.row:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.worker.launch(step)
+        return super().launch(step)
 
 
-def build(spec: WorkerSpec) -> PoisonedWorker:
-    return PoisonedWorker(Worker.build(spec))
+def build(spec: WorkerSpec) -> Launcher:
+    return PoisonedLauncher.build(spec)

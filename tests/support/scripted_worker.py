@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from support.token_device import TokenDevice
+from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.messages import StepBatch, StepResult
 from tokabatch.scheduling.scheduler import SchedulerLimits
 
@@ -51,6 +52,19 @@ class ScriptedWorker:
         self.device = TokenDevice(script.limits)
         self.device.prompts = script.prompts
         self.steps = 0
+        limits = script.limits
+        self.sizes = ReplicaSizes(
+            page_size=limits.page_size,
+            num_pages=limits.num_pages,
+            max_running=limits.max_running,
+            max_step_tokens=limits.max_step_tokens,
+            max_pages_per_sequence=limits.max_pages_per_sequence,
+            min_group=limits.grouping.min_group if limits.grouping else 0,
+            min_prefix_pages=1,
+        )
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def launch(self, step: StepBatch) -> Finished:
         script = self.script

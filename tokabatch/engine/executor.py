@@ -23,7 +23,9 @@ import torch
 
 from tokabatch.engine import child
 from tokabatch.engine.heartbeat import Patience, Pulse, Watch
-from tokabatch.engine.worker import Worker, WorkerSpec
+from tokabatch.engine.launcher import Launcher
+from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.worker import WorkerSpec
 from tokabatch.errors import StepDropped, TokabatchError, WorkerLost
 from tokabatch.messages import StepBatch, StepResult
 
@@ -45,9 +47,14 @@ class Running(Protocol):
 
 
 class Launches(Protocol):
-    """What executes steps: a `Worker`, or a scripted one in tests."""
+    """What executes steps: a `Launcher` with its worker, or a scripted one in tests."""
+
+    @property
+    def sizes(self) -> ReplicaSizes: ...
 
     def launch(self, step: StepBatch) -> Running: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,11 @@ class Executor(Protocol):
 
     def start(self) -> None:
         """Load the model. Steps may be submitted afterwards. Raises what building the worker raises, or WorkerLost."""
+        ...
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        """As the worker settled them when it started."""
         ...
 
     def submit(self, step: StepBatch) -> None: ...
@@ -83,16 +95,19 @@ class InProcessExecutor:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
-        self._worker: Worker | None = None
+        self._launcher: Launcher | None = None
         self._launched: deque[Running] = deque()
 
+    @property
+    def sizes(self) -> ReplicaSizes:
+        return self._started().sizes
+
     def start(self) -> None:
-        self._worker = Worker.build(self._spec)
+        self._launcher = Launcher.build(self._spec)
 
     def submit(self, step: StepBatch) -> None:
-        assert self._worker is not None, "not started"
         try:
-            self._launched.append(self._worker.launch(step))
+            self._launched.append(self._started().launch(step))
         except (RuntimeError, MemoryError) as error:
             raise _dropped(step, error) from error
 
@@ -104,6 +119,12 @@ class InProcessExecutor:
 
     def close(self) -> None:
         self._launched.clear()
+        if self._launcher is not None:
+            self._launcher.close()
+
+    def _started(self) -> Launcher:
+        assert self._launcher is not None, "not started"
+        return self._launcher
 
 
 class ProcessExecutor:
@@ -113,7 +134,7 @@ class ProcessExecutor:
     def __init__(
         self,
         spec: Any,
-        build: Callable[[Any], Launches] = Worker.build,
+        build: Callable[[Any], Launches] = Launcher.build,
         patience: Patience | None = None,
         start_method: Literal["spawn", "forkserver"] = "spawn",
     ) -> None:
@@ -125,6 +146,12 @@ class ProcessExecutor:
         self._process: BaseProcess = context.Process(target=child.main, args=ends, name="tokabatch-worker", daemon=True)  # pyright: ignore
         self._patience = patience or Patience()
         self._watch: Watch | None = None
+        self._sizes: ReplicaSizes | None = None
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        assert self._sizes is not None, "not started"
+        return self._sizes
 
     def start(self) -> None:
         try:
@@ -133,7 +160,9 @@ class ProcessExecutor:
             self._their_pipe.close()
             self._pulse.close()
         self._watch = Watch(self._signs, self._patience, self._process.kill)
-        self._receive()
+        sizes = self._receive()
+        assert isinstance(sizes, ReplicaSizes)
+        self._sizes = sizes
         self._watch.ready()
 
     @property
@@ -171,7 +200,7 @@ class ProcessExecutor:
             while True:
                 self._receive(error)
 
-    def _receive(self, cause: Exception | None = None) -> StepResult | None:
+    def _receive(self, cause: Exception | None = None) -> StepResult | ReplicaSizes:
         try:
             # A dead worker's end closes at once, unless a process that it left behind holds it open.
             while not self._pipe.poll(ALIVE_SECONDS):
@@ -209,18 +238,19 @@ def _signal_name(number: int) -> str:
 
 
 def _serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any], pulse: Pulse) -> None:
-    """The worker process: ready (None), then a result for each step, until the other end closes. After any error but the want
-    of memory it ends: the device's context may be gone, and is never used again.
+    """The worker process: its sizes when it is ready, then a result for each step, until the other end closes. After any error
+    but the want of memory it ends: the device's context may be gone, and is never used again.
 
     Steps are drained by a thread: were both sides to block in a send larger than the pipe's buffer, neither would go on.
     """
     build, spec = work
     steps: queue.SimpleQueue[StepBatch | Resume | None] = queue.SimpleQueue()
     try:
-        worker = build(spec)
-        pipe.send(None)
+        launcher = build(spec)
+        pipe.send(launcher.sizes)
         threading.Thread(target=_drain, args=(pipe, steps), daemon=True).start()
-        _work(worker, steps, pipe, pulse)
+        _work(launcher, steps, pipe, pulse)
+        launcher.close()
     except TokabatchError as error:
         pipe.send(error)
     except ConnectionError:
@@ -229,7 +259,7 @@ def _serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any], pulse:
         pipe.send(WorkerLost(f"the worker process failed:\n{traceback.format_exc()}"))
 
 
-def _work(worker: Launches, steps: queue.SimpleQueue[StepBatch | Resume | None], pipe: Connection, pulse: Pulse) -> None:
+def _work(launcher: Launches, steps: queue.SimpleQueue[StepBatch | Resume | None], pipe: Connection, pulse: Pulse) -> None:
     """Launch what arrives, ahead of sending back what is done: the device always has the next step queued."""
     launched: deque[Running] = deque()
     while True:
@@ -245,7 +275,7 @@ def _work(worker: Launches, steps: queue.SimpleQueue[StepBatch | Resume | None],
             continue
         pulse.begun += 1
         try:
-            launched.append(worker.launch(step))
+            launched.append(launcher.launch(step))
         except (RuntimeError, MemoryError) as error:
             dropped = _dropped(step, error)
             while launched:

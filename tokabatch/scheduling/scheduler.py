@@ -45,6 +45,7 @@ class _InFlight:
     epochs: Int32
     run_slots: Int32
     """Those of all runs, sampled or not."""
+    clear_pages: Int32
 
 
 class Scheduler:
@@ -65,6 +66,11 @@ class Scheduler:
         self._admission = Admission(requests, limits.page_size, self.pool, self.prompts, self.sequences, self.counts)
         self._in_flight: deque[_InFlight] = deque()
         self._quarantine = Quarantine()
+
+    def settle_pages(self, num_pages: int) -> None:
+        """Take so many pages, which the device turned out to hold; before the first step, or when nothing is held any more."""
+        self.limits = replace(self.limits, num_pages=num_pages)
+        self.pool.resize(num_pages)
 
     @property
     def done(self) -> bool:
@@ -155,6 +161,9 @@ class Scheduler:
         condemned = None
         if crash is not None:
             condemned = self._quarantine.crash(self._running_samples(), len(self._in_flight))
+        for step in self._in_flight:
+            # A step that was dropped has not cleared them.
+            self.pool.taint(step.clear_pages)
         self._in_flight.clear()
         for slot in self.sequences.order[np.argsort(self.sequences.admitted[self.sequences.order])].tolist():
             self._requeue(slot)
@@ -309,7 +318,7 @@ class Scheduler:
         full = seq.length[sampled] - seq.prompt_length[sampled] >= seq.limit[sampled]
         # The last token of the limit needs no keys and values: its slot only waits for the result.
         seq.computed[sampled[full]] = seq.length[sampled[full]]
-        self._in_flight.append(_InFlight(sampled, seq.epoch[sampled], slots))
+        self._in_flight.append(_InFlight(sampled, seq.epoch[sampled], slots, batch.clear_pages))
         self.counts.steps += 1
 
     def _advance_prompt(self, slot: int, step: int) -> None:
