@@ -255,8 +255,9 @@ def _serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any], pulse:
         pipe.send(error)
     except ConnectionError:
         return
-    except Exception:
-        pipe.send(WorkerLost(f"the worker process failed:\n{traceback.format_exc()}"))
+    except Exception as error:
+        reason = " ".join(traceback.format_exception_only(error)[-1].split())
+        pipe.send(WorkerLost(f"the worker process failed: {reason}\n{traceback.format_exc()}"))
 
 
 def _work(launcher: Launches, steps: queue.SimpleQueue[StepBatch | Resume | None], pipe: Connection, pulse: Pulse) -> None:
