@@ -67,6 +67,7 @@ class Faults(NullProgress):
         self._longest = longest
         self._tokens = 0
         self._over = threading.Event()
+        self._struck: set[int] = set()
         self.sent: list[signal.Signals] = []
         self.told: list[str] = []
         self.thread = threading.Thread(target=self._strike, daemon=True)
@@ -96,6 +97,7 @@ class Faults(NullProgress):
             if self._over.is_set():
                 return
             with suppress(psutil.NoSuchProcess):
+                self._struck.add(worker.pid)
                 worker.send_signal(number)
                 self.sent.append(number)
 
@@ -104,7 +106,7 @@ class Faults(NullProgress):
         while not self._over.is_set():
             for child in psutil.Process().children():
                 with suppress(psutil.NoSuchProcess):
-                    if "spawn_main" in " ".join(child.cmdline()) and child.status() != psutil.STATUS_STOPPED:
+                    if child.pid not in self._struck and "spawn_main" in " ".join(child.cmdline()):
                         return child
             time.sleep(0.02)
         return None
