@@ -25,7 +25,7 @@ from tokabatch.data.folder import Claim, check_output
 from tokabatch.data.manifest import Manifest, Versions, mark_success, write_manifest, write_summary
 from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, kv_shape
-from tokabatch.engine.worker import WorkerSpec
+from tokabatch.engine.worker import ProfileSpec, WorkerSpec
 from tokabatch.errors import EngineError
 from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes
@@ -65,11 +65,13 @@ def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bo
         elif len(prepared.requests):
             clock.show("loading", prepared, scheduler, recorder)
             executor = _executor(job, prepared, sizes, clock.progress)
+            scheduler.settle_pages(executor.sizes.num_pages)
             clock.loaded()
             try:
                 exit_code = _generate(job, prepared, scheduler, executor, recorder, clock, should_stop)
             finally:
                 executor.close()
+            _check_profile(job, scheduler.counts, clock.progress)
         clock.show("writing", prepared, scheduler, recorder)
         books = mark_success(claim, recorder.finish(), prepared.samples_total)
         if exit_code == EXIT_COMPLETE and not books.closed:
@@ -101,6 +103,8 @@ class _Clock:
     begun: float = field(default_factory=time.perf_counter)
     load_seconds: float = 0.0
     host_seconds: float = 0.0
+    launch_seconds: float = 0.0
+    """CPU time of the worker's launches."""
     shown_phase: Phase | None = None
     next_show: float = 0.0
 
@@ -174,6 +178,7 @@ def _generate(
         if not scheduler.num_in_flight:
             raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
         result = executor.collect()
+        clock.launch_seconds += result.launch_seconds
         with clock.scheduling():
             completions = scheduler.apply(result)
         recorder.add(completions)
@@ -197,9 +202,26 @@ def _executor(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Progr
             f"attention runs in plain torch, many times slower than FlashInfer's kernels: those need model.dtype bfloat16 or "
             f'float16 (it is {str(prepared.dtype).removeprefix("torch.")}) and `pip install -e ".[gpu]"`'
         )
-    spec = WorkerSpec(prepared.folder, prepared.spec, prepared.dtype, prepared.device, backend, sizes)
+    spec = WorkerSpec(
+        folder=prepared.folder,
+        spec=prepared.spec,
+        dtype=prepared.dtype,
+        device=prepared.device,
+        backend=backend,
+        sizes=sizes,
+        fp8=job.model.quantization == "fp8",
+        kv_dtype=torch.float8_e4m3fn if job.engine.kv_cache_dtype == "fp8" else None,
+        profile=job.profile and ProfileSpec(Path(job.profile.path), job.profile.start, job.profile.steps),
+    )
     separate = prepared.device == "cuda" if job.engine.process == "auto" else job.engine.process
     return ProcessExecutor(spec) if separate else InProcessExecutor(spec)
+
+
+def _check_profile(job: Job, counts: SchedulerCounts, progress: Progress) -> None:
+    if job.profile and counts.steps < job.profile.start:
+        progress.message(
+            f"nothing was profiled: the run had {counts.steps} steps, and profile.start is {job.profile.start}; write less"
+        )
 
 
 def _limits(sizes: ReplicaSizes) -> SchedulerLimits:
@@ -253,6 +275,7 @@ def _summary(
         preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,
         host_seconds=clock.host_seconds,
+        launch_seconds=clock.launch_seconds,
         error_counts=tuple(sorted(recorder.error_counts.items())),
         pass_at_k=recorder.pass_at_k(),
         unverified=recorder.num_unverified,

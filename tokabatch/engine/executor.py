@@ -15,7 +15,9 @@ from collections import deque
 from multiprocessing.connection import Connection
 from typing import Protocol
 
-from tokabatch.engine.worker import Launched, Worker, WorkerSpec
+from tokabatch.engine.launcher import Launcher, TimedLaunch
+from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.errors import EngineError, TokabatchError
 from tokabatch.messages import StepBatch, StepResult
 
@@ -25,6 +27,11 @@ POLL_SECONDS = 0.0002
 
 class Executor(Protocol):
     """Any number of steps may be submitted before the first result is collected."""
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        """As the worker settled them."""
+        ...
 
     def submit(self, step: StepBatch) -> None: ...
 
@@ -41,17 +48,24 @@ class InProcessExecutor:
     """See `Executor`."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        self._worker = Worker.build(spec)
-        self._launched: deque[Launched] = deque()
+        worker = Worker.build(spec)
+        self._sizes = worker.sizes
+        self._launcher = Launcher(worker, spec.profile, spec.device)
+        self._launched: deque[TimedLaunch] = deque()
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        return self._sizes
 
     def submit(self, step: StepBatch) -> None:
-        self._launched.append(self._worker.launch(step))
+        self._launched.append(self._launcher.launch(step))
 
     def collect(self) -> StepResult:
         return self._launched.popleft().wait()
 
     def close(self) -> None:
         self._launched.clear()
+        self._launcher.close()
 
 
 class ProcessExecutor:
@@ -63,7 +77,12 @@ class ProcessExecutor:
         self._process = context.Process(target=_serve, args=(theirs, spec), name="tokabatch-worker", daemon=True)
         self._process.start()
         theirs.close()
-        self._receive()
+        self._sizes = self._receive()
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        assert isinstance(self._sizes, ReplicaSizes)
+        return self._sizes
 
     def submit(self, step: StepBatch) -> None:
         try:
@@ -85,7 +104,7 @@ class ProcessExecutor:
             self._process.kill()
             self._process.join()
 
-    def _receive(self, cause: Exception | None = None) -> StepResult | None:
+    def _receive(self, cause: Exception | None = None) -> StepResult | ReplicaSizes:
         try:
             message = self._pipe.recv()
         except (EOFError, OSError) as error:
@@ -101,7 +120,7 @@ class ProcessExecutor:
 
 
 def _serve(pipe: Connection, spec: WorkerSpec) -> None:
-    """The worker process: ready (None), then a result for each step, until the other end closes.
+    """The worker process: its sizes when it is ready, then a result for each step, until the other end closes.
 
     Steps are drained by a thread: were both sides to block in a send larger than the pipe's buffer, neither would go on.
     """
@@ -110,9 +129,11 @@ def _serve(pipe: Connection, spec: WorkerSpec) -> None:
     steps: queue.SimpleQueue[StepBatch | None] = queue.SimpleQueue()
     try:
         worker = Worker.build(spec)
-        pipe.send(None)
+        launcher = Launcher(worker, spec.profile, spec.device)
+        pipe.send(worker.sizes)
         threading.Thread(target=_drain, args=(pipe, steps), daemon=True).start()
-        _work(worker, steps, pipe)
+        _work(launcher, steps, pipe)
+        launcher.close()
     except TokabatchError as error:
         pipe.send(error)
     except ConnectionError:
@@ -121,9 +142,9 @@ def _serve(pipe: Connection, spec: WorkerSpec) -> None:
         pipe.send(EngineError(f"the worker process failed:\n{traceback.format_exc()}"))
 
 
-def _work(worker: Worker, steps: queue.SimpleQueue[StepBatch | None], pipe: Connection) -> None:
+def _work(launcher: Launcher, steps: queue.SimpleQueue[StepBatch | None], pipe: Connection) -> None:
     """Launch what arrives, ahead of sending back what is done: the device always has the next step queued."""
-    launched: deque[Launched] = deque()
+    launched: deque[TimedLaunch] = deque()
     while True:
         try:
             step = steps.get(timeout=POLL_SECONDS if launched else None)
@@ -133,7 +154,7 @@ def _work(worker: Worker, steps: queue.SimpleQueue[StepBatch | None], pipe: Conn
             continue
         if step is None:
             return
-        launched.append(worker.launch(step))
+        launched.append(launcher.launch(step))
 
 
 def _drain(pipe: Connection, steps: queue.SimpleQueue[StepBatch | None]) -> None:
