@@ -14,7 +14,7 @@ from importlib import metadata, util
 
 import pytest
 import torch
-from support.sampling import chi_square_is_plausible, reference, rows_of, sampler_inputs
+from support.sampling import chi_square_is_plausible, rows_of, sampler_inputs
 
 from tokabatch.model.philox import uniform
 from tokabatch.model.sampler import Sampled, sample
@@ -63,14 +63,41 @@ def plain(logits, **params) -> Sampled:
 
 def agree(logits, device, at_least=1.0, **params) -> Sampled:
     """The kernels draw what the plain path draws. Their sums have another order: a draw that falls between two tokens to within
-    rounding may differ, in so small a share that the seeds here meet few."""
+    rounding may differ, in a small share of the rows, and is then next to the exact place."""
     got, want = fused(logits, device, **params), plain(logits, **params)
     assert torch.equal(got.finite_S, want.finite_S)
     same = got.token_S == want.token_S
     assert same.float().mean() >= at_least, f"{int((~same).sum())} of {len(same)} differ"
+    for row in (~same).nonzero()[:, 0].tolist():
+        assert is_near(logits[row], row, int(got.token_S[row]), len(logits), params), f"row {row}"
     if params.get("logprobs") is not None:
         torch.testing.assert_close(got.logprob_S[same], want.logprob_S[same], rtol=0, atol=2e-5, equal_nan=True)
     return got
+
+
+def exact(logits_V, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Probabilities in float64. As `support.sampling.reference`, whose sort has no order among many that are tied."""
+    scores_V = logits_V.double() / temperature
+    if 0 < top_k < len(scores_V):
+        scores_V = scores_V.masked_fill(scores_V < scores_V.sort(descending=True).values[top_k - 1], -torch.inf)
+    probs_V, order_V = scores_V.softmax(0), scores_V.sort(stable=True).indices.flip(0)
+    before_V = probs_V[order_V].cumsum(0) - probs_V[order_V]
+    if top_p < 1:
+        probs_V[order_V[before_V >= torch.tensor(top_p).double()]] = 0.0
+    probs_V[probs_V < min_p * probs_V.max()] = 0.0
+    return probs_V / probs_V.sum()
+
+
+def is_near(logits_V, row, token, num_rows, params) -> bool:
+    """Whether the row's uniform number lies in the token's part of the exact distribution, or within 1e-4 of it."""
+    names = ("temperature", "top_k", "top_p", "min_p")
+    own = {name: params[name][row] if isinstance(params[name], list) else params[name] for name in names if name in params}
+    given = sampler_inputs(num_rows, **params)
+    columns = given.table.columns(given.slot_S)
+    at = uniform(columns.seed, columns.row, columns.sample, given.position_S)[row]
+    probs_V = exact(logits_V, **own)
+    end = probs_V.cumsum(0)[token]
+    return bool((end - probs_V[token] - 1e-4 <= at) & (at <= end + 1e-4))
 
 
 def random_logits(rows, vocab, dtype, spread=3.0):
@@ -256,7 +283,7 @@ def draw_many(logits_V, draws, **params):
 def test_millions_of_draws_follow_the_exact_distribution(dtype, params):
     logits_V = random_logits(1, 32_000, dtype)[0]
     counts = draw_many(logits_V.cuda(), 4_000_000, **params)
-    assert chi_square_is_plausible(counts, reference(logits_V.double(), **params))
+    assert chi_square_is_plausible(counts, exact(logits_V, **params))
 
 
 @pytest.mark.gpu
@@ -264,14 +291,14 @@ def test_millions_of_draws_follow_the_exact_distribution(dtype, params):
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, *FILTERS], ids=str)
 @pytest.mark.parametrize("vocab", [20_000, 128_256])
 def test_the_same_tokens_at_real_sizes(dtype, vocab, params):
-    agree(random_logits(48, vocab, dtype), "cuda", at_least=0.93, logprobs=1, **params)
+    agree(random_logits(48, vocab, dtype), "cuda", at_least=0.85, logprobs=1, **params)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("params", FILTERS, ids=str)
 def test_the_same_tokens_at_real_sizes_where_many_are_tied(params):
-    agree(few_values(48, 128_256, torch.bfloat16), "cuda", at_least=0.93, **params)
-    agree(torch.zeros(48, 131_072).half(), "cuda", at_least=0.93, **params)
+    agree(few_values(48, 128_256, torch.bfloat16), "cuda", at_least=0.85, **params)
+    agree(torch.zeros(48, 131_072).half(), "cuda", at_least=0.85, **params)
 
 
 @pytest.mark.gpu
@@ -291,4 +318,4 @@ def test_random_filters_draw_what_the_plain_path_draws():
             "min_p": torch.tensor(pick(0.0, 0.3)).masked_fill(off[2], 0.0).tolist(),
         }
         for dtype in DTYPES:
-            agree(random_logits(rows, 50_257, dtype, spread), "cuda", at_least=0.93, **params)
+            agree(random_logits(rows, 50_257, dtype, spread), "cuda", at_least=0.85, **params)
