@@ -53,7 +53,10 @@ WITHOUT_TORCH = {"errors", "messages", "job", "data", "planning", "costs", "sche
 HEAVY_HOMES = {
     "transformers": {"data/tokenizer.py"},
     "flashinfer": {"attention/flashinfer_paged.py"},
-    "triton": {"model/triton_layers.py", "model/triton_sampling.py", "attention/triton_decode.py"},
+    "triton": {
+        "attention/triton_decode.py",
+        *(f"model/triton_{name}.py" for name in ("layers", "rows", "sampling", "filters", "alternatives")),
+    },
     "datasets": {"data/readers/hub.py"},
     "typer": {"cli.py"},
     "torch.distributed": {"parallel/mesh.py", "parallel/collectives.py"},
