@@ -27,8 +27,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": LEAVES | {"model", "attention", "parallel", "transfer"},
     "preparation": LEAVES | {"data", "planning", "engine", "model"},
     "recorder": LEAVES | {"data", "experiments", "preparation"},
+    "resumption": LEAVES | {"data", "preparation"},
     "runner": LEAVES
-    | {"preparation", "recorder", "data", "planning", "scheduling", "engine", "attention", "model", "experiments", "report"},
+    | {"preparation", "resumption", "recorder", "data", "planning", "scheduling", "engine", "attention", "model"}
+    | {"experiments", "report"},
     "cli": LEAVES | {"report"},
     "__init__": LEAVES | {"report", "runner"},
     "__main__": {"cli"},

@@ -1,38 +1,35 @@
 """One run, from the job to the report. Read `run` and you have read the architecture.
 
-job ─► prepare (rows, prompts, plan order) ─► sizes ─► scheduler ⇄ executor ─► recorder (shards) ─► summary
+job ─► start (rows, prompts, plan order; what is done already) ─► sizes ─► scheduler ⇄ executor ─► recorder (shards) ─► summary
 """
 
 from __future__ import annotations
 
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
-import torch
-
-from tokabatch import __version__
 from tokabatch.attention import choose_backend
+from tokabatch.data.committed import read_committed
 from tokabatch.data.folder import Claim, check_output
-from tokabatch.data.manifest import Manifest, Versions, mark_success, write_manifest, write_summary
+from tokabatch.data.manifest import Books, mark_success, write_summary
+from tokabatch.data.output import FailedRow
 from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, kv_shape
 from tokabatch.engine.worker import WorkerSpec
-from tokabatch.errors import EngineError
+from tokabatch.errors import CommitError, EngineError
 from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes
-from tokabatch.preparation import Prepared, prepare, special_ids
+from tokabatch.preparation import Prepared, special_ids
 from tokabatch.recorder import Recorder
 from tokabatch.report.progress import NullProgress, Phase, Progress, ProgressSnapshot
 from tokabatch.report.summary import KvFacts, ModelFacts, PlanReport, RunSummary
+from tokabatch.resumption import Reuse, Start, preview, start
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -42,42 +39,42 @@ SHOW_SECONDS = 0.1
 EXIT_COMPLETE, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 3, 4, 75, 130
 
 
-def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bool] | None = None) -> RunSummary:
-    """Complete every row of the job's input and write the output folder.
+def run(
+    job: Job,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    *,
+    overwrite: bool = False,
+    retry_errors: bool = False,
+) -> RunSummary:
+    """Complete every row of the job's input and write the output folder; a run that the folder holds is continued.
 
-    Raises UsageError before any weights load for a job that cannot work, EngineError when the engine breaks. `should_stop`
-    is asked between steps; once it says so, what is finished is committed and the summary has exit code 130. While the input is
-    still read there is nothing to commit: it ends in KeyboardInterrupt and leaves no folder behind.
+    `overwrite` deletes it instead; `retry_errors` runs its error rows again. Raises UsageError before any weights load for a
+    job that cannot work or is not the one whose run the folder holds, EngineError when the engine breaks. `should_stop` is
+    asked between steps; once it says so, what is finished is committed and the summary has exit code 130. While the input is
+    still read there is nothing to commit: it ends in KeyboardInterrupt and leaves the folder as it was.
     """
     clock, should_stop = _Clock(progress or NullProgress()), should_stop or _never
+    reuse = Reuse(overwrite, retry_errors)
     with Claim(Path(job.output.path)) as claim:
-        scratch = claim.folder.temporary / "input"
-        scratch.mkdir(parents=True)
-        prepared = prepare(job, scratch, partial(_reading, clock, should_stop))
+        started = start(job, claim, partial(_reading, clock, should_stop), reuse, clock.progress.message)
+        prepared, recorder = started.prepared, Recorder(job, started.prepared, claim, started.committed)
         sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
-        recorder = Recorder(job, prepared, claim)
-        write_manifest(claim, _manifest(job, prepared))
-        recorder.fail(prepared.failures)
         scheduler = Scheduler(prepared.requests, _limits(sizes), _stop_rules(prepared))
-        exit_code = EXIT_COMPLETE
-        if prepared.failures and job.errors.policy == "stop":
-            exit_code = EXIT_STOPPED
-        elif len(prepared.requests):
-            clock.show("loading", prepared, scheduler, recorder)
-            executor = _executor(job, prepared, sizes, clock.progress)
-            clock.loaded()
-            try:
-                exit_code = _generate(job, prepared, scheduler, executor, recorder, clock, should_stop)
-            finally:
-                executor.close()
-        clock.show("writing", prepared, scheduler, recorder)
-        books = mark_success(claim, recorder.finish(), prepared.samples_total)
-        if exit_code == EXIT_COMPLETE and not books.closed:
-            exit_code = EXIT_BOOKS
-        elif exit_code == EXIT_COMPLETE and books.errors > job.errors.max_fraction * books.samples:
-            exit_code = EXIT_ERRORS
-        summary = _summary(job, prepared, scheduler.counts, recorder, clock, exit_code)
-        write_summary(claim, summary.to_dict())
+        try:
+            exit_code = _complete(job, prepared, sizes, scheduler, recorder, clock, should_stop)
+            clock.show("writing", prepared, scheduler, recorder)
+            books = mark_success(claim, recorder.finish(), prepared.samples_total)
+        except CommitError as error:
+            clock.progress.message(str(error))
+            exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, prepared.samples_of_row)
+            recorder, books = Recorder(job, prepared, claim, committed), None
+        if exit_code == EXIT_COMPLETE and books:
+            exit_code = _judge(books, job)
+        summary = _summary(job, started, scheduler.counts, recorder, clock, exit_code)
+        with suppress(OSError):
+            # Where the disk is full the summary goes to the caller alone.
+            write_summary(claim, summary.to_dict())
         prepared.store.close()
     return summary
 
@@ -86,9 +83,10 @@ def plan(job: Job) -> PlanReport:
     """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError."""
     check_output(Path(job.output.path))
     with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
-        prepared = prepare(job, Path(scratch), weights=False)
+        previewed = preview(job, Path(scratch))
+        prepared = previewed.prepared
         sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
-        report = _plan_report(job, prepared, sizes)
+        report = _plan_report(job, previewed, sizes)
         prepared.store.close()
     return report
 
@@ -127,14 +125,15 @@ class _Clock:
             return
         self.shown_phase, self.next_show = phase, self.elapsed + SHOW_SECONDS
         counts, running = scheduler.counts, len(scheduler.sequences.order)
-        waiting = max(0, int(prepared.num_samples.sum()) - counts.finished - running)
+        left = int(prepared.num_samples.sum())
+        waiting = max(0, left - counts.finished - running)
         self.progress.update(
             ProgressSnapshot(
                 phase=phase,
                 elapsed=self.elapsed,
-                rows_done=counts.finished_prompts + len(prepared.failures),
+                rows_done=prepared.store.num_rows - len(prepared.requests) + counts.finished_prompts,
                 rows_total=prepared.store.num_rows,
-                samples_done=counts.finished + sum(failure.num_samples for failure in prepared.failures),
+                samples_done=prepared.samples_total - left + counts.finished,
                 samples_total=prepared.samples_total,
                 errors=recorder.num_errors,
                 tokens_in=counts.prompt_tokens,
@@ -151,6 +150,43 @@ def _reading(clock: _Clock, should_stop: Callable[[], bool], rows: int, errors: 
     clock.reading(rows, errors)
     if should_stop():
         raise KeyboardInterrupt
+
+
+def _complete(
+    job: Job,
+    prepared: Prepared,
+    sizes: ReplicaSizes,
+    scheduler: Scheduler,
+    recorder: Recorder,
+    clock: _Clock,
+    should_stop: Callable[[], bool],
+) -> int:
+    """Everything that is left to do; the run's exit code so far. Raises CommitError."""
+    if prepared.failures and job.errors.policy == "stop":
+        recorder.fail(prepared.failures[:1])
+        clock.progress.message(_stopped_at(prepared.failures[0]))
+        return EXIT_STOPPED
+    recorder.fail(prepared.failures)
+    if not len(prepared.requests):
+        return EXIT_COMPLETE
+    clock.show("loading", prepared, scheduler, recorder)
+    executor = _executor(job, prepared, sizes, clock.progress)
+    clock.loaded()
+    try:
+        return _generate(job, prepared, scheduler, executor, recorder, clock, should_stop)
+    finally:
+        executor.close()
+
+
+def _stopped_at(failure: FailedRow) -> str:
+    why = f"row {failure.row_index} is an error row ({failure.error.code}: {failure.error.message})"
+    return f"errors.policy is stop: {why}. Run the same command again to go on behind it"
+
+
+def _judge(books: Books, job: Job) -> int:
+    if not books.closed:
+        return EXIT_BOOKS
+    return EXIT_ERRORS if books.errors > job.errors.max_fraction * books.samples else EXIT_COMPLETE
 
 
 def _generate(
@@ -221,20 +257,10 @@ def _stop_rules(prepared: Prepared) -> StopRules:
     return StopRules(sampling, prepared.eos_token_ids, prepared.spec.vocab_size, text)
 
 
-def _manifest(job: Job, prepared: Prepared) -> Manifest:
-    return Manifest(
-        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        model_path=str(prepared.folder),
-        versions=Versions(__version__, torch.__version__, version("transformers"), platform.python_version()),
-        rows=prepared.store.num_rows,
-        samples=prepared.samples_total,
-        job=job.model_copy(update={"generation": prepared.generation}).to_dict(),
-    )
-
-
 def _summary(
-    job: Job, prepared: Prepared, counts: SchedulerCounts, recorder: Recorder, clock: _Clock, exit_code: int
+    job: Job, started: Start, counts: SchedulerCounts, recorder: Recorder, clock: _Clock, exit_code: int
 ) -> RunSummary:
+    prepared = started.prepared
     return RunSummary(
         rows=prepared.store.num_rows,
         samples=prepared.samples_total,
@@ -250,6 +276,7 @@ def _summary(
         steps=counts.steps,
         output_path=str(job.output.path),
         exit_code=exit_code,
+        earlier=started.committed.samples,
         preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,
         host_seconds=clock.host_seconds,
@@ -260,7 +287,8 @@ def _summary(
     )
 
 
-def _plan_report(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> PlanReport:
+def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
+    prepared = previewed.prepared
     spec, store, sharing = prepared.spec, prepared.store, prepared.sharing()
     model = ModelFacts(
         path=str(prepared.folder),
@@ -293,14 +321,18 @@ def _plan_report(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> PlanRepor
         first_token_ids=tuple(ids),
         settings=prepared.settings,
         error_counts=prepared.error_counts,
-        notes=_plan_notes(prepared),
+        notes=_plan_notes(job, previewed),
     )
 
 
-def _plan_notes(prepared: Prepared) -> tuple[str, ...]:
-    """What a person should know before running: how the prompts were made, and the first fault of each kind."""
+def _plan_notes(job: Job, previewed: Start) -> tuple[str, ...]:
+    """What a person should know before running: what is there already, how the prompts were made, and the first fault of each
+    kind."""
+    prepared, done = previewed.prepared, previewed.committed.samples
     store = prepared.store
-    notes = ["text prompts go through the tokenizer's chat template"] if store.chat else []
+    left = prepared.samples_total - done
+    notes = [f"{job.output.path} holds {done:,} of these samples; a run computes the other {left:,}"] if done else []
+    notes += ["text prompts go through the tokenizer's chat template"] if store.chat else []
     if store.hidden_rows:
         notes.append(
             f"{store.hidden_rows:,} rows spell a special token in their text; it is encoded as plain text "
