@@ -6,8 +6,7 @@ Keeps the running books: what is ok, what is an error, and how many samples of e
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,7 +14,6 @@ from tokabatch.data.committed import Committed
 from tokabatch.data.folder import Claim
 from tokabatch.data.output import FailedRow, build_table, cut_at_stop, sample_keys, text_token_ids
 from tokabatch.data.shards import Shard, ShardWriter
-from tokabatch.errors import CommitError
 from tokabatch.experiments.pass_at_k import curve
 from tokabatch.experiments.verifiers import load_verifier
 from tokabatch.job import Job
@@ -47,7 +45,7 @@ class Recorder:
             flush_seconds=job.output.flush_seconds,
             earlier=committed.shards,
         )
-        self._place = str(claim.folder.path)
+        self._claim = claim
         self._clock = clock
         self._flush_seconds = job.output.flush_seconds
         self._waiting: list[Completion] = []
@@ -79,14 +77,14 @@ class Recorder:
             self._flush()
         if self._oldest is not None and self._clock() - self._oldest >= self._flush_seconds:
             self._flush()
-            with self._committing():
+            with self._claim.committing():
                 self._writer.commit()
             self._oldest = None
 
     def finish(self) -> tuple[Shard, ...]:
         """Commit everything and return all shards."""
         self._flush()
-        with self._committing():
+        with self._claim.committing():
             return self._writer.close()
 
     def pass_at_k(self) -> tuple[tuple[int, float], ...] | None:
@@ -109,23 +107,13 @@ class Recorder:
         table = build_table(
             self._schema, completions, failures, texts=texts, ids=self._store.ids(rows), columns=columns, correct=correct
         )
-        with self._committing():
+        with self._claim.committing():
             self._writer.add(table)
         np.add.at(self._num_samples, rows, 1)
         self.error_counts.update(c.error_code for c in completions if c.error_code is not None)
         for failure in failures:
             self.error_counts[failure.error.code] += failure.num_samples
         self.num_ok += sum(c.error_code is None for c in completions)
-
-    @contextmanager
-    def _committing(self) -> Generator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CommitError(
-                f"output.path {self._place!r} takes no more: {error.strerror or error}. What is committed is whole; make room "
-                "there and run the same command again, which adds the rest."
-            ) from error
 
     def _texts(self, completions: Sequence[Completion]) -> list[str]:
         texts = self._tokenizer.decode_batch([text_token_ids(completion) for completion in completions])

@@ -64,7 +64,8 @@ def run(
         try:
             exit_code = _complete(job, prepared, sizes, scheduler, recorder, clock, should_stop)
             clock.show("writing", prepared, scheduler, recorder)
-            books = mark_success(claim, recorder.finish(), prepared.samples_total)
+            with claim.committing():
+                books = mark_success(claim, recorder.finish(), prepared.samples_total)
         except CommitError as error:
             clock.progress.message(str(error))
             exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, prepared.samples_of_row)

@@ -152,8 +152,9 @@ class Disk(CountedFiles):
 
     def cut(self, folder: Path, *, names_survive: bool) -> None:
         if not names_survive:
-            for undo in self._undo.values():
-                for step in reversed(undo):
+            for parent, undo in self._undo.items():
+                # What lay in a folder that is gone is gone with it.
+                for step in reversed(undo) if parent.is_dir() else ():
                     step()
         for path in folder.rglob("*"):
             if path.is_file() and path.stat().st_ino in self._synced_bytes:

@@ -16,12 +16,13 @@ import os
 import re
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 from tokabatch.data.durable import DurableFiles, make_folders, write_whole
-from tokabatch.errors import OutputError
+from tokabatch.errors import CommitError, OutputError
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
 _SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
@@ -82,6 +83,17 @@ class Claim:
     def write(self, target: Path, content: bytes) -> None:
         """Replace one of the folder's small files atomically."""
         write_whole(self.files, self.folder.temporary / target.name, target, content)
+
+    @contextmanager
+    def committing(self) -> Generator[None]:
+        """Around what writes results: raises CommitError where the system takes no more."""
+        try:
+            yield
+        except OSError as error:
+            raise CommitError(
+                f"output.path {str(self.folder.path)!r} takes no more: {error.strerror or error}. What is committed is whole; "
+                "make room there and run the same command again, which adds the rest."
+            ) from error
 
     def reopen(self) -> None:
         """Take back the marks of an earlier end: from here on the run goes on."""
