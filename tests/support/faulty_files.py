@@ -103,8 +103,9 @@ class Killing(CountedFiles):
 class Disk(CountedFiles):
     """Knows what would survive a power cut: a file's bytes once they are fsynced, a name once its folder is.
 
-    `cut` leaves on the real disk what a merciless one would have kept: names whose folder was not synced are as they were
-    at the last sync, or, where `names_survive`, as they are; bytes that were not synced are gone.
+    `cut` leaves on the real disk what a merciless one would have kept: bytes that were not synced are gone, and so are the
+    changes of names since the last sync of their folder, in the folders that it is told to `lose`: all, only that of the
+    shards, or none. A disk writes names in any order, but never bytes that it does not have.
     """
 
     def __init__(self) -> None:
@@ -150,12 +151,12 @@ class Disk(CountedFiles):
         kept = content[: self._synced_bytes.get(inode, len(content))]
         undo.append(lambda: (path.unlink(missing_ok=True), path.write_bytes(kept))[0])
 
-    def cut(self, folder: Path, *, names_survive: bool) -> None:
-        if not names_survive:
-            for parent, undo in self._undo.items():
-                # What lay in a folder that is gone is gone with it.
-                for step in reversed(undo) if parent.is_dir() else ():
-                    step()
+    def cut(self, folder: Path, lose: str) -> None:
+        for parent, undo in self._undo.items():
+            # What lay in a folder that is gone is gone with it.
+            lost = lose == "all" or parent.name == lose
+            for step in reversed(undo) if lost and parent.is_dir() else ():
+                step()
         for path in folder.rglob("*"):
             if path.is_file() and path.stat().st_ino in self._synced_bytes:
                 size = self._synced_bytes[path.stat().st_ino]

@@ -46,7 +46,7 @@ class Child:
             message, code = str(error), error.exit_code
         except PowerCut:
             assert isinstance(files, faulty_files.Disk)
-            files.cut(Path(request["job"]["output"]["path"]), names_survive=request["fault"]["names_survive"])
+            files.cut(Path(request["job"]["output"]["path"]), request["fault"]["lose"])
             code = 99
         os.write(told, json.dumps({"calls": files.calls, "message": message}).encode())
         return code

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tokabatch import resumption
+from tokabatch import recorder, resumption
 from tokabatch.data import durable, folder, shards
 from tokabatch.data.committed import nothing_committed
+from tokabatch.data.manifest import mark_success
 
 MUTANTS: dict[str, Callable[[], None]] = {}
 
@@ -24,23 +25,6 @@ def no_fsync_of_files() -> None:
 @_mutant
 def no_fsync_of_folders() -> None:
     durable.DurableFiles.sync_folder = lambda self, path: None
-
-
-@_mutant
-def published_before_it_is_synced() -> None:
-    """The file gets its name first and reaches the disk afterwards."""
-    real = durable.NewFile.sync
-    durable.NewFile.sync = lambda self: self.flush()
-    publish = shards.publish
-
-    def late(files: durable.DurableFiles, source: object, target: object) -> None:
-        publish(files, source, target)
-        descriptor = files.open_folder(target.parent)
-        files.fsync(descriptor)
-        files.close(descriptor)
-
-    shards.publish = late
-    assert real is not durable.NewFile.sync
 
 
 @_mutant
@@ -94,15 +78,27 @@ def success_stays_while_the_run_goes_on() -> None:
 
 
 @_mutant
-def success_before_the_last_shard() -> None:
-    """The mark is set on what was handed in, not on what was committed."""
-    close = shards.ShardWriter.close
+def success_is_marked_before_the_shards_are_there() -> None:
+    """The mark is set on what was handed in, before it is committed."""
+    finish = recorder.Recorder.finish
 
     def early(self):
-        waiting = self._books.num_rows
-        if waiting:
-            rows = shards.Shard("data/part-99999.parquet", waiting, waiting, 0, 0, "")
-            return (*self.shards, rows)
-        return close(self)
+        waiting = self._writer._books.num_rows + len(self._waiting)
+        marked = [*self._writer.shards, shards.Shard("data/part-99999.parquet", waiting, waiting, 0, 0, "none")]
+        mark_success(self._claim, marked, sum(shard.rows for shard in marked))
+        return finish(self)
 
-    shards.ShardWriter.close = early
+    recorder.Recorder.finish = early
+
+
+@_mutant
+def overwrite_deletes_the_manifest_first() -> None:
+    """Cut short, it would leave samples of which nobody knows whose they are."""
+    real = folder.Claim.discard
+
+    def discard(self):
+        self.files.remove(self.folder.manifest)
+        self.files.sync_folder(self.folder.path)
+        real(self)
+
+    folder.Claim.discard = discard

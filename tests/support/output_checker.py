@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
@@ -74,8 +75,11 @@ def read(out: Path) -> list[dict[str, Any]]:
     """Every row of every file, each page held against its checksum."""
     rows: list[dict[str, Any]] = []
     for path in sorted((out / "data").glob("*")):
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            rows += file.read().to_pylist()
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                rows += file.read().to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise AssertionError(f"{path} is torn: {error}") from error
     return rows
 
 
