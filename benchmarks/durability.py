@@ -107,7 +107,7 @@ def write_rows(path: Path, count: int) -> None:
 def work(rows: Path, out: Path, max_tokens: int, durable_run: bool) -> None:
     """The process that is killed: runs the job, and tells at the end what it took."""
     script = quickstart_script(slots=2048)
-    runner._executor = lambda *_: ScriptedExecutor(script)
+    runner._executor = lambda job, prepared, sizes, progress: ScriptedExecutor(script, sizes)
     phases = Phases()
     seam = "tokabatch.data.folder"
     sys.modules[seam].DurableFiles = TimedFiles if durable_run else PlainFiles

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.messages import Int32, Int64, StepBatch, StepResult
 
 STOP_ONE_IN = 12
@@ -97,7 +98,8 @@ class ScriptedWorker:
 class ScriptedExecutor:
     """A worker in this process; the contract is that of `tokabatch.engine.executor.Executor`."""
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, sizes: ReplicaSizes) -> None:
+        self.sizes = sizes
         self._worker = ScriptedWorker(script)
         self._launched: deque[Answered] = deque()
 

@@ -271,7 +271,7 @@ def test_retry_errors_runs_error_rows_again_and_only_those(go, tmp_path, whole, 
 
         def __init__(self, *arguments: Any) -> None:
             self.inner, self.steps = real(*arguments), 0
-            self.submit, self.close = self.inner.submit, self.inner.close
+            self.submit, self.close, self.sizes = self.inner.submit, self.inner.close, self.inner.sizes
 
         def collect(self) -> Any:
             result = self.inner.collect()

@@ -14,6 +14,8 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
+import torch
+
 from tokabatch.attention import choose_backend
 from tokabatch.data.committed import read_committed
 from tokabatch.data.folder import Claim, check_output
@@ -172,6 +174,7 @@ def _complete(
         return EXIT_COMPLETE
     clock.show("loading", prepared, scheduler, recorder)
     executor = _executor(job, prepared, sizes, clock.progress)
+    scheduler.settle_pages(executor.sizes.num_pages)
     clock.loaded()
     try:
         return _generate(job, prepared, scheduler, executor, recorder, clock, should_stop)
@@ -234,7 +237,16 @@ def _executor(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Progr
             f"attention runs in plain torch, many times slower than FlashInfer's kernels: those need model.dtype bfloat16 or "
             f'float16 (it is {str(prepared.dtype).removeprefix("torch.")}) and `pip install -e ".[gpu]"`'
         )
-    spec = WorkerSpec(prepared.folder, prepared.spec, prepared.dtype, prepared.device, backend, sizes)
+    spec = WorkerSpec(
+        folder=prepared.folder,
+        spec=prepared.spec,
+        dtype=prepared.dtype,
+        device=prepared.device,
+        backend=backend,
+        sizes=sizes,
+        fp8=job.model.quantization == "fp8",
+        kv_dtype=torch.float8_e4m3fn if job.engine.kv_cache_dtype == "fp8" else None,
+    )
     separate = prepared.device == "cuda" if job.engine.process == "auto" else job.engine.process
     return ProcessExecutor(spec) if separate else InProcessExecutor(spec)
 

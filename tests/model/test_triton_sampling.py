@@ -6,31 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.sampling import sampler_inputs
 
 from tokabatch.model import sampler
-from tokabatch.model.sampler import SamplerInputs, sample
+from tokabatch.model.sampler import sample
+from tokabatch.model.slot_table import SamplerInputs
 
 pytestmark = pytest.mark.gpu
 
 
-def inputs(rows: int, temperature: float, logprobs: int = -1) -> SamplerInputs:
-    def full(value: float, dtype: torch.dtype) -> torch.Tensor:
-        return torch.full((rows,), value, dtype=dtype, device="cuda")
-
-    return SamplerInputs(
-        seed=full(3, torch.int64),
-        row=torch.arange(rows, device="cuda"),
-        sample=full(0, torch.int32),
-        position=full(17, torch.int32),
-        temperature=full(temperature, torch.float32),
-        top_p=full(1.0, torch.float32),
-        top_k=full(0, torch.int32),
-        min_p=full(0.0, torch.float32),
-        logprobs=full(logprobs, torch.int32),
-        any_random=temperature > 0,
-        any_filter=False,
-        max_logprobs=logprobs,
-    )
+def inputs(rows: int, temperature: float, logprobs: int = -1, row=None) -> SamplerInputs:
+    return sampler_inputs(rows, temperature, logprobs=logprobs, seed=3, row=row, device="cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +61,8 @@ def test_the_distribution_is_that_of_softmax(temperature):
     probs = (logits_V.double() / temperature).softmax(-1)[tokens]
     counts = torch.zeros(vocab, dtype=torch.float64, device="cuda")
     for begin in range(0, draws, 20_000):
-        given = inputs(20_000, temperature)
-        got = sample(logits_V.expand(20_000, vocab).contiguous(), replace(given, row=given.row + begin)).token_S.long()
+        given = inputs(20_000, temperature, row=range(begin, begin + 20_000))
+        got = sample(logits_V.expand(20_000, vocab).contiguous(), given).token_S.long()
         counts += torch.bincount(got, minlength=vocab)
     chi_square = float(((counts[tokens] - draws * probs) ** 2 / (draws * probs)).sum())
     assert counts[tokens].sum() == draws

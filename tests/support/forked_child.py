@@ -32,7 +32,7 @@ class Child:
     def run(self, request: dict[str, Any], told: int) -> int:
         """The exit code, as `tokabatch run` would have it; `told` is a descriptor for what there is to tell."""
         script = quickstart_script(slots=64, step_seconds=request.get("step_seconds", STEP_SECONDS))
-        runner._executor = lambda *_: ScriptedExecutor(script)
+        runner._executor = lambda job, prepared, sizes, progress: ScriptedExecutor(script, sizes)
         recorder.BATCH_SAMPLES = BATCH_SAMPLES
         if request.get("mutant"):
             mutants.MUTANTS[request["mutant"]]()

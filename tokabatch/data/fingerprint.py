@@ -1,8 +1,8 @@
 """What decides a run's output, so that a folder's run is continued by the same job only, and a difference can be shown.
 
 In it: the model's and the tokenizer's files, how prompts are made, how samples are drawn, what a row of the output holds, and
-the input's rows. Not in it: `generation.n`, further rows at the end, and everything under `engine`: a sample depends on none
-of them. Files are known by size and digest, the rows by a digest over their content, whatever file they lie in.
+the input's rows. Not in it: `generation.n`, further rows at the end, and what is under `engine`, but for the cache's type: a
+sample depends on none of them. Files are known by size and digest, the rows by a digest over their content, whatever file they lie in.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def describe(
         prompt["few_shot"] = _mark(render_few_shot(job.prompt.few_shot).encode())
     drawn = generation.model_dump(mode="json", exclude={"n"}) | {"end tokens": eos_token_ids}
     sections: dict[str, Mapping[str, Any]] = {
-        "model": {"dtype": job.model.dtype},
+        "model": {"dtype": job.model.dtype, "quantization": job.model.quantization},
+        "engine": {"kv_cache_dtype": job.engine.kv_cache_dtype},
         "input": {"id_column": job.input.id_column},
         "prompt": prompt,
         "generation": drawn,

@@ -15,6 +15,7 @@ from collections import deque
 from multiprocessing.connection import Connection
 from typing import Protocol
 
+from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.worker import Launched, Worker, WorkerSpec
 from tokabatch.errors import EngineError, TokabatchError
 from tokabatch.messages import StepBatch, StepResult
@@ -25,6 +26,11 @@ POLL_SECONDS = 0.0002
 
 class Executor(Protocol):
     """Any number of steps may be submitted before the first result is collected."""
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        """As the worker settled them."""
+        ...
 
     def submit(self, step: StepBatch) -> None: ...
 
@@ -43,6 +49,10 @@ class InProcessExecutor:
     def __init__(self, spec: WorkerSpec) -> None:
         self._worker = Worker.build(spec)
         self._launched: deque[Launched] = deque()
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        return self._worker.sizes
 
     def submit(self, step: StepBatch) -> None:
         self._launched.append(self._worker.launch(step))
@@ -63,7 +73,12 @@ class ProcessExecutor:
         self._process = context.Process(target=_serve, args=(theirs, spec), name="tokabatch-worker", daemon=True)
         self._process.start()
         theirs.close()
-        self._receive()
+        self._sizes = self._receive()
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        assert isinstance(self._sizes, ReplicaSizes)
+        return self._sizes
 
     def submit(self, step: StepBatch) -> None:
         try:
@@ -85,7 +100,7 @@ class ProcessExecutor:
             self._process.kill()
             self._process.join()
 
-    def _receive(self, cause: Exception | None = None) -> StepResult | None:
+    def _receive(self, cause: Exception | None = None) -> StepResult | ReplicaSizes:
         try:
             message = self._pipe.recv()
         except (EOFError, OSError) as error:
@@ -101,7 +116,7 @@ class ProcessExecutor:
 
 
 def _serve(pipe: Connection, spec: WorkerSpec) -> None:
-    """The worker process: ready (None), then a result for each step, until the other end closes.
+    """The worker process: its sizes when it is ready, then a result for each step, until the other end closes.
 
     Steps are drained by a thread: were both sides to block in a send larger than the pipe's buffer, neither would go on.
     """
@@ -110,7 +125,7 @@ def _serve(pipe: Connection, spec: WorkerSpec) -> None:
     steps: queue.SimpleQueue[StepBatch | None] = queue.SimpleQueue()
     try:
         worker = Worker.build(spec)
-        pipe.send(None)
+        pipe.send(worker.sizes)
         threading.Thread(target=_drain, args=(pipe, steps), daemon=True).start()
         _work(worker, steps, pipe)
     except TokabatchError as error:
