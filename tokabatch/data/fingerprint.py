@@ -2,7 +2,8 @@
 
 In it: the model's and the tokenizer's files, how prompts are made, how samples are drawn, what a row of the output holds, and
 the input's rows. Not in it: `generation.n`, further rows at the end, and what is under `engine`, but for the cache's type: a
-sample depends on none of them. Files are known by size and digest, the rows by a digest over their content, whatever file they lie in.
+sample depends on none of them. Files are known by size and digest, the rows by a digest over their content, whatever file
+they lie in.
 """
 
 from __future__ import annotations
