@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": LEAVES | {"parallel", "transfer"},
     "data": LEAVES,
     "planning": LEAVES,
+    "costs": LEAVES | {"model"},
     "scheduling": LEAVES,
     "experiments": LEAVES,
     "report": LEAVES,
@@ -35,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": LEAVES | {"report", "runner"},
     "__main__": {"cli"},
 }
-WITHOUT_TORCH = {"errors", "messages", "job", "data", "planning", "scheduling", "experiments", "report", "cli"}
+WITHOUT_TORCH = {"errors", "messages", "job", "data", "planning", "costs", "scheduling", "experiments", "report", "cli"}
 HEAVY_HOMES = {
     "transformers": {"data/tokenizer.py"},
     "flashinfer": {"attention/flashinfer_paged.py"},

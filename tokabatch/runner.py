@@ -23,7 +23,7 @@ from tokabatch.data.manifest import Books, mark_success, write_summary
 from tokabatch.data.output import FailedRow
 from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, kv_shape
-from tokabatch.engine.worker import WorkerSpec
+from tokabatch.engine.worker import ProfileSpec, WorkerSpec
 from tokabatch.errors import CommitError, EngineError
 from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes
@@ -102,6 +102,8 @@ class _Clock:
     begun: float = field(default_factory=time.perf_counter)
     load_seconds: float = 0.0
     host_seconds: float = 0.0
+    launch_seconds: float = 0.0
+    """CPU time of the worker's launches."""
     shown_phase: Phase | None = None
     next_show: float = 0.0
 
@@ -177,9 +179,11 @@ def _complete(
     scheduler.settle_pages(executor.sizes.num_pages)
     clock.loaded()
     try:
-        return _generate(job, prepared, scheduler, executor, recorder, clock, should_stop)
+        exit_code = _generate(job, prepared, scheduler, executor, recorder, clock, should_stop)
     finally:
         executor.close()
+    _check_profile(job, scheduler.counts, clock.progress)
+    return exit_code
 
 
 def _stopped_at(failure: FailedRow) -> str:
@@ -214,6 +218,7 @@ def _generate(
         if not scheduler.num_in_flight:
             raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
         result = executor.collect()
+        clock.launch_seconds += result.launch_seconds
         with clock.scheduling():
             completions = scheduler.apply(result)
         recorder.add(completions)
@@ -246,9 +251,17 @@ def _executor(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Progr
         sizes=sizes,
         fp8=job.model.quantization == "fp8",
         kv_dtype=torch.float8_e4m3fn if job.engine.kv_cache_dtype == "fp8" else None,
+        profile=job.profile and ProfileSpec(Path(job.profile.path), job.profile.start, job.profile.steps),
     )
     separate = prepared.device == "cuda" if job.engine.process == "auto" else job.engine.process
     return ProcessExecutor(spec) if separate else InProcessExecutor(spec)
+
+
+def _check_profile(job: Job, counts: SchedulerCounts, progress: Progress) -> None:
+    if job.profile and counts.steps < job.profile.start:
+        progress.message(
+            f"nothing was profiled: the run had {counts.steps} steps, and profile.start is {job.profile.start}; write less"
+        )
 
 
 def _limits(sizes: ReplicaSizes) -> SchedulerLimits:
@@ -293,6 +306,7 @@ def _summary(
         preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,
         host_seconds=clock.host_seconds,
+        launch_seconds=clock.launch_seconds,
         error_counts=tuple(sorted(recorder.error_counts.items())),
         pass_at_k=recorder.pass_at_k(),
         unverified=recorder.num_unverified,

@@ -15,8 +15,9 @@ from collections import deque
 from multiprocessing.connection import Connection
 from typing import Protocol
 
+from tokabatch.engine.launcher import Launcher, TimedLaunch
 from tokabatch.engine.sizing import ReplicaSizes
-from tokabatch.engine.worker import Launched, Worker, WorkerSpec
+from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.errors import EngineError, TokabatchError
 from tokabatch.messages import StepBatch, StepResult
 
@@ -47,21 +48,24 @@ class InProcessExecutor:
     """See `Executor`."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        self._worker = Worker.build(spec)
-        self._launched: deque[Launched] = deque()
+        worker = Worker.build(spec)
+        self._sizes = worker.sizes
+        self._launcher = Launcher(worker, spec.profile, spec.device)
+        self._launched: deque[TimedLaunch] = deque()
 
     @property
     def sizes(self) -> ReplicaSizes:
-        return self._worker.sizes
+        return self._sizes
 
     def submit(self, step: StepBatch) -> None:
-        self._launched.append(self._worker.launch(step))
+        self._launched.append(self._launcher.launch(step))
 
     def collect(self) -> StepResult:
         return self._launched.popleft().wait()
 
     def close(self) -> None:
         self._launched.clear()
+        self._launcher.close()
 
 
 class ProcessExecutor:
@@ -125,9 +129,11 @@ def _serve(pipe: Connection, spec: WorkerSpec) -> None:
     steps: queue.SimpleQueue[StepBatch | None] = queue.SimpleQueue()
     try:
         worker = Worker.build(spec)
+        launcher = Launcher(worker, spec.profile, spec.device)
         pipe.send(worker.sizes)
         threading.Thread(target=_drain, args=(pipe, steps), daemon=True).start()
-        _work(worker, steps, pipe)
+        _work(launcher, steps, pipe)
+        launcher.close()
     except TokabatchError as error:
         pipe.send(error)
     except ConnectionError:
@@ -136,9 +142,9 @@ def _serve(pipe: Connection, spec: WorkerSpec) -> None:
         pipe.send(EngineError(f"the worker process failed:\n{traceback.format_exc()}"))
 
 
-def _work(worker: Worker, steps: queue.SimpleQueue[StepBatch | None], pipe: Connection) -> None:
+def _work(launcher: Launcher, steps: queue.SimpleQueue[StepBatch | None], pipe: Connection) -> None:
     """Launch what arrives, ahead of sending back what is done: the device always has the next step queued."""
-    launched: deque[Launched] = deque()
+    launched: deque[TimedLaunch] = deque()
     while True:
         try:
             step = steps.get(timeout=POLL_SECONDS if launched else None)
@@ -148,7 +154,7 @@ def _work(worker: Worker, steps: queue.SimpleQueue[StepBatch | None], pipe: Conn
             continue
         if step is None:
             return
-        launched.append(worker.launch(step))
+        launched.append(launcher.launch(step))
 
 
 def _drain(pipe: Connection, steps: queue.SimpleQueue[StepBatch | None]) -> None:

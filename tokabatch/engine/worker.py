@@ -29,6 +29,15 @@ from tokabatch.transfer import Outbox, to_host
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileSpec:
+    """Record `steps` steps from step `start` on (the first is 1) into the Chrome trace `path`."""
+
+    path: Path
+    start: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """All a worker is built from; picklable, so that it can be built in another process."""
 
@@ -42,6 +51,7 @@ class WorkerSpec:
     """Matrices of the layers in e4m3."""
     kv_dtype: torch.dtype | None = None
     """Of keys and values where it is not the model's."""
+    profile: ProfileSpec | None = None
 
 
 class Worker:

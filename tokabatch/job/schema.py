@@ -191,6 +191,15 @@ class OutputConfig(_Section):
     columns: fields.Columns = Field(default="all", description="Input columns to carry over to the output.")
 
 
+class ProfileConfig(_Section):
+    """Record what the device does in a few steps: a Chrome trace, for Perfetto or chrome://tracing. The run stalls for a
+    second or two while it is written."""
+
+    path: fields.FilePath = Field(description="File to write, such as trace.json.gz; one that exists is replaced.")
+    start: fields.Count = Field(default=50, description="The first step to record; a run's first step is 1.")
+    steps: fields.Count = Field(default=5, description="How many steps to record.")
+
+
 class VerifyConfig(_Section):
     """Check each sample against the row's answer: adds the column `correct`, and pass@k to the summary."""
 
@@ -225,6 +234,7 @@ class Job(_Section):
     engine: EngineConfig = EngineConfig()
     output: OutputConfig
     verify: VerifyConfig | None = None
+    profile: ProfileConfig | None = None
     errors: ErrorsConfig = ErrorsConfig()
 
     @classmethod

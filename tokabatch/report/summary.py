@@ -38,7 +38,8 @@ class RunSummary:
 
     `cached_tokens` of the prompts were not prefilled because another sample had; `cacheable_tokens` is the most that any
     order and any cache could have saved. `seconds` is the whole run, `load_seconds` the part before the first step,
-    `host_seconds` the scheduler's own CPU time. `pass_at_k` is None where nothing was verified.
+    `host_seconds` the scheduler's own CPU time, `launch_seconds` the worker's for launching steps. `pass_at_k` is None where
+    nothing was verified.
     """
 
     rows: int
@@ -61,6 +62,7 @@ class RunSummary:
     preemptions: int = 0
     recomputed_tokens: int = 0
     host_seconds: float = 0.0
+    launch_seconds: float = 0.0
     error_counts: tuple[tuple[str, int], ...] = ()
     pass_at_k: tuple[tuple[int, float], ...] | None = None
     unverified: int = 0
@@ -160,7 +162,7 @@ def run_sections(summary: RunSummary) -> tuple[Section, ...]:
         ("prompt tokens", _with_rate(summary.prompt_tokens, summary.work_seconds)),
         ("prefilled tokens", _count(summary.prefilled_tokens)),
         ("saved by sharing", f"{_count(summary.cached_tokens)} of {_count(summary.cacheable_tokens)} possible{saved}"),
-        ("steps", f"{_count(summary.steps)}, scheduler {seconds_text(summary.host_seconds)}"),
+        ("steps", _steps(summary)),
         ("preemptions", f"{_count(summary.preemptions)}, {_count(summary.recomputed_tokens)} tokens recomputed"),
     ]
     sections = [Section("Run", tuple(books)), Section("Work", tuple(work))]
@@ -249,6 +251,11 @@ def _plan_kv(kv: KvFacts) -> tuple[tuple[str, str], ...]:
     tokens = kv.pages * kv.page_size
     mebibytes = tokens * kv.bytes_per_token / (1 << 20)
     return (*size, ("pages", f"{_count(kv.pages)} ({_count(tokens)} tokens, {mebibytes:,.1f} MiB)"))
+
+
+def _steps(summary: RunSummary) -> str:
+    times = f"scheduler {seconds_text(summary.host_seconds)}, launching {seconds_text(summary.launch_seconds)} of CPU time"
+    return f"{_count(summary.steps)}, {times}"
 
 
 def _books(summary: RunSummary) -> str:
