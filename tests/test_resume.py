@@ -104,8 +104,8 @@ def whole(go, tmp_path) -> list[dict[str, Any]]:
 def test_stopped_again_and_again_it_ends_in_the_same_table(go, tmp_path, whole):
     engines = [{"page_size": 1}, {"page_size": 64, "hydragen": False}, {"max_running": 7, "max_step_tokens": 9}]
     codes, counts, pass_at_k = [], [], None
-    for attempt in range(40):
-        summary = go(steps=12, engine=engines[attempt % 3])
+    for attempt in range(20):
+        summary = go(steps=25, engine=engines[attempt % 3])
         codes.append(summary.exit_code)
         counts.append(len(table(tmp_path / "out")))
         assert counts[-1] == summary.ok >= summary.earlier
@@ -297,8 +297,8 @@ def test_retry_errors_runs_error_rows_again_and_only_those(go, tmp_path, whole, 
 
 def test_bad_rows_are_recorded_once_however_often_the_run_is_continued(go, rows, tmp_path):
     write_rows(rows, [*ROWS[:4], "{broken", *ROWS[4:], '{"question": null}'])
-    for _ in range(30):
-        if go(steps=15).exit_code == 0:
+    for _ in range(20):
+        if go(steps=30).exit_code == 0:
             break
     samples = table(tmp_path / "out")
     assert [(s["row_index"], s["sample_index"]) for s in samples] == [(row, n) for row in range(12) for n in range(N)]
@@ -393,6 +393,17 @@ class TestVerify:
         assert done.returncode == 0, done.stderr
         assert {path: path.read_bytes() for path in kept} == kept
         assert table(out) == whole and verify(out).exit_code == 0
+
+    def test_a_flipped_bit_is_seen_before_the_run_is_complete(self, go, tmp_path):
+        go(steps=40)
+        victim = shards(tmp_path / "out")[0]
+        content = bytearray(victim.read_bytes())
+        with pq.ParquetFile(victim) as file:
+            column = file.metadata.row_group(0).column(file.schema_arrow.names.index("text"))
+            content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+        victim.write_bytes(content)
+        found = verify(tmp_path / "out")
+        assert found.exit_code == 4 and [fault.file for fault in found.faults] == [f"data/{victim.name}"]
 
     def test_a_damaged_shard_stops_a_run_with_the_way_out(self, go, tmp_path):
         go()

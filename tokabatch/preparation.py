@@ -119,8 +119,7 @@ def prepare(
     output = Path(job.output.path)
     tokenizer_folder = _tokenizer_folder(job, folder)
     fingerprint = describe(job, generation, eos, folder, tokenizer_folder)
-    if earlier is not None:
-        refuse_changes(output, earlier, fingerprint)
+    refuse_changes(output, earlier, fingerprint)
     store = ingest(
         job,
         tokenizer,
@@ -138,8 +137,7 @@ def prepare(
     if checkpoint is None and weights:
         checkpoint = preflight(resolve_model(job.model.path, job.model.revision), spec)
         fingerprint = replace(fingerprint, settings=describe(job, generation, eos, folder, tokenizer_folder).settings)
-        if earlier is not None:
-            refuse_changes(output, earlier, fingerprint)
+        refuse_changes(output, earlier, fingerprint)
     everything = np.arange(generation.n, dtype=np.int32)
     return Prepared(
         folder=folder,

@@ -95,17 +95,18 @@ def describe(
     return Fingerprint(settings, list_files(job.input))
 
 
-def refuse_changes(path: Path, earlier: Fingerprint, now: Fingerprint) -> None:
-    """Raises OutputError showing what the run in the folder `path` had and the job has not. A file of the model that is not
-    here yet is not compared."""
-    names = [*now.settings, *(name for name in earlier.settings if name not in now.settings)]
-    absent = {name for name in earlier.settings if name not in now.settings and name.endswith(WEIGHTS[1:])}
-    if any(name.startswith("model/") and name.endswith(WEIGHTS[1:]) for name in now.settings):
-        absent = set[str]()
+def refuse_changes(path: Path, earlier: Fingerprint | None, now: Fingerprint) -> None:
+    """Raises OutputError showing what the run in the folder `path`, if there is one, had and the job has not. Weights that are
+    not here yet are not compared."""
+    if earlier is None:
+        return
+    weights_here = any(name.endswith(WEIGHTS[1:]) for name in now.settings)
+    names = dict.fromkeys((*now.settings, *earlier.settings))
+    compared = [name for name in names if weights_here or not name.endswith(WEIGHTS[1:])]
     differences = [
         f"{name}: {_shown(earlier.settings.get(name))} then, {_shown(now.settings.get(name))} now"
-        for name in names
-        if name not in absent and earlier.settings.get(name) != now.settings.get(name)
+        for name in compared
+        if earlier.settings.get(name) != now.settings.get(name)
     ]
     _refuse(path, differences)
 
