@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def write_rows(path: Path, count: int) -> None:
 def work(rows: Path, out: Path, max_tokens: int, durable_run: bool) -> None:
     """The process that is killed: runs the job, and tells at the end what it took."""
     script = quickstart_script(slots=2048)
-    runner._executor = lambda job, prepared, sizes, progress: ScriptedExecutor(script, sizes)
+    runner._executors = lambda job, prepared, sizes, progress: partial(ScriptedExecutor, script, sizes)
     phases = Phases()
     seam = "tokabatch.data.folder"
     sys.modules[seam].DurableFiles = TimedFiles if durable_run else PlainFiles

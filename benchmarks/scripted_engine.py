@@ -71,10 +71,13 @@ class Answered:
 class ScriptedWorker:
     """Launches steps as the engine's worker does."""
 
-    def __init__(self, script: Script) -> None:
-        self._script = script
+    def __init__(self, script: Script, sizes: ReplicaSizes) -> None:
+        self._script, self.sizes = script, sizes
         self._row = np.zeros(script.slots, np.int64)
         self._sample = np.zeros(script.slots, np.int64)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def launch(self, step: StepBatch) -> Answered:
         self._row[step.inits.slot], self._sample[step.inits.slot] = step.inits.row, step.inits.sample
@@ -95,13 +98,21 @@ class ScriptedWorker:
         )
 
 
+def build_worker(made_of: tuple[Script, ReplicaSizes]) -> ScriptedWorker:
+    """For a process of its own."""
+    return ScriptedWorker(*made_of)
+
+
 class ScriptedExecutor:
     """A worker in this process; the contract is that of `tokabatch.engine.executor.Executor`."""
 
     def __init__(self, script: Script, sizes: ReplicaSizes) -> None:
         self.sizes = sizes
-        self._worker = ScriptedWorker(script)
+        self._worker = ScriptedWorker(script, sizes)
         self._launched: deque[Answered] = deque()
+
+    def start(self) -> None:
+        """It is ready as it is."""
 
     def submit(self, step: StepBatch) -> None:
         self._launched.append(self._worker.launch(step))

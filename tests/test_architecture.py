@@ -27,12 +27,27 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": LEAVES,
     "engine": LEAVES | {"model", "attention", "parallel", "transfer"},
     "preparation": LEAVES | {"data", "planning", "engine", "model"},
+    "interruption": {"errors"},
+    "replica": LEAVES | {"interruption", "scheduling", "engine"},
     "recorder": LEAVES | {"data", "experiments", "preparation"},
     "resumption": LEAVES | {"data", "preparation"},
     "runner": LEAVES
-    | {"preparation", "resumption", "recorder", "data", "planning", "scheduling", "engine", "attention", "model"}
-    | {"experiments", "report"},
-    "cli": LEAVES | {"report"},
+    | {
+        "preparation",
+        "recorder",
+        "replica",
+        "resumption",
+        "interruption",
+        "data",
+        "planning",
+        "scheduling",
+        "engine",
+        "attention",
+        "model",
+        "experiments",
+        "report",
+    },
+    "cli": LEAVES | {"report", "interruption"},
     "__init__": LEAVES | {"report", "runner"},
     "__main__": {"cli"},
 }
@@ -40,7 +55,10 @@ WITHOUT_TORCH = {"errors", "messages", "job", "data", "planning", "costs", "sche
 HEAVY_HOMES = {
     "transformers": {"data/tokenizer.py"},
     "flashinfer": {"attention/flashinfer_paged.py"},
-    "triton": {"model/triton_layers.py", "model/triton_sampling.py", "attention/triton_decode.py"},
+    "triton": {
+        "attention/triton_decode.py",
+        *(f"model/triton_{name}.py" for name in ("layers", "rows", "sampling", "filters", "alternatives")),
+    },
     "datasets": {"data/readers/hub.py"},
     "typer": {"cli.py"},
     "torch.distributed": {"parallel/mesh.py", "parallel/collectives.py"},

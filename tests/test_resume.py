@@ -123,7 +123,7 @@ def test_a_finished_run_computes_nothing_again(go, tmp_path, whole, monkeypatch)
         raise AssertionError("the engine was started")
 
     first = go()
-    monkeypatch.setattr("tokabatch.runner._executor", refuse)
+    monkeypatch.setattr("tokabatch.runner._executors", refuse)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").iterdir()}
     summary = go()
     assert (summary.exit_code, summary.ok, summary.earlier, summary.output_tokens) == (0, 30, 30, 0)
@@ -264,14 +264,16 @@ def test_overwrite_keeps_the_results_of_a_job_that_cannot_work(go, tmp_path):
 
 
 def test_retry_errors_runs_error_rows_again_and_only_those(go, tmp_path, whole, monkeypatch):
-    real = runner._executor
+    real = runner._executors
 
     class Spoiling:
         """An engine whose logits are broken in some steps."""
 
-        def __init__(self, *arguments: Any) -> None:
-            self.inner, self.steps = real(*arguments), 0
-            self.submit, self.close, self.sizes = self.inner.submit, self.inner.close, self.inner.sizes
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.steps = inner, 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
 
         def collect(self) -> Any:
             result = self.inner.collect()
@@ -280,7 +282,7 @@ def test_retry_errors_runs_error_rows_again_and_only_those(go, tmp_path, whole, 
                 result.finite[: len(result.finite) // 2] = False
             return result
 
-    monkeypatch.setattr("tokabatch.runner._executor", Spoiling)
+    monkeypatch.setattr(runner, "_executors", lambda *given: lambda: Spoiling(real(*given)()))
     spoilt = go()
     assert spoilt.errors > 2 and dict(spoilt.error_counts) == {"nan_logits": spoilt.errors}
     monkeypatch.undo()

@@ -10,11 +10,12 @@ import errno
 import os
 import platform
 from collections.abc import Callable, Collection, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,14 +52,21 @@ class Start:
     committed: Committed
 
 
-def start(job: Job, claim: Claim, on_rows: OnRows, reuse: Reuse, tell: Callable[[str], None]) -> Start:
+def start(
+    job: Job,
+    claim: Claim,
+    on_rows: OnRows,
+    reuse: Reuse,
+    tell: Callable[[str], None],
+    reading: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Start:
     """Prepare the job and take up its output folder, whose manifest then says what the run is. Raises UsageError; `tell` is
-    given a sentence for the user where the folder holds results."""
+    given a sentence for the user where the folder holds results; `reading` is entered while the folder is as it was."""
     folder = claim.folder
     earlier = None if reuse.overwrite else find_run(folder)
     scratch = folder.temporary / "input"
     scratch.mkdir()
-    with _refusing(folder, _FULL):
+    with _refusing(folder, _FULL), reading():
         prepared = prepare(job, scratch, on_rows, earlier=earlier.fingerprint if earlier else None)
     with _refusing(folder):
         if reuse.overwrite:

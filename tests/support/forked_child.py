@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scripted_engine import QUICKSTART, ScriptedExecutor, quickstart_script
+from benchmarks.scripted_engine import QUICKSTART, Script, ScriptedExecutor, build_worker, quickstart_script
 from support import faulty_files, mutants
 from tokabatch import Job, recorder, run, runner
 from tokabatch.data import folder
 from tokabatch.data.tokenizer import load_tokenizer
+from tokabatch.engine.executor import ProcessExecutor
+from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import TokabatchError
 from tokabatch.job import ModelConfig
+from tokabatch.preparation import Prepared
 
 STEP_SECONDS = 0.002
 BATCH_SAMPLES = 4
+
+
+def _within(script: Script, job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: object) -> Any:
+    return partial(ScriptedExecutor, script, sizes)
+
+
+def _apart(script: Script, job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: object) -> Any:
+    """The worker in a process of its own: forked, as nothing here has threads or a GPU and importing takes seconds."""
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork
+    return partial(ProcessExecutor, (script, sizes), build_worker)
 
 
 class PowerCut(BaseException):
@@ -32,7 +48,7 @@ class Child:
     def run(self, request: dict[str, Any], told: int) -> int:
         """The exit code, as `tokabatch run` would have it; `told` is a descriptor for what there is to tell."""
         script = quickstart_script(slots=64, step_seconds=request.get("step_seconds", STEP_SECONDS))
-        runner._executor = lambda job, prepared, sizes, progress: ScriptedExecutor(script, sizes)
+        runner._executors = partial(_apart if request.get("apart") else _within, script)
         recorder.BATCH_SAMPLES = BATCH_SAMPLES
         if request.get("mutant"):
             mutants.MUTANTS[request["mutant"]]()
