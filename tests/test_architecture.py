@@ -38,7 +38,7 @@ WITHOUT_TORCH = {"errors", "messages", "job", "data", "planning", "costs", "sche
 HEAVY_HOMES = {
     "transformers": {"data/tokenizer.py"},
     "flashinfer": {"attention/flashinfer_paged.py"},
-    "triton": {"model/triton_layers.py", "model/triton_sampling.py"},
+    "triton": {"model/triton_layers.py", "model/triton_sampling.py", "attention/triton_decode.py"},
     "datasets": {"data/readers/hub.py"},
     "typer": {"cli.py"},
     "torch.distributed": {"parallel/mesh.py", "parallel/collectives.py"},

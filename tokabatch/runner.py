@@ -65,6 +65,7 @@ def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bo
         elif len(prepared.requests):
             clock.show("loading", prepared, scheduler, recorder)
             executor = _executor(job, prepared, sizes, clock.progress)
+            scheduler.settle_pages(executor.sizes.num_pages)
             clock.loaded()
             try:
                 exit_code = _generate(job, prepared, scheduler, executor, recorder, clock, should_stop)
@@ -201,8 +202,17 @@ def _executor(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Progr
             f"attention runs in plain torch, many times slower than FlashInfer's kernels: those need model.dtype bfloat16 or "
             f'float16 (it is {str(prepared.dtype).removeprefix("torch.")}) and `pip install -e ".[gpu]"`'
         )
-    profile = job.profile and ProfileSpec(Path(job.profile.path), job.profile.start, job.profile.steps)
-    spec = WorkerSpec(prepared.folder, prepared.spec, prepared.dtype, prepared.device, backend, sizes, profile)
+    spec = WorkerSpec(
+        folder=prepared.folder,
+        spec=prepared.spec,
+        dtype=prepared.dtype,
+        device=prepared.device,
+        backend=backend,
+        sizes=sizes,
+        fp8=job.model.quantization == "fp8",
+        kv_dtype=torch.float8_e4m3fn if job.engine.kv_cache_dtype == "fp8" else None,
+        profile=job.profile and ProfileSpec(Path(job.profile.path), job.profile.start, job.profile.steps),
+    )
     separate = prepared.device == "cuda" if job.engine.process == "auto" else job.engine.process
     return ProcessExecutor(spec) if separate else InProcessExecutor(spec)
 

@@ -17,6 +17,44 @@ import torch
 _ALIGNMENT = 16
 
 
+class Parcel:
+    """An array on its way: `tensor` is there once the outbox has been sent."""
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self) -> None:
+        self._tensor: torch.Tensor | None = None
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        assert self._tensor is not None, "the outbox has not been sent"
+        return self._tensor
+
+    def deliver(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+
+class Outbox:
+    """Collects arrays of several makers, and sends them together."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._waiting: list[tuple[npt.NDArray[Any], Parcel]] = []
+
+    def add(self, values: npt.NDArray[Any]) -> Parcel:
+        """The array will be on the device, with its type and shape, when `send` returns."""
+        parcel = Parcel()
+        self._waiting.append((np.ascontiguousarray(values), parcel))
+        return parcel
+
+    def send(self) -> None:
+        """Start the copy. The stream's later work sees the values; the host does not wait."""
+        tensors = to_device_all([values for values, _ in self._waiting], self._device)
+        for (_, parcel), tensor in zip(self._waiting, tensors, strict=True):
+            parcel.deliver(tensor)
+        self._waiting = []
+
+
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     """A tensor of the values; on a CPU it shares their memory."""
     tensor = torch.from_numpy(values)

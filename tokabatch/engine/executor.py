@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Protocol
 
 from tokabatch.engine.launcher import Launcher, TimedLaunch
+from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.errors import EngineError, TokabatchError
 from tokabatch.messages import StepBatch, StepResult
@@ -26,6 +27,11 @@ POLL_SECONDS = 0.0002
 
 class Executor(Protocol):
     """Any number of steps may be submitted before the first result is collected."""
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        """As the worker settled them."""
+        ...
 
     def submit(self, step: StepBatch) -> None: ...
 
@@ -42,8 +48,14 @@ class InProcessExecutor:
     """See `Executor`."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        self._launcher = Launcher(Worker.build(spec), spec.profile, spec.device)
+        worker = Worker.build(spec)
+        self._sizes = worker.sizes
+        self._launcher = Launcher(worker, spec.profile, spec.device)
         self._launched: deque[TimedLaunch] = deque()
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        return self._sizes
 
     def submit(self, step: StepBatch) -> None:
         self._launched.append(self._launcher.launch(step))
@@ -65,7 +77,12 @@ class ProcessExecutor:
         self._process = context.Process(target=_serve, args=(theirs, spec), name="tokabatch-worker", daemon=True)
         self._process.start()
         theirs.close()
-        self._receive()
+        self._sizes = self._receive()
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        assert isinstance(self._sizes, ReplicaSizes)
+        return self._sizes
 
     def submit(self, step: StepBatch) -> None:
         try:
@@ -87,7 +104,7 @@ class ProcessExecutor:
             self._process.kill()
             self._process.join()
 
-    def _receive(self, cause: Exception | None = None) -> StepResult | None:
+    def _receive(self, cause: Exception | None = None) -> StepResult | ReplicaSizes:
         try:
             message = self._pipe.recv()
         except (EOFError, OSError) as error:
@@ -103,7 +120,7 @@ class ProcessExecutor:
 
 
 def _serve(pipe: Connection, spec: WorkerSpec) -> None:
-    """The worker process: ready (None), then a result for each step, until the other end closes.
+    """The worker process: its sizes when it is ready, then a result for each step, until the other end closes.
 
     Steps are drained by a thread: were both sides to block in a send larger than the pipe's buffer, neither would go on.
     """
@@ -111,8 +128,9 @@ def _serve(pipe: Connection, spec: WorkerSpec) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     steps: queue.SimpleQueue[StepBatch | None] = queue.SimpleQueue()
     try:
-        launcher = Launcher(Worker.build(spec), spec.profile, spec.device)
-        pipe.send(None)
+        worker = Worker.build(spec)
+        launcher = Launcher(worker, spec.profile, spec.device)
+        pipe.send(worker.sizes)
         threading.Thread(target=_drain, args=(pipe, steps), daemon=True).start()
         _work(launcher, steps, pipe)
         launcher.close()

@@ -51,6 +51,9 @@ class ModelConfig(_Section):
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Type to compute in; auto is the model's own on a GPU and float32 on a CPU."
     )
+    quantization: Literal["none", "fp8"] = Field(
+        default="none", description="fp8: the layers' products in e4m3, weights rounded when they load; on a GPU."
+    )
 
 
 class InputConfig(_Section):
@@ -167,6 +170,9 @@ class EngineConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the GPU where there is one.")
     page_size: fields.PageSize = Field(default=16, description="Tokens in a page of the KV cache.")
     kv_cache_tokens: fields.AutoTokens = Field(default="auto", description="Tokens the KV cache holds; auto: what fits.")
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        default="auto", description="Type of cached keys and values: auto, as computed; fp8, half of it, on a GPU."
+    )
     max_running: fields.AutoCount = Field(default="auto", description="Most samples running at once.")
     max_step_tokens: fields.AutoCount = Field(default="auto", description="Most tokens computed in one step.")
     hydragen: fields.AutoFlag = Field(default="auto", description="Attend to a shared prefix once for its whole group.")

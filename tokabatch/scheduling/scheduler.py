@@ -9,7 +9,7 @@ page use stays under the pool. When pages run out after all, the latest admitted
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -60,6 +60,11 @@ class Scheduler:
         self.sequences = Sequences(limits.max_running, limits.max_pages_per_sequence, self.pool, limits.page_size, wanted)
         self._admission = Admission(requests, limits.page_size, self.pool, self.prompts, self.sequences, self.counts)
         self._in_flight: deque[_InFlight] = deque()
+
+    def settle_pages(self, num_pages: int) -> None:
+        """Take so many pages, which the device turned out to hold; before the first step, or when nothing is held any more."""
+        self.limits = replace(self.limits, num_pages=num_pages)
+        self.pool.resize(num_pages)
 
     @property
     def done(self) -> bool:

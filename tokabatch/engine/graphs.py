@@ -1,0 +1,116 @@
+"""CUDA graphs for small decode steps, where launching a layer's kernels takes the host longer than the GPU runs them.
+
+A step's kernels between two calls of attention depend on nothing but its number of tokens, so those pieces are captured, for a
+ladder of sizes, and a step is filled up to the next one with tokens of the spare slot. Attention itself runs between the
+pieces as planned for the step: its grids follow the contexts. What follows the last layer is launched as ever, so that no
+logits are kept per size.
+
+Shape legend: T tokens, H query heads, D head dimension, L layers, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokabatch.attention.base import AttentionBackend, PagedCache
+from tokabatch.messages import Int32, StepBatch
+from tokabatch.model.decoder import Decoder, KVPages, Places
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, *range(640, 2049, 128))
+"""Captured, and the running limit itself beside them: above the largest the GPU needs longer than the host does to launch."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """One size's pieces: all but the last end in a layer's queries, the last in the hidden state behind the last layer."""
+
+    pieces: tuple[torch.cuda.CUDAGraph, ...]
+    hidden_TE: torch.Tensor
+
+
+class DecodeGraphs:
+    """Captured when the engine starts, on the stream that steps run on. A size's steps run one after another."""
+
+    def __init__(
+        self, decoder: Decoder, cache: PagedCache, last_token: torch.Tensor, limit: int, sizes: Sequence[int] = SIZES
+    ) -> None:
+        wanted = [*(size for size in sizes if size < limit), limit]
+        self._sizes = np.array(wanted)
+        self._decoder = decoder
+        self._cache = cache
+        self._last_token = last_token
+        largest, device = max(wanted), decoder.device
+        self._places_2T = torch.zeros(2, largest, dtype=torch.int32, device=device)
+        self._places_2T[0] = cache.spare_slot
+        heads = (largest, decoder.num_heads, decoder.spec.head_dim)
+        self._mixed_THD = torch.zeros(heads, dtype=decoder.dtype, device=device)
+        self._queries_THD = torch.zeros_like(self._mixed_THD)
+        pool = torch.cuda.graph_pool_handle()
+        self._captured = {size: self._capture(size, pool) for size in sorted(wanted, reverse=True)}
+
+    def size_for(self, step: StepBatch) -> int | None:
+        """The captured size that a step runs at; None where it is too large, or brings tokens from the host."""
+        if step.num_prefill_runs:
+            return None
+        place = int(np.searchsorted(self._sizes, len(step.run_slot)))
+        return int(self._sizes[place]) if place < len(self._sizes) else None
+
+    def padded(self, slot_T: Int32, position_T: Int32, size: int) -> Int32:
+        """Slots and positions filled up to `size` by the spare slot, [2, size]."""
+        places = np.zeros((2, size), np.int32)
+        places[0] = self._cache.spare_slot
+        places[:, : len(slot_T)] = slot_T, position_T
+        return places
+
+    def stage(self, places_2T: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put a step's `padded` places where its graphs read them; the slots and positions of its own tokens."""
+        size = places_2T.shape[1]
+        self._places_2T[:, :size].copy_(places_2T)
+        return self._places_2T[0, :num_tokens], self._places_2T[1, :num_tokens]
+
+    def run(self, size: int, num_tokens: int, backend: AttentionBackend) -> torch.Tensor:
+        """hidden_TE behind the last layer, of the step that was staged. Attention is called with its own tokens' queries."""
+        captured = self._captured[size]
+        queries_THD, mixed_THD = self._queries_THD[:num_tokens], self._mixed_THD[:num_tokens]
+        for layer, piece in enumerate(captured.pieces[:-1]):
+            piece.replay()
+            backend.attend(layer, queries_THD, None, None, mixed_THD)
+        captured.pieces[-1].replay()
+        return captured.hidden_TE[:num_tokens]
+
+    def _capture(self, size: int, pool: Any) -> _Captured:
+        slot_T, position_T = self._places_2T[:, :size]
+        cache = self._cache
+        pages = KVPages(cache.k_LNKPD, cache.v_LNKPD, cache.table, slot_T, self._queries_THD[:size])
+        places = self._decoder.places(position_T, pages)
+        num_layers = len(self._decoder.layer_range)
+        hidden_TE = None
+        for layer in (0, num_layers):
+            # Once as it is: libraries choose and load their kernels at the first call with a shape.
+            hidden_TE = self._piece(layer, hidden_TE, places)
+        pieces: list[torch.cuda.CUDAGraph] = []
+        for layer in range(num_layers + 1):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                hidden_TE = self._piece(layer, hidden_TE, places)
+            pieces.append(graph)
+        assert hidden_TE is not None
+        return _Captured(tuple(pieces), hidden_TE)
+
+    def _piece(self, layer: int, hidden_TE: torch.Tensor | None, places: Places) -> torch.Tensor:
+        """From the attention of the layer before to this layer's queries."""
+        decoder, size = self._decoder, places.positions_T.shape[0]
+        if layer == 0:
+            slot_T = self._places_2T[0, :size]
+            hidden_TE = decoder.embed(self._last_token.index_select(0, slot_T))
+        else:
+            assert hidden_TE is not None
+            hidden_TE = decoder.leave(layer - 1, hidden_TE, self._mixed_THD[:size])
+        if layer < len(decoder.layer_range):
+            decoder.enter(layer, hidden_TE, places)
+        return hidden_TE
