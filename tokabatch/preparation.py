@@ -20,7 +20,7 @@ from tokabatch.data.output import FailedRow, output_schema
 from tokabatch.data.store import InputStore, ingest
 from tokabatch.data.tokenizer import Tokenizer, load_tokenizer
 from tokabatch.engine.sizing import WorkloadFacts
-from tokabatch.errors import JobError
+from tokabatch.errors import JobError, ModelError
 from tokabatch.job import GenerationConfig, Job, Setting
 from tokabatch.messages import Int64, Requests
 from tokabatch.model.checkpoint import Checkpoint, preflight
@@ -90,6 +90,11 @@ def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None 
     spec = read_spec(folder)
     checkpoint = preflight(folder, spec) if Path(job.model.path).expanduser().is_dir() else None
     tokenizer = load_tokenizer(job.model.model_copy(update={"path": str(folder)}))
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name!r} has ids up to {tokenizer.vocab_size - 1}, but the model in {folder} has "
+            f"embeddings for {spec.vocab_size} only (config.json: vocab_size). Use the tokenizer that belongs to these weights."
+        )
     generation, settings = effective_generation(job, folder)
     _check_generation(generation, spec, tokenizer)
     store = ingest(

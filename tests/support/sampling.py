@@ -1,9 +1,12 @@
-"""Rows to sample, each with a slot of its own."""
+"""Rows to sample, each with a slot of its own, and the distributions that they must follow."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tokabatch.messages import SlotInit
 from tokabatch.model.slot_table import SamplerInputs, SlotTable
@@ -46,3 +49,31 @@ def rows_of(table: SlotTable, slots: torch.Tensor) -> SamplerInputs:
     """The inputs of a step that samples these slots; a slot's position is a function of the slot."""
     on_device = slots.to(table.words.device)
     return table.inputs(slots.numpy(), on_device, (on_device + 11).int())
+
+
+def reference(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """transformers' own processors in its order, on float64."""
+    scores = logits.double()[None] / temperature
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    if min_p > 0:
+        scores = MinPLogitsWarper(min_p)(None, scores)
+    return scores.softmax(-1)[0]
+
+
+def chi_square_is_plausible(counts, expected):
+    """Pools rare tokens; accepts up to 4.5 standard deviations (Wilson-Hilferty)."""
+    assert counts[expected == 0].sum() == 0, "drew a token of no probability"
+    total = counts.sum()
+    common = expected * total >= 8
+    observed = torch.cat((counts[common], counts[~common].sum()[None]))
+    wanted = torch.cat((expected[common], expected[~common].sum()[None])) * total
+    observed, wanted = observed[wanted > 5], wanted[wanted > 5]
+    degrees = len(wanted) - 1
+    if degrees == 0:
+        return True
+    statistic = ((observed - wanted) ** 2 / wanted).sum().item()
+    z = ((statistic / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / math.sqrt(2 / (9 * degrees))
+    return abs(z) < 4.5

@@ -112,10 +112,15 @@ class FlashInferPagedAttention:
         self._sections: list[_Section] = []
         self._planned: list[_Planned] = []
         self._slot_T = self._position_T = torch.empty(0, dtype=torch.int32, device=device)
+        self._no_skip = torch.zeros(shape.num_slots + 1, dtype=torch.int32, device=device)
 
     @property
     def cache(self) -> PagedCache | None:
         return self._cache
+
+    @property
+    def needs_no_plan(self) -> bool:
+        return all(section.own is None and not section.levels for section in self._sections)
 
     def prepare(self, step: StepBatch, outbox: Outbox) -> None:
         self.page_table[step.table_slot, step.table_column] = step.table_page
@@ -165,6 +170,13 @@ class FlashInferPagedAttention:
         for planned in self._planned:
             self._attend_section(planned, q_THD, cache, out_THD, lse_TH)
         return out_THD
+
+    def attend_unplanned(
+        self, layer: int, q_THD: torch.Tensor, slot_T: torch.Tensor, position_T: torch.Tensor, out_THD: torch.Tensor
+    ) -> None:
+        cache, skip_T = self._cache, self._no_skip[: len(slot_T)]
+        pages = cache.k_LNKPD[layer], cache.v_LNKPD[layer]
+        decode(q_THD, pages, cache.table, slot_T, position_T, skip_T, out_THD, mean_keys=LONG_CONTEXT)
 
     def _write(self, cache: State, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
         size = self.shape.page_size

@@ -1,9 +1,9 @@
 """CUDA graphs for small decode steps, where launching a layer's kernels takes the host longer than the GPU runs them.
 
 A step's kernels between two calls of attention depend on nothing but its number of tokens, so those pieces are captured, for a
-ladder of sizes, and a step is filled up to the next one with tokens of the spare slot. Attention itself runs between the
-pieces as planned for the step: its grids follow the contexts. What follows the last layer is launched as ever, so that no
-logits are kept per size.
+ladder of sizes, and a step is filled up to the next one with tokens of the spare slot. Attention runs between the pieces as
+planned for the step. The smallest sizes are captured whole, too, for steps whose attention needs no plan. What follows the
+last layer is launched as ever, so that no logits are kept per size.
 
 Shape legend: T tokens, H query heads, D head dimension, L layers, E hidden size.
 """
@@ -17,31 +17,44 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokabatch.attention.base import AttentionBackend, PagedCache
+from tokabatch.attention.base import AttentionBackend
 from tokabatch.messages import Int32, StepBatch
 from tokabatch.model.decoder import Decoder, KVPages, Places
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, *range(640, 2049, 128))
 """Captured, and the running limit itself beside them: above the largest the GPU needs longer than the host does to launch."""
+WHOLE = 512
+"""Sizes up to this one are captured whole, too."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """One size's pieces: all but the last end in a layer's queries, the last in the hidden state behind the last layer."""
+    """One size. All pieces but the last end in a layer's queries, the last in the hidden state behind the last layer, as does
+    the whole."""
 
     pieces: tuple[torch.cuda.CUDAGraph, ...]
     hidden_TE: torch.Tensor
+    whole: torch.cuda.CUDAGraph | None
+    whole_hidden_TE: torch.Tensor
 
 
 class DecodeGraphs:
     """Captured when the engine starts, on the stream that steps run on. A size's steps run one after another."""
 
     def __init__(
-        self, decoder: Decoder, cache: PagedCache, last_token: torch.Tensor, limit: int, sizes: Sequence[int] = SIZES
+        self,
+        decoder: Decoder,
+        backend: AttentionBackend,
+        last_token: torch.Tensor,
+        limit: int,
+        sizes: Sequence[int] = SIZES,
     ) -> None:
+        cache = backend.cache
+        assert cache is not None, "the decoder must write the cache"
         wanted = [*(size for size in sizes if size < limit), limit]
         self._sizes = np.array(wanted)
         self._decoder = decoder
+        self._backend = backend
         self._cache = cache
         self._last_token = last_token
         largest, device = max(wanted), decoder.device
@@ -73,13 +86,16 @@ class DecodeGraphs:
         self._places_2T[:, :size].copy_(places_2T)
         return self._places_2T[0, :num_tokens], self._places_2T[1, :num_tokens]
 
-    def run(self, size: int, num_tokens: int, backend: AttentionBackend) -> torch.Tensor:
-        """hidden_TE behind the last layer, of the step that was staged. Attention is called with its own tokens' queries."""
+    def run(self, size: int, num_tokens: int) -> torch.Tensor:
+        """hidden_TE behind the last layer, of the step that was staged and planned."""
         captured = self._captured[size]
+        if captured.whole is not None and self._backend.needs_no_plan:
+            captured.whole.replay()
+            return captured.whole_hidden_TE[:num_tokens]
         queries_THD, mixed_THD = self._queries_THD[:num_tokens], self._mixed_THD[:num_tokens]
         for layer, piece in enumerate(captured.pieces[:-1]):
             piece.replay()
-            backend.attend(layer, queries_THD, None, None, mixed_THD)
+            self._backend.attend(layer, queries_THD, None, None, mixed_THD)
         captured.pieces[-1].replay()
         return captured.hidden_TE[:num_tokens]
 
@@ -93,6 +109,7 @@ class DecodeGraphs:
         for layer in (0, num_layers):
             # Once as it is: libraries choose and load their kernels at the first call with a shape.
             hidden_TE = self._piece(layer, hidden_TE, places)
+        self._attend_unplanned(0, size)
         pieces: list[torch.cuda.CUDAGraph] = []
         for layer in range(num_layers + 1):
             graph = torch.cuda.CUDAGraph()
@@ -100,7 +117,20 @@ class DecodeGraphs:
                 hidden_TE = self._piece(layer, hidden_TE, places)
             pieces.append(graph)
         assert hidden_TE is not None
-        return _Captured(tuple(pieces), hidden_TE)
+        if size > WHOLE:
+            return _Captured(tuple(pieces), hidden_TE, None, hidden_TE)
+        whole, whole_hidden_TE = torch.cuda.CUDAGraph(), None
+        with torch.cuda.graph(whole, pool=pool):
+            for layer in range(num_layers + 1):
+                if layer:
+                    self._attend_unplanned(layer - 1, size)
+                whole_hidden_TE = self._piece(layer, whole_hidden_TE, places)
+        assert whole_hidden_TE is not None
+        return _Captured(tuple(pieces), hidden_TE, whole, whole_hidden_TE)
+
+    def _attend_unplanned(self, layer: int, size: int) -> None:
+        slot_T, position_T = self._places_2T[:, :size]
+        self._backend.attend_unplanned(layer, self._queries_THD[:size], slot_T, position_T, self._mixed_THD[:size])
 
     def _piece(self, layer: int, hidden_TE: torch.Tensor | None, places: Places) -> torch.Tensor:
         """From the attention of the layer before to this layer's queries."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from tokabatch.engine.worker import Launched, ProfileSpec, Worker
+from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.worker import Launched, ProfileSpec, Worker, WorkerSpec
 from tokabatch.messages import StepBatch, StepResult
 
 WARM_UP_STEPS = 4
@@ -43,6 +44,16 @@ class Launcher:
     def __init__(self, worker: Worker, spec: ProfileSpec | None, device: str) -> None:
         self._worker = worker
         self._profile = None if spec is None else StepProfile(spec, device)
+
+    @classmethod
+    def build(cls, spec: WorkerSpec) -> Launcher:
+        """Build the worker that the spec describes. Raises what `Worker.build` does."""
+        return cls(Worker.build(spec), spec.profile, spec.device)
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        """As the worker settled them."""
+        return self._worker.sizes
 
     def launch(self, step: StepBatch) -> TimedLaunch:
         """Queue one step on the device. The time is the calling thread's, the profiler's work left out."""

@@ -89,9 +89,8 @@ class Worker:
         """Compile and load every kernel, and capture small decode steps where the backend lets the decoder write its cache."""
         for step in warm_up_steps(self.sizes):
             self.run(step)
-        cache = self._backend.cache
-        if cache is not None and self._decoder.mesh.tensor_size == self._decoder.mesh.pipeline_size == 1:
-            self._graphs = DecodeGraphs(self._decoder, cache, self._last_token, self.sizes.max_running)
+        if self._backend.cache is not None and self._decoder.mesh.tensor_size == self._decoder.mesh.pipeline_size == 1:
+            self._graphs = DecodeGraphs(self._decoder, self._backend, self._last_token, self.sizes.max_running)
 
     def run(self, step: StepBatch) -> StepResult:
         """Execute one step and wait for its result."""
@@ -142,7 +141,7 @@ class Worker:
 
         def compute() -> torch.Tensor:
             self._backend.plan(*graphs.stage(places.tensor, count))
-            return self._decoder.logits(graphs.run(size, count, self._backend))
+            return self._decoder.logits(graphs.run(size, count))
 
         return compute
 

@@ -180,6 +180,12 @@ class EngineConfig(_Section):
     hydragen_min_prefix: fields.AutoCount = Field(default="auto", description="Fewest shared tokens for a shared pass.")
     queue_depth: fields.AutoCount = Field(default="auto", description="Steps in flight; auto: 1 on a CPU, 2 on a GPU.")
     process: fields.AutoFlag = Field(default="auto", description="Run the model in a process of its own; auto: on a GPU only.")
+    hang_seconds: fields.Seconds = Field(
+        default=120.0, description="A worker process that stands still for so long is killed and started again."
+    )
+    max_restarts: fields.Count = Field(
+        default=20, description="Worker processes that may be lost in a row without a sample finished in between."
+    )
 
 
 class OutputConfig(_Section):

@@ -6,7 +6,8 @@ batch has no part in it. One uniform number per row is turned into a token by th
 in token-id order. Non-greedy rows cost a softmax and sums over chunks; only the chunk that the draw falls into is
 walked. A token that was filtered out, or whose probability is zero, is never drawn.
 
-Nothing here waits for a CUDA device. Shape legend: S rows, V vocabulary, K alternatives reported.
+What is written here serves CPUs and is the reference; on a CUDA device `triton_sampling` does the same by kernels of its
+own. Nothing waits for the device. Shape legend: S rows, V vocabulary, K alternatives reported.
 """
 
 from __future__ import annotations
@@ -72,39 +73,25 @@ def sample(logits_SV: torch.Tensor, inputs: SamplerInputs, last_token: torch.Ten
 
     `last_token` (integers, one per slot) receives the token drawn for each row's slot: the next step reads it there.
     """
-    plain = not inputs.any_filter and inputs.max_logprobs <= 0
-    columns = inputs.table.columns(inputs.slot_S)
-    uniform_S = None
-    if inputs.any_random:
-        uniform_S = uniform(columns.seed, columns.row, columns.sample, inputs.position_S)
-    if plain and logits_SV.is_cuda and logits_SV.dtype != torch.float64:
-        sampled = _sample_fused(logits_SV, inputs, columns, uniform_S)
-    else:
-        sampled = _sample_plain(logits_SV, inputs, columns, uniform_S)
+    if logits_SV.is_cuda and logits_SV.dtype != torch.float64:
+        return Sampled(import_module("tokabatch.model.triton_sampling").sample(logits_SV, inputs, last_token))
+    sampled = _sample_plain(logits_SV, inputs)
     if last_token is not None:
         last_token[inputs.slot_S] = sampled.token_S.to(last_token.dtype)
     return sampled
 
 
-def _sample_fused(
-    logits_SV: torch.Tensor, inputs: SamplerInputs, columns: SlotColumns, uniform_S: torch.Tensor | None
-) -> Sampled:
-    """Without filters and alternatives, on a GPU: one pass over the logits in their own dtype."""
-    fused = import_module("tokabatch.model.triton_sampling")
-    token_S, finite_S, logprob_S = fused.draw(logits_SV, columns.temperature, uniform_S, inputs.max_logprobs == 0)
-    none_SK = logprob_S.new_empty(logits_SV.shape[0], 0)
-    return _pack(token_S, finite_S, logprob_S.masked_fill(columns.logprobs < 0, torch.nan), none_SK, none_SK)
-
-
-def _sample_plain(
-    logits_SV: torch.Tensor, inputs: SamplerInputs, columns: SlotColumns, uniform_S: torch.Tensor | None
-) -> Sampled:
-    """In blocks of rows."""
+def _sample_plain(logits_SV: torch.Tensor, inputs: SamplerInputs) -> Sampled:
+    """In blocks of rows, with torch alone: on a CPU, and for float64."""
     num_rows, vocab_size = logits_SV.shape
     if logits_SV.device.type != "cpu":
         block = max(1, _BLOCK_DEVICE // vocab_size)
     else:
         block = max(1, (_BLOCK_CPU_FILTERED if inputs.any_filter else _BLOCK_CPU) // vocab_size)
+    columns = inputs.table.columns(inputs.slot_S)
+    uniform_S = None
+    if inputs.any_random:
+        uniform_S = uniform(columns.seed, columns.row, columns.sample, inputs.position_S)
     parts: list[torch.Tensor] = []
     for start in range(0, max(num_rows, 1), block):
         rows = slice(start, start + block)

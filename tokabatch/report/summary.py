@@ -61,6 +61,12 @@ class RunSummary:
     recomputed_tokens: int = 0
     host_seconds: float = 0.0
     launch_seconds: float = 0.0
+    restarts: tuple[tuple[str, int], ...] = ()
+    """Workers that were lost and replaced, by cause."""
+    requeued: int = 0
+    """Running samples that a lost worker or a dropped step sent back to wait; `recomputed_tokens` counts theirs as well."""
+    dropped_steps: int = 0
+    """Steps that the device had no memory for; those after them were half as large."""
     error_counts: tuple[tuple[str, int], ...] = ()
     pass_at_k: tuple[tuple[int, float], ...] | None = None
     unverified: int = 0
@@ -83,6 +89,7 @@ class RunSummary:
         values["pending"] = self.pending
         values["output_tokens_per_second"] = round(_rate(self.output_tokens, self.work_seconds), 1)
         values["error_counts"] = dict(self.error_counts)
+        values["restarts"] = dict(self.restarts)
         values["pass_at_k"] = None if self.pass_at_k is None else {str(k): value for k, value in self.pass_at_k}
         return values
 
@@ -162,7 +169,7 @@ def run_sections(summary: RunSummary) -> tuple[Section, ...]:
         ("steps", _steps(summary)),
         ("preemptions", f"{_count(summary.preemptions)}, {_count(summary.recomputed_tokens)} tokens recomputed"),
     ]
-    sections = [Section("Run", tuple(books)), Section("Work", tuple(work))]
+    sections = [Section("Run", tuple(books)), Section("Work", (*work, *_faults(summary)))]
     if summary.pass_at_k is not None:
         rates = tuple((f"pass@{k}", f"{value:.4f}") for k, value in summary.pass_at_k)
         unclear = (("not verified", f"{_count(summary.unverified)} samples, counted as wrong"),) if summary.unverified else ()
@@ -235,6 +242,19 @@ def _plan_kv(kv: KvFacts) -> tuple[tuple[str, str], ...]:
     tokens = kv.pages * kv.page_size
     mebibytes = tokens * kv.bytes_per_token / (1 << 20)
     return (*size, ("pages", f"{_count(kv.pages)} ({_count(tokens)} tokens, {mebibytes:,.1f} MiB)"))
+
+
+def _faults(summary: RunSummary) -> list[tuple[str, str]]:
+    """What befell the worker, where anything did."""
+    rows: list[tuple[str, str]] = []
+    if summary.restarts:
+        causes = ", ".join(f"{_count(number)} {cause}" for cause, number in summary.restarts)
+        rows.append(("worker restarts", f"{_count(sum(number for _, number in summary.restarts))} ({causes})"))
+    if summary.dropped_steps:
+        rows.append(("out of memory", f"{_count(summary.dropped_steps)} steps dropped, the later ones half as large"))
+    if summary.requeued:
+        rows.append(("taken back", f"{_count(summary.requeued)} running samples, their tokens kept"))
+    return rows
 
 
 def _steps(summary: RunSummary) -> str:

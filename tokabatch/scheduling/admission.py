@@ -8,6 +8,7 @@ a later candidate never overtakes an earlier one that does not fit, so no sample
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, islice
 
 import numpy as np
 
@@ -31,10 +32,12 @@ Runs = tuple[Int32, Int32]
 
 @dataclass(frozen=True, slots=True)
 class _Candidates:
-    """Arrays over candidates: `counts[i]` samples of `request[i]`; the first `num_known` have been open before."""
+    """Arrays over candidates: `counts[i]` samples of `request[i]`, each with `produced[i]` output tokens from before it was
+    preempted; the first `num_known` are of prompts that have been open before."""
 
     request: Int32
     counts: Int32
+    produced: Int32
     num_known: int
 
 
@@ -65,6 +68,8 @@ class Admission:
         self.lengths = LengthModel(int(self._max_tokens.max(initial=1)))
         self.preempted: dict[tuple[int, int], Generated] = {}
         """Output of preempted samples by (request, sample)."""
+        self.confined: frozenset[int] | None = None
+        """The only requests that may come in; None is all."""
 
     def admit(self, budget: int, draft: StepDraft, alone: bool) -> Runs:
         """Open slots for as many candidates as fit and return their runs. `alone`: nothing runs or is in flight, so the first
@@ -100,28 +105,52 @@ class Admission:
         return int(running.sum()) + round(waiting * float(np.average(fresh, weights=self._share)))
 
     def _candidates(self, budget: int, step: int) -> _Candidates:
-        free = self._sequences.num_free
-        known: list[tuple[int, int]] = [(request, 1) for request in self._prompts.suspended[:free]]
-        free -= len(known)
-        for prompt in self._prompts.with_pending():
-            if free <= 0 or budget <= 0:
-                break
-            if not prompt.can_fork(step) and (prompt.leader >= 0 or prompt.tainted):
-                continue
-            # Preempted samples come back one by one: each has a length of its own.
-            count = min(prompt.num_pending, free, budget) if prompt.can_fork(step) and not prompt.requeued else 1
-            known.append((prompt.request, count))
-            free -= count
-            budget -= count
+        known, free, budget = self._known(budget, step)
         first = self._prompts.next_request
         fresh = np.arange(first, min(first + min(max(free, 0), MAX_FRESH), len(self._requests)), dtype=np.int32)
         cost = np.cumsum(self._requests.length[fresh] - self._requests.lcp[fresh])
-        fresh = fresh[: int(np.searchsorted(cost, max(budget, 0))) + 1] if budget > 0 else fresh[:0]
+        none = budget <= 0 or self.confined is not None
+        fresh = fresh[:0] if none else fresh[: int(np.searchsorted(cost, budget)) + 1]
         return _Candidates(
             request=np.concatenate((np.array([k[0] for k in known], np.int32), fresh)),
             counts=np.concatenate((np.array([k[1] for k in known], np.int32), np.ones(len(fresh), np.int32))),
+            produced=np.concatenate((np.array([k[2] for k in known], np.int32), np.zeros(len(fresh), np.int32))),
             num_known=len(known),
         )
+
+    def _known(self, budget: int, step: int) -> tuple[list[tuple[int, int, int]], int, int]:
+        """Waiting samples of prompts that have been open before: (request, samples, output tokens each of them has had), as
+        many as slots and budget are there for; and the slots and tokens that these leave."""
+        known: list[tuple[int, int, int]] = []
+        free, requests = self._sequences.num_free, self._requests
+        for request in filter(self._may_run, self._prompts.suspended):
+            if free <= 0 or budget <= 0:
+                break
+            known.append((request, 1, self._produced(self._prompts.pending_prompt(request))))
+            free -= 1
+            budget -= int(requests.length[request] - requests.lcp[request]) + known[-1][2]
+        for prompt in self._prompts.with_pending():
+            if free <= 0 or budget <= 0:
+                break
+            forks = prompt.can_fork(step)
+            if not self._may_run(prompt.request) or (not forks and (prompt.leader >= 0 or prompt.tainted)):
+                continue
+            if not forks:
+                alike = [(1, self._produced(prompt))]
+            elif not prompt.requeued:
+                alike = [(min(prompt.num_pending, free, budget), 0)]
+            else:
+                # Each has a length of its own, and as many tokens to compute again.
+                lengths = [self._produced(prompt, sample) for sample in islice(prompt.requeued, free)]
+                before = accumulate(lengths[:-1], initial=0)
+                alike = [(1, length) for length, tokens in zip(lengths, before, strict=True) if tokens < budget]
+            known += [(prompt.request, count, produced) for count, produced in alike]
+            free -= sum(count for count, _ in alike)
+            budget -= sum(count + produced for count, produced in alike)
+        return known, free, budget
+
+    def _may_run(self, request: int) -> bool:
+        return self.confined is None or request in self.confined
 
     def _fitting(self, candidates: _Candidates) -> Int32:
         """How many samples of each candidate fit the pool at every future step."""
@@ -134,9 +163,7 @@ class Admission:
         held, held_steps = self._prompts.held_pages(), self._prompts.last_steps(seq.request[order], remaining)
         entries = candidates.request
         params = self._requests.params[entries]
-        produced = np.zeros(len(entries), np.int32)
-        for i in range(candidates.num_known):
-            produced[i] = self._produced(int(entries[i]))
+        produced = candidates.produced
         expected = self._remaining(params, produced)
         length = self._requests.length[entries]
         full, total = (length - 1) // size, -(-length // size)
@@ -148,10 +175,11 @@ class Admission:
         start = length - 1 + produced
         return forecast.admit(self._pool.num_pages, start, shared, expected, prompt_pages, candidates.counts)
 
-    def _produced(self, request: int) -> int:
-        """Output tokens of the sample of this prompt that is admitted next, if it was preempted."""
-        requeued = self._prompts.pending_prompt(request).requeued
-        output = self.preempted.get((request, requeued[0])) if requeued else None
+    def _produced(self, prompt: OpenPrompt, sample: int | None = None) -> int:
+        """Output tokens that a sample of this prompt had when it was preempted; of the one admitted next by default."""
+        if sample is None and prompt.requeued:
+            sample = prompt.requeued[0]
+        output = None if sample is None else self.preempted.get((prompt.request, sample))
         return 0 if output is None else len(output.tokens)
 
     def _remaining(self, params: Int32, generated: Int32) -> Int32:

@@ -20,4 +20,6 @@ class SchedulerCounts:
     finished_prompts: int = 0
     """Prompts all of whose samples are finished."""
     preemptions: int = 0
+    requeued: int = 0
+    """Running samples taken back because the worker was lost."""
     recomputed_tokens: int = 0
