@@ -184,13 +184,13 @@ class ProcessExecutor:
         self._pipe.close()
         if self._watch is not None:
             self._watch.close()
+        if self._process.pid is not None:
+            self._process.join(STOP_SECONDS)
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
+        # Not before: without a reader of its signs the worker ends at once, and may have a profile to write.
         self._signs.close()
-        if self._process.pid is None:
-            return
-        self._process.join(STOP_SECONDS)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
 
     def _send(self, message: StepBatch | Resume) -> None:
         try:
