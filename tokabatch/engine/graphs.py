@@ -23,6 +23,10 @@ from tokabatch.model.decoder import Decoder, KVPages, Places
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, *range(640, 2049, 128))
 """Captured, and the running limit itself beside them: above the largest the GPU needs longer than the host does to launch."""
+MAX_PADDING = 1 / 8
+"""Share of a large captured step that may be padding; a step that would be more is launched as it is."""
+SMALL = 256
+"""Steps below are bound by launching and by reading the weights: padding costs them nothing."""
 WHOLE = 512
 """Sizes up to this one are captured whole, too."""
 
@@ -67,11 +71,16 @@ class DecodeGraphs:
         self._captured = {size: self._capture(size, pool) for size in sorted(wanted, reverse=True)}
 
     def size_for(self, step: StepBatch) -> int | None:
-        """The captured size that a step runs at; None where it is too large, or brings tokens from the host."""
+        """The captured size that a step runs at; None where none is near enough above it, or it brings tokens from the
+        host."""
         if step.num_prefill_runs:
             return None
-        place = int(np.searchsorted(self._sizes, len(step.run_slot)))
-        return int(self._sizes[place]) if place < len(self._sizes) else None
+        count = len(step.run_slot)
+        place = int(np.searchsorted(self._sizes, count))
+        if place == len(self._sizes):
+            return None
+        size = int(self._sizes[place])
+        return size if size <= SMALL or size - count <= MAX_PADDING * size else None
 
     def padded(self, slot_T: Int32, position_T: Int32, size: int) -> Int32:
         """Slots and positions filled up to `size` by the spare slot, [2, size]."""
