@@ -30,11 +30,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interruption": {"errors"},
     "replica": LEAVES | {"interruption", "scheduling", "engine"},
     "recorder": LEAVES | {"data", "experiments", "preparation"},
+    "resumption": LEAVES | {"data", "preparation"},
     "runner": LEAVES
     | {
         "preparation",
         "recorder",
         "replica",
+        "resumption",
         "interruption",
         "data",
         "planning",

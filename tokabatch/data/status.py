@@ -6,8 +6,8 @@ module does not know pass@k; it hands out the counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from tokabatch.data.folder import OutputFolder
 from tokabatch.data.manifest import Books, read_manifest, read_summary
-from tokabatch.data.shards import count_ok, damaged, open_shard
+from tokabatch.data.shards import count_ok, read_groups
 from tokabatch.messages import Bool
 
 State = Literal["running", "complete", "incomplete", "absent"]
@@ -66,7 +66,7 @@ def read_status(path: Path) -> Status:
     paths = folder.shard_paths()
     ok = errors = 0
     correct: int | None = None
-    for table in _columns(paths, ("status", "correct")):
+    for table in chain.from_iterable(read_groups(path, ("status", "correct")) for path in paths):
         shard_ok = count_ok(table)
         ok += shard_ok
         errors += table.num_rows - shard_ok
@@ -91,17 +91,6 @@ def read_status(path: Path) -> Status:
         bytes=sum(path.stat().st_size for path in paths),
         correct=correct,
     )
-
-
-def _columns(paths: Sequence[Path], names: Sequence[str]) -> Iterator[pa.Table]:
-    for path in paths:
-        with open_shard(path) as file:
-            present = [name for name in names if name in file.schema_arrow.names]
-            for group in range(file.num_row_groups):
-                try:
-                    yield file.read_row_group(group, columns=present)
-                except (OSError, pa.ArrowException) as error:
-                    raise damaged(path, error) from error
 
 
 def _flags(table: pa.Table) -> Bool:

@@ -179,11 +179,12 @@ class ProcessExecutor:
     def close(self) -> None:
         self._pipe.close()
         self._watch.close()
-        self._signs.close()
         self._process.join(STOP_SECONDS)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+        # Not before: without a reader of its signs the worker ends at once, and may have a profile to write.
+        self._signs.close()
 
     def _send(self, message: StepBatch | Resume) -> None:
         try:
