@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -61,7 +61,7 @@ def run(
     """
     clock, replica_counts, reuse = _Clock(progress or NullProgress()), ReplicaCounts(), Reuse(overwrite, retry_errors)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
-    with Claim(Path(job.output.path)) as claim:
+    with Claim(Path(job.output.path)) as claim, ExitStack() as workers:
         started = start(job, claim, partial(_reading, clock, stop), reuse, clock.progress.message, stop.at_once)
         prepared, recorder = started.prepared, Recorder(job, started.prepared, claim, started.committed)
         sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
@@ -70,7 +70,7 @@ def run(
             exit_code = _record_failures(job, prepared, recorder, clock.progress)
             if exit_code == EXIT_COMPLETE and len(prepared.requests):
                 make = _executors(job, prepared, sizes, clock.progress)
-                exit_code = _complete(job, prepared, scheduler, make, recorder, clock, stop, replica_counts)
+                exit_code = _complete(job, prepared, scheduler, make, recorder, clock, stop, replica_counts, workers)
                 _check_profile(job, scheduler.counts, clock.progress)
             clock.show("writing", prepared, scheduler, recorder)
             with claim.committing():
@@ -179,8 +179,10 @@ def _complete(
     clock: _Clock,
     stop: Interruption,
     counts: ReplicaCounts,
+    workers: ExitStack,
 ) -> int:
-    """Load the model and step until every sample is finished; the run's exit code so far."""
+    """Load the model and step until every sample is finished; the run's exit code so far. The worker is closed with `workers`:
+    what is finished is committed first, a GPU's process takes a second to end."""
     depth = job.engine.queue_depth
     replica = Replica(
         scheduler,
@@ -191,6 +193,7 @@ def _complete(
         stop=stop,
         tell=clock.progress.message,
     )
+    workers.callback(replica.close)
     clock.show("loading", prepared, scheduler, recorder)
     try:
         replica.start()
@@ -208,8 +211,6 @@ def _complete(
     except EngineError:
         recorder.finish()
         raise
-    finally:
-        replica.close()
     return EXIT_COMPLETE
 
 
