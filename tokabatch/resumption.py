@@ -65,8 +65,8 @@ def start(
     folder = claim.folder
     earlier = None if reuse.overwrite else find_run(folder)
     scratch = folder.temporary / "input"
-    scratch.mkdir()
     with _refusing(folder, _FULL), reading():
+        scratch.mkdir()
         prepared = prepare(job, scratch, on_rows, earlier=earlier.fingerprint if earlier else None)
     with _refusing(folder):
         if reuse.overwrite:

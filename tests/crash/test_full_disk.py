@@ -39,7 +39,7 @@ def ballast(disk: Path, leave: int) -> Path:
 
 def test_a_disk_that_fills_up_stops_the_run_and_room_completes_it(disk: Path, long_scene: Scene, server: ForkServer) -> None:
     out = disk / "out"
-    filler = ballast(disk, leave=600 << 10)
+    filler = ballast(disk, leave=320 << 10)  # 60 shards of at least 8 KB do not fit
     ended = server.run(long_scene.job(out), step_seconds=0)
     assert ended.code == 75, ended
     committed = long_scene.checker.check(out)
