@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": LEAVES,
     "costs": LEAVES | {"model"},
     "scheduling": LEAVES,
+    "simulation": LEAVES | {"costs", "scheduling"},
     "experiments": LEAVES,
     "report": LEAVES,
     "engine": LEAVES | {"model", "attention", "parallel", "transfer"},
@@ -34,7 +35,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": LEAVES | {"report", "runner"},
     "__main__": {"cli"},
 }
-WITHOUT_TORCH = {"errors", "messages", "job", "data", "planning", "costs", "scheduling", "experiments", "report", "cli"}
+WITHOUT_TORCH = {
+    "errors",
+    "messages",
+    "job",
+    "data",
+    "planning",
+    "costs",
+    "scheduling",
+    "simulation",
+    "experiments",
+    "report",
+    "cli",
+}
 HEAVY_HOMES = {
     "transformers": {"data/tokenizer.py"},
     "flashinfer": {"attention/flashinfer_paged.py"},

@@ -17,6 +17,7 @@ from tokabatch.messages import Bool, Completion, Int32, Requests, StepBatch, Ste
 from tokabatch.scheduling.admission import Admission
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.lengths import LengthPredictor
 from tokabatch.scheduling.pages import PagePool
 from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
 from tokabatch.scheduling.sequences import Sequences
@@ -46,7 +47,10 @@ class _InFlight:
 class Scheduler:
     """Feeds one replica from `requests`, in their order."""
 
-    def __init__(self, requests: Requests, limits: SchedulerLimits, stops: StopRules) -> None:
+    def __init__(
+        self, requests: Requests, limits: SchedulerLimits, stops: StopRules, lengths: LengthPredictor | None = None
+    ) -> None:
+        """`lengths` replaces what is learned of them online, for simulations and comparisons."""
         self.requests = requests
         self.limits = limits
         self.counts = SchedulerCounts()
@@ -58,7 +62,7 @@ class Scheduler:
         wanted = max((p.logprobs if p.logprobs is not None else -1 for p in self._sampling), default=-1)
         self._reports_logprobs = wanted >= 0
         self.sequences = Sequences(limits.max_running, limits.max_pages_per_sequence, self.pool, limits.page_size, wanted)
-        self._admission = Admission(requests, limits.page_size, self.pool, self.prompts, self.sequences, self.counts)
+        self._admission = Admission(requests, limits.page_size, self.pool, self.prompts, self.sequences, self.counts, lengths)
         self._in_flight: deque[_InFlight] = deque()
 
     @property
@@ -235,9 +239,7 @@ class Scheduler:
         seq = self.sequences
         completions: list[Completion] = []
         touched: dict[int, OpenPrompt] = {}
-        lengths = seq.generated[slots]
-        stopped = np.array([reason is not None for reason in reasons], np.bool_)
-        self._admission.lengths.observe(lengths, stopped)
+        self._admission.ended(slots, np.array([reason is not None for reason in reasons], np.bool_))
         for slot, reason, valid in zip(slots.tolist(), reasons, finite.tolist(), strict=True):
             prompt = self.prompts[int(seq.request[slot])]
             prompt.live -= 1
@@ -265,6 +267,8 @@ class Scheduler:
             )
         self.counts.finished += len(completions)
         self.sequences.close(slots)
-        self.counts.finished_prompts += sum(prompt.finished for prompt in touched.values())
+        finished = [request for request, prompt in touched.items() if prompt.finished]
+        self.counts.finished_prompts += len(finished)
+        self._admission.forget(finished)
         self.prompts.release_finished(list(touched.values()))
         return completions
