@@ -23,6 +23,7 @@ from tokabatch import __version__
 from tokabatch.attention import choose_backend
 from tokabatch.data.folder import Claim, check_output
 from tokabatch.data.manifest import Manifest, Versions, mark_success, write_manifest, write_summary
+from tokabatch.data.steps import write_steps
 from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, kv_shape
 from tokabatch.engine.worker import WorkerSpec
@@ -37,6 +38,7 @@ from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules, TokenText
+from tokabatch.stopwatch import Stopwatch
 
 SHOW_SECONDS = 0.1
 EXIT_COMPLETE, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 3, 4, 75, 130
@@ -59,6 +61,7 @@ def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bo
         write_manifest(claim, _manifest(job, prepared))
         recorder.fail(prepared.failures)
         scheduler = Scheduler(prepared.requests, _limits(sizes), _stop_rules(prepared))
+        watch = Stopwatch(0)
         exit_code = EXIT_COMPLETE
         if prepared.failures and job.errors.policy == "stop":
             exit_code = EXIT_STOPPED
@@ -66,8 +69,9 @@ def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bo
             clock.show("loading", prepared, scheduler, recorder)
             executor = _executor(job, prepared, sizes, clock.progress)
             clock.loaded()
+            watch = Stopwatch(int(prepared.num_samples.sum()))
             try:
-                exit_code = _generate(job, prepared, scheduler, executor, recorder, clock, should_stop)
+                exit_code = _generate(job, prepared, scheduler, executor, recorder, clock, watch, should_stop)
             finally:
                 executor.close()
         clock.show("writing", prepared, scheduler, recorder)
@@ -77,6 +81,7 @@ def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bo
         elif exit_code == EXIT_COMPLETE and books.errors > job.errors.max_fraction * books.samples:
             exit_code = EXIT_ERRORS
         summary = _summary(job, prepared, scheduler.counts, recorder, clock, exit_code)
+        write_steps(claim, watch.steps().columns)
         write_summary(claim, summary.to_dict())
         prepared.store.close()
     return summary
@@ -160,6 +165,7 @@ def _generate(
     executor: Executor,
     recorder: Recorder,
     clock: _Clock,
+    watch: Stopwatch,
     should_stop: Callable[[], bool],
 ) -> int:
     """Step until every sample is finished, up to `queue_depth` steps ahead of the results; the run's exit code so far."""
@@ -170,6 +176,7 @@ def _generate(
             step = scheduler.schedule() if scheduler.num_in_flight < depth else None
         if step is not None:
             executor.submit(step)
+            watch.submitted(step, scheduler)
             continue
         if not scheduler.num_in_flight:
             raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
@@ -177,6 +184,7 @@ def _generate(
         with clock.scheduling():
             completions = scheduler.apply(result)
         recorder.add(completions)
+        watch.collected(len(completions))
         clock.show("generating", prepared, scheduler, recorder)
         if should_stop():
             return EXIT_INTERRUPTED
