@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "experiments",
         "report",
     },
+    "review": LEAVES | {"data", "experiments", "report"},
     "cli": LEAVES | {"report"},
     "__init__": LEAVES | {"report", "runner"},
     "__main__": {"cli"},
@@ -68,6 +69,7 @@ HEAVY_HOMES = {
     "triton": {"model/triton_layers.py", "model/triton_sampling.py"},
     "datasets": {"data/readers/hub.py"},
     "typer": {"cli.py"},
+    "matplotlib": {"report/plots.py"},
     "torch.distributed": {"parallel/mesh.py", "parallel/collectives.py"},
 }
 

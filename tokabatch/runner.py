@@ -21,20 +21,25 @@ import torch
 
 from tokabatch import __version__
 from tokabatch.attention import choose_backend
-from tokabatch.data.folder import Claim, check_output
-from tokabatch.data.manifest import Manifest, Versions, mark_success, write_manifest, write_summary
+from tokabatch.costs.profile import Profile
+from tokabatch.costs.trace import Steps, tail_seconds
+from tokabatch.data.folder import Claim, OutputFolder, check_output
+from tokabatch.data.manifest import Manifest, Versions, mark_success, read_manifest, write_manifest, write_summary
 from tokabatch.data.steps import write_steps
 from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, kv_shape
 from tokabatch.engine.worker import WorkerSpec
-from tokabatch.errors import EngineError
+from tokabatch.errors import EngineError, OutputError, UsageError
 from tokabatch.job import Job
+from tokabatch.model.families import read_spec
+from tokabatch.model.resolve import resolve_model
 from tokabatch.model.spec import tensor_shapes
+from tokabatch.prediction import Scenario, predict_run, price_steps, profile_run
 from tokabatch.preparation import Prepared, prepare, special_ids
 from tokabatch.recorder import Recorder
+from tokabatch.report.outlook import Outlook
 from tokabatch.report.progress import NullProgress, Phase, Progress, ProgressSnapshot
 from tokabatch.report.summary import KvFacts, ModelFacts, PlanReport, RunSummary
-from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules, TokenText
@@ -80,7 +85,7 @@ def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bo
             exit_code = EXIT_BOOKS
         elif exit_code == EXIT_COMPLETE and books.errors > job.errors.max_fraction * books.samples:
             exit_code = EXIT_ERRORS
-        summary = _summary(job, prepared, scheduler.counts, recorder, clock, exit_code)
+        summary = _summary(job, prepared, scheduler, recorder, clock, watch.steps(), exit_code)
         write_steps(claim, watch.steps().columns)
         write_summary(claim, summary.to_dict())
         prepared.store.close()
@@ -89,13 +94,34 @@ def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bo
 
 def plan(job: Job) -> PlanReport:
     """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError."""
+    with _planned(job) as (prepared, sizes):
+        return _plan_report(job, prepared, sizes)
+
+
+def plan_and_simulate(job: Job, scenario: Scenario) -> tuple[PlanReport, Outlook]:
+    """The same, and the whole run simulated under a scenario. Raises UsageError for one that cannot be."""
+    with _planned(job) as (prepared, sizes):
+        return _plan_report(job, prepared, sizes), predict_run(prepared, _limits(sizes), scenario)
+
+
+def profile(out: Path, to: Path, device: str | None = None) -> Profile:
+    """Fit a profile to the steps that a run recorded in its output folder; `device` as in `Scenario`. Raises UsageError."""
+    manifest = read_manifest(OutputFolder(out))
+    if manifest is None:
+        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
+    job = Job.load(manifest.job)
+    folder = resolve_model(job.model.path, job.model.revision, weights=False)
+    itemsize = {"float64": 8, "float32": 4}.get(manifest.dtype or "", 2)
+    return profile_run(out, read_spec(folder), to, device, itemsize)
+
+
+@contextmanager
+def _planned(job: Job) -> Generator[tuple[Prepared, ReplicaSizes]]:
     check_output(Path(job.output.path))
     with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
         prepared = prepare(job, Path(scratch), weights=False)
-        sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
-        report = _plan_report(job, prepared, sizes)
+        yield prepared, decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
         prepared.store.close()
-    return report
 
 
 @dataclass(slots=True)
@@ -237,12 +263,15 @@ def _manifest(job: Job, prepared: Prepared) -> Manifest:
         rows=prepared.store.num_rows,
         samples=prepared.samples_total,
         job=job.model_copy(update={"generation": prepared.generation}).to_dict(),
+        dtype=str(prepared.dtype).removeprefix("torch."),
     )
 
 
 def _summary(
-    job: Job, prepared: Prepared, counts: SchedulerCounts, recorder: Recorder, clock: _Clock, exit_code: int
+    job: Job, prepared: Prepared, scheduler: Scheduler, recorder: Recorder, clock: _Clock, steps: Steps, exit_code: int
 ) -> RunSummary:
+    counts = scheduler.counts
+    predicted = _predicted(prepared, steps)
     return RunSummary(
         rows=prepared.store.num_rows,
         samples=prepared.samples_total,
@@ -261,11 +290,25 @@ def _summary(
         preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,
         host_seconds=clock.host_seconds,
+        step_seconds=steps.seconds,
+        tail_seconds=tail_seconds(steps),
+        num_pages=scheduler.pool.num_pages,
+        kv_use=steps.mean("pages") / scheduler.pool.num_pages,
+        predicted_seconds=predicted[0] if predicted else None,
+        predicted_by=predicted[1] if predicted else "",
         error_counts=tuple(sorted(recorder.error_counts.items())),
         pass_at_k=recorder.pass_at_k(),
         unverified=recorder.num_unverified,
         unverified_reasons=tuple(recorder.unverified_reasons),
     )
+
+
+def _predicted(prepared: Prepared, steps: Steps) -> tuple[float, str] | None:
+    """What a cost model says of the steps taken; None without steps, or on a device whose rates are not known."""
+    try:
+        return price_steps(prepared, steps) if len(steps) else None
+    except UsageError:
+        return None
 
 
 def _plan_report(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> PlanReport:

@@ -14,6 +14,8 @@ import numpy.typing as npt
 from tokabatch.costs.work import WORK_FIELDS, StepWork
 
 STATE_FIELDS = ("seconds", "running", "waiting", "pages", "finished")
+TAIL_SHARE = 0.5
+"""The tail is what comes after the last admission once fewer than this share of the largest number run."""
 COLUMNS = (*WORK_FIELDS, *STATE_FIELDS)
 
 
@@ -49,6 +51,17 @@ class Steps:
     @property
     def seconds(self) -> float:
         return float(self["seconds"].sum())
+
+    def mean(self, name: str) -> float:
+        """Mean of a column, weighted by time."""
+        return float((self[name] * self["seconds"]).sum()) / max(self.seconds, 1e-12)
+
+
+def tail_seconds(steps: Steps) -> float:
+    """Time at the end of a run in which nothing waited and fewer samples ran than `TAIL_SHARE` of the most."""
+    running = steps["running"]
+    tail = (steps["waiting"] == 0) & (running < TAIL_SHARE * running.max(initial=0.0))
+    return float(steps["seconds"][tail].sum())
 
 
 class StepTrace:

@@ -40,6 +40,8 @@ class Manifest:
     rows: int
     samples: int
     job: Mapping[str, Any]
+    dtype: str | None = None
+    """The type computed in."""
     schema_version: int = SCHEMA_VERSION
 
 

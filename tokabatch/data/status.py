@@ -13,11 +13,12 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tokabatch.data.folder import OutputFolder
 from tokabatch.data.manifest import Books, read_manifest, read_summary
 from tokabatch.data.shards import count_ok, damaged, open_shard
-from tokabatch.messages import Bool
+from tokabatch.messages import Bool, Int32, Int64
 
 State = Literal["running", "complete", "incomplete", "absent"]
 
@@ -91,6 +92,27 @@ def read_status(path: Path) -> Status:
         bytes=sum(path.stat().st_size for path in paths),
         correct=correct,
     )
+
+
+def output_lengths(path: Path) -> Int32:
+    """Output tokens of every finished sample in a folder, in no particular order."""
+    parts = [
+        table.filter(pc.equal(table["status"], "ok"))["num_output_tokens"].drop_null().to_numpy()
+        for table in _columns(OutputFolder(path).shard_paths(), ("status", "num_output_tokens"))
+    ]
+    return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
+
+
+def correct_counts(path: Path) -> tuple[Int64, Int64]:
+    """Samples of each row, and those of them found correct, over rows that have any; errors count as samples."""
+    samples, correct = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for table in _columns(OutputFolder(path).shard_paths(), ("row_index", "correct")):
+        rows = table["row_index"].to_numpy()
+        size = max(len(samples), int(rows.max(initial=-1)) + 1)
+        samples = np.pad(samples, (0, size - len(samples))) + np.bincount(rows, minlength=size)
+        correct = np.pad(correct, (0, size - len(correct))) + np.bincount(rows[_flags(table)], minlength=size)
+    seen = samples > 0
+    return samples[seen], correct[seen]
 
 
 def _columns(paths: Sequence[Path], names: Sequence[str]) -> Iterator[pa.Table]:

@@ -111,6 +111,15 @@ class Admission:
         means = [limit if fixed else model.mean_length(limit) for limit, fixed in self._kinds]
         return total + round(waiting * float(np.average(means, weights=self._share)))
 
+    def way_to_go(self, slots: Int32) -> Int32:
+        """Output tokens that such samples typically still have to come, at least 1."""
+        seq = self._sequences
+        known, limit = self._known(slots), seq.limit[slots]
+        typical = (
+            seq.expected[slots] if self._lengths is not self._model else self._model.typical(seq.request[slots], known, limit)
+        )
+        return np.maximum(np.where(self._fixed_length[seq.params[slots]], limit, typical) - known, 1)
+
     def ended(self, slots: Int32, stopped: Bool) -> None:
         """These slots' samples are finished; `stopped` where the model ended them, not the limit."""
         seq = self._sequences

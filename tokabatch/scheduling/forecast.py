@@ -66,7 +66,7 @@ class Forecast:
 
     def admit(self, capacity: int, candidates: Claims, deviations: float = 0.0) -> int:
         """How many candidates, taken in their order, stay under `capacity` at every step with as many standard deviations of
-        page use to spare. Their `remaining` stood in `also`."""
+        page use to spare: none where what runs is too much already. Their `remaining` stood in `also`."""
         capacity_E = capacity - np.ceil(deviations * self.spread).astype(np.int64)
         count = len(candidates.remaining)
         if not count:
@@ -75,8 +75,8 @@ class Forecast:
         if not len(relevant):
             return count
         steps, spare = self.steps[relevant], capacity_E[relevant] - self.curve[relevant]
-        # Where it is too much without any candidate, those that hold nothing at that step may still go ahead.
-        spare = np.maximum(spare, 0)
+        if (spare < 0).any():
+            return 0
         block = max(1, _BLOCK_CELLS // len(steps))
         for begin in range(0, count, block):
             part = slice(begin, begin + block)
@@ -93,7 +93,7 @@ class Forecast:
         base = int((candidates.computed // self.page_size + 2 - candidates.shared + candidates.prompt_pages).sum())
         bound = self.curve + base + len(candidates.remaining) * (steps // self.page_size)
         last = int(candidates.remaining.max())
-        return np.flatnonzero((bound > capacity_E) & (steps < last)).astype(np.int32)
+        return np.flatnonzero((bound > capacity_E) & ((steps < last) | (self.curve > capacity_E))).astype(np.int32)
 
     def _pages(self, candidates: Claims, part: slice, steps: Int32) -> Int32:
         """Pages of each candidate of `part` at each of the steps, shape [candidates, steps]."""

@@ -22,7 +22,7 @@ Indices = npt.NDArray[np.integer[Any]]
 
 PRIOR_SAMPLES = 4.0
 """Samples' worth of tokens at risk behind the prior of each of the run's bins."""
-ENDLESS = 0.05
+ENDLESS = 0.1
 """Share of samples that never stop, as long as no sample got far enough to tell."""
 LEVEL_STOPS = 4.0
 """Stops at the lengths just before until these outweigh the run's mean in the prior of a bin."""
@@ -72,9 +72,14 @@ def run_hazard(bins: Bins, stops: Float64, at_risk: Float64) -> Float64:
     before = np.tril(_FADING ** np.maximum(place[:, None] - place[None, :], 0), -1)
     level = (LEVEL_STOPS + before @ stops) / (LEVEL_STOPS / overall + before @ (at_risk / root))
     stopping = np.minimum(level / root, 1.0)
-    reached = np.exp(-np.cumsum(stopping * bins.width))
-    prior = stopping * (1 - ENDLESS) * reached / (ENDLESS + (1 - ENDLESS) * reached)
     weight = PRIOR_SAMPLES * bins.width
+    seen = (stops + stopping * weight) / (at_risk + weight)
+    # Where the lengths seen so far end, the endless ones are a larger share of what is left, though half of it at most.
+    frontier = int(np.max(np.flatnonzero(at_risk > weight), initial=-1)) + 1
+    left = float(np.exp(-(seen * bins.width)[:frontier].sum()))
+    endless = min(ENDLESS / left, 0.5)
+    reached = np.exp(-np.cumsum(np.where(place < frontier, 0.0, stopping * bins.width)))
+    prior = stopping * (1 - endless) * reached / (endless + (1 - endless) * reached)
     return (stops + prior * weight) / (at_risk + weight)
 
 

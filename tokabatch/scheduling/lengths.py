@@ -73,12 +73,11 @@ class LengthModel:
 
     def predict(self, request: Int32, sample: Int32, generated: Int32, limit: Int32, ticket: Int64) -> Int32:
         """See `LengthPredictor`."""
-        row = np.zeros(len(request), np.int32)
-        if len(self._table_request):
-            place = np.minimum(np.searchsorted(self._table_request, request), len(self._table_request) - 1)
-            row = np.where(self._table_request[place] == request, place + 1, 0).astype(np.int32)
-        length = self._table.length(row, generated, strata(ticket, generated))
-        return np.maximum(np.minimum(length, limit), generated + 1)
+        return self._draw(request, generated, limit, strata(ticket, generated))
+
+    def typical(self, request: Int32, generated: Int32, limit: Int32) -> Int32:
+        """Lengths that any two samples of one prompt and age share: where the cumulative hazard has grown by 1, its mean."""
+        return self._draw(request, generated, limit, np.ones(len(request)))
 
     def mean_length(self, limit: int) -> float:
         """Expected output tokens of a sample that has not begun."""
@@ -89,6 +88,14 @@ class LengthModel:
         known = [self._ended.pop(request) for request in requests if request in self._ended]
         if known:
             self._scales.absorb(np.stack([stops for stops, _ in known]), np.stack([time for _, time in known]))
+
+    def _draw(self, request: Int32, generated: Int32, limit: Int32, exponential: Float64) -> Int32:
+        row = np.zeros(len(request), np.int32)
+        if len(self._table_request):
+            place = np.minimum(np.searchsorted(self._table_request, request), len(self._table_request) - 1)
+            row = np.where(self._table_request[place] == request, place + 1, 0).astype(np.int32)
+        length = self._table.length(row, generated, exponential)
+        return np.maximum(np.minimum(length, limit), generated + 1)
 
     def _take_fresh(self) -> None:
         request, length, stopped = (np.concatenate(part) for part in zip(*self._fresh, strict=True))

@@ -3,7 +3,8 @@
 `schedule` decides a step as if no sample ended, `apply` takes in what a step sampled, one or more steps later: any number of
 steps may be in flight, results arrive in order, and what was computed for a sample that had already ended is dropped.
 Order within a step: running samples decode; prefills under way continue; then samples are admitted while the forecast of
-page use stays under the pool. When pages run out after all, the latest admitted sample is preempted; its tokens are kept.
+page use stays under the pool. When pages run out after all, a sample with little behind and much before it is preempted; its
+tokens are kept.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Scheduler:
             if self._in_flight or not len(seq.order):
                 return None
             if not self.prompts.suspend_idle():
-                self._preempt_latest()
+                self._preempt()
             return self.schedule()
         by_plan = np.lexsort((seq.admitted[runs], seq.request[runs]))
         prefill = (runs[by_plan], takes[by_plan])
@@ -174,18 +175,19 @@ class Scheduler:
         preempted = False
         while len(needs) > self.pool.num_free:
             if not self.prompts.suspend_idle():
-                victim = self._preempt_latest()
+                victim = self._preempt()
                 needs = needs[needs != victim]
                 preempted = True
         if len(needs):
             draft.set_pages(seq.add_pages(needs, np.ones(len(needs), np.int32)))
         return preempted
 
-    def _preempt_latest(self) -> int:
+    def _preempt(self) -> int:
+        """Give up the pages of the sample that has the longest way to go for what it costs to compute again."""
         seq = self.sequences
         assert len(seq.order) > 1, "a single sample does not fit the pool; the job was sized wrongly"
         unfinished = seq.order[seq.length[seq.order] > seq.computed[seq.order]]
-        victim = int(unfinished[np.argmax(seq.admitted[unfinished])])
+        victim = int(unfinished[np.argmax(self._admission.way_to_go(unfinished) / seq.length[unfinished])])
         prompt = self.prompts[int(seq.request[victim])]
         params = self._sampling[int(seq.params[victim])]
         output = seq.output(victim, -1 if params.logprobs is None else params.logprobs)

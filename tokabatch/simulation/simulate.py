@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tokabatch.costs.trace import Steps, StepState, StepTrace
+from tokabatch.costs.trace import Steps, StepState, StepTrace, tail_seconds
 from tokabatch.costs.work import Number, StepWork, measure_work
-from tokabatch.messages import Requests
+from tokabatch.messages import Requests, SamplingParams
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.lengths import LengthPredictor
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
 from tokabatch.simulation.device import STOP, SimulatedDevice
 from tokabatch.simulation.lengths import Lengths
-
-TAIL_SHARE = 0.5
-"""The tail is what comes after the last admission once fewer than this share of the largest number run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +52,6 @@ class Simulation:
         return counts.recomputed_tokens / max(counts.prefilled_tokens + counts.output_tokens, 1)
 
 
-def tail_seconds(steps: Steps) -> float:
-    """Time at the end of a run in which nothing waited and fewer samples ran than `TAIL_SHARE` of the most."""
-    running = steps["running"]
-    tail = (steps["waiting"] == 0) & (running < TAIL_SHARE * running.max(initial=0.0))
-    return float(steps["seconds"][tail].sum())
-
-
 def simulate(
     requests: Requests,
     limits: SchedulerLimits,
@@ -71,6 +61,7 @@ def simulate(
 ) -> Simulation:
     """Run the whole workload. The tokens of `requests` are read but their values do not matter; `predictor` replaces the
     scheduler's own learning of lengths."""
+    requests = replace(requests, sampling=tuple(_stops_at_once(params) for params in requests.sampling))
     scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [STOP], STOP + 1, None), predictor)
     device = SimulatedDevice(requests, lengths, limits.max_running)
     samples = np.array([params.n for params in requests.sampling], np.int64)
@@ -86,3 +77,9 @@ def simulate(
         finished += done
         trace.add(work, state)
     return Simulation(trace.steps(), scheduler.counts, limits.num_pages)
+
+
+def _stops_at_once(params: SamplingParams) -> SamplingParams:
+    """The same, but for what ends a sample: the device's stop token stands for all of it."""
+    endless = params.ignore_eos and not params.stop and not params.stop_token_ids
+    return replace(params, stop=(), stop_token_ids=(), ignore_eos=endless, logprobs=None)
