@@ -30,10 +30,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preparation": LEAVES | {"data", "planning", "engine", "model"},
     "recorder": LEAVES | {"data", "experiments", "preparation"},
     "stopwatch": LEAVES | {"costs", "scheduling"},
+    "prediction": LEAVES | {"costs", "scheduling", "simulation", "preparation", "data", "engine", "model", "report"},
     "runner": LEAVES
     | {
         "stopwatch",
         "costs",
+        "prediction",
         "preparation",
         "recorder",
         "data",

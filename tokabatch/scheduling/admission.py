@@ -133,7 +133,7 @@ class Admission:
         """Once a step: renew the predictions where more is known by now."""
         seq, counts = self._sequences, self._counts
         order = seq.order
-        self._caution.update(counts.output_tokens + counts.prefilled_tokens, counts.recomputed_tokens)
+        self._caution.update(counts.output_tokens + counts.prefilled_tokens, counts.given_up_tokens)
         known = self._known(order)
         due = order if self._lengths.refresh(seq.request[order], known) else order[seq.expected[order] <= known]
         if len(due):

@@ -20,4 +20,7 @@ class SchedulerCounts:
     finished_prompts: int = 0
     """Prompts all of whose samples are finished."""
     preemptions: int = 0
+    given_up_tokens: int = 0
+    """Positions of preempted samples that have to be computed again."""
     recomputed_tokens: int = 0
+    """Those among them that were, once the sample came back."""

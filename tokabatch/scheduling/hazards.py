@@ -22,8 +22,8 @@ Indices = npt.NDArray[np.integer[Any]]
 
 PRIOR_SAMPLES = 4.0
 """Samples' worth of tokens at risk behind the prior of each of the run's bins."""
-ENDLESS = 0.1
-"""Share of samples that never stop, as long as no sample got far enough to tell."""
+ENDLESS, MOST_ENDLESS = 0.35, 0.75
+"""Share of samples taken never to stop as long as no sample got far enough to tell; and its bound among those still left."""
 LEVEL_STOPS = 4.0
 """Stops at the lengths just before until these outweigh the run's mean in the prior of a bin."""
 _FADING = 0.8
@@ -74,10 +74,10 @@ def run_hazard(bins: Bins, stops: Float64, at_risk: Float64) -> Float64:
     stopping = np.minimum(level / root, 1.0)
     weight = PRIOR_SAMPLES * bins.width
     seen = (stops + stopping * weight) / (at_risk + weight)
-    # Where the lengths seen so far end, the endless ones are a larger share of what is left, though half of it at most.
+    # Where the lengths seen so far end, the endless ones are a larger share of what is left.
     frontier = int(np.max(np.flatnonzero(at_risk > weight), initial=-1)) + 1
     left = float(np.exp(-(seen * bins.width)[:frontier].sum()))
-    endless = min(ENDLESS / left, 0.5)
+    endless = min(ENDLESS / left, MOST_ENDLESS)
     reached = np.exp(-np.cumsum(np.where(place < frontier, 0.0, stopping * bins.width)))
     prior = stopping * (1 - endless) * reached / (endless + (1 - endless) * reached)
     return (stops + prior * weight) / (at_risk + weight)

@@ -151,7 +151,7 @@ class Caution:
         self._computed = self._recomputed = 0
 
     def update(self, computed: int, recomputed: int) -> None:
-        """Called once a step with the running totals of all tokens and of those computed again."""
+        """Called once a step with the running totals of all tokens and of those to compute again."""
         window, wasted = computed - self._computed, recomputed - self._recomputed
         if window < _WINDOW_TOKENS:
             return

@@ -197,6 +197,7 @@ class Scheduler:
         self.prompts.requeue(prompt, int(seq.sample[victim]))
         prompt.live -= 1
         self.counts.preemptions += 1
+        self.counts.given_up_tokens += max(0, int(seq.computed[victim] - seq.cached_tokens[victim]))
         self.sequences.close(np.array([victim], np.int32))
         return victim
 
