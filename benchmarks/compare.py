@@ -23,14 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.engines import engine_keys, load_engine
+from benchmarks.engines import engine_keys, load_engine, pinned_settings
 from benchmarks.models import SHAPES, save_random_model, vocab_size
 from benchmarks.workloads import WORKLOADS, Int32, Parameters, Workload, make_workload
 
@@ -164,15 +164,7 @@ def parse_arguments() -> argparse.Namespace:
 def parse_contestant(text: str) -> Contestant:
     """`key:field=value,field=value` with each value read as the field's default is typed."""
     key, _, rest = text.partition(":")
-    engine = load_engine(key)
-    defaults = {field.name: field.default for field in fields(engine.Settings)}
-    settings: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        name, _, value = part.partition("=")
-        if name not in defaults:
-            raise SystemExit(f"{key} has no setting {name!r}; it has {', '.join(defaults)}")
-        default = defaults[name]
-        settings[name] = value == "True" if isinstance(default, bool) else type(default)(value)
+    settings = pinned_settings(key, load_engine(key).Settings, [part for part in rest.split(",") if part])
     return Contestant(key, settings)
 
 

@@ -10,7 +10,7 @@ Shape legend: P prompts, N samples a prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +34,15 @@ class Parameters:
     output: int | None = None
     vocab_size: int = 8192
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The samples of one prompt (its index) that have one output length."""
+
+    prompt: int
+    output_length: int
+    samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,12 @@ class Workload:
         head_PL = np.stack([prompt[:limit] for prompt in self.prompts])
         differs_L = (head_PL != head_PL[0]).any(axis=0)
         return int(differs_L.argmax()) if differs_L.any() else limit
+
+    def groups(self) -> Iterator[Group]:
+        """All samples, those that can be one request together."""
+        for prompt, lengths in enumerate(self.output_length_PN):
+            for length, samples in zip(*np.unique(lengths, return_counts=True), strict=True):
+                yield Group(prompt, int(length), int(samples))
 
     def take(self, prompts: int) -> Workload:
         """The first prompts with all their samples; they are drawn alike, so this is a fair, smaller copy."""

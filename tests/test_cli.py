@@ -162,33 +162,40 @@ class TestRefusals:
 IN_HANDLER = """
 import os, signal, threading
 from tokabatch import cli
-with cli._stop_on_interrupt() as should_stop:
-    assert not should_stop()
-    os.kill(os.getpid(), signal.SIGINT)
-    assert should_stop()
-    try:
-        os.kill(os.getpid(), signal.SIGINT)
-        signal.pause()
-    except KeyboardInterrupt:
-        print("second")
+with cli._stop_on_signals() as stop:
+    assert not stop.poll()
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.poll() == 75
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-with cli._stop_on_interrupt() as should_stop:
+with cli._stop_on_signals() as stop:
     os.kill(os.getpid(), signal.SIGINT)
-    assert not should_stop() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert not stop.poll() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 def elsewhere():
-    with cli._stop_on_interrupt() as should_stop:
-        print("thread", should_stop())
+    with cli._stop_on_signals() as stop:
+        print("thread", stop.poll(), flush=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 thread = threading.Thread(target=elsewhere)
 thread.start()
 thread.join()
+with cli._stop_on_signals() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.poll() == 130
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never")
 """
 
 
-def test_the_first_ctrl_c_asks_and_the_second_interrupts() -> None:
+def test_the_first_signal_asks_and_the_second_ctrl_c_ends_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", IN_HANDLER], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert (done.stdout, done.stderr.count("stopping: ")) == ("second\nthread False\n", 1), done.stderr
+    assert (done.returncode, done.stdout) == (130, "thread 0\n"), done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("stopping: ")] == [
+        "stopping: committing what is finished (SIGTERM)",
+        "stopping: committing what is finished (SIGUSR1)",
+        "stopping: committing what is finished; Ctrl-C again to stop at once",
+    ]
 
 
 def test_an_error_of_the_engine_is_a_message_too(monkeypatch: pytest.MonkeyPatch) -> None:

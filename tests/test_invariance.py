@@ -74,6 +74,7 @@ def generate(folder, requests: Requests, limits: SchedulerLimits, depth: int, ex
         min_prefix_pages=group.min_pages if group else 1,
     )
     worker = executor(WorkerSpec(folder, read_spec(folder), torch.float64, "cpu", "torch_paged", sizes))
+    worker.start()
     scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [EOS], VOCAB, None))
     completions: dict[tuple[int, int], Completion] = {}
     while not scheduler.done:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import import_module
@@ -19,10 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokabatch import __version__
-from tokabatch.errors import OutputError, TokabatchError
+from tokabatch.errors import OutputError, Stopped, TokabatchError
+from tokabatch.interruption import Interruption
 
 if TYPE_CHECKING:
     from tokabatch.report.summary import RunSummary, Section
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_STOPPED, _INTERRUPTED = 75, 130
 
 _HELP = """Offline batch inference: complete every row of a dataset with a language model, each row n times.
 
@@ -47,7 +51,7 @@ Exit codes
   2    the command line, the job file or a file it names is wrong; the message says what and how to mend it
   3    complete, but with more errors than errors.max_fraction allows
   4    the books do not close (a bug: please report it)
-  75   stopped before the end; what was finished is committed
+  75   stopped before the end (SIGTERM, SIGUSR1); what was finished is committed
   130  interrupted (Ctrl-C); what was finished is committed
 """
 
@@ -125,10 +129,15 @@ def run(
       tokabatch run jobs/quickstart.yaml
       tokabatch run jobs/quickstart.yaml generation.n=4 output.path=out/four --quiet
     """
-    loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
-    runner = _load("tokabatch.runner")
-    with _stop_on_interrupt() as should_stop, _load("tokabatch.report.progress").open_progress(quiet) as progress:
-        summary: RunSummary = runner.run(loaded, progress, should_stop=should_stop)
+    with _stop_on_signals() as stop:
+        loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
+        runner = _load("tokabatch.runner")
+        try:
+            with _load("tokabatch.report.progress").open_progress(quiet) as progress:
+                summary: RunSummary = runner.run(loaded, progress, stop)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise typer.Exit(stopped.exit_code) from None
     _print_sections(_load("tokabatch.report.summary").run_sections(summary))
     raise typer.Exit(summary.exit_code)
 
@@ -262,27 +271,38 @@ def download(
 
 
 @contextmanager
-def _stop_on_interrupt() -> Generator[Callable[[], bool], None, None]:
-    """Yields whether Ctrl-C was pressed. The first only asks the run to stop, the second does what Ctrl-C always does."""
-    asked = threading.Event()
+def _stop_on_signals() -> Generator[Interruption, None, None]:
+    """Yields what Ctrl-C, SIGTERM and SIGUSR1 ask to stop through. The first only asks; a second Ctrl-C ends the process."""
+    stop, before = Interruption(), {number: signal.getsignal(number) for number in _SIGNALS}
+    seen: list[int] = []
 
     def ask(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        asked.set()
-        with suppress(OSError):
-            # Not `print`, which must not be entered anew where the signal may have struck.
-            os.write(2, b"stopping: committing what is finished; Ctrl-C again to stop at once\n")
+        if number == signal.SIGINT and number in seen:
+            _say("\x1b[?25h" if os.isatty(2) else "")
+            os._exit(_INTERRUPTED)
+        if number not in seen:
+            how = "; Ctrl-C again to stop at once" if number == signal.SIGINT else f" ({signal.Signals(number).name})"
+            _say(f"stopping: committing what is finished{how}\n")
+        seen.append(number)
+        stop.request(_INTERRUPTED if number == signal.SIGINT else _STOPPED)
 
-    # Only the main thread may set handlers; and another program's, or one that ignores Ctrl-C, stays.
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield asked.is_set
-        return
-    signal.signal(signal.SIGINT, ask)
+    # Only the main thread may set handlers; and another program's, or one that ignores the signal, stays.
+    ours = [number for number, handler in before.items() if handler in (signal.default_int_handler, signal.SIG_DFL)]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+    for number in ours:
+        signal.signal(number, ask)
     try:
-        yield asked.is_set
+        yield stop
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in ours:
+            signal.signal(number, before[number])
+
+
+def _say(text: str) -> None:
+    """From a signal handler: not `print`, which must not be entered anew where the signal may have struck."""
+    with suppress(OSError):
+        os.write(2, text.encode())
 
 
 def _load(module: str) -> Any:

@@ -7,7 +7,10 @@
     │   ├── ModelError      weights, config or tokenizer
     │   └── OutputError     the output folder
     └── EngineError         exit 1: the run itself broke
+        ├── WorkerLost      the worker process died or hung; another can go on
+        └── StepDropped     the worker had no memory for a step; it can go on with smaller ones
 
+Stopped is none of them: like KeyboardInterrupt it passes whoever handles errors.
 A fault of a single row is not raised: it is a `RowError`, a value that becomes that row's error row.
 """
 
@@ -46,6 +49,27 @@ class OutputError(UsageError):
 
 class EngineError(TokabatchError):
     """The engine broke while running; nothing the job says would have prevented it."""
+
+
+class WorkerLost(EngineError):
+    """The worker process is gone, and with it every step in flight and the whole cache."""
+
+    def __init__(self, message: str, cause: str = "failed") -> None:
+        super().__init__(message)
+        self.cause = cause
+        """In a few words, without what differs from case to case: `killed`, `hung`, `failed`, `out of memory`."""
+
+
+class StepDropped(EngineError):
+    """The device had no memory for a step. It and the steps behind it were not computed; the worker waits to be resumed."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop where it waited, read or loaded. `exit_code` is 75, or 130 for Ctrl-C."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True, slots=True)

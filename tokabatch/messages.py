@@ -153,6 +153,8 @@ class StepResult:
     logprob: Float32
     top_ids: Int32
     top_logprobs: Float32
+    launch_seconds: float = 0.0
+    """CPU time that launching the step took on the worker's side."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from tokabatch.data.output import FailedRow, output_schema
 from tokabatch.data.store import InputStore, ingest
 from tokabatch.data.tokenizer import Tokenizer, load_tokenizer
 from tokabatch.engine.sizing import WorkloadFacts
-from tokabatch.errors import JobError
+from tokabatch.errors import JobError, ModelError
 from tokabatch.job import GenerationConfig, Job, Setting
 from tokabatch.messages import Int64, Requests
 from tokabatch.model.checkpoint import Checkpoint, preflight
@@ -31,6 +31,9 @@ from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import named_dtype, resolve_dtype
 from tokabatch.planning.order import order_prompts
 from tokabatch.planning.sharing import Sharing, measure_sharing
+
+FP8_CAPABILITY = (8, 9)
+"""The first NVIDIA compute capability with e4m3."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,16 @@ def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None 
     """Check the model, read and tokenise the input, order it. Raises UsageError for whatever cannot work; `on_rows` is told
     the rows and error rows read so far. Weights that are still on the hub are fetched last, and only if `weights` says so."""
     device = pick_device(job)
+    _check_fp8(job, device)
     folder = resolve_model(job.model.path, job.model.revision, weights=False)
     spec = read_spec(folder)
     checkpoint = preflight(folder, spec) if Path(job.model.path).expanduser().is_dir() else None
     tokenizer = load_tokenizer(job.model.model_copy(update={"path": str(folder)}))
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name!r} has ids up to {tokenizer.vocab_size - 1}, but the model in {folder} has "
+            f"embeddings for {spec.vocab_size} only (config.json: vocab_size). Use the tokenizer that belongs to these weights."
+        )
     generation, settings = effective_generation(job, folder)
     _check_generation(generation, spec, tokenizer)
     store = ingest(
@@ -141,6 +150,15 @@ def pick_device(job: Job) -> str:
     if job.engine.device == "cuda" and not available:
         raise JobError("engine.device is cuda, but torch sees no GPU; write auto or cpu, or install a CUDA build of torch")
     return "cuda" if available and job.engine.device != "cpu" else "cpu"
+
+
+def _check_fp8(job: Job, device: str) -> None:
+    """Raises JobError where e4m3 is asked for and the device has no units for it."""
+    asked = {"model.quantization": job.model.quantization, "engine.kv_cache_dtype": job.engine.kv_cache_dtype}
+    key = next((key for key, value in asked.items() if value == "fp8"), None)
+    if key is None or (device == "cuda" and torch.cuda.get_device_capability() >= FP8_CAPABILITY):
+        return
+    raise JobError(f"{key} is fp8, which needs an NVIDIA GPU of the Ada or Hopper generation or later; remove it here")
 
 
 def order_requests(store: InputStore) -> Requests:

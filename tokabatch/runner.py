@@ -27,9 +27,11 @@ from tokabatch.data.folder import Claim, OutputFolder, check_output
 from tokabatch.data.manifest import Manifest, Versions, mark_success, read_manifest, write_manifest, write_summary
 from tokabatch.data.steps import write_steps
 from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
+from tokabatch.engine.heartbeat import Patience
 from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, kv_shape
-from tokabatch.engine.worker import WorkerSpec
-from tokabatch.errors import EngineError, OutputError, UsageError
+from tokabatch.engine.worker import ProfileSpec, WorkerSpec
+from tokabatch.errors import EngineError, OutputError, Stopped, UsageError
+from tokabatch.interruption import Interruption
 from tokabatch.job import Job
 from tokabatch.model.families import read_spec
 from tokabatch.model.resolve import resolve_model
@@ -37,55 +39,55 @@ from tokabatch.model.spec import tensor_shapes
 from tokabatch.prediction import Scenario, predict_run, price_steps, profile_run
 from tokabatch.preparation import Prepared, prepare, special_ids
 from tokabatch.recorder import Recorder
+from tokabatch.replica import Replica, ReplicaCounts
 from tokabatch.report.outlook import Outlook
 from tokabatch.report.progress import NullProgress, Phase, Progress, ProgressSnapshot
 from tokabatch.report.summary import KvFacts, ModelFacts, PlanReport, RunSummary
+from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules, TokenText
 from tokabatch.stopwatch import Stopwatch
 
 SHOW_SECONDS = 0.1
-EXIT_COMPLETE, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 3, 4, 75, 130
+EXIT_COMPLETE, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED = 0, 3, 4, 75
 
 
-def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bool] | None = None) -> RunSummary:
+def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bool] | Interruption | None = None) -> RunSummary:
     """Complete every row of the job's input and write the output folder.
 
-    Raises UsageError before any weights load for a job that cannot work, EngineError when the engine breaks. `should_stop`
-    is asked between steps; once it says so, what is finished is committed and the summary has exit code 130. While the input is
-    still read there is nothing to commit: it ends in KeyboardInterrupt and leaves no folder behind.
+    Raises UsageError before any weights load for a job that cannot work, EngineError when the engine breaks. `should_stop` is
+    asked between steps, an Interruption also breaks into waiting and loading; then what is finished is committed, and the
+    summary has the exit code 130 or the Interruption's. While the input is still read there is nothing to commit: it ends in
+    Stopped (a KeyboardInterrupt) and leaves no folder behind.
     """
-    clock, should_stop = _Clock(progress or NullProgress()), should_stop or _never
+    clock, replica_counts = _Clock(progress or NullProgress()), ReplicaCounts()
+    stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
     with Claim(Path(job.output.path)) as claim:
         scratch = claim.folder.temporary / "input"
         scratch.mkdir(parents=True)
-        prepared = prepare(job, scratch, partial(_reading, clock, should_stop))
+        with stop.at_once():
+            prepared = prepare(job, scratch, partial(_reading, clock, stop))
         sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
         recorder = Recorder(job, prepared, claim)
         write_manifest(claim, _manifest(job, prepared))
         recorder.fail(prepared.failures)
         scheduler = Scheduler(prepared.requests, _limits(sizes), _stop_rules(prepared))
-        watch = Stopwatch(0)
+        watch = Stopwatch(int(prepared.num_samples.sum()))
         exit_code = EXIT_COMPLETE
         if prepared.failures and job.errors.policy == "stop":
             exit_code = EXIT_STOPPED
         elif len(prepared.requests):
-            clock.show("loading", prepared, scheduler, recorder)
-            executor = _executor(job, prepared, sizes, clock.progress)
-            clock.loaded()
-            watch = Stopwatch(int(prepared.num_samples.sum()))
-            try:
-                exit_code = _generate(job, prepared, scheduler, executor, recorder, clock, watch, should_stop)
-            finally:
-                executor.close()
+            make = _executors(job, prepared, sizes, clock.progress)
+            exit_code = _complete(job, prepared, scheduler, make, recorder, clock, stop, replica_counts, watch)
+            _check_profile(job, scheduler.counts, clock.progress)
         clock.show("writing", prepared, scheduler, recorder)
         books = mark_success(claim, recorder.finish(), prepared.samples_total)
         if exit_code == EXIT_COMPLETE and not books.closed:
             exit_code = EXIT_BOOKS
         elif exit_code == EXIT_COMPLETE and books.errors > job.errors.max_fraction * books.samples:
             exit_code = EXIT_ERRORS
-        summary = _summary(job, prepared, scheduler, recorder, clock, watch.steps(), exit_code)
+        summary = _summary(job, prepared, scheduler, replica_counts, recorder, clock, watch.steps(), exit_code)
         write_steps(claim, watch.steps().columns)
         write_summary(claim, summary.to_dict())
         prepared.store.close()
@@ -131,20 +133,12 @@ class _Clock:
     progress: Progress
     begun: float = field(default_factory=time.perf_counter)
     load_seconds: float = 0.0
-    host_seconds: float = 0.0
     shown_phase: Phase | None = None
     next_show: float = 0.0
 
     @property
     def elapsed(self) -> float:
         return time.perf_counter() - self.begun
-
-    @contextmanager
-    def scheduling(self) -> Generator[None]:
-        """Counts the CPU time of what runs inside as the scheduler's."""
-        begin = time.thread_time()
-        yield
-        self.host_seconds += time.thread_time() - begin
 
     def loaded(self) -> None:
         self.load_seconds = self.elapsed
@@ -178,62 +172,90 @@ class _Clock:
         )
 
 
-def _reading(clock: _Clock, should_stop: Callable[[], bool], rows: int, errors: int) -> None:
+def _reading(clock: _Clock, stop: Interruption, rows: int, errors: int) -> None:
     clock.reading(rows, errors)
-    if should_stop():
-        raise KeyboardInterrupt
+    stop.check()
 
 
-def _generate(
+def _complete(
     job: Job,
     prepared: Prepared,
     scheduler: Scheduler,
-    executor: Executor,
+    make: Callable[[], Executor],
     recorder: Recorder,
     clock: _Clock,
+    stop: Interruption,
+    counts: ReplicaCounts,
     watch: Stopwatch,
-    should_stop: Callable[[], bool],
 ) -> int:
-    """Step until every sample is finished, up to `queue_depth` steps ahead of the results; the run's exit code so far."""
+    """Load the model and step until every sample is finished; the run's exit code so far."""
     depth = job.engine.queue_depth
-    depth = (2 if prepared.device == "cuda" else 1) if depth == "auto" else depth
-    while not scheduler.done:
-        with clock.scheduling():
-            step = scheduler.schedule() if scheduler.num_in_flight < depth else None
-        if step is not None:
-            executor.submit(step)
-            watch.submitted(step, scheduler)
-            continue
-        if not scheduler.num_in_flight:
-            raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
-        result = executor.collect()
-        with clock.scheduling():
-            completions = scheduler.apply(result)
-        recorder.add(completions)
-        watch.collected(len(completions))
-        clock.show("generating", prepared, scheduler, recorder)
-        if should_stop():
-            return EXIT_INTERRUPTED
-        if job.errors.policy == "stop" and any(c.error_code is not None for c in completions):
-            return EXIT_STOPPED
+    replica = Replica(
+        scheduler,
+        make,
+        depth=(2 if prepared.device == "cuda" else 1) if depth == "auto" else depth,
+        counts=counts,
+        max_restarts=job.engine.max_restarts if _runs_apart(job, prepared) else None,
+        stop=stop,
+        tell=clock.progress.message,
+        watch=watch,
+    )
+    clock.show("loading", prepared, scheduler, recorder)
+    try:
+        replica.start()
+        clock.loaded()
+        while not scheduler.done:
+            completions = replica.advance()
+            recorder.add(completions)
+            clock.show("generating", prepared, scheduler, recorder)
+            if asked := stop.poll():
+                return asked
+            if job.errors.policy == "stop" and any(c.error_code is not None for c in completions):
+                return EXIT_STOPPED
+    except Stopped as stopped:
+        return stopped.exit_code
+    except EngineError:
+        recorder.finish()
+        raise
+    finally:
+        replica.close()
     return EXIT_COMPLETE
 
 
-def _never() -> bool:
-    return False
+def _runs_apart(job: Job, prepared: Prepared) -> bool:
+    """Whether the worker has a process of its own: on a GPU, or when the job asks for it."""
+    return prepared.device == "cuda" if job.engine.process == "auto" else job.engine.process
 
 
-def _executor(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Progress) -> Executor:
-    """The replica, in a process of its own on a GPU or when the job asks for it."""
+def _executors(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Progress) -> Callable[[], Executor]:
+    """What makes the replica's executor, and another where that one is lost."""
     backend = choose_backend(prepared.device, prepared.dtype)
     if prepared.device == "cuda" and backend == "torch_paged":
         progress.message(
             f"attention runs in plain torch, many times slower than FlashInfer's kernels: those need model.dtype bfloat16 or "
             f'float16 (it is {str(prepared.dtype).removeprefix("torch.")}) and `pip install -e ".[gpu]"`'
         )
-    spec = WorkerSpec(prepared.folder, prepared.spec, prepared.dtype, prepared.device, backend, sizes)
-    separate = prepared.device == "cuda" if job.engine.process == "auto" else job.engine.process
-    return ProcessExecutor(spec) if separate else InProcessExecutor(spec)
+    spec = WorkerSpec(
+        folder=prepared.folder,
+        spec=prepared.spec,
+        dtype=prepared.dtype,
+        device=prepared.device,
+        backend=backend,
+        sizes=sizes,
+        fp8=job.model.quantization == "fp8",
+        kv_dtype=torch.float8_e4m3fn if job.engine.kv_cache_dtype == "fp8" else None,
+        profile=job.profile and ProfileSpec(Path(job.profile.path), job.profile.start, job.profile.steps),
+    )
+    if _runs_apart(job, prepared):
+        return partial(ProcessExecutor, spec, patience=Patience.of(job.engine.hang_seconds))
+    return partial(InProcessExecutor, spec)
+
+
+def _check_profile(job: Job, counts: SchedulerCounts, progress: Progress) -> None:
+    if job.profile and counts.steps < job.profile.start:
+        progress.message(
+            f"nothing was profiled: the run had {counts.steps} steps, and profile.start is {job.profile.start}; write less"
+        )
 
 
 def _limits(sizes: ReplicaSizes) -> SchedulerLimits:
@@ -268,7 +290,14 @@ def _manifest(job: Job, prepared: Prepared) -> Manifest:
 
 
 def _summary(
-    job: Job, prepared: Prepared, scheduler: Scheduler, recorder: Recorder, clock: _Clock, steps: Steps, exit_code: int
+    job: Job,
+    prepared: Prepared,
+    scheduler: Scheduler,
+    replica: ReplicaCounts,
+    recorder: Recorder,
+    clock: _Clock,
+    steps: Steps,
+    exit_code: int,
 ) -> RunSummary:
     counts = scheduler.counts
     predicted = _predicted(prepared, steps)
@@ -289,7 +318,11 @@ def _summary(
         exit_code=exit_code,
         preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,
-        host_seconds=clock.host_seconds,
+        host_seconds=replica.host_seconds,
+        restarts=tuple(sorted(replica.restarts.items())),
+        requeued=counts.requeued,
+        dropped_steps=replica.dropped_steps,
+        launch_seconds=replica.launch_seconds,
         step_seconds=steps.seconds,
         tail_seconds=tail_seconds(steps),
         num_pages=scheduler.pool.num_pages,

@@ -26,6 +26,11 @@ class Stopwatch:
         self._num_samples = num_samples
         self._in_flight: deque[tuple[StepWork, int, int, int]] = deque()
 
+    def restart(self) -> None:
+        """The device begins anew: steps in flight are lost, and the time until now is no step's."""
+        self._in_flight.clear()
+        self._last = self._clock()
+
     def submitted(self, step: StepBatch, scheduler: Scheduler) -> None:
         """A step is on its way."""
         running = len(scheduler.sequences.order)

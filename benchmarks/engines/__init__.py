@@ -16,7 +16,8 @@ its own file.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -70,3 +71,22 @@ def load_engine(key: str) -> Engine:
     if key not in engine_keys():
         raise ValueError(f"no engine {key!r}; there are {', '.join(engine_keys())}")
     return cast(Engine, importlib.import_module(f"benchmarks.engines.{key}"))
+
+
+def parse_settings(key: str, kind: Any, texts: Sequence[str]) -> Any:
+    """`kind` with the fields that `field=value` texts name, each read as the field's default is typed. Exits where there is
+    no such field."""
+    return kind(**pinned_settings(key, kind, texts))
+
+
+def pinned_settings(key: str, kind: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """The named fields alone; see `parse_settings`."""
+    defaults = {field.name: field.default for field in fields(kind)}
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in defaults:
+            raise SystemExit(f"{key} has no setting {name!r}; it has {', '.join(defaults)}")
+        default = defaults[name]
+        settings[name] = value.lower() == "true" if isinstance(default, bool) else type(default)(value)
+    return settings

@@ -60,6 +60,7 @@ def generate(folder: Path, workload: Workload, settings: Settings) -> Result:
     dtype = getattr(torch, str(read_config(folder).values["dtype"]))
     sizes = decide_sizes(engine_config(settings), spec, dtype, facts(workload))
     executor = InProcessExecutor(WorkerSpec(folder, spec, dtype, "cpu", "torch_paged", sizes))
+    executor.start()
     try:
         warm_up = workload.take(WARM_UP_PROMPTS)
         few = np.minimum(warm_up.output_length_PN, WARM_UP_TOKENS)

@@ -36,6 +36,7 @@ class Settings:
     grouped_heads: bool = True
     scheduler: Literal["fifo", "prefill_first"] = "fifo"
     compile_level: int = 0
+    device: str = "cpu"
 
 
 SWEEP = (
@@ -53,7 +54,7 @@ SWEEP = (
 def generate(folder: Path, workload: Workload, settings: Settings) -> Result:
     os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1" if settings.grouped_heads else "0"
     began = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="sdpa").eval().to(settings.device)
     manager = model.init_continuous_batching(
         generation_config=generation_config(workload), continuous_batching_config=batching_config(workload, settings)
     )

@@ -13,7 +13,7 @@ from support import token_device as device
 
 import tokabatch.attention
 from tokabatch.attention import create_backend
-from tokabatch.attention.base import AttentionBackend, KVShape
+from tokabatch.attention.base import AttentionBackend, KVShape, prepare_alone
 from tokabatch.messages import SamplingParams
 from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -104,7 +104,7 @@ def test_backend_equals_dense_attention(case, workload):
     while not scheduler.done:
         step = scheduler.schedule()
         result = tokens_device.run(step)
-        attention.prepare(step)
+        prepare_alone(attention, step, torch.device(case.device))
         contexts = [
             (int(start), tokens_device.expected(*tokens_device.identity[int(slot)], int(start + length)))
             for slot, start, length in zip(step.run_slot, step.run_start, step.run_length, strict=True)
@@ -129,7 +129,7 @@ def test_long_prompts_stay_exact(case, monkeypatch):
     scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [], device.VOCAB, None))
     attention = case.create(16, 64, 2, 64)
     reference = DenseReference(710, case)
-    attention.prepare(scheduler.schedule())
+    prepare_alone(attention, scheduler.schedule(), torch.device(case.device))
     q_THD = reference.queries(700)
     out = attention.attend(0, *reference.on_device(q_THD, *reference.new(0, prompt, 0))).double().cpu()
     for i in (0, 1, 299, 698, 699):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokabatch.engine import sizing
-from tokabatch.engine.sizing import WorkloadFacts, decide_sizes, kv_shape, weight_bytes
+from tokabatch.engine.sizing import WorkloadFacts, decide_sizes, kv_shape, settle_pages, weight_bytes
 from tokabatch.errors import JobError
 from tokabatch.job import EngineConfig
 from tokabatch.model.spec import ModelSpec, RopeSpec
@@ -68,13 +68,28 @@ def test_stored_logprobs_count(memory):
     assert pages(facts=replace(FACTS, logprobs=5)) == 120
 
 
-def test_a_gpu_keeps_room_for_a_step(monkeypatch):
+def test_a_gpu_settles_on_what_is_left_beside_its_largest_step(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 80 << 30))
     facts = replace(FACTS, num_samples=10**6, unique_prompt_tokens=10**9, num_prompts=10**6, longest_output=4000)
     sizes = decide_sizes(EngineConfig(), SPEC, torch.bfloat16, facts, "cuda")
-    cache = sizes.num_pages * kv_shape(SPEC, 16, 1, 1, 1).bytes_per_page(torch.bfloat16)
-    assert 3.2 < cache / (1 << 30) < 0.9 * (8 - 4)
-    assert sizes.max_running == 8192 and sizes.max_step_tokens == 16384
+    assert settle_pages(sizes, 5000).num_pages == 5000
+    assert settle_pages(sizes, 10**9).num_pages == sizes.useful_pages
+    with pytest.raises(JobError, match=r"needs 320 tokens .* but 304 fit"):
+        settle_pages(sizes, 19)
+    asked = decide_sizes(EngineConfig(kv_cache_tokens=160_000), SPEC, torch.bfloat16, facts, "cuda")
+    assert settle_pages(asked, 20_000).num_pages == 10_000
+    with pytest.raises(JobError, match=r"kv_cache_tokens is 160000, but memory holds about 80000"):
+        settle_pages(asked, 5000)
+
+
+def test_an_e4m3_cache_holds_twice_as_much(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
+    facts = replace(FACTS, num_samples=10**6, unique_prompt_tokens=10**9, num_prompts=10**6, longest_output=4000)
+    half, full = (
+        decide_sizes(EngineConfig(kv_cache_dtype=kept), SPEC, torch.bfloat16, facts, "cuda").num_pages
+        for kept in ("fp8", "auto")
+    )
+    assert half == pytest.approx(2 * full, rel=0.01)
 
 
 @pytest.mark.parametrize(

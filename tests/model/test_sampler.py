@@ -3,78 +3,15 @@ invariances."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from support.sampling import chi_square_is_plausible, reference, rows_of
+from support.sampling import sampler_inputs as inputs
 
 from tokabatch.model import sampler
-from tokabatch.model.sampler import SamplerInputs, sample
+from tokabatch.model.sampler import sample
 
 DRAWS = 20_000
-
-
-def inputs(num_rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=-1, seed=5):
-    """Every parameter is one value, or a list of num_rows."""
-
-    def column(value, dtype):
-        return (
-            torch.tensor(value, dtype=dtype).expand(num_rows)
-            if not isinstance(value, list)
-            else torch.tensor(value, dtype=dtype)
-        )
-
-    floats = [column(value, torch.float32) for value in (temperature, top_p, min_p)]
-    k, wanted = column(top_k, torch.int32), column(logprobs, torch.int32)
-    return SamplerInputs(
-        seed=column(seed, torch.int64),
-        row=torch.arange(num_rows) * 3,
-        sample=torch.arange(num_rows, dtype=torch.int32) % 7,
-        position=torch.arange(num_rows, dtype=torch.int32) + 11,
-        temperature=floats[0],
-        top_p=floats[1],
-        top_k=k,
-        min_p=floats[2],
-        logprobs=wanted,
-        any_random=bool((floats[0] > 0).any()),
-        any_filter=bool((k > 0).any() or (floats[1] < 1).any() or (floats[2] > 0).any()),
-        max_logprobs=int(wanted.max()) if num_rows else -1,
-    )
-
-
-def take(source: SamplerInputs, rows: torch.Tensor) -> SamplerInputs:
-    columns = ("seed", "row", "sample", "position", "temperature", "top_p", "top_k", "min_p", "logprobs")
-    values = {name: getattr(source, name)[rows] for name in columns}
-    return SamplerInputs(**values, any_random=source.any_random, any_filter=source.any_filter, max_logprobs=source.max_logprobs)
-
-
-def reference(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """transformers' own processors in its order, on float64."""
-    scores = logits.double()[None] / temperature
-    if top_k:
-        scores = TopKLogitsWarper(top_k)(None, scores)
-    if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    if min_p > 0:
-        scores = MinPLogitsWarper(min_p)(None, scores)
-    return scores.softmax(-1)[0]
-
-
-def chi_square_is_plausible(counts, expected):
-    """Pools rare tokens; accepts up to 4.5 standard deviations (Wilson-Hilferty)."""
-    assert counts[expected == 0].sum() == 0, "drew a token of no probability"
-    total = counts.sum()
-    common = expected * total >= 8
-    observed = torch.cat((counts[common], counts[~common].sum()[None]))
-    wanted = torch.cat((expected[common], expected[~common].sum()[None])) * total
-    observed, wanted = observed[wanted > 5], wanted[wanted > 5]
-    degrees = len(wanted) - 1
-    if degrees == 0:
-        return True
-    statistic = ((observed - wanted) ** 2 / wanted).sum().item()
-    z = ((statistic / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / math.sqrt(2 / (9 * degrees))
-    return abs(z) < 4.5
 
 
 FILTERS = [
@@ -146,10 +83,10 @@ def test_a_draw_is_the_same_alone_and_in_any_company(vocab_size):
     logits, given = mixed(96, vocab_size)
     together = sample(logits, given)
     shuffled = torch.randperm(96)
-    again = sample(logits[shuffled], take(given, shuffled))
+    again = sample(logits[shuffled], rows_of(given.table, shuffled))
     assert torch.equal(again.token_S, together.token_S[shuffled])
     for row in range(96):
-        alone = sample(logits[row : row + 1], take(given, torch.tensor([row])))
+        alone = sample(logits[row : row + 1], rows_of(given.table, torch.tensor([row])))
         assert alone.token_S == together.token_S[row]
         torch.testing.assert_close(alone.logprob_S, together.logprob_S[row : row + 1], equal_nan=True)
 
@@ -176,7 +113,7 @@ def test_logprobs_are_those_of_the_unmodified_distribution():
     drawn = sample(logits, given)
     expected = logits.double().log_softmax(-1)
     chosen = expected.gather(1, drawn.token_S.long()[:, None])[:, 0].float()
-    wanted = given.logprobs >= 0
+    wanted = torch.arange(60) % 3 > 0
     torch.testing.assert_close(drawn.logprob_S[wanted], chosen[wanted], rtol=1e-5, atol=1e-5)
     assert drawn.logprob_S[~wanted].isnan().all() and drawn.logprob_S.dtype == torch.float32
     top, ids = expected.topk(2, dim=-1)

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from tokabatch.model import layers
+from tokabatch.model.linear import Fp8Linear, Fp8Rows
 
 pytestmark = pytest.mark.gpu
 
+DTYPES = [torch.bfloat16, torch.float16]
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [0, 1, 77])
 @pytest.mark.parametrize("size", [48, 2048, 8192, 9728])
 def test_gate(dtype, tokens, size):
@@ -20,22 +23,81 @@ def test_gate(dtype, tokens, size):
     torch.testing.assert_close(layers.gate(x).float(), expected.to(dtype).float(), rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("heads", "dim"), [(40, 64), (24, 128), (3, 24), (1, 80)])
-def test_rotate(dtype, heads, dim):
+@pytest.mark.parametrize("shape", [(0, 64), (5, 64), (33, 2048), (9, 4096), (7, 3, 24)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(shape, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(shape, device="cuda").to(dtype)
+    weight = torch.rand(shape[1:], device="cuda").to(dtype)
+    torch.testing.assert_close(layers.rms_norm(x, weight, 1e-6).float(), exact_norm(x, weight), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "page"), [(32, 8, 64, 16), (16, 8, 128, 64), (3, 3, 24, 4), (14, 2, 80, 16)]
+)
+def test_heads_are_turned_and_stored(normed, heads, kv_heads, dim, page):
     torch.manual_seed(dim)
-    tokens = 33
-    x = torch.randn(tokens, heads + 5, dim, device="cuda").to(dtype)[:, :heads]
-    angle = torch.rand(tokens, 1, dim // 2, device="cuda") * 6
-    cos, sin = torch.cat((angle.cos(), angle.sin()), -1).to(dtype).chunk(2, -1)
-    first, second = x.float().chunk(2, -1)
-    expected = torch.cat((first * cos.float() - second * sin.float(), second * cos.float() + first * sin.float()), -1)
-    torch.testing.assert_close(layers.rotate(x, cos, sin).float(), expected, rtol=1e-2, atol=1e-2)
+    tokens, pages, columns = 37, 50, 6
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, device="cuda").bfloat16()
+    angles = (torch.rand(page * columns, dim, device="cuda") * 2 - 1).bfloat16()
+    norm = torch.rand(heads + kv_heads, dim, device="cuda").bfloat16() if normed else None
+    table = torch.randperm(pages * 6, device="cuda")[: (tokens + 3) * columns].view(-1, columns).int()
+    slot = torch.randperm(tokens + 3, device="cuda")[:tokens].int()
+    position = torch.randint(0, page * columns, (tokens,), device="cuda").int()
+    size = (pages * 6, kv_heads, page, dim)
+    k, v = (torch.full(size, 7.0, device="cuda").bfloat16() for _ in range(2))
+    q = layers.fused().rotate_and_store(qkv, angles, norm, 1e-6, position, slot, table, (k, v), heads)
+
+    x = qkv.view(tokens, -1, dim)
+    turned = x[:, : heads + kv_heads].float()
+    turned = turned if norm is None else exact_norm(turned, norm)
+    cos, sin = angles[position.long()].float()[:, None].chunk(2, -1)
+    first, second = turned.chunk(2, -1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    place = table[slot.long(), position.long() // page].long()
+    torch.testing.assert_close(q.float(), turned[:, :heads], rtol=1e-2, atol=2e-2)
+    torch.testing.assert_close(k[place, :, position.long() % page].float(), turned[:, heads:], rtol=1e-2, atol=2e-2)
+    torch.testing.assert_close(v[place, :, position.long() % page], x[:, heads + kv_heads :])
+    assert int((k == 7.0).all(-1).sum()) >= (pages * 6 * page - tokens) * kv_heads, "nothing else was written"
 
 
-@pytest.mark.parametrize("shape", [(5, 64), (7, 3, 24)])
-def test_rms_norm(shape):
-    x = torch.randn(shape, device="cuda").bfloat16()
-    weight = torch.rand(shape[1:], device="cuda").bfloat16()
-    exact = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6) * weight.float()
-    torch.testing.assert_close(layers.rms_norm(x, weight, 1e-6).float(), exact, rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize("size", [64, 2048, 9728])
+def test_e4m3_rows(size):
+    torch.manual_seed(size)
+    x = torch.randn(19, size, device="cuda").bfloat16() * torch.logspace(-3, 2, 19, device="cuda")[:, None].bfloat16()
+    weight = torch.rand(size, device="cuda").bfloat16()
+    gate_up = torch.cat((x, x.flip(0)), -1)
+    fused = layers.fused()
+    for (values, scale), exact in (
+        (fused.to_fp8(x), x.float()),
+        (fused.to_fp8(x, weight, 1e-6), exact_norm(x, weight)),
+        (fused.gate_fp8(gate_up), torch.nn.functional.silu(x.float()) * x.flip(0).float()),
+    ):
+        assert values.dtype == torch.float8_e4m3fn and scale.shape == (19, 1)
+        error = (values.float() * scale - exact).abs()
+        # Half a unit in the last of three mantissa bits, or of the smallest step near zero.
+        assert (error <= exact.abs() * 2**-4 * 1.02 + scale * 2**-9).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 300])
+def test_an_e4m3_product_is_as_near_as_its_rounding_allows(bias, tokens):
+    torch.manual_seed(tokens)
+    weight, x = (torch.randn(rows, 512, device="cuda").bfloat16() for rows in (768, tokens))
+    bias_O = torch.randn(768, device="cuda").bfloat16() if bias else None
+    linear = Fp8Linear(weight, bias_O)
+    exact = x.float() @ weight.float().T + (0 if bias_O is None else bias_O.float())
+    for given in (x, Fp8Rows(*layers.fused().to_fp8(x))):
+        got = linear(given).float()
+        assert got.shape == exact.shape
+        if tokens:
+            assert (got - exact).norm() / exact.norm() < 0.05
+    residual = torch.randn(tokens, 768, device="cuda").bfloat16()
+    torch.testing.assert_close(
+        linear.add_to(residual.clone(), x).float(), residual.float() + linear(x).float(), rtol=1e-2, atol=0.3
+    )
+
+
+def exact_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6) * weight.float()

@@ -1,4 +1,4 @@
-"""A simulated run does what a run would: the same steps as against a device that draws the same lengths, and books that close."""
+"""A simulated run does what a run would: the same steps as a device that draws the same lengths, and books that close."""
 
 from __future__ import annotations
 

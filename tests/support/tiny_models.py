@@ -30,18 +30,18 @@ COMMON = {
 }
 
 
-def build(family: str, folder: Path, seed: int = 0, **overrides: object) -> Path:
+def build(family: str, folder: Path, seed: int = 0, deviation: float = 0.3, **overrides: object) -> Path:
     """Save a model whose logits are spread enough that greedy choices are not ties, and return its folder."""
     settings = COMMON | overrides
     torch.manual_seed(seed)
     model = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**settings)),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**settings)),
-        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=16, **settings)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**({"head_dim": 16} | settings))),
     }[family]()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, deviation)
     model.save_pretrained(folder)
     return folder
 

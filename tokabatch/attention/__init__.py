@@ -10,9 +10,11 @@ import torch
 from tokabatch.attention.base import AttentionBackend, KVShape
 
 
-def create_backend(name: str, shape: KVShape, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
-    """The backend of the file `name`, its cache allocated."""
-    return import_module(f"tokabatch.attention.{name}").Backend(shape, dtype, device)
+def create_backend(
+    name: str, shape: KVShape, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None
+) -> AttentionBackend:
+    """The backend of the file `name`, its cache allocated; keys and values have the queries' dtype unless another is given."""
+    return import_module(f"tokabatch.attention.{name}").Backend(shape, dtype, device, kv_dtype)
 
 
 def choose_backend(device: str, dtype: torch.dtype) -> str:

@@ -1,189 +1,331 @@
-"""Paged attention by FlashInfer's kernels: the backend of the GPU, for 16-bit types.
+"""Paged attention on a GPU, for 16-bit types: FlashInfer's kernels, and one of our own for short contexts.
 
-The scheduler's passes map onto FlashInfer's wrappers one to one: runs of one token decode, longer runs prefill causally over
-their own pages, and each prefix level is one unmasked prefill over the pages that its groups share. States merge by
-log-sum-exp (base 2 throughout, as the kernels return it). Short contexts decode on CUDA cores, long ones on tensor cores.
+The scheduler's passes map onto kernel calls one to one: a prefix level is one unmasked prefill over the pages that its groups
+share, the host's runs are one causal prefill over their own pages, and the decode runs are one call that continues from the
+levels' state (`triton_decode`, or FlashInfer's decode kernels where contexts are long). States merge by log-sum-exp, base 2
+throughout, as the kernels return it.
 
 Shapes: T tokens of the step, H query heads, K key-value heads, D head dim, P page size, N passes of one kernel call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import flashinfer
 import numpy as np
 import torch
 
-from tokabatch.attention.base import KVShape, cache_places
-from tokabatch.messages import Int32, StepBatch
-from tokabatch.transfer import to_device
+from tokabatch.attention.base import KVShape, PagedCache
+from tokabatch.attention.triton_decode import decode
+from tokabatch.messages import Int32, PrefixLevel, StepBatch
+from tokabatch.transfer import Outbox, Parcel
 
 WORKSPACE_BYTES = 256 << 20
 RING = 4
 """Sets of wrappers; more than the steps that are ever in flight."""
-LONG_CONTEXT = 700
-"""Mean keys a decode run from which tensor cores win; on an H200 they lose at 200 and win at 1,500."""
-DECODE_GROUPS = (1, 2, 4, 8)
-"""Query heads per key-value head that the CUDA-core decode kernel is built for."""
+LONG_CONTEXT = 2048
+"""Mean keys a decode run from which FlashInfer's decode takes over where there are too few sequences to fill the GPU: it splits
+their keys."""
+TILE_QUERIES = 128
+"""Queries of one program of the Hopper prefill kernel (fa3), which splits no keys and packs no heads: passes of fewer leave it
+idle. Its plan takes the host 1.3 ms where the generic kernel's (fa2) takes 0.15, so causal passes have to be longer."""
+LONG_PREFILL = 512
 
-_Kernel = Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
+Wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper | flashinfer.BatchDecodeWithPagedKVCacheWrapper
+State = tuple[torch.Tensor, torch.Tensor]
+"""Outputs [N, H, D] and their log-sum-exp [N, H], base 2."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
-    """One planned kernel call: the step's tokens that it takes, and the wrapper's run."""
+class _Passes:
+    """Passes of one prefill call, and their page lists on the way to the device."""
 
-    tokens: slice | torch.Tensor
-    run: _Kernel
+    queries: Int32
+    indptr: Int32
+    indices: Parcel
+    last_length: Int32
+    keys: Int32
+    causal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """A prefix level: the tokens it covers, as a slice where they are gapless."""
+
+    span: slice
+    gaps: Parcel | None
+    passes: _Passes
+    unchanged: bytes
+    """What its plan follows from: equal bytes, equal plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """The host's runs or the decode runs of a step: a range of tokens, the levels over it, its own pages."""
+
+    span: slice
+    levels: tuple[_Level, ...]
+    own: _Passes | None
+    """None: `triton_decode`, which reads the page table itself."""
+    skip: Parcel | None
+    mean_keys: float
+
+    @property
+    def is_covered(self) -> bool:
+        """Every token has a state in the first level, which others merge into."""
+        first = self.levels[0] if self.levels else None
+        return first is not None and first.gaps is None and first.span == self.span
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A section whose kernels are planned."""
+
+    section: _Section
+    levels: tuple[Wrapper, ...]
+    own: Wrapper | None
 
 
 class FlashInferPagedAttention:
-    """See `AttentionBackend`. The caches are [layers, pages, P, K, D]; the page table is on the host, and a step's page lists
-    travel to the device flat."""
+    """See `AttentionBackend`. A layer's keys, and its values, are [pages, K, P, D] (HND): what one program reads of a page is
+    contiguous. The page table is on the device, and on the host for the page lists that FlashInfer plans from."""
 
-    def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None) -> None:
         assert dtype in (torch.bfloat16, torch.float16), "FlashInfer computes in 16-bit types"
         self.shape = shape
         self.dtype = dtype
         self.device = device
+        self.kv_dtype = kv_dtype or dtype
         self.page_table = np.zeros((shape.num_slots, shape.max_pages), np.int32)
-        cache = (shape.num_layers, shape.num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
-        self.k_cache = torch.zeros(cache, dtype=dtype, device=device)
-        self.v_cache = torch.zeros(cache, dtype=dtype, device=device)
+        size = (shape.num_layers, shape.num_pages + 1, shape.num_kv_heads, shape.page_size, shape.head_dim)
+        table = torch.full((shape.num_slots + 1, shape.max_pages), shape.num_pages, dtype=torch.int32, device=device)
+        k_LNKPD, v_LNKPD = (torch.zeros(size, dtype=self.kv_dtype, device=device) for _ in range(2))
+        self._cache = PagedCache(k_LNKPD, v_LNKPD, table)
+        self._num_cores = torch.cuda.get_device_properties(device).multi_processor_count
+        self._has_fa3 = torch.cuda.get_device_capability(device)[0] == 9 and self.kv_dtype == dtype
         # One scratch for all wrappers: their kernels run one after another on one stream.
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._sets = [_Wrappers(self._workspace) for _ in range(RING)]
-        self._use = self._sets[0]
-        self._write_T = torch.empty(0, dtype=torch.int64, device=device)
-        self._own: list[_Call] = []
-        self._shared: list[_Call] = []
+        self._index = 0
+        self._changes: list[Parcel] = []
+        self._sections: list[_Section] = []
+        self._planned: list[_Planned] = []
+        self._slot_T = self._position_T = torch.empty(0, dtype=torch.int32, device=device)
+        self._no_skip = torch.zeros(shape.num_slots + 1, dtype=torch.int32, device=device)
 
-    def prepare(self, step: StepBatch) -> None:
+    @property
+    def cache(self) -> PagedCache | None:
+        return self._cache
+
+    @property
+    def needs_no_plan(self) -> bool:
+        return all(section.own is None and not section.levels for section in self._sections)
+
+    def prepare(self, step: StepBatch, outbox: Outbox) -> None:
         self.page_table[step.table_slot, step.table_column] = step.table_page
-        if len(step.clear_pages):
-            cleared = self._to_device(step.clear_pages).long()
-            self.k_cache[:, cleared] = 0
-            self.v_cache[:, cleared] = 0
-        if len(step.copy_src):
-            src, dst = self._to_device(step.copy_src).long(), self._to_device(step.copy_dst).long()
-            self.k_cache[:, dst] = self.k_cache[:, src]
-            self.v_cache[:, dst] = self.v_cache[:, src]
-        self._write_T = self._to_device(cache_places(step, self.page_table, self.shape.page_size))
-        self._use = self._sets[step.index % RING]
-        self._own = self._plan_own(step)
-        self._plan_levels(step)
+        cell = step.table_slot.astype(np.int64) * self.shape.max_pages + step.table_column
+        pages = (step.clear_pages, step.copy_src, step.copy_dst)
+        self._changes = [outbox.add(values) for values in (cell, step.table_page, *(p.astype(np.int64) for p in pages))]
+        split = int(step.run_length[: step.num_prefill_runs].sum())
+        runs = slice(0, step.num_prefill_runs), slice(step.num_prefill_runs, len(step.run_slot))
+        spans = slice(0, split), slice(split, step.num_tokens)
+        self._index = step.index
+        self._sections = [
+            self._section(step, part, span, outbox) for part, span in zip(runs, spans, strict=True) if span.start < span.stop
+        ]
 
-    def attend(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
-        cache = (self.k_cache[layer], self.v_cache[layer])
-        for pages, new_TKD in zip(cache, (k_TKD, v_TKD), strict=True):
-            pages.view(-1, self.shape.num_kv_heads, self.shape.head_dim).index_copy_(0, self._write_T, new_TKD)
+    def plan(self, slot_T: torch.Tensor, position_T: torch.Tensor) -> None:
+        cell, page, clear, source, target = (parcel.tensor for parcel in self._changes)
+        cache = self._cache
+        if len(cell):
+            cache.table.view(-1).index_copy_(0, cell, page)
+        for values in (cache.k_LNKPD, cache.v_LNKPD):
+            raw = values.view(torch.uint8) if self.kv_dtype.itemsize == 1 else values
+            if len(clear):
+                raw.index_fill_(1, clear, 0)
+            if len(source):
+                # Layer by layer: thousands of samples may fork in one step, and a page of all layers is half a megabyte.
+                for pages in raw:
+                    pages.index_copy_(0, target, pages.index_select(0, source))
+        self._slot_T, self._position_T = slot_T, position_T
+        wrappers = self._sets[self._index % RING]
+        wrappers.begin()
+        self._planned = [self._plan_section(section, wrappers) for section in self._sections]
+
+    def attend(
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor | None,
+        v_TKD: torch.Tensor | None,
+        out_THD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        cache = (self._cache.k_LNKPD[layer], self._cache.v_LNKPD[layer])
+        if k_TKD is not None and v_TKD is not None:
+            self._write(cache, k_TKD, v_TKD)
         q_THD = q_THD.contiguous()
-        states = [call.run(q_THD[call.tokens], cache) for call in self._own]
-        if len(states) == 1:
-            out_THD, lse_TH = states[0]
-        else:
-            out_THD, lse_TH = (torch.cat(parts) for parts in zip(*states, strict=True))
-        for call in self._shared:
-            out, lse = call.run(q_THD[call.tokens], cache)
-            if isinstance(call.tokens, slice):
-                flashinfer.merge_state_in_place(out_THD[call.tokens], lse_TH[call.tokens], out, lse)
-            else:
-                merged = flashinfer.merge_state(out_THD[call.tokens], lse_TH[call.tokens], out, lse)
-                out_THD[call.tokens], lse_TH[call.tokens] = merged
+        out_THD = torch.empty_like(q_THD) if out_THD is None else out_THD
+        lse_TH = torch.empty(q_THD.shape[:2], dtype=torch.float32, device=self.device)
+        for planned in self._planned:
+            self._attend_section(planned, q_THD, cache, out_THD, lse_TH)
         return out_THD
 
-    def _plan_own(self, step: StepBatch) -> list[_Call]:
-        """Each run over its slot's own pages: the host's runs in one prefill call, then the decoding runs in one."""
-        size = self.shape.page_size
-        stop = step.run_start + step.run_length
-        last = -(-stop // size)
-        last_length = (stop - 1) % size + 1
-        calls: list[_Call] = []
-        split = step.num_prefill_runs
-        tokens = int(step.run_length[:split].sum())
-        for part, span in ((slice(0, split), slice(0, tokens)), (slice(split, len(stop)), slice(tokens, step.num_tokens))):
-            if span.start == span.stop:
-                continue
-            indptr, indices = self._page_lists(step.run_slot[part], step.run_skip[part], last[part])
-            if part.start == 0 and split:
-                prefill = self._use.prefill
-                self._plan_prefill(prefill, step.run_length[part], indptr, indices, last_length[part], causal=True)
-                calls.append(_Call(span, _returning_lse(prefill)))
-            else:
-                keys = stop[part] - step.run_skip[part] * size
-                calls.append(_Call(span, _returning_lse(self._plan_decode(indptr, indices, last_length[part], keys))))
-        return calls
-
-    def _plan_levels(self, step: StepBatch) -> None:
-        self._shared = []
-        levels = [level for level in step.prefix_levels if len(level.slot)]
-        for wrapper, level in zip(self._use.levels(len(levels)), levels, strict=True):
-            queries = level.token_stop - level.token_start
-            indptr, indices = self._page_lists(level.slot, level.page_start, level.page_stop)
-            full = np.full(len(level.slot), self.shape.page_size, np.int32)
-            self._plan_prefill(wrapper, queries, indptr, indices, full, causal=False)
-            begin, end = int(level.token_start[0]), int(level.token_stop[-1])
-            tokens: slice | torch.Tensor = slice(begin, end)
-            if int(queries.sum()) != end - begin:
-                gaps = np.repeat(level.token_start - (np.cumsum(queries) - queries), queries)
-                tokens = self._to_device(np.arange(int(queries.sum())) + gaps)
-            self._shared.append(_Call(tokens, _returning_lse(wrapper)))
-
-    def _plan_decode(
-        self, indptr: Int32, indices: torch.Tensor, last_length: Int32, keys: Int32
-    ) -> flashinfer.BatchDecodeWithPagedKVCacheWrapper:
-        shape = self.shape
-        group = shape.num_heads // shape.num_kv_heads
-        wrapper = self._use.decoders[group not in DECODE_GROUPS or float(keys.mean()) > LONG_CONTEXT]
-        wrapper.plan(
-            _host(indptr),
-            indices,
-            _host(last_length),
-            shape.num_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            shape.page_size,
-            q_data_type=self.dtype,
-            kv_data_type=self.dtype,
-            seq_lens=_host(keys),
-        )
-        return wrapper
-
-    def _plan_prefill(
-        self,
-        wrapper: flashinfer.BatchPrefillWithPagedKVCacheWrapper,
-        queries: Int32,
-        indptr: Int32,
-        indices: torch.Tensor,
-        last_length: Int32,
-        causal: bool,
+    def attend_unplanned(
+        self, layer: int, q_THD: torch.Tensor, slot_T: torch.Tensor, position_T: torch.Tensor, out_THD: torch.Tensor
     ) -> None:
-        shape = self.shape
-        wrapper.plan(
-            _host(np.append(0, np.cumsum(queries))),
-            _host(indptr),
-            indices,
-            _host(last_length),
-            shape.num_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            shape.page_size,
-            causal=causal,
-            q_data_type=self.dtype,
-            kv_data_type=self.dtype,
-        )
+        cache, skip_T = self._cache, self._no_skip[: len(slot_T)]
+        pages = cache.k_LNKPD[layer], cache.v_LNKPD[layer]
+        decode(q_THD, pages, cache.table, slot_T, position_T, skip_T, out_THD, mean_keys=LONG_CONTEXT)
 
-    def _page_lists(self, slots: Int32, first: Int32, last: Int32) -> tuple[Int32, torch.Tensor]:
-        """`page_table[slot, first : last]` of N passes: offsets [N + 1] on the host, page ids end to end on the device."""
+    def _write(self, cache: State, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
+        size = self.shape.page_size
+        position_T = self._position_T.long()
+        page_T = self._cache.table[self._slot_T.long(), position_T // size].long()
+        for pages, new_TKD in zip(cache, (k_TKD, v_TKD), strict=True):
+            pages[page_T, :, position_T % size] = new_TKD.to(self.kv_dtype)
+
+    def _attend_section(
+        self, planned: _Planned, q_THD: torch.Tensor, cache: State, out_THD: torch.Tensor, lse_TH: torch.Tensor
+    ) -> None:
+        section = planned.section
+        span, levels = section.span, section.levels
+        out, lse = out_THD[span], lse_TH[span]
+        if levels and not section.is_covered:
+            out.zero_()
+            lse.fill_(-torch.inf)
+        for level, wrapper in zip(levels, planned.levels, strict=True):
+            if level is levels[0] and section.is_covered:
+                wrapper.run(q_THD[span], cache, out=out, lse=lse, return_lse=True)
+            elif level.gaps is None:
+                state = _run(wrapper, q_THD[level.span], cache)
+                flashinfer.merge_state_in_place(out_THD[level.span], lse_TH[level.span], *state)
+            else:
+                tokens = level.gaps.tensor
+                state = _run(wrapper, q_THD[tokens], cache)
+                merged = flashinfer.merge_state(out_THD[tokens], lse_TH[tokens], *state)
+                out_THD[tokens], lse_TH[tokens] = merged
+        if planned.own is None:
+            assert section.skip is not None
+            table = self._cache.table
+            place = self._slot_T[span], self._position_T[span]
+            prior = lse if levels else None
+            decode(q_THD[span], cache, table, *place, section.skip.tensor, out, prior, section.mean_keys)
+        elif levels:
+            state = _run(planned.own, q_THD[span], cache)
+            flashinfer.merge_state_in_place(out, lse, *state)
+        else:
+            planned.own.run(q_THD[span], cache, out=out)
+
+    def _section(self, step: StepBatch, part: slice, span: slice, outbox: Outbox) -> _Section:
+        levels = tuple(
+            self._level(level, outbox)
+            for level in step.prefix_levels
+            if len(level.slot) and span.start <= level.token_start[0] < span.stop
+        )
+        size, skip = self.shape.page_size, step.run_skip[part]
+        stop = (step.run_start + step.run_length)[part]
+        keys = stop - skip * size
+        is_decode = part.start == step.num_prefill_runs
+        fills = len(keys) * self.shape.num_kv_heads >= 2 * self._num_cores
+        if is_decode and (fills or keys.mean() <= LONG_CONTEXT):
+            return _Section(span, levels, None, outbox.add(skip), float(keys.mean()))
+        indptr, indices = self._page_lists(step.run_slot[part], skip, -(-stop // size), outbox)
+        own = _Passes(step.run_length[part], indptr, indices, (stop - 1) % size + 1, keys, causal=not is_decode)
+        return _Section(span, levels, own, None, float(keys.mean()))
+
+    def _level(self, level: PrefixLevel, outbox: Outbox) -> _Level:
+        queries = level.token_stop - level.token_start
+        indptr, indices, pages = self._page_ids(level.slot, level.page_start, level.page_stop, outbox)
+        full = np.full(len(level.slot), self.shape.page_size, np.int32)
+        keys = (level.page_stop - level.page_start) * self.shape.page_size
+        span = slice(int(level.token_start[0]), int(level.token_stop[-1]))
+        gaps = None
+        if int(queries.sum()) != span.stop - span.start:
+            shift = np.repeat(level.token_start - (np.cumsum(queries) - queries), queries)
+            gaps = outbox.add(np.arange(int(queries.sum()), dtype=np.int64) + shift)
+        unchanged = b"|".join((queries.tobytes(), indptr.tobytes(), pages.tobytes()))
+        return _Level(span, gaps, _Passes(queries, indptr, indices, full, keys, causal=False), unchanged)
+
+    def _page_ids(self, slots: Int32, first: Int32, last: Int32, outbox: Outbox) -> tuple[Int32, Parcel, Int32]:
+        """`page_table[slot, first : last]` of N passes: offsets [N + 1], page ids end to end on their way, and on the host."""
         counts = last - first
         indptr = np.append(0, np.cumsum(counts)).astype(np.int32)
         column = np.arange(int(indptr[-1])) - np.repeat(indptr[:-1] - first, counts)
-        return indptr, self._to_device(self.page_table[np.repeat(slots, counts), column])
+        pages = self.page_table[np.repeat(slots, counts), column]
+        return indptr, outbox.add(pages), pages
 
-    def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        return to_device(values, self.device)
+    def _page_lists(self, slots: Int32, first: Int32, last: Int32, outbox: Outbox) -> tuple[Int32, Parcel]:
+        indptr, parcel, _ = self._page_ids(slots, first, last, outbox)
+        return indptr, parcel
+
+    def _plan_section(self, section: _Section, wrappers: _Wrappers) -> _Planned:
+        levels = tuple(self._plan_level(level, wrappers) for level in section.levels)
+        if section.own is None:
+            return _Planned(section, levels, None)
+        if not section.own.causal:
+            return _Planned(section, levels, self._plan_decode(wrappers.decoder, section.own))
+        kept = wrappers.prefill(self._wants_fa3(section.own))
+        self._plan_prefill(kept.wrapper, section.own)
+        kept.planned = b""
+        return _Planned(section, levels, kept.wrapper)
+
+    def _plan_level(self, level: _Level, wrappers: _Wrappers) -> Wrapper:
+        """Plan a level, unless this set's wrapper of its place planned the same: while samples only decode, groups stay."""
+        kept = wrappers.prefill(self._wants_fa3(level.passes))
+        if kept.planned != level.unchanged:
+            self._plan_prefill(kept.wrapper, level.passes)
+            kept.planned = level.unchanged
+        return kept.wrapper
+
+    def _wants_fa3(self, passes: _Passes) -> bool:
+        """Whether Hopper's prefill kernel is the faster one: see TILE_QUERIES."""
+        fewest = LONG_PREFILL if passes.causal else TILE_QUERIES
+        if not self._has_fa3 or float(passes.queries.mean()) < fewest:
+            return False
+        programs = int((-(-passes.queries // TILE_QUERIES)).sum()) * self.shape.num_heads
+        return programs >= self._num_cores
+
+    def _plan_decode(self, wrapper: flashinfer.BatchDecodeWithPagedKVCacheWrapper, passes: _Passes) -> Wrapper:
+        shape = self.shape
+        wrapper.plan(
+            _host(passes.indptr),
+            passes.indices.tensor,
+            _host(passes.last_length),
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.page_size,
+            q_data_type=self.dtype,
+            kv_data_type=self.kv_dtype,
+            seq_lens=_host(passes.keys),
+        )
+        return wrapper
+
+    def _plan_prefill(self, wrapper: flashinfer.BatchPrefillWithPagedKVCacheWrapper, passes: _Passes) -> None:
+        shape = self.shape
+        wrapper.plan(
+            _host(np.append(0, np.cumsum(passes.queries))),
+            _host(passes.indptr),
+            passes.indices.tensor,
+            _host(passes.last_length),
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.page_size,
+            causal=passes.causal,
+            q_data_type=self.dtype,
+            kv_data_type=self.kv_dtype,
+            seq_lens=_host(passes.keys),
+        )
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A prefill wrapper and what it has planned, where that is known to be of use again."""
+
+    wrapper: flashinfer.BatchPrefillWithPagedKVCacheWrapper
+    planned: bytes = b""
 
 
 class _Wrappers:
@@ -192,27 +334,28 @@ class _Wrappers:
 
     def __init__(self, workspace: torch.Tensor) -> None:
         self._workspace = workspace
-        self.decoders = {
-            tensor_cores: flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)
-            for tensor_cores in (False, True)
-        }
-        self.prefill = self._new_prefill()
-        self._levels: list[flashinfer.BatchPrefillWithPagedKVCacheWrapper] = []
+        self.decoder = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+        self._prefill: dict[bool, list[_Kept]] = {False: [], True: []}
+        self._used = {False: 0, True: 0}
 
-    def levels(self, count: int) -> list[flashinfer.BatchPrefillWithPagedKVCacheWrapper]:
-        """A wrapper for each prefix level."""
-        while len(self._levels) < count:
-            self._levels.append(self._new_prefill())
-        return self._levels[:count]
+    def begin(self) -> None:
+        """A new step uses the wrappers from the first one on."""
+        self._used = {False: 0, True: 0}
 
-    def _new_prefill(self) -> flashinfer.BatchPrefillWithPagedKVCacheWrapper:
-        return flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend="fa2")
+    def prefill(self, fa3: bool) -> _Kept:
+        """The step's next wrapper of the generic (fa2) or the Hopper kernel (fa3)."""
+        kept, place = self._prefill[fa3], self._used[fa3]
+        if place == len(kept):
+            backend = "fa3" if fa3 else "fa2"
+            kept.append(_Kept(flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend=backend)))
+        self._used[fa3] += 1
+        return kept[place]
 
 
-def _returning_lse(
-    wrapper: flashinfer.BatchDecodeWithPagedKVCacheWrapper | flashinfer.BatchPrefillWithPagedKVCacheWrapper,
-) -> _Kernel:
-    return lambda q_THD, cache: wrapper.run(q_THD, cache, return_lse=True)
+def _run(wrapper: Wrapper, q_NHD: torch.Tensor, cache: State) -> State:
+    """The state of one kernel call. FlashInfer clears outputs that it allocates itself; these are not."""
+    lse_NH = torch.empty(q_NHD.shape[:2], dtype=torch.float32, device=q_NHD.device)
+    return wrapper.run(q_NHD, cache, out=torch.empty_like(q_NHD), lse=lse_NH, return_lse=True)
 
 
 def _host(values: np.ndarray) -> torch.Tensor:

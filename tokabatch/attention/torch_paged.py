@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tokabatch.attention.base import KVShape, cache_places
+from tokabatch.attention.base import KVShape, PagedCache, cache_places
 from tokabatch.messages import Int32, StepBatch
-from tokabatch.transfer import to_device
+from tokabatch.transfer import Outbox, to_device
 
 BLOCK_BYTES = 8 << 20
 """Keys and values gathered at a time; measured on a 32 MB L3: 4 to 16 MB are within 5 % of each other, 50 MB costs 30 %."""
@@ -64,7 +64,8 @@ class TorchPagedAttention:
     """See `AttentionBackend`. The cache of a layer is [K, pages, P * D], so that a gathered page is one contiguous copy and
     the gathered block already has the layout of a batched matrix product."""
 
-    def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None) -> None:
+        assert kv_dtype in (None, dtype), "keys and values are kept as they come"
         self.shape = shape
         self.dtype = dtype
         self.device = device
@@ -79,7 +80,15 @@ class TorchPagedAttention:
         self._own: list[_Block] = []
         self._shared: list[_Block] = []
 
-    def prepare(self, step: StepBatch) -> None:
+    @property
+    def cache(self) -> PagedCache | None:
+        return None
+
+    @property
+    def needs_no_plan(self) -> bool:
+        return False
+
+    def prepare(self, step: StepBatch, outbox: Outbox) -> None:
         self.page_table[step.table_slot, step.table_column] = step.table_page
         if len(step.clear_pages):
             cleared = self._tensor(step.clear_pages)
@@ -109,7 +118,18 @@ class TorchPagedAttention:
             )
         ]
 
-    def attend(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+    def plan(self, slot_T: torch.Tensor, position_T: torch.Tensor) -> None:
+        """Nothing is left to do: the passes follow from the host's page table."""
+
+    def attend(
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor | None,
+        v_TKD: torch.Tensor | None,
+        out_THD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert k_TKD is not None and v_TKD is not None, "nobody else writes this cache"
         shape = self.shape
         k_cache, v_cache = self.k_cache[layer], self.v_cache[layer]
         for cache, new_TKD in ((k_cache, k_TKD), (v_cache, v_TKD)):
@@ -127,7 +147,13 @@ class TorchPagedAttention:
             assert lse_KTG is not None
             out, lse = self._pass(block, q_KTGD, k_cache, v_cache, need_lse=True)
             _merge_into(out_KTGD, lse_KTG, block.tokens, out, lse)
-        return out_KTGD.transpose(0, 1).reshape(q_THD.shape).to(q_THD.dtype)
+        result_THD = out_KTGD.transpose(0, 1).reshape(q_THD.shape).to(q_THD.dtype)
+        return result_THD if out_THD is None else out_THD.copy_(result_THD)
+
+    def attend_unplanned(
+        self, layer: int, q_THD: torch.Tensor, slot_T: torch.Tensor, position_T: torch.Tensor, out_THD: torch.Tensor
+    ) -> None:
+        raise AssertionError("every step is planned")
 
     def _pass(
         self, block: _Block, q_KTGD: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, need_lse: bool

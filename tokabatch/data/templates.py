@@ -15,7 +15,7 @@ from jinja2 import nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError, UndefinedError
 from jinja2.meta import find_undeclared_variables
 
-from tokabatch.data.sandbox import Sandbox, TemplateTooLarge, render
+from tokabatch.data.sandbox import Sandbox, TemplateTooLarge
 from tokabatch.errors import JobError, RowError
 
 GUARDING_FILTERS = frozenset(["default", "d"])
@@ -27,6 +27,7 @@ class Template:
     """Compiled once; `names` are all the columns it mentions, `required` those the input must have, `non_null` those that
     must have a value in each row."""
 
+    sandbox: Sandbox
     compiled: CompiledTemplate
     names: frozenset[str]
     required: frozenset[str]
@@ -38,7 +39,7 @@ class Template:
             if row.get(name) is None:
                 return missing_field(name, row)
         try:
-            return render(self.compiled.generate, row)
+            return self.sandbox.render(self.compiled.generate, row)
         except UndefinedError as error:
             return RowError("missing_field", f"the template: {error.message}")
         except (TemplateTooLarge, MemoryError) as error:
@@ -63,7 +64,7 @@ def compile_template(source: str, key: str) -> Template:
         raise JobError(f"{key} is no valid Jinja template: {error}") from error
     names = frozenset(find_undeclared_variables(tree)) - frozenset(sandbox.globals)
     guarded = frozenset(_guarded(tree))
-    return Template(compiled, names, names - guarded, names - guarded - frozenset(_tested(tree)))
+    return Template(sandbox, compiled, names, names - guarded, names - guarded - frozenset(_tested(tree)))
 
 
 def missing_field(name: str, row: Mapping[str, Any]) -> RowError:

@@ -7,136 +7,312 @@ worker in a process of its own and launches while the scheduler decides the next
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import queue
 import signal
 import threading
 import traceback
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Protocol
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal, Protocol
 
-from tokabatch.engine.worker import Launched, Worker, WorkerSpec
-from tokabatch.errors import EngineError, TokabatchError
+import torch
+
+from tokabatch.engine import child
+from tokabatch.engine.heartbeat import Patience, Pulse, Watch
+from tokabatch.engine.launcher import Launcher
+from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.worker import WorkerSpec
+from tokabatch.errors import StepDropped, TokabatchError, WorkerLost
 from tokabatch.messages import StepBatch, StepResult
 
-STOP_SECONDS = 10.0
+STOP_SECONDS = 5.0
 POLL_SECONDS = 0.0002
+ALIVE_SECONDS = 0.5
+CPU_OUT_OF_MEMORY = "can't allocate memory"
+
+
+class Running(Protocol):
+    """A step on its way, as `Worker.launch` returns it."""
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+        ...
+
+    def wait(self) -> StepResult: ...
+
+
+class Launches(Protocol):
+    """What executes steps: a `Launcher` with its worker, or a scripted one in tests."""
+
+    @property
+    def sizes(self) -> ReplicaSizes: ...
+
+    def launch(self, step: StepBatch) -> Running: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Follows the steps that a worker shall ignore because it dropped one before them."""
 
 
 class Executor(Protocol):
-    """Any number of steps may be submitted before the first result is collected."""
+    """Any number of steps may be submitted before the first result is collected. Both methods raise WorkerLost when the
+    worker is gone, and StepDropped when it had no memory for a step: what was submitted and not collected is lost then."""
+
+    def start(self) -> None:
+        """Load the model. Steps may be submitted afterwards. Raises what building the worker raises, or WorkerLost."""
+        ...
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        """As the worker settled them when it started."""
+        ...
 
     def submit(self, step: StepBatch) -> None: ...
 
     def collect(self) -> StepResult:
-        """The result of the oldest step not yet collected. Raises EngineError when the worker is gone."""
+        """The result of the oldest step not yet collected."""
+        ...
+
+    def resume(self) -> None:
+        """Take new steps after StepDropped."""
         ...
 
     def close(self) -> None:
-        """Release the device; results not collected are lost."""
+        """Release the device, started or not; results not collected are lost."""
         ...
 
 
 class InProcessExecutor:
-    """See `Executor`."""
+    """See `Executor`. A worker in this process cannot be lost."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        self._worker = Worker.build(spec)
-        self._launched: deque[Launched] = deque()
+        self._spec = spec
+        self._launcher: Launcher | None = None
+        self._launched: deque[Running] = deque()
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        return self._started().sizes
+
+    def start(self) -> None:
+        self._launcher = Launcher.build(self._spec)
 
     def submit(self, step: StepBatch) -> None:
-        self._launched.append(self._worker.launch(step))
+        try:
+            self._launched.append(self._started().launch(step))
+        except (RuntimeError, MemoryError) as error:
+            raise _dropped(step, error) from error
 
     def collect(self) -> StepResult:
         return self._launched.popleft().wait()
 
+    def resume(self) -> None:
+        self._launched.clear()
+
     def close(self) -> None:
         self._launched.clear()
+        if self._launcher is not None:
+            self._launcher.close()
+
+    def _started(self) -> Launcher:
+        assert self._launcher is not None, "not started"
+        return self._launcher
 
 
 class ProcessExecutor:
-    """See `Executor`. The process is spawned, not forked: a forked child cannot use CUDA."""
+    """See `Executor`. `build(spec)` makes the worker in a process of its own, which is spawned, as a forked child cannot use
+    CUDA."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, spec), name="tokabatch-worker", daemon=True)
-        self._process.start()
-        theirs.close()
-        self._receive()
+    def __init__(
+        self,
+        spec: Any,
+        build: Callable[[Any], Launches] = Launcher.build,
+        patience: Patience | None = None,
+        start_method: Literal["spawn", "forkserver"] = "spawn",
+    ) -> None:
+        context = multiprocessing.get_context("spawn" if start_method == "spawn" else "forkserver")
+        self._pipe, self._their_pipe = context.Pipe()
+        self._signs, self._pulse = context.Pipe(duplex=False)
+        work = pickle.dumps((_serve, (build, spec)))
+        ends = (self._their_pipe, self._pulse, work)
+        self._process: BaseProcess = context.Process(target=child.main, args=ends, name="tokabatch-worker", daemon=True)  # pyright: ignore
+        self._patience = patience or Patience()
+        self._watch: Watch | None = None
+        self._sizes: ReplicaSizes | None = None
+
+    @property
+    def sizes(self) -> ReplicaSizes:
+        assert self._sizes is not None, "not started"
+        return self._sizes
+
+    def start(self) -> None:
+        try:
+            _start_shielded(self._process)
+        finally:
+            self._their_pipe.close()
+            self._pulse.close()
+        self._watch = Watch(self._signs, self._patience, self._process.kill)
+        sizes = self._receive()
+        assert isinstance(sizes, ReplicaSizes)
+        self._sizes = sizes
+        self._watch.ready()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
 
     def submit(self, step: StepBatch) -> None:
-        try:
-            self._pipe.send(step)
-        except OSError as error:
-            # Results of earlier steps, and last of all what went wrong, may still lie in the pipe.
-            while True:
-                self._receive(error)
+        self._send(step)
 
     def collect(self) -> StepResult:
         result = self._receive()
         assert isinstance(result, StepResult)
         return result
 
+    def resume(self) -> None:
+        self._send(Resume())
+
     def close(self) -> None:
         self._pipe.close()
+        if self._watch is not None:
+            self._watch.close()
+        self._signs.close()
+        if self._process.pid is None:
+            return
         self._process.join(STOP_SECONDS)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
 
-    def _receive(self, cause: Exception | None = None) -> StepResult | None:
+    def _send(self, message: StepBatch | Resume) -> None:
         try:
+            self._pipe.send(message)
+        except OSError as error:
+            # Results of earlier steps, and last of all what went wrong, may still lie in the pipe.
+            while True:
+                self._receive(error)
+
+    def _receive(self, cause: Exception | None = None) -> StepResult | ReplicaSizes:
+        try:
+            # A dead worker's end closes at once, unless a process that it left behind holds it open.
+            while not self._pipe.poll(ALIVE_SECONDS):
+                if not self._process.is_alive() and not self._pipe.poll():
+                    raise self._gone()
             message = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise self._gone() from (cause or error)
         if isinstance(message, TokabatchError):
-            self.close()
             raise message
         return message
 
-    def _gone(self) -> EngineError:
+    def _gone(self) -> WorkerLost:
         self._process.join(STOP_SECONDS)
-        return EngineError(f"the worker process died (exit code {self._process.exitcode}); its own output says why")
+        if self._watch is not None and self._watch.fault is not None:
+            return WorkerLost(f"the worker process hung ({self._watch.fault}) and was killed", "hung")
+        code = self._process.exitcode
+        if code is not None and code < 0:
+            return WorkerLost(f"the worker process was killed by signal {-code} ({_signal_name(-code)})", "killed")
+        return WorkerLost(f"the worker process died (exit code {code}); its own output says why", "died")
 
 
-def _serve(pipe: Connection, spec: WorkerSpec) -> None:
-    """The worker process: ready (None), then a result for each step, until the other end closes.
+def _start_shielded(process: BaseProcess) -> None:
+    """Start it with the signals held back that the parent deals with, until it ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, child.PARENTS_SIGNALS)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _signal_name(number: int) -> str:
+    names = {each.value: each.name for each in signal.Signals}
+    return names.get(number, "unknown")
+
+
+def _serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any], pulse: Pulse) -> None:
+    """The worker process: its sizes when it is ready, then a result for each step, until the other end closes. After any error
+    but the want of memory it ends: the device's context may be gone, and is never used again.
 
     Steps are drained by a thread: were both sides to block in a send larger than the pipe's buffer, neither would go on.
     """
-    # Ctrl-C reaches the whole process group; when to stop is the parent's to say.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    steps: queue.SimpleQueue[StepBatch | None] = queue.SimpleQueue()
+    build, spec = work
+    steps: queue.SimpleQueue[StepBatch | Resume | None] = queue.SimpleQueue()
     try:
-        worker = Worker.build(spec)
-        pipe.send(None)
+        launcher = build(spec)
+        pipe.send(launcher.sizes)
         threading.Thread(target=_drain, args=(pipe, steps), daemon=True).start()
-        _work(worker, steps, pipe)
+        _work(launcher, steps, pipe, pulse)
+        launcher.close()
     except TokabatchError as error:
         pipe.send(error)
     except ConnectionError:
         return
     except Exception:
-        pipe.send(EngineError(f"the worker process failed:\n{traceback.format_exc()}"))
+        pipe.send(WorkerLost(f"the worker process failed:\n{traceback.format_exc()}"))
 
 
-def _work(worker: Worker, steps: queue.SimpleQueue[StepBatch | None], pipe: Connection) -> None:
+def _work(launcher: Launches, steps: queue.SimpleQueue[StepBatch | Resume | None], pipe: Connection, pulse: Pulse) -> None:
     """Launch what arrives, ahead of sending back what is done: the device always has the next step queued."""
-    launched: deque[Launched] = deque()
+    launched: deque[Running] = deque()
     while True:
         try:
             step = steps.get(timeout=POLL_SECONDS if launched else None)
         except queue.Empty:
             if launched[0].done:
-                pipe.send(launched.popleft().wait())
+                _send_back(launched.popleft(), pipe, pulse)
             continue
         if step is None:
             return
-        launched.append(worker.launch(step))
+        if isinstance(step, Resume):
+            continue
+        pulse.begun += 1
+        try:
+            launched.append(launcher.launch(step))
+        except (RuntimeError, MemoryError) as error:
+            dropped = _dropped(step, error)
+            while launched:
+                _send_back(launched.popleft(), pipe, pulse)
+            pipe.send(dropped)
+            pulse.finished = pulse.begun
+            if not _skip_to_resume(steps):
+                return
 
 
-def _drain(pipe: Connection, steps: queue.SimpleQueue[StepBatch | None]) -> None:
+def _send_back(running: Running, pipe: Connection, pulse: Pulse) -> None:
+    result = running.wait()
+    pulse.finished += 1
+    pulse.waiting = True
+    pipe.send(result)
+    pulse.waiting = False
+
+
+def _skip_to_resume(steps: queue.SimpleQueue[StepBatch | Resume | None]) -> bool:
+    """Ignore the steps that build on one that was dropped; False when none will follow."""
+    while True:
+        step = steps.get()
+        if step is None or isinstance(step, Resume):
+            return step is not None
+
+
+def _dropped(step: StepBatch, error: RuntimeError | MemoryError) -> StepDropped:
+    """What to tell of a step that the device had no memory for. Raises any other error again."""
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and CPU_OUT_OF_MEMORY not in str(error):
+        raise error
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    reason = (str(error).splitlines() or ["MemoryError"])[0]
+    return StepDropped(f"no memory for a step of {step.num_tokens:,} tokens: {reason}")
+
+
+def _drain(pipe: Connection, steps: queue.SimpleQueue[StepBatch | Resume | None]) -> None:
     try:
         while True:
             steps.put(pipe.recv())

@@ -1,12 +1,13 @@
 """How large a replica is: running limit, step size and KV pages, from the device's memory and what the job can use.
 
-Sized by arithmetic: free memory less the weights and what a largest step needs beside them. Sizes never exceed what the job can
-fill, so that a small job allocates a small cache.
+On a CPU sized by arithmetic: free memory less the weights. On a GPU arithmetic only refuses what cannot work before anything
+loads; the pages follow once the worker has run its largest step (`memory`). Sizes never exceed what the job can fill, so that
+a small job allocates a small cache.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -31,13 +32,11 @@ class DeviceDefaults:
     max_running: int
     prefill_tokens: int
     memory_share: float
-    working_bytes: int
-    """Kernels' scratch and the allocator's slack."""
 
 
 DEFAULTS = {
-    "cpu": DeviceDefaults(max_running=512, prefill_tokens=1024, memory_share=0.6, working_bytes=0),
-    "cuda": DeviceDefaults(max_running=8192, prefill_tokens=8192, memory_share=0.9, working_bytes=4 << 30),
+    "cpu": DeviceDefaults(max_running=512, prefill_tokens=1024, memory_share=0.6),
+    "cuda": DeviceDefaults(max_running=8192, prefill_tokens=8192, memory_share=1.0),
 }
 
 
@@ -69,6 +68,15 @@ class ReplicaSizes:
     min_group: int
     """0 turns Hydragen off."""
     min_prefix_pages: int
+    useful_pages: int = 0
+    """The most that the job can fill."""
+    asked_tokens: int | None = None
+    """engine.kv_cache_tokens where the job says it."""
+
+    @property
+    def needed_pages(self) -> int:
+        """One page more than the longest sample: its prompt's last page is copied for it, and the original kept."""
+        return self.max_pages_per_sequence + 1
 
 
 def decide_sizes(
@@ -87,23 +95,45 @@ def decide_sizes(
             f"write at least {max_running}, or lower engine.max_running"
         )
     per_sequence = -(-facts.longest_sequence // page)
-    # One page more than the longest sample: its prompt's last page is copied for it, and the original kept.
-    needed = per_sequence + 1
     # What the job can fill at most: every prompt page once, and for each running sample its output and a copied page.
     prompt_pages = min(facts.unique_prompt_tokens // page + 2 * facts.num_prompts, max_running * per_sequence)
-    useful = prompt_pages + max_running * (-(-facts.longest_output // page) + 2) + needed
-    fitting = _fitting_pages(config, spec, dtype, facts, device, max_running, step)
     prefix = MIN_PREFIX_TOKENS if config.hydragen_min_prefix == "auto" else config.hydragen_min_prefix
     group = MIN_GROUP if config.hydragen_min_group == "auto" else config.hydragen_min_group
-    return ReplicaSizes(
+    sizes = ReplicaSizes(
         page_size=page,
-        num_pages=_decide_pages(config, needed, useful, fitting),
+        num_pages=0,
         max_running=max_running,
         max_step_tokens=step,
         max_pages_per_sequence=per_sequence,
         min_group=0 if config.hydragen is False else group,
         min_prefix_pages=max(1, -(-prefix // page)),
+        useful_pages=prompt_pages + max_running * (-(-facts.longest_output // page) + 2) + per_sequence + 1,
+        asked_tokens=None if config.kv_cache_tokens == "auto" else config.kv_cache_tokens,
     )
+    return settle_pages(sizes, _fitting_pages(config, spec, dtype, facts, device, max_running))
+
+
+def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
+    """The sizes with their number of pages, where memory holds `fitting`: what the longest sample needs at least, what the job
+    can fill at most unless it says otherwise. Raises JobError where that cannot be."""
+    page, needed, asked = sizes.page_size, sizes.needed_pages, sizes.asked_tokens
+    if asked is None:
+        budget = fitting
+        remedy = "use a machine with more memory, lower generation.logprobs or engine.max_running where they are high"
+    else:
+        budget = asked // page
+        if needed <= fitting < min(budget, sizes.useful_pages):
+            raise JobError(
+                f"engine.kv_cache_tokens is {asked}, but memory holds about {fitting * page} beside the weights; write auto or "
+                "at most that"
+            )
+        remedy = f"set engine.kv_cache_tokens to at least {needed * page}"
+    if budget < needed:
+        raise JobError(
+            f"the longest sample needs {needed * page} tokens of KV cache (prompt plus max_tokens), but "
+            f"{max(0, budget) * page} fit; {remedy}, or lower generation.max_tokens"
+        )
+    return replace(sizes, num_pages=min(budget, sizes.useful_pages) if asked is None else budget)
 
 
 def _check_limits(config: EngineConfig, spec: ModelSpec) -> None:
@@ -118,48 +148,22 @@ def _check_limits(config: EngineConfig, spec: ModelSpec) -> None:
         )
 
 
-def _decide_pages(config: EngineConfig, needed: int, useful: int, fitting: int) -> int:
-    """Pages of the cache: `needed` at least, `useful` at most unless the job says otherwise, of `fitting`."""
-    page = config.page_size
-    if config.kv_cache_tokens == "auto":
-        budget = fitting
-        remedy = "use a machine with more memory, lower generation.logprobs or engine.max_running where they are high"
-    else:
-        budget = config.kv_cache_tokens // page
-        if needed <= fitting < min(budget, useful):
-            raise JobError(
-                f"engine.kv_cache_tokens is {config.kv_cache_tokens}, but memory holds about {fitting * page} beside the "
-                "weights; write auto or at most that"
-            )
-        remedy = f"set engine.kv_cache_tokens to at least {needed * page}"
-    if budget < needed:
-        raise JobError(
-            f"the longest sample needs {needed * page} tokens of KV cache (prompt plus max_tokens), but "
-            f"{max(0, budget) * page} fit; {remedy}, or lower generation.max_tokens"
-        )
-    return min(budget, useful) if config.kv_cache_tokens == "auto" else budget
-
-
 def _fitting_pages(
-    config: EngineConfig,
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    facts: WorkloadFacts,
-    device: str,
-    max_running: int,
-    step: int,
+    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, facts: WorkloadFacts, device: str, max_running: int
 ) -> int:
-    """Pages that the device's memory holds beside the weights and a largest step."""
+    """Pages that the device's memory holds beside the weights; on a GPU at most, as only a step shows what it needs itself."""
+    share = DEFAULTS[device].memory_share
     if device == "cuda":
         left = int(torch.cuda.mem_get_info()[0]) - weight_bytes(spec, dtype, head_apart=False)
-        # The widest activations of a step twice over, and the logits of every sample in the model's dtype and in float32.
-        widest = spec.hidden_size * 4 + 2 * spec.intermediate_size + 3 * spec.num_heads * spec.head_dim
-        left -= 2 * step * widest * dtype.itemsize + max_running * spec.vocab_size * (dtype.itemsize + 4)
     else:
         left = available_memory() - weight_bytes(spec, dtype, head_apart=True) - _logprob_bytes(facts, max_running)
-    defaults = DEFAULTS[device]
-    bytes_per_page = kv_shape(spec, config.page_size, 1, 1, 1).bytes_per_page(dtype)
-    return int((left - defaults.working_bytes) * defaults.memory_share) // bytes_per_page
+    return int(left * share) // page_bytes(config, spec, dtype)
+
+
+def page_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Memory of a page, all layers, keys and values."""
+    kept = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
+    return kv_shape(spec, config.page_size, 1, 1, 1).bytes_per_page(kept)
 
 
 def available_memory() -> int:

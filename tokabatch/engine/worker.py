@@ -6,6 +6,7 @@ its last sampled token, which the next step consumes without a trip to the sched
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +14,27 @@ import numpy as np
 import torch
 
 from tokabatch.attention import create_backend
-from tokabatch.attention.base import AttentionBackend
-from tokabatch.engine.sizing import ReplicaSizes, kv_shape
-from tokabatch.messages import Int32, SlotInit, StepBatch, StepResult
-from tokabatch.model.decoder import Decoder
-from tokabatch.model.sampler import Sampled, SamplerInputs, sample
+from tokabatch.attention.base import AttentionBackend, token_slots
+from tokabatch.engine.graphs import DecodeGraphs
+from tokabatch.engine.memory import fitting_pages
+from tokabatch.engine.sizing import ReplicaSizes, kv_shape, settle_pages
+from tokabatch.engine.warm_up import warm_up_steps
+from tokabatch.messages import StepBatch, StepResult
+from tokabatch.model.decoder import Decoder, KVPages
+from tokabatch.model.sampler import Sampled, sample
+from tokabatch.model.slot_table import SlotTable, packed
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import load_decoder
-from tokabatch.transfer import to_device, to_host
+from tokabatch.transfer import Outbox, to_host
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileSpec:
+    """Record `steps` steps from step `start` on (the first is 1) into the Chrome trace `path`."""
+
+    path: Path
+    start: int
+    steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +47,50 @@ class WorkerSpec:
     device: str
     backend: str
     sizes: ReplicaSizes
+    fp8: bool = False
+    """Matrices of the layers in e4m3."""
+    kv_dtype: torch.dtype | None = None
+    """Of keys and values where it is not the model's."""
+    profile: ProfileSpec | None = None
 
 
 class Worker:
     """One replica's model side. Steps run in the order given."""
 
-    def __init__(self, decoder: Decoder, backend: AttentionBackend, num_slots: int) -> None:
+    def __init__(self, decoder: Decoder, backend: AttentionBackend, sizes: ReplicaSizes) -> None:
+        num_slots = sizes.max_running
+        self.sizes = sizes
+        """As decided in the end: what the scheduler may use."""
         self._decoder = decoder
         self._backend = backend
         self._device = decoder.device
-        self._last_token = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
-        self._slots = _SlotParams(num_slots)
+        # One place more than slots: what fills up a captured step reads and writes there.
+        self._last_token = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)
+        self._slots = SlotTable(num_slots, self._device)
+        self._graphs: DecodeGraphs | None = None
 
     @classmethod
     def build(cls, spec: WorkerSpec) -> Worker:
-        """Load the weights and allocate the cache. Raises ModelError."""
-        sizes = spec.sizes
-        device = torch.device(spec.device)
-        decoder = load_decoder(spec.folder, spec.spec, spec.dtype, device)
+        """Load the weights, settle and allocate the cache, and on a GPU warm up. Raises ModelError, and JobError where the
+        longest sample does not fit beside what a step needs."""
+        sizes, device = spec.sizes, torch.device(spec.device)
+        decoder = load_decoder(spec.folder, spec.spec, spec.dtype, device, fp8=spec.fp8)
+        if device.type == "cuda":
+            one_page = kv_shape(spec.spec, sizes.page_size, 1, 1, 1).bytes_per_page(spec.kv_dtype or spec.dtype)
+            sizes = settle_pages(sizes, fitting_pages(decoder, sizes, one_page))
         shape = kv_shape(spec.spec, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_pages_per_sequence)
-        return cls(decoder, create_backend(spec.backend, shape, spec.dtype, device), sizes.max_running)
+        worker = cls(decoder, create_backend(spec.backend, shape, spec.dtype, device, spec.kv_dtype), sizes)
+        if device.type == "cuda":
+            worker.warm_up()
+        return worker
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile and load every kernel, and capture small decode steps where the backend lets the decoder write its cache."""
+        for step in warm_up_steps(self.sizes):
+            self.run(step)
+        if self._backend.cache is not None and self._decoder.mesh.tensor_size == self._decoder.mesh.pipeline_size == 1:
+            self._graphs = DecodeGraphs(self._decoder, self._backend, self._last_token, self.sizes.max_running)
 
     def run(self, step: StepBatch) -> StepResult:
         """Execute one step and wait for its result."""
@@ -61,22 +99,51 @@ class Worker:
     @torch.inference_mode()
     def launch(self, step: StepBatch) -> Launched:
         """Queue one step on the device; on a CPU it is computed before this returns."""
-        self._slots.open(step.inits)
-        self._backend.prepare(step)
-        run_stop = np.cumsum(step.run_length)
-        decoding = self._tensor(step.run_slot[step.num_prefill_runs :])
-        token_T = torch.cat((self._tensor(step.token_ids), self._last_token[decoding]))
-        logits_SV = self._decoder.forward(
-            token_T, self._tensor(step.positions()), self._backend.attend, self._tensor(run_stop[step.run_samples] - 1)
-        )
-        slots = step.run_slot[step.run_samples]
-        position_S = (step.run_start + step.run_length)[step.run_samples]
-        sampled = sample(logits_SV, self._slots.inputs(slots, position_S, self._device))
-        self._last_token[self._tensor(slots)] = sampled.token_S.long()
-        return Launched(step.index, sampled)
+        sampled_slots = step.run_slot[step.run_samples]
+        outbox = Outbox(self._device)
+        opened = tuple(outbox.add(values) for values in packed(step.inits))
+        slot_S = outbox.add(sampled_slots)
+        position_S = outbox.add((step.run_start + step.run_length)[step.run_samples])
+        size = self._graphs.size_for(step) if self._graphs is not None else None
+        compute = self._small(step, size, outbox) if size is not None else self._whole(step, outbox)
+        self._backend.prepare(step, outbox)
+        outbox.send()
+        self._slots.open(step.inits, (opened[0].tensor, opened[1].tensor))
+        logits_SV = compute()
+        inputs = self._slots.inputs(sampled_slots, slot_S.tensor, position_S.tensor)
+        return Launched(step.index, sample(logits_SV, inputs, self._last_token))
 
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return to_device(values.astype(np.int64), self._device)
+    def _whole(self, step: StepBatch, outbox: Outbox) -> Callable[[], torch.Tensor]:
+        """Any step, kernel by kernel; what it returns gives the logits once the outbox is sent."""
+        slot, position = outbox.add(token_slots(step)), outbox.add(step.positions().astype(np.int32))
+        token_ids = outbox.add(step.token_ids)
+        only_decodes = step.num_prefill_runs == 0
+        rows = None if only_decodes else outbox.add(np.cumsum(step.run_length)[step.run_samples] - 1)
+
+        def compute() -> torch.Tensor:
+            slot_T, position_T = slot.tensor, position.tensor
+            self._backend.plan(slot_T, position_T)
+            token_T = self._last_token.index_select(0, slot_T[len(step.token_ids) :])
+            if not only_decodes:
+                token_T = torch.cat((token_ids.tensor, token_T))
+            rows_S = None if rows is None else rows.tensor
+            cache = self._backend.cache
+            pages = None if cache is None else KVPages(cache.k_LNKPD, cache.v_LNKPD, cache.table, slot_T)
+            return self._decoder.forward(token_T, position_T, self._backend.attend, rows_S, pages)
+
+        return compute
+
+    def _small(self, step: StepBatch, size: int, outbox: Outbox) -> Callable[[], torch.Tensor]:
+        """A small decode step, by captured graphs."""
+        graphs = self._graphs
+        assert graphs is not None
+        places, count = outbox.add(graphs.padded(step.run_slot, step.run_start, size)), len(step.run_slot)
+
+        def compute() -> torch.Tensor:
+            self._backend.plan(*graphs.stage(places.tensor, count))
+            return self._decoder.logits(graphs.run(size, count))
+
+        return compute
 
 
 class Launched:
@@ -84,13 +151,9 @@ class Launched:
 
     def __init__(self, index: int, sampled: Sampled) -> None:
         self._index = index
-        self._token_S = to_host(sampled.token_S)
-        self._finite_S = to_host(sampled.finite_S)
-        self._logprob_S = to_host(sampled.logprob_S)
-        self._top_ids_SK = to_host(sampled.top_ids_SK)
-        self._top_logprobs_SK = to_host(sampled.top_logprobs_SK)
+        self._sampled = Sampled(to_host(sampled.packed))
         self._event: torch.cuda.Event | None = None
-        if sampled.token_S.is_cuda:
+        if sampled.packed.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
 
@@ -104,48 +167,9 @@ class Launched:
             self._event.synchronize()
         return StepResult(
             index=self._index,
-            token=self._token_S.numpy(),
-            finite=self._finite_S.numpy(),
-            logprob=self._logprob_S.numpy(),
-            top_ids=self._top_ids_SK.numpy(),
-            top_logprobs=self._top_logprobs_SK.numpy(),
-        )
-
-
-class _SlotParams:
-    """Sampling parameters by slot, kept on the host: a step gathers those of the slots it samples."""
-
-    def __init__(self, num_slots: int) -> None:
-        self._seed, self._row = np.zeros(num_slots, np.int64), np.zeros(num_slots, np.int64)
-        self._sample, self._top_k = np.zeros(num_slots, np.int32), np.zeros(num_slots, np.int32)
-        self._logprobs = np.full(num_slots, -1, np.int32)
-        self._temperature, self._top_p = np.ones(num_slots, np.float32), np.ones(num_slots, np.float32)
-        self._min_p = np.zeros(num_slots, np.float32)
-
-    def open(self, inits: SlotInit) -> None:
-        slot = inits.slot
-        self._seed[slot], self._row[slot], self._sample[slot] = inits.seed, inits.row, inits.sample
-        self._temperature[slot], self._top_p[slot] = inits.temperature, inits.top_p
-        self._top_k[slot], self._min_p[slot] = inits.top_k, inits.min_p
-        self._logprobs[slot] = inits.logprobs
-
-    def inputs(self, slots: Int32, position_S: Int32, device: torch.device) -> SamplerInputs:
-        def gather(values: np.ndarray) -> torch.Tensor:
-            return to_device(values, device)
-
-        temperature, top_p = self._temperature[slots], self._top_p[slots]
-        top_k, min_p, logprobs = self._top_k[slots], self._min_p[slots], self._logprobs[slots]
-        return SamplerInputs(
-            seed=gather(self._seed[slots]),
-            row=gather(self._row[slots]),
-            sample=gather(self._sample[slots]),
-            position=gather(position_S),
-            temperature=gather(temperature),
-            top_p=gather(top_p),
-            top_k=gather(top_k),
-            min_p=gather(min_p),
-            logprobs=gather(logprobs),
-            any_random=bool((temperature > 0).any()),
-            any_filter=bool(((top_p < 1) | (top_k > 0) | (min_p > 0)).any()),
-            max_logprobs=int(logprobs.max(initial=-1)),
+            token=self._sampled.token_S.numpy(),
+            finite=self._sampled.finite_S.numpy(),
+            logprob=self._sampled.logprob_S.numpy(),
+            top_ids=self._sampled.top_ids_SK.numpy(),
+            top_logprobs=self._sampled.top_logprobs_SK.numpy(),
         )

@@ -51,6 +51,9 @@ class ModelConfig(_Section):
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Type to compute in; auto is the model's own on a GPU and float32 on a CPU."
     )
+    quantization: Literal["none", "fp8"] = Field(
+        default="none", description="fp8: the layers' products in e4m3, weights rounded when they load; on a GPU."
+    )
 
 
 class InputConfig(_Section):
@@ -167,6 +170,9 @@ class EngineConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the GPU where there is one.")
     page_size: fields.PageSize = Field(default=16, description="Tokens in a page of the KV cache.")
     kv_cache_tokens: fields.AutoTokens = Field(default="auto", description="Tokens the KV cache holds; auto: what fits.")
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        default="auto", description="Type of cached keys and values: auto, as computed; fp8, half of it, on a GPU."
+    )
     max_running: fields.AutoCount = Field(default="auto", description="Most samples running at once.")
     max_step_tokens: fields.AutoCount = Field(default="auto", description="Most tokens computed in one step.")
     hydragen: fields.AutoFlag = Field(default="auto", description="Attend to a shared prefix once for its whole group.")
@@ -174,6 +180,12 @@ class EngineConfig(_Section):
     hydragen_min_prefix: fields.AutoCount = Field(default="auto", description="Fewest shared tokens for a shared pass.")
     queue_depth: fields.AutoCount = Field(default="auto", description="Steps in flight; auto: 1 on a CPU, 2 on a GPU.")
     process: fields.AutoFlag = Field(default="auto", description="Run the model in a process of its own; auto: on a GPU only.")
+    hang_seconds: fields.Seconds = Field(
+        default=120.0, description="A worker process that stands still for so long is killed and started again."
+    )
+    max_restarts: fields.Count = Field(
+        default=20, description="Worker processes that may be lost in a row without a sample finished in between."
+    )
 
 
 class OutputConfig(_Section):
@@ -183,6 +195,15 @@ class OutputConfig(_Section):
     rows_per_shard: fields.Count = Field(default=50000, description="Most samples in one Parquet file.")
     flush_seconds: fields.Seconds = Field(default=30.0, description="Finished samples are on disk after at most so long.")
     columns: fields.Columns = Field(default="all", description="Input columns to carry over to the output.")
+
+
+class ProfileConfig(_Section):
+    """Record what the device does in a few steps: a Chrome trace, for Perfetto or chrome://tracing. The run stalls for a
+    second or two while it is written."""
+
+    path: fields.FilePath = Field(description="File to write, such as trace.json.gz; one that exists is replaced.")
+    start: fields.Count = Field(default=50, description="The first step to record; a run's first step is 1.")
+    steps: fields.Count = Field(default=5, description="How many steps to record.")
 
 
 class VerifyConfig(_Section):
@@ -219,6 +240,7 @@ class Job(_Section):
     engine: EngineConfig = EngineConfig()
     output: OutputConfig
     verify: VerifyConfig | None = None
+    profile: ProfileConfig | None = None
     errors: ErrorsConfig = ErrorsConfig()
 
     @classmethod

@@ -2,8 +2,9 @@
 
 A Decoder holds one pipeline stage: a contiguous range of layers, the first stage also the embedding, the last also the
 final norm and the head. Its tensor-parallel shard holds some of the heads, feed-forward columns and vocabulary rows. It
-keeps no state between calls, waits for no device and branches on nothing that lies in a tensor. Where keys and values
-are kept and what attends to what is the business of `attend`.
+keeps no state between calls, waits for no device and branches on nothing that lies in a tensor: everything between two
+calls of `attend` can be captured in a CUDA graph. Where keys and values are kept and what attends to what is the business of
+`attend`.
 
 Shape legend: T tokens of a step, S rows with logits, E hidden size, H query heads, K key-value heads, D head dimension,
 F feed-forward size, V vocabulary; sizes are this shard's except in `logits_SV`.
@@ -16,16 +17,45 @@ from dataclasses import dataclass
 
 import torch
 
-from tokabatch.model.layers import gate, rms_norm, rotate
-from tokabatch.model.linear import Linear
+from tokabatch.model.layers import fused, rms_norm, rotate
+from tokabatch.model.linear import Input, Linear, gated_for, normed_for
 from tokabatch.model.spec import ModelSpec
 from tokabatch.parallel.collectives import all_gather_last, all_reduce, receive_hidden, send_hidden
 from tokabatch.parallel.mesh import Mesh
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""attend(layer, q_THD, k_TKD, v_TKD) -> o_THD. `layer` counts from 0 within the stage; q and k are rotated already; the
-scale 1 / sqrt(D) is attend's. The three are views of larger buffers, contiguous in D, and valid until attend
-returns."""
+Heads = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+"""q_THD, k_TKD and v_TKD, turned by their positions; keys and values are None where they are in their cache already."""
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
+"""attend(layer, *heads) -> o_THD. `layer` counts from 0 within the stage; the scale 1 / sqrt(D) is attend's. The heads are
+views of larger buffers, contiguous in D, and valid until attend returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVPages:
+    """A paged cache that the decoder writes itself, on a GPU: turning and storing are one kernel there.
+
+    Keys and values are [layers, pages, K, P, D] each; `table` [slots, columns] maps a token's slot and its position // P to
+    a page; `slot_T` is the slot of each of the step's tokens. Table and slots are int32. The turned queries go to `q_THD`
+    where that is given.
+    """
+
+    k_LNKPD: torch.Tensor
+    v_LNKPD: torch.Tensor
+    table: torch.Tensor
+    slot_T: torch.Tensor
+    q_THD: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a step's tokens stand: their positions, the angles of those unless a kernel looks them up itself, and the
+    cache if the decoder is to write it."""
+
+    positions_T: torch.Tensor
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+    pages: KVPages | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +97,32 @@ class Decoder:
         self._weights = weights
 
     def forward(
-        self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attend: Attend, logit_rows_S: torch.Tensor
+        self,
+        token_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        attend: Attend,
+        logit_rows_S: torch.Tensor | None = None,
+        pages: KVPages | None = None,
     ) -> torch.Tensor:
-        """logits_SV of the tokens at `logit_rows_S` (indices into T), in the model's dtype; on a pipeline stage that is
-        not the last, an empty [0, V]. All three index tensors are int32 or int64 on the decoder's device."""
+        """logits_SV of the tokens at `logit_rows_S` (indices into T; None: all), in the model's dtype; on a pipeline stage that
+        is not the last, an empty [0, V]. All three index tensors are int32 or int64 on the decoder's device."""
         if self.mesh.is_first_stage:
             hidden_TE = self.embed(token_ids_T)
         else:
             shape = (token_ids_T.shape[0], self.spec.hidden_size)
             hidden_TE = receive_hidden(torch.empty(shape, dtype=self.dtype, device=self.device), self.mesh)
-        hidden = self.run_layers(hidden_TE, positions_T, attend, logit_rows_S)
+        hidden = self.run_layers(hidden_TE, self.places(positions_T, pages), attend, logit_rows_S)
         if self.mesh.is_last_stage:
             return self.logits(hidden)
         send_hidden(hidden, self.mesh)
         return hidden.new_empty(0, self.spec.vocab_size)
+
+    def places(self, positions_T: torch.Tensor, pages: KVPages | None) -> Places:
+        """What `enter` needs of the step's tokens."""
+        if pages is not None:
+            return Places(positions_T, None, None, pages)
+        cos, sin = self._weights.rotary_P1D.index_select(0, positions_T).chunk(2, dim=-1)
+        return Places(positions_T, cos, sin, None)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """hidden_TE of the tokens, a fresh tensor. First stage only."""
@@ -95,22 +137,44 @@ class Decoder:
         return all_reduce(hidden_TE, self.mesh)
 
     def run_layers(
-        self, hidden_TE: torch.Tensor, positions_T: torch.Tensor, attend: Attend, logit_rows_S: torch.Tensor
+        self, hidden_TE: torch.Tensor, places: Places, attend: Attend, logit_rows_S: torch.Tensor | None
     ) -> torch.Tensor:
         """The stage's layers; may overwrite `hidden_TE`. Returns hidden_TE, or hidden_SE after the model's last layer:
         from its attention on, only the rows that get logits go through."""
-        cos, sin = self._weights.rotary_P1D.index_select(0, positions_T).chunk(2, dim=-1)
-        eps = self.spec.rms_norm_eps
         hidden = hidden_TE
-        for index, layer in enumerate(self._weights.layers):
-            q_THD, k_TKD, v_TKD = self._heads(layer, rms_norm(hidden, layer.attention_norm_E, eps), cos, sin)
-            mixed = attend(index, q_THD, k_TKD, v_TKD).reshape(hidden.shape[0], -1)
-            if self.layer_range[index] == self.spec.num_layers - 1:
-                mixed, hidden = mixed.index_select(0, logit_rows_S), hidden.index_select(0, logit_rows_S)
-            hidden = self._add_to(hidden, layer.o, mixed)
-            gated = gate(layer.gate_up(rms_norm(hidden, layer.mlp_norm_E, eps)))
-            hidden = self._add_to(hidden, layer.down, gated)
+        for index in range(len(self.layer_range)):
+            mixed_THD = attend(index, *self.enter(index, hidden, places))
+            hidden = self.leave(index, hidden, mixed_THD, logit_rows_S)
         return hidden
+
+    def enter(self, index: int, hidden_TE: torch.Tensor, places: Places) -> Heads:
+        """A layer up to its attention: the heads that go into it."""
+        layer, eps = self._weights.layers[index], self.spec.rms_norm_eps
+        qkv = layer.qkv(normed_for(layer.qkv, hidden_TE, layer.attention_norm_E, eps))
+        pages, norm = places.pages, layer.qk_norm_HD
+        if pages is not None:
+            cache = pages.k_LNKPD[index], pages.v_LNKPD[index]
+            angles_PD = self._weights.rotary_P1D[:, 0]
+            place = places.positions_T, pages.slot_T, pages.table
+            q_THD = fused().rotate_and_store(qkv, angles_PD, norm, eps, *place, cache, self.num_heads, pages.q_THD)
+            return q_THD, None, None
+        assert places.cos is not None and places.sin is not None
+        num_rotated = self.num_heads + self.num_kv_heads
+        heads = qkv.view(-1, num_rotated + self.num_kv_heads, self.spec.head_dim)
+        qk = heads[:, :num_rotated]
+        qk = rotate(qk if norm is None else rms_norm(qk, norm, eps), places.cos, places.sin)
+        return qk[:, : self.num_heads], qk[:, self.num_heads :], heads[:, num_rotated:]
+
+    def leave(
+        self, index: int, hidden_TE: torch.Tensor, mixed_THD: torch.Tensor, logit_rows_S: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A layer from its attention on; may overwrite `hidden_TE`. In the model's last layer, for the given rows alone."""
+        layer, hidden, mixed = self._weights.layers[index], hidden_TE, mixed_THD.flatten(1)
+        if logit_rows_S is not None and self.layer_range[index] == self.spec.num_layers - 1:
+            mixed, hidden = mixed.index_select(0, logit_rows_S), hidden.index_select(0, logit_rows_S)
+        hidden = self._add_to(hidden, layer.o, mixed)
+        normed = normed_for(layer.gate_up, hidden, layer.mlp_norm_E, self.spec.rms_norm_eps)
+        return self._add_to(hidden, layer.down, gated_for(layer.down, layer.gate_up(normed)))
 
     def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
         """logits_SV over the whole vocabulary. Last stage only."""
@@ -121,18 +185,7 @@ class Decoder:
             return local
         return all_gather_last(local, self.mesh)[:, : self.spec.vocab_size].contiguous()
 
-    def _heads(
-        self, layer: LayerWeights, x_TE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        num_rotated = self.num_heads + self.num_kv_heads
-        qkv = layer.qkv(x_TE).view(-1, num_rotated + self.num_kv_heads, self.spec.head_dim)
-        qk = qkv[:, :num_rotated]
-        if layer.qk_norm_HD is not None:
-            qk = rms_norm(qk, layer.qk_norm_HD, self.spec.rms_norm_eps)
-        qk = rotate(qk, cos, sin)
-        return qk[:, : self.num_heads], qk[:, self.num_heads :], qkv[:, num_rotated:]
-
-    def _add_to(self, residual: torch.Tensor, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+    def _add_to(self, residual: torch.Tensor, linear: Linear, x: Input) -> torch.Tensor:
         if self.mesh.tensor_size == 1:
             return linear.add_to(residual, x)
         return residual.add_(all_reduce(linear(x), self.mesh))

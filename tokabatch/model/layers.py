@@ -21,6 +21,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     In 16-bit dtypes the mean is taken in float32; on a CPU the quotient is rounded before it is weighted, as transformers
     does, on a GPU one kernel does both and rounds once. float64 stays float64.
     """
+    if weight.dim() == 1 and is_fused(x):
+        return fused().rms_norm(x, weight, eps)
     if weight.dim() == 1 and (x.is_cuda or x.dtype in (torch.float32, torch.float64)):
         return F.rms_norm(x, weight.shape, weight, eps)
     return F.rms_norm(x, weight.shape[-1:], None, eps).mul_(weight)
@@ -54,8 +56,6 @@ def rotate(x_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     """Turns dimension i with dimension i + D/2 by the token's angle, whose cosines and sines are [T, 1, D/2]. Returns a
     new contiguous tensor."""
     first, second = x_THD.chunk(2, dim=-1)
-    if _is_fused(x_THD):
-        return _fused().rotate(x_THD, cos, sin)
     out_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype, device=x_THD.device)
     out_first, out_second = out_THD.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
@@ -65,16 +65,17 @@ def rotate(x_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 def gate(gate_up_T2F: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up. May overwrite the argument; the result may be a view of it."""
-    if _is_fused(gate_up_T2F):
-        return _fused().gate(gate_up_T2F)
+    if is_fused(gate_up_T2F):
+        return fused().gate(gate_up_T2F)
     gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
     return F.silu(gate_TF, inplace=True).mul_(up_TF)
 
 
-def _is_fused(x: torch.Tensor) -> bool:
+def is_fused(x: torch.Tensor) -> bool:
+    """Whether the one-pass kernels of `triton_layers` take this tensor."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def _fused() -> ModuleType:
-    """Triton is there only where there is a GPU."""
+def fused() -> ModuleType:
+    """`triton_layers`. Triton is there only where there is a GPU."""
     return import_module("tokabatch.model.triton_layers")

@@ -1,24 +1,41 @@
-"""Matrix products with fixed weights. Two kinds behind one protocol, chosen once at load: `DenseLinear` anywhere, and
-on the CPU in float32 `PackedLinear`, which keeps oneDNN's blocked layout (about twice the speed of the plain product
-where MKL has no AVX-512 path).
+"""Matrix products with fixed weights. Three kinds behind one protocol, chosen once at load: `DenseLinear` anywhere; on the CPU
+in float32 `PackedLinear`, which keeps oneDNN's blocked layout (about twice the speed of the plain product where MKL has no
+AVX-512 path); and `Fp8Linear`, weights and inputs in e4m3, where a job asks for it.
+
+What a product takes may be made in the form it wants: `normed_for` and `gated_for` round to e4m3 in the same pass that
+normalises or gates.
 
 Shape legend: T tokens, I input features, O output features.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from tokabatch.model.layers import fused, gate, rms_norm
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Rows:
+    """Rows in e4m3, [T, I], each with a scale, [T, 1] float32: x = values * scale."""
+
+    values_TI: torch.Tensor
+    scale_T1: torch.Tensor
+
+
+Input = torch.Tensor | Fp8Rows
+
 
 class Linear(Protocol):
     """y_TO = x_TI W^T + b."""
 
-    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, x_TI: Input) -> torch.Tensor: ...
 
-    def add_to(self, residual_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+    def add_to(self, residual_TO: torch.Tensor, x_TI: Input) -> torch.Tensor:
         """residual + x W^T + b. The residual's memory may be reused for the result."""
         ...
 
@@ -33,10 +50,12 @@ class DenseLinear:
         self.weight_t_IO = weight_OI.t()
         self.bias_O = bias_O
 
-    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_TI: Input) -> torch.Tensor:
+        assert isinstance(x_TI, torch.Tensor)
         return F.linear(x_TI, self.weight_OI, self.bias_O)
 
-    def add_to(self, residual_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+    def add_to(self, residual_TO: torch.Tensor, x_TI: Input) -> torch.Tensor:
+        assert isinstance(x_TI, torch.Tensor)
         residual_TO.addmm_(x_TI, self.weight_t_IO)
         return residual_TO if self.bias_O is None else residual_TO.add_(self.bias_O)
 
@@ -54,20 +73,65 @@ class PackedLinear:
         self.packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
         self.bias_O = bias_O
 
-    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_TI: Input) -> torch.Tensor:
+        assert isinstance(x_TI, torch.Tensor)
         if x_TI.shape[0] == 0:
             return x_TI.new_empty(0, self.num_out)
         return torch.ops.mkldnn._linear_pointwise(x_TI, self.packed, self.bias_O, "none", [], "")
 
-    def add_to(self, residual_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+    def add_to(self, residual_TO: torch.Tensor, x_TI: Input) -> torch.Tensor:
+        assert isinstance(x_TI, torch.Tensor)
         if x_TI.shape[0] == 0:
             return residual_TO
         return torch.ops.mkldnn._linear_pointwise.binary(x_TI, residual_TO, self.packed, self.bias_O, "add")
 
 
-def make_linear(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> Linear:
-    """The fastest kind for the weight's device and dtype."""
+class Fp8Linear:
+    """Weights in e4m3 with a scale per output, inputs rounded to e4m3 with a scale per token, products summed in float32.
+
+    The scales put the largest magnitude of each weight row, and of each token, at e4m3's largest value; the scheme is
+    the per-channel, per-token one of "FP8 formats for deep learning" (Micikevicius et al. 2022, arXiv:2209.05433) without
+    calibration. The hidden state between products keeps the model's dtype.
+    """
+
+    __slots__ = ("bias_O", "dtype", "scale_1O", "weight_t_IO")
+
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        rows = fused().to_fp8(weight_OI.contiguous())
+        self.dtype = weight_OI.dtype
+        self.weight_t_IO, self.scale_1O = rows[0].t(), rows[1].t()
+        self.bias_O = bias_O
+
+    def __call__(self, x_TI: Input) -> torch.Tensor:
+        x = x_TI if isinstance(x_TI, Fp8Rows) else Fp8Rows(*fused().to_fp8(x_TI.contiguous()))
+        y_TO = torch.ops.aten._scaled_mm(
+            x.values_TI, self.weight_t_IO, x.scale_T1, self.scale_1O, out_dtype=self.dtype, use_fast_accum=True
+        )
+        return y_TO if self.bias_O is None else y_TO.add_(self.bias_O)
+
+    def add_to(self, residual_TO: torch.Tensor, x_TI: Input) -> torch.Tensor:
+        return residual_TO.add_(self(x_TI))
+
+
+def make_linear(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, fp8: bool = False) -> Linear:
+    """The fastest kind for the weight's device and dtype; with `fp8`, which a GPU alone has, rounded to e4m3."""
+    if fp8:
+        return Fp8Linear(weight_OI, bias_O)
     packable = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 and weight_OI.numel() > 0
     if packable and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return PackedLinear(weight_OI, bias_O)
     return DenseLinear(weight_OI, bias_O)
+
+
+def normed_for(linear: Linear, x_TI: torch.Tensor, weight_I: torch.Tensor, eps: float) -> Input:
+    """x / rms(x) * weight as the product takes it."""
+    if isinstance(linear, Fp8Linear):
+        return Fp8Rows(*fused().to_fp8(x_TI, weight_I, eps))
+    return rms_norm(x_TI, weight_I, eps)
+
+
+def gated_for(linear: Linear, gate_up_T2I: torch.Tensor) -> Input:
+    """silu(gate) * up as the product takes it. May overwrite the argument."""
+    if isinstance(linear, Fp8Linear):
+        return Fp8Rows(*fused().gate_fp8(gate_up_T2I))
+    return gate(gate_up_T2I)

@@ -6,7 +6,8 @@ batch has no part in it. One uniform number per row is turned into a token by th
 in token-id order. Non-greedy rows cost a softmax and sums over chunks; only the chunk that the draw falls into is
 walked. A token that was filtered out, or whose probability is zero, is never drawn.
 
-Nothing here waits for a CUDA device. Shape legend: S rows, V vocabulary, K alternatives reported.
+What is written here serves CPUs and is the reference; on a CUDA device `triton_sampling` does the same by kernels of its
+own. Nothing waits for the device. Shape legend: S rows, V vocabulary, K alternatives reported.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from tokabatch.model.filters import draw_filtered
 from tokabatch.model.inverse_cdf import first_argmax, invert
 from tokabatch.model.philox import uniform
+from tokabatch.model.slot_table import SamplerInputs, SlotColumns
 
 # Logits worked on at a time: bounds the scratch memory, and keeps the filters' many passes in the CPU's cache.
 _BLOCK_CPU = 1 << 22
@@ -28,94 +30,100 @@ _COLDEST = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
-class SamplerInputs:
-    """How each row is drawn, tensors of S on the logits' device, and what the host knows about them all.
+class Sampled:
+    """What a step drew, in one tensor, so that one copy brings it to the host. See `messages.StepResult`.
 
-    Integers are int32 or int64, the others float32. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are
-    off; `logprobs` is -1 for none, else how many alternatives.
+    The rows of `packed` (int32, [3 + 2 K, S]) are the tokens, whether the logits were finite, the bits of the logprobs, K
+    rows of ids and K of the bits of their logprobs, K = max(0, max_logprobs). The properties read it wherever it lies.
     """
 
-    seed: torch.Tensor
-    row: torch.Tensor
-    sample: torch.Tensor
-    position: torch.Tensor
-    temperature: torch.Tensor
-    top_p: torch.Tensor
-    top_k: torch.Tensor
-    min_p: torch.Tensor
-    logprobs: torch.Tensor
-    any_random: bool
-    """Some temperature is above 0."""
-    any_filter: bool
-    """Some row uses top_p, top_k or min_p."""
-    max_logprobs: int
-    """The maximum of `logprobs`: -1 where no row wants any."""
+    packed: torch.Tensor
+
+    @property
+    def num_alternatives(self) -> int:
+        return (self.packed.shape[0] - 3) // 2
+
+    @property
+    def token_S(self) -> torch.Tensor:
+        """int32; 0 where not finite."""
+        return self.packed[0]
+
+    @property
+    def finite_S(self) -> torch.Tensor:
+        """bool: the row has no NaN, no positive infinity, and some finite logit."""
+        return self.packed[1] != 0
+
+    @property
+    def logprob_S(self) -> torch.Tensor:
+        """float32, of the drawn token under the unmodified distribution; NaN where the row asked for none."""
+        return self.packed[2].view(torch.float32)
+
+    @property
+    def top_ids_SK(self) -> torch.Tensor:
+        """int32, most likely first; filled for every row."""
+        return self.packed[3 : 3 + self.num_alternatives].T
+
+    @property
+    def top_logprobs_SK(self) -> torch.Tensor:
+        return self.packed[3 + self.num_alternatives :].view(torch.float32).T
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """What a step drew. See `messages.StepResult`; these are its tensors on the logits' device."""
+def sample(logits_SV: torch.Tensor, inputs: SamplerInputs, last_token: torch.Tensor | None = None) -> Sampled:
+    """Draws a token per row. Computes in float32, in float64 for float64 logits. `logits_SV` is left as it is.
 
-    token_S: torch.Tensor
-    """int32; 0 where not finite."""
-    finite_S: torch.Tensor
-    """bool: the row has no NaN, no positive infinity, and some finite logit."""
-    logprob_S: torch.Tensor
-    """float32, of the drawn token under the unmodified distribution; NaN where the row asked for none."""
-    top_ids_SK: torch.Tensor
-    """int32, K = max(0, max_logprobs), most likely first; filled for every row."""
-    top_logprobs_SK: torch.Tensor
+    `last_token` (integers, one per slot) receives the token drawn for each row's slot: the next step reads it there.
+    """
+    if logits_SV.is_cuda and logits_SV.dtype != torch.float64:
+        return Sampled(import_module("tokabatch.model.triton_sampling").sample(logits_SV, inputs, last_token))
+    sampled = _sample_plain(logits_SV, inputs)
+    if last_token is not None:
+        last_token[inputs.slot_S] = sampled.token_S.to(last_token.dtype)
+    return sampled
 
 
-def sample(logits_SV: torch.Tensor, inputs: SamplerInputs) -> Sampled:
-    """Draws a token per row. Computes in float32, in float64 for float64 logits. `logits_SV` is left as it is."""
+def _sample_plain(logits_SV: torch.Tensor, inputs: SamplerInputs) -> Sampled:
+    """In blocks of rows, with torch alone: on a CPU, and for float64."""
     num_rows, vocab_size = logits_SV.shape
-    plain = not inputs.any_filter and inputs.max_logprobs <= 0
-    if plain and logits_SV.is_cuda and logits_SV.dtype != torch.float64:
-        return _sample_fused(logits_SV, inputs)
     if logits_SV.device.type != "cpu":
         block = max(1, _BLOCK_DEVICE // vocab_size)
     else:
         block = max(1, (_BLOCK_CPU_FILTERED if inputs.any_filter else _BLOCK_CPU) // vocab_size)
+    columns = inputs.table.columns(inputs.slot_S)
     uniform_S = None
     if inputs.any_random:
-        uniform_S = uniform(inputs.seed, inputs.row, inputs.sample, inputs.position)
-    if num_rows <= block:
-        return _sample_block(logits_SV, inputs, uniform_S, slice(0, num_rows))
-    parts = [
-        _sample_block(logits_SV[start : start + block], inputs, uniform_S, slice(start, start + block))
-        for start in range(0, num_rows, block)
-    ]
-    return Sampled(
-        token_S=torch.cat([part.token_S for part in parts]),
-        finite_S=torch.cat([part.finite_S for part in parts]),
-        logprob_S=torch.cat([part.logprob_S for part in parts]),
-        top_ids_SK=torch.cat([part.top_ids_SK for part in parts]),
-        top_logprobs_SK=torch.cat([part.top_logprobs_SK for part in parts]),
-    )
+        uniform_S = uniform(columns.seed, columns.row, columns.sample, inputs.position_S)
+    parts: list[torch.Tensor] = []
+    for start in range(0, max(num_rows, 1), block):
+        rows = slice(start, start + block)
+        own_columns = SlotColumns(columns.words_SW[rows])
+        own_uniform_S = None if uniform_S is None else uniform_S[rows]
+        parts.append(_sample_block(logits_SV[rows], inputs, own_columns, own_uniform_S).packed)
+    return Sampled(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
 
-def _sample_fused(logits_SV: torch.Tensor, inputs: SamplerInputs) -> Sampled:
-    """Without filters and alternatives, on a GPU: one pass over the logits in their own dtype."""
-    uniform_S = uniform(inputs.seed, inputs.row, inputs.sample, inputs.position) if inputs.any_random else None
-    fused = import_module("tokabatch.model.triton_sampling")
-    token_S, finite_S, logprob_S = fused.draw(logits_SV, inputs.temperature, uniform_S, inputs.max_logprobs == 0)
-    none_SK = logprob_S.new_empty(logits_SV.shape[0], 0)
-    return Sampled(token_S.int(), finite_S, logprob_S.masked_fill(inputs.logprobs < 0, torch.nan), none_SK.int(), none_SK)
-
-
-def _sample_block(logits_SV: torch.Tensor, inputs: SamplerInputs, uniform_S: torch.Tensor | None, rows: slice) -> Sampled:
+def _sample_block(
+    logits_SV: torch.Tensor, inputs: SamplerInputs, columns: SlotColumns, uniform_S: torch.Tensor | None
+) -> Sampled:
     if logits_SV.dtype not in (torch.float32, torch.float64):
         logits_SV = logits_SV.float()
     token_S, highest_S = first_argmax(logits_SV)
     finite_S = highest_S.isfinite()
     if uniform_S is not None:
-        temperature_S = inputs.temperature[rows]
-        drawn_S = _draw(logits_SV, inputs, uniform_S[rows], rows)
-        token_S = torch.where(temperature_S > 0, drawn_S, token_S)
+        drawn_S = _draw(logits_SV, inputs, columns, uniform_S)
+        token_S = torch.where(columns.temperature > 0, drawn_S, token_S)
     token_S = token_S.masked_fill(~finite_S, 0)
-    logprob_S, top_ids_SK, top_logprobs_SK = _logprobs(logits_SV, token_S, inputs.logprobs[rows], inputs.max_logprobs)
-    return Sampled(token_S.int(), finite_S, logprob_S, top_ids_SK.int(), top_logprobs_SK)
+    return _pack(token_S, finite_S, *_logprobs(logits_SV, token_S, columns.logprobs, inputs.max_logprobs))
+
+
+def _pack(
+    token_S: torch.Tensor,
+    finite_S: torch.Tensor,
+    logprob_S: torch.Tensor,
+    top_ids_SK: torch.Tensor,
+    top_logprobs_SK: torch.Tensor,
+) -> Sampled:
+    scalars_3S = torch.stack((token_S.int(), finite_S.int(), logprob_S.view(torch.int32)))
+    return Sampled(torch.cat((scalars_3S, top_ids_SK.T.int(), top_logprobs_SK.view(torch.int32).T)))
 
 
 def _logprobs(
@@ -134,16 +142,16 @@ def _logprobs(
     return chosen_S, ids_SK, top_SK.float()
 
 
-def _draw(logits_SV: torch.Tensor, inputs: SamplerInputs, uniform_S: torch.Tensor, rows: slice) -> torch.Tensor:
+def _draw(logits_SV: torch.Tensor, inputs: SamplerInputs, columns: SlotColumns, uniform_S: torch.Tensor) -> torch.Tensor:
     # Greedy rows are drawn too and then overruled: no row selection, so nothing waits for a device.
-    temperature_S1 = inputs.temperature[rows, None].clamp(min=_COLDEST)
+    temperature_S1 = columns.temperature[:, None].clamp(min=_COLDEST)
     if not inputs.any_filter:
         scaled_SV = logits_SV / temperature_S1
         return invert(torch.softmax(scaled_SV, -1, out=scaled_SV), uniform_S)
-    top_k_S, top_p_S, min_p_S = inputs.top_k[rows], inputs.top_p[rows], inputs.min_p[rows]
+    top_k_S, top_p_S, min_p_S = columns.top_k, columns.top_p, columns.min_p
     if logits_SV.device.type != "cpu":
         return draw_filtered(logits_SV / temperature_S1, top_k_S, top_p_S, min_p_S, uniform_S)
-    filtered_S = ((top_k_S > 0) | (top_p_S < 1) | (min_p_S > 0)) & (inputs.temperature[rows] > 0)
+    filtered_S = ((top_k_S > 0) | (top_p_S < 1) | (min_p_S > 0)) & (columns.temperature > 0)
     token_S = torch.empty(logits_SV.shape[0], dtype=torch.int64)
     plain, filtered = (~filtered_S).nonzero()[:, 0], filtered_S.nonzero()[:, 0]
     if len(plain):

@@ -1,7 +1,7 @@
 """The pieces between matrix products, one pass each, for 16-bit types on a GPU. Imports triton: only `layers` loads this
 module, for CUDA tensors. Arithmetic is float32; results are rounded once.
 
-Shape legend: T tokens, H heads, D head dimension, F feed-forward size.
+Shape legend: T tokens, E features, H query heads, K key-value heads, D head dimension, F feed-forward size, P page size.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 _BLOCK = 2048
+FP8_MAX = 448.0
+"""Largest finite e4m3 value."""
 
 
 @triton.jit
@@ -23,22 +25,96 @@ def _gate(gate_up_ptr, out_ptr, size, row_stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rotate(
-    x_ptr, cos_ptr, sin_ptr, out_ptr, row_stride, head_stride, angle_stride, heads,
-    HALF: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+def _store_fp8(values, inside, out_ptr, scale_ptr, row, size, offset, MAX: tl.constexpr):
+    """Round one row to e4m3 by its own scale, the largest magnitude at `MAX`."""
+    largest = tl.max(tl.where(inside, tl.abs(values), 0.0), 0)
+    scale = tl.maximum(largest, 1e-12) / MAX
+    tl.store(out_ptr + row * size + offset, (values / scale).to(tl.float8e4nv), mask=inside)
+    tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _gate_fp8(gate_up_ptr, out_ptr, scale_ptr, size, row_stride, MAX: tl.constexpr, BLOCK: tl.constexpr):
+    row, offset = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = offset < size
+    gate = tl.load(gate_up_ptr + row * row_stride + offset, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * row_stride + size + offset, mask=inside, other=0.0).to(tl.float32)
+    _store_fp8(gate * tl.sigmoid(gate) * up, inside, out_ptr, scale_ptr, row, size, offset, MAX)
+
+
+@triton.jit
+def _norm(
+    x_ptr, weight_ptr, out_ptr, scale_ptr, size, eps, HAS_WEIGHT: tl.constexpr, HAS_NORM: tl.constexpr, TO_FP8: tl.constexpr,
+    MAX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token: all its heads, the two halves of each turned against one another."""
+    """One row: x / rms(x) * weight, to the output's dtype, or to e4m3 with the row's scale."""
+    row, offset = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = offset < size
+    x = tl.load(x_ptr + row * size + offset, mask=inside, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        x = x * tl.rsqrt(tl.sum(x * x, 0) / size + eps)
+    if HAS_WEIGHT:
+        x = x * tl.load(weight_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    if TO_FP8:
+        _store_fp8(x, inside, out_ptr, scale_ptr, row, size, offset, MAX)
+    else:
+        tl.store(out_ptr + row * size + offset, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _normed_halves(first, second, weight_ptr, head, column, inside, eps, HALF: tl.constexpr, HAS_NORM: tl.constexpr):
+    """Both halves of heads divided by their rms and weighted, where the model does so."""
+    if HAS_NORM:
+        inverse = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)[:, None]
+        weight = weight_ptr + head * (2 * HALF) + column
+        first = first * inverse * tl.load(weight, mask=inside, other=0.0).to(tl.float32)
+        second = second * inverse * tl.load(weight + HALF, mask=inside, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _rotate_and_store(
+    qkv_ptr, angle_ptr, norm_ptr, position_ptr, slot_ptr, table_ptr, q_ptr, k_ptr, v_ptr,
+    eps, table_stride, page_stride, head_stride, heads, kv_heads,
+    HALF: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, COLUMNS: tl.constexpr, PAGE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """One token: its query heads turned, its key heads turned into the cache, its value heads copied there."""
     token = tl.program_id(0).to(tl.int64)
-    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    inside = (head < heads) & (column < HALF)
-    cos = tl.load(cos_ptr + token * angle_stride + column, mask=column < HALF, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + token * angle_stride + column, mask=column < HALF, other=0.0).to(tl.float32)
-    source = x_ptr + token * row_stride + head * head_stride + column
-    first = tl.load(source, mask=inside).to(tl.float32)
-    second = tl.load(source + HALF, mask=inside).to(tl.float32)
-    target = out_ptr + (token * heads + head) * (2 * HALF) + column
-    tl.store(target, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(target + HALF, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=inside)
+    position, slot = tl.load(position_ptr + token), tl.load(slot_ptr + token).to(tl.int64)
+    column = tl.arange(0, COLUMNS)[None, :]
+    is_column = column < HALF
+    angle = angle_ptr + position.to(tl.int64) * (2 * HALF) + column
+    cos = tl.load(angle, mask=is_column, other=0.0).to(tl.float32)
+    sin = tl.load(angle + HALF, mask=is_column, other=0.0).to(tl.float32)
+    row = qkv_ptr + token * (heads + 2 * kv_heads) * (2 * HALF)
+
+    head = tl.arange(0, HEADS)[:, None]
+    inside = (head < heads) & is_column
+    source = row + head * (2 * HALF) + column
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    first, second = _normed_halves(first, second, norm_ptr, head, column, inside, eps, HALF, HAS_NORM)
+    target = q_ptr + (token * heads + head) * (2 * HALF) + column
+    tl.store(target, (first * cos - second * sin).to(q_ptr.dtype.element_ty), mask=inside)
+    tl.store(target + HALF, (second * cos + first * sin).to(q_ptr.dtype.element_ty), mask=inside)
+
+    page = tl.load(table_ptr + slot * table_stride + position // PAGE).to(tl.int64)
+    head = tl.arange(0, KV_HEADS)[:, None]
+    inside = (head < kv_heads) & is_column
+    place = page * page_stride + head * head_stride + (position % PAGE) * (2 * HALF) + column
+    source = row + (heads + head) * (2 * HALF) + column
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    first, second = _normed_halves(first, second, norm_ptr, heads + head, column, inside, eps, HALF, HAS_NORM)
+    tl.store(k_ptr + place, (first * cos - second * sin).to(k_ptr.dtype.element_ty), mask=inside)
+    tl.store(k_ptr + place + HALF, (second * cos + first * sin).to(k_ptr.dtype.element_ty), mask=inside)
+
+    source += kv_heads * (2 * HALF)
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    tl.store(v_ptr + place, first.to(v_ptr.dtype.element_ty), mask=inside)
+    tl.store(v_ptr + place + HALF, second.to(v_ptr.dtype.element_ty), mask=inside)
 
 
 def gate(gate_up_T2F: torch.Tensor) -> torch.Tensor:
@@ -51,15 +127,85 @@ def gate(gate_up_T2F: torch.Tensor) -> torch.Tensor:
     return out_TF
 
 
-def rotate(x_THD: torch.Tensor, cos_T1C: torch.Tensor, sin_T1C: torch.Tensor) -> torch.Tensor:
-    """Turns dimension i with dimension i + D/2; cosines and sines are [T, 1, D/2], of one row stride. A new contiguous
-    tensor."""
-    num_tokens, heads, dim = x_THD.shape
-    out_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype, device=x_THD.device)
+def gate_fp8(gate_up_T2F: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up as e4m3 [T, F] and the scale of each row [T, 1]: value = e4m3 * scale."""
+    num_tokens, double = gate_up_T2F.shape
+    size = double // 2
+    out_TF, scale_T1 = _fp8_rows(num_tokens, size, gate_up_T2F.device)
     if num_tokens:
-        assert cos_T1C.stride(0) == sin_T1C.stride(0) and x_THD.stride(2) == 1
-        _rotate[(num_tokens,)](
-            x_THD, cos_T1C, sin_T1C, out_THD, x_THD.stride(0), x_THD.stride(1), cos_T1C.stride(0), heads,
-            HALF=dim // 2, HEADS=triton.next_power_of_2(heads), COLUMNS=triton.next_power_of_2(dim // 2), num_warps=4,
+        block = triton.next_power_of_2(size)
+        _gate_fp8[(num_tokens,)](
+            gate_up_T2F, out_TF, scale_T1, size, gate_up_T2F.stride(0), MAX=FP8_MAX, BLOCK=block, num_warps=_row_warps(block)
+        )
+    return out_TF, scale_T1
+
+
+def rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight, a new contiguous [T, E]."""
+    num_tokens, size = x_TE.shape
+    out_TE = torch.empty_like(x_TE)
+    if num_tokens:
+        block = triton.next_power_of_2(size)
+        _norm[(num_tokens,)](
+            x_TE, weight_E, out_TE, None, size, eps,
+            HAS_WEIGHT=True, HAS_NORM=True, TO_FP8=False, MAX=FP8_MAX, BLOCK=block, num_warps=_row_warps(block),
         )  # fmt: skip
-    return out_THD
+    return out_TE
+
+
+def to_fp8(x_TE: torch.Tensor, weight_E: torch.Tensor | None = None, eps: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """x as e4m3 [T, E] and the scale of each row [T, 1]; with a weight, of x / rms(x) * weight."""
+    num_tokens, size = x_TE.shape
+    assert x_TE.is_contiguous()
+    out_TE, scale_T1 = _fp8_rows(num_tokens, size, x_TE.device)
+    if num_tokens:
+        block = triton.next_power_of_2(size)
+        has_norm = weight_E is not None
+        _norm[(num_tokens,)](
+            x_TE, weight_E, out_TE, scale_T1, size, eps,
+            HAS_WEIGHT=has_norm, HAS_NORM=has_norm, TO_FP8=True, MAX=FP8_MAX, BLOCK=block, num_warps=_row_warps(block),
+        )  # fmt: skip
+    return out_TE, scale_T1
+
+
+def rotate_and_store(
+    qkv_TX: torch.Tensor,
+    rotary_PD: torch.Tensor,
+    norm_HD: torch.Tensor | None,
+    eps: float,
+    position_T: torch.Tensor,
+    slot_T: torch.Tensor,
+    table: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    num_heads: int,
+    q_THD: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Turned queries, contiguous [T, H, D], in `q_THD` where that is given; turned keys and the values go to their places in
+    one layer's `cache`.
+
+    `qkv_TX` holds H query, K key and K value heads of D. `rotary_PD` has a row of cosines, then sines, per position;
+    `norm_HD` a weight per query, then per key head, where the model normalises them. `cache` is keys and values, each
+    [pages, K, P, D] in 16 bits or e4m3; `table` maps [slot, position // P] to a page.
+    """
+    k_cache, v_cache = cache
+    _, kv_heads, page_size, dim = k_cache.shape
+    num_tokens = qkv_TX.shape[0]
+    q_THD = qkv_TX.new_empty(num_tokens, num_heads, dim) if q_THD is None else q_THD
+    if num_tokens:
+        assert qkv_TX.is_contiguous() and k_cache.stride() == v_cache.stride() and k_cache.stride(2) == dim
+        _rotate_and_store[(num_tokens,)](
+            qkv_TX, rotary_PD, norm_HD, position_T, slot_T, table, q_THD, k_cache, v_cache,
+            eps, table.stride(0), k_cache.stride(0), k_cache.stride(1), num_heads, kv_heads,
+            HALF=dim // 2, HEADS=triton.next_power_of_2(num_heads), KV_HEADS=triton.next_power_of_2(kv_heads),
+            COLUMNS=triton.next_power_of_2(dim // 2), PAGE=page_size, HAS_NORM=norm_HD is not None, num_warps=4,
+        )  # fmt: skip
+    return q_THD
+
+
+def _fp8_rows(num_tokens: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty(num_tokens, size, dtype=torch.float8_e4m3fn, device=device)
+    return out, torch.empty(num_tokens, 1, dtype=torch.float32, device=device)
+
+
+def _row_warps(block: int) -> int:
+    return min(16, max(1, block // 512))

@@ -1,11 +1,15 @@
-"""Draws from logits on a GPU in one pass over them, without filters: greedy or by temperature.
+"""Samples on a GPU: every logit is read once, in its own dtype, whatever the batch asks for besides filters.
 
-Two stages over chunks of the vocabulary. The first reads every logit once and leaves, per row and chunk, the largest logit
-and the sum of exponentials below it; from those the chunk that the row's uniform number falls into is chosen, and the second
-reads that chunk again and walks it. The draw is the inverse of the cumulative distribution in token-id order, as in
-`inverse_cdf`, computed in float32. Imports triton: only `sampler` loads this module, for CUDA tensors.
+The first kernel leaves, for each part of 128 tokens of a row, its largest logit and its sum of exponentials. In the second,
+one program a row makes the row's uniform number, finds the part that it falls into by the running mass, and walks that part:
+the inverse of the cumulative distribution in token-id order, as in `inverse_cdf`. The log of the row's whole mass, and with
+it every logprob, comes from the same sums. Two launches a step; batches that filter or report alternatives add
+`triton_filters` and `triton_alternatives` between and behind.
 
-Shape legend: S rows, V vocabulary, N chunks of a row, C tokens of a chunk.
+A row's draw depends on nothing but the row, to the last bit: sums have one order, which the number of rows has no part in, and
+products are rounded before they are added, whichever variant of a kernel the rest of the batch calls for.
+
+Imports triton: only `sampler` loads this module, for CUDA tensors. Shape legend: S rows, V vocabulary, N parts of a row.
 """
 
 from __future__ import annotations
@@ -14,116 +18,173 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNK = 8192
+from tokabatch.model.slot_table import SamplerInputs
+from tokabatch.model.triton_alternatives import report_alternatives
+from tokabatch.model.triton_filters import apply_filters
+from tokabatch.model.triton_rows import (
+    PART,
+    Rows,
+    filters_of,
+    finite_or_zero,
+    inverse_temperature,
+    is_filtered,
+    key_of,
+    logprobs_of,
+    record_of,
+    temperature_of,
+    uniform_of,
+)
+
+_PARTS_AT_ONCE = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_ptr"])
 def _summarise(
-    logits_ptr, temperature_ptr, highest_ptr, first_ptr, mass_ptr, plain_ptr,
-    vocab, row_stride, num_chunks, CHUNK: tl.constexpr, WANT_PLAIN: tl.constexpr,
+    logits_ptr, words_ptr, slot_ptr, highest_ptr, mass_ptr, plain_ptr,
+    vocab, row_stride, part_stride, num_blocks, PARTS: tl.constexpr, WANT_PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """Per row and chunk: largest logit and its first place, sum of exp((x - largest) / temperature), and at temperature 1.
+    """Per row and part: the largest logit, and the sum of exp((x - largest) / temperature); the same at temperature 1.
 
-    A NaN makes the largest logit of its chunk NaN.
+    A NaN or positive infinity makes the sum NaN.
     """
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    offset = chunk * CHUNK + tl.arange(0, CHUNK)
-    inside = offset < vocab
-    x = tl.load(logits_ptr + row * row_stride + offset, mask=inside, other=float("-inf")).to(tl.float32)
-    nans = tl.sum((x != x).to(tl.int32), 0)
-    highest = tl.max(x, 0)
-    temperature = tl.load(temperature_ptr + row)
-    inverse = tl.where(temperature > 0, 1.0 / temperature, 1.0)
-    # A chunk of -inf only would give -inf - -inf.
-    base = tl.where(highest == float("-inf"), 0.0, highest)
-    mass = tl.sum(tl.exp((x - base) * inverse), 0)
-    first = tl.min(tl.where((x == highest) & inside, offset, vocab), 0)
-    at = row * num_chunks + chunk
-    tl.store(highest_ptr + at, tl.where(nans > 0, float("nan"), highest))
-    tl.store(first_ptr + at, first)
-    tl.store(mass_ptr + at, mass)
+    row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
+    part = block * PARTS + tl.arange(0, PARTS)
+    token = part[:, None] * PART + tl.arange(0, PART)[None, :]
+    x = tl.load(logits_ptr + row * row_stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+    inverse = inverse_temperature(temperature_of(record_of(words_ptr, slot_ptr, row)))
+    highest = tl.max(x, 1)
+    below = x - tl.where(highest == float("-inf"), 0.0, highest)[:, None]
+    # Places behind the last part are written too (as empty parts): whoever reads can then read whole lines.
+    at, exists = row * part_stride + part, part < part_stride
+    tl.store(highest_ptr + at, highest, mask=exists)
+    tl.store(mass_ptr + at, tl.sum(tl.exp(below * inverse), 1), mask=exists)
     if WANT_PLAIN:
-        tl.store(plain_ptr + at, tl.sum(tl.exp(x - base), 0))
+        tl.store(plain_ptr + at, tl.sum(tl.exp(below), 1), mask=exists)
 
 
 @triton.jit
-def _walk(
-    logits_ptr, temperature_ptr, chunk_ptr, base_ptr, rest_ptr, token_ptr, logit_ptr, vocab, row_stride, CHUNK: tl.constexpr
-):
-    """The token of the chosen chunk at which the running mass passes `rest`, and its logit."""
-    row = tl.program_id(0).to(tl.int64)
-    chunk, base, rest = tl.load(chunk_ptr + row), tl.load(base_ptr + row), tl.load(rest_ptr + row)
-    temperature = tl.load(temperature_ptr + row)
-    inverse = tl.where(temperature > 0, 1.0 / temperature, 1.0)
-    place = tl.arange(0, CHUNK)
-    offset = chunk * CHUNK + place
-    x = tl.load(logits_ptr + row * row_stride + offset, mask=offset < vocab, other=float("-inf")).to(tl.float32)
-    mass = tl.exp((x - base) * inverse)
-    passed = tl.sum((tl.cumsum(mass, 0) <= rest).to(tl.int32), 0)
-    # Rounding may leave `rest` at the end of the chunk's mass: the last token that has any is meant then.
-    last = tl.max(tl.where(mass > 0, place, 0), 0)
-    chosen = tl.minimum(passed, last)
-    # A token without mass adds nothing to the running sum, so the walk never ends on one but through `last`.
-    tl.store(token_ptr + row, chunk * CHUNK + chosen)
-    tl.store(logit_ptr + row, tl.sum(tl.where(place == chosen, x, 0.0), 0))
+def _locate(mass, place, uniform):
+    """The place at which the running mass passes a share `uniform` of it all, and how far into that place, in [0, 1].
 
-
-def draw(
-    logits_SV: torch.Tensor, temperature_S: torch.Tensor, uniform_S: torch.Tensor | None, want_logprob: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token (int64), whether the row is finite, and the token's log-probability at temperature 1 (NaN unless wanted).
-
-    `uniform_S` in (0, 1) is None where every row is greedy. Waits for nothing.
+    Never a place without mass, unless all are.
     """
-    num_rows, vocab = logits_SV.shape
-    num_chunks = -(-vocab // CHUNK)
-    device = logits_SV.device
-    highest_SN = torch.empty(num_rows, num_chunks, dtype=torch.float32, device=device)
-    mass_SN, plain_SN = torch.empty_like(highest_SN), torch.empty_like(highest_SN)
-    first_SN = torch.empty(num_rows, num_chunks, dtype=torch.int32, device=device)
-    if num_rows == 0:
-        return first_SN[:, 0].long(), first_SN[:, 0].bool(), highest_SN[:, 0]
-    _summarise[(num_rows, num_chunks)](
-        logits_SV, temperature_S, highest_SN, first_SN, mass_SN, plain_SN,
-        vocab, logits_SV.stride(0), num_chunks, CHUNK=CHUNK, WANT_PLAIN=want_logprob, num_warps=8,
-    )  # fmt: skip
-    highest_S, top_chunk_S = highest_SN.max(1)
-    finite_S = highest_S.isfinite()
-    token_S = first_SN.gather(1, top_chunk_S[:, None])[:, 0].long()
-    logit_S = highest_S
-    if uniform_S is not None:
-        drawn_S, drawn_logit_S = _draw(logits_SV, temperature_S, uniform_S, highest_SN, mass_SN)
-        random_S = temperature_S > 0
-        token_S = torch.where(random_S, drawn_S, token_S)
-        logit_S = torch.where(random_S, drawn_logit_S, logit_S)
-    logprob_S = torch.full_like(highest_S, torch.nan)
-    if want_logprob:
-        scale_SN = torch.exp(highest_SN - highest_S[:, None])
-        logprob_S = logit_S - highest_S - (plain_SN * scale_SN).sum(1).log()
-    return token_S.masked_fill_(~finite_S, 0), finite_S, logprob_S
+    running = tl.cumsum(mass, 0)
+    target = uniform * tl.sum(mass, 0)
+    last = tl.max(tl.where(mass > 0, place, 0), 0)
+    # Rounding may put the target at the end of all mass: the last that has any is meant then.
+    found = tl.min(tl.where((running > target) & (mass > 0), place, last), 0)
+    own = tl.sum(tl.where(place == found, mass, 0.0), 0)
+    before = tl.sum(tl.where(place == found, running - mass, 0.0), 0)
+    return found, tl.minimum(tl.maximum((target - before) / own, 0.0), 1.0)
 
 
+@triton.jit
+def _dropped(tied, drop):
+    """How many of each part's tied tokens are among the first `drop` of the row's."""
+    return tl.minimum(tl.maximum(drop - (tl.cumsum(tied, 0) - tied), 0), tied)
+
+
+@triton.jit
+def _kept(weight, key, inside, edge, dropped, min_p):
+    """A part's weights without those that the filters drop: below the edge, the first few at it, below min-p's bound."""
+    rank = tl.cumsum(((key == edge) & inside).to(tl.int32), 0)
+    passes = (key > edge) | ((key == edge) & (rank > dropped))
+    return tl.where(passes & (weight >= min_p), weight, 0.0)
+
+
+# Neither the number of rows nor how a step's arrays are aligned is compiled in: a step runs what the first one compiled.
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slot_ptr", "position_ptr"])
 def _draw(
-    logits_SV: torch.Tensor,
-    temperature_S: torch.Tensor,
-    uniform_S: torch.Tensor,
-    highest_SN: torch.Tensor,
-    mass_SN: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose each row's chunk by its share of the mass, then walk it."""
+    logits_ptr, words_ptr, slot_ptr, position_ptr, highest_ptr, mass_ptr, plain_ptr, edge_ptr, tied_ptr,
+    results_ptr, log_total_ptr, last_token_ptr, vocab, row_stride, num_parts, part_stride, num_rows,
+    WIDTH: tl.constexpr, SHIFT: tl.constexpr, RANDOM: tl.constexpr, FILTERED: tl.constexpr, WANT_PLAIN: tl.constexpr,
+    KEEP_LAST: tl.constexpr,
+):  # fmt: skip
+    """One row: its token, whether it is finite, the token's logprob, and the log of the row's mass at temperature 1."""
+    row = tl.program_id(0).to(tl.int64)
+    record = record_of(words_ptr, slot_ptr, row)
+    temperature = temperature_of(record)
+    inverse = inverse_temperature(temperature)
+    part = tl.arange(0, WIDTH)
+    at, exists = row * part_stride + part, part < part_stride
+    highest = tl.load(highest_ptr + at, mask=exists, other=float("-inf"))
+    mass = tl.load(mass_ptr + at, mask=exists, other=0.0)
+    top = tl.max(highest, 0)
+    base = finite_or_zero(top)
+    scaled = mass.to(tl.float64) * tl.exp((highest - base) * inverse).to(tl.float64)
+    if FILTERED:
+        # `mass` is now relative to the row's largest logit, and leaves out the tokens that are tied at the edge.
+        filtered = is_filtered(record)
+        edge = tl.load(edge_ptr + row * 4, mask=filtered, other=-(2**31))
+        drop = tl.load(edge_ptr + row * 4 + 1, mask=filtered, other=0)
+        each = tl.load(edge_ptr + row * 4 + 2, mask=filtered, other=0).to(tl.float32, bitcast=True)
+        tied = tl.load(tied_ptr + at, mask=part < tl.where(filtered, part_stride, 0), other=0)
+        dropped = _dropped(tied, drop)
+        kept_mass = mass.to(tl.float64) + (tied - dropped).to(tl.float64) * each.to(tl.float64)
+        scaled = tl.where(filtered, kept_mass, scaled)
+
+    found = tl.min(tl.where(highest == top, part, num_parts - 1), 0)
+    if RANDOM:
+        drawn, share = _locate(scaled, part, uniform_of(record, tl.load(position_ptr + row)))
+        found = tl.where(temperature > 0, tl.minimum(drawn, num_parts - 1), found)
+    place = tl.arange(0, PART)
+    inside = found * PART + place < vocab
+    x = tl.load(logits_ptr + row * row_stride + found * PART + place, mask=inside, other=float("-inf")).to(tl.float32)
+    chosen = tl.min(tl.where((x == top) & inside, place, PART - 1), 0)
+    if RANDOM:
+        weight = tl.exp((x - finite_or_zero(tl.max(x, 0))) * inverse)
+        if FILTERED:
+            _, min_p, _ = filters_of(record)
+            weight = tl.where(filtered, tl.exp((x - base) * inverse), weight)
+            dropped_here = tl.sum(tl.where(part == found, dropped, 0), 0)
+            weight = _kept(weight, key_of(x, SHIFT), inside, edge, dropped_here, min_p)
+        walked, _ = _locate(weight.to(tl.float64), place, share)
+        chosen = tl.where(temperature > 0, walked, chosen)
+
+    total = tl.sum(scaled, 0)
+    finite = (top > float("-inf")) & (top < float("inf")) & (total == total)
+    token = tl.where(finite, tl.minimum(found * PART + chosen, vocab - 1), 0)
+    logprob = tl.full((), float("nan"), tl.float32)
+    if WANT_PLAIN:
+        plain = tl.load(plain_ptr + at, mask=exists, other=0.0) * tl.exp(highest - base)
+        log_total = tl.log(tl.sum(plain.to(tl.float64), 0).to(tl.float32)) + base
+        logit = tl.sum(tl.where(place == chosen, x, 0.0), 0)
+        logprob = tl.where(logprobs_of(record) >= 0, logit - log_total, logprob)
+        tl.store(log_total_ptr + row, log_total)
+    tl.store(results_ptr + row, token)
+    tl.store(results_ptr + num_rows + row, finite.to(tl.int32))
+    tl.store(results_ptr + 2 * num_rows + row, logprob.to(tl.int32, bitcast=True))
+    if KEEP_LAST:
+        tl.store(last_token_ptr + tl.load(slot_ptr + row).to(tl.int64), token.to(last_token_ptr.dtype.element_ty))
+
+
+def sample(logits_SV: torch.Tensor, inputs: SamplerInputs, last_token: torch.Tensor | None) -> torch.Tensor:
+    """The packed form of `sampler.Sampled`; `last_token` as there. Logits are float32, bfloat16 or float16."""
     num_rows, vocab = logits_SV.shape
-    inverse_S1 = 1.0 / temperature_S.clamp(min=1e-30)[:, None]
-    scale_SN = torch.exp(((highest_SN - highest_SN.amax(1, keepdim=True)) * inverse_S1).double())
-    running_SN = (mass_SN * scale_SN).cumsum(1)
-    target_S1 = uniform_S.double()[:, None] * running_SN[:, -1:]
-    chunk_S1 = (running_SN <= target_S1).sum(1, keepdim=True).clamp_(max=mass_SN.shape[1] - 1)
-    before_SN = torch.nn.functional.pad(running_SN, (1, 0))
-    rest_S = ((target_S1 - before_SN.gather(1, chunk_S1)) / scale_SN.gather(1, chunk_S1))[:, 0].float()
-    base_S = highest_SN.gather(1, chunk_S1)[:, 0].nan_to_num(neginf=0.0)
-    token_S = torch.empty(num_rows, dtype=torch.int32, device=logits_SV.device)
-    logit_S = torch.empty_like(base_S)
-    _walk[(num_rows,)](
-        logits_SV, temperature_S, chunk_S1.int(), base_S, rest_S, token_S, logit_S,
-        vocab, logits_SV.stride(0), CHUNK=CHUNK, num_warps=8,
+    num_alternatives = min(max(inputs.max_logprobs, 0), vocab)
+    results = torch.empty((3 + 2 * num_alternatives, num_rows), dtype=torch.int32, device=logits_SV.device)
+    if num_rows == 0:
+        return results
+    rows = Rows.of(logits_SV, inputs)
+    want_plain = inputs.max_logprobs >= 0
+    highest, mass = rows.summary(torch.float32), rows.summary(torch.float32)
+    plain = rows.summary(torch.float32) if want_plain else mass
+    log_total_S = torch.empty(num_rows, dtype=torch.float32, device=logits_SV.device)
+    num_blocks = triton.cdiv(rows.num_parts, _PARTS_AT_ONCE)
+    _summarise[(num_rows * num_blocks,)](
+        rows.logits_SV, rows.words, rows.slot_S, highest, mass, plain,
+        vocab, rows.row_stride, rows.part_stride, num_blocks,
+        PARTS=_PARTS_AT_ONCE, WANT_PLAIN=want_plain, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return token_S.long(), logit_S
+    filtered = apply_filters(rows, highest, mass) if inputs.any_filter else None
+    _draw[(num_rows,)](
+        rows.logits_SV, rows.words, rows.slot_S, inputs.position_S, highest, mass, plain,
+        filtered.edge if filtered else results, filtered.tied if filtered else results,
+        results, log_total_S, results if last_token is None else last_token,
+        vocab, rows.row_stride, rows.num_parts, rows.part_stride, num_rows,
+        WIDTH=rows.width, SHIFT=rows.shift, RANDOM=inputs.any_random, FILTERED=inputs.any_filter, WANT_PLAIN=want_plain,
+        KEEP_LAST=last_token is not None, num_warps=rows.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    if num_alternatives:
+        report_alternatives(rows, highest, log_total_S, results)
+    return results

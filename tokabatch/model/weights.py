@@ -18,7 +18,7 @@ from tokabatch.errors import ModelError
 from tokabatch.model.checkpoint import Checkpoint, preflight
 from tokabatch.model.decoder import Decoder, DecoderWeights, LayerWeights
 from tokabatch.model.layers import rotary_table
-from tokabatch.model.linear import make_linear
+from tokabatch.model.linear import Linear, make_linear
 from tokabatch.model.spec import ModelSpec, layer_prefix
 from tokabatch.parallel.mesh import Mesh
 
@@ -105,23 +105,33 @@ class _BlankLayer:
     gate_up: _Matrix
     down: _Matrix
 
-    def finish(self) -> LayerWeights:
+    def finish(self, fp8: bool) -> LayerWeights:
+        def linear(matrix: _Matrix) -> Linear:
+            return make_linear(matrix.weight, matrix.bias, fp8)
+
         return LayerWeights(
             attention_norm_E=self.attention_norm,
-            qkv=make_linear(self.qkv.weight, self.qkv.bias),
+            qkv=linear(self.qkv),
             qk_norm_HD=self.qk_norm,
-            o=make_linear(self.o.weight, self.o.bias),
+            o=linear(self.o),
             mlp_norm_E=self.mlp_norm,
-            gate_up=make_linear(self.gate_up.weight, self.gate_up.bias),
-            down=make_linear(self.down.weight, self.down.bias),
+            gate_up=linear(self.gate_up),
+            down=linear(self.down),
         )
 
 
 def load_decoder(
-    folder: Path, spec: ModelSpec, dtype: str | torch.dtype, device: str | torch.device, mesh: Mesh | None = None
+    folder: Path,
+    spec: ModelSpec,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    mesh: Mesh | None = None,
+    *,
+    fp8: bool = False,
 ) -> Decoder:
-    """This rank's part of the model on `device`. `dtype` "auto" is the checkpoint's. Raises ModelError before anything
-    is loaded where the files and `spec` do not agree, or the mesh does not divide the heads."""
+    """This rank's part of the model on `device`. `dtype` "auto" is the checkpoint's; with `fp8` the layers' matrices are
+    rounded to e4m3, embedding and head are not. Raises ModelError before anything is loaded where the files and `spec` do not
+    agree, or the mesh does not divide the heads."""
     mesh = mesh or Mesh.single()
     _check_mesh(spec, mesh)
     checkpoint = preflight(folder, spec)
@@ -134,7 +144,7 @@ def load_decoder(
     _fill(checkpoint, spec, blank)
     layers.reverse()
     weights = DecoderWeights(
-        layers=tuple(layers.pop().finish() for _ in range(len(layers))),
+        layers=tuple(layers.pop().finish(fp8) for _ in range(len(layers))),
         rotary_P1D=rotary_table(spec, blank.dtype, blank.device),
         embed_VE=embed if mesh.is_first_stage else None,
         final_norm_E=norm,

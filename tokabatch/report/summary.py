@@ -38,7 +38,8 @@ class RunSummary:
 
     `cached_tokens` of the prompts were not prefilled because another sample had; `cacheable_tokens` is the most that any
     order and any cache could have saved. `seconds` is the whole run, `load_seconds` the part before the first step,
-    `host_seconds` the scheduler's own CPU time. `pass_at_k` is None where nothing was verified.
+    `host_seconds` the scheduler's own CPU time, `launch_seconds` the worker's for launching steps. `pass_at_k` is None where
+    nothing was verified.
     """
 
     rows: int
@@ -59,6 +60,13 @@ class RunSummary:
     preemptions: int = 0
     recomputed_tokens: int = 0
     host_seconds: float = 0.0
+    launch_seconds: float = 0.0
+    restarts: tuple[tuple[str, int], ...] = ()
+    """Workers that were lost and replaced, by cause."""
+    requeued: int = 0
+    """Running samples that a lost worker or a dropped step sent back to wait; `recomputed_tokens` counts theirs as well."""
+    dropped_steps: int = 0
+    """Steps that the device had no memory for; those after them were half as large."""
     error_counts: tuple[tuple[str, int], ...] = ()
     pass_at_k: tuple[tuple[int, float], ...] | None = None
     unverified: int = 0
@@ -90,6 +98,7 @@ class RunSummary:
         values["pending"] = self.pending
         values["output_tokens_per_second"] = round(_rate(self.output_tokens, self.work_seconds), 1)
         values["error_counts"] = dict(self.error_counts)
+        values["restarts"] = dict(self.restarts)
         values["pass_at_k"] = None if self.pass_at_k is None else {str(k): value for k, value in self.pass_at_k}
         return values
 
@@ -166,7 +175,7 @@ def run_sections(summary: RunSummary) -> tuple[Section, ...]:
         ("prompt tokens", _with_rate(summary.prompt_tokens, summary.work_seconds)),
         ("prefilled tokens", _count(summary.prefilled_tokens)),
         ("saved by sharing", f"{_count(summary.cached_tokens)} of {_count(summary.cacheable_tokens)} possible{saved}"),
-        ("steps", f"{_count(summary.steps)}, scheduler {seconds_text(summary.host_seconds)}"),
+        ("steps", _steps(summary)),
         ("preemptions", f"{_count(summary.preemptions)}, {_count(summary.recomputed_tokens)} tokens recomputed"),
     ]
     if summary.step_seconds:
@@ -178,7 +187,7 @@ def run_sections(summary: RunSummary) -> tuple[Section, ...]:
         share = _share_of_time(summary.predicted_seconds, summary.step_seconds)
         predicted = f"{seconds_text(summary.predicted_seconds)} by {summary.predicted_by}"
         work.append(("predicted", f"{predicted}; the steps took {seconds_text(summary.step_seconds)}{share}"))
-    sections = [Section("Run", tuple(books)), Section("Work", tuple(work))]
+    sections = [Section("Run", tuple(books)), Section("Work", (*work, *_faults(summary)))]
     if summary.pass_at_k is not None:
         rates = tuple((f"pass@{k}", f"{value:.4f}") for k, value in summary.pass_at_k)
         unclear = (("not verified", f"{_count(summary.unverified)} samples, counted as wrong"),) if summary.unverified else ()
@@ -251,6 +260,24 @@ def _plan_kv(kv: KvFacts) -> tuple[tuple[str, str], ...]:
     tokens = kv.pages * kv.page_size
     mebibytes = tokens * kv.bytes_per_token / (1 << 20)
     return (*size, ("pages", f"{_count(kv.pages)} ({_count(tokens)} tokens, {mebibytes:,.1f} MiB)"))
+
+
+def _faults(summary: RunSummary) -> list[tuple[str, str]]:
+    """What befell the worker, where anything did."""
+    rows: list[tuple[str, str]] = []
+    if summary.restarts:
+        causes = ", ".join(f"{_count(number)} {cause}" for cause, number in summary.restarts)
+        rows.append(("worker restarts", f"{_count(sum(number for _, number in summary.restarts))} ({causes})"))
+    if summary.dropped_steps:
+        rows.append(("out of memory", f"{_count(summary.dropped_steps)} steps dropped, the later ones half as large"))
+    if summary.requeued:
+        rows.append(("taken back", f"{_count(summary.requeued)} running samples, their tokens kept"))
+    return rows
+
+
+def _steps(summary: RunSummary) -> str:
+    times = f"scheduler {seconds_text(summary.host_seconds)}, launching {seconds_text(summary.launch_seconds)} of CPU time"
+    return f"{_count(summary.steps)}, {times}"
 
 
 def _books(summary: RunSummary) -> str:

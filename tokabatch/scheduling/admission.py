@@ -7,7 +7,9 @@ a later candidate never overtakes an earlier one that does not fit, so no sample
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate, islice
 
 import numpy as np
 
@@ -34,10 +36,12 @@ Runs = tuple[Int32, Int32]
 
 @dataclass(frozen=True, slots=True)
 class _Candidates:
-    """Arrays over candidates: `counts[i]` samples of `request[i]`; the first `num_known` have been open before."""
+    """Arrays over candidates: `counts[i]` samples of `request[i]`, each with `produced[i]` output tokens from before it was
+    preempted; the first `num_known` are of prompts that have been open before."""
 
     request: Int32
     counts: Int32
+    produced: Int32
     num_known: int
 
 
@@ -74,6 +78,8 @@ class Admission:
         self._caution = Caution()
         self.preempted: dict[tuple[int, int], Generated] = {}
         """Output of preempted samples by (request, sample)."""
+        self.confined: frozenset[int] | None = None
+        """The only requests that may come in; None is all."""
 
     def admit(self, budget: int, draft: StepDraft, alone: bool) -> Runs:
         """Open slots for as many candidates as fit and return their runs. `alone`: nothing runs or is in flight, so the first
@@ -103,7 +109,7 @@ class Admission:
         """Output tokens still to come: of the running samples, and of `waiting` more at the workload's mean."""
         seq, model = self._sequences, self._model
         order = seq.order
-        limit, known = seq.limit[order], self._known(order)
+        limit, known = seq.limit[order], self._so_far(order)
         expected = model.predict(seq.request[order], seq.sample[order], known, limit, seq.admitted[order])
         total = int((np.where(self._fixed_length[seq.params[order]], limit, expected) - seq.generated[order]).sum())
         if not waiting:
@@ -114,7 +120,7 @@ class Admission:
     def way_to_go(self, slots: Int32) -> Int32:
         """Output tokens that such samples typically still have to come, at least 1."""
         seq = self._sequences
-        known, limit = self._known(slots), seq.limit[slots]
+        known, limit = self._so_far(slots), seq.limit[slots]
         typical = (
             seq.expected[slots] if self._lengths is not self._model else self._model.typical(seq.request[slots], known, limit)
         )
@@ -134,40 +140,64 @@ class Admission:
         seq, counts = self._sequences, self._counts
         order = seq.order
         self._caution.update(counts.output_tokens + counts.prefilled_tokens, counts.given_up_tokens)
-        known = self._known(order)
+        known = self._so_far(order)
         due = order if self._lengths.refresh(seq.request[order], known) else order[seq.expected[order] <= known]
         if len(due):
-            seq.expected[due] = self._predict(seq.request[due], seq.sample[due], self._known(due), seq.admitted[due])
+            seq.expected[due] = self._predict(seq.request[due], seq.sample[due], self._so_far(due), seq.admitted[due])
 
     def _candidates(self, budget: int, step: int) -> _Candidates:
-        free = self._sequences.num_free
-        known: list[tuple[int, int]] = [(request, 1) for request in self._prompts.suspended[:free]]
-        free -= len(known)
-        for prompt in self._prompts.with_pending():
-            if free <= 0 or budget <= 0:
-                break
-            if not prompt.can_fork(step) and (prompt.leader >= 0 or prompt.tainted):
-                continue
-            # Preempted samples come back one by one: each has a length of its own.
-            count = min(prompt.num_pending, free, budget) if prompt.can_fork(step) and not prompt.requeued else 1
-            known.append((prompt.request, count))
-            free -= count
-            budget -= count
+        known, free, budget = self._known(budget, step)
         first = self._prompts.next_request
         fresh = np.arange(first, min(first + min(max(free, 0), MAX_FRESH), len(self._requests)), dtype=np.int32)
         cost = np.cumsum(self._requests.length[fresh] - self._requests.lcp[fresh])
-        fresh = fresh[: int(np.searchsorted(cost, max(budget, 0))) + 1] if budget > 0 else fresh[:0]
+        none = budget <= 0 or self.confined is not None
+        fresh = fresh[:0] if none else fresh[: int(np.searchsorted(cost, budget)) + 1]
         return _Candidates(
             request=np.concatenate((np.array([k[0] for k in known], np.int32), fresh)),
             counts=np.concatenate((np.array([k[1] for k in known], np.int32), np.ones(len(fresh), np.int32))),
+            produced=np.concatenate((np.array([k[2] for k in known], np.int32), np.zeros(len(fresh), np.int32))),
             num_known=len(known),
         )
+
+    def _known(self, budget: int, step: int) -> tuple[list[tuple[int, int, int]], int, int]:
+        """Waiting samples of prompts that have been open before: (request, samples, output tokens each of them has had), as
+        many as slots and budget are there for; and the slots and tokens that these leave."""
+        known: list[tuple[int, int, int]] = []
+        free, requests = self._sequences.num_free, self._requests
+        for request in filter(self._may_run, self._prompts.suspended):
+            if free <= 0 or budget <= 0:
+                break
+            known.append((request, 1, self._produced(self._prompts.pending_prompt(request))))
+            free -= 1
+            budget -= int(requests.length[request] - requests.lcp[request]) + known[-1][2]
+        for prompt in self._prompts.with_pending():
+            if free <= 0 or budget <= 0:
+                break
+            forks = prompt.can_fork(step)
+            if not self._may_run(prompt.request) or (not forks and (prompt.leader >= 0 or prompt.tainted)):
+                continue
+            if not forks:
+                alike = [(1, self._produced(prompt))]
+            elif not prompt.requeued:
+                alike = [(min(prompt.num_pending, free, budget), 0)]
+            else:
+                # Each has a length of its own, and as many tokens to compute again.
+                lengths = [self._produced(prompt, sample) for sample in islice(prompt.requeued, free)]
+                before = accumulate(lengths[:-1], initial=0)
+                alike = [(1, length) for length, tokens in zip(lengths, before, strict=True) if tokens < budget]
+            known += [(prompt.request, count, produced) for count, produced in alike]
+            free -= sum(count for count, _ in alike)
+            budget -= sum(count + produced for count, produced in alike)
+        return known, free, budget
+
+    def _may_run(self, request: int) -> bool:
+        return self.confined is None or request in self.confined
 
     def _fitting(self, candidates: _Candidates) -> Int32:
         """How many samples of each candidate fit the pool at every future step."""
         size, entries = self._page_size, candidates.request
         request = np.repeat(entries, candidates.counts)
-        produced, sample = self._positions(candidates)
+        produced, sample = np.repeat(candidates.produced, candidates.counts), self._sample_numbers(candidates)
         ticket = self._sequences.num_admissions + np.arange(len(request))
         length = self._requests.length[request]
         full, total = (length - 1) // size, -(-length // size)
@@ -187,7 +217,7 @@ class Admission:
         """Page use of what runs and of the open prompts."""
         seq = self._sequences
         order = seq.order
-        remaining = np.maximum(seq.expected[order] - self._known(order), 1)
+        remaining = np.maximum(seq.expected[order] - self._so_far(order), 1)
         running = Claims(
             # A prompt under way is taken as computed: what its length holds is claimed from the start.
             computed=np.maximum(seq.length[order] - 1, 0),
@@ -198,24 +228,29 @@ class Admission:
         held_steps = self._prompts.last_steps(seq.request[order], remaining)
         return Forecast(self._page_size, running, self._prompts.held_pages(), held_steps, also)
 
-    def _positions(self, candidates: _Candidates) -> tuple[Int32, Int32]:
-        """For each sample of the candidates what it had produced before a preemption, and its number."""
-        total = int(candidates.counts.sum())
-        produced, sample = np.zeros(total, np.int32), np.zeros(total, np.int32)
-        stop = 0
+    def _produced(self, prompt: OpenPrompt, sample: int | None = None) -> int:
+        """Output tokens that a sample of this prompt had when it was preempted; of the one admitted next by default."""
+        if sample is None and prompt.requeued:
+            sample = prompt.requeued[0]
+        output = None if sample is None else self.preempted.get((prompt.request, sample))
+        return 0 if output is None else len(output.tokens)
+
+    def _sample_numbers(self, candidates: _Candidates) -> Int32:
+        """The number of each sample of the candidates."""
+        sample = np.zeros(int(candidates.counts.sum()), np.int32)
+        stop, taken = 0, Counter[int]()
         for request, count in zip(
             candidates.request[: candidates.num_known].tolist(), candidates.counts.tolist(), strict=False
         ):
             prompt, start, stop = self._prompts.pending_prompt(request), stop, stop + count
             if prompt.requeued:
-                sample[start] = prompt.requeued[0]
-                output = self.preempted.get((request, prompt.requeued[0]))
-                produced[start] = 0 if output is None else len(output.tokens)
+                sample[start] = prompt.requeued[taken[request]]
+                taken[request] += 1
             else:
                 sample[start:stop] = prompt.next_sample + np.arange(count)
-        return produced, sample
+        return sample
 
-    def _known(self, slots: Int32) -> Int32:
+    def _so_far(self, slots: Int32) -> Int32:
         """Output tokens of each slot, those that steps in flight are about to sample included."""
         return self._sequences.length[slots] - self._sequences.prompt_length[slots]
 

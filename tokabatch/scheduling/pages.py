@@ -21,6 +21,14 @@ class PagePool:
         self._to_clear: list[Int32] = []
         self.num_free = num_pages
 
+    def resize(self, num_pages: int) -> None:
+        """Start over with another number of pages; nobody holds any."""
+        assert not self.num_used, "pages are held"
+        self.num_pages = self.num_free = num_pages
+        self.references = np.zeros(num_pages, np.int32)
+        self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
+        self._tainted, self._to_clear = np.zeros(num_pages, np.bool_), []
+
     @property
     def num_used(self) -> int:
         return self.num_pages - self.num_free

@@ -118,6 +118,10 @@ class OpenPrompts:
         prompt.requeued.append(sample)
         self._waiting[prompt.request] = prompt
 
+    def drop(self, request: int) -> OpenPrompt:
+        """Forget a suspended prompt, whose pending samples are the caller's now."""
+        return self._suspended.pop(request)
+
     def full_pages(self, requests: Int32) -> Int32:
         """Pages of each prompt that all its samples share."""
         return (self._requests.length[requests] - 1) // self._page_size

@@ -4,13 +4,14 @@
 steps may be in flight, results arrive in order, and what was computed for a sample that had already ended is dropped.
 Order within a step: running samples decode; prefills under way continue; then samples are admitted while the forecast of
 page use stays under the pool. When pages run out after all, a sample with little behind and much before it is preempted; its
-tokens are kept.
+tokens are kept. The worker may be lost at any time, and its cache with it: `lost_device` takes everything back that was
+computed there.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.lengths import LengthPredictor
 from tokabatch.scheduling.pages import PagePool
 from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
+from tokabatch.scheduling.quarantine import Quarantine, Sample
 from tokabatch.scheduling.sequences import Sequences
 from tokabatch.scheduling.stepping import SamplingTable, StepDraft
 from tokabatch.scheduling.stopping import StopRules
@@ -43,6 +45,9 @@ class SchedulerLimits:
 class _InFlight:
     slots: Int32
     epochs: Int32
+    run_slots: Int32
+    """Those of all runs, sampled or not."""
+    clear_pages: Int32
 
 
 class Scheduler:
@@ -65,6 +70,12 @@ class Scheduler:
         self.sequences = Sequences(limits.max_running, limits.max_pages_per_sequence, self.pool, limits.page_size, wanted)
         self._admission = Admission(requests, limits.page_size, self.pool, self.prompts, self.sequences, self.counts, lengths)
         self._in_flight: deque[_InFlight] = deque()
+        self._quarantine = Quarantine()
+
+    def settle_pages(self, num_pages: int) -> None:
+        """Take so many pages, which the device turned out to hold; before the first step, or when nothing is held any more."""
+        self.limits = replace(self.limits, num_pages=num_pages)
+        self.pool.resize(num_pages)
 
     @property
     def done(self) -> bool:
@@ -94,8 +105,10 @@ class Scheduler:
         admitted, admitted_takes = self._admission.admit(budget, draft, alone)
         runs, takes = np.concatenate((runs, admitted)), np.concatenate((takes, admitted_takes))
         if not len(decoding) and not len(runs):
-            if self._in_flight or not len(seq.order):
+            if self._in_flight:
                 return None
+            if not len(seq.order):
+                return self._lift_quarantine()
             if not self.prompts.suspend_idle():
                 self._preempt()
             return self.schedule()
@@ -136,10 +149,40 @@ class Scheduler:
             ends.update({i: reason for i, reason in zip(suspects, reasons, strict=True) if reason is not None})
         if not finite.all():
             ends.update({int(i): None for i in np.nonzero(~finite)[0]})
+        places = np.fromiter(ends, np.int64, len(ends))
+        if self._quarantine.active:
+            self._clear_suspects(slots[places])
         if not ends:
             return []
-        places = np.fromiter(ends, np.int64, len(ends))
         return self._finish(slots[places], list(ends.values()), finite[places])
+
+    def lost_device(self, crash: str | None = None) -> list[Completion]:
+        """The worker is gone with every step in flight and every page it had computed. Running samples go back among the
+        waiting and keep the tokens received; what is computed next is computed from the beginning.
+
+        `crash` says how the worker died where the cause may lie in what it ran. A prompt that has been found to kill workers
+        is given up: its unfinished samples are returned with the error code `worker_crash`.
+        """
+        condemned = None
+        if crash is not None:
+            condemned = self._quarantine.crash(self._running_samples(), len(self._in_flight))
+        for step in self._in_flight:
+            # A step that was dropped has not cleared them.
+            self.pool.taint(step.clear_pages)
+        self._in_flight.clear()
+        for slot in self.sequences.order[np.argsort(self.sequences.admitted[self.sequences.order])].tolist():
+            self._requeue(slot)
+            self.counts.requeued += 1
+        self.prompts.suspend_idle()
+        self._admission.confined = self._quarantine.trial
+        return [] if condemned is None else self._give_up(condemned, f"the worker process died whenever this row ran: {crash}")
+
+    def halve(self) -> None:
+        """Steps half as large from now on, with no more samples than they hold. Only right after `lost_device`."""
+        tokens = max(1, self.limits.max_step_tokens // 2)
+        running = min(self.limits.max_running, tokens)
+        self.limits = replace(self.limits, max_step_tokens=tokens, max_running=running)
+        self.sequences.restrict(running)
 
     def check_integrity(self) -> None:
         """Assert that page references, slots and prompts agree; for tests, after any operation."""
@@ -188,18 +231,73 @@ class Scheduler:
         assert len(seq.order) > 1, "a single sample does not fit the pool; the job was sized wrongly"
         unfinished = seq.order[seq.length[seq.order] > seq.computed[seq.order]]
         victim = int(unfinished[np.argmax(self._admission.way_to_go(unfinished) / seq.length[unfinished])])
-        prompt = self.prompts[int(seq.request[victim])]
-        params = self._sampling[int(seq.params[victim])]
-        output = seq.output(victim, -1 if params.logprobs is None else params.logprobs)
-        self._admission.preempted[prompt.request, int(seq.sample[victim])] = output
-        if prompt.leader == victim:
-            prompt.leader = -1
-        self.prompts.requeue(prompt, int(seq.sample[victim]))
-        prompt.live -= 1
-        self.counts.preemptions += 1
         self.counts.given_up_tokens += max(0, int(seq.computed[victim] - seq.cached_tokens[victim]))
-        self.sequences.close(np.array([victim], np.int32))
+        self._requeue(victim)
+        self.counts.preemptions += 1
         return victim
+
+    def _requeue(self, slot: int) -> None:
+        """Take a running sample back among the waiting; the tokens received are kept."""
+        seq = self.sequences
+        prompt = self.prompts[int(seq.request[slot])]
+        params = self._sampling[int(seq.params[slot])]
+        output = seq.output(slot, -1 if params.logprobs is None else params.logprobs)
+        self._admission.preempted[prompt.request, int(seq.sample[slot])] = output
+        if prompt.leader == slot:
+            prompt.leader = -1
+        self.prompts.requeue(prompt, int(seq.sample[slot]))
+        prompt.live -= 1
+        seq.close(np.array([slot], np.int32))
+
+    def _running_samples(self) -> dict[Sample, int]:
+        """The samples in steps in flight, each with its output tokens received."""
+        if not self._in_flight:
+            return {}
+        slots = np.unique(np.concatenate([step.run_slots for step in self._in_flight]))
+        return self._received(slots[self.sequences.request[slots] >= 0])
+
+    def _received(self, slots: Int32) -> dict[Sample, int]:
+        """Output tokens received of the samples in these slots."""
+        seq = self.sequences
+        pairs = zip(seq.request[slots].tolist(), seq.sample[slots].tolist(), strict=True)
+        return dict(zip(pairs, seq.generated[slots].tolist(), strict=True))
+
+    def _clear_suspects(self, ended: Int32) -> None:
+        """Tell the quarantine how far its suspects have got; `ended` are the slots about to be closed."""
+        self._quarantine.advance(self._received(self.sequences.order), self._received(ended))
+        self._admission.confined = self._quarantine.trial
+
+    def _lift_quarantine(self) -> StepBatch | None:
+        """Nothing runs and nothing may be admitted: where only the quarantine holds samples back, it ends."""
+        if not self._quarantine.active:
+            return None
+        self._quarantine.release()
+        self._admission.confined = None
+        return self.schedule()
+
+    def _give_up(self, request: int, message: str) -> list[Completion]:
+        """Error rows for all unfinished samples of a prompt of which none is running."""
+        prompt = self.prompts.drop(request)
+        completions: list[Completion] = []
+        while prompt.num_pending:
+            sample = prompt.take_sample()
+            output = self._admission.preempted.pop((request, sample), None)
+            completions.append(
+                Completion(
+                    row_index=int(self.requests.row_index[request]),
+                    sample_index=sample,
+                    token_ids=output.tokens if output is not None else np.zeros(0, np.int32),
+                    finish_reason="length",
+                    stop_reason=None,
+                    num_prompt_tokens=prompt.length,
+                    num_cached_tokens=output.num_cached_tokens if output is not None else 0,
+                    error_code="worker_crash",
+                    error_message=message,
+                )
+            )
+        self.counts.finished += len(completions)
+        self.counts.finished_prompts += 1
+        return completions
 
     def _continue_prefill(self, slots: Int32, budget: int, draft: StepDraft) -> tuple[Int32, Int32, int]:
         """Share the token budget among prefills under way, oldest first; each takes what pages it needs or waits."""
@@ -227,7 +325,7 @@ class Scheduler:
         full = seq.length[sampled] - seq.prompt_length[sampled] >= seq.limit[sampled]
         # The last token of the limit needs no keys and values: its slot only waits for the result.
         seq.computed[sampled[full]] = seq.length[sampled[full]]
-        self._in_flight.append(_InFlight(sampled, seq.epoch[sampled]))
+        self._in_flight.append(_InFlight(sampled, seq.epoch[sampled], slots, batch.clear_pages))
         self.counts.steps += 1
 
     def _advance_prompt(self, slot: int, step: int) -> None:

@@ -91,6 +91,12 @@ class Sequences:
         self.order = self.order[self.request[self.order] >= 0]
         self._free.extend(slots.tolist())
 
+    def restrict(self, num_slots: int) -> None:
+        """Use only the first `num_slots` slots from now on; all are free."""
+        assert not len(self.order), "slots are in use"
+        self.num_slots = num_slots
+        self._free = list(range(num_slots - 1, -1, -1))
+
     def missing_pages(self, slots: Int32, take: Int32) -> Int32:
         """Pages each slot lacks to compute `take` more tokens."""
         target = -(-(self.computed[slots] + take) // self._page_size)

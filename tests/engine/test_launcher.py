@@ -1,0 +1,75 @@
+"""Launch times arrive with the results, and a profile holds exactly the steps asked for, wherever the worker runs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+from support import tiny_models
+
+from tokabatch.job import Job
+from tokabatch.report.progress import NullProgress
+from tokabatch.runner import run
+
+
+class Messages(NullProgress):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_models.add_tokenizer(tiny_models.build("llama", tmp_path_factory.mktemp("models") / "llama"))
+
+
+@pytest.fixture
+def job(model, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "ab" * (i + 1)}) + "\n" for i in range(4)))
+
+    def make(**sections) -> Job:
+        values = {
+            "model": {"path": str(model)},
+            "input": {"path": str(rows)},
+            "generation": {"max_tokens": 12, "ignore_eos": True},
+            "output": {"path": str(tmp_path / "out")},
+        }
+        return Job.load(values | sections)
+
+    return make
+
+
+def recorded_steps(trace) -> list[int]:
+    with gzip.open(trace) as file:
+        events = json.load(file)["traceEvents"]
+    named = {str(event.get("name", "")) for event in events if event.get("cat") == "user_annotation"}
+    return sorted(int(name.removeprefix("step ")) for name in named if name.startswith("step "))
+
+
+@pytest.mark.parametrize("process", [False, True])
+@pytest.mark.parametrize(("start", "steps", "expected"), [(8, 3, [8, 9, 10]), (1, 2, [1, 2]), (10, 50, [10, 11, 12])])
+def test_the_profile_holds_the_steps_asked_for(job, tmp_path, process, start, steps, expected):
+    trace = tmp_path / "deep" / "trace.json.gz"
+    summary = run(
+        job(profile={"path": str(trace), "start": start, "steps": steps}, engine={"process": process, "device": "cpu"})
+    )
+    assert summary.exit_code == 0
+    assert recorded_steps(trace) == expected
+    assert [file.name for file in trace.parent.iterdir()] == ["trace.json.gz"]
+
+
+def test_a_run_too_short_for_its_profile_says_so(job, tmp_path):
+    messages = Messages()
+    run(job(profile={"path": str(tmp_path / "trace.json")}, engine={"device": "cpu"}), messages)
+    assert any("profile.start is 50" in text for text in messages.texts)
+    assert not (tmp_path / "trace.json").exists()
+
+
+@pytest.mark.parametrize("process", [False, True])
+def test_launching_takes_time_that_the_summary_counts(job, process):
+    summary = run(job(engine={"process": process, "device": "cpu"}))
+    assert summary.launch_seconds > 0

@@ -1,0 +1,110 @@
+"""Decode attention over short paged contexts, one kernel call a layer, for 16-bit queries on a GPU.
+
+FlashInfer's decode kernels are built for long contexts; behind a shared prefix a sample's own context is often a few pages,
+and then the time goes to starting work rather than to reading keys. Here a program takes one sequence and one key-value head,
+reads the page table itself (nothing is planned on the host), scores its group of query heads with the matrix units, and begins
+from the state that the prefix passes left, so that their merge costs no pass of its own. The softmax is the online one of
+Milakov and Gimelshein 2018 (arXiv:1805.02867), in base 2, as FlashInfer's log-sum-exp is.
+
+Imports triton: only a GPU backend loads this module. Shape legend: S sequences, H query heads, K key-value heads, D head
+dimension, P page size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+SHORT_CONTEXT = 160
+"""Mean keys up to which the smallest blocks win: a sequence is then a handful of pages, and its program soon over."""
+BLOCKS = {64: ((16, 1, 3), (64, 2, 3)), 128: ((16, 1, 2), (64, 4, 2))}
+"""Keys read at once, warps and pipeline stages of a program, for short and for longer contexts, by head dimension: the
+fastest of 36 on an H200, at 3.6 to 4.2 TB/s."""
+MIN_ROWS = 16
+"""Fewest rows of a matrix-unit product; a smaller group of query heads is padded to it."""
+
+
+@triton.jit(do_not_specialize_on_alignment=["slot_ptr", "position_ptr"])
+def _decode(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, table_ptr, slot_ptr, position_ptr, skip_ptr,
+    page_stride, head_stride, table_stride, scale, num_kv_heads,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_PRIOR: tl.constexpr,
+):  # fmt: skip
+    """One sequence and one key-value head. `out` holds the prior state on entry where `lse` is above minus infinity."""
+    sequence, kv_head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
+    slot = tl.load(slot_ptr + sequence).to(tl.int64)
+    stop = tl.load(position_ptr + sequence) + 1
+    first = tl.load(skip_ptr + sequence) * PAGE
+    row, dim = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
+    head = sequence.to(tl.int64) * num_kv_heads * GROUP + kv_head * GROUP + row
+    is_row = row < GROUP
+    at_q = head[:, None] * DIM + dim[None, :]
+    is_q = is_row[:, None] & (dim < DIM)[None, :]
+    q = tl.load(q_ptr + at_q, mask=is_q, other=0.0)
+    if HAS_PRIOR:
+        highest = tl.load(lse_ptr + head, mask=is_row, other=float("-inf"))
+        known = highest > float("-inf")
+        mass = tl.where(known, 1.0, 0.0)
+        acc = tl.load(out_ptr + at_q, mask=is_q & known[:, None], other=0.0).to(tl.float32)
+    else:
+        highest = tl.full([ROWS], float("-inf"), tl.float32)
+        mass = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    for begin in range(first, stop, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        inside = at < stop
+        page = tl.load(table_ptr + slot * table_stride + at // PAGE, mask=inside, other=0).to(tl.int64)
+        key = page * page_stride + kv_head * head_stride + (at % PAGE) * DIM
+        k = tl.load(k_ptr + key[None, :] + dim[:, None], mask=inside[None, :] & (dim < DIM)[:, None], other=0.0)
+        v = tl.load(v_ptr + key[:, None] + dim[None, :], mask=inside[:, None] & (dim < DIM)[None, :], other=0.0)
+        scores = tl.dot(q, k.to(q.dtype)) * scale
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        next_highest = tl.maximum(highest, tl.max(scores, 1))
+        kept = tl.exp2(highest - next_highest)
+        weight = tl.exp2(scores - next_highest[:, None])
+        mass = mass * kept + tl.sum(weight, 1)
+        acc = acc * kept[:, None] + tl.dot(weight.to(q.dtype), v.to(q.dtype))
+        highest = next_highest
+    out = acc / mass[:, None]
+    tl.store(out_ptr + at_q, out.to(out_ptr.dtype.element_ty), mask=is_q)
+
+
+def decode(
+    q_SHD: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    table: torch.Tensor,
+    slot_S: torch.Tensor,
+    position_S: torch.Tensor,
+    skip_S: torch.Tensor,
+    out_SHD: torch.Tensor,
+    prior_lse_SH: torch.Tensor | None = None,
+    mean_keys: float = SHORT_CONTEXT,
+) -> None:
+    """softmax(q k / sqrt(D)) v over each slot's pages from `skip` to its position, into `out_SHD`.
+
+    `cache` is keys and values of one layer, each [pages, K, P, D], 16-bit or e4m3. `table` is [slots, columns], int32, as
+    are `slot`, `position` (of the query, whose own key is written already) and `skip` (leading pages left out). With
+    `prior_lse_SH`, `out_SHD` holds on entry an attention state over other keys, its log-sum-exp in base 2; that is minus
+    infinity where there is none, and `out_SHD` is not read there. `mean_keys` of a sequence chooses the launch.
+    """
+    num_sequences, num_heads, head_dim = q_SHD.shape
+    if num_sequences == 0:
+        return
+    k_cache, v_cache = cache
+    _, num_kv_heads, page_size, _ = k_cache.shape
+    assert q_SHD.is_contiguous() and out_SHD.is_contiguous(), "queries and outputs are read by their flat place"
+    assert k_cache.stride() == v_cache.stride() and k_cache.stride(2) == head_dim and k_cache.stride(3) == 1
+    group = num_heads // num_kv_heads
+    blocks = BLOCKS[64 if head_dim <= 64 else 128]
+    block, warps, stages = blocks[mean_keys > SHORT_CONTEXT]
+    _decode[(num_sequences * num_kv_heads,)](
+        q_SHD, k_cache, v_cache, out_SHD, prior_lse_SH, table, slot_S, position_S, skip_S,
+        k_cache.stride(0), k_cache.stride(1), table.stride(0),
+        math.log2(math.e) / math.sqrt(head_dim), num_kv_heads,
+        GROUP=group, ROWS=max(MIN_ROWS, triton.next_power_of_2(group)), DIM=head_dim, DIM_PAD=triton.next_power_of_2(head_dim),
+        PAGE=page_size, BLOCK=block, HAS_PRIOR=prior_lse_SH is not None, num_warps=warps, num_stages=stages,
+    )  # fmt: skip

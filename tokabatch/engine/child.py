@@ -1,0 +1,24 @@
+"""The worker process from its first instruction on. Imports nothing heavy, so that the watches stand before anything else can
+take time or fail: what the worker is made of arrives pickled, and unpickling imports it."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+from multiprocessing.connection import Connection
+
+from tokabatch.engine.heartbeat import Pulse
+
+PARENTS_SIGNALS = frozenset([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+"""They reach the whole process group or job; when to stop is the parent's to say."""
+
+
+def main(steps: Connection, signs: Connection, work: bytes) -> None:
+    """Call the pickled pair (function, argument) with `steps`, the argument and this process's pulse."""
+    for number in PARENTS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
+    pulse = Pulse(signs)
+    pulse.start()
+    function, argument = pickle.loads(work)
+    function(steps, argument, pulse)

@@ -1,0 +1,153 @@
+"""Signs of life between a worker process and its parent: each notices the end of the other, the parent also a standstill.
+
+The child's thread sends a few counts several times a second through a pipe of its own. The parent's thread reads them and
+kills the child where they stop, or do not move. When the parent is gone the child's next sign has no reader, and it exits.
+Imports nothing heavy: the signs begin before the child imports what it needs for its work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+BEAT_SECONDS = 0.25
+MAX_TICK_SECONDS = 1.0
+"""Most that a silence grows between two looks: longer gaps are the parent's own standstill (Ctrl-Z, a suspended machine)."""
+WARMING_STEPS = 16
+_PR_SET_PDEATHSIG = 1
+_LAYOUT = struct.Struct("<qq?")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a worker may stand still before it counts as hung, in seconds."""
+
+    step: float = 120.0
+    """Without finishing a step, while it has one."""
+    warming: float = 1800.0
+    """The same for its first `WARMING_STEPS` steps, in which kernels may be compiled."""
+    silence: float = 120.0
+    """Without a sign of life."""
+    loading: float = 120.0
+    """Without a sign of life before it is ready: loading may hold the interpreter's lock."""
+
+    @classmethod
+    def of(cls, seconds: float) -> Patience:
+        """The job's one number; loading and warming up get no less than the default."""
+        default = cls()
+        return cls(seconds, max(seconds, default.warming), seconds, max(seconds, default.loading))
+
+
+class Pulse:
+    """The child's side. The worker's loop keeps the counts; they are sent from a thread of its own."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self.begun = 0
+        self.finished = 0
+        """Steps begun and finished; those dropped are finished."""
+        self.waiting = False
+        """Blocked on the parent, which does not take a result."""
+
+    def start(self) -> None:
+        """Begin to send, and end this process as soon as nobody listens."""
+        _die_with_parent()
+        threading.Thread(target=self._beat, name="pulse", daemon=True).start()
+
+    def _beat(self) -> None:
+        try:
+            while True:
+                self._pipe.send_bytes(_LAYOUT.pack(self.begun, self.finished, self.waiting))
+                time.sleep(BEAT_SECONDS)
+        except OSError:
+            # Without cleaning up: the main thread may stand still in a kernel or a lock.
+            os._exit(0)
+
+
+def _die_with_parent() -> None:
+    """Linux kills this process when the thread that started it ends, even where it is stopped and sends no signs."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Vitals:
+    """What the signs say. Knows no clock: the caller tells how much time has passed."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._begun = self._finished = 0
+        self._waiting = False
+        self._silent = self._standing = 0.0
+        self.ready = False
+        """The worker has loaded what it needs."""
+
+    def beat(self, begun: int, finished: int, waiting: bool) -> None:
+        """A sign of life has come in."""
+        self._silent = 0.0
+        if finished != self._finished or waiting or begun == finished:
+            self._standing = 0.0
+        self._begun, self._finished, self._waiting = begun, finished, waiting
+
+    def pass_time(self, seconds: float) -> None:
+        tick = min(seconds, MAX_TICK_SECONDS)
+        self._silent += tick
+        if self._begun > self._finished and not self._waiting:
+            self._standing += tick
+
+    @property
+    def fault(self) -> str | None:
+        """Why the worker counts as hung; None where it does not."""
+        patience = self._patience
+        if self._silent > (patience.silence if self.ready else patience.loading):
+            return f"it gave no sign of life for {self._silent:.0f} s"
+        limit = patience.step if self._finished >= WARMING_STEPS else patience.warming
+        if self._standing > limit:
+            return f"step {self._finished + 1} was not done after {self._standing:.0f} s"
+        return None
+
+
+class Watch:
+    """The parent's side: a thread that calls `kill` when the signs say that the worker hangs."""
+
+    def __init__(self, pipe: Connection, patience: Patience, kill: Callable[[], None]) -> None:
+        self._pipe = pipe
+        self._vitals = Vitals(patience)
+        self._kill = kill
+        self._closing = threading.Event()
+        self.fault: str | None = None
+        """Why the worker was killed; None where it was not."""
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread.start()
+
+    def ready(self) -> None:
+        """The worker has loaded what it needs."""
+        self._vitals.ready = True
+
+    def close(self) -> None:
+        """Stop watching. The pipe is the caller's to close."""
+        self._closing.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        before = time.monotonic()
+        while not self._closing.is_set():
+            try:
+                if self._pipe.poll(BEAT_SECONDS):
+                    self._vitals.beat(*_LAYOUT.unpack(self._pipe.recv_bytes()))
+            except (EOFError, OSError):
+                return
+            now = time.monotonic()
+            self._vitals.pass_time(now - before)
+            before = now
+            self.fault = self._vitals.fault
+            if self.fault is not None:
+                self._kill()
+                return

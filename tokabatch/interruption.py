@@ -1,0 +1,59 @@
+"""A request to stop a run, made by a signal handler or another thread and heeded by the run where it can be.
+
+The run asks between steps. Where it waits or loads and has nothing to lose, it lets the request break in `at_once`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from tokabatch.errors import Stopped
+
+INTERRUPTED = 130
+
+
+class Interruption:
+    """`asked`, where given, is a further source of requests: it is called whenever the run asks."""
+
+    def __init__(self, asked: Callable[[], bool] | None = None) -> None:
+        self._asked = asked
+        self._exit_code = 0
+        self._breaks_into: int | None = None
+        """The thread that lets a request break in."""
+
+    def poll(self) -> int:
+        """What the run shall exit with; 0 while nobody asks it to stop."""
+        if not self._exit_code and self._asked is not None and self._asked():
+            self._exit_code = INTERRUPTED
+        return self._exit_code
+
+    def request(self, exit_code: int) -> None:
+        """Ask for the stop; only the first request counts. Raises Stopped where the calling thread is in `at_once`, as the main
+        thread may be when this is called from a signal handler."""
+        if self._exit_code:
+            return
+        self._exit_code = exit_code
+        if self._breaks_into == threading.get_ident():
+            self._raise()
+
+    def check(self) -> None:
+        """Raises Stopped where a stop was asked for."""
+        if self.poll():
+            self._raise()
+
+    @contextmanager
+    def at_once(self) -> Generator[None]:
+        """Inside, a request raises Stopped wherever the thread happens to be; so does entering after one."""
+        self._breaks_into = threading.get_ident()
+        try:
+            if self._exit_code:
+                self._raise()
+            yield
+        finally:
+            self._breaks_into = None
+
+    def _raise(self) -> NoReturn:
+        raise Stopped("stopped; run the same command again to go on", self._exit_code)
