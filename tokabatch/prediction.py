@@ -33,6 +33,8 @@ CostModel = Roofline | Profile
 
 PARTS = 48
 TRIAL_SAMPLES = 20_000
+_WORKING_BYTES, _MEMORY_SHARE = 4 << 30, 0.9
+"""What a step needs beside weights and logits, and what of the rest the cache gets, on a device that cannot be asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +162,9 @@ def _on_device(prepared: Prepared, limits: SchedulerLimits, device: Device) -> S
     max_running = max(1, min(defaults.max_running, facts.num_samples))
     step = defaults.prefill_tokens + max_running
     spec, itemsize = prepared.spec, prepared.dtype.itemsize
-    free = device.memory - weight_bytes(spec, prepared.dtype, head_apart=False) - defaults.working_bytes
+    free = device.memory - weight_bytes(spec, prepared.dtype, head_apart=False) - _WORKING_BYTES
     free -= max_running * spec.vocab_size * (itemsize + 4)
-    pages = int(free * defaults.memory_share) // kv_shape(spec, size, 1, 1, 1).bytes_per_page(prepared.dtype)
+    pages = int(free * _MEMORY_SHARE) // kv_shape(spec, size, 1, 1, 1).bytes_per_page(prepared.dtype)
     if pages <= limits.max_pages_per_sequence:
         raise UsageError(f"the longest sample does not fit {device.rates.name} beside the model's weights")
     useful = facts.unique_prompt_tokens // size + 2 * facts.num_prompts + max_running * (facts.longest_output // size + 3)

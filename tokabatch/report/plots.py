@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -20,7 +21,7 @@ Float64 = npt.NDArray[np.float64]
 
 INK, SOFT, SECOND = "#1f6feb", "#9ec5fe", "#d1741f"
 _SIZE = (5.6, 2.6)
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
