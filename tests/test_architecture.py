@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recorder": LEAVES | {"data", "experiments", "preparation"},
     "stopwatch": LEAVES | {"costs", "scheduling"},
     "prediction": LEAVES | {"costs", "scheduling", "simulation", "preparation", "data", "engine", "model", "report"},
+    "resumption": LEAVES | {"data", "preparation"},
     "runner": LEAVES
     | {
         "stopwatch",
@@ -41,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "preparation",
         "recorder",
         "replica",
+        "resumption",
         "interruption",
         "data",
         "planning",

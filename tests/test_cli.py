@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +55,7 @@ class TestWithoutAModel:
         assert done.returncode == 0 and "\x1b" not in done.stdout
         for text in ("tokabatch run jobs/quickstart.yaml", "Exit codes", "75 ", "130 ", "generation.n=4", "run --keys"):
             assert text in done.stdout
-        for command in ("run", "plan", "status", "export", "download"):
+        for command in ("run", "plan", "status", "verify", "export", "download"):
             assert f"\n  {command} " in done.stdout
             assert "Example" in tokabatch(command, "--help").stdout
 
@@ -95,7 +96,7 @@ class TestWithoutAModel:
         done = tokabatch(*arguments)
         assert done.returncode == 2 and "Traceback" not in done.stderr and "Usage" in done.stderr
 
-    @pytest.mark.parametrize("arguments", [(), ("run",), ("plan",), ("status",), ("export",), ("download",)])
+    @pytest.mark.parametrize("arguments", [(), ("run",), ("plan",), ("status",), ("verify",), ("export",), ("download",)])
     def test_nothing_said_shows_the_help(self, arguments: tuple[str, ...]) -> None:
         done = tokabatch(*arguments)
         assert done.returncode in (0, 2) and "Example" in done.stdout + done.stderr and "Traceback" not in done.stderr
@@ -134,7 +135,11 @@ class TestRefusals:
         assert done.returncode == 2 and "unknown key" in done.stderr
 
     def test_status_and_export_of_nothing(self, tmp_path: Path) -> None:
-        for arguments in (("status", tmp_path / "no"), ("export", tmp_path / "no", "--to", tmp_path / "a.jsonl")):
+        for arguments in (
+            ("status", tmp_path / "no"),
+            ("verify", tmp_path / "no"),
+            ("export", tmp_path / "no", "--to", tmp_path / "a.jsonl"),
+        ):
             done = tokabatch(*arguments)
             assert done.returncode == 2 and "Traceback" not in done.stderr and str(tmp_path / "no") in done.stderr
 
@@ -257,6 +262,17 @@ class TestQuickstart:
         rows = [json.loads(line) for line in target.read_text().splitlines()]
         assert len(rows) == lines and [row["row_index"] for row in rows] == sorted(row["row_index"] for row in rows)
         assert str(target) in done.stdout
+
+    def test_verify_reads_it_back(self, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+        done = tokabatch("verify", finished[0])
+        assert done.returncode == 0 and re.search(r"result +complete\n", done.stdout) and re.search(r"ok +4\n", done.stdout)
+        shutil.copytree(finished[0], tmp_path / "copy")
+        (tmp_path / "copy" / "data" / "part-00000.parquet").write_bytes(b"")
+        done = tokabatch("verify", tmp_path / "copy")
+        assert done.returncode == 4 and "part-00000.parquet is damaged" in done.stdout
+        assert re.search(
+            r"rm \S*copy/data/part-00000\.parquet && tokabatch run \S*copy/job\.json output\.path=\S*copy", done.stdout
+        )
 
     def test_from_python(self, tmp_path: Path) -> None:
         code = (

@@ -14,7 +14,7 @@ from support import tiny_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokabatch import Job, plan, run
-from tokabatch.errors import JobError, OutputError
+from tokabatch.errors import JobError
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 
 HEADER = "Each line adds two numbers: 1+1=2, 2+5=7, 3+4=7, 8+1=9.\n"
@@ -280,14 +280,6 @@ def test_the_manifest_holds_what_was_used(model, rows, tmp_path):
     (folder / "generation_config.json").write_text('{"top_p": 0.5, "eos_token_id": 2}')
     run(job(folder, rows, tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["job"]["generation"]["top_p"] == 0.5
-
-
-def test_a_finished_folder_is_not_written_over(model, rows, tmp_path):
-    run(job(model, rows, tmp_path / "out", generation={"n": 1}))
-    before = drawn(tmp_path / "out")
-    with pytest.raises(OutputError, match="out"):
-        run(job(model, rows, tmp_path / "out"))
-    assert drawn(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize(

@@ -227,5 +227,5 @@ def test_a_second_ctrl_c_exits_at_once(model, rows, tmp_path):
     began = time.monotonic()
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=10)
-    assert running.returncode == 130 and time.monotonic() - began < 1.5
+    assert running.returncode == 130 and time.monotonic() - began < 3.0
     assert not psutil.wait_procs([worker], timeout=5.0)[1]

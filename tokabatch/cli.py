@@ -36,12 +36,13 @@ before the weights load, the results are Parquet files in the job's output folde
 \b
 Examples
   tokabatch plan jobs/quickstart.yaml                     check a job, show its first prompt and its size
-  tokabatch run jobs/quickstart.yaml                      run it
+  tokabatch run jobs/quickstart.yaml                      run it; again after a crash or a stop: only what lacks is computed
   tokabatch run jobs/quickstart.yaml generation.n=4       with one key changed
   tokabatch run --keys                                    every key of a job file, explained
   tokabatch plan JOB.yaml --simulate --lengths 200        predict its time, cost and KV use
   tokabatch status out/quickstart                         how far a run is
   tokabatch report out/quickstart                         one HTML page about the run
+  tokabatch verify out/quickstart                         read every file back and count
   tokabatch export out/quickstart --to samples.jsonl      one file, ordered by row and sample
 
 \b
@@ -50,9 +51,9 @@ Exit codes
   1    internal error
   2    the command line, the job file or a file it names is wrong; the message says what and how to mend it
   3    complete, but with more errors than errors.max_fraction allows
-  4    the books do not close (a bug: please report it)
-  75   stopped before the end (SIGTERM, SIGUSR1); what was finished is committed
-  130  interrupted (Ctrl-C); what was finished is committed
+  4    the books do not close: a file is damaged (`verify` names it), or a bug (please report it)
+  75   stopped before the end (SIGTERM, SIGUSR1, disk full); what was finished is committed, the same command goes on from there
+  130  interrupted (Ctrl-C); as 75
 """
 
 _OVERRIDES_HELP = """key=value, dotted as in the file: generation.n=4 engine.page_size=32 model.dtype=float32. Numbers take
@@ -116,6 +117,8 @@ def options(
 def run(
     job: JobArgument,
     overrides: OverridesArgument = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder, start afresh.")] = False,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Run the error rows of the run there again.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; the summary is still printed.")] = False,
     keys: KeysOption = False,
 ) -> None:
@@ -124,17 +127,23 @@ def run(
     The results are Parquet files under OUT/data, which appear while the run goes on. Progress goes to standard error,
     the summary to standard output.
 
+    A run that the output folder holds is continued: whatever ended it, the same command computes the samples that lack.
+    Engine settings may change; generation.n may be raised and rows added at the end of the input. Anything else that
+    decides the output is refused, and the difference shown.
+
     \b
     Examples
       tokabatch run jobs/quickstart.yaml
       tokabatch run jobs/quickstart.yaml generation.n=4 output.path=out/four --quiet
+      tokabatch run jobs/quickstart.yaml generation.n=32      16 more samples of each row
+      tokabatch run jobs/quickstart.yaml --overwrite          delete the results, begin again
     """
     with _stop_on_signals() as stop:
         loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
         runner = _load("tokabatch.runner")
         try:
             with _load("tokabatch.report.progress").open_progress(quiet) as progress:
-                summary: RunSummary = runner.run(loaded, progress, stop)
+                summary: RunSummary = runner.run(loaded, progress, stop, overwrite=overwrite, retry_errors=retry_errors)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
@@ -233,6 +242,24 @@ def report(
       tokabatch report out/quickstart
     """
     print(_load("tokabatch.review").write_report(out, to))
+
+
+@app.command(no_args_is_help=True)
+def verify(out: OutArgument) -> None:
+    """Read everything in an output folder back, and count.
+
+    Every byte of every file is read and held against its checksums; samples are counted by row and number. A damaged file
+    is named, with the command that recomputes what it held and nothing else. Exit code: 0 complete, 75 intact so far, 4
+    damaged.
+
+    \b
+    Example
+      tokabatch verify out/quickstart
+    """
+    verified: Any = _load("tokabatch.data.verification").verify(out)
+    faults = [(fault.file, fault.problem) for fault in verified.faults]
+    _print_sections(_load("tokabatch.report.summary").verification_sections(verified.facts, faults, verified.remedy))
+    raise typer.Exit(verified.exit_code)
 
 
 @app.command(no_args_is_help=True)

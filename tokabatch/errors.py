@@ -6,6 +6,7 @@
     │   ├── InputError      the input dataset as a whole
     │   ├── ModelError      weights, config or tokenizer
     │   └── OutputError     the output folder
+    ├── CommitError         exit 75: the output folder takes no more; what is committed stays, run again
     └── EngineError         exit 1: the run itself broke
         ├── WorkerLost      the worker process died or hung; another can go on
         └── StepDropped     the worker had no memory for a step; it can go on with smaller ones
@@ -45,6 +46,12 @@ class ModelError(UsageError):
 
 class OutputError(UsageError):
     """The output folder cannot be used."""
+
+
+class CommitError(TokabatchError):
+    """Results cannot be written any more: the disk is full, say. What is committed is whole; a later run adds the rest."""
+
+    exit_code = 75
 
 
 class EngineError(TokabatchError):

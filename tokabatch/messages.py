@@ -9,7 +9,7 @@ U page-table cells changed by a step, C pages copied by a step, G groups of one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -42,11 +42,25 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """The samples that need not be drawn again, one flag a sample of the whole job: sample s of row r is at `start[r] + s`.
+    `start` has an entry for each row and one behind the last."""
+
+    start: Int64
+    flags: Bool
+
+    def counts(self) -> Int64:
+        """Such samples of each row, shape [rows]."""
+        return np.add.reduceat(self.flags, self.start[:-1], dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
 class Requests:
     """The prompts of a run in plan order, a table of arrays. `tokens` may be memory-mapped and is never copied whole.
 
     Prompt r is `tokens[start[r] : start[r] + length[r]]`. `lcp[r]` counts the leading tokens that prompt r shares with
-    prompt r - 1 of the same order (`lcp[0]` is 0). `params[r]` indexes `sampling`.
+    prompt r - 1 of the same order (`lcp[0]` is 0). `params[r]` indexes `sampling`. `drawn` is None where nothing is drawn yet;
+    every prompt has at least one sample to draw.
     """
 
     row_index: Int64
@@ -56,9 +70,39 @@ class Requests:
     lcp: Int32
     params: Int32
     sampling: tuple[SamplingParams, ...]
+    drawn: Drawn | None = None
 
     def __len__(self) -> int:
         return len(self.row_index)
+
+    def samples(self, request: int) -> Int32:
+        """The numbers of the samples to draw from one prompt, ascending."""
+        count = self.sampling[int(self.params[request])].n
+        if self.drawn is None:
+            return np.arange(count, dtype=np.int32)
+        begin = int(self.drawn.start[self.row_index[request]])
+        return np.flatnonzero(~self.drawn.flags[begin : begin + count]).astype(np.int32)
+
+    def num_samples(self) -> Int64:
+        """How many samples are to be drawn from each prompt, shape [R]."""
+        wanted = np.array([params.n for params in self.sampling], np.int64)[self.params]
+        return wanted if self.drawn is None else wanted - self.drawn.counts()[self.row_index]
+
+    def without(self, drawn: Drawn) -> Requests:
+        """The same prompts but for those of which nothing is left to draw."""
+        left = np.flatnonzero(replace(self, drawn=drawn).num_samples())
+        # Between two that stay, the common prefix is the shortest of those in between.
+        lcp = np.minimum.reduceat(self.lcp[: left[-1] + 1], np.append(0, left[:-1] + 1)) if len(left) else self.lcp[:0]
+        lcp[:1] = 0
+        return replace(
+            self,
+            row_index=self.row_index[left],
+            start=self.start[left],
+            length=self.length[left],
+            lcp=lcp,
+            params=self.params[left],
+            drawn=drawn,
+        )
 
     def prompt(self, request: int) -> Int32:
         """Token ids of one prompt, shape [length]."""

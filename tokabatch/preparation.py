@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from tokabatch.data.fingerprint import Fingerprint, describe, refuse_changes, refuse_other_rows
 from tokabatch.data.generation_defaults import effective_generation, eos_token_ids
 from tokabatch.data.output import FailedRow, output_schema
 from tokabatch.data.store import InputStore, ingest
@@ -22,7 +23,7 @@ from tokabatch.data.tokenizer import Tokenizer, load_tokenizer
 from tokabatch.engine.sizing import WorkloadFacts
 from tokabatch.errors import JobError, ModelError
 from tokabatch.job import GenerationConfig, Job, Setting
-from tokabatch.messages import Int64, Requests
+from tokabatch.messages import Drawn, Int64, Requests
 from tokabatch.model.checkpoint import Checkpoint, preflight
 from tokabatch.model.config import read_config
 from tokabatch.model.families import read_spec
@@ -51,14 +52,28 @@ class Prepared:
     store: InputStore
     requests: Requests
     num_samples: Int64
-    """Samples of each request, in plan order."""
+    """Samples to draw of each request, in plan order."""
     failures: tuple[FailedRow, ...]
     output_schema: pa.Schema
+    samples_of_row: Int64
+    """Samples of each row of the input, whether drawn already or not."""
+    fingerprint: Fingerprint
 
     @property
     def samples_total(self) -> int:
         """All samples that the output has to account for."""
-        return int(self.num_samples.sum()) + sum(failure.num_samples for failure in self.failures)
+        return int(self.samples_of_row.sum())
+
+    def without(self, drawn: Drawn) -> Prepared:
+        """What is left to do of the same job."""
+        requests = self.requests.without(drawn)
+        failures: list[FailedRow] = []
+        for failure in self.failures:
+            begin, end = drawn.start[failure.row_index : failure.row_index + 2]
+            left = np.flatnonzero(~drawn.flags[begin:end]).astype(np.int32)
+            if len(left):
+                failures.append(replace(failure, samples=left))
+        return replace(self, requests=requests, num_samples=requests.num_samples(), failures=tuple(failures))
 
     @property
     def error_counts(self) -> tuple[tuple[str, int], ...]:
@@ -81,9 +96,17 @@ class Prepared:
         )
 
 
-def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None = None, *, weights: bool = True) -> Prepared:
+def prepare(
+    job: Job,
+    scratch: Path,
+    on_rows: Callable[[int, int], None] | None = None,
+    *,
+    weights: bool = True,
+    earlier: Fingerprint | None = None,
+) -> Prepared:
     """Check the model, read and tokenise the input, order it. Raises UsageError for whatever cannot work; `on_rows` is told
-    the rows and error rows read so far. Weights that are still on the hub are fetched last, and only if `weights` says so."""
+    the rows and error rows read so far. Weights that are still on the hub are fetched last, and only if `weights` says so.
+    `earlier` is the run in the output folder: a job that differs from it is refused as soon as the difference is seen."""
     device = pick_device(job)
     _check_fp8(job, device)
     folder = resolve_model(job.model.path, job.model.revision, weights=False)
@@ -97,6 +120,11 @@ def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None 
         )
     generation, settings = effective_generation(job, folder)
     _check_generation(generation, spec, tokenizer)
+    eos = eos_token_ids(folder, tokenizer)
+    output = Path(job.output.path)
+    tokenizer_folder = _tokenizer_folder(job, folder)
+    fingerprint = describe(job, generation, eos, folder, tokenizer_folder)
+    refuse_changes(output, earlier, fingerprint)
     store = ingest(
         job,
         tokenizer,
@@ -104,29 +132,52 @@ def prepare(job: Job, scratch: Path, on_rows: Callable[[int, int], None] | None 
         spec.context_length,
         generation=generation,
         vocab_size=spec.vocab_size,
+        mark=None if earlier is None else earlier.rows,
         on_rows=on_rows,
     )
+    fingerprint = replace(fingerprint, rows=store.num_rows, rows_sha256=store.digest.value)
+    if earlier is not None:
+        refuse_other_rows(output, earlier, fingerprint, store.digest.at_mark)
     requests = order_requests(store)
     if checkpoint is None and weights:
         checkpoint = preflight(resolve_model(job.model.path, job.model.revision), spec)
-    wanted = np.array([params.n for params in store.sampling], np.int64)
+        fingerprint = replace(fingerprint, settings=describe(job, generation, eos, folder, tokenizer_folder).settings)
+        refuse_changes(output, earlier, fingerprint)
+    everything = np.arange(generation.n, dtype=np.int32)
     return Prepared(
         folder=folder,
         spec=spec,
         device=device,
         dtype=_choose_dtype(job, device, folder, spec, checkpoint),
         tokenizer=tokenizer,
-        eos_token_ids=eos_token_ids(folder, tokenizer),
+        eos_token_ids=eos,
         generation=generation,
         settings=settings,
         store=store,
         requests=requests,
-        num_samples=wanted[requests.params],
-        failures=tuple(FailedRow(row, generation.n, error) for row, error in sorted(store.errors.items())),
+        num_samples=requests.num_samples(),
+        failures=tuple(FailedRow(row, everything, error) for row, error in sorted(store.errors.items())),
         output_schema=output_schema(
             store.column_schema, columns=job.output.columns, id_column=job.input.id_column, verified=job.verify is not None
         ),
+        samples_of_row=_samples_of_row(store, generation.n),
+        fingerprint=fingerprint,
     )
+
+
+def _tokenizer_folder(job: Job, folder: Path) -> Path:
+    """Where the tokenizer's files lie, which `load_tokenizer` has fetched if they were not here."""
+    if job.model.tokenizer is None:
+        return folder
+    return resolve_model(job.model.tokenizer, weights=False, key="model.tokenizer")
+
+
+def _samples_of_row(store: InputStore, n: int) -> Int64:
+    """A row that could not become a prompt has the job's own number."""
+    samples = np.full(store.num_rows, n, np.int64)
+    good = np.flatnonzero(store.length > 0)
+    samples[good] = np.array([params.n for params in store.sampling], np.int64)[store.params[good]]
+    return samples
 
 
 def _choose_dtype(job: Job, device: str, folder: Path, spec: ModelSpec, checkpoint: Checkpoint | None) -> torch.dtype:

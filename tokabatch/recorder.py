@@ -6,11 +6,11 @@ Keeps the running books: what is ok, what is an error, and how many samples of e
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tokabatch.data.committed import Committed
 from tokabatch.data.folder import Claim
 from tokabatch.data.output import FailedRow, build_table, cut_at_stop, sample_keys, text_token_ids
 from tokabatch.data.shards import Shard, ShardWriter
@@ -26,9 +26,12 @@ SHOWN_REASONS = 3
 
 
 class Recorder:
-    """Takes completions in any order. `finish` commits the rest; nothing is lost before that but to a crash."""
+    """Takes completions in any order. `finish` commits the rest; nothing is lost before that but to a crash. The books begin
+    with what is `committed` already. Every method that writes raises CommitError where the output folder takes no more."""
 
-    def __init__(self, job: Job, prepared: Prepared, claim: Claim, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, job: Job, prepared: Prepared, claim: Claim, committed: Committed, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         store = prepared.store
         self._tokenizer = prepared.tokenizer
         self._store = store
@@ -36,20 +39,25 @@ class Recorder:
         self._verify = load_verifier(job.verify.kind) if job.verify else None
         self._schema = prepared.output_schema
         self._writer = ShardWriter(
-            claim, self._schema, rows_per_shard=job.output.rows_per_shard, flush_seconds=job.output.flush_seconds
+            claim,
+            self._schema,
+            rows_per_shard=job.output.rows_per_shard,
+            flush_seconds=job.output.flush_seconds,
+            earlier=committed.shards,
         )
+        self._claim = claim
         self._clock = clock
         self._flush_seconds = job.output.flush_seconds
         self._waiting: list[Completion] = []
         self._oldest: float | None = None
         """When the first sample that is not committed yet came in."""
-        self._num_samples = np.zeros(store.num_rows, np.int64)
-        self._num_correct = np.zeros(store.num_rows, np.int64)
-        self.num_unverified = 0
+        self._num_samples = committed.drawn.counts()
+        self._num_correct = committed.correct.copy()
+        self.num_unverified = committed.unverified
         """Samples whose reference answer the verifier does not understand; pass@k counts them as wrong."""
         self.unverified_reasons: list[str] = []
-        self.error_counts: Counter[str] = Counter()
-        self.num_ok = 0
+        self.error_counts = committed.error_counts.copy()
+        self.num_ok = committed.ok
 
     @property
     def num_errors(self) -> int:
@@ -69,13 +77,15 @@ class Recorder:
             self._flush()
         if self._oldest is not None and self._clock() - self._oldest >= self._flush_seconds:
             self._flush()
-            self._writer.commit()
+            with self._claim.committing():
+                self._writer.commit()
             self._oldest = None
 
     def finish(self) -> tuple[Shard, ...]:
         """Commit everything and return all shards."""
         self._flush()
-        return self._writer.close()
+        with self._claim.committing():
+            return self._writer.close()
 
     def pass_at_k(self) -> tuple[tuple[int, float], ...] | None:
         """The curve over the rows seen so far; None when nothing is verified."""
@@ -97,7 +107,8 @@ class Recorder:
         table = build_table(
             self._schema, completions, failures, texts=texts, ids=self._store.ids(rows), columns=columns, correct=correct
         )
-        self._writer.add(table)
+        with self._claim.committing():
+            self._writer.add(table)
         np.add.at(self._num_samples, rows, 1)
         self.error_counts.update(c.error_code for c in completions if c.error_code is not None)
         for failure in failures:

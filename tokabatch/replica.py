@@ -167,7 +167,10 @@ class Replica:
                 f"{fault}\nThat was worker number {self._barren} without a sample finished in between "
                 "(engine.max_restarts); giving up. What is finished is committed."
             ) from fault
-        self._tell(f"{fault}. Starting another (restart {self._counts.restarts.total()}); {consequence}")
+        reason, *details = str(fault).splitlines()
+        self._tell(f"{reason}. Starting another (restart {self._counts.restarts.total()}); {consequence}")
+        if details:
+            self._tell("\n".join(details))
 
     @contextmanager
     def _scheduling(self) -> Generator[None]:

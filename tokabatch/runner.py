@@ -1,48 +1,45 @@
 """One run, from the job to the report. Read `run` and you have read the architecture.
 
-job ─► prepare (rows, prompts, plan order) ─► sizes ─► scheduler ⇄ executor ─► recorder (shards) ─► summary
+job ─► start (rows, prompts, plan order; what is done already) ─► sizes ─► scheduler ⇄ executor ─► recorder (shards) ─► summary
 """
 
 from __future__ import annotations
 
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
 import torch
 
-from tokabatch import __version__
 from tokabatch.attention import choose_backend
 from tokabatch.costs.profile import Profile
 from tokabatch.costs.trace import Steps, tail_seconds
+from tokabatch.data.committed import read_committed
 from tokabatch.data.folder import Claim, OutputFolder, check_output
-from tokabatch.data.manifest import Manifest, Versions, mark_success, read_manifest, write_manifest, write_summary
+from tokabatch.data.manifest import Books, mark_success, read_manifest, read_summary, write_summary
 from tokabatch.data.steps import write_steps
 from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
 from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, kv_shape
 from tokabatch.engine.worker import ProfileSpec, WorkerSpec
-from tokabatch.errors import EngineError, OutputError, Stopped, UsageError
+from tokabatch.errors import CommitError, EngineError, OutputError, Stopped, UsageError
 from tokabatch.interruption import Interruption
 from tokabatch.job import Job
 from tokabatch.model.families import read_spec
-from tokabatch.model.resolve import resolve_model
 from tokabatch.model.spec import tensor_shapes
 from tokabatch.prediction import Scenario, predict_run, price_steps, profile_run
-from tokabatch.preparation import Prepared, prepare, special_ids
+from tokabatch.preparation import Prepared, special_ids
 from tokabatch.recorder import Recorder
 from tokabatch.replica import Replica, ReplicaCounts
 from tokabatch.report.outlook import Outlook
 from tokabatch.report.progress import NullProgress, Phase, Progress, ProgressSnapshot
 from tokabatch.report.summary import KvFacts, ModelFacts, PlanReport, RunSummary
+from tokabatch.resumption import Reuse, Start, preview, start
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -53,76 +50,83 @@ SHOW_SECONDS = 0.1
 EXIT_COMPLETE, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED = 0, 3, 4, 75
 
 
-def run(job: Job, progress: Progress | None = None, should_stop: Callable[[], bool] | Interruption | None = None) -> RunSummary:
-    """Complete every row of the job's input and write the output folder.
+def run(
+    job: Job,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] | Interruption | None = None,
+    *,
+    overwrite: bool = False,
+    retry_errors: bool = False,
+) -> RunSummary:
+    """Complete every row of the job's input and write the output folder; a run that the folder holds is continued.
 
-    Raises UsageError before any weights load for a job that cannot work, EngineError when the engine breaks. `should_stop` is
+    `overwrite` deletes it instead; `retry_errors` runs its error rows again. Raises UsageError before any weights load for a
+    job that cannot work or is not the one whose run the folder holds, EngineError when the engine breaks. `should_stop` is
     asked between steps, an Interruption also breaks into waiting and loading; then what is finished is committed, and the
     summary has the exit code 130 or the Interruption's. While the input is still read there is nothing to commit: it ends in
-    Stopped (a KeyboardInterrupt) and leaves no folder behind.
+    Stopped (a KeyboardInterrupt) and leaves the folder as it was.
     """
-    clock, replica_counts = _Clock(progress or NullProgress()), ReplicaCounts()
+    clock, replica_counts, reuse = _Clock(progress or NullProgress()), ReplicaCounts(), Reuse(overwrite, retry_errors)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
-    with Claim(Path(job.output.path)) as claim:
-        scratch = claim.folder.temporary / "input"
-        scratch.mkdir(parents=True)
-        with stop.at_once():
-            prepared = prepare(job, scratch, partial(_reading, clock, stop))
+    with Claim(Path(job.output.path)) as claim, ExitStack() as workers:
+        started = start(job, claim, partial(_reading, clock, stop), reuse, clock.progress.message, stop.at_once)
+        prepared, recorder = started.prepared, Recorder(job, started.prepared, claim, started.committed)
         sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
-        recorder = Recorder(job, prepared, claim)
-        write_manifest(claim, _manifest(job, prepared))
-        recorder.fail(prepared.failures)
         scheduler = Scheduler(prepared.requests, _limits(sizes), _stop_rules(prepared))
         watch = Stopwatch(int(prepared.num_samples.sum()))
-        exit_code = EXIT_COMPLETE
-        if prepared.failures and job.errors.policy == "stop":
-            exit_code = EXIT_STOPPED
-        elif len(prepared.requests):
-            make = _executors(job, prepared, sizes, clock.progress)
-            exit_code = _complete(job, prepared, scheduler, make, recorder, clock, stop, replica_counts, watch)
-            _check_profile(job, scheduler.counts, clock.progress)
-        clock.show("writing", prepared, scheduler, recorder)
-        books = mark_success(claim, recorder.finish(), prepared.samples_total)
-        if exit_code == EXIT_COMPLETE and not books.closed:
-            exit_code = EXIT_BOOKS
-        elif exit_code == EXIT_COMPLETE and books.errors > job.errors.max_fraction * books.samples:
-            exit_code = EXIT_ERRORS
-        summary = _summary(job, prepared, scheduler, replica_counts, recorder, clock, watch.steps(), exit_code)
-        write_steps(claim, watch.steps().columns)
-        write_summary(claim, summary.to_dict())
+        try:
+            exit_code = _record_failures(job, prepared, recorder, clock.progress)
+            if exit_code == EXIT_COMPLETE and len(prepared.requests):
+                make = _executors(job, prepared, sizes, clock.progress)
+                exit_code = _complete(job, prepared, scheduler, make, recorder, clock, stop, replica_counts, workers, watch)
+                _check_profile(job, scheduler.counts, clock.progress)
+            clock.show("writing", prepared, scheduler, recorder)
+            with claim.committing():
+                books = mark_success(claim, recorder.finish(), prepared.samples_total)
+            exit_code = exit_code or _judge(books, job)
+        except CommitError as error:
+            clock.progress.message(str(error))
+            exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, prepared.samples_of_row)
+            recorder = Recorder(job, prepared, claim, committed)
+        steps = watch.steps()
+        summary = _summary(job, started, scheduler, replica_counts, recorder, clock, steps, exit_code)
+        with suppress(OSError):
+            # Where the disk is full the summary goes to the caller alone.
+            write_summary(claim, summary.to_dict())
+            write_steps(claim, steps.columns)
         prepared.store.close()
     return summary
 
 
 def plan(job: Job) -> PlanReport:
     """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError."""
-    with _planned(job) as (prepared, sizes):
-        return _plan_report(job, prepared, sizes)
+    with _planned(job) as (previewed, sizes):
+        return _plan_report(job, previewed, sizes)
 
 
 def plan_and_simulate(job: Job, scenario: Scenario) -> tuple[PlanReport, Outlook]:
     """The same, and the whole run simulated under a scenario. Raises UsageError for one that cannot be."""
-    with _planned(job) as (prepared, sizes):
-        return _plan_report(job, prepared, sizes), predict_run(prepared, _limits(sizes), scenario)
+    with _planned(job) as (previewed, sizes):
+        outlook = predict_run(previewed.prepared, _limits(sizes), scenario)
+        return _plan_report(job, previewed, sizes), outlook
 
 
 def profile(out: Path, to: Path, device: str | None = None) -> Profile:
     """Fit a profile to the steps that a run recorded in its output folder; `device` as in `Scenario`. Raises UsageError."""
-    manifest = read_manifest(OutputFolder(out))
+    folder = OutputFolder(out)
+    manifest, summary = read_manifest(folder), read_summary(folder)
     if manifest is None:
         raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
-    job = Job.load(manifest.job)
-    folder = resolve_model(job.model.path, job.model.revision, weights=False)
-    itemsize = {"float64": 8, "float32": 4}.get(manifest.dtype or "", 2)
-    return profile_run(out, read_spec(folder), to, device, itemsize)
+    return profile_run(out, read_spec(Path(manifest.model_path)), to, device, int(summary.get("itemsize", 2)))
 
 
 @contextmanager
-def _planned(job: Job) -> Generator[tuple[Prepared, ReplicaSizes]]:
+def _planned(job: Job) -> Generator[tuple[Start, ReplicaSizes]]:
     check_output(Path(job.output.path))
     with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
-        prepared = prepare(job, Path(scratch), weights=False)
-        yield prepared, decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
+        previewed = preview(job, Path(scratch))
+        prepared = previewed.prepared
+        yield previewed, decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
         prepared.store.close()
 
 
@@ -152,14 +156,15 @@ class _Clock:
             return
         self.shown_phase, self.next_show = phase, self.elapsed + SHOW_SECONDS
         counts, running = scheduler.counts, len(scheduler.sequences.order)
-        waiting = max(0, int(prepared.num_samples.sum()) - counts.finished - running)
+        left = int(prepared.num_samples.sum())
+        waiting = max(0, left - counts.finished - running)
         self.progress.update(
             ProgressSnapshot(
                 phase=phase,
                 elapsed=self.elapsed,
-                rows_done=counts.finished_prompts + len(prepared.failures),
+                rows_done=prepared.store.num_rows - len(prepared.requests) + counts.finished_prompts,
                 rows_total=prepared.store.num_rows,
-                samples_done=counts.finished + sum(failure.num_samples for failure in prepared.failures),
+                samples_done=prepared.samples_total - left + counts.finished,
                 samples_total=prepared.samples_total,
                 errors=recorder.num_errors,
                 tokens_in=counts.prompt_tokens,
@@ -177,6 +182,24 @@ def _reading(clock: _Clock, stop: Interruption, rows: int, errors: int) -> None:
     stop.check()
 
 
+def _record_failures(job: Job, prepared: Prepared, recorder: Recorder, progress: Progress) -> int:
+    """The rows that never became prompts; the run's exit code so far. Where the job stops at an error, it is the first one."""
+    if not prepared.failures or job.errors.policy != "stop":
+        recorder.fail(prepared.failures)
+        return EXIT_COMPLETE
+    first = prepared.failures[0]
+    recorder.fail([first])
+    why = f"row {first.row_index} is an error row ({first.error.code}: {first.error.message})"
+    progress.message(f"errors.policy is stop: {why}. Run the same command again to go on behind it")
+    return EXIT_STOPPED
+
+
+def _judge(books: Books, job: Job) -> int:
+    if not books.closed:
+        return EXIT_BOOKS
+    return EXIT_ERRORS if books.errors > job.errors.max_fraction * books.samples else EXIT_COMPLETE
+
+
 def _complete(
     job: Job,
     prepared: Prepared,
@@ -186,9 +209,11 @@ def _complete(
     clock: _Clock,
     stop: Interruption,
     counts: ReplicaCounts,
+    workers: ExitStack,
     watch: Stopwatch,
 ) -> int:
-    """Load the model and step until every sample is finished; the run's exit code so far."""
+    """Load the model and step until every sample is finished; the run's exit code so far. The worker is closed with `workers`:
+    what is finished is committed first, a GPU's process takes a second to end."""
     depth = job.engine.queue_depth
     replica = Replica(
         scheduler,
@@ -200,6 +225,7 @@ def _complete(
         tell=clock.progress.message,
         watch=watch,
     )
+    workers.callback(replica.close)
     clock.show("loading", prepared, scheduler, recorder)
     try:
         replica.start()
@@ -217,8 +243,6 @@ def _complete(
     except EngineError:
         recorder.finish()
         raise
-    finally:
-        replica.close()
     return EXIT_COMPLETE
 
 
@@ -277,21 +301,9 @@ def _stop_rules(prepared: Prepared) -> StopRules:
     return StopRules(sampling, prepared.eos_token_ids, prepared.spec.vocab_size, text)
 
 
-def _manifest(job: Job, prepared: Prepared) -> Manifest:
-    return Manifest(
-        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        model_path=str(prepared.folder),
-        versions=Versions(__version__, torch.__version__, version("transformers"), platform.python_version()),
-        rows=prepared.store.num_rows,
-        samples=prepared.samples_total,
-        job=job.model_copy(update={"generation": prepared.generation}).to_dict(),
-        dtype=str(prepared.dtype).removeprefix("torch."),
-    )
-
-
 def _summary(
     job: Job,
-    prepared: Prepared,
+    started: Start,
     scheduler: Scheduler,
     replica: ReplicaCounts,
     recorder: Recorder,
@@ -299,7 +311,7 @@ def _summary(
     steps: Steps,
     exit_code: int,
 ) -> RunSummary:
-    counts = scheduler.counts
+    prepared, counts = started.prepared, scheduler.counts
     predicted = _predicted(prepared, steps)
     return RunSummary(
         rows=prepared.store.num_rows,
@@ -316,6 +328,7 @@ def _summary(
         steps=counts.steps,
         output_path=str(job.output.path),
         exit_code=exit_code,
+        earlier=started.committed.samples,
         preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,
         host_seconds=replica.host_seconds,
@@ -326,6 +339,7 @@ def _summary(
         step_seconds=steps.seconds,
         tail_seconds=tail_seconds(steps),
         num_pages=scheduler.pool.num_pages,
+        itemsize=prepared.dtype.itemsize,
         kv_use=steps.mean("pages") / scheduler.pool.num_pages,
         predicted_seconds=predicted[0] if predicted else None,
         predicted_by=predicted[1] if predicted else "",
@@ -344,7 +358,8 @@ def _predicted(prepared: Prepared, steps: Steps) -> tuple[float, str] | None:
         return None
 
 
-def _plan_report(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> PlanReport:
+def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
+    prepared = previewed.prepared
     spec, store, sharing = prepared.spec, prepared.store, prepared.sharing()
     model = ModelFacts(
         path=str(prepared.folder),
@@ -377,14 +392,18 @@ def _plan_report(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> PlanRepor
         first_token_ids=tuple(ids),
         settings=prepared.settings,
         error_counts=prepared.error_counts,
-        notes=_plan_notes(prepared),
+        notes=_plan_notes(job, previewed),
     )
 
 
-def _plan_notes(prepared: Prepared) -> tuple[str, ...]:
-    """What a person should know before running: how the prompts were made, and the first fault of each kind."""
+def _plan_notes(job: Job, previewed: Start) -> tuple[str, ...]:
+    """What a person should know before running: what is there already, how the prompts were made, and the first fault of each
+    kind."""
+    prepared, done = previewed.prepared, previewed.committed.samples
     store = prepared.store
-    notes = ["text prompts go through the tokenizer's chat template"] if store.chat else []
+    left = prepared.samples_total - done
+    notes = [f"{job.output.path} holds {done:,} of these samples; a run computes the other {left:,}"] if done else []
+    notes += ["text prompts go through the tokenizer's chat template"] if store.chat else []
     if store.hidden_rows:
         notes.append(
             f"{store.hidden_rows:,} rows spell a special token in their text; it is encoded as plain text "

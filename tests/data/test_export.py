@@ -85,7 +85,7 @@ def bucket_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 def test_jsonl_is_ordered_and_whole(tmp_path: Path, bucket_bytes: int) -> None:
-    failure = FailedRow(30, 3, RowError("bad_json", "line 31"))
+    failure = FailedRow(30, np.arange(3, dtype=np.int32), RowError("bad_json", "line 31"))
     write_output(tmp_path / "out", shuffled_keys(30, 3), questions(31), (failure,))
     exported = export(tmp_path / "out", tmp_path / "all.jsonl")
     records = lines(tmp_path / "all.jsonl")

@@ -34,6 +34,10 @@ def completion(row: int, sample: int, ids: list[int], top: int | None = None, **
     return Completion(row_index=row, sample_index=sample, token_ids=np.array(ids, dtype=np.int32), **fields)  # type: ignore[arg-type]
 
 
+def samples(count: int) -> np.ndarray:
+    return np.arange(count, dtype=np.int32)
+
+
 def columns(num_rows: int) -> pa.Table:
     return pa.table({"question": [f"q{i}" for i in range(num_rows)], "level": range(num_rows)}, schema=INPUTS)
 
@@ -123,7 +127,7 @@ def test_a_completion_becomes_one_row() -> None:
 
 
 def test_a_failed_row_becomes_n_error_rows() -> None:
-    failure = FailedRow(9, 3, RowError("empty_prompt", "the prompt has no tokens"))
+    failure = FailedRow(9, samples(3), RowError("empty_prompt", "the prompt has no tokens"))
     rows = table([completion(0, 0, [1])], [failure], correct=[False]).to_pylist()
     assert [(row["row_index"], row["sample_index"], row["status"]) for row in rows] == [
         (0, 0, "ok"),
@@ -162,7 +166,7 @@ def mixed_completions(draw: st.DrawFn) -> list[Completion]:
 @settings(max_examples=100, deadline=None)
 @given(mixed_completions(), st.integers(0, 2))
 def test_lists_equal_those_built_token_by_token(completions: list[Completion], num_failures: int) -> None:
-    failures = [FailedRow(100 + i, 2, RowError("bad_json", "line 1")) for i in range(num_failures)]
+    failures = [FailedRow(100 + i, samples(2), RowError("bad_json", "line 1")) for i in range(num_failures)]
     rows = table(completions, failures).to_pylist()
     assert len(rows) == len(completions) + 2 * num_failures
     for row, made in zip(rows, completions, strict=False):
@@ -208,6 +212,6 @@ def test_the_stop_token_is_not_decoded() -> None:
 def test_a_table_without_input_columns_takes_its_rows_from_the_samples() -> None:
     schema = output_schema(INPUTS, columns=[])
     made = [completion(0, 0, [1]), completion(1, 0, [2, 3])]
-    failed = [FailedRow(2, 2, RowError("bad_json", "why"))]
+    failed = [FailedRow(2, samples(2), RowError("bad_json", "why"))]
     built = build_table(schema, made, failed, texts=["a", "b"], ids=list("0122"), columns=pa.table({}))
     assert built.num_rows == 4 and built["row_index"].to_pylist() == [0, 1, 2, 2] and schema.names[-1] == "error_message"

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.faulty_files import Failing
 
 from tokabatch.data.durable import DurableFiles, publish
+from tokabatch.data.fingerprint import Fingerprint
 from tokabatch.data.folder import Claim, check_output
 from tokabatch.data.manifest import Manifest, Versions, mark_success, read_manifest, write_manifest, write_summary
 from tokabatch.data.shards import ShardWriter
 from tokabatch.errors import OutputError
 
+WRITTEN = ["open_new", "write", "fsync", "close"]
+FOLDER_SYNCED = ["open_folder", "fsync", "close"]
 SCHEMA = pa.schema([("row_index", pa.int64()), ("status", pa.string()), ("text", pa.string())])
 
 
@@ -141,98 +145,58 @@ def test_row_groups_stay_small_where_rows_are_large(tmp_path: Path, monkeypatch:
     assert metadata.num_rows == 500 and 10 <= metadata.num_row_groups <= 50
 
 
-class Faulty(DurableFiles):
-    """Notes every call; the one numbered `fail_at` raises `code`."""
-
-    def __init__(self, fail_at: int | None = None, code: int = errno.EIO) -> None:
-        self.calls: list[str] = []
-        self.fail_at = fail_at
-        self.code = code
-        self.error: BaseException | None = None
-
-    def note(self, name: str) -> None:
-        self.calls.append(name)
-        if len(self.calls) - 1 == self.fail_at:
-            raise self.error or OSError(self.code, os.strerror(self.code))
-
-    def create(self, path: Path) -> BinaryIO:
-        self.note("create")
-        return super().create(path)
-
-    def sync(self, file: BinaryIO) -> None:
-        self.note("sync")
-        super().sync(file)
-
-    def link(self, source: Path, target: Path) -> None:
-        self.note("link")
-        super().link(source, target)
-
-    def rename_new(self, source: Path, target: Path) -> None:
-        self.note("rename_new")
-        super().rename_new(source, target)
-
-    def sync_folder(self, path: Path) -> None:
-        self.note(f"sync_folder {path.name}")
-        super().sync_folder(path)
-
-    def remove(self, path: Path) -> None:
-        self.note(f"remove {path.parent.name}")
-        super().remove(path)
-
-
 def test_the_commit_is_synced_before_it_is_published(tmp_path: Path) -> None:
-    files = Faulty()
+    files = Failing()
     with Claim(tmp_path / "out", files) as claim:
         writer = writer_for(claim)
         files.calls.clear()
         writer.add(rows(0, 3))
         writer.close()
-    assert files.calls == ["create", "sync", "link", "sync_folder data", "remove _tmp"]
+    assert files.calls == [*WRITTEN, "link", *FOLDER_SYNCED, "remove"]
 
 
-@pytest.mark.parametrize("call", range(4))
+@pytest.mark.parametrize("call", range(8))
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_a_failed_commit_keeps_its_rows_and_can_be_tried_again(tmp_path: Path, call: int, code: int) -> None:
-    files = Faulty()
+    files = Failing()
     out = tmp_path / "out"
     with Claim(out, files) as claim:
         writer = writer_for(claim)
         writer.add(rows(0, 3))
         files.calls.clear()
-        files.fail_at, files.code = call, code
+        files.at, files.error = call, OSError(code, os.strerror(code))
         with pytest.raises(OSError) as caught:
             writer.commit()
         assert caught.value.errno == code
         assert committed(out) == {} and writer.shards == ()
         assert list((out / "_tmp").iterdir()) == []
-        files.fail_at = None
+        files.at = None
         writer.close()
     assert committed(out) == {"part-00000.parquet": [0, 1, 2]}
 
 
 @pytest.mark.parametrize("link", [True, False], ids=["link", "rename"])
-@pytest.mark.parametrize("call", range(6))
+@pytest.mark.parametrize("call", range(11))
 def test_an_interrupt_at_any_call_neither_loses_nor_repeats_rows(tmp_path: Path, call: int, link: bool) -> None:
-    class Interrupted(Faulty):
-        def link(self, source: Path, target: Path) -> None:
-            self.note("link")
-            if not link:
+    class Interrupted(Failing):
+        def before(self, name: str, arguments: tuple[object, ...]) -> None:
+            super().before(name, arguments)
+            if name == "link" and not link:
                 raise OSError(errno.EPERM, "no links here")
-            os.link(source, target)
 
     files = Interrupted()
     out = tmp_path / "out"
     with Claim(out, files) as claim:
         writer = writer_for(claim, rows_per_shard=3)
         files.calls.clear()
-        files.fail_at, files.error = call, KeyboardInterrupt()
+        files.at, files.error = call, KeyboardInterrupt()
         try:
             writer.add(rows(0, 4))
         except KeyboardInterrupt:
-            files.fail_at = None
+            files.at = None
             writer.add(rows(4, 5))
         else:
-            files.fail_at = None
+            files.at = None
             writer.add(rows(4, 5))
         writer.add(rows(5, 8))
         shards = writer.close()
@@ -260,25 +224,25 @@ def test_an_interrupt_behind_the_publishing_does_not_repeat_the_shard(tmp_path: 
 
 
 def test_a_temporary_name_that_stays_behind_does_not_undo_the_commit(tmp_path: Path) -> None:
-    files = Faulty()
+    files = Failing()
     with Claim(tmp_path / "out", files) as claim:
         writer = writer_for(claim, rows_per_shard=3)
         files.calls.clear()
-        files.fail_at = 4
+        files.at = 8
         writer.add(rows(0, 3))
         assert len(writer.close()) == 1
     assert committed(tmp_path / "out") == {"part-00000.parquet": [0, 1, 2]}
 
 
 def test_without_hard_links_a_rename_that_does_not_replace_publishes(tmp_path: Path) -> None:
-    files = Faulty()
+    files = Failing()
     out = tmp_path / "out"
     with Claim(out, files) as claim:
         writer = writer_for(claim, rows_per_shard=3)
         files.calls.clear()
-        files.fail_at, files.code = 2, errno.EPERM
+        files.at, files.error = 4, OSError(errno.EPERM, "no links here")
         writer.add(rows(0, 3))
-    assert files.calls == ["create", "sync", "link", "rename_new", "sync_folder data"]
+    assert files.calls == [*WRITTEN, "link", "rename_new", *FOLDER_SYNCED]
     assert committed(out) == {"part-00000.parquet": [0, 1, 2]}
 
 
@@ -289,7 +253,7 @@ def test_a_shard_that_exists_is_never_replaced(
 ) -> None:
     if not system:
         monkeypatch.setattr("tokabatch.data.durable._rename_no_replace", lambda source, target: False)
-    files = Faulty()
+    files = Failing()
     with Claim(tmp_path / "out", files) as claim:
         writer = writer_for(claim)
         writer.add(rows(0, 3))
@@ -297,30 +261,50 @@ def test_a_shard_that_exists_is_never_replaced(
         foreign.write_bytes(b"another's")
         files.calls.clear()
         if code is not None:
-            files.fail_at, files.code = 2, code
+            files.at, files.error = 4, OSError(code, os.strerror(code))
         with pytest.raises(OutputError, match=r"part-00000\.parquet exists already"):
             writer.close()
         assert foreign.read_bytes() == b"another's"
 
 
-def test_a_folder_with_data_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    with Claim(tmp_path / "out") as claim:
+def test_files_that_no_run_wrote_are_refused_and_stay(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Claim(out) as claim:
         writer = writer_for(claim)
         writer.add(rows(0, 1))
         writer.close()
-    with pytest.raises(OutputError, match=r"already holds 1 file.*part-00000.*Choose another output\.path") as caught:
-        Claim(tmp_path / "out")
+    (out / "data" / "part-mine.parquet").write_bytes(b"mine")
+    with pytest.raises(
+        OutputError, match=r"1 file\(s\) that no run wrote \(data/part-mine.*Choose another output\.path"
+    ) as caught:
+        Claim(out)
     assert caught.value.exit_code == 2
-    assert len(committed(tmp_path / "out")) == 1
+    assert sorted(path.name for path in (out / "data").iterdir()) == ["part-00000.parquet", "part-mine.parquet"]
 
 
-def test_what_a_crash_left_without_data_is_cleared(tmp_path: Path) -> None:
+def test_further_shards_are_numbered_behind_those_that_are_there(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Claim(out) as claim:
+        writer = writer_for(claim, rows_per_shard=2)
+        writer.add(rows(0, 6))
+        earlier = writer.close()
+    (out / earlier[1].name).unlink()
+    with Claim(out) as claim:
+        writer = ShardWriter(claim, SCHEMA, rows_per_shard=2, flush_seconds=30, earlier=[earlier[0], earlier[2]])
+        writer.add(rows(2, 4))
+        assert [shard.name for shard in writer.close()][-1] == "data/part-00003.parquet"
+    assert committed(out) == {"part-00000.parquet": [0, 1], "part-00002.parquet": [4, 5], "part-00003.parquet": [2, 3]}
+
+
+def test_a_claim_clears_what_a_crash_left_unfinished_and_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "_tmp").mkdir(parents=True)
     (out / "_tmp" / "part-00000.parquet").write_bytes(b"torn")
     (out / "_SUCCESS").write_text("{}")
-    with Claim(out):
+    with Claim(out) as claim:
         assert list((out / "_tmp").iterdir()) == []
+        assert (out / "_SUCCESS").exists()
+        claim.reopen()
         assert not (out / "_SUCCESS").exists()
 
 
@@ -333,11 +317,11 @@ def test_a_claim_that_wrote_nothing_leaves_nothing_it_made(tmp_path: Path) -> No
         pass
     assert list((tmp_path / "there").iterdir()) == []
     with pytest.raises(OutputError, match="No space left"):
-        Claim(tmp_path / "full", Faulty(fail_at=0, code=errno.ENOSPC))
+        Claim(tmp_path / "full", Failing(0, OSError(errno.ENOSPC, "No space left on device")))
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     with Claim(tmp_path / "kept") as claim:
-        write_manifest(claim, manifest())
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["_lock", "data", "manifest.json"]
+        write_manifest(claim, manifest(), {"input": {}})
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["_lock", "data", "job.json", "manifest.json"]
 
 
 def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +356,9 @@ def test_check_output_refuses_as_a_claim_does_and_makes_nothing(tmp_path: Path, 
     before = sorted(tmp_path.rglob("*"))
     for path in (tmp_path / "new" / "deep", tmp_path / "busy", tmp_path):
         check_output(path)
-    with pytest.raises(OutputError, match="already holds 1 file"):
+    (tmp_path / "full" / "data" / "notes.txt").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputError, match=r"1 file.*that no run wrote"):
         check_output(tmp_path / "full")
     for path in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / "dangling" / "out"):
         with pytest.raises(OutputError, match=r"cannot be written: .* is not a folder"):
@@ -389,7 +375,7 @@ def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=r"cannot be written.*Choose another output\.path"):
             Claim(path)
     with pytest.raises(OutputError, match="No space left"):
-        Claim(tmp_path / "full", Faulty(fail_at=0, code=errno.ENOSPC))
+        Claim(tmp_path / "full", Failing(0, OSError(errno.ENOSPC, "No space left on device")))
     with Claim(tmp_path / "full"):
         pass
 
@@ -413,13 +399,14 @@ def test_one_writer_a_folder_and_the_claim_dies_with_its_process(tmp_path: Path)
 
 def manifest() -> Manifest:
     versions = Versions("0.1.0", "2.13.0", "5.23.0", "3.11.7")
-    return Manifest("2026-01-02T03:04:05+00:00", "models/x", versions, 5, 10, {"generation": {"n": 2}})
+    fingerprint = Fingerprint({"generation.seed": "0"}, {"rows.jsonl": 12}, 5, "ab12")
+    return Manifest("2026-01-02T03:04:05+00:00", "/home", "models/x", versions, 5, 10, {"generation": {"n": 2}}, fingerprint)
 
 
 def test_the_manifest_comes_back(tmp_path: Path) -> None:
     with Claim(tmp_path / "out") as claim:
         assert read_manifest(claim.folder) is None
-        write_manifest(claim, manifest())
+        write_manifest(claim, manifest(), {"input": {}})
         assert read_manifest(claim.folder) == manifest()
         write_summary(claim, {"tokens_per_second": float("nan"), "path": tmp_path})
     written = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -436,6 +423,9 @@ def test_success_is_marked_only_when_the_books_close(tmp_path: Path) -> None:
         assert not books.closed and books.pending == 1 and not success.exists()
         assert mark_success(claim, shards, 3).closed
     document = json.loads(success.read_text())
+    for file in document["files"]:
+        content = (tmp_path / "out" / file["name"]).read_bytes()
+        assert (file["bytes"], file["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
     assert (document["samples"], document["ok"], document["errors"]) == (3, 2, 1)
     assert [(file["name"], file["rows"]) for file in document["files"]] == [
         ("data/part-00000.parquet", 2),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from tokabatch.data.fingerprint import Fingerprint
 from tokabatch.data.folder import Claim
 from tokabatch.data.manifest import Manifest, Versions, mark_success, write_manifest, write_summary
 from tokabatch.data.shards import ShardWriter
@@ -14,7 +15,9 @@ from tokabatch.data.status import read_status
 from tokabatch.errors import OutputError
 
 SCHEMA = pa.schema([("row_index", pa.int64()), ("status", pa.string()), ("correct", pa.bool_())])
-MANIFEST = Manifest("2026-01-02T03:04:05+00:00", "models/x", Versions("1", "2", "3", "4"), 3, 6, {})
+MANIFEST = Manifest(
+    "2026-01-02T03:04:05+00:00", "/home", "models/x", Versions("1", "2", "3", "4"), 3, 6, {}, Fingerprint({}, {})
+)
 
 
 def samples(*rows: tuple[int, str, bool | None], schema: pa.Schema = SCHEMA) -> pa.Table:
@@ -28,7 +31,7 @@ def test_the_life_of_a_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert read_status(out).state == "absent"
     with Claim(out) as claim:
-        write_manifest(claim, MANIFEST)
+        write_manifest(claim, MANIFEST, {})
         writer = ShardWriter(claim, SCHEMA, rows_per_shard=4, flush_seconds=1e9)
         status = read_status(out)
         assert (status.state, status.rows, status.samples, status.pending) == ("running", 3, 6, 6)
@@ -44,7 +47,7 @@ def test_the_life_of_a_run(tmp_path: Path) -> None:
 def test_a_complete_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Claim(out) as claim:
-        write_manifest(claim, MANIFEST)
+        write_manifest(claim, MANIFEST, {})
         writer = ShardWriter(claim, SCHEMA, rows_per_shard=4, flush_seconds=1e9)
         writer.add(samples((2, "ok", True), (0, "ok", False), (0, "ok", True), (2, "error", None)))
         writer.add(samples((5, "ok", False), (2, "ok", True)))
@@ -56,7 +59,7 @@ def test_a_complete_run(tmp_path: Path) -> None:
 
 def test_cancelled_samples_are_not_pending(tmp_path: Path) -> None:
     with Claim(tmp_path / "out") as claim:
-        write_manifest(claim, MANIFEST)
+        write_manifest(claim, MANIFEST, {})
         write_summary(claim, {"cancelled": 4})
     status = read_status(tmp_path / "out")
     assert (status.cancelled, status.pending, status.state) == (4, 2, "incomplete")
@@ -84,7 +87,7 @@ def test_looking_does_not_disturb(tmp_path: Path) -> None:
 def test_damage_is_named(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Claim(out) as claim:
-        write_manifest(claim, MANIFEST)
+        write_manifest(claim, MANIFEST, {})
     (out / "data" / "part-00000.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(OutputError, match=r"part-00000\.parquet is damaged"):
         read_status(out)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -179,6 +180,16 @@ def test_smaller_steps_after_halving(small_limits):
     for _ in range(3):
         scheduler.halve()
     assert (scheduler.limits.max_step_tokens, scheduler.limits.max_running, scheduler.sequences.num_free) == (1, 1, 1)
+
+
+def test_pages_that_a_dropped_step_was_to_clear_are_cleared_by_the_next(small_limits):
+    requests = device.make_requests([[1, 2, 3]])
+    scheduler = Scheduler(requests, small_limits, StopRules(requests.sampling, [device.EOS], device.VOCAB, None))
+    scheduler.pool.taint(np.arange(small_limits.num_pages))
+    dropped = scheduler.schedule()
+    assert len(dropped.clear_pages)
+    scheduler.lost_device()
+    assert np.array_equal(scheduler.schedule().clear_pages, dropped.clear_pages)
 
 
 class TestQuarantine:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support import token_device as device
 from support.scheduling_jobs import jobs
 
-from tokabatch.messages import SamplingParams
+from tokabatch.messages import Drawn, SamplingParams
 from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits
 
@@ -29,6 +30,31 @@ def test_any_schedule_gives_every_sample_its_own_tokens(job):
             assert got.num_prompt_tokens == len(prompt)
     assert not completions
     assert scheduler.counts.prompt_tokens == sum(len(p) * params[row % len(params)].n for row, p in enumerate(prompts))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(jobs(), st.integers(0, 2**32), st.sampled_from([0.1, 0.5, 0.9, 1.0]))
+def test_only_the_missing_samples_are_drawn_and_they_are_the_same_ones(job, seed, share):
+    """Whatever was drawn before (holes anywhere, whole prompts done), the rest comes out as in one go."""
+    prompts, params, limits, depth = job
+    wanted = [params[row % len(params)].n for row in range(len(prompts))]
+    start = np.concatenate(([0], np.cumsum(wanted))).astype(np.int64)
+    drawn = Drawn(start, np.random.default_rng(seed).random(start[-1]) < share)
+    requests = device.make_requests(prompts, params).without(drawn)
+    assert (requests.num_samples() > 0).all()
+    for before, after in zip(range(len(requests) - 1), range(1, len(requests)), strict=True):
+        assert requests.lcp[after] == common(requests.prompt(before), requests.prompt(after))
+    completions = device.drive(requests, limits, prompts, depth)[0] if len(requests) else {}
+    missing = {(row, n) for row in range(len(prompts)) for n in range(wanted[row]) if not drawn.flags[start[row] + n]}
+    assert set(completions) == missing
+    for (row, sample), got in completions.items():
+        expected = device.expected_output(row, sample, len(prompts[row]), params[row % len(params)])
+        assert got.token_ids.tolist() == expected
+
+
+def common(a, b) -> int:
+    differs = np.flatnonzero(a[: len(b)] != b[: len(a)])
+    return int(differs[0]) if len(differs) else min(len(a), len(b))
 
 
 def test_a_shared_prefix_is_prefilled_once(small_limits):

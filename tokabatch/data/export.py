@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from tokabatch.data.folder import OutputFolder
 from tokabatch.data.json_lines import write_json_lines
 from tokabatch.data.output import CORRECT, SAMPLE_SCHEMA
-from tokabatch.data.shards import ARROW_BYTES_KEY, damaged, open_shard
+from tokabatch.data.shards import ARROW_BYTES_KEY, open_shard, read_groups
 from tokabatch.errors import OutputError
 from tokabatch.messages import Bool, Int64
 
@@ -133,7 +133,7 @@ def _cut(shards: Sequence[Path]) -> tuple[Int64, int, int]:
         with open_shard(path) as file:
             size = int((file.schema_arrow.metadata or {}).get(ARROW_BYTES_KEY, b"0")) or path.stat().st_size
             per_sample = size // max(file.metadata.num_rows, 1) + 1
-        for keys in _read(path, _KEYS):
+        for keys in read_groups(path, _KEYS):
             rows.append(keys["row_index"].to_numpy())
             samples.append(keys["sample_index"].to_numpy())
             sizes.append(np.full(keys.num_rows, per_sample))
@@ -152,7 +152,7 @@ def _deal(shards: Sequence[Path], schema: pa.Schema, bucket: Int64, scratch: Pat
     """Append each row to its bucket's file, a sequence of Arrow streams (so that one file is open at a time)."""
     begin = 0
     for path in shards:
-        for table in _read(path, None):
+        for table in read_groups(path, None):
             part = bucket[begin : begin + table.num_rows]
             begin += table.num_rows
             by_bucket = np.argsort(part, kind="stable")
@@ -189,16 +189,6 @@ def _write(file: BinaryIO, suffix: str, schema: pa.Schema, tables: Iterator[pa.T
     with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
         for table in tables:
             writer.write_table(table)
-
-
-def _read(path: Path, columns: Sequence[str] | None) -> Iterator[pa.Table]:
-    """The row groups of a shard, one at a time."""
-    with open_shard(path) as file:
-        for group in range(file.num_row_groups):
-            try:
-                yield file.read_row_group(group, columns=columns)
-            except (OSError, pa.ArrowException) as error:
-                raise damaged(path, error) from error
 
 
 def _begins(values: Int64) -> Bool:

@@ -40,6 +40,15 @@ class InputFile:
             refuse_unreachable(self.path, error)
 
     @property
+    def size(self) -> int:
+        """In bytes; -1 where its file system does not tell."""
+        try:
+            size = cast("int | None", self.fs.size(self.path))
+        except Exception as error:  # see `refuse_unreachable`
+            refuse_unreachable(self.path, error)
+        return -1 if size is None else size
+
+    @property
     def compression(self) -> str:
         """`.gz`, `.zst`, or the empty string."""
         return next((suffix for suffix in COMPRESSIONS if self.path.endswith(suffix)), "")

@@ -3,7 +3,9 @@
 OUT/data/part-00000.parquet   committed shards
 OUT/_tmp/                     unfinished files; cleared by the next claim
 OUT/_lock                     held by the writing process, released by its death
-OUT/manifest.json, summary.json, _SUCCESS
+OUT/manifest.json             what the run is, and what decides its output
+OUT/job.json                  the job, to run it again from the folder alone
+OUT/summary.json, _SUCCESS    how it ended; taken back by the next run that adds to the folder
 """
 
 from __future__ import annotations
@@ -11,16 +13,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from tokabatch.data.durable import DurableFiles, write_whole
-from tokabatch.errors import OutputError
+from tokabatch.data.durable import DurableFiles, make_folders, write_whole
+from tokabatch.errors import CommitError, OutputError
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
+_SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
 _CLAIM_ATTEMPTS = 5
 _CLAIM_PAUSE_SECONDS = 0.05
 
@@ -34,12 +39,14 @@ class OutputFolder:
         self.temporary = path / "_tmp"
         self.lock = path / "_lock"
         self.manifest = path / "manifest.json"
+        self.job = path / "job.json"
         self.summary = path / "summary.json"
         self.success = path / "_SUCCESS"
 
     def shard_paths(self) -> list[Path]:
-        """The committed shards, by name."""
-        return sorted(self.data.glob("part-*.parquet"))
+        """The committed shards, by number."""
+        found = [path for path in self.data.glob("part-*.parquet") if _SHARD_NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: (len(path.name), path.name))
 
     def is_claimed(self) -> bool:
         """Whether a living process writes here. False where the file system keeps no locks."""
@@ -61,9 +68,9 @@ class OutputFolder:
 class Claim:
     """The right of one process to write into an output folder, until `release` or the process's end.
 
-    Raises OutputError where the folder cannot be written, already holds data, or another run writes there. The lock
-    belongs to the open file: a forked child holds it too, for as long as it lives. A claim that wrote neither a manifest nor
-    a shard takes away what it made.
+    Changes nothing of what an earlier run left, but for its unfinished files. Raises OutputError where the folder cannot be
+    written, holds what no run wrote, or another run writes there. The lock belongs to the open file: a forked child holds it
+    too, for as long as it lives. A claim that wrote neither a manifest nor a shard takes away what it made.
     """
 
     def __init__(self, path: Path, files: DurableFiles | None = None) -> None:
@@ -76,6 +83,34 @@ class Claim:
     def write(self, target: Path, content: bytes) -> None:
         """Replace one of the folder's small files atomically."""
         write_whole(self.files, self.folder.temporary / target.name, target, content)
+
+    @contextmanager
+    def committing(self) -> Generator[None]:
+        """Around what writes results: raises CommitError where the system takes no more."""
+        try:
+            yield
+        except OSError as error:
+            raise CommitError(
+                f"output.path {str(self.folder.path)!r} takes no more: {error.strerror or error}. What is committed is whole; "
+                "make room there and run the same command again, which adds the rest."
+            ) from error
+
+    def reopen(self) -> None:
+        """Take back the marks of an earlier end: from here on the run goes on."""
+        for mark in (self.folder.success, self.folder.summary):
+            if mark.exists():
+                self.files.remove(mark)
+        self.files.sync_folder(self.folder.path)
+
+    def discard(self) -> None:
+        """Delete the results of an earlier run. Cut short, it leaves a run that lacks some of its samples."""
+        self.reopen()
+        for shard in self.folder.shard_paths():
+            self.files.remove(shard)
+        self.files.sync_folder(self.folder.data)
+        for path in (self.folder.manifest, self.folder.job):
+            if path.exists():
+                self.files.remove(path)
 
     def release(self) -> None:
         """Let others write here; leaves no unfinished file behind."""
@@ -94,7 +129,7 @@ class Claim:
     def _prepare(self) -> None:
         folder = self.folder
         try:
-            folder.data.mkdir(parents=True, exist_ok=True)
+            make_folders(self.files, folder.data)
             self._descriptor = _lock(folder)
             self._clear()
         except BaseException as error:
@@ -115,15 +150,13 @@ class Claim:
 
     def _clear(self) -> None:
         folder = self.folder
-        _refuse_data(folder)
+        _refuse_foreign(folder)
         if folder.temporary.exists():
             shutil.rmtree(folder.temporary)
-        folder.temporary.mkdir()
-        for stale in (folder.success, folder.summary):
-            stale.unlink(missing_ok=True)
-        probe = folder.temporary / "probe"
-        write_whole(self.files, probe, folder.temporary / "probed", b"written\n")
-        (folder.temporary / "probed").unlink()
+        self.files.make_folder(folder.temporary)
+        probe, probed = folder.temporary / "probe", folder.temporary / "probed"
+        write_whole(self.files, probe, probed, b"written\n")
+        self.files.remove(probed)
         self.files.sync_folder(folder.path)
 
 
@@ -131,7 +164,7 @@ def check_output(path: Path) -> None:
     """Raises the OutputError that a claim of this folder would end in now; makes and changes nothing."""
     folder = OutputFolder(path)
     if os.path.isdir(folder.data) and os.access(folder.data, os.R_OK):
-        _refuse_data(folder)
+        _refuse_foreign(folder)
     if folder.is_claimed():
         raise _busy(folder)
     # `lexists`: a link to nowhere is in the way, too.
@@ -143,12 +176,13 @@ def check_output(path: Path) -> None:
             raise _unwritable(path, f"no permission to write in {place.absolute()}")
 
 
-def _refuse_data(folder: OutputFolder) -> None:
-    found = sorted(entry.name for entry in folder.data.iterdir() if not entry.name.startswith("."))
-    if found:
+def _refuse_foreign(folder: OutputFolder) -> None:
+    shards = {path.name for path in folder.shard_paths()}
+    foreign = sorted(entry.name for entry in folder.data.iterdir() if entry.name not in shards and entry.name[:1] != ".")
+    if foreign:
         raise OutputError(
-            f"output.path {str(folder.path)!r} already holds {len(found)} file(s) of a run (data/{found[0]}). "
-            "Choose another output.path, or remove that folder to start over."
+            f"output.path {str(folder.path)!r} holds {len(foreign)} file(s) that no run wrote (data/{foreign[0]}). "
+            "Choose another output.path, or move them away."
         )
 
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from tokabatch.data.durable import file_digest
+from tokabatch.data.fingerprint import Fingerprint
 from tokabatch.data.folder import Claim, OutputFolder
 from tokabatch.data.plain_json import to_json
 from tokabatch.data.shards import Shard
 from tokabatch.errors import OutputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +33,18 @@ class Versions:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Written before the first shard. `started` is ISO 8601 in UTC; `job` is the job as resolved, as plain JSON values;
-    `samples` is what the books must close to: the sum of n over `rows`."""
+    """Written before the first shard, and anew by every run that continues it. `started` is the first one's, ISO 8601 in UTC;
+    `job` is the job as resolved, as plain JSON values; `samples` is what the books must close to: the sum of n over `rows`;
+    `working_folder` is what the job's relative paths start from."""
 
     started: str
+    working_folder: str
     model_path: str
     versions: Versions
     rows: int
     samples: int
     job: Mapping[str, Any]
-    dtype: str | None = None
-    """The type computed in."""
+    fingerprint: Fingerprint
     schema_version: int = SCHEMA_VERSION
 
 
@@ -65,8 +68,19 @@ class Books:
         return self.samples == self.ok + self.errors
 
 
-def write_manifest(claim: Claim, manifest: Manifest) -> None:
-    """Write OUT/manifest.json."""
+@dataclass(frozen=True, slots=True)
+class Success:
+    """What OUT/_SUCCESS says: the books, and every file of the output."""
+
+    samples: int
+    ok: int
+    errors: int
+    files: tuple[Shard, ...]
+
+
+def write_manifest(claim: Claim, manifest: Manifest, given: Mapping[str, Any]) -> None:
+    """Write OUT/manifest.json, and OUT/job.json with the job as `given`, which runs it again."""
+    claim.write(claim.folder.job, _document(given))
     claim.write(claim.folder.manifest, _document(asdict(manifest)))
 
 
@@ -76,12 +90,28 @@ def write_summary(claim: Claim, summary: Mapping[str, Any]) -> None:
 
 
 def mark_success(claim: Claim, shards: Sequence[Shard], samples: int) -> Books:
-    """Write OUT/_SUCCESS, naming every shard with its counts, if the books close; the caller looks at `closed`."""
+    """Write OUT/_SUCCESS, naming every shard with its counts and its digest, if the books close; the caller looks at `closed`.
+    Shards without a digest are read for it. Raises OSError."""
     books = Books(samples, sum(shard.ok for shard in shards), sum(shard.errors for shard in shards))
     if books.closed:
-        document = {"samples": samples, "ok": books.ok, "errors": books.errors, "files": [asdict(s) for s in shards]}
-        claim.write(claim.folder.success, _document(document))
+        digests = [shard.sha256 or file_digest(claim.folder.path / shard.name) for shard in shards]
+        files = [replace(shard, sha256=digest) for shard, digest in zip(shards, digests, strict=True)]
+        claim.write(claim.folder.success, _document(asdict(Success(samples, books.ok, books.errors, tuple(files)))))
     return books
+
+
+def read_success(folder: OutputFolder) -> Success | None:
+    """OUT/_SUCCESS, or None where the run is not complete. Raises OutputError where it is damaged."""
+    document = _read(folder.success)
+    if document is None:
+        return None
+    try:
+        files = tuple(Shard(**file) for file in document["files"])
+        return Success(**cast("dict[str, Any]", {**document, "files": files}))
+    except (KeyError, TypeError) as error:
+        raise OutputError(
+            f"{folder.success} is not one of this version ({error}). Remove it and run the same command again, which writes it."
+        ) from error
 
 
 def read_manifest(folder: OutputFolder) -> Manifest | None:
@@ -90,12 +120,12 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
     if document is None:
         return None
     try:
-        fields = {**document, "versions": Versions(**document["versions"])}
-        return Manifest(**cast("dict[str, Any]", fields))
+        versions, fingerprint = Versions(**document["versions"]), Fingerprint(**document["fingerprint"])
+        return Manifest(**cast("dict[str, Any]", {**document, "versions": versions, "fingerprint": fingerprint}))
     except (KeyError, TypeError) as error:
         raise OutputError(
             f"{folder.manifest} is not a manifest of this version ({error}). "
-            "Read the shards under data/ directly, or use the version that wrote them."
+            "Read the shards under data/ directly, use the version that wrote them, or start afresh with --overwrite."
         ) from error
 
 

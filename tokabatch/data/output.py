@@ -52,11 +52,15 @@ CORRECT = pa.field("correct", pa.bool_())
 
 @dataclass(frozen=True, slots=True)
 class FailedRow:
-    """A row that was never sampled. It takes `num_samples` error rows, so that rows x n = ok + error holds."""
+    """A row that was never sampled. It takes an error row for each of `samples`, so that rows x n = ok + error holds."""
 
     row_index: int
-    num_samples: int
+    samples: Int32
     error: RowError
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
 
 
 def output_schema(
@@ -109,7 +113,7 @@ def sample_keys(completions: Sequence[Completion], failures: Sequence[FailedRow]
     samples = [completion.sample_index for completion in completions]
     for failure in failures:
         rows += [failure.row_index] * failure.num_samples
-        samples += range(failure.num_samples)
+        samples += failure.samples.tolist()
     return np.array(rows, dtype=np.int64), np.array(samples, dtype=np.int32)
 
 

@@ -8,35 +8,41 @@ a checksum. The writer knows the table's schema, not its meaning, except that `s
 
 from __future__ import annotations
 
-import os
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tokabatch.data.durable import publish
+from tokabatch.data.durable import NewFile, publish
 from tokabatch.data.folder import Claim
 from tokabatch.errors import OutputError
 
 ARROW_BYTES_KEY = b"tokabatch.arrow_bytes"
 """Footer key: the size of the shard in memory, which its encoded size does not tell."""
+PARQUET_OPTIONS: Mapping[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+"""How every shard is written. Without page checksums most flipped bits would go unseen."""
 _ROW_GROUP_BYTES = 32 << 20
 _SHARD_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One committed file. `name` is relative to the output folder; rows = ok + errors; `bytes` on disk."""
+    """One committed file. `name` is relative to the output folder; rows = ok + errors; `bytes` on disk; `sha256` of the file,
+    None where it was not written by this process."""
 
     name: str
     rows: int
     ok: int
     errors: int
     bytes: int
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +83,21 @@ class ShardWriter:
         *,
         rows_per_shard: int,
         flush_seconds: float,
+        earlier: Sequence[Shard] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`earlier` shards stand in the folder already."""
         self._claim = claim
         self._schema = schema
         self._rows_per_shard = rows_per_shard
         self._flush_seconds = flush_seconds
         self._clock = clock
-        self._books = _Books()
+        self._books = _Books(tuple(earlier))
+        self._first_number = max((shard_number(shard.name) + 1 for shard in earlier), default=0) - len(earlier)
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """What is committed so far."""
+        """What is committed so far, earlier shards included."""
         return self._books.shards
 
     def add(self, table: pa.Table) -> None:
@@ -124,7 +133,7 @@ class ShardWriter:
         if self._settle():
             return
         folder, files, books = self._claim.folder, self._claim.files, self._books
-        final = folder.data / f"part-{len(books.shards):05d}.parquet"
+        final = folder.data / f"part-{self._first_number + len(books.shards):05d}.parquet"
         temporary = folder.temporary / final.name
         try:
             shard, inode = self._write(pa.concat_tables(books.waiting).slice(0, num_rows), temporary, final)
@@ -135,8 +144,8 @@ class ShardWriter:
                 f"{final} exists already: something else writes to this folder. Choose another output.path."
             ) from error
         except OSError:
-            self._books = books
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
         self._books = books.committed(shard, self._clock())
 
@@ -155,33 +164,32 @@ class ShardWriter:
 
     def _write(self, table: pa.Table, temporary: Path, final: Path) -> tuple[Shard, int]:
         """The finished, synced shard under its temporary name, and its inode."""
-        files = self._claim.files
-        with files.create(temporary) as file:
+        with NewFile(self._claim.files, temporary) as file:
             write_parquet(table, file)
-            files.sync(file)
-            size, inode = file.tell(), os.fstat(file.fileno()).st_ino
+            file.sync()
+            size, inode, digest = file.tell(), file.inode, file.digest
         ok = count_ok(table)
         name = final.relative_to(self._claim.folder.path).as_posix()
-        return Shard(name, table.num_rows, ok, table.num_rows - ok, size), inode
+        return Shard(name, table.num_rows, ok, table.num_rows - ok, size, digest), inode
 
 
-def write_parquet(table: pa.Table, file: object) -> None:
-    """Write one shard into an open binary file."""
+def write_parquet(table: pa.Table, file: BinaryIO) -> None:
+    """Write one shard into an open file."""
     size = table.nbytes
     metadata = {**(table.schema.metadata or {}), ARROW_BYTES_KEY: str(size).encode()}
     rows_per_group = max(1, min(table.num_rows, _ROW_GROUP_BYTES * table.num_rows // max(size, 1)))
-    pq.write_table(
-        table.replace_schema_metadata(metadata),
-        file,
-        compression="zstd",
-        write_page_checksum=True,
-        row_group_size=rows_per_group,
-    )
+    with pq.ParquetWriter(file, table.schema.with_metadata(metadata), **PARQUET_OPTIONS) as writer:
+        writer.write_table(table.replace_schema_metadata(metadata), row_group_size=rows_per_group)
 
 
 def count_ok(table: pa.Table) -> int:
     """Rows of `table` that are samples, not errors."""
     return int(pc.call_function("sum", [pc.call_function("equal", [table["status"], "ok"])]).as_py() or 0)
+
+
+def shard_number(name: str) -> int:
+    """12 of `data/part-00012.parquet`."""
+    return int(name.rpartition("-")[2].partition(".")[0])
 
 
 def open_shard(path: Path) -> pq.ParquetFile:
@@ -194,4 +202,19 @@ def open_shard(path: Path) -> pq.ParquetFile:
 
 def damaged(path: Path, error: Exception) -> OutputError:
     """The error for a shard that cannot be read."""
-    return OutputError(f"{path} is damaged ({error}). Restore it from a copy, or remove the output folder and run again.")
+    out = shlex.quote(str(path.parent.parent))
+    return OutputError(
+        f"{path} is damaged ({error}). `tokabatch verify {out}` reads every file and names the command that recomputes "
+        "what is lost."
+    )
+
+
+def read_groups(path: Path, columns: Sequence[str] | None) -> Iterator[pa.Table]:
+    """The row groups of a shard, one at a time, without the columns that it does not have. Raises OutputError."""
+    with open_shard(path) as file:
+        present = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+        for group in range(file.num_row_groups):
+            try:
+                yield file.read_row_group(group, columns=present)
+            except (OSError, pa.ArrowException) as error:
+                raise damaged(path, error) from error

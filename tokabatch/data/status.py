@@ -6,8 +6,9 @@ module does not know pass@k; it hands out the counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from tokabatch.data.folder import OutputFolder
 from tokabatch.data.manifest import Books, read_manifest, read_summary
-from tokabatch.data.shards import count_ok, damaged, open_shard
+from tokabatch.data.shards import count_ok, read_groups
 from tokabatch.messages import Bool, Int32, Int64
 
 State = Literal["running", "complete", "incomplete", "absent"]
@@ -66,7 +67,7 @@ def read_status(path: Path) -> Status:
     paths = folder.shard_paths()
     ok = errors = 0
     correct: int | None = None
-    for table in _columns(paths, ("status", "correct")):
+    for table in chain.from_iterable(read_groups(path, ("status", "correct")) for path in paths):
         shard_ok = count_ok(table)
         ok += shard_ok
         errors += table.num_rows - shard_ok
@@ -97,7 +98,7 @@ def output_lengths(path: Path) -> Int32:
     """Output tokens of every finished sample in a folder, in no particular order."""
     parts = [
         table["num_output_tokens"].to_numpy()[table["status"].to_numpy() == "ok"]
-        for table in _columns(OutputFolder(path).shard_paths(), ("status", "num_output_tokens"))
+        for table in _groups(path, ("status", "num_output_tokens"))
     ]
     return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
 
@@ -105,7 +106,7 @@ def output_lengths(path: Path) -> Int32:
 def correct_counts(path: Path) -> tuple[Int64, Int64]:
     """Samples of each row, and those of them found correct, over rows that have any; errors count as samples."""
     samples, correct = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for table in _columns(OutputFolder(path).shard_paths(), ("row_index", "correct")):
+    for table in _groups(path, ("row_index", "correct")):
         rows = table["row_index"].to_numpy()
         size = max(len(samples), int(rows.max(initial=-1)) + 1)
         samples = np.pad(samples, (0, size - len(samples))) + np.bincount(rows, minlength=size)
@@ -114,15 +115,8 @@ def correct_counts(path: Path) -> tuple[Int64, Int64]:
     return samples[seen], correct[seen]
 
 
-def _columns(paths: Sequence[Path], names: Sequence[str]) -> Iterator[pa.Table]:
-    for path in paths:
-        with open_shard(path) as file:
-            present = [name for name in names if name in file.schema_arrow.names]
-            for group in range(file.num_row_groups):
-                try:
-                    yield file.read_row_group(group, columns=present)
-                except (OSError, pa.ArrowException) as error:
-                    raise damaged(path, error) from error
+def _groups(path: Path, columns: tuple[str, ...]) -> Iterator[pa.Table]:
+    return chain.from_iterable(read_groups(shard, columns) for shard in OutputFolder(path).shard_paths())
 
 
 def _flags(table: pa.Table) -> Bool:

@@ -67,7 +67,7 @@ class Executor(Protocol):
     worker is gone, and StepDropped when it had no memory for a step: what was submitted and not collected is lost then."""
 
     def start(self) -> None:
-        """Load the model. Steps may be submitted afterwards. Raises what building the worker raises, or WorkerLost."""
+        """Return when the model is loaded and steps may be submitted. Raises what building the worker raises, or WorkerLost."""
         ...
 
     @property
@@ -128,8 +128,8 @@ class InProcessExecutor:
 
 
 class ProcessExecutor:
-    """See `Executor`. `build(spec)` makes the worker in a process of its own, which is spawned, as a forked child cannot use
-    CUDA."""
+    """See `Executor`. `build(spec)` makes the worker in a process of its own, which the constructor spawns, as a forked child
+    cannot use CUDA."""
 
     def __init__(
         self,
@@ -139,13 +139,15 @@ class ProcessExecutor:
         start_method: Literal["spawn", "forkserver"] = "spawn",
     ) -> None:
         context = multiprocessing.get_context("spawn" if start_method == "spawn" else "forkserver")
-        self._pipe, self._their_pipe = context.Pipe()
-        self._signs, self._pulse = context.Pipe(duplex=False)
-        work = pickle.dumps((_serve, (build, spec)))
-        ends = (self._their_pipe, self._pulse, work)
+        self._pipe, their_pipe = context.Pipe()
+        self._signs, pulse = context.Pipe(duplex=False)
+        ends = (their_pipe, pulse, pickle.dumps((_serve, (build, spec))))
         self._process: BaseProcess = context.Process(target=child.main, args=ends, name="tokabatch-worker", daemon=True)  # pyright: ignore
-        self._patience = patience or Patience()
-        self._watch: Watch | None = None
+        # Here and not in `start`, which may be broken off: a process half started would be nobody's.
+        _start_shielded(self._process)
+        their_pipe.close()
+        pulse.close()
+        self._watch = Watch(self._signs, patience or Patience(), self._process.kill)
         self._sizes: ReplicaSizes | None = None
 
     @property
@@ -154,12 +156,6 @@ class ProcessExecutor:
         return self._sizes
 
     def start(self) -> None:
-        try:
-            _start_shielded(self._process)
-        finally:
-            self._their_pipe.close()
-            self._pulse.close()
-        self._watch = Watch(self._signs, self._patience, self._process.kill)
         sizes = self._receive()
         assert isinstance(sizes, ReplicaSizes)
         self._sizes = sizes
@@ -182,15 +178,13 @@ class ProcessExecutor:
 
     def close(self) -> None:
         self._pipe.close()
-        if self._watch is not None:
-            self._watch.close()
-        self._signs.close()
-        if self._process.pid is None:
-            return
+        self._watch.close()
         self._process.join(STOP_SECONDS)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+        # Not before: without a reader of its signs the worker ends at once, and may have a profile to write.
+        self._signs.close()
 
     def _send(self, message: StepBatch | Resume) -> None:
         try:
@@ -215,7 +209,7 @@ class ProcessExecutor:
 
     def _gone(self) -> WorkerLost:
         self._process.join(STOP_SECONDS)
-        if self._watch is not None and self._watch.fault is not None:
+        if self._watch.fault is not None:
             return WorkerLost(f"the worker process hung ({self._watch.fault}) and was killed", "hung")
         code = self._process.exitcode
         if code is not None and code < 0:
@@ -255,8 +249,9 @@ def _serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any], pulse:
         pipe.send(error)
     except ConnectionError:
         return
-    except Exception:
-        pipe.send(WorkerLost(f"the worker process failed:\n{traceback.format_exc()}"))
+    except Exception as error:
+        reason = " ".join(traceback.format_exception_only(error)[-1].split())
+        pipe.send(WorkerLost(f"the worker process failed: {reason}\n{traceback.format_exc()}"))
 
 
 def _work(launcher: Launches, steps: queue.SimpleQueue[StepBatch | Resume | None], pipe: Connection, pulse: Pulse) -> None:

@@ -5,7 +5,7 @@ The runner fills these; `render` draws the sections. Knows no terminal, no file 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ _EXIT_WORDS = {
     0: "complete",
     3: "complete, but with more errors than errors.max_fraction allows",
     4: "the books do not close: rows x n is not ok + error + cancelled + pending",
-    75: "stopped before the end; what was finished is committed",
-    130: "interrupted before the end; what was finished is committed",
+    75: "stopped before the end; what was finished is committed, run it again to go on",
+    130: "interrupted before the end; what was finished is committed, run it again to go on",
 }
 _SHOWN_CHARACTERS = 4000
 _SHOWN_TOKEN_IDS = 512
@@ -33,7 +33,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """The figures of one run. Token counts are over the run's whole work, recomputed tokens counted once more in
+    """The figures of one run. Token counts are over this run's own work, recomputed tokens counted once more in
     `prefilled_tokens` only.
 
     `cached_tokens` of the prompts were not prefilled because another sample had; `cacheable_tokens` is the most that any
@@ -56,6 +56,8 @@ class RunSummary:
     steps: int
     output_path: str
     exit_code: int
+    earlier: int = 0
+    """Samples that earlier runs had committed. Books and pass@k cover them, the figures of the work do not."""
     cancelled: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
@@ -78,6 +80,8 @@ class RunSummary:
     kv_use: float = 0.0
     """Mean share of the KV pages in use."""
     num_pages: int = 0
+    itemsize: int = 0
+    """Bytes of a number computed with."""
     predicted_seconds: float | None = None
     """What a cost model says of the steps taken; None where it knows nothing of the device."""
     predicted_by: str = ""
@@ -165,6 +169,7 @@ def run_sections(summary: RunSummary) -> tuple[Section, ...]:
         ("result", _EXIT_WORDS.get(summary.exit_code, f"exit code {summary.exit_code}")),
         ("rows", _count(summary.rows)),
         ("samples", _books(summary)),
+        *((("from earlier runs", f"{_count(summary.earlier)} samples"),) if summary.earlier else ()),
         *((f"error {code}", _count(number)) for code, number in summary.error_counts),
         ("output", summary.output_path),
     ]
@@ -228,6 +233,19 @@ def status_sections(values: Mapping[str, Any]) -> tuple[Section, ...]:
         text = f"{value:.4f}" if isinstance(value, float) else _count(value) if isinstance(value, int) else str(value)
         rows.append((name.replace("_", " "), text))
     return (Section("Status", tuple(rows)),)
+
+
+def verification_sections(
+    facts: Mapping[str, int | str], faults: Sequence[tuple[str, str]], remedy: str | None
+) -> tuple[Section, ...]:
+    """What reading a folder back found; `faults` are files and what is wrong with them."""
+    rows = tuple((name, _count(value) if isinstance(value, int) else value) for name, value in facts.items())
+    sections = [Section("Verified", rows)]
+    if faults:
+        sections.append(Section("Damaged", tuple(faults), ("file", "what is wrong")))
+    if remedy:
+        sections.append(Section("This recomputes what is damaged, and nothing else", (("", remedy),)))
+    return tuple(sections)
 
 
 def seconds_text(seconds: float) -> str:

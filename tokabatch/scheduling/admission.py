@@ -66,14 +66,13 @@ class Admission:
         self._sequences = sequences
         self._counts = counts
         sampling = requests.sampling
-        self._num_samples = np.array([p.n for p in sampling], np.int32)
         self._max_tokens = np.array([p.max_tokens for p in sampling], np.int32)
         self._fixed_length = np.array([p.ignore_eos and not p.stop and not p.stop_token_ids for p in sampling], np.bool_)
-        self._share = np.bincount(requests.params, weights=self._num_samples[requests.params], minlength=len(sampling))
-        """Samples of each kind of sampling parameters."""
+        self._share = np.bincount(requests.params, weights=requests.num_samples(), minlength=len(sampling))
+        """Samples to draw with each kind of sampling parameters."""
         self._kinds = list(zip(self._max_tokens.tolist(), self._fixed_length.tolist(), strict=True))
         self._all_fixed = bool(self._fixed_length.all()) and lengths is None
-        self._model = LengthModel(int(self._max_tokens.max(initial=1)), self._num_samples[requests.params] >= LEARNED_SAMPLES)
+        self._model = LengthModel(int(self._max_tokens.max(initial=1)), requests.num_samples() >= LEARNED_SAMPLES)
         self._lengths: LengthPredictor = lengths or self._model
         self._caution = Caution()
         self.preempted: dict[tuple[int, int], Generated] = {}
@@ -247,7 +246,7 @@ class Admission:
                 sample[start] = prompt.requeued[taken[request]]
                 taken[request] += 1
             else:
-                sample[start:stop] = prompt.next_sample + np.arange(count)
+                sample[start:stop] = prompt.samples[prompt.next_sample : prompt.next_sample + count]
         return sample
 
     def _so_far(self, slots: Int32) -> Int32:
@@ -284,9 +283,7 @@ class Admission:
 
     def _admit_fresh(self, count: int, budget: int, draft: StepDraft) -> Runs:
         """Open the next prompts and admit the first sample of each."""
-        first = self._prompts.next_request
-        num_samples = self._num_samples[self._requests.params[first : first + count]]
-        opened = self._prompts.open_next(count, num_samples)
+        opened = self._prompts.open_next(count)
         return self._lead(opened, budget, draft) if opened else (_NONE, _NONE)
 
     def _lead(self, prompts: list[OpenPrompt], budget: int, draft: StepDraft) -> Runs:

@@ -28,18 +28,19 @@ class OpenPrompt:
         "length",
         "live",
         "next_sample",
-        "num_samples",
         "pages",
         "ready_step",
         "request",
         "requeued",
+        "samples",
         "tainted",
     )
 
-    def __init__(self, request: int, length: int, num_samples: int, page_size: int, pages: Int32, computed: int) -> None:
+    def __init__(self, request: int, length: int, samples: Int32, page_size: int, pages: Int32, computed: int) -> None:
         self.request = request
         self.length = length
-        self.num_samples = num_samples
+        self.samples = samples
+        """The numbers of the samples to draw; those before `next_sample` have been admitted at least once."""
         self.full = (length - 1) // page_size
         self.pages = pages
         self.computed = computed
@@ -55,14 +56,14 @@ class OpenPrompt:
 
     @property
     def num_pending(self) -> int:
-        return self.num_samples - self.next_sample + len(self.requeued)
+        return len(self.samples) - self.next_sample + len(self.requeued)
 
     def take_sample(self) -> int:
-        """The next sample to admit, preempted ones first."""
+        """The number of the next sample to admit, preempted ones first."""
         if self.requeued:
             return self.requeued.popleft()
         self.next_sample += 1
-        return self.next_sample - 1
+        return int(self.samples[self.next_sample - 1])
 
     @property
     def finished(self) -> bool:
@@ -146,7 +147,7 @@ class OpenPrompts:
                 best = (prompt, pages)
         return best
 
-    def open_next(self, count: int, num_samples: Int32) -> list[OpenPrompt]:
+    def open_next(self, count: int) -> list[OpenPrompt]:
         """Open up to `count` prompts that were never open before, in order, each sharing what its predecessor holds or is
         about to compute in the same step. Fewer come back when the pool lacks pages, or none while the first must wait."""
         first = self.next_request
@@ -173,8 +174,8 @@ class OpenPrompts:
                 inherited = previous.pages[: shared[i]]
                 self._pool.retain(inherited)
                 pages = np.concatenate((inherited, own))
-            length = int(self._requests.length[batch[i]])
-            previous = OpenPrompt(first + i, length, int(num_samples[i]), size, pages, int(shared[i]) * size)
+            length, samples = int(self._requests.length[batch[i]]), self._requests.samples(first + i)
+            previous = OpenPrompt(first + i, length, samples, size, pages, int(shared[i]) * size)
             opened.append(previous)
         self._append(opened, shared[:count])
         self.next_request += count

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from tokabatch.costs.trace import Steps, StepState, StepTrace, tail_seconds
 from tokabatch.costs.work import Number, StepWork, measure_work
 from tokabatch.messages import Requests, SamplingParams
@@ -64,8 +62,7 @@ def simulate(
     requests = replace(requests, sampling=tuple(_stops_at_once(params) for params in requests.sampling))
     scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [STOP], STOP + 1, None), predictor)
     device = SimulatedDevice(requests, lengths, limits.max_running)
-    samples = np.array([params.n for params in requests.sampling], np.int64)
-    total, finished = int(samples[requests.params].sum()), 0
+    total, finished = int(requests.num_samples().sum()), 0
     trace = StepTrace()
     while not scheduler.done:
         step = scheduler.schedule()

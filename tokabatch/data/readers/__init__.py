@@ -36,6 +36,14 @@ def open_path(path: str, key: str = "input.path") -> Reader:
     return importlib.import_module(f"{__name__}.{kind}").open_files(path, files)
 
 
+def list_files(config: InputConfig) -> dict[str, int]:
+    """The size in bytes of each file of the input by its path; empty for a hub dataset, -1 where a server does not tell."""
+    if _is_hub_dataset(config.path):
+        return {}
+    _, files = find_files(config.path, formats(), "input.path")
+    return {file.path: file.size for file in files}
+
+
 def formats() -> tuple[str, ...]:
     """The file extensions that can be read."""
     return tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name != HUB)

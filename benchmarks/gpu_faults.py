@@ -1,0 +1,214 @@
+"""One run whose worker is killed and stopped again and again: python -m benchmarks.gpu_faults [--kills 20] [--stops 10]
+
+A whole job goes through `tokabatch.run` with random weights, and a thread sends SIGKILL and SIGSTOP to the worker process in
+random order at random moments: half of the kills whenever they come, loading included, the other faults once the worker has
+given results. The check afterwards reads the shards with plain pyarrow: every (row, sample) once, every sample ok and of full
+length, the faults counted in the summary. Exit 1 where it fails. With --compare an undisturbed run follows, and the share of
+samples with the same tokens is told: all of them on a CPU in float32, fewer in bfloat16, whose sums depend on the company.
+
+    python -m benchmarks.gpu_faults                                              Llama-3.2-1B shapes, bfloat16, on a GPU
+    python -m benchmarks.gpu_faults --shape llama-10m --device cpu --dtype float32 --rows 64 --kills 4 --stops 2 --compare
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+from benchmarks.models import SHAPES
+from tokabatch import Job, run
+from tokabatch.report.progress import NullProgress, ProgressSnapshot
+from tokabatch.report.summary import RunSummary
+
+TOKENIZER = Path(__file__).parent.parent / "jobs" / "quickstart"
+PROMPT_TOKENS, HEADER_TOKENS, USED_IDS = 200, 120, 1000
+
+
+def llama_1b() -> PretrainedConfig:
+    """The shapes of Llama-3.2-1B."""
+    return LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131_072,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+class Faults(NullProgress):
+    """Strikes the worker. Each worker is stopped once at most; a fault has been used up when it was sent."""
+
+    def __init__(self, kills: int, stops: int, longest: float, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._due = [signal.SIGKILL] * kills + [signal.SIGSTOP] * stops
+        self._random.shuffle(self._due)
+        self._longest = longest
+        self._tokens = 0
+        self._over = threading.Event()
+        self._struck: set[int] = set()
+        self.sent: list[signal.Signals] = []
+        self.told: list[str] = []
+        self.thread = threading.Thread(target=self._strike, daemon=True)
+
+    def update(self, snapshot: ProgressSnapshot) -> None:
+        self._tokens = snapshot.tokens_out
+
+    def message(self, text: str) -> None:
+        self.told.append(text.splitlines()[0])
+        print(text.splitlines()[0], file=sys.stderr)
+
+    def close(self) -> None:
+        self._over.set()
+        self.thread.join()
+
+    def _strike(self) -> None:
+        while self._due and not self._over.is_set():
+            worker = self._next_worker()
+            if worker is None:
+                return
+            number = self._due.pop()
+            if number == signal.SIGSTOP or self._random.random() < 0.5:
+                before = self._tokens
+                while self._tokens == before and not self._over.is_set():
+                    time.sleep(0.02)
+            self._over.wait(self._random.uniform(0.0, self._longest))
+            if self._over.is_set():
+                return
+            with suppress(psutil.NoSuchProcess):
+                self._struck.add(worker.pid)
+                worker.send_signal(number)
+                self.sent.append(number)
+
+    def _next_worker(self) -> psutil.Process | None:
+        """The worker, once the one that was struck last is gone."""
+        while not self._over.is_set():
+            for child in psutil.Process().children():
+                with suppress(psutil.NoSuchProcess):
+                    if child.pid not in self._struck and "spawn_main" in " ".join(child.cmdline()):
+                        return child
+            time.sleep(0.02)
+        return None
+
+
+def save_model(shape: str, folder: Path, dtype: str, device: str) -> None:
+    torch.manual_seed(0)
+    config = llama_1b() if shape == "llama-1b" else SHAPES[shape]()
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.save_pretrained(folder)
+
+
+def make_job(arguments: argparse.Namespace, folder: Path, out: str) -> Job:
+    rng = random.Random(1)
+    header = [rng.randrange(3, USED_IDS) for _ in range(HEADER_TOKENS)]
+    rows = [
+        {"prompt_token_ids": header + [rng.randrange(3, USED_IDS) for _ in range(PROMPT_TOKENS - HEADER_TOKENS)]}
+        for _ in range(arguments.rows)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values: dict[str, Any] = {
+        "model": {"path": str(folder / "model"), "tokenizer": str(TOKENIZER), "dtype": arguments.dtype},
+        "input": {"path": str(folder / "rows.jsonl")},
+        "prompt": {"token_ids": "prompt_token_ids"},
+        "generation": {"n": arguments.n, "temperature": 0.8, "max_tokens": arguments.max_tokens, "ignore_eos": True, "seed": 7},
+        "engine": {
+            "device": arguments.device,
+            "process": True,
+            "hang_seconds": arguments.hang_seconds,
+            "max_restarts": arguments.kills + arguments.stops + 2,
+        },
+        "output": {"path": str(folder / out), "columns": []},
+    }
+    return Job.load(values)
+
+
+def read(out: Path) -> dict[tuple[int, int], list[int]]:
+    """Every sample's tokens. Raises AssertionError for one that is there twice, failed, or cut."""
+    columns = ["row_index", "sample_index", "status", "token_ids"]
+    table = pa.concat_tables([pq.read_table(shard, columns=columns) for shard in (out / "data").glob("*.parquet")])
+    samples: dict[tuple[int, int], list[int]] = {}
+    for sample in table.to_pylist():
+        key = (sample["row_index"], sample["sample_index"])
+        assert key not in samples, f"{key} is there twice"
+        assert sample["status"] == "ok", f"{key} failed"
+        samples[key] = sample["token_ids"]
+    return samples
+
+
+def check(arguments: argparse.Namespace, summary: RunSummary, faults: Faults, out: Path) -> dict[tuple[int, int], list[int]]:
+    samples = read(out)
+    assert set(samples) == {(row, sample) for row in range(arguments.rows) for sample in range(arguments.n)}, "samples are lost"
+    assert {len(tokens) for tokens in samples.values()} == {arguments.max_tokens}, "samples are cut"
+    assert (summary.exit_code, summary.ok, summary.pending) == (0, len(samples), 0), "the books do not close"
+    restarts = dict(summary.restarts)
+    kills, stops = faults.sent.count(signal.SIGKILL), faults.sent.count(signal.SIGSTOP)
+    assert (kills, stops) == (arguments.kills, arguments.stops), (
+        f"the run ended after {kills} kills and {stops} stops: more rows"
+    )
+    assert restarts == {cause: count for cause, count in (("killed", kills), ("hung", stops)) if count}, restarts
+    assert summary.recomputed_tokens > 0 and len(faults.told) >= kills + stops
+    return samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-1b", choices=["llama-1b", *SHAPES])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--n", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--stops", type=int, default=10)
+    parser.add_argument("--longest", type=float, default=1.0, help="Seconds that a fault waits at most.")
+    parser.add_argument("--hang-seconds", type=float, default=1.5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compare", action="store_true", help="Compare with an undisturbed run.")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        save_model(arguments.shape, folder / "model", arguments.dtype, arguments.device)
+        faults = Faults(arguments.kills, arguments.stops, arguments.longest, arguments.seed)
+        faults.thread.start()
+        began = time.perf_counter()
+        summary = run(make_job(arguments, folder, "faults"), faults)
+        seconds = time.perf_counter() - began
+        faults.close()
+        samples = check(arguments, summary, faults, folder / "faults")
+        print(
+            f"{len(samples):,} samples of {arguments.max_tokens} tokens, each once; restarts {dict(summary.restarts)}; "
+            f"{summary.requeued:,} running samples taken back, {summary.recomputed_tokens:,} tokens recomputed; {seconds:.0f} s"
+        )
+        if arguments.compare:
+            run(make_job(arguments, folder, "calm"))
+            calm = read(folder / "calm")
+            same = sum(calm[key] == tokens for key, tokens in samples.items())
+            print(f"{same:,} of {len(samples):,} samples as in an undisturbed run")
+            assert arguments.device != "cpu" or same == len(samples), "a fault changed a sample"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

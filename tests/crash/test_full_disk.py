@@ -1,0 +1,67 @@
+"""A disk of two megabytes that fills up in the middle of a run, and is then given room."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from crash.conftest import Scene
+from support.forked_runs import ForkServer
+
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB, empty."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can mount a file system")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def ballast(disk: Path, leave: int) -> Path:
+    """A file that leaves so many bytes free."""
+    path = disk / "ballast"
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    path.write_bytes(b"\0" * (free - leave))
+    return path
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_room_completes_it(disk: Path, long_scene: Scene, server: ForkServer) -> None:
+    out = disk / "out"
+    filler = ballast(disk, leave=600 << 10)
+    ended = server.run(long_scene.job(out), step_seconds=0)
+    assert ended.code == 75, ended
+    committed = long_scene.checker.check(out)
+    assert 0 < committed < long_scene.checker.samples and not (out / "_SUCCESS").exists()
+    before = {path.name: path.read_bytes() for path in (out / "data").iterdir()}
+    full = server.run(long_scene.job(out), step_seconds=0)
+    assert full.code in (2, 75) and "Make room there" in full.message + "Make room there" * (full.code == 75)
+    filler.unlink()
+    assert server.run(long_scene.job(out), step_seconds=0).code == 0
+    long_scene.checker.check_complete(out)
+    after = {path.name: path.read_bytes() for path in (out / "data").iterdir()}
+    assert before.items() <= after.items()
+
+
+def test_a_disk_that_is_full_at_the_start_refuses_the_job(disk: Path, long_scene: Scene, server: ForkServer) -> None:
+    ballast(disk, leave=4096)
+    ended = server.run(long_scene.job(disk / "out"), step_seconds=0)
+    assert ended.code == 2 and "No space left on device" in ended.message and "output.path" in ended.message
+    assert sorted(path.name for path in disk.iterdir()) == ["ballast"]
+
+
+def test_a_folder_that_cannot_be_written_refuses_the_job(tmp_path: Path, long_scene: Scene, server: ForkServer) -> None:
+    (tmp_path / "file").write_text("")
+    ended = server.run(long_scene.job(tmp_path / "file" / "out"), step_seconds=0)
+    assert ended.code == 2 and "cannot be written" in ended.message

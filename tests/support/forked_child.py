@@ -1,0 +1,95 @@
+"""What runs in a forked process: one job through `tokabatch.run`, its engine scripted, something wrong with it on purpose."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.scripted_engine import QUICKSTART, Script, ScriptedExecutor, build_worker, quickstart_script
+from support import faulty_files, mutants
+from tokabatch import Job, recorder, run, runner
+from tokabatch.data import folder
+from tokabatch.data.tokenizer import load_tokenizer
+from tokabatch.engine.executor import ProcessExecutor
+from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.errors import TokabatchError
+from tokabatch.job import ModelConfig
+from tokabatch.preparation import Prepared
+
+STEP_SECONDS = 0.002
+BATCH_SAMPLES = 4
+
+
+def _within(script: Script, job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: object) -> Any:
+    return partial(ScriptedExecutor, script, sizes)
+
+
+def _apart(script: Script, job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: object) -> Any:
+    """The worker in a process of its own: forked, as nothing here has threads or a GPU and importing takes seconds."""
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork
+    return partial(ProcessExecutor, (script, sizes), build_worker)
+
+
+class PowerCut(BaseException):
+    """Nothing that the process does from here on reaches the disk."""
+
+
+class Child:
+    def __init__(self) -> None:
+        # Whatever the first run would import is there when the fork comes.
+        load_tokenizer(ModelConfig(path=str(QUICKSTART)))
+
+    def run(self, request: dict[str, Any], told: int) -> int:
+        """The exit code, as `tokabatch run` would have it; `told` is a descriptor for what there is to tell."""
+        script = quickstart_script(slots=64, step_seconds=request.get("step_seconds", STEP_SECONDS))
+        runner._executors = partial(_apart if request.get("apart") else _within, script)
+        recorder.BATCH_SAMPLES = BATCH_SAMPLES
+        if request.get("mutant"):
+            mutants.MUTANTS[request["mutant"]]()
+        files = _files(request.get("fault"))
+        folder.DurableFiles = lambda: files
+        message, code = "", 1
+        try:
+            job = Job.load(request["job"])
+            code = run(job, **request.get("flags", {})).exit_code
+        except TokabatchError as error:
+            message, code = str(error), error.exit_code
+        except PowerCut:
+            assert isinstance(files, faulty_files.Disk)
+            files.cut(Path(request["job"]["output"]["path"]), request["fault"]["lose"])
+            code = 99
+        os.write(told, json.dumps({"calls": files.calls, "message": message}).encode())
+        return code
+
+
+def _files(fault: dict[str, Any] | None) -> faulty_files.CountedFiles:
+    if fault is None:
+        return faulty_files.CountedFiles()
+    at, kind = fault["at"], fault["kind"]
+    if kind == "kill":
+        return faulty_files.Killing(at, fault["moment"])
+    if kind == "power":
+        return _Unplugged(at)
+    error = OSError(getattr(errno, fault["error"]), os.strerror(getattr(errno, fault["error"])))
+    if kind == "short":
+        return faulty_files.Short(at, error)
+    return faulty_files.Failing(at, error, last=kind == "lasting")
+
+
+class _Unplugged(faulty_files.Disk):
+    """The power fails at call number `at`, and stays away."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def before(self, name: str, arguments: tuple[object, ...]) -> None:
+        if len(self.calls) > self.at:
+            raise PowerCut
+        super().before(name, arguments)

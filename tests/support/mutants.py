@@ -1,0 +1,104 @@
+"""Ways to break the commit path, one line of it each: applied in a forked process, where the checks must then fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tokabatch import recorder, resumption
+from tokabatch.data import durable, folder, shards
+from tokabatch.data.committed import nothing_committed
+from tokabatch.data.manifest import mark_success
+
+MUTANTS: dict[str, Callable[[], None]] = {}
+
+
+def _mutant(change: Callable[[], None]) -> Callable[[], None]:
+    MUTANTS[change.__name__] = change
+    return change
+
+
+@_mutant
+def no_fsync_of_files() -> None:
+    durable.NewFile.sync = lambda self: self.flush()
+
+
+@_mutant
+def no_fsync_of_folders() -> None:
+    durable.DurableFiles.sync_folder = lambda self, path: None
+
+
+@_mutant
+def written_under_the_final_name() -> None:
+    """No temporary file: the shard grows where readers look for it."""
+
+    def write(self, table, temporary, final):
+        with durable.NewFile(self._claim.files, final) as file:
+            shards.write_parquet(table, file)
+            file.sync()
+            size, inode, digest = file.tell(), file.inode, file.digest
+        ok = shards.count_ok(table)
+        name = final.relative_to(self._claim.folder.path).as_posix()
+        return shards.Shard(name, table.num_rows, ok, table.num_rows - ok, size, digest), inode
+
+    shards.ShardWriter._write = write
+    shards.publish = lambda files, source, target: files.sync_folder(target.parent)
+
+
+@_mutant
+def committed_keys_not_read_back() -> None:
+    """What the folder holds is forgotten; new files are numbered behind it all the same."""
+    real = resumption.read_committed
+
+    def forget(out, num_samples, schema=None):
+        found = real(out, num_samples, schema)
+        nothing = nothing_committed(num_samples)
+        return found.__class__(nothing.drawn, found.shards, found.error_counts, found.correct, found.unverified)
+
+    resumption.read_committed = forget
+
+
+@_mutant
+def a_failed_commit_forgets_its_rows_and_goes_on() -> None:
+    real = shards.ShardWriter._commit
+
+    def commit(self, num_rows):
+        books = self._books
+        try:
+            real(self, num_rows)
+        except OSError:
+            rest = shards.pa.concat_tables(books.waiting).slice(num_rows)
+            self._books = shards._Books(books.shards, (rest,) if rest.num_rows else (), books.oldest)
+
+    shards.ShardWriter._commit = commit
+
+
+@_mutant
+def success_stays_while_the_run_goes_on() -> None:
+    folder.Claim.reopen = lambda self: None
+
+
+@_mutant
+def success_is_marked_before_the_shards_are_there() -> None:
+    """The mark is set on what was handed in, before it is committed."""
+    finish = recorder.Recorder.finish
+
+    def early(self):
+        waiting = self._writer._books.num_rows + len(self._waiting)
+        marked = [*self._writer.shards, shards.Shard("data/part-99999.parquet", waiting, waiting, 0, 0, "none")]
+        mark_success(self._claim, marked, sum(shard.rows for shard in marked))
+        return finish(self)
+
+    recorder.Recorder.finish = early
+
+
+@_mutant
+def overwrite_deletes_the_manifest_first() -> None:
+    """Cut short, it would leave samples of which nobody knows whose they are."""
+    real = folder.Claim.discard
+
+    def discard(self):
+        self.files.remove(self.folder.manifest)
+        self.files.sync_folder(self.folder.path)
+        real(self)
+
+    folder.Claim.discard = discard

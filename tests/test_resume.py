@@ -1,0 +1,435 @@
+"""Runs that are continued: what is there stays, what lacks is computed and is what one undisturbed run would have drawn."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support import tiny_models
+
+from tokabatch import Job, RunSummary, plan, run, runner
+from tokabatch.data import fingerprint
+from tokabatch.data.verification import verify
+from tokabatch.errors import OutputError
+from tokabatch.report.progress import NullProgress
+
+ROWS = [{"question": f"What is {i}+{i * 7 % 5}?", "answer": str(i + i * 7 % 5)} for i in range(10)]
+N = 3
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    return tiny_models.add_tokenizer(tiny_models.build("llama", folder))
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+Start = Callable[..., RunSummary]
+
+
+@pytest.fixture
+def go(model, rows, tmp_path) -> Start:
+    """Runs the job into `tmp_path / "out"`, sections of it changed, at most `steps` steps of the engine."""
+
+    def start(*, steps: int | None = None, progress: Any = None, out: str = "out", **changes: Any) -> RunSummary:
+        asked: list[bool] = []
+
+        def should_stop() -> bool:
+            asked.append(True)
+            return steps is not None and len(asked) >= steps
+
+        flags = {name: changes.pop(name) for name in ("overwrite", "retry_errors") if name in changes}
+        return run(job(model, rows, tmp_path / out, **changes), progress, should_stop, **flags)
+
+    return start
+
+
+def job(model: Path, rows: Path, out: Path, /, **changes: Any) -> Job:
+    base: dict[str, Any] = {
+        "model": {"path": str(model), "dtype": "float64"},
+        "input": {"path": str(rows)},
+        "prompt": {"template": "Q: {{ question }}\nA:"},
+        "generation": {"n": N, "temperature": 0.8, "max_tokens": 10, "seed": 5},
+        "engine": {"device": "cpu", "page_size": 8, "max_running": 4},
+        "output": {"path": str(out), "rows_per_shard": 4},
+        "errors": {"max_fraction": 1.0},
+        "verify": {"kind": "gsm8k", "answer": "answer"},
+    }
+    for section, values in changes.items():
+        base[section] = {**base.get(section, {}), **values}
+    return Job.load(base)
+
+
+def table(out: Path) -> list[dict[str, Any]]:
+    """All committed samples by row and sample, without the one column that tells how a sample was scheduled."""
+    samples = [row for shard in sorted((out / "data").glob("*.parquet")) for row in pq.read_table(shard).to_pylist()]
+    for sample in samples:
+        del sample["num_cached_tokens"]
+    return sorted(samples, key=lambda row: (row["row_index"], row["sample_index"]))
+
+
+class Messages(NullProgress):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.fixture
+def some_are_right(monkeypatch) -> None:
+    """The tiny model is never right; here a sample's text decides by its length."""
+    monkeypatch.setattr("tokabatch.recorder.load_verifier", lambda kind: lambda text, answer: len(text) % 2 == 0)
+
+
+@pytest.fixture
+def whole(go, tmp_path) -> list[dict[str, Any]]:
+    """The table of one undisturbed run."""
+    assert go(out="whole").exit_code == 0
+    return table(tmp_path / "whole")
+
+
+def test_stopped_again_and_again_it_ends_in_the_same_table(some_are_right, go, tmp_path, whole):
+    engines = [{"page_size": 1}, {"page_size": 64, "hydragen": False}, {"max_running": 7, "max_step_tokens": 9}]
+    codes, counts, pass_at_k = [], [], None
+    for attempt in range(20):
+        summary = go(steps=25, engine=engines[attempt % 3])
+        codes.append(summary.exit_code)
+        counts.append(len(table(tmp_path / "out")))
+        assert counts[-1] == summary.ok >= summary.earlier
+        assert summary.ok + summary.pending == summary.samples == 30
+        pass_at_k = summary.pass_at_k
+        if summary.exit_code == 0:
+            break
+    assert codes[-1] == 0 and len(codes) > 3 and set(codes[:-1]) == {130}
+    assert counts == sorted(counts) and table(tmp_path / "out") == whole
+    assert pass_at_k == go(out="again").pass_at_k
+
+
+def test_a_finished_run_computes_nothing_again(some_are_right, go, tmp_path, whole, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("the engine was started")
+
+    first = go()
+    monkeypatch.setattr("tokabatch.runner._executors", refuse)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").iterdir()}
+    summary = go()
+    assert (summary.exit_code, summary.ok, summary.earlier, summary.output_tokens) == (0, 30, 30, 0)
+    assert summary.pass_at_k == first.pass_at_k and 0 < first.pass_at_k[0][1] < 1
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").iterdir()} == before
+    assert table(tmp_path / "out") == whole and (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_more_samples_extend_a_finished_run(go, tmp_path):
+    go(generation={"n": 2})
+    summary = go(generation={"n": 5})
+    assert (summary.samples, summary.earlier, summary.exit_code) == (50, 20, 0)
+    go(generation={"n": 5}, out="whole")
+    assert table(tmp_path / "out") == table(tmp_path / "whole")
+    assert summary.output_tokens == sum(
+        sample["num_output_tokens"] for sample in table(tmp_path / "out") if sample["sample_index"] >= 2
+    )
+    with pytest.raises(OutputError, match=r"sample \d of row \d.*generation\.n may be raised but not lowered"):
+        go(generation={"n": 4})
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_rows_at_the_end_extend_a_finished_run(go, rows, tmp_path):
+    write_rows(rows, ROWS[:6])
+    go()
+    write_rows(rows, ROWS)
+    summary = go()
+    assert (summary.rows, summary.samples, summary.earlier, summary.exit_code) == (10, 30, 18, 0)
+    assert table(tmp_path / "out") == (go(out="whole"), table(tmp_path / "whole"))[1]
+    summary = go(generation={"n": 4})
+    assert (summary.samples, summary.earlier) == (40, 30)
+    write_rows(rows, ROWS[:9])
+    with pytest.raises(OutputError, match="10 rows then, 9 now"):
+        go()
+
+
+def test_rows_of_parquet_may_be_added_in_place_or_in_a_further_file(go, model, tmp_path):
+    folder = tmp_path / "input"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(ROWS[:4]), folder / "a.parquet")
+    changes = {"input": {"path": str(folder)}}
+    go(**changes)
+    pq.write_table(pa.Table.from_pylist(ROWS[:7]), folder / "a.parquet", row_group_size=2)
+    assert go(**changes).earlier == 12
+    pq.write_table(pa.Table.from_pylist(ROWS[7:]), folder / "b.parquet")
+    summary = go(**changes)
+    assert (summary.earlier, summary.samples, summary.exit_code) == (21, 30, 0)
+    assert table(tmp_path / "out") == (go(out="whole"), table(tmp_path / "whole"))[1]
+    pq.write_table(pa.Table.from_pylist(ROWS[1:]), folder / "a.parquet")
+    with pytest.raises(OutputError, match=r"(?s)not the same any more.*a\.parquet: [\d,]+ bytes then, [\d,]+ bytes now"):
+        go(**changes)
+
+
+CHANGES = [
+    ({"generation": {"temperature": 0.7}}, "generation.temperature: 0.8 then, 0.7 now"),
+    ({"generation": {"seed": 6}}, "generation.seed: 5 then, 6 now"),
+    ({"generation": {"max_tokens": 11}}, "generation.max_tokens: 10 then, 11 now"),
+    ({"prompt": {"template": "Q: {{ question }}\nB:"}}, 'prompt.template: "Q: '),
+    ({"model": {"dtype": "float32"}}, 'model.dtype: "float64" then, "float32" now'),
+    ({"output": {"columns": ["question"]}}, 'output.columns: "all" then, ["question"] now'),
+    ({"input": {"id_column": "question"}}, 'input.id_column: null then, "question" now'),
+]
+
+
+@pytest.mark.parametrize(("changes", "difference"), CHANGES, ids=lambda value: None if isinstance(value, dict) else value[:22])
+def test_a_change_of_what_decides_the_output_is_refused_and_shown(changes, difference, go, model, rows, tmp_path):
+    go(steps=20)
+    before = everything(tmp_path / "out")
+    for attempt in (lambda: go(**changes), lambda: plan(job(model, rows, tmp_path / "out", **changes))):
+        with pytest.raises(OutputError) as caught:
+            attempt()
+        assert difference in str(caught.value) and "--overwrite" in str(caught.value) and caught.value.exit_code == 2
+        assert str(caught.value).count(" then, ") == 1
+    assert everything(tmp_path / "out") == before
+
+
+def everything(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def test_other_weights_tokenizers_and_rows_are_refused(go, model, rows, tmp_path):
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for path in model.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    changes = {"model": {"path": str(copy)}}
+    go(steps=20)
+    assert go(steps=2, **changes).earlier > 0, "the same files elsewhere are the same model"
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(OutputError, match=r"model/model\.safetensors: [\d,]+ bytes, sha256 .* then, "):
+        go(**changes)
+    weights.write_bytes((model / "model.safetensors").read_bytes())
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**config, "clean_up": True}))
+    with pytest.raises(OutputError, match=r"tokenizer/tokenizer_config\.json"):
+        go(**changes)
+    write_rows(rows, [*ROWS[:3], {**ROWS[3], "answer": "0"}, *ROWS[4:]])
+    with pytest.raises(OutputError, match="first 10 rows are not the same any more"):
+        go()
+
+
+def test_large_weights_are_sampled_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokabatch.data.fingerprint._WHOLE_BYTES", 1000)
+    monkeypatch.setattr("tokabatch.data.fingerprint._PIECES", 16)
+    monkeypatch.setattr("tokabatch.data.fingerprint._PIECE_BYTES", 64)
+    path = tmp_path / "big.safetensors"
+    content = bytearray(os.urandom(10_000))
+    path.write_bytes(content)
+    mark = fingerprint._file_mark(path)
+    for place in (0, 5, 9_999):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        assert fingerprint._file_mark(path) != mark
+    path.write_bytes(content)
+    assert fingerprint._file_mark(path) == mark and "sampled" in mark
+
+
+def test_overwrite_starts_afresh_and_says_what_it_deletes(go, tmp_path, whole):
+    go(generation={"seed": 1})
+    told = Messages()
+    summary = go(overwrite=True, progress=told)
+    assert any("--overwrite: deleting 8 files" in text for text in told.texts)
+    assert (summary.earlier, summary.exit_code) == (0, 0) and table(tmp_path / "out") == whole
+    with pytest.raises(OutputError, match=r"--overwrite.*--retry-errors"):
+        go(overwrite=True, retry_errors=True)
+
+
+def test_overwrite_keeps_the_results_of_a_job_that_cannot_work(go, tmp_path):
+    go()
+    before = everything(tmp_path / "out")
+    with pytest.raises(Exception, match="no_such_column"):
+        go(overwrite=True, prompt={"template": "{{ no_such_column }}"})
+    assert everything(tmp_path / "out") == before
+
+
+def test_retry_errors_runs_error_rows_again_and_only_those(go, tmp_path, whole, monkeypatch):
+    real = runner._executors
+
+    class Spoiling:
+        """An engine whose logits are broken in some steps."""
+
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.steps = inner, 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def collect(self) -> Any:
+            result = self.inner.collect()
+            self.steps += 1
+            if self.steps % 9 == 0:
+                result.finite[: len(result.finite) // 2] = False
+            return result
+
+    monkeypatch.setattr(runner, "_executors", lambda *given: lambda: Spoiling(real(*given)()))
+    spoilt = go()
+    assert spoilt.errors > 2 and dict(spoilt.error_counts) == {"nan_logits": spoilt.errors}
+    monkeypatch.undo()
+    again = go()
+    assert (again.errors, again.output_tokens) == (spoilt.errors, 0), "without the flag error rows are final"
+    good = [row for row in table(tmp_path / "out") if row["status"] == "ok"]
+    told = Messages()
+    summary = go(retry_errors=True, progress=told)
+    assert any(f"running {spoilt.errors} error rows again" in text for text in told.texts)
+    assert (summary.earlier, summary.errors, summary.exit_code) == (30 - spoilt.errors, 0, 0)
+    assert table(tmp_path / "out") == whole and [row for row in whole if row in good] == good
+    assert verify(tmp_path / "out").exit_code == 0
+
+
+def test_bad_rows_are_recorded_once_however_often_the_run_is_continued(go, rows, tmp_path):
+    write_rows(rows, [*ROWS[:4], "{broken", *ROWS[4:], '{"question": null}'])
+    for _ in range(20):
+        if go(steps=30).exit_code == 0:
+            break
+    samples = table(tmp_path / "out")
+    assert [(s["row_index"], s["sample_index"]) for s in samples] == [(row, n) for row in range(12) for n in range(N)]
+    assert {s["row_index"]: s["error_code"] for s in samples if s["error_code"]} == {4: "bad_json", 11: "missing_field"}
+    summary = go(generation={"n": 4})
+    assert (summary.errors, summary.ok) == (8, 40)
+
+
+def test_policy_stop_stops_at_the_first_error_row_and_goes_on_behind_it(go, rows, tmp_path):
+    write_rows(rows, ["{broken", *ROWS[:3], "{broken again", *ROWS[3:]])
+    told = Messages()
+    stop = {"errors": {"policy": "stop"}}
+    for errors, row in ((3, 0), (6, 4)):
+        summary = go(progress=told, **stop)
+        assert (summary.exit_code, summary.errors, summary.ok) == (75, errors, 0)
+        assert f"row {row} is an error row (bad_json" in told.texts[-1]
+    assert go(**stop).exit_code == 0
+    assert len(table(tmp_path / "out")) == 36
+
+
+def test_rows_that_change_the_columns_are_refused_with_the_columns(go, rows, tmp_path):
+    go()
+    write_rows(rows, [*ROWS, {"question": "a", "answer": "1", "extra": 1}])
+    with pytest.raises(OutputError, match=r"other columns .*extra \(absent there, int64 now\)"):
+        go()
+
+
+def test_samples_without_a_manifest_are_nobodys(go, model, rows, tmp_path):
+    go()
+    (tmp_path / "out" / "manifest.json").unlink()
+    for attempt in (go, lambda: plan(job(model, rows, tmp_path / "out"))):
+        with pytest.raises(OutputError, match=r"8 file.*no manifest\.json.*--overwrite"):
+            attempt()
+    assert go(overwrite=True).exit_code == 0
+
+
+def test_a_copied_shard_is_found(go, tmp_path):
+    go(steps=20)
+    shard = tmp_path / "out" / "data" / "part-00000.parquet"
+    (shard.parent / "part-00077.parquet").write_bytes(shard.read_bytes())
+    with pytest.raises(OutputError, match=r"part-00077\.parquet holds sample \d of row \d a second time.*Move the copy away"):
+        go()
+    found = verify(tmp_path / "out")
+    assert [(fault.file, fault.problem) for fault in found.faults] == [
+        ("data/part-00077.parquet", "holds 4 samples a second time")
+    ]
+    assert found.remedy is not None and "part-00077" in found.remedy and "part-00000" not in found.remedy
+
+
+def test_plan_says_what_is_there_already(go, model, rows, tmp_path):
+    done = go(steps=20).ok
+    notes = plan(job(model, rows, tmp_path / "out")).notes
+    assert any(f"holds {done} of these samples; a run computes the other {30 - done}" in note for note in notes)
+
+
+class TestVerify:
+    def test_a_whole_run(self, go, tmp_path):
+        go(steps=20)
+        assert (verify(tmp_path / "out").exit_code, verify(tmp_path / "out").remedy) == (75, None)
+        go()
+        found = verify(tmp_path / "out")
+        assert (found.exit_code, found.faults, found.books.ok, len(found.shards)) == (0, (), 30, len(shards(tmp_path / "out")))
+
+    @pytest.mark.parametrize("harm", ["flip", "truncate", "empty", "remove", "swap", "trade"])
+    def test_damage_is_named_and_the_command_recomputes_only_it(self, harm, go, tmp_path, whole):
+        out = tmp_path / "out"
+        go()
+        victim = shards(out)[2]
+        content = bytearray(victim.read_bytes())
+        if harm == "flip":
+            content[len(content) // 3] ^= 4
+            victim.write_bytes(content)
+        elif harm == "truncate":
+            victim.write_bytes(content[:-20])
+        elif harm == "empty":
+            victim.write_bytes(b"")
+        elif harm == "remove":
+            victim.unlink()
+        elif harm == "swap":  # A good file, but not the one that was written.
+            changed = pq.read_table(victim)
+            text = pa.array(["other"] * changed.num_rows)
+            pq.write_table(changed.set_column(changed.schema.get_field_index("text"), "text", text), victim)
+        else:
+            pq.write_table(pq.read_table(victim).slice(1), victim)
+        found = verify(out)
+        assert found.exit_code == 4 and [fault.file for fault in found.faults] == [f"data/{victim.name}"]
+        assert found.remedy is not None
+        kept = {path: path.read_bytes() for path in shards(out) if path != victim}
+        command = found.remedy.replace("tokabatch run", f"{shlex.quote(sys.executable)} -m tokabatch run")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert {path: path.read_bytes() for path in kept} == kept
+        assert table(out) == whole and verify(out).exit_code == 0
+
+    def test_a_flipped_bit_is_seen_before_the_run_is_complete(self, go, tmp_path):
+        go(steps=40)
+        victim = shards(tmp_path / "out")[0]
+        content = bytearray(victim.read_bytes())
+        with pq.ParquetFile(victim) as file:
+            column = file.metadata.row_group(0).column(file.schema_arrow.names.index("text"))
+            content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+        victim.write_bytes(content)
+        found = verify(tmp_path / "out")
+        assert found.exit_code == 4 and [fault.file for fault in found.faults] == [f"data/{victim.name}"]
+
+    def test_a_damaged_shard_stops_a_run_with_the_way_out(self, go, tmp_path):
+        go()
+        shards(tmp_path / "out")[0].write_bytes(b"PAR1 torn")
+        with pytest.raises(OutputError, match=r"part-00000\.parquet is damaged.*`tokabatch verify"):
+            go()
+
+    def test_a_success_that_counts_otherwise(self, go, tmp_path):
+        go()
+        success = tmp_path / "out" / "_SUCCESS"
+        success.write_text(success.read_text().replace('"ok": 30', '"ok": 29'))
+        found = verify(tmp_path / "out")
+        assert (found.exit_code, [fault.file for fault in found.faults]) == (4, ["_SUCCESS"])
+
+    def test_no_run(self, tmp_path):
+        with pytest.raises(OutputError, match="no run has written here"):
+            verify(tmp_path)
+
+
+def shards(out: Path) -> list[Path]:
+    return sorted((out / "data").glob("*.parquet"))

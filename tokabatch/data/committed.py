@@ -1,0 +1,168 @@
+"""What an output folder holds already, read back from the shards themselves: no second record can disagree with them.
+
+Only footers and the small columns are read. Memory is one byte a sample of the whole job and two counters a row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tokabatch.data.durable import NewFile
+from tokabatch.data.folder import Claim, OutputFolder
+from tokabatch.data.shards import PARQUET_OPTIONS, Shard, count_ok, open_shard, read_groups
+from tokabatch.errors import OutputError
+from tokabatch.messages import Drawn, Int64
+
+_COLUMNS = ("row_index", "sample_index", "status", "error_code", "correct")
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The committed samples of a job: which, and how they came out. `correct` has shape [rows]."""
+
+    drawn: Drawn
+    shards: tuple[Shard, ...]
+    error_counts: Counter[str]
+    correct: Int64
+    unverified: int
+    """Samples whose reference the verifier does not understand."""
+
+    @property
+    def ok(self) -> int:
+        return sum(shard.ok for shard in self.shards)
+
+    @property
+    def errors(self) -> int:
+        return sum(shard.errors for shard in self.shards)
+
+    @property
+    def samples(self) -> int:
+        return self.ok + self.errors
+
+
+def nothing_committed(num_samples: Int64) -> Committed:
+    """An empty folder's, for a job of so many samples a row."""
+    start = np.concatenate((np.zeros(1, np.int64), np.cumsum(num_samples, dtype=np.int64)))
+    drawn = Drawn(start, np.zeros(int(start[-1]), np.bool_))
+    return Committed(drawn, (), Counter(), np.zeros(len(num_samples), np.int64), 0)
+
+
+def read_committed(folder: OutputFolder, num_samples: Int64, schema: pa.Schema | None = None) -> Committed:
+    """Every committed sample of a job of `num_samples` [rows] samples a row.
+
+    Raises OutputError where a shard is damaged, has another `schema`, holds a sample twice, or one that the job does not
+    ask for.
+    """
+    empty = nothing_committed(num_samples)
+    start, flags, correct, codes = empty.drawn.start, empty.drawn.flags, empty.correct, empty.error_counts
+    shards: list[Shard] = []
+    unverified = 0
+    for path in folder.shard_paths():
+        if schema is not None:
+            _check_schema(path, schema)
+        rows = ok = 0
+        for table in read_groups(path, _COLUMNS):
+            keys = _places(path, table, start)
+            _refuse_repeats(path, table, keys, flags, folder)
+            flags[keys] = True
+            rows, ok = rows + table.num_rows, ok + count_ok(table)
+            codes.update(table["error_code"].drop_null().to_pylist())
+            if "correct" in table.column_names:
+                row_index = table["row_index"].to_numpy()
+                np.add.at(correct, row_index[table["correct"].fill_null(False).to_numpy(zero_copy_only=False)], 1)
+                unverified += count_ok(table.filter(pc.call_function("is_null", [table["correct"]])))
+        shards.append(Shard(f"{folder.data.name}/{path.name}", rows, ok, rows - ok, path.stat().st_size))
+    return Committed(empty.drawn, tuple(shards), codes, correct, unverified)
+
+
+def drop_errors(claim: Claim) -> int:
+    """Take the error rows out of the committed shards, so that they are missing; how many there were.
+
+    A shard is replaced whole by one without them: cut short anywhere, the folder holds a run that lacks some samples.
+    """
+    dropped = 0
+    for path in claim.folder.shard_paths():
+        errors = sum(table.num_rows - count_ok(table) for table in read_groups(path, ("status",)))
+        if not errors:
+            continue
+        dropped += errors
+        with open_shard(path) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+        if errors == rows:
+            claim.files.remove(path)
+        else:
+            temporary = claim.folder.temporary / path.name
+            with NewFile(claim.files, temporary) as new:
+                with pq.ParquetWriter(new, schema, **PARQUET_OPTIONS) as writer:
+                    for table in _without_errors(path):
+                        writer.write_table(table)
+                new.sync()
+            claim.files.replace(temporary, path)
+        claim.files.sync_folder(path.parent)
+    return dropped
+
+
+def _without_errors(path: Path) -> Iterator[pa.Table]:
+    for table in read_groups(path, None):
+        kept = table.filter(pc.call_function("equal", [table["status"], "ok"]))
+        if kept.num_rows:
+            yield kept
+
+
+def _places(path: Path, table: pa.Table, start: Int64) -> Int64:
+    """Where the samples of `table` stand among all samples of the job."""
+    row, sample = table["row_index"].to_numpy(), table["sample_index"].to_numpy()
+    known = (row >= 0) & (row < len(start) - 1) & (sample >= 0)
+    clipped = np.where(known, row, 0)
+    known &= sample < start[clipped + 1] - start[clipped]
+    if not known.all():
+        odd = int(np.flatnonzero(~known)[0])
+        raise OutputError(
+            f"{path} holds sample {sample[odd]} of row {row[odd]}, which the job does not ask for: its input has "
+            f"{len(start) - 1:,} rows, and generation.n may be raised but not lowered. Choose another output.path, or "
+            "start afresh with --overwrite."
+        )
+    return start[row] + sample
+
+
+def _refuse_repeats(path: Path, table: pa.Table, keys: Int64, flags: Sequence[bool] | np.ndarray, folder: OutputFolder) -> None:
+    seen = np.asarray(flags)[keys]
+    ordered = np.sort(keys)
+    if not seen.any() and not (ordered[1:] == ordered[:-1]).any():
+        return
+    again = seen.copy()
+    first: set[int] = set()
+    for place, key in enumerate(keys.tolist()):
+        again[place] |= key in first
+        first.add(key)
+    odd = int(np.flatnonzero(again)[0])
+    raise OutputError(
+        f"{path} holds sample {table['sample_index'][odd]} of row {table['row_index'][odd]} a second time: a file was copied "
+        f"into {folder.data}. Move the copy away."
+    )
+
+
+def _check_schema(path: Path, schema: pa.Schema) -> None:
+    with open_shard(path) as file:
+        found = file.schema_arrow
+    if found.equals(schema):
+        return
+    names = [*schema.names, *(name for name in found.names if name not in schema.names)]
+    types = [(name, _type(found, name), _type(schema, name)) for name in names]
+    told = [f"{name} ({before} there, {now} now)" for name, before, now in types if before != now]
+    raise OutputError(
+        f"{path} has other columns than the job's output would have: {', '.join(told[:5]) or 'in another order'}. Choose "
+        "another output.path, or start afresh with --overwrite; output.columns names the input columns to carry."
+    )
+
+
+def _type(schema: pa.Schema, name: str) -> str:
+    return str(schema.field(name).type) if name in schema.names else "absent"

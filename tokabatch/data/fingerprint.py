@@ -1,0 +1,178 @@
+"""What decides a run's output, so that a folder's run is continued by the same job only, and a difference can be shown.
+
+In it: the model's and the tokenizer's files, how prompts are made, how samples are drawn, what a row of the output holds, and
+the input's rows. Not in it: `generation.n`, further rows at the end, and what is under `engine`, but for the cache's type: a
+sample depends on none of them. Files are known by size and digest, the rows by a digest over their content, whatever file
+they lie in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokabatch.data.few_shot import render_few_shot
+from tokabatch.data.readers import list_files
+from tokabatch.data.rows import RowBatch
+from tokabatch.errors import OutputError
+from tokabatch.job import GenerationConfig, Job
+
+WEIGHTS = "*.safetensors"
+MODEL_FILES = ("config.json", WEIGHTS)
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*")
+_WHOLE_BYTES = 64 << 20
+_PIECES, _PIECE_BYTES = 4096, 4096
+_SHOWN = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """`settings` are texts by name; `rows` input rows have the digest `rows_sha256`. `input_bytes` (sizes by path) are for
+    messages only. A run may have more rows than the one it continues."""
+
+    settings: Mapping[str, str]
+    input_bytes: Mapping[str, int]
+    rows: int = 0
+    rows_sha256: str = ""
+
+
+class RowsDigest:
+    """The digest of the rows so far, and of the first `mark` of them. Rows count by content: the text of a JSON line, the
+    values of an Arrow row, the code of one that could not be read."""
+
+    def __init__(self, mark: int | None = None) -> None:
+        self._hash = hashlib.sha256()
+        self._mark = mark
+        self.rows = 0
+        self.at_mark: str | None = None
+        """None where there are fewer rows than that, or no mark."""
+
+    @property
+    def value(self) -> str:
+        return self._hash.hexdigest()
+
+    def append(self, batch: RowBatch) -> None:
+        for content in _contents(batch):
+            if self.rows == self._mark:
+                self.at_mark = self.value
+            self._hash.update(len(content).to_bytes(8, "little"))
+            self._hash.update(content)
+            self.rows += 1
+
+    def finish(self) -> RowsDigest:
+        """No row comes any more."""
+        if self.rows == self._mark:
+            self.at_mark = self.value
+        return self
+
+
+def describe(
+    job: Job, generation: GenerationConfig, eos_token_ids: tuple[int, ...], model: Path, tokenizer: Path
+) -> Fingerprint:
+    """Everything but the rows. `generation` has the model's defaults filled in; the two folders hold the model's and the
+    tokenizer's files, the weights perhaps not yet."""
+    settings = {f"model/{name}": mark for name, mark in _file_marks(model, MODEL_FILES)}
+    settings |= {f"tokenizer/{name}": mark for name, mark in _file_marks(tokenizer, TOKENIZER_FILES)}
+    prompt = job.prompt.model_dump(mode="json")
+    if job.prompt.few_shot:
+        prompt["few_shot"] = _mark(render_few_shot(job.prompt.few_shot).encode())
+    drawn = generation.model_dump(mode="json", exclude={"n"}) | {"end tokens": eos_token_ids}
+    sections: dict[str, Mapping[str, Any]] = {
+        "model": {"dtype": job.model.dtype, "quantization": job.model.quantization},
+        "engine": {"kv_cache_dtype": job.engine.kv_cache_dtype},
+        "input": {"id_column": job.input.id_column},
+        "prompt": prompt,
+        "generation": drawn,
+        "output": {"columns": job.output.columns},
+        "verify": {} if job.verify is None else job.verify.model_dump(mode="json"),
+    }
+    for section, values in sections.items():
+        settings |= {f"{section}.{name}": json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+    return Fingerprint(settings, list_files(job.input))
+
+
+def refuse_changes(path: Path, earlier: Fingerprint | None, now: Fingerprint) -> None:
+    """Raises OutputError showing what the run in the folder `path`, if there is one, had and the job has not. Weights that are
+    not here yet are not compared."""
+    if earlier is None:
+        return
+    weights_here = any(name.endswith(WEIGHTS[1:]) for name in now.settings)
+    names = dict.fromkeys((*now.settings, *earlier.settings))
+    compared = [name for name in names if weights_here or not name.endswith(WEIGHTS[1:])]
+    differences = [
+        f"{name}: {_shown(earlier.settings.get(name))} then, {_shown(now.settings.get(name))} now"
+        for name in compared
+        if earlier.settings.get(name) != now.settings.get(name)
+    ]
+    _refuse(path, differences)
+
+
+def refuse_other_rows(path: Path, earlier: Fingerprint, now: Fingerprint, at_mark: str | None) -> None:
+    """The same for the rows; `at_mark` is the digest of the first `earlier.rows` of the rows now."""
+    if at_mark == earlier.rows_sha256:
+        return
+    sizes = [
+        f"{name}: {_size(earlier.input_bytes.get(name))} then, {_size(now.input_bytes.get(name))} now"
+        for name in dict.fromkeys((*earlier.input_bytes, *now.input_bytes))
+        if earlier.input_bytes.get(name) != now.input_bytes.get(name)
+    ]
+    if at_mark is None:
+        _refuse(path, [f"input: {earlier.rows:,} rows then, {now.rows:,} now", *sizes])
+    _refuse(path, [f"input: its first {earlier.rows:,} rows are not the same any more; rows may be added at the end", *sizes])
+
+
+def _refuse(path: Path, differences: list[str]) -> None:
+    if differences:
+        listed = "".join(f"\n  {difference}" for difference in differences)
+        raise OutputError(
+            f"output.path {str(path)!r} holds the run of another job; what decides its output differs:{listed}\n"
+            "Choose another output.path, change it back, or start afresh with --overwrite."
+        )
+
+
+def _contents(batch: RowBatch) -> Iterator[bytes]:
+    if batch.table is None:
+        for row, text in zip(batch.rows, batch.texts, strict=True):
+            yield text if row.error is None else row.error.code.encode()
+        return
+    for row, values in zip(batch.rows, batch.table.to_pylist(), strict=True):
+        yield repr(values).encode(errors="surrogatepass") + (b"" if row.error is None else row.error.code.encode())
+
+
+def _file_marks(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file():
+                yield path.name, _file_mark(path)
+
+
+def _file_mark(path: Path) -> str:
+    """A file beyond 64 MiB is digested by 4,096 pieces of 4 KiB, evenly spread from its first byte to its last: whoever trains
+    or merges weights changes more than lies between two of them."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _WHOLE_BYTES:
+            return _mark(file.read())
+        digest = hashlib.sha256()
+        for piece in range(_PIECES):
+            file.seek(piece * (size - _PIECE_BYTES) // (_PIECES - 1))
+            digest.update(file.read(_PIECE_BYTES))
+    return f"{size:,} bytes, sampled sha256 {digest.hexdigest()}"
+
+
+def _mark(content: bytes) -> str:
+    return f"{len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}"
+
+
+def _shown(value: str | None) -> str:
+    if value is None:
+        return "absent"
+    return value if len(value) <= _SHOWN else f"{value[: _SHOWN - 1]}…"
+
+
+def _size(size: int | None) -> str:
+    return "absent" if size is None else f"{size:,} bytes"
