@@ -23,16 +23,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": LEAVES,
     "costs": LEAVES | {"model"},
     "scheduling": LEAVES,
+    "simulation": LEAVES | {"costs", "scheduling"},
     "experiments": LEAVES,
     "report": LEAVES,
     "engine": LEAVES | {"model", "attention", "parallel", "transfer"},
     "preparation": LEAVES | {"data", "planning", "engine", "model"},
     "interruption": {"errors"},
-    "replica": LEAVES | {"interruption", "scheduling", "engine"},
+    "replica": LEAVES | {"interruption", "scheduling", "engine", "stopwatch"},
     "recorder": LEAVES | {"data", "experiments", "preparation"},
+    "stopwatch": LEAVES | {"costs", "scheduling"},
+    "prediction": LEAVES | {"costs", "scheduling", "simulation", "preparation", "data", "engine", "model", "report"},
     "resumption": LEAVES | {"data", "preparation"},
     "runner": LEAVES
     | {
+        "stopwatch",
+        "costs",
+        "prediction",
         "preparation",
         "recorder",
         "replica",
@@ -47,11 +53,24 @@ MAY_IMPORT: dict[str, set[str]] = {
         "experiments",
         "report",
     },
+    "review": LEAVES | {"data", "experiments", "report"},
     "cli": LEAVES | {"report", "interruption"},
     "__init__": LEAVES | {"report", "runner"},
     "__main__": {"cli"},
 }
-WITHOUT_TORCH = {"errors", "messages", "job", "data", "planning", "costs", "scheduling", "experiments", "report", "cli"}
+WITHOUT_TORCH = {
+    "errors",
+    "messages",
+    "job",
+    "data",
+    "planning",
+    "costs",
+    "scheduling",
+    "simulation",
+    "experiments",
+    "report",
+    "cli",
+}
 HEAVY_HOMES = {
     "transformers": {"data/tokenizer.py"},
     "flashinfer": {"attention/flashinfer_paged.py"},
@@ -61,6 +80,7 @@ HEAVY_HOMES = {
     },
     "datasets": {"data/readers/hub.py"},
     "typer": {"cli.py"},
+    "matplotlib": {"report/plots.py"},
     "torch.distributed": {"parallel/mesh.py", "parallel/collectives.py"},
 }
 

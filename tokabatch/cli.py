@@ -23,7 +23,7 @@ from tokabatch.errors import OutputError, Stopped, TokabatchError
 from tokabatch.interruption import Interruption
 
 if TYPE_CHECKING:
-    from tokabatch.report.summary import PlanReport, RunSummary, Section
+    from tokabatch.report.summary import RunSummary, Section
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _STOPPED, _INTERRUPTED = 75, 130
@@ -39,7 +39,9 @@ Examples
   tokabatch run jobs/quickstart.yaml                      run it; again after a crash or a stop: only what lacks is computed
   tokabatch run jobs/quickstart.yaml generation.n=4       with one key changed
   tokabatch run --keys                                    every key of a job file, explained
+  tokabatch plan JOB.yaml --simulate --lengths 200        predict its time, cost and KV use
   tokabatch status out/quickstart                         how far a run is
+  tokabatch report out/quickstart                         one HTML page about the run
   tokabatch verify out/quickstart                         read every file back and count
   tokabatch export out/quickstart --to samples.jsonl      one file, ordered by row and sample
 
@@ -150,19 +152,62 @@ def run(
 
 
 @app.command(no_args_is_help=True)
-def plan(job: JobArgument, overrides: OverridesArgument = None, keys: KeysOption = False) -> None:
+def plan(
+    job: JobArgument,
+    overrides: OverridesArgument = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Simulate the whole run as well: time, cost, KV use.")] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Simulate on h200, h100, a100 or l40s instead of this machine.")
+    ] = None,
+    lengths: Annotated[
+        str,
+        typer.Option("--lengths", help="Output tokens: max (max_tokens), MEAN or MEAN:SIGMA (log-normal), or an earlier OUT."),
+    ] = "max",
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="Measured cost model (see `tokabatch profile`) in place of the roofline.")
+    ] = None,
+    price: Annotated[float | None, typer.Option("--price", help="Money for an hour of the device.")] = None,
+    keys: KeysOption = False,
+) -> None:
     """Check a job and show what it would do.
 
     Loads no weights and writes nothing. Reads the whole input: counts rows, samples and tokens, shared and unshared,
-    and shows the first prompt with its token ids and the settings in effect.
+    and shows the first prompt with its token ids and the settings in effect. With --simulate the scheduler runs the whole
+    job against a cost model.
+
+    \b
+    Examples
+      tokabatch plan jobs/quickstart.yaml generation.n=100
+      tokabatch plan jobs/quickstart.yaml --simulate --lengths 70:0.4
+      tokabatch plan jobs/gsm8k.yaml --simulate --device h200 --lengths 150 --price 3.5
+    """
+    loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
+    runner, sections = _load("tokabatch.runner"), _load("tokabatch.report.summary").plan_sections
+    if not simulate:
+        _print_sections(sections(runner.plan(loaded)))
+        return
+    scenario = _load("tokabatch.prediction").Scenario(device, profile, price, lengths)
+    report, outlook = runner.plan_and_simulate(loaded, scenario)
+    _print_sections((*sections(report), *_load("tokabatch.report.outlook").outlook_sections(outlook)))
+
+
+@app.command(no_args_is_help=True)
+def profile(
+    out: OutArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="PROFILE.json", help="File to write.", show_default=False)],
+    device: Annotated[
+        str | None, typer.Option("--device", help="The device it ran on: h200, h100, a100 or l40s; default this machine's.")
+    ] = None,
+) -> None:
+    """Fit a cost model to the steps of a finished run, for `tokabatch plan --simulate --profile`.
 
     \b
     Example
-      tokabatch plan jobs/quickstart.yaml generation.n=100
+      tokabatch profile out/quickstart --to profile.json
     """
-    loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
-    report: PlanReport = _load("tokabatch.runner").plan(loaded)
-    _print_sections(_load("tokabatch.report.summary").plan_sections(report))
+    fitted = _load("tokabatch.runner").profile(out, to, device)
+    terms = zip(_load("tokabatch.costs.profile").TERMS, fitted.coefficients, strict=True)
+    print(f"{to}: " + ", ".join(f"{name} {value:.3g}" for name, value in terms))
 
 
 @app.command(no_args_is_help=True)
@@ -178,6 +223,25 @@ def status(out: OutArgument) -> None:
         raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
     values = {**asdict(found), "pending": found.pending, "accuracy": found.accuracy}
     _print_sections(_load("tokabatch.report.summary").status_sections(values))
+
+
+@app.command(no_args_is_help=True)
+def report(
+    out: OutArgument,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="FILE.html", help="Default: OUT/report.html.", show_default=False),
+    ] = None,
+) -> None:
+    """Write one HTML page about a run: throughput, KV use, lengths, sharing, pass@k, predicted and actual time.
+
+    It needs no network and no other file.
+
+    \b
+    Example
+      tokabatch report out/quickstart
+    """
+    print(_load("tokabatch.review").write_report(out, to))
 
 
 @app.command(no_args_is_help=True)

@@ -17,6 +17,7 @@ from tokabatch.errors import EngineError, StepDropped, WorkerLost
 from tokabatch.interruption import Interruption
 from tokabatch.messages import Completion, StepResult
 from tokabatch.scheduling.scheduler import Scheduler
+from tokabatch.stopwatch import Stopwatch
 
 FAILED_STARTS = 2
 """A worker that says itself why it cannot start is not tried more often in a row."""
@@ -49,8 +50,9 @@ class Replica:
         max_restarts: int | None = None,
         stop: Interruption | None = None,
         tell: Callable[[str], None] | None = None,
+        watch: Stopwatch | None = None,
     ) -> None:
-        """`depth` steps are in flight at most; `tell` takes what a person should know."""
+        """`depth` steps are in flight at most; `tell` takes what a person should know, `watch` is told of every step."""
         self._scheduler = scheduler
         self._make = make
         self._depth = depth
@@ -58,6 +60,7 @@ class Replica:
         self._stop = stop or Interruption()
         self._tell = tell or (lambda text: None)
         self._counts = counts
+        self._watch = watch or Stopwatch(0)
         self._barren = 0
         """Workers lost since a sample was finished."""
         self._drops = 0
@@ -79,6 +82,7 @@ class Replica:
             else:
                 self._scheduler.settle_pages(self._executor.sizes.num_pages)
                 self._drops = 0
+                self._watch.restart()
                 return
 
     def advance(self) -> list[Completion]:
@@ -93,6 +97,7 @@ class Replica:
         self._counts.launch_seconds += result.launch_seconds
         with self._scheduling():
             completions = self._scheduler.apply(result)
+        self._watch.collected(len(completions))
         if completions:
             self._barren = 0
         return completions
@@ -110,6 +115,7 @@ class Replica:
                 break
             with self._stop.at_once():
                 self._executor.submit(step)
+            self._watch.submitted(step, scheduler)
         if not scheduler.num_in_flight:
             raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
         with self._stop.at_once():
@@ -125,6 +131,7 @@ class Replica:
         scheduler = self._scheduler
         scheduler.lost_device()
         scheduler.halve()
+        self._watch.restart()
         limits = scheduler.limits
         self._tell(
             f"{fault}. The run goes on with steps of at most {limits.max_step_tokens:,} tokens and {limits.max_running:,} "

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -17,20 +17,26 @@ from pathlib import Path
 import torch
 
 from tokabatch.attention import choose_backend
+from tokabatch.costs.profile import Profile
+from tokabatch.costs.trace import Steps, tail_seconds
 from tokabatch.data.committed import read_committed
-from tokabatch.data.folder import Claim, check_output
-from tokabatch.data.manifest import Books, mark_success, write_summary
+from tokabatch.data.folder import Claim, OutputFolder, check_output
+from tokabatch.data.manifest import Books, mark_success, read_manifest, read_summary, write_summary
+from tokabatch.data.steps import write_steps
 from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
 from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, kv_shape
 from tokabatch.engine.worker import ProfileSpec, WorkerSpec
-from tokabatch.errors import CommitError, EngineError, Stopped
+from tokabatch.errors import CommitError, EngineError, OutputError, Stopped, UsageError
 from tokabatch.interruption import Interruption
 from tokabatch.job import Job
+from tokabatch.model.families import read_spec
 from tokabatch.model.spec import tensor_shapes
+from tokabatch.prediction import Scenario, predict_run, price_steps, profile_run
 from tokabatch.preparation import Prepared, special_ids
 from tokabatch.recorder import Recorder
 from tokabatch.replica import Replica, ReplicaCounts
+from tokabatch.report.outlook import Outlook
 from tokabatch.report.progress import NullProgress, Phase, Progress, ProgressSnapshot
 from tokabatch.report.summary import KvFacts, ModelFacts, PlanReport, RunSummary
 from tokabatch.resumption import Reuse, Start, preview, start
@@ -38,6 +44,7 @@ from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules, TokenText
+from tokabatch.stopwatch import Stopwatch
 
 SHOW_SECONDS = 0.1
 EXIT_COMPLETE, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED = 0, 3, 4, 75
@@ -66,11 +73,12 @@ def run(
         prepared, recorder = started.prepared, Recorder(job, started.prepared, claim, started.committed)
         sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
         scheduler = Scheduler(prepared.requests, _limits(sizes), _stop_rules(prepared))
+        watch = Stopwatch(int(prepared.num_samples.sum()))
         try:
             exit_code = _record_failures(job, prepared, recorder, clock.progress)
             if exit_code == EXIT_COMPLETE and len(prepared.requests):
                 make = _executors(job, prepared, sizes, clock.progress)
-                exit_code = _complete(job, prepared, scheduler, make, recorder, clock, stop, replica_counts, workers)
+                exit_code = _complete(job, prepared, scheduler, make, recorder, clock, stop, replica_counts, workers, watch)
                 _check_profile(job, scheduler.counts, clock.progress)
             clock.show("writing", prepared, scheduler, recorder)
             with claim.committing():
@@ -80,24 +88,46 @@ def run(
             clock.progress.message(str(error))
             exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, prepared.samples_of_row)
             recorder = Recorder(job, prepared, claim, committed)
-        summary = _summary(job, started, scheduler.counts, replica_counts, recorder, clock, exit_code)
+        steps = watch.steps()
+        summary = _summary(job, started, scheduler, replica_counts, recorder, clock, steps, exit_code)
         with suppress(OSError):
             # Where the disk is full the summary goes to the caller alone.
             write_summary(claim, summary.to_dict())
+            write_steps(claim, steps.columns)
         prepared.store.close()
     return summary
 
 
 def plan(job: Job) -> PlanReport:
     """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError."""
+    with _planned(job) as (previewed, sizes):
+        return _plan_report(job, previewed, sizes)
+
+
+def plan_and_simulate(job: Job, scenario: Scenario) -> tuple[PlanReport, Outlook]:
+    """The same, and the whole run simulated under a scenario. Raises UsageError for one that cannot be."""
+    with _planned(job) as (previewed, sizes):
+        outlook = predict_run(previewed.prepared, _limits(sizes), scenario)
+        return _plan_report(job, previewed, sizes), outlook
+
+
+def profile(out: Path, to: Path, device: str | None = None) -> Profile:
+    """Fit a profile to the steps that a run recorded in its output folder; `device` as in `Scenario`. Raises UsageError."""
+    folder = OutputFolder(out)
+    manifest, summary = read_manifest(folder), read_summary(folder)
+    if manifest is None:
+        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
+    return profile_run(out, read_spec(Path(manifest.model_path)), to, device, int(summary.get("itemsize", 2)))
+
+
+@contextmanager
+def _planned(job: Job) -> Generator[tuple[Start, ReplicaSizes]]:
     check_output(Path(job.output.path))
     with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
         previewed = preview(job, Path(scratch))
         prepared = previewed.prepared
-        sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
-        report = _plan_report(job, previewed, sizes)
+        yield previewed, decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
         prepared.store.close()
-    return report
 
 
 @dataclass(slots=True)
@@ -180,6 +210,7 @@ def _complete(
     stop: Interruption,
     counts: ReplicaCounts,
     workers: ExitStack,
+    watch: Stopwatch,
 ) -> int:
     """Load the model and step until every sample is finished; the run's exit code so far. The worker is closed with `workers`:
     what is finished is committed first, a GPU's process takes a second to end."""
@@ -192,6 +223,7 @@ def _complete(
         max_restarts=job.engine.max_restarts if _runs_apart(job, prepared) else None,
         stop=stop,
         tell=clock.progress.message,
+        watch=watch,
     )
     workers.callback(replica.close)
     clock.show("loading", prepared, scheduler, recorder)
@@ -272,13 +304,15 @@ def _stop_rules(prepared: Prepared) -> StopRules:
 def _summary(
     job: Job,
     started: Start,
-    counts: SchedulerCounts,
+    scheduler: Scheduler,
     replica: ReplicaCounts,
     recorder: Recorder,
     clock: _Clock,
+    steps: Steps,
     exit_code: int,
 ) -> RunSummary:
-    prepared = started.prepared
+    prepared, counts = started.prepared, scheduler.counts
+    predicted = _predicted(prepared, steps)
     return RunSummary(
         rows=prepared.store.num_rows,
         samples=prepared.samples_total,
@@ -302,11 +336,26 @@ def _summary(
         requeued=counts.requeued,
         dropped_steps=replica.dropped_steps,
         launch_seconds=replica.launch_seconds,
+        step_seconds=steps.seconds,
+        tail_seconds=tail_seconds(steps),
+        num_pages=scheduler.pool.num_pages,
+        itemsize=prepared.dtype.itemsize,
+        kv_use=steps.mean("pages") / scheduler.pool.num_pages,
+        predicted_seconds=predicted[0] if predicted else None,
+        predicted_by=predicted[1] if predicted else "",
         error_counts=tuple(sorted(recorder.error_counts.items())),
         pass_at_k=recorder.pass_at_k(),
         unverified=recorder.num_unverified,
         unverified_reasons=tuple(recorder.unverified_reasons),
     )
+
+
+def _predicted(prepared: Prepared, steps: Steps) -> tuple[float, str] | None:
+    """What a cost model says of the steps taken; None without steps, or on a device whose rates are not known."""
+    try:
+        return price_steps(prepared, steps) if len(steps) else None
+    except UsageError:
+        return None
 
 
 def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:

@@ -32,6 +32,8 @@ class StepWork:
     """Positions whose logits are computed and sampled."""
     sequences: Number
     """Runs of the step: slots that compute anything."""
+    decoded: Number = 0.0
+    """Those among them that compute the one token they sampled last."""
     prefill_pairs: Number = 0.0
     prefill_kv: Number = 0.0
     decode_kv: Number = 0.0
@@ -64,6 +66,7 @@ def measure_work(step: StepBatch, page_size: int) -> StepWork:
         tokens=float(length.sum()),
         sampled=float(np.count_nonzero(step.run_samples)),
         sequences=float(len(length)),
+        decoded=float(len(length) - num_prefill),
         prefill_pairs=float(pairs.sum()),
         prefill_kv=float(own.sum()),
         decode_kv=float(read[num_prefill:].sum()),

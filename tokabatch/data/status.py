@@ -6,6 +6,7 @@ module does not know pass@k; it hands out the counts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow as pa
 from tokabatch.data.folder import OutputFolder
 from tokabatch.data.manifest import Books, read_manifest, read_summary
 from tokabatch.data.shards import count_ok, read_groups
-from tokabatch.messages import Bool
+from tokabatch.messages import Bool, Int32, Int64
 
 State = Literal["running", "complete", "incomplete", "absent"]
 
@@ -91,6 +92,31 @@ def read_status(path: Path) -> Status:
         bytes=sum(path.stat().st_size for path in paths),
         correct=correct,
     )
+
+
+def output_lengths(path: Path) -> Int32:
+    """Output tokens of every finished sample in a folder, in no particular order."""
+    parts = [
+        table["num_output_tokens"].to_numpy()[table["status"].to_numpy() == "ok"]
+        for table in _groups(path, ("status", "num_output_tokens"))
+    ]
+    return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
+
+
+def correct_counts(path: Path) -> tuple[Int64, Int64]:
+    """Samples of each row, and those of them found correct, over rows that have any; errors count as samples."""
+    samples, correct = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for table in _groups(path, ("row_index", "correct")):
+        rows = table["row_index"].to_numpy()
+        size = max(len(samples), int(rows.max(initial=-1)) + 1)
+        samples = np.pad(samples, (0, size - len(samples))) + np.bincount(rows, minlength=size)
+        correct = np.pad(correct, (0, size - len(correct))) + np.bincount(rows[_flags(table)], minlength=size)
+    seen = samples > 0
+    return samples[seen], correct[seen]
+
+
+def _groups(path: Path, columns: tuple[str, ...]) -> Iterator[pa.Table]:
+    return chain.from_iterable(read_groups(shard, columns) for shard in OutputFolder(path).shard_paths())
 
 
 def _flags(table: pa.Table) -> Bool:

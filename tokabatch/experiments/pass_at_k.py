@@ -49,3 +49,24 @@ def curve(num_samples: Int64, num_correct: Int64) -> tuple[PassAtK, ...]:
     n = int(num_samples.min()) if len(num_samples) else 0
     ks = sorted({1 << exponent for exponent in range(n.bit_length())} | {n}) if n else []
     return tuple(PassAtK(k, float(estimate(num_samples, num_correct, k).mean())) for k in ks)
+
+
+@dataclass(frozen=True, slots=True)
+class PassBand:
+    """One point of the curve with its 95 % confidence band."""
+
+    k: int
+    value: float
+    low: float
+    high: float
+
+
+def curve_with_band(num_samples: Int64, num_correct: Int64) -> tuple[PassBand, ...]:
+    """`curve`, with the band that choosing other problems from where these came from would move in: the mean's normal interval
+    over problems, within 0 and 1. One problem alone has the widest band there is."""
+    points: list[PassBand] = []
+    for point in curve(num_samples, num_correct):
+        each = estimate(num_samples, num_correct, point.k)
+        spread = 1.96 * float(each.std(ddof=1)) / len(each) ** 0.5 if len(each) > 1 else 1.0
+        points.append(PassBand(point.k, point.value, max(0.0, point.value - spread), min(1.0, point.value + spread)))
+    return tuple(points)

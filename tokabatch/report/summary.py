@@ -74,6 +74,17 @@ class RunSummary:
     unverified: int = 0
     """Samples whose reference the verifier does not understand; pass@k counts them as wrong."""
     unverified_reasons: tuple[str, ...] = ()
+    step_seconds: float = 0.0
+    tail_seconds: float = 0.0
+    """Time at the end in which nothing waited any more and less than half of the samples ran."""
+    kv_use: float = 0.0
+    """Mean share of the KV pages in use."""
+    num_pages: int = 0
+    itemsize: int = 0
+    """Bytes of a number computed with."""
+    predicted_seconds: float | None = None
+    """What a cost model says of the steps taken; None where it knows nothing of the device."""
+    predicted_by: str = ""
 
     @property
     def pending(self) -> int:
@@ -172,6 +183,15 @@ def run_sections(summary: RunSummary) -> tuple[Section, ...]:
         ("steps", _steps(summary)),
         ("preemptions", f"{_count(summary.preemptions)}, {_count(summary.recomputed_tokens)} tokens recomputed"),
     ]
+    if summary.step_seconds:
+        work += [
+            ("KV cache", f"{summary.kv_use:.1%} in use on average"),
+            ("tail", f"{seconds_text(summary.tail_seconds)}{_share_of_time(summary.tail_seconds, summary.step_seconds)}"),
+        ]
+    if summary.predicted_seconds is not None:
+        share = _share_of_time(summary.predicted_seconds, summary.step_seconds)
+        predicted = f"{seconds_text(summary.predicted_seconds)} by {summary.predicted_by}"
+        work.append(("predicted", f"{predicted}; the steps took {seconds_text(summary.step_seconds)}{share}"))
     sections = [Section("Run", tuple(books)), Section("Work", (*work, *_faults(summary)))]
     if summary.pass_at_k is not None:
         rates = tuple((f"pass@{k}", f"{value:.4f}") for k, value in summary.pass_at_k)
@@ -299,6 +319,10 @@ def _with_rate(number: int, seconds: float) -> str:
 
 def _share(part: int, whole: int) -> str:
     return f" ({part / whole:.1%})" if whole else ""
+
+
+def _share_of_time(part: float, whole: float) -> str:
+    return f" ({part / whole:.0%})" if whole > 0 else ""
 
 
 def _cut_text(text: str) -> str:

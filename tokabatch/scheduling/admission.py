@@ -7,15 +7,16 @@ a later candidate never overtakes an earlier one that does not fit, so no sample
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, islice
 
 import numpy as np
 
-from tokabatch.messages import Int32, Requests
+from tokabatch.messages import Bool, Int32, Int64, Requests
 from tokabatch.scheduling.counts import SchedulerCounts
-from tokabatch.scheduling.forecast import Forecast
-from tokabatch.scheduling.lengths import LengthModel
+from tokabatch.scheduling.forecast import Claims, Forecast
+from tokabatch.scheduling.lengths import Caution, LengthModel, LengthPredictor
 from tokabatch.scheduling.pages import PagePool
 from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
 from tokabatch.scheduling.sequences import Generated, Sequences
@@ -23,6 +24,9 @@ from tokabatch.scheduling.stepping import StepDraft
 
 MAX_FRESH = 256
 """Prompts opened in one step at most."""
+
+LEARNED_SAMPLES = 8
+"""A prompt's own lengths are learned where it has at least so many samples."""
 
 _NONE = np.zeros(0, np.int32)
 
@@ -52,7 +56,9 @@ class Admission:
         prompts: OpenPrompts,
         sequences: Sequences,
         counts: SchedulerCounts,
+        lengths: LengthPredictor | None,
     ) -> None:
+        """`lengths` replaces the learned predictions."""
         self._requests = requests
         self._page_size = page_size
         self._pool = pool
@@ -64,7 +70,11 @@ class Admission:
         self._fixed_length = np.array([p.ignore_eos and not p.stop and not p.stop_token_ids for p in sampling], np.bool_)
         self._share = np.bincount(requests.params, weights=requests.num_samples(), minlength=len(sampling))
         """Samples to draw with each kind of sampling parameters."""
-        self.lengths = LengthModel(int(self._max_tokens.max(initial=1)))
+        self._kinds = list(zip(self._max_tokens.tolist(), self._fixed_length.tolist(), strict=True))
+        self._all_fixed = bool(self._fixed_length.all()) and lengths is None
+        self._model = LengthModel(int(self._max_tokens.max(initial=1)), requests.num_samples() >= LEARNED_SAMPLES)
+        self._lengths: LengthPredictor = lengths or self._model
+        self._caution = Caution()
         self.preempted: dict[tuple[int, int], Generated] = {}
         """Output of preempted samples by (request, sample)."""
         self.confined: frozenset[int] | None = None
@@ -73,6 +83,7 @@ class Admission:
     def admit(self, budget: int, draft: StepDraft, alone: bool) -> Runs:
         """Open slots for as many candidates as fit and return their runs. `alone`: nothing runs or is in flight, so the first
         candidate must come in whatever the forecast says."""
+        self._tune()
         if budget <= 0 or not self._sequences.num_free:
             return _NONE, _NONE
         candidates = self._candidates(budget, draft.index)
@@ -95,13 +106,43 @@ class Admission:
 
     def expected_tokens_left(self, waiting: int) -> int:
         """Output tokens still to come: of the running samples, and of `waiting` more at the workload's mean."""
-        seq = self._sequences
-        running = self._remaining(seq.params[seq.order], seq.generated[seq.order])
+        seq, model = self._sequences, self._model
+        order = seq.order
+        limit, known = seq.limit[order], self._so_far(order)
+        expected = model.predict(seq.request[order], seq.sample[order], known, limit, seq.admitted[order])
+        total = int((np.where(self._fixed_length[seq.params[order]], limit, expected) - seq.generated[order]).sum())
         if not waiting:
-            return int(running.sum())
-        kinds = np.arange(len(self._max_tokens), dtype=np.int32)
-        fresh = self._remaining(kinds, np.zeros_like(kinds))
-        return int(running.sum()) + round(waiting * float(np.average(fresh, weights=self._share)))
+            return total
+        means = [limit if fixed else model.mean_length(limit) for limit, fixed in self._kinds]
+        return total + round(waiting * float(np.average(means, weights=self._share)))
+
+    def way_to_go(self, slots: Int32) -> Int32:
+        """Output tokens that such samples typically still have to come, at least 1."""
+        seq = self._sequences
+        known, limit = self._so_far(slots), seq.limit[slots]
+        typical = (
+            seq.expected[slots] if self._lengths is not self._model else self._model.typical(seq.request[slots], known, limit)
+        )
+        return np.maximum(np.where(self._fixed_length[seq.params[slots]], limit, typical) - known, 1)
+
+    def ended(self, slots: Int32, stopped: Bool) -> None:
+        """These slots' samples are finished; `stopped` where the model ended them, not the limit."""
+        seq = self._sequences
+        self._lengths.observe(seq.request[slots], seq.generated[slots], stopped)
+
+    def forget(self, requests: list[int]) -> None:
+        """All samples of these prompts are finished."""
+        self._model.forget(requests)
+
+    def _tune(self) -> None:
+        """Once a step: renew the predictions where more is known by now."""
+        seq, counts = self._sequences, self._counts
+        order = seq.order
+        self._caution.update(counts.output_tokens + counts.prefilled_tokens, counts.given_up_tokens)
+        known = self._so_far(order)
+        due = order if self._lengths.refresh(seq.request[order], known) else order[seq.expected[order] <= known]
+        if len(due):
+            seq.expected[due] = self._predict(seq.request[due], seq.sample[due], self._so_far(due), seq.admitted[due])
 
     def _candidates(self, budget: int, step: int) -> _Candidates:
         known, free, budget = self._known(budget, step)
@@ -153,26 +194,38 @@ class Admission:
 
     def _fitting(self, candidates: _Candidates) -> Int32:
         """How many samples of each candidate fit the pool at every future step."""
-        seq, size = self._sequences, self._page_size
-        order = seq.order
-        self.lengths.refresh(seq.generated[order])
-        remaining = self._remaining(seq.params[order], seq.generated[order])
-        decoding = seq.length[order] - seq.computed[order] <= 1
-        computed = np.where(decoding, seq.computed[order], seq.length[order] - 1)
-        held, held_steps = self._prompts.held_pages(), self._prompts.last_steps(seq.request[order], remaining)
-        entries = candidates.request
-        params = self._requests.params[entries]
-        produced = candidates.produced
-        expected = self._remaining(params, produced)
-        length = self._requests.length[entries]
+        size, entries = self._page_size, candidates.request
+        request = np.repeat(entries, candidates.counts)
+        produced, sample = np.repeat(candidates.produced, candidates.counts), self._sample_numbers(candidates)
+        ticket = self._sequences.num_admissions + np.arange(len(request))
+        length = self._requests.length[request]
         full, total = (length - 1) // size, -(-length // size)
-        opens = np.array([int(request) not in self._prompts for request in entries], np.bool_)
-        prompt_pages = np.where(opens, total - np.minimum(self._requests.lcp[entries] // size, full), 0)
-        horizon = int(expected.max())
-        forecast = Forecast(size, computed, seq.shared_pages[order], remaining, held, held_steps, horizon)
-        shared = np.where(opens, total, full)
-        start = length - 1 + produced
-        return forecast.admit(self._pool.num_pages, start, shared, expected, prompt_pages, candidates.counts)
+        opens = np.repeat([int(entry) not in self._prompts for entry in entries], candidates.counts)
+        claims = Claims(
+            computed=length - 1 + produced,
+            shared=np.where(opens, total, full),
+            remaining=self._predict(request, sample, produced, ticket) - produced,
+            prompt_pages=np.where(opens, total - np.minimum(self._requests.lcp[request] // size, full), 0),
+        )
+        deviations = 0.0 if self._all_fixed else self._caution.deviations
+        fitting = self._forecast(claims.remaining).admit(self._pool.num_pages, claims, deviations)
+        before = np.cumsum(candidates.counts) - candidates.counts
+        return np.clip(fitting - before, 0, candidates.counts).astype(np.int32)
+
+    def _forecast(self, also: Int32) -> Forecast:
+        """Page use of what runs and of the open prompts."""
+        seq = self._sequences
+        order = seq.order
+        remaining = np.maximum(seq.expected[order] - self._so_far(order), 1)
+        running = Claims(
+            # A prompt under way is taken as computed: what its length holds is claimed from the start.
+            computed=np.maximum(seq.length[order] - 1, 0),
+            shared=seq.shared_pages[order],
+            remaining=remaining,
+            prompt_pages=np.zeros_like(order),
+        )
+        held_steps = self._prompts.last_steps(seq.request[order], remaining)
+        return Forecast(self._page_size, running, self._prompts.held_pages(), held_steps, also)
 
     def _produced(self, prompt: OpenPrompt, sample: int | None = None) -> int:
         """Output tokens that a sample of this prompt had when it was preempted; of the one admitted next by default."""
@@ -181,10 +234,33 @@ class Admission:
         output = None if sample is None else self.preempted.get((prompt.request, sample))
         return 0 if output is None else len(output.tokens)
 
-    def _remaining(self, params: Int32, generated: Int32) -> Int32:
+    def _sample_numbers(self, candidates: _Candidates) -> Int32:
+        """The number of each sample of the candidates."""
+        sample = np.zeros(int(candidates.counts.sum()), np.int32)
+        stop, taken = 0, Counter[int]()
+        for request, count in zip(
+            candidates.request[: candidates.num_known].tolist(), candidates.counts.tolist(), strict=False
+        ):
+            prompt, start, stop = self._prompts.pending_prompt(request), stop, stop + count
+            if prompt.requeued:
+                sample[start] = prompt.requeued[taken[request]]
+                taken[request] += 1
+            else:
+                sample[start:stop] = prompt.samples[prompt.next_sample : prompt.next_sample + count]
+        return sample
+
+    def _so_far(self, slots: Int32) -> Int32:
+        """Output tokens of each slot, those that steps in flight are about to sample included."""
+        return self._sequences.length[slots] - self._sequences.prompt_length[slots]
+
+    def _predict(self, request: Int32, sample: Int32, generated: Int32, ticket: Int64) -> Int32:
+        """Total output tokens that each sample is taken to have, at least one more than it has."""
+        params = self._requests.params[request]
         limit = self._max_tokens[params]
-        expected = self.lengths.remaining(generated, limit)
-        return np.maximum(np.where(self._fixed_length[params], limit - generated, expected), 1)
+        if self._all_fixed:
+            return np.maximum(limit, generated + 1)
+        expected = self._lengths.predict(request, sample, generated, limit, ticket)
+        return np.maximum(np.where(self._fixed_length[params], limit, expected), generated + 1)
 
     def _admit_known(self, candidates: _Candidates, counts: Int32, budget: int, draft: StepDraft) -> tuple[list[Runs], bool]:
         """Admit samples of prompts that have been open before; and whether all that asked got a sample in."""
@@ -260,6 +336,7 @@ class Admission:
         seq.prompt_length[slots] = seq.length[slots] = length
         seq.params[slots], seq.limit[slots] = params, self._max_tokens[params]
         seq.computed[slots] = seq.cached_tokens[slots] = start
+        seq.expected[slots] = self._predict(requests, seq.sample[slots], np.zeros_like(slots), seq.admitted[slots])
         counts.prompt_tokens += int(length.sum())
         counts.cached_tokens += int(start.sum())
         if not self.preempted:

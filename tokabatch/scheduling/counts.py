@@ -20,6 +20,9 @@ class SchedulerCounts:
     finished_prompts: int = 0
     """Prompts all of whose samples are finished."""
     preemptions: int = 0
+    given_up_tokens: int = 0
+    """Positions of preempted samples that have to be computed again."""
     requeued: int = 0
     """Running samples taken back because the worker was lost."""
     recomputed_tokens: int = 0
+    """Those among them that were, once the sample came back."""

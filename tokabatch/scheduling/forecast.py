@@ -1,87 +1,127 @@
-"""Page use at every future step, from expected remaining lengths, and how much more fits under the capacity.
+"""Page use at every future step, exact for given remaining lengths, and how many waiting samples fit under it.
 
-Time is counted in decode steps from now; while the horizon has at most `MAX_BINS` steps the curve is exact for the given
-lengths, beyond that a bin spans several steps and counts each sequence at the bin's last step. A sequence with `computed`
-positions occupies ceil((computed + t + 1) / page_size) pages at step t while it runs; prompt pages that it does not own
-are counted once, for as long as the last sequence behind them runs.
+Time is counted in decode steps from now. A sequence with `computed` positions occupies ceil((computed + t + 1) / page_size)
+pages at step t while t < remaining; pages that it does not own are counted once, with their prompt. Between two ends page use
+only grows, so it is computed at the last step of every sequence and nowhere else: the peak is among these, however many
+thousand steps ahead they lie. A sequence's pages grow at steps that depend on computed % page_size alone, so sequences are
+summed by that class, over ends sorted by time.
 
-Source of the idea: the Tokasaurus scheduler's simulation of the future (Juravsky et al. 2025).
+Source of the idea: the Tokasaurus scheduler's simulation of the future (Juravsky et al. 2025), there in buckets of steps.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from tokabatch.messages import Int32
 
-MAX_BINS = 512
+_BLOCK_CELLS = 1 << 16
+"""Candidates times steps looked at together: bounds the working memory and what is wasted behind the first that fails."""
+
+_PAGES_SQUARED = 2.0
+"""Mean square of the pages of a sequence over the square of their mean."""
+
+_FORESEEN = 0.1
 
 Curve = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """Arrays over sequences: `computed` positions, of whose pages the first `shared` are not their own, and `remaining` steps
+    (at least 1). `prompt_pages` come along with a sequence and stay as long (0 for those that bring none)."""
+
+    computed: Int32
+    shared: Int32
+    remaining: Int32
+    prompt_pages: Int32
+
+
 class Forecast:
-    """The page-use curve of what runs, and admission against it.
+    """The page-use curve of what runs. `held_pages[i]` pages stay for `held_steps[i]` steps besides (prompts)."""
 
-    All arguments are arrays over running sequences: `computed` positions, own-page columns start at `shared` pages,
-    `remaining` steps (at least 1). `held_pages[i]` pages stay for `held_steps[i]` steps beside them (prompts).
-    """
-
-    def __init__(
-        self,
-        page_size: int,
-        computed: Int32,
-        shared: Int32,
-        remaining: Int32,
-        held_pages: Int32,
-        held_steps: Int32,
-        horizon: int,
-    ) -> None:
+    def __init__(self, page_size: int, running: Claims, held_pages: Int32, held_steps: Int32, also: Int32) -> None:
+        """`also` names further numbers of steps after which something may end: those of the candidates to come."""
         self.page_size = page_size
-        longest = max(horizon, int(remaining.max(initial=1)))
-        self.stride = -(-longest // MAX_BINS)
-        self.num_bins = -(-longest // self.stride)
-        self._last_step = (np.arange(self.num_bins, dtype=np.int64) + 1) * self.stride - 1
-        self.curve = self._private(computed, shared, remaining) + self._held(held_pages, held_steps)
+        held_steps = np.maximum(held_steps, 1)
+        horizon = max(int(array.max(initial=1)) for array in (running.remaining, also))
+        ends = np.zeros(horizon + 1, np.bool_)
+        ends[running.remaining] = True
+        ends[also] = True
+        ends[np.minimum(held_steps, horizon)] = True
+        ends[horizon] = True
+        self.steps: Int32 = np.flatnonzero(ends).astype(np.int32) - 1
+        """The steps at which page use is known, ascending: the last ones before something ends."""
+        self._place = np.cumsum(ends) - 1
+        own, num_alive = self._private(running)
+        self.curve = own + self._held(held_pages, np.minimum(held_steps, horizon))
+        number = max(len(running.remaining), 1)
+        gone = np.minimum(1.0 - num_alive / number, _FORESEEN)
+        self.spread = own * np.sqrt(_PAGES_SQUARED * gone / ((1.0 - gone) * number))
+        """Standard deviation of page use at each step, were each sample to end by chance as often as the given lengths say. It
+        stops growing where a share of `_FORESEEN` has ended: what lies behind can still be met by admitting less."""
 
-    def admit(
-        self, capacity: int, computed: Int32, shared: Int32, remaining: Int32, prompt_pages: Int32, counts: Int32
-    ) -> Int32:
-        """How many of each candidate, taken in order and whole until one does not fit, stay under `capacity` at every step.
+    def admit(self, capacity: int, candidates: Claims, deviations: float = 0.0) -> int:
+        """How many candidates, taken in their order, stay under `capacity` at every step with as many standard deviations of
+        page use to spare: none where what runs is too much already. Their `remaining` stood in `also`."""
+        capacity_E = capacity - np.ceil(deviations * self.spread).astype(np.int64)
+        count = len(candidates.remaining)
+        if not count:
+            return 0
+        relevant = self._may_overflow(capacity_E, candidates)
+        if not len(relevant):
+            return count
+        steps, spare = self.steps[relevant], capacity_E[relevant] - self.curve[relevant]
+        if (spare < 0).any():
+            return 0
+        block = max(1, _BLOCK_CELLS // len(steps))
+        for begin in range(0, count, block):
+            part = slice(begin, begin + block)
+            used = np.cumsum(self._pages(candidates, part, steps), axis=0)
+            fits = (used <= spare).all(axis=1)
+            if not fits.all():
+                return begin + int(np.argmin(fits))
+            spare = spare - used[-1]
+        return count
 
-        Candidate i is `counts[i]` alike sequences at `computed[i]` positions, of which `shared[i]` pages are not their own;
-        the first of them brings `prompt_pages[i]` new shared pages along.
-        """
-        step = self._last_step[None, :]
-        own = -(-(computed[:, None] + step + 1) // self.page_size) - shared[:, None]
-        alive = np.arange(self.num_bins)[None, :] * self.stride < remaining[:, None]
-        own, prompt = np.where(alive, own, 0), np.where(alive, prompt_pages[:, None], 0)
-        after = self.curve + np.cumsum(own * counts[:, None] + prompt, axis=0)
-        fits = (after <= capacity).all(axis=1)
-        if fits.all():
-            return counts
-        last = int(np.argmin(fits))
-        before = after[last] - own[last] * counts[last]
-        spare = capacity - before
-        room = np.where(own[last] > 0, spare // np.maximum(own[last], 1), np.where(spare >= 0, counts[last], 0))
-        admitted = np.where(np.arange(len(counts)) < last, counts, 0)
-        admitted[last] = max(0, int(room.min()))
-        return admitted
+    def _may_overflow(self, capacity_E: Curve, candidates: Claims) -> Int32:
+        """Places of the steps at which all candidates together, were they to run so long, could be too much."""
+        steps = self.steps
+        base = int((candidates.computed // self.page_size + 2 - candidates.shared + candidates.prompt_pages).sum())
+        bound = self.curve + base + len(candidates.remaining) * (steps // self.page_size)
+        last = int(candidates.remaining.max())
+        return np.flatnonzero((bound > capacity_E) & ((steps < last) | (self.curve > capacity_E))).astype(np.int32)
 
-    def _private(self, computed: Int32, shared: Int32, remaining: Int32) -> Curve:
-        """Sum over sequences of ceil((computed + t + 1) / page_size) - shared while t < remaining, by page-offset classes:
-        sequences that share computed % page_size gain their pages at the same steps."""
-        size, bins = self.page_size, self.num_bins
-        last_bin = (remaining.astype(np.int64) - 1) // self.stride
-        offset = computed % size
-        counts = np.bincount(last_bin * size + offset, minlength=bins * size).reshape(bins, size)
-        full = np.bincount(last_bin, weights=computed // size - shared, minlength=bins).astype(np.int64)
-        alive = np.cumsum(counts[::-1], axis=0)[::-1]
-        base = np.cumsum(full[::-1])[::-1]
-        growth = -(-(np.arange(size)[None, :] + self._last_step[:, None] + 1) // size)
-        return base + (alive * growth).sum(axis=1)
+    def _pages(self, candidates: Claims, part: slice, steps: Int32) -> Int32:
+        """Pages of each candidate of `part` at each of the steps, shape [candidates, steps]."""
+        size = self.page_size
+        computed = candidates.computed[part]
+        alive = steps[None, :] < candidates.remaining[part, None]
+        pages = (steps // size)[None, :] + ((steps % size)[None, :] >= (size - computed % size)[:, None])
+        pages += (computed // size + 1 - candidates.shared[part] + candidates.prompt_pages[part])[:, None]
+        return np.where(alive, pages, 0)
+
+    def _private(self, running: Claims) -> tuple[Curve, Curve]:
+        """For t in `steps` the sum of (computed + t) // page_size + 1 - shared over sequences with t < remaining, and how many
+        these are.
+
+        With computed = b * size + o and t = q * size + m the quotient is b + q, and one more where o + m >= size."""
+        size, count = self.page_size, len(self.steps)
+        place = self._place[running.remaining]
+        offset = running.computed % size
+        by_class = np.bincount(offset * count + place, minlength=size * count).reshape(size, count)
+        # alive[o, e]: sequences of class o or a later one that run at step e.
+        alive = np.cumsum(by_class[::-1, ::-1], axis=1)[:, ::-1]
+        alive = np.cumsum(alive, axis=0)[::-1]
+        base = np.bincount(place, weights=running.computed // size + 1 - running.shared, minlength=count)
+        base = np.cumsum(base[::-1])[::-1].astype(np.int64)
+        whole, rest = self.steps // size, self.steps % size
+        carried = np.where(rest > 0, alive[(size - rest) % size, np.arange(count)], 0)
+        return base + alive[0] * whole + carried, alive[0]
 
     def _held(self, pages: Int32, steps: Int32) -> Curve:
-        last_bin = np.minimum((np.maximum(steps, 1).astype(np.int64) - 1) // self.stride, self.num_bins - 1)
-        ending = np.bincount(last_bin, weights=pages, minlength=self.num_bins).astype(np.int64)
+        ending = np.bincount(self._place[steps], weights=pages, minlength=len(self.steps)).astype(np.int64)
         return np.cumsum(ending[::-1])[::-1]

@@ -1,59 +1,160 @@
-"""How long samples will be, learned while they run.
+"""How long samples will be, learned while they run: see `hazards` and `scales` for the estimates.
 
-A Kaplan-Meier estimate (Kaplan and Meier 1958) of the length at which a sample stops by itself: finished samples are
-events, those still running and those cut at max_tokens are censored. Where little was seen the hazard leans on the pooled
-one (stops per token over the whole run, beginning at one stop in half of max_tokens) with the weight of `PRIOR_WEIGHT` samples.
-Lengths are output tokens.
+Every sample gets a length of its own, drawn from the distribution of what remains for it and spread evenly over all
+samples, so that a forecast over thousands of them is at its expectation. `Caution` says how far above its expectation page
+use is planned for, by the work that preemptions cost.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
-import numpy.typing as npt
 
-from tokabatch.messages import Int32
+from tokabatch.messages import Bool, Int32, Int64
+from tokabatch.scheduling.hazards import Bins, Float64, HazardTable, run_hazard, strata
+from tokabatch.scheduling.scales import ScaleModel
 
-PRIOR_WEIGHT = 4.0
+REFRESH_STEPS = 64
+"""The estimate is renewed after at most so many steps in which anything finished."""
+TARGET_WASTE = 0.003
+"""Share of all computed tokens that may be computed again after preemptions."""
+FIRST_DEVIATIONS, LEAST_DEVIATIONS, MOST_DEVIATIONS = 2.0, 1.0, 10.0
+_WINDOW_TOKENS, _GAIN = 50_000, 0.05
+
+
+class LengthPredictor(Protocol):
+    """What admission asks of lengths. Arrays of N samples: their `request`, `sample` number, tokens `generated` so far, `limit`
+    (max_tokens) and `ticket` (the number of their admission)."""
+
+    def predict(self, request: Int32, sample: Int32, generated: Int32, limit: Int32, ticket: Int64) -> Int32:
+        """Total lengths, from generated + 1 to limit."""
+        ...
+
+    def observe(self, request: Int32, length: Int32, stopped: Bool) -> None:
+        """Samples that ended; `stopped` is False where the limit, not the model, ended them."""
+        ...
+
+    def refresh(self, request: Int32, generated: Int32) -> bool:
+        """Asked once a step, with what runs (requests ascending); True where earlier predictions are out of date."""
+        ...
 
 
 class LengthModel:
-    """Expected remaining output tokens, given how many a sample has."""
+    """The learning `LengthPredictor`. `grouped` says of each request whether it has several samples, of which a prompt's own
+    hazards can be learned."""
 
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self._stopped = np.zeros(max_tokens + 2)
-        self._ended = np.zeros(max_tokens + 2)
-        self._new = 0
-        self._seen = 0
-        self._remaining = self._estimate(np.zeros(0, np.int32))
+    def __init__(self, max_tokens: int, grouped: Bool) -> None:
+        self.bins = Bins(max_tokens)
+        self._grouped = grouped
+        self._scales = ScaleModel(max_tokens)
+        self._stops, self._at_risk = np.zeros((1, self.bins.count)), np.zeros((1, self.bins.count))
+        self._ended: dict[int, tuple[Float64, Float64]] = {}
+        """By prompt: stops, and time at risk of the samples that ended, in the bins of the scales."""
+        self._fresh: list[tuple[Int32, Int32, Bool]] = []
+        self._num_fresh = self._num_seen = self._age = 0
+        self._table_request = np.zeros(0, np.int32)
+        self._table = HazardTable(self.bins, run_hazard(self.bins, self._stops[0], self._at_risk[0])[None])
 
-    def observe(self, lengths: Int32, stopped: npt.NDArray[np.bool_]) -> None:
-        """Samples that ended at these lengths; `stopped` is False where the limit, not the model, ended them."""
-        np.add.at(self._ended, lengths, 1)
-        np.add.at(self._stopped, lengths[stopped], 1)
-        self._new += len(lengths)
+    def observe(self, request: Int32, length: Int32, stopped: Bool) -> None:
+        """See `LengthPredictor`."""
+        self._fresh.append((request, length, stopped))
+        self._num_fresh += len(length)
 
-    def refresh(self, running: Int32) -> None:
-        """Re-estimate when enough new samples have ended; `running` holds the current lengths of those that have not."""
-        if self._new > max(8, self._seen // 8):
-            self._seen += self._new
-            self._new = 0
-            self._remaining = self._estimate(running)
+    def refresh(self, request: Int32, generated: Int32) -> bool:
+        """See `LengthPredictor`. The estimate is renewed when an eighth more has been seen, or after `REFRESH_STEPS`."""
+        self._age += 1
+        due = self._num_fresh > max(8, self._num_seen // 8) or (self._num_fresh and self._age >= REFRESH_STEPS)
+        if due:
+            self._age = 0
+            self._take_fresh()
+            self._estimate(request, generated)
+        return bool(due)
 
-    def remaining(self, generated: Int32, limit: Int32) -> Int32:
-        """Expected tokens still to come for samples that have `generated` of at most `limit`; at least 1 where any may come."""
-        expected = self._remaining[np.minimum(generated, self.max_tokens)]
-        return np.minimum(np.maximum(expected, 1), limit - generated).astype(np.int32)
+    def predict(self, request: Int32, sample: Int32, generated: Int32, limit: Int32, ticket: Int64) -> Int32:
+        """See `LengthPredictor`."""
+        return self._draw(request, generated, limit, strata(ticket, generated))
 
-    def _estimate(self, running: Int32) -> Int32:
-        """Mean residual life E[L - g | L > g] = sum over u >= g of S(u) / S(g), for g = 0 .. max_tokens."""
-        ended = self._ended + np.bincount(running, minlength=len(self._ended))[: len(self._ended)]
-        at_risk = np.cumsum(ended[::-1])[::-1]
-        pooled = (1.0 + self._stopped.sum()) / (self.max_tokens / 2 + at_risk[1:].sum())
-        prior = min(1.0, float(pooled))
-        hazard = (self._stopped + PRIOR_WEIGHT * prior) / (at_risk + PRIOR_WEIGHT)
-        survival = np.exp(np.cumsum(np.log1p(-np.minimum(hazard, 1 - 1e-9))))[: self.max_tokens + 1]
-        survival[-1] = 0.0
-        tail = np.cumsum(survival[::-1])[::-1]
-        mean = np.where(survival > 0, tail / np.maximum(survival, 1e-300), 1.0)
-        return np.ceil(mean).astype(np.int32)
+    def typical(self, request: Int32, generated: Int32, limit: Int32) -> Int32:
+        """Lengths that any two samples of one prompt and age share: where the cumulative hazard has grown by 1, its mean."""
+        return self._draw(request, generated, limit, np.ones(len(request)))
+
+    def mean_length(self, limit: int) -> float:
+        """Expected output tokens of a sample that has not begun."""
+        return self._table.mean_length(limit)
+
+    def forget(self, requests: list[int]) -> None:
+        """These prompts are finished: what was learned of each goes into the run's."""
+        known = [self._ended.pop(request) for request in requests if request in self._ended]
+        if known:
+            self._scales.absorb(np.stack([stops for stops, _ in known]), np.stack([time for _, time in known]))
+
+    def _draw(self, request: Int32, generated: Int32, limit: Int32, exponential: Float64) -> Int32:
+        row = np.zeros(len(request), np.int32)
+        if len(self._table_request):
+            place = np.minimum(np.searchsorted(self._table_request, request), len(self._table_request) - 1)
+            row = np.where(self._table_request[place] == request, place + 1, 0).astype(np.int32)
+        length = self._table.length(row, generated, exponential)
+        return np.maximum(np.minimum(length, limit), generated + 1)
+
+    def _take_fresh(self) -> None:
+        request, length, stopped = (np.concatenate(part) for part in zip(*self._fresh, strict=True))
+        self._fresh, self._num_seen, self._num_fresh = [], self._num_seen + self._num_fresh, 0
+        bins, zero = self.bins, np.zeros(len(length), np.int32)
+        self._at_risk += bins.at_risk(zero, length, 1)
+        self._stops += bins.stops(zero[stopped], length[stopped], 1)
+        grouped = self._grouped[request]
+        if not grouped.any():
+            return
+        request, length, stopped = request[grouped], length[grouped], stopped[grouped]
+        distinct, group = np.unique(request, return_inverse=True)
+        stops = self._scales.stops(group[stopped], length[stopped], len(distinct))
+        time = self._scales.time_at_risk(group, length, len(distinct))
+        for place, key in enumerate(distinct.tolist()):
+            earlier = self._ended.get(key, (0.0, 0.0))
+            self._ended[key] = earlier[0] + stops[place], earlier[1] + time[place]
+
+    def _estimate(self, request: Int32, generated: Int32) -> None:
+        """Renew the table from all that ended and from what runs."""
+        bins = self.bins
+        run = run_hazard(bins, self._stops[0], (self._at_risk + bins.at_risk(np.zeros_like(request), generated, 1))[0])
+        grouped = self._grouped[request]
+        request, generated = request[grouped], generated[grouped]
+        first = np.flatnonzero(np.diff(request, prepend=-1))
+        self._table_request = request[first]
+        hazards = run[None]
+        if len(first):
+            hazards = np.concatenate((hazards, self._group_hazards(run, generated, first)))
+        self._table = HazardTable(bins, hazards)
+
+    def _group_hazards(self, run: Float64, generated: Int32, first: Int64) -> Float64:
+        """Stops per token of each prompt that has running samples; theirs begin at `first`, shape [G, B]."""
+        scales, bins = self._scales, self.bins
+        group = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(generated))))
+        time = scales.time_at_risk(group, generated, len(first))
+        stops = np.zeros_like(time)
+        for place, key in enumerate(self._table_request.tolist()):
+            if key in self._ended:
+                stops[place] += self._ended[key][0]
+                time[place] += self._ended[key][1]
+        weight = scales.fit(scales.per_log(run, bins.of), stops, time)
+        rates = scales.rates(weight, np.maximum.reduceat(generated, first))
+        return scales.per_token(rates, (bins.edge[1:] + bins.edge[:-1] + 1) / 2)
+
+
+class Caution:
+    """The quantile of page use that admission plans for, in standard deviations above its expectation. It holds the tokens
+    computed again after preemptions near `TARGET_WASTE` of all tokens computed: more of them raise it, fewer lower it."""
+
+    def __init__(self) -> None:
+        self.deviations = FIRST_DEVIATIONS
+        self._computed = self._recomputed = 0
+
+    def update(self, computed: int, recomputed: int) -> None:
+        """Called once a step with the running totals of all tokens and of those to compute again."""
+        window, wasted = computed - self._computed, recomputed - self._recomputed
+        if window < _WINDOW_TOKENS:
+            return
+        surplus = float(np.clip(wasted / window / TARGET_WASTE, 0.0, 5.0)) - 1.0
+        self.deviations = float(np.clip(self.deviations + _GAIN * surplus, LEAST_DEVIATIONS, MOST_DEVIATIONS))
+        self._computed, self._recomputed = computed, recomputed

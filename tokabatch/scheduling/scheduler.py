@@ -3,8 +3,9 @@
 `schedule` decides a step as if no sample ended, `apply` takes in what a step sampled, one or more steps later: any number of
 steps may be in flight, results arrive in order, and what was computed for a sample that had already ended is dropped.
 Order within a step: running samples decode; prefills under way continue; then samples are admitted while the forecast of
-page use stays under the pool. When pages run out after all, the latest admitted sample is preempted; its tokens are kept.
-The worker may be lost at any time, and its cache with it: `lost_device` takes everything back that was computed there.
+page use stays under the pool. When pages run out after all, a sample with little behind and much before it is preempted; its
+tokens are kept. The worker may be lost at any time, and its cache with it: `lost_device` takes everything back that was
+computed there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tokabatch.messages import Bool, Completion, Int32, Requests, StepBatch, Ste
 from tokabatch.scheduling.admission import Admission
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.lengths import LengthPredictor
 from tokabatch.scheduling.pages import PagePool
 from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
 from tokabatch.scheduling.quarantine import Quarantine, Sample
@@ -51,7 +53,10 @@ class _InFlight:
 class Scheduler:
     """Feeds one replica from `requests`, in their order."""
 
-    def __init__(self, requests: Requests, limits: SchedulerLimits, stops: StopRules) -> None:
+    def __init__(
+        self, requests: Requests, limits: SchedulerLimits, stops: StopRules, lengths: LengthPredictor | None = None
+    ) -> None:
+        """`lengths` replaces what is learned of them online, for simulations and comparisons."""
         self.requests = requests
         self.limits = limits
         self.counts = SchedulerCounts()
@@ -63,7 +68,7 @@ class Scheduler:
         wanted = max((p.logprobs if p.logprobs is not None else -1 for p in self._sampling), default=-1)
         self._reports_logprobs = wanted >= 0
         self.sequences = Sequences(limits.max_running, limits.max_pages_per_sequence, self.pool, limits.page_size, wanted)
-        self._admission = Admission(requests, limits.page_size, self.pool, self.prompts, self.sequences, self.counts)
+        self._admission = Admission(requests, limits.page_size, self.pool, self.prompts, self.sequences, self.counts, lengths)
         self._in_flight: deque[_InFlight] = deque()
         self._quarantine = Quarantine()
 
@@ -105,7 +110,7 @@ class Scheduler:
             if not len(seq.order):
                 return self._lift_quarantine()
             if not self.prompts.suspend_idle():
-                self._preempt_latest()
+                self._preempt()
             return self.schedule()
         by_plan = np.lexsort((seq.admitted[runs], seq.request[runs]))
         prefill = (runs[by_plan], takes[by_plan])
@@ -213,18 +218,20 @@ class Scheduler:
         preempted = False
         while len(needs) > self.pool.num_free:
             if not self.prompts.suspend_idle():
-                victim = self._preempt_latest()
+                victim = self._preempt()
                 needs = needs[needs != victim]
                 preempted = True
         if len(needs):
             draft.set_pages(seq.add_pages(needs, np.ones(len(needs), np.int32)))
         return preempted
 
-    def _preempt_latest(self) -> int:
+    def _preempt(self) -> int:
+        """Give up the pages of the sample that has the longest way to go for what it costs to compute again."""
         seq = self.sequences
         assert len(seq.order) > 1, "a single sample does not fit the pool; the job was sized wrongly"
         unfinished = seq.order[seq.length[seq.order] > seq.computed[seq.order]]
-        victim = int(unfinished[np.argmax(seq.admitted[unfinished])])
+        victim = int(unfinished[np.argmax(self._admission.way_to_go(unfinished) / seq.length[unfinished])])
+        self.counts.given_up_tokens += max(0, int(seq.computed[victim] - seq.cached_tokens[victim]))
         self._requeue(victim)
         self.counts.preemptions += 1
         return victim
@@ -333,9 +340,7 @@ class Scheduler:
         seq = self.sequences
         completions: list[Completion] = []
         touched: dict[int, OpenPrompt] = {}
-        lengths = seq.generated[slots]
-        stopped = np.array([reason is not None for reason in reasons], np.bool_)
-        self._admission.lengths.observe(lengths, stopped)
+        self._admission.ended(slots, np.array([reason is not None for reason in reasons], np.bool_))
         for slot, reason, valid in zip(slots.tolist(), reasons, finite.tolist(), strict=True):
             prompt = self.prompts[int(seq.request[slot])]
             prompt.live -= 1
@@ -363,6 +368,8 @@ class Scheduler:
             )
         self.counts.finished += len(completions)
         self.sequences.close(slots)
-        self.counts.finished_prompts += sum(prompt.finished for prompt in touched.values())
+        finished = [request for request, prompt in touched.items() if prompt.finished]
+        self.counts.finished_prompts += len(finished)
+        self._admission.forget(finished)
         self.prompts.release_finished(list(touched.values()))
         return completions

@@ -42,6 +42,8 @@ class Sequences:
         self.prompt_length, self.length, self.computed = column(), column(), column()
         self.generated = column()
         """Output tokens received."""
+        self.expected = column()
+        """Output tokens that the forecast takes the sample to have in the end."""
         self.limit, self.params = column(), column()
         self.shared_pages, self.num_pages = column(), column()
         """Columns of the page table: the first `shared_pages` belong to the prompt, the rest up to `num_pages` to the slot."""
@@ -52,7 +54,7 @@ class Sequences:
         self.page_table = np.zeros((num_slots, max_pages), np.int32)
         self.order = np.zeros(0, np.int32)
         self._free = list(range(num_slots - 1, -1, -1))
-        self._admissions = 0
+        self.num_admissions = 0
         self.tokens = np.zeros((num_slots, 64), np.int32)
         shape = (num_slots, 64 if top_logprobs >= 0 else 0)
         self.logprobs = np.zeros(shape, np.float32)
@@ -70,8 +72,8 @@ class Sequences:
         self.request[slots], self.sample[slots] = requests, samples
         self.generated[slots] = 0
         self.on_device[slots] = False
-        self.admitted[slots] = self._admissions + np.arange(len(slots))
-        self._admissions += len(slots)
+        self.admitted[slots] = self.num_admissions + np.arange(len(slots))
+        self.num_admissions += len(slots)
         if not len(self.order) or requests[0] >= self.request[self.order[-1]]:
             self.order = np.concatenate((self.order, slots))
         else:

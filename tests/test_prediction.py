@@ -1,0 +1,74 @@
+"""From the job to the predicted run, and from the run's folder to its page, on the quickstart's own files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tokabatch.errors import OutputError, UsageError
+from tokabatch.job import Job
+from tokabatch.prediction import Scenario
+from tokabatch.report.outlook import outlook_sections
+from tokabatch.review import write_report
+from tokabatch.runner import plan_and_simulate, profile, run
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    return Job.load("jobs/quickstart.yaml", f"output.path={tmp_path / 'out'}", "input.limit=6", "generation.n=2")
+
+
+def test_a_plan_is_simulated_on_a_device_that_is_not_here(job):
+    scenario = Scenario(device="h200", price=3.6, lengths="70:0.4")
+    report, outlook = plan_and_simulate(job, scenario)
+    assert report.samples == outlook.samples == 12
+    assert 12 * 40 < outlook.output_tokens < 12 * 110
+    assert outlook.prefilled_tokens + outlook.saved_tokens == report.prompt_tokens
+    assert sum(trial.recommended for trial in outlook.trials) == 1
+    shown = {label: value for section in outlook_sections(outlook) for label, value in (row[:2] for row in section.rows)}
+    assert "H200" in shown["device"] and "3.6 an hour" in shown["time"]
+    longest = plan_and_simulate(job, replace(scenario, lengths="max"))[1]
+    assert longest.output_tokens == 12 * 192
+    assert longest.seconds > outlook.seconds
+
+
+@pytest.mark.parametrize(
+    ("scenario", "message"),
+    [
+        (Scenario(device="abacus"), "known are h200"),
+        (Scenario(device="h200", lengths="many"), "write max, MEAN"),
+        (Scenario(device="h200", lengths="0"), "at least 1"),
+        (Scenario(device="h200", profile=Path("README.md")), "is not a profile"),
+    ],
+)
+def test_a_scenario_that_cannot_be_is_refused(job, scenario, message):
+    with pytest.raises(UsageError, match=message):
+        plan_and_simulate(job, scenario)
+
+
+def test_a_run_leaves_what_its_page_profile_and_next_plan_need(job, tmp_path):
+    summary = run(job)
+    assert summary.predicted_seconds is not None and summary.predicted_seconds > 0
+    assert 0 < summary.step_seconds <= summary.seconds
+    out = tmp_path / "out"
+    page = write_report(out).read_text()
+    for title in ("Throughput", "KV cache in use", "pass@k", "Output lengths", "Predicted and actual"):
+        assert f"<figcaption>{title}" in page
+    fitted = profile(out, tmp_path / "profile.json", "h200")
+    assert fitted.source == str(out)
+    again = job.model_copy(update={"output": job.output.model_copy(update={"path": str(tmp_path / "again")})})
+    scenario = Scenario(device="h200", profile=tmp_path / "profile.json", lengths=str(out))
+    _, outlook = plan_and_simulate(again, scenario)
+    # The same machine, model and lengths: the profile knows what its steps take, within the noise of a small run.
+    assert outlook.seconds == pytest.approx(summary.step_seconds, rel=0.8)
+    assert abs(outlook.output_tokens / summary.output_tokens - 1) < 0.4
+
+
+def test_a_folder_without_a_run_has_no_page(tmp_path):
+    with pytest.raises(OutputError, match="no run has written here"):
+        write_report(tmp_path / "nothing")

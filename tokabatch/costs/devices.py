@@ -1,0 +1,62 @@
+"""What devices reach: the rates that a roofline needs, of those that are known by name and of this machine's processor."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokabatch.costs.roofline import H200, DeviceRates
+
+_PROBE_SECONDS = 0.15
+_FLOPS_SHARE, _BYTES_SHARE = 790 / 989, 4.3 / 4.8
+"""What an H200 was measured to reach of its published dense bf16 and memory rates; taken for devices not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device by name. `memory` in bytes; `measured` where the rates are not derived from published ones."""
+
+    rates: DeviceRates
+    memory: float
+    measured: bool = False
+
+
+def _published(name: str, flops: float, bytes_per_second: float, memory: float) -> Device:
+    return Device(DeviceRates(name, flops * _FLOPS_SHARE, bytes_per_second * _BYTES_SHARE), memory)
+
+
+KNOWN = {
+    "h200": Device(H200, 141e9, measured=True),
+    "h100": _published("NVIDIA H100 SXM", 989e12, 3.35e12, 80e9),
+    "a100": _published("NVIDIA A100 80 GB", 312e12, 2.04e12, 80e9),
+    "l40s": _published("NVIDIA L40S", 362e12, 0.864e12, 48e9),
+}
+
+
+def find_device(name: str) -> Device | None:
+    """The known device whose key stands in `name`, such as torch's name of a GPU."""
+    return next((device for key, device in KNOWN.items() if key in name.lower()), None)
+
+
+def measure_processor(memory: float) -> Device:
+    """This machine's processor, measured in float32 for about a third of a second: the best of what other work leaves."""
+    a = np.ones((768, 768), np.float32)
+    b = np.ones(16 << 20, np.float32)
+    out = np.empty_like(b)
+    product = _best_time(lambda: a @ a)
+    copy = _best_time(lambda: np.copyto(out, b))
+    return Device(DeviceRates("this processor", 2 * 768**3 / product, 2 * b.nbytes / copy), memory, measured=True)
+
+
+def _best_time(work: Callable[[], object]) -> float:
+    """The shortest of the repetitions that fit `_PROBE_SECONDS`, and of five at least."""
+    best, begun, count = math.inf, time.perf_counter(), 0
+    while count < 5 or time.perf_counter() - begun < _PROBE_SECONDS:
+        begin = time.perf_counter()
+        work()
+        best, count = min(best, time.perf_counter() - begin), count + 1
+    return best

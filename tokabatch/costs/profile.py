@@ -1,0 +1,142 @@
+"""A measured cost model: the roofline's operators, each with the factor that recorded steps show for it.
+
+seconds = step + per_sequence * sequences + per_group * groups + sum over operators of factor * roofline seconds, every
+coefficient at least 0, by non-negative least squares (Lawson and Hanson 1974). What a run did not exercise cannot be fitted
+from it; a weak prior therefore holds each operator near the ratio of measured to roofline seconds of the whole run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from tokabatch.costs.roofline import DeviceRates, Roofline
+from tokabatch.costs.trace import Steps
+from tokabatch.costs.work import Float64, Number, StepWork
+from tokabatch.errors import UsageError
+from tokabatch.model.spec import ModelSpec
+
+TERMS = ("step", "sequences", "groups", "dense", "logits", "elementwise", "prefix", "prefill", "decode")
+"""`logits` are the head and sampling; the first three count, the others are roofline seconds."""
+_COUNTED = 3
+_PRIOR = 0.02
+_OUTLIER = 3.0
+"""Steps that take so many times what the first fit says, or less than its inverse, are left out of the second: kernels that are
+compiled or loaded on first use, a host that was busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """`coefficients[i]` belongs to `TERMS[i]`; `source` says what was measured."""
+
+    roofline: Roofline
+    coefficients: tuple[float, ...]
+    source: str = ""
+
+    def seconds(self, work: StepWork) -> Number:
+        """The expected time of a step; an array where `work` holds arrays."""
+        terms = _terms(self.roofline, work)
+        return sum((factor * term for factor, term in zip(self.coefficients, terms, strict=True)), 0.0)
+
+
+def fit_profile(spec: ModelSpec, device: DeviceRates, steps: Steps, itemsize: int = 2, source: str = "") -> Profile:
+    """The profile of a recorded run. Raises UsageError where there are too few steps to fit."""
+    if len(steps) < len(TERMS):
+        raise UsageError(f"a profile needs at least {len(TERMS)} recorded steps, this run has {len(steps)}")
+    roofline = Roofline(spec, device, itemsize)
+    table = np.stack([np.broadcast_to(term, len(steps)).astype(np.float64) for term in _terms(roofline, steps.work)], axis=1)
+    seconds = steps["seconds"]
+    coefficients = _fit(table, seconds)
+    ratio = seconds / np.maximum(table @ coefficients, 1e-12)
+    usual = (ratio < _OUTLIER) & (ratio > 1 / _OUTLIER)
+    if usual.sum() >= len(TERMS):
+        coefficients = _fit(table[usual], seconds[usual])
+    return Profile(roofline, tuple(coefficients.tolist()), source)
+
+
+def save_profile(profile: Profile, path: Path) -> None:
+    """Write it as JSON."""
+    spec = {name: value for name, value in asdict(profile.roofline.spec).items() if name in _SPEC_FIELDS}
+    document = {
+        "kind": "tokabatch profile",
+        "source": profile.source,
+        "device": asdict(profile.roofline.device),
+        "itemsize": profile.roofline.itemsize,
+        "model": spec,
+        "coefficients": dict(zip(TERMS, profile.coefficients, strict=True)),
+    }
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def load_profile(path: Path, spec: ModelSpec) -> Profile:
+    """Read one, for the model `spec`: the factors of the operators carry over to another model, less exactly.
+
+    Raises UsageError where the file is none."""
+    try:
+        document = cast("dict[str, Any]", json.loads(path.read_text()))
+        device = DeviceRates(**document["device"])
+        coefficients = tuple(float(document["coefficients"][name]) for name in TERMS)
+        return Profile(Roofline(spec, device, int(document["itemsize"])), coefficients, str(document["source"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a profile ({error}); make one with `tokabatch profile OUT --to {path}`") from error
+
+
+_SPEC_FIELDS = (
+    "family",
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+)
+
+
+def _terms(roofline: Roofline, work: StepWork) -> list[Number]:
+    apart = roofline.by_operator(work)
+    operators = [apart.dense, apart.head + apart.sampling, apart.elementwise, apart.prefix, apart.prefill, apart.decode]
+    return [1.0, work.sequences, work.groups, *operators]
+
+
+def _fit(table: Float64, seconds: Float64) -> Float64:
+    """Coefficients by relative and absolute error alike: each step weighs by the inverse root of its time."""
+    weight = 1.0 / np.sqrt(np.maximum(seconds, 1e-9))
+    rows, target = table * weight[:, None], seconds * weight
+    norm = np.linalg.norm(rows, axis=0)
+    # A term that the run did not have is the prior's alone.
+    scale = np.where(norm > 0, norm, 1.0)
+    ratio = seconds.sum() / max(float(table[:, _COUNTED:].sum()), 1e-30)
+    centre = np.where(np.arange(len(TERMS)) < _COUNTED, 0.0, ratio)
+    prior = _PRIOR * scale
+    rows = np.concatenate((rows, np.diag(prior)))
+    return solve_nonnegative(rows / scale, np.concatenate((target, prior * centre))) / scale
+
+
+def solve_nonnegative(matrix: Float64, target: Float64) -> Float64:
+    """The x >= 0 that minimises |matrix @ x - target|: the active-set method of Lawson and Hanson (1974, chapter 23)."""
+    count = matrix.shape[1]
+    free = np.zeros(count, np.bool_)
+    x = np.zeros(count)
+    tolerance = 1e-10 * float(np.abs(matrix.T @ target).max(initial=0.0))
+    for _ in range(3 * count):
+        gradient = matrix.T @ (target - matrix @ x)
+        if free.all() or gradient[~free].max() <= tolerance:
+            break
+        free[np.flatnonzero(~free)[np.argmax(gradient[~free])]] = True
+        while True:
+            trial = np.zeros(count)
+            trial[free] = np.linalg.lstsq(matrix[:, free], target, rcond=None)[0]
+            below = free & (trial <= 0)
+            if not below.any():
+                break
+            step = float((x[below] / np.maximum(x[below] - trial[below], 1e-300)).min())
+            x = x + step * (trial - x)
+            free &= x > 1e-15
+            x[~free] = 0.0
+        x = trial
+    return x

@@ -1,0 +1,199 @@
+"""How long a job takes, before it runs: its prepared input through the simulator, priced by a roofline or a measured profile.
+
+`predict_run` simulates; `price_steps` asks the same cost model for the seconds of steps that were taken.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokabatch.costs.devices import KNOWN, Device, find_device, measure_processor
+from tokabatch.costs.profile import Profile, fit_profile, load_profile, save_profile
+from tokabatch.costs.roofline import Roofline
+from tokabatch.costs.trace import Steps
+from tokabatch.data.folder import OutputFolder
+from tokabatch.data.status import output_lengths
+from tokabatch.data.steps import read_steps
+from tokabatch.engine.sizing import DEFAULTS, available_memory, kv_shape, weight_bytes
+from tokabatch.errors import OutputError, UsageError
+from tokabatch.messages import Int64, Requests
+from tokabatch.model.spec import ModelSpec
+from tokabatch.preparation import Prepared
+from tokabatch.report.outlook import Outlook, Trial
+from tokabatch.scheduling.scheduler import SchedulerLimits
+from tokabatch.simulation.lengths import Lengths, Unstopped, lognormal, observed
+from tokabatch.simulation.simulate import Simulation, simulate
+
+CostModel = Roofline | Profile
+
+PARTS = 48
+TRIAL_SAMPLES = 20_000
+_WORKING_BYTES, _MEMORY_SHARE = 4 << 30, 0.9
+"""What a step needs beside weights and logits, and what of the rest the cache gets, on a device that cannot be asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What to assume: the device by its key in `KNOWN` (None: this machine's), a `profile` in place of the roofline, money an
+    hour, and `lengths`: `max`, `MEAN`, `MEAN:SIGMA` of a log-normal distribution, or the output folder of an earlier run."""
+
+    device: str | None = None
+    profile: Path | None = None
+    price: float | None = None
+    lengths: str = "max"
+
+
+def predict_run(prepared: Prepared, limits: SchedulerLimits, scenario: Scenario) -> Outlook:
+    """Simulate the whole job under `limits`, then a part of it under others. Raises UsageError for a bad scenario."""
+    device = choose_device(scenario.device, prepared.device)
+    cost = cost_model(prepared, device, scenario.profile)
+    lengths, described = _lengths(scenario.lengths)
+    if scenario.device is not None:
+        limits = _on_device(prepared, limits, device)
+    begin = time.perf_counter()
+    whole = simulate(prepared.requests, limits, cost.seconds, lengths)
+    trials, trial_samples = _trials(prepared, limits, cost, lengths)
+    counts = whole.counts
+    return Outlook(
+        device=device.rates.name,
+        cost_model=describe(cost, device),
+        lengths=described,
+        samples=counts.finished,
+        output_tokens=counts.output_tokens,
+        prefilled_tokens=counts.prefilled_tokens,
+        saved_tokens=counts.cached_tokens,
+        cacheable_tokens=prepared.sharing().saved_tokens,
+        steps=counts.steps,
+        seconds=whole.seconds,
+        tail_seconds=whole.tail_seconds,
+        kv_tokens=limits.num_pages * limits.page_size,
+        kv_use=whole.kv_use,
+        kv_over_time=over_time(whole.steps, "pages", limits.num_pages),
+        preemptions=counts.preemptions,
+        waste=whole.waste,
+        simulated_in=time.perf_counter() - begin,
+        price=scenario.price,
+        trials=trials,
+        trial_samples=trial_samples,
+    )
+
+
+def price_steps(prepared: Prepared, steps: Steps, profile: Path | None = None) -> tuple[float, str]:
+    """Seconds of steps that were taken, by the cost model of this machine's device, and its description."""
+    device = choose_device(None, prepared.device)
+    cost = cost_model(prepared, device, profile)
+    return float(np.sum(cost.seconds(steps.work))), f"{describe(cost, device)} of {device.rates.name}"
+
+
+def profile_run(out: Path, spec: ModelSpec, target: Path, device: str | None = None, itemsize: int = 2) -> Profile:
+    """Fit a profile to the steps recorded in an output folder and write it. Raises UsageError where there are too few."""
+    columns = read_steps(OutputFolder(out))
+    if columns is None:
+        raise OutputError(f"{out}: no record of steps; a run writes steps-00000.parquet when it ends")
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    profile = fit_profile(spec, choose_device(device, name).rates, Steps(columns), itemsize, source=str(out))
+    save_profile(profile, target)
+    return profile
+
+
+def choose_device(key: str | None, present: str) -> Device:
+    """The device named, or the one of this machine. Raises UsageError for one whose rates are not known."""
+    if key is not None:
+        if key not in KNOWN:
+            raise UsageError(f"there is no device `{key}` to simulate; known are {', '.join(KNOWN)}")
+        return KNOWN[key]
+    if present != "cuda":
+        return measure_processor(available_memory())
+    found = find_device(torch.cuda.get_device_name())
+    if found is None:
+        raise UsageError(f"the rates of {torch.cuda.get_device_name()} are not known; name one of {', '.join(KNOWN)}")
+    return found
+
+
+def cost_model(prepared: Prepared, device: Device, profile: Path | None) -> CostModel:
+    """The measured profile where there is one, else the roofline."""
+    if profile is not None:
+        return load_profile(profile, prepared.spec)
+    return Roofline(prepared.spec, device.rates, prepared.dtype.itemsize)
+
+
+def describe(cost: CostModel, device: Device) -> str:
+    if isinstance(cost, Profile):
+        return f"the profile of {cost.source}"
+    return "the roofline" + ("" if device.measured else " (published rates, scaled)")
+
+
+def over_time(steps: Steps, column: str, whole: float) -> tuple[float, ...]:
+    """The time-weighted mean of a column over equal parts of a run, as shares of `whole`."""
+    seconds = steps["seconds"]
+    part = np.minimum((np.cumsum(seconds) - seconds / 2) / max(seconds.sum(), 1e-12) * PARTS, PARTS - 1).astype(np.int64)
+    weight = np.bincount(part, weights=seconds, minlength=PARTS)
+    value = np.bincount(part, weights=seconds * steps[column], minlength=PARTS)
+    return tuple((value / np.maximum(weight, 1e-12) / whole).tolist())
+
+
+def _lengths(described: str) -> tuple[Lengths, str]:
+    """The source of lengths that a scenario names, and its description."""
+    if described == "max":
+        return Unstopped(), "every sample runs to max_tokens"
+    if Path(described).is_dir():
+        found = output_lengths(Path(described))
+        if not len(found):
+            raise UsageError(f"{described} holds no finished samples to take lengths from")
+        return observed(found), f"as the {len(found):,} samples in {described}, mean {found.mean():,.0f}"
+    mean, _, sigma = described.partition(":")
+    try:
+        values = float(mean), float(sigma or 0.7)
+    except ValueError as error:
+        raise UsageError(f"--lengths {described}: write max, MEAN, MEAN:SIGMA or the folder of an earlier run") from error
+    if not (values[0] >= 1 and 0 <= values[1] <= 4):
+        raise UsageError(f"--lengths {described}: MEAN is at least 1, SIGMA from 0 to 4")
+    return lognormal(*values), f"log-normal, mean {values[0]:g}, sigma {values[1]:g}, cut at max_tokens"
+
+
+def _on_device(prepared: Prepared, limits: SchedulerLimits, device: Device) -> SchedulerLimits:
+    """The limits that `auto` would come to on a device that is not here."""
+    defaults, facts, size = DEFAULTS["cuda"], prepared.workload(), limits.page_size
+    max_running = max(1, min(defaults.max_running, facts.num_samples))
+    step = defaults.prefill_tokens + max_running
+    spec, itemsize = prepared.spec, prepared.dtype.itemsize
+    free = device.memory - weight_bytes(spec, prepared.dtype, head_apart=False) - _WORKING_BYTES
+    free -= max_running * spec.vocab_size * (itemsize + 4)
+    pages = int(free * _MEMORY_SHARE) // kv_shape(spec, size, 1, 1, 1).bytes_per_page(prepared.dtype)
+    if pages <= limits.max_pages_per_sequence:
+        raise UsageError(f"the longest sample does not fit {device.rates.name} beside the model's weights")
+    useful = facts.unique_prompt_tokens // size + 2 * facts.num_prompts + max_running * (facts.longest_output // size + 3)
+    return replace(limits, num_pages=min(pages, useful), max_running=max_running, max_step_tokens=step)
+
+
+def _trials(prepared: Prepared, limits: SchedulerLimits, cost: CostModel, lengths: Lengths) -> tuple[tuple[Trial, ...], int]:
+    """A few running limits and token budgets, over the first samples of the plan."""
+    part, samples = _beginning(prepared.requests, prepared.num_samples)
+    budget = max(limits.max_step_tokens - limits.max_running, 1)
+    pairs = {(limits.max_running, budget)}
+    pairs |= {(max(1, limits.max_running // 2), budget), (max(1, limits.max_running // 4), budget)}
+    pairs |= {(limits.max_running, max(1, budget // 4)), (limits.max_running, budget * 4)}
+    runs: list[tuple[int, int, Simulation]] = []
+    for running, extra in sorted(pairs):
+        tried = replace(limits, max_running=running, max_step_tokens=running + extra)
+        runs.append((running, running + extra, simulate(part, tried, cost.seconds, lengths)))
+    # Of settings that differ by less than half a percent the smallest will do: it needs less memory.
+    least = min(run.seconds for _, _, run in runs)
+    best = next(i for i, (_, _, run) in enumerate(runs) if run.seconds <= 1.005 * least)
+    trials = tuple(
+        Trial(running, step, run.seconds, run.counts.output_tokens, i == best) for i, (running, step, run) in enumerate(runs)
+    )
+    return trials, samples
+
+
+def _beginning(requests: Requests, num_samples: Int64) -> tuple[Requests, int]:
+    """The first prompts of the plan that have about `TRIAL_SAMPLES` samples."""
+    total = np.cumsum(num_samples)
+    count = min(len(requests), int(np.searchsorted(total, TRIAL_SAMPLES)) + 1)
+    columns = {name: getattr(requests, name)[:count] for name in ("row_index", "start", "length", "lcp", "params")}
+    return replace(requests, **columns), int(total[count - 1])

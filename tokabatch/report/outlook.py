@@ -1,0 +1,98 @@
+"""What a simulation found, as plain frozen values, and the sections of facts that are shown of it. Knows no simulator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokabatch.report.summary import Section, seconds_text
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One pair of limits that was simulated, and the seconds it took over the same samples as its rivals."""
+
+    max_running: int
+    max_step_tokens: int
+    seconds: float
+    output_tokens: int
+    recommended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """A whole run, simulated. `kv_over_time` are mean shares of the pages in use over equal parts of the run; `kv_use` is the
+    mean while samples waited; `waste` the share of computed tokens computed again. `price` is money an hour, None where not
+    given. `trial_samples` is how many samples the trials ran."""
+
+    device: str
+    cost_model: str
+    lengths: str
+    samples: int
+    output_tokens: int
+    prefilled_tokens: int
+    saved_tokens: int
+    cacheable_tokens: int
+    steps: int
+    seconds: float
+    tail_seconds: float
+    kv_tokens: int
+    kv_use: float
+    kv_over_time: tuple[float, ...]
+    preemptions: int
+    waste: float
+    simulated_in: float
+    price: float | None = None
+    trials: tuple[Trial, ...] = ()
+    trial_samples: int = 0
+
+    @property
+    def hours(self) -> float:
+        """Device-hours: one device for the whole time."""
+        return self.seconds / 3600
+
+
+def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
+    """Everything that is shown of a simulation."""
+    rows = [
+        ("device", f"{outlook.device}; seconds from {outlook.cost_model}"),
+        ("lengths", outlook.lengths),
+        ("time", f"{seconds_text(outlook.seconds)} ({outlook.hours:,.3f} device-hours{_money(outlook)}), loading apart"),
+        ("output tokens", f"{outlook.output_tokens:,} ({_rate(outlook):,.0f} per second), {outlook.samples:,} samples"),
+        ("steps", f"{outlook.steps:,}"),
+        ("prefilled tokens", f"{outlook.prefilled_tokens:,}"),
+        ("saved by sharing", f"{outlook.saved_tokens:,} of {outlook.cacheable_tokens:,} possible{_saved(outlook)}"),
+        ("KV cache", f"{outlook.kv_tokens:,} tokens, {outlook.kv_use:.1%} in use while samples wait"),
+        ("over time", "".join(_BARS[min(8, round(share * 8))] for share in outlook.kv_over_time)),
+        ("preemptions", f"{outlook.preemptions:,}, {outlook.waste:.2%} of tokens computed again"),
+        ("tail", f"{seconds_text(outlook.tail_seconds)} ({outlook.tail_seconds / max(outlook.seconds, 1e-9):.1%})"),
+        ("simulated in", seconds_text(outlook.simulated_in)),
+    ]
+    sections = [Section("Simulated run", tuple(rows))]
+    if outlook.trials:
+        table = tuple(
+            (
+                f"{trial.max_running:,}",
+                f"{trial.max_step_tokens:,}",
+                seconds_text(trial.seconds),
+                f"{trial.output_tokens / max(trial.seconds, 1e-9):,.0f}",
+                "recommended" if trial.recommended else "",
+            )
+            for trial in outlook.trials
+        )
+        columns = ("engine.max_running", "engine.max_step_tokens", "time", "output tok/s", " ")
+        sections.append(Section(f"Settings tried on {outlook.trial_samples:,} samples", table, columns))
+    return tuple(sections)
+
+
+def _money(outlook: Outlook) -> str:
+    return "" if outlook.price is None else f", {outlook.hours * outlook.price:,.2f} at {outlook.price:g} an hour"
+
+
+def _rate(outlook: Outlook) -> float:
+    return outlook.output_tokens / outlook.seconds if outlook.seconds else 0.0
+
+
+def _saved(outlook: Outlook) -> str:
+    return f" ({outlook.saved_tokens / outlook.cacheable_tokens:.1%})" if outlook.cacheable_tokens else ""

@@ -1,0 +1,112 @@
+"""The figures of a report page, as SVG text: matplotlib draws them, nothing else knows it.
+
+SVG by matplotlib needs no script and about 20 kB a figure; a plotting library for browsers would bring megabytes into
+every page. Text stays text, in the page's own font.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Float64 = npt.NDArray[np.float64]
+
+INK, SOFT, SECOND = "#1f6feb", "#9ec5fe", "#d1741f"
+_SIZE = (5.6, 2.6)
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8b949e",
+    "xtick.color": "#57606a",
+    "ytick.color": "#57606a",
+    "svg.hashsalt": "tokabatch",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One curve over time; `filled` down to zero."""
+
+    label: str
+    values: Float64
+    color: str = INK
+    filled: bool = False
+
+
+def over_time(seconds: Float64, lines: Sequence[Line], unit: str, top: float | None = None) -> str:
+    """Curves over seconds since the first step; `top` fixes the axis, such as 1 for shares."""
+    figure, axes = _open()
+    scale, name = (1.0, "seconds") if seconds[-1] < 300 else (60.0, "minutes") if seconds[-1] < 18_000 else (3600.0, "hours")
+    for line in lines:
+        if line.filled:
+            axes.fill_between(seconds / scale, line.values, color=line.color, alpha=0.25, linewidth=0)
+        axes.plot(seconds / scale, line.values, color=line.color, linewidth=1.4, label=line.label)
+    axes.set_ylim(0, top)
+    axes.set_xlim(0, max(float(seconds[-1]) / scale, 1e-9))
+    axes.set_xlabel(name)
+    axes.set_ylabel(unit)
+    if len(lines) > 1:
+        axes.legend(frameon=False, loc="best", fontsize=8)
+    return _close(figure)
+
+
+def histogram(values: npt.NDArray[np.int32], unit: str) -> str:
+    """How many values fall into each of at most 60 bins."""
+    figure, axes = _open()
+    axes.hist(values, bins=min(60, max(1, len(np.unique(values)))), color=INK, alpha=0.8)
+    axes.axvline(float(values.mean()), color=SECOND, linewidth=1.2, label=f"mean {values.mean():,.0f}")
+    axes.set_xlabel(unit)
+    axes.set_ylabel("samples")
+    axes.legend(frameon=False, fontsize=8)
+    return _close(figure)
+
+
+def with_band(x: Sequence[int], value: Sequence[float], low: Sequence[float], high: Sequence[float], unit: str) -> str:
+    """A curve with its confidence band over a logarithmic axis."""
+    figure, axes = _open()
+    axes.fill_between(x, low, high, color=SOFT, alpha=0.5, linewidth=0, label="95 % band over problems")
+    axes.plot(x, value, color=INK, marker="o", markersize=3, linewidth=1.4)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(x), [str(k) for k in x])
+    axes.set_ylim(0, 1)
+    axes.set_xlabel(unit)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return _close(figure)
+
+
+def bars(labels: Sequence[str], values: Sequence[float], unit: str) -> str:
+    """Horizontal bars with their values beside them."""
+    figure, axes = _open(height=0.5 + 0.35 * len(labels))
+    places = np.arange(len(labels))[::-1]
+    axes.barh(places, values, color=[INK, SOFT, SECOND][: len(labels)] if len(labels) <= 3 else INK, height=0.6)
+    axes.set_yticks(places, labels)
+    for place, value in zip(places, values, strict=True):
+        axes.text(value, place, f" {value:,.4g}", va="center", fontsize=8)
+    axes.set_xlabel(unit)
+    axes.margins(x=0.15)
+    return _close(figure)
+
+
+def _open(height: float = _SIZE[1]) -> tuple[Figure, Axes]:
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
+        return figure, figure.add_subplot()
+
+
+def _close(figure: Figure) -> str:
+    sink = io.StringIO()
+    with mpl.rc_context(_STYLE):
+        figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = sink.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,62 @@
+"""Looking back at a run: everything its output folder says, brought together into one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tokabatch.data.durable import DurableFiles, write_whole
+from tokabatch.data.folder import OutputFolder
+from tokabatch.data.manifest import read_manifest, read_summary
+from tokabatch.data.status import correct_counts, output_lengths, read_status
+from tokabatch.data.steps import read_steps
+from tokabatch.errors import OutputError
+from tokabatch.experiments.pass_at_k import curve_with_band
+from tokabatch.report.page import PassBand, RunRecord, render_page
+
+
+def write_report(out: Path, target: Path | None = None) -> Path:
+    """Write the page (OUT/report.html unless `target` says otherwise) and return where it is. Raises OutputError for a folder
+    that no run has written to."""
+    record = read_record(out)
+    target = target or out / "report.html"
+    try:
+        write_whole(DurableFiles(), target.with_name(f".{target.name}.partial"), target, render_page(record).encode())
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror}; give another file with --to") from error
+    return target
+
+
+def read_record(out: Path) -> RunRecord:
+    """What the folder holds, as the page wants it."""
+    status = read_status(out)
+    if status.state == "absent":
+        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
+    folder = OutputFolder(out)
+    manifest = read_manifest(folder)
+    steps = {name: np.asarray(values, np.float64) for name, values in (read_steps(folder) or {}).items()}
+    summary = read_summary(folder)
+    return RunRecord(
+        path=str(out),
+        model=manifest.model_path if manifest else "",
+        state=status.state,
+        samples=status.samples or status.ok + status.errors,
+        ok=status.ok,
+        errors=status.errors,
+        lengths=output_lengths(out),
+        summary=summary,
+        steps=steps,
+        num_pages=int(summary.get("num_pages", 0)),
+        pass_band=_pass_band(out) if status.correct is not None else None,
+    )
+
+
+def _pass_band(out: Path) -> PassBand:
+    points = curve_with_band(*correct_counts(out))
+    return PassBand(
+        ks=tuple(point.k for point in points),
+        values=tuple(point.value for point in points),
+        low=tuple(point.low for point in points),
+        high=tuple(point.high for point in points),
+    )

@@ -1,0 +1,39 @@
+"""A device that computes nothing: it answers a step with tokens that end each sample where its length says."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokabatch.messages import Requests, StepBatch, StepResult
+from tokabatch.simulation.lengths import Lengths
+
+STOP, GO_ON = 1, 0
+"""The two tokens of this device."""
+
+
+class SimulatedDevice:
+    """Answers steps in order. A sample ends with `STOP` at its length, which its row and number alone decide."""
+
+    def __init__(self, requests: Requests, lengths: Lengths, num_slots: int) -> None:
+        self._lengths = lengths
+        self._prompt_length = np.zeros(int(requests.row_index.max(initial=0)) + 1, np.int32)
+        self._prompt_length[requests.row_index] = requests.length
+        self._end = np.zeros(num_slots, np.int64)
+        """For each slot the computed positions at which its sample draws its last token."""
+
+    def run(self, step: StepBatch) -> StepResult:
+        inits = step.inits
+        if len(inits.slot):
+            length = self._lengths(inits.row, inits.sample).astype(np.int64)
+            self._end[inits.slot] = self._prompt_length[inits.row] + length - 1
+        sampled = np.flatnonzero(step.run_samples)
+        ended = step.run_start[sampled] + step.run_length[sampled] >= self._end[step.run_slot[sampled]]
+        count = len(sampled)
+        return StepResult(
+            index=step.index,
+            token=np.where(ended, STOP, GO_ON).astype(np.int32),
+            finite=np.ones(count, np.bool_),
+            logprob=np.full(count, np.nan, np.float32),
+            top_ids=np.zeros((count, 0), np.int32),
+            top_logprobs=np.zeros((count, 0), np.float32),
+        )
