@@ -7,6 +7,7 @@
 
 A name may carry job keys (`a:model.dtype=float16,engine.page_size=64`) and `prompts=N`, which takes the first N prompts. Every
 pass is a process of its own, ended after `--timeout` seconds; figures are printed as they come and kept in OUT/results.jsonl.
+With `--keep` a pass's output stays there, too, for `tokabatch profile` and `tokabatch plan --simulate` to compare with.
 With `--profile` each name runs once more, up to the recorded steps, for the device's idle time and its largest kernels.
 """
 
@@ -69,6 +70,7 @@ class Places:
     scratch: Path
     out: Path
     timeout_s: float
+    keep_output: bool = False
 
 
 def main() -> None:
@@ -76,7 +78,7 @@ def main() -> None:
     parts = [parse_part(text) for text in arguments.names if text != MICRO]
     out: Path = arguments.out or Path(tempfile.mkdtemp(prefix="tokabatch-gpu-"))
     out.mkdir(parents=True, exist_ok=True)
-    places = Places(arguments.scratch or default_scratch(arguments.model), out, arguments.timeout)
+    places = Places(arguments.scratch or default_scratch(arguments.model), out, arguments.timeout, arguments.keep)
     if MICRO in arguments.names:
         command = ["benchmarks.gpu.micro", *(["--small"] if arguments.model.startswith("tiny") else [])]
         run_child(command, places.timeout_s)
@@ -100,6 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"{MICRO}, or of {', '.join(WORKLOADS)}, with :KEY=VALUE,...")
     parser.add_argument("--model", choices=list(SHAPES), default="llama-3.2-1b")
     parser.add_argument("--profile", action="store_true", help="also record a few steps of each")
+    parser.add_argument("--keep", action="store_true", help="keep each pass's job and output in OUT, by its name")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all counts and lengths")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=400.0, help="seconds that one pass may take")
@@ -165,10 +168,16 @@ def keep(places: Places, model: str, part: Part, **values: object) -> None:
 
 
 def run_pass(part: Part, job: dict[str, Any], places: Places, workload: Workload) -> Figures:
-    """The measured pass, its output checked and removed."""
+    """The measured pass, its output checked and removed, unless it is to be kept."""
     figures = run_job(part, job, places, [])
     jobs.check_output(places.out / "completions", workload)
-    shutil.rmtree(places.out / "completions")
+    if places.keep_output:
+        kept = places.out / re.sub("[^a-z0-9]+", "-", part.label.lower())
+        shutil.rmtree(kept, ignore_errors=True)
+        (places.out / "completions").rename(kept)
+        kept.with_suffix(".json").write_text(json.dumps(job, indent=2))
+    else:
+        shutil.rmtree(places.out / "completions")
     if figures.exit_code:
         raise ValueError(f"the run ended with exit code {figures.exit_code}")
     return figures
