@@ -76,16 +76,21 @@ class Run:
         assert not workers(), "a worker was left behind"
 
 
+OTHERS: list[psutil.Process] = []
+"""What other modules' tests have running when these begin."""
+
+
 def workers() -> list[psutil.Process]:
-    """Processes that this one has started, but for multiprocessing's own, which stay until the end."""
+    """Processes that these tests have started, but for multiprocessing's own, which stay until the end."""
     own = psutil.Process().children()
     helpers = [child for child in own if re.search("resource_tracker|forkserver", " ".join(child.cmdline()))]
-    return [child for child in psutil.Process().children(recursive=True) if child not in helpers]
+    return [child for child in psutil.Process().children(recursive=True) if child not in helpers and child not in OTHERS]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_starts() -> None:
     """Scripted workers use no device and are forked from a server that has imported everything."""
+    OTHERS.extend(psutil.Process().children(recursive=True))
     multiprocessing.get_context("forkserver").set_forkserver_preload(["tokabatch.engine.executor", "support.scripted_worker"])
 
 

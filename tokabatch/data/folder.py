@@ -5,6 +5,7 @@ OUT/_tmp/                     unfinished files; cleared by the next claim
 OUT/_lock                     held by the writing process, released by its death
 OUT/manifest.json             what the run is, and what decides its output
 OUT/job.json                  the job, to run it again from the folder alone
+OUT/steps-00000.parquet       what each step did and took; not a result
 OUT/summary.json, _SUCCESS    how it ended; taken back by the next run that adds to the folder
 """
 
@@ -47,6 +48,10 @@ class OutputFolder:
         """The committed shards, by number."""
         found = [path for path in self.data.glob("part-*.parquet") if _SHARD_NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (len(path.name), path.name))
+
+    def step_paths(self) -> list[Path]:
+        """The records of steps, one for each time the run was started."""
+        return sorted(self.path.glob("steps-*.parquet"))
 
     def is_claimed(self) -> bool:
         """Whether a living process writes here. False where the file system keeps no locks."""
@@ -108,7 +113,7 @@ class Claim:
         for shard in self.folder.shard_paths():
             self.files.remove(shard)
         self.files.sync_folder(self.folder.data)
-        for path in (self.folder.manifest, self.folder.job):
+        for path in (*self.folder.step_paths(), self.folder.manifest, self.folder.job):
             if path.exists():
                 self.files.remove(path)
 

@@ -21,7 +21,7 @@ Columns = Mapping[str, npt.NDArray[Any]]
 
 def write_steps(claim: Claim, columns: Columns) -> None:
     """Add one session's steps: arrays of one length by name."""
-    place = len(list(claim.folder.path.glob("steps-*.parquet")))
+    place = len(claim.folder.step_paths())
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(dict(columns)), sink, compression="zstd")
     claim.write(claim.folder.path / f"steps-{place:05}.parquet", sink.getvalue().to_pybytes())
@@ -29,7 +29,7 @@ def write_steps(claim: Claim, columns: Columns) -> None:
 
 def read_steps(folder: OutputFolder) -> Columns | None:
     """The steps of all sessions, one after another; None where there are none. Raises OutputError where a file is damaged."""
-    paths = sorted(folder.path.glob("steps-*.parquet"))
+    paths = folder.step_paths()
     if not paths:
         return None
     try:
