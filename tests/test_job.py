@@ -405,7 +405,7 @@ class TestReference:
         for key in Job.describe_keys():
             if key.name.startswith("verify.kind"):
                 continue
-            base = {**MINIMAL, "verify": {"kind": "exact", "answer": "a"}, "profile": {"path": "trace.json"}}
+            base = {**MINIMAL, "verify": {"kind": "exact", "answer": "a"}, "trace": {"path": "trace.json"}}
             few_shot = ("prompt.few_shot.path=x", "prompt.few_shot.template=y") if "few_shot" in key.name else ()
             advice = re.search(r"for example `(.*)`$", refusal(base, *few_shot, f"{key.name}={{a: 1}}"))
             assert advice is not None, key.name

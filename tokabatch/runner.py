@@ -26,7 +26,8 @@ from tokabatch.data.steps import write_steps
 from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
 from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, kv_shape
-from tokabatch.engine.worker import ProfileSpec, WorkerSpec
+from tokabatch.engine.warm_up import kinds_of_drawing
+from tokabatch.engine.worker import TraceSpec, WorkerSpec
 from tokabatch.errors import CommitError, EngineError, OutputError, Stopped, UsageError
 from tokabatch.interruption import Interruption
 from tokabatch.job import Job
@@ -79,7 +80,7 @@ def run(
             if exit_code == EXIT_COMPLETE and len(prepared.requests):
                 make = _executors(job, prepared, sizes, clock.progress)
                 exit_code = _complete(job, prepared, scheduler, make, recorder, clock, stop, replica_counts, workers, watch)
-                _check_profile(job, scheduler.counts, clock.progress)
+                _check_trace(job, scheduler.counts, clock.progress)
             clock.show("writing", prepared, scheduler, recorder)
             with claim.committing():
                 books = mark_success(claim, recorder.finish(), prepared.samples_total)
@@ -268,17 +269,18 @@ def _executors(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Prog
         sizes=sizes,
         fp8=job.model.quantization == "fp8",
         kv_dtype=torch.float8_e4m3fn if job.engine.kv_cache_dtype == "fp8" else None,
-        profile=job.profile and ProfileSpec(Path(job.profile.path), job.profile.start, job.profile.steps),
+        draws=kinds_of_drawing(prepared.requests.sampling),
+        trace=job.trace and TraceSpec(Path(job.trace.path), job.trace.start, job.trace.steps),
     )
     if _runs_apart(job, prepared):
         return partial(ProcessExecutor, spec, patience=Patience.of(job.engine.hang_seconds))
     return partial(InProcessExecutor, spec)
 
 
-def _check_profile(job: Job, counts: SchedulerCounts, progress: Progress) -> None:
-    if job.profile and counts.steps < job.profile.start:
+def _check_trace(job: Job, counts: SchedulerCounts, progress: Progress) -> None:
+    if job.trace and counts.steps < job.trace.start:
         progress.message(
-            f"nothing was profiled: the run had {counts.steps} steps, and profile.start is {job.profile.start}; write less"
+            f"nothing was traced: the run had {counts.steps} steps, and trace.start is {job.trace.start}; write less"
         )
 
 

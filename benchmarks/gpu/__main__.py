@@ -188,7 +188,7 @@ def profile_pass(part: Part, job: dict[str, Any], places: Places, model: str, st
     file = places.out / f"trace-{model}-{re.sub('[^a-z0-9]+', '-', part.label.lower())}.json.gz"
     file.unlink(missing_ok=True)
     start = max(1, min(PROFILE_AT[part.workload], steps // 2))
-    section = {"profile": {"path": str(file), "start": start, "steps": PROFILED_STEPS}}
+    section = {"trace": {"path": str(file), "start": start, "steps": PROFILED_STEPS}}
     run_job(part, job | section, places, ["--stop-file", str(file)])
     shutil.rmtree(places.out / "completions")
     if not file.exists():

@@ -1,4 +1,4 @@
-"""Launch times arrive with the results, and a profile holds exactly the steps asked for, wherever the worker runs."""
+"""Launch times arrive with the results, and a trace holds exactly the steps asked for, wherever the worker runs."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ def recorded_steps(trace) -> list[int]:
 )
 def test_the_profile_holds_the_steps_asked_for(job, tmp_path, process, start, steps, expected):
     trace = tmp_path / "deep" / "trace.json.gz"
-    summary = run(
-        job(profile={"path": str(trace), "start": start, "steps": steps}, engine={"process": process, "device": "cpu"})
-    )
+    summary = run(job(trace={"path": str(trace), "start": start, "steps": steps}, engine={"process": process, "device": "cpu"}))
     assert summary.exit_code == 0
     assert recorded_steps(trace) == expected
     assert [file.name for file in trace.parent.iterdir()] == ["trace.json.gz"]
@@ -66,8 +64,8 @@ def test_the_profile_holds_the_steps_asked_for(job, tmp_path, process, start, st
 
 def test_a_run_too_short_for_its_profile_says_so(job, tmp_path):
     messages = Messages()
-    run(job(profile={"path": str(tmp_path / "trace.json")}, engine={"device": "cpu"}), messages)
-    assert any("profile.start is 50" in text for text in messages.texts)
+    run(job(trace={"path": str(tmp_path / "trace.json")}, engine={"device": "cpu"}), messages)
+    assert any("trace.start is 50" in text for text in messages.texts)
     assert not (tmp_path / "trace.json").exists()
 
 

@@ -183,7 +183,7 @@ class ProcessExecutor:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-        # Not before: without a reader of its signs the worker ends at once, and may have a profile to write.
+        # Not before: without a reader of its signs the worker ends at once, and may have a trace to write.
         self._signs.close()
 
     def _send(self, message: StepBatch | Resume) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from tokabatch.engine.sizing import ReplicaSizes
-from tokabatch.engine.worker import Launched, ProfileSpec, Worker, WorkerSpec
+from tokabatch.engine.worker import Launched, TraceSpec, Worker, WorkerSpec
 from tokabatch.messages import StepBatch, StepResult
 
 WARM_UP_STEPS = 4
@@ -41,14 +41,14 @@ class TimedLaunch:
 class Launcher:
     """Steps are launched in the order given, from one thread."""
 
-    def __init__(self, worker: Worker, spec: ProfileSpec | None, device: str) -> None:
+    def __init__(self, worker: Worker, spec: TraceSpec | None, device: str) -> None:
         self._worker = worker
-        self._profile = None if spec is None else StepProfile(spec, device)
+        self._trace = None if spec is None else StepTrace(spec, device)
 
     @classmethod
     def build(cls, spec: WorkerSpec) -> Launcher:
         """Build the worker that the spec describes. Raises what `Worker.build` does."""
-        return cls(Worker.build(spec), spec.profile, spec.device)
+        return cls(Worker.build(spec), spec.trace, spec.device)
 
     @property
     def sizes(self) -> ReplicaSizes:
@@ -57,35 +57,35 @@ class Launcher:
 
     def launch(self, step: StepBatch) -> TimedLaunch:
         """Queue one step on the device. The time is the calling thread's, the profiler's work left out."""
-        if self._profile is not None:
-            self._profile.before(step.index)
+        if self._trace is not None:
+            self._trace.before(step.index)
         begin = time.thread_time()
         with record_function(f"step {step.index}"):
             launched = self._worker.launch(step)
         return TimedLaunch(launched, time.thread_time() - begin)
 
     def close(self) -> None:
-        """Writes the profile where the steps ended before it was complete."""
-        if self._profile is not None:
-            self._profile.finish()
+        """Writes the trace where the steps ended before it was complete."""
+        if self._trace is not None:
+            self._trace.finish()
 
 
-class StepProfile:
+class StepTrace:
     """Records steps `start` to `start + steps - 1`, counted from 1 as steps are, and writes the trace whole or not at all.
 
     On a GPU only the device's work is recorded: to record the host's operators as well would slow launching so much that the
     device waited for it.
     """
 
-    def __init__(self, spec: ProfileSpec, device: str) -> None:
+    def __init__(self, spec: TraceSpec, device: str) -> None:
         self._spec = spec
         activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
         self._warm_up = min(WARM_UP_STEPS, spec.start - 1)
         with warnings.catch_warnings():
-            # That a profile from step 1 on has no warm-up is what the job asked for.
+            # That a trace from step 1 on has no warm-up is what the job asked for.
             warnings.simplefilter("ignore", UserWarning)
             steps = schedule(wait=0, warmup=self._warm_up, active=spec.steps, repeat=1)
-        self._profiler = profile(activities=[activity], schedule=steps, on_trace_ready=self._write)
+        self._tracer = profile(activities=[activity], schedule=steps, on_trace_ready=self._write)
         self._running = False
         self._finished = False
 
@@ -94,15 +94,15 @@ class StepProfile:
         if self._finished:
             return
         if self._running:
-            self._profiler.step()
+            self._tracer.step()
         elif index >= self._spec.start - self._warm_up:
-            self._profiler.start()
+            self._tracer.start()
             self._running = True
 
     def finish(self) -> None:
         """Ends the recording; what has been recorded is written."""
         if self._running and not self._finished:
-            self._profiler.stop()
+            self._tracer.stop()
 
     def _write(self, profiler: torch.profiler.profile) -> None:
         self._finished = True

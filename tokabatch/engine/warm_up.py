@@ -5,21 +5,21 @@ They write to slots and pages that the first real steps overwrite before they re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from tokabatch.engine.sizing import ReplicaSizes
-from tokabatch.messages import Int32, PrefixLevel, SlotInit, StepBatch
+from tokabatch.messages import Int32, PrefixLevel, SamplingParams, SlotInit, StepBatch
 
 MAX_PROMPT = 1024
 """Tokens of the longest prompt: enough for the kernels that take long runs only."""
 MAX_SAMPLES = 256
 
 
-def warm_up_steps(sizes: ReplicaSizes) -> Iterator[StepBatch]:
+def warm_up_steps(sizes: ReplicaSizes, draws: Sequence[SamplingParams]) -> Iterator[StepBatch]:
     """One prompt computed; many samples behind it, each with its last page copied; the same with the prompt as a shared
-    prefix. Every sample's own page is one and the same, which nobody minds."""
+    prefix; and a step for every way of drawing. Every sample's own page is one and the same, which nobody minds."""
     page = sizes.page_size
     full = min(MAX_PROMPT // page, sizes.max_pages_per_sequence - 1, sizes.num_pages - 2, (sizes.max_step_tokens - 1) // page)
     if full < 1:
@@ -27,35 +27,49 @@ def warm_up_steps(sizes: ReplicaSizes) -> Iterator[StepBatch]:
     pages = np.arange(full + 1, dtype=np.int32)
     first = np.zeros(1, np.int32)
     length = full * page + 1
-    yield _step(0, _table(first, pages), runs=(first, first, first + length), prefill=1, samples=1)
+    greedy = SamplingParams(temperature=0.0)
+    yield _step(0, _table(first, pages), (first, first, first + length), greedy, prefill=1)
     slots = np.arange(min(MAX_SAMPLES, sizes.max_running), dtype=np.int32)
-    start = np.full(len(slots), full * page, np.int32)
-    once = np.ones(len(slots), np.int32)
+    runs = slots, np.full(len(slots), full * page, np.int32), np.ones(len(slots), np.int32)
     copy = first + full, first + full + 1
-    yield _step(1, _table(slots, pages), runs=(slots, start, once), copy=copy, temperature=0.7, samples=len(slots))
+    yield _step(1, _table(slots, pages), runs, greedy, copy=copy)
     level = PrefixLevel(first, first + len(slots), first, first, first + full)
-    yield _step(2, _table(first, pages), runs=(slots, start, once), level=level, skip=once * full, samples=len(slots))
+    yield _step(2, _table(first, pages), runs, greedy, level=level, skip=runs[2] * full)
+    for index, params in enumerate(draws, 3):
+        yield _step(index, _table(first, pages), runs, params)
+
+
+def kinds_of_drawing(sampling: Sequence[SamplingParams]) -> tuple[SamplingParams, ...]:
+    """One of each kind that the sampler has a kernel for, and what a step with all of them asks for."""
+    kinds = {_kind(params): params for params in sampling}
+    random, filtered, logprobs = (max(values) for values in zip(*kinds, strict=True)) if kinds else (False, False, -1)
+    everything = SamplingParams(
+        temperature=1.0 if random else 0.0, top_p=0.9 if filtered else 1.0, logprobs=None if logprobs < 0 else logprobs
+    )
+    return tuple({**kinds, _kind(everything): everything}.values())
+
+
+def _kind(params: SamplingParams) -> tuple[bool, bool, int]:
+    random = params.temperature > 0
+    filtered = random and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)
+    return random, filtered, -1 if params.logprobs is None else params.logprobs
 
 
 def _step(
     index: int,
     table: tuple[Int32, Int32, Int32],
     runs: tuple[Int32, Int32, Int32],
-    samples: int,
+    params: SamplingParams,
     prefill: int = 0,
     copy: tuple[Int32, Int32] | None = None,
     level: PrefixLevel | None = None,
     skip: Int32 | None = None,
-    temperature: float = 0.0,
 ) -> StepBatch:
     none = np.zeros(0, np.int32)
     slots, start, length = runs
-    opened = np.arange(samples, dtype=np.int32)
-    zero, wide = np.zeros(samples, np.int32), np.zeros(samples, np.int64)
-    one = np.ones(samples, np.float32)
     return StepBatch(
         index=index,
-        inits=SlotInit(opened, wide, zero, wide, one * temperature, one, zero, one * 0, zero - 1),
+        inits=_inits(slots, params),
         table_slot=table[0],
         table_column=table[1],
         table_page=table[2],
@@ -70,6 +84,21 @@ def _step(
         run_skip=np.zeros(len(slots), np.int32) if skip is None else skip,
         token_ids=np.zeros(int(length[:prefill].sum()), np.int32),
         prefix_levels=() if level is None else (level,),
+    )
+
+
+def _inits(slots: Int32, params: SamplingParams) -> SlotInit:
+    zero, one = np.zeros(len(slots), np.int32), np.ones(len(slots), np.float32)
+    return SlotInit(
+        slot=slots,
+        row=zero.astype(np.int64),
+        sample=zero,
+        seed=zero.astype(np.int64),
+        temperature=one * np.float32(params.temperature),
+        top_p=one * np.float32(params.top_p),
+        top_k=zero + np.int32(params.top_k),
+        min_p=one * np.float32(params.min_p),
+        logprobs=zero + np.int32(-1 if params.logprobs is None else params.logprobs),
     )
 
 

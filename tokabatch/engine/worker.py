@@ -6,7 +6,7 @@ its last sampled token, which the next step consumes without a trip to the sched
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tokabatch.engine.graphs import DecodeGraphs
 from tokabatch.engine.memory import fitting_pages
 from tokabatch.engine.sizing import ReplicaSizes, kv_shape, settle_pages
 from tokabatch.engine.warm_up import warm_up_steps
-from tokabatch.messages import StepBatch, StepResult
+from tokabatch.messages import SamplingParams, StepBatch, StepResult
 from tokabatch.model.decoder import Decoder, KVPages
 from tokabatch.model.sampler import Sampled, sample
 from tokabatch.model.slot_table import SlotTable, packed
@@ -29,7 +29,7 @@ from tokabatch.transfer import Outbox, to_host
 
 
 @dataclass(frozen=True, slots=True)
-class ProfileSpec:
+class TraceSpec:
     """Record `steps` steps from step `start` on (the first is 1) into the Chrome trace `path`."""
 
     path: Path
@@ -51,7 +51,9 @@ class WorkerSpec:
     """Matrices of the layers in e4m3."""
     kv_dtype: torch.dtype | None = None
     """Of keys and values where it is not the model's."""
-    profile: ProfileSpec | None = None
+    trace: TraceSpec | None = None
+    draws: tuple[SamplingParams, ...] = ()
+    """The kinds of drawing to warm up (`warm_up.kinds_of_drawing`)."""
 
 
 class Worker:
@@ -81,13 +83,13 @@ class Worker:
         shape = kv_shape(spec.spec, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_pages_per_sequence)
         worker = cls(decoder, create_backend(spec.backend, shape, spec.dtype, device, spec.kv_dtype), sizes)
         if device.type == "cuda":
-            worker.warm_up()
+            worker.warm_up(spec.draws)
         return worker
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
+    def warm_up(self, draws: Sequence[SamplingParams]) -> None:
         """Compile and load every kernel, and capture small decode steps where the backend lets the decoder write its cache."""
-        for step in warm_up_steps(self.sizes):
+        for step in warm_up_steps(self.sizes, draws):
             self.run(step)
         if self._backend.cache is not None and self._decoder.mesh.tensor_size == self._decoder.mesh.pipeline_size == 1:
             self._graphs = DecodeGraphs(self._decoder, self._backend, self._last_token, self.sizes.max_running)

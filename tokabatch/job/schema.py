@@ -197,7 +197,7 @@ class OutputConfig(_Section):
     columns: fields.Columns = Field(default="all", description="Input columns to carry over to the output.")
 
 
-class ProfileConfig(_Section):
+class TraceConfig(_Section):
     """Record what the device does in a few steps: a Chrome trace, for Perfetto or chrome://tracing. The run stalls for a
     second or two while it is written."""
 
@@ -240,7 +240,7 @@ class Job(_Section):
     engine: EngineConfig = EngineConfig()
     output: OutputConfig
     verify: VerifyConfig | None = None
-    profile: ProfileConfig | None = None
+    trace: TraceConfig | None = None
     errors: ErrorsConfig = ErrorsConfig()
 
     @classmethod
