@@ -61,6 +61,20 @@ def test_slow_first_steps_do_not_count():
     assert np.sum(slow.seconds(work)) == pytest.approx(float(np.sum(clean.seconds(work))), rel=0.03)
 
 
+def test_results_that_come_in_bursts_do_not_mislead():
+    """Two steps in flight: every other result is late, and the next one comes right behind it."""
+    steps = record(np.random.default_rng(4), 400, 0.01)
+    columns = {name: values.copy() for name, values in steps.columns.items()}
+    late = 0.9 * columns["seconds"][1::2]
+    columns["seconds"][0::2] += late
+    columns["seconds"][1::2] -= late
+    profile = fit_profile(LLAMA_1B, H200, Steps(columns))
+    other = record(np.random.default_rng(5), 200, 0.0)
+    predicted, actual = np.asarray(profile.seconds(other.work)), other["seconds"]
+    assert predicted.sum() == pytest.approx(actual.sum(), rel=0.03)
+    assert np.quantile(np.abs(predicted / actual - 1), 0.9) < 0.1
+
+
 def test_a_profile_is_read_as_it_was_written(tmp_path):
     save_profile(TRUE, tmp_path / "profile.json")
     assert load_profile(tmp_path / "profile.json", LLAMA_1B) == TRUE

@@ -2,7 +2,7 @@
 
 seconds = step + per_sequence * sequences + per_group * groups + sum over operators of factor * roofline seconds, every
 coefficient at least 0, by non-negative least squares (Lawson and Hanson 1974). What a run did not exercise cannot be fitted
-from it; a weak prior therefore holds each operator near the ratio of measured to roofline seconds of the whole run.
+from it, nor can operators that grow together in it be told apart; a prior therefore holds each operator near the ratio of measured to roofline seconds of the whole run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from tokabatch.model.spec import ModelSpec
 TERMS = ("step", "sequences", "groups", "dense", "logits", "elementwise", "prefix", "prefill", "decode")
 """`logits` are the head and sampling; the first three count, the others are roofline seconds."""
 _COUNTED = 3
-_PRIOR = 0.02
+_PRIOR = 0.1
+_WINDOW = 4
+"""Consecutive steps whose times are added up: with several steps in flight results come in bursts, and what one step is said to
+have taken is partly its neighbour's."""
 _OUTLIER = 3.0
 """Steps that take so many times what the first fit says, or less than its inverse, are left out of the second: kernels that are
 compiled or loaded on first use, a host that was busy."""
@@ -49,13 +52,20 @@ def fit_profile(spec: ModelSpec, device: DeviceRates, steps: Steps, itemsize: in
         raise UsageError(f"a profile needs at least {len(TERMS)} recorded steps, this run has {len(steps)}")
     roofline = Roofline(spec, device, itemsize)
     table = np.stack([np.broadcast_to(term, len(steps)).astype(np.float64) for term in _terms(roofline, steps.work)], axis=1)
-    seconds = steps["seconds"]
+    width = min(_WINDOW, len(steps) // len(TERMS))
+    table, seconds = _in_windows(table, width), _in_windows(steps["seconds"], width)
     coefficients = _fit(table, seconds)
     ratio = seconds / np.maximum(table @ coefficients, 1e-12)
     usual = (ratio < _OUTLIER) & (ratio > 1 / _OUTLIER)
     if usual.sum() >= len(TERMS):
         coefficients = _fit(table[usual], seconds[usual])
     return Profile(roofline, tuple(coefficients.tolist()), source)
+
+
+def _in_windows(values: Float64, width: int) -> Float64:
+    """Sums over `width` consecutive rows; an incomplete last window is left out."""
+    count = len(values) // width
+    return values[: count * width].reshape(count, width, *values.shape[1:]).sum(axis=1)
 
 
 def save_profile(profile: Profile, path: Path) -> None:
