@@ -2,7 +2,8 @@
 
 seconds = step + per_sequence * sequences + per_group * groups + sum over operators of factor * roofline seconds, every
 coefficient at least 0, by non-negative least squares (Lawson and Hanson 1974). What a run did not exercise cannot be fitted
-from it, nor can operators that grow together in it be told apart; a prior therefore holds each operator near the ratio of measured to roofline seconds of the whole run.
+from it, nor can operators that grow together in it be told apart; a prior therefore holds each operator near the ratio of
+measured to roofline seconds of the whole run.
 """
 
 from __future__ import annotations
