@@ -118,3 +118,15 @@ def test_books_close_at_size(num_running):
     completions, scheduler = device.drive(device.make_requests(prompts, params), limits, prompts, 2, integrity=False)
     assert len(completions) == 300
     assert scheduler.counts.output_tokens == sum(len(c.token_ids) for c in completions.values())
+
+
+def test_two_prompts_that_share_a_page_do_not_take_turns_for_ever():
+    """Three pages: each prompt takes two, one of them shared, and a sample needs one more to begin."""
+    prompts = [
+        [0, 2, 1, 0, 1, 0, 0, 3, 2], [0, 2, 1, 1], [0, 2, 1, 3], [0, 2, 1, 0, 1, 0, 0, 3, 2], [0, 2, 1, 0, 0, 0, 0, 1],
+        [0, 2, 1, 1, 2, 1], [0, 2, 1, 2], [0, 2, 1, 0, 1, 0, 0, 3, 2], [0, 2, 1, 3, 1, 2, 3, 1, 2], [0, 2, 1, 0],
+    ]  # fmt: skip
+    params = SamplingParams(n=2, max_tokens=1)
+    limits = SchedulerLimits(8, 3, 4, 9, 2, None)
+    completions, _ = device.drive(device.make_requests(prompts, [params]), limits, prompts, 1)
+    assert len(completions) == 2 * len(prompts)

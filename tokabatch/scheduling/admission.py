@@ -101,8 +101,18 @@ class Admission:
                 taken.append(self._admit_fresh(min(count, self._sequences.num_free), budget, draft))
         runs = [np.concatenate(part) for part in zip((_NONE, _NONE), *taken, strict=True)]
         if alone and not len(runs[0]) and self._prompts.suspend_idle(keep=int(candidates.request[0])):
-            return self.admit(budget, draft, alone)
+            return self._admit_first(candidates, budget, draft)
         return runs[0], runs[1]
+
+    def _admit_first(self, candidates: _Candidates, budget: int, draft: StepDraft) -> Runs:
+        """Admit again after all other idle prompts have given up their pages. A first candidate that has been open before is
+        the only one: else a prompt just suspended would stand before it and take the pages that came free for it."""
+        before = self.confined
+        if candidates.num_known:
+            self.confined = frozenset((int(candidates.request[0]),))
+        runs = self.admit(budget, draft, alone=True)
+        self.confined = before
+        return runs
 
     def expected_tokens_left(self, waiting: int) -> int:
         """Output tokens still to come: of the running samples, and of `waiting` more at the workload's mean."""
