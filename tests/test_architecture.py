@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "experiments": LEAVES,
     "report": LEAVES,
     "engine": LEAVES | {"model", "attention", "parallel", "transfer"},
-    "preparation": LEAVES | {"data", "planning", "engine", "model"},
+    "preparation": LEAVES | {"data", "planning", "engine", "model", "attention"},
     "interruption": {"errors"},
     "replica": LEAVES | {"interruption", "scheduling", "engine", "stopwatch"},
     "recorder": LEAVES | {"data", "experiments", "preparation"},

@@ -50,6 +50,8 @@ class Scenario:
 
 def predict_run(prepared: Prepared, limits: SchedulerLimits, scenario: Scenario) -> Outlook:
     """Simulate the whole job under `limits`, then a part of it under others. Raises UsageError for a bad scenario."""
+    if not len(prepared.requests):
+        raise UsageError("there is nothing to simulate: no row has become a prompt, or all samples are there already")
     device = choose_device(scenario.device, prepared.device)
     cost = cost_model(prepared, device, scenario.profile)
     lengths, described = _lengths(scenario.lengths)

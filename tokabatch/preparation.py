@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from tokabatch.attention import choose_backend
 from tokabatch.data.fingerprint import Fingerprint, describe, refuse_changes, refuse_other_rows
 from tokabatch.data.generation_defaults import effective_generation, eos_token_ids
 from tokabatch.data.output import FailedRow, output_schema
@@ -108,10 +109,11 @@ def prepare(
     the rows and error rows read so far. Weights that are still on the hub are fetched last, and only if `weights` says so.
     `earlier` is the run in the output folder: a job that differs from it is refused as soon as the difference is seen."""
     device = pick_device(job)
-    _check_fp8(job, device)
     folder = resolve_model(job.model.path, job.model.revision, weights=False)
     spec = read_spec(folder)
     checkpoint = preflight(folder, spec) if Path(job.model.path).expanduser().is_dir() else None
+    dtype = _choose_dtype(job, device, folder, spec, checkpoint)
+    _check_fp8(job, device, dtype)
     tokenizer = load_tokenizer(job.model.model_copy(update={"path": str(folder)}))
     if tokenizer.vocab_size > spec.vocab_size:
         raise ModelError(
@@ -123,7 +125,7 @@ def prepare(
     eos = eos_token_ids(folder, tokenizer)
     output = Path(job.output.path)
     tokenizer_folder = _tokenizer_folder(job, folder)
-    fingerprint = describe(job, generation, eos, folder, tokenizer_folder)
+    fingerprint = describe(job, generation, eos, folder, tokenizer_folder, _name(dtype))
     refuse_changes(output, earlier, fingerprint)
     store = ingest(
         job,
@@ -141,14 +143,16 @@ def prepare(
     requests = order_requests(store)
     if checkpoint is None and weights:
         checkpoint = preflight(resolve_model(job.model.path, job.model.revision), spec)
-        fingerprint = replace(fingerprint, settings=describe(job, generation, eos, folder, tokenizer_folder).settings)
+        dtype = _choose_dtype(job, device, folder, spec, checkpoint)
+        known = describe(job, generation, eos, folder, tokenizer_folder, _name(dtype))
+        fingerprint = replace(fingerprint, settings=known.settings)
         refuse_changes(output, earlier, fingerprint)
     everything = np.arange(generation.n, dtype=np.int32)
     return Prepared(
         folder=folder,
         spec=spec,
         device=device,
-        dtype=_choose_dtype(job, device, folder, spec, checkpoint),
+        dtype=dtype,
         tokenizer=tokenizer,
         eos_token_ids=eos,
         generation=generation,
@@ -203,13 +207,23 @@ def pick_device(job: Job) -> str:
     return "cuda" if available and job.engine.device != "cpu" else "cpu"
 
 
-def _check_fp8(job: Job, device: str) -> None:
-    """Raises JobError where e4m3 is asked for and the device has no units for it."""
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_fp8(job: Job, device: str, dtype: torch.dtype) -> None:
+    """Raises JobError where e4m3 is asked for and the device has no units for it, or what uses them is not there."""
     asked = {"model.quantization": job.model.quantization, "engine.kv_cache_dtype": job.engine.kv_cache_dtype}
     key = next((key for key, value in asked.items() if value == "fp8"), None)
-    if key is None or (device == "cuda" and torch.cuda.get_device_capability() >= FP8_CAPABILITY):
+    if key is None:
         return
-    raise JobError(f"{key} is fp8, which needs an NVIDIA GPU of the Ada or Hopper generation or later; remove it here")
+    if device != "cuda" or torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        raise JobError(f"{key} is fp8, which needs an NVIDIA GPU of the Ada or Hopper generation or later; remove it here")
+    if choose_backend(device, dtype) != "flashinfer_paged":
+        raise JobError(
+            f"{key} is fp8, which needs model.dtype bfloat16 or float16 (it is {_name(dtype)}) and FlashInfer "
+            '(`pip install -e ".[gpu]"`); provide both, or remove it'
+        )
 
 
 def order_requests(store: InputStore) -> Requests:

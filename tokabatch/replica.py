@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tokabatch.engine.executor import Executor
-from tokabatch.errors import EngineError, StepDropped, WorkerLost
+from tokabatch.errors import EngineError, StepDropped, UsageError, WorkerLost
 from tokabatch.interruption import Interruption
 from tokabatch.messages import Completion, StepResult
 from tokabatch.scheduling.scheduler import Scheduler
@@ -145,8 +145,14 @@ class Replica:
         completions = self._scheduler.lost_device(str(fault).splitlines()[0])
         for row in sorted({completion.row_index for completion in completions}):
             self._tell(f"row {row} has killed the worker again, running alone: it becomes an error row (worker_crash)")
+        if completions:
+            self._barren = 0
         self._renew(fault, f"{self._scheduler.counts.requeued - before:,} running samples keep their tokens and go on")
-        self.start()
+        try:
+            self.start()
+        except UsageError as error:
+            # The job could be started once: it is not the job that is wrong.
+            raise EngineError(f"{fault}\nNo other worker can be started: {error}") from error
         return completions
 
     def _renew(self, fault: WorkerLost, consequence: str) -> None:

@@ -5,6 +5,7 @@ job ─► start (rows, prompts, plan order; what is done already) ─► sizes 
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Generator
@@ -23,9 +24,9 @@ from tokabatch.data.committed import read_committed
 from tokabatch.data.folder import Claim, OutputFolder, check_output
 from tokabatch.data.manifest import Books, mark_success, read_manifest, read_summary, write_summary
 from tokabatch.data.steps import write_steps
-from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
+from tokabatch.engine.executor import WORKER_NAME, Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
-from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, kv_shape
+from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, page_bytes
 from tokabatch.engine.warm_up import kinds_of_drawing
 from tokabatch.engine.worker import TraceSpec, WorkerSpec
 from tokabatch.errors import CommitError, EngineError, OutputError, Stopped, UsageError
@@ -67,11 +68,13 @@ def run(
     summary has the exit code 130 or the Interruption's. While the input is still read there is nothing to commit: it ends in
     Stopped (a KeyboardInterrupt) and leaves the folder as it was.
     """
+    _refuse_in_worker()
     clock, replica_counts, reuse = _Clock(progress or NullProgress()), ReplicaCounts(), Reuse(overwrite, retry_errors)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
     with Claim(Path(job.output.path)) as claim, ExitStack() as workers:
         started = start(job, claim, partial(_reading, clock, stop), reuse, clock.progress.message, stop.at_once)
         prepared, recorder = started.prepared, Recorder(job, started.prepared, claim, started.committed)
+        workers.callback(prepared.store.close)
         sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
         scheduler = Scheduler(prepared.requests, _limits(sizes), _stop_rules(prepared))
         watch = Stopwatch(int(prepared.num_samples.sum()))
@@ -95,8 +98,13 @@ def run(
             # Where the disk is full the summary goes to the caller alone.
             write_summary(claim, summary.to_dict())
             write_steps(claim, steps.columns)
-        prepared.store.close()
     return summary
+
+
+def _refuse_in_worker() -> None:
+    """A script that calls `run` where it stands calls it again in the worker's process, which imports the script."""
+    if multiprocessing.current_process().name == WORKER_NAME:
+        raise UsageError('a script must call tokabatch.run under `if __name__ == "__main__":`, for its worker imports it, too')
 
 
 def plan(job: Job) -> PlanReport:
@@ -313,7 +321,7 @@ def _summary(
     steps: Steps,
     exit_code: int,
 ) -> RunSummary:
-    prepared, counts = started.prepared, scheduler.counts
+    prepared, counts, seconds = started.prepared, scheduler.counts, clock.elapsed
     predicted = _predicted(prepared, steps)
     return RunSummary(
         rows=prepared.store.num_rows,
@@ -325,7 +333,7 @@ def _summary(
         cacheable_tokens=prepared.sharing().saved_tokens,
         prefilled_tokens=counts.prefilled_tokens,
         output_tokens=counts.output_tokens,
-        seconds=clock.elapsed,
+        seconds=seconds,
         load_seconds=clock.load_seconds,
         steps=counts.steps,
         output_path=str(job.output.path),
@@ -376,7 +384,7 @@ def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
         context_length=spec.context_length,
         dtype=str(prepared.dtype).removeprefix("torch."),
     )
-    per_page = kv_shape(spec, sizes.page_size, 1, 1, 1).bytes_per_page(prepared.dtype)
+    per_page = page_bytes(job.engine, spec, prepared.dtype)
     requests = prepared.requests
     limits = [params.max_tokens for params in requests.sampling]
     first = store.first_prompt_row

@@ -82,6 +82,14 @@ def test_a_gpu_settles_on_what_is_left_beside_its_largest_step(monkeypatch):
         settle_pages(asked, 5000)
 
 
+def test_a_cache_that_is_asked_for_is_not_larger_than_the_job_or_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 80 << 30))
+    small = decide_sizes(EngineConfig(kv_cache_tokens=10**7), SPEC, torch.bfloat16, replace(FACTS, num_samples=1), "cuda")
+    assert settle_pages(small, 10**6).num_pages == small.useful_pages < 10**6
+    with pytest.raises(JobError, match="memory holds about 160 beside"):
+        settle_pages(small, 10)
+
+
 def test_an_e4m3_cache_holds_twice_as_much(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
     facts = replace(FACTS, num_samples=10**6, unique_prompt_tokens=10**9, num_prompts=10**6, longest_output=4000)

@@ -266,14 +266,15 @@ class FlashInferPagedAttention:
         if not section.own.causal:
             return _Planned(section, levels, self._plan_decode(wrappers.decoder, section.own))
         kept = wrappers.prefill(self._wants_fa3(section.own))
-        self._plan_prefill(kept.wrapper, section.own)
         kept.planned = b""
+        self._plan_prefill(kept.wrapper, section.own)
         return _Planned(section, levels, kept.wrapper)
 
     def _plan_level(self, level: _Level, wrappers: _Wrappers) -> Wrapper:
         """Plan a level, unless this set's wrapper of its place planned the same: while samples only decode, groups stay."""
         kept = wrappers.prefill(self._wants_fa3(level.passes))
         if kept.planned != level.unchanged:
+            kept.planned = b""
             self._plan_prefill(kept.wrapper, level.passes)
             kept.planned = level.unchanged
         return kept.wrapper

@@ -2,8 +2,8 @@
 
 In it: the model's and the tokenizer's files, how prompts are made, how samples are drawn, what a row of the output holds, and
 the input's rows. Not in it: `generation.n`, further rows at the end, and what is under `engine`, but for the cache's type: a
-sample depends on none of them. Files are known by size and digest, the rows by a digest over their content, whatever file
-they lie in.
+sample depends on none of them but for rounding. Files are known by size and digest, the rows by a digest over their content,
+whatever file they lie in.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ class RowsDigest:
 
 
 def describe(
-    job: Job, generation: GenerationConfig, eos_token_ids: tuple[int, ...], model: Path, tokenizer: Path
+    job: Job, generation: GenerationConfig, eos_token_ids: tuple[int, ...], model: Path, tokenizer: Path, dtype: str
 ) -> Fingerprint:
-    """Everything but the rows. `generation` has the model's defaults filled in; the two folders hold the model's and the
-    tokenizer's files, the weights perhaps not yet."""
+    """Everything but the rows. `dtype` is what is computed in, whatever the job says; `generation` has the model's defaults
+    filled in; the two folders hold the model's and the tokenizer's files, the weights perhaps not yet."""
     settings = {f"model/{name}": mark for name, mark in _file_marks(model, MODEL_FILES)}
     settings |= {f"tokenizer/{name}": mark for name, mark in _file_marks(tokenizer, TOKENIZER_FILES)}
     prompt = job.prompt.model_dump(mode="json")
@@ -82,7 +82,7 @@ def describe(
         prompt["few_shot"] = _mark(render_few_shot(job.prompt.few_shot).encode())
     drawn = generation.model_dump(mode="json", exclude={"n"}) | {"end tokens": eos_token_ids}
     sections: dict[str, Mapping[str, Any]] = {
-        "model": {"dtype": job.model.dtype, "quantization": job.model.quantization},
+        "model": {"dtype": dtype, "quantization": job.model.quantization},
         "engine": {"kv_cache_dtype": job.engine.kv_cache_dtype},
         "input": {"id_column": job.input.id_column},
         "prompt": prompt,

@@ -20,15 +20,16 @@ Columns = Mapping[str, npt.NDArray[Any]]
 
 
 def write_steps(claim: Claim, columns: Columns) -> None:
-    """Add one session's steps: arrays of one length by name."""
-    place = len(claim.folder.step_paths())
+    """Add the steps of one start: arrays of one length by name."""
+    paths = claim.folder.step_paths()
+    place = 1 + int(paths[-1].stem.removeprefix("steps-")) if paths else 0
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(dict(columns)), sink, compression="zstd")
     claim.write(claim.folder.path / f"steps-{place:05}.parquet", sink.getvalue().to_pybytes())
 
 
 def read_steps(folder: OutputFolder) -> Columns | None:
-    """The steps of all sessions, one after another; None where there are none. Raises OutputError where a file is damaged."""
+    """The steps of all starts, one after another; None where there are none. Raises OutputError where a file is damaged."""
     paths = folder.step_paths()
     if not paths:
         return None

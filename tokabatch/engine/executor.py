@@ -29,6 +29,7 @@ from tokabatch.engine.worker import WorkerSpec
 from tokabatch.errors import StepDropped, TokabatchError, WorkerLost
 from tokabatch.messages import StepBatch, StepResult
 
+WORKER_NAME = "tokabatch-worker"
 STOP_SECONDS = 5.0
 POLL_SECONDS = 0.0002
 ALIVE_SECONDS = 0.5
@@ -142,7 +143,7 @@ class ProcessExecutor:
         self._pipe, their_pipe = context.Pipe()
         self._signs, pulse = context.Pipe(duplex=False)
         ends = (their_pipe, pulse, pickle.dumps((_serve, (build, spec))))
-        self._process: BaseProcess = context.Process(target=child.main, args=ends, name="tokabatch-worker", daemon=True)  # pyright: ignore
+        self._process: BaseProcess = context.Process(target=child.main, args=ends, name=WORKER_NAME, daemon=True)  # pyright: ignore
         # Here and not in `start`, which may be broken off: a process half started would be nobody's.
         _start_shielded(self._process)
         their_pipe.close()

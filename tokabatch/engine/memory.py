@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.errors import JobError
 from tokabatch.model.decoder import Decoder, KVPages
 from tokabatch.model.sampler import sample
 from tokabatch.model.slot_table import SlotTable
@@ -21,14 +22,21 @@ SLACK = 0.02
 
 
 def fitting_pages(decoder: Decoder, sizes: ReplicaSizes, page_bytes: int) -> int:
-    """Pages that the device holds beside the weights, which are loaded, and a largest step."""
+    """Pages that the device holds beside the weights, which are loaded, and a largest step. Raises JobError where it does not
+    even hold that step."""
     device = decoder.device
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    _largest_step(decoder, sizes)
-    torch.cuda.synchronize(device)
+    try:
+        _largest_step(decoder, sizes)
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError as error:
+        raise JobError(
+            f"a step of {sizes.max_step_tokens:,} tokens and {sizes.max_running:,} samples does not fit the device beside the "
+            f"weights ({str(error).splitlines()[0]}); write a smaller engine.max_step_tokens and engine.max_running"
+        ) from error
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

@@ -121,8 +121,9 @@ def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
         budget = fitting
         remedy = "use a machine with more memory, lower generation.logprobs or engine.max_running where they are high"
     else:
-        budget = asked // page
-        if needed <= fitting < min(budget, sizes.useful_pages):
+        # A small job does not fill what is asked for.
+        budget = min(asked // page, max(sizes.useful_pages, needed))
+        if needed <= budget and fitting < budget:
             raise JobError(
                 f"engine.kv_cache_tokens is {asked}, but memory holds about {fitting * page} beside the weights; write auto or "
                 "at most that"
@@ -133,7 +134,7 @@ def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
             f"the longest sample needs {needed * page} tokens of KV cache (prompt plus max_tokens), but "
             f"{max(0, budget) * page} fit; {remedy}, or lower generation.max_tokens"
         )
-    return replace(sizes, num_pages=min(budget, sizes.useful_pages) if asked is None else budget)
+    return replace(sizes, num_pages=min(budget, max(sizes.useful_pages, needed)))
 
 
 def _check_limits(config: EngineConfig, spec: ModelSpec) -> None:

@@ -87,7 +87,8 @@ class PackedLinear:
 
 
 class Fp8Linear:
-    """Weights in e4m3 with a scale per output, inputs rounded to e4m3 with a scale per token, products summed in float32.
+    """Weights in e4m3 with a scale per output, inputs rounded to e4m3 with a scale per token, products summed by the tensor
+    cores' fast accumulation, which keeps fewer bits than float32.
 
     The scales put the largest magnitude of each weight row, and of each token, at e4m3's largest value; the scheme is
     the per-channel, per-token one of "FP8 formats for deep learning" (Micikevicius et al. 2022, arXiv:2209.05433) without
