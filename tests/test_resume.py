@@ -206,6 +206,14 @@ def test_a_change_of_what_decides_the_output_is_refused_and_shown(changes, diffe
     assert everything(tmp_path / "out") == before
 
 
+def test_auto_is_the_dtype_that_it_comes_to(go, model, tmp_path):
+    """On a CPU, float32 whether the job says so or not; where a GPU would make it another, the run is another."""
+    go(steps=20, model={"path": str(model), "dtype": "auto"})
+    assert go(steps=2, model={"path": str(model), "dtype": "float32"}).earlier > 0
+    with pytest.raises(OutputError, match=r'model.dtype: "float32" then, "bfloat16" now'):
+        go(steps=2, model={"path": str(model), "dtype": "bfloat16"})
+
+
 def everything(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
