@@ -30,10 +30,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.scripted_engine import QUICKSTART, ScriptedExecutor, quickstart_script
+from benchmarks.scripted_engine import QUICKSTART, build_worker, quickstart_script
 from tokabatch import Job, run, runner
 from tokabatch.data import durable, fingerprint, shards
 from tokabatch.data.durable import DurableFiles
+from tokabatch.engine.executor import InProcessExecutor
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 
 SHOWN = ("RssAnon", "VmHWM")
@@ -108,7 +109,7 @@ def write_rows(path: Path, count: int) -> None:
 def work(rows: Path, out: Path, max_tokens: int, durable_run: bool) -> None:
     """The process that is killed: runs the job, and tells at the end what it took."""
     script = quickstart_script(slots=2048)
-    runner._executors = lambda job, prepared, sizes, progress: partial(ScriptedExecutor, script, sizes)
+    runner._executors = lambda job, prepared, sizes, progress: partial(InProcessExecutor, (script, sizes), build_worker)
     phases = Phases()
     seam = "tokabatch.data.folder"
     sys.modules[seam].DurableFiles = TimedFiles if durable_run else PlainFiles

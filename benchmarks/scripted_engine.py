@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,29 +98,5 @@ class ScriptedWorker:
 
 
 def build_worker(made_of: tuple[Script, ReplicaSizes]) -> ScriptedWorker:
-    """For a process of its own."""
+    """What an executor calls for its worker."""
     return ScriptedWorker(*made_of)
-
-
-class ScriptedExecutor:
-    """A worker in this process; the contract is that of `tokabatch.engine.executor.Executor`."""
-
-    def __init__(self, script: Script, sizes: ReplicaSizes) -> None:
-        self.sizes = sizes
-        self._worker = ScriptedWorker(script, sizes)
-        self._launched: deque[Answered] = deque()
-
-    def start(self) -> None:
-        """It is ready as it is."""
-
-    def submit(self, step: StepBatch) -> None:
-        self._launched.append(self._worker.launch(step))
-
-    def collect(self) -> StepResult:
-        return self._launched.popleft().wait()
-
-    def resume(self) -> None:
-        self._launched.clear()
-
-    def close(self) -> None:
-        self._launched.clear()

@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "replica": LEAVES | {"interruption", "scheduling", "engine", "stopwatch"},
     "recorder": LEAVES | {"data", "experiments", "preparation"},
     "stopwatch": LEAVES | {"costs", "scheduling"},
-    "prediction": LEAVES | {"costs", "scheduling", "simulation", "preparation", "data", "engine", "model", "report"},
+    "prediction": LEAVES | {"costs", "scheduling", "simulation", "preparation", "data", "engine", "model", "replica", "report"},
+    "planner": LEAVES | {"prediction", "replica", "resumption", "data", "engine", "model", "report"},
     "resumption": LEAVES | {"data", "preparation"},
     "runner": LEAVES
     | {
@@ -55,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "review": LEAVES | {"data", "experiments", "report"},
     "cli": LEAVES | {"report", "interruption"},
-    "__init__": LEAVES | {"report", "runner"},
+    "__init__": LEAVES | {"report", "planner", "runner"},
     "__main__": {"cli"},
 }
 WITHOUT_TORCH = {

@@ -9,10 +9,12 @@ import pytest
 
 from tokabatch.errors import OutputError, UsageError
 from tokabatch.job import Job
+from tokabatch.planner import plan_and_simulate
+from tokabatch.prediction import profile_run
 from tokabatch.prediction import Scenario
 from tokabatch.report.outlook import outlook_sections
 from tokabatch.review import write_report
-from tokabatch.runner import plan_and_simulate, profile, run
+from tokabatch.runner import run
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -59,7 +61,7 @@ def test_a_run_leaves_what_its_page_profile_and_next_plan_need(job, tmp_path):
     page = write_report(out).read_text()
     for title in ("Throughput", "KV cache in use", "pass@k", "Output lengths", "Predicted and actual"):
         assert f"<figcaption>{title}" in page
-    fitted = profile(out, tmp_path / "profile.json", "h200")
+    fitted = profile_run(out, tmp_path / "profile.json", "h200")
     assert fitted.source == str(out)
     again = job.model_copy(update={"output": job.output.model_copy(update={"path": str(tmp_path / "again")})})
     scenario = Scenario(device="h200", profile=tmp_path / "profile.json", lengths=str(out))

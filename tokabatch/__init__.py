@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokabatch.job import Job
+    from tokabatch.planner import plan
     from tokabatch.report.summary import PlanReport, RunSummary
-    from tokabatch.runner import plan, run
+    from tokabatch.runner import run
 
 __version__ = "0.1.0"
 __all__ = ["Job", "PlanReport", "RunSummary", "__version__", "plan", "run"]
@@ -20,7 +21,7 @@ _HOME = {
     "Job": "tokabatch.job",
     "PlanReport": "tokabatch.report.summary",
     "RunSummary": "tokabatch.report.summary",
-    "plan": "tokabatch.runner",
+    "plan": "tokabatch.planner",
     "run": "tokabatch.runner",
 }
 

@@ -182,12 +182,12 @@ def plan(
       tokabatch plan jobs/gsm8k.yaml --simulate --device h200 --lengths 150 --price 3.5
     """
     loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
-    runner, sections = _load("tokabatch.runner"), _load("tokabatch.report.summary").plan_sections
+    planner, sections = _load("tokabatch.planner"), _load("tokabatch.report.summary").plan_sections
     if not simulate:
-        _print_sections(sections(runner.plan(loaded)))
+        _print_sections(sections(planner.plan(loaded)))
         return
     scenario = _load("tokabatch.prediction").Scenario(device, profile, price, lengths)
-    report, outlook = runner.plan_and_simulate(loaded, scenario)
+    report, outlook = planner.plan_and_simulate(loaded, scenario)
     _print_sections((*sections(report), *_load("tokabatch.report.outlook").outlook_sections(outlook)))
 
 
@@ -205,7 +205,7 @@ def profile(
     Example
       tokabatch profile out/quickstart --to profile.json
     """
-    fitted = _load("tokabatch.runner").profile(out, to, device)
+    fitted = _load("tokabatch.prediction").profile_run(out, to, device)
     terms = zip(_load("tokabatch.costs.profile").TERMS, fitted.coefficients, strict=True)
     print(f"{to}: " + ", ".join(f"{name} {value:.3g}" for name, value in terms))
 

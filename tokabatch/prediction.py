@@ -17,13 +17,16 @@ from tokabatch.costs.profile import Profile, fit_profile, load_profile, save_pro
 from tokabatch.costs.roofline import Roofline
 from tokabatch.costs.trace import Steps
 from tokabatch.data.folder import OutputFolder
+from tokabatch.data.manifest import read_manifest, read_summary
 from tokabatch.data.status import output_lengths
 from tokabatch.data.steps import read_steps
-from tokabatch.engine.sizing import DEFAULTS, available_memory, kv_shape, weight_bytes
+from tokabatch.engine.sizing import available_memory, decide_sizes
 from tokabatch.errors import OutputError, UsageError
+from tokabatch.job import EngineConfig
 from tokabatch.messages import Int64, Requests
-from tokabatch.model.spec import ModelSpec
+from tokabatch.model.families import read_spec
 from tokabatch.preparation import Prepared
+from tokabatch.replica import scheduler_limits
 from tokabatch.report.outlook import Outlook, Trial
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.simulation.lengths import Lengths, Unstopped, lognormal, observed
@@ -33,8 +36,6 @@ CostModel = Roofline | Profile
 
 PARTS = 48
 TRIAL_SAMPLES = 20_000
-_WORKING_BYTES, _MEMORY_SHARE = 4 << 30, 0.9
-"""What a step needs beside weights and logits, and what of the rest the cache gets, on a device that cannot be asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +49,16 @@ class Scenario:
     lengths: str = "max"
 
 
-def predict_run(prepared: Prepared, limits: SchedulerLimits, scenario: Scenario) -> Outlook:
-    """Simulate the whole job under `limits`, then a part of it under others. Raises UsageError for a bad scenario."""
+def predict_run(config: EngineConfig, prepared: Prepared, limits: SchedulerLimits, scenario: Scenario) -> Outlook:
+    """Simulate the whole job under `limits`, or what the job comes to on the scenario's device, then a part of it under others.
+    Raises UsageError for a bad scenario."""
     if not len(prepared.requests):
         raise UsageError("there is nothing to simulate: no row has become a prompt, or all samples are there already")
     device = choose_device(scenario.device, prepared.device)
     cost = cost_model(prepared, device, scenario.profile)
     lengths, described = _lengths(scenario.lengths)
     if scenario.device is not None:
-        limits = _on_device(prepared, limits, device)
+        limits = _on_device(config, prepared, device)
     begin = time.perf_counter()
     whole = simulate(prepared.requests, limits, cost.seconds, lengths)
     trials, trial_samples = _trials(prepared, limits, cost, lengths)
@@ -92,12 +94,17 @@ def price_steps(prepared: Prepared, steps: Steps, profile: Path | None = None) -
     return float(np.sum(cost.seconds(steps.work))), f"{describe(cost, device)} of {device.rates.name}"
 
 
-def profile_run(out: Path, spec: ModelSpec, target: Path, device: str | None = None, itemsize: int = 2) -> Profile:
-    """Fit a profile to the steps recorded in an output folder and write it. Raises UsageError where there are too few."""
-    columns = read_steps(OutputFolder(out))
+def profile_run(out: Path, target: Path, device: str | None = None) -> Profile:
+    """Fit a profile to the steps recorded in an output folder and write it; `device` as in `Scenario`. Raises UsageError where
+    there are none or too few."""
+    folder = OutputFolder(out)
+    manifest, columns = read_manifest(folder), read_steps(folder)
+    if manifest is None:
+        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
     if columns is None:
         raise OutputError(f"{out}: no record of steps; a run writes steps-00000.parquet when it ends")
     name = "cuda" if torch.cuda.is_available() else "cpu"
+    spec, itemsize = read_spec(Path(manifest.model_path)), int(read_summary(folder).get("itemsize", 2))
     profile = fit_profile(spec, choose_device(device, name).rates, Steps(columns), itemsize, source=str(out))
     save_profile(profile, target)
     return profile
@@ -158,19 +165,10 @@ def _lengths(described: str) -> tuple[Lengths, str]:
     return lognormal(*values), f"log-normal, mean {values[0]:g}, sigma {values[1]:g}, cut at max_tokens"
 
 
-def _on_device(prepared: Prepared, limits: SchedulerLimits, device: Device) -> SchedulerLimits:
-    """The limits that `auto` would come to on a device that is not here."""
-    defaults, facts, size = DEFAULTS["cuda"], prepared.workload(), limits.page_size
-    max_running = max(1, min(defaults.max_running, facts.num_samples))
-    step = defaults.prefill_tokens + max_running
-    spec, itemsize = prepared.spec, prepared.dtype.itemsize
-    free = device.memory - weight_bytes(spec, prepared.dtype, head_apart=False) - _WORKING_BYTES
-    free -= max_running * spec.vocab_size * (itemsize + 4)
-    pages = int(free * _MEMORY_SHARE) // kv_shape(spec, size, 1, 1, 1).bytes_per_page(prepared.dtype)
-    if pages <= limits.max_pages_per_sequence:
-        raise UsageError(f"the longest sample does not fit {device.rates.name} beside the model's weights")
-    useful = facts.unique_prompt_tokens // size + 2 * facts.num_prompts + max_running * (facts.longest_output // size + 3)
-    return replace(limits, num_pages=min(pages, useful), max_running=max_running, max_step_tokens=step)
+def _on_device(config: EngineConfig, prepared: Prepared, device: Device) -> SchedulerLimits:
+    """The limits that the job comes to on a device that is not here."""
+    memory = int(device.memory)
+    return scheduler_limits(decide_sizes(config, prepared.spec, prepared.dtype, prepared.workload(), "cuda", memory))
 
 
 def _trials(prepared: Prepared, limits: SchedulerLimits, cost: CostModel, lengths: Lengths) -> tuple[tuple[Trial, ...], int]:

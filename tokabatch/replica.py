@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tokabatch.engine.executor import Executor
+from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import EngineError, StepDropped, UsageError, WorkerLost
 from tokabatch.interruption import Interruption
 from tokabatch.messages import Completion, StepResult
-from tokabatch.scheduling.scheduler import Scheduler
+from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.stopwatch import Stopwatch
 
 FAILED_STARTS = 2
@@ -35,6 +37,18 @@ class ReplicaCounts:
     """Workers lost, by cause."""
     dropped_steps: int = 0
     """Steps that the device had no memory for."""
+
+
+def scheduler_limits(sizes: ReplicaSizes) -> SchedulerLimits:
+    """What the scheduler of a replica of these sizes may use."""
+    return SchedulerLimits(
+        page_size=sizes.page_size,
+        num_pages=sizes.num_pages,
+        max_running=sizes.max_running,
+        max_step_tokens=sizes.max_step_tokens,
+        max_pages_per_sequence=sizes.max_pages_per_sequence,
+        grouping=GroupingLimits(sizes.min_group, sizes.min_prefix_pages) if sizes.min_group else None,
+    )
 
 
 class Replica:

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scripted_engine import QUICKSTART, Script, ScriptedExecutor, build_worker, quickstart_script
+from benchmarks.scripted_engine import QUICKSTART, Script, build_worker, quickstart_script
 from support import faulty_files, mutants
 from tokabatch import Job, recorder, run, runner
 from tokabatch.data import folder
 from tokabatch.data.tokenizer import load_tokenizer
-from tokabatch.engine.executor import ProcessExecutor
+from tokabatch.engine.executor import InProcessExecutor, ProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import TokabatchError
 from tokabatch.job import ModelConfig
@@ -26,7 +26,7 @@ BATCH_SAMPLES = 4
 
 
 def _within(script: Script, job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: object) -> Any:
-    return partial(ScriptedExecutor, script, sizes)
+    return partial(InProcessExecutor, (script, sizes), build_worker)
 
 
 def _apart(script: Script, job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: object) -> Any:

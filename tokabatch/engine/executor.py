@@ -25,7 +25,6 @@ from tokabatch.engine import child
 from tokabatch.engine.heartbeat import Patience, Pulse, Watch
 from tokabatch.engine.launcher import Launcher
 from tokabatch.engine.sizing import ReplicaSizes
-from tokabatch.engine.worker import WorkerSpec
 from tokabatch.errors import StepDropped, TokabatchError, WorkerLost
 from tokabatch.messages import StepBatch, StepResult
 
@@ -92,11 +91,11 @@ class Executor(Protocol):
 
 
 class InProcessExecutor:
-    """See `Executor`. A worker in this process cannot be lost."""
+    """See `Executor`. A worker in this process, made by `build(spec)`, cannot be lost."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        self._spec = spec
-        self._launcher: Launcher | None = None
+    def __init__(self, spec: Any, build: Callable[[Any], Launches] = Launcher.build) -> None:
+        self._spec, self._build = spec, build
+        self._launcher: Launches | None = None
         self._launched: deque[Running] = deque()
 
     @property
@@ -104,7 +103,7 @@ class InProcessExecutor:
         return self._started().sizes
 
     def start(self) -> None:
-        self._launcher = Launcher.build(self._spec)
+        self._launcher = self._build(self._spec)
 
     def submit(self, step: StepBatch) -> None:
         try:
@@ -123,7 +122,7 @@ class InProcessExecutor:
         if self._launcher is not None:
             self._launcher.close()
 
-    def _started(self) -> Launcher:
+    def _started(self) -> Launches:
         assert self._launcher is not None, "not started"
         return self._launcher
 

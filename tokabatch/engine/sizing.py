@@ -23,6 +23,8 @@ MAX_QUEUE_DEPTH = 3
 """Fewer than the sets of buffers that a GPU backend rotates."""
 CGROUP = Path("/sys/fs/cgroup")
 MIN_GROUP, MIN_PREFIX_TOKENS = 4, 32
+ABSENT_WORKING_BYTES, ABSENT_SHARE = 4 << 30, 0.9
+"""What a step needs beside weights and logits, and what of the rest the cache gets, on a GPU that cannot be asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +82,15 @@ class ReplicaSizes:
 
 
 def decide_sizes(
-    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, facts: WorkloadFacts, device: str = "cpu"
+    config: EngineConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    facts: WorkloadFacts,
+    device: str = "cpu",
+    absent_memory: int | None = None,
 ) -> ReplicaSizes:
-    """Raises JobError where the longest sample cannot fit, with the numbers and the key to change."""
+    """Raises JobError where the longest sample cannot fit, with the numbers and the key to change. `absent_memory` are the
+    bytes of a GPU that is not here, whose sizes can only be estimated."""
     page = config.page_size
     _check_limits(config, spec)
     defaults = DEFAULTS[device]
@@ -110,6 +118,8 @@ def decide_sizes(
         useful_pages=prompt_pages + max_running * (-(-facts.longest_output // page) + 2) + per_sequence + 1,
         asked_tokens=None if config.kv_cache_tokens == "auto" else config.kv_cache_tokens,
     )
+    if absent_memory is not None:
+        return settle_pages(sizes, _estimated_pages(config, spec, dtype, max_running, absent_memory))
     return settle_pages(sizes, _fitting_pages(config, spec, dtype, facts, device, max_running))
 
 
@@ -159,6 +169,13 @@ def _fitting_pages(
     else:
         left = available_memory() - weight_bytes(spec, dtype, head_apart=True) - _logprob_bytes(facts, max_running)
     return int(left * share) // page_bytes(config, spec, dtype)
+
+
+def _estimated_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, max_running: int, memory: int) -> int:
+    """Pages that a GPU of so much memory holds beside weights, logits and what a step needs."""
+    logits = max_running * spec.vocab_size * (dtype.itemsize + 4)
+    left = memory - weight_bytes(spec, dtype, head_apart=False) - logits - ABSENT_WORKING_BYTES
+    return int(left * ABSENT_SHARE) // page_bytes(config, spec, dtype)
 
 
 def page_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> int:

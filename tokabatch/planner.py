@@ -1,0 +1,101 @@
+"""What is known of a job before it runs: everything that can be checked without weights, counts, and the run simulated."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+from tokabatch.data.folder import check_output
+from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, page_bytes
+from tokabatch.job import Job
+from tokabatch.model.spec import tensor_shapes
+from tokabatch.prediction import Scenario, predict_run
+from tokabatch.replica import scheduler_limits
+from tokabatch.report.outlook import Outlook
+from tokabatch.report.summary import KvFacts, ModelFacts, PlanReport
+from tokabatch.resumption import Start, preview
+
+
+def plan(job: Job) -> PlanReport:
+    """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError."""
+    with _planned(job) as (previewed, sizes):
+        return _plan_report(job, previewed, sizes)
+
+
+def plan_and_simulate(job: Job, scenario: Scenario) -> tuple[PlanReport, Outlook]:
+    """The same, and the whole run simulated under a scenario. Raises UsageError for one that cannot be."""
+    with _planned(job) as (previewed, sizes):
+        outlook = predict_run(job.engine, previewed.prepared, scheduler_limits(sizes), scenario)
+        return _plan_report(job, previewed, sizes), outlook
+
+
+@contextmanager
+def _planned(job: Job) -> Generator[tuple[Start, ReplicaSizes]]:
+    check_output(Path(job.output.path))
+    with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
+        previewed = preview(job, Path(scratch))
+        prepared = previewed.prepared
+        yield previewed, decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
+        prepared.store.close()
+
+
+def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
+    prepared = previewed.prepared
+    spec, store, sharing = prepared.spec, prepared.store, prepared.sharing()
+    model = ModelFacts(
+        path=str(prepared.folder),
+        family=spec.family,
+        parameters=sum(prod(shape) for shape in tensor_shapes(spec).values()),
+        layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        heads=spec.num_heads,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        vocab_size=spec.vocab_size,
+        context_length=spec.context_length,
+        dtype=str(prepared.dtype).removeprefix("torch."),
+    )
+    per_page = page_bytes(job.engine, spec, prepared.dtype)
+    requests = prepared.requests
+    limits = [params.max_tokens for params in requests.sampling]
+    first = store.first_prompt_row
+    ids = store.prompt(first).tolist() if first is not None else []
+    return PlanReport(
+        model=model,
+        kv=KvFacts(per_page // sizes.page_size, sizes.page_size, sizes.num_pages),
+        rows=store.num_rows,
+        samples=prepared.samples_total,
+        prompt_tokens=sharing.total_tokens,
+        unique_tokens=sharing.unique_tokens,
+        max_output_tokens=sum(limits[p] * int(n) for p, n in zip(requests.params, prepared.num_samples, strict=True)),
+        longest_prompt=int(requests.length.max(initial=0)),
+        first_prompt=prepared.tokenizer.decode_batch([ids], skip_special_tokens=False)[0],
+        first_token_ids=tuple(ids),
+        settings=prepared.settings,
+        error_counts=prepared.error_counts,
+        notes=_plan_notes(job, previewed),
+    )
+
+
+def _plan_notes(job: Job, previewed: Start) -> tuple[str, ...]:
+    """What a person should know before running: what is there already, how the prompts were made, and the first fault of each
+    kind."""
+    prepared, done = previewed.prepared, previewed.committed.samples
+    store = prepared.store
+    left = prepared.samples_total - done
+    notes = [f"{job.output.path} holds {done:,} of these samples; a run computes the other {left:,}"] if done else []
+    notes += ["text prompts go through the tokenizer's chat template"] if store.chat else []
+    if store.hidden_rows:
+        notes.append(
+            f"{store.hidden_rows:,} rows spell a special token in their text; it is encoded as plain text "
+            "(prompt.special_tokens: allow takes it as the token)"
+        )
+    seen: set[str] = set()
+    for failure in prepared.failures:
+        if failure.error.code not in seen:
+            seen.add(failure.error.code)
+            notes.append(f"row {failure.row_index}: {failure.error.code}: {failure.error.message}")
+    return tuple(notes)
