@@ -10,8 +10,7 @@ import pytest
 from tokabatch.errors import OutputError, UsageError
 from tokabatch.job import Job
 from tokabatch.planner import plan_and_simulate
-from tokabatch.prediction import profile_run
-from tokabatch.prediction import Scenario
+from tokabatch.prediction import Scenario, profile_run
 from tokabatch.report.outlook import outlook_sections
 from tokabatch.review import write_report
 from tokabatch.runner import run
