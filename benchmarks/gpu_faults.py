@@ -7,7 +7,7 @@ length, the faults counted in the summary. Exit 1 where it fails. With --compare
 samples with the same tokens is told: all of them on a CPU in float64, fewer in other types, whose sums depend on the company.
 
     python -m benchmarks.gpu_faults                                              Llama-3.2-1B shapes, bfloat16, on a GPU
-    python -m benchmarks.gpu_faults --shape llama-10m --device cpu --dtype float64 --rows 32 --kills 2 --stops 1 --compare
+    python -m benchmarks.gpu_faults --shape tiny --device cpu --dtype float64 --rows 256 --kills 2 --stops 1 --compare
 """
 
 from __future__ import annotations
@@ -28,33 +28,16 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from benchmarks.models import SHAPES
+from benchmarks.gpu.models import write_model
+from benchmarks.gpu.shapes import SHAPES
 from tokabatch import Job, run
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.report.summary import RunSummary
 
-TOKENIZER = Path(__file__).parent.parent / "jobs" / "quickstart"
-PROMPT_TOKENS, HEADER_TOKENS, USED_IDS = 200, 120, 1000
-
-
-def llama_1b() -> PretrainedConfig:
-    """The shapes of Llama-3.2-1B."""
-    return LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=131_072,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+PROMPT_TOKENS, HEADER_TOKENS = 200, 120
+USED_IDS = 600
+"""Ids that every shape's vocabulary has."""
 
 
 class Faults(NullProgress):
@@ -112,14 +95,6 @@ class Faults(NullProgress):
         return None
 
 
-def save_model(shape: str, folder: Path, dtype: str, device: str) -> None:
-    torch.manual_seed(0)
-    config = llama_1b() if shape == "llama-1b" else SHAPES[shape]()
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    model.save_pretrained(folder)
-
-
 def make_job(arguments: argparse.Namespace, folder: Path, out: str) -> Job:
     rng = random.Random(1)
     header = [rng.randrange(3, USED_IDS) for _ in range(HEADER_TOKENS)]
@@ -129,7 +104,7 @@ def make_job(arguments: argparse.Namespace, folder: Path, out: str) -> Job:
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values: dict[str, Any] = {
-        "model": {"path": str(folder / "model"), "tokenizer": str(TOKENIZER), "dtype": arguments.dtype},
+        "model": {"path": str(folder / "model"), "dtype": arguments.dtype},
         "input": {"path": str(folder / "rows.jsonl")},
         "prompt": {"token_ids": "prompt_token_ids"},
         "generation": {"n": arguments.n, "temperature": 0.8, "max_tokens": arguments.max_tokens, "ignore_eos": True, "seed": 7},
@@ -174,7 +149,7 @@ def check(arguments: argparse.Namespace, summary: RunSummary, faults: Faults, ou
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llama-1b", choices=["llama-1b", *SHAPES])
+    parser.add_argument("--shape", default="llama-3.2-1b", choices=list(SHAPES))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rows", type=int, default=4096)
@@ -189,7 +164,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        save_model(arguments.shape, folder / "model", arguments.dtype, arguments.device)
+        write_model(arguments.shape, folder / "model")
         faults = Faults(arguments.kills, arguments.stops, arguments.longest, arguments.seed)
         faults.thread.start()
         began = time.perf_counter()

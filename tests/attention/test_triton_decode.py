@@ -7,10 +7,11 @@ from importlib import import_module
 
 import pytest
 import torch
-
-pytestmark = pytest.mark.gpu
+from support.interpreter import DEVICES, INTERPRETING
 
 PAGES, COLUMNS = 600, 40
+DTYPE = torch.float16 if INTERPRETING else torch.bfloat16
+"""The interpreter multiplies the bits of bfloat16 matrices."""
 
 
 def dense(q_HD: torch.Tensor, k_LKD: torch.Tensor, v_LKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,30 +22,33 @@ def dense(q_HD: torch.Tensor, k_LKD: torch.Tensor, v_LKD: torch.Tensor) -> tuple
     return torch.einsum("hl,lhd->hd", scores.softmax(-1), v), scores.logsumexp(-1) / math.log(2)
 
 
+HEADS = [(16, 8, 128, 64), (5, 5, 24, 4), (32, 8, 64, 16), (28, 4, 128, 16)]
+"""Query heads, key-value heads, head size and page size."""
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("prior", ["none", "some"])
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "page"), [(32, 8, 64, 16), (16, 8, 128, 64), (5, 5, 24, 4), (28, 4, 128, 16)]
-)
-def test_decode_equals_dense_attention(heads, kv_heads, dim, page, kv_dtype, prior):
+@pytest.mark.parametrize("kv_dtype", [DTYPE, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "page"), HEADS[:2] if INTERPRETING else HEADS)
+def test_decode_equals_dense_attention(device, heads, kv_heads, dim, page, kv_dtype, prior):
     torch.manual_seed(dim)
     count = 9
-    q = torch.randn(count, heads, dim, device="cuda").bfloat16()
-    k, v = (torch.randn(PAGES, kv_heads, page, dim, device="cuda").to(kv_dtype) for _ in range(2))
-    table = torch.randint(0, PAGES, (count + 2, COLUMNS), device="cuda").int()
-    slot = torch.randperm(count + 2, device="cuda")[:count].int()
+    q = torch.randn(count, heads, dim, device=device).to(DTYPE)
+    k, v = (torch.randn(PAGES, kv_heads, page, dim, device=device).to(kv_dtype) for _ in range(2))
+    table = torch.randint(0, PAGES, (count + 2, COLUMNS), device=device).int()
+    slot = torch.randperm(count + 2, device=device)[:count].int()
     ends = [0, 1, page - 1, page, 3 * page + 1, 100, 129, 5 * page, COLUMNS * page - 1]
-    position = torch.tensor([min(end, COLUMNS * page - 1) for end in ends], device="cuda").int()
-    skip = torch.tensor([0, 0, 0, 1, 2, 0, 1, 0, 7], device="cuda").int().minimum(position // page)
+    position = torch.tensor([min(end, COLUMNS * page - 1) for end in ends], device=device).int()
+    skip = torch.tensor([0, 0, 0, 1, 2, 0, 1, 0, 7], device=device).int().minimum(position // page)
 
     def context(i: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        at = torch.arange(start, stop, device="cuda")
+        at = torch.arange(start, stop, device=device)
         pages = table[int(slot[i]), at // page].long()
         return k[pages, :, at % page].float(), v[pages, :, at % page].float()
 
     out = torch.full_like(q, math.nan)
-    lse = torch.full((count, heads), -math.inf, device="cuda")
-    expected = torch.empty(q.shape, dtype=torch.float64, device="cuda")
+    lse = torch.full((count, heads), -math.inf, device=device)
+    expected = torch.empty(q.shape, dtype=torch.float64, device=device)
     for i in range(count):
         begin, end = int(skip[i]) * page, int(position[i]) + 1
         start = begin

@@ -7,13 +7,14 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from support.uniform_workload import UniformWorkload, workload_seconds
 
 from benchmarks.gpu import jobs, models
 from benchmarks.gpu.floor import workload_floor
 from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.workloads import WORKLOADS, make_gpu_workload
 from benchmarks.workloads import Workload
-from tokabatch.costs.roofline import H200, UniformWorkload, workload_seconds
+from tokabatch.costs.roofline import H200
 from tokabatch.model.families import read_spec
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.uniform_workload import UniformWorkload, workload_seconds
 
-from tokabatch.costs.roofline import H200, Roofline, UniformWorkload, roofline_seconds, workload_seconds
+from tokabatch.costs.roofline import H200, Roofline
 from tokabatch.costs.work import StepWork
 from tokabatch.model.spec import ModelSpec, RopeSpec
 
@@ -88,7 +89,7 @@ def test_many_steps_at_once_cost_what_they_cost_singly():
     model = Roofline(QWEN_06B, H200)
     together = model.seconds(StepWork(tokens=tokens, sampled=tokens, sequences=tokens, decode_kv=tokens * 100))
     singly = [
-        roofline_seconds(QWEN_06B, H200, StepWork(tokens=t, sampled=t, sequences=t, decode_kv=t * 100)) for t in tokens.tolist()
+        Roofline(QWEN_06B, H200).seconds(StepWork(tokens=t, sampled=t, sequences=t, decode_kv=t * 100)) for t in tokens.tolist()
     ]
     assert together.tolist() == pytest.approx(singly)
 

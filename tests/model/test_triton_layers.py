@@ -4,49 +4,53 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.interpreter import DEVICES
 
 from tokabatch.model import layers
 from tokabatch.model.linear import Fp8Linear, Fp8Rows
 
-pytestmark = pytest.mark.gpu
-
 DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [0, 1, 77])
 @pytest.mark.parametrize("size", [48, 2048, 8192, 9728])
-def test_gate(dtype, tokens, size):
+def test_gate(device, dtype, tokens, size):
     torch.manual_seed(size)
-    x = torch.randn(tokens, 2 * size, device="cuda").to(dtype)
+    x = torch.randn(tokens, 2 * size, device=device).to(dtype)
     expected = torch.nn.functional.silu(x[:, :size].float()) * x[:, size:].float()
-    torch.testing.assert_close(layers.gate(x).float(), expected.to(dtype).float(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(layers.fused().gate(x).float(), expected.to(dtype).float(), rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(0, 64), (5, 64), (33, 2048), (9, 4096), (7, 3, 24)])
+@pytest.mark.parametrize("shape", [(0, 64), (5, 64), (33, 2048), (9, 4096)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm(shape, dtype):
+def test_rms_norm(device, shape, dtype):
     torch.manual_seed(0)
-    x = torch.randn(shape, device="cuda").to(dtype)
-    weight = torch.rand(shape[1:], device="cuda").to(dtype)
-    torch.testing.assert_close(layers.rms_norm(x, weight, 1e-6).float(), exact_norm(x, weight), rtol=2e-2, atol=2e-2)
+    x = torch.randn(shape, device=device).to(dtype)
+    weight = torch.rand(shape[1:], device=device).to(dtype)
+    torch.testing.assert_close(layers.fused().rms_norm(x, weight, 1e-6).float(), exact_norm(x, weight), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "page"), [(32, 8, 64, 16), (16, 8, 128, 64), (3, 3, 24, 4), (14, 2, 80, 16)]
 )
-def test_heads_are_turned_and_stored(normed, heads, kv_heads, dim, page):
+def test_heads_are_turned_and_stored(device, normed, heads, kv_heads, dim, page):
     torch.manual_seed(dim)
     tokens, pages, columns = 37, 50, 6
-    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, device="cuda").bfloat16()
-    angles = (torch.rand(page * columns, dim, device="cuda") * 2 - 1).bfloat16()
-    norm = torch.rand(heads + kv_heads, dim, device="cuda").bfloat16() if normed else None
-    table = torch.randperm(pages * 6, device="cuda")[: (tokens + 3) * columns].view(-1, columns).int()
-    slot = torch.randperm(tokens + 3, device="cuda")[:tokens].int()
-    position = torch.randint(0, page * columns, (tokens,), device="cuda").int()
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, device=device).bfloat16()
+    angles = (torch.rand(page * columns, dim, device=device) * 2 - 1).bfloat16()
+    norm = torch.rand(heads + kv_heads, dim, device=device).bfloat16() if normed else None
+    table = torch.randperm(pages * 6, device=device)[: (tokens + 3) * columns].view(-1, columns).int()
+    slot = torch.randperm(tokens + 3, device=device)[:tokens].int()
+    position = torch.randint(0, page * columns, (tokens,), device=device).int()
     size = (pages * 6, kv_heads, page, dim)
-    k, v = (torch.full(size, 7.0, device="cuda").bfloat16() for _ in range(2))
+    k, v = (torch.full(size, 7.0, device=device).bfloat16() for _ in range(2))
     q = layers.fused().rotate_and_store(qkv, angles, norm, 1e-6, position, slot, table, (k, v), heads)
 
     x = qkv.view(tokens, -1, dim)
@@ -62,8 +66,10 @@ def test_heads_are_turned_and_stored(normed, heads, kv_heads, dim, page):
     assert int((k == 7.0).all(-1).sum()) >= (pages * 6 * page - tokens) * kv_heads, "nothing else was written"
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("size", [64, 2048, 9728])
 def test_e4m3_rows(size):
+    """On a GPU alone: the interpreter cuts where the device rounds."""
     torch.manual_seed(size)
     x = torch.randn(19, size, device="cuda").bfloat16() * torch.logspace(-3, 2, 19, device="cuda")[:, None].bfloat16()
     weight = torch.rand(size, device="cuda").bfloat16()
@@ -80,6 +86,7 @@ def test_e4m3_rows(size):
         assert (error <= exact.abs() * 2**-4 * 1.02 + scale * 2**-9).all()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [0, 1, 7, 300])
 def test_an_e4m3_product_is_as_near_as_its_rounding_allows(bias, tokens):

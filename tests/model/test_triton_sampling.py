@@ -1,51 +1,28 @@
 """The GPU's sampling kernels against the plain path on the same logits, parameters and keys, and against exact probabilities.
 
-Where there is no GPU but Triton is installed, most of this runs in Triton's interpreter, in a process of its own: the
-interpreter has to be chosen before Triton is imported.
+Without a GPU most of this runs in Triton's interpreter: see `support.interpreter`.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from importlib import metadata, util
 
 import pytest
 import torch
+from support.interpreter import DEVICES, INTERPRETING
 from support.sampling import chi_square_is_plausible, rows_of, sampler_inputs
 
 from tokabatch.model.philox import uniform
 from tokabatch.model.sampler import Sampled, sample
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter takes a tenth of a second for a row with filters.
 DTYPES = [torch.float32, torch.bfloat16] if INTERPRETING else [torch.float32, torch.bfloat16, torch.float16]
 ROWS = 2 if INTERPRETING else 32
 
 
-def interpreter_works() -> bool:
-    """Seen with Triton 3.9 and NumPy 2.4. That of 3.6 cannot loop up to a loaded number with such a NumPy."""
-    return util.find_spec("triton") is not None and tuple(map(int, metadata.version("triton").split(".")[:2])) >= (3, 9)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_kernels_hold_in_the_interpreter():
-    if INTERPRETING or torch.cuda.is_available() or not interpreter_works():
-        pytest.skip("needs Triton 3.9 and a machine without a GPU")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
-
-
-@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request):
-    if (request.param == "interpreted") != INTERPRETING:
-        pytest.skip("see test_the_kernels_hold_in_the_interpreter")
-    return torch.device("cpu" if INTERPRETING else "cuda")
+    return torch.device(request.param)
 
 
 def kernels():

@@ -1,0 +1,27 @@
+"""The GPU's Triton kernels on a machine without a GPU: their tests, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.interpreter import INTERPRETING, interpreter_works
+
+TESTS = Path(__file__).parent
+KERNELS = ("model/test_triton_sampling.py", "model/test_triton_layers.py", "attention/test_triton_decode.py")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(torch.cuda.is_available() or INTERPRETING, reason="the kernels themselves are tested")
+@pytest.mark.skipif(not interpreter_works(), reason="needs Triton 3.9, whose interpreter knows this NumPy")
+@pytest.mark.parametrize("file", KERNELS)
+def test_the_kernels_hold_in_the_interpreter(file):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", str(TESTS / file)]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
