@@ -59,13 +59,13 @@ class Trace:
 class Grouped:
     """Each prompt has a typical length of its own, log-normal over prompts; its samples spread around that."""
 
-    mean: float
-    between: float
-    within: float
+    between: Drawn
+    within: Drawn
+    """Of mean 1,000: in thousandths of the typical length."""
 
     def __call__(self, row: Int64, sample: Int32) -> Int32:
-        typical = lognormal(self.mean, self.between, seed=1)(row, np.zeros_like(sample))
-        return np.maximum(typical * lognormal(1000, self.within, seed=2)(row, sample) / 1000, 1).astype(np.int32)
+        typical = self.between(row, np.zeros_like(sample))
+        return np.maximum(typical * self.within(row, sample) / 1000, 1).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,9 @@ def traces(scale: float) -> list[Trace]:
         Trace("log-normal", count(30_000), 1, 200, 4096, 1 << 20, lognormal(400, 1.0)),
         Trace("bimodal", count(20_000), 1, 200, 2048, 1 << 20, Bimodal(lognormal(150, 0.6), 0.2)),
         Trace("heavy tail", count(16_000), 1, 200, 32_768, 1 << 21, pareto(900, 1.5)),
-        Trace("by group", count(300), 100, 400, 4096, 1 << 20, Grouped(400, 0.8, 0.5)),
+        Trace(
+            "by group", count(300), 100, 400, 4096, 1 << 20, Grouped(lognormal(400, 0.8, seed=1), lognormal(1000, 0.5, seed=2))
+        ),
     ]
 
 

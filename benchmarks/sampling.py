@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from tokabatch.messages import SlotInit
 from tokabatch.model import triton_filters
 from tokabatch.model.sampler import sample
-from tokabatch.model.slot_table import SamplerInputs, SlotTable
+from tokabatch.model.slot_table import SamplerInputs, SlotTable, packed
 
 CASES: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0.0},
@@ -45,19 +45,18 @@ def inputs_of(rows: int, case: dict[str, float], device: torch.device) -> Sample
 
     slots = np.arange(rows, dtype=np.int32)
     table = SlotTable(rows, device)
-    table.open(
-        SlotInit(
-            slot=slots,
-            row=np.arange(rows),
-            sample=slots,
-            seed=np.zeros(rows, np.int64),
-            temperature=column("temperature", 0.8, np.float32),
-            top_p=column("top_p", 1.0, np.float32),
-            top_k=column("top_k", 0, np.int32),
-            min_p=column("min_p", 0.0, np.float32),
-            logprobs=column("logprobs", -1, np.int32),
-        )
+    inits = SlotInit(
+        slot=slots,
+        row=np.arange(rows),
+        sample=slots,
+        seed=np.zeros(rows, np.int64),
+        temperature=column("temperature", 0.8, np.float32),
+        top_p=column("top_p", 1.0, np.float32),
+        top_k=column("top_k", 0, np.int32),
+        min_p=column("min_p", 0.0, np.float32),
+        logprobs=column("logprobs", -1, np.int32),
     )
+    table.open(*packed(inits))
     on_device = torch.from_numpy(slots).to(device)
     return table.inputs(slots, on_device, on_device + 100)
 
@@ -127,9 +126,10 @@ def main() -> None:
                 print(f"\n{rows} x {vocab} {kind}, bound {logits_SV.nbytes / bandwidth * 1e3:.3f} ms")
                 for name in arguments.case:
                     inputs = inputs_of(rows, CASES[name], device)
-                    for triton_filters.STAGES in arguments.stages if inputs.any_filter else arguments.stages[:1]:
+                    for stages in arguments.stages if inputs.any_filter else arguments.stages[:1]:
+                        triton_filters.STAGES = stages
                         device_ms, host_ms = timed(logits_SV, inputs, last_token, 10 if rows > 1000 else 50)
-                        print(f"  {name:<12} {device_ms:8.3f}  host {host_ms:6.3f}  stages {triton_filters.STAGES}", flush=True)
+                        print(f"  {name:<12} {device_ms:8.3f}  host {host_ms:6.3f}  stages {stages}", flush=True)
                     if arguments.kernels:
                         print_kernels(logits_SV, inputs, last_token)
 

@@ -84,16 +84,8 @@ class ScriptedWorker:
             time.sleep(self._script.step_seconds)
         slots = step.run_slot[step.run_samples]
         position = (step.run_start + step.run_length)[step.run_samples].astype(np.int64)
-        count = len(slots)
         return Answered(
-            StepResult(
-                index=step.index,
-                token=drawn_tokens(self._script, self._row[slots], self._sample[slots], position),
-                finite=np.ones(count, np.bool_),
-                logprob=np.full(count, np.nan, np.float32),
-                top_ids=np.zeros((count, 0), np.int32),
-                top_logprobs=np.zeros((count, 0), np.float32),
-            )
+            StepResult.of_tokens(step.index, drawn_tokens(self._script, self._row[slots], self._sample[slots], position))
         )
 
 

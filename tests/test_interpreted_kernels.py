@@ -21,7 +21,9 @@ KERNELS = ("model/test_triton_sampling.py", "model/test_triton_layers.py", "atte
 @pytest.mark.skipif(not interpreter_works(), reason="needs Triton 3.9, whose interpreter knows this NumPy")
 @pytest.mark.parametrize("file", KERNELS)
 def test_the_kernels_hold_in_the_interpreter(file):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", str(TESTS / file)]
+    command = [sys.executable, "-m", "pytest", "-v", "-x", "-rs", "-W", "ignore", "-p", "no:cacheprovider", str(TESTS / file)]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
+    skipped = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
+    assert all("needs a CUDA device" in line for line in skipped), skipped

@@ -18,6 +18,7 @@ import numpy.typing as npt
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
 
 FinishReason = Literal["stop", "length"]
@@ -199,6 +200,19 @@ class StepResult:
     top_logprobs: Float32
     launch_seconds: float = 0.0
     """CPU time that launching the step took on the worker's side."""
+
+    @classmethod
+    def of_tokens(cls, index: int, token: Int32) -> StepResult:
+        """A result without log-probabilities, all of it finite: what a stand-in for the device answers."""
+        count = len(token)
+        return cls(
+            index=index,
+            token=token,
+            finite=np.ones(count, np.bool_),
+            logprob=np.full(count, np.nan, np.float32),
+            top_ids=np.zeros((count, 0), np.int32),
+            top_logprobs=np.zeros((count, 0), np.float32),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ from tokabatch.messages import Requests, SamplingParams
 from tokabatch.model.config import read_config
 from tokabatch.model.families import read_spec
 from tokabatch.planning.order import order_prompts
-from tokabatch.scheduling.grouping import GroupingLimits
-from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
+from tokabatch.replica import scheduler_limits
+from tokabatch.scheduling.scheduler import Scheduler
 from tokabatch.scheduling.stopping import StopRules
 
 WARM_UP_PROMPTS, WARM_UP_TOKENS = 4, 3
@@ -102,16 +102,7 @@ def facts(workload: Workload) -> WorkloadFacts:
 
 def serve(executor: Executor, workload: Workload, sizes: ReplicaSizes, vocab_size: int) -> Served:
     requests = plan(workload)
-    grouping = GroupingLimits(sizes.min_group, sizes.min_prefix_pages) if sizes.min_group else None
-    limits = SchedulerLimits(
-        sizes.page_size,
-        sizes.num_pages,
-        sizes.max_running,
-        sizes.max_step_tokens,
-        sizes.max_pages_per_sequence,
-        grouping,
-    )
-    scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [], vocab_size, None))
+    scheduler = Scheduler(requests, scheduler_limits(sizes), StopRules(requests.sampling, [], vocab_size, None))
     outputs: dict[int, Int32] = {}
     computed = 0
     while not scheduler.done:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`rope_scaling` is the config's own; `qk_norm` tells Qwen3 from Llama."""
+    """`family` is the config's model_type, `rope_scaling` its own."""
 
     family: str
     layers: int

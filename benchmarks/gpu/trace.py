@@ -92,6 +92,6 @@ def _by_name(events: list[dict[str, Any]]) -> tuple[KernelTime, ...]:
 
 
 def _short(name: str) -> str:
-    """Without return type and argument list."""
+    """Without its return type, cut to `NAME_LENGTH`."""
     name = re.sub(r"^(void|static void)\s+", "", name)
     return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"

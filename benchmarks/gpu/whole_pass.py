@@ -15,14 +15,13 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
 import torch
 
 from tokabatch import Job, run
-from tokabatch.report.progress import ProgressSnapshot
+from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.report.summary import RunSummary
 
 STEADY_SHARE = 0.9
@@ -78,7 +77,7 @@ class Figures:
         return Figures(**values, steady=None if steady is None else Steady(**steady))
 
 
-class Watch:
+class Watch(NullProgress):
     """A display that shows little and remembers everything; asked between steps, it notes when each result came."""
 
     def __init__(self, stop_file: Path | None) -> None:
@@ -116,12 +115,6 @@ class Watch:
         self.loop_cpu_seconds = now - self._cpu_begin
         self.results.append(time.perf_counter() - (self.begun or 0.0))
         return self._stop_file is not None and self._stop_file.exists()
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        pass
 
     def steady(self) -> Steady | None:
         """None where the run was too short to have one."""

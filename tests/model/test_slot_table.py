@@ -30,9 +30,9 @@ def test_a_slot_keeps_what_it_was_opened_with_last():
     table = SlotTable(8, torch.device("cpu"))
     address = table.words.data_ptr()
     first, second = inits([5, 0, 3], rng), inits([3, 7], rng)
-    table.open(first)
-    table.open(second)
-    table.open(inits([], rng))
+    table.open(*packed(first))
+    table.open(*packed(second))
+    table.open(*packed(inits([], rng)))
     wanted = {5: (first, 0), 0: (first, 1), 3: (second, 0), 7: (second, 1)}
     columns = table.columns(torch.tensor(list(wanted), dtype=torch.int32))
     for name in RECORD.names:
@@ -46,7 +46,7 @@ def test_a_slot_keeps_what_it_was_opened_with_last():
 def test_the_packed_form_is_what_the_table_holds():
     opened = inits([2, 1], np.random.default_rng(1))
     table = SlotTable(4, torch.device("cpu"))
-    table.open(opened)
+    table.open(*packed(opened))
     slots, words = packed(opened)
     assert torch.equal(table.words[torch.from_numpy(slots)], torch.from_numpy(words))
 

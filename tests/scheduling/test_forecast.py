@@ -89,8 +89,8 @@ def test_a_margin_leaves_room_for_what_chance_may_bring():
     rng = np.random.default_rng(0)
     none = np.zeros(0, np.int32)
     remaining = rng.integers(1, 400, 500).astype(np.int32)
-    running = Claims(rng.integers(0, 300, 500).astype(np.int32), none.repeat(0), remaining, none)
-    running = Claims(running.computed, np.zeros(500, np.int32), remaining, np.zeros(500, np.int32))
+    computed = rng.integers(0, 300, 500).astype(np.int32)
+    running = Claims(computed, np.zeros(500, np.int32), remaining, np.zeros(500, np.int32))
     candidates = alike(500, 400)
     forecast = Forecast(16, running, none, none, candidates.remaining)
     capacity = int(forecast.curve.max()) + 4000

@@ -9,7 +9,7 @@ import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tokabatch.messages import SlotInit
-from tokabatch.model.slot_table import SamplerInputs, SlotTable
+from tokabatch.model.slot_table import SamplerInputs, SlotTable, packed
 
 
 def sampler_inputs(
@@ -41,7 +41,7 @@ def sampler_inputs(
         logprobs=column(logprobs, np.int32),
     )
     table = SlotTable(num_rows, torch.device(device))
-    table.open(inits)
+    table.open(*packed(inits))
     return rows_of(table, torch.arange(num_rows))
 
 

@@ -98,15 +98,7 @@ class TokenDevice:
             assert seen == self.expected(row, sample, end), "a run read a context that is not its own"
             self.last[slot] = next_token(row, sample, end)
             sampled.append(self.last[slot])
-        count = len(sampled)
-        return StepResult(
-            index=step.index,
-            token=np.array(sampled, np.int32),
-            finite=np.ones(count, np.bool_),
-            logprob=np.full(count, np.nan, np.float32),
-            top_ids=np.zeros((count, 0), np.int32),
-            top_logprobs=np.zeros((count, 0), np.float32),
-        )
+        return StepResult.of_tokens(step.index, np.array(sampled, np.int32))
 
     def expected(self, row: int, sample: int, end: int) -> list[int]:
         prompt = self.prompts[row]

@@ -6,17 +6,15 @@ A run records it, a simulation predicts it; profiles are fitted to it and plots 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
 from tokabatch.costs.work import WORK_FIELDS, StepWork
 
-STATE_FIELDS = ("seconds", "running", "waiting", "pages", "finished")
 TAIL_SHARE = 0.5
 """The tail is what comes after the last admission once fewer than this share of the largest number run."""
-COLUMNS = (*WORK_FIELDS, *STATE_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +27,10 @@ class StepState:
     waiting: int
     pages: int
     finished: int
+
+
+STATE_FIELDS = tuple(field.name for field in fields(StepState))
+COLUMNS = (*WORK_FIELDS, *STATE_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)

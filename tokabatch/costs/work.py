@@ -9,11 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import numpy as np
-import numpy.typing as npt
 
-from tokabatch.messages import StepBatch
+from tokabatch.messages import Float64, StepBatch
 
-Float64 = npt.NDArray[np.float64]
 Number = float | Float64
 """One step's value, or one for each of several steps."""
 

@@ -6,20 +6,19 @@ Only footers and the small columns are read. Memory is one byte a sample of the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from tokabatch.data.durable import NewFile
 from tokabatch.data.folder import Claim, OutputFolder
-from tokabatch.data.shards import PARQUET_OPTIONS, Shard, count_ok, open_shard, read_groups
+from tokabatch.data.shards import Shard, count_ok, open_shard, read_groups, write_parquet
 from tokabatch.errors import OutputError
-from tokabatch.messages import Drawn, Int64
+from tokabatch.messages import Bool, Drawn, Int64
 
 _COLUMNS = ("row_index", "sample_index", "status", "error_code", "correct")
 
@@ -95,15 +94,13 @@ def drop_errors(claim: Claim) -> int:
             continue
         dropped += errors
         with open_shard(path) as file:
-            schema, rows = file.schema_arrow, file.metadata.num_rows
+            rows = file.metadata.num_rows
         if errors == rows:
             claim.files.remove(path)
         else:
             temporary = claim.folder.temporary / path.name
             with NewFile(claim.files, temporary) as new:
-                with pq.ParquetWriter(new, schema, **PARQUET_OPTIONS) as writer:
-                    for table in _without_errors(path):
-                        writer.write_table(table)
+                write_parquet(pa.concat_tables(_without_errors(path)), new)
                 new.sync()
             claim.files.replace(temporary, path)
         claim.files.sync_folder(path.parent)
@@ -133,16 +130,12 @@ def _places(path: Path, table: pa.Table, start: Int64) -> Int64:
     return start[row] + sample
 
 
-def _refuse_repeats(path: Path, table: pa.Table, keys: Int64, flags: Sequence[bool] | np.ndarray, folder: OutputFolder) -> None:
-    seen = np.asarray(flags)[keys]
-    ordered = np.sort(keys)
-    if not seen.any() and not (ordered[1:] == ordered[:-1]).any():
+def _refuse_repeats(path: Path, table: pa.Table, keys: Int64, seen: Bool, folder: OutputFolder) -> None:
+    again = np.ones(len(keys), np.bool_)
+    again[np.unique(keys, return_index=True)[1]] = False
+    again |= seen[keys]
+    if not again.any():
         return
-    again = seen.copy()
-    first: set[int] = set()
-    for place, key in enumerate(keys.tolist()):
-        again[place] |= key in first
-        first.add(key)
     odd = int(np.flatnonzero(again)[0])
     raise OutputError(
         f"{path} holds sample {table['sample_index'][odd]} of row {table['row_index'][odd]} a second time: a file was copied "

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from tokabatch.data.folder import OutputFolder
 from tokabatch.data.json_lines import write_json_lines
 from tokabatch.data.output import CORRECT, SAMPLE_SCHEMA
-from tokabatch.data.shards import ARROW_BYTES_KEY, open_shard, read_groups
+from tokabatch.data.shards import ARROW_BYTES_KEY, PARQUET_OPTIONS, open_shard, read_groups
 from tokabatch.errors import OutputError
 from tokabatch.messages import Bool, Int64
 
@@ -186,7 +186,7 @@ def _write(file: BinaryIO, suffix: str, schema: pa.Schema, tables: Iterator[pa.T
         for table in tables:
             write_json_lines(table, file)
         return
-    with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
+    with pq.ParquetWriter(file, schema, **PARQUET_OPTIONS) as writer:
         for table in tables:
             writer.write_table(table)
 

@@ -103,14 +103,15 @@ class Worker:
         """Queue one step on the device; on a CPU it is computed before this returns."""
         sampled_slots = step.run_slot[step.run_samples]
         outbox = Outbox(self._device)
-        opened = tuple(outbox.add(values) for values in packed(step.inits))
+        opened = packed(step.inits)
+        slot_A, words_AW = (outbox.add(values) for values in opened)
         slot_S = outbox.add(sampled_slots)
         position_S = outbox.add((step.run_start + step.run_length)[step.run_samples])
         size = self._graphs.size_for(step) if self._graphs is not None else None
         compute = self._small(step, size, outbox) if size is not None else self._whole(step, outbox)
         self._backend.prepare(step, outbox)
         outbox.send()
-        self._slots.open(step.inits, (opened[0].tensor, opened[1].tensor))
+        self._slots.open(*opened, (slot_A.tensor, words_AW.tensor))
         logits_SV = compute()
         inputs = self._slots.inputs(sampled_slots, slot_S.tensor, position_S.tensor)
         return Launched(step.index, sample(logits_SV, inputs, self._last_token))

@@ -10,11 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from tokabatch.messages import Int64
-
-Float64 = npt.NDArray[np.float64]
+from tokabatch.messages import Float64, Int64
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,18 +105,26 @@ class SlotTable:
         self._records = np.zeros(num_slots, RECORD)
         self._records["temperature"] = self._records["top_p"] = 1.0
         self._records["logprobs"] = -1
+        # What `inputs` tells of a step's rows, by slot: it changes only when a slot is opened.
+        self._random = np.ones(num_slots, np.bool_)
+        self._filtered = np.zeros(num_slots, np.bool_)
+        self._logprobs = np.full(num_slots, -1, np.int32)
         words = torch.from_numpy(_as_words(self._records))
         self._on_host = device.type == "cpu"
         self.words = words if self._on_host else words.to(device)
         """int32 [num_slots, W] on the device, at one address for life."""
 
-    def open(self, inits: SlotInit, sent: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
-        """Set the records of the slots that a step opens. `sent` are the arrays of `packed(inits)` where they are on the
-        device already; else they are sent from here."""
-        if not len(inits.slot):
+    def open(self, slot_A: Int64, words_AW: Int32, sent: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        """Set the records of the slots that a step opens, as `packed` makes them. `sent` are the two arrays where they are on
+        the device already; else they are sent from here."""
+        if not len(slot_A):
             return
-        slot_A, words_AW = packed(inits)
-        self._records[slot_A] = words_AW.view(RECORD)[:, 0]
+        records = words_AW.view(RECORD)[:, 0]
+        self._records[slot_A] = records
+        random = records["temperature"] > 0
+        filters = (records["top_p"] < 1) | (records["top_k"] > 0) | (records["min_p"] > 0)
+        self._random[slot_A], self._filtered[slot_A] = random, random & filters
+        self._logprobs[slot_A] = records["logprobs"]
         if self._on_host:
             return
         slots, words = sent or to_device_all((slot_A, words_AW), self.words.device)
@@ -124,16 +132,13 @@ class SlotTable:
 
     def inputs(self, slots: Int32, slot_S: torch.Tensor, position_S: torch.Tensor) -> SamplerInputs:
         """What `sample` takes for rows of these slots; `slot_S` are the same slots on the device."""
-        records = self._records[slots]
-        random = records["temperature"] > 0
-        filtered = (records["top_p"] < 1) | (records["top_k"] > 0) | (records["min_p"] > 0)
         return SamplerInputs(
             table=self,
             slot_S=slot_S,
             position_S=position_S,
-            any_random=bool(random.any()),
-            any_filter=bool((random & filtered).any()),
-            max_logprobs=int(records["logprobs"].max(initial=-1)),
+            any_random=bool(self._random[slots].any()),
+            any_filter=bool(self._filtered[slots].any()),
+            max_logprobs=int(self._logprobs[slots].max(initial=-1)),
         )
 
     def columns(self, slot_S: torch.Tensor) -> SlotColumns:

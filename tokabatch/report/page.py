@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tokabatch.messages import Float64
 from tokabatch.report import plots
 from tokabatch.report.summary import seconds_text
-
-Float64 = npt.NDArray[np.float64]
 
 _POINTS = 400
 _CSS = """

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Float64 = npt.NDArray[np.float64]
+from tokabatch.messages import Float64
 
 INK, SOFT, SECOND = "#1f6feb", "#9ec5fe", "#d1741f"
 _SIZE = (5.6, 2.6)
@@ -89,7 +89,7 @@ def bars(labels: Sequence[str], values: Sequence[float], unit: str) -> str:
     """Horizontal bars with their values beside them."""
     figure, axes = _open(height=0.5 + 0.35 * len(labels))
     places = np.arange(len(labels))[::-1]
-    axes.barh(places, values, color=[INK, SOFT, SECOND][: len(labels)] if len(labels) <= 3 else INK, height=0.6)
+    axes.barh(places, values, color=[INK, SOFT, SECOND][: len(labels)], height=0.6)
     axes.set_yticks(places, labels)
     for place, value in zip(places, values, strict=True):
         axes.text(value, place, f" {value:,.4g}", va="center", fontsize=8)

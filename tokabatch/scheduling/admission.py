@@ -137,6 +137,8 @@ class Admission:
 
     def ended(self, slots: Int32, stopped: Bool) -> None:
         """These slots' samples are finished; `stopped` where the model ended them, not the limit."""
+        if self._all_fixed:
+            return
         seq = self._sequences
         self._lengths.observe(seq.request[slots], seq.generated[slots], stopped)
 
@@ -145,7 +147,9 @@ class Admission:
         self._model.forget(requests)
 
     def _tune(self) -> None:
-        """Once a step: renew the predictions where more is known by now."""
+        """Once a step: renew the predictions where more is known by now. Where every length is given nothing is predicted."""
+        if self._all_fixed:
+            return
         seq, counts = self._sequences, self._counts
         order = seq.order
         self._caution.update(counts.output_tokens + counts.prefilled_tokens, counts.given_up_tokens)

@@ -22,7 +22,7 @@ class SchedulerCounts:
     preemptions: int = 0
     given_up_tokens: int = 0
     """Positions of preempted samples that have to be computed again."""
+    recomputed_tokens: int = 0
+    """Positions computed again once a sample came back, preempted or taken back."""
     requeued: int = 0
     """Running samples taken back because the worker was lost."""
-    recomputed_tokens: int = 0
-    """Those among them that were, once the sample came back."""

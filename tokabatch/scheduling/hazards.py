@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tokabatch.messages import Int32
+from tokabatch.messages import Float64, Int32
 
-Float64 = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.integer[Any]]
 
 PRIOR_SAMPLES = 4.0
@@ -44,20 +43,17 @@ class Bins:
         self.of = np.repeat(np.arange(self.count), np.diff(self.edge)).astype(np.int32)
         """The bin in which the token after so many lies, for 0 .. longest - 1."""
 
-    def at_risk(self, group: Indices, length: Int32, num_groups: int) -> Float64:
-        """Tokens that samples of these lengths drew in each bin, summed by group, shape [G, B]."""
+    def at_risk(self, length: Int32) -> Float64:
+        """Tokens that samples of these lengths drew in each bin, in sum, shape [B]."""
         last = self.of[np.maximum(length - 1, 0)]
-        cell = group.astype(np.int64) * self.count + last
-        size = num_groups * self.count
-        ending = np.bincount(cell, minlength=size).reshape(num_groups, self.count)
-        within = np.bincount(cell, weights=length - self.edge[last], minlength=size).reshape(num_groups, self.count)
-        later = np.cumsum(ending[:, ::-1], axis=1)[:, ::-1] - ending
+        ending = np.bincount(last, minlength=self.count)
+        within = np.bincount(last, weights=length - self.edge[last], minlength=self.count)
+        later = np.cumsum(ending[::-1])[::-1] - ending
         return within + later * self.width
 
-    def stops(self, group: Indices, length: Int32, num_groups: int) -> Float64:
-        """Samples that stopped at these lengths, by group and bin, shape [G, B]."""
-        cell = group.astype(np.int64) * self.count + self.of[np.maximum(length - 1, 0)]
-        return np.bincount(cell, minlength=num_groups * self.count).reshape(num_groups, self.count).astype(np.float64)
+    def stops(self, length: Int32) -> Float64:
+        """Samples that stopped at these lengths, by bin, shape [B]."""
+        return np.bincount(self.of[np.maximum(length - 1, 0)], minlength=self.count).astype(np.float64)
 
 
 def run_hazard(bins: Bins, stops: Float64, at_risk: Float64) -> Float64:

@@ -48,13 +48,13 @@ class LengthModel:
         self.bins = Bins(max_tokens)
         self._grouped = grouped
         self._scales = ScaleModel(max_tokens)
-        self._stops, self._at_risk = np.zeros((1, self.bins.count)), np.zeros((1, self.bins.count))
+        self._stops, self._at_risk = np.zeros(self.bins.count), np.zeros(self.bins.count)
         self._ended: dict[int, tuple[Float64, Float64]] = {}
         """By prompt: stops, and time at risk of the samples that ended, in the bins of the scales."""
         self._fresh: list[tuple[Int32, Int32, Bool]] = []
         self._num_fresh = self._num_seen = self._age = 0
         self._table_request = np.zeros(0, np.int32)
-        self._table = HazardTable(self.bins, run_hazard(self.bins, self._stops[0], self._at_risk[0])[None])
+        self._table = HazardTable(self.bins, run_hazard(self.bins, self._stops, self._at_risk)[None])
 
     def observe(self, request: Int32, length: Int32, stopped: Bool) -> None:
         """See `LengthPredictor`."""
@@ -100,9 +100,8 @@ class LengthModel:
     def _take_fresh(self) -> None:
         request, length, stopped = (np.concatenate(part) for part in zip(*self._fresh, strict=True))
         self._fresh, self._num_seen, self._num_fresh = [], self._num_seen + self._num_fresh, 0
-        bins, zero = self.bins, np.zeros(len(length), np.int32)
-        self._at_risk += bins.at_risk(zero, length, 1)
-        self._stops += bins.stops(zero[stopped], length[stopped], 1)
+        self._at_risk += self.bins.at_risk(length)
+        self._stops += self.bins.stops(length[stopped])
         grouped = self._grouped[request]
         if not grouped.any():
             return
@@ -117,7 +116,7 @@ class LengthModel:
     def _estimate(self, request: Int32, generated: Int32) -> None:
         """Renew the table from all that ended and from what runs."""
         bins = self.bins
-        run = run_hazard(bins, self._stops[0], (self._at_risk + bins.at_risk(np.zeros_like(request), generated, 1))[0])
+        run = run_hazard(bins, self._stops, self._at_risk + bins.at_risk(generated))
         grouped = self._grouped[request]
         request, generated = request[grouped], generated[grouped]
         first = np.flatnonzero(np.diff(request, prepend=-1))

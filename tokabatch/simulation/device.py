@@ -28,12 +28,4 @@ class SimulatedDevice:
             self._end[inits.slot] = self._prompt_length[inits.row] + length - 1
         sampled = np.flatnonzero(step.run_samples)
         ended = step.run_start[sampled] + step.run_length[sampled] >= self._end[step.run_slot[sampled]]
-        count = len(sampled)
-        return StepResult(
-            index=step.index,
-            token=np.where(ended, STOP, GO_ON).astype(np.int32),
-            finite=np.ones(count, np.bool_),
-            logprob=np.full(count, np.nan, np.float32),
-            top_ids=np.zeros((count, 0), np.int32),
-            top_logprobs=np.zeros((count, 0), np.float32),
-        )
+        return StepResult.of_tokens(step.index, np.where(ended, STOP, GO_ON).astype(np.int32))

@@ -8,9 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tokabatch.messages import Int32, Int64
-
-Float64 = npt.NDArray[np.float64]
+from tokabatch.messages import Float64, Int32, Int64
 
 
 class Lengths(Protocol):
