@@ -4,7 +4,8 @@ The real scheduler is simulated against the roofline of Llama-3.2-1B on one H200
 than the running limit, on four traces of output lengths. Four rules decide what is admitted: `oracle` forecasts with the
 length of every sample known, `learned` is the scheduler as it is, `prompts fit` admits while there is room for the prompt,
 `reserve max` claims max_tokens for every sample. KV use is the time-weighted share of pages in use while samples wait;
-recomputed is the share of all computed tokens that preemptions made it compute again. Figures are deterministic.
+waited is the steps that running samples sat out for want of pages over those they ran; recomputed is the share of all computed
+tokens that preemptions made it compute again. Figures are deterministic.
 """
 
 from __future__ import annotations
@@ -173,8 +174,8 @@ def main() -> None:
     parser.add_argument("--trace", action="append", help="only these traces")
     parser.add_argument("--rule", action="append", help="only these rules")
     args = parser.parse_args()
-    print("| trace | rule | KV use | of the oracle's | recomputed | preemptions | output tokens/s | running | steps | s |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| trace | rule | KV use | of oracle's | waited | recomputed | preemptions | output tokens/s | running | steps | s |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for trace in traces(args.scale):
         if args.trace and trace.name not in args.trace:
             continue
@@ -185,9 +186,9 @@ def main() -> None:
             best = best or done.kv_use
             running = done.steps["running"][done.steps["waiting"] > 0]
             print(
-                f"| {trace.name} | {rule} | {done.kv_use:.1%} | {done.kv_use / best:.1%} | {done.waste:.2%} "
-                f"| {done.counts.preemptions:,} | {done.output_tokens_per_second:,.0f} | {running.mean():,.0f} "
-                f"| {len(done.steps):,} | {time.perf_counter() - begin:.0f} |",
+                f"| {trace.name} | {rule} | {done.kv_use:.1%} | {done.kv_use / best:.1%} | {done.waited:.1%} "
+                f"| {done.waste:.2%} | {done.counts.preemptions:,} | {done.output_tokens_per_second:,.0f} "
+                f"| {running.mean():,.0f} | {len(done.steps):,} | {time.perf_counter() - begin:.0f} |",
                 flush=True,
             )
 

@@ -80,6 +80,7 @@ def predict_run(config: EngineConfig, prepared: Prepared, limits: SchedulerLimit
         kv_over_time=over_time(whole.steps, "pages", limits.num_pages),
         preemptions=counts.preemptions,
         waste=whole.waste,
+        waited=whole.waited,
         simulated_in=time.perf_counter() - begin,
         price=scenario.price,
         trials=trials,

@@ -294,6 +294,7 @@ def _summary(parts: _Parts, steps: Steps, exit_code: int) -> RunSummary:
         earlier=parts.started.committed.samples,
         preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,
+        waited_steps=counts.waited_steps,
         host_seconds=replica.host_seconds,
         restarts=tuple(sorted(replica.restarts.items())),
         requeued=counts.requeued,

@@ -25,7 +25,7 @@ from tokabatch.report.summary import (
 SUMMARY = RunSummary(
     rows=100, samples=400, ok=390, errors=10, prompt_tokens=50_000, cached_tokens=30_000, cacheable_tokens=40_000,
     prefilled_tokens=20_500, output_tokens=80_000, seconds=45.0, load_seconds=5.0, steps=1234, output_path="out/x",
-    exit_code=3, preemptions=2, recomputed_tokens=500, host_seconds=0.25,
+    exit_code=3, preemptions=2, recomputed_tokens=500, waited_steps=70, host_seconds=0.25,
     error_counts=(("prompt_too_long", 8), ("bad_json", 2)), pass_at_k=((1, 0.25), (4, 0.5)),
 )  # fmt: skip
 MODEL = ModelFacts("m", "llama", 3_400_000, 6, 256, 4, 2, 64, 2048, 4096, "float32")
@@ -51,6 +51,7 @@ class TestRunSummary:
         assert shown["output tokens"] == "80,000 (2,000 per second)"
         assert shown["saved by sharing"] == "30,000 of 40,000 possible (75.0%)"
         assert shown["error prompt_too_long"] == "8"
+        assert shown["preemptions"] == "2, 500 tokens recomputed; samples waited 70 steps for pages"
         assert shown["pass@4"] == "0.5000"
         assert "max_fraction" in shown["result"]
 

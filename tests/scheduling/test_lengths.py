@@ -118,3 +118,26 @@ def test_caution_follows_the_work_that_preemptions_cost():
         computed += 100_000
         caution.update(computed, recomputed)
     assert caution.deviations < raised - 1
+
+
+def survivors_at(lengths: np.ndarray, frontier: int, limit: int) -> tuple[LengthModel, np.ndarray]:
+    """What is learned while no sample has more than `frontier` tokens, and the true lengths of those that have as many."""
+    model = learn(np.minimum(lengths, limit + 1), np.full(len(lengths), frontier), limit)
+    return model, np.minimum(lengths[lengths > frontier], limit)
+
+
+@pytest.mark.parametrize("frontier", [3000, 5000, 10_000])
+def test_a_heavy_tail_is_not_taken_for_endless(frontier):
+    chance = np.random.default_rng(4).random(8000)
+    model, left = survivors_at((900 * ((1 - chance) ** (-1 / 1.5) - 1)).astype(np.int64) + 1, frontier, 32_768)
+    drawn = frontier + remaining(model, frontier)
+    assert 0.7 < drawn.mean() / left.mean() < 1.6
+
+
+@pytest.mark.parametrize("frontier", [200, 350, 450, 600])
+def test_endless_samples_show_before_any_has_ended(frontier):
+    rng = np.random.default_rng(5)
+    lengths = np.where(rng.random(4000) < 0.2, 10_000, np.exp(rng.normal(5.0, 0.6, 4000)).astype(np.int64) + 1)
+    model, left = survivors_at(lengths, frontier, 2048)
+    drawn = frontier + remaining(model, frontier)
+    assert 0.45 < (drawn == 2048).mean() / (left == 2048).mean() < 1.2

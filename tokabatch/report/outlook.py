@@ -42,6 +42,7 @@ class Outlook:
     kv_over_time: tuple[float, ...]
     preemptions: int
     waste: float
+    waited: float
     simulated_in: float
     price: float | None = None
     trials: tuple[Trial, ...] = ()
@@ -66,6 +67,7 @@ def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
         ("KV cache", f"{outlook.kv_tokens:,} tokens, {outlook.kv_use:.1%} in use while samples wait"),
         ("over time", "".join(_BARS[min(8, round(share * 8))] for share in outlook.kv_over_time)),
         ("preemptions", f"{outlook.preemptions:,}, {outlook.waste:.2%} of tokens computed again"),
+        ("waits", f"{outlook.waited:.1%} of the steps of running samples, for pages"),
         ("tail", f"{seconds_text(outlook.tail_seconds)} ({outlook.tail_seconds / max(outlook.seconds, 1e-9):.1%})"),
         ("simulated in", seconds_text(outlook.simulated_in)),
     ]

@@ -61,6 +61,8 @@ class RunSummary:
     cancelled: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    waited_steps: int = 0
+    """Steps that running samples sat out for want of pages."""
     host_seconds: float = 0.0
     launch_seconds: float = 0.0
     restarts: tuple[tuple[str, int], ...] = ()
@@ -181,7 +183,7 @@ def run_sections(summary: RunSummary) -> tuple[Section, ...]:
         ("prefilled tokens", _count(summary.prefilled_tokens)),
         ("saved by sharing", f"{_count(summary.cached_tokens)} of {_count(summary.cacheable_tokens)} possible{saved}"),
         ("steps", _steps(summary)),
-        ("preemptions", f"{_count(summary.preemptions)}, {_count(summary.recomputed_tokens)} tokens recomputed"),
+        ("preemptions", _preemptions(summary)),
     ]
     if summary.step_seconds:
         work += [
@@ -319,6 +321,11 @@ def _with_rate(number: int, seconds: float) -> str:
 
 def _share(part: int, whole: int) -> str:
     return f" ({part / whole:.1%})" if whole else ""
+
+
+def _preemptions(summary: RunSummary) -> str:
+    waited = f"; samples waited {_count(summary.waited_steps)} steps for pages" if summary.waited_steps else ""
+    return f"{_count(summary.preemptions)}, {_count(summary.recomputed_tokens)} tokens recomputed{waited}"
 
 
 def _share_of_time(part: float, whole: float) -> str:

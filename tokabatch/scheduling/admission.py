@@ -135,6 +135,22 @@ class Admission:
         )
         return np.maximum(np.where(self._fixed_length[seq.params[slots]], limit, typical) - known, 1)
 
+    def remaining(self, slots: Int32) -> Int32:
+        """Output tokens that each sample, by the length it is taken to have, still has to come; at least 1."""
+        return np.maximum(self._sequences.expected[slots] - self._so_far(slots), 1)
+
+    def take_back(self, slot: int) -> None:
+        """Put a running sample back among the waiting; the tokens received are kept."""
+        seq = self._sequences
+        prompt, sample = self._prompts[int(seq.request[slot])], int(seq.sample[slot])
+        logprobs = self._requests.sampling[int(seq.params[slot])].logprobs
+        self.preempted[prompt.request, sample] = seq.output(slot, -1 if logprobs is None else logprobs)
+        if prompt.leader == slot:
+            prompt.leader = -1
+        self._prompts.requeue(prompt, sample)
+        prompt.live -= 1
+        seq.close(np.array([slot], np.int32))
+
     def ended(self, slots: Int32, stopped: Bool) -> None:
         """These slots' samples are finished; `stopped` where the model ended them, not the limit."""
         if self._all_fixed:
@@ -230,7 +246,7 @@ class Admission:
         """Page use of what runs and of the open prompts."""
         seq = self._sequences
         order = seq.order
-        remaining = np.maximum(seq.expected[order] - self._so_far(order), 1)
+        remaining = self.remaining(order)
         running = Claims(
             # A prompt under way is taken as computed: what its length holds is claimed from the start.
             computed=np.maximum(seq.length[order] - 1, 0),

@@ -24,5 +24,7 @@ class SchedulerCounts:
     """Positions of preempted samples that have to be computed again."""
     recomputed_tokens: int = 0
     """Positions computed again once a sample came back, preempted or taken back."""
+    waited_steps: int = 0
+    """Steps that running samples sat out for want of pages, summed over samples."""
     requeued: int = 0
     """Running samples taken back because the worker was lost."""

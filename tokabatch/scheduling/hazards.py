@@ -25,7 +25,7 @@ ENDLESS, MOST_ENDLESS = 0.35, 0.75
 """Share of samples taken never to stop as long as no sample got far enough to tell; and its bound among those still left."""
 LEVEL_STOPS = 4.0
 """Stops at the lengths just before until these outweigh the run's mean in the prior of a bin."""
-_FADING = 0.8
+_FADING, _FALL = 0.8, 0.75
 _FINE, _RATIO = 16, 1.1
 _MOST_CUMULATED = 60.0
 
@@ -59,24 +59,39 @@ class Bins:
 def run_hazard(bins: Bins, stops: Float64, at_risk: Float64) -> Float64:
     """Stops per token in each bin, over the whole run, shape [B].
 
-    The prior where nothing was seen: a hazard that falls with the root of the length, as high as the stops at the lengths just
-    before say, for all but a few samples that never stop: what is short so far may have a tail that nothing has reached yet."""
-    root = np.sqrt((bins.edge[1:] + bins.edge[:-1] + 1) / 2)
-    # Before the first end this makes the mean length half of max_tokens.
-    overall = (1.0 + stops.sum()) / (2.0 * root[-1] + (at_risk / root).sum())
+    The prior where nothing was seen: a hazard that falls with a power of the length, as high as the stops at the lengths just
+    before say, for all but some samples that never stop: see `_endless`."""
+    middle = (bins.edge[1:] + bins.edge[:-1] + 1) / 2
+    falling = middle**-_FALL
+    # Before the first end this makes the mean length about half of max_tokens.
+    longest = float(bins.edge[-1])
+    overall = (1.0 + stops.sum()) / (longest ** (1 - _FALL) / (1 - _FALL) + (at_risk * falling).sum())
     place = np.arange(bins.count)
     before = np.tril(_FADING ** np.maximum(place[:, None] - place[None, :], 0), -1)
-    level = (LEVEL_STOPS + before @ stops) / (LEVEL_STOPS / overall + before @ (at_risk / root))
-    stopping = np.minimum(level / root, 1.0)
+    stops_before = before @ stops
+    level = (LEVEL_STOPS + stops_before) / (LEVEL_STOPS / overall + before @ (at_risk * falling))
+    stopping = np.minimum(level * falling, 1.0)
     weight = PRIOR_SAMPLES * bins.width
     seen = (stops + stopping * weight) / (at_risk + weight)
-    # Where the lengths seen so far end, the endless ones are a larger share of what is left.
     frontier = int(np.max(np.flatnonzero(at_risk > weight), initial=-1)) + 1
     left = float(np.exp(-(seen * bins.width)[:frontier].sum()))
-    endless = min(ENDLESS / left, MOST_ENDLESS)
+    until = slice(min(frontier, bins.count - 1) + 1)
+    endless = _endless(left, (stopping * middle)[until], stops_before[until])
     reached = np.exp(-np.cumsum(np.where(place < frontier, 0.0, stopping * bins.width)))
     prior = stopping * (1 - endless) * reached / (endless + (1 - endless) * reached)
     return (stops + prior * weight) / (at_risk + weight)
+
+
+def _endless(left: float, per_log: Float64, stops_before: Float64) -> float:
+    """The share that never stops of the samples that got as far as any, `left` of all. Two signs of it count.
+
+    At first it is taken to be large, and the smaller the more samples have stopped. Later the hazard tells: per unit of
+    log-length, `per_log` in each bin up to the last (`stops_before` is the number of stops behind each figure), it rises or
+    stays level for lengths of one kind (log-normal, Weibull, Pareto), and falls when those that stop are used up."""
+    noise = 1.0 / np.sqrt(1.0 + stops_before)
+    peak = float((per_log * (1.0 - noise)).max(initial=0.0))
+    fallen = 1.0 - float(per_log[-1] * (1.0 + noise[-1])) / peak if peak > 0 else 0.0
+    return min(max(min(ENDLESS / left, left), max(fallen, 0.0) ** (1 / 3)), MOST_ENDLESS)
 
 
 class HazardTable:

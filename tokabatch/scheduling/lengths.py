@@ -20,7 +20,7 @@ REFRESH_STEPS = 64
 TARGET_WASTE = 0.003
 """Share of all computed tokens that may be computed again after preemptions."""
 FIRST_DEVIATIONS, LEAST_DEVIATIONS, MOST_DEVIATIONS = 2.0, 1.0, 10.0
-_WINDOW_TOKENS, _GAIN = 50_000, 0.05
+_WINDOW_TOKENS, _GAIN, _MOST_SURPLUS = 50_000, 0.05, 20.0
 
 
 class LengthPredictor(Protocol):
@@ -154,6 +154,6 @@ class Caution:
         window, wasted = computed - self._computed, recomputed - self._recomputed
         if window < _WINDOW_TOKENS:
             return
-        surplus = float(np.clip(wasted / window / TARGET_WASTE, 0.0, 5.0)) - 1.0
+        surplus = float(np.clip(wasted / window / TARGET_WASTE, 0.0, _MOST_SURPLUS)) - 1.0
         self.deviations = float(np.clip(self.deviations + _GAIN * surplus, LEAST_DEVIATIONS, MOST_DEVIATIONS))
         self._computed, self._recomputed = computed, recomputed

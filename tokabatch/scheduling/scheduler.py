@@ -3,9 +3,8 @@
 `schedule` decides a step as if no sample ended, `apply` takes in what a step sampled, one or more steps later: any number of
 steps may be in flight, results arrive in order, and what was computed for a sample that had already ended is dropped.
 Order within a step: running samples decode; prefills under way continue; then samples are admitted while the forecast of
-page use stays under the pool. When pages run out after all, a sample with little behind and much before it is preempted; its
-tokens are kept. The worker may be lost at any time, and its cache with it: `lost_device` takes everything back that was
-computed there.
+page use stays under the pool. When pages run out after all, samples wait or are preempted (see `shortage`). The worker may
+be lost at any time, and its cache with it: `lost_device` takes everything back that was computed there.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from tokabatch.scheduling.pages import PagePool
 from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
 from tokabatch.scheduling.quarantine import Quarantine, Sample
 from tokabatch.scheduling.sequences import Sequences
+from tokabatch.scheduling.shortage import Shortage
 from tokabatch.scheduling.stepping import SamplingTable, StepDraft
 from tokabatch.scheduling.stopping import StopRules
 
@@ -69,6 +69,7 @@ class Scheduler:
         self._reports_logprobs = wanted >= 0
         self.sequences = Sequences(limits.max_running, limits.max_pages_per_sequence, self.pool, limits.page_size, wanted)
         self._admission = Admission(requests, limits.page_size, self.pool, self.prompts, self.sequences, self.counts, lengths)
+        self._shortage = Shortage(limits.page_size, self.pool, self.prompts, self.sequences, self.counts, self._admission)
         self._in_flight: deque[_InFlight] = deque()
         self._quarantine = Quarantine()
 
@@ -97,12 +98,13 @@ class Scheduler:
         seq = self.sequences
         draft = StepDraft(self.counts.steps + 1)
         decoding, prefilling = self._runnable()
-        if self._grow(decoding, draft):
-            decoding, prefilling = self._runnable()
+        able = self._shortage.grow(self._shortage.hold(decoding), draft)
+        self.counts.waited_steps += len(decoding) - len(able)
+        decoding, prefilling = able, prefilling[seq.request[prefilling] >= 0]
         budget = self.limits.max_step_tokens - len(decoding)
         runs, takes, budget = self._continue_prefill(prefilling, budget, draft)
         alone = not len(seq.order) and not self._in_flight
-        admitted, admitted_takes = self._admission.admit(budget, draft, alone)
+        admitted, admitted_takes = self._admission.admit(0 if self._shortage.acute else budget, draft, alone)
         runs, takes = np.concatenate((runs, admitted)), np.concatenate((takes, admitted_takes))
         if not len(decoding) and not len(runs):
             if self._in_flight:
@@ -110,7 +112,7 @@ class Scheduler:
             if not len(seq.order):
                 return self._lift_quarantine()
             if not self.prompts.suspend_idle():
-                self._preempt()
+                self._shortage.preempt()
             return self.schedule()
         by_plan = np.lexsort((seq.admitted[runs], seq.request[runs]))
         prefill = (runs[by_plan], takes[by_plan])
@@ -171,7 +173,7 @@ class Scheduler:
             self.pool.taint(step.clear_pages)
         self._in_flight.clear()
         for slot in self.sequences.order[np.argsort(self.sequences.admitted[self.sequences.order])].tolist():
-            self._requeue(slot)
+            self._admission.take_back(slot)
             self.counts.requeued += 1
         self.prompts.suspend_idle()
         self._admission.confined = self._quarantine.trial
@@ -210,44 +212,6 @@ class Scheduler:
             return pending, pending[:0]
         prefilling = pending[~on_device]
         return pending[on_device], prefilling[np.argsort(seq.admitted[prefilling], kind="stable")]
-
-    def _grow(self, slots: Int32, draft: StepDraft) -> bool:
-        """Give each slot the page its next position needs, preempting where the pool is short; whether any was."""
-        seq, size = self.sequences, self.limits.page_size
-        needs = slots[seq.computed[slots] >= seq.num_pages[slots] * size]
-        preempted = False
-        while len(needs) > self.pool.num_free:
-            if not self.prompts.suspend_idle():
-                victim = self._preempt()
-                needs = needs[needs != victim]
-                preempted = True
-        if len(needs):
-            draft.set_pages(seq.add_pages(needs, np.ones(len(needs), np.int32)))
-        return preempted
-
-    def _preempt(self) -> int:
-        """Give up the pages of the sample that has the longest way to go for what it costs to compute again."""
-        seq = self.sequences
-        assert len(seq.order) > 1, "a single sample does not fit the pool; the job was sized wrongly"
-        unfinished = seq.order[seq.length[seq.order] > seq.computed[seq.order]]
-        victim = int(unfinished[np.argmax(self._admission.way_to_go(unfinished) / seq.length[unfinished])])
-        self.counts.given_up_tokens += max(0, int(seq.computed[victim] - seq.cached_tokens[victim]))
-        self._requeue(victim)
-        self.counts.preemptions += 1
-        return victim
-
-    def _requeue(self, slot: int) -> None:
-        """Take a running sample back among the waiting; the tokens received are kept."""
-        seq = self.sequences
-        prompt = self.prompts[int(seq.request[slot])]
-        params = self._sampling[int(seq.params[slot])]
-        output = seq.output(slot, -1 if params.logprobs is None else params.logprobs)
-        self._admission.preempted[prompt.request, int(seq.sample[slot])] = output
-        if prompt.leader == slot:
-            prompt.leader = -1
-        self.prompts.requeue(prompt, int(seq.sample[slot]))
-        prompt.live -= 1
-        seq.close(np.array([slot], np.int32))
 
     def _running_samples(self) -> dict[Sample, int]:
         """The samples in steps in flight, each with its output tokens received."""

@@ -49,6 +49,11 @@ class Simulation:
         counts = self.counts
         return counts.recomputed_tokens / max(counts.prefilled_tokens + counts.output_tokens, 1)
 
+    @property
+    def waited(self) -> float:
+        """Steps that running samples sat out for want of pages, over output tokens."""
+        return self.counts.waited_steps / max(self.counts.output_tokens, 1)
+
 
 def simulate(
     requests: Requests,
