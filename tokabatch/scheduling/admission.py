@@ -28,10 +28,13 @@ MAX_FRESH = 256
 LEARNED_SAMPLES = 8
 """A prompt's own lengths are learned where it has at least so many samples."""
 
-_NONE = np.zeros(0, np.int32)
+FORECAST_STEPS = 8
+"""A forecast with pages to spare for every candidate at its longest serves for so many steps."""
 
-Runs = tuple[Int32, Int32]
+Runs = tuple[Int64, Int32]
 """Slots and the tokens each computes in the step."""
+
+_NONE: Runs = (np.zeros(0, np.int64), np.zeros(0, np.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ class Admission:
         self._model = LengthModel(int(self._max_tokens.max(initial=1)), requests.num_samples() >= LEARNED_SAMPLES)
         self._lengths: LengthPredictor = lengths or self._model
         self._caution = Caution()
+        self._surely_free = self._steps_good_for = 0
+        """Pages free at every future step by the last forecast, less all that came in since; and for how long to rely on it."""
         self.preempted: dict[tuple[int, int], Generated] = {}
         """Output of preempted samples by (request, sample)."""
         self.confined: frozenset[int] | None = None
@@ -85,10 +90,10 @@ class Admission:
         candidate must come in whatever the forecast says."""
         self._tune()
         if budget <= 0 or not self._sequences.num_free:
-            return _NONE, _NONE
+            return _NONE
         candidates = self._candidates(budget, draft.index)
         if not len(candidates.request):
-            return _NONE, _NONE
+            return _NONE
         counts = self._fitting(candidates)
         if alone:
             counts[0] = max(1, counts[0])
@@ -99,7 +104,7 @@ class Admission:
             count = len(fresh) if fresh.all() else int(np.argmin(fresh > 0))
             if count and budget > 0 and self._sequences.num_free:
                 taken.append(self._admit_fresh(min(count, self._sequences.num_free), budget, draft))
-        runs = [np.concatenate(part) for part in zip((_NONE, _NONE), *taken, strict=True)]
+        runs = [np.concatenate(part) for part in zip(_NONE, *taken, strict=True)]
         if alone and not len(runs[0]) and self._prompts.suspend_idle(keep=int(candidates.request[0])):
             return self._admit_first(candidates, budget, draft)
         return runs[0], runs[1]
@@ -126,7 +131,7 @@ class Admission:
         means = [limit if fixed else model.mean_length(limit) for limit, fixed in self._kinds]
         return total + round(waiting * float(np.average(means, weights=self._share)))
 
-    def way_to_go(self, slots: Int32) -> Int32:
+    def way_to_go(self, slots: Int64) -> Int32:
         """Output tokens that such samples typically still have to come, at least 1."""
         seq = self._sequences
         known, limit = self._so_far(slots), seq.limit[slots]
@@ -135,7 +140,7 @@ class Admission:
         )
         return np.maximum(np.where(self._fixed_length[seq.params[slots]], limit, typical) - known, 1)
 
-    def remaining(self, slots: Int32) -> Int32:
+    def remaining(self, slots: Int64) -> Int32:
         """Output tokens that each sample, by the length it is taken to have, still has to come; at least 1."""
         return np.maximum(self._sequences.expected[slots] - self._so_far(slots), 1)
 
@@ -143,15 +148,16 @@ class Admission:
         """Put a running sample back among the waiting; the tokens received are kept."""
         seq = self._sequences
         prompt, sample = self._prompts[int(seq.request[slot])], int(seq.sample[slot])
+        self._steps_good_for = 0
         logprobs = self._requests.sampling[int(seq.params[slot])].logprobs
         self.preempted[prompt.request, sample] = seq.output(slot, -1 if logprobs is None else logprobs)
         if prompt.leader == slot:
             prompt.leader = -1
         self._prompts.requeue(prompt, sample)
         prompt.live -= 1
-        seq.close(np.array([slot], np.int32))
+        seq.close(np.array([slot], np.int64))
 
-    def ended(self, slots: Int32, stopped: Bool) -> None:
+    def ended(self, slots: Int64, stopped: Bool) -> None:
         """These slots' samples are finished; `stopped` where the model ended them, not the limit."""
         if self._all_fixed:
             return
@@ -170,7 +176,10 @@ class Admission:
         order = seq.order
         self._caution.update(counts.output_tokens + counts.prefilled_tokens, counts.given_up_tokens)
         known = self._so_far(order)
-        due = order if self._lengths.refresh(seq.request[order], known) else order[seq.expected[order] <= known]
+        if self._lengths.refresh(seq.request[order], known):
+            due, self._steps_good_for = order, 0
+        else:
+            due = order[(seq.expected <= seq.length - seq.prompt_length)[order]]
         if len(due):
             seq.expected[due] = self._predict(seq.request[due], seq.sample[due], self._so_far(due), seq.admitted[due])
 
@@ -237,8 +246,16 @@ class Admission:
             remaining=self._predict(request, sample, produced, ticket) - produced,
             prompt_pages=np.where(opens, total - np.minimum(self._requests.lcp[request] // size, full), 0),
         )
+        peak = claims.peak(size)
+        self._steps_good_for -= 1
+        if self._steps_good_for > 0 and peak <= self._surely_free:
+            self._surely_free -= peak
+            return candidates.counts
         deviations = 0.0 if self._all_fixed else self._caution.deviations
-        fitting = self._forecast(claims.remaining).admit(self._pool.num_pages, claims, deviations)
+        forecast = self._forecast(claims.remaining)
+        fitting = forecast.admit(self._pool.num_pages, claims, deviations)
+        self._surely_free = forecast.spare(self._pool.num_pages, deviations) - peak
+        self._steps_good_for = FORECAST_STEPS
         before = np.cumsum(candidates.counts) - candidates.counts
         return np.clip(fitting - before, 0, candidates.counts).astype(np.int32)
 
@@ -252,7 +269,7 @@ class Admission:
             computed=np.maximum(seq.length[order] - 1, 0),
             shared=seq.shared_pages[order],
             remaining=remaining,
-            prompt_pages=np.zeros_like(order),
+            prompt_pages=np.zeros(len(order), np.int32),
         )
         held_steps = self._prompts.last_steps(seq.request[order], remaining)
         return Forecast(self._page_size, running, self._prompts.held_pages(), held_steps, also)
@@ -279,7 +296,7 @@ class Admission:
                 sample[start:stop] = prompt.samples[prompt.next_sample : prompt.next_sample + count]
         return sample
 
-    def _so_far(self, slots: Int32) -> Int32:
+    def _so_far(self, slots: Int64) -> Int32:
         """Output tokens of each slot, those that steps in flight are about to sample included."""
         return self._sequences.length[slots] - self._sequences.prompt_length[slots]
 
@@ -314,7 +331,7 @@ class Admission:
     def _admit_fresh(self, count: int, budget: int, draft: StepDraft) -> Runs:
         """Open the next prompts and admit the first sample of each."""
         opened = self._prompts.open_next(count)
-        return self._lead(opened, budget, draft) if opened else (_NONE, _NONE)
+        return self._lead(opened, budget, draft) if opened else _NONE
 
     def _lead(self, prompts: list[OpenPrompt], budget: int, draft: StepDraft) -> Runs:
         """Admit one sample of each prompt, which computes the prompt in the prompt's own pages."""
@@ -343,7 +360,7 @@ class Admission:
             draft.copy_pages(tail, self._sequences.page_table[slots, prompt.full])
         return runs
 
-    def _start(self, slots: Int32, budget: int, draft: StepDraft) -> Runs:
+    def _start(self, slots: Int64, budget: int, draft: StepDraft) -> Runs:
         """Give freshly opened slots their first tokens and the pages for them; each gets the page of its first token even
         when the budget leaves it none to compute yet."""
         seq = self._sequences
@@ -358,7 +375,7 @@ class Admission:
         draft.open_slots(slots)
         return slots[take > 0], take[take > 0]
 
-    def _fill(self, slots: Int32, requests: Int32, start: Int32) -> None:
+    def _fill(self, slots: Int64, requests: Int32, start: Int32) -> None:
         """Set the columns of freshly opened slots; preempted samples get their output back."""
         seq, counts = self._sequences, self._counts
         length = self._requests.length[requests]
@@ -366,7 +383,7 @@ class Admission:
         seq.prompt_length[slots] = seq.length[slots] = length
         seq.params[slots], seq.limit[slots] = params, self._max_tokens[params]
         seq.computed[slots] = seq.cached_tokens[slots] = start
-        seq.expected[slots] = self._predict(requests, seq.sample[slots], np.zeros_like(slots), seq.admitted[slots])
+        seq.expected[slots] = self._predict(requests, seq.sample[slots], np.zeros(len(slots), np.int32), seq.admitted[slots])
         counts.prompt_tokens += int(length.sum())
         counts.cached_tokens += int(start.sum())
         if not self.preempted:

@@ -39,6 +39,11 @@ class Claims:
     remaining: Int32
     prompt_pages: Int32
 
+    def peak(self, page_size: int) -> int:
+        """Pages that all of them together hold at most."""
+        own = -(-(self.computed + self.remaining) // page_size) - self.shared
+        return int((own + self.prompt_pages).sum())
+
 
 class Forecast:
     """The page-use curve of what runs. `held_pages[i]` pages stay for `held_steps[i]` steps besides (prompts)."""
@@ -63,6 +68,10 @@ class Forecast:
         self.spread = own * np.sqrt(_PAGES_SQUARED * gone / ((1.0 - gone) * number))
         """Standard deviation of page use at each step, were each sample to end by chance as often as the given lengths say. It
         stops growing where a share of `_FORESEEN` has ended: what lies behind can still be met by admitting less."""
+
+    def spare(self, capacity: int, deviations: float = 0.0) -> int:
+        """Pages of `capacity` left at every step, with as many standard deviations to spare; negative where too few are."""
+        return int((capacity - np.ceil(deviations * self.spread) - self.curve).min())
 
     def admit(self, capacity: int, candidates: Claims, deviations: float = 0.0) -> int:
         """How many candidates, taken in their order, stay under `capacity` at every step with as many standard deviations of

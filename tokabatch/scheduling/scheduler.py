@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tokabatch.messages import Bool, Completion, Int32, Requests, StepBatch, StepResult
+from tokabatch.messages import Bool, Completion, Int32, Int64, Requests, StepBatch, StepResult
 from tokabatch.scheduling.admission import Admission
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.grouping import GroupingLimits
@@ -43,9 +43,9 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    slots: Int32
+    slots: Int64
     epochs: Int32
-    run_slots: Int32
+    run_slots: Int64
     """Those of all runs, sampled or not."""
     clear_pages: Int32
 
@@ -202,11 +202,11 @@ class Scheduler:
         live = {int(r): int(c) for r, c in zip(*np.unique(seq.request[seq.order], return_counts=True), strict=True)}
         assert all(prompt.live == live.get(prompt.request, 0) for prompt in self.prompts), "live counts differ"
 
-    def _runnable(self) -> tuple[Int32, Int32]:
+    def _runnable(self) -> tuple[Int64, Int64]:
         """Slots with something to compute: those whose last token the worker holds, in plan order, and those that the host
         has tokens for, oldest first."""
         seq = self.sequences
-        pending = seq.order[seq.length[seq.order] > seq.computed[seq.order]]
+        pending = seq.order[(seq.length > seq.computed)[seq.order]]
         on_device = seq.on_device[pending]
         if on_device.all():
             return pending, pending[:0]
@@ -220,13 +220,13 @@ class Scheduler:
         slots = np.unique(np.concatenate([step.run_slots for step in self._in_flight]))
         return self._received(slots[self.sequences.request[slots] >= 0])
 
-    def _received(self, slots: Int32) -> dict[Sample, int]:
+    def _received(self, slots: Int64) -> dict[Sample, int]:
         """Output tokens received of the samples in these slots."""
         seq = self.sequences
         pairs = zip(seq.request[slots].tolist(), seq.sample[slots].tolist(), strict=True)
         return dict(zip(pairs, seq.generated[slots].tolist(), strict=True))
 
-    def _clear_suspects(self, ended: Int32) -> None:
+    def _clear_suspects(self, ended: Int64) -> None:
         """Tell the quarantine how far its suspects have got; `ended` are the slots about to be closed."""
         self._quarantine.advance(self._received(self.sequences.order), self._received(ended))
         self._admission.confined = self._quarantine.trial
@@ -263,7 +263,7 @@ class Scheduler:
         self.counts.finished_prompts += 1
         return completions
 
-    def _continue_prefill(self, slots: Int32, budget: int, draft: StepDraft) -> tuple[Int32, Int32, int]:
+    def _continue_prefill(self, slots: Int64, budget: int, draft: StepDraft) -> tuple[Int64, Int32, int]:
         """Share the token budget among prefills under way, oldest first; each takes what pages it needs or waits."""
         seq = self.sequences
         pending = seq.length[slots] - seq.computed[slots]
@@ -278,7 +278,7 @@ class Scheduler:
     def _advance(self, batch: StepBatch) -> None:
         """Move every run's slot past the step, as if no sample ended."""
         seq = self.sequences
-        slots = batch.run_slot
+        slots = batch.run_slot.astype(np.int64)
         seq.computed[slots] = batch.run_start + batch.run_length
         for slot in slots[: batch.num_prefill_runs]:
             self._advance_prompt(int(slot), batch.index)
@@ -300,7 +300,7 @@ class Scheduler:
             if prompt.computed >= prompt.length - 1:
                 prompt.leader = -1
 
-    def _finish(self, slots: Int32, reasons: list[int | str | None], finite: Bool) -> list[Completion]:
+    def _finish(self, slots: Int64, reasons: list[int | str | None], finite: Bool) -> list[Completion]:
         seq = self.sequences
         completions: list[Completion] = []
         touched: dict[int, OpenPrompt] = {}

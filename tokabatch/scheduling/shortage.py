@@ -55,7 +55,7 @@ class Shortage:
         """Running samples wait for pages: nothing is to be admitted."""
         return self._holding or self._short
 
-    def hold(self, decoding: Int32) -> Int32:
+    def hold(self, decoding: Int64) -> Int64:
         """Those of a step's `decoding` slots that need not wait for others to finish. Looked at once in as many steps as fill a
         page; in between the same wait."""
         seq = self._sequences
@@ -70,11 +70,11 @@ class Shortage:
             return decoding
         return decoding[self._held_epoch[decoding] != seq.epoch[decoding]]
 
-    def grow(self, decoding: Int32, draft: StepDraft) -> Int32:
+    def grow(self, decoding: Int64, draft: StepDraft) -> Int64:
         """Give each slot the page its next position needs; returns those that have it. Where the pool is short some wait for a
         step, or samples are preempted, these or others."""
         seq = self._sequences
-        needs = decoding[seq.computed[decoding] >= seq.num_pages[decoding] * self._page_size]
+        needs = decoding[(seq.computed >= seq.num_pages * self._page_size)[decoding]]
         self._short = False
         while len(needs) > self._pool.num_free:
             if self._prompts.suspend_idle():
@@ -102,7 +102,7 @@ class Shortage:
         self._counts.preemptions += 1
         return victim
 
-    def _by_yield(self, slots: Int32) -> npt.NDArray[np.intp]:
+    def _by_yield(self, slots: Int64) -> npt.NDArray[np.intp]:
         """Places in `slots`, those first that free most tokens for what they still take."""
         return np.argsort(self._admission.way_to_go(slots) / self._sequences.length[slots], kind="stable")
 

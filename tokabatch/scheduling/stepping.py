@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokabatch.messages import Int32, PrefixLevel, Requests, SamplingParams, SlotInit, StepBatch
+from tokabatch.messages import Int32, Int64, PrefixLevel, Requests, SamplingParams, SlotInit, StepBatch
 from tokabatch.scheduling.grouping import GroupingLimits, PromptRuns, find_groups
 from tokabatch.scheduling.prompts import OpenPrompts
 from tokabatch.scheduling.sequences import Sequences
 
-_NONE = np.zeros(0, np.int32)
+_NONE, _NO_SLOTS = np.zeros(0, np.int32), np.zeros(0, np.int64)
 
 
 class SamplingTable:
@@ -32,14 +32,14 @@ class StepDraft:
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self._opened: list[Int32] = []
-        self._cells: list[tuple[Int32, Int32, Int32]] = []
+        self._opened: list[Int64] = []
+        self._cells: list[tuple[Int64, Int32, Int32]] = []
         self._copies: list[tuple[Int32, Int32]] = []
 
-    def open_slots(self, slots: Int32) -> None:
+    def open_slots(self, slots: Int64) -> None:
         self._opened.append(slots)
 
-    def set_pages(self, cells: tuple[Int32, Int32, Int32]) -> None:
+    def set_pages(self, cells: tuple[Int64, Int32, Int32]) -> None:
         """Changed page-table cells: slots, columns, pages. No cell is set twice in a step."""
         self._cells.append(cells)
 
@@ -52,8 +52,8 @@ class StepDraft:
         prompts: OpenPrompts,
         requests: Requests,
         table: SamplingTable,
-        prefill: tuple[Int32, Int32],
-        decoding: Int32,
+        prefill: tuple[Int64, Int32],
+        decoding: Int64,
         grouping: GroupingLimits | None,
         page_size: int,
         clear_pages: Int32,
@@ -73,15 +73,15 @@ class StepDraft:
         cells, copies = self._cells, self._copies
         return StepBatch(
             index=self.index,
-            inits=_slot_inits(seq, requests, table, np.concatenate(self._opened) if self._opened else _NONE),
-            table_slot=np.concatenate([c[0] for c in cells]) if cells else _NONE,
+            inits=_slot_inits(seq, requests, table, np.concatenate(self._opened) if self._opened else _NO_SLOTS),
+            table_slot=np.concatenate([c[0] for c in cells], dtype=np.int32) if cells else _NONE,
             table_column=np.concatenate([c[1] for c in cells]) if cells else _NONE,
             table_page=np.concatenate([c[2] for c in cells]) if cells else _NONE,
             clear_pages=clear_pages,
             copy_src=np.concatenate([c[0] for c in copies]) if copies else _NONE,
             copy_dst=np.concatenate([c[1] for c in copies]) if copies else _NONE,
             num_prefill_runs=len(prefilling),
-            run_slot=slots,
+            run_slot=slots.astype(np.int32),
             run_start=start,
             run_length=length,
             run_samples=start + length == seq.length[slots],
@@ -91,10 +91,10 @@ class StepDraft:
         )
 
 
-def _slot_inits(seq: Sequences, requests: Requests, table: SamplingTable, slots: Int32) -> SlotInit:
+def _slot_inits(seq: Sequences, requests: Requests, table: SamplingTable, slots: Int64) -> SlotInit:
     params = seq.params[slots]
     return SlotInit(
-        slot=slots,
+        slot=slots.astype(np.int32),
         row=requests.row_index[seq.request[slots]],
         sample=seq.sample[slots],
         seed=table.seed[params],
@@ -106,7 +106,7 @@ def _slot_inits(seq: Sequences, requests: Requests, table: SamplingTable, slots:
     )
 
 
-def _host_tokens(seq: Sequences, requests: Requests, slots: Int32, takes: Int32) -> Int32:
+def _host_tokens(seq: Sequences, requests: Requests, slots: Int64, takes: Int32) -> Int32:
     """Token ids of the prefill runs, one run after another: prompt tokens, then those a preempted sample had produced."""
     if not len(slots):
         return _NONE
@@ -125,7 +125,7 @@ def _host_tokens(seq: Sequences, requests: Requests, slots: Int32, takes: Int32)
 def _group_section(
     seq: Sequences,
     prompts: OpenPrompts,
-    slots: Int32,
+    slots: Int64,
     full_pages: Int32,
     token: Int32,
     section: slice,
@@ -146,7 +146,7 @@ def _group_section(
             num_runs=counts,
             token_start=token[section.start + first],
             token_stop=token[section.start + first + counts],
-            slot=own[first],
+            slot=own[first].astype(np.int32),
             shared_before=prompts.shared_between(distinct),
             shared_within=prompts.full_pages(distinct),
             limit=np.minimum.reduceat(full_pages[section], first),
