@@ -31,7 +31,7 @@ from tokabatch.model.families import read_spec
 from tokabatch.model.resolve import resolve_model
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import named_dtype, resolve_dtype
-from tokabatch.planning.order import order_prompts
+from tokabatch.planning.order import longest_first, order_prompts
 from tokabatch.planning.sharing import Sharing, measure_sharing
 
 FP8_CAPABILITY = (8, 9)
@@ -140,7 +140,7 @@ def prepare(
     fingerprint = replace(fingerprint, rows=store.num_rows, rows_sha256=store.digest.value)
     if earlier is not None:
         refuse_other_rows(output, earlier, fingerprint, store.digest.at_mark)
-    requests = order_requests(store)
+    requests = order_requests(store, job.engine.page_size)
     if checkpoint is None and weights:
         checkpoint = preflight(resolve_model(job.model.path, job.model.revision), spec)
         dtype = _choose_dtype(job, device, folder, spec, checkpoint)
@@ -226,11 +226,13 @@ def _check_fp8(job: Job, device: str, dtype: torch.dtype) -> None:
         )
 
 
-def order_requests(store: InputStore) -> Requests:
-    """The rows that have prompts, in plan order."""
+def order_requests(store: InputStore, page_size: int) -> Requests:
+    """The rows that have prompts, in plan order; those that may run longest come first as far as sharing allows."""
     rows = np.flatnonzero(store.length > 0)
     start, length = store.start[rows], store.length[rows]
     order = order_prompts(store.tokens, start, length)
+    expected = np.array([params.max_tokens for params in store.sampling], np.int32)[store.params[rows]]
+    order = longest_first(order, store.tokens, start, length, expected, page_size)
     chosen = rows[order.permutation]
     return Requests(
         row_index=chosen.astype(np.int64),

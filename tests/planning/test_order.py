@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokabatch.planning import order as order_module
-from tokabatch.planning.order import Order, order_prompts
+from tokabatch.planning.order import Order, longest_first, order_prompts
 
 LARGEST_ID = 2**31 - 1
 
@@ -117,3 +117,21 @@ def test_prompts_may_share_their_place_in_the_file() -> None:
     order = order_prompts(flat, np.array([0, 0, 5]), np.array([10, 4, 5], dtype=np.int32))
     assert order.permutation.tolist() == [1, 0, 2]
     assert order.lcp.tolist() == [0, 4, 0]
+
+
+@settings(max_examples=300, deadline=None)
+@given(families(), st.randoms(), st.sampled_from([1, 2, 4, 16]))
+def test_longest_first_moves_only_what_shares_no_page(prompts: list[list[int]], random, page_size: int) -> None:
+    flat, start, length = flatten(prompts)
+    expected = np.array([random.choice([5, 100, 2000]) for _ in prompts], np.int32)
+    walk = order_prompts(flat, start, length)
+    moved = longest_first(walk, flat, start, length, expected, page_size)
+    assert sorted(moved.permutation.tolist()) == list(range(len(prompts)))
+    in_order = [prompts[row] for row in moved.permutation]
+    assert moved.lcp.tolist() == [0] + [naive_lcp(left, right) for left, right in pairwise(in_order)]
+    assert (moved.lcp // page_size).sum() == (walk.lcp // page_size).sum()
+    if len(prompts) > 1:
+        trunk = int(walk.lcp[1:].min())
+        alone = np.append(True, moved.lcp[1:] < (trunk // page_size + 1) * page_size)
+        blocks = np.maximum.reduceat(expected[moved.permutation], np.flatnonzero(alone))
+        assert (blocks[1:] <= blocks[:-1]).all()

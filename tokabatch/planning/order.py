@@ -79,6 +79,34 @@ def order_prompts(tokens: Int32, start: Int64, length: Int32) -> Order:
     return Order(permutation, lcp)
 
 
+def longest_first(order: Order, tokens: Int32, start: Int64, length: Int32, expected: Int32, page_size: int) -> Order:
+    """The same prompts with those first that are expected to run longest, so that none of them is left alone at the end.
+
+    `tokens`, `start` and `length` are those that were ordered; `expected[r]` is how long the samples of prompt r may get.
+    What shares a page beyond the header common to all stays together, and as it was inside: no full page is shared less."""
+    if len(order) < 2:
+        return order
+    trunk = int(order.lcp[1:].min())
+    begins = order.lcp < (trunk // page_size + 1) * page_size
+    begins[0] = True
+    first = np.flatnonzero(begins)
+    longest = np.maximum.reduceat(expected[order.permutation], first)
+    if (longest[1:] <= longest[:-1]).all():
+        return order
+    blocks = np.argsort(-longest, kind="stable")
+    sizes = np.diff(first, append=len(order))[blocks]
+    into = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    place = np.repeat(first[blocks], sizes) + into
+    permutation, lcp = order.permutation[place], order.lcp[place]
+    # Behind the header less than a page is shared at the new seams.
+    left = length[permutation] - trunk
+    shared = _agreement(np.asarray(tokens), start[permutation] + trunk, left, page_size)
+    seams = (np.cumsum(sizes) - sizes)[1:]
+    lcp[seams] = trunk + np.minimum(shared[seams], np.minimum(left[seams], left[seams - 1]))
+    lcp[0] = 0
+    return Order(permutation, lcp)
+
+
 def _split(flat: Int32, start: Int64, length: Int32, permutation: Int64, lcp: Int32, groups: _Groups) -> _Groups:
     """Sort each group's members by their next token, in `permutation`; write the LCPs that this decides into `lcp`.
 
