@@ -1,4 +1,4 @@
-"""How well the scheduler fills the KV cache when it learns lengths as it goes: python benchmarks/foresight.py
+"""How well the scheduler fills the KV cache when it learns lengths as it goes: python -m benchmarks.foresight
 
 The real scheduler is simulated against the roofline of Llama-3.2-1B on one H200, with a cache that holds far fewer samples
 than the running limit, on four traces of output lengths. Four rules decide what is admitted: `oracle` forecasts with the

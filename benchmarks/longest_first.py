@@ -1,4 +1,4 @@
-"""What it brings to begin with the rows that may run longest: python benchmarks/longest_first.py
+"""What it brings to begin with the rows that may run longest: python -m benchmarks.longest_first
 
 The real scheduler against the roofline of Llama-3.2-1B on one H200: rows of 200 prompt tokens (100 common to all) that take 200
 output tokens each, but for a share that takes 2,048, at random places. Their lengths are known (`ignore_eos` and a row's own

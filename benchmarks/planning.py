@@ -1,7 +1,7 @@
 """How long the plan order of a dataset takes, and the memory it needs.
 
-    python benchmarks/planning.py --prompts 1000000 --tokens 200
-    python benchmarks/planning.py --prompts 10000000 --tokens 12
+    python -m benchmarks.planning --prompts 1000000 --tokens 200
+    python -m benchmarks.planning --prompts 10000000 --tokens 12
 
 The prompts are a mix as datasets have it, in random order: four fifths begin with one of 64 headers of half their
 length, a tenth repeats one of a few prompts whole, a tenth is random throughout. The token file is written first, to a

@@ -1,4 +1,4 @@
-"""CPU cost of scheduling, without a model: python benchmarks/scheduler.py [--running 256 2048 8192]
+"""CPU cost of scheduling, without a model: python -m benchmarks.scheduler [--running 256 2048 8192]
 
 A scripted device answers every step at once with random tokens; samples end by themselves with a mean of 200 tokens (at
 most 400). Timed are `schedule` (page growth, grouping and admission included) and `apply` in the steady state, the running

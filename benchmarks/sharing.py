@@ -1,4 +1,4 @@
-"""Prefill saved against the prefix tree's optimum, with a cache far smaller than the tree: python benchmarks/sharing.py
+"""Prefill saved against the prefix tree's optimum, with a cache far smaller than the tree: python -m benchmarks.sharing
 
 The real scheduler, simulated. `tree`: 100,000 prompts under four levels of shared prefixes (10 x 10 x 20 x 50 branches of 256,
 128, 96 and 160 tokens) and a cache that holds a fiftieth of all the tree's tokens. `--gsm8k FOLDER` adds the GSM8K job:

@@ -1,4 +1,4 @@
-"""Simulating a whole run at size: python benchmarks/simulation.py [--samples 1000000] [--running 8192]
+"""Simulating a whole run at size: python -m benchmarks.simulation [--samples 1000000] [--running 8192]
 
 One sample for each prompt of 200 tokens (a header of 100 common to all), log-normal output lengths of mean 200, at most 1,024,
 against the roofline of Llama-3.2-1B on one H200. Printed are the time and memory that the simulation takes, and what it says.
