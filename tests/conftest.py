@@ -4,6 +4,7 @@ is new should not turn up in somebody's unrelated change."""
 from __future__ import annotations
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -12,6 +13,11 @@ import torch
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+
+def pytest_configure() -> None:
+    """Let the programs under test get Ctrl-C: a session started in the background ignores it, and they would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

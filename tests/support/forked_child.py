@@ -6,13 +6,16 @@ import errno
 import json
 import multiprocessing
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from benchmarks.scripted_engine import QUICKSTART, Script, build_worker, quickstart_script
 from support import faulty_files, mutants
-from tokabatch import Job, recorder, run, runner
+from tokabatch import Job, prediction, recorder, run, runner
 from tokabatch.data import folder
 from tokabatch.data.tokenizer import load_tokenizer
 from tokabatch.engine.executor import InProcessExecutor, ProcessExecutor
@@ -42,8 +45,11 @@ class PowerCut(BaseException):
 
 class Child:
     def __init__(self) -> None:
-        # Whatever the first run would import is there when the fork comes.
+        # Whatever the first run would import or measure is there when the fork comes: PyArrow, for one, imports pandas then.
         load_tokenizer(ModelConfig(path=str(QUICKSTART)))
+        pa.array([0])
+        measured = prediction.choose_device(None, "cpu")
+        prediction.measure_processor = lambda memory: replace(measured, memory=memory)
 
     def run(self, request: dict[str, Any], told: int) -> int:
         """The exit code, as `tokabatch run` would have it; `told` is a descriptor for what there is to tell."""
