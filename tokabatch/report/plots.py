@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from tokabatch.messages import Float64
 
@@ -92,8 +93,10 @@ def bars(labels: Sequence[str], values: Sequence[float], unit: str) -> str:
     axes.barh(places, values, color=[INK, SOFT, SECOND][: len(labels)], height=0.6)
     axes.set_yticks(places, labels)
     for place, value in zip(places, values, strict=True):
-        axes.text(value, place, f" {value:,.4g}", va="center", fontsize=8)
+        axes.text(value, place, f" {value:,.0f}" if value >= 1000 else f" {value:.3g}", va="center", fontsize=8)
     axes.set_xlabel(unit)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.12g}"))
     axes.margins(x=0.15)
     return _close(figure)
 
