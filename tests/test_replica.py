@@ -31,13 +31,14 @@ from tokabatch.scheduling.stopping import StopRules
 PROMPTS = [[row // 2, 2, 3, 4, 5, 6, 7, row] for row in range(6)]
 LIMITS = SchedulerLimits(4, 200, 16, 64, 16, GroupingLimits(2, 1))
 PARAMS = SamplingParams(n=4, max_tokens=30, ignore_eos=True)
-SHORT = Patience(step=1.0, warming=30.0, silence=1.5, loading=60.0)
+SHORT = Patience(step=2.0, warming=60.0, silence=2.5, loading=60.0)
+"""For hangs. Elsewhere a busy machine must not pass for one."""
 
 
 class Run:
     """One scheduler's work on scripted workers."""
 
-    def __init__(self, script: Script, *, patience: Patience = SHORT, max_restarts: int | None = 20, depth: int = 2) -> None:
+    def __init__(self, script: Script, *, patience: Patience | None = None, max_restarts: int | None = 20) -> None:
         self.requests = token_device.make_requests(PROMPTS, [PARAMS])
         self.stops = StopRules(self.requests.sampling, [token_device.EOS], token_device.VOCAB, None)
         self.scheduler = Scheduler(self.requests, LIMITS, self.stops)
@@ -46,7 +47,7 @@ class Run:
         self.stop = Interruption()
         self.done: dict[tuple[int, int], Completion] = {}
         self.make = partial(ProcessExecutor, script, scripted_worker.build, patience, "forkserver")
-        self.options = {"depth": depth, "max_restarts": max_restarts}
+        self.options = {"depth": 2, "max_restarts": max_restarts}
 
     def complete(self, each_step: Callable[[int, int], None] = lambda step, pid: None) -> None:
         """`each_step` is told how many steps are done and the worker's pid."""
@@ -147,20 +148,21 @@ def test_a_stopped_worker_is_a_hang_even_where_the_pipe_is_full(script, queued):
         executor.submit(step)
         executor.collect()
     assert lost.value.cause == "hung" and "no sign of life" in str(lost.value)
-    assert SHORT.silence - 0.5 < time.monotonic() - began < SHORT.silence + 2.0
+    assert SHORT.silence - 1.0 < time.monotonic() - began < SHORT.silence + 10.0
     executor.close()
 
 
 def test_a_hung_step_is_noticed_and_the_run_goes_on(script):
-    run = Run(script(sleep={25: 3600.0}))
+    run = Run(script(sleep={25: 3600.0}), patience=SHORT)
     run.complete()
     run.check()
     assert run.counts.restarts == {"hung": 1}
-    assert "step 25 was not done" in run.told[0]
+    # Step 24's result may wait behind the launch of step 25, which never returns.
+    assert re.search("(step 25 was|steps 24 to 25 were) not done after", run.told[0])
 
 
 def test_loading_and_the_first_steps_may_take_their_time(script):
-    run = Run(script(load_seconds=3.0, sleep={1: 3.0}))
+    run = Run(script(load_seconds=4.0, sleep={1: 4.0}), patience=SHORT)
     run.complete()
     run.check()
     assert not run.counts.restarts

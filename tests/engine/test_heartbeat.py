@@ -42,7 +42,7 @@ def test_a_step_that_is_never_done_is_a_fault_whatever_the_signs(vitals):
         assert vitals.fault is None, second
         vitals.beat(WARMING_STEPS + 2, WARMING_STEPS, False)
         pass_time(vitals, 1)
-    assert vitals.fault == f"step {WARMING_STEPS + 1} was not done after 11 s"
+    assert vitals.fault == f"steps {WARMING_STEPS + 1} to {WARMING_STEPS + 2} were not done after 11 s"
 
 
 def test_steps_that_get_done_are_no_fault(vitals):

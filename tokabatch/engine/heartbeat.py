@@ -110,7 +110,10 @@ class Vitals:
             return f"it gave no sign of life for {self._silent:.0f} s"
         limit = patience.step if self._finished >= WARMING_STEPS else patience.warming
         if self._standing > limit:
-            return f"step {self._finished + 1} was not done after {self._standing:.0f} s"
+            oldest = self._finished + 1
+            # A worker launches ahead: which of its steps stands still is not known.
+            which = f"step {oldest} was" if self._begun == oldest else f"steps {oldest} to {self._begun} were"
+            return f"{which} not done after {self._standing:.0f} s"
         return None
 
 
