@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tokabatch.planning import order as order_module
@@ -121,6 +122,7 @@ def test_prompts_may_share_their_place_in_the_file() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(families(), st.randoms(), st.sampled_from([1, 2, 4, 16]))
+@example([[], []], Random(4), 4)
 def test_longest_first_moves_only_what_shares_no_page(prompts: list[list[int]], random, page_size: int) -> None:
     flat, start, length = flatten(prompts)
     expected = np.array([random.choice([5, 100, 2000]) for _ in prompts], np.int32)

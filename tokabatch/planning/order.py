@@ -68,7 +68,7 @@ def order_prompts(tokens: Int32, start: Int64, length: Int32) -> Order:
     Prompt r is `tokens[start[r] : start[r] + length[r]]`; `tokens` (flat, ids >= 0) may be memory-mapped and is
     only read. `start` and `length` have shape [R]. Time is linear in the tokens that tell prompts apart, times log R.
     """
-    flat = np.asarray(tokens) if len(tokens) else np.zeros(1, dtype=np.int32)
+    flat = _readable(tokens)
     num_prompts = len(start)
     permutation = np.arange(num_prompts, dtype=np.int64)
     lcp = np.zeros(num_prompts, dtype=np.int32)
@@ -100,11 +100,16 @@ def longest_first(order: Order, tokens: Int32, start: Int64, length: Int32, expe
     permutation, lcp = order.permutation[place], order.lcp[place]
     # Behind the header less than a page is shared at the new seams.
     left = length[permutation] - trunk
-    shared = _agreement(np.asarray(tokens), start[permutation] + trunk, left, page_size)
+    shared = _agreement(_readable(tokens), start[permutation] + trunk, left, page_size)
     seams = (np.cumsum(sizes) - sizes)[1:]
     lcp[seams] = trunk + np.minimum(shared[seams], np.minimum(left[seams], left[seams - 1]))
     lcp[0] = 0
     return Order(permutation, lcp)
+
+
+def _readable(tokens: Int32) -> Int32:
+    """The tokens as an array that may be read at any place, cut to its ends; where no prompt has a token, of one."""
+    return np.asarray(tokens) if len(tokens) else np.zeros(1, dtype=np.int32)
 
 
 def _split(flat: Int32, start: Int64, length: Int32, permutation: Int64, lcp: Int32, groups: _Groups) -> _Groups:
