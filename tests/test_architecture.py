@@ -32,14 +32,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "replica": LEAVES | {"interruption", "scheduling", "engine", "stopwatch"},
     "recorder": LEAVES | {"data", "experiments", "preparation"},
     "stopwatch": LEAVES | {"costs", "scheduling"},
-    "prediction": LEAVES | {"costs", "scheduling", "simulation", "preparation", "data", "engine", "model", "replica", "report"},
-    "planner": LEAVES | {"prediction", "replica", "resumption", "data", "engine", "model", "report"},
+    "pricing": LEAVES | {"costs", "preparation", "engine"},
+    "prediction": LEAVES
+    | {"pricing", "costs", "scheduling", "simulation", "preparation", "data", "model", "replica", "report"},
+    "planner": LEAVES | {"prediction", "pricing", "replica", "resumption", "data", "engine", "model", "report"},
     "resumption": LEAVES | {"data", "preparation"},
     "runner": LEAVES
     | {
         "stopwatch",
         "costs",
-        "prediction",
+        "pricing",
         "preparation",
         "recorder",
         "replica",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tokabatch.errors import OutputError, UsageError
+from tokabatch.errors import JobError, OutputError, UsageError
 from tokabatch.job import Job
 from tokabatch.planner import plan_and_simulate
 from tokabatch.prediction import Scenario, profile_run
@@ -68,6 +69,35 @@ def test_a_run_leaves_what_its_page_profile_and_next_plan_need(job, tmp_path):
     # The same machine, model and lengths: the profile knows what its steps take, within the noise of a small run.
     assert outlook.seconds == pytest.approx(summary.step_seconds, rel=0.8)
     assert abs(outlook.output_tokens / summary.output_tokens - 1) < 0.4
+
+
+def test_a_job_with_a_profile_is_sized_and_predicted_by_it(job, tmp_path):
+    run(job)
+    path = tmp_path / "profile.json"
+    profile_run(tmp_path / "out", path)
+    document = json.loads(path.read_text())
+    document["coefficients"] = dict.fromkeys(document["coefficients"], 1.0) | {"step": 1000.0}
+    path.write_text(json.dumps(document))
+    changes = {
+        "output": job.output.model_copy(update={"path": str(tmp_path / "again")}),
+        "engine": job.engine.model_copy(update={"profile": str(path)}),
+    }
+    slow = job.model_copy(update=changes)
+    _, outlook = plan_and_simulate(slow, Scenario(lengths="70"))
+    # Steps of a thousand seconds each are worth the most tokens.
+    assert {trial.max_step_tokens for trial in outlook.trials} >= {12 + 32_768}
+    assert outlook.seconds > 1000 and "profile of" in outlook.cost_model
+    elsewhere = plan_and_simulate(slow, Scenario(device="h200", lengths="70"))[1]
+    assert elsewhere.seconds < 1000 and "roofline" in elsewhere.cost_model
+    summary = run(slow)
+    assert summary.predicted_seconds is not None and summary.predicted_seconds > 1000 * (summary.steps - 1)
+
+
+def test_a_profile_that_is_none_costs_no_time(job, tmp_path):
+    wrong = job.model_copy(update={"engine": job.engine.model_copy(update={"profile": "README.md"})})
+    with pytest.raises(JobError, match=r"engine\.profile: README\.md is not a profile"):
+        run(wrong)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_a_run_has_no_page(tmp_path):

@@ -9,10 +9,11 @@ from math import prod
 from pathlib import Path
 
 from tokabatch.data.folder import check_output
-from tokabatch.engine.sizing import ReplicaSizes, decide_sizes, page_bytes
+from tokabatch.engine.sizing import ReplicaSizes, page_bytes
 from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes
 from tokabatch.prediction import Scenario, predict_run
+from tokabatch.pricing import read_profile, size_replica
 from tokabatch.replica import scheduler_limits
 from tokabatch.report.outlook import Outlook
 from tokabatch.report.summary import KvFacts, ModelFacts, PlanReport
@@ -35,10 +36,11 @@ def plan_and_simulate(job: Job, scenario: Scenario) -> tuple[PlanReport, Outlook
 @contextmanager
 def _planned(job: Job) -> Generator[tuple[Start, ReplicaSizes]]:
     check_output(Path(job.output.path))
+    profile = read_profile(job.engine)
     with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
         previewed = preview(job, Path(scratch))
         prepared = previewed.prepared
-        yield previewed, decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
+        yield previewed, size_replica(job.engine, prepared, profile)
         prepared.store.close()
 
 

@@ -1,7 +1,4 @@
-"""How long a job takes, before it runs: its prepared input through the simulator, priced by a roofline or a measured profile.
-
-`predict_run` simulates; `price_steps` asks the same cost model for the seconds of steps that were taken.
-"""
+"""How long a job takes, before it runs: its prepared input through the simulator, priced by a cost model."""
 
 from __future__ import annotations
 
@@ -12,27 +9,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tokabatch.costs.devices import KNOWN, Device, find_device, measure_processor
 from tokabatch.costs.profile import Profile, fit_profile, load_profile, save_profile
-from tokabatch.costs.roofline import Roofline
 from tokabatch.costs.trace import Steps
 from tokabatch.data.folder import OutputFolder
 from tokabatch.data.manifest import read_manifest, read_summary
 from tokabatch.data.status import output_lengths
 from tokabatch.data.steps import read_steps
-from tokabatch.engine.sizing import available_memory, decide_sizes
 from tokabatch.errors import OutputError, UsageError
 from tokabatch.job import EngineConfig
 from tokabatch.messages import Int64, Requests
 from tokabatch.model.families import read_spec
 from tokabatch.preparation import Prepared
+from tokabatch.pricing import CostModel, choose_device, cost_model, describe, read_profile, size_elsewhere
 from tokabatch.replica import scheduler_limits
 from tokabatch.report.outlook import Outlook, Trial
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.simulation.lengths import Lengths, Unstopped, lognormal, observed
 from tokabatch.simulation.simulate import Simulation, simulate
-
-CostModel = Roofline | Profile
 
 PARTS = 48
 TRIAL_SAMPLES = 20_000
@@ -40,8 +33,9 @@ TRIAL_SAMPLES = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """What to assume: the device by its key in `KNOWN` (None: this machine's), a `profile` in place of the roofline, money an
-    hour, and `lengths`: `max`, `MEAN`, `MEAN:SIGMA` of a log-normal distribution, or the output folder of an earlier run."""
+    """What to assume: the device by its key in `KNOWN` (None: this machine's), a `profile` in place of the job's or the
+    roofline, money an hour, and `lengths`: `max`, `MEAN`, `MEAN:SIGMA` of a log-normal distribution, or the output folder of an
+    earlier run."""
 
     device: str | None = None
     profile: Path | None = None
@@ -55,10 +49,13 @@ def predict_run(config: EngineConfig, prepared: Prepared, limits: SchedulerLimit
     if not len(prepared.requests):
         raise UsageError("there is nothing to simulate: no row has become a prompt, or all samples are there already")
     device = choose_device(scenario.device, prepared.device)
-    cost = cost_model(prepared, device, scenario.profile)
+    profile = read_profile(config)
+    if profile is not None and profile.device.name != device.rates.name:
+        profile = None
+    cost = cost_model(prepared, device, load_profile(scenario.profile) if scenario.profile is not None else profile)
     lengths, described = _lengths(scenario.lengths)
     if scenario.device is not None:
-        limits = _on_device(config, prepared, device)
+        limits = scheduler_limits(size_elsewhere(config, prepared, profile, device))
     begin = time.perf_counter()
     whole = simulate(prepared.requests, limits, cost.seconds, lengths)
     trials, trial_samples = _trials(prepared, limits, cost, lengths)
@@ -88,13 +85,6 @@ def predict_run(config: EngineConfig, prepared: Prepared, limits: SchedulerLimit
     )
 
 
-def price_steps(prepared: Prepared, steps: Steps, profile: Path | None = None) -> tuple[float, str]:
-    """Seconds of steps that were taken, by the cost model of this machine's device, and its description."""
-    device = choose_device(None, prepared.device)
-    cost = cost_model(prepared, device, profile)
-    return float(np.sum(cost.seconds(steps.work))), f"{describe(cost, device)} of {device.rates.name}"
-
-
 def profile_run(out: Path, target: Path, device: str | None = None) -> Profile:
     """Fit a profile to the steps recorded in an output folder and write it; `device` as in `Scenario`. Raises UsageError where
     there are none or too few."""
@@ -109,33 +99,6 @@ def profile_run(out: Path, target: Path, device: str | None = None) -> Profile:
     profile = fit_profile(spec, choose_device(device, name).rates, Steps(columns), itemsize, source=str(out))
     save_profile(profile, target)
     return profile
-
-
-def choose_device(key: str | None, present: str) -> Device:
-    """The device named, or the one of this machine. Raises UsageError for one whose rates are not known."""
-    if key is not None:
-        if key not in KNOWN:
-            raise UsageError(f"there is no device `{key}` to simulate; known are {', '.join(KNOWN)}")
-        return KNOWN[key]
-    if present != "cuda":
-        return measure_processor(available_memory())
-    found = find_device(torch.cuda.get_device_name())
-    if found is None:
-        raise UsageError(f"the rates of {torch.cuda.get_device_name()} are not known; name one of {', '.join(KNOWN)}")
-    return found
-
-
-def cost_model(prepared: Prepared, device: Device, profile: Path | None) -> CostModel:
-    """The measured profile where there is one, else the roofline."""
-    if profile is not None:
-        return load_profile(profile, prepared.spec)
-    return Roofline(prepared.spec, device.rates, prepared.dtype.itemsize)
-
-
-def describe(cost: CostModel, device: Device) -> str:
-    if isinstance(cost, Profile):
-        return f"the profile of {cost.source}"
-    return "the roofline" + ("" if device.measured else " (published rates, scaled)")
 
 
 def over_time(steps: Steps, column: str, whole: float) -> tuple[float, ...]:
@@ -164,12 +127,6 @@ def _lengths(described: str) -> tuple[Lengths, str]:
     if not (values[0] >= 1 and 0 <= values[1] <= 4):
         raise UsageError(f"--lengths {described}: MEAN is at least 1, SIGMA from 0 to 4")
     return lognormal(*values), f"log-normal, mean {values[0]:g}, sigma {values[1]:g}, cut at max_tokens"
-
-
-def _on_device(config: EngineConfig, prepared: Prepared, device: Device) -> SchedulerLimits:
-    """The limits that the job comes to on a device that is not here."""
-    memory = int(device.memory)
-    return scheduler_limits(decide_sizes(config, prepared.spec, prepared.dtype, prepared.workload(), "cuda", memory))
 
 
 def _trials(prepared: Prepared, limits: SchedulerLimits, cost: CostModel, lengths: Lengths) -> tuple[tuple[Trial, ...], int]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from tokabatch.attention import choose_backend
+from tokabatch.costs.profile import SavedProfile
 from tokabatch.costs.trace import Steps, tail_seconds
 from tokabatch.data.committed import read_committed
 from tokabatch.data.folder import Claim
@@ -23,14 +24,14 @@ from tokabatch.data.manifest import Books, mark_success, write_summary
 from tokabatch.data.steps import write_steps
 from tokabatch.engine.executor import WORKER_NAME, Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
-from tokabatch.engine.sizing import ReplicaSizes, decide_sizes
+from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.warm_up import kinds_of_drawing
 from tokabatch.engine.worker import TraceSpec, WorkerSpec
 from tokabatch.errors import CommitError, EngineError, Stopped, UsageError
 from tokabatch.interruption import Interruption
 from tokabatch.job import Job
-from tokabatch.prediction import price_steps
 from tokabatch.preparation import Prepared, special_ids
+from tokabatch.pricing import price_steps, read_profile, size_replica
 from tokabatch.recorder import Recorder
 from tokabatch.replica import Replica, ReplicaCounts, scheduler_limits
 from tokabatch.report.progress import NullProgress, Phase, Progress, ProgressSnapshot
@@ -64,11 +65,12 @@ def run(
     _refuse_in_worker()
     clock, reuse = _Clock(progress or NullProgress()), Reuse(overwrite, retry_errors)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
+    profile = read_profile(job.engine)
     with Claim(Path(job.output.path)) as claim, ExitStack() as workers:
         started = start(job, claim, partial(_reading, clock, stop), reuse, clock.progress.message, stop.at_once)
         prepared, recorder = started.prepared, Recorder(job, started.prepared, claim, started.committed)
         workers.callback(prepared.store.close)
-        sizes = decide_sizes(job.engine, prepared.spec, prepared.dtype, prepared.workload(), prepared.device)
+        sizes = size_replica(job.engine, prepared, profile)
         scheduler = Scheduler(prepared.requests, scheduler_limits(sizes), _stop_rules(prepared))
         parts = _Parts(job, started, scheduler, recorder, clock, stop, Stopwatch(int(prepared.num_samples.sum())))
         try:
@@ -85,7 +87,7 @@ def run(
             exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, prepared.samples_of_row)
             parts = replace(parts, recorder=Recorder(job, prepared, claim, committed))
         steps = parts.watch.steps()
-        summary = _summary(parts, steps, exit_code)
+        summary = _summary(parts, steps, profile, exit_code)
         with suppress(OSError):
             # Where the disk is full the summary goes to the caller alone.
             write_summary(claim, summary.to_dict())
@@ -272,10 +274,10 @@ def _stop_rules(prepared: Prepared) -> StopRules:
     return StopRules(sampling, prepared.eos_token_ids, prepared.spec.vocab_size, text)
 
 
-def _summary(parts: _Parts, steps: Steps, exit_code: int) -> RunSummary:
+def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_code: int) -> RunSummary:
     seconds, prepared, scheduler = parts.clock.elapsed, parts.started.prepared, parts.scheduler
     counts, recorder, replica = scheduler.counts, parts.recorder, parts.replica
-    predicted = _predicted(prepared, steps)
+    predicted = _predicted(prepared, steps, profile)
     return RunSummary(
         rows=prepared.store.num_rows,
         samples=prepared.samples_total,
@@ -314,9 +316,9 @@ def _summary(parts: _Parts, steps: Steps, exit_code: int) -> RunSummary:
     )
 
 
-def _predicted(prepared: Prepared, steps: Steps) -> tuple[float, str] | None:
+def _predicted(prepared: Prepared, steps: Steps, profile: SavedProfile | None) -> tuple[float, str] | None:
     """What a cost model says of the steps taken; None without steps, or on a device whose rates are not known."""
     try:
-        return price_steps(prepared, steps) if len(steps) else None
+        return price_steps(prepared, steps, profile) if len(steps) else None
     except UsageError:
         return None

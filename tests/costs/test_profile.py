@@ -77,10 +77,10 @@ def test_results_that_come_in_bursts_do_not_mislead():
 
 def test_a_profile_is_read_as_it_was_written(tmp_path):
     save_profile(TRUE, tmp_path / "profile.json")
-    assert load_profile(tmp_path / "profile.json", LLAMA_1B) == TRUE
+    assert load_profile(tmp_path / "profile.json").of_model(LLAMA_1B) == TRUE
     (tmp_path / "other.json").write_text('{"kind": 1}')
     with pytest.raises(UsageError, match=r"other\.json is not a profile"):
-        load_profile(tmp_path / "other.json", LLAMA_1B)
+        load_profile(tmp_path / "other.json")
 
 
 def test_too_few_steps_are_refused():

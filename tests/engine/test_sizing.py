@@ -90,6 +90,14 @@ def test_a_cache_that_is_asked_for_is_not_larger_than_the_job_or_the_device(monk
         settle_pages(small, 10)
 
 
+def test_a_cost_model_decides_how_large_a_step_is_unless_the_job_does(memory):
+    memory(1 << 40)
+    sizes = decide_sizes(EngineConfig(max_running=100), SPEC, torch.float32, FACTS, prefill_tokens=4096)
+    assert sizes.max_step_tokens == 4196
+    told = EngineConfig(max_running=100, max_step_tokens=300)
+    assert decide_sizes(told, SPEC, torch.float32, FACTS, prefill_tokens=4096).max_step_tokens == 300
+
+
 def test_an_e4m3_cache_holds_twice_as_much(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
     facts = replace(FACTS, num_samples=10**6, unique_prompt_tokens=10**9, num_prompts=10**6, longest_output=4000)

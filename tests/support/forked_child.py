@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from benchmarks.scripted_engine import QUICKSTART, Script, build_worker, quickstart_script
 from support import faulty_files, mutants
-from tokabatch import Job, prediction, recorder, run, runner
+from tokabatch import Job, pricing, recorder, run, runner
 from tokabatch.data import folder
 from tokabatch.data.tokenizer import load_tokenizer
 from tokabatch.engine.executor import InProcessExecutor, ProcessExecutor
@@ -48,8 +48,8 @@ class Child:
         # Whatever the first run would import or measure is there when the fork comes: PyArrow, for one, imports pandas then.
         load_tokenizer(ModelConfig(path=str(QUICKSTART)))
         pa.array([0])
-        measured = prediction.choose_device(None, "cpu")
-        prediction.measure_processor = lambda memory: replace(measured, memory=memory)
+        measured = pricing.choose_device(None, "cpu")
+        pricing.measure_processor = lambda memory: replace(measured, memory=memory)
 
     def run(self, request: dict[str, Any], told: int) -> int:
         """The exit code, as `tokabatch run` would have it; `told` is a descriptor for what there is to tell."""

@@ -83,15 +83,26 @@ def save_profile(profile: Profile, path: Path) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def load_profile(path: Path, spec: ModelSpec) -> Profile:
-    """Read one, for the model `spec`: the factors of the operators carry over to another model, less exactly.
+@dataclass(frozen=True, slots=True)
+class SavedProfile:
+    """A profile's file. The factors of the operators carry over to another model, less exactly."""
 
-    Raises UsageError where the file is none."""
+    device: DeviceRates
+    itemsize: int
+    coefficients: tuple[float, ...]
+    source: str
+
+    def of_model(self, spec: ModelSpec) -> Profile:
+        return Profile(Roofline(spec, self.device, self.itemsize), self.coefficients, self.source)
+
+
+def load_profile(path: Path) -> SavedProfile:
+    """Raises UsageError where the file is none."""
     try:
         document = cast("dict[str, Any]", json.loads(path.read_text()))
         device = DeviceRates(**document["device"])
         coefficients = tuple(float(document["coefficients"][name]) for name in TERMS)
-        return Profile(Roofline(spec, device, int(document["itemsize"])), coefficients, str(document["source"]))
+        return SavedProfile(device, int(document["itemsize"]), coefficients, str(document["source"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is not a profile ({error}); make one with `tokabatch profile OUT --to {path}`") from error
 

@@ -29,7 +29,8 @@ ABSENT_WORKING_BYTES, ABSENT_SHARE = 4 << 30, 0.9
 
 @dataclass(frozen=True, slots=True)
 class DeviceDefaults:
-    """What `auto` means on a kind of device; `memory_share` is of what is free once weights and working space are counted."""
+    """What `auto` means on a kind of device; `memory_share` is of what is free once weights and working space are counted,
+    `prefill_tokens` for devices that no cost model is known of."""
 
     max_running: int
     prefill_tokens: int
@@ -87,16 +88,19 @@ def decide_sizes(
     dtype: torch.dtype,
     facts: WorkloadFacts,
     device: str = "cpu",
+    *,
+    prefill_tokens: int | None = None,
     absent_memory: int | None = None,
 ) -> ReplicaSizes:
-    """Raises JobError where the longest sample cannot fit, with the numbers and the key to change. `absent_memory` are the
-    bytes of a GPU that is not here, whose sizes can only be estimated."""
+    """Raises JobError where the longest sample cannot fit, with the numbers and the key to change. `prefill_tokens` is what a
+    cost model says of the device, `absent_memory` the bytes of a GPU that is not here, whose sizes can only be estimated."""
     page = config.page_size
     _check_limits(config, spec)
     defaults = DEFAULTS[device]
     wanted = defaults.max_running if config.max_running == "auto" else config.max_running
     max_running = max(1, min(wanted, facts.num_samples))
-    step = defaults.prefill_tokens + max_running if config.max_step_tokens == "auto" else config.max_step_tokens
+    prefill = defaults.prefill_tokens if prefill_tokens is None else prefill_tokens
+    step = prefill + max_running if config.max_step_tokens == "auto" else config.max_step_tokens
     if step < max_running:
         raise JobError(
             f"engine.max_step_tokens is {step}, less than the {max_running} samples that may run at once; "

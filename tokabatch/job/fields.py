@@ -59,6 +59,7 @@ ModelPath = Annotated[_Path, Accepts("a Hugging Face id or a local folder", "met
 InputPath = Annotated[_Path, Accepts("a file, folder, glob or URL, or hf://datasets/OWNER/NAME", "data/*.jsonl")]
 FilePath = Annotated[_Path, Accepts("a path", "data/examples.jsonl")]
 FolderPath = Annotated[_Path, Accepts("a folder's path", "out/first")]
+OptionalFile = Annotated[_Text | None, BeforeValidator(_path_text), Accepts("a path, or null", "profile.json")]
 OptionalText = Annotated[_Text | None, Accepts("text, or null", "name")]
 OptionalModelPath = Annotated[
     _Text | None,

@@ -1,0 +1,43 @@
+"""The token budget follows the cost model: larger where a step costs much however small it is, smaller where it does not."""
+
+from __future__ import annotations
+
+import pytest
+from costs.test_roofline import LLAMA_1B
+
+from tokabatch.costs.budget import FEWEST, MOST, prefill_tokens
+from tokabatch.costs.devices import KNOWN
+from tokabatch.costs.profile import Profile
+from tokabatch.costs.roofline import Roofline
+
+ROOFLINE = Roofline(LLAMA_1B, KNOWN["h200"].rates)
+
+
+def launching(seconds: float) -> Profile:
+    """The roofline and so many seconds for each step."""
+    return Profile(ROOFLINE, (seconds, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0))
+
+
+def test_weights_read_once_want_thousands_of_tokens():
+    assert {key: prefill_tokens(Roofline(LLAMA_1B, device.rates).seconds) for key, device in KNOWN.items()} == {
+        "h200": 8192,
+        "h100": 8192,
+        "a100": 4096,
+        "l40s": 16_384,
+    }
+
+
+def test_the_fixed_cost_decides():
+    found = [prefill_tokens(launching(seconds).seconds) for seconds in (0.0, 0.0005, 0.001, 0.002, 1.0)]
+    assert found == [8192, 16_384, 16_384, 32_768, MOST]
+
+
+@pytest.mark.parametrize("fixed", [0.0, 0.02, 1.0])
+def test_the_fixed_cost_is_a_fiftieth_of_the_tokens(fixed):
+    """Tokens of 1 ms each: 0.02 s is what a thousand of them may carry."""
+    tokens = prefill_tokens(lambda work: fixed + 0.001 * work.tokens)
+    assert tokens == {0.0: FEWEST, 0.02: 1024, 1.0: MOST}[fixed]
+
+
+def test_tokens_that_cost_nothing_set_no_bound():
+    assert prefill_tokens(lambda work: 0.01) == MOST

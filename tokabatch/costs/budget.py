@@ -1,0 +1,32 @@
+"""How many prompt tokens a step is worth, by a cost model.
+
+Whatever a step computes, it reads the weights and is launched once. The more prompt tokens share that, the less each of them
+pays, and beyond some number a larger step only takes memory. Simulated over workloads from chat to long prompts, total time
+changes by less than 1 % above the number that is found here (benchmarks/LOG.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from tokabatch.costs.work import Number, StepWork
+
+FIXED_SHARE = 0.02
+"""What a step costs however many tokens it has, as a share of what its prompt tokens cost, at most."""
+FEWEST, MOST = 512, 32_768
+
+
+def prefill_tokens(seconds: Callable[[StepWork], Number]) -> int:
+    """Prompt tokens to compute in a step beside what decodes: a power of two from `FEWEST` to `MOST`, the one next below the
+    number at which the fixed cost of the model `seconds` is `FIXED_SHARE` of the tokens' own."""
+    fixed = float(seconds(_prefill(1)))
+    each = float(seconds(_prefill(2 * MOST)) - seconds(_prefill(MOST))) / MOST
+    if each <= 0:
+        return MOST
+    return 2 ** int(math.log2(min(max(fixed / (FIXED_SHARE * each), FEWEST), MOST)))
+
+
+def _prefill(tokens: int) -> StepWork:
+    """A step of prompt tokens alone, without their attention, which grows with the prompts and not with the step."""
+    return StepWork(tokens=float(tokens), sampled=1.0, sequences=1.0)
