@@ -36,7 +36,7 @@ def test_the_steps_are_those_of_a_run_with_the_same_lengths():
     header = rng.integers(0, device.VOCAB, 21).tolist()
     prompts = [header + rng.integers(0, device.VOCAB, rng.integers(1, 9)).tolist() for _ in range(30)]
     params = SamplingParams(n=4, max_tokens=40)
-    limits = SchedulerLimits(4, 60, 20, 60, 18, GroupingLimits(2, 1))
+    limits = SchedulerLimits(4, 40, 20, 60, 18, GroupingLimits(2, 1))
     requests = device.make_requests(prompts, [params])
     _, scheduler = device.drive(requests, limits, prompts)
     done = simulate(requests, limits, COST, Scripted(prompts, params))
@@ -45,7 +45,7 @@ def test_the_steps_are_those_of_a_run_with_the_same_lengths():
     assert len(done.steps) == done.counts.steps
     assert done.steps["sampled"].sum() == done.counts.output_tokens
     assert done.steps["finished"].sum() == 120
-    assert (done.steps["pages"] <= 60).all()
+    assert (done.steps["pages"] <= 40).all()
 
 
 def test_stop_strings_and_logprobs_of_the_job_do_not_matter():

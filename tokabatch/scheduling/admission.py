@@ -88,7 +88,6 @@ class Admission:
     def admit(self, budget: int, draft: StepDraft, alone: bool) -> Runs:
         """Open slots for as many candidates as fit and return their runs. `alone`: nothing runs or is in flight, so the first
         candidate must come in whatever the forecast says."""
-        self._tune()
         if budget <= 0 or not self._sequences.num_free:
             return _NONE
         candidates = self._candidates(budget, draft.index)
@@ -118,6 +117,22 @@ class Admission:
         runs = self.admit(budget, draft, alone=True)
         self.confined = before
         return runs
+
+    def predict_lengths(self) -> None:
+        """Once a step, before anything is decided: predict what was admitted in the last one, and renew the predictions where
+        more is known by now. Where every length is given nothing is predicted."""
+        if self._all_fixed:
+            return
+        seq, counts = self._sequences, self._counts
+        order = seq.order
+        self._caution.update(counts.output_tokens + counts.prefilled_tokens, counts.given_up_tokens)
+        known = self._so_far(order)
+        if self._lengths.refresh(seq.request[order], known):
+            due, self._steps_good_for = order, 0
+        else:
+            due = order[(seq.expected <= seq.length - seq.prompt_length)[order]]
+        if len(due):
+            seq.expected[due] = self._predict(seq.request[due], seq.sample[due], self._so_far(due), seq.admitted[due])
 
     def expected_tokens_left(self, waiting: int) -> int:
         """Output tokens still to come: of the running samples, and of `waiting` more at the workload's mean."""
@@ -167,21 +182,6 @@ class Admission:
     def forget(self, requests: list[int]) -> None:
         """All samples of these prompts are finished."""
         self._model.forget(requests)
-
-    def _tune(self) -> None:
-        """Once a step: renew the predictions where more is known by now. Where every length is given nothing is predicted."""
-        if self._all_fixed:
-            return
-        seq, counts = self._sequences, self._counts
-        order = seq.order
-        self._caution.update(counts.output_tokens + counts.prefilled_tokens, counts.given_up_tokens)
-        known = self._so_far(order)
-        if self._lengths.refresh(seq.request[order], known):
-            due, self._steps_good_for = order, 0
-        else:
-            due = order[(seq.expected <= seq.length - seq.prompt_length)[order]]
-        if len(due):
-            seq.expected[due] = self._predict(seq.request[due], seq.sample[due], self._so_far(due), seq.admitted[due])
 
     def _candidates(self, budget: int, step: int) -> _Candidates:
         known, free, budget = self._known(budget, step)
@@ -239,7 +239,9 @@ class Admission:
         ticket = self._sequences.num_admissions + np.arange(len(request))
         length = self._requests.length[request]
         full, total = (length - 1) // size, -(-length // size)
-        opens = np.repeat([int(entry) not in self._prompts for entry in entries], candidates.counts)
+        closed = np.ones(len(entries), np.bool_)
+        closed[: candidates.num_known] = [entry not in self._prompts for entry in entries[: candidates.num_known].tolist()]
+        opens = np.repeat(closed, candidates.counts)
         claims = Claims(
             computed=length - 1 + produced,
             shared=np.where(opens, total, full),
@@ -383,7 +385,7 @@ class Admission:
         seq.prompt_length[slots] = seq.length[slots] = length
         seq.params[slots], seq.limit[slots] = params, self._max_tokens[params]
         seq.computed[slots] = seq.cached_tokens[slots] = start
-        seq.expected[slots] = self._predict(requests, seq.sample[slots], np.zeros(len(slots), np.int32), seq.admitted[slots])
+        seq.expected[slots] = seq.limit[slots] if self._all_fixed else 0
         counts.prompt_tokens += int(length.sum())
         counts.cached_tokens += int(start.sum())
         if not self.preempted:

@@ -65,6 +65,10 @@ class PagePool:
 
     def release(self, pages: Int32) -> None:
         """Drop one reference for each entry; an id may stand several times, once for each reference dropped."""
+        if (self.references[pages] == 1).all():
+            # Nobody else holds any of them, so none stands twice.
+            self.free(pages)
+            return
         np.subtract.at(self.references, pages, 1)
         self._push(np.unique(pages[self.references[pages] == 0]))
 

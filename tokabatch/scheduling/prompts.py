@@ -201,14 +201,15 @@ class OpenPrompts:
         self._insert(prompt)
         return prompt
 
-    def release_finished(self, prompts: list[OpenPrompt]) -> None:
-        """Free the pages of prompts whose last sample has finished; the cursor keeps what its successor shares."""
-        spoilt = [prompt for prompt in prompts if prompt.tainted and prompt.live == 0 and prompt.request in self._open]
+    def release(self, finished: list[OpenPrompt], tainted: list[OpenPrompt]) -> None:
+        """Free the pages of open prompts whose last sample has finished, where the cursor keeps what its successor shares, and
+        all pages of tainted ones without running samples."""
+        spoilt = [prompt for prompt in tainted if prompt.live == 0]
         for prompt in spoilt:
             self._suspend(prompt)
         if spoilt:
             self._close(spoilt)
-        done = [prompt for prompt in prompts if prompt.finished and prompt.request in self._open]
+        done = [prompt for prompt in finished if not prompt.tainted]
         if self._cursor in done:
             done.remove(self._cursor)
             self._trim_cursor(self._cursor)

@@ -97,6 +97,7 @@ class Scheduler:
         """Decide the next step; None when nothing can be computed before further results are applied."""
         seq = self.sequences
         draft = StepDraft(self.counts.steps + 1)
+        self._admission.predict_lengths()
         decoding, prefilling = self._runnable()
         able = self._shortage.grow(self._shortage.hold(decoding), draft)
         self.counts.waited_steps += len(decoding) - len(able)
@@ -280,8 +281,9 @@ class Scheduler:
         seq = self.sequences
         slots = batch.run_slot.astype(np.int64)
         seq.computed[slots] = batch.run_start + batch.run_length
-        for slot in slots[: batch.num_prefill_runs]:
-            self._advance_prompt(int(slot), batch.index)
+        prefilled = slots[: batch.num_prefill_runs]
+        for slot, request in zip(prefilled.tolist(), seq.request[prefilled].tolist(), strict=True):
+            self._advance_prompt(self.prompts[request], slot, batch.index)
         self.counts.prefilled_tokens += int(batch.run_length[: batch.num_prefill_runs].sum())
         sampled = slots[batch.run_samples]
         seq.on_device[sampled] = True
@@ -292,8 +294,7 @@ class Scheduler:
         self._in_flight.append(_InFlight(sampled, seq.epoch[sampled], slots, batch.clear_pages))
         self.counts.steps += 1
 
-    def _advance_prompt(self, slot: int, step: int) -> None:
-        prompt = self.prompts[int(self.sequences.request[slot])]
+    def _advance_prompt(self, prompt: OpenPrompt, slot: int, step: int) -> None:
         if prompt.leader == slot:
             prompt.computed = min(int(self.sequences.computed[slot]), prompt.length)
             prompt.ready_step = step
@@ -305,19 +306,22 @@ class Scheduler:
         completions: list[Completion] = []
         touched: dict[int, OpenPrompt] = {}
         self._admission.ended(slots, np.array([reason is not None for reason in reasons], np.bool_))
-        for slot, reason, valid in zip(slots.tolist(), reasons, finite.tolist(), strict=True):
-            prompt = self.prompts[int(seq.request[slot])]
+        request, columns = seq.request[slots], (seq.sample[slots], seq.params[slots])
+        sample, params = (column.tolist() for column in columns)
+        places = zip(slots.tolist(), request.tolist(), self.requests.row_index[request].tolist(), sample, params, strict=True)
+        for place, reason, valid in zip(places, reasons, finite.tolist(), strict=True):
+            slot, key, row_index, sample_index, kind = place
+            touched[key] = prompt = self.prompts[key]
             prompt.live -= 1
-            touched[prompt.request] = prompt
             if not valid:
                 prompt.tainted = True
                 self.pool.taint(seq.page_table[slot, : seq.num_pages[slot]])
-            params = self._sampling[int(seq.params[slot])]
-            output = seq.output(slot, -1 if params.logprobs is None else params.logprobs)
+            logprobs = self._sampling[kind].logprobs
+            output = seq.output(slot, -1 if logprobs is None else logprobs)
             completions.append(
                 Completion(
-                    row_index=int(self.requests.row_index[prompt.request]),
-                    sample_index=int(seq.sample[slot]),
+                    row_index=row_index,
+                    sample_index=sample_index,
                     token_ids=output.tokens,
                     finish_reason="length" if reason is None else "stop",
                     stop_reason=reason,
@@ -332,8 +336,8 @@ class Scheduler:
             )
         self.counts.finished += len(completions)
         self.sequences.close(slots)
-        finished = [request for request, prompt in touched.items() if prompt.finished]
+        finished = [prompt for prompt in touched.values() if prompt.finished]
         self.counts.finished_prompts += len(finished)
-        self._admission.forget(finished)
-        self.prompts.release_finished(list(touched.values()))
+        self._admission.forget([prompt.request for prompt in finished])
+        self.prompts.release(finished, [prompt for prompt in touched.values() if prompt.tainted])
         return completions

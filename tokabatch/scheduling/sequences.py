@@ -14,6 +14,9 @@ import numpy as np
 from tokabatch.messages import Float32, Int32, Int64
 from tokabatch.scheduling.pages import PagePool
 
+FIRST_WIDTH = 1024
+"""Output tokens that a slot has room for at first."""
+
 
 @dataclass(slots=True)
 class Generated:
@@ -43,7 +46,7 @@ class Sequences:
         self.generated = column()
         """Output tokens received."""
         self.expected = column()
-        """Output tokens that the forecast takes the sample to have in the end."""
+        """Output tokens that the sample is taken to have in the end; 0 until the first step after its admission."""
         self.limit, self.params = column(), column()
         self.shared_pages, self.num_pages = column(), column()
         """Columns of the page table: the first `shared_pages` belong to the prompt, the rest up to `num_pages` to the slot."""
@@ -55,8 +58,10 @@ class Sequences:
         self.order = np.zeros(0, np.int64)
         self._free = list(range(num_slots - 1, -1, -1))
         self.num_admissions = 0
-        self.tokens = np.zeros((num_slots, 64), np.int32)
-        shape = (num_slots, 64 if top_logprobs >= 0 else 0)
+        # Memory is taken when it is written to; alternatives are kept for few and widened as they come.
+        width = 64 if top_logprobs > 0 else min(max_pages * page_size, FIRST_WIDTH)
+        self.tokens = np.zeros((num_slots, width), np.int32)
+        shape = (num_slots, width if top_logprobs >= 0 else 0)
         self.logprobs = np.zeros(shape, np.float32)
         self.top_ids = np.zeros((*shape, max(top_logprobs, 0)), np.int32)
         self.top_logprobs = np.zeros((*shape, max(top_logprobs, 0)), np.float32)
@@ -132,7 +137,8 @@ class Sequences:
         at = self.generated[slots]
         if len(at) and int(at.max()) >= self.tokens.shape[1]:
             self._widen()
-        self.tokens[slots, at] = tokens
+        # One index into the flat table: two take twice as long.
+        self.tokens.reshape(-1)[slots * self.tokens.shape[1] + at] = tokens
         self.generated[slots] = at + 1
 
     def append_logprobs(self, slots: Int64, logprob: Float32, top_ids: Int32, top_logprobs: Float32) -> None:
