@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from tokabatch.messages import Bool, Int32, Int64, Requests, SamplingParams
 from tokabatch.scheduling.grouping import GroupingLimits
-from tokabatch.scheduling.scheduler import SchedulerLimits
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.shortage import finishing
+from tokabatch.scheduling.stopping import StopRules
+from tokabatch.simulation.device import STOP, SimulatedDevice
 from tokabatch.simulation.lengths import uniform
 from tokabatch.simulation.simulate import Simulation, simulate
 
@@ -74,8 +76,8 @@ class Shortsighted:
         return False
 
 
-def run(lengths, count: int, max_tokens: int, num_pages: int, predictor=None) -> Simulation:
-    requests = Requests(
+def requests_of(count: int, max_tokens: int) -> Requests:
+    return Requests(
         row_index=np.arange(count, dtype=np.int64),
         tokens=np.full(count * 40, 2, np.int32),
         start=np.arange(count, dtype=np.int64) * 40,
@@ -84,8 +86,15 @@ def run(lengths, count: int, max_tokens: int, num_pages: int, predictor=None) ->
         params=np.zeros(count, np.int32),
         sampling=(SamplingParams(max_tokens=max_tokens),),
     )
-    limits = SchedulerLimits(16, num_pages, 1024, 4096, -(-(40 + max_tokens) // 16), GroupingLimits(4, 2))
-    done = simulate(requests, limits, lambda work: 1.0, lengths, predictor)
+
+
+def limits_of(num_pages: int, max_tokens: int) -> SchedulerLimits:
+    return SchedulerLimits(16, num_pages, 1024, 4096, -(-(40 + max_tokens) // 16), GroupingLimits(4, 2))
+
+
+def run(lengths, count: int, max_tokens: int, num_pages: int, predictor=None) -> Simulation:
+    limits = limits_of(num_pages, max_tokens)
+    done = simulate(requests_of(count, max_tokens), limits, lambda work: 1.0, lengths, predictor)
     assert done.counts.finished == count
     return done
 
@@ -116,3 +125,19 @@ def test_endless_samples_found_out_late_wait_early():
 @pytest.mark.parametrize("num_pages", [37, 40, 60])
 def test_the_smallest_caches_get_through(num_pages):
     assert run(short_or_endless, 40, 512, num_pages, Shortsighted()).counts.output_tokens > 0
+
+
+def test_every_step_that_a_sample_sits_out_is_counted():
+    requests, limits = requests_of(200, 512), limits_of(60, 512)
+    scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [STOP], STOP + 1, None), Shortsighted())
+    device, seq, waited = SimulatedDevice(requests, short_or_endless, limits.max_running), scheduler.sequences, 0
+    while not scheduler.done:
+        ready = seq.order[seq.on_device[seq.order] & (seq.length > seq.computed)[seq.order]]
+        epoch = seq.epoch[ready].copy()
+        step = scheduler.schedule()
+        assert step is not None
+        stays = ready[seq.epoch[ready] == epoch]
+        waited += len(stays) - int(np.isin(stays, step.run_slot).sum())
+        scheduler.apply(device.run(step))
+    assert scheduler.counts.preemptions > 0
+    assert scheduler.counts.waited_steps == waited > 0

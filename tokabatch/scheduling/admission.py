@@ -80,6 +80,8 @@ class Admission:
         self._caution = Caution()
         self._surely_free = self._steps_good_for = 0
         """Pages free at every future step by the last forecast, less all that came in since; and for how long to rely on it."""
+        self._asked_from, self._asked_lengths = 0, np.zeros(0, np.int32)
+        """The number of this step's first admission, and the lengths predicted for it and those to follow."""
         self.preempted: dict[tuple[int, int], Generated] = {}
         """Output of preempted samples by (request, sample)."""
         self.confined: frozenset[int] | None = None
@@ -88,6 +90,7 @@ class Admission:
     def admit(self, budget: int, draft: StepDraft, alone: bool) -> Runs:
         """Open slots for as many candidates as fit and return their runs. `alone`: nothing runs or is in flight, so the first
         candidate must come in whatever the forecast says."""
+        self._tune()
         if budget <= 0 or not self._sequences.num_free:
             return _NONE
         candidates = self._candidates(budget, draft.index)
@@ -118,22 +121,6 @@ class Admission:
         self.confined = before
         return runs
 
-    def predict_lengths(self) -> None:
-        """Once a step, before anything is decided: predict what was admitted in the last one, and renew the predictions where
-        more is known by now. Where every length is given nothing is predicted."""
-        if self._all_fixed:
-            return
-        seq, counts = self._sequences, self._counts
-        order = seq.order
-        self._caution.update(counts.output_tokens + counts.prefilled_tokens, counts.given_up_tokens)
-        known = self._so_far(order)
-        if self._lengths.refresh(seq.request[order], known):
-            due, self._steps_good_for = order, 0
-        else:
-            due = order[(seq.expected <= seq.length - seq.prompt_length)[order]]
-        if len(due):
-            seq.expected[due] = self._predict(seq.request[due], seq.sample[due], self._so_far(due), seq.admitted[due])
-
     def expected_tokens_left(self, waiting: int) -> int:
         """Output tokens still to come: of the running samples, and of `waiting` more at the workload's mean."""
         seq, model = self._sequences, self._model
@@ -159,11 +146,15 @@ class Admission:
         """Output tokens that each sample, by the length it is taken to have, still has to come; at least 1."""
         return np.maximum(self._sequences.expected[slots] - self._so_far(slots), 1)
 
+    def forecast_anew(self) -> None:
+        """The last forecast holds no more: other pages, or other samples that wait."""
+        self._steps_good_for = 0
+
     def take_back(self, slot: int) -> None:
         """Put a running sample back among the waiting; the tokens received are kept."""
         seq = self._sequences
         prompt, sample = self._prompts[int(seq.request[slot])], int(seq.sample[slot])
-        self._steps_good_for = 0
+        self.forecast_anew()
         logprobs = self._requests.sampling[int(seq.params[slot])].logprobs
         self.preempted[prompt.request, sample] = seq.output(slot, -1 if logprobs is None else logprobs)
         if prompt.leader == slot:
@@ -182,6 +173,21 @@ class Admission:
     def forget(self, requests: list[int]) -> None:
         """All samples of these prompts are finished."""
         self._model.forget(requests)
+
+    def _tune(self) -> None:
+        """Once a step: renew the predictions where more is known by now. Where every length is given nothing is predicted."""
+        if self._all_fixed:
+            return
+        seq, counts = self._sequences, self._counts
+        order = seq.order
+        self._caution.update(counts.output_tokens + counts.prefilled_tokens, counts.given_up_tokens)
+        known = self._so_far(order)
+        if self._lengths.refresh(seq.request[order], known):
+            due, self._steps_good_for = order, 0
+        else:
+            due = order[(seq.expected <= seq.length - seq.prompt_length)[order]]
+        if len(due):
+            seq.expected[due] = self._predict(seq.request[due], seq.sample[due], self._so_far(due), seq.admitted[due])
 
     def _candidates(self, budget: int, step: int) -> _Candidates:
         known, free, budget = self._known(budget, step)
@@ -242,10 +248,12 @@ class Admission:
         closed = np.ones(len(entries), np.bool_)
         closed[: candidates.num_known] = [entry not in self._prompts for entry in entries[: candidates.num_known].tolist()]
         opens = np.repeat(closed, candidates.counts)
+        self._asked_from = self._sequences.num_admissions
+        self._asked_lengths = self._predict(request, sample, produced, ticket)
         claims = Claims(
             computed=length - 1 + produced,
             shared=np.where(opens, total, full),
-            remaining=self._predict(request, sample, produced, ticket) - produced,
+            remaining=self._asked_lengths - produced,
             prompt_pages=np.where(opens, total - np.minimum(self._requests.lcp[request] // size, full), 0),
         )
         peak = claims.peak(size)
@@ -385,7 +393,7 @@ class Admission:
         seq.prompt_length[slots] = seq.length[slots] = length
         seq.params[slots], seq.limit[slots] = params, self._max_tokens[params]
         seq.computed[slots] = seq.cached_tokens[slots] = start
-        seq.expected[slots] = seq.limit[slots] if self._all_fixed else 0
+        seq.expected[slots] = self._asked_lengths[seq.admitted[slots] - self._asked_from]
         counts.prompt_tokens += int(length.sum())
         counts.cached_tokens += int(start.sum())
         if not self.preempted:

@@ -77,6 +77,7 @@ class Scheduler:
         """Take so many pages, which the device turned out to hold; before the first step, or when nothing is held any more."""
         self.limits = replace(self.limits, num_pages=num_pages)
         self.pool.resize(num_pages)
+        self._admission.forecast_anew()
 
     @property
     def done(self) -> bool:
@@ -97,11 +98,9 @@ class Scheduler:
         """Decide the next step; None when nothing can be computed before further results are applied."""
         seq = self.sequences
         draft = StepDraft(self.counts.steps + 1)
-        self._admission.predict_lengths()
         decoding, prefilling = self._runnable()
-        able = self._shortage.grow(self._shortage.hold(decoding), draft)
-        self.counts.waited_steps += len(decoding) - len(able)
-        decoding, prefilling = able, prefilling[seq.request[prefilling] >= 0]
+        decoding = self._shortage.grow(self._shortage.hold(decoding), draft)
+        prefilling = prefilling[seq.request[prefilling] >= 0]
         budget = self.limits.max_step_tokens - len(decoding)
         runs, takes, budget = self._continue_prefill(prefilling, budget, draft)
         alone = not len(seq.order) and not self._in_flight
@@ -115,6 +114,7 @@ class Scheduler:
             if not self.prompts.suspend_idle():
                 self._shortage.preempt()
             return self.schedule()
+        self.counts.waited_steps += self._shortage.num_waiting
         by_plan = np.lexsort((seq.admitted[runs], seq.request[runs]))
         prefill = (runs[by_plan], takes[by_plan])
         batch = draft.build(

@@ -46,7 +46,7 @@ class Sequences:
         self.generated = column()
         """Output tokens received."""
         self.expected = column()
-        """Output tokens that the sample is taken to have in the end; 0 until the first step after its admission."""
+        """Output tokens that the forecast takes the sample to have in the end."""
         self.limit, self.params = column(), column()
         self.shared_pages, self.num_pages = column(), column()
         """Columns of the page table: the first `shared_pages` belong to the prompt, the rest up to `num_pages` to the slot."""

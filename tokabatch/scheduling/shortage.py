@@ -49,6 +49,8 @@ class Shortage:
         """The epoch of each slot that is held back."""
         self._holding = self._short = False
         self._steps_to_look = 0
+        self.num_waiting = 0
+        """Samples that the step being decided leaves out for want of pages."""
 
     @property
     def acute(self) -> bool:
@@ -59,6 +61,7 @@ class Shortage:
         """Those of a step's `decoding` slots that need not wait for others to finish. Looked at once in as many steps as fill a
         page; in between the same wait."""
         seq = self._sequences
+        self.num_waiting = 0
         if self._pool.num_free > NEARLY_FULL * self._pool.num_pages or len(seq.order) < 2:
             self._holding = False
             return decoding
@@ -68,7 +71,9 @@ class Shortage:
             self._look()
         if not self._holding:
             return decoding
-        return decoding[self._held_epoch[decoding] != seq.epoch[decoding]]
+        going = decoding[self._held_epoch[decoding] != seq.epoch[decoding]]
+        self.num_waiting = len(decoding) - len(going)
+        return going
 
     def grow(self, decoding: Int64, draft: StepDraft) -> Int64:
         """Give each slot the page its next position needs; returns those that have it. Where the pool is short some wait for a
@@ -83,6 +88,7 @@ class Shortage:
             if short <= MOST_SHORT * len(decoding):
                 wait = needs[self._by_yield(needs)[self._pool.num_free :]]
                 needs, decoding = np.setdiff1d(needs, wait), decoding[~np.isin(decoding, wait)]
+                self.num_waiting += len(wait)
                 self._short = True
                 break
             victim = self.preempt()
