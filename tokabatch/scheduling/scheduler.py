@@ -17,6 +17,7 @@ import numpy as np
 from tokabatch.messages import Bool, Completion, Int32, Int64, Requests, StepBatch, StepResult
 from tokabatch.scheduling.admission import Admission
 from tokabatch.scheduling.counts import SchedulerCounts
+from tokabatch.scheduling.expectations import Expectations
 from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.lengths import LengthPredictor
 from tokabatch.scheduling.pages import PagePool
@@ -68,8 +69,10 @@ class Scheduler:
         wanted = max((p.logprobs if p.logprobs is not None else -1 for p in self._sampling), default=-1)
         self._reports_logprobs = wanted >= 0
         self.sequences = Sequences(limits.max_running, limits.max_pages_per_sequence, self.pool, limits.page_size, wanted)
-        self._admission = Admission(requests, limits.page_size, self.pool, self.prompts, self.sequences, self.counts, lengths)
-        self._shortage = Shortage(limits.page_size, self.pool, self.prompts, self.sequences, self.counts, self._admission)
+        self._expectations = Expectations(requests, self.sequences, self.counts, lengths)
+        books = (self.pool, self.prompts, self.sequences, self.counts, self._expectations)
+        self._admission = Admission(requests, limits.page_size, *books)
+        self._shortage = Shortage(limits.page_size, *books, self._admission)
         self._in_flight: deque[_InFlight] = deque()
         self._quarantine = Quarantine()
 
@@ -92,7 +95,7 @@ class Scheduler:
 
     def expected_tokens_left(self, waiting: int) -> int:
         """Output tokens still to come, `waiting` samples not yet admitted included, by the lengths seen so far."""
-        return self._admission.expected_tokens_left(waiting)
+        return self._expectations.tokens_left(waiting)
 
     def schedule(self) -> StepBatch | None:
         """Decide the next step; None when nothing can be computed before further results are applied."""
@@ -177,7 +180,7 @@ class Scheduler:
             self._admission.take_back(slot)
             self.counts.requeued += 1
         self.prompts.suspend_idle()
-        self._admission.confined = self._quarantine.trial
+        self._admission.waiting.confined = self._quarantine.trial
         return [] if condemned is None else self._give_up(condemned, f"the worker process died whenever this row ran: {crash}")
 
     def halve(self) -> None:
@@ -230,14 +233,14 @@ class Scheduler:
     def _clear_suspects(self, ended: Int64) -> None:
         """Tell the quarantine how far its suspects have got; `ended` are the slots about to be closed."""
         self._quarantine.advance(self._received(self.sequences.order), self._received(ended))
-        self._admission.confined = self._quarantine.trial
+        self._admission.waiting.confined = self._quarantine.trial
 
     def _lift_quarantine(self) -> StepBatch | None:
         """Nothing runs and nothing may be admitted: where only the quarantine holds samples back, it ends."""
         if not self._quarantine.active:
             return None
         self._quarantine.release()
-        self._admission.confined = None
+        self._admission.waiting.confined = None
         return self.schedule()
 
     def _give_up(self, request: int, message: str) -> list[Completion]:
@@ -246,7 +249,7 @@ class Scheduler:
         completions: list[Completion] = []
         while prompt.num_pending:
             sample = prompt.take_sample()
-            output = self._admission.preempted.pop((request, sample), None)
+            output = self._admission.waiting.preempted.pop((request, sample), None)
             completions.append(
                 Completion(
                     row_index=int(self.requests.row_index[request]),
@@ -305,7 +308,7 @@ class Scheduler:
         seq = self.sequences
         completions: list[Completion] = []
         touched: dict[int, OpenPrompt] = {}
-        self._admission.ended(slots, np.array([reason is not None for reason in reasons], np.bool_))
+        self._expectations.ended(slots, np.array([reason is not None for reason in reasons], np.bool_))
         request, columns = seq.request[slots], (seq.sample[slots], seq.params[slots])
         sample, params = (column.tolist() for column in columns)
         places = zip(slots.tolist(), request.tolist(), self.requests.row_index[request].tolist(), sample, params, strict=True)
@@ -338,6 +341,6 @@ class Scheduler:
         self.sequences.close(slots)
         finished = [prompt for prompt in touched.values() if prompt.finished]
         self.counts.finished_prompts += len(finished)
-        self._admission.forget([prompt.request for prompt in finished])
+        self._expectations.forget([prompt.request for prompt in finished])
         self.prompts.release(finished, [prompt for prompt in touched.values() if prompt.tainted])
         return completions

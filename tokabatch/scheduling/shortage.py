@@ -13,6 +13,7 @@ import numpy.typing as npt
 from tokabatch.messages import Bool, Int32, Int64
 from tokabatch.scheduling.admission import Admission
 from tokabatch.scheduling.counts import SchedulerCounts
+from tokabatch.scheduling.expectations import Expectations
 from tokabatch.scheduling.pages import PagePool
 from tokabatch.scheduling.prompts import OpenPrompts
 from tokabatch.scheduling.sequences import Sequences
@@ -37,6 +38,7 @@ class Shortage:
         prompts: OpenPrompts,
         sequences: Sequences,
         counts: SchedulerCounts,
+        expectations: Expectations,
         admission: Admission,
     ) -> None:
         self._page_size = page_size
@@ -44,6 +46,7 @@ class Shortage:
         self._prompts = prompts
         self._sequences = sequences
         self._counts = counts
+        self._expectations = expectations
         self._admission = admission
         self._held_epoch = np.full(sequences.num_slots, -1, np.int32)
         """The epoch of each slot that is held back."""
@@ -110,7 +113,7 @@ class Shortage:
 
     def _by_yield(self, slots: Int64) -> npt.NDArray[np.intp]:
         """Places in `slots`, those first that free most tokens for what they still take."""
-        return np.argsort(self._admission.way_to_go(slots) / self._sequences.length[slots], kind="stable")
+        return np.argsort(self._expectations.way_to_go(slots) / self._sequences.length[slots], kind="stable")
 
     def _look(self) -> None:
         """Decide who waits from now on: nobody if all can finish, or as long as enough can."""
@@ -128,7 +131,7 @@ class Shortage:
         seq, order = self._sequences, self._sequences.order
         rank = np.empty(len(order), np.int32)
         rank[by_yield] = np.arange(len(order), dtype=np.int32)
-        remaining = self._admission.remaining(order)
+        remaining = self._expectations.remaining(order)
         # A prompt's pages come free behind the last of its samples, and with that one only.
         held_rank = self._prompts.last_steps(seq.request[order], rank + 1) - 1
         held_until = self._prompts.last_steps(seq.request[order], remaining)

@@ -1,0 +1,103 @@
+"""How long every sample is taken to be: where its length is given that, else what `lengths` learns or somebody foretells.
+
+A sample whose length its sampling parameters give (`ignore_eos` and nothing else that ends it) is never predicted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokabatch.messages import Bool, Int32, Int64, Requests
+from tokabatch.scheduling.counts import SchedulerCounts
+from tokabatch.scheduling.lengths import Caution, LengthModel, LengthPredictor
+from tokabatch.scheduling.sequences import Sequences
+
+LEARNED_SAMPLES = 8
+"""A prompt's own lengths are learned where it has at least so many samples."""
+
+
+class Expectations:
+    """Predicts for `Sequences`, whose column `expected` it keeps up to date."""
+
+    def __init__(
+        self, requests: Requests, sequences: Sequences, counts: SchedulerCounts, lengths: LengthPredictor | None
+    ) -> None:
+        """`lengths` replaces what is learned."""
+        self._requests = requests
+        self._sequences = sequences
+        self._counts = counts
+        sampling = requests.sampling
+        self.max_tokens = np.array([p.max_tokens for p in sampling], np.int32)
+        """Of each kind of sampling parameters."""
+        self._given = np.array([p.ignore_eos and not p.stop and not p.stop_token_ids for p in sampling], np.bool_)
+        self._share = np.bincount(requests.params, weights=requests.num_samples(), minlength=len(sampling))
+        """Samples to draw with each kind."""
+        self._all_given = bool(self._given.all()) and lengths is None
+        self._model = LengthModel(int(self.max_tokens.max(initial=1)), requests.num_samples() >= LEARNED_SAMPLES)
+        self._lengths: LengthPredictor = lengths or self._model
+        self._foretold = lengths is not None
+        self._caution = Caution()
+
+    @property
+    def deviations(self) -> float:
+        """Standard deviations of page use to plan for above its expectation."""
+        return 0.0 if self._all_given else self._caution.deviations
+
+    def refresh(self) -> bool:
+        """Once a step: renew what has become out of date. True where all running samples' lengths are new."""
+        if self._all_given:
+            return False
+        seq, counts = self._sequences, self._counts
+        order = seq.order
+        self._caution.update(counts.output_tokens + counts.prefilled_tokens, counts.given_up_tokens)
+        renewed = self._lengths.refresh(seq.request[order], self._so_far(order))
+        due = order if renewed else order[(seq.expected <= seq.length - seq.prompt_length)[order]]
+        if len(due):
+            seq.expected[due] = self.predict(seq.request[due], seq.sample[due], self._so_far(due), seq.admitted[due])
+        return renewed
+
+    def predict(self, request: Int32, sample: Int32, generated: Int32, ticket: Int64) -> Int32:
+        """Total output tokens that each sample is taken to have, at least one more than it has; see `LengthPredictor`."""
+        params = self._requests.params[request]
+        limit = self.max_tokens[params]
+        if self._all_given:
+            return np.maximum(limit, generated + 1)
+        expected = self._lengths.predict(request, sample, generated, limit, ticket)
+        return np.maximum(np.where(self._given[params], limit, expected), generated + 1)
+
+    def remaining(self, slots: Int64) -> Int32:
+        """Output tokens that each sample, by the length it is taken to have, still has to come; at least 1."""
+        return np.maximum(self._sequences.expected[slots] - self._so_far(slots), 1)
+
+    def way_to_go(self, slots: Int64) -> Int32:
+        """Output tokens that such samples typically still have to come, at least 1."""
+        seq = self._sequences
+        known, limit = self._so_far(slots), seq.limit[slots]
+        typical = seq.expected[slots] if self._foretold else self._model.typical(seq.request[slots], known, limit)
+        return np.maximum(np.where(self._given[seq.params[slots]], limit, typical) - known, 1)
+
+    def tokens_left(self, waiting: int) -> int:
+        """Output tokens still to come: of the running samples, and of `waiting` more at the workload's mean."""
+        seq, model = self._sequences, self._model
+        order = seq.order
+        limit, known = seq.limit[order], self._so_far(order)
+        expected = model.predict(seq.request[order], seq.sample[order], known, limit, seq.admitted[order])
+        total = int((np.where(self._given[seq.params[order]], limit, expected) - seq.generated[order]).sum())
+        if not waiting:
+            return total
+        kinds = zip(self.max_tokens.tolist(), self._given.tolist(), strict=True)
+        means = [limit if given else model.mean_length(limit) for limit, given in kinds]
+        return total + round(waiting * float(np.average(means, weights=self._share)))
+
+    def ended(self, slots: Int64, stopped: Bool) -> None:
+        """These slots' samples are finished; `stopped` where the model ended them, not the limit."""
+        if not self._all_given:
+            self._lengths.observe(self._sequences.request[slots], self._sequences.generated[slots], stopped)
+
+    def forget(self, requests: list[int]) -> None:
+        """All samples of these prompts are finished."""
+        self._model.forget(requests)
+
+    def _so_far(self, slots: Int64) -> Int32:
+        """Output tokens of each slot, those that steps in flight are about to sample included."""
+        return self._sequences.length[slots] - self._sequences.prompt_length[slots]
