@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from benchmarks.engines import Axis, Int32, Result
 from benchmarks.workloads import Workload
 
 RESULT_TIMEOUT_S = 60.0
+PAGE_SIZE_KEY = "page_size" if "page_size" in signature(ContinuousBatchingConfig).parameters else "block_size"
+"""The latter in transformers 5.17."""
 SPARE_CACHE = 1.3
 """Cache beyond what the running requests need at their longest: the scheduler keeps 15 % of it free."""
 
@@ -86,8 +89,9 @@ def generation_config(workload: Workload) -> GenerationConfig:
 
 def batching_config(workload: Workload, settings: Settings) -> ContinuousBatchingConfig:
     pages_a_request = -(-workload.longest // settings.page_size) + 1
+    size: dict[str, Any] = {PAGE_SIZE_KEY: settings.page_size}
     return ContinuousBatchingConfig(
-        page_size=settings.page_size,
+        **size,
         num_blocks=int(SPARE_CACHE * pages_a_request * settings.max_requests) + 8,
         max_batch_tokens=max(settings.max_batch_tokens, settings.max_requests),
         max_requests_per_batch=settings.max_requests,
