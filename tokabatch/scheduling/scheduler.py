@@ -23,7 +23,7 @@ from tokabatch.scheduling.lengths import LengthPredictor
 from tokabatch.scheduling.pages import PagePool
 from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
 from tokabatch.scheduling.quarantine import Quarantine, Sample
-from tokabatch.scheduling.sequences import Sequences
+from tokabatch.scheduling.sequences import Generated, Sequences
 from tokabatch.scheduling.shortage import Shortage
 from tokabatch.scheduling.stepping import SamplingTable, StepDraft
 from tokabatch.scheduling.stopping import StopRules
@@ -245,24 +245,13 @@ class Scheduler:
 
     def _give_up(self, request: int, message: str) -> list[Completion]:
         """Error rows for all unfinished samples of a prompt of which none is running."""
-        prompt = self.prompts.drop(request)
+        prompt, row_index = self.prompts.drop(request), int(self.requests.row_index[request])
         completions: list[Completion] = []
         while prompt.num_pending:
             sample = prompt.take_sample()
-            output = self._admission.waiting.preempted.pop((request, sample), None)
-            completions.append(
-                Completion(
-                    row_index=int(self.requests.row_index[request]),
-                    sample_index=sample,
-                    token_ids=output.tokens if output is not None else np.zeros(0, np.int32),
-                    finish_reason="length",
-                    stop_reason=None,
-                    num_prompt_tokens=prompt.length,
-                    num_cached_tokens=output.num_cached_tokens if output is not None else 0,
-                    error_code="worker_crash",
-                    error_message=message,
-                )
-            )
+            output = self._admission.waiting.preempted.pop((request, sample), None) or Generated(np.zeros(0, np.int32))
+            error = ("worker_crash", message)
+            completions.append(output.completion(row_index, sample, prompt.length, error=error))
         self.counts.finished += len(completions)
         self.counts.finished_prompts += 1
         return completions
@@ -309,11 +298,10 @@ class Scheduler:
         completions: list[Completion] = []
         touched: dict[int, OpenPrompt] = {}
         self._expectations.ended(slots, np.array([reason is not None for reason in reasons], np.bool_))
-        request, columns = seq.request[slots], (seq.sample[slots], seq.params[slots])
-        sample, params = (column.tolist() for column in columns)
-        places = zip(slots.tolist(), request.tolist(), self.requests.row_index[request].tolist(), sample, params, strict=True)
-        for place, reason, valid in zip(places, reasons, finite.tolist(), strict=True):
-            slot, key, row_index, sample_index, kind = place
+        request = seq.request[slots]
+        columns = (slots, request, self.requests.row_index[request], seq.sample[slots], seq.params[slots], finite)
+        ended = zip(reasons, *(column.tolist() for column in columns), strict=True)
+        for reason, slot, key, row_index, sample, kind, valid in ended:
             touched[key] = prompt = self.prompts[key]
             prompt.live -= 1
             if not valid:
@@ -321,22 +309,8 @@ class Scheduler:
                 self.pool.taint(seq.page_table[slot, : seq.num_pages[slot]])
             logprobs = self._sampling[kind].logprobs
             output = seq.output(slot, -1 if logprobs is None else logprobs)
-            completions.append(
-                Completion(
-                    row_index=row_index,
-                    sample_index=sample_index,
-                    token_ids=output.tokens,
-                    finish_reason="length" if reason is None else "stop",
-                    stop_reason=reason,
-                    num_prompt_tokens=prompt.length,
-                    num_cached_tokens=output.num_cached_tokens,
-                    logprobs=output.logprobs,
-                    top_ids=output.top_ids,
-                    top_logprobs=output.top_logprobs,
-                    error_code=None if valid else "nan_logits",
-                    error_message=None if valid else "the model's logits held NaN or no finite value",
-                )
-            )
+            error = None if valid else ("nan_logits", "the model's logits held NaN or no finite value")
+            completions.append(output.completion(row_index, sample, prompt.length, reason, error))
         self.counts.finished += len(completions)
         self.sequences.close(slots)
         finished = [prompt for prompt in touched.values() if prompt.finished]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokabatch.messages import Float32, Int32, Int64
+from tokabatch.messages import Completion, Float32, Int32, Int64
 from tokabatch.scheduling.pages import PagePool
 
 FIRST_WIDTH = 1024
@@ -20,13 +20,37 @@ FIRST_WIDTH = 1024
 
 @dataclass(slots=True)
 class Generated:
-    """What a preempted sample had produced; it continues from here."""
+    """What a sample has produced; a preempted one continues from here."""
 
     tokens: Int32
-    logprobs: Float32 | None
-    top_ids: Int32 | None
-    top_logprobs: Float32 | None
-    num_cached_tokens: int
+    logprobs: Float32 | None = None
+    top_ids: Int32 | None = None
+    top_logprobs: Float32 | None = None
+    num_cached_tokens: int = 0
+
+    def completion(
+        self,
+        row_index: int,
+        sample_index: int,
+        num_prompt_tokens: int,
+        reason: int | str | None = None,
+        error: tuple[str, str] | None = None,
+    ) -> Completion:
+        """The finished sample: `reason` is the stop token or string that ended it, `error` a code and a message."""
+        return Completion(
+            row_index=row_index,
+            sample_index=sample_index,
+            token_ids=self.tokens,
+            finish_reason="length" if reason is None else "stop",
+            stop_reason=reason,
+            num_prompt_tokens=num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            logprobs=self.logprobs,
+            top_ids=self.top_ids,
+            top_logprobs=self.top_logprobs,
+            error_code=None if error is None else error[0],
+            error_message=None if error is None else error[1],
+        )
 
 
 class Sequences:
