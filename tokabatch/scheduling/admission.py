@@ -150,7 +150,7 @@ class Admission:
             prompt_pages=np.zeros(len(order), np.int32),
         )
         held_steps = self._prompts.last_steps(seq.request[order], remaining)
-        return Forecast(self._page_size, running, self._prompts.held_pages(), held_steps, also)
+        return Forecast(self._page_size, running, self._prompts.neighbours.attributed(), held_steps, also)
 
     def _admit_known(self, candidates: Candidates, counts: Int32, budget: int, draft: StepDraft) -> tuple[list[Runs], bool]:
         """Admit samples of prompts that have been open before; and whether all that asked got a sample in."""

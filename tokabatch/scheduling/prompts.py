@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import deque
 
 import numpy as np
-import numpy.typing as npt
 
 from tokabatch.messages import Int32, Requests
+from tokabatch.scheduling.neighbours import Neighbours
 from tokabatch.scheduling.pages import PagePool
 
 
@@ -81,12 +81,8 @@ class OpenPrompts:
         self._pool = pool
         self._page_size = page_size
         self._open: dict[int, OpenPrompt] = {}
-        self._order = np.zeros(16, np.int32)
-        """Requests of the open prompts, ascending, in the first `_count` places."""
-        self._shared = np.zeros(16, np.int32)
-        """Leading pages each shares with the one before it in `_order`."""
-        self._sizes = np.zeros(16, np.int32)
-        self._count = 0
+        self.neighbours = Neighbours()
+        """The open prompts' page counts and sharing."""
         self._cursor: OpenPrompt | None = None
         self._suspended: dict[int, OpenPrompt] = {}
         self._waiting: dict[int, OpenPrompt] = {}
@@ -94,7 +90,7 @@ class OpenPrompts:
         """The first request that has never been opened."""
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._open)
 
     def __contains__(self, request: int) -> bool:
         return request in self._open
@@ -132,14 +128,14 @@ class OpenPrompts:
 
     def sharable(self, request: int) -> tuple[OpenPrompt | None, int]:
         """The open neighbour that shares the most leading full pages with `request`, and how many."""
-        order = self._order[: self._count]
-        place = int(np.searchsorted(order, request))
         full = (int(self._requests.length[request]) - 1) // self._page_size
         best: tuple[OpenPrompt | None, int] = (None, 0)
-        for neighbour in order[max(0, place - 1) : place + 1]:
-            low, high = sorted((int(neighbour), request))
+        for neighbour in self.neighbours.around(request):
+            if neighbour is None:
+                continue
+            low, high = sorted((neighbour, request))
             lcp = int(self._requests.lcp[low + 1 : high + 1].min())
-            prompt = self._open[int(neighbour)]
+            prompt = self._open[neighbour]
             if prompt.tainted:
                 continue
             pages = min(lcp // self._page_size, full, len(prompt.pages), prompt.full)
@@ -239,53 +235,25 @@ class OpenPrompts:
         """Requests with pending samples and no pages, in plan order."""
         return sorted(self._suspended)
 
-    def shared_between(self, requests: Int32) -> Int32:
-        """Physical pages that each of these open prompts, ascending, shares with the one before it; 0 for the first."""
-        shared = np.zeros(len(requests), np.int32)
-        if len(requests) == self._count:
-            shared[1:] = self._shared[1 : self._count]
-            return shared
-        place = self._places(requests)
-        if len(requests) > 1:
-            upto = self._shared[: place[-1] + 1]
-            shared[1:] = np.minimum.reduceat(upto, place[:-1] + 1)
-        return shared
-
-    def any_shared(self, pages: int) -> bool:
-        """Whether any two neighbours share at least so many pages."""
-        return bool((self._shared[: self._count] >= pages).any())
-
-    def _places(self, requests: Int32) -> npt.NDArray[np.int64]:
-        """Where open prompts, ascending, stand in the order."""
-        if len(requests) == self._count:
-            return np.arange(self._count)
-        return np.searchsorted(self._order[: self._count], requests)
-
     def last_steps(self, requests: Int32, steps: Int32) -> Int32:
         """For every open prompt the largest of `steps` (aligned with `requests`, ascending, repeats allowed): how long its
         samples hold it. Without running samples it is 0, with samples still to admit it has no end."""
-        last = np.zeros(self._count, np.int32)
+        last = np.zeros(len(self.neighbours), np.int32)
         if len(requests):
             first = np.flatnonzero(np.append(True, requests[1:] != requests[:-1]))
-            last[self._places(requests[first])] = np.maximum.reduceat(steps, first)
+            last[self.neighbours.places(requests[first])] = np.maximum.reduceat(steps, first)
         waiting = np.array([prompt.request for prompt in self.with_pending()], np.int32)
-        last[np.searchsorted(self._order[: self._count], waiting)] = np.iinfo(np.int32).max
+        last[self.neighbours.places(waiting)] = np.iinfo(np.int32).max
         return last
-
-    def held_pages(self) -> Int32:
-        """Pages attributed to each open prompt, in plan order: a page shared by several counts at the last of them."""
-        attributed = self._sizes[: self._count].copy()
-        attributed[:-1] -= self._shared[1 : self._count]
-        return attributed
 
     def check_integrity(self) -> Int32:
         """Assert the order and sharing; return every page reference held here."""
-        order = self._order[: self._count]
-        assert sorted(self._open) == order.tolist(), "the order differs from the open prompts"
-        for index in range(1, self._count):
-            before, after = self._open[int(order[index - 1])].pages, self._open[int(order[index])].pages
-            assert self._sizes[index] == len(after), "a prompt's page count differs from the one noted"
-            assert self._shared[index] <= _common(before, after), "neighbours share fewer pages than noted"
+        order = self.neighbours.requests.tolist()
+        assert sorted(self._open) == order, "the order differs from the open prompts"
+        for index in range(1, len(order)):
+            before, after = self._open[order[index - 1]].pages, self._open[order[index]].pages
+            assert self.neighbours.sizes[index] == len(after), "a prompt's page count differs from the one noted"
+            assert self.neighbours.shared[index] <= _common(before, after), "neighbours share fewer pages than noted"
         pages = [prompt.pages for prompt in self._open.values()]
         return np.concatenate(pages) if pages else np.zeros(0, np.int32)
 
@@ -299,47 +267,25 @@ class OpenPrompts:
             return
         self._pool.release(cursor.pages[keep:])
         cursor.pages = cursor.pages[:keep]
-        place = int(np.searchsorted(self._order[: self._count], cursor.request))
-        self._sizes[place] = keep
-        self._shared[place : min(place + 2, self._count)] = np.minimum(self._shared[place : min(place + 2, self._count)], keep)
-
-    def _reserve(self, count: int) -> None:
-        while self._count + count > len(self._order):
-            self._order, self._shared, self._sizes = (
-                np.concatenate((array, np.zeros_like(array))) for array in (self._order, self._shared, self._sizes)
-            )
+        self.neighbours.cut(cursor.request, keep)
 
     def _append(self, prompts: list[OpenPrompt], shared: Int32) -> None:
         """Add prompts behind all others; `shared` pages are those each has in common with its predecessor in the plan."""
-        self._reserve(len(prompts))
-        span = slice(self._count, self._count + len(prompts))
-        self._order[span] = [prompt.request for prompt in prompts]
-        self._shared[span] = shared
-        self._sizes[span] = [len(prompt.pages) for prompt in prompts]
+        # The first may share with another neighbour than the one that stands right before it.
+        before, _ = self.neighbours.around(prompts[0].request)
+        first = 0 if before is None else _common(self._open[before].pages, prompts[0].pages)
+        sizes = [len(prompt.pages) for prompt in prompts]
+        self.neighbours.append([prompt.request for prompt in prompts], sizes, np.append(first, shared[1:]))
         for prompt in prompts:
             self._open[prompt.request] = self._waiting[prompt.request] = prompt
-        if self._count:
-            # The first may share with another neighbour than the one that stands right before it.
-            before = self._open[int(self._order[self._count - 1])]
-            self._shared[self._count] = _common(before.pages, prompts[0].pages)
-        else:
-            self._shared[0] = 0
-        self._count += len(prompts)
 
     def _insert(self, prompt: OpenPrompt) -> None:
-        self._reserve(1)
-        place = int(np.searchsorted(self._order[: self._count], prompt.request))
-        for array in (self._order, self._shared, self._sizes):
-            array[place + 1 : self._count + 1] = array[place : self._count]
-        self._order[place] = prompt.request
-        self._sizes[place] = len(prompt.pages)
-        self._count += 1
+        shared, shared_after = (
+            0 if neighbour is None else _common(self._open[neighbour].pages, prompt.pages)
+            for neighbour in self.neighbours.around(prompt.request)
+        )
+        self.neighbours.insert(prompt.request, len(prompt.pages), shared, shared_after)
         self._open[prompt.request] = self._waiting[prompt.request] = prompt
-        for index in (place, place + 1):
-            if 0 < index < self._count:
-                before, after = int(self._order[index - 1]), int(self._order[index])
-                self._shared[index] = _common(self._open[before].pages, self._open[after].pages)
-        self._shared[0] = 0
 
     def _close(self, prompts: list[OpenPrompt]) -> None:
         self._pool.release(np.concatenate([prompt.pages for prompt in prompts]))
@@ -347,18 +293,7 @@ class OpenPrompts:
             del self._open[prompt.request]
             prompt.pages = prompt.pages[:0]
             prompt.computed = 0
-        order, shared = self._order[: self._count], self._shared[: self._count]
-        stays = np.ones(self._count, np.bool_)
-        stays[np.searchsorted(order, [prompt.request for prompt in prompts])] = False
-        keep = np.nonzero(stays)[0]
-        if len(keep):
-            # Between two survivors the shared pages are the minimum over the closed ones in between.
-            merged = np.minimum.reduceat(shared[: keep[-1] + 1], np.append(0, keep[:-1] + 1))
-            merged[0] = 0
-            self._shared[: len(keep)] = merged
-            self._order[: len(keep)] = order[keep]
-            self._sizes[: len(keep)] = self._sizes[keep]
-        self._count = len(keep)
+        self.neighbours.remove([prompt.request for prompt in prompts])
 
 
 def _common(a: Int32, b: Int32) -> int:

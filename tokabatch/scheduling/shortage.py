@@ -140,7 +140,7 @@ class Shortage:
             page_size=self._page_size,
             rank=np.concatenate((rank, held_rank)),
             end=np.concatenate((remaining, held_until)).astype(np.int64),
-            pages=np.concatenate((seq.num_pages[order] - seq.shared_pages[order], self._prompts.held_pages())),
+            pages=np.concatenate((seq.num_pages[order] - seq.shared_pages[order], self._prompts.neighbours.attributed())),
             grows=np.arange(len(order) + len(held_rank)) < len(order),
         )
 

@@ -139,7 +139,7 @@ def _group_section(
     first = np.nonzero(np.append(True, request[1:] != request[:-1]))[0]
     counts = np.diff(np.append(first, len(own))).astype(np.int32)
     distinct = request[first]
-    if len(distinct) == len(own) and not prompts.any_shared(limits.min_pages):
+    if len(distinct) == len(own) and not prompts.neighbours.any_shared(limits.min_pages):
         return [], np.zeros(len(own), np.int32)
     levels, covered = find_groups(
         PromptRuns(
@@ -147,7 +147,7 @@ def _group_section(
             token_start=token[section.start + first],
             token_stop=token[section.start + first + counts],
             slot=own[first].astype(np.int32),
-            shared_before=prompts.shared_between(distinct),
+            shared_before=prompts.neighbours.shared_between(distinct),
             shared_within=prompts.full_pages(distinct),
             limit=np.minimum.reduceat(full_pages[section], first),
         ),
