@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pricing": LEAVES | {"costs", "preparation", "engine"},
     "prediction": LEAVES
     | {"pricing", "costs", "scheduling", "simulation", "preparation", "data", "model", "replica", "report"},
-    "planner": LEAVES | {"prediction", "pricing", "replica", "resumption", "data", "engine", "model", "report"},
+    "planner": LEAVES
+    | {"costs", "preparation", "prediction", "pricing", "replica", "resumption", "data", "engine", "model", "report"},
     "resumption": LEAVES | {"data", "preparation"},
     "runner": LEAVES
     | {

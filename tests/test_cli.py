@@ -50,6 +50,11 @@ class TestWithoutAModel:
         done = tokabatch("--version")
         assert (done.returncode, done.stderr) == (0, "") and re.fullmatch(r"tokabatch \d+\.\d+\.\d+\n", done.stdout)
 
+    @pytest.mark.parametrize("option", [("--device", "h200"), ("--lengths", "70"), ("--price", "3")])
+    def test_what_belongs_to_a_simulation_is_not_ignored_without_one(self, tmp_path: Path, option: tuple[str, str]) -> None:
+        done = tokabatch("plan", job_file(tmp_path), *option)
+        assert done.returncode == 2 and "belong to --simulate; add it" in done.stderr
+
     def test_help_teaches(self) -> None:
         done = tokabatch("--help")
         assert done.returncode == 0 and "\x1b" not in done.stdout

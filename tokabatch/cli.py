@@ -52,7 +52,8 @@ Exit codes
   2    the command line, the job file or a file it names is wrong; the message says what and how to mend it
   3    complete, but with more errors than errors.max_fraction allows
   4    the books do not close: a file is damaged (`verify` names it), or a bug (please report it)
-  75   stopped before the end (SIGTERM, SIGUSR1, disk full); what was finished is committed, the same command goes on from there
+  75   stopped before the end (SIGTERM, SIGUSR1, disk full, an error row under errors.policy=stop); what was finished is
+       committed, the same command goes on from there
   130  interrupted (Ctrl-C); as 75
 """
 
@@ -119,7 +120,7 @@ def run(
     overrides: OverridesArgument = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder, start afresh.")] = False,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Run the error rows of the run there again.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; the summary is still printed.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only messages and the summary.")] = False,
     keys: KeysOption = False,
 ) -> None:
     """Run a job and print its summary.
@@ -128,8 +129,8 @@ def run(
     the summary to standard output.
 
     A run that the output folder holds is continued: whatever ended it, the same command computes the samples that lack.
-    Engine settings may change; generation.n may be raised and rows added at the end of the input. Anything else that
-    decides the output is refused, and the difference shown.
+    Engine settings may change, but for kv_cache_dtype; generation.n may be raised and rows added at the end of the
+    input. Anything else that decides the output is refused, and the difference shown.
 
     \b
     Examples
@@ -161,7 +162,9 @@ def plan(
     ] = None,
     lengths: Annotated[
         str,
-        typer.Option("--lengths", help="Output tokens: max (max_tokens), MEAN or MEAN:SIGMA (log-normal), or an earlier OUT."),
+        typer.Option(
+            "--lengths", help="Output tokens: max (max_tokens), MEAN or MEAN:SIGMA (log-normal; 0.7), or a run's OUT."
+        ),
     ] = "max",
     profile: Annotated[
         Path | None, typer.Option("--profile", help="Measured cost model (see `tokabatch profile`) in place of the roofline.")
@@ -181,6 +184,8 @@ def plan(
       tokabatch plan jobs/quickstart.yaml --simulate --lengths 70:0.4
       tokabatch plan jobs/gsm8k.yaml --simulate --device h200 --lengths 150 --price 3.5
     """
+    if not simulate and (device, profile, price, lengths) != (None, None, None, "max"):
+        raise typer.BadParameter("--device, --lengths, --profile and --price belong to --simulate; add it")
     loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
     planner, sections = _load("tokabatch.planner"), _load("tokabatch.report.summary").plan_sections
     if not simulate:
@@ -199,7 +204,7 @@ def profile(
         str | None, typer.Option("--device", help="The device it ran on: h200, h100, a100 or l40s; default this machine's.")
     ] = None,
 ) -> None:
-    """Fit a cost model to the steps of a finished run, for `tokabatch plan --simulate --profile`.
+    """Fit a cost model to the steps of a finished run, for `plan --simulate --profile` and the key engine.profile.
 
     \b
     Example

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
+from tokabatch.costs.devices import Device
+from tokabatch.costs.profile import SavedProfile
 from tokabatch.data.folder import check_output
 from tokabatch.engine.sizing import ReplicaSizes, page_bytes
 from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes
-from tokabatch.prediction import Scenario, predict_run
+from tokabatch.prediction import Scenario, check_scenario, predict_run, scenario_profile
+from tokabatch.preparation import Prepared
 from tokabatch.pricing import read_profile, size_replica
 from tokabatch.replica import scheduler_limits
 from tokabatch.report.outlook import Outlook
@@ -22,26 +25,31 @@ from tokabatch.resumption import Start, preview
 
 def plan(job: Job) -> PlanReport:
     """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError."""
-    with _planned(job) as (previewed, sizes):
+    with _planned(job, read_profile(job)) as (previewed, _, sizes):
         return _plan_report(job, previewed, sizes)
 
 
 def plan_and_simulate(job: Job, scenario: Scenario) -> tuple[PlanReport, Outlook]:
-    """The same, and the whole run simulated under a scenario. Raises UsageError for one that cannot be."""
-    with _planned(job) as (previewed, sizes):
-        outlook = predict_run(job.engine, previewed.prepared, scheduler_limits(sizes), scenario)
+    """The same, and what is left of the run simulated under a scenario, for whose device everything is planned then. Raises
+    UsageError for one that cannot be."""
+    device = check_scenario(scenario)
+    profile = scenario_profile(job, scenario, device)
+    with _planned(job, profile, device) as (previewed, left, sizes):
+        outlook = predict_run(left, scheduler_limits(sizes), scenario, device, profile)
         return _plan_report(job, previewed, sizes), outlook
 
 
 @contextmanager
-def _planned(job: Job) -> Generator[tuple[Start, ReplicaSizes]]:
+def _planned(
+    job: Job, profile: SavedProfile | None, absent: Device | None = None
+) -> Generator[tuple[Start, Prepared, ReplicaSizes]]:
+    """The whole job, what a run would still have to do of it, and the sizes for that."""
     check_output(Path(job.output.path))
-    profile = read_profile(job.engine)
     with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
-        previewed = preview(job, Path(scratch))
-        prepared = previewed.prepared
-        yield previewed, size_replica(job.engine, prepared, profile)
-        prepared.store.close()
+        previewed = preview(job, Path(scratch), absent_gpu=absent is not None)
+        left = previewed.prepared.without(previewed.committed.drawn)
+        yield previewed, left, size_replica(job, left, profile, absent)
+        previewed.prepared.store.close()
 
 
 def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
@@ -67,7 +75,7 @@ def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
     ids = store.prompt(first).tolist() if first is not None else []
     return PlanReport(
         model=model,
-        kv=KvFacts(per_page // sizes.page_size, sizes.page_size, sizes.num_pages),
+        kv=KvFacts(per_page // sizes.page_size, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_step_tokens),
         rows=store.num_rows,
         samples=prepared.samples_total,
         prompt_tokens=sharing.total_tokens,

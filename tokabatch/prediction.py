@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from tokabatch.costs.profile import Profile, fit_profile, load_profile, save_profile
+from tokabatch.costs.devices import KNOWN, PROCESSOR, Device, find_device
+from tokabatch.costs.profile import Profile, SavedProfile, fit_profile, load_profile, profile_document
 from tokabatch.costs.trace import Steps
+from tokabatch.data.durable import DurableFiles, write_whole
 from tokabatch.data.folder import OutputFolder
 from tokabatch.data.manifest import read_manifest, read_summary
 from tokabatch.data.status import output_lengths
 from tokabatch.data.steps import read_steps
 from tokabatch.errors import OutputError, UsageError
-from tokabatch.job import EngineConfig
+from tokabatch.job import Job
 from tokabatch.messages import Int64, Requests
 from tokabatch.model.families import read_spec
-from tokabatch.preparation import Prepared
-from tokabatch.pricing import CostModel, choose_device, cost_model, describe, read_profile, size_elsewhere
-from tokabatch.replica import scheduler_limits
+from tokabatch.preparation import Prepared, pick_device
+from tokabatch.pricing import CostModel, cost_model, describe, device_name, known_device, present_device, profile_of
 from tokabatch.report.outlook import Outlook, Trial
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.simulation.lengths import Lengths, Unstopped, lognormal, observed
@@ -34,8 +35,8 @@ TRIAL_SAMPLES = 20_000
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """What to assume: the device by its key in `KNOWN` (None: this machine's), a `profile` in place of the job's or the
-    roofline, money an hour, and `lengths`: `max`, `MEAN`, `MEAN:SIGMA` of a log-normal distribution, or the output folder of an
-    earlier run."""
+    roofline, money an hour, and `lengths`: `max`, `MEAN`, `MEAN:SIGMA` of a log-normal distribution (sigma 0.7 by default), or
+    the output folder of an earlier run."""
 
     device: str | None = None
     profile: Path | None = None
@@ -43,19 +44,31 @@ class Scenario:
     lengths: str = "max"
 
 
-def predict_run(config: EngineConfig, prepared: Prepared, limits: SchedulerLimits, scenario: Scenario) -> Outlook:
-    """Simulate the whole job under `limits`, or what the job comes to on the scenario's device, then a part of it under others.
-    Raises UsageError for a bad scenario."""
+def check_scenario(scenario: Scenario) -> Device | None:
+    """The device that is assumed, None for this machine's. Raises UsageError for a bad scenario."""
+    _lengths(scenario.lengths)
+    if scenario.price is not None and not 0 <= scenario.price < math.inf:
+        raise UsageError(f"--price {scenario.price:g}: write the money for an hour of the device, such as 3.5")
+    return None if scenario.device is None else known_device(scenario.device)
+
+
+def scenario_profile(job: Job, scenario: Scenario, device: Device | None) -> SavedProfile | None:
+    """The profile to size and price by. Raises JobError for one of another device."""
+    path, key = (scenario.profile, "--profile") if scenario.profile is not None else (job.engine.profile, "engine.profile")
+    name = device_name(pick_device(job)) if device is None else device.rates.name
+    return None if path is None else profile_of(Path(path), name, key)
+
+
+def predict_run(
+    prepared: Prepared, limits: SchedulerLimits, scenario: Scenario, device: Device | None, profile: SavedProfile | None
+) -> Outlook:
+    """Simulate the whole job under `limits` on the scenario's `device`, then a part of it under others. Raises UsageError where
+    nothing is left to run, or nothing is known of this machine's device."""
     if not len(prepared.requests):
         raise UsageError("there is nothing to simulate: no row has become a prompt, or all samples are there already")
-    device = choose_device(scenario.device, prepared.device)
-    profile = read_profile(config)
-    if profile is not None and profile.device.name != device.rates.name:
-        profile = None
-    cost = cost_model(prepared, device, load_profile(scenario.profile) if scenario.profile is not None else profile)
+    device = device or present_device(prepared.device)
+    cost = cost_model(prepared, device, profile)
     lengths, described = _lengths(scenario.lengths)
-    if scenario.device is not None:
-        limits = scheduler_limits(size_elsewhere(config, prepared, profile, device))
     begin = time.perf_counter()
     whole = simulate(prepared.requests, limits, cost.seconds, lengths)
     trials, trial_samples = _trials(prepared, limits, cost, lengths)
@@ -73,6 +86,7 @@ def predict_run(config: EngineConfig, prepared: Prepared, limits: SchedulerLimit
         seconds=whole.seconds,
         tail_seconds=whole.tail_seconds,
         kv_tokens=limits.num_pages * limits.page_size,
+        kv_mean=whole.steps.mean("pages") / limits.num_pages,
         kv_use=whole.kv_use,
         kv_over_time=over_time(whole.steps, "pages", limits.num_pages),
         preemptions=counts.preemptions,
@@ -86,19 +100,42 @@ def predict_run(config: EngineConfig, prepared: Prepared, limits: SchedulerLimit
 
 
 def profile_run(out: Path, target: Path, device: str | None = None) -> Profile:
-    """Fit a profile to the steps recorded in an output folder and write it; `device` as in `Scenario`. Raises UsageError where
-    there are none or too few."""
+    """Fit a profile to the steps recorded in an output folder and write it to `target`, in place of an earlier profile at most;
+    `device` is a key in `KNOWN`, for a run that has not noted its device. Raises UsageError where there are too few steps."""
     folder = OutputFolder(out)
     manifest, columns = read_manifest(folder), read_steps(folder)
     if manifest is None:
         raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
     if columns is None:
         raise OutputError(f"{out}: no record of steps; a run writes steps-00000.parquet when it ends")
-    name = "cuda" if torch.cuda.is_available() else "cpu"
-    spec, itemsize = read_spec(Path(manifest.model_path)), int(read_summary(folder).get("itemsize", 2))
-    profile = fit_profile(spec, choose_device(device, name).rates, Steps(columns), itemsize, source=str(out))
-    save_profile(profile, target)
+    if target.exists():
+        try:
+            load_profile(target)
+        except UsageError as error:
+            raise UsageError(f"--to {target} exists and is no profile; name another file") from error
+    summary = read_summary(folder)
+    spec, itemsize = read_spec(Path(manifest.model_path)), int(summary.get("itemsize", 2))
+    rates = _ran_on(str(summary.get("device", "")), device).rates
+    profile = fit_profile(spec, rates, Steps(columns), itemsize, source=str(out))
+    try:
+        temporary = target.with_name(f".{target.name}.partial")
+        write_whole(DurableFiles(), temporary, target, profile_document(profile).encode())
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror}; give another file with --to") from error
     return profile
+
+
+def _ran_on(noted: str, key: str | None) -> Device:
+    """The device of a run by what it noted, or by its key where that is not known. Raises UsageError where they differ."""
+    found = find_device(noted)
+    if key is None:
+        if found is None and noted not in ("", PROCESSOR):
+            raise UsageError(f"the rates of {noted} are not known; name the nearest of {', '.join(KNOWN)} with --device")
+        return found or present_device("cpu")
+    device = known_device(key)
+    if noted == PROCESSOR or (found is not None and found != device):
+        raise UsageError(f"--device {key}: the run was on {noted}; leave the option out")
+    return device
 
 
 def over_time(steps: Steps, column: str, whole: float) -> tuple[float, ...]:

@@ -104,16 +104,19 @@ def prepare(
     *,
     weights: bool = True,
     earlier: Fingerprint | None = None,
+    absent_gpu: bool = False,
 ) -> Prepared:
     """Check the model, read and tokenise the input, order it. Raises UsageError for whatever cannot work; `on_rows` is told
     the rows and error rows read so far. Weights that are still on the hub are fetched last, and only if `weights` says so.
-    `earlier` is the run in the output folder: a job that differs from it is refused as soon as the difference is seen."""
-    device = pick_device(job)
+    `earlier` is the run in the output folder: a job that differs from it is refused as soon as the difference is seen.
+    `absent_gpu`: for a GPU that is not here, of which nothing can be asked."""
+    device = "cuda" if absent_gpu else pick_device(job)
     folder = resolve_model(job.model.path, job.model.revision, weights=False)
     spec = read_spec(folder)
     checkpoint = preflight(folder, spec) if Path(job.model.path).expanduser().is_dir() else None
     dtype = _choose_dtype(job, device, folder, spec, checkpoint)
-    _check_fp8(job, device, dtype)
+    if not absent_gpu:
+        _check_fp8(job, device, dtype)
     tokenizer = load_tokenizer(job.model.model_copy(update={"path": str(folder)}))
     if tokenizer.vocab_size > spec.vocab_size:
         raise ModelError(

@@ -11,35 +11,57 @@ import numpy as np
 import torch
 
 from tokabatch.costs.budget import prefill_tokens
-from tokabatch.costs.devices import KNOWN, Device, find_device, measure_processor
+from tokabatch.costs.devices import KNOWN, PROCESSOR, Device, find_device, measure_processor
 from tokabatch.costs.profile import Profile, SavedProfile, load_profile
 from tokabatch.costs.roofline import Roofline
 from tokabatch.costs.trace import Steps
 from tokabatch.engine.sizing import ReplicaSizes, available_memory, decide_sizes
 from tokabatch.errors import JobError, UsageError
-from tokabatch.job import EngineConfig
-from tokabatch.preparation import Prepared
+from tokabatch.job import Job
+from tokabatch.preparation import Prepared, pick_device
 
 CostModel = Roofline | Profile
 
 
-def read_profile(config: EngineConfig) -> SavedProfile | None:
-    """The job's profile; None where it names none. Raises JobError for a file that is none."""
-    if config.profile is None:
+def read_profile(job: Job) -> SavedProfile | None:
+    """The job's profile, for a run on this machine; None where it names none. Raises JobError for a file that is none, or one
+    measured on another device."""
+    if job.engine.profile is None:
         return None
+    return profile_of(Path(job.engine.profile), device_name(pick_device(job)), "engine.profile")
+
+
+def profile_of(path: Path, device: str, key: str) -> SavedProfile:
+    """The profile in a file that `key` names. Raises JobError for a file that is none, or one measured on another device than
+    the one named."""
     try:
-        return load_profile(Path(config.profile))
+        profile = load_profile(path)
     except UsageError as error:
-        raise JobError(f"engine.profile: {error}, or leave the key out") from error
+        raise JobError(f"{key}: {error}, or leave {key} out") from error
+    if profile.device.name != device:
+        where = f"{path} was measured on {profile.device.name}, not on {device}"
+        raise JobError(f"{key}: {where}; make one from a run there, or leave {key} out")
+    return profile
 
 
-def choose_device(key: str | None, present: str) -> Device:
-    """The device named, or the one of this machine. Raises UsageError for one whose rates are not known."""
-    if key is not None:
-        if key not in KNOWN:
-            raise UsageError(f"there is no device `{key}` to simulate; known are {', '.join(KNOWN)}")
-        return KNOWN[key]
-    if present != "cuda":
+def device_name(device: str) -> str:
+    """What profiles and summaries call this machine's `cpu` or `cuda`."""
+    if device != "cuda":
+        return PROCESSOR
+    found = find_device(torch.cuda.get_device_name())
+    return torch.cuda.get_device_name() if found is None else found.rates.name
+
+
+def known_device(key: str) -> Device:
+    """The device of this key. Raises UsageError for one whose rates are not known."""
+    if key not in KNOWN:
+        raise UsageError(f"there is no device `{key}` to simulate; known are {', '.join(KNOWN)}")
+    return KNOWN[key]
+
+
+def present_device(device: str) -> Device:
+    """This machine's `cpu` or `cuda`. Raises UsageError for a GPU whose rates are not known."""
+    if device != "cuda":
         return measure_processor(available_memory())
     found = find_device(torch.cuda.get_device_name())
     if found is None:
@@ -56,48 +78,37 @@ def cost_model(prepared: Prepared, device: Device, profile: SavedProfile | None)
 
 def describe(cost: CostModel, device: Device) -> str:
     if isinstance(cost, Profile):
-        return f"the profile of {cost.source} ({cost.roofline.device.name})"
+        return f"the profile of {cost.source}"
     return "the roofline" + ("" if device.measured else " (published rates, scaled)")
 
 
 def price_steps(prepared: Prepared, steps: Steps, profile: SavedProfile | None) -> tuple[float, str]:
     """Seconds of steps that were taken, by the cost model of this machine's device, and its description. Raises UsageError
     for a device whose rates are not known."""
-    device = choose_device(None, prepared.device)
+    device = present_device(prepared.device)
     cost = cost_model(prepared, device, profile)
-    where = f" of {device.rates.name}" if isinstance(cost, Roofline) else ""
-    return float(np.sum(cost.seconds(steps.work))), describe(cost, device) + where
+    return float(np.sum(cost.seconds(steps.work))), f"{describe(cost, device)} of {device.rates.name}"
 
 
-def size_replica(config: EngineConfig, prepared: Prepared, profile: SavedProfile | None) -> ReplicaSizes:
-    """The sizes on this machine's device. Raises JobError."""
-    device = find_device(torch.cuda.get_device_name()) if prepared.device == "cuda" else None
+def size_replica(job: Job, prepared: Prepared, profile: SavedProfile | None, absent: Device | None = None) -> ReplicaSizes:
+    """The sizes on this machine's device, or what they come to on a GPU that is not here. Raises JobError."""
     return decide_sizes(
-        config,
+        job.engine,
         prepared.spec,
         prepared.dtype,
         prepared.workload(),
         prepared.device,
-        prefill_tokens=_prefill_tokens(prepared, device, profile),
+        prefill_tokens=_prefill_tokens(prepared, profile, absent),
+        absent_memory=None if absent is None else int(absent.memory),
     )
 
 
-def size_elsewhere(config: EngineConfig, prepared: Prepared, profile: SavedProfile | None, device: Device) -> ReplicaSizes:
-    """What they come to on a GPU that is not here. Raises JobError."""
-    return decide_sizes(
-        config,
-        prepared.spec,
-        prepared.dtype,
-        prepared.workload(),
-        "cuda",
-        prefill_tokens=_prefill_tokens(prepared, device, profile),
-        absent_memory=int(device.memory),
-    )
-
-
-def _prefill_tokens(prepared: Prepared, device: Device | None, profile: SavedProfile | None) -> int | None:
+def _prefill_tokens(prepared: Prepared, profile: SavedProfile | None, absent: Device | None) -> int | None:
     """What a step's prompt tokens come to by the cost model. None without one: a processor is not measured for that, and
     some GPUs' rates are not known."""
+    device = absent
+    if device is None and prepared.device == "cuda":
+        device = find_device(torch.cuda.get_device_name())
     if profile is not None:
         return prefill_tokens(profile.of_model(prepared.spec).seconds)
     return None if device is None else prefill_tokens(cost_model(prepared, device, None).seconds)

@@ -72,7 +72,8 @@ def start(
         if reuse.overwrite:
             _overwrite(claim, tell)
         committed = read_committed(folder, prepared.samples_of_row, prepared.output_schema)
-        claim.reopen()
+        left = prepared.without(committed.drawn)
+        claim.reopen(keep_summary=not (len(left.requests) or left.failures or reuse.retry_errors))
         if reuse.retry_errors and committed.errors:
             tell(f"running {drop_errors(claim):,} error rows again")
             committed = read_committed(folder, prepared.samples_of_row, prepared.output_schema)
@@ -82,11 +83,12 @@ def start(
     return Start(prepared.without(committed.drawn), committed)
 
 
-def preview(job: Job, scratch: Path) -> Start:
-    """The same for a plan: reads what is there, changes nothing, needs no weights. Raises the same refusals."""
+def preview(job: Job, scratch: Path, *, absent_gpu: bool = False) -> Start:
+    """The same for a plan, of the whole job: reads what is there, changes nothing, needs no weights. Raises the same refusals,
+    but for those of the device where the plan is for a GPU that is not here."""
     folder = OutputFolder(Path(job.output.path))
     earlier = find_run(folder)
-    prepared = prepare(job, scratch, weights=False, earlier=earlier.fingerprint if earlier else None)
+    prepared = prepare(job, scratch, weights=False, earlier=earlier.fingerprint if earlier else None, absent_gpu=absent_gpu)
     if earlier is None:
         return Start(prepared, nothing_committed(prepared.samples_of_row))
     committed = read_committed(folder, prepared.samples_of_row, prepared.output_schema)

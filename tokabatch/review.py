@@ -47,7 +47,6 @@ def read_record(out: Path) -> RunRecord:
         lengths=output_lengths(out),
         summary=summary,
         steps=steps,
-        num_pages=int(summary.get("num_pages", 0)),
         pass_band=_pass_band(out) if status.correct is not None else None,
     )
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from tokabatch.costs.profile import SavedProfile
 from tokabatch.costs.trace import Steps, tail_seconds
 from tokabatch.data.committed import read_committed
 from tokabatch.data.folder import Claim
-from tokabatch.data.manifest import Books, mark_success, write_summary
+from tokabatch.data.manifest import Books, mark_success, read_summary, write_summary
 from tokabatch.data.steps import write_steps
 from tokabatch.engine.executor import WORKER_NAME, Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
@@ -31,7 +32,7 @@ from tokabatch.errors import CommitError, EngineError, Stopped, UsageError
 from tokabatch.interruption import Interruption
 from tokabatch.job import Job
 from tokabatch.preparation import Prepared, special_ids
-from tokabatch.pricing import price_steps, read_profile, size_replica
+from tokabatch.pricing import device_name, price_steps, read_profile, size_replica
 from tokabatch.recorder import Recorder
 from tokabatch.replica import Replica, ReplicaCounts, scheduler_limits
 from tokabatch.report.progress import NullProgress, Phase, Progress, ProgressSnapshot
@@ -65,12 +66,12 @@ def run(
     _refuse_in_worker()
     clock, reuse = _Clock(progress or NullProgress()), Reuse(overwrite, retry_errors)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
-    profile = read_profile(job.engine)
+    profile = read_profile(job)
     with Claim(Path(job.output.path)) as claim, ExitStack() as workers:
         started = start(job, claim, partial(_reading, clock, stop), reuse, clock.progress.message, stop.at_once)
         prepared, recorder = started.prepared, Recorder(job, started.prepared, claim, started.committed)
         workers.callback(prepared.store.close)
-        sizes = size_replica(job.engine, prepared, profile)
+        sizes = size_replica(job, prepared, profile)
         scheduler = Scheduler(prepared.requests, scheduler_limits(sizes), _stop_rules(prepared))
         parts = _Parts(job, started, scheduler, recorder, clock, stop, Stopwatch(int(prepared.num_samples.sum())))
         try:
@@ -90,9 +91,18 @@ def run(
         summary = _summary(parts, steps, profile, exit_code)
         with suppress(OSError):
             # Where the disk is full the summary goes to the caller alone.
-            write_summary(claim, summary.to_dict())
-            write_steps(claim, steps.columns)
+            _write_record(claim, summary.to_dict(), steps)
     return summary
+
+
+def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:
+    """Where nothing was left to do, the figures of the work are those of the start before."""
+    earlier = read_summary(claim.folder)
+    if earlier and not len(steps):
+        write_summary(claim, {**earlier, **{name: summary[name] for name in ("rows", "samples", "ok", "errors", "exit_code")}})
+        return
+    write_summary(claim, summary)
+    write_steps(claim, steps.columns)
 
 
 def _refuse_in_worker() -> None:
@@ -297,6 +307,8 @@ def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_cod
         preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,
         waited_steps=counts.waited_steps,
+        max_running=scheduler.limits.max_running,
+        max_step_tokens=scheduler.limits.max_step_tokens,
         host_seconds=replica.host_seconds,
         restarts=tuple(sorted(replica.restarts.items())),
         requeued=counts.requeued,
@@ -305,6 +317,7 @@ def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_cod
         step_seconds=steps.seconds,
         tail_seconds=tail_seconds(steps),
         num_pages=scheduler.pool.num_pages,
+        device=device_name(prepared.device),
         itemsize=prepared.dtype.itemsize,
         kv_use=steps.mean("pages") / scheduler.pool.num_pages,
         predicted_seconds=predicted[0] if predicted else None,

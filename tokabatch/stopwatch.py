@@ -24,7 +24,7 @@ class Stopwatch:
         self._clock = clock
         self._last = clock()
         self._num_samples = num_samples
-        self._in_flight: deque[tuple[StepWork, int, int, int]] = deque()
+        self._in_flight: deque[tuple[StepWork, int, int, int, int]] = deque()
 
     def restart(self) -> None:
         """The device begins anew: steps in flight are lost, and the time until now is no step's."""
@@ -36,13 +36,13 @@ class Stopwatch:
         running = len(scheduler.sequences.order)
         waiting = max(0, self._num_samples - scheduler.counts.finished - running)
         work = measure_work(step, scheduler.limits.page_size)
-        self._in_flight.append((work, running, waiting, scheduler.pool.num_used))
+        self._in_flight.append((work, running, waiting, scheduler.pool.num_used, scheduler.pool.num_pages))
 
     def collected(self, num_finished: int) -> None:
         """The oldest step's result was taken in."""
-        work, running, waiting, pages = self._in_flight.popleft()
+        work, running, waiting, pages, capacity = self._in_flight.popleft()
         now = self._clock()
-        self._trace.add(work, StepState(now - self._last, running, waiting, pages, num_finished))
+        self._trace.add(work, StepState(now - self._last, running, waiting, pages, capacity, num_finished))
         self._last = now
 
     def steps(self) -> Steps:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from costs.test_roofline import LLAMA_1B
 
-from tokabatch.costs.profile import TERMS, Profile, fit_profile, load_profile, save_profile, solve_nonnegative
+from tokabatch.costs.profile import TERMS, Profile, fit_profile, load_profile, profile_document, solve_nonnegative
 from tokabatch.costs.roofline import H200, Roofline
 from tokabatch.costs.trace import Steps, StepState, StepTrace
 from tokabatch.costs.work import StepWork
@@ -31,7 +33,7 @@ def record(rng: np.random.Generator, count: int, noise: float, decode_only: bool
             prefix_kv=0.0 if decode_only else float(rng.integers(0, 60_000)),
             groups=0.0 if decode_only else float(rng.integers(0, 200)),
         )
-        trace.add(work, StepState(float(TRUE.seconds(work)) * np.exp(rng.normal(0, noise)), int(sequences), 0, 0, 0))
+        trace.add(work, StepState(float(TRUE.seconds(work)) * np.exp(rng.normal(0, noise)), int(sequences), 0, 0, 1, 0))
     return trace.steps()
 
 
@@ -76,11 +78,36 @@ def test_results_that_come_in_bursts_do_not_mislead():
 
 
 def test_a_profile_is_read_as_it_was_written(tmp_path):
-    save_profile(TRUE, tmp_path / "profile.json")
+    (tmp_path / "profile.json").write_text(profile_document(TRUE))
     assert load_profile(tmp_path / "profile.json").of_model(LLAMA_1B) == TRUE
-    (tmp_path / "other.json").write_text('{"kind": 1}')
-    with pytest.raises(UsageError, match=r"other\.json is not a profile"):
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda document: document.update(kind="tokabatch job"),
+        lambda document: document.pop("device"),
+        lambda document: document["device"].update(flops="fast"),
+        lambda document: document["device"].update(flops=0),
+        lambda document: document["device"].update(bytes_per_second=float("inf")),
+        lambda document: document["coefficients"].update(dense=float("nan")),
+        lambda document: document["coefficients"].update(dense=-1.0),
+        lambda document: document["coefficients"].pop("decode"),
+        lambda document: document.update(itemsize=0),
+        lambda document: document.update(coefficients=[1.0]),
+    ],
+)
+def test_a_file_that_is_no_profile_is_refused(tmp_path, change):
+    document = json.loads(profile_document(TRUE))
+    change(document)
+    (tmp_path / "other.json").write_text(json.dumps(document))
+    with pytest.raises(UsageError, match=r"other\.json is not a profile.*tokabatch profile OUT --to profile\.json"):
         load_profile(tmp_path / "other.json")
+
+
+def test_a_profile_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"none\.json: No such file"):
+        load_profile(tmp_path / "none.json")
 
 
 def test_too_few_steps_are_refused():

@@ -11,9 +11,10 @@ from tokabatch.report.page import PassBand, RunRecord, render_page
 
 STEPS = {
     name: np.linspace(1, 50, 60)
-    for name in ("seconds", "running", "waiting", "pages", "tokens", "sampled", "decoded", "finished")
+    for name in ("seconds", "running", "waiting", "pages", "capacity", "tokens", "sampled", "decoded", "finished")
 }
 SUMMARY = {
+    "steps": 60,
     "seconds": 40.0,
     "load_seconds": 2.0,
     "output_tokens": 5000,
@@ -38,7 +39,6 @@ RUN = RunRecord(
     lengths=np.arange(1, 19, dtype=np.int32),
     summary=SUMMARY,
     steps=STEPS,
-    num_pages=100,
     pass_band=PassBand((1, 2), (0.4, 0.6), (0.3, 0.5), (0.5, 0.7)),
 )
 
@@ -48,7 +48,8 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given():
     assert page.startswith("<!doctype html>")
     assert "<script" not in page and "<link" not in page and "src=" not in page
     assert "out/&lt;b&gt;" in page and "<b>out" not in page
-    assert "by the roofline of &lt;this&gt;" in page
+    assert "by the roofline of &lt;this&gt;" in page and "last start" not in page
+    assert "output tokens, last start" in render_page(replace(RUN, summary={**SUMMARY, "earlier": 5}))
 
 
 def test_every_figure_of_a_whole_run_is_there():

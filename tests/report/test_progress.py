@@ -11,6 +11,7 @@ from rich.console import Console
 from tokabatch.report.progress import (
     LineProgress,
     LiveProgress,
+    MessagesOnly,
     NullProgress,
     Phase,
     Progress,
@@ -123,8 +124,14 @@ class TestChoice:
     def test_quiet_and_pipes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
             monkeypatch.delenv(name, raising=False)
-        assert isinstance(open_progress(quiet=True), NullProgress)
+        assert isinstance(open_progress(quiet=True), MessagesOnly)
         assert isinstance(open_progress(quiet=False), LineProgress)
+
+    def test_quiet_has_messages_and_no_progress(self, capfd: pytest.CaptureFixture[str]) -> None:
+        with open_progress(quiet=True) as progress:
+            progress.update(at(1.0))
+            progress.message("the worker was lost")
+        assert capfd.readouterr() == ("", "the worker was lost\n")
 
     def test_null_is_silent(self, capfd: pytest.CaptureFixture[str]) -> None:
         progress: Progress = NullProgress()

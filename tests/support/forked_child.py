@@ -48,7 +48,7 @@ class Child:
         # Whatever the first run would import or measure is there when the fork comes: PyArrow, for one, imports pandas then.
         load_tokenizer(ModelConfig(path=str(QUICKSTART)))
         pa.array([0])
-        measured = pricing.choose_device(None, "cpu")
+        measured = pricing.present_device("cpu")
         pricing.measure_processor = lambda memory: replace(measured, memory=memory)
 
     def run(self, request: dict[str, Any], told: int) -> int:

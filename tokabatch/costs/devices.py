@@ -11,6 +11,7 @@ import numpy as np
 
 from tokabatch.costs.roofline import H200, DeviceRates
 
+PROCESSOR = "this processor"
 _PROBE_SECONDS = 0.15
 _FLOPS_SHARE, _BYTES_SHARE = 790 / 989, 4.3 / 4.8
 """What an H200 was measured to reach of its published dense bf16 and memory rates; taken for devices not measured."""
@@ -49,7 +50,7 @@ def measure_processor(memory: float) -> Device:
     out = np.empty_like(b)
     product = _best_time(lambda: a @ a)
     copy = _best_time(lambda: np.copyto(out, b))
-    return Device(DeviceRates("this processor", 2 * 768**3 / product, 2 * b.nbytes / copy), memory, measured=True)
+    return Device(DeviceRates(PROCESSOR, 2 * 768**3 / product, 2 * b.nbytes / copy), memory, measured=True)
 
 
 def _best_time(work: Callable[[], object]) -> float:

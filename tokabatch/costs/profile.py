@@ -9,6 +9,7 @@ measured to roofline seconds of the whole run.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,8 @@ from tokabatch.model.spec import ModelSpec
 
 TERMS = ("step", "sequences", "groups", "dense", "logits", "elementwise", "prefix", "prefill", "decode")
 """`logits` are the head and sampling; the first three count, the others are roofline seconds."""
+_KIND = "tokabatch profile"
+_REMEDY = "make one from a finished run with `tokabatch profile OUT --to profile.json`"
 _COUNTED = 3
 _PRIOR = 0.1
 _WINDOW = 4
@@ -69,18 +72,18 @@ def _in_windows(values: Float64, width: int) -> Float64:
     return values[: count * width].reshape(count, width, *values.shape[1:]).sum(axis=1)
 
 
-def save_profile(profile: Profile, path: Path) -> None:
-    """Write it as JSON."""
+def profile_document(profile: Profile) -> str:
+    """As JSON, for `load_profile`."""
     spec = {name: value for name, value in asdict(profile.roofline.spec).items() if name in _SPEC_FIELDS}
     document = {
-        "kind": "tokabatch profile",
+        "kind": _KIND,
         "source": profile.source,
         "device": asdict(profile.roofline.device),
         "itemsize": profile.roofline.itemsize,
         "model": spec,
         "coefficients": dict(zip(TERMS, profile.coefficients, strict=True)),
     }
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    return json.dumps(document, indent=2) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +102,23 @@ class SavedProfile:
 def load_profile(path: Path) -> SavedProfile:
     """Raises UsageError where the file is none."""
     try:
-        document = cast("dict[str, Any]", json.loads(path.read_text()))
-        device = DeviceRates(**document["device"])
+        document = cast("dict[str, Any]", json.loads(path.read_bytes()))
+        rates = document["device"]
+        device = DeviceRates(str(rates["name"]), float(rates["flops"]), float(rates["bytes_per_second"]))
         coefficients = tuple(float(document["coefficients"][name]) for name in TERMS)
-        return SavedProfile(device, int(document["itemsize"]), coefficients, str(document["source"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a profile ({error}); make one with `tokabatch profile OUT --to {path}`") from error
+        profile = SavedProfile(device, int(document["itemsize"]), coefficients, str(document["source"]))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; {_REMEDY}") from error
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UsageError(f"{path} is not a profile; {_REMEDY}") from error
+    rates = (device.flops, device.bytes_per_second, profile.itemsize)
+    if document.get("kind") != _KIND or not (all(map(_is_cost, coefficients)) and all(map(_is_cost, rates)) and all(rates)):
+        raise UsageError(f"{path} is not a profile, or one with values that cannot be; {_REMEDY}")
+    return profile
+
+
+def _is_cost(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
 
 
 _SPEC_FIELDS = (

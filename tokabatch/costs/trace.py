@@ -19,13 +19,14 @@ TAIL_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class StepState:
-    """`seconds` the step took, samples `running` and `waiting` once it was decided, `pages` then in use, and samples that it
-    `finished`."""
+    """`seconds` the step took, samples `running` and `waiting` once it was decided, `pages` then in use of `capacity`, and
+    samples that it `finished`."""
 
     seconds: float
     running: int
     waiting: int
     pages: int
+    capacity: int
     finished: int
 
 

@@ -6,7 +6,7 @@ OUT/_lock                     held by the writing process, released by its death
 OUT/manifest.json             what the run is, and what decides its output
 OUT/job.json                  the job, to run it again from the folder alone
 OUT/steps-00000.parquet       what each step did and took; not a result
-OUT/summary.json, _SUCCESS    how it ended; taken back by the next run that adds to the folder
+OUT/summary.json, _SUCCESS    how it ended; taken back by the next start that has something to add
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ class Claim:
                 "make room there and run the same command again, which adds the rest."
             ) from error
 
-    def reopen(self) -> None:
-        """Take back the marks of an earlier end: from here on the run goes on."""
+    def reopen(self, *, keep_summary: bool = False) -> None:
+        """Take back the marks of an earlier end: from here on the run goes on; `keep_summary` where nothing is left to do."""
         for mark in (self.folder.success, self.folder.summary):
-            if mark.exists():
+            if mark.exists() and not (keep_summary and mark == self.folder.summary):
                 self.files.remove(mark)
         self.files.sync_folder(self.folder.path)
 

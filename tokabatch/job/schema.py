@@ -176,7 +176,8 @@ class EngineConfig(_Section):
     max_running: fields.AutoCount = Field(default="auto", description="Most samples running at once.")
     max_step_tokens: fields.AutoCount = Field(default="auto", description="Most tokens computed in one step.")
     profile: fields.OptionalFile = Field(
-        default=None, description="Measured cost model, from `tokabatch profile`: decides what auto is above, and predicts."
+        default=None,
+        description="Measured cost model of `tokabatch profile`: decides max_step_tokens where auto, and predicts.",
     )
     hydragen: fields.AutoFlag = Field(default="auto", description="Attend to a shared prefix once for its whole group.")
     hydragen_min_group: fields.AutoGroup = Field(default="auto", description="Fewest samples for a shared pass.")

@@ -22,9 +22,9 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """A whole run, simulated. `kv_over_time` are mean shares of the pages in use over equal parts of the run; `kv_use` is the
-    mean while samples waited; `waste` the share of computed tokens computed again. `price` is money an hour, None where not
-    given. `trial_samples` is how many samples the trials ran."""
+    """A whole run, simulated. `kv_over_time` are mean shares of the pages in use over equal parts of the run, `kv_mean` over
+    all of it, `kv_use` while samples waited; `waste` is the share of computed tokens computed again. `price` is money an hour,
+    None where not given. `trial_samples` is how many samples the trials ran."""
 
     device: str
     cost_model: str
@@ -38,6 +38,7 @@ class Outlook:
     seconds: float
     tail_seconds: float
     kv_tokens: int
+    kv_mean: float
     kv_use: float
     kv_over_time: tuple[float, ...]
     preemptions: int
@@ -64,7 +65,7 @@ def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
         ("steps", f"{outlook.steps:,}"),
         ("prefilled tokens", f"{outlook.prefilled_tokens:,}"),
         ("saved by sharing", f"{outlook.saved_tokens:,} of {outlook.cacheable_tokens:,} possible{_saved(outlook)}"),
-        ("KV cache", f"{outlook.kv_tokens:,} tokens, {outlook.kv_use:.1%} in use while samples wait"),
+        ("KV cache", f"{outlook.kv_tokens:,} tokens, {outlook.kv_mean:.1%} in use on average{_while_waiting(outlook)}"),
         ("over time", "".join(_BARS[min(8, round(share * 8))] for share in outlook.kv_over_time)),
         ("preemptions", f"{outlook.preemptions:,}, {outlook.waste:.2%} of tokens computed again"),
         ("waits", f"{outlook.waited:.1%} of the steps of running samples, for pages"),
@@ -79,7 +80,7 @@ def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
                 f"{trial.max_step_tokens:,}",
                 seconds_text(trial.seconds),
                 f"{trial.output_tokens / max(trial.seconds, 1e-9):,.0f}",
-                "recommended" if trial.recommended else "",
+                "recommended: the smallest within 0.5 %" if trial.recommended else "",
             )
             for trial in outlook.trials
         )
@@ -94,6 +95,10 @@ def _money(outlook: Outlook) -> str:
 
 def _rate(outlook: Outlook) -> float:
     return outlook.output_tokens / outlook.seconds if outlook.seconds else 0.0
+
+
+def _while_waiting(outlook: Outlook) -> str:
+    return f", {outlook.kv_use:.1%} while samples wait" if outlook.kv_use else ""
 
 
 def _saved(outlook: Outlook) -> str:

@@ -40,8 +40,8 @@ class PassBand:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """All that a page shows. `summary` is the run's summary.json, `steps` the columns of its steps, empty where none were
-    recorded; `num_pages` of the KV cache; `lengths` the output tokens of each sample that is ok."""
+    """All that a page shows. `summary` is the run's summary.json, of its last start; `steps` the columns of all its steps,
+    empty where none were recorded; `lengths` the output tokens of each sample that is ok."""
 
     path: str
     model: str
@@ -52,7 +52,6 @@ class RunRecord:
     lengths: npt.NDArray[np.int32]
     summary: Mapping[str, Any]
     steps: Mapping[str, Float64]
-    num_pages: int
     pass_band: PassBand | None
 
 
@@ -85,10 +84,11 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         ("errors", f"{run.errors:,}", run.errors > 0),
     ]
     rows += [("pending", f"{pending:,}", True)] if pending else []
-    if "seconds" in s:
-        rows.append((f"of which loading {seconds_text(s['load_seconds'])}", seconds_text(s["seconds"]), False))
-        rows.append(("output tokens a second", f"{s['output_tokens_per_second']:,.0f}", False))
-        rows.append(("output tokens", f"{s['output_tokens']:,}", False))
+    if s.get("steps"):
+        last = ", last start" if s.get("earlier") else ""
+        rows.append((f"of which loading {seconds_text(s['load_seconds'])}{last}", seconds_text(s["seconds"]), False))
+        rows.append((f"output tokens a second{last}", f"{s['output_tokens_per_second']:,.0f}", False))
+        rows.append((f"output tokens{last}", f"{s['output_tokens']:,}", False))
     if s.get("cacheable_tokens"):
         rows.append(("of the possible prefill saved", f"{s['cached_tokens'] / s['cacheable_tokens']:.1%}", False))
     if run.pass_band is not None and run.pass_band.ks:
@@ -105,7 +105,7 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
     """Title, note and drawing of each figure that there is something to draw for."""
     figures: list[tuple[str, str, str]] = []
     if len(run.steps.get("seconds", ())) > 1:
-        figures += _step_figures(run.steps, run.num_pages)
+        figures += _step_figures(run.steps)
     if len(run.lengths):
         note = f"median {np.median(run.lengths):,.0f}, longest {run.lengths.max():,}"
         figures.append(("Output lengths", note, plots.histogram(run.lengths, "output tokens of a sample")))
@@ -125,21 +125,21 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
         figures.append(("Prompt tokens", "how much shared prefixes saved", plots.bars(labels, values, "tokens")))
     if s.get("predicted_seconds") is not None:
         drawing = plots.bars(("predicted", "actual"), (s["predicted_seconds"], s["step_seconds"]), "seconds of all steps")
-        figures.append(("Predicted and actual", f"by {s['predicted_by']}", drawing))
+        figures.append(("Predicted and actual", f"the steps that were taken, by {s['predicted_by']}", drawing))
     return figures
 
 
-def _step_figures(steps: Mapping[str, Float64], num_pages: int) -> list[tuple[str, str, str]]:
-    edges, means = _thin(steps, ("running", "waiting", "pages"))
+def _step_figures(steps: Mapping[str, Float64]) -> list[tuple[str, str, str]]:
+    edges, means = _thin(steps, ("running", "waiting", "pages", "capacity"))
     rates = _rates(steps, edges)
     total = float(steps["seconds"].sum())
     output, prefill = plots.Line("output", rates["sampled"], filled=True), plots.Line("prefill", rates["prefill"], plots.SECOND)
     drawn = plots.over_time(edges, [output, prefill], "tokens a second")
     running = [plots.Line("running", means["running"], filled=True), plots.Line("waiting", means["waiting"], plots.SECOND)]
-    kv = [plots.Line("in use", means["pages"] / max(num_pages, 1), filled=True)]
+    kv = [plots.Line("in use", means["pages"] / np.maximum(means["capacity"], 1), filled=True)]
     return [
         ("Throughput", f"{len(steps['seconds']):,} steps in {seconds_text(total)}", drawn),
-        ("KV cache in use", f"of {num_pages:,} pages", plots.over_time(edges, kv, "share of pages", 1.0)),
+        ("KV cache in use", f"of {steps['capacity'].max():,.0f} pages", plots.over_time(edges, kv, "share of pages", 1.0)),
         ("Samples running and waiting", "", plots.over_time(edges, running, "samples")),
     ]
 

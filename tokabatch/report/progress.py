@@ -64,9 +64,9 @@ class Progress(Protocol):
 
 
 def open_progress(quiet: bool) -> Progress:
-    """The display that standard error can show."""
+    """The display that standard error can show; a quiet one has messages alone."""
     if quiet:
-        return NullProgress()
+        return MessagesOnly(sys.stderr)
     console = Console(stderr=True, highlight=False)
     if console.is_terminal and not console.is_dumb_terminal:
         return LiveProgress(console)
@@ -87,6 +87,16 @@ class NullProgress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         pass
+
+
+class MessagesOnly(NullProgress):
+    """Shows what a person should know, and no progress."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def message(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
 
 
 class Rates:

@@ -63,6 +63,9 @@ class RunSummary:
     recomputed_tokens: int = 0
     waited_steps: int = 0
     """Steps that running samples sat out for want of pages."""
+    max_running: int = 0
+    max_step_tokens: int = 0
+    """The limits of the last step."""
     host_seconds: float = 0.0
     launch_seconds: float = 0.0
     restarts: tuple[tuple[str, int], ...] = ()
@@ -82,6 +85,7 @@ class RunSummary:
     kv_use: float = 0.0
     """Mean share of the KV pages in use."""
     num_pages: int = 0
+    device: str = ""
     itemsize: int = 0
     """Bytes of a number computed with."""
     predicted_seconds: float | None = None
@@ -128,11 +132,13 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class KvFacts:
-    """The KV cache: `pages` of `page_size` tokens; `pages` is None where the device decides it at start."""
+    """The KV cache: `pages` of `page_size` tokens, None where the device decides that at start; and what a step may hold."""
 
     bytes_per_token: int
     page_size: int
     pages: int | None
+    max_running: int
+    max_step_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +198,8 @@ def run_sections(summary: RunSummary) -> tuple[Section, ...]:
         ]
     if summary.predicted_seconds is not None:
         share = _share_of_time(summary.predicted_seconds, summary.step_seconds)
-        predicted = f"{seconds_text(summary.predicted_seconds)} by {summary.predicted_by}"
-        work.append(("predicted", f"{predicted}; the steps took {seconds_text(summary.step_seconds)}{share}"))
+        predicted = f"{seconds_text(summary.predicted_seconds)} for these steps by {summary.predicted_by}"
+        work.append(("predicted", f"{predicted}; they took {seconds_text(summary.step_seconds)}{share}"))
     sections = [Section("Run", tuple(books)), Section("Work", (*work, *_faults(summary)))]
     if summary.pass_at_k is not None:
         rates = tuple((f"pass@{k}", f"{value:.4f}") for k, value in summary.pass_at_k)
@@ -218,7 +224,7 @@ def plan_sections(report: PlanReport) -> tuple[Section, ...]:
     return (
         Section("Model", facts),
         Section("Work", _plan_work(report)),
-        Section("KV cache", _plan_kv(report.kv)),
+        Section("Replica", _plan_kv(report.kv)),
         Section("Generation", tuple((s.key, s.value, s.source) for s in report.settings), ("key", "value", "from")),
         Section("First prompt", (("", _cut_text(report.first_prompt)),)),
         Section(f"Its {_count(len(report.first_token_ids))} token ids", (("", _cut_ids(report.first_token_ids)),)),
@@ -251,7 +257,9 @@ def verification_sections(
 
 
 def seconds_text(seconds: float) -> str:
-    """`0.41 s`, `12.3 s`, `4:05` (minutes) or `3:04:05`."""
+    """`4.1 ms`, `0.41 s`, `12.3 s`, `4:05` (minutes) or `3:04:05`."""
+    if 0 < seconds < 0.01:
+        return f"{seconds * 1000:.1f} ms"
     if seconds < 60:
         return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -275,11 +283,15 @@ def _plan_work(report: PlanReport) -> tuple[tuple[str, str], ...]:
 
 def _plan_kv(kv: KvFacts) -> tuple[tuple[str, str], ...]:
     size = [("bytes per token", _count(kv.bytes_per_token)), ("page", f"{_count(kv.page_size)} tokens")]
-    if kv.pages is None:
-        return (*size, ("pages", "as many as the device's memory holds"))
-    tokens = kv.pages * kv.page_size
-    mebibytes = tokens * kv.bytes_per_token / (1 << 20)
-    return (*size, ("pages", f"{_count(kv.pages)} ({_count(tokens)} tokens, {mebibytes:,.1f} MiB)"))
+    pages = "as many as the device's memory holds"
+    if kv.pages is not None:
+        tokens = kv.pages * kv.page_size
+        pages = f"{_count(kv.pages)} ({_count(tokens)} tokens, {tokens * kv.bytes_per_token / (1 << 20):,.1f} MiB)"
+    return (
+        *size,
+        ("pages", pages),
+        ("a step", f"at most {_count(kv.max_running)} samples, {_count(kv.max_step_tokens)} tokens"),
+    )
 
 
 def _faults(summary: RunSummary) -> list[tuple[str, str]]:
@@ -297,7 +309,8 @@ def _faults(summary: RunSummary) -> list[tuple[str, str]]:
 
 def _steps(summary: RunSummary) -> str:
     times = f"scheduler {seconds_text(summary.host_seconds)}, launching {seconds_text(summary.launch_seconds)} of CPU time"
-    return f"{_count(summary.steps)}, {times}"
+    limits = f" of at most {_count(summary.max_running)} samples, {_count(summary.max_step_tokens)} tokens"
+    return f"{_count(summary.steps)}{limits if summary.max_running else ''}; {times}"
 
 
 def _books(summary: RunSummary) -> str:

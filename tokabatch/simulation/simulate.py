@@ -75,7 +75,7 @@ def simulate(
         running, pages = len(scheduler.sequences.order), scheduler.pool.num_used
         work = measure_work(step, limits.page_size)
         done = len(scheduler.apply(device.run(step)))
-        state = StepState(float(cost(work)), running, total - finished - running, pages, done)
+        state = StepState(float(cost(work)), running, total - finished - running, pages, limits.num_pages, done)
         finished += done
         trace.add(work, state)
     return Simulation(trace.steps(), scheduler.counts, limits.num_pages)
