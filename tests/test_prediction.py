@@ -12,6 +12,7 @@ from tokabatch.errors import JobError, OutputError, UsageError
 from tokabatch.job import Job
 from tokabatch.planner import plan_and_simulate
 from tokabatch.prediction import Scenario, profile_run
+from tokabatch.pricing import profile_of
 from tokabatch.report.outlook import outlook_sections
 from tokabatch.review import write_report
 from tokabatch.runner import run
@@ -142,6 +143,16 @@ def test_a_profile_takes_the_place_of_a_profile_alone(job, tmp_path):
         profile_run(tmp_path / "out", tmp_path / "profile.json", "h200")
     profile_run(tmp_path / "out", tmp_path / "profile.json")
     profile_run(tmp_path / "out", tmp_path / "profile.json")
+
+
+def test_a_run_on_a_device_of_unknown_rates_is_profiled_by_those_of_another(job, tmp_path):
+    run(job)
+    summary = tmp_path / "out" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"device": "NVIDIA Abacus"}))
+    with pytest.raises(UsageError, match="rates of NVIDIA Abacus are not known"):
+        profile_run(tmp_path / "out", tmp_path / "profile.json")
+    assert profile_run(tmp_path / "out", tmp_path / "profile.json", "h100").roofline.device.name == "NVIDIA Abacus"
+    assert profile_of(tmp_path / "profile.json", "NVIDIA Abacus", "engine.profile").device.flops > 1e14
 
 
 @pytest.mark.parametrize("price", [-3.0, float("nan")])

@@ -20,9 +20,10 @@ from support.scripted_worker import Script
 
 from tokabatch.engine.executor import ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
-from tokabatch.errors import EngineError, Stopped, WorkerLost
+from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.errors import EngineError, StepDropped, Stopped, WorkerLost
 from tokabatch.interruption import Interruption
-from tokabatch.messages import Completion, SamplingParams
+from tokabatch.messages import Completion, SamplingParams, StepBatch, StepResult
 from tokabatch.replica import Replica, ReplicaCounts
 from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -57,7 +58,7 @@ class Run:
             steps = 0
             while not self.scheduler.done:
                 steps += 1
-                each_step(steps, replica._executor.pid)
+                each_step(steps, getattr(replica._executor, "pid", 0))
                 for completion in replica.advance():
                     key = (completion.row_index, completion.sample_index)
                     assert key not in self.done
@@ -202,6 +203,44 @@ def test_no_memory_a_second_time_restarts_the_worker(script):
     assert run.counts.dropped_steps == 3 and run.counts.restarts == {"out of memory": 1}
     assert run.scheduler.limits.max_step_tokens == 16
     assert "engine.kv_cache_tokens" in run.told[1]
+
+
+class DiesResuming:
+    """The first of these has no memory for a step, and is gone when it is asked to go on."""
+
+    made = 0
+    sizes = ReplicaSizes(4, 200, 16, 64, 16, 2, 1)
+
+    def __init__(self) -> None:
+        DiesResuming.made += 1
+        self.first = DiesResuming.made == 1
+        self.results: list[StepResult] = []
+
+    def start(self) -> None:
+        self.device = token_device.TokenDevice(LIMITS)
+        self.device.prompts = PROMPTS
+
+    def submit(self, step: StepBatch) -> None:
+        self.results.append(self.device.run(step))
+
+    def collect(self) -> StepResult:
+        if self.first:
+            raise StepDropped("no memory for a step of 64 tokens")
+        return self.results.pop(0)
+
+    def resume(self) -> None:
+        raise WorkerLost("the worker process was killed by signal 9 (SIGKILL)", "killed")
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def test_a_worker_that_dies_before_it_goes_on_with_smaller_steps_is_replaced(script):
+    run = Run(script())
+    run.make = DiesResuming
+    run.complete()
+    run.check()
+    assert run.counts.dropped_steps == 1 and run.counts.restarts == {"killed": 1}
 
 
 def test_deaths_while_loading_are_survived_and_counted(script):

@@ -22,7 +22,7 @@ from tokabatch.job import Job
 from tokabatch.messages import Int64, Requests
 from tokabatch.model.families import read_spec
 from tokabatch.preparation import Prepared, pick_device
-from tokabatch.pricing import CostModel, cost_model, describe, device_name, known_device, present_device, profile_of
+from tokabatch.pricing import CostModel, cost_model, device_name, device_of, known_device, present_device, profile_of
 from tokabatch.report.outlook import Outlook, Trial
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.simulation.lengths import Lengths, Unstopped, lognormal, observed
@@ -66,16 +66,15 @@ def predict_run(
     nothing is left to run, or nothing is known of this machine's device."""
     if not len(prepared.requests):
         raise UsageError("there is nothing to simulate: no row has become a prompt, or all samples are there already")
-    device = device or present_device(prepared.device)
-    cost = cost_model(prepared, device, profile)
+    cost, cost_described = cost_model(prepared, device, profile)
     lengths, described = _lengths(scenario.lengths)
     begin = time.perf_counter()
     whole = simulate(prepared.requests, limits, cost.seconds, lengths)
     trials, trial_samples = _trials(prepared, limits, cost, lengths)
     counts = whole.counts
     return Outlook(
-        device=device.rates.name,
-        cost_model=describe(cost, device),
+        device=device_of(cost).name,
+        cost_model=cost_described,
         lengths=described,
         samples=counts.finished,
         output_tokens=counts.output_tokens,
@@ -115,8 +114,9 @@ def profile_run(out: Path, target: Path, device: str | None = None) -> Profile:
             raise UsageError(f"--to {target} exists and is no profile; name another file") from error
     summary = read_summary(folder)
     spec, itemsize = read_spec(Path(manifest.model_path)), int(summary.get("itemsize", 2))
-    rates = _ran_on(str(summary.get("device", "")), device).rates
-    profile = fit_profile(spec, rates, Steps(columns), itemsize, source=str(out))
+    noted = str(summary.get("device", ""))
+    rates = _ran_on(noted, device).rates
+    profile = fit_profile(spec, replace(rates, name=noted or rates.name), Steps(columns), itemsize, source=str(out))
     try:
         temporary = target.with_name(f".{target.name}.partial")
         write_whole(DurableFiles(), temporary, target, profile_document(profile).encode())

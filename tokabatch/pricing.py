@@ -13,7 +13,7 @@ import torch
 from tokabatch.costs.budget import prefill_tokens
 from tokabatch.costs.devices import KNOWN, PROCESSOR, Device, find_device, measure_processor
 from tokabatch.costs.profile import Profile, SavedProfile, load_profile
-from tokabatch.costs.roofline import Roofline
+from tokabatch.costs.roofline import DeviceRates, Roofline
 from tokabatch.costs.trace import Steps
 from tokabatch.engine.sizing import ReplicaSizes, available_memory, decide_sizes
 from tokabatch.errors import JobError, UsageError
@@ -69,25 +69,26 @@ def present_device(device: str) -> Device:
     return found
 
 
-def cost_model(prepared: Prepared, device: Device, profile: SavedProfile | None) -> CostModel:
-    """The measured profile where there is one, else the roofline."""
+def cost_model(prepared: Prepared, device: Device | None, profile: SavedProfile | None) -> tuple[CostModel, str]:
+    """The measured profile where there is one, else the roofline of `device` (this machine's by default), and what it is.
+    Raises UsageError for a device whose rates are not known."""
     if profile is not None:
-        return profile.of_model(prepared.spec)
-    return Roofline(prepared.spec, device.rates, prepared.dtype.itemsize)
-
-
-def describe(cost: CostModel, device: Device) -> str:
-    if isinstance(cost, Profile):
-        return f"the profile of {cost.source}"
-    return "the roofline" + ("" if device.measured else " (published rates, scaled)")
+        return profile.of_model(prepared.spec), f"the profile of {profile.source}"
+    device = device or present_device(prepared.device)
+    described = "the roofline" + ("" if device.measured else " (published rates, scaled)")
+    return Roofline(prepared.spec, device.rates, prepared.dtype.itemsize), described
 
 
 def price_steps(prepared: Prepared, steps: Steps, profile: SavedProfile | None) -> tuple[float, str]:
     """Seconds of steps that were taken, by the cost model of this machine's device, and its description. Raises UsageError
     for a device whose rates are not known."""
-    device = present_device(prepared.device)
-    cost = cost_model(prepared, device, profile)
-    return float(np.sum(cost.seconds(steps.work))), f"{describe(cost, device)} of {device.rates.name}"
+    cost, described = cost_model(prepared, None, profile)
+    return float(np.sum(cost.seconds(steps.work))), f"{described} of {device_of(cost).name}"
+
+
+def device_of(cost: CostModel) -> DeviceRates:
+    """The device whose seconds a cost model gives."""
+    return cost.roofline.device if isinstance(cost, Profile) else cost.device
 
 
 def size_replica(job: Job, prepared: Prepared, profile: SavedProfile | None, absent: Device | None = None) -> ReplicaSizes:
@@ -109,6 +110,6 @@ def _prefill_tokens(prepared: Prepared, profile: SavedProfile | None, absent: De
     device = absent
     if device is None and prepared.device == "cuda":
         device = find_device(torch.cuda.get_device_name())
-    if profile is not None:
-        return prefill_tokens(profile.of_model(prepared.spec).seconds)
-    return None if device is None else prefill_tokens(cost_model(prepared, device, None).seconds)
+    if device is None and profile is None:
+        return None
+    return prefill_tokens(cost_model(prepared, device, profile)[0].seconds)

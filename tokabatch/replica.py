@@ -151,7 +151,10 @@ class Replica:
             f"{fault}. The run goes on with steps of at most {limits.max_step_tokens:,} tokens and {limits.max_running:,} "
             "samples (engine.max_step_tokens, engine.max_running)"
         )
-        self._executor.resume()
+        try:
+            self._executor.resume()
+        except WorkerLost as lost:
+            return self._replace_worker(lost)
         return []
 
     def _replace_worker(self, fault: WorkerLost) -> list[Completion]:

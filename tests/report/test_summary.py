@@ -115,7 +115,7 @@ class TestRender:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.0, "0.00 s"), (0.0041, "4.1 ms"), (9.994, "9.99 s"), (59.9, "59.9 s"), (60, "1:00"), (3599.7, "1:00:00"), (90_061, "25:01:01")],
+    [(0.0041, "4.1 ms"), (9.994, "9.99 s"), (59.9, "59.9 s"), (60, "1:00"), (3599.7, "1:00:00"), (90_061, "25:01:01")],
 )
 def test_seconds(seconds: float, text: str) -> None:
     assert seconds_text(seconds) == text

@@ -141,3 +141,29 @@ def test_endless_samples_show_before_any_has_ended(frontier):
     model, left = survivors_at(lengths, frontier, 2048)
     drawn = frontier + remaining(model, frontier)
     assert 0.45 < (drawn == 2048).mean() / (left == 2048).mean() < 1.2
+
+
+@pytest.mark.parametrize("max_tokens", [16_384, 32_768])
+def test_thousands_that_end_at_one_length_leave_nobody(max_tokens):
+    edges = Bins(max_tokens).edge
+    for length in {int(edges[np.searchsorted(edges, want)]) + 1 for want in (8_000, 12_000, 20_000) if want < 0.9 * max_tokens}:
+        model = LengthModel(max_tokens, np.zeros(1, np.bool_))
+        model.observe(np.zeros(20_000, np.int32), np.full(20_000, length, np.int32), np.ones(20_000, np.bool_))
+        assert model.refresh(np.zeros(0, np.int32), np.zeros(0, np.int32))
+        assert 0 < model.mean_length(max_tokens) <= max_tokens
+
+
+def test_nothing_is_kept_of_a_prompt_whose_last_samples_have_been_counted():
+    model = LengthModel(1024, np.ones(50, np.bool_))
+    for request in range(50):
+        for _ in range(2):
+            model.observe(np.full(8, request, np.int32), np.arange(20, 28, dtype=np.int32), np.ones(8, np.bool_))
+            model.refresh(np.full(3, request, np.int32), np.full(3, 5, np.int32))
+        model.forget([request])
+    for _ in range(100):
+        model.refresh(np.zeros(0, np.int32), np.zeros(0, np.int32))
+    model.observe(np.full(50, 49, np.int32), np.full(50, 30, np.int32), np.ones(50, np.bool_))
+    model.forget([49])
+    for _ in range(100):
+        model.refresh(np.zeros(0, np.int32), np.zeros(0, np.int32))
+    assert not model._ended and not model._finished

@@ -104,6 +104,8 @@ class Admission:
         self._prompts.requeue(prompt, sample)
         prompt.live -= 1
         seq.close(np.array([slot], np.int64))
+        if prompt.tainted:
+            self._prompts.release([], [prompt])
 
     def _fitting(self, candidates: Candidates) -> Int32:
         """How many samples of each candidate fit the pool at every future step."""
@@ -173,7 +175,7 @@ class Admission:
 
     def _admit_fresh(self, count: int, budget: int, draft: StepDraft) -> Runs:
         """Open the next prompts and admit the first sample of each."""
-        opened = self._prompts.open_next(count)
+        opened = self._prompts.open_next(count, budget)
         return self._lead(opened, budget, draft) if opened else _NONE
 
     def _lead(self, prompts: list[OpenPrompt], budget: int, draft: StepDraft) -> Runs:

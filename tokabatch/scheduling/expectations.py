@@ -96,7 +96,8 @@ class Expectations:
 
     def forget(self, requests: list[int]) -> None:
         """All samples of these prompts are finished."""
-        self._model.forget(requests)
+        if not (self._all_given or self._foretold):
+            self._model.forget(requests)
 
     def _so_far(self, slots: Int64) -> Int32:
         """Output tokens of each slot, those that steps in flight are about to sample included."""

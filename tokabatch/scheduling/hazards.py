@@ -22,6 +22,7 @@ Indices = npt.NDArray[np.integer[Any]]
 PRIOR_SAMPLES = 4.0
 """Samples' worth of tokens at risk behind the prior of each of the run's bins."""
 ENDLESS, MOST_ENDLESS = 0.35, 0.75
+_LEAST_LEFT = 1e-300
 """Share of samples taken never to stop as long as no sample got far enough to tell; and its bound among those still left."""
 LEVEL_STOPS = 4.0
 """Stops at the lengths just before until these outweigh the run's mean in the prior of a bin."""
@@ -74,7 +75,7 @@ def run_hazard(bins: Bins, stops: Float64, at_risk: Float64) -> Float64:
     weight = PRIOR_SAMPLES * bins.width
     seen = (stops + stopping * weight) / (at_risk + weight)
     frontier = int(np.max(np.flatnonzero(at_risk > weight), initial=-1)) + 1
-    left = float(np.exp(-(seen * bins.width)[:frontier].sum()))
+    left = max(float(np.exp(-(seen * bins.width)[:frontier].sum())), _LEAST_LEFT)
     until = slice(min(frontier, bins.count - 1) + 1)
     endless = _endless(left, (stopping * middle)[until], stops_before[until])
     reached = np.exp(-np.cumsum(np.where(place < frontier, 0.0, stopping * bins.width)))

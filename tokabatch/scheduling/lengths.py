@@ -51,6 +51,7 @@ class LengthModel:
         self._stops, self._at_risk = np.zeros(self.bins.count), np.zeros(self.bins.count)
         self._ended: dict[int, tuple[Float64, Float64]] = {}
         """By prompt: stops, and time at risk of the samples that ended, in the bins of the scales."""
+        self._finished: list[int] = []
         self._fresh: list[tuple[Int32, Int32, Bool]] = []
         self._num_fresh = self._num_seen = self._age = 0
         self._table_request = np.zeros(0, np.int32)
@@ -68,6 +69,7 @@ class LengthModel:
         if due:
             self._age = 0
             self._take_fresh()
+            self._absorb_finished()
             self._estimate(request, generated)
         return bool(due)
 
@@ -84,10 +86,8 @@ class LengthModel:
         return self._table.mean_length(limit)
 
     def forget(self, requests: list[int]) -> None:
-        """These prompts are finished: what was learned of each goes into the run's."""
-        known = [self._ended.pop(request) for request in requests if request in self._ended]
-        if known:
-            self._scales.absorb(np.stack([stops for stops, _ in known]), np.stack([time for _, time in known]))
+        """These prompts are finished: what is learned of each goes into the run's once their last samples have been counted."""
+        self._finished += requests
 
     def _draw(self, request: Int32, generated: Int32, limit: Int32, exponential: Float64) -> Int32:
         row = np.zeros(len(request), np.int32)
@@ -112,6 +112,12 @@ class LengthModel:
         for place, key in enumerate(distinct.tolist()):
             earlier = self._ended.get(key, (0.0, 0.0))
             self._ended[key] = earlier[0] + stops[place], earlier[1] + time[place]
+
+    def _absorb_finished(self) -> None:
+        known = [self._ended.pop(request) for request in self._finished if request in self._ended]
+        self._finished = []
+        if known:
+            self._scales.absorb(np.stack([stops for stops, _ in known]), np.stack([time for _, time in known]))
 
     def _estimate(self, request: Int32, generated: Int32) -> None:
         """Renew the table from all that ended and from what runs."""

@@ -143,9 +143,10 @@ class OpenPrompts:
                 best = (prompt, pages)
         return best
 
-    def open_next(self, count: int) -> list[OpenPrompt]:
+    def open_next(self, count: int, budget: int) -> list[OpenPrompt]:
         """Open up to `count` prompts that were never open before, in order, each sharing what its predecessor holds or is
-        about to compute in the same step. Fewer come back when the pool lacks pages, or none while the first must wait."""
+        about to compute in the same step. Fewer come back when the pool lacks pages or the step tokens, or none while the first
+        must wait."""
         first = self.next_request
         batch = np.arange(first, first + count)
         size = self._page_size
@@ -156,7 +157,10 @@ class OpenPrompts:
         if neighbour is not None and neighbour.computed < shared[0] * size:
             return []
         fresh = -(-self._requests.length[batch] // size) - shared
-        count = int(np.searchsorted(np.cumsum(fresh), self._pool.num_free, side="right"))
+        # What the next one inherits is computed in this very step: `budget` runs out in the last one opened or behind it.
+        computed = np.cumsum(self._requests.length[batch] - shared * size)
+        count = min(count, int(np.searchsorted(computed, budget)) + 1)
+        count = min(count, int(np.searchsorted(np.cumsum(fresh), self._pool.num_free, side="right")))
         if count == 0:
             return []
         stops = np.cumsum(fresh[:count])

@@ -254,6 +254,7 @@ class Scheduler:
             completions.append(output.completion(row_index, sample, prompt.length, error=error))
         self.counts.finished += len(completions)
         self.counts.finished_prompts += 1
+        self._expectations.forget([request])
         return completions
 
     def _continue_prefill(self, slots: Int64, budget: int, draft: StepDraft) -> tuple[Int64, Int32, int]:

@@ -72,11 +72,18 @@ class Shortage:
         if self._steps_to_look <= 0:
             self._steps_to_look = self._page_size
             self._look()
-        if not self._holding:
-            return decoding
-        going = decoding[self._held_epoch[decoding] != seq.epoch[decoding]]
+        going = self._going(decoding)
+        if not len(going):
+            # All that might go on have ended since.
+            self._look()
+            going = self._going(decoding)
         self.num_waiting = len(decoding) - len(going)
         return going
+
+    def _going(self, decoding: Int64) -> Int64:
+        if not self._holding:
+            return decoding
+        return decoding[self._held_epoch[decoding] != self._sequences.epoch[decoding]]
 
     def grow(self, decoding: Int64, draft: StepDraft) -> Int64:
         """Give each slot the page its next position needs; returns those that have it. Where the pool is short some wait for a
