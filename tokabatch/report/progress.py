@@ -96,7 +96,8 @@ class MessagesOnly(NullProgress):
         self._stream = stream
 
     def message(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
 
 
 class Rates:
