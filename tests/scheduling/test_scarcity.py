@@ -10,24 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support import token_device
+from support.shortsighted import Shortsighted
 
-from tokabatch.messages import Bool, Int32, Int64, SamplingParams, StepResult
+from tokabatch.messages import SamplingParams, StepResult
 from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
-
-
-class Shortsighted:
-    """Takes every sample to end at its next token."""
-
-    def predict(self, request: Int32, sample: Int32, generated: Int32, limit: Int32, ticket: Int64) -> Int32:
-        return generated + 1
-
-    def observe(self, request: Int32, length: Int32, stopped: Bool) -> None:
-        pass
-
-    def refresh(self, request: Int32, generated: Int32) -> bool:
-        return False
 
 
 def scarce_job(rng: random.Random) -> tuple[list[list[int]], list[SamplingParams], SchedulerLimits, int]:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.shortsighted import Shortsighted
 
-from tokabatch.messages import Bool, Int32, Int64, Requests, SamplingParams
+from tokabatch.messages import Int32, Int64, Requests, SamplingParams
 from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.shortage import finishing
@@ -61,19 +62,6 @@ def test_pages_fill_over_as_many_steps_as_they_hold_tokens():
         )
 
     assert [count(page_size) for page_size in (2, 4, 16)] == [1, 2, 8]
-
-
-class Shortsighted:
-    """Takes every sample to end at its next token, so that far too many are admitted."""
-
-    def predict(self, request: Int32, sample: Int32, generated: Int32, limit: Int32, ticket: Int64) -> Int32:
-        return generated + 1
-
-    def observe(self, request: Int32, length: Int32, stopped: Bool) -> None:
-        pass
-
-    def refresh(self, request: Int32, generated: Int32) -> bool:
-        return False
 
 
 def requests_of(count: int, max_tokens: int) -> Requests:
