@@ -73,7 +73,7 @@ class Shortage:
             self._steps_to_look = self._page_size
             self._look()
         going = self._going(decoding)
-        if not len(going):
+        if len(decoding) and not len(going):
             # All that might go on have ended since.
             self._look()
             going = self._going(decoding)
