@@ -139,11 +139,11 @@ class Rates:
         return (value(last) - value(first)) / seconds if seconds > 0 else 0.0
 
 
-class LineProgress:
+class LineProgress(MessagesOnly):
     """One plain line every few seconds and at each change of phase, without control codes."""
 
     def __init__(self, stream: TextIO, interval: float = _LINE_SECONDS) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self._interval = interval
         self._next = 0.0
         self._phase: Phase | None = None
@@ -155,10 +155,6 @@ class LineProgress:
             self._unshown = snapshot
             return
         self._show(snapshot)
-
-    def message(self, text: str) -> None:
-        self._stream.write(f"{text}\n")
-        self._stream.flush()
 
     def __enter__(self) -> LineProgress:
         return self
