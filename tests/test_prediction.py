@@ -101,8 +101,8 @@ def test_a_plan_for_a_gpu_computes_in_its_type(job, dtype):
     changed = job.model_copy(update={"model": job.model.model_copy(update={"dtype": dtype})})
     report, outlook = plan_and_simulate(changed, Scenario(device="h200", lengths="70"))
     # Six layers, two KV heads of 64, keys and values, two bytes: the weights are bfloat16.
-    assert report.model.dtype == "bfloat16" and report.kv.bytes_per_token == 6 * 2 * 64 * 2 * 2
-    assert report.kv.max_step_tokens == report.kv.max_running + 4096
+    assert report.model.dtype == "bfloat16" and report.replica.bytes_per_token == 6 * 2 * 64 * 2 * 2
+    assert report.replica.max_step_tokens == report.replica.max_running + 4096
     wider = job.model_copy(update={"model": job.model.model_copy(update={"dtype": "float32"})})
     assert plan_and_simulate(wider, Scenario(device="h200", lengths="70"))[1].seconds > outlook.seconds
 
@@ -111,7 +111,7 @@ def test_a_plan_for_a_gpu_may_ask_for_what_this_machine_lacks(job):
     engine = job.engine.model_copy(update={"device": "cuda", "kv_cache_dtype": "fp8"})
     model = job.model.model_copy(update={"dtype": "auto", "quantization": "fp8"})
     report, _ = plan_and_simulate(job.model_copy(update={"engine": engine, "model": model}), Scenario(device="h200"))
-    assert report.kv.bytes_per_token == 6 * 2 * 64 * 2
+    assert report.replica.bytes_per_token == 6 * 2 * 64 * 2
 
 
 def test_what_is_there_already_is_not_simulated_again(job):

@@ -19,7 +19,7 @@ from tokabatch.preparation import Prepared
 from tokabatch.pricing import read_profile, size_replica
 from tokabatch.replica import scheduler_limits
 from tokabatch.report.outlook import Outlook
-from tokabatch.report.summary import KvFacts, ModelFacts, PlanReport
+from tokabatch.report.summary import ModelFacts, PlanReport, ReplicaFacts
 from tokabatch.resumption import Start, preview
 
 
@@ -75,7 +75,9 @@ def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
     ids = store.prompt(first).tolist() if first is not None else []
     return PlanReport(
         model=model,
-        kv=KvFacts(per_page // sizes.page_size, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_step_tokens),
+        replica=ReplicaFacts(
+            per_page // sizes.page_size, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_step_tokens
+        ),
         rows=store.num_rows,
         samples=prepared.samples_total,
         prompt_tokens=sharing.total_tokens,

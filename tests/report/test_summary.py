@@ -11,9 +11,9 @@ from rich.console import Console
 from tokabatch.job import Setting
 from tokabatch.report.render import plain, tables
 from tokabatch.report.summary import (
-    KvFacts,
     ModelFacts,
     PlanReport,
+    ReplicaFacts,
     RunSummary,
     Section,
     plan_sections,
@@ -33,7 +33,8 @@ MODEL = ModelFacts("m", "llama", 3_400_000, 6, 256, 4, 2, 64, 2048, 4096, "float
 
 def a_plan(**changes: object) -> PlanReport:
     values: dict[str, object] = dict(
-        model=MODEL, kv=KvFacts(1536, 16, 1024, 512, 1536), rows=100, samples=400, prompt_tokens=1000, unique_tokens=400,
+        model=MODEL, replica=ReplicaFacts(1536, 16, 1024, 512, 1536), rows=100, samples=400,
+        prompt_tokens=1000, unique_tokens=400,
         max_output_tokens=102_400, longest_prompt=77, first_prompt="Question: [bold]1+1[/bold]?\n  Answer:",
         first_token_ids=(1, 22, 333), settings=(Setting("n", "4", "job"), Setting("temperature", "0.6", "default")),
     )  # fmt: skip
@@ -79,7 +80,7 @@ class TestPlan:
         assert shown["pages"] == "1,024 (16,384 tokens, 24.0 MiB)"
 
     def test_pages_unknown_before_the_device_is(self) -> None:
-        shown = facts(plan_sections(a_plan(kv=KvFacts(1536, 16, None, 512, 1536))))
+        shown = facts(plan_sections(a_plan(replica=ReplicaFacts(1536, 16, None, 512, 1536))))
         assert shown["pages"] == "as many as the device's memory holds"
 
     def test_settings_say_where_they_come_from(self) -> None:

@@ -131,8 +131,8 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class KvFacts:
-    """The KV cache: `pages` of `page_size` tokens, None where the device decides that at start; and what a step may hold."""
+class ReplicaFacts:
+    """A KV cache of `pages` of `page_size` tokens, None where the device decides that at start; and what a step may hold."""
 
     bytes_per_token: int
     page_size: int
@@ -147,7 +147,7 @@ class PlanReport:
     fewest prompt tokens that have to be prefilled; `max_output_tokens` is the sum of max_tokens over all samples."""
 
     model: ModelFacts
-    kv: KvFacts
+    replica: ReplicaFacts
     rows: int
     samples: int
     prompt_tokens: int
@@ -224,7 +224,7 @@ def plan_sections(report: PlanReport) -> tuple[Section, ...]:
     return (
         Section("Model", facts),
         Section("Work", _plan_work(report)),
-        Section("Replica", _plan_kv(report.kv)),
+        Section("Replica", _plan_replica(report.replica)),
         Section("Generation", tuple((s.key, s.value, s.source) for s in report.settings), ("key", "value", "from")),
         Section("First prompt", (("", _cut_text(report.first_prompt)),)),
         Section(f"Its {_count(len(report.first_token_ids))} token ids", (("", _cut_ids(report.first_token_ids)),)),
@@ -281,16 +281,16 @@ def _plan_work(report: PlanReport) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _plan_kv(kv: KvFacts) -> tuple[tuple[str, str], ...]:
-    size = [("bytes per token", _count(kv.bytes_per_token)), ("page", f"{_count(kv.page_size)} tokens")]
+def _plan_replica(replica: ReplicaFacts) -> tuple[tuple[str, str], ...]:
+    size = [("bytes per token", _count(replica.bytes_per_token)), ("page", f"{_count(replica.page_size)} tokens")]
     pages = "as many as the device's memory holds"
-    if kv.pages is not None:
-        tokens = kv.pages * kv.page_size
-        pages = f"{_count(kv.pages)} ({_count(tokens)} tokens, {tokens * kv.bytes_per_token / (1 << 20):,.1f} MiB)"
+    if replica.pages is not None:
+        tokens = replica.pages * replica.page_size
+        pages = f"{_count(replica.pages)} ({_count(tokens)} tokens, {tokens * replica.bytes_per_token / (1 << 20):,.1f} MiB)"
     return (
         *size,
         ("pages", pages),
-        ("a step", f"at most {_count(kv.max_running)} samples, {_count(kv.max_step_tokens)} tokens"),
+        ("a step", f"at most {_count(replica.max_running)} samples, {_count(replica.max_step_tokens)} tokens"),
     )
 
 
