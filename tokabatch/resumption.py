@@ -77,10 +77,11 @@ def start(
         if reuse.retry_errors and committed.errors:
             tell(f"running {drop_errors(claim):,} error rows again")
             committed = read_committed(folder, prepared.samples_of_row, prepared.output_schema)
+            left = prepared.without(committed.drawn)
         write_manifest(claim, _manifest(job, prepared, earlier), job.given())
     if committed.samples:
         tell(f"continuing: {committed.samples:,} of {prepared.samples_total:,} samples are there already")
-    return Start(prepared.without(committed.drawn), committed)
+    return Start(left, committed)
 
 
 def preview(job: Job, scratch: Path, *, absent_gpu: bool = False) -> Start:
