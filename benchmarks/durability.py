@@ -80,6 +80,8 @@ class _NoDigest:
 class Phases(NullProgress):
     """Writes down when the phases begin."""
 
+    interval = 0.1
+
     def __init__(self) -> None:
         self.begun: dict[str, float] = {}
 

@@ -43,6 +43,8 @@ USED_IDS = 600
 class Faults(NullProgress):
     """Strikes the worker. Each worker is stopped once at most; a fault has been used up when it was sent."""
 
+    interval = 0.1
+
     def __init__(self, kills: int, stops: int, longest: float, seed: int) -> None:
         self._random = random.Random(seed)
         self._due = [signal.SIGKILL] * kills + [signal.SIGSTOP] * stops

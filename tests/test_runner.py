@@ -210,7 +210,9 @@ def test_verified_runs_report_pass_at_k(model, rows, tmp_path):
 
 
 class Watcher(NullProgress):
-    """Looks into the output folder while the run goes on."""
+    """Looks into the output folder while the run goes on, after every step."""
+
+    interval = 0.0
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -224,10 +226,34 @@ class Watcher(NullProgress):
 @pytest.mark.parametrize("output", [{"flush_seconds": 0.001}, {"rows_per_shard": 1}], ids=["by time", "by rows"])
 def test_shards_appear_while_the_run_goes_on(output, model, rows, tmp_path, monkeypatch):
     monkeypatch.setattr("tokabatch.recorder.BATCH_SAMPLES", 1 if "rows_per_shard" in output else 10_000)
-    monkeypatch.setattr("tokabatch.runner.SHOW_SECONDS", 0.0)
     watcher = Watcher(tmp_path / "out")
     run(job(model, rows, tmp_path / "out", output=output, engine={"max_running": 4}), watcher)
     assert 0 < watcher.seen[len(watcher.seen) // 2] < watcher.seen[-1]
+
+
+class Counter(NullProgress):
+    """Counts the snapshots that it gets."""
+
+    def __init__(self, interval: float | None) -> None:
+        self.interval = interval
+        self.phases: list[str] = []
+
+    def update(self, snapshot: ProgressSnapshot) -> None:
+        self.phases.append(snapshot.phase)
+
+
+def test_a_display_gets_what_it_can_show_and_one_that_shows_nothing_costs_nothing(model, rows, tmp_path, monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr("tokabatch.runner.Scheduler.expected_tokens_left", lambda self, waiting: asked.append(waiting) or 1)
+    often, seldom = Counter(0.0), Counter(3600.0)
+    run(job(model, rows, tmp_path / "often"), often)
+    run(job(model, rows, tmp_path / "seldom"), seldom)
+    assert often.phases.count("generating") > 5
+    assert [phase for phase in seldom.phases if phase != "reading"] == ["loading", "generating", "writing"]
+    asked.clear()
+    run(job(model, rows, tmp_path / "quiet"), Counter(None))
+    run(job(model, rows, tmp_path / "none"))
+    assert not asked
 
 
 def test_shards_have_the_size_asked_for(model, rows, tmp_path):

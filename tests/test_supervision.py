@@ -72,7 +72,9 @@ def worker_of(parent: int) -> psutil.Process | None:
 
 
 class Killer(NullProgress):
-    """Sends `signals` to the worker, each a random time after the one before it took effect."""
+    """Sends `signals` to the worker, each a random time after the one before it took effect. Looks after every step."""
+
+    interval = 0.0
 
     def __init__(self, signals: list[int], seed: int, longest: float = 0.3) -> None:
         self.signals = list(signals)
@@ -101,8 +103,7 @@ class Killer(NullProgress):
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Progress is shown after every step, and hangs are noticed soon."""
-    monkeypatch.setattr("tokabatch.runner.SHOW_SECONDS", 0.0)
+    """Hangs are noticed soon."""
     monkeypatch.setattr("tokabatch.engine.heartbeat.WARMING_STEPS", 1)
     monkeypatch.setattr("tokabatch.runner.Patience.of", lambda seconds: Patience(seconds, 60.0, seconds, 60.0))
 

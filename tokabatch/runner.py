@@ -43,7 +43,6 @@ from tokabatch.scheduling.scheduler import Scheduler
 from tokabatch.scheduling.stopping import StopRules, TokenText
 from tokabatch.stopwatch import Stopwatch
 
-SHOW_SECONDS = 0.1
 EXIT_COMPLETE, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED = 0, 3, 4, 75
 
 
@@ -132,11 +131,14 @@ class _Clock:
         self.progress.update(ProgressSnapshot("reading", self.elapsed, rows_done=rows, errors=errors))
 
     def is_due(self, phase: Phase) -> bool:
-        """Whether to tell the display where the run stands: in a new phase, and a few times a second at most."""
-        if phase == self.shown_phase and self.elapsed < self.next_show:
+        """Whether the display takes a snapshot now: at each new phase, and as often as it can show one."""
+        if self.progress.interval is None:
             return False
-        self.shown_phase, self.next_show = phase, self.elapsed + SHOW_SECONDS
-        return True
+        return phase != self.shown_phase or self.elapsed >= self.next_show
+
+    def shown(self, phase: Phase) -> None:
+        """The next snapshot is due after an interval from now: what making this one took does not count."""
+        self.shown_phase, self.next_show = phase, self.elapsed + (self.progress.interval or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,7 @@ class _Parts:
                 tokens_left=scheduler.expected_tokens_left(waiting),
             )
         )
+        self.clock.shown(phase)
 
 
 def _reading(clock: _Clock, stop: Interruption, rows: int, errors: int) -> None:

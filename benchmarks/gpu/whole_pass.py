@@ -80,6 +80,8 @@ class Figures:
 class Watch(NullProgress):
     """A display that shows little and remembers everything; asked between steps, it notes when each result came."""
 
+    interval = 0.1
+
     def __init__(self, stop_file: Path | None) -> None:
         self._stop_file = stop_file
         self.begun: float | None = None

@@ -1,6 +1,6 @@
 """Progress of a run: a live display on a terminal, plain lines elsewhere, nothing when asked for nothing.
 
-The runner calls `update` as often as it likes, from one thread: all but a few calls a second return after one comparison.
+The runner calls `update` about once an `interval`, from one thread: a snapshot is not made for a display that shows none.
 Everything goes to standard error. Knows no engine; a snapshot holds all that is shown.
 """
 
@@ -27,6 +27,8 @@ Phase = Literal["reading", "loading", "generating", "writing"]
 _REFRESH_SECONDS = 0.2
 _LINE_SECONDS = 5.0
 _WINDOW_SECONDS = 10.0
+_LATEST_SECONDS = 1.0
+"""How old the state may be that stands in the last line of a run that ends in an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,9 @@ class ProgressSnapshot:
 class Progress(Protocol):
     """Whoever makes one enters it; the runner only calls `update` and `message`."""
 
+    interval: float | None
+    """Seconds between snapshots in one phase; None takes none, so that none is made."""
+
     def update(self, snapshot: ProgressSnapshot) -> None: ...
 
     def message(self, text: str) -> None: ...
@@ -75,6 +80,8 @@ def open_progress(quiet: bool) -> Progress:
 
 class NullProgress:
     """Shows nothing."""
+
+    interval: float | None = None
 
     def update(self, snapshot: ProgressSnapshot) -> None:
         pass
@@ -142,6 +149,8 @@ class Rates:
 class LineProgress(MessagesOnly):
     """One plain line every few seconds and at each change of phase, without control codes."""
 
+    interval: float | None = _LATEST_SECONDS
+
     def __init__(self, stream: TextIO, interval: float = _LINE_SECONDS) -> None:
         super().__init__(stream)
         self._interval = interval
@@ -173,6 +182,8 @@ class LineProgress(MessagesOnly):
 
 class LiveProgress:
     """A bar and the figures, redrawn in place a few times a second."""
+
+    interval: float | None = _REFRESH_SECONDS
 
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, auto_refresh=False, transient=False)

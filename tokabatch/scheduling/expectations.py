@@ -85,8 +85,7 @@ class Expectations:
         total = int((np.where(self._given[seq.params[order]], limit, expected) - seq.generated[order]).sum())
         if not waiting:
             return total
-        kinds = zip(self.max_tokens.tolist(), self._given.tolist(), strict=True)
-        means = [limit if given else model.mean_length(limit) for limit, given in kinds]
+        means = np.where(self._given, self.max_tokens, model.mean_lengths(self.max_tokens))
         return total + round(waiting * float(np.average(means, weights=self._share)))
 
     def ended(self, slots: Int64, stopped: Bool) -> None:

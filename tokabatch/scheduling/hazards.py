@@ -124,13 +124,13 @@ class HazardTable:
         length = np.ceil(bins.edge[place] + np.minimum(into, bins.width[place]))
         return np.clip(np.where(beyond, longest, length), generated + 1, longest).astype(np.int32)
 
-    def mean_length(self, limit: int) -> float:
-        """The expected length of a fresh sample of the first row that may have at most `limit` tokens."""
+    def mean_lengths(self, limit: Int32) -> Float64:
+        """Expected lengths of fresh samples of the first row that may have at most `limit` tokens, 1 or more; shape [N]."""
         bins = self._bins
-        token = np.arange(limit)
+        token = np.arange(int(limit.max(initial=1)))
         place = bins.of[np.minimum(token, bins.edge[-1] - 1)]
         reached = self._total[0, place] + (token - bins.edge[place]) * self._rate[0, place]
-        return float(np.exp(-reached).sum())
+        return np.cumsum(np.exp(-reached))[limit - 1]
 
 
 def strata(ticket: npt.NDArray[np.int64], generated: Int32) -> Float64:

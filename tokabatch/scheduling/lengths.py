@@ -81,9 +81,9 @@ class LengthModel:
         """Lengths that any two samples of one prompt and age share: where the cumulative hazard has grown by 1, its mean."""
         return self._draw(request, generated, limit, np.ones(len(request)))
 
-    def mean_length(self, limit: int) -> float:
-        """Expected output tokens of a sample that has not begun."""
-        return self._table.mean_length(limit)
+    def mean_lengths(self, limit: Int32) -> Float64:
+        """Expected output tokens of samples that have not begun and may have at most `limit`, shape [N]."""
+        return self._table.mean_lengths(limit)
 
     def forget(self, requests: list[int]) -> None:
         """These prompts are finished: what is learned of each goes into the run's once their last samples have been counted."""
