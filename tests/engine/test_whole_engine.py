@@ -1,4 +1,6 @@
-"""The engine on a GPU in 16 bits against transformers: the three families, every way a step can be executed.
+"""The engine against transformers: the three families, every way a step can be executed.
+
+On a GPU in 16 bits, on FlashInfer's kernels; everywhere else the same tests run small, on the CPU in plain torch and float32.
 
 A sample is drawn by the engine; its tokens are then scored by transformers, all at once, in float32 and in the engine's own
 dtype. The engine's reported log-probabilities may be no further from float32 than transformers' own are, by a small factor.
@@ -28,8 +30,6 @@ from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
 
-pytestmark = pytest.mark.gpu
-
 VOCAB, CONTEXT = 499, 40_000
 SHAPE = {
     "vocab_size": VOCAB,
@@ -40,6 +40,26 @@ SHAPE = {
     "max_position_embeddings": CONTEXT,
 }
 FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the engine runs, in which type, and on which attention backend."""
+
+    name: str
+    dtype: torch.dtype
+    backend: str
+
+    def size(self, on_gpu: int, on_cpu: int) -> int:
+        return on_gpu if self.name == "cuda" else on_cpu
+
+
+GPU = pytest.param(Device("cuda", torch.bfloat16, "flashinfer_paged"), id="cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=[pytest.param(Device("cpu", torch.float32, "torch_paged"), id="cpu"), GPU])
+def device(request) -> Device:
+    return request.param
 
 
 @dataclass(frozen=True)
@@ -80,20 +100,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Pat
     return build
 
 
-def generate(folder: Path, prompts: Sequence[list[int]], params: SamplingParams, ways: Ways) -> list[Completion]:
+def generate(
+    device: Device, folder: Path, prompts: Sequence[list[int]], params: SamplingParams, ways: Ways
+) -> list[Completion]:
     longest = max(map(len, prompts)) + params.max_tokens
     columns = -(-longest // ways.page_size)
     grouping = GroupingLimits(2, 1) if ways.hydragen else None
     pages = max(columns + 1, ways.num_pages * 16 // ways.page_size)
     step = ways.max_running + ways.prefill_tokens
-    sizes = ReplicaSizes(ways.page_size, 0, ways.max_running, step, columns, 2, 1, pages, pages * ways.page_size)
+    sizes = ReplicaSizes(
+        ways.page_size, device.size(0, pages), ways.max_running, step, columns, 2, 1, pages, pages * ways.page_size
+    )
     spec = read_spec(folder)
     kept = torch.float8_e4m3fn if ways.kv_fp8 else None
-    worker = WorkerSpec(folder, spec, torch.bfloat16, "cuda", "flashinfer_paged", sizes, fp8=ways.fp8, kv_dtype=kept)
+    worker = WorkerSpec(folder, spec, device.dtype, device.name, device.backend, sizes, fp8=ways.fp8, kv_dtype=kept)
     with pytest.MonkeyPatch.context() as patch:
         if not ways.graphs:
             patch.setattr(DecodeGraphs, "size_for", lambda graphs, step: None)
         executor = InProcessExecutor(worker)
+        executor.start()
         limits = SchedulerLimits(ways.page_size, executor.sizes.num_pages, ways.max_running, step, columns, grouping)
         requests = token_device.make_requests(prompts, [params])
         scheduler = Scheduler(requests, limits, StopRules([params], [], spec.vocab_size, None))
@@ -111,14 +136,16 @@ def generate(folder: Path, prompts: Sequence[list[int]], params: SamplingParams,
 class Judge:
     """transformers' log-probabilities of given continuations, in float32 and in bf16."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, device: Device, folder: Path) -> None:
+        self.device = device.name
         self.models = {
-            dtype: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).cuda() for dtype in (torch.float32, torch.bfloat16)
+            dtype: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device.name)
+            for dtype in (torch.float32, torch.bfloat16)
         }
 
     @torch.inference_mode()
     def score(self, dtype: torch.dtype, prompt: list[int], output: np.ndarray) -> torch.Tensor:
-        tokens = torch.tensor([[*prompt, *output.tolist()]], device="cuda")
+        tokens = torch.tensor([[*prompt, *output.tolist()]], device=self.device)
         logits = self.models[dtype](tokens).logits[0, len(prompt) - 1 : -1].float()
         return logits.log_softmax(-1).gather(1, tokens[0, len(prompt) :, None])[:, 0].cpu()
 
@@ -134,20 +161,23 @@ class Judge:
         return torch.cat(ours), torch.cat(theirs)
 
 
-def assert_as_near_as_transformers(folder: Path, prompts: Sequence[list[int]], completions: list[Completion]) -> None:
-    ours, theirs = Judge(folder).errors(prompts, completions)
+def assert_as_near_as_transformers(
+    device: Device, folder: Path, prompts: Sequence[list[int]], completions: list[Completion]
+) -> None:
+    every = -(-len(completions) // device.size(len(completions), 60))
+    ours, theirs = Judge(device, folder).errors(prompts, completions[::every])
     assert ours.mean() < 1.3 * theirs.mean() + 1e-3, (float(ours.mean()), float(theirs.mean()))
     assert ours.max() < 3 * theirs.max() + 1e-2, (float(ours.max()), float(theirs.max()))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logprobs_are_as_near_to_float32_as_transformers(folder, family, head_dim):
+def test_logprobs_are_as_near_to_float32_as_transformers(device, folder, family, head_dim):
     model = folder(family, head_dim)
     params = SamplingParams(n=6, max_tokens=24, logprobs=0, ignore_eos=True)
-    completions = generate(model, PROMPTS, params, Ways())
+    completions = generate(device, model, PROMPTS, params, Ways())
     assert len(completions) == 6 * len(PROMPTS) and all(len(c.token_ids) == 24 for c in completions)
-    assert_as_near_as_transformers(model, PROMPTS, completions)
+    assert_as_near_as_transformers(device, model, PROMPTS, completions)
 
 
 @pytest.mark.parametrize(
@@ -162,20 +192,20 @@ def test_logprobs_are_as_near_to_float32_as_transformers(folder, family, head_di
     ],
     ids=["no-hydragen", "no-graphs", "page-64", "page-64-plain", "few", "small-cache"],
 )
-def test_no_way_of_executing_shows(folder, ways):
+def test_no_way_of_executing_shows(device, folder, ways):
     model = folder("llama", 64)
     params = SamplingParams(n=5, max_tokens=20, logprobs=0, ignore_eos=True)
-    completions = generate(model, PROMPTS, params, ways)
-    assert_as_near_as_transformers(model, PROMPTS, completions)
+    completions = generate(device, model, PROMPTS, params, ways)
+    assert_as_near_as_transformers(device, model, PROMPTS, completions)
 
 
 @pytest.mark.parametrize("hydragen", [True, False])
-def test_long_prompts(folder, hydragen):
+def test_long_prompts(device, folder, hydragen):
     model = folder("qwen3", 64)
-    prompts = random_prompts(3, 32_000, 60, seed=5)
+    prompts = random_prompts(3, device.size(32_000, 1_000), 60, seed=5)
     params = SamplingParams(n=3, max_tokens=8, logprobs=0, ignore_eos=True)
-    completions = generate(model, prompts, params, Ways(prefill_tokens=8192, num_pages=8000, hydragen=hydragen))
-    assert_as_near_as_transformers(model, prompts, completions)
+    completions = generate(device, model, prompts, params, Ways(prefill_tokens=8192, num_pages=8000, hydragen=hydragen))
+    assert_as_near_as_transformers(device, model, prompts, completions)
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -190,7 +220,7 @@ def test_long_prompts(folder, hydragen):
         num_pages=st.sampled_from([30, 300, 4000]),
     ),
 )
-def test_samples_start_and_finish_in_every_pattern(folder, counts, ways):
+def test_samples_start_and_finish_in_every_pattern(device, folder, counts, ways):
     """Rows with lengths and sample numbers of their own; every one of them is complete and right."""
     model = folder("llama", 64)
     header = random_prompts(1, 40, 1, seed=9)[0][:40]
@@ -198,16 +228,17 @@ def test_samples_start_and_finish_in_every_pattern(folder, counts, ways):
     prompts = [header[: size // 2] + rng.integers(3, VOCAB, size).tolist() for size, _, _ in counts]
     longest = max(n for _, n, _ in counts)
     params = SamplingParams(n=longest, max_tokens=max(out for _, _, out in counts), logprobs=0, ignore_eos=True)
-    completions = generate(model, prompts, params, ways)
+    completions = generate(device, model, prompts, params, ways)
     assert len(completions) == longest * len(prompts)
-    assert_as_near_as_transformers(model, prompts, completions)
+    assert_as_near_as_transformers(device, model, prompts, completions)
 
 
+@pytest.mark.parametrize("device", [GPU])
 @pytest.mark.parametrize(("fp8", "kv_fp8", "most"), [(True, False, 0.12), (False, True, 0.12), (True, True, 0.16)])
-def test_e4m3_stays_near(folder, fp8, kv_fp8, most):
-    """Rounding to three mantissa bits moves log-probabilities of these models by about 0.05."""
+def test_e4m3_stays_near(device, folder, fp8, kv_fp8, most):
+    """Rounding to three mantissa bits moves log-probabilities of these models by about 0.05. A CPU has no units for e4m3."""
     model = folder("qwen2", 128)
     params = SamplingParams(n=4, max_tokens=16, logprobs=0, ignore_eos=True)
-    completions = generate(model, PROMPTS, params, Ways(fp8=fp8, kv_fp8=kv_fp8))
-    ours, _ = Judge(model).errors(PROMPTS, completions)
+    completions = generate(device, model, PROMPTS, params, Ways(fp8=fp8, kv_fp8=kv_fp8))
+    ours, _ = Judge(device, model).errors(PROMPTS, completions)
     assert 1e-3 < ours.mean() < most, float(ours.mean())
