@@ -13,6 +13,7 @@ PACKAGE = Path(tokabatch.__file__).parent
 LEAVES = {"errors", "messages", "job"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "streams": set(),
     "messages": set(),
     "job": LEAVES,
     "transfer": set(),
@@ -26,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "simulation": LEAVES | {"costs", "scheduling"},
     "experiments": LEAVES,
     "report": LEAVES,
-    "engine": LEAVES | {"model", "attention", "parallel", "transfer"},
+    "engine": LEAVES | {"model", "attention", "parallel", "transfer", "streams"},
     "preparation": LEAVES | {"data", "planning", "engine", "model", "attention"},
     "interruption": {"errors"},
     "replica": LEAVES | {"interruption", "scheduling", "engine", "stopwatch"},
@@ -58,12 +59,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
     },
     "review": LEAVES | {"data", "experiments", "report"},
-    "cli": LEAVES | {"report", "interruption"},
+    "cli": LEAVES | {"report", "interruption", "streams"},
     "__init__": LEAVES | {"report", "planner", "runner"},
     "__main__": {"cli"},
 }
 WITHOUT_TORCH = {
     "errors",
+    "streams",
     "messages",
     "job",
     "data",

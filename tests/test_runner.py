@@ -332,3 +332,17 @@ def test_plan_counts_what_run_then_does(model, rows, tmp_path):
     assert planned.samples == summary.samples
     assert planned.first_prompt == HEADER + f"Q: {ROWS[0]['question']}\nA:"
     assert summary.output_tokens <= planned.max_output_tokens
+
+
+def test_a_display_that_raises_costs_nothing_but_the_display(model, rows, tmp_path):
+    class Broken(NullProgress):
+        interval = 0.0
+
+        def update(self, snapshot: ProgressSnapshot) -> None:
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def message(self, text: str) -> None:
+            raise RuntimeError("closed")
+
+    assert run(job(model, rows, tmp_path / "out"), Broken()).exit_code == 0
+    assert len(read(tmp_path / "out")) == 36

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokabatch import __version__
-from tokabatch.errors import OutputError, Stopped, TokabatchError
+from tokabatch.errors import OutputError, Stopped, TokabatchError, UsageError
 from tokabatch.interruption import Interruption
+from tokabatch.streams import TolerantFile, first_fault, make_tolerant
 
 if TYPE_CHECKING:
     from tokabatch.report.summary import RunSummary, Section
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _STOPPED, _INTERRUPTED = 75, 130
+_READER_ENDED = 128 + signal.SIGPIPE
 
 _HELP = """Offline batch inference: complete every row of a dataset with a language model, each row n times.
 
@@ -52,8 +54,8 @@ Exit codes
   2    the command line, the job file or a file it names is wrong; the message says what and how to mend it
   3    complete, but with more errors than errors.max_fraction allows
   4    the books do not close: a file is damaged (`verify` names it), or a bug (please report it)
-  75   stopped before the end (SIGTERM, SIGUSR1, disk full, an error row under errors.policy=stop); what was finished is
-       committed, the same command goes on from there
+  75   stopped before the end (SIGTERM, SIGHUP, SIGUSR1, disk full, an error row under errors.policy=stop); what was
+       finished is committed, the same command goes on from there
   130  interrupted (Ctrl-C); as 75
 """
 
@@ -73,9 +75,7 @@ app = typer.Typer(
 def main() -> None:
     """Entry point. An error of ours ends in one message and its exit code; anything unforeseen in its traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for stream in (sys.stdout, sys.stderr):
-        # A prompt may hold characters that the terminal's encoding has not.
-        stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    make_tolerant()
     try:
         app()
     except TokabatchError as error:
@@ -85,7 +85,7 @@ def main() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"tokabatch {__version__}")
+        _print_result(f"tokabatch {__version__}")
         raise typer.Exit
 
 
@@ -93,7 +93,7 @@ def _print_keys(wanted: bool) -> None:
     if wanted:
         for key in _load("tokabatch.job").Job.describe_keys():
             default = "required" if key.default is None else f"default {key.default}"
-            print(f"{key.name}\n    {key.description}\n    Accepts {key.accepts}; {default}.")
+            _print_result(f"{key.name}\n    {key.description}\n    Accepts {key.accepts}; {default}.")
         raise typer.Exit
 
 
@@ -148,7 +148,7 @@ def run(
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
-    _print_sections(_load("tokabatch.report.summary").run_sections(summary))
+    _print_note(_load("tokabatch.report.summary").run_sections(summary))
     raise typer.Exit(summary.exit_code)
 
 
@@ -189,11 +189,11 @@ def plan(
     loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
     planner, sections = _load("tokabatch.planner"), _load("tokabatch.report.summary").plan_sections
     if not simulate:
-        _print_sections(sections(planner.plan(loaded)))
+        _print_result(sections(planner.plan(loaded)))
         return
     scenario = _load("tokabatch.prediction").Scenario(device, profile, price, lengths)
     report, outlook = planner.plan_and_simulate(loaded, scenario)
-    _print_sections((*sections(report), *_load("tokabatch.report.outlook").outlook_sections(outlook)))
+    _print_result((*sections(report), *_load("tokabatch.report.outlook").outlook_sections(outlook)))
 
 
 @app.command(no_args_is_help=True)
@@ -212,7 +212,7 @@ def profile(
     """
     fitted = _load("tokabatch.prediction").profile_run(out, to, device)
     terms = zip(_load("tokabatch.costs.profile").TERMS, fitted.coefficients, strict=True)
-    print(f"{to}: " + ", ".join(f"{name} {value:.3g}" for name, value in terms))
+    _print_note(f"{to}: " + ", ".join(f"{name} {value:.3g}" for name, value in terms))
 
 
 @app.command(no_args_is_help=True)
@@ -227,7 +227,7 @@ def status(out: OutArgument) -> None:
     if found.state == "absent":
         raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
     values = {**asdict(found), "pending": found.pending, "accuracy": found.accuracy}
-    _print_sections(_load("tokabatch.report.summary").status_sections(values))
+    _print_result(_load("tokabatch.report.summary").status_sections(values))
 
 
 @app.command(no_args_is_help=True)
@@ -246,7 +246,7 @@ def report(
     Example
       tokabatch report out/quickstart
     """
-    print(_load("tokabatch.review").write_report(out, to))
+    _print_result(str(_load("tokabatch.review").write_report(out, to)))
 
 
 @app.command(no_args_is_help=True)
@@ -263,7 +263,7 @@ def verify(out: OutArgument) -> None:
     """
     verified: Any = _load("tokabatch.data.verification").verify(out)
     faults = [(fault.file, fault.problem) for fault in verified.faults]
-    _print_sections(_load("tokabatch.report.summary").verification_sections(verified.facts, faults, verified.remedy))
+    _print_note(_load("tokabatch.report.summary").verification_sections(verified.facts, faults, verified.remedy))
     raise typer.Exit(verified.exit_code)
 
 
@@ -281,7 +281,7 @@ def export(
       tokabatch export out/quickstart --to rows.jsonl --nested
     """
     exported = _load("tokabatch.data.export").export(out, to, nested=nested)
-    print(f"{exported.path}: {exported.samples:,} samples of {exported.rows:,} rows, {exported.bytes:,} bytes")
+    _print_note(f"{exported.path}: {exported.samples:,} samples of {exported.rows:,} rows, {exported.bytes:,} bytes")
 
 
 @app.command(no_args_is_help=True)
@@ -299,12 +299,13 @@ def download(
     Example
       tokabatch download Qwen/Qwen3-0.6B
     """
-    print(_load("tokabatch.model.resolve").resolve_model(model, revision, key="MODEL", revision_key="--revision"))
+    _print_result(str(_load("tokabatch.model.resolve").resolve_model(model, revision, key="MODEL", revision_key="--revision")))
 
 
 @contextmanager
 def _stop_on_signals() -> Generator[Interruption, None, None]:
-    """Yields what Ctrl-C, SIGTERM and SIGUSR1 ask to stop through. The first only asks; a second Ctrl-C ends the process."""
+    """Yields what Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask to stop through. The first only asks; a second Ctrl-C ends the
+    process."""
     stop, before = Interruption(), {number: signal.getsignal(number) for number in _SIGNALS}
     seen: list[int] = []
 
@@ -333,8 +334,7 @@ def _stop_on_signals() -> Generator[Interruption, None, None]:
 
 def _say(text: str) -> None:
     """From a signal handler: not `print`, which must not be entered anew where the signal may have struck."""
-    with suppress(OSError):
-        os.write(2, text.encode())
+    TolerantFile(2, stall_seconds=0).write(text.encode())
 
 
 def _load(module: str) -> Any:
@@ -342,9 +342,31 @@ def _load(module: str) -> Any:
     return import_module(module)
 
 
-def _print_sections(sections: tuple[Section, ...]) -> None:
+def _print_result(content: str | tuple[Section, ...]) -> None:
+    """Print what a command is for. Raises UsageError where standard output does not take it; where its reader has ended, as
+    `head` does, the command ends without a word."""
+    _print(content)
+    fault = first_fault(sys.stdout)
+    if isinstance(fault, BrokenPipeError):
+        raise typer.Exit(_READER_ENDED)
+    if fault is not None:
+        raise UsageError(f"standard output cannot be written: {fault.strerror}")
+
+
+def _print_note(content: str | tuple[Section, ...]) -> None:
+    """Print what is also on disk, or what the exit code says, too: where it cannot be printed, that stays true."""
+    _print(content)
+    fault = first_fault(sys.stdout)
+    if fault is not None and not isinstance(fault, BrokenPipeError):
+        print(f"standard output cannot be written: {fault.strerror}", file=sys.stderr)
+
+
+def _print(content: str | tuple[Section, ...]) -> None:
+    if isinstance(content, str):
+        print(content)
+        return
     render = _load("tokabatch.report.render")
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        _load("rich.console").Console(highlight=False).print(render.tables(sections))
+        _load("rich.console").Console(highlight=False).print(render.tables(content))
     else:
-        print(render.plain(sections))
+        print(render.plain(content))

@@ -35,7 +35,7 @@ from tokabatch.preparation import Prepared, special_ids
 from tokabatch.pricing import device_name, price_steps, read_profile, size_replica
 from tokabatch.recorder import Recorder
 from tokabatch.replica import Replica, ReplicaCounts, scheduler_limits
-from tokabatch.report.progress import NullProgress, Phase, Progress, ProgressSnapshot
+from tokabatch.report.progress import ExpendableProgress, NullProgress, Phase, Progress, ProgressSnapshot
 from tokabatch.report.summary import RunSummary
 from tokabatch.resumption import Reuse, Start, start
 from tokabatch.scheduling.counts import SchedulerCounts
@@ -63,7 +63,7 @@ def run(
     Stopped (a KeyboardInterrupt) and leaves the folder as it was.
     """
     _refuse_in_worker()
-    clock, reuse = _Clock(progress or NullProgress()), Reuse(overwrite, retry_errors)
+    clock, reuse = _Clock(ExpendableProgress(progress or NullProgress())), Reuse(overwrite, retry_errors)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
     profile = read_profile(job)
     with Claim(Path(job.output.path)) as claim, ExitStack() as workers:

@@ -126,7 +126,7 @@ def test_no_orphan_is_left_when_the_parent_is_killed(when, tmp_path):
 def test_signals_for_the_parent_leave_the_worker_alone(spec, steps):
     executor = ProcessExecutor(spec)
     executor.start()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         os.kill(executor.pid, number)
     executor.submit(steps[0])
     executor.collect()

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from tokabatch.report.progress import (
+    ExpendableProgress,
     LineProgress,
     LiveProgress,
     MessagesOnly,
@@ -120,12 +121,57 @@ class TestLive:
             assert len(stream.getvalue()) == drawn
 
 
+def shown_by(progress: Progress) -> Progress:
+    assert isinstance(progress, ExpendableProgress)
+    return progress._display
+
+
+class TestExpendable:
+    @pytest.mark.parametrize("moment", ["enter", "update", "message", "exit"])
+    def test_a_display_that_raises_is_not_called_again(self, moment: str, caplog: pytest.LogCaptureFixture) -> None:
+        calls: list[str] = []
+
+        class Raising(NullProgress):
+            def called(self, name: str) -> None:
+                calls.append(name)
+                if name == moment:
+                    raise ValueError("I/O operation on closed file")
+
+            def update(self, snapshot: ProgressSnapshot) -> None:
+                self.called("update")
+
+            def message(self, text: str) -> None:
+                self.called("message")
+
+            def __enter__(self) -> NullProgress:
+                self.called("enter")
+                return self
+
+            def __exit__(self, *error: object) -> None:
+                self.called("exit")
+
+        with ExpendableProgress(Raising()) as progress:
+            progress.update(at(1.0))
+            progress.message("x")
+        everything = ["enter", "update", "message", "exit"]
+        assert calls == everything[: everything.index(moment) + 1]
+        assert "I/O operation on closed file" in caplog.text
+
+    def test_a_stop_is_no_failure(self) -> None:
+        class Stopping(NullProgress):
+            def message(self, text: str) -> None:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            ExpendableProgress(Stopping()).message("x")
+
+
 class TestChoice:
     def test_quiet_and_pipes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
             monkeypatch.delenv(name, raising=False)
-        assert isinstance(open_progress(quiet=True), MessagesOnly)
-        assert isinstance(open_progress(quiet=False), LineProgress)
+        assert isinstance(shown_by(open_progress(quiet=True)), MessagesOnly)
+        assert isinstance(shown_by(open_progress(quiet=False)), LineProgress)
 
     def test_quiet_has_messages_and_no_progress(self, capfd: pytest.CaptureFixture[str]) -> None:
         with open_progress(quiet=True) as progress:

@@ -8,8 +8,9 @@ import signal
 from multiprocessing.connection import Connection
 
 from tokabatch.engine.heartbeat import Pulse
+from tokabatch.streams import make_tolerant
 
-PARENTS_SIGNALS = frozenset([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+PARENTS_SIGNALS = frozenset([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 """They reach the whole process group or job; when to stop is the parent's to say."""
 
 
@@ -18,6 +19,7 @@ def main(steps: Connection, signs: Connection, work: bytes) -> None:
     for number in PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
+    make_tolerant()
     pulse = Pulse(signs)
     pulse.start()
     function, argument = pickle.loads(work)

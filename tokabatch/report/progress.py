@@ -6,10 +6,12 @@ Everything goes to standard error. Knows no engine; a snapshot holds all that is
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, TextIO
@@ -54,7 +56,7 @@ class ProgressSnapshot:
 
 
 class Progress(Protocol):
-    """Whoever makes one enters it; the runner only calls `update` and `message`."""
+    """Whoever makes one enters it; the runner only calls `update` and `message`. One that raises is not called again."""
 
     interval: float | None
     """Seconds between snapshots in one phase; None takes none, so that none is made."""
@@ -70,6 +72,10 @@ class Progress(Protocol):
 
 def open_progress(quiet: bool) -> Progress:
     """The display that standard error can show; a quiet one has messages alone."""
+    return ExpendableProgress(_choose_display(quiet))
+
+
+def _choose_display(quiet: bool) -> Progress:
     if quiet:
         return MessagesOnly(sys.stderr)
     console = Console(stderr=True, highlight=False)
@@ -94,6 +100,42 @@ class NullProgress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         pass
+
+
+class ExpendableProgress:
+    """Passes on to a display until that raises, and to nothing from then on: the run goes on without it. What it raised goes to
+    the log of this module."""
+
+    def __init__(self, display: Progress) -> None:
+        self._display = display
+        self.interval: float | None = None
+        with self._giving_up():
+            self.interval = display.interval
+
+    def update(self, snapshot: ProgressSnapshot) -> None:
+        with self._giving_up():
+            self._display.update(snapshot)
+
+    def message(self, text: str) -> None:
+        with self._giving_up():
+            self._display.message(text)
+
+    def __enter__(self) -> ExpendableProgress:
+        with self._giving_up():
+            self._display.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._giving_up():
+            self._display.__exit__(kind, error, trace)
+
+    @contextmanager
+    def _giving_up(self) -> Generator[None]:
+        try:
+            yield
+        except Exception:
+            self._display, self.interval = NullProgress(), None
+            logging.getLogger(__name__).warning("the display of progress failed; the run goes on without it", exc_info=True)
 
 
 class MessagesOnly(NullProgress):
