@@ -283,7 +283,7 @@ def _stop_rules(prepared: Prepared) -> StopRules:
     tokenizer, sampling = prepared.tokenizer, prepared.requests.sampling
     text = None
     if any(params.stop for params in sampling):
-        text = TokenText(tokenizer.piece_texts(), tokenizer.decode_batch, special_ids(tokenizer))
+        text = TokenText(tokenizer.piece_texts(), tokenizer.decode_batch, special_ids(tokenizer), tokenizer.lone_bytes())
     return StopRules(sampling, prepared.eos_token_ids, prepared.spec.vocab_size, text)
 
 

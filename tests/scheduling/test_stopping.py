@@ -2,45 +2,55 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from tokabatch.data.tokenizer import Tokenizer
 from tokabatch.messages import SamplingParams
-from tokabatch.scheduling.stopping import StopRules, TokenText
+from tokabatch.scheduling.stopping import PARTIAL, StopRules, TokenText
 
 
-def byte_level() -> Tokenizer:
+def byte_level() -> Backend:
     """Bytes, and a few merges that swallow newlines, digits and half characters."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<eos>": 0} | {char: index for index, char in enumerate(alphabet, 1)}
     merges = [("Ċ", "Ċ"), ("Q", ":"), ("Ċ", "Q"), ("ä", "½"), ("a", "Ċ")]
     for left, right in merges:
         vocab[left + right] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer = Backend(models.BPE(vocab=vocab, merges=merges))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<eos>"])
     return tokenizer
 
 
-def byte_fallback() -> Tokenizer:
-    """Llama-2-like: words, and bytes that only make text when a whole run of them is valid."""
+def byte_fallback() -> Backend:
+    """Llama-2-like: words, bytes that only make text when a whole run of them is valid, and a leading space that goes."""
     pieces = ["<eos>", "▁a", "b", "Q", ":", "\n", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = Backend(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True))
+    spaces, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), strip])
     tokenizer.add_special_tokens(["<eos>"])
     return tokenizer
 
 
-TOKENIZERS = {"byte-level": byte_level(), "byte-fallback": byte_fallback()}
+TOKENIZERS = {
+    name: Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), name)
+    for name, backend in (("byte-level", byte_level()), ("byte-fallback", byte_fallback()))
+}
 
 
 def rules(tokenizer: Tokenizer, params: SamplingParams) -> StopRules:
-    pieces = [tokenizer.decode([i], skip_special_tokens=False) for i in range(tokenizer.get_vocab_size())]
-    text = TokenText(pieces, lambda lists: tokenizer.decode_batch(lists, skip_special_tokens=True), {"<eos>": 0})
-    return StopRules([params], [], tokenizer.get_vocab_size(), text)
+    text = TokenText(tokenizer.piece_texts(), tokenizer.decode_batch, {"<eos>": 0}, tokenizer.lone_bytes())
+    return StopRules([params], [], tokenizer.vocab_size + 1, text)
 
 
 def first_stop(checked: StopRules, tokens: list[int]) -> int | None:
@@ -52,6 +62,12 @@ def first_stop(checked: StopRules, tokens: list[int]) -> int | None:
     return None
 
 
+def first_in_text(tokenizer: Tokenizer, tokens: list[int], stops: Sequence[str]) -> int | None:
+    """The same, by decoding all of the text after each token."""
+    texts = tokenizer.decode_batch([tokens[:count] for count in range(1, len(tokens) + 1)])
+    return next((count for count, text in enumerate(texts, 1) if any(stop in text for stop in stops)), None)
+
+
 @pytest.mark.parametrize("kind", sorted(TOKENIZERS))
 @settings(max_examples=150, deadline=None)
 @given(st.data())
@@ -60,13 +76,59 @@ def test_the_first_token_at_which_the_whole_text_holds_the_string(kind, data):
     stop = data.draw(st.sampled_from(["\n\n", "\nQ:", "Q", "你", "é\n"]))
     parts = st.sampled_from(["a", "b", "Q", ":", "\n", "\n\n", "你", "é", "Q:", "\nQ"])
     text = "".join(data.draw(st.lists(parts, max_size=8)))
-    tokens = tokenizer.encode(text, add_special_tokens=False).ids
+    tokens = tokenizer.encode_batch([text], add_special_tokens=False)[0]
     if kind == "byte-fallback" and data.draw(st.booleans()):
         tokens = [6 + byte for byte in text.encode()]
-    expected = next(
-        (n for n in range(1, len(tokens) + 1) if stop in tokenizer.decode(tokens[:n], skip_special_tokens=True)), None
-    )
-    assert first_stop(rules(tokenizer, SamplingParams(stop=(stop,))), tokens) == expected
+    assert first_stop(rules(tokenizer, SamplingParams(stop=(stop,))), tokens) == first_in_text(tokenizer, tokens, [stop])
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_tokens_and_any_strings(kind, data):
+    """Special tokens, half characters and ids that the tokenizer has not, in any order; strings that the text may hold."""
+    tokenizer = TOKENIZERS[kind]
+    some = st.sampled_from([0, 0, 1, 2, 3, 4, 5, 6 + 0x41, 6 + 0xE4, 6 + 0xBD, 6 + 0xA0, tokenizer.vocab_size])
+    tokens = data.draw(st.lists(some | st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=24))
+    text = tokenizer.decode_batch([tokens])[0]
+    begins = st.integers(0, max(len(text) - 1, 0))
+    parts = st.builds(lambda begin, size: text[begin : begin + size], begins, st.integers(1, 14))
+    drawn = dict.fromkeys(data.draw(st.lists(parts, min_size=1, max_size=4)))
+    stops = tuple(stop for stop in drawn if stop and PARTIAL not in stop) or ("x",)
+    assert first_stop(rules(tokenizer, SamplingParams(stop=stops)), tokens) == first_in_text(tokenizer, tokens, stops)
+
+
+def test_special_tokens_between_the_tokens_of_a_string_count_for_nothing():
+    tokenizer = TOKENIZERS["byte-level"]
+    a, b, c = (tokenizer.encode_batch([letter], False)[0][0] for letter in "abc")
+    checked = rules(tokenizer, SamplingParams(stop=("abc",)))
+    for specials in range(6):
+        assert first_stop(checked, [a, b, *[0] * specials, c]) == 3 + specials
+
+
+def test_a_byte_that_spoils_a_run_of_bytes_spoils_the_string():
+    tokenizer = TOKENIZERS["byte-fallback"]
+    tokens = [6 + byte for byte in b"\xffABC"]
+    assert first_in_text(tokenizer, tokens, ["C"]) is None
+    assert first_stop(rules(tokenizer, SamplingParams(stop=("C",))), tokens) is None
+
+
+def test_the_string_that_begins_first_is_the_reason():
+    tokenizer = TOKENIZERS["byte-level"]
+    tokens = np.array(tokenizer.encode_batch(["xaQ:"], False)[0], np.int32)
+    for stops, reason in ((("Q:", "aQ"), "aQ"), (("aQ:", "aQ"), "aQ"), (("Q:", ":"), "Q:")):
+        assert rules(tokenizer, SamplingParams(stop=stops)).check([0], [tokens]) == [reason]
+
+
+def test_ten_thousand_strings_are_ready_at_once():
+    pieces = ["".join(letters) for letters in itertools.product("abcdefghijklmnopqrstuvwxyz ", repeat=3)]
+    text = TokenText(pieces, TOKENIZERS["byte-level"].decode_batch, {})
+    params = [SamplingParams(stop=(f"\nrow {row} ends",)) for row in range(10_000)]
+    began = time.process_time()
+    checked = StopRules(params, [], len(pieces), text)
+    assert time.process_time() - began < 2
+    suspects = [pieces[token] for token in checked.suspects(np.arange(len(pieces), dtype=np.int32))]
+    assert suspects == [piece for piece in pieces if piece.startswith(("s", "ds", "nds"))]
 
 
 def test_a_stop_string_that_spells_a_special_token_means_the_token():

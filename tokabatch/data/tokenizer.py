@@ -107,17 +107,25 @@ class Tokenizer:
         return self._backend.decode_batch(lists, skip_special_tokens=skip_special_tokens)
 
     def piece_texts(self) -> list[str]:
-        """What each id adds to a text, index by id; U+FFFD where it is part of a character, empty for an id not in use.
+        """What each id adds to a decoded text, index by id; U+FFFD where it is part of a character, empty for a special token
+        and for an id not in use.
 
         Decoded behind a letter, since a first token may lose its leading space.
         """
         before = self._encode([PROBE])[0][-1:]
-        start = len(str(self._backend.decode(before, skip_special_tokens=False)))
+        start = len(self.decode_batch([before])[0])
         texts: list[str] = []
         for first in range(0, self.vocab_size, DECODE_CHUNK):
             batch = [[*before, token] for token in range(first, min(first + DECODE_CHUNK, self.vocab_size))]
-            texts.extend(text[start:] for text in self.decode_batch(batch, skip_special_tokens=False))
+            texts.extend(text[start:] for text in self.decode_batch(batch))
         return texts
+
+    def lone_bytes(self) -> frozenset[int]:
+        """The ids that stand for one byte (`<0x41>`), decoded together with the bytes beside them."""
+        ids = {f"<0x{byte:02X}>": self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        found = {text: token for text, token in ids.items() if token is not None}
+        decoded = self.decode_batch([[token] for token in found.values()], skip_special_tokens=False)
+        return frozenset(token for (text, token), shown in zip(found.items(), decoded, strict=True) if shown != text)
 
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> str | RowError:
         """The conversation as the model wants it, up to where its answer begins. A conversation that ends with an assistant

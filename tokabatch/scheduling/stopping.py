@@ -6,22 +6,63 @@ singly. Knows no tokenizer: the caller brings `decode` and the text of each toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tokabatch.messages import Int32, SamplingParams
 
+TAIL = 8
+"""Characters at the end of a stop string that the table over the vocabulary looks at."""
+PARTIAL = "\ufffd"
+"""In the text of a token that is a part of a character."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenText:
-    """What stop strings need of a tokenizer: `pieces[i]` is the text of token i alone, `decode` the texts of several token
-    lists, special tokens left out; `special` holds the ids of those by their text."""
+    """What stop strings need of a tokenizer: `pieces[i]` is what token i adds to a text, nothing where `decode` leaves it out;
+    `decode` gives the texts of several token lists; `special` holds the ids of special tokens by their text. What a token of
+    `lone_bytes` (byte fallback) adds depends on the tokens beside it."""
 
     pieces: Sequence[str]
     decode: Callable[[list[list[int]]], list[str]]
     special: Mapping[str, int]
+    lone_bytes: Collection[int] = ()
+
+
+class StopStrings:
+    """Some stop strings, looked for in a time that hardly depends on how many they are."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        self._strings = frozenset(strings)
+        self._lengths = sorted({len(s) for s in self._strings})
+        self._tails = frozenset(s[-TAIL:] for s in self._strings)
+        self._tail_lengths = sorted({len(tail) for tail in self._tails})
+        self._ends = frozenset(tail[-size:] for tail in self._tails for size in range(1, len(tail) + 1))
+        self._last = frozenset(tail[-1] for tail in self._tails)
+        self.longest = max((len(s.encode()) for s in self._strings), default=0)
+        """Bytes of the longest string."""
+
+    def __bool__(self) -> bool:
+        return bool(self._strings)
+
+    def may_end_in(self, piece: str) -> bool:
+        """Whether one of the strings may end inside `piece`, whatever text is before it: the piece begins with an end of the
+        string, or holds the string's last `TAIL` characters. A piece that is not text alone may complete any character."""
+        if PARTIAL in piece:
+            return True
+        if self._last.isdisjoint(piece):
+            return False
+        if any(piece[:end] in self._ends for end in range(1, min(len(piece), TAIL) + 1)):
+            return True
+        return any(_windows(piece, length, self._tails) for length in self._tail_lengths)
+
+    def first_in(self, text: str) -> str | None:
+        """The string that begins first in `text`, the shortest of several that do."""
+        found = [(at, length) for length in self._lengths for at in _windows(text, length, self._strings)[:1]]
+        at, length = min(found, default=(0, 0))
+        return text[at : at + length] or None
 
 
 class StopRules:
@@ -37,19 +78,15 @@ class StopRules:
             | frozenset(special[s] for s in p.stop if s in special)
             for p in sampling
         ]
-        self._strings = [tuple(s for s in p.stop if s not in special) for p in sampling]
+        distinct = {p.stop: StopStrings(s for s in p.stop if s not in special) for p in sampling}
+        self._strings = [distinct[p.stop] for p in sampling]
         self._text = text
-        self._window = max((len(s.encode()) for strings in self._strings for s in strings), default=0)
         self._suspect = np.zeros(vocab_size, np.bool_)
         self._suspect[[i for ids in self._ids for i in ids if 0 <= i < vocab_size]] = True
-        strings = {s for strings in self._strings for s in strings}
-        if strings:
+        every = StopStrings(s for stop in distinct for s in stop if s not in special)
+        if every:
             assert text is not None, "stop strings need the tokenizer's text"
-            # Some tokenizers strip a piece's leading space when it is decoded alone.
-            may_end = [
-                _may_complete(piece, strings) or _may_complete(" " + piece, strings) for piece in text.pieces[:vocab_size]
-            ]
-            self._suspect[: len(may_end)] |= np.array(may_end)
+            self._suspect[[i for i, piece in enumerate(text.pieces[:vocab_size]) if every.may_end_in(piece)]] = True
 
     def suspects(self, tokens: Int32) -> Int32:
         """Places in `tokens` of those that may end their sample."""
@@ -61,35 +98,34 @@ class StopRules:
         reasons: list[int | str | None] = [
             int(tokens[-1]) if int(tokens[-1]) in self._ids[p] else None for p, tokens in zip(params, outputs, strict=True)
         ]
-        open_places = [i for i, p in enumerate(params) if reasons[i] is None and self._strings[p]]
+        undecided = [i for i, p in enumerate(params) if reasons[i] is None and self._strings[p]]
+        open_places = [i for i in undecided if self._strings[params[i]].may_end_in(self._piece(int(outputs[i][-1])))]
         if open_places:
             assert self._text is not None
-            tails = self._text.decode([outputs[i][self._tail_start(outputs[i]) :].tolist() for i in open_places])
-            for i, tail in zip(open_places, tails, strict=True):
-                found = [(tail.find(s), s) for s in self._strings[params[i]] if s in tail]
-                reasons[i] = min(found)[1] if found else None
+            tails = [outputs[i][self._tail_start(outputs[i], self._strings[params[i]].longest) :].tolist() for i in open_places]
+            for i, tail in zip(open_places, self._text.decode(tails), strict=True):
+                reasons[i] = self._strings[params[i]].first_in(tail)
         return reasons
 
-    def _tail_start(self, tokens: Int32) -> int:
-        """Where to begin decoding so that the end of the text is whole: enough tokens that have text of their own to hold the
-        longest stop string, beginning with one that is a whole piece, not the middle of a character."""
+    def _piece(self, token: int) -> str:
+        """The text of a token; empty for an id that the model has and the tokenizer has not."""
         assert self._text is not None
-        pieces = self._text.pieces
+        return self._text.pieces[token] if token < len(self._text.pieces) else ""
+
+    def _tail_start(self, tokens: Int32, window: int) -> int:
+        """Where to begin decoding so that the end of the text is whole: enough tokens that have text of their own to hold
+        `window` bytes, beginning with one whose text is the same beside any other."""
+        assert self._text is not None
         found = 0
         for place in range(len(tokens) - 1, -1, -1):
             token = int(tokens[place])
-            piece = pieces[token] if token < len(pieces) else ""
+            piece = self._piece(token)
             found += piece != ""
-            if found > self._window and piece and "\ufffd" not in piece:
+            if found > window and piece and PARTIAL not in piece and token not in self._text.lone_bytes:
                 return place
         return 0
 
 
-def _may_complete(piece: str, strings: Collection[str]) -> bool:
-    """Whether a text that goes on with `piece` may come to hold one of the strings inside it: the string ends in the piece, or
-    its end stands at the piece's beginning. A piece that is not valid text alone may complete any character."""
-    if "\ufffd" in piece:
-        return True
-    return any(
-        s in piece or any(piece.startswith(s[-size:]) for size in range(1, min(len(s), len(piece)) + 1)) for s in strings
-    )
+def _windows(text: str, length: int, wanted: Collection[str]) -> list[int]:
+    """Where one of the wanted texts of that length begins in `text`."""
+    return [at for at in range(len(text) - length + 1) if text[at : at + length] in wanted]
