@@ -21,7 +21,7 @@ from tokabatch.data.generation_defaults import effective_generation, eos_token_i
 from tokabatch.data.output import FailedRow, output_schema
 from tokabatch.data.store import InputStore, ingest
 from tokabatch.data.tokenizer import Tokenizer, load_tokenizer
-from tokabatch.engine.sizing import WorkloadFacts
+from tokabatch.engine.sizing import WorkloadFacts, reported_token_bytes
 from tokabatch.errors import JobError, ModelError
 from tokabatch.job import GenerationConfig, Job, Setting
 from tokabatch.messages import Drawn, Int64, Requests
@@ -86,13 +86,17 @@ class Prepared:
 
     def workload(self) -> WorkloadFacts:
         """What the engine's sizes follow from."""
-        limit = np.array([params.max_tokens for params in self.requests.sampling], np.int64)[self.requests.params]
+        sampling, params = self.requests.sampling, self.requests.params
+        limit = np.array([kind.max_tokens for kind in sampling], np.int64)[params]
+        alternatives = [-1 if kind.logprobs is None else kind.logprobs for kind in sampling]
+        token_bytes = np.array([reported_token_bytes(number) for number in alternatives], np.int64)[params]
         return WorkloadFacts(
             num_samples=int(self.num_samples.sum()),
             longest_sequence=int((self.requests.length + limit).max(initial=1)),
             longest_output=int(limit.max(initial=1)),
             num_prompts=len(self.requests),
-            logprobs=max((-1 if p.logprobs is None else p.logprobs for p in self.requests.sampling), default=-1),
+            logprobs=max(alternatives, default=-1),
+            reported_bytes=int((self.num_samples * limit * token_bytes).sum()),
             unique_prompt_tokens=int((self.requests.length.astype(np.int64) - self.requests.lcp).sum()),
         )
 

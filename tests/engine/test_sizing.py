@@ -63,9 +63,31 @@ def test_a_cache_larger_than_memory_is_refused(memory):
     assert pages(EngineConfig(kv_cache_tokens=640)) == 40
 
 
-def test_stored_logprobs_count(memory):
-    memory(weight_bytes(SPEC, torch.float32, head_apart=True) + 200 * PAGE_BYTES + 512 * 100 * (4 + 8 * 5))
-    assert pages(facts=replace(FACTS, logprobs=5)) == 120
+def test_stored_logprobs_count_by_the_tokens_that_can_be_stored(memory):
+    token = 4 + 8 * 5
+    asks = replace(FACTS, logprobs=5, reported_bytes=10**12)
+    memory(weight_bytes(SPEC, torch.float32, head_apart=True) + 200 * (PAGE_BYTES + 16 * token * 3 // 2))
+    assert pages(facts=asks) == 120
+    # One sample among them that asks: what all of the job can report is less than what the cache could hold of such.
+    memory(weight_bytes(SPEC, torch.float32, head_apart=True) + 200 * PAGE_BYTES)
+    assert pages(facts=replace(asks, reported_bytes=100 * token)) in (119, 120)
+
+
+def test_a_gpu_takes_no_more_pages_than_the_host_can_keep_logprobs_of(monkeypatch, memory):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 80 << 30))
+    facts = replace(
+        FACTS, num_samples=10**6, unique_prompt_tokens=10**9, num_prompts=10**6, longest_output=4000, longest_sequence=4200,
+        logprobs=20, reported_bytes=10**12,
+    )  # fmt: skip
+    memory(1 << 40)
+    free = decide_sizes(EngineConfig(), SPEC, torch.bfloat16, facts, "cuda")
+    memory(1 << 27)
+    sizes = decide_sizes(EngineConfig(), SPEC, torch.bfloat16, facts, "cuda")
+    row = 16 * (4 + 8 * 20) * 1.5
+    assert sizes.num_pages == settle_pages(sizes, 10**9).num_pages == int((1 << 27) * 0.6) // row < free.num_pages
+    memory(1 << 20)
+    with pytest.raises(JobError, match=r"generation\.logprobs"):
+        decide_sizes(EngineConfig(), SPEC, torch.bfloat16, facts, "cuda")
 
 
 def test_a_gpu_settles_on_what_is_left_beside_its_largest_step(monkeypatch):

@@ -7,6 +7,7 @@ a small job allocates a small cache.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -23,6 +24,9 @@ MAX_QUEUE_DEPTH = 3
 """Fewer than the sets of buffers that a GPU backend rotates."""
 CGROUP = Path("/sys/fs/cgroup")
 MIN_GROUP, MIN_PREFIX_TOKENS = 4, 32
+REPORTED_GROWTH, HOST_SHARE = 1.5, 0.6
+"""Memory that kept log-probabilities take over what is stored of them (`scheduling.outputs`), and the share of the host's free
+memory that they may take beside a GPU."""
 ABSENT_WORKING_BYTES, ABSENT_SHARE = 4 << 30, 0.9
 """What a step needs beside weights and logits, and what of the rest the cache gets, on a GPU that cannot be asked."""
 
@@ -57,6 +61,8 @@ class WorkloadFacts:
     """Prompt tokens with every shared prefix counted once."""
     logprobs: int = -1
     """The most alternatives a sample reports for each token; -1 where none reports any."""
+    reported_bytes: int = 0
+    """Log-probabilities and alternatives of all samples, each at its max_tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,7 @@ class ReplicaSizes:
     """0 turns Hydragen off."""
     min_prefix_pages: int
     useful_pages: int = 0
-    """The most that the job can fill."""
+    """The most that the job can fill, and whose log-probabilities the host can keep."""
     asked_tokens: int | None = None
     """engine.kv_cache_tokens where the job says it."""
 
@@ -124,7 +130,13 @@ def decide_sizes(
     )
     if absent_memory is not None:
         return settle_pages(sizes, _estimated_pages(config, spec, dtype, max_running, absent_memory))
-    return settle_pages(sizes, _fitting_pages(config, spec, dtype, facts, device, max_running))
+    fitting = _fitting_pages(config, spec, dtype, facts, device, max_running)
+    if device == "cuda":
+        # What the GPU holds in the end only its worker can tell; what the host keeps of it is bounded here.
+        reported = pages_reported(facts, max_running, page, int(available_memory() * HOST_SHARE))
+        sizes = replace(sizes, useful_pages=min(sizes.useful_pages, reported))
+        fitting = min(fitting, reported)
+    return settle_pages(sizes, fitting)
 
 
 def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
@@ -171,8 +183,25 @@ def _fitting_pages(
     if device == "cuda":
         left = int(torch.cuda.mem_get_info()[0]) - weight_bytes(spec, dtype, head_apart=False)
     else:
-        left = available_memory() - weight_bytes(spec, dtype, head_apart=True) - _logprob_bytes(facts, max_running)
+        left = available_memory() - weight_bytes(spec, dtype, head_apart=True)
+        return pages_reported(facts, max_running, config.page_size, int(left * share), page_bytes(config, spec, dtype))
     return int(left * share) // page_bytes(config, spec, dtype)
+
+
+def pages_reported(facts: WorkloadFacts, max_running: int, page_size: int, memory: int, page_bytes: int = 0) -> int:
+    """Pages of a cache, `page_bytes` each, that fit `memory` together with the log-probabilities of the samples in it: as many
+    tokens as the cache holds, or as many as the running samples may have, or all of the job's."""
+    token = reported_token_bytes(facts.logprobs)
+    most = int(REPORTED_GROWTH * min(max_running * facts.longest_output * token, facts.reported_bytes))
+    each = int(page_bytes + REPORTED_GROWTH * page_size * token)
+    if not each or (memory >= most and not page_bytes):
+        return sys.maxsize
+    return max(memory // each, (memory - most) // page_bytes if memory >= most else 0)
+
+
+def reported_token_bytes(logprobs: int) -> int:
+    """Memory that a token's log-probability and so many alternatives take; -1 is none."""
+    return 4 + 8 * logprobs if logprobs >= 0 else 0
 
 
 def _estimated_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, max_running: int, memory: int) -> int:
@@ -202,10 +231,6 @@ def weight_bytes(spec: ModelSpec, dtype: torch.dtype, head_apart: bool) -> int:
     """Memory of the weights. `head_apart`: tied embeddings count twice, as a CPU keeps the head in a layout of its own."""
     numbers = sum(prod(shape) for shape in tensor_shapes(spec).values())
     return (numbers + (spec.vocab_size * spec.hidden_size if spec.tied_embeddings and head_apart else 0)) * dtype.itemsize
-
-
-def _logprob_bytes(facts: WorkloadFacts, max_running: int) -> int:
-    return max_running * facts.longest_output * (4 + 8 * facts.logprobs) if facts.logprobs >= 0 else 0
 
 
 def kv_shape(spec: ModelSpec, page_size: int, num_pages: int, num_slots: int, max_pages: int) -> KVShape:

@@ -47,6 +47,7 @@ class Admission:
         self._sequences = sequences
         self._counts = counts
         self._expectations = expectations
+        self._alternatives = np.array([-1 if p.logprobs is None else p.logprobs for p in requests.sampling], np.int32)
         self.waiting = Waiting(requests, prompts, sequences)
         self._surely_free = self._steps_good_for = 0
         """Pages free at every future step by the last forecast, less all that came in since; and for how long to rely on it."""
@@ -97,8 +98,7 @@ class Admission:
         seq = self._sequences
         prompt, sample = self._prompts[int(seq.request[slot])], int(seq.sample[slot])
         self.forecast_anew()
-        logprobs = self._requests.sampling[int(seq.params[slot])].logprobs
-        self.waiting.preempted[prompt.request, sample] = seq.output(slot, -1 if logprobs is None else logprobs)
+        self.waiting.preempted[prompt.request, sample] = seq.output(slot)
         if prompt.leader == slot:
             prompt.leader = -1
         self._prompts.requeue(prompt, sample)
@@ -227,6 +227,7 @@ class Admission:
         params = self._requests.params[requests]
         seq.prompt_length[slots] = seq.length[slots] = length
         seq.params[slots], seq.limit[slots] = params, self._expectations.max_tokens[params]
+        seq.outputs.open(slots, self._alternatives[params])
         seq.computed[slots] = seq.cached_tokens[slots] = start
         seq.expected[slots] = self._asked_lengths[seq.admitted[slots] - self._asked_from]
         counts.prompt_tokens += int(length.sum())

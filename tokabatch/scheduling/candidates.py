@@ -10,8 +10,9 @@ from itertools import accumulate, islice
 import numpy as np
 
 from tokabatch.messages import Int32, Requests
+from tokabatch.scheduling.outputs import Generated
 from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
-from tokabatch.scheduling.sequences import Generated, Sequences
+from tokabatch.scheduling.sequences import Sequences
 
 MAX_FRESH = 256
 """Prompts opened in one step at most."""

@@ -20,10 +20,11 @@ from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.expectations import Expectations
 from tokabatch.scheduling.grouping import GroupingLimits
 from tokabatch.scheduling.lengths import LengthPredictor
+from tokabatch.scheduling.outputs import Generated
 from tokabatch.scheduling.pages import PagePool
 from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
 from tokabatch.scheduling.quarantine import Quarantine, Sample
-from tokabatch.scheduling.sequences import Generated, Sequences
+from tokabatch.scheduling.sequences import Sequences
 from tokabatch.scheduling.shortage import Shortage
 from tokabatch.scheduling.stepping import SamplingTable, StepDraft
 from tokabatch.scheduling.stopping import StopRules
@@ -62,13 +63,11 @@ class Scheduler:
         self.limits = limits
         self.counts = SchedulerCounts()
         self._stops = stops
-        self._sampling = requests.sampling
         self._table = SamplingTable(requests.sampling)
         self.pool = PagePool(limits.num_pages)
         self.prompts = OpenPrompts(requests, self.pool, limits.page_size)
-        wanted = max((p.logprobs if p.logprobs is not None else -1 for p in self._sampling), default=-1)
-        self._reports_logprobs = wanted >= 0
-        self.sequences = Sequences(limits.max_running, limits.max_pages_per_sequence, self.pool, limits.page_size, wanted)
+        most = int(self._table.logprobs.max(initial=-1))
+        self.sequences = Sequences(limits.max_running, limits.max_pages_per_sequence, self.pool, limits.page_size, most)
         self._expectations = Expectations(requests, self.sequences, self.counts, lengths)
         books = (self.pool, self.prompts, self.sequences, self.counts, self._expectations)
         self._admission = Admission(requests, limits.page_size, *books)
@@ -142,15 +141,13 @@ class Scheduler:
         matches = seq.epoch[step.slots] == step.epochs
         current = slice(None) if matches.all() else matches
         slots, tokens, finite = step.slots[current], result.token[current], result.finite[current]
-        seq.append(slots, tokens)
-        if self._reports_logprobs:
-            seq.append_logprobs(slots, result.logprob[current], result.top_ids[current], result.top_logprobs[current])
+        seq.outputs.append(slots, tokens, result.logprob[current], result.top_ids[current], result.top_logprobs[current])
         self.counts.output_tokens += len(slots)
         ends: dict[int, int | str | None] = {int(i): None for i in np.nonzero(seq.generated[slots] >= seq.limit[slots])[0]}
         suspects = self._stops.suspects(tokens).tolist()
         if suspects:
             asked = slots[suspects].tolist()
-            outputs = [seq.tokens[slot, : seq.generated[slot]] for slot in asked]
+            outputs = [seq.outputs.tokens(slot) for slot in asked]
             reasons = self._stops.check([int(seq.params[slot]) for slot in asked], outputs)
             ends.update({i: reason for i, reason in zip(suspects, reasons, strict=True) if reason is not None})
         if not finite.all():
@@ -300,18 +297,17 @@ class Scheduler:
         touched: dict[int, OpenPrompt] = {}
         self._expectations.ended(slots, np.array([reason is not None for reason in reasons], np.bool_))
         request = seq.request[slots]
-        columns = (slots, request, self.requests.row_index[request], seq.sample[slots], seq.params[slots], finite)
+        columns = (slots, request, self.requests.row_index[request], seq.sample[slots], finite)
         ended = zip(reasons, *(column.tolist() for column in columns), strict=True)
-        for reason, slot, key, row_index, sample, kind, valid in ended:
+        for reason, slot, key, row_index, sample, valid in ended:
             touched[key] = prompt = self.prompts[key]
             prompt.live -= 1
             if not valid:
                 prompt.tainted = True
                 self.pool.taint(seq.page_table[slot, : seq.num_pages[slot]])
-            logprobs = self._sampling[kind].logprobs
-            output = seq.output(slot, -1 if logprobs is None else logprobs)
+            output = seq.output(slot)
             error = None if valid else ("nan_logits", "the model's logits held NaN or no finite value")
-            completions.append(output.completion(row_index, sample, prompt.length, reason, error))
+            completions.append(output.completion(row_index, sample, prompt.length, reason=reason, error=error))
         self.counts.finished += len(completions)
         self.sequences.close(slots)
         finished = [prompt for prompt in touched.values() if prompt.finished]

@@ -117,8 +117,12 @@ def _host_tokens(seq: Sequences, requests: Requests, slots: Int64, takes: Int32)
     tokens = np.empty(len(run), np.int32)
     start = requests.start[seq.request[slots]]
     tokens[in_prompt] = requests.tokens[(start[run] + position)[in_prompt]]
-    later = ~in_prompt
-    tokens[later] = seq.tokens[slots[run[later]], (position - length)[later]]
+    begin = np.cumsum(takes) - takes
+    # Few runs reach behind their prompts: those of samples that were preempted or taken back.
+    for i in np.flatnonzero(seq.computed[slots] + takes > seq.prompt_length[slots]).tolist():
+        place = slice(int(begin[i]), int(begin[i] + takes[i]))
+        output = position[place] - length[place]
+        tokens[place][output >= 0] = seq.outputs.tokens(int(slots[i]))[output[output >= 0]]
     return tokens
 
 

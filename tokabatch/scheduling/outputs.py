@@ -1,0 +1,171 @@
+"""What the running samples have produced: token ids and, where asked for, log-probabilities.
+
+Memory follows what is stored: each slot has rows of its own, which grow by half when they are full, and come and go with its
+sample. A step's results go to a staging area, a ring of rows for each slot, by one vectorised write; a slot moves its ring to
+its rows once in as many tokens as the ring holds. The slots take turns, so that no step moves much.
+
+A row is W int32, and each sample has its own W: the token alone, or the token, its log-probability, K ids and K
+log-probabilities (the bits of float32).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokabatch.messages import Completion, Float32, Int32, Int64
+
+STAGED_VALUES = 1024
+"""Room of a slot's ring where no row needs more: for as many tokens alone, or fewer with their log-probabilities."""
+GROWTH = 1.5
+
+
+@dataclass(slots=True)
+class Generated:
+    """What one sample has produced, T tokens; a preempted one continues from here."""
+
+    tokens: Int32
+    """Shape [T]."""
+    logprobs: Float32 | None = None
+    """Shape [T]."""
+    top_ids: Int32 | None = None
+    """Shape [T, K]."""
+    top_logprobs: Float32 | None = None
+    """Shape [T, K]."""
+    num_cached_tokens: int = 0
+
+    def completion(
+        self,
+        row_index: int,
+        sample_index: int,
+        num_prompt_tokens: int,
+        *,
+        reason: int | str | None = None,
+        error: tuple[str, str] | None = None,
+    ) -> Completion:
+        """The finished sample: `reason` is the stop token or string that ended it, `error` a code and a message."""
+        return Completion(
+            row_index=row_index,
+            sample_index=sample_index,
+            token_ids=self.tokens,
+            finish_reason="length" if reason is None else "stop",
+            stop_reason=reason,
+            num_prompt_tokens=num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            logprobs=self.logprobs,
+            top_ids=self.top_ids,
+            top_logprobs=self.top_logprobs,
+            error_code=None if error is None else error[0],
+            error_message=None if error is None else error[1],
+        )
+
+
+def row_width(alternatives: Int32) -> Int32:
+    """Values stored for a token of samples that report so many alternatives; -1 reports no log-probabilities."""
+    return np.where(alternatives < 0, 1, 2 + 2 * alternatives).astype(np.int32)
+
+
+class Outputs:
+    """The outputs of the samples in `num_slots` slots. `alternatives` is the most that any sample reports for each token, -1
+    where none reports log-probabilities."""
+
+    def __init__(self, num_slots: int, alternatives: int) -> None:
+        self.count = np.zeros(num_slots, np.int32)
+        """Tokens received of each slot's sample, shape [slots]."""
+        self._stored = np.zeros(num_slots, np.int32)
+        """Those among them that are in the slot's rows; the later ones are staged."""
+        self._uniform = alternatives < 0
+        self._width = np.ones(num_slots, np.int32)
+        self._room = max(STAGED_VALUES, int(row_width(np.array(alternatives))))
+        self._mask = np.full(num_slots, STAGED_VALUES - 1, np.int32)
+        """Rows that each slot's ring holds, less one: a power of two, as a mask is several times faster than a division."""
+        self._staged = np.zeros(num_slots * self._room, np.int32)
+        self._rows: list[Int32 | None] = [None] * num_slots
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held, the staging area included."""
+        return self._staged.nbytes + sum(rows.nbytes for rows in self._rows if rows is not None)
+
+    def open(self, slots: Int64, alternatives: Int32) -> None:
+        """Begin anew in these slots; `alternatives` as in `SlotInit.logprobs`, shape [slots]."""
+        self.count[slots] = self._stored[slots] = 0
+        if not self._uniform:
+            width = self._width[slots] = row_width(alternatives)
+            self._mask[slots] = 2 ** np.floor(np.log2(self._room // width)).astype(np.int32) - 1
+
+    def close(self, slots: Int64) -> None:
+        """Give back the rows of these slots."""
+        for slot in slots[self._stored[slots] > 0].tolist():
+            self._rows[slot] = None
+
+    def append(self, slots: Int64, token: Int32, logprob: Float32, top_ids: Int32, top_logprobs: Float32) -> None:
+        """Store one received token a slot, arrays over S slots. `top_ids` and `top_logprobs` have shape [S, K] with at least as
+        many alternatives as any of these slots reports."""
+        at = self.count[slots]
+        # Where a ring wraps differs from slot to slot, or samples that began together would all be moved in one step.
+        if self._uniform:
+            mask = STAGED_VALUES - 1
+            place = (at + slots) & mask
+            self._staged[slots * STAGED_VALUES + place] = token
+        else:
+            mask, width = self._mask[slots], self._width[slots]
+            place = (at + slots) & mask
+            cell = slots * self._room + place * width
+            self._staged[cell] = token
+            reports = np.flatnonzero(width > 1)
+            self._staged[cell[reports] + 1] = logprob[reports].view(np.int32)
+            for size in np.unique(width[reports]).tolist():
+                alike, known = np.flatnonzero(width == size), (size - 2) // 2
+                top = np.concatenate((top_ids[alike, :known], top_logprobs[alike, :known].view(np.int32)), axis=1)
+                self._staged[cell[alike, None] + np.arange(2, size)] = top
+        self.count[slots] = at + 1
+        for slot in slots[place == mask].tolist():
+            self._store(slot)
+
+    def tokens(self, slot: int) -> Int32:
+        """Token ids of one slot's sample, shape [T]; not to be written to, and good until the next call of another method."""
+        return self._read(slot)[:, 0]
+
+    def read(self, slot: int) -> Generated:
+        """Copies of what a slot has produced."""
+        rows = self._read(slot)
+        known = (rows.shape[1] - 2) // 2
+        return Generated(
+            tokens=rows[:, 0].copy(),
+            logprobs=rows[:, 1].copy().view(np.float32) if known >= 0 else None,
+            top_ids=rows[:, 2 : 2 + known].copy() if known > 0 else None,
+            top_logprobs=rows[:, 2 + known :].copy().view(np.float32) if known > 0 else None,
+        )
+
+    def restore(self, slot: int, output: Generated) -> None:
+        """Put back what a preempted sample had produced into a slot just opened for it."""
+        columns = [output.tokens[:, None]]
+        if output.logprobs is not None:
+            columns.append(output.logprobs[:, None].view(np.int32))
+        if output.top_ids is not None and output.top_logprobs is not None:
+            columns += [output.top_ids, output.top_logprobs.view(np.int32)]
+        self._rows[slot] = np.concatenate(columns, axis=1)
+        self.count[slot] = self._stored[slot] = len(output.tokens)
+
+    def _pending(self, slot: int) -> Int32:
+        """The staged rows of a slot, a view of shape [rows, W]. They never wrap: where the ring ends it is moved."""
+        width, stored = int(self._width[slot]), int(self._stored[slot])
+        first = slot * self._room + ((stored + slot) & int(self._mask[slot])) * width
+        return self._staged[first : first + (int(self.count[slot]) - stored) * width].reshape(-1, width)
+
+    def _read(self, slot: int) -> Int32:
+        rows, stored = self._rows[slot], int(self._stored[slot])
+        return self._pending(slot) if rows is None else np.concatenate((rows[:stored], self._pending(slot)))
+
+    def _store(self, slot: int) -> None:
+        """Move what is staged to the slot's rows."""
+        rows, stored, count = self._rows[slot], int(self._stored[slot]), int(self.count[slot])
+        if rows is None or count > len(rows):
+            longer = np.empty((max(count, int(stored * GROWTH)), int(self._width[slot])), np.int32)
+            if rows is not None:
+                longer[:stored] = rows[:stored]
+            rows = self._rows[slot] = longer
+        rows[stored:count] = self._pending(slot)
+        self._stored[slot] = count
