@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from support import tiny_models
 
-from tokabatch import Job, RunSummary, plan, run, runner
+from tokabatch import Job, RunSummary, plan, resumption, run, runner
 from tokabatch.data import fingerprint
+from tokabatch.data.tokenizer import Tokenizer
 from tokabatch.data.verification import verify
 from tokabatch.errors import OutputError
 from tokabatch.report.progress import NullProgress
@@ -321,6 +322,104 @@ def test_bad_rows_are_recorded_once_however_often_the_run_is_continued(go, rows,
     assert {s["row_index"]: s["error_code"] for s in samples if s["error_code"]} == {4: "bad_json", 11: "missing_field"}
     summary = go(generation={"n": 4})
     assert (summary.errors, summary.ok) == (8, 40)
+
+
+def replaced(number: int, row: Any) -> list[Any]:
+    return [*ROWS[:number], row, *ROWS[number + 1 :]]
+
+
+def test_a_repaired_row_is_run_again_and_held_to_nothing_it_was(go, rows, tmp_path, whole):
+    write_rows(rows, replaced(4, "{broken"))
+    assert go().errors == N
+    write_rows(rows, ROWS)
+    told = Messages()
+    summary = go(progress=told)
+    assert (summary.earlier, summary.errors, summary.output_tokens) == (30, N, 0), "without the flag error rows are final"
+    assert "error rows that are other rows now: 1; --retry-errors runs them" in told.texts
+    summary = go(retry_errors=True)
+    assert (summary.earlier, summary.errors, summary.exit_code) == (27, 0, 0) and table(tmp_path / "out") == whole
+    write_rows(rows, replaced(4, {**ROWS[4], "answer": "0"}))
+    with pytest.raises(OutputError, match="not the same any more, the first that differs is row 4"):
+        go(retry_errors=True)
+
+
+def test_a_repaired_row_may_ask_for_fewer_samples_and_a_bad_last_row_may_go(go, rows, tmp_path):
+    write_rows(rows, [*replaced(2, {"question": None, "sampling_params": {"n": 2}}), "{broken"])
+    assert go().errors == 2 * N
+    write_rows(rows, replaced(2, {**ROWS[2], "sampling_params": {"n": 1}}))
+    with pytest.raises(OutputError, match=r"error sample .* of row \d+, which the job does not ask for.*--retry-errors"):
+        go()
+    summary = go(retry_errors=True)
+    assert (summary.rows, summary.samples, summary.errors, summary.exit_code) == (10, 28, 0, 0)
+    assert verify(tmp_path / "out").exit_code == 0
+    write_rows(rows, replaced(2, {**ROWS[2], "sampling_params": {"n": 1}})[:-1])
+    with pytest.raises(OutputError, match="10 rows then, 9 now"):
+        go(retry_errors=True)
+
+
+def test_a_repair_that_was_broken_off_may_be_repaired_again(go, rows, tmp_path, whole):
+    write_rows(rows, replaced(4, "{broken"))
+    go()
+    write_rows(rows, replaced(4, {"question": "half repaired"}))
+    assert go(retry_errors=True, steps=3).pending == N
+    write_rows(rows, ROWS)
+    with pytest.raises(OutputError, match="differs is row 4"):
+        go()
+    assert go(retry_errors=True).exit_code == 0 and table(tmp_path / "out") == whole
+
+
+def test_other_tokens_of_the_same_rows_are_refused_with_the_versions(go, rows, tmp_path, monkeypatch):
+    """Whatever made the prompts come out otherwise: here a library that cuts a text elsewhere."""
+    go(steps=20)
+    before = everything(tmp_path / "out")
+    real = Tokenizer.encode_batch
+
+    def encode(self, texts, add_special_tokens):
+        return [
+            [*ids, ids[-1]] if "9+" in text else ids
+            for text, ids in zip(texts, real(self, texts, add_special_tokens), strict=True)
+        ]
+
+    monkeypatch.setattr(resumption, "version", lambda name: f"{name}-0.0.1")
+    assert go(steps=2).earlier > 0, "another version alone is no other prompt"
+    monkeypatch.undo()
+    monkeypatch.setattr(Tokenizer, "encode_batch", encode)
+    with pytest.raises(
+        OutputError, match=r"(?s)prompts: the tokens of 1 of 10 rows .*the first is row 9\n.*tokenizers-0.0.1 then"
+    ):
+        go()
+    write_rows(rows, [*ROWS, ROWS[0]])
+    with pytest.raises(OutputError, match=r"the first is row 9"):
+        go(retry_errors=True)
+    monkeypatch.undo()
+    write_rows(rows, ROWS)
+    assert everything(tmp_path / "out").keys() >= before.keys() and go().exit_code == 0
+
+
+def test_another_verifier_is_another_job(go, tmp_path, monkeypatch):
+    source = tmp_path / "gsm8k.py"
+    source.write_bytes(fingerprint.verifier_path("gsm8k").read_bytes())
+    monkeypatch.setattr(fingerprint, "verifier_path", lambda kind: source)
+    go(steps=20)
+    assert go(steps=2).earlier > 0
+    source.write_text(source.read_text() + "\n# edited")
+    with pytest.raises(OutputError, match=r"verifier/gsm8k: [\d,]+ bytes, sha256 .* then"):
+        go()
+
+
+def test_without_the_digests_of_rows_only_unchanged_rows_go_on(go, rows, tmp_path, whole):
+    write_rows(rows, replaced(4, "{broken"))
+    go()
+    digests = tmp_path / "out" / "row_digests.parquet"
+    digests.write_bytes(b"PAR1 torn")
+    write_rows(rows, ROWS)
+    with pytest.raises(OutputError, match=r"row_digests\.parquet, which tells the rows, is missing or damaged"):
+        go(retry_errors=True)
+    digests.unlink()
+    write_rows(rows, replaced(4, "{broken"))
+    assert go().exit_code == 0 and digests.exists(), "written anew where nothing has changed"
+    write_rows(rows, ROWS)
+    assert go(retry_errors=True).exit_code == 0 and table(tmp_path / "out") == whole
 
 
 def test_policy_stop_stops_at_the_first_error_row_and_goes_on_behind_it(go, rows, tmp_path):

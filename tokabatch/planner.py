@@ -15,7 +15,6 @@ from tokabatch.engine.sizing import ReplicaSizes, page_bytes
 from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes
 from tokabatch.prediction import Scenario, check_scenario, predict_run, scenario_profile
-from tokabatch.preparation import Prepared
 from tokabatch.pricing import read_profile, size_replica
 from tokabatch.replica import scheduler_limits
 from tokabatch.report.outlook import Outlook
@@ -25,7 +24,7 @@ from tokabatch.resumption import Start, preview
 
 def plan(job: Job) -> PlanReport:
     """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError."""
-    with _planned(job, read_profile(job)) as (previewed, _, sizes):
+    with _planned(job, read_profile(job)) as (previewed, sizes):
         return _plan_report(job, previewed, sizes)
 
 
@@ -34,21 +33,18 @@ def plan_and_simulate(job: Job, scenario: Scenario) -> tuple[PlanReport, Outlook
     UsageError for one that cannot be."""
     device = check_scenario(scenario)
     profile = scenario_profile(job, scenario, device)
-    with _planned(job, profile, device) as (previewed, left, sizes):
-        outlook = predict_run(left, scheduler_limits(sizes), scenario, device, profile)
+    with _planned(job, profile, device) as (previewed, sizes):
+        outlook = predict_run(previewed.left, scheduler_limits(sizes), scenario, device, profile)
         return _plan_report(job, previewed, sizes), outlook
 
 
 @contextmanager
-def _planned(
-    job: Job, profile: SavedProfile | None, absent: Device | None = None
-) -> Generator[tuple[Start, Prepared, ReplicaSizes]]:
-    """The whole job, what a run would still have to do of it, and the sizes for that."""
+def _planned(job: Job, profile: SavedProfile | None, absent: Device | None = None) -> Generator[tuple[Start, ReplicaSizes]]:
+    """The job as a run would find it, and the sizes for what is left of it."""
     check_output(Path(job.output.path))
     with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
         previewed = preview(job, Path(scratch), absent_gpu=absent is not None)
-        left = previewed.prepared.without(previewed.committed.drawn)
-        yield previewed, left, size_replica(job, left, profile, absent)
+        yield previewed, size_replica(job, previewed.left, profile, absent)
         previewed.prepared.store.close()
 
 

@@ -16,9 +16,10 @@ import pyarrow as pa
 import torch
 
 from tokabatch.attention import choose_backend
-from tokabatch.data.fingerprint import Fingerprint, describe, refuse_changes, refuse_other_rows
+from tokabatch.data.fingerprint import Fingerprint, describe
 from tokabatch.data.generation_defaults import effective_generation, eos_token_ids
 from tokabatch.data.output import FailedRow, output_schema
+from tokabatch.data.row_digests import RowDigests
 from tokabatch.data.store import InputStore, ingest
 from tokabatch.data.tokenizer import Tokenizer, load_tokenizer
 from tokabatch.engine.sizing import WorkloadFacts, reported_token_bytes
@@ -34,6 +35,8 @@ from tokabatch.model.weights import named_dtype, resolve_dtype
 from tokabatch.planning.order import longest_first, order_prompts
 from tokabatch.planning.sharing import Sharing, measure_sharing
 
+Compare = Callable[[Fingerprint, RowDigests | None], None]
+"""Raises where the job is not to go on, given what decides its output, and its rows once they are read."""
 FP8_CAPABILITY = (8, 9)
 """The first NVIDIA compute capability with e4m3."""
 
@@ -107,12 +110,12 @@ def prepare(
     on_rows: Callable[[int, int], None] | None = None,
     *,
     weights: bool = True,
-    earlier: Fingerprint | None = None,
+    compare: Compare | None = None,
     absent_gpu: bool = False,
 ) -> Prepared:
     """Check the model, read and tokenise the input, order it. Raises UsageError for whatever cannot work; `on_rows` is told
     the rows and error rows read so far. Weights that are still on the hub are fetched last, and only if `weights` says so.
-    `earlier` is the run in the output folder: a job that differs from it is refused as soon as the difference is seen.
+    `compare` is called as soon as there is more to compare with an earlier run: settings, rows, weights.
     `absent_gpu`: for a GPU that is not here, of which nothing can be asked."""
     device = "cuda" if absent_gpu else pick_device(job)
     folder = resolve_model(job.model.path, job.model.revision, weights=False)
@@ -130,10 +133,10 @@ def prepare(
     generation, settings = effective_generation(job, folder)
     _check_generation(generation, spec, tokenizer)
     eos = eos_token_ids(folder, tokenizer)
-    output = Path(job.output.path)
+    compare = compare or _accept
     tokenizer_folder = _tokenizer_folder(job, folder)
     fingerprint = describe(job, generation, eos, folder, tokenizer_folder, _name(dtype))
-    refuse_changes(output, earlier, fingerprint)
+    compare(fingerprint, None)
     store = ingest(
         job,
         tokenizer,
@@ -141,19 +144,17 @@ def prepare(
         spec.context_length,
         generation=generation,
         vocab_size=spec.vocab_size,
-        mark=None if earlier is None else earlier.rows,
         on_rows=on_rows,
     )
-    fingerprint = replace(fingerprint, rows=store.num_rows, rows_sha256=store.digest.value)
-    if earlier is not None:
-        refuse_other_rows(output, earlier, fingerprint, store.digest.at_mark)
+    fingerprint = fingerprint.with_rows(store.digests)
+    compare(fingerprint, store.digests)
     requests = order_requests(store, job.engine.page_size)
     if checkpoint is None and weights:
         checkpoint = preflight(resolve_model(job.model.path, job.model.revision), spec)
         dtype = _choose_dtype(job, device, folder, spec, checkpoint)
         known = describe(job, generation, eos, folder, tokenizer_folder, _name(dtype))
         fingerprint = replace(fingerprint, settings=known.settings)
-        refuse_changes(output, earlier, fingerprint)
+        compare(fingerprint, None)
     everything = np.arange(generation.n, dtype=np.int32)
     return Prepared(
         folder=folder,
@@ -174,6 +175,10 @@ def prepare(
         samples_of_row=_samples_of_row(store, generation.n),
         fingerprint=fingerprint,
     )
+
+
+def _accept(fingerprint: Fingerprint, digests: RowDigests | None) -> None:
+    """There is no earlier run."""
 
 
 def _tokenizer_folder(job: Job, folder: Path) -> Path:

@@ -21,6 +21,7 @@ import torch
 
 from tokabatch import __version__
 from tokabatch.data.committed import Committed, drop_errors, nothing_committed, read_committed
+from tokabatch.data.earlier import EarlierRun
 from tokabatch.data.folder import Claim, OutputFolder
 from tokabatch.data.manifest import Manifest, Versions, read_manifest, write_manifest
 from tokabatch.errors import OutputError
@@ -46,10 +47,15 @@ class Reuse:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """`prepared` is what is left to do, `committed` what is done."""
+    """`prepared` is the whole job, `committed` what is done of it, `left` what is left to do."""
 
     prepared: Prepared
     committed: Committed
+    left: Prepared
+
+    @classmethod
+    def after(cls, committed: Committed, prepared: Prepared) -> Start:
+        return cls(prepared, committed, prepared.without(committed.drawn))
 
 
 def start(
@@ -63,40 +69,48 @@ def start(
     """Prepare the job and take up its output folder, whose manifest then says what the run is. Raises UsageError; `tell` is
     given a sentence for the user where the folder holds results; `reading` is entered while the folder is as it was."""
     folder = claim.folder
-    earlier = None if reuse.overwrite else find_run(folder)
+    earlier = None if reuse.overwrite else find_run(folder, retry_errors=reuse.retry_errors)
     scratch = folder.temporary / "input"
     with _refusing(folder, _FULL), reading():
         scratch.mkdir()
-        prepared = prepare(job, scratch, on_rows, earlier=earlier.fingerprint if earlier else None)
+        prepared = prepare(job, scratch, on_rows, compare=earlier.compare if earlier else None)
     with _refusing(folder):
         if reuse.overwrite:
             _overwrite(claim, tell)
-        committed = read_committed(folder, prepared.samples_of_row, prepared.output_schema)
-        left = prepared.without(committed.drawn)
-        claim.reopen(keep_summary=not (len(left.requests) or left.failures or reuse.retry_errors))
-        if reuse.retry_errors and committed.errors:
-            tell(f"running {drop_errors(claim):,} error rows again")
-            committed = read_committed(folder, prepared.samples_of_row, prepared.output_schema)
-            left = prepared.without(committed.drawn)
+        started = _find_samples(folder, prepared, errors=not reuse.retry_errors)
+        claim.reopen(keep_summary=not (len(started.left.requests) or started.left.failures or reuse.retry_errors))
+        # Once its error samples are out, a repaired row is known by these alone.
+        claim.write(folder.row_digests, prepared.store.digests.to_parquet())
         write_manifest(claim, _manifest(job, prepared, earlier), job.given())
-    if committed.samples:
-        tell(f"continuing: {committed.samples:,} of {prepared.samples_total:,} samples are there already")
-    return Start(left, committed)
+        if reuse.retry_errors:
+            dropped = drop_errors(claim)
+            if dropped:
+                tell(f"running {dropped:,} error rows again")
+            started = _find_samples(folder, prepared)
+        elif earlier and earlier.repaired:
+            tell(f"error rows that are other rows now: {earlier.repaired:,}; --retry-errors runs them")
+    if started.committed.samples:
+        tell(f"continuing: {started.committed.samples:,} of {prepared.samples_total:,} samples are there already")
+    return started
 
 
 def preview(job: Job, scratch: Path, *, absent_gpu: bool = False) -> Start:
-    """The same for a plan, of the whole job: reads what is there, changes nothing, needs no weights. Raises the same refusals,
-    but for those of the device where the plan is for a GPU that is not here."""
+    """The same for a plan: reads what is there, changes nothing, needs no weights. Raises the same refusals, but for those of
+    the device where the plan is for a GPU that is not here."""
     folder = OutputFolder(Path(job.output.path))
     earlier = find_run(folder)
-    prepared = prepare(job, scratch, weights=False, earlier=earlier.fingerprint if earlier else None, absent_gpu=absent_gpu)
+    prepared = prepare(job, scratch, weights=False, compare=earlier.compare if earlier else None, absent_gpu=absent_gpu)
     if earlier is None:
-        return Start(prepared, nothing_committed(prepared.samples_of_row))
-    committed = read_committed(folder, prepared.samples_of_row, prepared.output_schema)
-    return Start(prepared, committed)
+        return Start.after(nothing_committed(prepared.samples_of_row), prepared)
+    return _find_samples(folder, prepared)
 
 
-def find_run(folder: OutputFolder) -> Manifest | None:
+def _find_samples(folder: OutputFolder, prepared: Prepared, *, errors: bool = True) -> Start:
+    committed = read_committed(folder, prepared.samples_of_row, schema=prepared.output_schema, errors=errors)
+    return Start.after(committed, prepared)
+
+
+def find_run(folder: OutputFolder, *, retry_errors: bool = False) -> EarlierRun | None:
     """The run in the folder, None where there is none. Raises OutputError where there are samples of which no manifest says
     whose they are."""
     manifest = read_manifest(folder)
@@ -106,7 +120,7 @@ def find_run(folder: OutputFolder) -> Manifest | None:
             "manifest.json, so that nobody can tell which job they are of. Choose another output.path, or start afresh with "
             "--overwrite."
         )
-    return manifest
+    return EarlierRun(folder, manifest, _versions(), retry_errors) if manifest else None
 
 
 @contextmanager
@@ -132,15 +146,26 @@ def _overwrite(claim: Claim, tell: Callable[[str], None]) -> None:
     claim.discard()
 
 
-def _manifest(job: Job, prepared: Prepared, earlier: Manifest | None) -> Manifest:
+def _versions() -> Versions:
+    return Versions(
+        tokabatch=__version__,
+        torch=torch.__version__,
+        transformers=version("transformers"),
+        python=platform.python_version(),
+        tokenizers=version("tokenizers"),
+        jinja2=version("jinja2"),
+    )
+
+
+def _manifest(job: Job, prepared: Prepared, earlier: EarlierRun | None) -> Manifest:
     manifest = Manifest(
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         working_folder=os.getcwd(),
         model_path=str(prepared.folder),
-        versions=Versions(__version__, torch.__version__, version("transformers"), platform.python_version()),
+        versions=_versions(),
         rows=prepared.store.num_rows,
         samples=prepared.samples_total,
         job=job.model_copy(update={"generation": prepared.generation}).to_dict(),
         fingerprint=prepared.fingerprint,
     )
-    return manifest if earlier is None else replace(manifest, started=earlier.started)
+    return manifest if earlier is None else replace(manifest, started=earlier.manifest.started)

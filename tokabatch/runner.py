@@ -68,7 +68,7 @@ def run(
     profile = read_profile(job)
     with Claim(Path(job.output.path)) as claim, ExitStack() as workers:
         started = start(job, claim, partial(_reading, clock, stop), reuse, clock.progress.message, stop.at_once)
-        prepared, recorder = started.prepared, Recorder(job, started.prepared, claim, started.committed)
+        prepared, recorder = started.left, Recorder(job, started.left, claim, started.committed)
         workers.callback(prepared.store.close)
         sizes = size_replica(job, prepared, profile)
         scheduler = Scheduler(prepared.requests, scheduler_limits(sizes), _stop_rules(prepared))
@@ -158,7 +158,7 @@ class _Parts:
         """Tell the display where the run stands, if that is due."""
         if not self.clock.is_due(phase):
             return
-        prepared, scheduler = self.started.prepared, self.scheduler
+        prepared, scheduler = self.started.left, self.scheduler
         counts, running = scheduler.counts, len(scheduler.sequences.order)
         left = int(prepared.num_samples.sum())
         waiting = max(0, left - counts.finished - running)
@@ -189,7 +189,7 @@ def _reading(clock: _Clock, stop: Interruption, rows: int, errors: int) -> None:
 
 def _record_failures(parts: _Parts) -> int:
     """The rows that never became prompts; the run's exit code so far. Where the job stops at an error, it is the first one."""
-    failures = parts.started.prepared.failures
+    failures = parts.started.left.failures
     if not failures or parts.job.errors.policy != "stop":
         parts.recorder.fail(failures)
         return EXIT_COMPLETE
@@ -209,7 +209,7 @@ def _judge(books: Books, job: Job) -> int:
 def _complete(parts: _Parts, make: Callable[[], Executor], workers: ExitStack) -> int:
     """Load the model and step until every sample is finished; the run's exit code so far. The worker is closed with `workers`:
     what is finished is committed first, a GPU's process takes a second to end."""
-    job, prepared, scheduler, recorder = parts.job, parts.started.prepared, parts.scheduler, parts.recorder
+    job, prepared, scheduler, recorder = parts.job, parts.started.left, parts.scheduler, parts.recorder
     depth = job.engine.queue_depth
     replica = Replica(
         scheduler,
@@ -288,7 +288,7 @@ def _stop_rules(prepared: Prepared) -> StopRules:
 
 
 def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_code: int) -> RunSummary:
-    seconds, prepared, scheduler = parts.clock.elapsed, parts.started.prepared, parts.scheduler
+    seconds, prepared, scheduler = parts.clock.elapsed, parts.started.left, parts.scheduler
     counts, recorder, replica = scheduler.counts, parts.recorder, parts.replica
     predicted = _predicted(prepared, steps, profile)
     return RunSummary(

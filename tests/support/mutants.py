@@ -49,8 +49,8 @@ def committed_keys_not_read_back() -> None:
     """What the folder holds is forgotten; new files are numbered behind it all the same."""
     real = resumption.read_committed
 
-    def forget(out, num_samples, schema=None):
-        found = real(out, num_samples, schema)
+    def forget(out, num_samples, **given):
+        found = real(out, num_samples, **given)
         nothing = nothing_committed(num_samples)
         return found.__class__(nothing.drawn, found.shards, found.error_counts, found.correct, found.unverified)
 

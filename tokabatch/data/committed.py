@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -54,8 +55,10 @@ def nothing_committed(num_samples: Int64) -> Committed:
     return Committed(drawn, (), Counter(), np.zeros(len(num_samples), np.int64), 0)
 
 
-def read_committed(folder: OutputFolder, num_samples: Int64, schema: pa.Schema | None = None) -> Committed:
-    """Every committed sample of a job of `num_samples` [rows] samples a row.
+def read_committed(
+    folder: OutputFolder, num_samples: Int64, schema: pa.Schema | None = None, *, errors: bool = True
+) -> Committed:
+    """Every committed sample of a job of `num_samples` [rows] samples a row; without `errors`, every good one.
 
     Raises OutputError where a shard is damaged, has another `schema`, holds a sample twice, or one that the job does not
     ask for.
@@ -68,7 +71,8 @@ def read_committed(folder: OutputFolder, num_samples: Int64, schema: pa.Schema |
         if schema is not None:
             _check_schema(path, schema)
         rows = ok = 0
-        for table in read_groups(path, _COLUMNS):
+        for found in read_groups(path, _COLUMNS):
+            table = found if errors else found.filter(_is_ok(found))
             keys = _places(path, table, start)
             _refuse_repeats(path, table, keys, flags, folder)
             flags[keys] = True
@@ -80,6 +84,19 @@ def read_committed(folder: OutputFolder, num_samples: Int64, schema: pa.Schema |
                 unverified += count_ok(table.filter(pc.call_function("is_null", [table["correct"]])))
         shards.append(Shard(f"{folder.data.name}/{path.name}", rows, ok, rows - ok, path.stat().st_size))
     return Committed(empty.drawn, tuple(shards), codes, correct, unverified)
+
+
+def sampled_rows(folder: OutputFolder, rows: int) -> tuple[Bool, Bool]:
+    """Of the first `rows` rows, those with a committed good sample, and those with an error sample; each of shape [rows]."""
+    good, bad = np.zeros(rows, np.bool_), np.zeros(rows, np.bool_)
+    for path in folder.shard_paths():
+        for table in read_groups(path, ("row_index", "status")):
+            row = table["row_index"].to_numpy()
+            ok = _is_ok(table).to_numpy()
+            known = (row >= 0) & (row < rows)
+            good[row[known & ok]] = True
+            bad[row[known & ~ok]] = True
+    return good, bad
 
 
 def drop_errors(claim: Claim) -> int:
@@ -109,9 +126,13 @@ def drop_errors(claim: Claim) -> int:
 
 def _without_errors(path: Path) -> Iterator[pa.Table]:
     for table in read_groups(path, None):
-        kept = table.filter(pc.call_function("equal", [table["status"], "ok"]))
+        kept = table.filter(_is_ok(table))
         if kept.num_rows:
             yield kept
+
+
+def _is_ok(table: pa.Table) -> pa.ChunkedArray[Any]:
+    return pc.call_function("equal", [table["status"], "ok"])
 
 
 def _places(path: Path, table: pa.Table, start: Int64) -> Int64:
@@ -122,6 +143,11 @@ def _places(path: Path, table: pa.Table, start: Int64) -> Int64:
     known &= sample < start[clipped + 1] - start[clipped]
     if not known.all():
         odd = int(np.flatnonzero(~known)[0])
+        if table["status"][odd].as_py() != "ok":
+            raise OutputError(
+                f"{path} holds an error sample (number {sample[odd]}) of row {row[odd]}, which the job does not ask for any "
+                "more. Run with --retry-errors, which takes the error rows out and runs again those that there are."
+            )
         raise OutputError(
             f"{path} holds sample {sample[odd]} of row {row[odd]}, which the job does not ask for: its input has "
             f"{len(start) - 1:,} rows, and generation.n may be raised but not lowered. Choose another output.path, or "

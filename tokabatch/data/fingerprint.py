@@ -1,9 +1,10 @@
 """What decides a run's output, so that a folder's run is continued by the same job only, and a difference can be shown.
 
-In it: the model's and the tokenizer's files, how prompts are made, how samples are drawn, what a row of the output holds, and
-the input's rows. Not in it: `generation.n`, further rows at the end, and what is under `engine`, but for the cache's type: a
-sample depends on none of them but for rounding. Files are known by size and digest, the rows by a digest over their content,
-whatever file they lie in.
+In it: the model's and the tokenizer's files, how prompts are made, how samples are drawn, what a row of the output holds, the
+verifier's source, the input's rows and the token ids of their prompts. Not in it: `generation.n`, further rows at the end, the
+versions of libraries (what they change in a prompt is seen in its tokens), and what is under `engine`, but for the cache's
+type: a sample depends on none of them but for rounding. Files are known by size and digest, the rows by digests of their
+content, whatever file they lie in.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokabatch.data.few_shot import render_few_shot
 from tokabatch.data.readers import list_files
-from tokabatch.data.rows import RowBatch
-from tokabatch.errors import OutputError
-from tokabatch.job import GenerationConfig, Job
+from tokabatch.data.row_digests import RowDigests
+from tokabatch.job import GenerationConfig, Job, verifier_path
 
 WEIGHTS = "*.safetensors"
-MODEL_FILES = ("config.json", WEIGHTS)
+WEIGHT_INDEX = "*.safetensors.index.json"
+MODEL_FILES = ("config.json", WEIGHTS, WEIGHT_INDEX)
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*")
 _WHOLE_BYTES = 64 << 20
 _PIECES, _PIECE_BYTES = 4096, 4096
@@ -31,43 +32,19 @@ _SHOWN = 60
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """`settings` are texts by name; `rows` input rows have the digest `rows_sha256`. `input_bytes` (sizes by path) are for
-    messages only. A run may have more rows than the one it continues."""
+    """`settings` are texts by name; `rows` input rows have the digest `rows_sha256`, the token ids of their prompts the digest
+    `prompts_sha256`. `input_bytes` (sizes by path) are for messages only. A run may have more rows than the one it
+    continues."""
 
     settings: Mapping[str, str]
     input_bytes: Mapping[str, int]
     rows: int = 0
     rows_sha256: str = ""
+    prompts_sha256: str = ""
 
-
-class RowsDigest:
-    """The digest of the rows so far, and of the first `mark` of them. Rows count by content: the text of a JSON line, the
-    values of an Arrow row, the code of one that could not be read."""
-
-    def __init__(self, mark: int | None = None) -> None:
-        self._hash = hashlib.sha256()
-        self._mark = mark
-        self.rows = 0
-        self.at_mark: str | None = None
-        """None where there are fewer rows than that, or no mark."""
-
-    @property
-    def value(self) -> str:
-        return self._hash.hexdigest()
-
-    def append(self, batch: RowBatch) -> None:
-        for content in _contents(batch):
-            if self.rows == self._mark:
-                self.at_mark = self.value
-            self._hash.update(len(content).to_bytes(8, "little"))
-            self._hash.update(content)
-            self.rows += 1
-
-    def finish(self) -> RowsDigest:
-        """No row comes any more."""
-        if self.rows == self._mark:
-            self.at_mark = self.value
-        return self
+    def with_rows(self, digests: RowDigests) -> Fingerprint:
+        """The same job, its rows known."""
+        return replace(self, rows=len(digests), rows_sha256=digests.content_sha256, prompts_sha256=digests.prompt_sha256)
 
 
 def describe(
@@ -90,57 +67,32 @@ def describe(
         "output": {"columns": job.output.columns},
         "verify": {} if job.verify is None else job.verify.model_dump(mode="json"),
     }
+    if job.verify is not None:
+        settings["verifier/" + job.verify.kind] = _file_mark(verifier_path(job.verify.kind))
     for section, values in sections.items():
         settings |= {f"{section}.{name}": json.dumps(value, ensure_ascii=False) for name, value in values.items()}
     return Fingerprint(settings, list_files(job.input))
 
 
-def refuse_changes(path: Path, earlier: Fingerprint | None, now: Fingerprint) -> None:
-    """Raises OutputError showing what the run in the folder `path`, if there is one, had and the job has not. Weights that are
-    not here yet are not compared."""
-    if earlier is None:
-        return
+def changed_settings(earlier: Fingerprint, now: Fingerprint) -> list[str]:
+    """A line for each setting or file that differs. Weights that are not here yet are not compared."""
     weights_here = any(name.endswith(WEIGHTS[1:]) for name in now.settings)
     names = dict.fromkeys((*now.settings, *earlier.settings))
-    compared = [name for name in names if weights_here or not name.endswith(WEIGHTS[1:])]
-    differences = [
+    compared = [name for name in names if weights_here or not name.endswith((WEIGHTS[1:], WEIGHT_INDEX[1:]))]
+    return [
         f"{name}: {_shown(earlier.settings.get(name))} then, {_shown(now.settings.get(name))} now"
         for name in compared
         if earlier.settings.get(name) != now.settings.get(name)
     ]
-    _refuse(path, differences)
 
 
-def refuse_other_rows(path: Path, earlier: Fingerprint, now: Fingerprint, at_mark: str | None) -> None:
-    """The same for the rows; `at_mark` is the digest of the first `earlier.rows` of the rows now."""
-    if at_mark == earlier.rows_sha256:
-        return
-    sizes = [
+def changed_sizes(earlier: Fingerprint, now: Fingerprint) -> list[str]:
+    """A line for each input file whose size differs."""
+    return [
         f"{name}: {_size(earlier.input_bytes.get(name))} then, {_size(now.input_bytes.get(name))} now"
         for name in dict.fromkeys((*earlier.input_bytes, *now.input_bytes))
         if earlier.input_bytes.get(name) != now.input_bytes.get(name)
     ]
-    if at_mark is None:
-        _refuse(path, [f"input: {earlier.rows:,} rows then, {now.rows:,} now", *sizes])
-    _refuse(path, [f"input: its first {earlier.rows:,} rows are not the same any more; rows may be added at the end", *sizes])
-
-
-def _refuse(path: Path, differences: list[str]) -> None:
-    if differences:
-        listed = "".join(f"\n  {difference}" for difference in differences)
-        raise OutputError(
-            f"output.path {str(path)!r} holds the run of another job; what decides its output differs:{listed}\n"
-            "Choose another output.path, change it back, or start afresh with --overwrite."
-        )
-
-
-def _contents(batch: RowBatch) -> Iterator[bytes]:
-    if batch.table is None:
-        for row, text in zip(batch.rows, batch.texts, strict=True):
-            yield text if row.error is None else row.error.code.encode()
-        return
-    for row, values in zip(batch.rows, batch.table.to_pylist(), strict=True):
-        yield repr(values).encode(errors="surrogatepass") + (b"" if row.error is None else row.error.code.encode())
 
 
 def _file_marks(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, str]]:

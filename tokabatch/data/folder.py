@@ -4,6 +4,7 @@ OUT/data/part-00000.parquet   committed shards
 OUT/_tmp/                     unfinished files; cleared by the next claim
 OUT/_lock                     held by the writing process, released by its death
 OUT/manifest.json             what the run is, and what decides its output
+OUT/row_digests.parquet       what each row and its prompt were
 OUT/job.json                  the job, to run it again from the folder alone
 OUT/steps-00000.parquet       what each step did and took; not a result
 OUT/summary.json, _SUCCESS    how it ended; taken back by the next start that has something to add
@@ -40,6 +41,7 @@ class OutputFolder:
         self.temporary = path / "_tmp"
         self.lock = path / "_lock"
         self.manifest = path / "manifest.json"
+        self.row_digests = path / "row_digests.parquet"
         self.job = path / "job.json"
         self.summary = path / "summary.json"
         self.success = path / "_SUCCESS"
@@ -113,7 +115,7 @@ class Claim:
         for shard in self.folder.shard_paths():
             self.files.remove(shard)
         self.files.sync_folder(self.folder.data)
-        for path in (*self.folder.step_paths(), self.folder.manifest, self.folder.job):
+        for path in (*self.folder.step_paths(), self.folder.row_digests, self.folder.manifest, self.folder.job):
             if path.exists():
                 self.files.remove(path)
 

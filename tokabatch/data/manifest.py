@@ -29,6 +29,8 @@ class Versions:
     torch: str
     transformers: str
     python: str
+    tokenizers: str = ""
+    jinja2: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from tokabatch.data.columns import Columns, ColumnSpool, open_column_spool
-from tokabatch.data.fingerprint import RowsDigest
 from tokabatch.data.identity import IdSpool, read_ids
 from tokabatch.data.prompts import Limits, Prompt, PromptBuilder
 from tokabatch.data.readers import open_reader
+from tokabatch.data.row_digests import DigestSpool, RowDigests
 from tokabatch.data.rows import Reader, Row, RowBatch
 from tokabatch.data.spool import ArraySpool, Texts
 from tokabatch.data.templates import list_columns
@@ -52,8 +52,8 @@ class InputStore:
     """Whether text prompts go through the chat template."""
     hidden_rows: int
     """Prompts in which a row's text spelled a special token, encoded as plain text."""
-    digest: RowsDigest
-    """Of the rows' content."""
+    digests: RowDigests
+    """Of the rows and their prompts."""
     _columns: Columns
     _ids: Texts | None
 
@@ -93,22 +93,20 @@ def ingest(
     *,
     generation: GenerationConfig | None = None,
     vocab_size: int | None = None,
-    mark: int | None = None,
     on_rows: Callable[[int, int], None] | None = None,
 ) -> InputStore:
     """Reads, renders and tokenises the job's input into `folder`, which must exist and be empty.
 
     `generation` is the job's with the model's defaults filled in; `vocab_size` the number of embeddings (default: the
-    tokenizer's); `mark` a number of rows from the first on that a digest of their own is wanted for. `on_rows` is told the
-    number of rows and error rows so far after each batch. Raises InputError or JobError where the input as a whole cannot be
-    used; a faulty row is an entry in `errors`.
+    tokenizer's). `on_rows` is told the number of rows and error rows so far after each batch. Raises InputError or JobError
+    where the input as a whole cannot be used; a faulty row is an entry in `errors`.
     """
     limits = Limits(context_length, vocab_size or tokenizer.vocab_size)
     builder = PromptBuilder(job.prompt, generation or job.generation, tokenizer, limits)
     reader = open_reader(job.input)
     if reader.schema is not None:
         _check_columns(job, builder, reader.schema.names)
-    spools = _Spools(job, folder, reader, mark)
+    spools = _Spools(job, folder, reader)
     left = job.input.limit
     needed = builder.columns | {name for name in (job.input.id_column,) if name}
     for batch in reader.batches(needed):
@@ -129,7 +127,7 @@ def ingest(
 class _Spools:
     """Everything that grows while the rows stream by."""
 
-    def __init__(self, job: Job, folder: Path, reader: Reader, mark: int | None) -> None:
+    def __init__(self, job: Job, folder: Path, reader: Reader) -> None:
         carried = job.output.columns
         answer = {job.verify.answer} if job.verify else set[str]()
         kept = None if carried == "all" else sorted({*carried, *answer})
@@ -144,7 +142,7 @@ class _Spools:
         self.names: dict[str, None] = dict.fromkeys(reader.schema.names) if reader.schema is not None else {}
         self.num_rows = 0
         self.any_parsed = False
-        self._digest = RowsDigest(mark)
+        self._digests = DigestSpool(folder)
 
     def append(self, batch: RowBatch, prompts: Sequence[Prompt | RowError]) -> None:
         faults = self._ids.append(batch.rows) if self._ids else {}
@@ -154,7 +152,7 @@ class _Spools:
         )
         self._append_prompts(results)
         self._columns.append(batch)
-        self._digest.append(batch)
+        self._digests.append(batch, [each.token_ids if isinstance(each, Prompt) else None for each in results])
         self._note_names(batch.rows)
         self.num_rows += len(batch.rows)
 
@@ -174,7 +172,7 @@ class _Spools:
             column_schema=pa.schema([columns.schema.field(name) for name in names]),
             chat=builder.chat,
             hidden_rows=builder.hidden_rows,
-            digest=self._digest.finish(),
+            digests=self._digests.finish(),
             _columns=columns,
             _ids=ids,
         )

@@ -18,6 +18,7 @@ from tokabatch.job.schema import (
     Setting,
     VerifyConfig,
     verifier_names,
+    verifier_path,
 )
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "Setting",
     "VerifyConfig",
     "verifier_names",
+    "verifier_path",
 ]

@@ -273,3 +273,8 @@ class Job(_Section):
 def verifier_names() -> tuple[str, ...]:
     """The verifiers that exist: one for each file of the folder, none of them imported."""
     return tuple(sorted(path.stem for path in _VERIFIERS.glob("*.py") if not path.stem.startswith("_")))
+
+
+def verifier_path(kind: str) -> Path:
+    """The source of the verifier of that name."""
+    return _VERIFIERS / f"{kind}.py"
