@@ -434,6 +434,29 @@ def test_policy_stop_stops_at_the_first_error_row_and_goes_on_behind_it(go, rows
     assert len(table(tmp_path / "out")) == 36
 
 
+@pytest.mark.parametrize(("max_fraction", "code"), [(1.0, 0), (0.0, 3)])
+def test_policy_stop_at_the_last_row_missing_leaves_a_complete_run(go, rows, tmp_path, max_fraction, code):
+    stop = {"errors": {"policy": "stop", "max_fraction": max_fraction}}
+    write_rows(rows, ROWS)
+    assert go(**stop).exit_code == 0
+    write_rows(rows, [*ROWS, "{broken"])
+    told = Messages()
+    assert go(progress=told, **stop).exit_code == code and (tmp_path / "out" / "_SUCCESS").exists()
+    assert "It was the last one missing" in told.texts[-1] and "again" not in told.texts[-1]
+    assert go(**stop).exit_code == code
+
+
+def test_a_stop_that_comes_with_the_last_sample_leaves_a_complete_run(model, rows, tmp_path):
+    asked: list[int] = []
+    run(job(model, rows, tmp_path / "calm"), None, lambda: bool(asked.append(0)))
+    last = len(asked)
+    for count, code in ((last - 1, 130), (last, 0)):
+        asked.clear()
+        out = tmp_path / f"stopped at {count}"
+        assert run(job(model, rows, out), None, lambda count=count: asked.append(0) or len(asked) >= count).exit_code == code
+        assert (out / "_SUCCESS").exists() == (code == 0)
+
+
 def test_rows_that_change_the_columns_are_refused_with_the_columns(go, rows, tmp_path):
     go()
     write_rows(rows, [*ROWS, {"question": "a", "answer": "1", "extra": 1}])

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _STOPPED, _INTERRUPTED = 75, 130
 _READER_ENDED = 128 + signal.SIGPIPE
+_DEVICES = "h200, h100, a100 or l40s, or a variant such as h100-pcie or a100-40gb"
 
 _HELP = """Offline batch inference: complete every row of a dataset with a language model, each row n times.
 
@@ -158,7 +159,7 @@ def plan(
     overrides: OverridesArgument = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="Simulate the whole run as well: time, cost, KV use.")] = False,
     device: Annotated[
-        str | None, typer.Option("--device", help="Simulate on h200, h100, a100 or l40s instead of this machine.")
+        str | None, typer.Option("--device", help=f"Simulate on this device instead of this machine: {_DEVICES}.")
     ] = None,
     lengths: Annotated[
         str,
@@ -201,7 +202,7 @@ def profile(
     out: OutArgument,
     to: Annotated[Path, typer.Option("--to", metavar="PROFILE.json", help="File to write.", show_default=False)],
     device: Annotated[
-        str | None, typer.Option("--device", help="The device it ran on: h200, h100, a100 or l40s; default this machine's.")
+        str | None, typer.Option("--device", help=f"The device it ran on, if the run has not noted it: {_DEVICES}.")
     ] = None,
 ) -> None:
     """Fit a cost model to the steps of a finished run, for `plan --simulate --profile` and the key engine.profile.

@@ -123,7 +123,7 @@ def prepare(
     checkpoint = preflight(folder, spec) if Path(job.model.path).expanduser().is_dir() else None
     dtype = _choose_dtype(job, device, folder, spec, checkpoint)
     if not absent_gpu:
-        _check_fp8(job, device, dtype)
+        _check_fp8(job, device, dtype, spec)
     tokenizer = load_tokenizer(job.model.model_copy(update={"path": str(folder)}))
     if tokenizer.vocab_size > spec.vocab_size:
         raise ModelError(
@@ -223,7 +223,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_fp8(job: Job, device: str, dtype: torch.dtype) -> None:
+def _check_fp8(job: Job, device: str, dtype: torch.dtype, spec: ModelSpec) -> None:
     """Raises JobError where e4m3 is asked for and the device has no units for it, or what uses them is not there."""
     asked = {"model.quantization": job.model.quantization, "engine.kv_cache_dtype": job.engine.kv_cache_dtype}
     key = next((key for key, value in asked.items() if value == "fp8"), None)
@@ -231,11 +231,9 @@ def _check_fp8(job: Job, device: str, dtype: torch.dtype) -> None:
         return
     if device != "cuda" or torch.cuda.get_device_capability() < FP8_CAPABILITY:
         raise JobError(f"{key} is fp8, which needs an NVIDIA GPU of the Ada or Hopper generation or later; remove it here")
-    if choose_backend(device, dtype) != "flashinfer_paged":
-        raise JobError(
-            f"{key} is fp8, which needs model.dtype bfloat16 or float16 (it is {_name(dtype)}) and FlashInfer "
-            '(`pip install -e ".[gpu]"`); provide both, or remove it'
-        )
+    _, obstacle = choose_backend(device, dtype, spec.head_dim)
+    if obstacle:
+        raise JobError(f"{key} is fp8, which needs FlashInfer's kernels: {obstacle}. Provide that, or remove it")
 
 
 def order_requests(store: InputStore, page_size: int) -> Requests:

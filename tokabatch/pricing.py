@@ -52,6 +52,11 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if found is None else found.rates.name
 
 
+def has_known_rates(device: str) -> bool:
+    """Whether a roofline can be made for this machine's `cpu` or `cuda`."""
+    return device != "cuda" or find_device(torch.cuda.get_device_name()) is not None
+
+
 def known_device(key: str) -> Device:
     """The device of this key. Raises UsageError for one whose rates are not known."""
     if key not in KNOWN:

@@ -32,7 +32,7 @@ from tokabatch.errors import CommitError, EngineError, Stopped, UsageError
 from tokabatch.interruption import Interruption
 from tokabatch.job import Job
 from tokabatch.preparation import Prepared, special_ids
-from tokabatch.pricing import device_name, price_steps, read_profile, size_replica
+from tokabatch.pricing import device_name, has_known_rates, price_steps, read_profile, size_replica
 from tokabatch.recorder import Recorder
 from tokabatch.replica import Replica, ReplicaCounts, scheduler_limits
 from tokabatch.report.progress import ExpendableProgress, NullProgress, Phase, Progress, ProgressSnapshot
@@ -71,6 +71,7 @@ def run(
         prepared, recorder = started.left, Recorder(job, started.left, claim, started.committed)
         workers.callback(prepared.store.close)
         sizes = size_replica(job, prepared, profile)
+        _tell_of_unknown_device(prepared, profile, sizes, clock.progress)
         scheduler = Scheduler(prepared.requests, scheduler_limits(sizes), _stop_rules(prepared))
         parts = _Parts(job, started, scheduler, recorder, clock, stop, Stopwatch(int(prepared.num_samples.sum())))
         try:
@@ -81,7 +82,8 @@ def run(
             parts.show("writing")
             with claim.committing():
                 books = mark_success(claim, recorder.finish(), prepared.samples_total)
-            exit_code = exit_code or _judge(books, job)
+            # Stopped or not: where nothing is missing there is nothing to run again for.
+            exit_code = _judge(books, job) if books.closed else exit_code or EXIT_BOOKS
         except CommitError as error:
             clock.progress.message(str(error))
             exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, prepared.samples_of_row)
@@ -196,13 +198,14 @@ def _record_failures(parts: _Parts) -> int:
     first = failures[0]
     parts.recorder.fail([first])
     why = f"row {first.row_index} is an error row ({first.error.code}: {first.error.message})"
-    parts.clock.progress.message(f"errors.policy is stop: {why}. Run the same command again to go on behind it")
+    last = len(failures) == 1 and not len(parts.started.prepared.requests)
+    then = "It was the last one missing" if last else "Run the same command again to go on behind it"
+    parts.clock.progress.message(f"errors.policy is stop: {why}. {then}")
     return EXIT_STOPPED
 
 
 def _judge(books: Books, job: Job) -> int:
-    if not books.closed:
-        return EXIT_BOOKS
+    """The exit code of a run whose books close."""
     return EXIT_ERRORS if books.errors > job.errors.max_fraction * books.samples else EXIT_COMPLETE
 
 
@@ -249,12 +252,9 @@ def _runs_apart(job: Job, prepared: Prepared) -> bool:
 
 def _executors(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Progress) -> Callable[[], Executor]:
     """What makes the replica's executor, and another where that one is lost."""
-    backend = choose_backend(prepared.device, prepared.dtype)
-    if prepared.device == "cuda" and backend == "torch_paged":
-        progress.message(
-            f"attention runs in plain torch, many times slower than FlashInfer's kernels: those need model.dtype bfloat16 or "
-            f'float16 (it is {str(prepared.dtype).removeprefix("torch.")}) and `pip install -e ".[gpu]"`'
-        )
+    backend, obstacle = choose_backend(prepared.device, prepared.dtype, prepared.spec.head_dim)
+    if obstacle:
+        progress.message(f"attention runs in plain torch, many times slower than FlashInfer's kernels: {obstacle}")
     spec = WorkerSpec(
         folder=prepared.folder,
         spec=prepared.spec,
@@ -270,6 +270,15 @@ def _executors(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Prog
     if _runs_apart(job, prepared):
         return partial(ProcessExecutor, spec, patience=Patience.of(job.engine.hang_seconds))
     return partial(InProcessExecutor, spec)
+
+
+def _tell_of_unknown_device(prepared: Prepared, profile: SavedProfile | None, sizes: ReplicaSizes, progress: Progress) -> None:
+    if profile is None and not has_known_rates(prepared.device):
+        progress.message(
+            f"the rates of {device_name(prepared.device)} are not known: steps take up to {sizes.max_step_tokens:,} tokens "
+            "whatever suits it, and its time is not predicted. Fit a profile to this run (`tokabatch profile`) and name it as "
+            "engine.profile"
+        )
 
 
 def _check_trace(job: Job, counts: SchedulerCounts, progress: Progress) -> None:

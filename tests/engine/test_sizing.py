@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -73,8 +77,23 @@ def test_stored_logprobs_count_by_the_tokens_that_can_be_stored(memory):
     assert pages(facts=replace(asks, reported_bytes=100 * token)) in (119, 120)
 
 
-def test_a_gpu_takes_no_more_pages_than_the_host_can_keep_logprobs_of(monkeypatch, memory):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 80 << 30))
+@pytest.fixture
+def gpu_memory(monkeypatch):
+    """Sets what a GPU has left; asking CUDA for it would make a context."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a CUDA context was made")
+
+    def set_memory(free: int) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 << 30))
+        monkeypatch.setattr(torch.cuda, "device_memory_used", lambda: (80 << 30) - free)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+
+    return set_memory
+
+
+def test_a_gpu_takes_no_more_pages_than_the_host_can_keep_logprobs_of(gpu_memory, memory):
+    gpu_memory(8 << 30)
     facts = replace(
         FACTS, num_samples=10**6, unique_prompt_tokens=10**9, num_prompts=10**6, longest_output=4000, longest_sequence=4200,
         logprobs=20, reported_bytes=10**12,
@@ -90,8 +109,8 @@ def test_a_gpu_takes_no_more_pages_than_the_host_can_keep_logprobs_of(monkeypatc
         decide_sizes(EngineConfig(), SPEC, torch.bfloat16, facts, "cuda")
 
 
-def test_a_gpu_settles_on_what_is_left_beside_its_largest_step(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 80 << 30))
+def test_a_gpu_settles_on_what_is_left_beside_its_largest_step(gpu_memory):
+    gpu_memory(8 << 30)
     facts = replace(FACTS, num_samples=10**6, unique_prompt_tokens=10**9, num_prompts=10**6, longest_output=4000)
     sizes = decide_sizes(EngineConfig(), SPEC, torch.bfloat16, facts, "cuda")
     assert settle_pages(sizes, 5000).num_pages == 5000
@@ -104,8 +123,8 @@ def test_a_gpu_settles_on_what_is_left_beside_its_largest_step(monkeypatch):
         settle_pages(asked, 5000)
 
 
-def test_a_cache_that_is_asked_for_is_not_larger_than_the_job_or_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 80 << 30))
+def test_a_cache_that_is_asked_for_is_not_larger_than_the_job_or_the_device(gpu_memory):
+    gpu_memory(8 << 30)
     small = decide_sizes(EngineConfig(kv_cache_tokens=10**7), SPEC, torch.bfloat16, replace(FACTS, num_samples=1), "cuda")
     assert settle_pages(small, 10**6).num_pages == small.useful_pages < 10**6
     with pytest.raises(JobError, match="memory holds about 160 beside"):
@@ -120,8 +139,45 @@ def test_a_cost_model_decides_how_large_a_step_is_unless_the_job_does(memory):
     assert decide_sizes(told, SPEC, torch.float32, FACTS, prefill_tokens=4096).max_step_tokens == 300
 
 
-def test_an_e4m3_cache_holds_twice_as_much(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
+def test_without_its_management_library_a_gpu_has_all_its_memory(gpu_memory, monkeypatch):
+    gpu_memory(1 << 16)
+    facts = replace(FACTS, num_samples=10**6, unique_prompt_tokens=10**9, num_prompts=10**6)
+    with pytest.raises(JobError, match="tokens of KV cache"):
+        decide_sizes(EngineConfig(), SPEC, torch.bfloat16, facts, "cuda")
+
+    def absent() -> int:
+        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
+
+    monkeypatch.setattr(torch.cuda, "device_memory_used", absent)
+    assert decide_sizes(EngineConfig(), SPEC, torch.bfloat16, facts, "cuda").num_pages > 10**5
+
+
+@pytest.mark.gpu
+def test_sizing_makes_no_context_on_the_gpu():
+    """In a process of its own: once there is a context, it stays."""
+    code = (
+        "import ctypes, torch\n"
+        "from engine.test_sizing import FACTS, SPEC\n"
+        "from tokabatch.attention import choose_backend\n"
+        "from tokabatch.engine.sizing import decide_sizes\n"
+        "from tokabatch.job import EngineConfig\n"
+        "decide_sizes(EngineConfig(), SPEC, torch.bfloat16, FACTS, 'cuda')\n"
+        "choose_backend('cuda', torch.bfloat16, 64), torch.cuda.get_device_name()\n"
+        "driver, flags, active = ctypes.CDLL('libcuda.so.1'), ctypes.c_uint(), ctypes.c_int()\n"
+        "assert driver.cuInit(0) == 0\n"
+        "assert driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active)) == 0\n"
+        "print(active.value)\n"
+    )
+    tests = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join([tests, *sys.path])},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "0\n", done.stderr
+
+
+def test_an_e4m3_cache_holds_twice_as_much(gpu_memory):
+    gpu_memory(1 << 30)
     facts = replace(FACTS, num_samples=10**6, unique_prompt_tokens=10**9, num_prompts=10**6, longest_output=4000)
     half, full = (
         decide_sizes(EngineConfig(kv_cache_dtype=kept), SPEC, torch.bfloat16, facts, "cuda").num_pages

@@ -9,6 +9,11 @@ import torch
 
 from tokabatch.attention.base import AttentionBackend, KVShape
 
+HEAD_DIMS = (64, 128)
+"""Head dimensions that `flashinfer_paged` is tested for."""
+LEAST_CAPABILITY = (8, 0)
+"""The first NVIDIA compute capability with bfloat16."""
+
 
 def create_backend(
     name: str, shape: KVShape, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None
@@ -17,7 +22,20 @@ def create_backend(
     return import_module(f"tokabatch.attention.{name}").Backend(shape, dtype, device, kv_dtype)
 
 
-def choose_backend(device: str, dtype: torch.dtype) -> str:
-    """FlashInfer's kernels for 16-bit types on a GPU where they are installed, else plain torch."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return "flashinfer_paged" if device == "cuda" and half and find_spec("flashinfer") else "torch_paged"
+def choose_backend(device: str, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """FlashInfer's kernels on a GPU where they can serve the model, else plain torch; and why not, empty where nothing speaks
+    against them or the device is none."""
+    if device != "cuda":
+        return "torch_paged", ""
+    obstacles: list[str] = []
+    if dtype not in (torch.bfloat16, torch.float16):
+        obstacles.append(f"they need model.dtype bfloat16 or float16, and it is {str(dtype).removeprefix('torch.')}")
+    if head_dim not in HEAD_DIMS:
+        obstacles.append(f"they serve heads of {' and '.join(map(str, HEAD_DIMS))} dimensions, and the model's have {head_dim}")
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        needed, found = ("{}.{}".format(*each) for each in (LEAST_CAPABILITY, capability))
+        obstacles.append(f"they need a GPU of compute capability {needed}, and this one has {found}")
+    if find_spec("flashinfer") is None:
+        obstacles.append('they are not installed (`pip install -e ".[gpu]"`)')
+    return "torch_paged" if obstacles else "flashinfer_paged", "; ".join(obstacles)

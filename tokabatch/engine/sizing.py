@@ -181,7 +181,7 @@ def _fitting_pages(
     """Pages that the device's memory holds beside the weights; on a GPU at most, as only a step shows what it needs itself."""
     share = DEFAULTS[device].memory_share
     if device == "cuda":
-        left = int(torch.cuda.mem_get_info()[0]) - weight_bytes(spec, dtype, head_apart=False)
+        left = _free_gpu_memory() - weight_bytes(spec, dtype, head_apart=False)
     else:
         left = available_memory() - weight_bytes(spec, dtype, head_apart=True)
         return pages_reported(facts, max_running, config.page_size, int(left * share), page_bytes(config, spec, dtype))
@@ -215,6 +215,16 @@ def page_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> int
     """Memory of a page, all layers, keys and values."""
     kept = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
     return kv_shape(spec, config.page_size, 1, 1, 1).bytes_per_page(kept)
+
+
+def _free_gpu_memory() -> int:
+    """Bytes that no process has taken, or all the GPU has where its management library is not there to tell. Asks without a
+    CUDA context, which takes some hundred megabytes of the GPU for as long as its process lives: only the worker needs one."""
+    total = int(torch.cuda.get_device_properties(0).total_memory)
+    try:
+        return total - int(torch.cuda.device_memory_used())
+    except Exception:  # of NVML's bindings, which are not a dependency: absent, of another version, not allowed to look
+        return total
 
 
 def available_memory() -> int:

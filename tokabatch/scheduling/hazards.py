@@ -22,8 +22,8 @@ Indices = npt.NDArray[np.integer[Any]]
 PRIOR_SAMPLES = 4.0
 """Samples' worth of tokens at risk behind the prior of each of the run's bins."""
 ENDLESS, MOST_ENDLESS = 0.35, 0.75
-_LEAST_LEFT = 1e-300
 """Share of samples taken never to stop as long as no sample got far enough to tell; and its bound among those still left."""
+_LEAST_LEFT = 1e-300
 LEVEL_STOPS = 4.0
 """Stops at the lengths just before until these outweigh the run's mean in the prior of a bin."""
 _FADING, _FALL = 0.8, 0.75
