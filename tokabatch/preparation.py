@@ -37,6 +37,8 @@ from tokabatch.planning.sharing import Sharing, measure_sharing
 
 Compare = Callable[[Fingerprint, RowDigests | None], None]
 """Raises where the job is not to go on, given what decides its output, and its rows once they are read."""
+MOST_SAMPLES = 1_000_000_000
+"""Of one run."""
 FP8_CAPABILITY = (8, 9)
 """The first NVIDIA compute capability with e4m3."""
 
@@ -148,6 +150,8 @@ def prepare(
     )
     fingerprint = fingerprint.with_rows(store.digests)
     compare(fingerprint, store.digests)
+    samples_of_row = _samples_of_row(store, generation.n)
+    _check_samples(samples_of_row)
     requests = order_requests(store, job.engine.page_size)
     if checkpoint is None and weights:
         checkpoint = preflight(resolve_model(job.model.path, job.model.revision), spec)
@@ -172,7 +176,7 @@ def prepare(
         output_schema=output_schema(
             store.column_schema, columns=job.output.columns, id_column=job.input.id_column, verified=job.verify is not None
         ),
-        samples_of_row=_samples_of_row(store, generation.n),
+        samples_of_row=samples_of_row,
         fingerprint=fingerprint,
     )
 
@@ -194,6 +198,16 @@ def _samples_of_row(store: InputStore, n: int) -> Int64:
     good = np.flatnonzero(store.length > 0)
     samples[good] = np.array([params.n for params in store.sampling], np.int64)[store.params[good]]
     return samples
+
+
+def _check_samples(samples_of_row: Int64) -> None:
+    total = int(samples_of_row.sum())
+    if total > MOST_SAMPLES:
+        raise JobError(
+            f"generation.n: the {len(samples_of_row):,} rows come to {total:,} samples; a run has at most {MOST_SAMPLES:,}, of "
+            "each of which it keeps a note. Lower generation.n (or n in sampling_params), or give parts of the rows to jobs "
+            "of their own (input.path)"
+        )
 
 
 def _choose_dtype(job: Job, device: str, folder: Path, spec: ModelSpec, checkpoint: Checkpoint | None) -> torch.dtype:

@@ -54,6 +54,10 @@ def _config(**values: Any) -> Callable[[Path], None]:
     return write
 
 
+def _many_samples(folder: Path) -> Changes:
+    return _rows(b'{"prompt": "a"}\n' * 1001)(folder) | {"generation": {"n": 1_000_000}}
+
+
 def _folder_of_no_data(folder: Path) -> Changes:
     (folder / "empty").mkdir()
     return {"input": {"path": str(folder / "empty")}}
@@ -208,6 +212,8 @@ BAD_JOBS = [
     BadJob("a tag that makes objects", _text("generation: !!python/object/apply:os.system [true]"), r"4: .*tag"),
     BadJob("no YAML", _text("a: [1"), "not valid YAML"),
     BadJob("n is 0", _keys(generation={"n": 0}), r"generation\.n: .*0"),
+    BadJob("n without end", _keys(generation={"n": 2_000_000_000}), r"generation\.n: .*1,000,000 \(repeat the row"),
+    BadJob("more samples than a run notes", _many_samples, r"generation\.n: the 1,001 rows come to 1,001,000,000 samples"),
     BadJob("top_p is 0", _keys(generation={"top_p": 0.0}), r"generation\.top_p"),
     BadJob("top_p above 1", _keys(generation={"top_p": 1.01}), r"generation\.top_p"),
     BadJob("NaN temperature", _keys(generation={"temperature": float("nan")}), r"generation\.temperature"),

@@ -72,6 +72,7 @@ BAD_ROWS = [
     BadRow("20 MB", _row(prompt="x" * 20_000_000), "prompt_too_long", "20000000 characters .* context is 512"),
     BadRow("n is 0", _params(n=0), "bad_sampling", "n: .*0"),
     BadRow("n is negative", _params(n=-3), "bad_sampling", "n: .*-3"),
+    BadRow("n without end", _params(n=2_000_000_000), "bad_sampling", r"n: .*1,000,000 \(repeat the row"),
     BadRow("n is a text", _params(n="4"), "bad_sampling", "n: "),
     BadRow("top_p is 0", _params(top_p=0.0), "bad_sampling", "top_p: "),
     BadRow("top_p above 1", _params(top_p=1.5), "bad_sampling", r"top_p: .*1\.5"),

@@ -15,6 +15,8 @@ from pydantic_core import PydanticCustomError
 
 MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
+MOST_SAMPLES = 1_000_000
+"""Of one row. A run keeps a flag for each sample of its rows, and the sample numbers of each open prompt."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ Flag = Annotated[bool, Accepts("true or false", "true")]
 AutoFlag = Annotated[Auto | bool, Accepts("auto, true or false", "auto")]
 
 Count = Annotated[_Count, Accepts("a whole number >= 1", "4")]
+Samples = Annotated[
+    int, Field(ge=1, le=MOST_SAMPLES), Accepts(f"a whole number from 1 to {MOST_SAMPLES:,} (repeat the row for more)", "4")
+]
 OptionalCount = Annotated[_Count | None, Accepts("a whole number >= 1, or null", "100")]
 AutoCount = Annotated[Auto | _Count, Accepts("auto, or a whole number >= 1", "auto")]
 AutoTokens = Annotated[Auto | Annotated[int, Field(ge=1, le=MAX_INT64)], Accepts("auto, or a whole number >= 1", "64K")]

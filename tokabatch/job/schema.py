@@ -111,7 +111,7 @@ class PromptConfig(_Section):
 class GenerationConfig(_Section):
     """How samples are drawn. A row may override any of these with a struct in its column sampling_params."""
 
-    n: fields.Count = Field(default=1, description="Samples for each row.")
+    n: fields.Samples = Field(default=1, description="Samples for each row.")
     temperature: fields.Temperature = Field(default=1.0, description="0 is greedy.")
     top_p: fields.TopP = Field(
         default=1.0, description="Keep the most likely tokens whose probabilities add up to this; 1: all."
