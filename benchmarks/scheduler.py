@@ -2,8 +2,10 @@
 
 A scripted device answers every step at once with random tokens; samples end by themselves with a mean of 200 tokens (at
 most 400). Timed are `schedule` (page growth, grouping and admission included) and `apply` in the steady state, the running
-limit full. Two workloads: `chat` has one sample a prompt and shares nothing, the most admissions and the largest forests;
-`repeated` has 512 samples for each of many prompts behind one 900-token header. Times are CPU time of the scheduling thread.
+limit full. The workloads: `chat` has one sample a prompt and shares nothing, the most admissions and the largest forests;
+`chat 2` to `chat 8` are the same with so many samples a prompt; `repeated` has 512 samples for each of many prompts behind one
+900-token header. Times are CPU time of the scheduling thread; `renewal` is the longest renewal of the length model among these
+steps.
 """
 
 from __future__ import annotations
@@ -29,12 +31,17 @@ class Timing:
     schedule_ms: float
     apply_ms: float
     p99_ms: float
+    renewal_ms: float
+
+
+WORKLOADS = ("chat", "chat 2", "chat 4", "chat 8", "repeated")
 
 
 def requests_of(workload: str, running: int) -> Requests:
     rng = np.random.default_rng(0)
-    if workload == "chat":
-        count, n = 6 * running, 1
+    if workload.startswith("chat"):
+        n = int(workload.removeprefix("chat") or 1)
+        count = 6 * running // n
         length = np.clip(rng.lognormal(np.log(180), 0.6, count), 16, 1024).astype(np.int32)
         lcp = np.zeros(count, np.int32)
     else:
@@ -75,6 +82,7 @@ def measure(workload: str, running: int, steps: int) -> Timing:
     schedule: list[float] = []
     apply: list[float] = []
     active: list[int] = []
+    renewals = timed_renewals(scheduler)
     while len(schedule) < steps:
         begin = time.thread_time()
         batch = scheduler.schedule()
@@ -89,28 +97,50 @@ def measure(workload: str, running: int, steps: int) -> Timing:
             schedule.append(middle - begin)
             apply.append(end - resume)
             active.append(len(scheduler.sequences.order))
+        else:
+            renewals.clear()
     total = np.array(schedule) + np.array(apply)
     return Timing(
         float(np.mean(active)),
         float(np.mean(schedule)) * 1e3,
         float(np.mean(apply)) * 1e3,
         float(np.quantile(total, 0.99)) * 1e3,
+        max(renewals, default=0.0) * 1e3,
     )
+
+
+def timed_renewals(scheduler: Scheduler) -> list[float]:
+    """The seconds that each renewal of the length model takes from now on."""
+    seconds: list[float] = []
+    expectations = scheduler._expectations  # pyright: ignore[reportPrivateUsage]
+    refresh = expectations.refresh
+
+    def timed() -> bool:
+        begin = time.thread_time()
+        renewed = refresh()
+        if renewed:
+            seconds.append(time.thread_time() - begin)
+        return renewed
+
+    expectations.refresh = timed
+    return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--running", type=int, nargs="+", default=[256, 2048, 8192])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--workload", nargs="+", default=WORKLOADS, choices=WORKLOADS)
     args = parser.parse_args()
-    print(f"{'workload':10} {'running':>8} {'schedule':>9} {'apply':>7} {'total':>7} {'p99':>7}  ms a step   us/sequence")
-    for workload in ("chat", "repeated"):
+    heads = f"{'schedule':>9} {'apply':>7} {'total':>7} {'p99':>7} {'renewal':>8}  ms a step   us/sequence"
+    print(f"{'workload':10} {'running':>8} {heads}")
+    for workload in args.workload:
         for running in args.running:
             t = measure(workload, running, args.steps)
             total = t.schedule_ms + t.apply_ms
             print(
-                f"{workload:10} {t.running:8.0f} {t.schedule_ms:9.3f} {t.apply_ms:7.3f} {total:7.3f} {t.p99_ms:7.3f}"
-                f"  {total * 1e3 / t.running:22.3f}",
+                f"{workload:10} {t.running:8.0f} {t.schedule_ms:9.3f} {t.apply_ms:7.3f} {total:7.3f} {t.p99_ms:7.3f} "
+                f"{t.renewal_ms:8.3f}  {total * 1e3 / t.running:22.3f}",
                 flush=True,
             )
 

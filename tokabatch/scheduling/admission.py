@@ -6,6 +6,8 @@ never overtakes an earlier one that does not fit, so no sample starves.
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import numpy as np
 
 from tokabatch.messages import Int32, Int64, Requests
@@ -98,7 +100,7 @@ class Admission:
         seq = self._sequences
         prompt, sample = self._prompts[int(seq.request[slot])], int(seq.sample[slot])
         self.forecast_anew()
-        self.waiting.preempted[prompt.request, sample] = seq.output(slot)
+        self.waiting.preempted[prompt.request, sample] = seq.read(np.array([slot]))[0]
         if prompt.leader == slot:
             prompt.leader = -1
         self._prompts.requeue(prompt, sample)
@@ -157,20 +159,31 @@ class Admission:
     def _admit_known(self, candidates: Candidates, counts: Int32, budget: int, draft: StepDraft) -> tuple[list[Runs], bool]:
         """Admit samples of prompts that have been open before; and whether all that asked got a sample in."""
         taken: list[Runs] = []
-        for i in range(candidates.num_known):
-            request, count = int(candidates.request[i]), min(int(counts[i]), budget, self._sequences.num_free)
-            if count <= 0:
-                return taken, False
-            prompt = self._prompts[request] if request in self._prompts else self._prompts.reopen(request)
-            if prompt is None:
-                return taken, False
-            fork = prompt.can_fork(draft.index)
-            count = min(count, self._pool.num_free) if fork else 1
-            if count == 0:
-                return taken, False
-            runs = self._fork(prompt, count, budget, draft) if fork else self._lead([prompt], budget, draft)
-            budget -= int(runs[1].sum())
-            taken.append(runs)
+        requests, prompts = candidates.request[: candidates.num_known].tolist(), self._prompts
+        forks = [request in prompts and prompts[request].can_fork(draft.index) for request in requests]
+        for forking, group in groupby(range(len(requests)), forks.__getitem__):
+            places = list(group)
+            if forking:
+                asked, produced = counts[places], candidates.produced[places]
+                # A sample takes a slot, a page, and a token besides those that it computes again.
+                room = min(self._sequences.num_free, self._pool.num_free) - (np.cumsum(asked) - asked)
+                tokens = budget - np.cumsum(asked * (produced + 1)) + asked * (produced + 1)
+                enter = np.clip(np.minimum(room, tokens), 0, asked)
+                count = len(enter) if enter.all() else int(np.argmin(enter > 0))
+                if count:
+                    taken.append(self._fork([prompts[requests[i]] for i in places[:count]], enter[:count], budget, draft))
+                    budget -= int(taken[-1][1].sum())
+                if count < len(enter):
+                    return taken, False
+                continue
+            for i in places:
+                if counts[i] <= 0 or budget <= 0 or not self._sequences.num_free:
+                    return taken, False
+                prompt = prompts[requests[i]] if requests[i] in prompts else prompts.reopen(requests[i])
+                if prompt is None:
+                    return taken, False
+                taken.append(self._lead([prompt], budget, draft))
+                budget -= int(taken[-1][1].sum())
         return taken, True
 
     def _admit_fresh(self, count: int, budget: int, draft: StepDraft) -> Runs:
@@ -190,19 +203,32 @@ class Admission:
             prompt.live += 1
         return self._start(slots, budget, draft)
 
-    def _fork(self, prompt: OpenPrompt, count: int, budget: int, draft: StepDraft) -> Runs:
-        """Admit samples of a computed prompt: they read its full pages in place, and copy its last, partly filled one."""
-        samples = np.array([prompt.take_sample() for _ in range(count)], np.int32)
-        requests = np.full(count, prompt.request, np.int32)
-        slots = self._sequences.open(requests, samples)
-        shared = np.full(count, prompt.full, np.int32)
-        draft.set_pages(self._sequences.share_pages(slots, shared, np.tile(prompt.pages[: prompt.full], count)))
-        self._fill(slots, requests, np.full(count, prompt.length - 1, np.int32))
-        prompt.live += count
+    def _fork(self, prompts: list[OpenPrompt], counts: Int32, budget: int, draft: StepDraft) -> Runs:
+        """Admit `counts[i]` samples of each computed prompt: they read its full pages in place, and copy its last one where
+        that is filled in part."""
+        seq, count = self._sequences, int(counts.sum())
+        samples = np.fromiter(
+            (prompt.take_sample() for prompt, number in zip(prompts, counts.tolist(), strict=True) for _ in range(number)),
+            np.int32,
+            count,
+        )
+        requests = np.repeat(np.array([prompt.request for prompt in prompts], np.int32), counts)
+        slots = seq.open(requests, samples)
+        full = np.array([prompt.full for prompt in prompts], np.int32)
+        pages = np.concatenate([prompt.pages[: prompt.full] for prompt in prompts])
+        shared = np.repeat(full, counts)
+        # Each sample's span of `pages` is that of its prompt.
+        first = np.repeat(np.cumsum(full) - full, counts) - (np.cumsum(shared) - shared)
+        draft.set_pages(seq.share_pages(slots, shared, pages[np.arange(int(shared.sum())) + np.repeat(first, shared)]))
+        last = self._requests.length[requests] - 1
+        self._fill(slots, requests, last)
+        for prompt, number in zip(prompts, counts.tolist(), strict=True):
+            prompt.live += number
         runs = self._start(slots, budget, draft)
-        if (prompt.length - 1) % self._page_size:
-            tail = np.full(count, prompt.pages[prompt.full], np.int32)
-            draft.copy_pages(tail, self._sequences.page_table[slots, prompt.full])
+        begun = last % self._page_size > 0
+        if begun.any():
+            tail = [prompt.pages[prompt.full] if prompt.full < len(prompt.pages) else 0 for prompt in prompts]
+            draft.copy_pages(np.repeat(np.array(tail, np.int32), counts)[begun], seq.page_table[slots[begun], shared[begun]])
         return runs
 
     def _start(self, slots: Int64, budget: int, draft: StepDraft) -> Runs:

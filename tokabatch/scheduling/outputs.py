@@ -121,23 +121,16 @@ class Outputs:
                 top = np.concatenate((top_ids[alike, :known], top_logprobs[alike, :known].view(np.int32)), axis=1)
                 self._staged[cell[alike, None] + np.arange(2, size)] = top
         self.count[slots] = at + 1
-        for slot in slots[place == mask].tolist():
-            self._store(slot)
+        if len(full := slots[place == mask]):
+            self._store(full)
 
-    def tokens(self, slot: int) -> Int32:
-        """Token ids of one slot's sample, shape [T]; not to be written to, and good until the next call of another method."""
-        return self._read(slot)[:, 0]
+    def tokens(self, slots: Int64) -> list[Int32]:
+        """Token ids of each slot's sample, shape [T]; not to be written to, and good until the next call of another method."""
+        return [rows[:, 0] for rows in self._read(slots)]
 
-    def read(self, slot: int) -> Generated:
-        """Copies of what a slot has produced."""
-        rows = self._read(slot)
-        known = (rows.shape[1] - 2) // 2
-        return Generated(
-            tokens=rows[:, 0].copy(),
-            logprobs=rows[:, 1].copy().view(np.float32) if known >= 0 else None,
-            top_ids=rows[:, 2 : 2 + known].copy() if known > 0 else None,
-            top_logprobs=rows[:, 2 + known :].copy().view(np.float32) if known > 0 else None,
-        )
+    def read(self, slots: Int64) -> list[Generated]:
+        """Copies of what these slots have produced."""
+        return [_generated(rows) for rows in self._read(slots)]
 
     def restore(self, slot: int, output: Generated) -> None:
         """Put back what a preempted sample had produced into a slot just opened for it."""
@@ -149,23 +142,44 @@ class Outputs:
         self._rows[slot] = np.concatenate(columns, axis=1)
         self.count[slot] = self._stored[slot] = len(output.tokens)
 
-    def _pending(self, slot: int) -> Int32:
-        """The staged rows of a slot, a view of shape [rows, W]. They never wrap: where the ring ends it is moved."""
-        width, stored = int(self._width[slot]), int(self._stored[slot])
-        first = slot * self._room + ((stored + slot) & int(self._mask[slot])) * width
-        return self._staged[first : first + (int(self.count[slot]) - stored) * width].reshape(-1, width)
+    def _staged_rows(self, slots: Int64) -> list[Int32]:
+        """What is staged of each of these slots, a view of shape [rows, W]. It never wraps: where the ring ends it is moved."""
+        width, stored = self._width[slots], self._stored[slots]
+        first = slots * self._room + ((stored + slots) & self._mask[slots]) * width
+        stop = first + (self.count[slots] - stored) * width
+        spans = zip(first.tolist(), stop.tolist(), width.tolist(), strict=True)
+        return [self._staged[begin:end].reshape(-1, size) for begin, end, size in spans]
 
-    def _read(self, slot: int) -> Int32:
-        rows, stored = self._rows[slot], int(self._stored[slot])
-        return self._pending(slot) if rows is None else np.concatenate((rows[:stored], self._pending(slot)))
+    def _read(self, slots: Int64) -> list[Int32]:
+        """The rows of each of these slots, shape [T, W]: a view where all of them are staged."""
+        staged = self._staged_rows(slots)
+        for place in np.flatnonzero(self._stored[slots]).tolist():
+            slot = int(slots[place])
+            rows = self._rows[slot]
+            assert rows is not None
+            staged[place] = np.concatenate((rows[: self._stored[slot]], staged[place]))
+        return staged
 
-    def _store(self, slot: int) -> None:
-        """Move what is staged to the slot's rows."""
-        rows, stored, count = self._rows[slot], int(self._stored[slot]), int(self.count[slot])
-        if rows is None or count > len(rows):
-            longer = np.empty((max(count, int(stored * GROWTH)), int(self._width[slot])), np.int32)
-            if rows is not None:
-                longer[:stored] = rows[:stored]
-            rows = self._rows[slot] = longer
-        rows[stored:count] = self._pending(slot)
-        self._stored[slot] = count
+    def _store(self, slots: Int64) -> None:
+        """Move what is staged to the slots' rows."""
+        counts = zip(slots.tolist(), self._stored[slots].tolist(), self.count[slots].tolist(), strict=True)
+        for (slot, stored, count), staged in zip(counts, self._staged_rows(slots), strict=True):
+            rows = self._rows[slot]
+            if rows is None or count > len(rows):
+                longer = np.empty((max(count, int(stored * GROWTH)), staged.shape[1]), np.int32)
+                if rows is not None:
+                    longer[:stored] = rows[:stored]
+                rows = self._rows[slot] = longer
+            rows[stored:count] = staged
+        self._stored[slots] = self.count[slots]
+
+
+def _generated(rows: Int32) -> Generated:
+    """Copies of all parts of a sample's rows, shape [T, W]."""
+    known = (rows.shape[1] - 2) // 2
+    return Generated(
+        tokens=rows[:, 0].copy(),
+        logprobs=rows[:, 1].copy().view(np.float32) if known >= 0 else None,
+        top_ids=rows[:, 2 : 2 + known].copy() if known > 0 else None,
+        top_logprobs=rows[:, 2 + known :].copy().view(np.float32) if known > 0 else None,
+    )

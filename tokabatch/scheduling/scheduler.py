@@ -146,9 +146,8 @@ class Scheduler:
         ends: dict[int, int | str | None] = {int(i): None for i in np.nonzero(seq.generated[slots] >= seq.limit[slots])[0]}
         suspects = self._stops.suspects(tokens).tolist()
         if suspects:
-            asked = slots[suspects].tolist()
-            outputs = [seq.outputs.tokens(slot) for slot in asked]
-            reasons = self._stops.check([int(seq.params[slot]) for slot in asked], outputs)
+            asked = slots[suspects]
+            reasons = self._stops.check(seq.params[asked].tolist(), seq.outputs.tokens(asked))
             ends.update({i: reason for i, reason in zip(suspects, reasons, strict=True) if reason is not None})
         if not finite.all():
             ends.update({int(i): None for i in np.nonzero(~finite)[0]})
@@ -298,14 +297,13 @@ class Scheduler:
         self._expectations.ended(slots, np.array([reason is not None for reason in reasons], np.bool_))
         request = seq.request[slots]
         columns = (slots, request, self.requests.row_index[request], seq.sample[slots], finite)
-        ended = zip(reasons, *(column.tolist() for column in columns), strict=True)
-        for reason, slot, key, row_index, sample, valid in ended:
+        ended = zip(reasons, seq.read(slots), *(column.tolist() for column in columns), strict=True)
+        for reason, output, slot, key, row_index, sample, valid in ended:
             touched[key] = prompt = self.prompts[key]
             prompt.live -= 1
             if not valid:
                 prompt.tainted = True
                 self.pool.taint(seq.page_table[slot, : seq.num_pages[slot]])
-            output = seq.output(slot)
             error = None if valid else ("nan_logits", "the model's logits held NaN or no finite value")
             completions.append(output.completion(row_index, sample, prompt.length, reason=reason, error=error))
         self.counts.finished += len(completions)

@@ -114,11 +114,12 @@ class Sequences:
         column = np.arange(int(counts.sum())) - np.repeat(first - self.shared_pages[slots], counts)
         return self.page_table[np.repeat(slots, counts), column]
 
-    def output(self, slot: int) -> Generated:
-        """A copy of what a slot has produced."""
-        output = self.outputs.read(slot)
-        output.num_cached_tokens = int(self.cached_tokens[slot])
-        return output
+    def read(self, slots: Int64) -> list[Generated]:
+        """Copies of what these slots have produced."""
+        read = self.outputs.read(slots)
+        for output, cached in zip(read, self.cached_tokens[slots].tolist(), strict=True):
+            output.num_cached_tokens = cached
+        return read
 
     def restore(self, slot: int, output: Generated) -> None:
         """Put back what a preempted sample had produced."""

@@ -122,7 +122,7 @@ def _host_tokens(seq: Sequences, requests: Requests, slots: Int64, takes: Int32)
     for i in np.flatnonzero(seq.computed[slots] + takes > seq.prompt_length[slots]).tolist():
         place = slice(int(begin[i]), int(begin[i] + takes[i]))
         output = position[place] - length[place]
-        tokens[place][output >= 0] = seq.outputs.tokens(int(slots[i]))[output[output >= 0]]
+        tokens[place][output >= 0] = seq.outputs.tokens(slots[i : i + 1])[0][output[output >= 0]]
     return tokens
 
 
@@ -143,7 +143,7 @@ def _group_section(
     first = np.nonzero(np.append(True, request[1:] != request[:-1]))[0]
     counts = np.diff(np.append(first, len(own))).astype(np.int32)
     distinct = request[first]
-    if len(distinct) == len(own) and not prompts.neighbours.any_shared(limits.min_pages):
+    if int(counts.max()) < limits.min_group and not prompts.neighbours.any_shared(limits.min_pages):
         return [], np.zeros(len(own), np.int32)
     levels, covered = find_groups(
         PromptRuns(
