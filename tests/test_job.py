@@ -173,7 +173,10 @@ class TestRefusedFiles:
             ("engine: {zzz: 3}", "4: engine.zzz: unknown key; the keys of engine are device, page_size"),
             ("prompt: {path: 3}", "there are `model.path`, `input.path`, `prompt.few_shot.path`, `output.path`"),
             ("generation: {n: four}", "4: generation.n: got the text four; accepts a whole number from 1 to 1,000,000"),
-            ("generation: {n: 2.0}", "got the number 2.0; accepts a whole number from 1 to 1,000,000 (repeat the row for more)"),
+            (
+                "generation: {n: 2.0}",
+                "got the number 2.0; accepts a whole number from 1 to 1,000,000 (repeat the row for more)",
+            ),
             ("generation: {n: true}", "got true; accepts a whole number"),
             ("generation: {n: 0}", "got the number 0; accepts a whole number from 1 to 1,000,000"),
             ("generation: {n: null}", "got null; accepts a whole number from 1 to 1,000,000"),
@@ -271,7 +274,8 @@ class TestRefusedFiles:
 
     def test_mappings_are_as_strict(self) -> None:
         assert refusal({**MINIMAL, "generation": {"n": "4"}}) == (
-            'job: generation.n: got the text "4"; accepts a whole number from 1 to 1,000,000 (repeat the row for more), for example `n: 4`'
+            'job: generation.n: got the text "4"; accepts a whole number from 1 to 1,000,000 (repeat the row for more), for '
+            "example `n: 4`"
         )
         assert "got a Python set; accepts" in refusal({**MINIMAL, "generation": {"temperature": {1}}})
         assert "unknown key" in refusal({**MINIMAL, 3: 4})
