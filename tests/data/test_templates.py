@@ -97,7 +97,7 @@ def test_wrong_types_and_arithmetic_are_faults_of_the_row() -> None:
         "{{ 1.5 | round(10**9, 'ceil') }}",
         "{{ 10**1000 * 10**1000 * 10**1000 }}",
         "{{ (text * 500) | wordwrap(3) }}",
-        "{{ (text * 500) | pprint }}",
+        "{{ xs | tojson(indent=10**6) }}",
         "{{ text | indent(10**8) }}",
         "{% set big = 'x' * 19000000 %}{% for a in range(99999) %}{% set y = big[1:] %}{% endfor %}",
         "{% set big = 'x' * 19000000 %}{% for a in range(99999) %}{% set y = big < (big ~ 'a') %}{% endfor %}",
@@ -126,7 +126,7 @@ def test_bad_syntax_names_the_key(source: str) -> None:
 
 def test_large_values_that_are_no_attack_go_through() -> None:
     text = "word " * 2_000_000
-    assert rendered("{{ q | trim }} {{ n }}", q=text, n=[{"a": ["b"] * 1000}] * 20).startswith("word word")
+    assert rendered("{{ q | trim }} {{ n | tojson }}", q=text, n=[{"a": ["b"] * 1000}] * 20).startswith("word word")
     messages = [{"role": "u", "content": "c"}] * 30_000
     assert rendered("{% for m in ms %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}", ms=messages) == "u: c\n" * 30_000
     assert rendered("{{ [q, 'b'] | join(' ') }}{{ {'a': q}['a'] }}", q="x") == "x bx"

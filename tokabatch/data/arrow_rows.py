@@ -1,12 +1,13 @@
 """An Arrow batch as rows: the columns asked for become Python values, the batch itself stays the payload.
 
-This module knows no file format. The one fault that can live in a single Arrow value is text that is not UTF-8.
+Binary values that are UTF-8 are texts in the rows: many writers store text so. This module knows no file format. The one fault
+that can live in a single Arrow value is text that is not UTF-8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,7 +30,7 @@ def rows_of(batch: pa.RecordBatch, columns: Collection[str] | None, first_index:
             column = _without(column, broken)
             valid = valid.set_column(position, batch.schema.field(position), column)
         if name in names:
-            values[name] = column.to_pylist()
+            values[name] = _texts(column.to_pylist()) if _holds_binary(column.type) else column.to_pylist()
     rows = [
         Row(
             first_index + offset,
@@ -39,6 +40,36 @@ def rows_of(batch: pa.RecordBatch, columns: Collection[str] | None, first_index:
         for offset in range(batch.num_rows)
     ]
     return RowBatch(rows, table=valid)
+
+
+def _holds_binary(kind: pa.DataType) -> bool:
+    """Whether values of a type have bytes in them, at any depth."""
+    if pa.types.is_nested(kind):
+        return any(_holds_binary(kind.field(number).type) for number in range(kind.num_fields))
+    if isinstance(kind, pa.DictionaryType):
+        return _holds_binary(kind.value_type)
+    return (
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+        or (pa.types.is_binary_view(kind))
+    )
+
+
+def _texts(value: Any) -> Any:
+    """The value with bytes that are UTF-8 as text, at any depth; others stay bytes."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, list):
+        return [_texts(item) for item in cast("list[Any]", value)]
+    if isinstance(value, tuple):  # an entry of a map
+        return tuple(_texts(item) for item in cast("tuple[Any, ...]", value))
+    if isinstance(value, dict):
+        return {key: _texts(item) for key, item in cast("dict[str, Any]", value).items()}
+    return value
 
 
 def _broken_text(column: pa.Array[Any]) -> list[int]:

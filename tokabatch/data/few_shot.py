@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from itertools import chain, islice
 
+from tokabatch.data.missing import list_columns
 from tokabatch.data.readers import open_path
-from tokabatch.data.templates import compile_template, list_columns
+from tokabatch.data.templates import compile_template
 from tokabatch.errors import InputError, RowError
 from tokabatch.job import FewShotConfig
 

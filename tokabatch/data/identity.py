@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tokabatch.data.missing import missing_field
 from tokabatch.data.rows import Row
 from tokabatch.data.spool import ArraySpool, Texts, TextSpool
-from tokabatch.data.templates import missing_field
 from tokabatch.errors import InputError, RowError
 from tokabatch.messages import Int64
 

@@ -16,9 +16,10 @@ import numpy as np
 
 from tokabatch.data.chat import normalise_messages, with_system
 from tokabatch.data.few_shot import render_few_shot
+from tokabatch.data.missing import list_columns, missing_field
 from tokabatch.data.rows import Row
 from tokabatch.data.special_text import SpecialText
-from tokabatch.data.templates import Template, compile_template, list_columns, missing_field
+from tokabatch.data.templates import Template, compile_template
 from tokabatch.errors import InputError, JobError, RowError
 from tokabatch.job import GenerationConfig, PromptConfig
 from tokabatch.messages import Int32, SamplingParams

@@ -4,6 +4,10 @@ On top of Jinja's immutable sandbox every rendering has a budget: loop rounds an
 text, list or number beyond a limit, the output is cut off there, and at every one of these points the CPU time is looked at.
 Values nested in themselves over and over count with all that they would unfold to. Undefined names are errors; text is
 rendered exactly as written (no auto-escaping, a trailing newline stays).
+
+What reaches the text are the row's texts and numbers, never what Python shows of an object (`printing`). A column goes before
+a function of Jinja's, and a field before a method: `order.items` is the row's, and so is `range`; `order.items()` and
+`range(3)` are calls.
 """
 
 from __future__ import annotations
@@ -12,10 +16,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, cast
 
-from jinja2 import StrictUndefined, Undefined, nodes
+from jinja2 import Undefined, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tokabatch.data.filters import context_arguments, prompt_filters
+from tokabatch.data.missing import Missing
+from tokabatch.data.printing import text_of
 
 MAX_CHARACTERS = 20_000_000
 MAX_ITEMS = 1_000_000
@@ -24,13 +32,16 @@ MAX_CALLS = 100_000
 MAX_NUMBER_BITS = 4096
 MAX_DIGITS = 100
 MAX_CPU_SECONDS = 10.0
-ADDING = ("center", "batch", "slice", "tojson", "wordwrap")
+ADDING = ("center", "batch", "slice", "wordwrap")
 """Filters that may make a text or list as long as a number among their arguments."""
-MULTIPLYING = ("replace", "indent", "join")
-SLOW = ("pprint", "urlize", "wordwrap", "striptags", "xmlattr", "title", "wordcount", "truncate")
+MULTIPLYING = ("replace", "indent", "join", "tojson")
+SLOW = ("urlize", "wordwrap", "striptags", "xmlattr", "title", "wordcount", "truncate")
 """Filters that take a microsecond a character, or more."""
 MAX_SLOW_CHARACTERS = 200_000
-_COUNTED, _JOINED, _BUILT = "_counted", "_joined", "_built"
+_COUNTED, _JOINED, _BUILT, _SHOWN, _METHOD = "_counted", "_joined", "_built", "_shown", "_method"
+GLOBALS = {name: f"jinja_{name}" for name in ("range", "dict", "cycler", "joiner", "namespace")}
+"""Jinja's functions and what they are called inside: a template that calls one means it, one that writes or reads such a name
+means the row's column."""
 
 
 class TemplateTooLarge(SecurityError):
@@ -43,11 +54,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["*", "**", "+", "%"])
 
     def __init__(self) -> None:
-        super().__init__(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=self._shown)
-        self.globals.pop("lipsum")
-        filters = cast("dict[str, Callable[..., Any]]", self.filters)
-        filters.update({name: self._bounded(name, function) for name, function in filters.items()})
-        filters.update({"format": _refuse_format, _COUNTED: self._counted, _JOINED: self._joined, _BUILT: self._built})
+        super().__init__(undefined=Missing, keep_trailing_newline=True, autoescape=False)
+        self.globals = {inner: self.globals[name] for name, inner in GLOBALS.items()}
+        filters = prompt_filters(self.filters)
+        self.filters = {name: self._bounded(name, function) for name, function in filters.items()}
+        self.filters |= {"format": _refuse_format, _COUNTED: self._counted, _JOINED: self._joined, _BUILT: self._built}
+        self.filters |= {_SHOWN: self._shown, _METHOD: self._method}
         self._rounds = self._calls = 0
         self._begun = 0.0
 
@@ -65,6 +77,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
+        _name_calls(tree)
+        for output in list(tree.find_all(nodes.Output)):
+            output.nodes = [node if isinstance(node, nodes.TemplateData) else _written(node) for node in output.nodes]
         for loop in list(tree.find_all(nodes.For)):
             loop.iter = _filter(cast("nodes.Expr", loop.iter), _COUNTED)
         for concat in list(tree.find_all(nodes.Concat)):
@@ -92,7 +107,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Macros, functions and methods; those of texts are the only ones that could make much out of little."""
         self._spend()
-        if isinstance(owner := getattr(obj, "__self__", None), str):
+        owner = getattr(obj, "__self__", None)
+        if isinstance(owner, float):
+            text_of(owner, place="a number whose method is called")
+        if isinstance(owner, str):
             values = (owner, *args, *kwargs.values())
             _check(_product(values) if getattr(obj, "__name__", "") in (*MULTIPLYING, "expandtabs") else _sum(values))
         result = super().call(context, obj, *args, **kwargs)
@@ -105,6 +123,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def getitem(self, obj: Any, argument: Any) -> Any:
         self._spend()
         return super().getitem(obj, argument)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """`obj.attribute`: the field of an object before its method."""
+        if isinstance(obj, Mapping) and attribute in obj:
+            return cast("Mapping[str, Any]", obj)[attribute]
+        return super().getattr(obj, attribute)
 
     def _spend(self) -> None:
         """One call or operation more."""
@@ -129,7 +153,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _joined(self, parts: list[Any]) -> str:
         self._look_at_clock()
         _check(_sum(parts))
-        return "".join(map(str, parts))
+        return "".join([text_of(part, place="a part of a ~ b") for part in parts])
 
     def _built(self, value: Any) -> Any:
         """A list, tuple or dict that the template has put together."""
@@ -137,17 +161,23 @@ class Sandbox(ImmutableSandboxedEnvironment):
         _size(value)
         return value
 
-    def _shown(self, value: Any) -> Any:
-        """Every value that is written out: its text is made only when it is not too long."""
-        _check(_size(value))
-        return value
+    def _shown(self, value: Any, name: str | None) -> str:
+        """The text of every value that is written out."""
+        text = text_of(value, name)
+        _check(len(text))
+        return text
+
+    def _method(self, obj: Any, attribute: str) -> Any:
+        """`obj.attribute` where it is called: a method before the field of that name."""
+        return super().getattr(obj, attribute)
 
     def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The filter with its arguments measured first."""
+        context = context_arguments(function)
 
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self._spend()
-            values = (*args, *kwargs.values())
+            values = (*args[context:], *kwargs.values())
             if name == "round" and any(_magnitude(value) > MAX_DIGITS for value in (*args[1:], *kwargs.values())):
                 raise TemplateTooLarge(f"it rounds to more than {MAX_DIGITS} digits")
             measure = _product if name in MULTIPLYING else _sum if name in ADDING else _sizes
@@ -159,6 +189,35 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         bounded.__dict__.update(getattr(function, "__dict__", {}))
         return bounded
+
+
+def _name_calls(tree: nodes.Template) -> None:
+    """Calls reach Jinja's functions and methods, whatever columns and fields are called. A name that the template itself
+    defines stays its own."""
+    own = {node.name for node in tree.find_all((nodes.Name, nodes.Macro)) if getattr(node, "ctx", "store") != "load"}
+    for call in list(tree.find_all(nodes.Call)):
+        called = call.node
+        if isinstance(called, nodes.Name) and called.name in GLOBALS and called.name not in own:
+            called.name = GLOBALS[called.name]
+        elif isinstance(called, nodes.Getattr):
+            name = nodes.Const(called.attr, lineno=called.lineno)
+            call.node = nodes.Filter(called.node, _METHOD, [name], [], None, None, lineno=called.lineno)
+
+
+def _written(node: nodes.Expr) -> nodes.Expr:
+    name = nodes.Const(_spelled(node), lineno=node.lineno)
+    return nodes.Filter(node, _SHOWN, [name], [], None, None, lineno=node.lineno)
+
+
+def _spelled(node: nodes.Node) -> str | None:
+    """How the template spells a column, field or item."""
+    if isinstance(node, nodes.Name):
+        return node.name
+    if isinstance(node, nodes.Getattr | nodes.Getitem) and (owner := _spelled(node.node)):
+        if isinstance(node, nodes.Getattr):
+            return f"{owner}.{node.attr}"
+        return f"{owner}[{node.arg.value!r}]" if isinstance(node.arg, nodes.Const) else None
+    return None
 
 
 def _wrap_literals(tree: nodes.Template) -> None:

@@ -16,12 +16,12 @@ import pyarrow as pa
 
 from tokabatch.data.columns import Columns, ColumnSpool, open_column_spool
 from tokabatch.data.identity import IdSpool, read_ids
+from tokabatch.data.missing import list_columns
 from tokabatch.data.prompts import Limits, Prompt, PromptBuilder
 from tokabatch.data.readers import open_reader
 from tokabatch.data.row_digests import DigestSpool, RowDigests
 from tokabatch.data.rows import Reader, Row, RowBatch
 from tokabatch.data.spool import ArraySpool, Texts
-from tokabatch.data.templates import list_columns
 from tokabatch.errors import InputError, RowError
 from tokabatch.job import GenerationConfig, Job
 from tokabatch.messages import Int32, Int64, SamplingParams

@@ -1,7 +1,8 @@
 """A prompt template of the job: which columns it needs, and its text for one row.
 
 A column that the template reads must have a value in every row. What the template itself guards is free: a name under
-`| default(...)` or `is defined` may be missing, a name that it tests (`{% if hint %}`, `is none`) may be null.
+`| default(...)` may be missing or null, one under `is defined` may be missing, one that it tests (`{% if hint %}`, `is none`)
+may be null.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from typing import Any
 
 from jinja2 import Template as CompiledTemplate
 from jinja2 import nodes
-from jinja2.exceptions import TemplateError, TemplateSyntaxError, UndefinedError
+from jinja2.exceptions import TemplateSyntaxError, UndefinedError
 from jinja2.meta import find_undeclared_variables
 
+from tokabatch.data.missing import missing_field, optional
 from tokabatch.data.sandbox import Sandbox, TemplateTooLarge
 from tokabatch.errors import JobError, RowError
 
 GUARDING_FILTERS = frozenset(["default", "d"])
 GUARDING_TESTS = frozenset(["defined", "undefined"])
+NOT_IN_PROMPTS = (nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport, nodes.ScopedEvalContextModifier)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,8 @@ class Template:
         """The text for one row, or why there is none: `missing_field`, `bad_type`, `template_failed`, `template_too_large`."""
         for name in self.non_null:
             if row.get(name) is None:
-                return missing_field(name, row)
+                error = missing_field(name, row)
+                return RowError(error.code, f"{error.message}; {optional(name)}")
         try:
             return self.sandbox.render(self.compiled.generate, row)
         except UndefinedError as error:
@@ -48,8 +52,8 @@ class Template:
             return RowError("template_too_large", "the template calls itself without end")
         except TypeError as error:
             return RowError("bad_type", f"the template: {error}")
-        except (TemplateError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            return RowError("template_failed", f"the template: {error}")
+        except Exception as error:  # whatever a template computes costs its row alone
+            return RowError("template_failed", f"the template: {error or type(error).__name__}")
 
 
 def compile_template(source: str, key: str) -> Template:
@@ -58,26 +62,15 @@ def compile_template(source: str, key: str) -> Template:
     try:
         tree = sandbox.parse(source)
         compiled = sandbox.from_string(source)
+        names = frozenset(find_undeclared_variables(tree)) - frozenset(sandbox.globals)
     except TemplateSyntaxError as error:
         raise JobError(f"{key} is no valid Jinja template: line {error.lineno}: {error.message}") from error
-    except (TemplateError, RecursionError) as error:
-        raise JobError(f"{key} is no valid Jinja template: {error}") from error
-    names = frozenset(find_undeclared_variables(tree)) - frozenset(sandbox.globals)
+    except Exception as error:  # Jinja's parser and Python's compiler raise many kinds
+        raise JobError(f"{key} is no valid Jinja template: {error or type(error).__name__}") from error
+    if any(tree.find_all(NOT_IN_PROMPTS)):
+        raise JobError(f"{key}: a prompt's template cannot include other files, and `autoescape` makes HTML; remove that tag")
     guarded = frozenset(_guarded(tree))
     return Template(sandbox, compiled, names, names - guarded, names - guarded - frozenset(_tested(tree)))
-
-
-def missing_field(name: str, row: Mapping[str, Any]) -> RowError:
-    """The row lacks `name`, or it is null there."""
-    if name in row:
-        return RowError("missing_field", f"the column {name!r} is null in this row")
-    return RowError("missing_field", f"the column {name!r} is missing in this row; it has {list_columns(row)}")
-
-
-def list_columns(names: Any) -> str:
-    """Column names for a message, at most 20."""
-    listed = sorted(str(name) for name in names)
-    return (", ".join(listed[:20]) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "")) or "none"
 
 
 def _guarded(tree: nodes.Template) -> Iterator[str]:

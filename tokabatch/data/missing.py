@@ -1,0 +1,66 @@
+"""What is said where a row has not what a template or a job names: what it has instead, and what to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, cast
+
+from jinja2 import StrictUndefined
+from jinja2.utils import missing
+
+from tokabatch.errors import RowError
+
+LISTED = 20
+SHOWN = 40
+
+
+class Missing(StrictUndefined):
+    """A name, field or item that is not there: an error wherever a template uses it."""
+
+    @property
+    def _undefined_message(self) -> str:
+        name, owner = self._undefined_name, self._undefined_obj
+        if self._undefined_hint:
+            return self._undefined_hint
+        if owner is missing:
+            return f"the column {name!r} is missing in this row; {optional(str(name))}"
+        if isinstance(owner, Mapping):
+            fields = cast("Mapping[str, Any]", owner)
+            return f"an object has no field {name!r}{suggestion(str(name), fields)}; {optional()}"
+        if isinstance(owner, list | tuple):
+            return f"a list of {len(cast('list[Any]', owner))} has no item {name!r}; {optional()}"
+        what = "null" if owner is None else f"the text {owner[:SHOWN]!r}" if isinstance(owner, str) else type(owner).__name__
+        return f"{what} has no field {name!r}; {optional()}"
+
+
+def missing_field(name: str, row: Mapping[str, Any]) -> RowError:
+    """`name` is null in the row, or not there."""
+    if name in row:
+        return RowError("missing_field", f"the column {name!r} is null in this row")
+    return RowError("missing_field", f"the column {name!r} is missing in this row{suggestion(name, row)}")
+
+
+def suggestion(name: str, names: Iterable[Any]) -> str:
+    """What a misspelt `name` may have been meant for, and what there is."""
+    listed = [str(each) for each in names]
+    return f"{did_you_mean(name, listed)}; it has {list_columns(listed)}"
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The name that is nearest, in brackets, or nothing."""
+    near = get_close_matches(name, list(names), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def optional(name: str | None = None) -> str:
+    """How a template does without a value that it calls `name`."""
+    remedy = f"{{{{ {name} | default('') }}}}" if name else "| default('') behind it"
+    return f"if rows may do without, write {remedy}"
+
+
+def list_columns(names: Iterable[Any]) -> str:
+    """Column names for a message, at most 20."""
+    listed = sorted(str(name) for name in names)
+    more = f" and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
+    return (", ".join(listed[:LISTED]) + more) or "none"
