@@ -231,6 +231,26 @@ def test_shards_appear_while_the_run_goes_on(output, model, rows, tmp_path, monk
     assert 0 < watcher.seen[len(watcher.seen) // 2] < watcher.seen[-1]
 
 
+@pytest.mark.parametrize("process", [False, True])
+def test_a_prompt_that_does_not_fit_the_kv_cache_costs_its_row(model, tmp_path, process):
+    rows = [{"question": "x" * 300}, {"question": "a"}, {"question": "b" * 30}, {"question": "b" * 30}]
+    rows[2]["sampling_params"] = {"max_tokens": 60}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    engine = {"kv_cache_tokens": 64, "process": process}
+    changes = {"engine": engine, "prompt": {"template": "{{ question }}"}, "generation": {"n": 2, "max_tokens": 3}}
+    summary = run(job(model, tmp_path / "rows.jsonl", tmp_path / "out", **changes))
+    samples = read(tmp_path / "out")
+    assert [s["status"] for s in samples] == ["error", "error", "ok", "ok", "error", "error", "ok", "ok"]
+    assert dict(summary.error_counts) == {"kv_cache_overflow": 4} and (summary.ok, summary.exit_code) == (4, 3)
+    assert "max_tokens is 60" in samples[4]["error_message"] and "the cache holds 64" in samples[4]["error_message"]
+    # More memory, and the rows are run again; a cache that holds none of what is left is refused.
+    with pytest.raises(JobError, match="shortest sample needs"):
+        run(job(model, tmp_path / "rows.jsonl", tmp_path / "out", **changes), retry_errors=True)
+    engine["kv_cache_tokens"] = 512
+    summary = run(job(model, tmp_path / "rows.jsonl", tmp_path / "out", **changes), retry_errors=True)
+    assert (summary.ok, summary.errors, summary.exit_code) == (8, 0, 0)
+
+
 class Counter(NullProgress):
     """Counts the snapshots that it gets."""
 

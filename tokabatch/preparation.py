@@ -95,9 +95,12 @@ class Prepared:
         limit = np.array([kind.max_tokens for kind in sampling], np.int64)[params]
         alternatives = [-1 if kind.logprobs is None else kind.logprobs for kind in sampling]
         token_bytes = np.array([reported_token_bytes(number) for number in alternatives], np.int64)[params]
+        total = self.requests.length + limit
+        longest = int(total.max(initial=1))
         return WorkloadFacts(
             num_samples=int(self.num_samples.sum()),
-            longest_sequence=int((self.requests.length + limit).max(initial=1)),
+            longest_sequence=longest,
+            shortest_sequence=int(total.min(initial=longest)),
             longest_output=int(limit.max(initial=1)),
             num_prompts=len(self.requests),
             logprobs=max(alternatives, default=-1),

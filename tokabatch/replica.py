@@ -81,8 +81,9 @@ class Replica:
         """Steps that this worker has dropped."""
         self._executor = make()
 
-    def start(self) -> None:
-        """Load the model. Raises what the worker raises, EngineError when none can be started, and Stopped."""
+    def start(self) -> list[Completion]:
+        """Load the model; returns the samples that its KV cache does not hold, as errors. Raises what the worker raises,
+        EngineError when none can be started, and Stopped."""
         failures = 0
         while True:
             try:
@@ -94,10 +95,9 @@ class Replica:
                     raise
                 self._renew(fault, "it was being started")
             else:
-                self._scheduler.settle_pages(self._executor.sizes.num_pages)
                 self._drops = 0
                 self._watch.restart()
-                return
+                return self._scheduler.settle_pages(self._executor.sizes.num_pages)
 
     def advance(self) -> list[Completion]:
         """Go on until the next result or fault; returns the samples that it finished. Raises Stopped while waiting, and
@@ -166,7 +166,7 @@ class Replica:
             self._barren = 0
         self._renew(fault, f"{self._scheduler.counts.requeued - before:,} running samples keep their tokens and go on")
         try:
-            self.start()
+            completions += self.start()
         except UsageError as error:
             # The job could be started once: it is not the job that is wrong.
             raise EngineError(f"{fault}\nNo other worker can be started: {error}") from error

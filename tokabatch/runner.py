@@ -227,22 +227,23 @@ def _complete(parts: _Parts, make: Callable[[], Executor], workers: ExitStack) -
     workers.callback(replica.close)
     parts.show("loading")
     try:
-        replica.start()
+        completions = replica.start()
         parts.clock.loaded()
-        while not scheduler.done:
-            completions = replica.advance()
+        while True:
             recorder.add(completions)
             parts.show("generating")
             if asked := parts.stop.poll():
                 return asked
             if job.errors.policy == "stop" and any(c.error_code is not None for c in completions):
                 return EXIT_STOPPED
+            if scheduler.done:
+                return EXIT_COMPLETE
+            completions = replica.advance()
     except Stopped as stopped:
         return stopped.exit_code
     except EngineError:
         recorder.finish()
         raise
-    return EXIT_COMPLETE
 
 
 def _runs_apart(job: Job, prepared: Prepared) -> bool:

@@ -94,6 +94,7 @@ def facts(workload: Workload) -> WorkloadFacts:
     return WorkloadFacts(
         num_samples=workload.num_samples,
         longest_sequence=workload.longest,
+        shortest_sequence=workload.longest,
         longest_output=int(workload.output_length_PN.max()),
         num_prompts=workload.num_samples,
         unique_prompt_tokens=workload.num_prompt_tokens,

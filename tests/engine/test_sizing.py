@@ -19,7 +19,14 @@ from tokabatch.job import EngineConfig
 from tokabatch.model.spec import ModelSpec, RopeSpec
 
 SPEC = ModelSpec("llama", 1000, 64, 2, 4, 2, 16, 128, 1e-5, RopeSpec(1e4), 4096, tied_embeddings=True)
-FACTS = WorkloadFacts(num_samples=1000, longest_sequence=300, longest_output=100, num_prompts=100, unique_prompt_tokens=20_000)
+FACTS = WorkloadFacts(
+    num_samples=1000,
+    longest_sequence=300,
+    shortest_sequence=300,
+    longest_output=100,
+    num_prompts=100,
+    unique_prompt_tokens=20_000,
+)
 PAGE_BYTES = kv_shape(SPEC, 16, 1, 1, 1).bytes_per_page(torch.float32)
 
 
@@ -60,6 +67,15 @@ def test_too_little_memory_names_the_numbers(memory):
         pages()
 
 
+def test_a_cache_that_holds_the_shortest_sample_alone_will_do(memory):
+    memory(weight_bytes(SPEC, torch.float32, head_apart=True) + 10 * PAGE_BYTES)
+    mixed = replace(FACTS, shortest_sequence=70)
+    sizes = decide_sizes(EngineConfig(), SPEC, torch.float32, mixed)
+    assert (sizes.num_pages, sizes.max_pages_per_sequence) == (6, 6)
+    with pytest.raises(JobError, match=r"shortest sample needs 112 tokens .* but 96 fit"):
+        pages(facts=replace(FACTS, shortest_sequence=81))
+
+
 def test_a_cache_larger_than_memory_is_refused(memory):
     memory(weight_bytes(SPEC, torch.float32, head_apart=True) + 100 * PAGE_BYTES)
     with pytest.raises(JobError, match="memory holds about 960"):
@@ -96,6 +112,7 @@ def test_a_gpu_takes_no_more_pages_than_the_host_can_keep_logprobs_of(gpu_memory
     gpu_memory(8 << 30)
     facts = replace(
         FACTS, num_samples=10**6, unique_prompt_tokens=10**9, num_prompts=10**6, longest_output=4000, longest_sequence=4200,
+        shortest_sequence=4200,
         logprobs=20, reported_bytes=10**12,
     )  # fmt: skip
     memory(1 << 40)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +13,8 @@ from support.scheduling_jobs import jobs
 
 from tokabatch.messages import Drawn, SamplingParams
 from tokabatch.scheduling.grouping import GroupingLimits
-from tokabatch.scheduling.scheduler import SchedulerLimits
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
+from tokabatch.scheduling.stopping import StopRules
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -130,3 +133,44 @@ def test_two_prompts_that_share_a_page_do_not_take_turns_for_ever():
     limits = SchedulerLimits(8, 3, 4, 9, 2, None)
     completions, _ = device.drive(device.make_requests(prompts, [params]), limits, prompts, 1)
     assert len(completions) == 2 * len(prompts)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(jobs(), st.data())
+def test_a_sample_that_does_not_fit_the_cache_costs_its_row_alone(job, data):
+    """Any number of pages; and another number once the worker has been replaced."""
+    prompts, params, limits, _ = job
+    needed = [-(-(len(p) + params[row % len(params)].max_tokens) // limits.page_size) + 1 for row, p in enumerate(prompts)]
+    most = data.draw(st.lists(st.integers(0, max(needed) + 1), min_size=2, max_size=2))
+    requests = device.make_requests(prompts, params)
+    scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [device.EOS], device.VOCAB, None))
+    completions, steps = {}, 0
+    for pages, last in zip(most, (False, True), strict=True):
+        for error in scheduler.settle_pages(pages):
+            completions[error.row_index, error.sample_index] = error
+            assert error.error_code == "kv_cache_overflow" and needed[error.row_index] > pages
+            shown = (len(prompts[error.row_index]), needed[error.row_index] * limits.page_size, pages * limits.page_size)
+            assert all(f"{number:,}" in error.error_message for number in shown)
+        scheduler.check_integrity()
+        worker = device.TokenDevice(replace(limits, num_pages=pages))
+        worker.prompts = prompts
+        steps = 0
+        while not scheduler.done and (last or steps < 3):
+            batch = scheduler.schedule()
+            scheduler.check_integrity()
+            for done in scheduler.apply(worker.run(batch)):
+                assert (done.row_index, done.sample_index) not in completions
+                completions[done.row_index, done.sample_index] = done
+            steps += 1
+        scheduler.lost_device()
+    assert sorted(completions) == [
+        (row, sample) for row in range(len(prompts)) for sample in range(params[row % len(params)].n)
+    ]
+    for (row, sample), got in completions.items():
+        expected = device.expected_output(row, sample, len(prompts[row]), params[row % len(params)])
+        if got.error_code is None:
+            assert got.token_ids.tolist() == expected
+        else:
+            assert got.token_ids.tolist() == expected[: len(got.token_ids)]
+        assert (got.error_code is None) or needed[row] > min(most)
+    assert scheduler.counts.finished == len(completions) and scheduler.counts.finished_prompts == len(prompts)

@@ -54,6 +54,8 @@ class WorkloadFacts:
     num_samples: int
     longest_sequence: int
     """The longest prompt plus its max_tokens."""
+    shortest_sequence: int
+    """The smallest such sum."""
     longest_output: int
     """The largest max_tokens."""
     num_prompts: int
@@ -79,12 +81,15 @@ class ReplicaSizes:
     min_prefix_pages: int
     useful_pages: int = 0
     """The most that the job can fill, and whose log-probabilities the host can keep."""
+    least_pages: int = 1
+    """What the shortest sample needs."""
     asked_tokens: int | None = None
     """engine.kv_cache_tokens where the job says it."""
 
     @property
     def needed_pages(self) -> int:
-        """One page more than the longest sample: its prompt's last page is copied for it, and the original kept."""
+        """What the longest sample needs, one page more than it has: its prompt's last page is copied for it, and the original
+        kept."""
         return self.max_pages_per_sequence + 1
 
 
@@ -98,8 +103,9 @@ def decide_sizes(
     prefill_tokens: int | None = None,
     absent_memory: int | None = None,
 ) -> ReplicaSizes:
-    """Raises JobError where the longest sample cannot fit, with the numbers and the key to change. `prefill_tokens` is what a
-    cost model says of the device, `absent_memory` the bytes of a GPU that is not here, whose sizes can only be estimated."""
+    """Raises JobError where not even the shortest sample can fit, with the numbers and the key to change. `prefill_tokens` is
+    what a cost model says of the device, `absent_memory` the bytes of a GPU that is not here, whose sizes can only be
+    estimated."""
     page = config.page_size
     _check_limits(config, spec)
     defaults = DEFAULTS[device]
@@ -126,6 +132,7 @@ def decide_sizes(
         min_group=0 if config.hydragen is False else group,
         min_prefix_pages=max(1, -(-prefix // page)),
         useful_pages=prompt_pages + max_running * (-(-facts.longest_output // page) + 2) + per_sequence + 1,
+        least_pages=-(-facts.shortest_sequence // page) + 1,
         asked_tokens=None if config.kv_cache_tokens == "auto" else config.kv_cache_tokens,
     )
     if absent_memory is not None:
@@ -140,27 +147,29 @@ def decide_sizes(
 
 
 def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
-    """The sizes with their number of pages, where memory holds `fitting`: what the longest sample needs at least, what the job
-    can fill at most unless it says otherwise. Raises JobError where that cannot be."""
-    page, needed, asked = sizes.page_size, sizes.needed_pages, sizes.asked_tokens
+    """The sizes with their number of pages, where memory holds `fitting`: what the job can fill at most unless it says
+    otherwise. Samples that need more than there are become error rows (`Scheduler.settle_pages`). Raises JobError where none
+    fits."""
+    page, needed, least, asked = sizes.page_size, sizes.needed_pages, sizes.least_pages, sizes.asked_tokens
     if asked is None:
         budget = fitting
         remedy = "use a machine with more memory, lower generation.logprobs or engine.max_running where they are high"
     else:
         # A small job does not fill what is asked for.
         budget = min(asked // page, max(sizes.useful_pages, needed))
-        if needed <= budget and fitting < budget:
+        if least <= budget and fitting < budget:
             raise JobError(
                 f"engine.kv_cache_tokens is {asked}, but memory holds about {fitting * page} beside the weights; write auto or "
                 "at most that"
             )
-        remedy = f"set engine.kv_cache_tokens to at least {needed * page}"
-    if budget < needed:
+        remedy = f"set engine.kv_cache_tokens to at least {least * page}"
+    if budget < least:
         raise JobError(
-            f"the longest sample needs {needed * page} tokens of KV cache (prompt plus max_tokens), but "
+            f"the shortest sample needs {least * page} tokens of KV cache (prompt plus max_tokens), but "
             f"{max(0, budget) * page} fit; {remedy}, or lower generation.max_tokens"
         )
-    return replace(sizes, num_pages=min(budget, max(sizes.useful_pages, needed)))
+    num_pages = min(budget, max(sizes.useful_pages, needed))
+    return replace(sizes, num_pages=num_pages, max_pages_per_sequence=min(sizes.max_pages_per_sequence, num_pages))
 
 
 def _check_limits(config: EngineConfig, spec: ModelSpec) -> None:

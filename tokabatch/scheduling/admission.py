@@ -10,7 +10,7 @@ from itertools import groupby
 
 import numpy as np
 
-from tokabatch.messages import Int32, Int64, Requests
+from tokabatch.messages import Int32, Int64
 from tokabatch.scheduling.candidates import Candidates, Waiting
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.expectations import Expectations
@@ -19,6 +19,7 @@ from tokabatch.scheduling.pages import PagePool
 from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
 from tokabatch.scheduling.sequences import Sequences
 from tokabatch.scheduling.stepping import StepDraft
+from tokabatch.scheduling.work import Work
 
 FORECAST_STEPS = 8
 """A forecast with pages to spare for every candidate at its longest serves for so many steps."""
@@ -34,7 +35,7 @@ class Admission:
 
     def __init__(
         self,
-        requests: Requests,
+        work: Work,
         page_size: int,
         pool: PagePool,
         prompts: OpenPrompts,
@@ -42,15 +43,15 @@ class Admission:
         counts: SchedulerCounts,
         expectations: Expectations,
     ) -> None:
-        self._requests = requests
+        self._work = work
         self._page_size = page_size
         self._pool = pool
         self._prompts = prompts
         self._sequences = sequences
         self._counts = counts
         self._expectations = expectations
-        self._alternatives = np.array([-1 if p.logprobs is None else p.logprobs for p in requests.sampling], np.int32)
-        self.waiting = Waiting(requests, prompts, sequences)
+        self._alternatives = np.array([-1 if p.logprobs is None else p.logprobs for p in work.sampling], np.int32)
+        self.waiting = Waiting(work, prompts, sequences)
         self._surely_free = self._steps_good_for = 0
         """Pages free at every future step by the last forecast, less all that came in since; and for how long to rely on it."""
         self._asked_from, self._asked_lengths = 0, np.zeros(0, np.int32)
@@ -115,7 +116,7 @@ class Admission:
         request = np.repeat(entries, candidates.counts)
         produced, sample = np.repeat(candidates.produced, candidates.counts), self.waiting.sample_numbers(candidates)
         ticket = self._sequences.num_admissions + np.arange(len(request))
-        length = self._requests.length[request]
+        length = self._work.length[request]
         full, total = (length - 1) // size, -(-length // size)
         closed = np.ones(len(entries), np.bool_)
         closed[: candidates.num_known] = [entry not in self._prompts for entry in entries[: candidates.num_known].tolist()]
@@ -126,7 +127,7 @@ class Admission:
             computed=length - 1 + produced,
             shared=np.where(opens, total, full),
             remaining=self._asked_lengths - produced,
-            prompt_pages=np.where(opens, total - np.minimum(self._requests.lcp[request] // size, full), 0),
+            prompt_pages=np.where(opens, total - np.minimum(self._work.lcp[request] // size, full), 0),
         )
         peak = claims.peak(size)
         self._steps_good_for -= 1
@@ -220,7 +221,7 @@ class Admission:
         # Each sample's span of `pages` is that of its prompt.
         first = np.repeat(np.cumsum(full) - full, counts) - (np.cumsum(shared) - shared)
         draft.set_pages(seq.share_pages(slots, shared, pages[np.arange(int(shared.sum())) + np.repeat(first, shared)]))
-        last = self._requests.length[requests] - 1
+        last = self._work.length[requests] - 1
         self._fill(slots, requests, last)
         for prompt, number in zip(prompts, counts.tolist(), strict=True):
             prompt.live += number
@@ -249,10 +250,10 @@ class Admission:
     def _fill(self, slots: Int64, requests: Int32, start: Int32) -> None:
         """Set the columns of freshly opened slots; preempted samples get their output back."""
         seq, counts = self._sequences, self._counts
-        length = self._requests.length[requests]
-        params = self._requests.params[requests]
+        length = self._work.length[requests]
+        params = self._work.params[requests]
         seq.prompt_length[slots] = seq.length[slots] = length
-        seq.params[slots], seq.limit[slots] = params, self._expectations.max_tokens[params]
+        seq.params[slots], seq.limit[slots] = params, self._work.max_tokens[params]
         seq.outputs.open(slots, self._alternatives[params])
         seq.computed[slots] = seq.cached_tokens[slots] = start
         seq.expected[slots] = self._asked_lengths[seq.admitted[slots] - self._asked_from]

@@ -9,10 +9,11 @@ from itertools import accumulate, islice
 
 import numpy as np
 
-from tokabatch.messages import Int32, Requests
+from tokabatch.messages import Int32
 from tokabatch.scheduling.outputs import Generated
 from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
 from tokabatch.scheduling.sequences import Sequences
+from tokabatch.scheduling.work import Work
 
 MAX_FRESH = 256
 """Prompts opened in one step at most."""
@@ -32,8 +33,8 @@ class Candidates:
 class Waiting:
     """The samples that wait. Reads the scheduler's books and keeps what preempted samples had produced."""
 
-    def __init__(self, requests: Requests, prompts: OpenPrompts, sequences: Sequences) -> None:
-        self._requests = requests
+    def __init__(self, work: Work, prompts: OpenPrompts, sequences: Sequences) -> None:
+        self._work = work
         self._prompts = prompts
         self._sequences = sequences
         self.preempted: dict[tuple[int, int], Generated] = {}
@@ -44,9 +45,8 @@ class Waiting:
     def candidates(self, budget: int, step: int) -> Candidates:
         """For a step of `budget` more tokens."""
         known, free, budget = self._known(budget, step)
-        first = self._prompts.next_request
-        fresh = np.arange(first, min(first + min(max(free, 0), MAX_FRESH), len(self._requests)), dtype=np.int32)
-        cost = np.cumsum(self._requests.length[fresh] - self._requests.lcp[fresh])
+        fresh = self._work.upcoming(min(max(free, 0), MAX_FRESH))
+        cost = np.cumsum(self._work.length[fresh] - self._work.lcp[fresh])
         none = budget <= 0 or self.confined is not None
         fresh = fresh[:0] if none else fresh[: int(np.searchsorted(cost, budget)) + 1]
         return Candidates(
@@ -75,13 +75,13 @@ class Waiting:
         """Waiting samples of prompts that have been open before: (request, samples, output tokens each of them has had); and
         the slots and tokens that these leave."""
         known: list[tuple[int, int, int]] = []
-        free, requests = self._sequences.num_free, self._requests
+        free, work = self._sequences.num_free, self._work
         for request in filter(self._may_run, self._prompts.suspended):
             if free <= 0 or budget <= 0:
                 break
             known.append((request, 1, self._produced(self._prompts.pending_prompt(request))))
             free -= 1
-            budget -= int(requests.length[request] - requests.lcp[request]) + known[-1][2]
+            budget -= int(work.length[request] - work.lcp[request]) + known[-1][2]
         for prompt in self._prompts.with_pending():
             if free <= 0 or budget <= 0:
                 break

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from tokabatch.messages import Bool, Int32, Int64, Requests
+from tokabatch.messages import Bool, Int32, Int64
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.lengths import Caution, LengthModel, LengthPredictor
 from tokabatch.scheduling.sequences import Sequences
+from tokabatch.scheduling.work import Work
 
 LEARNED_SAMPLES = 8
 """A prompt's own lengths are learned where it has at least so many samples."""
@@ -19,21 +20,17 @@ LEARNED_SAMPLES = 8
 class Expectations:
     """Predicts for `Sequences`, whose column `expected` it keeps up to date."""
 
-    def __init__(
-        self, requests: Requests, sequences: Sequences, counts: SchedulerCounts, lengths: LengthPredictor | None
-    ) -> None:
+    def __init__(self, work: Work, sequences: Sequences, counts: SchedulerCounts, lengths: LengthPredictor | None) -> None:
         """`lengths` replaces what is learned."""
-        self._requests = requests
+        self._work = work
         self._sequences = sequences
         self._counts = counts
-        sampling = requests.sampling
-        self.max_tokens = np.array([p.max_tokens for p in sampling], np.int32)
-        """Of each kind of sampling parameters."""
+        sampling = work.sampling
         self._given = np.array([p.ignore_eos and not p.stop and not p.stop_token_ids for p in sampling], np.bool_)
-        self._share = np.bincount(requests.params, weights=requests.num_samples(), minlength=len(sampling))
+        self._share = np.bincount(work.params, weights=work.num_samples(), minlength=len(sampling))
         """Samples to draw with each kind."""
         self._all_given = bool(self._given.all()) and lengths is None
-        self._model = LengthModel(int(self.max_tokens.max(initial=1)), requests.num_samples() >= LEARNED_SAMPLES)
+        self._model = LengthModel(int(self._work.max_tokens.max(initial=1)), work.num_samples() >= LEARNED_SAMPLES)
         self._lengths: LengthPredictor = lengths or self._model
         self._foretold = lengths is not None
         self._caution = Caution()
@@ -58,8 +55,8 @@ class Expectations:
 
     def predict(self, request: Int32, sample: Int32, generated: Int32, ticket: Int64) -> Int32:
         """Total output tokens that each sample is taken to have, at least one more than it has; see `LengthPredictor`."""
-        params = self._requests.params[request]
-        limit = self.max_tokens[params]
+        params = self._work.params[request]
+        limit = self._work.max_tokens[params]
         if self._all_given:
             return np.maximum(limit, generated + 1)
         expected = self._lengths.predict(request, sample, generated, limit, ticket)
@@ -85,7 +82,7 @@ class Expectations:
         total = int((np.where(self._given[seq.params[order]], limit, expected) - seq.generated[order]).sum())
         if not waiting:
             return total
-        means = np.where(self._given, self.max_tokens, model.mean_lengths(self.max_tokens))
+        means = np.where(self._given, self._work.max_tokens, model.mean_lengths(self._work.max_tokens))
         return total + round(waiting * float(np.average(means, weights=self._share)))
 
     def ended(self, slots: Int64, stopped: Bool) -> None:

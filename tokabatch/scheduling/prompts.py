@@ -12,9 +12,10 @@ from collections import deque
 
 import numpy as np
 
-from tokabatch.messages import Int32, Requests
+from tokabatch.messages import Int32
 from tokabatch.scheduling.neighbours import Neighbours
 from tokabatch.scheduling.pages import PagePool
+from tokabatch.scheduling.work import Work
 
 
 class OpenPrompt:
@@ -76,8 +77,8 @@ class OpenPrompt:
 class OpenPrompts:
     """All open prompts in plan order, with the physical pages that neighbours share."""
 
-    def __init__(self, requests: Requests, pool: PagePool, page_size: int) -> None:
-        self._requests = requests
+    def __init__(self, work: Work, pool: PagePool, page_size: int) -> None:
+        self._work = work
         self._pool = pool
         self._page_size = page_size
         self._open: dict[int, OpenPrompt] = {}
@@ -86,8 +87,6 @@ class OpenPrompts:
         self._cursor: OpenPrompt | None = None
         self._suspended: dict[int, OpenPrompt] = {}
         self._waiting: dict[int, OpenPrompt] = {}
-        self.next_request = 0
-        """The first request that has never been opened."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -121,20 +120,20 @@ class OpenPrompts:
 
     def full_pages(self, requests: Int32) -> Int32:
         """Pages of each prompt that all its samples share."""
-        return (self._requests.length[requests] - 1) // self._page_size
+        return (self._work.length[requests] - 1) // self._page_size
 
     def num_pages(self, request: int) -> int:
-        return -(-int(self._requests.length[request]) // self._page_size)
+        return -(-int(self._work.length[request]) // self._page_size)
 
     def sharable(self, request: int) -> tuple[OpenPrompt | None, int]:
         """The open neighbour that shares the most leading full pages with `request`, and how many."""
-        full = (int(self._requests.length[request]) - 1) // self._page_size
+        full = (int(self._work.length[request]) - 1) // self._page_size
         best: tuple[OpenPrompt | None, int] = (None, 0)
         for neighbour in self.neighbours.around(request):
             if neighbour is None:
                 continue
             low, high = sorted((neighbour, request))
-            lcp = int(self._requests.lcp[low + 1 : high + 1].min())
+            lcp = int(self._work.lcp[low + 1 : high + 1].min())
             prompt = self._open[neighbour]
             if prompt.tainted:
                 continue
@@ -147,19 +146,18 @@ class OpenPrompts:
         """Open up to `count` prompts that were never open before, in order, each sharing what its predecessor holds or is
         about to compute in the same step. Fewer come back when the pool lacks pages or the step tokens, or none while the first
         must wait."""
-        first = self.next_request
-        batch = np.arange(first, first + count)
-        size = self._page_size
-        full = (self._requests.length[batch] - 1) // size
-        shared = np.minimum(self._requests.lcp[batch] // size, full)
+        batch, size = self._work.upcoming(count), self._page_size
+        first = int(batch[0])
+        full = (self._work.length[batch] - 1) // size
+        shared = np.minimum(self._work.lcp[batch] // size, full)
         shared[1:] = np.minimum(shared[1:], full[:-1])
         neighbour, shared[0] = self.sharable(first)
         if neighbour is not None and neighbour.computed < shared[0] * size:
             return []
-        fresh = -(-self._requests.length[batch] // size) - shared
+        fresh = -(-self._work.length[batch] // size) - shared
         # What the next one inherits is computed in this very step: `budget` runs out in the last one opened or behind it.
-        computed = np.cumsum(self._requests.length[batch] - shared * size)
-        count = min(count, int(np.searchsorted(computed, budget)) + 1)
+        computed = np.cumsum(self._work.length[batch] - shared * size)
+        count = min(len(batch), int(np.searchsorted(computed, budget)) + 1)
         count = min(count, int(np.searchsorted(np.cumsum(fresh), self._pool.num_free, side="right")))
         if count == 0:
             return []
@@ -174,11 +172,12 @@ class OpenPrompts:
                 inherited = previous.pages[: shared[i]]
                 self._pool.retain(inherited)
                 pages = np.concatenate((inherited, own))
-            length, samples = int(self._requests.length[batch[i]]), self._requests.samples(first + i)
-            previous = OpenPrompt(first + i, length, samples, size, pages, int(shared[i]) * size)
+            request = int(batch[i])
+            length, samples = int(self._work.length[request]), self._work.samples(request)
+            previous = OpenPrompt(request, length, samples, size, pages, int(shared[i]) * size)
             opened.append(previous)
         self._append(opened, shared[:count])
-        self.next_request += count
+        self._work.begin(count)
         cursor, self._cursor = self._cursor, opened[-1]
         if cursor is not None and cursor.finished:
             self._close([cursor])
@@ -262,8 +261,7 @@ class OpenPrompts:
         return np.concatenate(pages) if pages else np.zeros(0, np.int32)
 
     def _trim_cursor(self, cursor: OpenPrompt) -> None:
-        following = self.next_request
-        lcp = int(self._requests.lcp[following]) if following < len(self._requests) else 0
+        lcp = 0 if self._work.exhausted else int(self._work.lcp[self._work.next])
         keep = min(lcp // self._page_size, cursor.full)
         if keep == 0:
             self._cursor = None

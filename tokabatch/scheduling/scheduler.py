@@ -28,6 +28,7 @@ from tokabatch.scheduling.sequences import Sequences
 from tokabatch.scheduling.shortage import Shortage
 from tokabatch.scheduling.stepping import SamplingTable, StepDraft
 from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.work import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,32 +60,57 @@ class Scheduler:
         self, requests: Requests, limits: SchedulerLimits, stops: StopRules, lengths: LengthPredictor | None = None
     ) -> None:
         """`lengths` replaces what is learned of them online, for simulations and comparisons."""
-        self.requests = requests
+        self.work = Work(requests)
         self.limits = limits
         self.counts = SchedulerCounts()
         self._stops = stops
         self._table = SamplingTable(requests.sampling)
         self.pool = PagePool(limits.num_pages)
-        self.prompts = OpenPrompts(requests, self.pool, limits.page_size)
+        self.prompts = OpenPrompts(self.work, self.pool, limits.page_size)
         most = int(self._table.logprobs.max(initial=-1))
         self.sequences = Sequences(limits.max_running, limits.max_pages_per_sequence, self.pool, limits.page_size, most)
-        self._expectations = Expectations(requests, self.sequences, self.counts, lengths)
+        self._expectations = Expectations(self.work, self.sequences, self.counts, lengths)
         books = (self.pool, self.prompts, self.sequences, self.counts, self._expectations)
-        self._admission = Admission(requests, limits.page_size, *books)
+        self._admission = Admission(self.work, limits.page_size, *books)
         self._shortage = Shortage(limits.page_size, *books, self._admission)
         self._in_flight: deque[_InFlight] = deque()
         self._quarantine = Quarantine()
 
-    def settle_pages(self, num_pages: int) -> None:
-        """Take so many pages, which the device turned out to hold; before the first step, or when nothing is held any more."""
+    def settle_pages(self, num_pages: int) -> list[Completion]:
+        """Take so many pages, which the device turned out to hold; before the first step, or when nothing is held any more. The
+        samples that do not fit them are returned with the error code `kv_cache_overflow`, as far as they are not finished."""
         self.limits = replace(self.limits, num_pages=num_pages)
         self.pool.resize(num_pages)
         self._admission.forecast_anew()
+        unbegun = np.arange(self.work.next, len(self.work), dtype=np.int32)
+        misfits = unbegun[self.work.num_pages(unbegun, self.limits.page_size) > num_pages]
+        suspended = np.array(self.prompts.suspended, np.int32)
+        completions: list[Completion] = []
+        for prompt in suspended[self.work.num_pages(suspended, self.limits.page_size) > num_pages].tolist():
+            completions += self._give_up(prompt, "kv_cache_overflow", self._does_not_fit(prompt))
+        for prompt in self.work.drop(misfits).tolist():
+            row_index, length = int(self.work.row_index[prompt]), int(self.work.length[prompt])
+            nothing, error = Generated(np.zeros(0, np.int32)), ("kv_cache_overflow", self._does_not_fit(prompt))
+            samples = self.work.samples(prompt).tolist()
+            completions += [nothing.completion(row_index, sample, length, error=error) for sample in samples]
+            self.counts.finished += len(samples)
+            self.counts.finished_prompts += 1
+        return completions
+
+    def _does_not_fit(self, prompt: int) -> str:
+        length, limit = int(self.work.length[prompt]), int(self.work.max_tokens[self.work.params[prompt]])
+        page, pages = self.limits.page_size, self.limits.num_pages
+        needed = int(self.work.num_pages(np.array([prompt]), page)[0])
+        return (
+            f"the prompt has {length:,} tokens and max_tokens is {limit:,}, which needs {needed * page:,} tokens of KV cache "
+            f"in pages of {page}; the cache holds {pages * page:,}. Shorten the prompt, lower max_tokens, or raise "
+            "engine.kv_cache_tokens where memory allows"
+        )
 
     @property
     def done(self) -> bool:
         """Every sample of every request has been returned as a completion."""
-        if len(self.sequences.order) or self._in_flight or self.prompts.next_request < len(self.requests):
+        if len(self.sequences.order) or self._in_flight or not self.work.exhausted:
             return False
         return not self.prompts.suspended and not self.prompts.with_pending()
 
@@ -122,7 +148,7 @@ class Scheduler:
         batch = draft.build(
             seq,
             self.prompts,
-            self.requests,
+            self.work,
             self._table,
             prefill,
             decoding,
@@ -177,7 +203,11 @@ class Scheduler:
             self.counts.requeued += 1
         self.prompts.suspend_idle()
         self._admission.waiting.confined = self._quarantine.trial
-        return [] if condemned is None else self._give_up(condemned, f"the worker process died whenever this row ran: {crash}")
+        return (
+            []
+            if condemned is None
+            else self._give_up(condemned, "worker_crash", f"the worker process died whenever this row ran: {crash}")
+        )
 
     def halve(self) -> None:
         """Steps half as large from now on, with no more samples than they hold. Only right after `lost_device`."""
@@ -239,15 +269,14 @@ class Scheduler:
         self._admission.waiting.confined = None
         return self.schedule()
 
-    def _give_up(self, request: int, message: str) -> list[Completion]:
+    def _give_up(self, request: int, code: str, message: str) -> list[Completion]:
         """Error rows for all unfinished samples of a prompt of which none is running."""
-        prompt, row_index = self.prompts.drop(request), int(self.requests.row_index[request])
+        prompt, row_index = self.prompts.drop(request), int(self.work.row_index[request])
         completions: list[Completion] = []
         while prompt.num_pending:
             sample = prompt.take_sample()
             output = self._admission.waiting.preempted.pop((request, sample), None) or Generated(np.zeros(0, np.int32))
-            error = ("worker_crash", message)
-            completions.append(output.completion(row_index, sample, prompt.length, error=error))
+            completions.append(output.completion(row_index, sample, prompt.length, error=(code, message)))
         self.counts.finished += len(completions)
         self.counts.finished_prompts += 1
         self._expectations.forget([request])
@@ -296,7 +325,7 @@ class Scheduler:
         touched: dict[int, OpenPrompt] = {}
         self._expectations.ended(slots, np.array([reason is not None for reason in reasons], np.bool_))
         request = seq.request[slots]
-        columns = (slots, request, self.requests.row_index[request], seq.sample[slots], finite)
+        columns = (slots, request, self.work.row_index[request], seq.sample[slots], finite)
         ended = zip(reasons, seq.read(slots), *(column.tolist() for column in columns), strict=True)
         for reason, output, slot, key, row_index, sample, valid in ended:
             touched[key] = prompt = self.prompts[key]

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokabatch.messages import Int32, Int64, PrefixLevel, Requests, SamplingParams, SlotInit, StepBatch
+from tokabatch.messages import Int32, Int64, PrefixLevel, SamplingParams, SlotInit, StepBatch
 from tokabatch.scheduling.grouping import GroupingLimits, PromptRuns, find_groups
 from tokabatch.scheduling.prompts import OpenPrompts
 from tokabatch.scheduling.sequences import Sequences
+from tokabatch.scheduling.work import Work
 
 _NONE, _NO_SLOTS = np.zeros(0, np.int32), np.zeros(0, np.int64)
 
@@ -50,7 +51,7 @@ class StepDraft:
         self,
         seq: Sequences,
         prompts: OpenPrompts,
-        requests: Requests,
+        work: Work,
         table: SamplingTable,
         prefill: tuple[Int64, Int32],
         decoding: Int64,
@@ -73,7 +74,7 @@ class StepDraft:
         cells, copies = self._cells, self._copies
         return StepBatch(
             index=self.index,
-            inits=_slot_inits(seq, requests, table, np.concatenate(self._opened) if self._opened else _NO_SLOTS),
+            inits=_slot_inits(seq, work, table, np.concatenate(self._opened) if self._opened else _NO_SLOTS),
             table_slot=np.concatenate([c[0] for c in cells], dtype=np.int32) if cells else _NONE,
             table_column=np.concatenate([c[1] for c in cells]) if cells else _NONE,
             table_page=np.concatenate([c[2] for c in cells]) if cells else _NONE,
@@ -86,16 +87,16 @@ class StepDraft:
             run_length=length,
             run_samples=start + length == seq.length[slots],
             run_skip=skip,
-            token_ids=_host_tokens(seq, requests, prefilling, takes),
+            token_ids=_host_tokens(seq, work, prefilling, takes),
             prefix_levels=tuple(levels),
         )
 
 
-def _slot_inits(seq: Sequences, requests: Requests, table: SamplingTable, slots: Int64) -> SlotInit:
+def _slot_inits(seq: Sequences, work: Work, table: SamplingTable, slots: Int64) -> SlotInit:
     params = seq.params[slots]
     return SlotInit(
         slot=slots.astype(np.int32),
-        row=requests.row_index[seq.request[slots]],
+        row=work.row_index[seq.request[slots]],
         sample=seq.sample[slots],
         seed=table.seed[params],
         temperature=table.temperature[params],
@@ -106,7 +107,7 @@ def _slot_inits(seq: Sequences, requests: Requests, table: SamplingTable, slots:
     )
 
 
-def _host_tokens(seq: Sequences, requests: Requests, slots: Int64, takes: Int32) -> Int32:
+def _host_tokens(seq: Sequences, work: Work, slots: Int64, takes: Int32) -> Int32:
     """Token ids of the prefill runs, one run after another: prompt tokens, then those a preempted sample had produced."""
     if not len(slots):
         return _NONE
@@ -115,8 +116,8 @@ def _host_tokens(seq: Sequences, requests: Requests, slots: Int64, takes: Int32)
     length = seq.prompt_length[slots][run]
     in_prompt = position < length
     tokens = np.empty(len(run), np.int32)
-    start = requests.start[seq.request[slots]]
-    tokens[in_prompt] = requests.tokens[(start[run] + position)[in_prompt]]
+    start = work.start[seq.request[slots]]
+    tokens[in_prompt] = work.tokens[(start[run] + position)[in_prompt]]
     begin = np.cumsum(takes) - takes
     # Few runs reach behind their prompts: those of samples that were preempted or taken back.
     for i in np.flatnonzero(seq.computed[slots] + takes > seq.prompt_length[slots]).tolist():

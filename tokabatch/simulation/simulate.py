@@ -67,7 +67,7 @@ def simulate(
     requests = replace(requests, sampling=tuple(_stops_at_once(params) for params in requests.sampling))
     scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [STOP], STOP + 1, None), predictor)
     device = SimulatedDevice(requests, lengths, limits.max_running)
-    total, finished = int(requests.num_samples().sum()), 0
+    total, finished = int(requests.num_samples().sum()), len(scheduler.settle_pages(limits.num_pages))
     trace = StepTrace()
     while not scheduler.done:
         step = scheduler.schedule()
