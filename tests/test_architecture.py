@@ -78,7 +78,7 @@ WITHOUT_TORCH = {
     "cli",
 }
 HEAVY_HOMES = {
-    "transformers": {"data/tokenizer.py"},
+    "transformers": {"data/tokenizer.py", "data/tokenizer_files.py"},
     "flashinfer": {"attention/flashinfer_paged.py"},
     "triton": {
         "attention/triton_decode.py",

@@ -157,6 +157,12 @@ class TestScalars:
         assert (job.generation.max_tokens, job.generation.top_p, job.generation.n) == (1024, 0.1, 1000)
         assert job.engine.kv_cache_tokens == 65536
 
+    def test_one_text_or_id_stands_for_a_list_of_one(self, tmp_path: Path) -> None:
+        job = Job.load(write(tmp_path, HEADER + 'generation: {stop: "\\n", stop_token_ids: 7}\n'), "generation.stop=END")
+        assert (job.generation.stop, job.generation.stop_token_ids) == (("END",), (7,))
+        params = job.generation.row_params({"stop": "Q:", "stop_token_ids": 5})
+        assert isinstance(params, SamplingParams) and (params.stop, params.stop_token_ids) == (("Q:",), (5,))
+
     def test_quoted_stays_text(self, tmp_path: Path) -> None:
         job = Job.load(write(tmp_path, HEADER + "verify: {kind: exact, answer: '1K'}\nprompt: {system: \"true\"}\n"))
         assert job.verify is not None and (job.verify.answer, job.prompt.system) == ("1K", "true")
@@ -191,10 +197,12 @@ class TestRefusedFiles:
             ("generation: {min_p: 1}", "accepts a number from 0 to below 1"),
             ("generation: {max_tokens: 0}", "accepts a whole number >= 1"),
             ("generation: {top_k: -1}", "or null or 0 for off"),
-            ("generation: {stop: foo}", 'accepts a list of non-empty texts, for example `stop: ["\\n\\n"]`'),
+            ("generation: {stop: 5}", 'accepts a non-empty text, or a list of them, for example `stop: ["\\n\\n"]`'),
+            ("generation: {stop: ''}", "4: generation.stop: got empty text; accepts a non-empty text, or a list of them"),
+            ("generation: {stop_token_ids: -1}", "4: generation.stop_token_ids: got the number -1; accepts a token id"),
             ("generation: {stop: ['']}", "generation.stop[0]: got empty text"),
             ("generation:\n  stop:\n    - a\n    - 3", "7: generation.stop[1]: got the number 3"),
-            ("generation: {stop_token_ids: [-1]}", "stop_token_ids[0]: got the number -1; accepts a list of token ids"),
+            ("generation: {stop_token_ids: [-1]}", "stop_token_ids[0]: got the number -1; accepts a token id"),
             ("generation: {ignore_eos: yes}", "got the text yes; accepts true or false"),
             ("generation: {seed: -1}", "accepts a whole number from 0 to 2^63 - 1"),
             ("generation: 5", "generation: got the number 5; accepts a mapping of the keys n, temperature"),

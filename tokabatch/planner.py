@@ -101,6 +101,7 @@ def _plan_notes(job: Job, previewed: Start) -> tuple[str, ...]:
             f"{store.hidden_rows:,} rows spell a special token in their text; it is encoded as plain text "
             "(prompt.special_tokens: allow takes it as the token)"
         )
+    notes += prepared.notes
     seen: set[str] = set()
     for failure in prepared.failures:
         if failure.error.code not in seen:

@@ -17,11 +17,13 @@ import torch
 
 from tokabatch.attention import choose_backend
 from tokabatch.data.fingerprint import Fingerprint, describe
-from tokabatch.data.generation_defaults import effective_generation, eos_token_ids
+from tokabatch.data.generation_defaults import describe_ignored, effective_generation, find_end_tokens
 from tokabatch.data.output import FailedRow, output_schema
 from tokabatch.data.row_digests import RowDigests
+from tokabatch.data.stop_texts import describe_stops, refuse_special
 from tokabatch.data.store import InputStore, ingest
-from tokabatch.data.tokenizer import Tokenizer, load_tokenizer
+from tokabatch.data.tokenizer import Tokenizer
+from tokabatch.data.tokenizer_files import load_tokenizer
 from tokabatch.engine.sizing import WorkloadFacts, reported_token_bytes
 from tokabatch.errors import JobError, ModelError
 from tokabatch.job import GenerationConfig, Job, Setting
@@ -64,6 +66,8 @@ class Prepared:
     samples_of_row: Int64
     """Samples of each row of the input, whether drawn already or not."""
     fingerprint: Fingerprint
+    notes: tuple[str, ...] = ()
+    """Sentences for the user: what the model's files, the settings and the rows have in them that may surprise."""
 
     @property
     def samples_total(self) -> int:
@@ -129,18 +133,19 @@ def prepare(
     dtype = _choose_dtype(job, device, folder, spec, checkpoint)
     if not absent_gpu:
         _check_fp8(job, device, dtype, spec)
-    tokenizer = load_tokenizer(job.model.model_copy(update={"path": str(folder)}))
-    if tokenizer.vocab_size > spec.vocab_size:
+    tokenizer_folder = _tokenizer_folder(job, folder)
+    key = "path" if job.model.tokenizer is None else "tokenizer"
+    tokenizer = load_tokenizer(job.model.model_copy(update={key: str(tokenizer_folder)}))
+    if tokenizer.own_vocab_size > spec.vocab_size:
         raise ModelError(
-            f"the tokenizer of {tokenizer.name!r} has ids up to {tokenizer.vocab_size - 1}, but the model in {folder} has "
+            f"the tokenizer of {tokenizer.name!r} has ids up to {tokenizer.own_vocab_size - 1}, but the model in {folder} has "
             f"embeddings for {spec.vocab_size} only (config.json: vocab_size). Use the tokenizer that belongs to these weights."
         )
     generation, settings = effective_generation(job, folder)
     _check_generation(generation, spec, tokenizer)
-    eos = eos_token_ids(folder, tokenizer)
+    ends = find_end_tokens(folder, tokenizer)
     compare = compare or _accept
-    tokenizer_folder = _tokenizer_folder(job, folder)
-    fingerprint = describe(job, generation, eos, folder, tokenizer_folder, _name(dtype))
+    fingerprint = describe(job, generation, ends.ids, folder, tokenizer_folder, _name(dtype))
     compare(fingerprint, None)
     store = ingest(
         job,
@@ -159,7 +164,7 @@ def prepare(
     if checkpoint is None and weights:
         checkpoint = preflight(resolve_model(job.model.path, job.model.revision), spec)
         dtype = _choose_dtype(job, device, folder, spec, checkpoint)
-        known = describe(job, generation, eos, folder, tokenizer_folder, _name(dtype))
+        known = describe(job, generation, ends.ids, folder, tokenizer_folder, _name(dtype))
         fingerprint = replace(fingerprint, settings=known.settings)
         compare(fingerprint, None)
     everything = np.arange(generation.n, dtype=np.int32)
@@ -169,7 +174,7 @@ def prepare(
         device=device,
         dtype=dtype,
         tokenizer=tokenizer,
-        eos_token_ids=eos,
+        eos_token_ids=ends.ids,
         generation=generation,
         settings=settings,
         store=store,
@@ -181,11 +186,28 @@ def prepare(
         ),
         samples_of_row=samples_of_row,
         fingerprint=fingerprint,
+        notes=(
+            *tokenizer.describe(spec.vocab_size),
+            *((ends.note,) if ends.note else ()),
+            *describe_ignored(folder, job, settings),
+            *describe_stops(_stops(store, generation), tokenizer, tokenizer.special_texts),
+        ),
     )
 
 
 def _accept(fingerprint: Fingerprint, digests: RowDigests | None) -> None:
     """There is no earlier run."""
+
+
+def _stops(store: InputStore, generation: GenerationConfig) -> dict[str, str]:
+    """Every stop string, and where it was written first."""
+    good = np.flatnonzero(store.length > 0)
+    used, first = np.unique(store.params[good], return_index=True)
+    stops: dict[str, str] = {}
+    for number, row in zip(used.tolist(), good[first].tolist(), strict=True):
+        for stop in store.sampling[number].stop:
+            stops.setdefault(stop, f"sampling_params.stop of row {row}")
+    return stops | dict.fromkeys(generation.stop, "generation.stop")
 
 
 def _tokenizer_folder(job: Job, folder: Path) -> Path:
@@ -281,13 +303,9 @@ def _check_generation(generation: GenerationConfig, spec: ModelSpec, tokenizer: 
     unknown = [token for token in generation.stop_token_ids if token >= spec.vocab_size]
     if unknown:
         raise JobError(f"generation.stop_token_ids names {unknown[0]}, but the model's token ids end at {spec.vocab_size - 1}")
-    for text in generation.stop:
-        hidden = next((s for s in sorted(tokenizer.special_texts) if s in text and s != text), None)
-        if hidden:
-            raise JobError(
-                f"generation.stop holds {text!r}: special tokens such as {hidden!r} are not part of the text; write {hidden!r} "
-                "alone, or the text without it"
-            )
+    fault = refuse_special(generation.stop, tokenizer.special_texts)
+    if fault:
+        raise JobError(f"generation.{fault}")
     if generation.max_tokens >= spec.context_length:
         raise JobError(
             f"generation.max_tokens is {generation.max_tokens}, but the model's context is {spec.context_length} tokens, "

@@ -89,6 +89,8 @@ def start(
             started = _find_samples(folder, prepared)
         elif earlier and earlier.repaired:
             tell(f"error rows that are other rows now: {earlier.repaired:,}; --retry-errors runs them")
+    for note in prepared.notes:
+        tell(note)
     if started.committed.samples:
         tell(f"continuing: {started.committed.samples:,} of {prepared.samples_total:,} samples are there already")
     return started

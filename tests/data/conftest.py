@@ -13,7 +13,8 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from tokabatch.data.store import InputStore, ingest
-from tokabatch.data.tokenizer import Tokenizer, load_tokenizer
+from tokabatch.data.tokenizer import Tokenizer
+from tokabatch.data.tokenizer_files import load_tokenizer
 from tokabatch.job import Job, ModelConfig
 
 CORPUS = [

@@ -162,6 +162,22 @@ def test_token_ids(write_rows: Write, ingest_job: Ingest) -> None:
     assert codes(ingest_job(path, prompt={"token_ids": "ids"}, vocab_size=400)).get(3) is None
 
 
+def test_a_token_without_an_embedding_costs_the_rows_that_use_it(write_rows: Write, ingest_job: Ingest) -> None:
+    path = write_rows({"q": "x"}, {"q": "<think>x"}, {"q": "y"})
+    store = ingest_job(path, prompt={"template": "{{ q }}"}, vocab_size=322)
+    assert codes(store) == {1: "bad_token_id"}
+    assert "uses the token '<think>' (id 322), but the model has embeddings for 322 ids" in store.errors[1].message
+
+
+def test_a_stop_of_a_row_is_checked_as_the_job_s(write_rows: Write, ingest_job: Ingest) -> None:
+    stops = (["x<|eos|>"], ["<|eos|>"], "<|end|>\n", "ok", ["a", "b"])
+    path = write_rows(*({"prompt": "x", "sampling_params": {"stop": stop}} for stop in stops))
+    store = ingest_job(path)
+    assert codes(store) == {0: "bad_sampling", 2: "bad_sampling"}
+    assert "sampling_params.stop holds 'x<|eos|>': special tokens such as '<|eos|>'" in store.errors[0].message
+    assert [store.sampling[store.params[row]].stop for row in (1, 3, 4)] == [("<|eos|>",), ("ok",), ("a", "b")]
+
+
 def test_the_context_is_never_silently_short(write_rows: Write, ingest_job: Ingest) -> None:
     path = write_rows({"prompt_token_ids": [1] * 44}, {"prompt_token_ids": [1] * 45}, {"prompt_token_ids": [1] * 200})
     store = ingest_job(path, context=100, generation={"max_tokens": 56})

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import pytest
 
-from tokabatch.data.tokenizer import Tokenizer, load_tokenizer
-from tokabatch.errors import ModelError
-from tokabatch.job import ModelConfig
+from tokabatch.data.tokenizer import Tokenizer
 
 
 def test_round_trip_and_facts(tokenizers: dict[str, Tokenizer]) -> None:
@@ -32,13 +27,3 @@ def test_piece_texts_are_what_each_id_adds(tokenizers: dict[str, Tokenizer]) -> 
     ids = tokenizer.encode_batch(["the quick brown fox: 12 apples\n"], False)[0]
     assert "".join(pieces[token] for token in ids) == "the quick brown fox: 12 apples\n"
     assert any(piece.startswith(" ") and len(piece) > 1 for piece in pieces)
-
-
-def test_a_missing_or_damaged_tokenizer_is_refused(tmp_path: Path, tokenizer_folders: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match=r"model\.path.*holds no tokenizer \(no tokenizer\.json\)"):
-        load_tokenizer(ModelConfig(path=str(tmp_path)))
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match=r"model\.tokenizer"):
-        load_tokenizer(ModelConfig(path=str(tokenizer_folders["bos"]), tokenizer=str(tmp_path)))
-    other = ModelConfig(path=str(tmp_path), tokenizer=str(tokenizer_folders["bos"]))
-    assert load_tokenizer(other).prefix_text == "<|bos|>"

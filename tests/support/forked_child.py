@@ -17,7 +17,7 @@ from benchmarks.scripted_engine import QUICKSTART, Script, build_worker, quickst
 from support import faulty_files, mutants
 from tokabatch import Job, pricing, recorder, run, runner
 from tokabatch.data import folder
-from tokabatch.data.tokenizer import load_tokenizer
+from tokabatch.data.tokenizer_files import load_tokenizer
 from tokabatch.engine.executor import InProcessExecutor, ProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import TokabatchError

@@ -19,6 +19,7 @@ from tokabatch.data.few_shot import render_few_shot
 from tokabatch.data.missing import list_columns, missing_field
 from tokabatch.data.rows import Row
 from tokabatch.data.special_text import SpecialText
+from tokabatch.data.stop_texts import refuse_special
 from tokabatch.data.templates import Template, compile_template
 from tokabatch.errors import InputError, JobError, RowError
 from tokabatch.job import GenerationConfig, PromptConfig
@@ -116,6 +117,12 @@ class PromptBuilder:
             return params
         if not ids:
             return RowError("empty_prompt", "the prompt has no tokens")
+        if self._tokenizer.vocab_size > self._limits.vocab_size and (last := max(ids)) >= self._limits.vocab_size:
+            return RowError(
+                "bad_token_id",
+                f"the prompt uses the token {self._tokenizer.token_text(last)!r} (id {last}), but the model has embeddings for "
+                f"{self._limits.vocab_size} ids; leave it out of the row or the template, or use weights that have it",
+            )
         if len(ids) + params.max_tokens > self._limits.context_length:
             return RowError(
                 "prompt_too_long",
@@ -143,6 +150,8 @@ class PromptBuilder:
             if beyond or (params.logprobs or 0) > self._limits.vocab_size:
                 asked = f"stop_token_ids names {beyond[0]}" if beyond else f"logprobs is {params.logprobs}"
                 return RowError("bad_sampling", f"{asked}, but the model has {self._limits.vocab_size} tokens")
+            if fault := refuse_special(params.stop, self._tokenizer.special_texts):
+                return RowError("bad_sampling", f"{SAMPLING_PARAMS}.{fault}")
         return params
 
     def _safe_draft(self, row: Mapping[str, Any]) -> Draft | RowError:

@@ -1,43 +1,45 @@
 """The model's tokenizer: texts to ids and back, in batches on every core.
 
-The only module of `data` that imports transformers. It adds a BOS where the tokenizer would and the text has none, and never
+It adds a BOS where the tokenizer would and the text has none, and never
 an end token after a prompt. It knows no rows and no templates but the model's own chat template.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from tokabatch.errors import ModelError, RowError
-from tokabatch.job import ModelConfig
+from tokabatch.errors import RowError
 from tokabatch.messages import Int32
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PROBE = "a"
 DECODE_CHUNK = 4096
 SLICE_CHARACTERS = 256 << 10
 LONG_TEXT_CHARACTERS = 1 << 20
+LISTED = 5
 
 
 class Tokenizer:
     """Immutable in use; safe to share between threads that only encode and decode."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, name: str, replaced: tuple[str, ...] = ()) -> None:
         self.name = name
+        self.replaced = replaced
+        """Parts of tokenizer.json that transformers' AutoTokenizer would replace by its own."""
         self._tokenizer = tokenizer
         self._backend: Backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = False
         self._added = self._backend.get_added_tokens_decoder()
+        self.special_by_id: Mapping[int, str] = {n: str(token.content) for n, token in self._added.items() if token.special}
+        """The texts of the special tokens, by id."""
         plain = self._encode([PROBE])[0]
         whole: list[int] = self._backend.encode(PROBE, add_special_tokens=True).ids
         self._prefix = tuple(whole[: _find(whole, plain)])
@@ -62,9 +64,36 @@ class Tokenizer:
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @cached_property
+    def own_vocab_size(self) -> int:
+        """One more than the largest token id of the vocabulary proper, without tokens added to it."""
+        return max(self._backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+
+    def token_text(self, token: int) -> str:
+        """How the vocabulary spells a token; empty for an id that is not in it."""
+        return self._backend.id_to_token(token) or ""
+
+    def describe(self, num_embeddings: int) -> tuple[str, ...]:
+        """Sentences on what a user may not expect of this tokenizer, beside a model of so many embeddings."""
+        sentences: list[str] = []
+        if self.replaced:
+            sentences.append(
+                f"the tokenizer of {self.name!r} is used as its tokenizer.json says; transformers' AutoTokenizer would put its "
+                f"own {' and '.join(self.replaced)} in place of the file's"
+            )
+        beyond = {token: str(each.content) for token, each in sorted(self._added.items()) if token >= num_embeddings}
+        if beyond:
+            listed = ", ".join(f"{token} {text!r}" for token, text in list(beyond.items())[:LISTED])
+            more = f" and {len(beyond) - LISTED} more" if len(beyond) > LISTED else ""
+            sentences.append(
+                f"the tokenizer's added tokens {listed}{more} have no embedding in the model, which has {num_embeddings}; a "
+                "prompt that uses one is an error row"
+            )
+        return tuple(sentences)
+
+    @cached_property
     def special_texts(self) -> frozenset[str]:
         """The texts that the tokenizer reads as special tokens."""
-        return frozenset(str(token.content) for token in self._added.values() if token.special)
+        return frozenset(self.special_by_id.values())
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text; a BOS is added where asked for, unless the text begins with its own."""
@@ -158,31 +187,6 @@ class Tokenizer:
             if text:
                 kept.append((text, special))
         return kept
-
-
-def load_tokenizer(model: ModelConfig) -> Tokenizer:
-    """The tokenizer the job names, from a local folder or the hub. Raises ModelError with the remedy."""
-    name = model.tokenizer or model.path
-    key = "model.tokenizer" if model.tokenizer else "model.path"
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
-        raise ModelError(
-            f"{key} {name!r} holds no tokenizer (no tokenizer.json); copy it into the folder, or name a folder or hub id "
-            "that has it as model.tokenizer"
-        )
-    try:
-        loaded = AutoTokenizer.from_pretrained(
-            name, revision=model.revision if model.tokenizer is None else None, trust_remote_code=False
-        )
-    except Exception as error:  # transformers raises many kinds for a missing, damaged or remote-code tokenizer
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise ModelError(
-            f"cannot load the tokenizer of {name!r} ({key}): {reason}. Check that the folder holds tokenizer.json, or "
-            "fetch the model with `tokabatch download`."
-        ) from error
-    if not isinstance(loaded, PreTrainedTokenizerFast):
-        raise ModelError(f"the tokenizer of {name!r} has no tokenizer.json; only tokenizers of that kind can be used")
-    return Tokenizer(loaded, name)
 
 
 def _find(whole: list[int], part: list[int]) -> int:

@@ -38,6 +38,14 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType]
 
 
+def _texts(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _tuple(value)
+
+
+def _token_ids(value: Any) -> Any:
+    return (value,) if isinstance(value, int) and not isinstance(value, bool) else _tuple(value)
+
+
 def _power_of_two(value: int) -> int:
     if value & (value - 1):
         raise PydanticCustomError("power_of_two", "not a power of two")
@@ -100,10 +108,10 @@ Seconds = Annotated[_Finite, Field(gt=0), Accepts("a number of seconds above 0",
 
 _Tuple = BeforeValidator(_tuple)
 
-Texts = Annotated[tuple[_Text, ...], _Tuple, Accepts("a list of non-empty texts", '["\\n\\n"]')]
+Texts = Annotated[tuple[_Text, ...], BeforeValidator(_texts), Accepts("a non-empty text, or a list of them", '["\\n\\n"]')]
 TokenIds = Annotated[
     tuple[Annotated[int, Field(ge=0, le=MAX_INT32)], ...],
-    _Tuple,
-    Accepts("a list of token ids (whole numbers >= 0)", "[128009]"),
+    BeforeValidator(_token_ids),
+    Accepts("a token id (a whole number >= 0), or a list of them", "[128009]"),
 ]
 Columns = Annotated[Literal["all"] | tuple[_Text, ...], _Tuple, Accepts("all, or a list of column names", "[id, question]")]

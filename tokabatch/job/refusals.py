@@ -40,6 +40,7 @@ def refusals_of(model: type[BaseModel], error: ValidationError, values: Any) -> 
     seen: set[Path] = set()
     for details in error.errors(include_url=False, include_context=True):
         path, owner = _locate(model, details["loc"])
+        path = _as_written(path, values)
         if path not in seen:
             seen.add(path)
             yield _refusal(model, owner, path, details, values)
@@ -77,6 +78,15 @@ def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[Path, t
             break
         owner = section
     return tuple(path), owner
+
+
+def _as_written(path: Path, values: Any) -> Path:
+    """The path without an index into a value that was given in place of a list of one."""
+    for depth in range(len(path)):
+        above = _lookup(values, path[:depth])
+        if isinstance(path[depth], int) and not isinstance(above, list | tuple | Mapping):
+            return path[:depth]
+    return path
 
 
 def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details: ErrorDetails, values: Any) -> Refusal:

@@ -1,0 +1,103 @@
+"""What `plan` and `run` say of a model's files and of the settings before anything is drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import tiny_models
+from tokenizers import Tokenizer
+
+from tokabatch import Job, plan, run
+from tokabatch.report.progress import NullProgress
+
+
+class Heard(NullProgress):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Callable[..., str]:
+    """What both commands say of a job: `model` is told the folder to change it."""
+
+    def tell(change: Callable[[Path], Any], rows: list[dict[str, Any]], family: str = "llama", **generation: Any) -> str:
+        folder = tiny_models.add_tokenizer(tiny_models.build(family, tmp_path / "model"))
+        change(folder)
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        given = {
+            "model": {"path": str(folder)},
+            "input": {"path": str(tmp_path / "rows.jsonl")},
+            "generation": {"max_tokens": 3} | generation,
+            "engine": {"device": "cpu"},
+            "output": {"path": str(tmp_path / "out")},
+            "errors": {"max_fraction": 1},
+        }
+        notes = plan(Job.load(given)).notes
+        heard = Heard()
+        assert run(Job.load(given), heard).exit_code == 0
+        said = [note for note in notes if note in heard.messages]
+        assert len(set(said)) == len(said)
+        return "\n".join(said)
+
+    return tell
+
+
+def nothing(folder: Path) -> None:
+    """The files as they are."""
+
+
+def add_tokens(*texts: str) -> Callable[[Path], None]:
+    def add(folder: Path) -> None:
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        backend.add_special_tokens(list(texts))
+        backend.save(str(folder / "tokenizer.json"))
+
+    return add
+
+
+def edit(name: str, **values: Any) -> Callable[[Path], Any]:
+    def write(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+
+    return write
+
+
+def test_nothing_is_said_without_need(told: Callable[..., str]) -> None:
+    assert told(nothing, [{"prompt": "abc"}], stop="\n") == ""
+
+
+def test_tokens_added_by_a_fine_tune_do_not_stop_a_run(told: Callable[..., str], tmp_path: Path) -> None:
+    rows = [{"prompt": "abc"}, {"prompt": "abc", "sampling_params": {"stop": "[PAD]"}}]
+    said = told(add_tokens("[PAD]", "[MASK]"), rows)
+    assert "added tokens 97 '[PAD]', 98 '[MASK]' have no embedding in the model, which has 97" in said
+
+
+def test_another_pre_tokenizer(told: Callable[..., str]) -> None:
+    said = told(nothing, [{"prompt": "a"}], "qwen2")
+    assert "transformers' AutoTokenizer would put its own normalizer and pre_tokenizer" in said
+
+
+def test_end_tokens_that_differ(told: Callable[..., str]) -> None:
+    said = told(edit("generation_config.json", eos_token_id=0), [{"prompt": "a"}])
+    assert "generation_config.json 0 '<pad>'; config.json 2 '<eos>'; the tokenizer 2 '<eos>'" in said
+
+
+def test_generation_defaults_that_are_not_honoured(told: Callable[..., str]) -> None:
+    assert "also says repetition_penalty: 1.3" in told(
+        edit("generation_config.json", repetition_penalty=1.3), [{"prompt": "a"}]
+    )
+
+
+def test_stops_that_no_sample_will_hold(told: Callable[..., str]) -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b", "sampling_params": {"stop": ["é"]}}]
+    said = told(nothing, rows, stop=r"\nQ:")
+    assert r"""generation.stop holds '\nQ:': a backslash and 'n'""" in said
+    assert "sampling_params.stop of row 1 holds 'é', which the tokenizer spells ''" in said

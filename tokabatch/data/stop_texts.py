@@ -1,0 +1,57 @@
+"""What can be said of stop strings before a sample is drawn: which cannot be looked for, and which no sample will hold.
+
+A stop string that is a special token's text means the token; inside a longer one it would never be found, for special tokens
+are not part of a sample's text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Set
+from typing import Protocol
+
+_ESCAPE = re.compile(r"\\([nrt])")
+_MEANT = {"n": "a newline", "r": "a carriage return", "t": "a tab"}
+LISTED = 3
+
+
+class Spells(Protocol):
+    """The part of a tokenizer that turns texts to ids and back."""
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]: ...
+
+    def decode_batch(self, batch: list[list[int]]) -> list[str]: ...
+
+
+def refuse_special(stops: Iterable[str], special_texts: Set[str]) -> str | None:
+    """Why one of the stop strings cannot be looked for, with the remedy: a special token stands inside it."""
+    for stop in stops:
+        hidden = None if stop in special_texts else min((text for text in special_texts if text in stop), default=None)
+        if hidden:
+            return (
+                f"stop holds {stop!r}: special tokens such as {hidden!r} are not part of the text; write {hidden!r} alone, or "
+                "the text without it"
+            )
+    return None
+
+
+def describe_stops(stops: Mapping[str, str], tokenizer: Spells, special_texts: Set[str]) -> tuple[str, ...]:
+    """Sentences on stop strings that no sample, or hardly one, will hold; `stops` names for each where it was written."""
+    texts = [stop for stop in stops if stop not in special_texts]
+    spelled = tokenizer.decode_batch(tokenizer.encode_batch(texts, add_special_tokens=False))
+    sentences: list[str] = []
+    for stop, shown in zip(texts, spelled, strict=True):
+        escape = _ESCAPE.search(stop)
+        if escape:
+            meant = _ESCAPE.sub(lambda found: found[0].encode().decode("unicode_escape"), stop)
+            sentences.append(
+                f"{stops[stop]} holds '{stop}': a backslash and {escape[1]!r}, as YAML's single quotes keep them; if "
+                f"{_MEANT[escape[1]]} is meant, write {json.dumps(meant, ensure_ascii=False)}, in double quotes"
+            )
+        elif shown != stop:
+            sentences.append(
+                f"{stops[stop]} holds {stop!r}, which the tokenizer spells {shown!r}: no sample that it spells so ends there"
+            )
+    more = (f"{len(sentences) - LISTED:,} more stop strings are like these",) if len(sentences) > LISTED else ()
+    return (*sentences[:LISTED], *more)
