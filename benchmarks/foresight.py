@@ -20,8 +20,8 @@ import numpy as np
 from tokabatch.costs.roofline import H200, Roofline
 from tokabatch.messages import Bool, Int32, Int64, Requests, SamplingParams
 from tokabatch.model.spec import ModelSpec, RopeSpec
-from tokabatch.scheduling.grouping import GroupingLimits
-from tokabatch.scheduling.lengths import LengthPredictor
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
+from tokabatch.scheduling.lengths.predictor import LengthPredictor
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.simulation.lengths import Drawn, Lengths, lognormal, uniform
 from tokabatch.simulation.simulate import Simulation, simulate

@@ -15,7 +15,7 @@ from benchmarks.foresight import LLAMA_1B, PAGE
 from tokabatch.costs.roofline import H200, Roofline
 from tokabatch.messages import Requests, SamplingParams
 from tokabatch.planning.order import longest_first, order_prompts
-from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.simulation.simulate import simulate
 

@@ -21,7 +21,7 @@ from tokabatch.costs.roofline import H200, Roofline
 from tokabatch.messages import Int32, Requests, SamplingParams
 from tokabatch.planning.order import order_prompts
 from tokabatch.planning.sharing import measure_sharing
-from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.simulation.lengths import lognormal
 from tokabatch.simulation.simulate import simulate

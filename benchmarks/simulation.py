@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.foresight import LLAMA_1B
 from tokabatch.costs.roofline import H200, Roofline
 from tokabatch.messages import Requests, SamplingParams
-from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.simulation.lengths import lognormal
 from tokabatch.simulation.simulate import simulate

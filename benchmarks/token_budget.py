@@ -18,7 +18,7 @@ from tokabatch.costs.budget import prefill_tokens
 from tokabatch.costs.profile import Profile
 from tokabatch.costs.roofline import H200, Roofline
 from tokabatch.messages import Int32, Requests, SamplingParams
-from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.simulation.lengths import Lengths, Unstopped, lognormal
 from tokabatch.simulation.simulate import simulate

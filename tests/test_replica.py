@@ -25,7 +25,7 @@ from tokabatch.errors import EngineError, StepDropped, Stopped, WorkerLost
 from tokabatch.interruption import Interruption
 from tokabatch.messages import Completion, SamplingParams, StepBatch, StepResult
 from tokabatch.replica import Replica, ReplicaCounts
-from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
 

@@ -17,7 +17,7 @@ from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import EngineError, StepDropped, UsageError, WorkerLost
 from tokabatch.interruption import Interruption
 from tokabatch.messages import Completion, StepResult
-from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.stopwatch import Stopwatch
 

@@ -15,7 +15,7 @@ import tokabatch.attention
 from tokabatch.attention import create_backend
 from tokabatch.attention.base import AttentionBackend, KVShape, prepare_alone
 from tokabatch.messages import SamplingParams
-from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
 

@@ -7,7 +7,7 @@ from support import token_device as device
 
 from tokabatch.costs.work import measure_work
 from tokabatch.messages import SamplingParams, StepBatch
-from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
 

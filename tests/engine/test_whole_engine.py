@@ -26,7 +26,7 @@ from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.worker import WorkerSpec
 from tokabatch.messages import Completion, SamplingParams
 from tokabatch.model.families import read_spec
-from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits
 
 

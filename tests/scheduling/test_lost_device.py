@@ -14,7 +14,7 @@ from support import token_device as device
 from support.scheduling_jobs import jobs
 
 from tokabatch.messages import SamplingParams, StepBatch, StepResult
-from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.quarantine import Quarantine
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules

@@ -12,7 +12,7 @@ from support import token_device as device
 from support.scheduling_jobs import jobs
 
 from tokabatch.messages import Drawn, SamplingParams
-from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
 

@@ -9,7 +9,7 @@ from support import token_device as device
 
 from tokabatch.costs.roofline import H200, Roofline
 from tokabatch.messages import SamplingParams
-from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.simulation.lengths import Drawn, Unstopped, lognormal, observed
 from tokabatch.simulation.simulate import simulate

@@ -15,18 +15,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tokabatch.messages import Bool, Completion, Int32, Int64, Requests, StepBatch, StepResult
-from tokabatch.scheduling.admission import Admission
 from tokabatch.scheduling.counts import SchedulerCounts
-from tokabatch.scheduling.expectations import Expectations
-from tokabatch.scheduling.grouping import GroupingLimits
-from tokabatch.scheduling.lengths import LengthPredictor
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
+from tokabatch.scheduling.kv.page_pool import PagePool
+from tokabatch.scheduling.kv.prefix_tree import OpenPrompt, OpenPrompts
+from tokabatch.scheduling.kv.slots import Sequences
+from tokabatch.scheduling.lengths.estimates import Expectations
+from tokabatch.scheduling.lengths.predictor import LengthPredictor
 from tokabatch.scheduling.outputs import Generated
-from tokabatch.scheduling.pages import PagePool
-from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
+from tokabatch.scheduling.policy.admission import Admission
+from tokabatch.scheduling.policy.preemption import Shortage
 from tokabatch.scheduling.quarantine import Quarantine, Sample
-from tokabatch.scheduling.sequences import Sequences
-from tokabatch.scheduling.shortage import Shortage
-from tokabatch.scheduling.stepping import SamplingTable, StepDraft
+from tokabatch.scheduling.step_builder import SamplingTable, StepDraft
 from tokabatch.scheduling.stopping import StopRules
 from tokabatch.scheduling.work import Work
 

@@ -9,7 +9,7 @@ from tokabatch.costs.trace import Steps, StepState, StepTrace, tail_seconds
 from tokabatch.costs.work import Number, StepWork, measure_work
 from tokabatch.messages import Requests, SamplingParams
 from tokabatch.scheduling.counts import SchedulerCounts
-from tokabatch.scheduling.lengths import LengthPredictor
+from tokabatch.scheduling.lengths.predictor import LengthPredictor
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
 from tokabatch.simulation.device import STOP, SimulatedDevice

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from tokabatch.messages import Int32, Int64
+from tokabatch.scheduling.kv.page_pool import PagePool
 from tokabatch.scheduling.outputs import Generated, Outputs
-from tokabatch.scheduling.pages import PagePool
 
 
 class Sequences:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tokabatch.scheduling.hazards import Bins, HazardTable, run_hazard, strata
-from tokabatch.scheduling.lengths import Caution, LengthModel
+from tokabatch.scheduling.lengths.hazard import Bins, HazardTable, run_hazard, strata
+from tokabatch.scheduling.lengths.predictor import Caution, LengthModel
 
 NO_REQUEST = np.zeros(0, np.int32)
 

@@ -10,9 +10,9 @@ from itertools import accumulate, islice
 import numpy as np
 
 from tokabatch.messages import Int32
+from tokabatch.scheduling.kv.prefix_tree import OpenPrompt, OpenPrompts
+from tokabatch.scheduling.kv.slots import Sequences
 from tokabatch.scheduling.outputs import Generated
-from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
-from tokabatch.scheduling.sequences import Sequences
 from tokabatch.scheduling.work import Work
 
 MAX_FRESH = 256

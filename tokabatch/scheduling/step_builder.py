@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from tokabatch.messages import Int32, Int64, PrefixLevel, SamplingParams, SlotInit, StepBatch
-from tokabatch.scheduling.grouping import GroupingLimits, PromptRuns, find_groups
-from tokabatch.scheduling.prompts import OpenPrompts
-from tokabatch.scheduling.sequences import Sequences
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits, PromptRuns, find_groups
+from tokabatch.scheduling.kv.prefix_tree import OpenPrompts
+from tokabatch.scheduling.kv.slots import Sequences
 from tokabatch.scheduling.work import Work
 
 _NONE, _NO_SLOTS = np.zeros(0, np.int32), np.zeros(0, np.int64)

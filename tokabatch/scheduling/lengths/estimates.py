@@ -9,8 +9,8 @@ import numpy as np
 
 from tokabatch.messages import Bool, Int32, Int64
 from tokabatch.scheduling.counts import SchedulerCounts
-from tokabatch.scheduling.lengths import Caution, LengthModel, LengthPredictor
-from tokabatch.scheduling.sequences import Sequences
+from tokabatch.scheduling.kv.slots import Sequences
+from tokabatch.scheduling.lengths.predictor import Caution, LengthModel, LengthPredictor
 from tokabatch.scheduling.work import Work
 
 LEARNED_SAMPLES = 8

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokabatch.messages import Int32
-from tokabatch.scheduling.hazards import Float64, Indices
+from tokabatch.scheduling.lengths.hazard import Float64, Indices
 
 _RATIO = 1.15
 _SHIFTS = np.arange(-24, 25, 2)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from support.shortsighted import Shortsighted
 
 from tokabatch.messages import Int32, Int64, Requests, SamplingParams
-from tokabatch.scheduling.grouping import GroupingLimits
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
+from tokabatch.scheduling.policy.preemption import finishing
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.shortage import finishing
 from tokabatch.scheduling.stopping import StopRules
 from tokabatch.simulation.device import STOP, SimulatedDevice
 from tokabatch.simulation.lengths import uniform

@@ -11,14 +11,14 @@ from itertools import groupby
 import numpy as np
 
 from tokabatch.messages import Int32, Int64
-from tokabatch.scheduling.candidates import Candidates, Waiting
 from tokabatch.scheduling.counts import SchedulerCounts
-from tokabatch.scheduling.expectations import Expectations
-from tokabatch.scheduling.forecast import Claims, Forecast
-from tokabatch.scheduling.pages import PagePool
-from tokabatch.scheduling.prompts import OpenPrompt, OpenPrompts
-from tokabatch.scheduling.sequences import Sequences
-from tokabatch.scheduling.stepping import StepDraft
+from tokabatch.scheduling.kv.page_pool import PagePool
+from tokabatch.scheduling.kv.prefix_tree import OpenPrompt, OpenPrompts
+from tokabatch.scheduling.kv.slots import Sequences
+from tokabatch.scheduling.lengths.estimates import Expectations
+from tokabatch.scheduling.lengths.page_forecast import Claims, Forecast
+from tokabatch.scheduling.policy.waiting_queue import Candidates, Waiting
+from tokabatch.scheduling.step_builder import StepDraft
 from tokabatch.scheduling.work import Work
 
 FORECAST_STEPS = 8

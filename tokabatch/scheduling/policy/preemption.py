@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tokabatch.messages import Bool, Int32, Int64
-from tokabatch.scheduling.admission import Admission
 from tokabatch.scheduling.counts import SchedulerCounts
-from tokabatch.scheduling.expectations import Expectations
-from tokabatch.scheduling.pages import PagePool
-from tokabatch.scheduling.prompts import OpenPrompts
-from tokabatch.scheduling.sequences import Sequences
-from tokabatch.scheduling.stepping import StepDraft
+from tokabatch.scheduling.kv.page_pool import PagePool
+from tokabatch.scheduling.kv.prefix_tree import OpenPrompts
+from tokabatch.scheduling.kv.slots import Sequences
+from tokabatch.scheduling.lengths.estimates import Expectations
+from tokabatch.scheduling.policy.admission import Admission
+from tokabatch.scheduling.step_builder import StepDraft
 
 NEARLY_FULL = 1 / 8
 """With a smaller share of the pages free it is looked ahead who can finish in what is left."""

@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from tokabatch.messages import Bool, Int32, Int64
-from tokabatch.scheduling.hazards import Bins, Float64, HazardTable, run_hazard, strata
-from tokabatch.scheduling.scales import ScaleModel
+from tokabatch.scheduling.lengths.hazard import Bins, Float64, HazardTable, run_hazard, strata
+from tokabatch.scheduling.lengths.prompt_scale import ScaleModel
 
 REFRESH_STEPS = 64
 """The estimate is renewed after at most so many steps in which anything finished."""

@@ -13,8 +13,8 @@ from collections import deque
 import numpy as np
 
 from tokabatch.messages import Int32
-from tokabatch.scheduling.neighbours import Neighbours
-from tokabatch.scheduling.pages import PagePool
+from tokabatch.scheduling.kv.page_pool import PagePool
+from tokabatch.scheduling.kv.shared_pages import Neighbours
 from tokabatch.scheduling.work import Work
 
 

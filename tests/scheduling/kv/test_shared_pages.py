@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokabatch.scheduling.neighbours import Neighbours
+from tokabatch.scheduling.kv.shared_pages import Neighbours
 
 
 def lcp(left: str, right: str) -> int:

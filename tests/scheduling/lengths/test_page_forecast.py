@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokabatch.messages import Int32
-from tokabatch.scheduling.forecast import Claims, Forecast
+from tokabatch.scheduling.lengths.page_forecast import Claims, Forecast
 
 
 def pages_at(step: int, size: int, claims: Claims, first: int) -> int:
