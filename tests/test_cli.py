@@ -275,9 +275,7 @@ class TestQuickstart:
         (tmp_path / "copy" / "data" / "part-00000.parquet").write_bytes(b"")
         done = tokabatch("verify", tmp_path / "copy")
         assert done.returncode == 4 and "part-00000.parquet is damaged" in done.stdout
-        assert re.search(
-            r"rm \S*copy/data/part-00000\.parquet && tokabatch run \S*copy/job\.json output\.path=\S*copy", done.stdout
-        )
+        assert re.search(r"tokabatch run \S*copy/job\.json output\.path=\S*copy --repair\n", done.stdout)
 
     def test_from_python(self, tmp_path: Path) -> None:
         code = (

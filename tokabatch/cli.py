@@ -121,6 +121,7 @@ def run(
     overrides: OverridesArgument = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder, start afresh.")] = False,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Run the error rows of the run there again.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Compute again what damaged or missing files held.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only messages and the summary.")] = False,
     keys: KeysOption = False,
 ) -> None:
@@ -145,7 +146,9 @@ def run(
         runner = _load("tokabatch.runner")
         try:
             with _load("tokabatch.report.progress").open_progress(quiet) as progress:
-                summary: RunSummary = runner.run(loaded, progress, stop, overwrite=overwrite, retry_errors=retry_errors)
+                summary: RunSummary = runner.run(
+                    loaded, progress, stop, overwrite=overwrite, retry_errors=retry_errors, repair=repair
+                )
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None

@@ -6,6 +6,8 @@
     │   ├── InputError      the input dataset as a whole
     │   ├── ModelError      weights, config or tokenizer
     │   └── OutputError     the output folder
+    │       ├── DamageError exit 4: what was committed is not there as it was committed
+    │       └── ForeignFileError  a file among the shards that no run wrote
     ├── CommitError         exit 75: the output folder takes no more; what is committed stays, run again
     └── EngineError         exit 1: the run itself broke
         ├── WorkerLost      the worker process died or hung; another can go on
@@ -46,6 +48,16 @@ class ModelError(UsageError):
 
 class OutputError(UsageError):
     """The output folder cannot be used."""
+
+
+class DamageError(OutputError):
+    """A file of the output folder is not what the run committed, or is gone; names it and the command that mends that."""
+
+    exit_code = 4
+
+
+class ForeignFileError(OutputError):
+    """A file under a shard's name was not written by the run; names it. It is to be moved away, not deleted."""
 
 
 class CommitError(TokabatchError):

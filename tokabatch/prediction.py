@@ -14,6 +14,7 @@ from tokabatch.costs.profile import Profile, SavedProfile, fit_profile, load_pro
 from tokabatch.costs.trace import Steps
 from tokabatch.data.durable import DurableFiles, write_whole
 from tokabatch.data.folder import OutputFolder
+from tokabatch.data.listing import consistently
 from tokabatch.data.manifest import read_manifest, read_summary
 from tokabatch.data.status import output_lengths
 from tokabatch.data.steps import read_steps
@@ -102,7 +103,7 @@ def profile_run(out: Path, target: Path, device: str | None = None) -> Profile:
     """Fit a profile to the steps recorded in an output folder and write it to `target`, in place of an earlier profile at most;
     `device` is a key in `KNOWN`, for a run that has not noted its device. Raises UsageError where there are too few steps."""
     folder = OutputFolder(out)
-    manifest, columns = read_manifest(folder), read_steps(folder)
+    manifest, columns = read_manifest(folder), consistently(lambda: read_steps(folder), out)
     if manifest is None:
         raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
     if columns is None:

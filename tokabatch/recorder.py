@@ -67,6 +67,7 @@ class Recorder:
         """Rows that never became prompts."""
         for begin in range(0, len(failures), BATCH_SAMPLES):
             self._write([], failures[begin : begin + BATCH_SAMPLES])
+            self._commit_due()
 
     def add(self, completions: list[Completion]) -> None:
         """Samples that the scheduler finished; on disk after at most `flush_seconds`."""
@@ -97,7 +98,13 @@ class Recorder:
     def _flush(self) -> None:
         if self._waiting:
             self._write(self._waiting, ())
+            # The writer has them: a commit that fails now can be tried again, and repeats none.
             self._waiting = []
+            self._commit_due()
+
+    def _commit_due(self) -> None:
+        with self._claim.committing():
+            self._writer.commit_due()
 
     def _write(self, completions: Sequence[Completion], failures: Sequence[FailedRow]) -> None:
         rows, _ = sample_keys(completions, failures)
@@ -107,8 +114,7 @@ class Recorder:
         table = build_table(
             self._schema, completions, failures, texts=texts, ids=self._store.ids(rows), columns=columns, correct=correct
         )
-        with self._claim.committing():
-            self._writer.add(table)
+        self._writer.take(table)
         np.add.at(self._num_samples, rows, 1)
         self.error_counts.update(c.error_code for c in completions if c.error_code is not None)
         for failure in failures:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import uuid
 from collections.abc import Callable, Collection, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,10 +21,22 @@ from typing import Any
 import torch
 
 from tokabatch import __version__
-from tokabatch.data.committed import Committed, drop_errors, nothing_committed, read_committed
+from tokabatch.data.committed import Committed, drop_errors, nothing_committed, read_committed, remove_shards
 from tokabatch.data.earlier import EarlierRun
 from tokabatch.data.folder import Claim, OutputFolder
-from tokabatch.data.manifest import Manifest, Versions, read_manifest, write_manifest
+from tokabatch.data.inspection import Inspection, inspect
+from tokabatch.data.journal import Shard
+from tokabatch.data.listing import ListedFile, consistently
+from tokabatch.data.manifest import (
+    Manifest,
+    Versions,
+    job_is_whole,
+    read_manifest,
+    settings_digest,
+    write_manifest,
+)
+from tokabatch.data.remedy import refuse_faults, refuse_unrecorded, repair_command
+from tokabatch.data.row_digests import RowDigests
 from tokabatch.errors import OutputError
 from tokabatch.job import Job
 from tokabatch.preparation import Prepared, prepare
@@ -34,15 +47,18 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """What to do with the results of an earlier run: continue it (default), continue it and run its error rows again, or
-    delete them."""
+    """What to do with the results of an earlier run: continue it (default), continue it and run its error rows again, or what
+    its damaged files held, or delete them."""
 
     overwrite: bool = False
     retry_errors: bool = False
+    repair: bool = False
 
     def __post_init__(self) -> None:
         if self.overwrite and self.retry_errors:
             raise OutputError("--overwrite deletes every row, --retry-errors runs the error rows again; give one of the two")
+        if self.overwrite and self.repair:
+            raise OutputError("--overwrite deletes every row, --repair computes the damaged ones again; give one of the two")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,26 +90,92 @@ def start(
     with _refusing(folder, _FULL), reading():
         scratch.mkdir()
         prepared = prepare(job, scratch, on_rows, compare=earlier.compare if earlier else None)
+        found = None if earlier is None else consistently(lambda: inspect(folder, earlier.manifest), folder.path)
     with _refusing(folder):
-        if reuse.overwrite:
-            _overwrite(claim, tell)
-        started = _find_samples(folder, prepared, errors=not reuse.retry_errors)
-        claim.reopen(keep_summary=not (len(started.left.requests) or started.left.failures or reuse.retry_errors))
-        # Once its error samples are out, a repaired row is known by these alone.
-        claim.write(folder.row_digests, prepared.store.digests.to_parquet())
-        write_manifest(claim, _manifest(job, prepared, earlier), job.given())
-        if reuse.retry_errors:
-            dropped = drop_errors(claim)
-            if dropped:
-                tell(f"running {dropped:,} error rows again")
-            started = _find_samples(folder, prepared)
-        elif earlier and earlier.repaired:
-            tell(f"error rows that are other rows now: {earlier.repaired:,}; --retry-errors runs them")
+        if earlier is None or found is None:
+            started = _begin(job, claim, prepared, tell, overwrite=reuse.overwrite)
+        else:
+            started = _continue(job, claim, prepared, earlier, found, reuse, tell)
     for note in prepared.notes:
         tell(note)
     if started.committed.samples:
         tell(f"continuing: {started.committed.samples:,} of {prepared.samples_total:,} samples are there already")
     return started
+
+
+def _begin(job: Job, claim: Claim, prepared: Prepared, tell: Callable[[str], None], *, overwrite: bool) -> Start:
+    """A run of its own, in a folder that holds none or whose run is deleted."""
+    if overwrite:
+        _overwrite(claim, tell)
+    _write_start(job, claim, prepared, _manifest(job, prepared), ())
+    return Start.after(nothing_committed(prepared.samples_of_row), prepared)
+
+
+def _continue(
+    job: Job,
+    claim: Claim,
+    prepared: Prepared,
+    earlier: EarlierRun,
+    found: Inspection,
+    reuse: Reuse,
+    tell: Callable[[str], None],
+) -> Start:
+    """The earlier run. Its good files stay; those that are damaged are computed again where that was asked for."""
+    folder = claim.folder
+    refuse_faults(folder, earlier.manifest, found, repair=reuse.repair)
+    manifest = _continued(_manifest(job, prepared), earlier.manifest, found.run)
+    if reuse.repair and (bad := found.to_repair):
+        tell(f"--repair: computing again what {', '.join(bad)} held")
+        _record(claim, manifest, found.good)
+        claim.reopen()
+        remove_shards(claim, bad)
+    started = _find_samples(folder, prepared, errors=not reuse.retry_errors)
+    if not reuse.repair:
+        refuse_unrecorded(folder, earlier.manifest, found)
+    done = not (len(started.left.requests) or started.left.failures)
+    if done and _is_complete(folder, earlier.manifest, found, manifest):
+        # Nothing in the folder changes, whatever happens from here on.
+        return replace(started, committed=replace(started.committed, shards=tuple(shard for shard, _ in found.good)))
+    _write_start(job, claim, prepared, manifest, found.good, keep_summary=done and not reuse.retry_errors)
+    if reuse.retry_errors:
+        dropped = drop_errors(claim)
+        if dropped:
+            tell(f"running {dropped:,} error rows again")
+        return _find_samples(folder, prepared)
+    if earlier.repaired:
+        tell(f"error rows that are other rows now: {earlier.repaired:,}; --retry-errors runs them")
+    return started
+
+
+def _is_complete(folder: OutputFolder, earlier: Manifest, found: Inspection, now: Manifest) -> bool:
+    """Whether the folder says so of this job, in files that are whole."""
+    same = (earlier.rows, earlier.samples) == (now.rows, now.samples)
+    whole = job_is_whole(folder, earlier) and (not earlier.run or RowDigests.read(folder.row_digests) is not None)
+    return found.sealed and same and whole
+
+
+def _write_start(
+    job: Job,
+    claim: Claim,
+    prepared: Prepared,
+    manifest: Manifest,
+    good: Collection[tuple[Shard, ListedFile]],
+    *,
+    keep_summary: bool = False,
+) -> None:
+    """Say in the folder what the run is. The record of commits comes before the marks of an earlier end go, which may be the
+    only one that there is."""
+    _record(claim, manifest, good)
+    claim.reopen(keep_summary=keep_summary)
+    # Once its error samples are out, a repaired row is known by these alone.
+    claim.write(claim.folder.row_digests, prepared.store.digests.to_parquet())
+    write_manifest(claim, manifest, job.given())
+
+
+def _record(claim: Claim, manifest: Manifest, good: Collection[tuple[Shard, ListedFile]]) -> None:
+    """Begin the record of commits, in which the `good` shards stand."""
+    shards = [(shard, file.mark) for shard, file in good]
+    claim.begin(manifest.run, manifest.identity, shards, repair_command(claim.folder, manifest))
 
 
 def preview(job: Job, scratch: Path, *, absent_gpu: bool = False) -> Start:
@@ -104,7 +186,11 @@ def preview(job: Job, scratch: Path, *, absent_gpu: bool = False) -> Start:
     prepared = prepare(job, scratch, weights=False, compare=earlier.compare if earlier else None, absent_gpu=absent_gpu)
     if earlier is None:
         return Start.after(nothing_committed(prepared.samples_of_row), prepared)
-    return _find_samples(folder, prepared)
+    found = consistently(lambda: inspect(folder, earlier.manifest), folder.path)
+    refuse_faults(folder, earlier.manifest, found)
+    started = consistently(lambda: _find_samples(folder, prepared), folder.path)
+    refuse_unrecorded(folder, earlier.manifest, found)
+    return started
 
 
 def _find_samples(folder: OutputFolder, prepared: Prepared, *, errors: bool = True) -> Start:
@@ -116,9 +202,9 @@ def find_run(folder: OutputFolder, *, retry_errors: bool = False) -> EarlierRun 
     """The run in the folder, None where there is none. Raises OutputError where there are samples of which no manifest says
     whose they are."""
     manifest = read_manifest(folder)
-    if manifest is None and (shards := folder.shard_paths()):
+    if manifest is None and (shards := folder.shards()):
         raise OutputError(
-            f"output.path {str(folder.path)!r} holds {len(shards)} file(s) of samples (data/{shards[0].name}) but no "
+            f"output.path {str(folder.path)!r} holds {len(shards)} file(s) of samples (data/{shards[0].path.name}) but no "
             "manifest.json, so that nobody can tell which job they are of. Choose another output.path, or start afresh with "
             "--overwrite."
         )
@@ -141,9 +227,9 @@ def _refusing(folder: OutputFolder, codes: Collection[int] = ()) -> Generator[No
 
 
 def _overwrite(claim: Claim, tell: Callable[[str], None]) -> None:
-    shards = claim.folder.shard_paths()
+    shards = claim.folder.shards()
     if shards:
-        size = sum(path.stat().st_size for path in shards)
+        size = sum(shard.bytes for shard in shards)
         tell(f"--overwrite: deleting {len(shards):,} files, {size:,} bytes, of the run in {claim.folder.path}")
     claim.discard()
 
@@ -159,8 +245,9 @@ def _versions() -> Versions:
     )
 
 
-def _manifest(job: Job, prepared: Prepared, earlier: EarlierRun | None) -> Manifest:
-    manifest = Manifest(
+def _manifest(job: Job, prepared: Prepared) -> Manifest:
+    """That of a new run."""
+    return Manifest(
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         working_folder=os.getcwd(),
         model_path=str(prepared.folder),
@@ -169,5 +256,14 @@ def _manifest(job: Job, prepared: Prepared, earlier: EarlierRun | None) -> Manif
         samples=prepared.samples_total,
         job=job.model_copy(update={"generation": prepared.generation}).to_dict(),
         fingerprint=prepared.fingerprint,
+        run=uuid.uuid4().hex,
+        fingerprint_sha256=settings_digest(prepared.fingerprint),
     )
-    return manifest if earlier is None else replace(manifest, started=earlier.manifest.started)
+
+
+def _continued(manifest: Manifest, earlier: Manifest, recorded: str) -> Manifest:
+    """The manifest of a run that goes on; `recorded` is the run by its record of commits."""
+    if not earlier.run:
+        # Of a version that named no runs; a start that was cut short may have named it in the record already.
+        return replace(manifest, started=earlier.started, run=recorded or manifest.run)
+    return replace(manifest, started=earlier.started, run=earlier.run, fingerprint_sha256=earlier.fingerprint_sha256)

@@ -8,11 +8,13 @@ import numpy as np
 
 from tokabatch.data.durable import DurableFiles, write_whole
 from tokabatch.data.folder import OutputFolder
+from tokabatch.data.listing import consistently
 from tokabatch.data.manifest import read_manifest, read_summary
-from tokabatch.data.status import correct_counts, output_lengths, read_status
+from tokabatch.data.status import read_details
 from tokabatch.data.steps import read_steps
 from tokabatch.errors import OutputError
 from tokabatch.experiments.pass_at_k import curve_with_band
+from tokabatch.messages import Int64
 from tokabatch.report.page import PassBand, RunRecord, render_page
 
 
@@ -30,12 +32,15 @@ def write_report(out: Path, target: Path | None = None) -> Path:
 
 def read_record(out: Path) -> RunRecord:
     """What the folder holds, as the page wants it."""
-    status = read_status(out)
+    details = read_details(out)
+    status = details.status
     if status.state == "absent":
         raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
     folder = OutputFolder(out)
     manifest = read_manifest(folder)
-    steps = {name: np.asarray(values, np.float64) for name, values in (read_steps(folder) or {}).items()}
+    steps = {
+        name: np.asarray(values, np.float64) for name, values in (consistently(lambda: read_steps(folder), out) or {}).items()
+    }
     summary = read_summary(folder)
     return RunRecord(
         path=str(out),
@@ -44,15 +49,15 @@ def read_record(out: Path) -> RunRecord:
         samples=status.samples or status.ok + status.errors,
         ok=status.ok,
         errors=status.errors,
-        lengths=output_lengths(out),
+        lengths=details.lengths,
         summary=summary,
         steps=steps,
-        pass_band=_pass_band(out) if status.correct is not None else None,
+        pass_band=_pass_band(*details.counts) if details.counts is not None else None,
     )
 
 
-def _pass_band(out: Path) -> PassBand:
-    points = curve_with_band(*correct_counts(out))
+def _pass_band(samples: Int64, correct: Int64) -> PassBand:
+    points = curve_with_band(samples, correct)
     return PassBand(
         ks=tuple(point.k for point in points),
         values=tuple(point.value for point in points),

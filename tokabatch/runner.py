@@ -28,7 +28,7 @@ from tokabatch.engine.heartbeat import Patience
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.warm_up import kinds_of_drawing
 from tokabatch.engine.worker import TraceSpec, WorkerSpec
-from tokabatch.errors import CommitError, EngineError, Stopped, UsageError
+from tokabatch.errors import CommitError, DamageError, EngineError, OutputError, Stopped, TokabatchError, UsageError
 from tokabatch.interruption import Interruption
 from tokabatch.job import Job
 from tokabatch.preparation import Prepared, special_ids
@@ -53,17 +53,19 @@ def run(
     *,
     overwrite: bool = False,
     retry_errors: bool = False,
+    repair: bool = False,
 ) -> RunSummary:
     """Complete every row of the job's input and write the output folder; a run that the folder holds is continued.
 
-    `overwrite` deletes it instead; `retry_errors` runs its error rows again. Raises UsageError before any weights load for a
-    job that cannot work or is not the one whose run the folder holds, EngineError when the engine breaks. `should_stop` is
-    asked between steps, an Interruption also breaks into waiting and loading; then what is finished is committed, and the
-    summary has the exit code 130 or the Interruption's. While the input is still read there is nothing to commit: it ends in
-    Stopped (a KeyboardInterrupt) and leaves the folder as it was.
+    `overwrite` deletes it instead; `retry_errors` runs its error rows again; `repair` computes again what damaged files held,
+    for which DamageError is raised otherwise. Raises UsageError before any weights load for a job that cannot work or is not
+    the one whose run the folder holds, EngineError when the engine breaks. `should_stop` is asked between steps, an
+    Interruption also breaks into waiting and loading; then what is finished is committed, and the summary has the exit code
+    130 or the Interruption's. While the input is still read there is nothing to commit: it ends in Stopped (a
+    KeyboardInterrupt) and leaves the folder as it was.
     """
     _refuse_in_worker()
-    clock, reuse = _Clock(ExpendableProgress(progress or NullProgress())), Reuse(overwrite, retry_errors)
+    clock, reuse = _Clock(ExpendableProgress(progress or NullProgress())), Reuse(overwrite, retry_errors, repair)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
     profile = read_profile(job)
     with Claim(Path(job.output.path)) as claim, ExitStack() as workers:
@@ -86,24 +88,36 @@ def run(
             exit_code = _judge(books, job) if books.closed else exit_code or EXIT_BOOKS
         except CommitError as error:
             clock.progress.message(str(error))
-            exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, prepared.samples_of_row)
+            with suppress(TokabatchError):
+                recorder.finish()
+            exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, prepared.samples_of_row, names=claim.committed)
             parts = replace(parts, recorder=Recorder(job, prepared, claim, committed))
+        except OutputError:
+            # A file was damaged, say: that is no reason to lose what is finished.
+            with suppress(TokabatchError):
+                recorder.finish()
+            raise
         steps = parts.watch.steps()
         summary = _summary(parts, steps, profile, exit_code)
-        with suppress(OSError):
-            # Where the disk is full the summary goes to the caller alone.
+        with suppress(OSError, CommitError):
+            # Where the disk is full, or another run writes, the summary goes to the caller alone.
+            claim.check_lock()
             _write_record(claim, summary.to_dict(), steps)
     return summary
 
 
 def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:
     """Where nothing was left to do, the figures of the work are those of the start before."""
-    earlier = read_summary(claim.folder)
+    try:
+        earlier = read_summary(claim.folder)
+    except DamageError:
+        earlier = {}
     if earlier and not len(steps):
         write_summary(claim, {**earlier, **{name: summary[name] for name in ("rows", "samples", "ok", "errors", "exit_code")}})
         return
     write_summary(claim, summary)
-    write_steps(claim, steps.columns)
+    if len(steps) or not claim.folder.steps():
+        write_steps(claim, steps.columns)
 
 
 def _refuse_in_worker() -> None:

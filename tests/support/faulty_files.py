@@ -18,6 +18,7 @@ class CountedFiles(DurableFiles):
     """Notes every system call in `calls` as its name and, for a path, the path's last parts."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.calls: list[str] = []
 
     def before(self, name: str, arguments: tuple[object, ...]) -> None:

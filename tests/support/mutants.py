@@ -33,7 +33,7 @@ def written_under_the_final_name() -> None:
 
     def write(self, table, temporary, final):
         with durable.NewFile(self._claim.files, final) as file:
-            shards.write_parquet(table, file)
+            shards.write_parquet(table, file, self._claim.identity)
             file.sync()
             size, inode, digest = file.tell(), file.inode, file.digest
         ok = shards.count_ok(table)

@@ -18,7 +18,9 @@ from tokenizers import Tokenizer
 
 from benchmarks.scripted_engine import QUICKSTART, Script, expected_tokens
 
-KNOWN = {"data", "manifest.json", "row_digests.parquet", "job.json", "summary.json", "_SUCCESS", "_lock", "_tmp"}
+KNOWN = {
+    "data", "manifest.json", "commits.jsonl", "row_digests.parquet", "job.json", "summary.json", "_SUCCESS", "_lock", "_tmp",
+}  # fmt: skip
 STEPS = re.compile(r"steps-\d{5}\.parquet")
 SCHEDULED = "num_cached_tokens"
 """The one column that tells how a sample was scheduled, not what it is."""

@@ -1,4 +1,4 @@
-"""What an output folder holds already, read back from the shards themselves: no second record can disagree with them.
+"""What an output folder holds already, read back from the shards themselves.
 
 Only footers and the small columns are read. Memory is one byte a sample of the whole job and two counters a row.
 """
@@ -6,7 +6,7 @@ Only footers and the small columns are read. Memory is one byte a sample of the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import pyarrow.compute as pc
 
 from tokabatch.data.durable import NewFile
 from tokabatch.data.folder import Claim, OutputFolder
-from tokabatch.data.shards import Shard, count_ok, open_shard, read_groups, write_parquet
+from tokabatch.data.journal import Shard
+from tokabatch.data.listing import ListedFile
+from tokabatch.data.shards import count_ok, open_shard, read_groups, record_commit, write_parquet
 from tokabatch.errors import OutputError
 from tokabatch.messages import Bool, Drawn, Int64
 
@@ -56,9 +58,15 @@ def nothing_committed(num_samples: Int64) -> Committed:
 
 
 def read_committed(
-    folder: OutputFolder, num_samples: Int64, schema: pa.Schema | None = None, *, errors: bool = True
+    folder: OutputFolder,
+    num_samples: Int64,
+    schema: pa.Schema | None = None,
+    *,
+    errors: bool = True,
+    names: Collection[str] | None = None,
 ) -> Committed:
-    """Every committed sample of a job of `num_samples` [rows] samples a row; without `errors`, every good one.
+    """Every committed sample of a job of `num_samples` [rows] samples a row; without `errors`, every good one; of the shards
+    `names` alone, where that is given.
 
     Raises OutputError where a shard is damaged, has another `schema`, holds a sample twice, or one that the job does not
     ask for.
@@ -67,11 +75,14 @@ def read_committed(
     start, flags, correct, codes = empty.drawn.start, empty.drawn.flags, empty.correct, empty.error_counts
     shards: list[Shard] = []
     unverified = 0
-    for path in folder.shard_paths():
+    for file in folder.shards():
+        path = file.path
+        if names is not None and folder.name_of(path) not in names:
+            continue
         if schema is not None:
-            _check_schema(path, schema)
+            _check_schema(file, schema)
         rows = ok = 0
-        for found in read_groups(path, _COLUMNS):
+        for found in read_groups(file, _COLUMNS):
             table = found if errors else found.filter(_is_ok(found))
             keys = _places(path, table, start)
             _refuse_repeats(path, table, keys, flags, folder)
@@ -82,15 +93,15 @@ def read_committed(
                 row_index = table["row_index"].to_numpy()
                 np.add.at(correct, row_index[table["correct"].fill_null(False).to_numpy(zero_copy_only=False)], 1)
                 unverified += count_ok(table.filter(pc.call_function("is_null", [table["correct"]])))
-        shards.append(Shard(f"{folder.data.name}/{path.name}", rows, ok, rows - ok, path.stat().st_size))
+        shards.append(Shard(folder.name_of(path), rows, ok, rows - ok, file.bytes))
     return Committed(empty.drawn, tuple(shards), codes, correct, unverified)
 
 
 def sampled_rows(folder: OutputFolder, rows: int) -> tuple[Bool, Bool]:
     """Of the first `rows` rows, those with a committed good sample, and those with an error sample; each of shape [rows]."""
     good, bad = np.zeros(rows, np.bool_), np.zeros(rows, np.bool_)
-    for path in folder.shard_paths():
-        for table in read_groups(path, ("row_index", "status")):
+    for shard in folder.shards():
+        for table in read_groups(shard, ("row_index", "status")):
             row = table["row_index"].to_numpy()
             ok = _is_ok(table).to_numpy()
             known = (row >= 0) & (row < rows)
@@ -105,27 +116,55 @@ def drop_errors(claim: Claim) -> int:
     A shard is replaced whole by one without them: cut short anywhere, the folder holds a run that lacks some samples.
     """
     dropped = 0
-    for path in claim.folder.shard_paths():
-        errors = sum(table.num_rows - count_ok(table) for table in read_groups(path, ("status",)))
+    for file in claim.folder.shards():
+        errors = sum(table.num_rows - count_ok(table) for table in read_groups(file, ("status",)))
         if not errors:
             continue
         dropped += errors
-        with open_shard(path) as file:
-            rows = file.metadata.num_rows
+        with open_shard(file) as parquet:
+            rows = parquet.metadata.num_rows
         if errors == rows:
-            claim.files.remove(path)
+            _remove(claim, file.path)
         else:
-            temporary = claim.folder.temporary / path.name
-            with NewFile(claim.files, temporary) as new:
-                write_parquet(pa.concat_tables(_without_errors(path)), new)
-                new.sync()
-            claim.files.replace(temporary, path)
-        claim.files.sync_folder(path.parent)
+            _replace(claim, file)
     return dropped
 
 
-def _without_errors(path: Path) -> Iterator[pa.Table]:
-    for table in read_groups(path, None):
+def remove_shards(claim: Claim, names: Collection[str]) -> None:
+    """Take shards away, where they are there, for their samples to be computed again. Raises OSError."""
+    for file in claim.folder.shards():
+        if claim.folder.name_of(file.path) in names:
+            _remove(claim, file.path)
+
+
+def _remove(claim: Claim, path: Path) -> None:
+    name = claim.folder.name_of(path)
+    if claim.journal is not None:
+        claim.journal.removes([name])
+    claim.files.remove(path)
+    claim.files.sync_folder(path.parent)
+    if claim.journal is not None:
+        claim.journal.done(name)
+
+
+def _replace(claim: Claim, file: ListedFile) -> None:
+    """By a shard without its error rows."""
+    temporary = claim.folder.temporary / file.path.name
+    table = pa.concat_tables(_without_errors(file))
+    with NewFile(claim.files, temporary) as new:
+        write_parquet(table, new, claim.identity)
+        new.sync()
+        size, digest = new.tell(), new.digest
+    shard = Shard(claim.folder.name_of(file.path), table.num_rows, table.num_rows, 0, size, digest)
+    if claim.journal is not None:
+        claim.journal.begins(shard)
+    claim.files.replace(temporary, file.path)
+    claim.files.sync_folder(file.path.parent)
+    record_commit(claim, shard)
+
+
+def _without_errors(file: ListedFile) -> Iterator[pa.Table]:
+    for table in read_groups(file, None):
         kept = table.filter(_is_ok(table))
         if kept.num_rows:
             yield kept
@@ -169,16 +208,16 @@ def _refuse_repeats(path: Path, table: pa.Table, keys: Int64, seen: Bool, folder
     )
 
 
-def _check_schema(path: Path, schema: pa.Schema) -> None:
-    with open_shard(path) as file:
-        found = file.schema_arrow
+def _check_schema(file: ListedFile, schema: pa.Schema) -> None:
+    with open_shard(file) as parquet:
+        found = parquet.schema_arrow
     if found.equals(schema):
         return
     names = [*schema.names, *(name for name in found.names if name not in schema.names)]
     types = [(name, _type(found, name), _type(schema, name)) for name in names]
     told = [f"{name} ({before} there, {now} now)" for name, before, now in types if before != now]
     raise OutputError(
-        f"{path} has other columns than the job's output would have: {', '.join(told[:5]) or 'in another order'}. Choose "
+        f"{file.path} has other columns than the job's output would have: {', '.join(told[:5]) or 'in another order'}. Choose "
         "another output.path, or start afresh with --overwrite; output.columns names the input columns to carry."
     )
 

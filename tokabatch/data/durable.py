@@ -1,7 +1,8 @@
 """Files that a crash cannot tear: what is published under its final name is whole and on the disk.
 
-`DurableFiles` is the seam: every system call by which a run's output reaches the disk goes through one, so a test can fail,
-cut short or kill any of them. It knows names and bytes, no file format.
+`DurableFiles` is the seam: every system call by which a run's output reaches the disk, or is read back, goes through one, so a
+test can fail, cut short or kill any of them. It knows names and bytes, no file format. pathlib's `exists`, `glob` and their kin
+are not used on a run's folder: they take a file that cannot be reached for one that is not there.
 """
 
 from __future__ import annotations
@@ -11,28 +12,83 @@ import errno
 import hashlib
 import io
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 _NO_SUCH_FLAG = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _BUFFER_BYTES = 1 << 20
+Place = tuple[Path | str, int | None]
+"""A name, and the handle of the folder that it counts from, if there is one."""
 
 
 class DurableFiles:
-    """The system calls of a commit, on the local file system. Each raises OSError as the system does."""
+    """The system calls of a commit, on the local file system. Each raises OSError as the system does.
+
+    A folder that is held is reached through its handle: it stays the same one wherever it is moved, whatever takes its name.
+    """
+
+    def __init__(self) -> None:
+        self._handles: dict[Path, int] = {}
+
+    def hold(self, folder: Path) -> None:
+        """Reach what lies in `folder` through a handle from now on, until `let_go`."""
+        if folder not in self._handles:
+            self._handles[folder] = self.open_folder(folder)
+
+    def let_go(self) -> None:
+        """Close all handles; paths are names again."""
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
+    def names(self, folder: Path) -> list[str]:
+        """What the folder holds, sorted."""
+        return sorted(os.listdir(self._handles.get(folder, folder)))
+
+    def look(self, path: Path, *, follow: bool = True) -> os.stat_result | None:
+        """What the name stands for, the target of a link if that is to be followed; None only where the system says that it is
+        not there."""
+        name, folder = self._at(path)
+        try:
+            return os.stat(name, dir_fd=folder, follow_symlinks=follow)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def held(self, folder: Path) -> os.stat_result:
+        """The folder that is held under this path."""
+        return os.fstat(self._handles[folder])
+
+    def open_old(self, path: Path) -> BinaryIO:
+        """A file to read from its beginning."""
+        name, folder = self._at(path)
+        # A pipe under a file's name would be waited for.
+        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)
+        try:
+            return os.fdopen(descriptor, "rb")
+        except OSError:
+            os.close(descriptor)
+            raise
 
     def open_new(self, path: Path) -> int:
         """A descriptor of a new, empty file, open for writing. An unfinished one of that name gives way; it is not emptied, for
         it may have a second name that is final."""
-        path.unlink(missing_ok=True)
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        name, folder = self._at(path)
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=folder)
+        return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=folder)
+
+    def open_lock(self, path: Path) -> int:
+        """A descriptor of a file that is made where it lacks, and never emptied."""
+        name, folder = self._at(path)
+        return os.open(name, os.O_RDWR | os.O_CREAT, 0o644, dir_fd=folder)
 
     def open_folder(self, path: Path) -> int:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        name, folder = self._at(path) if path not in self._handles else (".", self._handles[path])
+        return os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
 
     def write(self, descriptor: int, content: memoryview) -> int:
         """How many bytes were taken, which may be fewer than there are."""
@@ -46,7 +102,8 @@ class DurableFiles:
 
     def link(self, source: Path, target: Path) -> None:
         """A second name for `source`. Raises FileExistsError where `target` exists."""
-        os.link(source, target)
+        (old, old_folder), (new, new_folder) = self._at(source), self._at(target)
+        os.link(old, new, src_dir_fd=old_folder, dst_dir_fd=new_folder)
 
     def rename_new(self, source: Path, target: Path) -> None:
         """Rename without replacing. Raises FileExistsError where `target` exists.
@@ -54,20 +111,25 @@ class DurableFiles:
         Where the system cannot refuse on its own, the look and the rename are two steps; the claim on the output folder
         keeps other writers from coming between them.
         """
-        if not _rename_no_replace(source, target):
-            if os.path.lexists(target):
+        old, new = self._at(source), self._at(target)
+        if not _rename_no_replace(old, new):
+            with suppress(FileNotFoundError):
+                os.stat(new[0], dir_fd=new[1], follow_symlinks=False)
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-            source.rename(target)
+            os.rename(old[0], new[0], src_dir_fd=old[1], dst_dir_fd=new[1])
 
     def replace(self, source: Path, target: Path) -> None:
         """Rename, taking the place of what is there."""
-        source.replace(target)
+        (old, old_folder), (new, new_folder) = self._at(source), self._at(target)
+        os.replace(old, new, src_dir_fd=old_folder, dst_dir_fd=new_folder)
 
     def remove(self, path: Path) -> None:
-        path.unlink()
+        name, folder = self._at(path)
+        os.unlink(name, dir_fd=folder)
 
     def make_folder(self, path: Path) -> None:
-        path.mkdir()
+        name, folder = self._at(path)
+        os.mkdir(name, dir_fd=folder)
 
     def sync_folder(self, path: Path) -> None:
         """The names in the folder are on the disk when this returns."""
@@ -76,6 +138,19 @@ class DurableFiles:
             self.fsync(descriptor)
         finally:
             self.close(descriptor)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a folder with all that it holds; nothing happens where it is not there. Links are removed, not followed."""
+        name, folder = self._at(path)
+        with suppress(FileNotFoundError):
+            _remove_tree(name, folder)
+        if path in self._handles:
+            os.close(self._handles.pop(path))
+
+    def _at(self, path: Path) -> Place:
+        """The name of `path`, and the handle that it counts from."""
+        handle = self._handles.get(path.parent)
+        return (path, None) if handle is None else (path.name or ".", handle)
 
 
 class NewFile(io.BufferedWriter):
@@ -167,30 +242,44 @@ def write_whole(files: DurableFiles, temporary: Path, target: Path, content: byt
 
 def make_folders(files: DurableFiles, path: Path) -> None:
     """The folder and whatever lacks above it, durably. Nothing happens where it exists."""
-    missing = [place for place in (path, *path.parents) if not place.is_dir()]
+    seen = [(place, files.look(place)) for place in (path, *path.parents)]
+    missing = [place for place, found in seen if found is None or not stat.S_ISDIR(found.st_mode)]
     for place in reversed(missing):
         with suppress(FileExistsError):
             files.make_folder(place)
         files.sync_folder(place.parent)
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal, as `sha256sum` prints it. Raises OSError."""
+def stream_digest(file: BinaryIO) -> str:
+    """SHA-256 of what is left of an open file, in hexadecimal, as `sha256sum` prints it. Raises OSError."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_BUFFER_BYTES):
-            digest.update(chunk)
+    while chunk := file.read(_BUFFER_BYTES):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
-def _rename_no_replace(source: Path, target: Path) -> bool:
+def _remove_tree(name: Path | str, folder: int | None) -> None:
+    descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+    try:
+        for entry in os.listdir(descriptor):
+            if stat.S_ISDIR(os.stat(entry, dir_fd=descriptor, follow_symlinks=False).st_mode):
+                _remove_tree(entry, descriptor)
+            else:
+                os.unlink(entry, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+    os.rmdir(name, dir_fd=folder)
+
+
+def _rename_no_replace(source: Place, target: Place) -> bool:
     """renameat2(2) with RENAME_NOREPLACE; False where the C library or the file system does not know it."""
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):
         return False
-    if library.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE) == 0:
+    old, new = ((_AT_FDCWD if folder is None else folder, os.fsencode(name)) for name, folder in (source, target))
+    if library.renameat2(*old, *new, _RENAME_NOREPLACE) == 0:
         return True
     code = ctypes.get_errno()
     if code in _NO_SUCH_FLAG:
         return False
-    raise OSError(code, os.strerror(code), str(target))
+    raise OSError(code, os.strerror(code), str(target[0]))

@@ -3,13 +3,13 @@
 A distribution sort: the keys of all shards are read and ranked (about 60 bytes a sample), the ranking is cut into
 buckets that fit in memory, each shard is read once and its rows dealt out to the buckets on disk, and each bucket is
 sorted and written. A row's samples never part. This module knows the key columns and `SAMPLE_SCHEMA`; other columns pass
-through.
+through. Beside a run that writes, both readings are of one listing, or the export begins anew.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,10 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokabatch.data.folder import OutputFolder
+from tokabatch.data.inspection import inspect
 from tokabatch.data.json_lines import write_json_lines
+from tokabatch.data.listing import ListedFile, consistently
+from tokabatch.data.manifest import read_manifest
 from tokabatch.data.output import CORRECT, SAMPLE_SCHEMA
+from tokabatch.data.remedy import refuse_faults, refuse_unrecorded
+from tokabatch.data.scratch import scratch_folder
 from tokabatch.data.shards import ARROW_BYTES_KEY, PARQUET_OPTIONS, open_shard, read_groups
-from tokabatch.errors import OutputError
+from tokabatch.errors import ForeignFileError, OutputError
 from tokabatch.messages import Bool, Int64
 
 _KEYS = ("row_index", "sample_index")
@@ -47,28 +52,40 @@ def export(path: Path, target: Path, *, nested: bool = False) -> Exported:
     """Write the committed samples of the output folder `path` to `target` (.jsonl or .parquet), replacing it.
 
     `nested` writes one record a row, its samples in a list `samples`. A run that is not complete exports what it has.
-    Raises OutputError where there is nothing to export, `target` is no place for it, or a shard is damaged.
+    Raises OutputError where there is nothing to export, something cannot be read, or `target` is no place for it, DamageError
+    where a shard is not as it was committed.
     """
     folder = OutputFolder(path)
-    shards = folder.shard_paths()
-    _check(folder, shards, target, nested)
+    _check_target(folder, target)
     try:
-        return _export(shards, target, nested)
+        return consistently(lambda: _export(folder, _committed(folder), target, nested), path)
     except OSError as error:
         raise OutputError(
             f"--to {target} cannot be written: {error.strerror or error}. Make room there, or name a file elsewhere."
         ) from error
 
 
-def _export(shards: Sequence[Path], target: Path, nested: bool) -> Exported:
+def _committed(folder: OutputFolder) -> tuple[ListedFile, ...]:
+    """The shards that are as they were committed; it is an error where others are there."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return folder.shards()
+    found = inspect(folder, manifest)
+    refuse_faults(folder, manifest, found)
+    refuse_unrecorded(folder, manifest, found)
+    return tuple(file for _, file in found.good)
+
+
+def _export(folder: OutputFolder, shards: Sequence[ListedFile], target: Path, nested: bool) -> Exported:
+    _check_shards(folder, shards, nested)
     schema = _common_schema(shards)
-    with tempfile.TemporaryDirectory(prefix=".tokabatch-export-", dir=target.absolute().parent) as scratch:
+    with scratch_folder(target.absolute().parent) as scratch:
         bucket, num_buckets, num_rows = _cut(shards)
-        _deal(shards, schema, bucket, Path(scratch))
-        tables = _sorted_buckets(Path(scratch), num_buckets)
+        _deal(shards, schema, bucket, scratch)
+        tables = _sorted_buckets(scratch, num_buckets)
         if nested:
             schema, tables = nest(schema.empty_table()).schema, map(nest, tables)
-        finished = Path(scratch) / "finished"
+        finished = scratch / "finished"
         with finished.open("wb") as file:
             _write(file, target.suffix, schema, tables)
             file.flush()
@@ -93,47 +110,59 @@ def nest(table: pa.Table) -> pa.Table:
     return outer.append_column(_SAMPLES, pa.ListArray.from_arrays(offsets, samples))
 
 
-def _check(folder: OutputFolder, shards: Sequence[Path], target: Path, nested: bool) -> None:
+def _check_target(folder: OutputFolder, target: Path) -> None:
     if target.suffix not in (".jsonl", ".parquet"):
         raise OutputError(f"--to {target} is neither .jsonl nor .parquet; name the file FILE.jsonl or FILE.parquet")
-    if not target.absolute().parent.is_dir():
+    if not _is_folder(target.absolute().parent):
         raise OutputError(f"--to {target}: the folder {target.parent} does not exist; create it first")
-    if target.is_dir():
+    if _is_folder(target):
         raise OutputError(f"--to {target} is a folder; name a file in it")
     if folder.data.resolve() in target.resolve().parents:
         raise OutputError(f"--to {target} lies among the run's own shards; export to another folder")
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise OutputError(f"--to {path} cannot be reached: {error.strerror}; name a file elsewhere") from error
+
+
+def _check_shards(folder: OutputFolder, shards: Sequence[ListedFile], nested: bool) -> None:
     if not shards:
         raise OutputError(f"{folder.path} holds no committed samples (no data/part-*.parquet); check the path")
     if nested and _SAMPLES in _schema(shards[0]).names:
         raise OutputError(f"the input has a column named {_SAMPLES!r}, which --nested uses itself; export without it")
 
 
-def _common_schema(shards: Sequence[Path]) -> pa.Schema:
+def _common_schema(shards: Sequence[ListedFile]) -> pa.Schema:
     schema = _schema(shards[0])
-    for path in shards[1:]:
-        if not _schema(path).equals(schema):
-            raise OutputError(
-                f"{path} has other columns than {shards[0].name}: they are not of one run. Move foreign files away."
+    for shard in shards[1:]:
+        if not _schema(shard).equals(schema):
+            raise ForeignFileError(
+                f"{shard.path} has other columns than {shards[0].path.name}: they are not of one run. Move foreign files away."
             )
     metadata = {key: value for key, value in (schema.metadata or {}).items() if key != ARROW_BYTES_KEY}
     return schema.with_metadata(metadata)
 
 
-def _schema(path: Path) -> pa.Schema:
-    with open_shard(path) as file:
+def _schema(shard: ListedFile) -> pa.Schema:
+    with open_shard(shard) as file:
         return file.schema_arrow
 
 
-def _cut(shards: Sequence[Path]) -> tuple[Int64, int, int]:
+def _cut(shards: Sequence[ListedFile]) -> tuple[Int64, int, int]:
     """The bucket of each sample, in the order of the shards; the number of buckets; the number of distinct rows."""
     rows: list[Int64] = []
     samples: list[Int64] = []
     sizes: list[Int64] = []
-    for path in shards:
-        with open_shard(path) as file:
-            size = int((file.schema_arrow.metadata or {}).get(ARROW_BYTES_KEY, b"0")) or path.stat().st_size
+    for shard in shards:
+        with open_shard(shard) as file:
+            size = int((file.schema_arrow.metadata or {}).get(ARROW_BYTES_KEY, b"0")) or shard.bytes
             per_sample = size // max(file.metadata.num_rows, 1) + 1
-        for keys in read_groups(path, _KEYS):
+        for keys in read_groups(shard, _KEYS):
             rows.append(keys["row_index"].to_numpy())
             samples.append(keys["sample_index"].to_numpy())
             sizes.append(np.full(keys.num_rows, per_sample))
@@ -148,11 +177,11 @@ def _cut(shards: Sequence[Path]) -> tuple[Int64, int, int]:
     return bucket, int(of_row[-1]) + 1, len(of_row)
 
 
-def _deal(shards: Sequence[Path], schema: pa.Schema, bucket: Int64, scratch: Path) -> None:
+def _deal(shards: Sequence[ListedFile], schema: pa.Schema, bucket: Int64, scratch: Path) -> None:
     """Append each row to its bucket's file, a sequence of Arrow streams (so that one file is open at a time)."""
     begin = 0
-    for path in shards:
-        for table in read_groups(path, None):
+    for shard in shards:
+        for table in read_groups(shard, None):
             part = bucket[begin : begin + table.num_rows]
             begin += table.num_rows
             by_bucket = np.argsort(part, kind="stable")

@@ -4,6 +4,7 @@ OUT/data/part-00000.parquet   committed shards
 OUT/_tmp/                     unfinished files; cleared by the next claim
 OUT/_lock                     held by the writing process, released by its death
 OUT/manifest.json             what the run is, and what decides its output
+OUT/commits.jsonl             which shards were committed, with their digests
 OUT/row_digests.parquet       what each row and its prompt were
 OUT/job.json                  the job, to run it again from the folder alone
 OUT/steps-00000.parquet       what each step did and took; not a result
@@ -16,59 +17,76 @@ import errno
 import fcntl
 import os
 import re
-import shutil
+import stat
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 from tokabatch.data.durable import DurableFiles, make_folders, write_whole
-from tokabatch.errors import CommitError, OutputError
+from tokabatch.data.journal import Journal, Shard
+from tokabatch.data.listing import ListedFile, Mark, is_there, list_files, unreadable
+from tokabatch.errors import CommitError, DamageError, OutputError
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
 _SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
+_STEPS_NAME = re.compile(r"steps-\d{5,}\.parquet")
 _CLAIM_ATTEMPTS = 5
 _CLAIM_PAUSE_SECONDS = 0.05
 
 
 class OutputFolder:
-    """Paths of an output folder. Holds no resource; reading is free to anyone at any time."""
+    """Paths of an output folder, and its listings. Reading is free to anyone at any time; a listing that cannot be had raises
+    OutputError."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: DurableFiles | None = None) -> None:
+        self.files = files or DurableFiles()
         self.path = path
         self.data = path / "data"
         self.temporary = path / "_tmp"
         self.lock = path / "_lock"
         self.manifest = path / "manifest.json"
+        self.commits = path / "commits.jsonl"
         self.row_digests = path / "row_digests.parquet"
         self.job = path / "job.json"
         self.summary = path / "summary.json"
         self.success = path / "_SUCCESS"
 
-    def shard_paths(self) -> list[Path]:
-        """The committed shards, by number."""
-        found = [path for path in self.data.glob("part-*.parquet") if _SHARD_NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: (len(path.name), path.name))
+    def shards(self) -> tuple[ListedFile, ...]:
+        """What stands under the names of shards, by number."""
+        found = [file for file in list_files(self.files, self.data) if _SHARD_NAME.fullmatch(file.path.name)]
+        return tuple(sorted(found, key=lambda file: (len(file.path.name), file.path.name)))
 
-    def step_paths(self) -> list[Path]:
+    def foreign(self) -> list[str]:
+        """Names under data/ that no run writes, hidden ones apart."""
+        return [
+            file.path.name
+            for file in list_files(self.files, self.data)
+            if file.path.name[:1] != "." and not (file.is_file and _SHARD_NAME.fullmatch(file.path.name))
+        ]
+
+    def steps(self) -> tuple[ListedFile, ...]:
         """The records of steps, one for each time the run was started."""
-        return sorted(self.path.glob("steps-*.parquet"))
+        return tuple(file for file in list_files(self.files, self.path) if _STEPS_NAME.fullmatch(file.path.name))
+
+    def name_of(self, path: Path) -> str:
+        """A shard's name as the records have it: relative to the folder."""
+        return f"{self.data.name}/{path.name}"
 
     def is_claimed(self) -> bool:
         """Whether a living process writes here. False where the file system keeps no locks."""
         try:
-            descriptor = os.open(self.lock, os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            with self.files.open_old(self.lock) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
-        finally:
-            os.close(descriptor)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return False
+            raise unreadable(self.lock, error) from error
         return False
 
 
@@ -77,15 +95,27 @@ class Claim:
 
     Changes nothing of what an earlier run left, but for its unfinished files. Raises OutputError where the folder cannot be
     written, holds what no run wrote, or another run writes there. The lock belongs to the open file: a forked child holds it
-    too, for as long as it lives. A claim that wrote neither a manifest nor a shard takes away what it made.
+    too, for as long as it lives. Everything is written through handles of the folders that were claimed, wherever they move. A
+    claim that wrote neither a manifest nor a shard takes away what it made.
     """
 
     def __init__(self, path: Path, files: DurableFiles | None = None) -> None:
         self.files = files or DurableFiles()
-        self.folder = OutputFolder(path)
-        self._made = [place for place in (self.folder.data, path, *path.parents) if not os.path.lexists(place)]
+        self.folder = OutputFolder(path, self.files)
+        self.journal: Journal | None = None
+        """The record of commits, once the run has begun; a folder without a run has none."""
+        self.identity: Mapping[bytes, bytes] = {}
+        """What every shard says of its run, in its metadata."""
+        self._repair = ""
         self._descriptor: int | None = None
+        self._made: list[Path] = []
+        self._told_moved = False
         self._prepare()
+
+    @property
+    def committed(self) -> Collection[str]:
+        """The names of the shards that are known to stand in the folder."""
+        return () if self.journal is None else self.journal.shards
 
     def write(self, target: Path, content: bytes) -> None:
         """Replace one of the folder's small files atomically."""
@@ -102,30 +132,71 @@ class Claim:
                 "make room there and run the same command again, which adds the rest."
             ) from error
 
+    def begin(self, run: str, identity: Mapping[bytes, bytes], shards: Iterable[tuple[Shard, Mark]], repair: str) -> None:
+        """From here on commits are recorded, and the committed files watched. `shards` stand in the folder, checked; `repair`
+        is the command that computes again what is damaged. Raises OSError."""
+        if self.journal is not None:
+            self.journal.close()
+        folder = self.folder
+        self.journal = Journal(self.files, folder.commits, folder.temporary / folder.commits.name, run, shards)
+        self.identity, self._repair = identity, repair
+
+    def check_lock(self) -> None:
+        """Raises CommitError where the lock is not this claim's any more: whatever were written now might meet another run."""
+        found = self.files.look(self.folder.lock)
+        if self._descriptor is None or found is None or not os.path.samestat(found, os.fstat(self._descriptor)):
+            raise CommitError(
+                f"output.path {str(self.folder.path)!r}: its lock (_lock) was taken away while this run wrote, so another may "
+                "write there. This one stops; what is committed is whole. End the other one, then run the same command again."
+            )
+
+    def check_folder(self) -> None:
+        """Raises CommitError where the folder was moved, DamageError where a committed file is not there as it was committed,
+        OutputError for one that another process put beside them. Tells each of them once."""
+        moved = None if self._told_moved else self._moved()
+        if moved:
+            self._told_moved = True
+            raise CommitError(
+                f"output.path {str(self.folder.path)!r}: {moved} was moved or replaced while this run wrote. The run stops; "
+                "what is finished is committed where the folder is now. Move it back, or name its new place as output.path, "
+                "and run the same command again."
+            )
+        if self.journal is not None:
+            self._check_shards(self.journal)
+
     def reopen(self, *, keep_summary: bool = False) -> None:
         """Take back the marks of an earlier end: from here on the run goes on; `keep_summary` where nothing is left to do."""
         for mark in (self.folder.success, self.folder.summary):
-            if mark.exists() and not (keep_summary and mark == self.folder.summary):
+            if is_there(self.files, mark) and not (keep_summary and mark == self.folder.summary):
                 self.files.remove(mark)
         self.files.sync_folder(self.folder.path)
 
     def discard(self) -> None:
         """Delete the results of an earlier run. Cut short, it leaves a run that lacks some of its samples."""
+        shards = self.folder.shards()
+        if self.journal is not None:
+            self.journal.removes(self.folder.name_of(shard.path) for shard in shards)
         self.reopen()
-        for shard in self.folder.shard_paths():
-            self.files.remove(shard)
+        for shard in shards:
+            self.files.remove(shard.path)
         self.files.sync_folder(self.folder.data)
-        for path in (*self.folder.step_paths(), self.folder.row_digests, self.folder.manifest, self.folder.job):
-            if path.exists():
+        steps = [file.path for file in self.folder.steps()]
+        # The record of commits before the manifest: samples are of the run that the manifest names, or there are none.
+        for path in (*steps, self.folder.commits, self.folder.row_digests, self.folder.manifest, self.folder.job):
+            if is_there(self.files, path):
                 self.files.remove(path)
 
     def release(self) -> None:
         """Let others write here; leaves no unfinished file behind."""
+        if self.journal is not None:
+            self.journal.close()
         if self._descriptor is not None:
-            shutil.rmtree(self.folder.temporary, ignore_errors=True)
+            with suppress(OSError):
+                self.files.remove_tree(self.folder.temporary)
             self._remove_unused()
             os.close(self._descriptor)
             self._descriptor = None
+        self.files.let_go()
 
     def __enter__(self) -> Claim:
         return self
@@ -136,7 +207,13 @@ class Claim:
     def _prepare(self) -> None:
         folder = self.folder
         try:
+            self._absolute = folder.path.absolute()
+            for place in (folder.data, folder.path, *folder.path.parents):
+                if self.files.look(place, follow=False) is None:
+                    self._made.append(place)
             make_folders(self.files, folder.data)
+            self.files.hold(folder.path)
+            self.files.hold(folder.data)
             self._descriptor = _lock(folder)
             self._clear()
         except BaseException as error:
@@ -148,35 +225,66 @@ class Claim:
     def _remove_unused(self) -> None:
         """Needs the lock. A folder that is not empty stays."""
         folder = self.folder
-        with suppress(OSError):
-            if folder.manifest.exists() or any(folder.data.iterdir()):
+        with suppress(OSError, OutputError):
+            if is_there(self.files, folder.manifest) or self.files.names(folder.data):
                 return
-            folder.lock.unlink()
-            for made in self._made:
-                made.rmdir()
+            for leftover in (folder.commits, folder.lock):
+                with suppress(FileNotFoundError):
+                    self.files.remove(leftover)
+            if not self._moved():
+                for made in self._made:
+                    made.rmdir()
 
     def _clear(self) -> None:
         folder = self.folder
         _refuse_foreign(folder)
-        if folder.temporary.exists():
-            shutil.rmtree(folder.temporary)
+        self.files.remove_tree(folder.temporary)
         self.files.make_folder(folder.temporary)
+        self.files.hold(folder.temporary)
         probe, probed = folder.temporary / "probe", folder.temporary / "probed"
         write_whole(self.files, probe, probed, b"written\n")
         self.files.remove(probed)
         self.files.sync_folder(folder.path)
 
+    def _moved(self) -> Path | None:
+        """What is reached by its path no more, or stands there no more."""
+        for path, name in ((self.folder.path, ""), (self.folder.data, self.folder.data.name)):
+            try:
+                if os.path.samestat(os.stat(self._absolute / name), self.files.held(path)):
+                    continue
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            return self._absolute / name
+        return None
+
+    def _check_shards(self, journal: Journal) -> None:
+        damage, strangers = journal.compare({self.folder.name_of(file.path): file for file in self.folder.shards()})
+        if damage:
+            raise DamageError(
+                f"{'; '.join(f'{self.folder.path / name} {problem}' for name, problem in damage)}. The run stops; what it "
+                f"finished is committed. To compute again what is damaged, and nothing else: {self._repair}"
+            )
+        if strangers:
+            raise OutputError(
+                f"{self.folder.path / strangers[0]} was put there by another process while this run wrote. The run stops; what "
+                "it finished is committed. Move the file away, then run the same command again."
+            )
+
 
 def check_output(path: Path) -> None:
     """Raises the OutputError that a claim of this folder would end in now; makes and changes nothing."""
     folder = OutputFolder(path)
-    if os.path.isdir(folder.data) and os.access(folder.data, os.R_OK):
-        _refuse_foreign(folder)
+    _refuse_foreign(folder)
     if folder.is_claimed():
         raise _busy(folder)
-    # `lexists`: a link to nowhere is in the way, too.
-    nearest = next(place for place in (folder.data, path, *path.absolute().parents) if os.path.lexists(place))
-    if not os.path.isdir(nearest):
+    try:
+        # A link to nowhere is in the way, too.
+        seen = ((place, folder.files.look(place, follow=False)) for place in (folder.data, path, *path.absolute().parents))
+        nearest = next(place for place, found in seen if found is not None)
+        found = folder.files.look(nearest)
+    except OSError as error:
+        raise _unwritable(path, error.strerror or str(error)) from error
+    if found is None or not stat.S_ISDIR(found.st_mode):
         raise _unwritable(path, f"{nearest} is not a folder")
     for place in (nearest, path) if nearest == folder.data else (nearest,):
         if not os.access(place, os.W_OK | os.X_OK):
@@ -184,8 +292,7 @@ def check_output(path: Path) -> None:
 
 
 def _refuse_foreign(folder: OutputFolder) -> None:
-    shards = {path.name for path in folder.shard_paths()}
-    foreign = sorted(entry.name for entry in folder.data.iterdir() if entry.name not in shards and entry.name[:1] != ".")
+    foreign = folder.foreign()
     if foreign:
         raise OutputError(
             f"output.path {str(folder.path)!r} holds {len(foreign)} file(s) that no run wrote (data/{foreign[0]}). "
@@ -206,7 +313,7 @@ def _busy(folder: OutputFolder) -> OutputError:
 def _lock(folder: OutputFolder) -> int:
     # `tokabatch status` holds a shared lock for an instant, hence more than one attempt.
     for _ in range(_CLAIM_ATTEMPTS):
-        descriptor = os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = folder.files.open_lock(folder.lock)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -218,14 +325,8 @@ def _lock(folder: OutputFolder) -> int:
             time.sleep(_CLAIM_PAUSE_SECONDS)
             continue
         # The holder before may have removed the file that is locked now.
-        if _is_file(descriptor, folder.lock):
+        found = folder.files.look(folder.lock)
+        if found is not None and os.path.samestat(os.fstat(descriptor), found):
             return descriptor
         os.close(descriptor)
     raise _busy(folder)
-
-
-def _is_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

@@ -20,6 +20,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tokabatch.data.durable import DurableFiles
+from tokabatch.data.listing import read_bytes
 from tokabatch.data.rows import RowBatch
 from tokabatch.data.spool import ArraySpool
 
@@ -61,9 +63,13 @@ class RowDigests:
 
     @classmethod
     def read(cls, path: Path) -> RowDigests | None:
-        """What `to_parquet` wrote; None where there is no such file or it is damaged."""
+        """What `to_parquet` wrote; None where there is no such file or it is damaged. Raises OutputError where it cannot be
+        read."""
+        content = read_bytes(DurableFiles(), path)
+        if content is None:
+            return None
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as file:
                 table = file.read()
             return cls(table[_CONTENT].to_numpy(), table[_PROMPT].to_numpy())
         except (OSError, KeyError, pa.ArrowException):

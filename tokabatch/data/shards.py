@@ -1,19 +1,21 @@
 """Committing completions: tables in, whole Parquet files out.
 
-A shard is written under `_tmp/`, flushed, fsynced, published under its final name without overwriting, and its folder
-fsynced; only then does the writer forget its rows. So a reader, a crash included, meets whole shards only, and a commit
-that an exception cut short, wherever it did, can be tried again: it neither loses nor repeats a row. Every page carries
-a checksum. The writer knows the table's schema, not its meaning, except that `status` tells ok from error rows.
+A shard is written under `_tmp/`, flushed, fsynced, recorded in the journal, published under its final name without overwriting,
+and its folder fsynced; only then does the writer forget its rows. So a reader, a crash included, meets whole shards only, and
+a commit that an exception cut short, wherever it did, can be tried again: it neither loses nor repeats a row. Every page has a
+checksum, every file the name of its run. The writer knows the table's schema, not its meaning, except that `status` tells ok
+from error rows.
 """
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -22,27 +24,18 @@ import pyarrow.parquet as pq
 
 from tokabatch.data.durable import NewFile, publish
 from tokabatch.data.folder import Claim
-from tokabatch.errors import OutputError
+from tokabatch.data.journal import Shard
+from tokabatch.data.listing import NO_MARK, ListedFile, mark_of
+from tokabatch.errors import DamageError, ForeignFileError, OutputError
 
 ARROW_BYTES_KEY = b"tokabatch.arrow_bytes"
 """Footer key: the size of the shard in memory, which its encoded size does not tell."""
 PARQUET_OPTIONS: Mapping[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 """How every shard is written. Without page checksums most flipped bits would go unseen."""
+_KEY_TYPES = {"row_index": pa.int64(), "status": pa.string()}
+"""Columns without which a file is no shard."""
 _ROW_GROUP_BYTES = 32 << 20
 _SHARD_BYTES = 512 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One committed file. `name` is relative to the output folder; rows = ok + errors; `bytes` on disk; `sha256` of the file,
-    None where it was not written by this process."""
-
-    name: str
-    rows: int
-    ok: int
-    errors: int
-    bytes: int
-    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +95,19 @@ class ShardWriter:
 
     def add(self, table: pa.Table) -> None:
         """Take over the rows of `table`; commits what is due. Raises OSError where the disk fails, the rows kept."""
+        self.take(table)
+        self.commit_due()
+
+    def take(self, table: pa.Table) -> None:
+        """Take over the rows of `table`; they are kept from here on."""
         assert table.schema.equals(self._schema), "a table of another schema"
         books = self._books
         if table.num_rows:
             oldest = books.oldest if books.waiting else self._clock()
             self._books = replace(books, waiting=(*books.waiting, table), oldest=oldest)
+
+    def commit_due(self) -> None:
+        """Commit full shards, and what has waited long enough. Raises OSError where the disk fails, the rows kept."""
         while self._books.num_rows >= self._rows_per_shard:
             self._commit(self._rows_per_shard)
         if self._books.num_bytes >= _SHARD_BYTES:
@@ -129,14 +130,21 @@ class ShardWriter:
         return self.shards
 
     def _commit(self, num_rows: int) -> None:
-        """Commit the first `num_rows` rows, or book the shard that an exception kept from being booked."""
-        if self._settle():
-            return
+        """Commit the first `num_rows` rows, or book the shard that an exception kept from being booked. The folder is looked at
+        behind the commit: what is finished is on the disk when the run learns that it cannot go on."""
+        self._claim.check_lock()
+        if not self._settle():
+            self._publish(num_rows)
+        self._claim.check_folder()
+
+    def _publish(self, num_rows: int) -> None:
         folder, files, books = self._claim.folder, self._claim.files, self._books
         final = folder.data / f"part-{self._first_number + len(books.shards):05d}.parquet"
         temporary = folder.temporary / final.name
         try:
             shard, inode = self._write(pa.concat_tables(books.waiting).slice(0, num_rows), temporary, final)
+            if self._claim.journal is not None:
+                self._claim.journal.begins(shard)
             self._books = replace(books, attempt=(shard, inode))
             publish(files, temporary, final)
         except FileExistsError as error:
@@ -145,9 +153,14 @@ class ShardWriter:
             ) from error
         except OSError:
             with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+                files.remove(temporary)
             raise
-        self._books = books.committed(shard, self._clock())
+        self._book(shard)
+
+    def _book(self, shard: Shard) -> None:
+        """The shard stands under its name."""
+        record_commit(self._claim, shard)
+        self._books = self._books.committed(shard, self._clock())
 
     def _settle(self) -> bool:
         """Whether a shard had its final name already when an exception struck; it is booked now."""
@@ -155,9 +168,10 @@ class ShardWriter:
             return False
         shard, inode = self._books.attempt
         final = self._claim.folder.path / shard.name
-        if final.exists() and final.stat().st_ino == inode:
+        found = self._claim.files.look(final)
+        if found is not None and found.st_ino == inode:
             self._claim.files.sync_folder(final.parent)
-            self._books = self._books.committed(shard, self._clock())
+            self._book(shard)
             return True
         self._books = replace(self._books, attempt=None)
         return False
@@ -165,7 +179,7 @@ class ShardWriter:
     def _write(self, table: pa.Table, temporary: Path, final: Path) -> tuple[Shard, int]:
         """The finished, synced shard under its temporary name, and its inode."""
         with NewFile(self._claim.files, temporary) as file:
-            write_parquet(table, file)
+            write_parquet(table, file, self._claim.identity)
             file.sync()
             size, inode, digest = file.tell(), file.inode, file.digest
         ok = count_ok(table)
@@ -173,10 +187,17 @@ class ShardWriter:
         return Shard(name, table.num_rows, ok, table.num_rows - ok, size, digest), inode
 
 
-def write_parquet(table: pa.Table, file: BinaryIO) -> None:
-    """Write one shard into an open file."""
+def record_commit(claim: Claim, shard: Shard) -> None:
+    """Note in the journal that the shard stands under its name. Raises OSError."""
+    if claim.journal is not None:
+        found = claim.files.look(claim.folder.path / shard.name)
+        claim.journal.done(shard.name, shard, NO_MARK if found is None else mark_of(found))
+
+
+def write_parquet(table: pa.Table, file: BinaryIO, identity: Mapping[bytes, bytes] = MappingProxyType({})) -> None:
+    """Write one shard into an open file; `identity` tells in its metadata which run it is of."""
     size = table.nbytes
-    metadata = {**(table.schema.metadata or {}), ARROW_BYTES_KEY: str(size).encode()}
+    metadata = {**(table.schema.metadata or {}), **identity, ARROW_BYTES_KEY: str(size).encode()}
     rows_per_group = max(1, min(table.num_rows, _ROW_GROUP_BYTES * table.num_rows // max(size, 1)))
     with pq.ParquetWriter(file, table.schema.with_metadata(metadata), **PARQUET_OPTIONS) as writer:
         writer.write_table(table.replace_schema_metadata(metadata), row_group_size=rows_per_group)
@@ -192,29 +213,43 @@ def shard_number(name: str) -> int:
     return int(name.rpartition("-")[2].partition(".")[0])
 
 
-def open_shard(path: Path) -> pq.ParquetFile:
-    """A shard to read, its checksums verified. Raises OutputError naming it where it is no whole Parquet file."""
+@contextmanager
+def open_shard(shard: ListedFile) -> Generator[pq.ParquetFile]:
+    """A shard to read, its checksums verified. Raises OutputError naming it where it cannot be read, DamageError where it is no
+    whole Parquet file, ForeignFileError for a folder, and Changed where it is not the one that was listed."""
+    if not shard.is_file:
+        raise ForeignFileError(f"{shard.path} is no file: no run wrote it. Move it away, then run the same command again.")
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True)
+        with shard.open() as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            yield parquet
     except (OSError, pa.ArrowException) as error:
-        raise damaged(path, error) from error
+        raise damaged(shard.path, error) from error
 
 
-def damaged(path: Path, error: Exception) -> OutputError:
-    """The error for a shard that cannot be read."""
+def damaged(path: Path, error: Exception) -> DamageError:
+    """The error for a shard that is not as it was written."""
     out = shlex.quote(str(path.parent.parent))
-    return OutputError(
+    return DamageError(
         f"{path} is damaged ({error}). `tokabatch verify {out}` reads every file and names the command that recomputes "
         "what is lost."
     )
 
 
-def read_groups(path: Path, columns: Sequence[str] | None) -> Iterator[pa.Table]:
-    """The row groups of a shard, one at a time, without the columns that it does not have. Raises OutputError."""
-    with open_shard(path) as file:
+def read_groups(shard: ListedFile, columns: Sequence[str] | None) -> Iterator[pa.Table]:
+    """The row groups of a shard, one at a time, without the columns that it does not have. Raises as `open_shard` does, and
+    ForeignFileError where it has not the columns that say which sample a row is."""
+    with open_shard(shard) as file:
+        for name in columns or _KEY_TYPES:
+            _check_key(shard.path, file.schema_arrow, name)
         present = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
         for group in range(file.num_row_groups):
-            try:
-                yield file.read_row_group(group, columns=present)
-            except (OSError, pa.ArrowException) as error:
-                raise damaged(path, error) from error
+            yield file.read_row_group(group, columns=present)
+
+
+def _check_key(path: Path, schema: pa.Schema, name: str) -> None:
+    wanted = _KEY_TYPES.get(name)
+    if wanted is not None and (name not in schema.names or schema.field(name).type != wanted):
+        raise ForeignFileError(
+            f"{path} was not written by a run: it has no column {name} of type {wanted}. Move it away, then run the same "
+            "command again."
+        )

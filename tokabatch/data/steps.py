@@ -14,27 +14,42 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokabatch.data.folder import Claim, OutputFolder
-from tokabatch.errors import OutputError
+from tokabatch.data.listing import ListedFile
+from tokabatch.data.shards import PARQUET_OPTIONS
+from tokabatch.errors import DamageError, ForeignFileError
 
+_REMEDY = "It holds no results: move it away to do without what it tells."
 Columns = Mapping[str, npt.NDArray[Any]]
 
 
 def write_steps(claim: Claim, columns: Columns) -> None:
     """Add the steps of one start: arrays of one length by name."""
-    paths = claim.folder.step_paths()
-    place = 1 + int(paths[-1].stem.removeprefix("steps-")) if paths else 0
+    files = claim.folder.steps()
+    place = 1 + int(files[-1].path.stem.removeprefix("steps-")) if files else 0
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(dict(columns)), sink, compression="zstd")
+    pq.write_table(pa.table(dict(columns)), sink, **PARQUET_OPTIONS)
     claim.write(claim.folder.path / f"steps-{place:05}.parquet", sink.getvalue().to_pybytes())
 
 
 def read_steps(folder: OutputFolder) -> Columns | None:
-    """The steps of all starts, one after another; None where there are none. Raises OutputError where a file is damaged."""
-    paths = folder.step_paths()
-    if not paths:
+    """The steps of all starts, one after another; None where there are none. Raises DamageError where a file is damaged,
+    OutputError where it cannot be read, and Changed where it is replaced meanwhile."""
+    files = folder.steps()
+    if not files:
         return None
+    tables = [_read(file) for file in files]
     try:
-        table = pa.concat_tables([pq.read_table(path) for path in paths])
-    except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"{folder.path}: the record of steps cannot be read ({error}). Remove steps-*.parquet.") from error
+        table = pa.concat_tables(tables)
+    except pa.ArrowException as error:
+        raise DamageError(f"{folder.path}: its records of steps differ in their columns ({error}). {_REMEDY}") from error
     return {name: np.asarray(table.column(name)) for name in table.column_names}
+
+
+def _read(file: ListedFile) -> pa.Table:
+    if not file.is_file:
+        raise ForeignFileError(f"{file.path} is no file: no run wrote it. Move it away.")
+    try:
+        with file.open() as stream, pq.ParquetFile(stream, page_checksum_verification=True) as parquet:
+            return parquet.read()
+    except (OSError, pa.ArrowException) as error:
+        raise DamageError(f"{file.path} is damaged ({error}). {_REMEDY}") from error

@@ -1,13 +1,12 @@
-"""Reading a whole output folder back: every page of every shard against its checksum, every key counted, every file against
-what `_SUCCESS` says of it.
+"""Reading a whole output folder back: every byte of every shard against its record, every page against its checksum, every key
+counted.
 
 Trusts nothing that the run kept in memory, and repairs nothing: it names what is damaged and the command that computes that
-again. That command removes the damaged files and runs the job, which finds their samples missing.
+again. Beside a run that writes it reads one consistent listing, or says that it cannot.
 """
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +14,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from tokabatch.data.durable import file_digest
 from tokabatch.data.folder import OutputFolder
-from tokabatch.data.manifest import Books, Manifest, Success, read_manifest, read_success
-from tokabatch.data.shards import Shard, count_ok, damaged, open_shard, read_groups
-from tokabatch.errors import OutputError
+from tokabatch.data.inspection import Fault, inspect
+from tokabatch.data.journal import Shard
+from tokabatch.data.listing import ListedFile, consistently
+from tokabatch.data.manifest import Books, Manifest, read_manifest
+from tokabatch.data.remedy import repair_command
+from tokabatch.data.shards import count_ok, damaged, open_shard, read_groups
+from tokabatch.errors import DamageError, OutputError
 from tokabatch.messages import Int64
 
 _SAMPLES_PER_ROW = 1 << 32
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What is wrong with one file of the folder."""
-
-    file: str
-    problem: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +38,8 @@ class Verification:
     """Whether the folder says that it is."""
     faults: tuple[Fault, ...]
     remedy: str | None
+    running: bool = False
+    """Whether a run was writing meanwhile."""
 
     @property
     def exit_code(self) -> int:
@@ -56,6 +52,8 @@ class Verification:
     def facts(self) -> dict[str, int | str]:
         """For display."""
         state = "damaged" if self.faults else "complete" if self.complete else "intact, but not complete: run the job again"
+        if self.running:
+            state = "damaged, and a run is writing: let it end first" if self.faults else "intact so far; a run is writing"
         return {
             "result": state,
             "files": len(self.shards),
@@ -69,61 +67,81 @@ class Verification:
 
 
 def verify(path: Path) -> Verification:
-    """Read the output folder `path` back. Raises OutputError where there is no run, or its manifest cannot be read."""
+    """Read the output folder `path` back. Raises OutputError where there is no run, or something cannot be read, DamageError
+    where its manifest is damaged."""
     folder = OutputFolder(path)
+    found = consistently(lambda: _verify(folder), path)
+    if found.running and found.faults:
+        # It may have changed the folder between two looks; what is damaged stays so.
+        again = consistently(lambda: _verify(folder), path)
+        if set(again.faults) != set(found.faults) or not folder.is_claimed():
+            return again
+    return found
+
+
+def _verify(folder: OutputFolder) -> Verification:
+    running = folder.is_claimed()
     manifest = read_manifest(folder)
     if manifest is None:
-        raise OutputError(f"{path} holds no manifest.json, so no run has written here; give the folder named as output.path")
-    success = read_success(folder)
-    stated = {file.name: file for file in success.files} if success else {}
-    faults: list[Fault] = []
+        why = "a run is starting there; try again later" if running else "give the folder named as output.path"
+        raise OutputError(f"{folder.path} holds no manifest.json, so no run has written here; {why}")
+    inspected = inspect(folder, manifest)
+    faults = list(inspected.faults)
     read: list[tuple[Shard, Int64]] = []
-    for shard_path in folder.shard_paths():
-        name = f"{folder.data.name}/{shard_path.name}"
+    unrecorded = {folder.name_of(file.path) for file in inspected.unrecorded}
+    for known, file in (*inspected.good, *((None, file) for file in inspected.unrecorded)):
+        name = folder.name_of(file.path)
         try:
-            shard, keys = _read_whole(shard_path, name, manifest.rows)
-        except OutputError as error:
+            shard, keys = _read_whole(file, name, manifest.rows, known)
+        except DamageError as error:
             faults.append(Fault(name, str(error)))
-            continue
-        if success and (problem := _unlike(shard, stated.get(name))):
-            faults.append(Fault(name, problem))
             continue
         read.append((shard, keys))
     repeats = _repeats([keys for _, keys in read])
-    faults += [Fault(read[i][0].name, f"holds {count:,} samples a second time") for i, count in repeats.items()]
-    good = [shard for i, (shard, _) in enumerate(read) if i not in repeats]
-    present = {f"{folder.data.name}/{each.name}" for each in folder.shard_paths()}
-    faults += [Fault(name, "is missing") for name in stated if name not in present]
+    faults += [Fault(read[i][0].name, f"holds {count:,} samples a second time", "foreign") for i, count in repeats.items()]
+    repeated = {read[i][0].name for i in repeats}
+    where = "_SUCCESS" if inspected.success is not None and not manifest.run else folder.commits.name
+    faults += [Fault(name, f"is not named in {where}", "unrecorded") for name in sorted(unrecorded - repeated)]
+    good = [shard for i, (shard, _) in enumerate(read) if i not in repeats and shard.name not in unrecorded]
     books = Books(manifest.samples, sum(shard.ok for shard in good), sum(shard.errors for shard in good))
-    if not faults and success is not None and not _agree(books, success):
-        problem = f"says {success.ok:,} ok and {success.errors:,} errors, which is not what the files hold"
-        faults.append(Fault(folder.success.name, problem))
-    remedy = _remedy(folder, manifest, faults, present) if faults else None
-    return Verification(manifest.rows, books, tuple(good), success is not None, tuple(faults), remedy)
+    if not faults and inspected.success is not None and not (inspected.sealed and books.closed):
+        told = inspected.success
+        problem = f"says {told.ok:,} ok and {told.errors:,} errors in {len(told.files)} files, which is not what was committed"
+        faults.append(Fault(folder.success.name, problem, "record"))
+    faults += [Fault(f"data/{name}", "was not written by a run", "foreign") for name in folder.foreign()]
+    remedy = _remedy(folder, manifest, faults) if faults else None
+    return Verification(
+        manifest.rows, books, tuple(good), inspected.success is not None, _once(faults), remedy, running or folder.is_claimed()
+    )
 
 
-def _read_whole(path: Path, name: str, num_rows: int) -> tuple[Shard, Int64]:
-    """The shard as found, and the key of each of its samples. Raises OutputError where anything in it is not as it was
+def _read_whole(file: ListedFile, name: str, num_rows: int, known: Shard | None) -> tuple[Shard, Int64]:
+    """The shard as found, and the key of each of its samples. Raises DamageError where anything in it is not as it was
     written, or of a row that the input does not have."""
     counted = ok = coded = 0
     keys = [np.zeros(0, np.int64)]
-    with open_shard(path) as file:
-        in_footer = file.metadata.num_rows
-    for table in read_groups(path, None):
+    with open_shard(file) as parquet:
+        in_footer = parquet.metadata.num_rows
+    for table in read_groups(file, None):
         try:
             table.validate(full=True)
         except pa.ArrowException as error:
-            raise damaged(path, error) from error
+            raise damaged(file.path, error) from error
         row, sample = table["row_index"].to_numpy(), table["sample_index"].to_numpy()
         beyond = (row < 0) | (row >= num_rows) | (sample < 0)
         if beyond.any():
-            raise OutputError(f"holds samples of row {row[beyond][0]}; the input has {num_rows:,} rows")
+            raise DamageError(f"holds samples of row {row[beyond][0]}; the input has {num_rows:,} rows")
         keys.append(row * _SAMPLES_PER_ROW + sample)
         counted, ok = counted + table.num_rows, ok + count_ok(table)
         coded += table.num_rows - table["error_code"].null_count
     if counted != in_footer or coded != counted - ok:
-        raise OutputError(f"holds {counted:,} rows of {in_footer:,}: {ok:,} ok and {coded:,} with an error code")
-    return Shard(name, counted, ok, counted - ok, path.stat().st_size, file_digest(path)), np.concatenate(keys)
+        raise DamageError(f"holds {counted:,} rows of {in_footer:,}: {ok:,} ok and {coded:,} with an error code")
+    found = Shard(name, counted, ok, counted - ok, file.bytes, None if known is None else known.sha256)
+    if known is not None and found != known:
+        raise DamageError(
+            f"holds {found.ok:,} ok and {found.errors:,} errors; {known.ok:,} and {known.errors:,} were committed"
+        )
+    return found, np.concatenate(keys)
 
 
 def _repeats(keys: Sequence[Int64]) -> dict[int, int]:
@@ -138,25 +156,13 @@ def _repeats(keys: Sequence[Int64]) -> dict[int, int]:
     return dict(zip(shards.tolist(), counts.tolist(), strict=True))
 
 
-def _unlike(found: Shard, stated: Shard | None) -> str | None:
-    if stated is None:
-        return "is not named in _SUCCESS"
-    if found.sha256 != stated.sha256:
-        return f"has the digest {found.sha256}, _SUCCESS says {stated.sha256}"
-    return None if found == stated else f"holds {found.ok:,} ok and {found.errors:,} errors, not what _SUCCESS says"
+def _once(faults: Sequence[Fault]) -> tuple[Fault, ...]:
+    """The first fault of each file."""
+    return tuple({fault.file: fault for fault in reversed(faults)}.values())[::-1]
 
 
-def _agree(books: Books, success: Success) -> bool:
-    return books.closed and (books.samples, books.ok, books.errors) == (success.samples, success.ok, success.errors)
-
-
-def _remedy(folder: OutputFolder, manifest: Manifest, faults: Sequence[Fault], present: set[str]) -> str:
-    """Relative paths of the job count from the folder that it was started in."""
-    damaged_files = [folder.path.absolute() / fault.file for fault in faults if fault.file in present]
-    commands: list[str] = []
-    if Path(manifest.working_folder) != Path.cwd():
-        commands.append(shlex.join(["cd", manifest.working_folder]))
-    if damaged_files:
-        commands.append(shlex.join(["rm", *map(str, damaged_files)]))
-    commands.append(shlex.join(["tokabatch", "run", str(folder.job.absolute()), f"output.path={folder.path.absolute()}"]))
-    return " && ".join(commands)
+def _remedy(folder: OutputFolder, manifest: Manifest, faults: Sequence[Fault]) -> str:
+    foreign = sorted({fault.file for fault in faults if fault.kind == "foreign"})
+    # _SUCCESS is written by any start, unless it is the only record there is.
+    nothing = all(fault.kind == "foreign" or (fault.file == folder.success.name and manifest.run) for fault in faults)
+    return repair_command(folder, manifest, foreign, repair=not nothing)

@@ -250,7 +250,7 @@ def verification_sections(
     rows = tuple((name, _count(value) if isinstance(value, int) else value) for name, value in facts.items())
     sections = [Section("Verified", rows)]
     if faults:
-        sections.append(Section("Damaged", tuple(faults), ("file", "what is wrong")))
+        sections.append(Section("Damaged", tuple(("", f"{file} {problem}") for file, problem in faults)))
     if remedy:
         sections.append(Section("This recomputes what is damaged, and nothing else", (("", remedy),)))
     return tuple(sections)
