@@ -132,6 +132,8 @@ def _continue(
     started = _find_samples(folder, prepared, errors=not reuse.retry_errors)
     if not reuse.repair:
         refuse_unrecorded(folder, earlier.manifest, found)
+    if earlier.repaired and not reuse.retry_errors:
+        tell(f"error rows that are other rows now: {earlier.repaired:,}; --retry-errors runs them")
     done = not (len(started.left.requests) or started.left.failures)
     if done and _is_complete(folder, earlier.manifest, found, manifest):
         # Nothing in the folder changes, whatever happens from here on.
@@ -142,8 +144,6 @@ def _continue(
         if dropped:
             tell(f"running {dropped:,} error rows again")
         return _find_samples(folder, prepared)
-    if earlier.repaired:
-        tell(f"error rows that are other rows now: {earlier.repaired:,}; --retry-errors runs them")
     return started
 
 

@@ -153,13 +153,14 @@ class Disk(CountedFiles):
         undo.append(lambda: (path.unlink(missing_ok=True), path.write_bytes(kept))[0])
 
     def cut(self, folder: Path, lose: str) -> None:
-        for parent, undo in self._undo.items():
-            # What lay in a folder that is gone is gone with it.
-            lost = lose == "all" or parent.name == lose
-            for step in reversed(undo) if lost and parent.is_dir() else ():
-                step()
+        # First: what comes back under its old name may be given the inode of a file that is gone.
         for path in folder.rglob("*"):
             if path.is_file() and path.stat().st_ino in self._synced_bytes:
                 size = self._synced_bytes[path.stat().st_ino]
                 if path.stat().st_size > size:
                     os.truncate(path, size)
+        for parent, undo in self._undo.items():
+            # What lay in a folder that is gone is gone with it.
+            lost = lose == "all" or parent.name == lose
+            for step in reversed(undo) if lost and parent.is_dir() else ():
+                step()
