@@ -212,7 +212,7 @@ def _record_failures(parts: _Parts) -> int:
     first = failures[0]
     parts.recorder.fail([first])
     why = f"row {first.row_index} is an error row ({first.error.code}: {first.error.message})"
-    last = len(failures) == 1 and not len(parts.started.prepared.requests)
+    last = len(failures) == 1 and not len(parts.started.left.requests)
     then = "It was the last one missing" if last else "Run the same command again to go on behind it"
     parts.clock.progress.message(f"errors.policy is stop: {why}. {then}")
     return EXIT_STOPPED
