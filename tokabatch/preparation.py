@@ -7,7 +7,7 @@ folder it is given and nowhere else.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from tokabatch.messages import Drawn, Int64, Requests
 from tokabatch.model.checkpoint import Checkpoint, preflight
 from tokabatch.model.config import read_config
 from tokabatch.model.families import read_spec
+from tokabatch.model.files import ModelFile, known_files
 from tokabatch.model.resolve import resolve_model
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import named_dtype, resolve_dtype
@@ -50,6 +51,8 @@ class Prepared:
     """A job that can start."""
 
     folder: Path
+    files: tuple[ModelFile, ...]
+    """The model's and the tokenizer's, as they were read."""
     spec: ModelSpec
     device: str
     dtype: torch.dtype
@@ -145,7 +148,8 @@ def prepare(
     _check_generation(generation, spec, tokenizer)
     ends = find_end_tokens(folder, tokenizer)
     compare = compare or _accept
-    fingerprint = describe(job, generation, ends.ids, folder, tokenizer_folder, _name(dtype))
+    files = known_files(folder, tokenizer_folder)
+    fingerprint = describe(job, generation, ends.ids, _marks(files), _name(dtype))
     compare(fingerprint, None)
     store = ingest(
         job,
@@ -164,12 +168,14 @@ def prepare(
     if checkpoint is None and weights:
         checkpoint = preflight(resolve_model(job.model.path, job.model.revision), spec)
         dtype = _choose_dtype(job, device, folder, spec, checkpoint)
-        known = describe(job, generation, ends.ids, folder, tokenizer_folder, _name(dtype))
+        files = known_files(folder, tokenizer_folder)
+        known = describe(job, generation, ends.ids, _marks(files), _name(dtype))
         fingerprint = replace(fingerprint, settings=known.settings)
         compare(fingerprint, None)
     everything = np.arange(generation.n, dtype=np.int32)
     return Prepared(
         folder=folder,
+        files=files,
         spec=spec,
         device=device,
         dtype=dtype,
@@ -256,6 +262,10 @@ def pick_device(job: Job) -> str:
     if job.engine.device == "cuda" and not available:
         raise JobError("engine.device is cuda, but torch sees no GPU; write auto or cpu, or install a CUDA build of torch")
     return "cuda" if available and job.engine.device != "cpu" else "cpu"
+
+
+def _marks(files: Sequence[ModelFile]) -> dict[str, str]:
+    return {file.name: file.mark for file in files}
 
 
 def _name(dtype: torch.dtype) -> str:
