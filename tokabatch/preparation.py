@@ -131,12 +131,14 @@ def prepare(
     `absent_gpu`: for a GPU that is not here, of which nothing can be asked."""
     device = "cuda" if absent_gpu else pick_device(job)
     folder = resolve_model(job.model.path, job.model.revision, weights=False)
+    tokenizer_folder = _tokenizer_folder(job, folder)
+    # Known before they are read: what changes in between is noticed when the weights load.
+    files = known_files(folder, tokenizer_folder)
     spec = read_spec(folder)
     checkpoint = preflight(folder, spec) if Path(job.model.path).expanduser().is_dir() else None
     dtype = _choose_dtype(job, device, folder, spec, checkpoint)
     if not absent_gpu:
         _check_fp8(job, device, dtype, spec)
-    tokenizer_folder = _tokenizer_folder(job, folder)
     key = "path" if job.model.tokenizer is None else "tokenizer"
     tokenizer = load_tokenizer(job.model.model_copy(update={key: str(tokenizer_folder)}))
     if tokenizer.own_vocab_size > spec.vocab_size:
@@ -148,7 +150,6 @@ def prepare(
     _check_generation(generation, spec, tokenizer)
     ends = find_end_tokens(folder, tokenizer)
     compare = compare or _accept
-    files = known_files(folder, tokenizer_folder)
     fingerprint = describe(job, generation, ends.ids, _marks(files), _name(dtype))
     compare(fingerprint, None)
     store = ingest(
