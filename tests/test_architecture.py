@@ -82,6 +82,8 @@ HEAVY_HOMES = {
     "flashinfer": {"attention/flashinfer_paged.py"},
     "triton": {
         "attention/triton_decode.py",
+        "attention/triton_pages.py",
+        "attention/triton_tiles.py",
         *(f"model/triton_{name}.py" for name in ("layers", "rows", "sampling", "filters", "alternatives")),
     },
     "datasets": {"data/readers/hub.py"},

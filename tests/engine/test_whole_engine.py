@@ -21,7 +21,6 @@ from support import tiny_models, token_device
 from transformers import AutoModelForCausalLM
 
 from tokabatch.engine.executor import InProcessExecutor
-from tokabatch.engine.graphs import DecodeGraphs
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.worker import WorkerSpec
 from tokabatch.messages import Completion, SamplingParams
@@ -115,8 +114,8 @@ def generate(
     kept = torch.float8_e4m3fn if ways.kv_fp8 else None
     worker = WorkerSpec(folder, spec, device.dtype, device.name, device.backend, sizes, fp8=ways.fp8, kv_dtype=kept)
     with pytest.MonkeyPatch.context() as patch:
-        if not ways.graphs:
-            patch.setattr(DecodeGraphs, "size_for", lambda graphs, step: None)
+        if not ways.graphs and device.name == "cuda":
+            patch.setattr("tokabatch.engine.captured.BodyGraphs.fit", lambda graphs, step: None)
         executor = InProcessExecutor(worker)
         executor.start()
         limits = SchedulerLimits(ways.page_size, executor.sizes.num_pages, ways.max_running, step, columns, grouping)

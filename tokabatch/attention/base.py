@@ -72,9 +72,13 @@ class AttentionBackend(Protocol):
         """The cache, where a fused kernel may write a step's keys and values itself; None where `attend` alone writes."""
         ...
 
-    @property
-    def needs_no_plan(self) -> bool:
-        """Whether `attend_unplanned` serves the step just planned: every run decodes, and no prefix is shared."""
+    def prepare_changes(self, step: StepBatch, outbox: Outbox) -> None:
+        """For a step whose attention is computed elsewhere: put its cache changes alone into the outbox. Only where there is a
+        `cache`."""
+        ...
+
+    def apply_changes(self) -> None:
+        """Apply what was prepared, once the outbox is sent."""
         ...
 
     def prepare(self, step: StepBatch, outbox: Outbox) -> None:
@@ -96,13 +100,6 @@ class AttentionBackend(Protocol):
     ) -> torch.Tensor:
         """softmax(q k / sqrt(D)) v of shape [T, H, D], in `out_THD` where that is given. Queries and keys carry their
         positions. Keys and values are written first; None where they are in the cache already."""
-        ...
-
-    def attend_unplanned(
-        self, layer: int, q_THD: torch.Tensor, slot_T: torch.Tensor, position_T: torch.Tensor, out_THD: torch.Tensor
-    ) -> None:
-        """Decode attention of any slots over their whole contexts, into `out_THD`, by launches that depend on the number of
-        tokens alone: they can be captured. Only where there is a `cache`."""
         ...
 
 

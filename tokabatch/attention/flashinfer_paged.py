@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from tokabatch.attention.base import KVShape, PagedCache
+from tokabatch.attention.page_store import PageStore
 from tokabatch.attention.triton_decode import decode
 from tokabatch.messages import Int32, PrefixLevel, StepBatch
 from tokabatch.transfer import Outbox, Parcel
@@ -89,8 +90,7 @@ class _Planned:
 
 
 class FlashInferPagedAttention:
-    """See `AttentionBackend`. A layer's keys, and its values, are [pages, K, P, D] (HND): what one program reads of a page is
-    contiguous. The page table is on the device, and on the host for the page lists that FlashInfer plans from."""
+    """See `AttentionBackend`. FlashInfer plans from page lists, which are made of the host's copy of the page table."""
 
     def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None) -> None:
         assert dtype in (torch.bfloat16, torch.float16), "FlashInfer computes in 16-bit types"
@@ -98,36 +98,30 @@ class FlashInferPagedAttention:
         self.dtype = dtype
         self.device = device
         self.kv_dtype = kv_dtype or dtype
-        self.page_table = np.zeros((shape.num_slots, shape.max_pages), np.int32)
-        size = (shape.num_layers, shape.num_pages + 1, shape.num_kv_heads, shape.page_size, shape.head_dim)
-        table = torch.full((shape.num_slots + 1, shape.max_pages), shape.num_pages, dtype=torch.int32, device=device)
-        k_LNKPD, v_LNKPD = (torch.zeros(size, dtype=self.kv_dtype, device=device) for _ in range(2))
-        self._cache = PagedCache(k_LNKPD, v_LNKPD, table)
+        self._store = PageStore(shape, self.kv_dtype, device)
+        self._cache = self._store.cache
         self._num_cores = torch.cuda.get_device_properties(device).multi_processor_count
         self._has_fa3 = torch.cuda.get_device_capability(device)[0] == 9 and self.kv_dtype == dtype
         # One scratch for all wrappers: their kernels run one after another on one stream.
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._sets = [_Wrappers(self._workspace) for _ in range(RING)]
         self._index = 0
-        self._changes: list[Parcel] = []
         self._sections: list[_Section] = []
         self._planned: list[_Planned] = []
         self._slot_T = self._position_T = torch.empty(0, dtype=torch.int32, device=device)
-        self._no_skip = torch.zeros(shape.num_slots + 1, dtype=torch.int32, device=device)
 
     @property
     def cache(self) -> PagedCache | None:
         return self._cache
 
-    @property
-    def needs_no_plan(self) -> bool:
-        return all(section.own is None and not section.levels for section in self._sections)
+    def prepare_changes(self, step: StepBatch, outbox: Outbox) -> None:
+        self._store.prepare(step, outbox)
+
+    def apply_changes(self) -> None:
+        self._store.apply()
 
     def prepare(self, step: StepBatch, outbox: Outbox) -> None:
-        self.page_table[step.table_slot, step.table_column] = step.table_page
-        cell = step.table_slot.astype(np.int64) * self.shape.max_pages + step.table_column
-        pages = (step.clear_pages, step.copy_src, step.copy_dst)
-        self._changes = [outbox.add(values) for values in (cell, step.table_page, *(p.astype(np.int64) for p in pages))]
+        self._store.prepare(step, outbox)
         split = int(step.run_length[: step.num_prefill_runs].sum())
         runs = slice(0, step.num_prefill_runs), slice(step.num_prefill_runs, len(step.run_slot))
         spans = slice(0, split), slice(split, step.num_tokens)
@@ -137,18 +131,7 @@ class FlashInferPagedAttention:
         ]
 
     def plan(self, slot_T: torch.Tensor, position_T: torch.Tensor) -> None:
-        cell, page, clear, source, target = (parcel.tensor for parcel in self._changes)
-        cache = self._cache
-        if len(cell):
-            cache.table.view(-1).index_copy_(0, cell, page)
-        for values in (cache.k_LNKPD, cache.v_LNKPD):
-            raw = values.view(torch.uint8) if self.kv_dtype.itemsize == 1 else values
-            if len(clear):
-                raw.index_fill_(1, clear, 0)
-            if len(source):
-                # Layer by layer: thousands of samples may fork in one step, and a page of all layers is half a megabyte.
-                for pages in raw:
-                    pages.index_copy_(0, target, pages.index_select(0, source))
+        self._store.apply()
         self._slot_T, self._position_T = slot_T, position_T
         wrappers = self._sets[self._index % RING]
         wrappers.begin()
@@ -171,13 +154,6 @@ class FlashInferPagedAttention:
         for planned in self._planned:
             self._attend_section(planned, q_THD, cache, out_THD, lse_TH)
         return out_THD
-
-    def attend_unplanned(
-        self, layer: int, q_THD: torch.Tensor, slot_T: torch.Tensor, position_T: torch.Tensor, out_THD: torch.Tensor
-    ) -> None:
-        cache, skip_T = self._cache, self._no_skip[: len(slot_T)]
-        pages = cache.k_LNKPD[layer], cache.v_LNKPD[layer]
-        decode(q_THD, pages, cache.table, slot_T, position_T, skip_T, out_THD, mean_keys=LONG_CONTEXT)
 
     def _write(self, cache: State, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
         size = self.shape.page_size
@@ -253,7 +229,7 @@ class FlashInferPagedAttention:
         counts = last - first
         indptr = np.append(0, np.cumsum(counts)).astype(np.int32)
         column = np.arange(int(indptr[-1])) - np.repeat(indptr[:-1] - first, counts)
-        pages = self.page_table[np.repeat(slots, counts), column]
+        pages = self._store.page_table[np.repeat(slots, counts), column]
         return indptr, outbox.add(pages), pages
 
     def _page_lists(self, slots: Int32, first: Int32, last: Int32, outbox: Outbox) -> tuple[Int32, Parcel]:

@@ -84,9 +84,11 @@ class TorchPagedAttention:
     def cache(self) -> PagedCache | None:
         return None
 
-    @property
-    def needs_no_plan(self) -> bool:
-        return False
+    def prepare_changes(self, step: StepBatch, outbox: Outbox) -> None:
+        raise AssertionError("nobody else reads this cache")
+
+    def apply_changes(self) -> None:
+        raise AssertionError("nobody else reads this cache")
 
     def prepare(self, step: StepBatch, outbox: Outbox) -> None:
         self.page_table[step.table_slot, step.table_column] = step.table_page
@@ -149,11 +151,6 @@ class TorchPagedAttention:
             _merge_into(out_KTGD, lse_KTG, block.tokens, out, lse)
         result_THD = out_KTGD.transpose(0, 1).reshape(q_THD.shape).to(q_THD.dtype)
         return result_THD if out_THD is None else out_THD.copy_(result_THD)
-
-    def attend_unplanned(
-        self, layer: int, q_THD: torch.Tensor, slot_T: torch.Tensor, position_T: torch.Tensor, out_THD: torch.Tensor
-    ) -> None:
-        raise AssertionError("every step is planned")
 
     def _pass(
         self, block: _Block, q_KTGD: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, need_lse: bool

@@ -3,8 +3,8 @@
 FlashInfer's decode kernels are built for long contexts; behind a shared prefix a sample's own context is often a few pages,
 and then the time goes to starting work rather than to reading keys. Here a program takes one sequence and one key-value head,
 reads the page table itself (nothing is planned on the host), scores its group of query heads with the matrix units, and begins
-from the state that the prefix passes left, so that their merge costs no pass of its own. The softmax is the online one of
-Milakov and Gimelshein 2018 (arXiv:1805.02867), in base 2, as FlashInfer's log-sum-exp is.
+from what other passes left, so that their merge costs no pass of its own: one state, or planes of partial states. The softmax
+is the online one of Milakov and Gimelshein 2018 (arXiv:1805.02867), in base 2, as FlashInfer's log-sum-exp is.
 
 Imports triton: only a GPU backend loads this module. Shape legend: S sequences, H query heads, K key-value heads, D head
 dimension, P page size.
@@ -18,8 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-SHORT_CONTEXT = 160
-"""Mean keys up to which the smallest blocks win: a sequence is then a handful of pages, and its program soon over."""
+from tokabatch.attention.tiles import SHORT_CONTEXT
+from tokabatch.attention.triton_tiles import Planes
+
 BLOCKS = {64: ((16, 1, 3), (64, 2, 3)), 128: ((16, 1, 2), (64, 4, 2))}
 """Keys read at once, warps and pipeline stages of a program, for short and for longer contexts, by head dimension: the
 fastest of 36 on an H200, at 3.6 to 4.2 TB/s."""
@@ -27,18 +28,44 @@ MIN_ROWS = 16
 """Fewest rows of a matrix-unit product; a smaller group of query heads is padded to it."""
 
 
-@triton.jit(do_not_specialize_on_alignment=["slot_ptr", "position_ptr"])
-def _decode(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, table_ptr, slot_ptr, position_ptr, skip_ptr,
-    page_stride, head_stride, table_stride, scale, num_kv_heads,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_PRIOR: tl.constexpr,
+@triton.jit
+def _merged_planes(
+    state_ptr, lse_ptr, count, plane_rows, head, at_q, is_row, is_q,
+    DIM: tl.constexpr, ROWS: tl.constexpr, DIM_PAD: tl.constexpr,
 ):  # fmt: skip
-    """One sequence and one key-value head. `out` holds the prior state on entry where `lse` is above minus infinity."""
+    """The state that `count` partial states make together, its outputs not yet divided by the mass."""
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    plane_rows = plane_rows.to(tl.int64)
+    for plane in range(0, count):
+        start = plane * plane_rows
+        lse = tl.load(lse_ptr + start + head, mask=is_row, other=0.0)
+        part = tl.load(state_ptr + start * DIM + at_q, mask=is_q, other=0.0).to(tl.float32)
+        next_highest = tl.maximum(highest, lse)
+        kept, added = tl.exp2(highest - next_highest), tl.exp2(lse - next_highest)
+        mass = mass * kept + added
+        acc = acc * kept[:, None] + part * added[:, None]
+        highest = next_highest
+    return highest, mass, acc
+
+
+@triton.jit(
+    do_not_specialize=["plane_rows"],
+    do_not_specialize_on_alignment=["slot_ptr", "position_ptr", "first_ptr", "count_ptr"],
+)
+def _decode(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, state_ptr, counter_ptr, table_ptr, slot_ptr, position_ptr, first_ptr, count_ptr,
+    plane_rows, page_stride, head_stride, table_stride, scale, num_kv_heads,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_PRIOR: tl.constexpr, HAS_PLANES: tl.constexpr, FIRST_UNIT: tl.constexpr,
+):  # fmt: skip
+    """One sequence and one key-value head. With a prior, `out` holds its state on entry where `lse` is above minus infinity;
+    with planes, `state` and `lse` hold `count` partial states of each sequence."""
     sequence, kv_head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     slot = tl.load(slot_ptr + sequence).to(tl.int64)
     stop = tl.load(position_ptr + sequence) + 1
-    first = tl.load(skip_ptr + sequence) * PAGE
+    first = tl.load(first_ptr + sequence) * FIRST_UNIT
     row, dim = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
     head = sequence.to(tl.int64) * num_kv_heads * GROUP + kv_head * GROUP + row
     is_row = row < GROUP
@@ -50,6 +77,12 @@ def _decode(
         known = highest > float("-inf")
         mass = tl.where(known, 1.0, 0.0)
         acc = tl.load(out_ptr + at_q, mask=is_q & known[:, None], other=0.0).to(tl.float32)
+    elif HAS_PLANES:
+        count = tl.load(count_ptr + sequence)
+        highest, mass, acc = _merged_planes(state_ptr, lse_ptr, count, plane_rows, head, at_q, is_row, is_q, DIM, ROWS, DIM_PAD)
+        if tl.program_id(0) == 0:
+            # The tiles of this step are done: the next launch counts anew.
+            tl.store(counter_ptr + tl.arange(0, 2), tl.zeros([2], tl.int32))
     else:
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
@@ -91,6 +124,39 @@ def decode(
     `prior_lse_SH`, `out_SHD` holds on entry an attention state over other keys, its log-sum-exp in base 2; that is minus
     infinity where there is none, and `out_SHD` is not read there. `mean_keys` of a sequence chooses the launch.
     """
+    page_size = cache[0].shape[2]
+    prior = (prior_lse_SH, None, None)
+    _launch(q_SHD, cache, table, (slot_S, position_S, skip_S, None), out_SHD, prior, mean_keys > SHORT_CONTEXT, page_size)
+
+
+def decode_and_merge(
+    q_SHD: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    table: torch.Tensor,
+    places_4S: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    out_SHD: torch.Tensor,
+    planes: Planes | None,
+    reads_much: bool,
+) -> None:
+    """softmax(q k / sqrt(D)) v over keys that each sequence reads itself and over its partial states, into `out_SHD`.
+
+    `places_4S` are slot, position, first own key (none, where it is behind the position) and number of planes, int32. Without
+    `planes` nothing is merged; else their counters are zero afterwards. `reads_much` chooses the launch.
+    """
+    prior = (None, None, None) if planes is None else (planes.lse_NTH, planes.state_NTHD, planes.counter)
+    _launch(q_SHD, cache, table, places_4S, out_SHD, prior, reads_much, 1)
+
+
+def _launch(
+    q_SHD: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    table: torch.Tensor,
+    places: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    out_SHD: torch.Tensor,
+    prior: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    reads_much: bool,
+    first_unit: int,
+) -> None:
     num_sequences, num_heads, head_dim = q_SHD.shape
     if num_sequences == 0:
         return
@@ -100,11 +166,14 @@ def decode(
     assert k_cache.stride() == v_cache.stride() and k_cache.stride(2) == head_dim and k_cache.stride(3) == 1
     group = num_heads // num_kv_heads
     blocks = BLOCKS[64 if head_dim <= 64 else 128]
-    block, warps, stages = blocks[mean_keys > SHORT_CONTEXT]
+    block, warps, stages = blocks[reads_much]
+    lse, state, counter = prior
+    slot, position, first, count = places
     _decode[(num_sequences * num_kv_heads,)](
-        q_SHD, k_cache, v_cache, out_SHD, prior_lse_SH, table, slot_S, position_S, skip_S,
-        k_cache.stride(0), k_cache.stride(1), table.stride(0),
+        q_SHD, k_cache, v_cache, out_SHD, lse, state, counter, table, slot, position, first, count,
+        num_sequences * num_heads, k_cache.stride(0), k_cache.stride(1), table.stride(0),
         math.log2(math.e) / math.sqrt(head_dim), num_kv_heads,
         GROUP=group, ROWS=max(MIN_ROWS, triton.next_power_of_2(group)), DIM=head_dim, DIM_PAD=triton.next_power_of_2(head_dim),
-        PAGE=page_size, BLOCK=block, HAS_PRIOR=prior_lse_SH is not None, num_warps=warps, num_stages=stages,
+        PAGE=page_size, BLOCK=block, HAS_PRIOR=lse is not None and state is None, HAS_PLANES=state is not None,
+        FIRST_UNIT=first_unit, num_warps=warps, num_stages=stages,
     )  # fmt: skip

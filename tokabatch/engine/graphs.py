@@ -1,155 +1,92 @@
-"""CUDA graphs for small decode steps, where launching a layer's kernels takes the host longer than the GPU runs them.
+"""CUDA graphs for a ladder of sizes, captured when they are first wanted, in one memory.
 
-A step's kernels between two calls of attention depend on nothing but its number of tokens, so those pieces are captured, for a
-ladder of sizes, and a step is filled up to the next one with tokens of the spare slot. Attention runs between the pieces as
-planned for the step. The smallest sizes are captured whole, too, for steps whose attention needs no plan. What follows the
-last layer is launched as ever, so that no logits are kept per size.
-
-Shape legend: T tokens, H query heads, D head dimension, L layers, E hidden size.
+Knows nothing of steps: `captured` says what is computed at each size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 
-from tokabatch.attention.base import AttentionBackend
-from tokabatch.messages import Int32, StepBatch
-from tokabatch.model.decoder import Decoder, KVPages, Places
+FINEST, FINE_STEPS, COARSE_STEPS = 32, 32, 2
+"""Sizes from one power of two to the next; few of them are captured at once."""
+SMALL = 1024
+"""Up to here a step takes hardly longer than one of half the size: a power of two each is enough."""
+PATIENCE = 16
+"""Steps of one size from which its own graph is worth capturing, which takes the host some 20 ms: until then they are filled up
+to a coarser one."""
 
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, *range(640, 2049, 128))
-"""Captured, and the running limit itself beside them: above the largest the GPU needs longer than the host does to launch."""
-MAX_PADDING = 1 / 8
-"""Share of a large captured step that may be padding; a step that would be more is launched as it is."""
-SMALL = 256
-"""Steps below are bound by launching and by reading the weights: padding costs them nothing."""
-WHOLE = 512
-"""Sizes up to this one are captured whole, too."""
+Kind = TypeVar("Kind", bound=Hashable)
+Made = TypeVar("Made")
 
 
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    """One size. All pieces but the last end in a layer's queries, the last in the hidden state behind the last layer, as does
-    the whole."""
+class Recorder:
+    """Captures work on a stream of its own; what graphs compute with between beginning and end is one memory, used in turn."""
 
-    pieces: tuple[torch.cuda.CUDAGraph, ...]
-    hidden_TE: torch.Tensor
-    whole: torch.cuda.CUDAGraph | None
-    whole_hidden_TE: torch.Tensor
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def trial(self, work: Callable[[], object]) -> None:
+        """Run it as it is: kernels are compiled, and libraries allocate what they keep."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def capture(self, work: Callable[[], Made]) -> tuple[torch.cuda.CUDAGraph, Made]:
+        """The graph and what the work returned, whose memory is the graph's output from now on."""
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            # Not `torch.cuda.graph`, which empties the allocator's cache each time. Relaxed, as libraries load kernels late.
+            graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
+            try:
+                made = work()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph, made
 
 
-class DecodeGraphs:
-    """Captured when the engine starts, on the stream that steps run on. A size's steps run one after another."""
+def size_above(count: int, steps: int) -> int:
+    """The smallest size of the ladder that holds `count`, with so many sizes an octave."""
+    if count <= FINEST:
+        return 1 << max(0, count - 1).bit_length()
+    step = max(FINEST, (1 << (count - 1).bit_length() - 1) // steps)
+    return -(-count // step) * step
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        backend: AttentionBackend,
-        last_token: torch.Tensor,
-        limit: int,
-        sizes: Sequence[int] = SIZES,
-    ) -> None:
-        cache = backend.cache
-        assert cache is not None, "the decoder must write the cache"
-        wanted = [*(size for size in sizes if size < limit), limit]
-        self._sizes = np.array(wanted)
-        self._decoder = decoder
-        self._backend = backend
-        self._cache = cache
-        self._last_token = last_token
-        largest, device = max(wanted), decoder.device
-        self._places_2T = torch.zeros(2, largest, dtype=torch.int32, device=device)
-        self._places_2T[0] = cache.spare_slot
-        heads = (largest, decoder.num_heads, decoder.spec.head_dim)
-        self._mixed_THD = torch.zeros(heads, dtype=decoder.dtype, device=device)
-        self._queries_THD = torch.zeros_like(self._mixed_THD)
-        pool = torch.cuda.graph_pool_handle()
-        self._captured = {size: self._capture(size, pool) for size in sorted(wanted, reverse=True)}
 
-    def size_for(self, step: StepBatch) -> int | None:
-        """The captured size that a step runs at; None where none is near enough above it, or it brings tokens from the
-        host."""
-        if step.num_prefill_runs:
-            return None
-        count = len(step.run_slot)
-        place = int(np.searchsorted(self._sizes, count))
-        if place == len(self._sizes):
-            return None
-        size = int(self._sizes[place])
-        return size if size <= SMALL or size - count <= MAX_PADDING * size else None
+def coarse_size(count: int, most: int) -> int:
+    """The size of a graph that is captured at once."""
+    return min(most, size_above(count, 1 if count <= SMALL else COARSE_STEPS))
 
-    def padded(self, slot_T: Int32, position_T: Int32, size: int) -> Int32:
-        """Slots and positions filled up to `size` by the spare slot, [2, size]."""
-        places = np.zeros((2, size), np.int32)
-        places[0] = self._cache.spare_slot
-        places[:, : len(slot_T)] = slot_T, position_T
-        return places
 
-    def stage(self, places_2T: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put a step's `padded` places where its graphs read them; the slots and positions of its own tokens."""
-        size = places_2T.shape[1]
-        self._places_2T[:, :size].copy_(places_2T)
-        return self._places_2T[0, :num_tokens], self._places_2T[1, :num_tokens]
+class Ladder(Generic[Kind, Made]):
+    """What was captured, by size and kind. Sizes end at `most`."""
 
-    def run(self, size: int, num_tokens: int) -> torch.Tensor:
-        """hidden_TE behind the last layer, of the step that was staged and planned."""
-        captured = self._captured[size]
-        if captured.whole is not None and self._backend.needs_no_plan:
-            captured.whole.replay()
-            return captured.whole_hidden_TE[:num_tokens]
-        queries_THD, mixed_THD = self._queries_THD[:num_tokens], self._mixed_THD[:num_tokens]
-        for layer, piece in enumerate(captured.pieces[:-1]):
-            piece.replay()
-            self._backend.attend(layer, queries_THD, None, None, mixed_THD)
-        captured.pieces[-1].replay()
-        return captured.hidden_TE[:num_tokens]
+    def __init__(self, most: int, make: Callable[[int, Kind], Made]) -> None:
+        self.most = most
+        self._make = make
+        self._made: dict[tuple[int, Kind], Made] = {}
+        self._wanted: Counter[tuple[int, Kind]] = Counter()
 
-    def _capture(self, size: int, pool: Any) -> _Captured:
-        slot_T, position_T = self._places_2T[:, :size]
-        cache = self._cache
-        pages = KVPages(cache.k_LNKPD, cache.v_LNKPD, cache.table, slot_T, self._queries_THD[:size])
-        places = self._decoder.places(position_T, pages)
-        num_layers = len(self._decoder.layer_range)
-        hidden_TE = None
-        for layer in (0, num_layers):
-            # Once as it is: libraries choose and load their kernels at the first call with a shape.
-            hidden_TE = self._piece(layer, hidden_TE, places)
-        self._attend_unplanned(0, size)
-        pieces: list[torch.cuda.CUDAGraph] = []
-        for layer in range(num_layers + 1):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                hidden_TE = self._piece(layer, hidden_TE, places)
-            pieces.append(graph)
-        assert hidden_TE is not None
-        if size > WHOLE:
-            return _Captured(tuple(pieces), hidden_TE, None, hidden_TE)
-        whole, whole_hidden_TE = torch.cuda.CUDAGraph(), None
-        with torch.cuda.graph(whole, pool=pool):
-            for layer in range(num_layers + 1):
-                if layer:
-                    self._attend_unplanned(layer - 1, size)
-                whole_hidden_TE = self._piece(layer, whole_hidden_TE, places)
-        assert whole_hidden_TE is not None
-        return _Captured(tuple(pieces), hidden_TE, whole, whole_hidden_TE)
+    def at(self, size: int, kind: Kind) -> Made:
+        if (size, kind) not in self._made:
+            self._made[size, kind] = self._make(size, kind)
+        return self._made[size, kind]
 
-    def _attend_unplanned(self, layer: int, size: int) -> None:
-        slot_T, position_T = self._places_2T[:, :size]
-        self._backend.attend_unplanned(layer, self._queries_THD[:size], slot_T, position_T, self._mixed_THD[:size])
-
-    def _piece(self, layer: int, hidden_TE: torch.Tensor | None, places: Places) -> torch.Tensor:
-        """From the attention of the layer before to this layer's queries."""
-        decoder, size = self._decoder, places.positions_T.shape[0]
-        if layer == 0:
-            slot_T = self._places_2T[0, :size]
-            hidden_TE = decoder.embed(self._last_token.index_select(0, slot_T))
-        else:
-            assert hidden_TE is not None
-            hidden_TE = decoder.leave(layer - 1, hidden_TE, self._mixed_THD[:size])
-        if layer < len(decoder.layer_range):
-            decoder.enter(layer, hidden_TE, places)
-        return hidden_TE
+    def size(self, count: int, kind: Kind) -> int:
+        """The size that `count` tokens or rows, at most `most`, shall run at: the next one where that was captured, or is
+        wanted so often that it is worth it; until then a larger one."""
+        coarse = coarse_size(count, self.most)
+        fine = coarse if count <= SMALL else min(self.most, size_above(count, FINE_STEPS))
+        if (fine, kind) in self._made:
+            return fine
+        self._wanted[fine, kind] += 1
+        if self._wanted[fine, kind] >= PATIENCE:
+            return fine
+        return min((size for size, other in self._made if other == kind and count <= size <= coarse), default=coarse)

@@ -1,14 +1,17 @@
 """What a GPU has left for the KV cache: measured by running the largest step once, not estimated.
 
 The step runs on the decoder and the sampler with attention left out: its outputs have the queries' size, and its own scratch is
-a constant of the backend's.
+a constant of the backend's. Captured steps have a memory of their own, in which all of them work in turn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
+from tokabatch.attention.tiles import ENOUGH_PLANES
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import JobError
 from tokabatch.model.decoder import Decoder, KVPages
@@ -17,8 +20,18 @@ from tokabatch.model.slot_table import SlotTable
 
 RESERVED_BYTES = 2 << 30
 """Attention's scratch, captured graphs, the pinned copies of a few steps, and what other libraries take."""
+CAPTURED_SHARE = 3 / 4
+"""What a captured step may have more tokens than samples may run: the prompts that take the places of finished samples come in
+batches."""
+LEAST_CAPTURED = 512
 SLACK = 0.02
 """Share of the memory that the allocator may lose to fragments."""
+
+
+def captured_tokens(sizes: ReplicaSizes) -> int:
+    """Tokens of the largest step that is captured."""
+    beside = max(LEAST_CAPTURED, int(sizes.max_running * CAPTURED_SHARE))
+    return min(sizes.max_step_tokens, sizes.max_running + beside)
 
 
 def fitting_pages(decoder: Decoder, sizes: ReplicaSizes, page_bytes: int) -> int:
@@ -28,33 +41,55 @@ def fitting_pages(decoder: Decoder, sizes: ReplicaSizes, page_bytes: int) -> int
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    tokens, samples = sizes.max_step_tokens, sizes.max_running
     try:
-        _largest_step(decoder, sizes)
-        torch.cuda.synchronize(device)
+        needed = _peak(device, lambda: _layers(decoder, sizes, tokens))
+        # Captured steps work in a memory of their own, and keep what graphs read and write in yet another.
+        needed += _peak(device, lambda: _layers(decoder, sizes, captured_tokens(sizes))) + _fixed_bytes(decoder, sizes)
+        needed += _peak(device, lambda: _draws(decoder, samples))
     except torch.OutOfMemoryError as error:
         raise JobError(
-            f"a step of {sizes.max_step_tokens:,} tokens and {sizes.max_running:,} samples does not fit the device beside the "
-            f"weights ({str(error).splitlines()[0]}); write a smaller engine.max_step_tokens and engine.max_running"
+            f"a step of {tokens:,} tokens and {samples:,} samples does not fit the device beside the weights "
+            f"({str(error).splitlines()[0]}); write a smaller engine.max_step_tokens and engine.max_running"
         ) from error
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, int(free - needed - RESERVED_BYTES - SLACK * total)) // page_bytes
+
+
+def _peak(device: torch.device, work: Callable[[], object]) -> int:
+    """Bytes that some work takes at once."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, int(free - peak - RESERVED_BYTES - SLACK * total)) // page_bytes
+    return peak
 
 
-def _largest_step(decoder: Decoder, sizes: ReplicaSizes) -> None:
-    """As many tokens as a step may have, all samples drawing, the random way."""
+def _fixed_bytes(decoder: Decoder, sizes: ReplicaSizes) -> int:
+    """Of the buffers of captured steps: hidden states, queries, attention and its partial states."""
+    numbers = decoder.spec.hidden_size + (2 + ENOUGH_PLANES) * decoder.num_heads * decoder.spec.head_dim
+    return captured_tokens(sizes) * (numbers * decoder.dtype.itemsize + ENOUGH_PLANES * decoder.num_heads * 4)
+
+
+def _layers(decoder: Decoder, sizes: ReplicaSizes, num_tokens: int) -> None:
+    """So many tokens through all layers, all samples drawing."""
     device, spec = decoder.device, decoder.spec
-    num_tokens, num_rows = sizes.max_step_tokens, sizes.max_running
     cache = (len(decoder.layer_range), 1, decoder.num_kv_heads, sizes.page_size, spec.head_dim)
     k_LNKPD, v_LNKPD = (torch.zeros(cache, dtype=decoder.dtype, device=device) for _ in range(2))
     place_T = torch.zeros(num_tokens, dtype=torch.int32, device=device)
     pages = KVPages(k_LNKPD, v_LNKPD, torch.zeros(1, 1, dtype=torch.int32, device=device), place_T)
-    rows_S = torch.arange(num_rows, device=device)
-    logits_SV = decoder.forward(place_T, place_T, _no_attention, rows_S, pages)
-    slots = SlotTable(1, device)
-    sample(logits_SV, slots.inputs(np.zeros(num_rows, np.int32), place_T[:num_rows], place_T[:num_rows]))
+    rows_S = torch.arange(sizes.max_running, device=device)
+    decoder.hidden(place_T, place_T, _no_attention, rows_S, pages)
+
+
+def _draws(decoder: Decoder, num_rows: int) -> None:
+    """So many samples draw, the random way."""
+    device = decoder.device
+    logits_SV = decoder.logits(torch.zeros(num_rows, decoder.spec.hidden_size, dtype=decoder.dtype, device=device))
+    slots, place_S = SlotTable(1, device), torch.zeros(num_rows, dtype=torch.int32, device=device)
+    sample(logits_SV, slots.inputs(np.zeros(num_rows, np.int32), place_S, place_S))
 
 
 def _no_attention(layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor | None, v_TKD: torch.Tensor | None) -> torch.Tensor:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from tokabatch.attention import create_backend
 from tokabatch.attention.base import AttentionBackend, token_slots
-from tokabatch.engine.graphs import DecodeGraphs
-from tokabatch.engine.memory import fitting_pages
+from tokabatch.engine.memory import captured_tokens, fitting_pages
 from tokabatch.engine.sizing import ReplicaSizes, kv_shape, settle_pages
 from tokabatch.engine.warm_up import warm_up_steps
-from tokabatch.messages import SamplingParams, StepBatch, StepResult
+from tokabatch.messages import Int32, SamplingParams, StepBatch, StepResult
 from tokabatch.model.decoder import Decoder, KVPages
 from tokabatch.model.files import ModelFile, refuse_changed
 from tokabatch.model.sampler import Sampled, sample
@@ -27,6 +28,9 @@ from tokabatch.model.slot_table import SlotTable, packed
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import load_decoder
 from tokabatch.transfer import Outbox, to_host
+
+if TYPE_CHECKING:
+    from tokabatch.engine.captured import CapturedSteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +75,8 @@ class Worker:
         self._device = decoder.device
         # One place more than slots: what fills up a captured step reads and writes there.
         self._last_token = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)
-        self._slots = SlotTable(num_slots, self._device)
-        self._graphs: DecodeGraphs | None = None
+        self._slots = SlotTable(num_slots + 1, self._device)
+        self._captured: CapturedSteps | None = None
 
     @classmethod
     def build(cls, spec: WorkerSpec) -> Worker:
@@ -94,11 +98,14 @@ class Worker:
 
     @torch.inference_mode()
     def warm_up(self, draws: Sequence[SamplingParams]) -> None:
-        """Compile and load every kernel, and capture small decode steps where the backend lets the decoder write its cache."""
+        """Compile and load every kernel, and have steps captured from now on where the decoder may write the cache."""
         for step in warm_up_steps(self.sizes, draws):
             self.run(step)
-        if self._backend.cache is not None and self._decoder.mesh.tensor_size == self._decoder.mesh.pipeline_size == 1:
-            self._graphs = DecodeGraphs(self._decoder, self._backend, self._last_token, self.sizes.max_running)
+        cache = self._backend.cache
+        if cache is not None and self._decoder.mesh.tensor_size == self._decoder.mesh.pipeline_size == 1:
+            # Triton is there only where there is a GPU.
+            build = import_module("tokabatch.engine.captured").captured_on_gpu
+            self._captured = build(self._decoder, cache, self._last_token, self._slots, captured_tokens(self.sizes))
 
     def run(self, step: StepBatch) -> StepResult:
         """Execute one step and wait for its result."""
@@ -107,27 +114,59 @@ class Worker:
     @torch.inference_mode()
     def launch(self, step: StepBatch) -> Launched:
         """Queue one step on the device; on a CPU it is computed before this returns."""
-        sampled_slots = step.run_slot[step.run_samples]
-        outbox = Outbox(self._device)
-        opened = packed(step.inits)
+        outbox, opened = Outbox(self._device), packed(step.inits)
+        self._slots.note(*opened)
         slot_A, words_AW = (outbox.add(values) for values in opened)
-        slot_S = outbox.add(sampled_slots)
-        position_S = outbox.add((step.run_start + step.run_length)[step.run_samples])
-        size = self._graphs.size_for(step) if self._graphs is not None else None
-        compute = self._small(step, size, outbox) if size is not None else self._whole(step, outbox)
-        self._backend.prepare(step, outbox)
+        compute = self._by_kernels(step, outbox) if self._captured is None else self._by_graphs(self._captured, step, outbox)
         outbox.send()
-        self._slots.open(*opened, (slot_A.tensor, words_AW.tensor))
-        logits_SV = compute()
-        inputs = self._slots.inputs(sampled_slots, slot_S.tensor, position_S.tensor)
-        return Launched(step.index, sample(logits_SV, inputs, self._last_token))
+        self._slots.store(slot_A.tensor, words_AW.tensor)
+        return Launched(step.index, compute(), int(np.count_nonzero(step.run_samples)))
 
-    def _whole(self, step: StepBatch, outbox: Outbox) -> Callable[[], torch.Tensor]:
-        """Any step, kernel by kernel; what it returns gives the logits once the outbox is sent."""
+    def _by_kernels(self, step: StepBatch, outbox: Outbox) -> Callable[[], Sampled]:
+        """Kernel by kernel; what is returned computes the step once the outbox is sent."""
+        hidden = self._hidden(step, outbox)
+        slots, positions = _sampled(step)
+        slot, position = outbox.add(slots), outbox.add(positions)
+
+        def compute() -> Sampled:
+            logits_SV = self._decoder.logits(hidden())
+            return sample(logits_SV, self._slots.inputs(slots, slot.tensor, position.tensor), self._last_token)
+
+        return compute
+
+    def _by_graphs(self, captured: CapturedSteps, step: StepBatch, outbox: Outbox) -> Callable[[], Sampled]:
+        """The same by captured graphs; the layers of a step that is too large for one kernel by kernel."""
+        body = captured.body.fit(step)
+        rows = np.flatnonzero(step.run_samples)
+        if body is None:
+            hidden, words = self._hidden(step, outbox), None
+            rows = np.arange(len(rows))
+        else:
+            hidden, words = None, outbox.add(body.words)
+            self._backend.prepare_changes(step, outbox)
+            rows = (np.cumsum(step.run_length) - 1)[rows]
+        head = captured.head.fit(rows.astype(np.int32), *_sampled(step)) if len(rows) else None
+        head_words = None if head is None else outbox.add(head.words)
+
+        def compute() -> Sampled:
+            if hidden is not None:
+                captured.body.hidden_TE[: len(rows)].copy_(hidden())
+            elif body is not None and words is not None:
+                self._backend.apply_changes()
+                captured.body.run(body, words.tensor)
+            if head is None or head_words is None:
+                return Sampled(torch.empty(3, 0, dtype=torch.int32, device=self._device))
+            return Sampled(captured.head.run(head, head_words.tensor))
+
+        return compute
+
+    def _hidden(self, step: StepBatch, outbox: Outbox) -> Callable[[], torch.Tensor]:
+        """The layers kernel by kernel: what is returned gives hidden_SE of the sampled rows once the outbox is sent."""
         slot, position = outbox.add(token_slots(step)), outbox.add(step.positions().astype(np.int32))
         token_ids = outbox.add(step.token_ids)
         only_decodes = step.num_prefill_runs == 0
         rows = None if only_decodes else outbox.add(np.cumsum(step.run_length)[step.run_samples] - 1)
+        self._backend.prepare(step, outbox)
 
         def compute() -> torch.Tensor:
             slot_T, position_T = slot.tensor, position.tensor
@@ -138,29 +177,23 @@ class Worker:
             rows_S = None if rows is None else rows.tensor
             cache = self._backend.cache
             pages = None if cache is None else KVPages(cache.k_LNKPD, cache.v_LNKPD, cache.table, slot_T)
-            return self._decoder.forward(token_T, position_T, self._backend.attend, rows_S, pages)
+            return self._decoder.hidden(token_T, position_T, self._backend.attend, rows_S, pages)
 
         return compute
 
-    def _small(self, step: StepBatch, size: int, outbox: Outbox) -> Callable[[], torch.Tensor]:
-        """A small decode step, by captured graphs."""
-        graphs = self._graphs
-        assert graphs is not None
-        places, count = outbox.add(graphs.padded(step.run_slot, step.run_start, size)), len(step.run_slot)
 
-        def compute() -> torch.Tensor:
-            self._backend.plan(*graphs.stage(places.tensor, count))
-            return self._decoder.logits(graphs.run(size, count))
-
-        return compute
+def _sampled(step: StepBatch) -> tuple[Int32, Int32]:
+    """Slot and position of each token that is drawn, shape [S]."""
+    return step.run_slot[step.run_samples], (step.run_start + step.run_length)[step.run_samples]
 
 
 class Launched:
     """A step on its way: its results travel to the host behind it, and `wait` is for them alone."""
 
-    def __init__(self, index: int, sampled: Sampled) -> None:
+    def __init__(self, index: int, sampled: Sampled, count: int) -> None:
+        """`count` of the rows are the step's."""
         self._index = index
-        self._sampled = Sampled(to_host(sampled.packed))
+        self._sampled = Sampled(to_host(sampled.packed)[:, :count])
         self._event: torch.cuda.Event | None = None
         if sampled.packed.is_cuda:
             self._event = torch.cuda.Event()

@@ -106,16 +106,27 @@ class Decoder:
     ) -> torch.Tensor:
         """logits_SV of the tokens at `logit_rows_S` (indices into T; None: all), in the model's dtype; on a pipeline stage that
         is not the last, an empty [0, V]. All three index tensors are int32 or int64 on the decoder's device."""
+        hidden = self.hidden(token_ids_T, positions_T, attend, logit_rows_S, pages)
+        if self.mesh.is_last_stage:
+            return self.logits(hidden)
+        send_hidden(hidden, self.mesh)
+        return hidden.new_empty(0, self.spec.vocab_size)
+
+    def hidden(
+        self,
+        token_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        attend: Attend,
+        logit_rows_S: torch.Tensor | None = None,
+        pages: KVPages | None = None,
+    ) -> torch.Tensor:
+        """What `forward` makes logits of: hidden_SE behind the stage's layers, on a stage that is not the last hidden_TE."""
         if self.mesh.is_first_stage:
             hidden_TE = self.embed(token_ids_T)
         else:
             shape = (token_ids_T.shape[0], self.spec.hidden_size)
             hidden_TE = receive_hidden(torch.empty(shape, dtype=self.dtype, device=self.device), self.mesh)
-        hidden = self.run_layers(hidden_TE, self.places(positions_T, pages), attend, logit_rows_S)
-        if self.mesh.is_last_stage:
-            return self.logits(hidden)
-        send_hidden(hidden, self.mesh)
-        return hidden.new_empty(0, self.spec.vocab_size)
+        return self.run_layers(hidden_TE, self.places(positions_T, pages), attend, logit_rows_S)
 
     def places(self, positions_T: torch.Tensor, pages: KVPages | None) -> Places:
         """What `enter` needs of the step's tokens."""

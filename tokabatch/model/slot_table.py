@@ -114,9 +114,14 @@ class SlotTable:
         self.words = words if self._on_host else words.to(device)
         """int32 [num_slots, W] on the device, at one address for life."""
 
-    def open(self, slot_A: Int64, words_AW: Int32, sent: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
-        """Set the records of the slots that a step opens, as `packed` makes them. `sent` are the two arrays where they are on
-        the device already; else they are sent from here."""
+    def open(self, slot_A: Int64, words_AW: Int32) -> None:
+        """Set the records of the slots that a step opens, as `packed` makes them, here and on the device."""
+        self.note(slot_A, words_AW)
+        if len(slot_A) and not self._on_host:
+            self.store(*to_device_all((slot_A, words_AW), self.words.device))
+
+    def note(self, slot_A: Int64, words_AW: Int32) -> None:
+        """The host's part of `open`: what `inputs` tells is up to date; the device's records are not."""
         if not len(slot_A):
             return
         records = words_AW.view(RECORD)[:, 0]
@@ -125,21 +130,20 @@ class SlotTable:
         filters = (records["top_p"] < 1) | (records["top_k"] > 0) | (records["min_p"] > 0)
         self._random[slot_A], self._filtered[slot_A] = random, random & filters
         self._logprobs[slot_A] = records["logprobs"]
-        if self._on_host:
-            return
-        slots, words = sent or to_device_all((slot_A, words_AW), self.words.device)
-        self.words.index_copy_(0, slots, words)
+
+    def store(self, slots: torch.Tensor, words: torch.Tensor) -> None:
+        """The device's part of `open`, both arrays on the device."""
+        if len(slots) and not self._on_host:
+            self.words.index_copy_(0, slots, words)
 
     def inputs(self, slots: Int32, slot_S: torch.Tensor, position_S: torch.Tensor) -> SamplerInputs:
         """What `sample` takes for rows of these slots; `slot_S` are the same slots on the device."""
-        return SamplerInputs(
-            table=self,
-            slot_S=slot_S,
-            position_S=position_S,
-            any_random=bool(self._random[slots].any()),
-            any_filter=bool(self._filtered[slots].any()),
-            max_logprobs=int(self._logprobs[slots].max(initial=-1)),
-        )
+        return SamplerInputs(self, slot_S, position_S, *self.kinds(slots))
+
+    def kinds(self, slots: Int32) -> tuple[bool, bool, int]:
+        """Whether any of these slots draws at random, whether any filters, and the most alternatives that one reports."""
+        some = bool(self._random[slots].any()), bool(self._filtered[slots].any())
+        return *some, int(self._logprobs[slots].max(initial=-1))
 
     def columns(self, slot_S: torch.Tensor) -> SlotColumns:
         """The fields of these slots' records, copies of S, on the device."""

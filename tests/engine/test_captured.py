@@ -1,0 +1,144 @@
+"""Captured steps against the torch backend, and the ladder of their sizes.
+
+On a machine without a GPU the kernels run in Triton's interpreter, and a graph is its work, done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from support import tiny_models, token_device
+from support.interpreter import DEVICES, INTERPRETING
+
+from tokabatch.attention.base import KVShape
+from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, PATIENCE, Ladder, Recorder, coarse_size, size_above
+from tokabatch.engine.sizing import ReplicaSizes, kv_shape
+from tokabatch.engine.worker import Worker, WorkerSpec
+from tokabatch.messages import Completion, SamplingParams
+from tokabatch.model.families import read_spec
+from tokabatch.model.weights import load_decoder
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
+from tokabatch.scheduling.stopping import StopRules
+
+DTYPE = torch.float32 if INTERPRETING else torch.bfloat16
+VOCAB = 97
+HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+"""The matrix units multiply no fewer than 16 columns."""
+
+
+@pytest.mark.parametrize("steps", [FINE_STEPS, COARSE_STEPS])
+def test_sizes_are_near_above(steps):
+    sizes = [size_above(count, steps) for count in range(1, 20_000)]
+    assert all(size >= count for count, size in enumerate(sizes, 1)) and sizes == sorted(sizes)
+    assert all(size - count <= max(31, count / steps) for count, size in enumerate(sizes, 1))
+    assert all(size_above(size, steps) == size for size in sizes)
+    assert all(size_above(count, COARSE_STEPS) in set(sizes) for count in range(1, 10_000))
+
+
+def test_a_size_is_captured_once_it_is_wanted_often():
+    made = []
+    ladder = Ladder(5000, lambda size, kind: made.append((size, kind)))
+    taken = [ladder.size(1040, "a") for _ in range(PATIENCE + 1)]
+    assert taken == [1536] * (PATIENCE - 1) + [1056] * 2
+    ladder.at(1056, "a")
+    ladder.at(1056, "a")
+    assert made == [(1056, "a")]
+    assert ladder.size(1050, "a") == 1056 and ladder.size(1030, "a") == 1056 and ladder.size(1030, "b") == 1536
+    assert ladder.size(4999, "a") == 5000 and ladder.size(1, "a") == 1 and ladder.size(300, "a") == 512
+    assert all(coarse_size(count, 5000) >= ladder.size(count, "a") >= count for count in range(1, 5001))
+
+
+class Redoing:
+    """In the place of a recorder: a graph that is its work, done again, its outputs in the same place."""
+
+    def trial(self, work: Callable[[], object]) -> None:
+        work()
+
+    def capture(self, work: Callable[[], torch.Tensor | None]) -> tuple[Redone, torch.Tensor | None]:
+        made = work()
+        return Redone(work, made), made
+
+
+class Redone:
+    def __init__(self, work: Callable[[], torch.Tensor | None], made: torch.Tensor | None) -> None:
+        self._work, self._made = work, made
+
+    def replay(self) -> None:
+        again = self._work()
+        if self._made is not None and again is not None:
+            self._made.copy_(again)
+
+
+class Pages:
+    """A backend that keeps the pages and computes nothing."""
+
+    def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device) -> None:
+        store = import_module("tokabatch.attention.page_store").PageStore(shape, dtype, device)
+        self.cache, self.prepare_changes, self.apply_changes = store.cache, store.prepare, store.apply
+
+
+def sizes_of(page: int, max_running: int, step: int) -> ReplicaSizes:
+    return ReplicaSizes(page, 120, max_running, step, -(-48 // page), 2, 1)
+
+
+def captured_worker(folder, sizes: ReplicaSizes, device: torch.device) -> Worker:
+    spec = read_spec(folder)
+    decoder = load_decoder(folder, spec, DTYPE, device)
+    shape = kv_shape(spec, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_pages_per_sequence)
+    worker = Worker(decoder, Pages(shape, DTYPE, device), sizes)
+    recorder = Redoing() if device.type == "cpu" else Recorder()
+    make = import_module("tokabatch.engine.captured").CapturedSteps
+    with torch.inference_mode():
+        captured = make(decoder, worker._backend.cache, worker._last_token, worker._slots, sizes.max_step_tokens, recorder, 2)
+        captured.prepare()
+    worker._captured = captured
+    return worker
+
+
+def generate(
+    worker: Worker, prompts: list[list[int]], params: SamplingParams, grouping: GroupingLimits | None
+) -> list[Completion]:
+    sizes = worker.sizes
+    limits = SchedulerLimits(
+        sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_step_tokens, sizes.max_pages_per_sequence, grouping
+    )
+    scheduler = Scheduler(token_device.make_requests(prompts, [params]), limits, StopRules([params], [], VOCAB, None))
+    done: list[Completion] = []
+    while not scheduler.done:
+        done += scheduler.apply(worker.run(scheduler.schedule()))
+    return sorted(done, key=lambda c: (c.row_index, c.sample_index))
+
+
+@pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize(
+    ("family", "page", "grouping", "params"),
+    [
+        ("llama", 4, GroupingLimits(2, 1), SamplingParams(n=5, temperature=0.0, max_tokens=9, logprobs=0, ignore_eos=True)),
+        ("qwen3", 16, GroupingLimits(2, 1), SamplingParams(n=2, top_k=5, max_tokens=6, logprobs=2, ignore_eos=True)),
+        ("qwen2", 4, None, SamplingParams(n=3, max_tokens=7, logprobs=0, ignore_eos=True)),
+    ],
+)
+def test_captured_steps_give_what_the_torch_backend_gives(tmp_path, where, family, page, grouping, params):
+    """Prompts computed beside running samples, shared beginnings, forks, slots used again, steps of every size."""
+    folder = tiny_models.build(family, tmp_path, **HEADS)
+    header = [5, 9, 9, 41, 3, 77, 60, 12, 13, 14, 15, 16, 17]
+    prompts = [[*header, 9], [*header, 8, 30, 30, 2], [8], [*header, 8, 30, 30, 7, 50], [4] * 30]
+    sizes = sizes_of(page, 7, 30)
+    plain = WorkerSpec(folder, read_spec(folder), torch.float32, "cpu", "torch_paged", sizes)
+    expected = generate(Worker.build(plain), prompts, params, grouping)
+    found = generate(captured_worker(folder, sizes, torch.device(where)), prompts, params, grouping)
+    same = [a.token_ids.tolist() == b.token_ids.tolist() for a, b in zip(expected, found, strict=True)]
+    if where == "cpu":
+        assert all(same)
+    for ours, theirs in zip(found, expected, strict=True):
+        # In 16 bits samples part where two tokens are about as likely: up to there they agree.
+        agree = int(np.argmin(np.append(ours.token_ids == theirs.token_ids, False)))
+        np.testing.assert_allclose(
+            ours.logprobs[:agree], theirs.logprobs[:agree], **({"atol": 1e-3} if where == "cpu" else {"atol": 0.3})
+        )
+    assert len(found) == params.n * len(prompts)

@@ -1,0 +1,46 @@
+"""The pages of a cache that kernels write: keys, values and the page table on a GPU, and a step's changes to them.
+
+Imports triton: only a GPU backend loads this module. Shapes: L layers, N pages, K key-value heads, P page size, D head dim.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tokabatch.attention.base import KVShape, PagedCache
+from tokabatch.attention.triton_pages import copy_pages
+from tokabatch.messages import StepBatch
+from tokabatch.transfer import Outbox, Parcel
+
+
+class PageStore:
+    """A layer's keys, and its values, are [N, K, P, D] (HND): what one program reads of a page is contiguous. `page_table` is
+    the host's copy of the table."""
+
+    def __init__(self, shape: KVShape, kv_dtype: torch.dtype, device: torch.device) -> None:
+        size = (shape.num_layers, shape.num_pages + 1, shape.num_kv_heads, shape.page_size, shape.head_dim)
+        table = torch.full((shape.num_slots + 1, shape.max_pages), shape.num_pages, dtype=torch.int32, device=device)
+        k_LNKPD, v_LNKPD = (torch.zeros(size, dtype=kv_dtype, device=device) for _ in range(2))
+        self.cache = PagedCache(k_LNKPD, v_LNKPD, table)
+        self.page_table = np.zeros((shape.num_slots, shape.max_pages), np.int32)
+        self._changes: list[Parcel] = []
+
+    def prepare(self, step: StepBatch, outbox: Outbox) -> None:
+        """Put the step's changes into the outbox, and make those of the host's table."""
+        self.page_table[step.table_slot, step.table_column] = step.table_page
+        cell = step.table_slot.astype(np.int64) * self.page_table.shape[1] + step.table_column
+        values = (cell, step.table_page, step.clear_pages.astype(np.int64), step.copy_src, step.copy_dst)
+        self._changes = [outbox.add(each) for each in values]
+
+    def apply(self) -> None:
+        """Make what was prepared, once the outbox is sent."""
+        cell, page, clear, source, target = (parcel.tensor for parcel in self._changes)
+        cache = self.cache
+        if len(cell):
+            cache.table.view(-1).index_copy_(0, cell, page)
+        if len(clear):
+            for values in (cache.k_LNKPD, cache.v_LNKPD):
+                raw = values.view(torch.uint8) if values.dtype.itemsize == 1 else values
+                raw.index_fill_(1, clear, 0)
+        copy_pages(cache.k_LNKPD, cache.v_LNKPD, source, target)

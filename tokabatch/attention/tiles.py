@@ -1,0 +1,223 @@
+"""A step's attention as a work list, so that its launches are the same whatever the step holds: they can be captured.
+
+All that a step attends to, but for the keys that a decode run reads alone, is cut into tiles: some queries of neighbouring
+tokens against a range of one slot's keys. `triton_tiles` computes a tile into a plane of partial states, and the decode kernel
+merges a token's planes with what it reads itself (`triton_decode`). Long ranges of few queries are split along their keys, into
+planes of their own, so that they fill the device. Knows only arrays.
+
+Shape legend: T tokens of the step, N passes, I tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokabatch.messages import Int32, Int64, StepBatch
+
+WORDS = 8
+"""Of a tile: first token, tokens, slot, first key, last key + 1, the first query's position, plane, unused."""
+UNMASKED = 1 << 30
+"""The position of queries that see every key of their tile."""
+MAX_PLANES, ENOUGH_PLANES = 31, 4
+"""Planes that a step has at most, and that the largest has."""
+SHORT_RUN = 16
+"""Tokens of a run up to which the decode kernel serves each of them by itself."""
+LONG_CONTEXT = 1024
+"""Keys of a short run from which they may be split, and of the context of a long one from which it is a pass of its own."""
+SHORT_CONTEXT = 160
+"""Mean keys up to which the smallest blocks of the decode kernel win: a sequence is then a handful of pages."""
+SPLIT_KEYS, SPLIT_STEP = 256, 64
+"""Fewest keys of a split range, and what it is a multiple of."""
+FEW_TILES, ENOUGH_TILES = 2, 4
+"""Tiles a program of the device below which ranges are split, and how many they are then split into: each tile more costs
+what some 80 keys do, and its states are merged."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileShape:
+    """What tiles are cut for. A tile has `wide` or `narrow` rows, a row being a query head of the key-value head's `group`;
+    `programs` of each run at once."""
+
+    page_size: int
+    num_kv_heads: int
+    group: int
+    wide: int
+    narrow: int
+    wide_programs: int
+    narrow_programs: int
+
+
+@dataclass(frozen=True, slots=True)
+class TilePlan:
+    """`own_T` is the first key that the decode kernel reads for each token itself, up to the token's position; `planes_T` the
+    partial states that it merges, planes 0 to that. `mean_keys` are those of a decode run that it reads."""
+
+    wide_IW: Int32
+    narrow_IW: Int32
+    own_T: Int32
+    planes_T: Int32
+    mean_keys: float
+
+    @property
+    def has_tiles(self) -> bool:
+        return len(self.wide_IW) + len(self.narrow_IW) > 0
+
+    @property
+    def reads_much(self) -> bool:
+        """Whether decode runs read more than a few pages themselves."""
+        return self.mean_keys > SHORT_CONTEXT
+
+
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    """Queries of tokens `token : token + queries`, no token twice, against keys `begin : end` of a slot."""
+
+    token: Int64
+    queries: Int64
+    slot: Int64
+    begin: Int64
+    end: Int64
+    position: Int64
+    """Of the first query, where later queries see more; UNMASKED where all see all."""
+
+    @classmethod
+    def of(cls, *columns: Int32 | Int64) -> _Passes:
+        return cls(*(column.astype(np.int64) for column in columns))
+
+
+def plan_tiles(step: StepBatch, shape: TileShape, max_planes: int) -> TilePlan | None:
+    """None where a step needs more planes than there are."""
+    length, size = step.run_length.astype(np.int64), shape.page_size
+    token = np.cumsum(length) - length
+    covered = step.run_skip.astype(np.int64) * size
+    own_T = np.repeat(covered, length)
+    passes = [
+        _Passes.of(level.token_start, level.token_stop - level.token_start, level.slot, level.page_start * size,
+                   level.page_stop * size, np.full(len(level.slot), UNMASKED))
+        for level in step.prefix_levels
+    ]  # fmt: skip
+    runs = _Runs(token, length, step.run_slot.astype(np.int64), covered, step.run_start.astype(np.int64))
+    passes += _causal_passes(runs, own_T, size)
+    passes += _long_contexts(runs, own_T, shape)
+    planes_T, tiles = np.zeros(len(own_T), np.int64), ([], [])
+    for place, one in enumerate(passes):
+        _cut(one, shape, planes_T, max_planes - (len(passes) - 1 - place), tiles)
+    if planes_T.max(initial=0) > max_planes:
+        return None
+    wide, narrow = (_longest_first(found) for found in tiles)
+    keys = runs.start[step.num_prefill_runs :] + 1 - own_T[len(step.token_ids) :]
+    mean = float(keys.mean()) if len(keys) else 0.0
+    return TilePlan(wide, narrow, own_T.astype(np.int32), planes_T.astype(np.int32), mean)
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """First token, length, slot, position behind the shared pages, and first position of each run."""
+
+    token: Int64
+    length: Int64
+    slot: Int64
+    covered: Int64
+    start: Int64
+
+    def take(self, chosen: Int64) -> _Runs:
+        return _Runs(*(getattr(self, name)[chosen] for name in _Runs.__slots__))
+
+
+def _causal_passes(runs: _Runs, own_T: Int64, size: int) -> list[_Passes]:
+    """Long runs: a causal pass each, and one before it over a long context. Takes their tokens out of `own_T`."""
+    long = np.flatnonzero(runs.length > SHORT_RUN)
+    if not len(long):
+        return []
+    runs = runs.take(long)
+    own_T[_tokens(runs)] = UNMASKED
+    middle = np.where(runs.start - runs.covered > LONG_CONTEXT, runs.start // size * size, runs.covered)
+    passes = [_Passes(runs.token, runs.length, runs.slot, middle, runs.start + runs.length, runs.start)]
+    before = np.flatnonzero(middle > runs.covered)
+    return [*_unmasked(runs.take(before), middle[before]), *passes] if len(before) else passes
+
+
+def _long_contexts(runs: _Runs, own_T: Int64, shape: TileShape) -> list[_Passes]:
+    """Short runs whose own keys take longer than a fair share of the device; moves their `own_T` behind those keys."""
+    keys = np.where(runs.length <= SHORT_RUN, runs.start - runs.covered, 0)
+    if keys.max(initial=0) <= LONG_CONTEXT:
+        return []
+    share = 2 * float(keys.sum()) * shape.num_kv_heads / shape.narrow_programs
+    whole = runs.start // shape.page_size * shape.page_size
+    found = np.flatnonzero((keys > max(LONG_CONTEXT, share)) & (whole > runs.covered))
+    if not len(found):
+        return []
+    runs, end = runs.take(found), whole[found]
+    own_T[_tokens(runs)] = np.repeat(end, runs.length)
+    return _unmasked(runs, end)
+
+
+def _unmasked(runs: _Runs, end: Int64) -> list[_Passes]:
+    return [_Passes(runs.token, runs.length, runs.slot, runs.covered, end, np.full(len(end), UNMASKED))]
+
+
+def _tokens(runs: _Runs) -> Int64:
+    """The tokens of some runs, run after run."""
+    first = np.cumsum(runs.length) - runs.length
+    return np.arange(int(runs.length.sum())) + np.repeat(runs.token - first, runs.length)
+
+
+def _cut(passes: _Passes, shape: TileShape, planes_T: Int64, max_planes: int, tiles: tuple[list[Int64], list[Int64]]) -> None:
+    """Appends the tiles of some passes, and counts their tokens' planes: up to `max_planes`, but one for each pass at least."""
+    rows = passes.queries * shape.group
+    # A wide tile takes about as long as three narrow ones over the same keys.
+    is_narrow = rows <= 3 * shape.narrow
+    parts = np.ones(len(rows), np.int64)
+    base = planes_T[passes.token]
+    for kind, (height, programs) in enumerate(((shape.wide, shape.wide_programs), (shape.narrow, shape.narrow_programs))):
+        chosen = np.flatnonzero(is_narrow == bool(kind))
+        if not len(chosen):
+            continue
+        own = _Passes(*(getattr(passes, name)[chosen] for name in _Passes.__slots__))
+        per_tile = height // shape.group
+        num_tiles = -(-own.queries // per_tile)
+        keys = own.end - own.begin
+        part_keys = keys
+        if num_tiles.sum() * shape.num_kv_heads < FEW_TILES * programs:
+            share = float((num_tiles * keys).sum()) * shape.num_kv_heads / (programs * ENOUGH_TILES)
+            part_keys = _part_keys(keys, max(SPLIT_KEYS, share), max_planes - base[chosen])
+        part_keys = np.where(own.position == UNMASKED, part_keys, keys)
+        parts[chosen] = -(-keys // part_keys)
+        tiles[kind].append(_tiles(own, num_tiles, per_tile, part_keys, parts[chosen], base[chosen]))
+    change = np.zeros(len(planes_T) + 1, np.int64)
+    change[passes.token] = parts
+    change[passes.token + passes.queries] -= parts
+    planes_T += np.cumsum(change)[:-1]
+
+
+def _part_keys(keys: Int64, wanted: float, most_parts: Int64) -> Int64:
+    parts = np.maximum(1, np.minimum(most_parts, np.ceil(keys / wanted).astype(np.int64)))
+    return np.where(parts == 1, keys, -(-keys // (parts * SPLIT_STEP)) * SPLIT_STEP)
+
+
+def _tiles(own: _Passes, num_tiles: Int64, per_tile: int, part_keys: Int64, parts: Int64, base: Int64) -> Int64:
+    """[I, WORDS]: each pass along its queries and its keys."""
+    count = num_tiles * parts
+    of = np.repeat(np.arange(len(count)), count)
+    place = np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count)
+    tile, part = place // parts[of], place % parts[of]
+    shift = tile * per_tile
+    queries = np.minimum(per_tile, own.queries[of] - shift)
+    masked = own.position[of] != UNMASKED
+    begin = own.begin[of] + part * part_keys[of]
+    end = np.minimum(own.end[of], begin + part_keys[of])
+    # The last query of a causal tile sees up to its own position.
+    end = np.where(masked, np.minimum(end, own.position[of] + shift + queries), end)
+    position = np.where(masked, own.position[of] + shift, UNMASKED)
+    columns = (own.token[of] + shift, queries, own.slot[of], begin, end, position, base[of] + part, np.zeros_like(of))
+    return np.stack(columns, axis=1)
+
+
+def _longest_first(tiles: list[Int64]) -> Int32:
+    if not tiles:
+        return np.zeros((0, WORDS), np.int32)
+    together = np.concatenate(tiles)
+    order = np.argsort(together[:, 3] - together[:, 4], kind="stable")
+    return together[order].astype(np.int32)

@@ -1,0 +1,183 @@
+"""Partial attention of a work list of tiles (`tiles`), in a fixed number of programs that take one tile after another.
+
+Nothing of a launch depends on the step: how many tiles there are, and what they cover, is read on the device. The partial
+states go to planes, [planes, T, H, D] and their log-sum-exp in base 2, [planes, T, H]; `triton_decode` merges them, and
+sets the counters that hand out tiles back to zero.
+
+Imports triton: only a captured step loads this module. Shape legend: T tokens, H query heads, K key-value heads, D head
+dimension, P page size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from tokabatch.attention.tiles import WORDS, TileShape
+
+_WORDS = tl.constexpr(WORDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Rows of a tile, keys read at once, warps and pipeline stages of a program, and programs of a multiprocessor."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    programs: int
+
+
+WIDE = Launch(128, 64, 4, 3, 2)
+NARROW = Launch(16, 64, 1, 3, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """Partial states of a step's tokens and the counters of the work lists."""
+
+    state_NTHD: torch.Tensor
+    lse_NTH: torch.Tensor
+    counter: torch.Tensor
+    """int32 [2], zero before a launch and after the merge."""
+
+
+def tile_shape(page_size: int, num_heads: int, num_kv_heads: int, num_cores: int) -> TileShape:
+    """What `attend_tiles` takes on a device of so many multiprocessors."""
+    group = num_heads // num_kv_heads
+    wide, narrow = (max(launch.rows, triton.next_power_of_2(group)) for launch in (WIDE, NARROW))
+    return TileShape(page_size, num_kv_heads, group, wide, narrow, num_cores * WIDE.programs, num_cores * NARROW.programs)
+
+
+@triton.jit
+def _over_keys(
+    q, acc, highest, mass, k_ptr, v_ptr, table_ptr, begin, end, last, page_stride, scale,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over keys `begin : end` of one slot, whole blocks unless MASKED; row r sees keys up to `last[r]`."""
+    dim = tl.arange(0, DIM_PAD)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        if MASKED:
+            page = tl.load(table_ptr + at // PAGE, mask=at < end, other=0).to(tl.int64)
+        else:
+            page = tl.load(table_ptr + at // PAGE).to(tl.int64)
+        key = page * page_stride + (at % PAGE) * DIM
+        place = key[:, None] + dim[None, :]
+        if MASKED or DIM < DIM_PAD:
+            inside = (at < end)[:, None] & (dim < DIM)[None, :]
+            k = tl.load(k_ptr + place, mask=inside, other=0.0)
+            v = tl.load(v_ptr + place, mask=inside, other=0.0)
+        else:
+            k = tl.load(k_ptr + place)
+            v = tl.load(v_ptr + place)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)))
+        if MASKED:
+            scores = tl.where((at[None, :] <= last[:, None]) & (at < end)[None, :], scores, float("-inf"))
+        next_highest = tl.maximum(highest, tl.max(scores, 1) * scale)
+        base = next_highest
+        if MASKED:
+            # A row may have seen no key so far.
+            base = tl.where(next_highest == float("-inf"), 0.0, next_highest)
+        kept = tl.exp2(highest - base)
+        weight = tl.exp2(scores * scale - base[:, None])
+        mass = mass * kept + tl.sum(weight, 1)
+        acc = acc * kept[:, None]
+        acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc)
+        highest = next_highest
+    return acc, highest, mass
+
+
+@triton.jit(do_not_specialize=["plane_rows"], do_not_specialize_on_alignment=["list_ptr"])
+def _attend(
+    q_ptr, k_ptr, v_ptr, state_ptr, lse_ptr, table_ptr, list_ptr, counter_ptr,
+    plane_rows, page_stride, head_stride, table_stride, scale, num_kv_heads,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`list` begins with the number of tiles of each kind and the words before the first of each. A plane has `plane_rows`
+    rows, T * H."""
+    total = tl.load(list_ptr + KIND) * num_kv_heads
+    tiles_ptr = list_ptr + tl.load(list_ptr + 2 + KIND)
+    row, dim = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
+    index = tl.atomic_add(counter_ptr + KIND, 1)
+    while index < total:
+        tile_ptr, kv_head = tiles_ptr + index // num_kv_heads * _WORDS, index % num_kv_heads
+        token, queries = tl.load(tile_ptr), tl.load(tile_ptr + 1)
+        slot = tl.load(tile_ptr + 2).to(tl.int64)
+        begin, end = tl.load(tile_ptr + 3), tl.load(tile_ptr + 4)
+        position, plane = tl.load(tile_ptr + 5), tl.load(tile_ptr + 6).to(tl.int64)
+        query = row // GROUP
+        head = (token + query).to(tl.int64) * (num_kv_heads * GROUP) + kv_head * GROUP + row % GROUP
+        is_row = query < queries
+        place = head[:, None] * DIM + dim[None, :]
+        inside = is_row[:, None] & (dim < DIM)[None, :]
+        q = tl.load(q_ptr + place, mask=inside, other=0.0)
+        highest = tl.full([ROWS], float("-inf"), tl.float32)
+        mass = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+        k_head, v_head, pages = k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride, table_ptr + slot * table_stride
+        # Up to here every row sees every key.
+        whole = begin + (tl.maximum(tl.minimum(end, position + 1) - begin, 0)) // BLOCK * BLOCK
+        last = position + query
+        acc, highest, mass = _over_keys(
+            q,
+            acc,
+            highest,
+            mass,
+            k_head,
+            v_head,
+            pages,
+            begin,
+            whole,
+            last,
+            page_stride,
+            scale,
+            DIM,
+            DIM_PAD,
+            PAGE,
+            BLOCK,
+            False,
+        )
+        acc, highest, mass = _over_keys(
+            q, acc, highest, mass, k_head, v_head, pages, whole, end, last, page_stride, scale, DIM, DIM_PAD, PAGE, BLOCK, True
+        )
+        out = acc / mass[:, None]
+        tl.store(state_ptr + plane * plane_rows * DIM + place, out.to(state_ptr.dtype.element_ty), mask=inside)
+        tl.store(lse_ptr + plane * plane_rows + head, highest + tl.log2(mass), mask=is_row)
+        index = tl.atomic_add(counter_ptr + KIND, 1)
+
+
+def attend_tiles(
+    q_THD: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    table: torch.Tensor,
+    work: torch.Tensor,
+    planes: Planes,
+    num_cores: int,
+) -> None:
+    """The partial states of all tiles, wide and narrow, into `planes`, whose tensors hold T tokens.
+
+    `cache` is keys and values of one layer, each [pages, K, P, D], 16-bit or e4m3; `table` [slots, columns] int32. `work` is
+    int32: the number of wide and of narrow tiles, where the words of each begin, and there the tiles (`tiles.WORDS` each).
+    """
+    num_tokens, num_heads, head_dim = q_THD.shape
+    k_cache, v_cache = cache
+    _, num_kv_heads, page_size, _ = k_cache.shape
+    assert q_THD.is_contiguous() and planes.state_NTHD.is_contiguous() and planes.lse_NTH.is_contiguous()
+    assert k_cache.stride() == v_cache.stride() and k_cache.stride(2) == head_dim and k_cache.stride(3) == 1
+    group = num_heads // num_kv_heads
+    for kind, launch in enumerate((WIDE, NARROW)):
+        rows = max(launch.rows, triton.next_power_of_2(group))
+        _attend[(num_cores * launch.programs,)](
+            q_THD, k_cache, v_cache, planes.state_NTHD, planes.lse_NTH, table, work, planes.counter,
+            num_tokens * num_heads, k_cache.stride(0), k_cache.stride(1), table.stride(0),
+            math.log2(math.e) / math.sqrt(head_dim), num_kv_heads,
+            KIND=kind, GROUP=group, ROWS=rows, DIM=head_dim, DIM_PAD=triton.next_power_of_2(head_dim), PAGE=page_size,
+            BLOCK=launch.keys, num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip

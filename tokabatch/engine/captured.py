@@ -1,0 +1,271 @@
+"""Steps as two CUDA graphs: what a step computes is launched at once, whatever the number of layers.
+
+The body takes tokens to hidden states: embedding and all layers, attention included, whose launches depend on nothing but the
+number of tokens (`attention.tiles`); any step that is not too large has one, prefill or not. The head takes hidden states to
+drawn tokens: the logits and the sampler, which also leaves each token where the next step's body reads it. A step is filled up
+to a captured size with tokens of the spare slot. What a graph reads of a step lies in fixed buffers, written by one copy each
+before it is replayed.
+
+Imports triton: only a worker on a GPU loads this module. Shape legend: T tokens, S sampled rows, H query heads, D head
+dimension, E hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tokabatch.attention.base import PagedCache, token_slots
+from tokabatch.attention.tiles import ENOUGH_PLANES, MAX_PLANES, WORDS, TilePlan, plan_tiles
+from tokabatch.attention.triton_decode import decode_and_merge
+from tokabatch.attention.triton_tiles import Planes, attend_tiles, tile_shape
+from tokabatch.engine.graphs import FINEST, Ladder, Recorder, coarse_size
+from tokabatch.messages import Int32, StepBatch
+from tokabatch.model.decoder import Decoder, KVPages
+from tokabatch.model.sampler import sample
+from tokabatch.model.slot_table import SamplerInputs, SlotTable
+
+TILES_A_TOKEN, LEAST_TILES = 2, 8192
+"""Tiles that a step may have."""
+LONG_PROMPT, MOSTLY = 512, 4096
+"""Tokens of a prompt, on average, and of all prompts, from which a step is launched kernel by kernel: it takes longer than
+its launches, and kernels of one purpose are faster at long prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class BodyKind:
+    """`tiles`: something is attended to in tiles. `long`: what decode runs read themselves is more than a few pages."""
+
+    tiles: bool
+    long: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BodyStep:
+    """A step's body: the graph it runs, and what that reads."""
+
+    size: int
+    kind: BodyKind
+    words: Int32
+
+
+class BodyGraphs:
+    """Hidden states of steps of at most `most` tokens, left in `hidden_TE`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: PagedCache,
+        last_token: torch.Tensor,
+        limits: tuple[int, int],
+        recorder: Recorder,
+        num_cores: int,
+    ) -> None:
+        """`limits`: tokens of a step, and rows of hidden states beside."""
+        (most, num_rows), device = limits, decoder.device
+        heads = (decoder.num_heads, decoder.spec.head_dim)
+        self._decoder = decoder
+        self._cache = cache
+        self._last_token = last_token
+        self._recorder = recorder
+        self._num_cores = num_cores
+        self._shape = tile_shape(cache.k_LNKPD.shape[3], decoder.num_heads, decoder.num_kv_heads, num_cores)
+        self.hidden_TE = torch.zeros(max(most, num_rows), decoder.spec.hidden_size, dtype=decoder.dtype, device=device)
+        self._queries_THD, self._mixed_THD = (torch.zeros(most, *heads, dtype=decoder.dtype, device=device) for _ in range(2))
+        partial = max(ENOUGH_PLANES * most, MAX_PLANES * FINEST)
+        self._state = torch.zeros(partial, *heads, dtype=decoder.dtype, device=device)
+        self._lse = torch.zeros(partial, decoder.num_heads, device=device)
+        self._counter = torch.zeros(2, dtype=torch.int32, device=device)
+        self._max_tiles = TILES_A_TOKEN * most + LEAST_TILES
+        self._words = torch.zeros(4 + 5 * _aligned(most) + self._max_tiles * WORDS, dtype=torch.int32, device=device)
+        self._ladder: Ladder[BodyKind, torch.cuda.CUDAGraph] = Ladder(most, self._capture)
+
+    def prepare(self) -> None:
+        """Compile all kernels, and capture what needs the most memory, so that all else fits into that."""
+        self._words.zero_()
+        self._words[4 + _aligned(1)] = self._cache.spare_slot
+        for kind in (BodyKind(tiles, long) for tiles in (True, False) for long in (False, True)):
+            self._recorder.trial(lambda kind=kind: self._compute(1, kind))
+        self._ladder.at(self._ladder.most, BodyKind(tiles=True, long=False))
+
+    def fit(self, step: StepBatch) -> BodyStep | None:
+        """None for a step that is too large, or mostly long prompts: kernels of one purpose are faster at those."""
+        count = step.num_tokens
+        if not 0 < count <= self._ladder.most or _is_long_prefill(step):
+            return None
+        plan = plan_tiles(step, self._shape, self._num_planes(coarse_size(count, self._ladder.most)))
+        if plan is None or len(plan.wide_IW) + len(plan.narrow_IW) > self._max_tiles:
+            return None
+        kind = BodyKind(plan.has_tiles, plan.reads_much)
+        size = self._ladder.size(count, kind)
+        return BodyStep(size, kind, self._laid_out(step, plan, size))
+
+    def run(self, step: BodyStep, words: torch.Tensor) -> None:
+        """Launch it; `words` are the step's, on the device."""
+        self._words[: len(words)].copy_(words)
+        graph = self._ladder.at(step.size, step.kind)
+        graph.replay()
+
+    def _num_planes(self, size: int) -> int:
+        return min(MAX_PLANES, len(self._state) // size)
+
+    def _laid_out(self, step: StepBatch, plan: TilePlan, size: int) -> Int32:
+        count, stride = step.num_tokens, _aligned(size)
+        columns = np.zeros((5, stride), np.int32)
+        columns[0] = -1
+        columns[0, : len(step.token_ids)] = step.token_ids
+        columns[1] = self._cache.spare_slot
+        columns[1, :count], columns[2, :count] = token_slots(step), step.positions()
+        columns[3, :count], columns[4, :count] = plan.own_T, plan.planes_T
+        wide, narrow = plan.wide_IW.reshape(-1), plan.narrow_IW.reshape(-1)
+        begin = 4 + columns.size
+        head = np.array((len(plan.wide_IW), len(plan.narrow_IW), begin, begin + len(wide)), np.int32)
+        return np.concatenate((head, columns.reshape(-1), wide, narrow))
+
+    def _capture(self, size: int, kind: BodyKind) -> torch.cuda.CUDAGraph:
+        return self._recorder.capture(lambda: self._compute(size, kind))[0]
+
+    def _compute(self, size: int, kind: BodyKind) -> None:
+        decoder, cache = self._decoder, self._cache
+        columns = self._words[4:].narrow(0, 0, 5 * _aligned(size)).view(5, -1)[:, :size]
+        token_T, slot_T, position_T, own_T, planes_T = columns
+        queries, mixed = self._queries_THD[:size], self._mixed_THD[:size]
+        planes = self._planes(size) if kind.tiles else None
+        places = decoder.places(position_T, KVPages(cache.k_LNKPD, cache.v_LNKPD, cache.table, slot_T, queries))
+        last_T = self._last_token.index_select(0, slot_T)
+        hidden_TE = decoder.embed(torch.where(token_T < 0, last_T, token_T))
+        for layer in range(len(decoder.layer_range)):
+            decoder.enter(layer, hidden_TE, places)
+            pages = cache.k_LNKPD[layer], cache.v_LNKPD[layer]
+            if planes is not None:
+                attend_tiles(queries, pages, cache.table, self._words, planes, self._num_cores)
+            where = (slot_T, position_T, own_T, planes_T)
+            decode_and_merge(queries, pages, cache.table, where, mixed, planes, kind.long)
+            hidden_TE = decoder.leave(layer, hidden_TE, mixed)
+        self.hidden_TE[:size].copy_(hidden_TE)
+
+    def _planes(self, size: int) -> Planes:
+        num, rows = self._num_planes(size), self._num_planes(size) * size
+        state = self._state[:rows].view(num, size, *self._state.shape[1:])
+        return Planes(state, self._lse[:rows].view(num, size, -1), self._counter)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadKind:
+    """The fields of `SamplerInputs` that choose kernels."""
+
+    any_random: bool
+    any_filter: bool
+    max_logprobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeadStep:
+    """A step's head: the graph it runs, and what that reads."""
+
+    size: int
+    kind: HeadKind
+    words: Int32
+
+
+class HeadGraphs:
+    """Draws of at most `most` rows of `hidden_TE`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        hidden_TE: torch.Tensor,
+        last_token: torch.Tensor,
+        slots: SlotTable,
+        most: int,
+        recorder: Recorder,
+    ) -> None:
+        self._decoder = decoder
+        self._hidden_TE = hidden_TE
+        self._last_token = last_token
+        self._slots = slots
+        self._recorder = recorder
+        self._words = torch.zeros(3 * _aligned(most), dtype=torch.int32, device=decoder.device)
+        self._ladder: Ladder[HeadKind, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = Ladder(most, self._capture)
+
+    def prepare(self, kind: HeadKind) -> None:
+        """Capture what needs the most memory, so that all else fits into that."""
+        self._words.zero_()
+        self._recorder.trial(lambda: self._compute(1, kind))
+        self._ladder.at(self._ladder.most, kind)
+
+    def fit(self, rows: Int32, slots: Int32, positions: Int32) -> HeadStep:
+        """Of a step that draws from `rows` of the hidden states, at least one."""
+        kind = HeadKind(*self._slots.kinds(slots))
+        size = self._ladder.size(len(rows), kind)
+        columns = np.zeros((3, _aligned(size)), np.int32)
+        columns[1] = len(self._last_token) - 1
+        columns[:, : len(rows)] = rows, slots, positions
+        return HeadStep(size, kind, columns.reshape(-1))
+
+    def run(self, step: HeadStep, words: torch.Tensor) -> torch.Tensor:
+        """Launch it; the draws as `Sampled.packed` has them, for the whole size, until the next head of that size runs."""
+        self._words[: len(words)].copy_(words)
+        graph, packed = self._ladder.at(step.size, step.kind)
+        graph.replay()
+        return packed
+
+    def _capture(self, size: int, kind: HeadKind) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        return self._recorder.capture(lambda: self._compute(size, kind))
+
+    def _compute(self, size: int, kind: HeadKind) -> torch.Tensor:
+        row_S, slot_S, position_S = self._words.narrow(0, 0, 3 * _aligned(size)).view(3, -1)[:, :size]
+        logits_SV = self._decoder.logits(self._hidden_TE.index_select(0, row_S))
+        inputs = SamplerInputs(self._slots, slot_S, position_S, kind.any_random, kind.any_filter, kind.max_logprobs)
+        return sample(logits_SV, inputs, self._last_token).packed
+
+
+def _is_long_prefill(step: StepBatch) -> bool:
+    return len(step.token_ids) >= max(MOSTLY, LONG_PROMPT * step.num_prefill_runs)
+
+
+def _aligned(count: int) -> int:
+    """Words that a column of so many takes: kernels read columns that begin at 16 bytes as they do at capture."""
+    return -(-count // 4) * 4
+
+
+class CapturedSteps:
+    """The graphs of a worker, for steps of at most `num_tokens` tokens; larger ones leave their hidden states in
+    `body.hidden_TE`, a row each from the first on, and use the head alone."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: PagedCache,
+        last_token: torch.Tensor,
+        slots: SlotTable,
+        num_tokens: int,
+        recorder: Recorder,
+        num_cores: int,
+    ) -> None:
+        """`last_token` and the cache's table have an entry for each slot and the spare one, `slots` likewise; `num_cores` of
+        the device's multiprocessors compute attention."""
+        num_rows = len(last_token) - 1
+        self._slots = slots
+        self.body = BodyGraphs(decoder, cache, last_token, (num_tokens, num_rows), recorder, num_cores)
+        self.head = HeadGraphs(decoder, self.body.hidden_TE, last_token, slots, num_rows, recorder)
+
+    def prepare(self) -> None:
+        """Compile all kernels, and capture the largest of each: what the slots have been opened for so far is drawn."""
+        self.body.prepare()
+        self.head.prepare(HeadKind(*self._slots.kinds(np.arange(len(self._slots.words) - 1, dtype=np.int32))))
+
+
+def captured_on_gpu(
+    decoder: Decoder, cache: PagedCache, last_token: torch.Tensor, slots: SlotTable, num_tokens: int
+) -> CapturedSteps:
+    """Ready to run on the decoder's device."""
+    cores = torch.cuda.get_device_properties(decoder.device).multi_processor_count
+    captured = CapturedSteps(decoder, cache, last_token, slots, num_tokens, Recorder(), cores)
+    captured.prepare()
+    # What the trials took is nobody's now.
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return captured
