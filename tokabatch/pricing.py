@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tokabatch.costs.budget import prefill_tokens
+from tokabatch.costs.budget import prefill_tokens, running_samples
 from tokabatch.costs.devices import KNOWN, PROCESSOR, Device, find_device, measure_processor
 from tokabatch.costs.profile import Profile, SavedProfile, load_profile
 from tokabatch.costs.roofline import DeviceRates, Roofline
@@ -98,23 +98,25 @@ def device_of(cost: CostModel) -> DeviceRates:
 
 def size_replica(job: Job, prepared: Prepared, profile: SavedProfile | None, absent: Device | None = None) -> ReplicaSizes:
     """The sizes on this machine's device, or what they come to on a GPU that is not here. Raises JobError."""
+    cost = _known_cost(prepared, profile, absent)
     return decide_sizes(
         job.engine,
         prepared.spec,
         prepared.dtype,
         prepared.workload(),
         prepared.device,
-        prefill_tokens=_prefill_tokens(prepared, profile, absent),
+        prefill_tokens=None if cost is None else prefill_tokens(cost.seconds),
+        running_samples=None if cost is None or prepared.device != "cuda" else running_samples(cost.seconds),
         absent_memory=None if absent is None else int(absent.memory),
     )
 
 
-def _prefill_tokens(prepared: Prepared, profile: SavedProfile | None, absent: Device | None) -> int | None:
-    """What a step's prompt tokens come to by the cost model. None without one: a processor is not measured for that, and
-    some GPUs' rates are not known."""
+def _known_cost(prepared: Prepared, profile: SavedProfile | None, absent: Device | None) -> CostModel | None:
+    """The cost model that decides how large steps are. None without one: a processor is not measured for that, and some GPUs'
+    rates are not known."""
     device = absent
     if device is None and prepared.device == "cuda":
         device = find_device(torch.cuda.get_device_name())
     if device is None and profile is None:
         return None
-    return prefill_tokens(cost_model(prepared, device, profile)[0].seconds)
+    return cost_model(prepared, device, profile)[0]

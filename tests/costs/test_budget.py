@@ -1,11 +1,14 @@
-"""The token budget follows the cost model: larger where a step costs much however small it is, smaller where it does not."""
+"""Token budget and running samples follow the cost model: more where a step costs much however small it is, fewer where not."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import pytest
 from costs.test_roofline import LLAMA_1B
 
-from tokabatch.costs.budget import FEWEST, MOST, prefill_tokens
+from tokabatch.costs.budget import FEWEST, MOST, STEP_SECONDS, prefill_tokens, running_samples
 from tokabatch.costs.devices import KNOWN
 from tokabatch.costs.profile import Profile
 from tokabatch.costs.roofline import Roofline
@@ -37,3 +40,17 @@ def test_the_fixed_cost_is_a_fiftieth_of_the_tokens(fixed):
 
 def test_tokens_that_cost_nothing_set_no_bound():
     assert prefill_tokens(lambda work: 0.01) == MOST
+
+
+def test_the_smaller_a_model_the_more_of_its_samples_run():
+    small = replace(
+        LLAMA_1B, vocab_size=49_152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, intermediate_size=1536
+    )
+    found = {spec.hidden_size: running_samples(Roofline(spec, KNOWN["h200"].rates).seconds) for spec in (small, LLAMA_1B)}
+    assert found == {576: 32_768, 2048: 8192}
+
+
+@pytest.mark.parametrize("each", [1e-4, 1e-6, 0.0])
+def test_what_a_step_costs_beside_is_a_twentieth_of_its_samples(each):
+    samples = running_samples(lambda work: each * work.tokens)
+    assert samples == (MOST if not each else 2 ** int(math.log2(max(FEWEST, min(MOST, STEP_SECONDS / (0.05 * each) + 20)))))

@@ -154,6 +154,9 @@ def test_a_cost_model_decides_how_large_a_step_is_unless_the_job_does(memory):
     assert sizes.max_step_tokens == 4196
     told = EngineConfig(max_running=100, max_step_tokens=300)
     assert decide_sizes(told, SPEC, torch.float32, FACTS, prefill_tokens=4096).max_step_tokens == 300
+    many = replace(FACTS, num_samples=10**5)
+    assert decide_sizes(EngineConfig(), SPEC, torch.float32, many, running_samples=20_000).max_running == 20_000
+    assert decide_sizes(told, SPEC, torch.float32, many, running_samples=20_000).max_running == 100
 
 
 def test_without_its_management_library_a_gpu_has_all_its_memory(gpu_memory, monkeypatch):

@@ -34,7 +34,7 @@ ABSENT_WORKING_BYTES, ABSENT_SHARE = 4 << 30, 0.9
 @dataclass(frozen=True, slots=True)
 class DeviceDefaults:
     """What `auto` means on a kind of device; `memory_share` is of what is free once weights and working space are counted,
-    `prefill_tokens` for devices that no cost model is known of."""
+    `max_running` and `prefill_tokens` for devices that no cost model is known of."""
 
     max_running: int
     prefill_tokens: int
@@ -101,15 +101,17 @@ def decide_sizes(
     device: str = "cpu",
     *,
     prefill_tokens: int | None = None,
+    running_samples: int | None = None,
     absent_memory: int | None = None,
 ) -> ReplicaSizes:
-    """Raises JobError where not even the shortest sample can fit, with the numbers and the key to change. `prefill_tokens` is
-    what a cost model says of the device, `absent_memory` the bytes of a GPU that is not here, whose sizes can only be
-    estimated."""
+    """Raises JobError where not even the shortest sample can fit, with the numbers and the key to change. `prefill_tokens` and
+    `running_samples` are what a cost model says of the device, `absent_memory` the bytes of a GPU that is not here, whose sizes
+    can only be estimated."""
     page = config.page_size
     _check_limits(config, spec)
     defaults = DEFAULTS[device]
-    wanted = defaults.max_running if config.max_running == "auto" else config.max_running
+    worth = defaults.max_running if running_samples is None else running_samples
+    wanted = worth if config.max_running == "auto" else config.max_running
     max_running = max(1, min(wanted, facts.num_samples))
     prefill = defaults.prefill_tokens if prefill_tokens is None else prefill_tokens
     step = prefill + max_running if config.max_step_tokens == "auto" else config.max_step_tokens
