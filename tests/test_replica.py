@@ -285,3 +285,37 @@ def test_a_request_to_stop_breaks_into_waiting(script, when):
     finally:
         timer.cancel()
         signal.signal(signal.SIGUSR2, before)
+
+
+@pytest.mark.parametrize(("few", "most"), [(1, 2), (100, 3)])
+def test_one_step_more_is_in_flight_while_few_samples_run(monkeypatch, few, most):
+    monkeypatch.setattr("tokabatch.replica.FEW_RUNNING", few)
+    requests = token_device.make_requests(PROMPTS, [PARAMS])
+    stops = StopRules(requests.sampling, [token_device.EOS], token_device.VOCAB, None)
+    scheduler, device = Scheduler(requests, LIMITS, stops), token_device.TokenDevice(LIMITS)
+    device.prompts = PROMPTS
+    waiting: list[StepResult] = []
+    deepest = 0
+
+    class Device:
+        sizes = ReplicaSizes(4, 200, 16, 64, 16, 2, 1)
+
+        def start(self) -> None: ...
+
+        def submit(self, step: StepBatch) -> None:
+            nonlocal deepest
+            waiting.append(device.run(step))
+            deepest = max(deepest, len(waiting))
+
+        def collect(self) -> StepResult:
+            return waiting.pop(0)
+
+        def resume(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    replica = Replica(scheduler, Device, depth=2, depth_of_few=3, counts=ReplicaCounts())
+    replica.start()
+    for _ in range(8):
+        replica.advance()
+    assert deepest == most

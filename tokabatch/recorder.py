@@ -20,8 +20,9 @@ from tokabatch.job import Job
 from tokabatch.messages import Completion, Int64
 from tokabatch.preparation import Prepared
 
-BATCH_SAMPLES = 2048
-"""Samples made into a table at once; fewer when `flush_seconds` are over."""
+BATCH_SAMPLES = 256
+"""Samples made into a table at once; fewer when `flush_seconds` are over. The next steps wait meanwhile: 256 are done within
+the step in flight, 2,048 left a GPU idle for four steps (benchmarks/LOG.md)."""
 SHOWN_REASONS = 3
 
 

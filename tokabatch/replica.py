@@ -21,6 +21,9 @@ from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.stopwatch import Stopwatch
 
+FEW_RUNNING = 1024
+"""Samples up to which a GPU's step is shorter than the way of its result to the scheduler and of the next step back: one step
+more is kept in flight then."""
 FAILED_STARTS = 2
 """A worker that says itself why it cannot start is not tried more often in a row."""
 
@@ -60,16 +63,19 @@ class Replica:
         make: Callable[[], Executor],
         *,
         depth: int,
+        depth_of_few: int | None = None,
         counts: ReplicaCounts,
         max_restarts: int | None = None,
         stop: Interruption | None = None,
         tell: Callable[[str], None] | None = None,
         watch: Stopwatch | None = None,
     ) -> None:
-        """`depth` steps are in flight at most; `tell` takes what a person should know, `watch` is told of every step."""
+        """`depth` steps are in flight at most, `depth_of_few` while few samples run; `tell` takes what a person should know,
+        `watch` is told of every step."""
         self._scheduler = scheduler
         self._make = make
         self._depth = depth
+        self._depth_of_few = depth_of_few or depth
         self._max_restarts = max_restarts
         self._stop = stop or Interruption()
         self._tell = tell or (lambda text: None)
@@ -122,7 +128,7 @@ class Replica:
     def _next_result(self) -> StepResult:
         """Keep `depth` steps in flight and wait for the oldest."""
         scheduler = self._scheduler
-        while scheduler.num_in_flight < self._depth:
+        while scheduler.num_in_flight < (self._depth_of_few if self._few_run() else self._depth):
             with self._scheduling():
                 step = scheduler.schedule()
             if step is None:
@@ -134,6 +140,9 @@ class Replica:
             raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
         with self._stop.at_once():
             return self._executor.collect()
+
+    def _few_run(self) -> bool:
+        return 0 < len(self._scheduler.sequences.order) <= FEW_RUNNING
 
     def _make_smaller(self, fault: StepDropped) -> list[Completion]:
         """The step is dropped and the steps are halved; what was under way is computed again. Once for each worker."""

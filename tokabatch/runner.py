@@ -241,6 +241,7 @@ def _complete(parts: _Parts, make: Callable[[], Executor], workers: ExitStack) -
         scheduler,
         make,
         depth=(2 if prepared.device == "cuda" else 1) if depth == "auto" else depth,
+        depth_of_few=3 if prepared.device == "cuda" and depth == "auto" else None,
         counts=parts.replica,
         max_restarts=job.engine.max_restarts if _runs_apart(job, prepared) else None,
         stop=parts.stop,
