@@ -3,6 +3,7 @@
     python -m benchmarks.gpu a b c --model llama-3.2-1b
     python -m benchmarks.gpu a a:engine.hydragen=false --profile
     python -m benchmarks.gpu micro a-full:prompts=32 --model llama-3.1-8b --out results
+    python -m benchmarks.gpu real:generation.n=16 --model-folder MODEL --gsm8k FOLDER      # see `benchmarks.gpu.real`
     python -m benchmarks.gpu a b c --model tiny --scale 0.02      # the same code on a CPU
 
 A name may carry job keys (`a:model.dtype=float16,engine.page_size=64`) and `prompts=N`, which takes the first N prompts. Every
@@ -41,7 +42,7 @@ from tokabatch.model.families import read_spec
 
 ROOT = Path(__file__).parent.parent.parent
 SHARED_MEMORY = Path("/dev/shm")
-MICRO = "micro"
+MICRO, REAL = "micro", "real"
 RUNNING = 8192
 """Samples at once that the roofline assumes: tokabatch's limit on a GPU."""
 PROFILED_STEPS = 5
@@ -75,13 +76,16 @@ class Places:
 
 def main() -> None:
     arguments = parse_arguments()
-    parts = [parse_part(text) for text in arguments.names if text != MICRO]
+    parts = [parse_part(text) for text in arguments.names if text.partition(":")[0] not in (MICRO, REAL)]
     out: Path = arguments.out or Path(tempfile.mkdtemp(prefix="tokabatch-gpu-"))
     out.mkdir(parents=True, exist_ok=True)
     places = Places(arguments.scratch or default_scratch(arguments.model), out, arguments.timeout, arguments.keep)
     if MICRO in arguments.names:
         command = ["benchmarks.gpu.micro", *(["--small"] if arguments.model.startswith("tiny") else [])]
         run_child(command, places.timeout_s)
+    for text in arguments.names:
+        if text.partition(":")[0] == REAL:
+            run_child(real_command(text, arguments.model_folder, arguments.gsm8k), places.timeout_s)
     if not parts:
         return
     model = ensure_model(arguments.model, places.scratch)
@@ -99,8 +103,11 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{MICRO}, or of {', '.join(WORKLOADS)}, with :KEY=VALUE,...")
+    names = f"{MICRO}, {REAL}, or of {', '.join(WORKLOADS)}, with :KEY=VALUE,..."
+    parser.add_argument("names", nargs="+", metavar="NAME", help=names)
     parser.add_argument("--model", choices=list(SHAPES), default="llama-3.2-1b")
+    parser.add_argument("--model-folder", type=Path, help=f"the trained model of {REAL}")
+    parser.add_argument("--gsm8k", type=Path, help=f"the data of {REAL}: a folder with test.jsonl and train*.jsonl")
     parser.add_argument("--profile", action="store_true", help="also record a few steps of each")
     parser.add_argument("--keep", action="store_true", help="keep each pass's job and output in OUT, by its name")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all counts and lengths")
@@ -111,10 +118,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def real_command(text: str, model: Path | None, gsm8k: Path | None) -> list[str]:
+    """The arguments of `benchmarks.gpu.real` for one name. Raises SystemExit where the model or the data are not said."""
+    if model is None or gsm8k is None:
+        raise SystemExit(f"{REAL} runs a trained model on GSM8K; write --model-folder MODEL and --gsm8k FOLDER")
+    keys = [key for key in text.partition(":")[2].split(",") if key]
+    return ["benchmarks.gpu.real", str(model.resolve()), str(gsm8k.resolve()), *keys]
+
+
 def parse_part(text: str) -> Part:
     name, _, rest = text.partition(":")
     if name not in WORKLOADS:
-        raise SystemExit(f"no workload {name!r}; there are {', '.join(WORKLOADS)} and {MICRO}")
+        raise SystemExit(f"no workload {name!r}; there are {', '.join(WORKLOADS)}, {REAL} and {MICRO}")
     keys = [key for key in rest.split(",") if key]
     prompts = [int(key.partition("=")[2]) for key in keys if key.startswith("prompts=")]
     return Part(text, name, prompts[0] if prompts else None, tuple(key for key in keys if not key.startswith("prompts=")))

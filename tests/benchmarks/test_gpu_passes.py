@@ -124,3 +124,17 @@ def test_a_trace_knows_busy_from_idle(tmp_path):
         ("gemm<float>(int)", 2), ("softmax", 1), ("Memcpy DtoH", 1),
     ]  # fmt: skip
     assert "idle 0.2 ms (20.0%)" in describe_trace(found, steps=1)[0]
+
+
+def test_the_real_experiment(tmp_path):
+    """Three rows in GSM8K's form, on the quickstart's model: samples end by themselves, and what they took is printed."""
+    rows = [{"question": f"What is {n} plus 2?", "answer": f"#### {n + 2}"} for n in range(9)]
+    for name in ("test.jsonl", "train.jsonl"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    keys = "input.limit=3,generation.n=2,generation.max_tokens=12,model.dtype=float32,engine.device=cpu"
+    result = command(f"real:{keys}", "--model-folder", str(ROOT / "jobs/quickstart"), "--gsm8k", str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    for words in ("of 6 samples", "output tokens/s", "tail ", "launching", "pass@1", "running "):
+        assert words in result.stdout
+    refused = command("real", "--gsm8k", str(tmp_path))
+    assert refused.returncode == 1 and "--model-folder" in refused.stderr
