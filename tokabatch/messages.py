@@ -61,7 +61,8 @@ class Requests:
 
     Prompt r is `tokens[start[r] : start[r] + length[r]]`. `lcp[r]` counts the leading tokens that prompt r shares with
     prompt r - 1 of the same order (`lcp[0]` is 0). `params[r]` indexes `sampling`. `drawn` is None where nothing is drawn yet;
-    every prompt has at least one sample to draw.
+    every prompt has at least one sample to draw. `span` narrows each prompt's samples to those from its first number up to its
+    second (shape [R] each); None is all of them.
     """
 
     row_index: Int64
@@ -72,37 +73,50 @@ class Requests:
     params: Int32
     sampling: tuple[SamplingParams, ...]
     drawn: Drawn | None = None
+    span: tuple[Int32, Int32] | None = None
 
     def __len__(self) -> int:
         return len(self.row_index)
 
     def samples(self, request: int) -> Int32:
         """The numbers of the samples to draw from one prompt, ascending."""
-        count = self.sampling[int(self.params[request])].n
+        first, stop = 0, self.sampling[int(self.params[request])].n
+        if self.span is not None:
+            first, stop = int(self.span[0][request]), min(stop, int(self.span[1][request]))
         if self.drawn is None:
-            return np.arange(count, dtype=np.int32)
+            return np.arange(first, stop, dtype=np.int32)
         begin = int(self.drawn.start[self.row_index[request]])
-        return np.flatnonzero(~self.drawn.flags[begin : begin + count]).astype(np.int32)
+        return (np.flatnonzero(~self.drawn.flags[begin + first : begin + stop]) + first).astype(np.int32)
 
     def num_samples(self) -> Int64:
         """How many samples are to be drawn from each prompt, shape [R]."""
         wanted = np.array([params.n for params in self.sampling], np.int64)[self.params]
-        return wanted if self.drawn is None else wanted - self.drawn.counts()[self.row_index]
+        if self.span is None:
+            return wanted if self.drawn is None else wanted - self.drawn.counts()[self.row_index]
+        if self.drawn is None:
+            return (np.minimum(self.span[1], wanted) - self.span[0]).astype(np.int64)
+        return np.array([len(self.samples(request)) for request in range(len(self))], np.int64)
 
     def without(self, drawn: Drawn) -> Requests:
         """The same prompts but for those of which nothing is left to draw."""
-        left = np.flatnonzero(replace(self, drawn=drawn).num_samples())
+        left = replace(self, drawn=drawn)
+        return left.take(np.flatnonzero(left.num_samples()))
+
+    def take(self, requests: Int32 | Int64) -> Requests:
+        """These prompts alone, ascending."""
         # Between two that stay, the common prefix is the shortest of those in between.
-        lcp = np.minimum.reduceat(self.lcp[: left[-1] + 1], np.append(0, left[:-1] + 1)) if len(left) else self.lcp[:0]
+        lcp = self.lcp[:0]
+        if len(requests):
+            lcp = np.minimum.reduceat(self.lcp[: requests[-1] + 1], np.append(0, requests[:-1] + 1))
         lcp[:1] = 0
         return replace(
             self,
-            row_index=self.row_index[left],
-            start=self.start[left],
-            length=self.length[left],
+            row_index=self.row_index[requests],
+            start=self.start[requests],
+            length=self.length[requests],
             lcp=lcp,
-            params=self.params[left],
-            drawn=drawn,
+            params=self.params[requests],
+            span=None if self.span is None else (self.span[0][requests], self.span[1][requests]),
         )
 
     def prompt(self, request: int) -> Int32:

@@ -88,6 +88,14 @@ class Outputs:
         """Memory held, the staging area included."""
         return self._staged.nbytes + sum(rows.nbytes for rows in self._rows if rows is not None)
 
+    def widen(self, alternatives: int) -> None:
+        """Make room for samples that report so many alternatives, if there is none."""
+        room = max(STAGED_VALUES, int(row_width(np.array(alternatives))))
+        if room > self._room or (self._uniform and alternatives >= 0):
+            self._store(np.flatnonzero(self.count > self._stored))
+            self._uniform, self._room = False, room
+            self._staged = np.zeros(len(self.count) * room, np.int32)
+
     def open(self, slots: Int64, alternatives: Int32) -> None:
         """Begin anew in these slots; `alternatives` as in `SlotInit.logprobs`, shape [slots]."""
         self.count[slots] = self._stored[slots] = 0

@@ -63,11 +63,12 @@ class Scheduler:
         self.work = Work(requests)
         self.limits = limits
         self.counts = SchedulerCounts()
-        self._stops = stops
+        self._stops = [(0, stops)]
+        """The first kind of sampling parameters that each of these is for, and the rules."""
         self._table = SamplingTable(requests.sampling)
         self.pool = PagePool(limits.num_pages)
         self.prompts = OpenPrompts(self.work, self.pool, limits.page_size)
-        most = int(self._table.logprobs.max(initial=-1))
+        most = int(self.work.logprobs.max(initial=-1))
         self.sequences = Sequences(limits.max_running, limits.max_pages_per_sequence, self.pool, limits.page_size, most)
         self._expectations = Expectations(self.work, self.sequences, self.counts, lengths)
         books = (self.pool, self.prompts, self.sequences, self.counts, self._expectations)
@@ -82,19 +83,111 @@ class Scheduler:
         self.limits = replace(self.limits, num_pages=num_pages)
         self.pool.resize(num_pages)
         self._admission.forecast_anew()
-        unbegun = np.arange(self.work.next, len(self.work), dtype=np.int32)
-        misfits = unbegun[self.work.num_pages(unbegun, self.limits.page_size) > num_pages]
-        suspended = np.array(self.prompts.suspended, np.int32)
         completions: list[Completion] = []
-        for prompt in suspended[self.work.num_pages(suspended, self.limits.page_size) > num_pages].tolist():
+        for prompt in self._misfits(np.array(self.prompts.suspended, np.int32)).tolist():
             completions += self._give_up(prompt, "kv_cache_overflow", self._does_not_fit(prompt))
-        for prompt in self.work.drop(misfits).tolist():
+        return completions + self._refuse_misfits(self.work.not_begun())
+
+    def extend(self, requests: Requests, stops: StopRules | None = None) -> list[Completion]:
+        """Add prompts behind all others, in their order. Samples that do not fit the cache are returned, as by `settle_pages`.
+        `stops` holds the rules of `requests.sampling`. Raises ValueError without them where these have not come before."""
+        known, kinds = self.work.place_of(requests.sampling) is not None, len(self.work.sampling)
+        if not known and stops is None:
+            raise ValueError("sampling parameters that have not come before need stop rules of their own")
+        added = self.work.extend(requests)
+        if not known and stops is not None:
+            self._stops.append((kinds, stops))
+            self._table = SamplingTable(self.work.sampling)
+            self.sequences.outputs.widen(int(self.work.logprobs.max(initial=-1)))
+        self._expectations.extend()
+        self._admission.forecast_anew()
+        return self._refuse_misfits(added)
+
+    def give_back(self, most: int) -> Requests | None:
+        """Take out at most so many samples that have never been admitted, the last ones of the plan, for another scheduler's
+        `extend`. They come from one of the calls of `extend` (or the beginning), so that another call may give more; None where
+        there are none."""
+        work, taken, left = self.work, list[tuple[int, int, int]](), most
+        begun = self.prompts.with_unadmitted()
+        sources = [*([*reversed(work.not_begun().tolist())]), *(prompt.request for prompt in reversed(begun))]
+        for prompt in sources:
+            if not left or (taken and work.part_of(np.array([prompt])) != work.part_of(np.array([taken[0][0]]))):
+                break
+            open_prompt = self.prompts.begun(prompt)
+            samples = work.samples(prompt) if open_prompt is None else open_prompt.samples[open_prompt.next_sample :]
+            samples = samples[-left:]
+            taken.append((prompt, int(samples[0]), int(samples[-1]) + 1))
+            left -= len(samples)
+        if not taken:
+            return None
+        taken.sort()
+        prompts, first, stop = (np.array(column, np.int32) for column in zip(*taken, strict=True))
+        given = work.requests(prompts, (first, stop))
+        for prompt, number in zip(prompts.tolist(), first.tolist(), strict=True):
+            self._forget_samples(prompt, number)
+        self._settle(prompts)
+        return given
+
+    def cancel(self, row: int, from_sample: int = 0) -> Int32:
+        """Draw no sample of a row from number `from_sample` on; those that run stop, and what they had is lost. Returns the
+        numbers of the samples that had not been finished."""
+        cancelled: list[int] = []
+        prompts = self.work.of_row(row)
+        seq, waiting = self.sequences, self._admission.waiting
+        for prompt in prompts:
+            begun = self.prompts.begun(prompt)
+            if prompt >= self.work.next:
+                samples = self.work.samples(prompt)
+                cancelled += samples[samples >= from_sample].tolist()
+            elif begun is not None:
+                running = seq.order[(seq.request[seq.order] == prompt) & (seq.sample[seq.order] >= from_sample)]
+                gone = [sample for sample in begun.requeued if sample >= from_sample]
+                pending = begun.samples[begun.next_sample :]
+                cancelled += [*seq.sample[running].tolist(), *gone, *pending[pending >= from_sample].tolist()]
+                begun.requeued = deque(sample for sample in begun.requeued if sample < from_sample)
+                for sample in gone:
+                    waiting.preempted.pop((prompt, sample), None)
+                ended = {(prompt, sample) for sample in [*gone, *seq.sample[running].tolist()]}
+                self._admission.stop(running)
+                if self._quarantine.active:
+                    self._quarantine.advance(self._received(seq.order), ended)
+                    waiting.confined = self._quarantine.trial
+            self._forget_samples(prompt, from_sample)
+        self._settle(np.array(prompts, np.int32))
+        return np.array(sorted(cancelled), np.int32)
+
+    def _forget_samples(self, prompt: int, until: int) -> None:
+        """Take the samples from number `until` on out of those of a prompt that have never been admitted."""
+        self.work.cut(prompt, until)
+        begun = self.prompts.begun(prompt)
+        if begun is not None:
+            pending = begun.samples[begun.next_sample :]
+            begun.samples = np.concatenate((begun.samples[: begun.next_sample], pending[pending < until]))
+
+    def _settle(self, prompts: Int32) -> None:
+        """Samples of these prompts have been taken away: take out those of which none is left, and free what nobody reads."""
+        unbegun = prompts[prompts >= self.work.next]
+        self.work.take_out(unbegun[[len(self.work.samples(prompt)) == 0 for prompt in unbegun.tolist()]])
+        begun = (self.prompts.begun(prompt) for prompt in prompts.tolist())
+        self.prompts.settle([prompt for prompt in begun if prompt is not None])
+        self._admission.forecast_anew()
+
+    def _misfits(self, prompts: Int32) -> Int32:
+        """Those of which a longest sample does not fit the cache or the page table."""
+        most = min(self.limits.num_pages, self.limits.max_pages_per_sequence + 1)
+        return prompts[self.work.num_pages(prompts, self.limits.page_size) > most]
+
+    def _refuse_misfits(self, prompts: Int32) -> list[Completion]:
+        completions: list[Completion] = []
+        misfits = self._misfits(prompts)
+        for prompt in misfits.tolist():
             row_index, length = int(self.work.row_index[prompt]), int(self.work.length[prompt])
             nothing, error = Generated(np.zeros(0, np.int32)), ("kv_cache_overflow", self._does_not_fit(prompt))
             samples = self.work.samples(prompt).tolist()
             completions += [nothing.completion(row_index, sample, length, error=error) for sample in samples]
-            self.counts.finished += len(samples)
-            self.counts.finished_prompts += 1
+        self.work.take_out(misfits)
+        self.counts.finished += len(completions)
+        self.counts.finished_prompts += len(misfits)
         return completions
 
     def _does_not_fit(self, prompt: int) -> str:
@@ -170,11 +263,17 @@ class Scheduler:
         seq.outputs.append(slots, tokens, result.logprob[current], result.top_ids[current], result.top_logprobs[current])
         self.counts.output_tokens += len(slots)
         ends: dict[int, int | str | None] = {int(i): None for i in np.nonzero(seq.generated[slots] >= seq.limit[slots])[0]}
-        suspects = self._stops.suspects(tokens).tolist()
-        if suspects:
-            asked = slots[suspects]
-            reasons = self._stops.check(seq.params[asked].tolist(), seq.outputs.tokens(asked))
-            ends.update({i: reason for i, reason in zip(suspects, reasons, strict=True) if reason is not None})
+        for first, rules in self._stops:
+            suspects = rules.suspects(tokens)
+            if len(self._stops) > 1:
+                stop = min((other for other, _ in self._stops if other > first), default=len(self.work.sampling))
+                params = seq.params[slots[suspects]]
+                suspects = suspects[(params >= first) & (params < stop)]
+            if len(suspects):
+                asked = slots[suspects]
+                reasons = rules.check((seq.params[asked] - first).tolist(), seq.outputs.tokens(asked))
+                found = zip(suspects.tolist(), reasons, strict=True)
+                ends.update({i: reason for i, reason in found if reason is not None})
         if not finite.all():
             ends.update({int(i): None for i in np.nonzero(~finite)[0]})
         places = np.fromiter(ends, np.int64, len(ends))

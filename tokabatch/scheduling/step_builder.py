@@ -116,8 +116,7 @@ def _host_tokens(seq: Sequences, work: Work, slots: Int64, takes: Int32) -> Int3
     length = seq.prompt_length[slots][run]
     in_prompt = position < length
     tokens = np.empty(len(run), np.int32)
-    start = work.start[seq.request[slots]]
-    tokens[in_prompt] = work.tokens[(start[run] + position)[in_prompt]]
+    tokens[in_prompt] = work.tokens_at(seq.request[slots][run][in_prompt], position[in_prompt])
     begin = np.cumsum(takes) - takes
     # Few runs reach behind their prompts: those of samples that were preempted or taken back.
     for i in np.flatnonzero(seq.computed[slots] + takes > seq.prompt_length[slots]).tolist():

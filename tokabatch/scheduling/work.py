@@ -1,30 +1,40 @@
 """The prompts that a scheduler has been given, in plan order, and which of them it has still to begin.
 
-Prompts that are dropped keep their numbers; the common prefix noted for a prompt is always the one with the last before it that
-has not been dropped.
+Work is open-ended: prompts are added behind the last one, and those not begun can be taken out. A prompt that is taken out
+keeps its number; the common prefix noted for a prompt is always the one with the last before it that is still there.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from tokabatch.messages import Int32, Int64, Requests
+from tokabatch.messages import Int32, Int64, Requests, SamplingParams
 
 
 class Work:
     """A table over R prompts, numbered in plan order; columns as in `Requests`."""
 
     def __init__(self, requests: Requests) -> None:
-        self._requests = requests
+        self._parts = [requests]
+        self._first = np.zeros(1, np.int64)
+        """The number of the first prompt of each part."""
         self.row_index: Int64 = requests.row_index
         self.start: Int64 = requests.start
-        self.tokens: Int32 = requests.tokens
         self.length: Int32 = requests.length
         self.lcp: Int32 = requests.lcp
         self.params: Int32 = requests.params
         self.sampling = requests.sampling
+        self._kinds = [(requests.sampling, 0)]
+        """Sampling parameters as they were given, and where they begin in `sampling`."""
         self.max_tokens = np.array([params.max_tokens for params in self.sampling], np.int32)
-        """Of each entry of `sampling`."""
+        """Of each entry of `sampling`; likewise `logprobs`, -1 for none."""
+        self.logprobs = _logprobs(self.sampling)
+        self.num_samples: Int64 = requests.num_samples()
+        """How many samples each prompt has to draw, shape [R]."""
+        self._until: dict[int, int] = {}
+        """Of prompts that have been cut: the first sample number that is not drawn here."""
         self._dropped = np.zeros(len(requests), np.bool_)
         self.next = 0
         """The first prompt that has never been begun."""
@@ -34,47 +44,121 @@ class Work:
 
     @property
     def exhausted(self) -> bool:
-        """Every prompt has been begun or dropped."""
+        """Every prompt has been begun or taken out."""
         return self.next >= len(self)
 
     def samples(self, prompt: int) -> Int32:
         """The numbers of the samples to draw from one prompt, ascending."""
-        return self._requests.samples(prompt)
+        part = self._part(prompt)
+        samples = self._parts[part].samples(prompt - int(self._first[part]))
+        return samples[samples < self._until[prompt]] if prompt in self._until else samples
 
-    def num_samples(self) -> Int64:
-        """How many samples are to be drawn from each prompt, shape [R]."""
-        return self._requests.num_samples()
-
-    def upcoming(self, count: int) -> Int32:
-        """The next prompts to begin, at most `count`."""
-        window = np.arange(self.next, min(self.next + count, len(self)), dtype=np.int32)
-        if not self._dropped[window].any():
-            return window
-        return (np.flatnonzero(~self._dropped[self.next :])[:count] + self.next).astype(np.int32)
-
-    def begin(self, count: int) -> None:
-        """The first `count` of `upcoming` are begun."""
-        self._move_to(int(self.upcoming(count)[-1]) + 1)
+    def tokens_at(self, prompt: Int32, position: Int64) -> Int32:
+        """One token of each of these prompts (repeats allowed), shape [N]."""
+        place = self.start[prompt] + position
+        if len(self._parts) == 1:
+            return self._parts[0].tokens[place]
+        part = np.searchsorted(self._first, prompt, side="right") - 1
+        tokens = np.empty(len(place), np.int32)
+        for number in np.unique(part).tolist():
+            tokens[part == number] = self._parts[number].tokens[place[part == number]]
+        return tokens
 
     def num_pages(self, prompts: Int32, page_size: int) -> Int32:
         """Pages that a cache needs for a longest sample of each of these prompts, and one for the prompt's own last page, of
         which the sample has a copy."""
         return -(-(self.length[prompts] + self.max_tokens[self.params[prompts]]) // page_size) + 1
 
-    def drop(self, prompts: Int32) -> Int32:
-        """Take out prompts that have not been begun, ascending; returns those that were there."""
-        prompts = prompts[(prompts >= self.next) & ~self._dropped[prompts]]
+    def upcoming(self, count: int) -> Int32:
+        """The next prompts to begin, at most `count`."""
+        window = np.arange(self.next, min(self.next + count, len(self)), dtype=np.int32)
+        if not self._dropped[window].any():
+            return window
+        return self.not_begun()[:count]
+
+    def not_begun(self) -> Int32:
+        """All prompts that can still be begun, ascending."""
+        return (np.flatnonzero(~self._dropped[self.next :]) + self.next).astype(np.int32)
+
+    def of_row(self, row: int) -> list[int]:
+        """The prompts of a row that have not been taken out: several where parts of its samples came one after another."""
+        return np.flatnonzero((self.row_index == row) & ~self._dropped).tolist()
+
+    def place_of(self, sampling: tuple[SamplingParams, ...]) -> int | None:
+        """Where such sampling parameters, if they have been given before, begin in `sampling`."""
+        return next((place for given, place in self._kinds if given is sampling or given == sampling), None)
+
+    def begin(self, count: int) -> None:
+        """The first `count` of `upcoming` are begun."""
+        self._move_to(int(self.upcoming(count)[-1]) + 1)
+
+    def extend(self, requests: Requests) -> Int32:
+        """Add prompts behind the last one; their numbers."""
+        first, before, kinds = len(self), self._last_there(), self.place_of(requests.sampling)
+        if kinds is None:
+            kinds = len(self.sampling)
+            self._kinds.append((requests.sampling, kinds))
+            self.sampling += requests.sampling
+            self.max_tokens = np.array([params.max_tokens for params in self.sampling], np.int32)
+            self.logprobs = _logprobs(self.sampling)
+        for name in ("row_index", "start", "length", "lcp"):
+            setattr(self, name, np.concatenate((getattr(self, name), getattr(requests, name))))
+        self.params = np.concatenate((self.params, requests.params + np.int32(kinds)))
+        self.num_samples = np.concatenate((self.num_samples, requests.num_samples()))
+        self._dropped = np.concatenate((self._dropped, np.zeros(len(requests), np.bool_)))
+        self._parts.append(requests)
+        self._first = np.append(self._first, first)
+        if len(requests):
+            self.lcp[first] = 0 if before is None else common_prefix(self._prompt(before), self._prompt(first))
+        return np.arange(first, len(self), dtype=np.int32)
+
+    def take_out(self, prompts: Int32) -> None:
+        """Remove prompts that have not been begun, ascending."""
         if not len(prompts):
-            return prompts
+            return
         self._dropped[prompts] = True
-        stays = np.flatnonzero(~self._dropped[self.next :]) + self.next
+        stays = self.not_begun()
         if len(stays):
             self.lcp = self.lcp.copy()
             # Between two that stay, the common prefix is the shortest of those in between.
             self.lcp[stays] = np.minimum.reduceat(self.lcp[: stays[-1] + 1], np.append(self.next, stays[:-1] + 1))
         self._move_to(self.next)
-        return prompts
+
+    def cut(self, prompt: int, until: int) -> None:
+        """Draw no sample of a prompt from number `until` on."""
+        self._until[prompt] = min(until, self._until.get(prompt, until))
+
+    def part_of(self, prompts: Int32) -> Int64:
+        """Which of the calls of `extend` each prompt came with, 0 for those there from the start."""
+        return np.searchsorted(self._first, prompts, side="right") - 1
+
+    def requests(self, prompts: Int32, spans: tuple[Int32, Int32]) -> Requests:
+        """These prompts, ascending and of one part, with the samples of each from the first of `spans` up to the second."""
+        part = self._part(int(prompts[0]))
+        return replace(self._parts[part].take(prompts - int(self._first[part])), span=spans)
+
+    def _part(self, prompt: int) -> int:
+        return int(np.searchsorted(self._first, prompt, side="right")) - 1
+
+    def _prompt(self, prompt: int) -> Int32:
+        part = self._part(prompt)
+        return self._parts[part].prompt(prompt - int(self._first[part]))
+
+    def _last_there(self) -> int | None:
+        there = np.flatnonzero(~self._dropped)
+        return int(there[-1]) if len(there) else None
 
     def _move_to(self, prompt: int) -> None:
         left = np.flatnonzero(~self._dropped[prompt:])
         self.next = prompt + int(left[0]) if len(left) else len(self)
+
+
+def _logprobs(sampling: tuple[SamplingParams, ...]) -> Int32:
+    return np.array([-1 if params.logprobs is None else params.logprobs for params in sampling], np.int32)
+
+
+def common_prefix(a: Int32, b: Int32) -> int:
+    """How many leading numbers two lists have in common."""
+    size = min(len(a), len(b))
+    differs = a[:size] != b[:size]
+    return int(differs.argmax()) if differs.any() else size

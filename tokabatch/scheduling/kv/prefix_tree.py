@@ -15,7 +15,7 @@ import numpy as np
 from tokabatch.messages import Int32
 from tokabatch.scheduling.kv.page_pool import PagePool
 from tokabatch.scheduling.kv.shared_pages import Neighbours
-from tokabatch.scheduling.work import Work
+from tokabatch.scheduling.work import Work, common_prefix
 
 
 class OpenPrompt:
@@ -105,6 +105,15 @@ class OpenPrompts:
         self._waiting = {r: p for r, p in self._waiting.items() if p.num_pending and r in self._open}
         return [self._waiting[r] for r in sorted(self._waiting)]
 
+    def begun(self, request: int) -> OpenPrompt | None:
+        """An open or suspended prompt, None for one that is neither."""
+        return self._open.get(request) or self._suspended.get(request)
+
+    def with_unadmitted(self) -> list[OpenPrompt]:
+        """Open and suspended prompts with samples that have never been admitted, in plan order."""
+        prompts = {**self._open, **self._suspended}
+        return [prompts[r] for r in sorted(prompts) if prompts[r].next_sample < len(prompts[r].samples)]
+
     def pending_prompt(self, request: int) -> OpenPrompt:
         """An open or suspended prompt."""
         return self._open[request] if request in self._open else self._suspended[request]
@@ -117,6 +126,17 @@ class OpenPrompts:
     def drop(self, request: int) -> OpenPrompt:
         """Forget a suspended prompt, whose pending samples are the caller's now."""
         return self._suspended.pop(request)
+
+    def settle(self, prompts: list[OpenPrompt]) -> None:
+        """Samples of these prompts, or of prompts that had not been begun, have been taken away: give up what nobody waits for
+        any more."""
+        for prompt in prompts:
+            if prompt.finished:
+                self._suspended.pop(prompt.request, None)
+        present = [prompt for prompt in prompts if self._open.get(prompt.request) is prompt]
+        self.release([prompt for prompt in present if prompt.finished], [prompt for prompt in present if prompt.tainted])
+        if self._cursor is not None and self._cursor.finished:
+            self._trim_cursor(self._cursor)
 
     def full_pages(self, requests: Int32) -> Int32:
         """Pages of each prompt that all its samples share."""
@@ -256,13 +276,13 @@ class OpenPrompts:
         for index in range(1, len(order)):
             before, after = self._open[order[index - 1]].pages, self._open[order[index]].pages
             assert self.neighbours.sizes[index] == len(after), "a prompt's page count differs from the one noted"
-            assert self.neighbours.shared[index] <= _common(before, after), "neighbours share fewer pages than noted"
+            assert self.neighbours.shared[index] <= common_prefix(before, after), "neighbours share fewer pages than noted"
         pages = [prompt.pages for prompt in self._open.values()]
         return np.concatenate(pages) if pages else np.zeros(0, np.int32)
 
     def _trim_cursor(self, cursor: OpenPrompt) -> None:
         lcp = 0 if self._work.exhausted else int(self._work.lcp[self._work.next])
-        keep = min(lcp // self._page_size, cursor.full)
+        keep = min(lcp // self._page_size, cursor.full, len(cursor.pages))
         if keep == 0:
             self._cursor = None
             self._close([cursor])
@@ -275,7 +295,7 @@ class OpenPrompts:
         """Add prompts behind all others; `shared` pages are those each has in common with its predecessor in the plan."""
         # The first may share with another neighbour than the one that stands right before it.
         before, _ = self.neighbours.around(prompts[0].request)
-        first = 0 if before is None else _common(self._open[before].pages, prompts[0].pages)
+        first = 0 if before is None else common_prefix(self._open[before].pages, prompts[0].pages)
         sizes = [len(prompt.pages) for prompt in prompts]
         self.neighbours.append([prompt.request for prompt in prompts], sizes, np.append(first, shared[1:]))
         for prompt in prompts:
@@ -283,7 +303,7 @@ class OpenPrompts:
 
     def _insert(self, prompt: OpenPrompt) -> None:
         shared, shared_after = (
-            0 if neighbour is None else _common(self._open[neighbour].pages, prompt.pages)
+            0 if neighbour is None else common_prefix(self._open[neighbour].pages, prompt.pages)
             for neighbour in self.neighbours.around(prompt.request)
         )
         self.neighbours.insert(prompt.request, len(prompt.pages), shared, shared_after)
@@ -296,10 +316,3 @@ class OpenPrompts:
             prompt.pages = prompt.pages[:0]
             prompt.computed = 0
         self.neighbours.remove([prompt.request for prompt in prompts])
-
-
-def _common(a: Int32, b: Int32) -> int:
-    """Length of the common prefix of two page lists."""
-    size = min(len(a), len(b))
-    differs = a[:size] != b[:size]
-    return int(differs.argmax()) if differs.any() else size

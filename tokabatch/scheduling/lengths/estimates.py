@@ -13,8 +13,9 @@ from tokabatch.scheduling.kv.slots import Sequences
 from tokabatch.scheduling.lengths.predictor import Caution, LengthModel, LengthPredictor
 from tokabatch.scheduling.work import Work
 
-LEARNED_SAMPLES = 8
-"""A prompt's own lengths are learned where it has at least so many samples."""
+LEARNED_SAMPLES = 64
+"""A prompt's own lengths are learned where it has at least so many samples: of fewer there is little to learn, and the
+more prompts the longer a renewal takes."""
 
 
 class Expectations:
@@ -25,15 +26,24 @@ class Expectations:
         self._work = work
         self._sequences = sequences
         self._counts = counts
-        sampling = work.sampling
-        self._given = np.array([p.ignore_eos and not p.stop and not p.stop_token_ids for p in sampling], np.bool_)
-        self._share = np.bincount(work.params, weights=work.num_samples(), minlength=len(sampling))
-        """Samples to draw with each kind."""
-        self._all_given = bool(self._given.all()) and lengths is None
-        self._model = LengthModel(int(self._work.max_tokens.max(initial=1)), work.num_samples() >= LEARNED_SAMPLES)
-        self._lengths: LengthPredictor = lengths or self._model
-        self._foretold = lengths is not None
+        self._foretold = lengths
         self._caution = Caution()
+        self._longest = 0
+        self.extend()
+
+    def extend(self) -> None:
+        """Take in prompts that have been added. Where one may have longer outputs than any before, lengths are learned anew."""
+        work, longest = self._work, int(self._work.max_tokens.max(initial=1))
+        self._given = np.array([p.ignore_eos and not p.stop and not p.stop_token_ids for p in work.sampling], np.bool_)
+        self._share = np.bincount(work.params, weights=work.num_samples, minlength=len(work.sampling))
+        """Samples to draw with each kind of sampling parameters."""
+        self._all_given = bool(self._given.all()) and self._foretold is None
+        grouped = work.num_samples >= LEARNED_SAMPLES
+        if longest > self._longest:
+            self._longest, self._model = longest, LengthModel(longest, grouped)
+        else:
+            self._model.extend(grouped)
+        self._lengths: LengthPredictor = self._foretold or self._model
 
     @property
     def deviations(self) -> float:
@@ -70,7 +80,7 @@ class Expectations:
         """Output tokens that such samples typically still have to come, at least 1."""
         seq = self._sequences
         known, limit = self._so_far(slots), seq.limit[slots]
-        typical = seq.expected[slots] if self._foretold else self._model.typical(seq.request[slots], known, limit)
+        typical = seq.expected[slots] if self._foretold is not None else self._model.typical(seq.request[slots], known, limit)
         return np.maximum(np.where(self._given[seq.params[slots]], limit, typical) - known, 1)
 
     def tokens_left(self, waiting: int) -> int:
@@ -92,7 +102,7 @@ class Expectations:
 
     def forget(self, requests: list[int]) -> None:
         """All samples of these prompts are finished."""
-        if not (self._all_given or self._foretold):
+        if not self._all_given and self._foretold is None:
             self._model.forget(requests)
 
     def _so_far(self, slots: Int64) -> Int32:

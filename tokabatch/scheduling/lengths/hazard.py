@@ -27,8 +27,10 @@ _LEAST_LEFT = 1e-300
 LEVEL_STOPS = 4.0
 """Stops at the lengths just before until these outweigh the run's mean in the prior of a bin."""
 _FADING, _FALL = 0.8, 0.75
+"""How the weight of a stop falls from bin to bin in the level of those behind it; and the prior with the length (a power)."""
 _FINE, _RATIO = 16, 1.1
 _MOST_CUMULATED = 60.0
+"""Bound of a cumulative hazard: a share of e^-60 that gets so far is none."""
 
 
 class Bins:
@@ -61,7 +63,7 @@ def run_hazard(bins: Bins, stops: Float64, at_risk: Float64) -> Float64:
     """Stops per token in each bin, over the whole run, shape [B].
 
     The prior where nothing was seen: a hazard that falls with a power of the length, as high as the stops at the lengths just
-    before say, for all but some samples that never stop: see `_endless`."""
+    before say, for all but some samples that never stop."""
     middle = (bins.edge[1:] + bins.edge[:-1] + 1) / 2
     falling = middle**-_FALL
     # Before the first end this makes the mean length about half of max_tokens.
@@ -76,23 +78,11 @@ def run_hazard(bins: Bins, stops: Float64, at_risk: Float64) -> Float64:
     seen = (stops + stopping * weight) / (at_risk + weight)
     frontier = int(np.max(np.flatnonzero(at_risk > weight), initial=-1)) + 1
     left = max(float(np.exp(-(seen * bins.width)[:frontier].sum())), _LEAST_LEFT)
-    until = slice(min(frontier, bins.count - 1) + 1)
-    endless = _endless(left, (stopping * middle)[until], stops_before[until])
+    # The more samples have stopped, the fewer of the rest are taken never to stop.
+    endless = min(ENDLESS / left, left, MOST_ENDLESS)
     reached = np.exp(-np.cumsum(np.where(place < frontier, 0.0, stopping * bins.width)))
     prior = stopping * (1 - endless) * reached / (endless + (1 - endless) * reached)
     return (stops + prior * weight) / (at_risk + weight)
-
-
-def _endless(left: float, per_log: Float64, stops_before: Float64) -> float:
-    """The share that never stops of the samples that got as far as any, `left` of all. Two signs of it count.
-
-    At first it is taken to be large, and the smaller the more samples have stopped. Later the hazard tells: per unit of
-    log-length, `per_log` in each bin up to the last (`stops_before` is the number of stops behind each figure), it rises or
-    stays level for lengths of one kind (log-normal, Weibull, Pareto), and falls when those that stop are used up."""
-    noise = 1.0 / np.sqrt(1.0 + stops_before)
-    peak = float((per_log * (1.0 - noise)).max(initial=0.0))
-    fallen = 1.0 - float(per_log[-1] * (1.0 + noise[-1])) / peak if peak > 0 else 0.0
-    return min(max(min(ENDLESS / left, left), max(fallen, 0.0) ** (1 / 3)), MOST_ENDLESS)
 
 
 class HazardTable:

@@ -57,6 +57,10 @@ class LengthModel:
         self._table_request = np.zeros(0, np.int32)
         self._table = HazardTable(self.bins, run_hazard(self.bins, self._stops, self._at_risk)[None])
 
+    def extend(self, grouped: Bool) -> None:
+        """Replace what is known of each request, when more have been added."""
+        self._grouped = grouped
+
     def observe(self, request: Int32, length: Int32, stopped: Bool) -> None:
         """See `LengthPredictor`."""
         self._fresh.append((request, length, stopped))

@@ -17,7 +17,7 @@ from tokabatch.messages import Int32
 from tokabatch.scheduling.lengths.hazard import Float64, Indices
 
 _RATIO = 1.15
-_SHIFTS = np.arange(-24, 25, 2)
+_SHIFTS = np.arange(-24, 25, 4)
 """Scales as bins of `_RATIO`: from 1/29 to 29 times the common shape."""
 _PRIOR_TIME = 2.0
 """Bins' worth of time at risk behind the run's hazard in each bin of the shape."""

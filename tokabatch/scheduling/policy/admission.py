@@ -50,7 +50,6 @@ class Admission:
         self._sequences = sequences
         self._counts = counts
         self._expectations = expectations
-        self._alternatives = np.array([-1 if p.logprobs is None else p.logprobs for p in work.sampling], np.int32)
         self.waiting = Waiting(work, prompts, sequences)
         self._surely_free = self._steps_good_for = 0
         """Pages free at every future step by the last forecast, less all that came in since; and for how long to rely on it."""
@@ -100,15 +99,21 @@ class Admission:
         """Put a running sample back among the waiting; the tokens received are kept."""
         seq = self._sequences
         prompt, sample = self._prompts[int(seq.request[slot])], int(seq.sample[slot])
-        self.forecast_anew()
         self.waiting.preempted[prompt.request, sample] = seq.read(np.array([slot]))[0]
-        if prompt.leader == slot:
-            prompt.leader = -1
         self._prompts.requeue(prompt, sample)
-        prompt.live -= 1
-        seq.close(np.array([slot], np.int64))
+        self.stop(np.array([slot], np.int64))
         if prompt.tainted:
             self._prompts.release([], [prompt])
+
+    def stop(self, slots: Int64) -> None:
+        """Close the slots of running samples, which leave no output behind."""
+        self.forecast_anew()
+        for slot, request in zip(slots.tolist(), self._sequences.request[slots].tolist(), strict=True):
+            prompt = self._prompts[request]
+            if prompt.leader == slot:
+                prompt.leader = -1
+            prompt.live -= 1
+        self._sequences.close(slots)
 
     def _fitting(self, candidates: Candidates) -> Int32:
         """How many samples of each candidate fit the pool at every future step."""
@@ -254,7 +259,7 @@ class Admission:
         params = self._work.params[requests]
         seq.prompt_length[slots] = seq.length[slots] = length
         seq.params[slots], seq.limit[slots] = params, self._work.max_tokens[params]
-        seq.outputs.open(slots, self._alternatives[params])
+        seq.outputs.open(slots, self._work.logprobs[params])
         seq.computed[slots] = seq.cached_tokens[slots] = start
         seq.expected[slots] = self._asked_lengths[seq.admitted[slots] - self._asked_from]
         counts.prompt_tokens += int(length.sum())
