@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from tokabatch.data import fingerprint
 from tokabatch.data.tokenizer import Tokenizer
 from tokabatch.data.verification import verify
 from tokabatch.errors import OutputError
+from tokabatch.model import files
 from tokabatch.report.progress import NullProgress
 
 ROWS = [{"question": f"What is {i}+{i * 7 % 5}?", "answer": str(i + i * 7 % 5)} for i in range(10)]
@@ -243,21 +245,37 @@ def test_other_weights_tokenizers_and_rows_are_refused(go, model, rows, tmp_path
         go()
 
 
+def test_files_that_are_not_read_decide_nothing(go, model, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    changes = {"model": {"path": str(copy)}}
+    go(steps=20, **changes)
+    for name in (
+        "tokenizer.json~", "tokenizer.json.bak", ".tokenizer.json.swp", "#tokenizer.json#", ".DS_Store", "tokenizer copy.json",
+        "vocab.old", "chat_template.jinja.orig", "config.json.bak", "other.safetensors", "model.safetensors.index.json",
+    ):  # fmt: skip
+        (copy / name).write_bytes(b"{}")
+    assert go(steps=2, **changes).earlier > 0
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(OutputError, match=r"tokenizer/chat_template\.jinja: absent then, 14 bytes"):
+        go(**changes)
+
+
 def test_large_weights_are_sampled_from_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokabatch.data.fingerprint._WHOLE_BYTES", 1000)
-    monkeypatch.setattr("tokabatch.data.fingerprint._PIECES", 16)
-    monkeypatch.setattr("tokabatch.data.fingerprint._PIECE_BYTES", 64)
+    monkeypatch.setattr("tokabatch.model.files._WHOLE_BYTES", 1000)
+    monkeypatch.setattr("tokabatch.model.files._PIECES", 16)
+    monkeypatch.setattr("tokabatch.model.files._PIECE_BYTES", 64)
     path = tmp_path / "big.safetensors"
     content = bytearray(os.urandom(10_000))
     path.write_bytes(content)
-    mark = fingerprint._file_mark(path)
+    mark = files.file_mark(path)
     for place in (0, 5, 9_999):
         changed = bytearray(content)
         changed[place] ^= 1
         path.write_bytes(changed)
-        assert fingerprint._file_mark(path) != mark
+        assert files.file_mark(path) != mark
     path.write_bytes(content)
-    assert fingerprint._file_mark(path) == mark and "sampled" in mark
+    assert files.file_mark(path) == mark and "sampled" in mark
 
 
 def test_overwrite_starts_afresh_and_says_what_it_deletes(go, tmp_path, whole):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from support import poisoned_worker, tiny_models
 from tokabatch import Job, run
 from tokabatch.engine.executor import ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
+from tokabatch.errors import ModelError
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +120,35 @@ def test_kills_at_random_moments_change_nothing(model, rows, tmp_path, watched):
     assert len(killer.told) == KILLS and "SIGKILL" in killer.told[0]
     assert table(tmp_path / "killed") == table(tmp_path / "calm")
     assert json.loads((tmp_path / "killed" / "summary.json").read_text())["restarts"] == {"killed": KILLS}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_worker_that_meets_other_files_refuses_them_and_what_is_finished_stays(name, model, rows, tmp_path, watched):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    done: list[int] = []
+
+    class Replacing(NullProgress):
+        """Replaces a file under the running worker and kills that."""
+
+        interval = 0.0
+
+        def update(self, snapshot: ProgressSnapshot) -> None:
+            worker = worker_of(os.getpid())
+            if snapshot.phase == "generating" and snapshot.samples_done >= 10 and worker is not None and not done:
+                content = bytearray((copy / name).read_bytes())
+                content[-5] ^= 1
+                (copy / "new").write_bytes(content)
+                (copy / "new").replace(copy / name)
+                done.append(snapshot.samples_done)
+                worker.kill()
+
+    with pytest.raises(ModelError, match=rf"SIGKILL(?s:.*){name} has changed since this run began"):
+        run(job(copy, rows, tmp_path / "out"), Replacing())
+    assert committed(tmp_path / "out") >= done[0] and not (tmp_path / "out" / "_SUCCESS").exists()
+    run(job(model, rows, tmp_path / "calm", engine={"process": False}))
+    calm = table(tmp_path / "calm")
+    assert all(sample in calm for sample in table(tmp_path / "out"))
 
 
 def test_a_stopped_worker_is_replaced(model, rows, tmp_path, watched):

@@ -7,7 +7,7 @@ folder it is given and nowhere else.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from tokabatch.messages import Drawn, Int64, Requests
 from tokabatch.model.checkpoint import Checkpoint, preflight
 from tokabatch.model.config import read_config
 from tokabatch.model.families import read_spec
+from tokabatch.model.files import ModelFile, known_files
 from tokabatch.model.resolve import resolve_model
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import named_dtype, resolve_dtype
@@ -50,6 +51,8 @@ class Prepared:
     """A job that can start."""
 
     folder: Path
+    files: tuple[ModelFile, ...]
+    """The model's and the tokenizer's, as they were read."""
     spec: ModelSpec
     device: str
     dtype: torch.dtype
@@ -128,12 +131,14 @@ def prepare(
     `absent_gpu`: for a GPU that is not here, of which nothing can be asked."""
     device = "cuda" if absent_gpu else pick_device(job)
     folder = resolve_model(job.model.path, job.model.revision, weights=False)
+    tokenizer_folder = _tokenizer_folder(job, folder)
+    # Known before they are read: what changes in between is noticed when the weights load.
+    files = known_files(folder, tokenizer_folder)
     spec = read_spec(folder)
     checkpoint = preflight(folder, spec) if Path(job.model.path).expanduser().is_dir() else None
     dtype = _choose_dtype(job, device, folder, spec, checkpoint)
     if not absent_gpu:
         _check_fp8(job, device, dtype, spec)
-    tokenizer_folder = _tokenizer_folder(job, folder)
     key = "path" if job.model.tokenizer is None else "tokenizer"
     tokenizer = load_tokenizer(job.model.model_copy(update={key: str(tokenizer_folder)}))
     if tokenizer.own_vocab_size > spec.vocab_size:
@@ -145,7 +150,7 @@ def prepare(
     _check_generation(generation, spec, tokenizer)
     ends = find_end_tokens(folder, tokenizer)
     compare = compare or _accept
-    fingerprint = describe(job, generation, ends.ids, folder, tokenizer_folder, _name(dtype))
+    fingerprint = describe(job, generation, ends.ids, _marks(files), _name(dtype))
     compare(fingerprint, None)
     store = ingest(
         job,
@@ -164,12 +169,14 @@ def prepare(
     if checkpoint is None and weights:
         checkpoint = preflight(resolve_model(job.model.path, job.model.revision), spec)
         dtype = _choose_dtype(job, device, folder, spec, checkpoint)
-        known = describe(job, generation, ends.ids, folder, tokenizer_folder, _name(dtype))
+        files = known_files(folder, tokenizer_folder)
+        known = describe(job, generation, ends.ids, _marks(files), _name(dtype))
         fingerprint = replace(fingerprint, settings=known.settings)
         compare(fingerprint, None)
     everything = np.arange(generation.n, dtype=np.int32)
     return Prepared(
         folder=folder,
+        files=files,
         spec=spec,
         device=device,
         dtype=dtype,
@@ -256,6 +263,10 @@ def pick_device(job: Job) -> str:
     if job.engine.device == "cuda" and not available:
         raise JobError("engine.device is cuda, but torch sees no GPU; write auto or cpu, or install a CUDA build of torch")
     return "cuda" if available and job.engine.device != "cpu" else "cpu"
+
+
+def _marks(files: Sequence[ModelFile]) -> dict[str, str]:
+    return {file.name: file.mark for file in files}
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from tokabatch.engine.executor import Executor
 from tokabatch.engine.sizing import ReplicaSizes
-from tokabatch.errors import EngineError, StepDropped, UsageError, WorkerLost
+from tokabatch.errors import EngineError, ModelError, StepDropped, UsageError, WorkerLost
 from tokabatch.interruption import Interruption
 from tokabatch.messages import Completion, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
@@ -106,8 +106,8 @@ class Replica:
                 return self._scheduler.settle_pages(self._executor.sizes.num_pages)
 
     def advance(self) -> list[Completion]:
-        """Go on until the next result or fault; returns the samples that it finished. Raises Stopped while waiting, and
-        EngineError when no worker can be kept alive."""
+        """Go on until the next result or fault; returns the samples that it finished. Raises Stopped while waiting, EngineError
+        when no worker can be kept alive, and ModelError when another one meets other files."""
         try:
             result = self._next_result()
         except StepDropped as fault:
@@ -177,8 +177,9 @@ class Replica:
         try:
             completions += self.start()
         except UsageError as error:
-            # The job could be started once: it is not the job that is wrong.
-            raise EngineError(f"{fault}\nNo other worker can be started: {error}") from error
+            # The job could be started once: it is not the job that is wrong. The model's files may have been replaced since.
+            kind = ModelError if isinstance(error, ModelError) else EngineError
+            raise kind(f"{fault}\nNo other worker can be started: {error}") from error
         return completions
 
     def _renew(self, fault: WorkerLost, consequence: str) -> None:

@@ -28,7 +28,16 @@ from tokabatch.engine.heartbeat import Patience
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.warm_up import kinds_of_drawing
 from tokabatch.engine.worker import TraceSpec, WorkerSpec
-from tokabatch.errors import CommitError, DamageError, EngineError, OutputError, Stopped, TokabatchError, UsageError
+from tokabatch.errors import (
+    CommitError,
+    DamageError,
+    EngineError,
+    ModelError,
+    OutputError,
+    Stopped,
+    TokabatchError,
+    UsageError,
+)
 from tokabatch.interruption import Interruption
 from tokabatch.job import Job
 from tokabatch.preparation import Prepared, special_ids
@@ -256,7 +265,7 @@ def _complete(parts: _Parts, make: Callable[[], Executor], workers: ExitStack) -
             completions = replica.advance()
     except Stopped as stopped:
         return stopped.exit_code
-    except EngineError:
+    except (EngineError, ModelError):
         recorder.finish()
         raise
 
@@ -273,6 +282,7 @@ def _executors(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Prog
         progress.message(f"attention runs in plain torch, many times slower than FlashInfer's kernels: {obstacle}")
     spec = WorkerSpec(
         folder=prepared.folder,
+        files=prepared.files,
         spec=prepared.spec,
         dtype=prepared.dtype,
         device=prepared.device,

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from tokabatch.data.few_shot import render_few_shot
@@ -21,12 +20,7 @@ from tokabatch.data.readers import list_files
 from tokabatch.data.row_digests import RowDigests
 from tokabatch.job import GenerationConfig, Job, verifier_path
 
-WEIGHTS = "*.safetensors"
-WEIGHT_INDEX = "*.safetensors.index.json"
-MODEL_FILES = ("config.json", WEIGHTS, WEIGHT_INDEX)
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*")
-_WHOLE_BYTES = 64 << 20
-_PIECES, _PIECE_BYTES = 4096, 4096
+WEIGHTS, WEIGHT_INDEX = ".safetensors", ".safetensors.index.json"
 _SHOWN = 60
 
 
@@ -48,12 +42,11 @@ class Fingerprint:
 
 
 def describe(
-    job: Job, generation: GenerationConfig, eos_token_ids: tuple[int, ...], model: Path, tokenizer: Path, dtype: str
+    job: Job, generation: GenerationConfig, eos_token_ids: tuple[int, ...], files: Mapping[str, str], dtype: str
 ) -> Fingerprint:
     """Everything but the rows. `dtype` is what is computed in, whatever the job says; `generation` has the model's defaults
-    filled in; the two folders hold the model's and the tokenizer's files, the weights perhaps not yet."""
-    settings = {f"model/{name}": mark for name, mark in _file_marks(model, MODEL_FILES)}
-    settings |= {f"tokenizer/{name}": mark for name, mark in _file_marks(tokenizer, TOKENIZER_FILES)}
+    filled in; `files` is what each of the model's and the tokenizer's files holds, the weights perhaps not yet there."""
+    settings = dict(files)
     prompt = job.prompt.model_dump(mode="json")
     if job.prompt.few_shot:
         prompt["few_shot"] = _mark(render_few_shot(job.prompt.few_shot).encode())
@@ -68,7 +61,7 @@ def describe(
         "verify": {} if job.verify is None else job.verify.model_dump(mode="json"),
     }
     if job.verify is not None:
-        settings["verifier/" + job.verify.kind] = _file_mark(verifier_path(job.verify.kind))
+        settings["verifier/" + job.verify.kind] = _mark(verifier_path(job.verify.kind).read_bytes())
     for section, values in sections.items():
         settings |= {f"{section}.{name}": json.dumps(value, ensure_ascii=False) for name, value in values.items()}
     return Fingerprint(settings, list_files(job.input))
@@ -76,9 +69,9 @@ def describe(
 
 def changed_settings(earlier: Fingerprint, now: Fingerprint) -> list[str]:
     """A line for each setting or file that differs. Weights that are not here yet are not compared."""
-    weights_here = any(name.endswith(WEIGHTS[1:]) for name in now.settings)
+    weights_here = any(name.endswith(WEIGHTS) for name in now.settings)
     names = dict.fromkeys((*now.settings, *earlier.settings))
-    compared = [name for name in names if weights_here or not name.endswith((WEIGHTS[1:], WEIGHT_INDEX[1:]))]
+    compared = [name for name in names if weights_here or not name.endswith((WEIGHTS, WEIGHT_INDEX))]
     return [
         f"{name}: {_shown(earlier.settings.get(name))} then, {_shown(now.settings.get(name))} now"
         for name in compared
@@ -93,27 +86,6 @@ def changed_sizes(earlier: Fingerprint, now: Fingerprint) -> list[str]:
         for name in dict.fromkeys((*earlier.input_bytes, *now.input_bytes))
         if earlier.input_bytes.get(name) != now.input_bytes.get(name)
     ]
-
-
-def _file_marks(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    for pattern in patterns:
-        for path in sorted(folder.glob(pattern)):
-            if path.is_file():
-                yield path.name, _file_mark(path)
-
-
-def _file_mark(path: Path) -> str:
-    """A file beyond 64 MiB is digested by 4,096 pieces of 4 KiB, evenly spread from its first byte to its last: whoever trains
-    or merges weights changes more than lies between two of them."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= _WHOLE_BYTES:
-            return _mark(file.read())
-        digest = hashlib.sha256()
-        for piece in range(_PIECES):
-            file.seek(piece * (size - _PIECE_BYTES) // (_PIECES - 1))
-            digest.update(file.read(_PIECE_BYTES))
-    return f"{size:,} bytes, sampled sha256 {digest.hexdigest()}"
 
 
 def _mark(content: bytes) -> str:

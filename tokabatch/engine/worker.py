@@ -22,6 +22,7 @@ from tokabatch.engine.sizing import ReplicaSizes, kv_shape, settle_pages
 from tokabatch.engine.warm_up import warm_up_steps
 from tokabatch.messages import Int32, SamplingParams, StepBatch, StepResult
 from tokabatch.model.decoder import Decoder, KVPages
+from tokabatch.model.files import ModelFile, refuse_changed
 from tokabatch.model.sampler import Sampled, sample
 from tokabatch.model.slot_table import SlotTable, packed
 from tokabatch.model.spec import ModelSpec
@@ -56,6 +57,8 @@ class WorkerSpec:
     kv_dtype: torch.dtype | None = None
     """Of keys and values where it is not the model's."""
     trace: TraceSpec | None = None
+    files: tuple[ModelFile, ...] = ()
+    """What the model and its tokenizer are read from; every worker of a run refuses others."""
     draws: tuple[SamplingParams, ...] = ()
     """The kinds of drawing to warm up (`warm_up.kinds_of_drawing`)."""
 
@@ -77,10 +80,13 @@ class Worker:
 
     @classmethod
     def build(cls, spec: WorkerSpec) -> Worker:
-        """Load the weights, settle and allocate the cache, and on a GPU warm up. Raises ModelError, and JobError where the
-        longest sample does not fit beside what a step needs."""
+        """Load the weights, settle and allocate the cache, and on a GPU warm up. Raises ModelError, also for a file that is not
+        the one that the run began with, and JobError where the longest sample does not fit beside what a step needs."""
         sizes, device = spec.sizes, torch.device(spec.device)
+        refuse_changed(spec.files)
         decoder = load_decoder(spec.folder, spec.spec, spec.dtype, device, fp8=spec.fp8)
+        # Once more: they may have been replaced while they were read.
+        refuse_changed(spec.files)
         if device.type == "cuda":
             one_page = kv_shape(spec.spec, sizes.page_size, 1, 1, 1).bytes_per_page(spec.kv_dtype or spec.dtype)
             sizes = settle_pages(sizes, fitting_pages(decoder, sizes, one_page))

@@ -93,6 +93,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, tensors)
 
 
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The files that the weights are read from, the index first where there is one; empty where any of them is not there."""
+    try:
+        declared = _declared_files(folder)
+    except ModelError:
+        return ()
+    index = () if folder / _SINGLE in declared else (folder / _INDEX,)
+    return (*index, *declared)
+
+
 def _declared_files(folder: Path) -> dict[Path, set[str]]:
     """The files to read, each with the tensors that the index expects there; an empty set means all."""
     single, index = folder / _SINGLE, folder / _INDEX
