@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from support import tiny_models
 
-from tokabatch import Job, RunSummary, plan, resumption, run, runner
-from tokabatch.data import fingerprint
+from tokabatch import Job, RunSummary, plan, preparation, resumption, run, runner
+from tokabatch.data import fingerprint, kept_input
 from tokabatch.data.tokenizer import Tokenizer
 from tokabatch.data.verification import verify
 from tokabatch.errors import OutputError
@@ -398,7 +398,8 @@ def test_other_tokens_of_the_same_rows_are_refused_with_the_versions(go, rows, t
             for text, ids in zip(texts, real(self, texts, add_special_tokens), strict=True)
         ]
 
-    monkeypatch.setattr(resumption, "version", lambda name: f"{name}-0.0.1")
+    for module in (resumption, kept_input):
+        monkeypatch.setattr(module, "version", lambda name: f"{name}-0.0.1")
     assert go(steps=2).earlier > 0, "another version alone is no other prompt"
     monkeypatch.undo()
     monkeypatch.setattr(Tokenizer, "encode_batch", encode)
@@ -438,6 +439,38 @@ def test_without_the_digests_of_rows_only_unchanged_rows_go_on(go, rows, tmp_pat
     assert go().exit_code == 0 and digests.exists(), "written anew where nothing has changed"
     write_rows(rows, ROWS)
     assert go(retry_errors=True).exit_code == 0 and table(tmp_path / "out") == whole
+
+
+def test_the_tokenised_input_is_made_once_while_the_run_is_not_complete(go, rows, tmp_path, whole, monkeypatch):
+    kept = tmp_path / "out" / "_input"
+    write_rows(rows, [*ROWS[:9], "{broken"])
+    go(steps=20)
+    assert kept.is_dir()
+    made: list[Path] = []
+    real = preparation.ingest
+    monkeypatch.setattr(preparation, "ingest", lambda job, *given, **named: made.append(rows) or real(job, *given, **named))
+    told = Messages()
+    assert go(steps=12, progress=told).earlier > 0 and not made and kept.is_dir()
+    with (kept / "tokens.bin").open("r+b") as file:
+        file.write(b"\xff")
+    go(steps=12)
+    assert len(made) == 1, "a damaged one is made anew"
+    go(steps=12)
+    assert len(made) == 1
+    write_rows(rows, [*ROWS[:9], "{broken", ROWS[9]])
+    go(steps=12, generation={"n": N})
+    assert len(made) == 2, "further rows are read"
+    assert go().exit_code == 0 and len(made) == 2 and not kept.exists()
+    go()
+    assert not kept.exists()
+    assert [row for row in table(tmp_path / "out") if row["status"] == "ok" and row["row_index"] < 9] == whole[:-N]
+
+
+def test_a_run_that_starts_afresh_takes_over_nothing(go, tmp_path):
+    go(steps=20)
+    (tmp_path / "out" / "_input" / "index.json").write_bytes(b"")
+    go(steps=20, overwrite=True, generation={"seed": 1})
+    assert (tmp_path / "out" / "_input" / "index.json").stat().st_size
 
 
 def test_policy_stop_stops_at_the_first_error_row_and_goes_on_behind_it(go, rows, tmp_path):

@@ -18,7 +18,9 @@ import torch
 from tokabatch.attention import choose_backend
 from tokabatch.data.fingerprint import Fingerprint, describe
 from tokabatch.data.generation_defaults import describe_ignored, effective_generation, find_end_tokens
+from tokabatch.data.kept_input import Origin, describe_origin, load_kept
 from tokabatch.data.output import FailedRow, output_schema
+from tokabatch.data.prompts import Limits
 from tokabatch.data.row_digests import RowDigests
 from tokabatch.data.stop_texts import describe_stops, refuse_special
 from tokabatch.data.store import InputStore, ingest
@@ -69,6 +71,10 @@ class Prepared:
     samples_of_row: Int64
     """Samples of each row of the input, whether drawn already or not."""
     fingerprint: Fingerprint
+    origin: Origin | None = None
+    """What the tokenised input is made of; None where it cannot be kept."""
+    taken_over: bool = False
+    """Whether the tokenised input is that of an earlier start."""
     notes: tuple[str, ...] = ()
     """Sentences for the user: what the model's files, the settings and the rows have in them that may surprise."""
 
@@ -123,10 +129,14 @@ def prepare(
     *,
     weights: bool = True,
     compare: Compare | None = None,
+    kept: Path | None = None,
+    clock: str = "",
     absent_gpu: bool = False,
 ) -> Prepared:
     """Check the model, read and tokenise the input, order it. Raises UsageError for whatever cannot work; `on_rows` is told
     the rows and error rows read so far. Weights that are still on the hub are fetched last, and only if `weights` says so.
+    `kept` is where the tokenised input of an earlier start may lie: it is taken over where it is this job's. `clock` is the
+    time that templates see.
     `compare` is called as soon as there is more to compare with an earlier run: settings, rows, weights.
     `absent_gpu`: for a GPU that is not here, of which nothing can be asked."""
     device = "cuda" if absent_gpu else pick_device(job)
@@ -152,14 +162,11 @@ def prepare(
     compare = compare or _accept
     fingerprint = describe(job, generation, ends.ids, _marks(files), _name(dtype))
     compare(fingerprint, None)
-    store = ingest(
-        job,
-        tokenizer,
-        scratch,
-        spec.context_length,
-        generation=generation,
-        vocab_size=spec.vocab_size,
-        on_rows=on_rows,
+    limits = Limits(spec.context_length, spec.vocab_size)
+    origin = None if kept is None else describe_origin(job, fingerprint, generation, limits, clock)
+    taken_over = load_kept(kept, origin) if kept and origin else None
+    store = taken_over or ingest(
+        job, tokenizer, scratch, limits.context_length, generation=generation, vocab_size=limits.vocab_size, on_rows=on_rows
     )
     fingerprint = fingerprint.with_rows(store.digests)
     compare(fingerprint, store.digests)
@@ -199,6 +206,8 @@ def prepare(
             *describe_ignored(folder, job, settings),
             *describe_stops(_stops(store, generation), tokenizer, tokenizer.special_texts),
         ),
+        origin=origin,
+        taken_over=taken_over is not None,
     )
 
 

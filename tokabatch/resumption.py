@@ -26,6 +26,7 @@ from tokabatch.data.earlier import EarlierRun
 from tokabatch.data.folder import Claim, OutputFolder
 from tokabatch.data.inspection import Inspection, inspect
 from tokabatch.data.journal import Shard
+from tokabatch.data.kept_input import keep_input
 from tokabatch.data.listing import ListedFile, consistently
 from tokabatch.data.manifest import (
     Manifest,
@@ -69,6 +70,11 @@ class Start:
     committed: Committed
     left: Prepared
 
+    @property
+    def has_more(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(len(self.left.requests) or self.left.failures)
+
     @classmethod
     def after(cls, committed: Committed, prepared: Prepared) -> Start:
         return cls(prepared, committed, prepared.without(committed.drawn))
@@ -86,28 +92,36 @@ def start(
     given a sentence for the user where the folder holds results; `reading` is entered while the folder is as it was."""
     folder = claim.folder
     earlier = None if reuse.overwrite else find_run(folder, retry_errors=reuse.retry_errors)
+    clock = earlier.manifest.started if earlier else datetime.now(timezone.utc).isoformat(timespec="seconds")
     scratch = folder.temporary / "input"
     with _refusing(folder, _FULL), reading():
         scratch.mkdir()
-        prepared = prepare(job, scratch, on_rows, compare=earlier.compare if earlier else None)
+        compare = earlier.compare if earlier else None
+        prepared = prepare(job, scratch, on_rows, compare=compare, kept=folder.input, clock=clock)
         found = None if earlier is None else consistently(lambda: inspect(folder, earlier.manifest), folder.path)
     with _refusing(folder):
+        manifest = _manifest(job, prepared, clock)
         if earlier is None or found is None:
-            started = _begin(job, claim, prepared, tell, overwrite=reuse.overwrite)
+            started = _begin(job, claim, prepared, manifest, tell, overwrite=reuse.overwrite)
         else:
-            started = _continue(job, claim, prepared, earlier, found, reuse, tell)
+            manifest = _continued(manifest, earlier.manifest, found.run)
+            started = _continue(job, claim, prepared, manifest, earlier, found, reuse, tell)
     for note in prepared.notes:
         tell(note)
+    if started.has_more and not prepared.taken_over:
+        keep_input(prepared.store, prepared.origin, claim.files, scratch, folder.input)
     if started.committed.samples:
         tell(f"continuing: {started.committed.samples:,} of {prepared.samples_total:,} samples are there already")
     return started
 
 
-def _begin(job: Job, claim: Claim, prepared: Prepared, tell: Callable[[str], None], *, overwrite: bool) -> Start:
+def _begin(
+    job: Job, claim: Claim, prepared: Prepared, manifest: Manifest, tell: Callable[[str], None], *, overwrite: bool
+) -> Start:
     """A run of its own, in a folder that holds none or whose run is deleted."""
     if overwrite:
         _overwrite(claim, tell)
-    _write_start(job, claim, prepared, _manifest(job, prepared), ())
+    _write_start(job, claim, prepared, manifest, ())
     return Start.after(nothing_committed(prepared.samples_of_row), prepared)
 
 
@@ -115,6 +129,7 @@ def _continue(
     job: Job,
     claim: Claim,
     prepared: Prepared,
+    manifest: Manifest,
     earlier: EarlierRun,
     found: Inspection,
     reuse: Reuse,
@@ -123,7 +138,6 @@ def _continue(
     """The earlier run. Its good files stay; those that are damaged are computed again where that was asked for."""
     folder = claim.folder
     refuse_faults(folder, earlier.manifest, found, repair=reuse.repair)
-    manifest = _continued(_manifest(job, prepared), earlier.manifest, found.run)
     if reuse.repair and (bad := found.to_repair):
         tell(f"--repair: computing again what {', '.join(bad)} held")
         _record(claim, manifest, found.good)
@@ -134,7 +148,7 @@ def _continue(
         refuse_unrecorded(folder, earlier.manifest, found)
     if earlier.repaired and not reuse.retry_errors:
         tell(f"error rows that are other rows now: {earlier.repaired:,}; --retry-errors runs them")
-    done = not (len(started.left.requests) or started.left.failures)
+    done = not started.has_more
     if done and _is_complete(folder, earlier.manifest, found, manifest):
         # Nothing in the folder changes, whatever happens from here on.
         return replace(started, committed=replace(started.committed, shards=tuple(shard for shard, _ in found.good)))
@@ -245,10 +259,9 @@ def _versions() -> Versions:
     )
 
 
-def _manifest(job: Job, prepared: Prepared) -> Manifest:
-    """That of a new run."""
+def _manifest(job: Job, prepared: Prepared, started: str) -> Manifest:
     return Manifest(
-        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        started=started,
         working_folder=os.getcwd(),
         model_path=str(prepared.folder),
         versions=_versions(),
@@ -265,5 +278,5 @@ def _continued(manifest: Manifest, earlier: Manifest, recorded: str) -> Manifest
     """The manifest of a run that goes on; `recorded` is the run by its record of commits."""
     if not earlier.run:
         # Of a version that named no runs; a start that was cut short may have named it in the record already.
-        return replace(manifest, started=earlier.started, run=recorded or manifest.run)
-    return replace(manifest, started=earlier.started, run=earlier.run, fingerprint_sha256=earlier.fingerprint_sha256)
+        return replace(manifest, run=recorded or manifest.run)
+    return replace(manifest, run=earlier.run, fingerprint_sha256=earlier.fingerprint_sha256)

@@ -20,6 +20,7 @@ from benchmarks.scripted_engine import QUICKSTART, Script, expected_tokens
 
 KNOWN = {
     "data", "manifest.json", "commits.jsonl", "row_digests.parquet", "job.json", "summary.json", "_SUCCESS", "_lock", "_tmp",
+    "_input",
 }  # fmt: skip
 STEPS = re.compile(r"steps-\d{5}\.parquet")
 SCHEDULED = "num_cached_tokens"
@@ -64,7 +65,7 @@ class Checker:
         """The same, and that nothing lacks; identical to the table of an undisturbed run where that is given."""
         found = self.check(out)
         assert found == self.samples, f"{self.samples - found} samples are lost"
-        assert (out / "_SUCCESS").exists() and not (out / "_tmp").exists()
+        assert (out / "_SUCCESS").exists() and not (out / "_tmp").exists() and not (out / "_input").exists()
         assert reference is None or table(out) == reference, "the table is not that of an undisturbed run"
 
     def _check_row(self, row: Mapping[str, Any], expected: list[int] | None) -> None:

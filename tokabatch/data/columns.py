@@ -7,7 +7,7 @@ for. A row that could not be parsed has nulls. This module knows no prompts and 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -22,6 +22,7 @@ from tokabatch.errors import InputError
 from tokabatch.messages import Int64
 
 MAX_COLUMNS = 4096
+_TYPES, _STARTS = "types", "starts"
 
 
 class Columns(Protocol):
@@ -32,6 +33,10 @@ class Columns(Protocol):
     def take(self, rows: Int64, names: Sequence[str]) -> pa.Table:
         """The named columns of ascending, distinct rows; nulls for a column that no row has. Without names, a table without
         rows."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What `restore_columns` needs beside the files, as plain JSON values."""
         ...
 
     def close(self) -> None: ...
@@ -51,6 +56,14 @@ def open_column_spool(path: Path, schema: pa.Schema | None, names: Sequence[str]
     return ArrowColumnSpool(path.with_suffix(".arrow"), schema, names)
 
 
+def restore_columns(path: Path, state: Mapping[str, Any]) -> Columns:
+    """The finished columns of a spool at `path`."""
+    if (types := state.get(_TYPES)) is not None:
+        texts = Texts.open(path.with_suffix(".jsonl"))
+        return JsonColumns(texts, {name: JsonType.restored(kind) for name, kind in types.items()})
+    return ArrowColumns(path.with_suffix(".arrow"), np.asarray(state[_STARTS], dtype=np.int64))
+
+
 class ArrowColumnSpool:
     """Writes one Arrow IPC file."""
 
@@ -68,16 +81,17 @@ class ArrowColumnSpool:
 
     def finish(self) -> Columns:
         self._writer.close()
-        return ArrowColumns(self._path, self._schema, np.asarray(self._starts, dtype=np.int64))
+        return ArrowColumns(self._path, np.asarray(self._starts, dtype=np.int64))
 
 
 class ArrowColumns:
     """Reads single batches back through a memory map."""
 
-    def __init__(self, path: Path, schema: pa.Schema, starts: Int64) -> None:
-        self.schema = schema
+    def __init__(self, path: Path, starts: Int64) -> None:
+        """`starts` is the first row of each batch, and the number of rows."""
         self._source = pa.memory_map(str(path))
         self._file = ipc.open_file(self._source)
+        self.schema = self._file.schema
         self._starts = starts
 
     def take(self, rows: Int64, names: Sequence[str]) -> pa.Table:
@@ -92,6 +106,9 @@ class ArrowColumns:
             pieces.append(self._file.get_batch(number).select(list(names)).take(pa.array(inside)))
         schema = pa.schema([self.schema.field(name) for name in names])
         return pa.Table.from_batches(pieces, schema=schema)
+
+    def state(self) -> dict[str, Any]:
+        return {_STARTS: self._starts.tolist()}
 
     def close(self) -> None:
         self._source.close()
@@ -152,6 +169,9 @@ class JsonColumns:
             encode = self._encoders.get(field.name)
             arrays.append(pa.array([encode(value) for value in values] if encode else values, type=field.type))
         return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+    def state(self) -> dict[str, Any]:
+        return {_TYPES: {name: kind.state() for name, kind in self._types.items()}}
 
     def _field(self, name: str) -> pa.Field[Any]:
         return pa.field(name, self._types.get(name, JsonType()).arrow())

@@ -2,6 +2,7 @@
 
 OUT/data/part-00000.parquet   committed shards
 OUT/_tmp/                     unfinished files; cleared by the next claim
+OUT/_input/                   the tokenised input, while the run is not complete
 OUT/_lock                     held by the writing process, released by its death
 OUT/manifest.json             what the run is, and what decides its output
 OUT/commits.jsonl             which shards were committed, with their digests
@@ -30,6 +31,7 @@ from tokabatch.data.listing import ListedFile, Mark, is_there, list_files, unrea
 from tokabatch.errors import CommitError, DamageError, OutputError
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
 _STEPS_NAME = re.compile(r"steps-\d{5,}\.parquet")
 _CLAIM_ATTEMPTS = 5
@@ -45,6 +47,7 @@ class OutputFolder:
         self.path = path
         self.data = path / "data"
         self.temporary = path / "_tmp"
+        self.input = path / "_input"
         self.lock = path / "_lock"
         self.manifest = path / "manifest.json"
         self.commits = path / "commits.jsonl"
@@ -127,6 +130,10 @@ class Claim:
         try:
             yield
         except OSError as error:
+            if error.errno in _FULL:
+                # What is made anew at any time leaves its room to what is not.
+                with suppress(OSError):
+                    self.files.remove_tree(self.folder.input)
             raise CommitError(
                 f"output.path {str(self.folder.path)!r} takes no more: {error.strerror or error}. What is committed is whole; "
                 "make room there and run the same command again, which adds the rest."
@@ -193,6 +200,8 @@ class Claim:
         if self._descriptor is not None:
             with suppress(OSError):
                 self.files.remove_tree(self.folder.temporary)
+                if is_there(self.files, self.folder.success):
+                    self.files.remove_tree(self.folder.input)
             self._remove_unused()
             os.close(self._descriptor)
             self._descriptor = None

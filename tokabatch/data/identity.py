@@ -30,8 +30,9 @@ class IdSpool:
     def __init__(self, path: Path, column: str) -> None:
         self.column = column
         self._texts = TextSpool(path)
-        self._digests = ArraySpool(path.with_suffix(".digests"), np.uint64)
-        self._rows = ArraySpool(path.with_suffix(".rows"), np.int64)
+        self._checks = (path.with_suffix(".digests"), path.with_suffix(".rows"))
+        self._digests = ArraySpool(self._checks[0], np.uint64)
+        self._rows = ArraySpool(self._checks[1], np.int64)
 
     def append(self, rows: Sequence[Row]) -> dict[int, RowError]:
         """Keeps the rows' ids; the rows that have none, by row number."""
@@ -51,6 +52,8 @@ class IdSpool:
         equal = digests[order][1:] == digests[order][:-1]
         suspects = np.unique(rows[order[np.flatnonzero(equal)[:, None] + np.arange(2)]]) if equal.any() else rows[:0]
         _refuse_duplicates(texts, suspects, self.column)
+        for path in self._checks:
+            path.unlink()
         return texts
 
 

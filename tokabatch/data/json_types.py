@@ -18,6 +18,8 @@ MAX_DEPTH = 16
 EXACT_FLOAT = 1 << 53
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (type(None), bool, int, float, str, list, dict)}
+
 Encoder = Callable[[Any], Any]
 
 
@@ -33,6 +35,26 @@ class JsonType:
         self._inexact = False
         self._as_text = depth >= MAX_DEPTH
         self._depth = depth
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any], depth: int = 0) -> JsonType:
+        """What `state` described."""
+        kind = cls(depth)
+        kind._kinds = {_KINDS[name] for name in state["kinds"]}
+        kind._inexact, kind._as_text = bool(state["inexact"]), bool(state["as_text"])
+        kind._items = None if state["items"] is None else cls.restored(state["items"], depth + 1)
+        kind._fields = {name: cls.restored(field, depth + 1) for name, field in state["fields"].items()}
+        return kind
+
+    def state(self) -> dict[str, Any]:
+        """Everything learned, as plain JSON values."""
+        return {
+            "kinds": sorted(kind.__name__ for kind in self._kinds),
+            "inexact": self._inexact,
+            "as_text": self._as_text,
+            "items": self._items and self._items.state(),
+            "fields": {name: field.state() for name, field in self._fields.items()},
+        }
 
     def add(self, value: Any) -> None:
         kind = type(value)

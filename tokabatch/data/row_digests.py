@@ -23,10 +23,11 @@ import pyarrow.parquet as pq
 from tokabatch.data.durable import DurableFiles
 from tokabatch.data.listing import read_bytes
 from tokabatch.data.rows import RowBatch
-from tokabatch.data.spool import ArraySpool
+from tokabatch.data.spool import ArraySpool, open_array
 
 UInt64 = npt.NDArray[np.uint64]
 _CONTENT, _PROMPT = "content", "prompt"
+_CONTENT_FILE, _PROMPT_FILE = "content_digests.bin", "prompt_digests.bin"
 _BYTES = 8
 
 
@@ -36,6 +37,11 @@ class RowDigests:
 
     content: UInt64
     prompt: UInt64
+
+    @classmethod
+    def open(cls, folder: Path) -> RowDigests:
+        """Those of a finished spool in `folder`."""
+        return cls(open_array(folder / _CONTENT_FILE, np.uint64), open_array(folder / _PROMPT_FILE, np.uint64))
 
     def __len__(self) -> int:
         return len(self.content)
@@ -81,8 +87,8 @@ class DigestSpool:
     its columns' types, the code of one that could not be read."""
 
     def __init__(self, folder: Path) -> None:
-        self._content = ArraySpool(folder / "content_digests.bin", np.uint64)
-        self._prompt = ArraySpool(folder / "prompt_digests.bin", np.uint64)
+        self._content = ArraySpool(folder / _CONTENT_FILE, np.uint64)
+        self._prompt = ArraySpool(folder / _PROMPT_FILE, np.uint64)
 
     def append(self, batch: RowBatch, prompts: Sequence[npt.NDArray[np.int32] | None]) -> None:
         """`prompts` are the token ids of each row, None for one that has no prompt."""

@@ -1,6 +1,6 @@
 """Arrays and texts that grow on disk while a dataset streams by, then are read back through memory maps.
 
-Each spool owns the file it was given until `finish`. Nothing here is durable: a spool lives as long as its run.
+Each spool owns the file it was given until `finish`; what is finished can be opened again. Nothing here is durable.
 """
 
 from __future__ import annotations
@@ -36,9 +36,14 @@ class ArraySpool(Generic[Scalar]):
     def finish(self) -> npt.NDArray[Scalar]:
         """The whole array, memory-mapped and read-only."""
         self._file.close()
-        if self.length == 0:
-            return np.empty(0, dtype=self._dtype)
-        return np.memmap(self._path, dtype=self._dtype, mode="r", shape=(self.length,)).view(np.ndarray)
+        return open_array(self._path, self._dtype.type)
+
+
+def open_array(path: Path, dtype: type[Scalar]) -> npt.NDArray[Scalar]:
+    """A finished array, memory-mapped and read-only."""
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,11 @@ class Texts:
 
     data: npt.NDArray[np.uint8]
     offsets: Int64
+
+    @classmethod
+    def open(cls, path: Path) -> Texts:
+        """Those of a finished spool."""
+        return cls(open_array(path, np.uint8), open_array(_offsets(path), np.int64))
 
     def get(self, row: int) -> bytes:
         return self.data[self.offsets[row] : self.offsets[row + 1]].tobytes()
@@ -57,7 +67,7 @@ class TextSpool:
 
     def __init__(self, path: Path) -> None:
         self._data = ArraySpool(path, np.uint8)
-        self._offsets = ArraySpool(path.with_suffix(".offsets"), np.int64)
+        self._offsets = ArraySpool(_offsets(path), np.int64)
         self._offsets.append([0])
 
     def append(self, texts: Sequence[bytes]) -> None:
@@ -68,3 +78,7 @@ class TextSpool:
 
     def finish(self) -> Texts:
         return Texts(self._data.finish(), self._offsets.finish())
+
+
+def _offsets(path: Path) -> Path:
+    return path.with_suffix(".offsets")

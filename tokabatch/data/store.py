@@ -6,22 +6,23 @@ caller owns and removes. This module knows no schedule and no output format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 
-from tokabatch.data.columns import Columns, ColumnSpool, open_column_spool
+from tokabatch.data.columns import Columns, ColumnSpool, open_column_spool, restore_columns
 from tokabatch.data.identity import IdSpool, read_ids
 from tokabatch.data.missing import list_columns
 from tokabatch.data.prompts import Limits, Prompt, PromptBuilder
 from tokabatch.data.readers import open_reader
 from tokabatch.data.row_digests import DigestSpool, RowDigests
 from tokabatch.data.rows import Reader, Row, RowBatch
-from tokabatch.data.spool import ArraySpool, Texts
+from tokabatch.data.spool import ArraySpool, Texts, open_array
 from tokabatch.errors import InputError, RowError
 from tokabatch.job import GenerationConfig, Job
 from tokabatch.messages import Int32, Int64, SamplingParams
@@ -29,6 +30,9 @@ from tokabatch.messages import Int32, Int64, SamplingParams
 if TYPE_CHECKING:
     from tokabatch.data.tokenizer import Tokenizer
 
+_TOKENS, _START, _LENGTH, _PARAMS = "tokens.bin", "start.bin", "length.bin", "params.bin"
+_COLUMNS, _IDS = "columns", "ids.bin"
+_sampling_values = attrgetter(*(field.name for field in fields(SamplingParams)))
 MAX_NAMES = 10_000
 MAX_MESSAGE = 500
 """Characters of an error's message: a bad row may be large, and there may be many."""
@@ -84,6 +88,39 @@ class InputStore:
         """Releases the files; the folder is the caller's."""
         self._columns.close()
 
+    def state(self) -> dict[str, Any]:
+        """What `restored` needs beside the files, as plain JSON values."""
+        return {
+            "num_rows": self.num_rows,
+            "sampling": [_sampling_values(params) for params in self.sampling],
+            "errors": [[row, error.code, error.message] for row, error in self.errors.items()],
+            "carried": self.column_schema.names,
+            "chat": self.chat,
+            "hidden_rows": self.hidden_rows,
+            "columns": self._columns.state(),
+            "ids": self._ids is not None,
+        }
+
+    @classmethod
+    def restored(cls, folder: Path, state: Mapping[str, Any]) -> InputStore:
+        """The finished store in `folder`, of that state."""
+        columns = restore_columns(folder / _COLUMNS, state["columns"])
+        return cls(
+            num_rows=state["num_rows"],
+            tokens=open_array(folder / _TOKENS, np.int32),
+            start=open_array(folder / _START, np.int64),
+            length=open_array(folder / _LENGTH, np.int32),
+            params=open_array(folder / _PARAMS, np.int32),
+            sampling=tuple(_sampling_params(values) for values in state["sampling"]),
+            errors={row: RowError(code, message) for row, code, message in state["errors"]},
+            column_schema=pa.schema([columns.schema.field(name) for name in state["carried"]]),
+            chat=state["chat"],
+            hidden_rows=state["hidden_rows"],
+            digests=RowDigests.open(folder),
+            _columns=columns,
+            _ids=Texts.open(folder / _IDS) if state["ids"] else None,
+        )
+
 
 def ingest(
     job: Job,
@@ -131,12 +168,12 @@ class _Spools:
         carried = job.output.columns
         answer = {job.verify.answer} if job.verify else set[str]()
         kept = None if carried == "all" else sorted({*carried, *answer})
-        self._tokens = ArraySpool(folder / "tokens.bin", np.int32)
-        self._start = ArraySpool(folder / "start.bin", np.int64)
-        self._length = ArraySpool(folder / "length.bin", np.int32)
-        self._params = ArraySpool(folder / "params.bin", np.int32)
-        self._columns: ColumnSpool = open_column_spool(folder / "columns", reader.schema, kept)
-        self._ids = IdSpool(folder / "ids.bin", job.input.id_column) if job.input.id_column else None
+        self._tokens = ArraySpool(folder / _TOKENS, np.int32)
+        self._start = ArraySpool(folder / _START, np.int64)
+        self._length = ArraySpool(folder / _LENGTH, np.int32)
+        self._params = ArraySpool(folder / _PARAMS, np.int32)
+        self._columns: ColumnSpool = open_column_spool(folder / _COLUMNS, reader.schema, kept)
+        self._ids = IdSpool(folder / _IDS, job.input.id_column) if job.input.id_column else None
         self._sampling: dict[SamplingParams, int] = {}
         self.errors: dict[int, RowError] = {}
         self.names: dict[str, None] = dict.fromkeys(reader.schema.names) if reader.schema is not None else {}
@@ -197,6 +234,12 @@ class _Spools:
                 self.names.update(dict.fromkeys(row.columns))
         if len(self.names) > MAX_NAMES:
             raise InputError(f"the rows have more than {MAX_NAMES} different keys; nest those that vary in one object")
+
+
+def _sampling_params(values: Sequence[Any]) -> SamplingParams:
+    """What `_sampling_values` gave, after a way through JSON, which has lists for tuples."""
+    given: list[Any] = [tuple(cast("list[Any]", value)) if isinstance(value, list) else value for value in values]
+    return SamplingParams(*given)
 
 
 def _shortened(error: RowError) -> RowError:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from pathlib import Path
+
+from fsspec.implementations.local import LocalFileSystem
 
 from tokabatch.data.files import find_files
 from tokabatch.data.rows import Reader
@@ -42,6 +45,16 @@ def list_files(config: InputConfig) -> dict[str, int]:
         return {}
     _, files = find_files(config.path, formats(), "input.path")
     return {file.path: file.size for file in files}
+
+
+def list_local_files(config: InputConfig) -> tuple[Path, ...] | None:
+    """The files of the input in their order; None where they do not lie on this machine's own file system."""
+    if _is_hub_dataset(config.path):
+        return None
+    _, files = find_files(config.path, formats(), "input.path")
+    if not all(isinstance(file.fs, LocalFileSystem) for file in files):
+        return None
+    return tuple(Path(file.path) for file in files)
 
 
 def formats() -> tuple[str, ...]:
