@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import time
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -87,6 +89,121 @@ def test_gsm8k_compares_exactly(text: str, reference: object, right: bool) -> No
     assert gsm8k.verify(text, reference) is right
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The total is $29.00.", "29"),
+        ("so 72 clips, altogether.", "72"),
+        ("The answer is 1/2", "1/2"),
+        ("#### 3 1/2 hours", "7/2"),
+        ("#### \\frac{3}{4}", "3/4"),
+        ("so \\boxed{-\\dfrac{1}{2}}", "-1/2"),
+        ("\\boxed{\\frac{-1}{2}}", "-1/2"),
+        ("#### 2\\tfrac{1}{3}", "7/3"),
+        ("\\frac12", "1/2"),
+        ("it is ½ a cup", "1/2"),
+        ("#### 1½", "3/2"),
+        ("1\u20442", "1/2"),
+        ("\\boxed{18}. That took 3 steps.", "18"),
+        ("\\boxed{18 \\text{ dollars}}", "18"),
+        ("\\boxed{x = 18}", "18"),
+        ("\\boxed{1{,}234}", "1234"),
+        ("#### 1\\,234\\,567", "1234567"),
+        ("first \\boxed{3}, then \\boxed{4}", "4"),
+        ("#### 9 * 2 = 18", "18"),
+        ("#### total = 18", "18"),
+        ("#### 18 = total", "18"),
+        ("**#### 18**", "18"),
+        ("\\[ 5 + 3 = 8 \\]", "8"),
+        ("72 / 4", "18"),
+        ("€1,234.50", "1234.5"),
+        ("\\$5", "5"),
+        ("£ 5", "5"),
+        ("5 USD", "5"),
+        ("Rs.500", "500"),
+        ("-$5", "-5"),
+        ("a loss of \u20137 dollars", "-7"),
+        ("negative 5", "-5"),
+        ("it is minus 5 degrees", "-5"),
+        ("50\\%", "50"),
+        ("12.5 percent", "12.5"),
+        ("10 000 people", "10000"),
+        ("1\u202f234\u202f567", "1234567"),
+        ("1'000'000", "1000000"),
+        ("1_000", "1000"),
+        ("1,00,000 rupees", "100000"),
+        ("5 million", "5000000"),
+        ("$2.5M", "2500000"),
+        ("5k", "5000"),
+        ("5 km", "5"),
+        ("5kg", "5"),
+        ("the 18th", "18"),
+        ("18!", "18"),
+        ("- 5 apples", "5"),
+        ("5.)", "5"),
+        ("#### 5 - the end", "5"),
+        ("#### -0.50", "-1/2"),
+    ],
+)
+def test_gsm8k_reads_numbers_as_they_are_written(text: str, number: str) -> None:
+    found = gsm8k.find_answer(text)
+    assert found is not None and Fraction(found) == Fraction(number)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#### 1e3",
+        "1e3",
+        "1.5 * 10^3",
+        "1.5 \N{MULTIPLICATION SIGN} 10\u00b3",
+        "2^5",
+        "2**5",
+        "2^{10}",
+        "\\sqrt{16}",
+        "3\\sqrt{2}",
+        "\u221a16",
+        "\\frac{\\sqrt{3}}{2}",
+        "2x",
+        "3\u03c0",
+        "2\\pi",
+        "5 + 3",
+        "#### 5 + 3",
+        "10 - 4",
+        "10 minus 4",
+        "4 x 5",
+        "4 \\times 5",
+        "3:4",
+        "10:30",
+        "12/05/2023",
+        "1.2.3",
+        "12,50",
+        "1.234,56",
+        "#### 18-20",
+        "#### 1,2",
+        "1/0",
+    ],
+)
+def test_gsm8k_takes_no_part_of_what_is_not_one_number(text: str) -> None:
+    assert gsm8k.find_answer(f"It is 7. So {text}" if "#" not in text else text) is None
+
+
+def test_gsm8k_fractions_are_compared_exactly() -> None:
+    assert gsm8k.verify("The answer is 1/2", "0.5") and gsm8k.verify("#### 0.5", "1/2") and gsm8k.verify("2/4", "\\frac{1}{2}")
+    assert not gsm8k.verify("The answer is 1/2", 2) and not gsm8k.verify("The answer is 1/2", 1)
+    assert not gsm8k.verify("#### 0.333", "1/3") and gsm8k.verify("#### 1 1/2", Decimal("1.5"))
+    assert gsm8k.verify("#### 1000", Decimal("1E+3"))
+    assert not gsm8k.verify("#### -100000000000000000000000000000000001", "-100000000000000000000000000000000002")
+
+
+def test_gsm8k_takes_no_time_for_odd_texts() -> None:
+    began = time.process_time()
+    assert not gsm8k.verify("1/" + "9" * 5000, 1) and not gsm8k.verify("9" * 5000 + "/3", 1)
+    for piece in ("1+", "1 ", "9", "\\frac{", "\\text{", "{", "1,", "- ", "1/", "\u221a(", "negative ", "1 1/", "\\boxed{"):
+        gsm8k.find_answer(piece * 20_000)
+    assert time.process_time() - began < 5
+
+
 def test_gsm8k_refuses_a_reference_without_a_number() -> None:
     for reference in ("none", True, float("nan"), float("-inf"), ""):
         with pytest.raises(ValueError, match="holds no number"):
@@ -121,6 +238,46 @@ def test_exact() -> None:
         ("A train leaves at noon, hence (C).", "C"),
         ("A train leaves at noon.", None),
         ("Both [A] and (B) are close, but {B}", "B"),
+        ("answer: (c)", "C"),
+        ("Answer: c", "C"),
+        ("the answer is b.", "B"),
+        ("answer: a", "A"),
+        ("Answer: a\nBecause it fits", "A"),
+        ("answer: d) dog", "D"),
+        ("the correct answer is (b) because", "B"),
+        ("The answer is A because it fits", "A"),
+        ("**C**", "C"),
+        ("It is **c)** then", "C"),
+        ("**B. Paris**", "B"),
+        ("option C", "C"),
+        ("so option c is correct", "C"),
+        ("Choice (d) fits best", "D"),
+        ("I choose (b)", "B"),
+        ("I would go with D", "D"),
+        ("We reason, and so C is the correct answer here", "C"),
+        ("\\boxed{C}", "C"),
+        ("\\boxed{\\text{b}}. Option A is close.", "B"),
+        ("$\\boxed{(C)}$", "C"),
+        ("The answer is $\\textbf{(D)}$", "D"),
+        ("The answer is \\(C\\)", "C"),
+        ("<answer>B</answer>", "B"),
+        ('Answer: "C"', "C"),
+        ("Answer - C", "C"),
+        ("The answer is C. Option B is wrong.", "C"),
+        ("Option B is wrong, option C fits", "C"),
+        ("(a) is wrong, (b) is right", "B"),
+        ("b", "B"),
+        ("c) 42", "C"),
+        ("B is wrong, so (C)", "C"),
+        ("C is right", "C"),
+        ("The answer is C.", "C"),
+        ("The answer is a number", None),
+        ("answer: a train", None),
+        ("A is wrong", None),
+        ("The answer is not B", None),
+        ("a lot of cats", None),
+        ("I picked a dog and b-sides", None),
+        ("answer: C-4", None),
         ("The answer is Berlin", None),
         ("E", None),
         ("", None),
@@ -128,6 +285,14 @@ def test_exact() -> None:
 )
 def test_choice_finds_the_letter(text: str, letter: str | None) -> None:
     assert choice.find_choice(text) == letter
+
+
+def test_choice_takes_no_time_for_odd_texts() -> None:
+    began = time.process_time()
+    for piece in (" ", "answer ", "answer is the ", "a ", "option B ", "option ", "(", "**", "answer: a ", "is the ", "B is "):
+        choice.find_choice("answer" + piece * 20_000 + "x")
+        choice.find_choice("option B" + piece * 20_000 + "x")
+    assert time.process_time() - began < 5
 
 
 def test_choice_takes_letters_and_indices() -> None:

@@ -1,7 +1,9 @@
-"""Right when the option chosen is the reference's: one of A, B, C and D.
+r"""Right when the option chosen is the reference's: one of A, B, C and D, in either case.
 
-The choice is the letter after the last "answer" (`the answer is (B)`, `Answer: B`, `**Answer: B**`); without one, the letter
-that the text begins with (`B`, `B.`, `(B) because`); without that, the last letter in brackets.
+The choice is the first of these that the text holds, and of several the last: the letter in a box (`\boxed{B}`); the one after
+"answer" (`the answer is (B)`, `Answer: b`); the one that is picked (`I choose (d)`, `C is correct`); the one that the text
+begins with (`B`, `b.`, `(B) because`); the one after "option" or "choice"; one in brackets or bold (`(B)`, `**B**`). A letter
+that goes on as a sentence does (`A train leaves`, `answer: a number`) is none.
 """
 
 from __future__ import annotations
@@ -10,11 +12,33 @@ import re
 from typing import Any
 
 _LETTERS = "ABCD"
-_OPTION = r"[(\[{*$\s]* (?P<letter>[A-D]) (?![A-Za-z0-9'])"
-_STATED = re.compile(r"(?i:answer) (?: [\s*:=]|(?i:is|choice|option|would|be|the|correct)\b )*" + _OPTION, re.VERBOSE)
-# A text may begin with the article: `A train leaves` is no choice, `A`, `A.` and `A)` are.
-_LEADING = re.compile(_OPTION + r"(?: \s*$ | \s*[).\]:,*\n] | \s+(?i:because|since|is)\b )", re.VERBOSE)
-_BRACKETED = re.compile(r"[(\[{] \s* (?P<letter>[A-D]) \s* [)\]}]", re.VERBOSE)
+_DASHES, _QUOTES = r"\-\N{EN DASH}\N{EM DASH}", "\"'`\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"
+_APOSTROPHES = "'\N{RIGHT SINGLE QUOTATION MARK}"
+_WORDS = "is|are|choice|option|letter|would|should|must|be|the|correct|right|best|final"
+_BEFORE = rf"(?: [\s:=(\[{{*$_<>{_QUOTES}{_DASHES}] | \\[(\[] | \\(?:text|textbf|mathrm|mathbf)\{{ | (?i:{_WORDS})\b ){{0,40}}"
+_CLOSED = rf"[*_${_QUOTES}]* (?: \s*$ | \s*[.,;:!?)\]}}<\n] | \s+[{_DASHES}] | \\ )"
+_GOES_ON = r"\s+(?:is|because|since)\b"
+_LETTER = rf"""(?P<letter>
+    [B-D] (?! [A-Za-z0-9{_APOSTROPHES}] | -[0-9A-Za-z] )
+    | A (?= {_CLOSED} | {_GOES_ON} | \s+(?:as|which)\b | \s+[A-Z0-9(] )
+    | [a-d] (?= {_CLOSED} | {_GOES_ON} )
+)"""
+_NOT = r"\s+(?:not|wrong|incorrect|false)\b"
+_EVIDENCE = tuple(
+    re.compile(pattern, re.VERBOSE)
+    for pattern in (
+        rf"\\boxed\s*\{{ {_BEFORE} {_LETTER}",
+        rf"(?i:answer) {_BEFORE} {_LETTER}",
+        rf"""\b(?i:choose|chose|pick|select|go\ with) {_BEFORE} {_LETTER}
+        | (?<![A-Za-z0-9]) (?P<other>[A-D]|[a-d](?=\))) [)\]*"'.]* \s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b""",
+        # A text may begin with the article, so that what follows has to end the letter.
+        rf"""\A {_BEFORE} (?P<letter>[A-D]|[a-d](?!\s+[a-z])) (?: \s*$ | \s*[).\]:,*\n] | \s+(?:because|since)\b )
+        | \A {_BEFORE} (?P<other>[A-D]) \s+is\b (?!{_NOT})""",
+        rf"\b(?i:option|choice) {_BEFORE} {_LETTER} (?! [^\w\s]*\s+(?:is|are|was){_NOT} | [^\w\s]*\s+isn )",
+        r"""[(\[{] \s* (?P<letter>[A-Da-d]) \s* [)\]}]
+        | \*\* \s* \(? (?P<other>[A-Da-d]) \s* (?:[).:][^*\n]*)? \*\*""",
+    )
+)
 
 
 def verify(text: str, reference: Any) -> bool:
@@ -27,14 +51,12 @@ def verify(text: str, reference: Any) -> bool:
 
 def find_choice(text: str) -> str | None:
     """The letter chosen, or None where the text chooses none."""
-    stated = list(_STATED.finditer(text))
-    if stated:
-        return stated[-1]["letter"]
-    leading = _LEADING.match(text)
-    if leading:
-        return leading["letter"]
-    bracketed = list(_BRACKETED.finditer(text))
-    return bracketed[-1]["letter"] if bracketed else None
+    for evidence in _EVIDENCE:
+        found = list(evidence.finditer(text))
+        if found:
+            groups = found[-1].groupdict()
+            return str(groups["letter"] or groups["other"]).upper()
+    return None
 
 
 def _letter(reference: Any) -> str:
