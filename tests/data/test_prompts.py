@@ -146,13 +146,6 @@ def test_the_job_s_own_special_tokens_stay_special(
         assert [ids.count(number) for number in (0, 2, 3)] == [1, 1, 1]
 
 
-def test_other_tokens_are_as_on_the_fast_path(tokenizers: dict[str, Tokenizer]) -> None:
-    tokenizer = tokenizers["plain"]
-    pieces = [("the quick ", False), ("<|start|>", True), (" brown fox\n", False), ("<|end|>", True)]
-    text = "".join(piece for piece, _ in pieces)
-    assert tokenizer.encode_pieces(pieces, False) == tokenizer.encode_batch([text], False)[0]
-
-
 def test_token_ids(write_rows: Write, ingest_job: Ingest) -> None:
     path = write_rows(*({"ids": ids} for ids in ([1, 2], [], [-1], [323], [322], ["a"], [1.0], [True], 5, None)))
     store = ingest_job(path, prompt={"token_ids": "ids"})

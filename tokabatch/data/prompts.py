@@ -1,35 +1,28 @@
-"""Rows to prompts: the source that the job names is rendered, few-shot examples and chat template applied, and tokenised.
+"""Rows to prompts: rendered by `prompt_sources`, tokenised in batches, and bounded by the model's context.
 
-A prompt comes from a template, a column of chat messages, a column of token ids or, by default, from the first of the columns
-`prompt` (text or messages), `messages` and `prompt_token_ids` that a row fills. The chat template applies to messages always,
-to text where `prompt.chat` is true, or auto and the tokenizer has one; token ids are taken as they are. This module reads no
-files but the few-shot examples, and knows no schedule.
+Special tokens that a row spells are ordinary text, tokens, or a fault of the row, as `prompt.special_tokens` says. This module
+reads no files but the few-shot examples, and knows no schedule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from tokabatch.data.chat import normalise_messages, with_system
-from tokabatch.data.few_shot import render_few_shot
-from tokabatch.data.missing import list_columns, missing_field
+from tokabatch.data.blanking import Blank, Blanking, Span
+from tokabatch.data.prompt_sources import SAMPLING_PARAMS, Draft, PromptSource
 from tokabatch.data.rows import Row
-from tokabatch.data.special_text import SpecialText
 from tokabatch.data.stop_texts import refuse_special
-from tokabatch.data.templates import Template, compile_template
-from tokabatch.errors import InputError, JobError, RowError
+from tokabatch.errors import RowError
 from tokabatch.job import GenerationConfig, PromptConfig
 from tokabatch.messages import Int32, SamplingParams
 
 if TYPE_CHECKING:
+    from tokabatch.data.special_tokens import Occurrence
     from tokabatch.data.tokenizer import Tokenizer
-
-PROMPT, MESSAGES, TOKEN_IDS = "prompt", "messages", "prompt_token_ids"
-SAMPLING_PARAMS = "sampling_params"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +32,6 @@ class Prompt:
     row_index: int
     token_ids: Int32
     params: SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A prompt before tokenisation. `pieces` replaces `text` where the row spells a special token: (text, is special)."""
-
-    text: str = ""
-    pieces: Sequence[tuple[str, bool]] | None = None
-    token_ids: Sequence[int] | None = None
-    add_special_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,55 +46,89 @@ class PromptBuilder:
     """Holds what the job decides once for all rows. Raises JobError or InputError where that cannot work."""
 
     def __init__(self, config: PromptConfig, generation: GenerationConfig, tokenizer: Tokenizer, limits: Limits) -> None:
-        self._config = config
+        self._policy = config.special_tokens
         self._generation = generation
         self._params = generation.params()
         self._tokenizer = tokenizer
         self._limits = limits
-        self._special = SpecialText(tokenizer.special_texts)
-        self.chat = tokenizer.has_chat_template if config.chat == "auto" else config.chat
-        self._refuse_missing_chat_template()
-        self._template = compile_template(config.template, "prompt.template") if config.template else None
-        self._system = compile_template(config.system, "prompt.system") if config.system else None
-        self._few_shot = render_few_shot(config.few_shot) if config.few_shot else ""
-        self._defaults = self._default_columns()
-        self._draft = self._choose_source()
-        self.columns = self._used_columns()
+        self._blanking = Blanking(tokenizer.special_texts, tokenizer.special_tokens.normalized)
+        self._source = PromptSource(config, tokenizer, limits.vocab_size)
+        self._spelled_by_examples = self._count_spelled_by_examples()
+        self.chat = self._source.chat
+        self.columns = self._source.columns | {SAMPLING_PARAMS}
         self.hidden_rows = 0
 
     def check_columns(self, present: Collection[str]) -> None:
-        """Raises InputError where the whole input lacks a column that every prompt needs."""
-        guarded = (template for template in (self._template, self._system) if template)
-        needed = {name for template in guarded for name in template.required}
-        needed |= {name for name in (self._config.messages, self._config.token_ids) if name}
-        missing = needed - set(present)
-        if missing:
-            raise InputError(
-                f"prompt: the input has no column {list_columns(missing)}; its columns are {list_columns(present)}"
-            )
-        if self._defaults and not set(self._defaults) & set(present):
-            raise InputError(
-                f"the input has no column {' or '.join(self._defaults)}; its columns are {list_columns(present)}. "
-                'Set prompt.template, for example "{{ column }}".'
-            )
+        """Raises InputError where the whole input has not a column that every prompt needs."""
+        self._source.check_columns(present)
 
     def build(self, rows: Sequence[Row]) -> list[Prompt | RowError]:
         """One result a row, in order; all texts of the batch are tokenised in one call."""
-        drafts = [row.error or self._safe_draft(row.columns or {}) for row in rows]
-        plain = [draft for draft in drafts if isinstance(draft, Draft) and draft.token_ids is None and draft.pieces is None]
-        encoded: dict[int, list[int]] = {}
-        for special in (False, True):
-            batch = [draft for draft in plain if draft.add_special_tokens is special]
-            ids = self._tokenizer.encode_batch([draft.text for draft in batch], add_special_tokens=special) if batch else []
-            encoded |= {id(draft): tokens for draft, tokens in zip(batch, ids, strict=True)}
+        drafts = [row.error or self._draft(row.columns or {}) for row in rows]
+        quoted = self._find_quoted(rows, drafts)
+        ids: dict[int, Sequence[int]] = {}
+        for add_bos in (False, True):
+            texts = {
+                place: draft.text
+                for place, draft in enumerate(drafts)
+                if isinstance(draft, Draft) and draft.token_ids is None and draft.add_special_tokens is add_bos
+            }
+            plain = [place for place in texts if place not in quoted]
+            ids |= zip(plain, self._tokenizer.encode_batch([texts[place] for place in plain], add_bos), strict=True)
+            others = [place for place in texts if place in quoted]
+            batch = [(texts[place], quoted[place]) for place in others]
+            ids |= zip(others, self._tokenizer.encode_quoted(batch, add_bos), strict=True)
         return [
-            draft if isinstance(draft, RowError) else self._finish(row, self._token_ids(draft, encoded))
-            for row, draft in zip(rows, drafts, strict=True)
+            draft if isinstance(draft, RowError) else self._finish(row, ids.get(place, draft.token_ids or ()))
+            for place, (row, draft) in enumerate(zip(rows, drafts, strict=True))
         ]
 
-    def _finish(self, row: Row, ids: Sequence[int] | RowError) -> Prompt | RowError:
-        if isinstance(ids, RowError):
-            return ids
+    def _find_quoted(self, rows: Sequence[Row], drafts: list[Draft | RowError]) -> dict[int, list[Occurrence]]:
+        """The places of drafts in which a row spells special tokens, each with those that templates wrote. Where the job
+        rejects such a row, its draft becomes the error."""
+        texts: dict[int, str] = {}
+        for place, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+            if isinstance(draft, Draft) and draft.token_ids is None and self._may_spell(row.columns or {}):
+                texts[place] = draft.text
+        quoted: dict[int, list[Occurrence]] = {}
+        for place, found in zip(texts, self._tokenizer.special_tokens.find(list(texts.values())), strict=True):
+            occurrences = [each for each in found if each]
+            written = self._written(rows[place].columns or {}, occurrences)
+            spelled = [each for each in occurrences if each not in written]
+            if spelled and self._policy == "reject":
+                reason = f"the row spells the special token {spelled[0][2]!r} (prompt.special_tokens: reject)"
+                drafts[place] = RowError("special_token", reason)
+            elif len(written) < len(found):
+                self.hidden_rows += len(spelled) > self._spelled_by_examples
+                quoted[place] = written
+        return quoted
+
+    def _may_spell(self, row: Mapping[str, Any]) -> bool:
+        if self._policy == "allow":
+            return False
+        used = (row[name] for name in self._source.columns if name in row)
+        return self._spelled_by_examples > 0 or any(map(self._blanking.may_occur, used))
+
+    def _written(self, row: Mapping[str, Any], occurrences: Sequence[Occurrence]) -> list[Occurrence]:
+        """Those special tokens of the row's prompt that templates wrote."""
+        if not occurrences:
+            return []
+
+        def render(blank: Blank) -> str | None:
+            draft = self._source.draft(row, blank)
+            return None if isinstance(draft, RowError) else draft.text
+
+        return _overlapping(occurrences, self._blanking.written_by(render))
+
+    def _count_spelled_by_examples(self) -> int:
+        """How many special tokens the rows of the few-shot examples spell."""
+        text = self._source.few_shot()
+        if not text or self._policy == "allow":
+            return 0
+        occurrences = [each for each in self._tokenizer.special_tokens.find([text])[0] if each]
+        return len(occurrences) - len(_overlapping(occurrences, self._blanking.written_by(self._source.few_shot)))
+
+    def _finish(self, row: Row, ids: Sequence[int]) -> Prompt | RowError:
         params = self._row_params(row.columns or {})
         if isinstance(params, RowError):
             return params
@@ -131,13 +148,6 @@ class PromptBuilder:
             )
         return Prompt(row.index, np.asarray(ids, dtype=np.int32), params)
 
-    def _token_ids(self, draft: Draft, encoded: Mapping[int, list[int]]) -> Sequence[int] | RowError:
-        if draft.token_ids is not None:
-            return draft.token_ids
-        if draft.pieces is not None:
-            return self._tokenizer.encode_pieces(draft.pieces, draft.add_special_tokens)
-        return encoded[id(draft)]
-
     def _row_params(self, row: Mapping[str, Any]) -> SamplingParams | RowError:
         given = row.get(SAMPLING_PARAMS)
         if given is None:
@@ -154,8 +164,8 @@ class PromptBuilder:
                 return RowError("bad_sampling", f"{SAMPLING_PARAMS}.{fault}")
         return params
 
-    def _safe_draft(self, row: Mapping[str, Any]) -> Draft | RowError:
-        draft = self._draft(row)
+    def _draft(self, row: Mapping[str, Any]) -> Draft | RowError:
+        draft = self._source.draft(row)
         limit = self._limits.context_length
         if isinstance(draft, Draft) and self._tokenizer.exceeds(draft.text, limit):
             return RowError(
@@ -164,127 +174,6 @@ class PromptBuilder:
             )
         return draft
 
-    def _from_template(self, row: Mapping[str, Any]) -> Draft | RowError:
-        assert self._template is not None
-        used = self._used(row, self._template)
-        if isinstance(used, RowError):
-            return used
-        values, hidden = used
-        text = self._template.render(values)
-        if isinstance(text, RowError):
-            return text
-        return self._from_text(text, values, hidden)
 
-    def _from_messages(self, row: Mapping[str, Any], column: str) -> Draft | RowError:
-        if row.get(column) is None:
-            return missing_field(column, row)
-        messages = normalise_messages(row[column], column)
-        if isinstance(messages, RowError):
-            return messages
-        used = self._used({**row, column: messages}, None, column)
-        if isinstance(used, RowError):
-            return used
-        values, hidden = used
-        system = self._system.render(values) if self._system else None
-        if isinstance(system, RowError):
-            return system
-        return self._chat(with_system(values[column], system), hidden)
-
-    def _from_token_ids(self, row: Mapping[str, Any], column: str) -> Draft | RowError:
-        value = row.get(column)
-        if value is None:
-            return missing_field(column, row)
-        if not isinstance(value, list) or not all(type(item) is int for item in cast("list[Any]", value)):
-            return RowError("bad_type", f"the column {column!r} must hold a list of token ids (whole numbers)")
-        ids = cast("list[int]", value)
-        outside = next((token for token in ids if not 0 <= token < self._limits.vocab_size), None)
-        if outside is not None:
-            return RowError("bad_token_id", f"token id {outside} is outside the model's {self._limits.vocab_size} ids")
-        return Draft(token_ids=ids)
-
-    def _from_defaults(self, row: Mapping[str, Any]) -> Draft | RowError:
-        column = next((name for name in self._defaults if row.get(name) is not None), None)
-        if column is None:
-            return missing_field(next((name for name in self._defaults if name in row), self._defaults[0]), row)
-        if column == TOKEN_IDS:
-            return self._from_token_ids(row, column)
-        value = row[column]
-        if column == MESSAGES or (isinstance(value, list) and not self._few_shot):
-            return self._from_messages(row, column) if self._tokenizer.has_chat_template else self._no_chat_template(column)
-        if not isinstance(value, str):
-            return RowError("bad_type", f"the column {column!r} must hold text, not {type(value).__name__}")
-        leading = "" if self.chat else self._tokenizer.prefix_text
-        own_prefix = leading if leading and value.startswith(leading) else ""
-        used = self._used({**row, column: value.removeprefix(own_prefix)}, None, column)
-        if isinstance(used, RowError):
-            return used
-        values, hidden = used
-        return self._from_text(values[column], values, hidden, own_prefix)
-
-    def _from_text(self, text: str, values: Mapping[str, Any], hidden: bool, own_prefix: str = "") -> Draft | RowError:
-        if not text.strip():
-            return RowError("empty_prompt", "the prompt is empty")
-        text = own_prefix + self._few_shot + text
-        if not self.chat:
-            return Draft(text, self._special.cut(text) if hidden else None, add_special_tokens=True)
-        system = self._system.render(values) if self._system else None
-        if isinstance(system, RowError):
-            return system
-        return self._chat(with_system([{"role": "user", "content": text}], system), hidden)
-
-    def _chat(self, messages: list[dict[str, Any]], hidden: bool) -> Draft | RowError:
-        """The chat template writes its own BOS, so none is added."""
-        text = self._tokenizer.apply_chat_template(messages)
-        if isinstance(text, RowError):
-            return text
-        return Draft(text, self._special.cut(text) if hidden else None)
-
-    def _used(
-        self, row: Mapping[str, Any], template: Template | None, column: str | None = None
-    ) -> tuple[dict[str, Any], bool] | RowError:
-        """The values that reach the prompt, special tokens in them treated as the job says, and whether any are hidden."""
-        names = {name for each in (template, self._system) if each for name in each.names} | {column}
-        values = {name: value for name, value in row.items() if name in names}
-        mode = self._config.special_tokens
-        found = None if mode == "allow" else self._special.first_in(values)
-        if found is None:
-            return values, False
-        if mode == "reject":
-            return RowError("special_token", f"the row spells the special token {found!r} (prompt.special_tokens: reject)")
-        self.hidden_rows += 1
-        return self._special.hide(values), True
-
-    def _no_chat_template(self, column: str) -> RowError:
-        return RowError("bad_messages", f"the column {column!r} holds messages, but the tokenizer has no chat template")
-
-    def _refuse_missing_chat_template(self) -> None:
-        config, name = self._config, self._tokenizer.name
-        wants = "prompt.chat: true" if config.chat is True else "prompt.messages" if config.messages else None
-        wants = wants or ("prompt.system" if config.system else None)
-        if wants and not self._tokenizer.has_chat_template:
-            raise JobError(f"{wants} needs a chat template, but the tokenizer of {name!r} has none; use prompt.template alone")
-
-    def _default_columns(self) -> tuple[str, ...]:
-        config = self._config
-        if config.template or config.messages or config.token_ids:
-            if config.messages and config.few_shot:
-                raise JobError("prompt.few_shot goes in front of text, not of prompt.messages; use prompt.template")
-            return ()
-        if self._few_shot:
-            return (PROMPT,)
-        return (PROMPT, MESSAGES) if self._system else (PROMPT, MESSAGES, TOKEN_IDS)
-
-    def _choose_source(self) -> Callable[[Mapping[str, Any]], Draft | RowError]:
-        messages, token_ids = self._config.messages, self._config.token_ids
-        if self._template:
-            return self._from_template
-        if messages:
-            return lambda row: self._from_messages(row, messages)
-        if token_ids:
-            return lambda row: self._from_token_ids(row, token_ids)
-        return self._from_defaults
-
-    def _used_columns(self) -> frozenset[str]:
-        names = {name for template in (self._template, self._system) if template for name in template.names}
-        names |= {name for name in (self._config.messages, self._config.token_ids) if name}
-        return frozenset(names | set(self._defaults) | {SAMPLING_PARAMS})
+def _overlapping(occurrences: Sequence[Occurrence], spans: Sequence[Span]) -> list[Occurrence]:
+    return [each for each in occurrences if any(begin < each[1] and each[0] < end for begin, end in spans)]

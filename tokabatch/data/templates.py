@@ -42,8 +42,9 @@ class Template:
             if row.get(name) is None:
                 error = missing_field(name, row)
                 return RowError(error.code, f"{error.message}; {optional(name)}")
+        values = {name: row[name] for name in self.names if name in row}
         try:
-            return self.sandbox.render(self.compiled.generate, row)
+            return self.sandbox.render(self.compiled.generate, values)
         except UndefinedError as error:
             return RowError("missing_field", f"the template: {error.message}")
         except (TemplateTooLarge, MemoryError) as error:

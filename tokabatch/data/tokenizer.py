@@ -15,6 +15,8 @@ from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from tokabatch.data.blanking import Blank, as_written
+from tokabatch.data.special_tokens import Occurrence, SpecialTokens
 from tokabatch.errors import RowError
 from tokabatch.messages import Int32
 
@@ -95,28 +97,18 @@ class Tokenizer:
         """The texts that the tokenizer reads as special tokens."""
         return frozenset(self.special_by_id.values())
 
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """The special tokens, and where texts have them."""
+        return SpecialTokens(self._backend, self._added)
+
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text; a BOS is added where asked for, unless the text begins with its own."""
-        encoded = self._encode(texts)
-        if not add_special_tokens or not self._prefix:
-            return encoded
-        prefix = list(self._prefix)
-        return [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in encoded]
+        return [self._with_prefix(ids, add_special_tokens) for ids in self._encode(texts)]
 
-    def encode_pieces(self, pieces: Sequence[tuple[str, bool]], add_special_tokens: bool) -> list[int]:
-        """Ids of a text cut at its special tokens, (text, is special) each: the other pieces are plain text even where they
-        spell a special token."""
-        trimmed = self._trimmed(pieces)
-        self._backend.encode_special_tokens = True
-        try:
-            plain = iter(self._encode([text for text, special in trimmed if not special]))
-        finally:
-            self._backend.encode_special_tokens = False
-        ids: list[int] = []
-        for text, special in trimmed:
-            ids.extend([cast("int", self._backend.token_to_id(text))] if special else next(plain))
-        prefix = list(self._prefix) if add_special_tokens else []
-        return ids if ids[: len(prefix)] == prefix else prefix + ids
+    def encode_quoted(self, batch: Sequence[tuple[str, Sequence[Occurrence]]], add_special_tokens: bool) -> list[list[int]]:
+        """Ids of texts in which the given occurrences are special tokens, and what else they spell is ordinary text."""
+        return [self._with_prefix(ids, add_special_tokens) for ids in self.special_tokens.encode_quoted(batch)]
 
     def exceeds(self, text: str, limit: int) -> bool:
         """Whether a very long text certainly has more than `limit` tokens, found slice by slice in little memory. A slice's
@@ -156,15 +148,23 @@ class Tokenizer:
         decoded = self.decode_batch([[token] for token in found.values()], skip_special_tokens=False)
         return frozenset(token for (text, token), shown in zip(found.items(), decoded, strict=True) if shown != text)
 
-    def apply_chat_template(self, messages: list[dict[str, Any]]) -> str | RowError:
+    def apply_chat_template(self, messages: list[dict[str, Any]], blank: Blank = as_written) -> str | RowError:
         """The conversation as the model wants it, up to where its answer begins. A conversation that ends with an assistant
-        message is continued in that message. `bad_messages` where the model's template refuses it."""
+        message is continued in that message. `bad_messages` where the model's template refuses it. The template, and the
+        special texts that it is given by name, go through `blank`."""
         resumed = messages[-1].get("role") == "assistant"
+        names = cast("dict[str, Any]", self._tokenizer.special_tokens_map).items() if blank is not as_written else ()
+        blanked: dict[str, Any] = {name: blank(text) for name, text in names if isinstance(text, str)}
         try:
             return cast(
                 "str",
                 self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=not resumed, continue_final_message=resumed
+                    messages,
+                    chat_template=blank(self._tokenizer.get_chat_template()),
+                    tokenize=False,
+                    add_generation_prompt=not resumed,
+                    continue_final_message=resumed,
+                    **blanked,
                 ),
             )
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
@@ -175,18 +175,9 @@ class Tokenizer:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def _trimmed(self, pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
-        """Plain pieces without the spaces that a neighbouring special token takes in."""
-        tokens = {str(token.content): token for token in self._added.values()}
-        kept: list[tuple[str, bool]] = []
-        for position, (text, special) in enumerate(pieces):
-            before = tokens.get(pieces[position - 1][0]) if position and not special else None
-            after = tokens.get(pieces[position + 1][0]) if position + 1 < len(pieces) and not special else None
-            text = text.lstrip() if before and before.rstrip else text
-            text = text.rstrip() if after and after.lstrip else text
-            if text:
-                kept.append((text, special))
-        return kept
+    def _with_prefix(self, ids: list[int], add_special_tokens: bool) -> list[int]:
+        prefix = list(self._prefix) if add_special_tokens else []
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
 
 
 def _find(whole: list[int], part: list[int]) -> int:
