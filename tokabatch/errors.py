@@ -21,6 +21,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+"""What ends a program rather than telling of a fault. Anything else may be one, though it be no Exception: a panic in a library
+written in Rust, such as tokenizers, is a bare BaseException."""
+
 
 class TokabatchError(Exception):
     """Base of every error this package raises on purpose."""

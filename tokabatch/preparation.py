@@ -22,6 +22,7 @@ from tokabatch.data.kept_input import Origin, describe_origin, load_kept
 from tokabatch.data.output import FailedRow, output_schema
 from tokabatch.data.prompts import Limits
 from tokabatch.data.row_digests import RowDigests
+from tokabatch.data.shards import refuse_unwritable
 from tokabatch.data.stop_texts import describe_stops, refuse_special
 from tokabatch.data.store import InputStore, ingest
 from tokabatch.data.tokenizer import Tokenizer
@@ -180,6 +181,10 @@ def prepare(
         known = describe(job, generation, ends.ids, _marks(files), _name(dtype))
         fingerprint = replace(fingerprint, settings=known.settings)
         compare(fingerprint, None)
+    schema = output_schema(
+        store.column_schema, columns=job.output.columns, id_column=job.input.id_column, verified=job.verify is not None
+    )
+    refuse_unwritable(schema)
     everything = np.arange(generation.n, dtype=np.int32)
     return Prepared(
         folder=folder,
@@ -195,9 +200,7 @@ def prepare(
         requests=requests,
         num_samples=requests.num_samples(),
         failures=tuple(FailedRow(row, everything, error) for row, error in sorted(store.errors.items())),
-        output_schema=output_schema(
-            store.column_schema, columns=job.output.columns, id_column=job.input.id_column, verified=job.verify is not None
-        ),
+        output_schema=schema,
         samples_of_row=samples_of_row,
         fingerprint=fingerprint,
         notes=(

@@ -28,16 +28,7 @@ from tokabatch.engine.heartbeat import Patience
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.warm_up import kinds_of_drawing
 from tokabatch.engine.worker import TraceSpec, WorkerSpec
-from tokabatch.errors import (
-    CommitError,
-    DamageError,
-    EngineError,
-    ModelError,
-    OutputError,
-    Stopped,
-    TokabatchError,
-    UsageError,
-)
+from tokabatch.errors import STOPS, CommitError, DamageError, Stopped, TokabatchError, UsageError
 from tokabatch.interruption import Interruption
 from tokabatch.job import Job
 from tokabatch.preparation import Prepared, special_ids
@@ -101,10 +92,9 @@ def run(
                 recorder.finish()
             exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, prepared.samples_of_row, names=claim.committed)
             parts = replace(parts, recorder=Recorder(job, prepared, claim, committed))
-        except OutputError:
-            # A file was damaged, say: that is no reason to lose what is finished.
-            with suppress(TokabatchError):
-                recorder.finish()
+        except BaseException:
+            # Whatever it is: what is finished is on disk before the caller hears of it.
+            _commit_finished(parts)
             raise
         steps = parts.watch.steps()
         summary = _summary(parts, steps, profile, exit_code)
@@ -227,6 +217,16 @@ def _record_failures(parts: _Parts) -> int:
     return EXIT_STOPPED
 
 
+def _commit_finished(parts: _Parts) -> None:
+    """Commit what is finished after an exception; where that fails, too, say so and let the first one be heard."""
+    try:
+        parts.recorder.finish()
+    except STOPS:
+        raise
+    except BaseException as error:
+        parts.clock.progress.message(f"the last finished samples are not committed and will be computed again: {error}")
+
+
 def _judge(books: Books, job: Job) -> int:
     """The exit code of a run whose books close."""
     return EXIT_ERRORS if books.errors > job.errors.max_fraction * books.samples else EXIT_COMPLETE
@@ -236,7 +236,7 @@ def _complete(parts: _Parts, make: Callable[[], Executor], workers: ExitStack) -
     """Load the model and step until every sample is finished; the run's exit code so far. The worker is closed with `workers`:
     what is finished is committed first, a GPU's process takes a second to end."""
     job, prepared, scheduler, recorder = parts.job, parts.started.left, parts.scheduler, parts.recorder
-    depth = job.engine.queue_depth
+    depth, unwritable = job.engine.queue_depth, recorder.num_unwritable
     replica = Replica(
         scheduler,
         make,
@@ -258,16 +258,14 @@ def _complete(parts: _Parts, make: Callable[[], Executor], workers: ExitStack) -
             parts.show("generating")
             if asked := parts.stop.poll():
                 return asked
-            if job.errors.policy == "stop" and any(c.error_code is not None for c in completions):
+            failed = any(c.error_code is not None for c in completions) or recorder.num_unwritable > unwritable
+            if job.errors.policy == "stop" and failed:
                 return EXIT_STOPPED
             if scheduler.done:
                 return EXIT_COMPLETE
             completions = replica.advance()
     except Stopped as stopped:
         return stopped.exit_code
-    except (EngineError, ModelError):
-        recorder.finish()
-        raise
 
 
 def _runs_apart(job: Job, prepared: Prepared) -> bool:
@@ -363,7 +361,7 @@ def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_cod
         error_counts=tuple(sorted(recorder.error_counts.items())),
         pass_at_k=recorder.pass_at_k(),
         unverified=recorder.num_unverified,
-        unverified_reasons=tuple(recorder.unverified_reasons),
+        unverified_reasons=recorder.unverified_reasons,
     )
 
 

@@ -83,7 +83,7 @@ def success_is_marked_before_the_shards_are_there() -> None:
     finish = recorder.Recorder.finish
 
     def early(self):
-        waiting = self._writer._books.num_rows + len(self._waiting)
+        waiting = self._writer._books.num_rows + len(self._waiting.completions)
         marked = [*self._writer.shards, shards.Shard("data/part-99999.parquet", waiting, waiting, 0, 0, "none")]
         mark_success(self._claim, marked, sum(shard.rows for shard in marked))
         return finish(self)

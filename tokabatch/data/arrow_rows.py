@@ -1,7 +1,8 @@
 """An Arrow batch as rows: the columns asked for become Python values, the batch itself stays the payload.
 
-Binary values that are UTF-8 are texts in the rows: many writers store text so. This module knows no file format. The one fault
-that can live in a single Arrow value is text that is not UTF-8.
+Binary values that are UTF-8 are texts in the rows: many writers store text so. A single Arrow value can be text that is not
+UTF-8, and one that is asked for can be beyond what Python has (a date after the year 9999): faults of their rows. This module
+knows no file format.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from tokabatch.data.rows import Row, RowBatch
 from tokabatch.errors import RowError
@@ -18,24 +19,25 @@ from tokabatch.errors import RowError
 
 def rows_of(batch: pa.RecordBatch, columns: Collection[str] | None, first_index: int, place: str) -> RowBatch:
     """Rows numbered from `first_index`. `place` names the file in messages."""
-    names = [name for name in batch.schema.names if columns is None or name in columns]
-    bad: dict[int, str] = {}
+    faults: dict[int, RowError] = {}
     valid = batch
     values: dict[str, list[Any]] = {}
     for position, name in enumerate(batch.schema.names):
         column = batch.column(position)
         broken = _broken_text(column)
-        bad |= {row: name for row in broken}
         if broken:
             column = _without(column, broken)
             valid = valid.set_column(position, batch.schema.field(position), column)
-        if name in names:
-            values[name] = _texts(column.to_pylist()) if _holds_binary(column.type) else column.to_pylist()
+        faults |= {row: _fault("bad_utf8", place, first_index + row, name, "invalid UTF-8") for row in broken}
+        if columns is None or name in columns:
+            values[name], beyond = _to_python(column)
+            values[name] = _texts(values[name]) if _holds_binary(column.type) else values[name]
+            faults |= {row: _fault("bad_type", place, first_index + row, name, why) for row, why in beyond.items()}
     rows = [
         Row(
             first_index + offset,
-            {name: values[name][offset] for name in names} if offset not in bad else None,
-            _fault(place, first_index + offset, bad[offset]) if offset in bad else None,
+            {name: column[offset] for name, column in values.items()} if offset not in faults else None,
+            faults.get(offset),
         )
         for offset in range(batch.num_rows)
     ]
@@ -86,13 +88,32 @@ def _readable(column: pa.Array[Any], row: int) -> bool:
         column[row].as_py()
     except UnicodeDecodeError:
         return False
+    except Exception:  # another fault, which matters only where the value is asked for
+        return True
     return True
 
 
+def _to_python(column: pa.Array[Any]) -> tuple[list[Any], dict[int, str]]:
+    """The values, and why there is none, by row; extension types of the user's own may raise anything."""
+    try:
+        return column.to_pylist(), {}
+    except Exception:
+        values: list[Any] = []
+        faults: dict[int, str] = {}
+        for row in range(len(column)):
+            try:
+                values.append(column[row].as_py())
+            except Exception as error:
+                values.append(None)
+                faults[row] = f"a value that Python cannot hold ({type(error).__name__}: {error})"
+        return values, faults
+
+
 def _without(column: pa.Array[Any], rows: list[int]) -> pa.Array[Any]:
-    mask = pa.array([row not in set(rows) for row in range(len(column))])
-    return pc.call_function("if_else", [mask, column, pa.scalar(None, column.type)])
+    """Nulls in these rows. PyArrow selects rows of every type, but chooses between two arrays of few."""
+    places = np.arange(len(column))
+    return column.take(pa.array(places, mask=np.isin(places, rows)))
 
 
-def _fault(place: str, index: int, column: str) -> RowError:
-    return RowError("bad_utf8", f"{place}: row {index} of the input holds invalid UTF-8 in the column {column!r}")
+def _fault(code: str, place: str, index: int, column: str, what: str) -> RowError:
+    return RowError(code, f"{place}: row {index} of the input holds {what} in the column {column!r}")

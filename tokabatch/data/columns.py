@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
+from tokabatch.data.arrow_types import row_bytes
 from tokabatch.data.json_types import JsonType
 from tokabatch.data.rows import RowBatch
-from tokabatch.data.spool import Texts, TextSpool
+from tokabatch.data.spool import ArraySpool, Texts, TextSpool, open_array
 from tokabatch.errors import InputError
 from tokabatch.messages import Int64
 
@@ -37,6 +38,10 @@ class Columns(Protocol):
 
     def state(self) -> dict[str, Any]:
         """What `restore_columns` needs beside the files, as plain JSON values."""
+        ...
+
+    def row_bytes(self, rows: Int64) -> Int64:
+        """What each of these rows, in any order, will take in memory at most, shape [rows]."""
         ...
 
     def close(self) -> None: ...
@@ -61,7 +66,8 @@ def restore_columns(path: Path, state: Mapping[str, Any]) -> Columns:
     if (types := state.get(_TYPES)) is not None:
         texts = Texts.open(path.with_suffix(".jsonl"))
         return JsonColumns(texts, {name: JsonType.restored(kind) for name, kind in types.items()})
-    return ArrowColumns(path.with_suffix(".arrow"), np.asarray(state[_STARTS], dtype=np.int64))
+    sizes = open_array(path.with_suffix(".sizes"), np.int64)
+    return ArrowColumns(path.with_suffix(".arrow"), np.asarray(state[_STARTS], dtype=np.int64), sizes)
 
 
 class ArrowColumnSpool:
@@ -72,23 +78,27 @@ class ArrowColumnSpool:
         self._names = [name for name in schema.names if names is None or name in names]
         self._schema = pa.schema([schema.field(name) for name in self._names])
         self._writer = ipc.new_file(str(path), self._schema)
+        self._sizes = ArraySpool(path.with_suffix(".sizes"), np.int64)
         self._starts = [0]
 
     def append(self, batch: RowBatch) -> None:
         assert batch.table is not None
-        self._writer.write_batch(batch.table.select(self._names))
+        kept = batch.table.select(self._names)
+        self._writer.write_batch(kept)
+        self._sizes.append(sum((row_bytes(column) for column in kept.columns), np.zeros(kept.num_rows, np.int64)))
         self._starts.append(self._starts[-1] + batch.table.num_rows)
 
     def finish(self) -> Columns:
         self._writer.close()
-        return ArrowColumns(self._path, np.asarray(self._starts, dtype=np.int64))
+        return ArrowColumns(self._path, np.asarray(self._starts, dtype=np.int64), self._sizes.finish())
 
 
 class ArrowColumns:
     """Reads single batches back through a memory map."""
 
-    def __init__(self, path: Path, starts: Int64) -> None:
-        """`starts` is the first row of each batch, and the number of rows."""
+    def __init__(self, path: Path, starts: Int64, sizes: Int64) -> None:
+        """`starts` is the first row of each batch, and the number of rows; `sizes` what each row takes in memory."""
+        self._sizes = sizes
         self._source = pa.memory_map(str(path))
         self._file = ipc.open_file(self._source)
         self.schema = self._file.schema
@@ -109,6 +119,9 @@ class ArrowColumns:
 
     def state(self) -> dict[str, Any]:
         return {_STARTS: self._starts.tolist()}
+
+    def row_bytes(self, rows: Int64) -> Int64:
+        return self._sizes[rows]
 
     def close(self) -> None:
         self._source.close()
@@ -172,6 +185,11 @@ class JsonColumns:
 
     def state(self) -> dict[str, Any]:
         return {_TYPES: {name: kind.state() for name, kind in self._types.items()}}
+
+    def row_bytes(self, rows: Int64) -> Int64:
+        lengths = self._texts.offsets[rows + 1] - self._texts.offsets[rows]
+        growth = max((kind.growth() for kind in self._types.values()), default=1)
+        return lengths * growth + sum(kind.fixed_bytes() for kind in self._types.values())
 
     def _field(self, name: str) -> pa.Field[Any]:
         return pa.field(name, self._types.get(name, JsonType()).arrow())

@@ -16,6 +16,8 @@ import pyarrow as pa
 MAX_FIELDS = 256
 MAX_DEPTH = 16
 EXACT_FLOAT = 1 << 53
+_REWRITTEN = 6
+"""How much longer JSON text may become when it is written anew: 1e15 is 1000000000000000.0 then."""
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (type(None), bool, int, float, str, list, dict)}
@@ -92,6 +94,21 @@ class JsonType:
             return _list_encoder(inner) if inner else None
         fields = {name: encode for name, field in self._fields.items() if (encode := field.encoder())}
         return _object_encoder(fields) if fields else None
+
+    def fixed_bytes(self) -> int:
+        """The memory that an Arrow value takes however short its JSON text is."""
+        if self.is_text() or list in self._kinds:
+            return 8
+        return 8 if not self._fields else sum(field.fixed_bytes() for field in self._fields.values())
+
+    def growth(self) -> int:
+        """Bytes that an Arrow value may take for each byte of its JSON text, beside the fixed ones."""
+        if self.is_text():
+            return 1 if self._kinds <= {str, type(None)} else _REWRITTEN
+        if list in self._kinds:
+            # An item and what parts it from the next are two bytes of text at least.
+            return self._items.growth() + -(-self._items.fixed_bytes() // 2) if self._items else 1
+        return max((field.growth() for field in self._fields.values()), default=0)
 
     def is_text(self) -> bool:
         """Whether the column is strings: the values are, or they do not fit one other type."""

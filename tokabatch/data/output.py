@@ -6,7 +6,7 @@ list columns are made from concatenated arrays and offsets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tokabatch.errors import OutputError, RowError
+from tokabatch.errors import STOPS, OutputError, RowError
 from tokabatch.messages import Bool, Completion, Int32, Int64
 
 _TOKEN_LOGPROBS = pa.struct(
@@ -45,7 +45,14 @@ SAMPLE_SCHEMA = pa.schema(
     ],
     metadata={b"tokabatch.schema_version": b"1"},
 )
-"""What every output has. An error row is null from `text` to `logprobs`, save for the prompt's counts where known."""
+"""What every output has. An error row is null from `text` to `logprobs`, save for the prompt's counts where known; one of the
+code CANNOT_BE_WRITTEN keeps whatever could be written."""
+CANNOT_BE_WRITTEN = "cannot_be_written"
+"""The error code of a sample that was finished, but not all of whose columns can be written."""
+_WHO_AND_WHAT = ("row_index", "sample_index", "status", "error_code", "error_message")
+_MAX_ENTRIES = (1 << 31) - 1
+"""Of the lists in one table, all rows together: their offsets are 32 bits wide."""
+_MAX_FAULT = 300
 CORRECT = pa.field("correct", pa.bool_())
 """Follows when the job verifies; null where there is no sample to verify."""
 
@@ -127,31 +134,127 @@ def build_table(
     columns: pa.Table,
     correct: Sequence[bool | None] | None = None,
 ) -> pa.Table:
-    """A table of `schema` with a row for each completion, then `num_samples` for each failure.
+    """A table of `schema`, which may be a part of an output's, with a row for each completion, then `num_samples` for each
+    failure.
 
-    `texts` and `correct` have an entry for each completion; `correct` is given exactly when the schema holds it. `ids`
-    and `columns` have one for each row of the table (see `sample_keys`); of `columns`, those in the schema are taken. A
-    completion with an `error_code` becomes an error row; its text and verdict are not used.
+    `texts` and `correct` have an entry for each completion; `correct` is given where the schema holds it. `ids` and `columns`
+    have one for each row of the table (see `sample_keys`); of `columns`, those in the schema are taken. A completion with an
+    `error_code` becomes an error row; its text and verdict are not used.
     """
-    assert len(texts) == len(completions) and (correct is not None) == (CORRECT.name in schema.names)
     row_index, sample_index = sample_keys(completions, failures)
-    # A table without columns has no rows either, whatever it was taken from.
-    assert len(ids) == len(row_index) and (columns.num_rows == len(row_index) or not columns.num_columns)
-    missing = len(row_index) - len(completions)
     good = np.array([completion.error_code is None for completion in completions], dtype=np.bool_)
-    own: dict[str, Any] = {
-        "id": ids,
-        "row_index": row_index,
-        "sample_index": sample_index,
-        "status": np.where(np.append(good, np.zeros(missing, np.bool_)), "ok", "error"),
-        **_scalars(completions, texts, missing),
-        **_token_lists(completions, good, missing),
-        **_errors(completions, failures),
+    missing = len(row_index) - len(completions)
+    nulls = np.append(~good, np.ones(missing, np.bool_))
+    kept = [completion for completion, ok in zip(completions, good, strict=True) if ok]
+
+    def of_good(values: Sequence[Any] | None) -> list[Any]:
+        assert values is not None
+        return [value if ok else None for value, ok in zip(values, good, strict=True)] + [None] * missing
+
+    def of_all(values: Sequence[Any]) -> list[Any]:
+        return [*values, *[None] * missing]
+
+    def of_errors(ours: Sequence[Any], theirs: Callable[[RowError], Any]) -> list[Any]:
+        return [*ours, *(theirs(failure.error) for failure in failures for _ in range(failure.num_samples))]
+
+    own: dict[str, Callable[[], Any]] = {
+        "id": lambda: ids,
+        "row_index": lambda: row_index,
+        "sample_index": lambda: sample_index,
+        "status": lambda: np.where(nulls, "error", "ok"),
+        "text": lambda: of_good(texts),
+        "token_ids": lambda: _list_column([c.token_ids for c in kept], nulls, pa.int32()),
+        "finish_reason": lambda: of_good([c.finish_reason for c in completions]),
+        "stop_reason": lambda: of_good([None if c.stop_reason is None else str(c.stop_reason) for c in completions]),
+        "num_prompt_tokens": lambda: of_all([c.num_prompt_tokens for c in completions]),
+        "num_cached_tokens": lambda: of_all([c.num_cached_tokens for c in completions]),
+        "num_output_tokens": lambda: of_good([len(c.token_ids) for c in completions]),
+        "cumulative_logprob": lambda: of_good([_total_logprob(c) for c in completions]),
+        "logprobs": lambda: _logprob_column(completions, nulls),
+        "error_code": lambda: of_errors([c.error_code for c in completions], lambda error: error.code),
+        "error_message": lambda: of_errors([c.error_message for c in completions], lambda error: error.message),
+        "correct": lambda: of_good(correct),
     }
-    if correct is not None:
-        own["correct"] = [value if ok else None for value, ok in zip(correct, good, strict=True)] + [None] * missing
-    arrays = [_as_column(own[field.name] if field.name in own else columns[field.name], field.type) for field in schema]
+    if correct is None:
+        del own["correct"]  # The job does not verify: a column of that name is the input's.
+    arrays = [_as_column(own[field.name]() if field.name in own else columns[field.name], field.type) for field in schema]
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def build_piecemeal(schema: pa.Schema, key: pa.Table, build: Callable[[pa.Schema], pa.Table]) -> pa.Table:
+    """The samples of one row, a column at a time, where `build` fails for the whole `schema`: columns that cannot be built are
+    null, and the samples are error rows that say which and why. `key` has the columns of `_WHO_AND_WHAT`."""
+    arrays = {name: key[name] for name in key.column_names}
+    faults: dict[str, BaseException] = {}
+    for field in schema:
+        if field.name in arrays:
+            continue
+        try:
+            arrays[field.name] = build(pa.schema([field])).column(0)
+        except STOPS:
+            raise
+        except BaseException as error:
+            arrays[field.name], faults[field.name] = _nulls(key.num_rows, field.type), error
+    return _with_faults(pa.Table.from_arrays([arrays[field.name] for field in schema], schema=schema), faults)
+
+
+def mended(table: pa.Table, encode: Callable[[pa.Table], object]) -> pa.Table:
+    """`table` with nulls in place of the values that `encode` raises for, their rows being error rows that say so. The same
+    table where nothing is wrong with it."""
+    try:
+        encode(table)
+    except STOPS:
+        raise
+    except BaseException:
+        if table.num_rows > 1:
+            half = table.num_rows // 2
+            return pa.concat_tables([mended(table.slice(0, half), encode), mended(table.slice(half), encode)])
+        return _mended_row(table, encode)
+    return table
+
+
+def key_table(completions: Sequence[Completion], failures: Sequence[FailedRow]) -> pa.Table:
+    """Which samples they are and how they ended: what `build_piecemeal` begins with."""
+    fields = [SAMPLE_SCHEMA.field(name) for name in _WHO_AND_WHAT]
+    texts = [""] * len(completions)
+    return build_table(pa.schema(fields), completions, failures, texts=texts, ids=[], columns=pa.table({}))
+
+
+def _mended_row(table: pa.Table, encode: Callable[[pa.Table], object]) -> pa.Table:
+    faults: dict[str, BaseException] = {}
+    for place, field in enumerate(table.schema):
+        try:
+            encode(table.select([place]))
+        except STOPS:
+            raise
+        except BaseException as error:
+            faults[field.name] = error
+            table = table.set_column(place, field, _nulls(1, field.type))
+    return _with_faults(table, faults)
+
+
+def _with_faults(table: pa.Table, faults: dict[str, BaseException]) -> pa.Table:
+    if not faults:
+        return table
+    told = "; ".join(f"{name!r} ({type(error).__name__}: {str(error)[:_MAX_FAULT]})" for name, error in faults.items())
+    message = (
+        f"not every column of row {table['row_index'][0]} can be written: {told}. What cannot is null here, the rest is kept. "
+        "Mend the value in the input and run again with --retry-errors, or leave the column out with output.columns=[...] in "
+        "a job with another output.path; if it is not a column of the input, please report a bug."
+    )
+    codes = [code or CANNOT_BE_WRITTEN for code in table["error_code"].to_pylist()]
+    messages = [f"{earlier}; {message}" if earlier else message for earlier in table["error_message"].to_pylist()]
+    changed = {"status": ["error"] * table.num_rows, "error_code": codes, "error_message": messages}
+    if CORRECT.name in table.column_names:
+        changed[CORRECT.name] = [None] * table.num_rows
+    for name, values in changed.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
+    return table
+
+
+def _nulls(count: int, kind: pa.DataType) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.nulls(count, kind)])
 
 
 def _as_column(values: Any, type_: pa.DataType) -> pa.Array | pa.ChunkedArray:
@@ -160,55 +263,18 @@ def _as_column(values: Any, type_: pa.DataType) -> pa.Array | pa.ChunkedArray:
     return pa.array(values, type_)
 
 
-def _scalars(completions: Sequence[Completion], texts: Sequence[str], missing: int) -> dict[str, list[Any]]:
-    ok = [completion.error_code is None for completion in completions]
-    nothing = [None] * missing
-    return {
-        "text": [text if good else None for text, good in zip(texts, ok, strict=True)] + nothing,
-        "finish_reason": [c.finish_reason if good else None for c, good in zip(completions, ok, strict=True)] + nothing,
-        "stop_reason": [
-            str(c.stop_reason) if good and c.stop_reason is not None else None for c, good in zip(completions, ok, strict=True)
-        ]
-        + nothing,
-        "num_prompt_tokens": [c.num_prompt_tokens for c in completions] + nothing,
-        "num_cached_tokens": [c.num_cached_tokens for c in completions] + nothing,
-        "num_output_tokens": [len(c.token_ids) if good else None for c, good in zip(completions, ok, strict=True)] + nothing,
-    }
+def _total_logprob(completion: Completion) -> float | None:
+    return None if completion.logprobs is None else float(completion.logprobs.sum(dtype=np.float64))
 
 
-def _errors(completions: Sequence[Completion], failures: Sequence[FailedRow]) -> dict[str, list[Any]]:
-    codes = [completion.error_code for completion in completions]
-    messages = [completion.error_message for completion in completions]
-    for failure in failures:
-        codes += [failure.error.code] * failure.num_samples
-        messages += [failure.error.message] * failure.num_samples
-    return {"error_code": codes, "error_message": messages}
-
-
-def _token_lists(completions: Sequence[Completion], good: Bool, missing: int) -> dict[str, Any]:
-    kept = [completion for completion, ok in zip(completions, good, strict=True) if ok]
-    nulls = np.append(~good, np.ones(missing, np.bool_))
-    scored = [completion for completion in kept if completion.logprobs is not None]
-    unscored = nulls.copy()
-    unscored[: len(completions)] |= np.array([c.logprobs is None for c in completions], dtype=np.bool_)
-    totals = np.zeros(len(nulls), dtype=np.float64)
-    totals[~unscored] = [_float_sum(completion) for completion in scored]
-    return {
-        "token_ids": _list_column([c.token_ids for c in kept], nulls, pa.int32()),
-        "cumulative_logprob": pa.array(totals, mask=unscored),
-        "logprobs": _logprob_column(scored, unscored),
-    }
-
-
-def _float_sum(completion: Completion) -> float:
-    return 0.0 if completion.logprobs is None else float(completion.logprobs.sum(dtype=np.float64))
-
-
-def _logprob_column(scored: Sequence[Completion], nulls: Bool) -> pa.ListArray:
+def _logprob_column(completions: Sequence[Completion], nulls: Bool) -> pa.ListArray:
+    """`nulls` marks the error rows; samples without logprobs are null as well."""
+    nulls = nulls.copy()
+    nulls[: len(completions)] |= np.array([c.logprobs is None for c in completions], dtype=np.bool_)
+    scored = [c for c, null in zip(completions, nulls, strict=False) if not null]
     lengths = [len(completion.token_ids) for completion in scored]
     num_top = [0 if completion.top_ids is None else completion.top_ids.shape[1] for completion in scored]
-    top_per_token = np.repeat(np.array(num_top, dtype=np.int64), lengths)
-    top_offsets = _offsets(top_per_token)
+    top_offsets = _offsets(np.repeat(np.array(num_top, dtype=np.int64), lengths))
     top_ids = _concatenate([c.top_ids.ravel() for c in scored if c.top_ids is not None], np.int32)
     top_logprobs = _concatenate([c.top_logprobs.ravel() for c in scored if c.top_logprobs is not None], np.float32)
     tokens = pa.StructArray.from_arrays(
@@ -237,7 +303,8 @@ def _nullable_list(flat: pa.Array, lengths: Sequence[int], nulls: Bool) -> pa.Li
 def _offsets(lengths: Int64) -> pa.Array:
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    assert offsets[-1] < 2**31, "too many tokens for one table; build smaller ones"
+    if offsets[-1] > _MAX_ENTRIES:
+        raise OverflowError(f"{offsets[-1]:,} entries are more than a list column holds; ask for fewer generation.logprobs")
     return pa.array(offsets.astype(np.int32))
 
 

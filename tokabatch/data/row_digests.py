@@ -110,8 +110,17 @@ def _contents(batch: RowBatch) -> Iterator[bytes]:
         for row, text in zip(batch.rows, batch.texts, strict=True):
             yield text if row.error is None else row.error.code.encode()
         return
-    for row, values in zip(batch.rows, batch.table.to_pylist(), strict=True):
-        yield repr(_plain(values)).encode(errors="surrogatepass") + (b"" if row.error is None else row.error.code.encode())
+    for row, values in zip(batch.rows, _values(batch.table), strict=True):
+        yield values + (b"" if row.error is None else row.error.code.encode())
+
+
+def _values(table: pa.RecordBatch) -> list[bytes]:
+    """What each row holds, whatever rows stand beside it."""
+    try:
+        return [repr(_plain(values)).encode(errors="surrogatepass") for values in table.to_pylist()]
+    except Exception:  # a value that Python does not have, such as a date after the year 9999
+        rows = [table.slice(row, 1) for row in range(table.num_rows)]
+        return [_values(row)[0] for row in rows] if len(rows) != 1 else [table.take(pa.array([0])).serialize().to_pybytes()]
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from error rows.
 
 from __future__ import annotations
 
+import io
 import shlex
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -93,6 +94,12 @@ class ShardWriter:
         """What is committed so far, earlier shards included."""
         return self._books.shards
 
+    @property
+    def num_rows(self) -> int:
+        """Rows taken over so far, those of earlier shards included: true wherever an exception strikes."""
+        books = self._books
+        return sum(shard.rows for shard in books.shards) + books.num_rows
+
     def add(self, table: pa.Table) -> None:
         """Take over the rows of `table`; commits what is due. Raises OSError where the disk fails, the rows kept."""
         self.take(table)
@@ -105,6 +112,11 @@ class ShardWriter:
         if table.num_rows:
             oldest = books.oldest if books.waiting else self._clock()
             self._books = replace(books, waiting=(*books.waiting, table), oldest=oldest)
+
+    def mend(self, mended: Callable[[pa.Table], pa.Table]) -> None:
+        """Replace the buffered tables by what `mended` makes of each, with as many rows. For where they cannot be written."""
+        if not self._settle():
+            self._books = replace(self._books, waiting=tuple(mended(table) for table in self._books.waiting))
 
     def commit_due(self) -> None:
         """Commit full shards, and what has waited long enough. Raises OSError where the disk fails, the rows kept."""
@@ -201,6 +213,32 @@ def write_parquet(table: pa.Table, file: BinaryIO, identity: Mapping[bytes, byte
     rows_per_group = max(1, min(table.num_rows, _ROW_GROUP_BYTES * table.num_rows // max(size, 1)))
     with pq.ParquetWriter(file, table.schema.with_metadata(metadata), **PARQUET_OPTIONS) as writer:
         writer.write_table(table.replace_schema_metadata(metadata), row_group_size=rows_per_group)
+
+
+def refuse_unwritable(schema: pa.Schema) -> None:
+    """Raises OutputError where a column could be computed, but not written and read back as what it is."""
+    nullable = [field for field in schema if field.nullable]
+    if _fault_of(nullable) is None:
+        return
+    for field in nullable:
+        if fault := _fault_of([field]):
+            raise OutputError(
+                f"the column {field.name!r} has the type {field.type}, which Parquet does not hold with pyarrow "
+                f"{pa.__version__}: {fault}. Cast it in the input, or leave it out with output.columns=[...]."
+            )
+
+
+def _fault_of(fields: Sequence[pa.Field[Any]]) -> str | None:
+    """Why a row of nulls would not come back; None where it does."""
+    file = io.BytesIO()
+    try:
+        row = pa.Table.from_arrays([pa.nulls(2, field.type) for field in fields], schema=pa.schema(fields))
+        write_parquet(row.take(pa.array([1])), file)
+        found = pq.read_table(file).schema
+    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
+        return str(error)
+    changed = [kept.type for kept, field in zip(found, fields, strict=True) if not kept.type.equals(field.type)]
+    return f"it would be read back as {changed[0]}" if changed else None
 
 
 def count_ok(table: pa.Table) -> int:

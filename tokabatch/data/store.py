@@ -80,6 +80,10 @@ class InputStore:
         in_order = not table.num_columns or np.array_equal(back, np.arange(len(rows)))
         return table if in_order else table.take(pa.array(back))
 
+    def row_bytes(self, row_indices: Int64) -> Int64:
+        """The memory that the columns of each of these rows take at most, shape [rows]."""
+        return self._columns.row_bytes(np.asarray(row_indices, dtype=np.int64))
+
     def ids(self, row_indices: Int64) -> pa.Array[Any]:
         """The rows' ids as strings: of `input.id_column`, else the row number; null where a row has none."""
         return read_ids(self._ids, np.asarray(row_indices, dtype=np.int64))

@@ -1,7 +1,7 @@
 """Parquet files of one dataset, read a small batch at a time.
 
-The schema is the union of the files' schemas, known from their footers before the first row; dictionary columns are read as
-plain ones. Text that is not valid UTF-8 is a fault of its row and null in the payload.
+The schema is the union of the files' schemas, known from their footers before the first row, in plain types. Text that is not
+valid UTF-8 is a fault of its row and null in the payload.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokabatch.data.arrow_rows import rows_of
+from tokabatch.data.arrow_types import plain_array, plain_type
 from tokabatch.data.files import InputFile, refuse_unreachable
 from tokabatch.data.rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, RowBatch
 from tokabatch.errors import InputError
@@ -50,35 +51,44 @@ def open_files(name: str, files: tuple[InputFile, ...]) -> ParquetReader:
         try:
             schema = own if schema is None else pa.unify_schemas([schema, own], promote_options="permissive")
         except pa.ArrowException as error:
-            raise InputError(f"{file.path} has columns of other types than {files[0].path}: {error}") from error
+            raise InputError(
+                f"{file.path} has columns of other types than {files[0].path}: {error}. Cast them to one type in all files, or "
+                "run the files as jobs of their own."
+            ) from error
     assert schema is not None
     return ParquetReader(name, files, schema)
 
 
 def plain_schema(schema: pa.Schema) -> pa.Schema:
-    """The same columns without dictionary encoding and without metadata. Raises InputError on two columns of one name."""
+    """The same columns in their plain types. Fields keep their metadata (that of an extension type which is not registered here
+    says what it is), the schema does not: it speaks of this table. Every column may be null, for a row that cannot be read is.
+    Raises
+    InputError on two columns of one name."""
     twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if twice:
         raise InputError(f"the input has more than one column named {', '.join(twice)}; rename them")
-    return pa.schema([pa.field(field.name, _plain(field.type)) for field in schema])
+    return pa.schema([field.with_type(plain_type(field.type)).with_nullable(True) for field in schema])
 
 
 def conform(batch: pa.RecordBatch, schema: pa.Schema, path: str) -> pa.RecordBatch:
     """`batch` in `schema`: columns in its order, those that are missing null."""
-    try:
-        arrays: list[pa.Array[Any]] = [
-            batch.column(field.name).cast(field.type)
-            if field.name in batch.schema.names
-            else pa.nulls(batch.num_rows, field.type)
-            for field in schema
-        ]
-    except pa.ArrowException as error:
-        raise InputError(f"{path}: a column does not fit the type it has in the other files: {error}") from error
+    arrays: list[pa.Array[Any]] = []
+    for field in schema:
+        try:
+            arrays.append(_fitted(batch, field))
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{path}: its column {field.name!r} does not fit the type {field.type}, which it has with the other files: "
+                f"{error}. Cast the column to one type in all files."
+            ) from error
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def _plain(kind: pa.DataType) -> pa.DataType:
-    return cast("pa.DataType", kind.value_type) if isinstance(kind, pa.DictionaryType) else kind
+def _fitted(batch: pa.RecordBatch, field: pa.Field[Any]) -> pa.Array[Any]:
+    if field.name not in batch.schema.names:
+        return pa.nulls(batch.num_rows, field.type)
+    column = plain_array(batch.column(field.name))
+    return column if column.type.equals(field.type) else column.cast(field.type)
 
 
 @contextmanager
