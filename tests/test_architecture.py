@@ -149,3 +149,21 @@ def test_only_the_command_line_prints_or_exits():
             assert not (isinstance(called, ast.Name) and called.id == "print"), f"{file}:{node.lineno} prints"
             exits = isinstance(called, ast.Attribute) and called.attr == "exit" and ast.unparse(called.value) == "sys"
             assert not exits, f"{file}:{node.lineno} exits"
+
+
+SWALLOWING = {"exists", "is_file", "is_dir", "is_symlink", "glob", "rglob", "lexists", "isfile", "isdir", "walk", "rmtree"}
+"""They take what cannot be reached for what is not there, from one version of Python on or always."""
+OF_OUTPUT_FOLDERS = (
+    *("data/" + name + ".py" for name in "folder listing journal inspection manifest committed verification status".split()),
+    *("data/" + name + ".py" for name in "export durable steps shards remedy scratch earlier row_digests".split()),
+    *(name + ".py" for name in "resumption recorder runner review planner".split()),
+)
+
+
+@pytest.mark.parametrize("name", OF_OUTPUT_FOLDERS)
+def test_what_cannot_be_reached_in_an_output_folder_is_not_taken_for_absent(name):
+    for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert node.func.attr not in SWALLOWING, f"{name}:{node.lineno}: {ast.unparse(node)}"
+            ignored = [word for word in node.keywords if word.arg == "ignore_errors"]
+            assert not ignored, f"{name}:{node.lineno}: {ast.unparse(node)}"

@@ -54,7 +54,8 @@ Exit codes
   1    internal error
   2    the command line, the job file or a file it names is wrong; the message says what and how to mend it
   3    complete, but with more errors than errors.max_fraction allows
-  4    the books do not close: a file is damaged (`verify` names it), or a bug (please report it)
+  4    a committed file is damaged or missing (the message names it, and the command that computes it again), or the books
+       do not close, which is a bug (please report it)
   75   stopped before the end (SIGTERM, SIGHUP, SIGUSR1, disk full, an error row under errors.policy=stop); what was
        finished is committed, the same command goes on from there
   130  interrupted (Ctrl-C); as 75
@@ -267,7 +268,10 @@ def verify(out: OutArgument) -> None:
     """
     verified: Any = _load("tokabatch.data.verification").verify(out)
     faults = [(fault.file, fault.problem) for fault in verified.faults]
-    _print_note(_load("tokabatch.report.summary").verification_sections(verified.facts, faults, verified.remedy))
+    _print_note(_load("tokabatch.report.summary").verification_sections(verified.facts, faults))
+    if verified.remedy:
+        # In one line, however narrow the terminal: it is to be pasted.
+        _print_note(f"\nThis mends what is damaged, and changes nothing else\n  {verified.remedy}")
     raise typer.Exit(verified.exit_code)
 
 
@@ -284,7 +288,13 @@ def export(
       tokabatch export out/quickstart --to samples.parquet
       tokabatch export out/quickstart --to rows.jsonl --nested
     """
-    exported = _load("tokabatch.data.export").export(out, to, nested=nested)
+    with _stop_on_signals("taking away what is unfinished") as stop:
+        try:
+            with stop.at_once():
+                exported = _load("tokabatch.data.export").export(out, to, nested=nested)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise typer.Exit(stopped.exit_code) from None
     _print_note(f"{exported.path}: {exported.samples:,} samples of {exported.rows:,} rows, {exported.bytes:,} bytes")
 
 
@@ -307,9 +317,9 @@ def download(
 
 
 @contextmanager
-def _stop_on_signals() -> Generator[Interruption, None, None]:
+def _stop_on_signals(doing: str = "committing what is finished") -> Generator[Interruption, None, None]:
     """Yields what Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask to stop through. The first only asks; a second Ctrl-C ends the
-    process."""
+    process. `doing` is what happens then."""
     stop, before = Interruption(), {number: signal.getsignal(number) for number in _SIGNALS}
     seen: list[int] = []
 
@@ -319,7 +329,7 @@ def _stop_on_signals() -> Generator[Interruption, None, None]:
             os._exit(_INTERRUPTED)
         if number not in seen:
             how = "; Ctrl-C again to stop at once" if number == signal.SIGINT else f" ({signal.Signals(number).name})"
-            _say(f"stopping: committing what is finished{how}\n")
+            _say(f"stopping: {doing}{how}\n")
         seen.append(number)
         stop.request(_INTERRUPTED if number == signal.SIGINT else _STOPPED)
 

@@ -243,16 +243,12 @@ def status_sections(values: Mapping[str, Any]) -> tuple[Section, ...]:
     return (Section("Status", tuple(rows)),)
 
 
-def verification_sections(
-    facts: Mapping[str, int | str], faults: Sequence[tuple[str, str]], remedy: str | None
-) -> tuple[Section, ...]:
+def verification_sections(facts: Mapping[str, int | str], faults: Sequence[tuple[str, str]]) -> tuple[Section, ...]:
     """What reading a folder back found; `faults` are files and what is wrong with them."""
     rows = tuple((name, _count(value) if isinstance(value, int) else value) for name, value in facts.items())
     sections = [Section("Verified", rows)]
     if faults:
         sections.append(Section("Damaged", tuple(("", f"{file} {problem}") for file, problem in faults)))
-    if remedy:
-        sections.append(Section("This recomputes what is damaged, and nothing else", (("", remedy),)))
     return tuple(sections)
 
 
