@@ -223,7 +223,11 @@ BAD_JOBS = [
         _keys(generation={"max_tokens": 512}),
         r"max_tokens is 512.* context is 512",
     ),
-    BadJob("template of no column", _keys(prompt={"template": "{{ promt }}"}), "no column promt; its columns are id, prompt"),
+    BadJob(
+        "template of no column",
+        _keys(prompt={"template": "{{ promt }}"}),
+        r"no column promt \(did you mean 'prompt'\?\); its columns are id, prompt",
+    ),
     BadJob("template without an end", _keys(prompt={"template": "{{ prompt"}), r"prompt\.template is no valid Jinja.*line 1"),
     BadJob("messages without a chat template", _keys(prompt={"messages": "prompt"}), "needs a chat template"),
     # The input
