@@ -39,7 +39,7 @@ before the weights load, the results are Parquet files in the job's output folde
 \b
 Examples
   tokabatch plan jobs/quickstart.yaml                     check a job, show its first prompt and its size
-  tokabatch run jobs/quickstart.yaml                      run it; again after a crash or a stop: only what lacks is computed
+  tokabatch run jobs/quickstart.yaml                      run it; again after a crash or a stop: what is missing is computed
   tokabatch run jobs/quickstart.yaml generation.n=4       with one key changed
   tokabatch run --keys                                    every key of a job file, explained
   tokabatch plan JOB.yaml --simulate --lengths 200        predict its time, cost and KV use
@@ -131,7 +131,7 @@ def run(
     The results are Parquet files under OUT/data, which appear while the run goes on. Progress goes to standard error,
     the summary to standard output.
 
-    A run that the output folder holds is continued: whatever ended it, the same command computes the samples that lack.
+    A run that the output folder holds is continued: whatever ended it, the same command computes the missing samples.
     Engine settings may change, but for kv_cache_dtype; generation.n may be raised and rows added at the end of the
     input. Anything else that decides the output is refused, and the difference shown.
 

@@ -13,7 +13,7 @@
         ├── WorkerLost      the worker process died or hung; another can go on
         └── StepDropped     the worker had no memory for a step; it can go on with smaller ones
 
-Stopped is none of them: like KeyboardInterrupt it passes whoever handles errors.
+Stopped is none of them: like KeyboardInterrupt it is not caught as an error.
 A fault of a single row is not raised: it is a `RowError`, a value that becomes that row's error row.
 """
 

@@ -25,7 +25,7 @@ class Interruption:
         """The thread that lets a request break in."""
 
     def poll(self) -> int:
-        """What the run shall exit with; 0 while nobody asks it to stop."""
+        """What the run shall exit with; 0 until a stop is requested."""
         if not self._exit_code and self._asked is not None and self._asked():
             self._exit_code = INTERRUPTED
         return self._exit_code

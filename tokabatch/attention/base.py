@@ -41,7 +41,7 @@ class KVShape:
 @dataclass(frozen=True, slots=True)
 class PagedCache:
     """Keys and values, each [layers, pages, K, P, D], and the page table [slots, columns], int32, on the device. The last page
-    and the table's last row belong to nobody: tokens that only fill up a batch are written there."""
+    and the table's last row belong to no sample: tokens that only fill up a batch are written there."""
 
     k_LNKPD: torch.Tensor
     v_LNKPD: torch.Tensor

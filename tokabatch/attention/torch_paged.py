@@ -85,10 +85,10 @@ class TorchPagedAttention:
         return None
 
     def prepare_changes(self, step: StepBatch, outbox: Outbox) -> None:
-        raise AssertionError("nobody else reads this cache")
+        raise AssertionError("this backend has no `cache` for other code to read")
 
     def apply_changes(self) -> None:
-        raise AssertionError("nobody else reads this cache")
+        raise AssertionError("this backend has no `cache` for other code to read")
 
     def prepare(self, step: StepBatch, outbox: Outbox) -> None:
         self.page_table[step.table_slot, step.table_column] = step.table_page
@@ -131,7 +131,7 @@ class TorchPagedAttention:
         v_TKD: torch.Tensor | None,
         out_THD: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        assert k_TKD is not None and v_TKD is not None, "nobody else writes this cache"
+        assert k_TKD is not None and v_TKD is not None, "this backend has no `cache` for other code to write"
         shape = self.shape
         k_cache, v_cache = self.k_cache[layer], self.v_cache[layer]
         for cache, new_TKD in ((k_cache, k_TKD), (v_cache, v_TKD)):

@@ -93,7 +93,7 @@ class AliasEncoder:
     def __init__(self, backend: Backend, added: Mapping[int, AddedToken]) -> None:
         state = json.loads(backend.to_str())
         special = {str(token.content): number for number, token in added.items() if token.special}
-        # Nobody who writes rows can know it, and the ids do not depend on it.
+        # Random, so that no row can contain it; the ids do not depend on it.
         secret = _spelled(secrets.randbits(6 * SECRET_LETTERS), SECRET_LETTERS)
         self._aliases = {text: text[0] + secret + _spelled(number, 6) + text[-1] for text, number in special.items()}
         _rename(state["model"], self._aliases)

@@ -265,7 +265,7 @@ def captured_on_gpu(
     cores = torch.cuda.get_device_properties(decoder.device).multi_processor_count
     captured = CapturedSteps(decoder, cache, last_token, slots, num_tokens, Recorder(), cores)
     captured.prepare()
-    # What the trials took is nobody's now.
+    # The memory that the trials took is free now.
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return captured

@@ -143,7 +143,7 @@ class ProcessExecutor:
         self._signs, pulse = context.Pipe(duplex=False)
         ends = (their_pipe, pulse, pickle.dumps((_serve, (build, spec))))
         self._process: BaseProcess = context.Process(target=child.main, args=ends, name=WORKER_NAME, daemon=True)  # pyright: ignore
-        # Here and not in `start`, which may be broken off: a process half started would be nobody's.
+        # Here and not in `start`, which may be broken off: a process half started would have no owner.
         _start_shielded(self._process)
         their_pipe.close()
         pulse.close()

@@ -58,7 +58,7 @@ class Pulse:
         """Blocked on the parent, which does not take a result."""
 
     def start(self) -> None:
-        """Begin to send, and end this process as soon as nobody listens."""
+        """Begin to send, and end this process as soon as the parent has ended."""
         _die_with_parent()
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 

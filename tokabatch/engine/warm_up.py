@@ -19,7 +19,7 @@ MAX_SAMPLES = 256
 
 def warm_up_steps(sizes: ReplicaSizes, draws: Sequence[SamplingParams]) -> Iterator[StepBatch]:
     """One prompt computed; many samples behind it, each with its last page copied; the same with the prompt as a shared
-    prefix; and a step for every way of drawing. Every sample's own page is one and the same, which nobody minds."""
+    prefix; and a step for every way of drawing. Every sample's own page is one and the same: the results are not used."""
     page = sizes.page_size
     full = min(MAX_PROMPT // page, sizes.max_pages_per_sequence - 1, sizes.num_pages - 2, (sizes.max_step_tokens - 1) // page)
     if full < 1:

@@ -1,4 +1,4 @@
-"""The kinds of value a job's keys hold: each a pydantic type with the words that explain it to whoever wrote another.
+"""The kinds of value a job's keys hold: each a pydantic type with the words that explain it where another was given.
 
 Knows no section and no key; `schema` composes these, `refusals` and `keys` read the words back.
 """

@@ -65,7 +65,7 @@ def refuse_changed(files: Iterable[ModelFile]) -> None:
 
 def file_mark(path: Path) -> str:
     """Size and digest of a file. One beyond 64 MiB is digested by 4,096 pieces of 4 KiB, evenly spread from its first byte to
-    its last: whoever trains or merges weights changes more than lies between two of them. Raises OSError."""
+    its last: training or merging weights changes more than lies between two of them. Raises OSError."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= _WHOLE_BYTES:

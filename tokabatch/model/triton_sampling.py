@@ -54,7 +54,7 @@ def _summarise(
     inverse = inverse_temperature(temperature_of(record_of(words_ptr, slot_ptr, row)))
     highest = tl.max(x, 1)
     below = x - tl.where(highest == float("-inf"), 0.0, highest)[:, None]
-    # Places behind the last part are written too (as empty parts): whoever reads can then read whole lines.
+    # Places behind the last part are written too (as empty parts): whole lines can then be read.
     at, exists = row * part_stride + part, part < part_stride
     tl.store(highest_ptr + at, highest, mask=exists)
     tl.store(mass_ptr + at, tl.sum(tl.exp(below * inverse), 1), mask=exists)

@@ -56,7 +56,7 @@ class ProgressSnapshot:
 
 
 class Progress(Protocol):
-    """Whoever makes one enters it; the runner only calls `update` and `message`. One that raises is not called again."""
+    """The caller enters it as a context; the runner only calls `update` and `message`. One that raises is not called again."""
 
     interval: float | None
     """Seconds between snapshots in one phase; None takes none, so that none is made."""

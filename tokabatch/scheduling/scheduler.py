@@ -165,7 +165,7 @@ class Scheduler:
             begun.samples = np.concatenate((begun.samples[: begun.next_sample], pending[pending < until]))
 
     def _settle(self, prompts: Int32) -> None:
-        """Samples of these prompts have been taken away: take out those of which none is left, and free what nobody reads."""
+        """Samples of these prompts have been taken away: take out prompts without any, and free what no sample reads."""
         unbegun = prompts[prompts >= self.work.next]
         self.work.take_out(unbegun[[len(self.work.samples(prompt)) == 0 for prompt in unbegun.tolist()]])
         begun = (self.prompts.begun(prompt) for prompt in prompts.tolist())

@@ -12,7 +12,7 @@ from tokabatch.messages import Float64, Int32, Int64
 
 
 class Lengths(Protocol):
-    """Output tokens until a sample stops by itself; whoever runs it cuts that at max_tokens."""
+    """Output tokens until a sample stops by itself; the simulation cuts that at max_tokens."""
 
     def __call__(self, row: Int64, sample: Int32) -> Int32:
         """Lengths of N samples, at least 1."""

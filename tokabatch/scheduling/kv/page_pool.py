@@ -8,7 +8,7 @@ from tokabatch.messages import Int32
 
 
 class PagePool:
-    """Hands out page ids 0 .. num_pages - 1. A page is free exactly when nobody holds a reference.
+    """Hands out page ids 0 .. num_pages - 1. A page is free exactly when there is no reference to it.
 
     Lowest ids go out first and freed ones are reused last-in first-out, so a small job touches a small part of the cache.
     """
@@ -22,7 +22,7 @@ class PagePool:
         self.num_free = num_pages
 
     def resize(self, num_pages: int) -> None:
-        """Start over with another number of pages; nobody holds any."""
+        """Start over with another number of pages; there are no references."""
         assert not self.num_used, "pages are held"
         self.num_pages = self.num_free = num_pages
         self.references = np.zeros(num_pages, np.int32)
@@ -66,7 +66,7 @@ class PagePool:
     def release(self, pages: Int32) -> None:
         """Drop one reference for each entry; an id may stand several times, once for each reference dropped."""
         if (self.references[pages] == 1).all():
-            # Nobody else holds any of them, so none stands twice.
+            # These are the only references, so no page stands twice.
             self.free(pages)
             return
         np.subtract.at(self.references, pages, 1)

@@ -53,7 +53,7 @@ class OpenPrompt:
         self.next_sample = 0
         self.requeued: deque[int] = deque()
         self.tainted = False
-        """A sample met logits that are not finite: nobody else builds on these pages."""
+        """A sample met logits that are not finite: no other sample builds on these pages."""
 
     @property
     def num_pending(self) -> int:
@@ -128,7 +128,7 @@ class OpenPrompts:
         return self._suspended.pop(request)
 
     def settle(self, prompts: list[OpenPrompt]) -> None:
-        """Samples of these prompts, or of prompts that had not been begun, have been taken away: give up what nobody waits for
+        """Samples of these prompts, or of prompts that had not been begun, have been taken away: give up what none waits for
         any more."""
         for prompt in prompts:
             if prompt.finished:

@@ -123,7 +123,7 @@ class Shortage:
         return np.argsort(self._expectations.way_to_go(slots) / self._sequences.length[slots], kind="stable")
 
     def _look(self) -> None:
-        """Decide who waits from now on: nobody if all can finish, or as long as enough can."""
+        """Decide which samples wait from now on: none if all can finish, or as long as enough can."""
         seq, order = self._sequences, self._sequences.order
         by_yield = self._by_yield(order)
         number = self._can_finish(by_yield)

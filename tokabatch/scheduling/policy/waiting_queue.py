@@ -1,5 +1,5 @@
 """Who asks to join the next step, in plan order: prompts whose pages had to be given up, then open prompts with samples left,
-then prompts never opened. As many as slots and budget are there for; nobody is judged here."""
+then prompts never opened. As many as slots and budget are there for; which of them fit is decided elsewhere."""
 
 from __future__ import annotations
 
