@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,13 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.dataset import dataset
 from support import tiny_models
 
 from tokabatch import Job, RunSummary, plan, preparation, resumption, run, runner
-from tokabatch.data import fingerprint, kept_input
+from tokabatch.data import committed, fingerprint, kept_input
+from tokabatch.data.export import export
 from tokabatch.data.tokenizer import Tokenizer
 from tokabatch.data.verification import verify
 from tokabatch.errors import OutputError
@@ -77,7 +81,7 @@ def job(model: Path, rows: Path, out: Path, /, **changes: Any) -> Job:
         "verify": {"kind": "gsm8k", "answer": "answer"},
     }
     for section, values in changes.items():
-        base[section] = {**base.get(section, {}), **values}
+        base[section] = values and {**base.get(section, {}), **values}
     return Job.load(base)
 
 
@@ -508,10 +512,109 @@ def test_a_stop_that_comes_with_the_last_sample_leaves_a_complete_run(model, row
         assert (out / "_SUCCESS").exists() == (code == 0)
 
 
-def test_rows_that_change_the_columns_are_refused_with_the_columns(go, rows, tmp_path):
+FEW = [{"question": f"{number}?", "answer": "1"} for number in range(4)]
+WIDENINGS: list[tuple[list[Any], list[Any], pa.DataType]] = [
+    ([1, 2], [2.5, None], pa.float64()),
+    ([1, 2], ["n/a", 3], pa.string()),
+    ([None, None], ["x", {"k": 1}], pa.string()),
+    ([None, None], [1, None], pa.int64()),
+    (["t", None], [{"k": 1}, "u"], pa.string()),
+    ([1, 2], [2**70, 0], pa.string()),
+    ([2**60, 1], [0.5, 1], pa.string()),
+    ([[], []], [["t"], [1]], pa.list_(pa.string())),
+    ([[1], None], [[1.5], []], pa.list_(pa.float64())),
+    ([{"a": 1}, {}], [{"b": [True]}, {"a": None}], pa.struct({"a": pa.int64(), "b": pa.list_(pa.bool_())})),
+    (
+        [{"a": {"b": 1}}, None],
+        [{"a": {"b": "x", "c": 0}}, None],
+        pa.struct({"a": pa.struct({"b": pa.string(), "c": pa.int64()})}),
+    ),
+    ([True, False], [0, 1], pa.string()),
+]
+
+
+@pytest.mark.parametrize(("narrow", "wide", "kind"), WIDENINGS, ids=lambda value: str(value)[:30])
+def test_rows_that_widen_a_column_extend_the_schema(narrow, wide, kind, go, rows, tmp_path):
+    def write(*values: Any) -> None:
+        write_rows(rows, [{**row, "score": value} for row, value in zip(FEW, values, strict=False)])
+
+    write(*narrow)
+    assert go().exit_code == 0
+    write(*narrow, *wide)
+    told = Messages()
+    summary = go(progress=told)
+    assert (summary.earlier, summary.samples, summary.exit_code) == (6, 12, 0)
+    assert any(re.search(r"other columns than before \(score.*\): rewriting 2 files", text) for text in told.texts)
+    data = tmp_path / "out" / "data"
+    found = dataset(data).to_table()
+    assert found.schema.field("score").type.equals(kind) and found.num_rows == 12
+    assert len(pandas.read_parquet(data)) == 12
+    assert table(tmp_path / "out") == (go(out="whole"), table(tmp_path / "whole"))[1]
+    assert verify(tmp_path / "out").exit_code == 0
+    assert export(tmp_path / "out", tmp_path / "all.jsonl").samples == 12
+    before = everything(data)
+    assert go().earlier == 12 and everything(data) == before, "nothing is rewritten twice"
+
+
+def test_rows_with_another_column_add_it(go, rows, tmp_path):
     go()
-    write_rows(rows, [*ROWS, {"question": "a", "answer": "1", "extra": 1}])
-    with pytest.raises(OutputError, match=r"other columns .*extra \(absent there, int64 now\)"):
+    write_rows(rows, [*ROWS, {"question": "a", "answer": "1", "extra": 1, "correct too": "x"}])
+    assert go(generation={"n": N}).exit_code == 0
+    assert [row["extra"] for row in table(tmp_path / "out")] == [None] * 30 + [1] * N
+    assert table(tmp_path / "out") == (go(out="whole"), table(tmp_path / "whole"))[1]
+
+
+def test_a_further_parquet_file_may_widen_a_column(go, tmp_path):
+    folder = tmp_path / "input"
+    folder.mkdir()
+    first = {"question": ["a", "b"], "answer": ["1", "2"], "score": pa.array([1, None], pa.int32()), "note": pa.nulls(2)}
+    pq.write_table(pa.table(first), folder / "a.parquet")
+    changes = {"input": {"path": str(folder)}}
+    printing = {"out": "printed", "prompt": {"template": "{{ score | default('none', true) }}{{ question }}"}}
+    assert go(**changes).exit_code == 0 and go(**changes, **printing).exit_code == 0
+    second = {"question": ["c"], "answer": ["3"], "score": [2.5], "note": [{"k": "v"}], "new": ["only here"]}
+    pq.write_table(pa.table(second), folder / "b.parquet")
+    assert (go(**changes).exit_code, len(table(tmp_path / "out"))) == (0, 9)
+    found = table(tmp_path / "out")
+    assert [row["score"] for row in found[::N]] == [1.0, None, 2.5] and found[-1]["note"] == {"k": "v"}
+    assert found == (go(out="whole", **changes), table(tmp_path / "whole"))[1]
+    with pytest.raises(OutputError, match="the tokens of 1 of 2 rows that are the same are not, the first is row 0"):
+        go(**changes, **printing)
+
+
+def test_a_widening_that_is_broken_off_is_finished_by_the_next_start(go, rows, tmp_path, monkeypatch):
+    write_rows(rows, [{**row, "score": number} for number, row in enumerate(ROWS[:6])])
+    go()
+    write_rows(rows, [*({**row, "score": number} for number, row in enumerate(ROWS[:6])), {**ROWS[6], "score": "x"}])
+    real, calls = committed.write_parquet, iter(range(99))
+
+    def write(*given: Any) -> None:
+        if next(calls) == 2:
+            raise OSError(5, "Input/output error")
+        real(*given)
+
+    monkeypatch.setattr(committed, "write_parquet", write)
+    with pytest.raises(OutputError, match="Input/output error"):
+        go()
+    assert not (tmp_path / "out" / "_SUCCESS").exists() and len(table(tmp_path / "out")) == 18
+    told = Messages()
+    assert go(progress=told).exit_code == 0 and any("rewriting 3 files" in text for text in told.texts)
+    assert table(tmp_path / "out") == (go(out="whole"), table(tmp_path / "whole"))[1]
+
+
+def test_columns_of_ours_in_another_version_are_refused_with_the_real_reason_alone(go, tmp_path):
+    go(steps=20)
+    for shard in shards(tmp_path / "out"):
+        found = pq.read_table(shard).replace_schema_metadata(None)
+        place, counts = found.schema.get_field_index("num_output_tokens"), found["num_output_tokens"]
+        pq.write_table(found.set_column(place, "num_output_tokens", counts.cast(pa.int64())), shard)
+    (tmp_path / "out" / "commits.jsonl").unlink()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest = {key: value for key, value in manifest.items() if key != "sha256"}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps({**manifest, "run": ""}))
+    with pytest.raises(
+        OutputError, match=r"that this version writes otherwise: num_output_tokens \(int64 there, int32 now\)\. Use"
+    ):
         go()
 
 

@@ -21,7 +21,15 @@ from typing import Any
 import torch
 
 from tokabatch import __version__
-from tokabatch.data.committed import Committed, drop_errors, nothing_committed, read_committed, remove_shards
+from tokabatch.data.committed import (
+    Committed,
+    drop_errors,
+    fit_columns,
+    list_misfits,
+    nothing_committed,
+    read_committed,
+    remove_shards,
+)
 from tokabatch.data.earlier import EarlierRun
 from tokabatch.data.folder import Claim, OutputFolder
 from tokabatch.data.inspection import Inspection, inspect
@@ -157,8 +165,12 @@ def _continue(
         dropped = drop_errors(claim)
         if dropped:
             tell(f"running {dropped:,} error rows again")
-        return _find_samples(folder, prepared)
-    return started
+    misfits, names = list_misfits(folder, prepared.output_schema)
+    if misfits:
+        told = ", ".join(names[:5]) + ", …" * (len(names) > 5)
+        tell(f"the rows make other columns than before ({told}): rewriting {len(misfits):,} files")
+        fit_columns(claim, misfits, prepared.output_schema, prepared.store.columns)
+    return _find_samples(folder, prepared) if reuse.retry_errors or misfits else started
 
 
 def _is_complete(folder: OutputFolder, earlier: Manifest, found: Inspection, now: Manifest) -> bool:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 
 from tokabatch.data.arrow_types import row_bytes
-from tokabatch.data.json_types import JsonType
+from tokabatch.data.json_types import JSON_TEXTS_KEY, JsonType
 from tokabatch.data.rows import RowBatch
 from tokabatch.data.spool import ArraySpool, Texts, TextSpool, open_array
 from tokabatch.errors import InputError
@@ -169,7 +169,9 @@ class JsonColumns:
         self._texts = texts
         self._types = types
         self._encoders = {name: kind.encoder() for name, kind in types.items()}
-        self.schema = pa.schema([self._field(name) for name in types])
+        places = [place for name, kind in types.items() for place in kind.json_texts(name)]
+        metadata = {JSON_TEXTS_KEY: json.dumps(places)} if places else None
+        self.schema = pa.schema([self._field(name) for name in types], metadata)
 
     def take(self, rows: Int64, names: Sequence[str]) -> pa.Table:
         if not names:

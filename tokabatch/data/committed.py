@@ -5,8 +5,9 @@ Only footers and the small columns are read. Memory is one byte a sample of the 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ import pyarrow.compute as pc
 from tokabatch.data.durable import NewFile
 from tokabatch.data.folder import Claim, OutputFolder
 from tokabatch.data.journal import Shard
+from tokabatch.data.json_types import JSON_TEXTS_KEY
 from tokabatch.data.listing import ListedFile
+from tokabatch.data.output import SAMPLE_SCHEMA
 from tokabatch.data.shards import count_ok, open_shard, read_groups, record_commit, write_parquet
 from tokabatch.errors import OutputError
 from tokabatch.messages import Bool, Drawn, Int64
@@ -68,8 +71,8 @@ def read_committed(
     """Every committed sample of a job of `num_samples` [rows] samples a row; without `errors`, every good one; of the shards
     `names` alone, where that is given.
 
-    Raises OutputError where a shard is damaged, has another `schema`, holds a sample twice, or one that the job does not
-    ask for.
+    Raises OutputError where a shard is damaged, has columns of ours other than those of `schema`, holds a sample twice, or one
+    that the job does not ask for. The input's columns may differ: see `fit_columns`.
     """
     empty = nothing_committed(num_samples)
     start, flags, correct, codes = empty.drawn.start, empty.drawn.flags, empty.correct, empty.error_counts
@@ -80,7 +83,7 @@ def read_committed(
         if names is not None and folder.name_of(path) not in names:
             continue
         if schema is not None:
-            _check_schema(file, schema)
+            _check_own_columns(file, schema)
         rows = ok = 0
         for found in read_groups(file, _COLUMNS):
             table = found if errors else found.filter(_is_ok(found))
@@ -89,7 +92,7 @@ def read_committed(
             flags[keys] = True
             rows, ok = rows + table.num_rows, ok + count_ok(table)
             codes.update(table["error_code"].drop_null().to_pylist())
-            if "correct" in table.column_names:
+            if "correct" in table.column_names and table.schema.field("correct").type == pa.bool_():
                 row_index = table["row_index"].to_numpy()
                 np.add.at(correct, row_index[table["correct"].fill_null(False).to_numpy(zero_copy_only=False)], 1)
                 unverified += count_ok(table.filter(pc.call_function("is_null", [table["correct"]])))
@@ -126,8 +129,46 @@ def drop_errors(claim: Claim) -> int:
         if errors == rows:
             _remove(claim, file.path)
         else:
-            _replace(claim, file)
+            _replace(claim, file, _without_errors(file))
     return dropped
+
+
+def list_misfits(folder: OutputFolder, schema: pa.Schema) -> tuple[list[ListedFile], list[str]]:
+    """The shards whose columns are not those of `schema`, and the names of these columns; where strings that were values are
+    JSON text now, or the other way round, the column is another, too."""
+    files: list[ListedFile] = []
+    names: dict[str, None] = {}
+    for file in folder.shards():
+        with open_shard(file) as parquet:
+            found = parquet.schema_arrow
+        texts = _json_texts(found) ^ _json_texts(schema)
+        if texts or not found.equals(schema):
+            files.append(file)
+            names.update(dict.fromkeys(name for name, before, now in _types(found, schema) if not _same(before, now)))
+            names.update(dict.fromkeys(sorted(texts)))
+    return files, list(names)
+
+
+def _json_texts(schema: pa.Schema) -> set[str]:
+    return set(json.loads((schema.metadata or {}).get(JSON_TEXTS_KEY, b"[]")))
+
+
+def fit_columns(claim: Claim, files: Sequence[ListedFile], schema: pa.Schema, columns: Callable[[Int64], pa.Table]) -> None:
+    """Give these shards the columns of `schema`: ours stay, those of the input are taken anew, by `columns`, of the rows that
+    the samples are of. All shards together are one dataset again, whichever of them a reader looks at first.
+
+    Each is replaced whole: cut short anywhere, the folder holds the same samples, and the next start does the rest.
+    """
+    for file in files:
+        _replace(claim, file, _fitted(file, schema, columns))
+
+
+def _fitted(file: ListedFile, schema: pa.Schema, columns: Callable[[Int64], pa.Table]) -> Iterator[pa.Table]:
+    for table in read_groups(file, None):
+        inputs = columns(table["row_index"].to_numpy())
+        taken = {name for name in inputs.column_names if name not in SAMPLE_SCHEMA.names}
+        arrays = [(inputs if field.name in taken else table)[field.name] for field in schema]
+        yield pa.Table.from_arrays([array.cast(field.type) for array, field in zip(arrays, schema, strict=True)], schema=schema)
 
 
 def remove_shards(claim: Claim, names: Collection[str]) -> None:
@@ -147,15 +188,16 @@ def _remove(claim: Claim, path: Path) -> None:
         claim.journal.done(name)
 
 
-def _replace(claim: Claim, file: ListedFile) -> None:
-    """By a shard without its error rows."""
+def _replace(claim: Claim, file: ListedFile, tables: Iterable[pa.Table]) -> None:
+    """By a shard of these rows."""
     temporary = claim.folder.temporary / file.path.name
-    table = pa.concat_tables(_without_errors(file))
+    table = pa.concat_tables(tables)
     with NewFile(claim.files, temporary) as new:
         write_parquet(table, new, claim.identity)
         new.sync()
         size, digest = new.tell(), new.digest
-    shard = Shard(claim.folder.name_of(file.path), table.num_rows, table.num_rows, 0, size, digest)
+    ok = count_ok(table)
+    shard = Shard(claim.folder.name_of(file.path), table.num_rows, ok, table.num_rows - ok, size, digest)
     if claim.journal is not None:
         claim.journal.begins(shard)
     claim.files.replace(temporary, file.path)
@@ -208,19 +250,24 @@ def _refuse_repeats(path: Path, table: pa.Table, keys: Int64, seen: Bool, folder
     )
 
 
-def _check_schema(file: ListedFile, schema: pa.Schema) -> None:
+def _check_own_columns(file: ListedFile, schema: pa.Schema) -> None:
     with open_shard(file) as parquet:
         found = parquet.schema_arrow
-    if found.equals(schema):
-        return
-    names = [*schema.names, *(name for name in found.names if name not in schema.names)]
-    types = [(name, _type(found, name), _type(schema, name)) for name in names]
-    told = [f"{name} ({before} there, {now} now)" for name, before, now in types if before != now]
-    raise OutputError(
-        f"{file.path} has other columns than the job's output would have: {', '.join(told[:5]) or 'in another order'}. Choose "
-        "another output.path, or start afresh with --overwrite; output.columns names the input columns to carry."
-    )
+    types = [(name, before, now) for name, before, now in _types(found, schema) if not _same(before, now)]
+    told = [f"{name} ({before or 'absent'} there, {now} now)" for name, before, now in types if name in SAMPLE_SCHEMA.names]
+    if told:
+        raise OutputError(
+            f"{file.path} has columns that this version writes otherwise: {', '.join(told)}. Use the version that wrote it, "
+            "choose another output.path, or start afresh with --overwrite."
+        )
 
 
-def _type(schema: pa.Schema, name: str) -> str:
-    return str(schema.field(name).type) if name in schema.names else "absent"
+def _types(found: pa.Schema, schema: pa.Schema) -> Iterator[tuple[str, pa.DataType | None, pa.DataType | None]]:
+    """Each column of the two, with its type in the first and in the second."""
+    for name in dict.fromkeys((*schema.names, *found.names)):
+        before, now = (each.field(name).type if name in each.names else None for each in (found, schema))
+        yield name, before, now
+
+
+def _same(before: pa.DataType | None, now: pa.DataType | None) -> bool:
+    return before is not None and now is not None and before.equals(now)

@@ -8,13 +8,15 @@ memory for a bounded number of columns. This module knows no files.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import pyarrow as pa
 
 MAX_FIELDS = 256
 MAX_DEPTH = 16
+JSON_TEXTS_KEY = b"tokabatch.json_texts"
+"""Key of a schema's metadata: the places of columns whose strings hold JSON text, as a JSON list."""
 EXACT_FLOAT = 1 << 53
 _REWRITTEN = 6
 """How much longer JSON text may become when it is written anew: 1e15 is 1000000000000000.0 then."""
@@ -88,7 +90,7 @@ class JsonType:
     def encoder(self) -> Encoder | None:
         """What turns a value into one of the Arrow type; None where nothing needs to change."""
         if self.is_text():
-            return None if self._kinds <= {str, type(None)} else _json_text
+            return _json_text if self._holds_json() else None
         if list in self._kinds:
             inner = self._items.encoder() if self._items else None
             return _list_encoder(inner) if inner else None
@@ -104,11 +106,22 @@ class JsonType:
     def growth(self) -> int:
         """Bytes that an Arrow value may take for each byte of its JSON text, beside the fixed ones."""
         if self.is_text():
-            return 1 if self._kinds <= {str, type(None)} else _REWRITTEN
+            return _REWRITTEN if self._holds_json() else 1
         if list in self._kinds:
             # An item and what parts it from the next are two bytes of text at least.
             return self._items.growth() + -(-self._items.fixed_bytes() // 2) if self._items else 1
         return max((field.growth() for field in self._fields.values()), default=0)
+
+    def json_texts(self, path: str) -> Iterator[str]:
+        """Where the strings of the Arrow type hold JSON text, of all places below `path`: `tags[]` are a list's items."""
+        if self.is_text():
+            if self._holds_json():
+                yield path
+            return
+        if self._items is not None:
+            yield from self._items.json_texts(f"{path}[]")
+        for name, field in self._fields.items():
+            yield from field.json_texts(f"{path}.{name}")
 
     def is_text(self) -> bool:
         """Whether the column is strings: the values are, or they do not fit one other type."""
@@ -116,6 +129,10 @@ class JsonType:
         if not kinds or self._as_text or kinds == {str} or (kinds == {dict} and not self._fields):
             return True
         return not (len(kinds) == 1 or (kinds == {int, float} and not self._inexact))
+
+    def _holds_json(self) -> bool:
+        """Of a string column: whether its strings are JSON text, not the values themselves."""
+        return not self._kinds <= {str, type(None)}
 
     def _add_int(self, value: int) -> None:
         if not -EXACT_FLOAT <= value <= EXACT_FLOAT:

@@ -98,7 +98,7 @@ def output_schema(
             "which the output uses itself. Rename in the input, or leave out of the output with "
             f"output.columns=[{', '.join(keep)}]."
         )
-    return pa.schema(ours + chosen, metadata=SAMPLE_SCHEMA.metadata)
+    return pa.schema(ours + chosen, metadata={**(inputs.metadata or {}), **(SAMPLE_SCHEMA.metadata or {})})
 
 
 def text_token_ids(completion: Completion) -> Int32:

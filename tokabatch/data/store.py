@@ -117,7 +117,7 @@ class InputStore:
             params=open_array(folder / _PARAMS, np.int32),
             sampling=tuple(_sampling_params(values) for values in state["sampling"]),
             errors={row: RowError(code, message) for row, code, message in state["errors"]},
-            column_schema=pa.schema([columns.schema.field(name) for name in state["carried"]]),
+            column_schema=_selected(columns.schema, state["carried"]),
             chat=state["chat"],
             hidden_rows=state["hidden_rows"],
             digests=RowDigests.open(folder),
@@ -210,7 +210,7 @@ class _Spools:
             params=self._params.finish(),
             sampling=tuple(self._sampling),
             errors=self.errors,
-            column_schema=pa.schema([columns.schema.field(name) for name in names]),
+            column_schema=_selected(columns.schema, names),
             chat=builder.chat,
             hidden_rows=builder.hidden_rows,
             digests=self._digests.finish(),
@@ -244,6 +244,10 @@ def _sampling_params(values: Sequence[Any]) -> SamplingParams:
     """What `_sampling_values` gave, after a way through JSON, which has lists for tuples."""
     given: list[Any] = [tuple(cast("list[Any]", value)) if isinstance(value, list) else value for value in values]
     return SamplingParams(*given)
+
+
+def _selected(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
+    return pa.schema([schema.field(name) for name in names], schema.metadata)
 
 
 def _shortened(error: RowError) -> RowError:
