@@ -157,6 +157,13 @@ class TestScalars:
         assert (job.generation.max_tokens, job.generation.top_p, job.generation.n) == (1024, 0.1, 1000)
         assert job.engine.kv_cache_tokens == 65536
 
+    def test_variables_of_the_chat_template(self, tmp_path: Path) -> None:
+        file = write(tmp_path, HEADER + "prompt: {chat_template_kwargs: {enable_thinking: false, level: [1, a]}}\n")
+        assert Job.load(file).prompt.chat_template_kwargs == {"enable_thinking": False, "level": [1, "a"]}
+        job = Job.load(file, "prompt.chat_template_kwargs.enable_thinking=true", "prompt.chat_template_kwargs.date=1K")
+        assert job.prompt.chat_template_kwargs == {"enable_thinking": True, "level": [1, "a"], "date": 1024}
+        assert Job.load(job.given()) == job
+
     def test_one_text_or_id_stands_for_a_list_of_one(self, tmp_path: Path) -> None:
         job = Job.load(write(tmp_path, HEADER + 'generation: {stop: "\\n", stop_token_ids: 7}\n'), "generation.stop=END")
         assert (job.generation.stop, job.generation.stop_token_ids) == (("END",), (7,))
@@ -216,6 +223,17 @@ class TestRefusedFiles:
             ("prompt: {template: a, messages: b}", "4: prompt: template and messages are given, but a prompt has one"),
             ("prompt: {template: a, messages: b, token_ids: c}", "template and messages and token_ids are given"),
             ("prompt: {token_ids: a, system: b}", "system cannot be put in front of token_ids"),
+            ("prompt: {chat: false, chat_template: a}", "chat_template needs a chat template, but chat is false"),
+            ("prompt: {token_ids: a, chat_template_kwargs: {b: 1}}", "chat_template_kwargs is not used with token_ids"),
+            (
+                "prompt: {chat_template_kwargs: thinking}",
+                "got the text thinking; accepts a mapping of the chat template's variables",
+            ),
+            (
+                "prompt: {chat_template_kwargs: {tools: []}}",
+                "4: prompt.chat_template_kwargs: holds `tools`, which the run decides itself",
+            ),
+            ("prompt: {chat_template_kwargs: {x: .nan}}", "prompt.chat_template_kwargs: holds values that JSON has not"),
             ("prompt: {chat: false, template: a, system: b}", "system needs a chat template, but chat is false"),
             ("prompt:\n  few_shot: {path: a, k: 0, template: b}", "5: prompt.few_shot.k: got the number 0"),
             ("prompt:\n  few_shot: {path: a}", "5: prompt.few_shot.template: missing; accepts text (a Jinja template)"),
@@ -419,7 +437,8 @@ class TestReference:
                 continue
             base = {**MINIMAL, "verify": {"kind": "exact", "answer": "a"}, "trace": {"path": "trace.json"}}
             few_shot = ("prompt.few_shot.path=x", "prompt.few_shot.template=y") if "few_shot" in key.name else ()
-            advice = re.search(r"for example `(.*)`$", refusal(base, *few_shot, f"{key.name}={{a: 1}}"))
+            wrong = "[{}]" if key.name.endswith("_kwargs") else "{a: 1}"
+            advice = re.search(r"for example `(.*)`$", refusal(base, *few_shot, f"{key.name}={wrong}"))
             assert advice is not None, key.name
             Job.load(base, *few_shot, advice[1])
 

@@ -207,6 +207,7 @@ def prepare(
             *tokenizer.describe(spec.vocab_size),
             *((ends.note,) if ends.note else ()),
             *describe_ignored(folder, job, settings),
+            *store.notes,
             *describe_stops(_stops(store, generation), tokenizer, tokenizer.special_texts),
         ),
         origin=origin,

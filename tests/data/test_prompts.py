@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tokabatch.data.store import InputStore
@@ -212,3 +217,138 @@ def test_a_column_that_no_row_has_is_refused(write_rows: Write, ingest_job: Inge
     with pytest.raises(InputError, match=r"no column prompt or messages or prompt_token_ids; its columns are a, b, q"):
         ingest_job(path, "chat")
     assert codes(ingest_job(path, prompt={"template": "{{ a }}"})) == {1: "missing_field"}
+
+
+TOOLS_TEMPLATE = (
+    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}{% if documents %}documents: {{ documents | tojson }}\n{% endif %}"
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] or '' }}"
+    "{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}\n{% endfor %}"
+    "{% if thinking is defined and not thinking %} no thinking{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"city": None}}}
+
+
+@pytest.fixture
+def tools_template(tmp_path: Path) -> dict[str, Any]:
+    file = tmp_path / "chat.jinja"
+    file.write_text(TOOLS_TEMPLATE)
+    return {"chat_template": str(file)}
+
+
+def test_columns_of_tools_and_documents_reach_the_chat_template(
+    tools_template: dict[str, Any], write_rows: Write, ingest_job: Ingest, texts: Texts
+) -> None:
+    user = [{"role": "user", "content": "hi"}]
+    path = write_rows(
+        {"messages": user, "tools": [TOOL], "documents": [{"title": "a", "text": "b"}]},
+        {"messages": user, "tools": json.dumps([TOOL])},
+        {"messages": user, "tools": [json.dumps(TOOL)]},
+        {"prompt": "hi", "tools": [TOOL]},
+        {"messages": user, "tools": []},
+        {"messages": user, "tools": None},
+        {"messages": user, "tools": " "},
+        {"messages": user, "tools": ["weather"]},
+        {"messages": user, "tools": "weather"},
+        {"messages": user, "tools": json.dumps(TOOL)},
+        {"messages": user, "tools": [[TOOL]]},
+    )
+    store = ingest_job(path, prompt=tools_template)
+    shown = f"tools: {json.dumps([TOOL])}\n"
+    assert texts(store)[:7] == [
+        shown + 'documents: [{"title": "a", "text": "b"}]\nuser: hi',
+        shown + "user: hi",
+        shown + "user: hi",
+        shown + "user: hi",
+        "user: hi",
+        "user: hi",
+        "user: hi",
+    ]
+    assert codes(store) == dict.fromkeys(range(7, 11), "bad_type")
+    assert "'tools' goes to the chat template and must hold a list of objects" in store.errors[7].message
+    assert store.notes == ()
+
+
+def test_a_column_that_the_job_s_own_template_uses_is_not_given_twice(
+    tools_template: dict[str, Any], write_rows: Write, ingest_job: Ingest, texts: Texts
+) -> None:
+    path = write_rows({"q": "hi", "tools": "hammer"})
+    store = ingest_job(path, prompt={"template": "{{ q }} {{ tools }}", **tools_template})
+    assert texts(store) == ["user: hi hammer"]
+
+
+def test_tools_that_the_chat_template_does_not_read_are_told(write_rows: Write, ingest_job: Ingest) -> None:
+    path = write_rows({"messages": [{"role": "user", "content": "hi"}], "tools": [TOOL]})
+    assert ingest_job(path, "chat").notes == ("the column 'tools' is not used: the chat template reads no tools",)
+    path = write_rows({"prompt": "hi", "tools": "hammer"})
+    for prompt in ({"template": "{{ tools }}"}, {"template": "{{ prompt }}", "system": "{{ tools }}"}, {"chat": False}):
+        assert ingest_job(path, "chat", prompt=prompt).notes == ()
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    """A row whose assistant calls a tool."""
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"name": name, "arguments": arguments}]}
+    return {"messages": [{"role": "user", "content": "hi"}, turn, {"role": "tool", "content": "5"}]}
+
+
+def test_nulls_of_typed_columns_are_dropped_at_any_depth(
+    tools_template: dict[str, Any], tmp_path: Path, write_rows: Write, ingest_job: Ingest, texts: Texts
+) -> None:
+    places = call("route", stops=[{"at": "Rome"}, {"at": "Pisa", "via": {"road": "A1"}}, None])
+    rows = [call("weather", city="Rome"), call("add", x=1, y=2), places, {"messages": [{"role": "user", "content": "hi"}]}]
+    table = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([row | {"tools": [TOOL]} for row in rows]), table)
+    typed = texts(ingest_job(table, prompt=tools_template))
+    without = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    expected = texts(ingest_job(write_rows(*(row | {"tools": [without]} for row in rows)), prompt=tools_template))
+    assert typed == expected and '{"city": "Rome"}' in typed[0] and '{"road": "A1"}}, null]' in typed[2]
+    given = call("add", x=None)
+    assert '"arguments": {"x": null}' in texts(ingest_job(write_rows(given), prompt=tools_template))[0]
+
+
+def test_types_that_json_has_not_reach_the_chat_template_as_text(
+    tools_template: dict[str, Any], tmp_path: Path, ingest_job: Ingest, texts: Texts
+) -> None:
+    arguments = {"on": date(2024, 7, 26), "price": Decimal("1.50"), "code": b"ab", "limits": [("low", 1), ("high", None)]}
+    kinds = {"on": pa.date32(), "price": pa.decimal128(9, 2), "code": pa.binary(), "limits": pa.map_(pa.string(), pa.int32())}
+    calls = pa.struct({"name": pa.string(), "arguments": pa.struct(kinds)})
+    message = pa.struct({"role": pa.string(), "content": pa.string(), "tool_calls": pa.list_(calls)})
+    rows = [call("book", **arguments)["messages"], call("book", code=b"\xff")["messages"]]
+    table = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"messages": pa.array(rows, pa.list_(message))}), table)
+    store = ingest_job(table, prompt=tools_template)
+    assert '{"on": "2024-07-26", "price": "1.50", "code": "ab", "limits": {"low": 1}}' in texts(store)[0]
+    assert codes(store) == {1: "bad_type"} and "binary and no UTF-8" in store.errors[1].message
+
+
+def test_variables_of_the_chat_template(
+    tools_template: dict[str, Any], write_rows: Write, ingest_job: Ingest, texts: Texts
+) -> None:
+    path = write_rows({"prompt": "hi"})
+    prompt = {**tools_template, "chat_template_kwargs": {"thinking": False, "thinkin": True}}
+    store = ingest_job(path, prompt=prompt)
+    assert texts(store) == ["user: hi no thinking"]
+    assert len(store.notes) == 1 and "reads no 'thinkin' (did you mean 'thinking'?)" in store.notes[0]
+    with pytest.raises(JobError, match=r"prompt\.chat_template_kwargs needs a chat template"):
+        ingest_job(path, prompt={"chat_template_kwargs": {"thinking": False}})
+
+
+def test_special_tokens_that_variables_of_the_job_spell_are_tokens(
+    tmp_path: Path, write_rows: Write, ingest_job: Ingest, tokenizers: dict[str, Tokenizer]
+) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{% for m in messages %}{{ m['content'] }}{{ turn.end }}{% endfor %}")
+    prompt = {"chat_template": str(file), "chat_template_kwargs": {"turn": {"end": "<|end|>"}}}
+    ids = ingest_job(write_rows({"prompt": "say <|end|>"}), prompt=prompt).prompt(0).tolist()
+    end = tokenizers["plain"].encode_batch(["<|end|>"], False)[0][0]
+    assert ids.count(end) == 1 and ids[-1] == end
+
+
+def test_special_tokens_that_tools_spell_are_text(
+    tools_template: dict[str, Any], write_rows: Write, ingest_job: Ingest, tokenizers: dict[str, Tokenizer]
+) -> None:
+    escaped = "".join(f"\\u{ord(character):04x}" for character in "<|end|>")
+    tools = ([{"name": "<|end|>"}], '[{"name": "<|end|>"}]', f'[{{"name": "{escaped}"}}]')
+    store = ingest_job(write_rows(*({"prompt": "hi", "tools": each} for each in tools)), prompt=tools_template)
+    end = tokenizers["plain"].encode_batch(["<|end|>"], False)[0][0]
+    assert store.hidden_rows == 3
+    assert len({tuple(store.prompt(row).tolist()) for row in range(3)}) == 1 and end not in store.prompt(0).tolist()

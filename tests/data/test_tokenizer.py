@@ -16,7 +16,7 @@ def test_round_trip_and_facts(tokenizers: dict[str, Tokenizer]) -> None:
     assert tokenizer.decode_batch(ids, skip_special_tokens=False)[0] == "<|bos|>the quick brown fox"
     assert (tokenizer.eos_id, tokenizer.vocab_size) == (1, 323)
     assert tokenizers["plain"].prefix_text == ""
-    assert tokenizers["chat"].has_chat_template and not tokenizer.has_chat_template
+    assert set(tokenizers["chat"].chat_templates) == {"default"} and not tokenizer.chat_templates
     assert tokenizer.special_texts == {"<|bos|>", "<|eos|>", "<|start|>", "<|end|>"}
 
 

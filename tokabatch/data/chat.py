@@ -1,14 +1,17 @@
-"""A row's chat messages, checked and in the one shape that chat templates expect: role and text.
+"""What a row says to a chat template, checked and in the shape that templates expect: messages, tools and documents.
 
-Text given in parts becomes one text; keys that are null (as Parquet fills structs up) are dropped; other keys, such as tool
-calls, pass through.
+Text given in parts becomes one text; keys of a message that are null are dropped; other keys, such as tool calls, pass through.
+In rows of typed columns (Parquet), an object has all keys that any other row's has, null where it has none: there, nulls are
+dropped at any depth, and what JSON has no type for is as in a job's template: a date in ISO 8601, a decimal number as text.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, cast
 
+from tokabatch.data.printing import text_of
 from tokabatch.errors import RowError
 
 Message = dict[str, Any]
@@ -36,6 +39,51 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
     if system is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
+
+
+def read_objects(value: Any, column: str) -> list[dict[str, Any]] | RowError | None:
+    """The tools or documents in `value`, a list of objects; the list or its items may be written as JSON text. None where there
+    is none, `bad_type` for anything else."""
+    try:
+        found = _parsed(value)
+        items = cast("list[Any]", found) if isinstance(found, list) else [] if found is None else [found]
+        objects = [_parsed(item) for item in items]
+    except ValueError:
+        return _no_objects(value, column)
+    if not isinstance(found, list | None) or not all(isinstance(item, Mapping) for item in objects):
+        return _no_objects(value, column)
+    return objects or None
+
+
+def plain_values(value: Any) -> Any:
+    """A value of a typed column as JSON would have brought it. Raises NotText for binary data."""
+    if isinstance(value, Mapping):
+        given = cast("Mapping[str, Any]", value)
+        return {key: plain_values(item) for key, item in given.items() if item is not None}
+    if isinstance(value, list):
+        items = cast("list[Any]", value)
+        if items and all(isinstance(item, tuple) for item in items):  # Arrow's map
+            return plain_values(dict(items))
+        return [plain_values(item) for item in items]
+    return (
+        value
+        if value is None or isinstance(value, str | int | float)
+        else text_of(value, place="a value for the chat template")
+    )
+
+
+def _parsed(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return json.loads(value) if value.strip() else None
+
+
+def _no_objects(value: Any, column: str) -> RowError:
+    return RowError(
+        "bad_type",
+        f"the column {column!r} goes to the chat template and must hold a list of objects, not {type(value).__name__}; name it "
+        "otherwise if it is something else",
+    )
 
 
 def _message(given: Any, place: str) -> Message | RowError:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tokabatch.data.chat_template import chat_template_file
 from tokabatch.data.few_shot import render_few_shot
 from tokabatch.data.readers import list_files
 from tokabatch.data.row_digests import RowDigests
@@ -48,6 +49,10 @@ def describe(
     filled in; `files` is what each of the model's and the tokenizer's files holds, the weights perhaps not yet there."""
     settings = dict(files)
     prompt = job.prompt.model_dump(mode="json")
+    # Runs that know nothing of these keys go on without them.
+    prompt = {name: value for name, value in prompt.items() if value or not name.startswith("chat_template")}
+    if file := chat_template_file(job.prompt):
+        prompt["chat_template"] = _mark(file.read_bytes())
     if job.prompt.few_shot:
         prompt["few_shot"] = _mark(render_few_shot(job.prompt.few_shot).encode())
     drawn = generation.model_dump(mode="json", exclude={"n"}) | {"end tokens": eos_token_ids}

@@ -8,15 +8,17 @@ the row's own go through `blank` first, which shows later which these were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from tokabatch.data.blanking import Blank, as_written
-from tokabatch.data.chat import normalise_messages, with_system
+from tokabatch.data.chat import normalise_messages, plain_values, read_objects, with_system
+from tokabatch.data.chat_template import DOCUMENTS, TOOLS, blank_texts, choose_chat_template
 from tokabatch.data.few_shot import render_few_shot
 from tokabatch.data.missing import did_you_mean, list_columns, missing_field
+from tokabatch.data.printing import NotText
 from tokabatch.data.templates import Template, compile_template
 from tokabatch.errors import InputError, JobError, RowError
 from tokabatch.job import PromptConfig
@@ -38,22 +40,25 @@ class Draft:
 
 
 class PromptSource:
-    """What the job says of prompts, for a tokenizer whose ids end at `vocab_size`. Raises JobError or InputError where that
-    cannot work."""
+    """What the job says of prompts, for a tokenizer whose ids end at `vocab_size`. In `typed` rows an object has the keys of
+    any other row's. Raises JobError or InputError where that cannot work."""
 
-    def __init__(self, config: PromptConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(self, config: PromptConfig, tokenizer: Tokenizer, vocab_size: int, *, typed: bool = False) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._typed = typed
+        self._chat_template = choose_chat_template(config, tokenizer.chat_templates, tokenizer.name)
         self._compile = cache(compile_template)
         self._render_examples = cache(self._examples)
-        self.chat = tokenizer.has_chat_template if config.chat == "auto" else config.chat
+        self.chat = self._chat_template is not None if config.chat == "auto" else config.chat
         self._refuse_missing_chat_template()
         self._templates = tuple(
             self._compile(source, key)
             for source, key in ((config.template, "prompt.template"), (config.system, "prompt.system"))
             if source
         )
+        self._chat_columns = self._columns_of_the_chat()
         self._defaults = self._default_columns()
         self._build = self._choose()
         self.few_shot()
@@ -75,10 +80,24 @@ class PromptSource:
                 'Set prompt.template, for example "{{ column }}".'
             )
 
+    def describe(self, present: Collection[str]) -> tuple[str, ...]:
+        """Sentences on what is given to the chat template and not read by it; `present` are the input's columns."""
+        if self._chat_template is None or not (self.chat or self._config.messages or MESSAGES in present):
+            return ()
+        return self._chat_template.describe(set(present) - self._own_names())
+
     def draft(self, row: Mapping[str, Any], blank: Blank = as_written) -> Draft | RowError:
         """The prompt of a row; the sources of all templates, and special texts that stand around the row's text, go through
         `blank`."""
-        return self._build(row, blank)
+        try:
+            return self._build(row, blank)
+        except NotText as error:
+            return RowError("bad_type", str(error))
+
+    def values(self, row: Mapping[str, Any]) -> Iterator[Any]:
+        """What the row brings to its prompt; JSON text that the chat template gets is read."""
+        for name in self.columns & row.keys():
+            yield read_objects(row[name], name) if name in self._chat_columns else row[name]
 
     def few_shot(self, blank: Blank = as_written) -> str:
         """The examples in front of every prompt."""
@@ -105,7 +124,7 @@ class PromptSource:
     def _from_messages(self, row: Mapping[str, Any], column: str, blank: Blank) -> Draft | RowError:
         if row.get(column) is None:
             return missing_field(column, row)
-        messages = normalise_messages(row[column], column)
+        messages = normalise_messages(self._given(row[column]), column)
         return messages if isinstance(messages, RowError) else self._chat(messages, row, blank)
 
     def _from_token_ids(self, row: Mapping[str, Any], column: str) -> Draft | RowError:
@@ -128,7 +147,7 @@ class PromptSource:
             return self._from_token_ids(row, column)
         value = row[column]
         if column == MESSAGES or (isinstance(value, list) and not self._config.few_shot):
-            return self._from_messages(row, column, blank) if self._tokenizer.has_chat_template else no_chat_template(column)
+            return self._from_messages(row, column, blank) if self._chat_template else no_chat_template(column)
         if not isinstance(value, str):
             kind = "binary data that is no UTF-8" if isinstance(value, bytes) else type(value).__name__
             return RowError("bad_type", f"the column {column!r} must hold text, not {kind}")
@@ -146,17 +165,38 @@ class PromptSource:
 
     def _chat(self, messages: list[dict[str, Any]], row: Mapping[str, Any], blank: Blank) -> Draft | RowError:
         """The chat template writes its own BOS, so none is added."""
+        assert self._chat_template is not None
         system = self._system(row, blank)
         if isinstance(system, RowError):
             return system
-        text = self._tokenizer.apply_chat_template(with_system(messages, system), blank)
+        given = {name: read_objects(self._given(row.get(name)), name) for name in self._chat_columns}
+        fault = next((each for each in given.values() if isinstance(each, RowError)), None)
+        if fault:
+            return fault
+        template = self._chat_template.source_for(given.get(TOOLS))
+        variables = blank_texts(self._chat_template.kwargs, blank) | given
+        text = self._tokenizer.apply_chat_template(with_system(messages, system), template, variables, blank)
         return text if isinstance(text, RowError) else Draft(text)
+
+    def _columns_of_the_chat(self) -> frozenset[str]:
+        """The columns that the chat template reads and the job's own template does not."""
+        if self._chat_template is None:
+            return frozenset()
+        return (frozenset((TOOLS, DOCUMENTS)) & self._chat_template.names) - self._own_names()
+
+    def _own_names(self) -> frozenset[str]:
+        """The columns that the job's own templates name."""
+        return frozenset(name for template in self._templates for name in template.names)
+
+    def _given(self, value: Any) -> Any:
+        return plain_values(value) if self._typed else value
 
     def _refuse_missing_chat_template(self) -> None:
         config, name = self._config, self._tokenizer.name
         wants = "prompt.chat: true" if config.chat is True else "prompt.messages" if config.messages else None
         wants = wants or ("prompt.system" if config.system else None)
-        if wants and not self._tokenizer.has_chat_template:
+        wants = wants or ("prompt.chat_template_kwargs" if config.chat_template_kwargs else None)
+        if wants and self._chat_template is None:
             raise JobError(f"{wants} needs a chat template, but the tokenizer of {name!r} has none; use prompt.template alone")
 
     def _default_columns(self) -> tuple[str, ...]:
@@ -180,9 +220,8 @@ class PromptSource:
         return self._from_defaults
 
     def _used_columns(self) -> frozenset[str]:
-        names = {name for template in self._templates for name in template.names}
-        names |= {name for name in (self._config.messages, self._config.token_ids) if name}
-        return frozenset(names | set(self._defaults))
+        names = self._own_names() | {name for name in (self._config.messages, self._config.token_ids) if name}
+        return frozenset(names | set(self._defaults) | self._chat_columns)
 
 
 def no_chat_template(column: str) -> RowError:

@@ -45,14 +45,22 @@ class Limits:
 class PromptBuilder:
     """Holds what the job decides once for all rows. Raises JobError or InputError where that cannot work."""
 
-    def __init__(self, config: PromptConfig, generation: GenerationConfig, tokenizer: Tokenizer, limits: Limits) -> None:
+    def __init__(
+        self,
+        config: PromptConfig,
+        generation: GenerationConfig,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        *,
+        typed: bool = False,
+    ) -> None:
         self._policy = config.special_tokens
         self._generation = generation
         self._params = generation.params()
         self._tokenizer = tokenizer
         self._limits = limits
         self._blanking = Blanking(tokenizer.special_texts, tokenizer.special_tokens.normalized)
-        self._source = PromptSource(config, tokenizer, limits.vocab_size)
+        self._source = PromptSource(config, tokenizer, limits.vocab_size, typed=typed)
         self._spelled_by_examples = self._count_spelled_by_examples()
         self.chat = self._source.chat
         self.columns = self._source.columns | {SAMPLING_PARAMS}
@@ -61,6 +69,10 @@ class PromptBuilder:
     def check_columns(self, present: Collection[str]) -> None:
         """Raises InputError where the whole input has not a column that every prompt needs."""
         self._source.check_columns(present)
+
+    def describe(self, present: Collection[str]) -> tuple[str, ...]:
+        """Sentences on columns and settings that prompts do not use; `present` are the input's columns."""
+        return self._source.describe(present)
 
     def build(self, rows: Sequence[Row]) -> list[Prompt | RowError]:
         """One result a row, in order; all texts of the batch are tokenised in one call."""
@@ -106,8 +118,7 @@ class PromptBuilder:
     def _may_spell(self, row: Mapping[str, Any]) -> bool:
         if self._policy == "allow":
             return False
-        used = (row[name] for name in self._source.columns if name in row)
-        return self._spelled_by_examples > 0 or any(map(self._blanking.may_occur, used))
+        return self._spelled_by_examples > 0 or any(map(self._blanking.may_occur, self._source.values(row)))
 
     def _written(self, row: Mapping[str, Any], occurrences: Sequence[Occurrence]) -> list[Occurrence]:
         """Those special tokens of the row's prompt that templates wrote."""

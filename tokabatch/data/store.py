@@ -54,6 +54,8 @@ class InputStore:
     """The input columns that the output carries (`output.columns`)."""
     chat: bool
     """Whether text prompts go through the chat template."""
+    notes: tuple[str, ...]
+    """Sentences on columns and settings that prompts do not use."""
     hidden_rows: int
     """Prompts in which a row's text spelled a special token, encoded as plain text."""
     digests: RowDigests
@@ -100,6 +102,7 @@ class InputStore:
             "errors": [[row, error.code, error.message] for row, error in self.errors.items()],
             "carried": self.column_schema.names,
             "chat": self.chat,
+            "notes": self.notes,
             "hidden_rows": self.hidden_rows,
             "columns": self._columns.state(),
             "ids": self._ids is not None,
@@ -119,6 +122,7 @@ class InputStore:
             errors={row: RowError(code, message) for row, code, message in state["errors"]},
             column_schema=_selected(columns.schema, state["carried"]),
             chat=state["chat"],
+            notes=tuple(state["notes"]),
             hidden_rows=state["hidden_rows"],
             digests=RowDigests.open(folder),
             _columns=columns,
@@ -143,8 +147,9 @@ def ingest(
     where the input as a whole cannot be used; a faulty row is an entry in `errors`.
     """
     limits = Limits(context_length, vocab_size or tokenizer.vocab_size)
-    builder = PromptBuilder(job.prompt, generation or job.generation, tokenizer, limits)
     reader = open_reader(job.input)
+    typed = reader.schema is not None
+    builder = PromptBuilder(job.prompt, generation or job.generation, tokenizer, limits, typed=typed)
     if reader.schema is not None:
         _check_columns(job, builder, reader.schema.names)
     spools = _Spools(job, folder, reader)
@@ -212,6 +217,7 @@ class _Spools:
             errors=self.errors,
             column_schema=_selected(columns.schema, names),
             chat=builder.chat,
+            notes=builder.describe(self.names),
             hidden_rows=builder.hidden_rows,
             digests=self._digests.finish(),
             _columns=columns,

@@ -48,8 +48,10 @@ class Tokenizer:
         self._prefix_text = str(self._backend.decode(list(self._prefix), skip_special_tokens=False)) if self._prefix else ""
 
     @property
-    def has_chat_template(self) -> bool:
-        return self._tokenizer.chat_template is not None
+    def chat_templates(self) -> Mapping[str, str]:
+        """The sources of the chat templates by name; that of an only one is `default`."""
+        held = cast("str | dict[str, str] | None", self._tokenizer.chat_template)
+        return {} if held is None else {"default": held} if isinstance(held, str) else held
 
     @property
     def eos_id(self) -> int | None:
@@ -148,10 +150,12 @@ class Tokenizer:
         decoded = self.decode_batch([[token] for token in found.values()], skip_special_tokens=False)
         return frozenset(token for (text, token), shown in zip(found.items(), decoded, strict=True) if shown != text)
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], blank: Blank = as_written) -> str | RowError:
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], template: str, variables: Mapping[str, Any], blank: Blank = as_written
+    ) -> str | RowError:
         """The conversation as the model wants it, up to where its answer begins. A conversation that ends with an assistant
-        message is continued in that message. `bad_messages` where the model's template refuses it. The template, and the
-        special texts that it is given by name, go through `blank`."""
+        message is continued in that message. `variables` are the template's own, tools and documents among them. `bad_messages`
+        where the template refuses it. The template, and the special texts that it is given by name, go through `blank`."""
         resumed = messages[-1].get("role") == "assistant"
         names = cast("dict[str, Any]", self._tokenizer.special_tokens_map).items() if blank is not as_written else ()
         blanked: dict[str, Any] = {name: blank(text) for name, text in names if isinstance(text, str)}
@@ -160,11 +164,11 @@ class Tokenizer:
                 "str",
                 self._tokenizer.apply_chat_template(
                     messages,
-                    chat_template=blank(self._tokenizer.get_chat_template()),
+                    chat_template=blank(template),
                     tokenize=False,
                     add_generation_prompt=not resumed,
                     continue_final_message=resumed,
-                    **blanked,
+                    **(blanked | dict(variables)),
                 ),
             )
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:

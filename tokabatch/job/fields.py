@@ -5,6 +5,7 @@ Knows no section and no key; `schema` composes these, `refusals` and `keys` read
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -15,6 +16,14 @@ from pydantic_core import PydanticCustomError
 
 MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
+DECIDED_KWARGS = frozenset(
+    (
+        *("messages", "conversation", "conversations", "tools", "documents", "chat_template", "tokenize", "tokenizer_kwargs"),
+        *("add_generation_prompt", "continue_final_message", "sanitize_control_tokens", "padding", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    )
+)
+"""What a chat template or its renderer is given by name from elsewhere."""
 MOST_SAMPLES = 1_000_000
 """Of one row. A run keeps a flag for each sample of its rows, and the sample numbers of each open prompt."""
 
@@ -44,6 +53,17 @@ def _texts(value: Any) -> Any:
 
 def _token_ids(value: Any) -> Any:
     return (value,) if isinstance(value, int) and not isinstance(value, bool) else _tuple(value)
+
+
+def _template_kwargs(value: dict[str, Any]) -> dict[str, Any]:
+    decided = next((name for name in value if name in DECIDED_KWARGS), None)
+    if decided:
+        raise ValueError(f"holds `{decided}`, which the run decides itself; remove it")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError("holds values that JSON has not; write text, numbers, lists and so on") from None
+    return value
 
 
 def _power_of_two(value: int) -> int:
@@ -79,6 +99,17 @@ OptionalModelPath = Annotated[
 Text = Annotated[_Text, Accepts("text", "name")]
 Template = Annotated[_Text, Accepts("text (a Jinja template)", '"Question: {{ question }}\\nAnswer:"')]
 OptionalTemplate = Annotated[_Text | None, Accepts("text (a Jinja template), or null", '"Question: {{ question }}\\nAnswer:"')]
+
+OptionalChatTemplate = Annotated[
+    _Text | None,
+    BeforeValidator(_path_text),
+    Accepts("a file, the name of one of the tokenizer's templates, Jinja text, or null", "chat.jinja"),
+]
+TemplateKwargs = Annotated[
+    dict[str, Any],
+    AfterValidator(_template_kwargs),
+    Accepts("a mapping of the chat template's variables", "{enable_thinking: false}"),
+]
 
 Flag = Annotated[bool, Accepts("true or false", "true")]
 AutoFlag = Annotated[Auto | bool, Accepts("auto, true or false", "auto")]

@@ -85,6 +85,13 @@ class PromptConfig(_Section):
     chat: fields.AutoFlag = Field(
         default="auto", description="Whether the tokenizer's chat template applies; auto: where it has one."
     )
+    chat_template: fields.OptionalChatTemplate = Field(
+        default=None,
+        description="Chat template in place of the tokenizer's own: a file, the name of one of its templates, or Jinja text.",
+    )
+    chat_template_kwargs: fields.TemplateKwargs = Field(
+        default={}, description="Variables for the chat template, such as enable_thinking: false."
+    )
     messages: fields.OptionalText = Field(default=None, description="Column that holds a list of chat messages.")
     token_ids: fields.OptionalText = Field(default=None, description="Column that holds a list of token ids.")
     few_shot: FewShotConfig | None = Field(default=None, description="Examples in front of every prompt.")
@@ -101,9 +108,12 @@ class PromptConfig(_Section):
             for name in ("few_shot", "system"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} cannot be put in front of token_ids; remove {name}, or use template")
+            for name in ("chat_template", "chat_template_kwargs"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is not used with token_ids, which are taken as they are; remove one of the two")
         if self.chat is False:
-            for name in ("system", "messages"):
-                if getattr(self, name) is not None:
+            for name in ("system", "messages", "chat_template", "chat_template_kwargs"):
+                if getattr(self, name):
                     raise ValueError(f"{name} needs a chat template, but chat is false; remove {name}, or `chat: false`")
         return self
 
