@@ -52,7 +52,8 @@ Examples
 Exit codes
   0    complete
   1    internal error
-  2    the command line, the job file or a file it names is wrong; the message says what and how to mend it
+  2    the command line, the job file or a file it names is wrong, or the output folder can never take the results, or has
+       taken none of two starts in a row; the message says what and how to mend it
   3    complete, but with more errors than errors.max_fraction allows
   4    a committed file is damaged or missing (the message names it, and the command that computes it again), or the books
        do not close, which is a bug (please report it)

@@ -6,7 +6,6 @@ do. Nothing of an earlier run changes before the job is known to be the same (or
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
 import uuid
@@ -46,12 +45,12 @@ from tokabatch.data.manifest import (
 )
 from tokabatch.data.remedy import refuse_faults, refuse_unrecorded, repair_command
 from tokabatch.data.row_digests import RowDigests
+from tokabatch.data.write_errors import reading_input, unwritable
 from tokabatch.errors import OutputError
 from tokabatch.job import Job
 from tokabatch.preparation import Prepared, prepare
 
 OnRows = Callable[[int, int], None]
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ def start(
     earlier = None if reuse.overwrite else find_run(folder, retry_errors=reuse.retry_errors)
     clock = earlier.manifest.started if earlier else datetime.now(timezone.utc).isoformat(timespec="seconds")
     scratch = folder.temporary / "input"
-    with _refusing(folder, _FULL), reading():
+    with reading_input(folder.path), reading():
         scratch.mkdir()
         compare = earlier.compare if earlier else None
         prepared = prepare(job, scratch, on_rows, compare=compare, kept=folder.input, clock=clock)
@@ -238,18 +237,12 @@ def find_run(folder: OutputFolder, *, retry_errors: bool = False) -> EarlierRun 
 
 
 @contextmanager
-def _refusing(folder: OutputFolder, codes: Collection[int] = ()) -> Generator[None]:
-    """Where the folder cannot be written at the start (for one of the error numbers, if any are named), nothing has been
-    computed: the job is refused."""
+def _refusing(folder: OutputFolder) -> Generator[None]:
+    """Where the folder cannot be written at the start nothing has been computed: the job is refused."""
     try:
         yield
     except OSError as error:
-        if codes and error.errno not in codes:
-            raise
-        raise OutputError(
-            f"output.path {str(folder.path)!r} cannot be written: {error.strerror or error}. Make room there (while the job "
-            "runs, the tokenised input lies there, too), or choose another output.path."
-        ) from error
+        raise unwritable(folder.path, error) from error
 
 
 def _overwrite(claim: Claim, tell: Callable[[str], None]) -> None:

@@ -23,8 +23,10 @@ def write_report(out: Path, target: Path | None = None) -> Path:
     that no run has written to."""
     record = read_record(out)
     target = target or out / "report.html"
+    # The folder's name need not be text.
+    page = render_page(record).encode(errors="backslashreplace")
     try:
-        write_whole(DurableFiles(), target.with_name(f".{target.name}.partial"), target, render_page(record).encode())
+        write_whole(DurableFiles(), target.with_name(f".{target.name}.partial"), target, page)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror}; give another file with --to") from error
     return target

@@ -43,7 +43,7 @@ from tokabatch.scheduling.scheduler import Scheduler
 from tokabatch.scheduling.stopping import StopRules, TokenText
 from tokabatch.stopwatch import Stopwatch
 
-EXIT_COMPLETE, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED = 0, 3, 4, 75
+EXIT_COMPLETE, EXIT_STALLED, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED = 0, 2, 3, 4, 75
 
 
 def run(
@@ -61,7 +61,8 @@ def run(
     for which DamageError is raised otherwise. Raises UsageError before any weights load for a job that cannot work or is not
     the one whose run the folder holds, EngineError when the engine breaks. `should_stop` is asked between steps, an
     Interruption also breaks into waiting and loading; then what is finished is committed, and the summary has the exit code
-    130 or the Interruption's. While the input is still read there is nothing to commit: it ends in Stopped (a
+    130 or the Interruption's. Where the folder takes no more it is 75, or 2 when the start before had to end so, too, and
+    neither committed anything. While the input is still read there is nothing to commit: it ends in Stopped (a
     KeyboardInterrupt) and leaves the folder as it was.
     """
     _refuse_in_worker()
@@ -69,6 +70,7 @@ def run(
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
     profile = read_profile(job)
     with Claim(Path(job.output.path)) as claim, ExitStack() as workers:
+        stalled, stalled_before = False, not overwrite and bool(_earlier_summary(claim).get("stalled"))
         started = start(job, claim, partial(_reading, clock, stop), reuse, clock.progress.message, stop.at_once)
         prepared, recorder = started.left, Recorder(job, started.left, claim, started.committed)
         workers.callback(prepared.store.close)
@@ -92,12 +94,16 @@ def run(
                 recorder.finish()
             exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, prepared.samples_of_row, names=claim.committed)
             parts = replace(parts, recorder=Recorder(job, prepared, claim, committed))
+            stalled = committed.samples == started.committed.samples
+            if stalled and stalled_before:
+                exit_code = EXIT_STALLED
+                clock.progress.message("the start before this one committed nothing, either: mend that before another")
         except BaseException:
             # Whatever it is: what is finished is on disk before the caller hears of it.
             _commit_finished(parts)
             raise
         steps = parts.watch.steps()
-        summary = _summary(parts, steps, profile, exit_code)
+        summary = _summary(parts, steps, profile, exit_code, stalled=stalled)
         with suppress(OSError, CommitError):
             # Where the disk is full, or another run writes, the summary goes to the caller alone.
             claim.check_lock()
@@ -107,16 +113,22 @@ def run(
 
 def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:
     """Where nothing was left to do, the figures of the work are those of the start before."""
-    try:
-        earlier = read_summary(claim.folder)
-    except DamageError:
-        earlier = {}
+    earlier = _earlier_summary(claim)
     if earlier and not len(steps):
-        write_summary(claim, {**earlier, **{name: summary[name] for name in ("rows", "samples", "ok", "errors", "exit_code")}})
+        told = ("rows", "samples", "ok", "errors", "exit_code", "stalled")
+        write_summary(claim, {**earlier, **{name: summary[name] for name in told}})
         return
     write_summary(claim, summary)
     if len(steps) or not claim.folder.steps():
         write_steps(claim, steps.columns)
+
+
+def _earlier_summary(claim: Claim) -> dict[str, Any]:
+    """How the start before ended, as far as the folder says."""
+    try:
+        return read_summary(claim.folder)
+    except DamageError:
+        return {}
 
 
 def _refuse_in_worker() -> None:
@@ -320,7 +332,7 @@ def _stop_rules(prepared: Prepared) -> StopRules:
     return StopRules(sampling, prepared.eos_token_ids, prepared.spec.vocab_size, text)
 
 
-def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_code: int) -> RunSummary:
+def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_code: int, *, stalled: bool) -> RunSummary:
     seconds, prepared, scheduler = parts.clock.elapsed, parts.started.left, parts.scheduler
     counts, recorder, replica = scheduler.counts, parts.recorder, parts.replica
     predicted = _predicted(prepared, steps, profile)
@@ -339,6 +351,7 @@ def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_cod
         steps=counts.steps,
         output_path=str(parts.job.output.path),
         exit_code=exit_code,
+        stalled=stalled,
         earlier=parts.started.committed.samples,
         preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,

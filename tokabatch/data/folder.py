@@ -25,15 +25,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from tokabatch.data.durable import DurableFiles, make_folders, write_whole
+from tokabatch.data.durable import DurableFiles, NewFile, make_folders, publish, write_whole
 from tokabatch.data.journal import Journal, Shard
 from tokabatch.data.listing import ListedFile, Mark, is_there, list_files, unreadable
+from tokabatch.data.write_errors import is_full, may_pass, reason, remedy, unwritable
 from tokabatch.errors import CommitError, DamageError, OutputError
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
 _STEPS_NAME = re.compile(r"steps-\d{5,}\.parquet")
+PROBE = ".probe"
+"""Stands in data/ for an instant at the start of a run; readers of Parquet folders pass over names with a dot."""
+_PROBE_BYTES = 1 << 16
+"""Less than what most shards take: under a smaller limit of file sizes no run can work."""
 _CLAIM_ATTEMPTS = 5
 _CLAIM_PAUSE_SECONDS = 0.05
 
@@ -126,17 +130,18 @@ class Claim:
 
     @contextmanager
     def committing(self) -> Generator[None]:
-        """Around what writes results: raises CommitError where the system takes no more."""
+        """Around what writes results: raises CommitError where the system takes no more, OutputError where it never will."""
         try:
             yield
         except OSError as error:
-            if error.errno in _FULL:
+            if is_full(error):
                 # What is made anew at any time leaves its room to what is not.
                 with suppress(OSError):
                     self.files.remove_tree(self.folder.input)
-            raise CommitError(
-                f"output.path {str(self.folder.path)!r} takes no more: {error.strerror or error}. What is committed is whole; "
-                "make room there and run the same command again, which adds the rest."
+            kind = CommitError if may_pass(error) else OutputError
+            raise kind(
+                f"output.path {str(self.folder.path)!r} takes no more: {reason(error)}. What is committed is whole; "
+                f"{remedy(error)} and run the same command again, which adds the rest."
             ) from error
 
     def begin(self, run: str, identity: Mapping[bytes, bytes], shards: Iterable[tuple[Shard, Mark]], repair: str) -> None:
@@ -228,7 +233,7 @@ class Claim:
         except BaseException as error:
             self.release()
             if isinstance(error, OSError):
-                raise _unwritable(folder.path, error.strerror or str(error)) from error
+                raise unwritable(folder.path, error) from error
             raise
 
     def _remove_unused(self) -> None:
@@ -250,10 +255,20 @@ class Claim:
         self.files.remove_tree(folder.temporary)
         self.files.make_folder(folder.temporary)
         self.files.hold(folder.temporary)
-        probe, probed = folder.temporary / "probe", folder.temporary / "probed"
-        write_whole(self.files, probe, probed, b"written\n")
-        self.files.remove(probed)
+        self._probe()
         self.files.sync_folder(folder.path)
+
+    def _probe(self) -> None:
+        """Write a file and commit it, once and the way shards are: what can never work is known before anything is computed."""
+        probe, published = self.folder.temporary / "probe", self.folder.data / PROBE
+        # A start that was killed here has left it.
+        with suppress(FileNotFoundError):
+            self.files.remove(published)
+        with NewFile(self.files, probe) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.sync()
+        publish(self.files, probe, published)
+        self.files.remove(published)
 
     def _moved(self) -> Path | None:
         """What is reached by its path no more, or stands there no more."""

@@ -177,7 +177,8 @@ def read_summary(folder: OutputFolder) -> dict[str, Any]:
 
 
 def _document(value: Mapping[str, Any]) -> bytes:
-    return (to_json(value, indent=2) + "\n").encode()
+    # A file name need not be text; what of it is none is escaped, as JSON has it.
+    return (to_json(value, indent=2) + "\n").encode(errors="backslashreplace")
 
 
 def _sealed(value: Mapping[str, Any]) -> bytes:

@@ -5,6 +5,7 @@ One line that can be pasted. It deletes nothing itself; `tokabatch run --repair`
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,9 @@ def repair_command(folder: OutputFolder, manifest: Manifest, foreign: Sequence[s
         commands.append(_join("cd", manifest.working_folder))
     whole = job_is_whole(folder, manifest)
     job = folder.job.absolute() if whole else _JOB
-    commands.append(_join("tokabatch", "run", job, f"output.path={out}", *(["--repair"] if repair else [])))
+    # A job's path is text; one that is not was given relative to a folder whose name is none.
+    target = out if _is_text(str(out)) else os.path.relpath(out, manifest.working_folder)
+    commands.append(_join("tokabatch", "run", job, f"output.path={target}", *(["--repair"] if repair else [])))
     note = "" if whole else f"  # {folder.job.name} is missing or changed: write the name of the job's own file for {_JOB}"
     return " && ".join(commands) + note
 
@@ -77,6 +80,10 @@ def quote(text: str) -> str:
     text += "/" if text.endswith("\n") else ""
     spelled = "".join(chr(code) if 32 <= code < 127 and chr(code) not in "\\'" else f"\\0{code:03o}" for code in _bytes(text))
     return f"\"$(printf '%b' '{spelled}')\""
+
+
+def _is_text(name: str) -> bool:
+    return name.encode(errors="replace").decode() == name
 
 
 def _bytes(text: str) -> bytes:

@@ -9,6 +9,7 @@ from error rows.
 
 from __future__ import annotations
 
+import errno
 import io
 import shlex
 import time
@@ -66,8 +67,9 @@ class _Books:
 class ShardWriter:
     """Buffers tables of one schema and commits them as numbered shards, in the order they came.
 
-    A shard is committed when `rows_per_shard` rows are buffered, when the oldest of them has waited `flush_seconds`, or
-    when they take 512 MB of memory. Time is looked at in `add` and `tick` only. Owns its files under `_tmp/`.
+    A shard is committed when `rows_per_shard` rows are buffered (fewer, once so many made a file too large for the system),
+    when the oldest of them has waited `flush_seconds`, or when they take 512 MB of memory. Time is looked at in `add` and
+    `tick` only. Owns its files under `_tmp/`.
     """
 
     def __init__(
@@ -155,9 +157,18 @@ class ShardWriter:
         temporary = folder.temporary / final.name
         try:
             shard, inode = self._write(pa.concat_tables(books.waiting).slice(0, num_rows), temporary, final)
+        except OSError as error:
+            with suppress(OSError):
+                files.remove(temporary)
+            if error.errno != errno.EFBIG or num_rows == 1:
+                raise
+            # More than a file may hold here (`ulimit -f`): smaller ones take the same rows.
+            self._rows_per_shard = num_rows // 2
+            return
+        try:
             if self._claim.journal is not None:
                 self._claim.journal.begins(shard)
-            self._books = replace(books, attempt=(shard, inode))
+            self._books = replace(self._books, attempt=(shard, inode))
             publish(files, temporary, final)
         except FileExistsError as error:
             raise OutputError(

@@ -23,6 +23,7 @@ from tokabatch.data.readers import open_reader
 from tokabatch.data.row_digests import DigestSpool, RowDigests
 from tokabatch.data.rows import Reader, Row, RowBatch
 from tokabatch.data.spool import ArraySpool, Texts, open_array
+from tokabatch.data.write_errors import spooling
 from tokabatch.errors import InputError, RowError
 from tokabatch.job import GenerationConfig, Job
 from tokabatch.messages import Int32, Int64, SamplingParams
@@ -144,7 +145,8 @@ def ingest(
 
     `generation` is the job's with the model's defaults filled in; `vocab_size` the number of embeddings (default: the
     tokenizer's). `on_rows` is told the number of rows and error rows so far after each batch. Raises InputError or JobError
-    where the input as a whole cannot be used; a faulty row is an entry in `errors`.
+    where the input as a whole cannot be used, OutputError where the folder does not take it; a faulty row is an entry in
+    `errors`.
     """
     limits = Limits(context_length, vocab_size or tokenizer.vocab_size)
     reader = open_reader(job.input)
@@ -152,12 +154,15 @@ def ingest(
     builder = PromptBuilder(job.prompt, generation or job.generation, tokenizer, limits, typed=typed)
     if reader.schema is not None:
         _check_columns(job, builder, reader.schema.names)
-    spools = _Spools(job, folder, reader)
+    with spooling(folder):
+        spools = _Spools(job, folder, reader)
     left = job.input.limit
     needed = builder.columns | {name for name in (job.input.id_column,) if name}
     for batch in reader.batches(needed):
         kept = batch if left is None else batch.head(left)
-        spools.append(kept, builder.build(kept.rows))
+        prompts = builder.build(kept.rows)
+        with spooling(folder):
+            spools.append(kept, prompts)
         if on_rows is not None:
             on_rows(spools.num_rows, len(spools.errors))
         left = None if left is None else left - len(kept.rows)
@@ -167,7 +172,8 @@ def ingest(
         raise InputError(f"input.path {reader.name!r} holds no rows; check the file")
     if spools.any_parsed:
         _check_columns(job, builder, spools.names)
-    return spools.finish(job, builder)
+    with spooling(folder):
+        return spools.finish(job, builder)
 
 
 class _Spools:

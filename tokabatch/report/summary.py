@@ -13,6 +13,7 @@ from tokabatch.job import Setting
 
 _EXIT_WORDS = {
     0: "complete",
+    2: "stopped before the end, as the start before it: the output folder takes nothing; mend that, then run it again",
     3: "complete, but with more errors than errors.max_fraction allows",
     4: "the books do not close: rows x n is not ok + error + cancelled + pending",
     75: "stopped before the end; what was finished is committed, run it again to go on",
@@ -56,6 +57,8 @@ class RunSummary:
     steps: int
     output_path: str
     exit_code: int
+    stalled: bool = False
+    """Whether the run had to stop because the output folder took nothing of what it finished."""
     earlier: int = 0
     """Samples that earlier runs had committed. Books and pass@k cover them, the figures of the work do not."""
     cancelled: int = 0

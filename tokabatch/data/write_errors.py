@@ -1,0 +1,105 @@
+"""What the errors of a file system mean for a run's folder: what is wrong, what to do about it, whether that needs another run.
+
+Only where the same command may work later does a run end as one to be started again. What a size limit or a second file system
+forbids is forbidden the next time, too.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tokabatch.errors import OutputError, UsageError
+
+_REMEDIES = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there, or have the quota raised",
+    errno.EFBIG: "raise the limit (`ulimit -f`)",
+    errno.EXDEV: "let _tmp and data lie on one file system: make the whole folder a link or a mount, not a part of it",
+    errno.EACCES: "give permission",
+    errno.EPERM: "give permission",
+    errno.EROFS: "mount it to be written",
+    errno.EIO: "look at the state of the disk",
+    errno.ESTALE: "look at the state of the file server, and mount it anew",
+    errno.ENOMEM: "give the job more memory",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "raise the system's limit of open files",
+    errno.ENOENT: "put back what was taken away",
+}
+_NEVER = frozenset({errno.EFBIG, errno.EXDEV})
+
+
+def reason(error: OSError) -> str:
+    """What is wrong, in the system's words, with the limit that was met if there is one."""
+    said = error.strerror or str(error)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if error.errno == errno.EFBIG and limit != resource.RLIM_INFINITY:
+        return f"{said}: this process may write {limit:,} bytes into a file"
+    return said
+
+
+def remedy(error: OSError) -> str:
+    """What to do about it, as the beginning of a sentence."""
+    return _REMEDIES.get(error.errno or 0, "mend that")
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there is no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether the same command can work later without a change of itself."""
+    return error.errno not in _NEVER
+
+
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """The error of a start whose folder does not take what a run writes."""
+    note = " (while the job runs, the tokenised input lies there, too)" if is_full(error) else ""
+    what = f"{_sentence(error)}{note}, or choose" if error.errno in _REMEDIES else "Choose"
+    return OutputError(f"output.path {str(path)!r} cannot be written: {reason(error)}. {what} another output.path.")
+
+
+@contextmanager
+def spooling(folder: Path) -> Generator[None]:
+    """Around what writes the tokenised input into `folder`, or maps it: raises OutputError where that fails."""
+    try:
+        yield
+    except OSError as error:
+        raise _unspooled(folder, error) from error
+    except MemoryError as error:
+        raise _unspooled(folder, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))) from error
+
+
+@contextmanager
+def reading_input(folder: Path) -> Generator[None]:
+    """Around the reading of the model and the input, before anything is computed: raises UsageError for what the system does
+    not give, and for the output folder's `folder` where that is what failed."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        if isinstance(name, str) and Path(name).is_relative_to(folder):
+            raise unwritable(folder, error) from error
+        what = "a file of the model or the input" if name is None else os.fsdecode(name)
+        raise UsageError(
+            f"{what} cannot be read: {reason(error)}. {_sentence(error)}, then run the same command again."
+        ) from error
+    except MemoryError as error:
+        raise UsageError("there is no memory left while the input is read. Give the job more memory.") from error
+
+
+def _unspooled(folder: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{folder}, where the tokenised input lies while the job runs, does not take it: {reason(error)}. {_sentence(error)}, "
+        "then run the same command again."
+    )
+
+
+def _sentence(error: OSError) -> str:
+    what = remedy(error)
+    return what[0].upper() + what[1:]
