@@ -167,7 +167,14 @@ def prepare(
     origin = None if kept is None else describe_origin(job, fingerprint, generation, limits, clock)
     taken_over = load_kept(kept, origin) if kept and origin else None
     store = taken_over or ingest(
-        job, tokenizer, scratch, limits.context_length, generation=generation, vocab_size=limits.vocab_size, on_rows=on_rows
+        job,
+        tokenizer,
+        scratch,
+        limits.context_length,
+        generation=generation,
+        vocab_size=limits.vocab_size,
+        on_rows=on_rows,
+        clock=clock,
     )
     fingerprint = fingerprint.with_rows(store.digests)
     compare(fingerprint, store.digests)

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Collection, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def start(
     given a sentence for the user where the folder holds results; `reading` is entered while the folder is as it was."""
     folder = claim.folder
     earlier = None if reuse.overwrite else find_run(folder, retry_errors=reuse.retry_errors)
-    clock = earlier.manifest.started if earlier else datetime.now(timezone.utc).isoformat(timespec="seconds")
+    clock = earlier.manifest.started if earlier else datetime.now().astimezone().isoformat(timespec="seconds")
     scratch = folder.temporary / "input"
     with reading_input(folder.path), reading():
         scratch.mkdir()
@@ -208,7 +208,8 @@ def preview(job: Job, scratch: Path, *, absent_gpu: bool = False) -> Start:
     the device where the plan is for a GPU that is not here."""
     folder = OutputFolder(Path(job.output.path))
     earlier = find_run(folder)
-    prepared = prepare(job, scratch, weights=False, compare=earlier.compare if earlier else None, absent_gpu=absent_gpu)
+    compare, clock = (earlier.compare, earlier.manifest.started) if earlier else (None, "")
+    prepared = prepare(job, scratch, weights=False, compare=compare, clock=clock, absent_gpu=absent_gpu)
     if earlier is None:
         return Start.after(nothing_committed(prepared.samples_of_row), prepared)
     found = consistently(lambda: inspect(folder, earlier.manifest), folder.path)

@@ -83,12 +83,19 @@ def ingest_job(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> Ingest:
     """Ingests `path` with further sections of a job: ingest_job(path, tokenizer="bos", prompt={...})."""
     count = iter(range(1000))
 
-    def run(path: Path | str, tokenizer: str = "plain", context: int = 4096, vocab_size: int | None = None, **sections: Any):
+    def run(
+        path: Path | str,
+        tokenizer: str = "plain",
+        context: int = 4096,
+        vocab_size: int | None = None,
+        clock: str = "",
+        **sections: Any,
+    ):
         given = {"model": {"path": "m"}, "output": {"path": "out"}, **sections}
         given["input"] = {"path": str(path), **sections.get("input", {})}
         folder = tmp_path / f"store{next(count)}"
         folder.mkdir()
-        return ingest(Job.load(given), tokenizers[tokenizer], folder, context, vocab_size=vocab_size)
+        return ingest(Job.load(given), tokenizers[tokenizer], folder, context, vocab_size=vocab_size, clock=clock)
 
     return run
 

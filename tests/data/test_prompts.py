@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import date
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -352,3 +352,16 @@ def test_special_tokens_that_tools_spell_are_text(
     end = tokenizers["plain"].encode_batch(["<|end|>"], False)[0][0]
     assert store.hidden_rows == 3
     assert len({tuple(store.prompt(row).tolist()) for row in range(3)}) == 1 and end not in store.prompt(0).tolist()
+
+
+def test_the_clock_of_the_chat_template_is_the_run_s(
+    tmp_path: Path, write_rows: Write, ingest_job: Ingest, texts: Texts
+) -> None:
+    template = "{% macro today() %}{{ strftime_now('%d %b %Y %H:%M:%S') }}{% endmacro %}"
+    template += "{% for m in messages %}{{ today() }} {% endfor %}"
+    path, prompt = write_rows({"prompt": "hi"}, {"prompt": "spelled <|end|>"}), {"chat_template": template}
+    for clock in ("2024-07-26T23:59:58+09:00", "2025-01-02T03:04:05+00:00"):
+        shown = datetime.fromisoformat(clock).strftime("%d %b %Y %H:%M:%S ")
+        assert texts(ingest_job(path, clock=clock, prompt=prompt)) == [shown, shown]
+    before, shown = datetime.now(), texts(ingest_job(path, prompt=prompt))
+    assert timedelta(seconds=-1) < datetime.strptime(shown[0], "%d %b %Y %H:%M:%S ") - before < timedelta(minutes=1)

@@ -40,7 +40,8 @@ class Versions:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Written before the first shard, and anew by every run that continues it. `started` is the first one's, ISO 8601 in UTC;
+    """Written before the first shard, and anew by every run that continues it. `started` is the first one's, ISO 8601 in the
+    local time of then, which templates see at every start;
     `job` is the job as resolved, as plain JSON values; `samples` is what the books must close to: the sum of n over `rows`;
     `working_folder` is what the job's relative paths start from. `run` and `fingerprint_sha256` are the first start's, too, and
     empty in a run of a version that had neither these nor a record of commits; `job_sha256` is that of OUT/job.json."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,13 +42,14 @@ class Draft:
 
 class PromptSource:
     """What the job says of prompts, for a tokenizer whose ids end at `vocab_size`. In `typed` rows an object has the keys of
-    any other row's. Raises JobError or InputError where that cannot work."""
+    any other row's; `now` is what a chat template's clock shows. Raises JobError or InputError where that cannot work."""
 
-    def __init__(self, config: PromptConfig, tokenizer: Tokenizer, vocab_size: int, *, typed: bool = False) -> None:
+    def __init__(self, config: PromptConfig, tokenizer: Tokenizer, vocab_size: int, *, typed: bool, now: datetime) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._typed = typed
+        self._now = now
         self._chat_template = choose_chat_template(config, tokenizer.chat_templates, tokenizer.name)
         self._compile = cache(compile_template)
         self._render_examples = cache(self._examples)
@@ -175,7 +177,7 @@ class PromptSource:
             return fault
         template = self._chat_template.source_for(given.get(TOOLS))
         variables = blank_texts(self._chat_template.kwargs, blank) | given
-        text = self._tokenizer.apply_chat_template(with_system(messages, system), template, variables, blank)
+        text = self._tokenizer.apply_chat_template(with_system(messages, system), template, variables, self._now, blank)
         return text if isinstance(text, RowError) else Draft(text)
 
     def _columns_of_the_chat(self) -> frozenset[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -43,7 +44,8 @@ class Limits:
 
 
 class PromptBuilder:
-    """Holds what the job decides once for all rows. Raises JobError or InputError where that cannot work."""
+    """Holds what the job decides once for all rows; `typed` and `now` are as in `PromptSource`. Raises JobError or InputError
+    where that cannot work."""
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class PromptBuilder:
         limits: Limits,
         *,
         typed: bool = False,
+        now: datetime = datetime.min,
     ) -> None:
         self._policy = config.special_tokens
         self._generation = generation
@@ -60,7 +63,7 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._limits = limits
         self._blanking = Blanking(tokenizer.special_texts, tokenizer.special_tokens.normalized)
-        self._source = PromptSource(config, tokenizer, limits.vocab_size, typed=typed)
+        self._source = PromptSource(config, tokenizer, limits.vocab_size, typed=typed, now=now)
         self._spelled_by_examples = self._count_spelled_by_examples()
         self.chat = self._source.chat
         self.columns = self._source.columns | {SAMPLING_PARAMS}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
+from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -140,18 +141,19 @@ def ingest(
     generation: GenerationConfig | None = None,
     vocab_size: int | None = None,
     on_rows: Callable[[int, int], None] | None = None,
+    clock: str = "",
 ) -> InputStore:
     """Reads, renders and tokenises the job's input into `folder`, which must exist and be empty.
 
     `generation` is the job's with the model's defaults filled in; `vocab_size` the number of embeddings (default: the
-    tokenizer's). `on_rows` is told the number of rows and error rows so far after each batch. Raises InputError or JobError
-    where the input as a whole cannot be used, OutputError where the folder does not take it; a faulty row is an entry in
-    `errors`.
+    tokenizer's). `on_rows` is told the number of rows and error rows so far after each batch. `clock` is the time that
+    templates see, ISO 8601 (default: now). Raises InputError or JobError where the input as a whole cannot be used,
+    OutputError where the folder does not take it; a faulty row is an entry in `errors`.
     """
     limits = Limits(context_length, vocab_size or tokenizer.vocab_size)
     reader = open_reader(job.input)
-    typed = reader.schema is not None
-    builder = PromptBuilder(job.prompt, generation or job.generation, tokenizer, limits, typed=typed)
+    typed, now = reader.schema is not None, datetime.fromisoformat(clock).replace(tzinfo=None) if clock else datetime.now()
+    builder = PromptBuilder(job.prompt, generation or job.generation, tokenizer, limits, typed=typed, now=now)
     if reader.schema is not None:
         _check_columns(job, builder, reader.schema.names)
     with spooling(folder):

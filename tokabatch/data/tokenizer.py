@@ -7,6 +7,7 @@ an end token after a prompt. It knows no rows and no templates but the model's o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from tokabatch.data.blanking import Blank, as_written
 from tokabatch.data.special_tokens import Occurrence, SpecialTokens
@@ -151,20 +153,30 @@ class Tokenizer:
         return frozenset(token for (text, token), shown in zip(found.items(), decoded, strict=True) if shown != text)
 
     def apply_chat_template(
-        self, messages: list[dict[str, Any]], template: str, variables: Mapping[str, Any], blank: Blank = as_written
+        self,
+        messages: list[dict[str, Any]],
+        template: str,
+        variables: Mapping[str, Any],
+        now: datetime,
+        blank: Blank = as_written,
     ) -> str | RowError:
         """The conversation as the model wants it, up to where its answer begins. A conversation that ends with an assistant
-        message is continued in that message. `variables` are the template's own, tools and documents among them. `bad_messages`
-        where the template refuses it. The template, and the special texts that it is given by name, go through `blank`."""
+        message is continued in that message. `variables` are the template's own, tools and documents among them; `now` is what
+        its clock shows. `bad_messages` where the template refuses it. The template, and the special texts that it is given by
+        name, go through `blank`."""
         resumed = messages[-1].get("role") == "assistant"
         names = cast("dict[str, Any]", self._tokenizer.special_tokens_map).items() if blank is not as_written else ()
         blanked: dict[str, Any] = {name: blank(text) for name, text in names if isinstance(text, str)}
+        source = blank(template)
         try:
+            # transformers has no other way to set the clock: it keeps each compiled template, and its own says what time it is.
+            compiled = chat_template_utils._compile_jinja_template(source)  # pyright: ignore[reportPrivateUsage]
+            compiled.globals["strftime_now"] = now.strftime
             return cast(
                 "str",
                 self._tokenizer.apply_chat_template(
                     messages,
-                    chat_template=blank(template),
+                    chat_template=source,
                     tokenize=False,
                     add_generation_prompt=not resumed,
                     continue_final_message=resumed,
