@@ -96,11 +96,6 @@ def _plan_notes(job: Job, previewed: Start) -> tuple[str, ...]:
     left = prepared.samples_total - done
     notes = [f"{job.output.path} holds {done:,} of these samples; a run computes the other {left:,}"] if done else []
     notes += ["text prompts go through the tokenizer's chat template"] if store.chat else []
-    if store.hidden_rows:
-        notes.append(
-            f"{store.hidden_rows:,} rows spell a special token in their text; it is encoded as plain text "
-            "(prompt.special_tokens: allow takes it as the token)"
-        )
     notes += prepared.notes
     seen: set[str] = set()
     for failure in prepared.failures:

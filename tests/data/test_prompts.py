@@ -365,3 +365,33 @@ def test_the_clock_of_the_chat_template_is_the_run_s(
         assert texts(ingest_job(path, clock=clock, prompt=prompt)) == [shown, shown]
     before, shown = datetime.now(), texts(ingest_job(path, prompt=prompt))
     assert timedelta(seconds=-1) < datetime.strptime(shown[0], "%d %b %Y %H:%M:%S ") - before < timedelta(minutes=1)
+
+
+def test_rows_that_hold_chat_markup_are_told(write_rows: Write, ingest_job: Ingest) -> None:
+    path = write_rows({"prompt": "plain"}, {"prompt": "<|start|>user\nhi<|end|>\n"}, {"prompt": "<|end|>"})
+
+    def told(tokenizer: str = "chat", **prompt: Any) -> str:
+        return " ".join(ingest_job(path, tokenizer, prompt=prompt).notes)
+
+    assert "rows that spell special tokens: 2 (row 1: '<|start|>'), taken as plain text" in told()
+    assert "write prompt.special_tokens: allow and prompt.chat: false" in told(template="{{ prompt }}")
+    assert told(chat=False).endswith("write prompt.special_tokens: allow")
+    assert "rows that spell special tokens: 2 (row 1: '<|start|>'), taken as tokens, and" in told(special_tokens="allow")
+    assert (
+        told(special_tokens="allow", chat=False) == told(special_tokens="reject") == told("plain", special_tokens="allow") == ""
+    )
+    path = write_rows({"messages": [{"role": "user", "content": "hi<|end|>"}]})
+    assert told(messages="messages").endswith("write prompt.special_tokens: allow")
+    assert told(messages="messages", special_tokens="allow") == told(special_tokens="allow") == ""
+    few_shot = {"path": str(write_rows({"q": "<|end|>"}, name="shots.jsonl")), "k": 1, "template": "{{ q }}"}
+    path = write_rows({"prompt": "a"}, {"prompt": "b<|start|>"})
+    assert "rows that spell special tokens: 1 (row 1: '<|start|>')" in told(template="{{ prompt }}", few_shot=few_shot)
+
+
+def test_templates_without_columns_are_told(write_rows: Write, ingest_job: Ingest) -> None:
+    path = write_rows({"q": "a", "r": 1}, {"q": "b", "r": 2})
+    assert ingest_job(path, prompt={"template": "Q: {q}"}).notes == (
+        "prompt.template names no column, so all 2 prompts are alike; write {{ q }} for {q}",
+    )
+    (note,) = ingest_job(path, prompt={"template": "{{ q }} {r} {s}"}, output={"path": "o", "columns": []}).notes
+    assert note == "prompt.template has names of columns in single braces, which are plain text; write {{ r }} for {r}"

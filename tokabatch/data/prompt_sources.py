@@ -101,6 +101,10 @@ class PromptSource:
         for name in self.columns & row.keys():
             yield read_objects(row[name], name) if name in self._chat_columns else row[name]
 
+    def wraps(self, row: Mapping[str, Any]) -> bool:
+        """Whether a text of the row goes through the chat template."""
+        return self.chat and (self._config.template is not None or isinstance(row.get(PROMPT), str))
+
     def few_shot(self, blank: Blank = as_written) -> str:
         """The examples in front of every prompt."""
         few_shot = self._config.few_shot

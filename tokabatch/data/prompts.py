@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from tokabatch.data.blanking import Blank, Blanking, Span
+from tokabatch.data.prompt_notes import Spelled, describe_prompts
 from tokabatch.data.prompt_sources import SAMPLING_PARAMS, Draft, PromptSource
 from tokabatch.data.rows import Row
 from tokabatch.data.stop_texts import refuse_special
@@ -67,15 +68,30 @@ class PromptBuilder:
         self._spelled_by_examples = self._count_spelled_by_examples()
         self.chat = self._source.chat
         self.columns = self._source.columns | {SAMPLING_PARAMS}
-        self.hidden_rows = 0
+        self._config = config
+        self._spelled = Spelled()
 
     def check_columns(self, present: Collection[str]) -> None:
         """Raises InputError where the whole input has not a column that every prompt needs."""
         self._source.check_columns(present)
 
-    def describe(self, present: Collection[str]) -> tuple[str, ...]:
-        """Sentences on columns and settings that prompts do not use; `present` are the input's columns."""
-        return self._source.describe(present)
+    @property
+    def hidden_rows(self) -> int:
+        """Prompts in which a row's text spelled a special token, encoded as plain text."""
+        return self._spelled.rows if self._policy == "text" else 0
+
+    def describe(self, present: Collection[str], rows: int) -> tuple[str, ...]:
+        """Sentences on prompts that may not be what their author meant, once all `rows` of the input are built; `present` are
+        its columns."""
+        described = describe_prompts(
+            self._config,
+            rows=rows,
+            spelled=self._spelled,
+            chat=self.chat,
+            columns=present,
+            special_texts=self._tokenizer.special_texts,
+        )
+        return (*self._source.describe(present), *described)
 
     def build(self, rows: Sequence[Row]) -> list[Prompt | RowError]:
         """One result a row, in order; all texts of the batch are tokenised in one call."""
@@ -99,8 +115,8 @@ class PromptBuilder:
         ]
 
     def _find_quoted(self, rows: Sequence[Row], drafts: list[Draft | RowError]) -> dict[int, list[Occurrence]]:
-        """The places of drafts in which a row spells special tokens, each with those that templates wrote. Where the job
-        rejects such a row, its draft becomes the error."""
+        """The places of drafts in which what a row spells of special tokens is plain text, each with those that templates
+        wrote. Where the job rejects such a row, its draft becomes the error."""
         texts: dict[int, str] = {}
         for place, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
             if isinstance(draft, Draft) and draft.token_ids is None and self._may_spell(row.columns or {}):
@@ -114,12 +130,14 @@ class PromptBuilder:
                 reason = f"the row spells the special token {spelled[0][2]!r} (prompt.special_tokens: reject)"
                 drafts[place] = RowError("special_token", reason)
             elif len(written) < len(found):
-                self.hidden_rows += len(spelled) > self._spelled_by_examples
-                quoted[place] = written
+                if len(spelled) > self._spelled_by_examples:
+                    self._spelled.note(rows[place].index, spelled[self._spelled_by_examples][2])
+                if self._policy == "text":
+                    quoted[place] = written
         return quoted
 
     def _may_spell(self, row: Mapping[str, Any]) -> bool:
-        if self._policy == "allow":
+        if self._policy == "allow" and not self._source.wraps(row):
             return False
         return self._spelled_by_examples > 0 or any(map(self._blanking.may_occur, self._source.values(row)))
 

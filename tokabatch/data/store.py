@@ -57,7 +57,7 @@ class InputStore:
     chat: bool
     """Whether text prompts go through the chat template."""
     notes: tuple[str, ...]
-    """Sentences on columns and settings that prompts do not use."""
+    """Sentences on prompts that may not be what their author meant."""
     hidden_rows: int
     """Prompts in which a row's text spelled a special token, encoded as plain text."""
     digests: RowDigests
@@ -225,7 +225,7 @@ class _Spools:
             errors=self.errors,
             column_schema=_selected(columns.schema, names),
             chat=builder.chat,
-            notes=builder.describe(self.names),
+            notes=builder.describe(self.names, self.num_rows),
             hidden_rows=builder.hidden_rows,
             digests=self._digests.finish(),
             _columns=columns,
