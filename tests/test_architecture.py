@@ -155,7 +155,7 @@ SWALLOWING = {"exists", "is_file", "is_dir", "is_symlink", "glob", "rglob", "lex
 """They take what cannot be reached for what is not there, from one version of Python on or always."""
 OF_OUTPUT_FOLDERS = (
     *("data/" + name + ".py" for name in "folder listing journal inspection manifest committed verification status".split()),
-    *("data/" + name + ".py" for name in "export durable steps shards remedy scratch earlier row_digests".split()),
+    *("data/" + name + ".py" for name in "export durable steps shards joining remedy scratch earlier row_digests".split()),
     *(name + ".py" for name in "resumption recorder runner review planner".split()),
 )
 

@@ -586,14 +586,14 @@ def test_a_widening_that_is_broken_off_is_finished_by_the_next_start(go, rows, t
     write_rows(rows, [{**row, "score": number} for number, row in enumerate(ROWS[:6])])
     go()
     write_rows(rows, [*({**row, "score": number} for number, row in enumerate(ROWS[:6])), {**ROWS[6], "score": "x"}])
-    real, calls = committed.write_parquet, iter(range(99))
+    real, calls = committed.write_shard, iter(range(99))
 
-    def write(*given: Any) -> None:
+    def write(*given: Any) -> Any:
         if next(calls) == 2:
             raise OSError(5, "Input/output error")
-        real(*given)
+        return real(*given)
 
-    monkeypatch.setattr(committed, "write_parquet", write)
+    monkeypatch.setattr(committed, "write_shard", write)
     with pytest.raises(OutputError, match="Input/output error"):
         go()
     assert not (tmp_path / "out" / "_SUCCESS").exists() and len(table(tmp_path / "out")) == 18

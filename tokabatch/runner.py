@@ -21,7 +21,9 @@ from tokabatch.costs.profile import SavedProfile
 from tokabatch.costs.trace import Steps, tail_seconds
 from tokabatch.data.committed import read_committed
 from tokabatch.data.folder import Claim
+from tokabatch.data.joining import join_small
 from tokabatch.data.manifest import Books, mark_success, read_summary, write_summary
+from tokabatch.data.shards import shard_number
 from tokabatch.data.steps import write_steps
 from tokabatch.engine.executor import WORKER_NAME, Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
@@ -85,7 +87,7 @@ def run(
                 _check_trace(job, scheduler.counts, clock.progress)
             parts.show("writing")
             with claim.committing():
-                books = mark_success(claim, recorder.finish(), prepared.samples_total)
+                books = _close_books(parts, claim)
             # Stopped or not: where nothing is missing there is nothing to run again for.
             exit_code = _judge(books, job) if books.closed else exit_code or EXIT_BOOKS
         except CommitError as error:
@@ -109,6 +111,17 @@ def run(
             claim.check_lock()
             _write_record(claim, summary.to_dict(), steps)
     return summary
+
+
+def _close_books(parts: _Parts, claim: Claim) -> Books:
+    """Commit the rest, and where nothing is missing join the small shards and mark the run as complete."""
+    shards, samples = parts.recorder.finish(), parts.started.left.samples_total
+    if claim.journal is not None and sum(shard.rows for shard in shards) == samples:
+        join_small(claim, parts.job.output.rows_per_shard, parts.stop.poll, parts.clock.progress.message)
+        shards = tuple(
+            sorted((shard for shard, _ in claim.journal.shards.values()), key=lambda shard: shard_number(shard.name))
+        )
+    return mark_success(claim, shards, samples)
 
 
 def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:

@@ -21,6 +21,7 @@ SEEN_BY = {
     "a_failed_commit_forgets_its_rows_and_goes_on": (NEW, "EIO", "link"),
     "success_stays_while_the_run_goes_on": (MORE, "kill before", "link"),
     "success_is_marked_before_the_shards_are_there": (NEW, "kill before", "link"),
+    "small_shards_are_joined_name_by_name": (MORE, "kill before", "remove"),
     "overwrite_deletes_the_manifest_first": (AFRESH, "kill after", "remove"),
 }
 """The course, the fault and the system call that show the harm."""

@@ -108,7 +108,7 @@ def test_rows_left_over_by_a_full_shard_wait_anew(tmp_path: Path) -> None:
 
 
 def test_many_bytes_are_cut_before_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokabatch.data.shards._SHARD_BYTES", 100)
+    monkeypatch.setattr("tokabatch.data.shards.SHARD_BYTES", 100)
     with Claim(tmp_path / "out") as claim:
         writer = writer_for(claim)
         writer.add(rows(0, 50))
@@ -252,7 +252,7 @@ def test_a_shard_that_exists_is_never_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None, system: bool
 ) -> None:
     if not system:
-        monkeypatch.setattr("tokabatch.data.durable._rename_no_replace", lambda source, target: False)
+        monkeypatch.setattr("tokabatch.data.durable._rename_at_once", lambda source, target, flag: False)
     files = Failing()
     with Claim(tmp_path / "out", files) as claim:
         writer = writer_for(claim)

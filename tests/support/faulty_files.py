@@ -10,7 +10,8 @@ from pathlib import Path
 from tokabatch.data.durable import DurableFiles
 
 SYSTEM_CALLS = (
-    "open_new", "open_folder", "write", "fsync", "close", "link", "rename_new", "replace", "remove", "make_folder",
+    "open_new", "open_folder", "write", "fsync", "close", "link", "rename_new", "replace", "exchange", "remove",
+    "make_folder",
 )  # fmt: skip
 
 
@@ -120,7 +121,7 @@ class Disk(CountedFiles):
     def before(self, name: str, arguments: tuple[object, ...]) -> None:
         if name in ("link", "rename_new", "replace", "remove"):
             paths = [path for path in arguments if isinstance(path, Path)]
-            for path in paths:
+            for path in paths[1:] if name == "link" else paths:
                 self._remember(path)
 
     def after(self, name: str, arguments: tuple[object, ...], result: object) -> None:
@@ -130,6 +131,11 @@ class Disk(CountedFiles):
             self._paths[result] = path
             self._synced_bytes[os.fstat(result).st_ino] = 0
             self._undo.setdefault(path.parent, []).append(lambda: path.unlink(missing_ok=True))
+        elif name == "exchange":
+            one, other = arguments
+            assert isinstance(one, Path) and isinstance(other, Path)
+            assert not self._undo.get(one) and not self._undo.get(other), "a folder is swapped before its names are synced"
+            self._undo.setdefault(one.parent, []).append(lambda: DurableFiles().exchange(one, other))
         elif name == "open_folder":
             path = arguments[0]
             assert isinstance(path, Path) and isinstance(result, int)

@@ -32,13 +32,7 @@ def written_under_the_final_name() -> None:
     """No temporary file: the shard grows where readers look for it."""
 
     def write(self, table, temporary, final):
-        with durable.NewFile(self._claim.files, final) as file:
-            shards.write_parquet(table, file, self._claim.identity)
-            file.sync()
-            size, inode, digest = file.tell(), file.inode, file.digest
-        ok = shards.count_ok(table)
-        name = final.relative_to(self._claim.folder.path).as_posix()
-        return shards.Shard(name, table.num_rows, ok, table.num_rows - ok, size, digest), inode
+        return shards.write_shard(self._claim, table, final, self._claim.folder.name_of(final))
 
     shards.ShardWriter._write = write
     shards.publish = lambda files, source, target: files.sync_folder(target.parent)
@@ -102,3 +96,17 @@ def overwrite_deletes_the_manifest_first() -> None:
         real(self)
 
     folder.Claim.discard = discard
+
+
+@_mutant
+def small_shards_are_joined_name_by_name() -> None:
+    """Each joined shard takes its place by itself, and those that it holds are removed afterwards."""
+
+    def exchange(self, one, other):
+        names = self.names(other)
+        for name in names:
+            self.replace(other / name, one / name)
+        for name in set(self.names(one)) - set(names):
+            self.remove(one / name)
+
+    durable.DurableFiles.exchange = exchange

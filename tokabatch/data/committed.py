@@ -16,13 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokabatch.data.durable import NewFile
 from tokabatch.data.folder import Claim, OutputFolder
 from tokabatch.data.journal import Shard
 from tokabatch.data.json_types import JSON_TEXTS_KEY
 from tokabatch.data.listing import ListedFile
 from tokabatch.data.output import SAMPLE_SCHEMA
-from tokabatch.data.shards import count_ok, open_shard, read_groups, record_commit, write_parquet
+from tokabatch.data.shards import count_ok, open_shard, read_groups, record_commit, write_shard
 from tokabatch.errors import OutputError
 from tokabatch.messages import Bool, Drawn, Int64
 
@@ -191,13 +190,7 @@ def _remove(claim: Claim, path: Path) -> None:
 def _replace(claim: Claim, file: ListedFile, tables: Iterable[pa.Table]) -> None:
     """By a shard of these rows."""
     temporary = claim.folder.temporary / file.path.name
-    table = pa.concat_tables(tables)
-    with NewFile(claim.files, temporary) as new:
-        write_parquet(table, new, claim.identity)
-        new.sync()
-        size, digest = new.tell(), new.digest
-    ok = count_ok(table)
-    shard = Shard(claim.folder.name_of(file.path), table.num_rows, ok, table.num_rows - ok, size, digest)
+    shard, _ = write_shard(claim, pa.concat_tables(tables), temporary, claim.folder.name_of(file.path))
     if claim.journal is not None:
         claim.journal.begins(shard)
     claim.files.replace(temporary, file.path)

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 _NO_SUCH_FLAG = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 _AT_FDCWD = -100
-_RENAME_NOREPLACE = 1
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _BUFFER_BYTES = 1 << 20
 Place = tuple[Path | str, int | None]
 """A name, and the handle of the folder that it counts from, if there is one."""
@@ -112,7 +112,7 @@ class DurableFiles:
         keeps other writers from coming between them.
         """
         old, new = self._at(source), self._at(target)
-        if not _rename_no_replace(old, new):
+        if not _rename_at_once(old, new, _RENAME_NOREPLACE):
             with suppress(FileNotFoundError):
                 os.stat(new[0], dir_fd=new[1], follow_symlinks=False)
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
@@ -122,6 +122,14 @@ class DurableFiles:
         """Rename, taking the place of what is there."""
         (old, old_folder), (new, new_folder) = self._at(source), self._at(target)
         os.replace(old, new, src_dir_fd=old_folder, dst_dir_fd=new_folder)
+
+    def exchange(self, one: Path, other: Path) -> None:
+        """Swap what two names stand for in one step; each folder that is held goes with its handle. Raises OSError where the
+        system cannot."""
+        if not _rename_at_once(self._at(one), self._at(other), _RENAME_EXCHANGE):
+            raise OSError(errno.EOPNOTSUPP, "the file system cannot swap two folders", str(one))
+        handles = {other: self._handles.pop(one, None), one: self._handles.pop(other, None)}
+        self._handles.update({path: handle for path, handle in handles.items() if handle is not None})
 
     def remove(self, path: Path) -> None:
         name, folder = self._at(path)
@@ -271,13 +279,13 @@ def _remove_tree(name: Path | str, folder: int | None) -> None:
     os.rmdir(name, dir_fd=folder)
 
 
-def _rename_no_replace(source: Place, target: Place) -> bool:
-    """renameat2(2) with RENAME_NOREPLACE; False where the C library or the file system does not know it."""
+def _rename_at_once(source: Place, target: Place, flag: int) -> bool:
+    """renameat2(2) with a flag; False where the C library or the file system does not know it."""
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):
         return False
     old, new = ((_AT_FDCWD if folder is None else folder, os.fsencode(name)) for name, folder in (source, target))
-    if library.renameat2(*old, *new, _RENAME_NOREPLACE) == 0:
+    if library.renameat2(*old, *new, flag) == 0:
         return True
     code = ctypes.get_errno()
     if code in _NO_SUCH_FLAG:

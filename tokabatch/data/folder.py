@@ -74,7 +74,7 @@ class OutputFolder:
         ]
 
     def steps(self) -> tuple[ListedFile, ...]:
-        """The records of steps, one for each time the run was started."""
+        """The records of steps, in the order of the starts."""
         return tuple(file for file in list_files(self.files, self.path) if _STEPS_NAME.fullmatch(file.path.name))
 
     def name_of(self, path: Path) -> str:

@@ -5,7 +5,7 @@ follows when the name is durable. Until then a crash may leave the file as it wa
 start that changes the folder writes the record anew; within one it only grows. Each line carries a checksum.
 
     {"run": ..., "version": 1}      first
-    {"holds": FILE}                 committed before this start
+    {"holds": FILE}                 committed before this start, or still there where a change was given up
     {"begins": FILE}                is about to be published, perhaps in place of an earlier one of its name
     {"removes": NAME}               is about to be taken away
     {"done": NAME}                  the last of these has happened
@@ -64,9 +64,8 @@ class Journal:
         self._told = set[str]()
         self._file = NewFile(files, temporary)
         try:
-            lines = [{"run": run, "version": VERSION}, *({"holds": asdict(shard)} for shard, _ in self._shards.values())]
-            self._file.write(b"".join(map(_line, lines)))
-            self._file.sync()
+            self._file.write(_line({"run": run, "version": VERSION}))
+            self.holds(shard for shard, _ in self._shards.values())
             files.replace(temporary, path)
             files.sync_folder(path.parent)
         except BaseException:
@@ -77,6 +76,11 @@ class Journal:
     def shards(self) -> Mapping[str, tuple[Shard, Mark]]:
         """The files that must stand, with the mark that each had when its content was known."""
         return self._shards
+
+    def holds(self, shards: Iterable[Shard]) -> None:
+        """These stand in the folder, whatever was about to happen to them. Raises OSError."""
+        self._file.write(b"".join(_line({"holds": asdict(shard)}) for shard in shards))
+        self._file.sync()
 
     def begins(self, shard: Shard) -> None:
         """`shard` is finished under a temporary name and about to be published. Raises OSError."""

@@ -37,7 +37,8 @@ PARQUET_OPTIONS: Mapping[str, Any] = {"compression": "zstd", "write_page_checksu
 _KEY_TYPES = {"row_index": pa.int64(), "status": pa.string()}
 """Columns without which a file is no shard."""
 _ROW_GROUP_BYTES = 32 << 20
-_SHARD_BYTES = 512 << 20
+SHARD_BYTES = 512 << 20
+"""Of rows in memory: a shard that holds as many is committed, however few rows they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ class ShardWriter:
         """Commit full shards, and what has waited long enough. Raises OSError where the disk fails, the rows kept."""
         while self._books.num_rows >= self._rows_per_shard:
             self._commit(self._rows_per_shard)
-        if self._books.num_bytes >= _SHARD_BYTES:
+        if self._books.num_bytes >= SHARD_BYTES:
             self.commit()
         self.tick()
 
@@ -201,13 +202,17 @@ class ShardWriter:
 
     def _write(self, table: pa.Table, temporary: Path, final: Path) -> tuple[Shard, int]:
         """The finished, synced shard under its temporary name, and its inode."""
-        with NewFile(self._claim.files, temporary) as file:
-            write_parquet(table, file, self._claim.identity)
-            file.sync()
-            size, inode, digest = file.tell(), file.inode, file.digest
-        ok = count_ok(table)
-        name = final.relative_to(self._claim.folder.path).as_posix()
-        return Shard(name, table.num_rows, ok, table.num_rows - ok, size, digest), inode
+        return write_shard(self._claim, table, temporary, self._claim.folder.name_of(final))
+
+
+def write_shard(claim: Claim, table: pa.Table, temporary: Path, name: str) -> tuple[Shard, int]:
+    """The finished, synced shard that is to be called `name`, under its temporary name; and its inode. Raises OSError."""
+    with NewFile(claim.files, temporary) as file:
+        write_parquet(table, file, claim.identity)
+        file.sync()
+        size, inode, digest = file.tell(), file.inode, file.digest
+    ok = count_ok(table)
+    return Shard(name, table.num_rows, ok, table.num_rows - ok, size, digest), inode
 
 
 def record_commit(claim: Claim, shard: Shard) -> None:

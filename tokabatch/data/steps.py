@@ -1,6 +1,7 @@
-"""OUT/steps-00000.parquet: the steps of a run as a table of numbers, one file each time the run was started.
+"""OUT/steps-00000.parquet: the steps of a run as a table of numbers, those of each start behind those of the one before.
 
-They are for plots and profiles, not results: a run that dies leaves none, and nothing reads them to resume.
+They are for plots and profiles, not results: a run that dies leaves none, and nothing reads them to resume. A file is replaced
+by a longer one until it is long enough, so many starts leave few files.
 """
 
 from __future__ import annotations
@@ -14,20 +15,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokabatch.data.folder import Claim, OutputFolder
-from tokabatch.data.listing import ListedFile
+from tokabatch.data.listing import Changed, ListedFile
 from tokabatch.data.shards import PARQUET_OPTIONS
-from tokabatch.errors import DamageError, ForeignFileError
+from tokabatch.errors import DamageError, ForeignFileError, OutputError
 
 _REMEDY = "It holds no results: move it away to do without what it tells."
+_STEPS_PER_FILE = 1 << 18
 Columns = Mapping[str, npt.NDArray[Any]]
 
 
 def write_steps(claim: Claim, columns: Columns) -> None:
     """Add the steps of one start: arrays of one length by name."""
-    files = claim.folder.steps()
-    place = 1 + int(files[-1].path.stem.removeprefix("steps-")) if files else 0
+    files, table = claim.folder.steps(), pa.table(dict(columns))
+    place = int(files[-1].path.stem.removeprefix("steps-")) if files else 0
+    if files:
+        earlier = _read_again(files[-1])
+        if earlier is not None and earlier.num_rows < _STEPS_PER_FILE and earlier.schema.equals(table.schema):
+            table = pa.concat_tables([earlier, table])
+        else:
+            place += 1
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(dict(columns)), sink, **PARQUET_OPTIONS)
+    pq.write_table(table, sink, **PARQUET_OPTIONS)
     claim.write(claim.folder.path / f"steps-{place:05}.parquet", sink.getvalue().to_pybytes())
 
 
@@ -43,6 +51,14 @@ def read_steps(folder: OutputFolder) -> Columns | None:
     except pa.ArrowException as error:
         raise DamageError(f"{folder.path}: its records of steps differ in their columns ({error}). {_REMEDY}") from error
     return {name: np.asarray(table.column(name)) for name in table.column_names}
+
+
+def _read_again(file: ListedFile) -> pa.Table | None:
+    """None where the file cannot be read: it stays as it is."""
+    try:
+        return _read(file)
+    except (OutputError, Changed):
+        return None
 
 
 def _read(file: ListedFile) -> pa.Table:
