@@ -231,8 +231,9 @@ class TestRefusedFiles:
             ),
             (
                 "prompt: {chat_template_kwargs: {tools: []}}",
-                "4: prompt.chat_template_kwargs: holds `tools`, which the run decides itself",
+                "4: prompt.chat_template_kwargs: holds `tools`, which the template gets from the rows' column",
             ),
+            ("prompt: {chat_template_kwargs: {messages: []}}", "holds `messages`, which the run decides itself; remove it"),
             ("prompt: {chat_template_kwargs: {x: .nan}}", "prompt.chat_template_kwargs: holds values that JSON has not"),
             ("prompt: {chat: false, template: a, system: b}", "system needs a chat template, but chat is false"),
             ("prompt:\n  few_shot: {path: a, k: 0, template: b}", "5: prompt.few_shot.k: got the number 0"),

@@ -25,8 +25,12 @@ def notes(prompt: dict[str, Any], **facts: Any) -> str:
     [
         ({"template": "Q: {question}"}, {}, "names no column, so all 2 prompts are alike; write {{ question }} for {question}"),
         ({"template": "Q: { question }"}, {}, "write {{ question }} for {question}"),
-        ({"template": "Q: {question}"}, {"rows": 1}, "write {{ question }} for {question}"),
-        ({"template": "Tell a joke."}, {}, "prompt.template names no column, so all 2 prompts are alike; write a column as"),
+        ({"template": "Q: {question}"}, {"rows": 1}, "prompt.template names no column; write {{ question }} for {question}"),
+        (
+            {"template": "Tell a joke."},
+            {},
+            "all 2 prompts are alike; write a column as {{ name }}; there are answer, question",
+        ),
         ({"template": "{{ question }} {answer}"}, {}, "single braces, which are plain text; write {{ answer }} for {answer}"),
         ({"template": "{{ question }}", "system": "For {answer}"}, {}, "prompt.system has names of columns in single"),
         ({"template": "<|end|>{{ question }}"}, {"chat": True}, "writes the special token '<|end|>' itself"),

@@ -280,8 +280,11 @@ def test_tools_that_the_chat_template_does_not_read_are_told(write_rows: Write, 
     path = write_rows({"messages": [{"role": "user", "content": "hi"}], "tools": [TOOL]})
     assert ingest_job(path, "chat").notes == ("the column 'tools' is not used: the chat template reads no tools",)
     path = write_rows({"prompt": "hi", "tools": "hammer"})
-    for prompt in ({"template": "{{ tools }}"}, {"template": "{{ prompt }}", "system": "{{ tools }}"}, {"chat": False}):
+    for prompt in ({"template": "{{ tools }}"}, {"template": "{{ prompt }}", "system": "{{ tools }}"}):
         assert ingest_job(path, "chat", prompt=prompt).notes == ()
+    for tokenizer, prompt in (("chat", {"chat": False}), ("plain", {})):
+        told = ("the column 'tools' is not used: no chat template applies",)
+        assert ingest_job(path, tokenizer, prompt=prompt).notes == told
 
 
 def call(name: str, **arguments: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from tokabatch.data.missing import list_columns
 from tokabatch.data.templates import compile_template
 from tokabatch.job import PromptConfig
 
@@ -48,7 +49,9 @@ def _describe_templates(config: PromptConfig, rows: int, columns: Collection[str
         remedy = "; ".join(f"write {{{{ {name} }}}} for {{{name}}}" for name in found if constant or name in columns)
         if constant and (remedy or alike > 1):
             what = "examples" if key != "template" else "prompts"
-            yield f"prompt.{key} names no column, so all {alike:,} {what} are alike; {remedy or 'write a column as {{ name }}'}"
+            so = f", so all {alike:,} {what} are alike" if alike > 1 else ""
+            remedy = remedy or f"write a column as {{{{ name }}}}; there are {list_columns(columns)}"
+            yield f"prompt.{key} names no column{so}; {remedy}"
         elif remedy:
             yield f"prompt.{key} has names of columns in single braces, which are plain text; {remedy}"
 

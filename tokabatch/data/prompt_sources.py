@@ -83,10 +83,11 @@ class PromptSource:
             )
 
     def describe(self, present: Collection[str]) -> tuple[str, ...]:
-        """Sentences on what is given to the chat template and not read by it; `present` are the input's columns."""
-        if self._chat_template is None or not (self.chat or self._config.messages or MESSAGES in present):
-            return ()
-        return self._chat_template.describe(set(present) - self._own_names())
+        """Sentences on what no chat template reads; `present` are the input's columns."""
+        columns = set(present) - self._own_names()
+        if self._chat_template and (self.chat or self._config.messages or MESSAGES in present):
+            return self._chat_template.describe(columns)
+        return ("the column 'tools' is not used: no chat template applies",) if TOOLS in columns else ()
 
     def draft(self, row: Mapping[str, Any], blank: Blank = as_written) -> Draft | RowError:
         """The prompt of a row; the sources of all templates, and special texts that stand around the row's text, go through
@@ -203,7 +204,10 @@ class PromptSource:
         wants = wants or ("prompt.system" if config.system else None)
         wants = wants or ("prompt.chat_template_kwargs" if config.chat_template_kwargs else None)
         if wants and self._chat_template is None:
-            raise JobError(f"{wants} needs a chat template, but the tokenizer of {name!r} has none; use prompt.template alone")
+            raise JobError(
+                f"{wants} needs a chat template, but the tokenizer of {name!r} has none; give one as prompt.chat_template, or "
+                "use prompt.template alone"
+            )
 
     def _default_columns(self) -> tuple[str, ...]:
         config = self._config
@@ -231,4 +235,7 @@ class PromptSource:
 
 
 def no_chat_template(column: str) -> RowError:
-    return RowError("bad_messages", f"the column {column!r} holds messages, but the tokenizer has no chat template")
+    return RowError(
+        "bad_messages",
+        f"the column {column!r} holds messages, but the tokenizer has no chat template; give one as prompt.chat_template",
+    )

@@ -57,6 +57,8 @@ def _token_ids(value: Any) -> Any:
 
 def _template_kwargs(value: dict[str, Any]) -> dict[str, Any]:
     decided = next((name for name in value if name in DECIDED_KWARGS), None)
+    if decided in ("tools", "documents"):
+        raise ValueError(f"holds `{decided}`, which the template gets from the rows' column of that name; put it there")
     if decided:
         raise ValueError(f"holds `{decided}`, which the run decides itself; remove it")
     try:
