@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,7 @@ def write_rows(path: Path, count: int) -> None:
 def work(rows: Path, out: Path, max_tokens: int, durable_run: bool) -> None:
     """The process that is killed: runs the job, and tells at the end what it took."""
     script = quickstart_script(slots=2048)
-    runner._executors = lambda job, prepared, sizes, progress: partial(InProcessExecutor, (script, sizes), build_worker)
+    runner._make_executor = lambda job, prepared, sizes: InProcessExecutor((script, sizes), build_worker)
     phases = Phases()
     seam = "tokabatch.data.folder"
     sys.modules[seam].DurableFiles = TimedFiles if durable_run else PlainFiles

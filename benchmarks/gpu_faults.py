@@ -89,7 +89,7 @@ class Faults(NullProgress):
     def _next_worker(self) -> psutil.Process | None:
         """The worker, once the one that was struck last is gone."""
         while not self._over.is_set():
-            for child in psutil.Process().children():
+            for child in psutil.Process().children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
                     if child.pid not in self._struck and "spawn_main" in " ".join(child.cmdline()):
                         return child

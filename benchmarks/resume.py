@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 from benchmarks.scripted_engine import QUICKSTART, build_worker, quickstart_script
@@ -50,7 +49,7 @@ def write_rows(path: Path, rows: int, words: int) -> None:
 def work(rows: Path, out: Path, begun: float) -> None:
     """One start, stopped after a few steps; prints the seconds since `begun` at which each phase began."""
     script = quickstart_script(slots=2048)
-    runner._executors = lambda job, prepared, sizes, progress: partial(InProcessExecutor, (script, sizes), build_worker)
+    runner._make_executor = lambda job, prepared, sizes: InProcessExecutor((script, sizes), build_worker)
     job = Job.load(
         {
             "model": {"path": str(QUICKSTART), "dtype": "float32"},

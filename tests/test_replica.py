@@ -24,7 +24,7 @@ from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import EngineError, StepDropped, Stopped, WorkerLost
 from tokabatch.interruption import Interruption
 from tokabatch.messages import Completion, SamplingParams, StepBatch, StepResult
-from tokabatch.replica import Replica, ReplicaCounts
+from tokabatch.replica import Replica
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
@@ -43,7 +43,6 @@ class Run:
         self.requests = token_device.make_requests(PROMPTS, [PARAMS])
         self.stops = StopRules(self.requests.sampling, [token_device.EOS], token_device.VOCAB, None)
         self.scheduler = Scheduler(self.requests, LIMITS, self.stops)
-        self.counts = ReplicaCounts()
         self.told: list[str] = []
         self.stop = Interruption()
         self.done: dict[tuple[int, int], Completion] = {}
@@ -52,17 +51,15 @@ class Run:
 
     def complete(self, each_step: Callable[[int, int], None] = lambda step, pid: None) -> None:
         """`each_step` is told how many steps are done and the worker's pid."""
-        replica = Replica(self.scheduler, self.make, counts=self.counts, stop=self.stop, tell=self.told.append, **self.options)
+        replica = Replica(self.scheduler, self.make, stop=self.stop, tell=self.told.append, **self.options)
+        self.counts = replica.counts
         try:
-            replica.start()
-            steps = 0
-            while not self.scheduler.done:
-                steps += 1
-                each_step(steps, getattr(replica._executor, "pid", 0))
-                for completion in replica.advance():
+            for steps, completions in enumerate(replica.run(), 1):
+                for completion in completions:
                     key = (completion.row_index, completion.sample_index)
                     assert key not in self.done
                     self.done[key] = completion
+                each_step(steps, getattr(replica._executor, "pid", 0))
         finally:
             replica.close()
 
@@ -314,8 +311,6 @@ def test_one_step_more_is_in_flight_while_few_samples_run(monkeypatch, few, most
 
         def close(self) -> None: ...
 
-    replica = Replica(scheduler, Device, depth=2, depth_of_few=3, counts=ReplicaCounts())
-    replica.start()
-    for _ in range(8):
-        replica.advance()
+    for _ in zip(range(9), Replica(scheduler, Device, depth=2, depth_of_few=3).run(), strict=False):
+        pass
     assert deepest == most

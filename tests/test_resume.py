@@ -136,7 +136,7 @@ def test_a_finished_run_computes_nothing_again(some_are_right, go, tmp_path, who
         raise AssertionError("the engine was started")
 
     first = go()
-    monkeypatch.setattr("tokabatch.runner._executors", refuse)
+    monkeypatch.setattr("tokabatch.runner._make_executor", refuse)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").iterdir()}
     summary = go()
     assert (summary.exit_code, summary.ok, summary.earlier, summary.output_tokens) == (0, 30, 30, 0)
@@ -301,7 +301,7 @@ def test_overwrite_keeps_the_results_of_a_job_that_cannot_work(go, tmp_path):
 
 
 def test_retry_errors_runs_error_rows_again_and_only_those(go, tmp_path, whole, monkeypatch):
-    real = runner._executors
+    real = runner._make_executor
 
     class Spoiling:
         """An engine whose logits are broken in some steps."""
@@ -319,7 +319,7 @@ def test_retry_errors_runs_error_rows_again_and_only_those(go, tmp_path, whole, 
                 result.finite[: len(result.finite) // 2] = False
             return result
 
-    monkeypatch.setattr(runner, "_executors", lambda *given: lambda: Spoiling(real(*given)()))
+    monkeypatch.setattr(runner, "_make_executor", lambda *given: Spoiling(real(*given)))
     spoilt = go()
     assert spoilt.errors > 2 and dict(spoilt.error_counts) == {"nan_logits": spoilt.errors}
     monkeypatch.undo()

@@ -66,7 +66,7 @@ def table(out: Path) -> list[tuple[Any, ...]]:
 
 
 def worker_of(parent: int) -> psutil.Process | None:
-    for child in psutil.Process(parent).children():
+    for child in psutil.Process(parent).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if "spawn_main" in " ".join(child.cmdline()):
                 return child

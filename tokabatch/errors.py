@@ -10,6 +10,7 @@
     │       └── ForeignFileError  a file among the shards that no run wrote
     ├── CommitError         exit 75: the output folder takes no more; what is committed stays, run again
     └── EngineError         exit 1: the run itself broke
+        ├── ReplicaLost     the scheduler's process died; another can go on
         ├── WorkerLost      the worker process died or hung; another can go on
         └── StepDropped     the worker had no memory for a step; it can go on with smaller ones
 
@@ -72,6 +73,10 @@ class CommitError(TokabatchError):
 
 class EngineError(TokabatchError):
     """The engine broke while running; nothing the job says would have prevented it."""
+
+
+class ReplicaLost(EngineError):
+    """The process of a scheduler is gone, and with it every sample that is not finished."""
 
 
 class WorkerLost(EngineError):

@@ -41,9 +41,8 @@ from tokabatch.job import Job
 from tokabatch.messages import Completion, Int64
 from tokabatch.preparation import Prepared
 
-BATCH_SAMPLES = 256
-"""Samples made into a table at once; fewer when `flush_seconds` are over. The next steps wait meanwhile: 256 are done within
-the step in flight, 2,048 left a GPU idle for four steps (benchmarks/LOG.md)."""
+BATCH_SAMPLES = 2048
+"""Samples made into a table at once; fewer when `flush_seconds` are over."""
 PIECE_BYTES = 64 << 20
 """Memory of the samples that wait, and of one table, both by estimate; a sample that takes more has a table of its own."""
 TOKEN_BYTES, LOGPROB_BYTES, ALTERNATIVE_BYTES = 24, 16, 16

@@ -1,22 +1,25 @@
-"""One replica at work: steps go from the scheduler to the worker, results back, whatever happens to the worker meanwhile.
+"""One replica at work: steps go from the scheduler to a worker, results back, whatever happens to the worker meanwhile.
 
-A lost worker is replaced by a new one, up to `max_restarts` times in a row without a finished sample, and the scheduler takes
-back what the old one had. A worker without memory for a step is asked for smaller ones; a second time it is replaced.
+`Replica.run` is the loop: schedule, submit, collect, apply; its caller records what it yields. The rest of the module is what
+happens to a fault. A lost worker is replaced by a new one, up to `max_restarts` times in a row without a finished sample, and
+the scheduler takes back what the old one had. After a step that a worker had no memory for, steps are halved; after a second
+one the worker is replaced.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
+from tokabatch.costs.trace import Steps
 from tokabatch.engine.executor import Executor
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import EngineError, ModelError, StepDropped, UsageError, WorkerLost
 from tokabatch.interruption import Interruption
-from tokabatch.messages import Completion, StepResult
+from tokabatch.messages import Completion
+from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.stopwatch import Stopwatch
@@ -42,6 +45,26 @@ class ReplicaCounts:
     """Steps that the device had no memory for."""
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where the work of a replica stands: copies of its figures."""
+
+    scheduled: SchedulerCounts
+    counts: ReplicaCounts
+    limits: SchedulerLimits
+    running: int
+    waiting: int
+    """Samples that run, and those that neither run nor are finished."""
+    used_pages: int
+    tokens_left: int | None
+    """Output tokens still expected, by the lengths seen so far; None where that was not asked for."""
+
+    @property
+    def kv_used(self) -> float:
+        """The fraction of the KV pages in use."""
+        return self.used_pages / self.limits.num_pages
+
+
 def scheduler_limits(sizes: ReplicaSizes) -> SchedulerLimits:
     """What the scheduler of a replica of these sizes may use."""
     return SchedulerLimits(
@@ -64,32 +87,96 @@ class Replica:
         *,
         depth: int,
         depth_of_few: int | None = None,
-        counts: ReplicaCounts,
         max_restarts: int | None = None,
         stop: Interruption | None = None,
         tell: Callable[[str], None] | None = None,
-        watch: Stopwatch | None = None,
+        num_samples: int = 0,
     ) -> None:
-        """`depth` steps are in flight at most, `depth_of_few` while few samples run; `tell` takes what a person should know,
-        `watch` is told of every step."""
-        self._scheduler = scheduler
+        """`depth` steps are in flight at most, `depth_of_few` while few samples run; `tell` takes what a person should know.
+        `num_samples` are to be drawn in all."""
+        self.scheduler = scheduler
+        self.counts = ReplicaCounts()
         self._make = make
         self._depth = depth
         self._depth_of_few = depth_of_few or depth
         self._max_restarts = max_restarts
         self._stop = stop or Interruption()
         self._tell = tell or (lambda text: None)
-        self._counts = counts
-        self._watch = watch or Stopwatch(0)
+        self._watch = Stopwatch(num_samples)
         self._barren = 0
         """Workers lost since a sample was finished."""
         self._drops = 0
         """Steps that this worker has dropped."""
-        self._executor = make()
+        self._executor: Executor | None = None
 
-    def start(self) -> list[Completion]:
-        """Load the model; returns the samples that its KV cache does not hold, as errors. Raises what the worker raises,
-        EngineError when none can be started, and Stopped."""
+    def run(self) -> Iterator[list[Completion]]:
+        """Load the model and step until every sample is finished; yields what each step finished, and first, once the model is
+        loaded, the samples that its KV cache does not hold, as errors. Raises what the first worker raises when it starts,
+        EngineError when no worker can be kept alive, ModelError when another one meets other files, and Stopped."""
+        scheduler, watch = self.scheduler, self._watch
+        self._executor = self._make()
+        yield self._start_worker()
+        while not scheduler.done:
+            try:
+                while scheduler.num_in_flight < self._steps_ahead():
+                    began = time.thread_time()
+                    step = scheduler.schedule()
+                    self.counts.host_seconds += time.thread_time() - began
+                    if step is None:
+                        break
+                    with self._stop.at_once():
+                        self._executor.submit(step)
+                    watch.submitted(step, scheduler)
+                if not scheduler.num_in_flight:
+                    raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
+                with self._stop.at_once():
+                    result = self._executor.collect()
+                began = time.thread_time()
+                completions = scheduler.apply(result)
+                self.counts.host_seconds += time.thread_time() - began
+                self.counts.launch_seconds += result.launch_seconds
+                watch.collected(len(completions))
+            except StepDropped as fault:
+                completions = self._halve_steps(fault)
+            except WorkerLost as fault:
+                completions = self._replace_worker(fault)
+            if completions:
+                self._barren = 0
+            yield completions
+
+    def standing(self, *, foresee: bool = False) -> Standing:
+        """Where the work stands now; `foresee` what is still to come, too."""
+        scheduler = self.scheduler
+        waiting = self._watch.waiting(scheduler)
+        return Standing(
+            replace(scheduler.counts),
+            replace(self.counts, restarts=self.counts.restarts.copy()),
+            scheduler.limits,
+            len(scheduler.sequences.order),
+            waiting,
+            scheduler.pool.num_used,
+            scheduler.expected_tokens_left(waiting) if foresee else None,
+        )
+
+    def steps(self) -> Steps:
+        """The steps whose results are in."""
+        return self._watch.steps()
+
+    def stop(self) -> list[Completion]:
+        """Break the work off; returns what is finished and was not yielded."""
+        return []
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._executor is not None:
+            self._executor.close()
+
+    def _steps_ahead(self) -> int:
+        return self._depth_of_few if 0 < len(self.scheduler.sequences.order) <= FEW_RUNNING else self._depth
+
+    def _start_worker(self) -> list[Completion]:
+        """Load the model; returns the samples that its KV cache does not hold, as errors."""
+        assert self._executor is not None
         failures = 0
         while True:
             try:
@@ -103,59 +190,20 @@ class Replica:
             else:
                 self._drops = 0
                 self._watch.restart()
-                return self._scheduler.settle_pages(self._executor.sizes.num_pages)
+                return self.scheduler.settle_pages(self._executor.sizes.num_pages)
 
-    def advance(self) -> list[Completion]:
-        """Go on until the next result or fault; returns the samples that it finished. Raises Stopped while waiting, EngineError
-        when no worker can be kept alive, and ModelError when another one meets other files."""
-        try:
-            result = self._next_result()
-        except StepDropped as fault:
-            return self._make_smaller(fault)
-        except WorkerLost as fault:
-            return self._replace_worker(fault)
-        self._counts.launch_seconds += result.launch_seconds
-        with self._scheduling():
-            completions = self._scheduler.apply(result)
-        self._watch.collected(len(completions))
-        if completions:
-            self._barren = 0
-        return completions
-
-    def close(self) -> None:
-        self._executor.close()
-
-    def _next_result(self) -> StepResult:
-        """Keep `depth` steps in flight and wait for the oldest."""
-        scheduler = self._scheduler
-        while scheduler.num_in_flight < (self._depth_of_few if self._few_run() else self._depth):
-            with self._scheduling():
-                step = scheduler.schedule()
-            if step is None:
-                break
-            with self._stop.at_once():
-                self._executor.submit(step)
-            self._watch.submitted(step, scheduler)
-        if not scheduler.num_in_flight:
-            raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
-        with self._stop.at_once():
-            return self._executor.collect()
-
-    def _few_run(self) -> bool:
-        return 0 < len(self._scheduler.sequences.order) <= FEW_RUNNING
-
-    def _make_smaller(self, fault: StepDropped) -> list[Completion]:
+    def _halve_steps(self, fault: StepDropped) -> list[Completion]:
         """The step is dropped and the steps are halved; what was under way is computed again. Once for each worker."""
-        self._counts.dropped_steps += 1
+        assert self._executor is not None
+        self.counts.dropped_steps += 1
         self._drops += 1
         if self._drops > 1:
             remedy = "lower engine.kv_cache_tokens, engine.max_running or engine.max_step_tokens"
             return self._replace_worker(WorkerLost(f"{fault}, again; {remedy}", "out of memory"))
-        scheduler = self._scheduler
-        scheduler.lost_device()
-        scheduler.halve()
+        self.scheduler.lost_device()
+        self.scheduler.halve()
         self._watch.restart()
-        limits = scheduler.limits
+        limits = self.scheduler.limits
         self._tell(
             f"{fault}. The run goes on with steps of at most {limits.max_step_tokens:,} tokens and {limits.max_running:,} "
             "samples (engine.max_step_tokens, engine.max_running)"
@@ -167,15 +215,16 @@ class Replica:
         return []
 
     def _replace_worker(self, fault: WorkerLost) -> list[Completion]:
-        before = self._scheduler.counts.requeued
-        completions = self._scheduler.lost_device(str(fault).splitlines()[0])
+        """Returns the samples that are given up because they killed their worker, as errors."""
+        before = self.scheduler.counts.requeued
+        completions = self.scheduler.lost_device(str(fault).splitlines()[0])
         for row in sorted({completion.row_index for completion in completions}):
             self._tell(f"row {row} has killed the worker again, running alone: it becomes an error row (worker_crash)")
         if completions:
             self._barren = 0
-        self._renew(fault, f"{self._scheduler.counts.requeued - before:,} running samples keep their tokens and go on")
+        self._renew(fault, f"{self.scheduler.counts.requeued - before:,} running samples keep their tokens and go on")
         try:
-            completions += self.start()
+            completions += self._start_worker()
         except UsageError as error:
             # The job could be started once: it is not the job that is wrong. The model's files may have been replaced since.
             kind = ModelError if isinstance(error, ModelError) else EngineError
@@ -183,17 +232,12 @@ class Replica:
         return completions
 
     def _renew(self, fault: WorkerLost, consequence: str) -> None:
-        """Put a new worker, not yet started, in the place of a lost one. Raises where no other is to be started."""
-        self._executor.close()
-        self._note(fault, consequence)
-        self._executor = self._make()
-
-    def _note(self, fault: WorkerLost, consequence: str) -> None:
-        """Count a lost worker, and say so. Raises where another is not to be started."""
+        """Put a new worker, not yet started, in the place of a lost one, and say so. Raises where no other is to be started."""
+        self.close()
         self._stop.check()
         if self._max_restarts is None:
             raise fault
-        self._counts.restarts[fault.cause] += 1
+        self.counts.restarts[fault.cause] += 1
         self._barren += 1
         if self._barren > self._max_restarts:
             raise EngineError(
@@ -201,13 +245,7 @@ class Replica:
                 "(engine.max_restarts); giving up. What is finished is committed."
             ) from fault
         reason, *details = str(fault).splitlines()
-        self._tell(f"{reason}. Starting another (restart {self._counts.restarts.total()}); {consequence}")
+        self._tell(f"{reason}. Starting another (restart {self.counts.restarts.total()}); {consequence}")
         if details:
             self._tell("\n".join(details))
-
-    @contextmanager
-    def _scheduling(self) -> Generator[None]:
-        """Counts the CPU time of what runs inside as the scheduler's."""
-        begin = time.thread_time()
-        yield
-        self._counts.host_seconds += time.thread_time() - begin
+        self._executor = self._make()

@@ -36,14 +36,14 @@ from tokabatch.job import Job
 from tokabatch.preparation import Prepared, special_ids
 from tokabatch.pricing import device_name, has_known_rates, price_steps, read_profile, size_replica
 from tokabatch.recorder import Recorder
-from tokabatch.replica import Replica, ReplicaCounts, scheduler_limits
+from tokabatch.replica import Replica, Standing, scheduler_limits
+from tokabatch.replica_process import Build, ReplicaProcess, can_fork
 from tokabatch.report.progress import ExpendableProgress, NullProgress, Phase, Progress, ProgressSnapshot
 from tokabatch.report.summary import RunSummary
 from tokabatch.resumption import Reuse, Start, start
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.scheduler import Scheduler
 from tokabatch.scheduling.stopping import StopRules, TokenText
-from tokabatch.stopwatch import Stopwatch
 
 EXIT_COMPLETE, EXIT_STALLED, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED = 0, 2, 3, 4, 75
 
@@ -78,13 +78,15 @@ def run(
         workers.callback(prepared.store.close)
         sizes = size_replica(job, prepared, profile)
         _tell_of_unknown_device(prepared, profile, sizes, clock.progress)
-        scheduler = Scheduler(prepared.requests, scheduler_limits(sizes), _stop_rules(prepared))
-        parts = _Parts(job, started, scheduler, recorder, clock, stop, Stopwatch(int(prepared.num_samples.sum())))
+        replica = _make_replica(job, started, sizes, recorder, claim, stop, clock.progress)
+        # Closed last: what is finished is committed first, a GPU's process takes a second to end.
+        workers.callback(replica.close)
+        parts = _Parts(job, started, replica, recorder, clock, stop)
         try:
             exit_code = _record_failures(parts)
             if exit_code == EXIT_COMPLETE and len(prepared.requests):
-                exit_code = _complete(parts, _executors(job, prepared, sizes, clock.progress), workers)
-                _check_trace(job, scheduler.counts, clock.progress)
+                exit_code = _generate(parts)
+                _check_trace(job, replica.standing().scheduled, clock.progress)
             parts.show("writing")
             with claim.committing():
                 books = _close_books(parts, claim)
@@ -92,6 +94,7 @@ def run(
             exit_code = _judge(books, job) if books.closed else exit_code or EXIT_BOOKS
         except CommitError as error:
             clock.progress.message(str(error))
+            replica.stop()
             with suppress(TokabatchError):
                 recorder.finish()
             exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, prepared.samples_of_row, names=claim.committed)
@@ -104,7 +107,7 @@ def run(
             # Whatever it is: what is finished is on disk before the caller hears of it.
             _commit_finished(parts)
             raise
-        steps = parts.watch.steps()
+        steps = replica.steps()
         summary = _summary(parts, steps, profile, exit_code, stalled=stalled)
         with suppress(OSError, CommitError):
             # Where the disk is full, or another run writes, the summary goes to the caller alone.
@@ -165,7 +168,8 @@ class _Clock:
         return time.perf_counter() - self.begun
 
     def loaded(self) -> None:
-        self.load_seconds = self.elapsed
+        """The model is; what comes after the first time is not heard."""
+        self.load_seconds = self.load_seconds or self.elapsed
 
     def reading(self, rows: int, errors: int) -> None:
         self.progress.update(ProgressSnapshot("reading", self.elapsed, rows_done=rows, errors=errors))
@@ -187,21 +191,18 @@ class _Parts:
 
     job: Job
     started: Start
-    scheduler: Scheduler
+    replica: Replica | ReplicaProcess
     recorder: Recorder
     clock: _Clock
     stop: Interruption
-    watch: Stopwatch
-    replica: ReplicaCounts = field(default_factory=ReplicaCounts)
 
     def show(self, phase: Phase) -> None:
         """Tell the display where the run stands, if that is due."""
         if not self.clock.is_due(phase):
             return
-        prepared, scheduler = self.started.left, self.scheduler
-        counts, running = scheduler.counts, len(scheduler.sequences.order)
+        prepared, standing = self.started.left, self.replica.standing(foresee=True)
+        counts = standing.scheduled
         left = int(prepared.num_samples.sum())
-        waiting = max(0, left - counts.finished - running)
         self.clock.progress.update(
             ProgressSnapshot(
                 phase=phase,
@@ -213,10 +214,10 @@ class _Parts:
                 errors=self.recorder.num_errors,
                 tokens_in=counts.prompt_tokens,
                 tokens_out=counts.output_tokens,
-                kv_used=scheduler.pool.num_used / scheduler.pool.num_pages,
-                running=running,
-                waiting=waiting,
-                tokens_left=scheduler.expected_tokens_left(waiting),
+                kv_used=standing.kv_used,
+                running=standing.running,
+                waiting=standing.waiting,
+                tokens_left=standing.tokens_left,
             )
         )
         self.clock.shown(phase)
@@ -257,40 +258,79 @@ def _judge(books: Books, job: Job) -> int:
     return EXIT_ERRORS if books.errors > job.errors.max_fraction * books.samples else EXIT_COMPLETE
 
 
-def _complete(parts: _Parts, make: Callable[[], Executor], workers: ExitStack) -> int:
-    """Load the model and step until every sample is finished; the run's exit code so far. The worker is closed with `workers`:
-    what is finished is committed first, a GPU's process takes a second to end."""
-    job, prepared, scheduler, recorder = parts.job, parts.started.left, parts.scheduler, parts.recorder
-    depth, unwritable = job.engine.queue_depth, recorder.num_unwritable
-    replica = Replica(
-        scheduler,
-        make,
-        depth=(2 if prepared.device == "cuda" else 1) if depth == "auto" else depth,
-        depth_of_few=3 if prepared.device == "cuda" and depth == "auto" else None,
-        counts=parts.replica,
-        max_restarts=job.engine.max_restarts if _runs_apart(job, prepared) else None,
-        stop=parts.stop,
-        tell=parts.clock.progress.message,
-        watch=parts.watch,
-    )
-    workers.callback(replica.close)
+def _generate(parts: _Parts) -> int:
+    """Record what the replica finishes until all is done, or the run is to stop; the run's exit code so far."""
+    recorder, unwritable = parts.recorder, parts.recorder.num_unwritable
     parts.show("loading")
     try:
-        completions = replica.start()
-        parts.clock.loaded()
-        while True:
+        for completions in parts.replica.run():
+            parts.clock.loaded()
             recorder.add(completions)
             parts.show("generating")
-            if asked := parts.stop.poll():
-                return asked
+            exit_code = parts.stop.poll()
             failed = any(c.error_code is not None for c in completions) or recorder.num_unwritable > unwritable
-            if job.errors.policy == "stop" and failed:
-                return EXIT_STOPPED
-            if scheduler.done:
-                return EXIT_COMPLETE
-            completions = replica.advance()
+            if parts.job.errors.policy == "stop" and failed:
+                exit_code = exit_code or EXIT_STOPPED
+            if exit_code:
+                break
+        else:
+            return EXIT_COMPLETE
     except Stopped as stopped:
-        return stopped.exit_code
+        exit_code = stopped.exit_code
+    recorder.add(parts.replica.stop())
+    return exit_code
+
+
+def _make_replica(
+    job: Job,
+    started: Start,
+    sizes: ReplicaSizes,
+    recorder: Recorder,
+    claim: Claim,
+    stop: Interruption,
+    progress: Progress,
+) -> Replica | ReplicaProcess:
+    """What does the steps: in this process where its worker is, else in one of its own."""
+    prepared, stops = started.left, _stop_rules(started.left)
+    apart, depth, on_gpu = _runs_apart(job, prepared), job.engine.queue_depth, prepared.device == "cuda"
+    build = partial(
+        Replica,
+        make=partial(_make_executor, job, prepared, sizes),
+        depth=(2 if on_gpu else 1) if depth == "auto" else depth,
+        depth_of_few=3 if on_gpu and depth == "auto" else None,
+        max_restarts=job.engine.max_restarts if apart else None,
+        num_samples=int(prepared.num_samples.sum()),
+    )
+
+    def rebuild(lost: Standing) -> Build:
+        """What is finished is read back from the folder, as by the next start of the run; the counts go on."""
+        recorder.finish()
+        committed = read_committed(claim.folder, prepared.samples_of_row, names=claim.committed)
+        left = Start.after(committed, started.prepared).left
+        scheduler = Scheduler(left.requests, scheduler_limits(sizes), stops)
+        scheduler.counts = replace(
+            lost.scheduled,
+            finished=int(prepared.num_samples.sum() - left.num_samples.sum()),
+            finished_prompts=len(prepared.requests) - len(left.requests),
+        )
+        return partial(build, scheduler)
+
+    first = partial(build, Scheduler(prepared.requests, scheduler_limits(sizes), stops))
+    if len(prepared.requests):
+        _, obstacle = choose_backend(prepared.device, prepared.dtype, prepared.spec.head_dim)
+        if obstacle:
+            progress.message(f"attention runs in plain torch, many times slower than FlashInfer's kernels: {obstacle}")
+    if apart and can_fork():
+        return ReplicaProcess(
+            first,
+            rebuild,
+            stop=stop,
+            tell=progress.message,
+            max_restarts=job.engine.max_restarts,
+            interval=progress.interval,
+            leave=claim.leave,
+        )
+    return first(stop=stop, tell=progress.message)
 
 
 def _runs_apart(job: Job, prepared: Prepared) -> bool:
@@ -298,11 +338,9 @@ def _runs_apart(job: Job, prepared: Prepared) -> bool:
     return prepared.device == "cuda" if job.engine.process == "auto" else job.engine.process
 
 
-def _executors(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Progress) -> Callable[[], Executor]:
-    """What makes the replica's executor, and another where that one is lost."""
-    backend, obstacle = choose_backend(prepared.device, prepared.dtype, prepared.spec.head_dim)
-    if obstacle:
-        progress.message(f"attention runs in plain torch, many times slower than FlashInfer's kernels: {obstacle}")
+def _make_executor(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> Executor:
+    """A worker that is not started yet."""
+    backend, _ = choose_backend(prepared.device, prepared.dtype, prepared.spec.head_dim)
     spec = WorkerSpec(
         folder=prepared.folder,
         files=prepared.files,
@@ -317,8 +355,8 @@ def _executors(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: Prog
         trace=job.trace and TraceSpec(Path(job.trace.path), job.trace.start, job.trace.steps),
     )
     if _runs_apart(job, prepared):
-        return partial(ProcessExecutor, spec, patience=Patience.of(job.engine.hang_seconds))
-    return partial(InProcessExecutor, spec)
+        return ProcessExecutor(spec, patience=Patience.of(job.engine.hang_seconds))
+    return InProcessExecutor(spec)
 
 
 def _tell_of_unknown_device(prepared: Prepared, profile: SavedProfile | None, sizes: ReplicaSizes, progress: Progress) -> None:
@@ -346,8 +384,9 @@ def _stop_rules(prepared: Prepared) -> StopRules:
 
 
 def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_code: int, *, stalled: bool) -> RunSummary:
-    seconds, prepared, scheduler = parts.clock.elapsed, parts.started.left, parts.scheduler
-    counts, recorder, replica = scheduler.counts, parts.recorder, parts.replica
+    seconds, prepared, recorder = parts.clock.elapsed, parts.started.left, parts.recorder
+    standing = parts.replica.standing()
+    counts, replica, limits = standing.scheduled, standing.counts, standing.limits
     predicted = _predicted(prepared, steps, profile)
     return RunSummary(
         rows=prepared.store.num_rows,
@@ -369,8 +408,8 @@ def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_cod
         preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,
         waited_steps=counts.waited_steps,
-        max_running=scheduler.limits.max_running,
-        max_step_tokens=scheduler.limits.max_step_tokens,
+        max_running=limits.max_running,
+        max_step_tokens=limits.max_step_tokens,
         host_seconds=replica.host_seconds,
         restarts=tuple(sorted(replica.restarts.items())),
         requeued=counts.requeued,
@@ -378,10 +417,10 @@ def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_cod
         launch_seconds=replica.launch_seconds,
         step_seconds=steps.seconds,
         tail_seconds=tail_seconds(steps),
-        num_pages=scheduler.pool.num_pages,
+        num_pages=limits.num_pages,
         device=device_name(prepared.device),
         itemsize=prepared.dtype.itemsize,
-        kv_use=steps.mean("pages") / scheduler.pool.num_pages,
+        kv_use=steps.mean("pages") / limits.num_pages,
         predicted_seconds=predicted[0] if predicted else None,
         predicted_by=predicted[1] if predicted else "",
         error_counts=tuple(sorted(recorder.error_counts.items())),

@@ -18,7 +18,7 @@ from support import faulty_files, mutants
 from tokabatch import Job, pricing, recorder, run, runner
 from tokabatch.data import folder
 from tokabatch.data.tokenizer_files import load_tokenizer
-from tokabatch.engine.executor import InProcessExecutor, ProcessExecutor
+from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import TokabatchError
 from tokabatch.job import ModelConfig
@@ -28,15 +28,15 @@ STEP_SECONDS = 0.002
 BATCH_SAMPLES = 4
 
 
-def _within(script: Script, job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: object) -> Any:
-    return partial(InProcessExecutor, (script, sizes), build_worker)
+def _make_within(script: Script, job: Job, prepared: Prepared, sizes: ReplicaSizes) -> Executor:
+    return InProcessExecutor((script, sizes), build_worker)
 
 
-def _apart(script: Script, job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: object) -> Any:
+def _make_apart(script: Script, job: Job, prepared: Prepared, sizes: ReplicaSizes) -> Executor:
     """The worker in a process of its own: forked, as nothing here has threads or a GPU and importing takes seconds."""
     fork = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method=None: fork
-    return partial(ProcessExecutor, (script, sizes), build_worker)
+    return ProcessExecutor((script, sizes), build_worker)
 
 
 class PowerCut(BaseException):
@@ -54,7 +54,7 @@ class Child:
     def run(self, request: dict[str, Any], told: int) -> int:
         """The exit code, as `tokabatch run` would have it; `told` is a descriptor for what there is to tell."""
         script = quickstart_script(slots=64, step_seconds=request.get("step_seconds", STEP_SECONDS))
-        runner._executors = partial(_apart if request.get("apart") else _within, script)
+        runner._make_executor = partial(_make_apart if request.get("apart") else _make_within, script)
         recorder.BATCH_SAMPLES = BATCH_SAMPLES
         if request.get("mutant"):
             mutants.MUTANTS[request["mutant"]]()

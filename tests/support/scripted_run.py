@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,12 +28,12 @@ def scripted_engine(script: Script | None = None) -> Generator[Script]:
     """Inside, every run's engine is the scripted one."""
     script = script or quickstart_script(slots=64)
 
-    def executors(job: Job, prepared: Prepared, sizes: ReplicaSizes, progress: object) -> Callable[[], Executor]:
-        return partial(InProcessExecutor, (script, sizes), build_worker)
+    def make_executor(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> Executor:
+        return InProcessExecutor((script, sizes), build_worker)
 
     measured = pricing.present_device("cpu")
     with (
-        mock.patch.object(runner, "_executors", executors),
+        mock.patch.object(runner, "_make_executor", make_executor),
         mock.patch.object(pricing, "measure_processor", lambda memory: replace(measured, memory=memory)),
     ):
         yield script

@@ -212,6 +212,13 @@ class Claim:
             self._descriptor = None
         self.files.let_go()
 
+    def leave(self) -> None:
+        """Let go of the claim in a forked child: it stays the parent's, and ends with the parent."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        self.files.let_go()
+
     def __enter__(self) -> Claim:
         return self
 

@@ -59,7 +59,7 @@ class Pulse:
 
     def start(self) -> None:
         """Begin to send, and end this process as soon as the parent has ended."""
-        _die_with_parent()
+        die_with_parent()
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 
     def _beat(self) -> None:
@@ -72,7 +72,7 @@ class Pulse:
             os._exit(0)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Linux kills this process when the thread that started it ends, even where it is stopped and sends no signs."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
