@@ -78,6 +78,9 @@ class ScriptedWorker:
     def close(self) -> None:
         """Nothing is held."""
 
+    def make_ahead(self) -> None:
+        """Everything is ready."""
+
     def launch(self, step: StepBatch) -> Answered:
         self._row[step.inits.slot], self._sample[step.inits.slot] = step.inits.row, step.inits.sample
         if self._script.step_seconds:

@@ -5,7 +5,6 @@ job ─► start (rows, prompts, plan order; what is done already) ─► sizes 
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -25,7 +24,7 @@ from tokabatch.data.joining import join_small
 from tokabatch.data.manifest import Books, mark_success, read_summary, write_summary
 from tokabatch.data.shards import shard_number
 from tokabatch.data.steps import write_steps
-from tokabatch.engine.executor import WORKER_NAME, Executor, InProcessExecutor, ProcessExecutor
+from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.warm_up import kinds_of_drawing
@@ -67,7 +66,6 @@ def run(
     neither committed anything. While the input is still read there is nothing to commit: it ends in Stopped (a
     KeyboardInterrupt) and leaves the folder as it was.
     """
-    _refuse_in_worker()
     clock, reuse = _Clock(ExpendableProgress(progress or NullProgress())), Reuse(overwrite, retry_errors, repair)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
     profile = read_profile(job)
@@ -145,12 +143,6 @@ def _earlier_summary(claim: Claim) -> dict[str, Any]:
         return read_summary(claim.folder)
     except DamageError:
         return {}
-
-
-def _refuse_in_worker() -> None:
-    """A script that calls `run` where it stands calls it again in the worker's process, which imports the script."""
-    if multiprocessing.current_process().name == WORKER_NAME:
-        raise UsageError('a script must call tokabatch.run under `if __name__ == "__main__":`, for its worker imports it, too')
 
 
 @dataclass(slots=True)

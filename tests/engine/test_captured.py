@@ -15,7 +15,7 @@ from support import tiny_models, token_device
 from support.interpreter import DEVICES, INTERPRETING
 
 from tokabatch.attention.base import KVShape
-from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, PATIENCE, Ladder, Recorder, coarse_size, size_above
+from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, WORTH, Ladder, Recorder, coarse_size, size_above
 from tokabatch.engine.sizing import ReplicaSizes, kv_shape
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.messages import Completion, SamplingParams
@@ -41,16 +41,35 @@ def test_sizes_are_near_above(steps):
 
 
 def test_a_size_is_captured_once_it_is_wanted_often():
-    made = []
+    made: list[tuple[int, str]] = []
     ladder = Ladder(5000, lambda size, kind: made.append((size, kind)))
-    taken = [ladder.size(1040, "a") for _ in range(PATIENCE + 1)]
-    assert taken == [1536] * (PATIENCE - 1) + [1056] * 2
+    filled = 0
+    while filled < WORTH:
+        assert ladder.size(1040, "a") == 1536
+        filled += 1536 - 1056
+    ladder.at(1536, "a")
+    assert ladder.make_ahead() and made == [(1536, "a"), (1056, "a")]
     ladder.at(1056, "a")
-    ladder.at(1056, "a")
-    assert made == [(1056, "a")]
+    assert len(made) == 2
     assert ladder.size(1050, "a") == 1056 and ladder.size(1030, "a") == 1056 and ladder.size(1030, "b") == 1536
     assert ladder.size(4999, "a") == 5000 and ladder.size(1, "a") == 1 and ladder.size(300, "a") == 512
     assert all(coarse_size(count, 5000) >= ladder.size(count, "a") >= count for count in range(1, 5001))
+
+
+def test_the_sizes_below_are_captured_before_fewer_samples_are_left():
+    made: list[tuple[int, str]] = []
+    ladder = Ladder(5000, lambda size, kind: made.append((size, kind)))
+    assert not ladder.make_ahead()
+    ladder.at(ladder.size(2100, "a"), "a")
+    ladder.expect("b")
+    while ladder.make_ahead():
+        pass
+    assert made[:5] == [(3072, "a"), (2048, "a"), (2048, "b"), (1536, "a"), (1536, "b")]
+    assert len(made) == len(set(made)) and made[-2:] == [(1, "a"), (1, "b")]
+    before = len(made)
+    for count in range(2048, 0, -1):
+        ladder.at(ladder.size(count, "a"), "a")
+    assert len(made) == before
 
 
 class Redoing:
@@ -111,6 +130,9 @@ def generate(
     done: list[Completion] = []
     while not scheduler.done:
         done += scheduler.apply(worker.run(scheduler.schedule()))
+        if not INTERPRETING:
+            # In the place of a recorder it would compute what is captured.
+            worker.make_ahead()
     return sorted(done, key=lambda c: (c.row_index, c.sample_index))
 
 

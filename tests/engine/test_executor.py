@@ -81,24 +81,23 @@ def test_close_ends_the_process(spec):
 
 PARENT = """
 import os, sys
-if __name__ == "__main__":
-    sys.path.insert(0, {support!r})
-    from pathlib import Path
-    from support.scripted_worker import Script, build
-    from tokabatch.engine.executor import ProcessExecutor
-    from tokabatch.messages import SamplingParams
-    from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-    from tokabatch.scheduling.stopping import StopRules
-    from support.token_device import make_requests
-    limits = SchedulerLimits(4, 16, 2, 32, 8, None)
-    if {when!r} == "loading":
-        os.write(1, b"0\\n")
-    executor = ProcessExecutor(Script(limits, [[1, 2, 3]], Path({marks!r}), load_seconds={load}, sleep={{1: 300.0}}), build)
-    executor.start()
-    os.write(1, f"{{executor.pid}}\\n".encode())
-    requests = make_requests([[1, 2, 3]], [SamplingParams(max_tokens=6)])
-    executor.submit(Scheduler(requests, limits, StopRules(requests.sampling, [], 97, None)).schedule())
-    executor.collect()
+sys.path.insert(0, {support!r})
+from pathlib import Path
+from support.scripted_worker import Script, build
+from tokabatch.engine.executor import ProcessExecutor
+from tokabatch.messages import SamplingParams
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
+from tokabatch.scheduling.stopping import StopRules
+from support.token_device import make_requests
+limits = SchedulerLimits(4, 16, 2, 32, 8, None)
+if {when!r} == "loading":
+    os.write(1, b"0\\n")
+executor = ProcessExecutor(Script(limits, [[1, 2, 3]], Path({marks!r}), load_seconds={load}, sleep={{1: 300.0}}), build)
+executor.start()
+os.write(1, f"{{executor.pid}}\\n".encode())
+requests = make_requests([[1, 2, 3]], [SamplingParams(max_tokens=6)])
+executor.submit(Scheduler(requests, limits, StopRules(requests.sampling, [], 97, None)).schedule())
+executor.collect()
 """
 
 

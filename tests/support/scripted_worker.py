@@ -66,6 +66,9 @@ class ScriptedWorker:
     def close(self) -> None:
         """Nothing is held."""
 
+    def make_ahead(self) -> None:
+        """Everything is ready."""
+
     def launch(self, step: StepBatch) -> Finished:
         script = self.script
         self.steps += 1

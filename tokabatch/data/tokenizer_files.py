@@ -13,9 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import transformers
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tokabatch.data.tokenizer import Tokenizer
 from tokabatch.errors import ModelError
@@ -23,6 +24,7 @@ from tokabatch.job import ModelConfig
 
 TOKENIZER_JSON, CONFIGS = "tokenizer.json", ("tokenizer_config.json", "config.json")
 OTHER_FILES = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# transformers loads AutoTokenizer where it is first named, which takes seconds: not on import, then.
 CLASS_ALIASES = ('"PreTrainedTokenizerFast"', '"TokenizersBackend"')
 """Two names of one class; to find it by the first, transformers imports every model that it has, which takes seconds."""
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -50,7 +52,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
             "that has it as model.tokenizer"
         )
     has_file = (folder / TOKENIZER_JSON).is_file()
-    loader: Any = PreTrainedTokenizerFast if has_file else AutoTokenizer
+    loader: Any = PreTrainedTokenizerFast if has_file else transformers.AutoTokenizer
     try:
         loaded: Any = loader.from_pretrained(
             str(folder) if has_file else name,
@@ -97,7 +99,7 @@ def _load_as_auto(folder: Path, copy: Path) -> Backend:
     # A whole configuration is needed only where no class is named; to import it takes seconds.
     config = SimpleNamespace(model_type=model.get("model_type", ""), tokenizer_class=model.get("tokenizer_class"))
     known = {"config": config} if tokenizer.get("tokenizer_class") else {}
-    auto: Any = AutoTokenizer.from_pretrained(str(copy), trust_remote_code=False, **known)
+    auto: Any = transformers.AutoTokenizer.from_pretrained(str(copy), trust_remote_code=False, **known)
     return auto.backend_tokenizer
 
 

@@ -12,7 +12,7 @@ dimension, E hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -100,7 +100,13 @@ class BodyGraphs:
             return None
         kind = BodyKind(plan.has_tiles, plan.reads_much)
         size = self._ladder.size(count, kind)
+        # Samples get longer, and others begin.
+        self._ladder.expect(replace(kind, long=not kind.long))
         return BodyStep(size, kind, self._laid_out(step, plan, size))
+
+    def make_ahead(self) -> bool:
+        """See `Ladder`."""
+        return self._ladder.make_ahead()
 
     def run(self, step: BodyStep, words: torch.Tensor) -> None:
         """Launch it; `words` are the step's, on the device."""
@@ -205,6 +211,10 @@ class HeadGraphs:
         columns[:, : len(rows)] = rows, slots, positions
         return HeadStep(size, kind, columns.reshape(-1))
 
+    def make_ahead(self) -> bool:
+        """See `Ladder`."""
+        return self._ladder.make_ahead()
+
     def run(self, step: HeadStep, words: torch.Tensor) -> torch.Tensor:
         """Launch it; the draws as `Sampled.packed` has them, for the whole size, until the next head of that size runs."""
         self._words[: len(words)].copy_(words)
@@ -256,6 +266,10 @@ class CapturedSteps:
         """Compile all kernels, and capture the largest of each: what the slots have been opened for so far is drawn."""
         self.body.prepare()
         self.head.prepare(HeadKind(*self._slots.kinds(np.arange(len(self._slots.words) - 1, dtype=np.int32))))
+
+    def make_ahead(self) -> bool:
+        """Capture one graph that will be wanted; False where there is none."""
+        return self.body.make_ahead() or self.head.make_ahead()
 
 
 def captured_on_gpu(

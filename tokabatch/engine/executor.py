@@ -10,13 +10,16 @@ import multiprocessing
 import pickle
 import queue
 import signal
+import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -53,6 +56,10 @@ class Launches(Protocol):
     def sizes(self) -> ReplicaSizes: ...
 
     def launch(self, step: StepBatch) -> Running: ...
+
+    def make_ahead(self) -> None:
+        """Get ready what steps to come will want. Called while the device has a step behind the one that runs."""
+        ...
 
     def close(self) -> None: ...
 
@@ -108,6 +115,7 @@ class InProcessExecutor:
     def submit(self, step: StepBatch) -> None:
         try:
             self._launched.append(self._started().launch(step))
+            self._started().make_ahead()
         except (RuntimeError, MemoryError) as error:
             raise _dropped(step, error) from error
 
@@ -221,9 +229,22 @@ def _start_shielded(process: BaseProcess) -> None:
     """Start it with the signals held back that the parent deals with, until it ignores them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, child.PARENTS_SIGNALS)
     try:
-        process.start()
+        with _without_main():
+            process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _without_main() -> Generator[None]:
+    """Processes spawned inside do not import the program's main module: a worker needs nothing of it. It would take seconds,
+    and a script that calls `run` where it stands would call it again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _signal_name(number: int) -> str:
@@ -255,14 +276,19 @@ def _serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any], pulse:
 
 
 def _work(launcher: Launches, steps: queue.SimpleQueue[StepBatch | Resume | None], pipe: Connection, pulse: Pulse) -> None:
-    """Launch what arrives, ahead of sending back what is done: the device always has the next step queued."""
+    """Launch what arrives, ahead of sending back what is done: the device always has the next step queued. Between two launches
+    a moment goes to what later steps will want."""
     launched: deque[Running] = deque()
+    ahead = False
     while True:
         try:
             step = steps.get(timeout=POLL_SECONDS if launched else None)
         except queue.Empty:
             if launched[0].done:
                 _send_back(launched.popleft(), pipe, pulse)
+            elif ahead and len(launched) > 1:
+                launcher.make_ahead()
+                ahead = False
             continue
         if step is None:
             return
@@ -271,6 +297,7 @@ def _work(launcher: Launches, steps: queue.SimpleQueue[StepBatch | Resume | None
         pulse.begun += 1
         try:
             launched.append(launcher.launch(step))
+            ahead = True
         except (RuntimeError, MemoryError) as error:
             dropped = _dropped(step, error)
             while launched:

@@ -1,4 +1,4 @@
-"""CUDA graphs for a ladder of sizes, captured when they are first wanted, in one memory.
+"""CUDA graphs for a ladder of sizes, captured when they are first wanted or, better, shortly before, in one memory.
 
 Knows nothing of steps: `captured` says what is computed at each size.
 """
@@ -6,7 +6,7 @@ Knows nothing of steps: `captured` says what is computed at each size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 import torch
@@ -15,9 +15,9 @@ FINEST, FINE_STEPS, COARSE_STEPS = 32, 32, 2
 """Sizes from one power of two to the next; few of them are captured at once."""
 SMALL = 1024
 """Up to here a step takes hardly longer than one of half the size: a power of two each is enough."""
-PATIENCE = 16
-"""Steps of one size from which its own graph is worth capturing, which takes the host some 20 ms: until then they are filled up
-to a coarser one."""
+WORTH = 16_384
+"""Tokens that steps of one size were filled up with to a coarser one, from which its own graph is worth capturing: that takes
+the host some 20 ms."""
 
 Kind = TypeVar("Kind", bound=Hashable)
 Made = TypeVar("Made")
@@ -65,6 +65,14 @@ def coarse_size(count: int, most: int) -> int:
     return min(most, size_above(count, 1 if count <= SMALL else COARSE_STEPS))
 
 
+def coarse_sizes(most: int) -> Iterator[int]:
+    """All of them, in order."""
+    size = 0
+    while size < most:
+        size = coarse_size(size + 1, most)
+        yield size
+
+
 class Ladder(Generic[Kind, Made]):
     """What was captured, by size and kind. Sizes end at `most`."""
 
@@ -72,7 +80,11 @@ class Ladder(Generic[Kind, Made]):
         self.most = most
         self._make = make
         self._made: dict[tuple[int, Kind], Made] = {}
-        self._wanted: Counter[tuple[int, Kind]] = Counter()
+        self._filled: Counter[tuple[int, Kind]] = Counter()
+        self._worth: list[tuple[int, Kind]] = []
+        self._kinds: dict[Kind, None] = {}
+        self._last = 0
+        self._coarse = sorted(coarse_sizes(most), reverse=True)
 
     def at(self, size: int, kind: Kind) -> Made:
         if (size, kind) not in self._made:
@@ -80,13 +92,35 @@ class Ladder(Generic[Kind, Made]):
         return self._made[size, kind]
 
     def size(self, count: int, kind: Kind) -> int:
-        """The size that `count` tokens or rows, at most `most`, shall run at: the next one where that was captured, or is
-        wanted so often that it is worth it; until then a larger one."""
+        """The size that `count` tokens or rows, at most `most`, shall run at: the next one where that was captured, else the
+        smallest that was, or a coarse one."""
+        self.expect(kind)
         coarse = coarse_size(count, self.most)
         fine = coarse if count <= SMALL else min(self.most, size_above(count, FINE_STEPS))
         if (fine, kind) in self._made:
+            self._last = fine
             return fine
-        self._wanted[fine, kind] += 1
-        if self._wanted[fine, kind] >= PATIENCE:
-            return fine
-        return min((size for size, other in self._made if other == kind and count <= size <= coarse), default=coarse)
+        size = min((size for size, other in self._made if other == kind and count <= size <= coarse), default=coarse)
+        before = self._filled[fine, kind]
+        self._filled[fine, kind] += size - fine
+        if before < WORTH <= self._filled[fine, kind]:
+            self._worth.append((fine, kind))
+        self._last = size
+        return size
+
+    def expect(self, kind: Kind) -> None:
+        """Steps of this kind may follow."""
+        self._kinds.setdefault(kind)
+
+    def make_ahead(self) -> bool:
+        """Capture one that will be wanted, while the device is busy: one that is worth it, or the next smaller coarse size, as
+        samples end and fewer are left. False where there is none."""
+        while self._worth:
+            if (wanted := self._worth.pop()) not in self._made:
+                self.at(*wanted)
+                return True
+        smaller = ((size, kind) for size in self._coarse if size < self._last for kind in self._kinds)
+        wanted = next((each for each in smaller if each not in self._made), None)
+        if wanted is not None:
+            self.at(*wanted)
+        return wanted is not None

@@ -64,6 +64,10 @@ class Launcher:
             launched = self._worker.launch(step)
         return TimedLaunch(launched, time.thread_time() - begin)
 
+    def make_ahead(self) -> None:
+        """See `Worker`."""
+        self._worker.make_ahead()
+
     def close(self) -> None:
         """Writes the trace where the steps ended before it was complete."""
         if self._trace is not None:

@@ -122,6 +122,12 @@ class Worker:
         self._slots.store(slot_A.tensor, words_AW.tensor)
         return Launched(step.index, compute(), int(np.count_nonzero(step.run_samples)))
 
+    @torch.inference_mode()
+    def make_ahead(self) -> None:
+        """Get ready what steps to come will want, for some 20 ms: to be called while the device is busy."""
+        if self._captured is not None:
+            self._captured.make_ahead()
+
     def _by_kernels(self, step: StepBatch, outbox: Outbox) -> Callable[[], Sampled]:
         """Kernel by kernel; what is returned computes the step once the outbox is sent."""
         hidden = self._hidden(step, outbox)
