@@ -249,6 +249,19 @@ def test_other_weights_tokenizers_and_rows_are_refused(go, model, rows, tmp_path
         go()
 
 
+def test_a_chat_template_is_known_by_its_text(go, tmp_path):
+    files = [tmp_path / name for name in ("chat.jinja", "moved.jinja")]
+    for file in files:
+        file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}!")
+    go(steps=20, prompt={"chat_template": str(files[0])})
+    assert go(steps=2, prompt={"chat_template": str(files[1])}).earlier > 0
+    files[1].write_text("{% for m in messages %}{{ m.content }}{% endfor %}?")
+    with pytest.raises(OutputError, match=r"prompt\.chat_template: .[\d,]+ bytes, sha256 .* then, "):
+        go(prompt={"chat_template": str(files[1])})
+    with pytest.raises(OutputError, match=r"prompt\.chat_template_kwargs: absent then, .*thinking.* now"):
+        go(prompt={"chat_template": str(files[0]), "chat_template_kwargs": {"thinking": True}})
+
+
 def test_files_that_are_not_read_decide_nothing(go, model, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(model, copy)

@@ -52,6 +52,9 @@ def test_a_file(tmp_path: Path) -> None:
     for templates in ({}, {"default": ONE}, {"tool_use": ONE, "rag": ONE}):
         chosen = choose(templates, chat_template=str(file))
         assert chosen and (chosen.source_for(None), chosen.source_for([{}])) == (TWO, TWO)
+    file.write_bytes(b"\xef\xbb\xbf" + TWO.encode())
+    chosen = choose({}, chat_template=str(file))
+    assert chosen and chosen.source_for(None) == TWO, "an editor's mark of UTF-8 is not text"
     file.write_text("{% if x %}\n{{ y")
     with pytest.raises(JobError, match=r"prompt\.chat_template '.*chat\.jinja' is no valid Jinja template: line 2"):
         choose({}, chat_template=str(file))

@@ -251,6 +251,9 @@ def test_columns_of_tools_and_documents_reach_the_chat_template(
         {"messages": user, "tools": "weather"},
         {"messages": user, "tools": json.dumps(TOOL)},
         {"messages": user, "tools": [[TOOL]]},
+        {"messages": user, "tools": '[{"name": "\\ud800"}]'},
+        {"messages": user, "tools": '[{"name": NaN}]'},
+        {"messages": user, "tools": '[{"name": "x"}], "value": []'},
     )
     store = ingest_job(path, prompt=tools_template)
     shown = f"tools: {json.dumps([TOOL])}\n"
@@ -263,7 +266,7 @@ def test_columns_of_tools_and_documents_reach_the_chat_template(
         "user: hi",
         "user: hi",
     ]
-    assert codes(store) == dict.fromkeys(range(7, 11), "bad_type")
+    assert codes(store) == dict.fromkeys(range(7, 14), "bad_type")
     assert "'tools' goes to the chat template and must hold a list of objects" in store.errors[7].message
     assert store.notes == ()
 
@@ -344,6 +347,18 @@ def test_special_tokens_that_variables_of_the_job_spell_are_tokens(
     ids = ingest_job(write_rows({"prompt": "say <|end|>"}), prompt=prompt).prompt(0).tolist()
     end = tokenizers["plain"].encode_batch(["<|end|>"], False)[0][0]
     assert ids.count(end) == 1 and ids[-1] == end
+
+
+def test_messages_may_be_json_text(write_rows: Write, ingest_job: Ingest, texts: Texts) -> None:
+    messages = [{"role": "user", "content": '["a"]'}]
+    given = (messages, json.dumps(messages), " " + json.dumps(messages, indent=1), [json.dumps(each) for each in messages])
+    path = write_rows(*({"messages": each} for each in (*given, "hi", "[1", "", '{"role": "user"}')))
+    for prompt in ({}, {"messages": "messages"}):
+        store = ingest_job(path, "chat", prompt=prompt)
+        assert texts(store, "chat")[:4] == [USER.format('["a"]')] * 4
+        assert codes(store) == dict.fromkeys(range(4, 8), "bad_type")
+    escaped = json.dumps([{"role": "user", "content": "<|end|>"}]).replace("<|end|>", "\\u003c\\u007cend|>")
+    assert ingest_job(write_rows({"messages": escaped}), "chat").hidden_rows == 1
 
 
 def test_special_tokens_that_tools_spell_are_text(

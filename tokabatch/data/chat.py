@@ -1,17 +1,18 @@
 """What a row says to a chat template, checked and in the shape that templates expect: messages, tools and documents.
 
-Text given in parts becomes one text; keys of a message that are null are dropped; other keys, such as tool calls, pass through.
-In rows of typed columns (Parquet), an object has all keys that any other row's has, null where it has none: there, nulls are
-dropped at any depth, and what JSON has no type for is as in a job's template: a date in ISO 8601, a decimal number as text.
+Each may be JSON text. Text given in parts becomes one text; keys of a message that are null are dropped; other keys, such as
+tool calls, pass through. In rows of typed columns (Parquet), an object has all keys that any other row's has, null where it has
+none: there, nulls are dropped at any depth, and what JSON has no type for is as in a job's template: a date in ISO 8601, a
+decimal number as text.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, cast
 
 from tokabatch.data.printing import text_of
+from tokabatch.data.strict_json import parse_object
 from tokabatch.errors import RowError
 
 Message = dict[str, Any]
@@ -19,6 +20,7 @@ Message = dict[str, Any]
 
 def normalise_messages(value: Any, column: str) -> list[Message] | RowError:
     """The conversation in `value`, or `bad_type` / `empty_prompt`."""
+    value = decoded(value)
     if not isinstance(value, list):
         return RowError("bad_type", f"the column {column!r} must hold a list of messages, not {type(value).__name__}")
     if not value:
@@ -42,17 +44,27 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
 
 
 def read_objects(value: Any, column: str) -> list[dict[str, Any]] | RowError | None:
-    """The tools or documents in `value`, a list of objects; the list or its items may be written as JSON text. None where there
-    is none, `bad_type` for anything else."""
-    try:
-        found = _parsed(value)
-        items = cast("list[Any]", found) if isinstance(found, list) else [] if found is None else [found]
-        objects = [_parsed(item) for item in items]
-    except ValueError:
-        return _no_objects(value, column)
-    if not isinstance(found, list | None) or not all(isinstance(item, Mapping) for item in objects):
-        return _no_objects(value, column)
-    return objects or None
+    """The tools or documents in `value`, a list of objects; None where there is none, `bad_type` for anything else."""
+    found = decoded(value)
+    if found is None or found == [] or (isinstance(found, str) and not found.strip()):
+        return None
+    if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in cast("list[Any]", found)):
+        return RowError(
+            "bad_type",
+            f"the column {column!r} goes to the chat template and must hold a list of objects, not {type(value).__name__}; "
+            "name it otherwise if it is something else",
+        )
+    return cast("list[dict[str, Any]]", found)
+
+
+def decoded(value: Any) -> Any:
+    """What JSON text says, and the JSON texts in a list; any other text as it is, and so is JSON that a row could not hold."""
+    if isinstance(value, list):
+        return [decoded(item) for item in cast("list[Any]", value)]
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        row = parse_object(b'{"value":' + value.encode() + b"}")
+        return row["value"] if isinstance(row, dict) and len(row) == 1 else value
+    return value
 
 
 def plain_values(value: Any) -> Any:
@@ -69,20 +81,6 @@ def plain_values(value: Any) -> Any:
         value
         if value is None or isinstance(value, str | int | float)
         else text_of(value, place="a value for the chat template")
-    )
-
-
-def _parsed(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    return json.loads(value) if value.strip() else None
-
-
-def _no_objects(value: Any, column: str) -> RowError:
-    return RowError(
-        "bad_type",
-        f"the column {column!r} goes to the chat template and must hold a list of objects, not {type(value).__name__}; name it "
-        "otherwise if it is something else",
     )
 
 

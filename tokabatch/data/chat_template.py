@@ -117,7 +117,7 @@ def _is_jinja(text: str) -> bool:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise JobError(f"prompt.chat_template {str(file)!r} is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:

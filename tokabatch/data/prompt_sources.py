@@ -15,7 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from tokabatch.data.blanking import Blank, as_written
-from tokabatch.data.chat import normalise_messages, plain_values, read_objects, with_system
+from tokabatch.data.chat import decoded, normalise_messages, plain_values, read_objects, with_system
 from tokabatch.data.chat_template import DOCUMENTS, TOOLS, blank_texts, choose_chat_template
 from tokabatch.data.few_shot import render_few_shot
 from tokabatch.data.missing import did_you_mean, list_columns, missing_field
@@ -98,9 +98,10 @@ class PromptSource:
             return RowError("bad_type", str(error))
 
     def values(self, row: Mapping[str, Any]) -> Iterator[Any]:
-        """What the row brings to its prompt; JSON text that the chat template gets is read."""
+        """What the row brings to its prompt; JSON text of messages, tools and documents is read."""
         for name in self.columns & row.keys():
-            yield read_objects(row[name], name) if name in self._chat_columns else row[name]
+            structured = name in self._chat_columns or name in (self._config.messages, MESSAGES)
+            yield decoded(row[name]) if structured else row[name]
 
     def wraps(self, row: Mapping[str, Any]) -> bool:
         """Whether a text of the row goes through the chat template."""

@@ -62,7 +62,7 @@ def _template_kwargs(value: dict[str, Any]) -> dict[str, Any]:
     if decided:
         raise ValueError(f"holds `{decided}`, which the run decides itself; remove it")
     try:
-        json.dumps(value, allow_nan=False)
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError):
         raise ValueError("holds values that JSON has not; write text, numbers, lists and so on") from None
     return value
