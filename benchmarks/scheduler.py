@@ -96,7 +96,7 @@ def measure(workload: str, running: int, steps: int) -> Timing:
         if scheduler.counts.steps > MEAN_OUTPUT:
             schedule.append(middle - begin)
             apply.append(end - resume)
-            active.append(len(scheduler.sequences.order))
+            active.append(scheduler.num_running)
         else:
             renewals.clear()
     total = np.array(schedule) + np.array(apply)
@@ -112,8 +112,8 @@ def measure(workload: str, running: int, steps: int) -> Timing:
 def timed_renewals(scheduler: Scheduler) -> list[float]:
     """The seconds that each renewal of the length model takes from now on."""
     seconds: list[float] = []
-    expectations = scheduler._expectations  # pyright: ignore[reportPrivateUsage]
-    refresh = expectations.refresh
+    lengths = scheduler._lengths  # pyright: ignore[reportPrivateUsage]
+    refresh = lengths.refresh
 
     def timed() -> bool:
         begin = time.thread_time()
@@ -122,7 +122,7 @@ def timed_renewals(scheduler: Scheduler) -> list[float]:
             seconds.append(time.thread_time() - begin)
         return renewed
 
-    expectations.refresh = timed
+    lengths.refresh = timed
     return seconds
 
 

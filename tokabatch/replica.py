@@ -152,9 +152,9 @@ class Replica:
             replace(scheduler.counts),
             replace(self.counts, restarts=self.counts.restarts.copy()),
             scheduler.limits,
-            len(scheduler.sequences.order),
+            scheduler.num_running,
             waiting,
-            scheduler.pool.num_used,
+            scheduler.kv.pool.num_used,
             scheduler.expected_tokens_left(waiting) if foresee else None,
         )
 
@@ -172,7 +172,7 @@ class Replica:
             self._executor.close()
 
     def _steps_ahead(self) -> int:
-        return self._depth_of_few if 0 < len(self.scheduler.sequences.order) <= FEW_RUNNING else self._depth
+        return self._depth_of_few if 0 < self.scheduler.num_running <= FEW_RUNNING else self._depth
 
     def _start_worker(self) -> list[Completion]:
         """Load the model; returns the samples that its KV cache does not hold, as errors."""

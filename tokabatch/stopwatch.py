@@ -33,13 +33,13 @@ class Stopwatch:
 
     def submitted(self, step: StepBatch, scheduler: Scheduler) -> None:
         """A step is on its way."""
-        running, waiting = len(scheduler.sequences.order), self.waiting(scheduler)
+        running, waiting = scheduler.num_running, self.waiting(scheduler)
         work = measure_work(step, scheduler.limits.page_size)
-        self._in_flight.append((work, running, waiting, scheduler.pool.num_used, scheduler.pool.num_pages))
+        self._in_flight.append((work, running, waiting, scheduler.kv.pool.num_used, scheduler.kv.pool.num_pages))
 
     def waiting(self, scheduler: Scheduler) -> int:
         """Samples neither finished nor running."""
-        return max(0, self._num_samples - scheduler.counts.finished - len(scheduler.sequences.order))
+        return max(0, self._num_samples - scheduler.counts.finished - scheduler.num_running)
 
     def collected(self, num_finished: int) -> None:
         """The oldest step's result was taken in."""

@@ -62,7 +62,7 @@ def drive(
             key = (completion.row_index, completion.sample_index)
             assert key not in completions
             completions[key] = completion
-    assert scheduler.pool.num_used == 0 and not len(scheduler.prompts), "pages or prompts leaked"
+    assert scheduler.kv.pool.num_used == 0 and not len(scheduler.kv.tree), "pages or prompts leaked"
     return completions, crashes, scheduler
 
 
@@ -179,13 +179,13 @@ def test_smaller_steps_after_halving(small_limits):
     assert max(tokens for tokens, _ in sizes[2:4]) <= 16 and max(runs for _, runs in sizes[4:6]) <= 8
     for _ in range(3):
         scheduler.halve()
-    assert (scheduler.limits.max_step_tokens, scheduler.limits.max_running, scheduler.sequences.num_free) == (1, 1, 1)
+    assert (scheduler.limits.max_step_tokens, scheduler.limits.max_running, scheduler.kv.slots.num_free) == (1, 1, 1)
 
 
 def test_pages_that_a_dropped_step_was_to_clear_are_cleared_by_the_next(small_limits):
     requests = device.make_requests([[1, 2, 3]])
     scheduler = Scheduler(requests, small_limits, StopRules(requests.sampling, [device.EOS], device.VOCAB, None))
-    scheduler.pool.taint(np.arange(small_limits.num_pages))
+    scheduler.kv.pool.taint(np.arange(small_limits.num_pages))
     dropped = scheduler.schedule()
     assert len(dropped.clear_pages)
     scheduler.lost_device()

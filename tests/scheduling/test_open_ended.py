@@ -111,8 +111,7 @@ def test_every_sample_is_finished_once_or_cancelled(job, data):
             note(replica.step())
             steps += 1
             assert steps < 10_000
-        assert replica.scheduler.pool.num_used == 0 and not len(replica.scheduler.prompts), "pages or prompts leaked"
-        assert not replica.scheduler._admission.waiting.preempted, "outputs of preempted samples leaked"
+        assert replica.scheduler.kv.pool.num_used == 0 and not len(replica.scheduler.kv.tree), "pages or prompts leaked"
     assert set(done) | cancelled == wanted and not set(done) & cancelled
     for (row, sample), completion in done.items():
         assert completion.token_ids.tolist() == device.expected_output(row, sample, len(rows[row]), of_row[row])

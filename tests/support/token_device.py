@@ -145,7 +145,7 @@ def drive(requests: Requests, limits: SchedulerLimits, prompts: list[list[int]],
                 scheduler.check_integrity()
         else:
             raise AssertionError("the scheduler is stuck")
-    assert scheduler.pool.num_used == 0 and not len(scheduler.prompts), "pages or prompts leaked"
+    assert scheduler.kv.pool.num_used == 0 and not len(scheduler.kv.tree), "pages or prompts leaked"
     return completions, scheduler
 
 

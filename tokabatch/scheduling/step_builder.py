@@ -1,4 +1,4 @@
-"""Turning a step's decisions into the message the worker gets. Knows the layout of `StepBatch`, decides nothing."""
+"""Turning a step's decisions into the message the worker gets. Nothing is decided here."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import numpy as np
 
 from tokabatch.messages import Int32, Int64, PrefixLevel, SamplingParams, SlotInit, StepBatch
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits, PromptRuns, find_groups
-from tokabatch.scheduling.kv.prefix_tree import OpenPrompts
-from tokabatch.scheduling.kv.slots import Sequences
+from tokabatch.scheduling.kv.manager import KVCacheManager, Runs
+from tokabatch.scheduling.kv.prefix_tree import PrefixTree
+from tokabatch.scheduling.kv.slots import Slots
 from tokabatch.scheduling.work import Work
 
-_NONE, _NO_SLOTS = np.zeros(0, np.int32), np.zeros(0, np.int64)
+_NONE = np.zeros(0, np.int32)
 
 
 class SamplingTable:
@@ -28,71 +29,55 @@ class SamplingTable:
         self.logprobs = np.array([-1 if p.logprobs is None else p.logprobs for p in sampling], np.int32)
 
 
-class StepDraft:
-    """Collects a step's changes to slots and pages while the scheduler decides."""
+class StepBuilder:
+    """Turns what has been decided, and what has changed in the cache, into a `StepBatch`."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self._opened: list[Int64] = []
-        self._cells: list[tuple[Int64, Int32, Int32]] = []
-        self._copies: list[tuple[Int32, Int32]] = []
+    def __init__(self, work: Work, kv: KVCacheManager, grouping: GroupingLimits | None) -> None:
+        self._work = work
+        self._kv = kv
+        self._grouping = grouping
+        self._table = SamplingTable(work.sampling)
 
-    def open_slots(self, slots: Int64) -> None:
-        self._opened.append(slots)
-
-    def set_pages(self, cells: tuple[Int64, Int32, Int32]) -> None:
-        """Changed page-table cells: slots, columns, pages. No cell is set twice in a step."""
-        self._cells.append(cells)
-
-    def copy_pages(self, src: Int32, dst: Int32) -> None:
-        self._copies.append((src, dst))
-
-    def build(
-        self,
-        seq: Sequences,
-        prompts: OpenPrompts,
-        work: Work,
-        table: SamplingTable,
-        prefill: tuple[Int64, Int32],
-        decoding: Int64,
-        grouping: GroupingLimits | None,
-        page_size: int,
-        clear_pages: Int32,
-    ) -> StepBatch:
-        """The step that computes `prefill` (slots and token counts, in plan order) and one token of each decoding slot."""
-        prefilling, takes = prefill
-        slots = np.concatenate((prefilling, decoding))
-        start = seq.computed[slots]
-        length = np.concatenate((takes, np.ones(len(decoding), np.int32)))
+    def build(self, index: int, prefill: Runs, decoding: Int64) -> StepBatch:
+        """The step that computes `prefill`, in plan order, and one token of each decoding slot."""
+        work, slots = self._work, self._kv.slots
+        if len(self._table.seed) < len(work.sampling):
+            self._table = SamplingTable(work.sampling)
+        changes = self._kv.take_changes()
+        run_slot = np.concatenate((prefill.slots, decoding))
+        start = slots.computed[run_slot]
+        length = np.concatenate((prefill.tokens, np.ones(len(decoding), np.int32)))
         levels: list[PrefixLevel] = []
-        skip = np.zeros(len(slots), np.int32)
-        if grouping is not None:
+        skip = np.zeros(len(run_slot), np.int32)
+        if self._grouping is not None:
             token = np.append(0, np.cumsum(length)).astype(np.int32)
-            for section in (slice(0, len(prefilling)), slice(len(prefilling), len(slots))):
-                found, skip[section] = _group_section(seq, prompts, slots, start // page_size, token, section, grouping)
+            full_pages = start // self._kv.page_size
+            for section in (slice(0, len(prefill.slots)), slice(len(prefill.slots), len(run_slot))):
+                found, skip[section] = _group_section(
+                    slots, self._kv.tree, run_slot, full_pages, token, section, self._grouping
+                )
                 levels.extend(found)
-        cells, copies = self._cells, self._copies
         return StepBatch(
-            index=self.index,
-            inits=_slot_inits(seq, work, table, np.concatenate(self._opened) if self._opened else _NO_SLOTS),
-            table_slot=np.concatenate([c[0] for c in cells], dtype=np.int32) if cells else _NONE,
-            table_column=np.concatenate([c[1] for c in cells]) if cells else _NONE,
-            table_page=np.concatenate([c[2] for c in cells]) if cells else _NONE,
-            clear_pages=clear_pages,
-            copy_src=np.concatenate([c[0] for c in copies]) if copies else _NONE,
-            copy_dst=np.concatenate([c[1] for c in copies]) if copies else _NONE,
-            num_prefill_runs=len(prefilling),
-            run_slot=slots.astype(np.int32),
+            index=index,
+            inits=_slot_inits(slots, work, self._table, changes.opened),
+            table_slot=changes.cells.slot.astype(np.int32),
+            table_column=changes.cells.column,
+            table_page=changes.cells.page,
+            clear_pages=changes.clear_pages,
+            copy_src=changes.copy_src,
+            copy_dst=changes.copy_dst,
+            num_prefill_runs=len(prefill.slots),
+            run_slot=run_slot.astype(np.int32),
             run_start=start,
             run_length=length,
-            run_samples=start + length == seq.length[slots],
+            run_samples=start + length == slots.length[run_slot],
             run_skip=skip,
-            token_ids=_host_tokens(seq, work, prefilling, takes),
+            token_ids=_host_tokens(slots, work, prefill.slots, prefill.tokens),
             prefix_levels=tuple(levels),
         )
 
 
-def _slot_inits(seq: Sequences, work: Work, table: SamplingTable, slots: Int64) -> SlotInit:
+def _slot_inits(seq: Slots, work: Work, table: SamplingTable, slots: Int64) -> SlotInit:
     params = seq.params[slots]
     return SlotInit(
         slot=slots.astype(np.int32),
@@ -107,7 +92,7 @@ def _slot_inits(seq: Sequences, work: Work, table: SamplingTable, slots: Int64) 
     )
 
 
-def _host_tokens(seq: Sequences, work: Work, slots: Int64, takes: Int32) -> Int32:
+def _host_tokens(seq: Slots, work: Work, slots: Int64, takes: Int32) -> Int32:
     """Token ids of the prefill runs, one run after another: prompt tokens, then those a preempted sample had produced."""
     if not len(slots):
         return _NONE
@@ -127,8 +112,8 @@ def _host_tokens(seq: Sequences, work: Work, slots: Int64, takes: Int32) -> Int3
 
 
 def _group_section(
-    seq: Sequences,
-    prompts: OpenPrompts,
+    seq: Slots,
+    tree: PrefixTree,
     slots: Int64,
     full_pages: Int32,
     token: Int32,
@@ -143,7 +128,7 @@ def _group_section(
     first = np.nonzero(np.append(True, request[1:] != request[:-1]))[0]
     counts = np.diff(np.append(first, len(own))).astype(np.int32)
     distinct = request[first]
-    if int(counts.max()) < limits.min_group and not prompts.neighbours.any_shared(limits.min_pages):
+    if int(counts.max()) < limits.min_group and not tree.sharing.any_shared(limits.min_pages):
         return [], np.zeros(len(own), np.int32)
     levels, covered = find_groups(
         PromptRuns(
@@ -151,8 +136,8 @@ def _group_section(
             token_start=token[section.start + first],
             token_stop=token[section.start + first + counts],
             slot=own[first].astype(np.int32),
-            shared_before=prompts.neighbours.shared_between(distinct),
-            shared_within=prompts.full_pages(distinct),
+            shared_before=tree.sharing.shared_between(distinct),
+            shared_within=tree.full_pages(distinct),
             limit=np.minimum.reduceat(full_pages[section], first),
         ),
         limits,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokabatch.messages import Int32, SamplingParams
+from tokabatch.messages import Int32, Int64, SamplingParams
+from tokabatch.scheduling.outputs import Outputs
 
 TAIL = 8
 """Characters at the end of a stop string that the table over the vocabulary looks at."""
@@ -124,6 +125,35 @@ class StopRules:
             if found > window and piece and PARTIAL not in piece and token not in self._text.lone_bytes:
                 return place
         return 0
+
+
+class StopTable:
+    """The stop rules of all sampling parameters that a scheduler has been given, one part after another."""
+
+    def __init__(self, rules: StopRules) -> None:
+        self._first, self._rules = [0], [rules]
+        """The first entry of the parameters that each of the rules is for, ascending."""
+
+    def extend(self, first: int, rules: StopRules) -> None:
+        """Add the rules of parameters from entry `first` on."""
+        self._first.append(first)
+        self._rules.append(rules)
+
+    def find(self, tokens: Int32, slots: Int64, params: Int32, outputs: Outputs) -> dict[int, int | str]:
+        """What ends samples that have just drawn `tokens`, by place: a stop id or string. `slots` is where their outputs are;
+        `params`, of all slots, are entries of the sampling parameters."""
+        found: dict[int, int | str] = {}
+        stops = [*self._first[1:], int(np.iinfo(np.int32).max)]
+        for first, stop, rules in zip(self._first, stops, self._rules, strict=True):
+            places = rules.suspects(tokens)
+            asked = params[slots[places]]
+            if len(self._rules) > 1:
+                mine = (asked >= first) & (asked < stop)
+                places, asked = places[mine], asked[mine]
+            if len(places):
+                reasons = rules.check((asked - first).tolist(), outputs.tokens(slots[places]))
+                found |= {i: reason for i, reason in zip(places.tolist(), reasons, strict=True) if reason is not None}
+        return found
 
 
 def _windows(text: str, length: int, wanted: Collection[str]) -> list[int]:

@@ -72,7 +72,7 @@ def simulate(
     while not scheduler.done:
         step = scheduler.schedule()
         assert step is not None, "the scheduler is stuck"
-        running, pages = len(scheduler.sequences.order), scheduler.pool.num_used
+        running, pages = scheduler.num_running, scheduler.kv.pool.num_used
         work = measure_work(step, limits.page_size)
         done = len(scheduler.apply(device.run(step)))
         state = StepState(float(cost(work)), running, total - finished - running, pages, limits.num_pages, done)

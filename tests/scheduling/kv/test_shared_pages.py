@@ -8,14 +8,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokabatch.scheduling.kv.shared_pages import Neighbours
+from tokabatch.scheduling.kv.shared_pages import SharedPages
 
 
 def lcp(left: str, right: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
-def check(found: Neighbours, texts: list[str], there: set[int], chosen: list[int]) -> None:
+def check(found: SharedPages, texts: list[str], there: set[int], chosen: list[int]) -> None:
     order = sorted(there)
     between = [lcp(texts[a], texts[b]) for a, b in pairwise(order)]
     assert found.requests.tolist() == order and len(found) == len(order)
@@ -32,7 +32,7 @@ def check(found: Neighbours, texts: list[str], there: set[int], chosen: list[int
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.lists(st.text("ab", max_size=5), min_size=1, max_size=30).map(sorted))
 def test_whoever_comes_and_goes(data: st.DataObject, texts: list[str]) -> None:
-    found, there, next_one = Neighbours(), set[int](), 0
+    found, there, next_one = SharedPages(), set[int](), 0
     indices = st.lists(st.integers(0, len(texts) - 1), unique=True)
     for _ in range(8):
         count = data.draw(st.integers(0, len(texts) - next_one))
@@ -59,7 +59,7 @@ def test_whoever_comes_and_goes(data: st.DataObject, texts: list[str]) -> None:
 
 
 def test_one_that_is_cut_shares_no_more_than_it_has() -> None:
-    found = Neighbours()
+    found = SharedPages()
     found.append([3, 4, 9], [5, 6, 7], np.array([0, 4, 5], np.int32))
     found.cut(4, 2)
     assert found.sizes.tolist() == [5, 2, 7] and found.shared.tolist() == [0, 2, 2]

@@ -10,7 +10,7 @@ from support.shortsighted import Shortsighted
 
 from tokabatch.messages import Int32, Int64, Requests, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
-from tokabatch.scheduling.policy.preemption import finishing
+from tokabatch.scheduling.policy.forecast_policy import finishing
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
 from tokabatch.simulation.device import STOP, SimulatedDevice
@@ -118,7 +118,7 @@ def test_the_smallest_caches_get_through(num_pages):
 def test_every_step_that_a_sample_sits_out_is_counted():
     requests, limits = requests_of(200, 512), limits_of(60, 512)
     scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [STOP], STOP + 1, None), Shortsighted())
-    device, seq, waited = SimulatedDevice(requests, short_or_endless, limits.max_running), scheduler.sequences, 0
+    device, seq, waited = SimulatedDevice(requests, short_or_endless, limits.max_running), scheduler.kv.slots, 0
     while not scheduler.done:
         ready = seq.order[seq.on_device[seq.order] & (seq.length > seq.computed)[seq.order]]
         epoch = seq.epoch[ready].copy()

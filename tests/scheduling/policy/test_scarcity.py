@@ -61,7 +61,7 @@ def drive(seed: int, nan_share: float, shortsighted: bool) -> None:
         assert results, "the scheduler is stuck"
         for completion in scheduler.apply(results.popleft()):
             done[completion.row_index, completion.sample_index] = completion.token_ids.tolist(), completion.error_code
-    assert scheduler.pool.num_used == 0 and not len(scheduler.prompts), "pages or prompts leaked"
+    assert scheduler.kv.pool.num_used == 0 and not len(scheduler.kv.tree), "pages or prompts leaked"
     assert done.keys() == {(row, sample) for row in range(len(prompts)) for sample in range(params[row % len(params)].n)}
     for (row, sample), (tokens, error) in done.items():
         expected = token_device.expected_output(row, sample, len(prompts[row]), params[row % len(params)])

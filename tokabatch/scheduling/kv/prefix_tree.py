@@ -8,33 +8,34 @@ open, trimmed to what its successor will share: no page is kept past its last re
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Iterator
 
 import numpy as np
 
 from tokabatch.messages import Int32
 from tokabatch.scheduling.kv.page_pool import PagePool
-from tokabatch.scheduling.kv.shared_pages import Neighbours
+from tokabatch.scheduling.kv.shared_pages import SharedPages
+from tokabatch.scheduling.outputs import Generated
 from tokabatch.scheduling.work import Work, common_prefix
 
 
-class OpenPrompt:
+class PromptPages:
     """One prompt's pages and its samples' progress. `pages` covers the prompt, its last page possibly partial; `full` counts
     the pages that every sample may read in place: the last token is always left out, so that a sample computes at least one."""
 
     __slots__ = (
         "computed",
         "full",
+        "has_nan",
         "leader",
         "length",
         "live",
         "next_sample",
         "pages",
+        "preempted",
         "ready_step",
         "request",
-        "requeued",
         "samples",
-        "tainted",
     )
 
     def __init__(self, request: int, length: int, samples: Int32, page_size: int, pages: Int32, computed: int) -> None:
@@ -49,44 +50,57 @@ class OpenPrompt:
         self.ready_step = -1
         """The step that computes the last of the tokens a fork needs; forks start in a later one."""
         self.leader = -1
+        """The slot whose sample computes the prompt, -1 for none."""
         self.live = 0
+        """Running samples."""
         self.next_sample = 0
-        self.requeued: deque[int] = deque()
-        self.tainted = False
+        self.preempted: dict[int, Generated] = {}
+        """Samples put back among the waiting, first to last, each with what it had produced."""
+        self.has_nan = False
         """A sample met logits that are not finite: no other sample builds on these pages."""
 
     @property
     def num_pending(self) -> int:
-        return len(self.samples) - self.next_sample + len(self.requeued)
+        """Samples to admit."""
+        return len(self.samples) - self.next_sample + len(self.preempted)
 
-    def take_sample(self) -> int:
-        """The number of the next sample to admit, preempted ones first."""
-        if self.requeued:
-            return self.requeued.popleft()
+    def take_sample(self) -> tuple[int, Generated | None]:
+        """Take out the next sample to admit, preempted ones first: its number, and what it had produced."""
+        if self.preempted:
+            sample = next(iter(self.preempted))
+            return sample, self.preempted.pop(sample)
         self.next_sample += 1
-        return int(self.samples[self.next_sample - 1])
+        return int(self.samples[self.next_sample - 1]), None
 
     @property
     def finished(self) -> bool:
         return self.live == 0 and self.num_pending == 0
 
     def can_fork(self, step: int) -> bool:
-        return self.computed >= self.length - 1 and self.ready_step < step and not self.tainted
+        """Samples that begin in this step find the prompt computed."""
+        return self.computed >= self.length - 1 and self.ready_step < step and not self.has_nan
+
+    def advance(self, slot: int, computed: int, step: int) -> None:
+        """A step computes so many leading tokens of a slot's sample: if it leads, they are the prompt's."""
+        if self.leader == slot:
+            self.computed, self.ready_step = min(computed, self.length), step
+            if self.computed >= self.length - 1:
+                self.leader = -1
 
 
-class OpenPrompts:
-    """All open prompts in plan order, with the physical pages that neighbours share."""
+class PrefixTree:
+    """All prompts with pages or with preempted samples, in plan order, and the physical pages that neighbours share."""
 
     def __init__(self, work: Work, pool: PagePool, page_size: int) -> None:
         self._work = work
         self._pool = pool
         self._page_size = page_size
-        self._open: dict[int, OpenPrompt] = {}
-        self.neighbours = Neighbours()
+        self._open: dict[int, PromptPages] = {}
+        self.sharing = SharedPages()
         """The open prompts' page counts and sharing."""
-        self._cursor: OpenPrompt | None = None
-        self._suspended: dict[int, OpenPrompt] = {}
-        self._waiting: dict[int, OpenPrompt] = {}
+        self._cursor: PromptPages | None = None
+        self._suspended: dict[int, PromptPages] = {}
+        self._waiting: dict[int, PromptPages] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -94,47 +108,51 @@ class OpenPrompts:
     def __contains__(self, request: int) -> bool:
         return request in self._open
 
-    def __getitem__(self, request: int) -> OpenPrompt:
+    def __getitem__(self, request: int) -> PromptPages:
         return self._open[request]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[PromptPages]:
         return iter(self._open.values())
 
-    def with_pending(self) -> list[OpenPrompt]:
+    def with_pending(self) -> list[PromptPages]:
         """Open prompts with samples to admit, in plan order."""
         self._waiting = {r: p for r, p in self._waiting.items() if p.num_pending and r in self._open}
         return [self._waiting[r] for r in sorted(self._waiting)]
 
-    def begun(self, request: int) -> OpenPrompt | None:
+    def begun(self, request: int) -> PromptPages | None:
         """An open or suspended prompt, None for one that is neither."""
         return self._open.get(request) or self._suspended.get(request)
 
-    def with_unadmitted(self) -> list[OpenPrompt]:
+    def with_unadmitted(self) -> list[PromptPages]:
         """Open and suspended prompts with samples that have never been admitted, in plan order."""
         prompts = {**self._open, **self._suspended}
         return [prompts[r] for r in sorted(prompts) if prompts[r].next_sample < len(prompts[r].samples)]
 
-    def pending_prompt(self, request: int) -> OpenPrompt:
-        """An open or suspended prompt."""
-        return self._open[request] if request in self._open else self._suspended[request]
+    def unadmitted(self, request: int) -> Int32:
+        """The numbers of a prompt's samples that have never been admitted, ascending."""
+        prompt = self.begun(request)
+        if prompt is not None:
+            return prompt.samples[prompt.next_sample :]
+        samples = self._work.samples(request)
+        return samples if request >= self._work.next else samples[:0]
 
-    def requeue(self, prompt: OpenPrompt, sample: int) -> None:
-        """Put a preempted sample back among those to admit."""
-        prompt.requeued.append(sample)
+    def requeue(self, prompt: PromptPages, sample: int, output: Generated) -> None:
+        """Put a sample that has produced so much back among those to admit."""
+        prompt.preempted[sample] = output
         self._waiting[prompt.request] = prompt
 
-    def drop(self, request: int) -> OpenPrompt:
+    def drop(self, request: int) -> PromptPages:
         """Forget a suspended prompt, whose pending samples are the caller's now."""
         return self._suspended.pop(request)
 
-    def settle(self, prompts: list[OpenPrompt]) -> None:
+    def settle(self, prompts: list[PromptPages]) -> None:
         """Samples of these prompts, or of prompts that had not been begun, have been taken away: give up what none waits for
         any more."""
         for prompt in prompts:
             if prompt.finished:
                 self._suspended.pop(prompt.request, None)
         present = [prompt for prompt in prompts if self._open.get(prompt.request) is prompt]
-        self.release([prompt for prompt in present if prompt.finished], [prompt for prompt in present if prompt.tainted])
+        self.release([prompt for prompt in present if prompt.finished], [prompt for prompt in present if prompt.has_nan])
         if self._cursor is not None and self._cursor.finished:
             self._trim_cursor(self._cursor)
 
@@ -145,24 +163,24 @@ class OpenPrompts:
     def num_pages(self, request: int) -> int:
         return -(-int(self._work.length[request]) // self._page_size)
 
-    def sharable(self, request: int) -> tuple[OpenPrompt | None, int]:
+    def sharable(self, request: int) -> tuple[PromptPages | None, int]:
         """The open neighbour that shares the most leading full pages with `request`, and how many."""
         full = (int(self._work.length[request]) - 1) // self._page_size
-        best: tuple[OpenPrompt | None, int] = (None, 0)
-        for neighbour in self.neighbours.around(request):
+        best: tuple[PromptPages | None, int] = (None, 0)
+        for neighbour in self.sharing.around(request):
             if neighbour is None:
                 continue
             low, high = sorted((neighbour, request))
             lcp = int(self._work.lcp[low + 1 : high + 1].min())
             prompt = self._open[neighbour]
-            if prompt.tainted:
+            if prompt.has_nan:
                 continue
             pages = min(lcp // self._page_size, full, len(prompt.pages), prompt.full)
             if pages > best[1]:
                 best = (prompt, pages)
         return best
 
-    def open_next(self, count: int, budget: int) -> list[OpenPrompt]:
+    def open_next(self, count: int, budget: int) -> list[PromptPages]:
         """Open up to `count` prompts that were never open before, in order, each sharing what its predecessor holds or is
         about to compute in the same step. Fewer come back when the pool lacks pages or the step tokens, or none while the first
         must wait."""
@@ -183,7 +201,7 @@ class OpenPrompts:
             return []
         stops = np.cumsum(fresh[:count])
         allocated = self._pool.allocate(int(stops[-1]))
-        opened: list[OpenPrompt] = []
+        opened: list[PromptPages] = []
         previous = neighbour
         for i, stop in enumerate(stops.tolist()):
             own = allocated[stop - fresh[i] : stop]
@@ -194,7 +212,7 @@ class OpenPrompts:
                 pages = np.concatenate((inherited, own))
             request = int(batch[i])
             length, samples = int(self._work.length[request]), self._work.samples(request)
-            previous = OpenPrompt(request, length, samples, size, pages, int(shared[i]) * size)
+            previous = PromptPages(request, length, samples, size, pages, int(shared[i]) * size)
             opened.append(previous)
         self._append(opened, shared[:count])
         self._work.begin(count)
@@ -203,7 +221,7 @@ class OpenPrompts:
             self._close([cursor])
         return opened
 
-    def reopen(self, request: int) -> OpenPrompt | None:
+    def reopen(self, request: int) -> PromptPages | None:
         """Give a suspended prompt pages again. None while a neighbour must compute first, or when the pool lacks pages."""
         neighbour, shared = self.sharable(request)
         if neighbour is not None and neighbour.computed < shared * self._page_size:
@@ -216,11 +234,11 @@ class OpenPrompts:
         self._pool.retain(inherited)
         prompt.pages = np.concatenate((inherited, self._pool.allocate(fresh)))
         prompt.computed, prompt.ready_step, prompt.leader = shared * self._page_size, -1, -1
-        prompt.tainted = False
+        prompt.has_nan = False
         self._insert(prompt)
         return prompt
 
-    def release(self, finished: list[OpenPrompt], tainted: list[OpenPrompt]) -> None:
+    def release(self, finished: list[PromptPages], tainted: list[PromptPages]) -> None:
         """Free the pages of open prompts whose last sample has finished, where the cursor keeps what its successor shares, and
         all pages of tainted ones without running samples."""
         spoilt = [prompt for prompt in tainted if prompt.live == 0]
@@ -228,7 +246,7 @@ class OpenPrompts:
             self._suspend(prompt)
         if spoilt:
             self._close(spoilt)
-        done = [prompt for prompt in finished if not prompt.tainted]
+        done = [prompt for prompt in finished if not prompt.has_nan]
         if self._cursor in done:
             done.remove(self._cursor)
             self._trim_cursor(self._cursor)
@@ -246,7 +264,7 @@ class OpenPrompts:
             self._close(idle)
         return self._pool.num_free - before
 
-    def _suspend(self, prompt: OpenPrompt) -> None:
+    def _suspend(self, prompt: PromptPages) -> None:
         """Note what a prompt about to be closed still has to admit."""
         if prompt is self._cursor:
             self._cursor = None
@@ -254,33 +272,33 @@ class OpenPrompts:
             self._suspended[prompt.request] = prompt
 
     @property
-    def suspended(self) -> list[int]:
-        """Requests with pending samples and no pages, in plan order."""
-        return sorted(self._suspended)
+    def suspended(self) -> list[PromptPages]:
+        """Prompts with samples to admit and no pages, in plan order."""
+        return [self._suspended[request] for request in sorted(self._suspended)]
 
     def last_steps(self, requests: Int32, steps: Int32) -> Int32:
         """For every open prompt the largest of `steps` (aligned with `requests`, ascending, repeats allowed): how long its
         samples hold it. Without running samples it is 0, with samples still to admit it has no end."""
-        last = np.zeros(len(self.neighbours), np.int32)
+        last = np.zeros(len(self.sharing), np.int32)
         if len(requests):
             first = np.flatnonzero(np.append(True, requests[1:] != requests[:-1]))
-            last[self.neighbours.places(requests[first])] = np.maximum.reduceat(steps, first)
+            last[self.sharing.places(requests[first])] = np.maximum.reduceat(steps, first)
         waiting = np.array([prompt.request for prompt in self.with_pending()], np.int32)
-        last[self.neighbours.places(waiting)] = np.iinfo(np.int32).max
+        last[self.sharing.places(waiting)] = np.iinfo(np.int32).max
         return last
 
     def check_integrity(self) -> Int32:
         """Assert the order and sharing; return every page reference held here."""
-        order = self.neighbours.requests.tolist()
+        order = self.sharing.requests.tolist()
         assert sorted(self._open) == order, "the order differs from the open prompts"
         for index in range(1, len(order)):
             before, after = self._open[order[index - 1]].pages, self._open[order[index]].pages
-            assert self.neighbours.sizes[index] == len(after), "a prompt's page count differs from the one noted"
-            assert self.neighbours.shared[index] <= common_prefix(before, after), "neighbours share fewer pages than noted"
+            assert self.sharing.sizes[index] == len(after), "a prompt's page count differs from the one noted"
+            assert self.sharing.shared[index] <= common_prefix(before, after), "neighbours share fewer pages than noted"
         pages = [prompt.pages for prompt in self._open.values()]
         return np.concatenate(pages) if pages else np.zeros(0, np.int32)
 
-    def _trim_cursor(self, cursor: OpenPrompt) -> None:
+    def _trim_cursor(self, cursor: PromptPages) -> None:
         lcp = 0 if self._work.exhausted else int(self._work.lcp[self._work.next])
         keep = min(lcp // self._page_size, cursor.full, len(cursor.pages))
         if keep == 0:
@@ -289,30 +307,30 @@ class OpenPrompts:
             return
         self._pool.release(cursor.pages[keep:])
         cursor.pages = cursor.pages[:keep]
-        self.neighbours.cut(cursor.request, keep)
+        self.sharing.cut(cursor.request, keep)
 
-    def _append(self, prompts: list[OpenPrompt], shared: Int32) -> None:
+    def _append(self, prompts: list[PromptPages], shared: Int32) -> None:
         """Add prompts behind all others; `shared` pages are those each has in common with its predecessor in the plan."""
         # The first may share with another neighbour than the one that stands right before it.
-        before, _ = self.neighbours.around(prompts[0].request)
+        before, _ = self.sharing.around(prompts[0].request)
         first = 0 if before is None else common_prefix(self._open[before].pages, prompts[0].pages)
         sizes = [len(prompt.pages) for prompt in prompts]
-        self.neighbours.append([prompt.request for prompt in prompts], sizes, np.append(first, shared[1:]))
+        self.sharing.append([prompt.request for prompt in prompts], sizes, np.append(first, shared[1:]))
         for prompt in prompts:
             self._open[prompt.request] = self._waiting[prompt.request] = prompt
 
-    def _insert(self, prompt: OpenPrompt) -> None:
+    def _insert(self, prompt: PromptPages) -> None:
         shared, shared_after = (
             0 if neighbour is None else common_prefix(self._open[neighbour].pages, prompt.pages)
-            for neighbour in self.neighbours.around(prompt.request)
+            for neighbour in self.sharing.around(prompt.request)
         )
-        self.neighbours.insert(prompt.request, len(prompt.pages), shared, shared_after)
+        self.sharing.insert(prompt.request, len(prompt.pages), shared, shared_after)
         self._open[prompt.request] = self._waiting[prompt.request] = prompt
 
-    def _close(self, prompts: list[OpenPrompt]) -> None:
+    def _close(self, prompts: list[PromptPages]) -> None:
         self._pool.release(np.concatenate([prompt.pages for prompt in prompts]))
         for prompt in prompts:
             del self._open[prompt.request]
             prompt.pages = prompt.pages[:0]
             prompt.computed = 0
-        self.neighbours.remove([prompt.request for prompt in prompts])
+        self.sharing.remove([prompt.request for prompt in prompts])

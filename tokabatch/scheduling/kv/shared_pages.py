@@ -15,7 +15,7 @@ from tokabatch.messages import Int32
 _CAPACITY = 16
 
 
-class Neighbours:
+class SharedPages:
     """Grows at the end in steady state, where it costs least; shrinks anywhere."""
 
     def __init__(self) -> None:

@@ -7,6 +7,8 @@ to be computed: one token in steady decoding, more in prefill or after a preempt
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from tokabatch.messages import Int32, Int64
@@ -14,7 +16,15 @@ from tokabatch.scheduling.kv.page_pool import PagePool
 from tokabatch.scheduling.outputs import Generated, Outputs
 
 
-class Sequences:
+class Cells(NamedTuple):
+    """Changed cells of the page table, shape [C] each."""
+
+    slot: Int64
+    column: Int32
+    page: Int32
+
+
+class Slots:
     """Arrays over slots. `order` lists the active slots in plan order. Slots are int64, as NumPy indexes fastest."""
 
     def __init__(self, num_slots: int, max_pages: int, pool: PagePool, page_size: int, top_logprobs: int) -> None:
@@ -28,8 +38,6 @@ class Sequences:
 
         self.request, self.sample = np.full(num_slots, -1, np.int32), column()
         self.prompt_length, self.length, self.computed = column(), column(), column()
-        self.expected = column()
-        """Output tokens that the forecast takes the sample to have in the end."""
         self.limit, self.params = column(), column()
         self.shared_pages, self.num_pages = column(), column()
         """Columns of the page table: the first `shared_pages` belong to the prompt, the rest up to `num_pages` to the slot."""
@@ -84,28 +92,42 @@ class Sequences:
         self.num_slots = num_slots
         self._free = list(range(num_slots - 1, -1, -1))
 
+    def at_page_end(self, slots: Int64) -> Int64:
+        """Those of decoding slots whose next token needs a page that they do not have."""
+        return slots[(self.computed >= self.num_pages * self._page_size)[slots]]
+
+    def runnable(self) -> tuple[Int64, Int64]:
+        """Slots with something to compute: those whose last token the worker holds, in plan order, and those that the host has
+        tokens for, oldest first."""
+        pending = self.order[(self.length > self.computed)[self.order]]
+        on_device = self.on_device[pending]
+        if on_device.all():
+            return pending, pending[:0]
+        prefilling = pending[~on_device]
+        return pending[on_device], prefilling[np.argsort(self.admitted[prefilling], kind="stable")]
+
     def missing_pages(self, slots: Int64, take: Int32) -> Int32:
-        """Pages each slot lacks to compute `take` more tokens."""
+        """Pages each slot is missing to compute `take` more tokens."""
         target = -(-(self.computed[slots] + take) // self._page_size)
         return np.maximum(target - self.num_pages[slots], 0)
 
-    def add_pages(self, slots: Int64, counts: Int32) -> tuple[Int64, Int32, Int32]:
-        """Append `counts[i]` fresh pages to each slot's table; returns the changed cells: slots, columns, pages."""
+    def add_pages(self, slots: Int64, counts: Int32) -> Cells:
+        """Append `counts[i]` fresh pages to each slot's table; the changed cells."""
         pages = self._pool.allocate(int(counts.sum()))
         owner = np.repeat(slots, counts)
         column = self.num_pages[owner] + np.arange(len(owner), dtype=np.int32)
         column -= np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32)
         self.page_table[owner, column] = pages
         self.num_pages[slots] += counts
-        return owner, column, pages
+        return Cells(owner, column, pages)
 
-    def share_pages(self, slots: Int64, counts: Int32, pages: Int32) -> tuple[Int64, Int32, Int32]:
+    def share_pages(self, slots: Int64, counts: Int32, pages: Int32) -> Cells:
         """Point the first `counts[i]` columns of each slot at its prompt's pages, given slot after slot; the changed cells."""
         owner = np.repeat(slots, counts)
         column = np.arange(len(owner), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32)
         self.page_table[owner, column] = pages
         self.shared_pages[slots] = self.num_pages[slots] = counts
-        return owner, column, pages
+        return Cells(owner, column, pages)
 
     def own_pages(self, slots: Int64) -> Int32:
         """Pages held by these slots themselves, prompts' pages excluded."""

@@ -1,4 +1,5 @@
-"""How long every sample is taken to be: where its length is given that, else what `lengths` learns or somebody foretells.
+"""How long every sample is taken to be: as long as its sampling parameters say where they say it, else what the length model
+learns, or another `LengthPredictor` in its place says.
 
 A sample whose length its sampling parameters give (`ignore_eos` and nothing else that ends it) is never predicted.
 """
@@ -9,7 +10,7 @@ import numpy as np
 
 from tokabatch.messages import Bool, Int32, Int64
 from tokabatch.scheduling.counts import SchedulerCounts
-from tokabatch.scheduling.kv.slots import Sequences
+from tokabatch.scheduling.kv.slots import Slots
 from tokabatch.scheduling.lengths.predictor import Caution, LengthModel, LengthPredictor
 from tokabatch.scheduling.work import Work
 
@@ -18,17 +19,19 @@ LEARNED_SAMPLES = 64
 more prompts the longer a renewal takes."""
 
 
-class Expectations:
-    """Predicts for `Sequences`, whose column `expected` it keeps up to date."""
+class LengthEstimates:
+    """Of the running samples, by slot, and of those that wait."""
 
-    def __init__(self, work: Work, sequences: Sequences, counts: SchedulerCounts, lengths: LengthPredictor | None) -> None:
+    def __init__(self, work: Work, slots: Slots, counts: SchedulerCounts, lengths: LengthPredictor | None) -> None:
         """`lengths` replaces what is learned."""
         self._work = work
-        self._sequences = sequences
+        self._slots = slots
         self._counts = counts
-        self._foretold = lengths
+        self._replaced = lengths
         self._caution = Caution()
         self._longest = 0
+        self._expected = np.zeros(slots.num_slots, np.int32)
+        """Output tokens that the sample in each slot is taken to have in the end."""
         self.extend()
 
     def extend(self) -> None:
@@ -37,13 +40,13 @@ class Expectations:
         self._given = np.array([p.ignore_eos and not p.stop and not p.stop_token_ids for p in work.sampling], np.bool_)
         self._share = np.bincount(work.params, weights=work.num_samples, minlength=len(work.sampling))
         """Samples to draw with each kind of sampling parameters."""
-        self._all_given = bool(self._given.all()) and self._foretold is None
+        self._all_given = bool(self._given.all()) and self._replaced is None
         grouped = work.num_samples >= LEARNED_SAMPLES
         if longest > self._longest:
             self._longest, self._model = longest, LengthModel(longest, grouped)
         else:
             self._model.extend(grouped)
-        self._lengths: LengthPredictor = self._foretold or self._model
+        self._lengths: LengthPredictor = self._replaced or self._model
 
     @property
     def deviations(self) -> float:
@@ -54,14 +57,20 @@ class Expectations:
         """Once a step: renew what has become out of date. True where all running samples' lengths are new."""
         if self._all_given:
             return False
-        seq, counts = self._sequences, self._counts
+        seq, counts = self._slots, self._counts
         order = seq.order
         self._caution.update(counts.output_tokens + counts.prefilled_tokens, counts.given_up_tokens)
-        renewed = self._lengths.refresh(seq.request[order], self._so_far(order))
-        due = order if renewed else order[(seq.expected <= seq.length - seq.prompt_length)[order]]
-        if len(due):
-            seq.expected[due] = self.predict(seq.request[due], seq.sample[due], self._so_far(due), seq.admitted[due])
+        renewed = self._lengths.refresh(seq.request[order], self._generated(order))
+        due = order if renewed else order[(self._expected <= seq.length - seq.prompt_length)[order]]
+        self.begin(due)
         return renewed
+
+    def begin(self, slots: Int64) -> None:
+        """Predict for these slots, whose samples have just been admitted or have outlived their last prediction."""
+        if len(slots):
+            seq = self._slots
+            generated, ticket = self._generated(slots), seq.admitted[slots]
+            self._expected[slots] = self.predict(seq.request[slots], seq.sample[slots], generated, ticket)
 
     def predict(self, request: Int32, sample: Int32, generated: Int32, ticket: Int64) -> Int32:
         """Total output tokens that each sample is taken to have, at least one more than it has; see `LengthPredictor`."""
@@ -74,20 +83,20 @@ class Expectations:
 
     def remaining(self, slots: Int64) -> Int32:
         """Output tokens that each sample, by the length it is taken to have, still has to come; at least 1."""
-        return np.maximum(self._sequences.expected[slots] - self._so_far(slots), 1)
+        return np.maximum(self._expected[slots] - self._generated(slots), 1)
 
-    def way_to_go(self, slots: Int64) -> Int32:
+    def typical_remaining(self, slots: Int64) -> Int32:
         """Output tokens that such samples typically still have to come, at least 1."""
-        seq = self._sequences
-        known, limit = self._so_far(slots), seq.limit[slots]
-        typical = seq.expected[slots] if self._foretold is not None else self._model.typical(seq.request[slots], known, limit)
+        seq = self._slots
+        known, limit = self._generated(slots), seq.limit[slots]
+        typical = self._expected[slots] if self._replaced is not None else self._model.typical(seq.request[slots], known, limit)
         return np.maximum(np.where(self._given[seq.params[slots]], limit, typical) - known, 1)
 
     def tokens_left(self, waiting: int) -> int:
         """Output tokens still to come: of the running samples, and of `waiting` more at the workload's mean."""
-        seq, model = self._sequences, self._model
+        seq, model = self._slots, self._model
         order = seq.order
-        limit, known = seq.limit[order], self._so_far(order)
+        limit, known = seq.limit[order], self._generated(order)
         expected = model.predict(seq.request[order], seq.sample[order], known, limit, seq.admitted[order])
         total = int((np.where(self._given[seq.params[order]], limit, expected) - seq.generated[order]).sum())
         if not waiting:
@@ -95,16 +104,16 @@ class Expectations:
         means = np.where(self._given, self._work.max_tokens, model.mean_lengths(self._work.max_tokens))
         return total + round(waiting * float(np.average(means, weights=self._share)))
 
-    def ended(self, slots: Int64, stopped: Bool) -> None:
+    def observe(self, slots: Int64, stopped: Bool) -> None:
         """These slots' samples are finished; `stopped` where the model ended them, not the limit."""
         if not self._all_given:
-            self._lengths.observe(self._sequences.request[slots], self._sequences.generated[slots], stopped)
+            self._lengths.observe(self._slots.request[slots], self._slots.generated[slots], stopped)
 
     def forget(self, requests: list[int]) -> None:
         """All samples of these prompts are finished."""
-        if not self._all_given and self._foretold is None:
+        if not self._all_given and self._replaced is None:
             self._model.forget(requests)
 
-    def _so_far(self, slots: Int64) -> Int32:
+    def _generated(self, slots: Int64) -> Int32:
         """Output tokens of each slot, those that steps in flight are about to sample included."""
-        return self._sequences.length[slots] - self._sequences.prompt_length[slots]
+        return self._slots.length[slots] - self._slots.prompt_length[slots]

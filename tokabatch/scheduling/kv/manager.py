@@ -1,0 +1,317 @@
+"""The KV cache and everything in it: the only way to open, fork, grow and close what holds pages.
+
+Behind it stand the page pool (references), the prefix tree (prompts and the pages they share) and the slots (running samples
+and their page tables). Others read these; they change through the methods here alone. What a step must tell the worker of the
+changes (new slots, page-table cells, pages to copy and to clear) is collected until `take_changes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from tokabatch.messages import Bool, Int32, Int64, StepBatch
+from tokabatch.scheduling.counts import SchedulerCounts
+from tokabatch.scheduling.kv.page_pool import PagePool
+from tokabatch.scheduling.kv.prefix_tree import PrefixTree, PromptPages
+from tokabatch.scheduling.kv.slots import Cells, Slots
+from tokabatch.scheduling.outputs import Generated
+from tokabatch.scheduling.work import Work
+
+_NO_SLOTS, _NONE = np.zeros(0, np.int64), np.zeros(0, np.int32)
+
+
+class Runs(NamedTuple):
+    """What R slots compute in a step."""
+
+    slots: Int64
+    """Shape [R]."""
+    tokens: Int32
+    """How many tokens of each, shape [R]."""
+
+    @staticmethod
+    def joined(parts: Sequence[Runs]) -> Runs:
+        """All of them, one part after another."""
+        slots, tokens = zip(NO_RUNS, *parts, strict=True)
+        return Runs(np.concatenate(slots), np.concatenate(tokens))
+
+
+NO_RUNS = Runs(_NO_SLOTS, _NONE)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheChanges:
+    """What has changed since the step before: S opened slots, C cells of the page table, P copied pages."""
+
+    opened: Int64
+    """Shape [S]."""
+    cells: Cells
+    """Shape [C] each; no cell stands twice."""
+    copy_src: Int32
+    """Pages to copy, shape [P]; to `copy_dst`, likewise."""
+    copy_dst: Int32
+    clear_pages: Int32
+
+
+class KVCacheManager:
+    """Owns pages, page tables, the sharing of prompts and slots."""
+
+    def __init__(
+        self, work: Work, counts: SchedulerCounts, num_pages: int, page_size: int, num_slots: int, max_pages_per_slot: int
+    ) -> None:
+        self._work = work
+        self._counts = counts
+        self.page_size = page_size
+        self._max_pages_per_slot = max_pages_per_slot
+        self.pool = PagePool(num_pages)
+        self.tree = PrefixTree(work, self.pool, page_size)
+        most = int(work.logprobs.max(initial=-1))
+        self.slots = Slots(num_slots, max_pages_per_slot, self.pool, page_size, most)
+        self._opened: list[Int64] = []
+        self._cells: list[Cells] = []
+        self._copies: list[tuple[Int32, Int32]] = []
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that nothing holds."""
+        return self.pool.num_free
+
+    @property
+    def opened(self) -> Int64:
+        """Slots opened since the last `take_changes`."""
+        return np.concatenate(self._opened) if self._opened else _NO_SLOTS
+
+    def open_next(self, count: int, budget: int) -> Runs:
+        """Begin up to `count` prompts that have never been open, in plan order, and admit the first sample of each, which
+        computes the prompt: together at most `budget` tokens. Fewer come in where pages or tokens run out."""
+        return self._lead(opened, budget) if (opened := self.tree.open_next(count, budget)) else NO_RUNS
+
+    def open(self, request: int, budget: int) -> Runs | None:
+        """Admit one sample of a prompt that has been open before and is not computed, giving the prompt pages again where it
+        has none. None while another prompt must compute what the two share, or where pages are missing."""
+        prompt = self.tree[request] if request in self.tree else self.tree.reopen(request)
+        return None if prompt is None else self._lead([prompt], budget)
+
+    def fork(self, requests: list[int], counts: Int32, budget: int) -> Runs:
+        """Admit `counts[i]` samples of each computed prompt: they read its full pages in place, and copy its last one where
+        that is filled in part."""
+        prompts, slots = [self.tree[request] for request in requests], self.slots
+        taken = [prompt.take_sample() for prompt, count in zip(prompts, counts.tolist(), strict=True) for _ in range(count)]
+        request = np.repeat(np.array(requests, np.int32), counts)
+        opened = slots.open(request, np.array([sample for sample, _ in taken], np.int32))
+        full = np.array([prompt.full for prompt in prompts], np.int32)
+        pages = np.concatenate([prompt.pages[: prompt.full] for prompt in prompts])
+        shared = np.repeat(full, counts)
+        # Each sample's span of `pages` is that of its prompt.
+        first = np.repeat(np.cumsum(full) - full, counts) - (np.cumsum(shared) - shared)
+        self._cells.append(slots.share_pages(opened, shared, pages[np.arange(int(shared.sum())) + np.repeat(first, shared)]))
+        last = self._work.length[request] - 1
+        self._fill(opened, request, last, [output for _, output in taken])
+        for prompt, count in zip(prompts, counts.tolist(), strict=True):
+            prompt.live += count
+        runs = self._start(opened, budget)
+        begun = last % self.page_size > 0
+        if begun.any():
+            tail = [prompt.pages[prompt.full] if prompt.full < len(prompt.pages) else 0 for prompt in prompts]
+            copies = np.repeat(np.array(tail, np.int32), counts)[begun], slots.page_table[opened[begun], shared[begun]]
+            self._copies.append(copies)
+        return runs
+
+    def grow(self, slots: Int64, tokens: Int32) -> None:
+        """Give each slot the pages it is missing to compute so many more tokens; there are enough."""
+        if len(slots):
+            self._cells.append(self.slots.add_pages(slots, self.slots.missing_pages(slots, tokens)))
+
+    def advance(self, step: StepBatch) -> Int64:
+        """Move the runs of a step past it, as if no sample ended; the slots that sample."""
+        slots, run_slot = self.slots, step.run_slot.astype(np.int64)
+        slots.computed[run_slot] = step.run_start + step.run_length
+        prefilled = run_slot[: step.num_prefill_runs]
+        for slot, request in zip(prefilled.tolist(), slots.request[prefilled].tolist(), strict=True):
+            self.tree[request].advance(slot, int(slots.computed[slot]), step.index)
+        sampled = run_slot[step.run_samples]
+        slots.on_device[sampled] = True
+        slots.length[sampled] += 1
+        full = slots.length[sampled] - slots.prompt_length[sampled] >= slots.limit[sampled]
+        # The last token of the limit needs no keys and values: its slot only waits for the result.
+        slots.computed[sampled[full]] = slots.length[sampled[full]]
+        return sampled
+
+    def close(self, slots: Int64, finite: Bool) -> list[int]:
+        """End the samples in these slots. No other sample builds on the pages of one whose logits were not finite. Returns the
+        prompts of which no sample is left, whose pages come free but for what the next prompt shares."""
+        for slot in slots[~finite].tolist():
+            self.tree[int(self.slots.request[slot])].has_nan = True
+            self.pool.taint(self.slots.page_table[slot, : self.slots.num_pages[slot]])
+        touched = self._leave(slots)
+        finished = [prompt for prompt in touched if prompt.finished]
+        self.tree.release(finished, [prompt for prompt in touched if prompt.has_nan])
+        return [prompt.request for prompt in finished]
+
+    def requeue(self, slot: int) -> None:
+        """Put a running sample back among the waiting; the tokens received are kept."""
+        request, sample = int(self.slots.request[slot]), int(self.slots.sample[slot])
+        prompt, place = self.tree[request], np.array([slot])
+        self.tree.requeue(prompt, sample, self.slots.read(place)[0])
+        self._leave(place)
+        if prompt.has_nan:
+            self.tree.release([], [prompt])
+
+    def cancel(self, prompt: int, from_sample: int) -> list[int]:
+        """Take out the samples of a prompt from this number on, those that run included; their numbers. `settle` the prompt
+        afterwards."""
+        slots, begun = self.slots, self.tree.begun(prompt)
+        gone = self.take_unadmitted(prompt, from_sample).tolist()
+        if begun is not None:
+            running = slots.order[(slots.request[slots.order] == prompt) & (slots.sample[slots.order] >= from_sample)]
+            preempted = [sample for sample in begun.preempted if sample >= from_sample]
+            gone += [*slots.sample[running].tolist(), *preempted]
+            for sample in preempted:
+                del begun.preempted[sample]
+            self._leave(running)
+        return gone
+
+    def take_unadmitted(self, prompt: int, from_sample: int) -> Int32:
+        """Take the samples from this number on out of those of a prompt that have never been admitted; their numbers. `settle`
+        the prompt afterwards."""
+        samples, begun = self.tree.unadmitted(prompt), self.tree.begun(prompt)
+        self._work.cut(prompt, from_sample)
+        if begun is not None:
+            begun.samples = np.concatenate((begun.samples[: begun.next_sample], samples[samples < from_sample]))
+        return samples[samples >= from_sample]
+
+    def settle(self, prompts: Int32) -> None:
+        """Samples of these prompts have been taken out: forget those without any, and free what no sample reads."""
+        unbegun = prompts[prompts >= self._work.next]
+        self._work.take_out(unbegun[[len(self._work.samples(prompt)) == 0 for prompt in unbegun.tolist()]])
+        begun = (self.tree.begun(prompt) for prompt in prompts.tolist())
+        self.tree.settle([prompt for prompt in begun if prompt is not None])
+
+    def drop(self, request: int) -> list[tuple[int, Generated | None]]:
+        """Forget a prompt that has no pages; its samples that are left, each with what it had produced."""
+        if self.tree.begun(request) is None:
+            return [(sample, None) for sample in self._work.samples(request).tolist()]
+        prompt = self.tree.drop(request)
+        return [prompt.take_sample() for _ in range(prompt.num_pending)]
+
+    def suspend_idle(self, keep: int = -1) -> int:
+        """Give up the pages of every prompt without running samples, but for `keep`; how many pages come free."""
+        return self.tree.suspend_idle(keep)
+
+    def lose(self, cleared: list[Int32]) -> None:
+        """The worker is gone, and with it all that is computed: every sample goes back among the waiting, in the order of
+        admission. `cleared` are pages that steps in flight were to clear."""
+        for pages in cleared:
+            self.pool.taint(pages)
+        slots = self.slots
+        for slot in slots.order[np.argsort(slots.admitted[slots.order])].tolist():
+            self.requeue(slot)
+            self._counts.requeued += 1
+        self.suspend_idle()
+
+    def resize(self, num_pages: int) -> None:
+        """Have another number of pages; none is held."""
+        self.pool.resize(num_pages)
+
+    def widen(self) -> None:
+        """Make room for what the sampling parameters of added prompts report of each token."""
+        self.slots.outputs.widen(int(self._work.logprobs.max(initial=-1)))
+
+    def restrict(self, num_slots: int) -> None:
+        """Have fewer slots; none is in use."""
+        self.slots.restrict(num_slots)
+
+    def misfits(self, prompts: Int32) -> Int32:
+        """Those of which a longest sample does not fit the cache or the page table."""
+        most = min(self.pool.num_pages, self._max_pages_per_slot + 1)
+        return prompts[self._work.num_pages(prompts, self.page_size) > most]
+
+    def take_changes(self) -> CacheChanges:
+        """What has changed since the last call."""
+        opened, cells, copies = self.opened, self._cells, self._copies
+        self._opened, self._cells, self._copies = [], [], []
+        return CacheChanges(
+            opened=opened,
+            cells=Cells(*(np.concatenate(part) for part in zip(*cells, strict=True)))
+            if cells
+            else Cells(_NO_SLOTS, _NONE, _NONE),
+            copy_src=np.concatenate([src for src, _ in copies]) if copies else _NONE,
+            copy_dst=np.concatenate([dst for _, dst in copies]) if copies else _NONE,
+            clear_pages=self.pool.take_to_clear(),
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that page references, slots and prompts agree; for tests, after any operation."""
+        slots = self.slots
+        self.pool.check_integrity(np.concatenate((self.tree.check_integrity(), slots.own_pages(slots.order))))
+        assert (np.diff(slots.request[slots.order]) >= 0).all(), "slots are not in plan order"
+        assert len(np.unique(slots.order)) == len(slots.order) == slots.num_slots - slots.num_free, "slots are lost or doubled"
+        for slot in slots.order:
+            prompt, shared = self.tree[int(slots.request[slot])], int(slots.shared_pages[slot])
+            same = np.array_equal(slots.page_table[slot, :shared], prompt.pages[:shared])
+            assert same, "a slot reads pages it does not share"
+            computed = min(int(slots.computed[slot]), int(slots.prompt_length[slot] + slots.limit[slot]) - 1)
+            assert slots.num_pages[slot] * self.page_size >= computed, "a slot is missing pages"
+        live = {int(r): int(c) for r, c in zip(*np.unique(slots.request[slots.order], return_counts=True), strict=True)}
+        assert all(prompt.live == live.get(prompt.request, 0) for prompt in self.tree), "live counts differ"
+
+    def _lead(self, prompts: list[PromptPages], budget: int) -> Runs:
+        """Admit one sample of each prompt, which computes the prompt in the prompt's own pages."""
+        taken = [prompt.take_sample() for prompt in prompts]
+        requests = np.array([prompt.request for prompt in prompts], np.int32)
+        opened = self.slots.open(requests, np.array([sample for sample, _ in taken], np.int32))
+        counts = np.array([len(prompt.pages) for prompt in prompts], np.int32)
+        self._cells.append(self.slots.share_pages(opened, counts, np.concatenate([prompt.pages for prompt in prompts])))
+        computed = np.array([prompt.computed for prompt in prompts], np.int32)
+        self._fill(opened, requests, computed, [output for _, output in taken])
+        for prompt, slot in zip(prompts, opened.tolist(), strict=True):
+            prompt.leader = slot
+            prompt.live += 1
+        return self._start(opened, budget)
+
+    def _fill(self, opened: Int64, requests: Int32, start: Int32, outputs: list[Generated | None]) -> None:
+        """Set the columns of freshly opened slots, computed up to `start`; preempted samples get their output back."""
+        slots, counts = self.slots, self._counts
+        length, params = self._work.length[requests], self._work.params[requests]
+        slots.prompt_length[opened] = slots.length[opened] = length
+        slots.params[opened], slots.limit[opened] = params, self._work.max_tokens[params]
+        slots.outputs.open(opened, self._work.logprobs[params])
+        slots.computed[opened] = slots.cached_tokens[opened] = start
+        counts.prompt_tokens += int(length.sum())
+        counts.cached_tokens += int(start.sum())
+        for i, output in enumerate(outputs):
+            if output is not None:
+                slot = int(opened[i])
+                counts.prompt_tokens -= int(length[i])
+                counts.cached_tokens -= int(start[i])
+                slots.restore(slot, output)
+                slots.length[slot] += len(output.tokens)
+                counts.recomputed_tokens += int(slots.length[slot] - start[i])
+
+    def _start(self, opened: Int64, budget: int) -> Runs:
+        """Give freshly opened slots their first tokens and the pages for them; each gets the page of its first token even
+        where the budget leaves it none to compute yet."""
+        slots = self.slots
+        pending = slots.length[opened] - slots.computed[opened]
+        take = np.clip(budget - (np.cumsum(pending) - pending), 0, pending).astype(np.int32)
+        needs = slots.missing_pages(opened, np.maximum(take, 1))
+        if int(needs.sum()) > self.pool.num_free:
+            # Preempted samples come back long: begin with one token each, which needs one page at most.
+            take = np.minimum(take, 1)
+            needs = slots.missing_pages(opened, np.ones_like(take))
+        self._cells.append(slots.add_pages(opened, needs))
+        self._opened.append(opened)
+        return Runs(opened[take > 0], take[take > 0])
+
+    def _leave(self, slots: Int64) -> list[PromptPages]:
+        """Close slots, and take their samples off the prompts they belong to, which are returned."""
+        left: dict[int, PromptPages] = {}
+        for slot, request in zip(slots.tolist(), self.slots.request[slots].tolist(), strict=True):
+            left[request] = prompt = self.tree[request]
+            prompt.leader = -1 if prompt.leader == slot else prompt.leader
+            prompt.live -= 1
+        self.slots.close(slots)
+        return list(left.values())

@@ -1,0 +1,178 @@
+"""The scheduler's own policy: as many samples as will have pages at every future step, by a forecast of page use.
+
+Samples come in in plan order. When pages run short after all, samples wait: one that waits keeps its pages and computes
+nothing for a while, which costs no work at all, while others end and free theirs. Whatever frees most pages for the tokens it
+still takes goes first: samples are ranked by tokens to come over tokens held.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from tokabatch.messages import Bool, Int32, Int64
+from tokabatch.scheduling.kv.manager import KVCacheManager
+from tokabatch.scheduling.kv.prefix_tree import PromptPages
+from tokabatch.scheduling.lengths.estimates import LengthEstimates
+from tokabatch.scheduling.lengths.page_forecast import Claims, Forecast
+from tokabatch.scheduling.policy.policy import Candidates
+from tokabatch.scheduling.work import Work
+
+FORECAST_STEPS = 8
+"""A forecast with pages to spare for every candidate at its longest serves for so many steps."""
+NEARLY_FULL = 1 / 8
+"""With a smaller share of the pages free it is looked ahead which samples can finish in what is left."""
+FEW = 1 / 4
+"""Once fewer than this share of the running samples can, the others begin to wait."""
+_RESOLUTION = 64
+
+
+class ForecastPolicy:
+    """See `Policy`."""
+
+    def __init__(self, work: Work, kv: KVCacheManager, lengths: LengthEstimates) -> None:
+        self.work = work
+        self.kv = kv
+        self.lengths = lengths
+        self._surely_free = self._steps_good_for = 0
+        """Pages free at every future step by the last forecast, less all that came in since; and for how long to rely on it."""
+        self._held_epoch = np.full(kv.slots.num_slots, -1, np.int32)
+        """The epoch of each slot that is held back."""
+        self._holding = False
+        self._steps_to_look = 0
+
+    def order(self, waiting: list[PromptPages]) -> list[PromptPages]:
+        """Keep plan order, prompts without pages first."""
+        return waiting
+
+    def admit(self, candidates: Candidates) -> Int32:
+        """Admit the samples that fit the pool at every future step; none while running samples wait."""
+        if self._holding:
+            return np.zeros_like(candidates.counts)
+        size, tree, num_pages = self.kv.page_size, self.kv.tree, self.kv.pool.num_pages
+        request = np.repeat(candidates.request, candidates.counts)
+        produced = np.repeat(candidates.produced, candidates.counts)
+        length, ticket = self.work.length[request], self.kv.slots.num_admissions + np.arange(len(request))
+        full, total = (length - 1) // size, -(-length // size)
+        closed = np.ones(len(candidates.request), np.bool_)
+        known = candidates.request[: candidates.num_known].tolist()
+        closed[: candidates.num_known] = [entry not in tree for entry in known]
+        opens = np.repeat(closed, candidates.counts)
+        claims = Claims(
+            computed=length - 1 + produced,
+            shared=np.where(opens, total, full),
+            remaining=self.lengths.predict(request, candidates.samples, produced, ticket) - produced,
+            prompt_pages=np.where(opens, total - np.minimum(self.work.lcp[request] // size, full), 0),
+        )
+        peak = claims.peak(size)
+        self._steps_good_for -= 1
+        if self._steps_good_for > 0 and peak <= self._surely_free:
+            self._surely_free -= peak
+            return candidates.counts
+        deviations, forecast = self.lengths.deviations, self._forecast(claims.remaining)
+        fitting = forecast.admit(num_pages, claims, deviations)
+        self._surely_free = forecast.spare(num_pages, deviations) - peak
+        self._steps_good_for = FORECAST_STEPS
+        before = np.cumsum(candidates.counts) - candidates.counts
+        return np.clip(fitting - before, 0, candidates.counts).astype(np.int32)
+
+    def hold(self, decoding: Int64) -> Int64:
+        """Let all go on while pages are plenty; else those that can finish, decided once in as many steps as fill a page."""
+        slots, pool = self.kv.slots, self.kv.pool
+        if pool.num_free > NEARLY_FULL * pool.num_pages or len(slots.order) < 2:
+            self._holding = False
+            return decoding
+        self._steps_to_look -= 1
+        if self._steps_to_look <= 0:
+            self._steps_to_look = self.kv.page_size
+            self._choose_held()
+        going = self._not_held(decoding)
+        if len(decoding) and not len(going):
+            # All that might go on have ended since.
+            self._choose_held()
+            going = self._not_held(decoding)
+        return going
+
+    def rank(self, slots: Int64) -> Int64:
+        """Put those first that free most tokens for what they still take."""
+        return slots[self._by_yield(slots)]
+
+    def invalidate(self) -> None:
+        """Make the next forecast anew."""
+        self._steps_good_for = 0
+
+    def _forecast(self, also: Int32) -> Forecast:
+        """Page use of what runs and of the open prompts; `also` names the steps after which candidates end."""
+        slots, tree, order = self.kv.slots, self.kv.tree, self.kv.slots.order
+        remaining = self.lengths.remaining(order)
+        running = Claims(
+            # A prompt under way is taken as computed: what its length holds is claimed from the start.
+            computed=np.maximum(slots.length[order] - 1, 0),
+            shared=slots.shared_pages[order],
+            remaining=remaining,
+            prompt_pages=np.zeros(len(order), np.int32),
+        )
+        held_steps = tree.last_steps(slots.request[order], remaining)
+        return Forecast(self.kv.page_size, running, tree.sharing.attributed(), held_steps, also)
+
+    def _not_held(self, decoding: Int64) -> Int64:
+        if not self._holding:
+            return decoding
+        return decoding[self._held_epoch[decoding] != self.kv.slots.epoch[decoding]]
+
+    def _by_yield(self, slots: Int64) -> npt.NDArray[np.intp]:
+        """Places in `slots`, in the order of `rank`."""
+        return np.argsort(self.lengths.typical_remaining(slots) / self.kv.slots.length[slots], kind="stable")
+
+    def _choose_held(self) -> None:
+        """Decide which samples wait from now on: none if all can finish, or as long as enough can."""
+        slots, order = self.kv.slots, self.kv.slots.order
+        by_yield = self._by_yield(order)
+        number = self._can_finish(by_yield)
+        self._holding = number < len(order) and (self._holding or number < FEW * len(order)) and number > 0
+        self._held_epoch.fill(-1)
+        if self._holding:
+            held = order[by_yield[number:]]
+            self._held_epoch[held] = slots.epoch[held]
+
+    def _can_finish(self, by_yield: npt.NDArray[np.intp]) -> int:
+        """How many of the running samples, taken in this order, can run to their expected ends if the others stand still."""
+        slots, tree, order = self.kv.slots, self.kv.tree, self.kv.slots.order
+        rank = np.empty(len(order), np.int32)
+        rank[by_yield] = np.arange(len(order), dtype=np.int32)
+        remaining = self.lengths.remaining(order)
+        # A prompt's pages come free behind the last of its samples, and with that one only.
+        held_rank = tree.last_steps(slots.request[order], rank + 1) - 1
+        held_until = tree.last_steps(slots.request[order], remaining)
+        return finishing(
+            free=self.kv.pool.num_free,
+            page_size=self.kv.page_size,
+            rank=np.concatenate((rank, held_rank)),
+            end=np.concatenate((remaining, held_until)).astype(np.int64),
+            pages=np.concatenate((slots.num_pages[order] - slots.shared_pages[order], tree.sharing.attributed())),
+            grows=np.arange(len(order) + len(held_rank)) < len(order),
+        )
+
+
+def finishing(free: int, page_size: int, rank: Int32, end: Int64, pages: Int32, grows: Bool) -> int:
+    """How many samples can run to their ends when only those of a rank below that number go on.
+
+    Entry i holds `pages[i]` pages, to be freed at step `end[i]` from now if its rank is below the number asked for; where it
+    `grows` it is a sample and takes one page in `page_size` steps until then. The number is found by bisection, to one part
+    in 64 and from below: never one that does not fit."""
+    by_end = np.argsort(end, kind="stable")
+    rank, end, pages, grows = rank[by_end], end[by_end], pages[by_end], grows[by_end]
+
+    def fits(number: int) -> bool:
+        inside = rank < number
+        freed, alive = np.cumsum(pages[inside]) - pages[inside], np.cumsum(grows[inside][::-1])[::-1]
+        return bool(((free + freed) * page_size >= alive * end[inside]).all())
+
+    count = int(grows.sum())
+    if fits(count):
+        return count
+    low, high = 0, count
+    while high - low > max(1, count // _RESOLUTION):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
