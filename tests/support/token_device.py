@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tokabatch.messages import Requests, SamplingParams, StepBatch, StepResult
+from tokabatch.scheduling.policy.forecast_policy import ForecastPolicy
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
 
@@ -119,10 +120,17 @@ class TokenDevice:
         assert np.array_equal(covered, step.run_skip[run_of])
 
 
-def drive(requests: Requests, limits: SchedulerLimits, prompts: list[list[int]], depth: int = 1, integrity: bool = True):
+def drive(
+    requests: Requests,
+    limits: SchedulerLimits,
+    prompts: list[list[int]],
+    depth: int = 1,
+    integrity: bool = True,
+    policy=ForecastPolicy,
+):
     """Run to the end with up to `depth` steps in flight; returns completions by (row, sample) and the scheduler."""
     stops = StopRules(requests.sampling, [EOS], VOCAB, None)
-    scheduler = Scheduler(requests, limits, stops)
+    scheduler = Scheduler(requests, limits, stops, policy=policy)
     device = TokenDevice(limits)
     device.prompts = prompts
     results: deque[StepResult] = deque()

@@ -1,0 +1,73 @@
+"""Another policy for the scheduler, written in one file: one from scratch, and one that changes a single answer."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from support import token_device as device
+from support.scheduling_jobs import jobs
+
+from tokabatch.messages import Int32, Int64, SamplingParams
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
+from tokabatch.scheduling.kv.manager import KVCacheManager
+from tokabatch.scheduling.kv.prefix_tree import PromptPages
+from tokabatch.scheduling.lengths.estimates import LengthEstimates
+from tokabatch.scheduling.policy.forecast_policy import ForecastPolicy
+from tokabatch.scheduling.policy.policy import Candidates
+from tokabatch.scheduling.scheduler import SchedulerLimits
+from tokabatch.scheduling.work import Work
+
+MOST = 3
+
+
+class ThreeAtATime:
+    """At most three samples run; prompts with few samples left come first, and the youngest samples give way."""
+
+    def __init__(self, work: Work, kv: KVCacheManager, lengths: LengthEstimates) -> None:
+        self.kv = kv
+
+    def order(self, waiting: list[PromptPages]) -> list[PromptPages]:
+        return sorted(waiting, key=lambda prompt: prompt.num_pending)
+
+    def admit(self, candidates: Candidates) -> Int32:
+        before = np.cumsum(candidates.counts) - candidates.counts
+        return np.clip(MOST - len(self.kv.slots.order) - before, 0, candidates.counts)
+
+    def hold(self, decoding: Int64) -> Int64:
+        running = len(self.kv.slots.order)
+        assert running <= MOST
+        return decoding
+
+    def rank(self, slots: Int64) -> Int64:
+        return slots[np.argsort(self.kv.slots.admitted[slots], kind="stable")]
+
+    def invalidate(self) -> None:
+        pass
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(jobs())
+def test_a_policy_written_from_scratch_gets_every_sample_done(job):
+    prompts, params, limits, depth = job
+    completions, _ = device.drive(device.make_requests(prompts, params), limits, prompts, depth, policy=ThreeAtATime)
+    assert len(completions) == sum(params[row % len(params)].n for row in range(len(prompts)))
+    for (row, sample), got in completions.items():
+        assert got.token_ids.tolist() == device.expected_output(row, sample, len(prompts[row]), params[row % len(params)])
+
+
+class OnePromptAfterAnother(ForecastPolicy):
+    """No prompt is begun before all samples of the last one are admitted."""
+
+    def admit(self, candidates: Candidates) -> Int32:
+        counts = super().admit(candidates)
+        counts[1:] = 0
+        return counts
+
+
+def test_one_answer_can_be_replaced_alone():
+    prompts = [[i, i + 1, i + 2] for i in range(4)]
+    requests = device.make_requests(prompts, [SamplingParams(n=8, max_tokens=6, ignore_eos=True)])
+    limits = SchedulerLimits(4, 64, 8, 32, 16, GroupingLimits(2, 1))
+    for policy, in_order in ((OnePromptAfterAnother, True), (ForecastPolicy, False)):
+        rows = [row for row, _ in device.drive(requests, limits, prompts, policy=policy)[0]]
+        assert (rows == sorted(rows)) is in_order
