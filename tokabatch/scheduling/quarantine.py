@@ -3,7 +3,7 @@
 Most crashes come from outside, so after the first everything runs again together. Where the worker crashes again before the
 samples that ran have got past the point of the first crash, they are suspects: they run in halves, the half that crashes is
 halved again (adaptive group testing by binary splitting, Hwang 1972), and a prompt that crashes the worker twice when nothing
-else runs is condemned. Knows requests and token counts only.
+else runs is condemned.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Turning a step's decisions into the message the worker gets. Nothing is decided here."""
+"""Turn a step's decisions into the message that the worker gets. Nothing is decided here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 from tokabatch.messages import Int32, Int64, PrefixLevel, SamplingParams, SlotInit, StepBatch
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits, PromptRuns, find_groups
 from tokabatch.scheduling.kv.manager import KVCacheManager, Runs
-from tokabatch.scheduling.kv.prefix_tree import PrefixTree
 from tokabatch.scheduling.kv.slots import Slots
 from tokabatch.scheduling.work import Work
 
@@ -26,7 +25,6 @@ class SamplingTable:
         self.top_p = np.array([max(p.top_p, 1e-6) for p in sampling], np.float32)
         self.top_k = np.array([p.top_k for p in sampling], np.int32)
         self.min_p = np.array([p.min_p for p in sampling], np.float32)
-        self.logprobs = np.array([-1 if p.logprobs is None else p.logprobs for p in sampling], np.int32)
 
 
 class StepBuilder:
@@ -47,16 +45,12 @@ class StepBuilder:
         run_slot = np.concatenate((prefill.slots, decoding))
         start = slots.computed[run_slot]
         length = np.concatenate((prefill.tokens, np.ones(len(decoding), np.int32)))
+        token = np.append(0, np.cumsum(length)).astype(np.int32)
         levels: list[PrefixLevel] = []
         skip = np.zeros(len(run_slot), np.int32)
-        if self._grouping is not None:
-            token = np.append(0, np.cumsum(length)).astype(np.int32)
-            full_pages = start // self._kv.page_size
-            for section in (slice(0, len(prefill.slots)), slice(len(prefill.slots), len(run_slot))):
-                found, skip[section] = _group_section(
-                    slots, self._kv.tree, run_slot, full_pages, token, section, self._grouping
-                )
-                levels.extend(found)
+        for section in (slice(0, len(prefill.slots)), slice(len(prefill.slots), len(run_slot))):
+            found, skip[section] = self._groups(run_slot[section], start[section], token[section.start : section.stop + 1])
+            levels += found
         return StepBatch(
             index=index,
             inits=_slot_inits(slots, work, self._table, changes.opened),
@@ -76,6 +70,29 @@ class StepBuilder:
             prefix_levels=tuple(levels),
         )
 
+    def _groups(self, run_slot: Int64, start: Int32, token: Int32) -> tuple[list[PrefixLevel], Int32]:
+        """Hydragen groups among R runs in plan order, and the leading pages of each that they cover, shape [R]. Run i computes
+        from position `start[i]` and is tokens `token[i]` to `token[i + 1]` of the step."""
+        nothing, limits, sharing = np.zeros(len(run_slot), np.int32), self._grouping, self._kv.tree.sharing
+        if limits is None or len(run_slot) < limits.min_group:
+            return [], nothing
+        request = self._kv.slots.request[run_slot]
+        first = np.nonzero(np.append(True, request[1:] != request[:-1]))[0]
+        counts = np.diff(np.append(first, len(run_slot))).astype(np.int32)
+        if int(counts.max()) < limits.min_group and not sharing.any_shared(limits.min_pages):
+            return [], nothing
+        prompts = PromptRuns(
+            num_runs=counts,
+            token_start=token[first],
+            token_stop=token[first + counts],
+            slot=run_slot[first].astype(np.int32),
+            shared_before=sharing.shared_between(request[first]),
+            shared_within=self._kv.tree.full_pages(request[first]),
+            limit=np.minimum.reduceat(start // self._kv.page_size, first),
+        )
+        levels, covered = find_groups(prompts, limits)
+        return levels, np.repeat(covered, counts)
+
 
 def _slot_inits(seq: Slots, work: Work, table: SamplingTable, slots: Int64) -> SlotInit:
     params = seq.params[slots]
@@ -88,7 +105,7 @@ def _slot_inits(seq: Slots, work: Work, table: SamplingTable, slots: Int64) -> S
         top_p=table.top_p[params],
         top_k=table.top_k[params],
         min_p=table.min_p[params],
-        logprobs=table.logprobs[params],
+        logprobs=work.logprobs[params],
     )
 
 
@@ -109,37 +126,3 @@ def _host_tokens(seq: Slots, work: Work, slots: Int64, takes: Int32) -> Int32:
         output = position[place] - length[place]
         tokens[place][output >= 0] = seq.outputs.tokens(slots[i : i + 1])[0][output[output >= 0]]
     return tokens
-
-
-def _group_section(
-    seq: Slots,
-    tree: PrefixTree,
-    slots: Int64,
-    full_pages: Int32,
-    token: Int32,
-    section: slice,
-    limits: GroupingLimits,
-) -> tuple[list[PrefixLevel], Int32]:
-    """Hydragen groups among the runs of `section`, which stand in plan order; and the pages covered for each run."""
-    own = slots[section]
-    if len(own) < limits.min_group:
-        return [], np.zeros(len(own), np.int32)
-    request = seq.request[own]
-    first = np.nonzero(np.append(True, request[1:] != request[:-1]))[0]
-    counts = np.diff(np.append(first, len(own))).astype(np.int32)
-    distinct = request[first]
-    if int(counts.max()) < limits.min_group and not tree.sharing.any_shared(limits.min_pages):
-        return [], np.zeros(len(own), np.int32)
-    levels, covered = find_groups(
-        PromptRuns(
-            num_runs=counts,
-            token_start=token[section.start + first],
-            token_stop=token[section.start + first + counts],
-            slot=own[first].astype(np.int32),
-            shared_before=tree.sharing.shared_between(distinct),
-            shared_within=tree.full_pages(distinct),
-            limit=np.minimum.reduceat(full_pages[section], first),
-        ),
-        limits,
-    )
-    return levels, np.repeat(covered, counts)

@@ -1,7 +1,7 @@
 """When a sample ends by itself: stop token ids and stop strings, tested for a whole step at once.
 
 A table over the vocabulary marks the tokens that can end anything; only samples that just drew one of those are looked at
-singly. Knows no tokenizer: the caller brings `decode` and the text of each token id.
+singly. The tokenizer stays with the caller, which brings `decode` and the text of each token id.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which runs of a step share which prefix pages: Hydragen groups, nested, found anew every step in vectorised passes.
 
 The runs stand in plan order, so those that share a prefix are neighbours and the pages shared by neighbours form an
-LCP-interval tree. Each level of that tree that is worth it becomes one `PrefixLevel`. Knows only arrays.
+LCP-interval tree. Each level of that tree that is worth it becomes one `PrefixLevel`.
 """
 
 from __future__ import annotations

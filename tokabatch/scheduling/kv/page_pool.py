@@ -1,4 +1,4 @@
-"""The pool of KV pages: who holds which, by reference count. It knows neither slots nor prompts, only their claims."""
+"""The pool of KV pages: how many references there are to each. Slots and prompts, which hold them, are not known here."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class PagePool:
         self.num_free += len(pages)
 
     def check_integrity(self, held: Int32) -> None:
-        """`held` lists every reference anybody believes to hold; raises AssertionError where the books differ."""
+        """`held` lists every reference that a slot or a prompt holds; raises AssertionError where the counts differ."""
         expected = np.bincount(held, minlength=self.num_pages)
         assert np.array_equal(expected, self.references), "reference counts differ from the pages held"
         free = self._free[: self.num_free]

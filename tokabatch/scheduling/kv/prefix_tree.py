@@ -1,4 +1,4 @@
-"""Prompts whose KV pages are alive, and which of those pages a new prompt may share.
+"""Prompts that hold KV pages, and which of those pages a new prompt may share.
 
 Requests arrive in plan order, a depth-first walk of the prefix tree, so whatever prompt r can share with the past it can
 share with its neighbours in that order. A prompt is *open* from its first admission until its last sample is finished; it
@@ -182,8 +182,8 @@ class PrefixTree:
 
     def open_next(self, count: int, budget: int) -> list[PromptPages]:
         """Open up to `count` prompts that were never open before, in order, each sharing what its predecessor holds or is
-        about to compute in the same step. Fewer come back when the pool lacks pages or the step tokens, or none while the first
-        must wait."""
+        about to compute in the same step. Fewer come back when pages or the step's tokens run out, or none while the first must
+        wait."""
         batch, size = self._work.upcoming(count), self._page_size
         first = int(batch[0])
         full = (self._work.length[batch] - 1) // size
@@ -222,7 +222,7 @@ class PrefixTree:
         return opened
 
     def reopen(self, request: int) -> PromptPages | None:
-        """Give a suspended prompt pages again. None while a neighbour must compute first, or when the pool lacks pages."""
+        """Give a suspended prompt pages again. None while a neighbour must compute first, or when too few pages are free."""
         neighbour, shared = self.sharable(request)
         if neighbour is not None and neighbour.computed < shared * self._page_size:
             return None

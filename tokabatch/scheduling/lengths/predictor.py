@@ -1,4 +1,4 @@
-"""How long samples will be, learned while they run: see `hazards` and `scales` for the estimates.
+"""How long samples will be, learned while they run: see `hazard` and `prompt_scale` for the estimates.
 
 Every sample gets a length of its own, drawn from the distribution of what remains for it and spread evenly over all
 samples, so that a forecast over thousands of them is at its expectation. `Caution` says how far above its expectation page
@@ -24,8 +24,8 @@ _WINDOW_TOKENS, _GAIN, _MOST_SURPLUS = 50_000, 0.05, 20.0
 
 
 class LengthPredictor(Protocol):
-    """What admission asks of lengths. Arrays of N samples: their `request`, `sample` number, tokens `generated` so far, `limit`
-    (max_tokens) and `ticket` (the number of their admission)."""
+    """Lengths, as far as they can be foreseen. Arrays of N samples: their `request`, `sample` number, output tokens
+    `generated` so far, `limit` (max_tokens) and `ticket` (the number of their admission)."""
 
     def predict(self, request: Int32, sample: Int32, generated: Int32, limit: Int32, ticket: Int64) -> Int32:
         """Total lengths, from generated + 1 to limit."""

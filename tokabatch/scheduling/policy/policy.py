@@ -44,8 +44,8 @@ class Policy(Protocol):
         ...
 
     def hold(self, decoding: Int64) -> Int64:
-        """Those of the running samples' slots that compute their next token in this step; the others wait and keep their
-        pages. Called once a step."""
+        """Those of the running samples' slots that compute their next token in this step, at least one if any is given; the
+        others wait and keep their pages. Called once a step."""
         ...
 
     def rank(self, slots: Int64) -> Int64:
