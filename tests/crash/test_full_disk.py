@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from crash.conftest import Scene
 from support.forked_runs import ForkServer
@@ -44,7 +45,8 @@ def test_a_disk_that_fills_up_stops_the_run_and_room_completes_it(disk: Path, lo
     assert ended.code == 75, ended
     committed = long_scene.checker.check(out)
     assert 0 < committed < long_scene.checker.samples and not (out / "_SUCCESS").exists()
-    before = {path.name: path.read_bytes() for path in (out / "data").iterdir()}
+    # Those below half the usual size may be joined at the end.
+    before = {path.name: path.read_bytes() for path in (out / "data").iterdir() if pq.read_metadata(path).num_rows > 4}
     full = server.run(long_scene.job(out), step_seconds=0)
     assert full.code == 75 or (full.code == 2 and "Make room there" in full.message), full
     filler.unlink()

@@ -245,6 +245,18 @@ def test_two_starts_in_a_row_that_commit_nothing_end_in_2(tmp_path: Path, monkey
     assert start(1) == (0, False)
 
 
+def test_a_complete_run_is_not_tried_until_there_is_something_to_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text('{"question": "What is 1?"}\n')
+    assert scripted_run(rows, out).exit_code == 0
+    before = (out / "_SUCCESS").read_bytes()
+    monkeypatch.setattr(folder_module, "DurableFiles", lambda: Refusing("link", errno.EXDEV))
+    assert scripted_run(rows, out).exit_code == 0
+    with pytest.raises(OutputError, match="cannot be written: Invalid cross-device link"):
+        scripted_run(rows, out, generation={"n": 3, "max_tokens": 6, "temperature": 1.0})
+    assert (out / "_SUCCESS").read_bytes() == before
+
+
 def test_names_of_folders_need_not_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / os.fsdecode(b"caf\xe9")
     place.mkdir()

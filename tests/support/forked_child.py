@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import multiprocessing
 import os
+import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from benchmarks.scripted_engine import QUICKSTART, Script, build_worker, quickstart_script
-from support import faulty_files, mutants
+from support import faulty_files, mutants, privileges
 from tokabatch import Job, pricing, recorder, run, runner
 from tokabatch.data import folder
 from tokabatch.data.tokenizer_files import load_tokenizer
@@ -23,6 +26,7 @@ from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import TokabatchError
 from tokabatch.job import ModelConfig
 from tokabatch.preparation import Prepared
+from tokabatch.report.progress import NullProgress
 
 STEP_SECONDS = 0.002
 BATCH_SAMPLES = 4
@@ -50,6 +54,9 @@ class Child:
         pa.array([0])
         measured = pricing.present_device("cpu")
         pricing.measure_processor = lambda memory: replace(measured, memory=memory)
+        # What is here now is not looked at again in each child, nor copied for that.
+        gc.collect()
+        gc.freeze()
 
     def run(self, request: dict[str, Any], told: int) -> int:
         """The exit code, as `tokabatch run` would have it; `told` is a descriptor for what there is to tell."""
@@ -60,16 +67,23 @@ class Child:
             mutants.MUTANTS[request["mutant"]]()
         files = _files(request.get("fault"))
         folder.DurableFiles = lambda: files
-        message, code = "", 1
+        if request.get("powerless"):
+            privileges.give_up_override()
+        leaks = _note_leaks()
+        message, code, display = "", 1, _Messages()
         try:
             job = Job.load(request["job"])
-            code = run(job, **request.get("flags", {})).exit_code
+            code = run(job, display, **request.get("flags", {})).exit_code
+            message = "; ".join(display.texts)
         except TokabatchError as error:
             message, code = str(error), error.exit_code
         except PowerCut:
             assert isinstance(files, faulty_files.Disk)
             files.cut(Path(request["job"]["output"]["path"]), request["fault"]["lose"])
             code = 99
+        gc.collect()
+        if leaks and code != 99:
+            message, code = f"left open: {leaks}", 1
         os.write(told, json.dumps({"calls": files.calls, "message": message}).encode())
         return code
 
@@ -86,6 +100,22 @@ def _files(fault: dict[str, Any] | None) -> faulty_files.CountedFiles:
     if kind == "short":
         return faulty_files.Short(at, error)
     return faulty_files.Failing(at, error, last=kind == "lasting")
+
+
+class _Messages(NullProgress):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def _note_leaks() -> list[str]:
+    """What is found to be left open from here on."""
+    leaks: list[str] = []
+    warnings.simplefilter("error", ResourceWarning)
+    sys.unraisablehook = lambda found: leaks.append(str(found.exc_value))
+    return leaks
 
 
 class _Unplugged(faulty_files.Disk):

@@ -1,8 +1,8 @@
 """Whole runs in processes that can be killed, started in milliseconds: a server imports everything once and forks one for each
 request. The engine is scripted; all else is the real thing. The server is started by `ForkServer` in the tests' process.
 
-Requests and answers are JSON lines. A request names the job, and what shall be wrong: `fault` (see `forked_child._files`) and
-`mutant` (a name in `support.mutants`).
+Requests and answers are JSON lines. A request names the job, and what shall be wrong: `fault` (see `forked_child._files`),
+`mutant` (a name in `support.mutants`), `powerless` (files' modes count, for root, too).
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class ForkServer:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
         self._log.close()
 
     def _answer(self) -> dict[str, Any]:

@@ -190,12 +190,12 @@ def _remove(claim: Claim, path: Path) -> None:
 def _replace(claim: Claim, file: ListedFile, tables: Iterable[pa.Table]) -> None:
     """By a shard of these rows."""
     temporary = claim.folder.temporary / file.path.name
-    shard, _ = write_shard(claim, pa.concat_tables(tables), temporary, claim.folder.name_of(file.path))
+    shard, written = write_shard(claim, pa.concat_tables(tables), temporary, claim.folder.name_of(file.path))
     if claim.journal is not None:
         claim.journal.begins(shard)
     claim.files.replace(temporary, file.path)
     claim.files.sync_folder(file.path.parent)
-    record_commit(claim, shard)
+    record_commit(claim, shard, written)
 
 
 def _without_errors(file: ListedFile) -> Iterator[pa.Table]:

@@ -175,8 +175,9 @@ class NewFile(io.BufferedWriter):
         self._files.fsync(self.fileno())
 
     @property
-    def inode(self) -> int:
-        return os.fstat(self.fileno()).st_ino
+    def status(self) -> os.stat_result:
+        """What the system says of the open file, whatever its names."""
+        return os.fstat(self.fileno())
 
     @property
     def digest(self) -> str:

@@ -26,8 +26,8 @@ from pathlib import Path
 from types import TracebackType
 
 from tokabatch.data.durable import DurableFiles, NewFile, make_folders, publish, write_whole
-from tokabatch.data.journal import Journal, Shard
-from tokabatch.data.listing import ListedFile, Mark, is_there, list_files, unreadable
+from tokabatch.data.journal import Journal, Shard, read_record
+from tokabatch.data.listing import NO_MARK, ListedFile, Mark, is_there, list_files, mark_of, unreadable
 from tokabatch.data.write_errors import is_full, may_pass, reason, remedy, unwritable
 from tokabatch.errors import CommitError, DamageError, OutputError
 
@@ -113,6 +113,7 @@ class Claim:
         """The record of commits, once the run has begun; a folder without a run has none."""
         self.identity: Mapping[bytes, bytes] = {}
         """What every shard says of its run, in its metadata."""
+        self._kept: dict[Path, tuple[bytes, Mark]] = {}
         self._repair = ""
         self._descriptor: int | None = None
         self._made: list[Path] = []
@@ -124,9 +125,13 @@ class Claim:
         """The names of the shards that are known to stand in the folder."""
         return () if self.journal is None else self.journal.shards
 
-    def write(self, target: Path, content: bytes) -> None:
-        """Replace one of the folder's small files atomically."""
+    def write(self, target: Path, content: bytes, *, keep: bool = False) -> None:
+        """Replace one of the folder's small files atomically. One that is to `keep` is written anew where others touch it while
+        the run goes on."""
         write_whole(self.files, self.folder.temporary / target.name, target, content)
+        if keep:
+            found = self.files.look(target)
+            self._kept[target] = content, NO_MARK if found is None else mark_of(found)
 
     @contextmanager
     def committing(self) -> Generator[None]:
@@ -173,11 +178,14 @@ class Claim:
                 "what is finished is committed where the folder is now. Move it back, or name its new place as output.path, "
                 "and run the same command again."
             )
+        self._restore()
         if self.journal is not None:
             self._check_shards(self.journal)
 
     def reopen(self, *, keep_summary: bool = False) -> None:
         """Take back the marks of an earlier end: from here on the run goes on; `keep_summary` where nothing is left to do."""
+        if is_there(self.files, self.folder.success):
+            self._probe()
         for mark in (self.folder.success, self.folder.summary):
             if is_there(self.files, mark) and not (keep_summary and mark == self.folder.summary):
                 self.files.remove(mark)
@@ -186,6 +194,11 @@ class Claim:
     def discard(self) -> None:
         """Delete the results of an earlier run. Cut short, it leaves a run that lacks some of its samples."""
         shards = self.folder.shards()
+        record = None if self.journal is not None else read_record(self.files, self.folder.commits)
+        if record is not None and record.problem is None:
+            # Readers beside this, and the next start if it is cut short, know what is missing on purpose.
+            held = [shard for known in record.versions.values() for shard in known[-1:] if shard is not None]
+            self.begin(record.run, {}, ((shard, NO_MARK) for shard in held), "")
         if self.journal is not None:
             self.journal.removes(self.folder.name_of(shard.path) for shard in shards)
         self.reopen()
@@ -233,8 +246,8 @@ class Claim:
                 if self.files.look(place, follow=False) is None:
                     self._made.append(place)
             make_folders(self.files, folder.data)
-            self.files.hold(folder.path)
-            self.files.hold(folder.data)
+            self._hold(folder.path)
+            self._hold(folder.data)
             self._descriptor = _lock(folder)
             self._clear()
         except BaseException as error:
@@ -242,6 +255,12 @@ class Claim:
             if isinstance(error, OSError):
                 raise unwritable(folder.path, error) from error
             raise
+
+    def _hold(self, path: Path) -> None:
+        try:
+            self.files.hold(path)
+        except OSError as error:
+            raise OutputError(f"output.path {str(self.folder.path)!r}: {unreadable(path, error)}") from error
 
     def _remove_unused(self) -> None:
         """Needs the lock. A folder that is not empty stays."""
@@ -262,11 +281,13 @@ class Claim:
         self.files.remove_tree(folder.temporary)
         self.files.make_folder(folder.temporary)
         self.files.hold(folder.temporary)
-        self._probe()
+        if not is_there(self.files, folder.success):
+            self._probe()
         self.files.sync_folder(folder.path)
 
     def _probe(self) -> None:
-        """Write a file and commit it, once and the way shards are: what can never work is known before anything is computed."""
+        """Write a file and commit it the way shards are: what can never work is known before anything is computed. A complete
+        run is left as it is until there is something to add."""
         probe, published = self.folder.temporary / "probe", self.folder.data / PROBE
         # A start that was killed here has left it.
         with suppress(FileNotFoundError):
@@ -287,6 +308,15 @@ class Claim:
                 pass
             return self._absolute / name
         return None
+
+    def _restore(self) -> None:
+        """Write anew what tells of the run, where others touched it."""
+        for target, (content, mark) in list(self._kept.items()):
+            found = self.files.look(target)
+            if found is None or mark_of(found) != mark:
+                self.write(target, content, keep=True)
+        if self.journal is not None:
+            self.journal.restore()
 
     def _check_shards(self, journal: Journal) -> None:
         damage, strangers = journal.compare({self.folder.name_of(file.path): file for file in self.folder.shards()})

@@ -138,7 +138,7 @@ def _believed(
         # Without shards, it may be that the run had not begun.
         lost = bool(manifest.run) and bool(marked or folder.shards())
         return marked, [Fault(name, "is missing", "record")] if lost else []
-    if manifest.run not in ("", record.run) or (not manifest.run and record.problem is not None):
+    if manifest.run and record.run not in ("", manifest.run):
         return marked, [Fault(name, "is of another run than manifest.json", "record")]
     if record.problem is not None:
         return {**record.versions, **marked}, [Fault(name, f"is damaged: {record.problem}", "record")]

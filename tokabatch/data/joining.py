@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from tokabatch.data.folder import Claim
 from tokabatch.data.journal import Shard
-from tokabatch.data.listing import Changed, ListedFile
+from tokabatch.data.listing import Changed, ListedFile, Mark
 from tokabatch.data.shards import (
     ARROW_BYTES_KEY,
     SHARD_BYTES,
@@ -51,14 +51,14 @@ def join_small(claim: Claim, rows_per_shard: int, stop: Callable[[], object], te
         names = [folder.name_of(file.path) for file in small]
         if len(small) < 2:
             return
-        kept = [shard for name, (shard, _) in journal.shards.items() if name not in names]
+        kept = [known for name, known in journal.shards.items() if name not in names]
         made = _fill(claim, new, small, kept, rows_per_shard, stop)
         swapped = bool(made) and _swap(claim, new, made, names)
     except DamageError:
         raise
     except (OSError, OutputError, Changed) as error:
         tell(f"{len(small):,} small files are not joined: {error}")
-        names, kept, made, swapped = [], [shard for shard, _ in journal.shards.values()], [], False
+        names, kept, made, swapped = [], list(journal.shards.values()), [], False
     if swapped:
         for path in (folder.path, folder.temporary):
             files.sync_folder(path)
@@ -67,8 +67,8 @@ def join_small(claim: Claim, rows_per_shard: int, stop: Callable[[], object], te
     for name in names if swapped else ():
         journal.done(name)
     # A link that comes or goes changes a file's times.
-    for shard in (*kept, *made) if swapped else kept:
-        record_commit(claim, shard)
+    for shard, written in (*kept, *made) if swapped else kept:
+        record_commit(claim, shard, written)
 
 
 def _small(claim: Claim, rows_per_shard: int) -> list[ListedFile]:
@@ -89,22 +89,22 @@ def _fill(
     claim: Claim,
     new: Path,
     small: Sequence[ListedFile],
-    kept: Sequence[Shard],
+    kept: Sequence[tuple[Shard, Mark]],
     rows_per_shard: int,
     stop: Callable[[], object],
-) -> list[Shard]:
-    """Make the folder as it is to be; the joined shards, none where it was stopped. Raises OSError and as `read_groups`."""
+) -> list[tuple[Shard, Mark]]:
+    """Make the folder as it is to be; the joined shards with the marks of their files, none where it was stopped. Raises
+    OSError and as `read_groups`."""
     claim.files.make_folder(new)
     claim.files.hold(new)
-    made: list[Shard] = []
+    made: list[tuple[Shard, Mark]] = []
     first = 1 + max(shard_number(shard.path.name) for shard in claim.folder.shards())
     for number, table in enumerate(_joined(small, rows_per_shard), first):
         if stop():
             return []
         path = new / f"part-{number:05d}.parquet"
-        shard, _ = write_shard(claim, table, path, claim.folder.name_of(path))
-        made.append(shard)
-    for shard in kept:
+        made.append(write_shard(claim, table, path, claim.folder.name_of(path)))
+    for shard, _ in kept:
         claim.files.link(claim.folder.path / shard.name, new / Path(shard.name).name)
     claim.files.sync_folder(new)
     return made
@@ -124,13 +124,13 @@ def _joined(files: Sequence[ListedFile], rows_per_shard: int) -> Iterator[pa.Tab
         yield pa.concat_tables(held)
 
 
-def _swap(claim: Claim, new: Path, made: Sequence[Shard], names: Sequence[str]) -> bool:
+def _swap(claim: Claim, new: Path, made: Sequence[tuple[Shard, Mark]], names: Sequence[str]) -> bool:
     """Raises OSError where the folder stays as it was, which the journal says then, too."""
     journal = claim.journal
     assert journal is not None
     before = [journal.shards[name][0] for name in names]
     try:
-        for shard in made:
+        for shard, _ in made:
             journal.begins(shard)
         journal.removes(names)
         claim.check_lock()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tokabatch.data.durable import DurableFiles, NewFile
-from tokabatch.data.listing import NO_MARK, Changed, ListedFile, Mark, read_bytes
+from tokabatch.data.listing import NO_MARK, Changed, ListedFile, Mark, mark_of, read_bytes
 from tokabatch.data.plain_json import to_json
 
 VERSION = 1
@@ -54,23 +54,20 @@ class Record:
 
 
 class Journal:
-    """The record of a run that is being written."""
+    """The record of a run that is being written. What it says is kept in memory, too: where others touch the file, it is
+    written anew."""
 
     def __init__(
         self, files: DurableFiles, path: Path, temporary: Path, run: str, shards: Iterable[tuple[Shard, Mark]]
     ) -> None:
         """Take the place of the record at `path`: `shards` stand in the folder, checked, with their marks. Raises OSError."""
+        self._files, self._path, self._temporary = files, path, temporary
         self._shards = {shard.name: (shard, mark) for shard, mark in shards}
         self._told = set[str]()
-        self._file = NewFile(files, temporary)
-        try:
-            self._file.write(_line({"run": run, "version": VERSION}))
-            self.holds(shard for shard, _ in self._shards.values())
-            files.replace(temporary, path)
-            files.sync_folder(path.parent)
-        except BaseException:
-            self.close()
-            raise
+        self._mark = NO_MARK
+        held = ({"holds": asdict(shard)} for shard, _ in self._shards.values())
+        self._lines = [_line(fields) for fields in ({"run": run, "version": VERSION}, *held)]
+        self._file = self._write_anew()
 
     @property
     def shards(self) -> Mapping[str, tuple[Shard, Mark]]:
@@ -79,17 +76,17 @@ class Journal:
 
     def holds(self, shards: Iterable[Shard]) -> None:
         """These stand in the folder, whatever was about to happen to them. Raises OSError."""
-        self._file.write(b"".join(_line({"holds": asdict(shard)}) for shard in shards))
+        self._append(*({"holds": asdict(shard)} for shard in shards))
         self._file.sync()
 
     def begins(self, shard: Shard) -> None:
         """`shard` is finished under a temporary name and about to be published. Raises OSError."""
-        self._file.write(_line({"begins": asdict(shard)}))
+        self._append({"begins": asdict(shard)})
         self._file.sync()
 
     def removes(self, names: Iterable[str]) -> None:
         """These are about to be taken away. Raises OSError."""
-        self._file.write(b"".join(_line({"removes": name}) for name in names))
+        self._append(*({"removes": name} for name in names))
         self._file.sync()
 
     def done(self, name: str, shard: Shard | None = None, mark: Mark = NO_MARK) -> None:
@@ -97,8 +94,14 @@ class Journal:
         self._shards.pop(name, None)
         if shard is not None:
             self._shards[name] = (shard, mark)
-        self._file.write(_line({"done": name}))
-        self._file.flush()
+        self._append({"done": name})
+
+    def restore(self) -> None:
+        """Write the record anew where it is not the file that was written here. Raises OSError."""
+        found = self._files.look(self._path)
+        if found is None or mark_of(found) != self._mark:
+            self.close()
+            self._file = self._write_anew()
 
     def compare(self, listed: Mapping[str, ListedFile]) -> tuple[list[tuple[str, str]], list[str]]:
         """The committed files that are not there as they were committed, with what is wrong, told once; and the names that are
@@ -115,6 +118,29 @@ class Journal:
             self._told.add(name)
             damage.append((name, "is gone" if file is None else "is not what was committed any more"))
         return damage, [name for name in listed if name not in self._shards and name not in self._told]
+
+    def _write_anew(self) -> NewFile:
+        file = NewFile(self._files, self._temporary)
+        try:
+            file.write(b"".join(self._lines))
+            file.sync()
+            self._files.replace(self._temporary, self._path)
+            self._files.sync_folder(self._path.parent)
+            self._mark = mark_of(file.status)
+        except BaseException:
+            with suppress(OSError):
+                file.close()
+            raise
+        return file
+
+    def _append(self, *lines: Mapping[str, Any]) -> None:
+        """One that fails leaves a file that is written anew the next time."""
+        self.restore()
+        added = [_line(fields) for fields in lines]
+        self._file.write(b"".join(added))
+        self._file.flush()
+        self._mark = mark_of(self._file.status)
+        self._lines += added
 
     def close(self) -> None:
         """What could not be written stays unwritten: the lines before a commit are on the disk already."""

@@ -103,8 +103,9 @@ def settings_digest(fingerprint: Fingerprint) -> str:
 def write_manifest(claim: Claim, manifest: Manifest, given: Mapping[str, Any]) -> None:
     """Write OUT/manifest.json, and OUT/job.json with the job as `given`, which runs it again."""
     job = _document(given)
-    claim.write(claim.folder.job, job)
-    claim.write(claim.folder.manifest, _sealed(asdict(replace(manifest, job_sha256=hashlib.sha256(job).hexdigest()))))
+    claim.write(claim.folder.job, job, keep=True)
+    sealed = _sealed(asdict(replace(manifest, job_sha256=hashlib.sha256(job).hexdigest())))
+    claim.write(claim.folder.manifest, sealed, keep=True)
 
 
 def job_is_whole(folder: OutputFolder, manifest: Manifest) -> bool:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from tokabatch.data.durable import NewFile, publish
 from tokabatch.data.folder import Claim
 from tokabatch.data.journal import Shard
-from tokabatch.data.listing import NO_MARK, ListedFile, mark_of
+from tokabatch.data.listing import NO_MARK, ListedFile, Mark, mark_of
 from tokabatch.errors import DamageError, ForeignFileError, OutputError
 
 ARROW_BYTES_KEY = b"tokabatch.arrow_bytes"
@@ -48,8 +48,8 @@ class _Books:
     shards: tuple[Shard, ...] = ()
     waiting: tuple[pa.Table, ...] = ()
     oldest: float = 0.0
-    attempt: tuple[Shard, int] | None = None
-    """The shard being published, and the inode by which its file is known."""
+    attempt: tuple[Shard, Mark] | None = None
+    """The shard being published, and the mark of its file."""
 
     @property
     def num_rows(self) -> int:
@@ -157,7 +157,7 @@ class ShardWriter:
         final = folder.data / f"part-{self._first_number + len(books.shards):05d}.parquet"
         temporary = folder.temporary / final.name
         try:
-            shard, inode = self._write(pa.concat_tables(books.waiting).slice(0, num_rows), temporary, final)
+            shard, written = self._write(pa.concat_tables(books.waiting).slice(0, num_rows), temporary, final)
         except OSError as error:
             with suppress(OSError):
                 files.remove(temporary)
@@ -169,7 +169,7 @@ class ShardWriter:
         try:
             if self._claim.journal is not None:
                 self._claim.journal.begins(shard)
-            self._books = replace(self._books, attempt=(shard, inode))
+            self._books = replace(self._books, attempt=(shard, written))
             publish(files, temporary, final)
         except FileExistsError as error:
             raise OutputError(
@@ -179,47 +179,51 @@ class ShardWriter:
             with suppress(OSError):
                 files.remove(temporary)
             raise
-        self._book(shard)
+        self._book(shard, written)
 
-    def _book(self, shard: Shard) -> None:
+    def _book(self, shard: Shard, written: Mark) -> None:
         """The shard stands under its name."""
-        record_commit(self._claim, shard)
+        record_commit(self._claim, shard, written)
         self._books = self._books.committed(shard, self._clock())
 
     def _settle(self) -> bool:
         """Whether a shard had its final name already when an exception struck; it is booked now."""
         if self._books.attempt is None:
             return False
-        shard, inode = self._books.attempt
+        shard, written = self._books.attempt
         final = self._claim.folder.path / shard.name
         found = self._claim.files.look(final)
-        if found is not None and found.st_ino == inode:
+        if found is not None and mark_of(found)[:2] == written[:2]:
             self._claim.files.sync_folder(final.parent)
-            self._book(shard)
+            self._book(shard, written)
             return True
         self._books = replace(self._books, attempt=None)
         return False
 
-    def _write(self, table: pa.Table, temporary: Path, final: Path) -> tuple[Shard, int]:
-        """The finished, synced shard under its temporary name, and its inode."""
+    def _write(self, table: pa.Table, temporary: Path, final: Path) -> tuple[Shard, Mark]:
+        """The finished, synced shard under its temporary name, and the mark of its file."""
         return write_shard(self._claim, table, temporary, self._claim.folder.name_of(final))
 
 
-def write_shard(claim: Claim, table: pa.Table, temporary: Path, name: str) -> tuple[Shard, int]:
-    """The finished, synced shard that is to be called `name`, under its temporary name; and its inode. Raises OSError."""
+def write_shard(claim: Claim, table: pa.Table, temporary: Path, name: str) -> tuple[Shard, Mark]:
+    """The finished, synced shard that is to be called `name`, under its temporary name; and the mark of its file. Raises
+    OSError."""
     with NewFile(claim.files, temporary) as file:
         write_parquet(table, file, claim.identity)
         file.sync()
-        size, inode, digest = file.tell(), file.inode, file.digest
+        size, digest, written = file.tell(), file.digest, mark_of(file.status)
     ok = count_ok(table)
-    return Shard(name, table.num_rows, ok, table.num_rows - ok, size, digest), inode
+    return Shard(name, table.num_rows, ok, table.num_rows - ok, size, digest), written
 
 
-def record_commit(claim: Claim, shard: Shard) -> None:
-    """Note in the journal that the shard stands under its name. Raises OSError."""
+def record_commit(claim: Claim, shard: Shard, written: Mark) -> None:
+    """Note in the journal that the shard stands under its name; `written` is the mark that its file had when it was finished. A
+    file that was touched since is read when the folder is looked at next. Raises OSError."""
     if claim.journal is not None:
         found = claim.files.look(claim.folder.path / shard.name)
-        claim.journal.done(shard.name, shard, NO_MARK if found is None else mark_of(found))
+        # The names of a file count into the time of its last change, which comes last.
+        same = found is not None and mark_of(found)[:-1] == written[:-1]
+        claim.journal.done(shard.name, shard, mark_of(found) if found is not None and same else NO_MARK)
 
 
 def write_parquet(table: pa.Table, file: BinaryIO, identity: Mapping[bytes, bytes] = MappingProxyType({})) -> None:
