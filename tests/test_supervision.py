@@ -159,6 +159,15 @@ def test_a_stopped_worker_is_replaced(model, rows, tmp_path, watched):
     assert table(tmp_path / "stopped") == table(tmp_path / "calm")
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_gpu(model, rows, tmp_path):
+    """The scheduler's process is forked, and could not ask the GPU."""
+    given = job(model, rows, tmp_path / "out", engine={"device": "cuda", "process": "auto"}).given()
+    given["model"]["dtype"] = "bfloat16"
+    summary = run(Job.load(given))
+    assert (summary.exit_code, summary.ok) == (0, summary.samples)
+
+
 def test_a_poison_row_costs_its_own_samples(model, tmp_path, monkeypatch):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"question": q}) + "\n" for q in ("a", "b", "kills", "c")))

@@ -285,9 +285,16 @@ def _make_replica(
     """What does the steps: in this process where its worker is, else in one of its own."""
     prepared, stops = started.left, _stop_rules(started.left)
     apart, depth, on_gpu = _runs_apart(job, prepared), job.engine.queue_depth, prepared.device == "cuda"
+    # Here and not in the replica's process, which is forked and cannot ask the GPU.
+    backend, obstacle = choose_backend(prepared.device, prepared.dtype, prepared.spec.head_dim)
+    spec = _worker_spec(job, prepared, sizes, backend)
+    patience = Patience.of(job.engine.hang_seconds)
+    make: Callable[[], Executor] = (
+        partial(ProcessExecutor, spec, patience=patience) if apart else partial(InProcessExecutor, spec)
+    )
     build = partial(
         Replica,
-        make=partial(_make_executor, job, prepared, sizes),
+        make=make,
         depth=(2 if on_gpu else 1) if depth == "auto" else depth,
         depth_of_few=3 if on_gpu and depth == "auto" else None,
         max_restarts=job.engine.max_restarts if apart else None,
@@ -308,10 +315,8 @@ def _make_replica(
         return partial(build, scheduler)
 
     first = partial(build, Scheduler(prepared.requests, scheduler_limits(sizes), stops))
-    if len(prepared.requests):
-        _, obstacle = choose_backend(prepared.device, prepared.dtype, prepared.spec.head_dim)
-        if obstacle:
-            progress.message(f"attention runs in plain torch, many times slower than FlashInfer's kernels: {obstacle}")
+    if obstacle and len(prepared.requests):
+        progress.message(f"attention runs in plain torch, many times slower than FlashInfer's kernels: {obstacle}")
     if apart and can_fork():
         return ReplicaProcess(
             first,
@@ -330,10 +335,8 @@ def _runs_apart(job: Job, prepared: Prepared) -> bool:
     return prepared.device == "cuda" if job.engine.process == "auto" else job.engine.process
 
 
-def _make_executor(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> Executor:
-    """A worker that is not started yet."""
-    backend, _ = choose_backend(prepared.device, prepared.dtype, prepared.spec.head_dim)
-    spec = WorkerSpec(
+def _worker_spec(job: Job, prepared: Prepared, sizes: ReplicaSizes, backend: str) -> WorkerSpec:
+    return WorkerSpec(
         folder=prepared.folder,
         files=prepared.files,
         spec=prepared.spec,
@@ -346,9 +349,6 @@ def _make_executor(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> Executo
         draws=kinds_of_drawing(prepared.requests.sampling),
         trace=job.trace and TraceSpec(Path(job.trace.path), job.trace.start, job.trace.steps),
     )
-    if _runs_apart(job, prepared):
-        return ProcessExecutor(spec, patience=Patience.of(job.engine.hang_seconds))
-    return InProcessExecutor(spec)
 
 
 def _tell_of_unknown_device(prepared: Prepared, profile: SavedProfile | None, sizes: ReplicaSizes, progress: Progress) -> None:
