@@ -80,7 +80,7 @@ class Scheduler:
         self._stops = StopTable(stops)
         self._lengths = LengthEstimates(self.work, self.kv.slots, self.counts, lengths)
         self._policy = policy(self.work, self.kv, self._lengths)
-        self._admission = Admission(self.work, self.kv, self._policy)
+        self._admission = Admission(self.work, self.kv, self._lengths, self._policy)
         self._builder = StepBuilder(self.work, self.kv, limits.grouping)
         self._in_flight: deque[_InFlight] = deque()
         self._quarantine = Quarantine()
@@ -120,7 +120,6 @@ class Scheduler:
             self._policy.invalidate()
         alone = not self.num_running and not self._in_flight
         admitted = self._admission.admit(0 if num_short else budget, index, self._quarantine.trial, alone)
-        self._lengths.begin(self.kv.opened)
         runs = Runs.joined((prefill, admitted))
         if not len(decoding) and not len(runs.slots):
             if self._in_flight or not (self.num_running or self._quarantine.active):

@@ -62,15 +62,13 @@ class LengthEstimates:
         self._caution.update(counts.output_tokens + counts.prefilled_tokens, counts.given_up_tokens)
         renewed = self._lengths.refresh(seq.request[order], self._generated(order))
         due = order if renewed else order[(self._expected <= seq.length - seq.prompt_length)[order]]
-        self.begin(due)
+        if len(due):
+            self._expected[due] = self.predict(seq.request[due], seq.sample[due], self._generated(due), seq.admitted[due])
         return renewed
 
-    def begin(self, slots: Int64) -> None:
-        """Predict for these slots, whose samples have just been admitted or have outlived their last prediction."""
-        if len(slots):
-            seq = self._slots
-            generated, ticket = self._generated(slots), seq.admitted[slots]
-            self._expected[slots] = self.predict(seq.request[slots], seq.sample[slots], generated, ticket)
+    def begin(self, slots: Int64, expected: Int32) -> None:
+        """Samples have just been admitted to these slots, and are taken to have so many output tokens in the end."""
+        self._expected[slots] = expected
 
     def predict(self, request: Int32, sample: Int32, generated: Int32, ticket: Int64) -> Int32:
         """Total output tokens that each sample is taken to have, at least one more than it has; see `LengthPredictor`."""

@@ -12,6 +12,7 @@ import numpy as np
 from tokabatch.messages import Int32
 from tokabatch.scheduling.kv.manager import NO_RUNS, KVCacheManager, Runs
 from tokabatch.scheduling.kv.prefix_tree import PromptPages
+from tokabatch.scheduling.lengths.estimates import LengthEstimates
 from tokabatch.scheduling.policy.policy import Candidates, Policy
 from tokabatch.scheduling.work import Work
 
@@ -25,9 +26,10 @@ _Known = tuple[PromptPages, list[int], int]
 class Admission:
     """Finds candidates, and opens slots for as many of them as the policy says."""
 
-    def __init__(self, work: Work, kv: KVCacheManager, policy: Policy) -> None:
+    def __init__(self, work: Work, kv: KVCacheManager, lengths: LengthEstimates, policy: Policy) -> None:
         self._work = work
         self._kv = kv
+        self._lengths = lengths
         self._policy = policy
 
     def admit(self, budget: int, step: int, allowed: frozenset[int] | None, alone: bool) -> Runs:
@@ -36,9 +38,9 @@ class Admission:
         if budget <= 0 or not self._kv.slots.num_free:
             return NO_RUNS
         candidates = self._candidates(budget, step, allowed)
-        if not len(candidates.request):
+        if candidates is None:
             return NO_RUNS
-        counts = self._policy.admit(candidates)
+        counts, first_ticket = np.minimum(self._policy.admit(candidates), candidates.counts), self._kv.slots.num_admissions
         if alone:
             counts[0] = max(1, counts[0])
         taken, complete = self._admit_known(candidates, counts, budget, step)
@@ -48,7 +50,8 @@ class Admission:
             count = len(fresh) if fresh.all() else int(np.argmin(fresh > 0))
             if count and budget_left > 0 and self._kv.slots.num_free:
                 taken.append(self._kv.open_next(min(count, self._kv.slots.num_free), budget_left))
-        runs = Runs.joined(taken)
+        opened, runs = self._kv.opened, Runs.joined(taken)
+        self._lengths.begin(opened, candidates.lengths[self._kv.slots.admitted[opened] - first_ticket])
         first = int(candidates.request[0])
         if alone and not len(runs.slots) and self._kv.suspend_idle(keep=first):
             # Of prompts open before only the first: one just suspended would stand before it and take the pages that came free.
@@ -56,8 +59,9 @@ class Admission:
             return self.admit(budget, step, allowed, alone=True)
         return runs
 
-    def _candidates(self, budget: int, step: int, allowed: frozenset[int] | None) -> Candidates:
-        """As many as there are slots and tokens for: prompts open before in the policy's order, then those never begun."""
+    def _candidates(self, budget: int, step: int, allowed: frozenset[int] | None) -> Candidates | None:
+        """As many as there are slots and tokens for, None where there are none: prompts open before in the policy's order, then
+        those never begun."""
         work, tree, free = self._work, self._kv.tree, self._kv.slots.num_free
         known: list[_Known] = []
         waiting = [*tree.suspended, *tree.with_pending()]
@@ -73,14 +77,16 @@ class Admission:
         fresh = work.upcoming(min(max(free, 0), MAX_FRESH) if allowed is None and budget > 0 else 0)
         cost = np.cumsum(work.length[fresh] - work.lcp[fresh])
         fresh = fresh[: int(np.searchsorted(cost, budget)) + 1]
+        if not known and not len(fresh):
+            return None
         numbers = [sample for _, samples, _ in known for sample in samples]
-        return Candidates(
-            num_known=len(known),
-            request=np.concatenate((np.array([prompt.request for prompt, _, _ in known], np.int32), fresh)),
-            counts=np.array([*(len(samples) for _, samples, _ in known), *[1] * len(fresh)], np.int32),
-            produced=np.array([*(produced for _, _, produced in known), *[0] * len(fresh)], np.int32),
-            samples=np.array([*numbers, *[0] * len(fresh)], np.int32),
-        )
+        request = np.concatenate((np.array([prompt.request for prompt, _, _ in known], np.int32), fresh))
+        counts = np.array([*(len(samples) for _, samples, _ in known), *[1] * len(fresh)], np.int32)
+        produced = np.array([*(produced for _, _, produced in known), *[0] * len(fresh)], np.int32)
+        samples = np.array([*numbers, *[0] * len(fresh)], np.int32)
+        tickets = self._kv.slots.num_admissions + np.arange(len(samples))
+        lengths = self._lengths.predict(np.repeat(request, counts), samples, np.repeat(produced, counts), tickets)
+        return Candidates(len(known), request, counts, produced, samples, lengths)
 
     def _asking(self, prompt: PromptPages, free: int, budget: int, step: int) -> tuple[list[_Known], int]:
         """What a prompt that has been open before has to admit with so many slots and tokens, and the tokens it takes."""

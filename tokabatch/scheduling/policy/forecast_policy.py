@@ -52,7 +52,7 @@ class ForecastPolicy:
         size, tree, num_pages = self.kv.page_size, self.kv.tree, self.kv.pool.num_pages
         request = np.repeat(candidates.request, candidates.counts)
         produced = np.repeat(candidates.produced, candidates.counts)
-        length, ticket = self.work.length[request], self.kv.slots.num_admissions + np.arange(len(request))
+        length = self.work.length[request]
         full, total = (length - 1) // size, -(-length // size)
         closed = np.ones(len(candidates.request), np.bool_)
         known = candidates.request[: candidates.num_known].tolist()
@@ -61,7 +61,7 @@ class ForecastPolicy:
         claims = Claims(
             computed=length - 1 + produced,
             shared=np.where(opens, total, full),
-            remaining=self.lengths.predict(request, candidates.samples, produced, ticket) - produced,
+            remaining=candidates.lengths - produced,
             prompt_pages=np.where(opens, total - np.minimum(self.work.lcp[request] // size, full), 0),
         )
         peak = claims.peak(size)

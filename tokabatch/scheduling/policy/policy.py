@@ -28,6 +28,8 @@ class Candidates:
     """Output tokens that each of an entry's samples had when it was preempted, shape [C]."""
     samples: Int32
     """The number of each sample, entry after entry, shape [S]."""
+    lengths: Int32
+    """Output tokens that each sample is taken to have in the end, shape [S]."""
 
 
 class Policy(Protocol):
