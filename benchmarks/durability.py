@@ -30,11 +30,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.scripted_engine import QUICKSTART, build_worker, quickstart_script
-from tokabatch import Job, run, runner
-from tokabatch.data import durable, row_digests, shards
-from tokabatch.data.durable import DurableFiles
+from tokabatch import Job, run
 from tokabatch.engine.executor import InProcessExecutor
+from tokabatch.input import row_digests
+from tokabatch.output import shards
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
+from tokabatch.runner import run as runner
+from tokabatch.storage import atomic_files as durable
+from tokabatch.storage.atomic_files import DurableFiles
 
 SHOWN = ("RssAnon", "VmHWM")
 
@@ -110,9 +113,9 @@ def write_rows(path: Path, count: int) -> None:
 def work(rows: Path, out: Path, max_tokens: int, durable_run: bool) -> None:
     """The process that is killed: runs the job, and tells at the end what it took."""
     script = quickstart_script(slots=2048)
-    runner._make_executor = lambda job, prepared, sizes: InProcessExecutor((script, sizes), build_worker)
+    runner._make_executor = lambda job, workload, sizes: InProcessExecutor((script, sizes), build_worker)
     phases = Phases()
-    seam = "tokabatch.data.folder"
+    seam = "tokabatch.output.folder"
     sys.modules[seam].DurableFiles = TimedFiles if durable_run else PlainFiles
     if not durable_run:
         shards.PARQUET_OPTIONS = {**shards.PARQUET_OPTIONS, "write_page_checksum": False}

@@ -17,14 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokabatch.costs.roofline import H200, Roofline
-from tokabatch.messages import Bool, Int32, Int64, Requests, SamplingParams
+from tokabatch.arrays import Bool, Int32, Int64
+from tokabatch.forecast.assumed_lengths import Drawn, Lengths, lognormal, uniform
+from tokabatch.forecast.roofline import H200, Roofline
+from tokabatch.forecast.simulate import Simulation, simulate
 from tokabatch.model.spec import ModelSpec, RopeSpec
+from tokabatch.scheduling.contracts import Requests, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.lengths.predictor import LengthPredictor
 from tokabatch.scheduling.scheduler import SchedulerLimits
-from tokabatch.simulation.lengths import Drawn, Lengths, lognormal, uniform
-from tokabatch.simulation.simulate import Simulation, simulate
 
 PAGE = 16
 LLAMA_1B = ModelSpec(

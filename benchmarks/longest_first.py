@@ -12,12 +12,12 @@ import argparse
 import numpy as np
 
 from benchmarks.foresight import LLAMA_1B, PAGE
-from tokabatch.costs.roofline import H200, Roofline
-from tokabatch.messages import Requests, SamplingParams
-from tokabatch.planning.order import longest_first, order_prompts
+from tokabatch.forecast.roofline import H200, Roofline
+from tokabatch.forecast.simulate import simulate
+from tokabatch.input.prompt_order import longest_first, order_prompts
+from tokabatch.scheduling.contracts import Requests, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits
-from tokabatch.simulation.simulate import simulate
 
 PROMPT, HEADER, SHORT, LONG = 200, 100, 200, 2048
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tokabatch.messages import Int32
-from tokabatch.planning.order import order_prompts
-from tokabatch.planning.sharing import measure_sharing
+from tokabatch.arrays import Int32
+from tokabatch.input.prefix_sharing import measure_sharing
+from tokabatch.input.prompt_order import order_prompts
 
 _VOCABULARY = 32_000
 _HEADERS = 64

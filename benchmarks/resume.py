@@ -18,9 +18,10 @@ import time
 from pathlib import Path
 
 from benchmarks.scripted_engine import QUICKSTART, build_worker, quickstart_script
-from tokabatch import Job, run, runner
+from tokabatch import Job, run
 from tokabatch.engine.executor import InProcessExecutor
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
+from tokabatch.runner import run as runner
 
 STEPS = 3
 WORDS = "the quick brown fox jumps over a lazy dog while many other animals watch and wonder".split()
@@ -49,7 +50,7 @@ def write_rows(path: Path, rows: int, words: int) -> None:
 def work(rows: Path, out: Path, begun: float) -> None:
     """One start, stopped after a few steps; prints the seconds since `begun` at which each phase began."""
     script = quickstart_script(slots=2048)
-    runner._make_executor = lambda job, prepared, sizes: InProcessExecutor((script, sizes), build_worker)
+    runner._make_executor = lambda job, workload, sizes: InProcessExecutor((script, sizes), build_worker)
     job = Job.load(
         {
             "model": {"path": str(QUICKSTART), "dtype": "float32"},

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tokabatch.messages import SlotInit
-from tokabatch.model import triton_filters
-from tokabatch.model.sampler import sample
-from tokabatch.model.slot_table import SamplerInputs, SlotTable, packed
+from tokabatch.model.sampling import triton_filters
+from tokabatch.model.sampling.sampler import sample
+from tokabatch.model.sampling.slot_table import SamplerInputs, SlotTable, packed
+from tokabatch.scheduling.contracts import SlotInit
 
 CASES: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0.0},

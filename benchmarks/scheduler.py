@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokabatch.messages import Requests, SamplingParams, StepBatch, StepResult
+from tokabatch.scheduling.contracts import Requests, SamplingParams, StepBatch, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules

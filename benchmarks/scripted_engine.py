@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tokabatch.arrays import Int32, Int64
 from tokabatch.engine.sizing import ReplicaSizes
-from tokabatch.messages import Int32, Int64, StepBatch, StepResult
+from tokabatch.scheduling.contracts import StepBatch, StepResult
 
 STOP_ONE_IN = 12
 QUICKSTART = Path(__file__).parent.parent / "jobs" / "quickstart"

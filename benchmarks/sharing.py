@@ -17,14 +17,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from benchmarks.foresight import LLAMA_1B
-from tokabatch.costs.roofline import H200, Roofline
-from tokabatch.messages import Int32, Requests, SamplingParams
-from tokabatch.planning.order import order_prompts
-from tokabatch.planning.sharing import measure_sharing
+from tokabatch.arrays import Int32
+from tokabatch.forecast.assumed_lengths import lognormal
+from tokabatch.forecast.roofline import H200, Roofline
+from tokabatch.forecast.simulate import simulate
+from tokabatch.input.prefix_sharing import measure_sharing
+from tokabatch.input.prompt_order import order_prompts
+from tokabatch.scheduling.contracts import Requests, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits
-from tokabatch.simulation.lengths import lognormal
-from tokabatch.simulation.simulate import simulate
 
 PAGE, SHARE = 16, 50
 BRANCHES, TOKENS = (10, 10, 20, 50), (256, 128, 96, 160)

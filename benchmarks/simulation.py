@@ -13,12 +13,12 @@ import time
 import numpy as np
 
 from benchmarks.foresight import LLAMA_1B
-from tokabatch.costs.roofline import H200, Roofline
-from tokabatch.messages import Requests, SamplingParams
+from tokabatch.forecast.assumed_lengths import lognormal
+from tokabatch.forecast.roofline import H200, Roofline
+from tokabatch.forecast.simulate import simulate
+from tokabatch.scheduling.contracts import Requests, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits
-from tokabatch.simulation.lengths import lognormal
-from tokabatch.simulation.simulate import simulate
 
 PAGE, PROMPT, HEADER, MAX_TOKENS = 16, 200, 100, 1024
 

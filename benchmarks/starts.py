@@ -17,9 +17,10 @@ from pathlib import Path
 
 from benchmarks.resume import write_rows
 from benchmarks.scripted_engine import QUICKSTART, build_worker, quickstart_script
-from tokabatch import Job, run, runner
+from tokabatch import Job, run
 from tokabatch.engine.executor import InProcessExecutor
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
+from tokabatch.runner import run as runner
 
 SLOTS, STEPS = 8, 3
 
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=12_000)
     given = parser.parse_args()
     script = quickstart_script(slots=SLOTS)
-    runner._executors = lambda job, prepared, sizes, progress: partial(InProcessExecutor, (script, sizes), build_worker)
+    runner._executors = lambda job, workload, sizes, progress: partial(InProcessExecutor, (script, sizes), build_worker)
     with tempfile.TemporaryDirectory(prefix="tokabatch-starts-") as folder:
         rows, out = Path(folder) / "rows.jsonl", Path(folder) / "out"
         write_rows(rows, given.rows, 20)

@@ -2,7 +2,8 @@
 
 The real scheduler is simulated on one H200 with Llama-3.2-1B at several budgets for prompt tokens, by the roofline and by the
 same with so many milliseconds added to every step, for launches and what else does not depend on its size. Printed are
-seconds; the last column is the budget that `tokabatch.costs.budget` chooses for that cost model. Figures are deterministic.
+seconds; the last column is the budget that `tokabatch.forecast.token_budget` chooses for that cost model. Figures are
+deterministic.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.foresight import LLAMA_1B, PAGE
-from tokabatch.costs.budget import prefill_tokens
-from tokabatch.costs.profile import Profile
-from tokabatch.costs.roofline import H200, Roofline
-from tokabatch.messages import Int32, Requests, SamplingParams
+from tokabatch.arrays import Int32
+from tokabatch.forecast.assumed_lengths import Lengths, Unstopped, lognormal
+from tokabatch.forecast.profile import Profile
+from tokabatch.forecast.roofline import H200, Roofline
+from tokabatch.forecast.simulate import simulate
+from tokabatch.forecast.token_budget import prefill_tokens
+from tokabatch.scheduling.contracts import Requests, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits
-from tokabatch.simulation.lengths import Lengths, Unstopped, lognormal
-from tokabatch.simulation.simulate import simulate
 
 BUDGETS = (512, 2048, 8192, 16_384, 32_768, 65_536)
 

@@ -10,85 +10,55 @@ import pytest
 import tokabatch
 
 PACKAGE = Path(tokabatch.__file__).parent
-LEAVES = {"errors", "messages", "job"}
+CONTRACTS = "scheduling.contracts"
+LEAVES = {"errors", "arrays", CONTRACTS, "job"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "streams": set(),
-    "messages": set(),
+    "arrays": set(),
+    CONTRACTS: {"arrays"},
     "job": LEAVES,
-    "transfer": set(),
     "parallel": LEAVES,
-    "attention": LEAVES | {"parallel", "transfer"},
-    "model": LEAVES | {"parallel", "transfer"},
-    "data": LEAVES,
-    "planning": LEAVES,
-    "costs": LEAVES | {"model"},
+    "attention": LEAVES | {"parallel"},
+    "model": LEAVES | {"parallel", "attention"},
+    "storage": LEAVES,
+    "input": LEAVES | {"storage"},
+    "output": LEAVES | {"storage", "input"},
     "scheduling": LEAVES,
-    "simulation": LEAVES | {"costs", "scheduling"},
-    "experiments": LEAVES,
-    "report": LEAVES,
-    "engine": LEAVES | {"model", "attention", "parallel", "transfer", "streams"},
-    "preparation": LEAVES | {"data", "planning", "engine", "model", "attention"},
-    "interruption": {"errors"},
-    "replica": LEAVES | {"interruption", "scheduling", "engine", "costs", "stopwatch"},
-    "replica_process": LEAVES | {"interruption", "engine", "costs", "replica"},
-    "recorder": LEAVES | {"data", "experiments", "preparation"},
-    "stopwatch": LEAVES | {"costs", "scheduling"},
-    "pricing": LEAVES | {"costs", "preparation", "engine"},
-    "prediction": LEAVES
-    | {"pricing", "costs", "scheduling", "simulation", "preparation", "data", "model", "replica", "report"},
-    "planner": LEAVES
-    | {"costs", "preparation", "prediction", "pricing", "replica", "resumption", "data", "engine", "model", "report"},
-    "resumption": LEAVES | {"data", "preparation"},
+    "scoring": LEAVES,
+    "report": LEAVES | {"scoring", "output", "storage"},
+    "engine": LEAVES | {"model", "attention", "parallel", "report"},
+    "workload": LEAVES | {"input", "output", "engine", "model", "attention", "storage"},
+    "forecast": LEAVES | {"workload", "scheduling", "input", "output", "storage", "engine", "model", "report"},
     "runner": LEAVES
-    | {
-        "stopwatch",
-        "costs",
-        "pricing",
-        "preparation",
-        "recorder",
-        "replica",
-        "replica_process",
-        "resumption",
-        "interruption",
-        "data",
-        "planning",
-        "scheduling",
-        "engine",
-        "attention",
-        "model",
-        "experiments",
-        "report",
-    },
-    "review": LEAVES | {"data", "experiments", "report"},
-    "cli": LEAVES | {"report", "interruption", "streams"},
-    "__init__": LEAVES | {"report", "planner", "runner"},
+    | {"workload", "forecast", "scheduling", "engine", "input", "output", "storage", "model", "attention", "scoring", "report"},
+    "cli": LEAVES | {"report", "runner"},
+    "__init__": LEAVES | {"report", "runner"},
     "__main__": {"cli"},
 }
 WITHOUT_TORCH = {
     "errors",
-    "streams",
-    "messages",
+    "arrays",
+    CONTRACTS,
     "job",
-    "data",
-    "planning",
-    "costs",
+    "storage",
+    "input",
+    "output",
     "scheduling",
-    "simulation",
-    "experiments",
+    "scoring",
     "report",
     "cli",
 }
 HEAVY_HOMES = {
-    "transformers": {"data/tokenizer.py", "data/tokenizer_files.py"},
+    "transformers": {"input/tokenizer.py", "input/tokenizer_files.py"},
     "flashinfer": {"attention/flashinfer_paged.py"},
     "triton": {
         "attention/triton_decode.py",
         "attention/triton_pages.py",
         "attention/triton_tiles.py",
-        *(f"model/triton_{name}.py" for name in ("layers", "rows", "sampling", "filters", "alternatives")),
+        "model/triton_layers.py",
+        *(f"model/sampling/triton_{name}.py" for name in ("rows", "sampling", "filters", "alternatives")),
     },
-    "datasets": {"data/readers/hub.py"},
+    "datasets": {"input/readers/hub.py"},
     "typer": {"cli.py"},
     "matplotlib": {"report/plots.py"},
     "torch.distributed": {"parallel/mesh.py", "parallel/collectives.py"},
@@ -101,7 +71,12 @@ def files() -> list[Path]:
 
 def room(file: Path) -> str:
     """The package or top-level module that a file belongs to."""
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return room_of("tokabatch." + str(file.relative_to(PACKAGE)).removesuffix(".py").replace("/", "."))
+
+
+def room_of(module: str) -> str:
+    """The same of a module's name. What crosses the scheduler's boundary is written beside it and anyone's to import."""
+    return CONTRACTS if module.startswith("tokabatch.scheduling.contracts") else module.split(".")[1]
 
 
 def imported(file: Path) -> set[str]:
@@ -118,7 +93,8 @@ def imported(file: Path) -> set[str]:
 @pytest.mark.parametrize("file", files(), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_point_down(file):
     here = room(file)
-    rooms = {name.split(".")[1] for name in imported(file) if name.startswith("tokabatch.")} - {here, "__version__"}
+    names = {name for name in imported(file) if name.startswith("tokabatch.") and name != "tokabatch.scheduling"}
+    rooms = {room_of(name) for name in names} - {here, "__version__"}
     allowed = MAY_IMPORT[here]
     assert {r for r in rooms if r in MAY_IMPORT} <= allowed, f"{file} may import {sorted(allowed)}"
 
@@ -156,9 +132,11 @@ def test_only_the_command_line_prints_or_exits():
 SWALLOWING = {"exists", "is_file", "is_dir", "is_symlink", "glob", "rglob", "lexists", "isfile", "isdir", "walk", "rmtree"}
 """They take what cannot be reached for what is not there, from one version of Python on or always."""
 OF_OUTPUT_FOLDERS = (
-    *("data/" + name + ".py" for name in "folder listing journal inspection manifest committed verification status".split()),
-    *("data/" + name + ".py" for name in "export durable steps shards joining remedy scratch earlier row_digests".split()),
-    *(name + ".py" for name in "resumption recorder runner review planner".split()),
+    *("output/" + name + ".py" for name in "folder journal inspection manifest existing_results integrity status".split()),
+    *("output/" + name + ".py" for name in "export steps shards joining remedy scratch earlier".split()),
+    *("storage/" + name + ".py" for name in "atomic_files listing".split()),
+    *("runner/" + name + ".py" for name in "resume recorder run plan".split()),
+    *("input/row_digests.py", "report/review.py"),
 )
 
 

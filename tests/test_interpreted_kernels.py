@@ -13,7 +13,7 @@ from support.interpreter import INTERPRETING, interpreter_works
 
 TESTS = Path(__file__).parent
 KERNELS = (
-    "model/test_triton_sampling.py",
+    "model/sampling/test_triton_sampling.py",
     "model/test_triton_layers.py",
     "attention/test_triton_decode.py",
     "attention/test_tiles.py",

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from tokabatch.engine.executor import InProcessExecutor, ProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.worker import Worker, WorkerSpec
-from tokabatch.messages import Completion, Requests, SamplingParams
 from tokabatch.model.families import read_spec
+from tokabatch.scheduling.contracts import Completion, Requests, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules

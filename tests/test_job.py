@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokabatch.errors import JobError, RowError
 from tokabatch.job import GenerationConfig, Job, verifier_names
 from tokabatch.job.scalars import parse_scalar, write_value
-from tokabatch.messages import SamplingParams
+from tokabatch.scheduling.contracts import SamplingParams
 
 MINIMAL = {"model": {"path": "m"}, "input": {"path": "x.jsonl"}, "output": {"path": "out/x"}}
 HEADER = "model: {path: m}\ninput: {path: x.jsonl}\noutput: {path: out/x}\n"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokabatch.job import Job
-    from tokabatch.planner import plan
     from tokabatch.report.summary import PlanReport, RunSummary
-    from tokabatch.runner import run
+    from tokabatch.runner.plan import plan
+    from tokabatch.runner.run import run
 
 __version__ = "0.1.0"
 __all__ = ["Job", "PlanReport", "RunSummary", "__version__", "plan", "run"]
@@ -21,8 +21,8 @@ _HOME = {
     "Job": "tokabatch.job",
     "PlanReport": "tokabatch.report.summary",
     "RunSummary": "tokabatch.report.summary",
-    "plan": "tokabatch.planner",
-    "run": "tokabatch.runner",
+    "plan": "tokabatch.runner.plan",
+    "run": "tokabatch.runner.run",
 }
 
 

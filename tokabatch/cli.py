@@ -20,8 +20,8 @@ import typer
 
 from tokabatch import __version__
 from tokabatch.errors import OutputError, Stopped, TokabatchError, UsageError
-from tokabatch.interruption import Interruption
-from tokabatch.streams import TolerantFile, first_fault, make_tolerant
+from tokabatch.report.streams import TolerantFile, first_fault, make_tolerant
+from tokabatch.runner.interruption import Interruption
 
 if TYPE_CHECKING:
     from tokabatch.report.summary import RunSummary, Section
@@ -145,7 +145,7 @@ def run(
     """
     with _stop_on_signals() as stop:
         loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
-        runner = _load("tokabatch.runner")
+        runner = _load("tokabatch.runner.run")
         try:
             with _load("tokabatch.report.progress").open_progress(quiet) as progress:
                 summary: RunSummary = runner.run(
@@ -193,11 +193,11 @@ def plan(
     if not simulate and (device, profile, price, lengths) != (None, None, None, "max"):
         raise typer.BadParameter("--device, --lengths, --profile and --price belong to --simulate; add it")
     loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
-    planner, sections = _load("tokabatch.planner"), _load("tokabatch.report.summary").plan_sections
+    planner, sections = _load("tokabatch.runner.plan"), _load("tokabatch.report.summary").plan_sections
     if not simulate:
         _print_result(sections(planner.plan(loaded)))
         return
-    scenario = _load("tokabatch.prediction").Scenario(device, profile, price, lengths)
+    scenario = _load("tokabatch.forecast.predict").Scenario(device, profile, price, lengths)
     report, outlook = planner.plan_and_simulate(loaded, scenario)
     _print_result((*sections(report), *_load("tokabatch.report.outlook").outlook_sections(outlook)))
 
@@ -216,8 +216,8 @@ def profile(
     Example
       tokabatch profile out/quickstart --to profile.json
     """
-    fitted = _load("tokabatch.prediction").profile_run(out, to, device)
-    terms = zip(_load("tokabatch.costs.profile").TERMS, fitted.coefficients, strict=True)
+    fitted = _load("tokabatch.forecast.predict").profile_run(out, to, device)
+    terms = zip(_load("tokabatch.forecast.profile").TERMS, fitted.coefficients, strict=True)
     _print_note(f"{to}: " + ", ".join(f"{name} {value:.3g}" for name, value in terms))
 
 
@@ -229,7 +229,7 @@ def status(out: OutArgument) -> None:
     Example
       tokabatch status out/quickstart
     """
-    found: Any = _load("tokabatch.data.status").read_status(out)
+    found: Any = _load("tokabatch.output.status").read_status(out)
     if found.state == "absent":
         raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
     values = {**asdict(found), "pending": found.pending, "accuracy": found.accuracy}
@@ -252,7 +252,7 @@ def report(
     Example
       tokabatch report out/quickstart
     """
-    _print_result(str(_load("tokabatch.review").write_report(out, to)))
+    _print_result(str(_load("tokabatch.report.review").write_report(out, to)))
 
 
 @app.command(no_args_is_help=True)
@@ -267,7 +267,7 @@ def verify(out: OutArgument) -> None:
     Example
       tokabatch verify out/quickstart
     """
-    verified: Any = _load("tokabatch.data.verification").verify(out)
+    verified: Any = _load("tokabatch.output.integrity").verify(out)
     faults = [(fault.file, fault.problem) for fault in verified.faults]
     _print_note(_load("tokabatch.report.summary").verification_sections(verified.facts, faults))
     if verified.remedy:
@@ -292,7 +292,7 @@ def export(
     with _stop_on_signals("taking away what is unfinished") as stop:
         try:
             with stop.at_once():
-                exported = _load("tokabatch.data.export").export(out, to, nested=nested)
+                exported = _load("tokabatch.output.export").export(out, to, nested=nested)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None

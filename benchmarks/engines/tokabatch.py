@@ -20,12 +20,12 @@ from benchmarks.workloads import Workload
 from tokabatch.engine.executor import Executor, InProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes, WorkloadFacts, decide_sizes
 from tokabatch.engine.worker import WorkerSpec
+from tokabatch.input.prompt_order import order_prompts
 from tokabatch.job import EngineConfig
-from tokabatch.messages import Requests, SamplingParams
 from tokabatch.model.config import read_config
 from tokabatch.model.families import read_spec
-from tokabatch.planning.order import order_prompts
-from tokabatch.replica import scheduler_limits
+from tokabatch.runner.replica import scheduler_limits
+from tokabatch.scheduling.contracts import Requests, SamplingParams
 from tokabatch.scheduling.scheduler import Scheduler
 from tokabatch.scheduling.stopping import StopRules
 

@@ -37,7 +37,7 @@ from benchmarks.gpu.trace import TraceFigures, describe_trace, read_trace
 from benchmarks.gpu.whole_pass import Figures
 from benchmarks.gpu.workloads import WORKLOADS, make_gpu_workload
 from benchmarks.workloads import Workload
-from tokabatch.costs.roofline import H200
+from tokabatch.forecast.roofline import H200
 from tokabatch.model.families import read_spec
 
 ROOT = Path(__file__).parent.parent.parent

@@ -24,10 +24,10 @@ from tokenizers import Tokenizer
 from tokabatch.attention import create_backend
 from tokabatch.attention.base import prepare_alone
 from tokabatch.engine.sizing import kv_shape
-from tokabatch.messages import SlotInit, StepBatch
 from tokabatch.model.decoder import Decoder, KVPages
 from tokabatch.model.families import read_spec
 from tokabatch.model.weights import load_decoder
+from tokabatch.scheduling.contracts import SlotInit, StepBatch
 
 PAGE = 16
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.workloads import Workload
-from tokabatch.costs.roofline import DeviceRates, Roofline
-from tokabatch.costs.work import StepWork
+from tokabatch.forecast.roofline import DeviceRates, Roofline
+from tokabatch.forecast.step_work import StepWork
 from tokabatch.model.spec import ModelSpec
 
 

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from tokabatch import Job, run
-from tokabatch.costs.trace import Steps
-from tokabatch.data.folder import OutputFolder
-from tokabatch.data.steps import read_steps
+from tokabatch.forecast.step_trace import Steps
+from tokabatch.output.folder import OutputFolder
+from tokabatch.output.steps import read_steps
 from tokabatch.report.summary import RunSummary
 
 SHOTS, SAMPLES = 8, 64

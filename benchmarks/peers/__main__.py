@@ -22,7 +22,7 @@ from benchmarks.gpu.floor import workload_floor
 from benchmarks.gpu.workloads import WORKLOADS, make_gpu_workload
 from benchmarks.peers import NotInstalledError, Served, load_peer, peer_keys
 from benchmarks.workloads import Workload
-from tokabatch.costs.roofline import H200
+from tokabatch.forecast.roofline import H200
 from tokabatch.model.families import read_spec
 
 RUNNING = 8192

@@ -14,7 +14,7 @@ from support import token_device as device
 import tokabatch.attention
 from tokabatch.attention import create_backend
 from tokabatch.attention.base import AttentionBackend, KVShape, prepare_alone
-from tokabatch.messages import SamplingParams
+from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules

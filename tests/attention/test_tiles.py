@@ -20,7 +20,7 @@ from support.interpreter import DEVICES, INTERPRETING
 from tokabatch.attention import tiles as tiles_module
 from tokabatch.attention.base import token_slots
 from tokabatch.attention.tiles import MAX_PLANES, UNMASKED, TilePlan, TileShape, plan_tiles
-from tokabatch.messages import PrefixLevel, SamplingParams, StepBatch
+from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, StepBatch
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules

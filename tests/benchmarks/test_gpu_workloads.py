@@ -14,7 +14,7 @@ from benchmarks.gpu.floor import workload_floor
 from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.workloads import WORKLOADS, make_gpu_workload
 from benchmarks.workloads import Workload
-from tokabatch.costs.roofline import H200
+from tokabatch.forecast.roofline import H200
 from tokabatch.model.families import read_spec
 
 

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 
 from tokabatch import Job, run
 from tokabatch.errors import UsageError
-from tokabatch.experiments.verifiers.gsm8k import verify
 from tokabatch.report.progress import NullProgress
+from tokabatch.scoring.verifiers.gsm8k import verify
 
 GREEDY = {"temperature": 0, "max_tokens": 3}
 

@@ -14,9 +14,10 @@ from support.injected import LASTING, Injection, injected, lasting
 from support.output_checker import Checker, table
 from support.scripted_run import MAX_TOKENS, scripted_engine, scripted_job
 
-from tokabatch import Job, recorder, run
-from tokabatch.data.durable import DurableFiles
+from tokabatch import Job, run
 from tokabatch.errors import TokabatchError
+from tokabatch.runner import recorder
+from tokabatch.storage.atomic_files import DurableFiles
 
 SAMPLED_CALLS = 36
 QUESTIONS: list[str | None] = ["What is 1?", "What is 2?", None, "What is 3?"]

@@ -22,8 +22,8 @@ from support.forked_runs import Ended, ForkServer
 from support.output_checker import table
 from support.privileges import as_anyone
 
-from tokabatch.data.verification import verify
 from tokabatch.errors import OutputError
+from tokabatch.output.integrity import verify
 
 pytestmark = [
     pytest.mark.crash,

@@ -12,7 +12,7 @@ from crash.conftest import Reference, Scene, share
 from crash.test_system_calls import COURSES, KINDS, Point, Sweep, expect
 from support.forked_runs import ForkServer
 
-from tokabatch.data.verification import verify
+from tokabatch.output.integrity import verify
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(900)]
 SAMPLED_FAULTS = 20

@@ -18,9 +18,9 @@ from tokabatch.attention.base import KVShape
 from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, WORTH, Ladder, Recorder, coarse_size, size_above
 from tokabatch.engine.sizing import ReplicaSizes, kv_shape
 from tokabatch.engine.worker import Worker, WorkerSpec
-from tokabatch.messages import Completion, SamplingParams
 from tokabatch.model.families import read_spec
 from tokabatch.model.weights import load_decoder
+from tokabatch.scheduling.contracts import Completion, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules

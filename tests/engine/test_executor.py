@@ -20,8 +20,8 @@ from tokabatch.engine.executor import ProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.worker import WorkerSpec
 from tokabatch.errors import EngineError, ModelError
-from tokabatch.messages import SamplingParams, StepBatch
 from tokabatch.model.families import read_spec
+from tokabatch.scheduling.contracts import SamplingParams, StepBatch
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
 
@@ -85,7 +85,7 @@ sys.path.insert(0, {support!r})
 from pathlib import Path
 from support.scripted_worker import Script, build
 from tokabatch.engine.executor import ProcessExecutor
-from tokabatch.messages import SamplingParams
+from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
 from support.token_device import make_requests

@@ -10,7 +10,7 @@ from support import tiny_models
 
 from tokabatch.job import Job
 from tokabatch.report.progress import NullProgress
-from tokabatch.runner import run
+from tokabatch.runner.run import run
 
 
 class Messages(NullProgress):

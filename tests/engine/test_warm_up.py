@@ -10,8 +10,8 @@ from support import tiny_models, token_device
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.warm_up import kinds_of_drawing, warm_up_steps
 from tokabatch.engine.worker import Worker, WorkerSpec
-from tokabatch.messages import SamplingParams
 from tokabatch.model.families import read_spec
+from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules

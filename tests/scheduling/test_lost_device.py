@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support import token_device as device
 from support.scheduling_jobs import jobs
 
-from tokabatch.messages import SamplingParams, StepBatch, StepResult
+from tokabatch.scheduling.contracts import SamplingParams, StepBatch, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.quarantine import Quarantine
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits

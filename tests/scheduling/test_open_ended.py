@@ -13,7 +13,7 @@ from support import token_device as device
 from support.scheduling_jobs import jobs
 from support.shortsighted import Shortsighted
 
-from tokabatch.messages import Completion, Requests, SamplingParams, StepResult
+from tokabatch.scheduling.contracts import Completion, Requests, SamplingParams, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import token_device as device
 from support.scheduling_jobs import jobs
 
-from tokabatch.messages import Drawn, SamplingParams
+from tokabatch.scheduling.contracts import Drawn, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules

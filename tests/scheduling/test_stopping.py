@@ -14,8 +14,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tokabatch.data.tokenizer import Tokenizer
-from tokabatch.messages import SamplingParams
+from tokabatch.input.tokenizer import Tokenizer
+from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.stopping import PARTIAL, StopRules, TokenText
 
 

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from tokabatch.data.durable import DurableFiles
+from tokabatch.storage.atomic_files import DurableFiles
 
 SYSTEM_CALLS = (
     "open_new", "open_folder", "write", "fsync", "close", "link", "rename_new", "replace", "exchange", "remove",

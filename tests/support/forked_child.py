@@ -18,25 +18,28 @@ import pyarrow as pa
 
 from benchmarks.scripted_engine import QUICKSTART, Script, build_worker, quickstart_script
 from support import faulty_files, mutants, privileges
-from tokabatch import Job, pricing, recorder, run, runner
-from tokabatch.data import folder
-from tokabatch.data.tokenizer_files import load_tokenizer
+from tokabatch import Job, run
 from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import TokabatchError
+from tokabatch.forecast import sizing as pricing
+from tokabatch.input.tokenizer_files import load_tokenizer
 from tokabatch.job import ModelConfig
-from tokabatch.preparation import Prepared
+from tokabatch.output import folder
 from tokabatch.report.progress import NullProgress
+from tokabatch.runner import recorder
+from tokabatch.runner import run as runner
+from tokabatch.workload import Workload
 
 STEP_SECONDS = 0.002
 BATCH_SAMPLES = 4
 
 
-def _make_within(script: Script, job: Job, prepared: Prepared, sizes: ReplicaSizes) -> Executor:
+def _make_within(script: Script, job: Job, workload: Workload, sizes: ReplicaSizes) -> Executor:
     return InProcessExecutor((script, sizes), build_worker)
 
 
-def _make_apart(script: Script, job: Job, prepared: Prepared, sizes: ReplicaSizes) -> Executor:
+def _make_apart(script: Script, job: Job, workload: Workload, sizes: ReplicaSizes) -> Executor:
     """The worker in a process of its own: forked, as nothing here has threads or a GPU and importing takes seconds."""
     fork = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method=None: fork

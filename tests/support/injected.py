@@ -16,10 +16,14 @@ from typing import Any
 from unittest import mock
 
 import tokabatch
-from tokabatch import recorder
-from tokabatch.data import columns, durable, output, shards, store
-from tokabatch.data.tokenizer import Tokenizer
-from tokabatch.recorder import Recorder
+from tokabatch.input import columns
+from tokabatch.input import tokenized_input as store
+from tokabatch.input.tokenizer import Tokenizer
+from tokabatch.output import schema as output
+from tokabatch.output import shards
+from tokabatch.runner import recorder
+from tokabatch.runner.recorder import Recorder
+from tokabatch.storage import atomic_files as durable
 
 PACKAGE = str(Path(tokabatch.__file__).parent)
 ENTRIES = ("fail", "add", "finish")

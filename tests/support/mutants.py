@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tokabatch import recorder, resumption
-from tokabatch.data import durable, folder, shards
-from tokabatch.data.committed import nothing_committed
-from tokabatch.data.manifest import mark_success
+from tokabatch.output import folder, shards
+from tokabatch.output.existing_results import nothing_committed
+from tokabatch.output.manifest import mark_success
+from tokabatch.runner import recorder
+from tokabatch.runner import resume as resumption
+from tokabatch.storage import atomic_files as durable
 
 MUTANTS: dict[str, Callable[[], None]] = {}
 

@@ -7,7 +7,7 @@ import signal
 
 from tokabatch.engine.launcher import Launcher
 from tokabatch.engine.worker import WorkerSpec
-from tokabatch.messages import StepBatch
+from tokabatch.scheduling.contracts import StepBatch
 
 ROW = 2
 

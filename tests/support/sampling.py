@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from tokabatch.messages import SlotInit
-from tokabatch.model.slot_table import SamplerInputs, SlotTable, packed
+from tokabatch.model.sampling.slot_table import SamplerInputs, SlotTable, packed
+from tokabatch.scheduling.contracts import SlotInit
 
 
 def sampler_inputs(

@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.scripted_engine import QUICKSTART, Script, build_worker, quickstart_script
-from tokabatch import Job, pricing, run, runner
+from tokabatch import Job, run
 from tokabatch.engine.executor import Executor, InProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes
-from tokabatch.preparation import Prepared
+from tokabatch.forecast import sizing as pricing
 from tokabatch.report.summary import RunSummary
+from tokabatch.runner import run as runner
+from tokabatch.workload import Workload
 
 MAX_TOKENS = 6
 
@@ -28,7 +30,7 @@ def scripted_engine(script: Script | None = None) -> Generator[Script]:
     """Inside, every run's engine is the scripted one."""
     script = script or quickstart_script(slots=64)
 
-    def make_executor(job: Job, prepared: Prepared, sizes: ReplicaSizes) -> Executor:
+    def make_executor(job: Job, workload: Workload, sizes: ReplicaSizes) -> Executor:
         return InProcessExecutor((script, sizes), build_worker)
 
     measured = pricing.present_device("cpu")

@@ -13,7 +13,7 @@ import torch
 
 from support.token_device import TokenDevice
 from tokabatch.engine.sizing import ReplicaSizes
-from tokabatch.messages import StepBatch, StepResult
+from tokabatch.scheduling.contracts import StepBatch, StepResult
 from tokabatch.scheduling.scheduler import SchedulerLimits
 
 

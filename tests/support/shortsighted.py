@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokabatch.messages import Bool, Int32, Int64
+from tokabatch.arrays import Bool, Int32, Int64
 
 
 class Shortsighted:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tokabatch.messages import Requests, SamplingParams, StepBatch, StepResult
+from tokabatch.scheduling.contracts import Requests, SamplingParams, StepBatch, StepResult
 from tokabatch.scheduling.policy.forecast_policy import ForecastPolicy
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokabatch.costs.roofline import DeviceRates, Roofline
-from tokabatch.costs.work import StepWork
+from tokabatch.forecast.roofline import DeviceRates, Roofline
+from tokabatch.forecast.step_work import StepWork
 from tokabatch.model.spec import ModelSpec
 
 

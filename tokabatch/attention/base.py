@@ -17,8 +17,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from tokabatch.messages import Int32, Int64, StepBatch
-from tokabatch.transfer import Outbox
+from tokabatch.arrays import Int32, Int64
+from tokabatch.attention.upload import Outbox
+from tokabatch.scheduling.contracts import StepBatch
 
 
 @dataclass(frozen=True, slots=True)

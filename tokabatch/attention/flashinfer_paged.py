@@ -16,11 +16,12 @@ import flashinfer
 import numpy as np
 import torch
 
+from tokabatch.arrays import Int32
 from tokabatch.attention.base import KVShape, PagedCache
 from tokabatch.attention.page_store import PageStore
 from tokabatch.attention.triton_decode import decode
-from tokabatch.messages import Int32, PrefixLevel, StepBatch
-from tokabatch.transfer import Outbox, Parcel
+from tokabatch.attention.upload import Outbox, Parcel
+from tokabatch.scheduling.contracts import PrefixLevel, StepBatch
 
 WORKSPACE_BYTES = 256 << 20
 RING = 4

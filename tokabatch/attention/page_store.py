@@ -10,8 +10,8 @@ import torch
 
 from tokabatch.attention.base import KVShape, PagedCache
 from tokabatch.attention.triton_pages import copy_pages
-from tokabatch.messages import StepBatch
-from tokabatch.transfer import Outbox, Parcel
+from tokabatch.attention.upload import Outbox, Parcel
+from tokabatch.scheduling.contracts import StepBatch
 
 
 class PageStore:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokabatch.messages import Int32, Int64, StepBatch
+from tokabatch.arrays import Int32, Int64
+from tokabatch.scheduling.contracts import StepBatch
 
 WORDS = 8
 """Of a tile: first token, tokens, slot, first key, last key + 1, the first query's position, plane, unused."""

@@ -17,15 +17,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from tokabatch.arrays import Int32
 from tokabatch.attention.base import PagedCache, token_slots
 from tokabatch.attention.tiles import ENOUGH_PLANES, MAX_PLANES, WORDS, TilePlan, plan_tiles
 from tokabatch.attention.triton_decode import decode_and_merge
 from tokabatch.attention.triton_tiles import Planes, attend_tiles, tile_shape
 from tokabatch.engine.graphs import FINEST, Ladder, Recorder, coarse_size
-from tokabatch.messages import Int32, StepBatch
 from tokabatch.model.decoder import Decoder, KVPages
-from tokabatch.model.sampler import sample
-from tokabatch.model.slot_table import SamplerInputs, SlotTable
+from tokabatch.model.sampling.sampler import sample
+from tokabatch.model.sampling.slot_table import SamplerInputs, SlotTable
+from tokabatch.scheduling.contracts import StepBatch
 
 TILES_A_TOKEN, LEAST_TILES = 2, 8192
 """Tiles that a step may have."""

@@ -8,7 +8,7 @@ import signal
 from multiprocessing.connection import Connection
 
 from tokabatch.engine.heartbeat import Pulse
-from tokabatch.streams import make_tolerant
+from tokabatch.report.streams import make_tolerant
 
 PARENTS_SIGNALS = frozenset([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 """They reach the whole process group or job; when to stop is the parent's to say."""

@@ -29,7 +29,7 @@ from tokabatch.engine.heartbeat import Patience, Pulse, Watch
 from tokabatch.engine.launcher import Launcher
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import StepDropped, TokabatchError, WorkerLost
-from tokabatch.messages import StepBatch, StepResult
+from tokabatch.scheduling.contracts import StepBatch, StepResult
 
 WORKER_NAME = "tokabatch-worker"
 STOP_SECONDS = 5.0

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.worker import Launched, TraceSpec, Worker, WorkerSpec
-from tokabatch.messages import StepBatch, StepResult
+from tokabatch.scheduling.contracts import StepBatch, StepResult
 
 WARM_UP_STEPS = 4
 """Steps that are traced and thrown away: the profiler's own start stalls the first of them."""

@@ -15,8 +15,8 @@ from tokabatch.attention.tiles import ENOUGH_PLANES
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import JobError
 from tokabatch.model.decoder import Decoder, KVPages
-from tokabatch.model.sampler import sample
-from tokabatch.model.slot_table import SlotTable
+from tokabatch.model.sampling.sampler import sample
+from tokabatch.model.sampling.slot_table import SlotTable
 
 RESERVED_BYTES = 2 << 30
 """Attention's scratch, captured graphs, the pinned copies of a few steps, and what other libraries take."""

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from tokabatch.arrays import Int32
 from tokabatch.engine.sizing import ReplicaSizes
-from tokabatch.messages import Int32, PrefixLevel, SamplingParams, SlotInit, StepBatch
+from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, SlotInit, StepBatch
 
 MAX_PROMPT = 1024
 """Tokens of the longest prompt: enough for the kernels that take long runs only."""

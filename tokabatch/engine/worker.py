@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from tokabatch.arrays import Int32
 from tokabatch.attention import create_backend
 from tokabatch.attention.base import AttentionBackend, token_slots
+from tokabatch.attention.upload import Outbox, to_host
 from tokabatch.engine.memory import captured_tokens, fitting_pages
 from tokabatch.engine.sizing import ReplicaSizes, kv_shape, settle_pages
 from tokabatch.engine.warm_up import warm_up_steps
-from tokabatch.messages import Int32, SamplingParams, StepBatch, StepResult
 from tokabatch.model.decoder import Decoder, KVPages
 from tokabatch.model.files import ModelFile, refuse_changed
-from tokabatch.model.sampler import Sampled, sample
-from tokabatch.model.slot_table import SlotTable, packed
+from tokabatch.model.sampling.sampler import Sampled, sample
+from tokabatch.model.sampling.slot_table import SlotTable, packed
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import load_decoder
-from tokabatch.transfer import Outbox, to_host
+from tokabatch.scheduling.contracts import SamplingParams, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from tokabatch.engine.captured import CapturedSteps

@@ -20,9 +20,9 @@ from tokabatch.job.keys import Key, list_keys
 from tokabatch.job.load import load_model
 from tokabatch.job.refusals import row_message
 from tokabatch.job.scalars import write_value
-from tokabatch.messages import SamplingParams
+from tokabatch.scheduling.contracts import SamplingParams
 
-_VERIFIERS = Path(__file__).parent.parent / "experiments" / "verifiers"
+_VERIFIERS = Path(__file__).parent.parent / "scoring" / "verifiers"
 # What a generation_config.json may decide where the job says nothing.
 _MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
 

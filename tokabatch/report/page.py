@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tokabatch.messages import Float64
+from tokabatch.arrays import Float64
 from tokabatch.report import plots
 from tokabatch.report.summary import seconds_text
 

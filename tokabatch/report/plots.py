@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from tokabatch.messages import Float64
+from tokabatch.arrays import Float64
 
 INK, SOFT, SECOND = "#1f6feb", "#9ec5fe", "#d1741f"
 _SIZE = (5.6, 2.6)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokabatch.messages import Completion, Float32, Int32, Int64
+from tokabatch.arrays import Float32, Int32, Int64
+from tokabatch.scheduling.contracts import Completion
 
 STAGED_VALUES = 1024
 """Room of a slot's ring where no row needs more: for as many tokens alone, or fewer with their log-probabilities."""

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tokabatch.messages import Completion, Int32, Int64, Requests, StepBatch, StepResult
+from tokabatch.arrays import Int32, Int64
+from tokabatch.scheduling.contracts import Completion, Requests, StepBatch, StepResult
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.kv.manager import KVCacheManager, Runs

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokabatch.messages import Int32, Int64, PrefixLevel, SamplingParams, SlotInit, StepBatch
+from tokabatch.arrays import Int32, Int64
+from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, SlotInit, StepBatch
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits, PromptRuns, find_groups
 from tokabatch.scheduling.kv.manager import KVCacheManager, Runs
 from tokabatch.scheduling.kv.slots import Slots

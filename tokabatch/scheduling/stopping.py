@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokabatch.messages import Int32, Int64, SamplingParams
+from tokabatch.arrays import Int32, Int64
+from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.outputs import Outputs
 
 TAIL = 8

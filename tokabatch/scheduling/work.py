@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from tokabatch.messages import Int32, Int64, Requests, SamplingParams
+from tokabatch.arrays import Int32, Int64
+from tokabatch.scheduling.contracts import Requests, SamplingParams
 
 
 class Work:

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokabatch.messages import Int32
+from tokabatch.arrays import Int32
 from tokabatch.scheduling.lengths.page_forecast import Claims, Forecast
 
 

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from support import token_device as device
 from support.scheduling_jobs import jobs
 
-from tokabatch.messages import Int32, Int64, SamplingParams
+from tokabatch.arrays import Int32, Int64
+from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.kv.manager import KVCacheManager
 from tokabatch.scheduling.kv.prefix_tree import PromptPages

@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.shortsighted import Shortsighted
 
-from tokabatch.messages import Int32, Int64, Requests, SamplingParams
+from tokabatch.arrays import Int32, Int64
+from tokabatch.forecast.assumed_lengths import uniform
+from tokabatch.forecast.simulate import Simulation, simulate
+from tokabatch.forecast.simulated_device import STOP, SimulatedDevice
+from tokabatch.scheduling.contracts import Requests, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.policy.forecast_policy import finishing
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
-from tokabatch.simulation.device import STOP, SimulatedDevice
-from tokabatch.simulation.lengths import uniform
-from tokabatch.simulation.simulate import Simulation, simulate
 
 ENTRY = st.tuples(st.integers(0, 30), st.integers(0, 40))
 

@@ -12,7 +12,7 @@ import pytest
 from support import token_device
 from support.shortsighted import Shortsighted
 
-from tokabatch.messages import SamplingParams, StepResult
+from tokabatch.scheduling.contracts import SamplingParams, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokabatch.messages import Int32, PrefixLevel
+from tokabatch.arrays import Int32
+from tokabatch.scheduling.contracts import PrefixLevel
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokabatch.messages import Bool, Int32, Int64, StepBatch
+from tokabatch.arrays import Bool, Int32, Int64
+from tokabatch.scheduling.contracts import StepBatch
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.kv.page_pool import PagePool
 from tokabatch.scheduling.kv.prefix_tree import PrefixTree, PromptPages

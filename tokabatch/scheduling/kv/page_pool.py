@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tokabatch.messages import Int32
+from tokabatch.arrays import Int32
 
 
 class PagePool:

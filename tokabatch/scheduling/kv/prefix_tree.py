@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tokabatch.messages import Int32
+from tokabatch.arrays import Int32
 from tokabatch.scheduling.kv.page_pool import PagePool
 from tokabatch.scheduling.kv.shared_pages import SharedPages
 from tokabatch.scheduling.outputs import Generated

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tokabatch.messages import Int32
+from tokabatch.arrays import Int32
 
 _CAPACITY = 16
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokabatch.messages import Int32, Int64
+from tokabatch.arrays import Int32, Int64
 from tokabatch.scheduling.kv.page_pool import PagePool
 from tokabatch.scheduling.outputs import Generated, Outputs
 

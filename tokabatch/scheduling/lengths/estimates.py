@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tokabatch.messages import Bool, Int32, Int64
+from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.kv.slots import Slots
 from tokabatch.scheduling.lengths.predictor import Caution, LengthModel, LengthPredictor

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tokabatch.messages import Float64, Int32
+from tokabatch.arrays import Float64, Int32
 
 Indices = npt.NDArray[np.integer[Any]]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tokabatch.messages import Int32
+from tokabatch.arrays import Int32
 
 _BLOCK_CELLS = 1 << 16
 """Candidates times steps looked at together: bounds the working memory and what is wasted behind the first that fails."""

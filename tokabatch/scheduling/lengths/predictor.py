@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tokabatch.messages import Bool, Int32, Int64
+from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.scheduling.lengths.hazard import Bins, Float64, HazardTable, run_hazard, strata
 from tokabatch.scheduling.lengths.prompt_scale import ScaleModel
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from tokabatch.messages import Int32
+from tokabatch.arrays import Int32
 from tokabatch.scheduling.lengths.hazard import Float64, Indices
 
 _RATIO = 1.15

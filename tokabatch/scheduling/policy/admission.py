@@ -9,7 +9,7 @@ from itertools import accumulate, groupby, islice
 
 import numpy as np
 
-from tokabatch.messages import Int32
+from tokabatch.arrays import Int32
 from tokabatch.scheduling.kv.manager import NO_RUNS, KVCacheManager, Runs
 from tokabatch.scheduling.kv.prefix_tree import PromptPages
 from tokabatch.scheduling.lengths.estimates import LengthEstimates

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from tokabatch.messages import Bool, Int32, Int64
+from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.scheduling.kv.manager import KVCacheManager
 from tokabatch.scheduling.kv.prefix_tree import PromptPages
 from tokabatch.scheduling.lengths.estimates import LengthEstimates

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from tokabatch.messages import Int32, Int64
+from tokabatch.arrays import Int32, Int64
 from tokabatch.scheduling.kv.prefix_tree import PromptPages
 
 

@@ -1,0 +1,41 @@
+"""Devices are known by the names that CUDA gives them, to the letter."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokabatch.forecast.devices import KNOWN, find_device
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GH200 144G HBM3e", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA A100-SXM-64GB", None),
+        ("", None),
+    ],
+)
+def test_a_variant_is_not_taken_for_another(name: str, key: str | None) -> None:
+    assert find_device(name) == (None if key is None else KNOWN[key])
+
+
+def test_what_a_summary_notes_is_found_again() -> None:
+    assert all(find_device(device.rates.name) == device for device in KNOWN.values())
+
+
+def test_every_name_is_of_one_device() -> None:
+    names = [name for device in KNOWN.values() for name in {*device.names, device.rates.name}]
+    assert len(names) == len(set(names))

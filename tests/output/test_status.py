@@ -1,0 +1,97 @@
+"""The status of an output folder at every point of a run's life."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from tokabatch.errors import OutputError
+from tokabatch.input.fingerprint import Fingerprint
+from tokabatch.output.folder import Claim
+from tokabatch.output.manifest import Manifest, Versions, mark_success, write_manifest, write_summary
+from tokabatch.output.shards import ShardWriter
+from tokabatch.output.status import read_status
+
+SCHEMA = pa.schema([("row_index", pa.int64()), ("status", pa.string()), ("correct", pa.bool_())])
+MANIFEST = Manifest(
+    "2026-01-02T03:04:05+00:00", "/home", "models/x", Versions("1", "2", "3", "4"), 3, 6, {}, Fingerprint({}, {})
+)
+
+
+def samples(*rows: tuple[int, str, bool | None], schema: pa.Schema = SCHEMA) -> pa.Table:
+    columns = list(zip(*rows, strict=True))
+    return pa.Table.from_arrays(
+        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=False)], schema=schema
+    )
+
+
+def test_the_life_of_a_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert read_status(out).state == "absent"
+    with Claim(out) as claim:
+        write_manifest(claim, MANIFEST, {})
+        writer = ShardWriter(claim, SCHEMA, rows_per_shard=4, flush_seconds=1e9)
+        status = read_status(out)
+        assert (status.state, status.rows, status.samples, status.pending) == ("running", 3, 6, 6)
+        assert status.correct is None and status.accuracy is None
+        writer.add(samples((2, "ok", True), (0, "ok", False), (0, "ok", True), (2, "error", None)))
+        status = read_status(out)
+        assert (status.ok, status.errors, status.pending, status.shards) == (3, 1, 2, 1)
+        assert (status.correct, status.accuracy) == (2, 0.5)
+        assert status.bytes == sum(path.stat().st_size for path in (out / "data").iterdir())
+    assert read_status(out).state == "incomplete"
+
+
+def test_a_complete_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Claim(out) as claim:
+        write_manifest(claim, MANIFEST, {})
+        writer = ShardWriter(claim, SCHEMA, rows_per_shard=4, flush_seconds=1e9)
+        writer.add(samples((2, "ok", True), (0, "ok", False), (0, "ok", True), (2, "error", None)))
+        writer.add(samples((5, "ok", False), (2, "ok", True)))
+        mark_success(claim, writer.close(), 6)
+        assert read_status(out).state == "complete"
+    status = read_status(out)
+    assert (status.state, status.committed, status.pending, status.shards) == ("complete", 6, 0, 2)
+
+
+def test_cancelled_samples_are_not_pending(tmp_path: Path) -> None:
+    with Claim(tmp_path / "out") as claim:
+        write_manifest(claim, MANIFEST, {})
+        write_summary(claim, {"cancelled": 4})
+    status = read_status(tmp_path / "out")
+    assert (status.cancelled, status.pending, status.state) == (4, 2, "incomplete")
+
+
+def test_a_run_that_is_not_verified(tmp_path: Path) -> None:
+    schema = pa.schema(list(SCHEMA)[:2])
+    with Claim(tmp_path / "out") as claim:
+        writer = ShardWriter(claim, schema, rows_per_shard=1, flush_seconds=1e9)
+        writer.add(samples((0, "ok", None), schema=schema))
+    status = read_status(tmp_path / "out")
+    assert (status.state, status.rows, status.samples, status.pending) == ("incomplete", None, None, None)
+    assert (status.ok, status.correct, status.accuracy) == (1, None, None)
+
+
+def test_looking_does_not_disturb(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    read_status(out)
+    assert not out.exists()
+    with Claim(out) as claim:
+        read_status(out)
+        assert claim.folder.is_claimed()
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Claim(out) as claim:
+        write_manifest(claim, MANIFEST, {})
+    (out / "data" / "part-00000.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(OutputError, match=r"part-00000\.parquet is damaged"):
+        read_status(out)
+    for content, message in [("{", "cannot be read"), ("[]", "holds no JSON object"), ("{}", "not a manifest")]:
+        (out / "manifest.json").write_text(content)
+        with pytest.raises(OutputError, match=message):
+            read_status(out)

@@ -1,0 +1,177 @@
+"""What a sample's own faults cost: a verifier that raises, its verdict; a value that cannot be written, its column."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.scripted_run import scripted_engine, scripted_job, scripted_run
+
+from tokabatch import run
+from tokabatch.input import columns
+from tokabatch.input.tokenizer import Tokenizer
+from tokabatch.output import schema as output
+from tokabatch.runner import recorder
+
+ROWS = 10
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def rows(**more: Callable[[int], Any]) -> Path:
+        path = tmp_path / "rows.jsonl"
+        lines = [{"question": f"What is {row}?", **{name: of(row) for name, of in more.items()}} for row in range(ROWS)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    return rows
+
+
+def table(out: Path) -> list[dict[str, Any]]:
+    rows = [row for path in sorted((out / "data").iterdir()) for row in pq.read_table(path).to_pylist()]
+    return sorted(rows, key=lambda row: (row["row_index"], row["sample_index"]))
+
+
+class Panic(BaseException):
+    """What a library written in Rust raises for a bug of its own."""
+
+
+@pytest.mark.parametrize("raised", [IndexError("no word 5"), SystemExit(3), Panic("bug"), RecursionError(), MemoryError()])
+def test_a_verifier_that_raises_costs_the_verdict_of_its_sample(
+    raised: BaseException, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verify(text: str, reference: str) -> bool:
+        if int(reference) % 5 == 0:
+            raise raised
+        return int(reference) % 2 == 0
+
+    monkeypatch.setattr(recorder, "load_verifier", lambda kind: verify)
+    file, out = write(answer=str), tmp_path / "out"
+    summary = scripted_run(file, out, verify={"kind": "exact", "answer": "answer"})
+    assert (summary.exit_code, summary.ok, summary.errors, summary.unverified) == (0, 20, 0, 4)
+    assert [row["correct"] for row in table(out)[::2]] == [None if row % 5 == 0 else row % 2 == 0 for row in range(ROWS)]
+    (reason,) = summary.unverified_reasons
+    assert type(raised).__name__ in reason and "(4 samples)" in reason
+    assert scripted_run(file, out, verify={"kind": "exact", "answer": "answer"}).unverified == 4
+
+
+@pytest.mark.parametrize("verdict", [None, 2, "yes", np.float32(1)])
+def test_a_verdict_that_is_none_counts_as_not_verified(
+    verdict: Any, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "load_verifier", lambda kind: lambda text, reference: verdict)
+    summary = scripted_run(write(answer=str), tmp_path / "out", verify={"kind": "exact", "answer": "answer"})
+    assert summary.unverified == 20 and "not True or False" in summary.unverified_reasons[0]
+    assert {row["correct"] for row in table(tmp_path / "out")} == {None}
+
+
+def test_the_verdicts_of_numpy_are_verdicts(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "load_verifier", lambda kind: lambda text, reference: np.bool_(True))
+    summary = scripted_run(write(answer=str), tmp_path / "out", verify={"kind": "exact", "answer": "answer"})
+    assert summary.pass_at_k is not None and summary.pass_at_k[0] == (1, 1.0)
+
+
+def test_the_reasons_that_occur_most_are_told_first(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def verify(text: str, reference: str) -> bool:
+        raise ValueError("often" if int(reference) else "rare")
+
+    monkeypatch.setattr(recorder, "load_verifier", lambda kind: verify)
+    summary = scripted_run(write(answer=str), tmp_path / "out", verify={"kind": "exact", "answer": "answer"})
+    assert summary.unverified_reasons == ("often (18 samples)", "rare (2 samples)")
+
+
+def fails_for_row(monkeypatch: pytest.MonkeyPatch, row: int, whole: object = None) -> None:
+    """The column `doc` of one row cannot be taken out of the input, whenever it is tried."""
+    real = columns.JsonColumns.take
+
+    def take(self: Any, rows: Any, names: Any) -> pa.Table:
+        if row in rows.tolist() and "doc" in names:
+            raise pa.ArrowInvalid("offset overflow")
+        return real(self, rows, names)
+
+    monkeypatch.setattr(columns.JsonColumns, "take", take)
+
+
+def decodes_not(monkeypatch: pytest.MonkeyPatch, row: int, whole: list[dict[str, Any]]) -> None:
+    """The tokens of one row cannot be decoded: the tokenizer's library panics."""
+    of_row = [each["token_ids"] for each in whole if each["row_index"] == row]
+    real = Tokenizer.decode_batch
+
+    def decode(self: Tokenizer, batch: Any) -> list[str]:
+        if any(list(ids) in (tokens, tokens[:-1]) for ids in batch for tokens in of_row):
+            raise Panic("index out of bounds")
+        return real(self, batch)
+
+    monkeypatch.setattr(Tokenizer, "decode_batch", decode)
+
+
+def cannot_be_encoded(monkeypatch: pytest.MonkeyPatch, row: int, whole: object) -> None:
+    """PyArrow does not write the column `doc` of one row: with an OSError, as for whatever Parquet cannot hold."""
+    real = recorder.write_parquet
+
+    def write_parquet(written: pa.Table, file: Any, *identity: Any) -> None:
+        if "doc" in written.column_names and f"doc {row}" in written["doc"].to_pylist():
+            raise OSError("Unhandled type")
+        real(written, file, *identity)
+
+    monkeypatch.setattr("tokabatch.output.shards.write_parquet", write_parquet)
+    monkeypatch.setattr(recorder, "write_parquet", write_parquet)
+
+
+@pytest.mark.parametrize(
+    ("harm", "column"),
+    [(fails_for_row, "doc"), (cannot_be_encoded, "doc"), (decodes_not, "text")],
+    ids=["not taken from the input", "not encoded", "not decoded"],
+)
+def test_a_value_that_cannot_be_written_costs_its_column_and_nothing_else(
+    harm: Callable[..., None], column: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(doc=lambda row: f"doc {row}")
+    scripted_run(file, tmp_path / "whole")
+    whole = table(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        harm(patch, 3, whole)
+        summary = scripted_run(file, tmp_path / "out")
+    assert (summary.exit_code, summary.ok, dict(summary.error_counts)) == (0, 18, {"cannot_be_written": 2})
+    for found, expected in zip(table(tmp_path / "out"), whole, strict=True):
+        if found["row_index"] != 3:
+            assert {**found, "num_cached_tokens": 0} == {**expected, "num_cached_tokens": 0}
+            continue
+        assert (found["status"], found["error_code"], found[column]) == ("error", "cannot_be_written", None)
+        assert found["token_ids"] == expected["token_ids"], "what was computed is gone"
+        for part in ("row 3 ", repr(column), "--retry-errors", "output.columns"):
+            assert part in found["error_message"]
+    with scripted_engine():
+        assert run(scripted_job(file, tmp_path / "out"), retry_errors=True).ok == 20
+    assert [row["doc"] for row in table(tmp_path / "out")] == [row["doc"] for row in whole]
+
+
+def test_errors_policy_stop_stops_at_a_sample_that_cannot_be_written(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "BATCH_SAMPLES", 1)
+    fails_for_row(monkeypatch, 3)
+    summary = scripted_run(write(doc=str), tmp_path / "out", errors={"policy": "stop"}, engine={"max_running": 2})
+    assert summary.exit_code == 75 and 0 < summary.ok + summary.errors < 20
+
+
+def test_more_list_entries_than_a_column_holds_are_no_assertion(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if 2 ** 31 were 60: one table holds all samples, but not all of their alternatives."""
+    monkeypatch.setattr(output, "_MAX_ENTRIES", 60)
+    file = write()
+    assert scripted_run(file, tmp_path / "out").ok == 20
+    assert sum(len(row["token_ids"]) for row in table(tmp_path / "out")) > 60
+    monkeypatch.setattr(output, "_MAX_ENTRIES", 3)
+    summary = scripted_run(file, tmp_path / "few")
+    long = [row for row in table(tmp_path / "few") if row["num_output_tokens"] > 3]
+    assert dict(summary.error_counts) == {"cannot_be_written": len(long)}
+    assert all(row["token_ids"] is None and row["text"] is not None and "'token_ids'" in row["error_message"] for row in long)

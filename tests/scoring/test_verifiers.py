@@ -1,0 +1,303 @@
+"""Each verifier against texts as models write them, and what all verifiers promise."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from decimal import Decimal
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokabatch.job import verifier_names
+from tokabatch.scoring.verifiers import choice, exact, gsm8k, load_verifier
+
+
+def test_the_files_are_the_registry() -> None:
+    assert verifier_names() == ("choice", "exact", "gsm8k")
+    assert load_verifier("gsm8k") is gsm8k.verify
+
+
+@pytest.mark.parametrize("kind", verifier_names())
+def test_every_verifier_keeps_the_contract(kind: str) -> None:
+    verify = load_verifier(kind)
+    assert list(inspect.signature(verify).parameters) == ["text", "reference"]
+    assert inspect.getdoc(verify)
+    with pytest.raises(ValueError, match="reference answer"):
+        verify("text", None)
+
+
+@pytest.mark.parametrize("kind", verifier_names())
+@given(text=st.text())
+def test_no_text_breaks_a_verifier(kind: str, text: str) -> None:
+    reference = {"choice": "A", "exact": "x", "gsm8k": "#### 5"}[kind]
+    assert load_verifier(kind)(text, reference) in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("16 - 3 = 13\n#### 13", "13"),
+        ("#### 1,234,567", "1234567"),
+        ("#### $18.50", "18.50"),
+        ("#### -7", "-7"),
+        ("#### -$7", "-7"),
+        ("#### $-7", "-7"),
+        ("#### \N{MINUS SIGN}7", "-7"),
+        ("#### 20%", "20"),
+        ("#### 42.", "42"),
+        ("#### 42 apples, not 43", "42"),
+        ("####42\n\nQuestion: what is 7 + 1?\n#### 8", "42"),
+        ("####\n42\n43", "42"),
+        ("#### \\boxed{42}", "42"),
+        ("the sum is 42 ####", "42"),
+        ("#### none\nso 41", "41"),
+        ("She has 3 boxes, so 12 in all.", "12"),
+        ("so x=-5", "-5"),
+        ("between 3-4", "4"),
+        ("one, two, 1,2,3", "3"),
+        ("it is .5", ".5"),
+        ("it is...42", "42"),
+        ("**9**", "9"),
+        ("use x2 and H2O", None),
+        ("nothing", None),
+        ("", None),
+    ],
+)
+def test_gsm8k_finds_the_answer(text: str, number: str | None) -> None:
+    assert gsm8k.find_answer(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "right"),
+    [
+        ("#### 18", "9 * 2 = <<9*2=18>>18\n#### 18", True),
+        ("#### 18.00", 18, True),
+        ("#### 18", 18.0, True),
+        ("#### 0.1", "0.10", True),
+        ("#### 0.3", "0.30000000000000004", False),
+        ("#### 100000000000000000001", "100000000000000000000", False),
+        ("#### 1000", "1,000", True),
+        ("#### 100000000000000000000", 1e20, True),
+        ("#### 17", "18", False),
+        ("no idea", "18", False),
+    ],
+)
+def test_gsm8k_compares_exactly(text: str, reference: object, right: bool) -> None:
+    assert gsm8k.verify(text, reference) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The total is $29.00.", "29"),
+        ("so 72 clips, altogether.", "72"),
+        ("The answer is 1/2", "1/2"),
+        ("#### 3 1/2 hours", "7/2"),
+        ("#### \\frac{3}{4}", "3/4"),
+        ("so \\boxed{-\\dfrac{1}{2}}", "-1/2"),
+        ("\\boxed{\\frac{-1}{2}}", "-1/2"),
+        ("#### 2\\tfrac{1}{3}", "7/3"),
+        ("\\frac12", "1/2"),
+        ("it is ½ a cup", "1/2"),
+        ("#### 1½", "3/2"),
+        ("1\u20442", "1/2"),
+        ("\\boxed{18}. That took 3 steps.", "18"),
+        ("\\boxed{18 \\text{ dollars}}", "18"),
+        ("\\boxed{x = 18}", "18"),
+        ("\\boxed{1{,}234}", "1234"),
+        ("#### 1\\,234\\,567", "1234567"),
+        ("first \\boxed{3}, then \\boxed{4}", "4"),
+        ("#### 9 * 2 = 18", "18"),
+        ("#### total = 18", "18"),
+        ("#### 18 = total", "18"),
+        ("**#### 18**", "18"),
+        ("\\[ 5 + 3 = 8 \\]", "8"),
+        ("72 / 4", "18"),
+        ("€1,234.50", "1234.5"),
+        ("\\$5", "5"),
+        ("£ 5", "5"),
+        ("5 USD", "5"),
+        ("Rs.500", "500"),
+        ("-$5", "-5"),
+        ("a loss of \u20137 dollars", "-7"),
+        ("negative 5", "-5"),
+        ("it is minus 5 degrees", "-5"),
+        ("50\\%", "50"),
+        ("12.5 percent", "12.5"),
+        ("10 000 people", "10000"),
+        ("1\u202f234\u202f567", "1234567"),
+        ("1'000'000", "1000000"),
+        ("1_000", "1000"),
+        ("1,00,000 rupees", "100000"),
+        ("5 million", "5000000"),
+        ("$2.5M", "2500000"),
+        ("5k", "5000"),
+        ("5 km", "5"),
+        ("5kg", "5"),
+        ("the 18th", "18"),
+        ("18!", "18"),
+        ("- 5 apples", "5"),
+        ("5.)", "5"),
+        ("#### 5 - the end", "5"),
+        ("#### -0.50", "-1/2"),
+    ],
+)
+def test_gsm8k_reads_numbers_as_they_are_written(text: str, number: str) -> None:
+    found = gsm8k.find_answer(text)
+    assert found is not None and Fraction(found) == Fraction(number)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#### 1e3",
+        "1e3",
+        "1.5 * 10^3",
+        "1.5 \N{MULTIPLICATION SIGN} 10\u00b3",
+        "2^5",
+        "2**5",
+        "2^{10}",
+        "\\sqrt{16}",
+        "3\\sqrt{2}",
+        "\u221a16",
+        "\\frac{\\sqrt{3}}{2}",
+        "2x",
+        "3\u03c0",
+        "2\\pi",
+        "5 + 3",
+        "#### 5 + 3",
+        "10 - 4",
+        "10 minus 4",
+        "4 x 5",
+        "4 \\times 5",
+        "3:4",
+        "10:30",
+        "12/05/2023",
+        "1.2.3",
+        "12,50",
+        "1.234,56",
+        "#### 18-20",
+        "#### 1,2",
+        "1/0",
+    ],
+)
+def test_gsm8k_takes_no_part_of_what_is_not_one_number(text: str) -> None:
+    assert gsm8k.find_answer(f"It is 7. So {text}" if "#" not in text else text) is None
+
+
+def test_gsm8k_fractions_are_compared_exactly() -> None:
+    assert gsm8k.verify("The answer is 1/2", "0.5") and gsm8k.verify("#### 0.5", "1/2") and gsm8k.verify("2/4", "\\frac{1}{2}")
+    assert not gsm8k.verify("The answer is 1/2", 2) and not gsm8k.verify("The answer is 1/2", 1)
+    assert not gsm8k.verify("#### 0.333", "1/3") and gsm8k.verify("#### 1 1/2", Decimal("1.5"))
+    assert gsm8k.verify("#### 1000", Decimal("1E+3"))
+    assert not gsm8k.verify("#### -100000000000000000000000000000000001", "-100000000000000000000000000000000002")
+
+
+def test_gsm8k_takes_no_time_for_odd_texts() -> None:
+    began = time.process_time()
+    assert not gsm8k.verify("1/" + "9" * 5000, 1) and not gsm8k.verify("9" * 5000 + "/3", 1)
+    for piece in ("1+", "1 ", "9", "\\frac{", "\\text{", "{", "1,", "- ", "1/", "\u221a(", "negative ", "1 1/", "\\boxed{"):
+        gsm8k.find_answer(piece * 20_000)
+    assert time.process_time() - began < 5
+
+
+def test_gsm8k_refuses_a_reference_without_a_number() -> None:
+    for reference in ("none", True, float("nan"), float("-inf"), ""):
+        with pytest.raises(ValueError, match="holds no number"):
+            gsm8k.verify("#### 1", reference)
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**12), max_value=10**12))
+def test_gsm8k_reads_what_it_is_written(number: Decimal) -> None:
+    for text in (f"#### {number:f}", f"#### {number:,f}", f"so it is {number:f}.", f"= {number:,f} dollars"):
+        assert gsm8k.verify(text, str(number.quantize(Decimal("0.001")).__format__("f")))
+
+
+def test_exact() -> None:
+    assert exact.verify("  yes\n", "yes")
+    assert exact.verify("42", 42)
+    assert not exact.verify("Yes", "yes")
+    assert not exact.verify("yes it is", "yes")
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The answer is (B).", "B"),
+        ("Answer: C", "C"),
+        ("**Answer:** D", "D"),
+        ("The answer is A? No, the correct answer is B", "B"),
+        ("the answer would be option C, I think", "C"),
+        ("B", "B"),
+        (" B. because it fits", "B"),
+        ("(D) because", "D"),
+        ("C) 42", "C"),
+        ("A train leaves at noon, hence (C).", "C"),
+        ("A train leaves at noon.", None),
+        ("Both [A] and (B) are close, but {B}", "B"),
+        ("answer: (c)", "C"),
+        ("Answer: c", "C"),
+        ("the answer is b.", "B"),
+        ("answer: a", "A"),
+        ("Answer: a\nBecause it fits", "A"),
+        ("answer: d) dog", "D"),
+        ("the correct answer is (b) because", "B"),
+        ("The answer is A because it fits", "A"),
+        ("**C**", "C"),
+        ("It is **c)** then", "C"),
+        ("**B. Paris**", "B"),
+        ("option C", "C"),
+        ("so option c is correct", "C"),
+        ("Choice (d) fits best", "D"),
+        ("I choose (b)", "B"),
+        ("I would go with D", "D"),
+        ("We reason, and so C is the correct answer here", "C"),
+        ("\\boxed{C}", "C"),
+        ("\\boxed{\\text{b}}. Option A is close.", "B"),
+        ("$\\boxed{(C)}$", "C"),
+        ("The answer is $\\textbf{(D)}$", "D"),
+        ("The answer is \\(C\\)", "C"),
+        ("<answer>B</answer>", "B"),
+        ('Answer: "C"', "C"),
+        ("Answer - C", "C"),
+        ("The answer is C. Option B is wrong.", "C"),
+        ("Option B is wrong, option C fits", "C"),
+        ("(a) is wrong, (b) is right", "B"),
+        ("b", "B"),
+        ("c) 42", "C"),
+        ("B is wrong, so (C)", "C"),
+        ("C is right", "C"),
+        ("The answer is C.", "C"),
+        ("The answer is a number", None),
+        ("answer: a train", None),
+        ("A is wrong", None),
+        ("The answer is not B", None),
+        ("a lot of cats", None),
+        ("I picked a dog and b-sides", None),
+        ("answer: C-4", None),
+        ("The answer is Berlin", None),
+        ("E", None),
+        ("", None),
+    ],
+)
+def test_choice_finds_the_letter(text: str, letter: str | None) -> None:
+    assert choice.find_choice(text) == letter
+
+
+def test_choice_takes_no_time_for_odd_texts() -> None:
+    began = time.process_time()
+    for piece in (" ", "answer ", "answer is the ", "a ", "option B ", "option ", "(", "**", "answer: a ", "is the ", "B is "):
+        choice.find_choice("answer" + piece * 20_000 + "x")
+        choice.find_choice("option B" + piece * 20_000 + "x")
+    assert time.process_time() - began < 5
+
+
+def test_choice_takes_letters_and_indices() -> None:
+    for reference in ("B", "b", "(B)", "B.", 1):
+        assert choice.verify("Answer: B", reference)
+    for reference in ("E", "AB", "", 4, -1, True, 1.0):
+        with pytest.raises(ValueError, match="no letter from A to D"):
+            choice.verify("Answer: B", reference)

@@ -1,0 +1,196 @@
+"""How long a job takes, before it runs: its prepared input through the simulator, priced by a cost model."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from tokabatch.arrays import Int64
+from tokabatch.errors import OutputError, UsageError
+from tokabatch.forecast.assumed_lengths import Lengths, Unstopped, lognormal, observed
+from tokabatch.forecast.devices import KNOWN, PROCESSOR, Device, find_device
+from tokabatch.forecast.profile import Profile, SavedProfile, fit_profile, load_profile, profile_document
+from tokabatch.forecast.simulate import Simulation, simulate
+from tokabatch.forecast.sizing import CostModel, cost_model, device_name, device_of, known_device, present_device, profile_of
+from tokabatch.forecast.step_trace import Steps
+from tokabatch.job import Job
+from tokabatch.model.families import read_spec
+from tokabatch.output.folder import OutputFolder
+from tokabatch.output.manifest import read_manifest, read_summary
+from tokabatch.output.status import output_lengths
+from tokabatch.output.steps import read_steps
+from tokabatch.report.outlook import Outlook, Trial
+from tokabatch.scheduling.contracts import Requests
+from tokabatch.scheduling.scheduler import SchedulerLimits
+from tokabatch.storage.atomic_files import DurableFiles, write_whole
+from tokabatch.storage.listing import consistently
+from tokabatch.workload import Workload, pick_device
+
+PARTS = 48
+TRIAL_SAMPLES = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What to assume: the device by its key in `KNOWN` (None: this machine's), a `profile` in place of the job's or the
+    roofline, money an hour, and `lengths`: `max`, `MEAN`, `MEAN:SIGMA` of a log-normal distribution (sigma 0.7 by default), or
+    the output folder of an earlier run."""
+
+    device: str | None = None
+    profile: Path | None = None
+    price: float | None = None
+    lengths: str = "max"
+
+
+def check_scenario(scenario: Scenario) -> Device | None:
+    """The device that is assumed, None for this machine's. Raises UsageError for a bad scenario."""
+    _lengths(scenario.lengths)
+    if scenario.price is not None and not 0 <= scenario.price < math.inf:
+        raise UsageError(f"--price {scenario.price:g}: write the money for an hour of the device, such as 3.5")
+    return None if scenario.device is None else known_device(scenario.device)
+
+
+def scenario_profile(job: Job, scenario: Scenario, device: Device | None) -> SavedProfile | None:
+    """The profile to size and price by. Raises JobError for one of another device."""
+    path, key = (scenario.profile, "--profile") if scenario.profile is not None else (job.engine.profile, "engine.profile")
+    name = device_name(pick_device(job)) if device is None else device.rates.name
+    return None if path is None else profile_of(Path(path), name, key)
+
+
+def predict_run(
+    workload: Workload, limits: SchedulerLimits, scenario: Scenario, device: Device | None, profile: SavedProfile | None
+) -> Outlook:
+    """Simulate the whole job under `limits` on the scenario's `device`, then a part of it under others. Raises UsageError where
+    nothing is left to run, or nothing is known of this machine's device."""
+    if not len(workload.requests):
+        raise UsageError("there is nothing to simulate: no row has become a prompt, or all samples are there already")
+    cost, cost_described = cost_model(workload, device, profile)
+    lengths, described = _lengths(scenario.lengths)
+    begin = time.perf_counter()
+    whole = simulate(workload.requests, limits, cost.seconds, lengths)
+    trials, trial_samples = _trials(workload, limits, cost, lengths)
+    counts = whole.counts
+    return Outlook(
+        device=device_of(cost).name,
+        cost_model=cost_described,
+        lengths=described,
+        samples=counts.finished,
+        output_tokens=counts.output_tokens,
+        prefilled_tokens=counts.prefilled_tokens,
+        saved_tokens=counts.cached_tokens,
+        cacheable_tokens=workload.sharing().saved_tokens,
+        steps=counts.steps,
+        seconds=whole.seconds,
+        tail_seconds=whole.tail_seconds,
+        kv_tokens=limits.num_pages * limits.page_size,
+        kv_mean=whole.steps.mean("pages") / limits.num_pages,
+        kv_use=whole.kv_use,
+        kv_over_time=over_time(whole.steps, "pages", limits.num_pages),
+        preemptions=counts.preemptions,
+        waste=whole.waste,
+        waited=whole.waited,
+        simulated_in=time.perf_counter() - begin,
+        price=scenario.price,
+        trials=trials,
+        trial_samples=trial_samples,
+    )
+
+
+def profile_run(out: Path, target: Path, device: str | None = None) -> Profile:
+    """Fit a profile to the steps recorded in an output folder and write it to `target`, in place of an earlier profile at most;
+    `device` is a key in `KNOWN`, for a run that has not noted its device. Raises UsageError where there are too few steps."""
+    folder = OutputFolder(out)
+    manifest, columns = read_manifest(folder), consistently(lambda: read_steps(folder), out)
+    if manifest is None:
+        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
+    if columns is None:
+        raise OutputError(f"{out}: no record of steps; a run writes steps-00000.parquet when it ends")
+    if target.exists():
+        try:
+            load_profile(target)
+        except UsageError as error:
+            raise UsageError(f"--to {target} exists and is no profile; name another file") from error
+    summary = read_summary(folder)
+    spec, itemsize = read_spec(Path(manifest.model_path)), int(summary.get("itemsize", 2))
+    noted = str(summary.get("device", ""))
+    rates = _ran_on(noted, device).rates
+    profile = fit_profile(spec, replace(rates, name=noted or rates.name), Steps(columns), itemsize, source=str(out))
+    try:
+        temporary = target.with_name(f".{target.name}.partial")
+        write_whole(DurableFiles(), temporary, target, profile_document(profile).encode())
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror}; give another file with --to") from error
+    return profile
+
+
+def _ran_on(noted: str, key: str | None) -> Device:
+    """The device of a run by what it noted, or by its key where that is not known. Raises UsageError where they differ."""
+    found = find_device(noted)
+    if key is None:
+        if found is None and noted not in ("", PROCESSOR):
+            raise UsageError(f"the rates of {noted} are not known; name the nearest of {', '.join(KNOWN)} with --device")
+        return found or present_device("cpu")
+    device = known_device(key)
+    if noted == PROCESSOR or (found is not None and found != device):
+        raise UsageError(f"--device {key}: the run was on {noted}; leave the option out")
+    return device
+
+
+def over_time(steps: Steps, column: str, whole: float) -> tuple[float, ...]:
+    """The time-weighted mean of a column over equal parts of a run, as shares of `whole`."""
+    seconds = steps["seconds"]
+    part = np.minimum((np.cumsum(seconds) - seconds / 2) / max(seconds.sum(), 1e-12) * PARTS, PARTS - 1).astype(np.int64)
+    weight = np.bincount(part, weights=seconds, minlength=PARTS)
+    value = np.bincount(part, weights=seconds * steps[column], minlength=PARTS)
+    return tuple((value / np.maximum(weight, 1e-12) / whole).tolist())
+
+
+def _lengths(described: str) -> tuple[Lengths, str]:
+    """The source of lengths that a scenario names, and its description."""
+    if described == "max":
+        return Unstopped(), "every sample runs to max_tokens"
+    if Path(described).is_dir():
+        found = output_lengths(Path(described))
+        if not len(found):
+            raise UsageError(f"{described} holds no finished samples to take lengths from")
+        return observed(found), f"as the {len(found):,} samples in {described}, mean {found.mean():,.0f}"
+    mean, _, sigma = described.partition(":")
+    try:
+        values = float(mean), float(sigma or 0.7)
+    except ValueError as error:
+        raise UsageError(f"--lengths {described}: write max, MEAN, MEAN:SIGMA or the folder of an earlier run") from error
+    if not (values[0] >= 1 and 0 <= values[1] <= 4):
+        raise UsageError(f"--lengths {described}: MEAN is at least 1, SIGMA from 0 to 4")
+    return lognormal(*values), f"log-normal, mean {values[0]:g}, sigma {values[1]:g}, cut at max_tokens"
+
+
+def _trials(workload: Workload, limits: SchedulerLimits, cost: CostModel, lengths: Lengths) -> tuple[tuple[Trial, ...], int]:
+    """A few running limits and token budgets, over the first samples of the plan."""
+    part, samples = _beginning(workload.requests, workload.num_samples)
+    budget = max(limits.max_step_tokens - limits.max_running, 1)
+    pairs = {(limits.max_running, budget)}
+    pairs |= {(max(1, limits.max_running // 2), budget), (max(1, limits.max_running // 4), budget)}
+    pairs |= {(limits.max_running, max(1, budget // 4)), (limits.max_running, budget * 4)}
+    runs: list[tuple[int, int, Simulation]] = []
+    for running, extra in sorted(pairs):
+        tried = replace(limits, max_running=running, max_step_tokens=running + extra)
+        runs.append((running, running + extra, simulate(part, tried, cost.seconds, lengths)))
+    # Of settings that differ by less than half a percent the smallest will do: it needs less memory.
+    least = min(run.seconds for _, _, run in runs)
+    best = next(i for i, (_, _, run) in enumerate(runs) if run.seconds <= 1.005 * least)
+    trials = tuple(
+        Trial(running, step, run.seconds, run.counts.output_tokens, i == best) for i, (running, step, run) in enumerate(runs)
+    )
+    return trials, samples
+
+
+def _beginning(requests: Requests, num_samples: Int64) -> tuple[Requests, int]:
+    """The first prompts of the plan that have about `TRIAL_SAMPLES` samples."""
+    total = np.cumsum(num_samples)
+    count = min(len(requests), int(np.searchsorted(total, TRIAL_SAMPLES)) + 1)
+    columns = {name: getattr(requests, name)[:count] for name in ("row_index", "start", "length", "lcp", "params")}
+    return replace(requests, **columns), int(total[count - 1])

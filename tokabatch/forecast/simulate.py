@@ -1,0 +1,87 @@
+"""One simulated run: the real scheduler, a device that computes nothing, seconds from a cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from tokabatch.forecast.assumed_lengths import Lengths
+from tokabatch.forecast.simulated_device import STOP, SimulatedDevice
+from tokabatch.forecast.step_trace import Steps, StepState, StepTrace, tail_seconds
+from tokabatch.forecast.step_work import Number, StepWork, measure_work
+from tokabatch.scheduling.contracts import Requests, SamplingParams
+from tokabatch.scheduling.counts import SchedulerCounts
+from tokabatch.scheduling.lengths.predictor import LengthPredictor
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
+from tokabatch.scheduling.stopping import StopRules
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """What a simulated run did. `steps` holds every step with its predicted seconds."""
+
+    steps: Steps
+    counts: SchedulerCounts
+    num_pages: int
+
+    @property
+    def seconds(self) -> float:
+        return self.steps.seconds
+
+    @property
+    def output_tokens_per_second(self) -> float:
+        return self.counts.output_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def kv_use(self) -> float:
+        """Mean share of the pages in use, weighted by time, while samples wait to be admitted."""
+        busy = self.steps["waiting"] > 0
+        seconds = self.steps["seconds"] * busy
+        return float((self.steps["pages"] * seconds).sum() / (seconds.sum() * self.num_pages)) if busy.any() else 0.0
+
+    @property
+    def tail_seconds(self) -> float:
+        return tail_seconds(self.steps)
+
+    @property
+    def waste(self) -> float:
+        """Share of all computed tokens that were computed again after preemptions."""
+        counts = self.counts
+        return counts.recomputed_tokens / max(counts.prefilled_tokens + counts.output_tokens, 1)
+
+    @property
+    def waited(self) -> float:
+        """Steps that running samples sat out for want of pages, over output tokens."""
+        return self.counts.waited_steps / max(self.counts.output_tokens, 1)
+
+
+def simulate(
+    requests: Requests,
+    limits: SchedulerLimits,
+    cost: Callable[[StepWork], Number],
+    lengths: Lengths,
+    predictor: LengthPredictor | None = None,
+) -> Simulation:
+    """Run the whole workload. The tokens of `requests` are read but their values do not matter; `predictor` replaces the
+    scheduler's own learning of lengths."""
+    requests = replace(requests, sampling=tuple(_stops_at_once(params) for params in requests.sampling))
+    scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [STOP], STOP + 1, None), predictor)
+    device = SimulatedDevice(requests, lengths, limits.max_running)
+    total, finished = int(requests.num_samples().sum()), len(scheduler.settle_pages(limits.num_pages))
+    trace = StepTrace()
+    while not scheduler.done:
+        step = scheduler.schedule()
+        assert step is not None, "the scheduler is stuck"
+        running, pages = scheduler.num_running, scheduler.kv.pool.num_used
+        work = measure_work(step, limits.page_size)
+        done = len(scheduler.apply(device.run(step)))
+        state = StepState(float(cost(work)), running, total - finished - running, pages, limits.num_pages, done)
+        finished += done
+        trace.add(work, state)
+    return Simulation(trace.steps(), scheduler.counts, limits.num_pages)
+
+
+def _stops_at_once(params: SamplingParams) -> SamplingParams:
+    """The same, but for what ends a sample: the device's stop token stands for all of it."""
+    endless = params.ignore_eos and not params.stop and not params.stop_token_ids
+    return replace(params, stop=(), stop_token_ids=(), ignore_eos=endless, logprobs=None)

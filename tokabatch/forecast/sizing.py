@@ -1,0 +1,122 @@
+"""What the steps of a job cost on its device, and how large a replica is, given that.
+
+The cost model is the job's measured profile (`engine.profile`) where it has one, else the roofline of the device.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokabatch.engine.sizing import ReplicaSizes, available_memory, decide_sizes
+from tokabatch.errors import JobError, UsageError
+from tokabatch.forecast.devices import KNOWN, PROCESSOR, Device, find_device, measure_processor
+from tokabatch.forecast.profile import Profile, SavedProfile, load_profile
+from tokabatch.forecast.roofline import DeviceRates, Roofline
+from tokabatch.forecast.step_trace import Steps
+from tokabatch.forecast.token_budget import prefill_tokens, running_samples
+from tokabatch.job import Job
+from tokabatch.workload import Workload, pick_device
+
+CostModel = Roofline | Profile
+
+
+def read_profile(job: Job) -> SavedProfile | None:
+    """The job's profile, for a run on this machine; None where it names none. Raises JobError for a file that is none, or one
+    measured on another device."""
+    if job.engine.profile is None:
+        return None
+    return profile_of(Path(job.engine.profile), device_name(pick_device(job)), "engine.profile")
+
+
+def profile_of(path: Path, device: str, key: str) -> SavedProfile:
+    """The profile in a file that `key` names. Raises JobError for a file that is none, or one measured on another device than
+    the one named."""
+    try:
+        profile = load_profile(path)
+    except UsageError as error:
+        raise JobError(f"{key}: {error}, or leave {key} out") from error
+    if profile.device.name != device:
+        where = f"{path} was measured on {profile.device.name}, not on {device}"
+        raise JobError(f"{key}: {where}; make one from a run there, or leave {key} out")
+    return profile
+
+
+def device_name(device: str) -> str:
+    """What profiles and summaries call this machine's `cpu` or `cuda`."""
+    if device != "cuda":
+        return PROCESSOR
+    found = find_device(torch.cuda.get_device_name())
+    return torch.cuda.get_device_name() if found is None else found.rates.name
+
+
+def has_known_rates(device: str) -> bool:
+    """Whether a roofline can be made for this machine's `cpu` or `cuda`."""
+    return device != "cuda" or find_device(torch.cuda.get_device_name()) is not None
+
+
+def known_device(key: str) -> Device:
+    """The device of this key. Raises UsageError for one whose rates are not known."""
+    if key not in KNOWN:
+        raise UsageError(f"there is no device `{key}` to simulate; known are {', '.join(KNOWN)}")
+    return KNOWN[key]
+
+
+def present_device(device: str) -> Device:
+    """This machine's `cpu` or `cuda`. Raises UsageError for a GPU whose rates are not known."""
+    if device != "cuda":
+        return measure_processor(available_memory())
+    found = find_device(torch.cuda.get_device_name())
+    if found is None:
+        raise UsageError(f"the rates of {torch.cuda.get_device_name()} are not known; name one of {', '.join(KNOWN)}")
+    return found
+
+
+def cost_model(workload: Workload, device: Device | None, profile: SavedProfile | None) -> tuple[CostModel, str]:
+    """The measured profile where there is one, else the roofline of `device` (this machine's by default), and what it is.
+    Raises UsageError for a device whose rates are not known."""
+    if profile is not None:
+        return profile.of_model(workload.spec), f"the profile of {profile.source}"
+    device = device or present_device(workload.device)
+    described = "the roofline" + ("" if device.measured else " (published rates, scaled)")
+    return Roofline(workload.spec, device.rates, workload.dtype.itemsize), described
+
+
+def price_steps(workload: Workload, steps: Steps, profile: SavedProfile | None) -> tuple[float, str]:
+    """Seconds of steps that were taken, by the cost model of this machine's device, and its description. Raises UsageError
+    for a device whose rates are not known."""
+    cost, described = cost_model(workload, None, profile)
+    return float(np.sum(cost.seconds(steps.work))), f"{described} of {device_of(cost).name}"
+
+
+def device_of(cost: CostModel) -> DeviceRates:
+    """The device whose seconds a cost model gives."""
+    return cost.roofline.device if isinstance(cost, Profile) else cost.device
+
+
+def size_replica(job: Job, workload: Workload, profile: SavedProfile | None, absent: Device | None = None) -> ReplicaSizes:
+    """The sizes on this machine's device, or what they come to on a GPU that is not here. Raises JobError."""
+    cost = _known_cost(workload, profile, absent)
+    return decide_sizes(
+        job.engine,
+        workload.spec,
+        workload.dtype,
+        workload.facts(),
+        workload.device,
+        prefill_tokens=None if cost is None else prefill_tokens(cost.seconds),
+        running_samples=None if cost is None or workload.device != "cuda" else running_samples(cost.seconds),
+        absent_memory=None if absent is None else int(absent.memory),
+    )
+
+
+def _known_cost(workload: Workload, profile: SavedProfile | None, absent: Device | None) -> CostModel | None:
+    """The cost model that decides how large steps are. None without one: a processor is not measured for that, and some GPUs'
+    rates are not known."""
+    device = absent
+    if device is None and workload.device == "cuda":
+        device = find_device(torch.cuda.get_device_name())
+    if device is None and profile is None:
+        return None
+    return cost_model(workload, device, profile)[0]

@@ -1,0 +1,107 @@
+"""What decides a run's output, so that a folder's run is continued by the same job only, and a difference can be shown.
+
+In it: the model's and the tokenizer's files, how prompts are made, how samples are drawn, what a row of the output holds, the
+verifier's source, the input's rows and the token ids of their prompts. Not in it: `generation.n`, further rows at the end, the
+versions of libraries (what they change in a prompt is seen in its tokens), and what is under `engine`, but for the cache's
+type: a sample depends on none of them but for rounding. Files are known by size and digest, the rows by digests of their
+content, whatever file they lie in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tokabatch.input.chat_template import chat_template_file
+from tokabatch.input.few_shot import render_few_shot
+from tokabatch.input.readers import list_files
+from tokabatch.input.row_digests import RowDigests
+from tokabatch.job import GenerationConfig, Job, verifier_path
+
+WEIGHTS, WEIGHT_INDEX = ".safetensors", ".safetensors.index.json"
+_SHOWN = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """`settings` are texts by name; `rows` input rows have the digest `rows_sha256`, the token ids of their prompts the digest
+    `prompts_sha256`. `input_bytes` (sizes by path) are for messages only. A run may have more rows than the one it
+    continues."""
+
+    settings: Mapping[str, str]
+    input_bytes: Mapping[str, int]
+    rows: int = 0
+    rows_sha256: str = ""
+    prompts_sha256: str = ""
+
+    def with_rows(self, digests: RowDigests) -> Fingerprint:
+        """The same job, its rows known."""
+        return replace(self, rows=len(digests), rows_sha256=digests.content_sha256, prompts_sha256=digests.prompt_sha256)
+
+
+def describe(
+    job: Job, generation: GenerationConfig, eos_token_ids: tuple[int, ...], files: Mapping[str, str], dtype: str
+) -> Fingerprint:
+    """Everything but the rows. `dtype` is what is computed in, whatever the job says; `generation` has the model's defaults
+    filled in; `files` is what each of the model's and the tokenizer's files holds, the weights perhaps not yet there."""
+    settings = dict(files)
+    prompt = job.prompt.model_dump(mode="json")
+    # Runs that know nothing of these keys go on without them.
+    prompt = {name: value for name, value in prompt.items() if value or not name.startswith("chat_template")}
+    if file := chat_template_file(job.prompt):
+        prompt["chat_template"] = _mark(file.read_bytes())
+    if job.prompt.few_shot:
+        prompt["few_shot"] = _mark(render_few_shot(job.prompt.few_shot).encode())
+    drawn = generation.model_dump(mode="json", exclude={"n"}) | {"end tokens": eos_token_ids}
+    sections: dict[str, Mapping[str, Any]] = {
+        "model": {"dtype": dtype, "quantization": job.model.quantization},
+        "engine": {"kv_cache_dtype": job.engine.kv_cache_dtype},
+        "input": {"id_column": job.input.id_column},
+        "prompt": prompt,
+        "generation": drawn,
+        "output": {"columns": job.output.columns},
+        "verify": {} if job.verify is None else job.verify.model_dump(mode="json"),
+    }
+    if job.verify is not None:
+        settings["verifier/" + job.verify.kind] = _mark(verifier_path(job.verify.kind).read_bytes())
+    for section, values in sections.items():
+        settings |= {f"{section}.{name}": json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+    return Fingerprint(settings, list_files(job.input))
+
+
+def changed_settings(earlier: Fingerprint, now: Fingerprint) -> list[str]:
+    """A line for each setting or file that differs. Weights that are not here yet are not compared."""
+    weights_here = any(name.endswith(WEIGHTS) for name in now.settings)
+    names = dict.fromkeys((*now.settings, *earlier.settings))
+    compared = [name for name in names if weights_here or not name.endswith((WEIGHTS, WEIGHT_INDEX))]
+    return [
+        f"{name}: {_shown(earlier.settings.get(name))} then, {_shown(now.settings.get(name))} now"
+        for name in compared
+        if earlier.settings.get(name) != now.settings.get(name)
+    ]
+
+
+def changed_sizes(earlier: Fingerprint, now: Fingerprint) -> list[str]:
+    """A line for each input file whose size differs."""
+    return [
+        f"{name}: {_size(earlier.input_bytes.get(name))} then, {_size(now.input_bytes.get(name))} now"
+        for name in dict.fromkeys((*earlier.input_bytes, *now.input_bytes))
+        if earlier.input_bytes.get(name) != now.input_bytes.get(name)
+    ]
+
+
+def _mark(content: bytes) -> str:
+    return f"{len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}"
+
+
+def _shown(value: str | None) -> str:
+    if value is None:
+        return "absent"
+    return value if len(value) <= _SHOWN else f"{value[: _SHOWN - 1]}…"
+
+
+def _size(size: int | None) -> str:
+    return "absent" if size is None else f"{size:,} bytes"

@@ -1,0 +1,67 @@
+"""Where rows come from. A reader is one file in this folder; the file's name is its key.
+
+A file `readers/<extension>.py` reads files of that extension through its `open_files(name, files) -> Reader`. `hub.py` reads
+`hf://datasets/org/name` through its `open_dataset`. Adding a format is adding a file; it is imported only when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+from fsspec.implementations.local import LocalFileSystem
+
+from tokabatch.errors import InputError
+from tokabatch.input.files import find_files
+from tokabatch.input.rows import Reader
+from tokabatch.job import InputConfig
+
+HUB = "hub"
+HUB_SCHEME = "hf://datasets/"
+
+
+def open_reader(config: InputConfig) -> Reader:
+    """The reader for the job's input. `subset` and `split` mean something to hub datasets only and are ignored for files,
+    so that one job can be pointed at a local copy by overriding `input.path` alone. `limit` is applied by the caller."""
+    path = config.path
+    if _is_hub_dataset(path):
+        return importlib.import_module(f"{__name__}.{HUB}").open_dataset(path, config.subset, config.split)
+    return open_path(path)
+
+
+def open_path(path: str, key: str = "input.path") -> Reader:
+    """The reader for a file, folder, glob or fsspec URL; `key` is where the job names it."""
+    if _is_hub_dataset(path):
+        example = f"{path.rstrip('/')}/data/FILE.parquet"
+        raise InputError(f"{key} {path!r} is a whole hub dataset; name one file of it, such as {example}")
+    kind, files = find_files(path, formats(), key)
+    return importlib.import_module(f"{__name__}.{kind}").open_files(path, files)
+
+
+def list_files(config: InputConfig) -> dict[str, int]:
+    """The size in bytes of each file of the input by its path; empty for a hub dataset, -1 where a server does not tell."""
+    if _is_hub_dataset(config.path):
+        return {}
+    _, files = find_files(config.path, formats(), "input.path")
+    return {file.path: file.size for file in files}
+
+
+def list_local_files(config: InputConfig) -> tuple[Path, ...] | None:
+    """The files of the input in their order; None where they do not lie on this machine's own file system."""
+    if _is_hub_dataset(config.path):
+        return None
+    _, files = find_files(config.path, formats(), "input.path")
+    if not all(isinstance(file.fs, LocalFileSystem) for file in files):
+        return None
+    return tuple(Path(file.path) for file in files)
+
+
+def formats() -> tuple[str, ...]:
+    """The file extensions that can be read."""
+    return tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name != HUB)
+
+
+def _is_hub_dataset(path: str) -> bool:
+    """A whole dataset, not a file inside its repository."""
+    return path.startswith(HUB_SCHEME) and path.removeprefix(HUB_SCHEME).strip("/").count("/") <= 1

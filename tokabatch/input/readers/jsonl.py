@@ -1,0 +1,90 @@
+"""JSON Lines, plain or compressed with gzip or zstd: one object a line, every faulty line a row with an error.
+
+A line is what stands between two `\\n`. Blank lines at the end of a file are no rows; a blank line before a further row is
+a fault of its own, so that line numbers and rows never drift apart unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+from tokabatch.errors import InputError, RowError
+from tokabatch.input.files import InputFile
+from tokabatch.input.lines import MAX_LINE_BYTES, Line, read_lines
+from tokabatch.input.rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, Row, RowBatch
+from tokabatch.input.strict_json import BAD_JSON, parse_object
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass(frozen=True, slots=True)
+class JsonLinesReader:
+    """Reads its files one after another. `schema` is None: JSON rows show their types only as they are read."""
+
+    name: str
+    files: tuple[InputFile, ...]
+    max_line_bytes: int = MAX_LINE_BYTES
+    schema: None = None
+
+    def batches(self, columns: Collection[str] | None = None) -> Iterator[RowBatch]:
+        """`columns` is ignored: a JSON object is parsed whole."""
+        rows: list[Row] = []
+        texts: list[bytes] = []
+        held = index = 0
+        for file in self.files:
+            for line in _without_trailing_blanks(_without_mark(read_lines(file, self.max_line_bytes), file)):
+                row = self._row(file, line, index)
+                rows.append(row)
+                texts.append((line.data or b"") if row.error is None else b"")
+                held += line.length
+                index += 1
+                if len(rows) >= MAX_BATCH_ROWS or held >= MAX_BATCH_BYTES:
+                    yield RowBatch(rows, texts)
+                    rows, texts, held = [], [], 0
+        if rows:
+            yield RowBatch(rows, texts)
+
+    def _row(self, file: InputFile, line: Line, index: int) -> Row:
+        place = f"{file.path} line {line.number} (byte {line.offset})"
+        if line.data is None:
+            limit = self.max_line_bytes
+            fault = f"{place}: the line is {line.length} bytes long, the limit is {limit}; is the file JSON Lines?"
+            return Row(index, None, RowError(BAD_JSON, fault))
+        if not line.data.strip():
+            return Row(index, None, RowError(BAD_JSON, f"{place}: the line is empty"))
+        parsed = parse_object(line.data)
+        if isinstance(parsed, RowError):
+            return Row(index, None, RowError(parsed.code, f"{place}: {parsed.message}"))
+        return Row(index, parsed)
+
+
+def open_files(name: str, files: tuple[InputFile, ...]) -> JsonLinesReader:
+    """The registry's entry point for `.jsonl`."""
+    return JsonLinesReader(name, files)
+
+
+def _without_trailing_blanks(lines: Iterator[Line]) -> Iterator[Line]:
+    blanks: list[Line] = []
+    for line in lines:
+        if line.data is not None and not line.data.strip():
+            blanks.append(line)
+            continue
+        yield from blanks
+        blanks = []
+        yield line
+
+
+def _without_mark(lines: Iterator[Line], file: InputFile) -> Iterator[Line]:
+    """A byte order mark in front of the first line is no part of it; UTF-16's tells that no line can be read."""
+    for line in lines:
+        if line.number > 1 or line.data is None:
+            yield line
+            continue
+        if line.data.startswith(UTF_16_MARKS):
+            raise InputError(
+                f"{file.path} is UTF-16 text, JSON Lines is UTF-8; convert it, for example with: "
+                "iconv -f UTF-16 -t UTF-8 old.jsonl > new.jsonl"
+            )
+        yield replace(line, data=line.data.removeprefix(BYTE_ORDER_MARK))

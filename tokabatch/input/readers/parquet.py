@@ -1,0 +1,125 @@
+"""Parquet files of one dataset, read a small batch at a time.
+
+The schema is the union of the files' schemas, known from their footers before the first row, in plain types. Text that is not
+valid UTF-8 is a fault of its row and null in the payload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tokabatch.errors import InputError
+from tokabatch.input.arrow_rows import rows_of
+from tokabatch.input.arrow_types import plain_array, plain_type
+from tokabatch.input.files import InputFile, refuse_unreachable
+from tokabatch.input.rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, RowBatch
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetReader:
+    """Reads its files one after another, each cast to the common schema."""
+
+    name: str
+    files: tuple[InputFile, ...]
+    schema: pa.Schema
+
+    def batches(self, columns: Collection[str] | None = None) -> Iterator[RowBatch]:
+        index = 0
+        for file in self.files:
+            with _opened(file) as parquet:
+                for batch in _row_batches(parquet, file):
+                    typed = conform(batch, self.schema, file.path)
+                    yield rows_of(typed, columns, index, file.path)
+                    index += typed.num_rows
+
+
+def open_files(name: str, files: tuple[InputFile, ...]) -> ParquetReader:
+    """The registry's entry point for `.parquet`: reads every footer."""
+    compressed = next((file for file in files if file.compression), None)
+    if compressed is not None:
+        raise InputError(f"{compressed.path}: Parquet files compress themselves and are not read out of another; decompress it")
+    schema: pa.Schema | None = None
+    for file in files:
+        with _opened(file) as parquet:
+            own = plain_schema(parquet.schema_arrow)
+        try:
+            schema = own if schema is None else pa.unify_schemas([schema, own], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{file.path} has columns of other types than {files[0].path}: {error}. Cast them to one type in all files, or "
+                "run the files as jobs of their own."
+            ) from error
+    assert schema is not None
+    return ParquetReader(name, files, schema)
+
+
+def plain_schema(schema: pa.Schema) -> pa.Schema:
+    """The same columns in their plain types. Fields keep their metadata (that of an extension type which is not registered here
+    says what it is), the schema does not: it speaks of this table. Every column may be null, for a row that cannot be read is.
+    Raises
+    InputError on two columns of one name."""
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if twice:
+        raise InputError(f"the input has more than one column named {', '.join(twice)}; rename them")
+    return pa.schema([field.with_type(plain_type(field.type)).with_nullable(True) for field in schema])
+
+
+def conform(batch: pa.RecordBatch, schema: pa.Schema, path: str) -> pa.RecordBatch:
+    """`batch` in `schema`: columns in its order, those that are missing null."""
+    arrays: list[pa.Array[Any]] = []
+    for field in schema:
+        try:
+            arrays.append(_fitted(batch, field))
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{path}: its column {field.name!r} does not fit the type {field.type}, which it has with the other files: "
+                f"{error}. Cast the column to one type in all files."
+            ) from error
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _fitted(batch: pa.RecordBatch, field: pa.Field[Any]) -> pa.Array[Any]:
+    if field.name not in batch.schema.names:
+        return pa.nulls(batch.num_rows, field.type)
+    column = plain_array(batch.column(field.name))
+    return column if column.type.equals(field.type) else column.cast(field.type)
+
+
+@contextmanager
+def _opened(file: InputFile) -> Generator[pq.ParquetFile, None, None]:
+    with file.open() as stream:
+        with _faults_named(file):
+            parquet = pq.ParquetFile(stream, pre_buffer=False)
+        yield parquet
+
+
+@contextmanager
+def _faults_named(file: InputFile) -> Generator[None, None, None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file.path} is not a readable Parquet file: {error}. Fetch or write it again.") from error
+    except Exception as error:  # see `refuse_unreachable`
+        refuse_unreachable(file.path, error)
+
+
+def _row_batches(parquet: pq.ParquetFile, file: InputFile) -> Iterator[pa.RecordBatch]:
+    """Batches of one row group after another (a batch across two can come out torn where a type is null), fewer rows where
+    they are large."""
+    for number in range(parquet.metadata.num_row_groups):
+        group = parquet.metadata.row_group(number)
+        row_bytes = max(1, group.total_byte_size // max(group.num_rows, 1))
+        size = max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES // row_bytes))
+        batches = iter(parquet.iter_batches(batch_size=size, row_groups=[number]))
+        while True:
+            with _faults_named(file):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            yield batch

@@ -1,0 +1,83 @@
+"""The run that an output folder holds, and whether a job goes on with it.
+
+A job that would draw other samples than those that are there is refused, with what differs. A row of which nothing but error
+samples is there may be another row now: it was never sampled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import NoReturn
+
+import numpy as np
+
+from tokabatch.arrays import Bool
+from tokabatch.errors import OutputError
+from tokabatch.input.fingerprint import Fingerprint, changed_settings, changed_sizes
+from tokabatch.input.row_digests import RowDigests
+from tokabatch.output.existing_results import sampled_rows
+from tokabatch.output.folder import OutputFolder
+from tokabatch.output.manifest import Manifest, Versions
+
+
+@dataclass
+class EarlierRun:
+    """`versions` are those of this process. With `retry_errors` rows without a good sample may be others, whether they have
+    an error sample or none; without it, rows that have error samples only."""
+
+    folder: OutputFolder
+    manifest: Manifest
+    versions: Versions
+    retry_errors: bool = False
+    repaired: int = 0
+    """Error rows that are other rows now, known once `compare` has seen the rows."""
+
+    def compare(self, now: Fingerprint, digests: RowDigests | None = None) -> None:
+        """Raises OutputError showing what this run had and the job has not; `digests` are given once the rows are read."""
+        differences = changed_settings(self.manifest.fingerprint, now)
+        if differences:
+            self._refuse(differences)
+        if digests is not None:
+            self._compare_rows(now, digests)
+
+    def _compare_rows(self, now: Fingerprint, digests: RowDigests) -> None:
+        then, common = self.manifest.fingerprint, digests.head(self.manifest.fingerprint.rows)
+        sums = (common.content_sha256, common.prompt_sha256)
+        if len(common) == then.rows and sums == (then.rows_sha256, then.prompts_sha256):
+            return
+        sizes = changed_sizes(then, now)
+        known = RowDigests.read(self.folder.row_digests) or digests.head(0)
+        good, bad = sampled_rows(self.folder, then.rows)
+        held = good if self.retry_errors else good | ~bad
+        if held[len(common) :].any():
+            self._refuse([f"input: {then.rows:,} rows then, {now.rows:,} now", *sizes])
+        if held[len(known) : len(common)].any():
+            self._refuse([f"input or prompts ({self.folder.row_digests}, which tells the rows, is missing or damaged)", *sizes])
+        common = common.head(len(known))
+        known = known.head(len(common))
+        other_rows = known.content != common.content
+        if (found := other_rows & held[: len(common)]).any():
+            told = f"input: its first {then.rows:,} rows are not the same any more, the first that differs is row"
+            advice = "rows may be added at the end, and error rows may be repaired"
+            self._refuse([f"{told} {_first(found)}; {advice}", *sizes])
+        if (found := (known.prompt != common.prompt) & ~other_rows & (good | ~bad)[: len(common)]).any():
+            told = (
+                f"prompts: the tokens of {int(found.sum()):,} of {then.rows:,} rows that are the same are not, the first is row"
+            )
+            self._refuse([f"{told} {_first(found)}", *self._changed_versions()])
+        self.repaired = int(other_rows.sum())
+
+    def _changed_versions(self) -> list[str]:
+        then, now = asdict(self.manifest.versions), asdict(self.versions)
+        return [f"{name} {then[name]} then, {now[name]} now" for name in now if then[name] != now[name]]
+
+    def _refuse(self, differences: list[str]) -> NoReturn:
+        listed = "".join(f"\n  {difference}" for difference in differences)
+        raise OutputError(
+            f"output.path {str(self.folder.path)!r} holds the run of another job; what decides its output differs:{listed}\n"
+            "Choose another output.path, change it back, or start afresh with --overwrite."
+        )
+
+
+def _first(marked: Bool) -> int:
+    return int(np.argmax(marked))

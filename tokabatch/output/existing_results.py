@@ -1,0 +1,267 @@
+"""What an output folder holds already, read back from the shards themselves.
+
+Only footers and the small columns are read. Memory is one byte a sample of the whole job and two counters a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tokabatch.arrays import Bool, Int64
+from tokabatch.errors import OutputError
+from tokabatch.input.json_types import JSON_TEXTS_KEY
+from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.journal import Shard
+from tokabatch.output.schema import SAMPLE_SCHEMA
+from tokabatch.output.shards import count_ok, open_shard, read_groups, record_commit, write_shard
+from tokabatch.scheduling.contracts import Drawn
+from tokabatch.storage.listing import ListedFile
+
+_COLUMNS = ("row_index", "sample_index", "status", "error_code", "correct")
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The committed samples of a job: which, and how they came out. `correct` has shape [rows]."""
+
+    drawn: Drawn
+    shards: tuple[Shard, ...]
+    error_counts: Counter[str]
+    correct: Int64
+    unverified: int
+    """Samples whose reference the verifier does not understand."""
+
+    @property
+    def ok(self) -> int:
+        return sum(shard.ok for shard in self.shards)
+
+    @property
+    def errors(self) -> int:
+        return sum(shard.errors for shard in self.shards)
+
+    @property
+    def samples(self) -> int:
+        return self.ok + self.errors
+
+
+def nothing_committed(num_samples: Int64) -> Committed:
+    """An empty folder's, for a job of so many samples a row."""
+    start = np.concatenate((np.zeros(1, np.int64), np.cumsum(num_samples, dtype=np.int64)))
+    drawn = Drawn(start, np.zeros(int(start[-1]), np.bool_))
+    return Committed(drawn, (), Counter(), np.zeros(len(num_samples), np.int64), 0)
+
+
+def read_committed(
+    folder: OutputFolder,
+    num_samples: Int64,
+    schema: pa.Schema | None = None,
+    *,
+    errors: bool = True,
+    names: Collection[str] | None = None,
+) -> Committed:
+    """Every committed sample of a job of `num_samples` [rows] samples a row; without `errors`, every good one; of the shards
+    `names` alone, where that is given.
+
+    Raises OutputError where a shard is damaged, has columns of ours other than those of `schema`, holds a sample twice, or one
+    that the job does not ask for. The input's columns may differ: see `fit_columns`.
+    """
+    empty = nothing_committed(num_samples)
+    start, flags, correct, codes = empty.drawn.start, empty.drawn.flags, empty.correct, empty.error_counts
+    shards: list[Shard] = []
+    unverified = 0
+    for file in folder.shards():
+        path = file.path
+        if names is not None and folder.name_of(path) not in names:
+            continue
+        if schema is not None:
+            _check_own_columns(file, schema)
+        rows = ok = 0
+        for found in read_groups(file, _COLUMNS):
+            table = found if errors else found.filter(_is_ok(found))
+            keys = _places(path, table, start)
+            _refuse_repeats(path, table, keys, flags, folder)
+            flags[keys] = True
+            rows, ok = rows + table.num_rows, ok + count_ok(table)
+            codes.update(table["error_code"].drop_null().to_pylist())
+            if "correct" in table.column_names and table.schema.field("correct").type == pa.bool_():
+                row_index = table["row_index"].to_numpy()
+                np.add.at(correct, row_index[table["correct"].fill_null(False).to_numpy(zero_copy_only=False)], 1)
+                unverified += count_ok(table.filter(pc.call_function("is_null", [table["correct"]])))
+        shards.append(Shard(folder.name_of(path), rows, ok, rows - ok, file.bytes))
+    return Committed(empty.drawn, tuple(shards), codes, correct, unverified)
+
+
+def sampled_rows(folder: OutputFolder, rows: int) -> tuple[Bool, Bool]:
+    """Of the first `rows` rows, those with a committed good sample, and those with an error sample; each of shape [rows]."""
+    good, bad = np.zeros(rows, np.bool_), np.zeros(rows, np.bool_)
+    for shard in folder.shards():
+        for table in read_groups(shard, ("row_index", "status")):
+            row = table["row_index"].to_numpy()
+            ok = _is_ok(table).to_numpy()
+            known = (row >= 0) & (row < rows)
+            good[row[known & ok]] = True
+            bad[row[known & ~ok]] = True
+    return good, bad
+
+
+def drop_errors(claim: Claim) -> int:
+    """Take the error rows out of the committed shards, so that they are missing; how many there were.
+
+    A shard is replaced whole by one without them: cut short anywhere, the folder holds a run that lacks some samples.
+    """
+    dropped = 0
+    for file in claim.folder.shards():
+        errors = sum(table.num_rows - count_ok(table) for table in read_groups(file, ("status",)))
+        if not errors:
+            continue
+        dropped += errors
+        with open_shard(file) as parquet:
+            rows = parquet.metadata.num_rows
+        if errors == rows:
+            _remove(claim, file.path)
+        else:
+            _replace(claim, file, _without_errors(file))
+    return dropped
+
+
+def list_misfits(folder: OutputFolder, schema: pa.Schema) -> tuple[list[ListedFile], list[str]]:
+    """The shards whose columns are not those of `schema`, and the names of these columns; where strings that were values are
+    JSON text now, or the other way round, the column is another, too."""
+    files: list[ListedFile] = []
+    names: dict[str, None] = {}
+    for file in folder.shards():
+        with open_shard(file) as parquet:
+            found = parquet.schema_arrow
+        texts = _json_texts(found) ^ _json_texts(schema)
+        if texts or not found.equals(schema):
+            files.append(file)
+            names.update(dict.fromkeys(name for name, before, now in _types(found, schema) if not _same(before, now)))
+            names.update(dict.fromkeys(sorted(texts)))
+    return files, list(names)
+
+
+def _json_texts(schema: pa.Schema) -> set[str]:
+    return set(json.loads((schema.metadata or {}).get(JSON_TEXTS_KEY, b"[]")))
+
+
+def fit_columns(claim: Claim, files: Sequence[ListedFile], schema: pa.Schema, columns: Callable[[Int64], pa.Table]) -> None:
+    """Give these shards the columns of `schema`: ours stay, those of the input are taken anew, by `columns`, of the rows that
+    the samples are of. All shards together are one dataset again, whichever of them a reader looks at first.
+
+    Each is replaced whole: cut short anywhere, the folder holds the same samples, and the next start does the rest.
+    """
+    for file in files:
+        _replace(claim, file, _fitted(file, schema, columns))
+
+
+def _fitted(file: ListedFile, schema: pa.Schema, columns: Callable[[Int64], pa.Table]) -> Iterator[pa.Table]:
+    for table in read_groups(file, None):
+        inputs = columns(table["row_index"].to_numpy())
+        taken = {name for name in inputs.column_names if name not in SAMPLE_SCHEMA.names}
+        arrays = [(inputs if field.name in taken else table)[field.name] for field in schema]
+        yield pa.Table.from_arrays([array.cast(field.type) for array, field in zip(arrays, schema, strict=True)], schema=schema)
+
+
+def remove_shards(claim: Claim, names: Collection[str]) -> None:
+    """Take shards away, where they are there, for their samples to be computed again. Raises OSError."""
+    for file in claim.folder.shards():
+        if claim.folder.name_of(file.path) in names:
+            _remove(claim, file.path)
+
+
+def _remove(claim: Claim, path: Path) -> None:
+    name = claim.folder.name_of(path)
+    if claim.journal is not None:
+        claim.journal.removes([name])
+    claim.files.remove(path)
+    claim.files.sync_folder(path.parent)
+    if claim.journal is not None:
+        claim.journal.done(name)
+
+
+def _replace(claim: Claim, file: ListedFile, tables: Iterable[pa.Table]) -> None:
+    """By a shard of these rows."""
+    temporary = claim.folder.temporary / file.path.name
+    shard, written = write_shard(claim, pa.concat_tables(tables), temporary, claim.folder.name_of(file.path))
+    if claim.journal is not None:
+        claim.journal.begins(shard)
+    claim.files.replace(temporary, file.path)
+    claim.files.sync_folder(file.path.parent)
+    record_commit(claim, shard, written)
+
+
+def _without_errors(file: ListedFile) -> Iterator[pa.Table]:
+    for table in read_groups(file, None):
+        kept = table.filter(_is_ok(table))
+        if kept.num_rows:
+            yield kept
+
+
+def _is_ok(table: pa.Table) -> pa.ChunkedArray[Any]:
+    return pc.call_function("equal", [table["status"], "ok"])
+
+
+def _places(path: Path, table: pa.Table, start: Int64) -> Int64:
+    """Where the samples of `table` stand among all samples of the job."""
+    row, sample = table["row_index"].to_numpy(), table["sample_index"].to_numpy()
+    known = (row >= 0) & (row < len(start) - 1) & (sample >= 0)
+    clipped = np.where(known, row, 0)
+    known &= sample < start[clipped + 1] - start[clipped]
+    if not known.all():
+        odd = int(np.flatnonzero(~known)[0])
+        if table["status"][odd].as_py() != "ok":
+            raise OutputError(
+                f"{path} holds an error sample (number {sample[odd]}) of row {row[odd]}, which the job does not ask for any "
+                "more. Run with --retry-errors, which takes the error rows out and runs again those that there are."
+            )
+        raise OutputError(
+            f"{path} holds sample {sample[odd]} of row {row[odd]}, which the job does not ask for: its input has "
+            f"{len(start) - 1:,} rows, and generation.n may be raised but not lowered. Choose another output.path, or "
+            "start afresh with --overwrite."
+        )
+    return start[row] + sample
+
+
+def _refuse_repeats(path: Path, table: pa.Table, keys: Int64, seen: Bool, folder: OutputFolder) -> None:
+    again = np.ones(len(keys), np.bool_)
+    again[np.unique(keys, return_index=True)[1]] = False
+    again |= seen[keys]
+    if not again.any():
+        return
+    odd = int(np.flatnonzero(again)[0])
+    raise OutputError(
+        f"{path} holds sample {table['sample_index'][odd]} of row {table['row_index'][odd]} a second time: a file was copied "
+        f"into {folder.data}. Move the copy away."
+    )
+
+
+def _check_own_columns(file: ListedFile, schema: pa.Schema) -> None:
+    with open_shard(file) as parquet:
+        found = parquet.schema_arrow
+    types = [(name, before, now) for name, before, now in _types(found, schema) if not _same(before, now)]
+    told = [f"{name} ({before or 'absent'} there, {now} now)" for name, before, now in types if name in SAMPLE_SCHEMA.names]
+    if told:
+        raise OutputError(
+            f"{file.path} has columns that this version writes otherwise: {', '.join(told)}. Use the version that wrote it, "
+            "choose another output.path, or start afresh with --overwrite."
+        )
+
+
+def _types(found: pa.Schema, schema: pa.Schema) -> Iterator[tuple[str, pa.DataType | None, pa.DataType | None]]:
+    """Each column of the two, with its type in the first and in the second."""
+    for name in dict.fromkeys((*schema.names, *found.names)):
+        before, now = (each.field(name).type if name in each.names else None for each in (found, schema))
+        yield name, before, now
+
+
+def _same(before: pa.DataType | None, now: pa.DataType | None) -> bool:
+    return before is not None and now is not None and before.equals(now)

@@ -1,0 +1,231 @@
+"""One file out of many shards, ordered by row and sample, in bounded memory.
+
+A distribution sort: the keys of all shards are read and ranked (about 60 bytes a sample), the ranking is cut into
+buckets that fit in memory, each shard is read once and its rows dealt out to the buckets on disk, and each bucket is
+sorted and written. A row's samples never part. This module knows the key columns and `SAMPLE_SCHEMA`; other columns pass
+through. Beside a run that writes, both readings are of one listing, or the export begins anew.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tokabatch.arrays import Bool, Int64
+from tokabatch.errors import ForeignFileError, OutputError
+from tokabatch.output.folder import OutputFolder
+from tokabatch.output.inspection import inspect
+from tokabatch.output.json_lines import write_json_lines
+from tokabatch.output.manifest import read_manifest
+from tokabatch.output.remedy import refuse_faults, refuse_unrecorded
+from tokabatch.output.schema import CORRECT, SAMPLE_SCHEMA
+from tokabatch.output.scratch import scratch_folder
+from tokabatch.output.shards import ARROW_BYTES_KEY, PARQUET_OPTIONS, open_shard, read_groups
+from tokabatch.storage.listing import ListedFile, consistently
+
+_KEYS = ("row_index", "sample_index")
+_ROW_FIELDS = ("id", "row_index")
+_SAMPLES = "samples"
+_BUCKET_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written: `rows` of the input, with `samples` over all of them, in `bytes`."""
+
+    path: Path
+    rows: int
+    samples: int
+    bytes: int
+
+
+def export(path: Path, target: Path, *, nested: bool = False) -> Exported:
+    """Write the committed samples of the output folder `path` to `target` (.jsonl or .parquet), replacing it.
+
+    `nested` writes one record a row, its samples in a list `samples`. A run that is not complete exports what it has.
+    Raises OutputError where there is nothing to export, something cannot be read, or `target` is no place for it, DamageError
+    where a shard is not as it was committed.
+    """
+    folder = OutputFolder(path)
+    _check_target(folder, target)
+    try:
+        return consistently(lambda: _export(folder, _committed(folder), target, nested), path)
+    except OSError as error:
+        raise OutputError(
+            f"--to {target} cannot be written: {error.strerror or error}. Make room there, or name a file elsewhere."
+        ) from error
+
+
+def _committed(folder: OutputFolder) -> tuple[ListedFile, ...]:
+    """The shards that are as they were committed; it is an error where others are there."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return folder.shards()
+    found = inspect(folder, manifest)
+    refuse_faults(folder, manifest, found)
+    refuse_unrecorded(folder, manifest, found)
+    return tuple(file for _, file in found.good)
+
+
+def _export(folder: OutputFolder, shards: Sequence[ListedFile], target: Path, nested: bool) -> Exported:
+    _check_shards(folder, shards, nested)
+    schema = _common_schema(shards)
+    with scratch_folder(target.absolute().parent) as scratch:
+        bucket, num_buckets, num_rows = _cut(shards)
+        _deal(shards, schema, bucket, scratch)
+        tables = _sorted_buckets(scratch, num_buckets)
+        if nested:
+            schema, tables = nest(schema.empty_table()).schema, map(nest, tables)
+        finished = scratch / "finished"
+        with finished.open("wb") as file:
+            _write(file, target.suffix, schema, tables)
+            file.flush()
+            os.fsync(file.fileno())
+        finished.replace(target)
+    return Exported(target, num_rows, len(bucket), target.stat().st_size)
+
+
+def nest(table: pa.Table) -> pa.Table:
+    """One record a row from a table ordered by row and sample: `id`, `row_index`, the input columns, then `samples`."""
+    rows = table["row_index"].to_numpy()
+    first = np.flatnonzero(_begins(rows))
+    sample_names = [name for name in (*SAMPLE_SCHEMA.names, CORRECT.name) if name in table.column_names]
+    sample_names = [name for name in sample_names if name not in _ROW_FIELDS]
+    outer = table.select([name for name in table.column_names if name not in sample_names]).take(pa.array(first))
+    inner = table.select(sample_names)
+    samples = pa.StructArray.from_arrays(
+        [pa.concat_arrays([pa.array([], column.type), *column.chunks]) for column in inner.columns],
+        fields=list(inner.schema),
+    )
+    offsets = pa.array(np.append(first, len(rows)), pa.int32())
+    return outer.append_column(_SAMPLES, pa.ListArray.from_arrays(offsets, samples))
+
+
+def _check_target(folder: OutputFolder, target: Path) -> None:
+    if target.suffix not in (".jsonl", ".parquet"):
+        raise OutputError(f"--to {target} is neither .jsonl nor .parquet; name the file FILE.jsonl or FILE.parquet")
+    if not _is_folder(target.absolute().parent):
+        raise OutputError(f"--to {target}: the folder {target.parent} does not exist; create it first")
+    if _is_folder(target):
+        raise OutputError(f"--to {target} is a folder; name a file in it")
+    if folder.data.resolve() in target.resolve().parents:
+        raise OutputError(f"--to {target} lies among the run's own shards; export to another folder")
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise OutputError(f"--to {path} cannot be reached: {error.strerror}; name a file elsewhere") from error
+
+
+def _check_shards(folder: OutputFolder, shards: Sequence[ListedFile], nested: bool) -> None:
+    if not shards:
+        raise OutputError(f"{folder.path} holds no committed samples (no data/part-*.parquet); check the path")
+    if nested and _SAMPLES in _schema(shards[0]).names:
+        raise OutputError(f"the input has a column named {_SAMPLES!r}, which --nested uses itself; export without it")
+
+
+def _common_schema(shards: Sequence[ListedFile]) -> pa.Schema:
+    schema = _schema(shards[0])
+    for shard in shards[1:]:
+        if not _schema(shard).equals(schema):
+            raise ForeignFileError(
+                f"{shard.path} has other columns than {shards[0].path.name}: they are not of one run. Move foreign files away."
+            )
+    metadata = {key: value for key, value in (schema.metadata or {}).items() if key != ARROW_BYTES_KEY}
+    return schema.with_metadata(metadata)
+
+
+def _schema(shard: ListedFile) -> pa.Schema:
+    with open_shard(shard) as file:
+        return file.schema_arrow
+
+
+def _cut(shards: Sequence[ListedFile]) -> tuple[Int64, int, int]:
+    """The bucket of each sample, in the order of the shards; the number of buckets; the number of distinct rows."""
+    rows: list[Int64] = []
+    samples: list[Int64] = []
+    sizes: list[Int64] = []
+    for shard in shards:
+        with open_shard(shard) as file:
+            size = int((file.schema_arrow.metadata or {}).get(ARROW_BYTES_KEY, b"0")) or shard.bytes
+            per_sample = size // max(file.metadata.num_rows, 1) + 1
+        for keys in read_groups(shard, _KEYS):
+            rows.append(keys["row_index"].to_numpy())
+            samples.append(keys["sample_index"].to_numpy())
+            sizes.append(np.full(keys.num_rows, per_sample))
+    row = np.concatenate(rows)
+    order = np.lexsort((np.concatenate(samples), row))
+    begins = _begins(row[order])
+    before = np.cumsum(np.concatenate(sizes)[order])
+    # A whole row goes where its first sample goes.
+    _, of_row = np.unique(before[begins] // _BUCKET_BYTES, return_inverse=True)
+    bucket = np.empty(len(row), dtype=np.int64)
+    bucket[order] = of_row[np.cumsum(begins) - 1]
+    return bucket, int(of_row[-1]) + 1, len(of_row)
+
+
+def _deal(shards: Sequence[ListedFile], schema: pa.Schema, bucket: Int64, scratch: Path) -> None:
+    """Append each row to its bucket's file, a sequence of Arrow streams (so that one file is open at a time)."""
+    begin = 0
+    for shard in shards:
+        for table in read_groups(shard, None):
+            part = bucket[begin : begin + table.num_rows]
+            begin += table.num_rows
+            by_bucket = np.argsort(part, kind="stable")
+            dealt = table.take(pa.array(by_bucket)).replace_schema_metadata(schema.metadata)
+            edges = np.flatnonzero(_begins(part[by_bucket])).tolist()
+            for first, last in pairwise([*edges, len(part)]):
+                with (
+                    _bucket_path(scratch, int(part[by_bucket[first]])).open("ab") as sink,
+                    pa.ipc.new_stream(sink, schema) as stream,
+                ):
+                    stream.write_table(dealt.slice(first, last - first))
+
+
+def _sorted_buckets(scratch: Path, num_buckets: int) -> Iterator[pa.Table]:
+    """The buckets one after another, each ordered by its keys; frees their disk space as it goes."""
+    for number in range(num_buckets):
+        path = _bucket_path(scratch, number)
+        tables: list[pa.Table] = []
+        with path.open("rb") as source:
+            size = path.stat().st_size
+            while source.tell() < size:
+                tables.append(pa.ipc.open_stream(source).read_all())
+        path.unlink()
+        table = pa.concat_tables(tables)
+        order = np.lexsort((table["sample_index"].to_numpy(), table["row_index"].to_numpy()))
+        yield table.take(pa.array(order))
+
+
+def _write(file: BinaryIO, suffix: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+    if suffix == ".jsonl":
+        for table in tables:
+            write_json_lines(table, file)
+        return
+    with pq.ParquetWriter(file, schema, **PARQUET_OPTIONS) as writer:
+        for table in tables:
+            writer.write_table(table)
+
+
+def _begins(values: Int64) -> Bool:
+    """True where a run of equal values begins."""
+    begins = np.ones(len(values), dtype=np.bool_)
+    begins[1:] = values[1:] != values[:-1]
+    return begins
+
+
+def _bucket_path(scratch: Path, number: int) -> Path:
+    return scratch / f"bucket-{number}"

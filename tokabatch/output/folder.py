@@ -1,0 +1,393 @@
+"""The output folder: where its parts lie, and the claim by which one run writes into it.
+
+OUT/data/part-00000.parquet   committed shards
+OUT/_tmp/                     unfinished files; cleared by the next claim
+OUT/_input/                   the tokenised input, while the run is not complete
+OUT/_lock                     held by the writing process, released by its death
+OUT/manifest.json             what the run is, and what decides its output
+OUT/commits.jsonl             which shards were committed, with their digests
+OUT/row_digests.parquet       what each row and its prompt were
+OUT/job.json                  the job, to run it again from the folder alone
+OUT/steps-00000.parquet       what each step did and took; not a result
+OUT/summary.json, _SUCCESS    how it ended; taken back by the next start that has something to add
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import stat
+import time
+from collections.abc import Collection, Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from tokabatch.errors import CommitError, DamageError, OutputError
+from tokabatch.output.journal import Journal, Shard, read_record
+from tokabatch.storage.atomic_files import DurableFiles, NewFile, make_folders, publish, write_whole
+from tokabatch.storage.listing import NO_MARK, ListedFile, Mark, is_there, list_files, mark_of, unreadable
+from tokabatch.storage.write_errors import is_full, may_pass, reason, remedy, unwritable
+
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
+_SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
+_STEPS_NAME = re.compile(r"steps-\d{5,}\.parquet")
+PROBE = ".probe"
+"""Stands in data/ for an instant at the start of a run; readers of Parquet folders pass over names with a dot."""
+_PROBE_BYTES = 1 << 16
+"""Less than what most shards take: under a smaller limit of file sizes no run can work."""
+_CLAIM_ATTEMPTS = 5
+_CLAIM_PAUSE_SECONDS = 0.05
+
+
+class OutputFolder:
+    """Paths of an output folder, and its listings. Reading is free to anyone at any time; a listing that cannot be had raises
+    OutputError."""
+
+    def __init__(self, path: Path, files: DurableFiles | None = None) -> None:
+        self.files = files or DurableFiles()
+        self.path = path
+        self.data = path / "data"
+        self.temporary = path / "_tmp"
+        self.input = path / "_input"
+        self.lock = path / "_lock"
+        self.manifest = path / "manifest.json"
+        self.commits = path / "commits.jsonl"
+        self.row_digests = path / "row_digests.parquet"
+        self.job = path / "job.json"
+        self.summary = path / "summary.json"
+        self.success = path / "_SUCCESS"
+
+    def shards(self) -> tuple[ListedFile, ...]:
+        """What stands under the names of shards, by number."""
+        found = [file for file in list_files(self.files, self.data) if _SHARD_NAME.fullmatch(file.path.name)]
+        return tuple(sorted(found, key=lambda file: (len(file.path.name), file.path.name)))
+
+    def foreign(self) -> list[str]:
+        """Names under data/ that no run writes, hidden ones apart."""
+        return [
+            file.path.name
+            for file in list_files(self.files, self.data)
+            if file.path.name[:1] != "." and not (file.is_file and _SHARD_NAME.fullmatch(file.path.name))
+        ]
+
+    def steps(self) -> tuple[ListedFile, ...]:
+        """The records of steps, in the order of the starts."""
+        return tuple(file for file in list_files(self.files, self.path) if _STEPS_NAME.fullmatch(file.path.name))
+
+    def name_of(self, path: Path) -> str:
+        """A shard's name as the records have it: relative to the folder."""
+        return f"{self.data.name}/{path.name}"
+
+    def is_claimed(self) -> bool:
+        """Whether a living process writes here. False where the file system keeps no locks."""
+        try:
+            with self.files.open_old(self.lock) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return False
+            raise unreadable(self.lock, error) from error
+        return False
+
+
+class Claim:
+    """The right of one process to write into an output folder, until `release` or the process's end.
+
+    Changes nothing of what an earlier run left, but for its unfinished files. Raises OutputError where the folder cannot be
+    written, holds what no run wrote, or another run writes there. The lock belongs to the open file: a forked child holds it
+    too, for as long as it lives. Everything is written through handles of the folders that were claimed, wherever they move. A
+    claim that wrote neither a manifest nor a shard takes away what it made.
+    """
+
+    def __init__(self, path: Path, files: DurableFiles | None = None) -> None:
+        self.files = files or DurableFiles()
+        self.folder = OutputFolder(path, self.files)
+        self.journal: Journal | None = None
+        """The record of commits, once the run has begun; a folder without a run has none."""
+        self.identity: Mapping[bytes, bytes] = {}
+        """What every shard says of its run, in its metadata."""
+        self._kept: dict[Path, tuple[bytes, Mark]] = {}
+        self._repair = ""
+        self._descriptor: int | None = None
+        self._made: list[Path] = []
+        self._told_moved = False
+        self._prepare()
+
+    @property
+    def committed(self) -> Collection[str]:
+        """The names of the shards that are known to stand in the folder."""
+        return () if self.journal is None else self.journal.shards
+
+    def write(self, target: Path, content: bytes, *, keep: bool = False) -> None:
+        """Replace one of the folder's small files atomically. One that is to `keep` is written anew where others touch it while
+        the run goes on."""
+        write_whole(self.files, self.folder.temporary / target.name, target, content)
+        if keep:
+            found = self.files.look(target)
+            self._kept[target] = content, NO_MARK if found is None else mark_of(found)
+
+    @contextmanager
+    def committing(self) -> Generator[None]:
+        """Around what writes results: raises CommitError where the system takes no more, OutputError where it never will."""
+        try:
+            yield
+        except OSError as error:
+            if is_full(error):
+                # What is made anew at any time leaves its room to what is not.
+                with suppress(OSError):
+                    self.files.remove_tree(self.folder.input)
+            kind = CommitError if may_pass(error) else OutputError
+            raise kind(
+                f"output.path {str(self.folder.path)!r} takes no more: {reason(error)}. What is committed is whole; "
+                f"{remedy(error)} and run the same command again, which adds the rest."
+            ) from error
+
+    def begin(self, run: str, identity: Mapping[bytes, bytes], shards: Iterable[tuple[Shard, Mark]], repair: str) -> None:
+        """From here on commits are recorded, and the committed files watched. `shards` stand in the folder, checked; `repair`
+        is the command that computes again what is damaged. Raises OSError."""
+        if self.journal is not None:
+            self.journal.close()
+        folder = self.folder
+        self.journal = Journal(self.files, folder.commits, folder.temporary / folder.commits.name, run, shards)
+        self.identity, self._repair = identity, repair
+
+    def check_lock(self) -> None:
+        """Raises CommitError where the lock is not this claim's any more: whatever were written now might meet another run."""
+        found = self.files.look(self.folder.lock)
+        if self._descriptor is None or found is None or not os.path.samestat(found, os.fstat(self._descriptor)):
+            raise CommitError(
+                f"output.path {str(self.folder.path)!r}: its lock (_lock) was taken away while this run wrote, so another may "
+                "write there. This one stops; what is committed is whole. End the other one, then run the same command again."
+            )
+
+    def check_folder(self) -> None:
+        """Raises CommitError where the folder was moved, DamageError where a committed file is not there as it was committed,
+        OutputError for one that another process put beside them. Tells each of them once."""
+        moved = None if self._told_moved else self._moved()
+        if moved:
+            self._told_moved = True
+            raise CommitError(
+                f"output.path {str(self.folder.path)!r}: {moved} was moved or replaced while this run wrote. The run stops; "
+                "what is finished is committed where the folder is now. Move it back, or name its new place as output.path, "
+                "and run the same command again."
+            )
+        self._restore()
+        if self.journal is not None:
+            self._check_shards(self.journal)
+
+    def reopen(self, *, keep_summary: bool = False) -> None:
+        """Take back the marks of an earlier end: from here on the run goes on; `keep_summary` where nothing is left to do."""
+        if is_there(self.files, self.folder.success):
+            self._probe()
+        for mark in (self.folder.success, self.folder.summary):
+            if is_there(self.files, mark) and not (keep_summary and mark == self.folder.summary):
+                self.files.remove(mark)
+        self.files.sync_folder(self.folder.path)
+
+    def discard(self) -> None:
+        """Delete the results of an earlier run. Cut short, it leaves a run that lacks some of its samples."""
+        shards = self.folder.shards()
+        record = None if self.journal is not None else read_record(self.files, self.folder.commits)
+        if record is not None and record.problem is None:
+            # Readers beside this, and the next start if it is cut short, know what is missing on purpose.
+            held = [shard for known in record.versions.values() for shard in known[-1:] if shard is not None]
+            self.begin(record.run, {}, ((shard, NO_MARK) for shard in held), "")
+        if self.journal is not None:
+            self.journal.removes(self.folder.name_of(shard.path) for shard in shards)
+        self.reopen()
+        for shard in shards:
+            self.files.remove(shard.path)
+        self.files.sync_folder(self.folder.data)
+        steps = [file.path for file in self.folder.steps()]
+        # The record of commits before the manifest: samples are of the run that the manifest names, or there are none.
+        for path in (*steps, self.folder.commits, self.folder.row_digests, self.folder.manifest, self.folder.job):
+            if is_there(self.files, path):
+                self.files.remove(path)
+
+    def release(self) -> None:
+        """Let others write here; leaves no unfinished file behind."""
+        if self.journal is not None:
+            self.journal.close()
+        if self._descriptor is not None:
+            with suppress(OSError):
+                self.files.remove_tree(self.folder.temporary)
+                if is_there(self.files, self.folder.success):
+                    self.files.remove_tree(self.folder.input)
+            self._remove_unused()
+            os.close(self._descriptor)
+            self._descriptor = None
+        self.files.let_go()
+
+    def leave(self) -> None:
+        """Let go of the claim in a forked child: it stays the parent's, and ends with the parent."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        self.files.let_go()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def _prepare(self) -> None:
+        folder = self.folder
+        try:
+            self._absolute = folder.path.absolute()
+            for place in (folder.data, folder.path, *folder.path.parents):
+                if self.files.look(place, follow=False) is None:
+                    self._made.append(place)
+            make_folders(self.files, folder.data)
+            self._hold(folder.path)
+            self._hold(folder.data)
+            self._descriptor = _lock(folder)
+            self._clear()
+        except BaseException as error:
+            self.release()
+            if isinstance(error, OSError):
+                raise unwritable(folder.path, error) from error
+            raise
+
+    def _hold(self, path: Path) -> None:
+        try:
+            self.files.hold(path)
+        except OSError as error:
+            raise OutputError(f"output.path {str(self.folder.path)!r}: {unreadable(path, error)}") from error
+
+    def _remove_unused(self) -> None:
+        """Needs the lock. A folder that is not empty stays."""
+        folder = self.folder
+        with suppress(OSError, OutputError):
+            if is_there(self.files, folder.manifest) or self.files.names(folder.data):
+                return
+            for leftover in (folder.commits, folder.lock):
+                with suppress(FileNotFoundError):
+                    self.files.remove(leftover)
+            if not self._moved():
+                for made in self._made:
+                    made.rmdir()
+
+    def _clear(self) -> None:
+        folder = self.folder
+        _refuse_foreign(folder)
+        self.files.remove_tree(folder.temporary)
+        self.files.make_folder(folder.temporary)
+        self.files.hold(folder.temporary)
+        if not is_there(self.files, folder.success):
+            self._probe()
+        self.files.sync_folder(folder.path)
+
+    def _probe(self) -> None:
+        """Write a file and commit it the way shards are: what can never work is known before anything is computed. A complete
+        run is left as it is until there is something to add."""
+        probe, published = self.folder.temporary / "probe", self.folder.data / PROBE
+        # A start that was killed here has left it.
+        with suppress(FileNotFoundError):
+            self.files.remove(published)
+        with NewFile(self.files, probe) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.sync()
+        publish(self.files, probe, published)
+        self.files.remove(published)
+
+    def _moved(self) -> Path | None:
+        """What is reached by its path no more, or stands there no more."""
+        for path, name in ((self.folder.path, ""), (self.folder.data, self.folder.data.name)):
+            try:
+                if os.path.samestat(os.stat(self._absolute / name), self.files.held(path)):
+                    continue
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            return self._absolute / name
+        return None
+
+    def _restore(self) -> None:
+        """Write anew what tells of the run, where others touched it."""
+        for target, (content, mark) in list(self._kept.items()):
+            found = self.files.look(target)
+            if found is None or mark_of(found) != mark:
+                self.write(target, content, keep=True)
+        if self.journal is not None:
+            self.journal.restore()
+
+    def _check_shards(self, journal: Journal) -> None:
+        damage, strangers = journal.compare({self.folder.name_of(file.path): file for file in self.folder.shards()})
+        if damage:
+            raise DamageError(
+                f"{'; '.join(f'{self.folder.path / name} {problem}' for name, problem in damage)}. The run stops; what it "
+                f"finished is committed. To compute again what is damaged, and nothing else: {self._repair}"
+            )
+        if strangers:
+            raise OutputError(
+                f"{self.folder.path / strangers[0]} was put there by another process while this run wrote. The run stops; what "
+                "it finished is committed. Move the file away, then run the same command again."
+            )
+
+
+def check_output(path: Path) -> None:
+    """Raises the OutputError that a claim of this folder would end in now; makes and changes nothing."""
+    folder = OutputFolder(path)
+    _refuse_foreign(folder)
+    if folder.is_claimed():
+        raise _busy(folder)
+    try:
+        # A link to nowhere is in the way, too.
+        seen = ((place, folder.files.look(place, follow=False)) for place in (folder.data, path, *path.absolute().parents))
+        nearest = next(place for place, found in seen if found is not None)
+        found = folder.files.look(nearest)
+    except OSError as error:
+        raise _unwritable(path, error.strerror or str(error)) from error
+    if found is None or not stat.S_ISDIR(found.st_mode):
+        raise _unwritable(path, f"{nearest} is not a folder")
+    for place in (nearest, path) if nearest == folder.data else (nearest,):
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise _unwritable(path, f"no permission to write in {place.absolute()}")
+
+
+def _refuse_foreign(folder: OutputFolder) -> None:
+    foreign = folder.foreign()
+    if foreign:
+        raise OutputError(
+            f"output.path {str(folder.path)!r} holds {len(foreign)} file(s) that no run wrote (data/{foreign[0]}). "
+            "Choose another output.path, or move them away."
+        )
+
+
+def _unwritable(path: Path, reason: str) -> OutputError:
+    return OutputError(f"output.path {str(path)!r} cannot be written: {reason}. Choose another output.path.")
+
+
+def _busy(folder: OutputFolder) -> OutputError:
+    return OutputError(
+        f"another run is writing to output.path {str(folder.path)!r}. Wait for it, stop it, or choose another output.path."
+    )
+
+
+def _lock(folder: OutputFolder) -> int:
+    # `tokabatch status` holds a shared lock for an instant, hence more than one attempt.
+    for _ in range(_CLAIM_ATTEMPTS):
+        descriptor = folder.files.open_lock(folder.lock)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return descriptor
+            os.close(descriptor)
+            if not isinstance(error, BlockingIOError):
+                raise
+            time.sleep(_CLAIM_PAUSE_SECONDS)
+            continue
+        # The holder before may have removed the file that is locked now.
+        found = folder.files.look(folder.lock)
+        if found is not None and os.path.samestat(os.fstat(descriptor), found):
+            return descriptor
+        os.close(descriptor)
+    raise _busy(folder)

@@ -1,0 +1,200 @@
+"""Holding what is in an output folder against what was committed there: the journal of commits, and `_SUCCESS`.
+
+Every byte is read: size and times are no proof. No digest is ever taken over from what is there now, but for the shards of a
+version that kept no record: those without one count as committed where all their pages have their checksums.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+from tokabatch.errors import DamageError, ForeignFileError
+from tokabatch.output.folder import OutputFolder
+from tokabatch.output.journal import Record, Shard, read_record
+from tokabatch.output.manifest import RUN_KEY, Manifest, Success, read_success
+from tokabatch.output.shards import count_ok, damaged, open_shard, read_groups
+from tokabatch.storage.listing import ListedFile
+
+_THREADS = 8
+Kind = Literal["damaged", "missing", "unrecorded", "foreign", "record"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong with one file of the folder. `damaged` and `missing` shards were committed; an `unrecorded` one is of this
+    run, but nothing tells its digest; a `foreign` file is not; `record` is a fault of the journal or of `_SUCCESS`."""
+
+    file: str
+    problem: str
+    kind: Kind = "damaged"
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """`good` are the shards that are there as they were committed, `unrecorded` those of this run of which no
+    record tells. `sealed`: `_SUCCESS` says that the run is complete, and names exactly the good ones."""
+
+    good: tuple[tuple[Shard, ListedFile], ...]
+    unrecorded: tuple[ListedFile, ...]
+    faults: tuple[Fault, ...]
+    success: Success | None
+    run: str
+    """The run by its journal; empty where there is none."""
+
+    @property
+    def to_repair(self) -> tuple[str, ...]:
+        """The shards whose samples have to be computed again."""
+        damaged = [fault.file for fault in self.faults if fault.kind in ("damaged", "missing")]
+        return (*damaged, *(f"{file.path.parent.name}/{file.path.name}" for file in self.unrecorded))
+
+    @property
+    def sealed(self) -> bool:
+        return self.success is not None and not self.faults and {shard for shard, _ in self.good} == set(self.success.files)
+
+
+def inspect(folder: OutputFolder, manifest: Manifest) -> Inspection:
+    """Read every shard of the run whose manifest this is. Raises OutputError for what cannot be read, Changed where a shard is
+    replaced meanwhile."""
+    before = read_record(folder.files, folder.commits)
+    listed = folder.shards()
+    # A file is recorded before it is published: what is listed by now is in the record that is read by now.
+    record = read_record(folder.files, folder.commits)
+    success, faults = _read_success(folder)
+    versions, problems = _believed(folder, manifest, record, success)
+    faults += problems
+    good: list[tuple[Shard, ListedFile]] = []
+    unrecorded: list[ListedFile] = []
+    named = {folder.name_of(file.path): file for file in listed}
+    for (name, file), digest in zip(named.items(), _digests(list(named.values())), strict=True):
+        known = [each for each in versions.get(name, ()) if each is not None]
+        found = next((each for each in known if each.sha256 == digest), None)
+        if found is not None:
+            good.append((found, file))
+        elif known:
+            faults.append(Fault(name, _difference(file, manifest, known[-1], digest)))
+        elif (problem := _stranger(file, manifest)) is not None:
+            faults.append(Fault(name, problem, "foreign"))
+        elif manifest.run or versions:
+            unrecorded.append(file)
+        else:
+            shard, fault = _believe(file, name, digest)
+            good += [(shard, file)] if shard is not None else []
+            faults += [fault] if fault is not None else []
+    required = _required(versions, before) if record and not problems else [n for n in versions if None not in versions[n]]
+    faults += [Fault(name, "is missing", "missing") for name in required if name not in named]
+    return Inspection(tuple(good), tuple(unrecorded), tuple(faults), success, "" if record is None else record.run)
+
+
+def recorded_shards(folder: OutputFolder, manifest: Manifest | None) -> tuple[ListedFile, ...]:
+    """For readers that do not read everything: the shards, by number. Where the run keeps a record of commits, raises
+    ForeignFileError for a file that is not in it, DamageError for one that is missing or of another size."""
+    before = read_record(folder.files, folder.commits)
+    listed = folder.shards()
+    record = read_record(folder.files, folder.commits) if manifest is not None and manifest.run else None
+    if record is None or record.problem is not None:
+        return listed
+    for shard in listed:
+        known = [each for each in record.versions.get(folder.name_of(shard.path), ()) if each is not None]
+        if not known:
+            name = folder.commits.name
+            raise ForeignFileError(
+                f"{shard.path} is not of this run, for {name} does not name it. Move it away, then try again."
+            )
+        if shard.bytes not in [each.bytes for each in known]:
+            raise damaged(shard.path, ValueError(f"it has {shard.bytes:,} bytes; {known[-1].bytes:,} were committed"))
+    names = {folder.name_of(shard.path) for shard in listed}
+    missing = [name for name in _required(record.versions, before) if name not in names]
+    if missing:
+        raise damaged(folder.path / missing[0], ValueError("it is missing"))
+    return listed
+
+
+def _required(versions: Mapping[str, tuple[Shard | None, ...]], before: Record | None) -> list[str]:
+    """The files that must be there; what was recorded while the folder was listed need not be in the listing."""
+    earlier = {} if before is None else before.versions
+    return [name for name, known in versions.items() if None not in (*known, *earlier.get(name, (None,)))]
+
+
+def _read_success(folder: OutputFolder) -> tuple[Success | None, list[Fault]]:
+    try:
+        return read_success(folder), []
+    except DamageError:
+        return None, [Fault(folder.success.name, "is damaged", "record")]
+
+
+def _believed(
+    folder: OutputFolder, manifest: Manifest, record: Record | None, success: Success | None
+) -> tuple[Mapping[str, tuple[Shard | None, ...]], list[Fault]]:
+    """How each file may stand by the record, or by `_SUCCESS` where that is the only one; and what is wrong with the record."""
+    name = folder.commits.name
+    marked = {} if success is None else {shard.name: (shard,) for shard in success.files}
+    if record is None:
+        # Without shards, it may be that the run had not begun.
+        lost = bool(manifest.run) and bool(marked or folder.shards())
+        return marked, [Fault(name, "is missing", "record")] if lost else []
+    if manifest.run and record.run not in ("", manifest.run):
+        return marked, [Fault(name, "is of another run than manifest.json", "record")]
+    if record.problem is not None:
+        return {**record.versions, **marked}, [Fault(name, f"is damaged: {record.problem}", "record")]
+    if record.torn and success is not None:
+        return {**record.versions, **marked}, [Fault(name, "is damaged: its last line is not whole", "record")]
+    return record.versions, []
+
+
+def _digests(files: Sequence[ListedFile]) -> list[str]:
+    """Hashing leaves the interpreter free, and reading waits for the disk."""
+    threads = min(_THREADS, len(os.sched_getaffinity(0)) + 1, max(1, len(files)))
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            return list(pool.map(lambda file: file.digest() if file.is_file else "", files))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _difference(file: ListedFile, manifest: Manifest, committed: Shard, digest: str) -> str:
+    other = _stranger(file, manifest)
+    if other is not None and "is of another run" in other:
+        return f"is damaged: it {other}"
+    if file.bytes != committed.bytes:
+        return f"is damaged: it has {file.bytes:,} bytes; {committed.bytes:,} were committed"
+    return f"is damaged: it has the digest {digest}; {committed.sha256} was committed"
+
+
+def _stranger(file: ListedFile, manifest: Manifest) -> str | None:
+    """Why a file that no record names is not of this run; None where it is."""
+    if not file.is_file:
+        return "is no file"
+    try:
+        with open_shard(file) as parquet:
+            metadata = parquet.schema_arrow.metadata or {}
+    except DamageError:
+        # A run without a record may have lost it to damage.
+        return "is no Parquet file that can be read" if manifest.run else None
+    told = metadata.get(RUN_KEY, b"").decode(errors="replace")
+    if told:
+        mine = {key: value for key, value in manifest.identity.items() if metadata.get(key) == value}
+        return None if len(mine) == len(manifest.identity) else f"is of another run ({told[:12]})"
+    return "was not written by this run" if manifest.run else None
+
+
+def _believe(file: ListedFile, name: str, digest: str) -> tuple[Shard | None, Fault | None]:
+    """A shard of a version that kept no record, of a run that is not complete."""
+    rows = ok = 0
+    try:
+        for table in read_groups(file, None):
+            table.validate(full=True)
+            rows, ok = rows + table.num_rows, ok + count_ok(table)
+    except DamageError as error:
+        return None, Fault(name, str(error))
+    except pa.ArrowException as error:
+        return None, Fault(name, str(damaged(file.path, error)))
+    except ForeignFileError:
+        return None, Fault(name, "was not written by a run", "foreign")
+    return Shard(name, rows, ok, rows - ok, file.bytes, digest), None

@@ -1,0 +1,168 @@
+"""Reading a whole output folder back: every byte of every shard against its record, every page against its checksum, every key
+counted.
+
+Trusts nothing that the run kept in memory, and repairs nothing: it names what is damaged and the command that computes that
+again. Beside a run that writes it reads one consistent listing, or says that it cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from tokabatch.arrays import Int64
+from tokabatch.errors import DamageError, OutputError
+from tokabatch.output.folder import OutputFolder
+from tokabatch.output.inspection import Fault, inspect
+from tokabatch.output.journal import Shard
+from tokabatch.output.manifest import Books, Manifest, read_manifest
+from tokabatch.output.remedy import repair_command
+from tokabatch.output.shards import count_ok, damaged, open_shard, read_groups
+from tokabatch.storage.listing import ListedFile, consistently
+
+_SAMPLES_PER_ROW = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was found: the shards that are good, and the faults. `remedy` is a shell command, None where nothing is damaged."""
+
+    rows: int
+    books: Books
+    shards: tuple[Shard, ...]
+    complete: bool
+    """Whether the folder says that it is."""
+    faults: tuple[Fault, ...]
+    remedy: str | None
+    running: bool = False
+    """Whether a run was writing meanwhile."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 complete and whole, 75 whole so far, 4 damaged."""
+        if self.faults:
+            return 4
+        return 0 if self.complete else 75
+
+    @property
+    def facts(self) -> dict[str, int | str]:
+        """For display."""
+        state = "damaged" if self.faults else "complete" if self.complete else "intact, but not complete: run the job again"
+        if self.running:
+            state = "damaged, and a run is writing: let it end first" if self.faults else "intact so far; a run is writing"
+        return {
+            "result": state,
+            "files": len(self.shards),
+            "bytes": sum(shard.bytes for shard in self.shards),
+            "rows": self.rows,
+            "samples": self.books.samples,
+            "ok": self.books.ok,
+            "errors": self.books.errors,
+            "pending": self.books.pending,
+        }
+
+
+def verify(path: Path) -> Verification:
+    """Read the output folder `path` back. Raises OutputError where there is no run, or something cannot be read, DamageError
+    where its manifest is damaged."""
+    folder = OutputFolder(path)
+    found = consistently(lambda: _verify(folder), path)
+    if found.running and found.faults:
+        # It may have changed the folder between two looks; what is damaged stays so.
+        again = consistently(lambda: _verify(folder), path)
+        if set(again.faults) != set(found.faults) or not folder.is_claimed():
+            return again
+    return found
+
+
+def _verify(folder: OutputFolder) -> Verification:
+    running = folder.is_claimed()
+    manifest = read_manifest(folder)
+    if manifest is None:
+        why = "a run is starting there; try again later" if running else "give the folder named as output.path"
+        raise OutputError(f"{folder.path} holds no manifest.json, so no run has written here; {why}")
+    inspected = inspect(folder, manifest)
+    faults = list(inspected.faults)
+    read: list[tuple[Shard, Int64]] = []
+    unrecorded = {folder.name_of(file.path) for file in inspected.unrecorded}
+    for known, file in (*inspected.good, *((None, file) for file in inspected.unrecorded)):
+        name = folder.name_of(file.path)
+        try:
+            shard, keys = _read_whole(file, name, manifest.rows, known)
+        except DamageError as error:
+            faults.append(Fault(name, str(error)))
+            continue
+        read.append((shard, keys))
+    repeats = _repeats([keys for _, keys in read])
+    faults += [Fault(read[i][0].name, f"holds {count:,} samples a second time", "foreign") for i, count in repeats.items()]
+    repeated = {read[i][0].name for i in repeats}
+    where = "_SUCCESS" if inspected.success is not None and not manifest.run else folder.commits.name
+    faults += [Fault(name, f"is not named in {where}", "unrecorded") for name in sorted(unrecorded - repeated)]
+    good = [shard for i, (shard, _) in enumerate(read) if i not in repeats and shard.name not in unrecorded]
+    books = Books(manifest.samples, sum(shard.ok for shard in good), sum(shard.errors for shard in good))
+    if not faults and inspected.success is not None and not (inspected.sealed and books.closed):
+        told = inspected.success
+        problem = f"says {told.ok:,} ok and {told.errors:,} errors in {len(told.files)} files, which is not what was committed"
+        faults.append(Fault(folder.success.name, problem, "record"))
+    faults += [Fault(f"data/{name}", "was not written by a run", "foreign") for name in folder.foreign()]
+    remedy = _remedy(folder, manifest, faults) if faults else None
+    return Verification(
+        manifest.rows, books, tuple(good), inspected.success is not None, _once(faults), remedy, running or folder.is_claimed()
+    )
+
+
+def _read_whole(file: ListedFile, name: str, num_rows: int, known: Shard | None) -> tuple[Shard, Int64]:
+    """The shard as found, and the key of each of its samples. Raises DamageError where anything in it is not as it was
+    written, or of a row that the input does not have."""
+    counted = ok = coded = 0
+    keys = [np.zeros(0, np.int64)]
+    with open_shard(file) as parquet:
+        in_footer = parquet.metadata.num_rows
+    for table in read_groups(file, None):
+        try:
+            table.validate(full=True)
+        except pa.ArrowException as error:
+            raise damaged(file.path, error) from error
+        row, sample = table["row_index"].to_numpy(), table["sample_index"].to_numpy()
+        beyond = (row < 0) | (row >= num_rows) | (sample < 0)
+        if beyond.any():
+            raise DamageError(f"holds samples of row {row[beyond][0]}; the input has {num_rows:,} rows")
+        keys.append(row * _SAMPLES_PER_ROW + sample)
+        counted, ok = counted + table.num_rows, ok + count_ok(table)
+        coded += table.num_rows - table["error_code"].null_count
+    if counted != in_footer or coded != counted - ok:
+        raise DamageError(f"holds {counted:,} rows of {in_footer:,}: {ok:,} ok and {coded:,} with an error code")
+    found = Shard(name, counted, ok, counted - ok, file.bytes, None if known is None else known.sha256)
+    if known is not None and found != known:
+        raise DamageError(
+            f"holds {found.ok:,} ok and {found.errors:,} errors; {known.ok:,} and {known.errors:,} were committed"
+        )
+    return found, np.concatenate(keys)
+
+
+def _repeats(keys: Sequence[Int64]) -> dict[int, int]:
+    """How many samples each shard holds that an earlier one (or itself) holds, for those that hold any."""
+    if not keys:
+        return {}
+    flat = np.concatenate(keys)
+    owner = np.repeat(np.arange(len(keys)), [len(each) for each in keys])
+    order = np.argsort(flat, kind="stable")
+    again = order[1:][flat[order][1:] == flat[order][:-1]]
+    shards, counts = np.unique(owner[again], return_counts=True)
+    return dict(zip(shards.tolist(), counts.tolist(), strict=True))
+
+
+def _once(faults: Sequence[Fault]) -> tuple[Fault, ...]:
+    """The first fault of each file."""
+    return tuple({fault.file: fault for fault in reversed(faults)}.values())[::-1]
+
+
+def _remedy(folder: OutputFolder, manifest: Manifest, faults: Sequence[Fault]) -> str:
+    foreign = sorted({fault.file for fault in faults if fault.kind == "foreign"})
+    # _SUCCESS is written by any start, unless it is the only record there is.
+    nothing = all(fault.kind == "foreign" or (fault.file == folder.success.name and manifest.run) for fault in faults)
+    return repair_command(folder, manifest, foreign, repair=not nothing)

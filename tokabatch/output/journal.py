@@ -1,0 +1,215 @@
+"""OUT/commits.jsonl: which files were committed, with counts and digests. What a start finds is held against it.
+
+A line is on the disk before the file that it speaks of gets its name, so no committed file is without one; another line
+follows when the name is durable. Until then a crash may leave the file as it was before or as it was to be, and both count. A
+start that changes the folder writes the record anew; within one it only grows. Each line carries a checksum.
+
+    {"run": ..., "version": 1}      first
+    {"holds": FILE}                 committed before this start, or still there where a change was given up
+    {"begins": FILE}                is about to be published, perhaps in place of an earlier one of its name
+    {"removes": NAME}               is about to be taken away
+    {"done": NAME}                  the last of these has happened
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tokabatch.output.plain_json import to_json
+from tokabatch.storage.atomic_files import DurableFiles, NewFile
+from tokabatch.storage.listing import NO_MARK, Changed, ListedFile, Mark, mark_of, read_bytes
+
+VERSION = 1
+_CHECK = b',"crc32":"'
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One committed file. `name` is relative to the output folder; rows = ok + errors; `bytes` on disk; `sha256` of the file,
+    None where only its rows were looked at."""
+
+    name: str
+    rows: int
+    ok: int
+    errors: int
+    bytes: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the journal of the run `run` says: how each file may stand, None among them where it may be missing. `problem` tells
+    what is wrong with the journal itself. `torn`: its last line is not whole, as a crash may leave it."""
+
+    run: str
+    versions: Mapping[str, tuple[Shard | None, ...]]
+    problem: str | None = None
+    torn: bool = False
+
+
+class Journal:
+    """The record of a run that is being written. What it says is kept in memory, too: where others touch the file, it is
+    written anew."""
+
+    def __init__(
+        self, files: DurableFiles, path: Path, temporary: Path, run: str, shards: Iterable[tuple[Shard, Mark]]
+    ) -> None:
+        """Take the place of the record at `path`: `shards` stand in the folder, checked, with their marks. Raises OSError."""
+        self._files, self._path, self._temporary = files, path, temporary
+        self._shards = {shard.name: (shard, mark) for shard, mark in shards}
+        self._told = set[str]()
+        self._mark = NO_MARK
+        held = ({"holds": asdict(shard)} for shard, _ in self._shards.values())
+        self._lines = [_line(fields) for fields in ({"run": run, "version": VERSION}, *held)]
+        self._file = self._write_anew()
+
+    @property
+    def shards(self) -> Mapping[str, tuple[Shard, Mark]]:
+        """The files that must stand, with the mark that each had when its content was known."""
+        return self._shards
+
+    def holds(self, shards: Iterable[Shard]) -> None:
+        """These stand in the folder, whatever was about to happen to them. Raises OSError."""
+        self._append(*({"holds": asdict(shard)} for shard in shards))
+        self._file.sync()
+
+    def begins(self, shard: Shard) -> None:
+        """`shard` is finished under a temporary name and about to be published. Raises OSError."""
+        self._append({"begins": asdict(shard)})
+        self._file.sync()
+
+    def removes(self, names: Iterable[str]) -> None:
+        """These are about to be taken away. Raises OSError."""
+        self._append(*({"removes": name} for name in names))
+        self._file.sync()
+
+    def done(self, name: str, shard: Shard | None = None, mark: Mark = NO_MARK) -> None:
+        """The file `name` is `shard` now, or gone where it is None. Not synced: until it is, both count. Raises OSError."""
+        self._shards.pop(name, None)
+        if shard is not None:
+            self._shards[name] = (shard, mark)
+        self._append({"done": name})
+
+    def restore(self) -> None:
+        """Write the record anew where it is not the file that was written here. Raises OSError."""
+        found = self._files.look(self._path)
+        if found is None or mark_of(found) != self._mark:
+            self.close()
+            self._file = self._write_anew()
+
+    def compare(self, listed: Mapping[str, ListedFile]) -> tuple[list[tuple[str, str]], list[str]]:
+        """The committed files that are not there as they were committed, with what is wrong, told once; and the names that are
+        not in the record. Reads those files only that were touched since their content was known."""
+        damage: list[tuple[str, str]] = []
+        for name, (shard, mark) in list(self._shards.items()):
+            file = listed.get(name)
+            if file is not None and file.mark == mark:
+                continue
+            if file is not None and _has_content(file, shard):
+                self._shards[name] = (shard, file.mark)
+                continue
+            del self._shards[name]
+            self._told.add(name)
+            damage.append((name, "is gone" if file is None else "is not what was committed any more"))
+        return damage, [name for name in listed if name not in self._shards and name not in self._told]
+
+    def _write_anew(self) -> NewFile:
+        file = NewFile(self._files, self._temporary)
+        try:
+            file.write(b"".join(self._lines))
+            file.sync()
+            self._files.replace(self._temporary, self._path)
+            self._files.sync_folder(self._path.parent)
+            self._mark = mark_of(file.status)
+        except BaseException:
+            with suppress(OSError):
+                file.close()
+            raise
+        return file
+
+    def _append(self, *lines: Mapping[str, Any]) -> None:
+        """One that fails leaves a file that is written anew the next time."""
+        self.restore()
+        added = [_line(fields) for fields in lines]
+        self._file.write(b"".join(added))
+        self._file.flush()
+        self._mark = mark_of(self._file.status)
+        self._lines += added
+
+    def close(self) -> None:
+        """What could not be written stays unwritten: the lines before a commit are on the disk already."""
+        with suppress(OSError):
+            self._file.close()
+
+
+def read_record(files: DurableFiles, path: Path) -> Record | None:
+    """The journal, None where there is none. Raises OutputError where it cannot be read."""
+    content = read_bytes(files, path)
+    if content is None:
+        return None
+    versions: dict[str, tuple[Shard | None, ...]] = {}
+    run, problem = "", None
+    # What follows the last line break was not written whole.
+    *lines, rest = content.split(b"\n")
+    torn = bool(rest)
+    for number, line in enumerate(lines, 1):
+        try:
+            fields = _fields(line)
+            if number == 1:
+                run = _header(fields)
+            else:
+                _apply(versions, fields)
+        except (ValueError, KeyError, TypeError):
+            torn = torn or number == len(lines) > 1
+            if number < len(lines) or number == 1:
+                problem = problem or f"line {number} is not as it was written"
+    if not lines:
+        problem = "it is empty"
+    return Record(run, {name: known for name, known in versions.items() if known != (None,)}, problem, torn)
+
+
+def _header(fields: Mapping[str, Any]) -> str:
+    if fields["version"] != VERSION:
+        raise ValueError("written by another version")
+    return str(fields["run"])
+
+
+def _apply(versions: dict[str, tuple[Shard | None, ...]], fields: Mapping[str, Any]) -> None:
+    ((kind, value),) = fields.items()
+    if kind in ("done", "removes"):
+        before = versions.get(value, (None,))
+        versions[value] = before[-1:] if kind == "done" else (*before, None)
+        return
+    shard = Shard(**value)
+    versions[shard.name] = (shard,) if kind == "holds" else (*versions.get(shard.name, (None,)), shard)
+
+
+def _has_content(file: ListedFile, shard: Shard) -> bool:
+    try:
+        return file.is_file and file.digest() == shard.sha256
+    except Changed:
+        return False
+
+
+def _line(fields: Mapping[str, Any]) -> bytes:
+    text = to_json(fields).encode()
+    return text[:-1] + _CHECK + _sum(text) + b'"}\n'
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    """Raises ValueError where the line is not as it was written."""
+    text, found, check = line.rpartition(_CHECK)
+    if not found or check != _sum(text + b"}") + b'"}':
+        raise ValueError("checksum")
+    fields: dict[str, Any] = json.loads(text + b"}")
+    return fields
+
+
+def _sum(text: bytes) -> bytes:
+    return f"{zlib.crc32(text):08x}".encode()

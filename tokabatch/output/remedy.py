@@ -1,0 +1,102 @@
+"""The shell command that puts an output folder right: it moves away what is not the run's, and computes again what is damaged.
+
+One line that can be pasted. It deletes nothing itself; `tokabatch run --repair` deletes what it has read and found damaged.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokabatch.errors import DamageError, ForeignFileError
+from tokabatch.output.folder import OutputFolder
+from tokabatch.output.inspection import Inspection
+from tokabatch.output.manifest import Manifest, job_is_whole
+from tokabatch.storage.listing import is_there
+
+_JOB = "JOB.yaml"
+_SHOWN = 5
+
+
+def repair_command(folder: OutputFolder, manifest: Manifest, foreign: Sequence[str] = (), *, repair: bool = True) -> str:
+    """`foreign` are names relative to the folder. Relative paths of the job count from the folder that it was started in.
+    Raises OutputError where the folder cannot be read."""
+    out = folder.path.absolute()
+    commands: list[str] = []
+    if foreign:
+        aside = _unused(folder, out)
+        commands += [_join("mkdir", aside), _join("mv", *(out / name for name in foreign), f"{aside}/")]
+    if Path(manifest.working_folder) != Path.cwd():
+        commands.append(_join("cd", manifest.working_folder))
+    whole = job_is_whole(folder, manifest)
+    job = folder.job.absolute() if whole else _JOB
+    # A job's path is text; one that is not was given relative to a folder whose name is none.
+    target = out if _is_text(str(out)) else os.path.relpath(out, manifest.working_folder)
+    commands.append(_join("tokabatch", "run", job, f"output.path={target}", *(["--repair"] if repair else [])))
+    note = "" if whole else f"  # {folder.job.name} is missing or changed: write the name of the job's own file for {_JOB}"
+    return " && ".join(commands) + note
+
+
+def refuse_faults(folder: OutputFolder, manifest: Manifest, found: Inspection, *, repair: bool = False) -> None:
+    """Raises DamageError for what was committed and is damaged (unless it is to be repaired), ForeignFileError for what is not
+    of the run. A `_SUCCESS` that is damaged is no obstacle where the journal tells the same."""
+    damage = [fault for fault in found.faults if fault.kind in ("damaged", "missing")]
+    damage += [fault for fault in found.faults if fault.kind == "record" and (fault.file != "_SUCCESS" or not manifest.run)]
+    foreign = [fault for fault in found.faults if fault.kind == "foreign"]
+    if damage and not repair:
+        told = [f"{folder.path / fault.file} {fault.problem}" for fault in damage]
+        raise DamageError(_damage(folder, manifest, told, [fault.file for fault in foreign]))
+    if foreign:
+        names = [fault.file for fault in foreign]
+        raise ForeignFileError(
+            f"{folder.path / names[0]} {foreign[0].problem}. Nothing was changed. This moves it away and goes on: "
+            + repair_command(folder, manifest, names, repair=bool(damage))
+        )
+
+
+def refuse_unrecorded(folder: OutputFolder, manifest: Manifest, found: Inspection) -> None:
+    """Raises DamageError for a shard of this run of which no record tells what was committed."""
+    if found.unrecorded:
+        raise DamageError(
+            _damage(folder, manifest, [f"{file.path} is in no record of commits" for file in found.unrecorded], ())
+        )
+
+
+def _damage(folder: OutputFolder, manifest: Manifest, told: Sequence[str], foreign: Sequence[str]) -> str:
+    listed = "; ".join(told[:_SHOWN]) + (f"; and {len(told) - _SHOWN:,} more" if len(told) > _SHOWN else "")
+    return (
+        f"{listed}. Nothing was changed. `tokabatch verify {quote(str(folder.path))}` reads every file. To compute again what "
+        f"is damaged, and nothing else: {repair_command(folder, manifest, foreign)}"
+    )
+
+
+def quote(text: str) -> str:
+    """One word of a shell command, in one line whatever is in it."""
+    if text.isprintable():
+        return shlex.quote(text)
+    # The shell cuts line breaks off the end of what a command prints; that of a folder's name is not the end then.
+    text += "/" if text.endswith("\n") else ""
+    spelled = "".join(chr(code) if 32 <= code < 127 and chr(code) not in "\\'" else f"\\0{code:03o}" for code in _bytes(text))
+    return f"\"$(printf '%b' '{spelled}')\""
+
+
+def _is_text(name: str) -> bool:
+    return name.encode(errors="replace").decode() == name
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")
+
+
+def _join(*words: str | Path) -> str:
+    return " ".join(quote(str(word)) for word in words)
+
+
+def _unused(folder: OutputFolder, out: Path) -> Path:
+    """A name beside the output folder that nothing has."""
+    number = 1
+    while is_there(folder.files, aside := out.with_name(f"{out.name}.foreign{'' if number == 1 else f'-{number}'}")):
+        number += 1
+    return aside

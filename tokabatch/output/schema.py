@@ -1,0 +1,319 @@
+"""The output schema, and completions as a table of it: one row a sample, the input columns behind ours.
+
+This module does not decode, verify or write; it is handed texts and verdicts. Building is per sample, never per token:
+list columns are made from concatenated arrays and offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tokabatch.arrays import Bool, Int32, Int64
+from tokabatch.errors import STOPS, OutputError, RowError
+from tokabatch.scheduling.contracts import Completion
+
+_TOKEN_LOGPROBS = pa.struct(
+    [
+        pa.field("logprob", pa.float32()),
+        pa.field("top_token_ids", pa.list_(pa.int32())),
+        pa.field("top_logprobs", pa.list_(pa.float32())),
+    ]
+)
+SAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string()),
+        pa.field("row_index", pa.int64(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("text", pa.string()),
+        pa.field("token_ids", pa.list_(pa.int32())),
+        pa.field("finish_reason", pa.string()),
+        pa.field("stop_reason", pa.string()),
+        pa.field("num_prompt_tokens", pa.int32()),
+        pa.field("num_cached_tokens", pa.int32()),
+        pa.field("num_output_tokens", pa.int32()),
+        pa.field("cumulative_logprob", pa.float64()),
+        pa.field("logprobs", pa.list_(_TOKEN_LOGPROBS)),
+        pa.field("error_code", pa.string()),
+        pa.field("error_message", pa.string()),
+    ],
+    metadata={b"tokabatch.schema_version": b"1"},
+)
+"""What every output has. An error row is null from `text` to `logprobs`, save for the prompt's counts where known; one of the
+code CANNOT_BE_WRITTEN keeps whatever could be written."""
+CANNOT_BE_WRITTEN = "cannot_be_written"
+"""The error code of a sample that was finished, but not all of whose columns can be written."""
+_WHO_AND_WHAT = ("row_index", "sample_index", "status", "error_code", "error_message")
+_MAX_ENTRIES = (1 << 31) - 1
+"""Of the lists in one table, all rows together: their offsets are 32 bits wide."""
+_MAX_FAULT = 300
+CORRECT = pa.field("correct", pa.bool_())
+"""Follows when the job verifies; null where there is no sample to verify."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRow:
+    """A row that was never sampled. It takes an error row for each of `samples`, so that rows x n = ok + error holds."""
+
+    row_index: int
+    samples: Int32
+    error: RowError
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
+
+
+def output_schema(
+    inputs: pa.Schema,
+    *,
+    columns: Literal["all"] | Sequence[str] = "all",
+    id_column: str | None = None,
+    verified: bool = False,
+) -> pa.Schema:
+    """Our columns, then those of the input that `columns` names, in the input's order.
+
+    An input column `id` that is the id column is not repeated: our `id` carries it. Raises OutputError for a column that
+    the input does not have and for a name that is ours.
+    """
+    ours = list(SAMPLE_SCHEMA) + [CORRECT] * verified
+    own_names = {field.name for field in ours}
+    if columns != "all":
+        for name in columns:
+            if name not in inputs.names:
+                raise OutputError(_missing_column(name, inputs.names))
+    chosen = [field for field in inputs if columns == "all" or field.name in columns]
+    chosen = [field for field in chosen if not (field.name == "id" == id_column)]
+    clashes = [field.name for field in chosen if field.name in own_names]
+    if clashes:
+        keep = [field.name for field in chosen if field.name not in own_names]
+        raise OutputError(
+            f"the input has {'a column' if len(clashes) == 1 else 'columns'} named {', '.join(clashes)}, "
+            "which the output uses itself. Rename in the input, or leave out of the output with "
+            f"output.columns=[{', '.join(keep)}]."
+        )
+    return pa.schema(ours + chosen, metadata={**(inputs.metadata or {}), **(SAMPLE_SCHEMA.metadata or {})})
+
+
+def text_token_ids(completion: Completion) -> Int32:
+    """The tokens to decode: without the stop token that ended the sample."""
+    ids = completion.token_ids
+    if isinstance(completion.stop_reason, int) and len(ids) and ids[-1] == completion.stop_reason:
+        return ids[:-1]
+    return ids
+
+
+def cut_at_stop(text: str, stop_reason: str | int | None) -> str:
+    """The text in front of the stop string that ended the sample; all of it where none did."""
+    return text.partition(stop_reason)[0] if isinstance(stop_reason, str) and stop_reason else text
+
+
+def sample_keys(completions: Sequence[Completion], failures: Sequence[FailedRow]) -> tuple[Int64, Int32]:
+    """Row and sample index of each row of the table, in its order: completions, then failures expanded."""
+    rows = [completion.row_index for completion in completions]
+    samples = [completion.sample_index for completion in completions]
+    for failure in failures:
+        rows += [failure.row_index] * failure.num_samples
+        samples += failure.samples.tolist()
+    return np.array(rows, dtype=np.int64), np.array(samples, dtype=np.int32)
+
+
+def build_table(
+    schema: pa.Schema,
+    completions: Sequence[Completion],
+    failures: Sequence[FailedRow],
+    *,
+    texts: Sequence[str],
+    ids: pa.Array | pa.ChunkedArray | Sequence[str],
+    columns: pa.Table,
+    correct: Sequence[bool | None] | None = None,
+) -> pa.Table:
+    """A table of `schema`, which may be a part of an output's, with a row for each completion, then `num_samples` for each
+    failure.
+
+    `texts` and `correct` have an entry for each completion; `correct` is given where the schema holds it. `ids` and `columns`
+    have one for each row of the table (see `sample_keys`); of `columns`, those in the schema are taken. A completion with an
+    `error_code` becomes an error row; its text and verdict are not used.
+    """
+    row_index, sample_index = sample_keys(completions, failures)
+    good = np.array([completion.error_code is None for completion in completions], dtype=np.bool_)
+    missing = len(row_index) - len(completions)
+    nulls = np.append(~good, np.ones(missing, np.bool_))
+    kept = [completion for completion, ok in zip(completions, good, strict=True) if ok]
+
+    def of_good(values: Sequence[Any] | None) -> list[Any]:
+        assert values is not None
+        return [value if ok else None for value, ok in zip(values, good, strict=True)] + [None] * missing
+
+    def of_all(values: Sequence[Any]) -> list[Any]:
+        return [*values, *[None] * missing]
+
+    def of_errors(ours: Sequence[Any], theirs: Callable[[RowError], Any]) -> list[Any]:
+        return [*ours, *(theirs(failure.error) for failure in failures for _ in range(failure.num_samples))]
+
+    own: dict[str, Callable[[], Any]] = {
+        "id": lambda: ids,
+        "row_index": lambda: row_index,
+        "sample_index": lambda: sample_index,
+        "status": lambda: np.where(nulls, "error", "ok"),
+        "text": lambda: of_good(texts),
+        "token_ids": lambda: _list_column([c.token_ids for c in kept], nulls, pa.int32()),
+        "finish_reason": lambda: of_good([c.finish_reason for c in completions]),
+        "stop_reason": lambda: of_good([None if c.stop_reason is None else str(c.stop_reason) for c in completions]),
+        "num_prompt_tokens": lambda: of_all([c.num_prompt_tokens for c in completions]),
+        "num_cached_tokens": lambda: of_all([c.num_cached_tokens for c in completions]),
+        "num_output_tokens": lambda: of_good([len(c.token_ids) for c in completions]),
+        "cumulative_logprob": lambda: of_good([_total_logprob(c) for c in completions]),
+        "logprobs": lambda: _logprob_column(completions, nulls),
+        "error_code": lambda: of_errors([c.error_code for c in completions], lambda error: error.code),
+        "error_message": lambda: of_errors([c.error_message for c in completions], lambda error: error.message),
+        "correct": lambda: of_good(correct),
+    }
+    if correct is None:
+        del own["correct"]  # The job does not verify: a column of that name is the input's.
+    arrays = [_as_column(own[field.name]() if field.name in own else columns[field.name], field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def build_piecemeal(schema: pa.Schema, key: pa.Table, build: Callable[[pa.Schema], pa.Table]) -> pa.Table:
+    """The samples of one row, a column at a time, where `build` fails for the whole `schema`: columns that cannot be built are
+    null, and the samples are error rows that say which and why. `key` has the columns of `_WHO_AND_WHAT`."""
+    arrays = {name: key[name] for name in key.column_names}
+    faults: dict[str, BaseException] = {}
+    for field in schema:
+        if field.name in arrays:
+            continue
+        try:
+            arrays[field.name] = build(pa.schema([field])).column(0)
+        except STOPS:
+            raise
+        except BaseException as error:
+            arrays[field.name], faults[field.name] = _nulls(key.num_rows, field.type), error
+    return _with_faults(pa.Table.from_arrays([arrays[field.name] for field in schema], schema=schema), faults)
+
+
+def mended(table: pa.Table, encode: Callable[[pa.Table], object]) -> pa.Table:
+    """`table` with nulls in place of the values that `encode` raises for, their rows being error rows that say so. The same
+    table where nothing is wrong with it."""
+    try:
+        encode(table)
+    except STOPS:
+        raise
+    except BaseException:
+        if table.num_rows > 1:
+            half = table.num_rows // 2
+            return pa.concat_tables([mended(table.slice(0, half), encode), mended(table.slice(half), encode)])
+        return _mended_row(table, encode)
+    return table
+
+
+def key_table(completions: Sequence[Completion], failures: Sequence[FailedRow]) -> pa.Table:
+    """Which samples they are and how they ended: what `build_piecemeal` begins with."""
+    fields = [SAMPLE_SCHEMA.field(name) for name in _WHO_AND_WHAT]
+    texts = [""] * len(completions)
+    return build_table(pa.schema(fields), completions, failures, texts=texts, ids=[], columns=pa.table({}))
+
+
+def _mended_row(table: pa.Table, encode: Callable[[pa.Table], object]) -> pa.Table:
+    faults: dict[str, BaseException] = {}
+    for place, field in enumerate(table.schema):
+        try:
+            encode(table.select([place]))
+        except STOPS:
+            raise
+        except BaseException as error:
+            faults[field.name] = error
+            table = table.set_column(place, field, _nulls(1, field.type))
+    return _with_faults(table, faults)
+
+
+def _with_faults(table: pa.Table, faults: dict[str, BaseException]) -> pa.Table:
+    if not faults:
+        return table
+    told = "; ".join(f"{name!r} ({type(error).__name__}: {str(error)[:_MAX_FAULT]})" for name, error in faults.items())
+    message = (
+        f"not every column of row {table['row_index'][0]} can be written: {told}. What cannot is null here, the rest is kept. "
+        "Mend the value in the input and run again with --retry-errors, or leave the column out with output.columns=[...] in "
+        "a job with another output.path; if it is not a column of the input, please report a bug."
+    )
+    codes = [code or CANNOT_BE_WRITTEN for code in table["error_code"].to_pylist()]
+    messages = [f"{earlier}; {message}" if earlier else message for earlier in table["error_message"].to_pylist()]
+    changed = {"status": ["error"] * table.num_rows, "error_code": codes, "error_message": messages}
+    if CORRECT.name in table.column_names:
+        changed[CORRECT.name] = [None] * table.num_rows
+    for name, values in changed.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
+    return table
+
+
+def _nulls(count: int, kind: pa.DataType) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.nulls(count, kind)])
+
+
+def _as_column(values: Any, type_: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        return values if values.type == type_ else values.cast(type_)
+    return pa.array(values, type_)
+
+
+def _total_logprob(completion: Completion) -> float | None:
+    return None if completion.logprobs is None else float(completion.logprobs.sum(dtype=np.float64))
+
+
+def _logprob_column(completions: Sequence[Completion], nulls: Bool) -> pa.ListArray:
+    """`nulls` marks the error rows; samples without logprobs are null as well."""
+    nulls = nulls.copy()
+    nulls[: len(completions)] |= np.array([c.logprobs is None for c in completions], dtype=np.bool_)
+    scored = [c for c, null in zip(completions, nulls, strict=False) if not null]
+    lengths = [len(completion.token_ids) for completion in scored]
+    num_top = [0 if completion.top_ids is None else completion.top_ids.shape[1] for completion in scored]
+    top_offsets = _offsets(np.repeat(np.array(num_top, dtype=np.int64), lengths))
+    top_ids = _concatenate([c.top_ids.ravel() for c in scored if c.top_ids is not None], np.int32)
+    top_logprobs = _concatenate([c.top_logprobs.ravel() for c in scored if c.top_logprobs is not None], np.float32)
+    tokens = pa.StructArray.from_arrays(
+        [
+            pa.array(_concatenate([c.logprobs for c in scored if c.logprobs is not None], np.float32)),
+            pa.ListArray.from_arrays(top_offsets, pa.array(top_ids)),
+            pa.ListArray.from_arrays(top_offsets, pa.array(top_logprobs)),
+        ],
+        fields=list(_TOKEN_LOGPROBS),
+    )
+    return _nullable_list(tokens, lengths, nulls)
+
+
+def _list_column(values: Sequence[npt.NDArray[Any]], nulls: Bool, type_: pa.DataType) -> pa.ListArray:
+    flat = pa.array(_concatenate(values, np.int32), type_)
+    return _nullable_list(flat, [len(value) for value in values], nulls)
+
+
+def _nullable_list(flat: pa.Array, lengths: Sequence[int], nulls: Bool) -> pa.ListArray:
+    """A list for each row that `nulls` does not mark, of `lengths` in their order."""
+    all_lengths = np.zeros(len(nulls), dtype=np.int64)
+    all_lengths[~nulls] = lengths
+    return pa.ListArray.from_arrays(_offsets(all_lengths), flat, mask=pa.array(nulls))
+
+
+def _offsets(lengths: Int64) -> pa.Array:
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    if offsets[-1] > _MAX_ENTRIES:
+        raise OverflowError(f"{offsets[-1]:,} entries are more than a list column holds; ask for fewer generation.logprobs")
+    return pa.array(offsets.astype(np.int32))
+
+
+def _concatenate(arrays: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype)
+
+
+def _missing_column(name: str, names: Sequence[str]) -> str:
+    nearest = get_close_matches(name, names, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(names) or 'no columns'}."
+    return f"output.columns names {name!r}, which the input does not have; {hint}"

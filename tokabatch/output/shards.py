@@ -1,0 +1,313 @@
+"""Committing completions: tables in, whole Parquet files out.
+
+A shard is written under `_tmp/`, flushed, fsynced, recorded in the journal, published under its final name without overwriting,
+and its folder fsynced; only then does the writer forget its rows. So a reader, a crash included, meets whole shards only, and
+a commit that an exception cut short, wherever it did, can be tried again: it neither loses nor repeats a row. Every page has a
+checksum, every file the name of its run. The writer knows the table's schema, not its meaning, except that `status` tells ok
+from error rows.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import shlex
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tokabatch.errors import DamageError, ForeignFileError, OutputError
+from tokabatch.output.folder import Claim
+from tokabatch.output.journal import Shard
+from tokabatch.storage.atomic_files import NewFile, publish
+from tokabatch.storage.listing import NO_MARK, ListedFile, Mark, mark_of
+
+ARROW_BYTES_KEY = b"tokabatch.arrow_bytes"
+"""Footer key: the size of the shard in memory, which its encoded size does not tell."""
+PARQUET_OPTIONS: Mapping[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+"""How every shard is written. Without page checksums most flipped bits would go unseen."""
+_KEY_TYPES = {"row_index": pa.int64(), "status": pa.string()}
+"""Columns without which a file is no shard."""
+_ROW_GROUP_BYTES = 32 << 20
+SHARD_BYTES = 512 << 20
+"""Of rows in memory: a shard that holds as many is committed, however few rows they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Books:
+    """What is committed and what waits. Replaced in one assignment, so that they are true wherever an exception strikes."""
+
+    shards: tuple[Shard, ...] = ()
+    waiting: tuple[pa.Table, ...] = ()
+    oldest: float = 0.0
+    attempt: tuple[Shard, Mark] | None = None
+    """The shard being published, and the mark of its file."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(table.num_rows for table in self.waiting)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(table.nbytes for table in self.waiting)
+
+    def committed(self, shard: Shard, now: float) -> _Books:
+        """The shard's rows moved from those that wait to those that are committed."""
+        rest = pa.concat_tables(self.waiting).slice(shard.rows)
+        return _Books((*self.shards, shard), (rest,) if rest.num_rows else (), now)
+
+
+class ShardWriter:
+    """Buffers tables of one schema and commits them as numbered shards, in the order they came.
+
+    A shard is committed when `rows_per_shard` rows are buffered (fewer, once so many made a file too large for the system),
+    when the oldest of them has waited `flush_seconds`, or when they take 512 MB of memory. Time is looked at in `add` and
+    `tick` only. Owns its files under `_tmp/`.
+    """
+
+    def __init__(
+        self,
+        claim: Claim,
+        schema: pa.Schema,
+        *,
+        rows_per_shard: int,
+        flush_seconds: float,
+        earlier: Sequence[Shard] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`earlier` shards stand in the folder already."""
+        self._claim = claim
+        self._schema = schema
+        self._rows_per_shard = rows_per_shard
+        self._flush_seconds = flush_seconds
+        self._clock = clock
+        self._books = _Books(tuple(earlier))
+        self._first_number = max((shard_number(shard.name) + 1 for shard in earlier), default=0) - len(earlier)
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """What is committed so far, earlier shards included."""
+        return self._books.shards
+
+    @property
+    def num_rows(self) -> int:
+        """Rows taken over so far, those of earlier shards included: true wherever an exception strikes."""
+        books = self._books
+        return sum(shard.rows for shard in books.shards) + books.num_rows
+
+    def add(self, table: pa.Table) -> None:
+        """Take over the rows of `table`; commits what is due. Raises OSError where the disk fails, the rows kept."""
+        self.take(table)
+        self.commit_due()
+
+    def take(self, table: pa.Table) -> None:
+        """Take over the rows of `table`; they are kept from here on."""
+        assert table.schema.equals(self._schema), "a table of another schema"
+        books = self._books
+        if table.num_rows:
+            oldest = books.oldest if books.waiting else self._clock()
+            self._books = replace(books, waiting=(*books.waiting, table), oldest=oldest)
+
+    def mend(self, mended: Callable[[pa.Table], pa.Table]) -> None:
+        """Replace the buffered tables by what `mended` makes of each, with as many rows. For where they cannot be written."""
+        if not self._settle():
+            self._books = replace(self._books, waiting=tuple(mended(table) for table in self._books.waiting))
+
+    def commit_due(self) -> None:
+        """Commit full shards, and what has waited long enough. Raises OSError where the disk fails, the rows kept."""
+        while self._books.num_rows >= self._rows_per_shard:
+            self._commit(self._rows_per_shard)
+        if self._books.num_bytes >= SHARD_BYTES:
+            self.commit()
+        self.tick()
+
+    def tick(self) -> None:
+        """Commit if the oldest buffered row has waited long enough."""
+        if self._books.waiting and self._clock() - self._books.oldest >= self._flush_seconds:
+            self.commit()
+
+    def commit(self) -> None:
+        """Commit everything buffered; nothing happens when there is none."""
+        while waiting := self._books.num_rows:
+            self._commit(min(self._rows_per_shard, waiting))
+
+    def close(self) -> tuple[Shard, ...]:
+        """Commit the rest and return all shards."""
+        self.commit()
+        return self.shards
+
+    def _commit(self, num_rows: int) -> None:
+        """Commit the first `num_rows` rows, or book the shard that an exception kept from being booked. The folder is looked at
+        behind the commit: what is finished is on the disk when the run learns that it cannot go on."""
+        self._claim.check_lock()
+        if not self._settle():
+            self._publish(num_rows)
+        self._claim.check_folder()
+
+    def _publish(self, num_rows: int) -> None:
+        folder, files, books = self._claim.folder, self._claim.files, self._books
+        final = folder.data / f"part-{self._first_number + len(books.shards):05d}.parquet"
+        temporary = folder.temporary / final.name
+        try:
+            shard, written = self._write(pa.concat_tables(books.waiting).slice(0, num_rows), temporary, final)
+        except OSError as error:
+            with suppress(OSError):
+                files.remove(temporary)
+            if error.errno != errno.EFBIG or num_rows == 1:
+                raise
+            # More than a file may hold here (`ulimit -f`): smaller ones take the same rows.
+            self._rows_per_shard = num_rows // 2
+            return
+        try:
+            if self._claim.journal is not None:
+                self._claim.journal.begins(shard)
+            self._books = replace(self._books, attempt=(shard, written))
+            publish(files, temporary, final)
+        except FileExistsError as error:
+            raise OutputError(
+                f"{final} exists already: something else writes to this folder. Choose another output.path."
+            ) from error
+        except OSError:
+            with suppress(OSError):
+                files.remove(temporary)
+            raise
+        self._book(shard, written)
+
+    def _book(self, shard: Shard, written: Mark) -> None:
+        """The shard stands under its name."""
+        record_commit(self._claim, shard, written)
+        self._books = self._books.committed(shard, self._clock())
+
+    def _settle(self) -> bool:
+        """Whether a shard had its final name already when an exception struck; it is booked now."""
+        if self._books.attempt is None:
+            return False
+        shard, written = self._books.attempt
+        final = self._claim.folder.path / shard.name
+        found = self._claim.files.look(final)
+        if found is not None and mark_of(found)[:2] == written[:2]:
+            self._claim.files.sync_folder(final.parent)
+            self._book(shard, written)
+            return True
+        self._books = replace(self._books, attempt=None)
+        return False
+
+    def _write(self, table: pa.Table, temporary: Path, final: Path) -> tuple[Shard, Mark]:
+        """The finished, synced shard under its temporary name, and the mark of its file."""
+        return write_shard(self._claim, table, temporary, self._claim.folder.name_of(final))
+
+
+def write_shard(claim: Claim, table: pa.Table, temporary: Path, name: str) -> tuple[Shard, Mark]:
+    """The finished, synced shard that is to be called `name`, under its temporary name; and the mark of its file. Raises
+    OSError."""
+    with NewFile(claim.files, temporary) as file:
+        write_parquet(table, file, claim.identity)
+        file.sync()
+        size, digest, written = file.tell(), file.digest, mark_of(file.status)
+    ok = count_ok(table)
+    return Shard(name, table.num_rows, ok, table.num_rows - ok, size, digest), written
+
+
+def record_commit(claim: Claim, shard: Shard, written: Mark) -> None:
+    """Note in the journal that the shard stands under its name; `written` is the mark that its file had when it was finished. A
+    file that was touched since is read when the folder is looked at next. Raises OSError."""
+    if claim.journal is not None:
+        found = claim.files.look(claim.folder.path / shard.name)
+        # The names of a file count into the time of its last change, which comes last.
+        same = found is not None and mark_of(found)[:-1] == written[:-1]
+        claim.journal.done(shard.name, shard, mark_of(found) if found is not None and same else NO_MARK)
+
+
+def write_parquet(table: pa.Table, file: BinaryIO, identity: Mapping[bytes, bytes] = MappingProxyType({})) -> None:
+    """Write one shard into an open file; `identity` tells in its metadata which run it is of."""
+    size = table.nbytes
+    metadata = {**(table.schema.metadata or {}), **identity, ARROW_BYTES_KEY: str(size).encode()}
+    rows_per_group = max(1, min(table.num_rows, _ROW_GROUP_BYTES * table.num_rows // max(size, 1)))
+    with pq.ParquetWriter(file, table.schema.with_metadata(metadata), **PARQUET_OPTIONS) as writer:
+        writer.write_table(table.replace_schema_metadata(metadata), row_group_size=rows_per_group)
+
+
+def refuse_unwritable(schema: pa.Schema) -> None:
+    """Raises OutputError where a column could be computed, but not written and read back as what it is."""
+    nullable = [field for field in schema if field.nullable]
+    if _fault_of(nullable) is None:
+        return
+    for field in nullable:
+        if fault := _fault_of([field]):
+            raise OutputError(
+                f"the column {field.name!r} has the type {field.type}, which Parquet does not hold with pyarrow "
+                f"{pa.__version__}: {fault}. Cast it in the input, or leave it out with output.columns=[...]."
+            )
+
+
+def _fault_of(fields: Sequence[pa.Field[Any]]) -> str | None:
+    """Why a row of nulls would not come back; None where it does."""
+    file = io.BytesIO()
+    try:
+        row = pa.Table.from_arrays([pa.nulls(2, field.type) for field in fields], schema=pa.schema(fields))
+        write_parquet(row.take(pa.array([1])), file)
+        found = pq.read_table(file).schema
+    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
+        return str(error)
+    changed = [kept.type for kept, field in zip(found, fields, strict=True) if not kept.type.equals(field.type)]
+    return f"it would be read back as {changed[0]}" if changed else None
+
+
+def count_ok(table: pa.Table) -> int:
+    """Rows of `table` that are samples, not errors."""
+    return int(pc.call_function("sum", [pc.call_function("equal", [table["status"], "ok"])]).as_py() or 0)
+
+
+def shard_number(name: str) -> int:
+    """12 of `data/part-00012.parquet`."""
+    return int(name.rpartition("-")[2].partition(".")[0])
+
+
+@contextmanager
+def open_shard(shard: ListedFile) -> Generator[pq.ParquetFile]:
+    """A shard to read, its checksums verified. Raises OutputError naming it where it cannot be read, DamageError where it is no
+    whole Parquet file, ForeignFileError for a folder, and Changed where it is not the one that was listed."""
+    if not shard.is_file:
+        raise ForeignFileError(f"{shard.path} is no file: no run wrote it. Move it away, then run the same command again.")
+    try:
+        with shard.open() as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            yield parquet
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(shard.path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> DamageError:
+    """The error for a shard that is not as it was written."""
+    out = shlex.quote(str(path.parent.parent))
+    return DamageError(
+        f"{path} is damaged ({error}). `tokabatch verify {out}` reads every file and names the command that recomputes "
+        "what is lost."
+    )
+
+
+def read_groups(shard: ListedFile, columns: Sequence[str] | None) -> Iterator[pa.Table]:
+    """The row groups of a shard, one at a time, without the columns that it does not have. Raises as `open_shard` does, and
+    ForeignFileError where it has not the columns that say which sample a row is."""
+    with open_shard(shard) as file:
+        for name in columns or _KEY_TYPES:
+            _check_key(shard.path, file.schema_arrow, name)
+        present = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=present)
+
+
+def _check_key(path: Path, schema: pa.Schema, name: str) -> None:
+    wanted = _KEY_TYPES.get(name)
+    if wanted is not None and (name not in schema.names or schema.field(name).type != wanted):
+        raise ForeignFileError(
+            f"{path} was not written by a run: it has no column {name} of type {wanted}. Move it away, then run the same "
+            "command again."
+        )

@@ -1,0 +1,157 @@
+"""How far a run is, read from its output folder by anyone at any time.
+
+The shards are the journal: what they hold is what is done. Only footers and two or three small columns are read. This
+module does not know pass@k; it hands out the counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from tokabatch.arrays import Bool, Int32, Int64
+from tokabatch.output.folder import OutputFolder
+from tokabatch.output.inspection import recorded_shards
+from tokabatch.output.manifest import Books, read_manifest, read_summary
+from tokabatch.output.shards import count_ok, read_groups
+from tokabatch.storage.listing import ListedFile, consistently, is_there
+
+State = Literal["running", "complete", "incomplete", "absent"]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """`rows` and `samples` are what the run will have, None where no manifest says; the rest is what is committed."""
+
+    state: State
+    rows: int | None
+    samples: int | None
+    ok: int
+    errors: int
+    cancelled: int
+    shards: int
+    bytes: int
+    correct: int | None
+    """Samples found correct; None where the job does not verify."""
+
+    @property
+    def committed(self) -> int:
+        """Samples in the shards."""
+        return self.ok + self.errors
+
+    @property
+    def pending(self) -> int | None:
+        """Samples still to come; None where their number is not known."""
+        if self.samples is None:
+            return None
+        return Books(self.samples, self.ok, self.errors, self.cancelled).pending
+
+    @property
+    def accuracy(self) -> float | None:
+        """Correct samples over committed ones, error rows counted as wrong."""
+        if self.correct is None or not self.committed:
+            return None
+        return self.correct / self.committed
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """The status with what a report shows beside it, of one listing. `lengths` are the output tokens of every finished sample,
+    in no particular order; `counts` the samples of each row that has any (errors, too) and those of them found correct, None
+    where the job does not verify."""
+
+    status: Status
+    lengths: Int32
+    counts: tuple[Int64, Int64] | None
+
+
+def read_status(path: Path) -> Status:
+    """The state of the output folder `path`. Raises DamageError where one of its files is damaged, OutputError where one cannot
+    be read or is not of the run."""
+    folder = OutputFolder(path)
+    return consistently(lambda: _status(folder)[0], path)
+
+
+def read_details(path: Path) -> Details:
+    """The same and more, which takes longer."""
+    folder = OutputFolder(path)
+
+    def read() -> Details:
+        status, shards = _status(folder)
+        return Details(status, _lengths(shards), None if status.correct is None else _counts(shards))
+
+    return consistently(read, path)
+
+
+def output_lengths(path: Path) -> Int32:
+    """Output tokens of every finished sample in a folder, in no particular order."""
+    folder = OutputFolder(path)
+    return consistently(lambda: _lengths(recorded_shards(folder, read_manifest(folder))), path)
+
+
+def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
+    # Asked first: a run that ends in between must not look incomplete.
+    running = folder.is_claimed()
+    manifest = read_manifest(folder)
+    shards = recorded_shards(folder, manifest)
+    ok = errors = 0
+    correct: int | None = None
+    for table in _groups(shards, ("status", "correct")):
+        shard_ok = count_ok(table)
+        ok += shard_ok
+        errors += table.num_rows - shard_ok
+        if "correct" in table.column_names:
+            correct = (correct or 0) + int(_flags(table).sum())
+    state: State = "incomplete"
+    if is_there(folder.files, folder.success):
+        state = "complete"
+    elif running:
+        state = "running"
+    elif manifest is None and not shards:
+        state = "absent"
+    cancelled = read_summary(folder).get("cancelled", 0)
+    status = Status(
+        state=state,
+        rows=manifest.rows if manifest else None,
+        samples=manifest.samples if manifest else None,
+        ok=ok,
+        errors=errors,
+        cancelled=cancelled if isinstance(cancelled, int) else 0,
+        shards=len(shards),
+        bytes=sum(shard.bytes for shard in shards),
+        correct=correct,
+    )
+    return status, shards
+
+
+def _lengths(shards: Sequence[ListedFile]) -> Int32:
+    parts = [
+        table["num_output_tokens"].to_numpy()[table["status"].to_numpy() == "ok"]
+        for table in _groups(shards, ("status", "num_output_tokens"))
+    ]
+    return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
+
+
+def _counts(shards: Sequence[ListedFile]) -> tuple[Int64, Int64]:
+    samples, correct = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for table in _groups(shards, ("row_index", "correct")):
+        rows = table["row_index"].to_numpy()
+        size = max(len(samples), int(rows.max(initial=-1)) + 1)
+        samples = np.pad(samples, (0, size - len(samples))) + np.bincount(rows, minlength=size)
+        correct = np.pad(correct, (0, size - len(correct))) + np.bincount(rows[_flags(table)], minlength=size)
+    seen = samples > 0
+    return samples[seen], correct[seen]
+
+
+def _groups(shards: Sequence[ListedFile], columns: tuple[str, ...]) -> Iterator[pa.Table]:
+    return chain.from_iterable(read_groups(shard, columns) for shard in shards)
+
+
+def _flags(table: pa.Table) -> Bool:
+    return table["correct"].fill_null(False).to_numpy().astype(np.bool_)

@@ -1,0 +1,71 @@
+"""OUT/steps-00000.parquet: the steps of a run as a table of numbers, those of each start behind those of the one before.
+
+They are for plots and profiles, not results: a run that dies leaves none, and nothing reads them to resume. A file is replaced
+by a longer one until it is long enough, so many starts leave few files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tokabatch.errors import DamageError, ForeignFileError, OutputError
+from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.shards import PARQUET_OPTIONS
+from tokabatch.storage.listing import Changed, ListedFile
+
+_REMEDY = "It holds no results: move it away to do without what it tells."
+_STEPS_PER_FILE = 1 << 18
+Columns = Mapping[str, npt.NDArray[Any]]
+
+
+def write_steps(claim: Claim, columns: Columns) -> None:
+    """Add the steps of one start: arrays of one length by name."""
+    files, table = claim.folder.steps(), pa.table(dict(columns))
+    place = int(files[-1].path.stem.removeprefix("steps-")) if files else 0
+    if files:
+        earlier = _read_again(files[-1])
+        if earlier is not None and earlier.num_rows < _STEPS_PER_FILE and earlier.schema.equals(table.schema):
+            table = pa.concat_tables([earlier, table])
+        else:
+            place += 1
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **PARQUET_OPTIONS)
+    claim.write(claim.folder.path / f"steps-{place:05}.parquet", sink.getvalue().to_pybytes())
+
+
+def read_steps(folder: OutputFolder) -> Columns | None:
+    """The steps of all starts, one after another; None where there are none. Raises DamageError where a file is damaged,
+    OutputError where it cannot be read, and Changed where it is replaced meanwhile."""
+    files = folder.steps()
+    if not files:
+        return None
+    tables = [_read(file) for file in files]
+    try:
+        table = pa.concat_tables(tables)
+    except pa.ArrowException as error:
+        raise DamageError(f"{folder.path}: its records of steps differ in their columns ({error}). {_REMEDY}") from error
+    return {name: np.asarray(table.column(name)) for name in table.column_names}
+
+
+def _read_again(file: ListedFile) -> pa.Table | None:
+    """None where the file cannot be read: it stays as it is."""
+    try:
+        return _read(file)
+    except (OutputError, Changed):
+        return None
+
+
+def _read(file: ListedFile) -> pa.Table:
+    if not file.is_file:
+        raise ForeignFileError(f"{file.path} is no file: no run wrote it. Move it away.")
+    try:
+        with file.open() as stream, pq.ParquetFile(stream, page_checksum_verification=True) as parquet:
+            return parquet.read()
+    except (OSError, pa.ArrowException) as error:
+        raise DamageError(f"{file.path} is damaged ({error}). {_REMEDY}") from error

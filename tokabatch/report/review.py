@@ -1,0 +1,68 @@
+"""Looking back at a run: everything its output folder says, brought together into one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tokabatch.arrays import Int64
+from tokabatch.errors import OutputError
+from tokabatch.output.folder import OutputFolder
+from tokabatch.output.manifest import read_manifest, read_summary
+from tokabatch.output.status import read_details
+from tokabatch.output.steps import read_steps
+from tokabatch.report.page import PassBand, RunRecord, render_page
+from tokabatch.scoring.pass_at_k import curve_with_band
+from tokabatch.storage.atomic_files import DurableFiles, write_whole
+from tokabatch.storage.listing import consistently
+
+
+def write_report(out: Path, target: Path | None = None) -> Path:
+    """Write the page (OUT/report.html unless `target` says otherwise) and return where it is. Raises OutputError for a folder
+    that no run has written to."""
+    record = read_record(out)
+    target = target or out / "report.html"
+    # The folder's name need not be text.
+    page = render_page(record).encode(errors="backslashreplace")
+    try:
+        write_whole(DurableFiles(), target.with_name(f".{target.name}.partial"), target, page)
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror}; give another file with --to") from error
+    return target
+
+
+def read_record(out: Path) -> RunRecord:
+    """What the folder holds, as the page wants it."""
+    details = read_details(out)
+    status = details.status
+    if status.state == "absent":
+        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
+    folder = OutputFolder(out)
+    manifest = read_manifest(folder)
+    steps = {
+        name: np.asarray(values, np.float64) for name, values in (consistently(lambda: read_steps(folder), out) or {}).items()
+    }
+    summary = read_summary(folder)
+    return RunRecord(
+        path=str(out),
+        model=manifest.model_path if manifest else "",
+        state=status.state,
+        samples=status.samples or status.ok + status.errors,
+        ok=status.ok,
+        errors=status.errors,
+        lengths=details.lengths,
+        summary=summary,
+        steps=steps,
+        pass_band=_pass_band(*details.counts) if details.counts is not None else None,
+    )
+
+
+def _pass_band(samples: Int64, correct: Int64) -> PassBand:
+    points = curve_with_band(samples, correct)
+    return PassBand(
+        ks=tuple(point.k for point in points),
+        values=tuple(point.value for point in points),
+        low=tuple(point.low for point in points),
+        high=tuple(point.high for point in points),
+    )

@@ -1,0 +1,105 @@
+"""What is known of a job before it runs: everything that can be checked without weights, counts, and the run simulated."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+from tokabatch.engine.sizing import ReplicaSizes, page_bytes
+from tokabatch.forecast.devices import Device
+from tokabatch.forecast.predict import Scenario, check_scenario, predict_run, scenario_profile
+from tokabatch.forecast.profile import SavedProfile
+from tokabatch.forecast.sizing import read_profile, size_replica
+from tokabatch.job import Job
+from tokabatch.model.spec import tensor_shapes
+from tokabatch.output.folder import check_output
+from tokabatch.report.outlook import Outlook
+from tokabatch.report.summary import ModelFacts, PlanReport, ReplicaFacts
+from tokabatch.runner.replica import scheduler_limits
+from tokabatch.runner.resume import Start, preview
+
+
+def plan(job: Job) -> PlanReport:
+    """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError."""
+    with _planned(job, read_profile(job)) as (previewed, sizes):
+        return _plan_report(job, previewed, sizes)
+
+
+def plan_and_simulate(job: Job, scenario: Scenario) -> tuple[PlanReport, Outlook]:
+    """The same, and what is left of the run simulated under a scenario, for whose device everything is planned then. Raises
+    UsageError for one that cannot be."""
+    device = check_scenario(scenario)
+    profile = scenario_profile(job, scenario, device)
+    with _planned(job, profile, device) as (previewed, sizes):
+        outlook = predict_run(previewed.left, scheduler_limits(sizes), scenario, device, profile)
+        return _plan_report(job, previewed, sizes), outlook
+
+
+@contextmanager
+def _planned(job: Job, profile: SavedProfile | None, absent: Device | None = None) -> Generator[tuple[Start, ReplicaSizes]]:
+    """The job as a run would find it, and the sizes for what is left of it."""
+    check_output(Path(job.output.path))
+    with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
+        previewed = preview(job, Path(scratch), absent_gpu=absent is not None)
+        yield previewed, size_replica(job, previewed.left, profile, absent)
+        previewed.workload.store.close()
+
+
+def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
+    workload = previewed.workload
+    spec, store, sharing = workload.spec, workload.store, workload.sharing()
+    model = ModelFacts(
+        path=str(workload.folder),
+        family=spec.family,
+        parameters=sum(prod(shape) for shape in tensor_shapes(spec).values()),
+        layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        heads=spec.num_heads,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        vocab_size=spec.vocab_size,
+        context_length=spec.context_length,
+        dtype=str(workload.dtype).removeprefix("torch."),
+    )
+    per_page = page_bytes(job.engine, spec, workload.dtype)
+    requests = workload.requests
+    limits = [params.max_tokens for params in requests.sampling]
+    first = store.first_prompt_row
+    ids = store.prompt(first).tolist() if first is not None else []
+    return PlanReport(
+        model=model,
+        replica=ReplicaFacts(
+            per_page // sizes.page_size, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_step_tokens
+        ),
+        rows=store.num_rows,
+        samples=workload.samples_total,
+        prompt_tokens=sharing.total_tokens,
+        unique_tokens=sharing.unique_tokens,
+        max_output_tokens=sum(limits[p] * int(n) for p, n in zip(requests.params, workload.num_samples, strict=True)),
+        longest_prompt=int(requests.length.max(initial=0)),
+        first_prompt=workload.tokenizer.decode_batch([ids], skip_special_tokens=False)[0],
+        first_token_ids=tuple(ids),
+        settings=workload.settings,
+        error_counts=workload.error_counts,
+        notes=_plan_notes(job, previewed),
+    )
+
+
+def _plan_notes(job: Job, previewed: Start) -> tuple[str, ...]:
+    """What a person should know before running: what is there already, how the prompts were made, and the first fault of each
+    kind."""
+    workload, done = previewed.workload, previewed.committed.samples
+    store = workload.store
+    left = workload.samples_total - done
+    notes = [f"{job.output.path} holds {done:,} of these samples; a run computes the other {left:,}"] if done else []
+    notes += ["text prompts go through the tokenizer's chat template"] if store.chat else []
+    notes += workload.notes
+    seen: set[str] = set()
+    for failure in workload.failures:
+        if failure.error.code not in seen:
+            seen.add(failure.error.code)
+            notes.append(f"row {failure.row_index}: {failure.error.code}: {failure.error.message}")
+    return tuple(notes)

@@ -1,0 +1,251 @@
+"""One replica at work: steps go from the scheduler to a worker, results back, whatever happens to the worker meanwhile.
+
+`Replica.run` is the loop: schedule, submit, collect, apply; its caller records what it yields. The rest of the module is what
+happens to a fault. A lost worker is replaced by a new one, up to `max_restarts` times in a row without a finished sample, and
+the scheduler takes back what the old one had. After a step that a worker had no memory for, steps are halved; after a second
+one the worker is replaced.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from tokabatch.engine.executor import Executor
+from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.errors import EngineError, ModelError, StepDropped, UsageError, WorkerLost
+from tokabatch.forecast.step_trace import Steps
+from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.step_times import Stopwatch
+from tokabatch.scheduling.contracts import Completion
+from tokabatch.scheduling.counts import SchedulerCounts
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
+
+FEW_RUNNING = 1024
+"""Samples up to which a GPU's step is shorter than the way of its result to the scheduler and of the next step back: one step
+more is kept in flight then."""
+FAILED_STARTS = 2
+"""A worker that says itself why it cannot start is not tried more often in a row."""
+
+
+@dataclass(slots=True)
+class ReplicaCounts:
+    """What the summary tells of a replica beside the scheduler's counts."""
+
+    host_seconds: float = 0.0
+    """CPU time of the scheduler."""
+    launch_seconds: float = 0.0
+    """CPU time of the worker's launches."""
+    restarts: Counter[str] = field(default_factory=Counter[str])
+    """Workers lost, by cause."""
+    dropped_steps: int = 0
+    """Steps that the device had no memory for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where the work of a replica stands: copies of its figures."""
+
+    scheduled: SchedulerCounts
+    counts: ReplicaCounts
+    limits: SchedulerLimits
+    running: int
+    waiting: int
+    """Samples that run, and those that neither run nor are finished."""
+    used_pages: int
+    tokens_left: int | None
+    """Output tokens still expected, by the lengths seen so far; None where that was not asked for."""
+
+    @property
+    def kv_used(self) -> float:
+        """The fraction of the KV pages in use."""
+        return self.used_pages / self.limits.num_pages
+
+
+def scheduler_limits(sizes: ReplicaSizes) -> SchedulerLimits:
+    """What the scheduler of a replica of these sizes may use."""
+    return SchedulerLimits(
+        page_size=sizes.page_size,
+        num_pages=sizes.num_pages,
+        max_running=sizes.max_running,
+        max_step_tokens=sizes.max_step_tokens,
+        max_pages_per_sequence=sizes.max_pages_per_sequence,
+        grouping=GroupingLimits(sizes.min_group, sizes.min_prefix_pages) if sizes.min_group else None,
+    )
+
+
+class Replica:
+    """Runs the scheduler's work on workers that `make` makes. Without `max_restarts` a worker cannot be replaced."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        make: Callable[[], Executor],
+        *,
+        depth: int,
+        depth_of_few: int | None = None,
+        max_restarts: int | None = None,
+        stop: Interruption | None = None,
+        tell: Callable[[str], None] | None = None,
+        num_samples: int = 0,
+    ) -> None:
+        """`depth` steps are in flight at most, `depth_of_few` while few samples run; `tell` takes what a person should know.
+        `num_samples` are to be drawn in all."""
+        self.scheduler = scheduler
+        self.counts = ReplicaCounts()
+        self._make = make
+        self._depth = depth
+        self._depth_of_few = depth_of_few or depth
+        self._max_restarts = max_restarts
+        self._stop = stop or Interruption()
+        self._tell = tell or (lambda text: None)
+        self._watch = Stopwatch(num_samples)
+        self._barren = 0
+        """Workers lost since a sample was finished."""
+        self._drops = 0
+        """Steps that this worker has dropped."""
+        self._executor: Executor | None = None
+
+    def run(self) -> Iterator[list[Completion]]:
+        """Load the model and step until every sample is finished; yields what each step finished, and first, once the model is
+        loaded, the samples that its KV cache does not hold, as errors. Raises what the first worker raises when it starts,
+        EngineError when no worker can be kept alive, ModelError when another one meets other files, and Stopped."""
+        scheduler, watch = self.scheduler, self._watch
+        self._executor = self._make()
+        yield self._start_worker()
+        while not scheduler.done:
+            try:
+                while scheduler.num_in_flight < self._steps_ahead():
+                    began = time.thread_time()
+                    step = scheduler.schedule()
+                    self.counts.host_seconds += time.thread_time() - began
+                    if step is None:
+                        break
+                    with self._stop.at_once():
+                        self._executor.submit(step)
+                    watch.submitted(step, scheduler)
+                if not scheduler.num_in_flight:
+                    raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
+                with self._stop.at_once():
+                    result = self._executor.collect()
+                began = time.thread_time()
+                completions = scheduler.apply(result)
+                self.counts.host_seconds += time.thread_time() - began
+                self.counts.launch_seconds += result.launch_seconds
+                watch.collected(len(completions))
+            except StepDropped as fault:
+                completions = self._halve_steps(fault)
+            except WorkerLost as fault:
+                completions = self._replace_worker(fault)
+            if completions:
+                self._barren = 0
+            yield completions
+
+    def standing(self, *, foresee: bool = False) -> Standing:
+        """Where the work stands now; `foresee` what is still to come, too."""
+        scheduler = self.scheduler
+        waiting = self._watch.waiting(scheduler)
+        return Standing(
+            replace(scheduler.counts),
+            replace(self.counts, restarts=self.counts.restarts.copy()),
+            scheduler.limits,
+            scheduler.num_running,
+            waiting,
+            scheduler.kv.pool.num_used,
+            scheduler.expected_tokens_left(waiting) if foresee else None,
+        )
+
+    def steps(self) -> Steps:
+        """The steps whose results are in."""
+        return self._watch.steps()
+
+    def stop(self) -> list[Completion]:
+        """Break the work off; returns what is finished and was not yielded."""
+        return []
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._executor is not None:
+            self._executor.close()
+
+    def _steps_ahead(self) -> int:
+        return self._depth_of_few if 0 < self.scheduler.num_running <= FEW_RUNNING else self._depth
+
+    def _start_worker(self) -> list[Completion]:
+        """Load the model; returns the samples that its KV cache does not hold, as errors."""
+        assert self._executor is not None
+        failures = 0
+        while True:
+            try:
+                with self._stop.at_once():
+                    self._executor.start()
+            except WorkerLost as fault:
+                failures += fault.cause == "failed"
+                if failures >= FAILED_STARTS:
+                    raise
+                self._renew(fault, "it was being started")
+            else:
+                self._drops = 0
+                self._watch.restart()
+                return self.scheduler.settle_pages(self._executor.sizes.num_pages)
+
+    def _halve_steps(self, fault: StepDropped) -> list[Completion]:
+        """The step is dropped and the steps are halved; what was under way is computed again. Once for each worker."""
+        assert self._executor is not None
+        self.counts.dropped_steps += 1
+        self._drops += 1
+        if self._drops > 1:
+            remedy = "lower engine.kv_cache_tokens, engine.max_running or engine.max_step_tokens"
+            return self._replace_worker(WorkerLost(f"{fault}, again; {remedy}", "out of memory"))
+        self.scheduler.lost_device()
+        self.scheduler.halve()
+        self._watch.restart()
+        limits = self.scheduler.limits
+        self._tell(
+            f"{fault}. The run goes on with steps of at most {limits.max_step_tokens:,} tokens and {limits.max_running:,} "
+            "samples (engine.max_step_tokens, engine.max_running)"
+        )
+        try:
+            self._executor.resume()
+        except WorkerLost as lost:
+            return self._replace_worker(lost)
+        return []
+
+    def _replace_worker(self, fault: WorkerLost) -> list[Completion]:
+        """Returns the samples that are given up because they killed their worker, as errors."""
+        before = self.scheduler.counts.requeued
+        completions = self.scheduler.lost_device(str(fault).splitlines()[0])
+        for row in sorted({completion.row_index for completion in completions}):
+            self._tell(f"row {row} has killed the worker again, running alone: it becomes an error row (worker_crash)")
+        if completions:
+            self._barren = 0
+        self._renew(fault, f"{self.scheduler.counts.requeued - before:,} running samples keep their tokens and go on")
+        try:
+            completions += self._start_worker()
+        except UsageError as error:
+            # The job could be started once: it is not the job that is wrong. The model's files may have been replaced since.
+            kind = ModelError if isinstance(error, ModelError) else EngineError
+            raise kind(f"{fault}\nNo other worker can be started: {error}") from error
+        return completions
+
+    def _renew(self, fault: WorkerLost, consequence: str) -> None:
+        """Put a new worker, not yet started, in the place of a lost one, and say so. Raises where no other is to be started."""
+        self.close()
+        self._stop.check()
+        if self._max_restarts is None:
+            raise fault
+        self.counts.restarts[fault.cause] += 1
+        self._barren += 1
+        if self._barren > self._max_restarts:
+            raise EngineError(
+                f"{fault}\nThat was worker number {self._barren} without a sample finished in between "
+                "(engine.max_restarts); giving up. What is finished is committed."
+            ) from fault
+        reason, *details = str(fault).splitlines()
+        self._tell(f"{reason}. Starting another (restart {self.counts.restarts.total()}); {consequence}")
+        if details:
+            self._tell("\n".join(details))
+        self._executor = self._make()

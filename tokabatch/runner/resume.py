@@ -1,0 +1,288 @@
+"""What a run finds in its output folder, and how it goes on from there.
+
+The folder's run is continued, at the granularity of single samples: the keys that its shards hold are done, the rest is to
+do. Nothing of an earlier run changes before the job is known to be the same (or the user said to start afresh).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import uuid
+from collections.abc import Callable, Collection, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokabatch import __version__
+from tokabatch.errors import OutputError
+from tokabatch.input.kept_input import keep_input
+from tokabatch.input.row_digests import RowDigests
+from tokabatch.job import Job
+from tokabatch.output.earlier import EarlierRun
+from tokabatch.output.existing_results import (
+    Committed,
+    drop_errors,
+    fit_columns,
+    list_misfits,
+    nothing_committed,
+    read_committed,
+    remove_shards,
+)
+from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.inspection import Inspection, inspect
+from tokabatch.output.journal import Shard
+from tokabatch.output.manifest import (
+    Manifest,
+    Versions,
+    job_is_whole,
+    read_manifest,
+    settings_digest,
+    write_manifest,
+)
+from tokabatch.output.remedy import refuse_faults, refuse_unrecorded, repair_command
+from tokabatch.storage.listing import ListedFile, consistently
+from tokabatch.storage.write_errors import reading_input, unwritable
+from tokabatch.workload import Workload, prepare
+
+OnRows = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """What to do with the results of an earlier run: continue it (default), continue it and run its error rows again, or what
+    its damaged files held, or delete them."""
+
+    overwrite: bool = False
+    retry_errors: bool = False
+    repair: bool = False
+
+    def __post_init__(self) -> None:
+        if self.overwrite and self.retry_errors:
+            raise OutputError("--overwrite deletes every row, --retry-errors runs the error rows again; give one of the two")
+        if self.overwrite and self.repair:
+            raise OutputError("--overwrite deletes every row, --repair computes the damaged ones again; give one of the two")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """`prepared` is the whole job, `committed` what is done of it, `left` what is left to do."""
+
+    workload: Workload
+    committed: Committed
+    left: Workload
+
+    @property
+    def has_more(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(len(self.left.requests) or self.left.failures)
+
+    @classmethod
+    def after(cls, committed: Committed, workload: Workload) -> Start:
+        return cls(workload, committed, workload.without(committed.drawn))
+
+
+def start(
+    job: Job,
+    claim: Claim,
+    on_rows: OnRows,
+    reuse: Reuse,
+    tell: Callable[[str], None],
+    reading: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Start:
+    """Prepare the job and take up its output folder, whose manifest then says what the run is. Raises UsageError; `tell` is
+    given a sentence for the user where the folder holds results; `reading` is entered while the folder is as it was."""
+    folder = claim.folder
+    earlier = None if reuse.overwrite else find_run(folder, retry_errors=reuse.retry_errors)
+    clock = earlier.manifest.started if earlier else datetime.now().astimezone().isoformat(timespec="seconds")
+    scratch = folder.temporary / "input"
+    with reading_input(folder.path), reading():
+        scratch.mkdir()
+        compare = earlier.compare if earlier else None
+        workload = prepare(job, scratch, on_rows, compare=compare, kept=folder.input, clock=clock)
+        found = None if earlier is None else consistently(lambda: inspect(folder, earlier.manifest), folder.path)
+    with _refusing(folder):
+        manifest = _manifest(job, workload, clock)
+        if earlier is None or found is None:
+            started = _begin(job, claim, workload, manifest, tell, overwrite=reuse.overwrite)
+        else:
+            manifest = _continued(manifest, earlier.manifest, found.run)
+            started = _continue(job, claim, workload, manifest, earlier, found, reuse, tell)
+    for note in workload.notes:
+        tell(note)
+    if started.has_more and not workload.taken_over:
+        keep_input(workload.store, workload.origin, claim.files, scratch, folder.input)
+    if started.committed.samples:
+        tell(f"continuing: {started.committed.samples:,} of {workload.samples_total:,} samples are there already")
+    return started
+
+
+def _begin(
+    job: Job, claim: Claim, workload: Workload, manifest: Manifest, tell: Callable[[str], None], *, overwrite: bool
+) -> Start:
+    """A run of its own, in a folder that holds none or whose run is deleted."""
+    if overwrite:
+        _overwrite(claim, tell)
+    _write_start(job, claim, workload, manifest, ())
+    return Start.after(nothing_committed(workload.samples_of_row), workload)
+
+
+def _continue(
+    job: Job,
+    claim: Claim,
+    workload: Workload,
+    manifest: Manifest,
+    earlier: EarlierRun,
+    found: Inspection,
+    reuse: Reuse,
+    tell: Callable[[str], None],
+) -> Start:
+    """The earlier run. Its good files stay; those that are damaged are computed again where that was asked for."""
+    folder = claim.folder
+    refuse_faults(folder, earlier.manifest, found, repair=reuse.repair)
+    if reuse.repair and (bad := found.to_repair):
+        tell(f"--repair: computing again what {', '.join(bad)} held")
+        _record(claim, manifest, found.good)
+        claim.reopen()
+        remove_shards(claim, bad)
+    started = _find_samples(folder, workload, errors=not reuse.retry_errors)
+    if not reuse.repair:
+        refuse_unrecorded(folder, earlier.manifest, found)
+    if earlier.repaired and not reuse.retry_errors:
+        tell(f"error rows that are other rows now: {earlier.repaired:,}; --retry-errors runs them")
+    done = not started.has_more
+    if done and _is_complete(folder, earlier.manifest, found, manifest):
+        # Nothing in the folder changes, whatever happens from here on.
+        return replace(started, committed=replace(started.committed, shards=tuple(shard for shard, _ in found.good)))
+    _write_start(job, claim, workload, manifest, found.good, keep_summary=done and not reuse.retry_errors)
+    if reuse.retry_errors:
+        dropped = drop_errors(claim)
+        if dropped:
+            tell(f"running {dropped:,} error rows again")
+    misfits, names = list_misfits(folder, workload.output_schema)
+    if misfits:
+        told = ", ".join(names[:5]) + ", …" * (len(names) > 5)
+        tell(f"the rows make other columns than before ({told}): rewriting {len(misfits):,} files")
+        fit_columns(claim, misfits, workload.output_schema, workload.store.columns)
+    return _find_samples(folder, workload) if reuse.retry_errors or misfits else started
+
+
+def _is_complete(folder: OutputFolder, earlier: Manifest, found: Inspection, now: Manifest) -> bool:
+    """Whether the folder says so of this job, in files that are whole."""
+    same = (earlier.rows, earlier.samples) == (now.rows, now.samples)
+    whole = job_is_whole(folder, earlier) and (not earlier.run or RowDigests.read(folder.row_digests) is not None)
+    return found.sealed and same and whole
+
+
+def _write_start(
+    job: Job,
+    claim: Claim,
+    workload: Workload,
+    manifest: Manifest,
+    good: Collection[tuple[Shard, ListedFile]],
+    *,
+    keep_summary: bool = False,
+) -> None:
+    """Say in the folder what the run is. The record of commits comes before the marks of an earlier end go, which may be the
+    only one that there is."""
+    _record(claim, manifest, good)
+    claim.reopen(keep_summary=keep_summary)
+    # Once its error samples are out, a repaired row is known by these alone.
+    claim.write(claim.folder.row_digests, workload.store.digests.to_parquet())
+    write_manifest(claim, manifest, job.given())
+
+
+def _record(claim: Claim, manifest: Manifest, good: Collection[tuple[Shard, ListedFile]]) -> None:
+    """Begin the record of commits, in which the `good` shards stand."""
+    shards = [(shard, file.mark) for shard, file in good]
+    claim.begin(manifest.run, manifest.identity, shards, repair_command(claim.folder, manifest))
+
+
+def preview(job: Job, scratch: Path, *, absent_gpu: bool = False) -> Start:
+    """The same for a plan: reads what is there, changes nothing, needs no weights. Raises the same refusals, but for those of
+    the device where the plan is for a GPU that is not here."""
+    folder = OutputFolder(Path(job.output.path))
+    earlier = find_run(folder)
+    compare, clock = (earlier.compare, earlier.manifest.started) if earlier else (None, "")
+    workload = prepare(job, scratch, weights=False, compare=compare, clock=clock, absent_gpu=absent_gpu)
+    if earlier is None:
+        return Start.after(nothing_committed(workload.samples_of_row), workload)
+    found = consistently(lambda: inspect(folder, earlier.manifest), folder.path)
+    refuse_faults(folder, earlier.manifest, found)
+    started = consistently(lambda: _find_samples(folder, workload), folder.path)
+    refuse_unrecorded(folder, earlier.manifest, found)
+    return started
+
+
+def _find_samples(folder: OutputFolder, workload: Workload, *, errors: bool = True) -> Start:
+    committed = read_committed(folder, workload.samples_of_row, schema=workload.output_schema, errors=errors)
+    return Start.after(committed, workload)
+
+
+def find_run(folder: OutputFolder, *, retry_errors: bool = False) -> EarlierRun | None:
+    """The run in the folder, None where there is none. Raises OutputError where there are samples of which no manifest says
+    whose they are."""
+    manifest = read_manifest(folder)
+    if manifest is None and (shards := folder.shards()):
+        raise OutputError(
+            f"output.path {str(folder.path)!r} holds {len(shards)} file(s) of samples (data/{shards[0].path.name}) but no "
+            "manifest.json, so it is unknown which job they are of. Choose another output.path, or start afresh with "
+            "--overwrite."
+        )
+    return EarlierRun(folder, manifest, _versions(), retry_errors) if manifest else None
+
+
+@contextmanager
+def _refusing(folder: OutputFolder) -> Generator[None]:
+    """Where the folder cannot be written at the start nothing has been computed: the job is refused."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(folder.path, error) from error
+
+
+def _overwrite(claim: Claim, tell: Callable[[str], None]) -> None:
+    shards = claim.folder.shards()
+    if shards:
+        size = sum(shard.bytes for shard in shards)
+        tell(f"--overwrite: deleting {len(shards):,} files, {size:,} bytes, of the run in {claim.folder.path}")
+    claim.discard()
+
+
+def _versions() -> Versions:
+    return Versions(
+        tokabatch=__version__,
+        torch=torch.__version__,
+        transformers=version("transformers"),
+        python=platform.python_version(),
+        tokenizers=version("tokenizers"),
+        jinja2=version("jinja2"),
+    )
+
+
+def _manifest(job: Job, workload: Workload, started: str) -> Manifest:
+    return Manifest(
+        started=started,
+        working_folder=os.getcwd(),
+        model_path=str(workload.folder),
+        versions=_versions(),
+        rows=workload.store.num_rows,
+        samples=workload.samples_total,
+        job=job.model_copy(update={"generation": workload.generation}).to_dict(),
+        fingerprint=workload.fingerprint,
+        run=uuid.uuid4().hex,
+        fingerprint_sha256=settings_digest(workload.fingerprint),
+    )
+
+
+def _continued(manifest: Manifest, earlier: Manifest, recorded: str) -> Manifest:
+    """The manifest of a run that goes on; `recorded` is the run by its record of commits."""
+    if not earlier.run:
+        # Of a version that named no runs; a start that was cut short may have named it in the record already.
+        return replace(manifest, run=recorded or manifest.run)
+    return replace(manifest, run=earlier.run, fingerprint_sha256=earlier.fingerprint_sha256)

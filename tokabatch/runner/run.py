@@ -1,0 +1,430 @@
+"""One run, from the job to the report. Read `run` and you have read the architecture.
+
+job ─► start (rows, prompts, plan order; what is done already) ─► sizes ─► scheduler ⇄ executor ─► recorder (shards) ─► summary
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokabatch.attention import choose_backend
+from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
+from tokabatch.engine.heartbeat import Patience
+from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.warm_up import kinds_of_drawing
+from tokabatch.engine.worker import TraceSpec, WorkerSpec
+from tokabatch.errors import STOPS, CommitError, DamageError, Stopped, TokabatchError, UsageError
+from tokabatch.forecast.profile import SavedProfile
+from tokabatch.forecast.sizing import device_name, has_known_rates, price_steps, read_profile, size_replica
+from tokabatch.forecast.step_trace import Steps, tail_seconds
+from tokabatch.job import Job
+from tokabatch.output.existing_results import read_committed
+from tokabatch.output.folder import Claim
+from tokabatch.output.joining import join_small
+from tokabatch.output.manifest import Books, mark_success, read_summary, write_summary
+from tokabatch.output.shards import shard_number
+from tokabatch.output.steps import write_steps
+from tokabatch.report.progress import ExpendableProgress, NullProgress, Phase, Progress, ProgressSnapshot
+from tokabatch.report.summary import RunSummary
+from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.recorder import Recorder
+from tokabatch.runner.replica import Replica, Standing, scheduler_limits
+from tokabatch.runner.replica_process import Build, ReplicaProcess, can_fork
+from tokabatch.runner.resume import Reuse, Start, start
+from tokabatch.scheduling.counts import SchedulerCounts
+from tokabatch.scheduling.scheduler import Scheduler
+from tokabatch.scheduling.stopping import StopRules, TokenText
+from tokabatch.workload import Workload, special_ids
+
+EXIT_COMPLETE, EXIT_STALLED, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED = 0, 2, 3, 4, 75
+
+
+def run(
+    job: Job,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] | Interruption | None = None,
+    *,
+    overwrite: bool = False,
+    retry_errors: bool = False,
+    repair: bool = False,
+) -> RunSummary:
+    """Complete every row of the job's input and write the output folder; a run that the folder holds is continued.
+
+    `overwrite` deletes it instead; `retry_errors` runs its error rows again; `repair` computes again what damaged files held,
+    for which DamageError is raised otherwise. Raises UsageError before any weights load for a job that cannot work or is not
+    the one whose run the folder holds, EngineError when the engine breaks. `should_stop` is asked between steps, an
+    Interruption also breaks into waiting and loading; then what is finished is committed, and the summary has the exit code
+    130 or the Interruption's. Where the folder takes no more it is 75, or 2 when the start before had to end so, too, and
+    neither committed anything. While the input is still read there is nothing to commit: it ends in Stopped (a
+    KeyboardInterrupt) and leaves the folder as it was.
+    """
+    clock, reuse = _Clock(ExpendableProgress(progress or NullProgress())), Reuse(overwrite, retry_errors, repair)
+    stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
+    profile = read_profile(job)
+    with Claim(Path(job.output.path)) as claim, ExitStack() as workers:
+        stalled, stalled_before = False, not overwrite and bool(_earlier_summary(claim).get("stalled"))
+        started = start(job, claim, partial(_reading, clock, stop), reuse, clock.progress.message, stop.at_once)
+        workload, recorder = started.left, Recorder(job, started.left, claim, started.committed)
+        workers.callback(workload.store.close)
+        sizes = size_replica(job, workload, profile)
+        _tell_of_unknown_device(workload, profile, sizes, clock.progress)
+        replica = _make_replica(job, started, sizes, recorder, claim, stop, clock.progress)
+        # Closed last: what is finished is committed first, a GPU's process takes a second to end.
+        workers.callback(replica.close)
+        parts = _Parts(job, started, replica, recorder, clock, stop)
+        try:
+            exit_code = _record_failures(parts)
+            if exit_code == EXIT_COMPLETE and len(workload.requests):
+                exit_code = _generate(parts)
+                _check_trace(job, replica.standing().scheduled, clock.progress)
+            parts.show("writing")
+            with claim.committing():
+                books = _close_books(parts, claim)
+            # Stopped or not: where nothing is missing there is nothing to run again for.
+            exit_code = _judge(books, job) if books.closed else exit_code or EXIT_BOOKS
+        except CommitError as error:
+            clock.progress.message(str(error))
+            replica.stop()
+            with suppress(TokabatchError):
+                recorder.finish()
+            exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, workload.samples_of_row, names=claim.committed)
+            parts = replace(parts, recorder=Recorder(job, workload, claim, committed))
+            stalled = committed.samples == started.committed.samples
+            if stalled and stalled_before:
+                exit_code = EXIT_STALLED
+                clock.progress.message("the start before this one committed nothing, either: mend that before another")
+        except BaseException:
+            # Whatever it is: what is finished is on disk before the caller hears of it.
+            _commit_finished(parts)
+            raise
+        steps = replica.steps()
+        summary = _summary(parts, steps, profile, exit_code, stalled=stalled)
+        with suppress(OSError, CommitError):
+            # Where the disk is full, or another run writes, the summary goes to the caller alone.
+            claim.check_lock()
+            _write_record(claim, summary.to_dict(), steps)
+    return summary
+
+
+def _close_books(parts: _Parts, claim: Claim) -> Books:
+    """Commit the rest, and where nothing is missing join the small shards and mark the run as complete."""
+    shards, samples = parts.recorder.finish(), parts.started.left.samples_total
+    if claim.journal is not None and sum(shard.rows for shard in shards) == samples:
+        join_small(claim, parts.job.output.rows_per_shard, parts.stop.poll, parts.clock.progress.message)
+        shards = tuple(
+            sorted((shard for shard, _ in claim.journal.shards.values()), key=lambda shard: shard_number(shard.name))
+        )
+    return mark_success(claim, shards, samples)
+
+
+def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:
+    """Where nothing was left to do, the figures of the work are those of the start before."""
+    earlier = _earlier_summary(claim)
+    if earlier and not len(steps):
+        told = ("rows", "samples", "ok", "errors", "exit_code", "stalled")
+        write_summary(claim, {**earlier, **{name: summary[name] for name in told}})
+        return
+    write_summary(claim, summary)
+    if len(steps) or not claim.folder.steps():
+        write_steps(claim, steps.columns)
+
+
+def _earlier_summary(claim: Claim) -> dict[str, Any]:
+    """How the start before ended, as far as the folder says."""
+    try:
+        return read_summary(claim.folder)
+    except DamageError:
+        return {}
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Where the run stands in time, and the display of it."""
+
+    progress: Progress
+    begun: float = field(default_factory=time.perf_counter)
+    load_seconds: float = 0.0
+    shown_phase: Phase | None = None
+    next_show: float = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def loaded(self) -> None:
+        """The model is; what comes after the first time is not heard."""
+        self.load_seconds = self.load_seconds or self.elapsed
+
+    def reading(self, rows: int, errors: int) -> None:
+        self.progress.update(ProgressSnapshot("reading", self.elapsed, rows_done=rows, errors=errors))
+
+    def is_due(self, phase: Phase) -> bool:
+        """Whether the display takes a snapshot now: at each new phase, and as often as it can show one."""
+        if self.progress.interval is None:
+            return False
+        return phase != self.shown_phase or self.elapsed >= self.next_show
+
+    def shown(self, phase: Phase) -> None:
+        """The next snapshot is due after an interval from now: what making this one took does not count."""
+        self.shown_phase, self.next_show = phase, self.elapsed + (self.progress.interval or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a run is made of while it goes on."""
+
+    job: Job
+    started: Start
+    replica: Replica | ReplicaProcess
+    recorder: Recorder
+    clock: _Clock
+    stop: Interruption
+
+    def show(self, phase: Phase) -> None:
+        """Tell the display where the run stands, if that is due."""
+        if not self.clock.is_due(phase):
+            return
+        workload, standing = self.started.left, self.replica.standing(foresee=True)
+        counts = standing.scheduled
+        left = int(workload.num_samples.sum())
+        self.clock.progress.update(
+            ProgressSnapshot(
+                phase=phase,
+                elapsed=self.clock.elapsed,
+                rows_done=workload.store.num_rows - len(workload.requests) + counts.finished_prompts,
+                rows_total=workload.store.num_rows,
+                samples_done=workload.samples_total - left + counts.finished,
+                samples_total=workload.samples_total,
+                errors=self.recorder.num_errors,
+                tokens_in=counts.prompt_tokens,
+                tokens_out=counts.output_tokens,
+                kv_used=standing.kv_used,
+                running=standing.running,
+                waiting=standing.waiting,
+                tokens_left=standing.tokens_left,
+            )
+        )
+        self.clock.shown(phase)
+
+
+def _reading(clock: _Clock, stop: Interruption, rows: int, errors: int) -> None:
+    clock.reading(rows, errors)
+    stop.check()
+
+
+def _record_failures(parts: _Parts) -> int:
+    """The rows that never became prompts; the run's exit code so far. Where the job stops at an error, it is the first one."""
+    failures = parts.started.left.failures
+    if not failures or parts.job.errors.policy != "stop":
+        parts.recorder.fail(failures)
+        return EXIT_COMPLETE
+    first = failures[0]
+    parts.recorder.fail([first])
+    why = f"row {first.row_index} is an error row ({first.error.code}: {first.error.message})"
+    last = len(failures) == 1 and not len(parts.started.left.requests)
+    then = "It was the last one missing" if last else "Run the same command again to go on behind it"
+    parts.clock.progress.message(f"errors.policy is stop: {why}. {then}")
+    return EXIT_STOPPED
+
+
+def _commit_finished(parts: _Parts) -> None:
+    """Commit what is finished after an exception; where that fails, too, say so and let the first one be heard."""
+    try:
+        parts.recorder.finish()
+    except STOPS:
+        raise
+    except BaseException as error:
+        parts.clock.progress.message(f"the last finished samples are not committed and will be computed again: {error}")
+
+
+def _judge(books: Books, job: Job) -> int:
+    """The exit code of a run whose books close."""
+    return EXIT_ERRORS if books.errors > job.errors.max_fraction * books.samples else EXIT_COMPLETE
+
+
+def _generate(parts: _Parts) -> int:
+    """Record what the replica finishes until all is done, or the run is to stop; the run's exit code so far."""
+    recorder, unwritable = parts.recorder, parts.recorder.num_unwritable
+    parts.show("loading")
+    try:
+        for completions in parts.replica.run():
+            parts.clock.loaded()
+            recorder.add(completions)
+            parts.show("generating")
+            exit_code = parts.stop.poll()
+            failed = any(c.error_code is not None for c in completions) or recorder.num_unwritable > unwritable
+            if parts.job.errors.policy == "stop" and failed:
+                exit_code = exit_code or EXIT_STOPPED
+            if exit_code:
+                break
+        else:
+            return EXIT_COMPLETE
+    except Stopped as stopped:
+        exit_code = stopped.exit_code
+    recorder.add(parts.replica.stop())
+    return exit_code
+
+
+def _make_replica(
+    job: Job,
+    started: Start,
+    sizes: ReplicaSizes,
+    recorder: Recorder,
+    claim: Claim,
+    stop: Interruption,
+    progress: Progress,
+) -> Replica | ReplicaProcess:
+    """What does the steps: in this process where its worker is, else in one of its own."""
+    workload, stops = started.left, _stop_rules(started.left)
+    apart, depth, on_gpu = _runs_apart(job, workload), job.engine.queue_depth, workload.device == "cuda"
+    # Here and not in the replica's process, which is forked and cannot ask the GPU.
+    backend, obstacle = choose_backend(workload.device, workload.dtype, workload.spec.head_dim)
+    spec = _worker_spec(job, workload, sizes, backend)
+    patience = Patience.of(job.engine.hang_seconds)
+    make: Callable[[], Executor] = (
+        partial(ProcessExecutor, spec, patience=patience) if apart else partial(InProcessExecutor, spec)
+    )
+    build = partial(
+        Replica,
+        make=make,
+        depth=(2 if on_gpu else 1) if depth == "auto" else depth,
+        depth_of_few=3 if on_gpu and depth == "auto" else None,
+        max_restarts=job.engine.max_restarts if apart else None,
+        num_samples=int(workload.num_samples.sum()),
+    )
+
+    def rebuild(lost: Standing) -> Build:
+        """What is finished is read back from the folder, as by the next start of the run; the counts go on."""
+        recorder.finish()
+        committed = read_committed(claim.folder, workload.samples_of_row, names=claim.committed)
+        left = Start.after(committed, started.workload).left
+        scheduler = Scheduler(left.requests, scheduler_limits(sizes), stops)
+        scheduler.counts = replace(
+            lost.scheduled,
+            finished=int(workload.num_samples.sum() - left.num_samples.sum()),
+            finished_prompts=len(workload.requests) - len(left.requests),
+        )
+        return partial(build, scheduler)
+
+    first = partial(build, Scheduler(workload.requests, scheduler_limits(sizes), stops))
+    if obstacle and len(workload.requests):
+        progress.message(f"attention runs in plain torch, many times slower than FlashInfer's kernels: {obstacle}")
+    if apart and can_fork():
+        return ReplicaProcess(
+            first,
+            rebuild,
+            stop=stop,
+            tell=progress.message,
+            max_restarts=job.engine.max_restarts,
+            interval=progress.interval,
+            leave=claim.leave,
+        )
+    return first(stop=stop, tell=progress.message)
+
+
+def _runs_apart(job: Job, workload: Workload) -> bool:
+    """Whether the worker has a process of its own: on a GPU, or when the job asks for it."""
+    return workload.device == "cuda" if job.engine.process == "auto" else job.engine.process
+
+
+def _worker_spec(job: Job, workload: Workload, sizes: ReplicaSizes, backend: str) -> WorkerSpec:
+    return WorkerSpec(
+        folder=workload.folder,
+        files=workload.files,
+        spec=workload.spec,
+        dtype=workload.dtype,
+        device=workload.device,
+        backend=backend,
+        sizes=sizes,
+        fp8=job.model.quantization == "fp8",
+        kv_dtype=torch.float8_e4m3fn if job.engine.kv_cache_dtype == "fp8" else None,
+        draws=kinds_of_drawing(workload.requests.sampling),
+        trace=job.trace and TraceSpec(Path(job.trace.path), job.trace.start, job.trace.steps),
+    )
+
+
+def _tell_of_unknown_device(workload: Workload, profile: SavedProfile | None, sizes: ReplicaSizes, progress: Progress) -> None:
+    if profile is None and not has_known_rates(workload.device):
+        progress.message(
+            f"the rates of {device_name(workload.device)} are not known: steps take up to {sizes.max_step_tokens:,} tokens "
+            "whatever suits it, and its time is not predicted. Fit a profile to this run (`tokabatch profile`) and name it as "
+            "engine.profile"
+        )
+
+
+def _check_trace(job: Job, counts: SchedulerCounts, progress: Progress) -> None:
+    if job.trace and counts.steps < job.trace.start:
+        progress.message(
+            f"nothing was traced: the run had {counts.steps} steps, and trace.start is {job.trace.start}; write less"
+        )
+
+
+def _stop_rules(workload: Workload) -> StopRules:
+    tokenizer, sampling = workload.tokenizer, workload.requests.sampling
+    text = None
+    if any(params.stop for params in sampling):
+        text = TokenText(tokenizer.piece_texts(), tokenizer.decode_batch, special_ids(tokenizer), tokenizer.lone_bytes())
+    return StopRules(sampling, workload.eos_token_ids, workload.spec.vocab_size, text)
+
+
+def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_code: int, *, stalled: bool) -> RunSummary:
+    seconds, workload, recorder = parts.clock.elapsed, parts.started.left, parts.recorder
+    standing = parts.replica.standing()
+    counts, replica, limits = standing.scheduled, standing.counts, standing.limits
+    predicted = _predicted(workload, steps, profile)
+    return RunSummary(
+        rows=workload.store.num_rows,
+        samples=workload.samples_total,
+        ok=recorder.num_ok,
+        errors=recorder.num_errors,
+        prompt_tokens=counts.prompt_tokens,
+        cached_tokens=counts.cached_tokens,
+        cacheable_tokens=workload.sharing().saved_tokens,
+        prefilled_tokens=counts.prefilled_tokens,
+        output_tokens=counts.output_tokens,
+        seconds=seconds,
+        load_seconds=parts.clock.load_seconds,
+        steps=counts.steps,
+        output_path=str(parts.job.output.path),
+        exit_code=exit_code,
+        stalled=stalled,
+        earlier=parts.started.committed.samples,
+        preemptions=counts.preemptions,
+        recomputed_tokens=counts.recomputed_tokens,
+        waited_steps=counts.waited_steps,
+        max_running=limits.max_running,
+        max_step_tokens=limits.max_step_tokens,
+        host_seconds=replica.host_seconds,
+        restarts=tuple(sorted(replica.restarts.items())),
+        requeued=counts.requeued,
+        dropped_steps=replica.dropped_steps,
+        launch_seconds=replica.launch_seconds,
+        step_seconds=steps.seconds,
+        tail_seconds=tail_seconds(steps),
+        num_pages=limits.num_pages,
+        device=device_name(workload.device),
+        itemsize=workload.dtype.itemsize,
+        kv_use=steps.mean("pages") / limits.num_pages,
+        predicted_seconds=predicted[0] if predicted else None,
+        predicted_by=predicted[1] if predicted else "",
+        error_counts=tuple(sorted(recorder.error_counts.items())),
+        pass_at_k=recorder.pass_at_k(),
+        unverified=recorder.num_unverified,
+        unverified_reasons=recorder.unverified_reasons,
+    )
+
+
+def _predicted(workload: Workload, steps: Steps, profile: SavedProfile | None) -> tuple[float, str] | None:
+    """What a cost model says of the steps taken; None without steps, or on a device whose rates are not known."""
+    try:
+        return price_steps(workload, steps, profile) if len(steps) else None
+    except UsageError:
+        return None

@@ -1,0 +1,53 @@
+"""Times the steps of a run: for each the work it held, what ran and waited, and the wall-clock until its result was in.
+
+A step's seconds run from the previous result to its own, so that they add up to the run: what the host does in between counts,
+unless it was hidden behind a step in flight.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from tokabatch.forecast.step_trace import Steps, StepState, StepTrace
+from tokabatch.forecast.step_work import StepWork, measure_work
+from tokabatch.scheduling.contracts import StepBatch
+from tokabatch.scheduling.scheduler import Scheduler
+
+
+class Stopwatch:
+    """Told of every step handed to the device and of every result taken in, both in order."""
+
+    def __init__(self, num_samples: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._trace = StepTrace()
+        self._clock = clock
+        self._last = clock()
+        self._num_samples = num_samples
+        self._in_flight: deque[tuple[StepWork, int, int, int, int]] = deque()
+
+    def restart(self) -> None:
+        """The device begins anew: steps in flight are lost, and the time until now is no step's."""
+        self._in_flight.clear()
+        self._last = self._clock()
+
+    def submitted(self, step: StepBatch, scheduler: Scheduler) -> None:
+        """A step is on its way."""
+        running, waiting = scheduler.num_running, self.waiting(scheduler)
+        work = measure_work(step, scheduler.limits.page_size)
+        self._in_flight.append((work, running, waiting, scheduler.kv.pool.num_used, scheduler.kv.pool.num_pages))
+
+    def waiting(self, scheduler: Scheduler) -> int:
+        """Samples neither finished nor running."""
+        return max(0, self._num_samples - scheduler.counts.finished - scheduler.num_running)
+
+    def collected(self, num_finished: int) -> None:
+        """The oldest step's result was taken in."""
+        work, running, waiting, pages, capacity = self._in_flight.popleft()
+        now = self._clock()
+        self._trace.add(work, StepState(now - self._last, running, waiting, pages, capacity, num_finished))
+        self._last = now
+
+    def steps(self) -> Steps:
+        """All steps whose results are in."""
+        return self._trace.steps()

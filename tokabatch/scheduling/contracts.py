@@ -1,0 +1,243 @@
+"""What crosses a package boundary: one currency per hop, frozen, numpy arrays where there are many.
+
+This module knows no torch, no tokenizer and no file format. `planning` emits `Requests`, `scheduling` emits `StepBatch`
+and `Completion`, `engine` answers a `StepBatch` with a `StepResult`.
+
+Shape legend: R requests (prompts), T tokens of a step, Q runs of a step, S sampled runs of a step, A slots opened by a step,
+U page-table cells changed by a step, C pages copied by a step, G groups of one prefix level, K most likely tokens reported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from tokabatch.arrays import Bool, Float32, Int32, Int64
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one row's samples are drawn. `temperature` 0 is greedy; `top_k` 0 is off; `logprobs` None reports nothing, 0 the
+    chosen token's, k also the k most likely."""
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int = 0
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The samples that need not be drawn again, one flag a sample of the whole job: sample s of row r is at `start[r] + s`.
+    `start` has an entry for each row and one behind the last."""
+
+    start: Int64
+    flags: Bool
+
+    def counts(self) -> Int64:
+        """Such samples of each row, shape [rows]."""
+        return np.add.reduceat(self.flags, self.start[:-1], dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """The prompts of a run in plan order, a table of arrays. `tokens` may be memory-mapped and is never copied whole.
+
+    Prompt r is `tokens[start[r] : start[r] + length[r]]`. `lcp[r]` counts the leading tokens that prompt r shares with
+    prompt r - 1 of the same order (`lcp[0]` is 0). `params[r]` indexes `sampling`. `drawn` is None where nothing is drawn yet;
+    every prompt has at least one sample to draw. `span` narrows each prompt's samples to those from its first number up to its
+    second (shape [R] each); None is all of them.
+    """
+
+    row_index: Int64
+    tokens: Int32
+    start: Int64
+    length: Int32
+    lcp: Int32
+    params: Int32
+    sampling: tuple[SamplingParams, ...]
+    drawn: Drawn | None = None
+    span: tuple[Int32, Int32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.row_index)
+
+    def samples(self, request: int) -> Int32:
+        """The numbers of the samples to draw from one prompt, ascending."""
+        first, stop = 0, self.sampling[int(self.params[request])].n
+        if self.span is not None:
+            first, stop = int(self.span[0][request]), min(stop, int(self.span[1][request]))
+        if self.drawn is None:
+            return np.arange(first, stop, dtype=np.int32)
+        begin = int(self.drawn.start[self.row_index[request]])
+        return (np.flatnonzero(~self.drawn.flags[begin + first : begin + stop]) + first).astype(np.int32)
+
+    def num_samples(self) -> Int64:
+        """How many samples are to be drawn from each prompt, shape [R]."""
+        wanted = np.array([params.n for params in self.sampling], np.int64)[self.params]
+        if self.span is None:
+            return wanted if self.drawn is None else wanted - self.drawn.counts()[self.row_index]
+        if self.drawn is None:
+            return (np.minimum(self.span[1], wanted) - self.span[0]).astype(np.int64)
+        return np.array([len(self.samples(request)) for request in range(len(self))], np.int64)
+
+    def without(self, drawn: Drawn) -> Requests:
+        """The same prompts but for those of which nothing is left to draw."""
+        left = replace(self, drawn=drawn)
+        return left.take(np.flatnonzero(left.num_samples()))
+
+    def take(self, requests: Int32 | Int64) -> Requests:
+        """These prompts alone, ascending."""
+        # Between two that stay, the common prefix is the shortest of those in between.
+        lcp = self.lcp[:0]
+        if len(requests):
+            lcp = np.minimum.reduceat(self.lcp[: requests[-1] + 1], np.append(0, requests[:-1] + 1))
+        lcp[:1] = 0
+        return replace(
+            self,
+            row_index=self.row_index[requests],
+            start=self.start[requests],
+            length=self.length[requests],
+            lcp=lcp,
+            params=self.params[requests],
+            span=None if self.span is None else (self.span[0][requests], self.span[1][requests]),
+        )
+
+    def prompt(self, request: int) -> Int32:
+        """Token ids of one prompt, shape [length]."""
+        start = int(self.start[request])
+        return self.tokens[start : start + int(self.length[request])]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotInit:
+    """What the sampler must know of the sequences that a step admits, arrays of A. A slot keeps this until it is reused."""
+
+    slot: Int32
+    row: Int64
+    sample: Int32
+    seed: Int64
+    temperature: Float32
+    top_p: Float32
+    top_k: Int32
+    min_p: Float32
+    logprobs: Int32
+    """-1 where none are wanted, else how many alternatives besides the chosen token."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLevel:
+    """One Hydragen pass: G disjoint groups, each attending without a mask to full pages that its members share.
+
+    Group g covers the step's tokens `token_start[g] : token_stop[g]` and the pages
+    `page_table[slot[g], page_start[g] : page_stop[g]]`; `slot[g]` is any one member. Token ranges ascend.
+    """
+
+    token_start: Int32
+    token_stop: Int32
+    slot: Int32
+    page_start: Int32
+    page_stop: Int32
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One forward pass, decided. Fields apply in the order they stand: slots open, the page table changes, pages are cleared,
+    pages are copied, the runs are computed, each layer writing all its keys and values before it attends.
+
+    A run is consecutive positions of one slot; the runs lie one after another on the step's token axis, those that bring
+    their token ids from the host first (`num_prefill_runs`, `token_ids` of their lengths summed), then the decode runs:
+    one token each, the slot's last sampled token, which the worker holds. The position p of a slot lives in page
+    `page_table[slot, p // page_size]` at offset `p % page_size`.
+    """
+
+    index: int
+    inits: SlotInit
+    table_slot: Int32
+    table_column: Int32
+    table_page: Int32
+    clear_pages: Int32
+    """Pages to set to zero: their last owner left values that are not finite."""
+    copy_src: Int32
+    copy_dst: Int32
+    num_prefill_runs: int
+    run_slot: Int32
+    run_start: Int32
+    run_length: Int32
+    run_samples: Bool
+    """True where the run ends at the slot's last known token, so that the next one is drawn."""
+    run_skip: Int32
+    """Leading pages of the run's slot that `prefix_levels` cover; the run's own causal pass begins after them."""
+    token_ids: Int32
+    prefix_levels: tuple[PrefixLevel, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.run_length.sum())
+
+    def positions(self) -> Int64:
+        """Position in its slot of each of the step's tokens, shape [T]."""
+        first = np.cumsum(self.run_length) - self.run_length
+        return np.arange(self.num_tokens) + np.repeat(self.run_start - first, self.run_length)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step sampled, arrays of S in the order of the runs with `run_samples`.
+
+    `logprob` is the natural logarithm under the unmodified model distribution (temperature 1, no filter); it is NaN where the
+    slot asked for none. `top_ids` and `top_logprobs` have shape [S, K], K the largest number asked for in the step (0: none).
+    """
+
+    index: int
+    token: Int32
+    finite: Bool
+    """False where the logits held NaN or no finite value; the token is then meaningless."""
+    logprob: Float32
+    top_ids: Int32
+    top_logprobs: Float32
+    launch_seconds: float = 0.0
+    """CPU time that launching the step took on the worker's side."""
+
+    @classmethod
+    def of_tokens(cls, index: int, token: Int32) -> StepResult:
+        """A result without log-probabilities, all of it finite: what a stand-in for the device answers."""
+        count = len(token)
+        return cls(
+            index=index,
+            token=token,
+            finite=np.ones(count, np.bool_),
+            logprob=np.full(count, np.nan, np.float32),
+            top_ids=np.zeros((count, 0), np.int32),
+            top_logprobs=np.zeros((count, 0), np.float32),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished sample. `token_ids` holds everything sampled, the stop token or the tokens of the stop string included."""
+
+    row_index: int
+    sample_index: int
+    token_ids: Int32
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    """The stop string or stop token id that ended it; None at the length limit."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    logprobs: Float32 | None = None
+    top_ids: Int32 | None = None
+    top_logprobs: Float32 | None = None
+    error_code: str | None = None
+    error_message: str | None = None
