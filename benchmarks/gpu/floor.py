@@ -1,4 +1,4 @@
-"""The least time of a workload: its work counted, priced by the repository's one roofline formula (`tokabatch.costs`).
+"""The least time of a workload: its work counted, priced by the repository's one roofline formula (`tokabatch.forecast`).
 
 Counts are those of an ideal run: every shared prompt token computed once, then the running limit full until the last sample
 ends. With Hydragen a shared prefix is read once a step for its group; without it by every sample.

@@ -289,7 +289,7 @@ def test_an_export_that_is_stopped_leaves_nothing_for_long(number: int, go: Go, 
         (
             "import sys, time",
             "from tokabatch.cli import main",
-            "from tokabatch.data import export",
+            "from tokabatch.output import export",
             "export._deal = lambda *_: (print('.', flush=True), time.sleep(60))",
             f"sys.argv[1:] = {['export', str(out), '--to', str(target)]!r}",
             "main()",

@@ -215,7 +215,7 @@ def test_memory_does_not_grow_with_the_output(tmp_path: Path, monkeypatch: pytes
     write_output(tmp_path / "out", shuffled_keys(num_rows, 1), blob, rows_per_shard=500)
     # Not ru_maxrss: it survives exec, so a child would report this process's peak.
     program = (
-        "import re, sys; from pathlib import Path; from tokabatch.data import export as e\n"
+        "import re, sys; from pathlib import Path; from tokabatch.output import export as e\n"
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "e._BUCKET_BYTES = 4 << 20\n"
         "before = peak()\n"

@@ -71,7 +71,7 @@ class Reuse:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """`prepared` is the whole job, `committed` what is done of it, `left` what is left to do."""
+    """`workload` is the whole job, `committed` what is done of it, `left` what is left to do."""
 
     workload: Workload
     committed: Committed

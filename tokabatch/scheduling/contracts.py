@@ -1,6 +1,6 @@
 """What crosses a package boundary: one currency per hop, frozen, numpy arrays where there are many.
 
-This module knows no torch, no tokenizer and no file format. `planning` emits `Requests`, `scheduling` emits `StepBatch`
+This module knows no torch, no tokenizer and no file format. `input` emits `Requests`, `scheduling` emits `StepBatch`
 and `Completion`, `engine` answers a `StepBatch` with a `StepResult`.
 
 Shape legend: R requests (prompts), T tokens of a step, Q runs of a step, S sampled runs of a step, A slots opened by a step,
