@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from tokabatch.engine.executor import InProcessExecutor
 from tokabatch.input import row_digests
 from tokabatch.output import shards
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
-from tokabatch.runner import run as runner
+from tokabatch.runner import make_replica
 from tokabatch.storage import atomic_files as durable
 from tokabatch.storage.atomic_files import DurableFiles
 
@@ -113,7 +114,7 @@ def write_rows(path: Path, count: int) -> None:
 def work(rows: Path, out: Path, max_tokens: int, durable_run: bool) -> None:
     """The process that is killed: runs the job, and tells at the end what it took."""
     script = quickstart_script(slots=2048)
-    runner._make_executor = lambda job, workload, sizes: InProcessExecutor((script, sizes), build_worker)
+    make_replica.executor_maker = lambda job, workload, sizes, tell: partial(InProcessExecutor, (script, sizes), build_worker)
     phases = Phases()
     seam = "tokabatch.output.folder"
     sys.modules[seam].DurableFiles = TimedFiles if durable_run else PlainFiles

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from benchmarks.scripted_engine import QUICKSTART, build_worker, quickstart_script
 from tokabatch import Job, run
 from tokabatch.engine.executor import InProcessExecutor
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
-from tokabatch.runner import run as runner
+from tokabatch.runner import make_replica
 
 STEPS = 3
 WORDS = "the quick brown fox jumps over a lazy dog while many other animals watch and wonder".split()
@@ -50,7 +51,7 @@ def write_rows(path: Path, rows: int, words: int) -> None:
 def work(rows: Path, out: Path, begun: float) -> None:
     """One start, stopped after a few steps; prints the seconds since `begun` at which each phase began."""
     script = quickstart_script(slots=2048)
-    runner._make_executor = lambda job, workload, sizes: InProcessExecutor((script, sizes), build_worker)
+    make_replica.executor_maker = lambda job, workload, sizes, tell: partial(InProcessExecutor, (script, sizes), build_worker)
     job = Job.load(
         {
             "model": {"path": str(QUICKSTART), "dtype": "float32"},

@@ -20,7 +20,7 @@ from benchmarks.scripted_engine import QUICKSTART, build_worker, quickstart_scri
 from tokabatch import Job, run
 from tokabatch.engine.executor import InProcessExecutor
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
-from tokabatch.runner import run as runner
+from tokabatch.runner import make_replica
 
 SLOTS, STEPS = 8, 3
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=12_000)
     given = parser.parse_args()
     script = quickstart_script(slots=SLOTS)
-    runner._executors = lambda job, workload, sizes, progress: partial(InProcessExecutor, (script, sizes), build_worker)
+    make_replica.executor_maker = lambda job, workload, sizes, tell: partial(InProcessExecutor, (script, sizes), build_worker)
     with tempfile.TemporaryDirectory(prefix="tokabatch-starts-") as folder:
         rows, out = Path(folder) / "rows.jsonl", Path(folder) / "out"
         write_rows(rows, given.rows, 20)

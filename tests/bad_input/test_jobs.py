@@ -30,8 +30,8 @@ def never(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize("command", [run, plan], ids=["run", "plan"])
 @pytest.mark.parametrize("bad", BAD_JOBS, ids=lambda bad: bad.name)
 def test_refused(bad, command, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("tokabatch.runner.run.ProcessExecutor", never)
-    monkeypatch.setattr("tokabatch.runner.run.InProcessExecutor", never)
+    monkeypatch.setattr("tokabatch.runner.make_replica.ProcessExecutor", never)
+    monkeypatch.setattr("tokabatch.runner.make_replica.InProcessExecutor", never)
     shutil.copytree(model, tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"id": i, "prompt": f"row {i}"}) + "\n" for i in range(3)))
     base: dict[str, Any] = {

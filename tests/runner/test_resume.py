@@ -30,8 +30,8 @@ from tokabatch.output import existing_results as committed
 from tokabatch.output.export import export
 from tokabatch.output.integrity import verify
 from tokabatch.report.progress import NullProgress
+from tokabatch.runner import make_replica
 from tokabatch.runner import resume as resumption
-from tokabatch.runner import run as runner
 
 ROWS = [{"question": f"What is {i}+{i * 7 % 5}?", "answer": str(i + i * 7 % 5)} for i in range(10)]
 N = 3
@@ -140,7 +140,7 @@ def test_a_finished_run_computes_nothing_again(some_are_right, go, tmp_path, who
         raise AssertionError("the engine was started")
 
     first = go()
-    monkeypatch.setattr("tokabatch.runner.run._make_executor", refuse)
+    monkeypatch.setattr("tokabatch.runner.make_replica.executor_maker", lambda *_: refuse)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").iterdir()}
     summary = go()
     assert (summary.exit_code, summary.ok, summary.earlier, summary.output_tokens) == (0, 30, 30, 0)
@@ -318,7 +318,7 @@ def test_overwrite_keeps_the_results_of_a_job_that_cannot_work(go, tmp_path):
 
 
 def test_retry_errors_runs_error_rows_again_and_only_those(go, tmp_path, whole, monkeypatch):
-    real = runner._make_executor
+    real = make_replica.executor_maker
 
     class Spoiling:
         """An engine whose logits are broken in some steps."""
@@ -336,7 +336,7 @@ def test_retry_errors_runs_error_rows_again_and_only_those(go, tmp_path, whole, 
                 result.finite[: len(result.finite) // 2] = False
             return result
 
-    monkeypatch.setattr(runner, "_make_executor", lambda *given: Spoiling(real(*given)))
+    monkeypatch.setattr(make_replica, "executor_maker", lambda *given: lambda: Spoiling(real(*given)()))
     spoilt = go()
     assert spoilt.errors > 2 and dict(spoilt.error_counts) == {"nan_logits": spoilt.errors}
     monkeypatch.undo()

@@ -264,7 +264,9 @@ class Counter(NullProgress):
 
 def test_a_display_gets_what_it_can_show_and_one_that_shows_nothing_costs_nothing(model, rows, tmp_path, monkeypatch):
     asked: list[int] = []
-    monkeypatch.setattr("tokabatch.runner.run.Scheduler.expected_tokens_left", lambda self, waiting: asked.append(waiting) or 1)
+    monkeypatch.setattr(
+        "tokabatch.runner.make_replica.Scheduler.expected_tokens_left", lambda self, waiting: asked.append(waiting) or 1
+    )
     often, seldom = Counter(0.0), Counter(3600.0)
     run(job(model, rows, tmp_path / "often"), often)
     run(job(model, rows, tmp_path / "seldom"), seldom)

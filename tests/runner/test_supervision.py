@@ -107,7 +107,7 @@ class Killer(NullProgress):
 def watched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hangs are noticed soon."""
     monkeypatch.setattr("tokabatch.engine.heartbeat.WARMING_STEPS", 1)
-    monkeypatch.setattr("tokabatch.runner.run.Patience.of", lambda seconds: Patience(seconds, 60.0, seconds, 60.0))
+    monkeypatch.setattr("tokabatch.runner.make_replica.Patience.of", lambda seconds: Patience(seconds, 60.0, seconds, 60.0))
 
 
 def test_kills_at_random_moments_change_nothing(model, rows, tmp_path, watched):
@@ -171,7 +171,7 @@ def test_a_run_on_a_gpu(model, rows, tmp_path):
 def test_a_poison_row_costs_its_own_samples(model, tmp_path, monkeypatch):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"question": q}) + "\n" for q in ("a", "b", "kills", "c")))
-    monkeypatch.setattr("tokabatch.runner.run.ProcessExecutor", partial(ProcessExecutor, build=poisoned_worker.build))
+    monkeypatch.setattr("tokabatch.runner.make_replica.ProcessExecutor", partial(ProcessExecutor, build=poisoned_worker.build))
     summary = run(job(model, file, tmp_path / "out", generation={"n": 2, "max_tokens": 8}, errors={"max_fraction": 0.5}))
     assert (summary.exit_code, summary.ok, summary.errors) == (0, 6, 2)
     assert dict(summary.error_counts) == {"worker_crash": 2}

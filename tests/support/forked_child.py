@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,23 +28,22 @@ from tokabatch.input.tokenizer_files import load_tokenizer
 from tokabatch.job import ModelConfig
 from tokabatch.output import folder
 from tokabatch.report.progress import NullProgress
-from tokabatch.runner import recorder
-from tokabatch.runner import run as runner
+from tokabatch.runner import make_replica, recorder
 from tokabatch.workload import Workload
 
 STEP_SECONDS = 0.002
 BATCH_SAMPLES = 4
 
 
-def _make_within(script: Script, job: Job, workload: Workload, sizes: ReplicaSizes) -> Executor:
-    return InProcessExecutor((script, sizes), build_worker)
+def _make_within(script: Script, job: Job, workload: Workload, sizes: ReplicaSizes, tell: object) -> Callable[[], Executor]:
+    return partial(InProcessExecutor, (script, sizes), build_worker)
 
 
-def _make_apart(script: Script, job: Job, workload: Workload, sizes: ReplicaSizes) -> Executor:
+def _make_apart(script: Script, job: Job, workload: Workload, sizes: ReplicaSizes, tell: object) -> Callable[[], Executor]:
     """The worker in a process of its own: forked, as nothing here has threads or a GPU and importing takes seconds."""
     fork = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method=None: fork
-    return ProcessExecutor((script, sizes), build_worker)
+    return partial(ProcessExecutor, (script, sizes), build_worker)
 
 
 class PowerCut(BaseException):
@@ -64,7 +64,7 @@ class Child:
     def run(self, request: dict[str, Any], told: int) -> int:
         """The exit code, as `tokabatch run` would have it; `told` is a descriptor for what there is to tell."""
         script = quickstart_script(slots=64, step_seconds=request.get("step_seconds", STEP_SECONDS))
-        runner._make_executor = partial(_make_apart if request.get("apart") else _make_within, script)
+        make_replica.executor_maker = partial(_make_apart if request.get("apart") else _make_within, script)
         recorder.BATCH_SAMPLES = BATCH_SAMPLES
         if request.get("mutant"):
             mutants.MUTANTS[request["mutant"]]()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from tokabatch.engine.executor import Executor, InProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.forecast import sizing as pricing
 from tokabatch.report.summary import RunSummary
-from tokabatch.runner import run as runner
+from tokabatch.runner import make_replica
 from tokabatch.workload import Workload
 
 MAX_TOKENS = 6
@@ -30,12 +31,12 @@ def scripted_engine(script: Script | None = None) -> Generator[Script]:
     """Inside, every run's engine is the scripted one."""
     script = script or quickstart_script(slots=64)
 
-    def make_executor(job: Job, workload: Workload, sizes: ReplicaSizes) -> Executor:
-        return InProcessExecutor((script, sizes), build_worker)
+    def maker(job: Job, workload: Workload, sizes: ReplicaSizes, tell: object) -> Callable[[], Executor]:
+        return partial(InProcessExecutor, (script, sizes), build_worker)
 
     measured = pricing.present_device("cpu")
     with (
-        mock.patch.object(runner, "_make_executor", make_executor),
+        mock.patch.object(make_replica, "executor_maker", maker),
         mock.patch.object(pricing, "measure_processor", lambda memory: replace(measured, memory=memory)),
     ):
         yield script

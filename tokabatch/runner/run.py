@@ -13,14 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tokabatch.attention import choose_backend
-from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
-from tokabatch.engine.heartbeat import Patience
 from tokabatch.engine.sizing import ReplicaSizes
-from tokabatch.engine.warm_up import kinds_of_drawing
-from tokabatch.engine.worker import TraceSpec, WorkerSpec
 from tokabatch.errors import STOPS, CommitError, DamageError, Stopped, TokabatchError, UsageError
 from tokabatch.forecast.profile import SavedProfile
 from tokabatch.forecast.sizing import device_name, has_known_rates, price_steps, read_profile, size_replica
@@ -35,14 +28,13 @@ from tokabatch.output.steps import write_steps
 from tokabatch.report.progress import ExpendableProgress, NullProgress, Phase, Progress, ProgressSnapshot
 from tokabatch.report.summary import RunSummary
 from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.make_replica import make_replica
 from tokabatch.runner.recorder import Recorder
-from tokabatch.runner.replica import Replica, Standing, scheduler_limits
-from tokabatch.runner.replica_process import Build, ReplicaProcess, can_fork
+from tokabatch.runner.replica import Replica
+from tokabatch.runner.replica_process import ReplicaProcess
 from tokabatch.runner.resume import Reuse, Start, start
 from tokabatch.scheduling.counts import SchedulerCounts
-from tokabatch.scheduling.scheduler import Scheduler
-from tokabatch.scheduling.stopping import StopRules, TokenText
-from tokabatch.workload import Workload, special_ids
+from tokabatch.workload import Workload
 
 EXIT_COMPLETE, EXIT_STALLED, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED = 0, 2, 3, 4, 75
 
@@ -76,7 +68,7 @@ def run(
         workers.callback(workload.store.close)
         sizes = size_replica(job, workload, profile)
         _tell_of_unknown_device(workload, profile, sizes, clock.progress)
-        replica = _make_replica(job, started, sizes, recorder, claim, stop, clock.progress)
+        replica = make_replica(job, started, sizes, recorder, claim, stop, clock.progress)
         # Closed last: what is finished is committed first, a GPU's process takes a second to end.
         workers.callback(replica.close)
         parts = _Parts(job, started, replica, recorder, clock, stop)
@@ -273,84 +265,6 @@ def _generate(parts: _Parts) -> int:
     return exit_code
 
 
-def _make_replica(
-    job: Job,
-    started: Start,
-    sizes: ReplicaSizes,
-    recorder: Recorder,
-    claim: Claim,
-    stop: Interruption,
-    progress: Progress,
-) -> Replica | ReplicaProcess:
-    """What does the steps: in this process where its worker is, else in one of its own."""
-    workload, stops = started.left, _stop_rules(started.left)
-    apart, depth, on_gpu = _runs_apart(job, workload), job.engine.queue_depth, workload.device == "cuda"
-    # Here and not in the replica's process, which is forked and cannot ask the GPU.
-    backend, obstacle = choose_backend(workload.device, workload.dtype, workload.spec.head_dim)
-    spec = _worker_spec(job, workload, sizes, backend)
-    patience = Patience.of(job.engine.hang_seconds)
-    make: Callable[[], Executor] = (
-        partial(ProcessExecutor, spec, patience=patience) if apart else partial(InProcessExecutor, spec)
-    )
-    build = partial(
-        Replica,
-        make=make,
-        depth=(2 if on_gpu else 1) if depth == "auto" else depth,
-        depth_of_few=3 if on_gpu and depth == "auto" else None,
-        max_restarts=job.engine.max_restarts if apart else None,
-        num_samples=int(workload.num_samples.sum()),
-    )
-
-    def rebuild(lost: Standing) -> Build:
-        """What is finished is read back from the folder, as by the next start of the run; the counts go on."""
-        recorder.finish()
-        committed = read_committed(claim.folder, workload.samples_of_row, names=claim.committed)
-        left = Start.after(committed, started.workload).left
-        scheduler = Scheduler(left.requests, scheduler_limits(sizes), stops)
-        scheduler.counts = replace(
-            lost.scheduled,
-            finished=int(workload.num_samples.sum() - left.num_samples.sum()),
-            finished_prompts=len(workload.requests) - len(left.requests),
-        )
-        return partial(build, scheduler)
-
-    first = partial(build, Scheduler(workload.requests, scheduler_limits(sizes), stops))
-    if obstacle and len(workload.requests):
-        progress.message(f"attention runs in plain torch, many times slower than FlashInfer's kernels: {obstacle}")
-    if apart and can_fork():
-        return ReplicaProcess(
-            first,
-            rebuild,
-            stop=stop,
-            tell=progress.message,
-            max_restarts=job.engine.max_restarts,
-            interval=progress.interval,
-            leave=claim.leave,
-        )
-    return first(stop=stop, tell=progress.message)
-
-
-def _runs_apart(job: Job, workload: Workload) -> bool:
-    """Whether the worker has a process of its own: on a GPU, or when the job asks for it."""
-    return workload.device == "cuda" if job.engine.process == "auto" else job.engine.process
-
-
-def _worker_spec(job: Job, workload: Workload, sizes: ReplicaSizes, backend: str) -> WorkerSpec:
-    return WorkerSpec(
-        folder=workload.folder,
-        files=workload.files,
-        spec=workload.spec,
-        dtype=workload.dtype,
-        device=workload.device,
-        backend=backend,
-        sizes=sizes,
-        fp8=job.model.quantization == "fp8",
-        kv_dtype=torch.float8_e4m3fn if job.engine.kv_cache_dtype == "fp8" else None,
-        draws=kinds_of_drawing(workload.requests.sampling),
-        trace=job.trace and TraceSpec(Path(job.trace.path), job.trace.start, job.trace.steps),
-    )
-
-
 def _tell_of_unknown_device(workload: Workload, profile: SavedProfile | None, sizes: ReplicaSizes, progress: Progress) -> None:
     if profile is None and not has_known_rates(workload.device):
         progress.message(
@@ -365,14 +279,6 @@ def _check_trace(job: Job, counts: SchedulerCounts, progress: Progress) -> None:
         progress.message(
             f"nothing was traced: the run had {counts.steps} steps, and trace.start is {job.trace.start}; write less"
         )
-
-
-def _stop_rules(workload: Workload) -> StopRules:
-    tokenizer, sampling = workload.tokenizer, workload.requests.sampling
-    text = None
-    if any(params.stop for params in sampling):
-        text = TokenText(tokenizer.piece_texts(), tokenizer.decode_batch, special_ids(tokenizer), tokenizer.lone_bytes())
-    return StopRules(sampling, workload.eos_token_ids, workload.spec.vocab_size, text)
 
 
 def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_code: int, *, stalled: bool) -> RunSummary:
