@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokabatch.arrays import Bool, Int32, Int64
-from tokabatch.forecast.assumed_lengths import Drawn, Lengths, lognormal, uniform
+from tokabatch.forecast.assumed_lengths import DrawnLengths, Lengths, lognormal, uniform
 from tokabatch.forecast.roofline import H200, Roofline
 from tokabatch.forecast.simulate import Simulation, simulate
 from tokabatch.model.spec import ModelSpec, RopeSpec
@@ -61,8 +61,8 @@ class Trace:
 class Grouped:
     """Each prompt has a typical length of its own, log-normal over prompts; its samples spread around that."""
 
-    between: Drawn
-    within: Drawn
+    between: DrawnLengths
+    within: DrawnLengths
     """Of mean 1,000: in thousandths of the typical length."""
 
     def __call__(self, row: Int64, sample: Int32) -> Int32:
@@ -74,7 +74,7 @@ class Grouped:
 class Bimodal:
     """A share of the samples never stops; the others are short."""
 
-    short: Drawn
+    short: DrawnLengths
     endless: float
 
     def __call__(self, row: Int64, sample: Int32) -> Int32:
@@ -82,10 +82,10 @@ class Bimodal:
         return np.where(never, np.iinfo(np.int32).max, self.short(row, sample)).astype(np.int32)
 
 
-def pareto(scale: float, shape: float) -> Drawn:
+def pareto(scale: float, shape: float) -> DrawnLengths:
     """Heavy-tailed lengths: Pareto of the second kind."""
     chance = np.linspace(0, 1, 200_001)[:-1]
-    return Drawn(np.append(scale * ((1 - chance) ** (-1 / shape) - 1), scale * (200_000 ** (1 / shape) - 1)))
+    return DrawnLengths(np.append(scale * ((1 - chance) ** (-1 / shape) - 1), scale * (200_000 ** (1 / shape) - 1)))
 
 
 def traces(scale: float) -> list[Trace]:

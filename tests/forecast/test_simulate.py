@@ -7,7 +7,7 @@ import pytest
 from forecast.test_roofline import LLAMA_1B
 from support import token_device as device
 
-from tokabatch.forecast.assumed_lengths import Drawn, Unstopped, lognormal, observed
+from tokabatch.forecast.assumed_lengths import DrawnLengths, Unstopped, lognormal, observed
 from tokabatch.forecast.roofline import H200, Roofline
 from tokabatch.forecast.simulate import simulate
 from tokabatch.scheduling.contracts import SamplingParams
@@ -51,7 +51,7 @@ def test_the_steps_are_those_of_a_run_with_the_same_lengths():
 def test_stop_strings_and_logprobs_of_the_job_do_not_matter():
     requests = device.make_requests([[1, 2], [3]], [SamplingParams(n=2, max_tokens=9, stop=("x",), logprobs=2)])
     limits = SchedulerLimits(4, 60, 4, 60, 8, None)
-    assert simulate(requests, limits, COST, Drawn(np.array([5.0]))).counts.output_tokens == 4 * 5
+    assert simulate(requests, limits, COST, DrawnLengths(np.array([5.0]))).counts.output_tokens == 4 * 5
     assert simulate(requests, limits, COST, Unstopped()).counts.output_tokens == 4 * 9
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tokabatch.report.page import PassBand, RunRecord, render_page
+from tokabatch.report.page import PassCurve, RunRecord, render_page
 
 STEPS = {
     name: np.linspace(1, 50, 60)
@@ -39,7 +39,7 @@ RUN = RunRecord(
     lengths=np.arange(1, 19, dtype=np.int32),
     summary=SUMMARY,
     steps=STEPS,
-    pass_band=PassBand((1, 2), (0.4, 0.6), (0.3, 0.5), (0.5, 0.7)),
+    pass_band=PassCurve((1, 2), (0.4, 0.6), (0.3, 0.5), (0.5, 0.7)),
 )
 
 
@@ -72,4 +72,4 @@ def test_what_is_missing_is_left_out(missing):
 
 def test_one_step_and_one_problem_draw_too():
     steps = {name: values[:2] for name, values in STEPS.items()}
-    assert "Throughput" in render_page(replace(RUN, steps=steps, pass_band=PassBand((1,), (1.0,), (0.0,), (1.0,))))
+    assert "Throughput" in render_page(replace(RUN, steps=steps, pass_band=PassCurve((1,), (1.0,), (0.0,), (1.0,))))

@@ -28,7 +28,7 @@ class Unstopped:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class DrawnLengths:
     """Lengths of a distribution given by `quantiles`: the values at evenly spaced chances from 0 to 1, interpolated."""
 
     quantiles: Float64
@@ -40,16 +40,16 @@ class Drawn:
         return np.maximum(np.rint(np.interp(chance, grid, self.quantiles)), 1).astype(np.int32)
 
 
-def lognormal(mean: float, sigma: float, seed: int = 0) -> Drawn:
+def lognormal(mean: float, sigma: float, seed: int = 0) -> DrawnLengths:
     """Log-normal lengths of this mean; `sigma` is the standard deviation of their logarithm."""
     normal = np.sort(np.random.default_rng(0).standard_normal(100_001))
     values = np.exp(sigma * normal)
-    return Drawn(values * (mean / values.mean()), seed)
+    return DrawnLengths(values * (mean / values.mean()), seed)
 
 
-def observed(lengths: Int32, seed: int = 0) -> Drawn:
+def observed(lengths: Int32, seed: int = 0) -> DrawnLengths:
     """Lengths distributed as those of an earlier run."""
-    return Drawn(np.quantile(lengths, np.linspace(0.0, 1.0, min(len(lengths), 100_001))), seed)
+    return DrawnLengths(np.quantile(lengths, np.linspace(0.0, 1.0, min(len(lengths), 100_001))), seed)
 
 
 def uniform(row: Int64, sample: Int32, seed: int) -> Float64:

@@ -29,7 +29,7 @@ svg{width:100%;height:auto}.bad{color:#b42318}
 
 
 @dataclass(frozen=True, slots=True)
-class PassBand:
+class PassCurve:
     """pass@k at each k with the bounds of its 95 % confidence band."""
 
     ks: tuple[int, ...]
@@ -52,7 +52,7 @@ class RunRecord:
     lengths: npt.NDArray[np.int32]
     summary: Mapping[str, Any]
     steps: Mapping[str, Float64]
-    pass_band: PassBand | None
+    pass_band: PassCurve | None
 
 
 def render_page(run: RunRecord) -> str:
@@ -133,10 +133,13 @@ def _step_figures(steps: Mapping[str, Float64]) -> list[tuple[str, str, str]]:
     edges, means = _thin(steps, ("running", "waiting", "pages", "capacity"))
     rates = _rates(steps, edges)
     total = float(steps["seconds"].sum())
-    output, prefill = plots.Line("output", rates["sampled"], filled=True), plots.Line("prefill", rates["prefill"], plots.SECOND)
+    output, prefill = (
+        plots.Curve("output", rates["sampled"], filled=True),
+        plots.Curve("prefill", rates["prefill"], plots.SECOND),
+    )
     drawn = plots.over_time(edges, [output, prefill], "tokens a second")
-    running = [plots.Line("running", means["running"], filled=True), plots.Line("waiting", means["waiting"], plots.SECOND)]
-    kv = [plots.Line("in use", means["pages"] / np.maximum(means["capacity"], 1), filled=True)]
+    running = [plots.Curve("running", means["running"], filled=True), plots.Curve("waiting", means["waiting"], plots.SECOND)]
+    kv = [plots.Curve("in use", means["pages"] / np.maximum(means["capacity"], 1), filled=True)]
     return [
         ("Throughput", f"{len(steps['seconds']):,} steps in {seconds_text(total)}", drawn),
         ("KV cache in use", f"of {steps['capacity'].max():,.0f} pages", plots.over_time(edges, kv, "share of pages", 1.0)),

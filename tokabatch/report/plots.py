@@ -36,7 +36,7 @@ _STYLE: dict[Any, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class Curve:
     """One curve over time; `filled` down to zero."""
 
     label: str
@@ -45,19 +45,19 @@ class Line:
     filled: bool = False
 
 
-def over_time(seconds: Float64, lines: Sequence[Line], unit: str, top: float | None = None) -> str:
+def over_time(seconds: Float64, curves: Sequence[Curve], unit: str, top: float | None = None) -> str:
     """Curves over seconds since the first step; `top` fixes the axis, such as 1 for shares."""
     figure, axes = _open()
     scale, name = (1.0, "seconds") if seconds[-1] < 300 else (60.0, "minutes") if seconds[-1] < 18_000 else (3600.0, "hours")
-    for line in lines:
-        if line.filled:
-            axes.fill_between(seconds / scale, line.values, color=line.color, alpha=0.25, linewidth=0)
-        axes.plot(seconds / scale, line.values, color=line.color, linewidth=1.4, label=line.label)
+    for curve in curves:
+        if curve.filled:
+            axes.fill_between(seconds / scale, curve.values, color=curve.color, alpha=0.25, linewidth=0)
+        axes.plot(seconds / scale, curve.values, color=curve.color, linewidth=1.4, label=curve.label)
     axes.set_ylim(0, top)
     axes.set_xlim(0, max(float(seconds[-1]) / scale, 1e-9))
     axes.set_xlabel(name)
     axes.set_ylabel(unit)
-    if len(lines) > 1:
+    if len(curves) > 1:
         axes.legend(frameon=False, loc="best", fontsize=8)
     return _close(figure)
 

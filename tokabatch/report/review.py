@@ -12,7 +12,7 @@ from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import read_manifest, read_summary
 from tokabatch.output.status import read_details
 from tokabatch.output.steps import read_steps
-from tokabatch.report.page import PassBand, RunRecord, render_page
+from tokabatch.report.page import PassCurve, RunRecord, render_page
 from tokabatch.scoring.pass_at_k import curve_with_band
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import consistently
@@ -58,9 +58,9 @@ def read_record(out: Path) -> RunRecord:
     )
 
 
-def _pass_band(samples: Int64, correct: Int64) -> PassBand:
+def _pass_band(samples: Int64, correct: Int64) -> PassCurve:
     points = curve_with_band(samples, correct)
-    return PassBand(
+    return PassCurve(
         ks=tuple(point.k for point in points),
         values=tuple(point.value for point in points),
         low=tuple(point.low for point in points),
