@@ -41,6 +41,7 @@ from tokabatch.model.weights import named_dtype, resolve_dtype
 from tokabatch.output.schema import FailedRow, output_schema
 from tokabatch.output.shards import refuse_unwritable
 from tokabatch.scheduling.contracts import Drawn, Requests
+from tokabatch.scoring.verifiers import load_verifier
 
 Compare = Callable[[Fingerprint, RowDigests | None], None]
 """Raises where the job is not to go on, given what decides its output, and its rows once they are read."""
@@ -135,12 +136,15 @@ def prepare(
     clock: str = "",
     absent_gpu: bool = False,
 ) -> Workload:
-    """Check the model, read and tokenise the input, order it. Raises UsageError for whatever cannot work; `on_rows` is told
-    the rows and error rows read so far. Weights that are still on the hub are fetched last, and only if `weights` says so.
+    """Check the verifier and the model, read and tokenise the input, order it. Raises UsageError for whatever cannot work;
+    `on_rows` is told the rows and error rows read so far. Weights that are still on the hub are fetched
+    last, and only if `weights` says so.
     `kept` is where the tokenised input of an earlier start may lie: it is taken over where it is this job's. `clock` is the
     time that templates see.
     `compare` is called as soon as there is more to compare with an earlier run: settings, rows, weights.
     `absent_gpu`: for a GPU that is not here, of which nothing can be asked."""
+    if job.verify is not None:
+        load_verifier(job.verify.kind)
     device = "cuda" if absent_gpu else pick_device(job)
     folder = resolve_model(job.model.path, job.model.revision, weights=False)
     tokenizer_folder = _tokenizer_folder(job, folder)

@@ -23,6 +23,7 @@ from tokabatch.job.scalars import write_value
 from tokabatch.scheduling.contracts import SamplingParams
 
 _VERIFIERS = Path(__file__).parent.parent / "scoring" / "verifiers"
+_PYTHON = ".py"
 # What a generation_config.json may decide where the job says nothing.
 _MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
 
@@ -223,18 +224,22 @@ class TraceConfig(_Section):
 class VerifyConfig(_Section):
     """Check each sample against the row's answer: adds the column `correct`, and pass@k to the summary."""
 
-    kind: fields.Text = Field(description="The verifier: the name of a file in tokabatch/experiments/verifiers.")
+    kind: fields.Verifier = Field(
+        description="A verifier of tokabatch/scoring/verifiers by its name, or a Python file of yours."
+    )
     answer: fields.Text = Field(description="Column that holds the reference answer.")
 
     @field_validator("kind")
     @classmethod
     def _known(cls, kind: str) -> str:
         names = verifier_names()
-        if kind in names:
+        if kind in names or kind.endswith(_PYTHON):
             return kind
         nearest = get_close_matches(kind, names, n=1)
         hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
-        raise ValueError(f"there is no verifier `{kind}`{hint} (there are: {', '.join(names) or 'none'})")
+        raise ValueError(
+            f"there is no verifier `{kind}`{hint} (there are: {', '.join(names)}; a file of yours ends in {_PYTHON})"
+        )
 
 
 class ErrorsConfig(_Section):
@@ -286,5 +291,5 @@ def verifier_names() -> tuple[str, ...]:
 
 
 def verifier_path(kind: str) -> Path:
-    """The source of the verifier of that name."""
-    return _VERIFIERS / f"{kind}.py"
+    """The source of the verifier that `verify.kind` means."""
+    return Path(kind) if kind.endswith(_PYTHON) else _VERIFIERS / f"{kind}{_PYTHON}"

@@ -1,0 +1,80 @@
+"""A verifier of one's own: one file outside the package that the job names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from support.scripted_run import scripted_job, scripted_run
+
+from tokabatch import plan
+from tokabatch.errors import JobError, OutputError
+
+OWN = '''
+from dataclasses import dataclass
+
+@dataclass
+class Shortest:
+    letters: int
+
+def verify(text, reference):
+    """Whether the text has as many letters as the reference says, or more."""
+    if not isinstance(reference, int):
+        raise ValueError("the reference is no number of letters")
+    return len(text) >= Shortest(reference).letters
+'''
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(json.dumps({"question": f"What is {i}?", "least": [0, 1000, None][i % 3]}) + "\n" for i in range(9))
+    )
+    return file
+
+
+def test_a_file_outside_the_package_judges_the_samples(rows, tmp_path):
+    own = tmp_path / "length.py"
+    own.write_text(OWN)
+    verify = {"kind": str(own), "answer": "least"}
+    summary = scripted_run(rows, tmp_path / "out", verify=verify)
+    samples = [row for shard in (tmp_path / "out" / "data").iterdir() for row in pq.read_table(shard).to_pylist()]
+    assert len(samples) == 18
+    assert all(sample["correct"] is {0: True, 1000: False, None: None}[sample["least"]] for sample in samples)
+    assert summary.pass_at_k == ((1, pytest.approx(1 / 3)), (2, pytest.approx(1 / 3)))
+    assert summary.unverified_reasons == ("the reference is no number of letters (6 samples)",)
+    assert scripted_run(rows, tmp_path / "out", verify=verify).ok == 18
+    own.write_text(OWN.replace(">=", "<="))
+    with pytest.raises(OutputError, match=r"verifier/.*length\.py: [\d,]+ bytes, sha256 .* then"):
+        scripted_run(rows, tmp_path / "out", verify=verify)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, r"FileNotFoundError.*Mend the file"),
+        ("def verify(text, reference)", r"SyntaxError"),
+        ("import there_is_no_such_module", r"ModuleNotFoundError"),
+        ("raise SystemExit(0)", r"SystemExit"),
+        ("def judge(text, reference): return True", r"has no function `verify\(text, reference\)`"),
+    ],
+)
+def test_a_file_that_gives_no_verifier_is_refused_before_anything_starts(source, message, rows, tmp_path):
+    own = tmp_path / "broken.py"
+    if source is not None:
+        own.write_text(source)
+    job = scripted_job(rows, tmp_path / "out", verify={"kind": str(own), "answer": "least"})
+    with pytest.raises(JobError, match=rf"verify\.kind: .*broken\.py .*{message}"):
+        plan(job)
+    assert not (tmp_path / "out").exists()
+
+
+def test_paths_are_those_of_the_shell(monkeypatch, tmp_path, rows):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(OWN)
+    for kind in ("~/mine.py", "mine.py", "./mine.py"):
+        plan(scripted_job(rows, tmp_path / "out", verify={"kind": kind, "answer": "least"}))
