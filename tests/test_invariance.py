@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from tokabatch.engine.executor import InProcessExecutor, ProcessExecutor
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.worker import Worker, WorkerSpec
-from tokabatch.model.families import read_spec
+from tokabatch.model.families import family_names, read_spec
 from tokabatch.scheduling.contracts import Completion, Requests, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -34,13 +34,12 @@ PROMPTS = [
     [88],
     HEADER,
 ]
-FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {family: tiny_models.build(family, root / family) for family in FAMILIES}
+    return {family: tiny_models.build(family, root / family) for family in family_names()}
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +115,7 @@ def ordered_requests(order: list[int], params: SamplingParams) -> Requests:
     return replace(requests, row_index=row_index)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", family_names())
 @settings(max_examples=15, **RELAXED)
 @given(schedules(LONGEST, 3))
 def test_greedy_tokens_equal_the_naive_loop(family, model_folders, naive, schedule):

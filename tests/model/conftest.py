@@ -5,18 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from support import tiny_models
+from transformers import PreTrainedModel
+
+from tokabatch.model.families import family_names
 
 SHAPE = {
     "vocab_size": 397,
@@ -35,18 +31,24 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 48,
 }
-THETA = {"rope_type": "default", "rope_theta": 1_000_000.0}
-
-BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama-tied": lambda: LlamaForCausalLM(
-        LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-5, tie_word_embeddings=True)
-    ),
-    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE)),
-    "llama-biased": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, rope_parameters=THETA)),
-    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, rope_parameters=THETA, tie_word_embeddings=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=24, rope_parameters=THETA)),
+LLAMA3 = {"rope_parameters": LLAMA3_ROPE}
+THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}}
+TIED, BIASED = {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tied": ("llama", {**LLAMA3, **TIED, "rms_norm_eps": 1e-5}),
+    "llama-untied": ("llama", LLAMA3),
+    "llama-biased": ("llama", BIASED),
+    "qwen2-tied": ("qwen2", {**THETA, **TIED}),
+    "qwen3": ("qwen3", {**THETA, "head_dim": 24}),
+    **{family: (family, THETA) for family in family_names() if family not in ("llama", "qwen3")},
 }
+"""Every family, some of them in several ways: the family and what its configuration says beside SHAPE."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes a `variant` is run with each."""
+    if "variant" in metafunc.fixturenames:
+        metafunc.parametrize("variant", sorted(VARIANTS))
 
 
 class NaiveAttend:
@@ -86,7 +88,8 @@ def save_model(tmp_path: Path) -> Callable[..., tuple[Path, PreTrainedModel]]:
 
     def save(name: str, max_shard_size: str = "1GB", dtype: torch.dtype = torch.float32) -> tuple[Path, PreTrainedModel]:
         torch.manual_seed(7)
-        model = BUILDERS[name]().eval().requires_grad_(False)
+        family, options = VARIANTS[name]
+        model = tiny_models.random_model(family, **SHAPE, **options).eval().requires_grad_(False)
         for key, tensor in model.named_parameters():
             if "norm" in key:
                 tensor.uniform_(0.5, 1.5)

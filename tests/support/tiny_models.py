@@ -6,15 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 COMMON = {
@@ -30,15 +22,20 @@ COMMON = {
 }
 
 
+OWN = {"qwen3": {"head_dim": 16}}
+"""What a family has beside these."""
+
+
+def random_model(family: str, **settings: object) -> PreTrainedModel:
+    """transformers' model of a family, which is named as in config.json."""
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+
+
 def build(family: str, folder: Path, seed: int = 0, deviation: float = 0.3, **overrides: object) -> Path:
     """Save a model whose logits are spread enough that greedy choices are not ties, and return its folder."""
-    settings = COMMON | overrides
+    settings = COMMON | OWN.get(family, {}) | overrides
     torch.manual_seed(seed)
-    model = {
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**settings)),
-        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**settings)),
-        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**({"head_dim": 16} | settings))),
-    }[family]()
+    model = random_model(family, **settings)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, deviation)
