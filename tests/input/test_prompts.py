@@ -326,6 +326,36 @@ def test_types_that_json_has_not_reach_the_chat_template_as_text(
     assert codes(store) == {1: "bad_type"} and "binary and no UTF-8" in store.errors[1].message
 
 
+def test_maps_of_typed_columns_are_the_objects_that_json_lines_would_have_brought(
+    tmp_path: Path, ingest_job: Ingest, texts: Texts
+) -> None:
+    maps = [{"a": "b"}, {}, {"items": "c"}, {"d": None}]
+    numbered = [[(1, [("k", "v")])], [], [], [(2, None)]]
+    texts_map = pa.map_(pa.string(), pa.string())
+    columns = {
+        "m": pa.array([[*each.items()] for each in maps], texts_map),
+        "deep": pa.array([[{"m": [*each.items()]}] for each in maps], pa.list_(pa.struct({"m": texts_map}))),
+        "bytes": pa.array([[(b"k", b"v")]] * 4, pa.map_(pa.binary(), pa.binary())),
+        "numbered": pa.array(numbered, pa.map_(pa.int8(), texts_map)),
+        "sampling_params": pa.array([[("n", 2)], [("max_tokens", 3)], [], None], pa.map_(pa.string(), pa.int64())),
+    }
+    table = tmp_path / "rows.parquet"
+    pq.write_table(pa.table(columns), table)
+    template = "{{ m | tojson }} {{ m['a'] | default('-') }} {{ deep | tojson }} {{ bytes.k }} {{ numbered | tojson }}"
+    store = ingest_job(table, prompt={"template": template})
+    assert not store.errors
+    assert texts(store) == [
+        '{"a": "b"} b [{"m": {"a": "b"}}] v {"1": {"k": "v"}}',
+        '{} - [{"m": {}}] v {}',
+        '{"items": "c"} - [{"m": {"items": "c"}}] v {}',
+        '{"d": null} - [{"m": {"d": null}}] v {"2": null}',
+    ]
+    assert [(store.sampling[params].n, store.sampling[params].max_tokens) for params in store.params[:2]] == [(2, 256), (1, 3)]
+    pq.write_table(pa.table({"m": pa.array([[("a", "1")], [("a", "1"), ("a", "2")]], texts_map)}), table)
+    store = ingest_job(table, prompt={"template": "{{ m.a }}"})
+    assert codes(store) == {1: "bad_type"} and "the key 'a' twice" in store.errors[1].message
+
+
 def test_variables_of_the_chat_template(
     tools_template: dict[str, Any], write_rows: Write, ingest_job: Ingest, texts: Texts
 ) -> None:

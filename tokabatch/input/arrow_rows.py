@@ -1,13 +1,14 @@
 """An Arrow batch as rows: the columns asked for become Python values, the batch itself stays the payload.
 
-Binary values that are UTF-8 are texts in the rows: many writers store text so. A single Arrow value can be text that is not
-UTF-8, and one that is asked for can be beyond what Python has (a date after the year 9999): faults of their rows. This module
-knows no file format.
+Binary values that are UTF-8 are texts in the rows: many writers store text so. Maps are mappings, as objects of JSON are, where
+their keys are texts or whole numbers; a key that occurs twice is a fault of its row, as in JSON. A single Arrow value can be
+text that is not UTF-8, and one that is asked for can be beyond what Python has (a date after the year 9999): faults of their
+rows. This module knows no file format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +16,8 @@ import pyarrow as pa
 
 from tokabatch.errors import RowError
 from tokabatch.input.rows import Row, RowBatch
+
+_BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
 
 
 def rows_of(batch: pa.RecordBatch, columns: Collection[str] | None, first_index: int, place: str) -> RowBatch:
@@ -31,7 +34,9 @@ def rows_of(batch: pa.RecordBatch, columns: Collection[str] | None, first_index:
         faults |= {row: _fault("bad_utf8", place, first_index + row, name, "invalid UTF-8") for row in broken}
         if columns is None or name in columns:
             values[name], beyond = _to_python(column)
-            values[name] = _texts(values[name]) if _holds_binary(column.type) else values[name]
+            values[name] = _texts(values[name]) if _holds(column.type, *_BINARY) else values[name]
+            if _holds(column.type, pa.types.is_map):
+                beyond |= _read_maps(values[name], column.type)
             faults |= {row: _fault("bad_type", place, first_index + row, name, why) for row, why in beyond.items()}
     rows = [
         Row(
@@ -44,18 +49,49 @@ def rows_of(batch: pa.RecordBatch, columns: Collection[str] | None, first_index:
     return RowBatch(rows, table=valid)
 
 
-def _holds_binary(kind: pa.DataType) -> bool:
-    """Whether values of a type have bytes in them, at any depth."""
-    if pa.types.is_nested(kind):
-        return any(_holds_binary(kind.field(number).type) for number in range(kind.num_fields))
+def _holds(kind: pa.DataType, *tests: Callable[[pa.DataType], bool]) -> bool:
+    """Whether a type is one of those tested for, or has one in it, at any depth."""
+    if any(test(kind) for test in tests):
+        return True
     if isinstance(kind, pa.DictionaryType):
-        return _holds_binary(kind.value_type)
-    return (
-        pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_fixed_size_binary(kind)
-        or (pa.types.is_binary_view(kind))
-    )
+        return _holds(kind.value_type, *tests)
+    nested = range(kind.num_fields) if pa.types.is_nested(kind) else ()
+    return any(_holds(kind.field(number).type, *tests) for number in nested)
+
+
+def _read_maps(values: list[Any], kind: pa.DataType) -> dict[int, str]:
+    """Makes mappings of the maps in `values`; why there is none, by row."""
+    faults: dict[int, str] = {}
+    for row, value in enumerate(values):
+        try:
+            values[row] = _mappings(value, kind)
+        except _Twice as error:
+            faults[row] = f"a map that has the key {error.args[0]!r} twice"
+    return faults
+
+
+class _Twice(ValueError):
+    """A key that a map has more than once."""
+
+
+def _mappings(value: Any, kind: Any) -> Any:
+    """The value with its maps as mappings, at any depth; one with keys of another type stays a list of pairs."""
+    if value is None or not _holds(kind, pa.types.is_map):
+        return value
+    if pa.types.is_dictionary(kind):
+        return _mappings(value, kind.value_type)
+    if pa.types.is_struct(kind):
+        return {field.name: _mappings(value[field.name], field.type) for field in kind}
+    if not pa.types.is_map(kind):
+        return [_mappings(item, kind.value_type) for item in value]
+    pairs = [(key, _mappings(item, kind.item_type)) for key, item in value]
+    if not all(isinstance(key, str | int) for key, _ in pairs):
+        return pairs
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twice(next(key for key in keys if keys.count(key) > 1))
+    return mapping
 
 
 def _texts(value: Any) -> Any:
