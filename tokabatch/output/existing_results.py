@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,8 @@ def read_committed(
         path = file.path
         if names is not None and folder.name_of(path) not in names:
             continue
-        if schema is not None:
-            _check_own_columns(file, schema)
         rows = ok = 0
-        for found in read_groups(file, _COLUMNS):
+        for found in read_groups(file, _COLUMNS, partial(_check_own_columns, path, schema)):
             table = found if errors else found.filter(_is_ok(found))
             keys = _places(path, table, start)
             _refuse_repeats(path, table, keys, flags, folder)
@@ -244,14 +243,14 @@ def _refuse_repeats(path: Path, table: pa.Table, keys: Int64, seen: Bool, folder
     )
 
 
-def _check_own_columns(file: ListedFile, schema: pa.Schema) -> None:
-    with open_shard(file) as parquet:
-        found = parquet.schema_arrow
+def _check_own_columns(path: Path, schema: pa.Schema | None, found: pa.Schema) -> None:
+    if schema is None or found.equals(schema):
+        return
     types = [(name, before, now) for name, before, now in _types(found, schema) if not _same(before, now)]
     told = [f"{name} ({before or 'absent'} there, {now} now)" for name, before, now in types if name in SAMPLE_SCHEMA.names]
     if told:
         raise OutputError(
-            f"{file.path} has columns that this version writes otherwise: {', '.join(told)}. Use the version that wrote it, "
+            f"{path} has columns that this version writes otherwise: {', '.join(told)}. Use the version that wrote it, "
             "choose another output.path, or start afresh with --overwrite."
         )
 

@@ -293,13 +293,17 @@ def damaged(path: Path, error: Exception) -> DamageError:
     )
 
 
-def read_groups(shard: ListedFile, columns: Sequence[str] | None) -> Iterator[pa.Table]:
-    """The row groups of a shard, one at a time, without the columns that it does not have. Raises as `open_shard` does, and
-    ForeignFileError where it has not the columns that say which sample a row is."""
+def read_groups(
+    shard: ListedFile, columns: Sequence[str] | None, check: Callable[[pa.Schema], None] = lambda found: None
+) -> Iterator[pa.Table]:
+    """The row groups of a shard, one at a time, without the columns that it does not have. Raises as `open_shard` does, what
+    `check` raises for the shard's schema, and ForeignFileError where it has not the columns that say which sample a row is."""
     with open_shard(shard) as file:
+        found = file.schema_arrow  # Made anew at each access.
+        check(found)
         for name in columns or _KEY_TYPES:
-            _check_key(shard.path, file.schema_arrow, name)
-        present = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+            _check_key(shard.path, found, name)
+        present = None if columns is None else [name for name in columns if name in found.names]
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=present)
 
