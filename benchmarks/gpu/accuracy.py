@@ -22,7 +22,8 @@ import torch
 from tokenizers import Tokenizer
 
 from tokabatch.attention import create_backend
-from tokabatch.attention.base import prepare_alone
+from tokabatch.attention.capturable import Capturable
+from tokabatch.attention.upload import Outbox
 from tokabatch.engine.sizing import kv_shape
 from tokabatch.model.decoder import Decoder, KVPages
 from tokabatch.model.families import read_spec
@@ -83,15 +84,16 @@ def read_all(folder: Path, variant: Variant, texts: list[np.ndarray]):
     kept = torch.float8_e4m3fn if variant.kv_fp8 else None
     backend = create_backend(name, kv_shape(spec, PAGE, columns, 1, columns), variant.dtype, device, kept)
     for index, text in enumerate(texts):
-        prepare_alone(backend, one_prompt(text, index), device)
+        outbox = Outbox(device)
+        backend.plan(one_prompt(text, index), outbox)
+        outbox.send()
         yield forward(decoder, backend, text)[:-1].float().log_softmax(-1).cpu()
 
 
 def forward(decoder: Decoder, backend, text: np.ndarray) -> torch.Tensor:
     token_T = torch.from_numpy(text).to(decoder.device)
     position_T = torch.arange(len(text), dtype=torch.int32, device=decoder.device)
-    cache = backend.cache
-    pages = None if cache is None else KVPages(cache.k_LNKPD, cache.v_LNKPD, cache.table, torch.zeros_like(position_T))
+    pages = KVPages(backend.cache, torch.zeros_like(position_T)) if isinstance(backend, Capturable) else None
     return decoder.forward(token_T, position_T, backend.attend, None, pages)
 
 

@@ -13,8 +13,9 @@ from support import token_device as device
 
 import tokabatch.attention
 from tokabatch.attention import create_backend
-from tokabatch.attention.base import AttentionBackend, KVShape, prepare_alone
-from tokabatch.scheduling.contracts import SamplingParams
+from tokabatch.attention.base import AttentionBackend, KVShape
+from tokabatch.attention.upload import Outbox
+from tokabatch.scheduling.contracts import SamplingParams, StepBatch
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
@@ -40,6 +41,11 @@ class Case:
     def create(self, page_size: int, num_pages: int, num_slots: int, max_pages: int) -> AttentionBackend:
         shape = KVShape(LAYERS, HEADS, KV_HEADS, self.dim, page_size, num_pages, num_slots, max_pages)
         return create_backend(self.backend, shape, self.dtype, torch.device(self.device))
+
+    def plan(self, attention: AttentionBackend, step: StepBatch) -> None:
+        outbox = Outbox(torch.device(self.device))
+        attention.plan(step, outbox)
+        outbox.send()
 
 
 CASES = [
@@ -104,7 +110,7 @@ def test_backend_equals_dense_attention(case, workload):
     while not scheduler.done:
         step = scheduler.schedule()
         result = tokens_device.run(step)
-        prepare_alone(attention, step, torch.device(case.device))
+        case.plan(attention, step)
         contexts = [
             (int(start), tokens_device.expected(*tokens_device.identity[int(slot)], int(start + length)))
             for slot, start, length in zip(step.run_slot, step.run_start, step.run_length, strict=True)
@@ -129,7 +135,7 @@ def test_long_prompts_stay_exact(case, monkeypatch):
     scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [], device.VOCAB, None))
     attention = case.create(16, 64, 2, 64)
     reference = DenseReference(710, case)
-    prepare_alone(attention, scheduler.schedule(), torch.device(case.device))
+    case.plan(attention, scheduler.schedule())
     q_THD = reference.queries(700)
     out = attention.attend(0, *reference.on_device(q_THD, *reference.new(0, prompt, 0))).double().cpu()
     for i in (0, 1, 299, 698, 699):

@@ -14,7 +14,6 @@ import torch
 from support import tiny_models, token_device
 from support.interpreter import DEVICES, INTERPRETING
 
-from tokabatch.attention.base import KVShape
 from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, WORTH, Ladder, Recorder, coarse_size, size_above
 from tokabatch.engine.sizing import ReplicaSizes, kv_shape
 from tokabatch.engine.worker import Worker, WorkerSpec
@@ -93,14 +92,6 @@ class Redone:
             self._made.copy_(again)
 
 
-class Pages:
-    """A backend that keeps the pages and computes nothing."""
-
-    def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device) -> None:
-        store = import_module("tokabatch.attention.page_store").PageStore(shape, dtype, device)
-        self.cache, self.prepare_changes, self.apply_changes = store.cache, store.prepare, store.apply
-
-
 def sizes_of(page: int, max_running: int, step: int) -> ReplicaSizes:
     return ReplicaSizes(page, 120, max_running, step, -(-48 // page), 2, 1)
 
@@ -109,11 +100,13 @@ def captured_worker(folder, sizes: ReplicaSizes, device: torch.device) -> Worker
     spec = read_spec(folder)
     decoder = load_decoder(folder, spec, DTYPE, device)
     shape = kv_shape(spec, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_pages_per_sequence)
-    worker = Worker(decoder, Pages(shape, DTYPE, device), sizes)
+    # It keeps the pages and computes nothing: all steps are captured.
+    store = import_module("tokabatch.attention.page_store").PageStore(shape, DTYPE, device)
+    worker = Worker(decoder, store, sizes)
     recorder = Redoing() if device.type == "cpu" else Recorder()
     make = import_module("tokabatch.engine.captured").CapturedSteps
     with torch.inference_mode():
-        captured = make(decoder, worker._backend.cache, worker._last_token, worker._slots, sizes.max_step_tokens, recorder, 2)
+        captured = make(decoder, store, worker._last_token, worker._slots, sizes.max_step_tokens, recorder, 2)
         captured.prepare()
     worker._captured = captured
     return worker

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from tokabatch.arrays import Int32
-from tokabatch.attention.base import KVShape, PagedCache
+from tokabatch.attention.base import KVShape, token_slots
+from tokabatch.attention.capturable import PagedCache
 from tokabatch.attention.page_store import PageStore
 from tokabatch.attention.triton_decode import decode
 from tokabatch.attention.upload import Outbox, Parcel
@@ -91,7 +92,8 @@ class _Planned:
 
 
 class FlashInferPagedAttention:
-    """See `AttentionBackend`. FlashInfer plans from page lists, which are made of the host's copy of the page table."""
+    """See `AttentionBackend` and `Capturable`. FlashInfer plans from page lists, which are made of the host's copy of the page
+    table."""
 
     def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None) -> None:
         assert dtype in (torch.bfloat16, torch.float16), "FlashInfer computes in 16-bit types"
@@ -106,51 +108,40 @@ class FlashInferPagedAttention:
         # One scratch for all wrappers: their kernels run one after another on one stream.
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._sets = [_Wrappers(self._workspace) for _ in range(RING)]
-        self._index = 0
-        self._sections: list[_Section] = []
         self._planned: list[_Planned] = []
         self._slot_T = self._position_T = torch.empty(0, dtype=torch.int32, device=device)
 
     @property
-    def cache(self) -> PagedCache | None:
+    def cache(self) -> PagedCache:
         return self._cache
 
-    def prepare_changes(self, step: StepBatch, outbox: Outbox) -> None:
-        self._store.prepare(step, outbox)
+    def update_cache(self, step: StepBatch, outbox: Outbox) -> None:
+        self._store.update_cache(step, outbox)
 
-    def apply_changes(self) -> None:
-        self._store.apply()
-
-    def prepare(self, step: StepBatch, outbox: Outbox) -> None:
-        self._store.prepare(step, outbox)
+    def plan(self, step: StepBatch, outbox: Outbox) -> None:
+        self._store.update_cache(step, outbox)
+        slot, position = outbox.add(token_slots(step)), outbox.add(step.positions().astype(np.int32))
         split = int(step.run_length[: step.num_prefill_runs].sum())
         runs = slice(0, step.num_prefill_runs), slice(step.num_prefill_runs, len(step.run_slot))
         spans = slice(0, split), slice(split, step.num_tokens)
-        self._index = step.index
-        self._sections = [
+        sections = [
             self._section(step, part, span, outbox) for part, span in zip(runs, spans, strict=True) if span.start < span.stop
         ]
 
-    def plan(self, slot_T: torch.Tensor, position_T: torch.Tensor) -> None:
-        self._store.apply()
-        self._slot_T, self._position_T = slot_T, position_T
-        wrappers = self._sets[self._index % RING]
-        wrappers.begin()
-        self._planned = [self._plan_section(section, wrappers) for section in self._sections]
+        def plan_kernels() -> None:
+            self._slot_T, self._position_T = slot.tensor, position.tensor
+            wrappers = self._sets[step.index % RING]
+            wrappers.begin()
+            self._planned = [self._plan_section(section, wrappers) for section in sections]
 
-    def attend(
-        self,
-        layer: int,
-        q_THD: torch.Tensor,
-        k_TKD: torch.Tensor | None,
-        v_TKD: torch.Tensor | None,
-        out_THD: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        outbox.once_sent(plan_kernels)
+
+    def attend(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor | None, v_TKD: torch.Tensor | None) -> torch.Tensor:
         cache = (self._cache.k_LNKPD[layer], self._cache.v_LNKPD[layer])
         if k_TKD is not None and v_TKD is not None:
             self._write(cache, k_TKD, v_TKD)
         q_THD = q_THD.contiguous()
-        out_THD = torch.empty_like(q_THD) if out_THD is None else out_THD
+        out_THD = torch.empty_like(q_THD)
         lse_TH = torch.empty(q_THD.shape[:2], dtype=torch.float32, device=self.device)
         for planned in self._planned:
             self._attend_section(planned, q_THD, cache, out_THD, lse_TH)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tokabatch.attention.base import KVShape, PagedCache
+from tokabatch.attention.base import KVShape
+from tokabatch.attention.capturable import PagedCache
 from tokabatch.attention.triton_pages import copy_pages
-from tokabatch.attention.upload import Outbox, Parcel
+from tokabatch.attention.upload import Outbox
 from tokabatch.scheduling.contracts import StepBatch
 
 
@@ -24,18 +25,18 @@ class PageStore:
         k_LNKPD, v_LNKPD = (torch.zeros(size, dtype=kv_dtype, device=device) for _ in range(2))
         self.cache = PagedCache(k_LNKPD, v_LNKPD, table)
         self.page_table = np.zeros((shape.num_slots, shape.max_pages), np.int32)
-        self._changes: list[Parcel] = []
 
-    def prepare(self, step: StepBatch, outbox: Outbox) -> None:
-        """Put the step's changes into the outbox, and make those of the host's table."""
+    def update_cache(self, step: StepBatch, outbox: Outbox) -> None:
+        """See `Capturable`; the host's table is changed at once."""
         self.page_table[step.table_slot, step.table_column] = step.table_page
         cell = step.table_slot.astype(np.int64) * self.page_table.shape[1] + step.table_column
         values = (cell, step.table_page, step.clear_pages.astype(np.int64), step.copy_src, step.copy_dst)
-        self._changes = [outbox.add(each) for each in values]
+        changes = [outbox.add(each) for each in values]
+        outbox.once_sent(lambda: self._change(*(each.tensor for each in changes)))
 
-    def apply(self) -> None:
-        """Make what was prepared, once the outbox is sent."""
-        cell, page, clear, source, target = (parcel.tensor for parcel in self._changes)
+    def _change(
+        self, cell: torch.Tensor, page: torch.Tensor, clear: torch.Tensor, source: torch.Tensor, target: torch.Tensor
+    ) -> None:
         cache = self.cache
         if len(cell):
             cache.table.view(-1).index_copy_(0, cell, page)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from tokabatch.arrays import Int32
-from tokabatch.attention.base import KVShape, PagedCache, cache_places
+from tokabatch.attention.base import KVShape, token_slots
 from tokabatch.attention.upload import Outbox, to_device
 from tokabatch.scheduling.contracts import StepBatch
 
@@ -81,17 +81,7 @@ class TorchPagedAttention:
         self._own: list[_Block] = []
         self._shared: list[_Block] = []
 
-    @property
-    def cache(self) -> PagedCache | None:
-        return None
-
-    def prepare_changes(self, step: StepBatch, outbox: Outbox) -> None:
-        raise AssertionError("this backend has no `cache` for other code to read")
-
-    def apply_changes(self) -> None:
-        raise AssertionError("this backend has no `cache` for other code to read")
-
-    def prepare(self, step: StepBatch, outbox: Outbox) -> None:
+    def plan(self, step: StepBatch, outbox: Outbox) -> None:
         self.page_table[step.table_slot, step.table_column] = step.table_page
         if len(step.clear_pages):
             cleared = self._tensor(step.clear_pages)
@@ -102,7 +92,9 @@ class TorchPagedAttention:
             self.k_cache[:, :, dst] = self.k_cache[:, :, src]
             self.v_cache[:, :, dst] = self.v_cache[:, :, src]
         size = self.shape.page_size
-        self._write_T = self._tensor(cache_places(step, self.page_table, size))
+        position_T = step.positions()
+        page_T = self.page_table[token_slots(step), position_T // size].astype(np.int64)
+        self._write_T = self._tensor(page_T * size + position_T % size)
         first = (np.cumsum(step.run_length) - step.run_length).astype(np.int32)
         last = -(-(step.run_start + step.run_length) // size)
         self._own = self._plan(_Passes(first, step.run_length, step.run_slot, step.run_skip, last, step.run_start))
@@ -121,18 +113,8 @@ class TorchPagedAttention:
             )
         ]
 
-    def plan(self, slot_T: torch.Tensor, position_T: torch.Tensor) -> None:
-        """Nothing is left to do: the passes follow from the host's page table."""
-
-    def attend(
-        self,
-        layer: int,
-        q_THD: torch.Tensor,
-        k_TKD: torch.Tensor | None,
-        v_TKD: torch.Tensor | None,
-        out_THD: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        assert k_TKD is not None and v_TKD is not None, "this backend has no `cache` for other code to write"
+    def attend(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor | None, v_TKD: torch.Tensor | None) -> torch.Tensor:
+        assert k_TKD is not None and v_TKD is not None, "this cache is written here alone"
         shape = self.shape
         k_cache, v_cache = self.k_cache[layer], self.v_cache[layer]
         for cache, new_TKD in ((k_cache, k_TKD), (v_cache, v_TKD)):
@@ -150,8 +132,7 @@ class TorchPagedAttention:
             assert lse_KTG is not None
             out, lse = self._pass(block, q_KTGD, k_cache, v_cache, need_lse=True)
             _merge_into(out_KTGD, lse_KTG, block.tokens, out, lse)
-        result_THD = out_KTGD.transpose(0, 1).reshape(q_THD.shape).to(q_THD.dtype)
-        return result_THD if out_THD is None else out_THD.copy_(result_THD)
+        return out_KTGD.transpose(0, 1).reshape(q_THD.shape).to(q_THD.dtype)
 
     def _pass(
         self, block: _Block, q_KTGD: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, need_lse: bool

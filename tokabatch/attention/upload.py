@@ -6,7 +6,7 @@ what a step sends goes together, in one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -35,11 +35,12 @@ class Parcel:
 
 
 class Outbox:
-    """Collects arrays of several makers, and sends them together."""
+    """Collects arrays of several makers and sends them together, then does the work that needs them on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._waiting: list[tuple[npt.NDArray[Any], Parcel]] = []
+        self._work: list[Callable[[], None]] = []
 
     def add(self, values: npt.NDArray[Any]) -> Parcel:
         """The array will be on the device, with its type and shape, when `send` returns."""
@@ -47,12 +48,18 @@ class Outbox:
         self._waiting.append((np.ascontiguousarray(values), parcel))
         return parcel
 
+    def once_sent(self, work: Callable[[], None]) -> None:
+        """Call this at the end of `send`, in the order of the calls here."""
+        self._work.append(work)
+
     def send(self) -> None:
-        """Start the copy. The stream's later work sees the values; the host does not wait."""
+        """Start the copy, and do the work that follows it. The stream's later work sees the values; the host does not wait."""
         tensors = to_device_all([values for values, _ in self._waiting], self._device)
         for (_, parcel), tensor in zip(self._waiting, tensors, strict=True):
             parcel.deliver(tensor)
-        self._waiting = []
+        for work in self._work:
+            work()
+        self._waiting, self._work = [], []
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:

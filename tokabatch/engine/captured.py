@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from tokabatch.arrays import Int32
-from tokabatch.attention.base import PagedCache, token_slots
+from tokabatch.attention.base import token_slots
+from tokabatch.attention.capturable import Capturable, PagedCache
 from tokabatch.attention.tiles import ENOUGH_PLANES, MAX_PLANES, WORDS, TilePlan, plan_tiles
 from tokabatch.attention.triton_decode import decode_and_merge
 from tokabatch.attention.triton_tiles import Planes, attend_tiles, tile_shape
@@ -140,17 +141,18 @@ class BodyGraphs:
         token_T, slot_T, position_T, own_T, planes_T = columns
         queries, mixed = self._queries_THD[:size], self._mixed_THD[:size]
         planes = self._planes(size) if kind.tiles else None
-        places = decoder.places(position_T, KVPages(cache.k_LNKPD, cache.v_LNKPD, cache.table, slot_T, queries))
-        last_T = self._last_token.index_select(0, slot_T)
-        hidden_TE = decoder.embed(torch.where(token_T < 0, last_T, token_T))
-        for layer in range(len(decoder.layer_range)):
-            decoder.enter(layer, hidden_TE, places)
+
+        def attend(layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor | None, v_TKD: torch.Tensor | None) -> torch.Tensor:
             pages = cache.k_LNKPD[layer], cache.v_LNKPD[layer]
             if planes is not None:
-                attend_tiles(queries, pages, cache.table, self._words, planes, self._num_cores)
+                attend_tiles(q_THD, pages, cache.table, self._words, planes, self._num_cores)
             where = (slot_T, position_T, own_T, planes_T)
-            decode_and_merge(queries, pages, cache.table, where, mixed, planes, kind.long)
-            hidden_TE = decoder.leave(layer, hidden_TE, mixed)
+            decode_and_merge(q_THD, pages, cache.table, where, mixed, planes, kind.long)
+            return mixed
+
+        last_T = self._last_token.index_select(0, slot_T)
+        hidden_TE = decoder.embed(torch.where(token_T < 0, last_T, token_T))
+        hidden_TE = decoder.run_layers(hidden_TE, position_T, attend, pages=KVPages(cache, slot_T, queries))
         self.hidden_TE[:size].copy_(hidden_TE)
 
     def _planes(self, size: int) -> Planes:
@@ -249,18 +251,19 @@ class CapturedSteps:
     def __init__(
         self,
         decoder: Decoder,
-        cache: PagedCache,
+        backend: Capturable,
         last_token: torch.Tensor,
         slots: SlotTable,
         num_tokens: int,
         recorder: Recorder,
         num_cores: int,
     ) -> None:
-        """`last_token` and the cache's table have an entry for each slot and the spare one, `slots` likewise; `num_cores` of
-        the device's multiprocessors compute attention."""
+        """`last_token` and the backend's page table have an entry for each slot and the spare one, `slots` likewise;
+        `num_cores` of the device's multiprocessors compute attention."""
         num_rows = len(last_token) - 1
         self._slots = slots
-        self.body = BodyGraphs(decoder, cache, last_token, (num_tokens, num_rows), recorder, num_cores)
+        self.backend = backend
+        self.body = BodyGraphs(decoder, backend.cache, last_token, (num_tokens, num_rows), recorder, num_cores)
         self.head = HeadGraphs(decoder, self.body.hidden_TE, last_token, slots, num_rows, recorder)
 
     def prepare(self) -> None:
@@ -274,11 +277,11 @@ class CapturedSteps:
 
 
 def captured_on_gpu(
-    decoder: Decoder, cache: PagedCache, last_token: torch.Tensor, slots: SlotTable, num_tokens: int
+    decoder: Decoder, backend: Capturable, last_token: torch.Tensor, slots: SlotTable, num_tokens: int
 ) -> CapturedSteps:
     """Ready to run on the decoder's device."""
     cores = torch.cuda.get_device_properties(decoder.device).multi_processor_count
-    captured = CapturedSteps(decoder, cache, last_token, slots, num_tokens, Recorder(), cores)
+    captured = CapturedSteps(decoder, backend, last_token, slots, num_tokens, Recorder(), cores)
     captured.prepare()
     # The memory that the trials took is free now.
     torch.cuda.synchronize()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from tokabatch.attention.capturable import PagedCache
 from tokabatch.attention.tiles import ENOUGH_PLANES
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import JobError
@@ -76,12 +77,12 @@ def _fixed_bytes(decoder: Decoder, sizes: ReplicaSizes) -> int:
 def _layers(decoder: Decoder, sizes: ReplicaSizes, num_tokens: int) -> None:
     """So many tokens through all layers, all samples drawing."""
     device, spec = decoder.device, decoder.spec
-    cache = (len(decoder.layer_range), 1, decoder.num_kv_heads, sizes.page_size, spec.head_dim)
-    k_LNKPD, v_LNKPD = (torch.zeros(cache, dtype=decoder.dtype, device=device) for _ in range(2))
+    size = (len(decoder.layer_range), 1, decoder.num_kv_heads, sizes.page_size, spec.head_dim)
+    k_LNKPD, v_LNKPD = (torch.zeros(size, dtype=decoder.dtype, device=device) for _ in range(2))
+    cache = PagedCache(k_LNKPD, v_LNKPD, torch.zeros(1, 1, dtype=torch.int32, device=device))
     place_T = torch.zeros(num_tokens, dtype=torch.int32, device=device)
-    pages = KVPages(k_LNKPD, v_LNKPD, torch.zeros(1, 1, dtype=torch.int32, device=device), place_T)
     rows_S = torch.arange(sizes.max_running, device=device)
-    decoder.hidden(place_T, place_T, _no_attention, rows_S, pages)
+    decoder.hidden(place_T, place_T, _no_attention, rows_S, KVPages(cache, place_T))
 
 
 def _draws(decoder: Decoder, num_rows: int) -> None:

@@ -18,6 +18,7 @@ import torch
 from tokabatch.arrays import Int32
 from tokabatch.attention import create_backend
 from tokabatch.attention.base import AttentionBackend, token_slots
+from tokabatch.attention.capturable import Capturable
 from tokabatch.attention.upload import Outbox, to_host
 from tokabatch.engine.memory import captured_tokens, fitting_pages
 from tokabatch.engine.sizing import ReplicaSizes, kv_shape, settle_pages
@@ -99,14 +100,14 @@ class Worker:
 
     @torch.inference_mode()
     def warm_up(self, draws: Sequence[SamplingParams]) -> None:
-        """Compile and load every kernel, and have steps captured from now on where the decoder may write the cache."""
+        """Compile and load every kernel, and have steps captured from now on where the backend shares its cache."""
         for step in warm_up_steps(self.sizes, draws):
             self.run(step)
-        cache = self._backend.cache
-        if cache is not None and self._decoder.mesh.tensor_size == self._decoder.mesh.pipeline_size == 1:
+        backend, mesh = self._backend, self._decoder.mesh
+        if isinstance(backend, Capturable) and mesh.tensor_size == mesh.pipeline_size == 1:
             # Triton is there only where there is a GPU.
             build = import_module("tokabatch.engine.captured").captured_on_gpu
-            self._captured = build(self._decoder, cache, self._last_token, self._slots, captured_tokens(self.sizes))
+            self._captured = build(self._decoder, backend, self._last_token, self._slots, captured_tokens(self.sizes))
 
     def run(self, step: StepBatch) -> StepResult:
         """Execute one step and wait for its result."""
@@ -150,7 +151,7 @@ class Worker:
             rows = np.arange(len(rows))
         else:
             hidden, words = None, outbox.add(body.words)
-            self._backend.prepare_changes(step, outbox)
+            captured.backend.update_cache(step, outbox)
             rows = (np.cumsum(step.run_length) - 1)[rows]
         head = captured.head.fit(rows.astype(np.int32), *_sampled(step)) if len(rows) else None
         head_words = None if head is None else outbox.add(head.words)
@@ -159,7 +160,6 @@ class Worker:
             if hidden is not None:
                 captured.body.hidden_TE[: len(rows)].copy_(hidden())
             elif body is not None and words is not None:
-                self._backend.apply_changes()
                 captured.body.run(body, words.tensor)
             if head is None or head_words is None:
                 return Sampled(torch.empty(3, 0, dtype=torch.int32, device=self._device))
@@ -173,18 +173,16 @@ class Worker:
         token_ids = outbox.add(step.token_ids)
         only_decodes = step.num_prefill_runs == 0
         rows = None if only_decodes else outbox.add(np.cumsum(step.run_length)[step.run_samples] - 1)
-        self._backend.prepare(step, outbox)
+        self._backend.plan(step, outbox)
 
         def compute() -> torch.Tensor:
-            slot_T, position_T = slot.tensor, position.tensor
-            self._backend.plan(slot_T, position_T)
+            slot_T = slot.tensor
             token_T = self._last_token.index_select(0, slot_T[len(step.token_ids) :])
             if not only_decodes:
                 token_T = torch.cat((token_ids.tensor, token_T))
             rows_S = None if rows is None else rows.tensor
-            cache = self._backend.cache
-            pages = None if cache is None else KVPages(cache.k_LNKPD, cache.v_LNKPD, cache.table, slot_T)
-            return self._decoder.hidden(token_T, position_T, self._backend.attend, rows_S, pages)
+            pages = KVPages(self._backend.cache, slot_T) if isinstance(self._backend, Capturable) else None
+            return self._decoder.hidden(token_T, position.tensor, self._backend.attend, rows_S, pages)
 
         return compute
 

@@ -2,9 +2,8 @@
 
 A Decoder holds one pipeline stage: a contiguous range of layers, the first stage also the embedding, the last also the
 final norm and the head. Its tensor-parallel shard holds some of the heads, feed-forward columns and vocabulary rows. It
-keeps no state between calls, waits for no device and branches on nothing that lies in a tensor: everything between two
-calls of `attend` can be captured in a CUDA graph. Where keys and values are kept and what attends to what is the business of
-`attend`.
+keeps no state between calls, waits for no device and branches on nothing that lies in a tensor: where `attend` does likewise,
+all layers can be captured in a CUDA graph. Where keys and values are kept and what attends to what is the business of `attend`.
 
 Shape legend: T tokens of a step, S rows with logits, E hidden size, H query heads, K key-value heads, D head dimension,
 F feed-forward size, V vocabulary; sizes are this shard's except in `logits_SV`.
@@ -14,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from tokabatch.attention.capturable import PagedCache
 from tokabatch.model.layers import fused, rms_norm, rotate
 from tokabatch.model.linear import Input, Linear, gated_for, normed_for
 from tokabatch.model.spec import ModelSpec
@@ -24,7 +25,7 @@ from tokabatch.parallel.collectives import all_gather_last, all_reduce, receive_
 from tokabatch.parallel.mesh import Mesh
 
 Heads = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-"""q_THD, k_TKD and v_TKD, turned by their positions; keys and values are None where they are in their cache already."""
+"""q_THD, k_TKD and v_TKD, rotated by their positions; keys and values are None where they are in their cache already."""
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 """attend(layer, *heads) -> o_THD. `layer` counts from 0 within the stage; the scale 1 / sqrt(D) is attend's. The heads are
@@ -33,29 +34,15 @@ views of larger buffers, contiguous in D, and valid until attend returns."""
 
 @dataclass(frozen=True, slots=True)
 class KVPages:
-    """A paged cache that the decoder writes itself, on a GPU: turning and storing are one kernel there.
+    """A paged cache that the decoder writes itself, on a GPU: rotating and storing are one kernel there.
 
-    Keys and values are [layers, pages, K, P, D] each; `table` [slots, columns] maps a token's slot and its position // P to
-    a page; `slot_T` is the slot of each of the step's tokens. Table and slots are int32. The turned queries go to `q_THD`
-    where that is given.
+    `slot_T` is the slot of each of the step's tokens, int32; the cache's table maps it and a position // P to a page. The
+    rotated queries go to `q_THD` where that is given.
     """
 
-    k_LNKPD: torch.Tensor
-    v_LNKPD: torch.Tensor
-    table: torch.Tensor
+    cache: PagedCache
     slot_T: torch.Tensor
     q_THD: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where a step's tokens stand: their positions, the angles of those unless a kernel looks them up itself, and the
-    cache if the decoder is to write it."""
-
-    positions_T: torch.Tensor
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
-    pages: KVPages | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +113,7 @@ class Decoder:
         else:
             shape = (token_ids_T.shape[0], self.spec.hidden_size)
             hidden_TE = receive_hidden(torch.empty(shape, dtype=self.dtype, device=self.device), self.mesh)
-        return self.run_layers(hidden_TE, self.places(positions_T, pages), attend, logit_rows_S)
-
-    def places(self, positions_T: torch.Tensor, pages: KVPages | None) -> Places:
-        """What `enter` needs of the step's tokens."""
-        if pages is not None:
-            return Places(positions_T, None, None, pages)
-        cos, sin = self._weights.rotary_P1D.index_select(0, positions_T).chunk(2, dim=-1)
-        return Places(positions_T, cos, sin, None)
+        return self.run_layers(hidden_TE, positions_T, attend, logit_rows_S, pages)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """hidden_TE of the tokens, a fresh tensor. First stage only."""
@@ -148,44 +128,63 @@ class Decoder:
         return all_reduce(hidden_TE, self.mesh)
 
     def run_layers(
-        self, hidden_TE: torch.Tensor, places: Places, attend: Attend, logit_rows_S: torch.Tensor | None
+        self,
+        hidden_TE: torch.Tensor,
+        positions_T: torch.Tensor,
+        attend: Attend,
+        logit_rows_S: torch.Tensor | None = None,
+        pages: KVPages | None = None,
     ) -> torch.Tensor:
         """The stage's layers; may overwrite `hidden_TE`. Returns hidden_TE, or hidden_SE after the model's last layer:
         from its attention on, only the rows that get logits go through."""
+        if pages is None:
+            cos, sin = self._weights.rotary_P1D.index_select(0, positions_T).chunk(2, dim=-1)
+            to_heads = partial(self._rotate, cos=cos, sin=sin)
+        else:
+            to_heads = partial(self._rotate_and_store, positions_T=positions_T, pages=pages)
         hidden = hidden_TE
         for index in range(len(self.layer_range)):
-            mixed_THD = attend(index, *self.enter(index, hidden, places))
-            hidden = self.leave(index, hidden, mixed_THD, logit_rows_S)
+            is_last = self.layer_range[index] == self.spec.num_layers - 1
+            hidden = self._layer(index, hidden, to_heads, attend, logit_rows_S if is_last else None)
         return hidden
 
-    def enter(self, index: int, hidden_TE: torch.Tensor, places: Places) -> Heads:
-        """A layer up to its attention: the heads that go into it."""
-        layer, eps = self._weights.layers[index], self.spec.rms_norm_eps
-        qkv = layer.qkv(normed_for(layer.qkv, hidden_TE, layer.attention_norm_E, eps))
-        pages, norm = places.pages, layer.qk_norm_HD
-        if pages is not None:
-            cache = pages.k_LNKPD[index], pages.v_LNKPD[index]
-            angles_PD = self._weights.rotary_P1D[:, 0]
-            place = places.positions_T, pages.slot_T, pages.table
-            q_THD = fused().rotate_and_store(qkv, angles_PD, norm, eps, *place, cache, self.num_heads, pages.q_THD)
-            return q_THD, None, None
-        assert places.cos is not None and places.sin is not None
-        num_rotated = self.num_heads + self.num_kv_heads
+    def _layer(
+        self,
+        index: int,
+        hidden_TE: torch.Tensor,
+        to_heads: Callable[[int, torch.Tensor], Heads],
+        attend: Attend,
+        kept_rows_S: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One layer, top to bottom; may overwrite `hidden_TE`. With `kept_rows_S`, its other rows end as keys and values."""
+        layer, hidden = self._weights.layers[index], hidden_TE
+        # What a product gives is passed on unnamed, so that its memory is free as soon as it is used.
+        mixed = attend(index, *to_heads(index, self._project(layer.qkv, layer.attention_norm_E, hidden))).flatten(1)
+        if kept_rows_S is not None:
+            mixed, hidden = mixed.index_select(0, kept_rows_S), hidden.index_select(0, kept_rows_S)
+        hidden = self._add_to(hidden, layer.o, mixed)
+        gated = gated_for(layer.down, self._project(layer.gate_up, layer.mlp_norm_E, hidden))
+        return self._add_to(hidden, layer.down, gated)
+
+    def _project(self, linear: Linear, norm_E: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return linear(normed_for(linear, hidden, norm_E, self.spec.rms_norm_eps))
+
+    def _rotate(self, index: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
+        """The heads in `qkv`, queries and keys normalised where the family does so, and rotated."""
+        norm, num_rotated = self._weights.layers[index].qk_norm_HD, self.num_heads + self.num_kv_heads
         heads = qkv.view(-1, num_rotated + self.num_kv_heads, self.spec.head_dim)
         qk = heads[:, :num_rotated]
-        qk = rotate(qk if norm is None else rms_norm(qk, norm, eps), places.cos, places.sin)
+        qk = rotate(qk if norm is None else rms_norm(qk, norm, self.spec.rms_norm_eps), cos, sin)
         return qk[:, : self.num_heads], qk[:, self.num_heads :], heads[:, num_rotated:]
 
-    def leave(
-        self, index: int, hidden_TE: torch.Tensor, mixed_THD: torch.Tensor, logit_rows_S: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """A layer from its attention on; may overwrite `hidden_TE`. In the model's last layer, for the given rows alone."""
-        layer, hidden, mixed = self._weights.layers[index], hidden_TE, mixed_THD.flatten(1)
-        if logit_rows_S is not None and self.layer_range[index] == self.spec.num_layers - 1:
-            mixed, hidden = mixed.index_select(0, logit_rows_S), hidden.index_select(0, logit_rows_S)
-        hidden = self._add_to(hidden, layer.o, mixed)
-        normed = normed_for(layer.gate_up, hidden, layer.mlp_norm_E, self.spec.rms_norm_eps)
-        return self._add_to(hidden, layer.down, gated_for(layer.down, layer.gate_up(normed)))
+    def _rotate_and_store(self, index: int, qkv: torch.Tensor, positions_T: torch.Tensor, pages: KVPages) -> Heads:
+        """The same in one kernel, which also writes keys and values to the cache."""
+        norm, eps, kept = self._weights.layers[index].qk_norm_HD, self.spec.rms_norm_eps, pages.cache
+        angles_PD = self._weights.rotary_P1D[:, 0]
+        place = positions_T, pages.slot_T, kept.table
+        cache = kept.k_LNKPD[index], kept.v_LNKPD[index]
+        q_THD = fused().rotate_and_store(qkv, angles_PD, norm, eps, *place, cache, self.num_heads, pages.q_THD)
+        return q_THD, None, None
 
     def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
         """logits_SV over the whole vocabulary. Last stage only."""
