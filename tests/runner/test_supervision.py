@@ -122,6 +122,27 @@ def test_kills_at_random_moments_change_nothing(model, rows, tmp_path, watched):
     assert json.loads((tmp_path / "killed" / "summary.json").read_text())["restarts"] == {"killed": KILLS}
 
 
+def test_a_killed_scheduler_is_counted_and_the_next_one_goes_on_counting(model, rows, tmp_path, watched):
+    struck: list[int] = []
+
+    class Striking(NullProgress):
+        interval = 0.0
+
+        def update(self, snapshot: ProgressSnapshot) -> None:
+            if snapshot.phase == "generating" and snapshot.samples_done >= 5 and not struck:
+                scheduler = worker_of(os.getpid()).parent()
+                assert scheduler.pid != os.getpid()
+                struck.append(snapshot.tokens_in)
+                scheduler.kill()
+
+    calm = run(job(model, rows, tmp_path / "calm", engine={"process": False}))
+    summary = run(job(model, rows, tmp_path / "killed"), Striking())
+    assert table(tmp_path / "killed") == table(tmp_path / "calm")
+    assert dict(summary.restarts) == {"scheduler": 1}
+    assert summary.prompt_tokens > struck[0] and summary.prompt_tokens >= calm.prompt_tokens > 0
+    assert summary.prefilled_tokens + summary.cached_tokens >= summary.prompt_tokens
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_worker_that_meets_other_files_refuses_them_and_what_is_finished_stays(name, model, rows, tmp_path, watched):
     copy = tmp_path / "model"

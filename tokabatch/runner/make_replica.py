@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -55,13 +56,14 @@ def make_replica(
         recorder.finish()
         committed = read_committed(claim.folder, workload.samples_of_row, names=claim.committed)
         left = Start.after(committed, started.workload).left
-        scheduler = Scheduler(left.requests, scheduler_limits(sizes), stops)
-        scheduler.counts = replace(
+        scheduled = replace(
             lost.scheduled,
             finished=int(workload.num_samples.sum() - left.num_samples.sum()),
             finished_prompts=len(workload.requests) - len(left.requests),
         )
-        return partial(build, scheduler)
+        scheduler = Scheduler(left.requests, scheduler_limits(sizes), stops, counts=scheduled)
+        counts = replace(lost.counts, restarts=lost.counts.restarts + Counter({"scheduler": 1}))
+        return partial(build, scheduler, counts=counts)
 
     first = partial(build, Scheduler(workload.requests, scheduler_limits(sizes), stops))
     if apart and can_fork():

@@ -91,11 +91,12 @@ class Replica:
         stop: Interruption | None = None,
         tell: Callable[[str], None] | None = None,
         num_samples: int = 0,
+        counts: ReplicaCounts | None = None,
     ) -> None:
         """`depth` steps are in flight at most, `depth_of_few` while few samples run; `tell` takes what a person should know.
-        `num_samples` are to be drawn in all."""
+        `num_samples` are to be drawn in all; `counts` are those of a replica that this one takes the place of, and go on."""
         self.scheduler = scheduler
-        self.counts = ReplicaCounts()
+        self.counts = counts or ReplicaCounts()
         self._make = make
         self._depth = depth
         self._depth_of_few = depth_of_few or depth

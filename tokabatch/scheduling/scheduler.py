@@ -71,11 +71,13 @@ class Scheduler:
         stops: StopRules,
         lengths: LengthPredictor | None = None,
         policy: Callable[[Work, KVCacheManager, LengthEstimates], Policy] = ForecastPolicy,
+        counts: SchedulerCounts | None = None,
     ) -> None:
-        """`lengths` replaces what is learned of them online, for simulations and comparisons."""
+        """`lengths` replaces what is learned of them online, for simulations and comparisons; `counts` are those of a scheduler
+        that this one takes the place of, and go on."""
         self.work = Work(requests)
         self.limits = limits
-        self.counts = SchedulerCounts()
+        self.counts = counts or SchedulerCounts()
         sizes = limits.num_pages, limits.page_size, limits.max_running, limits.max_pages_per_sequence
         self.kv = KVCacheManager(self.work, self.counts, *sizes)
         self._stops = StopTable(stops)
