@@ -32,6 +32,18 @@ def test_a_buffer_holds_every_array_aligned():
     check(transfer._views(ARRAYS, starts, torch.from_numpy(buffer)))
 
 
+def test_work_that_needs_the_arrays_is_done_once_in_order_when_they_are_sent():
+    outbox, done = transfer.Outbox(torch.device("cpu")), []
+    first = outbox.add(np.array([3, 4]))
+    outbox.once_sent(lambda: done.append(first.tensor.tolist()))
+    second = outbox.add(np.array([5]))
+    outbox.once_sent(lambda: done.append(second.tensor.tolist()))
+    assert not done
+    outbox.send()
+    outbox.send()
+    assert done == [[3, 4], [5]]
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_arrays_arrive_on_the_device(device):
     check(transfer.to_device_all(ARRAYS, torch.device(device)))

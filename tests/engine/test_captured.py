@@ -14,6 +14,7 @@ import torch
 from support import tiny_models, token_device
 from support.interpreter import DEVICES, INTERPRETING
 
+from tokabatch.attention.capturable import Capturable
 from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, WORTH, Ladder, Recorder, coarse_size, size_above
 from tokabatch.engine.sizing import ReplicaSizes, kv_shape
 from tokabatch.engine.worker import Worker, WorkerSpec
@@ -102,6 +103,7 @@ def captured_worker(folder, sizes: ReplicaSizes, device: torch.device) -> Worker
     shape = kv_shape(spec, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_pages_per_sequence)
     # It keeps the pages and computes nothing: all steps are captured.
     store = import_module("tokabatch.attention.page_store").PageStore(shape, DTYPE, device)
+    assert isinstance(store, Capturable)
     worker = Worker(decoder, store, sizes)
     recorder = Redoing() if device.type == "cpu" else Recorder()
     make = import_module("tokabatch.engine.captured").CapturedSteps

@@ -199,7 +199,7 @@ class FlashInferPagedAttention:
         fills = len(keys) * self.shape.num_kv_heads >= 2 * self._num_cores
         if is_decode and (fills or keys.mean() <= LONG_CONTEXT):
             return _Section(span, levels, None, outbox.add(skip), float(keys.mean()))
-        indptr, indices = self._page_lists(step.run_slot[part], skip, -(-stop // size), outbox)
+        indptr, indices, _ = self._page_ids(step.run_slot[part], skip, -(-stop // size), outbox)
         own = _Passes(step.run_length[part], indptr, indices, (stop - 1) % size + 1, keys, causal=not is_decode)
         return _Section(span, levels, own, None, float(keys.mean()))
 
@@ -223,10 +223,6 @@ class FlashInferPagedAttention:
         column = np.arange(int(indptr[-1])) - np.repeat(indptr[:-1] - first, counts)
         pages = self._store.page_table[np.repeat(slots, counts), column]
         return indptr, outbox.add(pages), pages
-
-    def _page_lists(self, slots: Int32, first: Int32, last: Int32, outbox: Outbox) -> tuple[Int32, Parcel]:
-        indptr, parcel, _ = self._page_ids(slots, first, last, outbox)
-        return indptr, parcel
 
     def _plan_section(self, section: _Section, wrappers: _Wrappers) -> _Planned:
         levels = tuple(self._plan_level(level, wrappers) for level in section.levels)

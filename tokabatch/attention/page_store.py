@@ -32,16 +32,16 @@ class PageStore:
         cell = step.table_slot.astype(np.int64) * self.page_table.shape[1] + step.table_column
         values = (cell, step.table_page, step.clear_pages.astype(np.int64), step.copy_src, step.copy_dst)
         changes = [outbox.add(each) for each in values]
-        outbox.once_sent(lambda: self._change(*(each.tensor for each in changes)))
 
-    def _change(
-        self, cell: torch.Tensor, page: torch.Tensor, clear: torch.Tensor, source: torch.Tensor, target: torch.Tensor
-    ) -> None:
-        cache = self.cache
-        if len(cell):
-            cache.table.view(-1).index_copy_(0, cell, page)
-        if len(clear):
-            for values in (cache.k_LNKPD, cache.v_LNKPD):
-                raw = values.view(torch.uint8) if values.dtype.itemsize == 1 else values
-                raw.index_fill_(1, clear, 0)
-        copy_pages(cache.k_LNKPD, cache.v_LNKPD, source, target)
+        def change() -> None:
+            cell, page, clear, source, target = (parcel.tensor for parcel in changes)
+            cache = self.cache
+            if len(cell):
+                cache.table.view(-1).index_copy_(0, cell, page)
+            if len(clear):
+                for values in (cache.k_LNKPD, cache.v_LNKPD):
+                    raw = values.view(torch.uint8) if values.dtype.itemsize == 1 else values
+                    raw.index_fill_(1, clear, 0)
+            copy_pages(cache.k_LNKPD, cache.v_LNKPD, source, target)
+
+        outbox.once_sent(change)

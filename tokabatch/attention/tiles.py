@@ -3,7 +3,7 @@
 All that a step attends to, but for the keys that a decode run reads alone, is cut into tiles: some queries of neighbouring
 tokens against a range of one slot's keys. `triton_tiles` computes a tile into a plane of partial states, and the decode kernel
 merges a token's planes with what it reads itself (`triton_decode`). Long ranges of few queries are split along their keys, into
-planes of their own, so that they fill the device. Knows only arrays.
+planes of their own, so that they fill the device. Arrays in, arrays out.
 
 Shape legend: T tokens of the step, N passes, I tiles.
 """

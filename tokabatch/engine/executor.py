@@ -221,7 +221,8 @@ class ProcessExecutor:
             return WorkerLost(f"the worker process hung ({self._watch.fault}) and was killed", "hung")
         code = self._process.exitcode
         if code is not None and code < 0:
-            return WorkerLost(f"the worker process was killed by signal {-code} ({_signal_name(-code)})", "killed")
+            name = next((each.name for each in signal.Signals if each == -code), "unknown")
+            return WorkerLost(f"the worker process was killed by signal {-code} ({name})", "killed")
         return WorkerLost(f"the worker process died (exit code {code}); its own output says why", "died")
 
 
@@ -245,11 +246,6 @@ def _without_main() -> Generator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-def _signal_name(number: int) -> str:
-    names = {each.value: each.name for each in signal.Signals}
-    return names.get(number, "unknown")
 
 
 def _serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any], pulse: Pulse) -> None:

@@ -1,6 +1,6 @@
 """CUDA graphs for a ladder of sizes, captured when they are first wanted or, better, shortly before, in one memory.
 
-Knows nothing of steps: `captured` says what is computed at each size.
+Independent of steps: `captured` says what is computed at each size.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Launches steps on a worker and measures: the CPU time that each launch takes and, where the job asks for it, what the device
 does during a few steps (torch's profiler, as a Chrome trace).
 
-Knows no process boundary; the executors launch through it.
+Independent of process boundaries; the executors launch through it.
 """
 
 from __future__ import annotations
@@ -9,33 +9,16 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from dataclasses import dataclass, replace
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.worker import Launched, TraceSpec, Worker, WorkerSpec
-from tokabatch.scheduling.contracts import StepBatch, StepResult
+from tokabatch.scheduling.contracts import StepBatch
 
 WARM_UP_STEPS = 4
 """Steps that are traced and thrown away: the profiler's own start stalls the first of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class TimedLaunch:
-    """A launched step and the CPU seconds that launching took."""
-
-    launched: Launched
-    seconds: float
-
-    @property
-    def done(self) -> bool:
-        """Whether `wait` would return at once."""
-        return self.launched.done
-
-    def wait(self) -> StepResult:
-        return replace(self.launched.wait(), launch_seconds=self.seconds)
 
 
 class Launcher:
@@ -55,14 +38,15 @@ class Launcher:
         """As the worker settled them."""
         return self._worker.sizes
 
-    def launch(self, step: StepBatch) -> TimedLaunch:
+    def launch(self, step: StepBatch) -> Launched:
         """Queue one step on the device. The time is the calling thread's, the profiler's work left out."""
         if self._trace is not None:
             self._trace.before(step.index)
         begin = time.thread_time()
         with record_function(f"step {step.index}"):
             launched = self._worker.launch(step)
-        return TimedLaunch(launched, time.thread_time() - begin)
+        launched.launch_seconds = time.thread_time() - begin
+        return launched
 
     def make_ahead(self) -> None:
         """See `Worker`."""

@@ -74,6 +74,7 @@ class Worker:
         """As decided in the end: what the scheduler may use."""
         self._decoder = decoder
         self._backend = backend
+        self._shared_cache = backend.cache if isinstance(backend, Capturable) else None
         self._device = decoder.device
         # One place more than slots: what fills up a captured step reads and writes there.
         self._last_token = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)
@@ -181,7 +182,7 @@ class Worker:
             if not only_decodes:
                 token_T = torch.cat((token_ids.tensor, token_T))
             rows_S = None if rows is None else rows.tensor
-            pages = KVPages(self._backend.cache, slot_T) if isinstance(self._backend, Capturable) else None
+            pages = None if self._shared_cache is None else KVPages(self._shared_cache, slot_T)
             return self._decoder.hidden(token_T, position.tensor, self._backend.attend, rows_S, pages)
 
         return compute
@@ -197,6 +198,8 @@ class Launched:
 
     def __init__(self, index: int, sampled: Sampled, count: int) -> None:
         """`count` of the rows are the step's."""
+        self.launch_seconds = 0.0
+        """CPU time that launching took, where it was measured."""
         self._index = index
         self._sampled = Sampled(to_host(sampled.packed)[:, :count])
         self._event: torch.cuda.Event | None = None
@@ -219,4 +222,5 @@ class Launched:
             logprob=self._sampled.logprob_S.numpy(),
             top_ids=self._sampled.top_ids_SK.numpy(),
             top_logprobs=self._sampled.top_logprobs_SK.numpy(),
+            launch_seconds=self.launch_seconds,
         )

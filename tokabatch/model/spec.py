@@ -1,6 +1,6 @@
 """What a decoder is, as numbers: everything that differs between model families is a field here, never another forward.
 
-Knows no file format and no torch. A family file fills a `ModelSpec` from a config; `decoder` builds from it.
+Independent of file formats and of torch. A family file fills a `ModelSpec` from a config; `decoder` builds from it.
 """
 
 from __future__ import annotations

@@ -112,16 +112,7 @@ def _sample_block(
         drawn_S = _draw(logits_SV, inputs, columns, uniform_S)
         token_S = torch.where(columns.temperature > 0, drawn_S, token_S)
     token_S = token_S.masked_fill(~finite_S, 0)
-    return _pack(token_S, finite_S, *_logprobs(logits_SV, token_S, columns.logprobs, inputs.max_logprobs))
-
-
-def _pack(
-    token_S: torch.Tensor,
-    finite_S: torch.Tensor,
-    logprob_S: torch.Tensor,
-    top_ids_SK: torch.Tensor,
-    top_logprobs_SK: torch.Tensor,
-) -> Sampled:
+    logprob_S, top_ids_SK, top_logprobs_SK = _logprobs(logits_SV, token_S, columns.logprobs, inputs.max_logprobs)
     scalars_3S = torch.stack((token_S.int(), finite_S.int(), logprob_S.view(torch.int32)))
     return Sampled(torch.cat((scalars_3S, top_ids_SK.T.int(), top_logprobs_SK.view(torch.int32).T)))
 
