@@ -6,8 +6,8 @@ and columns it names exist is for the readers to say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -140,18 +140,23 @@ class GenerationConfig(_Section):
 
     def params(self) -> SamplingParams:
         """The same as the currency of the later stages."""
-        values = {name: getattr(self, name) for name in type(self).model_fields}
-        values["top_k"] = self.top_k or 0
-        return SamplingParams(**values)
+        return self._over(SamplingParams(), _SETTINGS)
+
+    def _over(self, params: SamplingParams, names: Iterable[str]) -> SamplingParams:
+        """`params` with these settings in place of their own."""
+        values = {name: getattr(self, name) for name in names}
+        if "top_k" in values:
+            values["top_k"] = values["top_k"] or 0
+        return replace(params, **values)
 
     def row_params(self, struct: Mapping[str, Any]) -> SamplingParams | RowError:
         """These settings under one row's own; a null in the row takes the job's value, as Parquet structs fill up with
         nulls. Code `bad_sampling` where the row names an unknown setting or a value that is not accepted."""
         given = {name: value for name, value in struct.items() if value is not None}
-        merged = {name: getattr(self, name) for name in type(self).model_fields} | given
         try:
-            return GenerationConfig.model_validate(merged).params()
+            return GenerationConfig.model_validate(given)._over(self.params(), given)
         except ValidationError as error:
+            merged = {name: getattr(self, name) for name in _SETTINGS} | given
             return RowError("bad_sampling", row_message(GenerationConfig, error, merged))
 
     def with_model_defaults(self, defaults: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[Setting, ...]]:
@@ -169,10 +174,13 @@ class GenerationConfig(_Section):
         merged = {name: getattr(self, name) for name in self.model_fields_set} | taken
         effective = GenerationConfig.model_validate(merged)
         settings: list[Setting] = []
-        for name in GenerationConfig.model_fields:
+        for name in _SETTINGS:
             source = "generation_config.json" if name in taken else "job" if name in merged else "default"
             settings.append(Setting(name, write_value(getattr(effective, name)), source))
         return effective, tuple(settings)
+
+
+_SETTINGS = tuple(GenerationConfig.model_fields)  # Pydantic makes the table anew at each access.
 
 
 class EngineConfig(_Section):

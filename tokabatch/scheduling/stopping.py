@@ -74,17 +74,19 @@ class StopRules:
         self, sampling: Sequence[SamplingParams], eos_token_ids: Sequence[int], vocab_size: int, text: TokenText | None
     ) -> None:
         special = text.special if text is not None else {}
-        self._ids = [
-            frozenset(p.stop_token_ids)
-            | frozenset(() if p.ignore_eos else eos_token_ids)
-            | frozenset(special[s] for s in p.stop if s in special)
-            for p in sampling
-        ]
-        distinct = {p.stop: StopStrings(s for s in p.stop if s not in special) for p in sampling}
+        # Rows with settings of their own mostly have these in common.
+        ids = {
+            each: frozenset(each[0])
+            | frozenset(() if each[1] else eos_token_ids)
+            | {special[s] for s in each[2] if s in special}
+            for each in {(p.stop_token_ids, p.ignore_eos, p.stop) for p in sampling}
+        }
+        self._ids = [ids[p.stop_token_ids, p.ignore_eos, p.stop] for p in sampling]
+        distinct = {stop: StopStrings(s for s in stop if s not in special) for stop in {p.stop for p in sampling}}
         self._strings = [distinct[p.stop] for p in sampling]
         self._text = text
         self._suspect = np.zeros(vocab_size, np.bool_)
-        self._suspect[[i for ids in self._ids for i in ids if 0 <= i < vocab_size]] = True
+        self._suspect[[i for each in ids.values() for i in each if 0 <= i < vocab_size]] = True
         every = StopStrings(s for stop in distinct for s in stop if s not in special)
         if every:
             assert text is not None, "stop strings need the tokenizer's text"
