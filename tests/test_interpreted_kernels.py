@@ -16,6 +16,7 @@ KERNELS = (
     "model/sampling/test_triton_sampling.py",
     "model/test_triton_layers.py",
     "attention/test_triton_decode.py",
+    "attention/test_backends.py",
     "attention/test_tiles.py",
     "engine/test_captured.py",
 )

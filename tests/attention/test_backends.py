@@ -1,15 +1,23 @@
-"""Every attention backend against dense softmax attention, on the steps that the scheduler really makes."""
+"""Every attention backend against dense softmax attention, on the steps that the scheduler really makes.
+
+In Triton's interpreter FlashInfer's backend runs on the CPU as well, plain torch in the place of FlashInfer's own kernels.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import plain_flashinfer
 from support import token_device as device
+from support.interpreter import INTERPRETING
 
 import tokabatch.attention
 from tokabatch.attention import create_backend
@@ -56,6 +64,22 @@ CASES = [
         for dim in (64, 128)
     ),
 ]
+if INTERPRETING:
+    CASES = [pytest.param(Case("flashinfer_paged", "cpu", torch.float16, 64), id="flashinfer-interpreted")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreted_gpu() -> Generator[None]:
+    """What FlashInfer's backend asks of a GPU, where its kernels are interpreted."""
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETING:
+            patch.setitem(sys.modules, "flashinfer", plain_flashinfer)
+            patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=8))
+            patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+            patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+            # Few keys are many here, so that both kinds of decode kernel are called.
+            patch.setattr("tokabatch.attention.flashinfer_paged.LONG_CONTEXT", 16)
+        yield
 
 
 class DenseReference:
