@@ -34,8 +34,9 @@ def describe_pass(figures: Figures, floor: Floor, roofline_device: str) -> list[
         f"{figures.write_seconds:.2f} s from the last result to the end",
         "tokens": f"{figures.prompt_tokens:,} in ({figures.prefilled_tokens:,} computed), {figures.output_tokens:,} out; "
         f"{figures.max_running:,} running at most, {figures.preemptions:,} preemptions",
-        "host CPU": f"{micro * (loop + launching):.2f} us a sample a step: scheduler's thread {micro * loop:.2f} (deciding and "
-        f"applying {micro * deciding:.2f}), launching {micro * launching:.2f}, {1e3 * launching / figures.steps:.1f} ms a step",
+        "host CPU": f"{micro * (loop + launching):.2f} us a sample a step: scheduling and recording {micro * loop:.2f} "
+        f"(deciding and applying {micro * deciding:.2f}), launching {micro * launching:.2f}, "
+        f"{1e3 * launching / figures.steps:.1f} ms a step",
         "steady state": _steady(figures, floor),
     }
     return [f"  {name:14}{text}" for name, text in facts.items()]

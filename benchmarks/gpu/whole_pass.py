@@ -17,10 +17,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
 from tokabatch import Job, run
+from tokabatch.forecast.step_trace import Steps
+from tokabatch.output.folder import OutputFolder
+from tokabatch.output.steps import read_steps
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.report.summary import RunSummary
 
@@ -41,8 +45,8 @@ class Steady:
 @dataclass(frozen=True, slots=True)
 class Figures:
     """What one pass took. `start_seconds` is from the start of the process to the first step, of it `read_seconds` for the
-    input and `load_seconds` for weights, cache and warm-up; `loop_cpu_seconds` is the scheduler thread's CPU time over the
-    steps, `schedule_seconds` of it deciding and applying; `launch_cpu_seconds` is that of the worker's launches;
+    input and `load_seconds` for weights, cache and warm-up; `loop_cpu_seconds` is the CPU time of scheduling and recording
+    over the steps, `schedule_seconds` of it deciding and applying; `launch_cpu_seconds` is that of the worker's launches;
     `write_seconds` is from the last result to the end."""
 
     device: str
@@ -78,7 +82,7 @@ class Figures:
 
 
 class Watch(NullProgress):
-    """A display that shows little and remembers everything; asked between steps, it notes when each result came."""
+    """A display that shows little and remembers everything."""
 
     interval = 0.1
 
@@ -88,7 +92,7 @@ class Watch(NullProgress):
         """When the run began, by this process's clock; known with the first snapshot."""
         self.snapshots: list[ProgressSnapshot] = []
         self.results: list[float] = []
-        """Seconds since the run began at which each step's result had been dealt with."""
+        """Seconds since the run began at which each step's result was in; from the run's record, once it has ended."""
         self.loop_cpu_seconds = 0.0
         self._cpu_begin: float | None = None
         self._next_line = 0.0
@@ -109,13 +113,12 @@ class Watch(NullProgress):
         print(f"    {text}", flush=True)
 
     def after_step(self) -> bool:
-        """`run` asks this between steps, and while it reads: whether to stop."""
+        """Called by `run` whenever samples may have come in, and while it reads: whether to stop."""
         if not self.snapshots or self.snapshots[-1].phase != "generating":
             return False
         now = time.thread_time()
         self._cpu_begin = now if self._cpu_begin is None else self._cpu_begin
         self.loop_cpu_seconds = now - self._cpu_begin
-        self.results.append(time.perf_counter() - (self.begun or 0.0))
         return self._stop_file is not None and self._stop_file.exists()
 
     def steady(self) -> Steady | None:
@@ -153,6 +156,8 @@ def main() -> None:
     watch = Watch(arguments.stop_file)
     job = Job.load(json.loads(arguments.job.read_text()), *arguments.overrides)
     summary = run(job, watch, should_stop=watch.after_step)
+    seconds = Steps(read_steps(OutputFolder(Path(job.output.path))) or {"seconds": np.zeros(0, np.float32)})["seconds"]
+    watch.results = (summary.load_seconds + np.cumsum(seconds)).tolist()
     age = time.time() - psutil.Process().create_time() - (time.perf_counter() - (watch.begun or 0.0))
     figures = measured(watch, summary, age)
     arguments.figures.write_text(json.dumps(asdict(figures), indent=2))
@@ -175,7 +180,8 @@ def measured(watch: Watch, summary: RunSummary, age: float) -> Figures:
         steps=summary.steps,
         max_running=max((s.running for s in watch.snapshots), default=0),
         first_steps_ms=tuple(1e3 * (later - at) for at, later in pairwise(times)),
-        loop_cpu_seconds=watch.loop_cpu_seconds,
+        # On a GPU the scheduler has a process of its own.
+        loop_cpu_seconds=watch.loop_cpu_seconds + (summary.host_seconds if torch.cuda.is_available() else 0.0),
         schedule_seconds=summary.host_seconds,
         launch_cpu_seconds=summary.launch_seconds,
         preemptions=summary.preemptions,
