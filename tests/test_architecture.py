@@ -133,7 +133,7 @@ SWALLOWING = {"exists", "is_file", "is_dir", "is_symlink", "glob", "rglob", "lex
 """They take what cannot be reached for what is not there, from one version of Python on or always."""
 OF_OUTPUT_FOLDERS = (
     *("output/" + name + ".py" for name in "folder journal inspection manifest existing_results integrity status".split()),
-    *("output/" + name + ".py" for name in "export steps shards joining remedy scratch earlier".split()),
+    *("output/" + name + ".py" for name in "export steps shards joining remedy scratch same_job".split()),
     *("storage/" + name + ".py" for name in "atomic_files listing".split()),
     *("runner/" + name + ".py" for name in "resume recorder run plan".split()),
     *("input/row_digests.py", "report/review.py"),

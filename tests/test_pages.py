@@ -33,6 +33,14 @@ def test_commands_and_options_exist(page):
         assert {option for option in re.findall(r"--[a-z-]+", rest)} <= known, f"tokabatch {name}{rest}"
 
 
+def test_files_of_the_map_exist():
+    text = (ROOT / "tokabatch" / "README.md").read_text()
+    named = re.findall(r"`([a-z_0-9/]+(?:\.py|/))`", text)
+    rooms = re.findall(r"^\| `([a-z_/]+/)` \|", text, re.MULTILINE)
+    places = [ROOT, ROOT / "tokabatch", *(ROOT / "tokabatch" / room for room in rooms)]
+    assert len(named) > 40 and [name for name in named if not any((place / name).exists() for place in places)] == []
+
+
 def test_jobs_load():
     jobs = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert [Job.load(yaml.safe_load(job)).generation.n for job in jobs] == [16]

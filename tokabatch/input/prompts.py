@@ -24,7 +24,7 @@ from tokabatch.job import GenerationConfig, PromptConfig
 from tokabatch.scheduling.contracts import SamplingParams
 
 if TYPE_CHECKING:
-    from tokabatch.input.special_tokens import Occurrence
+    from tokabatch.input.special_token_spelling import Occurrence
     from tokabatch.input.tokenizer import Tokenizer
 
 

@@ -20,7 +20,7 @@ from transformers.utils import chat_template_utils
 from tokabatch.arrays import Int32
 from tokabatch.errors import RowError
 from tokabatch.input.blanking import Blank, as_written
-from tokabatch.input.special_tokens import Occurrence, SpecialTokens
+from tokabatch.input.special_token_spelling import Occurrence, SpecialTokens
 
 PROBE = "a"
 DECODE_CHUNK = 4096

@@ -24,7 +24,6 @@ from tokabatch.errors import OutputError
 from tokabatch.input.kept_input import keep_input
 from tokabatch.input.row_digests import RowDigests
 from tokabatch.job import Job
-from tokabatch.output.earlier import EarlierRun
 from tokabatch.output.existing_results import (
     Committed,
     drop_errors,
@@ -46,6 +45,7 @@ from tokabatch.output.manifest import (
     write_manifest,
 )
 from tokabatch.output.remedy import refuse_faults, refuse_unrecorded, repair_command
+from tokabatch.output.same_job import EarlierRun
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import reading_input, unwritable
 from tokabatch.workload import Workload, prepare
