@@ -65,6 +65,8 @@ def test_greedy_models_and_defaults_that_cannot_be_taken_are_told(tmp_path: Path
     write(tmp_path, "generation_config.json", do_sample=True, top_p=0, temperature="hot")
     assert 'temperature: "hot"' in ignored(tmp_path) and "top_p: 0," in ignored(tmp_path)
     assert ignored(tmp_path, top_p=0.5, temperature=1.0) == ""
+    write(tmp_path, "generation_config.json", eos_token_id="<|end|>")
+    assert ignored(tmp_path) == 'generation_config.json also says eos_token_id: "<|end|>", which is not used here'
 
 
 def test_end_tokens(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def test_subset_and_split_are_accepted_for_files(folder: Path) -> None:
         ("{folder}/nothing.jsonl", "does not exist"),
         ("{folder}/*.parquet", "matches no file"),
         ("{folder}/empty", "holds no .jsonl or .parquet file"),
-        ("{folder}/data.json", "jq -c"),
+        ("{folder}/data.json", r"rename it to \.jsonl if .*jq -c"),
+        ("{folder}/pipe.jsonl", "neither a file nor a folder"),
         ("{folder}/data.csv", "Parquet or JSON Lines"),
         ("{folder}/noextension", "is not a format"),
         ("{folder}/mixed", "mixes jsonl and parquet"),
@@ -83,6 +85,7 @@ def test_refusals_name_the_path_and_the_remedy(folder: Path, path: str, message:
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
+    os.mkfifo(folder / "pipe.jsonl")
     with pytest.raises(InputError, match=message):
         open_path(path.format(folder=folder))
 

@@ -18,7 +18,7 @@ from tokabatch.errors import InputError
 COMPRESSIONS = (".gz", ".zst")
 GLOB_CHARACTERS = "*?["
 ADVICE = {
-    "json": "turn the array into JSON Lines, for example with: jq -c '.[]' data.json > data.jsonl",
+    "json": "rename it to .jsonl if it holds one object a line; an array becomes that with: jq -c '.[]' data.json > data.jsonl",
     "ndjson": "rename it to .jsonl",
     "csv": "convert it to Parquet or JSON Lines, for example with pandas.read_csv(...).to_parquet(...)",
     "tsv": "convert it to Parquet or JSON Lines, for example with pandas.read_csv(..., sep='\\t').to_parquet(...)",
@@ -125,6 +125,8 @@ def _list(fs: AbstractFileSystem, place: str, root: str, formats: Collection[str
         if not files:
             raise InputError(f"{place} matches no file; check the pattern and the folder you run in")
         return files
+    if fs.exists(root):
+        raise InputError(f"{place} is neither a file nor a folder; write what it yields to a file and name that")
     raise InputError(f"{place} does not exist; paths are relative to the folder you run in")
 
 

@@ -133,7 +133,10 @@ def find_end_tokens(folder: Path, tokenizer: NamesTokens) -> EndTokens:
 
 
 def _refused(key: str, defaults: Mapping[str, Any], taken: Collection[str]) -> bool:
-    """Whether a sampling default was left out because a job would be refused with it."""
+    """Whether end tokens are given in a way that names none, or a sampling default was left out because a job would be refused
+    with it."""
+    if key == "eos_token_id":
+        return not _ids(defaults[key])
     return key in GenerationConfig.model_fields and key not in taken and defaults.get("do_sample") is not False
 
 
