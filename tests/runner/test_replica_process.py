@@ -64,7 +64,7 @@ class Device:
 class Work:
     """What is to do, and what of it is done."""
 
-    def __init__(self, make: Callable[[], Device] = Device, **options: int) -> None:
+    def __init__(self, make: Callable[[], Device] = Device, **options: float) -> None:
         self.requests = token_device.make_requests(PROMPTS, [PARAMS])
         self.done: dict[tuple[int, int], list[int]] = {}
         self.told: list[str] = []
@@ -134,6 +134,19 @@ def test_another_process_goes_on_where_one_was_killed():
             kills += 1
     assert work.done == EXPECTED
     assert len(work.told) == kills == 2 and "killed by signal 9" in work.told[0]
+
+
+def test_a_process_that_stands_still_is_killed_and_another_goes_on(monkeypatch):
+    monkeypatch.setattr("tokabatch.runner.replica_process.BEAT_SECONDS", 0.1)
+    work = Work(partial(Device, 0.005, load_seconds=2.0), max_restarts=1, hang_seconds=1.0)
+    stopped = False
+    for _ in work.run():
+        if work.done and not stopped:
+            assert work.replica._process is not None
+            os.kill(work.replica._process.pid or 0, signal.SIGSTOP)
+            stopped = True
+    assert work.done == EXPECTED
+    assert len(work.told) == 1 and "no sign of life" in work.told[0]
 
 
 def test_a_process_that_is_killed_again_and_again_is_given_up(monkeypatch):

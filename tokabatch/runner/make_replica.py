@@ -73,6 +73,7 @@ def make_replica(
             stop=stop,
             tell=progress.message,
             max_restarts=job.engine.max_restarts,
+            hang_seconds=job.engine.hang_seconds,
             interval=progress.interval,
             leave=claim.leave,
         )

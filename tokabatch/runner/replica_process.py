@@ -35,6 +35,8 @@ from tokabatch.scheduling.contracts import Completion
 MAX_UNSENT = 64
 """Steps whose finished samples may be on their way to main."""
 STANDING_SECONDS = 0.1
+BEAT_SECONDS = 0.5
+"""How often the process gives a sign of life while it has nothing to say."""
 TICK_SECONDS = 0.2
 """How often the caller of `run` gets its turn while no sample is finished."""
 STOP_SECONDS = 10.0
@@ -80,13 +82,16 @@ class ReplicaProcess:
         stop: Interruption,
         tell: Callable[[str], None],
         max_restarts: int = 0,
+        hang_seconds: float = math.inf,
         interval: float | None = None,
         leave: Callable[[], None] = lambda: None,
     ) -> None:
-        """At most `max_restarts` processes are lost in a row without a finished sample. `interval` is how often, in seconds,
-        somebody looks where the work stands; None is never."""
+        """At most `max_restarts` processes are lost in a row without a finished sample. One without a sign of life for
+        `hang_seconds` is killed; a step that stands still is the worker's, which the replica watches. `interval` is how often,
+        in seconds, somebody looks where the work stands; None is never."""
         self._build, self._rebuild = build, rebuild
-        self._max_restarts, self._interval, self._leave = max_restarts, interval, leave
+        self._max_restarts, self._hang_seconds = max_restarts, hang_seconds
+        self._interval, self._leave = interval, leave
         self._stop, self._tell = stop, tell
         self._standing = build(stop=stop, tell=tell).standing()
         self._process: BaseProcess | None = None
@@ -115,10 +120,16 @@ class ReplicaProcess:
 
     def _messages(self) -> Iterator[list[Completion]]:
         self._begun, self._ended = False, None
+        silent = 0.0
         while True:
             with self._stop.at_once():
                 ready = self._pipe.poll(TICK_SECONDS)
             message = self._receive() if ready else None
+            # Counted and not measured: main may have been the one that was stopped.
+            silent = 0.0 if ready else silent + TICK_SECONDS
+            if silent > self._hang_seconds and self._process is not None:
+                self._process.kill()
+                raise ReplicaLost(f"the scheduler's process gave no sign of life for {silent:.0f} s and was killed")
             if isinstance(message, _Finished):
                 yield message.completions
             elif isinstance(message, _Ended):
@@ -185,16 +196,18 @@ class ReplicaProcess:
         theirs.close()
         self._process = process
 
-    def _receive(self) -> _Message:
-        """The next message, what it tells taken in."""
+    def _receive(self) -> _Message | None:
+        """The next message, what it tells taken in; None is a sign of life."""
         assert self._process is not None
         try:
-            message: _Message = self._pipe.recv()
+            message: _Message | None = self._pipe.recv()
         except (EOFError, OSError) as error:
             self._process.join(STOP_SECONDS)
             code = self._process.exitcode
             by = "ended with code" if code is None or code >= 0 else "was killed by signal"
             raise ReplicaLost(f"the scheduler's process {by} {abs(code or 0)}") from error
+        if message is None:
+            return None
         if isinstance(message, str):
             self._tell(message)
             return message
@@ -253,7 +266,15 @@ class ReplicaProcess:
 
 
 def _send(outbox: queue.Queue[_Message | None], pipe: Connection) -> None:
-    while (message := outbox.get()) is not None:
+    """Send what is put in, until None is."""
+    while True:
+        beat = False
+        try:
+            message = outbox.get(timeout=BEAT_SECONDS)
+        except queue.Empty:
+            message, beat = None, True
+        if message is None and not beat:
+            return
         try:
             pipe.send(message)
         except OSError:
