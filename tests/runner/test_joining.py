@@ -12,11 +12,14 @@ from support.scripted_run import scripted_engine, scripted_job
 
 from tokabatch import run
 from tokabatch.output import joining
+from tokabatch.output.export import export
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.integrity import verify
+from tokabatch.output.status import output_lengths
 from tokabatch.output.steps import read_steps
 from tokabatch.report.progress import NullProgress
 from tokabatch.storage.atomic_files import DurableFiles
+from tokabatch.storage.listing import ListedFile
 
 ROWS, SHARD = 30, 16
 
@@ -69,6 +72,27 @@ def test_small_shards_and_steps_of_many_starts_are_joined_when_the_run_completes
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert start(rows, out)[0] == 0
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "count",
+    [lambda out: export(out, out.parent / "all.jsonl").samples, lambda out: len(output_lengths(out))],
+    ids=["export", "lengths"],
+)
+def test_a_reader_whose_listing_is_joined_away_begins_anew(count, rows, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    leave_small_shards(rows, out)
+    real = OutputFolder.shards
+
+    def listed_before_the_run_completes(folder: OutputFolder) -> tuple[ListedFile, ...]:
+        shards = real(folder)
+        monkeypatch.setattr(OutputFolder, "shards", real)
+        assert start(rows, out)[0] == 0
+        return shards
+
+    monkeypatch.setattr(OutputFolder, "shards", listed_before_the_run_completes)
+    assert count(out) == 2 * ROWS
+    assert len(files(out)) == 4
 
 
 def test_shards_of_half_the_usual_size_and_more_stay_as_they_are(rows, tmp_path):

@@ -19,7 +19,7 @@ from tokabatch.output.folder import OutputFolder
 from tokabatch.output.journal import Record, Shard, read_record
 from tokabatch.output.manifest import RUN_KEY, Manifest, Success, read_success
 from tokabatch.output.shards import count_ok, damaged, open_shard, read_groups
-from tokabatch.storage.listing import ListedFile
+from tokabatch.storage.listing import Changed, ListedFile
 
 _THREADS = 8
 Kind = Literal["damaged", "missing", "unrecorded", "foreign", "record"]
@@ -101,6 +101,9 @@ def recorded_shards(folder: OutputFolder, manifest: Manifest | None) -> tuple[Li
         return listed
     for shard in listed:
         known = [each for each in record.versions.get(folder.name_of(shard.path), ()) if each is not None]
+        if not known and before is not None and any(before.versions.get(folder.name_of(shard.path), ())):
+            # It was joined with others in between.
+            raise Changed(shard.path)
         if not known:
             name = folder.commits.name
             raise ForeignFileError(
