@@ -7,8 +7,9 @@ and columns it names exist is for the readers to say.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,26 +139,25 @@ class GenerationConfig(_Section):
         default=None, description="Report log probabilities: 0 the chosen token's, k also the k most likely ones'."
     )
 
+    @cached_property
+    def param_values(self) -> dict[str, Any]:
+        """The fields of `params`."""
+        return _as_params(self, _SETTINGS)
+
     def params(self) -> SamplingParams:
         """The same as the currency of the later stages."""
-        return self._over(SamplingParams(), _SETTINGS)
-
-    def _over(self, params: SamplingParams, names: Iterable[str]) -> SamplingParams:
-        """`params` with these settings in place of their own."""
-        values = {name: getattr(self, name) for name in names}
-        if "top_k" in values:
-            values["top_k"] = values["top_k"] or 0
-        return replace(params, **values)
+        return SamplingParams(**self.param_values)
 
     def row_params(self, struct: Mapping[str, Any]) -> SamplingParams | RowError:
         """These settings under one row's own; a null in the row takes the job's value, as Parquet structs fill up with
         nulls. Code `bad_sampling` where the row names an unknown setting or a value that is not accepted."""
         given = {name: value for name, value in struct.items() if value is not None}
         try:
-            return GenerationConfig.model_validate(given)._over(self.params(), given)
+            own = GenerationConfig.model_validate(given)
         except ValidationError as error:
             merged = {name: getattr(self, name) for name in _SETTINGS} | given
             return RowError("bad_sampling", row_message(GenerationConfig, error, merged))
+        return SamplingParams(**self.param_values | _as_params(own, given))
 
     def with_model_defaults(self, defaults: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[Setting, ...]]:
         """Fills what the job does not say from a model's generation_config.json, and tells where each value came from.
@@ -181,6 +181,14 @@ class GenerationConfig(_Section):
 
 
 _SETTINGS = tuple(GenerationConfig.model_fields)  # Pydantic makes the table anew at each access.
+
+
+def _as_params(settings: GenerationConfig, names: Iterable[str]) -> dict[str, Any]:
+    """These settings as fields of SamplingParams, where 0 is no `top_k`."""
+    values = {name: getattr(settings, name) for name in names}
+    if "top_k" in values:
+        values["top_k"] = values["top_k"] or 0
+    return values
 
 
 class EngineConfig(_Section):
