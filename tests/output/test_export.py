@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import errno
 import json
+import os
 import random
 import subprocess
 import sys
@@ -238,6 +240,26 @@ def test_a_disk_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     place = {"mkdtemp": "tempfile.mkdtemp", "fsync": "os.fsync", "write": "tokabatch.output.export._deal"}[fails]
     monkeypatch.setattr(place, fail)
     target = tmp_path / f"all{suffix}"
-    with pytest.raises(OutputError, match=r"--to .*all.* cannot be written: No space left on device\. Make room"):
+    with pytest.raises(
+        OutputError, match=r"--to .*all.* cannot be written: No space left on device\. Make room there, or name"
+    ):
         export(tmp_path / "out", target)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.EROFS, "Read-only file system. Mount it to be written, or name"),
+        (errno.ENOENT, "No such file or directory. Name a"),
+    ],
+)
+def test_what_a_target_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, advice: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    write_output(tmp_path / "out", [(0, 0)], pa.table({"q": ["a"]}))
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OutputError) as caught:
+        export(tmp_path / "out", tmp_path / "all.jsonl")
+    assert advice in str(caught.value) and str(caught.value).endswith("file elsewhere.")

@@ -56,6 +56,7 @@ class Refusing(DurableFiles):
         ("link", errno.EIO, "Input/output error. Look at the state of the disk"),
         ("link", errno.ESTALE, "Stale file handle. Look at the state of the file server"),
         ("link", errno.EINVAL, "Invalid argument. Choose another output.path"),
+        ("link", errno.ENOENT, "No such file or directory. Choose another output.path"),
         ("write", errno.ENOSPC, "No space left on device. Make room there"),
         ("write", errno.EDQUOT, "Disk quota exceeded. Make room there"),
         ("write", errno.EFBIG, "File too large. Raise the limit"),

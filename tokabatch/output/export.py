@@ -31,6 +31,7 @@ from tokabatch.output.schema import CORRECT, SAMPLE_SCHEMA
 from tokabatch.output.scratch import scratch_folder
 from tokabatch.output.shards import ARROW_BYTES_KEY, PARQUET_OPTIONS, open_shard, read_groups
 from tokabatch.storage.listing import ListedFile, consistently
+from tokabatch.storage.write_errors import or_else, reason
 
 _KEYS = ("row_index", "sample_index")
 _ROW_FIELDS = ("id", "row_index")
@@ -61,7 +62,8 @@ def export(path: Path, target: Path, *, nested: bool = False) -> Exported:
         return consistently(lambda: _export(folder, _committed(folder), target, nested), path)
     except OSError as error:
         raise OutputError(
-            f"--to {target} cannot be written: {error.strerror or error}. Make room there, or name a file elsewhere."
+            f"--to {target} cannot be written: {reason(error)}. "
+            f"{or_else(error, ', or name a file elsewhere', 'name a file elsewhere')}."
         ) from error
 
 

@@ -60,8 +60,15 @@ def may_pass(error: OSError) -> bool:
 def unwritable(path: Path, error: OSError) -> OutputError:
     """The error of a start whose folder does not take what a run writes."""
     note = " (while the job runs, the tokenised input lies there, too)" if is_full(error) else ""
-    what = f"{_sentence(error)}{note}, or choose" if error.errno in _REMEDIES else "Choose"
-    return OutputError(f"output.path {str(path)!r} cannot be written: {reason(error)}. {what} another output.path.")
+    what = or_else(error, f"{note}, or choose another output.path", "choose another output.path")
+    return OutputError(f"output.path {str(path)!r} cannot be written: {reason(error)}. {what}.")
+
+
+def or_else(error: OSError, other: str, only: str) -> str:
+    """The remedy and, behind it, the `other` one; the `only` one where there is no more to say. As a sentence without its stop.
+    For what was not there before: nothing was taken away, where a path leads nowhere."""
+    known = error.errno in _REMEDIES and error.errno != errno.ENOENT
+    return f"{_sentence(error)}{other}" if known else only[0].upper() + only[1:]
 
 
 @contextmanager
