@@ -287,7 +287,8 @@ def test_an_export_that_is_stopped_leaves_nothing_for_long(number: int, go: Go, 
     go()
     program = "\n".join(
         (
-            "import sys, time",
+            "import signal, sys, time",
+            "signal.signal(signal.SIGHUP, signal.SIG_DFL)",
             "from tokabatch.cli import main",
             "from tokabatch.output import export",
             "export._deal = lambda *_: (print('.', flush=True), time.sleep(60))",

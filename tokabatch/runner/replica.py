@@ -8,6 +8,7 @@ one the worker is replaced.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -109,15 +110,18 @@ class Replica:
         self._drops = 0
         """Steps that this worker has dropped."""
         self._executor: Executor | None = None
+        self._making = threading.Lock()
 
     def run(self) -> Iterator[list[Completion]]:
         """Load the model and step until every sample is finished; yields what each step finished, and first, once the model is
         loaded, the samples that its KV cache does not hold, as errors. Raises what the first worker raises when it starts,
         EngineError when no worker can be kept alive, ModelError when another one meets other files, and Stopped."""
         scheduler, watch = self.scheduler, self._watch
-        self._executor = self._make()
+        self._make_executor()
         yield self._start_worker()
         while not scheduler.done:
+            executor = self._executor
+            assert executor is not None
             try:
                 while scheduler.num_in_flight < self._steps_ahead():
                     began = time.thread_time()
@@ -126,12 +130,12 @@ class Replica:
                     if step is None:
                         break
                     with self._stop.at_once():
-                        self._executor.submit(step)
+                        executor.submit(step)
                     watch.submitted(step, scheduler)
                 if not scheduler.num_in_flight:
                     raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
                 with self._stop.at_once():
-                    result = self._executor.collect()
+                    result = executor.collect()
                 began = time.thread_time()
                 completions = scheduler.apply(result)
                 self.counts.host_seconds += time.thread_time() - began
@@ -168,9 +172,10 @@ class Replica:
         return []
 
     def close(self) -> None:
-        """End the worker."""
-        if self._executor is not None:
-            self._executor.close()
+        """End the worker. May be called from another thread, even while one is being made."""
+        with self._making:
+            if self._executor is not None:
+                self._executor.close()
 
     def _steps_ahead(self) -> int:
         return self._depth_of_few if 0 < self.scheduler.num_running <= FEW_RUNNING else self._depth
@@ -249,4 +254,8 @@ class Replica:
         self._tell(f"{reason}. Starting another (restart {self.counts.restarts.total()}); {consequence}")
         if details:
             self._tell("\n".join(details))
-        self._executor = self._make()
+        self._make_executor()
+
+    def _make_executor(self) -> None:
+        with self._making:
+            self._executor = self._make()

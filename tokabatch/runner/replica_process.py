@@ -266,7 +266,7 @@ class ReplicaProcess:
 
 
 def _send(outbox: queue.Queue[_Message | None], pipe: Connection) -> None:
-    """Send what is put in, until None is."""
+    """Send what is put in, until None is. Once main has closed the pipe, nothing is sent any more; the rest is `_listen`'s."""
     while True:
         beat = False
         try:
@@ -275,11 +275,8 @@ def _send(outbox: queue.Queue[_Message | None], pipe: Connection) -> None:
             message, beat = None, True
         if message is None and not beat:
             return
-        try:
+        with suppress(OSError):
             pipe.send(message)
-        except OSError:
-            # Main has closed the pipe, and takes nothing any more.
-            os._exit(1)
 
 
 def _listen(pipe: Connection, stopped: threading.Event, replica: Replica) -> None:
