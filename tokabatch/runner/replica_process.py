@@ -87,8 +87,8 @@ class ReplicaProcess:
         leave: Callable[[], None] = lambda: None,
     ) -> None:
         """At most `max_restarts` processes are lost in a row without a finished sample. One without a sign of life for
-        `hang_seconds` is killed; a step that stands still is the worker's, which the replica watches. `interval` is how often,
-        in seconds, somebody looks where the work stands; None is never."""
+        `hang_seconds` is killed; a step that stands still is the worker's, which the replica watches. `interval` is the
+        time between two standings that are sent, in seconds; None sends the first and the last alone."""
         self._build, self._rebuild = build, rebuild
         self._max_restarts, self._hang_seconds = max_restarts, hang_seconds
         self._interval, self._leave = interval, leave
@@ -252,7 +252,7 @@ class ReplicaProcess:
         replica.close()
 
     def _work(self, replica: Replica, outbox: queue.Queue[_Message | None], stopped: threading.Event) -> None:
-        # Once the model is loaded, that is said whoever looks.
+        # The first standing tells that the model is loaded: it is always sent.
         due = 0.0
         for completions in replica.run():
             now = time.monotonic()
