@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from benchmarks.scripted_engine import QUICKSTART, build_worker, quickstart_script
 from tokabatch import Job, run
 from tokabatch.engine.executor import InProcessExecutor
-from tokabatch.input import row_digests
+from tokabatch.input.store import row_digests
 from tokabatch.output import shards
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.runner import make_replica

@@ -49,7 +49,7 @@ WITHOUT_TORCH = {
     "cli",
 }
 HEAVY_HOMES = {
-    "transformers": {"input/tokenizer.py", "input/tokenizer_files.py"},
+    "transformers": {"input/tokenizer/tokenizer.py", "input/tokenizer/files.py"},
     "flashinfer": {"attention/flashinfer_paged.py"},
     "triton": {
         "attention/triton_decode.py",
@@ -136,7 +136,7 @@ OF_OUTPUT_FOLDERS = (
     *("output/" + name + ".py" for name in "export steps shards joining remedy scratch same_job".split()),
     *("storage/" + name + ".py" for name in "atomic_files listing".split()),
     *("runner/" + name + ".py" for name in "resume recorder run plan".split()),
-    *("input/row_digests.py", "report/review.py"),
+    *("input/store/row_digests.py", "report/review.py"),
 )
 
 

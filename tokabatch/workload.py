@@ -21,15 +21,15 @@ from tokabatch.engine.sizing import WorkloadFacts, reported_token_bytes
 from tokabatch.errors import JobError, ModelError
 from tokabatch.input.fingerprint import Fingerprint, describe
 from tokabatch.input.generation_defaults import describe_ignored, effective_generation, find_end_tokens
-from tokabatch.input.kept_input import Origin, describe_origin, load_kept
 from tokabatch.input.prefix_sharing import Sharing, measure_sharing
 from tokabatch.input.prompt_order import longest_first, order_prompts
-from tokabatch.input.prompts import Limits
-from tokabatch.input.row_digests import RowDigests
-from tokabatch.input.stop_texts import describe_stops, refuse_special
-from tokabatch.input.tokenized_input import InputStore, ingest
-from tokabatch.input.tokenizer import Tokenizer
-from tokabatch.input.tokenizer_files import load_tokenizer
+from tokabatch.input.prompts.builder import Limits
+from tokabatch.input.store.kept_input import Origin, describe_origin, load_kept
+from tokabatch.input.store.row_digests import RowDigests
+from tokabatch.input.store.tokenized_input import InputStore, ingest
+from tokabatch.input.tokenizer.files import load_tokenizer
+from tokabatch.input.tokenizer.stop_texts import describe_stops, refuse_special
+from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.job import GenerationConfig, Job, Setting
 from tokabatch.model.checkpoint import Checkpoint, preflight
 from tokabatch.model.config import read_config

@@ -12,9 +12,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from tokabatch.input.tokenized_input import InputStore, ingest
-from tokabatch.input.tokenizer import Tokenizer
-from tokabatch.input.tokenizer_files import load_tokenizer
+from tokabatch.input.store.tokenized_input import InputStore, ingest
+from tokabatch.input.tokenizer.files import load_tokenizer
+from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.job import Job, ModelConfig
 
 CORPUS = [

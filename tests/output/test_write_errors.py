@@ -17,7 +17,7 @@ from support.scripted_run import scripted_engine, scripted_job, scripted_run
 
 from tokabatch import run
 from tokabatch.errors import CommitError, OutputError, UsageError
-from tokabatch.input import disk_arrays as spool
+from tokabatch.input.store import disk_arrays as spool
 from tokabatch.output import folder as folder_module
 from tokabatch.output.folder import Claim
 from tokabatch.output.integrity import verify

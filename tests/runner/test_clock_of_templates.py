@@ -12,7 +12,7 @@ import pytest
 from support import tiny_models
 
 from tokabatch import Job, plan, run
-from tokabatch.input.tokenizer import Tokenizer
+from tokabatch.input.tokenizer.tokenizer import Tokenizer
 
 CLOCK = "{{ strftime_now('%d %H:%M:%S') }} {% for m in messages %}{{ m.content }}{% endfor %}"
 

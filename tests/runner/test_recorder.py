@@ -14,8 +14,8 @@ import pytest
 from support.scripted_run import scripted_engine, scripted_job, scripted_run
 
 from tokabatch import run
-from tokabatch.input import columns
-from tokabatch.input.tokenizer import Tokenizer
+from tokabatch.input.store import columns
+from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.output import schema as output
 from tokabatch.runner import recorder
 

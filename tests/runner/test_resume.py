@@ -23,8 +23,9 @@ from support import tiny_models
 from tokabatch import Job, RunSummary, plan, run
 from tokabatch import workload as preparation
 from tokabatch.errors import OutputError
-from tokabatch.input import fingerprint, kept_input
-from tokabatch.input.tokenizer import Tokenizer
+from tokabatch.input import fingerprint
+from tokabatch.input.store import kept_input
+from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.model import files
 from tokabatch.output import existing_results as committed
 from tokabatch.output.export import export

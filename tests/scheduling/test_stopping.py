@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tokabatch.input.tokenizer import Tokenizer
+from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.stopping import PARTIAL, StopRules, TokenText
 

@@ -24,7 +24,7 @@ from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecut
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import TokabatchError
 from tokabatch.forecast import sizing as pricing
-from tokabatch.input.tokenizer_files import load_tokenizer
+from tokabatch.input.tokenizer.files import load_tokenizer
 from tokabatch.job import ModelConfig
 from tokabatch.output import folder
 from tokabatch.report.progress import NullProgress

@@ -16,9 +16,9 @@ from typing import Any
 from unittest import mock
 
 import tokabatch
-from tokabatch.input import columns
-from tokabatch.input import tokenized_input as store
-from tokabatch.input.tokenizer import Tokenizer
+from tokabatch.input.store import columns
+from tokabatch.input.store import tokenized_input as store
+from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.output import schema as output
 from tokabatch.output import shards
 from tokabatch.runner import recorder

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tokabatch.input.chat_template import chat_template_file
-from tokabatch.input.few_shot import render_few_shot
+from tokabatch.input.prompts.chat_template import chat_template_file
+from tokabatch.input.prompts.few_shot import render_few_shot
 from tokabatch.input.readers import list_files
-from tokabatch.input.row_digests import RowDigests
+from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.job import GenerationConfig, Job, verifier_path
 
 WEIGHTS, WEIGHT_INDEX = ".safetensors", ".safetensors.index.json"

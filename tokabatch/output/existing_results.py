@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from tokabatch.arrays import Bool, Int64
 from tokabatch.errors import OutputError
-from tokabatch.input.json_types import JSON_TEXTS_KEY
+from tokabatch.input.store.json_types import JSON_TEXTS_KEY
 from tokabatch.output.folder import Claim, OutputFolder
 from tokabatch.output.journal import Shard
 from tokabatch.output.schema import SAMPLE_SCHEMA

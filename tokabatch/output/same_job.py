@@ -14,7 +14,7 @@ import numpy as np
 from tokabatch.arrays import Bool
 from tokabatch.errors import OutputError
 from tokabatch.input.fingerprint import Fingerprint, changed_settings, changed_sizes
-from tokabatch.input.row_digests import RowDigests
+from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.output.existing_results import sampled_rows
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import Manifest, Versions

@@ -21,8 +21,8 @@ import torch
 
 from tokabatch import __version__
 from tokabatch.errors import OutputError
-from tokabatch.input.kept_input import keep_input
-from tokabatch.input.row_digests import RowDigests
+from tokabatch.input.store.kept_input import keep_input
+from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.job import Job
 from tokabatch.output.existing_results import (
     Committed,

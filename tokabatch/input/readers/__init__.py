@@ -13,7 +13,7 @@ from pathlib import Path
 from fsspec.implementations.local import LocalFileSystem
 
 from tokabatch.errors import InputError
-from tokabatch.input.files import find_files
+from tokabatch.input.files.paths import find_files
 from tokabatch.input.rows import Reader
 from tokabatch.job import InputConfig
 

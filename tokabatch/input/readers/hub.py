@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from tokabatch.errors import InputError
-from tokabatch.input.arrow_rows import rows_of
+from tokabatch.input.files.arrow_rows import rows_of
 from tokabatch.input.readers import HUB_SCHEME
 from tokabatch.input.readers.parquet import conform, plain_schema
 from tokabatch.input.rows import MAX_BATCH_ROWS, RowBatch

@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from tokabatch.errors import InputError, RowError
-from tokabatch.input.files import InputFile
-from tokabatch.input.lines import MAX_LINE_BYTES, Line, read_lines
+from tokabatch.input.files.lines import MAX_LINE_BYTES, Line, read_lines
+from tokabatch.input.files.paths import InputFile
+from tokabatch.input.files.strict_json import BAD_JSON, parse_object
 from tokabatch.input.rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, Row, RowBatch
-from tokabatch.input.strict_json import BAD_JSON, parse_object
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")

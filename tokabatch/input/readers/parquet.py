@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokabatch.errors import InputError
-from tokabatch.input.arrow_rows import rows_of
-from tokabatch.input.arrow_types import plain_array, plain_type
-from tokabatch.input.files import InputFile, refuse_unreachable
+from tokabatch.input.files.arrow_rows import rows_of
+from tokabatch.input.files.arrow_types import plain_array, plain_type
+from tokabatch.input.files.paths import InputFile, refuse_unreachable
 from tokabatch.input.rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, RowBatch
 
 

@@ -1,0 +1,66 @@
+"""What is told of prompts that may not be what their author meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tokabatch.input.prompts.notes import Spelled, describe_prompts
+from tokabatch.job import Job
+
+SPELLED = Spelled(1200, (4, "<|end|>"))
+ALLOW = {"special_tokens": "allow"}
+FEW_SHOT = {"template": "{{ question }}", "few_shot": {"path": "x", "k": 2, "template": "Q"}}
+
+
+def notes(prompt: dict[str, Any], **facts: Any) -> str:
+    job = Job.load({"model": {"path": "m"}, "input": {"path": "x"}, "output": {"path": "o"}, "prompt": prompt})
+    given = {"rows": 2, "spelled": Spelled(), "chat": False, "columns": ["question", "answer"], "special_texts": ["<|end|>"]}
+    return "\n".join(describe_prompts(job.prompt, **(given | facts)))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "facts", "says"),
+    [
+        ({"template": "Q: {question}"}, {}, "names no column, so all 2 prompts are alike; write {{ question }} for {question}"),
+        ({"template": "Q: { question }"}, {}, "write {{ question }} for {question}"),
+        ({"template": "Q: {question}"}, {"rows": 1}, "prompt.template names no column; write {{ question }} for {question}"),
+        (
+            {"template": "Tell a joke."},
+            {},
+            "all 2 prompts are alike; write a column as {{ name }}; there are answer, question",
+        ),
+        ({"template": "{{ question }} {answer}"}, {}, "single braces, which are plain text; write {{ answer }} for {answer}"),
+        ({"template": "{{ question }}", "system": "For {answer}"}, {}, "prompt.system has names of columns in single"),
+        ({"template": "<|end|>{{ question }}"}, {"chat": True}, "writes the special token '<|end|>' itself"),
+        (FEW_SHOT, {}, "prompt.few_shot.template names no column, so all 2 examples are alike; write a column as"),
+        (
+            {},
+            {"spelled": SPELLED},
+            "rows that spell special tokens: 1,200 (row 4: '<|end|>'), taken as plain text; if they hold chat",
+        ),
+        ({}, {"spelled": SPELLED, "chat": True}, "write prompt.special_tokens: allow and prompt.chat: false"),
+        (
+            ALLOW,
+            {"spelled": SPELLED, "chat": True},
+            "taken as tokens, and put into the chat template; if they hold chat",
+        ),
+    ],
+)
+def test_it_says_what_to_write(prompt: dict[str, Any], facts: dict[str, Any], says: str) -> None:
+    assert says in notes(prompt, **facts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "facts"),
+    [
+        ({"template": "{{ question }} {x} ${answer} \\\\frac{a}{b} {{ '{' }}"}, {}),
+        ({"template": "Tell a joke."}, {"rows": 1}),
+        ({"template": "{{ question }}", "system": "Be {brief}."}, {}),
+        ({"template": "<|end|>{{ question }}"}, {}),
+        ({}, {}),
+    ],
+)
+def test_it_says_nothing_of_ordinary_prompts(prompt: dict[str, Any], facts: dict[str, Any]) -> None:
+    assert notes(prompt, **facts) == ""

@@ -1,0 +1,92 @@
+"""Parquet: columns with their types, several files, and faults of a file or a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tokabatch.errors import InputError
+from tokabatch.input.readers import open_path
+from tokabatch.input.store.tokenized_input import InputStore
+
+TEMPLATE = {"template": "{{ q }}"}
+
+
+def test_types_survive_and_rows_come_in_any_order(tmp_path: Path, ingest_job: Callable[..., InputStore]) -> None:
+    table = pa.table(
+        {
+            "q": [f"question {number}" for number in range(3000)],
+            "when": pa.array(range(3000), pa.timestamp("us")),
+            "kind": pa.array(["x", "y", None] * 1000).dictionary_encode(),
+            "nested": [{"a": [number], "b": None} for number in range(3000)],
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=700)
+    store = ingest_job(tmp_path / "x.parquet", prompt=TEMPLATE)
+    rows = np.random.default_rng(0).integers(0, 3000, 5000)
+    plain = table.set_column(2, "kind", table["kind"].cast(pa.string()))
+    assert store.columns(rows).equals(plain.take(rows))
+    assert store.num_rows == 3000 and not store.errors
+    store.close()
+
+
+def test_files_are_united_by_name(tmp_path: Path, ingest_job: Callable[..., InputStore]) -> None:
+    pq.write_table(pa.table({"q": ["a"], "n": pa.array([1], pa.int32())}), tmp_path / "1.parquet")
+    pq.write_table(pa.table({"n": pa.array([2], pa.int64()), "q": ["b"], "more": [True]}), tmp_path / "2.parquet")
+    store = ingest_job(tmp_path, prompt=TEMPLATE)
+    assert store.columns(np.arange(2)).to_pylist() == [
+        {"q": "a", "n": 1, "more": None},
+        {"q": "b", "n": 2, "more": True},
+    ]
+
+
+def test_types_that_cannot_be_united_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"q": ["a"]}), tmp_path / "1.parquet")
+    pq.write_table(pa.table({"q": [[1]]}), tmp_path / "2.parquet")
+    with pytest.raises(InputError, match="other types"):
+        open_path(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-20], lambda _: b"PAR1", lambda _: b"", lambda data: data[:8] + b"\0" * 50 + data[58:]]
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"q": ["some text"] * 200}), path, use_dictionary=False, write_page_checksum=True)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=r"x\.parquet"):
+        list(open_path(str(path)).batches())
+
+
+def test_invalid_text_is_a_fault_of_its_row(tmp_path: Path, ingest_job: Callable[..., InputStore]) -> None:
+    raw = pa.array([b"good", b"\xff\xfe", b"fine"]).view(pa.string())
+    pq.write_table(pa.table({"q": ["a", "b", "c"], "t": raw}), tmp_path / "x.parquet")
+    store = ingest_job(tmp_path / "x.parquet", prompt=TEMPLATE)
+    assert {row: error.code for row, error in store.errors.items()} == {1: "bad_utf8"}
+    assert store.columns(np.arange(3)).column("t").to_pylist() == ["good", None, "fine"]
+
+
+def test_a_missing_column_is_refused_before_any_row(tmp_path: Path, ingest_job: Callable[..., InputStore]) -> None:
+    pq.write_table(pa.table({"q": ["a"], "r": ["b"]}), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="no column question; its columns are q, r"):
+        ingest_job(tmp_path / "x.parquet", prompt={"template": "{{ question }}"})
+
+
+def test_structs_drop_their_nulls(
+    tmp_path: Path, ingest_job: Callable[..., InputStore], texts: Callable[..., list[str]]
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": "hi", "name": None}], "sampling_params": {"max_tokens": 5, "top_k": None}},
+        {"messages": [{"role": "user", "content": "ho", "name": "x"}], "sampling_params": None},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    store = ingest_job(tmp_path / "x.parquet", tokenizer="chat")
+    assert not store.errors
+    assert [store.sampling[index].max_tokens for index in store.params] == [5, 256]
+    assert texts(store, "chat")[0] == "<|start|>user\nhi<|end|>\n<|start|>assistant\n"

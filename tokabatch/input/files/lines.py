@@ -1,0 +1,115 @@
+"""Bytes of a file, decompressed and cut into lines at `\\n` only, in bounded memory.
+
+This module knows nothing of JSON. A compressed file that ends too early or is damaged is refused, because how many rows are
+missing cannot be known; a line beyond the size limit is reported and skipped, never held.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import IO, Protocol
+
+import zstandard
+
+from tokabatch.errors import InputError
+from tokabatch.input.files.paths import InputFile, refuse_unreachable
+
+READ_BYTES = 1 << 20
+COMPRESSED_READ_BYTES = 16 << 10
+MAX_LINE_BYTES = 64 << 20
+GZIP_WINDOW = 31
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """`number` counts from 1; `offset` is its first byte in the decompressed file; `data` is None when it was too long."""
+
+    number: int
+    offset: int
+    data: bytes | None
+    length: int
+
+
+class Decompressor(Protocol):
+    """The part that zlib's and zstandard's decompression objects have in common."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def read_lines(file: InputFile, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
+    """Every line without its `\\n`; a last line without `\\n` counts, an empty piece after the last `\\n` does not."""
+    with file.open() as stream:
+        yield from split_lines(_blocks(stream, file), max_line_bytes)
+
+
+def split_lines(blocks: Iterator[bytes], max_line_bytes: int) -> Iterator[Line]:
+    """Cut a byte stream into lines, holding at most `max_line_bytes` and one block."""
+    pending: list[bytes] = []
+    held = length = offset = 0
+    number = 1
+    for block in blocks:
+        *ended, rest = block.split(b"\n")
+        for piece in ended:
+            length += len(piece)
+            data = b"".join((*pending, piece)) if length <= max_line_bytes else None
+            yield Line(number, offset, data, length)
+            offset, number = offset + length + 1, number + 1
+            pending, held, length = [], 0, 0
+        length += len(rest)
+        if rest and length <= max_line_bytes:
+            pending.append(rest)
+            held += len(rest)
+        elif held > 0 and length > max_line_bytes:
+            pending, held = [], 0
+    if length:
+        yield Line(number, offset, b"".join(pending) if length <= max_line_bytes else None, length)
+
+
+def _blocks(stream: IO[bytes], file: InputFile) -> Iterator[bytes]:
+    if file.compression == ".gz":
+        return _inflate(stream, file, lambda: zlib.decompressobj(GZIP_WINDOW))
+    if file.compression == ".zst":
+        return _inflate(stream, file, lambda: zstandard.ZstdDecompressor().decompressobj())
+    return _raw_blocks(stream, file, READ_BYTES)
+
+
+def _raw_blocks(stream: IO[bytes], file: InputFile, size: int) -> Iterator[bytes]:
+    try:
+        while block := stream.read(size):
+            yield block
+    except Exception as error:  # see `refuse_unreachable`
+        refuse_unreachable(file.path, error)
+
+
+def _inflate(stream: IO[bytes], file: InputFile, new: Callable[[], Decompressor]) -> Iterator[bytes]:
+    """Decompress one member or frame after another."""
+    current: Decompressor | None = None
+    consumed = 0
+    for block in _raw_blocks(stream, file, COMPRESSED_READ_BYTES):
+        data = block
+        while data:
+            current = current or new()
+            try:
+                plain = current.decompress(data)
+            except (zlib.error, zstandard.ZstdError) as error:
+                raise InputError(
+                    f"{file.path} is damaged near compressed byte {consumed}: {error}. Fetch or compress it again."
+                ) from error
+            if plain:
+                yield plain
+            data = current.unused_data if current.eof else b""
+            if current.eof:
+                current = None
+                data = data.lstrip(b"\0")
+        consumed += len(block)
+    if current is not None:
+        raise InputError(
+            f"{file.path} is cut short: its compressed data ends after {consumed} bytes without an end mark, so rows are "
+            "missing. Fetch or compress it again."
+        )

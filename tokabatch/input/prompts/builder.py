@@ -1,0 +1,212 @@
+"""Rows to prompts: rendered by `sources`, tokenised in batches, and bounded by the model's context.
+
+Special tokens that a row spells are ordinary text, tokens, or a fault of the row, as `prompt.special_tokens` says. This module
+reads no files but the few-shot examples, and knows no schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from tokabatch.arrays import Int32
+from tokabatch.errors import RowError
+from tokabatch.input.prompts.blanking import Blank, Blanking, Span
+from tokabatch.input.prompts.notes import Spelled, describe_prompts
+from tokabatch.input.prompts.sources import SAMPLING_PARAMS, Draft, PromptSource
+from tokabatch.input.rows import Row
+from tokabatch.input.tokenizer.stop_texts import refuse_special
+from tokabatch.job import GenerationConfig, PromptConfig
+from tokabatch.scheduling.contracts import SamplingParams
+
+if TYPE_CHECKING:
+    from tokabatch.input.tokenizer.special_token_spelling import Occurrence
+    from tokabatch.input.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row, ready to be scheduled. `token_ids` has shape [length], at least one."""
+
+    row_index: int
+    token_ids: Int32
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Token counts of the model: its context, and the ids that it has embeddings for."""
+
+    context_length: int
+    vocab_size: int
+
+
+class PromptBuilder:
+    """Holds what the job decides once for all rows; `typed` and `now` are as in `PromptSource`. Raises JobError or InputError
+    where that cannot work."""
+
+    def __init__(
+        self,
+        config: PromptConfig,
+        generation: GenerationConfig,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        *,
+        typed: bool = False,
+        now: datetime = datetime.min,
+    ) -> None:
+        self._policy = config.special_tokens
+        self._generation = generation
+        self._params = generation.params()
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._blanking = Blanking(tokenizer.special_texts, tokenizer.special_tokens.normalized)
+        self._source = PromptSource(config, tokenizer, limits.vocab_size, typed=typed, now=now)
+        self._spelled_by_examples = self._count_spelled_by_examples()
+        self.chat = self._source.chat
+        self.columns = self._source.columns | {SAMPLING_PARAMS}
+        self._config = config
+        self._spelled = Spelled()
+
+    def check_columns(self, present: Collection[str]) -> None:
+        """Raises InputError where the whole input has not a column that every prompt needs."""
+        self._source.check_columns(present)
+
+    @property
+    def hidden_rows(self) -> int:
+        """Prompts in which a row's text spelled a special token, encoded as plain text."""
+        return self._spelled.rows if self._policy == "text" else 0
+
+    def describe(self, present: Collection[str], rows: int) -> tuple[str, ...]:
+        """Sentences on prompts that may not be what their author meant, once all `rows` of the input are built; `present` are
+        its columns."""
+        described = describe_prompts(
+            self._config,
+            rows=rows,
+            spelled=self._spelled,
+            chat=self.chat,
+            columns=present,
+            special_texts=self._tokenizer.special_texts,
+        )
+        return (*self._source.describe(present), *described)
+
+    def build(self, rows: Sequence[Row]) -> list[Prompt | RowError]:
+        """One result a row, in order; all texts of the batch are tokenised in one call."""
+        drafts = [row.error or self._draft(row.columns or {}) for row in rows]
+        quoted = self._find_quoted(rows, drafts)
+        ids: dict[int, Sequence[int]] = {}
+        for add_bos in (False, True):
+            texts = {
+                place: draft.text
+                for place, draft in enumerate(drafts)
+                if isinstance(draft, Draft) and draft.token_ids is None and draft.add_special_tokens is add_bos
+            }
+            plain = [place for place in texts if place not in quoted]
+            ids |= zip(plain, self._tokenizer.encode_batch([texts[place] for place in plain], add_bos), strict=True)
+            others = [place for place in texts if place in quoted]
+            batch = [(texts[place], quoted[place]) for place in others]
+            ids |= zip(others, self._tokenizer.encode_quoted(batch, add_bos), strict=True)
+        return [
+            draft if isinstance(draft, RowError) else self._finish(row, ids.get(place, draft.token_ids or ()))
+            for place, (row, draft) in enumerate(zip(rows, drafts, strict=True))
+        ]
+
+    def _find_quoted(self, rows: Sequence[Row], drafts: list[Draft | RowError]) -> dict[int, list[Occurrence]]:
+        """The places of drafts in which what a row spells of special tokens is plain text, each with those that templates
+        wrote. Where the job rejects such a row, its draft becomes the error."""
+        texts: dict[int, str] = {}
+        for place, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+            if isinstance(draft, Draft) and draft.token_ids is None and self._may_spell(row.columns or {}):
+                texts[place] = draft.text
+        quoted: dict[int, list[Occurrence]] = {}
+        for place, found in zip(texts, self._tokenizer.special_tokens.find(list(texts.values())), strict=True):
+            occurrences = [each for each in found if each]
+            written = self._written(rows[place].columns or {}, occurrences)
+            spelled = [each for each in occurrences if each not in written]
+            if spelled and self._policy == "reject":
+                reason = f"the row spells the special token {spelled[0][2]!r} (prompt.special_tokens: reject)"
+                drafts[place] = RowError("special_token", reason)
+            elif len(written) < len(found):
+                if len(spelled) > self._spelled_by_examples:
+                    self._spelled.note(rows[place].index, spelled[self._spelled_by_examples][2])
+                if self._policy == "text":
+                    quoted[place] = written
+        return quoted
+
+    def _may_spell(self, row: Mapping[str, Any]) -> bool:
+        if self._policy == "allow" and not self._source.wraps(row):
+            return False
+        return self._spelled_by_examples > 0 or any(map(self._blanking.may_occur, self._source.values(row)))
+
+    def _written(self, row: Mapping[str, Any], occurrences: Sequence[Occurrence]) -> list[Occurrence]:
+        """Those special tokens of the row's prompt that templates wrote."""
+        if not occurrences:
+            return []
+
+        def render(blank: Blank) -> str | None:
+            draft = self._source.draft(row, blank)
+            return None if isinstance(draft, RowError) else draft.text
+
+        return _overlapping(occurrences, self._blanking.written_by(render))
+
+    def _count_spelled_by_examples(self) -> int:
+        """How many special tokens the rows of the few-shot examples spell."""
+        text = self._source.few_shot()
+        if not text or self._policy == "allow":
+            return 0
+        occurrences = [each for each in self._tokenizer.special_tokens.find([text])[0] if each]
+        return len(occurrences) - len(_overlapping(occurrences, self._blanking.written_by(self._source.few_shot)))
+
+    def _finish(self, row: Row, ids: Sequence[int]) -> Prompt | RowError:
+        params = self._row_params(row.columns or {})
+        if isinstance(params, RowError):
+            return params
+        if not ids:
+            return RowError("empty_prompt", "the prompt has no tokens")
+        if self._tokenizer.vocab_size > self._limits.vocab_size and (last := max(ids)) >= self._limits.vocab_size:
+            return RowError(
+                "bad_token_id",
+                f"the prompt uses the token {self._tokenizer.token_text(last)!r} (id {last}), but the model has embeddings for "
+                f"{self._limits.vocab_size} ids; leave it out of the row or the template, or use weights that have it",
+            )
+        if len(ids) + params.max_tokens > self._limits.context_length:
+            return RowError(
+                "prompt_too_long",
+                f"the prompt has {len(ids)} tokens and max_tokens is {params.max_tokens}, together "
+                f"{len(ids) + params.max_tokens}; the model's context is {self._limits.context_length}",
+            )
+        return Prompt(row.index, np.asarray(ids, dtype=np.int32), params)
+
+    def _row_params(self, row: Mapping[str, Any]) -> SamplingParams | RowError:
+        given = row.get(SAMPLING_PARAMS)
+        if given is None:
+            return self._params
+        if not isinstance(given, Mapping):
+            return RowError("bad_sampling", f"{SAMPLING_PARAMS} must be an object of settings, not {type(given).__name__}")
+        params = self._generation.row_params(cast("Mapping[str, Any]", given))
+        if isinstance(params, SamplingParams):
+            beyond = [token for token in params.stop_token_ids if token >= self._limits.vocab_size]
+            if beyond or (params.logprobs or 0) > self._limits.vocab_size:
+                asked = f"stop_token_ids names {beyond[0]}" if beyond else f"logprobs is {params.logprobs}"
+                return RowError("bad_sampling", f"{asked}, but the model has {self._limits.vocab_size} tokens")
+            if fault := refuse_special(params.stop, self._tokenizer.special_texts):
+                return RowError("bad_sampling", f"{SAMPLING_PARAMS}.{fault}")
+        return params
+
+    def _draft(self, row: Mapping[str, Any]) -> Draft | RowError:
+        draft = self._source.draft(row)
+        limit = self._limits.context_length
+        if isinstance(draft, Draft) and self._tokenizer.exceeds(draft.text, limit):
+            return RowError(
+                "prompt_too_long",
+                f"the prompt of {len(draft.text)} characters has more than {2 * limit} tokens; the model's context is {limit}",
+            )
+        return draft
+
+
+def _overlapping(occurrences: Sequence[Occurrence], spans: Sequence[Span]) -> list[Occurrence]:
+    return [each for each in occurrences if any(begin < each[1] and each[0] < end for begin, end in spans)]

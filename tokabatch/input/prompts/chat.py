@@ -1,0 +1,114 @@
+"""What a row says to a chat template, checked and in the shape that templates expect: messages, tools and documents.
+
+Each may be JSON text. Text given in parts becomes one text; keys of a message that are null are dropped; other keys, such as
+tool calls, pass through. In rows of typed columns (Parquet), an object has all keys that any other row's has, null where it has
+none: there, nulls are dropped at any depth, and what JSON has no type for is as in a job's template: a date in ISO 8601, a
+decimal number as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from tokabatch.errors import RowError
+from tokabatch.input.files.strict_json import parse_object
+from tokabatch.input.prompts.printing import text_of
+
+Message = dict[str, Any]
+
+
+def normalise_messages(value: Any, column: str) -> list[Message] | RowError:
+    """The conversation in `value`, or `bad_type` / `empty_prompt`."""
+    value = decoded(value)
+    if not isinstance(value, list):
+        return RowError("bad_type", f"the column {column!r} must hold a list of messages, not {type(value).__name__}")
+    if not value:
+        return RowError("empty_prompt", f"the column {column!r} holds no message")
+    messages: list[Message] = []
+    for position, given in enumerate(cast("list[Any]", value)):
+        message = _message(given, f"message {position} of the column {column!r}")
+        if isinstance(message, RowError):
+            return message
+        messages.append(message)
+    if messages[-1]["role"] == "user" and not str(messages[-1].get("content", "")).strip():
+        return RowError("empty_prompt", f"the last message of the column {column!r} is empty")
+    return messages
+
+
+def with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """A system message in front, unless the conversation brings its own."""
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def read_objects(value: Any, column: str) -> list[dict[str, Any]] | RowError | None:
+    """The tools or documents in `value`, a list of objects; None where there is none, `bad_type` for anything else."""
+    found = decoded(value)
+    if found is None or found == [] or (isinstance(found, str) and not found.strip()):
+        return None
+    if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in cast("list[Any]", found)):
+        return RowError(
+            "bad_type",
+            f"the column {column!r} goes to the chat template and must hold a list of objects, not {type(value).__name__}; "
+            "name it otherwise if it is something else",
+        )
+    return cast("list[dict[str, Any]]", found)
+
+
+def decoded(value: Any) -> Any:
+    """What JSON text says, and the JSON texts in a list; any other text as it is, and so is JSON that a row could not hold."""
+    if isinstance(value, list):
+        return [decoded(item) for item in cast("list[Any]", value)]
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        row = parse_object(b'{"value":' + value.encode() + b"}")
+        return row["value"] if isinstance(row, dict) and len(row) == 1 else value
+    return value
+
+
+def plain_values(value: Any) -> Any:
+    """A value of a typed column as JSON would have brought it. Raises NotText for binary data."""
+    if isinstance(value, Mapping):
+        given = cast("Mapping[str, Any]", value)
+        return {key: plain_values(item) for key, item in given.items() if item is not None}
+    if isinstance(value, list):
+        items = cast("list[Any]", value)
+        if items and all(isinstance(item, tuple) for item in items):  # Arrow's map
+            return plain_values(dict(items))
+        return [plain_values(item) for item in items]
+    return (
+        value
+        if value is None or isinstance(value, str | int | float)
+        else text_of(value, place="a value for the chat template")
+    )
+
+
+def _message(given: Any, place: str) -> Message | RowError:
+    if not isinstance(given, Mapping):
+        return RowError("bad_type", f"{place} must be an object with role and content, not {type(given).__name__}")
+    message = {key: value for key, value in cast("Mapping[str, Any]", given).items() if value is not None}
+    if not isinstance(message.get("role"), str):
+        return RowError("bad_type", f"{place} has no role (system, user or assistant)")
+    content = message.get("content")
+    if isinstance(content, list):
+        text = _joined_parts(cast("list[Any]", content))
+        if text is None:
+            return RowError("bad_type", f"{place} has content parts that are no text; only text can be completed")
+        return {**message, "content": text}
+    if content is None and message.keys() - {"role", "name"}:
+        return message
+    if not isinstance(content, str):
+        kind = "null or missing" if content is None else type(content).__name__
+        return RowError("bad_type" if content is not None else "missing_field", f"the content of {place} is {kind}, not text")
+    return message
+
+
+def _joined_parts(parts: list[Any]) -> str | None:
+    texts: list[str] = []
+    for part in parts:
+        text = cast("Mapping[str, Any]", part).get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return "".join(texts)

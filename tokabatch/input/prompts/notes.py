@@ -1,0 +1,79 @@
+"""Sentences on prompts that may not be what their author meant: all alike, or with chat markup twice or as plain text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from tokabatch.input.missing import list_columns
+from tokabatch.input.prompts.templates import compile_template
+from tokabatch.job import PromptConfig
+
+SINGLE_BRACES = re.compile(r"(?<![{$\\])\{ ?([A-Za-z_][A-Za-z0-9_]*) ?\}(?!\})")
+
+
+@dataclass
+class Spelled:
+    """How many rows spell special tokens, and the first of them with what it spells."""
+
+    rows: int = 0
+    first: tuple[int, str] | None = None
+
+    def note(self, row: int, text: str) -> None:
+        self.rows += 1
+        self.first = self.first or (row, text)
+
+
+def describe_prompts(
+    config: PromptConfig, *, rows: int, spelled: Spelled, chat: bool, columns: Collection[str], special_texts: Collection[str]
+) -> tuple[str, ...]:
+    """`chat` says whether texts go through the chat template; `columns` are the input's, of which there are so many `rows`."""
+    return (
+        *_describe_templates(config, rows, columns),
+        *_describe_markup(config, chat, special_texts),
+        *_describe_spelled(config, spelled, chat),
+    )
+
+
+def _describe_templates(config: PromptConfig, rows: int, columns: Collection[str]) -> Iterator[str]:
+    """What names no column, and columns in single braces."""
+    few_shot = config.few_shot
+    templates = {"template": config.template, "system": config.system, "few_shot.template": few_shot and few_shot.template}
+    for key, source in templates.items():
+        if source is None:
+            continue
+        alike = {"template": rows, "few_shot.template": few_shot.k if few_shot else 0}.get(key, 0)
+        constant = key in ("template", "few_shot.template") and not compile_template(source, f"prompt.{key}").names
+        found = dict.fromkeys(SINGLE_BRACES.findall(source))
+        remedy = "; ".join(f"write {{{{ {name} }}}} for {{{name}}}" for name in found if constant or name in columns)
+        if constant and (remedy or alike > 1):
+            what = "examples" if key != "template" else "prompts"
+            so = f", so all {alike:,} {what} are alike" if alike > 1 else ""
+            remedy = remedy or f"write a column as {{{{ name }}}}; there are {list_columns(columns)}"
+            yield f"prompt.{key} names no column{so}; {remedy}"
+        elif remedy:
+            yield f"prompt.{key} has names of columns in single braces, which are plain text; {remedy}"
+
+
+def _describe_markup(config: PromptConfig, chat: bool, special_texts: Collection[str]) -> Iterator[str]:
+    """A template that writes chat markup itself, in front of the chat template."""
+    written = next((text for text in sorted(special_texts) if config.template and text and text in config.template), None)
+    if chat and written:
+        yield (
+            f"prompt.template writes the special token {written!r} itself, and its text goes through the chat template as "
+            "well; write prompt.chat: false if it holds the whole conversation"
+        )
+
+
+def _describe_spelled(config: PromptConfig, spelled: Spelled, chat: bool) -> Iterator[str]:
+    """Rows that hold special tokens."""
+    if spelled.first is None:
+        return
+    row, text = spelled.first
+    found = f"rows that spell special tokens: {spelled.rows:,} (row {row}: {text!r}), taken as"
+    if config.special_tokens == "text":
+        whole = " and prompt.chat: false" if chat and not config.messages else ""
+        yield f"{found} plain text; if they hold chat markup already, write prompt.special_tokens: allow{whole}"
+    else:
+        yield f"{found} tokens, and put into the chat template; if they hold chat markup already, write prompt.chat: false"

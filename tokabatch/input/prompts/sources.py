@@ -1,0 +1,242 @@
+"""The text or token ids of one row's prompt, before it is tokenised.
+
+A prompt comes from a template, a column of chat messages, a column of token ids or, by default, from the first of the columns
+`prompt` (text or messages), `messages` and `prompt_token_ids` that a row fills. The chat template applies to messages always,
+to text where `prompt.chat` is true, or auto and the tokenizer has one; token ids are taken as they are. All words that are not
+the row's own go through `blank` first, which shows later which these were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
+
+from tokabatch.errors import InputError, JobError, RowError
+from tokabatch.input.missing import did_you_mean, list_columns, missing_field
+from tokabatch.input.prompts.blanking import Blank, as_written
+from tokabatch.input.prompts.chat import decoded, normalise_messages, plain_values, read_objects, with_system
+from tokabatch.input.prompts.chat_template import DOCUMENTS, TOOLS, blank_texts, choose_chat_template
+from tokabatch.input.prompts.few_shot import render_few_shot
+from tokabatch.input.prompts.printing import NotText
+from tokabatch.input.prompts.templates import Template, compile_template
+from tokabatch.job import PromptConfig
+
+if TYPE_CHECKING:
+    from tokabatch.input.tokenizer.tokenizer import Tokenizer
+
+PROMPT, MESSAGES, TOKEN_IDS = "prompt", "messages", "prompt_token_ids"
+SAMPLING_PARAMS = "sampling_params"
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A prompt before tokenisation."""
+
+    text: str = ""
+    token_ids: Sequence[int] | None = None
+    add_special_tokens: bool = False
+
+
+class PromptSource:
+    """What the job says of prompts, for a tokenizer whose ids end at `vocab_size`. In `typed` rows an object has the keys of
+    any other row's; `now` is what a chat template's clock shows. Raises JobError or InputError where that cannot work."""
+
+    def __init__(self, config: PromptConfig, tokenizer: Tokenizer, vocab_size: int, *, typed: bool, now: datetime) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._typed = typed
+        self._now = now
+        self._chat_template = choose_chat_template(config, tokenizer.chat_templates, tokenizer.name)
+        self._compile = cache(compile_template)
+        self._render_examples = cache(self._examples)
+        self.chat = self._chat_template is not None if config.chat == "auto" else config.chat
+        self._refuse_missing_chat_template()
+        self._templates = tuple(
+            self._compile(source, key)
+            for source, key in ((config.template, "prompt.template"), (config.system, "prompt.system"))
+            if source
+        )
+        self._chat_columns = self._columns_of_the_chat()
+        self._defaults = self._default_columns()
+        self._build = self._choose()
+        self.few_shot()
+        self.columns = self._used_columns()
+
+    def check_columns(self, present: Collection[str]) -> None:
+        """Raises InputError where the whole input has not a column that every prompt needs."""
+        needed = {name for template in self._templates for name in template.required}
+        needed |= {name for name in (self._config.messages, self._config.token_ids) if name}
+        missing = sorted(needed - set(present))
+        if missing:
+            raise InputError(
+                f"prompt: the input has no column {list_columns(missing)}{did_you_mean(missing[0], present)}; its columns are "
+                f"{list_columns(present)}"
+            )
+        if self._defaults and not set(self._defaults) & set(present):
+            raise InputError(
+                f"the input has no column {' or '.join(self._defaults)}; its columns are {list_columns(present)}. "
+                'Set prompt.template, for example "{{ column }}".'
+            )
+
+    def describe(self, present: Collection[str]) -> tuple[str, ...]:
+        """Sentences on what no chat template reads; `present` are the input's columns."""
+        columns = set(present) - self._own_names()
+        if self._chat_template and (self.chat or self._config.messages or MESSAGES in present):
+            return self._chat_template.describe(columns)
+        return ("the column 'tools' is not used: no chat template applies",) if TOOLS in columns else ()
+
+    def draft(self, row: Mapping[str, Any], blank: Blank = as_written) -> Draft | RowError:
+        """The prompt of a row; the sources of all templates, and special texts that stand around the row's text, go through
+        `blank`."""
+        try:
+            return self._build(row, blank)
+        except NotText as error:
+            return RowError("bad_type", str(error))
+
+    def values(self, row: Mapping[str, Any]) -> Iterator[Any]:
+        """What the row brings to its prompt; JSON text of messages, tools and documents is read."""
+        for name in self.columns & row.keys():
+            structured = name in self._chat_columns or name in (self._config.messages, MESSAGES)
+            yield decoded(row[name]) if structured else row[name]
+
+    def wraps(self, row: Mapping[str, Any]) -> bool:
+        """Whether a text of the row goes through the chat template."""
+        return self.chat and (self._config.template is not None or isinstance(row.get(PROMPT), str))
+
+    def few_shot(self, blank: Blank = as_written) -> str:
+        """The examples in front of every prompt."""
+        few_shot = self._config.few_shot
+        return self._render_examples(blank(few_shot.template)) if few_shot else ""
+
+    def _examples(self, template: str) -> str:
+        assert self._config.few_shot is not None
+        return render_few_shot(self._config.few_shot.model_copy(update={"template": template}))
+
+    def _from_template(self, row: Mapping[str, Any], blank: Blank) -> Draft | RowError:
+        template = self._template(self._config.template, "prompt.template", blank)
+        assert template is not None
+        text = template.render(row)
+        return text if isinstance(text, RowError) else self._from_text(text, row, blank)
+
+    def _template(self, source: str | None, key: str, blank: Blank) -> Template | None:
+        return None if source is None else self._compile(blank(source), key)
+
+    def _system(self, row: Mapping[str, Any], blank: Blank) -> str | RowError | None:
+        template = self._template(self._config.system, "prompt.system", blank)
+        return None if template is None else template.render(row)
+
+    def _from_messages(self, row: Mapping[str, Any], column: str, blank: Blank) -> Draft | RowError:
+        if row.get(column) is None:
+            return missing_field(column, row)
+        messages = normalise_messages(self._given(row[column]), column)
+        return messages if isinstance(messages, RowError) else self._chat(messages, row, blank)
+
+    def _from_token_ids(self, row: Mapping[str, Any], column: str) -> Draft | RowError:
+        value = row.get(column)
+        if value is None:
+            return missing_field(column, row)
+        if not isinstance(value, list) or not all(type(item) is int for item in cast("list[Any]", value)):
+            return RowError("bad_type", f"the column {column!r} must hold a list of token ids (whole numbers)")
+        ids = cast("list[int]", value)
+        outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)
+        if outside is not None:
+            return RowError("bad_token_id", f"token id {outside} is outside the model's {self._vocab_size} ids")
+        return Draft(token_ids=ids)
+
+    def _from_defaults(self, row: Mapping[str, Any], blank: Blank) -> Draft | RowError:
+        column = next((name for name in self._defaults if row.get(name) is not None), None)
+        if column is None:
+            return missing_field(next((name for name in self._defaults if name in row), self._defaults[0]), row)
+        if column == TOKEN_IDS:
+            return self._from_token_ids(row, column)
+        value = row[column]
+        if column == MESSAGES or (isinstance(value, list) and not self._config.few_shot):
+            return self._from_messages(row, column, blank) if self._chat_template else no_chat_template(column)
+        if not isinstance(value, str):
+            kind = "binary data that is no UTF-8" if isinstance(value, bytes) else type(value).__name__
+            return RowError("bad_type", f"the column {column!r} must hold text, not {kind}")
+        leading = "" if self.chat else self._tokenizer.prefix_text
+        own = leading if leading and value.startswith(leading) else ""
+        return self._from_text(value.removeprefix(own), row, blank, blank(own))
+
+    def _from_text(self, text: str, row: Mapping[str, Any], blank: Blank, own_prefix: str = "") -> Draft | RowError:
+        if not text.strip():
+            return RowError("empty_prompt", "the prompt is empty")
+        text = own_prefix + self.few_shot(blank) + text
+        if not self.chat:
+            return Draft(text, add_special_tokens=True)
+        return self._chat([{"role": "user", "content": text}], row, blank)
+
+    def _chat(self, messages: list[dict[str, Any]], row: Mapping[str, Any], blank: Blank) -> Draft | RowError:
+        """The chat template writes its own BOS, so none is added."""
+        assert self._chat_template is not None
+        system = self._system(row, blank)
+        if isinstance(system, RowError):
+            return system
+        given = {name: read_objects(self._given(row.get(name)), name) for name in self._chat_columns}
+        fault = next((each for each in given.values() if isinstance(each, RowError)), None)
+        if fault:
+            return fault
+        template = self._chat_template.source_for(given.get(TOOLS))
+        variables = blank_texts(self._chat_template.kwargs, blank) | given
+        text = self._tokenizer.apply_chat_template(with_system(messages, system), template, variables, self._now, blank)
+        return text if isinstance(text, RowError) else Draft(text)
+
+    def _columns_of_the_chat(self) -> frozenset[str]:
+        """The columns that the chat template reads and the job's own template does not."""
+        if self._chat_template is None:
+            return frozenset()
+        return (frozenset((TOOLS, DOCUMENTS)) & self._chat_template.names) - self._own_names()
+
+    def _own_names(self) -> frozenset[str]:
+        """The columns that the job's own templates name."""
+        return frozenset(name for template in self._templates for name in template.names)
+
+    def _given(self, value: Any) -> Any:
+        return plain_values(value) if self._typed else value
+
+    def _refuse_missing_chat_template(self) -> None:
+        config, name = self._config, self._tokenizer.name
+        wants = "prompt.chat: true" if config.chat is True else "prompt.messages" if config.messages else None
+        wants = wants or ("prompt.system" if config.system else None)
+        wants = wants or ("prompt.chat_template_kwargs" if config.chat_template_kwargs else None)
+        if wants and self._chat_template is None:
+            raise JobError(
+                f"{wants} needs a chat template, but the tokenizer of {name!r} has none; give one as prompt.chat_template, or "
+                "use prompt.template alone"
+            )
+
+    def _default_columns(self) -> tuple[str, ...]:
+        config = self._config
+        if config.template or config.messages or config.token_ids:
+            if config.messages and config.few_shot:
+                raise JobError("prompt.few_shot goes in front of text, not of prompt.messages; use prompt.template")
+            return ()
+        if config.few_shot:
+            return (PROMPT,)
+        return (PROMPT, MESSAGES) if config.system else (PROMPT, MESSAGES, TOKEN_IDS)
+
+    def _choose(self) -> Callable[[Mapping[str, Any], Blank], Draft | RowError]:
+        messages, token_ids = self._config.messages, self._config.token_ids
+        if self._config.template:
+            return self._from_template
+        if messages:
+            return lambda row, blank: self._from_messages(row, messages, blank)
+        if token_ids:
+            return lambda row, blank: self._from_token_ids(row, token_ids)
+        return self._from_defaults
+
+    def _used_columns(self) -> frozenset[str]:
+        names = self._own_names() | {name for name in (self._config.messages, self._config.token_ids) if name}
+        return frozenset(names | set(self._defaults) | self._chat_columns)
+
+
+def no_chat_template(column: str) -> RowError:
+    return RowError(
+        "bad_messages",
+        f"the column {column!r} holds messages, but the tokenizer has no chat template; give one as prompt.chat_template",
+    )

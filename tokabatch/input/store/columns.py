@@ -1,0 +1,204 @@
+"""The input's columns, kept on disk in the order of the rows, so that a sample's output row can carry them.
+
+Rows of a typed source are kept as Arrow batches, those of JSON Lines as the text they came in, typed when they are asked
+for. A row that could not be parsed has nulls. This module knows no prompts and no output format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc as ipc
+
+from tokabatch.arrays import Int64
+from tokabatch.errors import InputError
+from tokabatch.input.files.arrow_types import row_bytes
+from tokabatch.input.rows import RowBatch
+from tokabatch.input.store.disk_arrays import ArraySpool, Texts, TextSpool, open_array
+from tokabatch.input.store.json_types import JSON_TEXTS_KEY, JsonType
+
+MAX_COLUMNS = 4096
+_TYPES, _STARTS = "types", "starts"
+
+
+class Columns(Protocol):
+    """Finished columns."""
+
+    @property
+    def schema(self) -> pa.Schema: ...
+    def take(self, rows: Int64, names: Sequence[str]) -> pa.Table:
+        """The named columns of ascending, distinct rows; nulls for a column that no row has. Without names, a table without
+        rows."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What `restore_columns` needs beside the files, as plain JSON values."""
+        ...
+
+    def row_bytes(self, rows: Int64) -> Int64:
+        """What each of these rows, in any order, will take in memory at most, shape [rows]."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ColumnSpool(Protocol):
+    """Columns being written."""
+
+    def append(self, batch: RowBatch) -> None: ...
+    def finish(self) -> Columns: ...
+
+
+def open_column_spool(path: Path, schema: pa.Schema | None, names: Sequence[str] | None) -> ColumnSpool:
+    """Keeps the named columns, or all, of a source with this schema; None for JSON."""
+    if schema is None:
+        return JsonColumnSpool(path.with_suffix(".jsonl"), names)
+    return ArrowColumnSpool(path.with_suffix(".arrow"), schema, names)
+
+
+def restore_columns(path: Path, state: Mapping[str, Any]) -> Columns:
+    """The finished columns of a spool at `path`."""
+    if (types := state.get(_TYPES)) is not None:
+        texts = Texts.open(path.with_suffix(".jsonl"))
+        return JsonColumns(texts, {name: JsonType.restored(kind) for name, kind in types.items()})
+    sizes = open_array(path.with_suffix(".sizes"), np.int64)
+    return ArrowColumns(path.with_suffix(".arrow"), np.asarray(state[_STARTS], dtype=np.int64), sizes)
+
+
+class ArrowColumnSpool:
+    """Writes one Arrow IPC file."""
+
+    def __init__(self, path: Path, schema: pa.Schema, names: Sequence[str] | None) -> None:
+        self._path = path
+        self._names = [name for name in schema.names if names is None or name in names]
+        self._schema = pa.schema([schema.field(name) for name in self._names])
+        self._writer = ipc.new_file(str(path), self._schema)
+        self._sizes = ArraySpool(path.with_suffix(".sizes"), np.int64)
+        self._starts = [0]
+
+    def append(self, batch: RowBatch) -> None:
+        assert batch.table is not None
+        kept = batch.table.select(self._names)
+        self._writer.write_batch(kept)
+        self._sizes.append(sum((row_bytes(column) for column in kept.columns), np.zeros(kept.num_rows, np.int64)))
+        self._starts.append(self._starts[-1] + batch.table.num_rows)
+
+    def finish(self) -> Columns:
+        self._writer.close()
+        return ArrowColumns(self._path, np.asarray(self._starts, dtype=np.int64), self._sizes.finish())
+
+
+class ArrowColumns:
+    """Reads single batches back through a memory map."""
+
+    def __init__(self, path: Path, starts: Int64, sizes: Int64) -> None:
+        """`starts` is the first row of each batch, and the number of rows; `sizes` what each row takes in memory."""
+        self._sizes = sizes
+        self._source = pa.memory_map(str(path))
+        self._file = ipc.open_file(self._source)
+        self.schema = self._file.schema
+        self._starts = starts
+
+    def take(self, rows: Int64, names: Sequence[str]) -> pa.Table:
+        if not names:
+            return pa.table({})
+        batch_of = np.searchsorted(self._starts, rows, side="right") - 1
+        touched, first = np.unique(batch_of, return_index=True)
+        bounds = [*first.tolist(), len(rows)]
+        pieces: list[pa.RecordBatch] = []
+        for position, number in enumerate(touched.tolist()):
+            inside = rows[bounds[position] : bounds[position + 1]] - self._starts[number]
+            pieces.append(self._file.get_batch(number).select(list(names)).take(pa.array(inside)))
+        schema = pa.schema([self.schema.field(name) for name in names])
+        return pa.Table.from_batches(pieces, schema=schema)
+
+    def state(self) -> dict[str, Any]:
+        return {_STARTS: self._starts.tolist()}
+
+    def row_bytes(self, rows: Int64) -> Int64:
+        return self._sizes[rows]
+
+    def close(self) -> None:
+        self._source.close()
+
+
+class JsonColumnSpool:
+    """Writes the rows' text and learns their columns' types."""
+
+    def __init__(self, path: Path, names: Sequence[str] | None) -> None:
+        self._texts = TextSpool(path)
+        self._wanted = None if names is None else frozenset(names)
+        self._types: dict[str, JsonType] = {}
+
+    def append(self, batch: RowBatch) -> None:
+        self._texts.append(batch.texts)
+        for row in batch.rows:
+            if row.columns is None:
+                continue
+            for name, value in row.columns.items():
+                known = self._types.get(name)
+                if known is None:
+                    if self._wanted is not None and name not in self._wanted:
+                        continue
+                    known = self._add_column(name)
+                known.add(value)
+
+    def finish(self) -> Columns:
+        for name in sorted(self._wanted or ()):
+            self._types.setdefault(name, JsonType())
+        return JsonColumns(self._texts.finish(), self._types)
+
+    def _add_column(self, name: str) -> JsonType:
+        if len(self._types) >= MAX_COLUMNS:
+            raise InputError(
+                f"the rows have more than {MAX_COLUMNS} different keys; set output.columns to those that the output "
+                "needs, or nest the others in one object"
+            )
+        return self._types.setdefault(name, JsonType())
+
+
+class JsonColumns:
+    """Parses the rows that are asked for."""
+
+    def __init__(self, texts: Texts, types: dict[str, JsonType]) -> None:
+        self._texts = texts
+        self._types = types
+        self._encoders = {name: kind.encoder() for name, kind in types.items()}
+        places = [place for name, kind in types.items() for place in kind.json_texts(name)]
+        metadata = {JSON_TEXTS_KEY: json.dumps(places)} if places else None
+        self.schema = pa.schema([self._field(name) for name in types], metadata)
+
+    def take(self, rows: Int64, names: Sequence[str]) -> pa.Table:
+        if not names:
+            return pa.table({})
+        parsed = [self._row(row) for row in rows.tolist()]
+        fields = [self._field(name) for name in names]
+        arrays: list[pa.Array[Any]] = []
+        for field in fields:
+            values = [row.get(field.name) for row in parsed]
+            encode = self._encoders.get(field.name)
+            arrays.append(pa.array([encode(value) for value in values] if encode else values, type=field.type))
+        return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+    def state(self) -> dict[str, Any]:
+        return {_TYPES: {name: kind.state() for name, kind in self._types.items()}}
+
+    def row_bytes(self, rows: Int64) -> Int64:
+        lengths = self._texts.offsets[rows + 1] - self._texts.offsets[rows]
+        growth = max((kind.growth() for kind in self._types.values()), default=1)
+        return lengths * growth + sum(kind.fixed_bytes() for kind in self._types.values())
+
+    def _field(self, name: str) -> pa.Field[Any]:
+        return pa.field(name, self._types.get(name, JsonType()).arrow())
+
+    def close(self) -> None:
+        """Nothing is held open but memory maps, which go with this object."""
+
+    def _row(self, row: int) -> dict[str, Any]:
+        text = self._texts.get(row)
+        return cast("dict[str, Any]", json.loads(text)) if text else {}

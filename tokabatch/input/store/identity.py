@@ -1,0 +1,92 @@
+"""What identifies a row in the output: the value of `input.id_column`, or the row number.
+
+Ids are strings always: whole numbers are written in decimal. They must be there and differ; both are checked in constant
+memory per row (an 8-byte digest), and digests that collide are told from true duplicates by the ids themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tokabatch.arrays import Int64
+from tokabatch.errors import InputError, RowError
+from tokabatch.input.missing import missing_field
+from tokabatch.input.rows import Row
+from tokabatch.input.store.disk_arrays import ArraySpool, Texts, TextSpool
+
+NULL = b"\xff"  # no UTF-8 text
+LISTED = 10
+
+
+class IdSpool:
+    """Collects the ids of `column`."""
+
+    def __init__(self, path: Path, column: str) -> None:
+        self.column = column
+        self._texts = TextSpool(path)
+        self._checks = (path.with_suffix(".digests"), path.with_suffix(".rows"))
+        self._digests = ArraySpool(self._checks[0], np.uint64)
+        self._rows = ArraySpool(self._checks[1], np.int64)
+
+    def append(self, rows: Sequence[Row]) -> dict[int, RowError]:
+        """Keeps the rows' ids; the rows that have none, by row number."""
+        ids = [row_id(row, self.column) for row in rows]
+        texts = [NULL if isinstance(each, RowError) else each.encode() for each in ids]
+        good = [(row.index, text) for row, text in zip(rows, texts, strict=True) if text != NULL]
+        self._texts.append(texts)
+        self._rows.append([index for index, _ in good])
+        self._digests.append([int.from_bytes(blake2b(text, digest_size=8).digest(), "little") for _, text in good])
+        return {row.index: each for row, each in zip(rows, ids, strict=True) if isinstance(each, RowError)}
+
+    def finish(self) -> Texts:
+        """All ids. Raises InputError with the first ten that occur more than once."""
+        texts = self._texts.finish()
+        rows, digests = self._rows.finish(), self._digests.finish()
+        order = np.argsort(digests, kind="stable")
+        equal = digests[order][1:] == digests[order][:-1]
+        suspects = np.unique(rows[order[np.flatnonzero(equal)[:, None] + np.arange(2)]]) if equal.any() else rows[:0]
+        _refuse_duplicates(texts, suspects, self.column)
+        for path in self._checks:
+            path.unlink()
+        return texts
+
+
+def row_id(row: Row, column: str) -> str | RowError:
+    """The id of one row; the row's own error where it could not be parsed."""
+    if row.columns is None:
+        return row.error or RowError("missing_field", "the row could not be read")
+    value: Any = row.columns.get(column)
+    if value is None:
+        return missing_field(column, row.columns)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return RowError("bad_type", f"the id in column {column!r} must be text or a whole number, not {type(value).__name__}")
+    return str(value)
+
+
+def read_ids(texts: Texts | None, rows: Int64) -> pa.Array[Any]:
+    """Ids of the given rows; the row number without an id column, null where a row has no id."""
+    if texts is None:
+        return pa.array(rows).cast(pa.string())
+    raw = [texts.get(row) for row in rows.tolist()]
+    return pa.array([None if text == NULL else text.decode() for text in raw], type=pa.string())
+
+
+def _refuse_duplicates(texts: Texts, rows: Int64, column: str) -> None:
+    first: dict[bytes, int] = {}
+    twice: list[str] = []
+    for row in rows.tolist():
+        text = texts.get(row)
+        if text in first and len(twice) < LISTED:
+            twice.append(f"{text.decode()!r} (rows {first[text]} and {row})")
+        first.setdefault(text, row)
+    if twice:
+        raise InputError(
+            f"input.id_column {column!r} must identify each row, but ids occur twice: {', '.join(twice)}"
+            f"{', …' if len(twice) == LISTED else ''}. Remove input.id_column to number the rows instead."
+        )

@@ -1,0 +1,137 @@
+"""What each row of the input and its prompt were, in 16 bytes, kept beside the shards as OUT/row_digests.parquet.
+
+With it a run is continued only where the rows that it has sampled, and the prompts made of them, are the same; the first row
+that differs can be named; and a row that was never sampled may be replaced. This module knows no manifest and no shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from decimal import Decimal
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tokabatch.input.rows import RowBatch
+from tokabatch.input.store.disk_arrays import ArraySpool, open_array
+from tokabatch.storage.atomic_files import DurableFiles
+from tokabatch.storage.listing import read_bytes
+
+UInt64 = npt.NDArray[np.uint64]
+_CONTENT, _PROMPT = "content", "prompt"
+_CONTENT_FILE, _PROMPT_FILE = "content_digests.bin", "prompt_digests.bin"
+_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RowDigests:
+    """64-bit digests of each row's content and of its prompt's token ids, arrays of shape [rows]."""
+
+    content: UInt64
+    prompt: UInt64
+
+    @classmethod
+    def open(cls, folder: Path) -> RowDigests:
+        """Those of a finished spool in `folder`."""
+        return cls(open_array(folder / _CONTENT_FILE, np.uint64), open_array(folder / _PROMPT_FILE, np.uint64))
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def head(self, rows: int) -> RowDigests:
+        """Those of the first `rows` rows."""
+        return RowDigests(self.content[:rows], self.prompt[:rows])
+
+    @property
+    def content_sha256(self) -> str:
+        """One digest of all rows, in hexadecimal."""
+        return hashlib.sha256(self.content.tobytes()).hexdigest()
+
+    @property
+    def prompt_sha256(self) -> str:
+        """One digest of all prompts, in hexadecimal."""
+        return hashlib.sha256(self.prompt.tobytes()).hexdigest()
+
+    def to_parquet(self) -> bytes:
+        """The content of a Parquet file, its pages with checksums."""
+        sink = pa.BufferOutputStream()
+        table = pa.table({_CONTENT: self.content, _PROMPT: self.prompt})
+        pq.write_table(table, sink, compression="none", use_dictionary=False, write_page_checksum=True)
+        return sink.getvalue().to_pybytes()
+
+    @classmethod
+    def read(cls, path: Path) -> RowDigests | None:
+        """What `to_parquet` wrote; None where there is no such file or it is damaged. Raises OutputError where it cannot be
+        read."""
+        content = read_bytes(DurableFiles(), path)
+        if content is None:
+            return None
+        try:
+            with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as file:
+                table = file.read()
+            return cls(table[_CONTENT].to_numpy(), table[_PROMPT].to_numpy())
+        except (OSError, KeyError, pa.ArrowException):
+            return None
+
+
+class DigestSpool:
+    """The digests of rows that stream by. Rows count by content: the text of a JSON line, the values of an Arrow row whatever
+    its columns' types, the code of one that could not be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._content = ArraySpool(folder / _CONTENT_FILE, np.uint64)
+        self._prompt = ArraySpool(folder / _PROMPT_FILE, np.uint64)
+
+    def append(self, batch: RowBatch, prompts: Sequence[npt.NDArray[np.int32] | None]) -> None:
+        """`prompts` are the token ids of each row, None for one that has no prompt."""
+        self._content.append(digest_each(_contents(batch)))
+        self._prompt.append(digest_each(b"" if ids is None else ids.tobytes() for ids in prompts))
+
+    def finish(self) -> RowDigests:
+        return RowDigests(self._content.finish(), self._prompt.finish())
+
+
+def digest_each(contents: Iterable[bytes]) -> UInt64:
+    """64 bits of BLAKE2b for each of the byte strings."""
+    digests = b"".join(blake2b(content, digest_size=_BYTES).digest() for content in contents)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64, copy=False)
+
+
+def _contents(batch: RowBatch) -> Iterator[bytes]:
+    if batch.table is None:
+        for row, text in zip(batch.rows, batch.texts, strict=True):
+            yield text if row.error is None else row.error.code.encode()
+        return
+    for row, values in zip(batch.rows, _values(batch.table), strict=True):
+        yield values + (b"" if row.error is None else row.error.code.encode())
+
+
+def _values(table: pa.RecordBatch) -> list[bytes]:
+    """What each row holds, whatever rows stand beside it."""
+    try:
+        return [repr(_plain(values)).encode(errors="surrogatepass") for values in table.to_pylist()]
+    except Exception:  # a value that Python does not have, such as a date after the year 9999
+        rows = [table.slice(row, 1) for row in range(table.num_rows)]
+        return [_values(row)[0] for row in rows] if len(rows) != 1 else [table.take(pa.array([0])).serialize().to_pybytes()]
+
+
+def _plain(value: Any) -> Any:
+    """A value as it is in every type that it fits: further files of a dataset may widen a column's type or add fields."""
+    if isinstance(value, dict):
+        fields = cast("dict[str, Any]", value)
+        return {name: _plain(fields[name]) for name in sorted(fields) if fields[name] is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in cast("list[Any]", value)]
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else value.normalize()
+    return value.isoformat() if isinstance(value, datetime | date) else value

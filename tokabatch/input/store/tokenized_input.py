@@ -1,0 +1,282 @@
+"""The whole input, tokenised once and kept on disk: what planning, scheduling and the output read.
+
+`ingest` is a single pass over the rows in bounded memory; everything per row lives in files of the given folder, which the
+caller owns and removes. This module knows no schedule and no output format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pyarrow as pa
+
+from tokabatch.arrays import Int32, Int64
+from tokabatch.errors import InputError, RowError
+from tokabatch.input.missing import list_columns
+from tokabatch.input.prompts.builder import Limits, Prompt, PromptBuilder
+from tokabatch.input.readers import open_reader
+from tokabatch.input.rows import Reader, Row, RowBatch
+from tokabatch.input.store.columns import Columns, ColumnSpool, open_column_spool, restore_columns
+from tokabatch.input.store.disk_arrays import ArraySpool, Texts, open_array
+from tokabatch.input.store.identity import IdSpool, read_ids
+from tokabatch.input.store.row_digests import DigestSpool, RowDigests
+from tokabatch.job import GenerationConfig, Job
+from tokabatch.scheduling.contracts import SamplingParams
+from tokabatch.storage.write_errors import spooling
+
+if TYPE_CHECKING:
+    from tokabatch.input.tokenizer.tokenizer import Tokenizer
+
+_TOKENS, _START, _LENGTH, _PARAMS = "tokens.bin", "start.bin", "length.bin", "params.bin"
+_COLUMNS, _IDS = "columns", "ids.bin"
+_sampling_values = attrgetter(*(field.name for field in fields(SamplingParams)))
+MAX_NAMES = 10_000
+MAX_MESSAGE = 500
+"""Characters of an error's message: a bad row may be large, and there may be many."""
+
+
+@dataclass(frozen=True)
+class InputStore:
+    """Row r's prompt is `tokens[start[r] : start[r] + length[r]]`, sampled as `sampling[params[r]]`; a row in `errors` has
+    length 0. Arrays are memory-mapped and read-only."""
+
+    num_rows: int
+    tokens: Int32
+    start: Int64
+    length: Int32
+    params: Int32
+    sampling: tuple[SamplingParams, ...]
+    errors: dict[int, RowError]
+    column_schema: pa.Schema
+    """The input columns that the output carries (`output.columns`)."""
+    chat: bool
+    """Whether text prompts go through the chat template."""
+    notes: tuple[str, ...]
+    """Sentences on prompts that may not be what their author meant."""
+    hidden_rows: int
+    """Prompts in which a row's text spelled a special token, encoded as plain text."""
+    digests: RowDigests
+    """Of the rows and their prompts."""
+    _columns: Columns
+    _ids: Texts | None
+
+    def prompt(self, row: int) -> Int32:
+        """Token ids of one row, shape [length]."""
+        start = int(self.start[row])
+        return self.tokens[start : start + int(self.length[row])]
+
+    @property
+    def first_prompt_row(self) -> int | None:
+        """The first row that has a prompt."""
+        found = np.flatnonzero(self.length[: len(self.errors) + 1])
+        return int(found[0]) if len(found) else None
+
+    def columns(self, row_indices: Int64, names: Sequence[str] | None = None) -> pa.Table:
+        """Input columns of any rows in any order, repeats included; `names` overrides those of `column_schema`. Nulls for
+        a row that could not be read. Arrow's tables without columns have no rows, whatever `row_indices` holds."""
+        rows, back = np.unique(np.asarray(row_indices, dtype=np.int64), return_inverse=True)
+        table = self._columns.take(rows, self.column_schema.names if names is None else names)
+        in_order = not table.num_columns or np.array_equal(back, np.arange(len(rows)))
+        return table if in_order else table.take(pa.array(back))
+
+    def row_bytes(self, row_indices: Int64) -> Int64:
+        """The memory that the columns of each of these rows take at most, shape [rows]."""
+        return self._columns.row_bytes(np.asarray(row_indices, dtype=np.int64))
+
+    def ids(self, row_indices: Int64) -> pa.Array[Any]:
+        """The rows' ids as strings: of `input.id_column`, else the row number; null where a row has none."""
+        return read_ids(self._ids, np.asarray(row_indices, dtype=np.int64))
+
+    def close(self) -> None:
+        """Releases the files; the folder is the caller's."""
+        self._columns.close()
+
+    def state(self) -> dict[str, Any]:
+        """What `restored` needs beside the files, as plain JSON values."""
+        return {
+            "num_rows": self.num_rows,
+            "sampling": [_sampling_values(params) for params in self.sampling],
+            "errors": [[row, error.code, error.message] for row, error in self.errors.items()],
+            "carried": self.column_schema.names,
+            "chat": self.chat,
+            "notes": self.notes,
+            "hidden_rows": self.hidden_rows,
+            "columns": self._columns.state(),
+            "ids": self._ids is not None,
+        }
+
+    @classmethod
+    def restored(cls, folder: Path, state: Mapping[str, Any]) -> InputStore:
+        """The finished store in `folder`, of that state."""
+        columns = restore_columns(folder / _COLUMNS, state["columns"])
+        return cls(
+            num_rows=state["num_rows"],
+            tokens=open_array(folder / _TOKENS, np.int32),
+            start=open_array(folder / _START, np.int64),
+            length=open_array(folder / _LENGTH, np.int32),
+            params=open_array(folder / _PARAMS, np.int32),
+            sampling=tuple(_sampling_params(values) for values in state["sampling"]),
+            errors={row: RowError(code, message) for row, code, message in state["errors"]},
+            column_schema=_selected(columns.schema, state["carried"]),
+            chat=state["chat"],
+            notes=tuple(state["notes"]),
+            hidden_rows=state["hidden_rows"],
+            digests=RowDigests.open(folder),
+            _columns=columns,
+            _ids=Texts.open(folder / _IDS) if state["ids"] else None,
+        )
+
+
+def ingest(
+    job: Job,
+    tokenizer: Tokenizer,
+    folder: Path,
+    context_length: int,
+    *,
+    generation: GenerationConfig | None = None,
+    vocab_size: int | None = None,
+    on_rows: Callable[[int, int], None] | None = None,
+    clock: str = "",
+) -> InputStore:
+    """Reads, renders and tokenises the job's input into `folder`, which must exist and be empty.
+
+    `generation` is the job's with the model's defaults filled in; `vocab_size` the number of embeddings (default: the
+    tokenizer's). `on_rows` is told the number of rows and error rows so far after each batch. `clock` is the time that
+    templates see, ISO 8601 (default: now). Raises InputError or JobError where the input as a whole cannot be used,
+    OutputError where the folder does not take it; a faulty row is an entry in `errors`.
+    """
+    limits = Limits(context_length, vocab_size or tokenizer.vocab_size)
+    reader = open_reader(job.input)
+    typed, now = reader.schema is not None, datetime.fromisoformat(clock).replace(tzinfo=None) if clock else datetime.now()
+    builder = PromptBuilder(job.prompt, generation or job.generation, tokenizer, limits, typed=typed, now=now)
+    if reader.schema is not None:
+        _check_columns(job, builder, reader.schema.names)
+    with spooling(folder):
+        spools = _Spools(job, folder, reader)
+    left = job.input.limit
+    needed = builder.columns | {name for name in (job.input.id_column,) if name}
+    for batch in reader.batches(needed):
+        kept = batch if left is None else batch.head(left)
+        prompts = builder.build(kept.rows)
+        with spooling(folder):
+            spools.append(kept, prompts)
+        if on_rows is not None:
+            on_rows(spools.num_rows, len(spools.errors))
+        left = None if left is None else left - len(kept.rows)
+        if left == 0:
+            break
+    if spools.num_rows == 0:
+        raise InputError(f"input.path {reader.name!r} holds no rows; check the file")
+    if spools.any_parsed:
+        _check_columns(job, builder, spools.names)
+    with spooling(folder):
+        return spools.finish(job, builder)
+
+
+class _Spools:
+    """Everything that grows while the rows stream by."""
+
+    def __init__(self, job: Job, folder: Path, reader: Reader) -> None:
+        carried = job.output.columns
+        answer = {job.verify.answer} if job.verify else set[str]()
+        kept = None if carried == "all" else sorted({*carried, *answer})
+        self._tokens = ArraySpool(folder / _TOKENS, np.int32)
+        self._start = ArraySpool(folder / _START, np.int64)
+        self._length = ArraySpool(folder / _LENGTH, np.int32)
+        self._params = ArraySpool(folder / _PARAMS, np.int32)
+        self._columns: ColumnSpool = open_column_spool(folder / _COLUMNS, reader.schema, kept)
+        self._ids = IdSpool(folder / _IDS, job.input.id_column) if job.input.id_column else None
+        self._sampling: dict[SamplingParams, int] = {}
+        self.errors: dict[int, RowError] = {}
+        self.names: dict[str, None] = dict.fromkeys(reader.schema.names) if reader.schema is not None else {}
+        self.num_rows = 0
+        self.any_parsed = False
+        self._digests = DigestSpool(folder)
+
+    def append(self, batch: RowBatch, prompts: Sequence[Prompt | RowError]) -> None:
+        faults = self._ids.append(batch.rows) if self._ids else {}
+        results = [faults.get(row.index, prompt) for row, prompt in zip(batch.rows, prompts, strict=True)]
+        self.errors.update(
+            {row.index: _shortened(each) for row, each in zip(batch.rows, results, strict=True) if isinstance(each, RowError)}
+        )
+        self._append_prompts(results)
+        self._columns.append(batch)
+        self._digests.append(batch, [each.token_ids if isinstance(each, Prompt) else None for each in results])
+        self._note_names(batch.rows)
+        self.num_rows += len(batch.rows)
+
+    def finish(self, job: Job, builder: PromptBuilder) -> InputStore:
+        ids = self._ids.finish() if self._ids else None
+        columns = self._columns.finish()
+        carried = job.output.columns
+        names = [name for name in columns.schema.names if carried == "all" or name in carried]
+        return InputStore(
+            num_rows=self.num_rows,
+            tokens=self._tokens.finish(),
+            start=self._start.finish(),
+            length=self._length.finish(),
+            params=self._params.finish(),
+            sampling=tuple(self._sampling),
+            errors=self.errors,
+            column_schema=_selected(columns.schema, names),
+            chat=builder.chat,
+            notes=builder.describe(self.names, self.num_rows),
+            hidden_rows=builder.hidden_rows,
+            digests=self._digests.finish(),
+            _columns=columns,
+            _ids=ids,
+        )
+
+    def _append_prompts(self, results: Sequence[Prompt | RowError]) -> None:
+        lengths = [0 if isinstance(each, RowError) else len(each.token_ids) for each in results]
+        ends = self._tokens.length + np.cumsum(lengths, dtype=np.int64)
+        tokens = [each.token_ids for each in results if isinstance(each, Prompt)]
+        self._start.append(ends - np.asarray(lengths, dtype=np.int64))
+        self._length.append(lengths)
+        self._params.append([0 if isinstance(each, RowError) else self._param_index(each.params) for each in results])
+        if tokens:
+            self._tokens.append(np.concatenate(tokens))
+
+    def _param_index(self, params: SamplingParams) -> int:
+        return self._sampling.setdefault(params, len(self._sampling))
+
+    def _note_names(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if row.columns is not None:
+                self.any_parsed = True
+                self.names.update(dict.fromkeys(row.columns))
+        if len(self.names) > MAX_NAMES:
+            raise InputError(f"the rows have more than {MAX_NAMES} different keys; nest those that vary in one object")
+
+
+def _sampling_params(values: Sequence[Any]) -> SamplingParams:
+    """What `_sampling_values` gave, after a way through JSON, which has lists for tuples."""
+    given: list[Any] = [tuple(cast("list[Any]", value)) if isinstance(value, list) else value for value in values]
+    return SamplingParams(*given)
+
+
+def _selected(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
+    return pa.schema([schema.field(name) for name in names], schema.metadata)
+
+
+def _shortened(error: RowError) -> RowError:
+    if len(error.message) <= MAX_MESSAGE:
+        return error
+    return RowError(error.code, error.message[: MAX_MESSAGE - 1] + "…")
+
+
+def _check_columns(job: Job, builder: PromptBuilder, present: Collection[str]) -> None:
+    """Raises InputError where the whole input lacks a column that the job names."""
+    builder.check_columns(present)
+    named = {"input.id_column": job.input.id_column, "verify.answer": job.verify.answer if job.verify else None}
+    wanted = [(key, name) for key, name in named.items() if name]
+    wanted += [("output.columns", name) for name in (() if job.output.columns == "all" else job.output.columns)]
+    for key, name in wanted:
+        if name not in present:
+            raise InputError(f"{key}: the input has no column {name!r}; its columns are {list_columns(present)}")

@@ -1,0 +1,119 @@
+"""From a folder's files to its tokenizer. `tokenizer.json` is the truth; `tokenizer_config.json` adds to it.
+
+transformers builds a class of its own for some families and puts that class's pre-tokenizer or normalizer in place of the
+file's. Here the file's are used, and what transformers would have replaced is told.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import transformers
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+from transformers import PreTrainedTokenizerFast
+
+from tokabatch.errors import ModelError
+from tokabatch.input.tokenizer.tokenizer import Tokenizer
+from tokabatch.job import ModelConfig
+
+TOKENIZER_JSON, CONFIGS = "tokenizer.json", ("tokenizer_config.json", "config.json")
+OTHER_FILES = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# transformers loads AutoTokenizer where it is first named, which takes seconds: not on import, then.
+CLASS_ALIASES = ('"PreTrainedTokenizerFast"', '"TokenizersBackend"')
+"""Two names of one class; to find it by the first, transformers imports every model that it has, which takes seconds."""
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+BYTE_LEVEL_FLAGS = ("add_prefix_space", "trim_offsets", "use_regex")
+"""Of a ByteLevel: they mean nothing to a decoder, nor to a post-processor's ids."""
+MODEL_SETTINGS = (
+    "dropout",
+    "unk_token",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "fuse_unk",
+    "byte_fallback",
+    "ignore_merges",
+)
+
+
+def load_tokenizer(model: ModelConfig) -> Tokenizer:
+    """The tokenizer the job names, from a local folder or the hub. Raises ModelError with the remedy."""
+    name = model.tokenizer or model.path
+    key = "model.tokenizer" if model.tokenizer else "model.path"
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any((folder / file).exists() for file in (TOKENIZER_JSON, *OTHER_FILES)):
+        raise ModelError(
+            f"{key} {name!r} holds no tokenizer (no tokenizer.json); copy it into the folder, or name a folder or hub id "
+            "that has it as model.tokenizer"
+        )
+    has_file = (folder / TOKENIZER_JSON).is_file()
+    loader: Any = PreTrainedTokenizerFast if has_file else transformers.AutoTokenizer
+    try:
+        loaded: Any = loader.from_pretrained(
+            str(folder) if has_file else name,
+            revision=model.revision if model.tokenizer is None else None,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # transformers raises many kinds for a missing, damaged or remote-code tokenizer
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        raise ModelError(
+            f"cannot load the tokenizer of {name!r} ({key}): {reason}. Check that the folder holds tokenizer.json, or "
+            "fetch the model with `tokabatch download`."
+        ) from error
+    if not isinstance(loaded, PreTrainedTokenizerFast):
+        raise ModelError(f"the tokenizer of {name!r} has no tokenizer.json; only tokenizers of that kind can be used")
+    return Tokenizer(loaded, name, _replaced(folder, loaded.backend_tokenizer) if has_file else ())
+
+
+def _replaced(folder: Path, backend: Backend) -> tuple[str, ...]:
+    """The parts of tokenizer.json that transformers' AutoTokenizer would replace, seen on a copy without a vocabulary; empty
+    where that cannot be loaded."""
+    if not isinstance(backend.model, models.BPE):
+        return ()
+    settings = {name: getattr(backend.model, name) for name in MODEL_SETTINGS}
+    bare = Backend(models.BPE({}, [], **{name: value for name, value in settings.items() if value is not None}))
+    for part in PARTS:
+        value = getattr(backend, part)
+        if value is not None:
+            setattr(bare, part, value)
+    with tempfile.TemporaryDirectory(prefix="tokabatch-tokenizer-") as copy:
+        bare.save(str(Path(copy) / TOKENIZER_JSON))
+        try:
+            theirs = _parts(_load_as_auto(folder, Path(copy)))
+        except Exception:  # a class that needs a vocabulary, or code of its own: there is nothing to compare with
+            return ()
+    return tuple(name for name, value in _parts(bare).items() if value != theirs[name])
+
+
+def _load_as_auto(folder: Path, copy: Path) -> Backend:
+    """What AutoTokenizer makes of the file in `copy` beside the folder's configurations."""
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in CONFIGS if (folder / name).is_file()}
+    for name, text in texts.items():
+        (copy / name).write_text(text.replace(*CLASS_ALIASES), encoding="utf-8")
+    tokenizer, model = (json.loads(texts.get(name, "{}")) for name in CONFIGS)
+    # A whole configuration is needed only where no class is named; to import it takes seconds.
+    config = SimpleNamespace(model_type=model.get("model_type", ""), tokenizer_class=model.get("tokenizer_class"))
+    known = {"config": config} if tokenizer.get("tokenizer_class") else {}
+    auto: Any = transformers.AutoTokenizer.from_pretrained(str(copy), trust_remote_code=False, **known)
+    return auto.backend_tokenizer
+
+
+def _parts(backend: Backend) -> dict[str, Any]:
+    """What decides ids and texts beside the vocabulary; an empty affix is none."""
+    values = cast("dict[str, Any]", json.loads(backend.to_str()))
+    idle = {"pre_tokenizer": ("trim_offsets",), "normalizer": ()}
+    parts: dict[str, Any] = {name: _without(values[name], idle.get(name, BYTE_LEVEL_FLAGS)) for name in PARTS}
+    return parts | {f"model.{name}": values["model"].get(name) or None for name in MODEL_SETTINGS}
+
+
+def _without(value: Any, names: Collection[str]) -> Any:
+    if isinstance(value, dict):
+        given = cast("dict[str, Any]", value)
+        dropped = names if given.get("type") == "ByteLevel" else ()
+        return {key: _without(item, names) for key, item in given.items() if key not in dropped}
+    return [_without(item, names) for item in cast("list[Any]", value)] if isinstance(value, list) else value

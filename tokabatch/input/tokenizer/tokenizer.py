@@ -1,0 +1,201 @@
+"""The model's tokenizer: texts to ids and back, in batches on every core.
+
+It adds a BOS where the tokenizer would and the text has none, and never
+an end token after a prompt. It knows no rows and no templates but the model's own chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
+
+from tokabatch.arrays import Int32
+from tokabatch.errors import RowError
+from tokabatch.input.prompts.blanking import Blank, as_written
+from tokabatch.input.tokenizer.special_token_spelling import Occurrence, SpecialTokens
+
+PROBE = "a"
+DECODE_CHUNK = 4096
+SLICE_CHARACTERS = 256 << 10
+LONG_TEXT_CHARACTERS = 1 << 20
+LISTED = 5
+
+
+class Tokenizer:
+    """Immutable in use; safe to share between threads that only encode and decode."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, name: str, replaced: tuple[str, ...] = ()) -> None:
+        self.name = name
+        self.replaced = replaced
+        """Parts of tokenizer.json that transformers' AutoTokenizer would replace by its own."""
+        self._tokenizer = tokenizer
+        self._backend: Backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = False
+        self._added = self._backend.get_added_tokens_decoder()
+        self.special_by_id: Mapping[int, str] = {n: str(token.content) for n, token in self._added.items() if token.special}
+        """The texts of the special tokens, by id."""
+        plain = self._encode([PROBE])[0]
+        whole: list[int] = self._backend.encode(PROBE, add_special_tokens=True).ids
+        self._prefix = tuple(whole[: _find(whole, plain)])
+        self._prefix_text = str(self._backend.decode(list(self._prefix), skip_special_tokens=False)) if self._prefix else ""
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """The sources of the chat templates by name; that of an only one is `default`."""
+        held = cast("str | dict[str, str] | None", self._tokenizer.chat_template)
+        return {} if held is None else {"default": held} if isinstance(held, str) else held
+
+    @property
+    def eos_id(self) -> int | None:
+        return cast("int | None", self._tokenizer.eos_token_id)
+
+    @property
+    def prefix_text(self) -> str:
+        """How a text spells what `add_special_tokens` puts in front of it: the BOS, or nothing."""
+        return self._prefix_text
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @cached_property
+    def own_vocab_size(self) -> int:
+        """One more than the largest token id of the vocabulary proper, without tokens added to it."""
+        return max(self._backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+
+    def token_text(self, token: int) -> str:
+        """How the vocabulary spells a token; empty for an id that is not in it."""
+        return self._backend.id_to_token(token) or ""
+
+    def describe(self, num_embeddings: int) -> tuple[str, ...]:
+        """Sentences on what a user may not expect of this tokenizer, beside a model of so many embeddings."""
+        sentences: list[str] = []
+        if self.replaced:
+            sentences.append(
+                f"the tokenizer of {self.name!r} is used as its tokenizer.json says; transformers' AutoTokenizer would put its "
+                f"own {' and '.join(self.replaced)} in place of the file's"
+            )
+        beyond = {token: str(each.content) for token, each in sorted(self._added.items()) if token >= num_embeddings}
+        if beyond:
+            listed = ", ".join(f"{token} {text!r}" for token, text in list(beyond.items())[:LISTED])
+            more = f" and {len(beyond) - LISTED} more" if len(beyond) > LISTED else ""
+            sentences.append(
+                f"the tokenizer's added tokens {listed}{more} have no embedding in the model, which has {num_embeddings}; a "
+                "prompt that uses one is an error row"
+            )
+        return tuple(sentences)
+
+    @cached_property
+    def special_texts(self) -> frozenset[str]:
+        """The texts that the tokenizer reads as special tokens."""
+        return frozenset(self.special_by_id.values())
+
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """The special tokens, and where texts have them."""
+        return SpecialTokens(self._backend, self._added)
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text; a BOS is added where asked for, unless the text begins with its own."""
+        return [self._with_prefix(ids, add_special_tokens) for ids in self._encode(texts)]
+
+    def encode_quoted(self, batch: Sequence[tuple[str, Sequence[Occurrence]]], add_special_tokens: bool) -> list[list[int]]:
+        """Ids of texts in which the given occurrences are special tokens, and what else they spell is ordinary text."""
+        return [self._with_prefix(ids, add_special_tokens) for ids in self.special_tokens.encode_quoted(batch)]
+
+    def exceeds(self, text: str, limit: int) -> bool:
+        """Whether a very long text certainly has more than `limit` tokens, found slice by slice in little memory. A slice's
+        count can differ from its share of the whole only at its two cuts, so twice the limit is a safe margin."""
+        if len(text) <= LONG_TEXT_CHARACTERS:
+            return False
+        count = 0
+        for start in range(0, len(text), SLICE_CHARACTERS):
+            count += len(self._encode([text[start : start + SLICE_CHARACTERS]])[0])
+            if count > 2 * limit:
+                return True
+        return False
+
+    def decode_batch(self, batch: Sequence[Sequence[int] | Int32], skip_special_tokens: bool = True) -> list[str]:
+        """The text of each list of ids; bytes that are no UTF-8 become U+FFFD."""
+        lists = [ids.tolist() if isinstance(ids, np.ndarray) else list(ids) for ids in batch]
+        return self._backend.decode_batch(lists, skip_special_tokens=skip_special_tokens)
+
+    def piece_texts(self) -> list[str]:
+        """What each id adds to a decoded text, index by id; U+FFFD where it is part of a character, empty for a special token
+        and for an id not in use.
+
+        Decoded behind a letter, since a first token may lose its leading space.
+        """
+        before = self._encode([PROBE])[0][-1:]
+        start = len(self.decode_batch([before])[0])
+        texts: list[str] = []
+        for first in range(0, self.vocab_size, DECODE_CHUNK):
+            batch = [[*before, token] for token in range(first, min(first + DECODE_CHUNK, self.vocab_size))]
+            texts.extend(text[start:] for text in self.decode_batch(batch))
+        return texts
+
+    def lone_bytes(self) -> frozenset[int]:
+        """The ids that stand for one byte (`<0x41>`), decoded together with the bytes beside them."""
+        ids = {f"<0x{byte:02X}>": self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        found = {text: token for text, token in ids.items() if token is not None}
+        decoded = self.decode_batch([[token] for token in found.values()], skip_special_tokens=False)
+        return frozenset(token for (text, token), shown in zip(found.items(), decoded, strict=True) if shown != text)
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        template: str,
+        variables: Mapping[str, Any],
+        now: datetime,
+        blank: Blank = as_written,
+    ) -> str | RowError:
+        """The conversation as the model wants it, up to where its answer begins. A conversation that ends with an assistant
+        message is continued in that message. `variables` are the template's own, tools and documents among them; `now` is what
+        its clock shows. `bad_messages` where the template refuses it. The template, and the special texts that it is given by
+        name, go through `blank`."""
+        resumed = messages[-1].get("role") == "assistant"
+        names = cast("dict[str, Any]", self._tokenizer.special_tokens_map).items() if blank is not as_written else ()
+        blanked: dict[str, Any] = {name: blank(text) for name, text in names if isinstance(text, str)}
+        source = blank(template)
+        try:
+            # transformers has no other way to set the clock: it keeps each compiled template, and its own says what time it is.
+            compiled = chat_template_utils._compile_jinja_template(source)  # pyright: ignore[reportPrivateUsage]
+            compiled.globals["strftime_now"] = now.strftime
+            return cast(
+                "str",
+                self._tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=source,
+                    tokenize=False,
+                    add_generation_prompt=not resumed,
+                    continue_final_message=resumed,
+                    **(blanked | dict(variables)),
+                ),
+            )
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            return RowError("bad_messages", f"the model's chat template refuses the messages: {error}")
+        except (RecursionError, MemoryError) as error:
+            return RowError("template_too_large", f"the model's chat template ran away: {error}")
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _with_prefix(self, ids: list[int], add_special_tokens: bool) -> list[int]:
+        prefix = list(self._prefix) if add_special_tokens else []
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+
+def _find(whole: list[int], part: list[int]) -> int:
+    """Where `part` begins in `whole`."""
+    return next((at for at in range(len(whole)) if whole[at : at + len(part)] == part), 0)
