@@ -69,6 +69,16 @@ def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
     limits = [params.max_tokens for params in requests.sampling]
     first = store.first_prompt_row
     ids = store.prompt(first).tolist() if first is not None else []
+    done = previewed.committed.samples
+    left = workload.samples_total - done
+    notes = [f"{job.output.path} holds {done:,} of these samples; a run computes the other {left:,}"] if done else []
+    notes += ["text prompts go through the tokenizer's chat template"] if store.chat else []
+    notes += workload.notes
+    seen: set[str] = set()
+    for failure in workload.failures:
+        if failure.error.code not in seen:
+            seen.add(failure.error.code)
+            notes.append(f"row {failure.row_index}: {failure.error.code}: {failure.error.message}")
     return PlanReport(
         model=model,
         replica=ReplicaFacts(
@@ -84,22 +94,5 @@ def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
         first_token_ids=tuple(ids),
         settings=workload.settings,
         error_counts=workload.error_counts,
-        notes=_plan_notes(job, previewed),
+        notes=tuple(notes),
     )
-
-
-def _plan_notes(job: Job, previewed: Start) -> tuple[str, ...]:
-    """What a person should know before running: what is there already, how the prompts were made, and the first fault of each
-    kind."""
-    workload, done = previewed.workload, previewed.committed.samples
-    store = workload.store
-    left = workload.samples_total - done
-    notes = [f"{job.output.path} holds {done:,} of these samples; a run computes the other {left:,}"] if done else []
-    notes += ["text prompts go through the tokenizer's chat template"] if store.chat else []
-    notes += workload.notes
-    seen: set[str] = set()
-    for failure in workload.failures:
-        if failure.error.code not in seen:
-            seen.add(failure.error.code)
-            notes.append(f"row {failure.row_index}: {failure.error.code}: {failure.error.message}")
-    return tuple(notes)

@@ -123,7 +123,8 @@ class Replica:
             executor = self._executor
             assert executor is not None
             try:
-                while scheduler.num_in_flight < self._steps_ahead():
+                few = 0 < scheduler.num_running <= FEW_RUNNING
+                while scheduler.num_in_flight < (self._depth_of_few if few else self._depth):
                     began = time.thread_time()
                     step = scheduler.schedule()
                     self.counts.host_seconds += time.thread_time() - began
@@ -176,9 +177,6 @@ class Replica:
         with self._making:
             if self._executor is not None:
                 self._executor.close()
-
-    def _steps_ahead(self) -> int:
-        return self._depth_of_few if 0 < self.scheduler.num_running <= FEW_RUNNING else self._depth
 
     def _start_worker(self) -> list[Completion]:
         """Load the model; returns the samples that its KV cache does not hold, as errors."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import platform
 import uuid
-from collections.abc import Callable, Collection, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -106,13 +106,22 @@ def start(
         compare = earlier.compare if earlier else None
         workload = prepare(job, scratch, on_rows, compare=compare, kept=folder.input, clock=clock)
         found = None if earlier is None else consistently(lambda: inspect(folder, earlier.manifest), folder.path)
-    with _refusing(folder):
-        manifest = _manifest(job, workload, clock)
-        if earlier is None or found is None:
-            started = _begin(job, claim, workload, manifest, tell, overwrite=reuse.overwrite)
-        else:
-            manifest = _continued(manifest, earlier.manifest, found.run)
+    try:
+        if earlier is not None and found is not None:
+            manifest = _manifest(job, workload, clock, earlier.manifest, found.run)
             started = _continue(job, claim, workload, manifest, earlier, found, reuse, tell)
+        else:
+            if reuse.overwrite:
+                shards = folder.shards()
+                if shards:
+                    size = sum(shard.bytes for shard in shards)
+                    tell(f"--overwrite: deleting {len(shards):,} files, {size:,} bytes, of the run in {folder.path}")
+                claim.discard()
+            _write_start(job, claim, workload, _manifest(job, workload, clock), ())
+            started = Start.after(nothing_committed(workload.samples_of_row), workload)
+    except OSError as error:
+        # Nothing has been computed: the job is refused.
+        raise unwritable(folder.path, error) from error
     for note in workload.notes:
         tell(note)
     if started.has_more and not workload.taken_over:
@@ -120,16 +129,6 @@ def start(
     if started.committed.samples:
         tell(f"continuing: {started.committed.samples:,} of {workload.samples_total:,} samples are there already")
     return started
-
-
-def _begin(
-    job: Job, claim: Claim, workload: Workload, manifest: Manifest, tell: Callable[[str], None], *, overwrite: bool
-) -> Start:
-    """A run of its own, in a folder that holds none or whose run is deleted."""
-    if overwrite:
-        _overwrite(claim, tell)
-    _write_start(job, claim, workload, manifest, ())
-    return Start.after(nothing_committed(workload.samples_of_row), workload)
 
 
 def _continue(
@@ -237,23 +236,6 @@ def find_run(folder: OutputFolder, *, retry_errors: bool = False) -> EarlierRun 
     return EarlierRun(folder, manifest, _versions(), retry_errors) if manifest else None
 
 
-@contextmanager
-def _refusing(folder: OutputFolder) -> Generator[None]:
-    """Where the folder cannot be written at the start nothing has been computed: the job is refused."""
-    try:
-        yield
-    except OSError as error:
-        raise unwritable(folder.path, error) from error
-
-
-def _overwrite(claim: Claim, tell: Callable[[str], None]) -> None:
-    shards = claim.folder.shards()
-    if shards:
-        size = sum(shard.bytes for shard in shards)
-        tell(f"--overwrite: deleting {len(shards):,} files, {size:,} bytes, of the run in {claim.folder.path}")
-    claim.discard()
-
-
 def _versions() -> Versions:
     return Versions(
         tokabatch=__version__,
@@ -265,8 +247,10 @@ def _versions() -> Versions:
     )
 
 
-def _manifest(job: Job, workload: Workload, started: str) -> Manifest:
-    return Manifest(
+def _manifest(job: Job, workload: Workload, started: str, earlier: Manifest | None = None, recorded: str = "") -> Manifest:
+    """What the folder shall say of this start; where it goes on with an `earlier` one, `recorded` is the run by its record of
+    commits."""
+    manifest = Manifest(
         started=started,
         working_folder=os.getcwd(),
         model_path=str(workload.folder),
@@ -278,10 +262,8 @@ def _manifest(job: Job, workload: Workload, started: str) -> Manifest:
         run=uuid.uuid4().hex,
         fingerprint_sha256=settings_digest(workload.fingerprint),
     )
-
-
-def _continued(manifest: Manifest, earlier: Manifest, recorded: str) -> Manifest:
-    """The manifest of a run that goes on; `recorded` is the run by its record of commits."""
+    if earlier is None:
+        return manifest
     if not earlier.run:
         # Of a version that named no runs; a start that was cut short may have named it in the record already.
         return replace(manifest, run=recorded or manifest.run)

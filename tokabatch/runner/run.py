@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import STOPS, CommitError, DamageError, Stopped, TokabatchError, UsageError
 from tokabatch.forecast.profile import SavedProfile
 from tokabatch.forecast.sizing import device_name, has_known_rates, price_steps, read_profile, size_replica
@@ -33,8 +32,6 @@ from tokabatch.runner.recorder import Recorder
 from tokabatch.runner.replica import Replica
 from tokabatch.runner.replica_process import ReplicaProcess
 from tokabatch.runner.resume import Reuse, Start, start
-from tokabatch.scheduling.counts import SchedulerCounts
-from tokabatch.workload import Workload
 
 EXIT_COMPLETE, EXIT_STALLED, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED = 0, 2, 3, 4, 75
 
@@ -67,7 +64,12 @@ def run(
         workload, recorder = started.left, Recorder(job, started.left, claim, started.committed)
         workers.callback(workload.store.close)
         sizes = size_replica(job, workload, profile)
-        _tell_of_unknown_device(workload, profile, sizes, clock.progress)
+        if profile is None and not has_known_rates(workload.device):
+            clock.progress.message(
+                f"the rates of {device_name(workload.device)} are not known: steps take up to {sizes.max_step_tokens:,} tokens "
+                "whatever suits it, and its time is not predicted. Fit a profile to this run (`tokabatch profile`) and name it "
+                "as engine.profile"
+            )
         replica = make_replica(job, started, sizes, recorder, claim, stop, clock.progress)
         # Closed last: what is finished is committed first, a GPU's process takes a second to end.
         workers.callback(replica.close)
@@ -76,12 +78,19 @@ def run(
             exit_code = _record_failures(parts)
             if exit_code == EXIT_COMPLETE and len(workload.requests):
                 exit_code = _generate(parts)
-                _check_trace(job, replica.standing().scheduled, clock.progress)
+                taken = replica.standing().scheduled.steps
+                if job.trace and taken < job.trace.start:
+                    clock.progress.message(
+                        f"nothing was traced: the run had {taken} steps, and trace.start is {job.trace.start}; write less"
+                    )
             parts.show("writing")
             with claim.committing():
                 books = _close_books(parts, claim)
-            # Stopped or not: where nothing is missing there is nothing to run again for.
-            exit_code = _judge(books, job) if books.closed else exit_code or EXIT_BOOKS
+            if books.closed:
+                # Stopped or not: where nothing is missing there is nothing to run again for.
+                exit_code = EXIT_ERRORS if books.errors > job.errors.max_fraction * books.samples else EXIT_COMPLETE
+            else:
+                exit_code = exit_code or EXIT_BOOKS
         except CommitError as error:
             clock.progress.message(str(error))
             replica.stop()
@@ -155,9 +164,6 @@ class _Clock:
         """The model is; what comes after the first time is not heard."""
         self.load_seconds = self.load_seconds or self.elapsed
 
-    def reading(self, rows: int, errors: int) -> None:
-        self.progress.update(ProgressSnapshot("reading", self.elapsed, rows_done=rows, errors=errors))
-
     def is_due(self, phase: Phase) -> bool:
         """Whether the display takes a snapshot now: at each new phase, and as often as it can show one."""
         if self.progress.interval is None:
@@ -208,7 +214,7 @@ class _Parts:
 
 
 def _reading(clock: _Clock, stop: Interruption, rows: int, errors: int) -> None:
-    clock.reading(rows, errors)
+    clock.progress.update(ProgressSnapshot("reading", clock.elapsed, rows_done=rows, errors=errors))
     stop.check()
 
 
@@ -237,11 +243,6 @@ def _commit_finished(parts: _Parts) -> None:
         parts.clock.progress.message(f"the last finished samples are not committed and will be computed again: {error}")
 
 
-def _judge(books: Books, job: Job) -> int:
-    """The exit code of a run whose books close."""
-    return EXIT_ERRORS if books.errors > job.errors.max_fraction * books.samples else EXIT_COMPLETE
-
-
 def _generate(parts: _Parts) -> int:
     """Record what the replica finishes until all is done, or the run is to stop; the run's exit code so far."""
     recorder, unwritable = parts.recorder, parts.recorder.num_unwritable
@@ -265,27 +266,13 @@ def _generate(parts: _Parts) -> int:
     return exit_code
 
 
-def _tell_of_unknown_device(workload: Workload, profile: SavedProfile | None, sizes: ReplicaSizes, progress: Progress) -> None:
-    if profile is None and not has_known_rates(workload.device):
-        progress.message(
-            f"the rates of {device_name(workload.device)} are not known: steps take up to {sizes.max_step_tokens:,} tokens "
-            "whatever suits it, and its time is not predicted. Fit a profile to this run (`tokabatch profile`) and name it as "
-            "engine.profile"
-        )
-
-
-def _check_trace(job: Job, counts: SchedulerCounts, progress: Progress) -> None:
-    if job.trace and counts.steps < job.trace.start:
-        progress.message(
-            f"nothing was traced: the run had {counts.steps} steps, and trace.start is {job.trace.start}; write less"
-        )
-
-
 def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_code: int, *, stalled: bool) -> RunSummary:
     seconds, workload, recorder = parts.clock.elapsed, parts.started.left, parts.recorder
     standing = parts.replica.standing()
     counts, replica, limits = standing.scheduled, standing.counts, standing.limits
-    predicted = _predicted(workload, steps, profile)
+    predicted: tuple[float, str] | None = None
+    with suppress(UsageError):  # on a device whose rates are not known
+        predicted = price_steps(workload, steps, profile) if len(steps) else None
     return RunSummary(
         rows=workload.store.num_rows,
         samples=workload.samples_total,
@@ -326,11 +313,3 @@ def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_cod
         unverified=recorder.num_unverified,
         unverified_reasons=recorder.unverified_reasons,
     )
-
-
-def _predicted(workload: Workload, steps: Steps, profile: SavedProfile | None) -> tuple[float, str] | None:
-    """What a cost model says of the steps taken; None without steps, or on a device whose rates are not known."""
-    try:
-        return price_steps(workload, steps, profile) if len(steps) else None
-    except UsageError:
-        return None
