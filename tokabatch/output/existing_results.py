@@ -128,7 +128,8 @@ def drop_errors(claim: Claim) -> int:
         if errors == rows:
             _remove(claim, file.path)
         else:
-            _replace(claim, file, _without_errors(file))
+            kept = (table.filter(_is_ok(table)) for table in read_groups(file, None))
+            _replace(claim, file, (table for table in kept if table.num_rows))
     return dropped
 
 
@@ -196,13 +197,6 @@ def _replace(claim: Claim, file: ListedFile, tables: Iterable[pa.Table]) -> None
     claim.files.replace(temporary, file.path)
     claim.files.sync_folder(file.path.parent)
     record_commit(claim, shard, written)
-
-
-def _without_errors(file: ListedFile) -> Iterator[pa.Table]:
-    for table in read_groups(file, None):
-        kept = table.filter(_is_ok(table))
-        if kept.num_rows:
-            yield kept
 
 
 def _is_ok(table: pa.Table) -> pa.ChunkedArray[Any]:

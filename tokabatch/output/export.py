@@ -80,7 +80,13 @@ def _committed(folder: OutputFolder) -> tuple[ListedFile, ...]:
 
 def _export(folder: OutputFolder, shards: Sequence[ListedFile], target: Path, nested: bool) -> Exported:
     _check_shards(folder, shards, nested)
-    schema = _common_schema(shards)
+    schema = _schema(shards[0])
+    for shard in shards[1:]:
+        if not _schema(shard).equals(schema):
+            raise ForeignFileError(
+                f"{shard.path} has other columns than {shards[0].path.name}: they are not of one run. Move foreign files away."
+            )
+    schema = schema.with_metadata({key: value for key, value in (schema.metadata or {}).items() if key != ARROW_BYTES_KEY})
     with scratch_folder(target.absolute().parent) as scratch:
         bucket, num_buckets, num_rows = _cut(shards)
         _deal(shards, schema, bucket, scratch)
@@ -137,17 +143,6 @@ def _check_shards(folder: OutputFolder, shards: Sequence[ListedFile], nested: bo
         raise OutputError(f"{folder.path} holds no committed samples (no data/part-*.parquet); check the path")
     if nested and _SAMPLES in _schema(shards[0]).names:
         raise OutputError(f"the input has a column named {_SAMPLES!r}, which --nested uses itself; export without it")
-
-
-def _common_schema(shards: Sequence[ListedFile]) -> pa.Schema:
-    schema = _schema(shards[0])
-    for shard in shards[1:]:
-        if not _schema(shard).equals(schema):
-            raise ForeignFileError(
-                f"{shard.path} has other columns than {shards[0].path.name}: they are not of one run. Move foreign files away."
-            )
-    metadata = {key: value for key, value in (schema.metadata or {}).items() if key != ARROW_BYTES_KEY}
-    return schema.with_metadata(metadata)
 
 
 def _schema(shard: ListedFile) -> pa.Schema:

@@ -178,8 +178,13 @@ class Claim:
                 "what is finished is committed where the folder is now. Move it back, or name its new place as output.path, "
                 "and run the same command again."
             )
-        self._restore()
+        # What tells of the run is written anew where others touched it.
+        for target, (content, mark) in list(self._kept.items()):
+            found = self.files.look(target)
+            if found is None or mark_of(found) != mark:
+                self.write(target, content, keep=True)
         if self.journal is not None:
+            self.journal.restore()
             self._check_shards(self.journal)
 
     def reopen(self, *, keep_summary: bool = False) -> None:
@@ -308,15 +313,6 @@ class Claim:
                 pass
             return self._absolute / name
         return None
-
-    def _restore(self) -> None:
-        """Write anew what tells of the run, where others touched it."""
-        for target, (content, mark) in list(self._kept.items()):
-            found = self.files.look(target)
-            if found is None or mark_of(found) != mark:
-                self.write(target, content, keep=True)
-        if self.journal is not None:
-            self.journal.restore()
 
     def _check_shards(self, journal: Journal) -> None:
         damage, strangers = journal.compare({self.folder.name_of(file.path): file for file in self.folder.shards()})

@@ -65,7 +65,11 @@ def inspect(folder: OutputFolder, manifest: Manifest) -> Inspection:
     listed = folder.shards()
     # A file is recorded before it is published: what is listed by now is in the record that is read by now.
     record = read_record(folder.files, folder.commits)
-    success, faults = _read_success(folder)
+    success, faults = None, list[Fault]()
+    try:
+        success = read_success(folder)
+    except DamageError:
+        faults.append(Fault(folder.success.name, "is damaged", "record"))
     versions, problems = _believed(folder, manifest, record, success)
     faults += problems
     good: list[tuple[Shard, ListedFile]] = []
@@ -122,13 +126,6 @@ def _required(versions: Mapping[str, tuple[Shard | None, ...]], before: Record |
     """The files that must be there; what was recorded while the folder was listed need not be in the listing."""
     earlier = {} if before is None else before.versions
     return [name for name, known in versions.items() if None not in (*known, *earlier.get(name, (None,)))]
-
-
-def _read_success(folder: OutputFolder) -> tuple[Success | None, list[Fault]]:
-    try:
-        return read_success(folder), []
-    except DamageError:
-        return None, [Fault(folder.success.name, "is damaged", "record")]
 
 
 def _believed(

@@ -19,7 +19,7 @@ from tokabatch.errors import DamageError, OutputError
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import Fault, inspect
 from tokabatch.output.journal import Shard
-from tokabatch.output.manifest import Books, Manifest, read_manifest
+from tokabatch.output.manifest import Books, read_manifest
 from tokabatch.output.remedy import repair_command
 from tokabatch.output.shards import count_ok, damaged, open_shard, read_groups
 from tokabatch.storage.listing import ListedFile, consistently
@@ -109,10 +109,15 @@ def _verify(folder: OutputFolder) -> Verification:
         problem = f"says {told.ok:,} ok and {told.errors:,} errors in {len(told.files)} files, which is not what was committed"
         faults.append(Fault(folder.success.name, problem, "record"))
     faults += [Fault(f"data/{name}", "was not written by a run", "foreign") for name in folder.foreign()]
-    remedy = _remedy(folder, manifest, faults) if faults else None
-    return Verification(
-        manifest.rows, books, tuple(good), inspected.success is not None, _once(faults), remedy, running or folder.is_claimed()
-    )
+    remedy = None
+    if faults:
+        foreign = sorted({fault.file for fault in faults if fault.kind == "foreign"})
+        # _SUCCESS is written by any start, unless it is the only record there is.
+        nothing = all(fault.kind == "foreign" or (fault.file == folder.success.name and manifest.run) for fault in faults)
+        remedy = repair_command(folder, manifest, foreign, repair=not nothing)
+    first_of_file = tuple({fault.file: fault for fault in reversed(faults)}.values())[::-1]
+    running = running or folder.is_claimed()
+    return Verification(manifest.rows, books, tuple(good), inspected.success is not None, first_of_file, remedy, running)
 
 
 def _read_whole(file: ListedFile, name: str, num_rows: int, known: Shard | None) -> tuple[Shard, Int64]:
@@ -154,15 +159,3 @@ def _repeats(keys: Sequence[Int64]) -> dict[int, int]:
     again = order[1:][flat[order][1:] == flat[order][:-1]]
     shards, counts = np.unique(owner[again], return_counts=True)
     return dict(zip(shards.tolist(), counts.tolist(), strict=True))
-
-
-def _once(faults: Sequence[Fault]) -> tuple[Fault, ...]:
-    """The first fault of each file."""
-    return tuple({fault.file: fault for fault in reversed(faults)}.values())[::-1]
-
-
-def _remedy(folder: OutputFolder, manifest: Manifest, faults: Sequence[Fault]) -> str:
-    foreign = sorted({fault.file for fault in faults if fault.kind == "foreign"})
-    # _SUCCESS is written by any start, unless it is the only record there is.
-    nothing = all(fault.kind == "foreign" or (fault.file == folder.success.name and manifest.run) for fault in faults)
-    return repair_command(folder, manifest, foreign, repair=not nothing)

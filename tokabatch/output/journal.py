@@ -162,7 +162,9 @@ def read_record(files: DurableFiles, path: Path) -> Record | None:
         try:
             fields = _fields(line)
             if number == 1:
-                run = _header(fields)
+                run = str(fields["run"])
+                if fields["version"] != VERSION:
+                    raise ValueError("written by another version")
             else:
                 _apply(versions, fields)
         except (ValueError, KeyError, TypeError):
@@ -172,12 +174,6 @@ def read_record(files: DurableFiles, path: Path) -> Record | None:
     if not lines:
         problem = "it is empty"
     return Record(run, {name: known for name, known in versions.items() if known != (None,)}, problem, torn)
-
-
-def _header(fields: Mapping[str, Any]) -> str:
-    if fields["version"] != VERSION:
-        raise ValueError("written by another version")
-    return str(fields["run"])
 
 
 def _apply(versions: dict[str, tuple[Shard | None, ...]], fields: Mapping[str, Any]) -> None:

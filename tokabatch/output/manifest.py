@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -132,16 +133,12 @@ def mark_success(claim: Claim, shards: Sequence[Shard], samples: int) -> Books:
         known = claim.journal.shards if claim.journal is not None else {}
         files = tuple(known[shard.name][0] if shard.name in known else shard for shard in shards)
         success = Success(samples, books.ok, books.errors, files)
-        if not _says(claim.folder, success):
+        said = None
+        with suppress(DamageError):
+            said = read_success(claim.folder)
+        if said != success:
             claim.write(claim.folder.success, _sealed(asdict(success)))
     return books
-
-
-def _says(folder: OutputFolder, success: Success) -> bool:
-    try:
-        return read_success(folder) == success
-    except DamageError:
-        return False
 
 
 def read_success(folder: OutputFolder) -> Success | None:

@@ -33,7 +33,8 @@ def repair_command(folder: OutputFolder, manifest: Manifest, foreign: Sequence[s
     whole = job_is_whole(folder, manifest)
     job = folder.job.absolute() if whole else _JOB
     # A job's path is text; one that is not was given relative to a folder whose name is none.
-    target = out if _is_text(str(out)) else os.path.relpath(out, manifest.working_folder)
+    is_text = str(out).encode(errors="replace").decode() == str(out)
+    target = out if is_text else os.path.relpath(out, manifest.working_folder)
     commands.append(_join("tokabatch", "run", job, f"output.path={target}", *(["--repair"] if repair else [])))
     note = "" if whole else f"  # {folder.job.name} is missing or changed: write the name of the job's own file for {_JOB}"
     return " && ".join(commands) + note
@@ -78,16 +79,9 @@ def quote(text: str) -> str:
         return shlex.quote(text)
     # The shell cuts line breaks off the end of what a command prints; that of a folder's name is not the end then.
     text += "/" if text.endswith("\n") else ""
-    spelled = "".join(chr(code) if 32 <= code < 127 and chr(code) not in "\\'" else f"\\0{code:03o}" for code in _bytes(text))
+    codes = text.encode(errors="surrogateescape")
+    spelled = "".join(chr(code) if 32 <= code < 127 and chr(code) not in "\\'" else f"\\0{code:03o}" for code in codes)
     return f"\"$(printf '%b' '{spelled}')\""
-
-
-def _is_text(name: str) -> bool:
-    return name.encode(errors="replace").decode() == name
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode(errors="surrogateescape")
 
 
 def _join(*words: str | Path) -> str:

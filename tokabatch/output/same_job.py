@@ -64,12 +64,10 @@ class EarlierRun:
             told = (
                 f"prompts: the tokens of {int(found.sum()):,} of {then.rows:,} rows that are the same are not, the first is row"
             )
-            self._refuse([f"{told} {_first(found)}", *self._changed_versions()])
+            before, here = asdict(self.manifest.versions), asdict(self.versions)
+            changed = [f"{name} {before[name]} then, {here[name]} now" for name in here if before[name] != here[name]]
+            self._refuse([f"{told} {_first(found)}", *changed])
         self.repaired = int(other_rows.sum())
-
-    def _changed_versions(self) -> list[str]:
-        then, now = asdict(self.manifest.versions), asdict(self.versions)
-        return [f"{name} {then[name]} then, {now[name]} now" for name in now if then[name] != now[name]]
 
     def _refuse(self, differences: list[str]) -> NoReturn:
         listed = "".join(f"\n  {difference}" for difference in differences)

@@ -88,7 +88,9 @@ def output_schema(
     if columns != "all":
         for name in columns:
             if name not in inputs.names:
-                raise OutputError(_missing_column(name, inputs.names))
+                nearest = get_close_matches(name, inputs.names, n=1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(inputs.names) or 'no columns'}."
+                raise OutputError(f"output.columns names {name!r}, which the input does not have; {hint}")
     chosen = [field for field in inputs if columns == "all" or field.name in columns]
     chosen = [field for field in chosen if not (field.name == "id" == id_column)]
     clashes = [field.name for field in chosen if field.name in own_names]
@@ -164,13 +166,17 @@ def build_table(
         "sample_index": lambda: sample_index,
         "status": lambda: np.where(nulls, "error", "ok"),
         "text": lambda: of_good(texts),
-        "token_ids": lambda: _list_column([c.token_ids for c in kept], nulls, pa.int32()),
+        "token_ids": lambda: _nullable_list(
+            pa.array(_concatenate([c.token_ids for c in kept], np.int32)), [len(c.token_ids) for c in kept], nulls
+        ),
         "finish_reason": lambda: of_good([c.finish_reason for c in completions]),
         "stop_reason": lambda: of_good([None if c.stop_reason is None else str(c.stop_reason) for c in completions]),
         "num_prompt_tokens": lambda: of_all([c.num_prompt_tokens for c in completions]),
         "num_cached_tokens": lambda: of_all([c.num_cached_tokens for c in completions]),
         "num_output_tokens": lambda: of_good([len(c.token_ids) for c in completions]),
-        "cumulative_logprob": lambda: of_good([_total_logprob(c) for c in completions]),
+        "cumulative_logprob": lambda: of_good(
+            [None if c.logprobs is None else float(c.logprobs.sum(dtype=np.float64)) for c in completions]
+        ),
         "logprobs": lambda: _logprob_column(completions, nulls),
         "error_code": lambda: of_errors([c.error_code for c in completions], lambda error: error.code),
         "error_message": lambda: of_errors([c.error_message for c in completions], lambda error: error.message),
@@ -178,7 +184,11 @@ def build_table(
     }
     if correct is None:
         del own["correct"]  # The job does not verify: a column of that name is the input's.
-    arrays = [_as_column(own[field.name]() if field.name in own else columns[field.name], field.type) for field in schema]
+    arrays: list[pa.Array | pa.ChunkedArray] = []
+    for field in schema:
+        values = own[field.name]() if field.name in own else columns[field.name]
+        made = values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values, field.type)
+        arrays.append(made if made.type == field.type else made.cast(field.type))
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
@@ -258,16 +268,6 @@ def _nulls(count: int, kind: pa.DataType) -> pa.ChunkedArray:
     return pa.chunked_array([pa.nulls(count, kind)])
 
 
-def _as_column(values: Any, type_: pa.DataType) -> pa.Array | pa.ChunkedArray:
-    if isinstance(values, (pa.Array, pa.ChunkedArray)):
-        return values if values.type == type_ else values.cast(type_)
-    return pa.array(values, type_)
-
-
-def _total_logprob(completion: Completion) -> float | None:
-    return None if completion.logprobs is None else float(completion.logprobs.sum(dtype=np.float64))
-
-
 def _logprob_column(completions: Sequence[Completion], nulls: Bool) -> pa.ListArray:
     """`nulls` marks the error rows; samples without logprobs are null as well."""
     nulls = nulls.copy()
@@ -289,11 +289,6 @@ def _logprob_column(completions: Sequence[Completion], nulls: Bool) -> pa.ListAr
     return _nullable_list(tokens, lengths, nulls)
 
 
-def _list_column(values: Sequence[npt.NDArray[Any]], nulls: Bool, type_: pa.DataType) -> pa.ListArray:
-    flat = pa.array(_concatenate(values, np.int32), type_)
-    return _nullable_list(flat, [len(value) for value in values], nulls)
-
-
 def _nullable_list(flat: pa.Array, lengths: Sequence[int], nulls: Bool) -> pa.ListArray:
     """A list for each row that `nulls` does not mark, of `lengths` in their order."""
     all_lengths = np.zeros(len(nulls), dtype=np.int64)
@@ -311,9 +306,3 @@ def _offsets(lengths: Int64) -> pa.Array:
 
 def _concatenate(arrays: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     return np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype)
-
-
-def _missing_column(name: str, names: Sequence[str]) -> str:
-    nearest = get_close_matches(name, names, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(names) or 'no columns'}."
-    return f"output.columns names {name!r}, which the input does not have; {hint}"

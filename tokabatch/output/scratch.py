@@ -45,25 +45,22 @@ def _make(parent: Path) -> tuple[Path, int]:
 
 def _remove_dead(parent: Path) -> None:
     """What cannot be reached or locked stays."""
+    found: list[Path] = []
     with suppress(OSError):
-        for name in os.listdir(parent):
-            if name.startswith(PREFIX):
-                with suppress(OSError):
-                    _remove_if_dead(parent / name)
-
-
-def _remove_if_dead(folder: Path) -> None:
-    try:
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        # Left in the instant between the two; one that is not empty is not ours to judge.
-        os.rmdir(folder)
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _remove(folder)
-    finally:
-        os.close(lock)
+        found = [parent / name for name in os.listdir(parent) if name.startswith(PREFIX)]
+    for folder in found:
+        with suppress(OSError):
+            try:
+                lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                # Left in the instant between the two; one that is not empty is not ours to judge.
+                os.rmdir(folder)
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(folder)
+            finally:
+                os.close(lock)
 
 
 def _remove(folder: Path) -> None:

@@ -157,7 +157,8 @@ class ShardWriter:
         final = folder.data / f"part-{self._first_number + len(books.shards):05d}.parquet"
         temporary = folder.temporary / final.name
         try:
-            shard, written = self._write(pa.concat_tables(books.waiting).slice(0, num_rows), temporary, final)
+            table = pa.concat_tables(books.waiting).slice(0, num_rows)
+            shard, written = write_shard(self._claim, table, temporary, folder.name_of(final))
         except OSError as error:
             with suppress(OSError):
                 files.remove(temporary)
@@ -199,10 +200,6 @@ class ShardWriter:
             return True
         self._books = replace(self._books, attempt=None)
         return False
-
-    def _write(self, table: pa.Table, temporary: Path, final: Path) -> tuple[Shard, Mark]:
-        """The finished, synced shard under its temporary name, and the mark of its file."""
-        return write_shard(self._claim, table, temporary, self._claim.folder.name_of(final))
 
 
 def write_shard(claim: Claim, table: pa.Table, temporary: Path, name: str) -> tuple[Shard, Mark]:
@@ -301,17 +298,12 @@ def read_groups(
     with open_shard(shard) as file:
         found = file.schema_arrow  # Made anew at each access.
         check(found)
-        for name in columns or _KEY_TYPES:
-            _check_key(shard.path, found, name)
+        for name in [name for name in columns or _KEY_TYPES if name in _KEY_TYPES]:
+            if name not in found.names or found.field(name).type != _KEY_TYPES[name]:
+                raise ForeignFileError(
+                    f"{shard.path} was not written by a run: it has no column {name} of type {_KEY_TYPES[name]}. Move it away, "
+                    "then run the same command again."
+                )
         present = None if columns is None else [name for name in columns if name in found.names]
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=present)
-
-
-def _check_key(path: Path, schema: pa.Schema, name: str) -> None:
-    wanted = _KEY_TYPES.get(name)
-    if wanted is not None and (name not in schema.names or schema.field(name).type != wanted):
-        raise ForeignFileError(
-            f"{path} was not written by a run: it has no column {name} of type {wanted}. Move it away, then run the same "
-            "command again."
-        )

@@ -7,6 +7,7 @@ by a longer one until it is long enough, so many starts leave few files.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,10 @@ def write_steps(claim: Claim, columns: Columns) -> None:
     files, table = claim.folder.steps(), pa.table(dict(columns))
     place = int(files[-1].path.stem.removeprefix("steps-")) if files else 0
     if files:
-        earlier = _read_again(files[-1])
+        earlier = None
+        # A file that cannot be read stays as it is.
+        with suppress(OutputError, Changed):
+            earlier = _read(files[-1])
         if earlier is not None and earlier.num_rows < _STEPS_PER_FILE and earlier.schema.equals(table.schema):
             table = pa.concat_tables([earlier, table])
         else:
@@ -51,14 +55,6 @@ def read_steps(folder: OutputFolder) -> Columns | None:
     except pa.ArrowException as error:
         raise DamageError(f"{folder.path}: its records of steps differ in their columns ({error}). {_REMEDY}") from error
     return {name: np.asarray(table.column(name)) for name in table.column_names}
-
-
-def _read_again(file: ListedFile) -> pa.Table | None:
-    """None where the file cannot be read: it stays as it is."""
-    try:
-        return _read(file)
-    except (OutputError, Changed):
-        return None
 
 
 def _read(file: ListedFile) -> pa.Table:

@@ -57,15 +57,19 @@ class Outlook:
 
 def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
     """Everything that is shown of a simulation."""
+    money = "" if outlook.price is None else f", {outlook.hours * outlook.price:,.2f} at {outlook.price:g} an hour"
+    waiting = f", {outlook.kv_use:.1%} while samples wait" if outlook.kv_use else ""
+    saved = f" ({outlook.saved_tokens / outlook.cacheable_tokens:.1%})" if outlook.cacheable_tokens else ""
+    rate = outlook.output_tokens / outlook.seconds if outlook.seconds else 0.0
     rows = [
         ("device", f"{outlook.device}; seconds from {outlook.cost_model}"),
         ("lengths", outlook.lengths),
-        ("time", f"{seconds_text(outlook.seconds)} ({outlook.hours:,.3f} device-hours{_money(outlook)}), loading apart"),
-        ("output tokens", f"{outlook.output_tokens:,} ({_rate(outlook):,.0f} per second), {outlook.samples:,} samples"),
+        ("time", f"{seconds_text(outlook.seconds)} ({outlook.hours:,.3f} device-hours{money}), loading apart"),
+        ("output tokens", f"{outlook.output_tokens:,} ({rate:,.0f} per second), {outlook.samples:,} samples"),
         ("steps", f"{outlook.steps:,}"),
         ("prefilled tokens", f"{outlook.prefilled_tokens:,}"),
-        ("saved by sharing", f"{outlook.saved_tokens:,} of {outlook.cacheable_tokens:,} possible{_saved(outlook)}"),
-        ("KV cache", f"{outlook.kv_tokens:,} tokens, {outlook.kv_mean:.1%} in use on average{_while_waiting(outlook)}"),
+        ("saved by sharing", f"{outlook.saved_tokens:,} of {outlook.cacheable_tokens:,} possible{saved}"),
+        ("KV cache", f"{outlook.kv_tokens:,} tokens, {outlook.kv_mean:.1%} in use on average{waiting}"),
         ("over time", "".join(_BARS[min(8, round(share * 8))] for share in outlook.kv_over_time)),
         ("preemptions", f"{outlook.preemptions:,}, {outlook.waste:.2%} of tokens computed again"),
         ("waits", f"{outlook.waited:.1%} of the steps of running samples, for pages"),
@@ -87,19 +91,3 @@ def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
         columns = ("engine.max_running", "engine.max_step_tokens", "time", "output tok/s", " ")
         sections.append(Section(f"Settings tried on {outlook.trial_samples:,} samples", table, columns))
     return tuple(sections)
-
-
-def _money(outlook: Outlook) -> str:
-    return "" if outlook.price is None else f", {outlook.hours * outlook.price:,.2f} at {outlook.price:g} an hour"
-
-
-def _rate(outlook: Outlook) -> float:
-    return outlook.output_tokens / outlook.seconds if outlook.seconds else 0.0
-
-
-def _while_waiting(outlook: Outlook) -> str:
-    return f", {outlook.kv_use:.1%} while samples wait" if outlook.kv_use else ""
-
-
-def _saved(outlook: Outlook) -> str:
-    return f" ({outlook.saved_tokens / outlook.cacheable_tokens:.1%})" if outlook.cacheable_tokens else ""

@@ -58,7 +58,8 @@ class RunRecord:
 def render_page(run: RunRecord) -> str:
     """The page as HTML text."""
     tiles = "".join(
-        f"<div class=tile><b{_mark(alert)}>{escape(v)}</b><span>{escape(k)}</span></div>" for k, v, alert in _tiles(run)
+        f"<div class=tile><b{' class=bad' if alert else ''}>{escape(v)}</b><span>{escape(k)}</span></div>"
+        for k, v, alert in _tiles(run)
     )
     figures = "".join(
         f"<figure><figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>{svg}</figure>"
@@ -70,10 +71,6 @@ def render_page(run: RunRecord) -> str:
         f"<h1>{escape(run.path)}</h1><p class=sub>{escape(run.model)}, {escape(run.state)}</p>"
         f"<div class=tiles>{tiles}</div><div class=plots>{figures}</div></html>\n"
     )
-
-
-def _mark(alert: bool) -> str:
-    return " class=bad" if alert else ""
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:

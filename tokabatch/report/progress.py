@@ -72,16 +72,11 @@ class Progress(Protocol):
 
 def open_progress(quiet: bool) -> Progress:
     """The display that standard error can show; a quiet one has messages alone."""
-    return ExpendableProgress(_choose_display(quiet))
-
-
-def _choose_display(quiet: bool) -> Progress:
     if quiet:
-        return MessagesOnly(sys.stderr)
+        return ExpendableProgress(MessagesOnly(sys.stderr))
     console = Console(stderr=True, highlight=False)
-    if console.is_terminal and not console.is_dumb_terminal:
-        return LiveProgress(console)
-    return LineProgress(sys.stderr)
+    live = console.is_terminal and not console.is_dumb_terminal
+    return ExpendableProgress(LiveProgress(console) if live else LineProgress(sys.stderr))
 
 
 class NullProgress:

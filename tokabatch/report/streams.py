@@ -72,7 +72,12 @@ class TolerantFile(io.RawIOBase):
 def make_tolerant() -> None:
     """Let `sys.stdout` and `sys.stderr` write through a `TolerantFile` each, but not where a program has put its own in their
     place. Standard descriptors that are closed are opened on the null device: the next file opened would take their number."""
-    closed = [descriptor for descriptor in (0, 1, 2) if not _is_open(descriptor)]
+    closed: list[int] = []
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            closed.append(descriptor)
     for descriptor in closed:
         assert os.open(os.devnull, os.O_RDWR) == descriptor
         os.set_inheritable(descriptor, True)
@@ -89,14 +94,6 @@ def first_fault(stream: TextIO) -> OSError | None:
     stream.flush()
     file = getattr(getattr(stream, "buffer", None), "raw", None)
     return file.fault if isinstance(file, TolerantFile) else None
-
-
-def _is_open(descriptor: int) -> bool:
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        return False
-    return True
 
 
 def _text(file: TolerantFile, before: TextIO | None, line_buffering: bool = False) -> TextIO:

@@ -214,7 +214,12 @@ def run_sections(summary: RunSummary) -> tuple[Section, ...]:
 
 def plan_sections(report: PlanReport) -> tuple[Section, ...]:
     """Everything a plan shows."""
-    model = report.model
+    model, text, ids = report.model, report.first_prompt, report.first_token_ids
+    if (rest := len(text) - _SHOWN_CHARACTERS) > 0:
+        text = f"{text[:_SHOWN_CHARACTERS]}\n[… and {_count(rest)} more characters]"
+    shown = " ".join(map(str, ids[:_SHOWN_TOKEN_IDS]))
+    if (rest := len(ids) - _SHOWN_TOKEN_IDS) > 0:
+        shown += f" [… and {_count(rest)} more]"
     facts = (
         ("path", model.path),
         ("architecture", f"{model.family}, {model.layers} layers, hidden size {_count(model.hidden_size)}"),
@@ -229,8 +234,8 @@ def plan_sections(report: PlanReport) -> tuple[Section, ...]:
         Section("Work", _plan_work(report)),
         Section("Replica", _plan_replica(report.replica)),
         Section("Generation", tuple((s.key, s.value, s.source) for s in report.settings), ("key", "value", "from")),
-        Section("First prompt", (("", _cut_text(report.first_prompt)),)),
-        Section(f"Its {_count(len(report.first_token_ids))} token ids", (("", _cut_ids(report.first_token_ids)),)),
+        Section("First prompt", (("", text),)),
+        Section(f"Its {_count(len(ids))} token ids", (("", shown),)),
         *((Section("Notes", tuple(("", note) for note in report.notes)),) if report.notes else ()),
     )
 
@@ -342,14 +347,3 @@ def _preemptions(summary: RunSummary) -> str:
 
 def _share_of_time(part: float, whole: float) -> str:
     return f" ({part / whole:.0%})" if whole > 0 else ""
-
-
-def _cut_text(text: str) -> str:
-    rest = len(text) - _SHOWN_CHARACTERS
-    return text if rest <= 0 else f"{text[:_SHOWN_CHARACTERS]}\n[… and {_count(rest)} more characters]"
-
-
-def _cut_ids(ids: tuple[int, ...]) -> str:
-    shown = " ".join(map(str, ids[:_SHOWN_TOKEN_IDS]))
-    rest = len(ids) - _SHOWN_TOKEN_IDS
-    return shown if rest <= 0 else f"{shown} [… and {_count(rest)} more]"
