@@ -15,7 +15,7 @@ from support import tiny_models, token_device
 from support.interpreter import DEVICES, INTERPRETING
 
 from tokabatch.attention.capturable import Capturable
-from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, WORTH, Ladder, Recorder, coarse_size, size_above
+from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, WORTH, GraphRecorder, Ladder, coarse_size, size_above
 from tokabatch.engine.sizing import ReplicaSizes, kv_shape
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.model.families import read_spec
@@ -105,7 +105,7 @@ def captured_worker(folder, sizes: ReplicaSizes, device: torch.device) -> Worker
     store = import_module("tokabatch.attention.page_store").PageStore(shape, DTYPE, device)
     assert isinstance(store, Capturable)
     worker = Worker(decoder, store, sizes)
-    recorder = Redoing() if device.type == "cpu" else Recorder()
+    recorder = Redoing() if device.type == "cpu" else GraphRecorder()
     make = import_module("tokabatch.engine.captured").CapturedSteps
     with torch.inference_mode():
         captured = make(decoder, store, worker._last_token, worker._slots, sizes.max_step_tokens, recorder, 2)

@@ -42,7 +42,7 @@ State = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class _Passes:
+class _CallPasses:
     """Passes of one prefill call, and their page lists on the way to the device."""
 
     queries: Int32
@@ -59,18 +59,18 @@ class _Level:
 
     span: slice
     gaps: Parcel | None
-    passes: _Passes
+    passes: _CallPasses
     unchanged: bytes
     """What its plan follows from: equal bytes, equal plan."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Section:
+class _StepSection:
     """The host's runs or the decode runs of a step: a range of tokens, the levels over it, its own pages."""
 
     span: slice
     levels: tuple[_Level, ...]
-    own: _Passes | None
+    own: _CallPasses | None
     """None: `triton_decode`, which reads the page table itself."""
     skip: Parcel | None
     mean_keys: float
@@ -86,7 +86,7 @@ class _Section:
 class _Planned:
     """A section whose kernels are planned."""
 
-    section: _Section
+    section: _StepSection
     levels: tuple[Wrapper, ...]
     own: Wrapper | None
 
@@ -186,7 +186,7 @@ class FlashInferPagedAttention:
         else:
             planned.own.run(q_THD[span], cache, out=out)
 
-    def _section(self, step: StepBatch, part: slice, span: slice, outbox: Outbox) -> _Section:
+    def _section(self, step: StepBatch, part: slice, span: slice, outbox: Outbox) -> _StepSection:
         levels = tuple(
             self._level(level, outbox)
             for level in step.prefix_levels
@@ -198,10 +198,10 @@ class FlashInferPagedAttention:
         is_decode = part.start == step.num_prefill_runs
         fills = len(keys) * self.shape.num_kv_heads >= 2 * self._num_cores
         if is_decode and (fills or keys.mean() <= LONG_CONTEXT):
-            return _Section(span, levels, None, outbox.add(skip), float(keys.mean()))
+            return _StepSection(span, levels, None, outbox.add(skip), float(keys.mean()))
         indptr, indices, _ = self._page_ids(step.run_slot[part], skip, -(-stop // size), outbox)
-        own = _Passes(step.run_length[part], indptr, indices, (stop - 1) % size + 1, keys, causal=not is_decode)
-        return _Section(span, levels, own, None, float(keys.mean()))
+        own = _CallPasses(step.run_length[part], indptr, indices, (stop - 1) % size + 1, keys, causal=not is_decode)
+        return _StepSection(span, levels, own, None, float(keys.mean()))
 
     def _level(self, level: PrefixLevel, outbox: Outbox) -> _Level:
         queries = level.token_stop - level.token_start
@@ -214,7 +214,7 @@ class FlashInferPagedAttention:
             shift = np.repeat(level.token_start - (np.cumsum(queries) - queries), queries)
             gaps = outbox.add(np.arange(int(queries.sum()), dtype=np.int64) + shift)
         unchanged = b"|".join((queries.tobytes(), indptr.tobytes(), pages.tobytes()))
-        return _Level(span, gaps, _Passes(queries, indptr, indices, full, keys, causal=False), unchanged)
+        return _Level(span, gaps, _CallPasses(queries, indptr, indices, full, keys, causal=False), unchanged)
 
     def _page_ids(self, slots: Int32, first: Int32, last: Int32, outbox: Outbox) -> tuple[Int32, Parcel, Int32]:
         """`page_table[slot, first : last]` of N passes: offsets [N + 1], page ids end to end on their way, and on the host."""
@@ -224,12 +224,25 @@ class FlashInferPagedAttention:
         pages = self._store.page_table[np.repeat(slots, counts), column]
         return indptr, outbox.add(pages), pages
 
-    def _plan_section(self, section: _Section, wrappers: _Wrappers) -> _Planned:
+    def _plan_section(self, section: _StepSection, wrappers: _Wrappers) -> _Planned:
         levels = tuple(self._plan_level(level, wrappers) for level in section.levels)
         if section.own is None:
             return _Planned(section, levels, None)
         if not section.own.causal:
-            return _Planned(section, levels, self._plan_decode(wrappers.decoder, section.own))
+            shape, passes = self.shape, section.own
+            wrappers.decoder.plan(
+                _host(passes.indptr),
+                passes.indices.tensor,
+                _host(passes.last_length),
+                shape.num_heads,
+                shape.num_kv_heads,
+                shape.head_dim,
+                shape.page_size,
+                q_data_type=self.dtype,
+                kv_data_type=self.kv_dtype,
+                seq_lens=_host(passes.keys),
+            )
+            return _Planned(section, levels, wrappers.decoder)
         kept = wrappers.prefill(self._wants_fa3(section.own))
         kept.planned = b""
         self._plan_prefill(kept.wrapper, section.own)
@@ -244,7 +257,7 @@ class FlashInferPagedAttention:
             kept.planned = level.unchanged
         return kept.wrapper
 
-    def _wants_fa3(self, passes: _Passes) -> bool:
+    def _wants_fa3(self, passes: _CallPasses) -> bool:
         """Whether Hopper's prefill kernel is the faster one: see TILE_QUERIES."""
         fewest = LONG_PREFILL if passes.causal else TILE_QUERIES
         if not self._has_fa3 or float(passes.queries.mean()) < fewest:
@@ -252,23 +265,7 @@ class FlashInferPagedAttention:
         programs = int((-(-passes.queries // TILE_QUERIES)).sum()) * self.shape.num_heads
         return programs >= self._num_cores
 
-    def _plan_decode(self, wrapper: flashinfer.BatchDecodeWithPagedKVCacheWrapper, passes: _Passes) -> Wrapper:
-        shape = self.shape
-        wrapper.plan(
-            _host(passes.indptr),
-            passes.indices.tensor,
-            _host(passes.last_length),
-            shape.num_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            shape.page_size,
-            q_data_type=self.dtype,
-            kv_data_type=self.kv_dtype,
-            seq_lens=_host(passes.keys),
-        )
-        return wrapper
-
-    def _plan_prefill(self, wrapper: flashinfer.BatchPrefillWithPagedKVCacheWrapper, passes: _Passes) -> None:
+    def _plan_prefill(self, wrapper: flashinfer.BatchPrefillWithPagedKVCacheWrapper, passes: _CallPasses) -> None:
         shape = self.shape
         wrapper.plan(
             _host(np.append(0, np.cumsum(passes.queries))),

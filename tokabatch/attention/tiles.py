@@ -72,7 +72,7 @@ class TilePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Passes:
+class _KeyRanges:
     """Queries of tokens `token : token + queries`, no token twice, against keys `begin : end` of a slot."""
 
     token: Int64
@@ -84,7 +84,7 @@ class _Passes:
     """Of the first query, where later queries see more; UNMASKED where all see all."""
 
     @classmethod
-    def of(cls, *columns: Int32 | Int64) -> _Passes:
+    def of(cls, *columns: Int32 | Int64) -> _KeyRanges:
         return cls(*(column.astype(np.int64) for column in columns))
 
 
@@ -95,7 +95,7 @@ def plan_tiles(step: StepBatch, shape: TileShape, max_planes: int) -> TilePlan |
     covered = step.run_skip.astype(np.int64) * size
     own_T = np.repeat(covered, length)
     passes = [
-        _Passes.of(level.token_start, level.token_stop - level.token_start, level.slot, level.page_start * size,
+        _KeyRanges.of(level.token_start, level.token_stop - level.token_start, level.slot, level.page_start * size,
                    level.page_stop * size, np.full(len(level.slot), UNMASKED))
         for level in step.prefix_levels
     ]  # fmt: skip
@@ -127,7 +127,7 @@ class _Runs:
         return _Runs(*(getattr(self, name)[chosen] for name in _Runs.__slots__))
 
 
-def _causal_passes(runs: _Runs, own_T: Int64, size: int) -> list[_Passes]:
+def _causal_passes(runs: _Runs, own_T: Int64, size: int) -> list[_KeyRanges]:
     """Long runs: a causal pass each, and one before it over a long context. Takes their tokens out of `own_T`."""
     long = np.flatnonzero(runs.length > SHORT_RUN)
     if not len(long):
@@ -135,12 +135,12 @@ def _causal_passes(runs: _Runs, own_T: Int64, size: int) -> list[_Passes]:
     runs = runs.take(long)
     own_T[_tokens(runs)] = UNMASKED
     middle = np.where(runs.start - runs.covered > LONG_CONTEXT, runs.start // size * size, runs.covered)
-    passes = [_Passes(runs.token, runs.length, runs.slot, middle, runs.start + runs.length, runs.start)]
+    passes = [_KeyRanges(runs.token, runs.length, runs.slot, middle, runs.start + runs.length, runs.start)]
     before = np.flatnonzero(middle > runs.covered)
     return [*_unmasked(runs.take(before), middle[before]), *passes] if len(before) else passes
 
 
-def _long_contexts(runs: _Runs, own_T: Int64, shape: TileShape) -> list[_Passes]:
+def _long_contexts(runs: _Runs, own_T: Int64, shape: TileShape) -> list[_KeyRanges]:
     """Short runs whose own keys take longer than a fair share of the device; moves their `own_T` behind those keys."""
     keys = np.where(runs.length <= SHORT_RUN, runs.start - runs.covered, 0)
     if keys.max(initial=0) <= LONG_CONTEXT:
@@ -155,8 +155,8 @@ def _long_contexts(runs: _Runs, own_T: Int64, shape: TileShape) -> list[_Passes]
     return _unmasked(runs, end)
 
 
-def _unmasked(runs: _Runs, end: Int64) -> list[_Passes]:
-    return [_Passes(runs.token, runs.length, runs.slot, runs.covered, end, np.full(len(end), UNMASKED))]
+def _unmasked(runs: _Runs, end: Int64) -> list[_KeyRanges]:
+    return [_KeyRanges(runs.token, runs.length, runs.slot, runs.covered, end, np.full(len(end), UNMASKED))]
 
 
 def _tokens(runs: _Runs) -> Int64:
@@ -165,7 +165,9 @@ def _tokens(runs: _Runs) -> Int64:
     return np.arange(int(runs.length.sum())) + np.repeat(runs.token - first, runs.length)
 
 
-def _cut(passes: _Passes, shape: TileShape, planes_T: Int64, max_planes: int, tiles: tuple[list[Int64], list[Int64]]) -> None:
+def _cut(
+    passes: _KeyRanges, shape: TileShape, planes_T: Int64, max_planes: int, tiles: tuple[list[Int64], list[Int64]]
+) -> None:
     """Appends the tiles of some passes, and counts their tokens' planes: up to `max_planes`, but one for each pass at least."""
     rows = passes.queries * shape.group
     # A wide tile takes about as long as three narrow ones over the same keys.
@@ -176,14 +178,16 @@ def _cut(passes: _Passes, shape: TileShape, planes_T: Int64, max_planes: int, ti
         chosen = np.flatnonzero(is_narrow == bool(kind))
         if not len(chosen):
             continue
-        own = _Passes(*(getattr(passes, name)[chosen] for name in _Passes.__slots__))
+        own = _KeyRanges(*(getattr(passes, name)[chosen] for name in _KeyRanges.__slots__))
         per_tile = height // shape.group
         num_tiles = -(-own.queries // per_tile)
         keys = own.end - own.begin
         part_keys = keys
         if num_tiles.sum() * shape.num_kv_heads < FEW_TILES * programs:
             share = float((num_tiles * keys).sum()) * shape.num_kv_heads / (programs * ENOUGH_TILES)
-            part_keys = _part_keys(keys, max(SPLIT_KEYS, share), max_planes - base[chosen])
+            wanted = np.ceil(keys / max(SPLIT_KEYS, share)).astype(np.int64)
+            num_parts = np.maximum(1, np.minimum(max_planes - base[chosen], wanted))
+            part_keys = np.where(num_parts == 1, keys, -(-keys // (num_parts * SPLIT_STEP)) * SPLIT_STEP)
         part_keys = np.where(own.position == UNMASKED, part_keys, keys)
         parts[chosen] = -(-keys // part_keys)
         tiles[kind].append(_tiles(own, num_tiles, per_tile, part_keys, parts[chosen], base[chosen]))
@@ -193,12 +197,7 @@ def _cut(passes: _Passes, shape: TileShape, planes_T: Int64, max_planes: int, ti
     planes_T += np.cumsum(change)[:-1]
 
 
-def _part_keys(keys: Int64, wanted: float, most_parts: Int64) -> Int64:
-    parts = np.maximum(1, np.minimum(most_parts, np.ceil(keys / wanted).astype(np.int64)))
-    return np.where(parts == 1, keys, -(-keys // (parts * SPLIT_STEP)) * SPLIT_STEP)
-
-
-def _tiles(own: _Passes, num_tiles: Int64, per_tile: int, part_keys: Int64, parts: Int64, base: Int64) -> Int64:
+def _tiles(own: _KeyRanges, num_tiles: Int64, per_tile: int, part_keys: Int64, parts: Int64, base: Int64) -> Int64:
     """[I, WORDS]: each pass along its queries and its keys."""
     count = num_tiles * parts
     of = np.repeat(np.arange(len(count)), count)

@@ -31,7 +31,7 @@ UNMASKED = -1
 
 
 @dataclass(frozen=True, slots=True)
-class _Passes:
+class _PagePasses:
     """What to attend to, arrays of N: tokens `token : token + queries` over pages `page_table[slot, first : last]`.
 
     `position` is that of the first query, for the causal mask; `UNMASKED` where every query sees every key.
@@ -44,9 +44,9 @@ class _Passes:
     last: Int32
     position: Int32
 
-    def take(self, index: np.ndarray) -> _Passes:
+    def take(self, index: np.ndarray) -> _PagePasses:
         names = ("token", "queries", "slot", "first", "last", "position")
-        return _Passes(*(getattr(self, name)[index] for name in names))
+        return _PagePasses(*(getattr(self, name)[index] for name in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +97,12 @@ class TorchPagedAttention:
         self._write_T = self._tensor(page_T * size + position_T % size)
         first = (np.cumsum(step.run_length) - step.run_length).astype(np.int32)
         last = -(-(step.run_start + step.run_length) // size)
-        self._own = self._plan(_Passes(first, step.run_length, step.run_slot, step.run_skip, last, step.run_start))
+        self._own = self._plan(_PagePasses(first, step.run_length, step.run_slot, step.run_skip, last, step.run_start))
         self._shared = [
             block
             for level in step.prefix_levels
             for block in self._plan(
-                _Passes(
+                _PagePasses(
                     level.token_start,
                     level.token_stop - level.token_start,
                     level.slot,
@@ -155,7 +155,7 @@ class TorchPagedAttention:
         out = torch.bmm(scores, v_BLD).div_(total)
         return out.view(q.shape), highest.add_(total.log_()).view(q.shape[:-1])
 
-    def _plan(self, passes: _Passes) -> list[_Block]:
+    def _plan(self, passes: _PagePasses) -> list[_Block]:
         """Passes of like numbers of queries and pages together, in blocks that fit the cache budget; long ones alone."""
         alone = np.nonzero(passes.queries > MAX_BATCHED_QUERIES)[0].tolist()
         blocks = [block for index in alone for block in self._plan_alone(passes, index)]
@@ -175,7 +175,7 @@ class TorchPagedAttention:
                 begin = end
         return blocks
 
-    def _batch(self, passes: _Passes) -> _Block:
+    def _batch(self, passes: _PagePasses) -> _Block:
         size, count = self.shape.page_size, len(passes.token)
         width, queries = int((passes.last - passes.first).max()), int(passes.queries.max())
         query_BQ = np.minimum(np.arange(queries), passes.queries[:, None] - 1)
@@ -191,7 +191,7 @@ class TorchPagedAttention:
             mask_BQL=self._mask(key_BL[:, None, :] > seen_BQ[:, :, None]),
         )
 
-    def _plan_alone(self, passes: _Passes, index: int) -> list[_Block]:
+    def _plan_alone(self, passes: _PagePasses, index: int) -> list[_Block]:
         """One pass of many queries, split along them where the scores would grow too large."""
         size, slot = self.shape.page_size, passes.slot[index]
         first, all_pages = int(passes.first[index]), int(passes.last[index])

@@ -23,7 +23,7 @@ from tokabatch.attention.capturable import Capturable, PagedCache
 from tokabatch.attention.tiles import ENOUGH_PLANES, MAX_PLANES, WORDS, TilePlan, plan_tiles
 from tokabatch.attention.triton_decode import decode_and_merge
 from tokabatch.attention.triton_tiles import Planes, attend_tiles, tile_shape
-from tokabatch.engine.graphs import FINEST, Ladder, Recorder, coarse_size
+from tokabatch.engine.graphs import FINEST, GraphRecorder, Ladder, coarse_size
 from tokabatch.model.decoder import Decoder, KVPages
 from tokabatch.model.sampling.sampler import sample
 from tokabatch.model.sampling.slot_table import SamplerInputs, SlotTable
@@ -62,7 +62,7 @@ class BodyGraphs:
         cache: PagedCache,
         last_token: torch.Tensor,
         limits: tuple[int, int],
-        recorder: Recorder,
+        recorder: GraphRecorder,
         num_cores: int,
     ) -> None:
         """`limits`: tokens of a step, and rows of hidden states beside."""
@@ -95,7 +95,8 @@ class BodyGraphs:
     def fit(self, step: StepBatch) -> BodyStep | None:
         """None for a step that is too large, or mostly long prompts: kernels of one purpose are faster at those."""
         count = step.num_tokens
-        if not 0 < count <= self._ladder.most or _is_long_prefill(step):
+        is_long_prefill = len(step.token_ids) >= max(MOSTLY, LONG_PROMPT * step.num_prefill_runs)
+        if not 0 < count <= self._ladder.most or is_long_prefill:
             return None
         plan = plan_tiles(step, self._shape, self._num_planes(coarse_size(count, self._ladder.most)))
         if plan is None or len(plan.wide_IW) + len(plan.narrow_IW) > self._max_tiles:
@@ -140,7 +141,11 @@ class BodyGraphs:
         columns = self._words[4:].narrow(0, 0, 5 * _aligned(size)).view(5, -1)[:, :size]
         token_T, slot_T, position_T, own_T, planes_T = columns
         queries, mixed = self._queries_THD[:size], self._mixed_THD[:size]
-        planes = self._planes(size) if kind.tiles else None
+        planes = None
+        if kind.tiles:
+            num = self._num_planes(size)
+            state = self._state[: num * size].view(num, size, *self._state.shape[1:])
+            planes = Planes(state, self._lse[: num * size].view(num, size, -1), self._counter)
 
         def attend(layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor | None, v_TKD: torch.Tensor | None) -> torch.Tensor:
             pages = cache.k_LNKPD[layer], cache.v_LNKPD[layer]
@@ -154,11 +159,6 @@ class BodyGraphs:
         hidden_TE = decoder.embed(torch.where(token_T < 0, last_T, token_T))
         hidden_TE = decoder.run_layers(hidden_TE, position_T, attend, pages=KVPages(cache, slot_T, queries))
         self.hidden_TE[:size].copy_(hidden_TE)
-
-    def _planes(self, size: int) -> Planes:
-        num, rows = self._num_planes(size), self._num_planes(size) * size
-        state = self._state[:rows].view(num, size, *self._state.shape[1:])
-        return Planes(state, self._lse[:rows].view(num, size, -1), self._counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ class HeadGraphs:
         last_token: torch.Tensor,
         slots: SlotTable,
         most: int,
-        recorder: Recorder,
+        recorder: GraphRecorder,
     ) -> None:
         self._decoder = decoder
         self._hidden_TE = hidden_TE
@@ -235,10 +235,6 @@ class HeadGraphs:
         return sample(logits_SV, inputs, self._last_token).packed
 
 
-def _is_long_prefill(step: StepBatch) -> bool:
-    return len(step.token_ids) >= max(MOSTLY, LONG_PROMPT * step.num_prefill_runs)
-
-
 def _aligned(count: int) -> int:
     """Words that a column of so many takes: kernels read columns that begin at 16 bytes as they do at capture."""
     return -(-count // 4) * 4
@@ -255,7 +251,7 @@ class CapturedSteps:
         last_token: torch.Tensor,
         slots: SlotTable,
         num_tokens: int,
-        recorder: Recorder,
+        recorder: GraphRecorder,
         num_cores: int,
     ) -> None:
         """`last_token` and the backend's page table have an entry for each slot and the spare one, `slots` likewise;
@@ -281,7 +277,7 @@ def captured_on_gpu(
 ) -> CapturedSteps:
     """Ready to run on the decoder's device."""
     cores = torch.cuda.get_device_properties(decoder.device).multi_processor_count
-    captured = CapturedSteps(decoder, backend, last_token, slots, num_tokens, Recorder(), cores)
+    captured = CapturedSteps(decoder, backend, last_token, slots, num_tokens, GraphRecorder(), cores)
     captured.prepare()
     # The memory that the trials took is free now.
     torch.cuda.synchronize()

@@ -14,8 +14,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -227,25 +226,17 @@ class ProcessExecutor:
 
 
 def _start_shielded(process: BaseProcess) -> None:
-    """Start it with the signals held back that the parent deals with, until it ignores them."""
+    """Start it with the signals held back that the parent deals with, until it ignores them, and without importing the
+    program's main module: a worker needs nothing of it. It would take seconds, and a script that calls `run` where it stands
+    would call it again."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, child.PARENTS_SIGNALS)
-    try:
-        with _without_main():
-            process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _without_main() -> Generator[None]:
-    """Processes spawned inside do not import the program's main module: a worker needs nothing of it. It would take seconds,
-    and a script that calls `run` where it stands would call it again."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
-        yield
+        process.start()
     finally:
         sys.modules["__main__"] = main
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any], pulse: Pulse) -> None:
@@ -300,8 +291,10 @@ def _work(launcher: Launches, steps: queue.SimpleQueue[StepBatch | Resume | None
                 _send_back(launched.popleft(), pipe, pulse)
             pipe.send(dropped)
             pulse.finished = pulse.begun
-            if not _skip_to_resume(steps):
-                return
+            # The steps that build on the dropped one are ignored.
+            while not isinstance(skipped := steps.get(), Resume):
+                if skipped is None:
+                    return
 
 
 def _send_back(running: Running, pipe: Connection, pulse: Pulse) -> None:
@@ -310,14 +303,6 @@ def _send_back(running: Running, pipe: Connection, pulse: Pulse) -> None:
     pulse.waiting = True
     pipe.send(result)
     pulse.waiting = False
-
-
-def _skip_to_resume(steps: queue.SimpleQueue[StepBatch | Resume | None]) -> bool:
-    """Ignore the steps that build on one that was dropped; False when none will follow."""
-    while True:
-        step = steps.get()
-        if step is None or isinstance(step, Resume):
-            return step is not None
 
 
 def _dropped(step: StepBatch, error: RuntimeError | MemoryError) -> StepDropped:

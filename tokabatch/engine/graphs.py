@@ -23,7 +23,7 @@ Kind = TypeVar("Kind", bound=Hashable)
 Made = TypeVar("Made")
 
 
-class Recorder:
+class GraphRecorder:
     """Captures work on a stream of its own; what graphs compute with between beginning and end is one memory, used in turn."""
 
     def __init__(self) -> None:

@@ -46,7 +46,10 @@ def fitting_pages(decoder: Decoder, sizes: ReplicaSizes, page_bytes: int) -> int
     try:
         needed = _peak(device, lambda: _layers(decoder, sizes, tokens))
         # Captured steps work in a memory of their own, and keep what graphs read and write in yet another.
-        needed += _peak(device, lambda: _layers(decoder, sizes, captured_tokens(sizes))) + _fixed_bytes(decoder, sizes)
+        needed += _peak(device, lambda: _layers(decoder, sizes, captured_tokens(sizes)))
+        # Hidden states, queries, attention and its partial states.
+        numbers = decoder.spec.hidden_size + (2 + ENOUGH_PLANES) * decoder.num_heads * decoder.spec.head_dim
+        needed += captured_tokens(sizes) * (numbers * decoder.dtype.itemsize + ENOUGH_PLANES * decoder.num_heads * 4)
         needed += _peak(device, lambda: _draws(decoder, samples))
     except torch.OutOfMemoryError as error:
         raise JobError(
@@ -68,12 +71,6 @@ def _peak(device: torch.device, work: Callable[[], object]) -> int:
     return peak
 
 
-def _fixed_bytes(decoder: Decoder, sizes: ReplicaSizes) -> int:
-    """Of the buffers of captured steps: hidden states, queries, attention and its partial states."""
-    numbers = decoder.spec.hidden_size + (2 + ENOUGH_PLANES) * decoder.num_heads * decoder.spec.head_dim
-    return captured_tokens(sizes) * (numbers * decoder.dtype.itemsize + ENOUGH_PLANES * decoder.num_heads * 4)
-
-
 def _layers(decoder: Decoder, sizes: ReplicaSizes, num_tokens: int) -> None:
     """So many tokens through all layers, all samples drawing."""
     device, spec = decoder.device, decoder.spec
@@ -82,7 +79,7 @@ def _layers(decoder: Decoder, sizes: ReplicaSizes, num_tokens: int) -> None:
     cache = PagedCache(k_LNKPD, v_LNKPD, torch.zeros(1, 1, dtype=torch.int32, device=device))
     place_T = torch.zeros(num_tokens, dtype=torch.int32, device=device)
     rows_S = torch.arange(sizes.max_running, device=device)
-    decoder.hidden(place_T, place_T, _no_attention, rows_S, KVPages(cache, place_T))
+    decoder.hidden(place_T, place_T, lambda layer, q_THD, *_: torch.zeros_like(q_THD), rows_S, KVPages(cache, place_T))
 
 
 def _draws(decoder: Decoder, num_rows: int) -> None:
@@ -91,7 +88,3 @@ def _draws(decoder: Decoder, num_rows: int) -> None:
     logits_SV = decoder.logits(torch.zeros(num_rows, decoder.spec.hidden_size, dtype=decoder.dtype, device=device))
     slots, place_S = SlotTable(1, device), torch.zeros(num_rows, dtype=torch.int32, device=device)
     sample(logits_SV, slots.inputs(np.zeros(num_rows, np.int32), place_S, place_S))
-
-
-def _no_attention(layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor | None, v_TKD: torch.Tensor | None) -> torch.Tensor:
-    return torch.zeros_like(q_THD)

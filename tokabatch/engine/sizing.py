@@ -137,10 +137,8 @@ def decide_sizes(
         least_pages=-(-facts.shortest_sequence // page) + 1,
         asked_tokens=None if config.kv_cache_tokens == "auto" else config.kv_cache_tokens,
     )
-    if absent_memory is not None:
-        return settle_pages(sizes, _estimated_pages(config, spec, dtype, max_running, absent_memory))
-    fitting = _fitting_pages(config, spec, dtype, facts, device, max_running)
-    if device == "cuda":
+    fitting = _fitting_pages(config, spec, dtype, facts, device, max_running, absent_memory)
+    if device == "cuda" and absent_memory is None:
         # What the GPU holds in the end only its worker can tell; what the host keeps of it is bounded here.
         reported = pages_reported(facts, max_running, page, int(available_memory() * HOST_SHARE))
         sizes = replace(sizes, useful_pages=min(sizes.useful_pages, reported))
@@ -187,11 +185,21 @@ def _check_limits(config: EngineConfig, spec: ModelSpec) -> None:
 
 
 def _fitting_pages(
-    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, facts: WorkloadFacts, device: str, max_running: int
+    config: EngineConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    facts: WorkloadFacts,
+    device: str,
+    max_running: int,
+    absent_memory: int | None,
 ) -> int:
-    """Pages that the device's memory holds beside the weights; on a GPU at most, as only a step shows what it needs itself."""
+    """Pages that the device's memory holds beside the weights; on a GPU at most, as only a step shows what it needs itself,
+    and on one of `absent_memory` bytes that is not here beside an estimate of that."""
     share = DEFAULTS[device].memory_share
-    if device == "cuda":
+    if absent_memory is not None:
+        logits, share = max_running * spec.vocab_size * (dtype.itemsize + 4), ABSENT_SHARE
+        left = absent_memory - weight_bytes(spec, dtype, head_apart=False) - logits - ABSENT_WORKING_BYTES
+    elif device == "cuda":
         left = _free_gpu_memory() - weight_bytes(spec, dtype, head_apart=False)
     else:
         left = available_memory() - weight_bytes(spec, dtype, head_apart=True)
@@ -213,13 +221,6 @@ def pages_reported(facts: WorkloadFacts, max_running: int, page_size: int, memor
 def reported_token_bytes(logprobs: int) -> int:
     """Memory that a token's log-probability and so many alternatives take; -1 is none."""
     return 4 + 8 * logprobs if logprobs >= 0 else 0
-
-
-def _estimated_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, max_running: int, memory: int) -> int:
-    """Pages that a GPU of so much memory holds beside weights, logits and what a step needs."""
-    logits = max_running * spec.vocab_size * (dtype.itemsize + 4)
-    left = memory - weight_bytes(spec, dtype, head_apart=False) - logits - ABSENT_WORKING_BYTES
-    return int(left * ABSENT_SHARE) // page_bytes(config, spec, dtype)
 
 
 def page_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> int:

@@ -68,9 +68,21 @@ def _step(
 ) -> StepBatch:
     none = np.zeros(0, np.int32)
     slots, start, length = runs
+    zero, one = np.zeros(len(slots), np.int32), np.ones(len(slots), np.float32)
+    inits = SlotInit(
+        slot=slots,
+        row=zero.astype(np.int64),
+        sample=zero,
+        seed=zero.astype(np.int64),
+        temperature=one * np.float32(params.temperature),
+        top_p=one * np.float32(params.top_p),
+        top_k=zero + np.int32(params.top_k),
+        min_p=one * np.float32(params.min_p),
+        logprobs=zero + np.int32(-1 if params.logprobs is None else params.logprobs),
+    )
     return StepBatch(
         index=index,
-        inits=_inits(slots, params),
+        inits=inits,
         table_slot=table[0],
         table_column=table[1],
         table_page=table[2],
@@ -85,21 +97,6 @@ def _step(
         run_skip=np.zeros(len(slots), np.int32) if skip is None else skip,
         token_ids=np.zeros(int(length[:prefill].sum()), np.int32),
         prefix_levels=() if level is None else (level,),
-    )
-
-
-def _inits(slots: Int32, params: SamplingParams) -> SlotInit:
-    zero, one = np.zeros(len(slots), np.int32), np.ones(len(slots), np.float32)
-    return SlotInit(
-        slot=slots,
-        row=zero.astype(np.int64),
-        sample=zero,
-        seed=zero.astype(np.int64),
-        temperature=one * np.float32(params.temperature),
-        top_p=one * np.float32(params.top_p),
-        top_k=zero + np.int32(params.top_k),
-        min_p=one * np.float32(params.min_p),
-        logprobs=zero + np.int32(-1 if params.logprobs is None else params.logprobs),
     )
 
 

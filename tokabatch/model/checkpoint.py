@@ -61,11 +61,6 @@ def preflight(folder: Path, spec: ModelSpec) -> Checkpoint:
         if found.shape != shape:
             problem = f"tensor {name} has shape {list(found.shape)}, but config.json says {list(shape)}"
             raise ModelError(f"{found.file}: {problem}. Use the config.json that belongs to these weights.")
-    _refuse_unexpected(checkpoint, spec, wanted)
-    return checkpoint
-
-
-def _refuse_unexpected(checkpoint: Checkpoint, spec: ModelSpec, wanted: Mapping[str, tuple[int, ...]]) -> None:
     head = spec.checkpoint_name("lm_head.weight")
     for name, info in checkpoint.tensors.items():
         if name in wanted or name.endswith(_NEVER_USED):
@@ -78,6 +73,7 @@ def _refuse_unexpected(checkpoint: Checkpoint, spec: ModelSpec, wanted: Mapping[
         if _bytes_differ(name, info, spec.checkpoint_name("model.embed_tokens.weight"), embed):
             remedy = 'Set "tie_word_embeddings": false in config.json if the two are meant to differ.'
             raise ModelError(f"{info.file}: config.json ties {name} to the embedding, but the values differ. {remedy}")
+    return checkpoint
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -44,10 +44,7 @@ def resolve_model(
         raise ModelError(f"{name}: is a file. {forms}")
     if isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"{name}: no such folder. {forms}")
-    return _fetch(name, revision, (*_WANTED, *_WEIGHTS) if weights else _WANTED, key, revision_key)
-
-
-def _fetch(name: str, revision: str | None, wanted: tuple[str, ...], key: str, revision_key: str) -> Path:
+    wanted = (*_WANTED, *_WEIGHTS) if weights else _WANTED
     place = name if revision is None else f"{name} at revision {revision!r}"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*_UNWANTED]))

@@ -65,16 +65,6 @@ def layer_prefix(layer: int) -> str:
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor that the model needs, with its unsharded shape, under Llama's names and in Llama's order."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, spec.hidden_size)}
-    for layer in range(spec.num_layers):
-        shapes |= {layer_prefix(layer) + name: shape for name, shape in _layer_shapes(spec).items()}
-    shapes["model.norm.weight"] = (spec.hidden_size,)
-    if not spec.tied_embeddings:
-        shapes["lm_head.weight"] = (spec.vocab_size, spec.hidden_size)
-    return shapes
-
-
-def _layer_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     matrices = {
         "self_attn.q_proj": (q_size, spec.hidden_size, spec.qkv_bias),
@@ -85,12 +75,18 @@ def _layer_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (spec.intermediate_size, spec.hidden_size, spec.mlp_bias),
         "mlp.down_proj": (spec.hidden_size, spec.intermediate_size, spec.mlp_bias),
     }
-    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (spec.hidden_size,)}
+    of_layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (spec.hidden_size,)}
     for name, (num_out, num_in, has_bias) in matrices.items():
-        shapes[f"{name}.weight"] = (num_out, num_in)
+        of_layer[f"{name}.weight"] = (num_out, num_in)
         if has_bias:
-            shapes[f"{name}.bias"] = (num_out,)
+            of_layer[f"{name}.bias"] = (num_out,)
     if spec.qk_norm:
-        shapes |= {"self_attn.q_norm.weight": (spec.head_dim,), "self_attn.k_norm.weight": (spec.head_dim,)}
-    shapes["post_attention_layernorm.weight"] = (spec.hidden_size,)
+        of_layer |= {"self_attn.q_norm.weight": (spec.head_dim,), "self_attn.k_norm.weight": (spec.head_dim,)}
+    of_layer["post_attention_layernorm.weight"] = (spec.hidden_size,)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, spec.hidden_size)}
+    for layer in range(spec.num_layers):
+        shapes |= {layer_prefix(layer) + name: shape for name, shape in of_layer.items()}
+    shapes["model.norm.weight"] = (spec.hidden_size,)
+    if not spec.tied_embeddings:
+        shapes["lm_head.weight"] = (spec.vocab_size, spec.hidden_size)
     return shapes
