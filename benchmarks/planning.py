@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from tokabatch.arrays import Int32
-from tokabatch.input.prefix_sharing import measure_sharing
-from tokabatch.input.prompt_order import order_prompts
+from tokabatch.input.prompt_order import measure_sharing, order_prompts
 
 _VOCABULARY = 32_000
 _HEADERS = 64

@@ -21,8 +21,7 @@ from tokabatch.arrays import Int32
 from tokabatch.forecast.assumed_lengths import lognormal
 from tokabatch.forecast.roofline import H200, Roofline
 from tokabatch.forecast.simulate import simulate
-from tokabatch.input.prefix_sharing import measure_sharing
-from tokabatch.input.prompt_order import order_prompts
+from tokabatch.input.prompt_order import measure_sharing, order_prompts
 from tokabatch.scheduling.contracts import Requests, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits

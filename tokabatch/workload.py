@@ -21,8 +21,7 @@ from tokabatch.engine.sizing import WorkloadFacts, reported_token_bytes
 from tokabatch.errors import JobError, ModelError
 from tokabatch.input.fingerprint import Fingerprint, describe
 from tokabatch.input.generation_defaults import describe_ignored, effective_generation, find_end_tokens
-from tokabatch.input.prefix_sharing import Sharing, measure_sharing
-from tokabatch.input.prompt_order import longest_first, order_prompts
+from tokabatch.input.prompt_order import Sharing, longest_first, measure_sharing, order_prompts
 from tokabatch.input.prompts.builder import Limits
 from tokabatch.input.store.kept_input import Origin, describe_origin, load_kept
 from tokabatch.input.store.row_digests import RowDigests

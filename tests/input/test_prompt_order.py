@@ -1,4 +1,4 @@
-"""The plan order against Python's own sort and a token-by-token LCP."""
+"""The plan order against Python's own sort and a token-by-token LCP; what is shared against an explicit prefix tree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tokabatch.input import prompt_order as order_module
-from tokabatch.input.prompt_order import Order, longest_first, order_prompts
+from tokabatch.input.prompt_order import Order, Sharing, longest_first, measure_sharing, order_prompts
 
 LARGEST_ID = 2**31 - 1
 
@@ -137,3 +137,28 @@ def test_longest_first_moves_only_what_shares_no_page(prompts: list[list[int]], 
         alone = np.append(True, moved.lcp[1:] < (trunk // page_size + 1) * page_size)
         blocks = np.maximum.reduceat(expected[moved.permutation], np.flatnonzero(alone))
         assert (blocks[1:] <= blocks[:-1]).all()
+
+
+small_prompts = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=12)
+
+
+def measure_prompts(prompts: list[list[int]], num_samples: list[int]) -> Sharing:
+    flat, start, length = flatten(prompts)
+    order = order_prompts(flat, start, length)
+    samples = np.array(num_samples, dtype=np.int64)
+    return measure_sharing(length[order.permutation], order.lcp, samples[order.permutation])
+
+
+@settings(max_examples=200, deadline=None)
+@given(small_prompts, st.data())
+def test_what_is_shared_equals_those_of_an_explicit_tree(prompts: list[list[int]], data: st.DataObject) -> None:
+    num_samples = data.draw(st.lists(st.integers(1, 4), min_size=len(prompts), max_size=len(prompts)))
+    sharing = measure_prompts(prompts, num_samples)
+    nodes = {tuple(prompt[:stop]) for prompt in prompts for stop in range(1, len(prompt) + 1)}
+    total = sum(len(prompt) * repeats for prompt, repeats in zip(prompts, num_samples, strict=True))
+    assert (sharing.total_tokens, sharing.unique_tokens) == (total, len(nodes))
+    assert sharing.saved_tokens == total - len(nodes)
+
+
+def test_no_prompts_share_nothing() -> None:
+    assert measure_prompts([], []) == Sharing(0, 0)

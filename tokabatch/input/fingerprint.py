@@ -53,8 +53,8 @@ def describe(
     prompt = {name: value for name, value in prompt.items() if value or not name.startswith("chat_template")}
     if file := chat_template_file(job.prompt):
         prompt["chat_template"] = _mark(file.read_bytes())
-    if job.prompt.few_shot:
-        prompt["few_shot"] = _mark(render_few_shot(job.prompt.few_shot).encode())
+    if few_shot := job.prompt.few_shot:
+        prompt["few_shot"] = _mark(render_few_shot(few_shot.path, few_shot.k, few_shot.template).encode())
     drawn = generation.model_dump(mode="json", exclude={"n"}) | {"end tokens": eos_token_ids}
     sections: dict[str, Mapping[str, Any]] = {
         "model": {"dtype": dtype, "quantization": job.model.quantization},

@@ -41,6 +41,21 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
+class Sharing:
+    """Prompt tokens of a run, over all samples."""
+
+    total_tokens: int
+    """Computed without any sharing: the sum of n x length."""
+    unique_tokens: int
+    """Nodes of the prefix tree: the least that any order can compute."""
+
+    @property
+    def saved_tokens(self) -> int:
+        """The theoretical maximum that sharing can save."""
+        return self.total_tokens - self.unique_tokens
+
+
+@dataclass(frozen=True, slots=True)
 class _Groups:
     """The prompts not yet told apart. Groups lie one after another on the member axis."""
 
@@ -107,6 +122,20 @@ def longest_first(order: Order, tokens: Int32, start: Int64, length: Int32, expe
     return Order(permutation, lcp)
 
 
+def measure_sharing(length: Int32, lcp: Int32, num_samples: Int64) -> Sharing:
+    """Count what R prompts share; `length`, `lcp` and `num_samples` have shape [R], in plan order.
+
+    In that order the LCP with the predecessor is the longest with any earlier prompt, so a row's own part is its length
+    less its LCP. Every row has at least one sample.
+    """
+    length_R = length.astype(np.int64)
+    lcp_R = lcp.astype(np.int64)
+    return Sharing(
+        total_tokens=int((num_samples * length_R).sum()),
+        unique_tokens=int((length_R - lcp_R).sum()),
+    )
+
+
 def _readable(tokens: Int32) -> Int32:
     """The tokens as an array that may be read at any place, cut to its ends; where no prompt has a token, of one."""
     return np.asarray(tokens) if len(tokens) else np.zeros(1, dtype=np.int32)
@@ -120,7 +149,10 @@ def _split(flat: Int32, start: Int64, length: Int32, permutation: Int64, lcp: In
     row_M = permutation[groups.slot_M]
     group_M = np.repeat(np.arange(len(groups.first_G)), groups.sizes())
     depth_M = groups.depth_G[group_M]
-    key_M = (group_M << 32) + 1 + _next_tokens(flat, start[row_M] + depth_M, length[row_M] > depth_M)
+    next_M = np.full(len(row_M), _ENDED, dtype=np.int64)
+    alive_M = length[row_M] > depth_M
+    next_M[alive_M] = flat[(start[row_M] + depth_M)[alive_M]]
+    key_M = (group_M << 32) + 1 + next_M
     by_key_M = np.argsort(key_M, kind="stable")
     key_M = key_M[by_key_M]
     permutation[groups.slot_M] = row_M[by_key_M]
@@ -136,12 +168,6 @@ def _split(flat: Int32, start: Int64, length: Int32, permutation: Int64, lcp: In
     first_P = np.flatnonzero(begins_M)
     parts = _Groups(groups.slot_M, first_P, depth_M[first_P] + 1)
     return parts.select((parts.sizes() > 1) & ~ended_M[first_P])
-
-
-def _next_tokens(flat: Int32, position_M: Int64, alive_M: Bool) -> Int64:
-    token_M = np.full(len(position_M), _ENDED, dtype=np.int64)
-    token_M[alive_M] = flat[position_M[alive_M]]
-    return token_M
 
 
 def _shared_depth(flat: Int32, start: Int64, length: Int32, permutation: Int64, groups: _Groups) -> Int64:

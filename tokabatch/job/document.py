@@ -109,7 +109,20 @@ def _syntax_message(error: yaml.MarkedYAMLError, name: str) -> str:
 
 def _construct(node: yaml.Node, path: Path, notes: _Notes) -> Any:
     if isinstance(node, yaml.MappingNode):
-        return _construct_mapping(node, path, notes)
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                notes.problems.append((path, line, "a key must be a single word, not a list or mapping; quote text in {{ … }}"))
+                continue
+            key: str = key_node.value
+            key_path = (*path, key)
+            if key in values:
+                notes.problems.append((key_path, line, f"given twice, first on line {notes.lines[key_path]}; keep one"))
+                continue
+            notes.lines[key_path] = line
+            values[key] = _construct(value_node, key_path, notes)
+        return values
     if isinstance(node, yaml.SequenceNode):
         items: list[Any] = []
         for index, child in enumerate(node.value):
@@ -122,20 +135,3 @@ def _construct(node: yaml.Node, path: Path, notes: _Notes) -> Any:
     if not node.value:
         notes.empty.add(path)
     return parse_scalar(node.value)
-
-
-def _construct_mapping(node: yaml.MappingNode, path: Path, notes: _Notes) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
-            notes.problems.append((path, line, "a key must be a single word, not a list or mapping; quote text in {{ … }}"))
-            continue
-        key: str = key_node.value
-        key_path = (*path, key)
-        if key in values:
-            notes.problems.append((key_path, line, f"given twice, first on line {notes.lines[key_path]}; keep one"))
-            continue
-        notes.lines[key_path] = line
-        values[key] = _construct(value_node, key_path, notes)
-    return values

@@ -42,11 +42,16 @@ class _Draft:
 
 def load_model(model: type[Model], source: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str]) -> Model:
     """Reads, overrides and validates; raises JobError naming file and line, or override, for every problem found."""
-    draft = _draft_of_mapping(source) if isinstance(source, Mapping) else _draft_of_file(pathlib.Path(source))
+    given = isinstance(source, Mapping)
+    draft = _Draft("job", copy.deepcopy(dict(source))) if given else _draft_of_file(pathlib.Path(source))
     for number, override in enumerate(overrides):
         _apply(draft, override, number)
     _refuse_empty_sections(model, draft)
-    _fill_empty_sections(model, draft.values)
+    # `engine:` with nothing under it, and a section left out whose keys are required, read as empty mappings.
+    for name, info in model.model_fields.items():
+        empty = draft.values.get(name) is None
+        if empty and section_of(info.annotation) is info.annotation and (name in draft.values or info.is_required()):
+            draft.values[name] = {}
     loaded: Model | None = None
     try:
         loaded = model.model_validate(draft.values)
@@ -55,11 +60,6 @@ def load_model(model: type[Model], source: str | pathlib.Path | Mapping[str, Any
     if loaded is None or draft.problems:
         raise JobError("\n".join(text for _, text in sorted(draft.problems, key=lambda problem: problem[0])))
     return loaded
-
-
-def _draft_of_mapping(source: Mapping[str, Any]) -> _Draft:
-    values = copy.deepcopy(dict(source))
-    return _Draft("job", values)
 
 
 def _draft_of_file(path: pathlib.Path) -> _Draft:
@@ -127,14 +127,6 @@ def _parse_value(text: str) -> Any:
     return text if isinstance(value, str) else value
 
 
-def _fill_empty_sections(model: type[BaseModel], values: dict[str, Any]) -> None:
-    """`engine:` with nothing under it, and a section left out whose keys are required, read as empty mappings."""
-    for name, info in model.model_fields.items():
-        empty = values.get(name) is None
-        if empty and section_of(info.annotation) is info.annotation and (name in values or info.is_required()):
-            values[name] = {}
-
-
 def _refuse_empty_sections(model: type[BaseModel], draft: _Draft) -> None:
     """`verify:` with nothing under it is a section cut short, where null would be none at all; which is meant must be said."""
     for path in draft.empty & draft.lines.keys():
@@ -151,8 +143,10 @@ def _refuse_empty_sections(model: type[BaseModel], draft: _Draft) -> None:
 
 def _located(draft: _Draft, refusal: Refusal) -> tuple[int, str]:
     """The refusal with where it was written, and the remedy spelled as one would write it there."""
-    override = _override_at(draft, refusal.path)
-    if override is not None:
+    # The override that wrote the value, itself or as part of what is above it.
+    above = [key for key in draft.overrides if refusal.path[: len(key)] == key]
+    if above:
+        override = draft.overrides[max(above, key=len)]
         return _rank(list(draft.overrides.values()).index(override)), _in_override(override, refusal)
     prefixes = (refusal.path[:end] for end in range(len(refusal.path), 0, -1))
     line = next((draft.lines[prefix] for prefix in prefixes if prefix in draft.lines), None)
@@ -183,9 +177,3 @@ def _in_file(where: str, refusal: Refusal) -> str:
 
 def _rank(number: int) -> int:
     return _NO_LINE + 1 + number
-
-
-def _override_at(draft: _Draft, path: Path) -> str | None:
-    """The override that wrote the value at `path`, itself or as part of what is above it."""
-    above = [key for key in draft.overrides if path[: len(key)] == key]
-    return draft.overrides[max(above, key=len)] if above else None

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tokabatch.job.document import Path
-from tokabatch.job.keys import accepts_of, list_keys, section_of
+from tokabatch.job.keys import accepts_of, field_at, list_keys, section_of
 from tokabatch.job.scalars import write_value
 
 _SHOWN = 60
@@ -95,7 +95,8 @@ def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details
     if details["type"] == "value_error":
         return Refusal(path, str(details["ctx"]["error"]))  # pyright: ignore[reportTypedDictNotRequiredAccess]
     keys = [part for part in path if isinstance(part, str)]
-    info = _field(model, keys)
+    info = field_at(model, keys)
+    assert info is not None, path
     accepts = accepts_of(info)
     if details["type"] == "missing":
         return Refusal(path, f"missing; accepts {accepts.what}", example=accepts.example)
@@ -103,12 +104,6 @@ def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details
     wants_text = details["type"] == "string_type" and isinstance(given, bool | int | float)
     quotes = " (text that looks like a number or true/false needs quotes)" if wants_text else ""
     return Refusal(path, f"got {_describe(given)}; accepts {accepts.what}{quotes}", example=accepts.example)
-
-
-def _field(model: type[BaseModel], keys: list[str]) -> Any:
-    info = model.model_fields[keys[0]]
-    section = section_of(info.annotation)
-    return _field(section, keys[1:]) if section is not None and len(keys) > 1 else info
 
 
 def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path) -> Refusal:

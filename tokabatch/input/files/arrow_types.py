@@ -70,7 +70,10 @@ def plain_array(array: Any) -> pa.Array[Any]:
     if pa.types.is_dictionary(kind):
         return plain_array(array.dictionary).take(array.indices)
     if pa.types.is_run_end_encoded(kind):
-        return plain_array(array.values).take(pa.array(_runs(array)))
+        # `values` and `run_ends` are those of the whole, unsliced array.
+        places = array.offset + np.arange(len(array))
+        runs = np.searchsorted(array.run_ends.to_numpy(), places, side="right")
+        return plain_array(array.values).take(pa.array(runs.astype(np.int64)))
     nulls = array.is_null()
     if pa.types.is_struct(kind):
         children = [plain_array(array.field(place)) for place in range(kind.num_fields)]
@@ -131,12 +134,6 @@ def _between(array: Any, sizes: Int64) -> Int64:
     ends = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)))
     offsets = array.offsets.to_numpy()
     return ends[offsets[1:]] - ends[offsets[:-1]] + 8
-
-
-def _runs(array: Any) -> Int64:
-    """Which run each value of a run-end encoded array is in; `values` and `run_ends` are those of the whole, unsliced array."""
-    places = array.offset + np.arange(len(array))
-    return np.searchsorted(array.run_ends.to_numpy(), places, side="right").astype(np.int64)
 
 
 def _list_of_views(array: Any, plain: pa.DataType) -> pa.Array[Any]:

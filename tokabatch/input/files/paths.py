@@ -64,7 +64,14 @@ def find_files(path: str, formats: Collection[str], key: str) -> tuple[str, tupl
     """The one format of the input and its files, sorted by path. Raises InputError naming `key` of the job, the path and the
     remedy."""
     place = f"{key} {path!r}"
-    fs, root = _open_file_system(path, place)
+    try:
+        fs, root = cast("tuple[AbstractFileSystem, str]", url_to_fs(path))
+    except ImportError as error:
+        raise InputError(f"{place} needs another package: {error}") from error
+    except ValueError as error:
+        raise InputError(f"{place} is not a URL that fsspec knows: {error}") from error
+    except Exception as error:  # see `refuse_unreachable`
+        refuse_unreachable(place, error)
     try:
         files = _list(fs, place, root, formats)
     except InputError:
@@ -74,7 +81,9 @@ def find_files(path: str, formats: Collection[str], key: str) -> tuple[str, tupl
     found = sorted({file.format for file in files})
     unknown = [file for file in files if file.format not in formats]
     if unknown:
-        raise InputError(_unknown_format(unknown[0], formats))
+        advice = ADVICE.get(unknown[0].format, "convert it, or give the file its right extension")
+        kinds = f"{_spell(formats)}; .jsonl also as .jsonl.gz and .jsonl.zst"
+        raise InputError(f"{unknown[0].path} is not a format that can be read ({kinds}): {advice}")
     if len(found) > 1:
         raise InputError(
             f"{place} mixes {' and '.join(found)} files; name one kind, for example {path.rstrip('/')}/*.{found[0]}"
@@ -94,24 +103,13 @@ def refuse_unreachable(place: str, error: Exception) -> NoReturn:
     raise InputError(f"{place} cannot be read: {reason}. {remedy}.") from error
 
 
-def _open_file_system(path: str, place: str) -> tuple[AbstractFileSystem, str]:
-    try:
-        fs, root = cast("tuple[AbstractFileSystem, str]", url_to_fs(path))
-    except ImportError as error:
-        raise InputError(f"{place} needs another package: {error}") from error
-    except ValueError as error:
-        raise InputError(f"{place} is not a URL that fsspec knows: {error}") from error
-    except Exception as error:  # see `refuse_unreachable`
-        refuse_unreachable(place, error)
-    return fs, root
-
-
 def _list(fs: AbstractFileSystem, place: str, root: str, formats: Collection[str]) -> list[InputFile]:
     if fs.isfile(root):
         return [InputFile(fs, root)]
     if fs.isdir(root):
         found = cast("list[str]", fs.find(root))
-        files = [InputFile(fs, name) for name in sorted(found) if not _is_hidden(name.removeprefix(root.rstrip("/")))]
+        parts = {name: name.removeprefix(root.rstrip("/")).split("/") for name in sorted(found)}
+        files = [InputFile(fs, name) for name in parts if not any(part[:1] in (".", "_") for part in parts[name] if part)]
         known = [file for file in files if file.format in formats]
         if not known:
             seen = ", ".join(file.path.rsplit("/", 1)[-1] for file in files[:5]) or "nothing"
@@ -130,20 +128,9 @@ def _list(fs: AbstractFileSystem, place: str, root: str, formats: Collection[str
     raise InputError(f"{place} does not exist; paths are relative to the folder you run in")
 
 
-def _is_hidden(relative: str) -> bool:
-    return any(part[:1] in (".", "_") for part in relative.split("/") if part)
-
-
 def _is_glob(path: str) -> bool:
     return any(character in path for character in GLOB_CHARACTERS)
 
 
 def _spell(formats: Collection[str]) -> str:
     return " or ".join(f".{name}" for name in sorted(formats))
-
-
-def _unknown_format(file: InputFile, formats: Collection[str]) -> str:
-    advice = ADVICE.get(file.format, "convert it, or give the file its right extension")
-    return (
-        f"{file.path} is not a format that can be read ({_spell(formats)}; .jsonl also as .jsonl.gz and .jsonl.zst): {advice}"
-    )

@@ -38,7 +38,14 @@ class Blanking:
 
     @cached_property
     def _sites(self) -> re.Pattern[str]:
-        return _sites_pattern(self._texts)
+        """Whole special texts, longest first; beginnings in front of a quote or a tag, and ends behind one."""
+        texts = self._texts
+        begins = _alternatives(text[:end] for text in texts for end in range(1, len(text)))
+        ends = _alternatives(text[begin:] for text in texts for begin in range(1, len(text)))
+        parts = [_alternatives(texts)] if texts else []
+        parts += [f"{begins}(?=\\{{[{{%#]|['\"])"] if begins else []
+        parts += [f"(?:(?<=[}}%#]\\}})|(?<=['\"])){ends}"] if ends else []
+        return re.compile("|".join(parts) or "(?!)")
 
     def may_occur(self, value: Any) -> bool:
         """Whether a special text may come out of a value, or of anything in lists and mappings, whatever is done with it."""
@@ -105,16 +112,6 @@ def _suspicious(texts: list[str], normalized: bool) -> re.Pattern[str]:
             del chosen[mark]
     found = "".join(map(re.escape, [*chosen, "&"]))
     return re.compile(f"[{found}\u0080-\U0010ffff]" if normalized else f"[{found}]") if texts else re.compile("(?!)")
-
-
-def _sites_pattern(texts: list[str]) -> re.Pattern[str]:
-    """Whole special texts, longest first; beginnings in front of a quote or a tag, and ends behind one."""
-    begins = _alternatives(text[:end] for text in texts for end in range(1, len(text)))
-    ends = _alternatives(text[begin:] for text in texts for begin in range(1, len(text)))
-    parts = [_alternatives(texts)] if texts else []
-    parts += [f"{begins}(?=\\{{[{{%#]|['\"])"] if begins else []
-    parts += [f"(?:(?<=[}}%#]\\}})|(?<=['\"])){ends}"] if ends else []
-    return re.compile("|".join(parts) or "(?!)")
 
 
 def _alternatives(texts: Iterable[str]) -> str:

@@ -92,23 +92,16 @@ def _message(given: Any, place: str) -> Message | RowError:
         return RowError("bad_type", f"{place} has no role (system, user or assistant)")
     content = message.get("content")
     if isinstance(content, list):
-        text = _joined_parts(cast("list[Any]", content))
-        if text is None:
+        parts = cast("list[Any]", content)
+        texts: list[Any] = [
+            cast("Mapping[str, Any]", part).get("text") if isinstance(part, Mapping) else part for part in parts
+        ]
+        if not all(isinstance(text, str) for text in texts):
             return RowError("bad_type", f"{place} has content parts that are no text; only text can be completed")
-        return {**message, "content": text}
+        return {**message, "content": "".join(texts)}
     if content is None and message.keys() - {"role", "name"}:
         return message
     if not isinstance(content, str):
         kind = "null or missing" if content is None else type(content).__name__
         return RowError("bad_type" if content is not None else "missing_field", f"the content of {place} is {kind}, not text")
     return message
-
-
-def _joined_parts(parts: list[Any]) -> str | None:
-    texts: list[str] = []
-    for part in parts:
-        text = cast("Mapping[str, Any]", part).get("text") if isinstance(part, Mapping) else part
-        if not isinstance(text, str):
-            return None
-        texts.append(text)
-    return "".join(texts)

@@ -23,6 +23,8 @@ TEXT = frozenset(
     "upper urlencode urlize wordcount wordwrap xmlattr".split()
 )
 """Those that make a text of their value."""
+PAIRS = ("urlencode", "xmlattr")
+"""Those of them that take an object too, whose values become texts."""
 
 
 def prompt_filters(filters: Mapping[str, Filter]) -> dict[str, Filter]:
@@ -50,21 +52,16 @@ def _of_text(name: str, function: Filter) -> Filter:
         for value in (*given, *kwargs.values()):
             if not (value is None or isinstance(value, str | int | float | Undefined)):
                 raise NotText(f"the filter {name} takes texts and numbers beside its value, not {type(value).__name__}")
-        return _plain_text(function(*args[:context], _text_or_pairs(name, args[context], place), *given, **kwargs))
+        value = args[context]
+        if name in PAIRS and isinstance(value, Mapping):
+            pairs = cast("Mapping[Any, Any]", value).items()
+            written = [(key, item) for key, item in pairs if name == "urlencode" or item is not None]
+            value = {text_of(key, place=place): text_of(item, place=place) for key, item in written}
+        else:
+            value = text_of(value, place=place)
+        return _plain_text(function(*args[:context], value, *given, **kwargs))
 
     return checked
-
-
-def _text_or_pairs(name: str, value: Any, place: str) -> Any:
-    """`urlencode` and `xmlattr` take objects, whose values become texts."""
-    if name in ("urlencode", "xmlattr") and isinstance(value, Mapping):
-        pairs = cast("Mapping[Any, Any]", value).items()
-        return {
-            text_of(key, place=place): text_of(item, place=place)
-            for key, item in pairs
-            if name == "urlencode" or item is not None
-        }
-    return text_of(value, place=place)
 
 
 def _join(function: Filter) -> Filter:

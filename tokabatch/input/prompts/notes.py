@@ -31,8 +31,7 @@ def describe_prompts(
     """`chat` says whether texts go through the chat template; `columns` are the input's, of which there are so many `rows`."""
     return (
         *_describe_templates(config, rows, columns),
-        *_describe_markup(config, chat, special_texts),
-        *_describe_spelled(config, spelled, chat),
+        *_describe_markup(config, spelled, chat, special_texts),
     )
 
 
@@ -56,18 +55,14 @@ def _describe_templates(config: PromptConfig, rows: int, columns: Collection[str
             yield f"prompt.{key} has names of columns in single braces, which are plain text; {remedy}"
 
 
-def _describe_markup(config: PromptConfig, chat: bool, special_texts: Collection[str]) -> Iterator[str]:
-    """A template that writes chat markup itself, in front of the chat template."""
+def _describe_markup(config: PromptConfig, spelled: Spelled, chat: bool, special_texts: Collection[str]) -> Iterator[str]:
+    """A template that writes chat markup itself, in front of the chat template, and rows that hold special tokens."""
     written = next((text for text in sorted(special_texts) if config.template and text and text in config.template), None)
     if chat and written:
         yield (
             f"prompt.template writes the special token {written!r} itself, and its text goes through the chat template as "
             "well; write prompt.chat: false if it holds the whole conversation"
         )
-
-
-def _describe_spelled(config: PromptConfig, spelled: Spelled, chat: bool) -> Iterator[str]:
-    """Rows that hold special tokens."""
     if spelled.first is None:
         return
     row, text = spelled.first

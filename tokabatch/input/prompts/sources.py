@@ -8,7 +8,7 @@ the row's own go through `blank` first, which shows later which these were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -21,7 +21,7 @@ from tokabatch.input.prompts.chat import decoded, normalise_messages, plain_valu
 from tokabatch.input.prompts.chat_template import DOCUMENTS, TOOLS, blank_texts, choose_chat_template
 from tokabatch.input.prompts.few_shot import render_few_shot
 from tokabatch.input.prompts.printing import NotText
-from tokabatch.input.prompts.templates import Template, compile_template
+from tokabatch.input.prompts.templates import compile_template
 from tokabatch.job import PromptConfig
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class PromptSource:
         self._now = now
         self._chat_template = choose_chat_template(config, tokenizer.chat_templates, tokenizer.name)
         self._compile = cache(compile_template)
-        self._render_examples = cache(self._examples)
+        self._render_examples = cache(render_few_shot)
         self.chat = self._chat_template is not None if config.chat == "auto" else config.chat
         self._refuse_missing_chat_template()
         self._templates = tuple(
@@ -60,11 +60,13 @@ class PromptSource:
             for source, key in ((config.template, "prompt.template"), (config.system, "prompt.system"))
             if source
         )
-        self._chat_columns = self._columns_of_the_chat()
+        # What the job's own template reads is not the chat template's.
+        read = frozenset[str]() if self._chat_template is None else self._chat_template.names
+        self._chat_columns = (frozenset((TOOLS, DOCUMENTS)) & read) - self._own_names()
         self._defaults = self._default_columns()
-        self._build = self._choose()
         self.few_shot()
-        self.columns = self._used_columns()
+        named = {name for name in (config.messages, config.token_ids) if name}
+        self.columns = self._own_names() | named | frozenset(self._defaults) | self._chat_columns
 
     def check_columns(self, present: Collection[str]) -> None:
         """Raises InputError where the whole input has not a column that every prompt needs."""
@@ -93,7 +95,14 @@ class PromptSource:
         """The prompt of a row; the sources of all templates, and special texts that stand around the row's text, go through
         `blank`."""
         try:
-            return self._build(row, blank)
+            if self._config.template is not None:
+                text = self._compile(blank(self._config.template), "prompt.template").render(row)
+                return text if isinstance(text, RowError) else self._from_text(text, row, blank)
+            if self._config.messages is not None:
+                return self._from_messages(row, self._config.messages, blank)
+            if self._config.token_ids is not None:
+                return self._from_token_ids(row, self._config.token_ids)
+            return self._from_defaults(row, blank)
         except NotText as error:
             return RowError("bad_type", str(error))
 
@@ -110,24 +119,7 @@ class PromptSource:
     def few_shot(self, blank: Blank = as_written) -> str:
         """The examples in front of every prompt."""
         few_shot = self._config.few_shot
-        return self._render_examples(blank(few_shot.template)) if few_shot else ""
-
-    def _examples(self, template: str) -> str:
-        assert self._config.few_shot is not None
-        return render_few_shot(self._config.few_shot.model_copy(update={"template": template}))
-
-    def _from_template(self, row: Mapping[str, Any], blank: Blank) -> Draft | RowError:
-        template = self._template(self._config.template, "prompt.template", blank)
-        assert template is not None
-        text = template.render(row)
-        return text if isinstance(text, RowError) else self._from_text(text, row, blank)
-
-    def _template(self, source: str | None, key: str, blank: Blank) -> Template | None:
-        return None if source is None else self._compile(blank(source), key)
-
-    def _system(self, row: Mapping[str, Any], blank: Blank) -> str | RowError | None:
-        template = self._template(self._config.system, "prompt.system", blank)
-        return None if template is None else template.render(row)
+        return self._render_examples(few_shot.path, few_shot.k, blank(few_shot.template)) if few_shot else ""
 
     def _from_messages(self, row: Mapping[str, Any], column: str, blank: Blank) -> Draft | RowError:
         if row.get(column) is None:
@@ -174,7 +166,9 @@ class PromptSource:
     def _chat(self, messages: list[dict[str, Any]], row: Mapping[str, Any], blank: Blank) -> Draft | RowError:
         """The chat template writes its own BOS, so none is added."""
         assert self._chat_template is not None
-        system = self._system(row, blank)
+        system = None
+        if self._config.system is not None:
+            system = self._compile(blank(self._config.system), "prompt.system").render(row)
         if isinstance(system, RowError):
             return system
         given = {name: read_objects(self._given(row.get(name)), name) for name in self._chat_columns}
@@ -185,12 +179,6 @@ class PromptSource:
         variables = blank_texts(self._chat_template.kwargs, blank) | given
         text = self._tokenizer.apply_chat_template(with_system(messages, system), template, variables, self._now, blank)
         return text if isinstance(text, RowError) else Draft(text)
-
-    def _columns_of_the_chat(self) -> frozenset[str]:
-        """The columns that the chat template reads and the job's own template does not."""
-        if self._chat_template is None:
-            return frozenset()
-        return (frozenset((TOOLS, DOCUMENTS)) & self._chat_template.names) - self._own_names()
 
     def _own_names(self) -> frozenset[str]:
         """The columns that the job's own templates name."""
@@ -219,20 +207,6 @@ class PromptSource:
         if config.few_shot:
             return (PROMPT,)
         return (PROMPT, MESSAGES) if config.system else (PROMPT, MESSAGES, TOKEN_IDS)
-
-    def _choose(self) -> Callable[[Mapping[str, Any], Blank], Draft | RowError]:
-        messages, token_ids = self._config.messages, self._config.token_ids
-        if self._config.template:
-            return self._from_template
-        if messages:
-            return lambda row, blank: self._from_messages(row, messages, blank)
-        if token_ids:
-            return lambda row, blank: self._from_token_ids(row, token_ids)
-        return self._from_defaults
-
-    def _used_columns(self) -> frozenset[str]:
-        names = self._own_names() | {name for name in (self._config.messages, self._config.token_ids) if name}
-        return frozenset(names | set(self._defaults) | self._chat_columns)
 
 
 def no_chat_template(column: str) -> RowError:

@@ -145,21 +145,18 @@ class JsonColumnSpool:
                 if known is None:
                     if self._wanted is not None and name not in self._wanted:
                         continue
-                    known = self._add_column(name)
+                    if len(self._types) >= MAX_COLUMNS:
+                        raise InputError(
+                            f"the rows have more than {MAX_COLUMNS} different keys; set output.columns to those that the "
+                            "output needs, or nest the others in one object"
+                        )
+                    known = self._types[name] = JsonType()
                 known.add(value)
 
     def finish(self) -> Columns:
         for name in sorted(self._wanted or ()):
             self._types.setdefault(name, JsonType())
         return JsonColumns(self._texts.finish(), self._types)
-
-    def _add_column(self, name: str) -> JsonType:
-        if len(self._types) >= MAX_COLUMNS:
-            raise InputError(
-                f"the rows have more than {MAX_COLUMNS} different keys; set output.columns to those that the output "
-                "needs, or nest the others in one object"
-            )
-        return self._types.setdefault(name, JsonType())
 
 
 class JsonColumns:

@@ -51,7 +51,18 @@ class IdSpool:
         order = np.argsort(digests, kind="stable")
         equal = digests[order][1:] == digests[order][:-1]
         suspects = np.unique(rows[order[np.flatnonzero(equal)[:, None] + np.arange(2)]]) if equal.any() else rows[:0]
-        _refuse_duplicates(texts, suspects, self.column)
+        first: dict[bytes, int] = {}
+        twice: list[str] = []
+        for row in suspects.tolist():
+            text = texts.get(row)
+            if text in first and len(twice) < LISTED:
+                twice.append(f"{text.decode()!r} (rows {first[text]} and {row})")
+            first.setdefault(text, row)
+        if twice:
+            raise InputError(
+                f"input.id_column {self.column!r} must identify each row, but ids occur twice: {', '.join(twice)}"
+                f"{', …' if len(twice) == LISTED else ''}. Remove input.id_column to number the rows instead."
+            )
         for path in self._checks:
             path.unlink()
         return texts
@@ -75,18 +86,3 @@ def read_ids(texts: Texts | None, rows: Int64) -> pa.Array[Any]:
         return pa.array(rows).cast(pa.string())
     raw = [texts.get(row) for row in rows.tolist()]
     return pa.array([None if text == NULL else text.decode() for text in raw], type=pa.string())
-
-
-def _refuse_duplicates(texts: Texts, rows: Int64, column: str) -> None:
-    first: dict[bytes, int] = {}
-    twice: list[str] = []
-    for row in rows.tolist():
-        text = texts.get(row)
-        if text in first and len(twice) < LISTED:
-            twice.append(f"{text.decode()!r} (rows {first[text]} and {row})")
-        first.setdefault(text, row)
-    if twice:
-        raise InputError(
-            f"input.id_column {column!r} must identify each row, but ids occur twice: {', '.join(twice)}"
-            f"{', …' if len(twice) == LISTED else ''}. Remove input.id_column to number the rows instead."
-        )

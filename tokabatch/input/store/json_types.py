@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 
@@ -64,7 +64,9 @@ class JsonType:
         kind = type(value)
         self._kinds.add(kind)
         if kind is int:
-            self._add_int(value)
+            if not -EXACT_FLOAT <= value <= EXACT_FLOAT:
+                self._inexact = True
+                self._as_text = self._as_text or not INT64_MIN <= value <= INT64_MAX
         elif kind is list and not self._as_text:
             self._items = self._items or JsonType(self._depth + 1)
             for item in value:
@@ -93,9 +95,15 @@ class JsonType:
             return _json_text if self._holds_json() else None
         if list in self._kinds:
             inner = self._items.encoder() if self._items else None
-            return _list_encoder(inner) if inner else None
+            return (lambda value: None if value is None else [inner(item) for item in value]) if inner else None
         fields = {name: encode for name, field in self._fields.items() if (encode := field.encoder())}
-        return _object_encoder(fields) if fields else None
+
+        def encode_object(value: Mapping[str, Any] | None) -> dict[str, Any] | None:
+            if value is None:
+                return None
+            return {name: fields[name](item) if name in fields else item for name, item in value.items()}
+
+        return encode_object if fields else None
 
     def fixed_bytes(self) -> int:
         """The memory that an Arrow value takes however short its JSON text is."""
@@ -134,12 +142,6 @@ class JsonType:
         """Of a string column: whether its strings are JSON text, not the values themselves."""
         return not self._kinds <= {str, type(None)}
 
-    def _add_int(self, value: int) -> None:
-        if not -EXACT_FLOAT <= value <= EXACT_FLOAT:
-            self._inexact = True
-            if not INT64_MIN <= value <= INT64_MAX:
-                self._as_text = True
-
     def _add_object(self, value: Mapping[str, Any]) -> None:
         for name, item in value.items():
             field = self._fields.get(name)
@@ -153,16 +155,3 @@ class JsonType:
 
 def _json_text(value: Any) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _list_encoder(inner: Encoder) -> Encoder:
-    return lambda value: None if value is None else [inner(item) for item in cast("list[Any]", value)]
-
-
-def _object_encoder(fields: Mapping[str, Encoder]) -> Encoder:
-    def encode(value: Mapping[str, Any] | None) -> dict[str, Any] | None:
-        if value is None:
-            return None
-        return {name: fields[name](item) if name in fields else item for name, item in value.items()}
-
-    return encode

@@ -7,7 +7,7 @@ that differs can be named; and a row that was never sampled may be replaced. Thi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
@@ -92,7 +92,9 @@ class DigestSpool:
 
     def append(self, batch: RowBatch, prompts: Sequence[npt.NDArray[np.int32] | None]) -> None:
         """`prompts` are the token ids of each row, None for one that has no prompt."""
-        self._content.append(digest_each(_contents(batch)))
+        faults = [b"" if row.error is None else row.error.code.encode() for row in batch.rows]
+        values = batch.texts if batch.table is None else _values(batch.table)
+        self._content.append(digest_each(value + fault for value, fault in zip(values, faults, strict=True)))
         self._prompt.append(digest_each(b"" if ids is None else ids.tobytes() for ids in prompts))
 
     def finish(self) -> RowDigests:
@@ -103,15 +105,6 @@ def digest_each(contents: Iterable[bytes]) -> UInt64:
     """64 bits of BLAKE2b for each of the byte strings."""
     digests = b"".join(blake2b(content, digest_size=_BYTES).digest() for content in contents)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64, copy=False)
-
-
-def _contents(batch: RowBatch) -> Iterator[bytes]:
-    if batch.table is None:
-        for row, text in zip(batch.rows, batch.texts, strict=True):
-            yield text if row.error is None else row.error.code.encode()
-        return
-    for row, values in zip(batch.rows, _values(batch.table), strict=True):
-        yield values + (b"" if row.error is None else row.error.code.encode())
 
 
 def _values(table: pa.RecordBatch) -> list[bytes]:

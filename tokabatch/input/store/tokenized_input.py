@@ -21,7 +21,7 @@ from tokabatch.errors import InputError, RowError
 from tokabatch.input.missing import list_columns
 from tokabatch.input.prompts.builder import Limits, Prompt, PromptBuilder
 from tokabatch.input.readers import open_reader
-from tokabatch.input.rows import Reader, Row, RowBatch
+from tokabatch.input.rows import Reader, RowBatch
 from tokabatch.input.store.columns import Columns, ColumnSpool, open_column_spool, restore_columns
 from tokabatch.input.store.disk_arrays import ArraySpool, Texts, open_array
 from tokabatch.input.store.identity import IdSpool, read_ids
@@ -205,10 +205,22 @@ class _Spools:
         self.errors.update(
             {row.index: _shortened(each) for row, each in zip(batch.rows, results, strict=True) if isinstance(each, RowError)}
         )
-        self._append_prompts(results)
+        good = [each if isinstance(each, Prompt) else None for each in results]
+        lengths = [0 if each is None else len(each.token_ids) for each in good]
+        self._start.append(self._tokens.length + np.cumsum(lengths, dtype=np.int64) - np.asarray(lengths, dtype=np.int64))
+        self._length.append(lengths)
+        known = self._sampling
+        self._params.append([0 if each is None else known.setdefault(each.params, len(known)) for each in good])
+        if tokens := [each.token_ids for each in good if each is not None]:
+            self._tokens.append(np.concatenate(tokens))
         self._columns.append(batch)
-        self._digests.append(batch, [each.token_ids if isinstance(each, Prompt) else None for each in results])
-        self._note_names(batch.rows)
+        self._digests.append(batch, [None if each is None else each.token_ids for each in good])
+        for row in batch.rows:
+            if row.columns is not None:
+                self.any_parsed = True
+                self.names.update(dict.fromkeys(row.columns))
+        if len(self.names) > MAX_NAMES:
+            raise InputError(f"the rows have more than {MAX_NAMES} different keys; nest those that vary in one object")
         self.num_rows += len(batch.rows)
 
     def finish(self, job: Job, builder: PromptBuilder) -> InputStore:
@@ -232,27 +244,6 @@ class _Spools:
             _columns=columns,
             _ids=ids,
         )
-
-    def _append_prompts(self, results: Sequence[Prompt | RowError]) -> None:
-        lengths = [0 if isinstance(each, RowError) else len(each.token_ids) for each in results]
-        ends = self._tokens.length + np.cumsum(lengths, dtype=np.int64)
-        tokens = [each.token_ids for each in results if isinstance(each, Prompt)]
-        self._start.append(ends - np.asarray(lengths, dtype=np.int64))
-        self._length.append(lengths)
-        self._params.append([0 if isinstance(each, RowError) else self._param_index(each.params) for each in results])
-        if tokens:
-            self._tokens.append(np.concatenate(tokens))
-
-    def _param_index(self, params: SamplingParams) -> int:
-        return self._sampling.setdefault(params, len(self._sampling))
-
-    def _note_names(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            if row.columns is not None:
-                self.any_parsed = True
-                self.names.update(dict.fromkeys(row.columns))
-        if len(self.names) > MAX_NAMES:
-            raise InputError(f"the rows have more than {MAX_NAMES} different keys; nest those that vary in one object")
 
 
 def _sampling_params(values: Sequence[Any]) -> SamplingParams:

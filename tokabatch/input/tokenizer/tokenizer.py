@@ -1,7 +1,7 @@
 """The model's tokenizer: texts to ids and back, in batches on every core.
 
-It adds a BOS where the tokenizer would and the text has none, and never
-an end token after a prompt. It knows no rows and no templates but the model's own chat template.
+It adds a BOS where the tokenizer would and the text has none, and never an end token after a prompt. It knows no rows and no
+templates but the model's own chat template.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Tokenizer:
         """The texts of the special tokens, by id."""
         plain = self._encode([PROBE])[0]
         whole: list[int] = self._backend.encode(PROBE, add_special_tokens=True).ids
-        self._prefix = tuple(whole[: _find(whole, plain)])
+        begin = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+        self._prefix = tuple(whole[:begin])
         self._prefix_text = str(self._backend.decode(list(self._prefix), skip_special_tokens=False)) if self._prefix else ""
 
     @property
@@ -194,8 +195,3 @@ class Tokenizer:
     def _with_prefix(self, ids: list[int], add_special_tokens: bool) -> list[int]:
         prefix = list(self._prefix) if add_special_tokens else []
         return ids if ids[: len(prefix)] == prefix else prefix + ids
-
-
-def _find(whole: list[int], part: list[int]) -> int:
-    """Where `part` begins in `whole`."""
-    return next((at for at in range(len(whole)) if whole[at : at + len(part)] == part), 0)
