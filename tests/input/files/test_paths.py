@@ -93,7 +93,7 @@ def test_refusals_name_the_path_and_the_remedy(folder: Path, path: str, message:
 def test_refusals_name_the_key_that_holds_the_path(tmp_path: Path) -> None:
     config = FewShotConfig(path=str(tmp_path / "none.jsonl"), template="x")
     with pytest.raises(InputError, match=r"^prompt\.few_shot\.path '.*none\.jsonl' does not exist"):
-        render_few_shot(config)
+        render_few_shot(config.path, config.k, config.template)
     with pytest.raises(InputError, match=r"^input\.path '.*none\.jsonl' does not exist"):
         open_reader(InputConfig(path=config.path))
 

@@ -186,7 +186,8 @@ def test_the_gsm8k_job_loads_and_its_shots_are_right(monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(ROOT)
     job = Job.load("jobs/gsm8k.yaml", "input.path=test.jsonl", "input.limit=5")
     assert job.prompt.few_shot is not None and job.generation.n == 100
-    header = render_few_shot(job.prompt.few_shot)
+    few_shot = job.prompt.few_shot
+    header = render_few_shot(few_shot.path, few_shot.k, few_shot.template)
     assert header.count("Question: ") == job.prompt.few_shot.k and header.endswith("\n\n")
     for line in Path(job.prompt.few_shot.path).read_text().splitlines():
         answer = json.loads(line)["answer"]
