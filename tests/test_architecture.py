@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scoring": LEAVES,
     "report": LEAVES | {"scoring", "output", "storage"},
     "engine": LEAVES | {"model", "attention", "parallel", "report"},
-    "workload": LEAVES | {"input", "output", "engine", "model", "attention", "storage", "scoring"},
+    "workload": LEAVES | {"input", "output", "engine", "model", "attention", "parallel", "storage", "scoring"},
     "forecast": LEAVES | {"workload", "scheduling", "input", "output", "storage", "engine", "model", "report"},
     "runner": LEAVES
     | {"workload", "forecast", "scheduling", "engine", "input", "output", "storage", "model", "attention", "scoring", "report"},

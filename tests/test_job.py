@@ -183,7 +183,7 @@ class TestRefusedFiles:
             ("max_tokens: 4", "4: max_tokens: unknown key; did you mean `generation.max_tokens`?"),
             ("generatoin: {n: 2}", "4: generatoin: unknown key; did you mean `generation`?"),
             ("engine: {seed: 3}", "4: engine.seed: unknown key; did you mean `generation.seed`?"),
-            ("engine: {zzz: 3}", "4: engine.zzz: unknown key; the keys of engine are device, page_size"),
+            ("engine: {zzz: 3}", "4: engine.zzz: unknown key; the keys of engine are device, replicas"),
             ("prompt: {path: 3}", "there are `model.path`, `input.path`, `prompt.few_shot.path`, `output.path`"),
             ("generation: {n: four}", "4: generation.n: got the text four; accepts a whole number from 1 to 1,000,000"),
             (

@@ -39,6 +39,7 @@ from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import named_dtype, resolve_dtype
 from tokabatch.output.schema import FailedRow, output_schema
 from tokabatch.output.shards import refuse_unwritable
+from tokabatch.parallel.layout import Layout, decide_layout, visible_devices
 from tokabatch.scheduling.contracts import Drawn, Requests
 from tokabatch.scoring.verifiers import load_verifier
 
@@ -59,6 +60,7 @@ class Workload:
     """The model's and the tokenizer's, as they were read."""
     spec: ModelSpec
     device: str
+    layout: Layout
     dtype: torch.dtype
     tokenizer: Tokenizer
     eos_token_ids: tuple[int, ...]
@@ -145,6 +147,7 @@ def prepare(
     if job.verify is not None:
         load_verifier(job.verify.kind)
     device = "cuda" if absent_gpu else pick_device(job)
+    layout = decide_layout(job.engine, device, None if absent_gpu else visible_devices())
     folder = resolve_model(job.model.path, job.model.revision, weights=False)
     tokenizer_folder = _tokenizer_folder(job, folder)
     # Known before they are read: what changes in between is noticed when the weights load.
@@ -202,6 +205,7 @@ def prepare(
         files=files,
         spec=spec,
         device=device,
+        layout=layout,
         dtype=dtype,
         tokenizer=tokenizer,
         eos_token_ids=ends.ids,

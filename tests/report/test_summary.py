@@ -33,7 +33,8 @@ MODEL = ModelFacts("m", "llama", 3_400_000, 6, 256, 4, 2, 64, 2048, 4096, "float
 
 def a_plan(**changes: object) -> PlanReport:
     values: dict[str, object] = dict(
-        model=MODEL, replica=ReplicaFacts(1536, 16, 1024, 512, 1536), rows=100, samples=400,
+        model=MODEL, layout="1 replica: 1 visible GPU",
+        replica=ReplicaFacts(1536, 16, 1024, 512, 1536), rows=100, samples=400,
         prompt_tokens=1000, unique_tokens=400,
         max_output_tokens=102_400, longest_prompt=77, first_prompt="Question: [bold]1+1[/bold]?\n  Answer:",
         first_token_ids=(1, 22, 333), settings=(Setting("n", "4", "job"), Setting("temperature", "0.6", "default")),

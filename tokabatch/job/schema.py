@@ -195,6 +195,11 @@ class EngineConfig(_Section):
     """How the work is done; nothing here changes what is sampled. `auto` values are decided from the device."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the GPU where there is one.")
+    replicas: fields.AutoCount = Field(
+        default="auto", description="Copies of the model at work, each on devices of its own; auto: one a visible GPU."
+    )
+    tensor: fields.Count = Field(default=1, description="Devices over which each layer of a replica is split.")
+    pipeline: fields.Count = Field(default=1, description="Devices over which the layers of a replica are divided.")
     page_size: fields.PageSize = Field(default=16, description="Tokens in a page of the KV cache.")
     kv_cache_tokens: fields.AutoTokens = Field(default="auto", description="Tokens the KV cache holds; auto: what fits.")
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
@@ -210,7 +215,9 @@ class EngineConfig(_Section):
     hydragen_min_group: fields.AutoGroup = Field(default="auto", description="Fewest samples for a shared pass.")
     hydragen_min_prefix: fields.AutoCount = Field(default="auto", description="Fewest shared tokens for a shared pass.")
     queue_depth: fields.AutoCount = Field(default="auto", description="Steps in flight; auto: 1 on a CPU, 2 on a GPU.")
-    process: fields.AutoFlag = Field(default="auto", description="Run the model in a process of its own; auto: on a GPU only.")
+    process: fields.AutoFlag = Field(
+        default="auto", description="Run the model in a process of its own; auto: on a GPU, or with several replicas."
+    )
     hang_seconds: fields.Seconds = Field(
         default=120.0, description="A worker process that stands still for so long is killed and started again."
     )

@@ -57,6 +57,8 @@ class RunSummary:
     steps: int
     output_path: str
     exit_code: int
+    layout: str = ""
+    """The replicas of the run, and why so many."""
     stalled: bool = False
     """Whether the run had to stop because the output folder took nothing of what it finished."""
     earlier: int = 0
@@ -150,6 +152,7 @@ class PlanReport:
     fewest prompt tokens that have to be prefilled; `max_output_tokens` is the sum of max_tokens over all samples."""
 
     model: ModelFacts
+    layout: str
     replica: ReplicaFacts
     rows: int
     samples: int
@@ -191,6 +194,7 @@ def run_sections(summary: RunSummary) -> tuple[Section, ...]:
         ("prompt tokens", _with_rate(summary.prompt_tokens, summary.work_seconds)),
         ("prefilled tokens", _count(summary.prefilled_tokens)),
         ("saved by sharing", f"{_count(summary.cached_tokens)} of {_count(summary.cacheable_tokens)} possible{saved}"),
+        *((("layout", summary.layout),) if summary.layout else ()),
         ("steps", _steps(summary)),
         ("preemptions", _preemptions(summary)),
     ]
@@ -232,7 +236,7 @@ def plan_sections(report: PlanReport) -> tuple[Section, ...]:
     return (
         Section("Model", facts),
         Section("Work", _plan_work(report)),
-        Section("Replica", _plan_replica(report.replica)),
+        Section("Replica", (("layout", report.layout), *_plan_replica(report.replica))),
         Section("Generation", tuple((s.key, s.value, s.source) for s in report.settings), ("key", "value", "from")),
         Section("First prompt", (("", text),)),
         Section(f"Its {_count(len(ids))} token ids", (("", shown),)),

@@ -81,6 +81,7 @@ def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
             notes.append(f"row {failure.row_index}: {failure.error.code}: {failure.error.message}")
     return PlanReport(
         model=model,
+        layout=str(workload.layout),
         replica=ReplicaFacts(
             per_page // sizes.page_size, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_step_tokens
         ),

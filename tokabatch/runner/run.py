@@ -288,6 +288,7 @@ def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_cod
         steps=counts.steps,
         output_path=str(parts.job.output.path),
         exit_code=exit_code,
+        layout=str(workload.layout),
         stalled=stalled,
         earlier=parts.started.committed.samples,
         preemptions=counts.preemptions,

@@ -1,0 +1,74 @@
+"""How a run is laid out on the devices of a host: so many replicas, each on its own devices.
+
+The layout decides nothing of what is sampled, and a run may go on with another one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tokabatch.errors import JobError
+from tokabatch.job import EngineConfig
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """`replicas` copies of the weights, each over `tensor` x `pipeline` devices. `devices` has an entry for each replica: its
+    GPUs as `CUDA_VISIBLE_DEVICES` names them, none on a CPU. `reason` says in words where the number of replicas comes from."""
+
+    replicas: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    devices: tuple[tuple[str, ...], ...] = ((),)
+    reason: str = ""
+
+    def __str__(self) -> str:
+        split = f" of {self.tensor} x {self.pipeline} devices (tensor x pipeline)" if self.tensor * self.pipeline > 1 else ""
+        count = f"{self.replicas} replica{'s' if self.replicas > 1 else ''}{split}"
+        return f"{count}: {self.reason}" if self.reason else count
+
+
+def visible_devices(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """The GPUs that this process may use, each as `CUDA_VISIBLE_DEVICES` names it: a number, a UUID or the name of a slice."""
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in environment.get(VISIBLE, "").split(",") if name.strip()]
+    return tuple(named[:count]) if len(named) >= count else tuple(map(str, range(count)))
+
+
+def decide_layout(config: EngineConfig, device: str, visible: Sequence[str] | None) -> Layout:
+    """The layout that the job says, or that fits the `visible` GPUs; None is a GPU that is not here, taken as one. Raises
+    JobError where there are fewer of them than the job needs."""
+    for key, value in (("tensor", config.tensor), ("pipeline", config.pipeline)):
+        if value > 1:
+            raise JobError(
+                f"engine.{key} is {value}: a replica over several devices is not supported yet; write 1, and a copy of the "
+                "model on each device with engine.replicas"
+            )
+    each, asked = config.tensor * config.pipeline, config.replicas
+    names = visible if device == "cuda" and visible is not None else ()
+    present = len(names) if names else None
+    if asked != "auto":
+        replicas, reason = asked, "engine.replicas"
+        if replicas > 1:
+            raise JobError(f"engine.replicas is {asked}; several replicas are not supported yet, write 1 or auto")
+        if replicas > 1 and config.process is False:
+            raise JobError(f"engine.replicas is {asked}, and each has processes of its own; remove engine.process: false")
+    elif present is None:
+        replicas, reason = 1, "on a GPU that is not here" if device == "cuda" else "one uses all cores of a CPU"
+    elif config.process is False:
+        replicas, reason = 1, "engine.process is false"
+    else:
+        replicas, reason = 1, f"{present} visible GPU{'s' if present > 1 else ''}"
+    if present is not None and replicas * each > present:
+        raise JobError(
+            f"engine.replicas is {replicas}, but {present} GPUs are visible ({VISIBLE}); write at most "
+            f"{present // each}, or auto"
+        )
+    devices = tuple(tuple(names[place * each : (place + 1) * each]) for place in range(replicas))
+    return Layout(replicas, config.tensor, config.pipeline, devices, reason)
