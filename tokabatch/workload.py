@@ -149,7 +149,9 @@ def prepare(
     device = "cuda" if absent_gpu else pick_device(job)
     layout = decide_layout(job.engine, device, None if absent_gpu else visible_devices())
     folder = resolve_model(job.model.path, job.model.revision, weights=False)
-    tokenizer_folder = _tokenizer_folder(job, folder)
+    tokenizer_folder = folder
+    if job.model.tokenizer is not None:
+        tokenizer_folder = resolve_model(job.model.tokenizer, weights=False, key="model.tokenizer")
     # Known before they are read: what changes in between is noticed when the weights load.
     files = known_files(folder, tokenizer_folder)
     spec = read_spec(folder)
@@ -168,7 +170,7 @@ def prepare(
     _check_generation(generation, spec, tokenizer)
     ends = find_end_tokens(folder, tokenizer)
     compare = compare or _accept
-    fingerprint = describe(job, generation, ends.ids, _marks(files), _name(dtype))
+    fingerprint = _fingerprint(job, generation, ends.ids, files, dtype)
     compare(fingerprint, None)
     limits = Limits(spec.context_length, spec.vocab_size)
     origin = None if kept is None else describe_origin(job, fingerprint, generation, limits, clock)
@@ -186,14 +188,13 @@ def prepare(
     fingerprint = fingerprint.with_rows(store.digests)
     compare(fingerprint, store.digests)
     samples_of_row = _samples_of_row(store, generation.n)
-    _check_samples(samples_of_row)
     requests = order_requests(store, job.engine.page_size)
     if checkpoint is None and weights:
         checkpoint = preflight(resolve_model(job.model.path, job.model.revision), spec)
         dtype = _choose_dtype(job, device, folder, spec, checkpoint)
         files = known_files(folder, tokenizer_folder)
-        known = describe(job, generation, ends.ids, _marks(files), _name(dtype))
-        fingerprint = replace(fingerprint, settings=known.settings)
+        settled = _fingerprint(job, generation, ends.ids, files, dtype).settings
+        fingerprint = replace(fingerprint, settings=settled)
         compare(fingerprint, None)
     schema = output_schema(
         store.column_schema, columns=job.output.columns, id_column=job.input.id_column, verified=job.verify is not None
@@ -230,6 +231,14 @@ def prepare(
     )
 
 
+def _fingerprint(
+    job: Job, generation: GenerationConfig, eos_token_ids: tuple[int, ...], files: Sequence[ModelFile], dtype: torch.dtype
+) -> Fingerprint:
+    """What decides the output, as far as it is known before the rows are read."""
+    marks = {file.name: file.mark for file in files}
+    return describe(job, generation, eos_token_ids, marks, str(dtype).removeprefix("torch."))
+
+
 def _accept(fingerprint: Fingerprint, digests: RowDigests | None) -> None:
     """There is no earlier run."""
 
@@ -245,29 +254,19 @@ def _stops(store: InputStore, generation: GenerationConfig) -> dict[str, str]:
     return stops | dict.fromkeys(generation.stop, "generation.stop")
 
 
-def _tokenizer_folder(job: Job, folder: Path) -> Path:
-    """Where the tokenizer's files lie, which `load_tokenizer` has fetched if they were not here."""
-    if job.model.tokenizer is None:
-        return folder
-    return resolve_model(job.model.tokenizer, weights=False, key="model.tokenizer")
-
-
 def _samples_of_row(store: InputStore, n: int) -> Int64:
-    """A row that could not become a prompt has the job's own number."""
+    """A row that could not become a prompt has the job's own number. Raises JobError where they are too many."""
     samples = np.full(store.num_rows, n, np.int64)
     good = np.flatnonzero(store.length > 0)
     samples[good] = np.array([params.n for params in store.sampling], np.int64)[store.params[good]]
-    return samples
-
-
-def _check_samples(samples_of_row: Int64) -> None:
-    total = int(samples_of_row.sum())
+    total = int(samples.sum())
     if total > MOST_SAMPLES:
         raise JobError(
-            f"generation.n: the {len(samples_of_row):,} rows come to {total:,} samples; a run has at most {MOST_SAMPLES:,}, of "
+            f"generation.n: the {len(samples):,} rows come to {total:,} samples; a run has at most {MOST_SAMPLES:,}, of "
             "each of which it keeps a note. Lower generation.n (or n in sampling_params), or give parts of the rows to jobs "
             "of their own (input.path)"
         )
+    return samples
 
 
 def _choose_dtype(job: Job, device: str, folder: Path, spec: ModelSpec, checkpoint: Checkpoint | None) -> torch.dtype:
@@ -291,14 +290,6 @@ def pick_device(job: Job) -> str:
     if job.engine.device == "cuda" and not available:
         raise JobError("engine.device is cuda, but torch sees no GPU; write auto or cpu, or install a CUDA build of torch")
     return "cuda" if available and job.engine.device != "cpu" else "cpu"
-
-
-def _marks(files: Sequence[ModelFile]) -> dict[str, str]:
-    return {file.name: file.mark for file in files}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_fp8(job: Job, device: str, dtype: torch.dtype, spec: ModelSpec) -> None:

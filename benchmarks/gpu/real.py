@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from tokabatch import Job, run
-from tokabatch.forecast.step_trace import Steps
+from tokabatch.forecast.step_log import Steps
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.steps import read_steps
 from tokabatch.report.summary import RunSummary

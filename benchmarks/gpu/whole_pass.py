@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from tokabatch import Job, run
-from tokabatch.forecast.step_trace import Steps
+from tokabatch.forecast.step_log import Steps
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.steps import read_steps
 from tokabatch.report.progress import NullProgress, ProgressSnapshot

@@ -11,14 +11,14 @@ from forecast.test_roofline import LLAMA_1B
 from tokabatch.errors import UsageError
 from tokabatch.forecast.profile import TERMS, Profile, fit_profile, load_profile, profile_document, solve_nonnegative
 from tokabatch.forecast.roofline import H200, Roofline
-from tokabatch.forecast.step_trace import Steps, StepState, StepTrace
+from tokabatch.forecast.step_log import StepLog, Steps, StepState
 from tokabatch.forecast.step_work import StepWork
 
 TRUE = Profile(Roofline(LLAMA_1B, H200), (0.003, 1e-6, 2e-5, 1.3, 1.5, 2.0, 1.8, 1.6, 1.4))
 
 
 def record(rng: np.random.Generator, count: int, noise: float, decode_only: bool = False) -> Steps:
-    trace = StepTrace()
+    trace = StepLog()
     for _ in range(count):
         sequences = float(rng.integers(10, 8000))
         prefill = 0.0 if decode_only else float(rng.integers(0, 8000))

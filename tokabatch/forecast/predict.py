@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tokabatch.arrays import Int64
 from tokabatch.errors import OutputError, UsageError
 from tokabatch.forecast.assumed_lengths import Lengths, Unstopped, lognormal, observed
 from tokabatch.forecast.devices import KNOWN, PROCESSOR, Device, find_device
 from tokabatch.forecast.profile import Profile, SavedProfile, fit_profile, load_profile, profile_document
 from tokabatch.forecast.simulate import Simulation, simulate
 from tokabatch.forecast.sizing import CostModel, cost_model, device_name, device_of, known_device, present_device, profile_of
-from tokabatch.forecast.step_trace import Steps
+from tokabatch.forecast.step_log import Steps
 from tokabatch.job import Job
 from tokabatch.model.families import read_spec
 from tokabatch.output.folder import OutputFolder
@@ -24,7 +23,6 @@ from tokabatch.output.manifest import read_manifest, read_summary
 from tokabatch.output.status import output_lengths
 from tokabatch.output.steps import read_steps
 from tokabatch.report.outlook import Outlook, Trial
-from tokabatch.scheduling.contracts import Requests
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import consistently
@@ -169,8 +167,12 @@ def _lengths(described: str) -> tuple[Lengths, str]:
 
 
 def _trials(workload: Workload, limits: SchedulerLimits, cost: CostModel, lengths: Lengths) -> tuple[tuple[Trial, ...], int]:
-    """A few running limits and token budgets, over the first samples of the plan."""
-    part, samples = _beginning(workload.requests, workload.num_samples)
+    """A few running limits and token budgets, over the first prompts of the plan that have about `TRIAL_SAMPLES` samples; how
+    many they have."""
+    requests, total = workload.requests, np.cumsum(workload.num_samples)
+    count = min(len(requests), int(np.searchsorted(total, TRIAL_SAMPLES)) + 1)
+    columns = {name: getattr(requests, name)[:count] for name in ("row_index", "start", "length", "lcp", "params")}
+    part = replace(requests, **columns)
     budget = max(limits.max_step_tokens - limits.max_running, 1)
     pairs = {(limits.max_running, budget)}
     pairs |= {(max(1, limits.max_running // 2), budget), (max(1, limits.max_running // 4), budget)}
@@ -185,12 +187,4 @@ def _trials(workload: Workload, limits: SchedulerLimits, cost: CostModel, length
     trials = tuple(
         Trial(running, step, run.seconds, run.counts.output_tokens, i == best) for i, (running, step, run) in enumerate(runs)
     )
-    return trials, samples
-
-
-def _beginning(requests: Requests, num_samples: Int64) -> tuple[Requests, int]:
-    """The first prompts of the plan that have about `TRIAL_SAMPLES` samples."""
-    total = np.cumsum(num_samples)
-    count = min(len(requests), int(np.searchsorted(total, TRIAL_SAMPLES)) + 1)
-    columns = {name: getattr(requests, name)[:count] for name in ("row_index", "start", "length", "lcp", "params")}
-    return replace(requests, **columns), int(total[count - 1])
+    return trials, int(total[count - 1])

@@ -18,7 +18,7 @@ import numpy as np
 
 from tokabatch.errors import UsageError
 from tokabatch.forecast.roofline import DeviceRates, Roofline
-from tokabatch.forecast.step_trace import Steps
+from tokabatch.forecast.step_log import Steps
 from tokabatch.forecast.step_work import Float64, Number, StepWork
 from tokabatch.model.spec import ModelSpec
 

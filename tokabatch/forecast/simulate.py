@@ -5,15 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from tokabatch.forecast.assumed_lengths import Lengths
-from tokabatch.forecast.simulated_device import STOP, SimulatedDevice
-from tokabatch.forecast.step_trace import Steps, StepState, StepTrace, tail_seconds
+from tokabatch.forecast.step_log import StepLog, Steps, StepState, tail_seconds
 from tokabatch.forecast.step_work import Number, StepWork, measure_work
-from tokabatch.scheduling.contracts import Requests, SamplingParams
+from tokabatch.scheduling.contracts import Requests, StepBatch, StepResult
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.lengths.predictor import LengthPredictor
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
+
+STOP, GO_ON = 1, 0
+"""The two tokens of this device."""
+
+
+class SimulatedDevice:
+    """Computes nothing: answers steps, in order, with tokens that end each sample with `STOP` at its length, which its row and
+    number alone decide."""
+
+    def __init__(self, requests: Requests, lengths: Lengths, num_slots: int) -> None:
+        self._lengths = lengths
+        self._prompt_length = np.zeros(int(requests.row_index.max(initial=0)) + 1, np.int32)
+        self._prompt_length[requests.row_index] = requests.length
+        self._end = np.zeros(num_slots, np.int64)
+        """For each slot the computed positions at which its sample draws its last token."""
+
+    def run(self, step: StepBatch) -> StepResult:
+        inits = step.inits
+        if len(inits.slot):
+            length = self._lengths(inits.row, inits.sample).astype(np.int64)
+            self._end[inits.slot] = self._prompt_length[inits.row] + length - 1
+        sampled = np.flatnonzero(step.run_samples)
+        ended = step.run_start[sampled] + step.run_length[sampled] >= self._end[step.run_slot[sampled]]
+        return StepResult.of_tokens(step.index, np.where(ended, STOP, GO_ON).astype(np.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +89,15 @@ def simulate(
 ) -> Simulation:
     """Run the whole workload. The tokens of `requests` are read but their values do not matter; `predictor` replaces the
     scheduler's own learning of lengths."""
-    requests = replace(requests, sampling=tuple(_stops_at_once(params) for params in requests.sampling))
+    # The device's stop token stands for all that ends a sample; one whose length is given stays as it is.
+    endless = [params.ignore_eos and not params.stop and not params.stop_token_ids for params in requests.sampling]
+    kinds = zip(requests.sampling, endless, strict=True)
+    sampling = (replace(params, stop=(), stop_token_ids=(), ignore_eos=given, logprobs=None) for params, given in kinds)
+    requests = replace(requests, sampling=tuple(sampling))
     scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [STOP], STOP + 1, None), predictor)
     device = SimulatedDevice(requests, lengths, limits.max_running)
     total, finished = int(requests.num_samples().sum()), len(scheduler.settle_pages(limits.num_pages))
-    trace = StepTrace()
+    trace = StepLog()
     while not scheduler.done:
         step = scheduler.schedule()
         assert step is not None, "the scheduler is stuck"
@@ -79,9 +108,3 @@ def simulate(
         finished += done
         trace.add(work, state)
     return Simulation(trace.steps(), scheduler.counts, limits.num_pages)
-
-
-def _stops_at_once(params: SamplingParams) -> SamplingParams:
-    """The same, but for what ends a sample: the device's stop token stands for all of it."""
-    endless = params.ignore_eos and not params.stop and not params.stop_token_ids
-    return replace(params, stop=(), stop_token_ids=(), ignore_eos=endless, logprobs=None)

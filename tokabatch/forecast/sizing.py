@@ -15,7 +15,7 @@ from tokabatch.errors import JobError, UsageError
 from tokabatch.forecast.devices import KNOWN, PROCESSOR, Device, find_device, measure_processor
 from tokabatch.forecast.profile import Profile, SavedProfile, load_profile
 from tokabatch.forecast.roofline import DeviceRates, Roofline
-from tokabatch.forecast.step_trace import Steps
+from tokabatch.forecast.step_log import Steps
 from tokabatch.forecast.token_budget import prefill_tokens, running_samples
 from tokabatch.job import Job
 from tokabatch.workload import Workload, pick_device

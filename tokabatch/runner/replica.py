@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from tokabatch.engine.executor import Executor
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import EngineError, ModelError, StepDropped, UsageError, WorkerLost
-from tokabatch.forecast.step_trace import Steps
+from tokabatch.forecast.step_log import Steps
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.step_times import Stopwatch
 from tokabatch.scheduling.contracts import Completion

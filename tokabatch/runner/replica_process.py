@@ -27,7 +27,7 @@ from typing import Protocol
 from tokabatch.engine.child import PARENTS_SIGNALS
 from tokabatch.engine.heartbeat import die_with_parent
 from tokabatch.errors import EngineError, ReplicaLost, Stopped, TokabatchError
-from tokabatch.forecast.step_trace import Steps, StepTrace
+from tokabatch.forecast.step_log import StepLog, Steps
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.replica import Replica, Standing
 from tokabatch.scheduling.contracts import Completion
@@ -145,7 +145,7 @@ class ReplicaProcess:
 
     def steps(self) -> Steps:
         """The steps whose results are in; none before the end."""
-        return StepTrace().steps() if self._ended is None else self._ended.steps
+        return StepLog().steps() if self._ended is None else self._ended.steps
 
     def stop(self) -> list[Completion]:
         """Break the work off; returns what is finished and was not yielded. A process that is still loading, or does not end

@@ -16,7 +16,7 @@ from typing import Any
 from tokabatch.errors import STOPS, CommitError, DamageError, Stopped, TokabatchError, UsageError
 from tokabatch.forecast.profile import SavedProfile
 from tokabatch.forecast.sizing import device_name, has_known_rates, price_steps, read_profile, size_replica
-from tokabatch.forecast.step_trace import Steps, tail_seconds
+from tokabatch.forecast.step_log import Steps, tail_seconds
 from tokabatch.job import Job
 from tokabatch.output.existing_results import read_committed
 from tokabatch.output.folder import Claim

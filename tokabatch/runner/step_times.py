@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from tokabatch.forecast.step_trace import Steps, StepState, StepTrace
+from tokabatch.forecast.step_log import StepLog, Steps, StepState
 from tokabatch.forecast.step_work import StepWork, measure_work
 from tokabatch.scheduling.contracts import StepBatch
 from tokabatch.scheduling.scheduler import Scheduler
@@ -20,7 +20,7 @@ class Stopwatch:
     """Told of every step handed to the device and of every result taken in, both in order."""
 
     def __init__(self, num_samples: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._trace = StepTrace()
+        self._trace = StepLog()
         self._clock = clock
         self._last = clock()
         self._num_samples = num_samples

@@ -95,7 +95,7 @@ class Work:
 
     def extend(self, requests: Requests) -> Int32:
         """Add prompts behind the last one; their numbers."""
-        first, before, kinds = len(self), self._last_there(), self.place_of(requests.sampling)
+        first, there, kinds = len(self), np.flatnonzero(~self._dropped), self.place_of(requests.sampling)
         if kinds is None:
             kinds = len(self.sampling)
             self._kinds.append((requests.sampling, kinds))
@@ -110,7 +110,7 @@ class Work:
         self._parts.append(requests)
         self._first = np.append(self._first, first)
         if len(requests):
-            self.lcp[first] = 0 if before is None else common_prefix(self._prompt(before), self._prompt(first))
+            self.lcp[first] = common_prefix(self._prompt(int(there[-1])), self._prompt(first)) if len(there) else 0
         return np.arange(first, len(self), dtype=np.int32)
 
     def take_out(self, prompts: Int32) -> None:
@@ -144,10 +144,6 @@ class Work:
     def _prompt(self, prompt: int) -> Int32:
         part = self._part(prompt)
         return self._parts[part].prompt(prompt - int(self._first[part]))
-
-    def _last_there(self) -> int | None:
-        there = np.flatnonzero(~self._dropped)
-        return int(there[-1]) if len(there) else None
 
     def _move_to(self, prompt: int) -> None:
         left = np.flatnonzero(~self._dropped[prompt:])

@@ -10,8 +10,7 @@ from support.shortsighted import Shortsighted
 
 from tokabatch.arrays import Int32, Int64
 from tokabatch.forecast.assumed_lengths import uniform
-from tokabatch.forecast.simulate import Simulation, simulate
-from tokabatch.forecast.simulated_device import STOP, SimulatedDevice
+from tokabatch.forecast.simulate import STOP, SimulatedDevice, Simulation, simulate
 from tokabatch.scheduling.contracts import Requests, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.policy.forecast_policy import finishing

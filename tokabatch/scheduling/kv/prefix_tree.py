@@ -235,7 +235,12 @@ class PrefixTree:
         prompt.pages = np.concatenate((inherited, self._pool.allocate(fresh)))
         prompt.computed, prompt.ready_step, prompt.leader = shared * self._page_size, -1, -1
         prompt.has_nan = False
-        self._insert(prompt)
+        shared, shared_after = (
+            0 if neighbour is None else common_prefix(self._open[neighbour].pages, prompt.pages)
+            for neighbour in self.sharing.around(request)
+        )
+        self.sharing.insert(request, len(prompt.pages), shared, shared_after)
+        self._open[request] = self._waiting[request] = prompt
         return prompt
 
     def release(self, finished: list[PromptPages], tainted: list[PromptPages]) -> None:
@@ -318,14 +323,6 @@ class PrefixTree:
         self.sharing.append([prompt.request for prompt in prompts], sizes, np.append(first, shared[1:]))
         for prompt in prompts:
             self._open[prompt.request] = self._waiting[prompt.request] = prompt
-
-    def _insert(self, prompt: PromptPages) -> None:
-        shared, shared_after = (
-            0 if neighbour is None else common_prefix(self._open[neighbour].pages, prompt.pages)
-            for neighbour in self.sharing.around(prompt.request)
-        )
-        self.sharing.insert(prompt.request, len(prompt.pages), shared, shared_after)
-        self._open[prompt.request] = self._waiting[prompt.request] = prompt
 
     def _close(self, prompts: list[PromptPages]) -> None:
         self._pool.release(np.concatenate([prompt.pages for prompt in prompts]))

@@ -62,7 +62,9 @@ class Forecast:
         """The steps at which page use is known, ascending: the last ones before something ends."""
         self._place = np.cumsum(ends) - 1
         own, num_alive = self._private(running)
-        self.curve = own + self._held(held_pages, np.minimum(held_steps, horizon))
+        place = self._place[np.minimum(held_steps, horizon)]
+        ending = np.bincount(place, weights=held_pages, minlength=len(self.steps)).astype(np.int64)
+        self.curve: Curve = own + np.cumsum(ending[::-1])[::-1]
         number = max(len(running.remaining), 1)
         gone = np.minimum(1.0 - num_alive / number, _FORESEEN)
         self.spread = own * np.sqrt(_PAGES_SQUARED * gone / ((1.0 - gone) * number))
@@ -80,7 +82,11 @@ class Forecast:
         count = len(candidates.remaining)
         if not count:
             return 0
-        relevant = self._may_overflow(capacity_E, candidates)
+        # The steps at which all candidates together, were they to run so long, could be too much.
+        base = int((candidates.computed // self.page_size + 2 - candidates.shared + candidates.prompt_pages).sum())
+        bound = self.curve + base + count * (self.steps // self.page_size)
+        in_time = (self.steps < int(candidates.remaining.max())) | (self.curve > capacity_E)
+        relevant = np.flatnonzero((bound > capacity_E) & in_time)
         if not len(relevant):
             return count
         steps, spare = self.steps[relevant], capacity_E[relevant] - self.curve[relevant]
@@ -95,14 +101,6 @@ class Forecast:
                 return begin + int(np.argmin(fits))
             spare = spare - used[-1]
         return count
-
-    def _may_overflow(self, capacity_E: Curve, candidates: Claims) -> Int32:
-        """Places of the steps at which all candidates together, were they to run so long, could be too much."""
-        steps = self.steps
-        base = int((candidates.computed // self.page_size + 2 - candidates.shared + candidates.prompt_pages).sum())
-        bound = self.curve + base + len(candidates.remaining) * (steps // self.page_size)
-        last = int(candidates.remaining.max())
-        return np.flatnonzero((bound > capacity_E) & ((steps < last) | (self.curve > capacity_E))).astype(np.int32)
 
     def _pages(self, candidates: Claims, part: slice, steps: Int32) -> Int32:
         """Pages of each candidate of `part` at each of the steps, shape [candidates, steps]."""
@@ -130,7 +128,3 @@ class Forecast:
         whole, rest = self.steps // size, self.steps % size
         carried = np.where(rest > 0, alive[(size - rest) % size, np.arange(count)], 0)
         return base + alive[0] * whole + carried, alive[0]
-
-    def _held(self, pages: Int32, steps: Int32) -> Curve:
-        ending = np.bincount(self._place[steps], weights=pages, minlength=len(self.steps)).astype(np.int64)
-        return np.cumsum(ending[::-1])[::-1]

@@ -72,8 +72,7 @@ class LengthModel:
         due = self._num_fresh > max(8, self._num_seen // 8) or (self._num_fresh and self._age >= REFRESH_STEPS)
         if due:
             self._age = 0
-            self._take_fresh()
-            self._absorb_finished()
+            self._take_in()
             self._estimate(request, generated)
         return bool(due)
 
@@ -101,14 +100,13 @@ class LengthModel:
         length = self._table.length(row, generated, exponential)
         return np.maximum(np.minimum(length, limit), generated + 1)
 
-    def _take_fresh(self) -> None:
+    def _take_in(self) -> None:
+        """Count the samples that ended, and let finished prompts' own counts become the run's."""
         request, length, stopped = (np.concatenate(part) for part in zip(*self._fresh, strict=True))
         self._fresh, self._num_seen, self._num_fresh = [], self._num_seen + self._num_fresh, 0
         self._at_risk += self.bins.at_risk(length)
         self._stops += self.bins.stops(length[stopped])
         grouped = self._grouped[request]
-        if not grouped.any():
-            return
         request, length, stopped = request[grouped], length[grouped], stopped[grouped]
         distinct, group = np.unique(request, return_inverse=True)
         stops = self._scales.stops(group[stopped], length[stopped], len(distinct))
@@ -116,29 +114,24 @@ class LengthModel:
         for place, key in enumerate(distinct.tolist()):
             earlier = self._ended.get(key, (0.0, 0.0))
             self._ended[key] = earlier[0] + stops[place], earlier[1] + time[place]
-
-    def _absorb_finished(self) -> None:
         known = [self._ended.pop(request) for request in self._finished if request in self._ended]
         self._finished = []
         if known:
             self._scales.absorb(np.stack([stops for stops, _ in known]), np.stack([time for _, time in known]))
 
     def _estimate(self, request: Int32, generated: Int32) -> None:
-        """Renew the table from all that ended and from what runs."""
+        """Renew the table from all that ended and from what runs: hazards of the run, and of each prompt whose own lengths are
+        learned and that has running samples."""
         bins = self.bins
         run = run_hazard(bins, self._stops, self._at_risk + bins.at_risk(generated))
         grouped = self._grouped[request]
         request, generated = request[grouped], generated[grouped]
         first = np.flatnonzero(np.diff(request, prepend=-1))
         self._table_request = request[first]
-        hazards = run[None]
-        if len(first):
-            hazards = np.concatenate((hazards, self._group_hazards(run, generated, first)))
-        self._table = HazardTable(bins, hazards)
-
-    def _group_hazards(self, run: Float64, generated: Int32, first: Int64) -> Float64:
-        """Stops per token of each prompt that has running samples; theirs begin at `first`, shape [G, B]."""
-        scales, bins = self._scales, self.bins
+        if not len(first):
+            self._table = HazardTable(bins, run[None])
+            return
+        scales = self._scales
         group = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(generated))))
         time = scales.time_at_risk(group, generated, len(first))
         stops = np.zeros_like(time)
@@ -148,7 +141,8 @@ class LengthModel:
                 time[place] += self._ended[key][1]
         weight = scales.fit(scales.per_log(run, bins.of), stops, time)
         rates = scales.rates(weight, np.maximum.reduceat(generated, first))
-        return scales.per_token(rates, (bins.edge[1:] + bins.edge[:-1] + 1) / 2)
+        own = scales.per_token(rates, (bins.edge[1:] + bins.edge[:-1] + 1) / 2)
+        self._table = HazardTable(bins, np.concatenate((run[None], own)))
 
 
 class Caution:

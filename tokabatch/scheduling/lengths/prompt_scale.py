@@ -59,10 +59,11 @@ class ScaleModel:
         """Renew shape and scales from the counts of the prompts at hand and those absorbed; returns how likely each scale is
         for each prompt, shape [G, K]. `run_rate` is the run's stops per unit of log-length, shape [B]."""
         shape = run_rate if self._shape is None else self._shape
-        weight = np.zeros((len(stops), len(_SHIFTS)))
+        weight, prior = np.zeros((len(stops), len(_SHIFTS))), _PRIOR_TIME * self._step
         for _ in range(_ROUNDS):
             weight = self._weigh(shape, stops, time)
-            shape = self._reshape(run_rate, weight, stops, time)
+            seen = self._kept_stops + self._gather(weight, stops)
+            shape = (seen + prior * run_rate) / (self._kept_time + self._gather(weight, time) + prior)
             total = self._kept_odds + weight.sum(axis=0) + _PRIOR_PROMPTS / len(_SHIFTS)
             self._odds = total / total.sum()
         self._shape = shape
@@ -109,8 +110,3 @@ class ScaleModel:
         """Counts by bin of the shape: those of each prompt moved back by its scales."""
         moved = np.bincount(self._source.ravel(), weights=(counts.T @ weight).ravel(), minlength=self.count)
         return moved.astype(np.float64)
-
-    def _reshape(self, run_rate: Float64, weight: Float64, stops: Float64, time: Float64) -> Float64:
-        prior = _PRIOR_TIME * self._step
-        seen = self._kept_stops + self._gather(weight, stops)
-        return (seen + prior * run_rate) / (self._kept_time + self._gather(weight, time) + prior)

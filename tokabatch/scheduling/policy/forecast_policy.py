@@ -126,25 +126,14 @@ class ForecastPolicy:
 
     def _choose_held(self) -> None:
         """Decide which samples wait from now on: none if all can finish, or as long as enough can."""
-        slots, order = self.kv.slots, self.kv.slots.order
-        by_yield = self._by_yield(order)
-        number = self._can_finish(by_yield)
-        self._holding = number < len(order) and (self._holding or number < FEW * len(order)) and number > 0
-        self._held_epoch.fill(-1)
-        if self._holding:
-            held = order[by_yield[number:]]
-            self._held_epoch[held] = slots.epoch[held]
-
-    def _can_finish(self, by_yield: npt.NDArray[np.intp]) -> int:
-        """How many of the running samples, taken in this order, can run to their expected ends if the others stand still."""
         slots, tree, order = self.kv.slots, self.kv.tree, self.kv.slots.order
+        by_yield, remaining = self._by_yield(order), self.lengths.remaining(order)
         rank = np.empty(len(order), np.int32)
         rank[by_yield] = np.arange(len(order), dtype=np.int32)
-        remaining = self.lengths.remaining(order)
         # A prompt's pages come free behind the last of its samples, and with that one only.
         held_rank = tree.last_steps(slots.request[order], rank + 1) - 1
         held_until = tree.last_steps(slots.request[order], remaining)
-        return finishing(
+        number = finishing(
             free=self.kv.pool.num_free,
             page_size=self.kv.page_size,
             rank=np.concatenate((rank, held_rank)),
@@ -152,6 +141,11 @@ class ForecastPolicy:
             pages=np.concatenate((slots.num_pages[order] - slots.shared_pages[order], tree.sharing.attributed())),
             grows=np.arange(len(order) + len(held_rank)) < len(order),
         )
+        self._holding = number < len(order) and (self._holding or number < FEW * len(order)) and number > 0
+        self._held_epoch.fill(-1)
+        if self._holding:
+            held = order[by_yield[number:]]
+            self._held_epoch[held] = slots.epoch[held]
 
 
 def finishing(free: int, page_size: int, rank: Int32, end: Int64, pages: Int32, grows: Bool) -> int:

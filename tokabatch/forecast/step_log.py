@@ -67,8 +67,8 @@ def tail_seconds(steps: Steps) -> float:
     return float(steps["seconds"][tail].sum())
 
 
-class StepTrace:
-    """Collects steps one by one."""
+class StepLog:
+    """Collects the steps of a run one by one; `steps` is what there is so far."""
 
     def __init__(self) -> None:
         self._table = np.zeros((1024, len(COLUMNS)), np.float32)
