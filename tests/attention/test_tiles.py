@@ -134,7 +134,7 @@ def attend(step: StepBatch, table: np.ndarray, cache: tuple[torch.Tensor, ...], 
     places = tuple(torch.from_numpy(column).to(where) for column in columns)
     out = torch.full_like(queries_THD, math.nan)
     merged = planes if plan.has_tiles else None
-    triton_decode.decode_and_merge(queries_THD, cache, tables, places, out, merged, plan.reads_much)
+    triton_decode.decode_and_merge(queries_THD, cache, tables, places, out, merged)
     assert not planes.counter.any()
     return out
 

@@ -73,7 +73,6 @@ class _StepSection:
     own: _CallPasses | None
     """None: `triton_decode`, which reads the page table itself."""
     skip: Parcel | None
-    mean_keys: float
 
     @property
     def is_covered(self) -> bool:
@@ -179,7 +178,7 @@ class FlashInferPagedAttention:
             table = self._cache.table
             place = self._slot_T[span], self._position_T[span]
             prior = lse if levels else None
-            decode(q_THD[span], cache, table, *place, section.skip.tensor, out, prior, section.mean_keys)
+            decode(q_THD[span], cache, table, *place, section.skip.tensor, out, prior)
         elif levels:
             state = _run(planned.own, q_THD[span], cache)
             flashinfer.merge_state_in_place(out, lse, *state)
@@ -198,10 +197,10 @@ class FlashInferPagedAttention:
         is_decode = part.start == step.num_prefill_runs
         fills = len(keys) * self.shape.num_kv_heads >= 2 * self._num_cores
         if is_decode and (fills or keys.mean() <= LONG_CONTEXT):
-            return _StepSection(span, levels, None, outbox.add(skip), float(keys.mean()))
+            return _StepSection(span, levels, None, outbox.add(skip))
         indptr, indices, _ = self._page_ids(step.run_slot[part], skip, -(-stop // size), outbox)
         own = _CallPasses(step.run_length[part], indptr, indices, (stop - 1) % size + 1, keys, causal=not is_decode)
-        return _StepSection(span, levels, own, None, float(keys.mean()))
+        return _StepSection(span, levels, own, None)
 
     def _level(self, level: PrefixLevel, outbox: Outbox) -> _Level:
         queries = level.token_stop - level.token_start

@@ -27,8 +27,6 @@ SHORT_RUN = 16
 """Tokens of a run up to which the decode kernel serves each of them by itself."""
 LONG_CONTEXT = 1024
 """Keys of a short run from which they may be split, and of the context of a long one from which it is a pass of its own."""
-SHORT_CONTEXT = 160
-"""Mean keys up to which the smallest blocks of the decode kernel win: a sequence is then a handful of pages."""
 SPLIT_KEYS, SPLIT_STEP = 256, 64
 """Fewest keys of a split range, and what it is a multiple of."""
 FEW_TILES, ENOUGH_TILES = 2, 4
@@ -53,22 +51,16 @@ class TileShape:
 @dataclass(frozen=True, slots=True)
 class TilePlan:
     """`own_T` is the first key that the decode kernel reads for each token itself, up to the token's position; `planes_T` the
-    partial states that it merges, planes 0 to that. `mean_keys` are those of a decode run that it reads."""
+    partial states that it merges, planes 0 to that."""
 
     wide_IW: Int32
     narrow_IW: Int32
     own_T: Int32
     planes_T: Int32
-    mean_keys: float
 
     @property
     def has_tiles(self) -> bool:
         return len(self.wide_IW) + len(self.narrow_IW) > 0
-
-    @property
-    def reads_much(self) -> bool:
-        """Whether decode runs read more than a few pages themselves."""
-        return self.mean_keys > SHORT_CONTEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +100,7 @@ def plan_tiles(step: StepBatch, shape: TileShape, max_planes: int) -> TilePlan |
     if planes_T.max(initial=0) > max_planes:
         return None
     wide, narrow = (_longest_first(found) for found in tiles)
-    keys = runs.start[step.num_prefill_runs :] + 1 - own_T[len(step.token_ids) :]
-    mean = float(keys.mean()) if len(keys) else 0.0
-    return TilePlan(wide, narrow, own_T.astype(np.int32), planes_T.astype(np.int32), mean)
+    return TilePlan(wide, narrow, own_T.astype(np.int32), planes_T.astype(np.int32))
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ def _attend(
     q_ptr, k_ptr, v_ptr, state_ptr, lse_ptr, table_ptr, list_ptr, counter_ptr,
     plane_rows, page_stride, head_stride, table_stride, scale, num_kv_heads,
     KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """`list` begins with the number of tiles of each kind and the words before the first of each. A plane has `plane_rows`
     rows, T * H."""
@@ -118,6 +118,9 @@ def _attend(
         place = head[:, None] * DIM + dim[None, :]
         inside = is_row[:, None] & (dim < DIM)[None, :]
         q = tl.load(q_ptr + place, mask=inside, other=0.0)
+        if FP8:
+            # As in `triton_decode`.
+            q = q.to(tl.float16)
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
@@ -179,5 +182,5 @@ def attend_tiles(
             num_tokens * num_heads, k_cache.stride(0), k_cache.stride(1), table.stride(0),
             math.log2(math.e) / math.sqrt(head_dim), num_kv_heads,
             KIND=kind, GROUP=group, ROWS=rows, DIM=head_dim, DIM_PAD=triton.next_power_of_2(head_dim), PAGE=page_size,
-            BLOCK=launch.keys, num_warps=launch.warps, num_stages=launch.stages,
+            BLOCK=launch.keys, FP8=k_cache.itemsize == 1, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip

@@ -12,7 +12,7 @@ dimension, E hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,10 +38,9 @@ its launches, and kernels of one purpose are faster at long prompts."""
 
 @dataclass(frozen=True, slots=True)
 class BodyKind:
-    """`tiles`: something is attended to in tiles. `long`: what decode runs read themselves is more than a few pages."""
+    """`tiles`: something is attended to in tiles."""
 
     tiles: bool
-    long: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +87,9 @@ class BodyGraphs:
         """Compile all kernels, and capture what needs the most memory, so that all else fits into that."""
         self._words.zero_()
         self._words[4 + _aligned(1)] = self._cache.spare_slot
-        for kind in (BodyKind(tiles, long) for tiles in (True, False) for long in (False, True)):
+        for kind in (BodyKind(tiles=True), BodyKind(tiles=False)):
             self._recorder.trial(lambda kind=kind: self._compute(1, kind))
-        self._ladder.at(self._ladder.most, BodyKind(tiles=True, long=False))
+        self._ladder.at(self._ladder.most, BodyKind(tiles=True))
 
     def fit(self, step: StepBatch) -> BodyStep | None:
         """None for a step that is too large, or mostly long prompts: kernels of one purpose are faster at those."""
@@ -101,10 +100,8 @@ class BodyGraphs:
         plan = plan_tiles(step, self._shape, self._num_planes(coarse_size(count, self._ladder.most)))
         if plan is None or len(plan.wide_IW) + len(plan.narrow_IW) > self._max_tiles:
             return None
-        kind = BodyKind(plan.has_tiles, plan.reads_much)
+        kind = BodyKind(plan.has_tiles)
         size = self._ladder.size(count, kind)
-        # Samples get longer, and others begin.
-        self._ladder.expect(replace(kind, long=not kind.long))
         return BodyStep(size, kind, self._laid_out(step, plan, size))
 
     def make_ahead(self) -> bool:
@@ -152,7 +149,7 @@ class BodyGraphs:
             if planes is not None:
                 attend_tiles(q_THD, pages, cache.table, self._words, planes, self._num_cores)
             where = (slot_T, position_T, own_T, planes_T)
-            decode_and_merge(q_THD, pages, cache.table, where, mixed, planes, kind.long)
+            decode_and_merge(q_THD, pages, cache.table, where, mixed, planes)
             return mixed
 
         last_T = self._last_token.index_select(0, slot_T)

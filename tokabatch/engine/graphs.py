@@ -14,10 +14,10 @@ import torch
 FINEST, FINE_STEPS, COARSE_STEPS = 32, 32, 2
 """Sizes from one power of two to the next; few of them are captured at once."""
 SMALL = 1024
-"""Up to here a step takes hardly longer than one of half the size: a power of two each is enough."""
+"""Up to here a step takes hardly longer than one of half the size: a power of two each is enough, none ahead below it."""
 WORTH = 16_384
-"""Tokens that steps of one size were filled up with to a coarser one, from which its own graph is worth capturing: that takes
-the host some 20 ms."""
+"""Tokens that steps of one size were filled up with to a larger one, from which its own graph is worth capturing: that takes
+the host some 20 ms. A step alone may be filled up with a quarter of it."""
 
 Kind = TypeVar("Kind", bound=Hashable)
 Made = TypeVar("Made")
@@ -93,24 +93,23 @@ class Ladder(Generic[Kind, Made]):
 
     def size(self, count: int, kind: Kind) -> int:
         """The size that `count` tokens or rows, at most `most`, shall run at: the next one where that was captured, else the
-        smallest that was, or a coarse one."""
-        self.expect(kind)
+        smallest that was, until a nearer one is worth capturing. A coarse one where that would fill up too many."""
+        self._kinds.setdefault(kind)
         coarse = coarse_size(count, self.most)
         fine = coarse if count <= SMALL else min(self.most, size_above(count, FINE_STEPS))
         if (fine, kind) in self._made:
             self._last = fine
             return fine
-        size = min((size for size, other in self._made if other == kind and count <= size <= coarse), default=coarse)
-        before = self._filled[fine, kind]
-        self._filled[fine, kind] += size - fine
-        if before < WORTH <= self._filled[fine, kind]:
-            self._worth.append((fine, kind))
+        size = min((size for size, other in self._made if other == kind and size >= count), default=coarse)
+        if size - coarse >= WORTH // 4:
+            size = coarse
+        wanted = fine if size <= coarse else coarse
+        before = self._filled[wanted, kind]
+        self._filled[wanted, kind] += size - wanted
+        if before < WORTH <= self._filled[wanted, kind]:
+            self._worth.append((wanted, kind))
         self._last = size
         return size
-
-    def expect(self, kind: Kind) -> None:
-        """Steps of this kind may follow."""
-        self._kinds.setdefault(kind)
 
     def make_ahead(self) -> bool:
         """Capture one that will be wanted, while the device is busy: one that is worth it, or the next smaller coarse size, as
@@ -119,8 +118,9 @@ class Ladder(Generic[Kind, Made]):
             if (wanted := self._worth.pop()) not in self._made:
                 self.at(*wanted)
                 return True
-        smaller = ((size, kind) for size in self._coarse if size < self._last for kind in self._kinds)
-        wanted = next((each for each in smaller if each not in self._made), None)
-        if wanted is not None:
-            self.at(*wanted)
-        return wanted is not None
+        smaller = next((size for size in self._coarse if size < self._last), 0)
+        kind = next((kind for kind in self._kinds if (smaller, kind) not in self._made), None)
+        if smaller < SMALL or kind is None:
+            return False
+        self.at(smaller, kind)
+        return True
