@@ -30,6 +30,7 @@ from tokabatch.errors import EngineError, ReplicaLost, Stopped, TokabatchError
 from tokabatch.forecast.step_log import StepLog, Steps
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.replica import Replica, Standing
+from tokabatch.scheduling.completion_batch import CompletionBatch
 from tokabatch.scheduling.contracts import Completion
 
 MAX_UNSENT = 64
@@ -257,10 +258,10 @@ class ReplicaProcess:
         for completions in replica.run():
             now = time.monotonic()
             if now >= due:
-                outbox.put(_Finished(completions, replica.standing(foresee=self._interval is not None)))
+                outbox.put(_Finished(CompletionBatch(completions), replica.standing(foresee=self._interval is not None)))
                 due = math.inf if self._interval is None else now + max(self._interval, STANDING_SECONDS)
             elif completions:
-                outbox.put(_Finished(completions, None))
+                outbox.put(_Finished(CompletionBatch(completions), None))
             if stopped.is_set():
                 return
 
