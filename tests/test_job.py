@@ -211,6 +211,27 @@ class TestRefusedFiles:
             ("generation:\n  stop:\n    - a\n    - 3", "7: generation.stop[1]: got the number 3"),
             ("generation: {stop_token_ids: [-1]}", "stop_token_ids[0]: got the number -1; accepts a token id"),
             ("generation: {ignore_eos: yes}", "got the text yes; accepts true or false"),
+            ("generation: {repetition_penalty: 0}", "accepts a number above 0 and at most 100 (1 is off, more avoids"),
+            ("generation: {presence_penalty: 2.5}", "accepts a number from -2 to 2 (0 is off), for example"),
+            ("generation: {min_tokens: -1}", "accepts a whole number >= 0, for example `min_tokens: 10`"),
+            (
+                "generation: {min_tokens: 9, max_tokens: 8}",
+                "4: generation: min_tokens is 9, but max_tokens is 8; lower",
+            ),
+            ("generation: {logit_bias: 5}", "got the number 5; accepts a mapping of token ids to numbers from -100 to 100"),
+            (
+                "generation: {logit_bias: {no: 5}}",
+                "generation.logit_bias: names 'no', which is no token id; write whole",
+            ),
+            (
+                "generation: {logit_bias: {7: 101}}",
+                "gives token 7 101; write a number from -100 to 100 (bad_words",
+            ),
+            ("generation: {logit_bias: {7: true}}", "gives token 7 True; write a number"),
+            ("generation: {bad_words: 5}", "got the number 5; accepts a text, or a list of texts and of lists of token ids"),
+            ("generation: {bad_words: ['']}", """4: generation.bad_words: holds ''; write texts, or lists of token ids >= 0"""),
+            ("generation: {bad_words: [a, [3, -1]]}", "holds [3, -1]; write texts, or lists"),
+            ("generation: {bad_words: [[]]}", "holds []; write texts, or lists"),
             ("generation: {seed: -1}", "accepts a whole number from 0 to 2^63 - 1"),
             ("generation: 5", "generation: got the number 5; accepts a mapping of the keys n, temperature"),
             ("engine: {page_size: 24}", "got the number 24; accepts a power of two >= 1, for example `page_size: 16`"),
@@ -390,6 +411,25 @@ class TestGeneration:
         job = Job.load(MINIMAL, "generation.n=3", "generation.stop=[x]", "generation.logprobs=0")
         assert job.generation.params() == SamplingParams(n=3, stop=("x",), logprobs=0)
 
+    def test_penalties_and_biases(self) -> None:
+        given = "{repetition_penalty: 1.1, min_tokens: 2, logit_bias: {7: 3, 5: -1.5}, bad_words: [[4], [8, 9]]}"
+        job = Job.load(MINIMAL, f"generation={given}")
+        wanted = {"logit_bias": ((5, -1.5), (7, 3.0)), "bad_words": ((4,), (8, 9)), "min_tokens": 2, "repetition_penalty": 1.1}
+        assert job.generation.params() == SamplingParams(**wanted) and job.generation.params().penalised
+        assert Job.load(job.given()) == job and Job.load(job.to_dict()).generation == job.generation
+        # Parquet's maps arrive as pairs, its structs full of nulls.
+        for biases in ([(1, 2.0)], {"1": 2.0, "2": None}, {1: 2}):
+            params = job.generation.row_params({"logit_bias": biases, "bad_words": [], "frequency_penalty": 0.5})
+            assert params == SamplingParams(**wanted | {"logit_bias": ((1, 2.0),), "bad_words": (), "frequency_penalty": 0.5})
+        assert not SamplingParams(temperature=0.0, top_k=3).penalised
+
+    def test_min_tokens_is_held_against_the_max_tokens_that_applies(self) -> None:
+        generation = GenerationConfig(max_tokens=1000, min_tokens=20)
+        assert isinstance(generation.row_params({"min_tokens": 500}), SamplingParams)
+        refused = generation.row_params({"max_tokens": 10})
+        assert isinstance(refused, RowError)
+        assert refused.message.startswith("sampling_params: min_tokens is 20, but max_tokens is 10; lower min_tokens or raise")
+
     def test_row_params_override_and_nulls_do_not(self) -> None:
         generation = GenerationConfig(n=3, temperature=0.5, top_k=7)
         params = generation.row_params({"temperature": 0, "n": None, "stop": ["a"], "top_k": 0})
@@ -415,12 +455,13 @@ class TestGeneration:
     def test_model_defaults_fill_what_the_job_leaves_open(self) -> None:
         job = Job.load(MINIMAL, "generation.temperature=0.2")
         effective, listed = job.generation.with_model_defaults(
-            {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_length": 20, "min_p": 7.0}
+            {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_length": 20, "min_p": 7.0, "repetition_penalty": 1.05}
         )
         assert (effective.temperature, effective.top_p, effective.top_k, effective.min_p) == (0.2, 0.9, 20, 0.0)
         sources = {setting.key: (setting.value, setting.source) for setting in listed}
         assert sources["temperature"] == ("0.2", "job")
         assert sources["top_p"] == ("0.9", "generation_config.json")
+        assert sources["repetition_penalty"] == ("1.05", "generation_config.json") and effective.repetition_penalty == 1.05
         assert sources["max_tokens"] == ("256", "default") and sources["min_p"] == ("0.0", "default")
         assert list(sources) == list(GenerationConfig.model_fields)
 
@@ -436,7 +477,7 @@ class TestReference:
         for key in Job.describe_keys():
             base = {**MINIMAL, "verify": {"kind": "exact", "answer": "a"}, "trace": {"path": "trace.json"}}
             few_shot = ("prompt.few_shot.path=x", "prompt.few_shot.template=y") if "few_shot" in key.name else ()
-            wrong = "[{}]" if key.name.endswith("_kwargs") else "{a: 1}"
+            wrong = "[{}]" if key.name.endswith(("_kwargs", "_bias")) else "{a: 1}"
             advice = re.search(r"for example `(.*)`$", refusal(base, *few_shot, f"{key.name}={wrong}"))
             assert advice is not None, key.name
             Job.load(base, *few_shot, advice[1])

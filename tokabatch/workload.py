@@ -22,7 +22,7 @@ from tokabatch.errors import JobError, ModelError
 from tokabatch.input.fingerprint import Fingerprint, describe
 from tokabatch.input.generation_defaults import describe_ignored, effective_generation, find_end_tokens
 from tokabatch.input.prompt_order import Sharing, longest_first, measure_sharing, order_prompts
-from tokabatch.input.prompts.builder import Limits
+from tokabatch.input.prompts.builder import Limits, refuse_beyond
 from tokabatch.input.store.kept_input import Origin, describe_origin, load_kept
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.input.store.tokenized_input import InputStore, ingest
@@ -326,14 +326,10 @@ def order_requests(store: InputStore, page_size: int) -> Requests:
 
 def _check_generation(generation: GenerationConfig, spec: ModelSpec, tokenizer: Tokenizer) -> None:
     """What only the model can tell of the job's own settings; a row's settings cost that row alone."""
-    if (generation.logprobs or 0) > spec.vocab_size:
-        raise JobError(
-            f"generation.logprobs is {generation.logprobs}, but the model has {spec.vocab_size} tokens; write at most that many"
-        )
-    unknown = [token for token in generation.stop_token_ids if token >= spec.vocab_size]
-    if unknown:
-        raise JobError(f"generation.stop_token_ids names {unknown[0]}, but the model's token ids end at {spec.vocab_size - 1}")
-    fault = refuse_special(generation.stop, tokenizer.special_texts)
+    ids = [word for word in generation.bad_words if not isinstance(word, str)]
+    given = {name: getattr(generation, name) for name in generation.model_fields_set} | {"bad_words": ids}
+    params = GenerationConfig.model_validate(given).params()
+    fault = refuse_beyond(params, spec.vocab_size) or refuse_special(generation.stop, tokenizer.special_texts)
     if fault:
         raise JobError(f"generation.{fault}")
     if generation.max_tokens >= spec.context_length:

@@ -82,6 +82,19 @@ BAD_ROWS = [
     BadRow("max_tokens is a fraction", _params(max_tokens=2.5), "bad_sampling", "max_tokens: "),
     BadRow("unknown setting", _params(temprature=1.0), "bad_sampling", "temprature.*temperature"),
     BadRow("stop id beyond the model", _params(stop_token_ids=[97]), "bad_sampling", "stop_token_ids names 97"),
+    BadRow(
+        "a bias beyond the model",
+        _params(logit_bias={"97": 1}),
+        "bad_sampling",
+        "logit_bias names 97.*end at 96",
+    ),
+    BadRow("a bias too large", _params(logit_bias={"7": 1000}), "bad_sampling", r"logit_bias: gives token 7 1000; write"),
+    BadRow("a bad word beyond the model", _params(bad_words=[[3, 97]]), "bad_sampling", "bad_words names 97"),
+    BadRow("bad words of numbers", _params(bad_words=[7]), "bad_sampling", "bad_words: holds 7; write texts, or lists"),
+    BadRow(
+        "no repetition at all", _params(repetition_penalty=0), "bad_sampling", "repetition_penalty: got the number 0; accepts"
+    ),
+    BadRow("more than the most tokens", _params(min_tokens=500), "bad_sampling", "params: min_tokens is 500, but"),
     BadRow("too many logprobs", _params(logprobs=98), "bad_sampling", "98"),
     BadRow("settings in a list", _row(prompt="a", sampling_params=[1]), "bad_sampling", "must be an object.*not list"),
 ]

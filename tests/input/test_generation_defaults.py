@@ -25,8 +25,10 @@ def test_the_job_wins_over_the_model_over_the_default(tmp_path: Path) -> None:
     assert (effective.temperature, effective.top_p, effective.top_k) == (0.6, 1.0, None)
     sources = {setting.key: setting.source for setting in settings}
     assert (sources["temperature"], sources["top_p"], sources["top_k"]) == ("generation_config.json", "job", "default")
-    write(tmp_path, "generation_config.json", temperature=0.6, do_sample=False)
-    assert effective_generation(job, tmp_path)[0].temperature == 1.0
+    write(tmp_path, "generation_config.json", temperature=0.6, do_sample=False, repetition_penalty=1.1)
+    effective, settings = effective_generation(job, tmp_path)
+    assert (effective.temperature, effective.repetition_penalty) == (1.0, 1.1)
+    assert describe_ignored(tmp_path, job_with(temperature=0.0), settings) == ()
 
 
 def job_with(**generation: Any) -> Job:
@@ -45,9 +47,12 @@ def test_what_is_not_honoured_is_told_with_its_value(tmp_path: Path) -> None:
     neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1, "num_beams": 1, "bad_words_ids": None}
     write(tmp_path, "generation_config.json", **sampled, **ids, **neutral, suppress_tokens=[])
     assert ignored(tmp_path) == ""
-    write(tmp_path, "generation_config.json", **sampled, repetition_penalty=1.05, no_repeat_ngram_size=3, new_penalty=0.2)
-    says = "generation_config.json also says repetition_penalty: 1.05, no_repeat_ngram_size: 3, new_penalty: 0.2, which is not"
-    assert ignored(tmp_path).startswith(says)
+    write(tmp_path, "generation_config.json", **sampled, repetition_penalty=1.05, no_repeat_ngram_size=3, min_new_tokens=2)
+    says = "generation_config.json also says no_repeat_ngram_size: 3, min_new_tokens: 2, which is not used here"
+    assert ignored(tmp_path) == says
+    assert "min_new_tokens" not in ignored(tmp_path, min_tokens=0)
+    write(tmp_path, "generation_config.json", repetition_penalty=0.0)
+    assert "repetition_penalty: 0.0, which is not used here" in ignored(tmp_path)
 
 
 def test_what_the_job_decides_itself_is_not_told(tmp_path: Path) -> None:

@@ -202,6 +202,13 @@ def test_text_ends_in_front_of_the_stop_string(text: str, stop_reason: str | int
     assert cut_at_stop(text, stop_reason) == expected
 
 
+def test_a_stop_string_that_ended_nothing_stays_in_the_text():
+    assert cut_at_stop("a\n\nb\n\nc", "\n\n", behind=3) == "a\n\nb"
+    # The first so many characters may hold a part of it.
+    assert cut_at_stop("a\n\nb", "\n\n", behind=2) == "a"
+    assert cut_at_stop("a\n\nb", "\n\n", behind=3) == "a\n\nb"
+
+
 def test_the_stop_token_is_not_decoded() -> None:
     assert text_token_ids(completion(0, 0, [5, 6, 2], stop_reason=2)).tolist() == [5, 6]
     assert text_token_ids(completion(0, 0, [5, 6, 2], stop_reason="x")).tolist() == [5, 6, 2]

@@ -142,3 +142,15 @@ def test_ids_of_other_parameters_do_not_stop():
     assert checked.suspects(np.array([3, 4, 9], np.int32)).tolist() == [0, 2]
     outputs = [np.array([token], np.int32) for token in (3, 9, 3, 9)]
     assert checked.check([0, 0, 1, 1], outputs) == [3, 9, None, None]
+
+
+def test_what_the_least_tokens_complete_ends_nothing_then_or_later():
+    tokenizer = TOKENIZERS["byte-level"]
+    tokens = np.array(tokenizer.encode_batch(["abxabxxab"], False)[0], np.int32)
+    for least, found in ((0, 2), (1, 2), (2, 5), (4, 5), (5, 9), (9, None)):
+        checked = rules(tokenizer, SamplingParams(stop=("ab", "zz"), min_tokens=least))
+        assert first_stop(checked, tokens.tolist()) == found
+    # A later token that may end one string is not taken for the end of an early one.
+    for least, found in ((2, 5), (5, 7), (7, 9)):
+        checked = rules(tokenizer, SamplingParams(stop=("ab", "bxx"), min_tokens=least))
+        assert first_stop(checked, tokens.tolist()) == found

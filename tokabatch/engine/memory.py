@@ -21,6 +21,8 @@ from tokabatch.model.sampling.slot_table import SlotTable
 
 RESERVED_BYTES = 2 << 30
 """Attention's scratch, captured graphs, the pinned copies of a few steps, and what other libraries take."""
+PENALTY_BYTES = 1 << 30
+"""Scratch of the penalties (`model.sampling.penalties`)."""
 CAPTURED_SHARE = 3 / 4
 """What a captured step may have more tokens than samples may run: the prompts that take the places of finished samples come in
 batches."""
@@ -35,9 +37,9 @@ def captured_tokens(sizes: ReplicaSizes) -> int:
     return min(sizes.max_step_tokens, sizes.max_running + beside)
 
 
-def fitting_pages(decoder: Decoder, sizes: ReplicaSizes, page_bytes: int) -> int:
+def fitting_pages(decoder: Decoder, sizes: ReplicaSizes, page_bytes: int, *, penalised: bool = False) -> int:
     """Pages that the device holds beside the weights, which are loaded, and a largest step. Raises JobError where it does not
-    even hold that step."""
+    even hold that step. `penalised`: as in `Worker`."""
     device = decoder.device
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
@@ -50,13 +52,18 @@ def fitting_pages(decoder: Decoder, sizes: ReplicaSizes, page_bytes: int) -> int
         # Hidden states, queries, attention and its partial states.
         numbers = decoder.spec.hidden_size + (2 + ENOUGH_PLANES) * decoder.num_heads * decoder.spec.head_dim
         needed += captured_tokens(sizes) * (numbers * decoder.dtype.itemsize + ENOUGH_PLANES * decoder.num_heads * 4)
-        needed += _peak(device, lambda: _draws(decoder, samples))
+        draws = _peak(device, lambda: _draws(decoder, samples))
+        # Penalised rows are drawn outside the captured steps' memory.
+        needed += 2 * draws + PENALTY_BYTES if penalised else draws
     except torch.OutOfMemoryError as error:
         raise JobError(
             f"a step of {tokens:,} tokens and {samples:,} samples does not fit the device beside the weights "
             f"({str(error).splitlines()[0]}); write a smaller engine.max_step_tokens and engine.max_running"
         ) from error
     free, total = torch.cuda.mem_get_info(device)
+    if penalised:
+        needed += 4 * samples * sizes.max_pages_per_sequence
+        page_bytes += 4 * sizes.page_size
     return max(0, int(free - needed - RESERVED_BYTES - SLACK * total)) // page_bytes
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from tokabatch.arrays import Int32
 from tokabatch.engine.sizing import ReplicaSizes
-from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, SlotInit, StepBatch
+from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, SlotInit, SlotPenalties, StepBatch
 
 MAX_PROMPT = 1024
 """Tokens of the longest prompt: enough for the kernels that take long runs only."""
@@ -43,17 +43,21 @@ def warm_up_steps(sizes: ReplicaSizes, draws: Sequence[SamplingParams]) -> Itera
 def kinds_of_drawing(sampling: Sequence[SamplingParams]) -> tuple[SamplingParams, ...]:
     """One of each kind that the sampler has a kernel for, and what a step with all of them asks for."""
     kinds = {_kind(params): params for params in sampling}
-    random, filtered, logprobs = (max(values) for values in zip(*kinds, strict=True)) if kinds else (False, False, -1)
+    found = zip(*kinds, strict=True) if kinds else ((False,), (False,), (-1,), (False,))
+    random, filtered, logprobs, penalised = (max(values) for values in found)
     everything = SamplingParams(
-        temperature=1.0 if random else 0.0, top_p=0.9 if filtered else 1.0, logprobs=None if logprobs < 0 else logprobs
+        temperature=1.0 if random else 0.0,
+        top_p=0.9 if filtered else 1.0,
+        logprobs=None if logprobs < 0 else logprobs,
+        repetition_penalty=1.1 if penalised else 1.0,
     )
     return tuple({**kinds, _kind(everything): everything}.values())
 
 
-def _kind(params: SamplingParams) -> tuple[bool, bool, int]:
+def _kind(params: SamplingParams) -> tuple[bool, bool, int, bool]:
     random = params.temperature > 0
     filtered = random and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)
-    return random, filtered, -1 if params.logprobs is None else params.logprobs
+    return random, filtered, -1 if params.logprobs is None else params.logprobs, params.penalised
 
 
 def _step(
@@ -69,6 +73,10 @@ def _step(
     none = np.zeros(0, np.int32)
     slots, start, length = runs
     zero, one = np.zeros(len(slots), np.int32), np.ones(len(slots), np.float32)
+    # All penalties, and one rule a slot that looks at one token.
+    rules = np.zeros((len(slots), 4), np.int32)
+    each = np.ones(len(slots))
+    penalties = SlotPenalties(slots, zero, each, each, each, num_rules=zero + np.int32(1), rules=rules)
     inits = SlotInit(
         slot=slots,
         row=zero.astype(np.int64),
@@ -79,6 +87,7 @@ def _step(
         top_k=zero + np.int32(params.top_k),
         min_p=one * np.float32(params.min_p),
         logprobs=zero + np.int32(-1 if params.logprobs is None else params.logprobs),
+        penalties=penalties if params.penalised else None,
     )
     return StepBatch(
         index=index,

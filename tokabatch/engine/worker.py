@@ -25,6 +25,7 @@ from tokabatch.engine.sizing import ReplicaSizes, kv_shape, settle_pages
 from tokabatch.engine.warm_up import warm_up_steps
 from tokabatch.model.decoder import Decoder, KVPages
 from tokabatch.model.files import ModelFile, refuse_changed
+from tokabatch.model.sampling.penalties import Penalties
 from tokabatch.model.sampling.sampler import Sampled, sample
 from tokabatch.model.sampling.slot_table import SlotTable, packed
 from tokabatch.model.spec import ModelSpec
@@ -68,7 +69,8 @@ class WorkerSpec:
 class Worker:
     """One replica's model side. Steps run in the order given."""
 
-    def __init__(self, decoder: Decoder, backend: AttentionBackend, sizes: ReplicaSizes) -> None:
+    def __init__(self, decoder: Decoder, backend: AttentionBackend, sizes: ReplicaSizes, *, penalised: bool = False) -> None:
+        """`penalised`: some samples will be (`SamplingParams.penalised`)."""
         num_slots = sizes.max_running
         self.sizes = sizes
         """As decided in the end: what the scheduler may use."""
@@ -79,22 +81,27 @@ class Worker:
         # One place more than slots: what fills up a captured step reads and writes there.
         self._last_token = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)
         self._slots = SlotTable(num_slots + 1, self._device)
+        self._penalties: Penalties | None = None
+        if penalised:
+            pages = sizes.max_pages_per_sequence, sizes.num_pages, sizes.page_size
+            self._penalties = Penalties(num_slots, *pages, decoder.spec.vocab_size, self._device)
         self._captured: CapturedSteps | None = None
 
     @classmethod
     def build(cls, spec: WorkerSpec) -> Worker:
         """Load the weights, settle and allocate the cache, and on a GPU warm up. Raises ModelError, also for a file that is not
         the one that the run began with, and JobError where the longest sample does not fit beside what a step needs."""
-        sizes, device = spec.sizes, torch.device(spec.device)
+        sizes, device, penalised = spec.sizes, torch.device(spec.device), any(params.penalised for params in spec.draws)
         refuse_changed(spec.files)
         decoder = load_decoder(spec.folder, spec.spec, spec.dtype, device, fp8=spec.fp8)
         # Once more: they may have been replaced while they were read.
         refuse_changed(spec.files)
         if device.type == "cuda":
             one_page = kv_shape(spec.spec, sizes.page_size, 1, 1, 1).bytes_per_page(spec.kv_dtype or spec.dtype)
-            sizes = settle_pages(sizes, fitting_pages(decoder, sizes, one_page))
+            sizes = settle_pages(sizes, fitting_pages(decoder, sizes, one_page, penalised=penalised))
         shape = kv_shape(spec.spec, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_pages_per_sequence)
-        worker = cls(decoder, create_backend(spec.backend, shape, spec.dtype, device, spec.kv_dtype), sizes)
+        backend = create_backend(spec.backend, shape, spec.dtype, device, spec.kv_dtype)
+        worker = cls(decoder, backend, sizes, penalised=penalised)
         if device.type == "cuda":
             worker.warm_up(spec.draws)
         return worker
@@ -120,6 +127,10 @@ class Worker:
         outbox, opened = Outbox(self._device), packed(step.inits)
         self._slots.note(*opened)
         slot_A, words_AW = (outbox.add(values) for values in opened)
+        if self._penalties is not None:
+            self._penalties.follow(step, self._last_token, outbox)
+        else:
+            assert step.inits.penalties is None, "the worker was built for samples without penalties (WorkerSpec.draws)"
         compute = self._by_kernels(step, outbox) if self._captured is None else self._by_graphs(self._captured, step, outbox)
         outbox.send()
         self._slots.store(slot_A.tensor, words_AW.tensor)
@@ -134,17 +145,24 @@ class Worker:
     def _by_kernels(self, step: StepBatch, outbox: Outbox) -> Callable[[], Sampled]:
         """Kernel by kernel; what is returned computes the step once the outbox is sent."""
         hidden = self._hidden(step, outbox)
+        draw = self._draw(step, outbox)
+        return lambda: draw(hidden())
+
+    def _draw(self, step: StepBatch, outbox: Outbox) -> Callable[[torch.Tensor], Sampled]:
+        """The head kernel by kernel: what is returned draws from hidden_SE once the outbox is sent."""
         slots, positions = _sampled(step)
         slot, position = outbox.add(slots), outbox.add(positions)
+        penalised = None if self._penalties is None else self._penalties.rows(slots, positions, outbox)
 
-        def compute() -> Sampled:
-            logits_SV = self._decoder.logits(hidden())
-            return sample(logits_SV, self._slots.inputs(slots, slot.tensor, position.tensor), self._last_token)
+        def compute(hidden_SE: torch.Tensor) -> Sampled:
+            inputs = self._slots.inputs(slots, slot.tensor, position.tensor)
+            return sample(self._decoder.logits(hidden_SE), inputs, self._last_token, penalised)
 
         return compute
 
     def _by_graphs(self, captured: CapturedSteps, step: StepBatch, outbox: Outbox) -> Callable[[], Sampled]:
-        """The same by captured graphs; the layers of a step that is too large for one kernel by kernel."""
+        """The same by captured graphs; kernel by kernel the layers of a step that is too large for one, and the head of a step
+        with penalised rows."""
         body = captured.body.fit(step)
         rows = np.flatnonzero(step.run_samples)
         if body is None:
@@ -154,14 +172,22 @@ class Worker:
             hidden, words = None, outbox.add(body.words)
             captured.backend.update_cache(step, outbox)
             rows = (np.cumsum(step.run_length) - 1)[rows]
-        head = captured.head.fit(rows.astype(np.int32), *_sampled(step)) if len(rows) else None
-        head_words = None if head is None else outbox.add(head.words)
+        slots, positions = _sampled(step)
+        if self._penalties is not None and self._penalties.any_in(slots):
+            draw, row = self._draw(step, outbox), outbox.add(rows)
+            head = head_words = None
+        else:
+            draw = row = None
+            head = captured.head.fit(rows.astype(np.int32), slots, positions) if len(rows) else None
+            head_words = None if head is None else outbox.add(head.words)
 
         def compute() -> Sampled:
             if hidden is not None:
                 captured.body.hidden_TE[: len(rows)].copy_(hidden())
             elif body is not None and words is not None:
                 captured.body.run(body, words.tensor)
+            if draw is not None and row is not None:
+                return draw(captured.body.hidden_TE.index_select(0, row.tensor))
             if head is None or head_words is None:
                 return Sampled(torch.empty(3, 0, dtype=torch.int32, device=self._device))
             return Sampled(captured.head.run(head, head_words.tensor))

@@ -22,6 +22,7 @@ from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.job import GenerationConfig, Job, verifier_path
 
 WEIGHTS, WEIGHT_INDEX = ".safetensors", ".safetensors.index.json"
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "logit_bias", "bad_words")
 _SHOWN = 60
 
 
@@ -49,13 +50,14 @@ def describe(
     filled in; `files` is what each of the model's and the tokenizer's files holds, the weights perhaps not yet there."""
     settings = dict(files)
     prompt = job.prompt.model_dump(mode="json")
-    # Runs that know nothing of these keys go on without them.
+    # Runs that know nothing of these keys, or of penalties, go on without them.
     prompt = {name: value for name, value in prompt.items() if value or not name.startswith("chat_template")}
     if file := chat_template_file(job.prompt):
         prompt["chat_template"] = _mark(file.read_bytes())
     if few_shot := job.prompt.few_shot:
         prompt["few_shot"] = _mark(render_few_shot(few_shot.path, few_shot.k, few_shot.template).encode())
-    drawn = generation.model_dump(mode="json", exclude={"n"}) | {"end tokens": eos_token_ids}
+    neutral = {name for name in PENALTIES if getattr(generation, name) == GenerationConfig.model_fields[name].default}
+    drawn = generation.model_dump(mode="json", exclude={"n", *neutral}) | {"end tokens": eos_token_ids}
     sections: dict[str, Mapping[str, Any]] = {
         "model": {"dtype": dtype, "quantization": job.model.quantization},
         "engine": {"kv_cache_dtype": job.engine.kv_cache_dtype},

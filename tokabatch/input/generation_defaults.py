@@ -39,7 +39,9 @@ NEUTRAL: Mapping[str, Any] = {
     "renormalize_logits": False,
 }
 """What these say where they say nothing."""
-HONOURED = frozenset(("temperature", "top_p", "top_k", "min_p", "do_sample", "eos_token_id"))
+HONOURED = frozenset(("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample", "eos_token_id"))
+GREEDY_TOO = frozenset(("repetition_penalty",))
+"""Those that also change what a greedy model says."""
 WITHOUT_EFFECT = frozenset(
     (
         *("bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "_from_model_config"),
@@ -51,7 +53,16 @@ WITHOUT_EFFECT = frozenset(
     )
 )
 """Keys that do not decide which tokens are drawn."""
-OWN_KEYS = {"max_new_tokens": "max_tokens", "max_length": "max_tokens", "num_return_sequences": "n", "stop_strings": "stop"}
+OWN_KEYS = {
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "num_return_sequences": "n",
+    "stop_strings": "stop",
+    "bad_words_ids": "bad_words",
+    "sequence_bias": "logit_bias",
+    **{name: name for name in ("presence_penalty", "frequency_penalty", "min_tokens", "logit_bias", "bad_words")},
+}
 """Keys that a key of the job's section `generation` overrides."""
 
 
@@ -76,10 +87,12 @@ class EndTokens:
 def effective_generation(job: Job, folder: Path) -> tuple[GenerationConfig, tuple[Setting, ...]]:
     """The job's generation with the model's defaults where the job says nothing, and where each value came from.
 
-    Defaults of a model whose file says `do_sample: false` describe no sampling and are left out.
+    Of a model whose file says `do_sample: false` the defaults of sampling are left out: they would not be used there, either.
     """
     defaults = _read(folder / GENERATION_CONFIG)
-    return job.generation.with_model_defaults({} if defaults.get("do_sample") is False else defaults)
+    if defaults.get("do_sample") is False:
+        defaults = {name: defaults[name] for name in GREEDY_TOO if name in defaults}
+    return job.generation.with_model_defaults(defaults)
 
 
 def describe_ignored(folder: Path, job: Job, settings: Sequence[Setting]) -> tuple[str, ...]:
@@ -137,7 +150,9 @@ def _refused(key: str, defaults: Mapping[str, Any], taken: Collection[str]) -> b
     with it."""
     if key == "eos_token_id":
         return not _ids(defaults[key])
-    return key in GenerationConfig.model_fields and key not in taken and defaults.get("do_sample") is not False
+    if key not in GenerationConfig.model_fields or key in taken:
+        return False
+    return key in GREEDY_TOO or defaults.get("do_sample") is not False
 
 
 def _shortened(value: Any) -> str:

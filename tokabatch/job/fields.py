@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -24,6 +25,7 @@ DECIDED_KWARGS = frozenset(
     )
 )
 """What a chat template or its renderer is given by name from elsewhere."""
+MAX_BIAS = 100
 MOST_SAMPLES = 1_000_000
 """Of one row. A run keeps a flag for each sample of its rows, and the sample numbers of each open prompt."""
 
@@ -53,6 +55,40 @@ def _texts(value: Any) -> Any:
 
 def _token_ids(value: Any) -> Any:
     return (value,) if isinstance(value, int) and not isinstance(value, bool) else _tuple(value)
+
+
+def _logit_bias(value: Any) -> Any:
+    # A Parquet map arrives as pairs, and the keys of YAML and JSON are text; structs fill up with nulls.
+    pairs = dict(value) if isinstance(value, list) and all(isinstance(each, tuple) for each in value) else value  # pyright: ignore
+    if not isinstance(pairs, Mapping):
+        return value
+    biases: dict[Any, float] = {}
+    for key, bias in cast("Mapping[Any, Any]", pairs).items():
+        token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        if not _is_token(token):
+            raise ValueError(f"names {key!r}, which is no token id; write whole numbers >= 0, such as {{128009: -100}}")
+        if bias is not None:
+            if isinstance(bias, bool) or not isinstance(bias, int | float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise ValueError(
+                    f"gives token {token} {bias!r}; write a number from -{MAX_BIAS} to {MAX_BIAS} (bad_words rules a token out)"
+                )
+            biases[token] = float(bias)
+    return biases
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INT32
+
+
+def _bad_words(value: Any) -> Any:
+    if not isinstance(value, str | list | tuple):
+        return value
+    words = cast("Sequence[Any]", [value] if isinstance(value, str) else value)
+    for word in words:
+        ids = cast("Sequence[Any]", word if isinstance(word, list | tuple) else ())
+        if not (ids and all(map(_is_token, ids))) and not (isinstance(word, str) and word):
+            raise ValueError(f'holds {word!r}; write texts, or lists of token ids >= 0, such as ["sorry", [128009]]')
+    return tuple(word if isinstance(word, str) else tuple(word) for word in words)
 
 
 def _template_kwargs(value: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +173,21 @@ Seed = Annotated[int, Field(ge=0, le=MAX_INT64), Accepts("a whole number from 0 
 Temperature = Annotated[_Finite, Field(ge=0), Accepts("a finite number >= 0 (0 is greedy)", "0.7")]
 TopP = Annotated[_Finite, Field(gt=0, le=1), Accepts("a number above 0 and at most 1", "0.95")]
 MinP = Annotated[_Finite, Field(ge=0, lt=1), Accepts("a number from 0 to below 1", "0.05")]
+Repetition = Annotated[
+    _Finite, Field(gt=0, le=100), Accepts("a number above 0 and at most 100 (1 is off, more avoids repetition)", "1.1")
+]
+Penalty = Annotated[_Finite, Field(ge=-2, le=2), Accepts("a number from -2 to 2 (0 is off)", "0.5")]
+LeastTokens = Annotated[int, Field(ge=0, le=MAX_INT32), Accepts("a whole number >= 0", "10")]
+LogitBias = Annotated[
+    dict[int, float],
+    BeforeValidator(_logit_bias),
+    Accepts(f"a mapping of token ids to numbers from -{MAX_BIAS} to {MAX_BIAS}", "{128009: -100}"),
+]
+BadWords = Annotated[
+    tuple[_Text | tuple[int, ...], ...],
+    BeforeValidator(_bad_words),
+    Accepts("a text, or a list of texts and of lists of token ids", '["sorry", [128009]]'),
+]
 Fraction = Annotated[_Finite, Field(ge=0, le=1), Accepts("a number from 0 to 1", "0.01")]
 Seconds = Annotated[_Finite, Field(gt=0), Accepts("a number of seconds above 0", "30")]
 

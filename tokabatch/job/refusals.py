@@ -51,7 +51,7 @@ def row_message(model: type[BaseModel], error: ValidationError, values: Mapping[
     parts: list[str] = []
     for refusal in refusals_of(model, error, values):
         hint = f"; did you mean `{refusal.suggestion}`?" if refusal.suggestion else ""
-        parts.append(f"sampling_params.{refusal.key}: {refusal.message}{hint}")
+        parts.append(f"sampling_params{'.' if refusal.key else ''}{refusal.key}: {refusal.message}{hint}")
     return "; ".join(parts)
 
 

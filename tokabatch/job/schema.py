@@ -26,7 +26,7 @@ from tokabatch.scheduling.contracts import SamplingParams
 _VERIFIERS = Path(__file__).parent.parent / "scoring" / "verifiers"
 _PYTHON = ".py"
 # What a generation_config.json may decide where the job says nothing.
-_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
+_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class _Section(BaseModel):
@@ -138,6 +138,26 @@ class GenerationConfig(_Section):
     logprobs: fields.OptionalLogprobs = Field(
         default=None, description="Report log probabilities: 0 the chosen token's, k also the k most likely ones'."
     )
+    repetition_penalty: fields.Repetition = Field(
+        default=1.0, description="Divide the logits of tokens that stand in prompt or output already (negative ones: multiply)."
+    )
+    presence_penalty: fields.Penalty = Field(default=0.0, description="Subtract this from the logits of tokens in the output.")
+    frequency_penalty: fields.Penalty = Field(
+        default=0.0, description="Subtract this from a token's logit for each time that it stands in the output."
+    )
+    min_tokens: fields.LeastTokens = Field(default=0, description="Tokens that a sample has at least before anything ends it.")
+    logit_bias: fields.LogitBias = Field(default={}, description="What is added to the logits of tokens, by token id.")
+    bad_words: fields.BadWords = Field(
+        default=(), description="What no sample may contain: texts, alone or behind a space, or lists of token ids."
+    )
+
+    @model_validator(mode="after")
+    def _least_below_most(self) -> GenerationConfig:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}, but max_tokens is {self.max_tokens}; lower min_tokens or raise max_tokens"
+            )
+        return self
 
     @cached_property
     def param_values(self) -> dict[str, Any]:
@@ -145,15 +165,16 @@ class GenerationConfig(_Section):
         return _as_params(self, _SETTINGS)
 
     def params(self) -> SamplingParams:
-        """The same as the currency of the later stages."""
+        """The same as the currency of the later stages; `bad_words` holds token ids alone."""
         return SamplingParams(**self.param_values)
 
     def row_params(self, struct: Mapping[str, Any]) -> SamplingParams | RowError:
         """These settings under one row's own; a null in the row takes the job's value, as Parquet structs fill up with
         nulls. Code `bad_sampling` where the row names an unknown setting or a value that is not accepted."""
         given = {name: value for name, value in struct.items() if value is not None}
+        bounds = {"min_tokens": self.min_tokens, "max_tokens": self.max_tokens}
         try:
-            own = GenerationConfig.model_validate(given)
+            own = GenerationConfig.model_validate(given if bounds.keys().isdisjoint(given) else bounds | given)
         except ValidationError as error:
             merged = {name: getattr(self, name) for name in _SETTINGS} | given
             return RowError("bad_sampling", row_message(GenerationConfig, error, merged))
@@ -161,7 +182,8 @@ class GenerationConfig(_Section):
 
     def with_model_defaults(self, defaults: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[Setting, ...]]:
         """Fills what the job does not say from a model's generation_config.json, and tells where each value came from.
-        Only temperature, top_p, top_k and min_p are taken; a value that this job would refuse is left out."""
+        Only temperature, top_p, top_k, min_p and repetition_penalty are taken; a value that this job would refuse is left
+        out."""
         taken: dict[str, Any] = {}
         for name in _MODEL_DEFAULTS:
             if name in self.model_fields_set or defaults.get(name) is None:
@@ -188,6 +210,9 @@ def _as_params(settings: GenerationConfig, names: Iterable[str]) -> dict[str, An
     values = {name: getattr(settings, name) for name in names}
     if "top_k" in values:
         values["top_k"] = values["top_k"] or 0
+    if "logit_bias" in values:
+        values["logit_bias"] = tuple(sorted(settings.logit_bias.items()))
+    assert not any(isinstance(word, str) for word in values.get("bad_words", ())), "texts are encoded first"
     return values
 
 

@@ -112,9 +112,13 @@ def text_token_ids(completion: Completion) -> Int32:
     return ids
 
 
-def cut_at_stop(text: str, stop_reason: str | int | None) -> str:
-    """The text in front of the stop string that ended the sample; all of it where none did."""
-    return text.partition(stop_reason)[0] if isinstance(stop_reason, str) and stop_reason else text
+def cut_at_stop(text: str, stop_reason: str | int | None, behind: int = 0) -> str:
+    """The text in front of the stop string that ended the sample, the first that ends after `behind` characters; all of it
+    where none did."""
+    if not isinstance(stop_reason, str) or not stop_reason:
+        return text
+    found = text.find(stop_reason, max(0, behind - len(stop_reason) + 1))
+    return text if found < 0 else text[:found]
 
 
 def sample_keys(completions: Sequence[Completion], failures: Sequence[FailedRow]) -> tuple[Int64, Int32]:

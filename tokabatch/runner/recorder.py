@@ -257,7 +257,13 @@ class Recorder:
 
     def _texts(self, completions: Sequence[Completion]) -> list[str]:
         texts = self._tokenizer.decode_batch([text_token_ids(completion) for completion in completions])
-        return [cut_at_stop(text, c.stop_reason) for text, c in zip(texts, completions, strict=True)]
+        least = [self._store.sampling[self._store.params[completion.row_index]].min_tokens for completion in completions]
+        if not any(least):
+            return [cut_at_stop(text, c.stop_reason) for text, c in zip(texts, completions, strict=True)]
+        # What the first `min_tokens` tokens say ended nothing.
+        passed = self._tokenizer.decode_batch([c.token_ids[:count] for c, count in zip(completions, least, strict=True)])
+        cut = zip(texts, completions, passed, strict=True)
+        return [cut_at_stop(text, completion.stop_reason, len(before)) for text, completion, before in cut]
 
     def _judge(self, completions: Sequence[Completion], texts: Sequence[str], columns: pa.Table) -> _Verdicts:
         """None for a sample that cannot be judged. Whatever a verifier raises concerns one sample alone."""

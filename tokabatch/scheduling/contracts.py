@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from tokabatch.arrays import Bool, Float32, Int32, Int64
+from tokabatch.arrays import Bool, Float32, Float64, Int32, Int64
 
 FinishReason = Literal["stop", "length"]
 
@@ -35,6 +35,20 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int = 0
     logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, each with what is added to its logit."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of token ids that no sample may contain."""
+
+    @property
+    def penalised(self) -> bool:
+        """Whether logits are changed before a token is drawn from them."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalties or self.min_tokens > 0 or bool(self.logit_bias) or bool(self.bad_words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +148,26 @@ class SlotInit:
     min_p: Float32
     logprobs: Int32
     """-1 where none are wanted, else how many alternatives besides the chosen token."""
+    penalties: SlotPenalties | None = None
+    """Of those slots among them whose logits are changed before a token is drawn; None where there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPenalties:
+    """How the logits of N slots are changed, one entry a slot; the rules stand slot after slot, `num_rules` of each.
+
+    A rule is a row of 3 + M words of `rules`: a token, the bits of the float32 that is added to its logit, and the number of
+    output tokens before which that happens; then the M tokens that the context has to end with, the last one at the end, -1 in
+    front of shorter sequences.
+    """
+
+    slot: Int32
+    prompt_length: Int32
+    repetition: Float64
+    presence: Float64
+    frequency: Float64
+    num_rules: Int32
+    rules: Int32
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ class Scheduler:
         self._lengths = LengthEstimates(self.work, self.kv.slots, self.counts, lengths)
         self._policy = policy(self.work, self.kv, self._lengths)
         self._admission = Admission(self.work, self.kv, self._lengths, self._policy)
-        self._builder = StepBuilder(self.work, self.kv, limits.grouping)
+        self._builder = StepBuilder(self.work, self.kv, limits.grouping, self._stops)
         self._in_flight: deque[_InFlight] = deque()
         self._quarantine = Quarantine()
 

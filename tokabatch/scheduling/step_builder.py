@@ -11,6 +11,8 @@ from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, SlotInit
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits, PromptRuns, find_groups
 from tokabatch.scheduling.kv.manager import KVCacheManager, Runs
 from tokabatch.scheduling.kv.slots import Slots
+from tokabatch.scheduling.penalties import PenaltyTable
+from tokabatch.scheduling.stopping import StopTable
 from tokabatch.scheduling.work import Work
 
 _NONE = np.zeros(0, np.int32)
@@ -31,17 +33,20 @@ class SamplingTable:
 class StepBuilder:
     """Turns what has been decided, and what has changed in the cache, into a `StepBatch`."""
 
-    def __init__(self, work: Work, kv: KVCacheManager, grouping: GroupingLimits | None) -> None:
+    def __init__(self, work: Work, kv: KVCacheManager, grouping: GroupingLimits | None, stops: StopTable) -> None:
         self._work = work
         self._kv = kv
         self._grouping = grouping
+        self._stops = stops
         self._table = SamplingTable(work.sampling)
+        self._penalties = PenaltyTable(work.sampling, stops.ids)
 
     def build(self, index: int, prefill: Runs, decoding: Int64) -> StepBatch:
         """The step that computes `prefill`, in plan order, and one token of each decoding slot."""
         work, slots = self._work, self._kv.slots
         if len(self._table.seed) < len(work.sampling):
             self._table = SamplingTable(work.sampling)
+            self._penalties = PenaltyTable(work.sampling, self._stops.ids)
         changes = self._kv.take_changes()
         run_slot = np.concatenate((prefill.slots, decoding))
         start = slots.computed[run_slot]
@@ -54,7 +59,7 @@ class StepBuilder:
             levels += found
         return StepBatch(
             index=index,
-            inits=_slot_inits(slots, work, self._table, changes.opened),
+            inits=self._slot_inits(changes.opened),
             table_slot=changes.cells.slot.astype(np.int32),
             table_column=changes.cells.column,
             table_page=changes.cells.page,
@@ -69,6 +74,22 @@ class StepBuilder:
             run_skip=skip,
             token_ids=_host_tokens(slots, work, prefill.slots, prefill.tokens),
             prefix_levels=tuple(levels),
+        )
+
+    def _slot_inits(self, slots: Int64) -> SlotInit:
+        seq, work, table = self._kv.slots, self._work, self._table
+        params = seq.params[slots]
+        return SlotInit(
+            slot=slots.astype(np.int32),
+            row=work.row_index[seq.request[slots]],
+            sample=seq.sample[slots],
+            seed=table.seed[params],
+            temperature=table.temperature[params],
+            top_p=table.top_p[params],
+            top_k=table.top_k[params],
+            min_p=table.min_p[params],
+            logprobs=work.logprobs[params],
+            penalties=self._penalties.of(slots, params, seq.prompt_length[slots]),
         )
 
     def _groups(self, run_slot: Int64, start: Int32, token: Int32) -> tuple[list[PrefixLevel], Int32]:
@@ -93,21 +114,6 @@ class StepBuilder:
         )
         levels, covered = find_groups(prompts, limits)
         return levels, np.repeat(covered, counts)
-
-
-def _slot_inits(seq: Slots, work: Work, table: SamplingTable, slots: Int64) -> SlotInit:
-    params = seq.params[slots]
-    return SlotInit(
-        slot=slots.astype(np.int32),
-        row=work.row_index[seq.request[slots]],
-        sample=seq.sample[slots],
-        seed=table.seed[params],
-        temperature=table.temperature[params],
-        top_p=table.top_p[params],
-        top_k=table.top_k[params],
-        min_p=table.min_p[params],
-        logprobs=work.logprobs[params],
-    )
 
 
 def _host_tokens(seq: Slots, work: Work, slots: Int64, takes: Int32) -> Int32:

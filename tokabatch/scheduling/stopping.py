@@ -6,6 +6,7 @@ singly. The tokenizer stays with the caller, which brings `decode` and the text 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,9 +61,14 @@ class StopStrings:
             return True
         return any(_windows(piece, length, self._tails) for length in self._tail_lengths)
 
-    def first_in(self, text: str) -> str | None:
-        """The string that begins first in `text`, the shortest of several that do."""
-        found = [(at, length) for length in self._lengths for at in _windows(text, length, self._strings)[:1]]
+    def first_in(self, text: str, behind: int = 0) -> str | None:
+        """The string that begins first in `text`, the shortest of several that do, of those that end after `behind`
+        characters."""
+        found = [
+            (at, length)
+            for length in self._lengths
+            for at in [at for at in _windows(text, length, self._strings) if at + length > behind][:1]
+        ]
         at, length = min(found, default=(0, 0))
         return text[at : at + length] or None
 
@@ -81,7 +87,9 @@ class StopRules:
             | {special[s] for s in each[2] if s in special}
             for each in {(p.stop_token_ids, p.ignore_eos, p.stop) for p in sampling}
         }
-        self._ids = [ids[p.stop_token_ids, p.ignore_eos, p.stop] for p in sampling]
+        self.ids = [ids[p.stop_token_ids, p.ignore_eos, p.stop] for p in sampling]
+        """The tokens that end a sample, of each entry."""
+        self._least = [p.min_tokens for p in sampling]
         distinct = {stop: StopStrings(s for s in stop if s not in special) for stop in {p.stop for p in sampling}}
         self._strings = [distinct[p.stop] for p in sampling]
         self._text = text
@@ -100,15 +108,22 @@ class StopRules:
         """For each sample, by its parameters and its whole output, the stop id or string that its last token completes; None to
         go on. All texts are decoded at once."""
         reasons: list[int | str | None] = [
-            int(tokens[-1]) if int(tokens[-1]) in self._ids[p] else None for p, tokens in zip(params, outputs, strict=True)
+            int(tokens[-1]) if int(tokens[-1]) in self.ids[p] else None for p, tokens in zip(params, outputs, strict=True)
         ]
-        undecided = [i for i, p in enumerate(params) if reasons[i] is None and self._strings[p]]
+        undecided = [
+            i for i, p in enumerate(params) if reasons[i] is None and self._strings[p] and len(outputs[i]) > self._least[p]
+        ]
         open_places = [i for i in undecided if self._strings[params[i]].may_end_in(self._piece(int(outputs[i][-1])))]
         if open_places:
             assert self._text is not None
-            tails = [outputs[i][self._tail_start(outputs[i], self._strings[params[i]].longest) :].tolist() for i in open_places]
-            for i, tail in zip(open_places, self._text.decode(tails), strict=True):
-                reasons[i] = self._strings[params[i]].first_in(tail)
+            starts = [self._tail_start(outputs[i], self._strings[params[i]].longest) for i in open_places]
+            tails = [outputs[i][start:].tolist() for i, start in zip(open_places, starts, strict=True)]
+            # What the first `min_tokens` tokens complete ends nothing, then or later.
+            least = [self._least[params[i]] - start for i, start in zip(open_places, starts, strict=True)]
+            passed = [tail[:count] for tail, count in zip(tails, least, strict=True) if count > 0]
+            behind = iter(self._text.decode(passed)) if passed else iter(())
+            for i, tail, count in zip(open_places, self._text.decode(tails), least, strict=True):
+                reasons[i] = self._strings[params[i]].first_in(tail, len(next(behind)) if count > 0 else 0)
         return reasons
 
     def _piece(self, token: int) -> str:
@@ -141,6 +156,11 @@ class StopTable:
         """Add the rules of parameters from entry `first` on."""
         self._first.append(first)
         self._rules.append(rules)
+
+    def ids(self, params: int) -> Collection[int]:
+        """The tokens that end a sample of these parameters."""
+        part = bisect_right(self._first, params) - 1
+        return self._rules[part].ids[params - self._first[part]]
 
     def find(self, tokens: Int32, slots: Int64, params: Int32, outputs: Outputs) -> dict[int, int | str]:
         """What ends samples that have just drawn `tokens`, by place: a stop id or string. `slots` is where their outputs are;

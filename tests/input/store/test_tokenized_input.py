@@ -208,3 +208,11 @@ def test_memory_does_not_grow_with_the_rows(write_rows: Write, ingest_job: Inges
     before = resident()
     ingest_job(path, input={"id_column": "id"})
     assert resident() - before < 24 << 20
+
+
+def test_settings_of_rows_survive_the_way_through_json(tmp_path: Path, write_rows: Write, ingest_job: Ingest) -> None:
+    settings = {"logit_bias": {"7": 2.5, "3": -1}, "bad_words": [[5, 6], "xy"], "stop": ["a"], "repetition_penalty": 1.5}
+    store = ingest_job(write_rows({"prompt": "a", "sampling_params": settings}, {"prompt": "b"}))
+    again = InputStore.restored(tmp_path / "store0", json.loads(json.dumps(store.state())))
+    assert again.sampling == store.sampling and len(again.sampling) == 2
+    assert again.sampling[0].logit_bias == ((3, -1.0), (7, 2.5)) and (5, 6) in again.sampling[0].bad_words

@@ -6,7 +6,7 @@ reads no files but the few-shot examples, and knows no schedule.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
@@ -60,9 +60,12 @@ class PromptBuilder:
         now: datetime = datetime.min,
     ) -> None:
         self._policy = config.special_tokens
-        self._generation = generation
-        self._params = generation.params()
         self._tokenizer = tokenizer
+        self._bad_words: dict[str, list[list[int]]] = {}
+        """The token ids of each text."""
+        given = {name: getattr(generation, name) for name in generation.model_fields_set}
+        self._generation = GenerationConfig.model_validate(given | {"bad_words": self._encode_words(generation.bad_words)})
+        self._params = self._generation.params()
         self._limits = limits
         self._blanking = Blanking(tokenizer.special_texts, tokenizer.special_tokens.normalized)
         self._source = PromptSource(config, tokenizer, limits.vocab_size, typed=typed, now=now)
@@ -187,15 +190,36 @@ class PromptBuilder:
             return self._params
         if not isinstance(given, Mapping):
             return RowError("bad_sampling", f"{SAMPLING_PARAMS} must be an object of settings, not {type(given).__name__}")
-        params = self._generation.row_params(cast("Mapping[str, Any]", given))
+        settings = cast("Mapping[str, Any]", given)
+        if settings.get("bad_words") is not None:
+            settings = {**settings, "bad_words": self._encode_words(settings["bad_words"])}
+        params = self._generation.row_params(settings)
         if isinstance(params, SamplingParams):
-            beyond = [token for token in params.stop_token_ids if token >= self._limits.vocab_size]
-            if beyond or (params.logprobs or 0) > self._limits.vocab_size:
-                asked = f"stop_token_ids names {beyond[0]}" if beyond else f"logprobs is {params.logprobs}"
-                return RowError("bad_sampling", f"{asked}, but the model has {self._limits.vocab_size} tokens")
+            if fault := refuse_beyond(params, self._limits.vocab_size):
+                return RowError("bad_sampling", f"{SAMPLING_PARAMS}.{fault}")
             if fault := refuse_special(params.stop, self._tokenizer.special_texts):
                 return RowError("bad_sampling", f"{SAMPLING_PARAMS}.{fault}")
         return params
+
+    def _encode_words(self, words: Any) -> Any:
+        """`bad_words` with token ids in place of texts. A text is ruled out as it stands and behind a space, where that is
+        another token and not one more, as vLLM has it. What is no text is left to be refused."""
+        if isinstance(words, str):
+            words = [words]
+        if not isinstance(words, list | tuple):
+            return words
+        encoded: list[Any] = []
+        for word in cast("Sequence[Any]", words):
+            if not isinstance(word, str) or not word:
+                encoded.append(word)
+                continue
+            if word not in self._bad_words:
+                begins = word.lstrip(" ") or word
+                alone, behind = self._tokenizer.encode_batch([begins, " " + begins], False)
+                other = behind[:1] != alone[:1] and len(behind) == len(alone)
+                self._bad_words[word] = [list(ids) for ids in ([alone, behind] if other else [alone])]
+            encoded += self._bad_words[word]
+        return encoded
 
     def _draft(self, row: Mapping[str, Any]) -> Draft | RowError:
         draft = self._source.draft(row)
@@ -206,6 +230,21 @@ class PromptBuilder:
                 f"the prompt of {len(draft.text)} characters has more than {2 * limit} tokens; the model's context is {limit}",
             )
         return draft
+
+
+def refuse_beyond(params: SamplingParams, vocab_size: int) -> str | None:
+    """Why a model of so many tokens cannot be sampled so: a setting means a token that it has not."""
+    if (params.logprobs or 0) > vocab_size:
+        return f"logprobs is {params.logprobs}, but the model has {vocab_size} tokens; write at most that many"
+    named: dict[str, Iterable[int]] = {
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": (token for token, _ in params.logit_bias),
+        "bad_words": (token for word in params.bad_words for token in word),
+    }
+    for name, tokens in named.items():
+        if (beyond := next((token for token in tokens if token >= vocab_size), None)) is not None:
+            return f"{name} names {beyond}, but the model's token ids end at {vocab_size - 1}"
+    return None
 
 
 def _overlapping(occurrences: Sequence[Occurrence], spans: Sequence[Span]) -> list[Occurrence]:

@@ -248,8 +248,11 @@ class _Spools:
 
 def _sampling_params(values: Sequence[Any]) -> SamplingParams:
     """What `_sampling_values` gave, after a way through JSON, which has lists for tuples."""
-    given: list[Any] = [tuple(cast("list[Any]", value)) if isinstance(value, list) else value for value in values]
-    return SamplingParams(*given)
+    return SamplingParams(*(_tuples(value) for value in values))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(each) for each in cast("list[Any]", value)) if isinstance(value, list) else value
 
 
 def _selected(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:

@@ -12,13 +12,14 @@ own. Nothing waits for the device. Shape legend: S rows, V vocabulary, K alterna
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 import torch
 
 from tokabatch.model.sampling.filters import draw_filtered
 from tokabatch.model.sampling.inverse_cdf import first_argmax, invert
+from tokabatch.model.sampling.penalties import PenalisedRows
 from tokabatch.model.sampling.philox import uniform
 from tokabatch.model.sampling.slot_table import SamplerInputs, SlotColumns
 
@@ -68,17 +69,46 @@ class Sampled:
         return self.packed[3 + self.num_alternatives :].view(torch.float32).T
 
 
-def sample(logits_SV: torch.Tensor, inputs: SamplerInputs, last_token: torch.Tensor | None = None) -> Sampled:
+def sample(
+    logits_SV: torch.Tensor,
+    inputs: SamplerInputs,
+    last_token: torch.Tensor | None = None,
+    penalised: PenalisedRows | None = None,
+) -> Sampled:
     """Draws a token per row. Computes in float32, in float64 for float64 logits. `logits_SV` is left as it is.
 
     `last_token` (integers, one per slot) receives the token drawn for each row's slot: the next step reads it there.
+    Rows that are `penalised` are drawn from changed logits; their logprobs are those of the unchanged ones, as everyone's.
     """
+    if penalised is not None:
+        return _sample_penalised(logits_SV, inputs, last_token, penalised)
     if logits_SV.is_cuda and logits_SV.dtype != torch.float64:
         return Sampled(import_module("tokabatch.model.sampling.triton_sampling").sample(logits_SV, inputs, last_token))
     sampled = _sample_plain(logits_SV, inputs)
     if last_token is not None:
         last_token[inputs.slot_S] = sampled.token_S.to(last_token.dtype)
     return sampled
+
+
+def _sample_penalised(
+    logits_SV: torch.Tensor, inputs: SamplerInputs, last_token: torch.Tensor | None, penalised: PenalisedRows
+) -> Sampled:
+    """The other rows first, then in blocks those whose logits are changed."""
+    num_rows, vocab_size = logits_SV.shape
+    if penalised.count < num_rows:
+        packed = sample(logits_SV, inputs, last_token).packed
+    else:
+        num_alternatives = min(max(inputs.max_logprobs, 0), vocab_size)
+        packed = torch.empty(3 + 2 * num_alternatives, num_rows, dtype=torch.int32, device=logits_SV.device)
+    for block in penalised.blocks(vocab_size):
+        plain_BV = logits_SV.index_select(0, block.row_B)
+        of_block = replace(inputs, slot_S=block.slot_B, position_S=block.position_B, max_logprobs=-1)
+        drawn = sample(block.apply(plain_BV), of_block, last_token)
+        wanted_B = inputs.table.columns(block.slot_B).logprobs
+        if plain_BV.dtype != torch.float64:
+            plain_BV = plain_BV.float()
+        packed[:, block.row_B] = _packed(plain_BV, drawn.token_S.long(), drawn.finite_S, wanted_B, inputs.max_logprobs)
+    return Sampled(packed)
 
 
 def _sample_plain(logits_SV: torch.Tensor, inputs: SamplerInputs) -> Sampled:
@@ -112,9 +142,16 @@ def _sample_block(
         drawn_S = _draw(logits_SV, inputs, columns, uniform_S)
         token_S = torch.where(columns.temperature > 0, drawn_S, token_S)
     token_S = token_S.masked_fill(~finite_S, 0)
-    logprob_S, top_ids_SK, top_logprobs_SK = _logprobs(logits_SV, token_S, columns.logprobs, inputs.max_logprobs)
+    return Sampled(_packed(logits_SV, token_S, finite_S, columns.logprobs, inputs.max_logprobs))
+
+
+def _packed(
+    logits_SV: torch.Tensor, token_S: torch.Tensor, finite_S: torch.Tensor, wanted_S: torch.Tensor, max_wanted: int
+) -> torch.Tensor:
+    """What was drawn with its logprobs under these logits, as `Sampled.packed` has it."""
+    logprob_S, top_ids_SK, top_logprobs_SK = _logprobs(logits_SV, token_S, wanted_S, max_wanted)
     scalars_3S = torch.stack((token_S.int(), finite_S.int(), logprob_S.view(torch.int32)))
-    return Sampled(torch.cat((scalars_3S, top_ids_SK.T.int(), top_logprobs_SK.view(torch.int32).T)))
+    return torch.cat((scalars_3S, top_ids_SK.T.int(), top_logprobs_SK.view(torch.int32).T))
 
 
 def _logprobs(

@@ -1,0 +1,74 @@
+"""The penalties and biases of sampling parameters, as the worker gets them when a slot opens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+
+from tokabatch.arrays import Int32, Int64
+from tokabatch.scheduling.contracts import SamplingParams, SlotPenalties
+
+ALWAYS = np.iinfo(np.int32).max
+"""Output tokens before which a rule applies that has no end."""
+BANNED = float("-inf")
+
+
+class PenaltyTable:
+    """Of all entries of `Requests.sampling`. `stop_ids(entry)` are the tokens that end a sample of those parameters."""
+
+    def __init__(self, sampling: Sequence[SamplingParams], stop_ids: Callable[[int], Collection[int]]) -> None:
+        self._sampling = sampling
+        self._stop_ids = stop_ids
+        self._penalised = np.array([params.penalised for params in sampling], np.bool_)
+        self._numbers = np.array(
+            [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in sampling], np.float64
+        )
+        self._rules: dict[int, Int32] = {}
+
+    def of(self, slots: Int64, entries: Int32, prompt_lengths: Int32) -> SlotPenalties | None:
+        """What these slots, just opened, are penalised by, or None where none of them is; arrays of one value a slot."""
+        chosen = np.flatnonzero(self._penalised[entries])
+        if not len(chosen):
+            return None
+        entries = entries[chosen]
+        repetition, presence, frequency = self._numbers[entries].T
+        rules = [self._rules_of(entry) for entry in entries.tolist()]
+        width = max(each.shape[1] for each in rules)
+        return SlotPenalties(
+            slot=slots[chosen].astype(np.int32),
+            prompt_length=prompt_lengths[chosen],
+            repetition=repetition.copy(),
+            presence=presence.copy(),
+            frequency=frequency.copy(),
+            num_rules=np.array([len(each) for each in rules], np.int32),
+            rules=np.concatenate([_widened(each, width) for each in rules]),
+        )
+
+    def _rules_of(self, entry: int) -> Int32:
+        if entry not in self._rules:
+            params = self._sampling[entry]
+            stops = sorted(self._stop_ids(entry)) if params.min_tokens else []
+            self._rules[entry] = _rules(
+                [
+                    *((token, bias, ALWAYS, ()) for token, bias in params.logit_bias),
+                    *((word[-1], BANNED, ALWAYS, word[:-1]) for word in params.bad_words),
+                    *((token, BANNED, params.min_tokens, ()) for token in stops),
+                ]
+            )
+        return self._rules[entry]
+
+
+def _rules(rules: Sequence[tuple[int, float, int, tuple[int, ...]]]) -> Int32:
+    """As `SlotPenalties.rules` has them."""
+    longest = max((len(before) for *_, before in rules), default=0)
+    words = np.full((len(rules), 3 + longest), -1, np.int32)
+    for word, (token, value, until, before) in zip(words, rules, strict=True):
+        word[:3] = token, np.float32(value).view(np.int32), until
+        word[3 + longest - len(before) :] = before
+    return words
+
+
+def _widened(rules: Int32, width: int) -> Int32:
+    missing = width - rules.shape[1]
+    return np.insert(rules, [3] * missing, -1, axis=1) if missing else rules
