@@ -23,7 +23,7 @@ from tokabatch.output.export import export
 from tokabatch.output.folder import Claim
 from tokabatch.output.schema import FailedRow, build_table, output_schema, sample_keys
 from tokabatch.output.shards import ShardWriter
-from tokabatch.scheduling.contracts import Completion
+from tokabatch.scheduling.contracts import NO_COUNTS, Completion
 
 UTC = datetime.timezone.utc
 
@@ -32,7 +32,7 @@ def completion(row: int, sample: int) -> Completion:
     ids = np.arange(row % 4 + 1, dtype=np.int32)
     logprobs = np.full(len(ids), -0.5, dtype=np.float32)
     top = np.tile(ids[:, None], 2)
-    return Completion(row, sample, ids, "length", None, 3, 0, logprobs, top, top.astype(np.float32))
+    return Completion(row, sample, ids, "length", None, 3, NO_COUNTS, logprobs, top, top.astype(np.float32))
 
 
 def write_output(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -19,14 +20,14 @@ from tokabatch.output.schema import (
     sample_keys,
     text_token_ids,
 )
-from tokabatch.scheduling.contracts import Completion
+from tokabatch.scheduling.contracts import NO_COUNTS, Completion
 
 INPUTS = pa.schema([("question", pa.string()), ("level", pa.int8())])
 
 
 def completion(row: int, sample: int, ids: list[int], top: int | None = None, **changes: object) -> Completion:
     fields: dict[str, object] = {"finish_reason": "length", "stop_reason": None, "num_prompt_tokens": 7}
-    fields |= {"num_cached_tokens": 4, **changes}
+    fields |= {"counts": replace(NO_COUNTS, cached_tokens=4), **changes}
     if top is not None:
         fields["logprobs"] = -np.arange(1, len(ids) + 1, dtype=np.float32)
         fields["top_ids"] = np.arange(len(ids) * top, dtype=np.int32).reshape(len(ids), top)

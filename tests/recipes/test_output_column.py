@@ -40,6 +40,29 @@ def test_a_column_is_one_file(tmp_path):
     assert sorted(table["status"].to_pylist()) == ["error", "ok", "ok"]
 
 
+def test_a_number_that_is_counted_while_a_sample_runs_is_three_files(tmp_path):
+    package = EditedPackage(tmp_path / "edited")
+    package.edit("scheduling/contracts.py", "    cached_tokens: Count\n", "    steps: Count\n    cached_tokens: Count\n")
+    field = "        slots.computed[run_slot] = step.run_start + step.run_length\n"
+    package.edit("scheduling/kv/manager.py", field, field + "        slots.sample_counts.steps[run_slot] += 1\n")
+    field = '        pa.field("num_output_tokens", pa.int32()),\n'
+    package.edit("output/schema.py", field, field + '        pa.field("num_steps", pa.int32()),\n')
+    values = '        "id": lambda: ids,\n'
+    package.edit(
+        "output/schema.py", values, values + '        "num_steps": lambda: of_all([c.counts.steps for c in completions]),\n'
+    )
+    assert len(package.changed) == 3
+    job = write_job(tmp_path, n=3)
+    done = package.run(job)
+    assert done.returncode == 0, done.stderr
+    (shard,) = (tmp_path / "out" / "data").glob("*.parquet")
+    samples = [sample for sample in pq.read_table(shard).to_pylist() if sample["status"] == "ok"]
+    assert len(samples) == 6
+    for sample in samples:
+        # With one step in flight none is begun for a sample that has ended; the first step computes the prompt as well.
+        assert sample["num_steps"] == sample["num_output_tokens"] > 0
+
+
 def test_a_run_without_the_column_is_not_continued_with_it(tmp_path):
     job = write_job(tmp_path)
     run(Job.load(job))
@@ -51,7 +74,7 @@ def test_a_run_without_the_column_is_not_continued_with_it(tmp_path):
     assert done.returncode == 2 and "found_by (absent there, string now)" in " ".join(done.stderr.split()), done.stderr
 
 
-def write_job(folder: Path) -> Path:
+def write_job(folder: Path, n: int = 1) -> Path:
     """Two rows and a broken one."""
     model = tiny_models.add_tokenizer(tiny_models.build("llama", folder / "model"))
     rows = folder / "rows.jsonl"
@@ -59,8 +82,8 @@ def write_job(folder: Path) -> Path:
     job = {
         "model": {"path": str(model), "dtype": "float64"},
         "input": {"path": str(rows)},
-        "generation": {"max_tokens": 8, "logprobs": 0, "seed": 1},
-        "engine": {"device": "cpu"},
+        "generation": {"n": n, "max_tokens": 8, "logprobs": 0, "seed": 1},
+        "engine": {"device": "cpu", "queue_depth": 1},
         "errors": {"max_fraction": 1.0},
         "output": {"path": str(folder / "out")},
     }

@@ -94,7 +94,7 @@ def test_a_lost_worker_changes_no_token(job, lost_at):
     assert crashes <= len(lost_at)
     assert scheduler.counts.output_tokens == sum(len(c.token_ids) for c in completions.values())
     assert scheduler.counts.prompt_tokens == sum(len(p) * params[row % len(params)].n for row, p in enumerate(prompts))
-    assert scheduler.counts.cached_tokens == sum(c.num_cached_tokens for c in completions.values())
+    assert scheduler.counts.cached_tokens == sum(c.counts.cached_tokens for c in completions.values())
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])

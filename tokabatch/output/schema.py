@@ -176,7 +176,7 @@ def build_table(
         "finish_reason": lambda: of_good([c.finish_reason for c in completions]),
         "stop_reason": lambda: of_good([None if c.stop_reason is None else str(c.stop_reason) for c in completions]),
         "num_prompt_tokens": lambda: of_all([c.num_prompt_tokens for c in completions]),
-        "num_cached_tokens": lambda: of_all([c.num_cached_tokens for c in completions]),
+        "num_cached_tokens": lambda: of_all([c.counts.cached_tokens for c in completions]),
         "num_output_tokens": lambda: of_good([len(c.token_ids) for c in completions]),
         "cumulative_logprob": lambda: of_good(
             [None if c.logprobs is None else float(c.logprobs.sum(dtype=np.float64)) for c in completions]

@@ -9,8 +9,8 @@ U page-table cells changed by a step, C pages copied by a step, G groups of one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -258,6 +258,21 @@ class StepResult:
         )
 
 
+Count = TypeVar("Count")
+
+
+@dataclass(frozen=True, slots=True)
+class SampleCounts(Generic[Count]):
+    """What is counted of a sample while it runs: one sample's numbers (int), or columns over slots (Int32, shape [slots]). Each
+    field is such a column: 0 where a sample begins, and kept for it while it is preempted."""
+
+    cached_tokens: Count
+    """Prompt tokens that were computed already when the sample was admitted first."""
+
+
+NO_COUNTS: SampleCounts[int] = SampleCounts(*(0 for _ in fields(SampleCounts)))
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One finished sample. `token_ids` holds everything sampled, the stop token or the tokens of the stop string included."""
@@ -269,7 +284,7 @@ class Completion:
     stop_reason: str | int | None
     """The stop string or stop token id that ended it; None at the length limit."""
     num_prompt_tokens: int
-    num_cached_tokens: int
+    counts: SampleCounts[int]
     logprobs: Float32 | None = None
     top_ids: Int32 | None = None
     top_logprobs: Float32 | None = None

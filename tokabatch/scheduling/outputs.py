@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokabatch.arrays import Float32, Int32, Int64
-from tokabatch.scheduling.contracts import Completion
+from tokabatch.scheduling.contracts import NO_COUNTS, Completion, SampleCounts
 
 STAGED_VALUES = 1024
 """Room of a slot's ring where no row needs more: for as many tokens alone, or fewer with their log-probabilities."""
@@ -34,7 +34,7 @@ class Generated:
     """Shape [T, K]."""
     top_logprobs: Float32 | None = None
     """Shape [T, K]."""
-    num_cached_tokens: int = 0
+    counts: SampleCounts[int] = NO_COUNTS
 
     def completion(
         self,
@@ -53,7 +53,7 @@ class Generated:
             finish_reason="length" if reason is None else "stop",
             stop_reason=reason,
             num_prompt_tokens=num_prompt_tokens,
-            num_cached_tokens=self.num_cached_tokens,
+            counts=self.counts,
             logprobs=self.logprobs,
             top_ids=self.top_ids,
             top_logprobs=self.top_logprobs,

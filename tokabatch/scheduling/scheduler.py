@@ -26,6 +26,7 @@ from tokabatch.scheduling.lengths.predictor import LengthPredictor
 from tokabatch.scheduling.outputs import Generated
 from tokabatch.scheduling.policy.admission import Admission
 from tokabatch.scheduling.policy.forecast_policy import ForecastPolicy
+from tokabatch.scheduling.policy.guarded_policy import Case, GuardedPolicy
 from tokabatch.scheduling.policy.policy import Policy
 from tokabatch.scheduling.quarantine import Quarantine, Sample
 from tokabatch.scheduling.step_builder import StepBuilder
@@ -82,7 +83,7 @@ class Scheduler:
         self.kv = KVCacheManager(self.work, self.counts, *sizes)
         self._stops = StopTable(stops)
         self._lengths = LengthEstimates(self.work, self.kv.slots, self.counts, lengths)
-        self._policy = policy(self.work, self.kv, self._lengths)
+        self._policy = GuardedPolicy(policy(self.work, self.kv, self._lengths))
         self._admission = Admission(self.work, self.kv, self._lengths, self._policy)
         self._builder = StepBuilder(self.work, self.kv, limits.grouping, self._stops)
         self._in_flight: deque[_InFlight] = deque()
@@ -122,7 +123,8 @@ class Scheduler:
         if self._lengths.refresh():
             self._policy.invalidate()
         alone = not self.num_running and not self._in_flight
-        admitted = self._admission.admit(0 if num_short else budget, index, self._quarantine.trial, alone)
+        self._policy.case = Case(alone, num_short > 0, self._quarantine.trial)
+        admitted = self._admission.admit(budget, index)
         runs = Runs.joined((prefill, admitted))
         if not len(decoding) and not len(runs.slots):
             if self._in_flight or not (self.num_running or self._quarantine.active):
@@ -289,7 +291,7 @@ class Scheduler:
         assert self.num_running > 1, "a single sample does not fit the pool; the job was sized wrongly"
         unfinished = seq.order[seq.length[seq.order] > seq.computed[seq.order]]
         victim = int(self._policy.rank(unfinished)[-1])
-        self.counts.given_up_tokens += max(0, int(seq.computed[victim] - seq.cached_tokens[victim]))
+        self.counts.given_up_tokens += max(0, int(seq.computed[victim] - seq.sample_counts.cached_tokens[victim]))
         self.counts.preemptions += 1
         self.kv.requeue(victim)
         self._policy.invalidate()

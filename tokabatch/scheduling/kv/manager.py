@@ -280,7 +280,7 @@ class KVCacheManager:
         slots.prompt_length[opened] = slots.length[opened] = length
         slots.params[opened], slots.limit[opened] = params, self._work.max_tokens[params]
         slots.outputs.open(opened, self._work.logprobs[params])
-        slots.computed[opened] = slots.cached_tokens[opened] = start
+        slots.computed[opened] = slots.sample_counts.cached_tokens[opened] = start
         counts.prompt_tokens += int(length.sum())
         counts.cached_tokens += int(start.sum())
         for i, output in enumerate(outputs):

@@ -7,11 +7,13 @@ to be computed: one token in steady decoding, more in prefill or after a preempt
 
 from __future__ import annotations
 
+from dataclasses import astuple, fields
 from typing import NamedTuple
 
 import numpy as np
 
 from tokabatch.arrays import Int32, Int64
+from tokabatch.scheduling.contracts import SampleCounts
 from tokabatch.scheduling.kv.page_pool import PagePool
 from tokabatch.scheduling.outputs import Generated, Outputs
 
@@ -41,7 +43,9 @@ class Slots:
         self.limit, self.params = column(), column()
         self.shared_pages, self.num_pages = column(), column()
         """Columns of the page table: the first `shared_pages` belong to the prompt, the rest up to `num_pages` to the slot."""
-        self.cached_tokens = column()
+        self.sample_counts: SampleCounts[Int32] = SampleCounts(*(column() for _ in fields(SampleCounts)))
+        self._counted = [getattr(self.sample_counts, field.name) for field in fields(SampleCounts)]
+        """Its columns."""
         self.epoch, self.admitted = column(), np.zeros(num_slots, np.int64)
         self.on_device = np.zeros(num_slots, np.bool_)
         """The worker holds the slot's last sampled token."""
@@ -66,6 +70,8 @@ class Slots:
         del self._free[-len(requests) :]
         self.request[slots], self.sample[slots] = requests, samples
         self.on_device[slots] = False
+        for column in self._counted:
+            column[slots] = 0
         self.admitted[slots] = self.num_admissions + np.arange(len(slots))
         self.num_admissions += len(slots)
         if not len(self.order) or requests[0] >= self.request[self.order[-1]]:
@@ -139,11 +145,12 @@ class Slots:
     def read(self, slots: Int64) -> list[Generated]:
         """Copies of what these slots have produced."""
         read = self.outputs.read(slots)
-        for output, cached in zip(read, self.cached_tokens[slots].tolist(), strict=True):
-            output.num_cached_tokens = cached
+        for output, *numbers in zip(read, *(column[slots].tolist() for column in self._counted), strict=True):
+            output.counts = SampleCounts(*numbers)
         return read
 
     def restore(self, slot: int, output: Generated) -> None:
         """Put back what a preempted sample had produced."""
         self.outputs.restore(slot, output)
-        self.cached_tokens[slot] = output.num_cached_tokens
+        for column, number in zip(self._counted, astuple(output.counts), strict=True):
+            column[slot] = number

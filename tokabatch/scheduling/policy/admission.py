@@ -5,6 +5,7 @@ A later candidate never overtakes an earlier one that does not fit, so no sample
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate, groupby, islice
 
 import numpy as np
@@ -13,7 +14,8 @@ from tokabatch.arrays import Int32
 from tokabatch.scheduling.kv.manager import NO_RUNS, KVCacheManager, Runs
 from tokabatch.scheduling.kv.prefix_tree import PromptPages
 from tokabatch.scheduling.lengths.estimates import LengthEstimates
-from tokabatch.scheduling.policy.policy import Candidates, Policy
+from tokabatch.scheduling.policy.guarded_policy import GuardedPolicy
+from tokabatch.scheduling.policy.policy import Candidates
 from tokabatch.scheduling.work import Work
 
 MAX_FRESH = 256
@@ -26,23 +28,20 @@ _Known = tuple[PromptPages, list[int], int]
 class Admission:
     """Finds candidates, and opens slots for as many of them as the policy says."""
 
-    def __init__(self, work: Work, kv: KVCacheManager, lengths: LengthEstimates, policy: Policy) -> None:
+    def __init__(self, work: Work, kv: KVCacheManager, lengths: LengthEstimates, policy: GuardedPolicy) -> None:
         self._work = work
         self._kv = kv
         self._lengths = lengths
         self._policy = policy
 
-    def admit(self, budget: int, step: int, allowed: frozenset[int] | None, alone: bool) -> Runs:
-        """Open slots for samples of step number `step`, which has `budget` tokens left; what they compute in it. Only `allowed`
-        requests come in; None is all. `alone`: nothing runs or is in flight, so the first candidate must come in."""
+    def admit(self, budget: int, step: int) -> Runs:
+        """Open slots for samples of step number `step`, which has `budget` tokens left; what they compute in it."""
         if budget <= 0 or not self._kv.slots.num_free:
             return NO_RUNS
-        candidates = self._candidates(budget, step, allowed)
+        candidates = self._candidates(budget, step)
         if candidates is None:
             return NO_RUNS
-        counts, first_ticket = np.minimum(self._policy.admit(candidates), candidates.counts), self._kv.slots.num_admissions
-        if alone:
-            counts[0] = max(1, counts[0])
+        counts, first_ticket = self._policy.admit(candidates), self._kv.slots.num_admissions
         taken, complete = self._admit_known(candidates, counts, budget, step)
         if complete:
             budget_left = budget - sum(int(runs.tokens.sum()) for runs in taken)
@@ -52,29 +51,27 @@ class Admission:
                 taken.append(self._kv.open_next(min(count, self._kv.slots.num_free), budget_left))
         opened, runs = self._kv.opened, Runs.joined(taken)
         self._lengths.begin(opened, candidates.lengths[self._kv.slots.admitted[opened] - first_ticket])
-        first = int(candidates.request[0])
-        if alone and not len(runs.slots) and self._kv.suspend_idle(keep=first):
-            # Of prompts open before only the first: one just suspended would stand before it and take the pages that came free.
-            allowed = frozenset((first,)) if candidates.num_known else allowed
-            return self.admit(budget, step, allowed, alone=True)
+        case, first = self._policy.case, int(candidates.request[0])
+        if case.alone and counts[0] and not len(runs.slots) and self._kv.suspend_idle(keep=first):
+            if candidates.num_known:
+                # The first alone: a prompt just suspended would stand before it and take the pages that came free.
+                self._policy.case = replace(case, confined_to=frozenset((first,)))
+            return self.admit(budget, step)
         return runs
 
-    def _candidates(self, budget: int, step: int, allowed: frozenset[int] | None) -> Candidates | None:
+    def _candidates(self, budget: int, step: int) -> Candidates | None:
         """As many as there are slots and tokens for, None where there are none: prompts open before in the policy's order, then
         those never begun."""
         work, tree, free = self._work, self._kv.tree, self._kv.slots.num_free
         known: list[_Known] = []
-        waiting = [*tree.suspended, *tree.with_pending()]
-        if allowed is not None:
-            waiting = [prompt for prompt in waiting if prompt.request in allowed]
-        for prompt in self._policy.order(waiting):
+        for prompt in self._policy.order([*tree.suspended, *tree.with_pending()]):
             if free <= 0 or budget <= 0:
                 break
             asking, tokens = self._asking(prompt, free, budget, step)
             known += asking
             free -= sum(len(samples) for _, samples, _ in asking)
             budget -= tokens
-        fresh = work.upcoming(min(max(free, 0), MAX_FRESH) if allowed is None and budget > 0 else 0)
+        fresh = work.upcoming(min(max(free, 0), MAX_FRESH) if budget > 0 else 0)
         cost = np.cumsum(work.length[fresh] - work.lcp[fresh])
         fresh = fresh[: int(np.searchsorted(cost, budget)) + 1]
         if not known and not len(fresh):

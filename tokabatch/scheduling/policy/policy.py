@@ -1,8 +1,8 @@
 """What a policy decides: in what order waiting samples come in, how many of them, and who waits when pages run short.
 
 Everything else follows from the cache and the limits: a step has only so many tokens, slots and pages, a prompt is computed
-once before its samples fork. To write another policy, derive from `ForecastPolicy` or write the five methods, and give the
-class to `Scheduler`.
+once before its samples fork. `guarded_policy` has the cases in which no policy is free to answer. To write another policy,
+derive from `ForecastPolicy` or write the five methods, and give the class to `Scheduler`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ class Candidates:
     lengths: Int32
     """Output tokens that each sample is taken to have in the end, shape [S]."""
 
+    def begun(self) -> Candidates:
+        """Those of prompts that have been open before."""
+        known, samples = self.num_known, int(self.counts[: self.num_known].sum())
+        entries = self.request[:known], self.counts[:known], self.produced[:known]
+        return Candidates(known, *entries, self.samples[:samples], self.lengths[:samples])
+
 
 class Policy(Protocol):
     """Made by the scheduler from its work, its cache and its estimates of lengths, all of which it only reads."""
@@ -41,8 +47,7 @@ class Policy(Protocol):
         ...
 
     def admit(self, candidates: Candidates) -> Int32:
-        """How many samples of each candidate come in, shape [C]. None behind the first candidate of which not all do. Where
-        nothing runs the first comes in whatever is said here, or the run would stand still."""
+        """How many samples of each candidate come in, shape [C]. None behind the first candidate of which not all do."""
         ...
 
     def hold(self, decoding: Int64) -> Int64:
