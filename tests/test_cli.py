@@ -58,17 +58,43 @@ class TestWithoutAModel:
     def test_help_teaches(self) -> None:
         done = tokabatch("--help")
         assert done.returncode == 0 and "\x1b" not in done.stdout
-        for text in ("tokabatch run jobs/quickstart.yaml", "Exit codes", "75 ", "130 ", "generation.n=4", "run --keys"):
+        for text in ("tokabatch run jobs/quickstart.yaml", "Exit codes", "75 ", "130 ", "generation.n=4", "tokabatch keys"):
             assert text in done.stdout
         for command in ("run", "plan", "status", "verify", "export", "download"):
             assert f"\n  {command} " in done.stdout
             assert "Example" in tokabatch(command, "--help").stdout
 
-    def test_keys_explains_every_key(self) -> None:
-        done = tokabatch("run", "--keys")
+    @pytest.mark.parametrize("arguments", [("run", "--keys"), ("keys",)])
+    def test_every_key_is_explained(self, arguments: tuple[str, ...]) -> None:
+        done = tokabatch(*arguments)
         assert done.returncode == 0
         assert "generation.max_tokens\n    Most tokens a sample may have.\n    Accepts" in done.stdout
         assert "Accepts a folder's path; required." in done.stdout and "prompt.few_shot.k\n" in done.stdout
+        assert "\n\nengine: How the work is done" in done.stdout
+
+    def test_keys_of_a_section_and_one_key(self) -> None:
+        done = tokabatch("keys", "prompt")
+        assert "prompt.few_shot.k\n" in done.stdout and "generation" not in done.stdout
+        done = tokabatch("keys", "generation.n")
+        assert "generation.n\n" in done.stdout and "temperature" not in done.stdout and "For example `n: 4`" in done.stdout
+        done = tokabatch("keys", "temprature")
+        assert (done.returncode, done.stdout) == (2, "") and "did you mean `generation.temperature`?" in done.stderr
+        done = tokabatch("keys", "zzz")
+        assert done.returncode == 2 and "there are model, input, prompt, prompt.few_shot, generation" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("words", "offered"),
+        [
+            ("tokabatch sta", ["status"]),
+            ("tokabatch run job.yaml generation.max", ["generation.max_tokens="]),
+            ("tokabatch keys prompt.f", ["prompt.few_shot"]),
+        ],
+    )
+    def test_completion_of_a_shell(self, words: str, offered: list[str]) -> None:
+        code = "import sys; sys.argv[0] = 'tokabatch'; from tokabatch.cli import main; main()"
+        settings = environment(_TOKABATCH_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1))
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=settings, capture_output=True, text=True)
+        assert done.stdout.split() == offered, done.stderr
 
     def test_help_is_quick_and_imports_nothing_heavy(self) -> None:
         code = f"import sys, tokabatch.cli; print([name for name in {HEAVY} if name in sys.modules])"
@@ -101,10 +127,37 @@ class TestWithoutAModel:
         done = tokabatch(*arguments)
         assert done.returncode == 2 and "Traceback" not in done.stderr and "Usage" in done.stderr
 
-    @pytest.mark.parametrize("arguments", [(), ("run",), ("plan",), ("status",), ("verify",), ("export",), ("download",)])
-    def test_nothing_said_shows_the_help(self, arguments: tuple[str, ...]) -> None:
-        done = tokabatch(*arguments)
-        assert done.returncode in (0, 2) and "Example" in done.stdout + done.stderr and "Traceback" not in done.stderr
+    @pytest.mark.parametrize(
+        ("command", "missing"),
+        [
+            ("run", "JOB.yaml is missing; for example `tokabatch run jobs/quickstart.yaml`"),
+            ("plan", "JOB.yaml is missing"),
+            ("status", "OUT is missing"),
+            ("errors", "OUT is missing"),
+            ("export", "OUT and --to FILE are missing; for example `tokabatch export out/quickstart --to samples.parquet`"),
+            ("download", "MODEL is missing; for example `tokabatch download Qwen/Qwen3-0.6B`"),
+        ],
+    )
+    def test_what_is_missing_is_named(self, command: str, missing: str) -> None:
+        done = tokabatch(command)
+        assert (done.returncode, done.stdout) == (2, "") and missing in done.stderr and "--help" in done.stderr
+
+    def test_nothing_said_shows_the_help(self) -> None:
+        done = tokabatch()
+        assert done.returncode in (0, 2) and "Examples" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+    @pytest.mark.parametrize(
+        ("written", "remedy"),
+        [
+            ("--generation.n=4", "without dashes: generation.n=4\n"),
+            ("-generation.n=4", "without dashes: generation.n=4\n"),
+            ("--generation.n", "without dashes: generation.n=VALUE\n"),
+            ("--generation.stop=[a, b]", "without dashes: 'generation.stop=[a, b]'\n"),
+        ],
+    )
+    def test_a_key_written_as_an_option(self, written: str, remedy: str) -> None:
+        done = tokabatch("run", "job.yaml", written)
+        assert done.returncode == 2 and remedy in done.stderr
 
 
 class TestRefusals:
@@ -250,6 +303,12 @@ class TestQuickstart:
     def test_summary_on_stdout_progress_on_stderr(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
         _, done = finished
         assert "4 = 4 ok + 0 errors" in done.stdout and "saved by sharing" in done.stdout and "pass@2" in done.stdout
+        out = finished[0]
+        assert len(re.findall(r"\n  row \d, sample \d, (?:right|wrong)  \S", done.stdout)) >= 2
+        assert f"tokabatch export {out} --to samples.jsonl" in done.stdout and f"tokabatch report {out}" in done.stdout
+        assert f"tokabatch errors {out}" not in done.stdout
+        found = tokabatch("errors", out)
+        assert (found.returncode, found.stdout) == (0, f"{out} holds no error rows\n")
         assert "generating" in done.stderr and "generating" not in done.stdout
         assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stderr
 
@@ -298,6 +357,10 @@ class TestQuickstart:
         assert done.returncode == 3, done.stderr
         assert "generating" not in done.stderr
         assert "bad_json" in done.stdout and "2 = 1 ok + 1 errors" in done.stdout
+        named = re.compile(r"bad_json +1 +\S*rows.jsonl line 2 .*Expecting value")
+        assert named.search(done.stdout) and f"tokabatch errors {tmp_path / 'out'} " in done.stdout
+        found = tokabatch("errors", tmp_path / "out")
+        assert found.returncode == 0 and named.search(found.stdout)
 
     def test_a_terminal_gets_a_live_display(self, tmp_path: Path) -> None:
         shown = in_terminal("run", QUICKSTART, *SMALL, f"output.path={tmp_path / 'out'}")

@@ -6,20 +6,25 @@ Nothing heavy is imported here, so that help answers at once: a command fetches 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from tokabatch import __version__
-from tokabatch.errors import OutputError, Stopped, TokabatchError, UsageError
+from tokabatch.errors import JobError, OutputError, Stopped, TokabatchError, UsageError
 from tokabatch.report.streams import TolerantFile, first_fault, make_tolerant
 from tokabatch.runner.interruption import Interruption
 
@@ -41,12 +46,13 @@ Examples
   tokabatch plan jobs/quickstart.yaml                     check a job, show its first prompt and its size
   tokabatch run jobs/quickstart.yaml                      run it; again after a crash or a stop: what is missing is computed
   tokabatch run jobs/quickstart.yaml generation.n=4       with one key changed
-  tokabatch run --keys                                    every key of a job file, explained
+  tokabatch keys generation                               the keys of a section of a job file, explained
   tokabatch plan JOB.yaml --simulate --lengths 200        predict its time, cost and KV use
   tokabatch status out/quickstart                         how far a run is
   tokabatch report out/quickstart                         one HTML page about the run
   tokabatch verify out/quickstart                         read every file back and count
   tokabatch export out/quickstart --to samples.jsonl      one file, ordered by row and sample
+  tokabatch errors out/quickstart                         which rows became error rows, and why
 
 \b
 Exit codes
@@ -55,8 +61,8 @@ Exit codes
   2    the command line, the job file or a file it names is wrong, or the output folder can never take the results, or has
        taken none of two starts in a row; the message says what and how to mend it
   3    complete, but with more errors than errors.max_fraction allows
-  4    a committed file is damaged or missing (the message names it, and the command that computes it again), or the books
-       do not close, which is a bug (please report it)
+  4    a committed file is damaged or missing (the message names it, and the command that computes it again), or the
+       sample counts do not add up, which is a bug (please report it)
   75   stopped before the end (SIGTERM, SIGHUP, SIGUSR1, disk full, an error row under errors.policy=stop); what was
        finished is committed, the same command goes on from there
   130  interrupted (Ctrl-C); as 75
@@ -65,10 +71,32 @@ Exit codes
 _OVERRIDES_HELP = """key=value, dotted as in the file: generation.n=4 engine.page_size=32 model.dtype=float32. Numbers take
 1K (1,024), 1k (1,000), M and G; a list is written as in YAML: 'generation.stop=["\\n"]'."""
 
+_DOTTED_OPTION = re.compile(r"--?((?:[a-z_]+\.)+[a-z_]+)(=.*)?", re.DOTALL)
+
+
+class _Command(TyperCommand):
+    """A command that says what is missing or misspelled where that can be told, and what to write instead."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # For completion.
+            return super().parse_args(ctx, args)
+        for dotted in filter(None, map(_DOTTED_OPTION.fullmatch, args)):
+            remedy = shlex.quote(f"{dotted[1]}{dotted[2] or '=VALUE'}")
+            raise UsageError(f"{dotted[0]}: a key of the job is written without dashes: {remedy}")
+        named = ((each.opts[0], each.metavar or "") for each in self.params if each.required and not args)
+        missing = [f"{option} FILE" if option.startswith("-") else metavar for option, metavar in named]
+        if missing:
+            example = re.search(r"^ *(tokabatch .*?)(?:  |$)", self.help or "", re.MULTILINE)
+            remedy = f"; for example `{example[1]}`" if example else ""
+            raise UsageError(
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing{remedy}. See --help for more"
+            )
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     help=_HELP,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
@@ -82,7 +110,8 @@ def main() -> None:
     try:
         app()
     except TokabatchError as error:
-        print(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", file=sys.stderr)
+        several = isinstance(error, JobError) and "\n" in str(error)
+        print(f"errors:\n{error}" if several else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
@@ -94,14 +123,23 @@ def _print_version(wanted: bool) -> None:
 
 def _print_keys(wanted: bool) -> None:
     if wanted:
-        for key in _load("tokabatch.job").Job.describe_keys():
-            default = "required" if key.default is None else f"default {key.default}"
-            _print_result(f"{key.name}\n    {key.description}\n    Accepts {key.accepts}; {default}.")
+        keys()
         raise typer.Exit
 
 
+def _complete_key(incomplete: str) -> list[str]:
+    return [f"{key.name}=" for key in _load("tokabatch.job").Job.describe_keys() if key.name.startswith(incomplete)]
+
+
+def _complete_section(incomplete: str) -> list[str]:
+    return [each.name for each in _load("tokabatch.job").Job.describe_sections() if each.name.startswith(incomplete)]
+
+
 JobArgument = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
-OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=_OVERRIDES_HELP, show_default=False)]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help=_OVERRIDES_HELP, show_default=False, autocompletion=_complete_key),
+]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of a run.", show_default=False)]
 KeysOption = Annotated[
     bool, typer.Option("--keys", callback=_print_keys, is_eager=True, help="Explain every key of a job file, and exit.")
@@ -117,7 +155,7 @@ def options(
     """Options that stand before a command."""
 
 
-@app.command(no_args_is_help=True)
+@app.command(cls=_Command)
 def run(
     job: JobArgument,
     overrides: OverridesArgument = None,
@@ -154,11 +192,12 @@ def run(
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
-    _print_note(_load("tokabatch.report.summary").run_sections(summary))
+    sections = _load("tokabatch.report.summary").run_sections(summary)
+    _print_note((*sections, *_load("tokabatch.report.closing").closing_sections(Path(loaded.output.path), summary)))
     raise typer.Exit(summary.exit_code)
 
 
-@app.command(no_args_is_help=True)
+@app.command(cls=_Command)
 def plan(
     job: JobArgument,
     overrides: OverridesArgument = None,
@@ -202,7 +241,39 @@ def plan(
     _print_result((*sections(report), *_load("tokabatch.report.outlook").outlook_sections(outlook)))
 
 
-@app.command(no_args_is_help=True)
+@app.command(cls=_Command)
+def keys(
+    section: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SECTION", help="A section or a key; default: all.", show_default=False, autocompletion=_complete_section
+        ),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown.")] = False,
+) -> None:
+    """Explain the keys of a job file: what each does, what it accepts, its default, an example.
+
+    \b
+    Examples
+      tokabatch keys generation
+      tokabatch keys prompt.few_shot.k
+    """
+    sections = _load("tokabatch.job").Job.describe_sections()
+    if section is not None:
+        names = {name for each in sections for name in (each.name, *(key.name for key in each.keys))}
+        inside = [name for name in names if name == section or name.startswith(f"{section}.")]
+        if not inside:
+            by_leaf = {name.rpartition(".")[2]: name for name in names} | {name: name for name in names}
+            near = get_close_matches(section, by_leaf, n=1)
+            hint = f"did you mean `{by_leaf[near[0]]}`?" if near else f"there are {', '.join(each.name for each in sections)}"
+            raise UsageError(f"there is no section or key {section}; {hint}")
+        kept = ((each, tuple(key for key in each.keys if key.name in inside)) for each in sections)
+        sections = tuple(replace(each, keys=chosen) for each, chosen in kept if chosen)
+    render = _load("tokabatch.report.key_reference")
+    _print_result(render.markdown(sections) if markdown else render.plain(sections))
+
+
+@app.command(cls=_Command)
 def profile(
     out: OutArgument,
     to: Annotated[Path, typer.Option("--to", metavar="PROFILE.json", help="File to write.", show_default=False)],
@@ -221,22 +292,43 @@ def profile(
     _print_note(f"{to}: " + ", ".join(f"{name} {value:.3g}" for name, value in terms))
 
 
-@app.command(no_args_is_help=True)
+@app.command(cls=_Command)
 def status(out: OutArgument) -> None:
-    """Show how far the run in an output folder is.
+    """Show how far the run in an output folder is; while it goes on, its speed and an estimate of the time left.
+
+    What is counted is on disk: a running job commits finished samples every output.flush_seconds.
 
     \b
     Example
       tokabatch status out/quickstart
     """
-    found: Any = _load("tokabatch.output.status").read_status(out)
-    if found.state == "absent":
-        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
+    found = _read_state(out)
     values = {**asdict(found), "pending": found.pending, "accuracy": found.accuracy}
-    _print_result(_load("tokabatch.report.summary").status_sections(values))
+    pace = _load("tokabatch.output.status").read_pace(out, time.time()) if found.state == "running" else None
+    _print_result(_load("tokabatch.report.summary").status_sections(values, pace and asdict(pace)))
 
 
-@app.command(no_args_is_help=True)
+@app.command(cls=_Command)
+def errors(
+    out: OutArgument,
+    all_rows: Annotated[bool, typer.Option("--all", help="Name every error row, not only the first of each code.")] = False,
+) -> None:
+    """Name the rows of a run that became error rows, and say why.
+
+    Shows the first three rows of each code. `tokabatch run --retry-errors` runs error rows again.
+
+    \b
+    Examples
+      tokabatch errors out/quickstart
+      tokabatch errors out/quickstart --all
+    """
+    _read_state(out)
+    closing = _load("tokabatch.report.closing")
+    found = _load("tokabatch.output.excerpts").error_rows(out, None if all_rows else closing.PER_CODE)
+    _print_result((closing.errors_section(found),) if found.rows else f"{out} holds no error rows")
+
+
+@app.command(cls=_Command)
 def report(
     out: OutArgument,
     to: Annotated[
@@ -255,7 +347,7 @@ def report(
     _print_result(str(_load("tokabatch.report.review").write_report(out, to)))
 
 
-@app.command(no_args_is_help=True)
+@app.command(cls=_Command)
 def verify(out: OutArgument) -> None:
     """Read everything in an output folder back, and count.
 
@@ -276,7 +368,7 @@ def verify(out: OutArgument) -> None:
     raise typer.Exit(verified.exit_code)
 
 
-@app.command(no_args_is_help=True)
+@app.command(cls=_Command)
 def export(
     out: OutArgument,
     to: Annotated[Path, typer.Option("--to", metavar="FILE.jsonl|FILE.parquet", help="File to write.", show_default=False)],
@@ -299,7 +391,7 @@ def export(
     _print_note(f"{exported.path}: {exported.samples:,} samples of {exported.rows:,} rows, {exported.bytes:,} bytes")
 
 
-@app.command(no_args_is_help=True)
+@app.command(cls=_Command)
 def download(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Hugging Face id, such as Qwen/Qwen3-0.6B.", show_default=False)
@@ -315,6 +407,13 @@ def download(
       tokabatch download Qwen/Qwen3-0.6B
     """
     _print_result(str(_load("tokabatch.model.resolve").resolve_model(model, revision, key="MODEL", revision_key="--revision")))
+
+
+def _read_state(out: Path) -> Any:
+    found = _load("tokabatch.output.status").read_status(out)
+    if found.state == "absent":
+        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
+    return found
 
 
 @contextmanager

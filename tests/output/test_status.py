@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +14,7 @@ from tokabatch.input.fingerprint import Fingerprint
 from tokabatch.output.folder import Claim
 from tokabatch.output.manifest import Manifest, Versions, mark_success, write_manifest, write_summary
 from tokabatch.output.shards import ShardWriter
-from tokabatch.output.status import read_status
+from tokabatch.output.status import Pace, read_pace, read_status
 
 SCHEMA = pa.schema([("row_index", pa.int64()), ("status", pa.string()), ("correct", pa.bool_())])
 MANIFEST = Manifest(
@@ -42,6 +44,25 @@ def test_the_life_of_a_run(tmp_path: Path) -> None:
         assert (status.correct, status.accuracy) == (2, 0.5)
         assert status.bytes == sum(path.stat().st_size for path in (out / "data").iterdir())
     assert read_status(out).state == "incomplete"
+
+
+def test_the_pace_of_a_running_job_is_that_of_its_commits(tmp_path: Path) -> None:
+    schema = pa.schema([*SCHEMA, ("num_output_tokens", pa.int32())])
+    out = tmp_path / "out"
+    with Claim(out) as claim:
+        write_manifest(claim, replace(MANIFEST, samples=100), {})
+        begun = (out / "manifest.json").stat().st_mtime
+        assert read_pace(out, begun + 10) == Pace(pytest.approx(10))
+        writer = ShardWriter(claim, schema, rows_per_shard=10, flush_seconds=1e9)
+        for number, at in enumerate((-100, 30, 60, 90)):
+            rows = [(row, "ok", True, 7) for row in range(10)]
+            writer.add(samples(*rows, schema=schema))
+            os.utime(out / "data" / f"part-{number:05}.parquet", (begun + at, begun + at))
+            if number == 1:
+                assert read_pace(out, begun + 40) == Pace(*map(pytest.approx, (40, 10, 1 / 3, 7 / 3)))
+        # 20 samples in the 60 s between the first and last commit of this start; 60 are missing, 3 s have passed since.
+        assert read_pace(out, begun + 93) == Pace(*map(pytest.approx, (93, 3, 1 / 3, 7 / 3, 177)))
+    assert read_pace(out, begun + 93) is None
 
 
 def test_a_complete_run(tmp_path: Path) -> None:

@@ -112,7 +112,17 @@ class TestRender:
 
     def test_status(self) -> None:
         sections = status_sections({"state": "running", "rows": None, "ok": 1200, "accuracy": 0.25})
-        assert plain(sections) == "Status\n  state     running\n  ok        1,200\n  accuracy  0.2500"
+        assert plain(sections) == "Status\n  state     running\n  ok        1,200\n  accuracy  0.2500 of the committed samples"
+        (partial,) = status_sections({"accuracy": 0.25, "pending": 5})
+        assert "short samples finish first" in partial.rows[0][1]
+
+    def test_status_of_a_running_job(self) -> None:
+        pace = {"running_seconds": 70.0, "commit_seconds": 3.0, "samples_per_second": 12.0, "tokens_per_second": 1500.0}
+        shown = facts(status_sections({}, {**pace, "seconds_left": 3700.0}))
+        assert shown["running for"] == "1:10" and shown["last commit"] == "3.00 s ago"
+        assert shown["speed"] == "12 samples, 1,500 output tokens per second"
+        assert shown["time left"] == "about 1:01:40 at this speed"
+        assert facts(status_sections({}, pace))["time left"] == "known after three commits"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ Inside: `scalars` (what a word means), `document` (YAML with lines), `fields` (k
 and `schema` on top.
 """
 
-from tokabatch.job.keys import Key
+from tokabatch.job.keys import Key, KeySection
 from tokabatch.job.schema import (
     EngineConfig,
     ErrorsConfig,
@@ -29,6 +29,7 @@ __all__ = [
     "InputConfig",
     "Job",
     "Key",
+    "KeySection",
     "ModelConfig",
     "OutputConfig",
     "PromptConfig",

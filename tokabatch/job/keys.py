@@ -16,12 +16,33 @@ from tokabatch.job.scalars import write_value
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key; `default` is None where the key must be given."""
+    """One key; `default` is None where the key must be given. `example` is a value as one writes it in YAML."""
 
     name: str
     accepts: str
     default: str | None
     description: str
+    example: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeySection:
+    """The keys that stand under one heading of a job file, subsections apart."""
+
+    name: str
+    description: str
+    keys: tuple[Key, ...]
+
+
+def list_sections(model: type[BaseModel], name: str = "") -> Iterator[KeySection]:
+    """The sections below a model, each before its subsections, in the order in which the model declares them."""
+    leaves = tuple(key for key in list_keys(model, f"{name}." if name else "") if key.name.rpartition(".")[0] == name)
+    if leaves:
+        yield KeySection(name, " ".join((model.__doc__ or "").split()), leaves)
+    for field, info in model.model_fields.items():
+        section = section_of(info.annotation)
+        if section is not None:
+            yield from list_sections(section, f"{name}.{field}" if name else field)
 
 
 def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
@@ -32,7 +53,8 @@ def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
             yield from list_keys(section, f"{prefix}{name}.")
             continue
         default = None if info.is_required() else write_value(info.default)
-        yield Key(prefix + name, accepts_of(info).what, default, info.description or "")
+        accepts = accepts_of(info)
+        yield Key(prefix + name, accepts.what, default, info.description or "", accepts.example)
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

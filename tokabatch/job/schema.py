@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tokabatch.errors import RowError
 from tokabatch.job import fields
-from tokabatch.job.keys import Key, list_keys
+from tokabatch.job.keys import Key, KeySection, list_keys, list_sections
 from tokabatch.job.load import load_model
 from tokabatch.job.refusals import row_message
 from tokabatch.job.scalars import write_value
@@ -322,6 +322,11 @@ class Job(_Section):
     def describe_keys(cls) -> tuple[Key, ...]:
         """Every key a job file may hold, in its order."""
         return tuple(list_keys(cls))
+
+    @classmethod
+    def describe_sections(cls) -> tuple[KeySection, ...]:
+        """The same keys by section."""
+        return tuple(list_sections(cls))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, every default filled in: the record of a run. A job loaded from it has all of them set, so a

@@ -14,13 +14,14 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import Books, read_manifest, read_summary
 from tokabatch.output.shards import count_ok, read_groups
-from tokabatch.storage.listing import ListedFile, consistently, is_there
+from tokabatch.storage.listing import ListedFile, consistently, is_there, list_files
 
 State = Literal["running", "complete", "incomplete", "absent"]
 
@@ -61,6 +62,19 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a running job is, by its commits: seconds since this start began and since the last commit; samples and output
+    tokens a second between the first commit of this start and the last. None before the first commit, `seconds_left` before
+    the third."""
+
+    running_seconds: float
+    commit_seconds: float | None = None
+    samples_per_second: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Details:
     """The status with what a report shows beside it, of one listing. `lengths` are the output tokens of every finished sample,
     in no particular order; `counts` the samples of each row that has any (errors, too) and those of them found correct, None
@@ -76,6 +90,36 @@ def read_status(path: Path) -> Status:
     be read or is not of the run."""
     folder = OutputFolder(path)
     return consistently(lambda: _status(folder)[0], path)
+
+
+def read_pace(path: Path, now: float) -> Pace | None:
+    """How fast the job that writes to `path` is at `now` (seconds since 1970); None where none is running. A start writes the
+    manifest before its first shard, and each shard carries the time of its commit."""
+    folder = OutputFolder(path)
+
+    def read() -> Pace | None:
+        status, shards = _status(folder)
+        manifest = next((file for file in list_files(folder.files, path) if file.path == folder.manifest), None)
+        if status.state != "running" or manifest is None:
+            return None
+        begun = manifest.changed
+        # Of this start; one that continues a run may find old shards, or join them.
+        commits = sorted(((shard.changed, shard) for shard in shards if shard.changed > begun), key=lambda each: each[0])
+        if not commits:
+            return Pace(now - begun)
+        # The first commit is only where counting begins, if there are more: loading the model came before it.
+        since, counted = (commits[0][0], commits[1:]) if len(commits) > 1 else (begun, commits)
+        samples = tokens = 0
+        for table in _groups([shard for _, shard in counted], ("status", "num_output_tokens")):
+            samples += table.num_rows
+            tokens += pc.call_function("sum", [table["num_output_tokens"]]).as_py() or 0
+        last = commits[-1][0]
+        spent = max(last - since, 1e-9)
+        speed = samples / spent
+        left = status.pending / speed if len(commits) > 2 and status.pending is not None else None
+        return Pace(now - begun, now - last, speed, tokens / spent, left and max(0.0, left - (now - last)))
+
+    return consistently(read, path)
 
 
 def read_details(path: Path) -> Details:

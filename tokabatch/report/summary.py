@@ -19,6 +19,7 @@ _EXIT_WORDS = {
     75: "stopped before the end; what was finished is committed, run it again to go on",
     130: "interrupted before the end; what was finished is committed, run it again to go on",
 }
+_PARTIAL = "short samples finish first, so the final value will differ"
 _SHOWN_CHARACTERS = 4000
 _SHOWN_TOKEN_IDS = 512
 
@@ -244,15 +245,32 @@ def plan_sections(report: PlanReport) -> tuple[Section, ...]:
     )
 
 
-def status_sections(values: Mapping[str, Any]) -> tuple[Section, ...]:
-    """The state of an output folder: (name, value) as they come, unknown ones left out."""
+def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] | None = None) -> tuple[Section, ...]:
+    """The state of an output folder: (name, value) as they come, unknown ones left out; `pace` is that of a running job."""
     rows: list[tuple[str, str]] = []
     for name, value in values.items():
         if value is None:
             continue
         text = f"{value:.4f}" if isinstance(value, float) else _count(value) if isinstance(value, int) else str(value)
+        if name == "accuracy":
+            text += " of the committed samples" + (f"; {_PARTIAL}" if values.get("pending") else "")
         rows.append((name.replace("_", " "), text))
-    return (Section("Status", tuple(rows)),)
+    return (Section("Status", (*rows, *_pace(pace or {}))),)
+
+
+def _pace(pace: Mapping[str, float | None]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    if (running := pace.get("running_seconds")) is not None:
+        rows.append(("running for", seconds_text(running)))
+    if (commit := pace.get("commit_seconds")) is not None:
+        rows.append(("last commit", f"{seconds_text(commit)} ago"))
+    samples, tokens = pace.get("samples_per_second"), pace.get("tokens_per_second")
+    if samples is not None and tokens is not None:
+        rows.append(("speed", f"{samples:,.3g} samples, {tokens:,.0f} output tokens per second"))
+    if rows:
+        left = pace.get("seconds_left")
+        rows.append(("time left", "known after three commits" if left is None else f"about {seconds_text(left)} at this speed"))
+    return rows
 
 
 def verification_sections(facts: Mapping[str, int | str], faults: Sequence[tuple[str, str]]) -> tuple[Section, ...]:

@@ -44,6 +44,11 @@ class ListedFile:
     def bytes(self) -> int:
         return self.mark[2]
 
+    @property
+    def changed(self) -> float:
+        """When its content last changed, in seconds since 1970."""
+        return self.mark[3] / 1e9
+
     def digest(self) -> str:
         """SHA-256 of the whole file. Raises as `open` does."""
         with self.open() as file:

@@ -1,0 +1,87 @@
+"""A few samples and the error rows of an output folder: which ones are chosen, and what is told of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tokabatch.errors import DamageError
+from tokabatch.input.fingerprint import Fingerprint
+from tokabatch.output.excerpts import ErrorRow, error_rows, excerpts
+from tokabatch.output.folder import Claim
+from tokabatch.output.manifest import Manifest, Versions, write_manifest
+from tokabatch.output.schema import CORRECT, output_schema
+from tokabatch.output.shards import ShardWriter
+
+MANIFEST = Manifest("2026-01-02T03:04:05+00:00", "/", "m", Versions("1", "2", "3", "4"), 9, 18, {}, Fingerprint({}, {}))
+
+
+def good(row: int, sample: int, tokens: int = 3, correct: bool | None = None) -> dict[str, Any]:
+    known = dict(id=f"id{row}", row_index=row, sample_index=sample, status="ok", num_output_tokens=tokens, correct=correct)
+    return {**known, "text": f"text {row}.{sample}", "finish_reason": "stop", "token_ids": [1], "question": f"question {row}"}
+
+
+def bad(row: int, sample: int, code: str) -> dict[str, Any]:
+    known = dict(id=f"id{row}", row_index=row, sample_index=sample, status="error", question=f"question {row}")
+    return {**known, "error_code": code, "error_message": f"line {row + 1}: why"}
+
+
+def folder(out: Path, *shards: list[dict[str, Any]], verified: bool = False) -> Path:
+    schema = output_schema(pa.schema([("question", pa.string())]), verified=verified)
+    with Claim(out) as claim:
+        write_manifest(claim, MANIFEST, {})
+        writer = ShardWriter(claim, schema, rows_per_shard=1000, flush_seconds=1e9)
+        for rows in shards:
+            writer.add(pa.Table.from_pylist(rows, schema=schema))
+            writer.commit()
+    return out
+
+
+def test_error_rows_by_code_in_the_order_of_the_input(tmp_path: Path) -> None:
+    first = [bad(row, sample, "bad_json") for row in (7, 3) for sample in (0, 1)]
+    second = [good(0, 0), bad(1, 0, "bad_json"), bad(2, 0, "empty_prompt"), bad(5, 1, "bad_json")]
+    out = folder(tmp_path / "out", first, [good(8, 0)], second)
+    found = error_rows(out)
+    assert [(each.code, each.row_index, each.samples) for each in found.rows] == [
+        ("bad_json", 1, 1), ("bad_json", 3, 2), ("bad_json", 5, 1), ("bad_json", 7, 2), ("empty_prompt", 2, 1),
+    ]  # fmt: skip
+    assert found.rows[0] == ErrorRow(1, "id1", 1, "bad_json", "line 2: why")
+    few = error_rows(out, 2)
+    assert [each.row_index for each in few.rows] == [1, 3, 2] and few.counts == {"bad_json": 4, "empty_prompt": 1}
+    assert few.rows[1].samples == 2
+
+
+def test_no_error_rows(tmp_path: Path) -> None:
+    found = error_rows(folder(tmp_path / "out", [good(0, 0)]))
+    assert (found.rows, found.counts) == ((), {})
+
+
+def test_samples_where_nothing_is_verified_are_the_first_of_their_rows(tmp_path: Path) -> None:
+    out = folder(tmp_path / "out", [good(4, 1), good(4, 0), bad(0, 0, "bad_json"), good(2, 0)], [good(1, 0)])
+    found = excerpts(out, 3)
+    assert set(found) == {"first"}
+    assert [(each.row_index, each.sample_index) for each in found["first"]] == [(2, 0), (4, 0)]
+    assert found["first"][0].text == "text 2.0" and found["first"][0].columns == {"question": "question 2"}
+    assert [each.row_index for each in excerpts(out, 2, whole=True)["first"]] == [1, 2]
+
+
+def test_right_wrong_and_longest(tmp_path: Path) -> None:
+    first = [good(0, 0, 5, True), good(0, 1, 9, False), good(1, 0, 7, False), good(2, 0, 7, None)]
+    out = folder(tmp_path / "out", first, [good(3, 0, 8, True), good(3, 1, 20, True)], verified=True)
+    found = excerpts(out, 2)
+    assert [each.row_index for each in found["right"]] == [0] and found["right"][0].correct is True
+    assert [(each.row_index, each.sample_index) for each in found["wrong"]] == [(0, 1), (1, 0)]
+    longest = excerpts(out, 2, whole=True)["longest"]
+    assert [(each.row_index, each.num_output_tokens) for each in longest] == [(3, 20), (0, 9)]
+    assert CORRECT.name not in longest[0].columns
+
+
+def test_a_damaged_shard_is_told(tmp_path: Path) -> None:
+    out = folder(tmp_path / "out", [bad(0, 0, "bad_json")])
+    path = next((out / "data").iterdir())
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DamageError, match="part-00000"):
+        error_rows(out)

@@ -1,0 +1,181 @@
+"""A few of a run's samples and its error rows, read from an output folder for a person to look at.
+
+Of a folder with error rows only the row groups that hold some are read: the statistics of `error_code` say which.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import nsmallest
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tokabatch.arrays import Bool, Int64
+from tokabatch.output.folder import OutputFolder
+from tokabatch.output.inspection import recorded_shards
+from tokabatch.output.manifest import read_manifest
+from tokabatch.output.schema import CORRECT, SAMPLE_SCHEMA
+from tokabatch.output.shards import open_shard
+from tokabatch.storage.listing import ListedFile, consistently
+
+Kind = Literal["first", "right", "wrong", "longest"]
+_KEYS = ("row_index", "sample_index", "status", "num_output_tokens", "correct")
+_LONG_COLUMNS = frozenset(("token_ids", "logprobs"))
+_OWN = frozenset((*SAMPLE_SCHEMA.names, CORRECT.name))
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRow:
+    """A row of the input that has no completion: `samples` of it are error samples of one `code`."""
+
+    row_index: int
+    id: str | None
+    samples: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRows:
+    """Error rows, by code and then in the order of the input; `counts` is how many rows of each code there are in all."""
+
+    rows: tuple[ErrorRow, ...]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """One sample with the columns of its row; `correct` is None where the job does not verify."""
+
+    row_index: int
+    sample_index: int
+    text: str
+    finish_reason: str
+    num_output_tokens: int
+    correct: bool | None
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a sample stands; `rank` orders the candidates of a kind."""
+
+    rank: tuple[int, int, int]
+    shard: int
+    group: int
+    offset: int
+
+
+def error_rows(path: Path, per_code: int | None = None) -> ErrorRows:
+    """The error rows in the output folder `path`, of each code the first `per_code` where given. Raises OutputError where the
+    folder cannot be read, DamageError where it is damaged."""
+    return consistently(lambda: _error_rows(_shards(path), per_code), path)
+
+
+def excerpts(path: Path, count: int, *, whole: bool = False) -> dict[Kind, tuple[Excerpt, ...]]:
+    """Up to `count` samples of each kind, each of another row: the first right and wrong ones where the job verifies, else the
+    first ones. They are looked for in the first shard that has any; with `whole` in all, and the longest are there, too."""
+    return consistently(lambda: _excerpts(_shards(path), count, whole), path)
+
+
+def _shards(path: Path) -> tuple[ListedFile, ...]:
+    folder = OutputFolder(path)
+    return recorded_shards(folder, read_manifest(folder))
+
+
+def _error_rows(shards: Sequence[ListedFile], per_code: int | None) -> ErrorRows:
+    numbers: dict[str, list[Int64]] = defaultdict(list)
+    named: dict[str, dict[int, tuple[str | None, str]]] = defaultdict(dict)
+    for table in _error_tables(shards):
+        for code in pc.call_function("unique", [table["error_code"]]).to_pylist():
+            of_code = table.filter(pc.call_function("equal", [table["error_code"], code]))
+            rows = of_code["row_index"].to_numpy()
+            numbers[code].append(rows)
+            _, first = np.unique(rows, return_index=True)
+            for each in of_code.take(pa.array(first[:per_code])).to_pylist():
+                named[code].setdefault(each["row_index"], (each["id"], each["error_message"] or ""))
+            named[code] = {row: named[code][row] for row in sorted(named[code])[:per_code]}
+    found: list[ErrorRow] = []
+    for code, parts in numbers.items():
+        rows, samples = np.unique(np.concatenate(parts), return_counts=True)
+        each_row = zip(rows[: len(named[code])].tolist(), samples.tolist(), strict=False)
+        found += [ErrorRow(row, named[code][row][0], count, code, named[code][row][1]) for row, count in each_row]
+    counts = {code: len(np.unique(np.concatenate(parts))) for code, parts in sorted(numbers.items())}
+    return ErrorRows(tuple(sorted(found, key=lambda each: (each.code, each.row_index))), counts)
+
+
+def _error_tables(shards: Sequence[ListedFile]) -> Iterator[pa.Table]:
+    columns = ["row_index", "id", "error_code", "error_message"]
+    for shard in shards:
+        with open_shard(shard) as file:
+            for group in range(file.num_row_groups):
+                if not _all_null(file, group):
+                    table = file.read_row_group(group, columns=columns)
+                    yield table.filter(pc.call_function("is_valid", [table["error_code"]]))
+
+
+def _all_null(file: pq.ParquetFile, group: int) -> bool:
+    # Columns of lists take several places in the file: a column is found by its path.
+    described = file.metadata.row_group(group)
+    column = next(c for c in map(described.column, range(described.num_columns)) if c.path_in_schema == "error_code")
+    statistics = column.statistics
+    return statistics is not None and statistics.has_null_count and statistics.null_count == described.num_rows
+
+
+def _excerpts(shards: Sequence[ListedFile], count: int, whole: bool) -> dict[Kind, tuple[Excerpt, ...]]:
+    best: dict[Kind, list[_Place]] = {}
+    for number, shard in enumerate(shards):
+        with open_shard(shard) as file:
+            present = [name for name in _KEYS if name in file.schema_arrow.names]
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=present)
+                for kind, chosen in _candidates(table, whole).items():
+                    places = [_Place(rank, number, group, offset) for rank, offset in nsmallest(count, chosen)]
+                    best[kind] = nsmallest(count, [*best.get(kind, ()), *places], key=lambda place: place.rank)
+        if any(best.values()) and not whole:
+            break
+    return {kind: tuple(_read(shards[place.shard], place) for place in places) for kind, places in best.items() if places}
+
+
+def _candidates(table: pa.Table, whole: bool) -> dict[Kind, list[tuple[tuple[int, int, int], int]]]:
+    """For each kind, of each row its first sample: the rank and the offset in the table."""
+    ok: Bool = np.asarray(table["status"].to_pylist(), dtype=object) == "ok"
+    rows, samples = table["row_index"].to_numpy(), table["sample_index"].to_numpy()
+    masks: dict[Kind, Bool] = {"first": ok}
+    if "correct" in table.column_names:
+        right = table["correct"].fill_null(False).to_numpy().astype(np.bool_)
+        masks = {"right": ok & right, "wrong": ok & ~right}
+    ranked = {kind: (mask, np.zeros(len(rows), np.int64)) for kind, mask in masks.items()}
+    if whole:
+        ranked["longest"] = (ok, -table["num_output_tokens"].fill_null(0).to_numpy().astype(np.int64))
+    result: dict[Kind, list[tuple[tuple[int, int, int], int]]] = {}
+    for kind, (mask, first) in ranked.items():
+        offsets = np.flatnonzero(mask)
+        offsets = offsets[np.lexsort((samples[offsets], first[offsets], rows[offsets]))]
+        offsets = offsets[np.unique(rows[offsets], return_index=True)[1]]
+        keys = zip(first[offsets].tolist(), rows[offsets].tolist(), samples[offsets].tolist(), strict=True)
+        result[kind] = list(zip(keys, offsets.tolist(), strict=True))
+    return result
+
+
+def _read(shard: ListedFile, place: _Place) -> Excerpt:
+    with open_shard(shard) as file:
+        names = [name for name in file.schema_arrow.names if name not in _LONG_COLUMNS]
+        table = file.read_row_group(place.group, columns=names).slice(place.offset, 1)
+    (values,) = table.to_pylist()
+    return Excerpt(
+        values["row_index"],
+        values["sample_index"],
+        values["text"] or "",
+        values["finish_reason"] or "",
+        values["num_output_tokens"] or 0,
+        values.get("correct"),
+        {name: value for name, value in values.items() if name not in _OWN},
+    )

@@ -1,0 +1,77 @@
+"""The end of a run's summary, read from its output folder: a few samples, the error rows, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from itertools import groupby
+from pathlib import Path
+
+from tokabatch.errors import TokabatchError
+from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, error_rows, excerpts
+from tokabatch.report.summary import RunSummary, Section
+
+_SAMPLES = 3
+PER_CODE = 3
+_SAMPLE_LINES, _SAMPLE_CHARACTERS = 6, 400
+_MESSAGE_CHARACTERS = 300
+
+
+def closing_sections(out: Path, summary: RunSummary) -> tuple[Section, ...]:
+    """Three samples, right and wrong ones where they were judged; the first error rows of each code; the next commands. What
+    cannot be read back is left out: the run has said how it ended."""
+    sections: list[Section] = []
+    try:
+        if summary.ok:
+            sections.append(Section("Samples", tuple(map(_sample, _few(out)))))
+        if summary.errors:
+            sections.append(errors_section(error_rows(out, PER_CODE)))
+    except (TokabatchError, OSError):
+        pass
+    return (*sections, Section("Next", _next(out, summary)))
+
+
+def errors_section(errors: ErrorRows) -> Section:
+    """The error rows by code, and how many more there are than are named."""
+    table: list[tuple[str, str, str]] = []
+    for code, group in groupby(errors.rows, key=lambda each: each.code):
+        named = list(group)
+        for place, each in enumerate(named):
+            table.append(("" if place else code, _row(each), _cut(each.message, 1, _MESSAGE_CHARACTERS)))
+        if more := errors.counts[code] - len(named):
+            table.append(("", "", f"and {more:,} more of this code"))
+    return Section("Error rows", tuple(table), ("code", "row", "message"))
+
+
+def _few(out: Path) -> list[Excerpt]:
+    found = excerpts(out, _SAMPLES)
+    right, wrong = found.get("right", ()), found.get("wrong", ())
+    judged = (*right[:1], *wrong[:1], *right[1:], *wrong[1:])
+    return sorted((*judged, *found.get("first", ()))[:_SAMPLES], key=lambda each: (each.row_index, each.sample_index))
+
+
+def _sample(sample: Excerpt) -> tuple[str, str]:
+    verdict = "" if sample.correct is None else ", right" if sample.correct else ", wrong"
+    label = f"row {sample.row_index:,}, sample {sample.sample_index:,}{verdict}"
+    return label, _cut(sample.text.strip(), _SAMPLE_LINES, _SAMPLE_CHARACTERS) or "(no text)"
+
+
+def _row(error: ErrorRow) -> str:
+    return f"{error.row_index:,}" if error.id in (None, str(error.row_index)) else f"{error.row_index:,} ({error.id})"
+
+
+def _next(out: Path, summary: RunSummary) -> tuple[tuple[str, str], ...]:
+    folder = shlex.quote(str(out))
+    rows: list[tuple[str, str]] = []
+    if summary.pending:
+        rows.append(("the same command again", f"computes the {summary.pending:,} samples that are missing"))
+    if summary.errors:
+        rows.append((f"tokabatch errors {folder}", "names the error rows; all of them with --all"))
+    if summary.ok:
+        rows.append((f"tokabatch export {folder} --to samples.jsonl", "writes the samples into one file (.csv, .parquet)"))
+    rows.append((f"tokabatch report {folder}", "writes a page about the run, with its charts and more samples"))
+    return tuple(rows)
+
+
+def _cut(text: str, lines: int, characters: int) -> str:
+    kept = "\n".join(text[:characters].splitlines()[:lines])
+    return kept if len(kept) == len(text.rstrip("\n")) else f"{kept} […]"
