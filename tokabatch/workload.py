@@ -35,11 +35,13 @@ from tokabatch.model.config import read_config
 from tokabatch.model.families import read_spec
 from tokabatch.model.files import ModelFile, known_files
 from tokabatch.model.resolve import resolve_model
+from tokabatch.model.shards import check_mesh
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import named_dtype, resolve_dtype
 from tokabatch.output.schema import FailedRow, output_schema
 from tokabatch.output.shards import refuse_unwritable
 from tokabatch.parallel.layout import Layout, decide_layout, visible_devices
+from tokabatch.parallel.mesh import Mesh
 from tokabatch.scheduling.contracts import Drawn, Requests
 from tokabatch.scoring.verifiers import load_verifier
 
@@ -155,6 +157,7 @@ def prepare(
     # Known before they are read: what changes in between is noticed when the weights load.
     files = known_files(folder, tokenizer_folder)
     spec = read_spec(folder)
+    check_mesh(spec, Mesh(0, layout.tensor, layout.pipeline))
     checkpoint = preflight(folder, spec) if Path(job.model.path).expanduser().is_dir() else None
     dtype = _choose_dtype(job, device, folder, spec, checkpoint)
     if not absent_gpu:

@@ -76,7 +76,7 @@ def test_close_ends_the_process(spec):
     executor = ProcessExecutor(spec)
     executor.start()
     executor.close()
-    assert executor._process.exitcode == 0
+    assert executor._ranks[0].process.exitcode == 0
 
 
 PARENT = """

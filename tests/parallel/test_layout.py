@@ -35,7 +35,13 @@ def test_a_gpu_that_is_not_here_is_one():
     assert decide_layout(EngineConfig(), "cuda", None).replicas == 1
 
 
-@pytest.mark.parametrize("key", ["tensor", "pipeline"])
-def test_a_replica_over_several_devices_is_refused(key):
-    with pytest.raises(JobError, match=rf"engine\.{key} is 2.*not supported yet"):
-        decide_layout(EngineConfig(**{key: 2}), "cuda", ("0", "1"))
+def test_the_devices_of_a_replica_of_several_ranks_are_its_own():
+    found = decide_layout(EngineConfig(tensor=2), "cuda", ("4", "7", "9"))
+    assert (found.replicas, found.tensor, found.pipeline, found.devices) == (1, 2, 1, (("4", "7"),))
+    with pytest.raises(JobError, match="visible"):
+        decide_layout(EngineConfig(tensor=2, pipeline=2), "cuda", ("0", "1", "2"))
+
+
+def test_ranks_have_processes_of_their_own():
+    with pytest.raises(JobError, match=r"engine\.pipeline 2.*remove engine\.process: false"):
+        decide_layout(EngineConfig(pipeline=2, process=False), "cpu", ())

@@ -90,6 +90,8 @@ ENGINES = [
     {"max_running": 2, "max_step_tokens": 7},
     {"kv_cache_tokens": 200, "queue_depth": 3},
     {"process": True, "queue_depth": 2},
+    {"tensor": 2},
+    {"pipeline": 2},
 ]
 
 

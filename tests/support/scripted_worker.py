@@ -13,6 +13,7 @@ import torch
 
 from support.token_device import TokenDevice
 from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.parallel.mesh import Place
 from tokabatch.scheduling.contracts import StepBatch, StepResult
 from tokabatch.scheduling.scheduler import SchedulerLimits
 
@@ -35,6 +36,8 @@ class Script:
     """Steps of more tokens find no memory."""
     dies_loading: int = 0
     """So many workers die before they are ready."""
+    place: Place | None = None
+    """Of one rank; scripted ranks compute the same, each for itself."""
 
 
 @dataclass

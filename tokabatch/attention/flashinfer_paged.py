@@ -25,7 +25,7 @@ from tokabatch.attention.upload import Outbox, Parcel
 from tokabatch.scheduling.contracts import PrefixLevel, StepBatch
 
 WORKSPACE_BYTES = 256 << 20
-RING = 4
+RING = 6
 """Sets of wrappers; more than the steps that are ever in flight."""
 LONG_CONTEXT = 2048
 """Mean keys a decode run from which FlashInfer's decode takes over where there are too few sequences to fill the GPU: it splits

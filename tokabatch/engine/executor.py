@@ -1,71 +1,41 @@
 """The boundary between the scheduler's process and the model: steps go in, results come out, in the same order.
 
 `InProcessExecutor` launches a step when it is submitted, so that a breakpoint in the model works; `ProcessExecutor` has the
-worker in a process of its own and launches while the scheduler decides the next step. Both keep the same contract.
+worker in a process of its own and launches while the scheduler decides the next step. `GroupExecutor` has a worker of several
+ranks, each in a process of its own. All keep the same contract.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import pickle
-import queue
 import signal
 import sys
-import threading
-import traceback
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
-import torch
-
 from tokabatch.engine import child
-from tokabatch.engine.heartbeat import Patience, Pulse, Watch
+from tokabatch.engine.heartbeat import Patience, Watch
 from tokabatch.engine.launcher import Launcher
 from tokabatch.engine.sizing import ReplicaSizes
-from tokabatch.errors import StepDropped, TokabatchError, WorkerLost
+from tokabatch.engine.worker import WorkerSpec
+from tokabatch.engine.worker_process import Launches, Resume, Running, dropped, serve
+from tokabatch.errors import TokabatchError, WorkerLost
+from tokabatch.parallel.mesh import Place
 from tokabatch.scheduling.contracts import StepBatch, StepResult
 
 WORKER_NAME = "tokabatch-worker"
 STOP_SECONDS = 5.0
-POLL_SECONDS = 0.0002
 ALIVE_SECONDS = 0.5
-CPU_OUT_OF_MEMORY = "can't allocate memory"
-
-
-class Running(Protocol):
-    """A step on its way, as `Worker.launch` returns it."""
-
-    @property
-    def done(self) -> bool:
-        """Whether `wait` would return at once."""
-        ...
-
-    def wait(self) -> StepResult: ...
-
-
-class Launches(Protocol):
-    """What executes steps: a `Launcher` with its worker, or a scripted one in tests."""
-
-    @property
-    def sizes(self) -> ReplicaSizes: ...
-
-    def launch(self, step: StepBatch) -> Running: ...
-
-    def make_ahead(self) -> None:
-        """Get ready what steps to come will want. Called while the device has a step behind the one that runs."""
-        ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """Follows the steps that a worker shall ignore because it dropped one before them."""
 
 
 class Executor(Protocol):
@@ -116,7 +86,7 @@ class InProcessExecutor:
             self._launched.append(self._started().launch(step))
             self._started().make_ahead()
         except (RuntimeError, MemoryError) as error:
-            raise _dropped(step, error) from error
+            raise dropped(step, error) from error
 
     def collect(self) -> StepResult:
         return self._launched.popleft().wait()
@@ -145,17 +115,27 @@ class ProcessExecutor:
         patience: Patience | None = None,
         start_method: Literal["spawn", "forkserver"] = "spawn",
     ) -> None:
+        self._spawn([spec], 0, build, patience or Patience(), start_method)
+
+    def _spawn(
+        self,
+        specs: Sequence[Any],
+        answering: int,
+        build: Callable[[Any], Launches],
+        patience: Patience,
+        start_method: Literal["spawn", "forkserver"],
+    ) -> None:
+        """Start a process for each spec. All of them get every step; the one at `answering` sends the results."""
         context = multiprocessing.get_context("spawn" if start_method == "spawn" else "forkserver")
-        self._pipe, their_pipe = context.Pipe()
-        self._signs, pulse = context.Pipe(duplex=False)
-        ends = (their_pipe, pulse, pickle.dumps((_serve, (build, spec))))
-        self._process: BaseProcess = context.Process(target=child.main, args=ends, name=WORKER_NAME, daemon=True)  # pyright: ignore
-        # Here and not in `start`, which may be broken off: a process half started would have no owner.
-        _start_shielded(self._process)
-        their_pipe.close()
-        pulse.close()
-        self._watch = Watch(self._signs, patience or Patience(), self._process.kill)
+        self._ranks: list[_Rank] = []
         self._sizes: ReplicaSizes | None = None
+        try:
+            for number, spec in enumerate(specs):
+                name = "the worker process" if len(specs) == 1 else f"the process of the worker's rank {number}"
+                self._ranks.append(_Rank(context, name, (build, spec, number == answering), patience))
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def sizes(self) -> ReplicaSizes:
@@ -163,20 +143,22 @@ class ProcessExecutor:
         return self._sizes
 
     def start(self) -> None:
-        sizes = self._receive()
-        assert isinstance(sizes, ReplicaSizes)
-        self._sizes = sizes
-        self._watch.ready()
+        for _ in self._ranks:
+            rank, sizes = self._receive()
+            assert isinstance(sizes, ReplicaSizes)
+            self._sizes = sizes
+            rank.watch.ready()
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid
+        """Of the first rank's process."""
+        return self._ranks[0].process.pid
 
     def submit(self, step: StepBatch) -> None:
         self._send(step)
 
     def collect(self) -> StepResult:
-        result = self._receive()
+        _, result = self._receive()
         assert isinstance(result, StepResult)
         return result
 
@@ -184,45 +166,126 @@ class ProcessExecutor:
         self._send(Resume())
 
     def close(self) -> None:
-        self._pipe.close()
-        self._watch.close()
-        self._process.join(STOP_SECONDS)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        # Not before: without a reader of its signs the worker ends at once, and may have a trace to write.
-        self._signs.close()
+        for rank in self._ranks:
+            rank.pipe.close()
+        for rank in self._ranks:
+            rank.close()
 
     def _send(self, message: StepBatch | Resume) -> None:
+        pickled = ForkingPickler.dumps(message)
         try:
-            self._pipe.send(message)
+            for rank in self._ranks:
+                rank.pipe.send_bytes(pickled)
         except OSError as error:
-            # Results of earlier steps, and last of all what went wrong, may still lie in the pipe.
+            # Results of earlier steps, and last of all what went wrong, may still lie in the pipes.
             while True:
                 self._receive(error)
 
-    def _receive(self, cause: Exception | None = None) -> StepResult | ReplicaSizes:
+    def _receive(self, cause: Exception | None = None) -> tuple[_Rank, StepResult | ReplicaSizes]:
+        """The next message of any rank. Raises what a rank tells of, or WorkerLost where one is gone."""
+        # A dead worker's end closes at once, unless a process that it left behind holds it open.
+        while not (ready := wait([rank.pipe for rank in self._ranks], ALIVE_SECONDS)):
+            for rank in self._ranks:
+                if not rank.process.is_alive() and not rank.pipe.poll():
+                    raise self._lost(rank.gone())
+        rank = next(rank for rank in self._ranks if rank.pipe is ready[0])
         try:
-            # A dead worker's end closes at once, unless a process that it left behind holds it open.
-            while not self._pipe.poll(ALIVE_SECONDS):
-                if not self._process.is_alive() and not self._pipe.poll():
-                    raise self._gone()
-            message = self._pipe.recv()
+            message = rank.pipe.recv()
         except (EOFError, OSError) as error:
-            raise self._gone() from (cause or error)
+            raise self._lost(rank.gone()) from (cause or error)
         if isinstance(message, TokabatchError):
-            raise message
-        return message
+            raise self._lost(message)
+        return rank, message
 
-    def _gone(self) -> WorkerLost:
-        self._process.join(STOP_SECONDS)
-        if self._watch.fault is not None:
-            return WorkerLost(f"the worker process hung ({self._watch.fault}) and was killed", "hung")
-        code = self._process.exitcode
+    def _lost(self, found: TokabatchError) -> TokabatchError:
+        """What to raise where one rank has told of `found`; the others are ended. A rank that was killed is the cause of what
+        its neighbours tell: that their connection is lost."""
+        if len(self._ranks) > 1:
+            killed = (rank.gone() for rank in self._ranks if rank.is_gone)
+            found = next((fault for fault in killed if fault.cause in ("hung", "killed")), found)
+            for rank in self._ranks:
+                rank.process.kill()
+        return found
+
+
+class GroupExecutor(ProcessExecutor):
+    """See `Executor`. A worker of `tensor` times `pipeline` ranks. What one of them dies of, or has no memory for, ends them
+    all: they cannot go on without each other."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        tensor: int,
+        pipeline: int,
+        build: Callable[[Any], Launches] = Launcher.build,
+        patience: Patience | None = None,
+        start_method: Literal["spawn", "forkserver"] = "spawn",
+    ) -> None:
+        # The ranks meet by a file: a port might be another run's.
+        self._folder = TemporaryDirectory(prefix="tokabatch-ranks-")
+        meeting = Path(self._folder.name) / "meeting"
+        specs = [replace(spec, place=Place(rank, tensor, pipeline, meeting)) for rank in range(tensor * pipeline)]
+        self._spawn(specs, tensor * (pipeline - 1), build, patience or Patience(), start_method)
+
+    def resume(self) -> None:
+        raise WorkerLost("a rank of the worker had no memory for a step, which ended them all", "out of memory")
+
+    def close(self) -> None:
+        super().close()
+        self._folder.cleanup()
+
+
+class _Rank:
+    """One process of a worker, its pipe for steps and results, and the watch over it."""
+
+    def __init__(
+        self,
+        context: BaseContext,
+        name: str,
+        work: tuple[Callable[[Any], Launches], Any, bool],
+        patience: Patience,
+    ) -> None:
+        self._name = name
+        self.pipe, their_pipe = context.Pipe()
+        self._signs, pulse = context.Pipe(duplex=False)
+        ends = (their_pipe, pulse, pickle.dumps((serve, work)))
+        self.process: BaseProcess = context.Process(target=child.main, args=ends, name=WORKER_NAME, daemon=True)  # pyright: ignore
+        # Here and not in `start`, which may be broken off: a process half started would have no owner.
+        _start_shielded(self.process)
+        their_pipe.close()
+        pulse.close()
+        self.watch = Watch(self._signs, patience, self.process.kill)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the process has ended, or is about to; what it had still to tell is lost."""
+        try:
+            while self.pipe.poll():
+                self.pipe.recv()
+        except (EOFError, OSError):
+            return True
+        return not self.process.is_alive()
+
+    def gone(self) -> WorkerLost:
+        """What became of the process."""
+        self.process.join(STOP_SECONDS)
+        if self.watch.fault is not None:
+            return WorkerLost(f"{self._name} hung ({self.watch.fault}) and was killed", "hung")
+        code = self.process.exitcode
         if code is not None and code < 0:
             name = next((each.name for each in signal.Signals if each == -code), "unknown")
-            return WorkerLost(f"the worker process was killed by signal {-code} ({name})", "killed")
-        return WorkerLost(f"the worker process died (exit code {code}); its own output says why", "died")
+            return WorkerLost(f"{self._name} was killed by signal {-code} ({name})", "killed")
+        return WorkerLost(f"{self._name} died (exit code {code}); its own output says why", "died")
+
+    def close(self) -> None:
+        """End the process; its pipe is closed already."""
+        self.watch.close()
+        self.process.join(STOP_SECONDS)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        # Not before: without a reader of its signs the worker ends at once, and may have a trace to write.
+        self._signs.close()
 
 
 def _start_shielded(process: BaseProcess) -> None:
@@ -237,87 +300,3 @@ def _start_shielded(process: BaseProcess) -> None:
     finally:
         sys.modules["__main__"] = main
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any], pulse: Pulse) -> None:
-    """The worker process: its sizes when it is ready, then a result for each step, until the other end closes. After any error
-    but the want of memory it ends: the device's context may be gone, and is never used again.
-
-    Steps are drained by a thread: were both sides to block in a send larger than the pipe's buffer, neither would go on.
-    """
-    build, spec = work
-    steps: queue.SimpleQueue[StepBatch | Resume | None] = queue.SimpleQueue()
-    try:
-        launcher = build(spec)
-        pipe.send(launcher.sizes)
-        threading.Thread(target=_drain, args=(pipe, steps), daemon=True).start()
-        _work(launcher, steps, pipe, pulse)
-        launcher.close()
-    except TokabatchError as error:
-        pipe.send(error)
-    except ConnectionError:
-        return
-    except Exception as error:
-        reason = " ".join(traceback.format_exception_only(error)[-1].split())
-        pipe.send(WorkerLost(f"the worker process failed: {reason}\n{traceback.format_exc()}"))
-
-
-def _work(launcher: Launches, steps: queue.SimpleQueue[StepBatch | Resume | None], pipe: Connection, pulse: Pulse) -> None:
-    """Launch what arrives, ahead of sending back what is done: the device always has the next step queued. Between two launches
-    a moment goes to what later steps will want."""
-    launched: deque[Running] = deque()
-    ahead = False
-    while True:
-        try:
-            step = steps.get(timeout=POLL_SECONDS if launched else None)
-        except queue.Empty:
-            if launched[0].done:
-                _send_back(launched.popleft(), pipe, pulse)
-            elif ahead and len(launched) > 1:
-                launcher.make_ahead()
-                ahead = False
-            continue
-        if step is None:
-            return
-        if isinstance(step, Resume):
-            continue
-        pulse.begun += 1
-        try:
-            launched.append(launcher.launch(step))
-            ahead = True
-        except (RuntimeError, MemoryError) as error:
-            dropped = _dropped(step, error)
-            while launched:
-                _send_back(launched.popleft(), pipe, pulse)
-            pipe.send(dropped)
-            pulse.finished = pulse.begun
-            # The steps that build on the dropped one are ignored.
-            while not isinstance(skipped := steps.get(), Resume):
-                if skipped is None:
-                    return
-
-
-def _send_back(running: Running, pipe: Connection, pulse: Pulse) -> None:
-    result = running.wait()
-    pulse.finished += 1
-    pulse.waiting = True
-    pipe.send(result)
-    pulse.waiting = False
-
-
-def _dropped(step: StepBatch, error: RuntimeError | MemoryError) -> StepDropped:
-    """What to tell of a step that the device had no memory for. Raises any other error again."""
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and CPU_OUT_OF_MEMORY not in str(error):
-        raise error
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    reason = (str(error).splitlines() or ["MemoryError"])[0]
-    return StepDropped(f"no memory for a step of {step.num_tokens:,} tokens: {reason}")
-
-
-def _drain(pipe: Connection, steps: queue.SimpleQueue[StepBatch | Resume | None]) -> None:
-    try:
-        while True:
-            steps.put(pipe.recv())
-    except (EOFError, OSError):
-        steps.put(None)

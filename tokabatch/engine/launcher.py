@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.worker import Launched, TraceSpec, Worker, WorkerSpec
+from tokabatch.parallel.mesh import Mesh
 from tokabatch.scheduling.contracts import StepBatch
 
 WARM_UP_STEPS = 4
@@ -30,8 +31,10 @@ class Launcher:
 
     @classmethod
     def build(cls, spec: WorkerSpec) -> Launcher:
-        """Build the worker that the spec describes. Raises what `Worker.build` does."""
-        return cls(Worker.build(spec), spec.trace, spec.device)
+        """Build the worker that the spec describes, or the one rank of it, which meets the others first. Raises what
+        `Worker.build` does."""
+        mesh = spec.place and Mesh.join(spec.place, torch.device(spec.device))
+        return cls(Worker.build(spec, mesh), spec.trace, spec.device)
 
     @property
     def sizes(self) -> ReplicaSizes:

@@ -90,8 +90,10 @@ def _layers(decoder: Decoder, sizes: ReplicaSizes, num_tokens: int) -> None:
 
 
 def _draws(decoder: Decoder, num_rows: int) -> None:
-    """So many samples draw, the random way."""
+    """So many samples draw, the random way, on the last stage."""
     device = decoder.device
+    if not decoder.mesh.is_last_stage:
+        return
     logits_SV = decoder.logits(torch.zeros(num_rows, decoder.spec.hidden_size, dtype=decoder.dtype, device=device))
     slots, place_S = SlotTable(1, device), torch.zeros(num_rows, dtype=torch.int32, device=device)
-    sample(logits_SV, slots.inputs(np.zeros(num_rows, np.int32), place_S, place_S))
+    sample(logits_SV, slots.inputs(np.zeros(num_rows, np.int32), place_S, place_S), shard=decoder.vocabulary)

@@ -8,6 +8,7 @@ a small job allocates a small cache.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -18,10 +19,13 @@ import torch
 from tokabatch.attention.base import KVShape
 from tokabatch.errors import JobError
 from tokabatch.job import EngineConfig
+from tokabatch.model.shards import VocabularyShard, kv_heads, stage_layers
 from tokabatch.model.spec import ModelSpec, tensor_shapes
+from tokabatch.parallel.mesh import Mesh
 
 MAX_QUEUE_DEPTH = 3
-"""Fewer than the sets of buffers that a GPU backend rotates."""
+MOST_STEPS = 5
+"""In flight at once, on a worker of several pipeline stages: fewer than the sets of buffers that a GPU backend rotates."""
 CGROUP = Path("/sys/fs/cgroup")
 MIN_GROUP, MIN_PREFIX_TOKENS = 4, 32
 REPORTED_GROWTH, HOST_SHARE = 1.5, 0.6
@@ -196,15 +200,25 @@ def _fitting_pages(
     """Pages that the device's memory holds beside the weights; on a GPU at most, as only a step shows what it needs itself,
     and on one of `absent_memory` bytes that is not here beside an estimate of that."""
     share = DEFAULTS[device].memory_share
+    ranks = ranks_of(config)
+    if device == "cpu":
+        left = available_memory() - sum(weight_bytes(spec, dtype, head_apart=True, mesh=mesh) for mesh in ranks)
+        return pages_reported(facts, max_running, config.page_size, int(left * share), page_bytes(config, spec, dtype, ranks))
     if absent_memory is not None:
-        logits, share = max_running * spec.vocab_size * (dtype.itemsize + 4), ABSENT_SHARE
-        left = absent_memory - weight_bytes(spec, dtype, head_apart=False) - logits - ABSENT_WORKING_BYTES
-    elif device == "cuda":
-        left = _free_gpu_memory() - weight_bytes(spec, dtype, head_apart=False)
+        share, logits = ABSENT_SHARE, max_running * spec.vocab_size * (dtype.itemsize + 4)
+        free = absent_memory - logits - ABSENT_WORKING_BYTES
     else:
-        left = available_memory() - weight_bytes(spec, dtype, head_apart=True)
-        return pages_reported(facts, max_running, config.page_size, int(left * share), page_bytes(config, spec, dtype))
-    return int(left * share) // page_bytes(config, spec, dtype)
+        free = _free_gpu_memory()
+    # Every rank holds the same pages, each its part of them: the one that has least left decides.
+    return min(
+        int((free - weight_bytes(spec, dtype, head_apart=False, mesh=mesh)) * share) // page_bytes(config, spec, dtype, [mesh])
+        for mesh in ranks
+    )
+
+
+def ranks_of(config: EngineConfig) -> list[Mesh]:
+    """The ranks of a worker, each where it stands."""
+    return [Mesh(rank, config.tensor, config.pipeline) for rank in range(config.tensor * config.pipeline)]
 
 
 def pages_reported(facts: WorkloadFacts, max_running: int, page_size: int, memory: int, page_bytes: int = 0) -> int:
@@ -223,10 +237,11 @@ def reported_token_bytes(logprobs: int) -> int:
     return 4 + 8 * logprobs if logprobs >= 0 else 0
 
 
-def page_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Memory of a page, all layers, keys and values."""
+def page_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, ranks: Sequence[Mesh] | None = None) -> int:
+    """Memory of a page, keys and values of all layers, on these ranks together; None is all of the worker's."""
     kept = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
-    return kv_shape(spec, config.page_size, 1, 1, 1).bytes_per_page(kept)
+    ranks = ranks_of(config) if ranks is None else ranks
+    return sum(kv_shape(spec, config.page_size, 1, 1, 1, mesh).bytes_per_page(kept) for mesh in ranks)
 
 
 def _free_gpu_memory() -> int:
@@ -249,18 +264,37 @@ def available_memory() -> int:
     return min(available, limit - used)
 
 
-def weight_bytes(spec: ModelSpec, dtype: torch.dtype, head_apart: bool) -> int:
-    """Memory of the weights. `head_apart`: tied embeddings count twice, as a CPU keeps the head in a layout of its own."""
-    numbers = sum(prod(shape) for shape in tensor_shapes(spec).values())
-    return (numbers + (spec.vocab_size * spec.hidden_size if spec.tied_embeddings and head_apart else 0)) * dtype.itemsize
+def weight_bytes(spec: ModelSpec, dtype: torch.dtype, head_apart: bool, mesh: Mesh | None = None) -> int:
+    """Memory of a rank's weights; None is all of them. `head_apart`: tied embeddings count twice, as a CPU keeps the head in a
+    layout of its own."""
+    mesh = mesh or Mesh.single()
+    own = replace(
+        spec,
+        num_layers=len(stage_layers(spec, mesh)),
+        num_heads=len(mesh.shard(spec.num_heads)),
+        num_kv_heads=len(kv_heads(spec, mesh)),
+        intermediate_size=len(mesh.shard(spec.intermediate_size)),
+        vocab_size=VocabularyShard.of(spec.vocab_size, mesh).width,
+    )
+    numbers, vocabulary = sum(prod(shape) for shape in tensor_shapes(own).values()), own.vocab_size * own.hidden_size
+    # Where it is tied the last stage holds the embedding as its head.
+    held = mesh.is_first_stage + mesh.is_last_stage
+    if spec.tied_embeddings:
+        numbers += vocabulary * (min(held, 1 + head_apart) - 1)
+    else:
+        numbers += vocabulary * (held - 2)
+    return numbers * dtype.itemsize
 
 
-def kv_shape(spec: ModelSpec, page_size: int, num_pages: int, num_slots: int, max_pages: int) -> KVShape:
-    """The cache of one unsharded replica."""
+def kv_shape(
+    spec: ModelSpec, page_size: int, num_pages: int, num_slots: int, max_pages: int, mesh: Mesh | None = None
+) -> KVShape:
+    """The cache of one rank: of its stage's layers and its own heads."""
+    mesh = mesh or Mesh.single()
     return KVShape(
-        num_layers=spec.num_layers,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
+        num_layers=len(stage_layers(spec, mesh)),
+        num_heads=len(mesh.shard(spec.num_heads)),
+        num_kv_heads=len(kv_heads(spec, mesh)),
         head_dim=spec.head_dim,
         page_size=page_size,
         num_pages=num_pages,

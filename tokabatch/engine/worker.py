@@ -30,6 +30,8 @@ from tokabatch.model.sampling.sampler import Sampled, sample
 from tokabatch.model.sampling.slot_table import SlotTable, packed
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import load_decoder
+from tokabatch.parallel.collectives import least
+from tokabatch.parallel.mesh import Mesh, Place
 from tokabatch.scheduling.contracts import SamplingParams, StepBatch, StepResult
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ class WorkerSpec:
     """What the model and its tokenizer are read from; every worker of a run refuses others."""
     draws: tuple[SamplingParams, ...] = ()
     """The kinds of drawing to warm up (`warm_up.kinds_of_drawing`)."""
+    place: Place | None = None
+    """Of one rank, where the worker has several."""
 
 
 class Worker:
@@ -88,18 +92,21 @@ class Worker:
         self._captured: CapturedSteps | None = None
 
     @classmethod
-    def build(cls, spec: WorkerSpec) -> Worker:
-        """Load the weights, settle and allocate the cache, and on a GPU warm up. Raises ModelError, also for a file that is not
-        the one that the run began with, and JobError where the longest sample does not fit beside what a step needs."""
+    def build(cls, spec: WorkerSpec, mesh: Mesh | None = None) -> Worker:
+        """Load the weights, of one rank where there is a mesh, settle and allocate the cache, and on a GPU warm up. Raises
+        ModelError, also for a file that is not the one that the run began with, and JobError where the longest sample does not
+        fit beside what a step needs."""
         sizes, device, penalised = spec.sizes, torch.device(spec.device), any(params.penalised for params in spec.draws)
         refuse_changed(spec.files)
-        decoder = load_decoder(spec.folder, spec.spec, spec.dtype, device, fp8=spec.fp8)
+        mesh = mesh or Mesh.single()
+        decoder = load_decoder(spec.folder, spec.spec, spec.dtype, device, mesh, fp8=spec.fp8)
         # Once more: they may have been replaced while they were read.
         refuse_changed(spec.files)
         if device.type == "cuda":
-            one_page = kv_shape(spec.spec, sizes.page_size, 1, 1, 1).bytes_per_page(spec.kv_dtype or spec.dtype)
-            sizes = settle_pages(sizes, fitting_pages(decoder, sizes, one_page, penalised=penalised))
-        shape = kv_shape(spec.spec, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_pages_per_sequence)
+            one_page = kv_shape(spec.spec, sizes.page_size, 1, 1, 1, mesh).bytes_per_page(spec.kv_dtype or spec.dtype)
+            fitting = fitting_pages(decoder, sizes, one_page, penalised=penalised)
+            sizes = settle_pages(sizes, least(fitting, mesh, device))
+        shape = kv_shape(spec.spec, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_pages_per_sequence, mesh)
         backend = create_backend(spec.backend, shape, spec.dtype, device, spec.kv_dtype)
         worker = cls(decoder, backend, sizes, penalised=penalised)
         if device.type == "cuda":
@@ -111,8 +118,8 @@ class Worker:
         """Compile and load every kernel, and have steps captured from now on where the backend shares its cache."""
         for step in warm_up_steps(self.sizes, draws):
             self.run(step)
-        backend, mesh = self._backend, self._decoder.mesh
-        if isinstance(backend, Capturable) and mesh.tensor_size == mesh.pipeline_size == 1:
+        backend = self._backend
+        if isinstance(backend, Capturable) and self._decoder.mesh.is_single:
             # Triton is there only where there is a GPU.
             build = import_module("tokabatch.engine.captured").captured_on_gpu
             self._captured = build(self._decoder, backend, self._last_token, self._slots, captured_tokens(self.sizes))
@@ -155,8 +162,11 @@ class Worker:
         penalised = None if self._penalties is None else self._penalties.rows(slots, positions, outbox)
 
         def compute(hidden_SE: torch.Tensor) -> Sampled:
+            decoder = self._decoder
+            if not decoder.mesh.is_last_stage:
+                return Sampled(torch.empty(3, 0, dtype=torch.int32, device=self._device))
             inputs = self._slots.inputs(slots, slot.tensor, position.tensor)
-            return sample(self._decoder.logits(hidden_SE), inputs, self._last_token, penalised)
+            return sample(decoder.logits(hidden_SE), inputs, self._last_token, penalised, decoder.vocabulary)
 
         return compute
 
@@ -197,16 +207,18 @@ class Worker:
     def _hidden(self, step: StepBatch, outbox: Outbox) -> Callable[[], torch.Tensor]:
         """The layers kernel by kernel: what is returned gives hidden_SE of the sampled rows once the outbox is sent."""
         slot, position = outbox.add(token_slots(step)), outbox.add(step.positions().astype(np.int32))
-        token_ids = outbox.add(step.token_ids)
+        from_host = step.token_ids if step.decode_ids is None else np.concatenate((step.token_ids, step.decode_ids))
+        token_ids = outbox.add(from_host)
         only_decodes = step.num_prefill_runs == 0
         rows = None if only_decodes else outbox.add(np.cumsum(step.run_length)[step.run_samples] - 1)
         self._backend.plan(step, outbox)
 
         def compute() -> torch.Tensor:
-            slot_T = slot.tensor
-            token_T = self._last_token.index_select(0, slot_T[len(step.token_ids) :])
-            if not only_decodes:
-                token_T = torch.cat((token_ids.tensor, token_T))
+            slot_T, token_T = slot.tensor, token_ids.tensor
+            if step.decode_ids is None:
+                token_T = self._last_token.index_select(0, slot_T[len(from_host) :])
+                if not only_decodes:
+                    token_T = torch.cat((token_ids.tensor, token_T))
             rows_S = None if rows is None else rows.tensor
             pages = None if self._shared_cache is None else KVPages(self._shared_cache, slot_T)
             return self._decoder.hidden(token_T, position.tensor, self._backend.attend, rows_S, pages)

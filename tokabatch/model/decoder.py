@@ -6,7 +6,7 @@ keeps no state between calls, waits for no device and branches on nothing that l
 all layers can be captured in a CUDA graph. Where keys and values are kept and what attends to what is the business of `attend`.
 
 Shape legend: T tokens of a step, S rows with logits, E hidden size, H query heads, K key-value heads, D head dimension,
-F feed-forward size, V vocabulary; sizes are this shard's except in `logits_SV`.
+F feed-forward size, V vocabulary; sizes are this shard's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from tokabatch.attention.capturable import PagedCache
 from tokabatch.model.layers import fused, rms_norm, rotate
 from tokabatch.model.linear import Input, Linear, gated_for, normed_for
+from tokabatch.model.shards import VocabularyShard, kv_heads, stage_layers
 from tokabatch.model.spec import ModelSpec
 from tokabatch.parallel.collectives import all_gather_last, all_reduce, receive_hidden, send_hidden
 from tokabatch.parallel.mesh import Mesh
@@ -76,9 +77,10 @@ class Decoder:
     def __init__(self, spec: ModelSpec, mesh: Mesh, weights: DecoderWeights) -> None:
         self.spec = spec
         self.mesh = mesh
-        self.layer_range = mesh.stage_layers(spec.num_layers)
+        self.vocabulary = VocabularyShard.of(spec.vocab_size, mesh)
+        self.layer_range = stage_layers(spec, mesh)
         self.num_heads = len(mesh.shard(spec.num_heads))
-        self.num_kv_heads = len(mesh.shard(spec.num_kv_heads))
+        self.num_kv_heads = len(kv_heads(spec, mesh))
         self.dtype = weights.rotary_P1D.dtype
         self.device = weights.rotary_P1D.device
         self._weights = weights
@@ -94,10 +96,9 @@ class Decoder:
         """logits_SV of the tokens at `logit_rows_S` (indices into T; None: all), in the model's dtype; on a pipeline stage that
         is not the last, an empty [0, V]. All three index tensors are int32 or int64 on the decoder's device."""
         hidden = self.hidden(token_ids_T, positions_T, attend, logit_rows_S, pages)
-        if self.mesh.is_last_stage:
-            return self.logits(hidden)
-        send_hidden(hidden, self.mesh)
-        return hidden.new_empty(0, self.spec.vocab_size)
+        if not self.mesh.is_last_stage:
+            return hidden.new_empty(0, self.spec.vocab_size)
+        return all_gather_last(self.logits(hidden), self.mesh)[:, : self.spec.vocab_size].contiguous()
 
     def hidden(
         self,
@@ -107,13 +108,17 @@ class Decoder:
         logit_rows_S: torch.Tensor | None = None,
         pages: KVPages | None = None,
     ) -> torch.Tensor:
-        """What `forward` makes logits of: hidden_SE behind the stage's layers, on a stage that is not the last hidden_TE."""
+        """What `forward` makes logits of: hidden_SE behind the stage's layers; on a stage that is not the last hidden_TE, which
+        the next one gets."""
         if self.mesh.is_first_stage:
             hidden_TE = self.embed(token_ids_T)
         else:
             shape = (token_ids_T.shape[0], self.spec.hidden_size)
             hidden_TE = receive_hidden(torch.empty(shape, dtype=self.dtype, device=self.device), self.mesh)
-        return self.run_layers(hidden_TE, positions_T, attend, logit_rows_S, pages)
+        hidden = self.run_layers(hidden_TE, positions_T, attend, logit_rows_S, pages)
+        if not self.mesh.is_last_stage:
+            send_hidden(hidden, self.mesh)
+        return hidden
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """hidden_TE of the tokens, a fresh tensor. First stage only."""
@@ -121,7 +126,7 @@ class Decoder:
         assert embed_VE is not None, "the embedding is on the first stage"
         if self.mesh.tensor_size == 1:
             return embed_VE.index_select(0, token_ids_T)
-        own = self.mesh.shard(self.spec.vocab_size)
+        own = self.vocabulary.tokens
         local_T = token_ids_T - own.start
         foreign_T = (local_T < 0) | (local_T >= len(own))
         hidden_TE = embed_VE.index_select(0, local_T.masked_fill_(foreign_T, 0)).masked_fill_(foreign_T[:, None], 0.0)
@@ -187,13 +192,10 @@ class Decoder:
         return q_THD, None, None
 
     def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        """logits_SV over the whole vocabulary. Last stage only."""
+        """logits_SV of this rank's `vocabulary`, padding included. Last stage only."""
         norm_E, head = self._weights.final_norm_E, self._weights.head
         assert norm_E is not None and head is not None, "the head is on the last stage"
-        local = head(rms_norm(hidden_SE, norm_E, self.spec.rms_norm_eps))
-        if self.mesh.tensor_size == 1:
-            return local
-        return all_gather_last(local, self.mesh)[:, : self.spec.vocab_size].contiguous()
+        return head(rms_norm(hidden_SE, norm_E, self.spec.rms_norm_eps))
 
     def _add_to(self, residual: torch.Tensor, linear: Linear, x: Input) -> torch.Tensor:
         if self.mesh.tensor_size == 1:

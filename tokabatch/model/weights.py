@@ -19,6 +19,7 @@ from tokabatch.model.checkpoint import Checkpoint, preflight
 from tokabatch.model.decoder import Decoder, DecoderWeights, LayerWeights
 from tokabatch.model.layers import rotary_table
 from tokabatch.model.linear import Linear, make_linear
+from tokabatch.model.shards import VocabularyShard, check_mesh, kv_heads, stage_layers
 from tokabatch.model.spec import ModelSpec, layer_prefix
 from tokabatch.parallel.mesh import Mesh
 
@@ -62,10 +63,10 @@ class _Blank:
 
     def vocabulary(self, name: str) -> torch.Tensor:
         """This rank's vocabulary rows, padded with zeros to the same number on every rank."""
-        rows = self.mesh.shard(self.spec.vocab_size)
-        target = self.empty(-(-self.spec.vocab_size // self.mesh.tensor_size), self.spec.hidden_size)
-        target[len(rows) :].zero_()
-        self.places[name] = _Place(target[: len(rows)], rows)
+        shard = VocabularyShard.of(self.spec.vocab_size, self.mesh)
+        target = self.empty(shard.width, self.spec.hidden_size)
+        target[len(shard.tokens) :].zero_()
+        self.places[name] = _Place(target[: len(shard.tokens)], shard.tokens)
         return target
 
     def column_parallel(self, prefix: str, parts: dict[str, range], has_bias: bool) -> _Matrix:
@@ -133,10 +134,10 @@ def load_decoder(
     rounded to e4m3, embedding and head are not. Raises ModelError before anything is loaded where the files and `spec` do not
     agree, or the mesh does not divide the heads."""
     mesh = mesh or Mesh.single()
-    _check_mesh(spec, mesh)
+    check_mesh(spec, mesh)
     checkpoint = preflight(folder, spec)
     blank = _Blank(spec, mesh, resolve_dtype(dtype, spec, checkpoint), torch.device(device))
-    layers = [_blank_layer(blank, layer) for layer in mesh.stage_layers(spec.num_layers)]
+    layers = [_blank_layer(blank, layer) for layer in stage_layers(spec, mesh)]
     needs_embedding = mesh.is_first_stage or (spec.tied_embeddings and mesh.is_last_stage)
     embed = blank.vocabulary("model.embed_tokens.weight") if needs_embedding else None
     norm = blank.vector("model.norm.weight", spec.hidden_size) if mesh.is_last_stage else None
@@ -169,21 +170,13 @@ def named_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _check_mesh(spec: ModelSpec, mesh: Mesh) -> None:
-    for name, size in (("num_attention_heads", spec.num_heads), ("num_key_value_heads", spec.num_kv_heads)):
-        if size % mesh.tensor_size:
-            raise ModelError(f"{name} ({size}) is not a multiple of {mesh.tensor_size} tensor ranks. Use fewer.")
-    if spec.num_layers < mesh.pipeline_size:
-        raise ModelError(f"{spec.num_layers} layers do not fill {mesh.pipeline_size} pipeline stages. Use fewer.")
-
-
 def _blank_layer(blank: _Blank, layer: int) -> _BlankLayer:
     spec, mesh, prefix = blank.spec, blank.mesh, layer_prefix(layer)
-    heads, kv_heads = mesh.shard(spec.num_heads), mesh.shard(spec.num_kv_heads)
-    q_rows, kv_rows = _head_rows(heads, spec.head_dim), _head_rows(kv_heads, spec.head_dim)
+    heads, of_cache = mesh.shard(spec.num_heads), kv_heads(spec, mesh)
+    q_rows, kv_rows = _head_rows(heads, spec.head_dim), _head_rows(of_cache, spec.head_dim)
     qk_norm = None
     if spec.qk_norm:
-        qk_norm = blank.empty(len(heads) + len(kv_heads), spec.head_dim)
+        qk_norm = blank.empty(len(heads) + len(of_cache), spec.head_dim)
         blank.places[f"{prefix}self_attn.q_norm.weight"] = _Place(qk_norm[: len(heads)])
         blank.places[f"{prefix}self_attn.k_norm.weight"] = _Place(qk_norm[len(heads) :])
     inner = mesh.shard(spec.intermediate_size)

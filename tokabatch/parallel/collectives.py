@@ -1,6 +1,6 @@
 """The collectives of a forward pass. On a mesh of one they return their argument or do nothing.
 
-Shape legend: T tokens of a step, E hidden size, S sampled rows, V vocabulary.
+Shape legend: T tokens of a step, E hidden size.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 
 from tokabatch.parallel.mesh import Mesh
+
+SENDING = 2
+"""Hidden states that a stage may have on their way before it computes the next ones."""
 
 
 def all_reduce(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
@@ -22,17 +25,32 @@ def all_gather_last(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """Concatenates the tensor ranks' `x` (equal shapes) along the last axis."""
     if mesh.tensor_size == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(mesh.tensor_size)]
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(mesh.tensor_size)]
     dist.all_gather(parts, x.contiguous(), group=mesh.tensor_group)
     return torch.cat(parts, dim=-1)
 
 
+def least(value: int, mesh: Mesh, device: torch.device) -> int:
+    """The smallest value of all ranks; waits for them."""
+    if mesh.is_single:
+        return value
+    smallest = torch.tensor(value, device=device)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return int(smallest)
+
+
 def send_hidden(hidden_TE: torch.Tensor, mesh: Mesh) -> None:
-    """Hands the hidden states to the same tensor rank of the next pipeline stage."""
-    dist.send(hidden_TE.contiguous(), dst=mesh.rank + mesh.tensor_size)
+    """Hands the hidden states, which are not to be written to again, to the same tensor rank of the next pipeline stage. What
+    is computed next need not wait until they are taken."""
+    if len(mesh.sending) == SENDING:
+        mesh.sending.popleft()[0].wait()
+    hidden_TE = hidden_TE.contiguous()
+    work = dist.isend(hidden_TE, dst=mesh.rank + mesh.tensor_size, group=mesh.links[1])
+    assert work is not None
+    mesh.sending.append((work, hidden_TE))
 
 
 def receive_hidden(hidden_TE: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """Fills `hidden_TE` from the previous pipeline stage and returns it."""
-    dist.recv(hidden_TE, src=mesh.rank - mesh.tensor_size)
+    dist.recv(hidden_TE, src=mesh.rank - mesh.tensor_size, group=mesh.links[0])
     return hidden_TE

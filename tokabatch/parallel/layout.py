@@ -44,13 +44,12 @@ def visible_devices(environment: Mapping[str, str] = os.environ) -> tuple[str, .
 def decide_layout(config: EngineConfig, device: str, visible: Sequence[str] | None) -> Layout:
     """The layout that the job says, or that fits the `visible` GPUs; None is a GPU that is not here, taken as one. Raises
     JobError where there are fewer of them than the job needs."""
-    for key, value in (("tensor", config.tensor), ("pipeline", config.pipeline)):
-        if value > 1:
-            raise JobError(
-                f"engine.{key} is {value}: a replica over several devices is not supported yet; write 1, and a copy of the "
-                "model on each device with engine.replicas"
-            )
     each, asked = config.tensor * config.pipeline, config.replicas
+    if each > 1 and config.process is False:
+        raise JobError(
+            f"engine.tensor is {config.tensor} and engine.pipeline {config.pipeline}, and every rank has a process of its own; "
+            "remove engine.process: false"
+        )
     names = visible if device == "cuda" and visible is not None else ()
     present = len(names) if names else None
     if asked != "auto":

@@ -1,24 +1,41 @@
-"""The mesh of one replica: tensor ranks are neighbours, pipeline stages lie one tensor group apart.
+"""The mesh of one worker: tensor ranks are neighbours, pipeline stages lie one tensor group apart.
 
-Knows no model. `Mesh.create` needs an initialised torch.distributed whose first tensor x pipeline ranks are this
-replica.
+Independent of models. `Mesh.join` meets the other ranks; `Mesh.create` needs an initialised torch.distributed whose world is
+this worker's ranks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """One rank of a worker, before it has met the others. `meeting_file` does not exist before the first of them comes."""
+
+    rank: int
+    tensor_size: int
+    pipeline_size: int
+    meeting_file: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Mesh:
-    """Where this process stands. `rank` counts within the replica: pipeline_rank * tensor_size + tensor_rank."""
+    """Where this process stands. `rank` counts within the worker: pipeline_rank * tensor_size + tensor_rank."""
 
     rank: int
     tensor_size: int
     pipeline_size: int
     tensor_group: dist.ProcessGroup | None = None
+    links: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None)
+    """With the same tensor rank of the previous stage and of the next one."""
+    sending: deque[tuple[dist.Work, torch.Tensor]] = field(default_factory=deque[tuple[dist.Work, torch.Tensor]])
+    """Hidden states on their way to the next stage."""
 
     @classmethod
     def single(cls) -> Mesh:
@@ -26,17 +43,35 @@ class Mesh:
         return cls(rank=0, tensor_size=1, pipeline_size=1)
 
     @classmethod
+    def join(cls, place: Place, device: torch.device) -> Mesh:
+        """Meet the other ranks. A GPU's rank takes the device of its number, which is the current one from now on; on a CPU the
+        ranks share the cores."""
+        world = place.tensor_size * place.pipeline_size
+        if device.type == "cuda":
+            torch.cuda.set_device(place.rank)
+        else:
+            torch.set_num_threads(max(1, torch.get_num_threads() // world))
+        store = dist.FileStore(str(place.meeting_file), world)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=world)
+        return cls.create(place.tensor_size, place.pipeline_size)
+
+    @classmethod
     def create(cls, tensor_size: int, pipeline_size: int) -> Mesh:
         """This process's place. Every process of the world must call it, with the same sizes."""
-        assert tensor_size * pipeline_size == dist.get_world_size(), "the mesh must cover the world"
-        rank = dist.get_rank()
+        world, rank = tensor_size * pipeline_size, dist.get_rank()
+        assert world == dist.get_world_size(), "the mesh must cover the world"
         own_group: dist.ProcessGroup | None = None
-        for stage in range(pipeline_size):
-            ranks = list(range(stage * tensor_size, (stage + 1) * tensor_size))
-            group = dist.new_group(ranks) if tensor_size > 1 else None
-            if rank in ranks and isinstance(group, dist.ProcessGroup):
-                own_group = group
-        return cls(rank, tensor_size, pipeline_size, own_group)
+        if tensor_size > 1:
+            stages = [list(range(start, start + tensor_size)) for start in range(0, world, tensor_size)]
+            found, _ = dist.new_subgroups_by_enumeration(stages)
+            own_group = found if isinstance(found, dist.ProcessGroup) else None
+        links: dict[int, dist.ProcessGroup | None] = {}
+        for first in range(world - tensor_size):
+            # A communicator for each pair of neighbours: their messages cannot stand behind others.
+            group = dist.new_group([first, first + tensor_size])
+            links[first] = group if isinstance(group, dist.ProcessGroup) else None
+        return cls(rank, tensor_size, pipeline_size, own_group, (links.get(rank - tensor_size), links.get(rank)))
 
     @property
     def tensor_rank(self) -> int:
@@ -47,17 +82,16 @@ class Mesh:
         return self.rank // self.tensor_size
 
     @property
+    def is_single(self) -> bool:
+        return self.tensor_size == self.pipeline_size == 1
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
-
-    def stage_layers(self, num_layers: int) -> range:
-        """The layers of this process's pipeline stage: contiguous, all stages within one layer of each other."""
-        stage, stages = self.pipeline_rank, self.pipeline_size
-        return range(num_layers * stage // stages, num_layers * (stage + 1) // stages)
 
     def shard(self, size: int) -> range:
         """This tensor rank's part of an axis of `size`: equal parts, rounded up, so that the last may be short."""

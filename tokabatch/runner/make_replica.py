@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from tokabatch.attention import choose_backend
-from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
+from tokabatch.engine.executor import Executor, GroupExecutor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.sizing import MOST_STEPS, ReplicaSizes
 from tokabatch.engine.warm_up import kinds_of_drawing
 from tokabatch.engine.worker import TraceSpec, WorkerSpec
 from tokabatch.job import Job
@@ -42,11 +42,13 @@ def make_replica(
     """What does the steps: in this process where its worker is, else in one of its own."""
     workload, stops = started.left, _stop_rules(started.left)
     apart, depth, on_gpu = _runs_apart(job, workload), job.engine.queue_depth, workload.device == "cuda"
+    stages = workload.layout.pipeline
+    limits = scheduler_limits(sizes, stages)
     build = partial(
         Replica,
         make=executor_maker(job, workload, sizes, progress.message),
-        depth=(2 if on_gpu else 1) if depth == "auto" else depth,
-        depth_of_few=3 if on_gpu and depth == "auto" else None,
+        depth=min(MOST_STEPS, max(2 if on_gpu else 1, stages + (stages > 1))) if depth == "auto" else depth,
+        depth_of_few=3 if on_gpu and stages == 1 and depth == "auto" else None,
         max_restarts=job.engine.max_restarts if apart else None,
         num_samples=int(workload.num_samples.sum()),
     )
@@ -61,11 +63,11 @@ def make_replica(
             finished=int(workload.num_samples.sum() - left.num_samples.sum()),
             finished_prompts=len(workload.requests) - len(left.requests),
         )
-        scheduler = Scheduler(left.requests, scheduler_limits(sizes), stops, counts=scheduled)
+        scheduler = Scheduler(left.requests, limits, stops, counts=scheduled)
         counts = replace(lost.counts, restarts=lost.counts.restarts + Counter({"scheduler": 1}))
         return partial(build, scheduler, counts=counts)
 
-    first = partial(build, Scheduler(workload.requests, scheduler_limits(sizes), stops))
+    first = partial(build, Scheduler(workload.requests, limits, stops))
     if apart and can_fork():
         return ReplicaProcess(
             first,
@@ -81,7 +83,9 @@ def make_replica(
 
 
 def _runs_apart(job: Job, workload: Workload) -> bool:
-    """Whether the worker has a process of its own: on a GPU, or when the job asks for it."""
+    """Whether the worker has a process of its own: on a GPU, when it has several ranks, or when the job asks for it."""
+    if workload.layout.tensor * workload.layout.pipeline > 1:
+        return True
     return workload.device == "cuda" if job.engine.process == "auto" else job.engine.process
 
 
@@ -104,8 +108,11 @@ def executor_maker(job: Job, workload: Workload, sizes: ReplicaSizes, tell: Call
         draws=kinds_of_drawing(workload.requests.sampling),
         trace=job.trace and TraceSpec(Path(job.trace.path), job.trace.start, job.trace.steps),
     )
+    patience, layout = Patience.of(job.engine.hang_seconds), workload.layout
+    if layout.tensor * layout.pipeline > 1:
+        return partial(GroupExecutor, spec, layout.tensor, layout.pipeline, patience=patience)
     if _runs_apart(job, workload):
-        return partial(ProcessExecutor, spec, patience=Patience.of(job.engine.hang_seconds))
+        return partial(ProcessExecutor, spec, patience=patience)
     return partial(InProcessExecutor, spec)
 
 

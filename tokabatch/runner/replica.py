@@ -66,8 +66,8 @@ class Standing:
         return self.used_pages / self.limits.num_pages
 
 
-def scheduler_limits(sizes: ReplicaSizes) -> SchedulerLimits:
-    """What the scheduler of a replica of these sizes may use."""
+def scheduler_limits(sizes: ReplicaSizes, stages: int = 1) -> SchedulerLimits:
+    """What the scheduler of a replica of these sizes may use, its worker in so many pipeline stages."""
     return SchedulerLimits(
         page_size=sizes.page_size,
         num_pages=sizes.num_pages,
@@ -75,6 +75,7 @@ def scheduler_limits(sizes: ReplicaSizes) -> SchedulerLimits:
         max_step_tokens=sizes.max_step_tokens,
         max_pages_per_sequence=sizes.max_pages_per_sequence,
         grouping=GroupingLimits(sizes.min_group, sizes.min_prefix_pages) if sizes.min_group else None,
+        stages=stages,
     )
 
 

@@ -215,6 +215,8 @@ class StepBatch:
     """Leading pages of the run's slot that `prefix_levels` cover; the run's own causal pass begins after them."""
     token_ids: Int32
     prefix_levels: tuple[PrefixLevel, ...]
+    decode_ids: Int32 | None = None
+    """The token of each decode run, where the worker does not hold it: its first pipeline stage draws none."""
 
     @property
     def num_tokens(self) -> int:

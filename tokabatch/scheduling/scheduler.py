@@ -50,6 +50,9 @@ class SchedulerLimits:
     max_pages_per_sequence: int
     grouping: GroupingLimits | None
     """None turns Hydragen off: every sample reads its whole context by itself."""
+    stages: int = 1
+    """Pipeline stages of the worker. With several, tokens return to the first one through the scheduler, so that a sample is
+    in one step in flight at a time, and one step more than stages is to be in flight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,8 @@ class Scheduler:
         self._admission = Admission(self.work, self.kv, self._lengths, self._policy)
         self._builder = StepBuilder(self.work, self.kv, limits.grouping, self._stops)
         self._in_flight: deque[_InFlight] = deque()
+        self._last_token = np.zeros(limits.max_running, np.int32)
+        """Received last, by slot; kept for a worker of several stages."""
         self._quarantine = Quarantine()
 
     @property
@@ -114,6 +119,11 @@ class Scheduler:
         """Decide the next step; None when nothing can be computed before further results are applied."""
         slots, index = self.kv.slots, self.counts.steps + 1
         ready, prefilling = slots.runnable()
+        in_stages = self.limits.stages > 1
+        if in_stages:
+            received = slots.length[ready] == slots.prompt_length[ready] + slots.generated[ready]
+            # In plan order, so that those that share a prefix stay together.
+            ready = ready[received][: -(-self.num_running // (self.limits.stages + 1))]
         going = self._policy.hold(ready)
         decoding, num_short = self._grow(going)
         prefill = self._continue_prefill(
@@ -136,7 +146,8 @@ class Scheduler:
                 self._preempt()
             return self.schedule()
         by_plan = np.lexsort((slots.admitted[runs.slots], slots.request[runs.slots]))
-        step = self._builder.build(index, Runs(runs.slots[by_plan], runs.tokens[by_plan]), decoding)
+        last = self._last_token[decoding] if in_stages else None
+        step = self._builder.build(index, Runs(runs.slots[by_plan], runs.tokens[by_plan]), decoding, last)
         sampled = self.kv.advance(step)
         self._in_flight.append(_InFlight(sampled, slots.epoch[sampled], step.run_slot.astype(np.int64), step.clear_pages))
         self.counts.steps += 1
@@ -152,6 +163,8 @@ class Scheduler:
         current = slice(None) if matches.all() else matches
         slots, tokens, finite = step.slots[current], result.token[current], result.finite[current]
         seq.outputs.append(slots, tokens, result.logprob[current], result.top_ids[current], result.top_logprobs[current])
+        if self.limits.stages > 1:
+            self._last_token[slots] = tokens
         self.counts.output_tokens += len(slots)
         ends: dict[int, int | str | None] = {int(i): None for i in np.nonzero(seq.generated[slots] >= seq.limit[slots])[0]}
         ends |= self._stops.find(tokens, slots, seq.params, seq.outputs)

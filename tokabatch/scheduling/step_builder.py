@@ -41,8 +41,9 @@ class StepBuilder:
         self._table = SamplingTable(work.sampling)
         self._penalties = PenaltyTable(work.sampling, stops.ids)
 
-    def build(self, index: int, prefill: Runs, decoding: Int64) -> StepBatch:
-        """The step that computes `prefill`, in plan order, and one token of each decoding slot."""
+    def build(self, index: int, prefill: Runs, decoding: Int64, decode_ids: Int32 | None = None) -> StepBatch:
+        """The step that computes `prefill`, in plan order, and one token of each decoding slot: `decode_ids`, or the one that
+        the worker holds."""
         work, slots = self._work, self._kv.slots
         if len(self._table.seed) < len(work.sampling):
             self._table = SamplingTable(work.sampling)
@@ -74,6 +75,7 @@ class StepBuilder:
             run_skip=skip,
             token_ids=_host_tokens(slots, work, prefill.slots, prefill.tokens),
             prefix_levels=tuple(levels),
+            decode_ids=decode_ids,
         )
 
     def _slot_inits(self, slots: Int64) -> SlotInit:

@@ -1,43 +1,71 @@
 """The inverse of a row's cumulative distribution in token-id order, and the largest of a row, without a pass that
-accumulates over the whole vocabulary: sums (or maxima) of chunks first, then a walk through one chunk.
+accumulates over the whole vocabulary: sums and maxima of parts first, then a walk through one part.
 
-Shape legend: S rows, V vocabulary, N parts of a row, C tokens of a chunk.
+The parts' sums are all that a draw takes of the tokens outside of the part that it falls into: where a vocabulary is spread
+over ranks, they alone are exchanged.
+
+Shape legend: S rows, V vocabulary, N parts of a row, C tokens of a part.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
-_CHUNK = 128
+from tokabatch.model.shards import PART
 
 
-class _Reduce(Protocol):
-    def __call__(self, x: torch.Tensor, dim: int, /) -> torch.Tensor: ...
+def part_maxima(logits_SV: torch.Tensor) -> torch.Tensor:
+    """The largest of each part, [S, N]; NaN where it has one. The last part may be short."""
+    return _joined([part.amax(-1) for part in _parts(logits_SV)], logits_SV)
 
 
-def first_argmax(logits_SV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first of the largest per row, and its value (NaN where the row has one). Chunk maxima vectorise; argmax does
-    not."""
-    highest_SN = _per_chunk(logits_SV, torch.amax)
-    highest_S, chunk_S = highest_SN.max(-1)
-    index_SC, inside_SC = _chunk_indices(chunk_S, logits_SV.shape[1])
-    chunk_SC = logits_SV.gather(1, index_SC).masked_fill(~inside_SC, -torch.inf)
-    return (chunk_S * _CHUNK + chunk_SC.argmax(-1)).clamp_(max=logits_SV.shape[1] - 1), highest_S
+def part_masses(logits_SV: torch.Tensor, highest_SN: torch.Tensor, temperature_S1: torch.Tensor) -> torch.Tensor:
+    """The sum of exp((x - highest of the part) / temperature) of each part, [S, N]."""
+    base_SN1 = highest_SN.masked_fill(highest_SN == -torch.inf, 0.0)[:, :, None]
+    masses: list[torch.Tensor] = []
+    begin = 0
+    for part in _parts(logits_SV):
+        below = torch.sub(part, base_SN1[:, begin : begin + part.shape[1]])
+        masses.append(below.div_(temperature_S1[:, :, None]).exp_().sum(-1))
+        begin += part.shape[1]
+    return _joined(masses, logits_SV)
+
+
+def relative_masses(mass_SN: torch.Tensor, highest_SN: torch.Tensor, temperature_S1: torch.Tensor) -> torch.Tensor:
+    """The masses of the parts of whole rows on one scale, that of the row's largest logit; float64."""
+    top_S1 = highest_SN.amax(-1, keepdim=True)
+    top_S1 = top_S1.masked_fill(~top_S1.isfinite(), 0.0)
+    return mass_SN.double() * ((highest_SN - top_S1) / temperature_S1).double().exp_()
+
+
+def walk(logits_SV: torch.Tensor, part_S: torch.Tensor, rest_S: torch.Tensor, temperature_S1: torch.Tensor) -> torch.Tensor:
+    """The place in V at which a share `rest` of the mass of one part is passed, [S]."""
+    index_SC, inside_SC = _part_indices(part_S, logits_SV.shape[1])
+    part_SC = logits_SV.gather(1, index_SC).masked_fill_(~inside_SC, -torch.inf)
+    highest_S1 = part_SC.amax(-1, keepdim=True)
+    highest_S1.masked_fill_(highest_S1 == -torch.inf, 0.0)
+    within_S, _ = locate(part_SC.sub_(highest_S1).div_(temperature_S1).exp_().double(), rest_S)
+    return (part_S * PART + within_S).clamp_(max=logits_SV.shape[1] - 1)
+
+
+def first_of_part(logits_SV: torch.Tensor, part_S: torch.Tensor) -> torch.Tensor:
+    """The place in V of the first of the largest of one part, [S]."""
+    index_SC, inside_SC = _part_indices(part_S, logits_SV.shape[1])
+    part_SC = logits_SV.gather(1, index_SC).masked_fill_(~inside_SC, -torch.inf)
+    return (part_S * PART + part_SC.argmax(-1)).clamp_(max=logits_SV.shape[1] - 1)
 
 
 def invert(probs_SV: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tensor:
     """The token whose part of the cumulative distribution holds the uniform number.
 
-    Sums within chunks are the probabilities' dtype, everything that accumulates or subtracts is float64.
+    Sums within parts are the probabilities' dtype, everything that accumulates or subtracts is float64.
     """
-    mass_SN = _per_chunk(probs_SV, torch.sum)
-    chunk_S, rest_S = locate(mass_SN.double(), uniform_S)
-    index_SC, inside_SC = _chunk_indices(chunk_S, probs_SV.shape[1])
-    chunk_SC = probs_SV.gather(1, index_SC).double().masked_fill_(~inside_SC, 0.0)
-    within_S, _ = locate(chunk_SC, rest_S)
-    return (chunk_S * _CHUNK + within_S).clamp_(max=probs_SV.shape[1] - 1)
+    mass_SN = _joined([part.sum(-1) for part in _parts(probs_SV)], probs_SV)
+    part_S, rest_S = locate(mass_SN.double(), uniform_S)
+    index_SC, inside_SC = _part_indices(part_S, probs_SV.shape[1])
+    part_SC = probs_SV.gather(1, index_SC).double().masked_fill_(~inside_SC, 0.0)
+    within_S, _ = locate(part_SC, rest_S)
+    return (part_S * PART + within_S).clamp_(max=probs_SV.shape[1] - 1)
 
 
 def locate(mass_SN: torch.Tensor, uniform_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,18 +80,24 @@ def locate(mass_SN: torch.Tensor, uniform_S: torch.Tensor) -> tuple[torch.Tensor
     return part_S1[:, 0], rest_S1[:, 0].clamp_(0.0, 1.0)
 
 
-def _per_chunk(x_SV: torch.Tensor, reduce: _Reduce) -> torch.Tensor:
-    """x_SN: every chunk of each row reduced; the last chunk may be short."""
-    whole = x_SV.shape[1] // _CHUNK * _CHUNK
+def _parts(x_SV: torch.Tensor) -> list[torch.Tensor]:
+    """Views [S, N, C] of all whole parts and of a last one that is short, as far as there are such."""
+    whole = x_SV.shape[1] // PART * PART
     parts: list[torch.Tensor] = []
     if whole:
-        parts.append(reduce(x_SV[:, :whole].unflatten(1, (-1, _CHUNK)), -1))
+        parts.append(x_SV[:, :whole].unflatten(1, (-1, PART)))
     if whole < x_SV.shape[1]:
-        parts.append(reduce(x_SV[:, whole:], -1)[:, None])
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        parts.append(x_SV[:, None, whole:])
+    return parts
 
 
-def _chunk_indices(chunk_S: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of one chunk per row, clamped to the vocabulary, and which of them are inside it."""
-    index_SC = chunk_S[:, None] * _CHUNK + torch.arange(_CHUNK, device=chunk_S.device)
+def _joined(per_part: list[torch.Tensor], x_SV: torch.Tensor) -> torch.Tensor:
+    if not per_part:
+        return x_SV.new_empty(x_SV.shape[0], 0)
+    return per_part[0] if len(per_part) == 1 else torch.cat(per_part, dim=1)
+
+
+def _part_indices(part_S: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of one part per row, clamped to the vocabulary, and which of them are inside it."""
+    index_SC = part_S[:, None] * PART + torch.arange(PART, device=part_S.device)
     return index_SC.clamp(max=vocab_size - 1), index_SC < vocab_size

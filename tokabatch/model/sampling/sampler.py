@@ -3,8 +3,12 @@ does.
 
 A draw is a function of the row's logits, its parameters and its (seed, row, sample, position); what else is in the
 batch has no part in it. One uniform number per row is turned into a token by the inverse of the cumulative distribution
-in token-id order. Non-greedy rows cost a softmax and sums over chunks; only the chunk that the draw falls into is
-walked. A token that was filtered out, or whose probability is zero, is never drawn.
+in token-id order, from the maxima and masses of its parts; only the part that the draw falls into is walked. A token that was
+filtered out, or whose probability is zero, is never drawn.
+
+Where the vocabulary is spread over tensor ranks, the parts' maxima and masses are gathered, not the logits: every rank places
+the draw alike, and the one that holds the part walks it. Only rows with filters or penalties are gathered whole, and on a
+GPU all. Given equal logits the tokens are those of one rank, to the last bit.
 
 What is written here serves CPUs and is the reference; on a CUDA device `triton_sampling` does the same by kernels of its
 own. Nothing waits for the device. Shape legend: S rows, V vocabulary, K alternatives reported.
@@ -18,10 +22,13 @@ from importlib import import_module
 import torch
 
 from tokabatch.model.sampling.filters import draw_filtered
-from tokabatch.model.sampling.inverse_cdf import first_argmax, invert
+from tokabatch.model.sampling.inverse_cdf import first_of_part, locate, part_masses, part_maxima, relative_masses, walk
 from tokabatch.model.sampling.penalties import PenalisedRows
 from tokabatch.model.sampling.philox import uniform
 from tokabatch.model.sampling.slot_table import SamplerInputs, SlotColumns
+from tokabatch.model.shards import PART, VocabularyShard
+from tokabatch.parallel.collectives import all_gather_last, all_reduce
+from tokabatch.parallel.mesh import Mesh
 
 # Logits worked on at a time: bounds the scratch memory, and keeps the filters' many passes in the CPU's cache.
 _BLOCK_CPU = 1 << 22
@@ -74,50 +81,60 @@ def sample(
     inputs: SamplerInputs,
     last_token: torch.Tensor | None = None,
     penalised: PenalisedRows | None = None,
+    shard: VocabularyShard | None = None,
 ) -> Sampled:
-    """Draws a token per row. Computes in float32, in float64 for float64 logits. `logits_SV` is left as it is.
+    """Draws a token per row. Computes in float32, in float64 for float64 logits. `logits_SV` is left as it is: the logits of
+    `shard`, or of the whole vocabulary. Every tensor rank must call it for the same rows, and gets the same.
 
     `last_token` (integers, one per slot) receives the token drawn for each row's slot: the next step reads it there.
     Rows that are `penalised` are drawn from changed logits; their logprobs are those of the unchanged ones, as everyone's.
     """
+    shard = shard or _whole(logits_SV)
     if penalised is not None:
-        return _sample_penalised(logits_SV, inputs, last_token, penalised)
+        return _sample_penalised(logits_SV, inputs, last_token, penalised, shard)
     if logits_SV.is_cuda and logits_SV.dtype != torch.float64:
-        return Sampled(import_module("tokabatch.model.sampling.triton_sampling").sample(logits_SV, inputs, last_token))
-    sampled = _sample_plain(logits_SV, inputs)
+        whole_SV = all_gather_last(logits_SV, shard.mesh)[:, : shard.vocab_size]
+        return Sampled(import_module("tokabatch.model.sampling.triton_sampling").sample(whole_SV, inputs, last_token))
+    sampled = _sample_plain(logits_SV, inputs, shard)
     if last_token is not None:
         last_token[inputs.slot_S] = sampled.token_S.to(last_token.dtype)
     return sampled
 
 
+def _whole(logits_SV: torch.Tensor) -> VocabularyShard:
+    return VocabularyShard.of(logits_SV.shape[1], Mesh.single())
+
+
 def _sample_penalised(
-    logits_SV: torch.Tensor, inputs: SamplerInputs, last_token: torch.Tensor | None, penalised: PenalisedRows
+    logits_SV: torch.Tensor,
+    inputs: SamplerInputs,
+    last_token: torch.Tensor | None,
+    penalised: PenalisedRows,
+    shard: VocabularyShard,
 ) -> Sampled:
-    """The other rows first, then in blocks those whose logits are changed."""
-    num_rows, vocab_size = logits_SV.shape
+    """The other rows first, then in blocks those whose logits are changed, all of which every rank gathers."""
+    num_rows = logits_SV.shape[0]
     if penalised.count < num_rows:
-        packed = sample(logits_SV, inputs, last_token).packed
+        packed = sample(logits_SV, inputs, last_token, None, shard).packed
     else:
-        num_alternatives = min(max(inputs.max_logprobs, 0), vocab_size)
+        num_alternatives = min(max(inputs.max_logprobs, 0), shard.vocab_size)
         packed = torch.empty(3 + 2 * num_alternatives, num_rows, dtype=torch.int32, device=logits_SV.device)
-    for block in penalised.blocks(vocab_size):
-        plain_BV = logits_SV.index_select(0, block.row_B)
+    for block in penalised.blocks(shard.vocab_size):
+        plain_BV = all_gather_last(logits_SV.index_select(0, block.row_B), shard.mesh)[:, : shard.vocab_size]
         of_block = replace(inputs, slot_S=block.slot_B, position_S=block.position_B, max_logprobs=-1)
         drawn = sample(block.apply(plain_BV), of_block, last_token)
-        wanted_B = inputs.table.columns(block.slot_B).logprobs
-        if plain_BV.dtype != torch.float64:
-            plain_BV = plain_BV.float()
-        packed[:, block.row_B] = _packed(plain_BV, drawn.token_S.long(), drawn.finite_S, wanted_B, inputs.max_logprobs)
+        unchanged = _Block(plain_BV, inputs, inputs.table.columns(block.slot_B), _whole(plain_BV))
+        packed[:, block.row_B] = unchanged.packed(drawn.token_S.long(), drawn.finite_S)
     return Sampled(packed)
 
 
-def _sample_plain(logits_SV: torch.Tensor, inputs: SamplerInputs) -> Sampled:
+def _sample_plain(logits_SV: torch.Tensor, inputs: SamplerInputs, shard: VocabularyShard) -> Sampled:
     """In blocks of rows, with torch alone: on a CPU, and for float64."""
-    num_rows, vocab_size = logits_SV.shape
+    num_rows = logits_SV.shape[0]
     if logits_SV.device.type != "cpu":
-        block = max(1, _BLOCK_DEVICE // vocab_size)
+        block = max(1, _BLOCK_DEVICE // shard.vocab_size)
     else:
-        block = max(1, (_BLOCK_CPU_FILTERED if inputs.any_filter else _BLOCK_CPU) // vocab_size)
+        block = max(1, (_BLOCK_CPU_FILTERED if inputs.any_filter else _BLOCK_CPU) // shard.vocab_size)
     columns = inputs.table.columns(inputs.slot_S)
     uniform_S = None
     if inputs.any_random:
@@ -127,66 +144,109 @@ def _sample_plain(logits_SV: torch.Tensor, inputs: SamplerInputs) -> Sampled:
         rows = slice(start, start + block)
         own_columns = SlotColumns(columns.words_SW[rows])
         own_uniform_S = None if uniform_S is None else uniform_S[rows]
-        parts.append(_sample_block(logits_SV[rows], inputs, own_columns, own_uniform_S).packed)
+        parts.append(_Block(logits_SV[rows], inputs, own_columns, shard).draw(own_uniform_S))
     return Sampled(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
 
-def _sample_block(
-    logits_SV: torch.Tensor, inputs: SamplerInputs, columns: SlotColumns, uniform_S: torch.Tensor | None
-) -> Sampled:
-    if logits_SV.dtype not in (torch.float32, torch.float64):
-        logits_SV = logits_SV.float()
-    token_S, highest_S = first_argmax(logits_SV)
-    finite_S = highest_S.isfinite()
-    if uniform_S is not None:
-        drawn_S = _draw(logits_SV, inputs, columns, uniform_S)
-        token_S = torch.where(columns.temperature > 0, drawn_S, token_S)
-    token_S = token_S.masked_fill(~finite_S, 0)
-    return Sampled(_packed(logits_SV, token_S, finite_S, columns.logprobs, inputs.max_logprobs))
+class _Block:
+    """Some rows of a step. What is computed of the parts of this rank's tokens is exchanged by `_everywhere`."""
 
+    def __init__(self, logits_SV: torch.Tensor, inputs: SamplerInputs, columns: SlotColumns, shard: VocabularyShard) -> None:
+        if logits_SV.dtype not in (torch.float32, torch.float64):
+            logits_SV = logits_SV.float()
+        self._padded_SV, self._logits_SV = logits_SV, logits_SV[:, : len(shard.tokens)]
+        self._inputs, self._columns, self._shard = inputs, columns, shard
+        self._own_highest_SN = part_maxima(self._logits_SV)
+        self._highest_SN = self._everywhere(self._own_highest_SN, -torch.inf)
 
-def _packed(
-    logits_SV: torch.Tensor, token_S: torch.Tensor, finite_S: torch.Tensor, wanted_S: torch.Tensor, max_wanted: int
-) -> torch.Tensor:
-    """What was drawn with its logprobs under these logits, as `Sampled.packed` has it."""
-    logprob_S, top_ids_SK, top_logprobs_SK = _logprobs(logits_SV, token_S, wanted_S, max_wanted)
-    scalars_3S = torch.stack((token_S.int(), finite_S.int(), logprob_S.view(torch.int32)))
-    return torch.cat((scalars_3S, top_ids_SK.T.int(), top_logprobs_SK.view(torch.int32).T))
+    def draw(self, uniform_S: torch.Tensor | None) -> torch.Tensor:
+        columns = self._columns
+        top_S, part_S = self._highest_SN.max(-1)
+        finite_S = top_S.isfinite()
+        rest_S = None
+        if uniform_S is not None:
+            # Greedy rows are drawn too and then overruled: no row selection, so nothing waits for a device.
+            temperature_S1 = columns.temperature[:, None].clamp(min=_COLDEST).to(self._logits_SV.dtype)
+            drawn_S, rest_S = locate(self._masses(temperature_S1), uniform_S)
+            part_S = torch.where(columns.temperature > 0, drawn_S, part_S)
+        token_S = self._walked(part_S, rest_S)
+        if uniform_S is not None and self._inputs.any_filter:
+            token_S = self._filtered(token_S, uniform_S)
+        return self.packed(token_S.masked_fill(~finite_S, 0), finite_S)
 
+    def packed(self, token_S: torch.Tensor, finite_S: torch.Tensor) -> torch.Tensor:
+        """What was drawn with its logprobs under these logits, as `Sampled.packed` has it."""
+        logprob_S, top_ids_SK, top_logprobs_SK = self._logprobs(token_S)
+        scalars_3S = torch.stack((token_S.int(), finite_S.int(), logprob_S.view(torch.int32)))
+        return torch.cat((scalars_3S, top_ids_SK.T.int(), top_logprobs_SK.view(torch.int32).T))
 
-def _logprobs(
-    logits_SV: torch.Tensor, token_S: torch.Tensor, wanted_S: torch.Tensor, max_wanted: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_rows = logits_SV.shape[0]
-    none_SK = torch.empty(num_rows, 0, dtype=torch.float32, device=logits_SV.device)
-    if max_wanted < 0:
-        return none_SK.new_full((num_rows,), torch.nan), none_SK.int(), none_SK
-    logprobs_SV = logits_SV.log_softmax(-1)
-    chosen_S = logprobs_SV.gather(1, token_S[:, None])[:, 0].float()
-    chosen_S = chosen_S.masked_fill(wanted_S < 0, torch.nan)
-    if max_wanted == 0:
-        return chosen_S, none_SK.int(), none_SK
-    top_SK, ids_SK = logprobs_SV.topk(min(max_wanted, logits_SV.shape[1]), dim=-1)
-    return chosen_S, ids_SK, top_SK.float()
+    def _everywhere(self, own_SN: torch.Tensor, empty: float) -> torch.Tensor:
+        """A value for each part of the whole vocabulary from those of this rank's."""
+        if self._shard.mesh.tensor_size == 1:
+            return own_SN
+        width = self._shard.width // PART
+        padded_SN = torch.nn.functional.pad(own_SN, (0, width - own_SN.shape[1]), value=empty)
+        return all_gather_last(padded_SN, self._shard.mesh)[:, : -(-self._shard.vocab_size // PART)]
 
+    def _masses(self, temperature_S1: torch.Tensor) -> torch.Tensor:
+        own_SN = part_masses(self._logits_SV, self._own_highest_SN, temperature_S1)
+        return relative_masses(self._everywhere(own_SN, 0.0), self._highest_SN, temperature_S1)
 
-def _draw(logits_SV: torch.Tensor, inputs: SamplerInputs, columns: SlotColumns, uniform_S: torch.Tensor) -> torch.Tensor:
-    # Greedy rows are drawn too and then overruled: no row selection, so nothing waits for a device.
-    temperature_S1 = columns.temperature[:, None].clamp(min=_COLDEST)
-    if not inputs.any_filter:
-        scaled_SV = logits_SV / temperature_S1
-        return invert(torch.softmax(scaled_SV, -1, out=scaled_SV), uniform_S)
-    top_k_S, top_p_S, min_p_S = columns.top_k, columns.top_p, columns.min_p
-    if logits_SV.device.type != "cpu":
-        return draw_filtered(logits_SV / temperature_S1, top_k_S, top_p_S, min_p_S, uniform_S)
-    filtered_S = ((top_k_S > 0) | (top_p_S < 1) | (min_p_S > 0)) & (columns.temperature > 0)
-    token_S = torch.empty(logits_SV.shape[0], dtype=torch.int64)
-    plain, filtered = (~filtered_S).nonzero()[:, 0], filtered_S.nonzero()[:, 0]
-    if len(plain):
-        scaled = logits_SV.index_select(0, plain).div_(temperature_S1[plain])
-        token_S[plain] = invert(torch.softmax(scaled, -1, out=scaled), uniform_S[plain])
-    if len(filtered):
-        scaled = logits_SV.index_select(0, filtered).div_(temperature_S1[filtered])
-        params = (top_k_S[filtered], top_p_S[filtered], min_p_S[filtered])
-        token_S[filtered] = draw_filtered(scaled, *params, uniform_S[filtered])
-    return token_S
+    def _walked(self, part_S: torch.Tensor, rest_S: torch.Tensor | None) -> torch.Tensor:
+        """The token that each row's draw comes to in its part: at the share `rest` of its mass where the row is random, else
+        the first of the largest."""
+        tokens, columns = self._shard.tokens, self._columns
+        local_S = part_S - tokens.start // PART
+        own_S = (local_S >= 0) & (local_S * PART < len(tokens))
+        if not len(tokens):
+            return all_reduce(torch.zeros_like(part_S), self._shard.mesh)
+        local_S = local_S.masked_fill(~own_S, 0)
+        token_S = first_of_part(self._logits_SV, local_S)
+        if rest_S is not None:
+            temperature_S1 = columns.temperature[:, None].clamp(min=_COLDEST).to(self._logits_SV.dtype)
+            token_S = torch.where(columns.temperature > 0, walk(self._logits_SV, local_S, rest_S, temperature_S1), token_S)
+        return all_reduce((token_S + tokens.start).masked_fill_(~own_S, 0), self._shard.mesh)
+
+    def _filtered(self, token_S: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tensor:
+        """The same tokens but for the rows with filters, which are drawn anew from all of their logits."""
+        columns, shard = self._columns, self._shard
+        filtered_S = ((columns.top_k > 0) | (columns.top_p < 1) | (columns.min_p > 0)) & (columns.temperature > 0)
+        if self._logits_SV.device.type == "cpu":
+            rows = filtered_S.nonzero()[:, 0]
+            if not len(rows):
+                return token_S
+        else:
+            rows = torch.arange(len(token_S), device=token_S.device)
+        whole = all_gather_last(self._padded_SV.index_select(0, rows), shard.mesh)[:, : shard.vocab_size]
+        scaled = whole / columns.temperature[rows, None].clamp(min=_COLDEST)
+        params = (columns.top_k[rows], columns.top_p[rows], columns.min_p[rows])
+        drawn = draw_filtered(scaled, *params, uniform_S[rows])
+        return token_S.index_copy(0, rows, torch.where(filtered_S[rows], drawn, token_S[rows]))
+
+    def _logprobs(self, token_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the drawn tokens, NaN where none is wanted, and the most likely ones' ids and theirs."""
+        logits_SV, shard, wanted = self._logits_SV, self._shard, self._inputs.max_logprobs
+        none_SK = torch.empty(len(token_S), 0, dtype=torch.float32, device=token_S.device)
+        if wanted < 0:
+            return none_SK.new_full((len(token_S),), torch.nan), none_SK.int(), none_SK
+        one_11 = torch.ones(1, 1, dtype=logits_SV.dtype, device=logits_SV.device)
+        total_S = self._masses(one_11).sum(-1).log().to(logits_SV.dtype) + self._highest_SN.amax(-1)
+        local_S = token_S - shard.tokens.start
+        own_S = (local_S >= 0) & (local_S < len(shard.tokens))
+        logit_S = torch.zeros_like(total_S)
+        if len(shard.tokens):
+            logit_S = logits_SV.gather(1, local_S.masked_fill(~own_S, 0)[:, None])[:, 0].masked_fill(~own_S, 0.0)
+        chosen_S = (all_reduce(logit_S, shard.mesh) - total_S).float()
+        chosen_S = chosen_S.masked_fill(self._columns.logprobs < 0, torch.nan)
+        if wanted == 0:
+            return chosen_S, none_SK.int(), none_SK
+        count = min(wanted, shard.vocab_size)
+        top_SK, ids_SK = logits_SV.topk(min(count, len(shard.tokens)), dim=-1)
+        ids_SK = ids_SK + shard.tokens.start
+        if shard.mesh.tensor_size > 1:
+            missing = (0, count - top_SK.shape[1])
+            top_SK = all_gather_last(torch.nn.functional.pad(top_SK, missing, value=-torch.inf), shard.mesh)
+            ids_SK = all_gather_last(torch.nn.functional.pad(ids_SK, missing), shard.mesh)
+            top_SK, place_SK = top_SK.topk(count, dim=-1)
+            ids_SK = ids_SK.gather(1, place_SK)
+        return chosen_S, ids_SK, (top_SK - total_S[:, None]).float()

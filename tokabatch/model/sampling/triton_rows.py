@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from triton.language.random import philox_impl
 
+from tokabatch.model import shards
 from tokabatch.model.sampling.slot_table import WORDS, SamplerInputs
 
-PART = tl.constexpr(128)
+PART = tl.constexpr(shards.PART)
 """Logits that are summed up together."""
 _WORDS = tl.constexpr(WORDS)
 _COLDEST = tl.constexpr(1e-30)
