@@ -261,8 +261,11 @@ class TestRefusedFiles:
             ("prompt:\n  few_shot: {path: a}", "5: prompt.few_shot.template: missing; accepts text (a Jinja template)"),
             ("prompt:\n  template: {{ question }}", "5: prompt.template: a key must be a single word"),
             ("verify: {kind: gsm9k, answer: a}", "4: verify.kind: there is no verifier `gsm9k`; did you mean `gsm8k`?"),
-            ("verify: {kind: gsm8k}", "4: verify.answer: missing; accepts text"),
-            ("verify:", "4: verify: nothing stands under it; give its keys (kind, answer), or write `verify: null` for none"),
+            (
+                "verify: {kind: gsm8k}",
+                "4: verify: kind gsm8k needs `answer`, the column that holds the reference answer; add it",
+            ),
+            ("verify:", "4: verify: nothing stands under it; give its keys (kind, answer, options, correct_from, processes, "),
             ("prompt:\n  few_shot:", "5: prompt.few_shot: nothing stands under it; give its keys (path, k, template)"),
             ("verify: {kind: ../gsm8k, answer: a}", "there is no verifier `../gsm8k`"),
             ("generation:\n  n: 2\n  n: 3", "6: generation.n: given twice, first on line 5; keep one"),
@@ -383,7 +386,7 @@ class TestOverrides:
             ("generation.n", "override `generation.n`: write key=value, for example generation.n=4"),
             ("=4", "override `=4`: write key=value"),
             ("generation..n=4", "write key=value"),
-            ("verify.kind=gsm8k", "override `verify.kind=gsm8k`: verify.answer: missing; accepts text"),
+            ("verify.kind=gsm8k", "override `verify.kind=gsm8k`: verify: kind gsm8k needs `answer`"),
         ],
     )
     def test_refusals_name_the_override(self, tmp_path: Path, override: str, message: str) -> None:
@@ -477,7 +480,7 @@ class TestReference:
         for key in Job.describe_keys():
             base = {**MINIMAL, "verify": {"kind": "exact", "answer": "a"}, "trace": {"path": "trace.json"}}
             few_shot = ("prompt.few_shot.path=x", "prompt.few_shot.template=y") if "few_shot" in key.name else ()
-            wrong = "[{}]" if key.name.endswith(("_kwargs", "_bias")) else "{a: 1}"
+            wrong = "[{}]" if key.name.endswith(("_kwargs", "_bias", ".options")) else "{a: 1}"
             advice = re.search(r"for example `(.*)`$", refusal(base, *few_shot, f"{key.name}={wrong}"))
             assert advice is not None, key.name
             Job.load(base, *few_shot, advice[1])

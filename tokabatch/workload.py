@@ -38,15 +38,18 @@ from tokabatch.model.resolve import resolve_model
 from tokabatch.model.shards import check_mesh
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import named_dtype, resolve_dtype
-from tokabatch.output.schema import FailedRow, output_schema
+from tokabatch.output.schema import FailedRow, output_schema, verdict_fields
 from tokabatch.output.shards import refuse_unwritable
 from tokabatch.parallel.layout import Layout, decide_layout, visible_devices
 from tokabatch.parallel.mesh import Mesh
 from tokabatch.scheduling.contracts import Drawn, Requests
-from tokabatch.scoring.verifiers import load_verifier
+from tokabatch.scoring.pool import JudgePool, open_pool
 
 Compare = Callable[[Fingerprint, RowDigests | None], None]
 """Raises where the job is not to go on, given what decides its output, and its rows once they are read."""
+CHECKED_ROWS = 4096
+"""Rows given to a judge at once to look at their references."""
+SHOWN_FAULTS = 3
 MOST_SAMPLES = 1_000_000_000
 """Of one run."""
 FP8_CAPABILITY = (8, 9)
@@ -146,8 +149,8 @@ def prepare(
     time that templates see.
     `compare` is called as soon as there is more to compare with an earlier run: settings, rows, weights.
     `absent_gpu`: for a GPU that is not here, of which nothing can be asked."""
-    if job.verify is not None:
-        load_verifier(job.verify.kind)
+    pool = None if job.verify is None else open_pool(job.verify)
+    judge = None if pool is None else pool.load()
     device = "cuda" if absent_gpu else pick_device(job)
     layout = decide_layout(job.engine, device, None if absent_gpu else visible_devices())
     folder = resolve_model(job.model.path, job.model.revision, weights=False)
@@ -200,7 +203,10 @@ def prepare(
         fingerprint = replace(fingerprint, settings=settled)
         compare(fingerprint, None)
     schema = output_schema(
-        store.column_schema, columns=job.output.columns, id_column=job.input.id_column, verified=job.verify is not None
+        store.column_schema,
+        columns=job.output.columns,
+        id_column=job.input.id_column,
+        verdicts=() if judge is None else verdict_fields(judge.columns),
     )
     refuse_unwritable(schema)
     everything = np.arange(generation.n, dtype=np.int32)
@@ -227,6 +233,7 @@ def prepare(
             *((ends.note,) if ends.note else ()),
             *describe_ignored(folder, job, settings),
             *store.notes,
+            *(() if pool is None or taken_over else _reference_notes(store, pool, job.verify.answer if job.verify else None)),
             *describe_stops(_stops(store, generation), tokenizer, tokenizer.special_texts),
         ),
         origin=origin,
@@ -240,6 +247,25 @@ def _fingerprint(
     """What decides the output, as far as it is known before the rows are read."""
     marks = {file.name: file.mark for file in files}
     return describe(job, generation, eos_token_ids, marks, str(dtype).removeprefix("torch."))
+
+
+def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None) -> tuple[str, ...]:
+    """Which of the rows that have prompts cannot be judged, whatever the text, as far as the judge can tell beforehand."""
+    faults: dict[int, str] = {}
+    for begin in range(0, store.num_rows, CHECKED_ROWS):
+        rows = np.arange(begin, min(begin + CHECKED_ROWS, store.num_rows), dtype=np.int64)
+        rows = rows[store.length[rows] > 0]
+        values = store.input_rows(rows)
+        found = pool.check(values)
+        nulls = [answer is not None and value.get(answer) is None for value in values]
+        for row, fault, null in zip(rows.tolist(), found, nulls, strict=True):
+            if fault is not None or null:
+                faults[row] = fault or f"its column {answer!r} is null"
+    if not faults:
+        return ()
+    told = [f"row {row} cannot be judged: {fault}" for row, fault in list(faults.items())[:SHOWN_FAULTS]]
+    more = len(faults) - len(told)
+    return (*told, *((f"{more:,} more rows cannot be judged",) if more else ()))
 
 
 def _accept(fingerprint: Fingerprint, digests: RowDigests | None) -> None:

@@ -13,7 +13,7 @@ from tokabatch.input.fingerprint import Fingerprint
 from tokabatch.output.excerpts import ErrorRow, error_rows, excerpts
 from tokabatch.output.folder import Claim
 from tokabatch.output.manifest import Manifest, Versions, write_manifest
-from tokabatch.output.schema import CORRECT, output_schema
+from tokabatch.output.schema import CORRECT, VERDICT_FIELDS, output_schema
 from tokabatch.output.shards import ShardWriter
 
 MANIFEST = Manifest("2026-01-02T03:04:05+00:00", "/", "m", Versions("1", "2", "3", "4"), 9, 18, {}, Fingerprint({}, {}))
@@ -30,7 +30,7 @@ def bad(row: int, sample: int, code: str) -> dict[str, Any]:
 
 
 def folder(out: Path, *shards: list[dict[str, Any]], verified: bool = False) -> Path:
-    schema = output_schema(pa.schema([("question", pa.string())]), verified=verified)
+    schema = output_schema(pa.schema([("question", pa.string())]), verdicts=VERDICT_FIELDS if verified else ())
     with Claim(out) as claim:
         write_manifest(claim, MANIFEST, {})
         writer = ShardWriter(claim, schema, rows_per_shard=1000, flush_seconds=1e9)

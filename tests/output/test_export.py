@@ -21,7 +21,7 @@ from tokabatch.errors import OutputError, RowError
 from tokabatch.output import export as export_module
 from tokabatch.output.export import export
 from tokabatch.output.folder import Claim
-from tokabatch.output.schema import FailedRow, build_table, output_schema, sample_keys
+from tokabatch.output.schema import VERDICT_FIELDS, FailedRow, build_table, output_schema, sample_keys
 from tokabatch.output.shards import ShardWriter
 from tokabatch.scheduling.contracts import NO_COUNTS, Completion
 
@@ -39,7 +39,7 @@ def write_output(
     out: Path, keys: list[tuple[int, int]], inputs: pa.Table, failures: tuple[FailedRow, ...] = (), rows_per_shard: int = 7
 ) -> None:
     """Commit samples in the order of `keys`, a few at a time; `inputs` has a row for each row index."""
-    schema = output_schema(inputs.schema, verified=True)
+    schema = output_schema(inputs.schema, verdicts=VERDICT_FIELDS[:1])
     with Claim(out) as claim:
         writer = ShardWriter(claim, schema, rows_per_shard=rows_per_shard, flush_seconds=1e9)
         for begin in range(0, len(keys), 5):
@@ -54,7 +54,7 @@ def write_output(
                     texts=[f"text of {made.row_index}" for made in chunk],
                     ids=[str(row) for row in rows],
                     columns=inputs.take(pa.array(rows)),
-                    correct=[made.sample_index == 1 for made in chunk],
+                    verdicts={"correct": [made.sample_index == 1 for made in chunk]},
                 )
             )
         writer.close()

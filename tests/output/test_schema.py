@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from tokabatch.errors import OutputError, RowError
 from tokabatch.output.schema import (
+    VERDICT_FIELDS,
     FailedRow,
     build_table,
     cut_at_stop,
@@ -51,19 +53,24 @@ def table(completions: list[Completion], failures: list[FailedRow] = [], **chang
         "columns": columns(num_rows),
         **changes,
     }
-    schema = output_schema(INPUTS, verified="correct" in changes)
+    schema = output_schema(INPUTS, verdicts=VERDICT_FIELDS if "verdicts" in changes else ())
     built = build_table(schema, completions, failures, **fields)  # type: ignore[arg-type]
     built.validate(full=True)
     assert built.schema.equals(schema)
     return built
 
 
+def verdicts(correct: list[bool | None]) -> dict[str, list[Any]]:
+    scores = [None if each is None else float(each) for each in correct]
+    return {"correct": correct, "verify_score": scores, "verify_error": [None] * len(correct)}
+
+
 def test_the_columns_are_those_promised_in_their_order() -> None:
-    schema = output_schema(INPUTS, verified=True)
+    schema = output_schema(INPUTS, verdicts=VERDICT_FIELDS)
     assert schema.names == [
         *("id", "row_index", "sample_index", "status", "text", "token_ids", "finish_reason", "stop_reason"),
         *("num_prompt_tokens", "num_cached_tokens", "num_output_tokens", "cumulative_logprob", "logprobs"),
-        *("error_code", "error_message", "correct", "question", "level"),
+        *("error_code", "error_message", "correct", "verify_score", "verify_error", "question", "level"),
     ]
     assert schema.field("row_index").type == pa.int64()
     assert schema.field("sample_index").type == pa.int32()
@@ -88,7 +95,7 @@ def test_correct_clashes_only_where_the_job_verifies() -> None:
     inputs = pa.schema([("correct", pa.string())])
     assert output_schema(inputs).field("correct").type == pa.string()
     with pytest.raises(OutputError, match="a column named correct"):
-        output_schema(inputs, verified=True)
+        output_schema(inputs, verdicts=VERDICT_FIELDS)
 
 
 def test_the_id_column_may_be_called_id() -> None:
@@ -104,7 +111,7 @@ def test_an_unknown_column_names_the_nearest() -> None:
 
 
 def test_a_completion_becomes_one_row() -> None:
-    row = table([completion(3, 1, [5, 6, 2], finish_reason="stop", stop_reason=2)], correct=[True]).to_pylist()[0]
+    row = table([completion(3, 1, [5, 6, 2], finish_reason="stop", stop_reason=2)], verdicts=verdicts([True])).to_pylist()[0]
     assert row == {
         "id": "id 0",
         "row_index": 3,
@@ -122,6 +129,8 @@ def test_a_completion_becomes_one_row() -> None:
         "error_code": None,
         "error_message": None,
         "correct": True,
+        "verify_score": 1.0,
+        "verify_error": None,
         "question": "q0",
         "level": 0,
     }
@@ -129,7 +138,7 @@ def test_a_completion_becomes_one_row() -> None:
 
 def test_a_failed_row_becomes_n_error_rows() -> None:
     failure = FailedRow(9, samples(3), RowError("empty_prompt", "the prompt has no tokens"))
-    rows = table([completion(0, 0, [1])], [failure], correct=[False]).to_pylist()
+    rows = table([completion(0, 0, [1])], [failure], verdicts=verdicts([False])).to_pylist()
     assert [(row["row_index"], row["sample_index"], row["status"]) for row in rows] == [
         (0, 0, "ok"),
         *((9, sample, "error") for sample in range(3)),
@@ -142,7 +151,7 @@ def test_a_failed_row_becomes_n_error_rows() -> None:
 
 def test_a_completion_with_an_error_keeps_only_the_prompts_counts() -> None:
     broken = completion(0, 0, [1, 2], top=2, error_code="nan_logits", error_message="no finite logits")
-    first, second = table([broken, completion(0, 1, [8], top=1)], correct=[True, True]).to_pylist()
+    first, second = table([broken, completion(0, 1, [8], top=1)], verdicts=verdicts([True, True])).to_pylist()
     assert (first["status"], first["error_code"], first["correct"]) == ("error", "nan_logits", None)
     assert (first["num_prompt_tokens"], first["num_output_tokens"], first["token_ids"]) == (7, None, None)
     assert second["token_ids"] == [8]

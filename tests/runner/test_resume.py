@@ -33,6 +33,8 @@ from tokabatch.output.integrity import verify
 from tokabatch.report.progress import NullProgress
 from tokabatch.runner import make_replica
 from tokabatch.runner import resume as resumption
+from tokabatch.scoring import pool
+from tokabatch.scoring.judge import JudgeSpec
 
 ROWS = [{"question": f"What is {i}+{i * 7 % 5}?", "answer": str(i + i * 7 % 5)} for i in range(10)]
 N = 3
@@ -107,9 +109,11 @@ class Messages(NullProgress):
 
 
 @pytest.fixture
-def some_are_right(monkeypatch) -> None:
+def some_are_right(monkeypatch, tmp_path) -> None:
     """The tiny model is never right; here a sample's text decides by its length."""
-    monkeypatch.setattr("tokabatch.runner.recorder.load_verifier", lambda kind: lambda text, answer: len(text) % 2 == 0)
+    judge = tmp_path / "even.py"
+    judge.write_text("def verify(text, row): return len(text) % 2 == 0\n")
+    monkeypatch.setattr(pool, "judge_spec", lambda verify: JudgeSpec("gsm8k", str(judge), "verify"))
 
 
 @pytest.fixture

@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from decimal import Decimal
 from fractions import Fraction
+from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tokabatch.job import verifier_names
-from tokabatch.scoring.verifiers import choice, exact, gsm8k, load_verifier
+from tokabatch.scoring.judge import Judge, JudgeSpec
+from tokabatch.scoring.verifiers import choice, exact, gsm8k
+
+REFERENCES = {"choice": "A", "exact": "x", "gsm8k": "#### 5"}
+
+
+def right(verifier: ModuleType, text: str, reference: Any) -> bool:
+    return verifier.verify(text, {"reference": reference}, answer="reference")["score"]
+
+
+def loaded(kind: str) -> Judge:
+    return Judge(JudgeSpec(kind, f"tokabatch.scoring.verifiers.{kind}", "verify", "reference"))
 
 
 def test_the_files_are_the_registry() -> None:
     assert verifier_names() == ("choice", "exact", "gsm8k")
-    assert load_verifier("gsm8k") is gsm8k.verify
 
 
 @pytest.mark.parametrize("kind", verifier_names())
 def test_every_verifier_keeps_the_contract(kind: str) -> None:
-    verify = load_verifier(kind)
-    assert list(inspect.signature(verify).parameters) == ["text", "reference"]
-    assert inspect.getdoc(verify)
-    with pytest.raises(ValueError, match="reference answer"):
-        verify("text", None)
+    judge = loaded(kind)
+    (verdict,) = judge.verdicts(["text"], [{"reference": None}])
+    assert (verdict.correct, verdict.score) == (None, None) and "reference answer" in str(verdict.error)
+    assert judge.check({"reference": None}) == verdict.error and judge.check({"reference": REFERENCES[kind]}) is None
 
 
 @pytest.mark.parametrize("kind", verifier_names())
 @given(text=st.text())
 def test_no_text_breaks_a_verifier(kind: str, text: str) -> None:
-    reference = {"choice": "A", "exact": "x", "gsm8k": "#### 5"}[kind]
-    assert load_verifier(kind)(text, reference) in (True, False)
+    (verdict,) = loaded(kind).verdicts([text], [{"reference": REFERENCES[kind]}])
+    assert verdict.error is None and verdict.correct is (verdict.score == 1)
+    assert set(verdict.columns) <= {"extracted"}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +82,7 @@ def test_gsm8k_finds_the_answer(text: str, number: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "reference", "right"),
+    ("text", "reference", "expected"),
     [
         ("#### 18", "9 * 2 = <<9*2=18>>18\n#### 18", True),
         ("#### 18.00", 18, True),
@@ -85,8 +96,8 @@ def test_gsm8k_finds_the_answer(text: str, number: str | None) -> None:
         ("no idea", "18", False),
     ],
 )
-def test_gsm8k_compares_exactly(text: str, reference: object, right: bool) -> None:
-    assert gsm8k.verify(text, reference) is right
+def test_gsm8k_compares_exactly(text: str, reference: object, expected: bool) -> None:
+    assert right(gsm8k, text, reference) is expected
 
 
 @pytest.mark.parametrize(
@@ -189,16 +200,16 @@ def test_gsm8k_takes_no_part_of_what_is_not_one_number(text: str) -> None:
 
 
 def test_gsm8k_fractions_are_compared_exactly() -> None:
-    assert gsm8k.verify("The answer is 1/2", "0.5") and gsm8k.verify("#### 0.5", "1/2") and gsm8k.verify("2/4", "\\frac{1}{2}")
-    assert not gsm8k.verify("The answer is 1/2", 2) and not gsm8k.verify("The answer is 1/2", 1)
-    assert not gsm8k.verify("#### 0.333", "1/3") and gsm8k.verify("#### 1 1/2", Decimal("1.5"))
-    assert gsm8k.verify("#### 1000", Decimal("1E+3"))
-    assert not gsm8k.verify("#### -100000000000000000000000000000000001", "-100000000000000000000000000000000002")
+    assert right(gsm8k, "The answer is 1/2", "0.5") and right(gsm8k, "#### 0.5", "1/2") and right(gsm8k, "2/4", "\\frac{1}{2}")
+    assert not right(gsm8k, "The answer is 1/2", 2) and not right(gsm8k, "The answer is 1/2", 1)
+    assert not right(gsm8k, "#### 0.333", "1/3") and right(gsm8k, "#### 1 1/2", Decimal("1.5"))
+    assert right(gsm8k, "#### 1000", Decimal("1E+3"))
+    assert not right(gsm8k, "#### -100000000000000000000000000000000001", "-100000000000000000000000000000000002")
 
 
 def test_gsm8k_takes_no_time_for_odd_texts() -> None:
     began = time.process_time()
-    assert not gsm8k.verify("1/" + "9" * 5000, 1) and not gsm8k.verify("9" * 5000 + "/3", 1)
+    assert not right(gsm8k, "1/" + "9" * 5000, 1) and not right(gsm8k, "9" * 5000 + "/3", 1)
     for piece in ("1+", "1 ", "9", "\\frac{", "\\text{", "{", "1,", "- ", "1/", "\u221a(", "negative ", "1 1/", "\\boxed{"):
         gsm8k.find_answer(piece * 20_000)
     assert time.process_time() - began < 5
@@ -207,20 +218,20 @@ def test_gsm8k_takes_no_time_for_odd_texts() -> None:
 def test_gsm8k_refuses_a_reference_without_a_number() -> None:
     for reference in ("none", True, float("nan"), float("-inf"), ""):
         with pytest.raises(ValueError, match="holds no number"):
-            gsm8k.verify("#### 1", reference)
+            right(gsm8k, "#### 1", reference)
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**12), max_value=10**12))
 def test_gsm8k_reads_what_it_is_written(number: Decimal) -> None:
     for text in (f"#### {number:f}", f"#### {number:,f}", f"so it is {number:f}.", f"= {number:,f} dollars"):
-        assert gsm8k.verify(text, str(number.quantize(Decimal("0.001")).__format__("f")))
+        assert right(gsm8k, text, str(number.quantize(Decimal("0.001")).__format__("f")))
 
 
 def test_exact() -> None:
-    assert exact.verify("  yes\n", "yes")
-    assert exact.verify("42", 42)
-    assert not exact.verify("Yes", "yes")
-    assert not exact.verify("yes it is", "yes")
+    assert right(exact, "  yes\n", "yes")
+    assert right(exact, "42", 42)
+    assert not right(exact, "Yes", "yes")
+    assert not right(exact, "yes it is", "yes")
 
 
 @pytest.mark.parametrize(
@@ -297,7 +308,7 @@ def test_choice_takes_no_time_for_odd_texts() -> None:
 
 def test_choice_takes_letters_and_indices() -> None:
     for reference in ("B", "b", "(B)", "B.", 1):
-        assert choice.verify("Answer: B", reference)
+        assert right(choice, "Answer: B", reference)
     for reference in ("E", "AB", "", 4, -1, True, 1.0):
         with pytest.raises(ValueError, match="no letter from A to D"):
-            choice.verify("Answer: B", reference)
+            right(choice, "Answer: B", reference)

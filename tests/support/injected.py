@@ -89,7 +89,7 @@ LASTING: dict[str, tuple[Any, str]] = {
     "taking columns": (columns.JsonColumns, "take"),
     "sizes of rows": (columns.JsonColumns, "row_bytes"),
     "ids": (store.InputStore, "ids"),
-    "lists of tokens": (output, "_list_column"),
+    "lists of tokens": (output, "_nullable_list"),
     "a table": (recorder, "build_table"),
     "taking a table over": (shards.ShardWriter, "take"),
     "what is due": (shards.ShardWriter, "commit_due"),

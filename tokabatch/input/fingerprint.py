@@ -65,7 +65,7 @@ def describe(
         "prompt": prompt,
         "generation": drawn,
         "output": {"columns": job.output.columns},
-        "verify": {} if job.verify is None else job.verify.model_dump(mode="json"),
+        "verify": {} if job.verify is None else job.verify.decisive(),
     }
     if job.verify is not None:
         settings["verifier/" + job.verify.kind] = _mark(verifier_path(job.verify.kind).read_bytes())

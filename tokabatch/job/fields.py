@@ -91,17 +91,21 @@ def _bad_words(value: Any) -> Any:
     return tuple(word if isinstance(word, str) else tuple(word) for word in words)
 
 
+def _options(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError):
+        raise ValueError("holds values that JSON has not; write text, numbers, lists and so on") from None
+    return value
+
+
 def _template_kwargs(value: dict[str, Any]) -> dict[str, Any]:
     decided = next((name for name in value if name in DECIDED_KWARGS), None)
     if decided in ("tools", "documents"):
         raise ValueError(f"holds `{decided}`, which the template gets from the rows' column of that name; put it there")
     if decided:
         raise ValueError(f"holds `{decided}`, which the run decides itself; remove it")
-    try:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-    except (TypeError, ValueError):
-        raise ValueError("holds values that JSON has not; write text, numbers, lists and so on") from None
-    return value
+    return _options(value)
 
 
 def _power_of_two(value: int) -> int:
@@ -126,7 +130,7 @@ _Path = Annotated[_Text, BeforeValidator(_path_text)]
 ModelPath = Annotated[_Path, Accepts("a Hugging Face id or a local folder", "meta-llama/Llama-3.2-1B-Instruct")]
 InputPath = Annotated[_Path, Accepts("a file, folder, glob or URL, or hf://datasets/OWNER/NAME", "data/*.jsonl")]
 FilePath = Annotated[_Path, Accepts("a path", "data/examples.jsonl")]
-Verifier = Annotated[_Path, Accepts("a verifier's name, or a Python file's path", "exact")]
+Verifier = Annotated[_Path, Accepts("a verifier's name, or FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION", "exact")]
 FolderPath = Annotated[_Path, Accepts("a folder's path", "out/first")]
 OptionalFile = Annotated[_Text | None, BeforeValidator(_path_text), Accepts("a path, or null", "profile.json")]
 OptionalText = Annotated[_Text | None, Accepts("text, or null", "name")]
@@ -150,6 +154,7 @@ TemplateKwargs = Annotated[
     Accepts("a mapping of the chat template's variables", "{enable_thinking: false}"),
 ]
 
+Options = Annotated[dict[str, Any], AfterValidator(_options), Accepts("a mapping of names to values", "{strict: true}")]
 Flag = Annotated[bool, Accepts("true or false", "true")]
 AutoFlag = Annotated[Auto | bool, Accepts("auto, true or false", "auto")]
 
@@ -189,6 +194,8 @@ BadWords = Annotated[
     Accepts("a text, or a list of texts and of lists of token ids", '["sorry", [128009]]'),
 ]
 Fraction = Annotated[_Finite, Field(ge=0, le=1), Accepts("a number from 0 to 1", "0.01")]
+Number = Annotated[_Finite, Accepts("a finite number", "0.5")]
+Bytes = Annotated[int, Field(ge=1 << 26, le=MAX_INT64), Accepts("a number of bytes, 64M or more", "4G")]
 Seconds = Annotated[_Finite, Field(gt=0), Accepts("a number of seconds above 0", "30")]
 
 _Tuple = BeforeValidator(_tuple)

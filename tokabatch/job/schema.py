@@ -6,16 +6,20 @@ and columns it names exist is for the readers to say.
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tokabatch.errors import RowError
+from tokabatch.errors import JobError, RowError
 from tokabatch.job import fields
 from tokabatch.job.keys import Key, KeySection, list_keys, list_sections
 from tokabatch.job.load import load_model
@@ -25,6 +29,8 @@ from tokabatch.scheduling.contracts import SamplingParams
 
 _VERIFIERS = Path(__file__).parent.parent / "scoring" / "verifiers"
 _PYTHON = ".py"
+_OWN_JUDGE = re.compile(r".+\.py(:[A-Za-z_]\w*)?|[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.DOTALL)
+_WITHOUT_ANSWER = ("code",)
 # What a generation_config.json may decide where the job says nothing.
 _MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -270,24 +276,52 @@ class TraceConfig(_Section):
 
 
 class VerifyConfig(_Section):
-    """Check each sample against the row's answer: adds the column `correct`, and pass@k to the summary."""
+    """Judge each sample: adds the columns `correct`, `verify_score` and `verify_error`, and pass@k to the summary. Judges have
+    processes of their own, beside the run."""
 
     kind: fields.Verifier = Field(
-        description="A verifier of tokabatch/scoring/verifiers by its name, or a Python file of yours."
+        description="A verifier by its name, or yours: ./my_judge.py, ./my_judge.py:grade or package.module:grade."
     )
-    answer: fields.Text = Field(description="Column that holds the reference answer.")
+    answer: fields.OptionalText = Field(default=None, description="Column that holds the reference answer.")
+    options: fields.Options = Field(default={}, description="Further arguments of the function, by name.")
+    correct_from: fields.Number = Field(default=1.0, description="A score of so much or more counts as correct.")
+    processes: fields.AutoCount = Field(default="auto", description="Most processes that judge; auto: half of the CPU's cores.")
+    seconds: fields.Seconds = Field(default=10.0, description="A verdict that takes longer is null; its process is replaced.")
+    memory_bytes: fields.Bytes = Field(default=4 << 30, description="Address space that a process of judges may have.")
+    allow_code_execution: fields.Flag = Field(
+        default=False,
+        description="Needed by kind `code`, which runs what the model wrote, with limits on time and memory but as your user.",
+    )
 
     @field_validator("kind")
     @classmethod
     def _known(cls, kind: str) -> str:
         names = verifier_names()
-        if kind in names or kind.endswith(_PYTHON):
+        if kind in names or _OWN_JUDGE.fullmatch(kind):
             return kind
         nearest = get_close_matches(kind, names, n=1)
         hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
         raise ValueError(
-            f"there is no verifier `{kind}`{hint} (there are: {', '.join(names)}; a file of yours ends in {_PYTHON})"
+            f"there is no verifier `{kind}`{hint} (there are: {', '.join(names)}; a function of yours is written as "
+            f"FILE{_PYTHON}, FILE{_PYTHON}:FUNCTION or MODULE:FUNCTION)"
         )
+
+    @model_validator(mode="after")
+    def _complete(self) -> VerifyConfig:
+        if self.kind in verifier_names() and self.answer is None and self.kind not in _WITHOUT_ANSWER:
+            raise ValueError(f"kind {self.kind} needs `answer`, the column that holds the reference answer; add it")
+        return self
+
+    def decisive(self) -> dict[str, Any]:
+        """What the verdicts follow from, beside the judge's source; of keys that are newer than the first two, those that are
+        used, so that a run without them is the same job as ever."""
+        values = self.model_dump(mode="json")
+        newer = {
+            name: values[name]
+            for name in ("options", "correct_from")
+            if values[name] != VerifyConfig.model_fields[name].default
+        }
+        return {"kind": self.kind, "answer": self.answer, **newer}
 
 
 class ErrorsConfig(_Section):
@@ -344,5 +378,18 @@ def verifier_names() -> tuple[str, ...]:
 
 
 def verifier_path(kind: str) -> Path:
-    """The source of the verifier that `verify.kind` means."""
-    return Path(kind) if kind.endswith(_PYTHON) else _VERIFIERS / f"{kind}{_PYTHON}"
+    """The source of the verifier that `verify.kind` means. Imports nothing: judges are not loaded into this process. Raises
+    JobError for a module that is not there."""
+    source = kind.partition(":")[0]
+    if source.endswith(_PYTHON):
+        return Path(source)
+    if kind in verifier_names():
+        return _VERIFIERS / f"{kind}{_PYTHON}"
+    places: list[str] | None = [os.getcwd(), *sys.path]
+    origin: str | None = None
+    for end in [place for place, letter in enumerate(source) if letter == "."] + [len(source)]:
+        found = PathFinder.find_spec(source[:end], places) if places else None
+        places, origin = (None, None) if found is None else (list(found.submodule_search_locations or ()), found.origin)
+    if origin is None:
+        raise JobError(f"verify.kind: {kind}: there is no module {source} here or among the installed ones; give a file's path")
+    return Path(origin)

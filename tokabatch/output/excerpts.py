@@ -21,14 +21,14 @@ from tokabatch.arrays import Bool, Int64
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import read_manifest
-from tokabatch.output.schema import CORRECT, SAMPLE_SCHEMA
+from tokabatch.output.schema import SAMPLE_SCHEMA, VERDICT_FIELDS
 from tokabatch.output.shards import open_shard
 from tokabatch.storage.listing import ListedFile, consistently
 
 Kind = Literal["first", "right", "wrong", "longest"]
 _KEYS = ("row_index", "sample_index", "status", "num_output_tokens", "correct")
 _LONG_COLUMNS = frozenset(("token_ids", "logprobs"))
-_OWN = frozenset((*SAMPLE_SCHEMA.names, CORRECT.name))
+_OWN = frozenset((*SAMPLE_SCHEMA.names, *(field.name for field in VERDICT_FIELDS)))
 
 
 @dataclass(frozen=True, slots=True)

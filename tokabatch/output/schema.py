@@ -6,9 +6,10 @@ list columns are made from concatenated arrays and offsets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -54,8 +55,14 @@ _WHO_AND_WHAT = ("row_index", "sample_index", "status", "error_code", "error_mes
 _MAX_ENTRIES = (1 << 31) - 1
 """Of the lists in one table, all rows together: their offsets are 32 bits wide."""
 _MAX_FAULT = 300
-CORRECT = pa.field("correct", pa.bool_())
-"""Follows when the job verifies; null where there is no sample to verify."""
+_OF_VERDICT = {b"tokabatch.column": b"verdict"}
+VERDICT_FIELDS = tuple(
+    pa.field(name, kind, metadata=_OF_VERDICT)
+    for name, kind in (("correct", pa.bool_()), ("verify_score", pa.float64()), ("verify_error", pa.string()))
+)
+"""Follow when the job verifies, and behind them the judge's own columns; all null where there is no sample to judge.
+`verify_error` tells why a sample has no verdict. Their metadata says what they are."""
+CORRECT = VERDICT_FIELDS[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +83,14 @@ def output_schema(
     *,
     columns: Literal["all"] | Sequence[str] = "all",
     id_column: str | None = None,
-    verified: bool = False,
+    verdicts: Sequence[pa.Field[Any]] = (),
 ) -> pa.Schema:
-    """Our columns, then those of the input that `columns` names, in the input's order.
+    """Our columns, `verdicts` among them, then those of the input that `columns` names, in the input's order.
 
     An input column `id` that is the id column is not repeated: our `id` carries it. Raises OutputError for a column that
     the input does not have and for a name that is ours.
     """
-    ours = list(SAMPLE_SCHEMA) + [CORRECT] * verified
+    ours = [*SAMPLE_SCHEMA, *verdicts]
     own_names = {field.name for field in ours}
     if columns != "all":
         for name in columns:
@@ -102,6 +109,20 @@ def output_schema(
             f"output.columns=[{', '.join(keep)}]."
         )
     return pa.schema(ours + chosen, metadata={**(inputs.metadata or {}), **(SAMPLE_SCHEMA.metadata or {})})
+
+
+def verdict_fields(columns: Mapping[str, str]) -> tuple[pa.Field[Any], ...]:
+    """The columns of a job whose judge has these of its own, by name and Arrow type."""
+    own = [pa.field(name, pa.type_for_alias(kind), metadata=_OF_VERDICT) for name, kind in columns.items()]
+    return (*VERDICT_FIELDS, *own)
+
+
+def verdict_names(schema: pa.Schema) -> list[str]:
+    """The columns of `schema` that a judge made, those of an earlier version included."""
+    marked = [field.name for field in schema if (field.metadata or {}).items() >= _OF_VERDICT.items()]
+    place = len(SAMPLE_SCHEMA)
+    old = not marked and len(schema) > place and schema.field(place).equals(VERDICT_FIELDS[0])
+    return ["correct"] if old else marked
 
 
 def text_token_ids(completion: Completion) -> Int32:
@@ -139,12 +160,12 @@ def build_table(
     texts: Sequence[str],
     ids: pa.Array | pa.ChunkedArray | Sequence[str],
     columns: pa.Table,
-    correct: Sequence[bool | None] | None = None,
+    verdicts: Mapping[str, Sequence[Any]] = MappingProxyType({}),
 ) -> pa.Table:
     """A table of `schema`, which may be a part of an output's, with a row for each completion, then `num_samples` for each
     failure.
 
-    `texts` and `correct` have an entry for each completion; `correct` is given where the schema holds it. `ids` and `columns`
+    `texts` and each of `verdicts`, the columns of a job that verifies, have an entry for each completion. `ids` and `columns`
     have one for each row of the table (see `sample_keys`); of `columns`, those in the schema are taken. A completion with an
     `error_code` becomes an error row; its text and verdict are not used.
     """
@@ -184,10 +205,8 @@ def build_table(
         "logprobs": lambda: _logprob_column(completions, nulls),
         "error_code": lambda: of_errors([c.error_code for c in completions], lambda error: error.code),
         "error_message": lambda: of_errors([c.error_message for c in completions], lambda error: error.message),
-        "correct": lambda: of_good(correct),
+        **{name: lambda values=values: of_good(values) for name, values in verdicts.items()},
     }
-    if correct is None:
-        del own["correct"]  # The job does not verify: a column of that name is the input's.
     arrays: list[pa.Array | pa.ChunkedArray] = []
     for field in schema:
         values = own[field.name]() if field.name in own else columns[field.name]
@@ -260,8 +279,7 @@ def _with_faults(table: pa.Table, faults: dict[str, BaseException]) -> pa.Table:
     codes = [code or CANNOT_BE_WRITTEN for code in table["error_code"].to_pylist()]
     messages = [f"{earlier}; {message}" if earlier else message for earlier in table["error_message"].to_pylist()]
     changed = {"status": ["error"] * table.num_rows, "error_code": codes, "error_message": messages}
-    if CORRECT.name in table.column_names:
-        changed[CORRECT.name] = [None] * table.num_rows
+    changed |= {name: [None] * table.num_rows for name in verdict_names(table.schema)}
     for name, values in changed.items():
         place = table.schema.get_field_index(name)
         table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))

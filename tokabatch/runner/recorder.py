@@ -10,6 +10,7 @@ samples stand alone whose columns are at fault; these become error rows that kee
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,6 @@ from tokabatch.output.existing_results import Committed
 from tokabatch.output.folder import Claim
 from tokabatch.output.schema import (
     CANNOT_BE_WRITTEN,
-    CORRECT,
     FailedRow,
     build_piecemeal,
     build_table,
@@ -35,11 +35,13 @@ from tokabatch.output.schema import (
     mended,
     sample_keys,
     text_token_ids,
+    verdict_names,
 )
 from tokabatch.output.shards import Shard, ShardWriter, count_ok, write_parquet
 from tokabatch.scheduling.contracts import Completion
+from tokabatch.scoring.judge import Verdict
 from tokabatch.scoring.pass_at_k import curve
-from tokabatch.scoring.verifiers import load_verifier
+from tokabatch.scoring.pool import Ticket, open_pool
 from tokabatch.workload import Workload
 
 BATCH_SAMPLES = 2048
@@ -49,8 +51,25 @@ PIECE_BYTES = 64 << 20
 TOKEN_BYTES, LOGPROB_BYTES, ALTERNATIVE_BYTES = 24, 16, 16
 """By estimate: a token with its text, its logprob, one alternative to it."""
 SAMPLE_BYTES = 1024
-SHOWN_REASONS, MAX_REASONS, MAX_REASON = 3, 1000, 200
+LOOK_SECONDS, HURRIED_SECONDS = 0.2, 10.0
+SHOWN_REASONS, MAX_REASONS = 3, 1000
+MOST_UNJUDGED = 4096
+"""Finished samples that may wait for their verdicts; where there are more, the run waits, and the replicas with it."""
 _Result = TypeVar("_Result")
+
+
+@dataclass(slots=True)
+class _Finished:
+    """A sample, and what becomes of it: its text, once it is decoded, and its verdict, once there is one. A sample that is not
+    judged has no `ticket`."""
+
+    completion: Completion
+    text: str | None = None
+    ticket: Ticket | None = None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        return None if self.ticket is None else self.ticket.verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +79,7 @@ class _Waiting:
 
     row: int
     failures: tuple[FailedRow, ...] = ()
-    completions: tuple[Completion, ...] = ()
+    finished: tuple[_Finished, ...] = ()
     bytes: int = 0
     """Of the finished samples."""
 
@@ -72,16 +91,8 @@ class _Waiting:
             taken -= skipped
             if skipped < failure.num_samples:
                 failures.append(replace(failure, samples=failure.samples[skipped:]))
-        completions = self.completions[taken:]
-        return _Waiting(row, tuple(failures), completions, sum(map(_own_bytes, completions)))
-
-
-@dataclass(slots=True)
-class _Verdicts:
-    """Of one table; `reasons` counts why samples have none."""
-
-    values: list[bool | None]
-    reasons: Counter[str]
+        finished = self.finished[taken:]
+        return _Waiting(row, tuple(failures), finished, sum(_own_bytes(each.completion) for each in finished))
 
 
 class Recorder:
@@ -95,9 +106,9 @@ class Recorder:
         store = workload.store
         self._tokenizer = workload.tokenizer
         self._store = store
-        self._answer = job.verify.answer if job.verify else None
-        self._verify = load_verifier(job.verify.kind) if job.verify else None
+        self._pool = open_pool(job.verify) if job.verify else None
         self._schema = workload.output_schema
+        self._verdict_names = verdict_names(self._schema) if job.verify else []
         self._writer = ShardWriter(
             claim,
             self._schema,
@@ -114,7 +125,7 @@ class Recorder:
         self._num_samples = committed.drawn.counts()
         self._num_correct = committed.correct.copy()
         self.num_unverified = committed.unverified
-        """Samples that the verifier cannot judge, mostly for want of a reference answer; pass@k counts them as wrong."""
+        """Samples without a verdict, mostly for want of a reference answer; pass@k counts them as wrong."""
         self._reasons: Counter[str] = Counter()
         self.error_counts = committed.error_counts.copy()
         self.num_ok = committed.ok
@@ -139,25 +150,43 @@ class Recorder:
         self._flush()
 
     def add(self, completions: Sequence[Completion]) -> None:
-        """Samples that the scheduler finished; on disk after at most `flush_seconds`."""
+        """Samples that the scheduler finished; on disk after at most `flush_seconds` from their verdicts. Waits where the judge
+        is too far behind."""
         self._accept((), completions)
         if completions and self._oldest is None:
             self._oldest = self._clock()
-        if len(self._waiting.completions) >= BATCH_SAMPLES or self._waiting.bytes >= PIECE_BYTES:
+        self._submit()
+        if self._pool is not None and (excess := len(self._waiting.finished) - MOST_UNJUDGED) > 0:
+            self._pool.wait(_tickets(self._waiting.finished[:excess]))
+        ready = self._ready()
+        if len(ready) >= BATCH_SAMPLES or (ready and self._waiting.bytes >= PIECE_BYTES):
             self._flush()
         if self._oldest is not None and self._clock() - self._oldest >= self._flush_seconds:
             self._flush()
             self._commit(self._writer.commit)
-            self._oldest = None
+            self._oldest = self._clock() if self._waiting.finished else None
 
-    def finish(self) -> tuple[Shard, ...]:
-        """Commit everything and return all shards."""
+    def finish(self, hurry: Callable[[], object] = lambda: False) -> tuple[Shard, ...]:
+        """Commit everything and return all shards. Once `hurry` says so, verdicts are waited for HURRIED_SECONDS more: samples
+        that have none by then are committed without."""
+        self._submit()
+        if self._pool is not None:
+            tickets, deadline = _tickets(self._waiting.finished), math.inf
+            while not self._pool.wait(tickets, LOOK_SECONDS):
+                deadline = min(deadline, self._clock() + HURRIED_SECONDS) if hurry() else deadline
+                if self._clock() >= deadline:
+                    self._pool.close()
         self._flush()
         return self._commit(self._writer.close)
 
+    def close(self) -> None:
+        """End the processes of the judge."""
+        if self._pool is not None:
+            self._pool.close()
+
     def pass_at_k(self) -> tuple[tuple[int, float], ...] | None:
         """The curve over the rows seen so far; None when nothing is verified."""
-        if self._verify is None:
+        if self._pool is None:
             return None
         seen = self._num_samples > 0
         return tuple((point.k, point.value) for point in curve(self._num_samples[seen], self._num_correct[seen]))
@@ -168,19 +197,53 @@ class Recorder:
         self._waiting = _Waiting(
             waiting.row,
             (*waiting.failures, *failures),
-            (*waiting.completions, *completions),
+            (*waiting.finished, *map(_Finished, completions)),
             waiting.bytes + held,
         )
 
+    def _submit(self) -> None:
+        """Give the judge what it has not been given. A sample whose tokens or row cannot be had is not judged: what its columns
+        make of that is told there."""
+        if self._pool is None:
+            return
+        new = [each for each in self._waiting.finished if each.ticket is None and each.completion.error_code is None]
+        for begin in range(0, len(new), BATCH_SAMPLES):
+            self._submit_some(new[begin : begin + BATCH_SAMPLES])
+
+    def _submit_some(self, new: Sequence[_Finished]) -> None:
+        assert self._pool is not None
+        try:
+            texts = self._texts([each.completion for each in new])
+            rows = self._store.input_rows(np.array([each.completion.row_index for each in new], np.int64))
+        except BaseException as error:
+            if not _is_of_rows(error):
+                raise
+            if len(new) > 1:
+                for part in (new[: len(new) // 2], new[len(new) // 2 :]):
+                    self._submit_some(part)
+                return
+            new[0].ticket = Ticket("", {})
+            new[0].ticket.verdict = Verdict.none(f"{type(error).__name__}: {error}")
+            return
+        for each, text, ticket in zip(new, texts, self._pool.submit(texts, rows), strict=True):
+            each.text, each.ticket = text, ticket
+
+    def _ready(self) -> tuple[_Finished, ...]:
+        """The finished samples in front of the first that waits for its verdict."""
+        finished = self._waiting.finished
+        if self._pool is None:
+            return finished
+        late = (i for i, each in enumerate(finished) if each.completion.error_code is None and each.verdict is None)
+        return finished[: next(late, len(finished))]
+
     def _flush(self) -> None:
         self._settle()
-        waiting = self._waiting
         with self._claim.committing():
-            for piece in self._pieces(waiting.completions, waiting.failures):
-                for table, verdicts in self._tables(*piece):
+            for piece in self._pieces(self._ready(), self._waiting.failures):
+                for table in self._tables(*piece):
                     self._writer.take(table)
                     self._settle()
-                    self._count(table, verdicts)
+                    self._count(table)
                     self._commit(self._writer.commit_due)
 
     def _settle(self) -> None:
@@ -200,60 +263,54 @@ class Recorder:
     def _mended(self, table: pa.Table) -> pa.Table:
         repaired = mended(table, _encode)
         if repaired is not table:
-            self._count(table, None, -1)
-            self._count(repaired, None)
+            self._count(table, -1)
+            self._count(repaired)
         return repaired
 
     def _pieces(
-        self, completions: Sequence[Completion], failures: Sequence[FailedRow]
-    ) -> Iterator[tuple[Sequence[Completion], Sequence[FailedRow]]]:
+        self, finished: Sequence[_Finished], failures: Sequence[FailedRow]
+    ) -> Iterator[tuple[Sequence[_Finished], Sequence[FailedRow]]]:
         """The same in their order, no more at a time than PIECE_BYTES hold."""
         if failures:
             each = self._store.row_bytes(np.array([f.row_index for f in failures], np.int64)) + SAMPLE_BYTES
             parts = [part for failure, size in zip(failures, each.tolist(), strict=True) for part in _split(failure, size)]
             for begin, end in _cuts(np.array([size for _, size in parts], np.int64)):
                 yield (), [part for part, _ in parts[begin:end]]
-        if completions:
-            carried = self._store.row_bytes(np.array([c.row_index for c in completions], np.int64))
-            for begin, end in _cuts(carried + np.array([_own_bytes(c) for c in completions], np.int64)):
-                yield completions[begin:end], ()
+        if finished:
+            carried = self._store.row_bytes(np.array([each.completion.row_index for each in finished], np.int64))
+            for begin, end in _cuts(carried + np.array([_own_bytes(each.completion) for each in finished], np.int64)):
+                yield finished[begin:end], ()
 
-    def _tables(
-        self, completions: Sequence[Completion], failures: Sequence[FailedRow]
-    ) -> Iterator[tuple[pa.Table, _Verdicts | None]]:
+    def _tables(self, finished: Sequence[_Finished], failures: Sequence[FailedRow]) -> Iterator[pa.Table]:
         try:
-            whole = self._table(self._schema, completions, failures)
+            whole = self._table(self._schema, finished, failures)
         except BaseException as error:
             if not _is_of_rows(error):
                 raise
         else:
             yield whole
             return
-        if len(completions) + len(failures) > 1:
-            c, f = len(completions) // 2, len(failures) // 2
-            for part in ((completions[:c], ()), (completions[c:], ()), ((), failures[:f]), ((), failures[f:])):
+        if len(finished) + len(failures) > 1:
+            c, f = len(finished) // 2, len(failures) // 2
+            for part in ((finished[:c], ()), (finished[c:], ()), ((), failures[:f]), ((), failures[f:])):
                 if part[0] or part[1]:
                     yield from self._tables(*part)
             return
-        key = key_table(completions, failures)
-        yield build_piecemeal(self._schema, key, lambda schema: self._table(schema, completions, failures)[0]), None
+        key = key_table([each.completion for each in finished], failures)
+        yield build_piecemeal(self._schema, key, lambda schema: self._table(schema, finished, failures))
 
-    def _table(
-        self, schema: pa.Schema, completions: Sequence[Completion], failures: Sequence[FailedRow]
-    ) -> tuple[pa.Table, _Verdicts | None]:
+    def _table(self, schema: pa.Schema, finished: Sequence[_Finished], failures: Sequence[FailedRow]) -> pa.Table:
         """`schema` is the output's, or a part of it."""
+        completions = [each.completion for each in finished]
         rows, _ = sample_keys(completions, failures)
-        carried = [name for name in self._store.column_schema.names if name in schema.names]
-        judged = self._verify is not None and CORRECT.name in schema.names
-        answer = [self._answer] if judged and self._answer is not None and self._answer not in carried else []
-        columns = self._store.columns(rows, carried + answer)
-        texts = self._texts(completions) if judged or "text" in schema.names else [""] * len(completions)
-        verdicts = self._judge(completions, texts, columns) if judged else None
+        columns = self._store.columns(rows, [name for name in self._store.column_schema.names if name in schema.names])
+        texts = [""] * len(completions)
+        if "text" in schema.names:
+            texts = [each.text for each in finished if each.text is not None]
+            texts = texts if len(texts) == len(finished) else self._texts(completions)
+        verdicts = {name: [_told(each.verdict, name) for each in finished] for name in self._verdict_names}
         ids = self._store.ids(rows) if "id" in schema.names else []
-        table = build_table(
-            schema, completions, failures, texts=texts, ids=ids, columns=columns, correct=verdicts and verdicts.values
-        )
-        return table, verdicts
+        return build_table(schema, completions, failures, texts=texts, ids=ids, columns=columns, verdicts=verdicts)
 
     def _texts(self, completions: Sequence[Completion]) -> list[str]:
         texts = self._tokenizer.decode_batch([text_token_ids(completion) for completion in completions])
@@ -265,44 +322,32 @@ class Recorder:
         cut = zip(texts, completions, passed, strict=True)
         return [cut_at_stop(text, completion.stop_reason, len(before)) for text, completion, before in cut]
 
-    def _judge(self, completions: Sequence[Completion], texts: Sequence[str], columns: pa.Table) -> _Verdicts:
-        """None for a sample that cannot be judged. Whatever a verifier raises concerns one sample alone."""
-        verdicts = _Verdicts([], Counter())
-        for place, (completion, text) in enumerate(zip(completions, texts, strict=True)):
-            verdict: bool | None = None
-            if completion.error_code is None:
-                try:
-                    verdict = self._verdict(text, columns, place)
-                except KeyboardInterrupt:
-                    raise
-                except ValueError as error:
-                    verdicts.reasons[str(error)[:MAX_REASON]] += 1
-                except BaseException as error:
-                    verdicts.reasons[f"the verifier raised {type(error).__name__}: {error}"[:MAX_REASON]] += 1
-            verdicts.values.append(verdict)
-        return verdicts
-
-    def _verdict(self, text: str, columns: pa.Table, place: int) -> bool:
-        assert self._verify is not None and self._answer is not None
-        right: Any = self._verify(text, columns[self._answer][place].as_py())
-        if not isinstance(right, bool | np.bool_):
-            raise TypeError(f"it returned {right!r}, not True or False")
-        return bool(right)
-
-    def _count(self, table: pa.Table, verdicts: _Verdicts | None, sign: int = 1) -> None:
+    def _count(self, table: pa.Table, sign: int = 1) -> None:
         rows, ok = table["row_index"].to_numpy(), count_ok(table)
         np.add.at(self._num_samples, rows, sign)
         for code in table["error_code"].drop_null().to_pylist():
             self.error_counts[code] += sign
         self.num_ok += sign * ok
-        if self._verify is None:
+        if self._pool is None:
             return
-        correct = table[CORRECT.name]
+        correct = table["correct"]
         np.add.at(self._num_correct, rows[correct.fill_null(False).to_numpy()], sign)
         self.num_unverified += sign * (ok - (len(correct) - correct.null_count))
-        for reason, count in (verdicts.reasons if verdicts else {}).items():
+        for reason, count in Counter(table["verify_error"].drop_null().to_pylist()).items():
             if reason in self._reasons or len(self._reasons) < MAX_REASONS:
-                self._reasons[reason] += count
+                self._reasons[reason] += sign * count
+
+
+def _tickets(finished: Sequence[_Finished]) -> list[Ticket]:
+    return [each.ticket for each in finished if each.ticket is not None]
+
+
+def _told(verdict: Verdict | None, name: str) -> Any:
+    """What a verdict says in a column."""
+    if verdict is None:
+        return None
+    own = {"correct": verdict.correct, "verify_score": verdict.score, "verify_error": verdict.error}
+    return own[name] if name in own else verdict.columns.get(name)
 
 
 def _is_of_rows(error: BaseException) -> bool:

@@ -63,6 +63,7 @@ def run(
         started = start(job, claim, partial(_reading, clock, stop), reuse, clock.progress.message, stop.at_once)
         workload, recorder = started.left, Recorder(job, started.left, claim, started.committed)
         workers.callback(workload.store.close)
+        workers.callback(recorder.close)
         sizes = size_replica(job, workload, profile)
         if profile is None and not has_known_rates(workload.device):
             clock.progress.message(
@@ -95,7 +96,7 @@ def run(
             clock.progress.message(str(error))
             replica.stop()
             with suppress(TokabatchError):
-                recorder.finish()
+                recorder.finish(hurry=lambda: True)
             exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, workload.samples_of_row, names=claim.committed)
             parts = replace(parts, recorder=Recorder(job, workload, claim, committed))
             stalled = committed.samples == started.committed.samples
@@ -117,7 +118,7 @@ def run(
 
 def _close_books(parts: _Parts, claim: Claim) -> Books:
     """Commit the rest, and where nothing is missing join the small shards and mark the run as complete."""
-    shards, samples = parts.recorder.finish(), parts.started.left.samples_total
+    shards, samples = parts.recorder.finish(parts.stop.poll), parts.started.left.samples_total
     if claim.journal is not None and sum(shard.rows for shard in shards) == samples:
         join_small(claim, parts.job.output.rows_per_shard, parts.stop.poll, parts.clock.progress.message)
         shards = tuple(
@@ -236,7 +237,7 @@ def _record_failures(parts: _Parts) -> int:
 def _commit_finished(parts: _Parts) -> None:
     """Commit what is finished after an exception; where that fails, too, say so and let the first one be heard."""
     try:
-        parts.recorder.finish()
+        parts.recorder.finish(hurry=lambda: True)
     except STOPS:
         raise
     except BaseException as error:

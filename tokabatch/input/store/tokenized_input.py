@@ -85,6 +85,12 @@ class InputStore:
         in_order = not table.num_columns or np.array_equal(back, np.arange(len(rows)))
         return table if in_order else table.take(pa.array(back))
 
+    def input_rows(self, row_indices: Int64) -> list[dict[str, Any]]:
+        """Any rows with all columns that are kept, as Python values; those of repeated rows are one object."""
+        rows, back = np.unique(np.asarray(row_indices, dtype=np.int64), return_inverse=True)
+        values = self._columns.take(rows, self._columns.schema.names).to_pylist()
+        return [values[place] if values else {} for place in back.tolist()]
+
     def row_bytes(self, row_indices: Int64) -> Int64:
         """The memory that the columns of each of these rows take at most, shape [rows]."""
         return self._columns.row_bytes(np.asarray(row_indices, dtype=np.int64))
@@ -184,8 +190,8 @@ class _Spools:
 
     def __init__(self, job: Job, folder: Path, reader: Reader) -> None:
         carried = job.output.columns
-        answer = {job.verify.answer} if job.verify else set[str]()
-        kept = None if carried == "all" else sorted({*carried, *answer})
+        # A judge is given the whole row.
+        kept = None if carried == "all" or job.verify else list(carried)
         self._tokens = ArraySpool(folder / _TOKENS, np.int32)
         self._start = ArraySpool(folder / _START, np.int64)
         self._length = ArraySpool(folder / _LENGTH, np.int32)

@@ -9,6 +9,7 @@ that goes on as a sentence does (`A train leaves`, `answer: a number`) is none.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 _LETTERS = "ABCD"
@@ -41,12 +42,21 @@ _EVIDENCE = tuple(
 )
 
 
-def verify(text: str, reference: Any) -> bool:
+COLUMNS = {"extracted": str}
+
+
+def verify(text: str, row: Mapping[str, Any], *, answer: str) -> dict[str, Any]:
     """Whether `text` chooses the reference: a letter in any case, bare or in brackets, or its index from 0.
 
     ValueError for a reference that is neither.
     """
-    return find_choice(text) == _letter(reference)
+    extracted = find_choice(text)
+    return {"score": extracted == _letter(row.get(answer)), "extracted": extracted}
+
+
+def check(row: Mapping[str, Any], *, answer: str) -> None:
+    """Raises ValueError where the reference is no choice."""
+    _letter(row.get(answer))
 
 
 def find_choice(text: str) -> str | None:

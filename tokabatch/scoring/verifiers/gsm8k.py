@@ -12,7 +12,7 @@ no answer, whatever numbers are in it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -83,18 +83,21 @@ class _Term:
     """Part of a range or list without spaces (3-4, 1,2,3), of which it is one element."""
 
 
-def verify(text: str, reference: Any) -> bool:
+COLUMNS = {"extracted": str}
+
+
+def verify(text: str, row: Mapping[str, Any], *, answer: str) -> dict[str, Any]:
     """Whether the answer in `text` equals the reference: a number, or a text that ends in one as solutions do.
 
     ValueError for a reference without a number.
     """
-    if isinstance(reference, float | Decimal):
-        reference = f"{Decimal(str(reference)):f}"
-    expected = None if reference is None else find_answer(str(reference))
-    if expected is None:
-        raise ValueError(f"the reference answer {str(reference)[:80]!r} holds no number")
-    found = find_answer(text)
-    return found is not None and Fraction(found) == Fraction(expected)
+    found, expected = find_answer(text), _expected(row.get(answer))
+    return {"score": found is not None and Fraction(found) == expected, "extracted": None if found is None else _written(found)}
+
+
+def check(row: Mapping[str, Any], *, answer: str) -> None:
+    """Raises ValueError where the reference holds no number."""
+    _expected(row.get(answer))
 
 
 def find_answer(text: str) -> Value | None:
@@ -108,6 +111,27 @@ def find_answer(text: str) -> Value | None:
             return None if terms[0].glued else terms[0].value
     terms = _read_terms(text)
     return terms[-1].value if terms else None
+
+
+def _expected(reference: Any) -> Fraction:
+    if isinstance(reference, float | Decimal):
+        reference = f"{Decimal(str(reference)):f}"
+    expected = None if reference is None else find_answer(str(reference))
+    if expected is None:
+        raise ValueError(f"the reference answer {str(reference)[:80]!r} holds no number")
+    return Fraction(expected)
+
+
+def _written(value: Value) -> str:
+    """Equal numbers are written alike, for votes to be counted: 18, 18.5 and 1/3; those of very many digits as they are."""
+    exact = Fraction(value)
+    if max(exact.numerator.bit_length(), exact.denominator.bit_length()) > 1000:
+        return f"{value:f}" if isinstance(value, Decimal) else "a fraction of many digits"
+    places = next((places for places in range(30) if 10**places % exact.denominator == 0), None)
+    if not places:
+        return str(exact)
+    digits = f"{abs(exact.numerator) * 10**places // exact.denominator:0{places + 1}d}"
+    return f"{'-' * (exact < 0)}{digits[:-places]}.{digits[-places:]}"
 
 
 def _in_braces(text: str) -> str:

@@ -1,0 +1,263 @@
+"""Judges that misbehave: a run ends with every sample there, and what one sample's judging does costs its verdict alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from support.scripted_run import scripted_engine, scripted_job, scripted_run
+
+from tokabatch import plan, run
+from tokabatch.errors import JobError
+from tokabatch.runner import recorder
+from tokabatch.runner.interruption import Interruption
+
+ROWS = 8
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    lines = [{"question": f"What is {i}?", "number": i, "answer": None if i == 5 else str(i)} for i in range(ROWS)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def judged(rows: Path, tmp_path: Path, source: str, **verify: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """The summary and the samples, in order, of a run whose judge is this file."""
+    judge = tmp_path / "judge.py"
+    judge.write_text(source)
+    summary = scripted_run(rows, tmp_path / "out", verify={"kind": str(judge), "seconds": 2.0, **verify})
+    return summary, samples(tmp_path / "out")
+
+
+def samples(out: Path) -> list[dict[str, Any]]:
+    found = [row for shard in (out / "data").iterdir() for row in pq.read_table(shard).to_pylist()]
+    return sorted(found, key=lambda each: (each["row_index"], each["sample_index"]))
+
+
+HOSTILE = {
+    "raises": ("raise KeyError('no')", "KeyError: 'no'"),
+    "hangs": ("time.sleep(600)", "no verdict within 2 s"),
+    "hangs deaf": ("[signal.signal(n, signal.SIG_IGN) for n in (1, 2, 15)]; time.sleep(600)", "no verdict within 2 s"),
+    "eats memory": ("bytearray(1 << 40)", "MemoryError"),
+    "eats memory slowly": ("held = []\n        while True: held.append(bytearray(1 << 24))", "MemoryError"),
+    "exits": ("exit(3)", "SystemExit: 3"),
+    "exits at once": ("os._exit(7)", "ended with code 7"),
+    "crashes": ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by signal 11"),
+    "recurses": ("return verify(text, row)", "RecursionError"),
+    "returns a text": ("return 'yes'", "no verdict"),
+    "returns NaN": ("return float('nan')", "no verdict"),
+    "returns None": ("return None", "it returned None"),
+    "closes everything": ("os.closerange(0, 200); return True", ""),
+    "stops itself": ("os.kill(os.getpid(), signal.SIGSTOP)", "no verdict within 2 s"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_judge_that_misbehaves_costs_one_verdict(case: str, rows: Path, tmp_path: Path) -> None:
+    deed, reason = HOSTILE[case]
+    source = f"""
+import os, signal, time
+
+def verify(text, row):
+    if row["number"] == 3:
+        {deed}
+    return row["number"] % 2 == 0
+"""
+    summary, found = judged(rows, tmp_path, source, memory_bytes=1 << 28)
+    assert (summary.exit_code, summary.ok, summary.errors, summary.unverified) == (0, 2 * ROWS, 0, 2)
+    for sample in found:
+        bad = sample["row_index"] == 3
+        assert sample["correct"] is (None if bad else sample["row_index"] % 2 == 0), sample
+        assert sample["verify_score"] == (None if bad else float(sample["row_index"] % 2 == 0))
+        assert (reason in sample["verify_error"]) if bad else (sample["verify_error"] is None)
+    assert summary.unverified_reasons and "(2 samples)" in summary.unverified_reasons[0]
+
+
+def test_what_a_judge_prints_and_forks_disturbs_nothing(rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = """
+import os, subprocess, sys, time
+
+def verify(text, row):
+    print("to standard output", flush=True)
+    os.write(2, b"to standard error")
+    if os.fork() == 0:
+        return False           # comes back into the caller
+    if os.fork() == 0:
+        os.setsid()
+        time.sleep(7777)       # stays behind
+    subprocess.Popen(["sleep", "7778"], start_new_session=True)
+    return True
+"""
+    summary, found = judged(rows, tmp_path, source)
+    assert summary.ok == 2 * ROWS and all(sample["correct"] for sample in found)
+    told = capfd.readouterr()
+    assert "to standard" not in told.out + told.err
+    time.sleep(0.2)
+    left = [process for process in psutil.Process().children(recursive=True) if process.status() != psutil.STATUS_ZOMBIE]
+    assert not [process for process in left if "judge" in " ".join(process.cmdline())]
+    stray = [process.info for process in psutil.process_iter(["cmdline"]) if "7778" in (process.info["cmdline"] or [])]
+    assert not stray
+
+
+def test_scores_columns_and_options(rows: Path, tmp_path: Path) -> None:
+    source = """
+from dataclasses import dataclass
+
+@dataclass
+class Share:
+    of: int
+
+COLUMNS = {"length": int, "first": str, "short": bool}
+
+def grade(text, row, *, answer, divisor=1):
+    assert answer == "answer"
+    share = Share(divisor)
+    return {"score": row["number"] / share.of, "length": len(text), "first": text[:1] or None, "short": len(text) < 3}
+"""
+    judge = tmp_path / "judge.py"
+    judge.write_text(source)
+    verify = {"kind": f"{judge}:grade", "answer": "answer", "options": {"divisor": 7}, "correct_from": 0.5}
+    summary = scripted_run(rows, tmp_path / "out", verify=verify, output={"columns": ["question"]})
+    for sample in samples(tmp_path / "out"):
+        score = sample["row_index"] / 7
+        assert (sample["verify_score"], sample["correct"]) == (pytest.approx(score), score >= 0.5)
+        assert (sample["length"], sample["short"]) == (len(sample["text"]), len(sample["text"]) < 3)
+        assert "number" not in sample
+    assert summary.pass_at_k == ((1, 0.5), (2, 0.5))
+
+
+def test_a_module_judges_in_batches_and_one_fault_costs_one_verdict(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "graders"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "length.py").write_text(
+        """
+import os
+
+def grade(texts, rows):
+    numbers = [row["number"] for row in rows]
+    if 2 in numbers and len(rows) > 1:
+        os._exit(1)
+    if 4 in numbers:
+        raise RuntimeError("four")
+    return [number > 2 for number in numbers]
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    summary = scripted_run(rows, tmp_path / "out", verify={"kind": "graders.length:grade"})
+    assert summary.ok == 2 * ROWS and summary.unverified == 2
+    for sample in samples(tmp_path / "out"):
+        row = sample["row_index"]
+        assert sample["correct"] is (None if row == 4 else row > 2), sample
+
+
+def test_undeclared_columns_are_no_verdict(rows: Path, tmp_path: Path) -> None:
+    summary, _ = judged(rows, tmp_path, "def verify(text, row): return {'score': 1, 'colour': 'red'}")
+    assert summary.unverified == 2 * ROWS and "COLUMNS" in summary.unverified_reasons[0]
+
+
+def test_a_slow_judge_holds_the_run_up_and_loses_nothing(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "MOST_UNJUDGED", 2)
+    most = 0
+    add = recorder.Recorder.add
+
+    def watched(self: recorder.Recorder, completions: Any) -> None:
+        nonlocal most
+        add(self, completions)
+        most = max(most, sum(each.ticket is not None and each.verdict is None for each in self._waiting.finished))
+
+    monkeypatch.setattr(recorder.Recorder, "add", watched)
+    source = "import time\ndef verify(text, row):\n    time.sleep(0.05)\n    return True\n"
+    summary, found = judged(rows, tmp_path, source, processes=2)
+    assert summary.ok == 2 * ROWS and all(sample["correct"] for sample in found)
+    assert 0 < most <= 2
+
+
+def test_a_run_that_is_stopped_commits_what_is_not_judged(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "HURRIED_SECONDS", 0.3)
+    judge = tmp_path / "judge.py"
+    judge.write_text("import time\ndef verify(text, row):\n    time.sleep(600 if row['number'] else 0)\n    return True\n")
+    stop, began = Interruption(), time.monotonic()
+    finish = recorder.Recorder.finish
+
+    def stopped(self: recorder.Recorder, *arguments: Any, **named: Any) -> Any:
+        stop._exit_code = 130
+        return finish(self, *arguments, **named)
+
+    monkeypatch.setattr(recorder.Recorder, "finish", stopped)
+    with scripted_engine():
+        run(scripted_job(rows, tmp_path / "out", verify={"kind": str(judge), "seconds": 300.0}), should_stop=stop)
+    assert time.monotonic() - began < 60
+    found = samples(tmp_path / "out")
+    assert Counter(sample["verify_error"] is None for sample in found)[True] >= 1
+    assert len(found) == 2 * ROWS and all("run was stopped" in (each["verify_error"] or "run was stopped") for each in found)
+
+
+def test_references_are_checked_before_anything_is_computed(rows: Path, tmp_path: Path) -> None:
+    report = plan(scripted_job(rows, tmp_path / "out", verify={"kind": "gsm8k", "answer": "answer"}))
+    assert [note for note in report.notes if "judged" in note] == [
+        "row 5 cannot be judged: the reference answer 'None' holds no number"
+    ]
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "def check(row):\n    if row['number'] > 1: raise ValueError('too large')\ndef verify(text, row): return True\n"
+    )
+    report = plan(scripted_job(rows, tmp_path / "out", verify={"kind": str(judge)}))
+    assert [note for note in report.notes if "judged" in note] == [
+        "row 2 cannot be judged: too large",
+        "row 3 cannot be judged: too large",
+        "row 4 cannot be judged: too large",
+        "3 more rows cannot be judged",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, r"FileNotFoundError"),
+        ("def verify(text, row)", r"SyntaxError"),
+        ("import there_is_no_such_module", r"ModuleNotFoundError"),
+        ("raise SystemExit(0)", r"SystemExit"),
+        ("import os; os._exit(5)", r"ended with code 5 while it was loaded"),
+        ("def judge(text, row): return True", r"has no function `verify\(text, row\)`"),
+        ("def verify(text, reference): return True", r"write `verify\(text, row\)`, where row\[COLUMN\] is the reference"),
+        ("def verify(text, row, *, strict): return True", r"it needs 'strict'; give verify\.options\.strict"),
+        ("COLUMNS = {'a': list}\ndef verify(text, row): return True", r"write str, int, float or bool"),
+    ],
+)
+def test_a_file_that_gives_no_judge_is_refused_before_anything_starts(
+    source: str | None, message: str, rows: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "broken.py"
+    if source is not None:
+        own.write_text(source)
+    with pytest.raises(JobError, match=rf"verify\.kind: .*broken\.py.*{message}"):
+        plan(scripted_job(rows, tmp_path / "out", verify={"kind": str(own), "answer": "answer"}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_options_and_modules_are_refused(rows: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def verify(text, row, *, strict=True): return True")
+    with pytest.raises(JobError, match=r"verify\.options names 'lenient', which it does not take; it takes strict"):
+        plan(scripted_job(rows, tmp_path / "out", verify={"kind": str(own), "options": {"lenient": True}}))
+    with pytest.raises(JobError, match="ModuleNotFoundError"):
+        plan(scripted_job(rows, tmp_path / "out", verify={"kind": "no.such_module:grade"}))
+
+
+def test_no_process_is_left_when_a_run_ends(rows: Path, tmp_path: Path) -> None:
+    before = {process.pid for process in psutil.Process(os.getpid()).children(recursive=True)}
+    judged(rows, tmp_path, "def verify(text, row): return True")
+    left = [p for p in psutil.Process(os.getpid()).children(recursive=True) if p.pid not in before]
+    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]

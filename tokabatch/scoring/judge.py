@@ -1,0 +1,188 @@
+"""Loading and calling a judge: the function that says how good a sample's text is. Imports nothing heavy: judges have processes
+of their own, which begin with this.
+
+    verify(text: str, row: Mapping[str, Any], **options) -> verdict           one sample
+    verify(texts: list[str], rows: list[Mapping], **options) -> [verdict]     several; its first parameter is called `texts`
+
+A verdict is True or False, a number (the score), None (there is no telling), or a mapping `{"score": ..., column: ...}` whose
+further keys the file declares: `COLUMNS = {"extracted": str}`, each of them str, int, float or bool. The file may have
+`check(row, **options)` as well, which raises ValueError where a row cannot be judged, whatever the text: it is called for all
+rows before anything is computed. A judge that raises costs the verdict of that sample alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+MAX_REASON = 200
+MAX_TEXT = 1 << 16
+COLUMN_TYPES: Mapping[type, str] = {str: "string", int: "int64", float: "float64", bool: "bool"}
+"""What a judge's columns may be, and the Arrow type of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeSpec:
+    """Which function judges: `function` of the Python file `source`, or of the module of that name. `kind` is the job's
+    word; `answer` is the column of the reference answer, for functions that take it; a process may have `memory_bytes`."""
+
+    kind: str
+    source: str
+    function: str
+    answer: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    correct_from: float = 1.0
+    memory_bytes: int = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Of one sample. `error` tells why there is none; `columns` are the judge's own."""
+
+    correct: bool | None
+    score: float | None
+    error: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @classmethod
+    def none(cls, reason: str) -> Verdict:
+        return cls(None, None, " ".join(reason.split())[:MAX_REASON])
+
+
+class Judge:
+    """A judge that is loaded. Raises ValueError, saying what to write instead, for one that cannot be called."""
+
+    def __init__(self, spec: JudgeSpec) -> None:
+        module = _load(spec)
+        function = getattr(module, spec.function, None)
+        if not callable(function):
+            raise ValueError(f"it has no function `{spec.function}(text, row)`; add one")
+        parameters = list(inspect.signature(function).parameters.values())
+        if [each.name for each in parameters[1:2]] == ["reference"]:
+            raise ValueError(
+                f"its `{spec.function}(text, reference)` is of an earlier version; write `{spec.function}(text, row)`, where "
+                "row[COLUMN] is the reference"
+            )
+        self._function: Callable[..., Any] = function
+        self._options = _options(spec, parameters[2:])
+        self._check = getattr(module, "check", None)
+        self._check_options: dict[str, Any] = {}
+        if self._check is not None:
+            names = inspect.signature(self._check).parameters
+            self._check_options = {name: value for name, value in self._options.items() if name in names}
+        self._correct_from = spec.correct_from
+        self.takes_batches = bool(parameters) and parameters[0].name == "texts"
+        self.columns: dict[str, str] = {}
+        for name, kind in getattr(module, "COLUMNS", {}).items():
+            if kind not in COLUMN_TYPES:
+                raise ValueError(f"COLUMNS[{name!r}] is {kind!r}; write str, int, float or bool")
+            self.columns[str(name)] = COLUMN_TYPES[kind]
+        self._declared: dict[str, type] = dict(getattr(module, "COLUMNS", {}))
+
+    def check(self, row: Mapping[str, Any]) -> str | None:
+        """Why no text of this row can be judged; None where it can, or the judge does not say."""
+        if self._check is None:
+            return None
+        try:
+            self._check(row, **self._check_options)
+        except BaseException as error:
+            return _reason(error)
+        return None
+
+    def verdicts(self, texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+        """One for each text; whatever the judge raises is the verdict's `error`, whatever it returns is checked."""
+        if not self.takes_batches:
+            pairs = zip(texts, rows, strict=True)
+            return [self._verdict(partial(self._function, text, row, **self._options)) for text, row in pairs]
+        try:
+            returned = list(self._function(list(texts), list(rows), **self._options))
+            if len(returned) != len(texts):
+                raise ValueError(f"it returned {len(returned)} verdicts for {len(texts)} texts")
+        except BaseException as error:
+            if len(texts) == 1:
+                return [Verdict.none(_reason(error))]
+            # One of them is at fault: the others keep their verdicts.
+            return [verdict for text, row in zip(texts, rows, strict=True) for verdict in self.verdicts([text], [row])]
+        return [self._verdict(partial(_same, value)) for value in returned]
+
+    def _verdict(self, call: Callable[[], Any]) -> Verdict:
+        try:
+            returned = call()
+            columns: dict[str, Any] = {}
+            if isinstance(returned, Mapping):
+                columns = {name: value for name, value in returned.items() if name != "score"}
+                if unknown := [name for name in columns if name not in self._declared]:
+                    raise TypeError(f"it returned {unknown[0]!r}, which COLUMNS of its file does not declare")
+                columns = {name: _plain(value, self._declared[name]) for name, value in columns.items() if value is not None}
+                returned = returned.get("score")
+            if hasattr(returned, "item"):  # A number of NumPy's or Torch's.
+                returned = returned.item()
+            if returned is None:
+                return Verdict(None, None, "it returned None", columns)
+            if not isinstance(returned, (bool, int, float)) or not math.isfinite(returned):
+                raise TypeError(f"it returned {str(returned)[:80]!r}, which is no verdict: True, False, a number or None")
+            score = float(returned)
+            return Verdict(returned if isinstance(returned, bool) else score >= self._correct_from, score, None, columns)
+        except BaseException as error:
+            return Verdict.none(_reason(error))
+
+
+def _load(spec: JudgeSpec) -> ModuleType:
+    try:
+        if not spec.source.endswith(".py"):
+            sys.path.insert(0, os.getcwd())
+            return importlib.import_module(spec.source)
+        path = Path(spec.source).resolve()
+        # As for a script: what lies beside the file can be imported.
+        sys.path.insert(0, str(path.parent))
+        found = importlib.util.spec_from_file_location(path.stem, path)
+        assert found is not None and found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.modules[path.stem] = module
+        found.loader.exec_module(module)
+        return module
+    except BaseException as error:
+        raise ValueError(f"it cannot be loaded ({type(error).__name__}: {error})") from error
+
+
+def _options(spec: JudgeSpec, parameters: Sequence[inspect.Parameter]) -> dict[str, Any]:
+    """The keyword arguments of each call, held against the parameters behind text and row."""
+    any_name = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+    names = [each.name for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    given = dict(spec.options)
+    if spec.answer is not None and ("answer" in names or any_name):
+        given["answer"] = spec.answer
+    unknown = [name for name in given if name not in names and not any_name]
+    if unknown:
+        raise ValueError(f"verify.options names {unknown[0]!r}, which it does not take; it takes {', '.join(names) or 'none'}")
+    required = [each.name for each in parameters if each.name in names and each.default is each.empty]
+    missing = [name for name in required if name not in given]
+    if missing:
+        key = "verify.answer" if missing[0] == "answer" else f"verify.options.{missing[0]}"
+        raise ValueError(f"it needs {missing[0]!r}; give {key}")
+    return given
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _plain(value: Any, kind: type) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return str(value)[:MAX_TEXT] if kind is str else kind(value)
+
+
+def _reason(error: BaseException) -> str:
+    """ValueError is how a judge says that a row cannot be judged: its words alone."""
+    words = " ".join(str(error).split())
+    return (words if type(error) is ValueError and words else f"{type(error).__name__}: {words}")[:MAX_REASON]

@@ -1,0 +1,88 @@
+"""A process that judges. It begins with nothing but this: its first message is the `JudgeSpec`, its answer a `Loaded` or why it
+cannot be; then each request is answered by one message a sample.
+
+What the judge prints is dropped. A process that the judge forks and that returns into the judge's caller ends there. Limits on
+memory are the system's, so that they hold for libraries, too. This is no sandbox: a judge may do what its user may.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tokabatch.scoring.judge import Judge, JudgeSpec
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What the judge's file says of itself: the Arrow types of its own columns, and whether it takes several texts at once."""
+
+    columns: Mapping[str, str]
+    takes_batches: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Texts to judge, each with its row; without texts, rows to check."""
+
+    rows: Sequence[Mapping[str, Any]]
+    texts: Sequence[str] | None = None
+
+
+def main(descriptor: int) -> None:
+    """Answer what comes through the socket until its other end is closed."""
+    connection, pid = Connection(descriptor), os.getpid()
+    if sys.platform == "linux":
+        # Killed with the process that started this one; and whatever a judge starts stays among this process's descendants.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    with suppress(EOFError, OSError):
+        spec: JudgeSpec = connection.recv()
+        resource.setrlimit(resource.RLIMIT_AS, (spec.memory_bytes, spec.memory_bytes))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        try:
+            judge = Judge(spec)
+        except ValueError as error:
+            connection.send(str(error))
+            return
+        connection.send(Loaded(judge.columns, judge.takes_batches))
+        while True:
+            request: Request = connection.recv()
+            if request.texts is None:
+                for row in request.rows:
+                    _answer(connection, pid, judge.check(row))
+            elif judge.takes_batches:
+                for verdict in judge.verdicts(request.texts, request.rows):
+                    _answer(connection, pid, verdict)
+            else:
+                for text, row in zip(request.texts, request.rows, strict=True):
+                    _answer(connection, pid, judge.verdicts([text], [row])[0])
+            while _reaped():
+                pass
+
+
+def _answer(connection: Connection, pid: int, answer: object) -> None:
+    if os.getpid() != pid:
+        os._exit(0)
+    connection.send(answer)
+
+
+def _reaped() -> bool:
+    """Whether a child of the judge's had ended."""
+    try:
+        return os.waitpid(-1, os.WNOHANG)[0] > 0
+    except ChildProcessError:
+        return False

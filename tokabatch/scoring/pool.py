@@ -1,0 +1,292 @@
+"""Processes that judge samples beside the run. Each verdict has a deadline and each process a limit on its memory; one that
+hangs or ends is killed, with all it started, and replaced. What becomes of a sample never depends on the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+from tokabatch.errors import JobError
+from tokabatch.job import VerifyConfig, verifier_names
+from tokabatch.scoring.judge import JudgeSpec, Verdict
+from tokabatch.scoring.judge_process import Loaded, Request
+
+BATCH_SAMPLES = 64
+"""Most samples of one request."""
+LOADING_SECONDS = 60.0
+"""How long importing a judge may take, whatever the deadline of a verdict."""
+NOT_JUDGED = "not judged: the run was stopped before"
+_LOOK_SECONDS = 0.25
+_START = """import json, sys
+sys.path[:] = json.loads(sys.argv[2])
+from tokabatch.scoring.judge_process import main
+main(int(sys.argv[1]))"""
+Row = Mapping[str, Any]
+
+
+class Ticket:
+    """One sample that is being judged; `verdict` is None until it is."""
+
+    __slots__ = ("row", "text", "verdict")
+
+    def __init__(self, text: str, row: Row) -> None:
+        self.text, self.row = text, row
+        self.verdict: Verdict | None = None
+
+
+class JudgePool:
+    """Judges in the order of submission, several at once. Processes start when there is work for them; each has a thread that
+    waits for its answers. The caller's thread takes no lock, so that an exception may strike it anywhere."""
+
+    def __init__(self, spec: JudgeSpec, processes: int, seconds: float) -> None:
+        """A verdict may take so many `seconds`."""
+        self._spec, self._most, self._seconds = spec, processes, seconds
+        self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._running: list[JudgeProcess] = []
+        self._closed = False
+
+    def load(self) -> Loaded:
+        """What the judge says of itself. Raises JobError where it cannot be loaded."""
+        process = JudgeProcess(self._spec)
+        try:
+            return process.loaded
+        finally:
+            process.close()
+
+    def check(self, rows: Sequence[Row]) -> list[str | None]:
+        """Why no text of a row can be judged, for each row; in one process, now."""
+        answers: list[str | None] = []
+        process: JudgeProcess | None = None
+        try:
+            while len(answers) < len(rows):
+                process = process or JudgeProcess(self._spec)
+                try:
+                    for answer in process.ask(Request(rows[len(answers) :]), self._seconds):
+                        answers.append(answer)
+                except JudgeLost as lost:
+                    answers.append(str(lost))
+                    process = None
+        finally:
+            if process is not None:
+                process.close()
+        return answers
+
+    def submit(self, texts: Sequence[str], rows: Sequence[Row]) -> list[Ticket]:
+        """Tickets for texts, each with the row that it is of."""
+        if len(self._threads) < self._most and (not self._threads or self._queue.qsize()):
+            thread = threading.Thread(target=self._work, name="tokabatch-judge", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        tickets = [Ticket(text, row) for text, row in zip(texts, rows, strict=True)]
+        for ticket in tickets:
+            if self._closed:
+                ticket.verdict = Verdict.none(NOT_JUDGED)
+            else:
+                self._queue.put(ticket)
+        return tickets
+
+    def wait(self, tickets: Sequence[Ticket], seconds: float | None = None) -> bool:
+        """Until all of these have verdicts, for so many seconds at most; whether they have."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        for ticket in tickets:
+            while ticket.verdict is None:
+                left = _LOOK_SECONDS if deadline is None else min(_LOOK_SECONDS, deadline - time.monotonic())
+                if left <= 0:
+                    return False
+                with suppress(queue.Empty):
+                    self._news.get(timeout=left)
+        return True
+
+    def close(self) -> None:
+        """End all processes, with what they started. What is not judged by then is told so."""
+        self._closed = True
+        for _ in self._threads:
+            self._queue.put(None)
+        while any(thread.is_alive() for thread in self._threads):
+            for process in list(self._running):
+                process.kill()
+            self._threads[-1].join(0.05)
+
+    def _work(self) -> None:
+        process: JudgeProcess | None = None
+        while (first := self._queue.get()) is not None:
+            batch = [first]
+            # Short queues are shared out: one process is not to have all of what is slow.
+            for _ in range(min(BATCH_SAMPLES - 1, self._queue.qsize() // self._most)):
+                with suppress(queue.Empty):
+                    ticket = self._queue.get_nowait()
+                    if ticket is None:
+                        self._queue.put(None)
+                        break
+                    batch.append(ticket)
+            alone = False
+            while batch and not self._closed:
+                process, judged, alone = self._judge(process, batch[:1] if alone else batch, alone)
+                batch = batch[judged:]
+            for ticket in batch:
+                self._settle(ticket, Verdict.none(NOT_JUDGED))
+        if process is not None:
+            process.close()
+
+    def _judge(self, process: JudgeProcess | None, batch: list[Ticket], alone: bool) -> tuple[JudgeProcess | None, int, bool]:
+        """The process to go on with, how many tickets at the front have verdicts now, and whether those that follow are to be
+        judged one at a time, because the judge takes several and one of them is at fault."""
+        settled = 0
+        try:
+            if process is None:
+                process = JudgeProcess(self._spec, self._running)
+            several = process.loaded.takes_batches and len(batch) > 1
+            seconds = self._seconds * (len(batch) if several else 1)
+            request = Request([ticket.row for ticket in batch], [ticket.text for ticket in batch])
+            for verdict in process.ask(request, seconds):
+                self._settle(batch[settled], verdict)
+                settled += 1
+            return process, settled, alone
+        except JudgeLost as lost:
+            if process is not None and process.loaded.takes_batches and len(batch) - settled > 1:
+                process.close()
+                return None, settled, True
+            reason = NOT_JUDGED if self._closed else str(lost)
+        except Exception as error:  # The process cannot be started, or the row not be sent.
+            reason = f"{type(error).__name__}: {error}"
+        self._settle(batch[settled], Verdict.none(reason))
+        if process is not None:
+            process.close()
+        return None, settled + 1, alone
+
+    def _settle(self, ticket: Ticket, verdict: Verdict) -> None:
+        ticket.verdict = verdict
+        self._news.put(None)
+
+
+class JudgeLost(Exception):
+    """The process gave no answer; it is killed."""
+
+
+class JudgeProcess:
+    """One process with the judge loaded. Raises JobError where the judge cannot be."""
+
+    def __init__(self, spec: JudgeSpec, running: list[JudgeProcess] | None = None) -> None:
+        """While it lives it stands in `running`, for other threads to kill it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, str(theirs.fileno()), json.dumps(sys.path)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self._connection = Connection(ours.detach())
+        self._killing = threading.Lock()
+        self._running = [] if running is None else running
+        self._running.append(self)
+        try:
+            self._connection.send(spec)
+            loaded = self._receive(LOADING_SECONDS)
+        except (JudgeLost, OSError) as error:
+            self.close()
+            raise JobError(f"verify.kind: {spec.kind}: {error} while it was loaded. Mend the file.") from error
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(loaded, str):
+            self.close()
+            raise JobError(f"verify.kind: {spec.kind}: {loaded}.")
+        self.loaded: Loaded = loaded
+
+    def ask(self, request: Request, seconds: float) -> Any:
+        """The answers to a request, one by one. Raises JudgeLost where one does not come within so many seconds."""
+        try:
+            self._connection.send(request)
+        except OSError as error:
+            self.kill()
+            raise JudgeLost(self._end()) from error
+        for _ in request.rows:
+            yield self._receive(seconds)
+
+    def kill(self) -> None:
+        """End it, and whatever it started: stopped, it starts nothing more and takes in what its children leave behind. May be
+        called by any thread; one that waits for an answer has none then."""
+        with self._killing:
+            if self._process.returncode is None:
+                with suppress(psutil.Error):
+                    process = psutil.Process(self._process.pid)
+                    process.suspend()
+                    while children := [each for each in process.children(recursive=True) if _lives(each)]:
+                        for child in children:
+                            with suppress(psutil.Error):
+                                child.kill()
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def close(self) -> None:
+        """`kill`, by the thread that asks."""
+        self.kill()
+        self._running.remove(self)
+        self._connection.close()
+
+    def _receive(self, seconds: float) -> Any:
+        deadline = time.monotonic() + seconds
+        try:
+            while not self._connection.poll(max(0.0, min(_LOOK_SECONDS, deadline - time.monotonic()))):
+                # A process that the judge forked may hold the socket open.
+                if self._process.poll() is not None:
+                    raise JudgeLost(self._end())
+                if time.monotonic() >= deadline:
+                    self.kill()
+                    raise JudgeLost(f"no verdict within {seconds:g} s")
+            return self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise JudgeLost(self._end()) from error
+
+    def _end(self) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+        code = self._process.poll()
+        self.kill()
+        if code is None:
+            return "the judge's process closed its socket"
+        return (
+            f"the judge's process was killed by signal {-code}" if code < 0 else f"the judge's process ended with code {code}"
+        )
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def judge_spec(verify: VerifyConfig) -> JudgeSpec:
+    """The judge that a job names."""
+    source, _, function = verify.kind.partition(":")
+    if verify.kind in verifier_names():
+        source, function = f"tokabatch.scoring.verifiers.{verify.kind}", "verify"
+    options = dict(verify.options)
+    return JudgeSpec(
+        verify.kind, source, function or "verify", verify.answer, options, verify.correct_from, verify.memory_bytes
+    )
+
+
+def open_pool(verify: VerifyConfig) -> JudgePool:
+    """The pool that a job asks for; it starts nothing yet."""
+    processes = max(1, len(os.sched_getaffinity(0)) // 2) if verify.processes == "auto" else verify.processes
+    return JudgePool(judge_spec(verify), processes, verify.seconds)
