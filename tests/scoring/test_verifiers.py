@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import time
 from decimal import Decimal
 from fractions import Fraction
@@ -14,24 +16,30 @@ from hypothesis import strategies as st
 
 from tokabatch.job import verifier_names
 from tokabatch.scoring.judge import Judge, JudgeSpec
-from tokabatch.scoring.verifiers import choice, exact, gsm8k
+from tokabatch.scoring.verifiers import choice, exact, gsm8k, regex
 
-REFERENCES = {"choice": "A", "exact": "x", "gsm8k": "#### 5"}
+REFERENCES = {"choice": "A", "exact": "x", "gsm8k": "#### 5", "math": r"\frac{1}{2}", "regex": "7"}
+OPTIONS = {"regex": {"pattern": r"(\d+)"}}
+HAS_MATH = importlib.util.find_spec("math_verify") is not None
+WITH_REFERENCES = [
+    pytest.param(kind, marks=pytest.mark.skipif(kind == "math" and not HAS_MATH, reason="needs math-verify (extra: math)"))
+    for kind in REFERENCES
+]
 
 
-def right(verifier: ModuleType, text: str, reference: Any) -> bool:
-    return verifier.verify(text, {"reference": reference}, answer="reference")["score"]
+def right(verifier: ModuleType, text: str, reference: Any, **options: Any) -> bool:
+    return verifier.verify(text, {"reference": reference}, answer="reference", **options)["score"]
 
 
 def loaded(kind: str) -> Judge:
-    return Judge(JudgeSpec(kind, f"tokabatch.scoring.verifiers.{kind}", "verify", "reference"))
+    return Judge(JudgeSpec(kind, f"tokabatch.scoring.verifiers.{kind}", "verify", "reference", OPTIONS.get(kind, {})))
 
 
 def test_the_files_are_the_registry() -> None:
-    assert verifier_names() == ("choice", "exact", "gsm8k")
+    assert verifier_names() == ("choice", "code", "exact", "gsm8k", "math", "regex")
 
 
-@pytest.mark.parametrize("kind", verifier_names())
+@pytest.mark.parametrize("kind", WITH_REFERENCES)
 def test_every_verifier_keeps_the_contract(kind: str) -> None:
     judge = loaded(kind)
     (verdict,) = judge.verdicts(["text"], [{"reference": None}])
@@ -39,7 +47,7 @@ def test_every_verifier_keeps_the_contract(kind: str) -> None:
     assert judge.check({"reference": None}) == verdict.error and judge.check({"reference": REFERENCES[kind]}) is None
 
 
-@pytest.mark.parametrize("kind", verifier_names())
+@pytest.mark.parametrize("kind", WITH_REFERENCES)
 @given(text=st.text())
 def test_no_text_breaks_a_verifier(kind: str, text: str) -> None:
     (verdict,) = loaded(kind).verdicts([text], [{"reference": REFERENCES[kind]}])
@@ -312,3 +320,90 @@ def test_choice_takes_letters_and_indices() -> None:
     for reference in ("E", "AB", "", 4, -1, True, 1.0):
         with pytest.raises(ValueError, match="no letter from A to D"):
             right(choice, "Answer: B", reference)
+
+
+def test_exact_compares_as_it_is_told() -> None:
+    assert right(exact, "Yes", "yes", normalize="lower") and not right(exact, "Yes.", "yes", normalize="lower")
+    assert right(exact, "The  Eiffel tower!", "eiffel tower", normalize="squad")
+    assert right(exact, "b", ["a", "b"]) and not right(exact, "c", ["a", "b"])
+    for reference in (None, [], ["a", None]):
+        with pytest.raises(ValueError, match="is null"):
+            right(exact, "a", reference)
+    with pytest.raises(ValueError, match=r"normalize is 'upper'; write one of strip, lower, squad"):
+        right(exact, "a", "a", normalize="upper")
+
+
+def test_regex() -> None:
+    assert right(regex, "1, 2, then 7", 7, pattern=r"\d") and not right(regex, "1, 2", "1", pattern=r"\d")
+    assert right(regex, "1, 2", "1", pattern=r"\d", which="first") and not right(regex, "none", "1", pattern=r"\d")
+    assert right(regex, "so: Paris.", "paris", pattern=r"so: (\w+)", ignore_case=True)
+    assert regex.verify("any 5", {}, pattern=r"\d")["score"] and not regex.verify("any", {}, pattern=r"\d")["score"]
+    for options, message in [({"pattern": "("}, "no regular expression"), ({"pattern": "a", "which": "all"}, "first or last")]:
+        with pytest.raises(ValueError, match=message):
+            regex.check({}, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        ("The answer is (F).", "F", True),
+        ("answer: j", "J", True),
+        ("I think it is Mars, so the answer is C", 2, True),
+        ("answer: I think so", "I", False),
+        ("Answer: I.", "I", True),
+        ("K", "K", False),
+    ],
+)
+def test_choice_with_ten_letters(text: str, answer: Any, expected: bool) -> None:
+    if answer == "K":
+        with pytest.raises(ValueError, match="no letter from A to J"):
+            right(choice, text, answer, letters="ABCDEFGHIJ")
+    else:
+        assert right(choice, text, answer, letters="ABCDEFGHIJ") is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("mars", "B"),
+        ("It is the red planet Mars, of course", "B"),
+        ("Mars or Venus", None),
+        ("the answer is (c): Mars", "C"),
+        ("Marsupials", None),
+        ("D", None),
+    ],
+)
+def test_choice_by_the_text_of_an_option(text: str, letter: str | None) -> None:
+    for answer in ("Mars", "B", 1):
+        row = {"options": ["Venus", "Mars", "Jupiter"], "answer": answer}
+        found = choice.verify(text, row, answer="answer", choices="options")
+        assert found == {"score": letter == "B", "extracted": letter}
+    for answer in ("Saturn", "D", 3, None):
+        with pytest.raises(ValueError, match="nor one of the options"):
+            choice.check({**row, "answer": answer}, answer="answer", choices="options")
+    with pytest.raises(ValueError, match="'options' is no list"):
+        choice.check({"answer": "B", "options": "none"}, answer="answer", choices="options")
+
+
+@pytest.mark.skipif(not HAS_MATH, reason="needs math-verify (extra: math)")
+@pytest.mark.parametrize(
+    ("text", "reference", "expected"),
+    [
+        (r"so it is $\frac{2}{4}$", r"\frac{1}{2}", True),
+        (r"The answer is \boxed{0.5}.", "1/2", True),
+        (r"$x + 1$", "1 + x", True),
+        (r"\boxed{(1, 2)}", "(2, 1)", False),
+        ("no idea", "3", False),
+        (r"\boxed{7}", r"Adding, we have $3 + 4 = \boxed{7}$.", True),
+    ],
+)
+def test_math(text: str, reference: str, expected: bool) -> None:
+    (verdict,) = loaded("math").verdicts([text], [{"reference": reference}])
+    assert verdict.correct is expected, verdict
+
+
+def test_math_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    monkeypatch.delitem(sys.modules, "tokabatch.scoring.verifiers.math", raising=False)
+    with pytest.raises(ValueError, match=r"pip install \"tokabatch\[math\]\""):
+        loaded("math")

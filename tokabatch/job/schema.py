@@ -30,7 +30,7 @@ from tokabatch.scheduling.contracts import SamplingParams
 _VERIFIERS = Path(__file__).parent.parent / "scoring" / "verifiers"
 _PYTHON = ".py"
 _OWN_JUDGE = re.compile(r".+\.py(:[A-Za-z_]\w*)?|[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.DOTALL)
-_WITHOUT_ANSWER = ("code",)
+_WITHOUT_ANSWER = ("code", "regex")
 # What a generation_config.json may decide where the job says nothing.
 _MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -310,6 +310,11 @@ class VerifyConfig(_Section):
     def _complete(self) -> VerifyConfig:
         if self.kind in verifier_names() and self.answer is None and self.kind not in _WITHOUT_ANSWER:
             raise ValueError(f"kind {self.kind} needs `answer`, the column that holds the reference answer; add it")
+        if self.kind == "code" and not self.allow_code_execution:
+            raise ValueError(
+                "kind code runs what the model wrote, as your user: with limits on time and memory, but it can read and delete "
+                "your files and use the network. Run tokabatch in a container of its own and write `allow_code_execution: true`"
+            )
         return self
 
     def decisive(self) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def run(
             clock.progress.message(str(error))
             replica.stop()
             with suppress(TokabatchError):
-                recorder.finish(hurry=lambda: True)
+                recorder.finish(lambda: True)
             exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, workload.samples_of_row, names=claim.committed)
             parts = replace(parts, recorder=Recorder(job, workload, claim, committed))
             stalled = committed.samples == started.committed.samples
@@ -237,7 +237,7 @@ def _record_failures(parts: _Parts) -> int:
 def _commit_finished(parts: _Parts) -> None:
     """Commit what is finished after an exception; where that fails, too, say so and let the first one be heard."""
     try:
-        parts.recorder.finish(hurry=lambda: True)
+        parts.recorder.finish(lambda: True)
     except STOPS:
         raise
     except BaseException as error:

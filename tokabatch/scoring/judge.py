@@ -152,7 +152,8 @@ def _load(spec: JudgeSpec) -> ModuleType:
         found.loader.exec_module(module)
         return module
     except BaseException as error:
-        raise ValueError(f"it cannot be loaded ({type(error).__name__}: {error})") from error
+        missing = ' (pip install "tokabatch[math]")' if getattr(error, "name", None) == "math_verify" else ""
+        raise ValueError(f"it cannot be loaded ({type(error).__name__}: {error}){missing}") from error
 
 
 def _options(spec: JudgeSpec, parameters: Sequence[inspect.Parameter]) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-r"""Right when the option chosen is the reference's: one of A, B, C and D, in either case.
+r"""Right when the option chosen is the reference's: one of `verify.options.letters` (A, B, C and D), in either case.
+
+With `verify.options.choices`, a column that holds the options' texts, there are as many letters as options, and a text that
+names no letter chooses the option whose text it is, or which alone of all it contains. The reference is a letter, bare or in
+brackets, an index from 0, or an option's text.
 
 The choice is the first of these that the text holds, and of several the last: the letter in a box (`\boxed{B}`); the one after
 "answer" (`the answer is (B)`, `Answer: b`); the one that is picked (`I choose (d)`, `C is correct`); the one that the text
@@ -10,58 +14,68 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
-_LETTERS = "ABCD"
 _DASHES, _QUOTES = r"\-\N{EN DASH}\N{EM DASH}", "\"'`\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"
 _APOSTROPHES = "'\N{RIGHT SINGLE QUOTATION MARK}"
 _WORDS = "is|are|choice|option|letter|would|should|must|be|the|correct|right|best|final"
 _BEFORE = rf"(?: [\s:=(\[{{*$_<>{_QUOTES}{_DASHES}] | \\[(\[] | \\(?:text|textbf|mathrm|mathbf)\{{ | (?i:{_WORDS})\b ){{0,40}}"
 _CLOSED = rf"[*_${_QUOTES}]* (?: \s*$ | \s*[.,;:!?)\]}}<\n] | \s+[{_DASHES}] | \\ )"
+_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_ASIDE = r"\s+(?:as|which)\b | \s+[A-Z0-9(]"
 _GOES_ON = r"\s+(?:is|because|since)\b"
-_LETTER = rf"""(?P<letter>
-    [B-D] (?! [A-Za-z0-9{_APOSTROPHES}] | -[0-9A-Za-z] )
-    | A (?= {_CLOSED} | {_GOES_ON} | \s+(?:as|which)\b | \s+[A-Z0-9(] )
-    | [a-d] (?= {_CLOSED} | {_GOES_ON} )
-)"""
 _NOT = r"\s+(?:not|wrong|incorrect|false)\b"
-_EVIDENCE = tuple(
-    re.compile(pattern, re.VERBOSE)
-    for pattern in (
-        rf"\\boxed\s*\{{ {_BEFORE} {_LETTER}",
-        rf"(?i:answer) {_BEFORE} {_LETTER}",
-        rf"""\b(?i:choose|chose|pick|select|go\ with) {_BEFORE} {_LETTER}
-        | (?<![A-Za-z0-9]) (?P<other>[A-D]|[a-d](?=\))) [)\]*"'.]* \s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b""",
-        # A text may begin with the article, so that what follows has to end the letter.
-        rf"""\A {_BEFORE} (?P<letter>[A-D]|[a-d](?!\s+[a-z])) (?: \s*$ | \s*[).\]:,*\n] | \s+(?:because|since)\b )
-        | \A {_BEFORE} (?P<other>[A-D]) \s+is\b (?!{_NOT})""",
-        rf"\b(?i:option|choice) {_BEFORE} {_LETTER} (?! [^\w\s]*\s+(?:is|are|was){_NOT} | [^\w\s]*\s+isn )",
-        r"""[(\[{] \s* (?P<letter>[A-Da-d]) \s* [)\]}]
-        | \*\* \s* \(? (?P<other>[A-Da-d]) \s* (?:[).:][^*\n]*)? \*\*""",
-    )
-)
-
-
 COLUMNS = {"extracted": str}
 
 
-def verify(text: str, row: Mapping[str, Any], *, answer: str) -> dict[str, Any]:
-    """Whether `text` chooses the reference: a letter in any case, bare or in brackets, or its index from 0.
+def verify(
+    text: str, row: Mapping[str, Any], *, answer: str, letters: str = "ABCD", choices: str | None = None
+) -> dict[str, Any]:
+    """Whether `text` chooses the reference. ValueError for a reference that is no choice."""
+    options, letters = _options(row, letters, choices)
+    expected = _letter(row.get(answer), letters, options)
+    extracted = find_choice(text, letters) or _by_text(text, letters, options)
+    return {"score": extracted == expected, "extracted": extracted}
 
-    ValueError for a reference that is neither.
-    """
-    extracted = find_choice(text)
-    return {"score": extracted == _letter(row.get(answer)), "extracted": extracted}
 
-
-def check(row: Mapping[str, Any], *, answer: str) -> None:
+def check(row: Mapping[str, Any], *, answer: str, letters: str = "ABCD", choices: str | None = None) -> None:
     """Raises ValueError where the reference is no choice."""
-    _letter(row.get(answer))
+    options, letters = _options(row, letters, choices)
+    _letter(row.get(answer), letters, options)
 
 
-def find_choice(text: str) -> str | None:
+@lru_cache(maxsize=32)
+def _evidence(letters: str) -> tuple[re.Pattern[str], ...]:
+    """What names one of `letters`, the strongest first."""
+    upper, lower = letters, letters.lower()
+    # A and I are words, too: what follows has to end them.
+    plain = "".join(letter for letter in letters if letter not in "AI") or "\\Z"
+    one = rf"""(?P<letter>
+        [{plain}] (?! [A-Za-z0-9{_APOSTROPHES}] | -[0-9A-Za-z] )
+        {rf"| A (?= {_CLOSED} | {_GOES_ON} | {_ASIDE} )" if "A" in letters else ""}
+        {rf"| I (?= {_CLOSED} )" if "I" in letters else ""}
+        | [{lower}] (?= {_CLOSED} | {_GOES_ON} )
+    )"""
+    patterns = (
+        rf"\\boxed\s*\{{ {_BEFORE} {one}",
+        rf"(?i:answer) {_BEFORE} {one}",
+        rf"""\b(?i:choose|chose|pick|select|go\ with) {_BEFORE} {one}
+        | (?<![A-Za-z0-9]) (?P<other>[{upper}]|[{lower}](?=\)))
+          [)\]*"'.]* \s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b""",
+        # A text may begin with the article, so that what follows has to end the letter.
+        rf"""\A {_BEFORE} (?P<letter>[{upper}]|[{lower}](?!\s+[a-z])) (?: \s*$ | \s*[).\]:,*\n] | \s+(?:because|since)\b )
+        | \A {_BEFORE} (?P<other>[{upper}]) \s+is\b (?!{_NOT})""",
+        rf"\b(?i:option|choice) {_BEFORE} {one} (?! [^\w\s]*\s+(?:is|are|was){_NOT} | [^\w\s]*\s+isn )",
+        rf"""[(\[{{] \s* (?P<letter>[{upper}{lower}]) \s* [)\]}}]
+        | \*\* \s* \(? (?P<other>[{upper}{lower}]) \s* (?:[).:][^*\n]*)? \*\*""",
+    )
+    return tuple(re.compile(pattern, re.VERBOSE) for pattern in patterns)
+
+
+def find_choice(text: str, letters: str = "ABCD") -> str | None:
     """The letter chosen, or None where the text chooses none."""
-    for evidence in _EVIDENCE:
+    for evidence in _evidence(letters):
         found = list(evidence.finditer(text))
         if found:
             groups = found[-1].groupdict()
@@ -69,10 +83,47 @@ def find_choice(text: str) -> str | None:
     return None
 
 
-def _letter(reference: Any) -> str:
-    if isinstance(reference, int) and not isinstance(reference, bool) and 0 <= reference < len(_LETTERS):
-        return _LETTERS[reference]
+def _by_text(text: str, letters: str, options: list[str]) -> str | None:
+    """The option whose text this is, or that it alone contains, whole words of it; in any letter case."""
+    said = _plain(text)
+    same = [letter for letter, option in zip(letters, options, strict=False) if _plain(option) == said]
+    inside = [
+        letter for letter, option in zip(letters, options, strict=False) if option and f" {_plain(option)} " in f" {said} "
+    ]
+    found = same or inside
+    return found[0] if len(found) == 1 else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _options(row: Mapping[str, Any], letters: str, choices: str | None) -> tuple[list[str], str]:
+    """The options' texts, none where the row has none, and their letters."""
+    if not letters.isalpha() or letters != letters.upper() or len(set(letters)) != len(letters):
+        raise ValueError(f"verify.options.letters is {letters!r}; write different capital letters, such as ABCDEFGHIJ")
+    if choices is None:
+        return [], letters
+    options = row.get(choices)
+    # A column of a multiple-choice data set may hold texts with labels: {"text": [...], "label": [...]}.
+    options = options.get("text") if isinstance(options, Mapping) else options
+    if not isinstance(options, list) or not 0 < len(options) <= len(_ALPHABET):
+        raise ValueError(f"its column {choices!r} is no list of 1 to {len(_ALPHABET)} options")
+    return [str(option) for option in options], _ALPHABET[: len(options)]
+
+
+def _letter(reference: Any, letters: str, options: list[str]) -> str:
+    if isinstance(reference, int) and not isinstance(reference, bool) and 0 <= reference < len(letters):
+        return letters[reference]
     letter = reference.strip().strip("()[]{}. ").upper() if isinstance(reference, str) else ""
-    if len(letter) != 1 or letter not in _LETTERS:
-        raise ValueError(f"the reference answer {str(reference)[:80]!r} is no letter from A to D and no index from 0 to 3")
-    return letter
+    if len(letter) == 1 and letter in letters:
+        return letter
+    same = [
+        letter
+        for letter, option in zip(letters, options, strict=False)
+        if isinstance(reference, str) and option.strip() == reference.strip()
+    ]
+    if len(same) != 1:
+        told = f"no letter from {letters[0]} to {letters[-1]} and no index from 0 to {len(letters) - 1}"
+        raise ValueError(f"the reference answer {str(reference)[:80]!r} is {told}{', nor one of the options' * bool(options)}")
+    return same[0]

@@ -1,25 +1,43 @@
-"""Right when the text is the reference, white space around either aside."""
+"""Right when the text is the reference, or one of them where the reference is a list.
+
+`verify.options.normalize` says what both are compared as: `strip` (the default: white space around them aside), `lower` (letter
+case aside, too), or `squad`: lower case, without punctuation and the articles a, an and the, runs of white space as one, as the
+evaluation of SQuAD does (Rajpurkar et al., 2016).
+"""
 
 from __future__ import annotations
 
+import re
+import string
 from collections.abc import Mapping
 from typing import Any
 
 COLUMNS = {"extracted": str}
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NORMALIZE = {
+    "strip": str.strip,
+    "lower": lambda text: text.strip().lower(),
+    "squad": lambda text: " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_WITHOUT_PUNCTUATION)).split()),
+}
 
 
-def verify(text: str, row: Mapping[str, Any], *, answer: str) -> dict[str, Any]:
-    """Whether `text` equals the reference, a string or what `str` makes of it. ValueError for a null reference."""
-    extracted = text.strip()
-    return {"score": extracted == _expected(row, answer), "extracted": extracted}
+def verify(text: str, row: Mapping[str, Any], *, answer: str, normalize: str = "strip") -> dict[str, Any]:
+    """Whether `text` equals a reference, a string or what `str` makes of it. ValueError for a null reference."""
+    expected = _expected(row, answer, normalize)
+    extracted = _NORMALIZE[normalize](text)
+    return {"score": extracted in expected, "extracted": extracted}
 
 
-def check(row: Mapping[str, Any], *, answer: str) -> None:
+def check(row: Mapping[str, Any], *, answer: str, normalize: str = "strip") -> None:
     """Raises ValueError where the reference is null."""
-    _expected(row, answer)
+    _expected(row, answer, normalize)
 
 
-def _expected(row: Mapping[str, Any], answer: str) -> str:
-    if row.get(answer) is None:
+def _expected(row: Mapping[str, Any], answer: str, normalize: str) -> list[str]:
+    if normalize not in _NORMALIZE:
+        raise ValueError(f"verify.options.normalize is {normalize!r}; write one of {', '.join(_NORMALIZE)}")
+    reference = row.get(answer)
+    references = reference if isinstance(reference, list) else [reference]
+    if not references or None in references:
         raise ValueError("the reference answer is null")
-    return str(row[answer]).strip()
+    return [_NORMALIZE[normalize](str(each)) for each in references]
