@@ -30,13 +30,15 @@ from tokabatch.engine.executor import InProcessExecutor
 from tokabatch.report.progress import LineProgress, ProgressSnapshot
 from tokabatch.runner import make_replica
 
+LONGEST = 40_000
 KINDS: dict[str, Callable[[int], dict[str, Any] | None]] = {
     "none": lambda row: None,
     "seed": lambda row: {"seed": row},
-    "max_tokens": lambda row: {"max_tokens": 20_000 + row},
-    "all": lambda row: {"seed": row, "max_tokens": 20_000 + row, "temperature": 1 + row / 1e6},
+    "max_tokens": lambda row: {"max_tokens": LONGEST - row},
+    "all": lambda row: {"seed": row, "max_tokens": LONGEST - row, "temperature": 1 + row / 1e6},
 }
-"""Settings of each row. No sample gets as far as these limits, so that the work is alike."""
+"""Settings of each row. No sample gets as far as these limits, and they fall from row to row, so that the plan order, which has
+the longest first, stays the same: the work is alike."""
 
 
 def make_model(folder: Path) -> Path:
@@ -83,7 +85,7 @@ def measure(kind: str, rows: int, quiet: bool, folder: Path) -> tuple[float, flo
             "model": {"path": str(folder / "model"), "dtype": "float32"},
             "input": {"path": str(source)},
             "prompt": {"chat": False},
-            "generation": {"max_tokens": 20_000, "stop_token_ids": list(range(0, 1280, 16))},
+            "generation": {"max_tokens": LONGEST, "stop_token_ids": list(range(0, 1280, 16))},
             "engine": {"device": "cpu", "max_running": 512, "process": False, "kv_cache_tokens": 262_144},
             "output": {"path": str(folder / f"out-{kind}"), "columns": []},
         }

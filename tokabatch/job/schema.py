@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -168,7 +168,7 @@ class GenerationConfig(_Section):
     @cached_property
     def param_values(self) -> dict[str, Any]:
         """The fields of `params`."""
-        return _as_params(self, _SETTINGS)
+        return _as_params({name: getattr(self, name) for name in _SETTINGS})
 
     def params(self) -> SamplingParams:
         """The same as the currency of the later stages; `bad_words` holds token ids alone."""
@@ -180,11 +180,11 @@ class GenerationConfig(_Section):
         given = {name: value for name, value in struct.items() if value is not None}
         bounds = {"min_tokens": self.min_tokens, "max_tokens": self.max_tokens}
         try:
-            own = GenerationConfig.model_validate(given if bounds.keys().isdisjoint(given) else bounds | given)
+            own = vars(GenerationConfig.model_validate(given if bounds.keys().isdisjoint(given) else bounds | given))
         except ValidationError as error:
             merged = {name: getattr(self, name) for name in _SETTINGS} | given
             return RowError("bad_sampling", row_message(GenerationConfig, error, merged))
-        return SamplingParams(**self.param_values | _as_params(own, given))
+        return SamplingParams(**self.param_values | _as_params({name: own[name] for name in given}))
 
     def with_model_defaults(self, defaults: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[Setting, ...]]:
         """Fills what the job does not say from a model's generation_config.json, and tells where each value came from.
@@ -211,13 +211,13 @@ class GenerationConfig(_Section):
 _SETTINGS = tuple(GenerationConfig.model_fields)  # Pydantic makes the table anew at each access.
 
 
-def _as_params(settings: GenerationConfig, names: Iterable[str]) -> dict[str, Any]:
+def _as_params(settings: dict[str, Any]) -> dict[str, Any]:
     """These settings as fields of SamplingParams, where 0 is no `top_k`."""
-    values = {name: getattr(settings, name) for name in names}
+    values = dict(settings)
     if "top_k" in values:
         values["top_k"] = values["top_k"] or 0
     if "logit_bias" in values:
-        values["logit_bias"] = tuple(sorted(settings.logit_bias.items()))
+        values["logit_bias"] = tuple(sorted(values["logit_bias"].items()))
     assert not any(isinstance(word, str) for word in values.get("bad_words", ())), "texts are encoded first"
     return values
 

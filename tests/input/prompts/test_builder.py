@@ -194,6 +194,13 @@ def test_empty_prompts(write_rows: Write, ingest_job: Ingest) -> None:
     assert codes(ingest_job(path, "bos", prompt={"template": "{{ q }}"})) == {0: "empty_prompt", 1: "empty_prompt"}
 
 
+def test_equal_settings_are_shared_and_what_only_looks_equal_is_refused(write_rows: Write, ingest_job: Ingest) -> None:
+    given = ({"n": 1, "stop": ["a"]}, {"n": True, "stop": ["a"]}, {"n": 1, "stop": ["a"]}, {"n": "1"}, {"n": 1.0}, {"n": True})
+    store = ingest_job(write_rows(*({"prompt": "x", "sampling_params": value} for value in given)))
+    assert codes(store) == dict.fromkeys((1, 3, 4, 5), "bad_sampling")
+    assert store.params[0] == store.params[2] and len(store.sampling) == 1
+
+
 def test_row_sampling_params(write_rows: Write, ingest_job: Ingest) -> None:
     given: list[Any] = [None, {"temperature": 0.0, "max_tokens": 7}, {"nosuch": 1}, {"temperature": -1}, "hot", {"n": 3}]
     path = write_rows(*({"prompt": "x", "sampling_params": value} for value in given), {"prompt": "x"})

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from tokabatch.input.tokenizer.special_token_spelling import Occurrence
     from tokabatch.input.tokenizer.tokenizer import Tokenizer
 
+MAX_KNOWN_SETTINGS = 1024
+"""Settings of rows that are checked once, however many rows have the same."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -60,6 +63,7 @@ class PromptBuilder:
         now: datetime = datetime.min,
     ) -> None:
         self._policy = config.special_tokens
+        self._row_settings: dict[str, SamplingParams | RowError] = {}
         self._tokenizer = tokenizer
         self._bad_words: dict[str, list[list[int]]] = {}
         """The token ids of each text."""
@@ -188,6 +192,17 @@ class PromptBuilder:
         given = row.get(SAMPLING_PARAMS)
         if given is None:
             return self._params
+        # Rows mostly have one of a few settings. Text tells `true` from 1, which are equal and of which one is refused.
+        written = repr(given)
+        params = self._row_settings.get(written)
+        if params is None:
+            params = self._check_settings(given)
+            if len(self._row_settings) < MAX_KNOWN_SETTINGS:
+                self._row_settings[written] = params
+        return params
+
+    def _check_settings(self, given: Any) -> SamplingParams | RowError:
+        """What a row that gives these settings is sampled with."""
         if not isinstance(given, Mapping):
             return RowError("bad_sampling", f"{SAMPLING_PARAMS} must be an object of settings, not {type(given).__name__}")
         settings = cast("Mapping[str, Any]", given)
@@ -242,8 +257,8 @@ def refuse_beyond(params: SamplingParams, vocab_size: int) -> str | None:
         "bad_words": (token for word in params.bad_words for token in word),
     }
     for name, tokens in named.items():
-        if (beyond := next((token for token in tokens if token >= vocab_size), None)) is not None:
-            return f"{name} names {beyond}, but the model's token ids end at {vocab_size - 1}"
+        if (largest := max(tokens, default=-1)) >= vocab_size:
+            return f"{name} names {largest}, but the model's token ids end at {vocab_size - 1}"
     return None
 
 

@@ -6,10 +6,9 @@ caller owns and removes. This module knows no schedule and no output format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 _TOKENS, _START, _LENGTH, _PARAMS = "tokens.bin", "start.bin", "length.bin", "params.bin"
 _COLUMNS, _IDS = "columns", "ids.bin"
-_sampling_values = attrgetter(*(field.name for field in fields(SamplingParams)))
+_SETTINGS = tuple(field.name for field in fields(SamplingParams))
 MAX_NAMES = 10_000
 MAX_MESSAGE = 500
 """Characters of an error's message: a bad row may be large, and there may be many."""
@@ -107,7 +106,8 @@ class InputStore:
         """What `restored` needs beside the files, as plain JSON values."""
         return {
             "num_rows": self.num_rows,
-            "sampling": [_sampling_values(params) for params in self.sampling],
+            "kinds": len(self.sampling),
+            "settings": {name: _shared(getattr(params, name) for params in self.sampling) for name in _SETTINGS},
             "errors": [[row, error.code, error.message] for row, error in self.errors.items()],
             "carried": self.column_schema.names,
             "chat": self.chat,
@@ -121,13 +121,14 @@ class InputStore:
     def restored(cls, folder: Path, state: Mapping[str, Any]) -> InputStore:
         """The finished store in `folder`, of that state."""
         columns = restore_columns(folder / _COLUMNS, state["columns"])
+        settings = [_unshared(state["settings"][name], state["kinds"]) for name in _SETTINGS]
         return cls(
             num_rows=state["num_rows"],
             tokens=open_array(folder / _TOKENS, np.int32),
             start=open_array(folder / _START, np.int64),
             length=open_array(folder / _LENGTH, np.int32),
             params=open_array(folder / _PARAMS, np.int32),
-            sampling=tuple(_sampling_params(values) for values in state["sampling"]),
+            sampling=tuple(SamplingParams(*values) for values in zip(*settings, strict=True)),
             errors={row: RowError(code, message) for row, code, message in state["errors"]},
             column_schema=_selected(columns.schema, state["carried"]),
             chat=state["chat"],
@@ -252,9 +253,18 @@ class _Spools:
         )
 
 
-def _sampling_params(values: Sequence[Any]) -> SamplingParams:
-    """What `_sampling_values` gave, after a way through JSON, which has lists for tuples."""
-    return SamplingParams(*(_tuples(value) for value in values))
+def _shared(values: Iterable[Any]) -> tuple[list[Any], list[int]]:
+    """The distinct values, and which of them stands in each place; no places where there is only one."""
+    number: dict[Any, int] = {}
+    places = [number.setdefault(value, len(number)) for value in values]
+    return list(number), places if len(number) > 1 else []
+
+
+def _unshared(column: Sequence[list[Any]], count: int) -> list[Any]:
+    """What `_shared` was given, `count` values, after a way through JSON, which has lists for tuples."""
+    values, places = column
+    given = [_tuples(value) for value in values]
+    return [given[place] for place in places or [0] * count]
 
 
 def _tuples(value: Any) -> Any:
