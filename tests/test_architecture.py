@@ -30,7 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workload": LEAVES | {"input", "output", "engine", "model", "attention", "parallel", "storage", "scoring"},
     "forecast": LEAVES | {"workload", "scheduling", "input", "output", "storage", "engine", "model", "report"},
     "runner": LEAVES
-    | {"workload", "forecast", "scheduling", "engine", "input", "output", "storage", "model", "attention", "scoring", "report"},
+    | {"workload", "forecast", "scheduling", "engine", "input", "output", "storage", "model", "attention", "scoring", "report"}
+    | {"parallel"},
     "cli": LEAVES | {"report", "runner"},
     "__init__": LEAVES | {"report", "runner"},
     "__main__": {"cli"},

@@ -26,7 +26,8 @@ from tokabatch.forecast.step_log import Steps
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.steps import read_steps
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
-from tokabatch.report.summary import RunSummary
+from tokabatch.report.render import plain
+from tokabatch.report.summary import RunSummary, run_sections
 
 STEADY_SHARE = 0.9
 HEARTBEAT_SECONDS = 10.0
@@ -157,7 +158,9 @@ def main() -> None:
     job = Job.load(json.loads(arguments.job.read_text()), *arguments.overrides)
     summary = run(job, watch, should_stop=watch.after_step)
     seconds = Steps(read_steps(OutputFolder(Path(job.output.path))) or {"seconds": np.zeros(0, np.float32)})["seconds"]
-    watch.results = (summary.load_seconds + np.cumsum(seconds)).tolist()
+    # The steps of several replicas run side by side.
+    watch.results = (summary.load_seconds + np.cumsum(seconds) / max(1, len(summary.replicas))).tolist()
+    print(plain([section for section in run_sections(summary) if section.title == "Replicas"]), flush=True)
     age = time.time() - psutil.Process().create_time() - (time.perf_counter() - (watch.begun or 0.0))
     figures = measured(watch, summary, age)
     arguments.figures.write_text(json.dumps(asdict(figures), indent=2))

@@ -9,7 +9,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.crash, pytest.mark.timeout(900)]
 
 class Killer:
     """Kills runs of one scene on one server until it has done so `count` times."""
+
+    engine: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, server: ForkServer, scene: Scene, reference: list[dict[str, Any]], folder: Path, seed: int) -> None:
         self.server, self.scene, self.reference, self.folder = server, scene, reference, folder
@@ -42,12 +44,11 @@ class Killer:
             self.failure = error
 
     def _one_folder(self, out: Path, count: int, seconds: float, mutant: str | None) -> None:
-        job = self.scene.job(out)
+        job = self.scene.job(out, engine=self.engine)
         while self.kills < count:
-            pid = self.server.start(job, mutant=mutant)
+            pid = self.server.start(job, apart="replicas" in self.engine, mutant=mutant)
             time.sleep(self.random.uniform(0, seconds))
-            with suppress(ProcessLookupError):  # It may have ended, or have no group of its own yet.
-                os.killpg(pid, signal.SIGKILL)
+            self._kill(pid)
             ended = self.server.wait()
             if ended.signal is None:
                 assert ended.code == 0, ended
@@ -56,16 +57,36 @@ class Killer:
             self.at_kill.append(self.scene.checker.check(out) / self.scene.checker.samples)
             if self.random.random() < 0.5:
                 break
-        ended = self.server.run(job, mutant=mutant)
+        ended = self.server.run(job, apart="replicas" in self.engine, mutant=mutant)
         assert ended.code == 0, ended
         self.scene.checker.check_complete(out, self.reference)
+
+    def _kill(self, pid: int) -> None:
+        with suppress(ProcessLookupError):  # It may have ended, or have no group of its own yet.
+            os.killpg(pid, signal.SIGKILL)
+
+
+class MainKiller(Killer):
+    """Kills the main process of a run of two replicas: theirs end with it."""
+
+    engine: ClassVar[dict[str, Any]] = {"replicas": 2}
+
+    def _kill(self, pid: int) -> None:
+        with suppress(psutil.NoSuchProcess):
+            main = psutil.Process(pid)
+            children = main.children(recursive=True)
+            main.kill()
+            _, alive = psutil.wait_procs(children, timeout=20)
+            assert not alive, "processes outlived the run"
 
 
 class ChildKiller(Killer):
     """Kills one random child of a run, which then goes on by itself."""
 
+    engine: ClassVar[dict[str, Any]] = {"process": True, "max_restarts": 1000}
+
     def _one_folder(self, out: Path, count: int, seconds: float, mutant: str | None) -> None:
-        pid = self.server.start(self.scene.job(out, engine={"process": True, "max_restarts": 1000}), apart=True, mutant=mutant)
+        pid = self.server.start(self.scene.job(out, engine=self.engine), apart=True, mutant=mutant)
         ends = time.monotonic() + self.random.uniform(0.2, 1.0) * seconds
         while time.monotonic() < ends and self.kills < count:
             time.sleep(self.random.uniform(0, seconds / 4))
@@ -79,13 +100,23 @@ class ChildKiller(Killer):
         self.scene.checker.check_complete(out, self.reference)
 
 
+class MemberKiller(ChildKiller):
+    """Kills a scheduler or a worker of a run of two replicas."""
+
+    engine: ClassVar[dict[str, Any]] = {"replicas": 2, "max_restarts": 1000}
+
+
 def measure(server: ForkServer, scene: Scene, folder: Path) -> float:
     begin = time.perf_counter()
     assert server.run(scene.job(folder)).code == 0
     return time.perf_counter() - begin
 
 
-@pytest.mark.parametrize("victim", [Killer, ChildKiller], ids=["the process group", "one random child"])
+@pytest.mark.parametrize(
+    "victim",
+    [Killer, ChildKiller, MainKiller, MemberKiller],
+    ids=["the process group", "one random child", "main of a fleet", "a process of a fleet"],
+)
 def test_kills_at_any_instant_lose_double_and_tear_nothing(
     victim: type[Killer],
     servers: list[ForkServer],

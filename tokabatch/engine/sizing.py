@@ -107,10 +107,11 @@ def decide_sizes(
     prefill_tokens: int | None = None,
     running_samples: int | None = None,
     absent_memory: int | None = None,
+    replicas: int = 1,
 ) -> ReplicaSizes:
     """Raises JobError where not even the shortest sample can fit, with the numbers and the key to change. `prefill_tokens` and
     `running_samples` are what a cost model says of the device, `absent_memory` the bytes of a GPU that is not here, whose sizes
-    can only be estimated."""
+    can only be estimated. Each of the `replicas` has an equal part of the host's memory."""
     page = config.page_size
     _check_limits(config, spec)
     defaults = DEFAULTS[device]
@@ -141,10 +142,11 @@ def decide_sizes(
         least_pages=-(-facts.shortest_sequence // page) + 1,
         asked_tokens=None if config.kv_cache_tokens == "auto" else config.kv_cache_tokens,
     )
-    fitting = _fitting_pages(config, spec, dtype, facts, device, max_running, absent_memory)
+    host = available_memory() // replicas
+    fitting = _fitting_pages(config, spec, dtype, facts, device, max_running, host, absent_memory)
     if device == "cuda" and absent_memory is None:
         # What the GPU holds in the end only its worker can tell; what the host keeps of it is bounded here.
-        reported = pages_reported(facts, max_running, page, int(available_memory() * HOST_SHARE))
+        reported = pages_reported(facts, max_running, page, int(host * HOST_SHARE))
         sizes = replace(sizes, useful_pages=min(sizes.useful_pages, reported))
         fitting = min(fitting, reported)
     return settle_pages(sizes, fitting)
@@ -195,6 +197,7 @@ def _fitting_pages(
     facts: WorkloadFacts,
     device: str,
     max_running: int,
+    host_memory: int,
     absent_memory: int | None,
 ) -> int:
     """Pages that the device's memory holds beside the weights; on a GPU at most, as only a step shows what it needs itself,
@@ -202,7 +205,7 @@ def _fitting_pages(
     share = DEFAULTS[device].memory_share
     ranks = ranks_of(config)
     if device == "cpu":
-        left = available_memory() - sum(weight_bytes(spec, dtype, head_apart=True, mesh=mesh) for mesh in ranks)
+        left = host_memory - sum(weight_bytes(spec, dtype, head_apart=True, mesh=mesh) for mesh in ranks)
         return pages_reported(facts, max_running, config.page_size, int(left * share), page_bytes(config, spec, dtype, ranks))
     if absent_memory is not None:
         share, logits = ABSENT_SHARE, max_running * spec.vocab_size * (dtype.itemsize + 4)

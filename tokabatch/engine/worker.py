@@ -64,6 +64,8 @@ class WorkerSpec:
     trace: TraceSpec | None = None
     files: tuple[ModelFile, ...] = ()
     """What the model and its tokenizer are read from; every worker of a run refuses others."""
+    replicas: int = 1
+    """Among which a host's processor is divided."""
     draws: tuple[SamplingParams, ...] = ()
     """The kinds of drawing to warm up (`warm_up.kinds_of_drawing`)."""
     place: Place | None = None
@@ -97,6 +99,8 @@ class Worker:
         ModelError, also for a file that is not the one that the run began with, and JobError where the longest sample does not
         fit beside what a step needs."""
         sizes, device, penalised = spec.sizes, torch.device(spec.device), any(params.penalised for params in spec.draws)
+        if device.type == "cpu" and spec.replicas > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // spec.replicas))
         refuse_changed(spec.files)
         mesh = mesh or Mesh.single()
         decoder = load_decoder(spec.folder, spec.spec, spec.dtype, device, mesh, fp8=spec.fp8)

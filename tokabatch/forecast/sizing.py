@@ -108,6 +108,7 @@ def size_replica(job: Job, workload: Workload, profile: SavedProfile | None, abs
         prefill_tokens=None if cost is None else prefill_tokens(cost.seconds),
         running_samples=None if cost is None or workload.device != "cuda" else running_samples(cost.seconds),
         absent_memory=None if absent is None else int(absent.memory),
+        replicas=workload.layout.replicas,
     )
 
 

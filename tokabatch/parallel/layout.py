@@ -6,6 +6,7 @@ The layout decides nothing of what is sampled, and a run may go on with another 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class Layout:
     def __str__(self) -> str:
         split = f" of {self.tensor} x {self.pipeline} devices (tensor x pipeline)" if self.tensor * self.pipeline > 1 else ""
         count = f"{self.replicas} replica{'s' if self.replicas > 1 else ''}{split}"
-        return f"{count}: {self.reason}" if self.reason else count
+        return f"{count} ({self.reason})" if self.reason else count
 
 
 def visible_devices(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
@@ -54,16 +55,18 @@ def decide_layout(config: EngineConfig, device: str, visible: Sequence[str] | No
     present = len(names) if names else None
     if asked != "auto":
         replicas, reason = asked, "engine.replicas"
-        if replicas > 1:
-            raise JobError(f"engine.replicas is {asked}; several replicas are not supported yet, write 1 or auto")
+        if replicas > 1 and sys.platform != "linux":
+            raise JobError(f"engine.replicas is {asked}; several replicas run on Linux alone, write 1")
         if replicas > 1 and config.process is False:
             raise JobError(f"engine.replicas is {asked}, and each has processes of its own; remove engine.process: false")
     elif present is None:
         replicas, reason = 1, "on a GPU that is not here" if device == "cuda" else "one uses all cores of a CPU"
+    elif sys.platform != "linux":
+        replicas, reason = 1, "several run on Linux alone"
     elif config.process is False:
         replicas, reason = 1, "engine.process is false"
     else:
-        replicas, reason = 1, f"{present} visible GPU{'s' if present > 1 else ''}"
+        replicas, reason = max(1, present // each), f"{present} visible GPU{'s' if present > 1 else ''}"
     if present is not None and replicas * each > present:
         raise JobError(
             f"engine.replicas is {replicas}, but {present} GPUs are visible ({VISIBLE}); write at most "

@@ -34,6 +34,19 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaShare:
+    """What one of several replicas did. `devices` names its GPUs; `idle` and `idle_at_end` are the shares of the time, from the
+    first result on and of the last tenth of it, in which it had nothing to run."""
+
+    devices: tuple[str, ...]
+    samples: int
+    output_tokens: int
+    prefilled_tokens: int
+    idle: float
+    idle_at_end: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunSummary:
     """The figures of one run. Token counts are over this run's own work, recomputed tokens counted once more in
     `prefilled_tokens` only.
@@ -85,6 +98,8 @@ class RunSummary:
     unverified: int = 0
     """Samples whose reference the verifier does not understand; pass@k counts them as wrong."""
     unverified_reasons: tuple[str, ...] = ()
+    replicas: tuple[ReplicaShare, ...] = ()
+    """Where there were several. Seconds of steps are those of one replica on average."""
     step_seconds: float = 0.0
     tail_seconds: float = 0.0
     """Time at the end in which nothing waited any more and less than half of the samples ran."""
@@ -209,6 +224,18 @@ def run_sections(summary: RunSummary) -> tuple[Section, ...]:
         predicted = f"{seconds_text(summary.predicted_seconds)} for these steps by {summary.predicted_by}"
         work.append(("predicted", f"{predicted}; they took {seconds_text(summary.step_seconds)}{share}"))
     sections = [Section("Run", tuple(books)), Section("Work", (*work, *_faults(summary)))]
+    if summary.replicas:
+        columns = ("replica", "samples", "output tokens", "prefilled tokens", "idle", "idle in the last tenth")
+        rows = [
+            (
+                " ".join((str(number), *(f"GPU {name}" for name in share.devices))),
+                *map(_count, (share.samples, share.output_tokens, share.prefilled_tokens)),
+                f"{share.idle:.1%}",
+                f"{share.idle_at_end:.1%}",
+            )
+            for number, share in enumerate(summary.replicas)
+        ]
+        sections.append(Section("Replicas", tuple(rows), columns))
     if summary.pass_at_k is not None:
         rates = tuple((f"pass@{k}", f"{value:.4f}") for k, value in summary.pass_at_k)
         unclear = (("not verified", f"{_count(summary.unverified)} samples, counted as wrong"),) if summary.unverified else ()

@@ -1,8 +1,7 @@
-"""The replica of a run: its scheduler, what makes its workers, and where both of them live."""
+"""The replicas of a run: their schedulers, what makes their workers, and where both of them live."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,74 +16,75 @@ from tokabatch.engine.sizing import MOST_STEPS, ReplicaSizes
 from tokabatch.engine.warm_up import kinds_of_drawing
 from tokabatch.engine.worker import TraceSpec, WorkerSpec
 from tokabatch.job import Job
-from tokabatch.output.existing_results import read_committed
 from tokabatch.output.folder import Claim
 from tokabatch.report.progress import Progress
+from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
-from tokabatch.runner.recorder import Recorder
+from tokabatch.runner.member import can_fork
 from tokabatch.runner.replica import Replica, Standing, scheduler_limits
-from tokabatch.runner.replica_process import Build, ReplicaProcess, can_fork
 from tokabatch.runner.resume import Start
+from tokabatch.scheduling.contracts import Requests
 from tokabatch.scheduling.scheduler import Scheduler
 from tokabatch.scheduling.stopping import StopRules, TokenText
 from tokabatch.workload import Workload, special_ids
 
 
 def make_replica(
-    job: Job,
-    started: Start,
-    sizes: ReplicaSizes,
-    recorder: Recorder,
-    claim: Claim,
-    stop: Interruption,
-    progress: Progress,
-) -> Replica | ReplicaProcess:
-    """What does the steps: in this process where its worker is, else in one of its own."""
-    workload, stops = started.left, _stop_rules(started.left)
+    job: Job, started: Start, sizes: ReplicaSizes, claim: Claim, stop: Interruption, progress: Progress
+) -> Replica | Fleet:
+    """What does the steps: in this process where the only worker is, else in processes of their own."""
+    workload, layout = started.left, started.left.layout
+    tokenizer, sampling = workload.tokenizer, workload.requests.sampling
+    text = None
+    if any(params.stop for params in sampling):
+        text = TokenText(tokenizer.piece_texts(), tokenizer.decode_batch, special_ids(tokenizer), tokenizer.lone_bytes())
+    stops = StopRules(sampling, workload.eos_token_ids, workload.spec.vocab_size, text)
     apart, depth, on_gpu = _runs_apart(job, workload), job.engine.queue_depth, workload.device == "cuda"
-    stages = workload.layout.pipeline
-    limits = scheduler_limits(sizes, stages)
-    build = partial(
-        Replica,
-        make=executor_maker(job, workload, sizes, progress.message),
-        depth=min(MOST_STEPS, max(2 if on_gpu else 1, stages + (stages > 1))) if depth == "auto" else depth,
-        depth_of_few=3 if on_gpu and stages == 1 and depth == "auto" else None,
-        max_restarts=job.engine.max_restarts if apart else None,
-        num_samples=int(workload.num_samples.sum()),
-    )
+    stages, limits = layout.pipeline, scheduler_limits(sizes, layout.pipeline)
+    make = other = executor_maker(job, workload, sizes, progress.message)
+    if job.trace and layout.replicas > 1:
+        # One trace, of the first replica.
+        other = executor_maker(job.model_copy(update={"trace": None}), workload, sizes, lambda text: None)
 
-    def rebuild(lost: Standing) -> Build:
-        """What is finished is read back from the folder, as by the next start of the run; the counts go on."""
-        recorder.finish()
-        committed = read_committed(claim.folder, workload.samples_of_row, names=claim.committed)
-        left = Start.after(committed, started.workload).left
-        scheduled = replace(
-            lost.scheduled,
-            finished=int(workload.num_samples.sum() - left.num_samples.sum()),
-            finished_prompts=len(workload.requests) - len(left.requests),
-        )
-        scheduler = Scheduler(left.requests, limits, stops, counts=scheduled)
-        counts = replace(lost.counts, restarts=lost.counts.restarts + Counter({"scheduler": 1}))
-        return partial(build, scheduler, counts=counts)
-
-    first = partial(build, Scheduler(workload.requests, limits, stops))
-    if apart and can_fork():
-        return ReplicaProcess(
-            first,
-            rebuild,
+    def build(number: int, requests: Requests, before: Standing, *, stop: Interruption, tell: Callable[[str], None]) -> Replica:
+        scheduled = replace(before.scheduled)
+        return Replica(
+            Scheduler(requests, limits, stops, counts=scheduled),
+            other if number else make,
+            depth=min(MOST_STEPS, max(2 if on_gpu else 1, stages + (stages > 1))) if depth == "auto" else depth,
+            depth_of_few=3 if on_gpu and stages == 1 and depth == "auto" else None,
+            max_restarts=job.engine.max_restarts if apart else None,
+            num_samples=scheduled.finished + int(requests.num_samples().sum()),
+            counts=before.counts,
             stop=stop,
-            tell=progress.message,
-            max_restarts=job.engine.max_restarts,
-            hang_seconds=job.engine.hang_seconds,
-            interval=progress.interval,
-            leave=claim.leave,
+            tell=tell,
         )
-    return first(stop=stop, tell=progress.message)
+
+    if not apart or not can_fork():
+        return build(0, workload.requests, Standing.before(limits), stop=stop, tell=progress.message)
+    # A member without a sample would load the model for nothing.
+    devices = layout.devices[: max(1, int(workload.num_samples.sum()))]
+    if len(devices) > 1:
+        progress.message(f"{layout}")
+    return Fleet(
+        workload.requests,
+        limits,
+        devices,
+        build,
+        stop=stop,
+        tell=progress.message,
+        max_restarts=job.engine.max_restarts,
+        hang_seconds=job.engine.hang_seconds,
+        interval=progress.interval,
+        leave=claim.leave,
+    )
 
 
 def _runs_apart(job: Job, workload: Workload) -> bool:
-    """Whether the worker has a process of its own: on a GPU, when it has several ranks, or when the job asks for it."""
-    if workload.layout.tensor * workload.layout.pipeline > 1:
+    """Whether workers have processes of their own: on a GPU, where they are several or have several ranks, or when the job asks
+    for it."""
+    layout = workload.layout
+    if layout.replicas * layout.tensor * layout.pipeline > 1:
         return True
     return workload.device == "cuda" if job.engine.process == "auto" else job.engine.process
 
@@ -107,6 +107,7 @@ def executor_maker(job: Job, workload: Workload, sizes: ReplicaSizes, tell: Call
         kv_dtype=torch.float8_e4m3fn if job.engine.kv_cache_dtype == "fp8" else None,
         draws=kinds_of_drawing(workload.requests.sampling),
         trace=job.trace and TraceSpec(Path(job.trace.path), job.trace.start, job.trace.steps),
+        replicas=workload.layout.replicas,
     )
     patience, layout = Patience.of(job.engine.hang_seconds), workload.layout
     if layout.tensor * layout.pipeline > 1:
@@ -114,11 +115,3 @@ def executor_maker(job: Job, workload: Workload, sizes: ReplicaSizes, tell: Call
     if _runs_apart(job, workload):
         return partial(ProcessExecutor, spec, patience=patience)
     return partial(InProcessExecutor, spec)
-
-
-def _stop_rules(workload: Workload) -> StopRules:
-    tokenizer, sampling = workload.tokenizer, workload.requests.sampling
-    text = None
-    if any(params.stop for params in sampling):
-        text = TokenText(tokenizer.piece_texts(), tokenizer.decode_batch, special_ids(tokenizer), tokenizer.lone_bytes())
-    return StopRules(sampling, workload.eos_token_ids, workload.spec.vocab_size, text)

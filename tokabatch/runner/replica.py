@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+from tokabatch.arrays import Int32
 from tokabatch.engine.executor import Executor
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.errors import EngineError, ModelError, StepDropped, UsageError, WorkerLost
 from tokabatch.forecast.step_log import Steps
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.step_times import Stopwatch
-from tokabatch.scheduling.contracts import Completion
+from tokabatch.scheduling.contracts import Completion, Requests
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -59,6 +60,11 @@ class Standing:
     used_pages: int
     tokens_left: int | None
     """Output tokens still expected, by the lengths seen so far; None where that was not asked for."""
+
+    @classmethod
+    def before(cls, limits: SchedulerLimits) -> Standing:
+        """Nothing has been done yet."""
+        return cls(SchedulerCounts(), ReplicaCounts(), limits, 0, 0, 0, None)
 
     @property
     def kv_used(self) -> float:
@@ -114,47 +120,84 @@ class Replica:
         self._making = threading.Lock()
 
     def run(self) -> Iterator[list[Completion]]:
-        """Load the model and step until every sample is finished; yields what each step finished, and first, once the model is
-        loaded, the samples that its KV cache does not hold, as errors. Raises what the first worker raises when it starts,
-        EngineError when no worker can be kept alive, ModelError when another one meets other files, and Stopped."""
-        scheduler, watch = self.scheduler, self._watch
+        """Load the model and step until every sample is finished; yields what `start` and each `step` return."""
+        yield self.start()
+        while not self.scheduler.done:
+            yield self.step()
+
+    def start(self) -> list[Completion]:
+        """Load the model; returns the samples that its KV cache does not hold, as errors. Raises what the first worker raises
+        when it starts, EngineError when no worker can be kept alive, and Stopped."""
         self._make_executor()
-        yield self._start_worker()
-        while not scheduler.done:
-            executor = self._executor
-            assert executor is not None
-            try:
-                few = 0 < scheduler.num_running <= FEW_RUNNING
-                while scheduler.num_in_flight < (self._depth_of_few if few else self._depth):
-                    began = time.thread_time()
-                    step = scheduler.schedule()
-                    self.counts.host_seconds += time.thread_time() - began
-                    if step is None:
-                        break
-                    with self._stop.at_once():
-                        executor.submit(step)
-                    watch.submitted(step, scheduler)
-                if not scheduler.num_in_flight:
-                    raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
-                with self._stop.at_once():
-                    result = executor.collect()
+        return self._start_worker()
+
+    def step(self) -> list[Completion]:
+        """Have the next steps computed and take in the oldest one's result; returns the samples that it finished. To be called
+        while the scheduler is not done. Raises EngineError when no worker can be kept alive, ModelError when another one meets
+        other files, and Stopped."""
+        scheduler, watch, executor = self.scheduler, self._watch, self._executor
+        assert executor is not None
+        try:
+            few = 0 < scheduler.num_running <= FEW_RUNNING
+            while scheduler.num_in_flight < (self._depth_of_few if few else self._depth):
                 began = time.thread_time()
-                completions = scheduler.apply(result)
+                step = scheduler.schedule()
                 self.counts.host_seconds += time.thread_time() - began
-                self.counts.launch_seconds += result.launch_seconds
-                watch.collected(len(completions))
-            except StepDropped as fault:
-                completions = self._halve_steps(fault)
-            except WorkerLost as fault:
-                completions = self._replace_worker(fault)
-            if completions:
-                self._barren = 0
-            yield completions
+                if step is None:
+                    break
+                with self._stop.at_once():
+                    executor.submit(step)
+                watch.submitted(step, scheduler)
+            if not scheduler.num_in_flight:
+                raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
+            with self._stop.at_once():
+                result = executor.collect()
+            began = time.thread_time()
+            completions = scheduler.apply(result)
+            self.counts.host_seconds += time.thread_time() - began
+            self.counts.launch_seconds += result.launch_seconds
+            watch.collected(len(completions))
+        except StepDropped as fault:
+            completions = self._halve_steps(fault)
+        except WorkerLost as fault:
+            completions = self._replace_worker(fault)
+        if completions:
+            self._barren = 0
+        return completions
+
+    def extend(self, requests: Requests) -> list[Completion]:
+        """See `Scheduler`."""
+        if self.scheduler.done:
+            # What passed until now was no step's.
+            self._watch.restart()
+        self._watch.num_samples += int(requests.num_samples().sum())
+        return self.scheduler.extend(requests)
+
+    def give_back(self, most: int) -> list[Requests]:
+        """Take out at most so many samples that have never been admitted, the last ones of the plan, for another replica."""
+        taken: list[Requests] = []
+        while most > 0 and (requests := self.scheduler.give_back(most)) is not None:
+            count = int(requests.num_samples().sum())
+            self._watch.num_samples -= count
+            most -= count
+            taken.append(requests)
+        return taken
+
+    def withdraw(self, row: int) -> Int32:
+        """Take out the samples of a row that are not finished, those that run included; their numbers, ascending."""
+        samples = self.scheduler.cancel(row)
+        self._watch.num_samples -= len(samples)
+        return samples
+
+    @property
+    def waiting(self) -> int:
+        """Samples that neither run nor are finished."""
+        return self._watch.waiting(self.scheduler)
 
     def standing(self, *, foresee: bool = False) -> Standing:
         """Where the work stands now; `foresee` what is still to come, too."""
         scheduler = self.scheduler
-        waiting = self._watch.waiting(scheduler)
+        waiting = self.waiting
         return Standing(
             replace(scheduler.counts),
             replace(self.counts, restarts=self.counts.restarts.copy()),

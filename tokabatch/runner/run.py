@@ -26,11 +26,11 @@ from tokabatch.output.shards import shard_number
 from tokabatch.output.steps import write_steps
 from tokabatch.report.progress import ExpendableProgress, NullProgress, Phase, Progress, ProgressSnapshot
 from tokabatch.report.summary import RunSummary
+from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.make_replica import make_replica
 from tokabatch.runner.recorder import Recorder
 from tokabatch.runner.replica import Replica
-from tokabatch.runner.replica_process import ReplicaProcess
 from tokabatch.runner.resume import Reuse, Start, start
 
 EXIT_COMPLETE, EXIT_STALLED, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED = 0, 2, 3, 4, 75
@@ -71,7 +71,7 @@ def run(
                 "whatever suits it, and its time is not predicted. Fit a profile to this run (`tokabatch profile`) and name it "
                 "as engine.profile"
             )
-        replica = make_replica(job, started, sizes, recorder, claim, stop, clock.progress)
+        replica = make_replica(job, started, sizes, claim, stop, clock.progress)
         # Closed last: what is finished is committed first, a GPU's process takes a second to end.
         workers.callback(replica.close)
         parts = _Parts(job, started, replica, recorder, clock, stop)
@@ -182,7 +182,7 @@ class _Parts:
 
     job: Job
     started: Start
-    replica: Replica | ReplicaProcess
+    replica: Replica | Fleet
     recorder: Recorder
     clock: _Clock
     stop: Interruption
@@ -271,6 +271,9 @@ def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_cod
     seconds, workload, recorder = parts.clock.elapsed, parts.started.left, parts.recorder
     standing = parts.replica.standing()
     counts, replica, limits = standing.scheduled, standing.counts, standing.limits
+    shares = parts.replica.shares() if isinstance(parts.replica, Fleet) else ()
+    # Times of all replicas, told of one.
+    num = max(1, len(shares))
     predicted: tuple[float, str] | None = None
     with suppress(UsageError):  # on a device whose rates are not known
         predicted = price_steps(workload, steps, profile) if len(steps) else None
@@ -302,13 +305,14 @@ def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_cod
         requeued=counts.requeued,
         dropped_steps=replica.dropped_steps,
         launch_seconds=replica.launch_seconds,
-        step_seconds=steps.seconds,
-        tail_seconds=tail_seconds(steps),
+        step_seconds=steps.seconds / num,
+        tail_seconds=tail_seconds(steps) / num,
         num_pages=limits.num_pages,
         device=device_name(workload.device),
         itemsize=workload.dtype.itemsize,
-        kv_use=steps.mean("pages") / limits.num_pages,
-        predicted_seconds=predicted[0] if predicted else None,
+        kv_use=steps.mean("pages") / max(steps.mean("capacity"), 1.0),
+        replicas=shares if num > 1 else (),
+        predicted_seconds=predicted[0] / num if predicted else None,
         predicted_by=predicted[1] if predicted else "",
         error_counts=tuple(sorted(recorder.error_counts.items())),
         pass_at_k=recorder.pass_at_k(),

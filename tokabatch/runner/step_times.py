@@ -23,7 +23,8 @@ class Stopwatch:
         self._trace = StepLog()
         self._clock = clock
         self._last = clock()
-        self._num_samples = num_samples
+        self.num_samples = num_samples
+        """Samples to draw in all, those not finished and those finished."""
         self._in_flight: deque[tuple[StepWork, int, int, int, int]] = deque()
 
     def restart(self) -> None:
@@ -39,7 +40,7 @@ class Stopwatch:
 
     def waiting(self, scheduler: Scheduler) -> int:
         """Samples neither finished nor running."""
-        return max(0, self._num_samples - scheduler.counts.finished - scheduler.num_running)
+        return max(0, self.num_samples - scheduler.counts.finished - scheduler.num_running)
 
     def collected(self, num_finished: int) -> None:
         """The oldest step's result was taken in."""

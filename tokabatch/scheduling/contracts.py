@@ -128,6 +128,22 @@ class Requests:
             span=None if self.span is None else (self.span[0][requests], self.span[1][requests]),
         )
 
+    def part(self, requests: Int32, first: Int32, stop: Int32) -> Requests:
+        """Of these prompts, ascending, the samples from the first number up to the second. A prompt may come several times, for
+        samples that lie apart."""
+        distinct, place = np.unique(requests, return_inverse=True)
+        taken = self.take(distinct)
+        again = np.diff(requests, prepend=-1) == 0
+        return replace(
+            taken,
+            row_index=taken.row_index[place],
+            start=taken.start[place],
+            length=taken.length[place],
+            lcp=np.where(again, taken.length[place], taken.lcp[place]),
+            params=taken.params[place],
+            span=(first, stop),
+        )
+
     def prompt(self, request: int) -> Int32:
         """Token ids of one prompt, shape [length]."""
         start = int(self.start[request])

@@ -31,6 +31,11 @@ class Quarantine:
         """Whether anything is suspected."""
         return bool(self._bars)
 
+    @property
+    def suspects(self) -> frozenset[int]:
+        """The requests one of which is taken to kill workers; none after a first crash alone."""
+        return frozenset() if self.trial is None else self.trial.union(*self._untried)
+
     def crash(self, running: Mapping[Sample, int], depth: int) -> int | None:
         """The worker died with `depth` steps in flight, in which these samples ran, each with so many output tokens received.
         Returns the request that is condemned for it, if any."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tokabatch.arrays import Int32, Int64
+from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.scheduling.contracts import Completion, Requests, StepBatch, StepResult
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
@@ -110,6 +110,14 @@ class Scheduler:
     def num_in_flight(self) -> int:
         """Steps decided whose results have not been applied."""
         return len(self._in_flight)
+
+    def suspected_rows(self) -> Int64:
+        """Rows one of which is taken to kill workers, ascending; none after a first crash alone."""
+        return np.unique(self.work.row_index[sorted(self._quarantine.suspects)])
+
+    def learn(self, length: Int32, stopped: Bool) -> None:
+        """Samples of other prompts have ended elsewhere; `stopped` where the model ended them, not the limit."""
+        self._lengths.learn(length, stopped)
 
     def expected_tokens_left(self, waiting: int) -> int:
         """Output tokens still to come, `waiting` samples not yet admitted included, by the lengths seen so far."""
@@ -266,7 +274,16 @@ class Scheduler:
         self._policy.invalidate()
         if condemned is None:
             return []
-        return self._give_up(condemned, "worker_crash", f"the worker process died whenever this row ran: {crash}")
+        # Parts of a row may have come one after another.
+        of_row = self.work.of_row(int(self.work.row_index[condemned]))
+        unfinished = [prompt for prompt in of_row if prompt >= self.work.next or self.kv.tree.begun(prompt) is not None]
+        prompts, completions = np.array(unfinished, np.int32), list[Completion]()
+        for prompt in prompts.tolist():
+            completions += self._give_up(prompt, "worker_crash", f"the worker process died whenever this row ran: {crash}")
+        self.work.take_out(prompts[prompts >= self.work.next])
+        given_up = {(prompt, completion.sample_index) for completion in completions for prompt in prompts.tolist()}
+        self._quarantine.advance(self._received(self.kv.slots.order), given_up)
+        return completions
 
     def halve(self) -> None:
         """Steps half as large from now on, with no more samples than they hold. Only right after `lost_device`."""

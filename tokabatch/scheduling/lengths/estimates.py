@@ -107,6 +107,10 @@ class LengthEstimates:
         if not self._all_given:
             self._lengths.observe(self._slots.request[slots], self._slots.generated[slots], stopped)
 
+    def learn(self, length: Int32, stopped: Bool) -> None:
+        """Samples of other prompts have ended elsewhere; see `observe`."""
+        self._model.learn(length, stopped)
+
     def forget(self, requests: list[int]) -> None:
         """All samples of these prompts are finished."""
         if not self._all_given and self._replaced is None:

@@ -66,6 +66,11 @@ class LengthModel:
         self._fresh.append((request, length, stopped))
         self._num_fresh += len(length)
 
+    def learn(self, length: Int32, stopped: Bool) -> None:
+        """Samples of prompts that are not among these have ended."""
+        self._at_risk += self.bins.at_risk(length)
+        self._stops += self.bins.stops(length[stopped])
+
     def refresh(self, request: Int32, generated: Int32) -> bool:
         """See `LengthPredictor`. The estimate is renewed when an eighth more has been seen, or after `REFRESH_STEPS`."""
         self._age += 1

@@ -1,0 +1,300 @@
+"""Replicas in processes of their own yield the samples of one in this process, however many they are, however slowly they are
+taken, and whatever happens to the processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from support import token_device
+from support.shortsighted import Shortsighted
+
+from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.errors import EngineError, Stopped, WorkerLost
+from tokabatch.runner.fleet import Fleet
+from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.member import can_fork
+from tokabatch.runner.replica import Replica, Standing
+from tokabatch.scheduling.contracts import Completion, Drawn, Requests, SamplingParams, StepBatch, StepResult
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
+from tokabatch.scheduling.stopping import StopRules
+
+PROMPTS = [[row // 2, 2, 3, 4, 5, 6, 7, row] for row in range(8)]
+LIMITS = SchedulerLimits(4, 200, 16, 64, 16, GroupingLimits(2, 1))
+PARAMS = SamplingParams(n=6, max_tokens=30, ignore_eos=True)
+EXPECTED = {
+    (row, sample): token_device.expected_output(row, sample, len(PROMPTS[row]), PARAMS)
+    for row in range(len(PROMPTS))
+    for sample in range(PARAMS.n)
+}
+
+pytestmark = pytest.mark.skipif(not can_fork(), reason="a process of threads is forked on Linux alone")
+
+
+class Device:
+    """An executor inside the replica's process; each step takes `seconds`."""
+
+    def __init__(self, seconds: float = 0.0, load_seconds: float = 0.0, num_pages: int = 200) -> None:
+        self.sizes = ReplicaSizes(4, num_pages, 16, 64, 16, 2, 1)
+        self.device, self.waiting = token_device.TokenDevice(LIMITS), list[StepResult]()
+        self.device.prompts = PROMPTS
+        self.seconds, self.load_seconds = seconds, load_seconds
+
+    def start(self) -> None:
+        time.sleep(self.load_seconds)
+
+    def submit(self, step: StepBatch) -> None:
+        self.waiting.append(self.device.run(step))
+
+    def collect(self) -> StepResult:
+        time.sleep(self.seconds)
+        return self.waiting.pop(0)
+
+    def resume(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Work:
+    """What is to do, and what of it is done, by so many `members`."""
+
+    def __init__(
+        self,
+        make: Callable[[], Device] = Device,
+        members: int = 1,
+        drawn: Drawn | None = None,
+        short: bool = False,
+        **options: float,
+    ) -> None:
+        self.requests = token_device.make_requests(PROMPTS, [PARAMS])
+        if drawn is not None:
+            self.requests = self.requests.without(drawn)
+        self.done: dict[tuple[int, int], list[int]] = {}
+        self.told: list[str] = []
+        self.stop = Interruption()
+        self.make = make
+        self.short = short
+        self.fleet = Fleet(
+            self.requests, LIMITS, [()] * members, self.build, stop=self.stop, tell=self.told.append, interval=0.0, **options
+        )
+
+    def build(self, number: int, requests: Requests, before: Standing, **options: Any) -> Replica:
+        stops = StopRules(requests.sampling, [token_device.EOS], token_device.VOCAB, None)
+        limits = replace(LIMITS, num_pages=24) if self.short else LIMITS
+        lengths = Shortsighted() if self.short else None
+        scheduler = Scheduler(requests, limits, stops, lengths, counts=before.scheduled)
+        count = before.scheduled.finished + int(requests.num_samples().sum())
+        return Replica(scheduler, self.make, depth=2, max_restarts=20, num_samples=count, counts=before.counts, **options)
+
+    def take(self, completions: list[Completion]) -> None:
+        for completion in completions:
+            key = (completion.row_index, completion.sample_index)
+            assert key not in self.done
+            self.done[key] = completion.token_ids.tolist()
+
+    def run(self) -> Iterator[None]:
+        try:
+            for completions in self.fleet.run():
+                self.take(completions)
+                yield
+        finally:
+            self.fleet.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    before = psutil.Process().children(recursive=True)
+    yield
+    assert [child for child in psutil.Process().children(recursive=True) if child not in before] == []
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.02], ids=["taken at once", "taken slowly"])
+def test_samples_and_figures_are_those_of_a_replica_in_this_process(pause, monkeypatch):
+    monkeypatch.setattr("tokabatch.runner.member.MAX_UNSENT", 1)
+    work = Work()
+    for _ in work.run():
+        time.sleep(pause)
+    here = Work().build(0, work.requests, Standing.before(LIMITS))
+    for _ in here.run():
+        pass
+    assert work.done == EXPECTED
+    assert work.fleet.standing().scheduled == here.standing().scheduled
+    steps, expected = work.fleet.steps(), here.steps()
+    assert len(steps) == len(expected) > 0
+    assert all((steps[name] == expected[name]).all() for name in steps.columns if name != "seconds")
+
+
+def test_another_process_goes_on_where_one_was_killed():
+    work = Work(partial(Device, 0.005), max_restarts=3)
+    kills = 0
+    for _ in work.run():
+        if kills < 2 and len(work.done) > 12 * (kills + 1):
+            assert work.fleet._members[0].pid is not None
+            os.kill(work.fleet._members[0].pid or 0, signal.SIGKILL)
+            kills += 1
+    assert work.done == EXPECTED
+    assert len(work.told) == kills == 2 and "killed by signal 9" in work.told[0]
+
+
+def test_a_process_that_stands_still_is_killed_and_another_goes_on(monkeypatch):
+    monkeypatch.setattr("tokabatch.runner.member.BEAT_SECONDS", 0.1)
+    work = Work(partial(Device, 0.005, load_seconds=2.0), max_restarts=1, hang_seconds=1.0)
+    stopped = False
+    for _ in work.run():
+        if work.done and not stopped:
+            assert work.fleet._members[0].pid is not None
+            os.kill(work.fleet._members[0].pid or 0, signal.SIGSTOP)
+            stopped = True
+    assert work.done == EXPECTED
+    assert len(work.told) == 1 and "no sign of life" in work.told[0]
+
+
+def test_a_process_that_is_killed_again_and_again_is_given_up(monkeypatch):
+    monkeypatch.setattr(Device, "start", lambda self: os.kill(os.getpid(), signal.SIGKILL))
+    work = Work(max_restarts=2)
+    with pytest.raises(EngineError, match=r"signal 9.*engine\.max_restarts"):
+        list(work.run())
+    assert len(work.told) == 2
+
+
+def test_a_fault_of_the_scheduler_is_told_with_its_place(monkeypatch):
+    def fail(self: Scheduler, result: StepResult) -> list[Completion]:
+        raise AssertionError("the books do not close")
+
+    monkeypatch.setattr(Scheduler, "apply", fail)
+    with pytest.raises(EngineError, match=r"(?s)the books do not close.*please report.*Traceback.*in fail"):
+        list(Work().run())
+
+
+def test_what_is_finished_when_the_run_is_stopped_is_handed_over():
+    work = Work(partial(Device, 0.005))
+    for completions in work.fleet.run():
+        work.take(completions)
+        if work.done:
+            break
+    before = dict(work.done)
+    work.take(work.fleet.stop())
+    work.fleet.close()
+    assert before.items() <= work.done.items() <= EXPECTED.items() and len(work.done) < len(EXPECTED)
+    assert work.fleet.standing().scheduled.finished == len(work.done)
+
+
+def test_a_stop_breaks_into_loading():
+    work = Work(partial(Device, load_seconds=60.0))
+    began = time.monotonic()
+    signal.signal(signal.SIGALRM, lambda *_: work.stop.request(75))
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    with pytest.raises(Stopped):
+        list(work.run())
+    assert work.fleet.stop() == [] and time.monotonic() - began < 5.0
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["roomy", "preempting"])
+@pytest.mark.parametrize("members", [2, 3])
+def test_several_members_share_the_work_and_each_sample_comes_once(members, short):
+    work = Work(partial(Device, 0.003, num_pages=24 if short else 200), members, short=short)
+    for _ in work.run():
+        pass
+    assert work.done == EXPECTED
+    assert (work.fleet.standing().scheduled.preemptions > 0) == short
+    shares, standing = work.fleet.shares(), work.fleet.standing()
+    assert sum(share.samples for share in shares) == standing.scheduled.finished == len(EXPECTED)
+    assert all(share.samples > 0 for share in shares)
+    assert standing.scheduled.finished_prompts == len(PROMPTS)
+    assert work.fleet.steps()["finished"].sum() == len(EXPECTED)
+
+
+def test_what_is_drawn_already_is_not_drawn_again():
+    flags = np.random.default_rng(3).random(len(EXPECTED)) < 0.5
+    drawn = Drawn(np.arange(len(PROMPTS) + 1) * PARAMS.n, flags)
+    work = Work(members=2, drawn=drawn)
+    for _ in work.run():
+        pass
+    assert work.done == {key: EXPECTED[key] for place, key in enumerate(sorted(EXPECTED)) if not flags[place]}
+
+
+def test_a_fast_member_takes_over_what_a_slow_one_has_not_begun():
+    made = multiprocessing.get_context("fork").Value("i", 0)
+
+    def device() -> Device:
+        with made.get_lock():
+            made.value += 1
+            return Device(0.001 if made.value > 1 else 0.05)
+
+    work = Work(device, 2)
+    for _ in work.run():
+        pass
+    assert work.done == EXPECTED
+    assert max(share.samples for share in work.fleet.shares()) > 0.6 * len(EXPECTED)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_members_killed_at_random_lose_and_double_nothing(seed):
+    work, chance = Work(partial(Device, 0.004), 3, max_restarts=100), random.Random(seed)
+    kills = 0
+    for _ in work.run():
+        if len(work.done) > 4 * (kills + 1) and kills < 8:
+            pids = [member.pid for member in work.fleet._members if member.pid is not None]
+            os.kill(chance.choice(pids), signal.SIGKILL)
+            kills += 1
+    assert work.done == EXPECTED
+    # One may be struck again before its end is seen.
+    assert kills / 2 <= work.fleet.standing().counts.restarts["scheduler"] <= kills
+
+
+def test_a_member_that_is_lost_again_and_again_is_done_without():
+    made = multiprocessing.get_context("fork").Value("i", 0)
+
+    class Doomed(Device):
+        def start(self) -> None:
+            with made.get_lock():
+                made.value += 1
+                first = made.value == 1
+            if not first:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    work = Work(partial(Doomed, 0.01), 2, max_restarts=1)
+    for _ in work.run():
+        pass
+    assert work.done == EXPECTED
+    assert any("goes on with 1 of 2 replicas" in text for text in work.told)
+
+
+def test_a_row_that_kills_workers_kills_few_over_the_whole_fleet():
+    """Its samples are divided between the members until one of these suspects it."""
+    crashes = multiprocessing.get_context("fork").Value("i", 0)
+    poison = 3
+
+    class Poisoned(Device):
+        def submit(self, step: StepBatch) -> None:
+            if poison in step.inits.row:
+                with crashes.get_lock():
+                    crashes.value += 1
+                raise WorkerLost("the worker process was killed", "killed")
+            super().submit(step)
+
+    work = Work(partial(Poisoned, 0.002), 2, max_restarts=20)
+    errors: list[Completion] = []
+    try:
+        for completions in work.fleet.run():
+            errors += [completion for completion in completions if completion.error_code is not None]
+            work.take([completion for completion in completions if completion.error_code is None])
+    finally:
+        work.fleet.close()
+    assert work.done == {key: tokens for key, tokens in EXPECTED.items() if key[0] != poison}
+    assert sorted((c.row_index, c.sample_index, c.error_code) for c in errors) == [
+        (poison, sample, "worker_crash") for sample in range(PARAMS.n)
+    ]
+    # Twice together, a halving for each power of two, twice alone; and once more for the other member.
+    assert crashes.value <= 2 + 3 + 2 + 2

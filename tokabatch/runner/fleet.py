@@ -1,0 +1,327 @@
+"""The members of a run and the work between them; one member is a fleet, too.
+
+Main holds the plan and the only record of who has what (`Ledger`). Members say when they can take more, and are given runs of
+the plan, or what the fullest of the others has not begun. What a lost member had goes to whoever can take it, another process
+in its place included; a member whose processes are lost again and again is done without, as long as there are others. Of rows
+that are suspected to kill workers one member gets all samples, so that they are tried there alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from multiprocessing.connection import wait
+
+import numpy as np
+
+from tokabatch.errors import EngineError, ReplicaLost
+from tokabatch.forecast.step_log import StepLog, Steps
+from tokabatch.report.summary import ReplicaShare
+from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.ledger import Ledger, Part
+from tokabatch.runner.member import (
+    STANDING_SECONDS,
+    STOP_SECONDS,
+    Build,
+    Ended,
+    Finished,
+    Given,
+    Lengths,
+    Member,
+    Message,
+    Share,
+    Suspects,
+    Wants,
+    Withdraw,
+)
+from tokabatch.runner.replica import ReplicaCounts, Standing
+from tokabatch.scheduling.contracts import Completion, Requests
+from tokabatch.scheduling.counts import SchedulerCounts
+from tokabatch.scheduling.scheduler import SchedulerLimits
+
+TICK_SECONDS = 0.2
+"""How often the caller of `run` gets its turn while no sample is finished."""
+FEED_SECONDS = 0.1
+"""How often a member that wants more is looked after, beside when something comes free."""
+TELL_SECONDS = 1.0
+"""How often members are told of the lengths that others saw."""
+
+
+class Fleet:
+    """See `Replica`, whose methods these are. `build` makes a member's replica in its process, `leave` lets go there of what is
+    main's."""
+
+    def __init__(
+        self,
+        requests: Requests,
+        limits: SchedulerLimits,
+        devices: Sequence[Sequence[str]],
+        build: Build,
+        *,
+        stop: Interruption,
+        tell: Callable[[str], None],
+        max_restarts: int = 0,
+        hang_seconds: float = math.inf,
+        interval: float | None = None,
+        leave: Callable[[], None] = lambda: None,
+    ) -> None:
+        """A member for each entry of `devices`, its GPUs. At most `max_restarts` processes of one are lost in a row without a
+        finished sample. One without a sign of life for `hang_seconds` is killed; a step that stands still is the worker's,
+        which the replica watches. `interval` is the time between two standings that are wanted, in seconds; None is never."""
+        self._ledger = Ledger(requests)
+        self._first_left = self._ledger.left
+        self._build = build
+        self._stop, self._tell, self._leave = stop, tell, leave
+        self._max_restarts, self._hang_seconds, self._interval = max_restarts, hang_seconds, interval
+        self._members = [Member(number, names, Standing.before(limits)) for number, names in enumerate(devices)]
+        if interval is None and len(self._members) > 1:
+            # Who has how much to give is seen from it.
+            self._interval = STANDING_SECONDS
+        self._lengths: dict[int, list[tuple[int, bool]]] = {member.number: [] for member in self._members}
+        """What each is to be told of the samples that others finished."""
+        self._gathering: dict[int, int] = {}
+        """By prompt: the member that gets all its samples."""
+        self._fed = self._told = 0.0
+        self._began = self._ended = 0.0
+
+    def run(self) -> Iterator[list[Completion]]:
+        """As `Replica.run`; yields the samples of several steps at once where they are many, an empty list where none are
+        finished."""
+        for member in self._members:
+            self._start(member)
+        looked = time.monotonic()
+        while self._ledger.left:
+            with self._stop.at_once():
+                ready = wait([member.pipe for member in self._members if member.pipe is not None], TICK_SECONDS)
+            # Not more than that: main may have been the one that was stopped.
+            passed, looked = min(time.monotonic() - looked, TICK_SECONDS), time.monotonic()
+            completions: list[Completion] = []
+            for member in self._live():
+                try:
+                    if member.pipe in ready:
+                        completions += self._take(member, member.receive())
+                    elif (silent := member.wait(passed)) > self._hang_seconds:
+                        member.kill()
+                        raise ReplicaLost(f"the scheduler's process gave no sign of life for {silent:.0f} s and was killed")
+                except ReplicaLost as fault:
+                    self._replace(member, fault)
+            self._feed()
+            if completions or any(member.begun for member in self._members):
+                yield completions
+        self._ended = time.monotonic()
+        self.stop()
+
+    def standing(self, *, foresee: bool = False) -> Standing:
+        """Where the work stood when the members said so last; `finished` is what has come in."""
+        standings = [member.standing for member in self._members]
+        scheduled, counts = SchedulerCounts(), ReplicaCounts()
+        for total, parts in ((scheduled, [s.scheduled for s in standings]), (counts, [s.counts for s in standings])):
+            for field in fields(total):
+                empty = Counter[str]() if field.name == "restarts" else 0
+                setattr(total, field.name, sum((getattr(part, field.name) for part in parts), empty))
+        scheduled.finished = self._first_left - self._ledger.left
+        scheduled.finished_prompts = self._ledger.finished_prompts
+        running = sum(standing.running for standing in standings)
+        known, seen = [s.tokens_left for s in standings if s.tokens_left is not None], [s for s in standings if s.tokens_left]
+        held = sum(standing.running + standing.waiting for standing in seen)
+        return Standing(
+            scheduled,
+            counts,
+            replace(standings[0].limits, num_pages=sum(standing.limits.num_pages for standing in standings)),
+            running,
+            max(0, self._ledger.left - running),
+            sum(standing.used_pages for standing in standings),
+            # Of samples that no member has yet as of those that they have.
+            round(sum(known) * max(1.0, self._ledger.left / held)) if known and held else sum(known) if known else None,
+        )
+
+    def steps(self) -> Steps:
+        """The steps whose results are in, of all members by the time that each had taken; none before the end."""
+        known = [member.ended.steps for member in self._members if member.ended is not None]
+        if not known:
+            return StepLog().steps()
+        order = np.argsort(np.concatenate([np.cumsum(steps["seconds"]) for steps in known]), kind="stable")
+        return Steps({name: np.concatenate([steps.columns[name] for steps in known])[order] for name in known[0].columns})
+
+    def shares(self) -> tuple[ReplicaShare, ...]:
+        """What each member did."""
+        last = self._ended - (self._ended - self._began) / 10
+        shares: list[ReplicaShare] = []
+        for member in self._members:
+            idle = () if member.ended is None else member.ended.idle
+            spans = [(max(begin, since), min(end, self._ended)) for since in (self._began, last) for begin, end in idle]
+            seconds = [max(0.0, end - begin) for begin, end in spans]
+            whole, tail = max(self._ended - self._began, 1e-9), max(self._ended - last, 1e-9)
+            scheduled = member.standing.scheduled
+            shares.append(
+                ReplicaShare(
+                    devices=member.devices,
+                    samples=member.finished,
+                    output_tokens=scheduled.output_tokens,
+                    prefilled_tokens=scheduled.prefilled_tokens,
+                    idle=sum(seconds[: len(idle)]) / whole,
+                    idle_at_end=sum(seconds[len(idle) :]) / tail,
+                )
+            )
+        return tuple(shares)
+
+    def stop(self) -> list[Completion]:
+        """Break the work off; returns what is finished and was not yielded. A process that is still loading, or does not end
+        soon, is left to `close`."""
+        completions: list[Completion] = []
+        self._ended = self._ended or time.monotonic()
+        deadline = time.monotonic() + STOP_SECONDS
+        waited = [member for member in self._live() if member.begun and member.ended is None]
+        for member in waited:
+            member.send(None)
+        while waited and (ready := wait([m.pipe for m in waited if m.pipe], max(0.0, deadline - time.monotonic()))):
+            for member in [member for member in waited if member.pipe in ready]:
+                try:
+                    message = member.receive()
+                except ReplicaLost:
+                    waited.remove(member)
+                    continue
+                if isinstance(message, Finished):
+                    self._ledger.finish(member.number, message.completions)
+                    member.finished += len(message.completions)
+                    completions += message.completions
+                elif isinstance(message, Ended):
+                    waited.remove(member)
+                elif isinstance(message, str):
+                    self._say(member, message)
+        return completions
+
+    def close(self) -> None:
+        """End the processes, and with them the workers."""
+        for member in self._members:
+            if member.pipe is not None and member.ended is None:
+                member.pipe.close()
+        for member in self._members:
+            member.close()
+
+    def _live(self) -> list[Member]:
+        return [member for member in self._members if member.pipe is not None]
+
+    def _start(self, member: Member) -> None:
+        """Start a process for it, with its first run."""
+        run = self._next_run(member) or Part.joined([])
+
+        def leave() -> None:
+            for each in self._members:
+                if each.pipe is not None:
+                    each.pipe.close()
+            self._leave()
+
+        member.fork(self._build, run, self._ledger, self._interval, leave)
+
+    def _next_run(self, member: Member) -> Part | None:
+        count = sum(not each.given_up for each in self._members)
+        return self._ledger.next_run(member.number, count, whole=count == 1)
+
+    def _take(self, member: Member, message: Message | None) -> list[Completion]:
+        """Take in what a member says; returns the samples that it has finished."""
+        if isinstance(message, str):
+            self._say(member, message)
+        elif isinstance(message, Finished):
+            self._began = self._began or time.monotonic()
+            self._ledger.finish(member.number, message.completions)
+            member.finished += len(message.completions)
+            if message.completions:
+                member.barren = 0
+                self._note_lengths(member, message.completions)
+            return message.completions
+        elif isinstance(message, Wants):
+            # Otherwise a part is on its way.
+            if message.parts == member.parts:
+                member.wants, self._fed = message.waiting, 0.0
+                for each in self._members:
+                    each.can_give = True
+        elif isinstance(message, Given):
+            member.asked, member.can_give = False, len(message.part) > 0
+            self._ledger.give_back(member.number, message.part)
+            self._fed = 0.0
+            for number in {self._gathering[p] for p in message.part.prompts.tolist() if p in self._gathering}:
+                self._gather(self._members[number])
+        elif isinstance(message, Suspects):
+            self._gathering = {prompt: number for prompt, number in self._gathering.items() if number != member.number}
+            prompts = self._ledger.prompts(message.rows).tolist()
+            self._gathering |= {prompt: member.number for prompt in prompts if prompt not in self._gathering}
+            self._gather(member)
+        elif isinstance(message, Ended):
+            if not isinstance(message.error, EngineError):
+                raise message.error or EngineError("a replica has ended before its work; please report this with the job file")
+            if len(self._live()) == 1:
+                raise message.error
+            member.barren = self._max_restarts
+            self._replace(member, message.error)
+        return []
+
+    def _feed(self) -> None:
+        """Give those that want more of what is free, or ask the fullest of the others for some."""
+        now = time.monotonic()
+        if now - self._told > TELL_SECONDS:
+            self._told = now
+            for member in self._live():
+                if member.begun and (news := self._lengths[member.number]):
+                    length, stopped = np.array([n for n, _ in news], np.int32), np.array([s for _, s in news], np.bool_)
+                    self._lengths[member.number] = []
+                    member.send(Lengths(length, stopped))
+        live = self._live()
+        hungry = sorted((member for member in live if member.wants is not None), key=lambda member: member.wants or 0)
+        if not hungry or now - self._fed < FEED_SECONDS:
+            return
+        self._fed = now
+        for member in hungry:
+            run = self._next_run(member)
+            if run is not None:
+                member.send(run)
+                continue
+            trying = set(self._gathering.values())
+            others = [
+                each for each in live if each is not member and each.begun and each.can_give and each.number not in trying
+            ]
+            fullest = max(others, key=lambda each: each.standing.waiting, default=None)
+            if fullest is not None and not any(each.asked for each in live) and not self._ledger.has_free:
+                fullest.send(Share(member.wants or 0))
+
+    def _gather(self, member: Member) -> None:
+        """Give a member all samples of the rows that it suspects; they are taken from the others first."""
+        prompts = np.array(sorted(prompt for prompt, number in self._gathering.items() if number == member.number), np.int32)
+        if not len(prompts):
+            return
+        free, holders = self._ledger.others(member.number, prompts)
+        for number in holders.tolist():
+            if not self._members[number].asked:
+                self._members[number].send(Withdraw(self._ledger.plan.row_index[prompts]))
+        if len(free) and member.pipe is not None:
+            self._ledger.take_over(member.number, free)
+            member.send(free)
+
+    def _note_lengths(self, member: Member, completions: Sequence[Completion]) -> None:
+        good = [(len(c.token_ids), c.finish_reason == "stop") for c in completions if c.error_code is None]
+        for number, news in self._lengths.items():
+            if number != member.number:
+                news += good
+
+    def _replace(self, member: Member, fault: EngineError) -> None:
+        """Start another process in the place of one that is lost, or do without it. Raises EngineError where none is left."""
+        member.close()
+        member.standing = replace(member.standing, running=0, waiting=0, used_pages=0, tokens_left=None)
+        self._ledger.give_back(member.number)
+        member.barren += 1
+        member.standing.counts.restarts["scheduler"] += 1
+        self._gathering = {prompt: number for prompt, number in self._gathering.items() if number != member.number}
+        if member.barren <= self._max_restarts:
+            self._say(member, f"{fault}. Starting another; what was under way is computed again")
+            self._start(member)
+            return
+        member.given_up = True
+        if not self._live():
+            raise EngineError(f"{fault}; giving up (engine.max_restarts). What is finished is committed.") from fault
+        self._say(member, f"{fault}; the run goes on with {len(self._live())} of {len(self._members)} replicas")
+
+    def _say(self, member: Member, text: str) -> None:
+        self._tell(text if len(self._members) == 1 else f"replica {member.number}: {text}")

@@ -1,0 +1,195 @@
+"""Who holds which samples of a plan: one entry a sample, kept by main, from which the members of a fleet are given *runs*.
+
+A run is what lies together in the plan and shares most: it is cut where the prompt behind the cut shares least with the one
+before. The first ones are large, and towards the end they become small (guided self-scheduling, Polychronopoulos and Kuck
+1987), so that the members end together; a prompt with many samples is cut between samples. What a member gives back, and what
+a lost one held, is free again, wherever it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tokabatch.arrays import Int32, Int64
+from tokabatch.errors import EngineError
+from tokabatch.scheduling.contracts import Completion, Requests
+
+FREE, DONE = -1, -2
+SMALLEST = 64
+"""A run is at least the plan's cost divided by this and the number of members."""
+SPLIT_WORTH = 8
+"""A prompt's samples are divided between runs where, on both sides, they may cost so many times what their prompt does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Samples of a plan: of each of the `prompts`, numbers in plan order, those from `first` up to `stop`. A prompt comes
+    several times where its samples lie apart."""
+
+    prompts: Int32
+    first: Int32
+    stop: Int32
+
+    @classmethod
+    def joined(cls, parts: Sequence[Part]) -> Part:
+        """All of them, in the order of the plan."""
+        empty = np.zeros(0, np.int32)
+        prompts = np.concatenate([empty, *(part.prompts for part in parts)])
+        first = np.concatenate([empty, *(part.first for part in parts)])
+        stop = np.concatenate([empty, *(part.stop for part in parts)])
+        order = np.lexsort((first, prompts))
+        return cls(prompts[order], first[order], stop[order])
+
+    def __len__(self) -> int:
+        """How many samples they are."""
+        return int((self.stop - self.first).sum(dtype=np.int64))
+
+
+class Ledger:
+    """Of a plan over R prompts; `plan` has no samples that are drawn already, these count as done."""
+
+    def __init__(self, requests: Requests) -> None:
+        self.plan = replace(requests, drawn=None)
+        wanted = self.plan.num_samples()
+        self._offset: Int64 = np.concatenate((np.zeros(1, np.int64), np.cumsum(wanted)))
+        """Where each prompt's samples begin among all."""
+        self._holder = np.full(int(self._offset[-1]), FREE, np.int16)
+        if requests.drawn is not None:
+            place = np.repeat(requests.drawn.start[requests.row_index] - self._offset[:-1], wanted)
+            self._holder[requests.drawn.flags[place + np.arange(len(place))]] = DONE
+        sampling, params = self.plan.sampling, self.plan.params
+        self._output: Int64 = np.array([kind.max_tokens for kind in sampling], np.int64)[params]
+        """The most tokens that a sample of each prompt costs beside its prompt."""
+        self._by_row: Int64 = np.argsort(self.plan.row_index)
+        self._left_of: Int64 = np.add.reduceat(self._holder == FREE, self._offset[:-1], dtype=np.int64)
+        self.left = self._free = int(self._left_of.sum())
+        """Samples that are not finished."""
+        self.finished_prompts = 0
+        self._cost = int(self._costs(self._parts_of(FREE))[-1]) if self.left else 0
+
+    @property
+    def has_free(self) -> bool:
+        """Whether any sample is with no member."""
+        return self._free > 0
+
+    def prompts(self, rows: Sequence[int] | Int64) -> Int32:
+        """The plan's numbers of these rows' prompts."""
+        ordered = self.plan.row_index[self._by_row]
+        return self._by_row[np.searchsorted(ordered, rows)].astype(np.int32)
+
+    def part(self, requests: Requests) -> Part:
+        """What a scheduler's table of prompts and spans is of this plan."""
+        assert requests.span is not None
+        return Part(self.prompts(requests.row_index), *requests.span)
+
+    def next_run(self, member: int, members: int, *, whole: bool = False) -> Part | None:
+        """The next run for one of so many members, which holds it from now on; None where none is free, or where it holds its
+        share of all that is left already. With `whole` all that is free."""
+        if not self._free:
+            return None
+        free = self._parts_of(FREE)
+        if not whole:
+            held = self.held(member)
+            share = -(-self.left // members) - held
+            least = self._cost / (SMALLEST * members)
+            costs, counts = self._costs(free), np.append(0, np.cumsum(free.stop - free.first))
+            wanted = max(costs[-1] / (2 * members), least)
+            limit = float(np.interp(share, counts, costs))
+            if share <= 0 or (held and limit < min(least, costs[-1] / members)):
+                return None
+            free = self._cut(free, costs, min(wanted, limit), limit)
+        self._set(free, member)
+        return free
+
+    def take_over(self, member: int, part: Part) -> None:
+        """A member holds this part from now on, whoever did."""
+        self._set(part, member)
+
+    def finish(self, member: int, completions: Sequence[Completion]) -> None:
+        """A member has finished these samples. Raises EngineError for one that it does not hold."""
+        if not completions:
+            return
+        prompts = self.prompts(np.array([completion.row_index for completion in completions], np.int64))
+        places = self._offset[prompts] + np.array([completion.sample_index for completion in completions], np.int64)
+        if (self._holder[places] != member).any() or len(np.unique(places)) < len(places):
+            raise EngineError("a sample was finished that its replica does not hold; please report this with the job file")
+        self._holder[places] = DONE
+        self.left -= len(places)
+        distinct, count = np.unique(prompts, return_counts=True)
+        self._left_of[distinct] -= count
+        self.finished_prompts += int(np.count_nonzero(self._left_of[distinct] == 0))
+
+    def give_back(self, member: int, part: Part | None = None) -> int:
+        """What a member holds, or this part of it, is free again; how many samples."""
+        held = self._parts_of(member) if part is None else part
+        self._set(held, FREE)
+        return len(held)
+
+    def held(self, member: int) -> int:
+        """Samples that a member holds."""
+        return int(np.count_nonzero(self._holder == member))
+
+    def others(self, member: int, prompts: Int32) -> tuple[Part, Int64]:
+        """Of these prompts, what neither the member holds nor is done: the part that is free, and which others hold some."""
+        elsewhere = np.concatenate([np.arange(*self._offset[[prompt, prompt + 1]]) for prompt in np.unique(prompts).tolist()])
+        holders = np.unique(self._holder[elsewhere])
+        free = self._parts_of(FREE)
+        mine = np.isin(free.prompts, prompts)
+        part = Part(free.prompts[mine], free.first[mine], free.stop[mine])
+        return part, holders[(holders >= 0) & (holders != member)].astype(np.int64)
+
+    def _set(self, part: Part, holder: int) -> None:
+        count = (part.stop - part.first).astype(np.int64)
+        begin = self._offset[part.prompts] + part.first
+        places = np.repeat(begin - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
+        self._free += len(places) * (holder == FREE) - int(np.count_nonzero(self._holder[places] == FREE))
+        self._holder[places] = holder
+
+    def _parts_of(self, holder: int) -> Part:
+        """Everything that one holds, in as few pieces as there can be."""
+        mine = self._holder == holder
+        begins, ends = mine.copy(), mine.copy()
+        begins[1:] &= ~mine[:-1]
+        ends[:-1] &= ~mine[1:]
+        # Each prompt by itself.
+        edges = self._offset[1:-1]
+        begins[edges] = mine[edges]
+        ends[edges - 1] = mine[edges - 1]
+        first, last = np.flatnonzero(begins), np.flatnonzero(ends)
+        prompts = (np.searchsorted(self._offset, first, side="right") - 1).astype(np.int32)
+        offset = self._offset[prompts]
+        return Part(prompts, (first - offset).astype(np.int32), (last + 1 - offset).astype(np.int32))
+
+    def _costs(self, part: Part) -> Int64:
+        """Tokens that the pieces of a part cost at most, added up, and 0 in front: shape [pieces + 1]."""
+        prompts = part.prompts
+        own = np.where(np.diff(prompts, prepend=-1) > 0, self.plan.length[prompts] - self.plan.lcp[prompts], 0)
+        return np.append(0, np.cumsum(own + (part.stop - part.first) * self._output[prompts]))
+
+    def _cut(self, part: Part, costs: Int64, wanted: float, limit: float) -> Part:
+        """The front of a part, about as much as `wanted` and not more than `limit`, but at least one sample."""
+        prompts = part.prompts
+        inside = np.flatnonzero((costs[1:] >= wanted / 2) & (costs[1:] <= min(1.5 * wanted, limit))) + 1
+        if costs[-1] <= limit and costs[-1] <= 1.5 * wanted:
+            pieces = len(prompts)
+        elif len(inside):
+            same = np.append(prompts[1:] == prompts[:-1], False)[inside - 1]
+            behind = np.append(prompts, prompts[-1])[inside]
+            shared = np.where(same, self.plan.length[behind], self.plan.lcp[behind])
+            pieces = int(inside[np.lexsort((np.abs(costs[inside] - wanted), shared))[0]])
+        else:
+            # One prompt takes more than is wanted.
+            place = max(0, int(np.searchsorted(costs, wanted, side="right")) - 1)
+            place = min(place, len(prompts) - 1)
+            first, stop, each = int(part.first[place]), int(part.stop[place]), int(self._output[prompts[place]])
+            count = round((wanted - int(costs[place])) / each)
+            worth = SPLIT_WORTH * int(self.plan.length[prompts[place]]) // each
+            if max(1, worth) <= count <= stop - first - max(1, worth):
+                taken = part.stop[: place + 1].copy()
+                taken[-1] = first + count
+                return Part(prompts[: place + 1], part.first[: place + 1], taken)
+            pieces = max(1, place + (count > (stop - first) // 2))
+        return Part(prompts[:pieces], part.first[:pieces], part.stop[:pieces])

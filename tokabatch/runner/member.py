@@ -1,0 +1,420 @@
+"""A member of a fleet: a replica in a process of its own, so that no step waits for what becomes of finished samples.
+
+The process is forked: the plan's tokens are shared that way, not copied, and what crosses the pipe names prompts by their place
+in the plan. It is given work, and gives some back, between steps; finished samples come back in their order, sent by a thread
+whose queue is bounded: where recording is the slower of the two, the steps are held up instead of memory. It ends with main.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
+
+import numpy as np
+
+from tokabatch.arrays import Bool, Int32, Int64
+from tokabatch.engine.child import PARENTS_SIGNALS
+from tokabatch.engine.heartbeat import die_with_parent
+from tokabatch.errors import EngineError, ReplicaLost, Stopped, TokabatchError
+from tokabatch.forecast.step_log import Steps
+from tokabatch.parallel.layout import VISIBLE
+from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.ledger import Ledger, Part
+from tokabatch.runner.replica import Replica, Standing
+from tokabatch.scheduling.completion_batch import CompletionBatch
+from tokabatch.scheduling.contracts import Completion, Requests
+
+MAX_UNSENT = 64
+"""Steps whose finished samples may be on their way to main."""
+STANDING_SECONDS = 0.1
+BEAT_SECONDS = 0.5
+"""How often the process gives a sign of life while it has nothing to say."""
+STOP_SECONDS = 10.0
+LEAST_WAITING, REFILL = 16, 1 / 4
+"""A member wants more work where fewer samples wait than this, or than this share of those that run."""
+_THREADS_OF_TOKENIZERS = "TOKENIZERS_PARALLELISM"
+
+
+class Build(Protocol):
+    """What makes the replica of a member, by its number, for its first requests; `standing` is that of the replica whose place
+    it takes, and whose counts go on."""
+
+    def __call__(
+        self, number: int, requests: Requests, standing: Standing, *, stop: Interruption, tell: Callable[[str], None]
+    ) -> Replica: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """To a member: give back half of the samples that have never been admitted here and are more than wait elsewhere."""
+
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """To a member: give back all samples of these rows that are not finished, those that run included."""
+
+    rows: Int64
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """To a member: how long samples were that others finished; `stopped` is False where the limit ended them."""
+
+    length: Int32
+    stopped: Bool
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """From a member: samples that are finished, and where the work stands if that is due."""
+
+    completions: list[Completion]
+    standing: Standing | None
+
+
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """From a member: it can take more, having been given so many parts; so many samples wait."""
+
+    waiting: int
+    parts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """From a member: what it gives back."""
+
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Suspects:
+    """From a member: rows one of which may kill workers; none where that is over."""
+
+    rows: Int64
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """From a member: its last word. `idle` are the times, by the system's monotonic clock, in which it had nothing to run."""
+
+    standing: Standing
+    steps: Steps
+    idle: tuple[tuple[float, float], ...]
+    error: TokabatchError | None
+
+
+Message = Finished | Wants | Given | Suspects | Ended | str
+"""A text is for a person."""
+Order = Part | Share | Withdraw | Lengths
+
+
+def can_fork() -> bool:
+    """Whether a process of many threads may be forked here; on macOS its system libraries forbid it."""
+    return sys.platform == "linux"
+
+
+class Member:
+    """Main's side of one member."""
+
+    def __init__(self, number: int, devices: Sequence[str], standing: Standing) -> None:
+        self.number = number
+        self.devices = tuple(devices)
+        self.standing = standing
+        self.begun = False
+        """Its model is loaded."""
+        self.ended: Ended | None = None
+        self.wants: int | None = None
+        """How many samples wait there, where more is wanted."""
+        self.parts = 0
+        """Those sent to this process."""
+        self.asked = False
+        """It has been asked to give samples back, and has not answered."""
+        self.can_give = True
+        self.finished = 0
+        """Samples that came from here, from lost processes of this member included."""
+        self.barren = 0
+        """Its processes lost in a row without a finished sample."""
+        self.given_up = False
+        """No other process takes the place of the last one."""
+        self.silent = 0.0
+        """Seconds since its last sign of life."""
+        self.pipe: Connection | None = None
+        self._process: BaseProcess | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def fork(
+        self,
+        build: Build,
+        first: Part,
+        ledger: Ledger,
+        interval: float | None,
+        leave: Callable[[], None],
+    ) -> None:
+        """Start its process, on the `first` part; `leave` lets go there of what is main's. `interval` is the time between two
+        standings that are sent, in seconds; None sends the first and the last alone."""
+        self.begun, self.ended, self.wants, self.asked, self.can_give = False, None, None, False, True
+        self.parts, self.silent = 0, 0.0
+        context = multiprocessing.get_context("fork")
+        self.pipe, theirs = context.Pipe()
+        process = context.Process(
+            target=_serve,
+            args=(theirs, self, build, first, ledger, interval, leave),
+            name=f"tokabatch-replica-{self.number}",
+        )
+        # Threads of native libraries are not carried over. None of theirs is used in the fork: tokenizers' is kept from it.
+        setting = os.environ.get(_THREADS_OF_TOKENIZERS)
+        os.environ[_THREADS_OF_TOKENIZERS] = "false"
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if setting is None:
+                del os.environ[_THREADS_OF_TOKENIZERS]
+            else:
+                os.environ[_THREADS_OF_TOKENIZERS] = setting
+        theirs.close()
+        self._process = process
+
+    def send(self, order: Order | None) -> None:
+        """None is to end. Where the process is gone, the next `receive` says so."""
+        if isinstance(order, Part):
+            self.parts, self.wants, self.can_give = self.parts + 1, None, True
+        elif isinstance(order, Share | Withdraw):
+            self.asked = True
+        assert self.pipe is not None
+        with suppress(OSError):
+            self.pipe.send(packed(order) if isinstance(order, Part) else order)
+
+    def receive(self) -> Message | None:
+        """The next message, which has come in; None is a sign of life. Raises ReplicaLost where the process is gone."""
+        assert self.pipe is not None and self._process is not None
+        try:
+            message: Message | None = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(STOP_SECONDS)
+            code = self._process.exitcode
+            by = "ended with code" if code is None or code >= 0 else "was killed by signal"
+            raise ReplicaLost(f"the scheduler's process {by} {abs(code or 0)}") from error
+        self.silent = 0.0
+        if isinstance(message, Finished | Ended) and message.standing is not None:
+            self.standing = message.standing
+        if isinstance(message, Ended):
+            self.ended = message
+        self.begun = self.begun or isinstance(message, Finished | Ended)
+        return message
+
+    def wait(self, seconds: float) -> float:
+        """So much time has passed without a sign of life; for how long there has been none."""
+        self.silent += seconds
+        return self.silent
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+
+    def close(self) -> None:
+        """End the process, and with it the worker."""
+        if self._process is None or self.pipe is None:
+            return
+        if self.ended is not None:
+            # The worker may have a trace to write.
+            self._process.join(STOP_SECONDS)
+        self.pipe.close()
+        self._process.join(STOP_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._process = self.pipe = None
+
+
+def packed(part: Part) -> bytes:
+    """A part in few bytes: mostly, prompts that follow one another, of each all samples."""
+    table = np.stack((np.diff(part.prompts, prepend=np.int32(0)), part.first, part.stop))
+    return zlib.compress(table.astype(np.int32).tobytes(), 1)
+
+
+def unpacked(text: bytes) -> Part:
+    """What `packed` made these bytes of."""
+    step, first, stop = np.frombuffer(zlib.decompress(text), np.int32).reshape(3, -1)
+    return Part(np.cumsum(step, dtype=np.int32), first, stop)
+
+
+def _serve(
+    pipe: Connection,
+    member: Member,
+    build: Build,
+    first: Part,
+    ledger: Ledger,
+    interval: float | None,
+    leave: Callable[[], None],
+) -> None:
+    """The forked process."""
+    die_with_parent()
+    for number in PARENTS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
+    # A display may have put itself before them, whose locks other threads held.
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    leave()
+    if member.devices:
+        os.environ[VISIBLE] = ",".join(member.devices)
+    outbox: queue.Queue[Message | None] = queue.Queue(MAX_UNSENT)
+    inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+    stopped = threading.Event()
+    sender = threading.Thread(target=_send, args=(outbox, pipe), daemon=True)
+    sender.start()
+    requests = ledger.plan.part(first.prompts, first.first, first.stop)
+    standing = replace(member.standing, scheduled=replace(member.standing.scheduled, finished=member.finished))
+    replica = build(member.number, requests, standing, stop=Interruption(stopped.is_set), tell=outbox.put)
+    threading.Thread(target=_listen, args=(pipe, inbox, stopped, replica), daemon=True).start()
+    loop = _Loop(replica, ledger, inbox, outbox, interval)
+    error: TokabatchError | None = None
+    try:
+        loop.run(stopped)
+    except TokabatchError as fault:
+        error = fault
+    except Stopped:
+        pass
+    except Exception as fault:
+        reason = " ".join(traceback.format_exception_only(fault)[-1].split())
+        error = EngineError(f"the scheduler failed: {reason}; please report this with the job file\n{traceback.format_exc()}")
+    outbox.put(Ended(replica.standing(), replica.steps(), tuple(loop.idle), error))
+    outbox.put(None)
+    sender.join()
+    replica.close()
+
+
+class _Loop:
+    """Steps, and between them what main has sent."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        ledger: Ledger,
+        inbox: queue.SimpleQueue[Order | None],
+        outbox: queue.Queue[Message | None],
+        interval: float | None,
+    ) -> None:
+        self.idle: list[tuple[float, float]] = []
+        self._replica = replica
+        self._ledger = ledger
+        self._inbox, self._outbox = inbox, outbox
+        self._interval = interval
+        self._parts = 0
+        self._told: int | None = None
+        """Samples that waited when main was told that more is wanted."""
+        self._suspects: Int64 = np.zeros(0, np.int64)
+        self._due = 0.0
+
+    def run(self, stopped: threading.Event) -> None:
+        """Until main says to stop."""
+        replica = self._replica
+        # The first standing tells that the model is loaded: it is always sent.
+        self._tell(replica.start())
+        while not stopped.is_set():
+            completions: list[Completion] = []
+            if replica.scheduler.done:
+                self._due = 0.0 if self._interval is not None else self._due
+                self._tell([])
+                self._want()
+                began = time.monotonic()
+                order = self._inbox.get()
+                self.idle.append((began, time.monotonic()))
+                completions += self._obey(order)
+            with suppress(queue.Empty):
+                while True:
+                    completions += self._obey(self._inbox.get_nowait())
+            if not replica.scheduler.done and not stopped.is_set():
+                completions += replica.step()
+                self._want()
+            self._tell(completions)
+
+    def _tell(self, completions: list[Completion]) -> None:
+        now = time.monotonic()
+        if now >= self._due:
+            standing = self._replica.standing(foresee=self._interval is not None)
+            self._outbox.put(Finished(CompletionBatch(completions), standing))
+            self._due = float("inf") if self._interval is None else now + max(self._interval, STANDING_SECONDS)
+        elif completions:
+            self._outbox.put(Finished(CompletionBatch(completions), None))
+        suspects = self._replica.scheduler.suspected_rows()
+        if not np.array_equal(suspects, self._suspects):
+            self._outbox.put(Suspects(suspects))
+        self._suspects = suspects
+
+    def _want(self) -> None:
+        """Say where few samples wait, and again when they are half as many."""
+        waiting = self._replica.waiting
+        few = waiting < max(LEAST_WAITING, REFILL * self._replica.scheduler.num_running)
+        if few and (self._told is None or (waiting < self._told and waiting <= self._told // 2)):
+            self._outbox.put(Wants(waiting, self._parts))
+            self._told = waiting
+
+    def _obey(self, order: Any) -> list[Completion]:
+        replica, ledger = self._replica, self._ledger
+        if isinstance(order, bytes):
+            part = unpacked(order)
+            self._parts, self._told = self._parts + 1, None
+            return replica.extend(ledger.plan.part(part.prompts, part.first, part.stop))
+        if isinstance(order, Share):
+            given = replica.give_back(-(-(replica.waiting - order.waiting) // 2))
+            self._outbox.put(Given(Part.joined([ledger.part(requests) for requests in given])))
+        elif isinstance(order, Withdraw):
+            pieces: list[Part] = []
+            for row, prompt in zip(order.rows.tolist(), ledger.prompts(order.rows).tolist(), strict=True):
+                samples = replica.withdraw(row)
+                pieces.append(Part(np.full(len(samples), prompt, np.int32), samples, samples + 1))
+            self._outbox.put(Given(Part.joined(pieces)))
+        elif isinstance(order, Lengths):
+            replica.scheduler.learn(order.length, order.stopped)
+        return []
+
+
+def _send(outbox: queue.Queue[Message | None], pipe: Connection) -> None:
+    """Send what is put in, until None is. Once main has closed the pipe, nothing is sent any more; the rest is `_listen`'s."""
+    while True:
+        beat = False
+        try:
+            message = outbox.get(timeout=BEAT_SECONDS)
+        except queue.Empty:
+            message, beat = None, True
+        if message is None and not beat:
+            return
+        with suppress(OSError):
+            pipe.send(message)
+
+
+def _listen(pipe: Connection, inbox: queue.SimpleQueue[Any], stopped: threading.Event, replica: Replica) -> None:
+    """Hand on what main sends; None means to stop. Where main closes the pipe, the worker and this process end, whatever they
+    stand at."""
+    with suppress(EOFError, OSError):
+        while True:
+            order = pipe.recv()
+            if order is None:
+                stopped.set()
+            inbox.put(order)
+    replica.close()
+    os._exit(1)
