@@ -1,19 +1,38 @@
-"""Token budget and running samples follow the cost model: more where a step costs much however small it is, fewer where not."""
+"""Token budget and running samples follow the cost model: more where a step costs much however small it is, fewer where not,
+and fewer where the tail would be long."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from forecast.test_roofline import LLAMA_1B
 
+from tokabatch.forecast.assumed_lengths import DrawnLengths
 from tokabatch.forecast.devices import KNOWN
-from tokabatch.forecast.profile import Profile
-from tokabatch.forecast.roofline import Roofline
-from tokabatch.forecast.token_budget import FEWEST, MOST, STEP_SECONDS, prefill_tokens, running_samples
+from tokabatch.forecast.profile import Profile, unmeasured_gpu
+from tokabatch.forecast.roofline import H200, Roofline
+from tokabatch.forecast.simulate import simulate
+from tokabatch.forecast.token_budget import (
+    AFFORDABLE,
+    FEWEST,
+    MEAN_SHARE,
+    MOST,
+    TAIL_GOAL,
+    Survival,
+    assumed_survival,
+    expected_seconds,
+    prefill_tokens,
+    running_samples,
+)
+from tokabatch.scheduling.contracts import Requests, SamplingParams
+from tokabatch.scheduling.scheduler import SchedulerLimits
 
 ROOFLINE = Roofline(LLAMA_1B, KNOWN["h200"].rates)
+SMALL = replace(
+    LLAMA_1B, vocab_size=49_152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, intermediate_size=1536
+)
 
 
 def launching(seconds: float) -> Profile:
@@ -42,15 +61,71 @@ def test_tokens_that_cost_nothing_set_no_bound():
     assert prefill_tokens(lambda work: 0.01) == MOST
 
 
+def survival_of(count: int, max_tokens: int, given: bool = False) -> Survival:
+    return assumed_survival([max_tokens], [given], np.array([float(count)]))
+
+
 def test_the_smaller_a_model_the_more_of_its_samples_run():
-    small = replace(
-        LLAMA_1B, vocab_size=49_152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, intermediate_size=1536
+    many = survival_of(1_000_000, 320)
+    found = [running_samples(unmeasured_gpu(Roofline(spec, H200)).seconds, 1_000_000, many) for spec in (SMALL, LLAMA_1B)]
+    assert found == [24_576, 12_288]
+
+
+def test_without_a_cost_of_steps_few_run_at_once():
+    assert running_samples(lambda work: 1e-6 * work.tokens, 1_000_000, survival_of(1_000_000, 320)) == FEWEST
+
+
+def test_samples_that_cost_nothing_all_run_at_once():
+    assert running_samples(lambda work: 1e-3 + 0 * work.tokens, 20_000, survival_of(20_000, 320)) >= 16_384
+
+
+def test_the_tail_of_an_experiment_of_a_few_rounds_is_held_short():
+    """84,416 samples of at most 320 tokens, 32,768 at once: 2.6 rounds, a quarter of the time with less than half of them."""
+    cost, spread = unmeasured_gpu(Roofline(SMALL, H200)).seconds, survival_of(84_416, 320)
+    assert running_samples(cost, 84_416, spread) == 6144
+    of_few, of_most = (expected_seconds(cost, 84_416, number, spread) for number in (6144, 24_576))
+    assert of_few[1] / of_few[0] < TAIL_GOAL < 0.2 < of_most[1] / of_most[0]
+    assert of_most[0] < of_few[0] < (1 + AFFORDABLE) * of_most[0]
+
+
+@pytest.mark.parametrize("count", [1000, 10_000])
+def test_where_the_tail_is_most_of_a_job_time_decides(count):
+    """A job that runs at once has a tail whatever is done; fewer at once would only take longer."""
+    cost, spread = unmeasured_gpu(Roofline(SMALL, H200)).seconds, survival_of(count, 320)
+    chosen = expected_seconds(cost, count, running_samples(cost, count, spread), spread)[0]
+    assert chosen <= 1.02 * expected_seconds(cost, count, MOST, spread)[0]
+
+
+def test_samples_of_a_given_length_run_in_full_waves():
+    """9,824 samples of 200 tokens, 8,192 at once: most steps of the second wave would hold 1,632."""
+    cost, spread = unmeasured_gpu(Roofline(SMALL, H200)).seconds, survival_of(9824, 200, given=True)
+    waves = {number: expected_seconds(cost, 9824, number, spread) for number in (6144, 8192, 12_288)}
+    assert waves[6144][1] == waves[12_288][1] == 0 < waves[8192][1]
+    assert running_samples(cost, 9824, spread) >= 12_288
+
+
+def test_lengths_spread_as_the_kinds_of_samples_do():
+    found = assumed_survival([100, 10, 7], [True, True, True], np.array([1.0, 3.0, 0.0]))
+    assert len(found.alive) * found.width == 100 and found.alive[0] == 1
+    assert found.alive[int(9 / found.width)] == 1 and found.alive[int(12 / found.width)] == 0.25
+
+
+def test_the_fluid_model_has_the_steps_and_the_tail_of_a_simulated_run():
+    """Against the scheduler itself, on lengths of the distribution that is assumed."""
+    limit, count, running = 64, 6000, 1000
+    spread = survival_of(count, limit)
+    limits = SchedulerLimits(16, 30_000, running, 8 * running, 6, None)
+    requests = Requests(
+        row_index=np.arange(count, dtype=np.int64),
+        tokens=np.full(8 * count, 2, np.int32),
+        start=np.arange(count, dtype=np.int64) * 8,
+        length=np.full(count, 8, np.int32),
+        lcp=np.zeros(count, np.int32),
+        params=np.zeros(count, np.int32),
+        sampling=(SamplingParams(max_tokens=limit),),
     )
-    found = {spec.hidden_size: running_samples(Roofline(spec, KNOWN["h200"].rates).seconds) for spec in (small, LLAMA_1B)}
-    assert found == {576: 32_768, 2048: 8192}
-
-
-@pytest.mark.parametrize("each", [1e-4, 1e-6, 0.0])
-def test_what_a_step_costs_beside_is_a_twentieth_of_its_samples(each):
-    samples = running_samples(lambda work: each * work.tokens)
-    assert samples == (MOST if not each else 2 ** int(math.log2(max(FEWEST, min(MOST, STEP_SECONDS / (0.05 * each) + 20)))))
+    lengths = DrawnLengths(-MEAN_SHARE * limit * np.log(1 - np.linspace(0, 1 - 1e-9, 10_001)))
+    done = simulate(requests, limits, lambda work: 1.0, lengths)
+    seconds, tail = expected_seconds(lambda work: 1.0, count, running, spread)
+    assert seconds == pytest.approx(done.seconds, rel=0.1)
+    assert tail == pytest.approx(done.tail_seconds, rel=0.15)

@@ -36,6 +36,11 @@ _OUTLIER = 3.0
 compiled or loaded on first use, a host that was busy."""
 
 
+STEP_SECONDS, SAMPLE_SECONDS = 0.0022, 0.9e-6
+"""What a step of a GPU takes beside its operators' roofline, and what a sample in it does: between kernels, in small ones and
+on the host. Fitted to an experiment with a model of 135M on an H200, at four numbers of running samples (benchmarks/LOG.md)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
     """`coefficients[i]` belongs to `TERMS[i]`; `source` says what was measured."""
@@ -48,6 +53,11 @@ class Profile:
         """The expected time of a step; an array where `work` holds arrays."""
         terms = _terms(self.roofline, work)
         return sum((factor * term for factor, term in zip(self.coefficients, terms, strict=True)), 0.0)
+
+
+def unmeasured_gpu(roofline: Roofline) -> Profile:
+    """The roofline of a GPU with what its steps are taken to need beside it, as long as no run has been measured."""
+    return Profile(roofline, (STEP_SECONDS, SAMPLE_SECONDS, 0.0, *[1.0] * (len(TERMS) - _COUNTED)))
 
 
 def fit_profile(spec: ModelSpec, device: DeviceRates, steps: Steps, itemsize: int = 2, source: str = "") -> Profile:

@@ -90,9 +90,10 @@ def simulate(
     """Run the whole workload. The tokens of `requests` are read but their values do not matter; `predictor` replaces the
     scheduler's own learning of lengths."""
     # The device's stop token stands for all that ends a sample; one whose length is given stays as it is.
-    endless = [params.ignore_eos and not params.stop and not params.stop_token_ids for params in requests.sampling]
-    kinds = zip(requests.sampling, endless, strict=True)
-    sampling = (replace(params, stop=(), stop_token_ids=(), ignore_eos=given, logprobs=None) for params, given in kinds)
+    sampling = (
+        replace(params, stop=(), stop_token_ids=(), ignore_eos=params.has_given_length, logprobs=None)
+        for params in requests.sampling
+    )
     requests = replace(requests, sampling=tuple(sampling))
     scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [STOP], STOP + 1, None), predictor)
     device = SimulatedDevice(requests, lengths, limits.max_running)

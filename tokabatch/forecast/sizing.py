@@ -13,10 +13,10 @@ import torch
 from tokabatch.engine.sizing import ReplicaSizes, available_memory, decide_sizes
 from tokabatch.errors import JobError, UsageError
 from tokabatch.forecast.devices import KNOWN, PROCESSOR, Device, find_device, measure_processor
-from tokabatch.forecast.profile import Profile, SavedProfile, load_profile
+from tokabatch.forecast.profile import SAMPLE_SECONDS, STEP_SECONDS, Profile, SavedProfile, load_profile, unmeasured_gpu
 from tokabatch.forecast.roofline import DeviceRates, Roofline
 from tokabatch.forecast.step_log import Steps
-from tokabatch.forecast.token_budget import prefill_tokens, running_samples
+from tokabatch.forecast.token_budget import assumed_survival, prefill_tokens, running_samples
 from tokabatch.job import Job
 from tokabatch.workload import Workload, pick_device
 
@@ -75,19 +75,28 @@ def present_device(device: str) -> Device:
 
 
 def cost_model(workload: Workload, device: Device | None, profile: SavedProfile | None) -> tuple[CostModel, str]:
-    """The measured profile where there is one, else the roofline of `device` (this machine's by default), and what it is.
-    Raises UsageError for a device whose rates are not known."""
+    """The measured profile where there is one, else the roofline of `device` (this machine's by default), for a GPU with what
+    steps take beside it; and what it is. Raises UsageError for a device whose rates are not known."""
     if profile is not None:
         return profile.of_model(workload.spec), f"the profile of {profile.source}"
+    roofline, described = _roofline(workload, device)
+    if roofline.device.name == PROCESSOR:
+        return roofline, described
+    beside = f"with {STEP_SECONDS * 1e3:g} ms a step and {SAMPLE_SECONDS * 1e6:g} us a sample beside it"
+    return unmeasured_gpu(roofline), f"{described} {beside}"
+
+
+def _roofline(workload: Workload, device: Device | None) -> tuple[Roofline, str]:
+    """The roofline of `device` (this machine's by default), and its description. Raises UsageError as `cost_model` does."""
     device = device or present_device(workload.device)
-    described = "the roofline" + ("" if device.measured else " (published rates, scaled)")
-    return Roofline(workload.spec, device.rates, workload.dtype.itemsize), described
+    roofline = Roofline(workload.spec, device.rates, workload.dtype.itemsize)
+    return roofline, "the roofline" if device.measured else "the roofline (published rates, scaled)"
 
 
 def price_steps(workload: Workload, steps: Steps, profile: SavedProfile | None) -> tuple[float, str]:
-    """Seconds of steps that were taken, by the cost model of this machine's device, and its description. Raises UsageError
-    for a device whose rates are not known."""
-    cost, described = cost_model(workload, None, profile)
+    """Seconds of steps that were taken, by the measured profile where there is one, else the least that the roofline of this
+    machine's device allows; and which it is. Raises UsageError for a device whose rates are not known."""
+    cost, described = _roofline(workload, None) if profile is None else cost_model(workload, None, profile)
     return float(np.sum(cost.seconds(steps.work))), f"{described} of {device_of(cost).name}"
 
 
@@ -97,27 +106,34 @@ def device_of(cost: CostModel) -> DeviceRates:
 
 
 def size_replica(job: Job, workload: Workload, profile: SavedProfile | None, absent: Device | None = None) -> ReplicaSizes:
-    """The sizes on this machine's device, or what they come to on a GPU that is not here. Raises JobError."""
-    cost = _known_cost(workload, profile, absent)
+    """The sizes on this machine's device, or what they come to on a GPU that is not here. Raises JobError.
+
+    The cost model decides how large steps are where there is one: a processor is not measured for that, and some GPUs' rates
+    are not known."""
+    device, cost = absent, None
+    if device is None and workload.device == "cuda":
+        device = find_device(torch.cuda.get_device_name())
+    if device is not None or profile is not None:
+        cost, _ = cost_model(workload, device, profile)
+    # What a step takes beside its work does not change how its prompt tokens share the reading of the weights.
+    prompts = cost.roofline if isinstance(cost, Profile) and profile is None else cost
     return decide_sizes(
         job.engine,
         workload.spec,
         workload.dtype,
         workload.facts(),
         workload.device,
-        prefill_tokens=None if cost is None else prefill_tokens(cost.seconds),
-        running_samples=None if cost is None or workload.device != "cuda" else running_samples(cost.seconds),
+        prefill_tokens=None if prompts is None else prefill_tokens(prompts.seconds),
+        running_samples=None if cost is None or workload.device != "cuda" else _worth_running(cost, workload),
         absent_memory=None if absent is None else int(absent.memory),
         replicas=workload.layout.replicas,
     )
 
 
-def _known_cost(workload: Workload, profile: SavedProfile | None, absent: Device | None) -> CostModel | None:
-    """The cost model that decides how large steps are. None without one: a processor is not measured for that, and some GPUs'
-    rates are not known."""
-    device = absent
-    if device is None and workload.device == "cuda":
-        device = find_device(torch.cuda.get_device_name())
-    if device is None and profile is None:
-        return None
-    return cost_model(workload, device, profile)[0]
+def _worth_running(cost: CostModel, workload: Workload) -> int:
+    """Samples to run at once on a GPU, by what is left to draw."""
+    sampling = workload.requests.sampling
+    given = [params.has_given_length for params in sampling]
+    weights = np.bincount(workload.requests.params, weights=workload.num_samples, minlength=len(sampling))
+    survival = assumed_survival([params.max_tokens for params in sampling], given, weights)
+    return running_samples(cost.seconds, int(workload.num_samples.sum()), survival)

@@ -1,23 +1,62 @@
-"""How many prompt tokens and how many samples a step is worth, by a cost model.
+"""How many prompt tokens and how many samples a step is worth, by a cost model and the work at hand.
 
 Whatever a step computes, it reads the weights and is launched once. The more tokens share that, the less each of them pays,
 and beyond some number a larger step only takes memory. Simulated over workloads from chat to long prompts, total time changes
 by less than 1 % above the number of prompt tokens that is found here (benchmarks/LOG.md).
+
+More running samples mean fewer steps, and a longer tail: once none is waiting, what runs ends one by one, and the device does
+less and less. How many steps a number of running samples takes follows from the number of samples and how their lengths
+spread, a fluid model of admission; what they take, from the cost model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+
+from tokabatch.arrays import Float64
+from tokabatch.forecast.step_log import TAIL_SHARE
 from tokabatch.forecast.step_work import Number, StepWork
 
 FIXED_SHARE = 0.02
 """What a step costs however many tokens it has, as a share of what its prompt tokens cost, at most."""
 FEWEST, MOST = 512, 32_768
-STEP_SECONDS, STEP_SHARE = 0.0015, 0.05
-"""What a step of a GPU takes beside its work, between its kernels and on the host, and the most that this and the reading of
-the weights may be of what the samples of a decode step cost."""
+STEP_SHARE = 0.05
+"""The most that what a step costs however small it is may be of what the samples of a decode step cost: with more of them
+there is little to gain."""
+TAIL_GOAL, AFFORDABLE = 0.1, 0.15
+"""The share of the time that the tail may take, where that costs at most so much more time than the best number: in the tail
+the device is less than half used, and how long it lasts is the least certain part of the estimate."""
+ALIKE = 0.02
+"""Of numbers that differ by less the smallest will do: it needs less memory."""
+MEAN_SHARE = 1 / 6
+"""The mean length, of max_tokens, that samples are taken to have before anything is known of them, as it was in
+`benchmarks.gpu.real`: lengths are exponential, and cut at max_tokens."""
+_BINS, _ROUNDS = 64, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """How lengths spread: `alive[i]` is the share of the samples that have more than i x `width` output tokens, shape [B],
+    descending from 1."""
+
+    alive: Float64
+    width: float
+
+
+def assumed_survival(limits: Sequence[int], given: Sequence[bool], weights: Float64) -> Survival:
+    """Of samples of which nothing is known but `max_tokens`, one entry a kind of them: `given` ones have that length, the
+    others are taken to be shorter (`MEAN_SHARE`). `weights` are their numbers."""
+    limit, kept = np.maximum(np.array(limits, np.float64), 1.0), weights > 0
+    longest = float(limit[kept].max(initial=1.0))
+    bins = int(min(_BINS, longest))
+    start = np.arange(bins)[:, None] * (longest / bins)
+    rate = np.where(np.array(given, np.bool_), 0.0, 1.0 / (MEAN_SHARE * limit))
+    alive = np.where(start < limit, np.exp(-rate * start), 0.0) @ weights
+    return Survival(alive / max(float(weights.sum()), 1.0), longest / bins)
 
 
 def prefill_tokens(seconds: Callable[[StepWork], Number]) -> int:
@@ -30,19 +69,47 @@ def prefill_tokens(seconds: Callable[[StepWork], Number]) -> int:
     return 2 ** int(math.log2(min(max(fixed / (FIXED_SHARE * each), FEWEST), MOST)))
 
 
-def running_samples(seconds: Callable[[StepWork], Number]) -> int:
-    """Samples to run at once on a GPU where its cache has room: a power of two from `FEWEST` to `MOST`, by the same rule."""
-    fixed = STEP_SECONDS + float(seconds(_decode(1)))
-    each = float(seconds(_decode(2 * MOST)) - seconds(_decode(MOST))) / MOST
-    if each <= 0:
-        return MOST
-    return 2 ** int(math.log2(min(max(fixed / (STEP_SHARE * each), FEWEST), MOST)))
+def running_samples(seconds: Callable[[StepWork], Number], num_samples: int, survival: Survival) -> int:
+    """Samples to run at once on a GPU where its cache has room: 2^k or 3 x 2^k from `FEWEST` to `MOST`, and no more than a step
+    is worth (`STEP_SHARE`). It is the most with a tail of at most `TAIL_GOAL` where that is `AFFORDABLE`, else as few as take
+    hardly longer than the best number."""
+    each = float(seconds(_decode(2.0 * MOST)) - seconds(_decode(1.0 * MOST))) / MOST
+    worth = MOST if each <= 0 else float(seconds(_decode(1.0))) / (STEP_SHARE * each)
+    tried = sorted(number for power in range(9, 16) for number in (1 << power, 3 << (power - 1)) if number <= MOST)
+    tried = [number for number in tried if number <= max(worth, FEWEST)]
+    total, tail = np.array([expected_seconds(seconds, num_samples, number, survival) for number in tried]).T
+    short = np.flatnonzero((tail <= TAIL_GOAL * total) & (total <= (1 + AFFORDABLE) * total.min()))
+    return tried[int(short[-1] if len(short) else np.argmax(total <= (1 + ALIKE) * total.min()))]
 
 
-def _decode(samples: int) -> StepWork:
-    """A step of samples that decode, without their attention: the shorter their contexts, the more of them a step is worth."""
-    count = float(samples)
-    return StepWork(tokens=count, sampled=count, sequences=count, decoded=count)
+def expected_seconds(
+    seconds: Callable[[StepWork], Number], num_samples: int, running: int, survival: Survival
+) -> tuple[float, float]:
+    """What all decode steps take where `running` samples run at once as long as there are so many, and the tail's part of it.
+    Prompts are left out: they are the same whatever runs beside."""
+    stays = np.append(survival.alive[1:] / np.maximum(survival.alive[:-1], 1e-12), 0.0)
+    # Many rounds are alike: a few show how they mix and end, the others take what a full one takes.
+    waiting = float(min(num_samples, _ROUNDS * running))
+    more = (num_samples - waiting) * float(survival.alive.sum()) / running
+    ages, counts, tail = np.zeros(len(stays)), list[tuple[float, float]](), list[bool]()
+    own = (np.arange(len(stays)) + 0.5) * survival.width
+    most = min(num_samples, running)
+    while waiting > 0 or ages.sum() >= 0.5:
+        enter = min(waiting, running - ages.sum())
+        waiting -= enter
+        ages[0] += enter
+        counts.append((float(ages.sum()), float(ages @ own)))
+        tail.append(waiting <= 0 and counts[-1][0] < TAIL_SHARE * most)
+        ages = np.append(0.0, (ages * stays)[:-1])
+    taken = seconds(_decode(*np.array(counts).T)) * survival.width * np.ones(len(counts))
+    mixed = float(survival.alive @ own / survival.alive.sum())
+    full = float(seconds(_decode(float(running), running * mixed))) * survival.width
+    return float(taken.sum()) + more * full, float(taken[np.array(tail, np.bool_)].sum())
+
+
+def _decode(samples: Number, own: Number = 0.0) -> StepWork:
+    """A step of samples that decode, with `own` outputs read in all."""
+    return StepWork(tokens=samples, sampled=samples, sequences=samples, decoded=samples, decode_kv=own)
 
 
 def _prefill(tokens: int) -> StepWork:

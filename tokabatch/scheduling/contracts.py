@@ -45,6 +45,11 @@ class SamplingParams:
     """Sequences of token ids that no sample may contain."""
 
     @property
+    def has_given_length(self) -> bool:
+        """Whether `max_tokens` alone ends a sample."""
+        return self.ignore_eos and not self.stop and not self.stop_token_ids
+
+    @property
     def penalised(self) -> bool:
         """Whether logits are changed before a token is drawn from them."""
         penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

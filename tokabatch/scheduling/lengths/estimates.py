@@ -37,7 +37,7 @@ class LengthEstimates:
     def extend(self) -> None:
         """Take in prompts that have been added. Where one may have longer outputs than any before, lengths are learned anew."""
         work, longest = self._work, int(self._work.max_tokens.max(initial=1))
-        self._given = np.array([p.ignore_eos and not p.stop and not p.stop_token_ids for p in work.sampling], np.bool_)
+        self._given = np.array([params.has_given_length for params in work.sampling], np.bool_)
         self._share = np.bincount(work.params, weights=work.num_samples, minlength=len(work.sampling))
         """Samples to draw with each kind of sampling parameters."""
         self._all_given = bool(self._given.all()) and self._replaced is None
