@@ -163,6 +163,9 @@ def run(
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Run the error rows of the run there again.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Compute again what damaged or missing files held.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only messages and the summary.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="In the summary, the figures of scheduler and engine, too.")
+    ] = False,
     keys: KeysOption = False,
 ) -> None:
     """Run a job and print its summary.
@@ -192,7 +195,7 @@ def run(
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
-    sections = _load("tokabatch.report.summary").run_sections(summary)
+    sections = _load("tokabatch.report.summary").run_sections(summary, verbose)
     _print_note((*sections, *_load("tokabatch.report.closing").closing_sections(Path(loaded.output.path), summary)))
     raise typer.Exit(summary.exit_code)
 
