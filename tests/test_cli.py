@@ -327,6 +327,17 @@ class TestQuickstart:
         assert len(rows) == lines and [row["row_index"] for row in rows] == sorted(row["row_index"] for row in rows)
         assert str(target) in done.stdout
 
+    def test_export_to_standard_output(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+        done = tokabatch("export", finished[0], "--to", "-", "--columns", "row_index,text", "--where", "ok")
+        assert done.returncode == 0 and [json.loads(line)["row_index"] for line in done.stdout.splitlines()] == [0, 0, 1, 1]
+        done = tokabatch("export", finished[0], "--to", "-", "--where", "good")
+        assert done.returncode == 2 and "--where good: accepts correct, wrong, ok or error" in done.stderr
+        command = f"{sys.executable} -m tokabatch export {finished[0]} --to - | true; echo ${{PIPESTATUS[0]}}"
+        piped = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+        )
+        assert piped.stdout in ("141\n", "0\n") and piped.stderr == ""
+
     def test_verify_reads_it_back(self, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
         done = tokabatch("verify", finished[0])
         assert done.returncode == 0 and re.search(r"result +complete\n", done.stdout) and re.search(r"ok +4\n", done.stdout)
