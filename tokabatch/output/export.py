@@ -31,7 +31,7 @@ from tokabatch.output.inspection import inspect
 from tokabatch.output.json_lines import flatten, write_json_lines
 from tokabatch.output.manifest import read_manifest
 from tokabatch.output.remedy import refuse_faults, refuse_unrecorded
-from tokabatch.output.schema import SAMPLE_SCHEMA, verdict_names
+from tokabatch.output.schema import CORRECT, SAMPLE_SCHEMA, verdict_names
 from tokabatch.output.scratch import scratch_folder
 from tokabatch.output.shards import ARROW_BYTES_KEY, PARQUET_OPTIONS, open_shard, read_groups
 from tokabatch.storage.listing import ListedFile, consistently
@@ -195,7 +195,7 @@ def _check_shards(folder: OutputFolder, shards: Sequence[ListedFile], selection:
             near = get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
             raise OutputError(f"--columns: the output has no column {name}; {hint}")
-    if selection.where in ("correct", "wrong") and CORRECT.name not in names:
+    if selection.where in ("correct", "wrong") and CORRECT.name not in verdict_names(_schema(shards[0])):
         raise OutputError(
             f"--where {selection.where}: the run was not verified, so no sample is known to be right or wrong; use ok, error, "
             "or run the job with verify.kind and verify.answer"
