@@ -137,7 +137,10 @@ class RunSummary:
         """What a notebook shows: the sections of `run_sections` as tables."""
         return "".join(
             f"<b>{escape(section.title)}</b><table>"
-            + "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in (*filter(None, (section.columns,)), *section.rows))
+            + "".join(
+                f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+                for row in (*filter(None, (section.columns,)), *section.rows)
+            )
             + "</table>"
             for section in run_sections(self)
         )
