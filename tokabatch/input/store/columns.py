@@ -54,11 +54,11 @@ class ColumnSpool(Protocol):
     def finish(self) -> Columns: ...
 
 
-def open_column_spool(path: Path, schema: pa.Schema | None, names: Sequence[str] | None) -> ColumnSpool:
-    """Keeps the named columns, or all, of a source with this schema; None for JSON."""
+def open_column_spool(path: Path, schema: pa.Schema | None, names: Sequence[str], *, others: bool) -> ColumnSpool:
+    """Keeps the named columns, and all others where these are wanted too, of a source with this schema; None for JSON."""
     if schema is None:
-        return JsonColumnSpool(path.with_suffix(".jsonl"), names)
-    return ArrowColumnSpool(path.with_suffix(".arrow"), schema, names)
+        return JsonColumnSpool(path.with_suffix(".jsonl"), names, others)
+    return ArrowColumnSpool(path.with_suffix(".arrow"), schema, None if others else names)
 
 
 def restore_columns(path: Path, state: Mapping[str, Any]) -> Columns:
@@ -130,9 +130,10 @@ class ArrowColumns:
 class JsonColumnSpool:
     """Writes the rows' text and learns their columns' types."""
 
-    def __init__(self, path: Path, names: Sequence[str] | None) -> None:
+    def __init__(self, path: Path, names: Sequence[str], others: bool) -> None:
         self._texts = TextSpool(path)
-        self._wanted = None if names is None else frozenset(names)
+        self._wanted = frozenset(names)
+        self._others = others
         self._types: dict[str, JsonType] = {}
 
     def append(self, batch: RowBatch) -> None:
@@ -143,7 +144,7 @@ class JsonColumnSpool:
             for name, value in row.columns.items():
                 known = self._types.get(name)
                 if known is None:
-                    if self._wanted is not None and name not in self._wanted:
+                    if not self._others and name not in self._wanted:
                         continue
                     if len(self._types) >= MAX_COLUMNS:
                         raise InputError(
@@ -154,7 +155,8 @@ class JsonColumnSpool:
                 known.add(value)
 
     def finish(self) -> Columns:
-        for name in sorted(self._wanted or ()):
+        # A column that is asked for is there, though no row could be read.
+        for name in sorted(self._wanted):
             self._types.setdefault(name, JsonType())
         return JsonColumns(self._texts.finish(), self._types)
 

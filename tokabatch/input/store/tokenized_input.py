@@ -191,13 +191,17 @@ class _Spools:
 
     def __init__(self, job: Job, folder: Path, reader: Reader) -> None:
         carried = job.output.columns
-        # A judge is given the whole row.
-        kept = None if carried == "all" or job.verify else list(carried)
         self._tokens = ArraySpool(folder / _TOKENS, np.int32)
         self._start = ArraySpool(folder / _START, np.int64)
         self._length = ArraySpool(folder / _LENGTH, np.int32)
         self._params = ArraySpool(folder / _PARAMS, np.int32)
-        self._columns: ColumnSpool = open_column_spool(folder / _COLUMNS, reader.schema, kept)
+        self._columns: ColumnSpool = open_column_spool(
+            folder / _COLUMNS,
+            reader.schema,
+            () if carried == "all" else carried,
+            # A judge is given the whole row.
+            others=carried == "all" or job.verify is not None,
+        )
         self._ids = IdSpool(folder / _IDS, job.input.id_column) if job.input.id_column else None
         self._sampling: dict[SamplingParams, int] = {}
         self.errors: dict[int, RowError] = {}
