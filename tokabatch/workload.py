@@ -207,6 +207,7 @@ def prepare(
         columns=job.output.columns,
         id_column=job.input.id_column,
         verdicts=() if judge is None else verdict_fields(judge.columns),
+        scored=job.mode == "score",
     )
     refuse_unwritable(schema)
     everything = np.arange(generation.n, dtype=np.int32)
@@ -350,6 +351,7 @@ def order_requests(store: InputStore, page_size: int) -> Requests:
         lcp=order.lcp,
         params=store.params[chosen],
         sampling=store.sampling,
+        continuations=store.continuations,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tokabatch.scheduling.completion_batch import CompletionBatch
-from tokabatch.scheduling.contracts import Completion
+from tokabatch.scheduling.contracts import Completion, SampleCounts
 
 
 def sample(index: int, tokens: int, alternatives: int | None = None, **values) -> Completion:
@@ -22,7 +22,7 @@ def sample(index: int, tokens: int, alternatives: int | None = None, **values) -
         finish_reason="stop" if index % 2 else "length",
         stop_reason=("\n", 7, None)[index % 3],
         num_prompt_tokens=index + 5,
-        num_cached_tokens=index,
+        counts=SampleCounts(index),
         logprobs=rng.random(tokens).astype(np.float32) if scored else None,
         top_ids=rng.integers(0, 99, (tokens, alternatives)).astype(np.int32) if scored else None,
         top_logprobs=rng.random((tokens, alternatives)).astype(np.float32) if scored else None,

@@ -26,20 +26,19 @@ from tokabatch.engine.warm_up import warm_up_steps
 from tokabatch.model.decoder import Decoder, KVPages
 from tokabatch.model.files import ModelFile, refuse_changed
 from tokabatch.model.sampling.penalties import Penalties
-from tokabatch.model.sampling.sampler import Sampled, sample
+from tokabatch.model.sampling.sampler import Sampled, sample, score
 from tokabatch.model.sampling.slot_table import SlotTable, packed
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import load_decoder
 from tokabatch.parallel.collectives import least
 from tokabatch.parallel.mesh import Mesh, Place
-from tokabatch.parallel.peer_memory import PeerSums
-from tokabatch.scheduling.contracts import SamplingParams, StepBatch, StepResult
-
-AHEAD_EVERY = 4
-"""Steps after which a rank of several captures a graph that will be wanted."""
+from tokabatch.scheduling.contracts import SamplingParams, ScoredPlaces, Scores, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from tokabatch.engine.captured import CapturedSteps
+
+SCORED_CPU, SCORED_DEVICE = 1 << 22, 1 << 26
+"""Logits worked on at a time where tokens are scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +109,6 @@ class Worker:
         decoder = load_decoder(spec.folder, spec.spec, spec.dtype, device, mesh, fp8=spec.fp8)
         # Once more: they may have been replaced while they were read.
         refuse_changed(spec.files)
-        if device.type == "cuda" and mesh.tensor_size > 1:
-            rows, columns = sizes.max_step_tokens, spec.spec.hidden_size
-            decoder.peer_sums = PeerSums.meet(mesh, rows, columns, spec.dtype, decoder.device)
-            if decoder.peer_sums is not None:
-                decoder.measure_scattering(sizes.max_step_tokens)
         if device.type == "cuda":
             one_page = kv_shape(spec.spec, sizes.page_size, 1, 1, 1, mesh).bytes_per_page(spec.kv_dtype or spec.dtype)
             fitting = fitting_pages(decoder, sizes, one_page, penalised=penalised)
@@ -132,7 +126,7 @@ class Worker:
         for step in warm_up_steps(self.sizes, draws):
             self.run(step)
         backend = self._backend
-        if isinstance(backend, Capturable) and self._decoder.mesh.pipeline_size == 1:
+        if isinstance(backend, Capturable) and self._decoder.mesh.is_single:
             # Triton is there only where there is a GPU.
             build = import_module("tokabatch.engine.captured").captured_on_gpu
             self._captured = build(self._decoder, backend, self._last_token, self._slots, captured_tokens(self.sizes))
@@ -151,24 +145,24 @@ class Worker:
             self._penalties.follow(step, self._last_token, outbox)
         else:
             assert step.inits.penalties is None, "the worker was built for samples without penalties (WorkerSpec.draws)"
+        if step.scored is not None:
+            score = self._scoring(step, step.scored, outbox)
+            outbox.send()
+            return Launched(step.index, self._nothing_drawn(step), int(np.count_nonzero(step.run_samples)), score())
         compute = self._by_kernels(step, outbox) if self._captured is None else self._by_graphs(self._captured, step, outbox)
         outbox.send()
         self._slots.store(slot_A.tensor, words_AW.tensor)
-        launched = Launched(step.index, compute(), int(np.count_nonzero(step.run_samples)))
-        if self._captured is not None and not self._decoder.mesh.is_single and step.index % AHEAD_EVERY == 0:
-            # Which graph a step runs must follow from the steps alone: of two ranks that run different ones neither goes on.
-            self._captured.make_ahead()
-        return launched
+        return Launched(step.index, compute(), int(np.count_nonzero(step.run_samples)))
 
     @torch.inference_mode()
     def make_ahead(self) -> None:
         """Get ready what steps to come will want, for some 20 ms: to be called while the device is busy."""
-        if self._captured is not None and self._decoder.mesh.is_single:
+        if self._captured is not None:
             self._captured.make_ahead()
 
     def _by_kernels(self, step: StepBatch, outbox: Outbox) -> Callable[[], Sampled]:
         """Kernel by kernel; what is returned computes the step once the outbox is sent."""
-        hidden = self._hidden(step, outbox)
+        hidden = self._hidden(step, outbox, _last_tokens(step))
         draw = self._draw(step, outbox)
         return lambda: draw(hidden())
 
@@ -193,7 +187,7 @@ class Worker:
         body = None if captured.backend.prefers_launches(step) else captured.body.fit(step)
         rows = np.flatnonzero(step.run_samples)
         if body is None:
-            hidden, words = self._hidden(step, outbox), None
+            hidden, words = self._hidden(step, outbox, _last_tokens(step)), None
             rows = np.arange(len(rows))
         else:
             hidden, words = None, outbox.add(body.words)
@@ -221,13 +215,38 @@ class Worker:
 
         return compute
 
-    def _hidden(self, step: StepBatch, outbox: Outbox) -> Callable[[], torch.Tensor]:
-        """The layers kernel by kernel: what is returned gives hidden_SE of the sampled rows once the outbox is sent."""
+    def _scoring(
+        self, step: StepBatch, scored: ScoredPlaces, outbox: Outbox
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """A step that draws nothing, kernel by kernel: what is returned gives the logprobs of the given tokens, float64, and
+        which are the most likely ones, [R] each."""
+        hidden, target = self._hidden(step, outbox, scored.token), outbox.add(scored.target.astype(np.int64))
+
+        def compute() -> tuple[torch.Tensor, torch.Tensor]:
+            hidden_RE, target_R, decoder = hidden(), target.tensor, self._decoder
+            parts = [(torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.bool))]
+            if decoder.mesh.is_last_stage:
+                size = max(1, (SCORED_CPU if self._device.type == "cpu" else SCORED_DEVICE) // decoder.spec.vocab_size)
+                places = [slice(start, start + size) for start in range(0, len(target_R), size)]
+                parts = [score(decoder.logits(hidden_RE[part]), target_R[part], decoder.vocabulary) for part in places]
+            logprobs, greedy = zip(*parts, strict=True)
+            return torch.cat(logprobs), torch.cat(greedy)
+
+        return compute
+
+    def _nothing_drawn(self, step: StepBatch) -> Sampled:
+        packed = torch.zeros(3, int(np.count_nonzero(step.run_samples)), dtype=torch.int32, device=self._device)
+        packed[1] = 1
+        return Sampled(packed)
+
+    def _hidden(self, step: StepBatch, outbox: Outbox, rows_S: Int32 | None) -> Callable[[], torch.Tensor]:
+        """The layers kernel by kernel: what is returned gives hidden_SE of these of the step's tokens (None: of all) once the
+        outbox is sent."""
         slot, position = outbox.add(token_slots(step)), outbox.add(step.positions().astype(np.int32))
         from_host = step.token_ids if step.decode_ids is None else np.concatenate((step.token_ids, step.decode_ids))
         token_ids = outbox.add(from_host)
         only_decodes = step.num_prefill_runs == 0
-        rows = None if only_decodes else outbox.add(np.cumsum(step.run_length)[step.run_samples] - 1)
+        rows = None if rows_S is None else outbox.add(rows_S)
         self._backend.plan(step, outbox)
 
         def compute() -> torch.Tensor:
@@ -243,6 +262,13 @@ class Worker:
         return compute
 
 
+def _last_tokens(step: StepBatch) -> Int32 | None:
+    """Where on the step's token axis tokens are drawn; None where that is everywhere."""
+    if step.num_prefill_runs == 0:
+        return None
+    return (np.cumsum(step.run_length)[step.run_samples] - 1).astype(np.int32)
+
+
 def _sampled(step: StepBatch) -> tuple[Int32, Int32]:
     """Slot and position of each token that is drawn, shape [S]."""
     return step.run_slot[step.run_samples], (step.run_start + step.run_length)[step.run_samples]
@@ -251,12 +277,15 @@ def _sampled(step: StepBatch) -> tuple[Int32, Int32]:
 class Launched:
     """A step on its way: its results travel to the host behind it, and `wait` is for them alone."""
 
-    def __init__(self, index: int, sampled: Sampled, count: int) -> None:
+    def __init__(
+        self, index: int, sampled: Sampled, count: int, scores: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> None:
         """`count` of the rows are the step's."""
         self.launch_seconds = 0.0
         """CPU time that launching took, where it was measured."""
         self._index = index
         self._sampled = Sampled(to_host(sampled.packed)[:, :count])
+        self._scores = None if scores is None else [to_host(each) for each in scores]
         self._event: torch.cuda.Event | None = None
         if sampled.packed.is_cuda:
             self._event = torch.cuda.Event()
@@ -278,4 +307,5 @@ class Launched:
             top_ids=self._sampled.top_ids_SK.numpy(),
             top_logprobs=self._sampled.top_logprobs_SK.numpy(),
             launch_seconds=self.launch_seconds,
+            scores=None if self._scores is None else Scores(*(each.numpy() for each in self._scores)),
         )

@@ -49,7 +49,7 @@ def describe(
     """Everything but the rows. `dtype` is what is computed in, whatever the job says; `generation` has the model's defaults
     filled in; `files` is what each of the model's and the tokenizer's files holds, the weights perhaps not yet there."""
     settings = dict(files)
-    prompt = job.prompt.model_dump(mode="json")
+    prompt = job.prompt.model_dump(mode="json", exclude={"continuations"} if job.mode == "generate" else None)
     # Runs that know nothing of these keys, or of penalties, go on without them.
     prompt = {name: value for name, value in prompt.items() if value or not name.startswith("chat_template")}
     if file := chat_template_file(job.prompt):
@@ -66,6 +66,7 @@ def describe(
         "generation": drawn,
         "output": {"columns": job.output.columns},
         "verify": {} if job.verify is None else job.verify.decisive(),
+        "job": {"mode": job.mode} if job.mode != "generate" else {},
     }
     if job.verify is not None:
         settings["verifier/" + job.verify.kind] = _mark(verifier_path(job.verify.kind).read_bytes())

@@ -17,7 +17,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from tokabatch.errors import JobError, RowError
 from tokabatch.job import fields
@@ -103,6 +103,10 @@ class PromptConfig(_Section):
     messages: fields.OptionalText = Field(default=None, description="Column that holds a list of chat messages.")
     token_ids: fields.OptionalText = Field(default=None, description="Column that holds a list of token ids.")
     few_shot: FewShotConfig | None = Field(default=None, description="Examples in front of every prompt.")
+    continuations: fields.Text = Field(
+        default="continuations",
+        description="Column with the texts, or lists of token ids, to score behind the prompt; without it, the whole text is.",
+    )
     special_tokens: Literal["text", "allow", "reject"] = Field(
         default="text", description="Special tokens spelled out in a row: plain text, taken as tokens, or an error row."
     )
@@ -339,6 +343,10 @@ class ErrorsConfig(_Section):
 class Job(_Section):
     """One run, described completely."""
 
+    mode: Literal["generate", "score"] = Field(
+        default="generate",
+        description="score: draw nothing; the log-probabilities of each row's continuations, or of its whole text.",
+    )
     model: ModelConfig
     input: InputConfig
     prompt: PromptConfig = PromptConfig()
@@ -348,6 +356,20 @@ class Job(_Section):
     verify: VerifyConfig | None = None
     trace: TraceConfig | None = None
     errors: ErrorsConfig = ErrorsConfig()
+
+    @field_validator("generation", "verify")
+    @classmethod
+    def _of_mode(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("mode") != "score" or value is None:
+            return value
+        if isinstance(value, VerifyConfig):
+            raise ValueError("judges texts that were drawn, and mode: score draws none; remove verify")
+        changed = [name for name in _SETTINGS if getattr(value, name) != GenerationConfig.model_fields[name].default]
+        if useless := [name for name in changed if name != "logprobs"]:
+            raise ValueError(f"{', '.join(useless)} is of no use in mode: score, which draws nothing; remove it")
+        if value.logprobs:
+            raise ValueError(f"logprobs is {value.logprobs}; mode: score reports given tokens alone: write 0")
+        return value
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any], *overrides: str) -> Job:

@@ -64,6 +64,12 @@ VERDICT_FIELDS = tuple(
 `verify_error` tells why a sample has no verdict. Their metadata says what they are."""
 CORRECT = VERDICT_FIELDS[0]
 
+_OF_SCORE = {b"tokabatch.column": b"score"}
+SCORE_FIELDS = tuple(
+    pa.field(name, kind, metadata=_OF_SCORE) for name, kind in (("is_greedy", pa.bool_()), ("perplexity", pa.float64()))
+)
+"""Follow in a job that scores given texts, whose log-probability is the column `cumulative_logprob`."""
+
 
 @dataclass(frozen=True, slots=True)
 class FailedRow:
@@ -84,13 +90,15 @@ def output_schema(
     columns: Literal["all"] | Sequence[str] = "all",
     id_column: str | None = None,
     verdicts: Sequence[pa.Field[Any]] = (),
+    scored: bool = False,
 ) -> pa.Schema:
-    """Our columns, `verdicts` among them, then those of the input that `columns` names, in the input's order.
+    """Our columns, `verdicts` among them and SCORE_FIELDS where texts are scored, then those of the input that `columns`
+    names, in the input's order.
 
     An input column `id` that is the id column is not repeated: our `id` carries it. Raises OutputError for a column that
     the input does not have and for a name that is ours.
     """
-    ours = [*SAMPLE_SCHEMA, *verdicts]
+    ours = [*SAMPLE_SCHEMA, *(SCORE_FIELDS if scored else ()), *verdicts]
     own_names = {field.name for field in ours}
     if columns != "all":
         for name in columns:
@@ -199,20 +207,36 @@ def build_table(
         "num_prompt_tokens": lambda: of_all([c.num_prompt_tokens for c in completions]),
         "num_cached_tokens": lambda: of_all([c.counts.cached_tokens for c in completions]),
         "num_output_tokens": lambda: of_good([len(c.token_ids) for c in completions]),
-        "cumulative_logprob": lambda: of_good(
-            [None if c.logprobs is None else float(c.logprobs.sum(dtype=np.float64)) for c in completions]
-        ),
+        "cumulative_logprob": lambda: of_good([_logprob(c) for c in completions]),
         "logprobs": lambda: _logprob_column(completions, nulls),
         "error_code": lambda: of_errors([c.error_code for c in completions], lambda error: error.code),
         "error_message": lambda: of_errors([c.error_message for c in completions], lambda error: error.message),
         **{name: lambda values=values: of_good(values) for name, values in verdicts.items()},
     }
+    if any(field.metadata == _OF_SCORE for field in schema):
+        own["is_greedy"] = lambda: of_good([c.score and c.score.greedy for c in completions])
+        own["perplexity"] = lambda: of_good([_perplexity(c) for c in completions])
     arrays: list[pa.Array | pa.ChunkedArray] = []
     for field in schema:
         values = own[field.name]() if field.name in own else columns[field.name]
         made = values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values, field.type)
         arrays.append(made if made.type == field.type else made.cast(field.type))
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _logprob(completion: Completion) -> float | None:
+    """Of all tokens together."""
+    if completion.score is not None:
+        return completion.score.logprob
+    return None if completion.logprobs is None else float(completion.logprobs.sum(dtype=np.float64))
+
+
+def _perplexity(completion: Completion) -> float | None:
+    """exp of the mean negative log-probability of a token."""
+    if completion.score is None:
+        return None
+    with np.errstate(over="ignore"):
+        return float(np.exp(-completion.score.logprob / len(completion.token_ids)))
 
 
 def build_piecemeal(schema: pa.Schema, key: pa.Table, build: Callable[[pa.Schema], pa.Table]) -> pa.Table:

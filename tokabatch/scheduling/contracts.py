@@ -16,7 +16,7 @@ import numpy as np
 
 from tokabatch.arrays import Bool, Float32, Float64, Int32, Int64
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "scored"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,21 @@ class Drawn:
 
 
 @dataclass(frozen=True, slots=True)
+class Continuations:
+    """Given texts in the place of samples, of which the log-probability is wanted: sample s of row r is number `first[r] + s`,
+    and number c has the tokens `tokens[start[c] : start[c + 1]]`, at least one."""
+
+    first: Int64
+    start: Int64
+    tokens: Int32
+
+    def of(self, row: int, sample: int) -> Int32:
+        """Token ids of one of them."""
+        number = int(self.first[row]) + sample
+        return self.tokens[int(self.start[number]) : int(self.start[number + 1])]
+
+
+@dataclass(frozen=True, slots=True)
 class Requests:
     """The prompts of a run in plan order, a table of arrays. `tokens` may be memory-mapped and is never copied whole.
 
@@ -88,6 +103,9 @@ class Requests:
     sampling: tuple[SamplingParams, ...]
     drawn: Drawn | None = None
     span: tuple[Int32, Int32] | None = None
+    continuations: Continuations | None = None
+    """What is scored in the place of samples; the parameters' `n` and `max_tokens` are their number and the longest one's
+    tokens then."""
 
     def __len__(self) -> int:
         return len(self.row_index)
@@ -207,6 +225,16 @@ class PrefixLevel:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredPlaces:
+    """R places of a step, run by run, whose logits score a given token."""
+
+    token: Int32
+    """Where on the step's token axis the logits are computed."""
+    target: Int32
+    """The token that is scored: the one behind it."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """One forward pass, decided. Fields apply in the order they stand: slots open, the page table changes, pages are cleared,
     pages are copied, the runs are computed, each layer writing all its keys and values before it attends.
@@ -238,6 +266,8 @@ class StepBatch:
     prefix_levels: tuple[PrefixLevel, ...]
     decode_ids: Int32 | None = None
     """The token of each decode run, where the worker does not hold it: its first pipeline stage draws none."""
+    scored: ScoredPlaces | None = None
+    """Where tokens are scored; no run draws one in such a step, and the results of those with `run_samples` mean nothing."""
 
     @property
     def num_tokens(self) -> int:
@@ -247,6 +277,15 @@ class StepBatch:
         """Position in its slot of each of the step's tokens, shape [T]."""
         first = np.cumsum(self.run_length) - self.run_length
         return np.arange(self.num_tokens) + np.repeat(self.run_start - first, self.run_length)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of given tokens, in the order of `ScoredPlaces`: natural logarithms of their probabilities, and which are the most likely
+    ones, shape [R]."""
+
+    logprob: Float64
+    greedy: Bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +305,7 @@ class StepResult:
     top_logprobs: Float32
     launch_seconds: float = 0.0
     """CPU time that launching the step took on the worker's side."""
+    scores: Scores | None = None
 
     @classmethod
     def of_tokens(cls, index: int, token: Int32) -> StepResult:
@@ -297,6 +337,14 @@ NO_COUNTS: SampleCounts[int] = SampleCounts(*(0 for _ in fields(SampleCounts)))
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """Of a given text: the logarithm of its probability behind the prompt, and whether greedy sampling would have drawn it."""
+
+    logprob: float
+    greedy: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One finished sample. `token_ids` holds everything sampled, the stop token or the tokens of the stop string included."""
 
@@ -313,3 +361,5 @@ class Completion:
     top_logprobs: Float32 | None = None
     error_code: str | None = None
     error_message: str | None = None
+    score: Score | None = None
+    """Of a text that was given and not drawn."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tokabatch.arrays import Bool, Int32, Int64
-from tokabatch.scheduling.contracts import Completion, Requests, StepBatch, StepResult
+from tokabatch.scheduling.contracts import Completion, Requests, Scores, StepBatch, StepResult
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.kv.manager import KVCacheManager, Runs
@@ -29,6 +29,7 @@ from tokabatch.scheduling.policy.forecast_policy import ForecastPolicy
 from tokabatch.scheduling.policy.guarded_policy import Case, GuardedPolicy
 from tokabatch.scheduling.policy.policy import Policy
 from tokabatch.scheduling.quarantine import Quarantine, Sample
+from tokabatch.scheduling.scores import RunningScores, scored
 from tokabatch.scheduling.step_builder import StepBuilder
 from tokabatch.scheduling.stopping import StopRules, StopTable
 from tokabatch.scheduling.work import Work
@@ -63,6 +64,9 @@ class _InFlight:
     run_slots: Int64
     """Those of all runs, sampled or not."""
     clear_pages: Int32
+    scored: Int64
+    """The slot of each given token that is scored, shape [R]; their epochs, likewise."""
+    scored_epochs: Int32
 
 
 class Scheduler:
@@ -93,6 +97,7 @@ class Scheduler:
         self._last_token = np.zeros(limits.max_running, np.int32)
         """Received last, by slot; kept for a worker of several stages."""
         self._quarantine = Quarantine()
+        self._scores = RunningScores()
 
     @property
     def done(self) -> bool:
@@ -157,7 +162,12 @@ class Scheduler:
         last = self._last_token[decoding] if in_stages else None
         step = self._builder.build(index, Runs(runs.slots[by_plan], runs.tokens[by_plan]), decoding, last)
         sampled = self.kv.advance(step)
-        self._in_flight.append(_InFlight(sampled, slots.epoch[sampled], step.run_slot.astype(np.int64), step.clear_pages))
+        run_slots = step.run_slot.astype(np.int64)
+        scored_slots = run_slots[:0]
+        if step.scored is not None:
+            scored_slots = np.repeat(run_slots, step.run_length)[step.scored.token]
+        epochs = slots.epoch[sampled], slots.epoch[scored_slots]
+        self._in_flight.append(_InFlight(sampled, epochs[0], run_slots, step.clear_pages, scored_slots, epochs[1]))
         self.counts.steps += 1
         self.counts.prefilled_tokens += int(runs.tokens.sum())
         self.counts.waited_steps += len(ready) - len(going) + num_short
@@ -167,6 +177,7 @@ class Scheduler:
         """Take in the oldest step in flight; returns the samples it finished. Raises nothing: bad logits end their sample
         with the error code `nan_logits`."""
         step, seq = self._in_flight.popleft(), self.kv.slots
+        self._scores.add(step.scored, step.scored_epochs, result.scores)
         matches = seq.epoch[step.slots] == step.epochs
         current = slice(None) if matches.all() else matches
         slots, tokens, finite = step.slots[current], result.token[current], result.finite[current]
@@ -179,19 +190,30 @@ class Scheduler:
         if not finite.all():
             ends |= {int(i): None for i in np.nonzero(~finite)[0]}
         places = np.fromiter(ends, np.int64, len(ends))
-        slots, finite = slots[places], finite[places]
+        slots, finite, reasons, scores = slots[places], finite[places], list(ends.values()), list[Scores]()
+        if self.work.continuations is not None:
+            now = step.scored[(seq.epoch[step.scored] == step.scored_epochs) & self._scores.bad]
+            slots = np.concatenate((slots, np.setdiff1d(now, slots)))
+            reasons += [None] * (len(slots) - len(ends))
+            epochs = seq.epoch[slots].tolist()
+            scores = [self._scores.take(slot, epoch) for slot, epoch in zip(slots.tolist(), epochs, strict=True)]
+            finite = np.array([not np.isnan(each.logprob).any() for each in scores], np.bool_)
         if self._quarantine.active:
             self._quarantine.advance(self._received(seq.order), self._received(slots))
-        if not ends:
+        if not reasons:
             return []
-        self._lengths.observe(slots, np.array([reason is not None for reason in ends.values()], np.bool_))
+        self._lengths.observe(slots, np.array([reason is not None for reason in reasons], np.bool_))
         request = seq.request[slots]
         columns = (self.work.row_index[request], seq.sample[slots], self.work.length[request], finite)
-        ended = zip(ends.values(), seq.read(slots), *(column.tolist() for column in columns), strict=True)
+        ended = zip(reasons, seq.read(slots), *(column.tolist() for column in columns), strict=True)
         completions = [
             output.completion(row, sample, length, reason=reason, error=None if valid else BAD_LOGITS)
             for reason, output, row, sample, length, valid in ended
         ]
+        if scores:
+            given = zip(completions, scores, request.tolist(), strict=True)
+            completions = [scored(completion, each, self.work, prompt) for completion, each, prompt in given]
+            self.counts.output_tokens += sum(len(each.token_ids) - 1 for each in completions if each.error_code is None)
         finished = self.kv.close(slots, finite)
         self._lengths.forget(finished)
         self.counts.finished += len(completions)

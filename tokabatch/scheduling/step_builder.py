@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tokabatch.arrays import Int32, Int64
-from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, SlotInit, StepBatch
+from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, ScoredPlaces, SlotInit, StepBatch
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits, PromptRuns, find_groups
 from tokabatch.scheduling.kv.manager import KVCacheManager, Runs
 from tokabatch.scheduling.kv.slots import Slots
@@ -76,7 +76,24 @@ class StepBuilder:
             token_ids=_host_tokens(slots, work, prefill.slots, prefill.tokens),
             prefix_levels=tuple(levels),
             decode_ids=decode_ids,
+            scored=self._scored(prefill.slots, start, length, token) if work.continuations is not None else None,
         )
+
+    def _scored(self, run_slot: Int64, start: Int32, length: Int32, token: Int32) -> ScoredPlaces | None:
+        """The places of these runs at which the next token is one of a given text's. Run i computes `length[i]` tokens from
+        position `start[i]` and is the step's tokens from `token[i]` on."""
+        given, slots = self._work.continuations, self._kv.slots
+        assert given is not None
+        before = slots.prompt_length[run_slot] - 1
+        skipped = np.maximum(before - start[: len(run_slot)], 0)
+        counts = np.maximum(length[: len(run_slot)] - skipped, 0)
+        if not counts.any():
+            return None
+        run = np.repeat(np.arange(len(run_slot)), counts)
+        place = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts) + skipped[run]
+        number = given.first[self._work.row_index[slots.request[run_slot]]] + slots.sample[run_slot]
+        target = given.tokens[given.start[number][run] + start[run] + place - before[run]]
+        return ScoredPlaces((token[run] + place).astype(np.int32), target)
 
     def _slot_inits(self, slots: Int64) -> SlotInit:
         seq, work, table = self._kv.slots, self._work, self._table

@@ -31,7 +31,9 @@ class Work:
         """Sampling parameters as they were given, and where they begin in `sampling`."""
         self.max_tokens = np.array([params.max_tokens for params in self.sampling], np.int32)
         """Of each entry of `sampling`; likewise `logprobs`, -1 for none."""
-        self.logprobs = _logprobs(self.sampling)
+        self.continuations = requests.continuations
+        """The same for all that is added later."""
+        self.logprobs = self._reported()
         self.num_samples: Int64 = requests.num_samples()
         """How many samples each prompt has to draw, shape [R]."""
         self._until: dict[int, int] = {}
@@ -64,6 +66,11 @@ class Work:
         for number in np.unique(part).tolist():
             tokens[part == number] = self._parts[number].tokens[place[part == number]]
         return tokens
+
+    def continuation(self, prompt: int, sample: int) -> Int32:
+        """The tokens that are scored in the place of a sample."""
+        assert self.continuations is not None
+        return self.continuations.of(int(self.row_index[prompt]), sample)
 
     def num_pages(self, prompts: Int32, page_size: int) -> Int32:
         """Pages that a cache needs for a longest sample of each of these prompts, and one for the prompt's own last page, of
@@ -101,7 +108,7 @@ class Work:
             self._kinds.append((requests.sampling, kinds))
             self.sampling += requests.sampling
             self.max_tokens = np.array([params.max_tokens for params in self.sampling], np.int32)
-            self.logprobs = _logprobs(self.sampling)
+            self.logprobs = self._reported()
         for name in ("row_index", "start", "length", "lcp"):
             setattr(self, name, np.concatenate((getattr(self, name), getattr(requests, name))))
         self.params = np.concatenate((self.params, requests.params + np.int32(kinds)))
@@ -138,6 +145,12 @@ class Work:
         part = self._part(int(prompts[0]))
         return replace(self._parts[part].take(prompts - int(self._first[part])), span=spans)
 
+    def _reported(self) -> Int32:
+        """What is reported of drawn tokens; of given ones, nothing comes with the draw."""
+        if self.continuations is not None:
+            return np.full(len(self.sampling), -1, np.int32)
+        return np.array([-1 if params.logprobs is None else params.logprobs for params in self.sampling], np.int32)
+
     def _part(self, prompt: int) -> int:
         return int(np.searchsorted(self._first, prompt, side="right")) - 1
 
@@ -148,10 +161,6 @@ class Work:
     def _move_to(self, prompt: int) -> None:
         left = np.flatnonzero(~self._dropped[prompt:])
         self.next = prompt + int(left[0]) if len(left) else len(self)
-
-
-def _logprobs(sampling: tuple[SamplingParams, ...]) -> Int32:
-    return np.array([-1 if params.logprobs is None else params.logprobs for params in sampling], np.int32)
 
 
 def common_prefix(a: Int32, b: Int32) -> int:

@@ -7,7 +7,7 @@ reads no files but the few-shot examples, and knows no schedule.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,6 +38,8 @@ class Prompt:
     row_index: int
     token_ids: Int32
     params: SamplingParams
+    continuations: tuple[Int32, ...] = ()
+    """What is scored behind it, where that is the job: of each text its token ids, at least one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,9 @@ class PromptBuilder:
         *,
         typed: bool = False,
         now: datetime = datetime.min,
+        scores: bool = False,
     ) -> None:
+        """`scores`: nothing is drawn; rows bring what is scored in the column `prompt.continuations`, or their whole texts."""
         self._policy = config.special_tokens
         self._row_settings: dict[str, SamplingParams | RowError] = {}
         self._tokenizer = tokenizer
@@ -75,7 +79,8 @@ class PromptBuilder:
         self._source = PromptSource(config, tokenizer, limits.vocab_size, typed=typed, now=now)
         self._spelled_by_examples = self._count_spelled_by_examples()
         self.chat = self._source.chat
-        self.columns = self._source.columns | {SAMPLING_PARAMS}
+        self._given = config.continuations if scores else None
+        self.columns = self._source.columns | {self._given or SAMPLING_PARAMS}
         self._config = config
         self._spelled = Spelled()
 
@@ -99,28 +104,108 @@ class PromptBuilder:
             columns=present,
             special_texts=self._tokenizer.special_texts,
         )
-        return (*self._source.describe(present), *described)
+        whole = self._given is not None and self._given not in present
+        of_whole = (f"the input has no column {self._given!r} (prompt.continuations): each row's whole text is scored",)
+        return (*self._source.describe(present), *described, *(of_whole if whole else ()))
 
     def build(self, rows: Sequence[Row]) -> list[Prompt | RowError]:
         """One result a row, in order; all texts of the batch are tokenised in one call."""
         drafts = [row.error or self._draft(row.columns or {}) for row in rows]
+        given = self._find_given(rows, drafts) if self._given else {}
         quoted = self._find_quoted(rows, drafts)
-        ids: dict[int, Sequence[int]] = {}
+        texts = {
+            (place, -1): draft.text
+            for place, draft in enumerate(drafts)
+            if isinstance(draft, Draft) and draft.token_ids is None
+        }
+        texts |= {
+            (place, number): whole
+            for place, each in given.items()
+            for number, whole in enumerate(each)
+            if isinstance(whole, str) and not isinstance(drafts[place], RowError)
+        }
+        ids = self._encode(texts, drafts, quoted)
+        built: list[Prompt | RowError] = []
+        for place, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+            if isinstance(draft, RowError):
+                built.append(draft)
+                continue
+            prompt = ids.get((place, -1), draft.token_ids or ())
+            if not self._given:
+                built.append(self._finish(row, prompt))
+                continue
+            texts_given = None
+            if place in given:
+                # Of a text's tokens, those behind as many as the prompt has.
+                each_given = enumerate(given[place])
+                texts_given = [
+                    ids[place, number][len(prompt) :] if isinstance(each, str) else each for number, each in each_given
+                ]
+            built.append(self._finish_scored(row, prompt, texts_given))
+        return built
+
+    def _encode(
+        self,
+        texts: Mapping[tuple[int, int], str],
+        drafts: Sequence[Draft | RowError],
+        quoted: Mapping[int, list[Occurrence]],
+    ) -> dict[tuple[int, int], Sequence[int]]:
+        """Token ids of texts that begin as the draft at the place that each key begins with."""
+        ids: dict[tuple[int, int], Sequence[int]] = {}
         for add_bos in (False, True):
-            texts = {
-                place: draft.text
-                for place, draft in enumerate(drafts)
-                if isinstance(draft, Draft) and draft.token_ids is None and draft.add_special_tokens is add_bos
-            }
-            plain = [place for place in texts if place not in quoted]
-            ids |= zip(plain, self._tokenizer.encode_batch([texts[place] for place in plain], add_bos), strict=True)
-            others = [place for place in texts if place in quoted]
-            batch = [(texts[place], quoted[place]) for place in others]
+            keys = [key for key in texts if isinstance(each := drafts[key[0]], Draft) and each.add_special_tokens is add_bos]
+            plain = [key for key in keys if key[0] not in quoted]
+            ids |= zip(plain, self._tokenizer.encode_batch([texts[key] for key in plain], add_bos), strict=True)
+            others = [key for key in keys if key[0] in quoted]
+            batch = [(texts[key], quoted[key[0]]) for key in others]
             ids |= zip(others, self._tokenizer.encode_quoted(batch, add_bos), strict=True)
-        return [
-            draft if isinstance(draft, RowError) else self._finish(row, ids.get(place, draft.token_ids or ()))
-            for place, (row, draft) in enumerate(zip(rows, drafts, strict=True))
-        ]
+        return ids
+
+    def _find_given(self, rows: Sequence[Row], drafts: list[Draft | RowError]) -> dict[int, list[str | list[int]]]:
+        """What each row has to be scored, by place: lists of token ids, or texts with the prompt in front, which are tokenised
+        whole. White space at the end of a plain prompt goes to the continuations, as most tokenizers would have it. Where a row
+        has none, or none that can be used, it is not there, or its draft becomes the error."""
+        given: dict[int, list[str | list[int]]] = {}
+        for place, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+            value = (row.columns or {}).get(self._given or "")
+            if isinstance(draft, RowError) or value is None:
+                continue
+            texts: list[Any] = cast("list[Any]", value) if isinstance(value, list) and value else [None]
+            of_text = all(isinstance(text, str) and text for text in texts) and draft.token_ids is None
+            if not of_text and not all(isinstance(text, list) and text and all(map(self._is_token, text)) for text in texts):
+                drafts[place] = RowError(
+                    "bad_continuations",
+                    f"the column {self._given!r} must hold a list of texts that are not empty, or of lists of token ids below "
+                    f"{self._limits.vocab_size}; behind token ids, the latter",
+                )
+                continue
+            if of_text and draft.add_special_tokens and (begins := draft.text.rstrip()):
+                space = draft.text[len(begins) :]
+                drafts[place], texts = replace(draft, text=begins), [space + text for text in texts]
+                draft = replace(draft, text=begins)
+            given[place] = [draft.text + text for text in texts] if of_text else texts
+        return given
+
+    def _is_token(self, value: Any) -> bool:
+        return type(value) is int and 0 <= value < self._limits.vocab_size
+
+    def _finish_scored(self, row: Row, prompt: Sequence[int], given: Sequence[Sequence[int]] | None) -> Prompt | RowError:
+        """A row whose continuations are scored; without any it is the whole text behind its first token."""
+        prompt, texts = (prompt[:1], [prompt[1:]]) if given is None else (prompt, given)
+        if (short := next((number for number, text in enumerate(texts) if not len(text)), None)) is not None:
+            what = "the text has one token alone" if given is None else f"continuation {short} adds no token to the prompt"
+            return RowError("bad_continuations", f"{what}: there is nothing to score")
+        params = SamplingParams(
+            n=len(texts),
+            max_tokens=max(map(len, texts)),
+            temperature=0.0,
+            ignore_eos=True,
+            logprobs=self._params.logprobs,
+        )
+        finished = self._finish(row, prompt, params)
+        if isinstance(finished, RowError):
+            return finished
+        return replace(finished, continuations=tuple(np.asarray(text, dtype=np.int32) for text in texts))
 
     def _find_quoted(self, rows: Sequence[Row], drafts: list[Draft | RowError]) -> dict[int, list[Occurrence]]:
         """The places of drafts in which what a row spells of special tokens is plain text, each with those that templates
@@ -168,10 +253,11 @@ class PromptBuilder:
         occurrences = [each for each in self._tokenizer.special_tokens.find([text])[0] if each]
         return len(occurrences) - len(_overlapping(occurrences, self._blanking.written_by(self._source.few_shot)))
 
-    def _finish(self, row: Row, ids: Sequence[int]) -> Prompt | RowError:
-        params = self._row_params(row.columns or {})
-        if isinstance(params, RowError):
-            return params
+    def _finish(self, row: Row, ids: Sequence[int], params: SamplingParams | None = None) -> Prompt | RowError:
+        settled = params or self._row_params(row.columns or {})
+        if isinstance(settled, RowError):
+            return settled
+        params = settled
         if not ids:
             return RowError("empty_prompt", "the prompt has no tokens")
         if self._tokenizer.vocab_size > self._limits.vocab_size and (last := max(ids)) >= self._limits.vocab_size:

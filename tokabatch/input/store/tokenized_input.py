@@ -26,7 +26,7 @@ from tokabatch.input.store.disk_arrays import ArraySpool, Texts, open_array
 from tokabatch.input.store.identity import IdSpool, read_ids
 from tokabatch.input.store.row_digests import DigestSpool, RowDigests
 from tokabatch.job import GenerationConfig, Job
-from tokabatch.scheduling.contracts import SamplingParams
+from tokabatch.scheduling.contracts import Continuations, SamplingParams
 from tokabatch.storage.write_errors import spooling
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _TOKENS, _START, _LENGTH, _PARAMS = "tokens.bin", "start.bin", "length.bin", "params.bin"
 _COLUMNS, _IDS = "columns", "ids.bin"
 _SETTINGS = tuple(field.name for field in fields(SamplingParams))
+_GIVEN = ("continuation_first.bin", "continuation_start.bin", "continuation_tokens.bin")
 MAX_NAMES = 10_000
 MAX_MESSAGE = 500
 """Characters of an error's message: a bad row may be large, and there may be many."""
@@ -62,6 +63,8 @@ class InputStore:
     """Prompts in which a row's text spelled a special token, encoded as plain text."""
     digests: RowDigests
     """Of the rows and their prompts."""
+    continuations: Continuations | None
+    """What is scored behind the prompts, where that is the job."""
     _columns: Columns
     _ids: Texts | None
 
@@ -115,6 +118,7 @@ class InputStore:
             "hidden_rows": self.hidden_rows,
             "columns": self._columns.state(),
             "ids": self._ids is not None,
+            "scores": self.continuations is not None,
         }
 
     @classmethod
@@ -135,6 +139,7 @@ class InputStore:
             notes=tuple(state["notes"]),
             hidden_rows=state["hidden_rows"],
             digests=RowDigests.open(folder),
+            continuations=_open_given(folder) if state["scores"] else None,
             _columns=columns,
             _ids=Texts.open(folder / _IDS) if state["ids"] else None,
         )
@@ -161,7 +166,8 @@ def ingest(
     limits = Limits(context_length, vocab_size or tokenizer.vocab_size)
     reader = open_reader(job.input)
     typed, now = reader.schema is not None, datetime.fromisoformat(clock).replace(tzinfo=None) if clock else datetime.now()
-    builder = PromptBuilder(job.prompt, generation or job.generation, tokenizer, limits, typed=typed, now=now)
+    given = generation or job.generation
+    builder = PromptBuilder(job.prompt, given, tokenizer, limits, typed=typed, now=now, scores=job.mode == "score")
     if reader.schema is not None:
         _check_columns(job, builder, reader.schema.names)
     with spooling(folder):
@@ -209,6 +215,7 @@ class _Spools:
         self.num_rows = 0
         self.any_parsed = False
         self._digests = DigestSpool(folder)
+        self._given = _GivenSpool(folder) if job.mode == "score" else None
 
     def append(self, batch: RowBatch, prompts: Sequence[Prompt | RowError]) -> None:
         faults = self._ids.append(batch.rows) if self._ids else {}
@@ -225,7 +232,11 @@ class _Spools:
         if tokens := [each.token_ids for each in good if each is not None]:
             self._tokens.append(np.concatenate(tokens))
         self._columns.append(batch)
-        self._digests.append(batch, [None if each is None else each.token_ids for each in good])
+        self._digests.append(
+            batch, [None if each is None else np.concatenate((each.token_ids, *each.continuations)) for each in good]
+        )
+        if self._given is not None:
+            self._given.append([() if each is None else each.continuations for each in good])
         for row in batch.rows:
             if row.columns is not None:
                 self.any_parsed = True
@@ -252,6 +263,7 @@ class _Spools:
             notes=builder.describe(self.names, self.num_rows),
             hidden_rows=builder.hidden_rows,
             digests=self._digests.finish(),
+            continuations=None if self._given is None else self._given.finish(),
             _columns=columns,
             _ids=ids,
         )
@@ -269,6 +281,32 @@ def _unshared(column: Sequence[list[Any]], count: int) -> list[Any]:
     values, places = column
     given = [_tuples(value) for value in values]
     return [given[place] for place in places or [0] * count]
+
+
+class _GivenSpool:
+    """What is scored behind the prompts, row after row."""
+
+    def __init__(self, folder: Path) -> None:
+        first, start, tokens = (folder / name for name in _GIVEN)
+        self._first = ArraySpool(first, np.int64)
+        self._start = ArraySpool(start, np.int64)
+        self._tokens = ArraySpool(tokens, np.int32)
+        self._start.append([0])
+
+    def append(self, rows: Sequence[Sequence[Int32]]) -> None:
+        """The texts of some rows."""
+        counts, texts = np.array([len(texts) for texts in rows], np.int64), [text for texts in rows for text in texts]
+        self._first.append(self._start.length - 1 + np.cumsum(counts) - counts)
+        self._start.append(self._tokens.length + np.cumsum([len(text) for text in texts], dtype=np.int64))
+        self._tokens.append(np.concatenate((np.zeros(0, np.int32), *texts)))
+
+    def finish(self) -> Continuations:
+        return Continuations(self._first.finish(), self._start.finish(), self._tokens.finish())
+
+
+def _open_given(folder: Path) -> Continuations:
+    first, start, tokens = (folder / name for name in _GIVEN)
+    return Continuations(open_array(first, np.int64), open_array(start, np.int64), open_array(tokens, np.int32))
 
 
 def _tuples(value: Any) -> Any:

@@ -26,13 +26,9 @@ _SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A step's logits, whose each they are, and how they and their summaries lie in memory. Where the vocabulary is spread
-    over ranks `logits_SV` are the `own_vocab` of this one, which begin with part `first_part`; parts are those of all ranks."""
+    """A step's logits, whose each they are, and how they and their summaries lie in memory."""
 
     logits_SV: torch.Tensor
-    vocab: int
-    own_vocab: int
-    first_part: int
     words: torch.Tensor
     slot_S: torch.Tensor
     row_stride: int
@@ -45,23 +41,18 @@ class Rows:
     """See `key_of`."""
 
     @classmethod
-    def of(cls, logits_SV: torch.Tensor, inputs: SamplerInputs, shard: shards.VocabularyShard) -> Rows:
+    def of(cls, logits_SV: torch.Tensor, inputs: SamplerInputs) -> Rows:
+        num_rows, vocab = logits_SV.shape
         if logits_SV.stride(1) != 1:
             logits_SV = logits_SV.contiguous()
-        num_parts = triton.cdiv(shard.vocab_size, PART.value)
-        part_stride = triton.cdiv(num_parts, 16) * 16
-        if shard.mesh.tensor_size > 1:
-            part_stride = shard.width // PART.value * shard.mesh.tensor_size
+        num_parts = triton.cdiv(vocab, PART.value)
         return cls(
             logits_SV=logits_SV,
-            vocab=shard.vocab_size,
-            own_vocab=len(shard.tokens),
-            first_part=shard.tokens.start // PART.value,
             words=inputs.table.words,
             slot_S=inputs.slot_S,
-            row_stride=logits_SV.stride(0) if len(logits_SV) > 1 else logits_SV.shape[1],
+            row_stride=logits_SV.stride(0) if num_rows > 1 else vocab,
             num_parts=num_parts,
-            part_stride=part_stride,
+            part_stride=triton.cdiv(num_parts, 16) * 16,
             width=triton.next_power_of_2(num_parts),
             shift=_SHIFTS[logits_SV.dtype],
         )

@@ -271,7 +271,7 @@ class KVCacheManager:
         for prompt, slot in zip(prompts, opened.tolist(), strict=True):
             prompt.leader = slot
             prompt.live += 1
-        return self._start(opened, budget)
+        return self._start(opened, budget, leads=True)
 
     def _fill(self, opened: Int64, requests: Int32, start: Int32, outputs: list[Generated | None]) -> None:
         """Set the columns of freshly opened slots, computed up to `start`; preempted samples get their output back."""
@@ -291,12 +291,22 @@ class KVCacheManager:
                 slots.restore(slot, output)
                 slots.length[slot] += len(output.tokens)
                 counts.recomputed_tokens += int(slots.length[slot] - start[i])
+            if self._work.continuations is not None:
+                # A given text is a sample of which all but the last token is known.
+                slot, given = int(opened[i]), self._work.continuation(int(requests[i]), int(slots.sample[opened[i]]))
+                slots.limit[slot] = len(given)
+                if output is None:
+                    slots.outputs.restore(slot, Generated(given[:-1]))
+                    slots.length[slot] += len(given) - 1
 
-    def _start(self, opened: Int64, budget: int) -> Runs:
+    def _start(self, opened: Int64, budget: int, *, leads: bool = False) -> Runs:
         """Give freshly opened slots their first tokens and the pages for them; each gets the page of its first token even
         where the budget leaves it none to compute yet."""
         slots = self.slots
         pending = slots.length[opened] - slots.computed[opened]
+        if leads and self._work.continuations is not None:
+            # No further than the prompt's end: what the next prompt inherits has to be computed in this very step.
+            pending = np.minimum(pending, slots.prompt_length[opened] - slots.computed[opened])
         take = np.clip(budget - (np.cumsum(pending) - pending), 0, pending).astype(np.int32)
         needs = slots.missing_pages(opened, np.maximum(take, 1))
         if int(needs.sum()) > self.pool.num_free:

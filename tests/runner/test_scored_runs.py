@@ -1,0 +1,157 @@
+"""Runs that score given texts: rows in, one row of figures out for each continuation, against transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from support import tiny_models
+from support.double_precision import load_double
+from transformers import AutoTokenizer
+
+from tokabatch import Job, plan, run
+from tokabatch.errors import JobError, OutputError
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "Once upon a time", "continuations": [" there was", " a", "<eos>"]},
+    {"prompt": "Once upon a day ", "continuations": ["x"]},
+    {"prompt": "The whole of this text is scored"},
+    {"prompt": "Once upon", "continuations": [[5, 6, 7], [2]]},
+    {"prompt": "Once", "continuations": []},
+    {"prompt": "Once", "continuations": ["a", ""]},
+    {"prompt": "Once", "continuations": [[97]]},
+    {"prompt": "O"},
+    {"prompt_token_ids": [10, 11, 12], "continuations": [[13, 14]]},
+    {"prompt": "<eos>ends", "continuations": ["."]},
+]
+BAD = {4: "must hold a list of texts", 5: "must hold a list", 6: "token ids below 97", 7: "one token alone"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.add_tokenizer(tiny_models.build("llama", tmp_path_factory.mktemp("models") / "llama"))
+
+
+def job(model: Path, folder: Path, rows: list[dict[str, Any]] = ROWS, **changes: Any) -> Job:
+    source = folder / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Job.load(
+        {
+            "mode": "score",
+            "model": {"path": str(model), "dtype": "float64"},
+            "input": {"path": str(source)},
+            "engine": {"device": "cpu", "page_size": 4},
+            "output": {"path": str(folder / "out")},
+            "errors": {"max_fraction": 1.0},
+            **changes,
+        }
+    )
+
+
+def samples(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
+    table = pa.concat_tables(pq.read_table(shard) for shard in sorted((folder / "out" / "data").glob("*.parquet")))
+    return {(row["row_index"], row["sample_index"]): row for row in table.to_pylist()}
+
+
+def wanted(model: Path) -> dict[tuple[int, int], tuple[list[int], list[int]]]:
+    """Prompt and given token ids of each text; a plain prompt's last spaces go in front of what follows."""
+    encode = AutoTokenizer.from_pretrained(model).encode
+    e = [3 + 1 + ord(char) - 32 for char in "<eos>"]
+    return {
+        (0, 0): (encode("Once upon a time"), encode(" there was")),
+        (0, 1): (encode("Once upon a time"), encode(" a")),
+        (0, 2): (encode("Once upon a time"), [2]),
+        (1, 0): (encode("Once upon a day"), encode(" x")),
+        (2, 0): (encode("T"), encode("he whole of this text is scored")),
+        (3, 0): (encode("Once upon"), [5, 6, 7]),
+        (3, 1): (encode("Once upon"), [2]),
+        (8, 0): ([10, 11, 12], [13, 14]),
+        # What a row spells of special tokens is text.
+        (9, 0): ([*e, *encode("ends")], encode(".")),
+    }
+
+
+def test_each_continuation_is_a_row_with_its_figures(model: Path, tmp_path: Path) -> None:
+    summary = run(job(model, tmp_path, generation={"logprobs": 0}))
+    found, reference = samples(tmp_path), load_double(model)
+    assert {row: each["error_message"] for (row, _), each in found.items() if each["status"] == "error"}.keys() == BAD.keys()
+    for row, told in BAD.items():
+        assert found[row, 0]["error_code"] == "bad_continuations" and told in found[row, 0]["error_message"]
+    good = {key: each for key, each in found.items() if each["status"] == "ok"}
+    assert good.keys() == wanted(model).keys()
+    for key, (prompt, given) in wanted(model).items():
+        each = good[key]
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + given])).logits[0, len(prompt) - 1 : -1]
+        logprobs = logits.log_softmax(-1).gather(1, torch.tensor(given)[:, None])[:, 0]
+        assert (each["token_ids"], each["num_output_tokens"]) == (given, len(given))
+        assert (each["num_prompt_tokens"], each["finish_reason"], each["stop_reason"]) == (len(prompt), "scored", None)
+        assert abs(each["cumulative_logprob"] - float(logprobs.sum())) < 1e-9
+        assert each["perplexity"] == pytest.approx(math.exp(-float(logprobs.mean())), rel=1e-12)
+        assert each["is_greedy"] == bool((logits.argmax(-1) == torch.tensor(given)).all())
+        assert [token["logprob"] for token in each["logprobs"]] == pytest.approx(logprobs.tolist(), rel=1e-6)
+    assert good[0, 0]["text"] == " there was" and good[1, 0]["text"] == " x"
+    assert (summary.ok, summary.errors, summary.output_tokens) == (9, 4, sum(len(given) for _, given in wanted(model).values()))
+
+
+def test_a_run_goes_on_where_it_was_and_only_as_the_same_job(model: Path, tmp_path: Path) -> None:
+    run(job(model, tmp_path))
+    assert all(each["logprobs"] is None for each in samples(tmp_path).values())
+    more = [*ROWS, {"prompt": "Once", "continuations": [" more", " less"]}]
+    assert run(job(model, tmp_path, more)).earlier == 13
+    assert samples(tmp_path)[10, 1]["status"] == "ok"
+    other = [dict(row) for row in more]
+    other[0]["continuations"] = [" there is", " a", "<eos>"]
+    with pytest.raises(OutputError, match="row 0"):
+        run(job(model, tmp_path, other))
+    with pytest.raises(OutputError, match=r"job\.mode: \"score\" then, absent now"):
+        run(job(model, tmp_path, more, mode="generate"))
+
+
+def interrupt(*given: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_start_takes_over_what_was_tokenised(model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Row {number} says", "continuations": [" this", f" that {number}"]} for number in range(40)]
+    (tmp_path / "whole").mkdir()
+    run(job(model, tmp_path / "whole", rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokabatch.runner.recorder.Recorder.add", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(job(model, tmp_path, rows))
+    assert (tmp_path / "out" / "_input").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokabatch.workload.ingest", None)
+        run(job(model, tmp_path, rows))
+    ours, theirs = samples(tmp_path), samples(tmp_path / "whole")
+    assert {key: each["cumulative_logprob"] for key, each in ours.items()} == {
+        key: each["cumulative_logprob"] for key, each in theirs.items()
+    }
+
+
+def test_a_plan_counts_and_says_that_whole_texts_are_scored(model: Path, tmp_path: Path) -> None:
+    report = plan(job(model, tmp_path, [{"prompt": "A text of its own"}, {"prompt": "and another"}]))
+    assert report.samples == 2 and report.max_output_tokens == 26
+    assert any("no column 'continuations' (prompt.continuations): each row's whole text" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"generation": {"temperature": 0.5, "n": 2}}, "generation: n, temperature is of no use in mode: score"),
+        ({"generation": {"logprobs": 3}}, "generation: logprobs is 3; mode: score reports given tokens alone: write 0"),
+        ({"verify": {"kind": "exact", "answer": "a"}}, "verify: judges texts that were drawn, and mode: score draws none"),
+        ({"mode": "rank"}, "mode: got the text rank; accepts one of generate, score"),
+    ],
+)
+def test_what_does_not_go_with_scoring_is_refused(model: Path, tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(JobError) as refused:
+        job(model, tmp_path, **changes)
+    assert told in str(refused.value)

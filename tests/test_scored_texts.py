@@ -1,0 +1,204 @@
+"""Given texts, through the whole engine in float64: their log-probabilities are transformers', however they are scheduled and
+whatever happens to the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import tiny_models, token_device
+from support.double_precision import load_double
+
+from tokabatch.engine.executor import InProcessExecutor
+from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.worker import Worker, WorkerSpec
+from tokabatch.model.families import family_names, read_spec
+from tokabatch.scheduling.contracts import Completion, Continuations, SamplingParams
+from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
+from tokabatch.scheduling.stopping import StopRules
+
+VOCAB, EOS = 97, 2
+HEADER = [5, 9, 9, 41, 3, 77, 60, 12, 12, 8, 30, 31, 90, 4, 4, 4, 17, 66, 23]
+ROWS: list[tuple[list[int], list[list[int]]]] = [
+    ([*HEADER, 1], [[7], [8], [9, EOS], [9, 10, 11, 12, 13, 14]]),
+    ([*HEADER, 50, 51, 52, 53], [[EOS, 5, 5], [54, 55, 56], [54, 55, 57]]),
+    ([*HEADER, 50, 51, 52, 70], [[3]]),
+    ([*HEADER[:7], 20, 21], [[60] * 15, [12]]),
+    ([88], [[4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [88]]),
+    (HEADER, [[1, 7]]),
+]
+"""Prompts with the texts that are scored behind each."""
+LONGEST = max(len(prompt) + max(map(len, texts)) for prompt, texts in ROWS)
+PARAMS = [SamplingParams(n=len(texts), max_tokens=max(map(len, texts)), ignore_eos=True, logprobs=0) for _, texts in ROWS]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {family: tiny_models.build(family, root / family) for family in family_names()}
+
+
+@pytest.fixture(scope="module")
+def wanted(folders: dict[str, Path]) -> dict[str, dict[tuple[int, int], tuple[np.ndarray, bool]]]:
+    """The logprob of each token of every text, and whether greedy decoding would have written it."""
+    found: dict[str, dict[tuple[int, int], tuple[np.ndarray, bool]]] = {}
+    for family, folder in folders.items():
+        model = load_double(folder)
+        found[family] = {}
+        for row, (prompt, texts) in enumerate(ROWS):
+            for number, text in enumerate(texts):
+                with torch.inference_mode():
+                    logits = model(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1]
+                target = torch.tensor(text)
+                logprobs = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
+                found[family][row, number] = logprobs.numpy(), bool((logits.argmax(-1) == target).all())
+    return found
+
+
+def make_requests(rows: Sequence[tuple[list[int], list[list[int]]]]) -> Any:
+    requests = token_device.make_requests([prompt for prompt, _ in rows], PARAMS)
+    texts = [text for _, texts in rows for text in texts]
+    counts = [len(texts) for _, texts in rows]
+    given = Continuations(
+        first=(np.cumsum(counts) - counts).astype(np.int64),
+        start=np.append(0, np.cumsum([len(text) for text in texts])).astype(np.int64),
+        tokens=np.array([token for text in texts for token in text], np.int32),
+    )
+    return replace(requests, params=requests.row_index.astype(np.int32), continuations=given)
+
+
+def score(
+    folder: Path, limits: SchedulerLimits, depth: int, losses: Sequence[int] = (), given_later: int = 0, worker: Any = None
+) -> dict[tuple[int, int], Completion]:
+    """All texts, on a worker that is lost after each of so many steps; the last `given_later` prompts come while others run."""
+    group = limits.grouping
+    numbers = limits.page_size, limits.num_pages, limits.max_running, limits.max_step_tokens, limits.max_pages_per_sequence
+    sizes = ReplicaSizes(*numbers, group.min_group if group else 0, group.min_pages if group else 1)
+    spec = WorkerSpec(folder, read_spec(folder), torch.float64, "cpu", "torch_paged", sizes)
+
+    def start() -> InProcessExecutor:
+        executor = InProcessExecutor(spec) if worker is None else InProcessExecutor(spec, lambda spec: worker(spec))
+        executor.start()
+        return executor
+
+    executor, requests, first = start(), make_requests(ROWS), len(ROWS) - given_later
+    scheduler = Scheduler(requests.take(np.arange(first)), limits, StopRules(PARAMS, [EOS], VOCAB, None))
+    later = [requests.take(np.arange(first, len(ROWS)))] if given_later else []
+    done: dict[tuple[int, int], Completion] = {}
+    steps = 0
+    while not scheduler.done or later:
+        step = scheduler.schedule() if scheduler.num_in_flight < depth else None
+        scheduler.check_integrity()
+        if step is not None:
+            executor.submit(step)
+            steps += 1
+            if steps == 3 and later:
+                scheduler.extend(later.pop())
+            if steps in losses:
+                scheduler.lost_device()
+                executor = start()
+            continue
+        if not scheduler.num_in_flight and later:
+            scheduler.extend(later.pop())
+            continue
+        for completion in scheduler.apply(executor.collect()):
+            assert (completion.row_index, completion.sample_index) not in done
+            done[completion.row_index, completion.sample_index] = completion
+    assert scheduler.kv.pool.num_used == 0
+    if not losses and not any(completion.error_code for completion in done.values()):
+        assert scheduler.counts.output_tokens == sum(len(text) for _, texts in ROWS for text in texts)
+    return done
+
+
+def assert_right(done: dict[tuple[int, int], Completion], wanted: dict[tuple[int, int], tuple[np.ndarray, bool]]) -> None:
+    assert done.keys() == wanted.keys()
+    for (row, number), completion in done.items():
+        logprobs, greedy = wanted[row, number]
+        assert completion.token_ids.tolist() == ROWS[row][1][number]
+        assert (completion.finish_reason, completion.stop_reason, completion.error_code) == ("scored", None, None)
+        assert completion.score is not None and completion.logprobs is not None
+        assert abs(completion.score.logprob - logprobs.sum()) < 1e-9 and completion.score.greedy == greedy
+        np.testing.assert_allclose(completion.logprobs, logprobs, rtol=1e-6)
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> tuple[SchedulerLimits, int]:
+    page_size = draw(st.sampled_from([1, 4, 16]))
+    pages = -(-LONGEST // page_size)
+    max_running = draw(st.integers(1, 12))
+    limits = SchedulerLimits(
+        page_size=page_size,
+        num_pages=pages + 1 + draw(st.sampled_from([0, 1, 3, 10, 100])),
+        max_running=max_running,
+        max_step_tokens=max_running + draw(st.sampled_from([0, 1, 5, 40])),
+        max_pages_per_sequence=pages,
+        grouping=draw(st.sampled_from([None, GroupingLimits(1, 1), GroupingLimits(2, 1)])),
+    )
+    return limits, draw(st.integers(1, 3))
+
+
+@pytest.mark.parametrize("family", family_names())
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(schedules(), st.lists(st.integers(1, 20), max_size=2), st.integers(0, 3))
+def test_scores_are_those_of_transformers(
+    family: str, folders: Any, wanted: Any, schedule: tuple[SchedulerLimits, int], losses: list[int], given_later: int
+) -> None:
+    limits, depth = schedule
+    assert_right(score(folders[family], limits, depth, losses, given_later), wanted[family])
+
+
+def test_what_texts_share_is_computed_once(folders: Any, wanted: Any) -> None:
+    """The prompts' tokens once, page for page, and of each text but a prompt's first its tokens and the one before them."""
+    computed = []
+
+    class Counting(Worker):
+        @classmethod
+        def build(cls, spec: WorkerSpec) -> Any:
+            return Launching(Worker.build(spec))
+
+    class Launching:
+        def __init__(self, worker: Worker) -> None:
+            self.worker, self.sizes = worker, worker.sizes
+
+        def launch(self, step: Any) -> Any:
+            computed.append(step.num_tokens)
+            return self.worker.launch(step)
+
+        def make_ahead(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    limits = SchedulerLimits(1, 400, 64, 256, LONGEST, GroupingLimits(2, 1))
+    done = score(folders["llama"], limits, 1, worker=Counting.build)
+    assert_right(done, wanted["llama"])
+    whole = [prompt + text for prompt, texts in ROWS for text in texts]
+    tokens = {tuple(each[: place + 1]) for each in whole for place in range(len(each) - 1)}
+    # A prompt's last token is computed for each of its texts.
+    assert sum(computed) <= len(tokens) + sum(len(texts) for _, texts in ROWS) + 10
+
+
+@pytest.mark.parametrize("max_running", [1, 3])
+def test_a_row_that_breaks_the_model_costs_that_row_alone(folders: Any, wanted: Any, max_running: int) -> None:
+    class Spoilt:
+        @classmethod
+        def build(cls, spec: WorkerSpec) -> Any:
+            worker = Worker.build(spec)
+            # The last of row 1's prompt.
+            worker._decoder._weights.embed_VE[53] = float("nan")
+            worker.make_ahead, worker.close = lambda: None, lambda: None
+            return worker
+
+    limits = SchedulerLimits(4, 40, max_running, 40, -(-LONGEST // 4), GroupingLimits(2, 1))
+    done = score(folders["qwen2"], limits, 1, worker=Spoilt.build)
+    broken = {key: completion.error_code for key, completion in done.items() if completion.error_code}
+    assert broken == {(1, number): "nan_logits" for number in range(3)}
+    rest = {key: completion for key, completion in done.items() if key not in broken}
+    assert_right(rest, {key: value for key, value in wanted["qwen2"].items() if key not in broken})
