@@ -186,9 +186,9 @@ def test_long_prompts_stay_exact(case, monkeypatch):
 def test_few_queries_over_a_long_shared_context_are_cut_into_pieces(case_of, monkeypatch):
     """256 samples behind a document of 32k tokens: the Hopper kernel would leave half of an H200 idle."""
     monkeypatch.setattr("tokabatch.attention.flashinfer_paged.SPLIT_DIM", case_of.dim)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     shape = KVShape(1, 32, 8, case_of.dim, 16, 2100, 256, 2060)
     attention: Any = create_backend("flashinfer_paged", shape, case_of.dtype, torch.device(case_of.device))
+    attention._num_cores = 132
     for queries, keys, pieces in ((256, 32_768, 2), (256, 2_048, 1), (100, 32_768, 1), (8_192, 32_768, 1), (300, 32_768, 4)):
         level = PrefixLevel(*(np.array([value], np.int32) for value in (0, queries, 0, 0, keys // 16)))
         assert attention._num_pieces(level) == pieces, (queries, keys)

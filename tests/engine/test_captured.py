@@ -174,3 +174,30 @@ def test_captured_steps_give_what_the_torch_backend_gives(tmp_path, where, famil
             ours.logprobs[:agree], theirs.logprobs[:agree], **({"atol": 1e-3} if where == "cpu" else {"atol": 0.3})
         )
     assert len(found) == params.n * len(prompts)
+
+
+@pytest.mark.parametrize("where", DEVICES)
+def test_a_step_in_a_larger_graph_fills_no_more_planes_than_that_has(tmp_path, where, monkeypatch):
+    """The graph of all tokens is there from the beginning and serves a few tokens too."""
+    for name, value in {"ENOUGH_PLANES": 2, "MAX_PLANES": 8, "FINEST": 4}.items():
+        monkeypatch.setattr(f"tokabatch.engine.captured.{name}", value)
+    for name, value in {"SHORT_RUN": 2, "LONG_CONTEXT": 3, "SPLIT_KEYS": 2, "SPLIT_STEP": 2}.items():
+        monkeypatch.setattr(f"tokabatch.attention.tiles.{name}", value)
+    folder = tiny_models.build("llama", tmp_path, **HEADS)
+    worker = captured_worker(folder, sizes_of(4, 7, 30), torch.device(where))
+    assert worker._captured is not None
+    body, most = worker._captured.body, []
+    fit = body.fit
+
+    def watched(step):
+        fitted = fit(step)
+        if fitted is not None:
+            planes_T = fitted.words[4:].reshape(-1)[4 * (-(-fitted.size // 4) * 4) :][: step.num_tokens]
+            most.append((int(planes_T.max()), body._num_planes(fitted.size), fitted.size))
+        return fitted
+
+    monkeypatch.setattr(body, "fit", watched)
+    prompts = [[5] * 40 + [9], [5] * 40 + [8, 30], [5] * 40 + [7]]
+    generate(worker, prompts, SamplingParams(n=2, temperature=0.0, max_tokens=5, ignore_eos=True), GroupingLimits(2, 1))
+    assert all(planes <= there for planes, there, _ in most)
+    assert max(planes for planes, _, _ in most) > 1

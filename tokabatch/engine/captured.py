@@ -102,6 +102,11 @@ class BodyGraphs:
             return None
         kind = BodyKind(plan.has_tiles)
         size = self._ladder.size(count, kind)
+        if int(plan.planes_T.max()) > self._num_planes(size):
+            # A larger graph than the step's own has fewer.
+            plan = plan_tiles(step, self._shape, self._num_planes(size))
+            if plan is None:
+                return None
         return BodyStep(size, kind, self._laid_out(step, plan, size))
 
     def make_ahead(self) -> bool:
