@@ -118,9 +118,8 @@ class Ladder(Generic[Kind, Made]):
             if (wanted := self._worth.pop()) not in self._made:
                 self.at(*wanted)
                 return True
-        smaller = next((size for size in self._coarse if size < self._last), 0)
-        kind = next((kind for kind in self._kinds if (smaller, kind) not in self._made), None)
-        if smaller < SMALL or kind is None:
-            return False
-        self.at(smaller, kind)
-        return True
+        smaller = ((size, kind) for size in self._coarse if SMALL <= size < self._last for kind in self._kinds)
+        wanted = next((each for each in smaller if each not in self._made), None)
+        if wanted is not None:
+            self.at(*wanted)
+        return wanted is not None
