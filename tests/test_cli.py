@@ -60,7 +60,7 @@ class TestWithoutAModel:
         assert done.returncode == 0 and "\x1b" not in done.stdout
         for text in ("tokabatch run jobs/quickstart.yaml", "Exit codes", "75 ", "130 ", "generation.n=4", "tokabatch keys"):
             assert text in done.stdout
-        for command in ("run", "plan", "status", "verify", "export", "download"):
+        for command in ("run", "plan", "status", "score", "check", "export", "download"):
             assert f"\n  {command} " in done.stdout
             assert "Example" in tokabatch(command, "--help").stdout
 
@@ -195,7 +195,7 @@ class TestRefusals:
     def test_status_and_export_of_nothing(self, tmp_path: Path) -> None:
         for arguments in (
             ("status", tmp_path / "no"),
-            ("verify", tmp_path / "no"),
+            ("check", tmp_path / "no"),
             ("export", tmp_path / "no", "--to", tmp_path / "a.jsonl"),
         ):
             done = tokabatch(*arguments)
@@ -328,11 +328,11 @@ class TestQuickstart:
         assert str(target) in done.stdout
 
     def test_verify_reads_it_back(self, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
-        done = tokabatch("verify", finished[0])
+        done = tokabatch("check", finished[0])
         assert done.returncode == 0 and re.search(r"result +complete\n", done.stdout) and re.search(r"ok +4\n", done.stdout)
         shutil.copytree(finished[0], tmp_path / "copy")
         (tmp_path / "copy" / "data" / "part-00000.parquet").write_bytes(b"")
-        done = tokabatch("verify", tmp_path / "copy")
+        done = tokabatch("check", tmp_path / "copy")
         assert done.returncode == 4 and "part-00000.parquet is damaged" in done.stdout
         assert re.search(r"tokabatch run \S*copy/job\.json output\.path=\S*copy --repair\n", done.stdout)
 

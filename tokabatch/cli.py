@@ -50,7 +50,8 @@ Examples
   tokabatch plan JOB.yaml --simulate --lengths 200        predict its time, cost and KV use
   tokabatch status out/quickstart                         how far a run is
   tokabatch report out/quickstart                         one HTML page about the run
-  tokabatch verify out/quickstart                         read every file back and count
+  tokabatch score out/quickstart verify.kind=exact        judge the samples again, without computing any
+  tokabatch check out/quickstart                          read every file back and count
   tokabatch export out/quickstart --to samples.jsonl      one file, ordered by row and sample
   tokabatch errors out/quickstart                         which rows became error rows, and why
 
@@ -348,7 +349,7 @@ def report(
 
 
 @app.command(cls=_Command)
-def verify(out: OutArgument) -> None:
+def check(out: OutArgument) -> None:
     """Read everything in an output folder back, and count.
 
     Every byte of every file is read and held against its checksums; samples are counted by row and number. A damaged file
@@ -357,15 +358,55 @@ def verify(out: OutArgument) -> None:
 
     \b
     Example
-      tokabatch verify out/quickstart
+      tokabatch check out/quickstart
     """
-    verified: Any = _load("tokabatch.output.integrity").verify(out)
-    faults = [(fault.file, fault.problem) for fault in verified.faults]
-    _print_note(_load("tokabatch.report.summary").verification_sections(verified.facts, faults))
-    if verified.remedy:
+    checked: Any = _load("tokabatch.output.integrity").check(out)
+    faults = [(fault.file, fault.problem) for fault in checked.faults]
+    _print_note(_load("tokabatch.report.summary").check_sections(checked.facts, faults))
+    if checked.remedy:
         # In one line, however narrow the terminal: it is to be pasted.
-        _print_note(f"\nThis mends what is damaged, and changes nothing else\n  {verified.remedy}")
-    raise typer.Exit(verified.exit_code)
+        _print_note(f"\nThis mends what is damaged, and changes nothing else\n  {checked.remedy}")
+    raise typer.Exit(checked.exit_code)
+
+
+@app.command(cls=_Command, hidden=True)
+def verify(out: OutArgument) -> None:
+    """The earlier name of `check`."""
+    print("`tokabatch verify` is called `tokabatch check` now", file=sys.stderr)
+    check(out)
+
+
+@app.command(cls=_Command)
+def score(
+    out: OutArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="verify.KEY=VALUE", help="Keys of the job under verify, in place of its own.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Judge a run's samples again, by the job's verifier or another one, without computing any.
+
+    Each file is replaced whole, and says by what it was judged: where the command is stopped or killed, the same one goes on
+    behind the files that are done. The folder's job then verifies as given here.
+
+    \b
+    Examples
+      tokabatch score out/quickstart verify.kind=exact
+      tokabatch score out/quickstart verify.kind=./my_judge.py:grade verify.options='{strict: true}'
+    """
+    with _stop_on_signals("leaving the files that are not judged yet as they are") as stop:
+        try:
+            scored = _load("tokabatch.runner.score").score(
+                out, overrides or (), lambda text: print(text, file=sys.stderr), stop
+            )
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise typer.Exit(stopped.exit_code) from None
+    _print_note(f"{out}: {scored.judged:,} samples judged in {scored.files:,} files")
+    for reason, number in scored.reasons.most_common(3):
+        _print_note(f"no verdict for {number:,} samples: {reason}")
 
 
 @app.command(cls=_Command)

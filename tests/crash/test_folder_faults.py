@@ -23,7 +23,7 @@ from support.output_checker import table
 from support.privileges import as_anyone
 
 from tokabatch.errors import OutputError
-from tokabatch.output.integrity import verify
+from tokabatch.output.integrity import check as read_back
 
 pytestmark = [
     pytest.mark.crash,
@@ -241,9 +241,9 @@ def folders(server: ForkServer, short_scene: Scene, tmp_path_factory: pytest.Tem
 
 
 def verified(out: Path) -> tuple[int, str]:
-    """The exit code of `tokabatch verify`, and the files that it names or what it says."""
+    """The exit code of `tokabatch check`, and the files that it names or what it says."""
     try:
-        found = as_anyone(lambda: verify(out))
+        found = as_anyone(lambda: read_back(out))
     except OutputError as error:
         return error.exit_code, str(error)
     return found.exit_code, "; ".join(f"{fault.file} {fault.problem}" for fault in found.faults)

@@ -12,7 +12,7 @@ from crash.conftest import Reference, Scene, share
 from crash.test_system_calls import COURSES, KINDS, Point, Sweep, expect
 from support.forked_runs import ForkServer
 
-from tokabatch.output.integrity import verify
+from tokabatch.output.integrity import check
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(900)]
 SAMPLED_FAULTS = 20
@@ -32,12 +32,12 @@ def test_every_call_of_the_joining_fails_or_is_the_last_one(
         assert len(list((out / "data").iterdir())) == 2
         expect(sweep.run(server, out, point.fault), point)
         assert short_scene.checker.check(out) == committed, f"{point}: what was committed is not there"
-        found = verify(out)
+        found = check(out)
         assert found.exit_code in (0, 75) and found.books.pending == 0, f"{point}: {found}"
         again = sweep.run(server, out)
         assert again.code == 0, f"{point}: {again}"
         short_scene.checker.check_complete(out, sweep.reference)
-        assert verify(out).exit_code == 0
+        assert check(out).exit_code == 0
         shutil.rmtree(out)
 
     points = [Point(kind, at) for kind in KINDS for at in range(begin, len(calls)) if kind.only in (None, calls[at])]

@@ -29,7 +29,7 @@ from tokabatch.output import folder as folder_module
 from tokabatch.output.existing_results import drop_errors
 from tokabatch.output.export import export
 from tokabatch.output.folder import Claim
-from tokabatch.output.integrity import verify
+from tokabatch.output.integrity import check
 from tokabatch.output.scratch import PREFIX, scratch_folder
 from tokabatch.output.status import read_status
 from tokabatch.report.progress import NullProgress
@@ -107,7 +107,7 @@ def test_what_cannot_be_read_is_called_that(
     go()
     before = everything(out)
     commands = [
-        lambda: verify(out),
+        lambda: check(out),
         lambda: read_status(out),
         lambda: export(out, tmp_path / "all.jsonl"),
         lambda: write_report(out, tmp_path / "report.html"),
@@ -121,7 +121,7 @@ def test_what_cannot_be_read_is_called_that(
         assert caught.value.exit_code == 2 and f"cannot be read: {os.strerror(code)}" in str(caught.value)
         assert place in str(caught.value) and "rm " not in str(caught.value) and "emove" not in str(caught.value)
     monkeypatch.undo()
-    assert everything(out) == before and verify(out).exit_code == 0
+    assert everything(out) == before and check(out).exit_code == 0
 
 
 def everything(out: Path) -> dict[str, bytes]:
@@ -151,7 +151,7 @@ def test_a_listing_that_fails_once_is_not_an_empty_folder(
             assert any("are not joined" in text and "cannot be read" in text for text in told), "nothing was said"
         finally:
             monkeypatch.setattr(folder_module, "DurableFiles", DurableFiles)
-        assert go(out, flags=flags).exit_code == 0 and verify(out).exit_code == 0
+        assert go(out, flags=flags).exit_code == 0 and check(out).exit_code == 0
         reference = reference or samples(out)
         assert samples(out) == reference
     raise AssertionError("there is no end of listings")
@@ -178,10 +178,10 @@ def test_a_foreign_file_is_named_by_every_command(go: Go, tmp_path: Path) -> Non
             with pytest.raises(OutputError, match=r"part-00050\.parquet") as caught:
                 command()
             assert caught.value.exit_code == 2
-        found = verify(out)
+        found = check(out)
         assert (found.exit_code, [fault.file for fault in found.faults]) == (4, ["data/part-00050.parquet"])
         mend(found.remedy, tmp_path)
-        assert verify(out).exit_code == 0
+        assert check(out).exit_code == 0
         moved = next(path for path in tmp_path.rglob("part-00050.parquet"))
         assert pq.read_table(moved).equals(table), "a foreign file is moved away, not deleted"
 
@@ -200,34 +200,34 @@ def test_the_remedy_for_a_folder_named_like_a_shard_works_in_a_path_with_a_line_
     go(out)
     (out / "data" / "part-00099.parquet").mkdir()
     (out / "data" / "part-00099.parquet" / "mine").write_text("mine")
-    found = verify(out)
+    found = check(out)
     assert [fault.file for fault in found.faults] == ["data/part-00099.parquet"]
     mend(found.remedy, tmp_path)
-    assert verify(out).exit_code == 0 and [path.read_text() for path in tmp_path.rglob("mine")] == ["mine"]
+    assert check(out).exit_code == 0 and [path.read_text() for path in tmp_path.rglob("mine")] == ["mine"]
 
 
 def test_the_remedy_says_when_the_job_is_missing(go: Go, tmp_path: Path) -> None:
     out = tmp_path / "out"
     go()
     (out / "data" / "part-00000.parquet").write_bytes(b"")
-    assert str(out / "job.json") in str(verify(out).remedy)
+    assert str(out / "job.json") in str(check(out).remedy)
     for change in (lambda path: path.write_text("{}"), lambda path: path.unlink()):
         change(out / "job.json")
-        remedy = str(verify(out).remedy)
+        remedy = str(check(out).remedy)
         assert "run JOB.yaml" in remedy and "# job.json is missing or changed" in remedy and str(out / "job.json") not in remedy
-    assert go(flags={"repair": True}).exit_code == 0 and verify(out).exit_code == 0 and (out / "job.json").exists()
+    assert go(flags={"repair": True}).exit_code == 0 and check(out).exit_code == 0 and (out / "job.json").exists()
 
 
 def test_verify_beside_a_writer_says_so(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     go()
     with Claim(out) as claim:
-        found = verify(out)
+        found = check(out)
         assert (found.exit_code, found.running) == (0, True)
         assert claim.folder.is_claimed()
         whole = (out / "data" / "part-00000.parquet").read_bytes()
         (out / "data" / "part-00000.parquet").write_bytes(b"")
-        found = verify(out)
+        found = check(out)
         assert found.exit_code == 4 and "a run is writing" in str(found.facts["result"])
         (out / "data" / "part-00000.parquet").write_bytes(whole)
 
@@ -243,7 +243,7 @@ def test_verify_while_overwrite_deletes_finds_no_damage(go: Go, tmp_path: Path, 
             super().remove(path)
             if path.suffix == ".parquet" or path.name in ("_SUCCESS", "summary.json", "commits.jsonl"):
                 monkeypatch.setattr(folder_module, "DurableFiles", DurableFiles)
-                seen.append(verify(out).exit_code)
+                seen.append(check(out).exit_code)
 
     monkeypatch.setattr(folder_module, "DurableFiles", Watched)
     go(flags={"overwrite": True})
@@ -351,11 +351,11 @@ def sha256(path: Path) -> str:
 class TestRunsOfAnEarlierVersion:
     def test_a_complete_one_stays_as_it_is_and_is_extended(self, earlier_version: Path, go: Go) -> None:
         before = everything(earlier_version)
-        assert verify(earlier_version).exit_code == 0
+        assert check(earlier_version).exit_code == 0
         assert go().exit_code == 0 and everything(earlier_version) == before
         summary = go(generation={"n": 3, "max_tokens": 8})
         assert (summary.earlier, summary.exit_code) == (12, 0)
-        assert verify(earlier_version).exit_code == 0 and (earlier_version / "commits.jsonl").exists()
+        assert check(earlier_version).exit_code == 0 and (earlier_version / "commits.jsonl").exists()
         shards = {name: content for name, content in before.items() if name.startswith("data/")}
         assert shards.items() <= everything(earlier_version).items()
 
@@ -368,7 +368,7 @@ class TestRunsOfAnEarlierVersion:
             go()
         with pytest.raises(DamageError, match=r"part-00001\.parquet is damaged"):
             go(generation={"n": 3, "max_tokens": 8})
-        assert go(flags={"repair": True}).exit_code == 0 and verify(earlier_version).exit_code == 0
+        assert go(flags={"repair": True}).exit_code == 0 and check(earlier_version).exit_code == 0
 
     def test_without_success_its_pages_are_held_against_their_checksums(self, earlier_version: Path, go: Go) -> None:
         (earlier_version / "_SUCCESS").unlink()
@@ -383,7 +383,7 @@ class TestRunsOfAnEarlierVersion:
         with pytest.raises(DamageError, match=r"part-00001\.parquet is damaged"):
             go()
         victim.write_bytes(whole)
-        assert go().exit_code == 0 and verify(earlier_version).exit_code == 0
+        assert go().exit_code == 0 and check(earlier_version).exit_code == 0
         victim.write_bytes(changed)
         with pytest.raises(DamageError, match=r"part-00001\.parquet is damaged"):
             go()
@@ -409,7 +409,7 @@ def test_a_shard_of_another_job_with_the_missing_samples_is_refused(go: Go, tmp_
             shutil.copyfile(path, out / "data" / f"part-{len(list((out / 'data').iterdir())):05}.parquet")
     with pytest.raises(OutputError, match="is of another run"):
         go()
-    assert verify(out).exit_code == 4
+    assert check(out).exit_code == 4
 
 
 def test_finished_samples_are_committed_when_damage_is_found(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,4 +427,4 @@ def test_finished_samples_are_committed_when_damage_is_found(go: Go, tmp_path: P
     with pytest.raises(DamageError, match=r"part-00000\.parquet is not what was committed any more.*--repair"):
         go()
     monkeypatch.setattr(runner.Recorder, "add", real)
-    assert go(flags={"repair": True}).exit_code == 0 and verify(out).exit_code == 0
+    assert go(flags={"repair": True}).exit_code == 0 and check(out).exit_code == 0

@@ -20,7 +20,7 @@ from tokabatch.errors import CommitError, OutputError, UsageError
 from tokabatch.input.store import disk_arrays as spool
 from tokabatch.output import folder as folder_module
 from tokabatch.output.folder import Claim
-from tokabatch.output.integrity import verify
+from tokabatch.output.integrity import check
 from tokabatch.output.shards import ShardWriter, shard_number
 from tokabatch.report.progress import NullProgress
 from tokabatch.report.review import write_report
@@ -271,4 +271,4 @@ def test_names_of_folders_need_not_be_text(tmp_path: Path, monkeypatch: pytest.M
     write_report(place / "o")
     assert (out / "report.html").read_bytes().count(rb"caf\udce9")
     (out / "data" / "part-00000.parquet").write_bytes(b"")
-    assert str(verify(place / "o").remedy).endswith("output.path=o --repair")
+    assert str(check(place / "o").remedy).endswith("output.path=o --repair")

@@ -95,8 +95,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("status", '"$@" >&-', 2, "standard output cannot be written: it is closed"),
         ("status", '"$@" | head -0; exit ${PIPESTATUS[0]}', 141, ""),
         ("report", '"$@" >/dev/full', 2, "standard output cannot be written"),
-        ("verify", '"$@" >/dev/full', 0, "standard output cannot be written"),
-        ("verify", '"$@" 2>/dev/full | head -0; exit ${PIPESTATUS[0]}', 0, ""),
+        ("check", '"$@" >/dev/full', 0, "standard output cannot be written"),
+        ("check", '"$@" 2>/dev/full | head -0; exit ${PIPESTATUS[0]}', 0, ""),
     ],
 )
 def test_a_command_that_prints_says_so(command: str, streams: str, code: int, word: str, finished: Path) -> None:

@@ -14,7 +14,7 @@ from tokabatch import run
 from tokabatch.output import joining
 from tokabatch.output.export import export
 from tokabatch.output.folder import OutputFolder
-from tokabatch.output.integrity import verify
+from tokabatch.output.integrity import check
 from tokabatch.output.status import output_lengths
 from tokabatch.output.steps import read_steps
 from tokabatch.report.progress import NullProgress
@@ -66,7 +66,7 @@ def test_small_shards_and_steps_of_many_starts_are_joined_when_the_run_completes
     assert len(files(out)) == 4, "sixty samples, sixteen in a shard"
     assert [path.name for path in out.glob("steps-*")] == ["steps-00000.parquet"]
     assert table(out) == table(tmp_path / "whole") and check_success(out) == 2 * ROWS
-    assert verify(out).exit_code == 0
+    assert check(out).exit_code == 0
     steps = read_steps(OutputFolder(out))
     assert steps is not None and len(next(iter(steps.values()))) > 8 * 8
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -103,7 +103,7 @@ def test_shards_of_half_the_usual_size_and_more_stay_as_they_are(rows, tmp_path)
         start(rows, out, 9)
     assert start(rows, out)[0] == 0 and full and len(files(out)) == 4
     assert {name: (out / "data" / name).stat().st_ino for name in full} == full
-    assert verify(out).exit_code == 0
+    assert check(out).exit_code == 0
 
 
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSPC])
@@ -120,11 +120,11 @@ def test_a_system_that_refuses_keeps_the_small_shards(call, error, rows, tmp_pat
     monkeypatch.setattr(DurableFiles, call, refuse)
     code, told = start(rows, out)
     assert code == 0 and any("small files are not joined: " in text and "refused" in text for text in told.texts)
-    assert len(files(out)) > 4 and not (out / "_tmp").exists() and verify(out).exit_code == 0
+    assert len(files(out)) > 4 and not (out / "_tmp").exists() and check(out).exit_code == 0
     assert check_success(out) == 2 * ROWS
     first = out / "data" / files(out)[0]
     first.unlink()
-    assert verify(out).exit_code == 4, "the record names the small ones again"
+    assert check(out).exit_code == 4, "the record names the small ones again"
 
 
 def test_a_stop_while_shards_are_joined_leaves_them_and_a_complete_run(rows, tmp_path, monkeypatch):
@@ -135,4 +135,4 @@ def test_a_stop_while_shards_are_joined_leaves_them_and_a_complete_run(rows, tmp
     with scripted_engine():
         job = scripted_job(rows, out, output={"path": str(out), "rows_per_shard": SHARD})
         assert run(job, None, lambda: bool(stopping)).exit_code == 0
-    assert len(files(out)) > 4 and check_success(out) == 2 * ROWS and verify(out).exit_code == 0
+    assert len(files(out)) > 4 and check_success(out) == 2 * ROWS and check(out).exit_code == 0

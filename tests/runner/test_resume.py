@@ -29,7 +29,7 @@ from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.model import files
 from tokabatch.output import existing_results as committed
 from tokabatch.output.export import export
-from tokabatch.output.integrity import verify
+from tokabatch.output.integrity import check
 from tokabatch.report.progress import NullProgress
 from tokabatch.runner import make_replica
 from tokabatch.runner import resume as resumption
@@ -112,7 +112,7 @@ class Messages(NullProgress):
 def some_are_right(monkeypatch, tmp_path) -> None:
     """The tiny model is never right; here a sample's text decides by its length."""
     judge = tmp_path / "even.py"
-    judge.write_text("def verify(text, row): return len(text) % 2 == 0\n")
+    judge.write_text("def check(text, row): return len(text) % 2 == 0\n")
     monkeypatch.setattr(pool, "judge_spec", lambda verify: JudgeSpec("gsm8k", str(judge), "verify"))
 
 
@@ -353,7 +353,7 @@ def test_retry_errors_runs_error_rows_again_and_only_those(go, tmp_path, whole, 
     assert any(f"running {spoilt.errors} error rows again" in text for text in told.texts)
     assert (summary.earlier, summary.errors, summary.exit_code) == (30 - spoilt.errors, 0, 0)
     assert table(tmp_path / "out") == whole and [row for row in whole if row in good] == good
-    assert verify(tmp_path / "out").exit_code == 0
+    assert check(tmp_path / "out").exit_code == 0
 
 
 def test_bad_rows_are_recorded_once_however_often_the_run_is_continued(go, rows, tmp_path):
@@ -395,7 +395,7 @@ def test_a_repaired_row_may_ask_for_fewer_samples_and_a_bad_last_row_may_go(go, 
         go()
     summary = go(retry_errors=True)
     assert (summary.rows, summary.samples, summary.errors, summary.exit_code) == (10, 28, 0, 0)
-    assert verify(tmp_path / "out").exit_code == 0
+    assert check(tmp_path / "out").exit_code == 0
     write_rows(rows, replaced(2, {**ROWS[2], "sampling_params": {"n": 1}})[:-1])
     with pytest.raises(OutputError, match="10 rows then, 9 now"):
         go(retry_errors=True)
@@ -572,7 +572,7 @@ def test_rows_that_widen_a_column_extend_the_schema(narrow, wide, kind, go, rows
     assert found.schema.field("score").type.equals(kind) and found.num_rows == 12
     assert len(pandas.read_parquet(data)) == 12
     assert table(tmp_path / "out") == (go(out="whole"), table(tmp_path / "whole"))[1]
-    assert verify(tmp_path / "out").exit_code == 0
+    assert check(tmp_path / "out").exit_code == 0
     assert export(tmp_path / "out", tmp_path / "all.jsonl").samples == 12
     before = everything(data)
     assert go().earlier == 12 and everything(data) == before, "nothing is rewritten twice"
@@ -655,7 +655,7 @@ def test_a_copied_shard_is_found(go, tmp_path):
     (shard.parent / "part-00077.parquet").write_bytes(shard.read_bytes())
     with pytest.raises(OutputError, match=r"part-00077\.parquet holds sample \d of row \d a second time.*Move the copy away"):
         go()
-    found = verify(tmp_path / "out")
+    found = check(tmp_path / "out")
     assert [(fault.file, fault.problem) for fault in found.faults] == [
         ("data/part-00077.parquet", "holds 4 samples a second time")
     ]
@@ -671,9 +671,9 @@ def test_plan_says_what_is_there_already(go, model, rows, tmp_path):
 class TestVerify:
     def test_a_whole_run(self, go, tmp_path):
         go(steps=20)
-        assert (verify(tmp_path / "out").exit_code, verify(tmp_path / "out").remedy) == (75, None)
+        assert (check(tmp_path / "out").exit_code, check(tmp_path / "out").remedy) == (75, None)
         go()
-        found = verify(tmp_path / "out")
+        found = check(tmp_path / "out")
         assert (found.exit_code, found.faults, found.books.ok, len(found.shards)) == (0, (), 30, len(shards(tmp_path / "out")))
 
     @pytest.mark.parametrize("harm", ["flip", "truncate", "empty", "remove", "swap", "trade"])
@@ -697,7 +697,7 @@ class TestVerify:
             pq.write_table(changed.set_column(changed.schema.get_field_index("text"), "text", text), victim)
         else:
             pq.write_table(pq.read_table(victim).slice(1), victim)
-        found = verify(out)
+        found = check(out)
         assert found.exit_code == 4 and [fault.file for fault in found.faults] == [f"data/{victim.name}"]
         assert found.remedy is not None
         kept = {path: path.read_bytes() for path in shards(out) if path != victim}
@@ -706,7 +706,7 @@ class TestVerify:
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert {path: path.read_bytes() for path in kept} == kept
-        assert table(out) == whole and verify(out).exit_code == 0
+        assert table(out) == whole and check(out).exit_code == 0
 
     def test_a_flipped_bit_is_seen_before_the_run_is_complete(self, go, tmp_path):
         go(steps=40)
@@ -718,25 +718,25 @@ class TestVerify:
         # The last bytes of a column are data: checksums cover no page headers.
         content[begin + column.total_compressed_size - 2] ^= 1
         victim.write_bytes(content)
-        found = verify(tmp_path / "out")
+        found = check(tmp_path / "out")
         assert found.exit_code == 4 and [fault.file for fault in found.faults] == [f"data/{victim.name}"]
 
     def test_a_damaged_shard_stops_a_run_with_the_way_out(self, go, tmp_path):
         go()
         shards(tmp_path / "out")[0].write_bytes(b"PAR1 torn")
-        with pytest.raises(OutputError, match=r"part-00000\.parquet is damaged.*`tokabatch verify"):
+        with pytest.raises(OutputError, match=r"part-00000\.parquet is damaged.*`tokabatch check"):
             go()
 
     def test_a_success_that_counts_otherwise(self, go, tmp_path):
         go()
         success = tmp_path / "out" / "_SUCCESS"
         success.write_text(success.read_text().replace('"ok": 30', '"ok": 29'))
-        found = verify(tmp_path / "out")
+        found = check(tmp_path / "out")
         assert (found.exit_code, [fault.file for fault in found.faults]) == (4, ["_SUCCESS"])
 
     def test_no_run(self, tmp_path):
         with pytest.raises(OutputError, match="no run has written here"):
-            verify(tmp_path)
+            check(tmp_path)
 
 
 def shards(out: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from tokabatch.input.prompts.chat_template import chat_template_file
 from tokabatch.input.prompts.few_shot import render_few_shot
 from tokabatch.input.readers import list_files
 from tokabatch.input.store.row_digests import RowDigests
-from tokabatch.job import GenerationConfig, Job, verifier_path
+from tokabatch.job import GenerationConfig, Job, VerifyConfig, verifier_path
 
 WEIGHTS, WEIGHT_INDEX = ".safetensors", ".safetensors.index.json"
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "logit_bias", "bad_words")
@@ -65,14 +65,24 @@ def describe(
         "prompt": prompt,
         "generation": drawn,
         "output": {"columns": job.output.columns},
-        "verify": {} if job.verify is None else job.verify.decisive(),
         "job": {"mode": job.mode} if job.mode != "generate" else {},
     }
-    if job.verify is not None:
-        settings["verifier/" + job.verify.kind] = _mark(verifier_path(job.verify.kind).read_bytes())
     for section, values in sections.items():
         settings |= {f"{section}.{name}": json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+    if job.verify is not None:
+        settings |= verify_settings(job.verify)
     return Fingerprint(settings, list_files(job.input))
+
+
+def verify_settings(verify: VerifyConfig) -> dict[str, str]:
+    """What the verdicts follow from, the judge's source among it."""
+    told = {f"verify.{name}": json.dumps(value, ensure_ascii=False) for name, value in verify.decisive().items()}
+    return {"verifier/" + verify.kind: _mark(verifier_path(verify.kind).read_bytes()), **told}
+
+
+def is_of_verify(name: str) -> bool:
+    """Whether a setting is one of `verify_settings`."""
+    return name.startswith(("verify.", "verifier/"))
 
 
 def changed_settings(earlier: Fingerprint, now: Fingerprint) -> list[str]:

@@ -129,7 +129,7 @@ def drop_errors(claim: Claim) -> int:
             _remove(claim, file.path)
         else:
             kept = (table.filter(_is_ok(table)) for table in read_groups(file, None))
-            _replace(claim, file, (table for table in kept if table.num_rows))
+            replace_shard(claim, file, (table for table in kept if table.num_rows))
     return dropped
 
 
@@ -160,7 +160,7 @@ def fit_columns(claim: Claim, files: Sequence[ListedFile], schema: pa.Schema, co
     Each is replaced whole: cut short anywhere, the folder holds the same samples, and the next start does the rest.
     """
     for file in files:
-        _replace(claim, file, _fitted(file, schema, columns))
+        replace_shard(claim, file, _fitted(file, schema, columns))
 
 
 def _fitted(file: ListedFile, schema: pa.Schema, columns: Callable[[Int64], pa.Table]) -> Iterator[pa.Table]:
@@ -188,8 +188,8 @@ def _remove(claim: Claim, path: Path) -> None:
         claim.journal.done(name)
 
 
-def _replace(claim: Claim, file: ListedFile, tables: Iterable[pa.Table]) -> None:
-    """By a shard of these rows."""
+def replace_shard(claim: Claim, file: ListedFile, tables: Iterable[pa.Table]) -> None:
+    """Put a shard of these rows in its place, in one step. Raises OSError."""
     temporary = claim.folder.temporary / file.path.name
     shard, written = write_shard(claim, pa.concat_tables(tables), temporary, claim.folder.name_of(file.path))
     if claim.journal is not None:

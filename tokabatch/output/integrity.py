@@ -28,7 +28,7 @@ _SAMPLES_PER_ROW = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
-class Verification:
+class CheckedFolder:
     """What was found: the shards that are good, and the faults. `remedy` is a shell command, None where nothing is damaged."""
 
     rows: int
@@ -66,20 +66,20 @@ class Verification:
         }
 
 
-def verify(path: Path) -> Verification:
+def check(path: Path) -> CheckedFolder:
     """Read the output folder `path` back. Raises OutputError where there is no run, or something cannot be read, DamageError
     where its manifest is damaged."""
     folder = OutputFolder(path)
-    found = consistently(lambda: _verify(folder), path)
+    found = consistently(lambda: _check(folder), path)
     if found.running and found.faults:
         # It may have changed the folder between two looks; what is damaged stays so.
-        again = consistently(lambda: _verify(folder), path)
+        again = consistently(lambda: _check(folder), path)
         if set(again.faults) != set(found.faults) or not folder.is_claimed():
             return again
     return found
 
 
-def _verify(folder: OutputFolder) -> Verification:
+def _check(folder: OutputFolder) -> CheckedFolder:
     running = folder.is_claimed()
     manifest = read_manifest(folder)
     if manifest is None:
@@ -117,7 +117,7 @@ def _verify(folder: OutputFolder) -> Verification:
         remedy = repair_command(folder, manifest, foreign, repair=not nothing)
     first_of_file = tuple({fault.file: fault for fault in reversed(faults)}.values())[::-1]
     running = running or folder.is_claimed()
-    return Verification(manifest.rows, books, tuple(good), inspected.success is not None, first_of_file, remedy, running)
+    return CheckedFolder(manifest.rows, books, tuple(good), inspected.success is not None, first_of_file, remedy, running)
 
 
 def _read_whole(file: ListedFile, name: str, num_rows: int, known: Shard | None) -> tuple[Shard, Int64]:

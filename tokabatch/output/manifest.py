@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from tokabatch.errors import DamageError
-from tokabatch.input.fingerprint import Fingerprint
+from tokabatch.input.fingerprint import Fingerprint, is_of_verify
 from tokabatch.output.folder import Claim, OutputFolder
 from tokabatch.output.journal import Shard
 from tokabatch.output.plain_json import to_json
 from tokabatch.storage.listing import read_bytes
 
 SCHEMA_VERSION = 3
-RUN_KEY, FINGERPRINT_KEY = b"tokabatch.run", b"tokabatch.fingerprint"
-"""In a shard's metadata: which run it is of, and the digest of the settings that its first start had."""
+RUN_KEY, FINGERPRINT_KEY, VERIFIER_KEY = b"tokabatch.run", b"tokabatch.fingerprint", b"tokabatch.verifier"
+"""In a shard's metadata: which run it is of, the digest of the settings that its first start had, and the digest of what its
+verdicts follow from."""
 _DIGEST = "sha256"
 
 
@@ -64,6 +65,12 @@ class Manifest:
     def identity(self) -> dict[bytes, bytes]:
         """What each shard says of its run."""
         return {RUN_KEY: self.run.encode(), FINGERPRINT_KEY: self.fingerprint_sha256.encode()}
+
+    @property
+    def marks(self) -> dict[bytes, bytes]:
+        """What is written into each shard: the same, and by what its samples are judged."""
+        verify = sorted(item for item in self.fingerprint.settings.items() if is_of_verify(item[0]))
+        return {**self.identity, VERIFIER_KEY: hashlib.sha256(to_json(verify).encode()).hexdigest().encode() if verify else b""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +120,15 @@ def job_is_whole(folder: OutputFolder, manifest: Manifest) -> bool:
     """Whether OUT/job.json is there as it was written. Raises OutputError where it cannot be read."""
     content = read_bytes(folder.files, folder.job)
     return content is not None and manifest.job_sha256 in ("", hashlib.sha256(content).hexdigest())
+
+
+def read_job(folder: OutputFolder, manifest: Manifest) -> dict[str, Any]:
+    """The job that OUT/job.json holds. Raises DamageError where that is missing or changed."""
+    content = read_bytes(folder.files, folder.job)
+    if content is None or not job_is_whole(folder, manifest):
+        raise DamageError(f"{folder.job} is missing or changed. Run the same job again, which writes it.")
+    job: dict[str, Any] = json.loads(content)
+    return job
 
 
 def write_summary(claim: Claim, summary: Mapping[str, Any]) -> None:

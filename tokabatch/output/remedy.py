@@ -10,10 +10,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokabatch.errors import DamageError, ForeignFileError
+from tokabatch.errors import DamageError, ForeignFileError, OutputError
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import Inspection
-from tokabatch.output.manifest import Manifest, job_is_whole
+from tokabatch.output.manifest import VERIFIER_KEY, Manifest, job_is_whole
+from tokabatch.output.shards import open_shard
 from tokabatch.storage.listing import is_there
 
 _JOB = "JOB.yaml"
@@ -65,11 +66,26 @@ def refuse_unrecorded(folder: OutputFolder, manifest: Manifest, found: Inspectio
         )
 
 
+def refuse_other_verdicts(folder: OutputFolder, manifest: Manifest, found: Inspection) -> None:
+    """Raises OutputError where samples of the folder are not judged by what the manifest says, as a `score` that was cut short
+    leaves them."""
+    others = 0
+    for _, file in found.good:
+        with open_shard(file) as parquet:
+            told = (parquet.schema_arrow.metadata or {}).get(VERIFIER_KEY)
+        others += told is not None and told != manifest.marks[VERIFIER_KEY]
+    if others:
+        raise OutputError(
+            f"{folder.path}: {others:,} of {len(found.good):,} files are not judged yet by the verifier that the folder names. "
+            f"`tokabatch score {quote(str(folder.path))}` judges them."
+        )
+
+
 def _damage(folder: OutputFolder, manifest: Manifest, told: Sequence[str], foreign: Sequence[str]) -> str:
     listed = "; ".join(told[:_SHOWN]) + (f"; and {len(told) - _SHOWN:,} more" if len(told) > _SHOWN else "")
     return (
-        f"{listed}. Nothing was changed. `tokabatch verify {quote(str(folder.path))}` reads every file. To compute again what "
-        f"is damaged, and nothing else: {repair_command(folder, manifest, foreign)}"
+        f"{listed}. Nothing was changed. `tokabatch check {quote(str(folder.path))}` reads every file. To compute again "
+        f"what is damaged, and nothing else: {repair_command(folder, manifest, foreign)}"
     )
 
 

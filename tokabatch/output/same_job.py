@@ -13,11 +13,12 @@ import numpy as np
 
 from tokabatch.arrays import Bool
 from tokabatch.errors import OutputError
-from tokabatch.input.fingerprint import Fingerprint, changed_settings, changed_sizes
+from tokabatch.input.fingerprint import Fingerprint, changed_settings, changed_sizes, is_of_verify
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.output.existing_results import sampled_rows
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import Manifest, Versions
+from tokabatch.output.remedy import quote
 
 
 @dataclass
@@ -70,10 +71,16 @@ class EarlierRun:
         self.repaired = int(other_rows.sum())
 
     def _refuse(self, differences: list[str]) -> NoReturn:
+        advice = "Choose another output.path, change it back, or start afresh with --overwrite."
+        if all(is_of_verify(difference) for difference in differences):
+            advice = (
+                f"The samples are the same: `tokabatch score {quote(str(self.folder.path))} verify.kind=... verify.answer=...` "
+                "judges them as the job does now, and the job goes on then."
+            )
         listed = "".join(f"\n  {difference}" for difference in differences)
         raise OutputError(
             f"output.path {str(self.folder.path)!r} holds the run of another job; what decides its output differs:{listed}\n"
-            "Choose another output.path, change it back, or start afresh with --overwrite."
+            f"{advice}"
         )
 
 

@@ -285,7 +285,7 @@ def damaged(path: Path, error: Exception) -> DamageError:
     """The error for a shard that is not as it was written."""
     out = shlex.quote(str(path.parent.parent))
     return DamageError(
-        f"{path} is damaged ({error}). `tokabatch verify {out}` reads every file and names the command that recomputes "
+        f"{path} is damaged ({error}). `tokabatch check {out}` reads every file and names the command that recomputes "
         "what is lost."
     )
 

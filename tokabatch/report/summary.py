@@ -300,10 +300,10 @@ def _pace(pace: Mapping[str, float | None]) -> list[tuple[str, str]]:
     return rows
 
 
-def verification_sections(facts: Mapping[str, int | str], faults: Sequence[tuple[str, str]]) -> tuple[Section, ...]:
+def check_sections(facts: Mapping[str, int | str], faults: Sequence[tuple[str, str]]) -> tuple[Section, ...]:
     """What reading a folder back found; `faults` are files and what is wrong with them."""
     rows = tuple((name, _count(value) if isinstance(value, int) else value) for name, value in facts.items())
-    sections = [Section("Verified", rows)]
+    sections = [Section("Checked", rows)]
     if faults:
         sections.append(Section("Damaged", tuple(("", f"{file} {problem}") for file, problem in faults)))
     return tuple(sections)

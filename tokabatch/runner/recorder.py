@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +39,7 @@ from tokabatch.output.schema import (
 )
 from tokabatch.output.shards import Shard, ShardWriter, count_ok, write_parquet
 from tokabatch.scheduling.contracts import Completion
-from tokabatch.scoring.judge import Verdict
+from tokabatch.scoring.judge import Verdict, verdict_columns
 from tokabatch.scoring.pass_at_k import curve
 from tokabatch.scoring.pool import Ticket, open_pool
 from tokabatch.workload import Workload
@@ -210,7 +210,7 @@ class Recorder:
         for begin in range(0, len(new), BATCH_SAMPLES):
             self._submit_some(new[begin : begin + BATCH_SAMPLES])
 
-    def _submit_some(self, new: Sequence[_Finished]) -> None:
+    def _submit_some(self, new: Sequence[_Finished], *, again: bool = False) -> None:
         assert self._pool is not None
         try:
             texts = self._texts([each.completion for each in new])
@@ -218,9 +218,10 @@ class Recorder:
         except BaseException as error:
             if not _is_of_rows(error):
                 raise
-            if len(new) > 1:
+            if len(new) > 1 or not again:
                 for part in (new[: len(new) // 2], new[len(new) // 2 :]):
-                    self._submit_some(part)
+                    if part:
+                        self._submit_some(part, again=len(new) == 1)
                 return
             new[0].ticket = Ticket("", {})
             new[0].ticket.verdict = Verdict.none(f"{type(error).__name__}: {error}")
@@ -308,7 +309,7 @@ class Recorder:
         if "text" in schema.names:
             texts = [each.text for each in finished if each.text is not None]
             texts = texts if len(texts) == len(finished) else self._texts(completions)
-        verdicts = {name: [_told(each.verdict, name) for each in finished] for name in self._verdict_names}
+        verdicts = verdict_columns([each.verdict for each in finished], self._verdict_names)
         ids = self._store.ids(rows) if "id" in schema.names else []
         return build_table(schema, completions, failures, texts=texts, ids=ids, columns=columns, verdicts=verdicts)
 
@@ -340,14 +341,6 @@ class Recorder:
 
 def _tickets(finished: Sequence[_Finished]) -> list[Ticket]:
     return [each.ticket for each in finished if each.ticket is not None]
-
-
-def _told(verdict: Verdict | None, name: str) -> Any:
-    """What a verdict says in a column."""
-    if verdict is None:
-        return None
-    own = {"correct": verdict.correct, "verify_score": verdict.score, "verify_error": verdict.error}
-    return own[name] if name in own else verdict.columns.get(name)
 
 
 def _is_of_rows(error: BaseException) -> bool:

@@ -44,7 +44,7 @@ from tokabatch.output.manifest import (
     settings_digest,
     write_manifest,
 )
-from tokabatch.output.remedy import refuse_faults, refuse_unrecorded, repair_command
+from tokabatch.output.remedy import refuse_faults, refuse_other_verdicts, refuse_unrecorded, repair_command
 from tokabatch.output.same_job import EarlierRun
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import reading_input, unwritable
@@ -144,6 +144,7 @@ def _continue(
     """The earlier run. Its good files stay; those that are damaged are computed again where that was asked for."""
     folder = claim.folder
     refuse_faults(folder, earlier.manifest, found, repair=reuse.repair)
+    refuse_other_verdicts(folder, earlier.manifest, found)
     if reuse.repair and (bad := found.to_repair):
         tell(f"--repair: computing again what {', '.join(bad)} held")
         _record(claim, manifest, found.good)
@@ -199,7 +200,7 @@ def _write_start(
 def _record(claim: Claim, manifest: Manifest, good: Collection[tuple[Shard, ListedFile]]) -> None:
     """Begin the record of commits, in which the `good` shards stand."""
     shards = [(shard, file.mark) for shard, file in good]
-    claim.begin(manifest.run, manifest.identity, shards, repair_command(claim.folder, manifest))
+    claim.begin(manifest.run, manifest.marks, shards, repair_command(claim.folder, manifest))
 
 
 def preview(job: Job, scratch: Path, *, absent_gpu: bool = False) -> Start:
@@ -213,6 +214,7 @@ def preview(job: Job, scratch: Path, *, absent_gpu: bool = False) -> Start:
         return Start.after(nothing_committed(workload.samples_of_row), workload)
     found = consistently(lambda: inspect(folder, earlier.manifest), folder.path)
     refuse_faults(folder, earlier.manifest, found)
+    refuse_other_verdicts(folder, earlier.manifest, found)
     started = consistently(lambda: _find_samples(folder, workload), folder.path)
     refuse_unrecorded(folder, earlier.manifest, found)
     return started

@@ -59,6 +59,18 @@ class Verdict:
         return cls(None, None, " ".join(reason.split())[:MAX_REASON])
 
 
+def verdict_columns(verdicts: Sequence[Verdict | None], names: Sequence[str]) -> dict[str, list[Any]]:
+    """The values of verdict columns, by name; null where there is no verdict."""
+    own = {"correct": "correct", "verify_score": "score", "verify_error": "error"}
+    return {
+        name: [
+            None if verdict is None else getattr(verdict, own[name]) if name in own else verdict.columns.get(name)
+            for verdict in verdicts
+        ]
+        for name in names
+    }
+
+
 class Judge:
     """A judge that is loaded. Raises ValueError, saying what to write instead, for one that cannot be called."""
 

@@ -1,0 +1,160 @@
+"""Judging a run's samples again: nothing but the verdicts changes, whatever comes in between."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from support.scripted_run import scripted_engine, scripted_job, scripted_run
+
+from tokabatch import run
+from tokabatch.errors import JobError, OutputError, Stopped
+from tokabatch.output import existing_results
+from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.integrity import check
+from tokabatch.output.manifest import read_manifest
+from tokabatch.runner import score as scoring
+from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.score import score
+from tokabatch.scoring.pool import NOT_JUDGED
+
+OLD = {"kind": "gsm8k", "answer": "answer"}
+VERDICTS = ("correct", "verify_score", "verify_error", "extracted", "length")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    lines = [{"question": f"What is {i}?", "answer": str(i)} for i in range(12)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
+    return file
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> Path:
+    file = tmp_path / "even.py"
+    file.write_text(
+        "COLUMNS = {'length': int}\n"
+        "def verify(text, row):\n"
+        "    if row['answer'] == '3': raise ValueError('three')\n"
+        "    return {'score': int(row['answer']) % 2 == 0, 'length': len(text)}\n"
+    )
+    return file
+
+
+def samples(out: Path) -> list[dict[str, Any]]:
+    found = [row for shard in sorted((out / "data").iterdir()) for row in pq.read_table(shard).to_pylist()]
+    return sorted(found, key=lambda each: (each["row_index"], each["sample_index"]))
+
+
+def without_verdicts(out: Path) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in VERDICTS} for row in samples(out)]
+
+
+def check_even(out: Path) -> None:
+    for row in samples(out):
+        number = row["row_index"]
+        judged = row["status"] == "ok" and number != 3
+        assert row["correct"] is (number % 2 == 0 if judged else None), row
+        assert row["verify_error"] == ("three" if number == 3 else None)
+        assert row["length"] == (len(row["text"]) if judged else None)
+
+
+@pytest.mark.parametrize("before", [OLD, None])
+def test_another_judge(before: dict[str, str] | None, rows: Path, judge: Path, tmp_path: Path) -> None:
+    out, output = tmp_path / "out", {"rows_per_shard": 7}
+    scripted_run(rows, out, output=output, **({"verify": before} if before else {}))
+    computed = without_verdicts(out)
+    scored = score(out, [f"verify.kind={judge}", "verify.answer=null"] if before else [f"verify={{kind: {judge}}}"])
+    assert (scored.judged, scored.reasons) == (24, {"three": 2}) and scored.files > 1
+    check_even(out)
+    assert without_verdicts(out) == computed
+    found = check(out)
+    assert (found.exit_code, found.faults) == (0, ())
+    manifest = read_manifest(OutputFolder(out))
+    assert manifest is not None and manifest.job["verify"]["kind"] == str(judge)
+    again = score(out)
+    assert (again.judged, again.files) == (0, 0)
+    with scripted_engine():
+        assert run(scripted_job(rows, out, output=output, verify={"kind": str(judge)})).ok == 24
+        with pytest.raises(OutputError, match=r"The samples are the same: `tokabatch score .*` judges"):
+            run(scripted_job(rows, out, output=output, verify={"kind": "exact", "answer": "answer"}))
+        more = run(scripted_job(rows, out, output=output, verify={"kind": str(judge)}, generation={"n": 3}))
+    assert more.ok == 36 and check(out).exit_code == 0
+    check_even(out)
+
+
+def test_cut_short_it_goes_on(rows: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, output = tmp_path / "out", {"rows_per_shard": 7}
+    scripted_run(rows, out, verify=OLD, output=output)
+    replace_shard, calls = existing_results.replace_shard, 0
+
+    def failing(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        replace_shard(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scoring, "replace_shard", failing)
+        score(out, [f"verify.kind={judge}", "verify.answer=null"])
+    assert (check(out).exit_code, check(out).faults) == (75, ())
+    with scripted_engine():
+        with pytest.raises(OutputError, match=r"3 of 4 files are not judged yet.*`tokabatch score"):
+            run(scripted_job(rows, out, output=output, verify={"kind": str(judge)}))
+        with pytest.raises(OutputError, match="holds the run of another job"):
+            run(scripted_job(rows, out, output=output, verify=OLD))
+    assert score(out).files == 3
+    check_even(out)
+    assert check(out).exit_code == 0
+
+
+def test_it_stops_when_asked(rows: Path, tmp_path: Path) -> None:
+    scripted_run(rows, tmp_path / "out", verify=OLD)
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time\ndef verify(text, row): time.sleep(5)\n")
+    stop = Interruption(lambda: True)
+    with pytest.raises(Stopped):
+        score(tmp_path / "out", [f"verify.kind={slow}", "verify.answer=null"], stop=stop)
+    assert check(tmp_path / "out").exit_code == 75
+    assert score(tmp_path / "out", [f"verify.kind={OLD['kind']}", "verify.answer=answer"]).judged == 0
+    manifest = read_manifest(OutputFolder(tmp_path / "out"))
+    assert manifest is not None and manifest.job["verify"]["kind"] == "gsm8k" and check(tmp_path / "out").exit_code == 0
+
+
+def test_samples_that_a_stopped_run_left_unjudged_are_judged(rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    scripted_run(rows, out, verify=OLD)
+    with Claim(out) as claim:
+        for file in claim.folder.shards():
+            table = pq.read_table(file.path)
+            place = table.schema.get_field_index("verify_error")
+            undone = table.set_column(place, table.schema.field(place), [[NOT_JUDGED] * table.num_rows])
+            with Path(file.path).open("wb") as sink:
+                pq.write_table(undone, sink)
+    assert scoring._is_judged(OutputFolder(out).shards()[0], read_manifest(OutputFolder(out))) is False  # type: ignore[arg-type]
+
+
+def test_refusals(rows: Path, judge: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="no run has written here"):
+        score(out)
+    scripted_run(rows, out, output={"columns": ["question"]})
+    with pytest.raises(JobError, match="verifies nothing"):
+        score(out)
+    with pytest.raises(JobError, match=r"`generation\.n=4`: only keys under verify"):
+        score(out, ["generation.n=4"])
+    with pytest.raises(OutputError, match=r"no column 'answer' \(see output\.columns\); it has id, question"):
+        score(out, ["verify={kind: exact, answer: answer}"])
+    with pytest.raises(JobError, match="cannot be loaded"):
+        score(out, ["verify.kind=./none.py"])
+    judge.write_text("COLUMNS = {'question': str}\ndef verify(text, row): return True")
+    with pytest.raises(OutputError, match="a column named question"):
+        score(out, [f"verify.kind={judge}"])
+    with Claim(out), pytest.raises(OutputError, match="another run is writing"):
+        score(out, [f"verify.kind={judge}"])
+    assert check(out).exit_code == 0

@@ -1,0 +1,189 @@
+"""Judging what a run has computed again, perhaps by another judge: no sampling, no model, no input.
+
+The samples' files carry their texts and the columns of their rows. Each is replaced whole by one with the new verdicts, which
+says in its metadata by what it was judged: cut short anywhere, the folder holds the same samples, and the same command does the
+rest. The manifest names the new judge before the first file changes, so that no run goes on with verdicts of two kinds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from tokabatch.errors import JobError, OutputError
+from tokabatch.input.fingerprint import is_of_verify, verify_settings
+from tokabatch.job import Job
+from tokabatch.output.existing_results import replace_shard
+from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.inspection import inspect
+from tokabatch.output.manifest import (
+    VERIFIER_KEY,
+    Manifest,
+    mark_success,
+    read_job,
+    read_manifest,
+    write_manifest,
+)
+from tokabatch.output.remedy import refuse_faults, refuse_unrecorded, repair_command
+from tokabatch.output.schema import SAMPLE_SCHEMA, output_schema, verdict_fields, verdict_names
+from tokabatch.output.shards import count_ok, open_shard, read_groups, shard_number
+from tokabatch.runner.interruption import Interruption
+from tokabatch.scoring.judge import verdict_columns
+from tokabatch.scoring.pool import NOT_JUDGED, JudgePool, Ticket, open_pool
+from tokabatch.storage.listing import ListedFile, consistently
+from tokabatch.storage.write_errors import unwritable
+
+SUBMITTED_SAMPLES = 4096
+LOOK_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What was judged now: `judged` samples in `files`; `reasons` counts why some of them have no verdict."""
+
+    judged: int
+    files: int
+    reasons: Counter[str]
+
+
+def score(
+    path: Path,
+    overrides: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda text: None,
+    stop: Interruption | None = None,
+) -> Scored:
+    """Judge the samples in the output folder `path`, as its job says or `overrides` of its keys under `verify` do. Files that
+    this judge has judged stay as they are. Raises UsageError where there is no run, another process writes there, or the
+    judge cannot be used; Stopped where `stop` says so, between samples."""
+    stop = stop or Interruption()
+    if read_manifest(OutputFolder(path)) is None:
+        raise OutputError(f"{path}: no run has written here; give the folder that the job names as output.path")
+    with Claim(path) as claim:
+        manifest = read_manifest(claim.folder)
+        assert manifest is not None
+        job = _job(claim.folder, manifest, overrides)
+        assert job.verify is not None
+        pool = open_pool(job.verify)
+        try:
+            own = verdict_fields(pool.load().columns)
+            found = consistently(lambda: inspect(claim.folder, manifest), path)
+            refuse_faults(claim.folder, manifest, found)
+            refuse_unrecorded(claim.folder, manifest, found)
+            settings = {name: value for name, value in manifest.fingerprint.settings.items() if not is_of_verify(name)}
+            fingerprint = replace(manifest.fingerprint, settings={**settings, **verify_settings(job.verify)})
+            manifest = replace(manifest, fingerprint=fingerprint, job={**manifest.job, "verify": job.to_dict()["verify"]})
+            files = [file for _, file in found.good]
+            _check_columns(files, own, job)
+            left = [file for file in files if not _is_judged(file, manifest)]
+            try:
+                return _rejudge(claim, manifest, job, found.good, left, own, pool, tell, stop)
+            except OSError as error:
+                raise unwritable(path, error) from error
+        finally:
+            pool.close()
+
+
+def _job(folder: OutputFolder, manifest: Manifest, overrides: Sequence[str]) -> Job:
+    """The folder's job with its judge."""
+    other = next((each for each in overrides if not each.startswith(("verify.", "verify="))), None)
+    if other is not None:
+        raise JobError(f"override `{other}`: only keys under verify can be given here; nothing else is done again")
+    given = read_job(folder, manifest)
+    verify = given.get("verify")
+    own = verify and verify["kind"]
+    job = Job.load(given, *overrides)
+    relative = own is not None and ".py" in own and not Path(own).is_absolute()
+    if relative and job.verify is not None and job.verify.kind == own and Path(manifest.working_folder) != Path.cwd():
+        raise JobError(f"verify.kind: {own} counts from {manifest.working_folder}; run this command there")
+    if job.verify is None:
+        raise JobError("the job of this folder verifies nothing; say what is to judge: verify.kind=KIND verify.answer=COLUMN")
+    return job
+
+
+def _rejudge(
+    claim: Claim,
+    manifest: Manifest,
+    job: Job,
+    good: Sequence[tuple[Any, ListedFile]],
+    left: Sequence[ListedFile],
+    own: Sequence[pa.Field[Any]],
+    pool: JudgePool,
+    tell: Callable[[str], None],
+    stop: Interruption,
+) -> Scored:
+    claim.begin(
+        manifest.run, manifest.marks, [(shard, file.mark) for shard, file in good], repair_command(claim.folder, manifest)
+    )
+    scored = Scored(0, len(left), Counter())
+    known = read_manifest(claim.folder)
+    if left or known is None or known.marks != manifest.marks:
+        # From here on the folder is not complete, whatever happens.
+        write_manifest(claim, manifest, job.given())
+        claim.reopen(keep_summary=True)
+    for number, file in enumerate(left, 1):
+        tables = list(_judged(file, own, pool, stop))
+        replace_shard(claim, file, tables)
+        for table in tables:
+            scored.reasons.update(table["verify_error"].drop_null().to_pylist())
+        scored = replace(scored, judged=scored.judged + sum(map(count_ok, tables)))
+        tell(f"{file.path.name}: judged ({number:,} of {len(left):,} files)")
+    assert claim.journal is not None
+    shards = sorted((shard for shard, _ in claim.journal.shards.values()), key=lambda shard: shard_number(shard.name))
+    mark_success(claim, shards, manifest.samples)
+    return scored
+
+
+def _judged(file: ListedFile, own: Sequence[pa.Field[Any]], pool: JudgePool, stop: Interruption) -> Iterator[pa.Table]:
+    """The samples of a shard with new verdicts, in pieces."""
+    for table in read_groups(file, None):
+        before = verdict_names(table.schema)
+        inputs = [name for name in table.column_names if name not in (*SAMPLE_SCHEMA.names, *before)]
+        rows = table.select(inputs).to_pylist() if inputs else [{}] * table.num_rows
+        ids = table["id"].to_pylist()
+        good = [status == "ok" for status in table["status"].to_pylist()]
+        texts = [text if ok else None for text, ok in zip(table["text"].to_pylist(), good, strict=True)]
+        tickets: list[Ticket | None] = []
+        for begin in range(0, len(texts), SUBMITTED_SAMPLES):
+            part = range(begin, min(begin + SUBMITTED_SAMPLES, len(texts)))
+            asked = [place for place in part if texts[place] is not None]
+            made = pool.submit([str(texts[place]) for place in asked], [{"id": ids[place], **rows[place]} for place in asked])
+            while not pool.wait(made, LOOK_SECONDS):
+                stop.check()
+            of_place = dict(zip(asked, made, strict=True))
+            tickets += [of_place.get(place) for place in part]
+        stop.check()
+        schema = output_schema(pa.schema([table.schema.field(name) for name in inputs], table.schema.metadata), verdicts=own)
+        told = verdict_columns([ticket and ticket.verdict for ticket in tickets], [field.name for field in own])
+        columns = {name: table[name] for name in table.column_names if name not in before}
+        columns |= {field.name: pa.array(told[field.name], field.type) for field in own}
+        yield pa.Table.from_arrays([columns[field.name] for field in schema], schema=schema)
+
+
+def _check_columns(files: Sequence[ListedFile], own: Sequence[pa.Field[Any]], job: Job) -> None:
+    """Raises OutputError where the judge's columns cannot stand beside the input's, or the reference is not in the output."""
+    for file in files[:1]:
+        with open_shard(file) as parquet:
+            found = parquet.schema_arrow
+        inputs = [field for field in found if field.name not in (*SAMPLE_SCHEMA.names, *verdict_names(found))]
+        output_schema(pa.schema(inputs), verdicts=own)
+        answer = job.verify.answer if job.verify else None
+        names = ["id", *(field.name for field in inputs)]
+        if answer is not None and answer not in names:
+            raise OutputError(
+                f"verify.answer: the output carries no column {answer!r} (see output.columns); it has {', '.join(names)}"
+            )
+
+
+def _is_judged(file: ListedFile, manifest: Manifest) -> bool:
+    """Whether this judge has judged all samples of a shard."""
+    with open_shard(file) as parquet:
+        found = parquet.schema_arrow
+        if (found.metadata or {}).get(VERIFIER_KEY) != manifest.marks[VERIFIER_KEY]:
+            return False
+        errors: pa.Table = parquet.read(["verify_error"])
+    return NOT_JUDGED not in errors["verify_error"].unique().to_pylist()
