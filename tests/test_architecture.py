@@ -62,7 +62,7 @@ HEAVY_HOMES = {
     "datasets": {"input/readers/hub.py"},
     "typer": {"cli.py"},
     "matplotlib": {"report/plots.py"},
-    "torch.distributed": {"parallel/mesh.py", "parallel/collectives.py"},
+    "torch.distributed": {"parallel/mesh.py", "parallel/collectives.py", "parallel/peer_memory.py"},
 }
 
 

@@ -302,7 +302,7 @@ class TestQuickstart:
 
     def test_summary_on_stdout_progress_on_stderr(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
         _, done = finished
-        assert "4 = 4 ok + 0 errors" in done.stdout and "saved by sharing" in done.stdout and "pass@2" in done.stdout
+        assert "4 = 4 ok + 0 errors" in done.stdout and "not computed again" in done.stdout and "pass@2" in done.stdout
         out = finished[0]
         assert len(re.findall(r"\n  row \d, sample \d, (?:right|wrong)  \S", done.stdout)) >= 2
         assert f"tokabatch export {out} --to samples.jsonl" in done.stdout and f"tokabatch report {out}" in done.stdout
@@ -327,6 +327,17 @@ class TestQuickstart:
         assert len(rows) == lines and [row["row_index"] for row in rows] == sorted(row["row_index"] for row in rows)
         assert str(target) in done.stdout
 
+    def test_export_to_standard_output(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+        done = tokabatch("export", finished[0], "--to", "-", "--columns", "row_index,text", "--where", "ok")
+        assert done.returncode == 0 and [json.loads(line)["row_index"] for line in done.stdout.splitlines()] == [0, 0, 1, 1]
+        done = tokabatch("export", finished[0], "--to", "-", "--where", "good")
+        assert done.returncode == 2 and "--where good: accepts correct, wrong, ok or error" in done.stderr
+        command = f"{sys.executable} -m tokabatch export {finished[0]} --to - | true; echo ${{PIPESTATUS[0]}}"
+        piped = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+        )
+        assert piped.stdout in ("141\n", "0\n") and piped.stderr == ""
+
     def test_verify_reads_it_back(self, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
         done = tokabatch("check", finished[0])
         assert done.returncode == 0 and re.search(r"result +complete\n", done.stdout) and re.search(r"ok +4\n", done.stdout)
@@ -338,14 +349,41 @@ class TestQuickstart:
 
     def test_from_python(self, tmp_path: Path) -> None:
         code = (
-            "from tokabatch import Job, run\n"
-            f"summary = run(Job.load({QUICKSTART!r}, *{SMALL!r}, 'output.path={tmp_path / 'out'}'))\n"
-            "print(summary.ok, summary.exit_code)\n"
+            "from tokabatch import Job, plan, run\n"
+            f"job = Job.load({QUICKSTART!r}, *{SMALL!r}, 'output.path={tmp_path / 'out'}')\n"
+            "summary = run(job)\n"
+            "print(summary.ok, summary.exit_code, list(summary.pass_at_k), summary.dataset().to_table().num_rows)\n"
+            "print(run(job.given()).ok, plan(job.given()).notes[0])\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
         )
-        assert done.stdout == "4 0\n", done.stderr
+        first, second = done.stdout.splitlines()
+        assert first == "4 0 [1, 2] 4" and second.startswith("4 ") and "are those of the whole job" in second, done.stderr
+
+    def test_a_script_without_a_main_guard_may_use_a_worker_process(self, tmp_path: Path) -> None:
+        script = tmp_path / "script.py"
+        keys = (*SMALL, "engine.process=true", f"output.path={tmp_path / 'out'}")
+        script.write_text(f"from tokabatch import Job, run\nprint(run(Job.load({QUICKSTART!r}, *{keys!r})).ok)\n")
+        settings = environment(PYTHONPATH=str(ROOT))
+        done = subprocess.run([sys.executable, script], cwd=ROOT, env=settings, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
+
+    def test_a_finished_run_is_simulated_as_a_whole(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+        arguments = (
+            "plan",
+            QUICKSTART,
+            *SMALL,
+            f"output.path={finished[0]}",
+            "--simulate",
+            "--device",
+            "h200",
+            "--lengths",
+            "8",
+        )
+        done = tokabatch(*arguments)
+        assert done.returncode == 0 and "are those of the whole job" in done.stdout, done.stderr
+        assert re.search(r"output tokens +\d+ \(\S+ per second\), 4 samples", done.stdout)
 
     def test_too_many_errors_is_exit_3_and_quiet_is_quiet(self, tmp_path: Path) -> None:
         rows = tmp_path / "rows.jsonl"

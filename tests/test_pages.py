@@ -11,6 +11,7 @@ import yaml
 
 from tokabatch import Job
 from tokabatch.cli import app
+from tokabatch.report import key_reference
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -44,6 +45,13 @@ def test_files_of_the_map_exist():
 def test_jobs_load():
     jobs = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert [Job.load(yaml.safe_load(job)).generation.n for job in jobs] == [16]
+
+
+def test_the_reference_of_keys_is_that_of_the_schema():
+    text = (ROOT / "jobs" / "README.md").read_text()
+    expected = key_reference.markdown(Job.describe_sections())
+    remedy = "replace what stands under `## Every key` by the output of `tokabatch keys --markdown`"
+    assert text.endswith(f"\n\n{expected}\n"), remedy
 
 
 def _code(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Offline batch inference for language models: every sample of a dataset, ordered by shared prefix.
 
-`from tokabatch import Job, run`. Importing the package alone loads nothing heavy: the names arrive when first asked for.
+`from tokabatch import run; summary = run("job.yaml")`; a mapping or a `Job` will do, too. Importing the package alone loads
+nothing heavy: the names arrive when first asked for.
 """
 
 from __future__ import annotations
@@ -9,20 +10,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokabatch.errors import EngineError, JobError, OutputError, TokabatchError, UsageError
     from tokabatch.job import Job
+    from tokabatch.report.progress import Progress, ProgressSnapshot
     from tokabatch.report.summary import PlanReport, RunSummary
     from tokabatch.runner.plan import plan
     from tokabatch.runner.run import run
 
 __version__ = "0.1.0"
-__all__ = ["Job", "PlanReport", "RunSummary", "__version__", "plan", "run"]
+__all__ = [
+    "EngineError",
+    "Job",
+    "JobError",
+    "OutputError",
+    "PlanReport",
+    "Progress",
+    "ProgressSnapshot",
+    "RunSummary",
+    "TokabatchError",
+    "UsageError",
+    "__version__",
+    "plan",
+    "run",
+]
 
 _HOME = {
     "Job": "tokabatch.job",
     "PlanReport": "tokabatch.report.summary",
+    "Progress": "tokabatch.report.progress",
+    "ProgressSnapshot": "tokabatch.report.progress",
     "RunSummary": "tokabatch.report.summary",
     "plan": "tokabatch.runner.plan",
     "run": "tokabatch.runner.run",
+    **dict.fromkeys(("EngineError", "JobError", "OutputError", "TokabatchError", "UsageError"), "tokabatch.errors"),
 }
 
 

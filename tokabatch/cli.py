@@ -164,6 +164,9 @@ def run(
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Run the error rows of the run there again.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Compute again what damaged or missing files held.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only messages and the summary.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="In the summary, the figures of scheduler and engine, too.")
+    ] = False,
     keys: KeysOption = False,
 ) -> None:
     """Run a job and print its summary.
@@ -193,7 +196,7 @@ def run(
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
-    sections = _load("tokabatch.report.summary").run_sections(summary)
+    sections = _load("tokabatch.report.summary").run_sections(summary, verbose)
     _print_note((*sections, *_load("tokabatch.report.closing").closing_sections(Path(loaded.output.path), summary)))
     raise typer.Exit(summary.exit_code)
 
@@ -412,8 +415,21 @@ def score(
 @app.command(cls=_Command)
 def export(
     out: OutArgument,
-    to: Annotated[Path, typer.Option("--to", metavar="FILE.jsonl|FILE.parquet", help="File to write.", show_default=False)],
+    to: Annotated[
+        Path,
+        typer.Option(
+            "--to", metavar="FILE", help="File to write: .jsonl, .csv or .parquet; - for standard output.", show_default=False
+        ),
+    ],
     nested: Annotated[bool, typer.Option("--nested", help="One record a row, its samples as a list.")] = False,
+    columns: Annotated[
+        str | None,
+        typer.Option("--columns", metavar="NAME,NAME", help="Only these columns, in this order.", show_default=False),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option("--where", metavar="correct|wrong|ok|error", help="Only samples that are so.", show_default=False),
+    ] = None,
 ) -> None:
     """Write a run's samples into one file, ordered by row and sample.
 
@@ -421,15 +437,31 @@ def export(
     Examples
       tokabatch export out/quickstart --to samples.parquet
       tokabatch export out/quickstart --to rows.jsonl --nested
+      tokabatch export out/quickstart --to right.csv --columns question,text --where correct
+      tokabatch export out/quickstart --to - --columns id,text | head
     """
+    if where not in (None, "correct", "wrong", "ok", "error"):
+        raise UsageError(f"--where {where}: accepts correct, wrong, ok or error")
+    exporter = _load("tokabatch.output.export")
+    names = None if columns is None else tuple(name.strip() for name in columns.split(","))
+    selection = exporter.Selection(nested, names, where)
     with _stop_on_signals("taking away what is unfinished") as stop:
         try:
             with stop.at_once():
-                exported = _load("tokabatch.output.export").export(out, to, nested=nested)
+                if str(to) == "-":
+                    with open(os.dup(1), "wb") as stream:
+                        exported = exporter.export(out, stream, selection)
+                else:
+                    exported = exporter.export(out, to, selection)
+        except BrokenPipeError:
+            raise typer.Exit(_READER_ENDED) from None
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
-    _print_note(f"{exported.path}: {exported.samples:,} samples of {exported.rows:,} rows, {exported.bytes:,} bytes")
+    if str(to) != "-":
+        _print_note(f"{to}: {exported.samples:,} samples of {exported.rows:,} rows, {exported.bytes:,} bytes")
+    elif (fault := first_fault(sys.stdout)) is not None:
+        raise UsageError(f"standard output cannot be written: {fault.strerror}")
 
 
 @app.command(cls=_Command)

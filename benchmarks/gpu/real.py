@@ -77,7 +77,7 @@ def describe(summary: RunSummary, steps: Steps) -> Iterator[str]:
     )
     yield f"cache           {summary.kv_use:.1%} in use on average, at most {int(steps['running'].max()):,} samples running"
     if summary.pass_at_k:
-        yield f"pass@1          {dict(summary.pass_at_k).get(1, float('nan')):.4f}"
+        yield f"pass@1          {summary.pass_at_k.get(1, float('nan')):.4f}"
     yield "running         steps   seconds  ms a step (10 %, median, 90 %)   tokens a step  of prompts"
     running, seconds = steps["running"], steps["seconds"]
     for low, high in pairwise(BUCKETS):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import decimal
 import errno
+import io
 import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +22,7 @@ import pytest
 
 from tokabatch.errors import OutputError, RowError
 from tokabatch.output import export as export_module
-from tokabatch.output.export import export
+from tokabatch.output.export import Selection, export
 from tokabatch.output.folder import Claim
 from tokabatch.output.schema import VERDICT_FIELDS, FailedRow, build_table, output_schema, sample_keys
 from tokabatch.output.shards import ShardWriter
@@ -117,8 +120,8 @@ def test_parquet_is_the_shards_in_order(tmp_path: Path, bucket_bytes: int) -> No
 def test_nested_has_one_record_a_row(tmp_path: Path, bucket_bytes: int) -> None:
     keys = [key for key in shuffled_keys(20, 4) if key != (3, 2)]
     write_output(tmp_path / "out", keys, questions(20))
-    exported = export(tmp_path / "out", tmp_path / "all.jsonl", nested=True)
-    export(tmp_path / "out", tmp_path / "all.parquet", nested=True)
+    exported = export(tmp_path / "out", tmp_path / "all.jsonl", Selection(nested=True))
+    export(tmp_path / "out", tmp_path / "all.parquet", Selection(nested=True))
     records = lines(tmp_path / "all.jsonl")
     assert exported.rows == 20 and exported.samples == 79
     assert [record["row_index"] for record in records] == list(range(20))
@@ -171,20 +174,83 @@ def test_types_that_json_lacks(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("where", "chosen"), [("correct", [(0, 1), (1, 1)]), ("wrong", [(0, 0), (1, 0)]), ("ok", 4), ("error", [(2, 0), (2, 1)])]
+)
+def test_only_samples_that_are_so(tmp_path: Path, bucket_bytes: int, where: Any, chosen: Any) -> None:
+    failure = FailedRow(2, np.arange(2, dtype=np.int32), RowError("bad_json", "line 3"))
+    write_output(tmp_path / "out", [(0, 0), (1, 1), (0, 1), (1, 0)], questions(3), (failure,))
+    exported = export(tmp_path / "out", tmp_path / "all.jsonl", Selection(where=where))
+    keys = [(record["row_index"], record["sample_index"]) for record in lines(tmp_path / "all.jsonl")]
+    assert keys == ([(0, 0), (0, 1), (1, 0), (1, 1)] if chosen == 4 else chosen)
+    assert (exported.samples, exported.rows) == (len(keys), len({row for row, _ in keys}))
+
+
+def test_columns_in_the_order_that_is_given(tmp_path: Path, bucket_bytes: int) -> None:
+    write_output(tmp_path / "out", shuffled_keys(3, 2), questions(3))
+    export(tmp_path / "out", tmp_path / "all.jsonl", Selection(columns=("text", "question", "id"), where="correct"))
+    records = lines(tmp_path / "all.jsonl")
+    assert [list(record) for record in records] == 3 * [["text", "question", "id"]]
+    assert [record["id"] for record in records] == ["0", "1", "2"]
+    export(tmp_path / "out", tmp_path / "all.jsonl", Selection(nested=True, columns=("question", "text")))
+    assert lines(tmp_path / "all.jsonl")[1] == {
+        "question": "frage 1 \u2028 ß", "samples": [{"text": "text of 1"}, {"text": "text of 1"}]
+    }  # fmt: skip
+    export(tmp_path / "out", tmp_path / "all.jsonl", Selection(nested=True, columns=("question",)))
+    assert lines(tmp_path / "all.jsonl")[2] == {"question": "frage 2 \u2028 ß"}
+
+
+def test_csv_is_read_back(tmp_path: Path, bucket_bytes: int) -> None:
+    inputs = pa.table({"question": ['a "quoted", line\nand another', "ß"], "at": pa.array([0, None], pa.timestamp("s"))})
+    inputs = inputs.append_column("blob", pa.array([b"xyz", None])).append_column("tags", pa.array([[1, 2], None]))
+    write_output(tmp_path / "out", shuffled_keys(2, 2), inputs)
+    export(
+        tmp_path / "out", tmp_path / "all.csv", Selection(columns=("row_index", "question", "at", "blob", "tags", "correct"))
+    )
+    with (tmp_path / "all.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["row_index", "question", "at", "blob", "tags", "correct"]
+    assert rows[1] == ["0", 'a "quoted", line\nand another', "1970-01-01 00:00:00.000", "eHl6", "[1,2]", "false"]
+    assert rows[4] == ["1", "ß", "", "", "", "true"]
+    export(tmp_path / "out", tmp_path / "none.csv", Selection(where="error", columns=("id",)))
+    assert (tmp_path / "none.csv").read_text() == '"id"\n'
+
+
+def test_a_stream_takes_json_lines(tmp_path: Path) -> None:
+    write_output(tmp_path / "out", shuffled_keys(3, 2), questions(3))
+    stream = io.BytesIO()
+    export(tmp_path / "out", stream, Selection(columns=("row_index",)))
+    assert stream.getvalue() == b"".join(b'{"row_index":%d}\n' % row for row in (0, 0, 1, 1, 2, 2))
+
+
+def test_a_selection_that_cannot_be_names_the_remedy(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_output(out, [(0, 0)], questions(1))
+    with pytest.raises(OutputError, match="--columns: the output has no column qestion; did you mean question"):
+        export(out, tmp_path / "all.jsonl", Selection(columns=("qestion",)))
+    schema = output_schema(questions(1).schema)
+    with Claim(tmp_path / "plain") as claim:
+        writer = ShardWriter(claim, schema, rows_per_shard=9, flush_seconds=1e9)
+        writer.add(pa.Table.from_pylist([{"row_index": 0, "sample_index": 0, "status": "ok"}], schema))
+        writer.close()
+    with pytest.raises(OutputError, match=r"--where correct: the run was not verified.* use ok"):
+        export(tmp_path / "plain", tmp_path / "all.jsonl", Selection(where="correct"))
+
+
 def test_refusals_name_the_remedy(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(OutputError, match="holds no committed samples"):
         export(out, tmp_path / "all.jsonl")
     write_output(out, [(0, 0)], pa.table({"samples": [1]}))
     for target, message in [
-        (tmp_path / "all.csv", r"neither \.jsonl nor \.parquet"),
+        (tmp_path / "all.txt", r"ends in \.jsonl, \.csv or \.parquet"),
         (tmp_path / "no" / "all.jsonl", "does not exist; create it"),
         (out / "data" / "all.parquet", "among the run's own shards"),
     ]:
         with pytest.raises(OutputError, match=message):
             export(out, target)
     with pytest.raises(OutputError, match="a column named 'samples'"):
-        export(out, tmp_path / "all.jsonl", nested=True)
+        export(out, tmp_path / "all.jsonl", Selection(nested=True))
     assert export(out, tmp_path / "all.jsonl").samples == 1
 
 

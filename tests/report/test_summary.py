@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -26,7 +27,7 @@ SUMMARY = RunSummary(
     rows=100, samples=400, ok=390, errors=10, prompt_tokens=50_000, cached_tokens=30_000, cacheable_tokens=40_000,
     prefilled_tokens=20_500, output_tokens=80_000, seconds=45.0, load_seconds=5.0, steps=1234, output_path="out/x",
     exit_code=3, preemptions=2, recomputed_tokens=500, waited_steps=70, host_seconds=0.25,
-    error_counts=(("prompt_too_long", 8), ("bad_json", 2)), pass_at_k=((1, 0.25), (4, 0.5)),
+    error_counts=(("prompt_too_long", 8), ("bad_json", 2)), pass_at_k={1: 0.25, 4: 0.5},
 )  # fmt: skip
 MODEL = ModelFacts("m", "llama", 3_400_000, 6, 256, 4, 2, 64, 2048, 4096, "float32")
 
@@ -48,14 +49,36 @@ def facts(sections: tuple[Section, ...]) -> dict[str, str]:
 
 class TestRunSummary:
     def test_figures(self) -> None:
-        shown = facts(run_sections(SUMMARY))
+        shown = facts(run_sections(SUMMARY, verbose=True))
         assert shown["samples"] == "400 = 390 ok + 10 errors"
         assert shown["output tokens"] == "80,000 (2,000 per second)"
         assert shown["saved by sharing"] == "30,000 of 40,000 possible (75.0%)"
-        assert shown["error prompt_too_long"] == "8"
+        assert shown["error prompt_too_long"] == "8 samples"
+        assert shown["prompt tokens"] == "50,000, of which 60.0% were shared and not computed again"
         assert shown["preemptions"] == "2, 500 tokens recomputed; samples waited 70 steps for pages"
         assert shown["pass@4"] == "0.5000"
         assert "max_fraction" in shown["result"]
+
+    def test_the_machine_s_own_terms_are_shown_on_demand(self) -> None:
+        usual, all_of_it = run_sections(SUMMARY), run_sections(SUMMARY, verbose=True)
+        assert not {"steps", "preemptions", "prefilled tokens", "KV cache"} & set(facts(usual))
+        assert {"steps", "preemptions", "prefilled tokens"} <= set(facts(all_of_it))
+        assert (
+            "8.00 s (20%) with fewer"
+            in facts(run_sections(replace(SUMMARY, step_seconds=40.0, tail_seconds=8.0)))["last samples"]
+        )
+
+    def test_figures_of_a_part_say_so(self) -> None:
+        assert facts(run_sections(replace(SUMMARY, ok=40)))["of"].startswith("50 of 400 samples; short samples finish first")
+        assert "of" not in facts(run_sections(SUMMARY))
+
+    def test_no_row_at_all(self) -> None:
+        assert facts(run_sections(replace(SUMMARY, ok=0, errors=400)))["result"].startswith("no row could be completed")
+
+    def test_in_a_notebook(self) -> None:
+        shown = replace(SUMMARY, output_path="out/<x>")._repr_html_()
+        assert "<b>Run</b><table><tr><td>result</td>" in shown and "out/&lt;x&gt;" in shown and "<x>" not in shown
+        assert SUMMARY.pass_at_k == {1: 0.25, 4: 0.5}
 
     def test_what_is_left_is_shown_and_nothing_divides_by_zero(self) -> None:
         empty = RunSummary(
@@ -90,7 +113,8 @@ class TestPlan:
 
     def test_a_huge_prompt_is_cut_and_says_so(self) -> None:
         text = plain(plan_sections(a_plan(first_prompt="x" * 10_000, first_token_ids=tuple(range(5000)))))
-        assert "[… and 6,000 more characters]" in text and "[… and 4,488 more]" in text and "5,000 token ids" in text
+        assert "[… and 6,000 more characters]" in text and "5,000 token ids" in text
+        assert " 10 11 [… 4,976 more …] 4988 4989 " in text
 
 
 class TestRender:

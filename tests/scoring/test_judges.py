@@ -132,7 +132,7 @@ def grade(text, row, *, answer, divisor=1):
         assert (sample["verify_score"], sample["correct"]) == (pytest.approx(score), score >= 0.5)
         assert (sample["length"], sample["short"]) == (len(sample["text"]), len(sample["text"]) < 3)
         assert "number" not in sample
-    assert summary.pass_at_k == ((1, 0.5), (2, 0.5))
+    assert summary.pass_at_k == {1: 0.5, 2: 0.5}
 
 
 def test_a_module_judges_in_batches_and_one_fault_costs_one_verdict(

@@ -17,6 +17,7 @@ from support import token_device
 from tokabatch.engine.sizing import ReplicaSizes
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.model.families import read_spec
+from tokabatch.model.scattering import Scattering
 from tokabatch.parallel.mesh import Mesh, Place
 from tokabatch.scheduling.contracts import Completion, SamplingParams
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -78,6 +79,8 @@ class TinyJob:
     limits: SchedulerLimits
     depth: int = 2
     eos: int = 2
+    scatter_from: int | None = None
+    """Tokens of a step from which on they are scattered over tensor ranks."""
 
 
 def run(mesh: Mesh, job: TinyJob) -> dict[tuple[int, int], Completion]:
@@ -95,6 +98,8 @@ def run(mesh: Mesh, job: TinyJob) -> dict[tuple[int, int], Completion]:
     )
     spec = read_spec(job.folder)
     worker = Worker.build(WorkerSpec(job.folder, spec, torch.float64, "cpu", "torch_paged", sizes), mesh)
+    if job.scatter_from is not None and mesh.tensor_size > 1:
+        worker._decoder.scattering = Scattering(mesh, {job.scatter_from: frozenset()})
     requests = token_device.make_requests(job.prompts, job.params)
     scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [job.eos], spec.vocab_size, None))
     launched, done = deque(), {}

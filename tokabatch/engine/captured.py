@@ -159,7 +159,7 @@ class BodyGraphs:
 
         last_T = self._last_token.index_select(0, slot_T)
         hidden_TE = decoder.embed(torch.where(token_T < 0, last_T, token_T))
-        hidden_TE = decoder.run_layers(hidden_TE, position_T, attend, pages=KVPages(cache, slot_T, queries))
+        hidden_TE = decoder.run_layers(hidden_TE, position_T, attend, pages=KVPages(cache, slot_T, queries), may_scatter=False)
         self.hidden_TE[:size].copy_(hidden_TE)
 
 
@@ -234,7 +234,7 @@ class HeadGraphs:
         row_S, slot_S, position_S = self._words.narrow(0, 0, 3 * _aligned(size)).view(3, -1)[:, :size]
         logits_SV = self._decoder.logits(self._hidden_TE.index_select(0, row_S))
         inputs = SamplerInputs(self._slots, slot_S, position_S, kind.any_random, kind.any_filter, kind.max_logprobs)
-        return sample(logits_SV, inputs, self._last_token).packed
+        return sample(logits_SV, inputs, self._last_token, shard=self._decoder.vocabulary).packed
 
 
 def _aligned(count: int) -> int:

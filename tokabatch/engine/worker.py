@@ -32,7 +32,11 @@ from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import load_decoder
 from tokabatch.parallel.collectives import least
 from tokabatch.parallel.mesh import Mesh, Place
+from tokabatch.parallel.peer_memory import PeerSums
 from tokabatch.scheduling.contracts import SamplingParams, ScoredPlaces, Scores, StepBatch, StepResult
+
+AHEAD_EVERY = 4
+"""Steps after which a rank of several captures a graph that will be wanted."""
 
 if TYPE_CHECKING:
     from tokabatch.engine.captured import CapturedSteps
@@ -109,6 +113,11 @@ class Worker:
         decoder = load_decoder(spec.folder, spec.spec, spec.dtype, device, mesh, fp8=spec.fp8)
         # Once more: they may have been replaced while they were read.
         refuse_changed(spec.files)
+        if device.type == "cuda" and mesh.tensor_size > 1:
+            rows, columns = sizes.max_step_tokens, spec.spec.hidden_size
+            decoder.peer_sums = PeerSums.meet(mesh, rows, columns, spec.dtype, decoder.device)
+            if decoder.peer_sums is not None:
+                decoder.measure_scattering(sizes.max_step_tokens)
         if device.type == "cuda":
             one_page = kv_shape(spec.spec, sizes.page_size, 1, 1, 1, mesh).bytes_per_page(spec.kv_dtype or spec.dtype)
             fitting = fitting_pages(decoder, sizes, one_page, penalised=penalised)
@@ -126,7 +135,7 @@ class Worker:
         for step in warm_up_steps(self.sizes, draws):
             self.run(step)
         backend = self._backend
-        if isinstance(backend, Capturable) and self._decoder.mesh.is_single:
+        if isinstance(backend, Capturable) and self._decoder.mesh.pipeline_size == 1:
             # Triton is there only where there is a GPU.
             build = import_module("tokabatch.engine.captured").captured_on_gpu
             self._captured = build(self._decoder, backend, self._last_token, self._slots, captured_tokens(self.sizes))
@@ -152,12 +161,16 @@ class Worker:
         compute = self._by_kernels(step, outbox) if self._captured is None else self._by_graphs(self._captured, step, outbox)
         outbox.send()
         self._slots.store(slot_A.tensor, words_AW.tensor)
-        return Launched(step.index, compute(), int(np.count_nonzero(step.run_samples)))
+        launched = Launched(step.index, compute(), int(np.count_nonzero(step.run_samples)))
+        if self._captured is not None and not self._decoder.mesh.is_single and step.index % AHEAD_EVERY == 0:
+            # Which graph a step runs must follow from the steps alone: of two ranks that run different ones neither goes on.
+            self._captured.make_ahead()
+        return launched
 
     @torch.inference_mode()
     def make_ahead(self) -> None:
         """Get ready what steps to come will want, for some 20 ms: to be called while the device is busy."""
-        if self._captured is not None:
+        if self._captured is not None and self._decoder.mesh.is_single:
             self._captured.make_ahead()
 
     def _by_kernels(self, step: StepBatch, outbox: Outbox) -> Callable[[], Sampled]:

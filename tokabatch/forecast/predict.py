@@ -65,7 +65,7 @@ def predict_run(
     """Simulate the whole job under `limits` on the scenario's `device`, then a part of it under others. Raises UsageError where
     nothing is left to run, or nothing is known of this machine's device."""
     if not len(workload.requests):
-        raise UsageError("there is nothing to simulate: no row has become a prompt, or all samples are there already")
+        raise UsageError("there is nothing to simulate: every row is an error row; `plan` without --simulate says why")
     cost, cost_described = cost_model(workload, device, profile)
     lengths, described = _lengths(scenario.lengths)
     begin = time.perf_counter()

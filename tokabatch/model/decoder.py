@@ -20,10 +20,12 @@ import torch
 from tokabatch.attention.capturable import PagedCache
 from tokabatch.model.layers import fused, rms_norm, rotate
 from tokabatch.model.linear import Input, Linear, gated_for, normed_for
+from tokabatch.model.scattering import Scattering, measure_scattering
 from tokabatch.model.shards import VocabularyShard, kv_heads, stage_layers
 from tokabatch.model.spec import ModelSpec
 from tokabatch.parallel.collectives import all_gather_last, all_reduce, receive_hidden, send_hidden
 from tokabatch.parallel.mesh import Mesh
+from tokabatch.parallel.peer_memory import PeerSums
 
 Heads = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 """q_THD, k_TKD and v_TKD, rotated by their positions; keys and values are None where they are in their cache already."""
@@ -81,6 +83,10 @@ class Decoder:
         self.layer_range = stage_layers(spec, mesh)
         self.num_heads = len(mesh.shard(spec.num_heads))
         self.num_kv_heads = len(kv_heads(spec, mesh))
+        self.peer_sums: PeerSums | None = None
+        """Sums of tensor ranks on a GPU, where they may go through its peers' memory."""
+        self.scattering: Scattering | None = None
+        """Of large steps' tokens over tensor ranks, where that was found to be faster."""
         self.dtype = weights.rotary_P1D.dtype
         self.device = weights.rotary_P1D.device
         self._weights = weights
@@ -139,16 +145,24 @@ class Decoder:
         attend: Attend,
         logit_rows_S: torch.Tensor | None = None,
         pages: KVPages | None = None,
+        may_scatter: bool = True,
     ) -> torch.Tensor:
         """The stage's layers; may overwrite `hidden_TE`. Returns hidden_TE, or hidden_SE after the model's last layer:
-        from its attention on, only the rows that get logits go through."""
+        from its attention on, only the rows that get logits go through. `may_scatter`: see `scattering`; what it does is not
+        to be captured."""
         if pages is None:
             cos, sin = self._weights.rotary_P1D.index_select(0, positions_T).chunk(2, dim=-1)
             to_heads = partial(self._rotate, cos=cos, sin=sin)
         else:
             to_heads = partial(self._rotate_and_store, positions_T=positions_T, pages=pages)
-        hidden = hidden_TE
-        for index in range(len(self.layer_range)):
+        hidden, first = hidden_TE, 0
+        scattering = self.scattering if may_scatter else None
+        overlapping = scattering and scattering.products(len(hidden_TE))
+        if scattering is not None and overlapping is not None:
+            # The model's last layer drops rows, which then lie on every rank.
+            first = len(self.layer_range) - self.mesh.is_last_stage
+            hidden = self._scattered_layers(range(first), hidden_TE, to_heads, attend, scattering, overlapping)
+        for index in range(first, len(self.layer_range)):
             is_last = self.layer_range[index] == self.spec.num_layers - 1
             hidden = self._layer(index, hidden, to_heads, attend, logit_rows_S if is_last else None)
         return hidden
@@ -170,6 +184,34 @@ class Decoder:
         hidden = self._add_to(hidden, layer.o, mixed)
         gated = gated_for(layer.down, self._project(layer.gate_up, layer.mlp_norm_E, hidden))
         return self._add_to(hidden, layer.down, gated)
+
+    def _scattered_layers(
+        self,
+        layers: range,
+        hidden_TE: torch.Tensor,
+        to_heads: Callable[[int, torch.Tensor], Heads],
+        attend: Attend,
+        scattering: Scattering,
+        overlapping: frozenset[str],
+    ) -> torch.Tensor:
+        """Some layers with the tokens scattered over tensor ranks but for attention and the gated activation."""
+        count, eps = len(hidden_TE), self.spec.rms_norm_eps
+        own = scattering.scatter(hidden_TE)
+        for index in layers:
+            layer = self._weights.layers[index]
+            normed = rms_norm(own, layer.attention_norm_E, eps)
+            qkv = scattering.column(layer.qkv, normed, "qkv" in overlapping)[:count]
+            mixed = attend(index, *to_heads(index, qkv)).flatten(1)
+            own.add_(scattering.row(layer.o, mixed, "o" in overlapping))
+            gate_up = scattering.column(layer.gate_up, rms_norm(own, layer.mlp_norm_E, eps), "gate_up" in overlapping)
+            own.add_(scattering.row(layer.down, gated_for(layer.down, gate_up), "down" in overlapping))
+        return scattering.gather(own, count)
+
+    def measure_scattering(self, most_tokens: int) -> None:
+        """Find out for steps of up to so many tokens what is faster with tokens scattered over the tensor ranks, all of which
+        must call it, and do that from now on."""
+        has_row_bias = self.spec.o_bias or self.spec.mlp_bias
+        self.scattering = measure_scattering(self._weights.layers[0], self.mesh, has_row_bias, most_tokens)
 
     def _project(self, linear: Linear, norm_E: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         return linear(normed_for(linear, hidden, norm_E, self.spec.rms_norm_eps))
@@ -200,4 +242,7 @@ class Decoder:
     def _add_to(self, residual: torch.Tensor, linear: Linear, x: Input) -> torch.Tensor:
         if self.mesh.tensor_size == 1:
             return linear.add_to(residual, x)
-        return residual.add_(all_reduce(linear(x), self.mesh))
+        sums = self.peer_sums
+        if sums is None or not sums.holds(len(residual)):
+            return residual.add_(all_reduce(linear(x), self.mesh))
+        return residual.add_(sums.sum(linear.into(sums.room(len(residual)), x)))

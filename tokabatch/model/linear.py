@@ -39,6 +39,10 @@ class Linear(Protocol):
         """residual + x W^T + b. The residual's memory may be reused for the result."""
         ...
 
+    def into(self, y_TO: torch.Tensor, x_TI: Input) -> torch.Tensor:
+        """x W^T + b, written to `y_TO`, which is returned."""
+        ...
+
 
 class DenseLinear:
     """Weights as they are, in any dtype on any device."""
@@ -58,6 +62,11 @@ class DenseLinear:
         assert isinstance(x_TI, torch.Tensor)
         residual_TO.addmm_(x_TI, self.weight_t_IO)
         return residual_TO if self.bias_O is None else residual_TO.add_(self.bias_O)
+
+    def into(self, y_TO: torch.Tensor, x_TI: Input) -> torch.Tensor:
+        assert isinstance(x_TI, torch.Tensor)
+        torch.mm(x_TI, self.weight_t_IO, out=y_TO)
+        return y_TO if self.bias_O is None else y_TO.add_(self.bias_O)
 
 
 class PackedLinear:
@@ -84,6 +93,9 @@ class PackedLinear:
         if x_TI.shape[0] == 0:
             return residual_TO
         return torch.ops.mkldnn._linear_pointwise.binary(x_TI, residual_TO, self.packed, self.bias_O, "add")
+
+    def into(self, y_TO: torch.Tensor, x_TI: Input) -> torch.Tensor:
+        return y_TO.copy_(self(x_TI))
 
 
 class Fp8Linear:
@@ -112,6 +124,9 @@ class Fp8Linear:
 
     def add_to(self, residual_TO: torch.Tensor, x_TI: Input) -> torch.Tensor:
         return residual_TO.add_(self(x_TI))
+
+    def into(self, y_TO: torch.Tensor, x_TI: Input) -> torch.Tensor:
+        return y_TO.copy_(self(x_TI))
 
 
 def make_linear(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, fp8: bool = False) -> Linear:

@@ -21,14 +21,13 @@ from tokabatch.arrays import Bool, Int64
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import read_manifest
-from tokabatch.output.schema import SAMPLE_SCHEMA, VERDICT_FIELDS
+from tokabatch.output.schema import CORRECT, SAMPLE_SCHEMA, verdict_names
 from tokabatch.output.shards import open_shard
 from tokabatch.storage.listing import ListedFile, consistently
 
 Kind = Literal["first", "right", "wrong", "longest"]
-_KEYS = ("row_index", "sample_index", "status", "num_output_tokens", "correct")
+_KEYS = ("row_index", "sample_index", "status", "num_output_tokens")
 _LONG_COLUMNS = frozenset(("token_ids", "logprobs"))
-_OWN = frozenset((*SAMPLE_SCHEMA.names, *(field.name for field in VERDICT_FIELDS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,8 @@ def _excerpts(shards: Sequence[ListedFile], count: int, whole: bool) -> dict[Kin
     best: dict[Kind, list[_Place]] = {}
     for number, shard in enumerate(shards):
         with open_shard(shard) as file:
-            present = [name for name in _KEYS if name in file.schema_arrow.names]
+            schema = file.schema_arrow
+            present = [*_KEYS, *(name for name in verdict_names(schema) if name == CORRECT.name)]
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=present)
                 for kind, chosen in _candidates(table, whole).items():
@@ -167,8 +167,10 @@ def _candidates(table: pa.Table, whole: bool) -> dict[Kind, list[tuple[tuple[int
 
 def _read(shard: ListedFile, place: _Place) -> Excerpt:
     with open_shard(shard) as file:
-        names = [name for name in file.schema_arrow.names if name not in _LONG_COLUMNS]
+        schema = file.schema_arrow
+        names = [name for name in schema.names if name not in _LONG_COLUMNS]
         table = file.read_row_group(place.group, columns=names).slice(place.offset, 1)
+    own = {*SAMPLE_SCHEMA.names, *verdict_names(schema)}
     (values,) = table.to_pylist()
     return Excerpt(
         values["row_index"],
@@ -176,6 +178,6 @@ def _read(shard: ListedFile, place: _Place) -> Excerpt:
         values["text"] or "",
         values["finish_reason"] or "",
         values["num_output_tokens"] or 0,
-        values.get("correct"),
-        {name: value for name, value in values.items() if name not in _OWN},
+        values["correct"] if CORRECT.name in own else None,
+        {name: value for name, value in values.items() if name not in own},
     )

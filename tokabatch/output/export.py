@@ -10,24 +10,28 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow import csv
 
 from tokabatch.arrays import Bool, Int64
 from tokabatch.errors import ForeignFileError, OutputError
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import inspect
-from tokabatch.output.json_lines import write_json_lines
+from tokabatch.output.json_lines import flatten, write_json_lines
 from tokabatch.output.manifest import read_manifest
 from tokabatch.output.remedy import refuse_faults, refuse_unrecorded
-from tokabatch.output.schema import SAMPLE_SCHEMA, verdict_names
+from tokabatch.output.schema import CORRECT, SAMPLE_SCHEMA, verdict_names
 from tokabatch.output.scratch import scratch_folder
 from tokabatch.output.shards import ARROW_BYTES_KEY, PARQUET_OPTIONS, open_shard, read_groups
 from tokabatch.storage.listing import ListedFile, consistently
@@ -37,32 +41,47 @@ _KEYS = ("row_index", "sample_index")
 _ROW_FIELDS = ("id", "row_index")
 _SAMPLES = "samples"
 _BUCKET_BYTES = 128 << 20
+Where = Literal["correct", "wrong", "ok", "error"]
+_WHERE = {"correct": ("correct", True), "wrong": ("correct", False), "ok": ("status", "ok"), "error": ("status", "error")}
 
 
 @dataclass(frozen=True, slots=True)
+class Selection:
+    """Which of the samples are exported, and what of them: all `columns` in the order of the output where None; `where` keeps
+    those that are right or wrong, finished or error rows; `nested` makes one record a row, its samples in a list `samples`."""
+
+    nested: bool = False
+    columns: tuple[str, ...] | None = None
+    where: Where | None = None
+
+
+@dataclass(slots=True)
 class Exported:
     """What was written: `rows` of the input, with `samples` over all of them, in `bytes`."""
 
-    path: Path
-    rows: int
-    samples: int
-    bytes: int
+    rows: int = 0
+    samples: int = 0
+    bytes: int = 0
 
 
-def export(path: Path, target: Path, *, nested: bool = False) -> Exported:
-    """Write the committed samples of the output folder `path` to `target` (.jsonl or .parquet), replacing it.
+def export(path: Path, target: Path | BinaryIO, selection: Selection | None = None) -> Exported:
+    """Write the committed samples of the output folder `path` to `target`, ordered by row and sample: a file (.jsonl, .csv or
+    .parquet), which is replaced, or an open stream, which takes JSON Lines.
 
-    `nested` writes one record a row, its samples in a list `samples`. A run that is not complete exports what it has.
-    Raises OutputError where there is nothing to export, something cannot be read, or `target` is no place for it, DamageError
-    where a shard is not as it was committed.
+    A run that is not complete exports what it has. Raises OutputError where there is nothing to export, something cannot be
+    read, or `target` is no place for it, DamageError where a shard is not as it was committed, BrokenPipeError where the
+    stream's reader ends.
     """
-    folder = OutputFolder(path)
-    _check_target(folder, target)
+    folder, chosen = OutputFolder(path), selection or Selection()
+    if isinstance(target, Path):
+        _check_target(folder, target)
     try:
-        return consistently(lambda: _export(folder, _committed(folder), target, nested), path)
+        return consistently(lambda: _export(folder, _committed(folder), target, chosen), path)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise OutputError(
-            f"--to {target} cannot be written: {reason(error)}. "
+            f"--to {target if isinstance(target, Path) else '-'} cannot be written: {reason(error)}. "
             f"{or_else(error, ', or name a file elsewhere', 'name a file elsewhere')}."
         ) from error
 
@@ -78,8 +97,8 @@ def _committed(folder: OutputFolder) -> tuple[ListedFile, ...]:
     return tuple(file for _, file in found.good)
 
 
-def _export(folder: OutputFolder, shards: Sequence[ListedFile], target: Path, nested: bool) -> Exported:
-    _check_shards(folder, shards, nested)
+def _export(folder: OutputFolder, shards: Sequence[ListedFile], target: Path | BinaryIO, selection: Selection) -> Exported:
+    _check_shards(folder, shards, selection)
     schema = _schema(shards[0])
     for shard in shards[1:]:
         if not _schema(shard).equals(schema):
@@ -87,19 +106,46 @@ def _export(folder: OutputFolder, shards: Sequence[ListedFile], target: Path, ne
                 f"{shard.path} has other columns than {shards[0].path.name}: they are not of one run. Move foreign files away."
             )
     schema = schema.with_metadata({key: value for key, value in (schema.metadata or {}).items() if key != ARROW_BYTES_KEY})
-    with scratch_folder(target.absolute().parent) as scratch:
-        bucket, num_buckets, num_rows = _cut(shards)
+    if selection.columns is not None:
+        needed = (*_KEYS, "status", CORRECT.name, *selection.columns)
+        schema = pa.schema([field for field in schema if field.name in needed], schema.metadata)
+    place = target.absolute().parent if isinstance(target, Path) else Path(tempfile.gettempdir())
+    with scratch_folder(place) as scratch:
+        bucket, num_buckets = _cut(shards)
         _deal(shards, schema, bucket, scratch)
-        tables = _sorted_buckets(scratch, num_buckets)
-        if nested:
-            schema, tables = nest(schema.empty_table()).schema, map(nest, tables)
+        exported = Exported()
+        tables = _shaped(_sorted_buckets(scratch, num_buckets), selection, exported)
+        shaped = next(_shaped(iter([schema.empty_table()]), selection, Exported())).schema
+        if not isinstance(target, Path):
+            _write(target, ".jsonl", shaped, tables)
+            target.flush()
+            return exported
         finished = scratch / "finished"
         with finished.open("wb") as file:
-            _write(file, target.suffix, schema, tables)
+            _write(file, target.suffix, shaped, tables)
             file.flush()
             os.fsync(file.fileno())
         finished.replace(target)
-    return Exported(target, num_rows, len(bucket), target.stat().st_size)
+    exported.bytes = target.stat().st_size
+    return exported
+
+
+def _shaped(tables: Iterator[pa.Table], selection: Selection, exported: Exported) -> Iterator[pa.Table]:
+    """What is selected of tables ordered by row and sample, counted in `exported`."""
+    for table in tables:
+        if selection.where is not None:
+            column, value = _WHERE[selection.where]
+            kept = pc.call_function("equal", [table[column], value])
+            ok = pc.call_function("equal", [table["status"], "error" if selection.where == "error" else "ok"])
+            table = table.filter(pc.call_function("and_kleene", [kept.fill_null(False), ok]))
+        exported.samples += table.num_rows
+        exported.rows += int(_begins(table["row_index"].to_numpy()).sum())
+        if selection.columns is not None:
+            hidden = ["row_index"] if selection.nested and "row_index" not in selection.columns else []
+            table = table.select([*hidden, *selection.columns])
+            yield nest(table).drop_columns(hidden) if selection.nested else table
+        else:
+            yield nest(table) if selection.nested else table
 
 
 def nest(table: pa.Table) -> pa.Table:
@@ -110,6 +156,8 @@ def nest(table: pa.Table) -> pa.Table:
     sample_names = [name for name in sample_names if name not in _ROW_FIELDS]
     outer = table.select([name for name in table.column_names if name not in sample_names]).take(pa.array(first))
     inner = table.select(sample_names)
+    if not sample_names:
+        return outer
     samples = pa.StructArray.from_arrays(
         [pa.concat_arrays([pa.array([], column.type), *column.chunks]) for column in inner.columns],
         fields=list(inner.schema),
@@ -119,8 +167,8 @@ def nest(table: pa.Table) -> pa.Table:
 
 
 def _check_target(folder: OutputFolder, target: Path) -> None:
-    if target.suffix not in (".jsonl", ".parquet"):
-        raise OutputError(f"--to {target} is neither .jsonl nor .parquet; name the file FILE.jsonl or FILE.parquet")
+    if target.suffix not in (".jsonl", ".csv", ".parquet"):
+        raise OutputError(f"--to {target}: name a file that ends in .jsonl, .csv or .parquet, or - for standard output")
     if not _is_folder(target.absolute().parent):
         raise OutputError(f"--to {target}: the folder {target.parent} does not exist; create it first")
     if _is_folder(target):
@@ -138,10 +186,21 @@ def _is_folder(path: Path) -> bool:
         raise OutputError(f"--to {path} cannot be reached: {error.strerror}; name a file elsewhere") from error
 
 
-def _check_shards(folder: OutputFolder, shards: Sequence[ListedFile], nested: bool) -> None:
+def _check_shards(folder: OutputFolder, shards: Sequence[ListedFile], selection: Selection) -> None:
     if not shards:
         raise OutputError(f"{folder.path} holds no committed samples (no data/part-*.parquet); check the path")
-    if nested and _SAMPLES in _schema(shards[0]).names:
+    names = _schema(shards[0]).names
+    for name in selection.columns or ():
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
+            raise OutputError(f"--columns: the output has no column {name}; {hint}")
+    if selection.where in ("correct", "wrong") and CORRECT.name not in verdict_names(_schema(shards[0])):
+        raise OutputError(
+            f"--where {selection.where}: the run was not verified, so no sample is known to be right or wrong; use ok, error, "
+            "or run the job with verify.kind and verify.answer"
+        )
+    if selection.nested and _SAMPLES in names and (selection.columns is None or _SAMPLES in selection.columns):
         raise OutputError(f"the input has a column named {_SAMPLES!r}, which --nested uses itself; export without it")
 
 
@@ -150,8 +209,8 @@ def _schema(shard: ListedFile) -> pa.Schema:
         return file.schema_arrow
 
 
-def _cut(shards: Sequence[ListedFile]) -> tuple[Int64, int, int]:
-    """The bucket of each sample, in the order of the shards; the number of buckets; the number of distinct rows."""
+def _cut(shards: Sequence[ListedFile]) -> tuple[Int64, int]:
+    """The bucket of each sample, in the order of the shards; the number of buckets."""
     rows: list[Int64] = []
     samples: list[Int64] = []
     sizes: list[Int64] = []
@@ -171,14 +230,15 @@ def _cut(shards: Sequence[ListedFile]) -> tuple[Int64, int, int]:
     _, of_row = np.unique(before[begins] // _BUCKET_BYTES, return_inverse=True)
     bucket = np.empty(len(row), dtype=np.int64)
     bucket[order] = of_row[np.cumsum(begins) - 1]
-    return bucket, int(of_row[-1]) + 1, len(of_row)
+    return bucket, int(of_row[-1]) + 1
 
 
 def _deal(shards: Sequence[ListedFile], schema: pa.Schema, bucket: Int64, scratch: Path) -> None:
     """Append each row to its bucket's file, a sequence of Arrow streams (so that one file is open at a time)."""
     begin = 0
     for shard in shards:
-        for table in read_groups(shard, None):
+        for table in read_groups(shard, schema.names):
+            table = table.select(schema.names)
             part = bucket[begin : begin + table.num_rows]
             begin += table.num_rows
             by_bucket = np.argsort(part, kind="stable")
@@ -211,6 +271,11 @@ def _write(file: BinaryIO, suffix: str, schema: pa.Schema, tables: Iterator[pa.T
     if suffix == ".jsonl":
         for table in tables:
             write_json_lines(table, file)
+        return
+    if suffix == ".csv":
+        with csv.CSVWriter(file, flatten(schema.empty_table()).schema) as lines:
+            for table in tables:
+                lines.write_table(flatten(table))
         return
     with pq.ParquetWriter(file, schema, **PARQUET_OPTIONS) as writer:
         for table in tables:

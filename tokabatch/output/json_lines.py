@@ -24,6 +24,26 @@ def write_json_lines(table: pa.Table, file: BinaryIO) -> None:
         file.write(("\n".join(lines) + "\n").encode())
 
 
+def flatten(table: pa.Table) -> pa.Table:
+    """The same rows with columns as CSV has them: lists, mappings and structs as their JSON text."""
+    table = table.cast(pa.schema([field.with_type(_json_type(field.type)) for field in table.schema]))
+    for place, field in enumerate(table.schema):
+        if pa.types.is_nested(field.type) or _is_bytes(field.type):
+            texts = (None if value is None else to_json(value) for value in table[place].to_pylist())
+            table = table.set_column(place, field.name, pa.array(map(_unquoted, texts), pa.string()))
+    return table
+
+
+def _is_bytes(type_: pa.DataType) -> bool:
+    is_ = pa.types
+    return is_.is_binary(type_) or is_.is_large_binary(type_) or is_.is_fixed_size_binary(type_)
+
+
+def _unquoted(text: str | None) -> str | None:
+    """Base64 without the quotes of JSON."""
+    return text[1:-1] if text is not None and text[:1] == '"' else text
+
+
 def _json_type(type_: pa.DataType) -> pa.DataType:
     """The type to convert to before values become Python objects, which could not hold them all exactly."""
     is_ = pa.types

@@ -5,10 +5,16 @@ Shape legend: T tokens of a step, E hidden size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
 from tokabatch.parallel.mesh import Mesh
+
+# Their names changed in torch 2.13.
+_all_gather: Any = vars(dist).get("all_gather_single") or vars(dist)["all_gather_into_tensor"]
+_reduce_scatter: Any = vars(dist).get("reduce_scatter_single") or vars(dist)["reduce_scatter_tensor"]
 
 SENDING = 2
 """Hidden states that a stage may have on their way before it computes the next ones."""
@@ -25,9 +31,26 @@ def all_gather_last(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """Concatenates the tensor ranks' `x` (equal shapes) along the last axis."""
     if mesh.tensor_size == 1:
         return x
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(mesh.tensor_size)]
-    dist.all_gather(parts, x.contiguous(), group=mesh.tensor_group)
-    return torch.cat(parts, dim=-1)
+    rows = all_gather_first(x[None], mesh)
+    return rows.movedim(0, -2).reshape(*x.shape[:-1], mesh.tensor_size * x.shape[-1])
+
+
+def all_gather_first(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """The same along the first axis."""
+    if mesh.tensor_size == 1:
+        return x
+    gathered = torch.empty((mesh.tensor_size * x.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device)
+    _all_gather(gathered, x.contiguous(), group=mesh.tensor_group)
+    return gathered
+
+
+def reduce_scatter_first(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """This tensor rank's part, along the first axis, of the sum over all of them."""
+    if mesh.tensor_size == 1:
+        return x
+    part = torch.empty((x.shape[0] // mesh.tensor_size, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    _reduce_scatter(part, x.contiguous(), group=mesh.tensor_group)
+    return part
 
 
 def least(value: int, mesh: Mesh, device: torch.device) -> int:

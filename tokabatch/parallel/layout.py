@@ -67,6 +67,11 @@ def decide_layout(config: EngineConfig, device: str, visible: Sequence[str] | No
         replicas, reason = 1, "engine.process is false"
     else:
         replicas, reason = max(1, present // each), f"{present} visible GPU{'s' if present > 1 else ''}"
+    if present is not None and each > present:
+        raise JobError(
+            f"engine.tensor is {config.tensor} and engine.pipeline {config.pipeline}, which takes {each} GPUs, but {present} "
+            f"are visible ({VISIBLE}); lower them"
+        )
     if present is not None and replicas * each > present:
         raise JobError(
             f"engine.replicas is {replicas}, but {present} GPUs are visible ({VISIBLE}); write at most "

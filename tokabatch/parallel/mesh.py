@@ -6,6 +6,7 @@ this worker's ranks.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,8 @@ class Mesh:
         ranks share the cores."""
         world = place.tensor_size * place.pipeline_size
         if device.type == "cuda":
+            # Symmetric memory would else ask for multicast, which not every host has, and which is not used.
+            os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
             torch.cuda.set_device(place.rank)
         else:
             torch.set_num_threads(max(1, torch.get_num_threads() // world))

@@ -12,7 +12,7 @@ from tokabatch.report.summary import RunSummary, Section
 
 _SAMPLES = 3
 PER_CODE = 3
-_SAMPLE_LINES, _SAMPLE_CHARACTERS = 6, 400
+_SAMPLE_LINES, _SAMPLE_CHARACTERS = 10, 600
 _MESSAGE_CHARACTERS = 300
 
 

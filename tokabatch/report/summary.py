@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from tokabatch.job import Setting
@@ -15,13 +18,14 @@ _EXIT_WORDS = {
     0: "complete",
     2: "stopped before the end, as the start before it: the output folder takes nothing; mend that, then run it again",
     3: "complete, but with more errors than errors.max_fraction allows",
-    4: "the books do not close: rows x n is not ok + error + cancelled + pending",
+    4: "the sample counts do not add up: rows x n is not ok + errors + cancelled + pending. This is a bug, please report it",
     75: "stopped before the end; what was finished is committed, run it again to go on",
     130: "interrupted before the end; what was finished is committed, run it again to go on",
 }
 _PARTIAL = "short samples finish first, so the final value will differ"
 _SHOWN_CHARACTERS = 4000
-_SHOWN_TOKEN_IDS = 512
+_FOLDED_TOKEN_IDS = 12
+"""Shown of a prompt at either end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ class RunSummary:
     dropped_steps: int = 0
     """Steps that the device had no memory for; those after them were half as large."""
     error_counts: tuple[tuple[str, int], ...] = ()
-    pass_at_k: tuple[tuple[int, float], ...] | None = None
+    pass_at_k: Mapping[int, float] | None = None
     unverified: int = 0
     """Samples whose reference the verifier does not understand; pass@k counts them as wrong."""
     unverified_reasons: tuple[str, ...] = ()
@@ -123,6 +127,24 @@ class RunSummary:
         """Seconds from the first step on."""
         return max(self.seconds - self.load_seconds, 0.0)
 
+    def dataset(self) -> Any:
+        """The samples as a pyarrow.dataset.Dataset: one row a sample, filtered and read as it is asked for. `to_table()` and
+        `to_table().to_pandas()` read all of it."""
+        # It imports pandas where there is one, which takes a second; a run has no use for it.
+        return import_module("pyarrow.dataset").dataset(Path(self.output_path) / "data", format="parquet")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the sections of `run_sections` as tables."""
+        return "".join(
+            f"<b>{escape(section.title)}</b><table>"
+            + "".join(
+                f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+                for row in (*filter(None, (section.columns,)), *section.rows)
+            )
+            + "</table>"
+            for section in run_sections(self)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values, derived figures included."""
         values = asdict(self)
@@ -130,7 +152,7 @@ class RunSummary:
         values["output_tokens_per_second"] = round(_rate(self.output_tokens, self.work_seconds), 1)
         values["error_counts"] = dict(self.error_counts)
         values["restarts"] = dict(self.restarts)
-        values["pass_at_k"] = None if self.pass_at_k is None else {str(k): value for k, value in self.pass_at_k}
+        values["pass_at_k"] = None if self.pass_at_k is None else {str(k): value for k, value in self.pass_at_k.items()}
         return values
 
 
@@ -193,40 +215,36 @@ class PlanReport:
         return self.prompt_tokens - self.unique_tokens
 
 
-def run_sections(summary: RunSummary) -> tuple[Section, ...]:
-    """The final summary of a run."""
-    books = [
-        ("result", _EXIT_WORDS.get(summary.exit_code, f"exit code {summary.exit_code}")),
+def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, ...]:
+    """The final summary of a run; `verbose` adds the figures of the scheduler and the engine."""
+    result = _EXIT_WORDS.get(summary.exit_code, f"exit code {summary.exit_code}")
+    if summary.exit_code == 3 and not summary.ok:
+        result = "no row could be completed: the error rows say why"
+    counts = [
+        ("result", result),
         ("rows", _count(summary.rows)),
         ("samples", _books(summary)),
         *((("from earlier runs", f"{_count(summary.earlier)} samples"),) if summary.earlier else ()),
-        *((f"error {code}", _count(number)) for code, number in summary.error_counts),
+        *((f"error {code}", f"{_count(number)} samples") for code, number in summary.error_counts),
         ("output", summary.output_path),
     ]
-    saved = _share(summary.cached_tokens, summary.cacheable_tokens)
+    prompts = _count(summary.prompt_tokens)
+    if summary.cached_tokens:
+        prompts += f", of which {summary.cached_tokens / summary.prompt_tokens:.1%} were shared and not computed again"
     work = [
         ("time", f"{seconds_text(summary.seconds)} (loading {seconds_text(summary.load_seconds)})"),
         ("output tokens", _with_rate(summary.output_tokens, summary.work_seconds)),
-        ("prompt tokens", _with_rate(summary.prompt_tokens, summary.work_seconds)),
-        ("prefilled tokens", _count(summary.prefilled_tokens)),
-        ("saved by sharing", f"{_count(summary.cached_tokens)} of {_count(summary.cacheable_tokens)} possible{saved}"),
-        *((("layout", summary.layout),) if summary.layout else ()),
-        ("steps", _steps(summary)),
-        ("preemptions", _preemptions(summary)),
+        ("prompt tokens", prompts),
     ]
-    if summary.step_seconds:
-        work += [
-            ("KV cache", f"{summary.kv_use:.1%} in use on average"),
-            ("tail", f"{seconds_text(summary.tail_seconds)}{_share_of_time(summary.tail_seconds, summary.step_seconds)}"),
-        ]
-    if summary.predicted_seconds is not None:
-        share = _share_of_time(summary.predicted_seconds, summary.step_seconds)
-        predicted = f"{seconds_text(summary.predicted_seconds)} for these steps by {summary.predicted_by}"
-        work.append(("predicted", f"{predicted}; they took {seconds_text(summary.step_seconds)}{share}"))
-    sections = [Section("Run", tuple(books)), Section("Work", (*work, *_faults(summary)))]
+    if summary.tail_seconds:
+        share = _share_of_time(summary.tail_seconds, summary.step_seconds)
+        work.append(
+            ("last samples", f"{seconds_text(summary.tail_seconds)}{share} with fewer than half of the samples running")
+        )
+    sections = [Section("Run", tuple(counts)), Section("Work", (*work, *_faults(summary)))]
     if summary.replicas:
         columns = ("replica", "samples", "output tokens", "prefilled tokens", "idle", "idle in the last tenth")
-        rows = [
+        table = tuple(
             (
                 " ".join((str(number), *(f"GPU {name}" for name in share.devices))),
                 *map(_count, (share.samples, share.output_tokens, share.prefilled_tokens)),
@@ -234,14 +252,36 @@ def run_sections(summary: RunSummary) -> tuple[Section, ...]:
                 f"{share.idle_at_end:.1%}",
             )
             for number, share in enumerate(summary.replicas)
-        ]
-        sections.append(Section("Replicas", tuple(rows), columns))
+        )
+        sections.append(Section("Replicas", table, columns))
+    if verbose:
+        sections.append(Section("Engine", tuple(_engine(summary))))
     if summary.pass_at_k is not None:
-        rates = tuple((f"pass@{k}", f"{value:.4f}") for k, value in summary.pass_at_k)
+        done = summary.samples - summary.pending
+        partial = ((("of", f"{_count(done)} of {_count(summary.samples)} samples; {_PARTIAL}"),)) if summary.pending else ()
+        rates = tuple((f"pass@{k}", f"{value:.4f}") for k, value in summary.pass_at_k.items())
         unclear = (("not verified", f"{_count(summary.unverified)} samples, counted as wrong"),) if summary.unverified else ()
         why = tuple(("because", reason) for reason in summary.unverified_reasons)
-        sections.append(Section("Verified", (*rates, *unclear, *why)))
+        sections.append(Section("Verified", (*partial, *rates, *unclear, *why)))
     return tuple(sections)
+
+
+def _engine(summary: RunSummary) -> list[tuple[str, str]]:
+    saved = _share(summary.cached_tokens, summary.cacheable_tokens)
+    rows = [
+        ("prefilled tokens", _count(summary.prefilled_tokens)),
+        ("saved by sharing", f"{_count(summary.cached_tokens)} of {_count(summary.cacheable_tokens)} possible{saved}"),
+        *((("layout", summary.layout),) if summary.layout else ()),
+        ("steps", _steps(summary)),
+        ("preemptions", _preemptions(summary)),
+    ]
+    if summary.step_seconds:
+        rows.append(("KV cache", f"{summary.kv_use:.1%} in use on average"))
+    if summary.predicted_seconds is not None:
+        share = _share_of_time(summary.predicted_seconds, summary.step_seconds)
+        predicted = f"step time {seconds_text(summary.step_seconds)}; {summary.predicted_by}"
+        rows.append(("predicted", f"{predicted} predicts {seconds_text(summary.predicted_seconds)}{share}"))
+    return rows
 
 
 def plan_sections(report: PlanReport) -> tuple[Section, ...]:
@@ -249,9 +289,10 @@ def plan_sections(report: PlanReport) -> tuple[Section, ...]:
     model, text, ids = report.model, report.first_prompt, report.first_token_ids
     if (rest := len(text) - _SHOWN_CHARACTERS) > 0:
         text = f"{text[:_SHOWN_CHARACTERS]}\n[… and {_count(rest)} more characters]"
-    shown = " ".join(map(str, ids[:_SHOWN_TOKEN_IDS]))
-    if (rest := len(ids) - _SHOWN_TOKEN_IDS) > 0:
-        shown += f" [… and {_count(rest)} more]"
+    shown = " ".join(map(str, ids))
+    if (rest := len(ids) - 2 * _FOLDED_TOKEN_IDS) > 1:
+        first, last = ids[:_FOLDED_TOKEN_IDS], ids[-_FOLDED_TOKEN_IDS:]
+        shown = f"{' '.join(map(str, first))} [… {_count(rest)} more …] {' '.join(map(str, last))}"
     facts = (
         ("path", model.path),
         ("architecture", f"{model.family}, {model.layers} layers, hidden size {_count(model.hidden_size)}"),

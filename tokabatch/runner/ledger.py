@@ -8,6 +8,7 @@ a lost one held, is free again, wherever it lies.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -64,21 +65,22 @@ class Ledger:
         self._output: Int64 = np.array([kind.max_tokens for kind in sampling], np.int64)[params]
         """The most tokens that a sample of each prompt costs beside its prompt."""
         self._by_row: Int64 = np.argsort(self.plan.row_index)
+        self._rows: Int64 = self.plan.row_index[self._by_row]
         self._left_of: Int64 = np.add.reduceat(self._holder == FREE, self._offset[:-1], dtype=np.int64)
-        self.left = self._free = int(self._left_of.sum())
+        self.left = int(self._left_of.sum())
         """Samples that are not finished."""
+        self._held = Counter({FREE: self.left})
         self.finished_prompts = 0
         self._cost = int(self._costs(self._parts_of(FREE))[-1]) if self.left else 0
 
     @property
     def has_free(self) -> bool:
         """Whether any sample is with no member."""
-        return self._free > 0
+        return self._held[FREE] > 0
 
     def prompts(self, rows: Sequence[int] | Int64) -> Int32:
         """The plan's numbers of these rows' prompts."""
-        ordered = self.plan.row_index[self._by_row]
-        return self._by_row[np.searchsorted(ordered, rows)].astype(np.int32)
+        return self._by_row[np.searchsorted(self._rows, rows)].astype(np.int32)
 
     def part(self, requests: Requests) -> Part:
         """What a scheduler's table of prompts and spans is of this plan."""
@@ -88,17 +90,17 @@ class Ledger:
     def next_run(self, member: int, members: int, *, whole: bool = False) -> Part | None:
         """The next run for one of so many members, which holds it from now on; None where none is free, or where it holds its
         share of all that is left already. With `whole` all that is free."""
-        if not self._free:
+        held = self.held(member)
+        share = -(-self.left // members) - held
+        if not self.has_free or (share <= 0 and not whole):
             return None
         free = self._parts_of(FREE)
         if not whole:
-            held = self.held(member)
-            share = -(-self.left // members) - held
             least = self._cost / (SMALLEST * members)
             costs, counts = self._costs(free), np.append(0, np.cumsum(free.stop - free.first))
             wanted = max(costs[-1] / (2 * members), least)
             limit = float(np.interp(share, counts, costs))
-            if share <= 0 or (held and limit < min(least, costs[-1] / members)):
+            if held and limit < min(least, costs[-1] / members):
                 return None
             free = self._cut(free, costs, min(wanted, limit), limit)
         self._set(free, member)
@@ -117,6 +119,7 @@ class Ledger:
         if (self._holder[places] != member).any() or len(np.unique(places)) < len(places):
             raise EngineError("a sample was finished that its replica does not hold; please report this with the job file")
         self._holder[places] = DONE
+        self._held[member] -= len(places)
         self.left -= len(places)
         distinct, count = np.unique(prompts, return_counts=True)
         self._left_of[distinct] -= count
@@ -130,7 +133,7 @@ class Ledger:
 
     def held(self, member: int) -> int:
         """Samples that a member holds."""
-        return int(np.count_nonzero(self._holder == member))
+        return self._held[member]
 
     def others(self, member: int, prompts: Int32) -> tuple[Part, Int64]:
         """Of these prompts, what neither the member holds nor is done: the part that is free, and which others hold some."""
@@ -145,7 +148,9 @@ class Ledger:
         count = (part.stop - part.first).astype(np.int64)
         begin = self._offset[part.prompts] + part.first
         places = np.repeat(begin - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
-        self._free += len(places) * (holder == FREE) - int(np.count_nonzero(self._holder[places] == FREE))
+        before, counts = np.unique(self._holder[places], return_counts=True)
+        self._held.subtract(dict(zip(before.tolist(), counts.tolist(), strict=True)))
+        self._held[holder] += len(places)
         self._holder[places] = holder
 
     def _parts_of(self, holder: int) -> Part:

@@ -50,11 +50,11 @@ _THREADS_OF_TOKENIZERS = "TOKENIZERS_PARALLELISM"
 
 
 class Build(Protocol):
-    """What makes the replica of a member, by its number, for its first requests; `standing` is that of the replica whose place
-    it takes, and whose counts go on."""
+    """What makes the replica of a member, by its number, for its first requests; `before` is the standing of the replica whose
+    place it takes, and whose counts go on."""
 
     def __call__(
-        self, number: int, requests: Requests, standing: Standing, *, stop: Interruption, tell: Callable[[str], None]
+        self, number: int, requests: Requests, before: Standing, *, stop: Interruption, tell: Callable[[str], None]
     ) -> Replica: ...
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from tokabatch.engine.sizing import ReplicaSizes, page_bytes
 from tokabatch.forecast.devices import Device
@@ -20,21 +21,24 @@ from tokabatch.report.outlook import Outlook
 from tokabatch.report.summary import ModelFacts, PlanReport, ReplicaFacts
 from tokabatch.runner.replica import scheduler_limits
 from tokabatch.runner.resume import Start, preview
+from tokabatch.workload import Workload
 
 
-def plan(job: Job) -> PlanReport:
-    """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError."""
+def plan(job: Job | Mapping[str, Any] | str | Path) -> PlanReport:
+    """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError. `job` may
+    also be what `Job.load` takes."""
+    job = job if isinstance(job, Job) else Job.load(job)
     with _planned(job, read_profile(job)) as (previewed, sizes):
         return _plan_report(job, previewed, sizes)
 
 
 def plan_and_simulate(job: Job, scenario: Scenario) -> tuple[PlanReport, Outlook]:
-    """The same, and what is left of the run simulated under a scenario, for whose device everything is planned then. Raises
-    UsageError for one that cannot be."""
+    """The same, and what is left of the run simulated under a scenario, for whose device everything is planned then; where
+    nothing is left, the whole job. Raises UsageError for one that cannot be."""
     device = check_scenario(scenario)
     profile = scenario_profile(job, scenario, device)
     with _planned(job, profile, device) as (previewed, sizes):
-        outlook = predict_run(previewed.left, scheduler_limits(sizes), scenario, device, profile)
+        outlook = predict_run(_to_compute(previewed), scheduler_limits(sizes), scenario, device, profile)
         return _plan_report(job, previewed, sizes), outlook
 
 
@@ -44,8 +48,13 @@ def _planned(job: Job, profile: SavedProfile | None, absent: Device | None = Non
     check_output(Path(job.output.path))
     with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
         previewed = preview(job, Path(scratch), absent_gpu=absent is not None)
-        yield previewed, size_replica(job, previewed.left, profile, absent)
+        yield previewed, size_replica(job, _to_compute(previewed), profile, absent)
         previewed.workload.store.close()
+
+
+def _to_compute(previewed: Start) -> Workload:
+    """What a run would compute; of a finished run, what it has computed."""
+    return previewed.left if len(previewed.left.requests) else previewed.workload
 
 
 def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
@@ -71,7 +80,11 @@ def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
     ids = store.prompt(first).tolist() if first is not None else []
     done = previewed.committed.samples
     left = workload.samples_total - done
-    notes = [f"{job.output.path} holds {done:,} of these samples; a run computes the other {left:,}"] if done else []
+    notes = [f"{job.output.path} holds {done:,} of these samples; a run computes the other {left:,}"] if done and left else []
+    if not left and workload.samples_total:
+        notes.append(
+            f"{job.output.path} holds all of these samples: sizes and simulation are those of the whole job, as in a new folder"
+        )
     notes += ["text prompts go through the tokenizer's chat template"] if store.chat else []
     notes += workload.notes
     seen: set[str] = set()

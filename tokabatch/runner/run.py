@@ -6,7 +6,7 @@ job ─► start (rows, prompts, plan order; what is done already) ─► sizes 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,7 +37,7 @@ EXIT_COMPLETE, EXIT_STALLED, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED = 0, 2, 3, 4,
 
 
 def run(
-    job: Job,
+    job: Job | Mapping[str, Any] | str | Path,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | Interruption | None = None,
     *,
@@ -47,6 +47,7 @@ def run(
 ) -> RunSummary:
     """Complete every row of the job's input and write the output folder; a run that the folder holds is continued.
 
+    `job` may also be what `Job.load` takes: the path of a job file, or a mapping of the same shape.
     `overwrite` deletes it instead; `retry_errors` runs its error rows again; `repair` computes again what damaged files held,
     for which DamageError is raised otherwise. Raises UsageError before any weights load for a job that cannot work or is not
     the one whose run the folder holds, EngineError when the engine breaks. `should_stop` is asked between steps, an
@@ -55,6 +56,7 @@ def run(
     neither committed anything. While the input is still read there is nothing to commit: it ends in Stopped (a
     KeyboardInterrupt) and leaves the folder as it was.
     """
+    job = job if isinstance(job, Job) else Job.load(job)
     clock, reuse = _Clock(ExpendableProgress(progress or NullProgress())), Reuse(overwrite, retry_errors, repair)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
     profile = read_profile(job)
@@ -315,7 +317,7 @@ def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_cod
         predicted_seconds=predicted[0] / num if predicted else None,
         predicted_by=predicted[1] if predicted else "",
         error_counts=tuple(sorted(recorder.error_counts.items())),
-        pass_at_k=recorder.pass_at_k(),
+        pass_at_k=None if (points := recorder.pass_at_k()) is None else dict(points),
         unverified=recorder.num_unverified,
         unverified_reasons=recorder.unverified_reasons,
     )

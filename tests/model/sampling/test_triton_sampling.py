@@ -15,6 +15,8 @@ from support.sampling import chi_square_is_plausible, rows_of, sampler_inputs
 
 from tokabatch.model.sampling.philox import uniform
 from tokabatch.model.sampling.sampler import Sampled, sample
+from tokabatch.model.shards import VocabularyShard
+from tokabatch.parallel.mesh import Mesh
 
 # The interpreter takes a tenth of a second for a row with filters.
 DTYPES = [torch.float32, torch.bfloat16] if INTERPRETING else [torch.float32, torch.bfloat16, torch.float16]
@@ -300,3 +302,29 @@ def test_random_filters_draw_what_the_plain_path_draws(device):
         }
         for dtype in DTYPES:
             agree(random_logits(rows, vocab, dtype, spread), device, at_least=0.85, **params)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("vocab", [100, 700])
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": [0.0, 0.8], "logprobs": [0, -1]}], ids=str)
+def test_ranks_that_know_each_others_parts_draw_what_one_draws(device, params, vocab, ranks):
+    """To the last bit: what each rank leaves, added up, is what one leaves that has all logits."""
+    logits = random_logits(2, vocab, torch.bfloat16)
+    logits = torch.cat((logits, few_values(2, vocab, torch.bfloat16), logits.new_full((2, vocab), torch.nan)))
+    params = {name: (value * 3 if isinstance(value, list) else value) for name, value in params.items()}
+    given, module = sampler_inputs(6, device=device, **params), kernels()
+    whole = module.sample(logits.to(device), given, None)
+    rows, summaries = [], []
+    for rank in range(ranks):
+        shard = VocabularyShard.of(vocab, Mesh(rank, ranks, 1))
+        own = logits[:, shard.tokens.start : shard.tokens.stop]
+        padded = torch.nn.functional.pad(own, (0, shard.width - len(shard.tokens))).to(device)
+        rows.append(module.Rows.of(padded, given, shard))
+        summaries.append(module.summarise(rows[-1], given.max_logprobs >= 0, shard))
+    gathered = [None if each[0] is None else torch.cat(each, dim=-1) for each in zip(*summaries, strict=True)]
+    added = torch.zeros_like(whole)
+    for own in rows:
+        results = torch.empty_like(whole)
+        module.draw(own, given, gathered, None, results, sharded=True)
+        added += results
+    assert torch.equal(added, whole)

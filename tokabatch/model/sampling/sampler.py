@@ -7,8 +7,9 @@ in token-id order, from the maxima and masses of its parts; only the part that t
 filtered out, or whose probability is zero, is never drawn.
 
 Where the vocabulary is spread over tensor ranks, the parts' maxima and masses are gathered, not the logits: every rank places
-the draw alike, and the one that holds the part walks it. Only rows with filters or penalties are gathered whole, and on a
-GPU all. Given equal logits the tokens are those of one rank, to the last bit.
+the draw alike, and the one that holds the part walks it. Only rows with filters or penalties are gathered whole (on a
+GPU all rows of a step that has any, or that reports alternatives). Given equal logits the tokens are those of one rank, to the
+last bit.
 
 What is written here serves CPUs and is the reference; on a CUDA device `triton_sampling` does the same by kernels of its
 own. Nothing waits for the device. Shape legend: S rows, V vocabulary, K alternatives reported.
@@ -93,8 +94,7 @@ def sample(
     if penalised is not None:
         return _sample_penalised(logits_SV, inputs, last_token, penalised, shard)
     if logits_SV.is_cuda and logits_SV.dtype != torch.float64:
-        whole_SV = all_gather_last(logits_SV, shard.mesh)[:, : shard.vocab_size]
-        return Sampled(import_module("tokabatch.model.sampling.triton_sampling").sample(whole_SV, inputs, last_token))
+        return Sampled(import_module("tokabatch.model.sampling.triton_sampling").sample(logits_SV, inputs, last_token, shard))
     sampled = _sample_plain(logits_SV, inputs, shard)
     if last_token is not None:
         last_token[inputs.slot_S] = sampled.token_S.to(last_token.dtype)
@@ -174,14 +174,19 @@ class _Block:
         top_S, part_S = self._highest_SN.max(-1)
         finite_S = top_S.isfinite()
         rest_S = None
+        filtered_S = (columns.top_k > 0) | (columns.top_p < 1) | (columns.min_p > 0)
         if uniform_S is not None:
-            # Greedy rows are drawn too and then overruled: no row selection, so nothing waits for a device.
-            temperature_S1 = columns.temperature[:, None].clamp(min=_COLDEST).to(self._logits_SV.dtype)
-            drawn_S, rest_S = locate(self._masses(temperature_S1), uniform_S)
-            part_S = torch.where(columns.temperature > 0, drawn_S, part_S)
+            # Greedy rows are drawn too and then overruled, on a device also those with filters: nothing waits for it.
+            selects = self._inputs.any_filter and filtered_S.device.type == "cpu"
+            rows = (~filtered_S).nonzero()[:, 0] if selects else torch.arange(len(part_S), device=part_S.device)
+            rest_S = torch.zeros_like(uniform_S)
+            if len(rows):
+                drawn_S, rest = locate(self._masses(self._temperature_S1(), rows), uniform_S[rows])
+                part_S = part_S.index_copy(0, rows, torch.where(columns.temperature[rows] > 0, drawn_S, part_S[rows]))
+                rest_S.index_copy_(0, rows, rest)
         token_S = self._walked(part_S, rest_S)
         if uniform_S is not None and self._inputs.any_filter:
-            token_S = self._filtered(token_S, uniform_S)
+            token_S = self._filtered(token_S, uniform_S, filtered_S & (columns.temperature > 0))
         return self.packed(token_S.masked_fill(~finite_S, 0), finite_S)
 
     def packed(self, token_S: torch.Tensor, finite_S: torch.Tensor) -> torch.Tensor:
@@ -198,9 +203,17 @@ class _Block:
         padded_SN = torch.nn.functional.pad(own_SN, (0, width - own_SN.shape[1]), value=empty)
         return all_gather_last(padded_SN, self._shard.mesh)[:, : -(-self._shard.vocab_size // PART)]
 
-    def _masses(self, temperature_S1: torch.Tensor) -> torch.Tensor:
-        own_SN = part_masses(self._logits_SV, self._own_highest_SN, temperature_S1)
-        return relative_masses(self._everywhere(own_SN, 0.0), self._highest_SN, temperature_S1)
+    def _temperature_S1(self) -> torch.Tensor:
+        return self._columns.temperature[:, None].clamp(min=_COLDEST).to(self._logits_SV.dtype)
+
+    def _masses(self, temperature_S1: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Of all parts of some rows, or of all rows, relative to each row's largest logit."""
+        logits_SV, own_SN, highest_SN = self._logits_SV, self._own_highest_SN, self._highest_SN
+        if rows is not None and len(rows) < len(logits_SV):
+            logits_SV, own_SN, highest_SN = logits_SV[rows], own_SN[rows], highest_SN[rows]
+            temperature_S1 = temperature_S1[rows]
+        mass_SN = self._everywhere(part_masses(logits_SV, own_SN, temperature_S1), 0.0)
+        return relative_masses(mass_SN, highest_SN, temperature_S1)
 
     def _walked(self, part_S: torch.Tensor, rest_S: torch.Tensor | None) -> torch.Tensor:
         """The token that each row's draw comes to in its part: at the share `rest` of its mass where the row is random, else
@@ -213,14 +226,13 @@ class _Block:
         local_S = local_S.masked_fill(~own_S, 0)
         token_S = first_of_part(self._logits_SV, local_S)
         if rest_S is not None:
-            temperature_S1 = columns.temperature[:, None].clamp(min=_COLDEST).to(self._logits_SV.dtype)
-            token_S = torch.where(columns.temperature > 0, walk(self._logits_SV, local_S, rest_S, temperature_S1), token_S)
+            walked_S = walk(self._logits_SV, local_S, rest_S, self._temperature_S1())
+            token_S = torch.where(columns.temperature > 0, walked_S, token_S)
         return all_reduce((token_S + tokens.start).masked_fill_(~own_S, 0), self._shard.mesh)
 
-    def _filtered(self, token_S: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tensor:
+    def _filtered(self, token_S: torch.Tensor, uniform_S: torch.Tensor, filtered_S: torch.Tensor) -> torch.Tensor:
         """The same tokens but for the rows with filters, which are drawn anew from all of their logits."""
         columns, shard = self._columns, self._shard
-        filtered_S = ((columns.top_k > 0) | (columns.top_p < 1) | (columns.min_p > 0)) & (columns.temperature > 0)
         if self._logits_SV.device.type == "cpu":
             rows = filtered_S.nonzero()[:, 0]
             if not len(rows):

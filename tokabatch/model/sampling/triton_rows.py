@@ -26,9 +26,13 @@ _SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A step's logits, whose each they are, and how they and their summaries lie in memory."""
+    """A step's logits, whose each they are, and how they and their summaries lie in memory. Where the vocabulary is spread
+    over ranks `logits_SV` are the `own_vocab` of this one, which begin with part `first_part`; parts are those of all ranks."""
 
     logits_SV: torch.Tensor
+    vocab: int
+    own_vocab: int
+    first_part: int
     words: torch.Tensor
     slot_S: torch.Tensor
     row_stride: int
@@ -41,18 +45,23 @@ class Rows:
     """See `key_of`."""
 
     @classmethod
-    def of(cls, logits_SV: torch.Tensor, inputs: SamplerInputs) -> Rows:
-        num_rows, vocab = logits_SV.shape
+    def of(cls, logits_SV: torch.Tensor, inputs: SamplerInputs, shard: shards.VocabularyShard) -> Rows:
         if logits_SV.stride(1) != 1:
             logits_SV = logits_SV.contiguous()
-        num_parts = triton.cdiv(vocab, PART.value)
+        num_parts = triton.cdiv(shard.vocab_size, PART.value)
+        part_stride = triton.cdiv(num_parts, 16) * 16
+        if shard.mesh.tensor_size > 1:
+            part_stride = shard.width // PART.value * shard.mesh.tensor_size
         return cls(
             logits_SV=logits_SV,
+            vocab=shard.vocab_size,
+            own_vocab=len(shard.tokens),
+            first_part=shard.tokens.start // PART.value,
             words=inputs.table.words,
             slot_S=inputs.slot_S,
-            row_stride=logits_SV.stride(0) if num_rows > 1 else vocab,
+            row_stride=logits_SV.stride(0) if len(logits_SV) > 1 else logits_SV.shape[1],
             num_parts=num_parts,
-            part_stride=triton.cdiv(num_parts, 16) * 16,
+            part_stride=part_stride,
             width=triton.next_power_of_2(num_parts),
             shift=_SHIFTS[logits_SV.dtype],
         )

@@ -4,7 +4,7 @@ The first kernel leaves, for each part of 128 tokens of a row, its largest logit
 one program a row makes the row's uniform number, finds the part that it falls into by the running mass, and walks that part:
 the inverse of the cumulative distribution in token-id order, as in `inverse_cdf`. The log of the row's whole mass, and with
 it every logprob, comes from the same sums. Two launches a step; batches that filter or report alternatives add
-`triton_filters` and `triton_alternatives` between and behind.
+`triton_filters` and `triton_alternatives` between and behind. Tensor ranks gather each other's parts in between.
 
 A row's draw depends on nothing but the row, to the last bit: sums have one order, which the number of rows has no part in, and
 products are rounded before they are added, whichever variant of a kernel the rest of the batch calls for.
@@ -13,6 +13,8 @@ Imports triton: only `sampler` loads this module, for CUDA tensors. Shape legend
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -34,8 +36,13 @@ from tokabatch.model.sampling.triton_rows import (
     temperature_of,
     uniform_of,
 )
+from tokabatch.model.shards import VocabularyShard
+from tokabatch.parallel.collectives import all_gather_last, all_reduce
+from tokabatch.parallel.mesh import Mesh
 
 _PARTS_AT_ONCE = 64
+_GATHERED = 1 << 26
+"""Logits of all ranks that are gathered at a time, for rows that take all of theirs."""
 
 
 @triton.jit(do_not_specialize_on_alignment=["slot_ptr"])
@@ -96,11 +103,12 @@ def _kept(weight, key, inside, edge, dropped, min_p):
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slot_ptr", "position_ptr"])
 def _draw(
     logits_ptr, words_ptr, slot_ptr, position_ptr, highest_ptr, mass_ptr, plain_ptr, edge_ptr, tied_ptr,
-    results_ptr, log_total_ptr, last_token_ptr, vocab, row_stride, num_parts, part_stride, num_rows,
+    results_ptr, log_total_ptr, last_token_ptr, vocab, own_vocab, first_part, row_stride, num_parts, part_stride, num_rows,
     WIDTH: tl.constexpr, SHIFT: tl.constexpr, RANDOM: tl.constexpr, FILTERED: tl.constexpr, WANT_PLAIN: tl.constexpr,
-    KEEP_LAST: tl.constexpr,
+    KEEP_LAST: tl.constexpr, SHARDED: tl.constexpr,
 ):  # fmt: skip
-    """One row: its token, whether it is finite, the token's logprob, and the log of the row's mass at temperature 1."""
+    """One row: its token, whether it is finite, the token's logprob, and the log of the row's mass at temperature 1. Where the
+    vocabulary is spread over ranks, the first three are zero on those that do not hold the part that the draw falls into."""
     row = tl.program_id(0).to(tl.int64)
     record = record_of(words_ptr, slot_ptr, row)
     temperature = temperature_of(record)
@@ -128,8 +136,12 @@ def _draw(
         drawn, share = _locate(scaled, part, uniform_of(record, tl.load(position_ptr + row)))
         found = tl.where(temperature > 0, tl.minimum(drawn, num_parts - 1), found)
     place = tl.arange(0, PART)
-    inside = found * PART + place < vocab
-    x = tl.load(logits_ptr + row * row_stride + found * PART + place, mask=inside, other=float("-inf")).to(tl.float32)
+    at_own = (found - first_part) * PART + place
+    inside = at_own < own_vocab
+    if SHARDED:
+        inside = inside & (at_own >= 0)
+        is_own = tl.max(inside.to(tl.int32), 0) > 0
+    x = tl.load(logits_ptr + row * row_stride + at_own, mask=inside, other=float("-inf")).to(tl.float32)
     chosen = tl.min(tl.where((x == top) & inside, place, PART - 1), 0)
     if RANDOM:
         weight = tl.exp((x - finite_or_zero(tl.max(x, 0))) * inverse)
@@ -151,6 +163,9 @@ def _draw(
         logit = tl.sum(tl.where(place == chosen, x, 0.0), 0)
         logprob = tl.where(logprobs_of(record) >= 0, logit - log_total, logprob)
         tl.store(log_total_ptr + row, log_total)
+    if SHARDED:
+        token, finite = tl.where(is_own, token, 0), finite & is_own
+        logprob = tl.where(is_own, logprob, 0.0)
     tl.store(results_ptr + row, token)
     tl.store(results_ptr + num_rows + row, finite.to(tl.int32))
     tl.store(results_ptr + 2 * num_rows + row, logprob.to(tl.int32, bitcast=True))
@@ -158,33 +173,81 @@ def _draw(
         tl.store(last_token_ptr + tl.load(slot_ptr + row).to(tl.int64), token.to(last_token_ptr.dtype.element_ty))
 
 
-def sample(logits_SV: torch.Tensor, inputs: SamplerInputs, last_token: torch.Tensor | None) -> torch.Tensor:
-    """The packed form of `sampler.Sampled`; `last_token` as there. Logits are float32, bfloat16 or float16."""
-    num_rows, vocab = logits_SV.shape
-    num_alternatives = min(max(inputs.max_logprobs, 0), vocab)
+Summaries = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Of each row and part: its largest logit, its mass at the row's temperature, and at temperature 1 where that is wanted."""
+
+
+def sample(
+    logits_SV: torch.Tensor, inputs: SamplerInputs, last_token: torch.Tensor | None, shard: VocabularyShard | None = None
+) -> torch.Tensor:
+    """The packed form of `sampler.Sampled`; `last_token` and `shard` as there. Logits are float32, bfloat16 or float16."""
+    shard = shard or VocabularyShard.of(logits_SV.shape[1], Mesh.single())
+    num_rows, mesh = logits_SV.shape[0], shard.mesh
+    sharded = mesh.tensor_size > 1
+    num_alternatives = min(max(inputs.max_logprobs, 0), shard.vocab_size)
     results = torch.empty((3 + 2 * num_alternatives, num_rows), dtype=torch.int32, device=logits_SV.device)
     if num_rows == 0:
         return results
-    rows = Rows.of(logits_SV, inputs)
-    want_plain = inputs.max_logprobs >= 0
-    highest, mass = rows.summary(torch.float32), rows.summary(torch.float32)
-    plain = rows.summary(torch.float32) if want_plain else mass
-    log_total_S = torch.empty(num_rows, dtype=torch.float32, device=logits_SV.device)
-    num_blocks = triton.cdiv(rows.num_parts, _PARTS_AT_ONCE)
+    if sharded and (inputs.any_filter or num_alternatives):
+        # These take whole rows. They are gathered some at a time.
+        block = max(1, _GATHERED // shard.vocab_size)
+        for start in range(0, num_rows, block):
+            rows = slice(start, start + block)
+            whole_SV = all_gather_last(logits_SV[rows], mesh)[:, : shard.vocab_size]
+            of_block = replace(inputs, slot_S=inputs.slot_S[rows], position_S=inputs.position_S[rows])
+            results[:, rows] = sample(whole_SV, of_block, last_token)
+        return results
+    rows = Rows.of(logits_SV, inputs, shard)
+    summaries = summarise(rows, inputs.max_logprobs >= 0, shard)
+    if sharded:
+        highest, mass, plain = (each if each is None else all_gather_last(each, mesh) for each in summaries)
+        draw(rows, inputs, (highest, mass, plain), None, results, sharded=True)
+        all_reduce(results, mesh)
+        if last_token is not None:
+            last_token.index_copy_(0, inputs.slot_S.long(), results[0].to(last_token.dtype))
+        return results
+    log_total_S = draw(rows, inputs, summaries, last_token, results)
+    if num_alternatives:
+        report_alternatives(rows, summaries[0], log_total_S, results)
+    return results
+
+
+def summarise(rows: Rows, want_plain: bool, shard: VocabularyShard) -> Summaries:
+    """Of this rank's parts."""
+    device, num_rows = rows.logits_SV.device, len(rows.logits_SV)
+    part_stride = rows.part_stride // shard.mesh.tensor_size
+    highest, mass = (torch.empty((num_rows, part_stride), dtype=torch.float32, device=device) for _ in range(2))
+    plain = torch.empty_like(mass) if want_plain else None
+    num_blocks = triton.cdiv(part_stride, _PARTS_AT_ONCE)
     _summarise[(num_rows * num_blocks,)](
-        rows.logits_SV, rows.words, rows.slot_S, highest, mass, plain,
-        vocab, rows.row_stride, rows.part_stride, num_blocks,
+        rows.logits_SV, rows.words, rows.slot_S, highest, mass, mass if plain is None else plain,
+        rows.own_vocab, rows.row_stride, part_stride, num_blocks,
         PARTS=_PARTS_AT_ONCE, WANT_PLAIN=want_plain, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
+    return highest, mass, plain
+
+
+def draw(
+    rows: Rows,
+    inputs: SamplerInputs,
+    summaries: Summaries,
+    last_token: torch.Tensor | None,
+    results: torch.Tensor,
+    sharded: bool = False,
+) -> torch.Tensor:
+    """Fill the first three rows of `results`, from the summaries of all parts. Returns the log of each row's mass at
+    temperature 1, as far as that was summed up."""
+    highest, mass, plain = summaries
+    num_rows = len(rows.logits_SV)
+    log_total_S = torch.empty(num_rows, dtype=torch.float32, device=results.device)
     filtered = apply_filters(rows, highest, mass) if inputs.any_filter else None
     _draw[(num_rows,)](
-        rows.logits_SV, rows.words, rows.slot_S, inputs.position_S, highest, mass, plain,
+        rows.logits_SV, rows.words, rows.slot_S, inputs.position_S, highest, mass, mass if plain is None else plain,
         filtered.edge if filtered else results, filtered.tied if filtered else results,
         results, log_total_S, results if last_token is None else last_token,
-        vocab, rows.row_stride, rows.num_parts, rows.part_stride, num_rows,
-        WIDTH=rows.width, SHIFT=rows.shift, RANDOM=inputs.any_random, FILTERED=inputs.any_filter, WANT_PLAIN=want_plain,
-        KEEP_LAST=last_token is not None, num_warps=rows.num_warps, enable_fp_fusion=False,
+        rows.vocab, rows.own_vocab, rows.first_part, rows.row_stride, rows.num_parts, rows.part_stride, num_rows,
+        WIDTH=rows.width, SHIFT=rows.shift, RANDOM=inputs.any_random, FILTERED=inputs.any_filter,
+        WANT_PLAIN=plain is not None, KEEP_LAST=last_token is not None, SHARDED=sharded, num_warps=rows.num_warps,
+        enable_fp_fusion=False,
     )  # fmt: skip
-    if num_alternatives:
-        report_alternatives(rows, highest, log_total_S, results)
-    return results
+    return log_total_S

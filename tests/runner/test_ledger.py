@@ -1,0 +1,116 @@
+"""Every sample of a plan is with one holder at any time, and runs are long stretches cut where prompts share least."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import token_device
+
+from tokabatch.runner.ledger import Ledger, Part
+from tokabatch.runner.member import packed, unpacked
+from tokabatch.scheduling.contracts import Completion, Drawn, Requests, SamplingParams
+
+
+def completion(row: int, sample: int) -> Completion:
+    return Completion(row, sample, np.zeros(1, np.int32), "length", None, 1, 0)
+
+
+def keys(requests: Requests) -> list[tuple[int, int]]:
+    return [(int(row), sample) for place, row in enumerate(requests.row_index) for sample in requests.samples(place).tolist()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_happens_each_sample_is_finished_once(data):
+    count = data.draw(st.integers(1, 12))
+    prompts = [data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=6)) for _ in range(count)]
+    params = [
+        SamplingParams(n=n, max_tokens=m)
+        for n, m in data.draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 90)), min_size=1, max_size=3))
+    ]
+    requests = token_device.make_requests(prompts, params)
+    wanted = sorted(keys(requests))
+    flags = np.array(data.draw(st.lists(st.booleans(), min_size=len(wanted), max_size=len(wanted))), np.bool_)
+    rows = np.array([row for row, _ in wanted])
+    drawn = Drawn(np.searchsorted(rows, np.arange(count + 1)), flags)
+    done = {key for key, flag in zip(wanted, flags.tolist(), strict=True) if flag}
+    ledger = Ledger(requests.without(drawn))
+    assert ledger.left == len(wanted) - len(done)
+    members = data.draw(st.integers(1, 4))
+    held: list[list[tuple[int, int]]] = [[] for _ in range(members)]
+    for turn in range(400):
+        if not ledger.left:
+            break
+        member = data.draw(st.integers(0, members - 1)) if turn < 40 else turn % members
+        kind = (
+            data.draw(st.sampled_from(["run", "finish", "give", "lose"]))
+            if turn < 40
+            else ("run", "finish")[turn // members % 2]
+        )
+        if kind == "run":
+            run = ledger.next_run(member, members, whole=members == 1)
+            if run is not None:
+                run = unpacked(packed(run))
+                added = keys(ledger.plan.part(run.prompts, run.first, run.stop))
+                assert len(added) == len(run) > 0
+                held[member] += added
+        elif kind == "finish" and held[member]:
+            ended = held[member][: data.draw(st.integers(1, 5)) if turn < 40 else None]
+            ledger.finish(member, [completion(*key) for key in ended])
+            assert not done & set(ended)
+            done |= set(ended)
+            held[member] = held[member][len(ended) :]
+        elif kind == "give" and held[member]:
+            row, sample = held[member].pop()
+            (prompt,) = ledger.prompts([row])
+            one = np.array([sample], np.int32)
+            assert ledger.give_back(member, Part(np.array([prompt], np.int32), one, one + 1)) == 1
+        elif kind == "lose":
+            assert ledger.give_back(member) == len(held[member])
+            held[member] = []
+        assert sum(map(len, held)) <= ledger.left and [ledger.held(number) for number in range(members)] == list(map(len, held))
+    assert done == set(wanted) and ledger.finished_prompts == len(ledger.plan)
+
+
+def test_runs_are_cut_where_prompts_share_least_and_become_small():
+    prompts = [[family, 1, 2, 3, 4, row] for family in range(16) for row in range(8)]
+    ledger = Ledger(token_device.make_requests(prompts, [SamplingParams(max_tokens=20)]))
+    sizes: list[int] = []
+    for turn in range(1000):
+        run = ledger.next_run(turn % 2, 2)
+        if run is None:
+            break
+        assert (run.prompts[0] % 8 == 0 and len(run) % 8 == 0) or len(run) < 8, "a family was cut"
+        sizes.append(len(run))
+        ledger.finish(turn % 2, [completion(*key) for key in keys(ledger.plan.part(run.prompts, run.first, run.stop))])
+    assert sum(sizes) == len(prompts) and sizes[0] >= 24 and sizes[-1] <= 4
+
+
+def test_few_prompts_with_many_samples_are_cut_between_samples():
+    ledger = Ledger(token_device.make_requests([[1, 2, 3]], [SamplingParams(n=1000, max_tokens=50)]))
+    first, second = ledger.next_run(0, 2), ledger.next_run(1, 2)
+    assert first is not None and second is not None
+    assert (first.first.tolist(), first.stop.tolist()) == ([0], [250]) and second.first.tolist() == [250]
+
+
+def test_a_prompt_that_costs_more_than_its_samples_is_not_cut():
+    ledger = Ledger(token_device.make_requests([[1] * 900, [2] * 900], [SamplingParams(n=8, max_tokens=10)]))
+    run = ledger.next_run(0, 2)
+    assert run is not None and run.stop.tolist() == [8]
+
+
+def test_a_member_has_not_more_than_its_share_while_others_load():
+    ledger = Ledger(token_device.make_requests([[row] for row in range(40)], [SamplingParams(max_tokens=5)]))
+    while ledger.next_run(0, 2) is not None:
+        pass
+    assert 18 <= ledger.held(0) <= 20
+
+
+def test_a_large_plan_crosses_the_pipe_in_few_bytes():
+    prompts = np.arange(100_000, dtype=np.int32)
+    part = Part(prompts, np.zeros_like(prompts), np.full_like(prompts, 4))
+    assert len(pickle.dumps(packed(part))) < 10_000
+    assert np.array_equal(unpacked(packed(part)).prompts, prompts)

@@ -1,0 +1,107 @@
+"""Every job of the gallery runs, on the quickstart's model with few short samples; all of them in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tokabatch import Job, RunSummary, plan, run
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+SMALL = ("model.path=jobs/quickstart", "model.dtype=float32", "generation.max_tokens=8", "input.limit=3")
+CHAT = f"prompt.chat_template='{TEMPLATE}'"
+RUNS = {
+    "chat": (CHAT, "prompt.chat_template_kwargs={}"),
+    "code": (),
+    "multiple_choice": (CHAT,),
+    "own_data": (CHAT,),
+    "gsm8k": ("input.path=jobs/quickstart/problems.jsonl", "generation.n=2"),
+    "quickstart": ("generation.n=2",),
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def complete(name: str, out: Path, *overrides: str) -> tuple[RunSummary, list[dict[str, Any]]]:
+    summary = run(Job.load(f"jobs/{name}.yaml", *SMALL, *RUNS[name], f"output.path={out}", *overrides))
+    assert (summary.exit_code, summary.errors) == (0, 0)
+    table = pq.read_table(sorted((out / "data").glob("*.parquet"))).sort_by([("row_index", "ascending")])
+    return summary, table.to_pylist()
+
+
+def test_no_job_of_the_gallery_is_left_out() -> None:
+    assert {path.stem for path in (ROOT / "jobs").glob("*.yaml")} == set(RUNS)
+    page = (ROOT / "jobs" / "README.md").read_text()
+    named = set(re.findall(r"^\| `([a-z_0-9]+\.(?:yaml|py|ipynb))`", page, re.MULTILINE))
+    assert named == {path.name for path in (ROOT / "jobs").iterdir() if path.suffix in (".yaml", ".py", ".ipynb")}
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "quickstart"])
+def test_verified_jobs_with_worked_examples(name: str, tmp_path: Path) -> None:
+    summary, samples = complete(name, tmp_path / "out")
+    assert list(summary.pass_at_k or ()) == [1, 2] and len(samples) == 6
+    more, _ = complete(name, tmp_path / "out", "generation.n=4")  # A finished run is extended.
+    assert (more.ok, more.earlier) == (12, 6)
+
+
+def test_chat_with_a_system_prompt(tmp_path: Path) -> None:
+    _, samples = complete("chat", tmp_path / "out")
+    assert len(samples) == 6
+    job = Job.load("jobs/chat.yaml", *SMALL, *RUNS["chat"], f"output.path={tmp_path / 'plan'}")
+    assert "You answer in one short sentence." in _first_prompt(job)
+
+
+def test_code_is_judged_by_the_tests_of_its_row(tmp_path: Path) -> None:
+    _, samples = complete("code", tmp_path / "out", "generation.n=1")
+    assert [sample["correct"] for sample in samples] == [False, False]
+    assert all(sample["outcome"] for sample in samples) and samples[0]["task_id"] == "example/0"
+
+
+def test_multiple_choice(tmp_path: Path) -> None:
+    _, samples = complete("multiple_choice", tmp_path / "out")
+    assert len(samples) == 3 and all(sample["correct"] is not None for sample in samples)
+    job = Job.load("jobs/multiple_choice.yaml", *SMALL, CHAT, f"output.path={tmp_path / 'plan'}")
+    assert "C. Jupiter\nD. Mercury\nAnswer with the letter alone." in _first_prompt(job)
+
+
+def test_rows_with_settings_of_their_own(tmp_path: Path) -> None:
+    _, samples = complete("own_data", tmp_path / "out")
+    assert [sample["id"] for sample in samples] == ["colour"] * 4 + ["capital", "count"]
+    assert [sample["hint"] for sample in samples[3:]] == ["not blue", None, None] and "name" not in samples[0]
+
+
+def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.StringIO()
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    monkeypatch.chdir(tmp_path)
+    with contextlib.redirect_stdout(said):
+        runpy.run_path(str(ROOT / "jobs" / "run_in_python.py"), run_name="__main__")
+    assert said.getvalue().startswith("6 samples, 0 errors\n0 ") and len(said.getvalue().splitlines()) == 7
+
+
+def test_in_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "jobs" / "notebook.ipynb").read_text())["cells"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]).replace('"generation.n=4"', '"generation.n=2", "generation.max_tokens=8"'), names)
+    assert names["summary"].ok == 16 and len(names["samples"]) == 16
+    assert "<table>" in names["summary"]._repr_html_()
+
+
+def _first_prompt(job: Job) -> str:
+    return plan(job).first_prompt
