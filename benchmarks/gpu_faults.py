@@ -3,8 +3,9 @@
 A whole job goes through `tokabatch.run` with random weights, and a thread sends SIGKILL and SIGSTOP to the worker process in
 random order at random moments: half of the kills whenever they come, loading included, the other faults once the worker has
 given results. The check afterwards reads the shards with plain pyarrow: every (row, sample) once, every sample ok and of full
-length, the faults counted in the summary. Exit 1 where it fails. With --compare an undisturbed run follows, and the share of
-samples with the same tokens is told: all of them on a CPU in float64, fewer in other types, whose sums depend on the company.
+length, the faults counted in the summary. Exit 1 where it fails. With --compare an undisturbed run of one rank follows, and the
+share of samples with the same tokens is told: all of them on a CPU in float64, fewer in other types, whose sums depend on the
+company. With --tensor and --pipeline the worker has several ranks, any of which is struck; --kills 0 --stops 0 only compares.
 
     python -m benchmarks.gpu_faults                                              Llama-3.2-1B shapes, bfloat16, on a GPU
     python -m benchmarks.gpu_faults --shape tiny --device cpu --dtype float64 --rows 256 --kills 2 --stops 1 --compare
@@ -45,7 +46,8 @@ class Faults(NullProgress):
 
     interval = 0.1
 
-    def __init__(self, kills: int, stops: int, longest: float, seed: int) -> None:
+    def __init__(self, kills: int, stops: int, longest: float, seed: int, ranks: int) -> None:
+        self._ranks = ranks
         self._random = random.Random(seed)
         self._due = [signal.SIGKILL] * kills + [signal.SIGSTOP] * stops
         self._random.shuffle(self._due)
@@ -82,22 +84,29 @@ class Faults(NullProgress):
             if self._over.is_set():
                 return
             with suppress(psutil.NoSuchProcess):
-                self._struck.add(worker.pid)
+                self._struck |= {each.pid for each in self._workers()}
                 worker.send_signal(number)
                 self.sent.append(number)
 
     def _next_worker(self) -> psutil.Process | None:
-        """The worker, once the one that was struck last is gone."""
+        """The worker, or a rank of it, once the one that was struck last is gone."""
         while not self._over.is_set():
-            for child in psutil.Process().children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    if child.pid not in self._struck and "spawn_main" in " ".join(child.cmdline()):
-                        return child
+            fresh = [child for child in self._workers() if child.pid not in self._struck]
+            if len(fresh) == self._ranks:
+                return self._random.choice(fresh)
             time.sleep(0.02)
         return None
 
+    def _workers(self) -> list[psutil.Process]:
+        found: list[psutil.Process] = []
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if "spawn_main" in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
 
-def make_job(arguments: argparse.Namespace, folder: Path, out: str) -> Job:
+
+def make_job(arguments: argparse.Namespace, folder: Path, out: str, ranks: dict[str, int]) -> Job:
     rng = random.Random(1)
     header = [rng.randrange(3, USED_IDS) for _ in range(HEADER_TOKENS)]
     rows = [
@@ -115,6 +124,8 @@ def make_job(arguments: argparse.Namespace, folder: Path, out: str) -> Job:
             "process": True,
             "hang_seconds": arguments.hang_seconds,
             "max_restarts": arguments.kills + arguments.stops + 2,
+            "replicas": 1,
+            **ranks,
         },
         "output": {"path": str(folder / out), "columns": []},
     }
@@ -145,7 +156,7 @@ def check(arguments: argparse.Namespace, summary: RunSummary, faults: Faults, ou
         f"the run ended after {kills} kills and {stops} stops: more rows"
     )
     assert restarts == {cause: count for cause, count in (("killed", kills), ("hung", stops)) if count}, restarts
-    assert summary.recomputed_tokens > 0 and len(faults.told) >= kills + stops
+    assert (summary.recomputed_tokens > 0 or not restarts) and len(faults.told) >= kills + stops
     return samples
 
 
@@ -161,16 +172,21 @@ def main() -> None:
     parser.add_argument("--stops", type=int, default=10)
     parser.add_argument("--longest", type=float, default=1.0, help="Seconds that a fault waits at most.")
     parser.add_argument("--hang-seconds", type=float, default=1.5)
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true", help="Compare with an undisturbed run.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_model(arguments.shape, folder / "model")
-        faults = Faults(arguments.kills, arguments.stops, arguments.longest, arguments.seed)
+        faults = Faults(
+            arguments.kills, arguments.stops, arguments.longest, arguments.seed, arguments.tensor * arguments.pipeline
+        )
         faults.thread.start()
         began = time.perf_counter()
-        summary = run(make_job(arguments, folder, "faults"), faults)
+        ranks = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
+        summary = run(make_job(arguments, folder, "faults", ranks), faults)
         seconds = time.perf_counter() - began
         faults.close()
         samples = check(arguments, summary, faults, folder / "faults")
@@ -179,7 +195,7 @@ def main() -> None:
             f"{summary.requeued:,} running samples taken back, {summary.recomputed_tokens:,} tokens recomputed; {seconds:.0f} s"
         )
         if arguments.compare:
-            run(make_job(arguments, folder, "calm"))
+            run(make_job(arguments, folder, "calm", {}))
             calm = read(folder / "calm")
             same = sum(calm[key] == tokens for key, tokens in samples.items())
             print(f"{same:,} of {len(samples):,} samples as in an undisturbed run")

@@ -11,6 +11,7 @@ import multiprocessing
 import pickle
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -36,6 +37,7 @@ from tokabatch.scheduling.contracts import StepBatch, StepResult
 WORKER_NAME = "tokabatch-worker"
 STOP_SECONDS = 5.0
 ALIVE_SECONDS = 0.5
+DYING_SECONDS = 0.5
 
 
 class Executor(Protocol):
@@ -201,6 +203,10 @@ class ProcessExecutor:
         """What to raise where one rank has told of `found`; the others are ended. A rank that was killed is the cause of what
         its neighbours tell: that their connection is lost."""
         if len(self._ranks) > 1:
+            # A process that is killed closes its connections before it has ended.
+            end = time.monotonic() + DYING_SECONDS
+            while (left := end - time.monotonic()) > 0 and all((rank.process.exitcode or 0) >= 0 for rank in self._ranks):
+                wait([rank.process.sentinel for rank in self._ranks if rank.process.is_alive()], left)
             killed = (rank.gone() for rank in self._ranks if rank.is_gone)
             found = next((fault for fault in killed if fault.cause in ("hung", "killed")), found)
             for rank in self._ranks:

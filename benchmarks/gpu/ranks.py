@@ -1,0 +1,184 @@
+"""What ranks of a worker do together, on two GPUs or more of one host: python -m benchmarks.gpu.ranks PART... [--ranks 2]
+
+    sums       sums over tensor ranks of a step's hidden states, by NCCL and through peers' memory, launched and captured
+    overlap    products of a layer overlapped with the exchange of their tokens, and without
+    sampling   draws from shards of the vocabulary against draws from all logits: the same tokens, and the time
+
+Each part is a world of processes of its own, ended after --timeout seconds. Times are medians on rank 0, in microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu.shapes import SHAPES
+from tokabatch.engine.graphs import GraphRecorder
+from tokabatch.model.sampling.sampler import sample
+from tokabatch.model.sampling.slot_table import SlotTable, packed
+from tokabatch.model.shards import VocabularyShard
+from tokabatch.parallel.collectives import all_gather_last, all_reduce
+from tokabatch.parallel.mesh import Mesh, Place
+from tokabatch.parallel.peer_memory import PeerSums, measure_overlap
+from tokabatch.scheduling.contracts import SlotInit
+
+LAYERS = {"8B": SHAPES["llama-3.1-8b"].products, "70B": (("qkv", 8192, 10_240), ("o", 8192, 8192), ("gate_up", 8192, 57_344),
+                                                        ("down", 28_672, 8192))}  # fmt: skip
+"""Input and output features of a layer's products."""
+WARM_UPS, REPEATS = 5, 20
+
+
+def median_us(work: Callable[[], object]) -> float:
+    """On the device, launches included."""
+    for _ in range(WARM_UPS):
+        work()
+    torch.cuda.synchronize()
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]
+    for begin, end in marks:
+        begin.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return 1000 * float(np.median([begin.elapsed_time(end) for begin, end in marks]))
+
+
+def sums(mesh: Mesh, device: torch.device, show: Callable[..., None]) -> None:
+    recorder = GraphRecorder()
+    for columns in (2048, 4096, 8192):
+        through_peers = PeerSums.meet(mesh, 8192, columns, torch.bfloat16, device)
+        show(f"columns {columns}: peers' memory {'works' if through_peers else 'DOES NOT WORK'}")
+        for rows in (1, 64, 512, 2048, 8192):
+            given = torch.randn(rows, columns, device=device).bfloat16()
+            expected = all_reduce(given.clone(), mesh).float()
+            ways: dict[str, Callable[[], torch.Tensor]] = {"NCCL": lambda given=given: all_reduce(given, mesh)}
+            if through_peers is not None:
+                room = through_peers.room(rows)
+                error = float((through_peers.sum(room.copy_(given)).float() - expected).abs().max())
+                ways["peers"] = lambda room=room, sums=through_peers: sums.sum(room)
+            else:
+                error = float("nan")
+            times = {name: median_us(work) for name, work in ways.items()}
+            for name, work in ways.items():
+                recorder.trial(work)
+                graph, _ = recorder.capture(work)
+                times[f"{name} captured"] = median_us(graph.replay)
+            show(f"  {rows:5} rows ", *(f"{name} {us:8.1f}" for name, us in times.items()), f"largest difference {error:.3g}")
+
+
+def overlap(mesh: Mesh, device: torch.device, show: Callable[..., None]) -> None:
+    for shape, products in LAYERS.items():
+        for tokens in (4096, 8192, 16_384):
+            for name, inputs, outputs in products:
+                is_column = name in ("qkv", "gate_up")
+                own = (inputs, outputs // mesh.tensor_size) if is_column else (inputs // mesh.tensor_size, outputs)
+                weight_t = (torch.randn(own[1], own[0], device=device) / own[0] ** 0.5).bfloat16().t()
+                found = measure_overlap(weight_t, is_column, tokens, mesh)
+                times = (found.overlapped, found.scattered, found.whole)
+                show(f"{shape} {tokens:6} {name:8} overlapped, scattered, whole:", *(f"{1000 * each:8.0f}" for each in times))
+
+
+def sampling(mesh: Mesh, device: torch.device, show: Callable[..., None]) -> None:
+    vocab = 128_256
+    shard = VocabularyShard.of(vocab, mesh)
+    kinds = {"random": {}, "greedy": {"temperature": 0.0}, "logprobs": {"logprobs": 0}, "top_p": {"top_p": 0.9}}
+    for rows in (256, 2048, 8192):
+        # The same on every rank.
+        logits = torch.randn(rows, vocab, generator=torch.Generator(device).manual_seed(rows), device=device).mul_(2).bfloat16()
+        own = torch.zeros(rows, shard.width, dtype=logits.dtype, device=device)
+        own[:, : len(shard.tokens)] = logits[:, shard.tokens.start : shard.tokens.stop]
+        for name, params in kinds.items():
+            if name == "top_p" and rows > 2048:
+                continue
+            inputs = inputs_of(rows, device, **params)
+            equal = torch.equal(sample(own, inputs, shard=shard).packed, sample(logits, inputs).packed)
+            whole = median_us(lambda inputs=inputs, logits=logits: sample(logits, inputs))
+            sharded = median_us(lambda inputs=inputs, own=own: sample(own, inputs, shard=shard))
+            gathered = median_us(lambda inputs=inputs, own=own: sample(all_gather_last(own, mesh)[:, :vocab], inputs))
+            show(
+                f"{rows:5} rows {name:9} {'equal to the last bit' if equal else 'DIFFERENT'}; all logits here {whole:8.0f}, "
+                f"from shards {sharded:8.0f}, logits gathered first {gathered:8.0f}"
+            )
+
+
+def inputs_of(rows: int, device: torch.device, temperature: float = 1.0, top_p: float = 1.0, logprobs: int = -1) -> Any:
+    places = np.arange(rows)
+    zero, one = np.zeros(rows, np.int32), np.ones(rows, np.float32)
+    inits = SlotInit(
+        slot=places.astype(np.int32),
+        row=places.astype(np.int64),
+        sample=zero,
+        seed=zero.astype(np.int64),
+        temperature=one * np.float32(temperature),
+        top_p=one * np.float32(top_p),
+        top_k=zero,
+        min_p=one * np.float32(0.0),
+        logprobs=zero + np.int32(logprobs),
+    )
+    table = SlotTable(rows, device)
+    table.open(*packed(inits))
+    on_device = torch.arange(rows, device=device)
+    return table.inputs(places.astype(np.int32), on_device.int(), on_device.int())
+
+
+PARTS: dict[str, Callable[[Mesh, torch.device, Callable[..., None]], None]] = {
+    "sums": sums,
+    "overlap": overlap,
+    "sampling": sampling,
+}
+
+
+def serve(place: Place, part: str) -> None:
+    device = torch.device("cuda", place.rank)
+    mesh = Mesh.join(place, device)
+
+    def show(*words: str) -> None:
+        if place.rank == 0:
+            print(*words, flush=True)
+
+    try:
+        with torch.inference_mode():
+            PARTS[part](mesh, device, show)
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=list(PARTS))
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that a part may take")
+    arguments = parser.parse_args()
+    context, failed = multiprocessing.get_context("spawn"), False
+    for part in arguments.parts:
+        print(f"== {part}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            places = [Place(rank, arguments.ranks, 1, Path(folder) / "meeting") for rank in range(arguments.ranks)]
+            ranks = [context.Process(target=serve, args=(place, part)) for place in places]
+            for rank in ranks:
+                rank.start()
+            end = time.monotonic() + arguments.timeout
+            for rank in ranks:
+                rank.join(max(0.0, end - time.monotonic()))
+            ended = [rank.exitcode for rank in ranks]
+            for rank in ranks:
+                rank.kill()
+                rank.join()
+            if ended != [0] * arguments.ranks:
+                failed = True
+                print(f"{part} FAILED: exit codes {ended} (None: not done after {arguments.timeout:.0f} s)", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
