@@ -338,6 +338,14 @@ class TestQuickstart:
         )
         assert piped.stdout in ("141\n", "0\n") and piped.stderr == ""
 
+    def test_report_shows_samples_and_settings(
+        self, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+    ) -> None:
+        done = tokabatch("report", finished[0], "--to", tmp_path / "page.html")
+        page = (tmp_path / "page.html").read_text()
+        assert done.returncode == 0 and "max_tokens 8" in page and "jobs/quickstart/problems.jsonl" in page
+        assert "tokabatch 0." in page and page.count("<details>") >= 4 and "Longest samples" in page
+
     def test_verify_reads_it_back(self, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
         done = tokabatch("check", finished[0])
         assert done.returncode == 0 and re.search(r"result +complete\n", done.stdout) and re.search(r"ok +4\n", done.stdout)

@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt
 from tokabatch.report.page import PassCurve, RunRecord, render_page
+from tokabatch.report.summary import seconds_text
 
 STEPS = {
     name: np.linspace(1, 50, 60)
@@ -49,7 +51,36 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given():
     assert "<script" not in page and "<link" not in page and "src=" not in page
     assert "out/&lt;b&gt;" in page and "<b>out" not in page
     assert "by the roofline of &lt;this&gt;" in page and "last start" not in page
-    assert "output tokens, last start" in render_page(replace(RUN, summary={**SUMMARY, "earlier": 5}))
+
+
+def test_a_resumed_run_is_shown_over_all_its_starts():
+    page = render_page(replace(RUN, summary={**SUMMARY, "earlier": 5}))
+    seconds, sampled = STEPS["seconds"].sum(), STEPS["sampled"].sum()
+    assert "of computing, all starts" in page and f"<b>{seconds_text(float(seconds))}</b>" in page
+    assert f"<b>{sampled / seconds:,.0f}</b><span>output tokens a second, all starts" in page
+    assert "preemptions, last start" in page and "<b>40.0 s</b>" not in page
+    assert f"<b>{int(RUN.lengths.sum()):,}</b><span>output tokens</span>" in page
+
+
+def test_a_phone_and_a_dark_screen_are_thought_of():
+    page = render_page(RUN)
+    assert "minmax(min(26rem,100%),1fr)" in page and "prefers-color-scheme:dark" in page and "color-scheme:light dark" in page
+    assert "content='width=device-width'" in page
+
+
+def test_samples_error_rows_and_what_the_run_was():
+    right = Excerpt(3, 1, "text <i>", "stop", 12, True, {"question": "q & a", "none": None})
+    wrong = replace(right, row_index=4, correct=False, text="x" * 9000)
+    errors = ErrorRows((ErrorRow(7, "7", 2, "bad_json", "line 8: <why>"),), {"bad_json": 5})
+    shown = {"right": (right,), "wrong": (wrong,), "longest": (right,)}
+    page = render_page(replace(RUN, facts=[("device", "a <GPU>")], error_rows=errors, samples_shown=shown))
+    assert page.count("<details>") == 3 and page.index("Right samples") < page.index("Wrong samples") < page.index("Longest")
+    assert "row 3, sample 1 <small>12 tokens, ended by stop" in page and "text &lt;i&gt;" in page and "q &amp; a" in page
+    assert "x […]" in page and "x" * 4001 not in page
+    assert "<td>bad_json<td>7<td>line 8: &lt;why&gt;" in page and "and 4 more of this code" in page
+    assert "<th>device<td>a &lt;GPU&gt;" in page
+    plain = render_page(RUN)
+    assert "<details>" not in plain and "<h2>" not in plain
 
 
 def test_every_figure_of_a_whole_run_is_there():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -11,20 +11,34 @@ import numpy as np
 import numpy.typing as npt
 
 from tokabatch.arrays import Float64
+from tokabatch.output.excerpts import ErrorRows, Excerpt, Kind
 from tokabatch.report import plots
+from tokabatch.report.closing import errors_section
 from tokabatch.report.summary import seconds_text
 
 _POINTS = 400
+_CHARACTERS = 4000
 _CSS = """
-body{font:15px/1.45 system-ui,sans-serif;color:#1f2328;margin:2rem auto;max-width:78rem;padding:0 1rem}
-h1{font-size:1.35rem;margin:0}p.sub{color:#57606a;margin:.2rem 0 1.2rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:.7rem;margin-bottom:1.4rem}
-.tile{border:1px solid #d0d7de;border-radius:.5rem;padding:.6rem .8rem}
-.tile b{display:block;font-size:1.35rem}.tile span{color:#57606a;font-size:.82rem}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(26rem,1fr));gap:1rem}
-figure{margin:0;border:1px solid #d0d7de;border-radius:.5rem;padding:.7rem}
-figcaption{font-weight:600;margin-bottom:.3rem}figcaption small{font-weight:400;color:#57606a;display:block}
-svg{width:100%;height:auto}.bad{color:#b42318}
+:root{color-scheme:light dark;--page:#fff;--ink:#1f2328;--soft:#57606a;--line:#d0d7de;--bad:#b42318;--good:#1a7f37}
+@media(prefers-color-scheme:dark){:root{--page:#0d1117;--ink:#e6edf3;--soft:#9198a1;--line:#30363d;--bad:#ff7b72;--good:#56d364}}
+*{box-sizing:border-box}
+body{font:15px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--page);
+margin:2rem auto;max-width:78rem;padding:0 1rem}
+h1{font-size:1.35rem;margin:0;overflow-wrap:anywhere}h2{font-size:1.1rem;margin:1.8rem 0 .6rem}
+p.sub{color:var(--soft);margin:.2rem 0 1.2rem;overflow-wrap:anywhere}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));gap:.7rem;margin-bottom:1.4rem}
+.tile{border:1px solid var(--line);border-radius:.5rem;padding:.5rem .8rem}
+.tile b{display:block;font-size:1.3rem}.tile span{color:var(--soft);font-size:.82rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:1rem}
+figure{margin:0;border:1px solid var(--line);border-radius:.5rem;padding:.7rem;min-width:0}
+figcaption{font-weight:600;margin-bottom:.3rem}figcaption small{font-weight:400;color:var(--soft);display:block}
+svg{width:100%;height:auto}svg text{fill:var(--ink)!important}
+.bad{color:var(--bad)}.good{color:var(--good)}
+table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:.25rem .8rem .25rem 0;
+border-bottom:1px solid var(--line);overflow-wrap:anywhere}th{font-weight:400;color:var(--soft);min-width:6rem}
+details{border:1px solid var(--line);border-radius:.5rem;padding:.4rem .8rem;margin-bottom:.5rem}
+details td{white-space:pre-line}summary{cursor:pointer;overflow-wrap:anywhere}summary small{color:var(--soft)}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.45 ui-monospace,monospace;margin:.5rem 0}
 """
 
 
@@ -40,8 +54,9 @@ class PassCurve:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """All that a page shows. `summary` is the run's summary.json, of its last start; `steps` the columns of all its steps,
-    empty where none were recorded; `lengths` the output tokens of each sample that is ok."""
+    """All that a page shows. `summary` is the run's summary.json, of its last start; `steps` the columns of the steps of all
+    starts, empty where none were recorded; `lengths` the output tokens of each sample that is ok; `facts` what the run was, as
+    (label, value)."""
 
     path: str
     model: str
@@ -53,6 +68,9 @@ class RunRecord:
     summary: Mapping[str, Any]
     steps: Mapping[str, Float64]
     pass_band: PassCurve | None
+    facts: Sequence[tuple[str, str]] = ()
+    error_rows: ErrorRows | None = None
+    samples_shown: Mapping[Kind, Sequence[Excerpt]] = field(default_factory=dict[Kind, Sequence[Excerpt]])
 
 
 def render_page(run: RunRecord) -> str:
@@ -69,32 +87,95 @@ def render_page(run: RunRecord) -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{escape(run.path)}</title><style>{_CSS}</style>"
         f"<h1>{escape(run.path)}</h1><p class=sub>{escape(run.model)}, {escape(run.state)}</p>"
-        f"<div class=tiles>{tiles}</div><div class=plots>{figures}</div></html>\n"
+        f"<div class=tiles>{tiles}</div><div class=plots>{figures}</div>"
+        f"{_errors(run)}{_samples(run)}{_facts(run)}</html>\n"
     )
+
+
+def _errors(run: RunRecord) -> str:
+    if run.error_rows is None or not run.error_rows.rows:
+        return ""
+    section = errors_section(run.error_rows)
+    head = "".join(f"<th>{escape(name)}" for name in section.columns)
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}' for cell in row)}" for row in section.rows)
+    return f"<h2>Error rows</h2><table><tr>{head}{rows}</table>"
+
+
+def _samples(run: RunRecord) -> str:
+    titles: dict[Kind, str] = {
+        "right": "Right samples",
+        "wrong": "Wrong samples",
+        "first": "Samples",
+        "longest": "Longest samples",
+    }
+    parts = [
+        f"<h2>{title}</h2>{''.join(map(_sample, run.samples_shown[kind]))}"
+        for kind, title in titles.items()
+        if run.samples_shown.get(kind)
+    ]
+    return "".join(parts)
+
+
+def _sample(sample: Excerpt) -> str:
+    mark = "" if sample.correct is None else "<b class=good>right</b> " if sample.correct else "<b class=bad>wrong</b> "
+    ended = f"{sample.num_output_tokens:,} tokens, ended by {sample.finish_reason}"
+    columns = "".join(f"<tr><th>{escape(name)}<td>{escape(_cut(value))}" for name, value in sample.columns.items())
+    return (
+        f"<details><summary>{mark}row {sample.row_index:,}, sample {sample.sample_index:,} "
+        f"<small>{escape(ended)}</small></summary><pre>{escape(_cut(sample.text))}</pre><table>{columns}</table></details>"
+    )
+
+
+def _cut(value: Any) -> str:
+    text = "" if value is None else str(value)
+    return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} […]"
+
+
+def _facts(run: RunRecord) -> str:
+    rows = "".join(f"<tr><th>{escape(name)}<td>{escape(value)}" for name, value in run.facts)
+    return f"<h2>The run</h2><table>{rows}</table>" if rows else ""
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
     """Label, value, and whether it should worry the reader."""
     s, pending = run.summary, run.samples - run.ok - run.errors
+    last = ", last start" if s.get("earlier") else ""
     rows: list[tuple[str, str, bool]] = [
         (f"of {run.samples:,} samples ok", f"{run.ok:,}", False),
         ("errors", f"{run.errors:,}", run.errors > 0),
     ]
     rows += [("pending", f"{pending:,}", True)] if pending else []
-    if s.get("steps"):
-        last = ", last start" if s.get("earlier") else ""
-        rows.append((f"of which loading {seconds_text(s['load_seconds'])}{last}", seconds_text(s["seconds"]), False))
-        rows.append((f"output tokens a second{last}", f"{s['output_tokens_per_second']:,.0f}", False))
-        rows.append((f"output tokens{last}", f"{s['output_tokens']:,}", False))
+    seconds = float(run.steps["seconds"].sum()) if len(run.steps.get("seconds", ())) else 0.0
+    if s.get("earlier") and seconds:
+        # The summary is that of the last start alone; the steps are those of all.
+        rows.append(("of computing, all starts", seconds_text(seconds), False))
+        rows.append(("output tokens a second, all starts", f"{float(run.steps['sampled'].sum()) / seconds:,.0f}", False))
+    elif s.get("steps"):
+        rows.append((f"of which loading {seconds_text(s['load_seconds'])}", seconds_text(s["seconds"]), False))
+        rows.append(("output tokens a second", f"{s['output_tokens_per_second']:,.0f}", False))
+    if len(run.lengths):
+        rows.append(("output tokens", f"{int(run.lengths.sum(dtype=np.int64)):,}", False))
     if s.get("cacheable_tokens"):
-        rows.append(("of the possible prefill saved", f"{s['cached_tokens'] / s['cacheable_tokens']:.1%}", False))
+        rows.append(
+            (
+                "of the shared prompt tokens not computed again" + last,
+                f"{s['cached_tokens'] / s['cacheable_tokens']:.1%}",
+                False,
+            )
+        )
     if run.pass_band is not None and run.pass_band.ks:
         for place in {0, len(run.pass_band.ks) - 1}:
             rows.append((f"pass@{run.pass_band.ks[place]}", f"{run.pass_band.values[place]:.1%}", False))
     if s.get("step_seconds"):
-        rows.append(("of the steps' time is the tail", f"{s['tail_seconds'] / s['step_seconds']:.0%}", False))
+        rows.append(
+            (
+                "of the time with fewer than half of the samples running" + last,
+                f"{s['tail_seconds'] / s['step_seconds']:.0%}",
+                False,
+            )
+        )
     if s.get("preemptions"):
-        rows.append(("preemptions", f"{s['preemptions']:,}", False))
+        rows.append(("preemptions" + last, f"{s['preemptions']:,}", False))
     return rows
 
 

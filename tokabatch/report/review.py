@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tokabatch.arrays import Int64
 from tokabatch.errors import OutputError
+from tokabatch.job.scalars import write_value
+from tokabatch.output.excerpts import error_rows, excerpts
 from tokabatch.output.folder import OutputFolder
-from tokabatch.output.manifest import read_manifest, read_summary
+from tokabatch.output.manifest import Manifest, read_manifest, read_summary
 from tokabatch.output.status import read_details
 from tokabatch.output.steps import read_steps
+from tokabatch.report.closing import PER_CODE
 from tokabatch.report.page import PassCurve, RunRecord, render_page
 from tokabatch.scoring.pass_at_k import curve_with_band
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import consistently
+
+_SAMPLES = 5
+"""Of each kind: right, wrong, longest."""
+_DTYPES = {8: "(64-bit numbers)", 4: "(32-bit numbers)", 2: "(16-bit numbers)"}
 
 
 def write_report(out: Path, target: Path | None = None) -> Path:
@@ -55,7 +64,30 @@ def read_record(out: Path) -> RunRecord:
         summary=summary,
         steps=steps,
         pass_band=_pass_band(*details.counts) if details.counts is not None else None,
+        facts=_facts(manifest, summary) if manifest else (),
+        error_rows=error_rows(out, PER_CODE) if status.errors else None,
+        samples_shown=excerpts(out, _SAMPLES, whole=True) if status.ok else {},
     )
+
+
+def _facts(manifest: Manifest, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the run was: when and where it started, on what, with which settings."""
+    job, versions = manifest.job, manifest.versions
+    settings = ", ".join(
+        f"{name} {write_value(value)}" for name, value in job.get("generation", {}).items() if value not in (None, [], {})
+    )
+    verified = job.get("verify") or {}
+    rows = [
+        ("started", manifest.started.replace("T", " ")),
+        ("model", manifest.model_path),
+        ("input", str(job.get("input", {}).get("path", ""))),
+        ("settings", settings),
+        ("verified by", str(verified.get("kind", ""))),
+        ("device", " ".join((summary.get("device", ""), _DTYPES.get(summary.get("itemsize", 0), "")))),
+        ("versions", f"tokabatch {versions.tokabatch}, torch {versions.torch}, transformers {versions.transformers}, "
+         f"Python {versions.python}"),
+    ]  # fmt: skip
+    return [(name, value) for name, value in rows if value.strip()]
 
 
 def _pass_band(samples: Int64, correct: Int64) -> PassCurve:
