@@ -20,10 +20,10 @@ import triton.language as tl
 
 from tokabatch.attention.triton_tiles import Planes
 
-BLOCKS = {(64, 2): (32, 1, 3), (128, 2): (32, 1, 3), (64, 1): (16, 1, 3), (128, 1): (32, 1, 3)}
-"""Keys read at once, warps and pipeline stages of a program, by head dimension and bytes of a cached number. One launch for all
-lengths, as a graph holds one: on an H200 at most 2 % behind the fastest of each length and 3.3 to 4.3 TB/s in 16 bits; with
-heads of 128 and 64 keys 6 % behind."""
+BLOCK, WARPS, STAGES = 32, 1, 3
+"""Keys read at once, warps and pipeline stages of a program: one launch for all lengths, as a graph holds one. On an H200 it is
+at most 3 % behind the fastest of each length, at 3.1 to 4.3 TB/s in 16 bits (with heads of 128 and 64 keys 6 % behind). An e4m3
+cache, half as many bytes, is read at 1.6 to 2.7 TB/s."""
 MIN_ROWS = 16
 """Fewest rows of a matrix-unit product; a smaller group of query heads is padded to it."""
 
@@ -165,7 +165,6 @@ def _launch(
     assert q_SHD.is_contiguous() and out_SHD.is_contiguous(), "queries and outputs are read by their flat place"
     assert k_cache.stride() == v_cache.stride() and k_cache.stride(2) == head_dim and k_cache.stride(3) == 1
     group = num_heads // num_kv_heads
-    block, warps, stages = BLOCKS[64 if head_dim <= 64 else 128, min(2, k_cache.itemsize)]
     lse, state, counter = prior
     slot, position, first, count = places
     _decode[(num_sequences * num_kv_heads,)](
@@ -173,6 +172,6 @@ def _launch(
         num_sequences * num_heads, k_cache.stride(0), k_cache.stride(1), table.stride(0),
         math.log2(math.e) / math.sqrt(head_dim), num_kv_heads,
         GROUP=group, ROWS=max(MIN_ROWS, triton.next_power_of_2(group)), DIM=head_dim, DIM_PAD=triton.next_power_of_2(head_dim),
-        PAGE=page_size, BLOCK=block, HAS_PRIOR=lse is not None and state is None, HAS_PLANES=state is not None,
-        FIRST_UNIT=first_unit, FP8=k_cache.itemsize == 1, num_warps=warps, num_stages=stages,
+        PAGE=page_size, BLOCK=BLOCK, HAS_PRIOR=lse is not None and state is None, HAS_PLANES=state is not None,
+        FIRST_UNIT=first_unit, FP8=k_cache.itemsize == 1, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
