@@ -13,10 +13,19 @@ import pytest
 import torch
 
 from tokabatch.engine import sizing
-from tokabatch.engine.sizing import WorkloadFacts, decide_sizes, kv_shape, settle_pages, weight_bytes
+from tokabatch.engine.sizing import (
+    ABSENT_WORKING_BYTES,
+    WorkloadFacts,
+    decide_sizes,
+    kv_shape,
+    page_bytes,
+    settle_pages,
+    weight_bytes,
+)
 from tokabatch.errors import JobError
 from tokabatch.job import EngineConfig
 from tokabatch.model.spec import ModelSpec, RopeSpec
+from tokabatch.parallel.mesh import Mesh
 
 SPEC = ModelSpec("llama", 1000, 64, 2, 4, 2, 16, 128, 1e-5, RopeSpec(1e4), 4096, tied_embeddings=True)
 FACTS = WorkloadFacts(
@@ -218,3 +227,48 @@ def test_limits_that_cannot_work_name_their_key(config, key, memory):
     memory(1 << 40)
     with pytest.raises(JobError, match=key):
         pages(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
+def test_the_ranks_of_a_worker_hold_one_copy_of_the_model_between_them(tensor, pipeline, tied):
+    spec = replace(SPEC, vocab_size=1024, tied_embeddings=tied)
+    ranks = [Mesh(rank, tensor, pipeline) for rank in range(tensor * pipeline)]
+    together = sum(weight_bytes(spec, torch.float32, head_apart=False, mesh=mesh) for mesh in ranks)
+    norms, vocabulary = (2 * spec.num_layers + 1) * spec.hidden_size, spec.vocab_size * spec.hidden_size
+    # Tensor ranks hold all norms each, and a tied embedding is the first stage's and the last one's.
+    twice = (tensor - 1) * norms + (vocabulary if tied and pipeline > 1 else 0)
+    if pipeline > 1:
+        twice += (pipeline - 1) * tensor * spec.hidden_size
+    assert together == weight_bytes(spec, torch.float32, head_apart=False) + 4 * twice
+    cached = sum(kv_shape(spec, 16, 1, 1, 1, mesh).bytes_per_page(torch.float32) for mesh in ranks)
+    assert cached == kv_shape(spec, 16, 1, 1, 1).bytes_per_page(torch.float32)
+
+
+def test_key_value_heads_that_several_ranks_hold_count_on_each(memory):
+    one = replace(SPEC, num_kv_heads=1)
+    assert kv_shape(one, 16, 1, 1, 1, Mesh(1, 2, 1)).num_kv_heads == 1
+    config = EngineConfig(tensor=2)
+    assert page_bytes(config, one, torch.float32) == 2 * page_bytes(EngineConfig(), one, torch.float32)
+
+
+def test_the_rank_with_least_left_decides_on_gpus_and_all_share_a_cpu(memory):
+    facts = replace(FACTS, num_prompts=10**6, unique_prompt_tokens=10**9, num_samples=10**7)
+    free = ABSENT_WORKING_BYTES + (64 << 20)
+    found = {
+        sizes: decide_sizes(
+            EngineConfig(max_running=4000, tensor=sizes[0], pipeline=sizes[1]),
+            SPEC,
+            torch.float32,
+            facts,
+            "cuda",
+            absent_memory=free,
+        ).num_pages
+        for sizes in ((1, 1), (2, 1), (1, 2))
+    }
+    assert found[2, 1] > 2 * found[1, 1] and found[1, 2] > 1.9 * found[1, 1]
+    memory(64 << 20)
+    alone, split = (
+        decide_sizes(EngineConfig(max_running=4000, tensor=tensor), SPEC, torch.float32, facts).num_pages for tensor in (1, 2)
+    )
+    assert 0.98 * alone < split <= alone

@@ -53,12 +53,12 @@ def reduce_scatter_first(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     return part
 
 
-def least(value: int, mesh: Mesh, device: torch.device) -> int:
-    """The smallest value of all ranks; waits for them."""
+def least(value: int, mesh: Mesh, device: torch.device, *, of_stage: bool = False) -> int:
+    """The smallest value of all ranks, or of the own stage's; waits for them."""
     if mesh.is_single:
         return value
-    smallest = torch.tensor(value, device=device)
-    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    smallest = torch.tensor(int(value), device=device)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=mesh.tensor_group if of_stage else None)
     return int(smallest)
 
 

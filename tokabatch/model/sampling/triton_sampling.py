@@ -173,10 +173,6 @@ def _draw(
         tl.store(last_token_ptr + tl.load(slot_ptr + row).to(tl.int64), token.to(last_token_ptr.dtype.element_ty))
 
 
-Summaries = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Of each row and part: its largest logit, its mass at the row's temperature, and at temperature 1 where that is wanted."""
-
-
 def sample(
     logits_SV: torch.Tensor, inputs: SamplerInputs, last_token: torch.Tensor | None, shard: VocabularyShard | None = None
 ) -> torch.Tensor:
@@ -200,8 +196,7 @@ def sample(
     rows = Rows.of(logits_SV, inputs, shard)
     summaries = summarise(rows, inputs.max_logprobs >= 0, shard)
     if sharded:
-        highest, mass, plain = (each if each is None else all_gather_last(each, mesh) for each in summaries)
-        draw(rows, inputs, (highest, mass, plain), None, results, sharded=True)
+        draw(rows, inputs, all_gather_last(summaries, mesh), None, results, sharded=True)
         all_reduce(results, mesh)
         if last_token is not None:
             last_token.index_copy_(0, inputs.slot_S.long(), results[0].to(last_token.dtype))
@@ -212,42 +207,42 @@ def sample(
     return results
 
 
-def summarise(rows: Rows, want_plain: bool, shard: VocabularyShard) -> Summaries:
-    """Of this rank's parts."""
+def summarise(rows: Rows, want_plain: bool, shard: VocabularyShard) -> torch.Tensor:
+    """Of each row and each of this rank's parts the largest logit, the mass at the row's temperature, and where that is wanted
+    the mass at temperature 1: float32, [2 or 3, S, N]."""
     device, num_rows = rows.logits_SV.device, len(rows.logits_SV)
     part_stride = rows.part_stride // shard.mesh.tensor_size
-    highest, mass = (torch.empty((num_rows, part_stride), dtype=torch.float32, device=device) for _ in range(2))
-    plain = torch.empty_like(mass) if want_plain else None
+    summaries = torch.empty((2 + want_plain, num_rows, part_stride), dtype=torch.float32, device=device)
     num_blocks = triton.cdiv(part_stride, _PARTS_AT_ONCE)
     _summarise[(num_rows * num_blocks,)](
-        rows.logits_SV, rows.words, rows.slot_S, highest, mass, mass if plain is None else plain,
+        rows.logits_SV, rows.words, rows.slot_S, summaries[0], summaries[1], summaries[-1],
         rows.own_vocab, rows.row_stride, part_stride, num_blocks,
         PARTS=_PARTS_AT_ONCE, WANT_PLAIN=want_plain, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return highest, mass, plain
+    return summaries
 
 
 def draw(
     rows: Rows,
     inputs: SamplerInputs,
-    summaries: Summaries,
+    summaries: torch.Tensor,
     last_token: torch.Tensor | None,
     results: torch.Tensor,
     sharded: bool = False,
 ) -> torch.Tensor:
     """Fill the first three rows of `results`, from the summaries of all parts. Returns the log of each row's mass at
     temperature 1, as far as that was summed up."""
-    highest, mass, plain = summaries
+    highest, mass, plain = summaries[0], summaries[1], summaries[-1]
     num_rows = len(rows.logits_SV)
     log_total_S = torch.empty(num_rows, dtype=torch.float32, device=results.device)
     filtered = apply_filters(rows, highest, mass) if inputs.any_filter else None
     _draw[(num_rows,)](
-        rows.logits_SV, rows.words, rows.slot_S, inputs.position_S, highest, mass, mass if plain is None else plain,
+        rows.logits_SV, rows.words, rows.slot_S, inputs.position_S, highest, mass, plain,
         filtered.edge if filtered else results, filtered.tied if filtered else results,
         results, log_total_S, results if last_token is None else last_token,
         rows.vocab, rows.own_vocab, rows.first_part, rows.row_stride, rows.num_parts, rows.part_stride, num_rows,
         WIDTH=rows.width, SHIFT=rows.shift, RANDOM=inputs.any_random, FILTERED=inputs.any_filter,
-        WANT_PLAIN=plain is not None, KEEP_LAST=last_token is not None, SHARDED=sharded, num_warps=rows.num_warps,
+        WANT_PLAIN=len(summaries) > 2, KEEP_LAST=last_token is not None, SHARDED=sharded, num_warps=rows.num_warps,
         enable_fp_fusion=False,
     )  # fmt: skip
     return log_total_S
