@@ -60,7 +60,7 @@ Exit codes
   0    complete
   1    internal error
   2    the command line, the job file or a file it names is wrong, or the output folder can never take the results, or has
-       taken none of two starts in a row; the message says what and how to mend it
+       taken none of two starts in a row; the message says what, and what to do about it
   3    complete, but with more errors than errors.max_fraction allows
   4    a committed file is damaged or missing (the message names it, and the command that computes it again), or the
        sample counts do not add up, which is a bug (please report it)
@@ -160,7 +160,7 @@ def options(
 def run(
     job: JobArgument,
     overrides: OverridesArgument = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder, start afresh.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder, start over.")] = False,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Run the error rows of the run there again.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Compute again what damaged or missing files held.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only messages and the summary.")] = False,
@@ -368,7 +368,7 @@ def check(out: OutArgument) -> None:
     _print_note(_load("tokabatch.report.summary").check_sections(checked.facts, faults))
     if checked.remedy:
         # In one line, however narrow the terminal: it is to be pasted.
-        _print_note(f"\nThis mends what is damaged, and changes nothing else\n  {checked.remedy}")
+        _print_note(f"\nThis repairs what is damaged, and changes nothing else\n  {checked.remedy}")
     raise typer.Exit(checked.exit_code)
 
 

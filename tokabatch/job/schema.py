@@ -108,7 +108,8 @@ class PromptConfig(_Section):
         description="Column with the texts, or lists of token ids, to score behind the prompt; without it, the whole text is.",
     )
     special_tokens: Literal["text", "allow", "reject"] = Field(
-        default="text", description="Special tokens spelled out in a row: plain text, taken as tokens, or an error row."
+        default="text",
+        description="Special tokens spelled out in a row: text keeps them as text, allow makes them tokens, reject makes an error row.",
     )
 
     @model_validator(mode="after")
@@ -134,7 +135,9 @@ class GenerationConfig(_Section):
     """How samples are drawn. A row may override any of these with a struct in its column sampling_params."""
 
     n: fields.Samples = Field(default=1, description="Samples for each row.")
-    temperature: fields.Temperature = Field(default=1.0, description="0 is greedy.")
+    temperature: fields.Temperature = Field(
+        default=1.0, description="Randomness of the samples; 0 always takes the most likely token."
+    )
     top_p: fields.TopP = Field(
         default=1.0, description="Keep the most likely tokens whose probabilities add up to this; 1: all."
     )
@@ -143,8 +146,10 @@ class GenerationConfig(_Section):
     max_tokens: fields.Count = Field(default=256, description="Most tokens a sample may have.")
     stop: fields.Texts = Field(default=(), description="Texts that end a sample.")
     stop_token_ids: fields.TokenIds = Field(default=(), description="Token ids that end a sample, besides the model's own.")
-    ignore_eos: fields.Flag = Field(default=False, description="Go on past the model's end-of-sequence tokens.")
-    seed: fields.Seed = Field(default=0, description="A sample depends on seed, row and sample number, never on its company.")
+    ignore_eos: fields.Flag = Field(default=False, description="Do not end at the model's end-of-sequence tokens.")
+    seed: fields.Seed = Field(
+        default=0, description="Random seed. A sample depends only on the seed, its row and its sample number."
+    )
     logprobs: fields.OptionalLogprobs = Field(
         default=None, description="Report log probabilities: 0 the chosen token's, k also the k most likely ones'."
     )
@@ -336,7 +341,7 @@ class VerifyConfig(_Section):
 class ErrorsConfig(_Section):
     """What a row that cannot be completed does to the run. It always becomes an error row."""
 
-    policy: Literal["continue", "stop"] = Field(default="continue", description="Go on after an error row, or stop admitting.")
+    policy: Literal["continue", "stop"] = Field(default="continue", description="Continue after an error row, or stop the run.")
     max_fraction: fields.Fraction = Field(default=0.01, description="Share of error samples above which the run exits with 3.")
 
 

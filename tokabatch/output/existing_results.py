@@ -219,7 +219,7 @@ def _places(path: Path, table: pa.Table, start: Int64) -> Int64:
         raise OutputError(
             f"{path} holds sample {sample[odd]} of row {row[odd]}, which the job does not ask for: its input has "
             f"{len(start) - 1:,} rows, and generation.n may be raised but not lowered. Choose another output.path, or "
-            "start afresh with --overwrite."
+            "start over with --overwrite."
         )
     return start[row] + sample
 
@@ -245,7 +245,7 @@ def _check_own_columns(path: Path, schema: pa.Schema | None, found: pa.Schema) -
     if told:
         raise OutputError(
             f"{path} has columns that this version writes otherwise: {', '.join(told)}. Use the version that wrote it, "
-            "choose another output.path, or start afresh with --overwrite."
+            "choose another output.path, or start over with --overwrite."
         )
 
 

@@ -173,7 +173,7 @@ def read_success(folder: OutputFolder) -> Success | None:
 
 def read_manifest(folder: OutputFolder) -> Manifest | None:
     """OUT/manifest.json, or None where there is none. Raises DamageError where it is damaged."""
-    document = _read(folder, folder.manifest, "Restore it from a copy, or start afresh with --overwrite.")
+    document = _read(folder, folder.manifest, "Restore it from a copy, or start over with --overwrite.")
     if document is None:
         return None
     try:
@@ -182,7 +182,7 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
     except (KeyError, TypeError) as error:
         raise DamageError(
             f"{folder.manifest} is not a manifest of this version ({error}). "
-            "Read the shards under data/ directly, use the version that wrote them, or start afresh with --overwrite."
+            "Read the shards under data/ directly, use the version that wrote them, or start over with --overwrite."
         ) from error
 
 

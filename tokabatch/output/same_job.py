@@ -71,7 +71,7 @@ class EarlierRun:
         self.repaired = int(other_rows.sum())
 
     def _refuse(self, differences: list[str]) -> NoReturn:
-        advice = "Choose another output.path, change it back, or start afresh with --overwrite."
+        advice = "Choose another output.path, change it back, or start over with --overwrite."
         if all(is_of_verify(difference) for difference in differences):
             advice = (
                 f"The samples are the same: `tokabatch score {quote(str(self.folder.path))} verify.kind=... verify.answer=...` "

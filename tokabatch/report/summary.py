@@ -16,7 +16,7 @@ from tokabatch.job import Setting
 
 _EXIT_WORDS = {
     0: "complete",
-    2: "stopped before the end, as the start before it: the output folder takes nothing; mend that, then run it again",
+    2: "stopped like the start before it: nothing can be written to the output folder; fix that, then run it again",
     3: "complete, but with more errors than errors.max_fraction allows",
     4: "the sample counts do not add up: rows x n is not ok + errors + cancelled + pending. This is a bug, please report it",
     75: "stopped before the end; what was finished is committed, run it again to go on",

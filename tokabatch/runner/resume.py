@@ -1,7 +1,7 @@
 """What a run finds in its output folder, and how it goes on from there.
 
 The folder's run is continued, at the granularity of single samples: the keys that its shards hold are done, the rest is to
-do. Nothing of an earlier run changes before the job is known to be the same (or the user said to start afresh).
+do. Nothing of an earlier run changes before the job is known to be the same (or the user said to start over).
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def find_run(folder: OutputFolder, *, retry_errors: bool = False) -> EarlierRun 
     if manifest is None and (shards := folder.shards()):
         raise OutputError(
             f"output.path {str(folder.path)!r} holds {len(shards)} file(s) of samples (data/{shards[0].path.name}) but no "
-            "manifest.json, so it is unknown which job they are of. Choose another output.path, or start afresh with "
+            "manifest.json, so it is unknown which job they are of. Choose another output.path, or start over with "
             "--overwrite."
         )
     return EarlierRun(folder, manifest, _versions(), retry_errors) if manifest else None

@@ -104,7 +104,7 @@ def run(
             stalled = committed.samples == started.committed.samples
             if stalled and stalled_before:
                 exit_code = EXIT_STALLED
-                clock.progress.message("the start before this one committed nothing, either: mend that before another")
+                clock.progress.message("the start before this one committed nothing either: fix that before the next start")
         except BaseException:
             # Whatever it is: what is finished is on disk before the caller hears of it.
             _commit_finished(parts)
@@ -231,7 +231,7 @@ def _record_failures(parts: _Parts) -> int:
     parts.recorder.fail([first])
     why = f"row {first.row_index} is an error row ({first.error.code}: {first.error.message})"
     last = len(failures) == 1 and not len(parts.started.left.requests)
-    then = "It was the last one missing" if last else "Run the same command again to go on behind it"
+    then = "It was the last one missing" if last else "Run the same command again to continue after it"
     parts.clock.progress.message(f"errors.policy is stop: {why}. {then}")
     return EXIT_STOPPED
 

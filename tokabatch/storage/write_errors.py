@@ -44,7 +44,7 @@ def reason(error: OSError) -> str:
 
 def remedy(error: OSError) -> str:
     """What to do about it, as the beginning of a sentence."""
-    return _REMEDIES.get(error.errno or 0, "mend that")
+    return _REMEDIES.get(error.errno or 0, "fix that")
 
 
 def is_full(error: OSError) -> bool:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from tokabatch.arrays import Int32, Int64
 from tokabatch.errors import InputError, RowError
-from tokabatch.input.missing import list_columns
+from tokabatch.input.missing import did_you_mean, list_columns
 from tokabatch.input.prompts.builder import Limits, Prompt, PromptBuilder
 from tokabatch.input.readers import open_reader
 from tokabatch.input.rows import Reader, RowBatch
@@ -331,4 +331,5 @@ def _check_columns(job: Job, builder: PromptBuilder, present: Collection[str]) -
     wanted += [("output.columns", name) for name in (() if job.output.columns == "all" else job.output.columns)]
     for key, name in wanted:
         if name not in present:
-            raise InputError(f"{key}: the input has no column {name!r}; its columns are {list_columns(present)}")
+            hint = did_you_mean(name, present)
+            raise InputError(f"{key}: the input has no column {name!r}{hint}; its columns are {list_columns(present)}")
