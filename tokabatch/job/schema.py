@@ -109,7 +109,7 @@ class PromptConfig(_Section):
     )
     special_tokens: Literal["text", "allow", "reject"] = Field(
         default="text",
-        description="Special tokens spelled out in a row: text keeps them as text, allow makes them tokens, reject makes an error row.",
+        description="Special tokens spelled out in a row: kept as text, allowed as tokens, or rejected as an error row.",
     )
 
     @model_validator(mode="after")
