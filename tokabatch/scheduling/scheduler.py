@@ -353,7 +353,7 @@ class Scheduler:
         """Share the token budget among prefills under way, oldest first; each takes what pages it needs or waits."""
         seq = self.kv.slots
         pending = seq.length[slots] - seq.computed[slots]
-        take = np.clip(budget - (np.cumsum(pending) - pending), 0, pending).astype(np.int32)
+        take = np.minimum(np.maximum(budget - (np.cumsum(pending) - pending), 0), pending).astype(np.int32)
         slots, take = slots[take > 0], take[take > 0]
         keep = np.cumsum(seq.missing_pages(slots, take)) <= self.kv.num_free_pages
         runs = Runs(slots[keep], take[keep])

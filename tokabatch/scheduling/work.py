@@ -152,7 +152,7 @@ class Work:
         return np.array([-1 if params.logprobs is None else params.logprobs for params in self.sampling], np.int32)
 
     def _part(self, prompt: int) -> int:
-        return int(np.searchsorted(self._first, prompt, side="right")) - 1
+        return 0 if len(self._parts) == 1 else int(np.searchsorted(self._first, prompt, side="right")) - 1
 
     def _prompt(self, prompt: int) -> Int32:
         part = self._part(prompt)

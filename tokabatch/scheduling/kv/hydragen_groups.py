@@ -49,29 +49,35 @@ def find_groups(prompts: PromptRuns, limits: GroupingLimits) -> tuple[list[Prefi
     between = np.zeros(count, np.int32)
     between[1:] = np.minimum(prompts.shared_before[1:], np.minimum(prompts.limit[1:], prompts.limit[:-1]))
     within = np.minimum(prompts.shared_within, prompts.limit)
-    runs_before = np.concatenate(([0], np.cumsum(prompts.num_runs)))
     frozen = np.zeros(count, np.bool_)
     while True:
-        first = np.nonzero((between - covered < limits.min_pages) | frozen)[0]
-        first = first if len(first) and first[0] == 0 else np.concatenate(([0], first))
-        stop = np.append(first[1:], count)
-        single = stop - first == 1
-        inner = between.copy()
-        inner[first] = np.where(single, within[first], np.iinfo(np.int32).max)
-        depth = np.minimum.reduceat(inner, first)
-        members = runs_before[stop] - runs_before[first]
+        starts = (between - covered < limits.min_pages) | frozen
+        starts[0] = True
+        alone = bool(starts.all())
+        if alone:
+            # Only samples of one prompt are left to share: the last level.
+            first, last, members, depth = np.arange(count), np.arange(count), prompts.num_runs, within
+        else:
+            bounds = np.append(np.flatnonzero(starts), count)
+            first, last = bounds[:-1], bounds[1:] - 1
+            inner = between.copy()
+            inner[first] = np.where(first == last, within[first], np.iinfo(np.int32).max)
+            depth = np.minimum.reduceat(inner, first)
+            members = np.add.reduceat(prompts.num_runs, first)
         valid = (members >= limits.min_group) & (depth - covered[first] >= limits.min_pages) & ~frozen[first]
         if not valid.any():
             return levels, covered
         levels.append(
             PrefixLevel(
                 token_start=prompts.token_start[first[valid]],
-                token_stop=prompts.token_stop[stop[valid] - 1],
+                token_stop=prompts.token_stop[last[valid]],
                 slot=prompts.slot[first[valid]],
                 page_start=covered[first[valid]],
-                page_stop=depth[valid].astype(np.int32),
+                page_stop=depth[valid],
             )
         )
-        sizes = stop - first
+        if alone:
+            return levels, np.where(valid, depth, covered)
+        sizes = last - first + 1
         frozen |= ~np.repeat(valid, sizes)
         covered = np.where(frozen, covered, np.repeat(depth, sizes)).astype(np.int32)
