@@ -24,6 +24,7 @@ RUNS = {
     "code": (),
     "multiple_choice": (CHAT,),
     "own_data": (CHAT,),
+    "scoring": ("generation=null",),
     "gsm8k": ("input.path=jobs/quickstart/problems.jsonl", "generation.n=2"),
     "quickstart": ("generation.n=2",),
 }
@@ -80,6 +81,13 @@ def test_rows_with_settings_of_their_own(tmp_path: Path) -> None:
     _, samples = complete("own_data", tmp_path / "out")
     assert [sample["id"] for sample in samples] == ["colour"] * 4 + ["capital", "count"]
     assert [sample["hint"] for sample in samples[3:]] == ["not blue", None, None] and "name" not in samples[0]
+
+
+def test_scoring(tmp_path: Path) -> None:
+    _, samples = complete("scoring", tmp_path / "out")
+    assert [sample["row_index"] for sample in samples] == [0, 0, 0, 1, 1]
+    assert all(sample["cumulative_logprob"] < 0 for sample in samples)
+    assert {sample["text"] for sample in samples} >= {" Rome.", " 56."}
 
 
 def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

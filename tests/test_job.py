@@ -491,4 +491,4 @@ class TestReference:
 
     @pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("jobs/*.yaml")), ids=lambda path: path.name)
     def test_the_jobs_of_this_repository_load(self, path: Path) -> None:
-        Job.load(path, "generation.n=2")
+        Job.load(path)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import typer
 import yaml
 
+import tokabatch
 from tokabatch import Job
-from tokabatch.cli import app
+from tokabatch import run as tokabatch_run
+from tokabatch.cli import app, main
 from tokabatch.report import key_reference
 
 ROOT = Path(__file__).parent.parent
@@ -56,3 +60,37 @@ def test_the_reference_of_keys_is_that_of_the_schema():
 
 def _code(text: str) -> list[str]:
     return re.findall(r"```bash\n(.*?)```", text, re.DOTALL) + re.findall(r"`(tokabatch [^`]+)`", text)
+
+
+def test_the_readme_s_first_job_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
+    """Its commands one after another and its Python, on the quickstart's model and a few rows of its problems."""
+    text = (ROOT / "README.md").read_text()
+    section = text[text.index("## A first job") : text.index("## What it does")]
+    (job,), (commands,), (program,) = (
+        re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL) for language in ("yaml", "bash", "python")
+    )
+    monkeypatch.chdir(tmp_path)
+    named = Path("Qwen/Qwen2.5-0.5B-Instruct")
+    assert str(named) in job
+    named.parent.mkdir()
+    named.symlink_to(ROOT / "jobs" / "quickstart")
+    Path("job.yaml").write_text(job.replace("max_tokens: 1024", "max_tokens: 8"))
+    problems = (ROOT / "jobs" / "quickstart" / "problems.jsonl").read_text().splitlines(keepends=True)
+    Path("problems.jsonl").write_text("".join(problems[:2]))
+    said = {}
+    for command in map(shlex.split, (line.partition("#")[0] for line in commands.splitlines())):
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0, capsys.readouterr().err
+        said.setdefault(command[1], []).append(capsys.readouterr().out)
+    assert "First prompt" in said["plan"][0] and "32 = 32 ok" in said["run"][0] and "128 = 128 ok" in said["run"][1]
+    assert "complete" in said["status"][0] and "no error rows" in said["errors"][0] and "generation.n" in said["keys"][0]
+    names = {}
+    exec(program, names)
+    assert len(names["samples"]) == 128
+    in_python = re.search(r"From Python: `(.*?)`", section)
+    assert in_python is not None
+    monkeypatch.setattr(tokabatch, "run", lambda job: tokabatch_run(Job.load(job, "generation.n=64")))
+    exec(in_python[1], names)
+    assert names["summary"].ok == 128 and 1 in names["summary"].pass_at_k and names["summary"].dataset().count_rows() == 128

@@ -269,7 +269,11 @@ def keys(
         if not inside:
             by_leaf = {name.rpartition(".")[2]: name for name in names} | {name: name for name in names}
             near = get_close_matches(section, by_leaf, n=1)
-            hint = f"did you mean `{by_leaf[near[0]]}`?" if near else f"there are {', '.join(each.name for each in sections)}"
+            hint = (
+                f"did you mean `{by_leaf[near[0]]}`?"
+                if near
+                else f"there are {', '.join(each.name for each in sections if each.name)}"
+            )
             raise UsageError(f"there is no section or key {section}; {hint}")
         kept = ((each, tuple(key for key in each.keys if key.name in inside)) for each in sections)
         sections = tuple(replace(each, keys=chosen) for each, chosen in kept if chosen)

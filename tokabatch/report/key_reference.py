@@ -8,6 +8,7 @@ from textwrap import fill
 from tokabatch.job import Key, KeySection
 
 _WIDTH = 110
+_TOP = "Outside of any section"
 
 
 def plain(sections: Sequence[KeySection]) -> str:
@@ -21,7 +22,7 @@ def markdown(sections: Sequence[KeySection]) -> str:
 
 
 def _paragraph(section: KeySection) -> str:
-    return fill(f"{section.name}: {section.description}", _WIDTH)
+    return fill(f"{section.name or _TOP}: {section.description}", _WIDTH)
 
 
 def _entry(key: Key) -> str:
@@ -34,7 +35,7 @@ def _entry(key: Key) -> str:
 
 def _table(section: KeySection) -> str:
     head = (
-        f"### `{section.name}`",
+        f"### `{section.name}`" if section.name else f"### {_TOP}",
         "",
         section.description,
         "",
