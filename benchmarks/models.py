@@ -14,6 +14,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from transformers.utils import logging
 
 
+def llama_1m() -> PretrainedConfig:
+    return LlamaConfig(
+        vocab_size=4096,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        **_COMMON,
+    )
+
+
 def llama_10m() -> PretrainedConfig:
     return LlamaConfig(
         vocab_size=8192,
@@ -75,6 +88,7 @@ _COMMON = {
 }
 
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama-1m": llama_1m,
     "llama-10m": llama_10m,
     "llama-30m": llama_30m,
     "qwen2-20m": qwen2_20m,

@@ -29,6 +29,7 @@ DTYPE = torch.float32 if INTERPRETING else torch.bfloat16
 VOCAB = 97
 HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 """The matrix units multiply no fewer than 16 columns."""
+PENALISED = {"temperature": 0.0, "repetition_penalty": 1.4, "frequency_penalty": 0.5, "bad_words": ((9,), (4, 4))}
 
 
 @pytest.mark.parametrize("steps", [FINE_STEPS, COARSE_STEPS])
@@ -119,7 +120,7 @@ def captured_worker(folder, sizes: ReplicaSizes, device: torch.device) -> Worker
     # It keeps the pages and computes nothing: all steps are captured.
     store = import_module("tokabatch.attention.page_store").PageStore(shape, DTYPE, device)
     assert isinstance(store, Capturable)
-    worker = Worker(decoder, store, sizes)
+    worker = Worker(decoder, store, sizes, penalised=True)
     recorder = Redoing() if device.type == "cpu" else GraphRecorder()
     make = import_module("tokabatch.engine.captured").CapturedSteps
     with torch.inference_mode():
@@ -153,6 +154,7 @@ def generate(
         ("llama", 4, GroupingLimits(2, 1), SamplingParams(n=5, temperature=0.0, max_tokens=9, logprobs=0, ignore_eos=True)),
         ("qwen3", 16, GroupingLimits(2, 1), SamplingParams(n=2, top_k=5, max_tokens=6, logprobs=2, ignore_eos=True)),
         ("qwen2", 4, None, SamplingParams(n=3, max_tokens=7, logprobs=0, ignore_eos=True)),
+        ("llama", 4, GroupingLimits(2, 1), SamplingParams(n=3, max_tokens=7, logprobs=1, **PENALISED)),
     ],
 )
 def test_captured_steps_give_what_the_torch_backend_gives(tmp_path, where, family, page, grouping, params):
@@ -161,7 +163,7 @@ def test_captured_steps_give_what_the_torch_backend_gives(tmp_path, where, famil
     header = [5, 9, 9, 41, 3, 77, 60, 12, 13, 14, 15, 16, 17]
     prompts = [[*header, 9], [*header, 8, 30, 30, 2], [8], [*header, 8, 30, 30, 7, 50], [4] * 30]
     sizes = sizes_of(page, 7, 30)
-    plain = WorkerSpec(folder, read_spec(folder), torch.float32, "cpu", "torch_paged", sizes)
+    plain = WorkerSpec(folder, read_spec(folder), torch.float32, "cpu", "torch_paged", sizes, draws=(params,))
     expected = generate(Worker.build(plain), prompts, params, grouping)
     found = generate(captured_worker(folder, sizes, torch.device(where)), prompts, params, grouping)
     same = [a.token_ids.tolist() == b.token_ids.tolist() for a, b in zip(expected, found, strict=True)]

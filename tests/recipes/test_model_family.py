@@ -125,10 +125,10 @@ def test_a_new_operator_is_a_field_and_its_use(tmp_path):
     )
     package.edit(
         "model/decoder.py",
-        "        local = head(rms_norm(hidden_SE, norm_E, self.spec.rms_norm_eps))\n",
-        "        local = head(rms_norm(hidden_SE, norm_E, self.spec.rms_norm_eps))\n"
-        "        if self.spec.logit_cap is not None:\n"
-        "            local = self.spec.logit_cap * torch.tanh(local / self.spec.logit_cap)\n",
+        "        return head(rms_norm(hidden_SE, norm_E, self.spec.rms_norm_eps))\n",
+        "        logits_SV = head(rms_norm(hidden_SE, norm_E, self.spec.rms_norm_eps))\n"
+        "        cap = self.spec.logit_cap\n"
+        "        return logits_SV if cap is None else cap * torch.tanh(logits_SV / cap)\n",
     )
     assert len(package.changed) == 3, "files to open beside a test"
     model = tiny_models.add_tokenizer(tiny_models.build("llama", tmp_path / "model"))

@@ -155,3 +155,14 @@ def test_what_does_not_go_with_scoring_is_refused(model: Path, tmp_path: Path, c
     with pytest.raises(JobError) as refused:
         job(model, tmp_path, **changes)
     assert told in str(refused.value)
+
+
+def test_several_replicas_and_a_worker_apart_give_the_same(model: Path, tmp_path: Path) -> None:
+    run(job(model, tmp_path))
+    (tmp_path / "two").mkdir()
+    run(job(model, tmp_path / "two", engine={"device": "cpu", "page_size": 8, "replicas": 2, "max_running": 3}))
+    ours, theirs = samples(tmp_path), samples(tmp_path / "two")
+    assert ours.keys() == theirs.keys()
+    for key, each in ours.items():
+        assert each["error_message"] == theirs[key]["error_message"] and each["is_greedy"] == theirs[key]["is_greedy"]
+        assert each["cumulative_logprob"] == pytest.approx(theirs[key]["cumulative_logprob"], abs=1e-9)

@@ -26,6 +26,7 @@ from tokabatch.scheduling.penalties import PenaltyTable
 
 VOCAB, PAGE, COLUMNS, STOPS = 61, 4, 8, (2, 5)
 NONE = np.zeros(0, np.int32)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 KINDS = [
     {},
     {"repetition_penalty": 1.3},
@@ -105,45 +106,50 @@ def random_tokens(rng: np.random.Generator, count: int) -> list[int]:
     return rng.choice([2, 3, 4, 5, 9, 11, 12, 40, 60], count).tolist()
 
 
-def opened(rng: np.random.Generator, num_slots: int = 18):
+def opened(rng: np.random.Generator, num_slots: int = 18, device: str = "cpu"):
     """A table of slots of every kind whose prompts and outputs are computed; kinds, prompts and outputs."""
     kinds = [SamplingParams(**KINDS[i % len(KINDS)]) for i in range(num_slots)]
     prompts = [random_tokens(rng, int(rng.integers(1, 15))) for _ in kinds]
     outputs = [random_tokens(rng, int(rng.integers(0, 14))) for _ in kinds]
     pages = np.arange(num_slots * COLUMNS).reshape(num_slots, COLUMNS)
-    state = Penalties(num_slots, COLUMNS, pages.size, PAGE, VOCAB, torch.device("cpu"))
+    state = Penalties(num_slots, COLUMNS, pages.size, PAGE, VOCAB, torch.device(device))
     contexts = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
     slots = list(range(num_slots))
-    outbox = Outbox(torch.device("cpu"))
+    outbox = Outbox(torch.device(device))
     inits = inits_of(slots, kinds, prompts)
-    state.follow(step(slots, [0] * num_slots, contexts, pages, inits), torch.zeros(num_slots, dtype=torch.int64), outbox)
+    last = torch.zeros(num_slots, dtype=torch.int64, device=device)
+    state.follow(step(slots, [0] * num_slots, contexts, pages, inits), last, outbox)
     outbox.send()
     return state, kinds, prompts, outputs
 
 
-def changed(state: Penalties, slots: list[int], positions: list[int], logits: torch.Tensor) -> dict[int, torch.Tensor]:
+def changed(
+    state: Penalties, slots: list[int], positions: list[int], logits: torch.Tensor, device: str = "cpu"
+) -> dict[int, torch.Tensor]:
     """The changed logits of the penalised slots among these."""
-    outbox = Outbox(torch.device("cpu"))
+    outbox, logits = Outbox(torch.device(device)), logits.to(device)
     rows = state.rows(np.array(slots, np.int32), np.array(positions, np.int32), outbox)
     outbox.send()
     found: dict[int, torch.Tensor] = {}
     for block in rows.blocks(VOCAB) if rows else ():
         each = block.apply(logits.index_select(0, block.row_B))
-        found |= {int(slot): values for slot, values in zip(block.slot_B, each, strict=True)}
+        found |= {int(slot): values.cpu() for slot, values in zip(block.slot_B, each, strict=True)}
     return found
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
-def test_logits_are_changed_as_transformers_does(seed, rows_at_once, monkeypatch):
+def test_logits_are_changed_as_transformers_does(device, seed, rows_at_once, monkeypatch):
     monkeypatch.setattr(penalties, "_BLOCK_CPU", rows_at_once * 4 * 40)
+    monkeypatch.setattr(penalties, "_BLOCK_DEVICE", rows_at_once * 4 * 40)
     rng = np.random.default_rng(seed)
-    state, kinds, prompts, outputs = opened(rng)
+    state, kinds, prompts, outputs = opened(rng, device=device)
     logits = torch.randn(len(kinds), VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3
     logits[:, 8] = -torch.inf
     positions = [len(prompt) + len(output) for prompt, output in zip(prompts, outputs, strict=True)]
     order = rng.permutation(len(kinds)).tolist()
-    found = changed(state, order, [positions[slot] for slot in order], logits[order])
+    found = changed(state, order, [positions[slot] for slot in order], logits[order], device)
     assert sorted(found) == [slot for slot, params in enumerate(kinds) if params.penalised]
     for slot, values in found.items():
         wanted = expected(kinds[slot], prompts[slot], outputs[slot], logits[slot])

@@ -142,8 +142,9 @@ class Penalties:
         dtype = torch.float64 if logits_BV.dtype == torch.float64 else torch.float32
         # One column more takes what is meant for no token. Every row begins at 64 bytes.
         width = -(-(vocab_size + 1) // 16) * 16
-        wide_BV = torch.zeros(len(logits_BV), width, dtype=dtype, device=logits_BV.device)
+        wide_BV = torch.empty(len(logits_BV), width, dtype=dtype, device=logits_BV.device)
         wide_BV[:, :vocab_size] = logits_BV
+        wide_BV[:, vocab_size:] = 0
         numbers_4B1 = self._numbers.index_select(0, block.slot_B).T[..., None]
         prompt_B1 = numbers_4B1[0].long()
         context_BL = self._context(block, vocab_size) if rows.longest else None
