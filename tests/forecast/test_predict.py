@@ -40,6 +40,20 @@ def test_a_plan_is_simulated_on_a_device_that_is_not_here(job):
     assert longest.seconds > outlook.seconds
 
 
+@pytest.mark.parametrize(("key", "devices"), [("replicas", 3), ("tensor", 2), ("pipeline", 2)])
+def test_a_plan_is_simulated_in_its_layout(job, key, devices):
+    scenario = Scenario(device="h200", price=3.6, lengths="70:0.4")
+    alone = plan_and_simulate(job, scenario)[1]
+    laid_out = job.model_copy(update={"engine": job.engine.model_copy(update={key: devices})})
+    outlook = plan_and_simulate(laid_out, scenario)[1]
+    assert (outlook.samples, outlook.output_tokens) == (alone.samples, alone.output_tokens)
+    assert outlook.num_devices == devices and outlook.hours == outlook.seconds * devices / 3600
+    assert len(outlook.idle) == (devices if key == "replicas" else 1)
+    shown = {label: value for section in outlook_sections(outlook) for label, value in (row[:2] for row in section.rows)}
+    expected = f"{devices} replicas" if key == "replicas" else "tensor x pipeline"
+    assert expected in shown["layout"] and ("idle at the end" in shown["layout"]) is (key == "replicas")
+
+
 @pytest.mark.parametrize(
     ("scenario", "message"),
     [

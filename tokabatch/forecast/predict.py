@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from tokabatch.errors import OutputError, UsageError
 from tokabatch.forecast.assumed_lengths import Lengths, Unstopped, lognormal, observed
 from tokabatch.forecast.devices import KNOWN, PROCESSOR, Device, find_device
 from tokabatch.forecast.profile import Profile, SavedProfile, fit_profile, load_profile, profile_document
-from tokabatch.forecast.simulate import Simulation, simulate
-from tokabatch.forecast.sizing import CostModel, cost_model, device_name, device_of, known_device, present_device, profile_of
+from tokabatch.forecast.ranks import seconds_of_ranks
+from tokabatch.forecast.simulate import FleetRules, Simulation, simulate
+from tokabatch.forecast.sizing import cost_model, device_name, device_of, known_device, present_device, profile_of
 from tokabatch.forecast.step_log import Steps
+from tokabatch.forecast.step_work import Number, StepWork
 from tokabatch.job import Job
 from tokabatch.model.families import read_spec
 from tokabatch.output.folder import OutputFolder
@@ -60,17 +63,25 @@ def scenario_profile(job: Job, scenario: Scenario, device: Device | None) -> Sav
 
 
 def predict_run(
-    workload: Workload, limits: SchedulerLimits, scenario: Scenario, device: Device | None, profile: SavedProfile | None
+    workload: Workload,
+    limits: SchedulerLimits,
+    scenario: Scenario,
+    device: Device | None,
+    profile: SavedProfile | None,
+    fleet: FleetRules | None = None,
 ) -> Outlook:
-    """Simulate the whole job under `limits` on the scenario's `device`, then a part of it under others. Raises UsageError where
-    nothing is left to run, or nothing is known of this machine's device."""
+    """Simulate the whole job in its layout, each replica under `limits` on the scenario's `device`, then a part of it on one
+    replica under others. `fleet` says how several replicas share the work. Raises UsageError where nothing is left to run, or
+    nothing is known of this machine's device."""
     if not len(workload.requests):
         raise UsageError("there is nothing to simulate: every row is an error row; `plan` without --simulate says why")
     cost, cost_described = cost_model(workload, device, profile)
     lengths, described = _lengths(scenario.lengths)
     begin = time.perf_counter()
-    whole = simulate(workload.requests, limits, cost.seconds, lengths)
-    trials, trial_samples = _trials(workload, limits, cost, lengths)
+    layout = workload.layout
+    seconds = seconds_of_ranks(cost, layout.tensor, layout.pipeline)
+    whole = simulate(workload.requests, limits, seconds, lengths, fleet=fleet)
+    trials, trial_samples = _trials(workload, limits, seconds, lengths)
     counts = whole.counts
     return Outlook(
         device=device_of(cost).name,
@@ -85,6 +96,9 @@ def predict_run(
         seconds=whole.seconds,
         tail_seconds=whole.tail_seconds,
         kv_tokens=limits.num_pages * limits.page_size,
+        layout=str(layout),
+        num_devices=layout.replicas * layout.tensor * layout.pipeline,
+        idle=tuple(1 - busy / max(whole.seconds, 1e-12) for busy in whole.busy),
         kv_mean=whole.steps.mean("pages") / limits.num_pages,
         kv_use=whole.kv_use,
         kv_over_time=over_time(whole.steps, "pages", limits.num_pages),
@@ -166,7 +180,9 @@ def _lengths(described: str) -> tuple[Lengths, str]:
     return lognormal(*values), f"log-normal, mean {values[0]:g}, sigma {values[1]:g}, cut at max_tokens"
 
 
-def _trials(workload: Workload, limits: SchedulerLimits, cost: CostModel, lengths: Lengths) -> tuple[tuple[Trial, ...], int]:
+def _trials(
+    workload: Workload, limits: SchedulerLimits, seconds: Callable[[StepWork], Number], lengths: Lengths
+) -> tuple[tuple[Trial, ...], int]:
     """A few running limits and token budgets, over the first prompts of the plan that have about `TRIAL_SAMPLES` samples; how
     many they have."""
     requests, total = workload.requests, np.cumsum(workload.num_samples)
@@ -180,7 +196,7 @@ def _trials(workload: Workload, limits: SchedulerLimits, cost: CostModel, length
     runs: list[tuple[int, int, Simulation]] = []
     for running, extra in sorted(pairs):
         tried = replace(limits, max_running=running, max_step_tokens=running + extra)
-        runs.append((running, running + extra, simulate(part, tried, cost.seconds, lengths)))
+        runs.append((running, running + extra, simulate(part, tried, seconds, lengths)))
     # Of settings that differ by less than half a percent the smallest will do: it needs less memory.
     least = min(run.seconds for _, _, run in runs)
     best = next(i for i, (_, _, run) in enumerate(runs) if run.seconds <= 1.005 * least)

@@ -1,16 +1,18 @@
-"""One simulated run: the real scheduler, a device that computes nothing, seconds from a cost model."""
+"""One simulated run: the real scheduler, or several of a fleet, devices that compute nothing, seconds from a cost model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import numpy as np
 
 from tokabatch.forecast.assumed_lengths import Lengths
 from tokabatch.forecast.step_log import StepLog, Steps, StepState, tail_seconds
 from tokabatch.forecast.step_work import Number, StepWork, measure_work
-from tokabatch.scheduling.contracts import Requests, StepBatch, StepResult
+from tokabatch.scheduling.contracts import Completion, Requests, StepBatch, StepResult
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.lengths.predictor import LengthPredictor
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -48,10 +50,10 @@ class Simulation:
     steps: Steps
     counts: SchedulerCounts
     num_pages: int
-
-    @property
-    def seconds(self) -> float:
-        return self.steps.seconds
+    """Of each replica."""
+    seconds: float
+    busy: tuple[float, ...]
+    """Seconds until each replica had nothing more to do."""
 
     @property
     def output_tokens_per_second(self) -> float:
@@ -66,7 +68,8 @@ class Simulation:
 
     @property
     def tail_seconds(self) -> float:
-        return tail_seconds(self.steps)
+        """Of a replica, the mean of several."""
+        return tail_seconds(self.steps) / len(self.busy)
 
     @property
     def waste(self) -> float:
@@ -80,32 +83,153 @@ class Simulation:
         return self.counts.waited_steps / max(self.counts.output_tokens, 1)
 
 
+class Ledger(Protocol):
+    """Who has which samples of a plan: what a simulated fleet needs of a run's own (`runner.ledger`)."""
+
+    plan: Requests
+    left: int
+
+    @property
+    def has_free(self) -> bool: ...
+
+    def next_run(self, member: int, members: int, *, whole: bool = False) -> Any: ...
+
+    def part(self, requests: Requests) -> Any: ...
+
+    def take_over(self, member: int, part: Any) -> None: ...
+
+    def finish(self, member: int, completions: Sequence[Completion]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FleetRules:
+    """How the `members` of a run share its plan: `ledger` is made of it; `wants_more` says whether a member with so many
+    waiting and running samples asks for more."""
+
+    members: int
+    ledger: Callable[[Requests], Ledger]
+    wants_more: Callable[[int, int], bool]
+
+
+class _Member:
+    """A simulated replica, with a clock of its own."""
+
+    def __init__(
+        self, requests: Requests, plan: Requests, limits: SchedulerLimits, lengths: Lengths, predictor: LengthPredictor | None
+    ) -> None:
+        rules = StopRules(requests.sampling, [STOP], STOP + 1, None)
+        self.scheduler = Scheduler(requests, limits, rules, predictor)
+        self.log = StepLog()
+        self.seconds = 0.0
+        self.left = int(requests.num_samples().sum())
+        """Samples that it has and has not finished."""
+        self._device = SimulatedDevice(plan, lengths, limits.max_running)
+        self._depth = limits.stages + (limits.stages > 1)
+        self._pending: deque[tuple[StepWork, StepState, StepResult]] = deque()
+        self.left -= len(self.scheduler.settle_pages(limits.num_pages))
+
+    @property
+    def waiting(self) -> int:
+        return self.left - self.scheduler.num_running
+
+    def extend(self, requests: Requests) -> list[Completion]:
+        """Add samples; those that do not fit the cache come back as errors."""
+        self.left += int(requests.num_samples().sum())
+        refused = self.scheduler.extend(requests)
+        self.left -= len(refused)
+        return refused
+
+    def give_back(self, most: int) -> Requests | None:
+        """As the scheduler's."""
+        given = self.scheduler.give_back(most)
+        self.left -= 0 if given is None else int(given.num_samples().sum())
+        return given
+
+    def step(self, cost: Callable[[StepWork], Number], waiting_elsewhere: int) -> list[Completion]:
+        """Take in the oldest step in flight, once as many are as its stages compute."""
+        scheduler, limits = self.scheduler, self.scheduler.limits
+        while scheduler.num_in_flight < self._depth and (step := scheduler.schedule()) is not None:
+            running, pages, work = scheduler.num_running, scheduler.kv.pool.num_used, measure_work(step, limits.page_size)
+            waiting = self.left - running + waiting_elsewhere
+            state = StepState(float(cost(work)), running, waiting, pages, limits.num_pages, 0)
+            self._pending.append((work, state, self._device.run(step)))
+        assert self._pending, "the scheduler is stuck"
+        work, state, result = self._pending.popleft()
+        completions = scheduler.apply(result)
+        self.left -= len(completions)
+        self.seconds += state.seconds
+        self.log.add(work, replace(state, finished=len(completions)))
+        return completions
+
+
 def simulate(
     requests: Requests,
     limits: SchedulerLimits,
     cost: Callable[[StepWork], Number],
     lengths: Lengths,
     predictor: LengthPredictor | None = None,
+    fleet: FleetRules | None = None,
 ) -> Simulation:
     """Run the whole workload. The tokens of `requests` are read but their values do not matter; `predictor` replaces the
-    scheduler's own learning of lengths."""
+    scheduler's own learning of lengths. `limits` and `cost` are those of a replica, or of each of a `fleet`. With several
+    pipeline stages `cost` is what a stage takes."""
     # The device's stop token stands for all that ends a sample; one whose length is given stays as it is.
     sampling = (
         replace(params, stop=(), stop_token_ids=(), ignore_eos=params.has_given_length, logprobs=None)
         for params in requests.sampling
     )
     requests = replace(requests, sampling=tuple(sampling))
-    scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [STOP], STOP + 1, None), predictor)
-    device = SimulatedDevice(requests, lengths, limits.max_running)
-    total, finished = int(requests.num_samples().sum()), len(scheduler.settle_pages(limits.num_pages))
-    trace = StepLog()
-    while not scheduler.done:
-        step = scheduler.schedule()
-        assert step is not None, "the scheduler is stuck"
-        running, pages = scheduler.num_running, scheduler.kv.pool.num_used
-        work = measure_work(step, limits.page_size)
-        done = len(scheduler.apply(device.run(step)))
-        state = StepState(float(cost(work)), running, total - finished - running, pages, limits.num_pages, done)
-        finished += done
-        trace.add(work, state)
-    return Simulation(trace.steps(), scheduler.counts, limits.num_pages)
+    if fleet is None or fleet.members == 1:
+        member = _Member(requests, requests, limits, lengths, predictor)
+        while not member.scheduler.done:
+            member.step(cost, 0)
+        return _simulation([member], limits)
+    ledger = fleet.ledger(requests)
+    nothing = ledger.plan.take(np.zeros(0, np.int64))
+    members = [_Member(nothing, requests, limits, lengths, predictor) for _ in range(fleet.members)]
+    at_work = dict(enumerate(members))
+    while at_work:
+        # Whoever is behind the others takes the next step.
+        number = min(at_work, key=lambda each: at_work[each].seconds)
+        member = at_work[number]
+        if fleet.wants_more(member.waiting, member.scheduler.num_running):
+            _feed(number, members, ledger)
+        if member.scheduler.done:
+            del at_work[number]
+            continue
+        running = sum(each.scheduler.num_running for each in members if each is not member)
+        elsewhere = ledger.left - member.left - running
+        ledger.finish(number, member.step(cost, elsewhere))
+    return _simulation(members, limits)
+
+
+def _feed(number: int, members: Sequence[_Member], ledger: Ledger) -> None:
+    """Give a member the next run of the plan, or a half of what another one has that it does not have."""
+    member = members[number]
+    run = ledger.next_run(number, len(members))
+    if run is None and ledger.has_free and member.scheduler.done:
+        run = ledger.next_run(number, len(members), whole=True)
+    if run is not None:
+        given = ledger.plan.part(run.prompts, run.first, run.stop)
+    elif not ledger.has_free:
+        fullest = max((each for each in members if each is not member), key=lambda each: each.waiting)
+        most = (fullest.waiting - member.waiting) // 2
+        given = fullest.give_back(most) if most > 0 else None
+        if given is not None:
+            ledger.take_over(number, ledger.part(given))
+    else:
+        given = None
+    if given is not None:
+        ledger.finish(number, member.extend(given))
+
+
+def _simulation(members: Sequence[_Member], limits: SchedulerLimits) -> Simulation:
+    """What the members did, their steps by the time that each had taken."""
+    parts = [member.log.steps() for member in members]
+    order = np.argsort(np.concatenate([np.cumsum(steps["seconds"]) for steps in parts]), kind="stable")
+    columns = {name: np.concatenate([steps.columns[name] for steps in parts])[order] for name in parts[0].columns}
+    counts = SchedulerCounts()
+    for field in fields(SchedulerCounts):
+        setattr(counts, field.name, sum(getattr(member.scheduler.counts, field.name) for member in members))
+    seconds = max(member.seconds for member in members)
+    return Simulation(Steps(columns), counts, limits.num_pages, seconds, tuple(member.seconds for member in members))

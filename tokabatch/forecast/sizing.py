@@ -14,6 +14,7 @@ from tokabatch.engine.sizing import ReplicaSizes, available_memory, decide_sizes
 from tokabatch.errors import JobError, UsageError
 from tokabatch.forecast.devices import KNOWN, PROCESSOR, Device, find_device, measure_processor
 from tokabatch.forecast.profile import SAMPLE_SECONDS, STEP_SECONDS, Profile, SavedProfile, load_profile, unmeasured_gpu
+from tokabatch.forecast.ranks import seconds_of_ranks
 from tokabatch.forecast.roofline import DeviceRates, Roofline
 from tokabatch.forecast.step_log import Steps
 from tokabatch.forecast.token_budget import assumed_survival, prefill_tokens, running_samples
@@ -131,9 +132,11 @@ def size_replica(job: Job, workload: Workload, profile: SavedProfile | None, abs
 
 
 def _worth_running(cost: CostModel, workload: Workload) -> int:
-    """Samples to run at once on a GPU, by what is left to draw."""
+    """Samples to run at once on a GPU, by what is left to draw, of which each replica draws its part."""
     sampling = workload.requests.sampling
     given = [params.has_given_length for params in sampling]
     weights = np.bincount(workload.requests.params, weights=workload.num_samples, minlength=len(sampling))
     survival = assumed_survival([params.max_tokens for params in sampling], given, weights)
-    return running_samples(cost.seconds, int(workload.num_samples.sum()), survival)
+    layout, count = workload.layout, int(workload.num_samples.sum())
+    seconds = seconds_of_ranks(cost, layout.tensor, layout.pipeline)
+    return running_samples(seconds, -(-count // layout.replicas), survival)

@@ -48,11 +48,15 @@ class Outlook:
     price: float | None = None
     trials: tuple[Trial, ...] = ()
     trial_samples: int = 0
+    layout: str = ""
+    num_devices: int = 1
+    idle: tuple[float, ...] = ()
+    """The share of the time that each replica has nothing more to do at the end."""
 
     @property
     def hours(self) -> float:
-        """Device-hours: one device for the whole time."""
-        return self.seconds / 3600
+        """Device-hours: all devices for the whole time."""
+        return self.seconds * self.num_devices / 3600
 
 
 def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
@@ -61,9 +65,12 @@ def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
     waiting = f", {outlook.kv_use:.1%} while samples wait" if outlook.kv_use else ""
     saved = f" ({outlook.saved_tokens / outlook.cacheable_tokens:.1%})" if outlook.cacheable_tokens else ""
     rate = outlook.output_tokens / outlook.seconds if outlook.seconds else 0.0
+    idle = f"; idle at the end {', '.join(f'{share:.1%}' for share in outlook.idle)}" if len(outlook.idle) > 1 else ""
+    layout = [("layout", f"{outlook.layout}{idle}")] if outlook.num_devices > 1 or idle else []
     rows = [
         ("device", f"{outlook.device}; seconds from {outlook.cost_model}"),
         ("lengths", outlook.lengths),
+        *layout,
         ("time", f"{seconds_text(outlook.seconds)} ({outlook.hours:,.3f} device-hours{money}), loading apart"),
         ("output tokens", f"{outlook.output_tokens:,} ({rate:,.0f} per second), {outlook.samples:,} samples"),
         ("steps", f"{outlook.steps:,}"),

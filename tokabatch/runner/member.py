@@ -130,6 +130,11 @@ def can_fork() -> bool:
     return sys.platform == "linux"
 
 
+def wants_more(waiting: int, running: int) -> bool:
+    """Whether a member with so many samples asks for more."""
+    return waiting < max(LEAST_WAITING, REFILL * running)
+
+
 class Member:
     """Main's side of one member."""
 
@@ -368,7 +373,7 @@ class _Loop:
     def _want(self) -> None:
         """Say where few samples wait, and again when they are half as many."""
         waiting = self._replica.waiting
-        few = waiting < max(LEAST_WAITING, REFILL * self._replica.scheduler.num_running)
+        few = wants_more(waiting, self._replica.scheduler.num_running)
         if few and (self._told is None or (waiting < self._told and waiting <= self._told // 2)):
             self._outbox.put(Wants(waiting, self._parts))
             self._told = waiting

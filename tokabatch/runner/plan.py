@@ -13,12 +13,15 @@ from tokabatch.engine.sizing import ReplicaSizes, page_bytes
 from tokabatch.forecast.devices import Device
 from tokabatch.forecast.predict import Scenario, check_scenario, predict_run, scenario_profile
 from tokabatch.forecast.profile import SavedProfile
+from tokabatch.forecast.simulate import FleetRules
 from tokabatch.forecast.sizing import read_profile, size_replica
 from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes
 from tokabatch.output.folder import check_output
 from tokabatch.report.outlook import Outlook
 from tokabatch.report.summary import ModelFacts, PlanReport, ReplicaFacts
+from tokabatch.runner.ledger import Ledger
+from tokabatch.runner.member import wants_more
 from tokabatch.runner.replica import scheduler_limits
 from tokabatch.runner.resume import Start, preview
 from tokabatch.workload import Workload
@@ -38,7 +41,10 @@ def plan_and_simulate(job: Job, scenario: Scenario) -> tuple[PlanReport, Outlook
     device = check_scenario(scenario)
     profile = scenario_profile(job, scenario, device)
     with _planned(job, profile, device) as (previewed, sizes):
-        outlook = predict_run(_to_compute(previewed), scheduler_limits(sizes), scenario, device, profile)
+        workload = _to_compute(previewed)
+        fleet = FleetRules(workload.layout.replicas, Ledger, wants_more)
+        limits = scheduler_limits(sizes, workload.layout.pipeline)
+        outlook = predict_run(workload, limits, scenario, device, profile, fleet)
         return _plan_report(job, previewed, sizes), outlook
 
 
