@@ -170,8 +170,9 @@ class ProcessExecutor:
     def close(self) -> None:
         for rank in self._ranks:
             rank.pipe.close()
+        end = time.monotonic() + STOP_SECONDS
         for rank in self._ranks:
-            rank.close()
+            rank.close(end)
 
     def _send(self, message: StepBatch | Resume) -> None:
         pickled = ForkingPickler.dumps(message)
@@ -283,10 +284,10 @@ class _Rank:
             return WorkerLost(f"{self._name} was killed by signal {-code} ({name})", "killed")
         return WorkerLost(f"{self._name} died (exit code {code}); its own output says why", "died")
 
-    def close(self) -> None:
-        """End the process; its pipe is closed already."""
+    def close(self, end: float) -> None:
+        """Have the process end, by force at that time of the monotonic clock; its pipe is closed already."""
         self.watch.close()
-        self.process.join(STOP_SECONDS)
+        self.process.join(max(0.0, end - time.monotonic()))
         if self.process.is_alive():
             self.process.kill()
             self.process.join()

@@ -34,7 +34,9 @@ class Launcher:
         """Build the worker that the spec describes, or the one rank of it, which meets the others first. Raises what
         `Worker.build` does."""
         mesh = spec.place and Mesh.join(spec.place, torch.device(spec.device))
-        return cls(Worker.build(spec, mesh), spec.trace, spec.device)
+        # One file: that of the first rank.
+        traces = mesh is None or mesh.rank == 0
+        return cls(Worker.build(spec, mesh), spec.trace if traces else None, spec.device)
 
     @property
     def sizes(self) -> ReplicaSizes:
