@@ -311,9 +311,14 @@ def status(out: OutArgument) -> None:
       tokabatch status out/quickstart
     """
     found = _read_state(out)
-    values = {**asdict(found), "pending": found.pending, "accuracy": found.accuracy}
+    values = {**asdict(found), "pending": found.pending}
     pace = _load("tokabatch.output.status").read_pace(out, time.time()) if found.state == "running" else None
-    _print_result(_load("tokabatch.report.summary").status_sections(values, pace and asdict(pace)))
+    summary = _load("tokabatch.report.summary")
+    sections = summary.status_sections(values, pace and asdict(pace))
+    if found.correct is not None:
+        estimates = _load("tokabatch.report.verdicts").read_estimates(out) or ()
+        sections += summary.verdict_sections(estimates, found.committed, found.samples)
+    _print_result(sections)
 
 
 @app.command(cls=_Command)
@@ -414,6 +419,7 @@ def score(
     _print_note(f"{out}: {scored.judged:,} samples judged in {scored.files:,} files")
     for reason, number in scored.reasons.most_common(3):
         _print_note(f"no verdict for {number:,} samples: {reason}")
+    _print_note(_load("tokabatch.report.summary").verdict_sections(scored.estimates, scored.done, scored.samples))
 
 
 @app.command(cls=_Command)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt
-from tokabatch.report.page import PassCurve, RunRecord, render_page
+from tokabatch.report.page import RunRecord, render_page
 from tokabatch.report.summary import seconds_text
+from tokabatch.scoring.estimates import Estimate
 
 STEPS = {
     name: np.linspace(1, 50, 60)
@@ -41,7 +42,12 @@ RUN = RunRecord(
     lengths=np.arange(1, 19, dtype=np.int32),
     summary=SUMMARY,
     steps=STEPS,
-    pass_band=PassCurve((1, 2), (0.4, 0.6), (0.3, 0.5), (0.5, 0.7)),
+    estimates=(
+        Estimate("mean score", 0.4, 0.3, 0.5),
+        Estimate("pass@1", 0.4, 0.3, 0.5),
+        Estimate("pass@2", 0.6, 0.5, 0.7),
+        Estimate("pass@4", 0.75, 0.7, 0.8),
+    ),
 )
 
 
@@ -89,18 +95,24 @@ def test_every_figure_of_a_whole_run_is_there():
     for title in (*titles, "Predicted and actual"):
         assert f"<figcaption>{title}" in page
     assert page.count("<svg") == 7
-    for fact in ("97.2%", "132", "pass@2", "pending", "40.0 s"):
+    for fact in ("97.2%", "132", "pass@4 (70.0% to 80.0%)", "mean score", "pending", "40.0 s"):
         assert fact in page
     assert len(page) < 400_000
 
 
-@pytest.mark.parametrize("missing", ["steps", "summary", "pass_band", "lengths"])
+@pytest.mark.parametrize("missing", ["steps", "summary", "estimates", "lengths"])
 def test_what_is_missing_is_left_out(missing):
-    empty = {"steps": {}, "summary": {}, "pass_band": None, "lengths": np.zeros(0, np.int32)}
+    empty = {"steps": {}, "summary": {}, "estimates": (), "lengths": np.zeros(0, np.int32)}
     page = render_page(replace(RUN, **{missing: empty[missing]}))
-    assert page.count("<svg") == {"steps": 4, "summary": 5, "pass_band": 6, "lengths": 6}[missing]
+    assert page.count("<svg") == {"steps": 4, "summary": 5, "estimates": 6, "lengths": 6}[missing]
 
 
 def test_one_step_and_one_problem_draw_too():
     steps = {name: values[:2] for name, values in STEPS.items()}
-    assert "Throughput" in render_page(replace(RUN, steps=steps, pass_band=PassCurve((1,), (1.0,), (0.0,), (1.0,))))
+    assert "Throughput" in render_page(replace(RUN, steps=steps, estimates=(Estimate("pass@1", 1.0, 0.0, 1.0),)))
+
+
+def test_a_part_of_a_run_gives_no_estimate():
+    assert "no estimate" in render_page(replace(RUN, estimates=())) and "no estimate" not in render_page(
+        replace(RUN, estimates=None)
+    )

@@ -21,13 +21,16 @@ from tokabatch.report.summary import (
     run_sections,
     seconds_text,
     status_sections,
+    verdict_sections,
 )
+from tokabatch.scoring.estimates import Estimate
 
 SUMMARY = RunSummary(
     rows=100, samples=400, ok=390, errors=10, prompt_tokens=50_000, cached_tokens=30_000, cacheable_tokens=40_000,
     prefilled_tokens=20_500, output_tokens=80_000, seconds=45.0, load_seconds=5.0, steps=1234, output_path="out/x",
     exit_code=3, preemptions=2, recomputed_tokens=500, waited_steps=70, host_seconds=0.25,
-    error_counts=(("prompt_too_long", 8), ("bad_json", 2)), pass_at_k={1: 0.25, 4: 0.5},
+    error_counts=(("prompt_too_long", 8), ("bad_json", 2)), verifies=True,
+    estimates=(Estimate("mean score", 0.3, 0.2, 0.4), Estimate("pass@1", 0.25, 0.2, 0.3), Estimate("pass@4", 0.5, 0.4, 0.6)),
 )  # fmt: skip
 MODEL = ModelFacts("m", "llama", 3_400_000, 6, 256, 4, 2, 64, 2048, 4096, "float32")
 
@@ -56,7 +59,7 @@ class TestRunSummary:
         assert shown["error prompt_too_long"] == "8 samples"
         assert shown["prompt tokens"] == "50,000, of which 60.0% were shared and not computed again"
         assert shown["preemptions"] == "2, 500 tokens recomputed; samples waited 70 steps for pages"
-        assert shown["pass@4"] == "0.5000"
+        assert shown["pass@4"] == "0.5000  (0.4000 to 0.6000)"
         assert "max_fraction" in shown["result"]
 
     def test_the_machine_s_own_terms_are_shown_on_demand(self) -> None:
@@ -69,8 +72,9 @@ class TestRunSummary:
         )
 
     def test_figures_of_a_part_say_so(self) -> None:
-        assert facts(run_sections(replace(SUMMARY, ok=40)))["of"].startswith("50 of 400 samples; short samples finish first")
-        assert "of" not in facts(run_sections(SUMMARY))
+        part = facts(run_sections(replace(SUMMARY, ok=40, estimates=())))
+        assert part["no estimate"].startswith("50 of 400 samples are there; short samples finish first")
+        assert "no estimate" not in facts(run_sections(SUMMARY))
 
     def test_no_row_at_all(self) -> None:
         assert facts(run_sections(replace(SUMMARY, ok=0, errors=400)))["result"].startswith("no row could be completed")
@@ -135,10 +139,16 @@ class TestRender:
         assert "[bold]1+1[/bold]" in stream.getvalue() and "prompt_too_long" in stream.getvalue()
 
     def test_status(self) -> None:
-        sections = status_sections({"state": "running", "rows": None, "ok": 1200, "accuracy": 0.25})
-        assert plain(sections) == "Status\n  state     running\n  ok        1,200\n  accuracy  0.2500 of the committed samples"
-        (partial,) = status_sections({"accuracy": 0.25, "pending": 5})
-        assert "short samples finish first" in partial.rows[0][1]
+        sections = status_sections({"state": "running", "rows": None, "ok": 1200})
+        assert plain(sections) == "Status\n  state  running\n  ok     1,200"
+
+    def test_a_part_of_the_samples_gives_no_estimate(self) -> None:
+        (partial,) = verdict_sections((), 57, 768)
+        assert partial.rows == (
+            ("no estimate", "57 of 768 samples are there; short samples finish first, so the final value will differ"),
+        )
+        (whole,) = verdict_sections(SUMMARY.estimates, 768, 768)
+        assert whole.rows[1] == ("pass@1", "0.2500  (0.2000 to 0.3000)")
 
     def test_status_of_a_running_job(self) -> None:
         pace = {"running_seconds": 70.0, "commit_seconds": 3.0, "samples_per_second": 12.0, "tokens_per_second": 1500.0}

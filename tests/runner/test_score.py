@@ -158,3 +158,27 @@ def test_refusals(rows: Path, judge: Path, tmp_path: Path) -> None:
     with Claim(out), pytest.raises(OutputError, match="another run is writing"):
         score(out, [f"verify.kind={judge}"])
     assert check(out).exit_code == 0
+
+
+def test_the_figures_follow_the_judge(rows: Path, judge: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    before = scripted_run(rows, out, verify=OLD)
+    names = ["mean score", "pass@1", "pass@2"]
+    assert [each.name for each in before.estimates] == names
+    scored = score(out, [f"verify.kind={judge}", "verify.answer=null"])
+    # Of 12 rows 6 are even, and one row is no prompt: its samples count as wrong.
+    assert [each.name for each in scored.estimates] == names
+    assert all(each.value == pytest.approx(6 / 13) and each.low < each.value < each.high for each in scored.estimates)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["pass_at_k"] == {"1": pytest.approx(6 / 13), "2": pytest.approx(6 / 13)}
+    assert summary["estimates"]["mean score"][0] == pytest.approx(6 / 13)
+
+
+def test_a_part_of_a_run_has_no_figures(rows: Path, tmp_path: Path) -> None:
+    with scripted_engine():
+        job = scripted_job(rows, tmp_path / "out", verify=OLD, engine={"max_running": 2})
+        stop = iter([False] * 8)
+        part = run(job, should_stop=lambda: not next(stop, False) and next(stop, None) is None)
+        assert part.pending and part.verifies and part.estimates == () and part.pass_at_k is None
+        assert score(tmp_path / "out").estimates == ()
+        assert run(job).estimates

@@ -79,6 +79,6 @@ def test_a_run(tmp_path: Path) -> None:
     rows.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"question": "no tests", "prompt": "x"}]))
     before = set(Path("/tmp").glob("tokabatch-code-*"))
     summary = scripted_run(rows, tmp_path / "out", verify={"kind": "code", "allow_code_execution": True})
-    assert (summary.ok, summary.unverified, summary.pass_at_k) == (10, 2, ((1, 0.0), (2, 0.0)))
+    assert (summary.ok, summary.unverified, summary.pass_at_k) == (10, 2, {1: 0.0, 2: 0.0})
     assert summary.unverified_reasons[0].startswith("the row has neither HumanEval's columns")
     assert set(Path("/tmp").glob("tokabatch-code-*")) <= before

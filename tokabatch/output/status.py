@@ -1,7 +1,7 @@
 """How far a run is, read from its output folder by anyone at any time.
 
 The shards are the journal: what they hold is what is done. Only footers and two or three small columns are read. This
-module does not know pass@k; it hands out the counts.
+module does not know pass@k.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokabatch.arrays import Bool, Int32, Int64
+from tokabatch.arrays import Bool, Int32
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import Books, read_manifest, read_summary
@@ -53,13 +53,6 @@ class Status:
             return None
         return Books(self.samples, self.ok, self.errors, self.cancelled).pending
 
-    @property
-    def accuracy(self) -> float | None:
-        """Correct samples over committed ones, error rows counted as wrong."""
-        if self.correct is None or not self.committed:
-            return None
-        return self.correct / self.committed
-
 
 @dataclass(frozen=True, slots=True)
 class Pace:
@@ -77,12 +70,10 @@ class Pace:
 @dataclass(frozen=True, slots=True)
 class Details:
     """The status with what a report shows beside it, of one listing. `lengths` are the output tokens of every finished sample,
-    in no particular order; `counts` the samples of each row that has any (errors, too) and those of them found correct, None
-    where the job does not verify."""
+    in no particular order."""
 
     status: Status
     lengths: Int32
-    counts: tuple[Int64, Int64] | None
 
 
 def read_status(path: Path) -> Status:
@@ -128,7 +119,7 @@ def read_details(path: Path) -> Details:
 
     def read() -> Details:
         status, shards = _status(folder)
-        return Details(status, _lengths(shards), None if status.correct is None else _counts(shards))
+        return Details(status, _lengths(shards))
 
     return consistently(read, path)
 
@@ -180,17 +171,6 @@ def _lengths(shards: Sequence[ListedFile]) -> Int32:
         for table in _groups(shards, ("status", "num_output_tokens"))
     ]
     return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
-
-
-def _counts(shards: Sequence[ListedFile]) -> tuple[Int64, Int64]:
-    samples, correct = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for table in _groups(shards, ("row_index", "correct")):
-        rows = table["row_index"].to_numpy()
-        size = max(len(samples), int(rows.max(initial=-1)) + 1)
-        samples = np.pad(samples, (0, size - len(samples))) + np.bincount(rows, minlength=size)
-        correct = np.pad(correct, (0, size - len(correct))) + np.bincount(rows[_flags(table)], minlength=size)
-    seen = samples > 0
-    return samples[seen], correct[seen]
 
 
 def _groups(shards: Sequence[ListedFile], columns: tuple[str, ...]) -> Iterator[pa.Table]:

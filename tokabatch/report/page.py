@@ -15,6 +15,7 @@ from tokabatch.output.excerpts import ErrorRows, Excerpt, Kind
 from tokabatch.report import plots
 from tokabatch.report.closing import errors_section
 from tokabatch.report.summary import seconds_text
+from tokabatch.scoring.estimates import Estimate
 
 _POINTS = 400
 _CHARACTERS = 4000
@@ -43,16 +44,6 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.45 ui-monospace,mono
 
 
 @dataclass(frozen=True, slots=True)
-class PassCurve:
-    """pass@k at each k with the bounds of its 95 % confidence band."""
-
-    ks: tuple[int, ...]
-    values: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class RunRecord:
     """All that a page shows. `summary` is the run's summary.json, of its last start; `steps` the columns of the steps of all
     starts, empty where none were recorded; `lengths` the output tokens of each sample that is ok; `facts` what the run was, as
@@ -67,7 +58,8 @@ class RunRecord:
     lengths: npt.NDArray[np.int32]
     summary: Mapping[str, Any]
     steps: Mapping[str, Float64]
-    pass_band: PassCurve | None
+    estimates: tuple[Estimate, ...] | None
+    """What the verdicts say; none while samples are missing, None where nothing is verified."""
     facts: Sequence[tuple[str, str]] = ()
     error_rows: ErrorRows | None = None
     samples_shown: Mapping[Kind, Sequence[Excerpt]] = field(default_factory=dict[Kind, Sequence[Excerpt]])
@@ -163,9 +155,13 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
                 False,
             )
         )
-    if run.pass_band is not None and run.pass_band.ks:
-        for place in {0, len(run.pass_band.ks) - 1}:
-            rows.append((f"pass@{run.pass_band.ks[place]}", f"{run.pass_band.values[place]:.1%}", False))
+    # The last of each kind, which is that of all samples, and pass@1.
+    last_of_kind = {each.name.rstrip("0123456789"): each for each in run.estimates or ()}
+    for each in run.estimates or ():
+        if each.name == "pass@1" or each in last_of_kind.values():
+            rows.append((f"{each.name} ({each.low:.1%} to {each.high:.1%})", f"{each.value:.1%}", False))
+    if run.estimates is not None and pending:
+        rows.append(("of pass@k before all samples are there: short ones finish first", "no estimate", True))
     if s.get("step_seconds"):
         rows.append(
             (
@@ -187,9 +183,11 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
     if len(run.lengths):
         note = f"median {np.median(run.lengths):,.0f}, longest {run.lengths.max():,}"
         figures.append(("Output lengths", note, plots.histogram(run.lengths, "output tokens of a sample")))
-    band = run.pass_band
-    if band is not None and band.ks:
-        figures.append(("pass@k", "mean over problems", plots.with_band(band.ks, band.values, band.low, band.high, "k")))
+    curve = [each for each in run.estimates or () if each.name.startswith("pass@")]
+    if curve:
+        ks = [int(each.name[5:]) for each in curve]
+        value, low, high = ([getattr(each, part) for each in curve] for part in ("value", "low", "high"))
+        figures.append(("pass@k", "mean over problems", plots.with_band(ks, value, low, high, "k")))
     s = run.summary
     if s.get("prompt_tokens"):
         labels, values = (

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from tokabatch.arrays import Int64
 from tokabatch.errors import OutputError
 from tokabatch.job.scalars import write_value
 from tokabatch.output.excerpts import error_rows, excerpts
@@ -17,8 +16,8 @@ from tokabatch.output.manifest import Manifest, read_manifest, read_summary
 from tokabatch.output.status import read_details
 from tokabatch.output.steps import read_steps
 from tokabatch.report.closing import PER_CODE
-from tokabatch.report.page import PassCurve, RunRecord, render_page
-from tokabatch.scoring.pass_at_k import curve_with_band
+from tokabatch.report.page import RunRecord, render_page
+from tokabatch.report.verdicts import read_estimates
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import consistently
 
@@ -63,7 +62,7 @@ def read_record(out: Path) -> RunRecord:
         lengths=details.lengths,
         summary=summary,
         steps=steps,
-        pass_band=_pass_band(*details.counts) if details.counts is not None else None,
+        estimates=read_estimates(out),
         facts=_facts(manifest, summary) if manifest else (),
         error_rows=error_rows(out, PER_CODE) if status.errors else None,
         samples_shown=excerpts(out, _SAMPLES, whole=True) if status.ok else {},
@@ -88,13 +87,3 @@ def _facts(manifest: Manifest, summary: Mapping[str, Any]) -> list[tuple[str, st
          f"Python {versions.python}"),
     ]  # fmt: skip
     return [(name, value) for name, value in rows if value.strip()]
-
-
-def _pass_band(samples: Int64, correct: Int64) -> PassCurve:
-    points = curve_with_band(samples, correct)
-    return PassCurve(
-        ks=tuple(point.k for point in points),
-        values=tuple(point.value for point in points),
-        low=tuple(point.low for point in points),
-        high=tuple(point.high for point in points),
-    )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tokabatch.job import Setting
+from tokabatch.scoring.estimates import Estimate
 
 _EXIT_WORDS = {
     0: "complete",
@@ -98,7 +99,10 @@ class RunSummary:
     dropped_steps: int = 0
     """Steps that the device had no memory for; those after them were half as large."""
     error_counts: tuple[tuple[str, int], ...] = ()
-    pass_at_k: Mapping[int, float] | None = None
+    verifies: bool = False
+    """Whether the job verifies its samples."""
+    estimates: tuple[Estimate, ...] = ()
+    """What the verdicts say once all samples are there: mean score, pass@k and so on, with intervals."""
     unverified: int = 0
     """Samples whose reference the verifier does not understand; pass@k counts them as wrong."""
     unverified_reasons: tuple[str, ...] = ()
@@ -121,6 +125,11 @@ class RunSummary:
     def pending(self) -> int:
         """Samples that a later run still owes."""
         return self.samples - self.ok - self.errors - self.cancelled
+
+    @property
+    def pass_at_k(self) -> Mapping[int, float] | None:
+        """pass@k by k; None where there is no estimate."""
+        return {int(each.name[5:]): each.value for each in self.estimates if each.name.startswith("pass@")} or None
 
     @property
     def work_seconds(self) -> float:
@@ -153,6 +162,7 @@ class RunSummary:
         values["error_counts"] = dict(self.error_counts)
         values["restarts"] = dict(self.restarts)
         values["pass_at_k"] = None if self.pass_at_k is None else {str(k): value for k, value in self.pass_at_k.items()}
+        values["estimates"] = {each.name: [each.value, each.low, each.high] for each in self.estimates}
         return values
 
 
@@ -256,14 +266,20 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
         sections.append(Section("Replicas", table, columns))
     if verbose:
         sections.append(Section("Engine", tuple(_engine(summary))))
-    if summary.pass_at_k is not None:
-        done = summary.samples - summary.pending
-        partial = ((("of", f"{_count(done)} of {_count(summary.samples)} samples; {_PARTIAL}"),)) if summary.pending else ()
-        rates = tuple((f"pass@{k}", f"{value:.4f}") for k, value in summary.pass_at_k.items())
-        unclear = (("not verified", f"{_count(summary.unverified)} samples, counted as wrong"),) if summary.unverified else ()
-        why = tuple(("because", reason) for reason in summary.unverified_reasons)
-        sections.append(Section("Verified", (*partial, *rates, *unclear, *why)))
+    if summary.verifies:
+        unclear = [("not verified", f"{_count(summary.unverified)} samples, counted as wrong")] if summary.unverified else []
+        why = [("because", reason) for reason in summary.unverified_reasons]
+        (verified,) = verdict_sections(summary.estimates, summary.samples - summary.pending, summary.samples)
+        sections.append(Section(verified.title, (*verified.rows, *unclear, *why)))
     return tuple(sections)
+
+
+def verdict_sections(estimates: Sequence[Estimate], done: int, samples: int | None) -> tuple[Section, ...]:
+    """What the verdicts say, of `done` samples of so many."""
+    rows = [(each.name, f"{each.value:.4f}  ({each.low:.4f} to {each.high:.4f})") for each in estimates]
+    if samples is not None and done < samples:
+        rows = [("no estimate", f"{_count(done)} of {_count(samples)} samples are there; {_PARTIAL}")]
+    return (Section("Verified", tuple(rows)),)
 
 
 def _engine(summary: RunSummary) -> list[tuple[str, str]]:
@@ -320,8 +336,6 @@ def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] 
         if value is None:
             continue
         text = f"{value:.4f}" if isinstance(value, float) else _count(value) if isinstance(value, int) else str(value)
-        if name == "accuracy":
-            text += " of the committed samples" + (f"; {_PARTIAL}" if values.get("pending") else "")
         rows.append((name.replace("_", " "), text))
     return (Section("Status", (*rows, *_pace(pace or {}))),)
 

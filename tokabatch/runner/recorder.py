@@ -40,7 +40,6 @@ from tokabatch.output.schema import (
 from tokabatch.output.shards import Shard, ShardWriter, count_ok, write_parquet
 from tokabatch.scheduling.contracts import Completion
 from tokabatch.scoring.judge import Verdict, verdict_columns
-from tokabatch.scoring.pass_at_k import curve
 from tokabatch.scoring.pool import Ticket, open_pool
 from tokabatch.workload import Workload
 
@@ -122,8 +121,6 @@ class Recorder:
         self._waiting = _Waiting(self._writer.num_rows)
         self._oldest: float | None = None
         """When the first sample that is not committed yet came in."""
-        self._num_samples = committed.drawn.counts()
-        self._num_correct = committed.correct.copy()
         self.num_unverified = committed.unverified
         """Samples without a verdict, mostly for want of a reference answer; pass@k counts them as wrong."""
         self._reasons: Counter[str] = Counter()
@@ -183,13 +180,6 @@ class Recorder:
         """End the processes of the judge."""
         if self._pool is not None:
             self._pool.close()
-
-    def pass_at_k(self) -> tuple[tuple[int, float], ...] | None:
-        """The curve over the rows seen so far; None when nothing is verified."""
-        if self._pool is None:
-            return None
-        seen = self._num_samples > 0
-        return tuple((point.k, point.value) for point in curve(self._num_samples[seen], self._num_correct[seen]))
 
     def _accept(self, failures: Sequence[FailedRow], completions: Sequence[Completion]) -> None:
         """From here on they are not lost."""
@@ -324,15 +314,13 @@ class Recorder:
         return [cut_at_stop(text, completion.stop_reason, len(before)) for text, completion, before in cut]
 
     def _count(self, table: pa.Table, sign: int = 1) -> None:
-        rows, ok = table["row_index"].to_numpy(), count_ok(table)
-        np.add.at(self._num_samples, rows, sign)
+        ok = count_ok(table)
         for code in table["error_code"].drop_null().to_pylist():
             self.error_counts[code] += sign
         self.num_ok += sign * ok
         if self._pool is None:
             return
         correct = table["correct"]
-        np.add.at(self._num_correct, rows[correct.fill_null(False).to_numpy()], sign)
         self.num_unverified += sign * (ok - (len(correct) - correct.null_count))
         for reason, count in Counter(table["verify_error"].drop_null().to_pylist()).items():
             if reason in self._reasons or len(self._reasons) < MAX_REASONS:

@@ -26,6 +26,7 @@ from tokabatch.output.shards import shard_number
 from tokabatch.output.steps import write_steps
 from tokabatch.report.progress import ExpendableProgress, NullProgress, Phase, Progress, ProgressSnapshot
 from tokabatch.report.summary import RunSummary
+from tokabatch.report.verdicts import read_estimates
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.make_replica import make_replica
@@ -111,6 +112,8 @@ def run(
             raise
         steps = replica.steps()
         summary = _summary(parts, steps, profile, exit_code, stalled=stalled)
+        if summary.verifies and not summary.pending:
+            summary = replace(summary, estimates=read_estimates(claim.folder.path) or ())
         with suppress(OSError, CommitError):
             # Where the disk is full, or another run writes, the summary goes to the caller alone.
             claim.check_lock()
@@ -317,7 +320,7 @@ def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_cod
         predicted_seconds=predicted[0] / num if predicted else None,
         predicted_by=predicted[1] if predicted else "",
         error_counts=tuple(sorted(recorder.error_counts.items())),
-        pass_at_k=None if (points := recorder.pass_at_k()) is None else dict(points),
+        verifies=parts.job.verify is not None,
         unverified=recorder.num_unverified,
         unverified_reasons=recorder.unverified_reasons,
     )

@@ -27,12 +27,16 @@ from tokabatch.output.manifest import (
     mark_success,
     read_job,
     read_manifest,
+    read_summary,
     write_manifest,
+    write_summary,
 )
 from tokabatch.output.remedy import refuse_faults, refuse_unrecorded, repair_command
 from tokabatch.output.schema import SAMPLE_SCHEMA, output_schema, verdict_fields, verdict_names
 from tokabatch.output.shards import count_ok, open_shard, read_groups, shard_number
+from tokabatch.report.verdicts import read_estimates
 from tokabatch.runner.interruption import Interruption
+from tokabatch.scoring.estimates import Estimate
 from tokabatch.scoring.judge import verdict_columns
 from tokabatch.scoring.pool import NOT_JUDGED, JudgePool, Ticket, open_pool
 from tokabatch.storage.listing import ListedFile, consistently
@@ -44,11 +48,15 @@ LOOK_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What was judged now: `judged` samples in `files`; `reasons` counts why some of them have no verdict."""
+    """What was judged now: `judged` samples in `files`; `reasons` counts why some of them have no verdict. `done` of the run's
+    `samples` are there, and `estimates` are what they say if those are all."""
 
     judged: int
     files: int
     reasons: Counter[str]
+    done: int
+    samples: int
+    estimates: tuple[Estimate, ...] = ()
 
 
 def score(
@@ -119,7 +127,8 @@ def _rejudge(
     claim.begin(
         manifest.run, manifest.marks, [(shard, file.mark) for shard, file in good], repair_command(claim.folder, manifest)
     )
-    scored = Scored(0, len(left), Counter())
+    done = sum(shard.rows for shard, _ in good)
+    scored = Scored(0, len(left), Counter(), done, manifest.samples)
     known = read_manifest(claim.folder)
     if left or known is None or known.marks != manifest.marks:
         # From here on the folder is not complete, whatever happens.
@@ -135,6 +144,12 @@ def _rejudge(
     assert claim.journal is not None
     shards = sorted((shard for shard, _ in claim.journal.shards.values()), key=lambda shard: shard_number(shard.name))
     mark_success(claim, shards, manifest.samples)
+    scored = replace(scored, estimates=read_estimates(claim.folder.path) or ())
+    summary = read_summary(claim.folder)
+    if summary:
+        told = {each.name: [each.value, each.low, each.high] for each in scored.estimates}
+        pass_at_k = {name[5:]: values[0] for name, values in told.items() if name.startswith("pass@")}
+        write_summary(claim, {**summary, "verifies": True, "estimates": told, "pass_at_k": pass_at_k or None})
     return scored
 
 

@@ -1,0 +1,110 @@
+"""Each figure against its definition: every subset of k samples counted, exactly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokabatch.scoring import estimates
+from tokabatch.scoring.estimates import Judged, estimate_all
+
+
+def judged(rows: list[list[tuple[bool, int, float]]], seed: int = 0) -> Judged:
+    """Samples (right, answer, log-probability) of each row, shuffled."""
+    flat = [(row, *sample) for row, samples in enumerate(rows) for sample in samples]
+    np.random.default_rng(seed).shuffle(flat)  # type: ignore[arg-type]
+    row, correct, answer, logprob = (np.array(each) for each in zip(*flat, strict=True))
+    return Judged(
+        row.astype(np.int64), correct.astype(bool), correct.astype(float), answer.astype(np.int64), logprob.astype(float)
+    )
+
+
+def values(found: tuple[estimates.Estimate, ...]) -> dict[str, float]:
+    return {each.name: each.value for each in found}
+
+
+def by_definition(rows: list[list[tuple[bool, int, float]]], k: int) -> dict[str, float]:
+    sums: Counter[str] = Counter()
+    for samples in rows:
+        subsets = list(combinations(samples, k))
+        for subset in subsets:
+            weight = 1 / len(subsets) / len(rows)
+            sums[f"pass@{k}"] += weight * any(right for right, *_ in subset)
+            sums[f"best-of-{k}"] += weight * max(subset, key=lambda sample: sample[2])[0]
+            votes = Counter(answer for _, answer, _ in subset if answer >= 0)
+            winners = [answer for answer, count in votes.items() if count == max(votes.values())]
+            right_of = {answer: right for right, answer, _ in samples}
+            sums[f"maj@{k}"] += weight * (np.mean([right_of[answer] for answer in winners]) if winners else 0.0)
+    return dict(sums)
+
+
+@st.composite
+def some_rows(draw: st.DrawFn) -> list[list[tuple[bool, int, float]]]:
+    n = draw(st.integers(3, 6))
+    rows: list[list[tuple[bool, int, float]]] = []
+    for _ in range(draw(st.integers(1, 4))):
+        right = draw(st.integers(0, 2))
+        answers = draw(st.lists(st.integers(-1, 2), min_size=n, max_size=n))
+        likely = draw(st.permutations(range(n)))
+        rows.append([(answer == right, answer, float(place)) for answer, place in zip(answers, likely, strict=True)])
+    return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(some_rows())
+def test_figures_equal_their_definitions(rows: list[list[tuple[bool, int, float]]]) -> None:
+    found, n = values(estimate_all(judged(rows))), len(rows[0])
+    assert found["mean score"] == pytest.approx(np.mean([right for row in rows for right, *_ in row]))
+    for k in {1, 2, 4 if n >= 4 else n, n}:
+        for name, value in by_definition(rows, k).items():
+            if name in found and (not name.startswith("maj") or k == n):
+                assert found[name] == pytest.approx(value, abs=1e-9), name
+    if any(answer >= 0 for row in rows for _, answer, _ in row):
+        assert f"maj@{n}" in found
+
+
+def test_majority_of_subsets_is_near_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(1)
+    rows = []
+    for _ in range(60):
+        answers = random.integers(0, 3, 8).tolist()
+        rows.append([(answer == 0, answer, float(place)) for place, answer in enumerate(answers)])
+    found = values(estimate_all(judged(rows)))
+    assert found["maj@4"] == pytest.approx(by_definition(rows, 4)["maj@4"], abs=0.02)
+    assert found["maj@8"] == pytest.approx(by_definition(rows, 8)["maj@8"], abs=1e-12)
+    assert estimate_all(judged(rows)) == estimate_all(judged(rows)), "the same at every call"
+
+
+def test_what_was_not_recorded_gives_no_figure() -> None:
+    rows = [[(True, -1, float("nan"))] * 4, [(False, -1, float("nan"))] * 4]
+    assert list(values(estimate_all(judged(rows)))) == ["mean score", "pass@1", "pass@2", "pass@4"]
+    none = np.zeros(0)
+    assert estimate_all(Judged(none.astype(int), none.astype(bool), none, none.astype(int), none)) == ()
+
+
+def test_intervals_hold_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 300 experiments with 50 problems each, about 95 % of the intervals hold the true pass@1; the normal one as well."""
+    monkeypatch.setattr(estimates, "RESAMPLES", 300)
+    for bootstrapped in (10**6, 1):
+        monkeypatch.setattr(estimates, "BOOTSTRAPPED_ROWS", bootstrapped)
+        random, held = np.random.default_rng(2), 0
+        for _ in range(300):
+            p = random.beta(2, 3, 50)
+            correct = (random.random((50, 8)) < p[:, None]).ravel()
+            row = np.repeat(np.arange(50), 8)
+            nothing = np.full(400, np.nan)
+            found = estimate_all(Judged(row, correct, correct.astype(float), np.full(400, -1), nothing))
+            pass_at_1 = next(each for each in found if each.name == "pass@1")
+            assert pass_at_1.low <= pass_at_1.value <= pass_at_1.high
+            held += pass_at_1.low <= 0.4 <= pass_at_1.high
+        assert 0.90 <= held / 300 <= 0.985
+
+
+def test_one_row_says_nothing_of_others() -> None:
+    (mean, *_) = estimate_all(judged([[(True, 0, 0.0), (False, 1, 1.0)]]))
+    assert (mean.value, mean.low, mean.high) == (0.5, 0.0, 1.0)

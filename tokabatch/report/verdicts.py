@@ -1,0 +1,29 @@
+"""What the verdicts of a run say, where all its samples are there; of a part of them, which are the short ones, nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from tokabatch.output.folder import OutputFolder
+from tokabatch.output.inspection import recorded_shards
+from tokabatch.output.manifest import read_manifest
+from tokabatch.output.verdicts import read_verdicts
+from tokabatch.scoring.estimates import Estimate, Judged, estimate_all
+from tokabatch.storage.listing import consistently
+
+
+def read_estimates(path: Path) -> tuple[Estimate, ...] | None:
+    """The figures of the output folder `path`; none while samples are missing, None where they are not judged. Raises
+    OutputError where the folder cannot be read, DamageError where it is damaged."""
+    folder = OutputFolder(path)
+
+    def read() -> tuple[Estimate, ...] | None:
+        manifest = read_manifest(folder)
+        found = read_verdicts(recorded_shards(folder, manifest))
+        if found is None:
+            return None
+        missing = manifest is not None and manifest.samples > len(found["row"])
+        return () if missing else estimate_all(Judged(**cast("dict[str, Any]", found)))
+
+    return consistently(read, path)

@@ -1,0 +1,112 @@
+"""What the verdicts of a run's samples say of the model, each figure with its 95 % interval.
+
+Every figure is the mean over rows of what one row estimates without bias, whatever its number of samples: the mean score;
+pass@k (`pass_at_k`); maj@k, whether the answer that most of k samples give is right, ties shared out; best-of-k, the score of
+the most likely of k samples by cumulative log-probability. Samples that ended in an error or have no verdict count as wrong.
+Intervals are the bootstrap's over rows (Efron, 1979; percentiles of 1,000 resamples), and for very many rows the normal one,
+which that approaches. This module does not know where the samples come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokabatch.arrays import Bool, Float64, Int64
+from tokabatch.scoring.pass_at_k import estimate, ks_of, log_binomials
+
+RESAMPLES = 1000
+BOOTSTRAPPED_ROWS = 20_000
+DRAWN_SAMPLES = 8_000_000
+"""Of random subsets, for one maj@k: so many samples are looked at, in 32 subsets of each row at most."""
+MOST_DRAWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One figure, such as `pass@4`, with the bounds of its interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The samples of a run, in any order, each array of shape [S]: its row, whether it is right, its score (0 where there is
+    none), the number of its answer (-1 where none was found; two samples of a row have the same where they answer the same),
+    and its cumulative log-probability (NaN where that was not recorded)."""
+
+    row: Int64
+    correct: Bool
+    score: Float64
+    answer: Int64
+    logprob: Float64
+
+
+def estimate_all(judged: Judged) -> tuple[Estimate, ...]:
+    """Every figure that the samples can give; maj@k needs answers, best-of-k log-probabilities. None for no samples."""
+    if not len(judged.row):
+        return ()
+    order = np.lexsort((judged.logprob, judged.row))
+    j = Judged(*(getattr(judged, name)[order] for name in ("row", "correct", "score", "answer", "logprob")))
+    begins = np.flatnonzero(np.diff(j.row, prepend=j.row[0] - 1))
+    n = np.diff(np.append(begins, len(j.row)))
+    ks = ks_of(n)
+    right = np.add.reduceat(j.correct.astype(np.int64), begins)
+    columns = {"mean score": np.add.reduceat(j.score, begins) / n}
+    columns |= {f"pass@{k}": estimate(n, right, k) for k in ks}
+    if (j.answer >= 0).any():
+        columns |= {f"maj@{k}": majority(j, begins, n, k) for k in ks if k > 2}
+    if not np.isnan(j.logprob).any():
+        columns |= {f"best-of-{k}": best_of(j.score, begins, n, k) for k in ks if k > 1}
+    return _with_intervals(list(columns), np.stack(list(columns.values()), axis=1))
+
+
+def majority(j: Judged, begins: Int64, n: Int64, k: int) -> Float64:
+    """maj@k of each row, shape [R]; `j` is ordered by row, of which each begins at `begins` and has `n` samples. Where k < n,
+    the mean over random subsets of k, the same at every call."""
+    rows = len(begins)
+    of_row = np.repeat(np.arange(rows), n)
+    # The answers of a row stand together, the rows in order: counts of one row are a range.
+    pairs, place = np.unique(np.stack((of_row, j.answer), axis=1), axis=0, return_inverse=True)
+    place = place.ravel()
+    valid = pairs[:, 1] >= 0
+    share_right = np.bincount(place, j.correct, len(pairs)) / np.bincount(place, minlength=len(pairs))
+    first = np.searchsorted(pairs[:, 0], np.arange(rows))
+    draws = 1 if (n == k).all() else int(np.clip(DRAWN_SAMPLES // len(of_row), 1, MOST_DRAWS))
+    random, total = np.random.default_rng(k), np.zeros(rows)
+    for _ in range(draws):
+        shuffled = np.lexsort((random.random(len(of_row)), of_row))
+        chosen = shuffled[np.arange(len(of_row)) - np.repeat(begins, n) < k]
+        votes = np.where(valid, np.bincount(place[chosen], minlength=len(pairs)), 0)
+        most = np.maximum.reduceat(votes, first)
+        wins = (votes == most[pairs[:, 0]]) & (votes > 0)
+        total += np.add.reduceat(wins * share_right, first) / np.maximum(np.add.reduceat(wins.astype(np.int64), first), 1)
+    return total / draws
+
+
+def best_of(score: Float64, begins: Int64, n: Int64, k: int) -> Float64:
+    """best-of-k of each row, shape [R]: `score` is ordered by row and by rising log-probability. The sample with i less likely
+    ones below it is the best of k with the chance C(i, k - 1) / C(n, k)."""
+    below = np.arange(len(score)) - np.repeat(begins, n)
+    possible = below >= k - 1
+    log_chance = log_binomials(np.where(possible, below, k - 1), k - 1) - np.repeat(log_binomials(n, k), n)
+    return np.add.reduceat(np.where(possible, np.exp(log_chance), 0.0) * score, begins)
+
+
+def _with_intervals(names: list[str], values: Float64) -> tuple[Estimate, ...]:
+    """`values` has shape [rows, figures]."""
+    rows, means = len(values), values.mean(axis=0)
+    if rows == 1:
+        low, high = np.zeros_like(means), np.ones_like(means)
+    elif rows > BOOTSTRAPPED_ROWS:
+        spread = 1.96 * values.std(axis=0, ddof=1) / rows**0.5
+        low, high = means - spread, means + spread
+    else:
+        random = np.random.default_rng(0)
+        resampled = np.stack([random.multinomial(rows, np.full(rows, 1 / rows)) @ values / rows for _ in range(RESAMPLES)])
+        low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
+    return tuple(Estimate(*each) for each in zip(names, means.tolist(), low.tolist(), high.tolist(), strict=True))
