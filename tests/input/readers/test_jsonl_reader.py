@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import given, settings
@@ -130,8 +134,47 @@ def test_a_damaged_compressed_file_is_refused(kind: str, tmp_path: Path) -> None
         read(path)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf_16_is_refused_with_the_remedy(tmp_path: Path, encoding: str) -> None:
-    (tmp_path / "x.jsonl").write_bytes(("\ufeff" + json.dumps({"a": 1}) + "\n").encode(encoding))
-    with pytest.raises(InputError, match=r"UTF-16.*iconv"):
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst"])
+@pytest.mark.parametrize("kind", ["", "gz", "zst"])
+def test_compression_is_read_from_the_content(kind: str, name: str, tmp_path: Path) -> None:
+    data = b"".join(json.dumps({"a": number}).encode() + b"\n" for number in range(3000))
+    (tmp_path / name).write_bytes(compressed(kind, data) if kind else data)
+    assert [row.columns for row in read(tmp_path / name)] == [{"a": number} for number in range(3000)]
+
+
+def parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"a": [1]}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+FOREIGN = {
+    "parquet": (parquet(), "a Parquet file.*rename it to .parquet"),
+    "array": (b'[{"a": 1}, {"a": 2}]', "a JSON array.*jq -c"),
+    "array_lines": (b'\xef\xbb\xbf[\n  {\n "a": 1}\n]', "a JSON array.*jq -c"),
+    "indented": (b'{\n  "a": 1\n}\n', "JSON over several lines.*jq -c"),
+    "utf_16": ('{"a": 1}\n'.encode("utf-16"), "UTF-16 text.*iconv"),
+    "utf_16_le": ('{"a": 1}\n'.encode("utf-16-le"), "UTF-16 text.*iconv"),
+    "utf_16_be": ('{"a": 1}\n'.encode("utf-16-be"), "UTF-16 text.*iconv"),
+    "utf_32": ('{"a": 1}\n'.encode("utf-32"), "UTF-32 text.*iconv -f UTF-32"),
+    "bzip2": (bz2.compress(b"{}"), "bunzip2"),
+    "xz": (lzma.compress(b"{}"), "unxz"),
+    "zip": (b"PK\x03\x04" + b"\0" * 40, "a ZIP archive"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "html": (b"<!DOCTYPE html>\n<html>", "a web page"),
+    "csv": (b"a,b\n" + b"1,2\n" * 200, "not one of its first 100 lines.*read_csv"),
+}
+
+
+@pytest.mark.parametrize("outside", ["", "gz"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_of_another_kind_is_refused_once_with_the_remedy(name: str, outside: str, tmp_path: Path) -> None:
+    data, message = FOREIGN[name]
+    (tmp_path / "x.jsonl").write_bytes(compressed(outside, data) if outside else data)
+    with pytest.raises(InputError, match=f"(?s)x.jsonl is .*{message}"):
         read(tmp_path / "x.jsonl")
+
+
+def test_faults_at_the_beginning_of_a_file_are_rows_while_they_are_few(write_rows: Callable[..., Path]) -> None:
+    rows = read(write_rows(*[b"{"] * 99, {"a": 1}, *[b"{"] * 300))
+    assert sum(row.error is not None for row in rows) == 399 and rows[99].columns == {"a": 1}

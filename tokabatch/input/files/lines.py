@@ -1,7 +1,8 @@
 """Bytes of a file, decompressed and cut into lines at `\\n` only, in bounded memory.
 
-This module knows nothing of JSON. A compressed file that ends too early or is damaged is refused, because how many rows are
-missing cannot be known; a line beyond the size limit is reported and skipped, never held.
+Whether it is compressed is read from its first bytes: a name may say otherwise. A compressed file that ends too early or is
+damaged is refused, because how many rows are missing cannot be known; a line beyond the size limit is reported and skipped,
+never held.
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import IO, Protocol
 
 import zstandard
 
 from tokabatch.errors import InputError
+from tokabatch.input.files.content import refuse_foreign
 from tokabatch.input.files.paths import InputFile, refuse_unreachable
 
 READ_BYTES = 1 << 20
 COMPRESSED_READ_BYTES = 16 << 10
 MAX_LINE_BYTES = 64 << 20
-GZIP_WINDOW = 31
+GZIP, GZIP_WINDOW = b"\x1f\x8b", 31
+ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +47,22 @@ class Decompressor(Protocol):
 
 
 def read_lines(file: InputFile, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
-    """Every line without its `\\n`; a last line without `\\n` counts, an empty piece after the last `\\n` does not."""
+    """Every line without its `\\n`; a last line without `\\n` counts, an empty piece after the last `\\n` does not. Raises
+    InputError for a file of another kind, which `refuse_foreign` knows."""
     with file.open() as stream:
-        yield from split_lines(_blocks(stream, file), max_line_bytes)
+        begin = next(_raw_blocks(stream, file, COMPRESSED_READ_BYTES), b"")
+        compression = ".gz" if begin.startswith(GZIP) else ".zst" if begin.startswith(ZSTD) else file.compression
+        if compression == file.compression and begin.lstrip()[:1] == b"{":
+            compression = ""
+        if compression == ".gz":
+            blocks = _inflate(begin, stream, file, lambda: zlib.decompressobj(GZIP_WINDOW))
+        elif compression == ".zst":
+            blocks = _inflate(begin, stream, file, lambda: zstandard.ZstdDecompressor().decompressobj())
+        else:
+            blocks = chain((begin,), _raw_blocks(stream, file, READ_BYTES))
+        first = next(blocks, b"")
+        refuse_foreign(file.path, first)
+        yield from split_lines(chain((first,), blocks), max_line_bytes)
 
 
 def split_lines(blocks: Iterator[bytes], max_line_bytes: int) -> Iterator[Line]:
@@ -71,14 +88,6 @@ def split_lines(blocks: Iterator[bytes], max_line_bytes: int) -> Iterator[Line]:
         yield Line(number, offset, b"".join(pending) if length <= max_line_bytes else None, length)
 
 
-def _blocks(stream: IO[bytes], file: InputFile) -> Iterator[bytes]:
-    if file.compression == ".gz":
-        return _inflate(stream, file, lambda: zlib.decompressobj(GZIP_WINDOW))
-    if file.compression == ".zst":
-        return _inflate(stream, file, lambda: zstandard.ZstdDecompressor().decompressobj())
-    return _raw_blocks(stream, file, READ_BYTES)
-
-
 def _raw_blocks(stream: IO[bytes], file: InputFile, size: int) -> Iterator[bytes]:
     try:
         while block := stream.read(size):
@@ -87,11 +96,11 @@ def _raw_blocks(stream: IO[bytes], file: InputFile, size: int) -> Iterator[bytes
         refuse_unreachable(file.path, error)
 
 
-def _inflate(stream: IO[bytes], file: InputFile, new: Callable[[], Decompressor]) -> Iterator[bytes]:
-    """Decompress one member or frame after another."""
+def _inflate(begin: bytes, stream: IO[bytes], file: InputFile, new: Callable[[], Decompressor]) -> Iterator[bytes]:
+    """Decompress one member or frame after another; `begin` has been read from the stream."""
     current: Decompressor | None = None
     consumed = 0
-    for block in _raw_blocks(stream, file, COMPRESSED_READ_BYTES):
+    for block in chain((begin,), _raw_blocks(stream, file, COMPRESSED_READ_BYTES)):
         data = block
         while data:
             current = current or new()

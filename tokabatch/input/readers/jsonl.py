@@ -1,7 +1,8 @@
 """JSON Lines, plain or compressed with gzip or zstd: one object a line, every faulty line a row with an error.
 
 A line is what stands between two `\\n`. Blank lines at the end of a file are no rows; a blank line before a further row is
-a fault of its own, so that line numbers and rows never drift apart unseen.
+a fault of its own, so that line numbers and rows never drift apart unseen. A file whose first lines are all faulty is no JSON
+Lines, and refused as a whole.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from tokabatch.input.files.strict_json import BAD_JSON, parse_object
 from tokabatch.input.rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, Row, RowBatch
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+MAX_LEADING_FAULTS = 100
+"""Faulty lines at the beginning of a file: so many have one cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,18 @@ class JsonLinesReader:
         texts: list[bytes] = []
         held = index = 0
         for file in self.files:
-            for line in _without_trailing_blanks(_without_mark(read_lines(file, self.max_line_bytes), file)):
+            leading = 0
+            for line in _without_trailing_blanks(read_lines(file, self.max_line_bytes)):
+                if line.number == 1 and line.data is not None:
+                    line = replace(line, data=line.data.removeprefix(BYTE_ORDER_MARK))
                 row = self._row(file, line, index)
+                leading += row.error is not None and leading == line.number - 1
+                if leading == MAX_LEADING_FAULTS:
+                    raise InputError(
+                        f"{file.path} is no JSON Lines: not one of its first {leading} lines is an object ({row.error}). "
+                        "Write one JSON object a line; CSV becomes that with pandas.read_csv(...).to_json(..., "
+                        "orient='records', lines=True)"
+                    )
                 rows.append(row)
                 texts.append((line.data or b"") if row.error is None else b"")
                 held += line.length
@@ -74,17 +86,3 @@ def _without_trailing_blanks(lines: Iterator[Line]) -> Iterator[Line]:
         yield from blanks
         blanks = []
         yield line
-
-
-def _without_mark(lines: Iterator[Line], file: InputFile) -> Iterator[Line]:
-    """A byte order mark in front of the first line is no part of it; UTF-16's tells that no line can be read."""
-    for line in lines:
-        if line.number > 1 or line.data is None:
-            yield line
-            continue
-        if line.data.startswith(UTF_16_MARKS):
-            raise InputError(
-                f"{file.path} is UTF-16 text, JSON Lines is UTF-8; convert it, for example with: "
-                "iconv -f UTF-16 -t UTF-8 old.jsonl > new.jsonl"
-            )
-        yield replace(line, data=line.data.removeprefix(BYTE_ORDER_MARK))

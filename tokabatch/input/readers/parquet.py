@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from tokabatch.errors import InputError
 from tokabatch.input.files.arrow_rows import rows_of
 from tokabatch.input.files.arrow_types import plain_array, plain_type
+from tokabatch.input.files.content import HEAD_BYTES, refuse_foreign
 from tokabatch.input.files.paths import InputFile, refuse_unreachable
 from tokabatch.input.rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, RowBatch
 
@@ -95,7 +96,16 @@ def _fitted(batch: pa.RecordBatch, field: pa.Field[Any]) -> pa.Array[Any]:
 def _opened(file: InputFile) -> Generator[pq.ParquetFile, None, None]:
     with file.open() as stream:
         with _faults_named(file):
-            parquet = pq.ParquetFile(stream, pre_buffer=False)
+            try:
+                parquet = pq.ParquetFile(stream, pre_buffer=False)
+            except pa.ArrowInvalid:
+                stream.seek(0)
+                begin = stream.read(HEAD_BYTES)
+                if begin.startswith(b"{"):
+                    raise InputError(f"{file.path} is JSON text, whatever its name says; rename it to .jsonl") from None
+                if not begin.startswith(b"PAR1"):
+                    refuse_foreign(file.path, begin)
+                raise
         yield parquet
 
 
@@ -103,6 +113,8 @@ def _opened(file: InputFile) -> Generator[pq.ParquetFile, None, None]:
 def _faults_named(file: InputFile) -> Generator[None, None, None]:
     try:
         yield
+    except InputError:
+        raise
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file.path} is not a readable Parquet file: {error}. Fetch or write it again.") from error
     except Exception as error:  # see `refuse_unreachable`
