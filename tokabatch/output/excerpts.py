@@ -152,7 +152,7 @@ def _candidates(table: pa.Table, whole: bool) -> dict[Kind, list[tuple[tuple[int
     if "correct" in table.column_names:
         right = table["correct"].fill_null(False).to_numpy().astype(np.bool_)
         masks = {"right": ok & right, "wrong": ok & ~right}
-    ranked = {kind: (mask, np.zeros(len(rows), np.int64)) for kind, mask in masks.items()}
+    ranked: dict[Kind, tuple[Bool, Int64]] = {kind: (mask, np.zeros(len(rows), np.int64)) for kind, mask in masks.items()}
     if whole:
         ranked["longest"] = (ok, -table["num_output_tokens"].fill_null(0).to_numpy().astype(np.int64))
     result: dict[Kind, list[tuple[tuple[int, int, int], int]]] = {}

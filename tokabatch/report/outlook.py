@@ -67,11 +67,12 @@ def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
     rate = outlook.output_tokens / outlook.seconds if outlook.seconds else 0.0
     idle = f"; idle at the end {', '.join(f'{share:.1%}' for share in outlook.idle)}" if len(outlook.idle) > 1 else ""
     layout = [("layout", f"{outlook.layout}{idle}")] if outlook.num_devices > 1 or idle else []
+    tail = f" ({outlook.tail_seconds / outlook.seconds:.1%})" if outlook.seconds else ""
     rows = [
         ("device", f"{outlook.device}; seconds from {outlook.cost_model}"),
         ("lengths", outlook.lengths),
         *layout,
-        ("time", f"{seconds_text(outlook.seconds)} ({outlook.hours:,.3f} device-hours{money}), loading apart"),
+        ("time", f"{seconds_text(outlook.seconds)} ({outlook.hours:,.3f} device-hours{money}), without loading the model"),
         ("output tokens", f"{outlook.output_tokens:,} ({rate:,.0f} per second), {outlook.samples:,} samples"),
         ("steps", f"{outlook.steps:,}"),
         ("prefilled tokens", f"{outlook.prefilled_tokens:,}"),
@@ -79,8 +80,8 @@ def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
         ("KV cache", f"{outlook.kv_tokens:,} tokens, {outlook.kv_mean:.1%} in use on average{waiting}"),
         ("over time", "".join(_BARS[min(8, round(share * 8))] for share in outlook.kv_over_time)),
         ("preemptions", f"{outlook.preemptions:,}, {outlook.waste:.2%} of tokens computed again"),
-        ("waits", f"{outlook.waited:.1%} of the steps of running samples, for pages"),
-        ("tail", f"{seconds_text(outlook.tail_seconds)} ({outlook.tail_seconds / max(outlook.seconds, 1e-9):.1%})"),
+        ("waiting", f"{outlook.waited:.1%} of the steps, running samples had to wait for KV cache"),
+        ("last samples", f"{seconds_text(outlook.tail_seconds)}{tail} with fewer than half of the samples running"),
         ("simulated in", seconds_text(outlook.simulated_in)),
     ]
     sections = [Section("Simulated run", tuple(rows))]

@@ -266,7 +266,7 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
         sections.append(Section("Replicas", table, columns))
     if verbose:
         sections.append(Section("Engine", tuple(_engine(summary))))
-    if summary.verifies:
+    if summary.verifies and summary.ok:
         unclear = [("not verified", f"{_count(summary.unverified)} samples, counted as wrong")] if summary.unverified else []
         why = [("because", reason) for reason in summary.unverified_reasons]
         (verified,) = verdict_sections(summary.estimates, summary.samples - summary.pending, summary.samples)
@@ -321,7 +321,7 @@ def plan_sections(report: PlanReport) -> tuple[Section, ...]:
     return (
         Section("Model", facts),
         Section("Work", _plan_work(report)),
-        Section("Replica", (("layout", report.layout), *_plan_replica(report.replica))),
+        Section("Engine", (("layout", report.layout), *_plan_replica(report.replica))),
         Section("Generation", tuple((s.key, s.value, s.source) for s in report.settings), ("key", "value", "from")),
         Section("First prompt", (("", text),)),
         Section(f"Its {_count(len(ids))} token ids", (("", shown),)),

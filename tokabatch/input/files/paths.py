@@ -17,6 +17,15 @@ from tokabatch.errors import InputError
 
 COMPRESSIONS = (".gz", ".zst")
 GLOB_CHARACTERS = "*?["
+_PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "http": "aiohttp requests",
+    "https": "aiohttp requests",
+}
+"""What fsspec needs for a URL, by its scheme."""
 ADVICE = {
     "json": "rename it to .jsonl if it holds one object a line; an array becomes that with: jq -c '.[]' data.json > data.jsonl",
     "ndjson": "rename it to .jsonl",
@@ -67,7 +76,9 @@ def find_files(path: str, formats: Collection[str], key: str) -> tuple[str, tupl
     try:
         fs, root = cast("tuple[AbstractFileSystem, str]", url_to_fs(path))
     except ImportError as error:
-        raise InputError(f"{place} needs another package: {error}") from error
+        package = _PACKAGES.get(path.partition("://")[0])
+        remedy = f"; `pip install {package}`" if package else ""
+        raise InputError(f"{place} needs another package: {error}{remedy}") from error
     except ValueError as error:
         raise InputError(f"{place} is not a URL that fsspec knows: {error}") from error
     except Exception as error:  # see `refuse_unreachable`
