@@ -88,6 +88,14 @@ def test_large_sizes_below_are_captured_before_fewer_samples_are_left():
     assert len(made) < 20
 
 
+def test_coarse_sizes_are_captured_before_the_first_step():
+    made: list[tuple[int, str]] = []
+    ladder = Ladder(5000, lambda size, kind: made.append((size, kind)))
+    ladder.prepare("a")
+    assert [size for size, _ in made] == [5000, 4096, 3072, 2048, 1536, 1024, 512, 256]
+    assert ladder.size(2100, "a") == 3072 and ladder.size(3, "a") == 256 and not ladder.make_ahead()
+
+
 class Redoing:
     """In the place of a recorder: a graph that is its work, done again, its outputs in the same place."""
 

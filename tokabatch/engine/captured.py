@@ -84,12 +84,12 @@ class BodyGraphs:
         self._ladder: Ladder[BodyKind, torch.cuda.CUDAGraph] = Ladder(most, self._capture)
 
     def prepare(self) -> None:
-        """Compile all kernels, and capture what needs the most memory, so that all else fits into that."""
+        """Compile all kernels, and capture the sizes that most steps run at."""
         self._words.zero_()
         self._words[4 + _aligned(1)] = self._cache.spare_slot
         for kind in (BodyKind(tiles=True), BodyKind(tiles=False)):
             self._recorder.trial(lambda kind=kind: self._compute(1, kind))
-        self._ladder.at(self._ladder.most, BodyKind(tiles=True))
+        self._ladder.prepare(BodyKind(tiles=True))
 
     def fit(self, step: StepBatch) -> BodyStep | None:
         """None for a step that is too large, or mostly long prompts: kernels of one purpose are faster at those."""
@@ -202,10 +202,10 @@ class HeadGraphs:
         self._ladder: Ladder[HeadKind, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = Ladder(most, self._capture)
 
     def prepare(self, kind: HeadKind) -> None:
-        """Capture what needs the most memory, so that all else fits into that."""
+        """Capture the sizes that most draws run at."""
         self._words.zero_()
         self._recorder.trial(lambda: self._compute(1, kind))
-        self._ladder.at(self._ladder.most, kind)
+        self._ladder.prepare(kind)
 
     def fit(self, rows: Int32, slots: Int32, positions: Int32) -> HeadStep:
         """Of a step that draws from `rows` of the hidden states, at least one."""
@@ -265,7 +265,7 @@ class CapturedSteps:
         self.head = HeadGraphs(decoder, self.body.hidden_TE, last_token, slots, num_rows, recorder)
 
     def prepare(self) -> None:
-        """Compile all kernels, and capture the largest of each: what the slots have been opened for so far is drawn."""
+        """Compile all kernels, and capture coarse sizes of each: what the slots have been opened for so far is drawn."""
         self.body.prepare()
         self.head.prepare(HeadKind(*self._slots.kinds(np.arange(len(self._slots.words) - 1, dtype=np.int32))))
 

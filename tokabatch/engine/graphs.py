@@ -15,6 +15,8 @@ FINEST, FINE_STEPS, COARSE_STEPS = 32, 32, 2
 """Sizes from one power of two to the next; few of them are captured at once."""
 SMALL = 1024
 """Up to here a step takes hardly longer than one of half the size: a power of two each is enough, none ahead below it."""
+LEAST_PREPARED = 256
+"""Smallest size that is captured before the first step."""
 WORTH = 16_384
 """Tokens that steps of one size were filled up with to a larger one, from which its own graph is worth capturing: that takes
 the host some 20 ms. A step alone may be filled up with a quarter of it."""
@@ -85,6 +87,12 @@ class Ladder(Generic[Kind, Made]):
         self._kinds: dict[Kind, None] = {}
         self._last = 0
         self._coarse = sorted(coarse_sizes(most), reverse=True)
+
+    def prepare(self, kind: Kind) -> None:
+        """Capture the coarse sizes before the first step: the largest first, so that all else fits into its memory."""
+        for size in self._coarse:
+            if size >= LEAST_PREPARED or size == self.most:
+                self.at(size, kind)
 
     def at(self, size: int, kind: Kind) -> Made:
         if (size, kind) not in self._made:
