@@ -38,6 +38,7 @@ from tokabatch.model.resolve import resolve_model
 from tokabatch.model.shards import check_mesh
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import named_dtype, resolve_dtype
+from tokabatch.output.reasoning import ReasoningTags, choose_tags
 from tokabatch.output.schema import FailedRow, output_schema, verdict_fields
 from tokabatch.output.shards import refuse_unwritable
 from tokabatch.parallel.layout import Layout, decide_layout, visible_devices
@@ -80,6 +81,8 @@ class Workload:
     samples_of_row: Int64
     """Samples of each row of the input, whether drawn already or not."""
     fingerprint: Fingerprint
+    tags: ReasoningTags | None = None
+    """Where texts are split into thinking and answer; None where they are not."""
     origin: Origin | None = None
     """What the tokenised input is made of; None where it cannot be kept."""
     taken_over: bool = False
@@ -172,6 +175,14 @@ def prepare(
             f"the tokenizer of {tokenizer.name!r} has ids up to {tokenizer.own_vocab_size - 1}, but the model in {folder} has "
             f"embeddings for {spec.vocab_size} only (config.json: vocab_size). Use the tokenizer that belongs to these weights."
         )
+    tags = None
+    if job.output.split_reasoning is not None:
+        tags = choose_tags(
+            job.output.split_reasoning,
+            templates=tokenizer.chat_templates.values(),
+            is_token=lambda text: len(tokenizer.encode_batch([text], False)[0]) == 1,
+            special=tokenizer.special_texts,
+        )
     generation, settings = effective_generation(job, folder)
     _check_generation(generation, spec, tokenizer)
     ends = find_end_tokens(folder, tokenizer)
@@ -207,6 +218,7 @@ def prepare(
         columns=job.output.columns,
         id_column=job.input.id_column,
         verdicts=() if judge is None else verdict_fields(judge.columns),
+        reasoning=tags is not None,
         scored=job.mode == "score",
     )
     refuse_unwritable(schema)
@@ -237,6 +249,7 @@ def prepare(
             *(() if pool is None or taken_over else _reference_notes(store, pool, job.verify.answer if job.verify else None)),
             *describe_stops(_stops(store, generation), tokenizer, tokenizer.special_texts),
         ),
+        tags=tags,
         origin=origin,
         taken_over=taken_over is not None,
     )

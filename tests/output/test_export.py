@@ -57,7 +57,7 @@ def write_output(
                     texts=[f"text of {made.row_index}" for made in chunk],
                     ids=[str(row) for row in rows],
                     columns=inputs.take(pa.array(rows)),
-                    verdicts={"correct": [made.sample_index == 1 for made in chunk]},
+                    more={"correct": [made.sample_index == 1 for made in chunk]},
                 )
             )
         writer.close()

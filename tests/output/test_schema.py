@@ -53,7 +53,7 @@ def table(completions: list[Completion], failures: list[FailedRow] = [], **chang
         "columns": columns(num_rows),
         **changes,
     }
-    schema = output_schema(INPUTS, verdicts=VERDICT_FIELDS if "verdicts" in changes else ())
+    schema = output_schema(INPUTS, verdicts=VERDICT_FIELDS if "more" in changes else ())
     built = build_table(schema, completions, failures, **fields)  # type: ignore[arg-type]
     built.validate(full=True)
     assert built.schema.equals(schema)
@@ -111,7 +111,7 @@ def test_an_unknown_column_names_the_nearest() -> None:
 
 
 def test_a_completion_becomes_one_row() -> None:
-    row = table([completion(3, 1, [5, 6, 2], finish_reason="stop", stop_reason=2)], verdicts=verdicts([True])).to_pylist()[0]
+    row = table([completion(3, 1, [5, 6, 2], finish_reason="stop", stop_reason=2)], more=verdicts([True])).to_pylist()[0]
     assert row == {
         "id": "id 0",
         "row_index": 3,
@@ -138,7 +138,7 @@ def test_a_completion_becomes_one_row() -> None:
 
 def test_a_failed_row_becomes_n_error_rows() -> None:
     failure = FailedRow(9, samples(3), RowError("empty_prompt", "the prompt has no tokens"))
-    rows = table([completion(0, 0, [1])], [failure], verdicts=verdicts([False])).to_pylist()
+    rows = table([completion(0, 0, [1])], [failure], more=verdicts([False])).to_pylist()
     assert [(row["row_index"], row["sample_index"], row["status"]) for row in rows] == [
         (0, 0, "ok"),
         *((9, sample, "error") for sample in range(3)),
@@ -151,7 +151,7 @@ def test_a_failed_row_becomes_n_error_rows() -> None:
 
 def test_a_completion_with_an_error_keeps_only_the_prompts_counts() -> None:
     broken = completion(0, 0, [1, 2], top=2, error_code="nan_logits", error_message="no finite logits")
-    first, second = table([broken, completion(0, 1, [8], top=1)], verdicts=verdicts([True, True])).to_pylist()
+    first, second = table([broken, completion(0, 1, [8], top=1)], more=verdicts([True, True])).to_pylist()
     assert (first["status"], first["error_code"], first["correct"]) == ("error", "nan_logits", None)
     assert (first["num_prompt_tokens"], first["num_output_tokens"], first["token_ids"]) == (7, None, None)
     assert second["token_ids"] == [8]

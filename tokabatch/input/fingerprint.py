@@ -57,6 +57,7 @@ def describe(
     if few_shot := job.prompt.few_shot:
         prompt["few_shot"] = _mark(render_few_shot(few_shot.path, few_shot.k, few_shot.template).encode())
     neutral = {name for name in PENALTIES if getattr(generation, name) == GenerationConfig.model_fields[name].default}
+    split = job.output.split_reasoning
     drawn = generation.model_dump(mode="json", exclude={"n", *neutral}) | {"end tokens": eos_token_ids}
     sections: dict[str, Mapping[str, Any]] = {
         "model": {"dtype": dtype, "quantization": job.model.quantization},
@@ -64,7 +65,7 @@ def describe(
         "input": {"id_column": job.input.id_column},
         "prompt": prompt,
         "generation": drawn,
-        "output": {"columns": job.output.columns},
+        "output": {"columns": job.output.columns, **({"split_reasoning": split} if split else {})},
         "job": {"mode": job.mode} if job.mode != "generate" else {},
     }
     for section, values in sections.items():

@@ -121,6 +121,7 @@ def _finite(value: float) -> float:
 
 
 Auto = Literal["auto"]
+_Tuple = BeforeValidator(_tuple)
 _Text = Annotated[str, Field(min_length=1)]
 _Count = Annotated[int, Field(ge=1, le=MAX_INT32)]
 _Finite = Annotated[float, AfterValidator(_finite)]
@@ -154,6 +155,11 @@ TemplateKwargs = Annotated[
     Accepts("a mapping of the chat template's variables", "{enable_thinking: false}"),
 ]
 
+Tags = Annotated[
+    Literal["auto"] | tuple[_Text, _Text] | None,
+    _Tuple,
+    Accepts("auto, the begin and the end tag, or null", '["<think>", "</think>"]'),
+]
 Options = Annotated[dict[str, Any], AfterValidator(_options), Accepts("a mapping of names to values", "{strict: true}")]
 Flag = Annotated[bool, Accepts("true or false", "true")]
 AutoFlag = Annotated[Auto | bool, Accepts("auto, true or false", "auto")]
@@ -197,8 +203,6 @@ Fraction = Annotated[_Finite, Field(ge=0, le=1), Accepts("a number from 0 to 1",
 Number = Annotated[_Finite, Accepts("a finite number", "0.5")]
 Bytes = Annotated[int, Field(ge=1 << 26, le=MAX_INT64), Accepts("a number of bytes, 64M or more", "4G")]
 Seconds = Annotated[_Finite, Field(gt=0), Accepts("a number of seconds above 0", "30")]
-
-_Tuple = BeforeValidator(_tuple)
 
 Texts = Annotated[tuple[_Text, ...], BeforeValidator(_texts), Accepts("a non-empty text, or a list of them", '["\\n\\n"]')]
 TokenIds = Annotated[

@@ -273,6 +273,10 @@ class OutputConfig(_Section):
     rows_per_shard: fields.Count = Field(default=50000, description="Most samples in one Parquet file.")
     flush_seconds: fields.Seconds = Field(default=30.0, description="Finished samples are on disk after at most so long.")
     columns: fields.Columns = Field(default="all", description="Input columns to carry over to the output.")
+    split_reasoning: fields.Tags = Field(
+        default=None,
+        description="Columns reasoning_text and answer_text, the latter being what is judged: auto, by the model's own tags.",
+    )
 
 
 class TraceConfig(_Section):

@@ -21,7 +21,7 @@ from tokabatch.arrays import Bool, Int64
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import read_manifest
-from tokabatch.output.schema import CORRECT, SAMPLE_SCHEMA, verdict_names
+from tokabatch.output.schema import CORRECT, own_names, verdict_names
 from tokabatch.output.shards import open_shard
 from tokabatch.storage.listing import ListedFile, consistently
 
@@ -170,7 +170,7 @@ def _read(shard: ListedFile, place: _Place) -> Excerpt:
         schema = file.schema_arrow
         names = [name for name in schema.names if name not in _LONG_COLUMNS]
         table = file.read_row_group(place.group, columns=names).slice(place.offset, 1)
-    own = {*SAMPLE_SCHEMA.names, *verdict_names(schema)}
+    own = own_names(schema)
     (values,) = table.to_pylist()
     return Excerpt(
         values["row_index"],

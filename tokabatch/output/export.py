@@ -31,7 +31,7 @@ from tokabatch.output.inspection import inspect
 from tokabatch.output.json_lines import flatten, write_json_lines
 from tokabatch.output.manifest import read_manifest
 from tokabatch.output.remedy import refuse_faults, refuse_unrecorded
-from tokabatch.output.schema import CORRECT, SAMPLE_SCHEMA, verdict_names
+from tokabatch.output.schema import CORRECT, own_names, verdict_names
 from tokabatch.output.scratch import scratch_folder
 from tokabatch.output.shards import ARROW_BYTES_KEY, PARQUET_OPTIONS, open_shard, read_groups
 from tokabatch.storage.listing import ListedFile, consistently
@@ -152,8 +152,7 @@ def nest(table: pa.Table) -> pa.Table:
     """One record a row from a table ordered by row and sample: `id`, `row_index`, the input columns, then `samples`."""
     rows = table["row_index"].to_numpy()
     first = np.flatnonzero(_begins(rows))
-    sample_names = [name for name in (*SAMPLE_SCHEMA.names, *verdict_names(table.schema)) if name in table.column_names]
-    sample_names = [name for name in sample_names if name not in _ROW_FIELDS]
+    sample_names = [name for name in own_names(table.schema) if name not in _ROW_FIELDS]
     outer = table.select([name for name in table.column_names if name not in sample_names]).take(pa.array(first))
     inner = table.select(sample_names)
     if not sample_names:

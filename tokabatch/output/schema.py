@@ -55,6 +55,9 @@ _WHO_AND_WHAT = ("row_index", "sample_index", "status", "error_code", "error_mes
 _MAX_ENTRIES = (1 << 31) - 1
 """Of the lists in one table, all rows together: their offsets are 32 bits wide."""
 _MAX_FAULT = 300
+_OF_SAMPLE = {b"tokabatch.column": b"sample"}
+REASONING_FIELDS = tuple(pa.field(name, pa.string(), metadata=_OF_SAMPLE) for name in ("reasoning_text", "answer_text"))
+"""Follow where the job splits texts (`output.split_reasoning`); null where a text has no such part."""
 _OF_VERDICT = {b"tokabatch.column": b"verdict"}
 VERDICT_FIELDS = tuple(
     pa.field(name, kind, metadata=_OF_VERDICT)
@@ -90,15 +93,16 @@ def output_schema(
     columns: Literal["all"] | Sequence[str] = "all",
     id_column: str | None = None,
     verdicts: Sequence[pa.Field[Any]] = (),
+    reasoning: bool = False,
     scored: bool = False,
 ) -> pa.Schema:
-    """Our columns, `verdicts` among them and SCORE_FIELDS where texts are scored, then those of the input that `columns`
-    names, in the input's order.
+    """Our columns, `verdicts` among them, REASONING_FIELDS where texts are split and SCORE_FIELDS where they are scored, then
+    those of the input that `columns` names, in the input's order.
 
     An input column `id` that is the id column is not repeated: our `id` carries it. Raises OutputError for a column that
     the input does not have and for a name that is ours.
     """
-    ours = [*SAMPLE_SCHEMA, *(SCORE_FIELDS if scored else ()), *verdicts]
+    ours = [*SAMPLE_SCHEMA, *(SCORE_FIELDS if scored else ()), *(REASONING_FIELDS if reasoning else ()), *verdicts]
     own_names = {field.name for field in ours}
     if columns != "all":
         for name in columns:
@@ -123,6 +127,13 @@ def verdict_fields(columns: Mapping[str, str]) -> tuple[pa.Field[Any], ...]:
     """The columns of a job whose judge has these of its own, by name and Arrow type."""
     own = [pa.field(name, pa.type_for_alias(kind), metadata=_OF_VERDICT) for name, kind in columns.items()]
     return (*VERDICT_FIELDS, *own)
+
+
+def own_names(schema: pa.Schema) -> list[str]:
+    """The columns of `schema` that are not the input's."""
+    marked = [field.name for field in schema if b"tokabatch.column" in (field.metadata or {})]
+    known = dict.fromkeys((*SAMPLE_SCHEMA.names, *marked, *verdict_names(schema)))
+    return [name for name in known if name in schema.names]
 
 
 def verdict_names(schema: pa.Schema) -> list[str]:
@@ -168,12 +179,12 @@ def build_table(
     texts: Sequence[str],
     ids: pa.Array | pa.ChunkedArray | Sequence[str],
     columns: pa.Table,
-    verdicts: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+    more: Mapping[str, Sequence[Any]] = MappingProxyType({}),
 ) -> pa.Table:
     """A table of `schema`, which may be a part of an output's, with a row for each completion, then `num_samples` for each
     failure.
 
-    `texts` and each of `verdicts`, the columns of a job that verifies, have an entry for each completion. `ids` and `columns`
+    `texts` and each of `more`, split texts and verdicts by column, have an entry for each completion. `ids` and `columns`
     have one for each row of the table (see `sample_keys`); of `columns`, those in the schema are taken. A completion with an
     `error_code` becomes an error row; its text and verdict are not used.
     """
@@ -211,7 +222,7 @@ def build_table(
         "logprobs": lambda: _logprob_column(completions, nulls),
         "error_code": lambda: of_errors([c.error_code for c in completions], lambda error: error.code),
         "error_message": lambda: of_errors([c.error_message for c in completions], lambda error: error.message),
-        **{name: lambda values=values: of_good(values) for name, values in verdicts.items()},
+        **{name: lambda values=values: of_good(values) for name, values in more.items()},
     }
     if any(field.metadata == _OF_SCORE for field in schema):
         own["is_greedy"] = lambda: of_good([c.score and c.score.greedy for c in completions])

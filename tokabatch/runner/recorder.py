@@ -25,6 +25,7 @@ from tokabatch.errors import STOPS, TokabatchError
 from tokabatch.job import Job
 from tokabatch.output.existing_results import Committed
 from tokabatch.output.folder import Claim
+from tokabatch.output.reasoning import split_reasoning
 from tokabatch.output.schema import (
     CANNOT_BE_WRITTEN,
     FailedRow,
@@ -50,6 +51,8 @@ PIECE_BYTES = 64 << 20
 TOKEN_BYTES, LOGPROB_BYTES, ALTERNATIVE_BYTES = 24, 16, 16
 """By estimate: a token with its text, its logprob, one alternative to it."""
 SAMPLE_BYTES = 1024
+TAG_TOKENS = 16
+"""Of a prompt's end are looked at for a tag."""
 LOOK_SECONDS, HURRIED_SECONDS = 0.2, 10.0
 SHOWN_REASONS, MAX_REASONS = 3, 1000
 MOST_UNJUDGED = 4096
@@ -107,6 +110,7 @@ class Recorder:
         self._store = store
         self._pool = open_pool(job.verify) if job.verify else None
         self._schema = workload.output_schema
+        self._tags = workload.tags
         self._verdict_names = verdict_names(self._schema) if job.verify else []
         self._writer = ShardWriter(
             claim,
@@ -216,7 +220,10 @@ class Recorder:
             new[0].ticket = Ticket("", {})
             new[0].ticket.verdict = Verdict.none(f"{type(error).__name__}: {error}")
             return
-        for each, text, ticket in zip(new, texts, self._pool.submit(texts, rows), strict=True):
+        answers = texts
+        if self._tags is not None:
+            answers = [answer or "" for _, answer in self._split([each.completion for each in new], texts)]
+        for each, text, ticket in zip(new, texts, self._pool.submit(answers, rows), strict=True):
             each.text, each.ticket = text, ticket
 
     def _ready(self) -> tuple[_Finished, ...]:
@@ -296,12 +303,29 @@ class Recorder:
         rows, _ = sample_keys(completions, failures)
         columns = self._store.columns(rows, [name for name in self._store.column_schema.names if name in schema.names])
         texts = [""] * len(completions)
-        if "text" in schema.names:
+        split = self._tags is not None and not {"reasoning_text", "answer_text"}.isdisjoint(schema.names)
+        if "text" in schema.names or split:
             texts = [each.text for each in finished if each.text is not None]
             texts = texts if len(texts) == len(finished) else self._texts(completions)
-        verdicts = verdict_columns([each.verdict for each in finished], self._verdict_names)
+        more = verdict_columns([each.verdict for each in finished], self._verdict_names)
+        if split:
+            parts = self._split(completions, texts)
+            more |= {"reasoning_text": [part for part, _ in parts], "answer_text": [part for _, part in parts]}
         ids = self._store.ids(rows) if "id" in schema.names else []
-        return build_table(schema, completions, failures, texts=texts, ids=ids, columns=columns, verdicts=verdicts)
+        return build_table(schema, completions, failures, texts=texts, ids=ids, columns=columns, more=more)
+
+    def _split(self, completions: Sequence[Completion], texts: Sequence[str]) -> list[tuple[str | None, str | None]]:
+        """The thinking and the answer of each text. Whether the prompt began the thinking is looked at where the text does not
+        tell."""
+        assert self._tags is not None
+        tags, parts = self._tags, list[tuple[str | None, str | None]]()
+        for completion, text in zip(completions, texts, strict=True):
+            begun = False
+            if tags.end not in text:
+                tail = self._store.prompt(completion.row_index)[-TAG_TOKENS:].tolist()
+                begun = self._tokenizer.decode_batch([tail], skip_special_tokens=False)[0].rstrip().endswith(tags.begin)
+            parts.append(split_reasoning(text, tags, begun=begun))
+        return parts
 
     def _texts(self, completions: Sequence[Completion]) -> list[str]:
         texts = self._tokenizer.decode_batch([text_token_ids(completion) for completion in completions])

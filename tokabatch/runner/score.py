@@ -32,7 +32,7 @@ from tokabatch.output.manifest import (
     write_summary,
 )
 from tokabatch.output.remedy import refuse_faults, refuse_unrecorded, repair_command
-from tokabatch.output.schema import SAMPLE_SCHEMA, output_schema, verdict_fields, verdict_names
+from tokabatch.output.schema import SCORE_FIELDS, output_schema, own_names, verdict_fields, verdict_names
 from tokabatch.output.shards import count_ok, open_shard, read_groups, shard_number
 from tokabatch.report.verdicts import read_estimates
 from tokabatch.runner.interruption import Interruption
@@ -157,11 +157,13 @@ def _judged(file: ListedFile, own: Sequence[pa.Field[Any]], pool: JudgePool, sto
     """The samples of a shard with new verdicts, in pieces."""
     for table in read_groups(file, None):
         before = verdict_names(table.schema)
-        inputs = [name for name in table.column_names if name not in (*SAMPLE_SCHEMA.names, *before)]
+        ours = own_names(table.schema)
+        inputs = [name for name in table.column_names if name not in ours]
+        judged = "answer_text" if "answer_text" in ours else "text"
         rows = table.select(inputs).to_pylist() if inputs else [{}] * table.num_rows
         ids = table["id"].to_pylist()
         good = [status == "ok" for status in table["status"].to_pylist()]
-        texts = [text if ok else None for text, ok in zip(table["text"].to_pylist(), good, strict=True)]
+        texts = [(text or "") if ok else None for text, ok in zip(table[judged].to_pylist(), good, strict=True)]
         tickets: list[Ticket | None] = []
         for begin in range(0, len(texts), SUBMITTED_SAMPLES):
             part = range(begin, min(begin + SUBMITTED_SAMPLES, len(texts)))
@@ -172,7 +174,8 @@ def _judged(file: ListedFile, own: Sequence[pa.Field[Any]], pool: JudgePool, sto
             of_place = dict(zip(asked, made, strict=True))
             tickets += [of_place.get(place) for place in part]
         stop.check()
-        schema = output_schema(pa.schema([table.schema.field(name) for name in inputs], table.schema.metadata), verdicts=own)
+        kept = pa.schema([table.schema.field(name) for name in inputs], table.schema.metadata)
+        schema = output_schema(kept, verdicts=own, reasoning=judged == "answer_text", scored=SCORE_FIELDS[0].name in ours)
         told = verdict_columns([ticket and ticket.verdict for ticket in tickets], [field.name for field in own])
         columns = {name: table[name] for name in table.column_names if name not in before}
         columns |= {field.name: pa.array(told[field.name], field.type) for field in own}
@@ -184,7 +187,7 @@ def _check_columns(files: Sequence[ListedFile], own: Sequence[pa.Field[Any]], jo
     for file in files[:1]:
         with open_shard(file) as parquet:
             found = parquet.schema_arrow
-        inputs = [field for field in found if field.name not in (*SAMPLE_SCHEMA.names, *verdict_names(found))]
+        inputs = [field for field in found if field.name not in own_names(found)]
         output_schema(pa.schema(inputs), verdicts=own)
         answer = job.verify.answer if job.verify else None
         names = ["id", *(field.name for field in inputs)]
