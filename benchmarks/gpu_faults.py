@@ -5,7 +5,8 @@ random order at random moments: half of the kills whenever they come, loading in
 given results. The check afterwards reads the shards with plain pyarrow: every (row, sample) once, every sample ok and of full
 length, the faults counted in the summary. Exit 1 where it fails. With --compare an undisturbed run of one rank follows, and the
 share of samples with the same tokens is told: all of them on a CPU in float64, fewer in other types, whose sums depend on the
-company. With --tensor and --pipeline the worker has several ranks, any of which is struck; --kills 0 --stops 0 only compares.
+company. With --tensor and --pipeline the worker has several ranks, any of which is struck; with --replicas so many schedulers,
+each with its worker, and any of these processes is struck. --kills 0 --stops 0 only compares.
 
     python -m benchmarks.gpu_faults                                              Llama-3.2-1B shapes, bfloat16, on a GPU
     python -m benchmarks.gpu_faults --shape tiny --device cpu --dtype float64 --rows 256 --kills 2 --stops 1 --compare
@@ -42,12 +43,13 @@ USED_IDS = 600
 
 
 class Faults(NullProgress):
-    """Strikes the worker. Each worker is stopped once at most; a fault has been used up when it was sent."""
+    """Strikes the worker, or with several `replicas` any of their processes. Each is stopped once at most; a fault has been
+    used up when it was sent."""
 
     interval = 0.1
 
-    def __init__(self, kills: int, stops: int, longest: float, seed: int, ranks: int) -> None:
-        self._ranks = ranks
+    def __init__(self, kills: int, stops: int, longest: float, seed: int, ranks: int, replicas: int) -> None:
+        self._ranks, self._replicas = ranks, replicas
         self._random = random.Random(seed)
         self._due = [signal.SIGKILL] * kills + [signal.SIGSTOP] * stops
         self._random.shuffle(self._due)
@@ -72,8 +74,8 @@ class Faults(NullProgress):
 
     def _strike(self) -> None:
         while self._due and not self._over.is_set():
-            worker = self._next_worker()
-            if worker is None:
+            victim = self._next_victim()
+            if victim is None:
                 return
             number = self._due.pop()
             if number == signal.SIGSTOP or self._random.random() < 0.5:
@@ -84,16 +86,21 @@ class Faults(NullProgress):
             if self._over.is_set():
                 return
             with suppress(psutil.NoSuchProcess):
-                self._struck |= {each.pid for each in self._workers()}
-                worker.send_signal(number)
+                # What ends with it: the other ranks, or the worker of a scheduler.
+                scheduler = victim if victim.children() else victim.parent()
+                self._struck |= {victim.pid, *(each.pid for each in scheduler.children())}
+                victim.send_signal(number)
                 self.sent.append(number)
 
-    def _next_worker(self) -> psutil.Process | None:
-        """The worker, or a rank of it, once the one that was struck last is gone."""
+    def _next_victim(self) -> psutil.Process | None:
+        """A worker, a rank of one, or one of several schedulers, once others are in the place of those struck before."""
         while not self._over.is_set():
-            fresh = [child for child in self._workers() if child.pid not in self._struck]
-            if len(fresh) == self._ranks:
-                return self._random.choice(fresh)
+            with suppress(psutil.NoSuchProcess):
+                fresh = [child for child in self._workers() if child.pid not in self._struck]
+                schedulers = {worker.ppid() for worker in fresh} - self._struck
+                if len(fresh) == self._ranks * self._replicas and len(schedulers) == self._replicas:
+                    whole = [*fresh, *map(psutil.Process, sorted(schedulers))]
+                    return self._random.choice(whole if self._replicas > 1 else fresh)
             time.sleep(0.02)
         return None
 
@@ -155,8 +162,13 @@ def check(arguments: argparse.Namespace, summary: RunSummary, faults: Faults, ou
     assert (kills, stops) == (arguments.kills, arguments.stops), (
         f"the run ended after {kills} kills and {stops} stops: more rows"
     )
-    assert restarts == {cause: count for cause, count in (("killed", kills), ("hung", stops)) if count}, restarts
-    assert (summary.recomputed_tokens > 0 or not restarts) and len(faults.told) >= kills + stops
+    if arguments.replicas > 1:
+        # A scheduler that is killed may not have told yet of a worker that was.
+        assert set(restarts) <= {"killed", "hung", "scheduler"} and sum(restarts.values()) <= kills + stops, restarts
+        assert len(faults.told) >= sum(restarts.values()) > 0 or not kills + stops
+    else:
+        assert restarts == {cause: count for cause, count in (("killed", kills), ("hung", stops)) if count}, restarts
+        assert (summary.recomputed_tokens > 0 or not restarts) and len(faults.told) >= kills + stops
     return samples
 
 
@@ -174,6 +186,7 @@ def main() -> None:
     parser.add_argument("--hang-seconds", type=float, default=1.5)
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true", help="Compare with an undisturbed run.")
     arguments = parser.parse_args()
@@ -181,11 +194,16 @@ def main() -> None:
         folder = Path(scratch)
         write_model(arguments.shape, folder / "model")
         faults = Faults(
-            arguments.kills, arguments.stops, arguments.longest, arguments.seed, arguments.tensor * arguments.pipeline
+            arguments.kills,
+            arguments.stops,
+            arguments.longest,
+            arguments.seed,
+            arguments.tensor * arguments.pipeline,
+            arguments.replicas,
         )
         faults.thread.start()
         began = time.perf_counter()
-        ranks = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
+        ranks = {name: getattr(arguments, name) for name in ("replicas", "tensor", "pipeline")}
         summary = run(make_job(arguments, folder, "faults", ranks), faults)
         seconds = time.perf_counter() - began
         faults.close()

@@ -17,7 +17,7 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
-from tokabatch.errors import EngineError, ReplicaLost
+from tokabatch.errors import EngineError, ReplicaLost, TokabatchError
 from tokabatch.forecast.step_log import StepLog, Steps
 from tokabatch.report.summary import ReplicaShare
 from tokabatch.runner.interruption import Interruption
@@ -98,19 +98,25 @@ class Fleet:
                 ready = wait([member.pipe for member in self._members if member.pipe is not None], TICK_SECONDS)
             # Not more than that: main may have been the one that was stopped.
             passed, looked = min(time.monotonic() - looked, TICK_SECONDS), time.monotonic()
-            completions: list[Completion] = []
-            for member in self._live():
-                try:
-                    if member.pipe in ready:
-                        completions += self._take(member, member.receive())
-                    elif (silent := member.wait(passed)) > self._hang_seconds:
-                        member.kill()
-                        raise ReplicaLost(f"the scheduler's process gave no sign of life for {silent:.0f} s and was killed")
-                except ReplicaLost as fault:
-                    self._replace(member, fault)
-            self._feed()
+            completions, failure = list[Completion](), None
+            try:
+                for member in self._live():
+                    try:
+                        if member.pipe in ready:
+                            completions += self._take(member, member.receive())
+                        elif (silent := member.wait(passed)) > self._hang_seconds:
+                            member.kill()
+                            raise ReplicaLost(f"the scheduler's process gave no sign of life for {silent:.0f} s and was killed")
+                    except ReplicaLost as fault:
+                        self._replace(member, fault)
+                self._feed()
+            except TokabatchError as error:
+                # What the others have finished comes first.
+                failure = error
             if completions or any(member.begun for member in self._members):
                 yield completions
+            if failure is not None:
+                raise failure
         self._ended = time.monotonic()
         self.stop()
 
@@ -231,7 +237,9 @@ class Fleet:
             member.finished += len(message.completions)
             if message.completions:
                 member.barren = 0
-                self._note_lengths(member, message.completions)
+                good = [(len(c.token_ids), c.finish_reason == "stop") for c in message.completions if c.error_code is None]
+                for number, news in self._lengths.items():
+                    news += good if number != member.number else ()
             return message.completions
         elif isinstance(message, Wants):
             # Otherwise a part is on its way.
@@ -299,12 +307,6 @@ class Fleet:
         if len(free) and member.pipe is not None:
             self._ledger.take_over(member.number, free)
             member.send(free)
-
-    def _note_lengths(self, member: Member, completions: Sequence[Completion]) -> None:
-        good = [(len(c.token_ids), c.finish_reason == "stop") for c in completions if c.error_code is None]
-        for number, news in self._lengths.items():
-            if number != member.number:
-                news += good
 
     def _replace(self, member: Member, fault: EngineError) -> None:
         """Start another process in the place of one that is lost, or do without it. Raises EngineError where none is left."""
