@@ -61,6 +61,7 @@ MISTAKES = [
     (("run", Q, "model.path=nothing"), "config.json"),
     (("run", Q, "output.columns=[qestion]"), r"did you mean 'question'\?"),
     (("run", Q, "output.path=rows.jsonl"), "Choose another output.path"),
+    (("run", Q, "input.path=nothing", "output.path=nothing/out"), "choose an output.path outside of that folder"),
     (("plan", Q, "--device", "h200"), "belong to --simulate; add it"),
     (("plan", Q, "--simulate", "--device", "b300"), "h200"),
     (("plan", Q, "--simulate", "--lengths", "long"), "write max, MEAN, MEAN:SIGMA"),

@@ -172,7 +172,9 @@ def _in_file(where: str, refusal: Refusal) -> str:
     elif refusal.example is not None:
         word = next(part for part in reversed(refusal.path) if isinstance(part, str))
         remedy = f", for example `{word}: {refusal.example}`"
-    return f"{where}: {refusal.key}: {refusal.message}{remedy}"
+    # What concerns two sections has no key of its own.
+    subject = f"{refusal.key}: " if refusal.key else ""
+    return f"{where}: {subject}{refusal.message}{remedy}"
 
 
 def _rank(number: int) -> int:

@@ -380,6 +380,16 @@ class Job(_Section):
             raise ValueError(f"logprobs is {value.logprobs}; mode: score reports given tokens alone: write 0")
         return value
 
+    @model_validator(mode="after")
+    def _output_apart(self) -> Job:
+        rows, results = Path(self.input.path).absolute(), Path(self.output.path).absolute()
+        if rows in results.parents and not any(part[:1] in "._" for part in results.relative_to(rows).parts):
+            raise ValueError(
+                f"output.path {self.output.path!r} lies in input.path {self.input.path!r}, so the next start would read its "
+                "results as rows; choose an output.path outside of that folder"
+            )
+        return self
+
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any], *overrides: str) -> Job:
         """Reads a job file (or a mapping of the same shape) and applies overrides such as `generation.n=4`.

@@ -251,6 +251,9 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
         work.append(
             ("last samples", f"{seconds_text(summary.tail_seconds)}{share} with fewer than half of the samples running")
         )
+    if not summary.steps:
+        work = [("time", seconds_text(summary.seconds)), ("computed", "nothing: no sample was missing")]
+        work = work if not summary.pending and summary.ok else work[:1]
     sections = [Section("Run", tuple(counts)), Section("Work", (*work, *_faults(summary)))]
     if summary.replicas:
         columns = ("replica", "samples", "output tokens", "prefilled tokens", "idle", "idle in the last tenth")
