@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def score(
         pool = open_pool(job.verify)
         try:
             own = verdict_fields(pool.load().columns)
-            found = consistently(lambda: inspect(claim.folder, manifest), path)
+            found = consistently(partial(inspect, claim.folder, manifest), path)
             refuse_faults(claim.folder, manifest, found)
             refuse_unrecorded(claim.folder, manifest, found)
             settings = {name: value for name, value in manifest.fingerprint.settings.items() if not is_of_verify(name)}

@@ -137,7 +137,7 @@ class Judge:
                     raise TypeError(f"it returned {unknown[0]!r}, which COLUMNS of its file does not declare")
                 columns = {name: _plain(value, self._declared[name]) for name, value in columns.items() if value is not None}
                 returned = returned.get("score")
-            if hasattr(returned, "item"):  # A number of NumPy's or Torch's.
+            if returned is not None and hasattr(returned, "item"):  # A number of NumPy's or Torch's.
                 returned = returned.item()
             if returned is None:
                 return Verdict(None, None, "it returned None", columns)

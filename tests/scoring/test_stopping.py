@@ -1,0 +1,121 @@
+"""Rows that stop early: where they stop follows from their samples alone, and pass@k is recovered without bias."""
+
+from __future__ import annotations
+
+import random
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokabatch.scoring.pass_at_k import estimate
+from tokabatch.scoring.stopping import Outcome, StopRule, estimate_stopped, opened, stop_after
+
+RULES = st.builds(StopRule, after_correct=st.none() | st.integers(1, 3), majority=st.none() | st.integers(1, 4))  # type: ignore[arg-type]
+OUTCOMES = st.lists(st.builds(Outcome, st.booleans(), st.sampled_from([None, "a", "b"])), min_size=1, max_size=24)
+
+
+@given(RULES, OUTCOMES, st.randoms(use_true_random=False))
+def test_the_order_of_verdicts_decides_nothing(rule: StopRule, outcomes: list[Outcome], order: random.Random) -> None:
+    """Verdicts come in any order, of whatever is open: every moment that decides gives the same number."""
+    expected = stop_after(rule, outcomes)
+    known: list[Outcome | None] = [None] * len(outcomes)
+    numbers = list(range(len(outcomes)))
+    order.shuffle(numbers)
+    decided: set[int] = set()
+    for number in numbers:
+        known[number] = outcomes[number]
+        found = stop_after(rule, known)
+        if found is not None:
+            decided.add(found)
+            assert None not in known[:found]
+    assert decided == ({expected} if expected is not None else set())
+
+
+@given(RULES, OUTCOMES, st.integers(1, 64))
+def test_waves_open_what_the_rule_needs(rule: StopRule, outcomes: list[Outcome], num_samples: int) -> None:
+    """Opening by waves, a row always goes on or is done, and is done where it would be with all samples open."""
+    outcomes = (outcomes * 64)[:num_samples]
+    judged, computed = 0, 0
+    while True:
+        wave = opened(num_samples, judged)
+        assert wave > judged or judged == num_samples
+        computed = max(computed, wave)
+        found = stop_after(rule, outcomes[:wave])
+        if found is not None or wave == num_samples:
+            break
+        judged = wave
+    expected = stop_after(rule, outcomes)
+    assert found == expected
+    if expected is not None:
+        assert computed <= max(4, 2 * expected)
+
+
+def test_examples() -> None:
+    right, wrong = Outcome(True, "7"), Outcome(False, "8")
+    assert stop_after(StopRule(after_correct=1), [wrong, right, right]) == 2
+    assert stop_after(StopRule(after_correct=2), [wrong, right, None, right]) is None
+    assert stop_after(StopRule(after_correct=2), [right, wrong, right]) == 3
+    assert stop_after(StopRule(majority=2), [right, wrong, wrong]) == 3
+    assert stop_after(StopRule(majority=1), [Outcome(False), wrong]) == 2
+    assert stop_after(StopRule(), [right] * 9) is None
+    assert [opened(40, judged) for judged in (0, 3, 4, 8, 31, 32, 40)] == [4, 4, 8, 16, 32, 40, 40]
+
+
+def of_all_draws(p: Fraction, n: int, r: int, k: int) -> tuple[Fraction, Fraction]:
+    """The expectation of the estimate, and of Chen's formula on the counts as they are, over every sequence of n draws."""
+    total = naive = Fraction(0)
+    for draws in product((True, False), repeat=n):
+        weight = Fraction(1)
+        for draw in draws:
+            weight *= p if draw else 1 - p
+        outcomes = [Outcome(draw) for draw in draws]
+        stop = stop_after(StopRule(after_correct=r), outcomes)
+        size = n if stop is None else stop
+        c = sum(draws[:size])
+        value = estimate_stopped(np.array([size]), np.array([c]), np.array([stop is not None]), k)[0]
+        total += weight * Fraction(float(value)).limit_denominator(10**9)
+        if size >= k:
+            naive += weight * Fraction(float(estimate(np.array([size]), np.array([c]), k)[0])).limit_denominator(10**9)
+        else:
+            naive += weight
+    return total, naive
+
+
+@pytest.mark.parametrize("p", [Fraction(1, 10), Fraction(1, 2), Fraction(7, 10)])
+@pytest.mark.parametrize("r", [1, 2, 3])
+def test_no_bias_over_every_sequence_of_draws(p: Fraction, r: int) -> None:
+    n = 8
+    for k in range(1, n + 1):
+        truth = 1 - (1 - p) ** k
+        found, naive = of_all_draws(p, n, r, k)
+        assert float(found) == pytest.approx(float(truth), abs=1e-8), k
+        if k == 1:
+            assert float(naive) > float(truth) + 0.003
+
+
+def test_ten_thousand_rows_recover_every_pass_at_k() -> None:
+    """p of each row from a Beta; n = 64, stopped after one right sample and after three."""
+    random_numbers = np.random.default_rng(0)
+    n, rows = 64, 10_000
+    p = random_numbers.beta(0.6, 1.4, rows)
+    draws = random_numbers.random((rows, n)) < p[:, None]
+    cumulative = draws.cumsum(axis=1)
+    for r in (1, 3):
+        reached = cumulative[:, -1] >= r
+        size = np.where(reached, (cumulative >= r).argmax(axis=1) + 1, n)
+        correct = np.where(reached, r, cumulative[:, -1])
+        assert size.sum() < 0.55 * rows * n, "over 45 % of the samples are saved"
+        for k in (1, 2, 4, 8, 16, 32, 64):
+            each = estimate_stopped(size, correct, reached, k)
+            truth = 1 - (1 - p) ** k
+            spread = (each - truth).std(ddof=1) / rows**0.5
+            assert abs(each.mean() - truth.mean()) < 3 * spread + 1e-12, (r, k)
+            if k <= 4:
+                naive = np.ones(rows)
+                enough = size >= k
+                naive[enough] = estimate(size[enough], correct[enough], k)
+                assert naive.mean() - truth.mean() > 10 * spread, (r, k)
