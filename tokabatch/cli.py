@@ -197,7 +197,10 @@ def run(
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
     sections = _load("tokabatch.report.summary").run_sections(summary, verbose)
-    _print_note((*sections, *_load("tokabatch.report.closing").closing_sections(Path(loaded.output.path), summary)))
+    closing, out = _load("tokabatch.report.closing"), Path(loaded.output.path)
+    _print_note((*sections, *closing.closing_sections(out, summary)))
+    # A terminal's tables end in an empty line already.
+    _print_note(("" if sys.stdout.isatty() else "\n") + closing.next_steps(out, summary))
     raise typer.Exit(summary.exit_code)
 
 

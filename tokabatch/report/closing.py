@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokabatch.errors import TokabatchError
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, error_rows, excerpts
+from tokabatch.report.render import plain
 from tokabatch.report.summary import RunSummary, Section
 
 _SAMPLES = 3
@@ -17,8 +18,8 @@ _MESSAGE_CHARACTERS = 300
 
 
 def closing_sections(out: Path, summary: RunSummary) -> tuple[Section, ...]:
-    """Three samples, right and wrong ones where they were judged; the first error rows of each code; the next commands. What
-    cannot be read back is left out: the run has said how it ended."""
+    """Three samples, right and wrong ones where they were judged, and the first error rows of each code. What cannot be read
+    back is left out: the run has said how it ended."""
     sections: list[Section] = []
     try:
         if summary.ok:
@@ -27,7 +28,7 @@ def closing_sections(out: Path, summary: RunSummary) -> tuple[Section, ...]:
             sections.append(errors_section(error_rows(out, PER_CODE)))
     except (TokabatchError, OSError):
         pass
-    return (*sections, Section("Next", _next(out, summary)))
+    return tuple(sections)
 
 
 def errors_section(errors: ErrorRows) -> Section:
@@ -59,7 +60,8 @@ def _row(error: ErrorRow) -> str:
     return f"{error.row_index:,}" if error.id in (None, str(error.row_index)) else f"{error.row_index:,} ({error.id})"
 
 
-def _next(out: Path, summary: RunSummary) -> tuple[tuple[str, str], ...]:
+def next_steps(out: Path, summary: RunSummary) -> str:
+    """Commands to go on with, as text that is not wrapped: each is in one line, however narrow the terminal, to be pasted."""
     folder = shlex.quote(str(out))
     rows: list[tuple[str, str]] = []
     if summary.pending:
@@ -69,7 +71,7 @@ def _next(out: Path, summary: RunSummary) -> tuple[tuple[str, str], ...]:
     if summary.ok:
         rows.append((f"tokabatch export {folder} --to samples.jsonl", "writes the samples into one file (.csv, .parquet)"))
     rows.append((f"tokabatch report {folder}", "writes a page about the run, with its charts and more samples"))
-    return tuple(rows)
+    return plain((Section("Next", tuple(rows)),))
 
 
 def _cut(text: str, lines: int, characters: int) -> str:

@@ -1,0 +1,69 @@
+"""The end of a summary: samples, error rows, and commands to go on with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from report.test_summary import SUMMARY
+
+from tokabatch.errors import DamageError
+from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, Kind
+from tokabatch.report import closing
+
+OUT = Path("out/a b")
+SAMPLE = Excerpt(0, 0, "a text", "stop", 3, None, {})
+
+
+def show(monkeypatch: pytest.MonkeyPatch, found: dict[Kind, tuple[Excerpt, ...]]) -> dict[str, str]:
+    monkeypatch.setattr(closing, "excerpts", lambda out, count: found)
+    (section,) = closing.closing_sections(OUT, replace(SUMMARY, errors=0))
+    assert section.title == "Samples"
+    return {row[0]: row[1] for row in section.rows}
+
+
+def test_right_and_wrong_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = [replace(SAMPLE, row_index=row, correct=True) for row in (0, 1, 2)]
+    wrong = [replace(SAMPLE, row_index=row, correct=False) for row in (5, 6)]
+    shown = show(monkeypatch, {"right": tuple(right), "wrong": tuple(wrong)})
+    assert list(shown) == ["row 0, sample 0, right", "row 1, sample 0, right", "row 5, sample 0, wrong"]
+    assert list(show(monkeypatch, {"right": tuple(right)})) == [f"row {row}, sample 0, right" for row in (0, 1, 2)]
+
+
+def test_samples_that_nobody_judged_and_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ("", "x" * 5000, "\n".join("abcdefghijklmnop"))
+    found = tuple(replace(SAMPLE, row_index=row, text=text) for row, text in enumerate(texts))
+    shown = list(show(monkeypatch, {"first": found}).values())
+    assert shown[0] == "(no text)" and shown[1].endswith("x […]") and len(shown[1]) < 700
+    assert shown[2].endswith("j […]")
+
+
+def test_error_rows_and_how_many_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (ErrorRow(7, "id7", 4, "bad_json", "line 8: why\nand more"), ErrorRow(2, "2", 4, "empty_prompt", "no text"))
+    section = closing.errors_section(ErrorRows(rows, {"bad_json": 9, "empty_prompt": 1}))
+    assert section.rows == (
+        ("bad_json", "7 (id7)", "line 8: why […]"), ("", "", "and 8 more of this code"), ("empty_prompt", "2", "no text"),
+    )  # fmt: skip
+
+
+def test_what_cannot_be_read_back_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: object) -> None:
+        raise DamageError("a shard is gone")
+
+    monkeypatch.setattr(closing, "excerpts", damaged)
+    assert closing.closing_sections(OUT, SUMMARY) == ()
+
+
+def test_next_steps_are_commands_to_paste() -> None:
+    text = closing.next_steps(OUT, replace(SUMMARY, ok=300))
+    assert "  the same command again  " in text and "computes the 90 samples that are missing" in text
+    for command in (
+        "tokabatch errors 'out/a b'",
+        "tokabatch export 'out/a b' --to samples.jsonl",
+        "tokabatch report 'out/a b'",
+    ):
+        assert f"\n  {command}  " in text
+    assert "errors" not in closing.next_steps(OUT, replace(SUMMARY, errors=0)) and "again" not in closing.next_steps(
+        OUT, SUMMARY
+    )
