@@ -400,29 +400,39 @@ def score(
             metavar="verify.KEY=VALUE", help="Keys of the job under verify, in place of its own.", show_default=False
         ),
     ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="FILE.parquet", help="Write the verdicts there, not into OUT.", show_default=False),
+    ] = None,
 ) -> None:
     """Judge a run's samples again, by the job's verifier or another one, without computing any.
 
     Each file is replaced whole, and says by what it was judged: where the command is stopped or killed, the same one goes on
-    behind the files that are done. The folder's job then verifies as given here.
+    behind the files that are done. The folder's job then verifies as given here. With --to nothing in the folder changes, and a
+    run may be writing there.
 
     \b
     Examples
       tokabatch score out/quickstart verify.kind=exact
       tokabatch score out/quickstart verify.kind=./my_judge.py:grade verify.options='{strict: true}'
+      tokabatch score out/quickstart verify.kind=exact --to verdicts.parquet
     """
+    score = _load("tokabatch.runner.score")
     with _stop_on_signals("leaving the files that are not judged yet as they are") as stop:
         try:
-            scored = _load("tokabatch.runner.score").score(
-                out, overrides or (), lambda text: print(text, file=sys.stderr), stop
-            )
+            if to is None:
+                scored = score.score(out, overrides or (), lambda text: print(text, file=sys.stderr), stop)
+            else:
+                scored = score.score_to(out, to, overrides or (), stop)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
-    _print_note(f"{out}: {scored.judged:,} samples judged in {scored.files:,} files")
+    where = f"in {scored.files:,} files" if to is None else f"into {to}"
+    _print_note(f"{out}: {scored.judged:,} samples judged {where}")
     for reason, number in scored.reasons.most_common(3):
         _print_note(f"no verdict for {number:,} samples: {reason}")
-    _print_note(_load("tokabatch.report.summary").verdict_sections(scored.estimates, scored.done, scored.samples))
+    if to is None:
+        _print_note(_load("tokabatch.report.summary").verdict_sections(scored.estimates, scored.done, scored.samples))
 
 
 @app.command(cls=_Command)

@@ -18,7 +18,7 @@ from tokabatch.output.integrity import check
 from tokabatch.output.manifest import read_manifest
 from tokabatch.runner import score as scoring
 from tokabatch.runner.interruption import Interruption
-from tokabatch.runner.score import score
+from tokabatch.runner.score import score, score_to
 from tokabatch.scoring.pool import NOT_JUDGED
 
 OLD = {"kind": "gsm8k", "answer": "answer"}
@@ -182,3 +182,21 @@ def test_a_part_of_a_run_has_no_figures(rows: Path, tmp_path: Path) -> None:
         assert part.pending and part.verifies and part.estimates == () and part.pass_at_k is None
         assert score(tmp_path / "out").estimates == ()
         assert run(job).estimates
+
+
+def test_beside_a_run_the_verdicts_go_into_a_file(rows: Path, judge: Path, tmp_path: Path) -> None:
+    out, target = tmp_path / "out", tmp_path / "verdicts.parquet"
+    scripted_run(rows, out, verify=OLD, output={"rows_per_shard": 7})
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    before = {path: path.read_bytes() for path in files}
+    overrides = [f"verify.kind={judge}", "verify.answer=null"]
+    with Claim(out):
+        scored = score_to(out, target, overrides)
+    assert (scored.judged, scored.reasons, scored.done) == (24, {"three": 2}, 26)
+    assert {path: path.read_bytes() for path in files} == before
+    verdicts = pq.read_table(target).sort_by([("row_index", "ascending"), ("sample_index", "ascending")]).to_pylist()
+    score(out, overrides)
+    assert verdicts == [{name: row[name] for name in verdicts[0]} for row in samples(out)]
+    for wrong in (tmp_path / "verdicts.csv", out / "data" / "x.parquet", tmp_path / "no" / "x.parquet"):
+        with pytest.raises(OutputError, match=r"--to .*name a file"):
+            score_to(out, wrong, overrides)

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tokabatch.errors import JobError, OutputError
 from tokabatch.input.fingerprint import is_of_verify, verify_settings
 from tokabatch.job import Job
 from tokabatch.output.existing_results import replace_shard
 from tokabatch.output.folder import Claim, OutputFolder
-from tokabatch.output.inspection import inspect
+from tokabatch.output.inspection import inspect, recorded_shards
 from tokabatch.output.manifest import (
     VERIFIER_KEY,
     Manifest,
@@ -33,13 +34,14 @@ from tokabatch.output.manifest import (
     write_summary,
 )
 from tokabatch.output.remedy import refuse_faults, refuse_unrecorded, repair_command
-from tokabatch.output.schema import SCORE_FIELDS, output_schema, own_names, verdict_fields, verdict_names
-from tokabatch.output.shards import count_ok, open_shard, read_groups, shard_number
+from tokabatch.output.schema import SAMPLE_SCHEMA, SCORE_FIELDS, output_schema, own_names, verdict_fields, verdict_names
+from tokabatch.output.shards import PARQUET_OPTIONS, count_ok, open_shard, read_groups, shard_number
 from tokabatch.report.verdicts import read_estimates
 from tokabatch.runner.interruption import Interruption
 from tokabatch.scoring.estimates import Estimate
 from tokabatch.scoring.judge import verdict_columns
 from tokabatch.scoring.pool import NOT_JUDGED, JudgePool, Ticket, open_pool
+from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import unwritable
 
@@ -95,6 +97,47 @@ def score(
                 raise unwritable(path, error) from error
         finally:
             pool.close()
+
+
+def score_to(
+    path: Path,
+    target: Path,
+    overrides: Sequence[str] = (),
+    stop: Interruption | None = None,
+) -> Scored:
+    """Judge the samples that are committed in the output folder `path` at this moment, also beside a run that writes there, and
+    write the verdicts to `target` (.parquet) whole: one row a sample, with its id, row and number. Nothing in the folder
+    changes. Raises as `score` does, and OutputError where the file cannot be written."""
+    stop, folder = stop or Interruption(), OutputFolder(path)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise OutputError(f"{path}: no run has written here; give the folder that the job names as output.path")
+    if target.suffix != ".parquet" or folder.data.resolve() in target.resolve().parents:
+        raise OutputError(f"--to {target}: name a file FILE.parquet outside of the run's own data folder")
+    job = _job(folder, manifest, overrides)
+    assert job.verify is not None
+    pool = open_pool(job.verify)
+    try:
+        own = verdict_fields(pool.load().columns)
+
+        def judge() -> pa.Table:
+            files = recorded_shards(folder, manifest)
+            _check_columns(files, own, job)
+            names = [*("id", "row_index", "sample_index", "status"), *(field.name for field in own)]
+            parts = [table.select(names) for file in files for table in _judged(file, own, pool, stop)]
+            return pa.concat_tables(parts) if parts else SAMPLE_SCHEMA.empty_table().select(names[:4])
+
+        verdicts = consistently(judge, path)
+    finally:
+        pool.close()
+    sink = pa.BufferOutputStream()
+    pq.write_table(verdicts, sink, **PARQUET_OPTIONS)
+    try:
+        write_whole(DurableFiles(), target.with_name(f".{target.name}.partial"), target, sink.getvalue().to_pybytes())
+    except OSError as error:
+        raise OutputError(f"--to {target} cannot be written: {error.strerror}; name a file elsewhere") from error
+    reasons = Counter(verdicts["verify_error"].drop_null().to_pylist() if verdicts.num_columns > 4 else ())
+    return Scored(count_ok(verdicts), 1, reasons, verdicts.num_rows, manifest.samples)
 
 
 def _job(folder: OutputFolder, manifest: Manifest, overrides: Sequence[str]) -> Job:
