@@ -3,13 +3,17 @@
     sums       sums over tensor ranks of a step's hidden states, by NCCL and through peers' memory, launched and captured
     overlap    products of a layer overlapped with the exchange of their tokens, and without
     sampling   draws from shards of the vocabulary against draws from all logits: the same tokens, and the time
+    tokens     whole jobs, greedy, tensor and pipeline against one rank: how many tokens go by before the first that differs,
+               and how far the log-probabilities before it are apart
 
-Each part is a world of processes of its own, ended after --timeout seconds. Times are medians on rank 0, in microseconds.
+Each part but the last is a world of processes of its own, ended after --timeout seconds. Times are medians on rank 0, in
+microseconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import sys
 import tempfile
@@ -20,9 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
+from benchmarks.gpu.models import write_model
 from benchmarks.gpu.shapes import SHAPES
+from tokabatch import Job, run
 from tokabatch.engine.graphs import GraphRecorder
 from tokabatch.model.sampling.sampler import sample
 from tokabatch.model.sampling.slot_table import SlotTable, packed
@@ -30,6 +38,7 @@ from tokabatch.model.shards import VocabularyShard
 from tokabatch.parallel.collectives import all_gather_last, all_reduce
 from tokabatch.parallel.mesh import Mesh, Place
 from tokabatch.parallel.peer_memory import PeerSums, measure_overlap
+from tokabatch.report.progress import NullProgress
 from tokabatch.scheduling.contracts import SlotInit
 
 LAYERS = {"8B": SHAPES["llama-3.1-8b"].products, "70B": (("qkv", 8192, 10_240), ("o", 8192, 8192), ("gate_up", 8192, 57_344),
@@ -130,6 +139,53 @@ def inputs_of(rows: int, device: torch.device, temperature: float = 1.0, top_p: 
     return table.inputs(places.astype(np.int32), on_device.int(), on_device.int())
 
 
+def tokens(model: str, device: str, dtype: str) -> None:
+    """64 prompts of random tokens, half of them with a common header, 8 samples each."""
+    rng = np.random.default_rng(3)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_model(model, folder / "model")
+        header = rng.integers(3, 250, 100).tolist()
+        rows = [
+            {"ids": header[: row % 2 * 100] + rng.integers(3, 250, int(rng.integers(5, 200))).tolist()} for row in range(64)
+        ]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        first: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
+        for name, ranks in (("one rank", {}), ("tensor 2", {"tensor": 2}), ("pipeline 2", {"pipeline": 2})):
+            out = folder / name.replace(" ", "-")
+            values: dict[str, Any] = {
+                "model": {"path": str(folder / "model"), "dtype": dtype},
+                "input": {"path": str(folder / "rows.jsonl")},
+                "prompt": {"token_ids": "ids"},
+                "generation": {"n": 8, "temperature": 0.0, "max_tokens": 32, "ignore_eos": True, "logprobs": 0},
+                "engine": {"device": device, "process": True, "replicas": 1, "max_restarts": 1, **ranks},
+                "output": {"path": str(out), "columns": []},
+            }
+            try:
+                run(Job.load(values), NullProgress())
+            except Exception as error:
+                print(f"{name:10} FAILED: {error}", flush=True)
+                continue
+            columns = ["row_index", "sample_index", "token_ids", "logprobs"]
+            table = pa.concat_tables([pq.read_table(file, columns=columns) for file in (out / "data").glob("*.parquet")])
+            found = {
+                (each["row_index"], each["sample_index"]): (each["token_ids"], each["logprobs"]) for each in table.to_pylist()
+            }
+            first = first or found
+            alike, apart = [], []
+            for key, (ids, logprobs) in found.items():
+                equal = np.array(ids) == np.array(first[key][0])
+                alike.append(len(equal) if equal.all() else int(equal.argmin()))
+                apart += np.abs(np.array(logprobs) - np.array(first[key][1]))[: alike[-1]].tolist()
+            at_all, whole = np.mean(np.array(alike) > 0), np.mean(np.array(alike) == 32)
+            print(
+                f"{name:10} {len(alike)} samples: alike for {np.mean(alike):.1f} of 32 tokens, {at_all:.0%} in the first, "
+                f"{whole:.0%} to the end; log-probabilities {np.mean(apart):.2g} apart on average, "
+                f"{np.max(apart, initial=0.0):.2g} at most",
+                flush=True,
+            )
+
+
 PARTS: dict[str, Callable[[Mesh, torch.device, Callable[..., None]], None]] = {
     "sums": sums,
     "overlap": overlap,
@@ -155,13 +211,19 @@ def serve(place: Place, part: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=list(PARTS))
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "tokens"])
+    parser.add_argument("--model", default="llama-3.2-1b", choices=list(SHAPES), help="of tokens")
+    parser.add_argument("--device", default="cuda", help="of tokens")
+    parser.add_argument("--dtype", default="bfloat16", help="of tokens")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds that a part may take")
     arguments = parser.parse_args()
     context, failed = multiprocessing.get_context("spawn"), False
     for part in arguments.parts:
         print(f"== {part}", flush=True)
+        if part == "tokens":
+            tokens(arguments.model, arguments.device, arguments.dtype)
+            continue
         with tempfile.TemporaryDirectory() as folder:
             places = [Place(rank, arguments.ranks, 1, Path(folder) / "meeting") for rank in range(arguments.ranks)]
             ranks = [context.Process(target=serve, args=(place, part)) for place in places]
