@@ -6,7 +6,7 @@ The plan is read by numpy in float64; the kernels run on a GPU, or in Triton's i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 
 import numpy as np
@@ -20,7 +20,7 @@ from support.interpreter import DEVICES, INTERPRETING
 from tokabatch.attention import tiles as tiles_module
 from tokabatch.attention.base import token_slots
 from tokabatch.attention.tiles import MAX_PLANES, UNMASKED, TilePlan, TileShape, plan_tiles
-from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, StepBatch
+from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, SlotInit, StepBatch
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stopping import StopRules
@@ -207,3 +207,19 @@ def test_long_ranges_equal_dense_attention(where, step):
     cache = make_cache(heads, 16, 200, DTYPE, where)
     table = np.tile(np.arange(100, dtype=np.int32), (len(step.run_slot), 1))
     check_step(step, table, cache, heads)
+
+
+def test_few_queries_over_many_keys_are_one_tile_for_each_program():
+    """256 samples behind a document of 32k tokens: four ranges fill 256 of 264 programs, five would take a second turn."""
+    zero = np.zeros(256, np.int32)
+    level = PrefixLevel(*(np.array([value], np.int32) for value in (0, 256, 0, 0, 2048)))
+    step = StepBatch(
+        index=0, inits=SlotInit(*(np.zeros(0, np.int32) for _ in fields(SlotInit))), table_slot=zero[:0], table_column=zero[:0],
+        table_page=zero[:0], clear_pages=zero[:0], copy_src=zero[:0], copy_dst=zero[:0], num_prefill_runs=0,
+        run_slot=np.arange(256, dtype=np.int32), run_start=zero + 32_800, run_length=zero + 1,
+        run_samples=np.ones(256, np.bool_),
+        run_skip=zero + 2048, token_ids=zero[:0], prefix_levels=(level,),
+    )  # fmt: skip
+    plan = plan_tiles(step, Heads(32, 8, 64).shape(16), MAX_PLANES)
+    assert plan is not None and len(plan.wide_IW) == 32 and (plan.planes_T == 4).all()
+    assert (plan.wide_IW[:, 4] - plan.wide_IW[:, 3] == 8192).all()

@@ -32,6 +32,9 @@ SPLIT_KEYS, SPLIT_STEP = 256, 64
 FEW_TILES, ENOUGH_TILES = 2, 4
 """Tiles a program of the device below which ranges are split, and how many they are then split into: each tile more costs
 what some 80 keys do, and its states are merged."""
+EVEN = 0.9
+"""Share of the time in which programs are busy with one tile each, from which that is the fastest: 256 queries over 32,768 keys
+take 3 to 9 % less so than in seventeen ranges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +177,11 @@ def _cut(
         keys = own.end - own.begin
         part_keys = keys
         if num_tiles.sum() * shape.num_kv_heads < FEW_TILES * programs:
-            share = float((num_tiles * keys).sum()) * shape.num_kv_heads / (programs * ENOUGH_TILES)
-            wanted = np.ceil(keys / max(SPLIT_KEYS, share)).astype(np.int64)
+            share = float((num_tiles * keys).sum()) * shape.num_kv_heads / programs
+            wanted = np.maximum(1, keys // max(SPLIT_KEYS, share)).astype(np.int64)
+            busy = share / float((keys / wanted).max())
+            if (num_tiles * wanted).sum() * shape.num_kv_heads > programs or busy < EVEN:
+                wanted = np.ceil(keys / max(SPLIT_KEYS, share / ENOUGH_TILES)).astype(np.int64)
             num_parts = np.maximum(1, np.minimum(max_planes - base[chosen], wanted))
             part_keys = np.where(num_parts == 1, keys, -(-keys // (num_parts * SPLIT_STEP)) * SPLIT_STEP)
         part_keys = np.where(own.position == UNMASKED, part_keys, keys)
