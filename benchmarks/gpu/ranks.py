@@ -150,7 +150,7 @@ def tokens(model: str, device: str, dtype: str) -> None:
             {"ids": header[: row % 2 * 100] + rng.integers(3, 250, int(rng.integers(5, 200))).tolist()} for row in range(64)
         ]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        first: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
+        first: dict[tuple[int, int], tuple[list[int], list[dict[str, float]]]] = {}
         for name, ranks in (("one rank", {}), ("tensor 2", {"tensor": 2}), ("pipeline 2", {"pipeline": 2})):
             out = folder / name.replace(" ", "-")
             values: dict[str, Any] = {
@@ -176,7 +176,7 @@ def tokens(model: str, device: str, dtype: str) -> None:
             for key, (ids, logprobs) in found.items():
                 equal = np.array(ids) == np.array(first[key][0])
                 alike.append(len(equal) if equal.all() else int(equal.argmin()))
-                apart += np.abs(np.array(logprobs) - np.array(first[key][1]))[: alike[-1]].tolist()
+                apart += [abs(a["logprob"] - b["logprob"]) for a, b in zip(logprobs, first[key][1], strict=True)][: alike[-1]]
             at_all, whole = np.mean(np.array(alike) > 0), np.mean(np.array(alike) == 32)
             print(
                 f"{name:10} {len(alike)} samples: alike for {np.mean(alike):.1f} of 32 tokens, {at_all:.0%} in the first, "
