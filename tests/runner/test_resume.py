@@ -112,7 +112,7 @@ class Messages(NullProgress):
 def some_are_right(monkeypatch, tmp_path) -> None:
     """The tiny model is never right; here a sample's text decides by its length."""
     judge = tmp_path / "even.py"
-    judge.write_text("def check(text, row): return len(text) % 2 == 0\n")
+    judge.write_text("def verify(text, row): return len(text) % 2 == 0\n")
     monkeypatch.setattr(pool, "judge_spec", lambda verify: JudgeSpec("gsm8k", str(judge), "verify"))
 
 
