@@ -245,7 +245,7 @@ class EngineConfig(_Section):
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
         default="auto", description="Type of cached keys and values: auto, as computed; fp8, half of it, on a GPU."
     )
-    max_running: fields.AutoCount = Field(default="auto", description="Most samples running at once.")
+    max_running: fields.AutoCount = Field(default="auto", description="Most samples running at once; auto: by what steps cost.")
     max_step_tokens: fields.AutoCount = Field(default="auto", description="Most tokens computed in one step.")
     profile: fields.OptionalFile = Field(
         default=None,
