@@ -27,6 +27,9 @@ MAX_SCORES = 1 << 23
 """Scores held at a time; splits long prompts along their queries, so that each part also skips the keys it may not see."""
 MAX_BATCHED_QUERIES = 64
 """Passes of more queries are computed alone: their own product fills the cores."""
+MAX_QUERIES = 128
+"""Of a part of a long prompt, which skips the keys behind it. Of 96, 128, 192 and all at prompts of 400 tokens, the first two
+took least."""
 UNMASKED = -1
 
 
@@ -59,6 +62,8 @@ class _Block:
     """Page ids, B * (L / P), pass after pass."""
     num_passes: int
     mask_BQL: torch.Tensor | None
+    merged: bool
+    """Some of its tokens attend to other pages in a pass of their own, so that the log-sum-exp is wanted."""
 
 
 class TorchPagedAttention:
@@ -124,9 +129,9 @@ class TorchPagedAttention:
         out_KTGD = torch.empty(q_KTGD.shape, dtype=self._compute, device=self.device)
         lse_KTG = torch.empty(q_KTGD.shape[:-1], dtype=self._compute, device=self.device) if self._shared else None
         for block in self._own:
-            out, lse = self._pass(block, q_KTGD, k_cache, v_cache, need_lse=lse_KTG is not None)
+            out, lse = self._pass(block, q_KTGD, k_cache, v_cache, need_lse=block.merged)
             out_KTGD[:, block.tokens] = out
-            if lse_KTG is not None:
+            if block.merged and lse_KTG is not None:
                 lse_KTG[:, block.tokens] = lse
         for block in self._shared:
             assert lse_KTG is not None
@@ -189,6 +194,7 @@ class TorchPagedAttention:
             pages=self._tensor(self.page_table[passes.slot[:, None], column_BL].ravel()),
             num_passes=count,
             mask_BQL=self._mask(key_BL[:, None, :] > seen_BQ[:, :, None]),
+            merged=bool((passes.first > 0).any()),
         )
 
     def _plan_alone(self, passes: _PagePasses, index: int) -> list[_Block]:
@@ -196,7 +202,7 @@ class TorchPagedAttention:
         size, slot = self.shape.page_size, passes.slot[index]
         first, all_pages = int(passes.first[index]), int(passes.last[index])
         token, queries, position = int(passes.token[index]), int(passes.queries[index]), int(passes.position[index])
-        stride = max(16, MAX_SCORES // (self.shape.num_heads * (all_pages - first) * size))
+        stride = max(16, min(MAX_QUERIES, MAX_SCORES // (self.shape.num_heads * (all_pages - first) * size)))
         blocks: list[_Block] = []
         for begin in range(0, queries, stride):
             end = min(queries, begin + stride)
@@ -206,7 +212,7 @@ class TorchPagedAttention:
                 key_L, position_Q = np.arange(first * size, last * size), np.arange(position + begin, position + end)
                 mask = self._mask(key_L[None, None, :] > position_Q[None, :, None])
             pages = self._tensor(self.page_table[slot, first:last])
-            blocks.append(_Block(slice(token + begin, token + end), pages, 1, mask))
+            blocks.append(_Block(slice(token + begin, token + end), pages, 1, mask, merged=first > 0))
         return blocks
 
     def _mask(self, hidden: np.ndarray) -> torch.Tensor | None:
