@@ -7,10 +7,15 @@ from difflib import get_close_matches
 from typing import Any, cast
 
 from jinja2 import StrictUndefined
+from jinja2.lexer import name_re
 from jinja2.utils import missing
 
 from tokabatch.errors import RowError
 
+ROW = "row"
+"""What a template calls the whole row, where no column has this name."""
+NO_NAMES = frozenset("true false none True False None and or not in is if else".split())
+"""Words that Jinja reads as something else than a name."""
 LISTED = 20
 SHOWN = 40
 
@@ -34,28 +39,37 @@ class Missing(StrictUndefined):
         return f"{what} has no field {name!r}; {optional()}"
 
 
-def missing_field(name: str, row: Mapping[str, Any]) -> RowError:
-    """`name` is null in the row, or not there."""
+def in_template(column: str) -> str:
+    """How a template spells a column: its name, or `row['its name']` where Jinja would read something else."""
+    plain = name_re.fullmatch(column) is not None and column not in NO_NAMES
+    return column if plain else f"{ROW}[{column!r}]"
+
+
+def missing_field(name: str, row: Mapping[str, Any], *, template: bool = False) -> RowError:
+    """`name` is null in the row, or not there; `template` where one names it."""
     if name in row:
         return RowError("missing_field", f"the column {name!r} is null in this row")
-    return RowError("missing_field", f"the column {name!r} is missing in this row{suggestion(name, row)}")
+    return RowError("missing_field", f"the column {name!r} is missing in this row{suggestion(name, row, template=template)}")
 
 
-def suggestion(name: str, names: Iterable[Any]) -> str:
+def suggestion(name: str, names: Iterable[Any], *, template: bool = False) -> str:
     """What a misspelt `name` may have been meant for, and what there is."""
     listed = [str(each) for each in names]
-    return f"{did_you_mean(name, listed)}; it has {list_columns(listed)}"
+    return f"{did_you_mean(name, listed, template=template)}; it has {list_columns(listed)}"
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The name that is nearest, in brackets, or nothing."""
+def did_you_mean(name: str, names: Iterable[str], *, template: bool = False) -> str:
+    """The name that is nearest, and how a template spells it where that is otherwise, in brackets; or nothing."""
     near = get_close_matches(name, list(names), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    if not near:
+        return ""
+    written = f", written {in_template(near[0])}" if template and in_template(near[0]) != near[0] else ""
+    return f" (did you mean {near[0]!r}{written}?)"
 
 
 def optional(name: str | None = None) -> str:
-    """How a template does without a value that it calls `name`."""
-    remedy = f"{{{{ {name} | default('') }}}}" if name else "| default('') behind it"
+    """How a template does without the column `name`."""
+    remedy = f"{{{{ {in_template(name)} | default('') }}}}" if name else "| default('') behind it"
     return f"if rows may do without, write {remedy}"
 
 

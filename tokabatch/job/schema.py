@@ -88,7 +88,9 @@ class PromptConfig(_Section):
     """How a row becomes a prompt: at most one of template, messages and token_ids. With none of them, the row's column
     prompt, messages or prompt_token_ids is used."""
 
-    template: fields.OptionalTemplate = Field(default=None, description="Sandboxed Jinja over the row's columns.")
+    template: fields.OptionalTemplate = Field(
+        default=None, description="Sandboxed Jinja over the row's columns; row['its name'] for one that is no single word."
+    )
     system: fields.OptionalTemplate = Field(default=None, description="System message, where a chat template applies.")
     chat: fields.AutoFlag = Field(
         default="auto", description="Whether the tokenizer's chat template applies; auto: where it has one."
@@ -100,7 +102,9 @@ class PromptConfig(_Section):
     chat_template_kwargs: fields.TemplateKwargs = Field(
         default={}, description="Variables for the chat template, such as enable_thinking: false."
     )
-    messages: fields.OptionalText = Field(default=None, description="Column that holds a list of chat messages.")
+    messages: fields.OptionalText = Field(
+        default=None, description="Column of chat messages; where an assistant's text ends them, it is continued."
+    )
     token_ids: fields.OptionalText = Field(default=None, description="Column that holds a list of token ids.")
     few_shot: FewShotConfig | None = Field(default=None, description="Examples in front of every prompt.")
     continuations: fields.Text = Field(

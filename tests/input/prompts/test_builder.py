@@ -85,6 +85,42 @@ def test_system_message(write_rows: Write, ingest_job: Ingest, texts: Texts) -> 
     assert shown == [system.format("a") + USER.format("hi"), system.format("b") + USER.format("hi")]
 
 
+def test_columns_read_by_name_are_checked(tmp_path: Path, write_rows: Write, ingest_job: Ingest, texts: Texts) -> None:
+    rows = [{"Correct Answer": f"<|eos|>{number}", "answer-1": number} for number in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    for path in (write_rows(*rows), tmp_path / "x.parquet"):
+        store = ingest_job(path, prompt={"template": "{{ row['Correct Answer'] }}."})
+        assert texts(store) == ["<|eos|>0.", "<|eos|>1.", "<|eos|>2."] and store.hidden_rows == 3
+        for source in ("{{ answer1 }}", "{{ row['answer1'] }}"):
+            with pytest.raises(InputError, match=r"no column answer1 \(did you mean 'answer-1', written row\['answer-1'\]\?\)"):
+                ingest_job(path, prompt={"template": source})
+        with pytest.raises(InputError, match="no column hint"):
+            ingest_job(path, prompt={"template": "{{ hint or row['answer-1'] }}"})
+    store = ingest_job(write_rows({"row": {"q": 1}, "q": 2}), prompt={"template": "{{ row['q'] }}"})
+    assert texts(store) == ["1"] and any("row['q']: a field of the column 'row'" in note for note in store.notes)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]},
+        {"role": "assistant", "content": "I call", "tool_calls": [{"name": "f", "arguments": {}}]},
+        {"role": "assistant", "reasoning_content": "hm"},
+    ],
+)
+def test_a_final_assistant_message_without_text_is_refused(last: dict[str, Any], write_rows: Write, ingest_job: Ingest) -> None:
+    store = ingest_job(write_rows({"messages": [{"role": "user", "content": "hi"}, last]}), "chat")
+    assert codes(store) == {0: "bad_messages"}
+    assert store.errors[0].message.startswith("the last message of the column 'messages' is an assistant's with ")
+
+
+def test_a_final_assistant_message_that_the_template_leaves_out_is_refused(write_rows: Write, ingest_job: Ingest) -> None:
+    path = write_rows({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well,"}]})
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    store = ingest_job(path, "chat", prompt={"chat_template": template})
+    assert codes(store) == {0: "bad_messages"} and "continue_final_message" not in store.errors[0].message
+
+
 def test_a_final_assistant_message_is_continued(write_rows: Write, ingest_job: Ingest, texts: Texts) -> None:
     path = write_rows({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well,"}]})
     assert texts(ingest_job(path, "chat"), "chat") == ["<|start|>user\nhi<|end|>\n<|start|>assistant\nWell,"]

@@ -40,8 +40,10 @@ def test_names_are_known_before_any_row() -> None:
         "t",
     )
     assert template.names == set("abdefh")
-    assert template.required == set("abdh")
-    assert template.non_null == set("abh")
+    assert template.required(()) == set("abdh")
+    row = {name: name for name in "adfh"} | {"b": {"c": 1}}
+    accepted = {name for name in "abdh" if isinstance(template.render(row | {name: None}), str)}
+    assert accepted == {"d"}
 
 
 def test_missing_and_null_fields() -> None:
@@ -52,6 +54,44 @@ def test_missing_and_null_fields() -> None:
     assert rendered("{{ q | default('none') }}") == "none"
     assert rendered("{% if q is defined %}{{ q }}{% endif %}x") == "x"
     assert rendered("{% if q %}{{ q }}{% endif %}x", q=None) == "x"
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ q or r }}", "{{ q if q else r }}", "{% if not q %}{{ r }}{% else %}{{ q }}{% endif %}", "{{ row['q'] or row.r }}"],
+)
+def test_a_column_that_is_tested_may_be_null_or_missing_in_some_rows_but_not_in_all(source: str) -> None:
+    template = compile_template(source, "prompt.template")
+    assert (template.names - {"row"}, template.required(("q",))) == ({"q", "r"}, {"q", "r"})
+    assert [template.render(row) for row in ({"q": "a", "r": "b"}, {"q": "a"} | {"r": "b"})] == ["a", "a"]
+    assert [template.render(row) for row in ({"q": None, "r": "b"}, {"q": "", "r": "b"}, {"r": "b"})] == ["b"] * 3
+    assert isinstance(template.render({"q": None, "r": None}), RowError)
+
+
+def test_a_column_of_any_name_is_read_from_the_row() -> None:
+    row = {"Correct Answer": "x", "answer-1": 2, "true": "t", "q": "a"}
+    assert rendered("{{ row['Correct Answer'] }}{{ row['answer-1'] + 1 }}{{ row.true }}{{ q }}", **row) == "x3ta"
+    template = compile_template("{{ row['Correct Answer'] }}{{ row['none'] | default('-') }}", "prompt.template")
+    assert template.names == {"row", "Correct Answer", "none"} and template.required(row) == {"Correct Answer"}
+    assert template.render(row) == "x-"
+    missing = template.render({"Correct answer": "x"})
+    assert isinstance(missing, RowError) and missing.code == "missing_field"
+    assert "did you mean 'Correct answer', written row['Correct answer']?" in missing.message
+    assert missing.message.endswith("write {{ row['Correct Answer'] | default('') }}")
+
+
+def test_a_column_called_row_is_itself() -> None:
+    template = compile_template("{{ row['q'] }} {{ row.r }}", "prompt.template")
+    assert template.required(("row", "q")) == {"row"} and template.required(("q",)) == {"q", "r"}
+    assert template.render({"row": {"q": 1, "r": 2}, "q": 3}) == "1 2"
+    assert code("{{ row['q'] }}", row=None, q=3) == "missing_field"
+    assert code("{{ row | tojson }}", q=3) == "missing_field"
+    assert rendered("{% for row in rows %}{{ row['q'] }}{% endfor %}", rows=[{"q": 1}, {"q": 2}]) == "12"
+
+
+def test_two_words_are_told_how_to_be_written() -> None:
+    with pytest.raises(JobError, match=r"not one word is written row\['its name'\]"):
+        compile_template("{{ Correct Answer }}", "prompt.template")
 
 
 def test_wrong_types_and_arithmetic_are_faults_of_the_row() -> None:

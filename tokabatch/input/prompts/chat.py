@@ -1,9 +1,9 @@
 """What a row says to a chat template, checked and in the shape that templates expect: messages, tools and documents.
 
-Each may be JSON text. Text given in parts becomes one text; keys of a message that are null are dropped; other keys, such as
-tool calls, pass through. In rows of typed columns (Parquet), an object has all keys that any other row's has, null where it has
-none: there, nulls are dropped at any depth, and what JSON has no type for is as in a job's template: a date in ISO 8601, a
-decimal number as text.
+A conversation that ends with an assistant's text is continued in that text. Each may be JSON text. Text given in parts becomes
+one text; keys of a message that are null are dropped; other keys, such as tool calls, pass through. In rows of typed columns
+(Parquet), an object has all keys that any other row's has, null where it has none: there, nulls are dropped at any depth, and
+what JSON has no type for is as in a job's template: a date in ISO 8601, a decimal number as text.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ def normalise_messages(value: Any, column: str) -> list[Message] | RowError:
         messages.append(message)
     if messages[-1]["role"] == "user" and not str(messages[-1].get("content", "")).strip():
         return RowError("empty_prompt", f"the last message of the column {column!r} is empty")
+    calls = next((key for key in ("tool_calls", "function_call") if messages[-1].get(key)), None)
+    if messages[-1]["role"] == "assistant" and (calls or "content" not in messages[-1]):
+        what = f"{calls}, and" if calls else "no content, and"
+        return RowError(
+            "bad_messages",
+            f"the last message of the column {column!r} is an assistant's with {what} only its text can be continued; "
+            "end with the tool's answer or a user's message, or give it content alone",
+        )
     return messages
 
 

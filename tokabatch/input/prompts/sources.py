@@ -15,7 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from tokabatch.errors import InputError, JobError, RowError
-from tokabatch.input.missing import did_you_mean, list_columns, missing_field
+from tokabatch.input.missing import ROW, did_you_mean, list_columns, missing_field
 from tokabatch.input.prompts.blanking import Blank, as_written
 from tokabatch.input.prompts.chat import decoded, normalise_messages, plain_values, read_objects, with_system
 from tokabatch.input.prompts.chat_template import DOCUMENTS, TOOLS, blank_texts, choose_chat_template
@@ -70,12 +70,13 @@ class PromptSource:
 
     def check_columns(self, present: Collection[str]) -> None:
         """Raises InputError where the whole input has not a column that every prompt needs."""
-        needed = {name for template in self._templates for name in template.required}
+        needed = {name for template in self._templates for name in template.required(present)}
         needed |= {name for name in (self._config.messages, self._config.token_ids) if name}
         missing = sorted(needed - set(present))
         if missing:
             raise InputError(
-                f"prompt: the input has no column {list_columns(missing)}{did_you_mean(missing[0], present)}; its columns are "
+                f"prompt: the input has no column {list_columns(missing)}"
+                f"{did_you_mean(missing[0], present, template=missing[0] in self._own_names())}; its columns are "
                 f"{list_columns(present)}"
             )
         if self._defaults and not set(self._defaults) & set(present):
@@ -85,11 +86,16 @@ class PromptSource:
             )
 
     def describe(self, present: Collection[str]) -> tuple[str, ...]:
-        """Sentences on what no chat template reads; `present` are the input's columns."""
+        """Sentences on what no chat template reads, and on names that mean two things; `present` are the input's columns."""
+        by_name = {name for template in self._templates for name in template.by_name} & set(present)
+        fields = [f"{ROW}[{name!r}]" for name in sorted(by_name - {ROW}) if ROW in present]
+        twofold = [f"{', '.join(fields)}: a field of the column {ROW!r}, not a column; rename that to mean columns"]
         columns = set(present) - self._own_names()
         if self._chat_template and (self.chat or self._config.messages or MESSAGES in present):
-            return self._chat_template.describe(columns)
-        return ("the column 'tools' is not used: no chat template applies",) if TOOLS in columns else ()
+            unread = self._chat_template.describe(columns)
+        else:
+            unread = ("the column 'tools' is not used: no chat template applies",) if TOOLS in columns else ()
+        return (*(twofold if fields else ()), *unread)
 
     def draft(self, row: Mapping[str, Any], blank: Blank = as_written) -> Draft | RowError:
         """The prompt of a row; the sources of all templates, and special texts that stand around the row's text, go through

@@ -1,13 +1,15 @@
 """A prompt template of the job: which columns it needs, and its text for one row.
 
 A column that the template reads must have a value in every row. What the template itself guards is free: a name under
-`| default(...)` may be missing or null, one under `is defined` may be missing, one that it tests (`{% if hint %}`, `is none`)
-may be null.
+`| default(...)` may be missing or null, one under `is defined` may be missing. One that it tests (`{% if hint %}`, `is none`,
+`hint or question`) may be null, or missing in some rows, where it is taken for null.
+
+`row['a name']` is the column of that name, whatever it is called, where no column is called `row`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ from jinja2.exceptions import TemplateSyntaxError, UndefinedError
 from jinja2.meta import find_undeclared_variables
 
 from tokabatch.errors import JobError, RowError
-from tokabatch.input.missing import missing_field, optional
+from tokabatch.input.missing import ROW, missing_field, optional
 from tokabatch.input.prompts.sandbox import Sandbox, TemplateTooLarge
 
 GUARDING_FILTERS = frozenset(["default", "d"])
@@ -27,22 +29,30 @@ NOT_IN_PROMPTS = (nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport, 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Compiled once; `names` are all the columns it mentions, `required` those the input must have, `non_null` those that
-    must have a value in each row."""
+    """Compiled once; `names` are all the columns it mentions, `by_name` those of them that it mentions as `row['name']` alone,
+    `row` too where that is all it is used for."""
 
     sandbox: Sandbox
     compiled: CompiledTemplate
     names: frozenset[str]
-    required: frozenset[str]
-    non_null: frozenset[str]
+    by_name: frozenset[str]
+    _required: frozenset[str]
+    _non_null: frozenset[str]
+
+    def required(self, present: Collection[str]) -> frozenset[str]:
+        """The columns that an input must have that has those that are `present`."""
+        return _of_columns(self._required, self.by_name, present)
 
     def render(self, row: Mapping[str, Any]) -> str | RowError:
         """The text for one row, or why there is none: `missing_field`, `bad_type`, `template_failed`, `template_too_large`."""
-        for name in self.non_null:
+        for name in _of_columns(self._non_null, self.by_name, row):
             if row.get(name) is None:
-                error = missing_field(name, row)
+                error = missing_field(name, row, template=True)
                 return RowError(error.code, f"{error.message}; {optional(name)}")
-        values = {name: row[name] for name in self.names if name in row}
+        values: dict[str, Any] = dict.fromkeys(self._required - self._non_null)
+        values |= {name: row[name] for name in self.names if name in row}
+        if ROW in self.names and ROW not in row:
+            values[ROW] = values.copy()
         try:
             return self.sandbox.render(self.compiled.generate, values)
         except UndefinedError as error:
@@ -65,30 +75,54 @@ def compile_template(source: str, key: str) -> Template:
         compiled = sandbox.from_string(source)
         names = frozenset(find_undeclared_variables(tree)) - frozenset(sandbox.globals)
     except TemplateSyntaxError as error:
-        raise JobError(f"{key} is no valid Jinja template: line {error.lineno}: {error.message}") from error
+        # Two words, where Jinja expects one.
+        words = "end of print statement" in str(error.message)
+        hint = "; a column whose name is not one word is written row['its name']" if words else ""
+        raise JobError(f"{key} is no valid Jinja template: line {error.lineno}: {error.message}{hint}") from error
     except Exception as error:  # Jinja's parser and Python's compiler raise many kinds
         raise JobError(f"{key} is no valid Jinja template: {error or type(error).__name__}") from error
     if any(tree.find_all(NOT_IN_PROMPTS)):
         raise JobError(f"{key}: a prompt's template cannot include other files, and `autoescape` makes HTML; remove that tag")
-    guarded = frozenset(_guarded(tree))
-    return Template(sandbox, compiled, names, names - guarded, names - guarded - frozenset(_tested(tree)))
+    plain, by_name = names, frozenset[str]()
+    if ROW in names:
+        found = [_column(node) for node in tree.find_all((nodes.Getattr, nodes.Getitem)) if _is_row(node.node)]
+        if None not in found and len(found) == sum(map(_is_row, tree.find_all(nodes.Name))):
+            plain = names - {ROW}
+        by_name = frozenset(name for name in (*found, ROW) if name is not None) - plain
+    required = (plain | by_name - {ROW}) - frozenset(_guarded(tree))
+    non_null = required - frozenset(_tested(tree))
+    return Template(sandbox, compiled, names | by_name, by_name, required, non_null)
 
 
-def _guarded(tree: nodes.Template) -> Iterator[str]:
-    for filtered in tree.find_all(nodes.Filter):
-        if filtered.name in GUARDING_FILTERS and isinstance(filtered.node, nodes.Name):
-            yield filtered.node.name
-    for test in tree.find_all(nodes.Test):
-        if test.name in GUARDING_TESTS and isinstance(test.node, nodes.Name):
-            yield test.node.name
+def _of_columns(names: frozenset[str], by_name: frozenset[str], present: Collection[str]) -> frozenset[str]:
+    """Those names that columns have to have: where there is a column `row`, `row['name']` is a field of it."""
+    return names - by_name | (by_name & {ROW}) if ROW in present and by_name else names
 
 
-def _tested(tree: nodes.Template) -> Iterator[str]:
-    for branch in tree.find_all((nodes.If, nodes.CondExpr)):
-        yield from (name.name for name in _names(branch.test))
+def _is_row(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Name) and node.name == ROW
 
 
-def _names(test: nodes.Node) -> Iterator[nodes.Name]:
-    if isinstance(test, nodes.Name):
-        yield test
-    yield from test.find_all(nodes.Name)
+def _column(node: nodes.Node) -> str | None:
+    """The column that a part of a template stands for, if it does."""
+    if isinstance(node, nodes.Name):
+        return node.name
+    if isinstance(node, nodes.Getattr) and _is_row(node.node):
+        return node.attr
+    if isinstance(node, nodes.Getitem) and _is_row(node.node) and isinstance(node.arg, nodes.Const):
+        return node.arg.value if isinstance(node.arg.value, str) else None
+    return None
+
+
+def _guarded(tree: nodes.Template) -> Iterator[str | None]:
+    yield from (_column(each.node) for each in tree.find_all(nodes.Filter) if each.name in GUARDING_FILTERS and each.node)
+    yield from (_column(each.node) for each in tree.find_all(nodes.Test) if each.name in GUARDING_TESTS)
+
+
+def _tested(tree: nodes.Template) -> Iterator[str | None]:
+    """What stands in a condition, and beside `and`, `or` and `not`."""
+    conditions = [branch.test for branch in tree.find_all((nodes.If, nodes.CondExpr))]
+    conditions += [side for pair in tree.find_all((nodes.And, nodes.Or)) for side in (pair.left, pair.right)]
+    for condition in (*conditions, *(each.node for each in tree.find_all(nodes.Not))):
+        yield _column(condition)
+        yield from map(_column, condition.find_all((nodes.Name, nodes.Getattr, nodes.Getitem)))

@@ -185,6 +185,12 @@ class Tokenizer:
                 ),
             )
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            if "continue_final_message" in str(error):
+                return RowError(
+                    "bad_messages",
+                    "the chat template does not write the last message, an assistant's, as it stands, so that it cannot be "
+                    "continued; end the conversation with a user's message",
+                )
             return RowError("bad_messages", f"the model's chat template refuses the messages: {error}")
         except (RecursionError, MemoryError) as error:
             return RowError("template_too_large", f"the model's chat template ran away: {error}")
