@@ -61,6 +61,7 @@ MISTAKES = [
     (("run", Q, "model.path=nothing"), "config.json"),
     (("run", Q, "output.columns=[qestion]"), r"did you mean 'question'\?"),
     (("run", Q, "output.path=rows.jsonl"), "Choose another output.path"),
+    (("plan", Q, "engine.kv_cache_tokens=8"), r"engine\.kv_cache_tokens allows 8; set engine\.kv_cache_tokens to at least \d+"),
     (("run", Q, "input.path=nothing", "output.path=nothing/out"), "choose an output.path outside of that folder"),
     (("plan", Q, "--device", "h200"), "belong to --simulate; add it"),
     (("plan", Q, "--simulate", "--device", "b300"), "h200"),

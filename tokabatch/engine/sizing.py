@@ -170,9 +170,10 @@ def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
             )
         remedy = f"set engine.kv_cache_tokens to at least {least * page}"
     if budget < least:
+        allowed = f"{max(0, budget) * page} fit" if asked is None else f"engine.kv_cache_tokens allows {asked}"
         raise JobError(
-            f"the shortest sample needs {least * page} tokens of KV cache (prompt plus max_tokens), but "
-            f"{max(0, budget) * page} fit; {remedy}, or lower generation.max_tokens"
+            f"the shortest sample needs {least * page} tokens of KV cache (prompt plus max_tokens), but {allowed}; {remedy}, "
+            "or lower generation.max_tokens"
         )
     num_pages = min(budget, max(sizes.useful_pages, needed))
     return replace(sizes, num_pages=num_pages, max_pages_per_sequence=min(sizes.max_pages_per_sequence, num_pages))
