@@ -16,6 +16,7 @@ from support.scripted_run import scripted_engine, scripted_job, scripted_run
 
 from tokabatch import plan, run
 from tokabatch.errors import JobError
+from tokabatch.output.integrity import check
 from tokabatch.runner import recorder
 from tokabatch.runner.interruption import Interruption
 
@@ -187,7 +188,12 @@ def test_a_slow_judge_holds_the_run_up_and_loses_nothing(rows: Path, tmp_path: P
 def test_a_run_that_is_stopped_commits_what_is_not_judged(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "HURRIED_SECONDS", 0.3)
     judge = tmp_path / "judge.py"
-    judge.write_text("import time\ndef verify(text, row):\n    time.sleep(600 if row['number'] else 0)\n    return True\n")
+    flag = tmp_path / "hang"
+    flag.touch()
+    judge.write_text(
+        "import os, time\ndef verify(text, row):\n"
+        f"    time.sleep(600 if row['number'] and os.path.exists({str(flag)!r}) else 0)\n    return True\n"
+    )
     stop, began = Interruption(), time.monotonic()
     finish = recorder.Recorder.finish
 
@@ -196,12 +202,19 @@ def test_a_run_that_is_stopped_commits_what_is_not_judged(rows: Path, tmp_path: 
         return finish(self, *arguments, **named)
 
     monkeypatch.setattr(recorder.Recorder, "finish", stopped)
+    job = scripted_job(rows, tmp_path / "out", verify={"kind": str(judge), "seconds": 300.0})
     with scripted_engine():
-        run(scripted_job(rows, tmp_path / "out", verify={"kind": str(judge), "seconds": 300.0}), should_stop=stop)
+        run(job, should_stop=stop)
     assert time.monotonic() - began < 60
     found = samples(tmp_path / "out")
     assert Counter(sample["verify_error"] is None for sample in found)[True] >= 1
     assert len(found) == 2 * ROWS and all("run was stopped" in (each["verify_error"] or "run was stopped") for each in found)
+    monkeypatch.undo()
+    flag.unlink()
+    with scripted_engine():
+        summary = run(job)
+    assert (summary.exit_code, summary.unverified, summary.pass_at_k) == (0, 0, {1: 1.0, 2: 1.0})
+    assert all(sample["correct"] for sample in samples(tmp_path / "out")) and check(tmp_path / "out").exit_code == 0
 
 
 def test_references_are_checked_before_anything_is_computed(rows: Path, tmp_path: Path) -> None:

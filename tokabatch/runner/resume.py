@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tokabatch import __version__
 from tokabatch.errors import OutputError
 from tokabatch.input.store.kept_input import keep_input
 from tokabatch.input.store.row_digests import RowDigests
-from tokabatch.job import Job
+from tokabatch.job import Job, VerifyConfig
 from tokabatch.output.existing_results import (
     Committed,
     drop_errors,
@@ -32,6 +33,7 @@ from tokabatch.output.existing_results import (
     nothing_committed,
     read_committed,
     remove_shards,
+    replace_shard,
 )
 from tokabatch.output.folder import Claim, OutputFolder
 from tokabatch.output.inspection import Inspection, inspect
@@ -46,6 +48,9 @@ from tokabatch.output.manifest import (
 )
 from tokabatch.output.remedy import refuse_faults, refuse_other_verdicts, refuse_unrecorded, repair_command
 from tokabatch.output.same_job import EarlierRun
+from tokabatch.output.schema import verdict_fields
+from tokabatch.runner.score import has_unjudged, judge_again
+from tokabatch.scoring.pool import open_pool
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import reading_input, unwritable
 from tokabatch.workload import Workload, prepare
@@ -109,7 +114,7 @@ def start(
     try:
         if earlier is not None and found is not None:
             manifest = _manifest(job, workload, clock, earlier.manifest, found.run)
-            started = _continue(job, claim, workload, manifest, earlier, found, reuse, tell)
+            started = _continue(job, claim, workload, manifest, earlier, found, reuse, tell, on_rows)
         else:
             if reuse.overwrite:
                 shards = folder.shards()
@@ -140,6 +145,7 @@ def _continue(
     found: Inspection,
     reuse: Reuse,
     tell: Callable[[str], None],
+    on_rows: OnRows,
 ) -> Start:
     """The earlier run. Its good files stay; those that are damaged are computed again where that was asked for."""
     folder = claim.folder
@@ -156,7 +162,8 @@ def _continue(
     if earlier.repaired and not reuse.retry_errors:
         tell(f"error rows that are other rows now: {earlier.repaired:,}; --retry-errors runs them")
     done = not started.has_more
-    if done and _is_complete(folder, earlier.manifest, found, manifest):
+    unjudged = job.verify is not None and any(has_unjudged(file) for _, file in found.good)
+    if done and not unjudged and _is_complete(folder, earlier.manifest, found, manifest):
         # Nothing in the folder changes, whatever happens from here on.
         return replace(started, committed=replace(started.committed, shards=tuple(shard for shard, _ in found.good)))
     _write_start(job, claim, workload, manifest, found.good, keep_summary=done and not reuse.retry_errors)
@@ -169,7 +176,23 @@ def _continue(
         told = ", ".join(names[:5]) + ", …" * (len(names) > 5)
         tell(f"the rows make other columns than before ({told}): rewriting {len(misfits):,} files")
         fit_columns(claim, misfits, workload.output_schema, workload.store.columns)
-    return _find_samples(folder, workload) if reuse.retry_errors or misfits else started
+    if unjudged and job.verify is not None:
+        _judge_left(claim, job.verify, workload, tell, on_rows)
+    return _find_samples(folder, workload) if reuse.retry_errors or misfits or unjudged else started
+
+
+def _judge_left(claim: Claim, verify: VerifyConfig, workload: Workload, tell: Callable[[str], None], on_rows: OnRows) -> None:
+    """Give verdicts to the samples that an earlier start was stopped before it had judged, and with them to their files."""
+    left = [file for file in claim.folder.shards() if has_unjudged(file)]
+    tell(f"judging the samples that the start before was stopped before it had judged ({len(left):,} files)")
+    pool = open_pool(verify)
+    try:
+        own = verdict_fields(pool.load().columns)
+        for file in left:
+            check = partial(on_rows, workload.store.num_rows, len(workload.failures))
+            replace_shard(claim, file, list(judge_again(file, own, pool, check)))
+    finally:
+        pool.close()
 
 
 def _is_complete(folder: OutputFolder, earlier: Manifest, found: Inspection, now: Manifest) -> bool:

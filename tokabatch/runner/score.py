@@ -124,7 +124,7 @@ def score_to(
             files = recorded_shards(folder, manifest)
             _check_columns(files, own, job)
             names = [*("id", "row_index", "sample_index", "status"), *(field.name for field in own)]
-            parts = [table.select(names) for file in files for table in _judged(file, own, pool, stop)]
+            parts = [table.select(names) for file in files for table in judge_again(file, own, pool, stop.check)]
             return pa.concat_tables(parts) if parts else SAMPLE_SCHEMA.empty_table().select(names[:4])
 
         verdicts = consistently(judge, path)
@@ -179,7 +179,7 @@ def _rejudge(
         write_manifest(claim, manifest, job.given())
         claim.reopen(keep_summary=True)
     for number, file in enumerate(left, 1):
-        tables = list(_judged(file, own, pool, stop))
+        tables = list(judge_again(file, own, pool, stop.check))
         replace_shard(claim, file, tables)
         for table in tables:
             scored.reasons.update(table["verify_error"].drop_null().to_pylist())
@@ -197,8 +197,10 @@ def _rejudge(
     return scored
 
 
-def _judged(file: ListedFile, own: Sequence[pa.Field[Any]], pool: JudgePool, stop: Interruption) -> Iterator[pa.Table]:
-    """The samples of a shard with new verdicts, in pieces."""
+def judge_again(
+    file: ListedFile, own: Sequence[pa.Field[Any]], pool: JudgePool, check: Callable[[], object]
+) -> Iterator[pa.Table]:
+    """The samples of a shard with new verdicts, in pieces. `check` is called now and then, and may raise."""
     for table in read_groups(file, None):
         before = verdict_names(table.schema)
         ours = own_names(table.schema)
@@ -214,10 +216,10 @@ def _judged(file: ListedFile, own: Sequence[pa.Field[Any]], pool: JudgePool, sto
             asked = [place for place in part if texts[place] is not None]
             made = pool.submit([str(texts[place]) for place in asked], [{"id": ids[place], **rows[place]} for place in asked])
             while not pool.wait(made, LOOK_SECONDS):
-                stop.check()
+                check()
             of_place = dict(zip(asked, made, strict=True))
             tickets += [of_place.get(place) for place in part]
-        stop.check()
+        check()
         kept = pa.schema([table.schema.field(name) for name in inputs], table.schema.metadata)
         schema = output_schema(kept, verdicts=own, reasoning=judged == "answer_text", scored=SCORE_FIELDS[0].name in ours)
         told = verdict_columns([ticket and ticket.verdict for ticket in tickets], [field.name for field in own])
@@ -244,8 +246,14 @@ def _check_columns(files: Sequence[ListedFile], own: Sequence[pa.Field[Any]], jo
 def _is_judged(file: ListedFile, manifest: Manifest) -> bool:
     """Whether this judge has judged all samples of a shard."""
     with open_shard(file) as parquet:
-        found = parquet.schema_arrow
-        if (found.metadata or {}).get(VERIFIER_KEY) != manifest.marks[VERIFIER_KEY]:
+        told = (parquet.schema_arrow.metadata or {}).get(VERIFIER_KEY)
+    return told == manifest.marks[VERIFIER_KEY] and not has_unjudged(file)
+
+
+def has_unjudged(file: ListedFile) -> bool:
+    """Whether a shard holds samples that a run was stopped before it had judged."""
+    with open_shard(file) as parquet:
+        if "verify_error" not in verdict_names(parquet.schema_arrow):
             return False
         errors: pa.Table = parquet.read(["verify_error"])
-    return NOT_JUDGED not in errors["verify_error"].unique().to_pylist()
+    return NOT_JUDGED in errors["verify_error"].unique().to_pylist()
