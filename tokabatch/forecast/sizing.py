@@ -135,7 +135,7 @@ def _worth_running(cost: CostModel, workload: Workload) -> int:
     """Samples to run at once on a GPU, by what is left to draw, of which each replica draws its part."""
     sampling = workload.requests.sampling
     given = [params.has_given_length for params in sampling]
-    weights = np.bincount(workload.requests.params, weights=workload.num_samples, minlength=len(sampling))
+    weights = np.bincount(workload.requests.params, weights=workload.num_samples, minlength=len(sampling)).astype(np.float64)
     survival = assumed_survival([params.max_tokens for params in sampling], given, weights)
     layout, count = workload.layout, int(workload.num_samples.sum())
     seconds = seconds_of_ranks(cost, layout.tensor, layout.pipeline)
