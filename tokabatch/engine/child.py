@@ -3,8 +3,10 @@ take time or fail: what the worker is made of arrives pickled, and unpickling im
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
+import sys
 from multiprocessing.connection import Connection
 
 from tokabatch.engine.heartbeat import Pulse
@@ -24,3 +26,7 @@ def main(steps: Connection, signs: Connection, work: bytes) -> None:
     pulse.start()
     function, argument = pickle.loads(work)
     function(steps, argument, pulse)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # What libraries would clean up at the interpreter's end the system does as well, without waiting for other ranks.
+    os._exit(0)
