@@ -40,7 +40,3 @@ class Capturable(Protocol):
         """Change the page table and pages as the step says, done once the outbox is sent: all that a step takes of
         `AttentionBackend.plan` where its attention is computed elsewhere."""
         ...
-
-    def prefers_launches(self, step: StepBatch) -> bool:
-        """Whether the backend's own kernels, launched layer by layer, take less time at this step than what is captured."""
-        ...

@@ -33,14 +33,6 @@ their keys."""
 TILE_QUERIES = 128
 """Queries of one program of the Hopper prefill kernel (fa3), which splits no keys and packs no heads: passes of fewer leave it
 idle."""
-SPLIT_DIM, SPLIT_KEYS, MAX_PIECES = 128, 2048, 8
-"""Prefix passes of too few queries to fill the GPU are cut along their keys into as many as eight pieces of so many keys at
-least, whose states are merged: with heads of this dimension the Hopper kernel is then 1.7 times as fast as tiles are (256
-queries over 32,768 keys: 0.24 ms a layer, 583 TF/s); with heads of 64 both take 0.23 ms."""
-FULL_SHARE = 0.9
-"""Of the GPU's multiprocessors that have to be busy, for that kernel to be the faster one."""
-LONG_SHARED = 1e11
-"""Arithmetic of a layer's prefix passes from which that gains more than launching the layer by itself takes, some 0.3 ms."""
 LONG_PREFILL = 512
 """Queries from which a causal pass goes to that kernel: its plan takes the host 1.3 ms, the generic kernel's (fa2) 0.15."""
 
@@ -68,8 +60,6 @@ class _Level:
     span: slice
     gaps: Parcel | None
     passes: _CallPasses
-    pieces: int
-    """That each pass is cut into, all first pieces before the second ones."""
     unchanged: bytes
     """What its plan follows from: equal bytes, equal plan."""
 
@@ -88,7 +78,7 @@ class _StepSection:
     def is_covered(self) -> bool:
         """Every token has a state in the first level, which others merge into."""
         first = self.levels[0] if self.levels else None
-        return first is not None and first.gaps is None and first.pieces == 1 and first.span == self.span
+        return first is not None and first.gaps is None and first.span == self.span
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +116,6 @@ class FlashInferPagedAttention:
 
     def update_cache(self, step: StepBatch, outbox: Outbox) -> None:
         self._store.update_cache(step, outbox)
-
-    def prefers_launches(self, step: StepBatch) -> bool:
-        if not self._has_fa3 or self.shape.head_dim != SPLIT_DIM:
-            return False
-        pairs = sum(
-            int(((level.token_stop - level.token_start).astype(np.int64) * (level.page_stop - level.page_start)).sum())
-            for level in step.prefix_levels
-        )
-        return 4.0 * pairs * self.shape.page_size * self.shape.num_heads * self.shape.head_dim >= LONG_SHARED
 
     def plan(self, step: StepBatch, outbox: Outbox) -> None:
         self._store.update_cache(step, outbox)
@@ -184,13 +165,13 @@ class FlashInferPagedAttention:
         for level, wrapper in zip(levels, planned.levels, strict=True):
             if level is levels[0] and section.is_covered:
                 wrapper.run(q_THD[span], cache, out=out, lse=lse, return_lse=True)
-                continue
-            tokens = level.span if level.gaps is None else level.gaps.tensor
-            merged = out_THD[tokens], lse_TH[tokens]
-            states = _run(wrapper, q_THD[tokens].repeat(level.pieces, 1, 1), cache)
-            for state in zip(*(each.chunk(level.pieces) for each in states), strict=True):
-                flashinfer.merge_state_in_place(*merged, *state)
-            if level.gaps is not None:
+            elif level.gaps is None:
+                state = _run(wrapper, q_THD[level.span], cache)
+                flashinfer.merge_state_in_place(out_THD[level.span], lse_TH[level.span], *state)
+            else:
+                tokens = level.gaps.tensor
+                state = _run(wrapper, q_THD[tokens], cache)
+                merged = flashinfer.merge_state(out_THD[tokens], lse_TH[tokens], *state)
                 out_THD[tokens], lse_TH[tokens] = merged
         if planned.own is None:
             assert section.skip is not None
@@ -223,34 +204,16 @@ class FlashInferPagedAttention:
 
     def _level(self, level: PrefixLevel, outbox: Outbox) -> _Level:
         queries = level.token_stop - level.token_start
-        pieces = self._num_pieces(level)
-        pages = level.page_stop - level.page_start
-        cuts = [level.page_start + pages * piece // pieces for piece in range(pieces + 1)]
-        first, last = np.concatenate(cuts[:-1]), np.concatenate(cuts[1:])
-        indptr, indices, page_ids = self._page_ids(np.tile(level.slot, pieces), first, last, outbox)
-        full = np.full(len(first), self.shape.page_size, np.int32)
+        indptr, indices, pages = self._page_ids(level.slot, level.page_start, level.page_stop, outbox)
+        full = np.full(len(level.slot), self.shape.page_size, np.int32)
+        keys = (level.page_stop - level.page_start) * self.shape.page_size
         span = slice(int(level.token_start[0]), int(level.token_stop[-1]))
         gaps = None
         if int(queries.sum()) != span.stop - span.start:
             shift = np.repeat(level.token_start - (np.cumsum(queries) - queries), queries)
             gaps = outbox.add(np.arange(int(queries.sum()), dtype=np.int64) + shift)
-        unchanged = b"|".join((queries.tobytes(), indptr.tobytes(), page_ids.tobytes()))
-        keys = (last - first) * self.shape.page_size
-        passes = _CallPasses(np.tile(queries, pieces), indptr, indices, full, keys, causal=False)
-        return _Level(span, gaps, passes, pieces, unchanged)
-
-    def _num_pieces(self, level: PrefixLevel) -> int:
-        """See SPLIT_DIM: the fewest with which the Hopper kernel fills the GPU, 1 where none does."""
-        queries = level.token_stop - level.token_start
-        if not self._has_fa3 or self.shape.head_dim != SPLIT_DIM or queries.mean() < TILE_QUERIES:
-            return 1
-        programs = int((-(-queries // TILE_QUERIES)).sum()) * self.shape.num_heads
-        fewest_keys = int((level.page_stop - level.page_start).min()) * self.shape.page_size
-        most = min(MAX_PIECES, fewest_keys // SPLIT_KEYS)
-        if programs >= FULL_SHARE * self._num_cores:
-            return 1
-        waves = (-(-pieces * programs // self._num_cores) * self._num_cores for pieces in range(1, most + 1))
-        return next((p for p, wave in enumerate(waves, 1) if p * programs >= FULL_SHARE * wave), 1)
+        unchanged = b"|".join((queries.tobytes(), indptr.tobytes(), pages.tobytes()))
+        return _Level(span, gaps, _CallPasses(queries, indptr, indices, full, keys, causal=False), unchanged)
 
     def _page_ids(self, slots: Int32, first: Int32, last: Int32, outbox: Outbox) -> tuple[Int32, Parcel, Int32]:
         """`page_table[slot, first : last]` of N passes: offsets [N + 1], page ids end to end on their way, and on the host."""
@@ -299,7 +262,7 @@ class FlashInferPagedAttention:
         if not self._has_fa3 or float(passes.queries.mean()) < fewest:
             return False
         programs = int((-(-passes.queries // TILE_QUERIES)).sum()) * self.shape.num_heads
-        return programs >= FULL_SHARE * self._num_cores
+        return programs >= self._num_cores
 
     def _plan_prefill(self, wrapper: flashinfer.BatchPrefillWithPagedKVCacheWrapper, passes: _CallPasses) -> None:
         shape = self.shape

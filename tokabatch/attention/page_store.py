@@ -45,10 +45,6 @@ class PageStore:
         self.cache = PagedCache(k_LNKPD, v_LNKPD, table)
         self.page_table = np.zeros((shape.num_slots, shape.max_pages), np.int32)
 
-    def prefers_launches(self, step: StepBatch) -> bool:
-        """It has no kernels."""
-        return False
-
     def update_cache(self, step: StepBatch, outbox: Outbox) -> None:
         """See `Capturable`; the host's table is changed at once."""
         self.page_table[step.table_slot, step.table_column] = step.table_page

@@ -195,9 +195,9 @@ class Worker:
         return compute
 
     def _by_graphs(self, captured: CapturedSteps, step: StepBatch, outbox: Outbox) -> Callable[[], Sampled]:
-        """The same by captured graphs; kernel by kernel the layers of a step that none is made for, and the head of a step with
-        penalised rows."""
-        body = None if captured.backend.prefers_launches(step) else captured.body.fit(step)
+        """The same by captured graphs; kernel by kernel the layers of a step that is too large for one, and the head of a step
+        with penalised rows."""
+        body = captured.body.fit(step)
         rows = np.flatnonzero(step.run_samples)
         if body is None:
             hidden, words = self._hidden(step, outbox, _last_tokens(step)), None
