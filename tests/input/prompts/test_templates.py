@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -87,6 +88,14 @@ def test_a_column_called_row_is_itself() -> None:
     assert code("{{ row['q'] }}", row=None, q=3) == "missing_field"
     assert code("{{ row | tojson }}", q=3) == "missing_field"
     assert rendered("{% for row in rows %}{{ row['q'] }}{% endfor %}", rows=[{"q": 1}, {"q": 2}]) == "12"
+
+
+def test_messages_say_what_to_write_for_a_span_of_time_and_for_null() -> None:
+    span = rendered("{{ d }}", d=timedelta(seconds=3))
+    assert isinstance(span, RowError) and "write {{ d.total_seconds() }}" in span.message
+    assert rendered("{{ d.total_seconds() }}", d=timedelta(seconds=3)) == "3.0"
+    null = rendered("{% if q | length > 2 %}x{% endif %}", q=None)
+    assert isinstance(null, RowError) and null.code == "bad_type" and "null in this row; if rows may do without" in null.message
 
 
 def test_two_words_are_told_how_to_be_written() -> None:

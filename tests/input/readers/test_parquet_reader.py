@@ -100,3 +100,16 @@ def test_a_file_of_another_kind_under_the_name_of_parquet_is_told(data: bytes, m
     (tmp_path / "x.parquet").write_bytes(data * 20)
     with pytest.raises(InputError, match=message):
         open_path(str(tmp_path / "x.parquet"))
+
+
+def test_short_floats_have_their_shortest_digits(tmp_path: Path) -> None:
+    kind = pa.struct({"x": pa.float32(), "l": pa.list_(pa.float16())})
+    columns = {
+        "single": pa.array([0.1, None, 1e10, float("inf")], pa.float32()),
+        "double": pa.array([0.1, None, 1e10, float("inf")], pa.float64()),
+        "nested": pa.array([{"x": 0.3, "l": [0.1, None]}, None, {"x": None, "l": None}, {"x": 2.5, "l": []}], kind),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    rows = [row.columns or {} for batch in open_path(str(tmp_path / "x.parquet")).batches() for row in batch.rows]
+    assert [row["single"] for row in rows] == [row["double"] for row in rows] == [0.1, None, 1e10, float("inf")]
+    assert [row["nested"] for row in rows] == [{"x": 0.3, "l": [0.1, None]}, None, {"x": None, "l": None}, {"x": 2.5, "l": []}]

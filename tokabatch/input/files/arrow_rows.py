@@ -1,9 +1,9 @@
 """An Arrow batch as rows: the columns asked for become Python values, the batch itself stays the payload.
 
-Binary values that are UTF-8 are texts in the rows: many writers store text so. Maps are mappings, as objects of JSON are, where
-their keys are texts or whole numbers; a key that occurs twice is a fault of its row, as in JSON. A single Arrow value can be
-text that is not UTF-8, and one that is asked for can be beyond what Python has (a date after the year 9999): faults of their
-rows. This module knows no file format.
+Numbers of 32 bits and less have their shortest digits. Binary values that are UTF-8 are texts in the rows: many writers store
+text so. Maps are mappings, as objects of JSON are, where their keys are texts or whole numbers; a key that occurs twice is a
+fault of its row, as in JSON. A single Arrow value can be text that is not UTF-8, and one that is asked for can be beyond what
+Python has (a date after the year 9999): faults of their rows. This module knows no file format.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pyarrow as pa
 from tokabatch.errors import RowError
 from tokabatch.input.rows import Row, RowBatch
 
+_SHORT_FLOATS = (pa.types.is_float32, pa.types.is_float16)
 _BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
 
 
@@ -35,6 +36,8 @@ def rows_of(batch: pa.RecordBatch, columns: Collection[str] | None, first_index:
         if columns is None or name in columns:
             values[name], beyond = _to_python(column)
             values[name] = _texts(values[name]) if _holds(column.type, *_BINARY) else values[name]
+            if _holds(column.type, *_SHORT_FLOATS):
+                values[name] = [_shortest(value, column.type) for value in values[name]]
             if _holds(column.type, pa.types.is_map):
                 beyond |= _read_maps(values[name], column.type)
             faults |= {row: _fault("bad_type", place, first_index + row, name, why) for row, why in beyond.items()}
@@ -57,6 +60,17 @@ def _holds(kind: pa.DataType, *tests: Callable[[pa.DataType], bool]) -> bool:
         return _holds(kind.value_type, *tests)
     nested = range(kind.num_fields) if pa.types.is_nested(kind) else ()
     return any(_holds(kind.field(number).type, *tests) for number in nested)
+
+
+def _shortest(value: Any, kind: Any) -> Any:
+    """The value with its 32-bit and 16-bit numbers by their shortest digits, 0.1 and not 0.10000000149011612, outside maps."""
+    if value is None or not _holds(kind, *_SHORT_FLOATS):
+        return value
+    if pa.types.is_struct(kind):
+        return {field.name: _shortest(value[field.name], field.type) for field in kind}
+    if isinstance(value, list):
+        return value if pa.types.is_map(kind) else [_shortest(item, kind.value_type) for item in cast("list[Any]", value)]
+    return float(str((np.float32 if pa.types.is_float32(kind) else np.float16)(value)))
 
 
 def _read_maps(values: list[Any], kind: pa.DataType) -> dict[int, str]:

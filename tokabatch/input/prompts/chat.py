@@ -97,7 +97,8 @@ def _message(given: Any, place: str) -> Message | RowError:
         return RowError("bad_type", f"{place} must be an object with role and content, not {type(given).__name__}")
     message = {key: value for key, value in cast("Mapping[str, Any]", given).items() if value is not None}
     if not isinstance(message.get("role"), str):
-        return RowError("bad_type", f"{place} has no role (system, user or assistant)")
+        sharegpt = "; write `from` as role (human: user, gpt: assistant), `value` as content" if "from" in message else ""
+        return RowError("bad_type", f"{place} has no role (system, user or assistant){sharegpt}")
     content = message.get("content")
     if isinstance(content, list):
         parts = cast("list[Any]", content)

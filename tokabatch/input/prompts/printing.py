@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
-from datetime import date, time
+from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any, cast
 from uuid import UUID
@@ -96,6 +96,8 @@ def _description(value: Any, name: str) -> tuple[str, str]:
         return "a sequence made by a filter", f"write {{{{ {name} | join(', ') }}}} or {{{{ {name} | list | tojson }}}}"
     if isinstance(value, float | Decimal):
         return f"the number {value}", "leave such rows out, or make it null"
+    if isinstance(value, timedelta):
+        return "a span of time", f"write {{{{ {name}.total_seconds() }}}}"
     if isinstance(value, Macro):
         return "a macro", f"call it: {{{{ {name}(...) }}}}"
     if callable(value):

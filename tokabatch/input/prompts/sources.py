@@ -77,12 +77,12 @@ class PromptSource:
             raise InputError(
                 f"prompt: the input has no column {list_columns(missing)}"
                 f"{did_you_mean(missing[0], present, template=missing[0] in self._own_names())}; its columns are "
-                f"{list_columns(present)}"
+                f"{list_columns(present)}{f'. A template reads one by its name: {ROW}[...]' if missing == [ROW] else ''}"
             )
         if self._defaults and not set(self._defaults) & set(present):
             raise InputError(
                 f"the input has no column {' or '.join(self._defaults)}; its columns are {list_columns(present)}. "
-                'Set prompt.template, for example "{{ column }}".'
+                'Set prompt.template, for example "{{ column }}", or name a column of chat messages as prompt.messages.'
             )
 
     def describe(self, present: Collection[str]) -> tuple[str, ...]:

@@ -62,7 +62,8 @@ class Template:
         except RecursionError:
             return RowError("template_too_large", "the template calls itself without end")
         except TypeError as error:
-            return RowError("bad_type", f"the template: {error}")
+            null = f" (a value is null in this row; {optional()})" if "NoneType" in str(error) else ""
+            return RowError("bad_type", f"the template: {error}{null}")
         except Exception as error:  # whatever a template computes costs its row alone
             return RowError("template_failed", f"the template: {error or type(error).__name__}")
 
