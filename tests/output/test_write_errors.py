@@ -234,7 +234,7 @@ def test_two_starts_in_a_row_that_commit_nothing_end_in_2(tmp_path: Path, monkey
             patch.setattr(folder_module, "DurableFiles", lambda: Refused(first))
             summary = run(job, Display(), **flags)
         assert json.loads((out / "summary.json").read_text())["exit_code"] == summary.exit_code
-        return summary.exit_code, any("committed nothing, either" in text for text in told)
+        return summary.exit_code, any("committed nothing either" in text for text in told)
 
     assert start(0) == (75, False)
     assert start(0) == start(0) == (2, True)
