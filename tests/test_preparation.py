@@ -91,8 +91,8 @@ def test_end_tokens_that_differ(told: Callable[..., str]) -> None:
 
 
 def test_generation_defaults_that_are_not_honoured(told: Callable[..., str]) -> None:
-    assert "also says repetition_penalty: 1.3" in told(
-        edit("generation_config.json", repetition_penalty=1.3), [{"prompt": "a"}]
+    assert "also says no_repeat_ngram_size: 3" in told(
+        edit("generation_config.json", no_repeat_ngram_size=3), [{"prompt": "a"}]
     )
 
 
