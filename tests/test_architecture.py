@@ -54,7 +54,7 @@ HEAVY_HOMES = {
     "flashinfer": {"attention/flashinfer_paged.py"},
     "triton": {
         "attention/triton_decode.py",
-        "attention/page_store.py",
+        "attention/triton_page_store.py",
         "attention/triton_tiles.py",
         "model/triton_layers.py",
         *(f"model/sampling/triton_{name}.py" for name in ("rows", "sampling", "filters", "alternatives")),

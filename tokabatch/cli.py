@@ -24,7 +24,7 @@ import typer
 from typer.core import TyperCommand
 
 from tokabatch import __version__
-from tokabatch.errors import JobError, OutputError, Stopped, TokabatchError, UsageError
+from tokabatch.errors import EXIT_INTERRUPTED, EXIT_STOPPED, JobError, OutputError, Stopped, TokabatchError, UsageError
 from tokabatch.report.streams import TolerantFile, first_fault, make_tolerant
 from tokabatch.runner.interruption import Interruption
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from tokabatch.report.summary import RunSummary, Section
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_STOPPED, _INTERRUPTED = 75, 130
 _READER_ENDED = 128 + signal.SIGPIPE
 _DEVICES = "h200, h100, a100 or l40s, or a variant such as h100-pcie or a100-40gb"
 
@@ -522,12 +521,12 @@ def _stop_on_signals(doing: str = "committing what is finished") -> Generator[In
     def ask(number: int, frame: object) -> None:
         if number == signal.SIGINT and number in seen:
             _say("\x1b[?25h" if os.isatty(2) else "")
-            os._exit(_INTERRUPTED)
+            os._exit(EXIT_INTERRUPTED)
         if number not in seen:
             how = "; Ctrl-C again to stop at once" if number == signal.SIGINT else f" ({signal.Signals(number).name})"
             _say(f"stopping: {doing}{how}\n")
         seen.append(number)
-        stop.request(_INTERRUPTED if number == signal.SIGINT else _STOPPED)
+        stop.request(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED)
 
     # Only the main thread may set handlers; and another program's, or one that ignores the signal, stays.
     ours = [number for number, handler in before.items() if handler in (signal.default_int_handler, signal.SIG_DFL)]

@@ -126,7 +126,7 @@ def captured_worker(folder, sizes: ReplicaSizes, device: torch.device) -> Worker
     decoder = load_decoder(folder, spec, DTYPE, device)
     shape = kv_shape(spec, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_pages_per_sequence)
     # It keeps the pages and computes nothing: all steps are captured.
-    store = import_module("tokabatch.attention.page_store").PageStore(shape, DTYPE, device)
+    store = import_module("tokabatch.attention.triton_page_store").PageStore(shape, DTYPE, device)
     assert isinstance(store, Capturable)
     worker = Worker(decoder, store, sizes, penalised=True)
     recorder = Redoing() if device.type == "cpu" else GraphRecorder()

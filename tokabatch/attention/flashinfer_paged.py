@@ -19,8 +19,8 @@ import torch
 from tokabatch.arrays import Int32
 from tokabatch.attention.base import KVShape, token_slots
 from tokabatch.attention.capturable import PagedCache
-from tokabatch.attention.page_store import PageStore
 from tokabatch.attention.triton_decode import decode
+from tokabatch.attention.triton_page_store import PageStore
 from tokabatch.attention.upload import Outbox, Parcel
 from tokabatch.scheduling.contracts import PrefixLevel, StepBatch
 

@@ -10,9 +10,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from tokabatch.errors import Stopped
-
-INTERRUPTED = 130
+from tokabatch.errors import EXIT_INTERRUPTED, Stopped
 
 
 class Interruption:
@@ -27,7 +25,7 @@ class Interruption:
     def poll(self) -> int:
         """What the run shall exit with; 0 until a stop is requested."""
         if not self._exit_code and self._asked is not None and self._asked():
-            self._exit_code = INTERRUPTED
+            self._exit_code = EXIT_INTERRUPTED
         return self._exit_code
 
     def request(self, exit_code: int) -> None:

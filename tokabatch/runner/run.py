@@ -13,7 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokabatch.errors import STOPS, CommitError, DamageError, Stopped, TokabatchError, UsageError
+from tokabatch.errors import (
+    EXIT_BOOKS,
+    EXIT_COMPLETE,
+    EXIT_ERRORS,
+    EXIT_STALLED,
+    EXIT_STOPPED,
+    STOPS,
+    CommitError,
+    DamageError,
+    Stopped,
+    TokabatchError,
+    UsageError,
+)
 from tokabatch.forecast.profile import SavedProfile
 from tokabatch.forecast.sizing import device_name, has_known_rates, price_steps, read_profile, size_replica
 from tokabatch.forecast.step_log import Steps, tail_seconds
@@ -33,8 +45,6 @@ from tokabatch.runner.make_replica import make_replica
 from tokabatch.runner.recorder import Recorder
 from tokabatch.runner.replica import Replica
 from tokabatch.runner.resume import Reuse, Start, start
-
-EXIT_COMPLETE, EXIT_STALLED, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED = 0, 2, 3, 4, 75
 
 
 def run(

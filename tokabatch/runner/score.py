@@ -136,7 +136,7 @@ def score_to(
         write_whole(DurableFiles(), target.with_name(f".{target.name}.partial"), target, sink.getvalue().to_pybytes())
     except OSError as error:
         raise OutputError(f"--to {target} cannot be written: {error.strerror}; name a file elsewhere") from error
-    reasons = Counter(verdicts["verify_error"].drop_null().to_pylist() if verdicts.num_columns > 4 else ())
+    reasons = Counter[str](verdicts["verify_error"].drop_null().to_pylist() if verdicts.num_columns > 4 else ())
     return Scored(count_ok(verdicts), 1, reasons, verdicts.num_rows, manifest.samples)
 
 
