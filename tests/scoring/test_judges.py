@@ -57,7 +57,7 @@ HOSTILE = {
     "returns a text": ("return 'yes'", "no verdict"),
     "returns NaN": ("return float('nan')", "no verdict"),
     "returns None": ("return None", "it returned None"),
-    "closes everything": ("os.closerange(0, 200); return True", ""),
+    "closes everything": ("os.closerange(0, 1 << 20); return True", ""),
     "stops itself": ("os.kill(os.getpid(), signal.SIGSTOP)", "no verdict within 2 s"),
 }
 
