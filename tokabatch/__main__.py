@@ -1,6 +1,6 @@
 """`python -m tokabatch` is the command `tokabatch`."""
 
-from tokabatch.cli import main
+from tokabatch.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

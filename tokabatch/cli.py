@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that help answers at once: a command fetches 
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import shlex
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from importlib import import_module
@@ -103,8 +104,30 @@ app = typer.Typer(
 )
 
 
+def program() -> None:
+    """`main` in a process of its own. The process ends without the destructors of native libraries: one whose thread still runs
+    would abort it then, after all is committed and printed."""
+    status: list[int] = []
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        if status:
+            os._exit(status[0])
+
+    # Registered first, so it runs last.
+    atexit.register(leave)
+    try:
+        main()
+        status.append(0)
+    except SystemExit as end:
+        status.append(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+
+
 def main() -> None:
-    """Entry point. An error of ours ends in one message and its exit code; anything unforeseen in its traceback."""
+    """The command line. An error of ours ends in one message and its exit code; anything unforeseen in its traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     make_tolerant()
     try:
