@@ -189,7 +189,7 @@ def simulate(
     members = [_Member(nothing, requests, limits, lengths, predictor) for _ in range(fleet.members)]
     at_work = dict(enumerate(members))
     while at_work:
-        # Whoever is behind the others takes the next step.
+        # The replica whose clock is furthest behind takes the next step.
         number = min(at_work, key=lambda each: at_work[each].seconds)
         member = at_work[number]
         if fleet.wants_more(member.waiting, member.scheduler.num_running):

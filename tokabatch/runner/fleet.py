@@ -1,9 +1,10 @@
-"""The members of a run and the work between them; one member is a fleet, too.
+"""The members of a run and how work is divided between them; a run with one member is a fleet of one.
 
-Main holds the plan and the only record of who has what (`Ledger`). Members say when they can take more, and are given runs of
-the plan, or what the fullest of the others has not begun. What a lost member had goes to whoever can take it, another process
-in its place included; a member whose processes are lost again and again is done without, as long as there are others. Of rows
-that are suspected to kill workers one member gets all samples, so that they are tried there alone.
+Main holds the plan and the only record of which member holds which samples (`Ledger`). A member reports when it has room for
+more and is given a run of the plan, or samples that the member with the longest queue has not begun. The samples of a lost
+member go to the others or to the process that replaces it. A member whose processes are lost again and again is dropped as
+long as others are left. All samples of rows that are suspected of killing workers go to one member, so that no other worker
+is lost to them.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class Ledger:
         return free
 
     def take_over(self, member: int, part: Part) -> None:
-        """A member holds this part from now on, whoever did."""
+        """Record that a member holds this part from now on, whichever member held it before."""
         self._set(part, member)
 
     def finish(self, member: int, completions: Sequence[Completion]) -> None:
