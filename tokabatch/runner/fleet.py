@@ -23,21 +23,8 @@ from tokabatch.forecast.step_log import StepLog, Steps
 from tokabatch.report.summary import ReplicaShare
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger, Part
-from tokabatch.runner.member import (
-    STANDING_SECONDS,
-    STOP_SECONDS,
-    Build,
-    Ended,
-    Finished,
-    Given,
-    Lengths,
-    Member,
-    Message,
-    Share,
-    Suspects,
-    Wants,
-    Withdraw,
-)
+from tokabatch.runner.member import STANDING_SECONDS, STOP_SECONDS, Build, Member
+from tokabatch.runner.messages import Ended, Finished, Given, Lengths, Message, Share, Suspects, Wants, Withdraw
 from tokabatch.runner.replica import ReplicaCounts, Standing
 from tokabatch.scheduling.contracts import Completion, Requests
 from tokabatch.scheduling.counts import SchedulerCounts

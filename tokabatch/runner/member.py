@@ -19,21 +19,21 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 import numpy as np
 
-from tokabatch.arrays import Bool, Int32, Int64
+from tokabatch.arrays import Int64
 from tokabatch.engine.child import PARENTS_SIGNALS
 from tokabatch.engine.heartbeat import die_with_parent
 from tokabatch.errors import EngineError, ReplicaLost, Stopped, TokabatchError
-from tokabatch.forecast.step_log import Steps
 from tokabatch.parallel.layout import VISIBLE
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger, Part
+from tokabatch.runner.messages import Ended, Finished, Given, Lengths, Message, Order, Share, Suspects, Wants, Withdraw
 from tokabatch.runner.replica import Replica, Standing
 from tokabatch.scheduling.completion_batch import CompletionBatch
 from tokabatch.scheduling.contracts import Completion, Requests
@@ -56,73 +56,6 @@ class Build(Protocol):
     def __call__(
         self, number: int, requests: Requests, before: Standing, *, stop: Interruption, tell: Callable[[str], None]
     ) -> Replica: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """To a member: give back half of the samples that have never been admitted here and are more than wait elsewhere."""
-
-    waiting: int
-
-
-@dataclass(frozen=True, slots=True)
-class Withdraw:
-    """To a member: give back all samples of these rows that are not finished, those that run included."""
-
-    rows: Int64
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """To a member: how long samples were that others finished; `stopped` is False where the limit ended them."""
-
-    length: Int32
-    stopped: Bool
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """From a member: samples that are finished, and where the work stands if that is due."""
-
-    completions: list[Completion]
-    standing: Standing | None
-
-
-@dataclass(frozen=True, slots=True)
-class Wants:
-    """From a member: it can take more, having been given so many parts; so many samples wait."""
-
-    waiting: int
-    parts: int
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """From a member: what it gives back."""
-
-    part: Part
-
-
-@dataclass(frozen=True, slots=True)
-class Suspects:
-    """From a member: rows one of which may kill workers; none where that is over."""
-
-    rows: Int64
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """From a member: its last word. `idle` are the times, by the system's monotonic clock, in which it had nothing to run."""
-
-    standing: Standing
-    steps: Steps
-    idle: tuple[tuple[float, float], ...]
-    error: TokabatchError | None
-
-
-Message = Finished | Wants | Given | Suspects | Ended | str
-"""A text is for a person."""
-Order = Part | Share | Withdraw | Lengths
 
 
 def can_fork() -> bool:
