@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import time
+from multiprocessing.connection import Connection
+
 import pytest
 
-from tokabatch.engine.heartbeat import WARMING_STEPS, Patience, Vitals
+from tokabatch.engine.heartbeat import WARMING_STEPS, Patience, Vitals, die_with_parent
 
 PATIENCE = Patience(step=10, warming=100, silence=20, loading=50)
 
@@ -87,3 +92,31 @@ def test_a_standstill_of_the_parent_itself_is_not_held_against_the_worker(vitals
 def test_one_number_of_the_job_sets_all_limits():
     assert Patience.of(5.0) == Patience(step=5.0, warming=1800.0, silence=5.0, loading=120.0)
     assert Patience.of(4000.0) == Patience(4000.0, 4000.0, 4000.0, 4000.0)
+
+
+def _outlive(ready: Connection, told: Connection) -> None:
+    """A child that arms its death only after its parent has ended."""
+    ready.close()
+    time.sleep(0.5)
+    die_with_parent()
+    told.send("alive")
+
+
+def _end_at_once(ready: Connection, told: Connection) -> None:
+    multiprocessing.get_context("fork").Process(target=_outlive, args=(ready, told)).start()
+    ready.send("started")
+    os._exit(0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_process_whose_parent_ended_before_it_was_armed_ends():
+    context = multiprocessing.get_context("fork")
+    (ready, starting), (told, telling) = context.Pipe(duplex=False), context.Pipe(duplex=False)
+    parent = context.Process(target=_end_at_once, args=(starting, telling))
+    parent.start()
+    assert ready.recv() == "started"
+    parent.join()
+    starting.close()
+    telling.close()
+    with pytest.raises(EOFError):  # All that held the other end are gone, and sent nothing.
+        told.recv()

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+MAX_SECONDS = 180
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -42,6 +47,10 @@ class ForkServer:
             [sys.executable, "-m", "support.forked_runs"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
             text=True, env=environment, cwd=ROOT,
         )  # fmt: skip
+        self._group = 0
+        self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self._answer()
 
     def start(self, job: Mapping[str, Any], **wrong: Any) -> int:
@@ -49,10 +58,19 @@ class ForkServer:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"job": job, **wrong}) + "\n")
         self._process.stdin.flush()
-        return self._answer()["pid"]
+        self._group = self._answer()["pid"]
+        return self._group
 
     def wait(self) -> Ended:
-        answer = self._answer()
+        """How it ended: it and every process that it left behind. What has not ended by itself is killed, and told of."""
+        left = None
+        try:
+            answer = self._answer(MAX_SECONDS)
+        except queue.Empty:
+            left = _processes_of(self._group)
+            os.killpg(self._group, signal.SIGKILL)
+            answer = self._answer()
+        assert left is None, f"not ended after {MAX_SECONDS} s, or left processes behind: {left}; {answer}"
         return Ended(answer["code"], answer["signal"], tuple(answer["calls"]), answer["message"])
 
     def run(self, job: Mapping[str, Any], **wrong: Any) -> Ended:
@@ -63,15 +81,35 @@ class ForkServer:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
+        self._reader.join()
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._log.close()
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+    def _answer(self, seconds: float | None = None) -> dict[str, Any]:
+        """The next one. Raises queue.Empty where none comes in that time."""
+        line = self._answers.get(timeout=seconds)
         assert line, f"the fork server is gone: {Path(self._log.name).read_text()}"
         return json.loads(line)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        while line := self._process.stdout.readline():
+            self._answers.put(line)
+        self._answers.put("")
+
+
+def _processes_of(group: int) -> str:
+    """Those of the process group that are alive, and where each of their threads stands in the kernel."""
+    told: list[str] = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, rest = stat.read_text().rsplit(")", 1)
+            state, parent, of = rest.split()[:3]
+            if int(of) == group:
+                threads = [(task / "wchan").read_text() for task in (stat.parent / "task").iterdir()]
+                told.append(f"{name}) {state}, parent {parent}, threads in {threads}")
+    return "; ".join(told)
 
 
 def serve() -> None:

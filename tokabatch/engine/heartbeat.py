@@ -8,6 +8,7 @@ Imports nothing heavy: the signs begin before the child imports what it needs fo
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import struct
@@ -73,9 +74,13 @@ class Pulse:
 
 
 def die_with_parent() -> None:
-    """Linux kills this process when the thread that started it ends, even where it is stopped and sends no signs."""
+    """Linux kills this process when the thread that started it ends, even where it is stopped and sends no signs. Where that
+    thread's process has ended before this call, of which the system sends no signal any more, the process ends here."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            os._exit(1)
 
 
 class Vitals:
