@@ -21,7 +21,7 @@ from tokabatch.model.sampling.penalties import Penalties
 from tokabatch.model.sampling.sampler import sample
 from tokabatch.model.sampling.slot_table import SlotTable, packed
 from tokabatch.scheduling.contracts import SamplingParams, SlotInit, StepBatch
-from tokabatch.scheduling.penalties import PenaltyTable
+from tokabatch.scheduling.penalty_rules import PenaltyTable
 
 PAGE = 16
 CASES: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ import numpy as np
 from tokabatch.scheduling.contracts import Requests, SamplingParams, StepBatch, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 VOCAB, EOS, PAGE = 128_256, 128_001, 16
 MEAN_OUTPUT, MAX_OUTPUT = 200, 400

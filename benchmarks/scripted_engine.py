@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tokabatch.arrays import Int32, Int64
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.scheduling.contracts import StepBatch, StepResult
 
 STOP_ONE_IN = 12

@@ -50,7 +50,7 @@ WITHOUT_TORCH = {
     "cli",
 }
 HEAVY_HOMES = {
-    "transformers": {"input/tokenizer/tokenizer.py", "input/tokenizer/files.py"},
+    "transformers": {"input/tokenizer/tokenizer.py", "input/tokenizer/loading.py"},
     "flashinfer": {"attention/flashinfer_paged.py"},
     "triton": {
         "attention/triton_decode.py",

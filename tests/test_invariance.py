@@ -16,13 +16,13 @@ from support import tiny_models, token_device
 from transformers import AutoModelForCausalLM
 
 from tokabatch.engine.executor import InProcessExecutor, ProcessExecutor
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.model.families import family_names, read_spec
 from tokabatch.scheduling.contracts import Completion, Requests, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 VOCAB, EOS = 97, 2
 HEADER = [5, 9, 9, 41, 3, 77, 60, 12, 12, 8, 30, 31, 90, 4, 4, 4, 17, 66, 23]

@@ -341,7 +341,7 @@ def status(out: OutArgument) -> None:
     summary = _load("tokabatch.report.summary")
     sections = summary.status_sections(values, pace and asdict(pace))
     if found.correct is not None:
-        estimates = _load("tokabatch.report.verdicts").read_estimates(out) or ()
+        estimates = _load("tokabatch.report.run_estimates").read_estimates(out) or ()
         sections += summary.verdict_sections(estimates, found.committed, found.samples)
     _print_result(sections)
 

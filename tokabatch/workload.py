@@ -17,7 +17,7 @@ import torch
 
 from tokabatch.arrays import Int64
 from tokabatch.attention import choose_backend
-from tokabatch.engine.sizing import WorkloadFacts, reported_token_bytes
+from tokabatch.engine.replica_sizes import WorkloadFacts, reported_token_bytes
 from tokabatch.errors import JobError, ModelError
 from tokabatch.input.fingerprint import Fingerprint, describe
 from tokabatch.input.generation_defaults import describe_ignored, effective_generation, find_end_tokens
@@ -26,16 +26,16 @@ from tokabatch.input.prompts.builder import Limits, refuse_beyond
 from tokabatch.input.store.kept_input import Origin, describe_origin, load_kept
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.input.store.tokenized_input import InputStore, ingest
-from tokabatch.input.tokenizer.files import load_tokenizer
+from tokabatch.input.tokenizer.loading import load_tokenizer
 from tokabatch.input.tokenizer.stop_texts import describe_stops, refuse_special
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.job import GenerationConfig, Job, Setting
 from tokabatch.model.checkpoint import Checkpoint, preflight
 from tokabatch.model.config import read_config
 from tokabatch.model.families import read_spec
-from tokabatch.model.files import ModelFile, known_files
+from tokabatch.model.file_digests import ModelFile, known_files
+from tokabatch.model.partition import check_mesh
 from tokabatch.model.resolve import resolve_model
-from tokabatch.model.shards import check_mesh
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import named_dtype, resolve_dtype
 from tokabatch.output.reasoning import ReasoningTags, choose_tags

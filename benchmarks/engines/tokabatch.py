@@ -18,7 +18,7 @@ import torch
 from benchmarks.engines import Axis, Int32, Result
 from benchmarks.workloads import Workload
 from tokabatch.engine.executor import Executor, InProcessExecutor
-from tokabatch.engine.sizing import ReplicaSizes, WorkloadFacts, decide_sizes
+from tokabatch.engine.replica_sizes import ReplicaSizes, WorkloadFacts, decide_sizes
 from tokabatch.engine.worker import WorkerSpec
 from tokabatch.input.prompt_order import order_prompts
 from tokabatch.job import EngineConfig
@@ -27,7 +27,7 @@ from tokabatch.model.families import read_spec
 from tokabatch.runner.replica import scheduler_limits
 from tokabatch.scheduling.contracts import Requests, SamplingParams
 from tokabatch.scheduling.scheduler import Scheduler
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 WARM_UP_PROMPTS, WARM_UP_TOKENS = 4, 3
 AUTO = 0

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from tokabatch.attention import create_backend
 from tokabatch.attention.capturable import Capturable
 from tokabatch.attention.upload import Outbox
-from tokabatch.engine.sizing import kv_shape
+from tokabatch.engine.replica_sizes import kv_shape
 from tokabatch.model.decoder import Decoder, KVPages
 from tokabatch.model.families import read_spec
 from tokabatch.model.weights import load_decoder

@@ -32,9 +32,9 @@ from benchmarks.gpu.models import write_model
 from benchmarks.gpu.shapes import SHAPES
 from tokabatch import Job, run
 from tokabatch.engine.graphs import GraphRecorder
+from tokabatch.model.partition import VocabularyShard
 from tokabatch.model.sampling.sampler import sample
 from tokabatch.model.sampling.slot_table import SlotTable, packed
-from tokabatch.model.shards import VocabularyShard
 from tokabatch.parallel.collectives import all_gather_last, all_reduce
 from tokabatch.parallel.mesh import Mesh, Place
 from tokabatch.parallel.peer_memory import PeerSums, measure_overlap

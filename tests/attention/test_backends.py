@@ -26,7 +26,7 @@ from tokabatch.attention.upload import Outbox
 from tokabatch.scheduling.contracts import SamplingParams, StepBatch
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 LAYERS, HEADS, KV_HEADS = 2, 4, 2
 BACKENDS = sorted(path.stem for path in Path(tokabatch.attention.__file__).parent.glob("*_paged.py"))

@@ -23,7 +23,7 @@ from tokabatch.attention.tiles import MAX_PLANES, UNMASKED, TilePlan, TileShape,
 from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, SlotInit, StepBatch
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 SLOTS, PAGES = 7, 400
 SMALL = {"SHORT_RUN": 2, "LONG_CONTEXT": 3, "SPLIT_KEYS": 2, "SPLIT_STEP": 2}

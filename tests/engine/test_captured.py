@@ -16,14 +16,14 @@ from support.interpreter import DEVICES, INTERPRETING
 
 from tokabatch.attention.capturable import Capturable
 from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, WORTH, GraphRecorder, Ladder, size_above
-from tokabatch.engine.sizing import ReplicaSizes, kv_shape
+from tokabatch.engine.replica_sizes import ReplicaSizes, kv_shape
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.model.families import read_spec
 from tokabatch.model.weights import load_decoder
 from tokabatch.scheduling.contracts import Completion, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 DTYPE = torch.float32 if INTERPRETING else torch.bfloat16
 VOCAB = 97

@@ -17,13 +17,13 @@ import torch
 from support import tiny_models, token_device
 
 from tokabatch.engine.executor import ProcessExecutor
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.engine.worker import WorkerSpec
 from tokabatch.errors import EngineError, ModelError
 from tokabatch.model.families import read_spec
 from tokabatch.scheduling.contracts import SamplingParams, StepBatch
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ from support.scripted_worker import Script, build
 from tokabatch.engine.executor import ProcessExecutor
 from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 from support.token_device import make_requests
 limits = SchedulerLimits(4, 16, 2, 32, 8, None)
 if {when!r} == "loading":

@@ -19,7 +19,7 @@ from support.scripted_worker import Script
 from tokabatch import engine
 from tokabatch.engine.executor import GroupExecutor
 from tokabatch.engine.heartbeat import Patience
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.engine.worker import WorkerSpec
 from tokabatch.errors import StepDropped, WorkerLost
 from tokabatch.model.families import read_spec
@@ -28,7 +28,7 @@ from tokabatch.runner.replica import Replica
 from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 PROMPTS = [[row // 2, 2, 3, 4, 5, 6, 7, row] for row in range(6)]
 PARAMS = SamplingParams(n=4, max_tokens=10, ignore_eos=True)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from support import tiny_models, token_device
 
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.engine.warm_up import kinds_of_drawing, warm_up_steps
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.model.families import read_spec
 from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 GREEDY, PLAIN = SamplingParams(temperature=0.0), SamplingParams()
 FILTERED, SCORED = SamplingParams(top_k=5), SamplingParams(temperature=0.0, logprobs=3)

@@ -21,13 +21,13 @@ from support import tiny_models, token_device
 from transformers import AutoModelForCausalLM
 
 from tokabatch.engine.executor import InProcessExecutor
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.engine.worker import WorkerSpec
 from tokabatch.model.families import family_names, read_spec
 from tokabatch.scheduling.contracts import Completion, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 VOCAB, CONTEXT = 499, 40_000
 SHAPE = {

@@ -9,7 +9,7 @@ from tokabatch.forecast.step_work import measure_work
 from tokabatch.scheduling.contracts import SamplingParams, StepBatch
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 
 def count_slowly(step: StepBatch, page_size: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from tokabatch.input.store.tokenized_input import InputStore, ingest
-from tokabatch.input.tokenizer.files import load_tokenizer
+from tokabatch.input.tokenizer.loading import load_tokenizer
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.job import Job, ModelConfig
 

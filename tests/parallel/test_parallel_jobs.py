@@ -11,8 +11,8 @@ from support import tiny_models
 from support.ranks import TinyJob, run
 from support.sampling import sampler_inputs
 
+from tokabatch.model.partition import VocabularyShard
 from tokabatch.model.sampling.sampler import sample
-from tokabatch.model.shards import VocabularyShard
 from tokabatch.parallel.mesh import Mesh
 from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits

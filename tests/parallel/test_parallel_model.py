@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Co
 
 from tokabatch.errors import ModelError
 from tokabatch.model.families import read_spec
-from tokabatch.model.shards import PART, VocabularyShard, check_mesh, kv_heads, stage_layers
+from tokabatch.model.partition import PART, VocabularyShard, check_mesh, kv_heads, stage_layers
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import load_decoder
 from tokabatch.parallel.mesh import Mesh

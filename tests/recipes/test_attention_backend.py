@@ -11,13 +11,13 @@ import torch
 from support import tiny_models, token_device
 
 from tokabatch import attention
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.model.families import read_spec
 from tokabatch.scheduling.contracts import Completion, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 PLAIN_PAGED = '''
 """Attention one run after another, each over all the pages of its slot: nothing is shared, nothing is batched."""

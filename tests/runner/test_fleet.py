@@ -19,7 +19,7 @@ import pytest
 from support import token_device
 from support.shortsighted import Shortsighted
 
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.errors import EngineError, Stopped, WorkerLost
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
@@ -28,7 +28,7 @@ from tokabatch.runner.replica import Replica, Standing
 from tokabatch.scheduling.contracts import Completion, Drawn, Requests, SamplingParams, StepBatch, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 PROMPTS = [[row // 2, 2, 3, 4, 5, 6, 7, row] for row in range(8)]
 LIMITS = SchedulerLimits(4, 200, 16, 64, 16, GroupingLimits(2, 1))

@@ -20,14 +20,14 @@ from support.scripted_worker import Script
 
 from tokabatch.engine.executor import ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.errors import EngineError, StepDropped, Stopped, WorkerLost
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.replica import Replica
 from tokabatch.scheduling.contracts import Completion, SamplingParams, StepBatch, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 PROMPTS = [[row // 2, 2, 3, 4, 5, 6, 7, row] for row in range(6)]
 LIMITS = SchedulerLimits(4, 200, 16, 64, 16, GroupingLimits(2, 1))

@@ -26,7 +26,7 @@ from tokabatch.errors import OutputError
 from tokabatch.input import fingerprint
 from tokabatch.input.store import kept_input
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
-from tokabatch.model import files
+from tokabatch.model import file_digests
 from tokabatch.output import existing_results as committed
 from tokabatch.output.export import export
 from tokabatch.output.integrity import check
@@ -288,20 +288,20 @@ def test_files_that_are_not_read_decide_nothing(go, model, tmp_path):
 
 
 def test_large_weights_are_sampled_from_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokabatch.model.files._WHOLE_BYTES", 1000)
-    monkeypatch.setattr("tokabatch.model.files._PIECES", 16)
-    monkeypatch.setattr("tokabatch.model.files._PIECE_BYTES", 64)
+    monkeypatch.setattr("tokabatch.model.file_digests._WHOLE_BYTES", 1000)
+    monkeypatch.setattr("tokabatch.model.file_digests._PIECES", 16)
+    monkeypatch.setattr("tokabatch.model.file_digests._PIECE_BYTES", 64)
     path = tmp_path / "big.safetensors"
     content = bytearray(os.urandom(10_000))
     path.write_bytes(content)
-    mark = files.file_mark(path)
+    mark = file_digests.file_mark(path)
     for place in (0, 5, 9_999):
         changed = bytearray(content)
         changed[place] ^= 1
         path.write_bytes(changed)
-        assert files.file_mark(path) != mark
+        assert file_digests.file_mark(path) != mark
     path.write_bytes(content)
-    assert files.file_mark(path) == mark and "sampled" in mark
+    assert file_digests.file_mark(path) == mark and "sampled" in mark
 
 
 def test_overwrite_starts_afresh_and_says_what_it_deletes(go, tmp_path, whole):

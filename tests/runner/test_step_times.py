@@ -10,7 +10,7 @@ from support import token_device as device
 from tokabatch.runner.step_times import Stopwatch
 from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 
 @pytest.mark.parametrize("depth", [1, 3])

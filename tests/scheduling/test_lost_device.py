@@ -17,7 +17,7 @@ from tokabatch.scheduling.contracts import SamplingParams, StepBatch, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.quarantine import Quarantine
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 
 class Crash(Exception):

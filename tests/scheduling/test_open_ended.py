@@ -16,7 +16,7 @@ from support.shortsighted import Shortsighted
 from tokabatch.scheduling.contracts import Completion, Requests, SamplingParams, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 
 def rules(requests: Requests) -> StopRules:

@@ -13,7 +13,7 @@ from support.token_device import EOS, VOCAB, TokenDevice, expected_output, make_
 from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 
 def drive(prompts, params, limits):

@@ -21,10 +21,10 @@ from benchmarks.scripted_engine import QUICKSTART, Script, build_worker, quickst
 from support import faulty_files, mutants, privileges
 from tokabatch import Job, run
 from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.errors import TokabatchError
-from tokabatch.forecast import sizing as pricing
-from tokabatch.input.tokenizer.files import load_tokenizer
+from tokabatch.forecast import cost_model as pricing
+from tokabatch.input.tokenizer.loading import load_tokenizer
 from tokabatch.job import ModelConfig
 from tokabatch.output import folder
 from tokabatch.report.progress import NullProgress

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 
 from support import token_device
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.model.families import read_spec
 from tokabatch.model.scattering import Scattering
 from tokabatch.parallel.mesh import Mesh, Place
 from tokabatch.scheduling.contracts import Completion, SamplingParams
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 
 class Ranks:

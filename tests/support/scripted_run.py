@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from benchmarks.scripted_engine import QUICKSTART, Script, build_worker, quickstart_script
 from tokabatch import Job, run
 from tokabatch.engine.executor import Executor, InProcessExecutor
-from tokabatch.engine.sizing import ReplicaSizes
-from tokabatch.forecast import sizing as pricing
+from tokabatch.engine.replica_sizes import ReplicaSizes
+from tokabatch.forecast import cost_model as pricing
 from tokabatch.report.summary import RunSummary
 from tokabatch.runner import make_replica
 from tokabatch.workload import Workload

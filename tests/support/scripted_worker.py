@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from support.token_device import TokenDevice
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.parallel.mesh import Place
 from tokabatch.scheduling.contracts import StepBatch, StepResult
 from tokabatch.scheduling.scheduler import SchedulerLimits

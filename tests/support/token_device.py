@@ -10,7 +10,7 @@ import numpy as np
 from tokabatch.scheduling.contracts import Requests, SamplingParams, StepBatch, StepResult
 from tokabatch.scheduling.policy.forecast_policy import ForecastPolicy
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 VOCAB = 50
 EOS = 7

@@ -27,7 +27,7 @@ from typing import Any, Literal, Protocol
 from tokabatch.engine import child
 from tokabatch.engine.heartbeat import Patience, Watch
 from tokabatch.engine.launcher import Launcher
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.engine.worker import WorkerSpec
 from tokabatch.engine.worker_process import Launches, Resume, Running, dropped, serve
 from tokabatch.errors import TokabatchError, WorkerLost

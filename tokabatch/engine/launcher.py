@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.engine.worker import Launched, TraceSpec, Worker, WorkerSpec
 from tokabatch.parallel.mesh import Mesh
 from tokabatch.scheduling.contracts import StepBatch

@@ -13,7 +13,7 @@ import torch
 
 from tokabatch.attention.capturable import PagedCache
 from tokabatch.attention.tiles import ENOUGH_PLANES
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.errors import JobError
 from tokabatch.model.decoder import Decoder, KVPages
 from tokabatch.model.sampling.sampler import sample

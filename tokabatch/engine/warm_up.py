@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tokabatch.arrays import Int32
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, SlotInit, SlotPenalties, StepBatch
 
 MAX_PROMPT = 1024

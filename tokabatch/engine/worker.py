@@ -21,10 +21,10 @@ from tokabatch.attention.base import AttentionBackend, token_slots
 from tokabatch.attention.capturable import Capturable
 from tokabatch.attention.upload import Outbox, to_host
 from tokabatch.engine.memory import captured_tokens, fitting_pages
-from tokabatch.engine.sizing import ReplicaSizes, kv_shape, settle_pages
+from tokabatch.engine.replica_sizes import ReplicaSizes, kv_shape, settle_pages
 from tokabatch.engine.warm_up import warm_up_steps
 from tokabatch.model.decoder import Decoder, KVPages
-from tokabatch.model.files import ModelFile, refuse_changed
+from tokabatch.model.file_digests import ModelFile, refuse_changed
 from tokabatch.model.sampling.penalties import Penalties
 from tokabatch.model.sampling.sampler import Sampled, sample, score
 from tokabatch.model.sampling.slot_table import SlotTable, packed

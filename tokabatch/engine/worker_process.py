@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from tokabatch.engine.heartbeat import Pulse
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.errors import StepDropped, TokabatchError, WorkerLost
 from tokabatch.scheduling.contracts import StepBatch, StepResult
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from tokabatch.errors import OutputError, UsageError
 from tokabatch.forecast.assumed_lengths import Lengths, Unstopped, lognormal, observed
+from tokabatch.forecast.cost_model import cost_model, device_name, device_of, known_device, present_device, profile_of
 from tokabatch.forecast.devices import KNOWN, PROCESSOR, Device, find_device
 from tokabatch.forecast.profile import Profile, SavedProfile, fit_profile, load_profile, profile_document
 from tokabatch.forecast.ranks import seconds_of_ranks
 from tokabatch.forecast.simulate import FleetRules, Simulation, simulate
-from tokabatch.forecast.sizing import cost_model, device_name, device_of, known_device, present_device, profile_of
 from tokabatch.forecast.step_log import Steps
 from tokabatch.forecast.step_work import Number, StepWork
 from tokabatch.job import Job

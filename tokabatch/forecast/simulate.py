@@ -16,7 +16,7 @@ from tokabatch.scheduling.contracts import Completion, Requests, StepBatch, Step
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.lengths.predictor import LengthPredictor
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 STOP, GO_ON = 1, 0
 """The two tokens of this device."""

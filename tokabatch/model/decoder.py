@@ -20,8 +20,8 @@ import torch
 from tokabatch.attention.capturable import PagedCache
 from tokabatch.model.layers import fused, rms_norm, rotate
 from tokabatch.model.linear import Input, Linear, gated_for, normed_for
+from tokabatch.model.partition import VocabularyShard, kv_heads, stage_layers
 from tokabatch.model.scattering import Scattering, measure_scattering
-from tokabatch.model.shards import VocabularyShard, kv_heads, stage_layers
 from tokabatch.model.spec import ModelSpec
 from tokabatch.parallel.collectives import all_gather_last, all_reduce, receive_hidden, send_hidden
 from tokabatch.parallel.mesh import Mesh

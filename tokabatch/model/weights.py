@@ -19,7 +19,7 @@ from tokabatch.model.checkpoint import Checkpoint, preflight
 from tokabatch.model.decoder import Decoder, DecoderWeights, LayerWeights
 from tokabatch.model.layers import rotary_table
 from tokabatch.model.linear import Linear, make_linear
-from tokabatch.model.shards import VocabularyShard, check_mesh, kv_heads, stage_layers
+from tokabatch.model.partition import VocabularyShard, check_mesh, kv_heads, stage_layers
 from tokabatch.model.spec import ModelSpec, layer_prefix
 from tokabatch.parallel.mesh import Mesh
 

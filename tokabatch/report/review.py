@@ -17,7 +17,7 @@ from tokabatch.output.status import read_details
 from tokabatch.output.steps import read_steps
 from tokabatch.report.closing import PER_CODE
 from tokabatch.report.page import RunRecord, render_page
-from tokabatch.report.verdicts import read_estimates
+from tokabatch.report.run_estimates import read_estimates
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import consistently
 

@@ -12,7 +12,7 @@ import torch
 from tokabatch.attention import choose_backend
 from tokabatch.engine.executor import Executor, GroupExecutor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
-from tokabatch.engine.sizing import MOST_STEPS, ReplicaSizes
+from tokabatch.engine.replica_sizes import MOST_STEPS, ReplicaSizes
 from tokabatch.engine.warm_up import kinds_of_drawing
 from tokabatch.engine.worker import TraceSpec, WorkerSpec
 from tokabatch.job import Job
@@ -25,7 +25,7 @@ from tokabatch.runner.replica import Replica, Standing, scheduler_limits
 from tokabatch.runner.resume import Start
 from tokabatch.scheduling.contracts import Requests
 from tokabatch.scheduling.scheduler import Scheduler
-from tokabatch.scheduling.stopping import StopRules, TokenText
+from tokabatch.scheduling.stop_conditions import StopRules, TokenText
 from tokabatch.workload import Workload, special_ids
 
 

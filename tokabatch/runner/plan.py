@@ -9,12 +9,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tokabatch.engine.sizing import ReplicaSizes, page_bytes
+from tokabatch.engine.replica_sizes import ReplicaSizes, page_bytes
+from tokabatch.forecast.cost_model import read_profile, size_replica
 from tokabatch.forecast.devices import Device
 from tokabatch.forecast.predict import Scenario, check_scenario, predict_run, scenario_profile
 from tokabatch.forecast.profile import SavedProfile
 from tokabatch.forecast.simulate import FleetRules
-from tokabatch.forecast.sizing import read_profile, size_replica
 from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes
 from tokabatch.output.folder import check_output

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from tokabatch.arrays import Int32
 from tokabatch.engine.executor import Executor
-from tokabatch.engine.sizing import ReplicaSizes
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.errors import EngineError, ModelError, StepDropped, UsageError, WorkerLost
 from tokabatch.forecast.step_log import Steps
 from tokabatch.runner.interruption import Interruption

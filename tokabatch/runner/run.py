@@ -26,8 +26,8 @@ from tokabatch.errors import (
     TokabatchError,
     UsageError,
 )
+from tokabatch.forecast.cost_model import device_name, has_known_rates, price_steps, read_profile, size_replica
 from tokabatch.forecast.profile import SavedProfile
-from tokabatch.forecast.sizing import device_name, has_known_rates, price_steps, read_profile, size_replica
 from tokabatch.forecast.step_log import Steps, tail_seconds
 from tokabatch.job import Job
 from tokabatch.output.existing_results import read_committed
@@ -37,8 +37,8 @@ from tokabatch.output.manifest import Books, mark_success, read_summary, write_s
 from tokabatch.output.shards import shard_number
 from tokabatch.output.steps import write_steps
 from tokabatch.report.progress import ExpendableProgress, NullProgress, Phase, Progress, ProgressSnapshot
+from tokabatch.report.run_estimates import read_estimates
 from tokabatch.report.summary import RunSummary
-from tokabatch.report.verdicts import read_estimates
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.make_replica import make_replica

@@ -36,7 +36,7 @@ from tokabatch.output.manifest import (
 from tokabatch.output.remedy import refuse_faults, refuse_unrecorded, repair_command
 from tokabatch.output.schema import SAMPLE_SCHEMA, SCORE_FIELDS, output_schema, own_names, verdict_fields, verdict_names
 from tokabatch.output.shards import PARQUET_OPTIONS, count_ok, open_shard, read_groups, shard_number
-from tokabatch.report.verdicts import read_estimates
+from tokabatch.report.run_estimates import read_estimates
 from tokabatch.runner.interruption import Interruption
 from tokabatch.scoring.estimates import Estimate
 from tokabatch.scoring.judge import verdict_columns

@@ -19,19 +19,19 @@ import numpy as np
 from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.scheduling.contracts import Completion, Requests, Scores, StepBatch, StepResult
 from tokabatch.scheduling.counts import SchedulerCounts
+from tokabatch.scheduling.generated import Generated
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.kv.manager import KVCacheManager, Runs
-from tokabatch.scheduling.lengths.estimates import LengthEstimates
+from tokabatch.scheduling.lengths.length_estimates import LengthEstimates
 from tokabatch.scheduling.lengths.predictor import LengthPredictor
-from tokabatch.scheduling.outputs import Generated
 from tokabatch.scheduling.policy.admission import Admission
 from tokabatch.scheduling.policy.forecast_policy import ForecastPolicy
 from tokabatch.scheduling.policy.guarded_policy import Case, GuardedPolicy
 from tokabatch.scheduling.policy.policy import Policy
 from tokabatch.scheduling.quarantine import Quarantine, Sample
-from tokabatch.scheduling.scores import RunningScores, scored
 from tokabatch.scheduling.step_builder import StepBuilder
-from tokabatch.scheduling.stopping import StopRules, StopTable
+from tokabatch.scheduling.stop_conditions import StopRules, StopTable
+from tokabatch.scheduling.text_scores import RunningScores, scored
 from tokabatch.scheduling.work import Work
 
 MOST_SHORT = 3 / 4

@@ -11,8 +11,8 @@ from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, ScoredPl
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits, PromptRuns, find_groups
 from tokabatch.scheduling.kv.manager import KVCacheManager, Runs
 from tokabatch.scheduling.kv.slots import Slots
-from tokabatch.scheduling.penalties import PenaltyTable
-from tokabatch.scheduling.stopping import StopTable
+from tokabatch.scheduling.penalty_rules import PenaltyTable
+from tokabatch.scheduling.stop_conditions import StopTable
 from tokabatch.scheduling.work import Work
 
 _NONE = np.zeros(0, np.int32)

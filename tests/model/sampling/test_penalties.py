@@ -22,7 +22,7 @@ from tokabatch.model.sampling import penalties
 from tokabatch.model.sampling.penalties import Penalties
 from tokabatch.model.sampling.sampler import sample
 from tokabatch.scheduling.contracts import SamplingParams, SlotInit, StepBatch
-from tokabatch.scheduling.penalties import PenaltyTable
+from tokabatch.scheduling.penalty_rules import PenaltyTable
 
 VOCAB, PAGE, COLUMNS, STOPS = 61, 4, 8, (2, 5)
 NONE = np.zeros(0, np.int32)

@@ -13,9 +13,9 @@ import torch
 from support.interpreter import DEVICES, INTERPRETING
 from support.sampling import chi_square_is_plausible, rows_of, sampler_inputs
 
+from tokabatch.model.partition import VocabularyShard
 from tokabatch.model.sampling.philox import uniform
 from tokabatch.model.sampling.sampler import Sampled, sample
-from tokabatch.model.shards import VocabularyShard
 from tokabatch.parallel.mesh import Mesh
 
 # The interpreter takes a tenth of a second for a row with filters.

@@ -12,7 +12,7 @@ from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.kv.manager import KVCacheManager
 from tokabatch.scheduling.kv.prefix_tree import PromptPages
-from tokabatch.scheduling.lengths.estimates import LengthEstimates
+from tokabatch.scheduling.lengths.length_estimates import LengthEstimates
 from tokabatch.scheduling.policy.forecast_policy import ForecastPolicy
 from tokabatch.scheduling.policy.policy import Candidates
 from tokabatch.scheduling.scheduler import SchedulerLimits

@@ -15,7 +15,7 @@ from support.shortsighted import Shortsighted
 from tokabatch.scheduling.contracts import SamplingParams, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stopping import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules
 
 
 def scarce_job(rng: random.Random) -> tuple[list[list[int]], list[SamplingParams], SchedulerLimits, int]:

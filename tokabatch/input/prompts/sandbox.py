@@ -22,8 +22,8 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tokabatch.input.missing import Missing
-from tokabatch.input.prompts.filters import context_arguments, prompt_filters
 from tokabatch.input.prompts.printing import text_of
+from tokabatch.input.prompts.template_filters import context_arguments, prompt_filters
 
 MAX_CHARACTERS = 20_000_000
 MAX_ITEMS = 1_000_000

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from tokabatch.model.shards import PART
+from tokabatch.model.partition import PART
 
 
 def part_maxima(logits_SV: torch.Tensor) -> torch.Tensor:

@@ -22,12 +22,12 @@ from importlib import import_module
 
 import torch
 
+from tokabatch.model.partition import PART, VocabularyShard
 from tokabatch.model.sampling.filters import draw_filtered
 from tokabatch.model.sampling.inverse_cdf import first_of_part, locate, part_masses, part_maxima, relative_masses, walk
 from tokabatch.model.sampling.penalties import PenalisedRows
 from tokabatch.model.sampling.philox import uniform
 from tokabatch.model.sampling.slot_table import SamplerInputs, SlotColumns
-from tokabatch.model.shards import PART, VocabularyShard
 from tokabatch.parallel.collectives import all_gather_last, all_reduce
 from tokabatch.parallel.mesh import Mesh
 

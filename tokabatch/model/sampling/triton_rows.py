@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from triton.language.random import philox_impl
 
-from tokabatch.model import shards
+from tokabatch.model import partition
 from tokabatch.model.sampling.slot_table import WORDS, SamplerInputs
 
-PART = tl.constexpr(shards.PART)
+PART = tl.constexpr(partition.PART)
 """Logits that are summed up together."""
 _WORDS = tl.constexpr(WORDS)
 _COLDEST = tl.constexpr(1e-30)
@@ -45,7 +45,7 @@ class Rows:
     """See `key_of`."""
 
     @classmethod
-    def of(cls, logits_SV: torch.Tensor, inputs: SamplerInputs, shard: shards.VocabularyShard) -> Rows:
+    def of(cls, logits_SV: torch.Tensor, inputs: SamplerInputs, shard: partition.VocabularyShard) -> Rows:
         if logits_SV.stride(1) != 1:
             logits_SV = logits_SV.contiguous()
         num_parts = triton.cdiv(shard.vocab_size, PART.value)

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tokabatch.model.partition import VocabularyShard
 from tokabatch.model.sampling.slot_table import SamplerInputs
 from tokabatch.model.sampling.triton_alternatives import report_alternatives
 from tokabatch.model.sampling.triton_filters import apply_filters
@@ -36,7 +37,6 @@ from tokabatch.model.sampling.triton_rows import (
     temperature_of,
     uniform_of,
 )
-from tokabatch.model.shards import VocabularyShard
 from tokabatch.parallel.collectives import all_gather_last, all_reduce
 from tokabatch.parallel.mesh import Mesh
 

@@ -16,10 +16,10 @@ import numpy as np
 from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.scheduling.contracts import StepBatch
 from tokabatch.scheduling.counts import SchedulerCounts
+from tokabatch.scheduling.generated import Generated
 from tokabatch.scheduling.kv.page_pool import PagePool
 from tokabatch.scheduling.kv.prefix_tree import PrefixTree, PromptPages
 from tokabatch.scheduling.kv.slots import Cells, Slots
-from tokabatch.scheduling.outputs import Generated
 from tokabatch.scheduling.work import Work
 
 _NO_SLOTS, _NONE = np.zeros(0, np.int64), np.zeros(0, np.int32)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from tokabatch.arrays import Int32
+from tokabatch.scheduling.generated import Generated
 from tokabatch.scheduling.kv.page_pool import PagePool
 from tokabatch.scheduling.kv.shared_pages import SharedPages
-from tokabatch.scheduling.outputs import Generated
 from tokabatch.scheduling.work import Work, common_prefix
 
 

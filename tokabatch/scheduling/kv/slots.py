@@ -14,8 +14,8 @@ import numpy as np
 
 from tokabatch.arrays import Int32, Int64
 from tokabatch.scheduling.contracts import SampleCounts
+from tokabatch.scheduling.generated import Generated, Outputs
 from tokabatch.scheduling.kv.page_pool import PagePool
-from tokabatch.scheduling.outputs import Generated, Outputs
 
 
 class Cells(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 from tokabatch.arrays import Int32
 from tokabatch.scheduling.kv.manager import NO_RUNS, KVCacheManager, Runs
 from tokabatch.scheduling.kv.prefix_tree import PromptPages
-from tokabatch.scheduling.lengths.estimates import LengthEstimates
+from tokabatch.scheduling.lengths.length_estimates import LengthEstimates
 from tokabatch.scheduling.policy.guarded_policy import GuardedPolicy
 from tokabatch.scheduling.policy.policy import Candidates
 from tokabatch.scheduling.work import Work

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.scheduling.kv.manager import KVCacheManager
 from tokabatch.scheduling.kv.prefix_tree import PromptPages
-from tokabatch.scheduling.lengths.estimates import LengthEstimates
+from tokabatch.scheduling.lengths.length_estimates import LengthEstimates
 from tokabatch.scheduling.lengths.page_forecast import Claims, Forecast
 from tokabatch.scheduling.policy.policy import Candidates
 from tokabatch.scheduling.work import Work

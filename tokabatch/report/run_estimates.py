@@ -8,7 +8,7 @@ from typing import Any, cast
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import read_manifest
-from tokabatch.output.verdicts import read_verdicts
+from tokabatch.output.stored_verdicts import read_verdicts
 from tokabatch.scoring.estimates import Estimate, Judged, estimate_all
 from tokabatch.storage.listing import consistently
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokabatch.scoring.early_stopping import Outcome, StopRule, estimate_stopped, opened, stop_after
 from tokabatch.scoring.pass_at_k import estimate
-from tokabatch.scoring.stopping import Outcome, StopRule, estimate_stopped, opened, stop_after
 
 RULES = st.builds(StopRule, after_correct=st.none() | st.integers(1, 3), majority=st.none() | st.integers(1, 4))  # type: ignore[arg-type]
 OUTCOMES = st.lists(st.builds(Outcome, st.booleans(), st.sampled_from([None, "a", "b"])), min_size=1, max_size=24)

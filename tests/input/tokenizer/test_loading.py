@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from tokabatch.errors import ModelError
-from tokabatch.input.tokenizer.files import load_tokenizer
+from tokabatch.input.tokenizer.loading import load_tokenizer
 from tokabatch.job import ModelConfig
 
 MERGES = [("1", "2"), ("Ġ", "a"), ("e", "n"), ("en", "d"), ("Ċ", "Ċ"), ("<", "|")]

@@ -9,7 +9,7 @@ import pytest
 from support import tiny_models
 
 from tokabatch.errors import ModelError
-from tokabatch.model.files import known_files, refuse_changed
+from tokabatch.model.file_digests import known_files, refuse_changed
 
 
 @pytest.fixture

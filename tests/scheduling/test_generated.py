@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tokabatch.scheduling.outputs import STAGED_VALUES, Outputs
+from tokabatch.scheduling.generated import STAGED_VALUES, Outputs
 
 
 def append(outputs: Outputs, slots: np.ndarray, step: int, alternatives: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from tokabatch.arrays import Int32, Int64
 from tokabatch.scheduling.contracts import SamplingParams
-from tokabatch.scheduling.outputs import Outputs
+from tokabatch.scheduling.generated import Outputs
 
 TAIL = 8
 """Characters at the end of a stop string that the table over the vocabulary looks at."""

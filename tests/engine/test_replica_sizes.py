@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokabatch.engine import sizing
-from tokabatch.engine.sizing import (
+from tokabatch.engine import replica_sizes
+from tokabatch.engine.replica_sizes import (
     ABSENT_WORKING_BYTES,
     WorkloadFacts,
     decide_sizes,
@@ -44,8 +44,8 @@ def memory(monkeypatch, tmp_path):
     """Sets what the machine, and the container if any, has left."""
 
     def set_memory(machine: int, container: int | None = None) -> None:
-        monkeypatch.setattr(sizing.psutil, "virtual_memory", lambda: SimpleNamespace(available=machine))
-        monkeypatch.setattr(sizing, "CGROUP", tmp_path)
+        monkeypatch.setattr(replica_sizes.psutil, "virtual_memory", lambda: SimpleNamespace(available=machine))
+        monkeypatch.setattr(replica_sizes, "CGROUP", tmp_path)
         if container is not None:
             (tmp_path / "memory.max").write_text(str(container + 500))
             (tmp_path / "memory.current").write_text("500")
@@ -188,7 +188,7 @@ def test_sizing_makes_no_context_on_the_gpu():
         "import ctypes, torch\n"
         "from engine.test_sizing import FACTS, SPEC\n"
         "from tokabatch.attention import choose_backend\n"
-        "from tokabatch.engine.sizing import decide_sizes\n"
+        "from tokabatch.engine.replica_sizes import decide_sizes\n"
         "from tokabatch.job import EngineConfig\n"
         "decide_sizes(EngineConfig(), SPEC, torch.bfloat16, FACTS, 'cuda')\n"
         "choose_backend('cuda', torch.bfloat16, 64), torch.cuda.get_device_name()\n"

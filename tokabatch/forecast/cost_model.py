@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tokabatch.engine.sizing import ReplicaSizes, available_memory, decide_sizes
+from tokabatch.engine.replica_sizes import ReplicaSizes, available_memory, decide_sizes
 from tokabatch.errors import JobError, UsageError
 from tokabatch.forecast.devices import KNOWN, PROCESSOR, Device, find_device, measure_processor
 from tokabatch.forecast.profile import SAMPLE_SECONDS, STEP_SECONDS, Profile, SavedProfile, load_profile, unmeasured_gpu

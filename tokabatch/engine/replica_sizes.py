@@ -19,7 +19,7 @@ import torch
 from tokabatch.attention.base import KVShape
 from tokabatch.errors import JobError
 from tokabatch.job import EngineConfig
-from tokabatch.model.shards import VocabularyShard, kv_heads, stage_layers
+from tokabatch.model.partition import VocabularyShard, kv_heads, stage_layers
 from tokabatch.model.spec import ModelSpec, tensor_shapes
 from tokabatch.parallel.mesh import Mesh
 
@@ -29,8 +29,8 @@ MOST_STEPS = 5
 CGROUP = Path("/sys/fs/cgroup")
 MIN_GROUP, MIN_PREFIX_TOKENS = 4, 32
 REPORTED_GROWTH, HOST_SHARE = 1.5, 0.6
-"""Memory that kept log-probabilities take over what is stored of them (`scheduling.outputs`), and the share of the host's free
-memory that they may take beside a GPU."""
+"""Memory that kept log-probabilities take over what is stored of them (`scheduling.generated`), and the share of the host's
+free memory that they may take beside a GPU."""
 ABSENT_WORKING_BYTES, ABSENT_SHARE = 4 << 30, 0.9
 """What a step needs beside weights and logits, and what of the rest the cache gets, on a GPU that cannot be asked."""
 

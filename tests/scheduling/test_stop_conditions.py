@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.scheduling.contracts import SamplingParams
-from tokabatch.scheduling.stopping import PARTIAL, StopRules, TokenText
+from tokabatch.scheduling.stop_conditions import PARTIAL, StopRules, TokenText
 
 
 def byte_level() -> Backend:

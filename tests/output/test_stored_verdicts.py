@@ -12,7 +12,7 @@ import pytest
 from tokabatch.output.folder import Claim, OutputFolder
 from tokabatch.output.schema import output_schema, verdict_fields
 from tokabatch.output.shards import ShardWriter
-from tokabatch.output.verdicts import read_verdicts
+from tokabatch.output.stored_verdicts import read_verdicts
 
 
 def written(out: Path, shards: list[list[dict[str, Any]]], **columns: str) -> OutputFolder:
