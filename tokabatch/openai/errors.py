@@ -1,0 +1,55 @@
+"""Errors as OpenAI's API states them: a message, the field at fault, a code, and the HTTP status that they come with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tokabatch.errors import RowError
+
+_OF_REQUESTS = {
+    "prompt_too_long": "context_length_exceeded",
+    "bad_sampling": "invalid_value",
+    "bad_messages": "invalid_value",
+    "bad_type": "invalid_type",
+    "bad_token_id": "invalid_value",
+    "empty_prompt": "invalid_value",
+    "missing_field": "invalid_value",
+    "special_token": "invalid_value",
+    "template_too_large": "invalid_value",
+    "bad_json": "invalid_json",
+    "bad_utf8": "invalid_json",
+    "bad_unicode": "invalid_json",
+}
+"""What the API calls the faults of a row that are its request's own; all others are the engine's."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiError:
+    """Why a request has no answer. `param` names the field; `status` is the HTTP status: below 500 the request is at fault,
+    and to send it again would not help."""
+
+    message: str
+    param: str | None = None
+    code: str | None = None
+    status: int = 400
+
+    @property
+    def type(self) -> str:
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object that the API answers with."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def unsupported(field: str, why: str) -> ApiError:
+    """The refusal of a field that would change the answer, and which cannot be honoured."""
+    return ApiError(f"{field} {why}", field, "unsupported_parameter")
+
+
+def of_row(error: RowError, param: str | None = None) -> ApiError:
+    """The error of a row that came from a request: 400 where the request is at fault, 500 where it is not."""
+    if error.code in _OF_REQUESTS:
+        return ApiError(error.message, param, _OF_REQUESTS[error.code])
+    return ApiError(error.message, None, error.code, 500)
