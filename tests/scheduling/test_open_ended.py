@@ -6,7 +6,6 @@ from collections import deque
 from dataclasses import replace
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import token_device as device
@@ -16,7 +15,7 @@ from support.shortsighted import Shortsighted
 from tokabatch.scheduling.contracts import Completion, Requests, SamplingParams, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stop_conditions import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules, TokenText
 
 
 def rules(requests: Requests) -> StopRules:
@@ -67,7 +66,7 @@ def test_every_sample_is_finished_once_or_cancelled(job, data):
             done[key] = completion
 
     for kind in data.draw(
-        st.lists(st.sampled_from(["step", "step", "extend", "other", "give", "cancel", "lose"]), max_size=40)
+        st.lists(st.sampled_from(["step", "step", "extend", "other", "give", "cancel", "lose", "forget"]), max_size=40)
     ):
         one, other = (first, second) if data.draw(st.booleans()) else (second, first)
         if kind == "step":
@@ -82,14 +81,14 @@ def test_every_sample_is_finished_once_or_cancelled(job, data):
             rows.update({base + i: prompt for i, prompt in enumerate(new)})
             of_row.update({base + i: kinds[i % len(kinds)] for i in range(len(new))})
             wanted |= {(base + i, sample) for i in range(len(new)) for sample in range(of_row[base + i].n)}
-            note(one.scheduler.extend(more, None if kind == "extend" else rules(more)))
+            note(one.scheduler.extend(more))
         elif kind == "give":
             most = data.draw(st.integers(1, 8))
             given_back = one.scheduler.give_back(most)
             one.scheduler.check_integrity()
             if given_back is not None:
                 assert 0 < given_back.num_samples().sum() <= most
-                note(other.scheduler.extend(given_back, rules(given_back)))
+                note(other.scheduler.extend(given_back))
         elif kind == "cancel":
             row, start = data.draw(st.sampled_from(sorted(rows))), data.draw(st.integers(0, 3))
             for replica in (first, second):
@@ -98,6 +97,8 @@ def test_every_sample_is_finished_once_or_cancelled(job, data):
                 cancelled |= gone
                 replica.scheduler.check_integrity()
             assert {key for key in wanted if key[0] == row and key[1] >= start} <= cancelled | set(done)
+        elif kind == "forget":
+            one.scheduler.compact(least=1)
         else:
             one.results.clear()
             note(one.scheduler.lost_device())
@@ -151,8 +152,41 @@ def test_a_prompt_that_is_added_and_does_not_fit_is_an_error(small_limits):
     assert (error.row_index, error.error_code) == (1, "kv_cache_overflow")
 
 
-def test_other_sampling_parameters_need_their_stop_rules(small_limits):
-    requests = device.make_requests([[1]], [SamplingParams(max_tokens=2)])
-    scheduler = Scheduler(requests, small_limits, rules(requests))
-    with pytest.raises(ValueError, match="stop rules of their own"):
-        scheduler.extend(device.make_requests([[2]], [SamplingParams(max_tokens=3)]))
+def test_work_without_an_end_takes_no_more_memory_than_what_is_there_of_it(small_limits):
+    """Prompts come and go, one of them long; sampling parameters that come again are one kind, and each has a stop string."""
+    text = TokenText(
+        [f"<{token}>" for token in range(device.VOCAB)], lambda lists: ["".join(f"<{t}>" for t in ids) for ids in lists], {}
+    )
+    nothing = device.make_requests([[1]]).take(np.zeros(0, np.int64))
+    scheduler = Scheduler(nothing, small_limits, StopRules(nothing.sampling, [device.EOS], device.VOCAB, text))
+    model, waiting, done = device.TokenDevice(small_limits), dict[int, SamplingParams](), dict[int, Completion]()
+    model.prompts = {}
+    largest = [0, 0]
+    for turn in range(400):
+        if turn < 300:
+            long = SamplingParams(max_tokens=60, ignore_eos=True, seed=turn)
+            given = [
+                SamplingParams(max_tokens=2, stop=(f"<{turn % 5}>",)),
+                long if turn % 40 == 0 else SamplingParams(max_tokens=1),
+            ]
+            more = device.make_requests([[1, 2, turn % 7], [1, 2, 3]], given)
+            more = replace(more, row_index=2 * turn + more.row_index, key=2 * turn + more.row_index)
+            rows = zip(more.row_index.tolist(), more.params.tolist(), strict=True)
+            waiting |= {row: given[kind] for row, kind in rows}
+            model.prompts |= {int(row): more.prompt(place).tolist() for place, row in enumerate(more.row_index)}
+            scheduler.extend(more)
+        for _ in range(3):
+            step = scheduler.schedule()
+            for completion in scheduler.apply(model.run(step)) if step is not None else ():
+                assert completion.row_index not in done
+                done[completion.row_index] = completion
+        scheduler.check_integrity()
+        scheduler.compact(least=16)
+        largest = [max(pair) for pair in zip(largest, (len(scheduler.work), len(scheduler.work.sampling)), strict=True)]
+    assert scheduler.done and set(done) == set(waiting)
+    assert largest[0] < 250 and largest[1] < 20, largest
+    for row, completion in done.items():
+        whole = device.expected_output(row, 0, 3, waiting[row])
+        stop = next((f"<{token}>" for token in whole if f"<{token}>" in waiting[row].stop), None)
+        ends = whole if stop is None else whole[: [f"<{token}>" for token in whole].index(stop) + 1]
+        assert completion.token_ids.tolist() == ends and (stop is None or completion.stop_reason == stop)

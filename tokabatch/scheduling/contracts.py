@@ -106,6 +106,8 @@ class Requests:
     continuations: Continuations | None = None
     """What is scored in the place of samples; the parameters' `n` and `max_tokens` are their number and the longest one's
     tokens then."""
+    key: Int64 | None = None
+    """The row that random numbers are drawn for, shape [R]; None is `row_index`."""
 
     def __len__(self) -> int:
         return len(self.row_index)
@@ -149,6 +151,7 @@ class Requests:
             lcp=lcp,
             params=self.params[requests],
             span=None if self.span is None else (self.span[0][requests], self.span[1][requests]),
+            key=None if self.key is None else self.key[requests],
         )
 
     def part(self, requests: Int32, first: Int32, stop: Int32) -> Requests:
@@ -165,6 +168,7 @@ class Requests:
             lcp=np.where(again, taken.length[place], taken.lcp[place]),
             params=taken.params[place],
             span=(first, stop),
+            key=None if taken.key is None else taken.key[place],
         )
 
     def prompt(self, request: int) -> Int32:

@@ -30,10 +30,12 @@ from tokabatch.scheduling.policy.guarded_policy import Case, GuardedPolicy
 from tokabatch.scheduling.policy.policy import Policy
 from tokabatch.scheduling.quarantine import Quarantine, Sample
 from tokabatch.scheduling.step_builder import StepBuilder
-from tokabatch.scheduling.stop_conditions import StopRules, StopTable
+from tokabatch.scheduling.stop_conditions import StopRules
 from tokabatch.scheduling.text_scores import RunningScores, scored
 from tokabatch.scheduling.work import Work
 
+COMPACTED_PROMPTS = 4096
+"""Finished prompts that are forgotten at a time, at least."""
 MOST_SHORT = 3 / 4
 """Where a larger share of a step's samples than this is short of a page they do not all wait: one is preempted."""
 
@@ -88,7 +90,7 @@ class Scheduler:
         self.counts = counts or SchedulerCounts()
         sizes = limits.num_pages, limits.page_size, limits.max_running, limits.max_pages_per_sequence
         self.kv = KVCacheManager(self.work, self.counts, *sizes)
-        self._stops = StopTable(stops)
+        self._stops = stops
         self._lengths = LengthEstimates(self.work, self.kv.slots, self.counts, lengths)
         self._policy = GuardedPolicy(policy(self.work, self.kv, self._lengths))
         self._admission = Admission(self.work, self.kv, self._lengths, self._policy)
@@ -220,15 +222,11 @@ class Scheduler:
         self.counts.finished_prompts += len(finished)
         return completions
 
-    def extend(self, requests: Requests, stops: StopRules | None = None) -> list[Completion]:
-        """Add prompts behind all others, in their order. Samples that do not fit the cache are returned, as by `settle_pages`.
-        `stops` holds the rules of `requests.sampling`. Raises ValueError without them where these have not come before."""
+    def extend(self, requests: Requests) -> list[Completion]:
+        """Add prompts behind all others, in their order. Samples that do not fit the cache are returned (`settle_pages`)."""
         kinds = len(self.work.sampling)
-        if self.work.place_of(requests.sampling) is None:
-            if stops is None:
-                raise ValueError("sampling parameters that have not come before need stop rules of their own")
-            self._stops.extend(kinds, stops)
         added = self.work.extend(requests)
+        self._stops.extend(self.work.sampling[kinds:])
         self.kv.widen()
         self._lengths.extend()
         self._policy.invalidate()
@@ -269,6 +267,28 @@ class Scheduler:
         self.kv.settle(np.array(prompts, np.int32))
         self._policy.invalidate()
         return np.array(sorted(cancelled), np.int32)
+
+    def received(self, row: int, sample: int) -> Generated | None:
+        """A copy of what a sample that runs has produced so far; None for one that does not run."""
+        seq = self.kv.slots
+        of_row = self.work.row_index[seq.request[seq.order]] == row
+        slots = seq.order[of_row & (seq.sample[seq.order] == sample)]
+        return seq.read(slots)[0] if len(slots) else None
+
+    def compact(self, least: int = COMPACTED_PROMPTS) -> None:
+        """Forget the prompts in front of the first that is not finished, where they are at least so many and half of all: work
+        that never ends takes no more memory than what is there of it at a time."""
+        if self._quarantine.active or len(self.work) < least:
+            return
+        count = self.work.forgettable(self.kv.first_prompt())
+        if count < least or count < len(self.work) // 2:
+            return
+        self._lengths.before_forgetting()
+        kept = self.work.forget(count)
+        self._stops.keep(kept)
+        self.kv.forget(count, kept)
+        self._lengths.forget_first(count)
+        self._policy.invalidate()
 
     def settle_pages(self, num_pages: int) -> list[Completion]:
         """Take so many pages, which the device turned out to hold; before the first step, or when nothing is held any more. The

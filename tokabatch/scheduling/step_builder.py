@@ -12,7 +12,7 @@ from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits, PromptRuns, 
 from tokabatch.scheduling.kv.manager import KVCacheManager, Runs
 from tokabatch.scheduling.kv.slots import Slots
 from tokabatch.scheduling.penalty_rules import PenaltyTable
-from tokabatch.scheduling.stop_conditions import StopTable
+from tokabatch.scheduling.stop_conditions import StopRules
 from tokabatch.scheduling.work import Work
 
 _NONE = np.zeros(0, np.int32)
@@ -33,21 +33,19 @@ class SamplingTable:
 class StepBuilder:
     """Turns what has been decided, and what has changed in the cache, into a `StepBatch`."""
 
-    def __init__(self, work: Work, kv: KVCacheManager, grouping: GroupingLimits | None, stops: StopTable) -> None:
+    def __init__(self, work: Work, kv: KVCacheManager, grouping: GroupingLimits | None, stops: StopRules) -> None:
         self._work = work
         self._kv = kv
         self._grouping = grouping
         self._stops = stops
-        self._table = SamplingTable(work.sampling)
-        self._penalties = PenaltyTable(work.sampling, stops.ids)
+        self._take_sampling()
 
     def build(self, index: int, prefill: Runs, decoding: Int64, decode_ids: Int32 | None = None) -> StepBatch:
         """The step that computes `prefill`, in plan order, and one token of each decoding slot: `decode_ids`, or the one that
         the worker holds."""
         work, slots = self._work, self._kv.slots
-        if len(self._table.seed) < len(work.sampling):
-            self._table = SamplingTable(work.sampling)
-            self._penalties = PenaltyTable(work.sampling, self._stops.ids)
+        if self._sampling is not work.sampling:
+            self._take_sampling()
         changes = self._kv.take_changes()
         run_slot = np.concatenate((prefill.slots, decoding))
         start = slots.computed[run_slot]
@@ -79,6 +77,11 @@ class StepBuilder:
             scored=self._scored(prefill.slots, start, length, token) if work.continuations is not None else None,
         )
 
+    def _take_sampling(self) -> None:
+        self._sampling = self._work.sampling
+        self._table = SamplingTable(self._sampling)
+        self._penalties = PenaltyTable(self._sampling, self._stops.ids.__getitem__)
+
     def _scored(self, run_slot: Int64, start: Int32, length: Int32, token: Int32) -> ScoredPlaces | None:
         """The places of these runs at which the next token is one of a given text's. Run i computes `length[i]` tokens from
         position `start[i]` and is the step's tokens from `token[i]` on."""
@@ -100,7 +103,7 @@ class StepBuilder:
         params = seq.params[slots]
         return SlotInit(
             slot=slots.astype(np.int32),
-            row=work.row_index[seq.request[slots]],
+            row=work.key[seq.request[slots]],
             sample=seq.sample[slots],
             seed=table.seed[params],
             temperature=table.temperature[params],

@@ -6,7 +6,6 @@ singly. The tokenizer stays with the caller, which brings `decode` and the text 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,31 +73,62 @@ class StopStrings:
 
 
 class StopRules:
-    """The stop conditions of a run, one set for each entry of `Requests.sampling`."""
+    """The stop conditions of a scheduler, one set for each entry of its sampling parameters."""
 
     def __init__(
         self, sampling: Sequence[SamplingParams], eos_token_ids: Sequence[int], vocab_size: int, text: TokenText | None
     ) -> None:
-        special = text.special if text is not None else {}
-        # Rows with settings of their own mostly have these in common.
-        ids = {
-            each: frozenset(each[0])
-            | frozenset(() if each[1] else eos_token_ids)
-            | {special[s] for s in each[2] if s in special}
-            for each in {(p.stop_token_ids, p.ignore_eos, p.stop) for p in sampling}
-        }
-        self.ids = [ids[p.stop_token_ids, p.ignore_eos, p.stop] for p in sampling]
-        """The tokens that end a sample, of each entry."""
-        self._least = [p.min_tokens for p in sampling]
-        distinct = {stop: StopStrings(s for s in stop if s not in special) for stop in {p.stop for p in sampling}}
-        self._strings = [distinct[p.stop] for p in sampling]
+        """`text` is needed for stop strings."""
+        self._ends = tuple(eos_token_ids)
+        self._vocab_size = vocab_size
         self._text = text
-        self._suspect = np.zeros(vocab_size, np.bool_)
-        self._suspect[[i for each in ids.values() for i in each if 0 <= i < vocab_size]] = True
-        every = StopStrings(s for stop in distinct for s in stop if s not in special)
+        self._set(sampling)
+
+    def extend(self, sampling: Sequence[SamplingParams]) -> None:
+        """Add the conditions of further sampling parameters, behind the others."""
+        special = {} if self._text is None else self._text.special
+        # Rows with settings of their own mostly have these in common.
+        ids: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], frozenset[int]] = {}
+        for each in {(p.stop_token_ids, p.ignore_eos, p.stop) for p in sampling} - self._ids_of.keys():
+            ends = () if each[1] else self._ends
+            ids[each] = frozenset((*each[0], *ends, *(special[s] for s in each[2] if s in special)))
+        fresh = {p.stop for p in sampling} - self._strings_of.keys()
+        every = StopStrings(s for stop in fresh for s in stop if s not in special)
+        self._ids_of |= ids
+        self._strings_of |= {stop: StopStrings(s for s in stop if s not in special) for stop in fresh}
+        self._suspect[[i for each in ids.values() for i in each if 0 <= i < self._vocab_size]] = True
         if every:
-            assert text is not None, "stop strings need the tokenizer's text"
-            self._suspect[[i for i, piece in enumerate(text.pieces[:vocab_size]) if every.may_end_in(piece)]] = True
+            assert self._text is not None, "stop strings need the tokenizer's text"
+            pieces = self._text.pieces[: self._vocab_size]
+            self._suspect[[i for i, piece in enumerate(pieces) if every.may_end_in(piece)]] = True
+        self.ids += [self._ids_of[p.stop_token_ids, p.ignore_eos, p.stop] for p in sampling]
+        self._least += [p.min_tokens for p in sampling]
+        self._strings += [self._strings_of[p.stop] for p in sampling]
+        self._sampling += sampling
+
+    def keep(self, entries: Int32) -> None:
+        """Forget the conditions of all sampling parameters but these entries, which move up."""
+        self._set([self._sampling[entry] for entry in entries.tolist()])
+
+    def _set(self, sampling: Sequence[SamplingParams]) -> None:
+        self._sampling: list[SamplingParams] = []
+        self.ids: list[Collection[int]] = []
+        """The tokens that end a sample, of each entry."""
+        self._least: list[int] = []
+        self._strings: list[StopStrings] = []
+        self._ids_of: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], frozenset[int]] = {}
+        self._strings_of: dict[tuple[str, ...], StopStrings] = {}
+        self._suspect = np.zeros(self._vocab_size, np.bool_)
+        self.extend(sampling)
+
+    def find(self, tokens: Int32, slots: Int64, params: Int32, outputs: Outputs) -> dict[int, int | str]:
+        """What ends samples that have just drawn `tokens`, by place: a stop id or string. `slots` is where their outputs are;
+        `params`, of all slots, are entries of the sampling parameters."""
+        places = self.suspects(tokens)
+        if not len(places):
+            return {}
+        reasons = self.check(params[slots[places]].tolist(), outputs.tokens(slots[places]))
+        return {i: reason for i, reason in zip(places.tolist(), reasons, strict=True) if reason is not None}
 
     def suspects(self, tokens: Int32) -> Int32:
         """Places in `tokens` of those that may end their sample."""
@@ -143,40 +173,6 @@ class StopRules:
             if found > window and piece and PARTIAL not in piece and token not in self._text.lone_bytes:
                 return place
         return 0
-
-
-class StopTable:
-    """The stop rules of all sampling parameters that a scheduler has been given, one part after another."""
-
-    def __init__(self, rules: StopRules) -> None:
-        self._first, self._rules = [0], [rules]
-        """The first entry of the parameters that each of the rules is for, ascending."""
-
-    def extend(self, first: int, rules: StopRules) -> None:
-        """Add the rules of parameters from entry `first` on."""
-        self._first.append(first)
-        self._rules.append(rules)
-
-    def ids(self, params: int) -> Collection[int]:
-        """The tokens that end a sample of these parameters."""
-        part = bisect_right(self._first, params) - 1
-        return self._rules[part].ids[params - self._first[part]]
-
-    def find(self, tokens: Int32, slots: Int64, params: Int32, outputs: Outputs) -> dict[int, int | str]:
-        """What ends samples that have just drawn `tokens`, by place: a stop id or string. `slots` is where their outputs are;
-        `params`, of all slots, are entries of the sampling parameters."""
-        found: dict[int, int | str] = {}
-        stops = [*self._first[1:], int(np.iinfo(np.int32).max)]
-        for first, stop, rules in zip(self._first, stops, self._rules, strict=True):
-            places = rules.suspects(tokens)
-            asked = params[slots[places]]
-            if len(self._rules) > 1:
-                mine = (asked >= first) & (asked < stop)
-                places, asked = places[mine], asked[mine]
-            if len(places):
-                reasons = rules.check((asked - first).tolist(), outputs.tokens(slots[places]))
-                found |= {i: reason for i, reason in zip(places.tolist(), reasons, strict=True) if reason is not None}
-        return found
 
 
 def _windows(text: str, length: int, wanted: Collection[str]) -> list[int]:

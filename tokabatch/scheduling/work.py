@@ -1,7 +1,8 @@
 """The prompts that a scheduler has been given, in plan order, and which of them it has still to begin.
 
-Work is open-ended: prompts are added behind the last one, and those not begun can be taken out. A prompt that is taken out
-keeps its number; the common prefix noted for a prompt is always the one with the last before it that is still there.
+Work is open-ended: prompts are added behind the last one, those not begun can be taken out, and those at the front that are
+finished can be forgotten. A prompt that is taken out keeps its number; the common prefix noted for a prompt is always the one
+with the last before it that is still there.
 """
 
 from __future__ import annotations
@@ -22,18 +23,17 @@ class Work:
         self._first = np.zeros(1, np.int64)
         """The number of the first prompt of each part."""
         self.row_index: Int64 = requests.row_index
+        self.key: Int64 = _keys(requests)
+        """The row that each prompt's random numbers are drawn for."""
         self.start: Int64 = requests.start
         self.length: Int32 = requests.length
         self.lcp: Int32 = requests.lcp
         self.params: Int32 = requests.params
-        self.sampling = requests.sampling
-        self._kinds = [(requests.sampling, 0)]
-        """Sampling parameters as they were given, and where they begin in `sampling`."""
-        self.max_tokens = np.array([params.max_tokens for params in self.sampling], np.int32)
-        """Of each entry of `sampling`; likewise `logprobs`, -1 for none."""
         self.continuations = requests.continuations
         """The same for all that is added later."""
-        self.logprobs = self._reported()
+        self._places: dict[SamplingParams, int] | None = None
+        """Where each entry of `sampling` stands; None until it is asked for."""
+        self._set_sampling(requests.sampling)
         self.num_samples: Int64 = requests.num_samples()
         """How many samples each prompt has to draw, shape [R]."""
         self._until: dict[int, int] = {}
@@ -92,26 +92,25 @@ class Work:
         """The prompts of a row that have not been taken out: several where parts of its samples came one after another."""
         return np.flatnonzero((self.row_index == row) & ~self._dropped).tolist()
 
-    def place_of(self, sampling: tuple[SamplingParams, ...]) -> int | None:
-        """Where such sampling parameters, if they have been given before, begin in `sampling`."""
-        return next((place for given, place in self._kinds if given is sampling or given == sampling), None)
-
     def begin(self, count: int) -> None:
         """The first `count` of `upcoming` are begun."""
         self._move_to(int(self.upcoming(count)[-1]) + 1)
 
     def extend(self, requests: Requests) -> Int32:
         """Add prompts behind the last one; their numbers."""
-        first, there, kinds = len(self), np.flatnonzero(~self._dropped), self.place_of(requests.sampling)
-        if kinds is None:
-            kinds = len(self.sampling)
-            self._kinds.append((requests.sampling, kinds))
-            self.sampling += requests.sampling
-            self.max_tokens = np.array([params.max_tokens for params in self.sampling], np.int32)
-            self.logprobs = self._reported()
+        first, there, params = len(self), np.flatnonzero(~self._dropped), requests.params
+        if requests.sampling is not self.sampling and requests.sampling != self.sampling[: len(requests.sampling)]:
+            if self._places is None:
+                self._places = {kind: place for place, kind in enumerate(self.sampling)}
+            fresh = [kind for kind in dict.fromkeys(requests.sampling) if kind not in self._places]
+            self._places |= {kind: place for place, kind in enumerate(fresh, len(self.sampling))}
+            if fresh:
+                self._set_sampling((*self.sampling, *fresh))
+            params = np.array([self._places[kind] for kind in requests.sampling], np.int32)[params]
         for name in ("row_index", "start", "length", "lcp"):
             setattr(self, name, np.concatenate((getattr(self, name), getattr(requests, name))))
-        self.params = np.concatenate((self.params, requests.params + np.int32(kinds)))
+        self.key = np.concatenate((self.key, _keys(requests)))
+        self.params = np.concatenate((self.params, params))
         self.num_samples = np.concatenate((self.num_samples, requests.num_samples()))
         self._dropped = np.concatenate((self._dropped, np.zeros(len(requests), np.bool_)))
         self._parts.append(requests)
@@ -119,6 +118,25 @@ class Work:
         if len(requests):
             self.lcp[first] = common_prefix(self._prompt(int(there[-1])), self._prompt(first)) if len(there) else 0
         return np.arange(first, len(self), dtype=np.int32)
+
+    def forgettable(self, needed: int) -> int:
+        """How many of the prompts below number `needed`, all of them finished or taken out, `forget` can be given."""
+        return int(self._first[np.searchsorted(self._first, min(needed, self.next), side="right") - 1])
+
+    def forget(self, count: int) -> Int32:
+        """The first `count` prompts are finished: the numbers of the others become less by so many. Sampling parameters that no
+        other has are forgotten, too; the entries of `sampling` that are kept, ascending."""
+        part = int(np.searchsorted(self._first, count))
+        self._parts, self._first = self._parts[part:], self._first[part:] - count
+        for name in ("row_index", "key", "start", "length", "lcp", "params", "num_samples", "_dropped"):
+            setattr(self, name, getattr(self, name)[count:].copy())
+        self.lcp[:1] = 0
+        kept, self.params = (each.astype(np.int32) for each in np.unique(self.params, return_inverse=True))
+        self._places = None
+        self._set_sampling(tuple(self.sampling[kind] for kind in kept.tolist()))
+        self._until = {prompt - count: until for prompt, until in self._until.items() if prompt >= count}
+        self.next -= count
+        return kept
 
     def take_out(self, prompts: Int32) -> None:
         """Remove prompts that have not been begun, ascending."""
@@ -145,11 +163,13 @@ class Work:
         part = self._part(int(prompts[0]))
         return replace(self._parts[part].take(prompts - int(self._first[part])), span=spans)
 
-    def _reported(self) -> Int32:
-        """What is reported of drawn tokens; of given ones, nothing comes with the draw."""
-        if self.continuations is not None:
-            return np.full(len(self.sampling), -1, np.int32)
-        return np.array([-1 if params.logprobs is None else params.logprobs for params in self.sampling], np.int32)
+    def _set_sampling(self, sampling: tuple[SamplingParams, ...]) -> None:
+        self.sampling = sampling
+        self.max_tokens = np.array([params.max_tokens for params in sampling], np.int32)
+        """Of each entry of `sampling`; likewise `logprobs`, -1 for none."""
+        # Of given tokens nothing comes with the draw.
+        drawn = [-1 if params.logprobs is None or self.continuations is not None else params.logprobs for params in sampling]
+        self.logprobs = np.array(drawn, np.int32)
 
     def _part(self, prompt: int) -> int:
         return 0 if len(self._parts) == 1 else int(np.searchsorted(self._first, prompt, side="right")) - 1
@@ -161,6 +181,10 @@ class Work:
     def _move_to(self, prompt: int) -> None:
         left = np.flatnonzero(~self._dropped[prompt:])
         self.next = prompt + int(left[0]) if len(left) else len(self)
+
+
+def _keys(requests: Requests) -> Int64:
+    return requests.row_index if requests.key is None else requests.key
 
 
 def common_prefix(a: Int32, b: Int32) -> int:

@@ -221,6 +221,18 @@ class KVCacheManager:
         """Make room for what the sampling parameters of added prompts report of each token."""
         self.slots.outputs.widen(int(self._work.logprobs.max(initial=-1)))
 
+    def first_prompt(self) -> int:
+        """The number of the first prompt that anything here refers to; that of the next to begin where nothing does."""
+        first = self._work.next if self.tree.first is None else min(self._work.next, self.tree.first)
+        return min(first, int(self.slots.request[self.slots.order].min(initial=first)))
+
+    def forget(self, count: int, kept: Int32) -> None:
+        """See `Work.forget`; `kept` is what it returned."""
+        slots = self.slots
+        slots.request[slots.order] -= count
+        slots.params[slots.order] = np.searchsorted(kept, slots.params[slots.order])
+        self.tree.forget(count)
+
     def restrict(self, num_slots: int) -> None:
         """Have fewer slots; none is in use."""
         self.slots.restrict(num_slots)

@@ -123,6 +123,21 @@ class PrefixTree:
         """An open or suspended prompt, None for one that is neither."""
         return self._open.get(request) or self._suspended.get(request)
 
+    @property
+    def first(self) -> int | None:
+        """The number of the first prompt that is open or suspended."""
+        return min((*self._open, *self._suspended), default=None)
+
+    def forget(self, count: int) -> None:
+        """The numbers of all prompts become less by so many; see `Work.forget`."""
+        self.with_pending()
+        for prompt in (*self._open.values(), *self._suspended.values()):
+            prompt.request -= count
+        self._open, self._suspended, self._waiting = (
+            {prompt.request: prompt for prompt in prompts.values()} for prompts in (self._open, self._suspended, self._waiting)
+        )
+        self.sharing.renumber(count)
+
     def with_unadmitted(self) -> list[PromptPages]:
         """Open and suspended prompts with samples that have never been admitted, in plan order."""
         prompts = {**self._open, **self._suspended}

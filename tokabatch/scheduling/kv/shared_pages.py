@@ -108,6 +108,10 @@ class SharedPages:
                 array[: len(keep)] = kept
         self._count = len(keep)
 
+    def renumber(self, count: int) -> None:
+        """Take so much from all numbers."""
+        self._request[: self._count] -= count
+
     def _reserve(self, count: int) -> None:
         while self._count + count > len(self._request):
             self._request, self._shared, self._sizes = (

@@ -116,6 +116,15 @@ class LengthEstimates:
         if not self._all_given and self._replaced is None:
             self._model.forget(requests)
 
+    def before_forgetting(self) -> None:
+        """Count what has ended of prompts that are about to be forgotten."""
+        self._model.settle()
+
+    def forget_first(self, count: int) -> None:
+        """See `Work.forget`."""
+        self._model.forget_first(count)
+        self.extend()
+
     def _generated(self, slots: Int64) -> Int32:
         """Output tokens of each slot, those that steps in flight are about to sample included."""
         return self._slots.length[slots] - self._slots.prompt_length[slots]

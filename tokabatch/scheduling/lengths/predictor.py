@@ -97,6 +97,16 @@ class LengthModel:
         """These prompts are finished: what is learned of each goes into the run's once their last samples have been counted."""
         self._finished += requests
 
+    def settle(self) -> None:
+        """Count all that has ended."""
+        if self._fresh:
+            self._take_in()
+
+    def forget_first(self, count: int) -> None:
+        """The numbers of all requests become less by so many; those that had less have ended, and are counted."""
+        self._ended = {request - count: ended for request, ended in self._ended.items() if request >= count}
+        self._table_request = self._table_request - np.int32(count)
+
     def _draw(self, request: Int32, generated: Int32, limit: Int32, exponential: Float64) -> Int32:
         row = np.zeros(len(request), np.int32)
         if len(self._table_request):
