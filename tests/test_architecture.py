@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": LEAVES | {"scoring", "output", "storage"},
     "engine": LEAVES | {"model", "attention", "parallel", "report"},
     "workload": LEAVES | {"input", "output", "engine", "model", "attention", "parallel", "storage", "scoring"},
+    "precheck": LEAVES | {"input", "output", "model"},
     "forecast": LEAVES | {"workload", "scheduling", "input", "output", "storage", "engine", "model", "report"},
     "runner": LEAVES
     | {"workload", "forecast", "scheduling", "engine", "input", "output", "storage", "model", "attention", "scoring", "report"}
@@ -49,6 +50,7 @@ WITHOUT_TORCH = {
     "scheduling",
     "scoring",
     "report",
+    "precheck",
     "cli",
 }
 HEAVY_HOMES = {

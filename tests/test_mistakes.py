@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tokabatch import cli
 
 ROOT = Path(__file__).parent.parent
 Q = "jobs/quickstart.yaml"
+JOB = "model: {path: jobs/quickstart}\ninput: {path: jobs/quickstart/problems.jsonl}\n"
 FILES = {
     "array.jsonl": '[{"question": "a"}]\n',
     "data.csv": "question,answer\na,1\n",
@@ -22,6 +24,9 @@ FILES = {
     "jinja.yaml": "model: {path: m}\ninput: {path: x}\noutput: {path: o}\nprompt:\n  template: {{ question }}\n",
     "twice.yaml": "model: {path: m}\nmodel: {path: n}\ninput: {path: x}\noutput: {path: o}\n",
     "empty.yaml": "",
+    "typo.yaml": f"{JOB}prompt: {{chat: false,\n  template: '{{{{ qestion }}}}'}}\noutput: {{path: o}}\n",
+    "curly.yaml": f"{JOB}prompt: {{template: '{{{{ a }}'}}\noutput: {{path: o}}\n",
+    "long.jsonl": '{"a": 1}\n' * 3000,
     "rows.jsonl": '{"question": "a", "answer": "1"}\n',
     "model/config.json": '{"model_type": "mamba"}',
     "nothing/readme.txt": "",
@@ -51,7 +56,16 @@ MISTAKES = [
     (("run", Q, "verify.answer=reslt"), "answer"),
     (("run", Q, "prompt.messages=messages"), "keep one, remove the rest"),
     (("run", Q, "prompt.template={{ qestion }}"), r"did you mean 'question'\?"),
-    (("run", Q, "input.path=data.csv"), "pandas|jsonl"),
+    (("run", "typo.yaml"), r"typo\.yaml:4: prompt\.template: the input has no column qestion \(did you mean 'question'\?\)"),
+    (("run", "curly.yaml"), r"curly\.yaml:3: prompt\.template is no valid Jinja template: line 1: unexpected '}'"),
+    (("run", Q, "input.path=data.csv"), "`input.path=data.csv`: .*pandas|jsonl"),
+    (("run", Q, "prompt.few_shot={path:x}"), "write a space behind the colon: `path: x`"),
+    (("run", Q, "verify.kind=./judge.py"), r"there is no file judge\.py in /.*; check the path"),
+    (("run", Q, "model.path=models/mine"), r"no such folder in /.*not in the hub cache.*tokabatch download"),
+    (
+        ("run", Q, "input.path=long.jsonl"),
+        r"the first 1,024 rows have no column question; their columns are a\. If later rows have it, put",
+    ),
     (("run", Q, "input.path=data.json"), "jq|jsonl"),
     (("run", Q, "input.path=nothing"), r"holds no \.jsonl or \.parquet file"),
     (("run", Q, "input.path=rows.json"), r"does not exist"),
@@ -102,3 +116,24 @@ def test_the_message_says_what_to_do(
     assert (ended.value.code, said.out) == (2, ""), said
     assert "Traceback" not in said.err and re.search(remedy, said.err, re.DOTALL), said.err
     assert sorted(here.rglob("*")) == before
+
+
+SLOW = ("torch", "transformers", "tokenizers")
+EARLY = ("input.path", "model.path", "prompt.template", "prompt.few_shot", "output.", "verify.", "engine.device", ".yaml")
+
+
+def test_what_the_job_and_its_first_rows_show_is_refused_before_anything_slow_is_imported(here: Path) -> None:
+    early = [arguments for arguments, _ in MISTAKES if arguments[0] == "run" and any(k in " ".join(arguments) for k in EARLY)]
+    program = f"""
+import sys
+from tokabatch import cli
+for arguments in {early!r}:
+    sys.argv = ["tokabatch", *arguments]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        assert ended.code == 2, arguments
+    assert not set({SLOW!r}) & sys.modules.keys(), arguments
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0 and len(early) > 20, ended.stderr

@@ -25,16 +25,31 @@ import typer
 from typer.core import TyperCommand
 
 from tokabatch import __version__
-from tokabatch.errors import EXIT_INTERRUPTED, EXIT_STOPPED, JobError, OutputError, Stopped, TokabatchError, UsageError
+from tokabatch.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    DamageError,
+    InputError,
+    JobError,
+    ModelError,
+    OutputError,
+    Stopped,
+    TokabatchError,
+    UsageError,
+)
 from tokabatch.report.streams import TolerantFile, first_fault, make_tolerant
 from tokabatch.runner.interruption import Interruption
 
 if TYPE_CHECKING:
+    from tokabatch.job import Job
     from tokabatch.report.summary import RunSummary, Section
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _READER_ENDED = 128 + signal.SIGPIPE
 _DEVICES = "h200, h100, a100 or l40s, or a variant such as h100-pcie or a100-40gb"
+
+_KEY_OF = {ModelError: "model.path", InputError: "input.path", OutputError: "output.path"}
+"""Where in a job to look for what a message is about that names no key."""
 
 _HELP = """Offline batch inference: complete every row of a dataset with a language model, each row n times.
 
@@ -207,8 +222,7 @@ def run(
       tokabatch run jobs/quickstart.yaml generation.n=32      16 more samples of each row
       tokabatch run jobs/quickstart.yaml --overwrite          delete the results, begin again
     """
-    with _stop_on_signals() as stop:
-        loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
+    with _stop_on_signals() as stop, _checked_job(job, overrides) as loaded:
         runner = _load("tokabatch.runner.run")
         try:
             with _load("tokabatch.report.progress").open_progress(quiet) as progress:
@@ -260,13 +274,13 @@ def plan(
     """
     if not simulate and (device, profile, price, lengths) != (None, None, None, "max"):
         raise typer.BadParameter("--device, --lengths, --profile and --price belong to --simulate; add it")
-    loaded = _load("tokabatch.job").Job.load(job, *(overrides or ()))
-    planner, sections = _load("tokabatch.runner.plan"), _load("tokabatch.report.summary").plan_sections
-    if not simulate:
-        _print_result(sections(planner.plan(loaded)))
-        return
-    scenario = _load("tokabatch.forecast.predict").Scenario(device, profile, price, lengths)
-    report, outlook = planner.plan_and_simulate(loaded, scenario)
+    with _checked_job(job, overrides) as loaded:
+        planner, sections = _load("tokabatch.runner.plan"), _load("tokabatch.report.summary").plan_sections
+        if not simulate:
+            _print_result(sections(planner.plan(loaded)))
+            return
+        scenario = _load("tokabatch.forecast.predict").Scenario(device, profile, price, lengths)
+        report, outlook = planner.plan_and_simulate(loaded, scenario)
     _print_result((*sections(report), *_load("tokabatch.report.outlook").outlook_sections(outlook)))
 
 
@@ -525,6 +539,21 @@ def download(
       tokabatch download Qwen/Qwen3-0.6B
     """
     _print_result(str(_load("tokabatch.model.resolve").resolve_model(model, revision, key="MODEL", revision_key="--revision")))
+
+
+@contextmanager
+def _checked_job(path: Path, overrides: list[str] | None) -> Generator[Job, None, None]:
+    """The job of a file and its overrides, refused before anything slow is imported where that can be told. A refusal from
+    inside is raised with where the key was written that it names."""
+    loaded, written = _load("tokabatch.job").Job.load_with_places(path, *(overrides or ()))
+    try:
+        _load("tokabatch.precheck").refuse_early(loaded)
+        yield loaded
+    except DamageError:
+        raise
+    except UsageError as error:
+        key = next((key for kind, key in _KEY_OF.items() if isinstance(error, kind)), "")
+        raise type(error)(written.locate(str(error), key)) from error
 
 
 def _read_state(out: Path) -> Any:

@@ -5,6 +5,7 @@ and `schema` on top.
 """
 
 from tokabatch.job.keys import Key, KeySection
+from tokabatch.job.load import Written
 from tokabatch.job.schema import (
     EngineConfig,
     ErrorsConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "PromptConfig",
     "Setting",
     "VerifyConfig",
+    "Written",
     "verifier_names",
     "verifier_path",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -40,7 +41,21 @@ class _Draft:
     """Keys of the file with nothing behind them."""
 
 
-def load_model(model: type[Model], source: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str]) -> Model:
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Where each key of a job was written: `places` by its dotted name, as messages begin with it."""
+
+    places: Mapping[str, str]
+
+    def locate(self, message: str, key: str = "") -> str:
+        """The message with, in front, the place of the first key that it names and the job gives, else of `key`."""
+        named = re.findall(r"(?<![\w.])[a-z_]+(?:\.[a-z_]+)+", message)
+        return next((f"{self.places[name]}: {message}" for name in (*named, key) if name in self.places), message)
+
+
+def load_model(
+    model: type[Model], source: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[Model, Written]:
     """Reads, overrides and validates; raises JobError naming file and line, or override, for every problem found."""
     given = isinstance(source, Mapping)
     draft = _Draft("job", copy.deepcopy(dict(source))) if given else _draft_of_file(pathlib.Path(source))
@@ -59,7 +74,8 @@ def load_model(model: type[Model], source: str | pathlib.Path | Mapping[str, Any
         draft.problems += [_located(draft, refusal) for refusal in refusals_of(model, error, draft.values)]
     if loaded is None or draft.problems:
         raise JobError("\n".join(text for _, text in sorted(draft.problems, key=lambda problem: problem[0])))
-    return loaded
+    places = {dotted(key): f"{draft.name}:{line}" for key, line in draft.lines.items()}
+    return loaded, Written(places | {dotted(key): f"override `{text}`" for key, text in draft.overrides.items()})
 
 
 def _draft_of_file(path: pathlib.Path) -> _Draft:

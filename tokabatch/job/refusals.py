@@ -109,6 +109,8 @@ def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details
 def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path) -> Refusal:
     word = str(path[-1])
     prefix = dotted(path[:-1])
+    if ":" in word:
+        return Refusal(path, f"unknown key; write a space behind the colon: `{word.replace(':', ': ', 1)}`")
     everywhere = [key.name for key in list_keys(model)]
     elsewhere = [name for name in everywhere if name.rpartition(".")[2] == word]
     siblings = list(owner.model_fields)

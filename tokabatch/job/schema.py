@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from tokabatch.errors import JobError, RowError
 from tokabatch.job import fields
 from tokabatch.job.keys import Key, KeySection, list_keys, list_sections
-from tokabatch.job.load import load_model
+from tokabatch.job.load import Written, load_model
 from tokabatch.job.refusals import row_message
 from tokabatch.job.scalars import write_value
 from tokabatch.scheduling.contracts import SamplingParams
@@ -400,6 +400,11 @@ class Job(_Section):
 
         Paths inside are relative to the working directory. Raises JobError listing every problem that was found.
         """
+        return load_model(cls, source, overrides)[0]
+
+    @classmethod
+    def load_with_places(cls, source: str | Path | Mapping[str, Any], *overrides: str) -> tuple[Job, Written]:
+        """The same, and where each key was written, for messages."""
         return load_model(cls, source, overrides)
 
     @classmethod

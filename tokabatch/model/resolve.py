@@ -46,6 +46,7 @@ def resolve_model(
         raise ModelError(f"{name}: no such folder. {forms}")
     wanted = (*_WANTED, *_WEIGHTS) if weights else _WANTED
     place = name if revision is None else f"{name} at revision {revision!r}"
+    absent = f"{place}: no such folder in {Path.cwd()}"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*_UNWANTED]))
     except GatedRepoError as error:
@@ -53,13 +54,13 @@ def resolve_model(
     except RevisionNotFoundError as error:
         raise ModelError(f"{place}: no such revision. Give a branch, tag or commit as {revision_key}.") from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"{place}: not on the hub, or private. Check {key}, or set HF_TOKEN.") from error
+        raise ModelError(f"{absent}, and not on the hub, or private. Check {key}, or set HF_TOKEN.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         remedy = (
             "Connect (HF_HUB_OFFLINE unset), or name a local folder as model.path in the job: on a machine that is connected, "
             f"`tokabatch download {name}` prints one to copy."
         )
-        raise ModelError(f"{place}: not a folder, not in the hub cache, and the hub is out of reach. {remedy}") from error
+        raise ModelError(f"{absent}, not in the hub cache, and the hub is out of reach. {remedy}") from error
     except HFValidationError as error:
         raise ModelError(f"{name}: neither a folder nor a hub id ({error}). Check {key}.") from error
     except Exception as error:  # of the disk, or of the HTTP client that the hub library happens to use

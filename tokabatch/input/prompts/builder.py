@@ -16,6 +16,7 @@ import numpy as np
 from tokabatch.arrays import Int32
 from tokabatch.errors import RowError
 from tokabatch.input.prompts.blanking import Blank, Blanking, Span
+from tokabatch.input.prompts.columns import PromptColumns
 from tokabatch.input.prompts.notes import Spelled, describe_prompts
 from tokabatch.input.prompts.sources import SAMPLING_PARAMS, Draft, PromptSource
 from tokabatch.input.rows import Row
@@ -84,9 +85,10 @@ class PromptBuilder:
         self._config = config
         self._spelled = Spelled()
 
-    def check_columns(self, present: Collection[str]) -> None:
-        """Raises InputError where the whole input has not a column that every prompt needs."""
-        self._source.check_columns(present)
+    @property
+    def own_columns(self) -> PromptColumns:
+        """What the job alone says of columns."""
+        return self._source.own
 
     @property
     def hidden_rows(self) -> int:

@@ -14,11 +14,12 @@ from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
-from tokabatch.errors import InputError, JobError, RowError
-from tokabatch.input.missing import ROW, did_you_mean, list_columns, missing_field
+from tokabatch.errors import JobError, RowError
+from tokabatch.input.missing import ROW, missing_field
 from tokabatch.input.prompts.blanking import Blank, as_written
 from tokabatch.input.prompts.chat import decoded, normalise_messages, plain_values, read_objects, with_system
 from tokabatch.input.prompts.chat_template import DOCUMENTS, TOOLS, blank_texts, choose_chat_template
+from tokabatch.input.prompts.columns import MESSAGES, PROMPT, TOKEN_IDS, PromptColumns
 from tokabatch.input.prompts.few_shot import render_few_shot
 from tokabatch.input.prompts.printing import NotText
 from tokabatch.input.prompts.templates import compile_template
@@ -27,7 +28,6 @@ from tokabatch.job import PromptConfig
 if TYPE_CHECKING:
     from tokabatch.input.tokenizer.tokenizer import Tokenizer
 
-PROMPT, MESSAGES, TOKEN_IDS = "prompt", "messages", "prompt_token_ids"
 SAMPLING_PARAMS = "sampling_params"
 
 
@@ -55,42 +55,19 @@ class PromptSource:
         self._render_examples = cache(render_few_shot)
         self.chat = self._chat_template is not None if config.chat == "auto" else config.chat
         self._refuse_missing_chat_template()
-        self._templates = tuple(
-            self._compile(source, key)
-            for source, key in ((config.template, "prompt.template"), (config.system, "prompt.system"))
-            if source
-        )
+        self.own = PromptColumns(config, self._compile)
         # What the job's own template reads is not the chat template's.
         read = frozenset[str]() if self._chat_template is None else self._chat_template.names
-        self._chat_columns = (frozenset((TOOLS, DOCUMENTS)) & read) - self._own_names()
-        self._defaults = self._default_columns()
+        self._chat_columns = (frozenset((TOOLS, DOCUMENTS)) & read) - self.own.own_names
         self.few_shot()
-        named = {name for name in (config.messages, config.token_ids) if name}
-        self.columns = self._own_names() | named | frozenset(self._defaults) | self._chat_columns
-
-    def check_columns(self, present: Collection[str]) -> None:
-        """Raises InputError where the whole input has not a column that every prompt needs."""
-        needed = {name for template in self._templates for name in template.required(present)}
-        needed |= {name for name in (self._config.messages, self._config.token_ids) if name}
-        missing = sorted(needed - set(present))
-        if missing:
-            raise InputError(
-                f"prompt: the input has no column {list_columns(missing)}"
-                f"{did_you_mean(missing[0], present, template=missing[0] in self._own_names())}; its columns are "
-                f"{list_columns(present)}{f'. A template reads one by its name: {ROW}[...]' if missing == [ROW] else ''}"
-            )
-        if self._defaults and not set(self._defaults) & set(present):
-            raise InputError(
-                f"the input has no column {' or '.join(self._defaults)}; its columns are {list_columns(present)}. "
-                'Set prompt.template, for example "{{ column }}", or name a column of chat messages as prompt.messages.'
-            )
+        self.columns = self.own.own_names | self.own.named.keys() | frozenset(self.own.defaults) | self._chat_columns
 
     def describe(self, present: Collection[str]) -> tuple[str, ...]:
         """Sentences on what no chat template reads, and on names that mean two things; `present` are the input's columns."""
-        by_name = {name for template in self._templates for name in template.by_name} & set(present)
+        by_name = {name for template in self.own.templates.values() for name in template.by_name} & set(present)
         fields = [f"{ROW}[{name!r}]" for name in sorted(by_name - {ROW}) if ROW in present]
         twofold = [f"{', '.join(fields)}: a field of the column {ROW!r}, not a column; rename that to mean columns"]
-        columns = set(present) - self._own_names()
+        columns = set(present) - self.own.own_names
         if self._chat_template and (self.chat or self._config.messages or MESSAGES in present):
             unread = self._chat_template.describe(columns)
         else:
@@ -146,9 +123,9 @@ class PromptSource:
         return Draft(token_ids=ids)
 
     def _from_defaults(self, row: Mapping[str, Any], blank: Blank) -> Draft | RowError:
-        column = next((name for name in self._defaults if row.get(name) is not None), None)
+        column = next((name for name in self.own.defaults if row.get(name) is not None), None)
         if column is None:
-            return missing_field(next((name for name in self._defaults if name in row), self._defaults[0]), row)
+            return missing_field(next((name for name in self.own.defaults if name in row), self.own.defaults[0]), row)
         if column == TOKEN_IDS:
             return self._from_token_ids(row, column)
         value = row[column]
@@ -186,10 +163,6 @@ class PromptSource:
         text = self._tokenizer.apply_chat_template(with_system(messages, system), template, variables, self._now, blank)
         return text if isinstance(text, RowError) else Draft(text)
 
-    def _own_names(self) -> frozenset[str]:
-        """The columns that the job's own templates name."""
-        return frozenset(name for template in self._templates for name in template.names)
-
     def _given(self, value: Any) -> Any:
         return plain_values(value) if self._typed else value
 
@@ -203,16 +176,6 @@ class PromptSource:
                 f"{wants} needs a chat template, but the tokenizer of {name!r} has none; give one as prompt.chat_template, or "
                 "use prompt.template alone"
             )
-
-    def _default_columns(self) -> tuple[str, ...]:
-        config = self._config
-        if config.template or config.messages or config.token_ids:
-            if config.messages and config.few_shot:
-                raise JobError("prompt.few_shot goes in front of text, not of prompt.messages; use prompt.template")
-            return ()
-        if config.few_shot:
-            return (PROMPT,)
-        return (PROMPT, MESSAGES) if config.system else (PROMPT, MESSAGES, TOKEN_IDS)
 
 
 def no_chat_template(column: str) -> RowError:

@@ -6,7 +6,7 @@ caller owns and removes. This module knows no schedule and no output format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from tokabatch.arrays import Int32, Int64
 from tokabatch.errors import InputError, RowError
-from tokabatch.input.missing import did_you_mean, list_columns
 from tokabatch.input.prompts.builder import Limits, Prompt, PromptBuilder
+from tokabatch.input.prompts.columns import check_columns, check_first_rows
 from tokabatch.input.readers import open_reader
 from tokabatch.input.rows import Reader, RowBatch
 from tokabatch.input.store.columns import Columns, ColumnSpool, open_column_spool, restore_columns
@@ -169,7 +169,7 @@ def ingest(
     given = generation or job.generation
     builder = PromptBuilder(job.prompt, given, tokenizer, limits, typed=typed, now=now, scores=job.mode == "score")
     if reader.schema is not None:
-        _check_columns(job, builder, reader.schema.names)
+        check_columns(job, builder.own_columns, reader.schema.names)
     with spooling(folder):
         spools = _Spools(job, folder, reader)
     left = job.input.limit
@@ -179,6 +179,8 @@ def ingest(
         prompts = builder.build(kept.rows)
         with spooling(folder):
             spools.append(kept, prompts)
+        if spools.num_rows == len(kept.rows) and left != len(kept.rows):
+            check_first_rows(builder.own_columns, spools.names, spools.num_rows)
         if on_rows is not None:
             on_rows(spools.num_rows, len(spools.errors))
         left = None if left is None else left - len(kept.rows)
@@ -187,7 +189,7 @@ def ingest(
     if spools.num_rows == 0:
         raise InputError(f"input.path {reader.name!r} holds no rows; check the file")
     if spools.any_parsed:
-        _check_columns(job, builder, spools.names)
+        check_columns(job, builder.own_columns, spools.names)
     with spooling(folder):
         return spools.finish(job, builder)
 
@@ -321,15 +323,3 @@ def _shortened(error: RowError) -> RowError:
     if len(error.message) <= MAX_MESSAGE:
         return error
     return RowError(error.code, error.message[: MAX_MESSAGE - 1] + "…")
-
-
-def _check_columns(job: Job, builder: PromptBuilder, present: Collection[str]) -> None:
-    """Raises InputError where the whole input lacks a column that the job names."""
-    builder.check_columns(present)
-    named = {"input.id_column": job.input.id_column, "verify.answer": job.verify.answer if job.verify else None}
-    wanted = [(key, name) for key, name in named.items() if name]
-    wanted += [("output.columns", name) for name in (() if job.output.columns == "all" else job.output.columns)]
-    for key, name in wanted:
-        if name not in present:
-            hint = did_you_mean(name, present)
-            raise InputError(f"{key}: the input has no column {name!r}{hint}; its columns are {list_columns(present)}")

@@ -1,0 +1,84 @@
+"""The columns that a job's prompts are made of, as far as the job alone says; needs no tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import cache
+
+from tokabatch.errors import InputError, JobError
+from tokabatch.input.missing import ROW, did_you_mean, list_columns
+from tokabatch.input.prompts.templates import Template, compile_template
+from tokabatch.job import Job, PromptConfig
+
+PROMPT, MESSAGES, TOKEN_IDS = "prompt", "messages", "prompt_token_ids"
+FIRST_ROWS = 1000
+"""Rows of which one must have each column that every prompt needs, or the rest of the input is not read."""
+
+
+class PromptColumns:
+    """`templates` are the job's own, compiled; `defaults` the columns of which one is the prompt where the job names none.
+    Raises JobError for a template that is no Jinja, and for settings that exclude each other."""
+
+    def __init__(self, config: PromptConfig, compile: Callable[[str, str], Template] | None = None) -> None:
+        compile = compile or cache(compile_template)
+        self._config = config
+        given = (("prompt.template", config.template), ("prompt.system", config.system))
+        self.templates = {key: compile(source, key) for key, source in given if source}
+        self.own_names = frozenset(name for template in self.templates.values() for name in template.names)
+        self.defaults = self._default_columns()
+        self.named = {
+            name: key for key, name in (("prompt.messages", config.messages), ("prompt.token_ids", config.token_ids)) if name
+        }
+
+    def missing(self, present: Collection[str]) -> dict[str, str]:
+        """The columns that every prompt needs and that are not `present`, each with the key that names it."""
+        needed = {name: key for key, each in self.templates.items() for name in each.required(present)} | self.named
+        return {name: needed[name] for name in sorted(needed) if name not in present}
+
+    def check(self, present: Collection[str], rows: int | None = None) -> None:
+        """Raises InputError where a column that every prompt needs is not among those that are `present` in the whole input,
+        or in its first so many `rows`."""
+        has, its, later = "the input has", "its", ""
+        if rows is not None:
+            has, its = f"the first {rows:,} rows have", "their"
+            later = ". If later rows have it, put one of them first"
+        if missing := self.missing(present):
+            first, key = next(iter(missing.items()))
+            near = did_you_mean(first, present, template=first in self.own_names)
+            raise InputError(
+                f"{key}: {has} no column {list_columns(missing)}{near}; {its} columns are {list_columns(present)}{later}"
+                f"{f'. A template reads one by its name: {ROW}[...]' if list(missing) == [ROW] else ''}"
+            )
+        if self.defaults and not set(self.defaults) & set(present):
+            raise InputError(
+                f"{has} no column {' or '.join(self.defaults)}; {its} columns are {list_columns(present)}. "
+                'Set prompt.template, for example "{{ column }}", or name a column of chat messages as prompt.messages'
+            )
+
+    def _default_columns(self) -> tuple[str, ...]:
+        config = self._config
+        if config.template or config.messages or config.token_ids:
+            if config.messages and config.few_shot:
+                raise JobError("prompt.few_shot goes in front of text, not of prompt.messages; use prompt.template")
+            return ()
+        if config.few_shot:
+            return (PROMPT,)
+        return (PROMPT, MESSAGES) if config.system else (PROMPT, MESSAGES, TOKEN_IDS)
+
+
+def check_columns(job: Job, prompt: PromptColumns, present: Collection[str]) -> None:
+    """The same for all columns that the job names, of the whole input."""
+    prompt.check(present)
+    named = {"input.id_column": job.input.id_column, "verify.answer": job.verify.answer if job.verify else None}
+    wanted = [(key, name) for key, name in named.items() if name]
+    wanted += [("output.columns", name) for name in (() if job.output.columns == "all" else job.output.columns)]
+    for key, name in wanted:
+        if name not in present:
+            hint = did_you_mean(name, present)
+            raise InputError(f"{key}: the input has no column {name!r}{hint}; its columns are {list_columns(present)}")
+
+
+def check_first_rows(prompt: PromptColumns, present: Collection[str], rows: int) -> None:
+    """The same of the first `rows`, which have the columns that are `present`; says nothing of fewer than 1,000."""
+    if rows >= FIRST_ROWS and present:
+        prompt.check(present, rows)

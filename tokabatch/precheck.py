@@ -1,0 +1,54 @@
+"""What can be refused of a job before torch and transformers are imported, which takes seconds: paths, the model's config.json,
+templates, the columns of the first rows.
+
+All of it is checked again, by the same functions, where the job is prepared (`workload.prepare`); what needs the tokenizer, the
+weights or the whole input is refused there.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+from tokabatch.errors import JobError
+from tokabatch.input.prompts.columns import PromptColumns, check_columns, check_first_rows
+from tokabatch.input.prompts.few_shot import render_few_shot
+from tokabatch.input.readers import list_local_files, open_reader
+from tokabatch.job import Job, verifier_path
+from tokabatch.model.families import read_spec
+from tokabatch.model.resolve import resolve_model
+from tokabatch.output.folder import check_output
+
+_MOST_FILES = 64
+"""Of an input whose columns are looked at; the footers of many Parquet files take longer than it is worth."""
+
+
+def refuse_early(job: Job) -> None:
+    """Raises the UsageError in which the job would end seconds later. Writes nothing; reads the first rows of files of this
+    machine alone, and of a model on the hub the small files, which stay in the cache."""
+    check_output(Path(job.output.path))
+    if job.verify is not None and not (verifier := verifier_path(job.verify.kind)).is_file():
+        raise JobError(f"verify.kind: there is no file {verifier} in {Path.cwd()}; check the path")
+    read_spec(resolve_model(job.model.path, job.model.revision, weights=False))
+    if job.model.tokenizer is not None:
+        resolve_model(job.model.tokenizer, weights=False, key="model.tokenizer")
+    columns = PromptColumns(job.prompt)
+    if job.prompt.few_shot is not None:
+        few_shot = job.prompt.few_shot
+        render_few_shot(few_shot.path, few_shot.k, few_shot.template)
+    files = list_local_files(job.input)
+    if files is None or len(files) > _MOST_FILES:
+        return
+    reader = open_reader(job.input)
+    if reader.schema is not None:
+        check_columns(job, columns, reader.schema.names)
+        return
+    batches = list(islice(reader.batches(), 2))
+    rows = [row for batch in batches[:1] for row in batch.rows][: job.input.limit]
+    names = {name for row in rows if row.columns is not None for name in row.columns}
+    if not names:
+        return
+    if len(batches) == 1 or len(rows) == job.input.limit:
+        check_columns(job, columns, names)
+    else:
+        check_first_rows(columns, names, len(rows))
