@@ -1,28 +1,11 @@
-"""From `model.path` to a folder on disk: a local folder as it is, a hub id through huggingface_hub's cache.
-
-Fetches safetensors, JSON and tokenizer files only: never pickles, never code. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are
-honoured by huggingface_hub itself.
-"""
+"""From `model.path` to a folder on disk: a local folder as it is, a hub id through `hub`."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from tokabatch.errors import ModelError
-
-_WEIGHTS = ("*.safetensors",)
-_WANTED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
-_UNWANTED = ("*/*", "consolidated*")
 
 
 def resolve_model(
@@ -44,25 +27,6 @@ def resolve_model(
         raise ModelError(f"{name}: is a file. {forms}")
     if isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"{name}: no such folder. {forms}")
-    wanted = (*_WANTED, *_WEIGHTS) if weights else _WANTED
-    place = name if revision is None else f"{name} at revision {revision!r}"
-    absent = f"{place}: no such folder in {Path.cwd()}"
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*_UNWANTED]))
-    except GatedRepoError as error:
-        raise ModelError(f"{place}: access is restricted. Accept its terms on the hub, then set HF_TOKEN.") from error
-    except RevisionNotFoundError as error:
-        raise ModelError(f"{place}: no such revision. Give a branch, tag or commit as {revision_key}.") from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(f"{absent}, and not on the hub, or private. Check {key}, or set HF_TOKEN.") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        remedy = (
-            "Connect (HF_HUB_OFFLINE unset), or name a local folder as model.path in the job: on a machine that is connected, "
-            f"`tokabatch download {name}` prints one to copy."
-        )
-        raise ModelError(f"{absent}, not in the hub cache, and the hub is out of reach. {remedy}") from error
-    except HFValidationError as error:
-        raise ModelError(f"{name}: neither a folder nor a hub id ({error}). Check {key}.") from error
-    except Exception as error:  # of the disk, or of the HTTP client that the hub library happens to use
-        remedy = "Run the command again; what has arrived is kept."
-        raise ModelError(f"{place}: could not be fetched ({error}). {remedy}") from error
+    # Half of what a start from a local folder imports before it reads anything, and of no use there.
+    hub = import_module("tokabatch.model.hub")
+    return hub.fetch_model(name, revision, weights=weights, key=key, revision_key=revision_key)
