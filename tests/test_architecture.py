@@ -123,6 +123,15 @@ def test_no_module_imports_inside_functions():
                 assert not inner, f"{file}:{inner[0].lineno}: an import inside {node.name}"
 
 
+def test_parquet_is_read_by_the_calling_thread_alone():
+    """See `storage.parquet_file`: a process that ends may abort otherwise, once in a hundred times."""
+    elsewhere = [file for file in files() if file.name != "parquet_file.py"]
+    for file in elsewhere:
+        for node in ast.walk(ast.parse(file.read_text())):
+            used = ast.unparse(node) if isinstance(node, ast.Attribute) else getattr(node, "arg", None)
+            assert used not in {"pq.ParquetFile", "pq.read_table", "pq.ParquetDataset", "use_threads"}, f"{file}: {used}"
+
+
 def test_only_the_command_line_prints_or_exits():
     for file in files():
         if room(file) == "cli":

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from tokabatch.arrays import Bool, Int64
 from tokabatch.output.folder import OutputFolder
@@ -24,6 +23,7 @@ from tokabatch.output.manifest import read_manifest
 from tokabatch.output.schema import CORRECT, own_names, verdict_names
 from tokabatch.output.shards import open_shard
 from tokabatch.storage.listing import ListedFile, consistently
+from tokabatch.storage.parquet_file import ParquetFile
 
 Kind = Literal["first", "right", "wrong", "longest"]
 _KEYS = ("row_index", "sample_index", "status", "num_output_tokens")
@@ -120,7 +120,7 @@ def _error_tables(shards: Sequence[ListedFile]) -> Iterator[pa.Table]:
                     yield table.filter(pc.call_function("is_valid", [table["error_code"]]))
 
 
-def _all_null(file: pq.ParquetFile, group: int) -> bool:
+def _all_null(file: ParquetFile, group: int) -> bool:
     # Columns of lists take several places in the file: a column is found by its path.
     described = file.metadata.row_group(group)
     column = next(c for c in map(described.column, range(described.num_columns)) if c.path_in_schema == "error_code")

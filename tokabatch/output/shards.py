@@ -29,6 +29,7 @@ from tokabatch.output.folder import Claim
 from tokabatch.output.journal import Shard
 from tokabatch.storage.atomic_files import NewFile, publish
 from tokabatch.storage.listing import NO_MARK, ListedFile, Mark, mark_of
+from tokabatch.storage.parquet_file import ParquetFile
 
 ARROW_BYTES_KEY = b"tokabatch.arrow_bytes"
 """Footer key: the size of the shard in memory, which its encoded size does not tell."""
@@ -251,7 +252,7 @@ def _fault_of(fields: Sequence[pa.Field[Any]]) -> str | None:
     try:
         row = pa.Table.from_arrays([pa.nulls(2, field.type) for field in fields], schema=pa.schema(fields))
         write_parquet(row.take(pa.array([1])), file)
-        found = pq.read_table(file).schema
+        found = ParquetFile(file).read().schema
     except (pa.ArrowException, OSError, TypeError, ValueError) as error:
         return str(error)
     changed = [kept.type for kept, field in zip(found, fields, strict=True) if not kept.type.equals(field.type)]
@@ -269,13 +270,13 @@ def shard_number(name: str) -> int:
 
 
 @contextmanager
-def open_shard(shard: ListedFile) -> Generator[pq.ParquetFile]:
+def open_shard(shard: ListedFile) -> Generator[ParquetFile]:
     """A shard to read, its checksums verified. Raises OutputError naming it where it cannot be read, DamageError where it is no
     whole Parquet file, ForeignFileError for a folder, and Changed where it is not the one that was listed."""
     if not shard.is_file:
         raise ForeignFileError(f"{shard.path} is no file: no run wrote it. Move it away, then run the same command again.")
     try:
-        with shard.open() as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        with shard.open() as file, ParquetFile(file, page_checksum_verification=True) as parquet:
             yield parquet
     except (OSError, pa.ArrowException) as error:
         raise damaged(shard.path, error) from error

@@ -19,6 +19,7 @@ from tokabatch.errors import DamageError, ForeignFileError, OutputError
 from tokabatch.output.folder import Claim, OutputFolder
 from tokabatch.output.shards import PARQUET_OPTIONS
 from tokabatch.storage.listing import Changed, ListedFile
+from tokabatch.storage.parquet_file import ParquetFile
 
 _REMEDY = "It holds no results: move it away to do without what it tells."
 _STEPS_PER_FILE = 1 << 18
@@ -61,7 +62,7 @@ def _read(file: ListedFile) -> pa.Table:
     if not file.is_file:
         raise ForeignFileError(f"{file.path} is no file: no run wrote it. Move it away.")
     try:
-        with file.open() as stream, pq.ParquetFile(stream, page_checksum_verification=True) as parquet:
+        with file.open() as stream, ParquetFile(stream, page_checksum_verification=True) as parquet:
             return parquet.read()
     except (OSError, pa.ArrowException) as error:
         raise DamageError(f"{file.path} is damaged ({error}). {_REMEDY}") from error

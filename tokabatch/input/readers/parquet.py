@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tokabatch.errors import InputError
 from tokabatch.input.files.arrow_rows import rows_of
@@ -20,6 +19,7 @@ from tokabatch.input.files.arrow_types import plain_array, plain_type
 from tokabatch.input.files.content import HEAD_BYTES, refuse_foreign
 from tokabatch.input.files.paths import InputFile, refuse_unreachable
 from tokabatch.input.rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, RowBatch
+from tokabatch.storage.parquet_file import ParquetFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +93,11 @@ def _fitted(batch: pa.RecordBatch, field: pa.Field[Any]) -> pa.Array[Any]:
 
 
 @contextmanager
-def _opened(file: InputFile) -> Generator[pq.ParquetFile, None, None]:
+def _opened(file: InputFile) -> Generator[ParquetFile, None, None]:
     with file.open() as stream:
         with _faults_named(file):
             try:
-                parquet = pq.ParquetFile(stream, pre_buffer=False)
+                parquet = ParquetFile(stream)
             except pa.ArrowInvalid:
                 stream.seek(0)
                 begin = stream.read(HEAD_BYTES)
@@ -121,7 +121,7 @@ def _faults_named(file: InputFile) -> Generator[None, None, None]:
         refuse_unreachable(file.path, error)
 
 
-def _row_batches(parquet: pq.ParquetFile, file: InputFile) -> Iterator[pa.RecordBatch]:
+def _row_batches(parquet: ParquetFile, file: InputFile) -> Iterator[pa.RecordBatch]:
     """Batches of one row group after another (a batch across two can come out torn where a type is null), fewer rows where
     they are large."""
     for number in range(parquet.metadata.num_row_groups):

@@ -24,6 +24,7 @@ from tokabatch.input.rows import RowBatch
 from tokabatch.input.store.disk_arrays import ArraySpool, open_array
 from tokabatch.storage.atomic_files import DurableFiles
 from tokabatch.storage.listing import read_bytes
+from tokabatch.storage.parquet_file import ParquetFile
 
 UInt64 = npt.NDArray[np.uint64]
 _CONTENT, _PROMPT = "content", "prompt"
@@ -75,7 +76,7 @@ class RowDigests:
         if content is None:
             return None
         try:
-            with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as file:
+            with ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as file:
                 table = file.read()
             return cls(table[_CONTENT].to_numpy(), table[_PROMPT].to_numpy())
         except (OSError, KeyError, pa.ArrowException):
