@@ -185,20 +185,22 @@ def test_what_texts_share_is_computed_once(folders: Any, wanted: Any) -> None:
     assert sum(computed) <= len(tokens) + sum(len(texts) for _, texts in ROWS) + 10
 
 
-@pytest.mark.parametrize("max_running", [1, 3])
-def test_a_row_that_breaks_the_model_costs_that_row_alone(folders: Any, wanted: Any, max_running: int) -> None:
+@pytest.mark.parametrize(("max_running", "depth", "page_size"), [(1, 1, 4), (3, 3, 4), (12, 2, 16)])
+@pytest.mark.parametrize(("token", "spoilt"), [(53, {(1, 0), (1, 1), (1, 2)}), (10, {(0, 3), (4, 0)}), (54, {(1, 1), (1, 2)})])
+def test_a_token_that_breaks_the_model_costs_those_texts_alone_that_read_it(
+    folders: Any, wanted: Any, max_running: int, depth: int, page_size: int, token: int, spoilt: set[tuple[int, int]]
+) -> None:
     class Spoilt:
         @classmethod
         def build(cls, spec: WorkerSpec) -> Any:
             worker = Worker.build(spec)
-            # The last of row 1's prompt.
-            worker._decoder._weights.embed_VE[53] = float("nan")
+            worker._decoder._weights.embed_VE[token] = float("nan")
             worker.make_ahead, worker.close = lambda: None, lambda: None
             return worker
 
-    limits = SchedulerLimits(4, 40, max_running, 40, -(-LONGEST // 4), GroupingLimits(2, 1))
-    done = score(folders["qwen2"], limits, 1, worker=Spoilt.build)
+    limits = SchedulerLimits(page_size, 40, max_running, 40, -(-LONGEST // page_size), GroupingLimits(2, 1))
+    done = score(folders["qwen2"], limits, depth, worker=Spoilt.build)
     broken = {key: completion.error_code for key, completion in done.items() if completion.error_code}
-    assert broken == {(1, number): "nan_logits" for number in range(3)}
+    assert broken == dict.fromkeys(spoilt, "nan_logits")
     rest = {key: completion for key, completion in done.items() if key not in broken}
     assert_right(rest, {key: value for key, value in wanted["qwen2"].items() if key not in broken})

@@ -185,7 +185,7 @@ def test_smaller_steps_after_halving(small_limits):
 def test_pages_that_a_dropped_step_was_to_clear_are_cleared_by_the_next(small_limits):
     requests = device.make_requests([[1, 2, 3]])
     scheduler = Scheduler(requests, small_limits, StopRules(requests.sampling, [device.EOS], device.VOCAB, None))
-    scheduler.kv.pool.taint(np.arange(small_limits.num_pages))
+    scheduler.kv.pool.clears = True
     dropped = scheduler.schedule()
     assert len(dropped.clear_pages)
     scheduler.lost_device()

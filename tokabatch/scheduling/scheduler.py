@@ -65,7 +65,6 @@ class _InFlight:
     epochs: Int32
     run_slots: Int64
     """Those of all runs, sampled or not."""
-    clear_pages: Int32
     scored: Int64
     """The slot of each given token that is scored, shape [R]; their epochs, likewise."""
     scored_epochs: Int32
@@ -169,17 +168,19 @@ class Scheduler:
         if step.scored is not None:
             scored_slots = np.repeat(run_slots, step.run_length)[step.scored.token]
         epochs = slots.epoch[sampled], slots.epoch[scored_slots]
-        self._in_flight.append(_InFlight(sampled, epochs[0], run_slots, step.clear_pages, scored_slots, epochs[1]))
+        self._in_flight.append(_InFlight(sampled, epochs[0], run_slots, scored_slots, epochs[1]))
         self.counts.steps += 1
         self.counts.prefilled_tokens += int(runs.tokens.sum())
         self.counts.waited_steps += len(ready) - len(going) + num_short
         return step
 
     def apply(self, result: StepResult) -> list[Completion]:
-        """Take in the oldest step in flight; returns the samples it finished. Raises nothing: bad logits end their sample
-        with the error code `nan_logits`."""
+        """Take in the oldest step in flight; returns the samples it finished. Raises nothing: logits that are not finite, alone
+        too, end their sample with the error code `nan_logits`."""
         step, seq = self._in_flight.popleft(), self.kv.slots
         self._scores.add(step.scored, step.scored_epochs, result.scores)
+        if not result.finite.all() or self._scores.bad.any():
+            self._compute_again(step, result.finite)
         matches = seq.epoch[step.slots] == step.epochs
         current = slice(None) if matches.all() else matches
         slots, tokens, finite = step.slots[current], result.token[current], result.finite[current]
@@ -216,10 +217,18 @@ class Scheduler:
             given = zip(completions, scores, request.tolist(), strict=True)
             completions = [scored(completion, each, self.work, prompt) for completion, each, prompt in given]
             self.counts.output_tokens += sum(len(each.token_ids) - 1 for each in completions if each.error_code is None)
-        finished = self.kv.close(slots, finite)
+        finished = self.kv.close(slots)
         self._lengths.forget(finished)
         self.counts.finished += len(completions)
         self.counts.finished_prompts += len(finished)
+        if not finite.all() and self.work.continuations is None:
+            # What the first token's logits hold follows from the prompt, which all of its samples have in common.
+            bad = {
+                prompt
+                for prompt, each in zip(request.tolist(), completions, strict=True)
+                if each.error_code and len(each.token_ids) == 1
+            }
+            completions += [each for prompt in sorted(bad.difference(finished)) for each in self._give_up(prompt, *BAD_LOGITS)]
         return completions
 
     def extend(self, requests: Requests) -> list[Completion]:
@@ -311,7 +320,7 @@ class Scheduler:
             ran = np.unique(np.concatenate([np.zeros(0, np.int64), *(step.run_slots for step in self._in_flight)]))
             samples = self._received(ran[self.kv.slots.request[ran] >= 0])
             condemned = self._quarantine.crash(samples, len(self._in_flight))
-        self.kv.lose([step.clear_pages for step in self._in_flight])
+        self.kv.lose()
         self._in_flight.clear()
         self._policy.invalidate()
         if condemned is None:
@@ -379,6 +388,20 @@ class Scheduler:
         runs = Runs(slots[keep], take[keep])
         self.kv.grow(*runs)
         return runs
+
+    def _compute_again(self, step: _InFlight, finite: Bool) -> None:
+        """Put samples whose logits were not finite back among the waiting, once each, to be computed alone in pages that are
+        cleared. The fault may be another's: keys and values that are not finite reach whatever is computed of their page, also
+        behind a mask, and a sample may have been given the page, or a part of a prompt, before anything showed."""
+        seq, spoilt = self.kv.slots, list[int]()
+        for slots, epochs, bad in ((step.slots, step.epochs, ~finite), (step.scored, step.scored_epochs, self._scores.bad)):
+            spoilt += slots[bad & (seq.epoch[slots] == epochs)].tolist()
+        self.kv.pool.clears = True
+        for slot in sorted(set(spoilt)):
+            sample = int(seq.sample[slot])
+            if sample not in self.kv.tree[int(seq.request[slot])].alone:
+                self.kv.requeue(slot, spoilt=True)
+        self._policy.invalidate()
 
     def _received(self, slots: Int64) -> dict[Sample, int]:
         """Output tokens received of the samples in these slots."""

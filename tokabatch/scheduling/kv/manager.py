@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokabatch.arrays import Bool, Int32, Int64
+from tokabatch.arrays import Int32, Int64
 from tokabatch.scheduling.contracts import StepBatch
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.generated import Generated
@@ -141,21 +141,22 @@ class KVCacheManager:
         slots.computed[sampled[full]] = slots.length[sampled[full]]
         return sampled
 
-    def close(self, slots: Int64, finite: Bool) -> list[int]:
-        """End the samples in these slots. No other sample builds on the pages of one whose logits were not finite. Returns the
-        prompts of which no sample is left, whose pages come free but for what the next prompt shares."""
-        for slot in slots[~finite].tolist():
-            self.tree[int(self.slots.request[slot])].has_nan = True
-            self.pool.taint(self.slots.page_table[slot, : self.slots.num_pages[slot]])
+    def close(self, slots: Int64) -> list[int]:
+        """End the samples in these slots. Returns the prompts of which no sample is left, whose pages come free but for what
+        the next prompt shares."""
         touched = self._leave(slots)
         finished = [prompt for prompt in touched if prompt.finished]
         self.tree.release(finished, [prompt for prompt in touched if prompt.has_nan])
         return [prompt.request for prompt in finished]
 
-    def requeue(self, slot: int) -> None:
-        """Put a running sample back among the waiting; the tokens received are kept."""
+    def requeue(self, slot: int, *, spoilt: bool = False) -> None:
+        """Put a running sample back among the waiting; the tokens received are kept. One that is `spoilt` is computed anew
+        alone, and no sample builds on its pages, nor on its prompt's."""
         request, sample = int(self.slots.request[slot]), int(self.slots.sample[slot])
         prompt, place = self.tree[request], np.array([slot])
+        if spoilt:
+            prompt.has_nan = True
+            prompt.alone.add(sample)
         self.tree.requeue(prompt, sample, self.slots.read(place)[0])
         self._leave(place)
         if prompt.has_nan:
@@ -202,11 +203,9 @@ class KVCacheManager:
         """Give up the pages of every prompt without running samples, but for `keep`; how many pages come free."""
         return self.tree.suspend_idle(keep)
 
-    def lose(self, cleared: list[Int32]) -> None:
+    def lose(self) -> None:
         """The worker is gone, and with it all that is computed: every sample goes back among the waiting, in the order of
-        admission. `cleared` are pages that steps in flight were to clear."""
-        for pages in cleared:
-            self.pool.taint(pages)
+        admission."""
         slots = self.slots
         for slot in slots.order[np.argsort(slots.admitted[slots.order])].tolist():
             self.requeue(slot)

@@ -21,7 +21,8 @@ class PagePool:
         self.num_pages = num_pages
         self.references = np.zeros(num_pages, np.int32)
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
-        self._tainted = np.zeros(num_pages, np.bool_)
+        self.clears = False
+        """Whether pages are cleared before they are used: some may hold values that are not finite, which no mask hides."""
         self._to_clear: list[Int32] = []
         self.num_free = num_pages
 
@@ -31,7 +32,7 @@ class PagePool:
         self.num_pages = self.num_free = num_pages
         self.references = np.zeros(num_pages, np.int32)
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
-        self._tainted, self._to_clear = np.zeros(num_pages, np.bool_), []
+        self._to_clear = []
 
     @property
     def num_used(self) -> int:
@@ -43,18 +44,12 @@ class PagePool:
         self.num_free -= count
         pages = self._free[self.num_free : self.num_free + count][::-1].copy()
         self.references[pages] = 1
-        tainted = pages[self._tainted[pages]]
-        if len(tainted):
-            self._tainted[tainted] = False
-            self._to_clear.append(tainted)
+        if self.clears:
+            self._to_clear.append(pages)
         return pages
 
-    def taint(self, pages: Int32) -> None:
-        """These pages may hold values that are not finite, which no mask hides: clear them before their next use."""
-        self._tainted[pages] = True
-
     def take_to_clear(self) -> Int32:
-        """Tainted pages handed out since the last call; the step that uses them clears them first."""
+        """Pages handed out since the last call that the step which uses them clears first."""
         pages, self._to_clear = self._to_clear, []
         return np.concatenate(pages) if pages else np.zeros(0, np.int32)
 

@@ -24,6 +24,7 @@ class PromptPages:
     the pages that every sample may read in place: the last token is always left out, so that a sample computes at least one."""
 
     __slots__ = (
+        "alone",
         "computed",
         "full",
         "has_nan",
@@ -57,7 +58,9 @@ class PromptPages:
         self.preempted: dict[int, Generated] = {}
         """Samples put back among the waiting, first to last, each with what it had produced."""
         self.has_nan = False
-        """A sample met logits that are not finite: no other sample builds on these pages."""
+        """A sample met logits that are not finite, or is looked at again alone: no other sample builds on these pages."""
+        self.alone: set[int] = set()
+        """Samples to compute again in pages that no other sample has a part in; the first to admit."""
 
     @property
     def num_pending(self) -> int:
@@ -154,6 +157,8 @@ class PrefixTree:
     def requeue(self, prompt: PromptPages, sample: int, output: Generated) -> None:
         """Put a sample that has produced so much back among those to admit."""
         prompt.preempted[sample] = output
+        if sample in prompt.alone:
+            prompt.preempted = {sample: output, **prompt.preempted}
         self._waiting[prompt.request] = prompt
 
     def drop(self, request: int) -> PromptPages:
@@ -238,7 +243,8 @@ class PrefixTree:
 
     def reopen(self, request: int) -> PromptPages | None:
         """Give a suspended prompt pages again. None while a neighbour must compute first, or when too few pages are free."""
-        neighbour, shared = self.sharable(request)
+        alone = next(iter(self._suspended[request].preempted), -1) in self._suspended[request].alone
+        neighbour, shared = (None, 0) if alone else self.sharable(request)
         if neighbour is not None and neighbour.computed < shared * self._page_size:
             return None
         fresh = self.num_pages(request) - shared
@@ -249,7 +255,7 @@ class PrefixTree:
         self._pool.retain(inherited)
         prompt.pages = np.concatenate((inherited, self._pool.allocate(fresh)))
         prompt.computed, prompt.ready_step, prompt.leader = shared * self._page_size, -1, -1
-        prompt.has_nan = False
+        prompt.has_nan = alone
         shared, shared_after = (
             0 if neighbour is None else common_prefix(self._open[neighbour].pages, prompt.pages)
             for neighbour in self.sharing.around(request)
