@@ -7,7 +7,7 @@ folder it is given and nowhere else.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tokabatch.attention import choose_backend
 from tokabatch.engine.replica_sizes import WorkloadFacts, reported_token_bytes
 from tokabatch.errors import JobError, ModelError
 from tokabatch.input.fingerprint import Fingerprint, describe
-from tokabatch.input.generation_defaults import describe_ignored, effective_generation, find_end_tokens
+from tokabatch.input.generation_defaults import EndTokens, describe_ignored, effective_generation, find_end_tokens
 from tokabatch.input.prompt_order import Sharing, longest_first, measure_sharing, order_prompts
 from tokabatch.input.prompts.builder import Limits, refuse_beyond
 from tokabatch.input.store.kept_input import Origin, describe_origin, load_kept
@@ -58,8 +58,8 @@ FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
-class Workload:
-    """A job that can start."""
+class OpenModel:
+    """A model and its tokenizer, read and checked, without its weights."""
 
     folder: Path
     files: tuple[ModelFile, ...]
@@ -72,10 +72,41 @@ class Workload:
     eos_token_ids: tuple[int, ...]
     generation: GenerationConfig
     settings: tuple[Setting, ...]
-    store: InputStore
+
+
+@dataclass(frozen=True)
+class Demand(OpenModel):
+    """A model, and the samples that are to be drawn from it, or such as may come to be."""
+
     requests: Requests
     num_samples: Int64
     """Samples to draw of each request, in plan order."""
+
+    def facts(self) -> WorkloadFacts:
+        """What the engine's sizes follow from."""
+        sampling, params = self.requests.sampling, self.requests.params
+        limit = np.array([kind.max_tokens for kind in sampling], np.int64)[params]
+        alternatives = [-1 if kind.logprobs is None else kind.logprobs for kind in sampling]
+        token_bytes = np.array([reported_token_bytes(number) for number in alternatives], np.int64)[params]
+        total = self.requests.length + limit
+        longest = int(total.max(initial=1))
+        return WorkloadFacts(
+            num_samples=int(self.num_samples.sum()),
+            longest_sequence=longest,
+            shortest_sequence=int(total.min(initial=longest)),
+            longest_output=int(limit.max(initial=1)),
+            num_prompts=len(self.requests),
+            logprobs=max(alternatives, default=-1),
+            reported_bytes=int((self.num_samples * limit * token_bytes).sum()),
+            unique_prompt_tokens=int((self.requests.length.astype(np.int64) - self.requests.lcp).sum()),
+        )
+
+
+@dataclass(frozen=True)
+class Workload(Demand):
+    """A job that can start."""
+
+    store: InputStore
     failures: tuple[FailedRow, ...]
     output_schema: pa.Schema
     samples_of_row: Int64
@@ -114,25 +145,6 @@ class Workload:
     def sharing(self) -> Sharing:
         return measure_sharing(self.requests.length, self.requests.lcp, self.num_samples)
 
-    def facts(self) -> WorkloadFacts:
-        """What the engine's sizes follow from."""
-        sampling, params = self.requests.sampling, self.requests.params
-        limit = np.array([kind.max_tokens for kind in sampling], np.int64)[params]
-        alternatives = [-1 if kind.logprobs is None else kind.logprobs for kind in sampling]
-        token_bytes = np.array([reported_token_bytes(number) for number in alternatives], np.int64)[params]
-        total = self.requests.length + limit
-        longest = int(total.max(initial=1))
-        return WorkloadFacts(
-            num_samples=int(self.num_samples.sum()),
-            longest_sequence=longest,
-            shortest_sequence=int(total.min(initial=longest)),
-            longest_output=int(limit.max(initial=1)),
-            num_prompts=len(self.requests),
-            logprobs=max(alternatives, default=-1),
-            reported_bytes=int((self.num_samples * limit * token_bytes).sum()),
-            unique_prompt_tokens=int((self.requests.length.astype(np.int64) - self.requests.lcp).sum()),
-        )
-
 
 def prepare(
     job: Job,
@@ -154,27 +166,8 @@ def prepare(
     `absent_gpu`: for a GPU that is not here, of which nothing can be asked."""
     pool = None if job.verify is None else open_pool(job.verify)
     judge = None if pool is None else pool.load()
-    device = "cuda" if absent_gpu else pick_device(job)
-    layout = decide_layout(job.engine, device, None if absent_gpu else visible_devices())
-    folder = resolve_model(job.model.path, job.model.revision, weights=False)
-    tokenizer_folder = folder
-    if job.model.tokenizer is not None:
-        tokenizer_folder = resolve_model(job.model.tokenizer, weights=False, key="model.tokenizer")
-    # Known before they are read: what changes in between is noticed when the weights load.
-    files = known_files(folder, tokenizer_folder)
-    spec = read_spec(folder)
-    check_mesh(spec, Mesh(0, layout.tensor, layout.pipeline))
-    checkpoint = preflight(folder, spec) if Path(job.model.path).expanduser().is_dir() else None
-    dtype = _choose_dtype(job, device, folder, spec, checkpoint)
-    if not absent_gpu:
-        _check_fp8(job, device, dtype, spec)
-    key = "path" if job.model.tokenizer is None else "tokenizer"
-    tokenizer = load_tokenizer(job.model.model_copy(update={key: str(tokenizer_folder)}))
-    if tokenizer.own_vocab_size > spec.vocab_size:
-        raise ModelError(
-            f"the tokenizer of {tokenizer.name!r} has ids up to {tokenizer.own_vocab_size - 1}, but the model in {folder} has "
-            f"embeddings for {spec.vocab_size} only (config.json: vocab_size). Use the tokenizer that belongs to these weights."
-        )
+    model, ends, checkpoint = _open(job, absent_gpu=absent_gpu)
+    tokenizer, spec, generation = model.tokenizer, model.spec, model.generation
     tags = None
     if job.output.split_reasoning is not None:
         tags = choose_tags(
@@ -183,11 +176,8 @@ def prepare(
             is_token=lambda text: len(tokenizer.encode_batch([text], False)[0]) == 1,
             special=tokenizer.special_texts,
         )
-    generation, settings = effective_generation(job, folder)
-    _check_generation(generation, spec, tokenizer)
-    ends = find_end_tokens(folder, tokenizer)
     compare = compare or _accept
-    fingerprint = _fingerprint(job, generation, ends.ids, files, dtype)
+    fingerprint = _fingerprint(job, model)
     compare(fingerprint, None)
     limits = Limits(spec.context_length, spec.vocab_size)
     origin = None if kept is None else describe_origin(job, fingerprint, generation, limits, clock)
@@ -207,11 +197,8 @@ def prepare(
     samples_of_row = _samples_of_row(store, generation.n)
     requests = order_requests(store, job.engine.page_size)
     if checkpoint is None and weights:
-        checkpoint = preflight(resolve_model(job.model.path, job.model.revision), spec)
-        dtype = _choose_dtype(job, device, folder, spec, checkpoint)
-        files = known_files(folder, tokenizer_folder)
-        settled = _fingerprint(job, generation, ends.ids, files, dtype).settings
-        fingerprint = replace(fingerprint, settings=settled)
+        model = _with_weights(job, model)
+        fingerprint = replace(fingerprint, settings=_fingerprint(job, model).settings)
         compare(fingerprint, None)
     schema = output_schema(
         store.column_schema,
@@ -224,16 +211,7 @@ def prepare(
     refuse_unwritable(schema)
     everything = np.arange(generation.n, dtype=np.int32)
     return Workload(
-        folder=folder,
-        files=files,
-        spec=spec,
-        device=device,
-        layout=layout,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        eos_token_ids=ends.ids,
-        generation=generation,
-        settings=settings,
+        **vars(model),
         store=store,
         requests=requests,
         num_samples=requests.num_samples(),
@@ -244,7 +222,7 @@ def prepare(
         notes=(
             *tokenizer.describe(spec.vocab_size),
             *((ends.note,) if ends.note else ()),
-            *describe_ignored(folder, job, settings),
+            *describe_ignored(model.folder, job, model.settings),
             *store.notes,
             *(() if pool is None or taken_over else _reference_notes(store, pool, job.verify.answer if job.verify else None)),
             *describe_stops(_stops(store, generation), tokenizer, tokenizer.special_texts),
@@ -255,12 +233,67 @@ def prepare(
     )
 
 
-def _fingerprint(
-    job: Job, generation: GenerationConfig, eos_token_ids: tuple[int, ...], files: Sequence[ModelFile], dtype: torch.dtype
-) -> Fingerprint:
+def open_model(job: Job) -> OpenModel:
+    """The job's model and tokenizer; what is not here of them is fetched. Raises UsageError for what cannot work."""
+    model, _, checkpoint = _open(job)
+    return model if checkpoint else _with_weights(job, model)
+
+
+def _open(job: Job, *, absent_gpu: bool = False) -> tuple[OpenModel, EndTokens, Checkpoint | None]:
+    """Weights that are still on the hub stay there; there is no checkpoint then."""
+    device = "cuda" if absent_gpu else pick_device(job)
+    layout = decide_layout(job.engine, device, None if absent_gpu else visible_devices())
+    folder = resolve_model(job.model.path, job.model.revision, weights=False)
+    tokenizer_folder = _tokenizer_folder(job, folder)
+    # Known before they are read: what changes in between is noticed when the weights load.
+    files = known_files(folder, tokenizer_folder)
+    spec = read_spec(folder)
+    check_mesh(spec, Mesh(0, layout.tensor, layout.pipeline))
+    checkpoint = preflight(folder, spec) if Path(job.model.path).expanduser().is_dir() else None
+    dtype = _choose_dtype(job, device, folder, spec, checkpoint)
+    if not absent_gpu:
+        _check_fp8(job, device, dtype, spec)
+    key = "path" if job.model.tokenizer is None else "tokenizer"
+    tokenizer = load_tokenizer(job.model.model_copy(update={key: str(tokenizer_folder)}))
+    if tokenizer.own_vocab_size > spec.vocab_size:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name!r} has ids up to {tokenizer.own_vocab_size - 1}, but the model in {folder} has "
+            f"embeddings for {spec.vocab_size} only (config.json: vocab_size). Use the tokenizer that belongs to these weights."
+        )
+    generation, settings = effective_generation(job, folder)
+    _check_generation(generation, spec, tokenizer)
+    ends = find_end_tokens(folder, tokenizer)
+    model = OpenModel(
+        folder=folder,
+        files=files,
+        spec=spec,
+        device=device,
+        layout=layout,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        eos_token_ids=ends.ids,
+        generation=generation,
+        settings=settings,
+    )
+    return model, ends, checkpoint
+
+
+def _tokenizer_folder(job: Job, folder: Path) -> Path:
+    """`folder` is the model's."""
+    return folder if job.model.tokenizer is None else resolve_model(job.model.tokenizer, weights=False, key="model.tokenizer")
+
+
+def _with_weights(job: Job, model: OpenModel) -> OpenModel:
+    """Fetch them, and take in what only they can tell."""
+    checkpoint = preflight(resolve_model(job.model.path, job.model.revision), model.spec)
+    dtype = _choose_dtype(job, model.device, model.folder, model.spec, checkpoint)
+    return replace(model, dtype=dtype, files=known_files(model.folder, _tokenizer_folder(job, model.folder)))
+
+
+def _fingerprint(job: Job, model: OpenModel) -> Fingerprint:
     """What decides the output, as far as it is known before the rows are read."""
-    marks = {file.name: file.mark for file in files}
-    return describe(job, generation, eos_token_ids, marks, str(dtype).removeprefix("torch."))
+    marks = {file.name: file.mark for file in model.files}
+    return describe(job, model.generation, model.eos_token_ids, marks, str(model.dtype).removeprefix("torch."))
 
 
 def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from tokabatch.forecast.roofline import DeviceRates, Roofline
 from tokabatch.forecast.step_log import Steps
 from tokabatch.forecast.token_budget import assumed_survival, prefill_tokens, running_samples
 from tokabatch.job import Job
-from tokabatch.workload import Workload, pick_device
+from tokabatch.workload import Demand, OpenModel, pick_device
 
 CostModel = Roofline | Profile
 
@@ -75,7 +75,7 @@ def present_device(device: str) -> Device:
     return found
 
 
-def cost_model(workload: Workload, device: Device | None, profile: SavedProfile | None) -> tuple[CostModel, str]:
+def cost_model(workload: OpenModel, device: Device | None, profile: SavedProfile | None) -> tuple[CostModel, str]:
     """The measured profile where there is one, else the roofline of `device` (this machine's by default), for a GPU with what
     steps take beside it; and what it is. Raises UsageError for a device whose rates are not known."""
     if profile is not None:
@@ -87,14 +87,14 @@ def cost_model(workload: Workload, device: Device | None, profile: SavedProfile 
     return unmeasured_gpu(roofline), f"{described} {beside}"
 
 
-def _roofline(workload: Workload, device: Device | None) -> tuple[Roofline, str]:
+def _roofline(workload: OpenModel, device: Device | None) -> tuple[Roofline, str]:
     """The roofline of `device` (this machine's by default), and its description. Raises UsageError as `cost_model` does."""
     device = device or present_device(workload.device)
     roofline = Roofline(workload.spec, device.rates, workload.dtype.itemsize)
     return roofline, "the roofline" if device.measured else "the roofline (published rates, scaled)"
 
 
-def price_steps(workload: Workload, steps: Steps, profile: SavedProfile | None) -> tuple[float, str]:
+def price_steps(workload: OpenModel, steps: Steps, profile: SavedProfile | None) -> tuple[float, str]:
     """Seconds of steps that were taken, by the measured profile where there is one, else the least that the roofline of this
     machine's device allows; and which it is. Raises UsageError for a device whose rates are not known."""
     cost, described = _roofline(workload, None) if profile is None else cost_model(workload, None, profile)
@@ -106,7 +106,7 @@ def device_of(cost: CostModel) -> DeviceRates:
     return cost.roofline.device if isinstance(cost, Profile) else cost.device
 
 
-def size_replica(job: Job, workload: Workload, profile: SavedProfile | None, absent: Device | None = None) -> ReplicaSizes:
+def size_replica(job: Job, workload: Demand, profile: SavedProfile | None, absent: Device | None = None) -> ReplicaSizes:
     """The sizes on this machine's device, or what they come to on a GPU that is not here. Raises JobError.
 
     The cost model decides how large steps are where there is one: a processor is not measured for that, and some GPUs' rates
@@ -131,7 +131,7 @@ def size_replica(job: Job, workload: Workload, profile: SavedProfile | None, abs
     )
 
 
-def _worth_running(cost: CostModel, workload: Workload) -> int:
+def _worth_running(cost: CostModel, workload: Demand) -> int:
     """Samples to run at once on a GPU, by what is left to draw, of which each replica draws its part."""
     sampling = workload.requests.sampling
     given = [params.has_given_length for params in sampling]

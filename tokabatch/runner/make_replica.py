@@ -26,7 +26,7 @@ from tokabatch.runner.resume import Start
 from tokabatch.scheduling.contracts import Requests
 from tokabatch.scheduling.scheduler import Scheduler
 from tokabatch.scheduling.stop_conditions import StopRules, TokenText
-from tokabatch.workload import Workload, special_ids
+from tokabatch.workload import Demand, special_ids
 
 
 def make_replica(
@@ -80,7 +80,7 @@ def make_replica(
     )
 
 
-def _runs_apart(job: Job, workload: Workload) -> bool:
+def _runs_apart(job: Job, workload: Demand) -> bool:
     """Whether workers have processes of their own: on a GPU, where they are several or have several ranks, or when the job asks
     for it."""
     layout = workload.layout
@@ -89,7 +89,7 @@ def _runs_apart(job: Job, workload: Workload) -> bool:
     return workload.device == "cuda" if job.engine.process == "auto" else job.engine.process
 
 
-def executor_maker(job: Job, workload: Workload, sizes: ReplicaSizes, tell: Callable[[str], None]) -> Callable[[], Executor]:
+def executor_maker(job: Job, workload: Demand, sizes: ReplicaSizes, tell: Callable[[str], None]) -> Callable[[], Executor]:
     """What makes the replica's executor, and another where that one is lost. The GPU is asked here, not in the replica's
     process, which is forked and cannot."""
     backend, obstacle = choose_backend(workload.device, workload.dtype, workload.spec.head_dim)
