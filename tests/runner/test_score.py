@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +82,17 @@ def test_another_judge(before: dict[str, str] | None, rows: Path, judge: Path, t
     assert (again.judged, again.files) == (0, 0)
     with scripted_engine():
         assert run(scripted_job(rows, out, output=output, verify={"kind": str(judge)})).ok == 24
-        with pytest.raises(OutputError, match=r"The samples are the same: `tokabatch score .*` judges"):
-            run(scripted_job(rows, out, output=output, verify={"kind": "exact", "answer": "answer"}))
+        # The command that is told does what it says.
+        exact, odd = {"kind": "exact", "answer": "answer"}, {"kind": str(judge), "correct_from": 0.5, "answer": "question"}
+        for other in (exact, odd, {"kind": str(judge)}, {"kind": str(judge)}):
+            judge.write_text(judge.read_text() + "# edited\n")
+            with pytest.raises(OutputError) as refused:
+                run(scripted_job(rows, out, output=output, verify=other))
+            command = re.search(r"The samples are the same: `(.*)` judges", str(refused.value))
+            assert command
+            _, _, folder, *overrides = shlex.split(command[1])
+            assert score(Path(folder), overrides).judged == 24
+            assert run(scripted_job(rows, out, output=output, verify=other)).ok == 24
         more = run(scripted_job(rows, out, output=output, verify={"kind": str(judge)}, generation={"n": 3}))
     assert more.ok == 36 and check(out).exit_code == 0
     check_even(out)

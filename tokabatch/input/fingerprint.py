@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,8 @@ from tokabatch.job import GenerationConfig, Job, VerifyConfig, verifier_path
 WEIGHTS, WEIGHT_INDEX = ".safetensors", ".safetensors.index.json"
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "logit_bias", "bad_words")
 _SHOWN = 60
+_PLAIN = re.compile(r"(?!(?i:true|false|null)$)[A-Za-z_./][\w./:-]*", re.ASCII)
+"""Text that an override takes as it stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,24 @@ def verify_settings(verify: VerifyConfig) -> dict[str, str]:
     """What the verdicts follow from, the judge's source among it."""
     told = {f"verify.{name}": json.dumps(value, ensure_ascii=False) for name, value in verify.decisive().items()}
     return {"verifier/" + verify.kind: _mark(verifier_path(verify.kind).read_bytes()), **told}
+
+
+def verify_overrides(earlier: Fingerprint, now: Fingerprint) -> list[str]:
+    """The overrides with which a folder of `earlier` is judged as `now` is; empty where that judges nothing."""
+    values = {name: json.loads(value) for name, value in now.settings.items() if name.startswith("verify.")}
+    if not values:
+        return []
+    gone = {
+        name: VerifyConfig.model_fields[name.removeprefix("verify.")].default
+        for name in earlier.settings.keys() - values.keys()
+        if name.startswith("verify.")
+    }
+    consent = {"verify.allow_code_execution": True} if values["verify.kind"] == "code" else {}
+    written = (
+        (name, value if isinstance(value, str) and _PLAIN.fullmatch(value) else json.dumps(value, ensure_ascii=False))
+        for name, value in (values | gone | consent).items()
+    )
+    return [f"{name}={text}" for name, text in written]
 
 
 def is_of_verify(name: str) -> bool:

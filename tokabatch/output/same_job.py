@@ -13,7 +13,7 @@ import numpy as np
 
 from tokabatch.arrays import Bool
 from tokabatch.errors import OutputError
-from tokabatch.input.fingerprint import Fingerprint, changed_settings, changed_sizes, is_of_verify
+from tokabatch.input.fingerprint import Fingerprint, changed_settings, changed_sizes, is_of_verify, verify_overrides
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.output.existing_results import sampled_rows
 from tokabatch.output.folder import OutputFolder
@@ -37,7 +37,7 @@ class EarlierRun:
         """Raises OutputError showing what this run had and the job has not; `digests` are given once the rows are read."""
         differences = changed_settings(self.manifest.fingerprint, now)
         if differences:
-            self._refuse(differences)
+            self._refuse(differences, now)
         if digests is not None:
             self._compare_rows(now, digests)
 
@@ -70,13 +70,12 @@ class EarlierRun:
             self._refuse([f"{told} {_first(found)}", *changed])
         self.repaired = int(other_rows.sum())
 
-    def _refuse(self, differences: list[str]) -> NoReturn:
+    def _refuse(self, differences: list[str], now: Fingerprint | None = None) -> NoReturn:
         advice = "Choose another output.path, change it back, or start over with --overwrite."
-        if all(is_of_verify(difference) for difference in differences):
-            advice = (
-                f"The samples are the same: `tokabatch score {quote(str(self.folder.path))} verify.kind=... verify.answer=...` "
-                "judges them as the job does now, and the job goes on then."
-            )
+        overrides = verify_overrides(self.manifest.fingerprint, now) if now is not None else []
+        if overrides and all(is_of_verify(difference) for difference in differences):
+            command = " ".join(("tokabatch score", *map(quote, (str(self.folder.path), *overrides))))
+            advice = f"The samples are the same: `{command}` judges them as the job does now, and the job goes on then."
         listed = "".join(f"\n  {difference}" for difference in differences)
         raise OutputError(
             f"output.path {str(self.folder.path)!r} holds the run of another job; what decides its output differs:{listed}\n"
