@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokabatch.arrays import Float32, Int32, Int64
-from tokabatch.scheduling.contracts import NO_COUNTS, Completion, SampleCounts
+from tokabatch.scheduling.contracts import NO_COUNTS, SampleCounts
 
 STAGED_VALUES = 1024
 """Room of a slot's ring where no row needs more: for as many tokens alone, or fewer with their log-probabilities."""
@@ -35,31 +35,6 @@ class Generated:
     top_logprobs: Float32 | None = None
     """Shape [T, K]."""
     counts: SampleCounts[int] = NO_COUNTS
-
-    def completion(
-        self,
-        row_index: int,
-        sample_index: int,
-        num_prompt_tokens: int,
-        *,
-        reason: int | str | None = None,
-        error: tuple[str, str] | None = None,
-    ) -> Completion:
-        """The finished sample: `reason` is the stop token or string that ended it, `error` a code and a message."""
-        return Completion(
-            row_index=row_index,
-            sample_index=sample_index,
-            token_ids=self.tokens,
-            finish_reason="length" if reason is None else "stop",
-            stop_reason=reason,
-            num_prompt_tokens=num_prompt_tokens,
-            counts=self.counts,
-            logprobs=self.logprobs,
-            top_ids=self.top_ids,
-            top_logprobs=self.top_logprobs,
-            error_code=None if error is None else error[0],
-            error_message=None if error is None else error[1],
-        )
 
 
 def row_width(alternatives: Int32) -> Int32:

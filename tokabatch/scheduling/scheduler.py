@@ -1,11 +1,11 @@
-"""What runs in the next step. The scheduler decides; it sends nothing and computes nothing.
+"""Runs a replica's samples, step by step: carries out what is decided elsewhere, and returns what is finished.
 
-`schedule` decides a step as if no sample ended, `apply` takes in what a step sampled, one or more steps later: any number of
+`schedule` makes a step as if no sample ended, `apply` takes in what a step sampled, one or more steps later: any number of
 steps may be in flight, results arrive in order, and what was computed for a sample that had already ended is dropped.
-Order within a step: running samples decode; prefills under way continue; then waiting samples are admitted. The policy says in
-what order these come in, how many, and who waits when pages run short; `kv` owns the pages. Work is open-ended: `extend` adds
-prompts, `give_back` hands some to another scheduler, `cancel` stops a row. The worker may be lost at any time, and its cache
-with it: `lost_device` takes everything back that was computed there.
+`policy/` decides what a step computes, `sample_ends` when a sample is over, `quarantine` which prompts may have killed a
+worker; `kv` owns the pages. Work is open-ended: `extend` adds prompts, `give_back` hands some to another scheduler, `cancel`
+stops a row. The worker may be lost at any time, and its cache with it: `lost_device` takes everything back that was computed
+there. Nothing is sent or computed here.
 """
 
 from __future__ import annotations
@@ -17,29 +17,24 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tokabatch.arrays import Bool, Int32, Int64
-from tokabatch.scheduling.contracts import Completion, Requests, Scores, StepBatch, StepResult
+from tokabatch.scheduling.contracts import Completion, Requests, StepBatch, StepResult
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.generated import Generated
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
-from tokabatch.scheduling.kv.manager import KVCacheManager, Runs
+from tokabatch.scheduling.kv.manager import KVCacheManager
 from tokabatch.scheduling.lengths.length_estimates import LengthEstimates
 from tokabatch.scheduling.lengths.predictor import LengthPredictor
-from tokabatch.scheduling.policy.admission import Admission
 from tokabatch.scheduling.policy.forecast_policy import ForecastPolicy
-from tokabatch.scheduling.policy.guarded_policy import Case, GuardedPolicy
 from tokabatch.scheduling.policy.policy import Policy
+from tokabatch.scheduling.policy.step_decision import StepDecisions
 from tokabatch.scheduling.quarantine import Quarantine, Sample
+from tokabatch.scheduling.sample_ends import BAD_LOGITS, SampleEnds, completion, killed, overflow
 from tokabatch.scheduling.step_builder import StepBuilder
 from tokabatch.scheduling.stop_conditions import StopRules
-from tokabatch.scheduling.text_scores import RunningScores, scored
 from tokabatch.scheduling.work import Work
 
 COMPACTED_PROMPTS = 4096
 """Finished prompts that are forgotten at a time, at least."""
-MOST_SHORT = 3 / 4
-"""Where a larger share of a step's samples than this is short of a page they do not all wait: one is preempted."""
-
-BAD_LOGITS = ("nan_logits", "the model's logits held NaN or no finite value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +85,14 @@ class Scheduler:
         sizes = limits.num_pages, limits.page_size, limits.max_running, limits.max_pages_per_sequence
         self.kv = KVCacheManager(self.work, self.counts, *sizes)
         self._stops = stops
+        self._ends = SampleEnds(self.work, self.kv.slots, self._stops)
         self._lengths = LengthEstimates(self.work, self.kv.slots, self.counts, lengths)
-        self._policy = GuardedPolicy(policy(self.work, self.kv, self._lengths))
-        self._admission = Admission(self.work, self.kv, self._lengths, self._policy)
+        self._quarantine = Quarantine()
+        self._decisions = StepDecisions(self.work, self.kv, self._lengths, self.counts, self._quarantine, policy)
         self._builder = StepBuilder(self.work, self.kv, limits.grouping, self._stops)
         self._in_flight: deque[_InFlight] = deque()
         self._last_token = np.zeros(limits.max_running, np.int32)
         """Received last, by slot; kept for a worker of several stages."""
-        self._quarantine = Quarantine()
-        self._scores = RunningScores()
 
     @property
     def done(self) -> bool:
@@ -130,38 +124,14 @@ class Scheduler:
         return self._lengths.tokens_left(waiting)
 
     def schedule(self) -> StepBatch | None:
-        """Decide the next step; None when nothing can be computed before further results are applied."""
-        slots, index = self.kv.slots, self.counts.steps + 1
-        ready, prefilling = slots.runnable()
-        in_stages = self.limits.stages > 1
-        if in_stages:
-            received = slots.length[ready] == slots.prompt_length[ready] + slots.generated[ready]
-            # In plan order, so that those that share a prefix stay together.
-            ready = ready[received][: -(-self.num_running // (self.limits.stages + 1))]
-        going = self._policy.hold(ready)
-        decoding, num_short = self._grow(going)
-        prefill = self._continue_prefill(
-            prefilling[slots.request[prefilling] >= 0], self.limits.max_step_tokens - len(decoding)
-        )
-        budget = self.limits.max_step_tokens - len(decoding) - int(prefill.tokens.sum())
-        if self._lengths.refresh():
-            self._policy.invalidate()
-        alone = not self.num_running and not self._in_flight
-        self._policy.case = Case(alone, num_short > 0, self._quarantine.trial)
-        admitted = self._admission.admit(budget, index)
-        runs = Runs.joined((prefill, admitted))
-        if not len(decoding) and not len(runs.slots):
-            if self._in_flight or not (self.num_running or self._quarantine.active):
-                return None
-            if not self.num_running:
-                # The quarantine alone holds samples back.
-                self._quarantine.release()
-            elif not self.kv.suspend_idle():
-                self._preempt()
-            return self.schedule()
-        by_plan = np.lexsort((slots.admitted[runs.slots], slots.request[runs.slots]))
-        last = self._last_token[decoding] if in_stages else None
-        step = self._builder.build(index, Runs(runs.slots[by_plan], runs.tokens[by_plan]), decoding, last)
+        """Make the next step; None when nothing can be computed before further results are applied."""
+        slots, limits = self.kv.slots, self.limits
+        decided = self._decisions.decide(limits.max_step_tokens, limits.stages, in_flight=bool(self._in_flight))
+        if decided is None:
+            return None
+        self.counts.steps += 1
+        last = self._last_token[decided.decoding] if limits.stages > 1 else None
+        step = self._builder.build(self.counts.steps, decided.runs, decided.decoding, last)
         sampled = self.kv.advance(step)
         run_slots = step.run_slot.astype(np.int64)
         scored_slots = run_slots[:0]
@@ -169,66 +139,47 @@ class Scheduler:
             scored_slots = np.repeat(run_slots, step.run_length)[step.scored.token]
         epochs = slots.epoch[sampled], slots.epoch[scored_slots]
         self._in_flight.append(_InFlight(sampled, epochs[0], run_slots, scored_slots, epochs[1]))
-        self.counts.steps += 1
-        self.counts.prefilled_tokens += int(runs.tokens.sum())
-        self.counts.waited_steps += len(ready) - len(going) + num_short
+        self.counts.prefilled_tokens += int(decided.runs.tokens.sum())
+        self.counts.waited_steps += decided.num_waiting
         return step
 
     def apply(self, result: StepResult) -> list[Completion]:
         """Take in the oldest step in flight; returns the samples it finished. Raises nothing: logits that are not finite, alone
         too, end their sample with the error code `nan_logits`."""
         step, seq = self._in_flight.popleft(), self.kv.slots
-        self._scores.add(step.scored, step.scored_epochs, result.scores)
-        if not result.finite.all() or self._scores.bad.any():
-            self._compute_again(step, result.finite)
+        bad = self._ends.add_scores(step.scored, step.scored_epochs, result.scores)
+        if not result.finite.all() or bad.any():
+            self._compute_again(step, result.finite, bad)
         matches = seq.epoch[step.slots] == step.epochs
         current = slice(None) if matches.all() else matches
-        slots, tokens, finite = step.slots[current], result.token[current], result.finite[current]
+        slots, tokens = step.slots[current], result.token[current]
         seq.outputs.append(slots, tokens, result.logprob[current], result.top_ids[current], result.top_logprobs[current])
         if self.limits.stages > 1:
             self._last_token[slots] = tokens
         self.counts.output_tokens += len(slots)
-        ends: dict[int, int | str | None] = {int(i): None for i in np.nonzero(seq.generated[slots] >= seq.limit[slots])[0]}
-        ends |= self._stops.find(tokens, slots, seq.params, seq.outputs)
-        if not finite.all():
-            ends |= {int(i): None for i in np.nonzero(~finite)[0]}
-        places = np.fromiter(ends, np.int64, len(ends))
-        slots, finite, reasons, scores = slots[places], finite[places], list(ends.values()), list[Scores]()
-        if self.work.continuations is not None:
-            now = step.scored[(seq.epoch[step.scored] == step.scored_epochs) & self._scores.bad]
-            slots = np.concatenate((slots, np.setdiff1d(now, slots)))
-            reasons += [None] * (len(slots) - len(ends))
-            epochs = seq.epoch[slots].tolist()
-            scores = [self._scores.take(slot, epoch) for slot, epoch in zip(slots.tolist(), epochs, strict=True)]
-            finite = np.array([not np.isnan(each.logprob).any() for each in scores], np.bool_)
+        bad_texts = step.scored[(seq.epoch[step.scored] == step.scored_epochs) & bad]
+        ends = self._ends.find(slots, tokens, result.finite[current], bad_texts)
         if self._quarantine.active:
-            self._quarantine.advance(self._received(seq.order), self._received(slots))
-        if not reasons:
+            self._quarantine.advance(self._received(seq.order), self._received(ends.slots))
+        if not len(ends.slots):
             return []
-        self._lengths.observe(slots, np.array([reason is not None for reason in reasons], np.bool_))
-        request = seq.request[slots]
-        columns = (self.work.row_index[request], seq.sample[slots], self.work.length[request], finite)
-        ended = zip(reasons, seq.read(slots), *(column.tolist() for column in columns), strict=True)
-        completions = [
-            output.completion(row, sample, length, reason=reason, error=None if valid else BAD_LOGITS)
-            for reason, output, row, sample, length, valid in ended
-        ]
-        if scores:
-            given = zip(completions, scores, request.tolist(), strict=True)
-            completions = [scored(completion, each, self.work, prompt) for completion, each, prompt in given]
+        self._lengths.observe(ends.slots, np.array([reason is not None for reason in ends.reasons], np.bool_))
+        request, completions = seq.request[ends.slots], self._ends.completions(ends)
+        if ends.scores:
             self.counts.output_tokens += sum(len(each.token_ids) - 1 for each in completions if each.error_code is None)
-        finished = self.kv.close(slots)
+        finished = self.kv.close(ends.slots)
         self._lengths.forget(finished)
         self.counts.finished += len(completions)
         self.counts.finished_prompts += len(finished)
-        if not finite.all() and self.work.continuations is None:
+        if not ends.finite.all() and self.work.continuations is None:
             # What the first token's logits hold follows from the prompt, which all of its samples have in common.
-            bad = {
+            bad_prompts = {
                 prompt
                 for prompt, each in zip(request.tolist(), completions, strict=True)
                 if each.error_code and len(each.token_ids) == 1
             }
-            completions += [each for prompt in sorted(bad.difference(finished)) for each in self._give_up(prompt, *BAD_LOGITS)]
+            for prompt in sorted(bad_prompts.difference(finished)):
+                completions += self._give_up(prompt, BAD_LOGITS)
         return completions
 
     def extend(self, requests: Requests) -> list[Completion]:
@@ -238,7 +189,7 @@ class Scheduler:
         self._stops.extend(self.work.sampling[kinds:])
         self.kv.widen()
         self._lengths.extend()
-        self._policy.invalidate()
+        self._decisions.invalidate()
         return self._refuse_misfits(added)
 
     def give_back(self, most: int) -> Requests | None:
@@ -261,7 +212,7 @@ class Scheduler:
         for prompt, number in zip(prompts.tolist(), first.tolist(), strict=True):
             self.kv.take_unadmitted(prompt, number)
         self.kv.settle(prompts)
-        self._policy.invalidate()
+        self._decisions.invalidate()
         return given
 
     def cancel(self, row: int, from_sample: int = 0) -> Int32:
@@ -274,7 +225,7 @@ class Scheduler:
             if self._quarantine.active:
                 self._quarantine.advance(self._received(self.kv.slots.order), {(prompt, sample) for sample in gone})
         self.kv.settle(np.array(prompts, np.int32))
-        self._policy.invalidate()
+        self._decisions.invalidate()
         return np.array(sorted(cancelled), np.int32)
 
     def received(self, row: int, sample: int) -> Generated | None:
@@ -297,14 +248,14 @@ class Scheduler:
         self._stops.keep(kept)
         self.kv.forget(count, kept)
         self._lengths.forget_first(count)
-        self._policy.invalidate()
+        self._decisions.invalidate()
 
     def settle_pages(self, num_pages: int) -> list[Completion]:
         """Take so many pages, which the device turned out to hold; before the first step, or when nothing is held any more. The
         samples that do not fit them are returned with the error code `kv_cache_overflow`, as far as they are not finished."""
         self.limits = replace(self.limits, num_pages=num_pages)
         self.kv.resize(num_pages)
-        self._policy.invalidate()
+        self._decisions.invalidate()
         suspended = np.array([prompt.request for prompt in self.kv.tree.suspended], np.int32)
         return self._refuse_misfits(np.concatenate((suspended, self.work.not_begun())))
 
@@ -322,15 +273,15 @@ class Scheduler:
             condemned = self._quarantine.crash(samples, len(self._in_flight))
         self.kv.lose()
         self._in_flight.clear()
-        self._policy.invalidate()
-        if condemned is None:
+        self._decisions.invalidate()
+        if crash is None or condemned is None:
             return []
         # Parts of a row may have come one after another.
         of_row = self.work.of_row(int(self.work.row_index[condemned]))
         unfinished = [prompt for prompt in of_row if prompt >= self.work.next or self.kv.tree.begun(prompt) is not None]
         prompts, completions = np.array(unfinished, np.int32), list[Completion]()
         for prompt in prompts.tolist():
-            completions += self._give_up(prompt, "worker_crash", f"the worker process died whenever this row ran: {crash}")
+            completions += self._give_up(prompt, killed(crash))
         self.work.take_out(prompts[prompts >= self.work.next])
         given_up = {(prompt, completion.sample_index) for completion in completions for prompt in prompts.tolist()}
         self._quarantine.advance(self._received(self.kv.slots.order), given_up)
@@ -347,61 +298,19 @@ class Scheduler:
         """Assert that page references, slots and prompts agree; for tests, after any operation."""
         self.kv.check_integrity()
 
-    def _grow(self, decoding: Int64) -> tuple[Int64, int]:
-        """Give each slot the page its next position needs; those that have it, and how many wait for one. Where pages are short
-        prompts without running samples give theirs up, then some samples wait for a step, or samples are preempted, these or
-        others."""
-        kv, needs = self.kv, self.kv.slots.at_page_end(decoding)
-        num_short = 0
-        while len(needs) > kv.num_free_pages:
-            if kv.suspend_idle():
-                continue
-            if len(needs) - kv.num_free_pages <= MOST_SHORT * len(decoding):
-                wait = self._policy.rank(needs)[kv.num_free_pages :]
-                needs, decoding = np.setdiff1d(needs, wait), decoding[~np.isin(decoding, wait)]
-                num_short = len(wait)
-                break
-            victim = self._preempt()
-            needs, decoding = needs[needs != victim], decoding[decoding != victim]
-        kv.grow(needs, np.ones(len(needs), np.int32))
-        return decoding, num_short
-
-    def _preempt(self) -> int:
-        """Give up the pages of the sample that the policy ranks last; its slot."""
-        seq = self.kv.slots
-        assert self.num_running > 1, "a single sample does not fit the pool; the job was sized wrongly"
-        unfinished = seq.order[seq.length[seq.order] > seq.computed[seq.order]]
-        victim = int(self._policy.rank(unfinished)[-1])
-        self.counts.given_up_tokens += max(0, int(seq.computed[victim] - seq.sample_counts.cached_tokens[victim]))
-        self.counts.preemptions += 1
-        self.kv.requeue(victim)
-        self._policy.invalidate()
-        return victim
-
-    def _continue_prefill(self, slots: Int64, budget: int) -> Runs:
-        """Share the token budget among prefills under way, oldest first; each takes what pages it needs or waits."""
-        seq = self.kv.slots
-        pending = seq.length[slots] - seq.computed[slots]
-        take = np.minimum(np.maximum(budget - (np.cumsum(pending) - pending), 0), pending).astype(np.int32)
-        slots, take = slots[take > 0], take[take > 0]
-        keep = np.cumsum(seq.missing_pages(slots, take)) <= self.kv.num_free_pages
-        runs = Runs(slots[keep], take[keep])
-        self.kv.grow(*runs)
-        return runs
-
-    def _compute_again(self, step: _InFlight, finite: Bool) -> None:
+    def _compute_again(self, step: _InFlight, finite: Bool, bad_scores: Bool) -> None:
         """Put samples whose logits were not finite back among the waiting, once each, to be computed alone in pages that are
         cleared. The fault may be another's: keys and values that are not finite reach whatever is computed of their page, also
         behind a mask, and a sample may have been given the page, or a part of a prompt, before anything showed."""
         seq, spoilt = self.kv.slots, list[int]()
-        for slots, epochs, bad in ((step.slots, step.epochs, ~finite), (step.scored, step.scored_epochs, self._scores.bad)):
+        for slots, epochs, bad in ((step.slots, step.epochs, ~finite), (step.scored, step.scored_epochs, bad_scores)):
             spoilt += slots[bad & (seq.epoch[slots] == epochs)].tolist()
         self.kv.pool.clears = True
         for slot in sorted(set(spoilt)):
             sample = int(seq.sample[slot])
             if sample not in self.kv.tree[int(seq.request[slot])].alone:
                 self.kv.requeue(slot, spoilt=True)
-        self._policy.invalidate()
+        self._decisions.invalidate()
 
     def _received(self, slots: Int64) -> dict[Sample, int]:
         """Output tokens received of the samples in these slots."""
@@ -411,24 +320,18 @@ class Scheduler:
 
     def _refuse_misfits(self, prompts: Int32) -> list[Completion]:
         """Give up those of these prompts, none of them running, of which a longest sample does not fit the cache."""
-        misfits, page = self.kv.misfits(prompts), self.limits.page_size
+        misfits, limits = self.kv.misfits(prompts), self.limits
         completions: list[Completion] = []
-        for prompt, pages in zip(misfits.tolist(), self.work.num_pages(misfits, page).tolist(), strict=True):
-            length, limit = int(self.work.length[prompt]), int(self.work.max_tokens[self.work.params[prompt]])
-            message = (
-                f"the prompt has {length:,} tokens and max_tokens is {limit:,}, which needs {pages * page:,} tokens of KV "
-                f"cache in pages of {page}; the cache holds {self.limits.num_pages * page:,}. Shorten the prompt, lower "
-                "max_tokens, or raise engine.kv_cache_tokens where memory allows"
-            )
-            completions += self._give_up(prompt, "kv_cache_overflow", message)
+        for prompt in misfits.tolist():
+            completions += self._give_up(prompt, overflow(self.work, prompt, limits.page_size, limits.num_pages))
         self.work.take_out(misfits[misfits >= self.work.next])
         return completions
 
-    def _give_up(self, request: int, code: str, message: str) -> list[Completion]:
+    def _give_up(self, request: int, error: tuple[str, str]) -> list[Completion]:
         """Error rows for all unfinished samples of a prompt of which none is running."""
         row, length = int(self.work.row_index[request]), int(self.work.length[request])
         completions = [
-            (output or Generated(np.zeros(0, np.int32))).completion(row, sample, length, error=(code, message))
+            completion(output or Generated(np.zeros(0, np.int32)), row, sample, length, error=error)
             for sample, output in self.kv.drop(request)
         ]
         self.counts.finished += len(completions)

@@ -19,7 +19,7 @@ from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.generated import Generated
 from tokabatch.scheduling.kv.page_pool import PagePool
 from tokabatch.scheduling.kv.prefix_tree import PrefixTree, PromptPages
-from tokabatch.scheduling.kv.slots import Cells, Slots
+from tokabatch.scheduling.kv.slots import Slots
 from tokabatch.scheduling.work import Work
 
 _NO_SLOTS, _NONE = np.zeros(0, np.int64), np.zeros(0, np.int32)
@@ -41,6 +41,14 @@ class Runs(NamedTuple):
 
 
 NO_RUNS = Runs(_NO_SLOTS, _NONE)
+
+
+class Cells(NamedTuple):
+    """Changed cells of the page table, shape [C] each."""
+
+    slot: Int64
+    column: Int32
+    page: Int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,7 @@ class KVCacheManager:
         self.pool = PagePool(num_pages)
         self.tree = PrefixTree(work, self.pool, page_size)
         most = int(work.logprobs.max(initial=-1))
-        self.slots = Slots(num_slots, max_pages_per_slot, self.pool, page_size, most)
+        self.slots = Slots(num_slots, max_pages_per_slot, most)
         self._opened: list[Int64] = []
         self._cells: list[Cells] = []
         self._copies: list[tuple[Int32, Int32]] = []
@@ -108,7 +116,7 @@ class KVCacheManager:
         shared = np.repeat(full, counts)
         # Each sample's span of `pages` is that of its prompt.
         first = np.repeat(np.cumsum(full) - full, counts) - (np.cumsum(shared) - shared)
-        self._cells.append(slots.share_pages(opened, shared, pages[np.arange(int(shared.sum())) + np.repeat(first, shared)]))
+        self._share(opened, shared, pages[np.arange(int(shared.sum())) + np.repeat(first, shared)])
         last = self._work.length[request] - 1
         self._fill(opened, request, last, [output for _, output in taken])
         for prompt, count in zip(prompts, counts.tolist(), strict=True):
@@ -121,10 +129,27 @@ class KVCacheManager:
             self._copies.append(copies)
         return runs
 
+    def at_page_end(self, slots: Int64) -> Int64:
+        """Those of decoding slots whose next token needs a page that they do not have."""
+        return slots[(self.slots.computed >= self.slots.num_pages * self.page_size)[slots]]
+
+    def missing_pages(self, slots: Int64, tokens: Int32) -> Int32:
+        """Pages that each slot is missing to compute so many more tokens."""
+        target = -(-(self.slots.computed[slots] + tokens) // self.page_size)
+        return np.maximum(target - self.slots.num_pages[slots], 0)
+
     def grow(self, slots: Int64, tokens: Int32) -> None:
-        """Give each slot the pages it is missing to compute so many more tokens; there are enough."""
-        if len(slots):
-            self._cells.append(self.slots.add_pages(slots, self.slots.missing_pages(slots, tokens)))
+        """Give each slot the pages that it is missing to compute so many more tokens; there are enough."""
+        if not len(slots):
+            return
+        counts = self.missing_pages(slots, tokens)
+        pages = self.pool.allocate(int(counts.sum()))
+        owner = np.repeat(slots, counts)
+        column = self.slots.num_pages[owner] + np.arange(len(owner), dtype=np.int32)
+        column -= np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32)
+        self.slots.page_table[owner, column] = pages
+        self.slots.num_pages[slots] += counts
+        self._cells.append(Cells(owner, column, pages))
 
     def advance(self, step: StepBatch) -> Int64:
         """Move the runs of a step past it, as if no sample ended; the slots that sample."""
@@ -276,7 +301,7 @@ class KVCacheManager:
         requests = np.array([prompt.request for prompt in prompts], np.int32)
         opened = self.slots.open(requests, np.array([sample for sample, _ in taken], np.int32))
         counts = np.array([len(prompt.pages) for prompt in prompts], np.int32)
-        self._cells.append(self.slots.share_pages(opened, counts, np.concatenate([prompt.pages for prompt in prompts])))
+        self._share(opened, counts, np.concatenate([prompt.pages for prompt in prompts]))
         computed = np.array([prompt.computed for prompt in prompts], np.int32)
         self._fill(opened, requests, computed, [output for _, output in taken])
         for prompt, slot in zip(prompts, opened.tolist(), strict=True):
@@ -319,21 +344,29 @@ class KVCacheManager:
             # No further than the prompt's end: what the next prompt inherits has to be computed in this very step.
             pending = np.minimum(pending, slots.prompt_length[opened] - slots.computed[opened])
         take = np.clip(budget - (np.cumsum(pending) - pending), 0, pending).astype(np.int32)
-        needs = slots.missing_pages(opened, np.maximum(take, 1))
-        if int(needs.sum()) > self.pool.num_free:
+        if int(self.missing_pages(opened, np.maximum(take, 1)).sum()) > self.pool.num_free:
             # Preempted samples come back long: begin with one token each, which needs one page at most.
             take = np.minimum(take, 1)
-            needs = slots.missing_pages(opened, np.ones_like(take))
-        self._cells.append(slots.add_pages(opened, needs))
+        self.grow(opened, np.maximum(take, 1))
         self._opened.append(opened)
         return Runs(opened[take > 0], take[take > 0])
 
+    def _share(self, slots: Int64, counts: Int32, pages: Int32) -> None:
+        """Point the first `counts[i]` columns of each slot at its prompt's pages, given slot after slot."""
+        owner = np.repeat(slots, counts)
+        column = np.arange(len(owner), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32)
+        self.slots.page_table[owner, column] = pages
+        self.slots.shared_pages[slots] = self.slots.num_pages[slots] = counts
+        self._cells.append(Cells(owner, column, pages))
+
     def _leave(self, slots: Int64) -> list[PromptPages]:
-        """Close slots, and take their samples off the prompts they belong to, which are returned."""
+        """Close slots, free their own pages, and take their samples off the prompts they belong to, which are returned."""
         left: dict[int, PromptPages] = {}
         for slot, request in zip(slots.tolist(), self.slots.request[slots].tolist(), strict=True):
             left[request] = prompt = self.tree[request]
             prompt.leader = -1 if prompt.leader == slot else prompt.leader
             prompt.live -= 1
+        if len(own := self.slots.own_pages(slots)):
+            self.pool.free(own)
         self.slots.close(slots)
         return list(left.values())

@@ -8,32 +8,20 @@ to be computed: one token in steady decoding, more in prefill or after a preempt
 from __future__ import annotations
 
 from dataclasses import astuple, fields
-from typing import NamedTuple
 
 import numpy as np
 
 from tokabatch.arrays import Int32, Int64
 from tokabatch.scheduling.contracts import SampleCounts
 from tokabatch.scheduling.generated import Generated, Outputs
-from tokabatch.scheduling.kv.page_pool import PagePool
-
-
-class Cells(NamedTuple):
-    """Changed cells of the page table, shape [C] each."""
-
-    slot: Int64
-    column: Int32
-    page: Int32
 
 
 class Slots:
     """Arrays over slots. `order` lists the active slots in plan order. Slots are int64, as NumPy indexes fastest."""
 
-    def __init__(self, num_slots: int, max_pages: int, pool: PagePool, page_size: int, top_logprobs: int) -> None:
+    def __init__(self, num_slots: int, max_pages: int, top_logprobs: int) -> None:
         """`top_logprobs` is the most alternatives any sample reports, -1 when none reports logprobs at all."""
         self.num_slots = num_slots
-        self._pool = pool
-        self._page_size = page_size
 
         def column() -> Int32:
             return np.zeros(num_slots, np.int32)
@@ -82,10 +70,7 @@ class Slots:
         return slots
 
     def close(self, slots: Int64) -> None:
-        """Return slots and their own pages; results still in flight for them are recognised by the changed epoch."""
-        own = self.own_pages(slots)
-        if len(own):
-            self._pool.free(own)
+        """Return slots; results still in flight for them are recognised by the changed epoch."""
         self.outputs.close(slots)
         self.request[slots] = -1
         self.epoch[slots] += 1
@@ -98,10 +83,6 @@ class Slots:
         self.num_slots = num_slots
         self._free = list(range(num_slots - 1, -1, -1))
 
-    def at_page_end(self, slots: Int64) -> Int64:
-        """Those of decoding slots whose next token needs a page that they do not have."""
-        return slots[(self.computed >= self.num_pages * self._page_size)[slots]]
-
     def runnable(self) -> tuple[Int64, Int64]:
         """Slots with something to compute: those whose last token the worker holds, in plan order, and those that the host has
         tokens for, oldest first."""
@@ -111,29 +92,6 @@ class Slots:
             return pending, pending[:0]
         prefilling = pending[~on_device]
         return pending[on_device], prefilling[np.argsort(self.admitted[prefilling], kind="stable")]
-
-    def missing_pages(self, slots: Int64, take: Int32) -> Int32:
-        """Pages each slot is missing to compute `take` more tokens."""
-        target = -(-(self.computed[slots] + take) // self._page_size)
-        return np.maximum(target - self.num_pages[slots], 0)
-
-    def add_pages(self, slots: Int64, counts: Int32) -> Cells:
-        """Append `counts[i]` fresh pages to each slot's table; the changed cells."""
-        pages = self._pool.allocate(int(counts.sum()))
-        owner = np.repeat(slots, counts)
-        column = self.num_pages[owner] + np.arange(len(owner), dtype=np.int32)
-        column -= np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32)
-        self.page_table[owner, column] = pages
-        self.num_pages[slots] += counts
-        return Cells(owner, column, pages)
-
-    def share_pages(self, slots: Int64, counts: Int32, pages: Int32) -> Cells:
-        """Point the first `counts[i]` columns of each slot at its prompt's pages, given slot after slot; the changed cells."""
-        owner = np.repeat(slots, counts)
-        column = np.arange(len(owner), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32)
-        self.page_table[owner, column] = pages
-        self.shared_pages[slots] = self.num_pages[slots] = counts
-        return Cells(owner, column, pages)
 
     def own_pages(self, slots: Int64) -> Int32:
         """Pages held by these slots themselves, prompts' pages excluded."""

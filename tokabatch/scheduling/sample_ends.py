@@ -1,0 +1,125 @@
+"""When a sample is over, and what is returned of it: its finish reason, or the error that it ends with.
+
+It ends at a stop token or string (`stop_conditions`), at its limit of tokens, where the model's logits are not finite (the
+scheduler has it computed once more before), or, a given text, once its last token is scored (`text_scores`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokabatch.arrays import Bool, Int32, Int64
+from tokabatch.scheduling.contracts import Completion, Scores
+from tokabatch.scheduling.generated import Generated
+from tokabatch.scheduling.kv.slots import Slots
+from tokabatch.scheduling.stop_conditions import StopRules
+from tokabatch.scheduling.text_scores import RunningScores, scored
+from tokabatch.scheduling.work import Work
+
+BAD_LOGITS = ("nan_logits", "the model's logits held NaN or no finite value")
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Samples that are over, E of them."""
+
+    slots: Int64
+    """Shape [E]."""
+    reasons: list[int | str | None]
+    """The stop token or string of each; None where none ended it."""
+    finite: Bool
+    """Whether the logits were, shape [E]."""
+    scores: list[Scores]
+    """Of given texts, one for each; else empty."""
+
+
+class SampleEnds:
+    """Finds the samples of one scheduler that are over."""
+
+    def __init__(self, work: Work, slots: Slots, stops: StopRules) -> None:
+        self._work = work
+        self._slots = slots
+        self._stops = stops
+        self._scores = RunningScores()
+
+    def add_scores(self, slots: Int64, epochs: Int32, scores: Scores | None) -> Bool:
+        """Take in a step's scores of given tokens, shape [R] (see `RunningScores`); of which of them the logits were not
+        finite, likewise."""
+        self._scores.add(slots, epochs, scores)
+        return self._scores.bad
+
+    def find(self, slots: Int64, tokens: Int32, finite: Bool, bad_texts: Int64) -> Ends:
+        """Those of these slots, which have drawn `tokens` from logits that were finite or not, whose sample is over now;
+        `bad_texts` are slots of given texts, logits of which were not finite."""
+        seq = self._slots
+        ends: dict[int, int | str | None] = {int(i): None for i in np.nonzero(seq.generated[slots] >= seq.limit[slots])[0]}
+        ends |= self._stops.find(tokens, slots, seq.params, seq.outputs)
+        if not finite.all():
+            ends |= {int(i): None for i in np.nonzero(~finite)[0]}
+        places = np.fromiter(ends, np.int64, len(ends))
+        slots, finite, reasons, scores = slots[places], finite[places], list(ends.values()), list[Scores]()
+        if self._work.continuations is not None:
+            slots = np.concatenate((slots, np.setdiff1d(bad_texts, slots)))
+            reasons += [None] * (len(slots) - len(ends))
+            epochs = seq.epoch[slots].tolist()
+            scores = [self._scores.take(slot, epoch) for slot, epoch in zip(slots.tolist(), epochs, strict=True)]
+            finite = np.array([not np.isnan(each.logprob).any() for each in scores], np.bool_)
+        return Ends(slots, reasons, finite, scores)
+
+    def completions(self, ends: Ends) -> list[Completion]:
+        """What is returned of samples that still have their slots."""
+        request = self._slots.request[ends.slots]
+        columns = (self._work.row_index[request], self._slots.sample[ends.slots], self._work.length[request], ends.finite)
+        ended = zip(ends.reasons, self._slots.read(ends.slots), *(column.tolist() for column in columns), strict=True)
+        completions = [
+            completion(output, row, sample, length, reason=reason, error=None if valid else BAD_LOGITS)
+            for reason, output, row, sample, length, valid in ended
+        ]
+        if not ends.scores:
+            return completions
+        given = zip(completions, ends.scores, request.tolist(), strict=True)
+        return [scored(each, scores, self._work, prompt) for each, scores, prompt in given]
+
+
+def completion(
+    output: Generated,
+    row_index: int,
+    sample_index: int,
+    num_prompt_tokens: int,
+    *,
+    reason: int | str | None = None,
+    error: tuple[str, str] | None = None,
+) -> Completion:
+    """The finished sample: `reason` is the stop token or string that ended it, `error` a code and a message."""
+    return Completion(
+        row_index=row_index,
+        sample_index=sample_index,
+        token_ids=output.tokens,
+        finish_reason="length" if reason is None else "stop",
+        stop_reason=reason,
+        num_prompt_tokens=num_prompt_tokens,
+        counts=output.counts,
+        logprobs=output.logprobs,
+        top_ids=output.top_ids,
+        top_logprobs=output.top_logprobs,
+        error_code=None if error is None else error[0],
+        error_message=None if error is None else error[1],
+    )
+
+
+def overflow(work: Work, prompt: int, page_size: int, num_pages: int) -> tuple[str, str]:
+    """The error of a prompt of which a longest sample does not fit a cache of so many pages."""
+    length, limit = int(work.length[prompt]), int(work.max_tokens[work.params[prompt]])
+    needed = int(work.num_pages(np.array([prompt], np.int32), page_size)[0])
+    return "kv_cache_overflow", (
+        f"the prompt has {length:,} tokens and max_tokens is {limit:,}, which needs {needed * page_size:,} tokens of KV "
+        f"cache in pages of {page_size}; the cache holds {num_pages * page_size:,}. Shorten the prompt, lower "
+        "max_tokens, or raise engine.kv_cache_tokens where memory allows"
+    )
+
+
+def killed(crash: str) -> tuple[str, str]:
+    """The error of a row that has been found to kill workers, the last time like this."""
+    return "worker_crash", f"the worker process died whenever this row ran: {crash}"
