@@ -122,6 +122,7 @@ def nothing_is_left() -> Iterator[None]:
 @pytest.mark.parametrize("pause", [0.0, 0.02], ids=["taken at once", "taken slowly"])
 def test_samples_and_figures_are_those_of_a_replica_in_this_process(pause, monkeypatch):
     monkeypatch.setattr("tokabatch.runner.member.MAX_UNSENT", 1)
+    monkeypatch.setattr("tokabatch.runner.member.SAMPLES_SENT", 2)
     work = Work()
     for _ in work.run():
         time.sleep(pause)

@@ -36,11 +36,15 @@ from tokabatch.output.shards import (
 )
 from tokabatch.storage.listing import Changed, ListedFile, Mark
 
+FEW_ROWS, FEW_BYTES = 4096, 32 << 20
+"""Shards that hold as much as either stay as they are: joining reads and writes everything again after the last result, which
+for few large files buys nothing."""
+
 
 def join_small(claim: Claim, rows_per_shard: int, stop: Callable[[], object], tell: Callable[[str], None]) -> None:
-    """Join the shards of a complete run that are below half the usual size. `stop`, looked at between files, ends it without a
-    change, as does a system that refuses. Raises OSError where it is unknown what is on the disk, CommitError where the lock is
-    lost, DamageError for a shard that is not as it was committed."""
+    """Join the shards of a complete run that are small: below half the usual size, FEW_ROWS and FEW_BYTES. `stop`, looked at
+    between files, ends it without a change, as does a system that refuses. Raises OSError where it is unknown what is on the
+    disk, CommitError where the lock is lost, DamageError for a shard that is not as it was committed."""
     journal, files, folder = claim.journal, claim.files, claim.folder
     assert journal is not None, "a run that writes has a journal"
     claim.check_folder()
@@ -72,7 +76,7 @@ def join_small(claim: Claim, rows_per_shard: int, stop: Callable[[], object], te
 
 
 def _small(claim: Claim, rows_per_shard: int) -> list[ListedFile]:
-    """The shards below half the usual size; none where their folder is a link, which a swap would replace."""
+    """The small shards; none where their folder is a link, which a swap would replace."""
     found = claim.files.look(claim.folder.data, follow=False)
     if found is None or not stat.S_ISDIR(found.st_mode):
         return []
@@ -80,7 +84,7 @@ def _small(claim: Claim, rows_per_shard: int) -> list[ListedFile]:
     for shard in claim.folder.shards():
         with open_shard(shard) as file:
             rows, size = file.metadata.num_rows, int((file.schema_arrow.metadata or {}).get(ARROW_BYTES_KEY, b"0"))
-        if 2 * rows <= rows_per_shard and 2 * size <= SHARD_BYTES:
+        if 2 * rows <= rows_per_shard and rows < FEW_ROWS and size < FEW_BYTES:
             small.append(shard)
     return small
 

@@ -104,6 +104,11 @@ class ShardWriter:
         books = self._books
         return sum(shard.rows for shard in books.shards) + books.num_rows
 
+    @property
+    def num_waiting(self) -> int:
+        """Of these, the rows that are not committed."""
+        return self._books.num_rows
+
     def add(self, table: pa.Table) -> None:
         """Take over the rows of `table`; commits what is due. Raises OSError where the disk fails, the rows kept."""
         self.take(table)

@@ -39,7 +39,9 @@ from tokabatch.scheduling.completion_batch import CompletionBatch
 from tokabatch.scheduling.contracts import Completion, Requests
 
 MAX_UNSENT = 64
-"""Steps whose finished samples may be on their way to main."""
+"""Messages that may be on their way to main."""
+SAMPLES_SENT = 2048
+"""Finished samples in a message at most: main decodes the first of a step while the next ones are on their way."""
 STANDING_SECONDS = 0.1
 BEAT_SECONDS = 0.5
 """How often the process gives a sign of life while it has nothing to say."""
@@ -292,6 +294,9 @@ class _Loop:
 
     def _tell(self, completions: list[Completion]) -> None:
         now = time.monotonic()
+        while len(completions) > SAMPLES_SENT:
+            self._outbox.put(Finished(CompletionBatch(completions[:SAMPLES_SENT]), None))
+            completions = completions[SAMPLES_SENT:]
         if now >= self._due:
             standing = self._replica.standing(foresee=self._interval is not None)
             self._outbox.put(Finished(CompletionBatch(completions), standing))

@@ -46,6 +46,9 @@ from tokabatch.workload import Workload
 
 BATCH_SAMPLES = 2048
 """Samples made into a table at once; fewer when `flush_seconds` are over."""
+EARLY_ROWS = 4096
+"""Where at least so many rows wait to be committed, and no more are still to come, they are committed at once, unless many came
+in just now: little is left to write after the last result then."""
 PIECE_BYTES = 64 << 20
 """Memory of the samples that wait, and of one table, both by estimate; a sample that takes more has a table of its own."""
 TOKEN_BYTES, LOGPROB_BYTES, ALTERNATIVE_BYTES = 24, 16, 16
@@ -119,6 +122,7 @@ class Recorder:
             flush_seconds=job.output.flush_seconds,
             earlier=committed.shards,
         )
+        self._num_samples = workload.samples_total
         self._claim = claim
         self._clock = clock
         self._flush_seconds = job.output.flush_seconds
@@ -162,6 +166,9 @@ class Recorder:
         ready = self._ready()
         if len(ready) >= BATCH_SAMPLES or (ready and self._waiting.bytes >= PIECE_BYTES):
             self._flush()
+        few = len(completions) < BATCH_SAMPLES
+        if few and self._writer.num_waiting >= max(EARLY_ROWS, self._num_samples - self._writer.num_rows):
+            self._commit(self._writer.commit)
         if self._oldest is not None and self._clock() - self._oldest >= self._flush_seconds:
             self._flush()
             self._commit(self._writer.commit)
