@@ -72,6 +72,11 @@ def test_greedy_models_and_defaults_that_cannot_be_taken_are_told(tmp_path: Path
     assert ignored(tmp_path, top_p=0.5, temperature=1.0) == ""
     write(tmp_path, "generation_config.json", eos_token_id="<|end|>")
     assert ignored(tmp_path) == 'generation_config.json also says eos_token_id: "<|end|>", which is not used here'
+    write(tmp_path, "generation_config.json", eos_token_id=[3, -1, [5]], do_sample="false")
+    assert ignored(tmp_path) == (
+        'generation_config.json also says eos_token_id: [-1, [5]], do_sample: "false", which is not used here'
+    )
+    assert find_end_tokens(tmp_path, SimpleNamespace(eos_id=None, special_by_id={})) == EndTokens((3,))
 
 
 def test_end_tokens(tmp_path: Path) -> None:

@@ -116,6 +116,8 @@ def describe_ignored(folder: Path, job: Job, settings: Sequence[Setting]) -> tup
         and value != NEUTRAL.get(key)
         and value not in ([], {})
     }
+    if isinstance(ids := unused.get("eos_token_id"), list):
+        unused["eos_token_id"] = [each for each in cast("list[Any]", ids) if not _is_id(each)]
     if unused:
         listed = ", ".join(f"{key}: {_shortened(value)}" for key, value in unused.items())
         bound = "; generation.max_tokens bounds a sample" if unused.keys() & {"max_new_tokens", "max_length"} else ""
@@ -146,10 +148,12 @@ def find_end_tokens(folder: Path, tokenizer: NamesTokens) -> EndTokens:
 
 
 def _refused(key: str, defaults: Mapping[str, Any], taken: Collection[str]) -> bool:
-    """Whether end tokens are given in a way that names none, or a sampling default was left out because a job would be refused
-    with it."""
+    """Whether some end token is no id, `do_sample` is neither true nor false, or a sampling default was left out because a job
+    would be refused with it."""
     if key == "eos_token_id":
-        return not _ids(defaults[key])
+        return not all(map(_is_id, _listed(defaults[key])))
+    if key == "do_sample":
+        return not isinstance(defaults[key], bool)
     if key not in GenerationConfig.model_fields or key in taken:
         return False
     return key in GREEDY_TOO or defaults.get("do_sample") is not False
@@ -173,5 +177,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _ids(value: Any) -> tuple[int, ...]:
-    listed = cast("list[Any]", value) if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(item for item in listed if isinstance(item, int) and not isinstance(item, bool)))
+    return tuple(dict.fromkeys(filter(_is_id, _listed(value))))
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _listed(value: Any) -> list[Any]:
+    return cast("list[Any]", value) if isinstance(value, list) else [value]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
@@ -64,6 +64,47 @@ def byte_level(names: dict[str, str], prefix_space: bool) -> Backend:
     return backend
 
 
+def llama_3(names: dict[str, str]) -> Backend:
+    """With Qwen's normalizer; what a regular expression makes of a text depends on what is beside each piece."""
+    backend = byte_level(names, False)
+    backend.normalizer = normalizers.NFC()
+    words = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(Regex(words), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    return backend
+
+
+def gemma(names: dict[str, str]) -> Backend:
+    backend = metaspace_bpe(names, "never")
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    return backend
+
+
+def clip(names: dict[str, str]) -> Backend:
+    pieces = dict.fromkeys([*names.values(), *LETTERS, *(f"{letter}</w>" for letter in LETTERS)])
+    vocab = {piece: n for n, piece in enumerate(pieces)}
+    backend = Backend(models.BPE(vocab, [("a", "b")], end_of_word_suffix="</w>", unk_token=names["unk"]))
+    spaces = Regex(r"\s+")
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(spaces, " "), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(spaces, "removed"), pre_tokenizers.Punctuation()])
+    return backend
+
+
+def by_scripts(names: dict[str, str]) -> Backend:
+    backend = metaspace_bpe(names, "first")
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.UnicodeScripts(), metaspace])
+    return backend
+
+
+def by_delimiter(names: dict[str, str]) -> Backend:
+    backend = word_level(names)
+    backend.normalizer = normalizers.StripAccents()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.CharDelimiterSplit("|")])
+    return backend
+
+
 def word_piece(names: dict[str, str]) -> Backend:
     pieces = [*names.values(), *LETTERS, *(f"##{letter}" for letter in LETTERS)]
     backend = Backend(models.WordPiece({piece: n for n, piece in enumerate(pieces)}, unk_token=names["unk"]))
@@ -88,6 +129,11 @@ KINDS: dict[str, Callable[[dict[str, str]], Backend]] = {
     "byte-level, prefix space": lambda names: byte_level(names, True),
     "word pieces": word_piece,
     "word level": word_level,
+    "Llama 3": llama_3,
+    "Gemma": gemma,
+    "CLIP": clip,
+    "scripts": by_scripts,
+    "delimiters": by_delimiter,
 }
 FLAGS: dict[str, dict[str, bool]] = {
     "plain": {"normalized": False},
