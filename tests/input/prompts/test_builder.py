@@ -290,6 +290,7 @@ def test_columns_of_tools_and_documents_reach_the_chat_template(
         {"messages": user, "tools": []},
         {"messages": user, "tools": None},
         {"messages": user, "tools": " "},
+        {"messages": user, "tools": "null"},
         {"messages": user, "tools": ["weather"]},
         {"messages": user, "tools": "weather"},
         {"messages": user, "tools": json.dumps(TOOL)},
@@ -300,7 +301,7 @@ def test_columns_of_tools_and_documents_reach_the_chat_template(
     )
     store = ingest_job(path, prompt=tools_template)
     shown = f"tools: {json.dumps([TOOL])}\n"
-    assert texts(store)[:7] == [
+    assert texts(store)[:8] == [
         shown + 'documents: [{"title": "a", "text": "b"}]\nuser: hi',
         shown + "user: hi",
         shown + "user: hi",
@@ -308,10 +309,24 @@ def test_columns_of_tools_and_documents_reach_the_chat_template(
         "user: hi",
         "user: hi",
         "user: hi",
+        "user: hi",
     ]
-    assert codes(store) == dict.fromkeys(range(7, 14), "bad_type")
-    assert "'tools' goes to the chat template and must hold a list of objects" in store.errors[7].message
+    assert codes(store) == dict.fromkeys(range(8, 15), "bad_type")
+    assert "'tools' goes to the chat template and must hold a list of objects" in store.errors[8].message
     assert store.notes == ()
+
+
+def test_a_chat_template_that_shows_a_method_or_a_generator_is_told(
+    write_rows: Write, ingest_job: Ingest, texts: Texts
+) -> None:
+    """As transformers has it, a method comes before a field of its name, and its text is another at each start."""
+    shown = "<generator object f at 0x7f07468b1980>"
+    path = write_rows(*({"messages": [{"role": "user", "content": text, "items": "x"}]} for text in ("hi", shown)))
+    for odd in ("items", "content | map('upper')"):
+        store = ingest_job(path, prompt={"chat_template": "{{ messages[0].content }} {{ messages[0]." + odd + " }}"})
+        assert codes(store) == dict.fromkeys(range(2), "bad_messages")
+    store = ingest_job(path, prompt={"chat_template": "{{ messages[0].content }} {{ messages[0]['items'] }}"})
+    assert texts(store) == ["hi x", f"{shown} x"]
 
 
 def test_a_column_that_the_job_s_own_template_uses_is_not_given_twice(

@@ -54,7 +54,7 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
 def read_objects(value: Any, column: str) -> list[dict[str, Any]] | RowError | None:
     """The tools or documents in `value`, a list of objects; None where there is none, `bad_type` for anything else."""
     found = decoded(value)
-    if found is None or found == [] or (isinstance(found, str) and not found.strip()):
+    if found is None or found == [] or (isinstance(found, str) and found.strip() in ("", "null")):
         return None
     if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in cast("list[Any]", found)):
         return RowError(

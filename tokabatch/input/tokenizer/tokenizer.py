@@ -6,6 +6,7 @@ templates but the model's own chat template.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -27,6 +28,8 @@ DECODE_CHUNK = 4096
 SLICE_CHARACTERS = 256 << 10
 LONG_TEXT_CHARACTERS = 1 << 20
 LISTED = 5
+_ADDRESS = re.compile(r"<[^<>]{1,200} at 0x[0-9a-f]{6,}>")
+"""What Python shows of a method, a function or a generator."""
 
 
 class Tokenizer:
@@ -173,7 +176,7 @@ class Tokenizer:
             # transformers has no other way to set the clock: it keeps each compiled template, and its own says what time it is.
             compiled = chat_template_utils._compile_jinja_template(source)  # pyright: ignore[reportPrivateUsage]
             compiled.globals["strftime_now"] = now.strftime
-            return cast(
+            text = cast(
                 "str",
                 self._tokenizer.apply_chat_template(
                     messages,
@@ -194,6 +197,15 @@ class Tokenizer:
             return RowError("bad_messages", f"the model's chat template refuses the messages: {error}")
         except (RecursionError, MemoryError) as error:
             return RowError("template_too_large", f"the model's chat template ran away: {error}")
+        given = (messages, variables)
+        shown = next((each for each in _ADDRESS.findall(text) if not _holds(given, each)), None)
+        if shown is None:
+            return text
+        return RowError(
+            "bad_messages",
+            f"the chat template writes {shown}, which Python shows of what is no text, and differently at each start; a field "
+            "that is called as a method is, is read as value['items'] (prompt.chat_template may name a mended template)",
+        )
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -201,3 +213,12 @@ class Tokenizer:
     def _with_prefix(self, ids: list[int], add_special_tokens: bool) -> list[int]:
         prefix = list(self._prefix) if add_special_tokens else []
         return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+
+def _holds(value: Any, text: str) -> bool:
+    """Whether a text in `value`, at any depth, holds this one."""
+    if isinstance(value, str):
+        return text in value
+    if isinstance(value, Mapping):
+        value = [*cast("Mapping[Any, Any]", value).keys(), *cast("Mapping[Any, Any]", value).values()]
+    return isinstance(value, list | tuple) and any(_holds(each, text) for each in cast("list[Any]", value))
