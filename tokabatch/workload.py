@@ -23,6 +23,7 @@ from tokabatch.input.fingerprint import Fingerprint, describe
 from tokabatch.input.generation_defaults import EndTokens, describe_ignored, effective_generation, find_end_tokens
 from tokabatch.input.prompt_order import Sharing, longest_first, measure_sharing, order_prompts
 from tokabatch.input.prompts.builder import Limits, refuse_beyond
+from tokabatch.input.rows import NO_PLACES, RowPlaces
 from tokabatch.input.store.kept_input import Origin, describe_origin, load_kept
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.input.store.tokenized_input import InputStore, ingest
@@ -46,8 +47,8 @@ from tokabatch.parallel.mesh import Mesh
 from tokabatch.scheduling.contracts import Drawn, Requests
 from tokabatch.scoring.pool import JudgePool, open_pool
 
-Compare = Callable[[Fingerprint, RowDigests | None], None]
-"""Raises where the job is not to go on, given what decides its output, and its rows once they are read."""
+Compare = Callable[[Fingerprint, RowDigests | None, RowPlaces], None]
+"""Raises where the job is not to go on, given what decides its output, and once they are read its rows and their places."""
 CHECKED_ROWS = 4096
 """Rows given to a judge at once to look at their references."""
 SHOWN_FAULTS = 3
@@ -178,7 +179,7 @@ def prepare(
         )
     compare = compare or _accept
     fingerprint = _fingerprint(job, model)
-    compare(fingerprint, None)
+    compare(fingerprint, None, NO_PLACES)
     limits = Limits(spec.context_length, spec.vocab_size)
     origin = None if kept is None else describe_origin(job, fingerprint, generation, limits, clock)
     taken_over = load_kept(kept, origin) if kept and origin else None
@@ -193,13 +194,13 @@ def prepare(
         clock=clock,
     )
     fingerprint = fingerprint.with_rows(store.digests)
-    compare(fingerprint, store.digests)
+    compare(fingerprint, store.digests, store.places)
     samples_of_row = _samples_of_row(store, generation.n)
     requests = order_requests(store, job.engine.page_size)
     if checkpoint is None and weights:
         model = _with_weights(job, model)
         fingerprint = replace(fingerprint, settings=_fingerprint(job, model).settings)
-        compare(fingerprint, None)
+        compare(fingerprint, None, NO_PLACES)
     schema = output_schema(
         store.column_schema,
         columns=job.output.columns,
@@ -310,12 +311,12 @@ def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None) -> 
                 faults[row] = fault or f"its column {answer!r} is null"
     if not faults:
         return ()
-    told = [f"row {row} cannot be judged: {fault}" for row, fault in list(faults.items())[:SHOWN_FAULTS]]
+    told = [f"{store.places.name(row)} cannot be judged: {fault}" for row, fault in list(faults.items())[:SHOWN_FAULTS]]
     more = len(faults) - len(told)
     return (*told, *((f"{more:,} more rows cannot be judged",) if more else ()))
 
 
-def _accept(fingerprint: Fingerprint, digests: RowDigests | None) -> None:
+def _accept(fingerprint: Fingerprint, digests: RowDigests | None, places: RowPlaces) -> None:
     """There is no earlier run."""
 
 
@@ -326,7 +327,7 @@ def _stops(store: InputStore, generation: GenerationConfig) -> dict[str, str]:
     stops: dict[str, str] = {}
     for number, row in zip(used.tolist(), good[first].tolist(), strict=True):
         for stop in store.sampling[number].stop:
-            stops.setdefault(stop, f"sampling_params.stop of row {row}")
+            stops.setdefault(stop, f"sampling_params.stop of {store.places.name(row)}")
     return stops | dict.fromkeys(generation.stop, "generation.stop")
 
 

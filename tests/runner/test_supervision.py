@@ -193,13 +193,23 @@ def test_a_poison_row_costs_its_own_samples(model, tmp_path, monkeypatch):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"question": q}) + "\n" for q in ("a", "b", "kills", "c")))
     monkeypatch.setattr("tokabatch.runner.make_replica.ProcessExecutor", partial(ProcessExecutor, build=poisoned_worker.build))
-    summary = run(job(model, file, tmp_path / "out", generation={"n": 2, "max_tokens": 8}, errors={"max_fraction": 0.5}))
+    told: list[str] = []
+
+    class Told(NullProgress):
+        def message(self, text: str) -> None:
+            told.append(text)
+
+    changes = {"generation": {"n": 2, "max_tokens": 8}, "errors": {"max_fraction": 0.5}}
+    summary = run(job(model, file, tmp_path / "out", **changes), Told())
     assert (summary.exit_code, summary.ok, summary.errors) == (0, 6, 2)
+    assert f"row 2 ({file} line 3) has killed the worker again" in "".join(told)
     assert dict(summary.error_counts) == {"worker_crash": 2}
     samples = [row for shard in (tmp_path / "out" / "data").glob("*.parquet") for row in pq.read_table(shard).to_pylist()]
     failed = [s for s in samples if s["status"] == "error"]
     assert {(s["row_index"], s["sample_index"]) for s in failed} == {(2, 0), (2, 1)}
-    assert all("died whenever this row ran" in s["error_message"] and s["text"] is None for s in failed)
+    line = f"{file} line 3: "
+    assert all(s["error_message"].startswith(line) and "died whenever this row ran" in s["error_message"] for s in failed)
+    assert all(s["text"] is None for s in failed)
 
 
 def job_file(model: Path, rows: Path, folder: Path, **changes: Any) -> Path:

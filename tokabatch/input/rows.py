@@ -6,8 +6,10 @@ is counted exactly once.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -38,12 +40,40 @@ class RowBatch:
     rows: Sequence[Row]
     texts: Sequence[bytes] = ()
     table: pa.RecordBatch | None = None
+    begins: Sequence[tuple[int, str]] = ()
+    """The files of lines that begin here: the first row of each, and what messages call the file."""
 
     def head(self, count: int) -> RowBatch:
         """The first `count` rows."""
         if count >= len(self.rows):
             return self
-        return RowBatch(self.rows[:count], self.texts[:count], None if self.table is None else self.table.slice(0, count))
+        return RowBatch(
+            self.rows[:count], self.texts[:count], None if self.table is None else self.table.slice(0, count), self.begins
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlaces:
+    """Which line each row is. `begins` has the first row of every file and the file's name, in the order of the input; it is
+    empty for a format without lines."""
+
+    begins: Sequence[tuple[int, str]] = ()
+
+    def line(self, row: int) -> str:
+        """`rows.jsonl line 6`; empty where rows are no lines."""
+        number = bisect_right(self.begins, row, key=itemgetter(0))
+        if not number:
+            return ""
+        first, file = self.begins[number - 1]
+        return f"{file} line {row - first + 1}"
+
+    def name(self, row: int) -> str:
+        """`row 5 (rows.jsonl line 6)`, for messages."""
+        line = self.line(row)
+        return f"row {row} ({line})" if line else f"row {row}"
+
+
+NO_PLACES = RowPlaces()
 
 
 class Reader(Protocol):

@@ -14,6 +14,7 @@ import numpy as np
 from tokabatch.arrays import Bool
 from tokabatch.errors import OutputError
 from tokabatch.input.fingerprint import Fingerprint, changed_settings, changed_sizes, is_of_verify, verify_overrides
+from tokabatch.input.rows import NO_PLACES, RowPlaces
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.output.existing_results import sampled_rows
 from tokabatch.output.folder import OutputFolder
@@ -33,15 +34,16 @@ class EarlierRun:
     repaired: int = 0
     """Error rows that are other rows now, known once `compare` has seen the rows."""
 
-    def compare(self, now: Fingerprint, digests: RowDigests | None = None) -> None:
-        """Raises OutputError showing what this run had and the job has not; `digests` are given once the rows are read."""
+    def compare(self, now: Fingerprint, digests: RowDigests | None = None, places: RowPlaces = NO_PLACES) -> None:
+        """Raises OutputError showing what this run had and the job has not; `digests` are given once the rows are read, with
+        the `places` of these."""
         differences = changed_settings(self.manifest.fingerprint, now)
         if differences:
             self._refuse(differences, now)
         if digests is not None:
-            self._compare_rows(now, digests)
+            self._compare_rows(now, digests, places)
 
-    def _compare_rows(self, now: Fingerprint, digests: RowDigests) -> None:
+    def _compare_rows(self, now: Fingerprint, digests: RowDigests, places: RowPlaces) -> None:
         then, common = self.manifest.fingerprint, digests.head(self.manifest.fingerprint.rows)
         sums = (common.content_sha256, common.prompt_sha256)
         if len(common) == then.rows and sums == (then.rows_sha256, then.prompts_sha256):
@@ -58,16 +60,14 @@ class EarlierRun:
         known = known.head(len(common))
         other_rows = known.content != common.content
         if (found := other_rows & held[: len(common)]).any():
-            told = f"input: its first {then.rows:,} rows are not the same any more, the first that differs is row"
+            told = f"input: its first {then.rows:,} rows are not the same any more, the first that differs is"
             advice = "rows may be added at the end, and error rows may be repaired"
-            self._refuse([f"{told} {_first(found)}; {advice}", *sizes])
+            self._refuse([f"{told} {places.name(_first(found))}; {advice}", *sizes])
         if (found := (known.prompt != common.prompt) & ~other_rows & (good | ~bad)[: len(common)]).any():
-            told = (
-                f"prompts: the tokens of {int(found.sum()):,} of {then.rows:,} rows that are the same are not, the first is row"
-            )
+            told = f"prompts: the tokens of {int(found.sum()):,} of {then.rows:,} rows that are the same are not, the first is"
             before, here = asdict(self.manifest.versions), asdict(self.versions)
             changed = [f"{name} {before[name]} then, {here[name]} now" for name in here if before[name] != here[name]]
-            self._refuse([f"{told} {_first(found)}", *changed])
+            self._refuse([f"{told} {places.name(_first(found))}", *changed])
         self.repaired = int(other_rows.sum())
 
     def _refuse(self, differences: list[str], now: Fingerprint | None = None) -> NoReturn:

@@ -58,6 +58,7 @@ def make_replica(
             counts=before.counts,
             stop=stop,
             tell=tell,
+            name_row=workload.store.places.name,
         )
 
     if not apart or not can_fork():

@@ -319,6 +319,12 @@ class Recorder:
             parts = self._split(completions, texts)
             more |= {"reasoning_text": [part for part, _ in parts], "answer_text": [part for _, part in parts]}
         ids = self._store.ids(rows) if "id" in schema.names else []
+        completions = [
+            replace(each, error_message=f"{line}: {each.error_message}")
+            if each.error_message and (line := self._store.places.line(each.row_index))
+            else each
+            for each in completions
+        ]
         return build_table(schema, completions, failures, texts=texts, ids=ids, columns=columns, more=more)
 
     def _split(self, completions: Sequence[Completion], texts: Sequence[str]) -> list[tuple[str | None, str | None]]:

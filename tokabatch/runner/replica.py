@@ -98,10 +98,12 @@ class Replica:
         max_restarts: int | None = None,
         stop: Interruption | None = None,
         tell: Callable[[str], None] | None = None,
+        name_row: Callable[[int], str] = "row {}".format,
         num_samples: int = 0,
         counts: ReplicaCounts | None = None,
     ) -> None:
-        """`depth` steps are in flight at most, `depth_of_few` while few samples run; `tell` takes what a person should know.
+        """`depth` steps are in flight at most, `depth_of_few` while few samples run; `tell` takes what a person should know,
+        in which `name_row` names rows.
         `num_samples` are to be drawn in all; `counts` are those of a replica that this one takes the place of, and go on."""
         self.scheduler = scheduler
         self.counts = counts or ReplicaCounts()
@@ -111,6 +113,7 @@ class Replica:
         self._max_restarts = max_restarts
         self._stop = stop or Interruption()
         self._tell = tell or (lambda text: None)
+        self._name_row = name_row
         self._watch = Stopwatch(num_samples)
         self._barren = 0
         """Workers lost since a sample was finished."""
@@ -267,7 +270,9 @@ class Replica:
         before = self.scheduler.counts.requeued
         completions = self.scheduler.lost_device(str(fault).splitlines()[0])
         for row in sorted({completion.row_index for completion in completions}):
-            self._tell(f"row {row} has killed the worker again, running alone: it becomes an error row (worker_crash)")
+            self._tell(
+                f"{self._name_row(row)} has killed the worker again, running alone: it becomes an error row (worker_crash)"
+            )
         if completions:
             self._barren = 0
         self._renew(fault, f"{self.scheduler.counts.requeued - before:,} running samples keep their tokens and go on")

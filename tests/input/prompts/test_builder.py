@@ -111,7 +111,8 @@ def test_columns_read_by_name_are_checked(tmp_path: Path, write_rows: Write, ing
 def test_a_final_assistant_message_without_text_is_refused(last: dict[str, Any], write_rows: Write, ingest_job: Ingest) -> None:
     store = ingest_job(write_rows({"messages": [{"role": "user", "content": "hi"}, last]}), "chat")
     assert codes(store) == {0: "bad_messages"}
-    assert store.errors[0].message.startswith("the last message of the column 'messages' is an assistant's with ")
+    fault = store.errors[0].message.partition(": ")[2]
+    assert fault.startswith("the last message of the column 'messages' is an assistant's with ")
 
 
 def test_a_final_assistant_message_that_the_template_leaves_out_is_refused(write_rows: Write, ingest_job: Ingest) -> None:
@@ -479,10 +480,12 @@ def test_rows_that_hold_chat_markup_are_told(write_rows: Write, ingest_job: Inge
     def told(tokenizer: str = "chat", **prompt: Any) -> str:
         return " ".join(ingest_job(path, tokenizer, prompt=prompt).notes)
 
-    assert "rows that spell special tokens: 2 (row 1: '<|start|>'), taken as plain text" in told()
+    assert f"rows that spell special tokens: 2 ({path} line 2: '<|start|>'), taken as plain text" in told()
     assert "write prompt.special_tokens: allow and prompt.chat: false" in told(template="{{ prompt }}")
     assert told(chat=False).endswith("write prompt.special_tokens: allow")
-    assert "rows that spell special tokens: 2 (row 1: '<|start|>'), taken as tokens, and" in told(special_tokens="allow")
+    assert f"rows that spell special tokens: 2 ({path} line 2: '<|start|>'), taken as tokens, and" in told(
+        special_tokens="allow"
+    )
     assert (
         told(special_tokens="allow", chat=False) == told(special_tokens="reject") == told("plain", special_tokens="allow") == ""
     )
@@ -491,7 +494,7 @@ def test_rows_that_hold_chat_markup_are_told(write_rows: Write, ingest_job: Inge
     assert told(messages="messages", special_tokens="allow") == told(special_tokens="allow") == ""
     few_shot = {"path": str(write_rows({"q": "<|end|>"}, name="shots.jsonl")), "k": 1, "template": "{{ q }}"}
     path = write_rows({"prompt": "a"}, {"prompt": "b<|start|>"})
-    assert "rows that spell special tokens: 1 (row 1: '<|start|>')" in told(template="{{ prompt }}", few_shot=few_shot)
+    assert f"rows that spell special tokens: 1 ({path} line 2: '<|start|>')" in told(template="{{ prompt }}", few_shot=few_shot)
 
 
 def test_templates_without_columns_are_told(write_rows: Write, ingest_job: Ingest) -> None:

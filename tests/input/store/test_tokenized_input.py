@@ -106,8 +106,24 @@ def test_duplicate_ids_are_refused_with_the_first_ten(write_rows: Write, ingest_
     with pytest.raises(InputError) as caught:
         ingest_job(path, input={"id_column": "key"})
     message = str(caught.value)
-    assert "'k0' (rows 0 and 3000)" in message and "'k9' (rows 9 and 3009)" in message and "k10" not in message
-    assert "'k2' (rows 2 and 3002)" in message and message.count("(rows ") == 10
+    for row in (0, 2, 9):
+        assert f"'k{row}' ({path} line {row + 1} and {path} line {row + 3001})" in message
+    assert "k10" not in message and message.count(" line ") == 20
+
+
+def test_messages_name_file_and_line(
+    write_rows: Write, ingest_job: Ingest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_rows({"prompt": "a"}, {"prompt": "b"}, name="rows/a.jsonl")
+    (folder / "b.jsonl").write_text('\n{"prompt": 1}\n{"prompt": "c"}\n')
+    (folder / "c.jsonl").write_text('{"prompt": ""}\n')
+    monkeypatch.chdir(folder.parent)
+    store = ingest_job(folder)
+    told = {row: error.message.partition(":")[0] for row, error in store.errors.items()}
+    assert told == {2: "rows/b.jsonl line 1 (byte 0)", 3: "rows/b.jsonl line 2", 5: "rows/c.jsonl line 1"}
+    assert [store.places.name(row) for row in (1, 4)] == ["row 1 (rows/a.jsonl line 2)", "row 4 (rows/b.jsonl line 3)"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])

@@ -6,12 +6,14 @@ bookkeeping of other tools and are no data.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn, cast
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from tokabatch.errors import InputError
 
@@ -47,6 +49,12 @@ class InputFile:
             return cast("IO[bytes]", self.fs.open(self.path, "rb"))
         except Exception as error:  # see `refuse_unreachable`
             refuse_unreachable(self.path, error)
+
+    @property
+    def shown(self) -> str:
+        """What messages call it: the path from the working directory where it lies below that."""
+        below = f"{os.getcwd()}/"
+        return self.path.removeprefix(below) if isinstance(self.fs, LocalFileSystem) else self.path
 
     @property
     def size(self) -> int:

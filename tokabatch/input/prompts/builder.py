@@ -19,7 +19,7 @@ from tokabatch.input.prompts.blanking import Blank, Blanking, Span
 from tokabatch.input.prompts.columns import PromptColumns
 from tokabatch.input.prompts.notes import Spelled, describe_prompts
 from tokabatch.input.prompts.sources import SAMPLING_PARAMS, Draft, PromptSource
-from tokabatch.input.rows import Row
+from tokabatch.input.rows import NO_PLACES, Row, RowPlaces
 from tokabatch.input.tokenizer.stop_texts import refuse_special
 from tokabatch.job import GenerationConfig, PromptConfig
 from tokabatch.scheduling.contracts import SamplingParams
@@ -95,7 +95,7 @@ class PromptBuilder:
         """Prompts in which a row's text spelled a special token, encoded as plain text."""
         return self._spelled.rows if self._policy == "text" else 0
 
-    def describe(self, present: Collection[str], rows: int) -> tuple[str, ...]:
+    def describe(self, present: Collection[str], rows: int, places: RowPlaces = NO_PLACES) -> tuple[str, ...]:
         """Sentences on prompts that may not be what their author meant, once all `rows` of the input are built; `present` are
         its columns."""
         described = describe_prompts(
@@ -105,6 +105,7 @@ class PromptBuilder:
             chat=self.chat,
             columns=present,
             special_texts=self._tokenizer.special_texts,
+            places=places,
         )
         whole = self._given is not None and self._given not in present
         of_whole = (f"the input has no column {self._given!r} (prompt.continuations): each row's whole text is scored",)

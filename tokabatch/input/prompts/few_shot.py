@@ -5,12 +5,11 @@ Each example ends with a newline of its own template, or gets a blank line after
 
 from __future__ import annotations
 
-from itertools import chain, islice
-
 from tokabatch.errors import InputError, RowError
 from tokabatch.input.missing import list_columns
 from tokabatch.input.prompts.templates import compile_template
 from tokabatch.input.readers import open_path
+from tokabatch.input.rows import Row, RowPlaces
 
 SEPARATOR = "\n\n"
 
@@ -19,8 +18,13 @@ def render_few_shot(path: str, k: int, template: str) -> str:
     """The joined examples: the first `k` rows of `path`. Raises InputError naming the file and row where one cannot be
     rendered."""
     compiled = compile_template(template, "prompt.few_shot.template")
-    batches = open_path(path, "prompt.few_shot.path").batches(compiled.names)
-    rows = list(islice(chain.from_iterable(batch.rows for batch in batches), k))
+    rows: list[Row] = []
+    begins: list[tuple[int, str]] = []
+    for batch in open_path(path, "prompt.few_shot.path").batches(compiled.names):
+        rows += batch.rows[: k - len(rows)]
+        begins += batch.begins
+        if len(rows) == k:
+            break
     if len(rows) < k:
         raise InputError(f"prompt.few_shot.path {path} holds {len(rows)} rows, but few_shot.k is {k}; lower k")
     examples: list[str] = []
@@ -28,6 +32,6 @@ def render_few_shot(path: str, k: int, template: str) -> str:
         text = row.error or compiled.render(row.columns or {})
         if isinstance(text, RowError):
             columns = f" (the row has the columns {list_columns(row.columns)})" if row.columns is not None else ""
-            raise InputError(f"prompt.few_shot.path {path}, row {row.index}: {text.message}{columns}")
+            raise InputError(f"prompt.few_shot.path {path}, {RowPlaces(begins).name(row.index)}: {text.message}{columns}")
         examples.append(text if text.endswith("\n") else text + SEPARATOR)
     return "".join(examples)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tokabatch.input.missing import list_columns
 from tokabatch.input.prompts.templates import compile_template
+from tokabatch.input.rows import NO_PLACES, RowPlaces
 from tokabatch.job import PromptConfig
 
 SINGLE_BRACES = re.compile(r"(?<![{$\\])\{ ?([A-Za-z_][A-Za-z0-9_]*) ?\}(?!\})")
@@ -26,12 +27,19 @@ class Spelled:
 
 
 def describe_prompts(
-    config: PromptConfig, *, rows: int, spelled: Spelled, chat: bool, columns: Collection[str], special_texts: Collection[str]
+    config: PromptConfig,
+    *,
+    rows: int,
+    spelled: Spelled,
+    chat: bool,
+    columns: Collection[str],
+    special_texts: Collection[str],
+    places: RowPlaces = NO_PLACES,
 ) -> tuple[str, ...]:
     """`chat` says whether texts go through the chat template; `columns` are the input's, of which there are so many `rows`."""
     return (
         *_describe_templates(config, rows, columns),
-        *_describe_markup(config, spelled, chat, special_texts),
+        *_describe_markup(config, spelled, chat, special_texts, places),
     )
 
 
@@ -55,7 +63,9 @@ def _describe_templates(config: PromptConfig, rows: int, columns: Collection[str
             yield f"prompt.{key} has names of columns in single braces, which are plain text; {remedy}"
 
 
-def _describe_markup(config: PromptConfig, spelled: Spelled, chat: bool, special_texts: Collection[str]) -> Iterator[str]:
+def _describe_markup(
+    config: PromptConfig, spelled: Spelled, chat: bool, special_texts: Collection[str], places: RowPlaces
+) -> Iterator[str]:
     """A template that writes chat markup itself, in front of the chat template, and rows that hold special tokens."""
     written = next((text for text in sorted(special_texts) if config.template and text and text in config.template), None)
     if chat and written:
@@ -66,7 +76,7 @@ def _describe_markup(config: PromptConfig, spelled: Spelled, chat: bool, special
     if spelled.first is None:
         return
     row, text = spelled.first
-    found = f"rows that spell special tokens: {spelled.rows:,} (row {row}: {text!r}), taken as"
+    found = f"rows that spell special tokens: {spelled.rows:,} ({places.line(row) or f'row {row}'}: {text!r}), taken as"
     if config.special_tokens == "text":
         whole = " and prompt.chat: false" if chat and not config.messages else ""
         yield f"{found} plain text; if they hold chat markup already, write prompt.special_tokens: allow{whole}"

@@ -34,9 +34,11 @@ class JsonLinesReader:
         """`columns` is ignored: a JSON object is parsed whole."""
         rows: list[Row] = []
         texts: list[bytes] = []
+        begins: list[tuple[int, str]] = []
         held = index = 0
         for file in self.files:
             leading = 0
+            begins.append((index, file.shown))
             for line in _without_trailing_blanks(read_lines(file, self.max_line_bytes)):
                 if line.number == 1 and line.data is not None:
                     line = replace(line, data=line.data.removeprefix(BYTE_ORDER_MARK))
@@ -53,13 +55,13 @@ class JsonLinesReader:
                 held += line.length
                 index += 1
                 if len(rows) >= MAX_BATCH_ROWS or held >= MAX_BATCH_BYTES:
-                    yield RowBatch(rows, texts)
-                    rows, texts, held = [], [], 0
+                    yield RowBatch(rows, texts, begins=begins)
+                    rows, texts, begins, held = [], [], [], 0
         if rows:
-            yield RowBatch(rows, texts)
+            yield RowBatch(rows, texts, begins=begins)
 
     def _row(self, file: InputFile, line: Line, index: int) -> Row:
-        place = f"{file.path} line {line.number} (byte {line.offset})"
+        place = f"{file.shown} line {line.number} (byte {line.offset})"
         if line.data is None:
             limit = self.max_line_bytes
             fault = f"{place}: the line is {line.length} bytes long, the limit is {limit}; is the file JSON Lines?"

@@ -17,7 +17,7 @@ import pyarrow as pa
 from tokabatch.arrays import Int64
 from tokabatch.errors import InputError, RowError
 from tokabatch.input.missing import missing_field
-from tokabatch.input.rows import Row
+from tokabatch.input.rows import NO_PLACES, Row, RowPlaces
 from tokabatch.input.store.disk_arrays import ArraySpool, Texts, TextSpool
 
 NULL = b"\xff"  # no UTF-8 text
@@ -44,7 +44,7 @@ class IdSpool:
         self._digests.append([int.from_bytes(blake2b(text, digest_size=8).digest(), "little") for _, text in good])
         return {row.index: each for row, each in zip(rows, ids, strict=True) if isinstance(each, RowError)}
 
-    def finish(self) -> Texts:
+    def finish(self, places: RowPlaces = NO_PLACES) -> Texts:
         """All ids. Raises InputError with the first ten that occur more than once."""
         texts = self._texts.finish()
         rows, digests = self._rows.finish(), self._digests.finish()
@@ -56,7 +56,11 @@ class IdSpool:
         for row in suspects.tolist():
             text = texts.get(row)
             if text in first and len(twice) < LISTED:
-                twice.append(f"{text.decode()!r} (rows {first[text]} and {row})")
+                twice.append(
+                    f"{text.decode()!r} ({places.line(first[text])} and {places.line(row)})"
+                    if places.begins
+                    else f"{text.decode()!r} (rows {first[text]} and {row})"
+                )
             first.setdefault(text, row)
         if twice:
             raise InputError(

@@ -20,7 +20,7 @@ from tokabatch.errors import InputError, RowError
 from tokabatch.input.prompts.builder import Limits, Prompt, PromptBuilder
 from tokabatch.input.prompts.columns import check_columns, check_first_rows
 from tokabatch.input.readers import open_reader
-from tokabatch.input.rows import Reader, RowBatch
+from tokabatch.input.rows import Reader, RowBatch, RowPlaces
 from tokabatch.input.store.columns import Columns, ColumnSpool, open_column_spool, restore_columns
 from tokabatch.input.store.disk_arrays import ArraySpool, Texts, open_array
 from tokabatch.input.store.identity import IdSpool, read_ids
@@ -63,6 +63,7 @@ class InputStore:
     """Prompts in which a row's text spelled a special token, encoded as plain text."""
     digests: RowDigests
     """Of the rows and their prompts."""
+    places: RowPlaces
     continuations: Continuations | None
     """What is scored behind the prompts, where that is the job."""
     _columns: Columns
@@ -119,6 +120,7 @@ class InputStore:
             "columns": self._columns.state(),
             "ids": self._ids is not None,
             "scores": self.continuations is not None,
+            "begins": self.places.begins,
         }
 
     @classmethod
@@ -139,6 +141,7 @@ class InputStore:
             notes=tuple(state["notes"]),
             hidden_rows=state["hidden_rows"],
             digests=RowDigests.open(folder),
+            places=RowPlaces([(row, name) for row, name in state["begins"]]),
             continuations=_open_given(folder) if state["scores"] else None,
             _columns=columns,
             _ids=Texts.open(folder / _IDS) if state["ids"] else None,
@@ -216,15 +219,20 @@ class _Spools:
         self.names: dict[str, None] = dict.fromkeys(reader.schema.names) if reader.schema is not None else {}
         self.num_rows = 0
         self.any_parsed = False
+        self._begins: list[tuple[int, str]] = []
         self._digests = DigestSpool(folder)
         self._given = _GivenSpool(folder) if job.mode == "score" else None
 
     def append(self, batch: RowBatch, prompts: Sequence[Prompt | RowError]) -> None:
         faults = self._ids.append(batch.rows) if self._ids else {}
         results = [faults.get(row.index, prompt) for row, prompt in zip(batch.rows, prompts, strict=True)]
-        self.errors.update(
-            {row.index: _shortened(each) for row, each in zip(batch.rows, results, strict=True) if isinstance(each, RowError)}
-        )
+        self._begins.extend(batch.begins)
+        places = RowPlaces(self._begins)
+        for row, each in zip(batch.rows, results, strict=True):
+            if isinstance(each, RowError):
+                # A reader's own error says it already.
+                line = places.line(row.index) if row.error is None else ""
+                self.errors[row.index] = _shortened(RowError(each.code, f"{line}: {each.message}") if line else each)
         good = [each if isinstance(each, Prompt) else None for each in results]
         lengths = [0 if each is None else len(each.token_ids) for each in good]
         self._start.append(self._tokens.length + np.cumsum(lengths, dtype=np.int64) - np.asarray(lengths, dtype=np.int64))
@@ -248,7 +256,8 @@ class _Spools:
         self.num_rows += len(batch.rows)
 
     def finish(self, job: Job, builder: PromptBuilder) -> InputStore:
-        ids = self._ids.finish() if self._ids else None
+        places = RowPlaces(tuple(self._begins))
+        ids = self._ids.finish(places) if self._ids else None
         columns = self._columns.finish()
         carried = job.output.columns
         names = [name for name in columns.schema.names if carried == "all" or name in carried]
@@ -262,9 +271,10 @@ class _Spools:
             errors=self.errors,
             column_schema=_selected(columns.schema, names),
             chat=builder.chat,
-            notes=builder.describe(self.names, self.num_rows),
+            notes=builder.describe(self.names, self.num_rows, places),
             hidden_rows=builder.hidden_rows,
             digests=self._digests.finish(),
+            places=places,
             continuations=None if self._given is None else self._given.finish(),
             _columns=columns,
             _ids=ids,
