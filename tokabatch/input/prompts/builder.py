@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MAX_KNOWN_SETTINGS = 1024
 """Settings of rows that are checked once, however many rows have the same."""
+NAMING_TOKENS = frozenset(("logprobs", "stop", "stop_token_ids", "logit_bias", "bad_words"))
+"""The settings of which only the model can tell whether they can be; the job's own have been checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +300,7 @@ class PromptBuilder:
         if settings.get("bad_words") is not None:
             settings = {**settings, "bad_words": self._encode_words(settings["bad_words"])}
         params = self._generation.row_params(settings)
-        if isinstance(params, SamplingParams):
+        if isinstance(params, SamplingParams) and not NAMING_TOKENS.isdisjoint(settings):
             if fault := refuse_beyond(params, self._limits.vocab_size):
                 return RowError("bad_sampling", f"{SAMPLING_PARAMS}.{fault}")
             if fault := refuse_special(params.stop, self._tokenizer.special_texts):
