@@ -181,6 +181,7 @@ class TestRefusedFiles:
         [
             ("generation:\n  max_tokenz: 4", "5: generation.max_tokenz: unknown key; did you mean `max_tokens`?"),
             ("max_tokens: 4", "4: max_tokens: unknown key; did you mean `generation.max_tokens`?"),
+            ("generation: {until: x}", "4: generation.until: unknown key; did you mean `stop`?"),
             ("generatoin: {n: 2}", "4: generatoin: unknown key; did you mean `generation`?"),
             ("engine: {seed: 3}", "4: engine.seed: unknown key; did you mean `generation.seed`?"),
             ("engine: {zzz: 3}", "4: engine.zzz: unknown key; the keys of engine are device, replicas"),
@@ -446,6 +447,8 @@ class TestGeneration:
             ({"n": 0}, "sampling_params.n: got the number 0"),
             ({"top_p": 0.0}, "sampling_params.top_p"),
             ({"max_token": 5}, "sampling_params.max_token: unknown key; did you mean `max_tokens`?"),
+            ({"max_completion_tokens": 5}, "max_completion_tokens: unknown key; did you mean `max_tokens`?"),
+            ({"num_return_sequences": 5}, "num_return_sequences: unknown key; did you mean `n`?"),
             ({"zzz": 5}, "unknown key; the keys here are n, temperature"),
             ({"n": "3", "seed": 1.5}, "sampling_params.n: got the text"),
         ],

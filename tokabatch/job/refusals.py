@@ -18,6 +18,14 @@ from tokabatch.job.keys import accepts_of, field_at, list_keys, section_of
 from tokabatch.job.scalars import write_value
 
 _SHOWN = 60
+_ELSEWHERE = {
+    **dict.fromkeys(("max_completion_tokens", "max_new_tokens", "max_length", "max_output_tokens"), "max_tokens"),
+    **dict.fromkeys(("stop_strings", "stop_sequences", "until"), "stop"),
+    **dict.fromkeys(("num_return_sequences", "num_samples", "best_of"), "n"),
+    **dict.fromkeys(("min_new_tokens", "min_length"), "min_tokens"),
+    **{"top_logprobs": "logprobs", "bad_words_ids": "bad_words", "sequence_bias": "logit_bias", "random_seed": "seed"},
+}
+"""What other tools call settings of ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +115,7 @@ def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details
 
 
 def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path) -> Refusal:
-    word = str(path[-1])
+    word = _ELSEWHERE.get(str(path[-1]), str(path[-1]))
     prefix = dotted(path[:-1])
     if ":" in word:
         return Refusal(path, f"unknown key; write a space behind the colon: `{word.replace(':', ': ', 1)}`")

@@ -239,7 +239,7 @@ def test_equal_settings_are_shared_and_what_only_looks_equal_is_refused(write_ro
 
 
 def test_row_sampling_params(write_rows: Write, ingest_job: Ingest) -> None:
-    given: list[Any] = [None, {"temperature": 0.0, "max_tokens": 7}, {"nosuch": 1}, {"temperature": -1}, "hot", {"n": 3}]
+    given: list[Any] = [None, {"temperature": 0.0, "max_tokens": 7}, {"nosuch": 1}, {"temperature": -1}, "hot", '{"n": 3}']
     path = write_rows(*({"prompt": "x", "sampling_params": value} for value in given), {"prompt": "x"})
     store = ingest_job(path, generation={"n": 2, "temperature": 0.5})
     assert codes(store) == {2: "bad_sampling", 3: "bad_sampling", 4: "bad_sampling"}

@@ -16,6 +16,7 @@ import numpy as np
 from tokabatch.arrays import Int32
 from tokabatch.errors import RowError
 from tokabatch.input.prompts.blanking import Blank, Blanking, Span
+from tokabatch.input.prompts.chat import decoded
 from tokabatch.input.prompts.columns import PromptColumns
 from tokabatch.input.prompts.notes import Spelled, describe_prompts
 from tokabatch.input.prompts.sources import SAMPLING_PARAMS, Draft, PromptSource
@@ -293,7 +294,8 @@ class PromptBuilder:
         return params
 
     def _check_settings(self, given: Any) -> SamplingParams | RowError:
-        """What a row that gives these settings is sampled with."""
+        """What a row that gives these settings, an object or its JSON text, is sampled with."""
+        given = decoded(given)
         if not isinstance(given, Mapping):
             return RowError("bad_sampling", f"{SAMPLING_PARAMS} must be an object of settings, not {type(given).__name__}")
         settings = cast("Mapping[str, Any]", given)
