@@ -22,6 +22,18 @@ def test_a_text_that_the_tokenizer_does_not_spell(tokenizers: dict[str, Tokenize
         describe_stops({text: "generation.stop" for text in ("\n\n", "ä", "Q:", " x ", "\\boxed")}, backend, frozenset()) == ()
     )
 
+    class Prefixing:
+        """A tokenizer that puts a space in front of each text."""
+
+        def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+            return [list(map(ord, " " + text.strip())) for text in texts]
+
+        def decode_batch(self, batch: list[list[int]]) -> list[str]:
+            return ["".join(map(chr, ids)) for ids in batch]
+
+    told = describe_stops({text: "generation.stop" for text in ("Q:", " Q", "a b", "end\n")}, Prefixing(), frozenset())
+    assert [sentence.split(",")[0] for sentence in told] == ["generation.stop holds 'end\\n'"]
+
     class Folding:
         """A tokenizer that knows lower case only."""
 

@@ -14,6 +14,8 @@ from typing import Protocol
 _ESCAPE = re.compile(r"\\([nrt])")
 _MEANT = {"n": "a newline", "r": "a carriage return", "t": "a tab"}
 LISTED = 3
+_BEFORE = "a"
+"""In front of a text, where tokenizers may put a space before the first word or drop one."""
 
 
 class Spells(Protocol):
@@ -39,9 +41,12 @@ def refuse_special(stops: Iterable[str], special_texts: Set[str]) -> str | None:
 def describe_stops(stops: Mapping[str, str], tokenizer: Spells, special_texts: Set[str]) -> tuple[str, ...]:
     """Sentences on stop strings that no sample, or hardly one, will hold; `stops` names for each where it was written."""
     texts = [stop for stop in stops if stop not in special_texts]
-    spelled = tokenizer.decode_batch(tokenizer.encode_batch(texts, add_special_tokens=False))
+    spelled, behind = (
+        tokenizer.decode_batch(tokenizer.encode_batch([before + text for text in texts], add_special_tokens=False))
+        for before in ("", _BEFORE)
+    )
     sentences: list[str] = []
-    for stop, shown in zip(texts, spelled, strict=True):
+    for stop, shown, shown_behind in zip(texts, spelled, behind, strict=True):
         escape = _ESCAPE.search(stop)
         if escape:
             meant = _ESCAPE.sub(lambda found: found[0].encode().decode("unicode_escape"), stop)
@@ -49,7 +54,7 @@ def describe_stops(stops: Mapping[str, str], tokenizer: Spells, special_texts: S
                 f"{stops[stop]} holds '{stop}': a backslash and {escape[1]!r}, as YAML's single quotes keep them; if "
                 f"{_MEANT[escape[1]]} is meant, write {json.dumps(meant, ensure_ascii=False)}, in double quotes"
             )
-        elif shown != stop:
+        elif stop not in shown and stop not in shown_behind:
             sentences.append(
                 f"{stops[stop]} holds {stop!r}, which the tokenizer spells {shown!r}: no sample that it spells so ends there"
             )
