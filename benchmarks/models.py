@@ -6,79 +6,15 @@ than usual, so that greedy outputs depend on the whole context and a wrong mask 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
-
-def llama_1m() -> PretrainedConfig:
-    return LlamaConfig(
-        vocab_size=4096,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        **_COMMON,
-    )
-
-
-def llama_10m() -> PretrainedConfig:
-    return LlamaConfig(
-        vocab_size=8192,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        **_COMMON,
-    )
-
-
-def llama_30m() -> PretrainedConfig:
-    return LlamaConfig(
-        vocab_size=16384,
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=10,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=64,
-        **_COMMON,
-    )
-
-
-def qwen2_20m() -> PretrainedConfig:
-    return Qwen2Config(
-        vocab_size=16384,
-        hidden_size=384,
-        intermediate_size=1152,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        **_COMMON,
-    )
-
-
-def qwen3_25m() -> PretrainedConfig:
-    return Qwen3Config(
-        vocab_size=16384,
-        hidden_size=384,
-        intermediate_size=1152,
-        num_hidden_layers=10,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=64,
-        **_COMMON,
-    )
-
-
-_COMMON = {
+COMMON: Mapping[str, Any] = {
     "max_position_embeddings": 65536,
     "tie_word_embeddings": True,
     "initializer_range": 0.08,
@@ -86,14 +22,29 @@ _COMMON = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-
-SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama-1m": llama_1m,
-    "llama-10m": llama_10m,
-    "llama-30m": llama_30m,
-    "qwen2-20m": qwen2_20m,
-    "qwen3-25m": qwen3_25m,
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+SHAPES: Mapping[str, tuple[str, tuple[int, ...]]] = {
+    "llama-1m": ("llama", (4096, 128, 512, 4, 4, 2, 32)),
+    "llama-10m": ("llama", (8192, 256, 1024, 8, 8, 4, 32)),
+    "llama-30m": ("llama", (16384, 384, 1536, 10, 6, 2, 64)),
+    "qwen2-20m": ("qwen2", (16384, 384, 1152, 8, 6, 2)),
+    "qwen3-25m": ("qwen3", (16384, 384, 1152, 10, 6, 2, 64)),
 }
+"""By name: the family and its sizes, as far as the family has them."""
+
+
+def config_of(shape: str) -> PretrainedConfig:
+    """transformers' configuration."""
+    family, sizes = SHAPES[shape]
+    return AutoConfig.for_model(family, **dict(zip(_SIZES, sizes, strict=False)), **COMMON)
 
 
 def save_random_model(shape: str, folder: Path, dtype: str, seed: int = 0) -> int:
@@ -101,10 +52,10 @@ def save_random_model(shape: str, folder: Path, dtype: str, seed: int = 0) -> in
     Weights are drawn in float32, so another dtype holds the same values. Returns the number of parameters."""
     logging.disable_progress_bar()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.float32)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def vocab_size(shape: str) -> int:
-    return SHAPES[shape]().vocab_size
+    return SHAPES[shape][1][0]

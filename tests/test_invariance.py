@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support import tiny_models, token_device
+from support import tiny_engine, tiny_models, token_device
+from support.tiny_engine import EOS, HEADER, VOCAB
 from transformers import AutoModelForCausalLM
 
 from tokabatch.engine.executor import InProcessExecutor, ProcessExecutor
@@ -25,8 +26,6 @@ from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stop_conditions import StopRules
 
-VOCAB, EOS = 97, 2
-HEADER = [5, 9, 9, 41, 3, 77, 60, 12, 12, 8, 30, 31, 90, 4, 4, 4, 17, 66, 23]
 PROMPTS = [
     [*HEADER, 1],
     [*HEADER, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59],
@@ -62,47 +61,15 @@ def naive(model_folders):
 
 
 def generate(folder, requests: Requests, limits: SchedulerLimits, depth: int, executor=InProcessExecutor):
-    """The whole engine on one replica; completions by (row, sample)."""
-    group = limits.grouping
-    sizes = ReplicaSizes(
-        page_size=limits.page_size,
-        num_pages=limits.num_pages,
-        max_running=limits.max_running,
-        max_step_tokens=limits.max_step_tokens,
-        max_pages_per_sequence=limits.max_pages_per_sequence,
-        min_group=group.min_group if group else 0,
-        min_prefix_pages=group.min_pages if group else 1,
-    )
-    worker = executor(WorkerSpec(folder, read_spec(folder), torch.float64, "cpu", "torch_paged", sizes))
-    worker.start()
-    scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [EOS], VOCAB, None))
-    completions: dict[tuple[int, int], Completion] = {}
-    while not scheduler.done:
-        step = scheduler.schedule() if scheduler.num_in_flight < depth else None
-        if step is not None:
-            worker.submit(step)
-            continue
-        for completion in scheduler.apply(worker.collect()):
-            completions[completion.row_index, completion.sample_index] = completion
-    worker.close()
-    return completions
+    """Completions by (row, sample)."""
+    return tiny_engine.generate(tiny_engine.worker_spec(folder, limits), requests, limits, depth, executor)[0]
 
 
 @st.composite
 def schedules(draw, longest: int, max_samples: int):
-    page_size = draw(st.sampled_from([1, 2, 4, 8, 16]))
-    pages = -(-longest // page_size)
-    max_running = draw(st.integers(1, 12))
-    limits = SchedulerLimits(
-        page_size=page_size,
-        num_pages=pages + 1 + draw(st.sampled_from([0, 1, 3, 10, 100])),
-        max_running=max_running,
-        max_step_tokens=max_running + draw(st.sampled_from([0, 1, 5, 40])),
-        max_pages_per_sequence=pages,
-        grouping=draw(st.sampled_from([None, GroupingLimits(1, 1), GroupingLimits(2, 1), GroupingLimits(3, 2)])),
-    )
+    limits, depth = draw(tiny_engine.schedules(longest))
     order = draw(st.permutations(range(len(PROMPTS))))
-    return limits, draw(st.integers(1, 3)), draw(st.integers(1, max_samples)), list(order)
+    return limits, depth, draw(st.integers(1, max_samples)), list(order)
 
 
 LONGEST = max(map(len, PROMPTS)) + 12

@@ -13,8 +13,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import tiny_models, token_device
+from support import tiny_engine, tiny_models, token_device
 from support.sampling import sampler_inputs
+from support.tiny_engine import EOS, HEADER, VOCAB
 from transformers import (
     AutoModelForCausalLM,
     LogitsProcessor,
@@ -26,18 +27,13 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
-from tokabatch.engine.executor import InProcessExecutor
-from tokabatch.engine.replica_sizes import ReplicaSizes
-from tokabatch.engine.worker import WorkerSpec
-from tokabatch.model.families import family_names, read_spec
+from tokabatch.model.families import family_names
 from tokabatch.model.sampling.sampler import sample
 from tokabatch.scheduling.contracts import Completion, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
-from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stop_conditions import StopRules
+from tokabatch.scheduling.scheduler import SchedulerLimits
 
-VOCAB, EOS, MOST = 97, 2, 12
-HEADER = [5, 9, 9, 41, 3, 77, 60, 12, 12, 8, 30, 31, 90, 4, 4, 4, 17, 66, 23]
+MOST = 12
 PROMPTS = [[*HEADER, 1], [*HEADER, 50, 51, 52, 53], [*HEADER, 50, 51, 52, 70], [*HEADER[:7], 20, 21], [88], HEADER]
 TWO = {"n": 2, "max_tokens": MOST}
 KINDS = [
@@ -115,61 +111,16 @@ def wanted(folders: dict[str, Path]) -> dict[str, dict[tuple[int, int], list[int
 def generate(
     folder: Path, limits: SchedulerLimits, depth: int, losses: Sequence[int] = (), given_later: int = 0
 ) -> dict[tuple[int, int], Completion]:
-    """The samples of all prompts, on a worker that is lost after each of so many steps and started again. The last
-    `given_later` prompts come while the others run."""
-    group = limits.grouping
-    numbers = limits.page_size, limits.num_pages, limits.max_running, limits.max_step_tokens, limits.max_pages_per_sequence
-    sizes = ReplicaSizes(*numbers, group.min_group if group else 0, group.min_pages if group else 1)
-    spec = WorkerSpec(folder, read_spec(folder), torch.float64, "cpu", "torch_paged", sizes, draws=tuple(KINDS))
-    worker = InProcessExecutor(spec)
-    worker.start()
+    """The samples of all prompts; see `tiny_engine.generate`."""
     requests = token_device.make_requests(PROMPTS, KINDS)
     requests = replace(requests, params=requests.row_index.astype(np.int32))
-    stops = StopRules(KINDS, [EOS], VOCAB, None)
-    first = len(PROMPTS) - given_later
-    scheduler = Scheduler(requests.take(np.arange(first)), limits, stops)
-    later = [requests.take(np.arange(first, len(PROMPTS)))] if given_later else []
-    done: dict[tuple[int, int], Completion] = {}
-    steps = 0
-    while not scheduler.done or later:
-        step = scheduler.schedule() if scheduler.num_in_flight < depth else None
-        if step is not None:
-            worker.submit(step)
-            steps += 1
-            if steps == 3 and later:
-                scheduler.extend(later.pop())
-            if steps in losses:
-                scheduler.lost_device()
-                worker = InProcessExecutor(spec)
-                worker.start()
-            continue
-        if not scheduler.num_in_flight and later:
-            scheduler.extend(later.pop())
-            continue
-        for completion in scheduler.apply(worker.collect()):
-            done[completion.row_index, completion.sample_index] = completion
-    return done
-
-
-@st.composite
-def schedules(draw: st.DrawFn) -> tuple[SchedulerLimits, int]:
-    page_size = draw(st.sampled_from([1, 4, 16]))
-    pages = -(-LONGEST // page_size)
-    max_running = draw(st.integers(1, 12))
-    limits = SchedulerLimits(
-        page_size=page_size,
-        num_pages=pages + 1 + draw(st.sampled_from([0, 1, 3, 10, 100])),
-        max_running=max_running,
-        max_step_tokens=max_running + draw(st.sampled_from([0, 1, 5, 40])),
-        max_pages_per_sequence=pages,
-        grouping=draw(st.sampled_from([None, GroupingLimits(1, 1), GroupingLimits(2, 1)])),
-    )
-    return limits, draw(st.integers(1, 3))
+    spec = tiny_engine.worker_spec(folder, limits, KINDS)
+    return tiny_engine.generate(spec, requests, limits, depth, losses=losses, given_later=given_later)[0]
 
 
 @pytest.mark.parametrize("family", family_names())
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(schedules(), st.lists(st.integers(1, 30), max_size=2), st.integers(0, 3))
+@given(tiny_engine.schedules(LONGEST), st.lists(st.integers(1, 30), max_size=2), st.integers(0, 3))
 def test_tokens_equal_the_naive_loop(
     family: str, folders: Any, wanted: Any, schedule: tuple[SchedulerLimits, int], losses: list[int], given_later: int
 ) -> None:

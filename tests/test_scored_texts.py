@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import tiny_models, token_device
+from support import tiny_engine, tiny_models, token_device
 from support.double_precision import load_double
+from support.tiny_engine import EOS, HEADER
 
 from tokabatch.engine.executor import InProcessExecutor
-from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.engine.worker import Worker, WorkerSpec
-from tokabatch.model.families import family_names, read_spec
+from tokabatch.model.families import family_names
 from tokabatch.scheduling.contracts import Completion, Continuations, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
-from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stop_conditions import StopRules
+from tokabatch.scheduling.scheduler import SchedulerLimits
 
-VOCAB, EOS = 97, 2
-HEADER = [5, 9, 9, 41, 3, 77, 60, 12, 12, 8, 30, 31, 90, 4, 4, 4, 17, 66, 23]
 ROWS: list[tuple[list[int], list[list[int]]]] = [
     ([*HEADER, 1], [[7], [8], [9, EOS], [9, 10, 11, 12, 13, 14]]),
     ([*HEADER, 50, 51, 52, 53], [[EOS, 5, 5], [54, 55, 56], [54, 55, 57]]),
@@ -78,41 +76,10 @@ def make_requests(rows: Sequence[tuple[list[int], list[list[int]]]]) -> Any:
 def score(
     folder: Path, limits: SchedulerLimits, depth: int, losses: Sequence[int] = (), given_later: int = 0, worker: Any = None
 ) -> dict[tuple[int, int], Completion]:
-    """All texts, on a worker that is lost after each of so many steps; the last `given_later` prompts come while others run."""
-    group = limits.grouping
-    numbers = limits.page_size, limits.num_pages, limits.max_running, limits.max_step_tokens, limits.max_pages_per_sequence
-    sizes = ReplicaSizes(*numbers, group.min_group if group else 0, group.min_pages if group else 1)
-    spec = WorkerSpec(folder, read_spec(folder), torch.float64, "cpu", "torch_paged", sizes)
-
-    def start() -> InProcessExecutor:
-        executor = InProcessExecutor(spec) if worker is None else InProcessExecutor(spec, lambda spec: worker(spec))
-        executor.start()
-        return executor
-
-    executor, requests, first = start(), make_requests(ROWS), len(ROWS) - given_later
-    scheduler = Scheduler(requests.take(np.arange(first)), limits, StopRules(PARAMS, [EOS], VOCAB, None))
-    later = [requests.take(np.arange(first, len(ROWS)))] if given_later else []
-    done: dict[tuple[int, int], Completion] = {}
-    steps = 0
-    while not scheduler.done or later:
-        step = scheduler.schedule() if scheduler.num_in_flight < depth else None
-        scheduler.check_integrity()
-        if step is not None:
-            executor.submit(step)
-            steps += 1
-            if steps == 3 and later:
-                scheduler.extend(later.pop())
-            if steps in losses:
-                scheduler.lost_device()
-                executor = start()
-            continue
-        if not scheduler.num_in_flight and later:
-            scheduler.extend(later.pop())
-            continue
-        for completion in scheduler.apply(executor.collect()):
-            assert (completion.row_index, completion.sample_index) not in done
-            done[completion.row_index, completion.sample_index] = completion
-    assert scheduler.kv.pool.num_used == 0
+    """All texts; see `tiny_engine.generate`. `worker` takes the place of the executor's own."""
+    make = InProcessExecutor if worker is None else partial(InProcessExecutor, build=worker)
+    spec, requests = tiny_engine.worker_spec(folder, limits), make_requests(ROWS)
+    done, scheduler = tiny_engine.generate(spec, requests, limits, depth, make, losses=losses, given_later=given_later)
     if not losses and not any(completion.error_code for completion in done.values()):
         assert scheduler.counts.output_tokens == sum(len(text) for _, texts in ROWS for text in texts)
     return done
@@ -129,25 +96,9 @@ def assert_right(done: dict[tuple[int, int], Completion], wanted: dict[tuple[int
         np.testing.assert_allclose(completion.logprobs, logprobs, rtol=1e-6)
 
 
-@st.composite
-def schedules(draw: st.DrawFn) -> tuple[SchedulerLimits, int]:
-    page_size = draw(st.sampled_from([1, 4, 16]))
-    pages = -(-LONGEST // page_size)
-    max_running = draw(st.integers(1, 12))
-    limits = SchedulerLimits(
-        page_size=page_size,
-        num_pages=pages + 1 + draw(st.sampled_from([0, 1, 3, 10, 100])),
-        max_running=max_running,
-        max_step_tokens=max_running + draw(st.sampled_from([0, 1, 5, 40])),
-        max_pages_per_sequence=pages,
-        grouping=draw(st.sampled_from([None, GroupingLimits(1, 1), GroupingLimits(2, 1)])),
-    )
-    return limits, draw(st.integers(1, 3))
-
-
 @pytest.mark.parametrize("family", family_names())
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(schedules(), st.lists(st.integers(1, 20), max_size=2), st.integers(0, 3))
+@given(tiny_engine.schedules(LONGEST), st.lists(st.integers(1, 20), max_size=2), st.integers(0, 3))
 def test_scores_are_those_of_transformers(
     family: str, folders: Any, wanted: Any, schedule: tuple[SchedulerLimits, int], losses: list[int], given_later: int
 ) -> None:

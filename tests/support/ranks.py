@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from support import token_device
-from tokabatch.engine.replica_sizes import ReplicaSizes
-from tokabatch.engine.worker import Worker, WorkerSpec
+from support import tiny_engine, token_device
+from tokabatch.engine.worker import Worker
 from tokabatch.model.families import read_spec
 from tokabatch.model.scattering import Scattering
 from tokabatch.parallel.mesh import Mesh, Place
@@ -86,22 +85,12 @@ class TinyJob:
 def run(mesh: Mesh, job: TinyJob) -> dict[tuple[int, int], Completion]:
     """The whole job on this mesh, in float64. Every rank schedules for itself, by the results that the last stage tells."""
     limits = replace(job.limits, stages=mesh.pipeline_size)
-    grouping = limits.grouping
-    sizes = ReplicaSizes(
-        page_size=limits.page_size,
-        num_pages=limits.num_pages,
-        max_running=limits.max_running,
-        max_step_tokens=limits.max_step_tokens,
-        max_pages_per_sequence=limits.max_pages_per_sequence,
-        min_group=grouping.min_group if grouping else 0,
-        min_prefix_pages=grouping.min_pages if grouping else 1,
-    )
-    spec = read_spec(job.folder)
-    worker = Worker.build(WorkerSpec(job.folder, spec, torch.float64, "cpu", "torch_paged", sizes), mesh)
+    worker = Worker.build(tiny_engine.worker_spec(job.folder, limits), mesh)
     if job.scatter_from is not None and mesh.tensor_size > 1:
         worker._decoder.scattering = Scattering(mesh, {job.scatter_from: frozenset()})
     requests = token_device.make_requests(job.prompts, job.params)
-    scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [job.eos], spec.vocab_size, None))
+    vocab_size = read_spec(job.folder).vocab_size
+    scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [job.eos], vocab_size, None))
     launched, done = deque(), {}
     while not scheduler.done:
         step = scheduler.schedule() if scheduler.num_in_flight < job.depth + mesh.pipeline_size - 1 else None
