@@ -315,6 +315,7 @@ class TestQuickstart:
     def test_status(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
         done = tokabatch("status", finished[0])
         assert done.returncode == 0 and re.search(r"state +complete", done.stdout) and re.search(r"ok +4\n", done.stdout)
+        assert re.search(r"started +20\d\d-\d\d-\d\d \d\d:", done.stdout) and re.search(r"input .*\.jsonl\n", done.stdout)
 
     @pytest.mark.parametrize(("nested", "lines"), [((), 4), (("--nested",), 2)])
     def test_export(
@@ -349,6 +350,7 @@ class TestQuickstart:
     def test_verify_reads_it_back(self, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
         done = tokabatch("check", finished[0])
         assert done.returncode == 0 and re.search(r"result +complete\n", done.stdout) and re.search(r"ok +4\n", done.stdout)
+        assert re.search(r"started +20\d\d-\d\d-\d\d \d\d:", done.stdout) and re.search(r"input .*\.jsonl\n", done.stdout)
         shutil.copytree(finished[0], tmp_path / "copy")
         (tmp_path / "copy" / "data" / "part-00000.parquet").write_bytes(b"")
         done = tokabatch("check", tmp_path / "copy")

@@ -336,7 +336,7 @@ def profile(
     """
     fitted = _load("tokabatch.forecast.predict").profile_run(out, to, device)
     terms = zip(_load("tokabatch.forecast.profile").TERMS, fitted.coefficients, strict=True)
-    _print_note(f"{to}: " + ", ".join(f"{name} {value:.3g}" for name, value in terms))
+    _print_note(_load("tokabatch.report.summary").profile_sections(str(to), dict(terms)))
 
 
 @app.command(cls=_Command)
@@ -350,7 +350,8 @@ def status(out: OutArgument) -> None:
       tokabatch status out/quickstart
     """
     found = _read_state(out)
-    values = {**asdict(found), "pending": found.pending}
+    first = ("state", "started", "model", "input")
+    values = {**{name: getattr(found, name) for name in first}, **asdict(found), "pending": found.pending}
     pace = _load("tokabatch.output.status").read_pace(out, time.time()) if found.state == "running" else None
     summary = _load("tokabatch.report.summary")
     sections = summary.status_sections(values, pace and asdict(pace))

@@ -40,6 +40,11 @@ class Status:
     bytes: int
     correct: int | None
     """Samples found correct; None where the job does not verify."""
+    started: str | None = None
+    """When the run was first started, in the local time of then."""
+    model: str | None = None
+    input: str | None = None
+    """Of the job, as it says them."""
 
     @property
     def committed(self) -> int:
@@ -161,6 +166,9 @@ def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
         shards=len(shards),
         bytes=sum(shard.bytes for shard in shards),
         correct=correct,
+        started=manifest and manifest.started.replace("T", " "),
+        model=manifest and manifest.job.get("model", {}).get("path"),
+        input=manifest and manifest.job.get("input", {}).get("path"),
     )
     return status, shards
 

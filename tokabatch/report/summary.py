@@ -358,6 +358,25 @@ def _pace(pace: Mapping[str, float | None]) -> list[tuple[str, str]]:
     return rows
 
 
+_PER_UNIT = {"step": "each step", "sequences": "each running sample of it", "groups": "each group with a shared prefix"}
+_OPERATORS = {
+    "dense": "matrix products of the layers",
+    "logits": "logits and sampling",
+    "elementwise": "norms and activations",
+    "prefix": "attention to shared prefixes",
+    "prefill": "attention of prompt tokens",
+    "decode": "attention of output tokens",
+}
+
+
+def profile_sections(file: str, terms: Mapping[str, float]) -> tuple[Section, ...]:
+    """A fitted cost model, written to `file`: seconds of overhead, and how many times its theoretical minimum each operator
+    takes."""
+    rows = [(unit, f"{terms[name] * 1000:.3g} ms") for name, unit in _PER_UNIT.items()]
+    rows += [(what, f"{terms[name]:.3g} times the theoretical minimum") for name, what in _OPERATORS.items()]
+    return (Section("Cost model", (("file", file), *rows)),)
+
+
 def check_sections(facts: Mapping[str, int | str], faults: Sequence[tuple[str, str]]) -> tuple[Section, ...]:
     """What reading a folder back found; `faults` are files and what is wrong with them."""
     rows = tuple((name, _count(value) if isinstance(value, int) else value) for name, value in facts.items())
