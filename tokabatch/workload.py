@@ -40,7 +40,7 @@ from tokabatch.model.resolve import resolve_model
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import named_dtype, resolve_dtype
 from tokabatch.output.reasoning import ReasoningTags, choose_tags
-from tokabatch.output.schema import FailedRow, output_schema, verdict_fields
+from tokabatch.output.schema import FailedRow, input_names, output_schema, verdict_fields
 from tokabatch.output.shards import refuse_unwritable
 from tokabatch.parallel.layout import Layout, decide_layout, visible_devices
 from tokabatch.parallel.mesh import Mesh
@@ -210,6 +210,7 @@ def prepare(
         scored=job.mode == "score",
     )
     refuse_unwritable(schema)
+    renamed = [f"{source} as {name}" for name, source in input_names(schema).items() if source != name]
     everything = np.arange(generation.n, dtype=np.int32)
     return Workload(
         **vars(model),
@@ -225,6 +226,11 @@ def prepare(
             *((ends.note,) if ends.note else ()),
             *describe_ignored(model.folder, job, model.settings),
             *store.notes,
+            *(
+                (f"columns of the input with names of the output's own are written as others: {', '.join(renamed)}",)
+                if renamed
+                else ()
+            ),
             *(() if pool is None or taken_over else _reference_notes(store, pool, job.verify.answer if job.verify else None)),
             *describe_stops(_stops(store, generation), tokenizer, tokenizer.special_texts),
         ),

@@ -18,6 +18,7 @@ from tokabatch.output.schema import (
     FailedRow,
     build_table,
     cut_at_stop,
+    input_names,
     output_schema,
     sample_keys,
     text_token_ids,
@@ -84,25 +85,26 @@ def test_only_the_chosen_columns_follow_in_the_order_of_the_input() -> None:
     assert output_schema(INPUTS, columns=[]).names[-1] == "error_message"
 
 
-def test_a_clash_is_refused_with_the_columns_to_list() -> None:
-    inputs = pa.schema([("text", pa.string()), ("question", pa.string()), ("status", pa.string())])
-    with pytest.raises(OutputError, match=r"columns named text, status.*output\.columns=\[question\]"):
-        output_schema(inputs)
-    assert output_schema(inputs, columns=["question"]).names[-1] == "question"
+def test_a_column_that_has_a_name_of_ours_gets_another() -> None:
+    names = ["text", "question", "status", "input_status"]
+    schema = output_schema(pa.schema([(name, pa.string()) for name in names]))
+    renamed = ["input_text", "question", "input_input_status", "input_status"]
+    assert schema.names[-4:] == renamed and input_names(schema) == dict(zip(renamed, names, strict=True))
+    # As it is found in a file, it stays what it is.
+    again = output_schema(pa.schema([schema.field(name) for name in renamed]))
+    assert input_names(again) == input_names(schema)
 
 
-def test_correct_clashes_only_where_the_job_verifies() -> None:
+def test_correct_is_ours_only_where_the_job_verifies() -> None:
     inputs = pa.schema([("correct", pa.string())])
     assert output_schema(inputs).field("correct").type == pa.string()
-    with pytest.raises(OutputError, match="a column named correct"):
-        output_schema(inputs, verdicts=VERDICT_FIELDS)
+    assert input_names(output_schema(inputs, verdicts=VERDICT_FIELDS)) == {"input_correct": "correct"}
 
 
 def test_the_id_column_may_be_called_id() -> None:
     inputs = pa.schema([("id", pa.int64()), ("question", pa.string())])
-    assert output_schema(inputs, id_column="id").names.count("id") == 1
-    with pytest.raises(OutputError, match="a column named id"):
-        output_schema(inputs, id_column="question")
+    assert input_names(output_schema(inputs, id_column="id")) == {"question": "question"}
+    assert input_names(output_schema(inputs, id_column="question")) == {"input_id": "id", "question": "question"}
 
 
 def test_an_unknown_column_names_the_nearest() -> None:

@@ -163,9 +163,6 @@ def test_refusals(rows: Path, judge: Path, tmp_path: Path) -> None:
         score(out, ["verify={kind: exact, answer: answer}"])
     with pytest.raises(JobError, match="cannot be loaded"):
         score(out, ["verify.kind=./none.py"])
-    judge.write_text("COLUMNS = {'question': str}\ndef verify(text, row): return True")
-    with pytest.raises(OutputError, match="a column named question"):
-        score(out, [f"verify.kind={judge}"])
     with Claim(out), pytest.raises(OutputError, match="another run is writing"):
         score(out, [f"verify.kind={judge}"])
     assert check(out).exit_code == 0
@@ -211,3 +208,34 @@ def test_beside_a_run_the_verdicts_go_into_a_file(rows: Path, judge: Path, tmp_p
     for wrong in (tmp_path / "verdicts.csv", out / "data" / "x.parquet", tmp_path / "no" / "x.parquet"):
         with pytest.raises(OutputError, match=r"--to .*name a file"):
             score_to(out, wrong, overrides)
+
+
+def test_columns_of_the_input_with_names_of_ours_go_all_the_way(tmp_path: Path) -> None:
+    """To the prompt and the judge under their own names, to the output as `input_text` and so on; also when further rows change
+    their types, and when a judge takes one more name."""
+    rows, out, judge = tmp_path / "rows.jsonl", tmp_path / "out", tmp_path / "judge.py"
+    row = {"text": "a question", "id": "x", "status": 1, "level": 3}
+    rows.write_text(json.dumps(row) + "\n")
+    judge.write_text(
+        "def verify(text, row): return row['text'] == 'a question' and row['id'] == 'x' and 'input_text' not in row\n"
+    )
+    changes: dict[str, Any] = {"prompt": {"template": "{{ text }} {{ id }}"}, "verify": {"kind": str(judge)}}
+    assert scripted_run(rows, out, **changes).pass_at_k == {1: 1.0, 2: 1.0}
+    rows.write_text(json.dumps(row) + "\n" + json.dumps({**row, "status": "new"}) + "\n")
+    assert scripted_run(rows, out, **changes).pass_at_k == {1: 1.0, 2: 1.0}
+    found = pq.read_table(out / "data")
+    assert found["input_text"].to_pylist() == ["a question"] * 4 and found["status"].to_pylist() == ["ok"] * 4
+    assert found["input_status"].to_pylist() == ["1", "1", '"new"', '"new"'] and found["level"].to_pylist() == [3] * 4
+    judge.write_text(
+        "COLUMNS = {'level': str}\n"
+        "def verify(text, row): return {'score': (row['level'], row['id']) == (3, 'x'), 'level': 'b'}\n"
+    )
+    scored = score(out, ["verify.kind=" + str(judge)])
+    assert (scored.judged, scored.reasons) == (4, {})
+    found = pq.read_table(out / "data")
+    assert (
+        found["input_level"].to_pylist() == [3] * 4
+        and found["level"].to_pylist() == ["b"] * 4
+        and all(found["correct"].to_pylist())
+    )
+    assert scripted_run(rows, out, **changes).ok == 4 and check(out).exit_code == 0

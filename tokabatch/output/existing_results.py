@@ -22,7 +22,7 @@ from tokabatch.errors import OutputError
 from tokabatch.input.store.json_types import JSON_TEXTS_KEY
 from tokabatch.output.folder import Claim, OutputFolder
 from tokabatch.output.journal import Shard
-from tokabatch.output.schema import SAMPLE_SCHEMA
+from tokabatch.output.schema import SAMPLE_SCHEMA, input_names
 from tokabatch.output.shards import count_ok, open_shard, read_groups, record_commit, write_shard
 from tokabatch.scheduling.contracts import Drawn
 from tokabatch.storage.listing import ListedFile
@@ -166,8 +166,8 @@ def fit_columns(claim: Claim, files: Sequence[ListedFile], schema: pa.Schema, co
 def _fitted(file: ListedFile, schema: pa.Schema, columns: Callable[[Int64], pa.Table]) -> Iterator[pa.Table]:
     for table in read_groups(file, None):
         inputs = columns(table["row_index"].to_numpy())
-        taken = {name for name in inputs.column_names if name not in SAMPLE_SCHEMA.names}
-        arrays = [(inputs if field.name in taken else table)[field.name] for field in schema]
+        sources = input_names(schema)
+        arrays = [inputs[sources[field.name]] if field.name in sources else table[field.name] for field in schema]
         yield pa.Table.from_arrays([array.cast(field.type) for array, field in zip(arrays, schema, strict=True)], schema=schema)
 
 

@@ -74,6 +74,10 @@ SCORE_FIELDS = tuple(
 """Follow in a job that scores given texts, whose log-probability is the column `cumulative_logprob`."""
 
 
+_INPUT, _SOURCE = "input_", b"tokabatch.input"
+"""In front of the name of an input column that is one of ours; and in the metadata of its field, what the input calls it."""
+
+
 @dataclass(frozen=True, slots=True)
 class FailedRow:
     """A row that was never sampled. It takes an error row for each of `samples`, so that rows x n = ok + error holds."""
@@ -99,8 +103,8 @@ def output_schema(
     """Our columns, `verdicts` among them, REASONING_FIELDS where texts are split and SCORE_FIELDS where they are scored, then
     those of the input that `columns` names, in the input's order.
 
-    An input column `id` that is the id column is not repeated: our `id` carries it. Raises OutputError for a column that
-    the input does not have and for a name that is ours.
+    An input column `id` that is the id column is not repeated: our `id` carries it. One whose name is ours, such as `text`, is
+    called `input_text`. Raises OutputError for a column that the input does not have.
     """
     ours = [*SAMPLE_SCHEMA, *(SCORE_FIELDS if scored else ()), *(REASONING_FIELDS if reasoning else ()), *verdicts]
     own_names = {field.name for field in ours}
@@ -112,14 +116,15 @@ def output_schema(
                 raise OutputError(f"output.columns names {name!r}, which the input does not have; {hint}")
     chosen = [field for field in inputs if columns == "all" or field.name in columns]
     chosen = [field for field in chosen if not (field.name == "id" == id_column)]
-    clashes = [field.name for field in chosen if field.name in own_names]
-    if clashes:
-        keep = [field.name for field in chosen if field.name not in own_names]
-        raise OutputError(
-            f"the input has {'a column' if len(clashes) == 1 else 'columns'} named {', '.join(clashes)}, "
-            "which the output uses itself. Rename in the input, or leave out of the output with "
-            f"output.columns=[{', '.join(keep)}]."
-        )
+    taken = own_names | {field.name for field in chosen}
+    for place, field in enumerate(chosen):
+        if field.name in own_names:
+            name = f"{_INPUT}{field.name}"
+            while name in taken:
+                name = f"{_INPUT}{name}"
+            taken.add(name)
+            source = (field.metadata or {}).get(_SOURCE, field.name.encode())
+            chosen[place] = field.with_name(name).with_metadata({**(field.metadata or {}), _SOURCE: source})
     return pa.schema(ours + chosen, metadata={**(inputs.metadata or {}), **(SAMPLE_SCHEMA.metadata or {})})
 
 
@@ -134,6 +139,16 @@ def own_names(schema: pa.Schema) -> list[str]:
     marked = [field.name for field in schema if b"tokabatch.column" in (field.metadata or {})]
     known = dict.fromkeys((*SAMPLE_SCHEMA.names, *marked, *verdict_names(schema)))
     return [name for name in known if name in schema.names]
+
+
+def input_names(schema: pa.Schema) -> dict[str, str]:
+    """The columns of `schema` that are the input's, each with its name there."""
+    own = set(own_names(schema))
+    return {
+        field.name: (field.metadata or {}).get(_SOURCE, field.name.encode()).decode()
+        for field in schema
+        if field.name not in own
+    }
 
 
 def verdict_names(schema: pa.Schema) -> list[str]:
@@ -228,8 +243,9 @@ def build_table(
         own["is_greedy"] = lambda: of_good([c.score and c.score.greedy for c in completions])
         own["perplexity"] = lambda: of_good([_perplexity(c) for c in completions])
     arrays: list[pa.Array | pa.ChunkedArray] = []
+    sources = input_names(schema)
     for field in schema:
-        values = own[field.name]() if field.name in own else columns[field.name]
+        values = own[field.name]() if field.name in own else columns[sources[field.name]]
         made = values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values, field.type)
         arrays.append(made if made.type == field.type else made.cast(field.type))
     return pa.Table.from_arrays(arrays, schema=schema)

@@ -32,6 +32,7 @@ from tokabatch.output.schema import (
     build_piecemeal,
     build_table,
     cut_at_stop,
+    input_names,
     key_table,
     mended,
     sample_keys,
@@ -308,7 +309,8 @@ class Recorder:
         """`schema` is the output's, or a part of it."""
         completions = [each.completion for each in finished]
         rows, _ = sample_keys(completions, failures)
-        columns = self._store.columns(rows, [name for name in self._store.column_schema.names if name in schema.names])
+        wanted = set(input_names(schema).values())
+        columns = self._store.columns(rows, [name for name in self._store.column_schema.names if name in wanted])
         texts = [""] * len(completions)
         split = self._tags is not None and not {"reasoning_text", "answer_text"}.isdisjoint(schema.names)
         if "text" in schema.names or split:

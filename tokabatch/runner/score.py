@@ -34,7 +34,15 @@ from tokabatch.output.manifest import (
     write_summary,
 )
 from tokabatch.output.remedy import refuse_faults, refuse_unrecorded, repair_command
-from tokabatch.output.schema import SAMPLE_SCHEMA, SCORE_FIELDS, output_schema, own_names, verdict_fields, verdict_names
+from tokabatch.output.schema import (
+    SAMPLE_SCHEMA,
+    SCORE_FIELDS,
+    input_names,
+    output_schema,
+    own_names,
+    verdict_fields,
+    verdict_names,
+)
 from tokabatch.output.shards import PARQUET_OPTIONS, count_ok, open_shard, read_groups, shard_number
 from tokabatch.report.run_estimates import read_estimates
 from tokabatch.runner.interruption import Interruption
@@ -89,7 +97,7 @@ def score(
             fingerprint = replace(manifest.fingerprint, settings={**settings, **verify_settings(job.verify)})
             manifest = replace(manifest, fingerprint=fingerprint, job={**manifest.job, "verify": job.to_dict()["verify"]})
             files = [file for _, file in found.good]
-            _check_columns(files, own, job)
+            _check_columns(files, job)
             left = [file for file in files if not _is_judged(file, manifest)]
             try:
                 return _rejudge(claim, manifest, job, found.good, left, own, pool, tell, stop)
@@ -122,7 +130,7 @@ def score_to(
 
         def judge() -> pa.Table:
             files = recorded_shards(folder, manifest)
-            _check_columns(files, own, job)
+            _check_columns(files, job)
             names = [*("id", "row_index", "sample_index", "status"), *(field.name for field in own)]
             parts = [table.select(names) for file in files for table in judge_again(file, own, pool, stop.check)]
             return pa.concat_tables(parts) if parts else SAMPLE_SCHEMA.empty_table().select(names[:4])
@@ -203,10 +211,10 @@ def judge_again(
     """The samples of a shard with new verdicts, in pieces. `check` is called now and then, and may raise."""
     for table in read_groups(file, None):
         before = verdict_names(table.schema)
-        ours = own_names(table.schema)
-        inputs = [name for name in table.column_names if name not in ours]
+        ours, sources = own_names(table.schema), input_names(table.schema)
+        inputs = list(sources)
         judged = "answer_text" if "answer_text" in ours else "text"
-        rows = table.select(inputs).to_pylist() if inputs else [{}] * table.num_rows
+        rows = table.select(inputs).rename_columns(list(sources.values())).to_pylist() if inputs else [{}] * table.num_rows
         ids = table["id"].to_pylist()
         good = [status == "ok" for status in table["status"].to_pylist()]
         texts = [(text or "") if ok else None for text, ok in zip(table[judged].to_pylist(), good, strict=True)]
@@ -223,20 +231,20 @@ def judge_again(
         kept = pa.schema([table.schema.field(name) for name in inputs], table.schema.metadata)
         schema = output_schema(kept, verdicts=own, reasoning=judged == "answer_text", scored=SCORE_FIELDS[0].name in ours)
         told = verdict_columns([ticket and ticket.verdict for ticket in tickets], [field.name for field in own])
-        columns = {name: table[name] for name in table.column_names if name not in before}
+        columns = {name: table[name] for name in ours if name not in before}
         columns |= {field.name: pa.array(told[field.name], field.type) for field in own}
-        yield pa.Table.from_arrays([columns[field.name] for field in schema], schema=schema)
+        # The input's stand last and in their order; one may have another name, where a judge has a column of its name now.
+        arrays = [columns[field.name] for field in list(schema)[: len(schema) - len(inputs)]]
+        yield pa.Table.from_arrays([*arrays, *(table[name] for name in inputs)], schema=schema)
 
 
-def _check_columns(files: Sequence[ListedFile], own: Sequence[pa.Field[Any]], job: Job) -> None:
-    """Raises OutputError where the judge's columns cannot stand beside the input's, or the reference is not in the output."""
+def _check_columns(files: Sequence[ListedFile], job: Job) -> None:
+    """Raises OutputError where the reference is not in the output."""
     for file in files[:1]:
         with open_shard(file) as parquet:
             found = parquet.schema_arrow
-        inputs = [field for field in found if field.name not in own_names(found)]
-        output_schema(pa.schema(inputs), verdicts=own)
         answer = job.verify.answer if job.verify else None
-        names = ["id", *(field.name for field in inputs)]
+        names = ["id", *input_names(found).values()]
         if answer is not None and answer not in names:
             raise OutputError(
                 f"verify.answer: the output carries no column {answer!r} (see output.columns); it has {', '.join(names)}"
