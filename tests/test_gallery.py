@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tokabatch import Job, RunSummary, plan, run
+from tokabatch.batch.results import write_results
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -24,6 +25,7 @@ RUNS = {
     "code": (),
     "multiple_choice": (CHAT,),
     "own_data": (CHAT,),
+    "openai_batch": (CHAT,),
     "scoring": ("generation=null",),
     "gsm8k": ("input.path=jobs/quickstart/problems.jsonl", "generation.n=2"),
     "quickstart": ("generation.n=2",),
@@ -81,6 +83,18 @@ def test_rows_with_settings_of_their_own(tmp_path: Path) -> None:
     _, samples = complete("own_data", tmp_path / "out")
     assert [sample["id"] for sample in samples] == ["colour"] * 4 + ["capital", "count"]
     assert [sample["hint"] for sample in samples[3:]] == ["not blue", None, None] and "name" not in samples[0]
+
+
+def test_requests_of_a_batch_file(tmp_path: Path) -> None:
+    _, samples = complete("openai_batch", tmp_path / "out")
+    assert [sample["custom_id"] for sample in samples] == ["capital", *["colours"] * 3, "texts"]
+    job = Job.load("jobs/openai_batch.yaml", *SMALL, CHAT, f"output.path={tmp_path / 'all'}", "input.limit=null")
+    assert (run(job).ok, run(job).exit_code) == (6, 0)
+    written = write_results(tmp_path / "all", tmp_path / "results.jsonl")
+    assert (written.results, written.errors) == (3, 1)
+    results = [json.loads(line)["response"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [len(response["body"]["choices"]) for response in results] == [1, 3, 2]
+    assert '"param":"modalities"' in (tmp_path / "results.errors.jsonl").read_text()
 
 
 def test_scoring(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ Examples
   tokabatch check out/quickstart                          read every file back and count
   tokabatch export out/quickstart --to samples.jsonl      one file, ordered by row and sample
   tokabatch errors out/quickstart                         which rows became error rows, and why
+  tokabatch batch requests.jsonl --model M --to results.jsonl   answer a batch file of OpenAI's API
 
 \b
 Exit codes
@@ -223,20 +224,46 @@ def run(
       tokabatch run jobs/quickstart.yaml --overwrite          delete the results, begin again
     """
     with _stop_on_signals() as stop, _checked_job(job, overrides) as loaded:
-        runner = _load("tokabatch.runner.run")
-        try:
-            with _load("tokabatch.report.progress").open_progress(quiet) as progress:
-                summary: RunSummary = runner.run(
-                    loaded, progress, stop, overwrite=overwrite, retry_errors=retry_errors, repair=repair
-                )
-        except Stopped as stopped:
-            print(stopped, file=sys.stderr)
-            raise typer.Exit(stopped.exit_code) from None
-    sections = _load("tokabatch.report.summary").run_sections(summary, verbose)
-    closing, out = _load("tokabatch.report.closing"), Path(loaded.output.path)
-    _print_note((*sections, *closing.closing_sections(out, summary)))
-    # A terminal's tables end in an empty line already.
-    _print_note(("" if sys.stdout.isatty() else "\n") + closing.next_steps(out, summary))
+        summary = _run(loaded, stop, quiet, overwrite=overwrite, retry_errors=retry_errors, repair=repair)
+    _print_summary(loaded, summary, verbose)
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command(cls=_Command)
+def batch(
+    requests: Annotated[
+        str, typer.Argument(metavar="REQUESTS.jsonl", help="A batch file of OpenAI's API; its path.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="As model.path in a job file.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", metavar="RESULTS.jsonl", help="File of the results.", show_default=False)],
+    overrides: OverridesArgument = None,
+    errors: Annotated[
+        Path | None,
+        typer.Option("--errors", metavar="FILE", help="File of the errors; default: RESULTS.errors.jsonl.", show_default=False),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only messages and the summary.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="In the summary, the figures of scheduler and engine, too.")
+    ] = False,
+) -> None:
+    """Answer a batch file of OpenAI's API: chat and completions requests in, files of results and errors out.
+
+    The run is an ordinary one, in the folder RESULTS.jsonl.run (output.path): whatever ended it, the same command computes the
+    missing answers. The files are written when all of them are there. Whatever model the requests name, MODEL answers.
+
+    \b
+    Examples
+      tokabatch batch requests.jsonl --model Qwen/Qwen3-0.6B --to results.jsonl
+      tokabatch batch requests.jsonl --model jobs/quickstart --to results.jsonl generation.max_tokens=200
+    """
+    batches = _load("tokabatch.batch.job")
+    with _stop_on_signals() as stop:
+        loaded = batches.batch_job(requests, model, to, errors, overrides or ())
+        _load("tokabatch.precheck").refuse_early(loaded)
+        summary = _run(loaded, stop, quiet)
+    _print_summary(loaded, summary, verbose)
+    if not summary.pending:
+        _print_note(_write_batch(Path(loaded.output.path), to, errors))
     raise typer.Exit(summary.exit_code)
 
 
@@ -490,8 +517,19 @@ def export(
         str | None,
         typer.Option("--where", metavar="correct|wrong|ok|error", help="Only samples that are so.", show_default=False),
     ] = None,
+    form: Annotated[
+        str, typer.Option("--format", metavar="samples|openai", help="openai: the results and errors files of a batch file.")
+    ] = "samples",
+    errors: Annotated[
+        Path | None,
+        typer.Option(
+            "--errors", metavar="FILE", help="With --format openai; default: RESULTS.errors.jsonl.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Write a run's samples into one file, ordered by row and sample.
+
+    The run of a batch file of OpenAI's API also has its files of results and errors, one line a request: --format openai.
 
     \b
     Examples
@@ -499,7 +537,17 @@ def export(
       tokabatch export out/quickstart --to rows.jsonl --nested
       tokabatch export out/quickstart --to right.csv --columns question,text --where correct
       tokabatch export out/quickstart --to - --columns id,text | head
+      tokabatch export out/openai_batch --to results.jsonl --format openai
     """
+    if form not in ("samples", "openai"):
+        raise UsageError(f"--format {form}: accepts samples or openai")
+    if form == "openai":
+        if nested or columns is not None or where is not None:
+            raise UsageError("--nested, --columns and --where are of --format samples; leave them out")
+        _print_note(_write_batch(out, to, errors))
+        return
+    if errors is not None:
+        raise UsageError("--errors belongs to --format openai; add it")
     if where not in (None, "correct", "wrong", "ok", "error"):
         raise UsageError(f"--where {where}: accepts correct, wrong, ok or error")
     exporter = _load("tokabatch.output.export")
@@ -555,6 +603,38 @@ def _checked_job(path: Path, overrides: list[str] | None) -> Generator[Job, None
     except UsageError as error:
         key = next((key for kind, key in _KEY_OF.items() if isinstance(error, kind)), "")
         raise type(error)(written.locate(str(error), key)) from error
+
+
+def _run(job: Any, stop: Interruption, quiet: bool, **reuse: bool) -> RunSummary:
+    """Run a job with its progress shown. Exits where it was stopped before it began."""
+    runner = _load("tokabatch.runner.run")
+    try:
+        with _load("tokabatch.report.progress").open_progress(quiet) as progress:
+            return runner.run(job, progress, stop, **reuse)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(stopped.exit_code) from None
+
+
+def _print_summary(job: Any, summary: RunSummary, verbose: bool) -> None:
+    sections = _load("tokabatch.report.summary").run_sections(summary, verbose)
+    closing, out = _load("tokabatch.report.closing"), Path(job.output.path)
+    _print_note((*sections, *closing.closing_sections(out, summary)))
+    # A terminal's tables end in an empty line already.
+    _print_note(("" if sys.stdout.isatty() else "\n") + closing.next_steps(out, summary))
+
+
+def _write_batch(out: Path, to: Path, errors: Path | None) -> str:
+    """Write the results and errors files of a batch file's run; what to say of them."""
+    results = _load("tokabatch.batch.results")
+    with _stop_on_signals("taking away what is unfinished") as stop:
+        try:
+            with stop.at_once():
+                written = results.write_results(out, to, errors)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise typer.Exit(stopped.exit_code) from None
+    return results.describe(written, to, errors)
 
 
 def _read_state(out: Path) -> Any:

@@ -11,9 +11,10 @@ from itertools import islice
 from pathlib import Path
 
 from tokabatch.errors import JobError
+from tokabatch.input.batch_files import open_rows, settle_format
 from tokabatch.input.prompts.columns import PromptColumns, check_columns, check_first_rows
 from tokabatch.input.prompts.few_shot import render_few_shot
-from tokabatch.input.readers import list_local_files, open_reader
+from tokabatch.input.readers import list_local_files
 from tokabatch.job import Job, verifier_path
 from tokabatch.model.families import read_spec
 from tokabatch.model.resolve import resolve_model
@@ -39,13 +40,14 @@ def refuse_early(job: Job) -> None:
     files = list_local_files(job.input)
     if files is None or len(files) > _MOST_FILES:
         return
-    reader = open_reader(job.input)
+    job = settle_format(job)
+    reader = open_rows(job.input)
     if reader.schema is not None:
         check_columns(job, columns, reader.schema.names)
         return
     batches = list(islice(reader.batches(), 2))
     rows = [row for batch in batches[:1] for row in batch.rows][: job.input.limit]
-    names = {name for row in rows if row.columns is not None for name in row.columns}
+    names = {name for row in rows if row.error is None for name in (*(row.columns or ()), *row.prompt_columns)}
     if not names:
         return
     if len(batches) == 1 or len(rows) == job.input.limit:

@@ -19,6 +19,7 @@ from tokabatch.arrays import Int64
 from tokabatch.attention import choose_backend
 from tokabatch.engine.replica_sizes import WorkloadFacts, reported_token_bytes
 from tokabatch.errors import JobError, ModelError
+from tokabatch.input.batch_files import settle_format
 from tokabatch.input.fingerprint import Fingerprint, describe
 from tokabatch.input.generation_defaults import EndTokens, describe_ignored, effective_generation, find_end_tokens
 from tokabatch.input.prompt_order import Sharing, longest_first, measure_sharing, order_prompts
@@ -167,6 +168,7 @@ def prepare(
     `absent_gpu`: for a GPU that is not here, of which nothing can be asked."""
     pool = None if job.verify is None else open_pool(job.verify)
     judge = None if pool is None else pool.load()
+    job = settle_format(job)
     model, ends, checkpoint = _open(job, absent_gpu=absent_gpu)
     tokenizer, spec, generation = model.tokenizer, model.spec, model.generation
     tags = None
@@ -416,7 +418,7 @@ def _check_generation(generation: GenerationConfig, spec: ModelSpec, tokenizer: 
     fault = refuse_beyond(params, spec.vocab_size) or refuse_special(generation.stop, tokenizer.special_texts)
     if fault:
         raise JobError(f"generation.{fault}")
-    if generation.max_tokens >= spec.context_length:
+    if generation.max_tokens != "context" and generation.max_tokens >= spec.context_length:
         raise JobError(
             f"generation.max_tokens is {generation.max_tokens}, but the model's context is {spec.context_length} tokens, "
             "prompt included; write a smaller number"

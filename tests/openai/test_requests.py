@@ -96,9 +96,10 @@ def test_neutral_and_harmless_fields_pass():
         "seed": None,
     }
     for url in (CHAT, COMPLETIONS):
-        assert read(url, **neutral).settings == {"n": 1, "presence_penalty": 0, "logit_bias": {}}
+        most = {"max_tokens": 16} if url == COMPLETIONS else {}
+        assert read(url, **neutral).settings == {"n": 1, "presence_penalty": 0, "logit_bias": {}, **most}
     assert read(CHAT, tools=[], tool_choice="none", parallel_tool_calls=True).chat == {}
-    assert read(COMPLETIONS, suffix="", echo=False).rows() == [{"prompt": "Hello"}]
+    assert read(COMPLETIONS, suffix="", echo=False).rows() == [{"prompt": "Hello", "sampling_params": {"max_tokens": 16}}]
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,18 @@ MAX_BATCH_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record. `columns` is None exactly when `error` says why it could not be parsed at all."""
+    """One record. `error` says why it has no prompt; `columns` is None where it could not even be parsed."""
 
     index: int
     columns: Mapping[str, Any] | None
     error: RowError | None = None
+    prompt: Mapping[str, Any] | None = None
+    """What its prompt is made of, where that is not `columns`."""
+
+    @property
+    def prompt_columns(self) -> Mapping[str, Any]:
+        """The columns that its prompt and its settings come from."""
+        return (self.columns or {}) if self.prompt is None else self.prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +47,9 @@ class RowBatch:
     rows: Sequence[Row]
     texts: Sequence[bytes] = ()
     table: pa.RecordBatch | None = None
-    begins: Sequence[tuple[int, str]] = ()
-    """The files of lines that begin here: the first row of each, and what messages call the file."""
+    begins: Sequence[tuple[int, str, int]] = ()
+    """Of a format of lines, each row that is not the line behind that of the row before: the row, what messages call its file,
+    and its line, from 1."""
 
     def head(self, count: int) -> RowBatch:
         """The first `count` rows."""
@@ -54,18 +62,18 @@ class RowBatch:
 
 @dataclass(frozen=True, slots=True)
 class RowPlaces:
-    """Which line each row is. `begins` has the first row of every file and the file's name, in the order of the input; it is
-    empty for a format without lines."""
+    """Which line each row is. `begins` has the rows at which files begin, or lines that are no or several rows, as in
+    `RowBatch`; it is empty for a format without lines."""
 
-    begins: Sequence[tuple[int, str]] = ()
+    begins: Sequence[tuple[int, str, int]] = ()
 
     def line(self, row: int) -> str:
         """`rows.jsonl line 6`; empty where rows are no lines."""
         number = bisect_right(self.begins, row, key=itemgetter(0))
         if not number:
             return ""
-        first, file = self.begins[number - 1]
-        return f"{file} line {row - first + 1}"
+        first, file, line = self.begins[number - 1]
+        return f"{file} line {row - first + line}"
 
     def name(self, row: int) -> str:
         """`row 5 (rows.jsonl line 6)`, for messages."""

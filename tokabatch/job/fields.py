@@ -169,6 +169,10 @@ Samples = Annotated[
     int, Field(ge=1, le=MOST_SAMPLES), Accepts(f"a whole number from 1 to {MOST_SAMPLES:,} (repeat the row for more)", "4")
 ]
 OptionalCount = Annotated[_Count | None, Accepts("a whole number >= 1, or null", "100")]
+MostTokens = Annotated[
+    Literal["context"] | _Count,
+    Accepts("a whole number >= 1, or context (what the prompt leaves of it)", "256"),
+]
 AutoCount = Annotated[Auto | _Count, Accepts("auto, or a whole number >= 1", "auto")]
 AutoTokens = Annotated[Auto | Annotated[int, Field(ge=1, le=MAX_INT64)], Accepts("auto, or a whole number >= 1", "64K")]
 AutoGroup = Annotated[Auto | Annotated[_Count, Field(ge=2)], Accepts("auto, or a whole number >= 2", "auto")]

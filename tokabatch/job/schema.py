@@ -72,6 +72,9 @@ class InputConfig(_Section):
     )
     subset: fields.OptionalText = Field(default=None, description="Configuration of a hub dataset, such as main.")
     split: fields.OptionalText = Field(default=None, description="Split of a hub dataset, such as test.")
+    format: Literal["auto", "rows", "openai"] = Field(
+        default="auto", description="openai: a line is a request of OpenAI's batch files; auto: by the first line."
+    )
     limit: fields.OptionalCount = Field(default=None, description="Take only the first so many rows.")
     id_column: fields.OptionalText = Field(default=None, description="Column whose values identify rows; null: the row number.")
 
@@ -147,7 +150,7 @@ class GenerationConfig(_Section):
     )
     top_k: fields.OptionalTopK = Field(default=None, description="Keep only the k most likely tokens.")
     min_p: fields.MinP = Field(default=0.0, description="Drop tokens below this fraction of the most likely one's probability.")
-    max_tokens: fields.Count = Field(default=256, description="Most tokens a sample may have.")
+    max_tokens: fields.MostTokens = Field(default=256, description="Most tokens a sample may have.")
     stop: fields.Texts = Field(default=(), description="Texts that end a sample.")
     stop_token_ids: fields.TokenIds = Field(default=(), description="Token ids that end a sample, besides the model's own.")
     ignore_eos: fields.Flag = Field(default=False, description="Do not end at the model's end-of-sequence tokens.")
@@ -172,7 +175,7 @@ class GenerationConfig(_Section):
 
     @model_validator(mode="after")
     def _least_below_most(self) -> GenerationConfig:
-        if self.min_tokens > self.max_tokens:
+        if self.max_tokens != "context" and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens is {self.min_tokens}, but max_tokens is {self.max_tokens}; lower min_tokens or raise max_tokens"
             )
@@ -225,10 +228,12 @@ _SETTINGS = tuple(GenerationConfig.model_fields)  # Pydantic makes the table ane
 
 
 def _as_params(settings: dict[str, Any]) -> dict[str, Any]:
-    """These settings as fields of SamplingParams, where 0 is no `top_k`."""
+    """These settings as fields of SamplingParams, where 0 is no `top_k`, and `max_tokens: context` until a prompt is known."""
     values = dict(settings)
     if "top_k" in values:
         values["top_k"] = values["top_k"] or 0
+    if values.get("max_tokens") == "context":
+        values["max_tokens"] = 0
     if "logit_bias" in values:
         values["logit_bias"] = tuple(sorted(values["logit_bias"].items()))
     assert not any(isinstance(word, str) for word in values.get("bad_words", ())), "texts are encoded first"

@@ -8,6 +8,7 @@ from typing import Any
 from tokabatch.errors import RowError
 
 _OF_REQUESTS = {
+    "bad_request": "invalid_value",
     "prompt_too_long": "context_length_exceeded",
     "bad_sampling": "invalid_value",
     "bad_messages": "invalid_value",

@@ -23,6 +23,8 @@ Url = Literal["/v1/completions", "/v1/chat/completions"]
 COMPLETIONS: Url = "/v1/completions"
 CHAT: Url = "/v1/chat/completions"
 MOST_LOGPROBS = 20
+DEFAULT_MAX_TOKENS = 16
+"""Of a completions request, as the API has it; a chat request that does not say it is not bounded."""
 
 Prompt = str | tuple[int, ...]
 
@@ -173,8 +175,8 @@ def _parse(url: str, body: Any) -> Request:
     if logprobs is not None:
         _check_logprobs("logprobs", logprobs)
     prompts = _prompts(given)
-    least = 0 if echo else 1
-    return Request(**common, prompts=prompts, settings=_settings(given, given.get("max_tokens"), logprobs, least), echo=echo)
+    settings = _settings(given, given.get("max_tokens", DEFAULT_MAX_TOKENS), logprobs, 0 if echo else 1)
+    return Request(**common, prompts=prompts, settings=settings, echo=echo)
 
 
 def _chat(given: Mapping[str, Any], common: Mapping[str, Any]) -> Request:

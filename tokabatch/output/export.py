@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
@@ -74,9 +75,9 @@ def export(path: Path, target: Path | BinaryIO, selection: Selection | None = No
     """
     folder, chosen = OutputFolder(path), selection or Selection()
     if isinstance(target, Path):
-        _check_target(folder, target)
+        check_target(folder, target)
     try:
-        return consistently(lambda: _export(folder, _committed(folder), target, chosen), path)
+        return consistently(lambda: _export(folder, committed_shards(folder), target, chosen), path)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -86,7 +87,7 @@ def export(path: Path, target: Path | BinaryIO, selection: Selection | None = No
         ) from error
 
 
-def _committed(folder: OutputFolder) -> tuple[ListedFile, ...]:
+def committed_shards(folder: OutputFolder) -> tuple[ListedFile, ...]:
     """The shards that are as they were committed; it is an error where others are there."""
     manifest = read_manifest(folder)
     if manifest is None:
@@ -99,22 +100,11 @@ def _committed(folder: OutputFolder) -> tuple[ListedFile, ...]:
 
 def _export(folder: OutputFolder, shards: Sequence[ListedFile], target: Path | BinaryIO, selection: Selection) -> Exported:
     _check_shards(folder, shards, selection)
-    schema = _schema(shards[0])
-    for shard in shards[1:]:
-        if not _schema(shard).equals(schema):
-            raise ForeignFileError(
-                f"{shard.path} has other columns than {shards[0].path.name}: they are not of one run. Move foreign files away."
-            )
-    schema = schema.with_metadata({key: value for key, value in (schema.metadata or {}).items() if key != ARROW_BYTES_KEY})
-    if selection.columns is not None:
-        needed = (*_KEYS, "status", CORRECT.name, *selection.columns)
-        schema = pa.schema([field for field in schema if field.name in needed], schema.metadata)
+    needed = None if selection.columns is None else (*_KEYS, "status", CORRECT.name, *selection.columns)
     place = target.absolute().parent if isinstance(target, Path) else Path(tempfile.gettempdir())
-    with scratch_folder(place) as scratch:
-        bucket, num_buckets = _cut(shards)
-        _deal(shards, schema, bucket, scratch)
+    with open_ordered(shards, place, needed) as (schema, ordered, scratch):
         exported = Exported()
-        tables = _shaped(_sorted_buckets(scratch, num_buckets), selection, exported)
+        tables = _shaped(ordered, selection, exported)
         shaped = next(_shaped(iter([schema.empty_table()]), selection, Exported())).schema
         if not isinstance(target, Path):
             _write(target, ".jsonl", shaped, tables)
@@ -128,6 +118,29 @@ def _export(folder: OutputFolder, shards: Sequence[ListedFile], target: Path | B
         finished.replace(target)
     exported.bytes = target.stat().st_size
     return exported
+
+
+@contextmanager
+def open_ordered(
+    shards: Sequence[ListedFile], place: Path, columns: Collection[str] | None = None
+) -> Generator[tuple[pa.Schema, Iterator[pa.Table], Path]]:
+    """The samples of shards, one at least, as tables ordered by row and sample, a row's samples in one table: their schema, the
+    tables, and a folder for further files, which lies in `place` and is removed in the end. `columns` are those that are read,
+    as far as they are there; `row_index` and `sample_index` have to be among them. Raises ForeignFileError where the shards are
+    of different runs, OSError where the folder takes no more."""
+    schema = _schema(shards[0])
+    for shard in shards[1:]:
+        if not _schema(shard).equals(schema):
+            raise ForeignFileError(
+                f"{shard.path} has other columns than {shards[0].path.name}: they are not of one run. Move foreign files away."
+            )
+    schema = schema.with_metadata({key: value for key, value in (schema.metadata or {}).items() if key != ARROW_BYTES_KEY})
+    if columns is not None:
+        schema = pa.schema([field for field in schema if field.name in columns], schema.metadata)
+    with scratch_folder(place) as scratch:
+        bucket, num_buckets = _cut(shards)
+        _deal(shards, schema, bucket, scratch)
+        yield schema, _sorted_buckets(scratch, num_buckets), scratch
 
 
 def _shaped(tables: Iterator[pa.Table], selection: Selection, exported: Exported) -> Iterator[pa.Table]:
@@ -165,15 +178,20 @@ def nest(table: pa.Table) -> pa.Table:
     return outer.append_column(_SAMPLES, pa.ListArray.from_arrays(offsets, samples))
 
 
-def _check_target(folder: OutputFolder, target: Path) -> None:
-    if target.suffix not in (".jsonl", ".csv", ".parquet"):
-        raise OutputError(f"--to {target}: name a file that ends in .jsonl, .csv or .parquet, or - for standard output")
+def check_target(
+    folder: OutputFolder, target: Path, suffixes: Sequence[str] = (".jsonl", ".csv", ".parquet"), option: str = "--to"
+) -> None:
+    """Raises OutputError where a file of the run in `folder` cannot be written there; `option` is what names it."""
+    if target.suffix not in suffixes:
+        listed = " or ".join([", ".join(suffixes[:-1]), suffixes[-1]] if len(suffixes) > 1 else suffixes)
+        stream = ", or - for standard output" if len(suffixes) > 1 else ""
+        raise OutputError(f"{option} {target}: name a file that ends in {listed}{stream}")
     if not _is_folder(target.absolute().parent):
-        raise OutputError(f"--to {target}: the folder {target.parent} does not exist; create it first")
+        raise OutputError(f"{option} {target}: the folder {target.parent} does not exist; create it first")
     if _is_folder(target):
-        raise OutputError(f"--to {target} is a folder; name a file in it")
+        raise OutputError(f"{option} {target} is a folder; name a file in it")
     if folder.data.resolve() in target.resolve().parents:
-        raise OutputError(f"--to {target} lies among the run's own shards; export to another folder")
+        raise OutputError(f"{option} {target} lies among the run's own shards; export to another folder")
 
 
 def _is_folder(path: Path) -> bool:

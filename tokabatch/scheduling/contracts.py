@@ -22,7 +22,8 @@ FinishReason = Literal["stop", "length", "scored"]
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one row's samples are drawn. `temperature` 0 is greedy; `top_k` 0 is off; `logprobs` None reports nothing, 0 the
-    chosen token's, k also the k most likely."""
+    chosen token's, k also the k most likely. `max_tokens` is at least 1; 0 stands for what the prompt leaves of the model's
+    context, and only where no prompt is known yet."""
 
     n: int = 1
     temperature: float = 1.0

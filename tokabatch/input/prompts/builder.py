@@ -17,7 +17,7 @@ from tokabatch.arrays import Int32
 from tokabatch.errors import RowError
 from tokabatch.input.prompts.blanking import Blank, Blanking, Span
 from tokabatch.input.prompts.chat import decoded
-from tokabatch.input.prompts.columns import PromptColumns
+from tokabatch.input.prompts.columns import PROMPT, PromptColumns
 from tokabatch.input.prompts.notes import Spelled, describe_prompts
 from tokabatch.input.prompts.sources import SAMPLING_PARAMS, Draft, PromptSource
 from tokabatch.input.rows import NO_PLACES, Row, RowPlaces
@@ -68,8 +68,12 @@ class PromptBuilder:
         typed: bool = False,
         now: datetime = datetime.min,
         scores: bool = False,
+        trusts_plain_texts: bool = False,
     ) -> None:
-        """`scores`: nothing is drawn; rows bring what is scored in the column `prompt.continuations`, or their whole texts."""
+        """`scores`: nothing is drawn; rows bring what is scored in the column `prompt.continuations`, or their whole texts.
+        `trusts_plain_texts`: special tokens that a text spells are tokens where no template is around it, whatever
+        `prompt.special_tokens` says."""
+        self._trusts_plain_texts = trusts_plain_texts
         self._policy = config.special_tokens
         self._row_settings: dict[str, SamplingParams | RowError] = {}
         self._tokenizer = tokenizer
@@ -116,7 +120,7 @@ class PromptBuilder:
 
     def build(self, rows: Sequence[Row]) -> list[Prompt | RowError]:
         """One result a row, in order; all texts of the batch are tokenised in one call."""
-        drafts = [row.error or self._draft(row.columns or {}) for row in rows]
+        drafts = [row.error or self._draft(row.prompt_columns) for row in rows]
         given = self._find_given(rows, drafts) if self._given else {}
         quoted = self._find_quoted(rows, drafts)
         texts = {
@@ -218,12 +222,12 @@ class PromptBuilder:
         wrote. Where the job rejects such a row, its draft becomes the error."""
         texts: dict[int, str] = {}
         for place, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
-            if isinstance(draft, Draft) and draft.token_ids is None and self._may_spell(row.columns or {}):
+            if isinstance(draft, Draft) and draft.token_ids is None and self._may_spell(row.prompt_columns):
                 texts[place] = draft.text
         quoted: dict[int, list[Occurrence]] = {}
         for place, found in zip(texts, self._tokenizer.special_tokens.find(list(texts.values())), strict=True):
             occurrences = [each for each in found if each]
-            written = self._written(rows[place].columns or {}, occurrences)
+            written = self._written(rows[place].prompt_columns, occurrences)
             spelled = [each for each in occurrences if each not in written]
             if spelled and self._policy == "reject":
                 reason = f"the row spells the special token {spelled[0][2]!r} (prompt.special_tokens: reject)"
@@ -236,7 +240,8 @@ class PromptBuilder:
         return quoted
 
     def _may_spell(self, row: Mapping[str, Any]) -> bool:
-        if self._policy == "allow" and not self._source.wraps(row):
+        plain = self._trusts_plain_texts and isinstance(row.get(PROMPT), str)
+        if (self._policy == "allow" or plain) and not self._source.wraps(row):
             return False
         return self._spelled_by_examples > 0 or any(map(self._blanking.may_occur, self._source.values(row)))
 
@@ -260,7 +265,7 @@ class PromptBuilder:
         return len(occurrences) - len(_overlapping(occurrences, self._blanking.written_by(self._source.few_shot)))
 
     def _finish(self, row: Row, ids: Sequence[int], params: SamplingParams | None = None) -> Prompt | RowError:
-        settled = params or self._row_params(row.columns or {})
+        settled = params or self._row_params(row.prompt_columns)
         if isinstance(settled, RowError):
             return settled
         params = settled
@@ -272,12 +277,16 @@ class PromptBuilder:
                 f"the prompt uses the token {self._tokenizer.token_text(last)!r} (id {last}), but the model has embeddings for "
                 f"{self._limits.vocab_size} ids; leave it out of the row or the template, or use weights that have it",
             )
-        if len(ids) + params.max_tokens > self._limits.context_length:
+        room = self._limits.context_length - len(ids)
+        least = max(1, params.max_tokens or params.min_tokens)
+        if room < least:
+            name = "max_tokens" if params.max_tokens else "min_tokens"
+            given = f" and {name} is {least}, together {len(ids) + least}" if params.max_tokens or params.min_tokens else ""
             return RowError(
                 "prompt_too_long",
-                f"the prompt has {len(ids)} tokens and max_tokens is {params.max_tokens}, together "
-                f"{len(ids) + params.max_tokens}; the model's context is {self._limits.context_length}",
+                f"the prompt has {len(ids)} tokens{given}; the model's context is {self._limits.context_length}",
             )
+        params = params if params.max_tokens else replace(params, max_tokens=room)
         return Prompt(row.index, np.asarray(ids, dtype=np.int32), params)
 
     def _row_params(self, row: Mapping[str, Any]) -> SamplingParams | RowError:

@@ -14,6 +14,7 @@ from typing import Any, cast
 from tokabatch.errors import RowError
 from tokabatch.input.files.strict_json import parse_object
 from tokabatch.input.prompts.printing import text_of
+from tokabatch.job.fields import DECIDED_KWARGS
 
 Message = dict[str, Any]
 
@@ -63,6 +64,19 @@ def read_objects(value: Any, column: str) -> list[dict[str, Any]] | RowError | N
             "name it otherwise if it is something else",
         )
     return cast("list[dict[str, Any]]", found)
+
+
+def read_kwargs(value: Any, column: str) -> dict[str, Any] | RowError:
+    """The row's own variables for the chat template; `bad_type` for anything but an object of variables that are its to set."""
+    found = decoded(value)
+    if found is None or (isinstance(found, str) and not found.strip()):
+        return {}
+    if not isinstance(found, Mapping):
+        return RowError("bad_type", f"the column {column!r} must hold an object of variables, not {type(value).__name__}")
+    variables = dict(cast("Mapping[str, Any]", found))
+    if decided := next((name for name in variables if name in DECIDED_KWARGS), None):
+        return RowError("bad_type", f"the column {column!r} holds {decided!r}, which the run decides itself; remove it")
+    return variables
 
 
 def decoded(value: Any) -> Any:

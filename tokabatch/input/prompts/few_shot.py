@@ -19,7 +19,7 @@ def render_few_shot(path: str, k: int, template: str) -> str:
     rendered."""
     compiled = compile_template(template, "prompt.few_shot.template")
     rows: list[Row] = []
-    begins: list[tuple[int, str]] = []
+    begins: list[tuple[int, str, int]] = []
     for batch in open_path(path, "prompt.few_shot.path").batches(compiled.names):
         rows += batch.rows[: k - len(rows)]
         begins += batch.begins

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from tokabatch.errors import JobError, RowError
 from tokabatch.input.missing import ROW, missing_field
 from tokabatch.input.prompts.blanking import Blank, as_written
-from tokabatch.input.prompts.chat import decoded, normalise_messages, plain_values, read_objects, with_system
+from tokabatch.input.prompts.chat import decoded, normalise_messages, plain_values, read_kwargs, read_objects, with_system
 from tokabatch.input.prompts.chat_template import DOCUMENTS, TOOLS, blank_texts, choose_chat_template
 from tokabatch.input.prompts.columns import MESSAGES, PROMPT, TOKEN_IDS, PromptColumns
 from tokabatch.input.prompts.few_shot import render_few_shot
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tokabatch.input.tokenizer.tokenizer import Tokenizer
 
 SAMPLING_PARAMS = "sampling_params"
+TEMPLATE_KWARGS = "chat_template_kwargs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,10 @@ class PromptSource:
         # What the job's own template reads is not the chat template's.
         read = frozenset[str]() if self._chat_template is None else self._chat_template.names
         self._chat_columns = (frozenset((TOOLS, DOCUMENTS)) & read) - self.own.own_names
+        self._kwargs_column = (frozenset[str]() if self._chat_template is None else {TEMPLATE_KWARGS}) - self.own.own_names
         self.few_shot()
-        self.columns = self.own.own_names | self.own.named.keys() | frozenset(self.own.defaults) | self._chat_columns
+        of_job = self.own.own_names | self.own.named.keys() | frozenset(self.own.defaults)
+        self.columns = of_job | self._chat_columns | self._kwargs_column
 
     def describe(self, present: Collection[str]) -> tuple[str, ...]:
         """Sentences on what no chat template reads, and on names that mean two things; `present` are the input's columns."""
@@ -92,7 +95,7 @@ class PromptSource:
     def values(self, row: Mapping[str, Any]) -> Iterator[Any]:
         """What the row brings to its prompt; JSON text of messages, tools and documents is read."""
         for name in self.columns & row.keys():
-            structured = name in self._chat_columns or name in (self._config.messages, MESSAGES)
+            structured = name in self._chat_columns | self._kwargs_column or name in (self._config.messages, MESSAGES)
             yield decoded(row[name]) if structured else row[name]
 
     def wraps(self, row: Mapping[str, Any]) -> bool:
@@ -158,8 +161,11 @@ class PromptSource:
         fault = next((each for each in given.values() if isinstance(each, RowError)), None)
         if fault:
             return fault
+        own = read_kwargs(self._given(row.get(TEMPLATE_KWARGS) if self._kwargs_column else None), TEMPLATE_KWARGS)
+        if isinstance(own, RowError):
+            return own
         template = self._chat_template.source_for(given.get(TOOLS))
-        variables = blank_texts(self._chat_template.kwargs, blank) | given
+        variables = blank_texts(self._chat_template.kwargs, blank) | own | given
         text = self._tokenizer.apply_chat_template(with_system(messages, system), template, variables, self._now, blank)
         return text if isinstance(text, RowError) else Draft(text)
 

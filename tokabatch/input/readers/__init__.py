@@ -39,6 +39,11 @@ def open_path(path: str, key: str = "input.path") -> Reader:
     return importlib.import_module(f"{__name__}.{kind}").open_files(path, files)
 
 
+def is_of_files(config: InputConfig, kind: str) -> bool:
+    """Whether the input is files of one kind, named by its extension. Raises InputError where there are none."""
+    return not _is_hub_dataset(config.path) and find_files(config.path, formats(), "input.path")[0] == kind
+
+
 def list_files(config: InputConfig) -> dict[str, int]:
     """The size in bytes of each file of the input by its path; empty for a hub dataset, -1 where a server does not tell."""
     if _is_hub_dataset(config.path):

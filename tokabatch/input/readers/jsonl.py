@@ -7,8 +7,9 @@ Lines, and refused as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tokabatch.errors import InputError, RowError
 from tokabatch.input.files.lines import MAX_LINE_BYTES, Line, read_lines
@@ -22,37 +23,46 @@ MAX_LEADING_FAULTS = 100
 
 
 @dataclass(frozen=True, slots=True)
+class LineRow:
+    """A row that stands in a line: its columns (None where the line is no object) and their JSON text, and what `Row` has
+    beside them."""
+
+    columns: Mapping[str, Any] | None
+    text: bytes
+    error: RowError | None = None
+    prompt: Mapping[str, Any] | None = None
+
+
+Split = Callable[[dict[str, Any], str], Sequence[LineRow]]
+"""Makes rows of a line's object; the text is the line's place, for messages."""
+
+
+@dataclass(frozen=True, slots=True)
 class JsonLinesReader:
-    """Reads its files one after another. `schema` is None: JSON rows show their types only as they are read."""
+    """Reads its files one after another. `schema` is None: JSON rows show their types only as they are read. An object is a
+    row, unless `split` makes others of it."""
 
     name: str
     files: tuple[InputFile, ...]
     max_line_bytes: int = MAX_LINE_BYTES
     schema: None = None
+    split: Split | None = None
 
     def batches(self, columns: Collection[str] | None = None) -> Iterator[RowBatch]:
         """`columns` is ignored: a JSON object is parsed whole."""
         rows: list[Row] = []
         texts: list[bytes] = []
-        begins: list[tuple[int, str]] = []
+        begins: list[tuple[int, str, int]] = []
         held = index = 0
-        for file in self.files:
-            leading = 0
-            begins.append((index, file.shown))
-            for line in _without_trailing_blanks(read_lines(file, self.max_line_bytes)):
-                if line.number == 1 and line.data is not None:
-                    line = replace(line, data=line.data.removeprefix(BYTE_ORDER_MARK))
-                row = self._row(file, line, index)
-                leading += row.error is not None and leading == line.number - 1
-                if leading == MAX_LEADING_FAULTS:
-                    raise InputError(
-                        f"{file.path} is no JSON Lines: not one of its first {leading} lines is an object ({row.error}). "
-                        "Write one JSON object a line; CSV becomes that with pandas.read_csv(...).to_json(..., "
-                        "orient='records', lines=True)"
-                    )
-                rows.append(row)
-                texts.append((line.data or b"") if row.error is None else b"")
-                held += line.length
+        expected: tuple[str, int] | None = None
+        for file, line, found in self._lines():
+            held += line.length
+            for each in found:
+                if (file.shown, line.number) != expected:
+                    begins.append((index, file.shown, line.number))
+                expected = file.shown, line.number + 1
+                rows.append(Row(index, each.columns, each.error, each.prompt))
+                texts.append(each.text)
                 index += 1
                 if len(rows) >= MAX_BATCH_ROWS or held >= MAX_BATCH_BYTES:
                     yield RowBatch(rows, texts, begins=begins)
@@ -60,18 +70,36 @@ class JsonLinesReader:
         if rows:
             yield RowBatch(rows, texts, begins=begins)
 
-    def _row(self, file: InputFile, line: Line, index: int) -> Row:
+    def _lines(self) -> Iterator[tuple[InputFile, Line, Sequence[LineRow]]]:
+        """Every line with its rows."""
+        for file in self.files:
+            leading = 0
+            for line in _without_trailing_blanks(read_lines(file, self.max_line_bytes)):
+                if line.number == 1 and line.data is not None:
+                    line = replace(line, data=line.data.removeprefix(BYTE_ORDER_MARK))
+                rows = self._rows(file, line)
+                leading += rows[0].columns is None and leading == line.number - 1
+                if leading == MAX_LEADING_FAULTS:
+                    raise InputError(
+                        f"{file.path} is no JSON Lines: not one of its first {leading} lines is an object ({rows[0].error}). "
+                        "Write one JSON object a line; CSV becomes that with pandas.read_csv(...).to_json(..., "
+                        "orient='records', lines=True)"
+                    )
+                yield file, line, rows
+
+    def _rows(self, file: InputFile, line: Line) -> Sequence[LineRow]:
+        """At least one."""
         place = f"{file.shown} line {line.number} (byte {line.offset})"
         if line.data is None:
             limit = self.max_line_bytes
             fault = f"{place}: the line is {line.length} bytes long, the limit is {limit}; is the file JSON Lines?"
-            return Row(index, None, RowError(BAD_JSON, fault))
+            return [LineRow(None, b"", RowError(BAD_JSON, fault))]
         if not line.data.strip():
-            return Row(index, None, RowError(BAD_JSON, f"{place}: the line is empty"))
+            return [LineRow(None, b"", RowError(BAD_JSON, f"{place}: the line is empty"))]
         parsed = parse_object(line.data)
         if isinstance(parsed, RowError):
-            return Row(index, None, RowError(parsed.code, f"{place}: {parsed.message}"))
-        return Row(index, parsed)
+            return [LineRow(None, b"", RowError(parsed.code, f"{place}: {parsed.message}"))]
+        return self.split(parsed, place) if self.split else [LineRow(parsed, line.data)]
 
 
 def open_files(name: str, files: tuple[InputFile, ...]) -> JsonLinesReader:

@@ -25,10 +25,11 @@ LISTED = 10
 
 
 class IdSpool:
-    """Collects the ids of `column`."""
+    """Collects the ids of `column`, for messages those of requests."""
 
-    def __init__(self, path: Path, column: str) -> None:
+    def __init__(self, path: Path, column: str, of_requests: bool = False) -> None:
         self.column = column
+        self._of_requests = of_requests
         self._texts = TextSpool(path)
         self._checks = (path.with_suffix(".digests"), path.with_suffix(".rows"))
         self._digests = ArraySpool(self._checks[0], np.uint64)
@@ -63,9 +64,14 @@ class IdSpool:
                 )
             first.setdefault(text, row)
         if twice:
+            told = ", ".join(twice) + (", …" if len(twice) == LISTED else "")
+            if self._of_requests:
+                raise InputError(
+                    f"each custom_id must be of one request, but some occur twice: {told}. Rename one of each two."
+                )
             raise InputError(
-                f"input.id_column {self.column!r} must identify each row, but ids occur twice: {', '.join(twice)}"
-                f"{', …' if len(twice) == LISTED else ''}. Remove input.id_column to number the rows instead."
+                f"input.id_column {self.column!r} must identify each row, but ids occur twice: {told}. Remove input.id_column "
+                "to number the rows instead."
             )
         for path in self._checks:
             path.unlink()
@@ -78,7 +84,7 @@ def row_id(row: Row, column: str) -> str | RowError:
         return row.error or RowError("missing_field", "the row could not be read")
     value: Any = row.columns.get(column)
     if value is None:
-        return missing_field(column, row.columns)
+        return row.error or missing_field(column, row.columns)
     if isinstance(value, bool) or not isinstance(value, str | int):
         return RowError("bad_type", f"the id in column {column!r} must be text or a whole number, not {type(value).__name__}")
     return str(value)

@@ -17,9 +17,9 @@ import pyarrow as pa
 
 from tokabatch.arrays import Int32, Int64
 from tokabatch.errors import InputError, RowError
+from tokabatch.input.batch_files import open_rows, settle_format
 from tokabatch.input.prompts.builder import Limits, Prompt, PromptBuilder
 from tokabatch.input.prompts.columns import check_columns, check_first_rows
-from tokabatch.input.readers import open_reader
 from tokabatch.input.rows import Reader, RowBatch, RowPlaces
 from tokabatch.input.store.columns import Columns, ColumnSpool, open_column_spool, restore_columns
 from tokabatch.input.store.disk_arrays import ArraySpool, Texts, open_array
@@ -141,7 +141,7 @@ class InputStore:
             notes=tuple(state["notes"]),
             hidden_rows=state["hidden_rows"],
             digests=RowDigests.open(folder),
-            places=RowPlaces([(row, name) for row, name in state["begins"]]),
+            places=RowPlaces([(row, name, line) for row, name, line in state["begins"]]),
             continuations=_open_given(folder) if state["scores"] else None,
             _columns=columns,
             _ids=Texts.open(folder / _IDS) if state["ids"] else None,
@@ -167,10 +167,15 @@ def ingest(
     OutputError where the folder does not take it; a faulty row is an entry in `errors`.
     """
     limits = Limits(context_length, vocab_size or tokenizer.vocab_size)
-    reader = open_reader(job.input)
+    job = settle_format(job)
+    reader, batch_file = open_rows(job.input), job.input.format == "openai"
     typed, now = reader.schema is not None, datetime.fromisoformat(clock).replace(tzinfo=None) if clock else datetime.now()
     given = generation or job.generation
-    builder = PromptBuilder(job.prompt, given, tokenizer, limits, typed=typed, now=now, scores=job.mode == "score")
+    # A client's plain prompt holds its whole conversation, special tokens included, unless the job says otherwise.
+    trusted = batch_file and "special_tokens" not in job.prompt.model_fields_set
+    builder = PromptBuilder(
+        job.prompt, given, tokenizer, limits, typed=typed, now=now, scores=job.mode == "score", trusts_plain_texts=trusted
+    )
     if reader.schema is not None:
         check_columns(job, builder.own_columns, reader.schema.names)
     with spooling(folder):
@@ -182,7 +187,7 @@ def ingest(
         prompts = builder.build(kept.rows)
         with spooling(folder):
             spools.append(kept, prompts)
-        if spools.num_rows == len(kept.rows) and left != len(kept.rows):
+        if spools.any_parsed and spools.num_rows == len(kept.rows) and left != len(kept.rows):
             check_first_rows(builder.own_columns, spools.names, spools.num_rows)
         if on_rows is not None:
             on_rows(spools.num_rows, len(spools.errors))
@@ -213,13 +218,14 @@ class _Spools:
             # A judge is given the whole row.
             others=carried == "all" or job.verify is not None,
         )
-        self._ids = IdSpool(folder / _IDS, job.input.id_column) if job.input.id_column else None
+        of_requests = job.input.format == "openai"
+        self._ids = IdSpool(folder / _IDS, job.input.id_column, of_requests) if job.input.id_column else None
         self._sampling: dict[SamplingParams, int] = {}
         self.errors: dict[int, RowError] = {}
         self.names: dict[str, None] = dict.fromkeys(reader.schema.names) if reader.schema is not None else {}
         self.num_rows = 0
         self.any_parsed = False
-        self._begins: list[tuple[int, str]] = []
+        self._begins: list[tuple[int, str, int]] = []
         self._digests = DigestSpool(folder)
         self._given = _GivenSpool(folder) if job.mode == "score" else None
 
@@ -249,8 +255,8 @@ class _Spools:
             self._given.append([() if each is None else each.continuations for each in good])
         for row in batch.rows:
             if row.columns is not None:
-                self.any_parsed = True
-                self.names.update(dict.fromkeys(row.columns))
+                self.any_parsed |= row.error is None
+                self.names.update(dict.fromkeys((*row.columns, *row.prompt_columns)))
         if len(self.names) > MAX_NAMES:
             raise InputError(f"the rows have more than {MAX_NAMES} different keys; nest those that vary in one object")
         self.num_rows += len(batch.rows)

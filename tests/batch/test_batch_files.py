@@ -1,0 +1,147 @@
+"""A batch file answered by a model: the command killed and run again, and what its two files hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokabatch import Job, run
+from tokabatch.batch.job import batch_job
+from tokabatch.batch.results import describe, write_results
+from tokabatch.errors import OutputError
+
+ROOT = Path(__file__).parent.parent.parent
+MODEL = str(ROOT / "jobs" / "quickstart")
+TEMPLATE = "prompt.chat_template='{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:'"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+def line(custom_id: str, url: str, **body: Any) -> dict[str, Any]:
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": "gpt", **body}}
+
+
+def say(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def write(path: Path, *lines: dict[str, Any] | str) -> Path:
+    path.write_text("".join((each if isinstance(each, str) else json.dumps(each)) + "\n" for each in lines))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def test_answers_of_both_urls(tmp_path: Path) -> None:
+    requests = write(
+        tmp_path / "requests.jsonl",
+        line("texts", COMPLETIONS, prompt=["Sam has 3", "There are"], n=2, max_tokens=3, temperature=0.5, logprobs=2),
+        line("ids", COMPLETIONS, prompt=[[5, 6, 7]], max_tokens=2, echo=True),
+        line("chat", CHAT, messages=say("Name a fruit"), max_tokens=4, logprobs=True, top_logprobs=3, n=2),
+        line("greedy", COMPLETIONS, prompt="Sam has 3", temperature=0),
+        line("long", CHAT, messages=say("x"), max_tokens=10**6),
+        line("field", CHAT, messages=say("x"), response_format={"type": "json_object"}),
+        "not JSON",
+    )
+    results, errors = tmp_path / "results.jsonl", tmp_path / "results.errors.jsonl"
+    job = batch_job(str(requests), MODEL, results, None, (TEMPLATE, "output.rows_per_shard=3"))
+    summary = run(job)
+    assert (summary.ok, summary.errors, summary.exit_code) == (8, 3, 3)
+    written = write_results(Path(job.output.path), results)
+    told = describe(written, results)
+    assert f"{results}: 4 results; {errors}: 3 errors" in told and "5 requests name the model 'gpt'" in told
+    good = {each["custom_id"]: each for each in read(results)}
+    assert list(good) == ["texts", "ids", "chat", "greedy"]
+    bodies = {name: each["response"]["body"] for name, each in good.items()}
+    assert {each["response"]["status_code"] for each in good.values()} == {200}
+    texts = bodies["texts"]
+    assert [choice["index"] for choice in texts["choices"]] == [0, 1, 2, 3] and texts["model"] == MODEL
+    for choice in texts["choices"]:
+        logprobs = choice["logprobs"]
+        assert "".join(logprobs["tokens"]) == choice["text"] and len(logprobs["token_logprobs"]) == 3
+        assert all(2 <= len(top) <= 3 for top in logprobs["top_logprobs"])
+    assert texts["usage"]["completion_tokens"] == 12 and texts["usage"]["prompt_tokens"] > 4
+    assert bodies["ids"]["usage"] == {**bodies["ids"]["usage"], "prompt_tokens": 3, "completion_tokens": 2}
+    chat = bodies["chat"]
+    assert chat["object"] == "chat.completion" and len(chat["choices"]) == 2
+    first = chat["choices"][0]
+    assert first["message"]["role"] == "assistant" and first["finish_reason"] in ("stop", "length")
+    tokens = [token for choice in chat["choices"] for token in choice["logprobs"]["content"]]
+    assert len(tokens) == chat["usage"]["completion_tokens"] and {len(token["top_logprobs"]) for token in tokens} == {3}
+    bad = read(errors)
+    assert [each["custom_id"] for each in bad] == ["long", "field", None]
+    faults = [each["response"]["body"]["error"] for each in bad]
+    assert [
+        (each["response"]["status_code"], fault["param"], fault["code"]) for each, fault in zip(bad, faults, strict=True)
+    ] == [
+        (400, "messages", "context_length_exceeded"),
+        (400, "response_format", "unsupported_parameter"),
+        (400, None, "invalid_json"),
+    ]
+    assert "requests.jsonl line 7" in faults[2]["message"] and len({each["id"] for each in (*bad, *good.values())}) == 7
+    # Written again they are the same, and a run of another kind has none.
+    before = results.read_bytes(), errors.read_bytes()
+    write_results(Path(job.output.path), results)
+    assert (results.read_bytes(), errors.read_bytes()) == before
+    with pytest.raises(OutputError, match=r"--errors .*results\.jsonl is the file of the results"):
+        write_results(Path(job.output.path), results, results)
+    with pytest.raises(OutputError, match=r"name a file that ends in \.jsonl$"):
+        batch_job(str(requests), MODEL, tmp_path / "results.csv")
+
+
+def test_other_runs_have_no_results_files(tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", {"prompt": "a"})
+    sections = {"model": {"path": MODEL}, "input": {"path": str(rows)}, "output": {"path": str(tmp_path / "out")}}
+    run(Job.load(sections, "generation.max_tokens=2"))
+    with pytest.raises(OutputError, match=r"holds no run of an OpenAI batch file \(its samples have no column custom_id\)"):
+        write_results(tmp_path / "out", tmp_path / "results.jsonl")
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.crash
+def test_killed_twice_and_run_again_each_request_is_in_one_of_the_files(tmp_path: Path) -> None:
+    lines: list[dict[str, Any] | str] = [
+        line(f"r{number}", CHAT, messages=say(f"Count {number}"), max_tokens=16)
+        if number % 2
+        else line(f"r{number}", COMPLETIONS, prompt=f"Sam has {number}", max_tokens=16)
+        for number in range(200)
+    ]
+    for number in range(10, 200, 40):
+        lines[number]["body"]["reasoning_effort"] = "high"  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    requests, results = write(tmp_path / "requests.jsonl", *lines), tmp_path / "results.jsonl"
+    command = [sys.executable, "-m", "tokabatch", "batch", str(requests), "--model", MODEL, "--to", str(results), "-q"]
+    command += [TEMPLATE, "output.flush_seconds=0.1", "engine.max_running=4", "errors.max_fraction=0.1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    shards = tmp_path / "results.jsonl.run" / "data"
+    counts: list[int] = []
+    for kill in range(2):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and len(list(shards.glob("part-*.parquet"))) < kill + 1:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        _, said = process.communicate()
+        assert process.returncode == -signal.SIGKILL, said.decode()
+        counts.append(len(list(shards.glob("part-*.parquet"))))
+        assert not results.exists()
+    assert 1 <= counts[0] < counts[1]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "195 results" in done.stdout and "5 errors" in done.stdout
+    good, bad = read(results), read(tmp_path / "results.errors.jsonl")
+    assert Counter(each["custom_id"] for each in (*good, *bad)) == Counter(f"r{number}" for number in range(200))
+    assert [each["custom_id"] for each in bad] == [f"r{number}" for number in range(10, 200, 40)]
+    assert all(each["response"]["body"]["choices"][0]["finish_reason"] for each in good)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "requests.jsonl", "results.errors.jsonl", "results.jsonl", "results.jsonl.run",
+    ]  # fmt: skip

@@ -1,0 +1,38 @@
+"""The job that answers a batch file, and where its results go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokabatch.errors import OutputError
+from tokabatch.job import Job
+from tokabatch.output.export import check_target
+from tokabatch.output.folder import OutputFolder
+
+
+def batch_job(requests: str, model: str, results: Path, errors: Path | None = None, overrides: Sequence[str] = ()) -> Job:
+    """The job that answers the requests in a file with a model; its run is kept beside the results, `results.jsonl.run`. Any
+    key may be overridden, as in a job file. Raises JobError, and OutputError where the results could not be written in the
+    end."""
+    given = {
+        "model": {"path": model},
+        "input": {"path": requests, "format": "openai"},
+        "output": {"path": str(results.with_name(f"{results.name}.run"))},
+    }
+    job = Job.load(given, *overrides)
+    check_targets(OutputFolder(Path(job.output.path)), results, errors or errors_file(results))
+    return job
+
+
+def errors_file(results: Path) -> Path:
+    """Where the errors go unless another file is named: `results.errors.jsonl` beside `results.jsonl`."""
+    return results.with_name(f"{results.stem}.errors{results.suffix}")
+
+
+def check_targets(folder: OutputFolder, results: Path, errors: Path) -> None:
+    """Raises OutputError where the files of the run in `folder` cannot be written there."""
+    check_target(folder, results, (".jsonl",))
+    check_target(folder, errors, (".jsonl",), "--errors")
+    if results.absolute() == errors.absolute():
+        raise OutputError(f"--errors {errors} is the file of the results; name another one")

@@ -1,0 +1,81 @@
+"""OpenAI's batch files as input: a line is a request, and each of its prompts a row with the settings of the request.
+
+A row has the columns `id` (the custom_id; `custom_id[1]` and so on for the further prompts of a list), `custom_id`, `url`,
+`prompt_index` and `body`, the request's JSON text, in the first row of a request alone; other keys of a line are columns, too.
+A line that is no request becomes an error row that has them as far as the line does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from tokabatch.errors import InputError, RowError
+from tokabatch.input.readers import is_of_files, open_path, open_reader
+from tokabatch.input.readers.jsonl import JsonLinesReader, LineRow
+from tokabatch.input.rows import Reader
+from tokabatch.job import InputConfig, Job
+from tokabatch.openai.batch_lines import is_batch_line, read_line
+from tokabatch.openai.errors import ApiError
+
+BAD_REQUEST = "bad_request"
+"""The error code of a line that is JSON, but no request that can be answered."""
+ID, CUSTOM_ID, URL, PROMPT_INDEX, BODY = COLUMNS = ("id", "custom_id", "url", "prompt_index", "body")
+
+
+def settle_format(job: Job) -> Job:
+    """The job with `input.format` decided where it is auto. That of batch files decides further keys where the job does not say
+    them: rows are known by custom_id, completions prompts are taken as they are, and a request that does not say max_tokens has
+    what the prompt leaves of the model's context. Raises InputError where the input is no such file, though the job says so."""
+    chosen = job.input.format
+    if chosen != "rows" and not is_of_files(job.input, "jsonl"):
+        if chosen == "openai":
+            raise InputError(f"input.format is openai, but input.path {job.input.path!r} is no .jsonl; name the batch file")
+        chosen = "rows"
+    if chosen == "auto":
+        batches = open_path(job.input.path).batches()
+        first = next((row.columns for batch in batches for row in batch.rows if row.columns is not None), {})
+        chosen = "openai" if is_batch_line(first) else "rows"
+    if chosen == "rows":
+        return job.model_copy(update={"input": job.input.model_copy(update={"format": "rows"})})
+    settled = {"format": "openai", "id_column": job.input.id_column or ID}
+    chat = False if job.prompt.chat == "auto" else job.prompt.chat
+    generation = job.generation
+    if "max_tokens" not in generation.model_fields_set:
+        generation = generation.model_copy(update={"max_tokens": "context"})
+    return job.model_copy(
+        update={
+            "input": job.input.model_copy(update=settled),
+            "prompt": job.prompt.model_copy(update={"chat": chat}),
+            "generation": generation,
+        }
+    )
+
+
+def open_rows(config: InputConfig) -> Reader:
+    """The reader for the input of a job whose format is settled."""
+    reader = open_reader(config)
+    return replace(reader, split=split_line) if config.format == "openai" and isinstance(reader, JsonLinesReader) else reader
+
+
+def split_line(line: Mapping[str, Any], place: str) -> list[LineRow]:
+    """The rows of a line's object; its errors name the place."""
+    read = read_line(line)
+    known = {name: value for name, value in line.items() if name not in ("method", *COLUMNS)}
+    body = line.get(BODY)
+    known |= {CUSTOM_ID: read.custom_id, URL: read.url, BODY: None if body is None else json.dumps(body, ensure_ascii=False)}
+    if isinstance(read.request, ApiError):
+        whose = f"custom_id {read.custom_id!r}: " if read.custom_id is not None else ""
+        error = RowError(BAD_REQUEST, f"{place}: {whose}{read.request.message}")
+        return [_row(known | {ID: read.custom_id, PROMPT_INDEX: 0}, {}, error)]
+    rows: list[LineRow] = []
+    for number, columns in enumerate(read.request.rows()):
+        own = {ID: read.custom_id if number == 0 else f"{read.custom_id}[{number}]", PROMPT_INDEX: number}
+        rows.append(_row(known | own | ({} if number == 0 else {BODY: None}), columns))
+    return rows
+
+
+def _row(kept: Mapping[str, Any], columns: Mapping[str, Any], error: RowError | None = None) -> LineRow:
+    return LineRow(kept, json.dumps(kept, ensure_ascii=False).encode(), error, columns)
