@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from support import tiny_models
 from support.ranks import TinyJob, run
 from support.sampling import sampler_inputs
 
+from tokabatch.errors import EngineError
 from tokabatch.model.partition import VocabularyShard
 from tokabatch.model.sampling.sampler import sample
 from tokabatch.parallel.mesh import Mesh
@@ -96,6 +99,28 @@ def compare(mesh, ranks, folders, job):
             if completion.top_ids is not None:
                 np.testing.assert_array_equal(completion.top_ids, other.top_ids)
                 np.testing.assert_allclose(completion.top_logprobs, other.top_logprobs, atol=1e-5)
+
+
+def run_apart(mesh: Mesh, job: TinyJob) -> None:
+    """The second rank scatters its tokens, the first does not."""
+    assert mesh.compares
+    run(mesh, replace(job, scatter_from=1 if mesh.tensor_rank else None))
+
+
+def run_other_steps(mesh: Mesh, job: TinyJob) -> None:
+    run(mesh, replace(job, prompts=[*job.prompts, [7, mesh.tensor_rank]]))
+
+
+@pytest.mark.parametrize(
+    ("way", "told"),
+    [(run_apart, r"0 and 1 .*scattered: None and .*scattered: \[\]"), (run_other_steps, "step 1 of the bytes")],
+)
+def test_a_rank_that_takes_another_path_is_told_before_it_waits_for_ever(way, told, ranks, folders):
+    limits = SchedulerLimits(4, 100, 4, 60, -(-LONGEST // 4), None)
+    job = TinyJob(folders["llama"], PROMPTS[:2], [SamplingParams(max_tokens=3)], limits)
+    with pytest.raises(EngineError, match=told):
+        ranks((2, 1)).call((2, 1), way, job)
+    compare((2, 1), ranks, folders, ("llama", [SamplingParams(max_tokens=3)], limits, 2, None))
 
 
 def drawn_by(mesh: Mesh, vocab_size: int, params: dict) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from support import tiny_engine, token_device
 from tokabatch.engine.worker import Worker
 from tokabatch.model.families import read_spec
 from tokabatch.model.scattering import Scattering
-from tokabatch.parallel.mesh import Mesh, Place
+from tokabatch.parallel.mesh import CHECK, Mesh, Place
 from tokabatch.scheduling.contracts import Completion, SamplingParams
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stop_conditions import StopRules
@@ -57,6 +58,7 @@ class Ranks:
 
 def _serve(pipe: Connection, place: Place) -> None:
     torch.set_num_threads(1)
+    os.environ[CHECK] = "1"
     meshes = {(1, place.pipeline_size): Mesh.join(place, torch.device("cpu"))}
     while True:
         sizes, function, arguments = pipe.recv()

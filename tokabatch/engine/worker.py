@@ -30,7 +30,7 @@ from tokabatch.model.sampling.sampler import Sampled, sample, score
 from tokabatch.model.sampling.slot_table import SlotTable, packed
 from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import load_decoder
-from tokabatch.parallel.collectives import least
+from tokabatch.parallel.collectives import compare_choice, least
 from tokabatch.parallel.mesh import Mesh, Place
 from tokabatch.parallel.peer_memory import PeerSums
 from tokabatch.scheduling.contracts import SamplingParams, ScoredPlaces, Scores, StepBatch, StepResult
@@ -147,6 +147,7 @@ class Worker:
     @torch.inference_mode()
     def launch(self, step: StepBatch) -> Launched:
         """Queue one step on the device; on a CPU it is computed before this returns."""
+        compare_choice(lambda: f"step {step.index} of the bytes {step.digest()}", self._decoder.mesh)
         outbox, opened = Outbox(self._device), packed(step.inits)
         self._slots.note(*opened)
         slot_A, words_AW = (outbox.add(values) for values in opened)
@@ -214,6 +215,8 @@ class Worker:
             draw = row = None
             head = captured.head.fit(rows.astype(np.int32), slots, positions) if len(rows) else None
             head_words = None if head is None else outbox.add(head.words)
+        chosen = [each and (each.size, each.kind) for each in (body, head)]
+        compare_choice(lambda: f"captured layers and head {chosen}", self._decoder.mesh)
 
         def compute() -> Sampled:
             if hidden is not None:

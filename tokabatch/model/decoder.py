@@ -23,7 +23,7 @@ from tokabatch.model.linear import Input, Linear, gated_for, normed_for
 from tokabatch.model.partition import VocabularyShard, kv_heads, stage_layers
 from tokabatch.model.scattering import Scattering, measure_scattering
 from tokabatch.model.spec import ModelSpec
-from tokabatch.parallel.collectives import all_gather_last, all_reduce, receive_hidden, send_hidden
+from tokabatch.parallel.collectives import all_gather_last, all_reduce, compare_choice, receive_hidden, send_hidden
 from tokabatch.parallel.mesh import Mesh
 from tokabatch.parallel.peer_memory import PeerSums
 
@@ -158,6 +158,9 @@ class Decoder:
         hidden, first = hidden_TE, 0
         scattering = self.scattering if may_scatter else None
         overlapping = scattering and scattering.products(len(hidden_TE))
+        if may_scatter:
+            which = None if overlapping is None else sorted(overlapping)
+            compare_choice(lambda: f"products of {len(hidden_TE)} tokens, scattered: {which}", self.mesh)
         if scattering is not None and overlapping is not None:
             # The model's last layer drops rows, which then lie on every rank.
             first = len(self.layer_range) - self.mesh.is_last_stage

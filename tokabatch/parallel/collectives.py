@@ -5,11 +5,13 @@ Shape legend: T tokens of a step, E hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tokabatch.errors import EngineError
 from tokabatch.parallel.mesh import Mesh
 
 # Their names changed in torch 2.13.
@@ -60,6 +62,21 @@ def least(value: int, mesh: Mesh, device: torch.device, *, of_stage: bool = Fals
     smallest = torch.tensor(int(value), device=device)
     dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=mesh.tensor_group if of_stage else None)
     return int(smallest)
+
+
+def compare_choice(choice: Callable[[], object], mesh: Mesh) -> None:
+    """Where ranks are to compare (`Mesh.compares`), wait for all tensor ranks of the stage, and raise EngineError where their
+    choices of what to compute next differ. Unnoticed, each would wait for the other in another collective for ever."""
+    if not mesh.compares or mesh.tensor_size == 1:
+        return
+    own, all_choices = str(choice()), [""] * mesh.tensor_size
+    dist.all_gather_object(all_choices, own, group=mesh.tensor_group)
+    for rank, other in enumerate(all_choices):
+        if other != all_choices[0]:
+            raise EngineError(
+                f"tensor ranks 0 and {rank} do not compute the same: {all_choices[0]} and {other}; please report this with the "
+                "job file"
+            )
 
 
 def send_hidden(hidden_TE: torch.Tensor, mesh: Mesh) -> None:

@@ -14,6 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+CHECK = "TOKABATCH_CHECK_RANKS"
+"""The environment variable that has tensor ranks compare every choice of path, for debugging: set it to 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -37,6 +40,8 @@ class Mesh:
     """With the same tensor rank of the previous stage and of the next one."""
     sending: deque[tuple[dist.Work, torch.Tensor]] = field(default_factory=deque[tuple[dist.Work, torch.Tensor]])
     """Hidden states on their way to the next stage."""
+    compares: bool = False
+    """See `compare_choice`."""
 
     @classmethod
     def single(cls) -> Mesh:
@@ -74,7 +79,8 @@ class Mesh:
             # A communicator for each pair of neighbours: their messages cannot stand behind others.
             group = dist.new_group([first, first + tensor_size])
             links[first] = group if isinstance(group, dist.ProcessGroup) else None
-        return cls(rank, tensor_size, pipeline_size, own_group, (links.get(rank - tensor_size), links.get(rank)))
+        links_of_rank, compares = (links.get(rank - tensor_size), links.get(rank)), os.environ.get(CHECK, "0") != "0"
+        return cls(rank, tensor_size, pipeline_size, own_group, links_of_rank, compares=compares)
 
     @property
     def tensor_rank(self) -> int:

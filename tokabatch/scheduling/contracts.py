@@ -9,6 +9,7 @@ U page-table cells changed by a step, C pages copied by a step, G groups of one 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, fields, replace
 from typing import Generic, Literal, TypeVar
 
@@ -277,6 +278,15 @@ class StepBatch:
     @property
     def num_tokens(self) -> int:
         return int(self.run_length.sum())
+
+    def digest(self) -> str:
+        """Of what decides how the step is computed."""
+        found = hashlib.sha256()
+        for values in (self.table_slot, self.table_column, self.table_page, self.clear_pages, self.copy_src, self.copy_dst):
+            found.update(values.tobytes())
+        for values in (self.run_slot, self.run_start, self.run_length, self.run_samples, self.run_skip, self.token_ids):
+            found.update(values.tobytes())
+        return found.hexdigest()[:16]
 
     def positions(self) -> Int64:
         """Position in its slot of each of the step's tokens, shape [T]."""
