@@ -22,9 +22,8 @@ import psutil
 import torch
 
 from tokabatch import Job, run
-from tokabatch.forecast.step_log import Steps
 from tokabatch.output.folder import OutputFolder
-from tokabatch.output.steps import read_steps
+from tokabatch.output.steps import elapsed, read_steps
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.report.render import plain
 from tokabatch.report.summary import RunSummary, run_sections
@@ -157,9 +156,8 @@ def main() -> None:
     watch = Watch(arguments.stop_file)
     job = Job.load(json.loads(arguments.job.read_text()), *arguments.overrides)
     summary = run(job, watch, should_stop=watch.after_step)
-    seconds = Steps(read_steps(OutputFolder(Path(job.output.path))) or {"seconds": np.zeros(0, np.float32)})["seconds"]
-    # The steps of several replicas run side by side.
-    watch.results = (summary.load_seconds + np.cumsum(seconds) / max(1, len(summary.replicas))).tolist()
+    steps = read_steps(OutputFolder(Path(job.output.path)))
+    watch.results = [] if steps is None else (summary.load_seconds + np.sort(elapsed(steps))).tolist()
     print(plain([section for section in run_sections(summary) if section.title == "Replicas"]), flush=True)
     age = time.time() - psutil.Process().create_time() - (time.perf_counter() - (watch.begun or 0.0))
     figures = measured(watch, summary, age)

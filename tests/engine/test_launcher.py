@@ -8,6 +8,7 @@ import json
 import pytest
 from support import tiny_models
 
+from tokabatch.errors import UsageError
 from tokabatch.job import Job
 from tokabatch.report.progress import NullProgress
 from tokabatch.runner.run import run
@@ -67,6 +68,17 @@ def test_a_run_too_short_for_its_profile_says_so(job, tmp_path):
     run(job(trace={"path": str(tmp_path / "trace.json")}, engine={"device": "cpu"}), messages)
     assert any("trace.start is 50" in text for text in messages.texts)
     assert not (tmp_path / "trace.json").exists()
+
+
+def test_any_replica_can_be_recorded(job, tmp_path):
+    """Of two replicas the second."""
+    trace, messages = tmp_path / "trace.json.gz", Messages()
+    sections = {"trace": {"path": str(trace), "start": 3, "steps": 2, "replica": 1}, "engine": {"replicas": 2, "device": "cpu"}}
+    assert run(job(**sections), messages).exit_code == 0
+    assert recorded_steps(trace) == [3, 4] and not any("nothing was traced" in text for text in messages.texts)
+    sections["trace"]["replica"] = 2
+    with pytest.raises(UsageError, match=r"trace\.replica is 2, but the run has 2 replicas"):
+        run(job(**sections), overwrite=True)
 
 
 def test_launching_takes_time_that_the_summary_counts(job):

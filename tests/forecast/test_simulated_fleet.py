@@ -16,7 +16,7 @@ from tokabatch.forecast.roofline import H200, Roofline
 from tokabatch.forecast.simulate import FleetRules, simulate
 from tokabatch.forecast.step_work import StepWork
 from tokabatch.runner.ledger import Ledger
-from tokabatch.runner.member import wants_more
+from tokabatch.runner.member import to_give, wants_more
 from tokabatch.scheduling.contracts import Drawn, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits
@@ -32,7 +32,7 @@ def requests_of(rows: int, n: int):
 
 
 def of(members: int) -> FleetRules:
-    return FleetRules(members, Ledger, wants_more)
+    return FleetRules(members, Ledger, wants_more, to_give)
 
 
 def seconds(work: StepWork) -> float:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt
-from tokabatch.report.page import RunRecord, render_page
+from tokabatch.output.steps import elapsed
+from tokabatch.report.page import RunRecord, _rates, _thin, render_page
 from tokabatch.report.summary import seconds_text
 from tokabatch.scoring.estimates import Estimate
 
-STEPS = {
+STEPS = {"replica": np.zeros(60)} | {
     name: np.linspace(1, 50, 60)
     for name in ("seconds", "running", "waiting", "pages", "capacity", "tokens", "sampled", "decoded", "finished")
 }
@@ -98,6 +99,19 @@ def test_every_figure_of_a_whole_run_is_there():
     for fact in ("97.2%", "132", "pass@4 (70.0% to 80.0%)", "mean score", "pending", "40.0 s"):
         assert fact in page
     assert len(page) < 400_000
+
+
+def test_replicas_run_side_by_side():
+    """Two of them, each as one alone: in the same time, at twice the rate, with twice as many samples running."""
+    one = {"replica": np.zeros(40), "seconds": np.full(40, 0.5), "capacity": np.full(40, 9.0)}
+    one |= {name: np.arange(40.0) for name in ("running", "waiting", "pages", "tokens", "sampled", "decoded", "finished")}
+    two = {name: np.repeat(values, 2) for name, values in one.items()} | {"replica": np.tile([0.0, 1.0], 40)}
+    assert elapsed(two).max() == elapsed(one).max() == 20.0
+    names = ("running", "capacity")
+    (edges, means), (expected, single) = _thin(two, names), _thin(one, names)
+    assert np.allclose(edges, expected) and all(np.allclose(means[name], 2 * single[name]) for name in names)
+    rates, alone = _rates(two, edges), _rates(one, edges)
+    assert np.allclose(rates["sampled"], 2 * alone["sampled"])
 
 
 @pytest.mark.parametrize("missing", ["steps", "summary", "estimates", "lengths"])

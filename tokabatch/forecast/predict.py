@@ -24,7 +24,7 @@ from tokabatch.model.families import read_spec
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import read_manifest, read_summary
 from tokabatch.output.status import output_lengths
-from tokabatch.output.steps import read_steps
+from tokabatch.output.steps import REPLICA, read_steps
 from tokabatch.report.outlook import Outlook, Trial
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
@@ -126,6 +126,9 @@ def profile_run(out: Path, target: Path, device: str | None = None) -> Profile:
             load_profile(target)
         except UsageError as error:
             raise UsageError(f"--to {target} exists and is no profile; name another file") from error
+    # Consecutive steps are to be those of one replica.
+    order = np.argsort(columns[REPLICA], kind="stable")
+    columns = {name: values[order] for name, values in columns.items()}
     summary = read_summary(folder)
     spec, itemsize = read_spec(Path(manifest.model_path)), int(summary.get("itemsize", 2))
     noted = str(summary.get("device", ""))

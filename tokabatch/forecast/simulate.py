@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tokabatch.forecast.assumed_lengths import Lengths
-from tokabatch.forecast.step_log import StepLog, Steps, StepState, tail_seconds
+from tokabatch.forecast.step_log import StepLog, Steps, StepState, by_time, tail_seconds
 from tokabatch.forecast.step_work import Number, StepWork, measure_work
 from tokabatch.scheduling.contracts import Completion, Requests, StepBatch, StepResult
 from tokabatch.scheduling.counts import SchedulerCounts
@@ -104,11 +104,13 @@ class Ledger(Protocol):
 @dataclass(frozen=True, slots=True)
 class FleetRules:
     """How the `members` of a run share its plan: `ledger` is made of it; `wants_more` says whether a member with so many
-    waiting and running samples asks for more."""
+    waiting and running samples asks for more, `to_give` how many one that holds so many, of which so many wait, gives to one
+    that holds so many."""
 
     members: int
     ledger: Callable[[Requests], Ledger]
     wants_more: Callable[[int, int], bool]
+    to_give: Callable[[int, int, int], int]
 
 
 class _Member:
@@ -193,7 +195,7 @@ def simulate(
         number = min(at_work, key=lambda each: at_work[each].seconds)
         member = at_work[number]
         if fleet.wants_more(member.waiting, member.scheduler.num_running):
-            _feed(number, members, ledger)
+            _feed(number, members, ledger, fleet.to_give)
         if member.scheduler.done:
             del at_work[number]
             continue
@@ -203,8 +205,8 @@ def simulate(
     return _simulation(members, limits)
 
 
-def _feed(number: int, members: Sequence[_Member], ledger: Ledger) -> None:
-    """Give a member the next run of the plan, or a half of what another one has that it does not have."""
+def _feed(number: int, members: Sequence[_Member], ledger: Ledger, to_give: Callable[[int, int, int], int]) -> None:
+    """Give a member the next run of the plan, or of what the fullest of the others has not begun."""
     member = members[number]
     run = ledger.next_run(number, len(members))
     if run is None and ledger.has_free and member.scheduler.done:
@@ -212,8 +214,9 @@ def _feed(number: int, members: Sequence[_Member], ledger: Ledger) -> None:
     if run is not None:
         given = ledger.plan.part(run.prompts, run.first, run.stop)
     elif not ledger.has_free:
-        fullest = max((each for each in members if each is not member), key=lambda each: each.waiting)
-        most = (fullest.waiting - member.waiting) // 2
+        others = (each for each in members if each is not member)
+        fullest = max(others, key=lambda each: (each.waiting > 0, each.left))
+        most = to_give(fullest.left, fullest.waiting, member.left)
         given = fullest.give_back(most) if most > 0 else None
         if given is not None:
             ledger.take_over(number, ledger.part(given))
@@ -225,11 +228,9 @@ def _feed(number: int, members: Sequence[_Member], ledger: Ledger) -> None:
 
 def _simulation(members: Sequence[_Member], limits: SchedulerLimits) -> Simulation:
     """What the members did, their steps by the time that each had taken."""
-    parts = [member.log.steps() for member in members]
-    order = np.argsort(np.concatenate([np.cumsum(steps["seconds"]) for steps in parts]), kind="stable")
-    columns = {name: np.concatenate([steps.columns[name] for steps in parts])[order] for name in parts[0].columns}
+    steps = by_time([member.log.steps() for member in members])
     counts = SchedulerCounts()
     for field in fields(SchedulerCounts):
         setattr(counts, field.name, sum(getattr(member.scheduler.counts, field.name) for member in members))
     seconds = max(member.seconds for member in members)
-    return Simulation(Steps(columns), counts, limits.num_pages, seconds, tuple(member.seconds for member in members))
+    return Simulation(steps, counts, limits.num_pages, seconds, tuple(member.seconds for member in members))

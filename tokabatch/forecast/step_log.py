@@ -5,7 +5,7 @@ A run records it, a simulation predicts it; profiles are fitted to it and plots 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -20,7 +20,7 @@ TAIL_SHARE = 0.5
 @dataclass(frozen=True, slots=True)
 class StepState:
     """`seconds` the step took, samples `running` and `waiting` once it was decided, `pages` then in use of `capacity`, and
-    samples that it `finished`."""
+    samples that it `finished`; `replica` is the number of the one whose step it was."""
 
     seconds: float
     running: int
@@ -28,6 +28,7 @@ class StepState:
     pages: int
     capacity: int
     finished: int
+    replica: int = 0
 
 
 STATE_FIELDS = tuple(field.name for field in fields(StepState))
@@ -65,6 +66,14 @@ def tail_seconds(steps: Steps) -> float:
     running = steps["running"]
     tail = (steps["waiting"] == 0) & (running < TAIL_SHARE * running.max(initial=0.0))
     return float(steps["seconds"][tail].sum())
+
+
+def by_time(replicas: Sequence[Steps]) -> Steps:
+    """The steps of several replicas as one table, by the time that each had taken; the column `replica` tells them apart."""
+    order = np.argsort(np.concatenate([np.cumsum(steps["seconds"]) for steps in replicas]), kind="stable")
+    columns = {name: np.concatenate([steps.columns[name] for steps in replicas])[order] for name in COLUMNS}
+    number = np.repeat(np.arange(len(replicas), dtype=np.float32), [len(steps) for steps in replicas])
+    return Steps({**columns, "replica": number[order]})
 
 
 class StepLog:

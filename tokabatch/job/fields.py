@@ -168,6 +168,7 @@ Count = Annotated[_Count, Accepts("a whole number >= 1", "4")]
 Samples = Annotated[
     int, Field(ge=1, le=MOST_SAMPLES), Accepts(f"a whole number from 1 to {MOST_SAMPLES:,} (repeat the row for more)", "4")
 ]
+Index = Annotated[Annotated[int, Field(ge=0, le=MAX_INT32)], Accepts("a whole number >= 0", "0")]
 OptionalCount = Annotated[_Count | None, Accepts("a whole number >= 1, or null", "100")]
 MostTokens = Annotated[
     Literal["context"] | _Count,

@@ -295,6 +295,7 @@ class TraceConfig(_Section):
     path: fields.FilePath = Field(description="File to write, such as trace.json.gz; one that exists is replaced.")
     start: fields.Count = Field(default=50, description="The first step to record; a run's first step is 1.")
     steps: fields.Count = Field(default=5, description="How many steps to record.")
+    replica: fields.Index = Field(default=0, description="Of several replicas, the one to record; the first is 0.")
 
 
 class VerifyConfig(_Section):

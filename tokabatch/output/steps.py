@@ -23,6 +23,8 @@ from tokabatch.storage.parquet_file import ParquetFile
 
 _REMEDY = "It holds no results: move it away to do without what it tells."
 _STEPS_PER_FILE = 1 << 18
+REPLICA = "replica"
+"""The column that says whose step it was."""
 Columns = Mapping[str, npt.NDArray[Any]]
 
 
@@ -51,11 +53,27 @@ def read_steps(folder: OutputFolder) -> Columns | None:
     if not files:
         return None
     tables = [_read(file) for file in files]
+    # Before there were several replicas nothing told them apart.
+    tables = [
+        table
+        if REPLICA in table.column_names
+        else table.append_column(REPLICA, pa.nulls(len(table), pa.float32()).fill_null(0))
+        for table in tables
+    ]
     try:
         table = pa.concat_tables(tables)
     except pa.ArrowException as error:
         raise DamageError(f"{folder.path}: its records of steps differ in their columns ({error}). {_REMEDY}") from error
     return {name: np.asarray(table.column(name)) for name in table.column_names}
+
+
+def elapsed(columns: Columns) -> npt.NDArray[np.float64]:
+    """When each step ended, in seconds of stepping: those of several replicas run side by side. Shape [S]."""
+    ends = np.zeros(len(columns["seconds"]))
+    for number in np.unique(columns[REPLICA]):
+        own = columns[REPLICA] == number
+        ends[own] = np.cumsum(columns["seconds"][own], dtype=np.float64)
+    return ends
 
 
 def _read(file: ListedFile) -> pa.Table:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from tokabatch.arrays import Float64
 from tokabatch.output.excerpts import ErrorRows, Excerpt, Kind
+from tokabatch.output.steps import REPLICA, elapsed
 from tokabatch.report import plots
 from tokabatch.report.closing import errors_section
 from tokabatch.report.summary import seconds_text
@@ -137,7 +138,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         ("errors", f"{run.errors:,}", run.errors > 0),
     ]
     rows += [("pending", f"{pending:,}", True)] if pending else []
-    seconds = float(run.steps["seconds"].sum()) if len(run.steps.get("seconds", ())) else 0.0
+    seconds = float(elapsed(run.steps).max()) if len(run.steps.get("seconds", ())) else 0.0
     if s.get("earlier") and seconds:
         # The summary is that of the last start alone; the steps are those of all.
         rows.append(("of computing, all starts", seconds_text(seconds), False))
@@ -208,7 +209,7 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
 def _step_figures(steps: Mapping[str, Float64]) -> list[tuple[str, str, str]]:
     edges, means = _thin(steps, ("running", "waiting", "pages", "capacity"))
     rates = _rates(steps, edges)
-    total = float(steps["seconds"].sum())
+    total = float(elapsed(steps).max())
     output, prefill = (
         plots.Curve("output", rates["sampled"], filled=True),
         plots.Curve("prefill", rates["prefill"], plots.SECOND),
@@ -218,27 +219,31 @@ def _step_figures(steps: Mapping[str, Float64]) -> list[tuple[str, str, str]]:
     kv = [plots.Curve("in use", means["pages"] / np.maximum(means["capacity"], 1), filled=True)]
     return [
         ("Throughput", f"{len(steps['seconds']):,} steps in {seconds_text(total)}", drawn),
-        ("KV cache in use", f"of {steps['capacity'].max():,.0f} pages", plots.over_time(edges, kv, "share of pages", 1.0)),
+        ("KV cache in use", f"of {means['capacity'].max():,.0f} pages", plots.over_time(edges, kv, "share of pages", 1.0)),
         ("Samples running and waiting", "", plots.over_time(edges, running, "samples")),
     ]
 
 
 def _thin(steps: Mapping[str, Float64], names: Sequence[str]) -> tuple[Float64, dict[str, Float64]]:
-    """At most `_POINTS` parts of equal time: where each ends, and the columns' time-weighted means in them."""
-    seconds = steps["seconds"]
-    ends = np.cumsum(seconds)
-    parts = min(_POINTS, len(seconds))
-    place = np.minimum((ends - seconds / 2) / ends[-1] * parts, parts - 1).astype(np.int64)
+    """At most `_POINTS` parts of equal time: where each ends, and the columns' time-weighted means in them, those of several
+    replicas added up."""
+    seconds, ends, replica = steps["seconds"], elapsed(steps), steps[REPLICA].astype(np.int64)
+    count, whole = int(replica.max()) + 1, float(ends.max())
+    parts = max(1, min(_POINTS, len(seconds) // count))
+    place = np.minimum((ends - seconds / 2) / whole * parts, parts - 1).astype(np.int64)
     present, place = np.unique(place, return_inverse=True)
-    weight = np.bincount(place, weights=seconds)
-    means = {n: np.bincount(place, weights=steps[n] * seconds) / np.maximum(weight, 1e-12) for n in names}
-    return (present + 1) * (ends[-1] / parts), means
+    cell, cells = replica * len(present) + place, count * len(present)
+    weight = np.maximum(np.bincount(cell, weights=seconds, minlength=cells), 1e-12)
+    sums = {n: np.bincount(cell, weights=steps[n] * seconds, minlength=cells) for n in names}
+    return (present + 1) * (whole / parts), {n: (sums[n] / weight).reshape(count, -1).sum(axis=0) for n in names}
 
 
 def _rates(steps: Mapping[str, Float64], edges: Float64) -> dict[str, Float64]:
     """Tokens a second between consecutive edges, from the running totals."""
-    ends = np.concatenate(([0.0], np.cumsum(steps["seconds"])))
+    ends = elapsed(steps)
+    order = np.argsort(ends, kind="stable")
+    ends = np.append(0.0, ends[order])
     spans = np.diff(edges, prepend=0.0)
     counts = {"sampled": steps["sampled"], "prefill": steps["tokens"] - steps["decoded"]}
-    totals = {name: np.concatenate(([0.0], np.cumsum(values))) for name, values in counts.items()}
+    totals = {name: np.concatenate(([0.0], np.cumsum(values[order]))) for name, values in counts.items()}
     return {n: np.diff(np.interp(edges, ends, total), prepend=0.0) / np.maximum(spans, 1e-12) for n, total in totals.items()}

@@ -19,11 +19,11 @@ from multiprocessing.connection import wait
 import numpy as np
 
 from tokabatch.errors import EngineError, ReplicaLost, TokabatchError
-from tokabatch.forecast.step_log import StepLog, Steps
+from tokabatch.forecast.step_log import StepLog, Steps, by_time
 from tokabatch.report.summary import ReplicaShare
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger, Part
-from tokabatch.runner.member import STANDING_SECONDS, STOP_SECONDS, Build, Member
+from tokabatch.runner.member import STANDING_SECONDS, STOP_SECONDS, Build, Member, to_give
 from tokabatch.runner.messages import Ended, Finished, Given, Lengths, Message, Share, Suspects, Wants, Withdraw
 from tokabatch.runner.replica import ReplicaCounts, Standing
 from tokabatch.scheduling.contracts import Completion, Requests
@@ -134,11 +134,8 @@ class Fleet:
 
     def steps(self) -> Steps:
         """The steps whose results are in, of all members by the time that each had taken; none before the end."""
-        known = [member.ended.steps for member in self._members if member.ended is not None]
-        if not known:
-            return StepLog().steps()
-        order = np.argsort(np.concatenate([np.cumsum(steps["seconds"]) for steps in known]), kind="stable")
-        return Steps({name: np.concatenate([steps.columns[name] for steps in known])[order] for name in known[0].columns})
+        nothing = StepLog().steps()
+        return by_time([nothing if member.ended is None else member.ended.steps for member in self._members])
 
     def shares(self) -> tuple[ReplicaShare, ...]:
         """What each member did."""
@@ -233,8 +230,6 @@ class Fleet:
             # Otherwise a part is on its way.
             if message.parts == member.parts:
                 member.wants, self._fed = message.waiting, 0.0
-                for each in self._members:
-                    each.can_give = True
         elif isinstance(message, Given):
             member.asked, member.can_give = False, len(message.part) > 0
             self._ledger.give_back(member.number, message.part)
@@ -279,9 +274,12 @@ class Fleet:
             others = [
                 each for each in live if each is not member and each.begun and each.can_give and each.number not in trying
             ]
-            fullest = max(others, key=lambda each: each.standing.waiting, default=None)
-            if fullest is not None and not any(each.asked for each in live) and not self._ledger.has_free:
-                fullest.send(Share(member.wants or 0))
+            held, own = self._ledger.held, self._ledger.held(member.number)
+            gifts = {each: to_give(held(each.number), each.standing.waiting, own) for each in others}
+            fullest = max(others, key=lambda each: gifts[each], default=None)
+            if fullest is None or not gifts[fullest] or any(each.asked for each in live) or self._ledger.has_free:
+                continue
+            fullest.send(Share(own))
 
     def _gather(self, member: Member) -> None:
         """Give a member all samples of the rows that it suspects; they are taken from the others first."""

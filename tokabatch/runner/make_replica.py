@@ -15,6 +15,7 @@ from tokabatch.engine.heartbeat import Patience
 from tokabatch.engine.replica_sizes import MOST_STEPS, ReplicaSizes
 from tokabatch.engine.warm_up import kinds_of_drawing
 from tokabatch.engine.worker import TraceSpec, WorkerSpec
+from tokabatch.errors import UsageError
 from tokabatch.job import Job
 from tokabatch.output.folder import Claim
 from tokabatch.report.progress import Progress
@@ -41,16 +42,20 @@ def make_replica(
     stops = StopRules(sampling, workload.eos_token_ids, workload.spec.vocab_size, text)
     apart, depth, on_gpu = _runs_apart(job, workload), job.engine.queue_depth, workload.device == "cuda"
     stages, limits = layout.pipeline, scheduler_limits(sizes, layout.pipeline)
+    traced = job.trace.replica if job.trace else 0
+    if traced >= layout.replicas:
+        raise UsageError(
+            f"trace.replica is {traced}, but the run has {layout.replicas} replicas; write 0 to {layout.replicas - 1}"
+        )
     make = other = executor_maker(job, workload, sizes, progress.message)
     if job.trace and layout.replicas > 1:
-        # One trace, of the first replica.
         other = executor_maker(job.model_copy(update={"trace": None}), workload, sizes, lambda text: None)
 
     def build(number: int, requests: Requests, before: Standing, *, stop: Interruption, tell: Callable[[str], None]) -> Replica:
         scheduled = replace(before.scheduled)
         return Replica(
             Scheduler(requests, limits, stops, counts=scheduled),
-            other if number else make,
+            make if number == traced else other,
             depth=min(MOST_STEPS, max(2 if on_gpu else 1, stages + (stages > 1))) if depth == "auto" else depth,
             depth_of_few=3 if on_gpu and stages == 1 and depth == "auto" else None,
             max_restarts=job.engine.max_restarts if apart else None,

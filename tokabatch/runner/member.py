@@ -70,6 +70,12 @@ def wants_more(waiting: int, running: int) -> bool:
     return waiting < max(LEAST_WAITING, REFILL * running)
 
 
+def to_give(held: int, waiting: int, wanting: int) -> int:
+    """How many of its waiting samples a member gives to one that holds `wanting`, so that both hold as many, running ones
+    included: a member that runs all it can at once has no use for samples that another is about to admit."""
+    return max(0, min((held - wanting) // 2, waiting))
+
+
 class Member:
     """Main's side of one member."""
 
@@ -87,6 +93,7 @@ class Member:
         self.asked = False
         """It has been asked to give samples back, and has not answered."""
         self.can_give = True
+        """As far as its last standing tells; False once it had nothing to give after it."""
         self.finished = 0
         """Samples that came from here, from lost processes of this member included."""
         self.barren = 0
@@ -160,7 +167,7 @@ class Member:
             raise ReplicaLost(f"the scheduler's process {by} {abs(code or 0)}") from error
         self.silent = 0.0
         if isinstance(message, Finished | Ended) and message.standing is not None:
-            self.standing = message.standing
+            self.standing, self.can_give = message.standing, True
         if isinstance(message, Ended):
             self.ended = message
         self.begun = self.begun or isinstance(message, Finished | Ended)
@@ -323,7 +330,8 @@ class _Loop:
             self._parts, self._told = self._parts + 1, None
             return replica.extend(ledger.plan.part(part.prompts, part.first, part.stop))
         if isinstance(order, Share):
-            given = replica.give_back(-(-(replica.waiting - order.waiting) // 2))
+            waiting = replica.waiting
+            given = replica.give_back(to_give(replica.scheduler.num_running + waiting, waiting, order.held))
             self._outbox.put(Given(Part.joined([ledger.part(requests) for requests in given])))
         elif isinstance(order, Withdraw):
             pieces: list[Part] = []

@@ -14,9 +14,10 @@ from tokabatch.scheduling.contracts import Completion
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """To a member: give back half of the samples that have never been admitted here and are more than wait elsewhere."""
+    """To a member: give back what `to_give` says of the samples that have never been admitted here; the member that wants more
+    holds so many, running ones included."""
 
-    waiting: int
+    held: int
 
 
 @dataclass(frozen=True, slots=True)

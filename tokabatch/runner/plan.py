@@ -21,7 +21,7 @@ from tokabatch.output.folder import check_output
 from tokabatch.report.outlook import Outlook
 from tokabatch.report.summary import ModelFacts, PlanReport, ReplicaFacts
 from tokabatch.runner.ledger import Ledger
-from tokabatch.runner.member import wants_more
+from tokabatch.runner.member import to_give, wants_more
 from tokabatch.runner.replica import scheduler_limits
 from tokabatch.runner.resume import Start, preview
 from tokabatch.workload import Workload
@@ -42,7 +42,7 @@ def plan_and_simulate(job: Job, scenario: Scenario) -> tuple[PlanReport, Outlook
     profile = scenario_profile(job, scenario, device)
     with _planned(job, profile, device) as (previewed, sizes):
         workload = _to_compute(previewed)
-        fleet = FleetRules(workload.layout.replicas, Ledger, wants_more)
+        fleet = FleetRules(workload.layout.replicas, Ledger, wants_more, to_give)
         limits = scheduler_limits(sizes, workload.layout.pipeline)
         outlook = predict_run(workload, limits, scenario, device, profile, fleet)
         return _plan_report(job, previewed, sizes), outlook

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tokabatch.errors import (
     EXIT_BOOKS,
     EXIT_COMPLETE,
@@ -92,8 +94,7 @@ def run(
             exit_code = _record_failures(parts)
             if exit_code == EXIT_COMPLETE and len(workload.requests):
                 exit_code = _generate(parts)
-                taken = replica.standing().scheduled.steps
-                if job.trace and taken < job.trace.start:
+                if job.trace and (taken := _steps_of(replica, job.trace.replica)) < job.trace.start:
                     clock.progress.message(
                         f"nothing was traced: the run had {taken} steps, and trace.start is {job.trace.start}; write less"
                     )
@@ -129,6 +130,11 @@ def run(
             claim.check_lock()
             _write_record(claim, summary.to_dict(), steps)
     return summary
+
+
+def _steps_of(replica: Replica | Fleet, number: int) -> int:
+    """How many steps the replica of this number took."""
+    return int(np.count_nonzero(replica.steps()["replica"] == number))
 
 
 def _close_books(parts: _Parts, claim: Claim) -> Books:
