@@ -149,9 +149,9 @@ SWALLOWING = {"exists", "is_file", "is_dir", "is_symlink", "glob", "rglob", "lex
 """They take what cannot be reached for what is not there, from one version of Python on or always."""
 OF_OUTPUT_FOLDERS = (
     *("output/" + name + ".py" for name in "folder journal inspection manifest existing_results integrity status".split()),
-    *("output/" + name + ".py" for name in "export steps shards joining remedy scratch same_job".split()),
+    *("output/" + name + ".py" for name in "export steps shards joining remedy scratch same_job units leases".split()),
     *("storage/" + name + ".py" for name in "atomic_files listing".split()),
-    *("runner/" + name + ".py" for name in "resume recorder run plan".split()),
+    *("runner/" + name + ".py" for name in "resume recorder run plan shared supply".split()),
     *("input/store/row_digests.py", "report/review.py"),
 )
 

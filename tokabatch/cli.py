@@ -201,6 +201,17 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder, start over.")] = False,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Run the error rows of the run there again.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Compute again what damaged or missing files held.")] = False,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Let other runs of the job write there, too, each taking units of the plan.")
+    ] = False,
+    units: Annotated[int, typer.Option("--units", min=1, help="Into how many units the first of them cuts the plan.")] = 256,
+    task: Annotated[str, typer.Option("--task", help="What `tokabatch status` calls this one of them.")] = "",
+    lease: Annotated[
+        float, typer.Option("--lease", min=0.5, help="Seconds without a sign of life before others take a run's units over.")
+    ] = 60.0,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", help="Stop as on SIGTERM so many seconds from now.", min=0, show_default=False)
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only messages and the summary.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="In the summary, the figures of scheduler and engine, too.")
@@ -222,9 +233,11 @@ def run(
       tokabatch run jobs/quickstart.yaml generation.n=4 output.path=out/four --quiet
       tokabatch run jobs/quickstart.yaml generation.n=32      16 more samples of each row
       tokabatch run jobs/quickstart.yaml --overwrite          delete the results, begin again
+      tokabatch run jobs/quickstart.yaml --shared             one of any number of processes on any hosts (`tokabatch slurm`)
     """
-    with _stop_on_signals() as stop, _checked_job(job, overrides) as loaded:
-        summary = _run(loaded, stop, quiet, overwrite=overwrite, retry_errors=retry_errors, repair=repair)
+    with _stop_on_signals() as stop, _stop_after(deadline), _checked_job(job, overrides) as loaded:
+        share = _load("tokabatch.runner.shared").Shared(task, units, lease) if shared else None
+        summary = _run(loaded, stop, quiet, overwrite=overwrite, retry_errors=retry_errors, repair=repair, shared=share)
     _print_summary(loaded, summary, verbose)
     raise typer.Exit(summary.exit_code)
 
@@ -605,12 +618,12 @@ def _checked_job(path: Path, overrides: list[str] | None) -> Generator[Job, None
         raise type(error)(written.locate(str(error), key)) from error
 
 
-def _run(job: Any, stop: Interruption, quiet: bool, **reuse: bool) -> RunSummary:
+def _run(job: Any, stop: Interruption, quiet: bool, **how: Any) -> RunSummary:
     """Run a job with its progress shown. Exits where it was stopped before it began."""
     runner = _load("tokabatch.runner.run")
     try:
         with _load("tokabatch.report.progress").open_progress(quiet) as progress:
-            return runner.run(job, progress, stop, **reuse)
+            return runner.run(job, progress, stop, **how)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         raise typer.Exit(stopped.exit_code) from None
@@ -672,6 +685,21 @@ def _stop_on_signals(doing: str = "committing what is finished") -> Generator[In
     finally:
         for number in ours:
             signal.signal(number, before[number])
+
+
+@contextmanager
+def _stop_after(seconds: float | None) -> Generator[None]:
+    """Ask for a stop once so many seconds are over, by a signal: one breaks into what waits."""
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _say(text: str) -> None:

@@ -29,6 +29,7 @@ from tokabatch.job import ModelConfig
 from tokabatch.output import folder
 from tokabatch.report.progress import NullProgress
 from tokabatch.runner import make_replica, recorder
+from tokabatch.runner.shared import Shared
 from tokabatch.workload import Workload
 
 STEP_SECONDS = 0.002
@@ -76,7 +77,10 @@ class Child:
         message, code, display = "", 1, _Messages()
         try:
             job = Job.load(request["job"])
-            code = run(job, display, **request.get("flags", {})).exit_code
+            flags = dict(request.get("flags", {}))
+            if "shared" in flags:
+                flags["shared"] = Shared(**flags["shared"])
+            code = run(job, display, **flags).exit_code
             message = "; ".join(display.texts)
         except TokabatchError as error:
             message, code = str(error), error.exit_code

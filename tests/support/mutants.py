@@ -57,13 +57,14 @@ def committed_keys_not_read_back() -> None:
 def a_failed_commit_forgets_its_rows_and_goes_on() -> None:
     real = shards.ShardWriter._commit
 
-    def commit(self, num_rows):
-        books = self._books
+    def commit(self, unit, num_rows):
+        books = self._state.units[unit]
         try:
-            real(self, num_rows)
+            real(self, unit, num_rows)
         except OSError:
             rest = shards.pa.concat_tables(books.waiting).slice(num_rows)
-            self._books = shards._Books(books.shards, (rest,) if rest.num_rows else (), books.oldest)
+            waiting = (rest,) if rest.num_rows else ()
+            self._state = self._state.with_books(unit, shards.replace(books, waiting=waiting, attempt=None))
 
     shards.ShardWriter._commit = commit
 
@@ -79,7 +80,7 @@ def success_is_marked_before_the_shards_are_there() -> None:
     finish = recorder.Recorder.finish
 
     def early(self, *hurry):
-        waiting = self._writer._books.num_rows + len(self._waiting.finished)
+        waiting = self._writer._state.units[shards.WHOLE].num_rows + len(self._waiting.finished)
         marked = [*self._writer.shards, shards.Shard("data/part-99999.parquet", waiting, waiting, 0, 0, "none")]
         mark_success(self._claim, marked, sum(shard.rows for shard in marked))
         return finish(self, *hurry)

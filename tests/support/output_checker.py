@@ -21,7 +21,7 @@ from benchmarks.scripted_engine import QUICKSTART, Script, expected_tokens
 
 KNOWN = {
     "data", "manifest.json", "commits.jsonl", "row_digests.parquet", "job.json", "summary.json", "_SUCCESS", "_lock", "_tmp",
-    "_input",
+    "_input", "_units",
 }  # fmt: skip
 STEPS = re.compile(r"steps-\d{5}\.parquet")
 SCHEDULED = "num_cached_tokens"

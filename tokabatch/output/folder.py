@@ -3,13 +3,29 @@
 OUT/data/part-00000.parquet   committed shards
 OUT/_tmp/                     unfinished files; cleared by the next claim
 OUT/_input/                   the tokenised input, while the run is not complete
-OUT/_lock                     held by the writing process, released by its death
+OUT/_lock                     held by the writing process, released by its death; several writers share it
+OUT/_units/                   where several write: how the plan is cut into units, who computes which, each one's commits
 OUT/manifest.json             what the run is, and what decides its output
 OUT/commits.jsonl             which shards were committed, with their digests
 OUT/row_digests.parquet       what each row and its prompt were
 OUT/job.json                  the job, to run it again from the folder alone
 OUT/steps-00000.parquet       what each step did and took; not a result
 OUT/summary.json, _SUCCESS    how it ended; taken back by the next start that has something to add
+
+One writer has the folder to itself by an exclusive lock; a file system that keeps no locks is refused. Several writers hold the
+lock together, which keeps a single one away, but no safety among them rests on it, nor on any clock:
+
+- Each sample is of one unit of the plan. Shards of unit u are named `part-u-k`, and a writer that publishes number k has read
+  all of u's shards that it saw, of which k is the first number that lacks; it adds only samples that these do not hold.
+- A name is given by a hard link (or a rename) that fails where the name exists, and no shard is removed while several write. So
+  number k is published once, after every lower one; whoever publishes it has read every shard of the unit that is there, or
+  else the number that it takes is taken. By induction the shards of a unit are disjoint. One that comes late, woken after
+  others took its unit over, fails, and drops what it has of the unit.
+- What is not removed cannot be missed: a listing out of date (NFS) shows fewer shards, and ends in a name that is taken.
+- A crash loses what is not published. Names and contents are on the disk before anything is said of them, as with one writer.
+- Each writer has its own `_tmp/WRITER` and its own journal. The manifest is published like a shard: the first one counts.
+- Leases (output/leases.py) say which units are being computed. Where they are wrong, work is done twice and dropped once.
+- _SUCCESS is written by whoever finds every sample there; the one that then has the lock to itself joins the small shards.
 """
 
 from __future__ import annotations
@@ -26,14 +42,17 @@ from pathlib import Path
 from types import TracebackType
 
 from tokabatch.errors import CommitError, DamageError, OutputError
-from tokabatch.output.journal import Journal, Shard, read_record
+from tokabatch.output.journal import Journal, Record, Shard, merged, read_record
 from tokabatch.storage.atomic_files import DurableFiles, NewFile, make_folders, publish, write_whole
 from tokabatch.storage.listing import NO_MARK, ListedFile, Mark, is_there, list_files, mark_of, unreadable
 from tokabatch.storage.write_errors import is_full, may_pass, reason, remedy, unwritable
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
-_SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
+_SHARD_NAME = re.compile(r"part-\d{5,}(-\d{5,})?\.parquet")
+_JOURNAL_NAME = re.compile(r"commits-.+\.jsonl")
 _STEPS_NAME = re.compile(r"steps-\d{5,}\.parquet")
+PLAN = "plan-"
+"""With what the name begins of the file that says how the plan is cut."""
 PROBE = ".probe"
 """Stands in data/ for an instant at the start of a run; readers of Parquet folders pass over names with a dot."""
 _PROBE_BYTES = 1 << 16
@@ -44,17 +63,21 @@ _CLAIM_PAUSE_SECONDS = 0.05
 
 class OutputFolder:
     """Paths of an output folder, and its listings. Reading is free to anyone at any time; a listing that cannot be had raises
-    OutputError."""
+    OutputError. One of several writers has unfinished files and a journal of its own, by its name."""
 
-    def __init__(self, path: Path, files: DurableFiles | None = None) -> None:
+    def __init__(self, path: Path, files: DurableFiles | None = None, writer: str = "") -> None:
         self.files = files or DurableFiles()
         self.path = path
         self.data = path / "data"
-        self.temporary = path / "_tmp"
+        self.temporaries = path / "_tmp"
+        self.temporary = self.temporaries / writer
+        self.units = path / "_units"
+        self.joiner = self.units / "joiner"
         self.input = path / "_input"
         self.lock = path / "_lock"
         self.manifest = path / "manifest.json"
         self.commits = path / "commits.jsonl"
+        self.journal = self.units / f"commits-{writer}.jsonl" if writer else self.commits
         self.row_digests = path / "row_digests.parquet"
         self.job = path / "job.json"
         self.summary = path / "summary.json"
@@ -77,28 +100,48 @@ class OutputFolder:
         """The records of steps, in the order of the starts."""
         return tuple(file for file in list_files(self.files, self.path) if _STEPS_NAME.fullmatch(file.path.name))
 
+    def journals(self) -> list[Path]:
+        """Those of several writers."""
+        return [file.path for file in list_files(self.files, self.units) if _JOURNAL_NAME.fullmatch(file.path.name)]
+
+    def record(self) -> Record | None:
+        """What the journals say; None where there is none. Raises OutputError where one cannot be read."""
+        # A single writer puts all that they say into its own before it removes the others.
+        others = [read_record(self.files, path) for path in self.journals()]
+        return merged((read_record(self.files, self.commits), *others))
+
     def name_of(self, path: Path) -> str:
         """A shard's name as the records have it: relative to the folder."""
         return f"{self.data.name}/{path.name}"
 
     def is_claimed(self) -> bool:
-        """Whether a living process writes here. False where the file system keeps no locks."""
-        try:
-            with self.files.open_old(self.lock) as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
+        """Whether a living process writes here, or several. False where the file system keeps no locks."""
+        # Another reader may look at the same instant.
+        for _ in range(_CLAIM_ATTEMPTS):
+            try:
+                with self.files.open_old(self.lock) as file:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    if not is_there(self.files, self.units):
+                        return False
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return False
+            except BlockingIOError:
+                if not is_there(self.files, self.units):
+                    return True
+                time.sleep(_CLAIM_PAUSE_SECONDS)
+            except (FileNotFoundError, NotADirectoryError):
                 return False
-            raise unreadable(self.lock, error) from error
-        return False
+            except OSError as error:
+                # NFS gives an exclusive lock to those alone who may write.
+                if error.errno in {*_NO_LOCKS, errno.EBADF}:
+                    return False
+                raise unreadable(self.lock, error) from error
+        return True
 
 
 class Claim:
-    """The right of one process to write into an output folder, until `release` or the process's end.
+    """The right of one process to write into an output folder, until `release` or the process's end; of one among several where
+    it is given a name as a `writer`, which no other may have or have had.
 
     Changes nothing of what an earlier run left, but for its unfinished files. Raises OutputError where the folder cannot be
     written, holds what no run wrote, or another run writes there. The lock belongs to the open file: a forked child holds it
@@ -106,9 +149,10 @@ class Claim:
     claim that wrote neither a manifest nor a shard takes away what it made.
     """
 
-    def __init__(self, path: Path, files: DurableFiles | None = None) -> None:
+    def __init__(self, path: Path, files: DurableFiles | None = None, *, writer: str = "") -> None:
         self.files = files or DurableFiles()
-        self.folder = OutputFolder(path, self.files)
+        self.files.alone = not writer
+        self.folder = OutputFolder(path, self.files, writer)
         self.journal: Journal | None = None
         """The record of commits, once the run has begun; a folder without a run has none."""
         self.identity: Mapping[bytes, bytes] = {}
@@ -129,7 +173,7 @@ class Claim:
         """Replace one of the folder's small files atomically. One that is to `keep` is written anew where others touch it while
         the run goes on."""
         write_whole(self.files, self.folder.temporary / target.name, target, content)
-        if keep:
+        if keep and self.files.alone:
             found = self.files.look(target)
             self._kept[target] = content, NO_MARK if found is None else mark_of(found)
 
@@ -139,7 +183,7 @@ class Claim:
         try:
             yield
         except OSError as error:
-            if is_full(error):
+            if is_full(error) and self.files.alone:
                 # What is made anew at any time leaves its room to what is not.
                 with suppress(OSError):
                     self.files.remove_tree(self.folder.input)
@@ -155,8 +199,34 @@ class Claim:
         if self.journal is not None:
             self.journal.close()
         folder = self.folder
-        self.journal = Journal(self.files, folder.commits, folder.temporary / folder.commits.name, run, shards)
+        self.journal = Journal(self.files, folder.journal, folder.temporary / folder.commits.name, run, shards)
         self.identity, self._repair = identity, repair
+        if self.files.alone:
+            for file in list_files(self.files, folder.units):
+                # What killed writers left.
+                if not file.path.name.startswith((PLAN, self.folder.joiner.name)):
+                    self.files.remove(file.path)
+
+    def take_alone(self) -> bool:
+        """Let go of the share of the lock; whether no other writer is left, and this claim is that of a single one until
+        `release`. Of several that end at once, one is: each lets go before it tries. The others write nothing from here on."""
+        assert self._descriptor is not None and not self.files.alone
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        if self.journal is not None:
+            self.journal.close()
+            self.journal = None
+        self.files.alone = True
+        folder = self.folder
+        folder.journal = folder.commits
+        for name in self.files.names(folder.temporaries):
+            if name != folder.temporary.name:
+                with suppress(OSError):
+                    self.files.remove_tree(folder.temporaries / name)
+        return True
 
     def check_lock(self) -> None:
         """Raises CommitError where the lock is not this claim's any more: whatever were written now might meet another run."""
@@ -199,7 +269,7 @@ class Claim:
     def discard(self) -> None:
         """Delete the results of an earlier run. Cut short, it leaves a run that lacks some of its samples."""
         shards = self.folder.shards()
-        record = None if self.journal is not None else read_record(self.files, self.folder.commits)
+        record = None if self.journal is not None else self.folder.record()
         if record is not None and record.problem is None:
             # Readers beside this, and the next start if it is cut short, know what is missing on purpose.
             held = [shard for known in record.versions.values() for shard in known[-1:] if shard is not None]
@@ -215,6 +285,7 @@ class Claim:
         for path in (*steps, self.folder.commits, self.folder.row_digests, self.folder.manifest, self.folder.job):
             if is_there(self.files, path):
                 self.files.remove(path)
+        self.files.remove_tree(self.folder.units)
 
     def release(self) -> None:
         """Let others write here; leaves no unfinished file behind."""
@@ -222,10 +293,11 @@ class Claim:
             self.journal.close()
         if self._descriptor is not None:
             with suppress(OSError):
-                self.files.remove_tree(self.folder.temporary)
-                if is_there(self.files, self.folder.success):
+                self.files.remove_tree(self.folder.temporaries if self.files.alone else self.folder.temporary)
+                if self.files.alone and is_there(self.files, self.folder.success):
                     self.files.remove_tree(self.folder.input)
-            self._remove_unused()
+            if self.files.alone:
+                self._remove_unused()
             os.close(self._descriptor)
             self._descriptor = None
         self.files.let_go()
@@ -253,7 +325,7 @@ class Claim:
             make_folders(self.files, folder.data)
             self._hold(folder.path)
             self._hold(folder.data)
-            self._descriptor = _lock(folder)
+            self._descriptor = _lock(folder, shared=not self.files.alone)
             self._clear()
         except BaseException as error:
             self.release()
@@ -283,8 +355,14 @@ class Claim:
     def _clear(self) -> None:
         folder = self.folder
         _refuse_foreign(folder)
-        self.files.remove_tree(folder.temporary)
-        self.files.make_folder(folder.temporary)
+        if self.files.alone:
+            self.files.remove_tree(folder.temporaries)
+            self.files.make_folder(folder.temporaries)
+        else:
+            for place in (folder.units, folder.temporaries):
+                make_folders(self.files, place)
+            self.files.hold(folder.units)
+            self.files.make_folder(folder.temporary)
         self.files.hold(folder.temporary)
         if not is_there(self.files, folder.success):
             self._probe()
@@ -294,13 +372,33 @@ class Claim:
         """Write a file and commit it the way shards are: what can never work is known before anything is computed. A complete
         run is left as it is until there is something to add."""
         probe, published = self.folder.temporary / "probe", self.folder.data / PROBE
+        if not self.files.alone:
+            published = self.folder.data / f"{PROBE}-{self.folder.temporary.name}"
         # A start that was killed here has left it.
         with suppress(FileNotFoundError):
             self.files.remove(published)
-        with NewFile(self.files, probe) as file:
-            file.write(bytes(_PROBE_BYTES))
-            file.sync()
-        publish(self.files, probe, published)
+        for attempt in range(1 if self.files.alone else 2):
+            with NewFile(self.files, probe) as file:
+                file.write(bytes(_PROBE_BYTES))
+                file.sync()
+            try:
+                publish(self.files, probe, published)
+            except FileExistsError:
+                if not attempt:
+                    raise
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP or self.files.alone:
+                    raise
+                raise OutputError(
+                    f"output.path {str(self.folder.path)!r} cannot be shared: {reason(error)}, by which several writers are "
+                    "kept from publishing a sample twice. Choose a folder on another file system."
+                ) from error
+            else:
+                if attempt:
+                    raise OutputError(
+                        f"output.path {str(self.folder.path)!r} cannot be shared: a hard link there replaces what has its "
+                        "name. Choose a folder on another file system."
+                    )
         self.files.remove(published)
 
     def _moved(self) -> Path | None:
@@ -321,7 +419,7 @@ class Claim:
                 f"{'; '.join(f'{self.folder.path / name} {problem}' for name, problem in damage)}. The run stops; what it "
                 f"finished is committed. To compute again what is damaged, and nothing else: {self._repair}"
             )
-        if strangers:
+        if strangers and self.files.alone:
             raise OutputError(
                 f"{self.folder.path / strangers[0]} was put there by another process while this run wrote. The run stops; what "
                 "it finished is committed. Move the file away, then run the same command again."
@@ -367,16 +465,22 @@ def _busy(folder: OutputFolder) -> OutputError:
     )
 
 
-def _lock(folder: OutputFolder) -> int:
-    # `tokabatch status` holds a shared lock for an instant, hence more than one attempt.
+def _lock(folder: OutputFolder, *, shared: bool) -> int:
+    # `tokabatch status` holds the lock for an instant, hence more than one attempt.
     for _ in range(_CLAIM_ATTEMPTS):
         descriptor = folder.files.open_lock(folder.lock)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _NO_LOCKS:
+            if error.errno in _NO_LOCKS and shared:
                 return descriptor
             os.close(descriptor)
+            if error.errno in _NO_LOCKS:
+                raise OutputError(
+                    f"output.path {str(folder.path)!r}: its file system keeps no locks ({error.strerror}), so that a second "
+                    "run could not be kept away. Add --shared, by which any number of runs may write there, or choose another "
+                    "output.path."
+                ) from error
             if not isinstance(error, BlockingIOError):
                 raise
             time.sleep(_CLAIM_PAUSE_SECONDS)

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from tokabatch.errors import DamageError, ForeignFileError
 from tokabatch.output.folder import OutputFolder
-from tokabatch.output.journal import Record, Shard, read_record
+from tokabatch.output.journal import Record, Shard
 from tokabatch.output.manifest import RUN_KEY, Manifest, Success, read_success
 from tokabatch.output.shards import count_ok, damaged, open_shard, read_groups
 from tokabatch.storage.listing import Changed, ListedFile
@@ -61,10 +61,10 @@ class Inspection:
 def inspect(folder: OutputFolder, manifest: Manifest) -> Inspection:
     """Read every shard of the run whose manifest this is. Raises OutputError for what cannot be read, Changed where a shard is
     replaced meanwhile."""
-    before = read_record(folder.files, folder.commits)
+    before = folder.record()
     listed = folder.shards()
     # A file is recorded before it is published: what is listed by now is in the record that is read by now.
-    record = read_record(folder.files, folder.commits)
+    record = folder.record()
     success, faults = None, list[Fault]()
     try:
         success = read_success(folder)
@@ -98,9 +98,9 @@ def inspect(folder: OutputFolder, manifest: Manifest) -> Inspection:
 def recorded_shards(folder: OutputFolder, manifest: Manifest | None) -> tuple[ListedFile, ...]:
     """For readers that do not read everything: the shards, by number. Where the run keeps a record of commits, raises
     ForeignFileError for a file that is not in it, DamageError for one that is missing or of another size."""
-    before = read_record(folder.files, folder.commits)
+    before = folder.record()
     listed = folder.shards()
-    record = read_record(folder.files, folder.commits) if manifest is not None and manifest.run else None
+    record = folder.record() if manifest is not None and manifest.run else None
     if record is None or record.problem is not None:
         return listed
     for shard in listed:

@@ -9,6 +9,9 @@ start that changes the folder writes the record anew; within one it only grows. 
     {"begins": FILE}                is about to be published, perhaps in place of an earlier one of its name
     {"removes": NAME}               is about to be taken away
     {"done": NAME}                  the last of these has happened
+
+Where several processes write, each has a journal of its own (OUT/_units/commits-WRITER.jsonl), which no other touches; `merged`
+is what they say together. The next start that writes alone makes one of them.
 """
 
 from __future__ import annotations
@@ -174,6 +177,24 @@ def read_record(files: DurableFiles, path: Path) -> Record | None:
     if not lines:
         problem = "it is empty"
     return Record(run, {name: known for name, known in versions.items() if known != (None,)}, problem, torn)
+
+
+def merged(records: Iterable[Record | None]) -> Record | None:
+    """What the journals of several writers say together. A file stands as any of them says; it may be missing where none says
+    that it is there. One that lost a name to another writer has only begun it."""
+    known = [record for record in records if record is not None]
+    if not known:
+        return None
+    known = [record for record in known if record.run == known[0].run]
+    versions: dict[str, tuple[Shard | None, ...]] = {}
+    for record in known:
+        for name, these in record.versions.items():
+            before = versions.get(name)
+            absent = None in these and (before is None or None in before)
+            shards = dict.fromkeys(shard for shard in (*(before or ()), *these) if shard is not None)
+            versions[name] = (*((None,) if absent else ()), *shards)
+    problem = next((record.problem for record in known if record.problem), None)
+    return Record(known[0].run, versions, problem, known[0].torn)
 
 
 def _apply(versions: dict[str, tuple[Shard | None, ...]], fields: Mapping[str, Any]) -> None:

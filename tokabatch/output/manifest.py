@@ -19,6 +19,7 @@ from tokabatch.input.fingerprint import Fingerprint, is_of_verify
 from tokabatch.output.folder import Claim, OutputFolder
 from tokabatch.output.journal import Shard
 from tokabatch.output.plain_json import to_json
+from tokabatch.storage.atomic_files import NewFile, publish
 from tokabatch.storage.listing import read_bytes
 
 SCHEMA_VERSION = 3
@@ -60,6 +61,9 @@ class Manifest:
     run: str = ""
     fingerprint_sha256: str = ""
     job_sha256: str = field(default="", compare=False)
+    units: int = 0
+    """Where several processes write: into how many units the plan is cut; `units_sha256` is the digest of which."""
+    units_sha256: str = ""
 
     @property
     def identity(self) -> dict[bytes, bytes]:
@@ -109,11 +113,19 @@ def settings_digest(fingerprint: Fingerprint) -> str:
 
 
 def write_manifest(claim: Claim, manifest: Manifest, given: Mapping[str, Any]) -> None:
-    """Write OUT/manifest.json, and OUT/job.json with the job as `given`, which runs it again."""
-    job = _document(given)
-    claim.write(claim.folder.job, job, keep=True)
+    """Write OUT/manifest.json, and OUT/job.json with the job as `given`, which runs it again. One of several writers raises
+    FileExistsError where there is a manifest."""
+    job, files, folder = _document(given), claim.files, claim.folder
+    claim.write(folder.job, job, keep=True)
     sealed = _sealed(asdict(replace(manifest, job_sha256=hashlib.sha256(job).hexdigest())))
-    claim.write(claim.folder.manifest, sealed, keep=True)
+    if files.alone:
+        claim.write(folder.manifest, sealed, keep=True)
+        return
+    temporary = folder.temporary / folder.manifest.name
+    with NewFile(files, temporary) as file:
+        file.write(sealed)
+        file.sync()
+    publish(files, temporary, folder.manifest)
 
 
 def job_is_whole(folder: OutputFolder, manifest: Manifest) -> bool:

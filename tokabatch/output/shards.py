@@ -20,10 +20,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tokabatch.arrays import Int32, Int64
 from tokabatch.errors import DamageError, ForeignFileError, OutputError
 from tokabatch.output.folder import Claim
 from tokabatch.output.journal import Shard
@@ -44,13 +46,18 @@ SHARD_BYTES = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Books:
-    """What is committed and what waits. Replaced in one assignment, so that they are true wherever an exception strikes."""
+    """Of one unit: what is committed and what waits; `number` is that of the next shard."""
 
+    number: int
+    lacks: int | None = None
+    """Samples that the unit needs beside those that are committed; None where that is not known."""
     shards: tuple[Shard, ...] = ()
     waiting: tuple[pa.Table, ...] = ()
     oldest: float = 0.0
     attempt: tuple[Shard, Mark] | None = None
     """The shard being published, and the mark of its file."""
+    lost: bool = False
+    """Another has published a shard: the unit is that one's."""
 
     @property
     def num_rows(self) -> int:
@@ -63,7 +70,23 @@ class _Books:
     def committed(self, shard: Shard, now: float) -> _Books:
         """The shard's rows moved from those that wait to those that are committed."""
         rest = pa.concat_tables(self.waiting).slice(shard.rows)
-        return _Books((*self.shards, shard), (rest,) if rest.num_rows else (), now)
+        lacks = None if self.lacks is None else self.lacks - shard.rows
+        return _Books(self.number + 1, lacks, (*self.shards, shard), (rest,) if rest.num_rows else (), now)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """Replaced in one assignment, so that it is true wherever an exception strikes. `taken` counts the rows taken over."""
+
+    taken: int
+    units: Mapping[int, _Books]
+
+    def with_books(self, unit: int, books: _Books) -> _State:
+        return replace(self, units={**self.units, unit: books})
+
+
+WHOLE = -1
+"""The one unit of a writer that has the folder to itself; its shards are `part-00000` and so on."""
 
 
 class ShardWriter:
@@ -72,6 +95,10 @@ class ShardWriter:
     A shard is committed when `rows_per_shard` rows are buffered (fewer, once so many made a file too large for the system),
     when the oldest of them has waited `flush_seconds`, or when they take 512 MB of memory. Time is looked at in `add` and
     `tick` only. Owns its files under `_tmp/`.
+
+    One of several writers is told by `unit_of` which unit each row is of, by the columns row_index and sample_index. It `open`s
+    units, writes shards for each of them apart, and drops the rows of a unit in which another publishes first (see
+    output/folder.py), and those of units that are not open.
     """
 
     def __init__(
@@ -82,6 +109,7 @@ class ShardWriter:
         rows_per_shard: int,
         flush_seconds: float,
         earlier: Sequence[Shard] = (),
+        unit_of: Callable[[Int64, Int64], Int32] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`earlier` shards stand in the folder already."""
@@ -89,25 +117,39 @@ class ShardWriter:
         self._schema = schema
         self._rows_per_shard = rows_per_shard
         self._flush_seconds = flush_seconds
+        self._unit_of = unit_of
         self._clock = clock
-        self._books = _Books(tuple(earlier))
-        self._first_number = max((shard_number(shard.name) + 1 for shard in earlier), default=0) - len(earlier)
+        self._earlier = tuple(earlier)
+        first = _Books(max((shard_number(shard.name) + 1 for shard in earlier), default=0))
+        self._state = _State(sum(shard.rows for shard in earlier), {} if unit_of else {WHOLE: first})
 
     @property
     def shards(self) -> tuple[Shard, ...]:
         """What is committed so far, earlier shards included."""
-        return self._books.shards
+        return (*self._earlier, *(shard for books in self._state.units.values() for shard in books.shards))
 
     @property
     def num_rows(self) -> int:
-        """Rows taken over so far, those of earlier shards included: true wherever an exception strikes."""
-        books = self._books
-        return sum(shard.rows for shard in books.shards) + books.num_rows
+        """Rows taken over so far, those of earlier shards and those that were dropped included: true wherever an exception
+        strikes."""
+        return self._state.taken
+
+    def open(self, unit: int, number: int, lacks: int) -> None:
+        """Take rows of this unit from now on. Its next shard is to be `number`; so many samples are in none."""
+        self._state = self._state.with_books(unit, _Books(number, lacks))
+
+    def is_complete(self, unit: int) -> bool:
+        """Whether all samples of a unit that was opened are committed."""
+        return self._state.units[unit].lacks == 0
+
+    def is_lost(self, unit: int) -> bool:
+        """Whether another writer has published a shard of a unit that was opened here."""
+        return self._state.units[unit].lost
 
     @property
     def num_waiting(self) -> int:
         """Of these, the rows that are not committed."""
-        return self._books.num_rows
+        return sum(books.num_rows for books in self._state.units.values())
 
     def add(self, table: pa.Table) -> None:
         """Take over the rows of `table`; commits what is due. Raises OSError where the disk fails, the rows kept."""
@@ -117,50 +159,77 @@ class ShardWriter:
     def take(self, table: pa.Table) -> None:
         """Take over the rows of `table`; they are kept from here on."""
         assert table.schema.equals(self._schema), "a table of another schema"
-        books = self._books
-        if table.num_rows:
-            oldest = books.oldest if books.waiting else self._clock()
-            self._books = replace(books, waiting=(*books.waiting, table), oldest=oldest)
+        if not table.num_rows:
+            return
+        units = dict(self._state.units)
+        for unit, part in self._parts(table):
+            books = units.get(unit)
+            if books is not None and not books.lost:
+                oldest = books.oldest if books.waiting else self._clock()
+                units[unit] = replace(books, waiting=(*books.waiting, part), oldest=oldest)
+        self._state = _State(self._state.taken + table.num_rows, units)
+
+    def _parts(self, table: pa.Table) -> list[tuple[int, pa.Table]]:
+        """The rows of each unit."""
+        if self._unit_of is None:
+            return [(WHOLE, table)]
+        unit = self._unit_of(table["row_index"].to_numpy(), table["sample_index"].to_numpy())
+        return [(number, table.filter(pa.array(unit == number))) for number in np.unique(unit).tolist()]
 
     def mend(self, mended: Callable[[pa.Table], pa.Table]) -> None:
         """Replace the buffered tables by what `mended` makes of each, with as many rows. For where they cannot be written."""
-        if not self._settle():
-            self._books = replace(self._books, waiting=tuple(mended(table) for table in self._books.waiting))
+        if not any([self._settle(unit) for unit in self._state.units]):
+            units = {
+                unit: replace(books, waiting=tuple(mended(table) for table in books.waiting))
+                for unit, books in self._state.units.items()
+            }
+            self._state = replace(self._state, units=units)
 
     def commit_due(self) -> None:
-        """Commit full shards, and what has waited long enough. Raises OSError where the disk fails, the rows kept."""
-        while self._books.num_rows >= self._rows_per_shard:
-            self._commit(self._rows_per_shard)
-        if self._books.num_bytes >= SHARD_BYTES:
+        """Commit full shards, what completes a unit, and what has waited long enough. Raises OSError where the disk fails, the
+        rows kept."""
+        for unit in self._state.units:
+            while self._state.units[unit].num_rows >= self._rows_per_shard:
+                self._commit(unit, self._rows_per_shard)
+            books = self._state.units[unit]
+            if books.lacks is not None and books.num_rows and books.num_rows == books.lacks:
+                self._commit_all(unit)
+        if sum(books.num_bytes for books in self._state.units.values()) >= SHARD_BYTES:
             self.commit()
         self.tick()
 
     def tick(self) -> None:
-        """Commit if the oldest buffered row has waited long enough."""
-        if self._books.waiting and self._clock() - self._books.oldest >= self._flush_seconds:
-            self.commit()
+        """Commit what has waited long enough."""
+        for unit, books in self._state.units.items():
+            if books.waiting and self._clock() - books.oldest >= self._flush_seconds:
+                self._commit_all(unit)
 
     def commit(self) -> None:
         """Commit everything buffered; nothing happens when there is none."""
-        while waiting := self._books.num_rows:
-            self._commit(min(self._rows_per_shard, waiting))
+        for unit in self._state.units:
+            self._commit_all(unit)
 
     def close(self) -> tuple[Shard, ...]:
         """Commit the rest and return all shards."""
         self.commit()
         return self.shards
 
-    def _commit(self, num_rows: int) -> None:
+    def _commit_all(self, unit: int) -> None:
+        while waiting := self._state.units[unit].num_rows:
+            self._commit(unit, min(self._rows_per_shard, waiting))
+
+    def _commit(self, unit: int, num_rows: int) -> None:
         """Commit the first `num_rows` rows, or book the shard that an exception kept from being booked. The folder is looked at
         behind the commit: what is finished is on the disk when the run learns that it cannot go on."""
         self._claim.check_lock()
-        if not self._settle():
-            self._publish(num_rows)
+        if not self._settle(unit):
+            self._publish(unit, num_rows)
         self._claim.check_folder()
 
-    def _publish(self, num_rows: int) -> None:
-        folder, files, books = self._claim.folder, self._claim.files, self._books
-        final = folder.data / f"part-{self._first_number + len(books.shards):05d}.parquet"
+    def _publish(self, unit: int, num_rows: int) -> None:
+        folder, files, books = self._claim.folder, self._claim.files, self._state.units[unit]
+        of_unit = "" if unit == WHOLE else f"{unit:05d}-"
+        final = folder.data / f"part-{of_unit}{books.number:05d}.parquet"
         temporary = folder.temporary / final.name
         try:
             table = pa.concat_tables(books.waiting).slice(0, num_rows)
@@ -176,9 +245,14 @@ class ShardWriter:
         try:
             if self._claim.journal is not None:
                 self._claim.journal.begins(shard)
-            self._books = replace(self._books, attempt=(shard, written))
+            self._state = self._state.with_books(unit, replace(books, attempt=(shard, written)))
             publish(files, temporary, final)
         except FileExistsError as error:
+            if unit != WHOLE:
+                self._state = self._state.with_books(unit, _Books(books.number, books.lacks, books.shards, lost=True))
+                with suppress(OSError):
+                    files.remove(temporary)
+                return
             raise OutputError(
                 f"{final} exists already: something else writes to this folder. Choose another output.path."
             ) from error
@@ -186,25 +260,26 @@ class ShardWriter:
             with suppress(OSError):
                 files.remove(temporary)
             raise
-        self._book(shard, written)
+        self._book(unit, shard, written)
 
-    def _book(self, shard: Shard, written: Mark) -> None:
+    def _book(self, unit: int, shard: Shard, written: Mark) -> None:
         """The shard stands under its name."""
         record_commit(self._claim, shard, written)
-        self._books = self._books.committed(shard, self._clock())
+        self._state = self._state.with_books(unit, self._state.units[unit].committed(shard, self._clock()))
 
-    def _settle(self) -> bool:
+    def _settle(self, unit: int) -> bool:
         """Whether a shard had its final name already when an exception struck; it is booked now."""
-        if self._books.attempt is None:
+        books = self._state.units[unit]
+        if books.attempt is None:
             return False
-        shard, written = self._books.attempt
+        shard, written = books.attempt
         final = self._claim.folder.path / shard.name
         found = self._claim.files.look(final)
         if found is not None and mark_of(found)[:2] == written[:2]:
             self._claim.files.sync_folder(final.parent)
-            self._book(shard, written)
+            self._book(unit, shard, written)
             return True
-        self._books = replace(self._books, attempt=None)
+        self._state = self._state.with_books(unit, replace(books, attempt=None))
         return False
 
 
@@ -270,7 +345,7 @@ def count_ok(table: pa.Table) -> int:
 
 
 def shard_number(name: str) -> int:
-    """12 of `data/part-00012.parquet`."""
+    """12 of `data/part-00012.parquet`; of a unit's shard, its number within the unit."""
     return int(name.rpartition("-")[2].partition(".")[0])
 
 

@@ -1,7 +1,7 @@
 """OUT/steps-00000.parquet: the steps of a run as a table of numbers, those of each start behind those of the one before.
 
 They are for plots and profiles, not results: a run that dies leaves none, and nothing reads them to resume. A file is replaced
-by a longer one until it is long enough, so many starts leave few files.
+by a longer one until it is long enough, so many starts leave few files; of several writers each adds a file of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from tokabatch.errors import DamageError, ForeignFileError, OutputError
 from tokabatch.output.folder import Claim, OutputFolder
 from tokabatch.output.shards import PARQUET_OPTIONS
+from tokabatch.storage.atomic_files import NewFile, publish
 from tokabatch.storage.listing import Changed, ListedFile
 from tokabatch.storage.parquet_file import ParquetFile
 
@@ -32,7 +33,7 @@ def write_steps(claim: Claim, columns: Columns) -> None:
     """Add the steps of one start: arrays of one length by name."""
     files, table = claim.folder.steps(), pa.table(dict(columns))
     place = int(files[-1].path.stem.removeprefix("steps-")) if files else 0
-    if files:
+    if files and claim.files.alone:
         earlier = None
         # A file that cannot be read stays as it is.
         with suppress(OutputError, Changed):
@@ -43,7 +44,18 @@ def write_steps(claim: Claim, columns: Columns) -> None:
             place += 1
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **PARQUET_OPTIONS)
-    claim.write(claim.folder.path / f"steps-{place:05}.parquet", sink.getvalue().to_pybytes())
+    path = claim.folder.path / f"steps-{place:05}.parquet"
+    if claim.files.alone:
+        claim.write(path, sink.getvalue().to_pybytes())
+        return
+    with NewFile(claim.files, claim.folder.temporary / path.name) as file:
+        file.write(sink.getvalue().to_pybytes())
+        file.sync()
+    while True:
+        with suppress(FileExistsError):
+            publish(claim.files, claim.folder.temporary / path.name, claim.folder.path / f"steps-{place:05}.parquet")
+            return
+        place += 1
 
 
 def read_steps(folder: OutputFolder) -> Columns | None:

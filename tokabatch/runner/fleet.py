@@ -26,6 +26,7 @@ from tokabatch.runner.ledger import Ledger, Part
 from tokabatch.runner.member import STANDING_SECONDS, STOP_SECONDS, Build, Member, to_give
 from tokabatch.runner.messages import Ended, Finished, Given, Lengths, Message, Share, Suspects, Wants, Withdraw
 from tokabatch.runner.replica import ReplicaCounts, Standing
+from tokabatch.runner.supply import Supply
 from tokabatch.scheduling.contracts import Completion, Requests
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.scheduler import SchedulerLimits
@@ -55,12 +56,14 @@ class Fleet:
         hang_seconds: float = math.inf,
         interval: float | None = None,
         leave: Callable[[], None] = lambda: None,
+        supply: Supply | None = None,
     ) -> None:
         """A member for each entry of `devices`, its GPUs. At most `max_restarts` processes of one are lost in a row without a
         finished sample. One without a sign of life for `hang_seconds` is killed; a step that stands still is the worker's,
-        which the replica watches. `interval` is the time between two standings that are wanted, in seconds; None is never."""
-        self._ledger = Ledger(requests)
-        self._first_left = self._ledger.left
+        which the replica watches. `interval` is the time between two standings that are wanted, in seconds; None is never.
+        Where a `supply` is given, the work is what it offers of `requests`, until it has ended."""
+        self._supply = supply
+        self._ledger = Ledger(requests, withheld=supply is not None)
         self._build = build
         self._stop, self._tell, self._leave = stop, tell, leave
         self._max_restarts, self._hang_seconds, self._interval = max_restarts, hang_seconds, interval
@@ -78,10 +81,14 @@ class Fleet:
     def run(self) -> Iterator[list[Completion]]:
         """As `Replica.run`; yields the samples of several steps at once where they are many, an empty list where none are
         finished."""
-        for member in self._members:
+        # Nothing is loaded before there is something to compute.
+        while not self._ledger.left and self._goes_on():
+            with self._stop.at_once():
+                time.sleep(TICK_SECONDS)
+        for member in self._members if self._ledger.left else ():
             self._start(member)
         looked = time.monotonic()
-        while self._ledger.left:
+        while self._ledger.left or self._goes_on():
             with self._stop.at_once():
                 ready = wait([member.pipe for member in self._members if member.pipe is not None], TICK_SECONDS)
             # Not more than that: main may have been the one that was stopped.
@@ -116,7 +123,7 @@ class Fleet:
             for field in fields(total):
                 empty = Counter[str]() if field.name == "restarts" else 0
                 setattr(total, field.name, sum((getattr(part, field.name) for part in parts), empty))
-        scheduled.finished = self._first_left - self._ledger.left
+        scheduled.finished = sum(member.finished for member in self._members)
         scheduled.finished_prompts = self._ledger.finished_prompts
         running = sum(standing.running for standing in standings)
         known, seen = [s.tokens_left for s in standings if s.tokens_left is not None], [s for s in standings if s.tokens_left]
@@ -193,6 +200,13 @@ class Fleet:
         for member in self._members:
             member.close()
 
+    def _goes_on(self) -> bool:
+        """Whether there may be more to compute, though nothing is left of what there was."""
+        if self._supply is None:
+            return False
+        self._supply.tick(self._ledger)
+        return self._supply.more(self._ledger) or not self._supply.ended
+
     def _live(self) -> list[Member]:
         return [member for member in self._members if member.pipe is not None]
 
@@ -266,6 +280,10 @@ class Fleet:
             return
         self._fed = now
         for member in hungry:
+            if self._supply is not None:
+                self._supply.tick(self._ledger)
+                if not self._ledger.has_free:
+                    self._supply.more(self._ledger)
             run = self._next_run(member)
             if run is not None:
                 member.send(run)

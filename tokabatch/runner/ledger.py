@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tokabatch.arrays import Int32, Int64
+from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.errors import EngineError
 from tokabatch.scheduling.contracts import Completion, Requests
 
-FREE, DONE = -1, -2
+FREE, DONE, WITHHELD = -1, -2, -3
 SMALLEST = 64
 """A run is at least the plan's cost divided by this and the number of members."""
 SPLIT_WORTH = 8
@@ -50,17 +50,24 @@ class Part:
 
 
 class Ledger:
-    """Of a plan over R prompts; `plan` has no samples that are drawn already, these count as done."""
+    """Of a plan over R prompts; `plan` has no samples that are drawn already, these count as done. With `withheld` no sample is
+    to be had before it is offered, and none counts as left."""
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: Requests, *, withheld: bool = False) -> None:
         self.plan = replace(requests, drawn=None)
         wanted = self.plan.num_samples()
         self._offset: Int64 = np.concatenate((np.zeros(1, np.int64), np.cumsum(wanted)))
         """Where each prompt's samples begin among all."""
         self._holder = np.full(int(self._offset[-1]), FREE, np.int16)
+        self._place: Int64 | None = None
+        """Where each sample stands among those of the whole job, as in `Drawn`."""
         if requests.drawn is not None:
             place = np.repeat(requests.drawn.start[requests.row_index] - self._offset[:-1], wanted)
-            self._holder[requests.drawn.flags[place + np.arange(len(place))]] = DONE
+            place += np.arange(len(place))
+            self._holder[requests.drawn.flags[place]] = DONE
+            self._place = place if withheld else None
+        if withheld:
+            self._holder[self._holder == FREE] = WITHHELD
         sampling, params = self.plan.sampling, self.plan.params
         self._output: Int64 = np.array([kind.max_tokens for kind in sampling], np.int64)[params]
         """The most tokens that a sample of each prompt costs beside its prompt."""
@@ -72,6 +79,28 @@ class Ledger:
         self._held = Counter({FREE: self.left})
         self.finished_prompts = 0
         self._cost = int(self._costs(self._parts_of(FREE))[-1]) if self.left else 0
+
+    def offer(self, wanted: Bool) -> int:
+        """Of what is withheld, the samples that are marked are free from now on (a flag a sample of the whole job, as in
+        `Drawn`); how many."""
+        assert self._place is not None, "the ledger of a plan that says what is drawn, withheld"
+        return self._exchange(wanted, WITHHELD, FREE)
+
+    def withhold(self, wanted: Bool) -> None:
+        """Of what is free, the samples that are marked are not to be had any more."""
+        self._exchange(wanted, FREE, WITHHELD)
+
+    def _exchange(self, wanted: Bool, before: int, after: int) -> int:
+        assert self._place is not None
+        found = np.flatnonzero((self._holder == before) & wanted[self._place])
+        self._holder[found] = after
+        sign = 1 if after == FREE else -1
+        prompts, count = np.unique(np.searchsorted(self._offset, found, side="right") - 1, return_counts=True)
+        self._left_of[prompts] += sign * count
+        self.left += sign * len(found)
+        self._held[FREE] += sign * len(found)
+        self._cost = max(self._cost, int(self._costs(self._parts_of(FREE))[-1])) if self._held[FREE] else self._cost
+        return len(found)
 
     @property
     def has_free(self) -> bool:
@@ -167,6 +196,29 @@ class Ledger:
         prompts = (np.searchsorted(self._offset, first, side="right") - 1).astype(np.int32)
         offset = self._offset[prompts]
         return Part(prompts, (first - offset).astype(np.int32), (last + 1 - offset).astype(np.int32))
+
+    def stretches(self, count: int) -> list[Part]:
+        """All that is free, cut into about so many parts of about the same cost, where prompts share least."""
+        free, cut = self._parts_of(FREE), list[Part]()
+        costs = self._costs(free)
+        each, place, first = max(1.0, float(costs[-1]) / count), 0, free.first.copy()
+        while place < len(free.prompts):
+            # As much as a cut looks at.
+            end = min(len(free.prompts), int(np.searchsorted(costs, costs[place] + 2 * each)) + 1)
+            near = Part(free.prompts[place:end], first[place:end], free.stop[place:end])
+            front = self._cut(near, self._costs(near), each, 1.5 * each)
+            cut.append(front)
+            place += len(front.prompts)
+            if front.stop[-1] < free.stop[place - 1]:
+                place -= 1
+                first[place] = front.stop[-1]
+        return cut
+
+    def samples(self, part: Part) -> tuple[Int64, Int64]:
+        """The row and the number of each sample of a part, shape [N] each."""
+        count = (part.stop - part.first).astype(np.int64)
+        first = np.repeat(part.first - (np.cumsum(count) - count), count)
+        return np.repeat(self.plan.row_index[part.prompts], count), first + np.arange(int(count.sum()))
 
     def _costs(self, part: Part) -> Int64:
         """Tokens that the pieces of a part cost at most, added up, and 0 in front: shape [pieces + 1]."""

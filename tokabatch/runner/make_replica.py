@@ -24,6 +24,7 @@ from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.member import can_fork
 from tokabatch.runner.replica import Replica, Standing, scheduler_limits
 from tokabatch.runner.resume import Start
+from tokabatch.runner.supply import Supply
 from tokabatch.scheduling.contracts import Requests
 from tokabatch.scheduling.scheduler import Scheduler
 from tokabatch.scheduling.stop_conditions import StopRules, TokenText
@@ -31,9 +32,16 @@ from tokabatch.workload import Demand, special_ids
 
 
 def make_replica(
-    job: Job, started: Start, sizes: ReplicaSizes, claim: Claim, stop: Interruption, progress: Progress
+    job: Job,
+    started: Start,
+    sizes: ReplicaSizes,
+    claim: Claim,
+    stop: Interruption,
+    progress: Progress,
+    supply: Supply | None = None,
 ) -> Replica | Fleet:
-    """What does the steps: in this process where the only worker is, else in processes of their own."""
+    """What does the steps: in this process where the only worker is, else in processes of their own. Raises UsageError where
+    the work comes from a `supply` and processes cannot be forked."""
     workload, layout = started.left, started.left.layout
     tokenizer, sampling = workload.tokenizer, workload.requests.sampling
     text = None
@@ -66,7 +74,9 @@ def make_replica(
             name_row=workload.store.places.name,
         )
 
-    if not apart or not can_fork():
+    if supply is not None and not can_fork():
+        raise UsageError("--shared needs Linux: a run divides its units between processes that are forked")
+    if supply is None and (not apart or not can_fork()):
         return build(0, workload.requests, Standing.before(limits), stop=stop, tell=progress.message)
     # A member without a sample would load the model for nothing.
     devices = layout.devices[: max(1, int(workload.num_samples.sum()))]
@@ -82,7 +92,8 @@ def make_replica(
         max_restarts=job.engine.max_restarts,
         hang_seconds=job.engine.hang_seconds,
         interval=progress.interval,
-        leave=claim.leave,
+        leave=claim.leave if supply is None else supply.leave,
+        supply=supply,
     )
 
 

@@ -40,6 +40,7 @@ from tokabatch.output.schema import (
     verdict_names,
 )
 from tokabatch.output.shards import Shard, ShardWriter, count_ok, write_parquet
+from tokabatch.output.units import Units
 from tokabatch.scheduling.contracts import Completion
 from tokabatch.scoring.judge import Verdict, verdict_columns
 from tokabatch.scoring.pool import Ticket, open_pool
@@ -107,8 +108,15 @@ class Recorder:
     was not committed then is kept, and the next call tries again."""
 
     def __init__(
-        self, job: Job, workload: Workload, claim: Claim, committed: Committed, clock: Callable[[], float] = time.monotonic
+        self,
+        job: Job,
+        workload: Workload,
+        claim: Claim,
+        committed: Committed,
+        clock: Callable[[], float] = time.monotonic,
+        units: Units | None = None,
     ) -> None:
+        """`units` are those of a run that several processes write; samples of units that are not opened are dropped."""
         store = workload.store
         self._tokenizer = workload.tokenizer
         self._store = store
@@ -122,6 +130,7 @@ class Recorder:
             rows_per_shard=job.output.rows_per_shard,
             flush_seconds=job.output.flush_seconds,
             earlier=committed.shards,
+            unit_of=None if units is None else units.of,
         )
         self._num_samples = workload.samples_total
         self._claim = claim
@@ -135,6 +144,11 @@ class Recorder:
         self._reasons: Counter[str] = Counter()
         self.error_counts = committed.error_counts.copy()
         self.num_ok = committed.ok
+
+    @property
+    def writer(self) -> ShardWriter:
+        """What commits; units are opened there."""
+        return self._writer
 
     @property
     def num_errors(self) -> int:

@@ -113,7 +113,7 @@ def start(
         found = None if earlier is None else consistently(lambda: inspect(folder, earlier.manifest), folder.path)
     try:
         if earlier is not None and found is not None:
-            manifest = _manifest(job, workload, clock, earlier.manifest, found.run)
+            manifest = describe_run(job, workload, clock, earlier.manifest, found.run)
             started = _continue(job, claim, workload, manifest, earlier, found, reuse, tell, on_rows)
         else:
             if reuse.overwrite:
@@ -122,7 +122,7 @@ def start(
                     size = sum(shard.bytes for shard in shards)
                     tell(f"--overwrite: deleting {len(shards):,} files, {size:,} bytes, of the run in {folder.path}")
                 claim.discard()
-            _write_start(job, claim, workload, _manifest(job, workload, clock), ())
+            _write_start(job, claim, workload, describe_run(job, workload, clock), ())
             started = Start.after(nothing_committed(workload.samples_of_row), workload)
     except OSError as error:
         # Nothing has been computed: the job is refused.
@@ -272,7 +272,7 @@ def _versions() -> Versions:
     )
 
 
-def _manifest(job: Job, workload: Workload, started: str, earlier: Manifest | None = None, recorded: str = "") -> Manifest:
+def describe_run(job: Job, workload: Workload, started: str, earlier: Manifest | None = None, recorded: str = "") -> Manifest:
     """What the folder shall say of this start; where it goes on with an `earlier` one, `recorded` is the run by its record of
     commits."""
     manifest = Manifest(
@@ -289,6 +289,8 @@ def _manifest(job: Job, workload: Workload, started: str, earlier: Manifest | No
     )
     if earlier is None:
         return manifest
+    if (earlier.rows, earlier.samples) == (manifest.rows, manifest.samples):
+        manifest = replace(manifest, units=earlier.units, units_sha256=earlier.units_sha256)
     if not earlier.run:
         # Of a version that named no runs; a start that was cut short may have named it in the record already.
         return replace(manifest, run=recorded or manifest.run)

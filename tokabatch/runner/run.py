@@ -24,6 +24,7 @@ from tokabatch.errors import (
     STOPS,
     CommitError,
     DamageError,
+    OutputError,
     Stopped,
     TokabatchError,
     UsageError,
@@ -35,6 +36,7 @@ from tokabatch.job import Job
 from tokabatch.output.existing_results import read_committed
 from tokabatch.output.folder import Claim
 from tokabatch.output.joining import join_small
+from tokabatch.output.leases import Leases
 from tokabatch.output.manifest import Books, mark_success, read_summary, write_summary
 from tokabatch.output.shards import shard_number
 from tokabatch.output.steps import write_steps
@@ -47,6 +49,8 @@ from tokabatch.runner.make_replica import make_replica
 from tokabatch.runner.recorder import Recorder
 from tokabatch.runner.replica import Replica
 from tokabatch.runner.resume import Reuse, Start, start
+from tokabatch.runner.shared import Shared, close_shared, cut_earlier_run, join_as_last, start_shared
+from tokabatch.runner.supply import Supply
 
 
 def run(
@@ -57,6 +61,7 @@ def run(
     overwrite: bool = False,
     retry_errors: bool = False,
     repair: bool = False,
+    shared: Shared | None = None,
 ) -> RunSummary:
     """Complete every row of the job's input and write the output folder; a run that the folder holds is continued.
 
@@ -68,15 +73,32 @@ def run(
     130 or the Interruption's. Where the folder takes no more it is 75, or 2 when the start before had to end so, too, and
     neither committed anything. While the input is still read there is nothing to commit: it ends in Stopped (a
     KeyboardInterrupt) and leaves the folder as it was.
+    `shared`: others may write into the folder at the same time, each computing units of the plan. The run ends when all of them
+    are complete or with others; what these have not committed is pending in the summary.
     """
     job = job if isinstance(job, Job) else Job.load(job)
     clock, reuse = _Clock(ExpendableProgress(progress or NullProgress())), Reuse(overwrite, retry_errors, repair)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
-    profile = read_profile(job)
-    with Claim(Path(job.output.path)) as claim, ExitStack() as workers:
+    profile, on_rows, tell = read_profile(job), partial(_reading, clock, stop), clock.progress.message
+    if shared is not None:
+        if reuse != Reuse():
+            raise OutputError(
+                "--shared is for computing what lacks; give --overwrite, --retry-errors or --repair to a run alone"
+            )
+        # What is in the folder comes from units, which are divided between processes.
+        job = job.model_copy(update={"engine": job.engine.model_copy(update={"process": True})})
+        cut_earlier_run(job, shared, on_rows, tell)
+    out = Path(job.output.path)
+    with Claim(out) if shared is None else shared.claim(out) as claim, ExitStack() as workers:
         stalled, stalled_before = False, not overwrite and bool(_earlier_summary(claim).get("stalled"))
-        started = start(job, claim, partial(_reading, clock, stop), reuse, clock.progress.message, stop.at_once)
-        workload, recorder = started.left, Recorder(job, started.left, claim, started.committed)
+        leases, units = None, None
+        if shared is None:
+            started = start(job, claim, on_rows, reuse, tell, stop.at_once)
+        else:
+            leases = Leases(claim, shared.holder, shared.lease_seconds)
+            workers.callback(leases.close)
+            started, units = start_shared(job, claim, leases, shared, on_rows, tell, stop)
+        workload, recorder = started.left, Recorder(job, started.left, claim, started.committed, units=units)
         workers.callback(workload.store.close)
         workers.callback(recorder.close)
         sizes = size_replica(job, workload, profile)
@@ -86,13 +108,16 @@ def run(
                 "whatever suits it, and its time is not predicted. Fit a profile to this run (`tokabatch profile`) and name it "
                 "as engine.profile"
             )
-        replica = make_replica(job, started, sizes, claim, stop, clock.progress)
+        supply = None
+        if shared is not None and leases is not None and units is not None:
+            supply = Supply(claim, started, units, leases, recorder, shared.first(units), tell)
+        replica = make_replica(job, started, sizes, claim, stop, clock.progress, supply)
         # Closed last: what is finished is committed first, a GPU's process takes a second to end.
         workers.callback(replica.close)
-        parts = _Parts(job, started, replica, recorder, clock, stop)
+        parts = _Parts(job, started, replica, recorder, clock, stop, supply)
         try:
-            exit_code = _record_failures(parts)
-            if exit_code == EXIT_COMPLETE and len(workload.requests):
+            exit_code = EXIT_COMPLETE if supply is not None else _record_failures(parts)
+            if exit_code == EXIT_COMPLETE and (len(workload.requests) or (supply is not None and started.has_more)):
                 exit_code = _generate(parts)
                 if job.trace and (taken := _steps_of(replica, job.trace.replica)) < job.trace.start:
                     clock.progress.message(
@@ -104,16 +129,20 @@ def run(
             if books.closed:
                 # Stopped or not: where nothing is missing there is nothing to run again for.
                 exit_code = EXIT_ERRORS if books.errors > job.errors.max_fraction * books.samples else EXIT_COMPLETE
-            else:
+            elif supply is None:
                 exit_code = exit_code or EXIT_BOOKS
+            elif not exit_code:
+                # The others complete it, or it is to be run again.
+                exit_code = EXIT_STOPPED if supply.abandoned else EXIT_COMPLETE
+            if supply is not None:
+                parts = _recounted(parts, claim)
         except CommitError as error:
             clock.progress.message(str(error))
             replica.stop()
             with suppress(TokabatchError):
                 recorder.finish(lambda: True)
-            exit_code, committed = EXIT_STOPPED, read_committed(claim.folder, workload.samples_of_row, names=claim.committed)
-            parts = replace(parts, recorder=Recorder(job, workload, claim, committed))
-            stalled = committed.samples == started.committed.samples
+            exit_code, parts = EXIT_STOPPED, _recounted(parts, claim)
+            stalled = parts.recorder.num_ok + parts.recorder.num_errors == started.committed.samples
             if stalled and stalled_before:
                 exit_code = EXIT_STALLED
                 clock.progress.message("the start before this one committed nothing either: fix that before the next start")
@@ -129,6 +158,12 @@ def run(
             # Where the disk is full, or another run writes, the summary goes to the caller alone.
             claim.check_lock()
             _write_record(claim, summary.to_dict(), steps)
+        if supply is not None:
+            try:
+                with claim.committing():
+                    join_as_last(job, claim, workload, stop, tell)
+            except CommitError as error:
+                tell(str(error))
     return summary
 
 
@@ -140,12 +175,21 @@ def _steps_of(replica: Replica | Fleet, number: int) -> int:
 def _close_books(parts: _Parts, claim: Claim) -> Books:
     """Commit the rest, and where nothing is missing join the small shards and mark the run as complete."""
     shards, samples = parts.recorder.finish(parts.stop.poll), parts.started.left.samples_total
+    if parts.supply is not None:
+        return close_shared(claim, parts.started.left)
     if claim.journal is not None and sum(shard.rows for shard in shards) == samples:
         join_small(claim, parts.job.output.rows_per_shard, parts.stop.poll, parts.clock.progress.message)
         shards = tuple(
             sorted((shard for shard, _ in claim.journal.shards.values()), key=lambda shard: shard_number(shard.name))
         )
     return mark_success(claim, shards, samples)
+
+
+def _recounted(parts: _Parts, claim: Claim) -> _Parts:
+    """The same, counting what is in the folder."""
+    workload, names = parts.started.left, claim.committed if parts.supply is None else None
+    committed = read_committed(claim.folder, workload.samples_of_row, names=names)
+    return replace(parts, recorder=Recorder(parts.job, workload, claim, committed))
 
 
 def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:
@@ -207,6 +251,8 @@ class _Parts:
     recorder: Recorder
     clock: _Clock
     stop: Interruption
+    supply: Supply | None = None
+    """Where others write, too: what gives this run its work."""
 
     def show(self, phase: Phase) -> None:
         """Tell the display where the run stands, if that is due."""
@@ -276,6 +322,7 @@ def _generate(parts: _Parts) -> int:
             parts.show("generating")
             exit_code = parts.stop.poll()
             failed = any(c.error_code is not None for c in completions) or recorder.num_unwritable > unwritable
+            failed = failed or (parts.supply is not None and parts.supply.failed)
             if parts.job.errors.policy == "stop" and failed:
                 exit_code = exit_code or EXIT_STOPPED
             if exit_code:

@@ -34,6 +34,8 @@ class DurableFiles:
 
     def __init__(self) -> None:
         self._handles: dict[Path, int] = {}
+        self.alone = True
+        """No other process writes where this one does."""
 
     def hold(self, folder: Path) -> None:
         """Reach what lies in `folder` through a handle from now on, until `let_go`."""
@@ -109,10 +111,12 @@ class DurableFiles:
         """Rename without replacing. Raises FileExistsError where `target` exists.
 
         Where the system cannot refuse on its own, the look and the rename are two steps; the claim on the output folder
-        keeps other writers from coming between them.
+        keeps other writers from coming between them. Without one, raises OSError (EOPNOTSUPP).
         """
         old, new = self._at(source), self._at(target)
         if not _rename_at_once(old, new, _RENAME_NOREPLACE):
+            if not self.alone:
+                raise OSError(errno.EOPNOTSUPP, "the file system has no hard links and no rename that refuses to replace")
             with suppress(FileNotFoundError):
                 os.stat(new[0], dir_fd=new[1], follow_symlinks=False)
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
@@ -218,26 +222,36 @@ class _Unbuffered(io.RawIOBase):
 def publish(files: DurableFiles, source: Path, target: Path) -> None:
     """Give the finished, synced `source` its final name, durably. Raises FileExistsError where `target` exists.
 
-    Where the name cannot be made durable it is taken back, so that the same commit can be tried again.
+    Where the name cannot be made durable it is taken back, so that the same commit can be tried again; where others write, too,
+    it stays, for they may go by it already.
     """
     linked = True
     try:
         files.link(source, target)
     except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-        files.rename_new(source, target)
-        linked = False
+        # NFS: the link may have been made, and its answer been lost.
+        if not _is_same(files, source, target):
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            files.rename_new(source, target)
+            linked = False
     try:
         files.sync_folder(target.parent)
     except OSError:
-        with suppress(OSError):
-            files.remove(target)
+        if files.alone:
+            with suppress(OSError):
+                files.remove(target)
         raise
     if linked:
         # The commit stands; a second name that stays behind is cleared with its folder.
         with suppress(OSError):
             files.remove(source)
+
+
+def _is_same(files: DurableFiles, one: Path, other: Path) -> bool:
+    """Whether both names stand for one file that has more than one name."""
+    first, second = files.look(one, follow=False), files.look(other, follow=False)
+    return first is not None and second is not None and first.st_nlink > 1 and os.path.samestat(first, second)
 
 
 def write_whole(files: DurableFiles, temporary: Path, target: Path, content: bytes) -> None:

@@ -51,7 +51,7 @@ def describe_origin(
 ) -> Origin | None:
     """None for an input that is not local, or read in part: to compare it takes as long as to read it."""
     files = list_local_files(job.input)
-    if files is None or job.input.limit is not None:
+    if files is None or not can_be_kept(job):
         return None
     settings: dict[str, Any] = {
         "fingerprint": {name: text for name, text in fingerprint.settings.items() if not name.endswith(WEIGHTS[1:])},
@@ -66,6 +66,11 @@ def describe_origin(
         "versions": {"tokabatch": __version__, **{name: version(name) for name in _LIBRARIES}},
     }
     return Origin(settings, files, _marks(files))
+
+
+def can_be_kept(job: Job) -> bool:
+    """Whether the tokenised input of this job can be kept at all."""
+    return list_local_files(job.input) is not None and job.input.limit is None
 
 
 def keep_input(store: InputStore, origin: Origin | None, files: DurableFiles, folder: Path, kept: Path) -> None:

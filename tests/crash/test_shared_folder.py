@@ -1,0 +1,206 @@
+"""Several writers of one folder: whoever dies, stands still or comes too late, nothing is lost, doubled or torn."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from crash.conftest import Reference, Scene
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.faulty_files import CountedFiles
+from support.forked_runs import ForkServer
+
+from tokabatch.output.folder import Claim
+from tokabatch.output.shards import ShardWriter
+from tokabatch.output.units import Units, next_number
+
+SCHEMA = pa.schema([("row_index", pa.int64()), ("sample_index", pa.int32()), ("status", pa.string())])
+ROWS = 7
+KILLS, SAMPLED_KILLS = 200, 4
+
+
+class Died(Exception):
+    """The writer's process ends here: nothing that it would do later happens."""
+
+
+class Stepped(CountedFiles):
+    """Makes one call whenever it is let: each is a place at which others may come in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn, self.made = threading.Semaphore(0), threading.Semaphore(0)
+        self.dead = False
+
+    def before(self, name: str, arguments: tuple[object, ...]) -> None:
+        self.made.release()
+        self.turn.acquire()
+        if self.dead:
+            raise Died
+
+    def names(self, folder: Path) -> list[str]:
+        self.before("names", ())
+        return super().names(folder)
+
+
+class Writer:
+    """One writer of unit 0 that reads what is there, adds the rest in shards of the sizes given, and begins anew when another
+    was faster, until the unit is complete. It holds no lease: all of them own the unit at once."""
+
+    def __init__(self, out: Path, name: str, sizes: list[int], units: Units) -> None:
+        self.files = Stepped()
+        self.lost = 0
+        self._out, self._name, self._sizes, self._units = out, name, sizes, units
+        self.failure: BaseException | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+        self.ended = not self._reached()
+
+    def go_on(self, *, dead: bool = False) -> None:
+        """Make one more call, or die in its place."""
+        self.files.dead = self.files.dead or dead
+        self.files.turn.release()
+        self.ended = not self._reached()
+
+    def _reached(self) -> bool:
+        """Whether it stands before another call."""
+        while not self.files.made.acquire(timeout=0.001):
+            if not self.thread.is_alive() and not self.files.made.acquire(blocking=False):
+                return False
+        return True
+
+    def _run(self) -> None:
+        with suppress(Died):
+            try:
+                with Claim(self._out, self.files, writer=self._name) as claim:
+                    claim.begin("run", {}, (), "")
+                    while self._publish(claim):
+                        self.lost += 1
+            except Died:
+                raise
+            except BaseException as error:
+                self.failure = error
+
+    def _publish(self, claim: Claim) -> bool:
+        """Whether another was faster."""
+        shards = list(claim.folder.shards())
+        there = {row for shard in shards for row in pq.read_table(shard.path)["row_index"].to_pylist()}
+        left = [row for row in range(ROWS) if row not in there]
+        writer = ShardWriter(claim, SCHEMA, rows_per_shard=100, flush_seconds=3600, unit_of=self._units.of)
+        writer.open(0, next_number(shards), len(left))
+        while left and not writer.is_lost(0):
+            size = self._sizes.pop() if self._sizes else len(left)
+            rows, left = left[:size], left[size:]
+            writer.take(pa.table([rows, [0] * len(rows), ["ok"] * len(rows)], schema=SCHEMA))
+            writer.commit()
+        return writer.is_lost(0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_order_writers_of_one_unit_come_in_each_sample_is_published_once(tmp_path_factory, data):
+    out = tmp_path_factory.mktemp("folder") / "out"
+    units = Units(np.arange(ROWS + 1), np.zeros(ROWS, np.int32), 1)
+    sizes = st.lists(st.integers(1, 3), max_size=4)
+    writers = [Writer(out, f"w{number}", data.draw(sizes), units) for number in range(data.draw(st.integers(2, 3)))]
+    deaths = 0
+    while alive := [writer for writer in writers if not writer.ended]:
+        # Long stretches of one, so that another sleeps through whole commits.
+        writer = data.draw(st.sampled_from(alive))
+        for _ in range(data.draw(st.integers(1, 40))):
+            if not writer.ended:
+                dead = deaths < 2 and data.draw(st.integers(0, 60)) == 0
+                deaths += dead
+                writer.go_on(dead=dead)
+    for writer in writers:
+        writer.thread.join()
+        if writer.failure is not None:
+            raise writer.failure
+    if deaths:
+        last = Writer(out, "last", [], units)
+        while not last.ended:
+            last.go_on()
+        last.thread.join()
+        assert last.failure is None
+    found = [row for path in sorted((out / "data").glob("part-*")) for row in pq.read_table(path)["row_index"].to_pylist()]
+    assert sorted(found) == list(range(ROWS))
+    # The journals tell the same, of every writer together.
+    with Claim(out, writer="reader") as claim:
+        record = claim.folder.record()
+        assert record is not None
+        for shard in claim.folder.shards():
+            known = record.versions[claim.folder.name_of(shard.path)]
+            assert shard.digest() in [each.sha256 for each in known if each is not None]
+        listed = {claim.folder.name_of(shard.path) for shard in claim.folder.shards()}
+        assert {name for name, known in record.versions.items() if None not in known} <= listed
+
+
+def flags(task: str, lease: float = 1.5) -> dict[str, Any]:
+    return {"shared": {"task": task, "units": 12, "lease_seconds": lease}}
+
+
+def wait_until(reached: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, "not reached"
+        time.sleep(0.01)
+
+
+def test_a_writer_that_stands_still_and_wakes_adds_nothing(
+    servers: list[ForkServer], long_scene: Scene, undisturbed: Reference, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    # Slow, and with few commits: much is computed and not committed when it stops.
+    job = long_scene.job(out, output={"rows_per_shard": 10, "flush_seconds": 3600})
+    stopped = servers[0].start(job, apart=True, flags=flags("sleeper"), step_seconds=0.01)
+    wait_until(lambda: bool(list((out / "data").glob("part-*"))))
+    os.killpg(stopped, signal.SIGSTOP)
+    ended = servers[1].run(job, apart=True, flags=flags("heir"))
+    assert ended.code == 0, ended.message
+    assert (out / "_SUCCESS").exists() and long_scene.checker.check(out) == long_scene.checker.samples
+    os.killpg(stopped, signal.SIGCONT)
+    woken = servers[0].wait()
+    assert woken.code in (0, 75), woken
+    assert "is another task's, which published first" in woken.message
+    assert servers[1].run(job, apart=True, flags=flags("third")).code == 0
+    long_scene.checker.check_complete(out, undisturbed(long_scene))
+
+
+def test_writers_killed_at_any_instant_lose_double_and_tear_nothing(
+    servers: list[ForkServer], long_scene: Scene, undisturbed: Reference, tmp_path: Path, all_faults: bool
+) -> None:
+    """Two at a time, each killed and started again by itself."""
+    draw, count, kills = random.Random(5), KILLS if all_faults else SAMPLED_KILLS, 0
+    folders = 0
+    while kills < count:
+        folders += 1
+        out, running = tmp_path / str(folders), dict[int, int]()
+        job = long_scene.job(out)
+        for _ in range(4):
+            for number, server in enumerate(servers):
+                if number not in running:
+                    running[number] = server.start(job, apart=True, flags=flags(f"task {number}", lease=0.5))
+            time.sleep(draw.uniform(0, 1.2))
+            victim = draw.randrange(len(servers))
+            with suppress(ProcessLookupError):
+                os.killpg(running.pop(victim), signal.SIGKILL)
+            ended = servers[victim].wait()
+            assert ended.signal == signal.SIGKILL or ended.code == 0, ended
+            kills += ended.signal is not None
+            long_scene.checker.check(out)
+        for number in running:
+            ended = servers[number].wait()
+            assert ended.code in (0, 75), ended
+        ended = servers[0].run(job, apart=True, flags=flags("last", lease=0.5))
+        assert ended.code == 0, ended
+        long_scene.checker.check_complete(out, undisturbed(long_scene))

@@ -1,0 +1,164 @@
+"""Leases: which of several writers computes what. They save doubled work, and decide nothing: see output/folder.py.
+
+A lease is a file in OUT/_units that says whose it is, taken by a hard link, which fails where another holds it. Its holder
+touches it three times in LEASE seconds, from a thread of its own. A reader takes it for left behind where it has seen no change
+for LEASE seconds by its own clock: times of two hosts are never compared, and the time of a file is only held against an
+earlier look at the same file. The file is opened to look at it, for a network file system may answer from memory otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.storage.atomic_files import NewFile
+from tokabatch.storage.listing import list_files, read_bytes
+
+SUFFIX = ".lease"
+RENEWALS = 3
+"""In the time after which a lease counts as left behind."""
+_Seen = tuple[int, int]
+"""What differs when a lease is renewed, or is another one's: inode and time of the last change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lease: a name for people, such as a task of an array, and where it runs."""
+
+    task: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One that is there: `name` is what it is for; `age` the seconds since it was renewed, by the clocks of two hosts."""
+
+    name: str
+    holder: Holder
+    age: float
+
+
+class Leases:
+    """Those of one writer, renewed until `close`. The thread that renews them is a daemon: with the process, it ends."""
+
+    def __init__(self, claim: Claim, holder: Holder, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._files, self._folder = claim.files, claim.folder.units
+        self._scratch = claim.folder.temporary
+        self._content = json.dumps(asdict(holder)).encode()
+        self._seconds, self._clock = seconds, clock
+        self._held: dict[str, int] = {}
+        """The open file of each, by which it is renewed: another's that has taken its name is not touched."""
+        self._seen: dict[str, tuple[_Seen, float]] = {}
+        """Of others: what was seen last, and when that was new."""
+        self._alive: set[str] = set()
+        self._closed = threading.Event()
+        self._guard = threading.Lock()
+        self._thread = threading.Thread(target=self._renew, daemon=True, name="leases")
+        self._thread.start()
+
+    def take(self, name: str) -> bool:
+        """Whether it is this writer's from now on. Raises OSError."""
+        path, mine = self._folder / f"{name}{SUFFIX}", self._scratch / f"{name}{SUFFIX}"
+        if not self._is_free(name, path):
+            return False
+        file = NewFile(self._files, mine)
+        try:
+            file.write(self._content)
+            file.flush()
+            try:
+                self._files.link(mine, path)
+            except FileExistsError:
+                return False
+            with self._guard:
+                self._held[name] = os.dup(file.fileno())
+        finally:
+            file.close()
+            with suppress(OSError):
+                self._files.remove(mine)
+        return True
+
+    def is_alive(self, name: str) -> bool:
+        """Whether this writer has seen another renew the lease that it could not `take`."""
+        return name in self._alive
+
+    def drop(self, name: str) -> None:
+        """Let others have it. Nothing happens where it is another's by now."""
+        with self._guard:
+            descriptor = self._held.pop(name, None)
+        if descriptor is None:
+            return
+        path = self._folder / f"{name}{SUFFIX}"
+        with suppress(OSError):
+            found = self._files.look(path)
+            if found is not None and os.path.samestat(found, os.fstat(descriptor)):
+                self._files.remove(path)
+        os.close(descriptor)
+
+    def leave(self) -> None:
+        """Close the files in a forked child: they stay the parent's."""
+        for descriptor in self._held.values():
+            os.close(descriptor)
+        self._held = {}
+
+    def close(self) -> None:
+        """Let others have all of them."""
+        self._closed.set()
+        self._thread.join()
+        for name in list(self._held):
+            self.drop(name)
+
+    def _is_free(self, name: str, path: Path) -> bool:
+        """Whether nobody holds it; one that was left behind is taken away."""
+        found, now = self._look(path), self._clock()
+        if found is None:
+            return True
+        before = self._seen.get(name)
+        if before is None or before[0] != found:
+            self._seen[name] = found, now
+            if before is not None:
+                self._alive.add(name)
+            return False
+        if now - before[1] < self._seconds:
+            return False
+        self._alive.discard(name)
+        aside = self._scratch / f"{name}.stale"
+        with suppress(OSError):
+            # Of several that find it left behind, one gets it.
+            os.rename(path, aside)
+            self._files.remove(aside)
+        self._seen.pop(name, None)
+        return True
+
+    def _look(self, path: Path) -> _Seen | None:
+        try:
+            with self._files.open_old(path) as file:
+                found = os.fstat(file.fileno())
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def _renew(self) -> None:
+        while not self._closed.wait(self._seconds / RENEWALS):
+            with self._guard, suppress(OSError):
+                for descriptor in self._held.values():
+                    os.utime(descriptor)
+
+
+def read_leases(folder: OutputFolder, now: float) -> tuple[Lease, ...]:
+    """Those that are there, by name. Raises OutputError where they cannot be read."""
+    found: list[Lease] = []
+    for file in list_files(folder.files, folder.units):
+        content = read_bytes(folder.files, file.path) if file.path.name.endswith(SUFFIX) else None
+        with suppress(ValueError, TypeError):
+            if content is not None:
+                holder = Holder(**json.loads(content))
+                found.append(Lease(file.path.name.removesuffix(SUFFIX), holder, now - file.changed))
+    return tuple(found)

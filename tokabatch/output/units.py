@@ -1,0 +1,83 @@
+"""The units of a run that several writers share: which of them each sample is in. They are cut once, and named in the manifest.
+
+OUT/_units/plan-DIGEST.npy: int32, shape [2, R]: lengths of stretches of samples in the order of rows, and the unit of each. Its
+name is made of its content, so that two writers that begin a run at once do not meet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tokabatch.arrays import Int32, Int64
+from tokabatch.errors import DamageError
+from tokabatch.output.folder import PLAN, Claim, OutputFolder
+from tokabatch.output.shards import shard_number
+from tokabatch.storage.atomic_files import write_whole
+from tokabatch.storage.listing import ListedFile, read_bytes
+
+_UNIT_SHARD = re.compile(r"part-(\d{5,})-\d{5,}\.parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Sample s of row r is number `start[r] + s` of all samples (as in `Drawn`), and of the unit `unit[start[r] + s]`."""
+
+    start: Int64
+    unit: Int32
+    count: int
+
+    def of(self, row: Int64, sample: Int64) -> Int32:
+        """The unit of each of these samples, shape [N]."""
+        return self.unit[self.start[row] + sample]
+
+    def to_bytes(self) -> bytes:
+        edges = np.flatnonzero(np.diff(self.unit)) + 1
+        begins = np.concatenate((np.zeros(min(1, len(self.unit)), np.int64), edges))
+        lengths = np.diff(np.append(begins, len(self.unit)))
+        sink = io.BytesIO()
+        np.save(sink, np.stack((lengths, self.unit[begins])).astype(np.int32), allow_pickle=False)
+        return sink.getvalue()
+
+
+def write_units(claim: Claim, units: Units) -> str:
+    """Write them durably; the digest by which the manifest names them."""
+    content = units.to_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    path = _path(claim.folder, digest)
+    write_whole(claim.files, claim.folder.temporary / path.name, path, content)
+    return digest
+
+
+def read_units(folder: OutputFolder, count: int, digest: str, start: Int64) -> Units:
+    """The units that the manifest names, for samples that begin at `start` [rows + 1]. Raises DamageError where they are not as
+    they were written."""
+    path = _path(folder, digest)
+    content = read_bytes(folder.files, path)
+    if content is None or hashlib.sha256(content).hexdigest() != digest:
+        raise DamageError(
+            f"{path} is missing or damaged, which tells the units of the run. Without --shared, the same command completes it"
+        )
+    lengths, numbers = np.load(io.BytesIO(content), allow_pickle=False)
+    return Units(start, np.repeat(numbers, lengths), count)
+
+
+def unit_of_shard(name: str) -> int | None:
+    """3 of `part-00003-00001.parquet`; None of one that is of no unit."""
+    found = _UNIT_SHARD.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def next_number(shards: list[ListedFile]) -> int:
+    """The first number that lacks among the shards of one unit."""
+    numbers = {shard_number(shard.path.name) for shard in shards}
+    return next(number for number in range(len(numbers) + 1) if number not in numbers)
+
+
+def _path(folder: OutputFolder, digest: str) -> Path:
+    return folder.units / f"{PLAN}{digest[:16]}.npy"

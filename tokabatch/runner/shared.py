@@ -1,0 +1,250 @@
+"""A run that several processes write, each of which takes units of its plan: how one of them begins, and how it ends.
+
+The first one cuts the plan and writes the manifest; while it tokenises the input the others wait for it, and map what it made.
+A run that one process began is cut the same way once nobody writes there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from tokabatch.arrays import Int64
+from tokabatch.errors import OutputError
+from tokabatch.input.store.kept_input import INDEX, can_be_kept, keep_input
+from tokabatch.job import Job
+from tokabatch.output.existing_results import nothing_committed, read_committed
+from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.inspection import recorded_shards
+from tokabatch.output.joining import join_small
+from tokabatch.output.journal import Shard
+from tokabatch.output.leases import Holder, Leases
+from tokabatch.output.manifest import Books, Manifest, mark_success, read_manifest, write_manifest
+from tokabatch.output.remedy import repair_command
+from tokabatch.output.shards import shard_number
+from tokabatch.output.units import Units, read_units, write_units
+from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.ledger import Ledger
+from tokabatch.runner.resume import OnRows, Reuse, Start, describe_run, find_run, start
+from tokabatch.storage.atomic_files import NewFile, publish
+from tokabatch.storage.listing import NO_MARK, consistently, is_there, read_bytes
+from tokabatch.storage.write_errors import reading_input, unwritable
+from tokabatch.workload import Workload, prepare
+
+WAIT_SECONDS = 0.2
+_INPUT = "input"
+"""The lease of the one that tokenises the input and writes the manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """How a run shares its folder: its name for people, into how many units the first one cuts the plan, after how many
+    seconds without a sign of life another's units are taken over, and with which share of the plan it begins (0 to 1)."""
+
+    task: str = ""
+    units: int = 256
+    lease_seconds: float = 60.0
+    begin: float | None = None
+
+    @property
+    def holder(self) -> Holder:
+        host = socket.gethostname()
+        return Holder(self.task or f"{host}-{os.getpid()}", host, os.getpid())
+
+    def claim(self, path: Path) -> Claim:
+        """One of the writers of a folder, under a name that none has had."""
+        name = re.sub(r"[^A-Za-z0-9]+", "-", self.holder.task)[:40]
+        return Claim(path, writer=f"{name}-{uuid.uuid4().hex[:12]}")
+
+    def first(self, units: Units) -> int:
+        """The unit to begin with: far from where others begin."""
+        begin = uuid.uuid4().int / 2**128 if self.begin is None else self.begin % 1.0
+        return int(begin * units.count)
+
+
+def cut_earlier_run(job: Job, shared: Shared, on_rows: OnRows, tell: Callable[[str], None]) -> None:
+    """Where the folder holds a run that is not cut into units, and nobody writes there, cut it. Raises UsageError."""
+    path = Path(job.output.path)
+    manifest = read_manifest(OutputFolder(path))
+    if manifest is None or manifest.units:
+        return
+    with Claim(path) as claim:
+        started = start(job, claim, on_rows, Reuse(), tell)
+        found = read_manifest(claim.folder)
+        if found is not None and started.has_more:
+            units = _cut(started.workload, shared.units)
+            claim.files.make_folder(claim.folder.units)
+            named = replace(found, units=units.count, units_sha256=write_units(claim, units))
+            write_manifest(claim, named, job.given())
+        started.workload.store.close()
+
+
+def start_shared(
+    job: Job, claim: Claim, leases: Leases, shared: Shared, on_rows: OnRows, tell: Callable[[str], None], stop: Interruption
+) -> tuple[Start, Units]:
+    """As `start`, beside other writers. Raises UsageError."""
+    while True:
+        makes = _wait_for_input(job, claim, leases, stop)
+        try:
+            begun = _start(job, claim, shared, on_rows, stop, makes=makes)
+        except OSError as error:
+            raise unwritable(claim.folder.path, error) from error
+        finally:
+            leases.drop(_INPUT)
+        if begun is not None:
+            break
+    started, units = begun
+    for note in started.workload.notes:
+        tell(note)
+    if started.committed.samples:
+        tell(f"continuing: {started.committed.samples:,} of {started.workload.samples_total:,} samples are there already")
+    return started, units
+
+
+def _wait_for_input(job: Job, claim: Claim, leases: Leases, stop: Interruption) -> bool:
+    """Wait while another tokenises the input; whether it is this one's to do, and to keep for the others."""
+    folder = claim.folder
+    while True:
+        made = (folder.success, folder.input / INDEX)
+        there = not can_be_kept(job) or any(is_there(claim.files, path) for path in made)
+        if there and is_there(claim.files, folder.manifest):
+            return False
+        if leases.take(_INPUT):
+            return True
+        with stop.at_once():
+            time.sleep(WAIT_SECONDS)
+
+
+def _start(
+    job: Job, claim: Claim, shared: Shared, on_rows: OnRows, stop: Interruption, *, makes: bool
+) -> tuple[Start, Units] | None:
+    """None where another has written the manifest meanwhile."""
+    folder, scratch = claim.folder, claim.folder.temporary / "input"
+    earlier = find_run(folder)
+    clock = earlier.manifest.started if earlier else datetime.now().astimezone().isoformat(timespec="seconds")
+    with reading_input(folder.path), stop.at_once():
+        claim.files.remove_tree(scratch)
+        scratch.mkdir()
+        compare = earlier.compare if earlier else None
+        workload = prepare(job, scratch, on_rows, compare=compare, kept=folder.input, clock=clock)
+    if earlier is None:
+        units = _cut(workload, shared.units)
+        manifest = describe_run(job, workload, clock)
+        manifest = replace(manifest, units=units.count, units_sha256=write_units(claim, units))
+        claim.write(folder.row_digests, workload.store.digests.to_parquet())
+        try:
+            write_manifest(claim, manifest, job.given())
+        except FileExistsError:
+            workload.store.close()
+            return None
+    else:
+        manifest = earlier.manifest
+        _refuse_other_extent(folder, manifest, workload)
+        units = read_units(folder, manifest.units, manifest.units_sha256, _start_of(workload))
+    if makes and not workload.taken_over and not is_there(claim.files, folder.success):
+        keep_input(workload.store, workload.origin, claim.files, scratch, folder.input)
+    consistently(lambda: recorded_shards(folder, manifest), folder.path)
+    committed = consistently(
+        lambda: read_committed(folder, workload.samples_of_row, schema=workload.output_schema), folder.path
+    )
+    started = Start.after(committed, workload)
+    if started.has_more:
+        claim.begin(manifest.run, manifest.marks, (), repair_command(folder, manifest))
+    return started, units
+
+
+def close_shared(claim: Claim, workload: Workload) -> Books:
+    """Mark the run as complete where every sample is there, whoever computed it. Raises OSError."""
+    manifest = read_manifest(claim.folder)
+    assert manifest is not None, "a run that was begun has a manifest"
+    shards = _recorded(claim, manifest)
+    books = Books(workload.samples_total, sum(shard.ok for shard in shards), sum(shard.errors for shard in shards))
+    return mark_success(claim, _ordered(shards), workload.samples_total) if books.closed else books
+
+
+def join_as_last(job: Job, claim: Claim, workload: Workload, stop: Interruption, tell: Callable[[str], None]) -> None:
+    """The last act of a writer: where no other is left and every sample is there, make one journal, and join the small shards.
+    Some file systems keep the locks of each host apart; one host alone may do so, the first that comes to it. Raises OSError,
+    and as `join_small`."""
+    folder, manifest, host = claim.folder, read_manifest(claim.folder), socket.gethostname().encode()
+    if not claim.take_alone() or manifest is None or not folder.journals():
+        return
+    shards = _recorded(claim, manifest)
+    if sum(shard.rows for shard in shards) != workload.samples_total:
+        return
+    mine = folder.temporary / folder.joiner.name
+    with NewFile(claim.files, mine) as file:
+        file.write(host)
+        file.sync()
+    with suppress(FileExistsError):
+        publish(claim.files, mine, folder.joiner)
+    if read_bytes(claim.files, folder.joiner) != host:
+        return
+    claim.begin(manifest.run, manifest.marks, ((shard, NO_MARK) for shard in shards), repair_command(folder, manifest))
+    claim.reopen(keep_summary=True)
+    join_small(claim, job.output.rows_per_shard, stop.poll, tell)
+    assert claim.journal is not None
+    mark_success(claim, _ordered(shard for shard, _ in claim.journal.shards.values()), workload.samples_total)
+
+
+def _ordered(shards: Iterable[Shard]) -> list[Shard]:
+    return sorted(shards, key=lambda shard: (shard_number(shard.name), shard.name))
+
+
+def _recorded(claim: Claim, manifest: Manifest) -> list[Shard]:
+    """The shards that are there, as their writers recorded them."""
+
+    def read() -> list[Shard]:
+        listed = recorded_shards(claim.folder, manifest)
+        record = claim.folder.record()
+        versions = {} if record is None else record.versions
+        found: list[Shard] = []
+        for file in listed:
+            known = [shard for shard in versions.get(claim.folder.name_of(file.path), ()) if shard is not None]
+            # Where two began it, its content tells whose it is.
+            digest = file.digest() if len(known) > 1 else None
+            found += [shard for shard in known if digest in (None, shard.sha256)][:1]
+        return found
+
+    return consistently(read, claim.folder.path)
+
+
+def _start_of(workload: Workload) -> Int64:
+    return nothing_committed(workload.samples_of_row).drawn.start
+
+
+def _cut(workload: Workload, count: int) -> Units:
+    """The plan in about `count` units; rows that never became prompts are spread over them."""
+    start = _start_of(workload)
+    ledger = Ledger(workload.requests)
+    parts = ledger.stretches(max(1, count)) if len(workload.requests) else []
+    number = max(1, len(parts))
+    unit = (np.arange(int(start[-1]), dtype=np.int64) * number // max(1, int(start[-1]))).astype(np.int32)
+    for place, part in enumerate(parts):
+        row, sample = ledger.samples(part)
+        unit[start[row] + sample] = place
+    return Units(start, unit, number)
+
+
+def _refuse_other_extent(folder: OutputFolder, manifest: Manifest, workload: Workload) -> None:
+    if (manifest.rows, manifest.samples) != (workload.store.num_rows, workload.samples_total):
+        raise OutputError(
+            f"output.path {str(folder.path)!r} is shared by writers of {manifest.samples:,} samples of {manifest.rows:,} rows; "
+            f"this job has {workload.samples_total:,} of {workload.store.num_rows:,}. End the others, then run the job once "
+            "without --shared, which may add rows and samples; or choose another output.path."
+        )
+    if not manifest.units:
+        raise OutputError(
+            f"output.path {str(folder.path)!r} holds a run that one process began, and another writes there. Run the same "
+            "command again when that has ended."
+        )

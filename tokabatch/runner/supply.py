@@ -1,0 +1,136 @@
+"""Units of the plan, taken by one of several writers of a folder as its replicas want work.
+
+A unit is taken by its lease, and only then is it read what of it is there: the rest is free in the ledger, and its shards are
+numbered from there. Where another publishes a shard of it first (the lease was taken for left behind), what is not begun of it
+is withdrawn, and what comes of the rest is dropped. Units that another computes are waited for until that one was seen alive.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from tokabatch.output.folder import Claim
+from tokabatch.output.leases import Leases
+from tokabatch.output.shards import read_groups
+from tokabatch.output.units import Units, next_number, unit_of_shard
+from tokabatch.runner.ledger import Ledger
+from tokabatch.runner.recorder import Recorder
+from tokabatch.runner.resume import Start
+from tokabatch.storage.listing import consistently
+
+LOOK_SECONDS = 0.5
+"""Between two looks for a unit while there is none to take."""
+
+
+class Supply:
+    """Of one writer. `first` is the unit with which it begins; it goes on with those behind."""
+
+    def __init__(
+        self,
+        claim: Claim,
+        started: Start,
+        units: Units,
+        leases: Leases,
+        recorder: Recorder,
+        first: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._claim, self._units, self._leases, self._recorder, self._tell = claim, units, leases, recorder, tell
+        self._drawn = started.committed.drawn.flags.copy()
+        """What was in the folder when it was looked at last."""
+        self._seen = {shard.name for shard in started.committed.shards}
+        self._failures = started.left.failures
+        self._order = [(first + i) % units.count for i in range(units.count)]
+        self._left = np.bincount(units.unit[~self._drawn], minlength=units.count)
+        self._held: set[int] = set()
+        self._lost: set[int] = set()
+        self._next_look = 0.0
+        self.ended = False
+        """No unit is left that this writer may take or wait for."""
+        self.abandoned = False
+        """Units are left that others took over from here, and have not completed."""
+        self.failed = False
+        """A unit was opened that has rows which never became prompts."""
+
+    def more(self, ledger: Ledger) -> bool:
+        """Whether another unit was taken; its samples are free in the ledger. Raises OSError, and as `read_groups`."""
+        if time.monotonic() < self._next_look:
+            return False
+        self._look()
+        alive = True
+        self.abandoned = False
+        for unit in self._order:
+            if not self._left[unit] or unit in self._held:
+                continue
+            if unit not in self._lost and self._leases.take(str(unit)):
+                if self._open(unit, ledger):
+                    return True
+                self._leases.drop(str(unit))
+            elif unit in self._lost:
+                self.abandoned = True
+            else:
+                alive = alive and self._leases.is_alive(str(unit))
+        self.ended = alive
+        self._next_look = time.monotonic() + LOOK_SECONDS
+        return False
+
+    def tick(self, ledger: Ledger) -> None:
+        """Let go of the units that are committed, and of those that are another's."""
+        for unit in list(self._held):
+            lost = self._recorder.writer.is_lost(unit)
+            if lost:
+                ledger.withhold(self._units.unit == unit)
+                self._lost.add(unit)
+                self._tell(f"unit {unit} is another task's, which published first; what was computed of it here is dropped")
+            if lost or self._recorder.writer.is_complete(unit):
+                self._held.discard(unit)
+                self._leases.drop(str(unit))
+
+    def leave(self) -> None:
+        """Let go of the folder in a forked child."""
+        self._leases.leave()
+        self._claim.leave()
+
+    def _open(self, unit: int, ledger: Ledger) -> bool:
+        self._look()
+        wanted = (self._units.unit == unit) & ~self._drawn
+        count = self._left[unit] = int(wanted.sum())
+        if not count:
+            return False
+        shards = [file for file in self._claim.folder.shards() if unit_of_shard(file.path.name) == unit]
+        if any(self._claim.folder.name_of(file.path) not in self._seen for file in shards):
+            # Published since; its lease was not seen by the one that did.
+            return False
+        self._recorder.writer.open(unit, next_number(shards), count)
+        self._held.add(unit)
+        ledger.offer(wanted)
+        mine = []
+        for failure in self._failures:
+            samples = failure.samples[wanted[self._units.start[failure.row_index] + failure.samples]]
+            mine += [replace(failure, samples=samples)] if len(samples) else []
+        if mine:
+            self.failed = True
+            self._recorder.fail(mine)
+        return True
+
+    def _look(self) -> None:
+        """Read which samples have been committed since the last look."""
+        folder = self._claim.folder
+
+        def read() -> None:
+            for file in folder.shards():
+                name = folder.name_of(file.path)
+                if name in self._seen:
+                    continue
+                for table in read_groups(file, ("row_index", "sample_index")):
+                    place = self._units.start[table["row_index"].to_numpy()] + table["sample_index"].to_numpy()
+                    fresh = place[~self._drawn[place]]
+                    self._drawn[place] = True
+                    np.subtract.at(self._left, self._units.unit[fresh], 1)
+                self._seen.add(name)
+
+        consistently(read, folder.path)
