@@ -257,7 +257,7 @@ class StepBatch:
     table_column: Int32
     table_page: Int32
     clear_pages: Int32
-    """Pages to set to zero: their last owner left values that are not finite."""
+    """Pages to set to zero before anything else: they may hold values that are not finite, which no mask hides."""
     copy_src: Int32
     copy_dst: Int32
     num_prefill_runs: int
