@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tokabatch.errors import InputError
+from tokabatch.errors import InputError, JobError
 from tokabatch.input.batch_files import settle_format
 from tokabatch.job import Job
 
@@ -112,6 +112,8 @@ def test_the_format_is_told_by_the_first_line_that_can_be_read(write_rows, tmp_p
     assert (said.generation.max_tokens, said.prompt.chat, said.input.id_column) == (9, True, "custom_id")
     assert settle(rows).input.format == "rows" and settle(rows).generation.max_tokens == 256
     assert settle(batch, input={"path": str(batch), "format": "rows"}).prompt.chat == "auto"
+    with pytest.raises(JobError, match=r"mode is score, but input\.path"):
+        settle(batch, mode="score")
     (tmp_path / "rows.parquet").touch()
     with pytest.raises(InputError, match=r"input\.format is openai, but input\.path .*rows\.parquet' is no \.jsonl"):
         settle(batch, input={"path": str(tmp_path / "rows.parquet"), "format": "openai"})

@@ -30,6 +30,7 @@ from tokabatch.output.export import committed_shards, open_ordered
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import Manifest, read_manifest
 from tokabatch.output.plain_json import to_json
+from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import or_else, reason
 
@@ -104,12 +105,10 @@ def _write(folder: OutputFolder, manifest: Manifest, shards: Sequence[ListedFile
             for file in (good, bad):
                 file.flush()
                 os.fsync(file.fileno())
-        # In another folder the errors are written anew, so that they, too, appear whole.
-        if errors.absolute().parent != results.absolute().parent:
-            beside = errors.with_name(f".{errors.name}.partial")
-            beside.write_bytes(files[1].read_bytes())
-            files[1] = beside
-        files[1].replace(errors)
+        if errors.absolute().parent == results.absolute().parent:
+            files[1].replace(errors)
+        else:
+            write_whole(DurableFiles(), errors.with_name(f".{errors.name}.partial"), errors, files[1].read_bytes())
         files[0].replace(results)
     return written
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tokabatch.errors import InputError, RowError
+from tokabatch.errors import InputError, JobError, RowError
 from tokabatch.input.readers import is_of_files, open_path, open_reader
 from tokabatch.input.readers.jsonl import JsonLinesReader, LineRow
 from tokabatch.input.rows import Reader
@@ -28,7 +28,8 @@ ID, CUSTOM_ID, URL, PROMPT_INDEX, BODY = COLUMNS = ("id", "custom_id", "url", "p
 def settle_format(job: Job) -> Job:
     """The job with `input.format` decided where it is auto. That of batch files decides further keys where the job does not say
     them: rows are known by custom_id, completions prompts are taken as they are, and a request that does not say max_tokens has
-    what the prompt leaves of the model's context. Raises InputError where the input is no such file, though the job says so."""
+    what the prompt leaves of the model's context. Raises InputError where the input is no such file, though the job says so,
+    and JobError where such a job scores texts."""
     chosen = job.input.format
     if chosen != "rows" and not is_of_files(job.input, "jsonl"):
         if chosen == "openai":
@@ -40,6 +41,11 @@ def settle_format(job: Job) -> Job:
         chosen = "openai" if is_batch_line(first) else "rows"
     if chosen == "rows":
         return job.model_copy(update={"input": job.input.model_copy(update={"format": "rows"})})
+    if job.mode == "score":
+        raise JobError(
+            f"mode is score, but input.path {job.input.path!r} is a batch file, whose requests are to be completed; remove "
+            "mode, or write input.format: rows"
+        )
     settled = {"format": "openai", "id_column": job.input.id_column or ID}
     chat = False if job.prompt.chat == "auto" else job.prompt.chat
     generation = job.generation

@@ -427,6 +427,42 @@ def test_variables_of_the_chat_template(
         ingest_job(path, prompt={"chat_template_kwargs": {"thinking": False}})
 
 
+def test_a_row_s_own_variables_of_the_chat_template(
+    tools_template: dict[str, Any], write_rows: Write, ingest_job: Ingest, texts: Texts, tokenizers: dict[str, Tokenizer]
+) -> None:
+    path = write_rows(
+        {"prompt": "hi"},
+        {"prompt": "hi", "chat_template_kwargs": {"thinking": False}},
+        {"prompt": "hi", "chat_template_kwargs": '{"thinking": true}'},
+        {"prompt": "hi", "chat_template_kwargs": None},
+        {"prompt": "hi", "chat_template_kwargs": [1]},
+        {"prompt": "hi", "chat_template_kwargs": {"tools": []}},
+    )
+    store = ingest_job(path, prompt={**tools_template, "chat_template_kwargs": {"thinking": False}})
+    assert texts(store)[:4] == ["user: hi no thinking", "user: hi no thinking", "user: hi", "user: hi no thinking"]
+    assert codes(store) == {4: "bad_type", 5: "bad_type"}
+    assert "'tools'" in store.errors[5].message
+    # What they spell is the row's: text, not a token.
+    template = {"chat_template": "{% for m in messages %}{{ m.content }}{{ end }}{% endfor %}"}
+    spelled = write_rows({"prompt": "hi", "chat_template_kwargs": {"end": "<|end|>"}}, name="spelled.jsonl")
+    end = tokenizers["plain"].encode_batch(["<|end|>"], False)[0][0]
+    assert end not in ingest_job(spelled, prompt=template).prompt(0)
+
+
+def test_max_tokens_may_be_what_the_prompt_leaves_of_the_context(write_rows: Write, ingest_job: Ingest) -> None:
+    path = write_rows(
+        {"prompt": "a" * 7},
+        {"prompt": "b" * 20},
+        {"prompt": "c" * 15, "sampling_params": {"min_tokens": 6}},
+        {"prompt": "d" * 15, "sampling_params": {"min_tokens": 5, "max_tokens": "context"}},
+        {"prompt": "e" * 3, "sampling_params": {"max_tokens": 2}},
+    )
+    store = ingest_job(path, context=20, generation={"max_tokens": "context"})
+    assert codes(store) == {1: "prompt_too_long", 2: "prompt_too_long"}
+    assert [store.sampling[store.params[row]].max_tokens for row in (0, 3, 4)] == [13, 5, 2]
+    assert "min_tokens is 6, together 21" in store.errors[2].message
+
+
 def test_special_tokens_that_variables_of_the_job_spell_are_tokens(
     tmp_path: Path, write_rows: Write, ingest_job: Ingest, tokenizers: dict[str, Tokenizer]
 ) -> None:

@@ -17,6 +17,7 @@ import pytest
 from tokabatch import Job, run
 from tokabatch.batch.job import batch_job
 from tokabatch.batch.results import describe, write_results
+from tokabatch.cli import main
 from tokabatch.errors import OutputError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -42,7 +43,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in path.read_text().splitlines()]
 
 
-def test_answers_of_both_urls(tmp_path: Path) -> None:
+def test_answers_of_both_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     requests = write(
         tmp_path / "requests.jsonl",
         line("texts", COMPLETIONS, prompt=["Sam has 3", "There are"], n=2, max_tokens=3, temperature=0.5, logprobs=2),
@@ -89,10 +90,21 @@ def test_answers_of_both_urls(tmp_path: Path) -> None:
         (400, None, "invalid_json"),
     ]
     assert "requests.jsonl line 7" in faults[2]["message"] and len({each["id"] for each in (*bad, *good.values())}) == 7
-    # Written again they are the same, and a run of another kind has none.
-    before = results.read_bytes(), errors.read_bytes()
-    write_results(Path(job.output.path), results)
-    assert (results.read_bytes(), errors.read_bytes()) == before
+    # Written again they are the same, wherever they go.
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    options = ["--format", "openai", "--to", str(tmp_path / "again.jsonl"), "--errors", str(apart / "bad.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["tokabatch", "export", job.output.path, *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0 and "4 results" in capsys.readouterr().out
+    assert (tmp_path / "again.jsonl").read_bytes() == results.read_bytes()
+    assert (apart / "bad.jsonl").read_bytes() == errors.read_bytes() and len(list(apart.iterdir())) == 1
+    for wrong, told in ((["--nested"], "--nested, --columns and --where"), (["--format", "csv"], "accepts samples or openai")):
+        monkeypatch.setattr(sys, "argv", ["tokabatch", "export", job.output.path, *options, *wrong])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2 and told in capsys.readouterr().err
     with pytest.raises(OutputError, match=r"--errors .*results\.jsonl is the file of the results"):
         write_results(Path(job.output.path), results, results)
     with pytest.raises(OutputError, match=r"name a file that ends in \.jsonl$"):
@@ -106,6 +118,21 @@ def test_other_runs_have_no_results_files(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"holds no run of an OpenAI batch file \(its samples have no column custom_id\)"):
         write_results(tmp_path / "out", tmp_path / "results.jsonl")
     assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_a_request_that_is_not_complete_is_in_neither_file(tmp_path: Path) -> None:
+    lines = [line(f"r{i}", COMPLETIONS, prompt=[f"Sam has {i}", f"There are {i}"], n=2, max_tokens=1 + i) for i in range(12)]
+    results = tmp_path / "results.jsonl"
+    requests = write(tmp_path / "requests.jsonl", *lines)
+    job = batch_job(str(requests), MODEL, results, None, ("engine.max_running=4", "generation.ignore_eos=true"))
+    polls = iter(range(10**6))
+    summary = run(job, None, lambda: next(polls) > 25)
+    assert summary.exit_code in (75, 130) and 0 < summary.ok < 48
+    written = write_results(Path(job.output.path), results)
+    assert written.pending == 48 - summary.ok and 0 < written.results < 12 and written.errors == 0
+    assert all(len(each["response"]["body"]["choices"]) == 4 for each in read(results))
+    assert "not computed yet" in describe(written, results)
+    assert run(job).exit_code == 0 and write_results(Path(job.output.path), results).results == 12
 
 
 @pytest.mark.slow
