@@ -35,11 +35,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runner": LEAVES
     | {"workload", "forecast", "scheduling", "engine", "input", "output", "storage", "model", "attention", "scoring", "report"}
     | {"parallel"},
+    "cluster": LEAVES,
     "cli": LEAVES | {"report", "runner"},
     "__init__": LEAVES | {"report", "runner"},
     "__main__": {"cli"},
 }
 WITHOUT_TORCH = {
+    "cluster",
     "errors",
     "arrays",
     CONTRACTS,

@@ -61,6 +61,7 @@ Examples
   tokabatch plan jobs/quickstart.yaml                     check a job, show its first prompt and its size
   tokabatch run jobs/quickstart.yaml                      run it; again after a crash or a stop: what is missing is computed
   tokabatch run jobs/quickstart.yaml generation.n=4       with one key changed
+  tokabatch slurm jobs/gsm8k.yaml --tasks 16              write the batch script of a run on many hosts
   tokabatch keys generation                               the keys of a section of a job file, explained
   tokabatch plan JOB.yaml --simulate --lengths 200        predict its time, cost and KV use
   tokabatch status out/quickstart                         how far a run is
@@ -278,6 +279,46 @@ def batch(
     if not summary.pending:
         _print_note(_write_batch(Path(loaded.output.path), to, errors))
     raise typer.Exit(summary.exit_code)
+
+
+@app.command(cls=_Command)
+def slurm(
+    job: JobArgument,
+    overrides: OverridesArgument = None,
+    tasks: Annotated[int, typer.Option("--tasks", min=1, help="Tasks of the array.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus-per-task", min=0, help="GPUs of each.")] = 0,
+    cpus: Annotated[int, typer.Option("--cpus-per-task", min=0, help="CPU cores of each; 0: as the site has it.")] = 0,
+    limit: Annotated[str, typer.Option("--time", help="Time limit of one start of a task, as sbatch has it.")] = "",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--sbatch", metavar="KEY=VALUE", help="Another option of sbatch: partition=gpu.", show_default=False),
+    ] = None,
+    setup: Annotated[
+        list[str] | None,
+        typer.Option("--setup", metavar="LINE", help="Shell before the run: 'module load cuda'.", show_default=False),
+    ] = None,
+    command: Annotated[
+        str, typer.Option("--command", help="What to call: 'apptainer exec --nv IMAGE.sif tokabatch'.")
+    ] = "tokabatch",
+    to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="Default: JOB.sbatch.", show_default=False)] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit it as well.")] = False,
+) -> None:
+    """Write the batch script that runs a job as an array of tasks on Slurm.
+
+    Every task is `tokabatch run --shared`: it takes units of the plan until none is left, so one that ends early takes what
+    others would have done, and one that never starts costs nothing. Ahead of the time limit, and when it is preempted, a task
+    commits what it has, and the script has it requeued.
+
+    \b
+    Examples
+      tokabatch slurm jobs/gsm8k.yaml --tasks 16 --gpus-per-task 1 --time 4:00:00
+      tokabatch slurm jobs/gsm8k.yaml --tasks 16 --sbatch partition=gpu --setup '. venv/bin/activate' --submit
+    """
+    _load("tokabatch.job").Job.load(job, *(overrides or ()))
+    module, script = _load("tokabatch.cluster.slurm"), to or Path(f"{job.stem}.sbatch")
+    array = module.Array(tasks, gpus, cpus, limit, options=tuple(option or ()), setup=tuple(setup or ()), command=command)
+    script.write_text(module.batch_script(job, tuple(overrides or ()), array, Path.cwd()))
+    _print_result(module.submit(script) if submit else f"{script}: submit it with `sbatch {script}`")
 
 
 @app.command(cls=_Command)
