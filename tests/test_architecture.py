@@ -37,6 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"parallel"},
     "cluster": LEAVES,
     "cli": LEAVES | {"report", "runner"},
+    "serve": LEAVES
+    | {"openai", "workload", "runner", "forecast", "scheduling", "engine", "input", "output", "storage", "model", "report"},
     "__init__": LEAVES | {"report", "runner"},
     "__main__": {"cli"},
 }
@@ -69,6 +71,8 @@ HEAVY_HOMES = {
     },
     "datasets": {"input/readers/hub.py"},
     "typer": {"cli.py"},
+    "starlette": {"serve/app.py"},
+    "uvicorn": {"serve/server.py"},
     "matplotlib": {"report/plots.py"},
     "torch.distributed": {"parallel/mesh.py", "parallel/collectives.py", "parallel/peer_memory.py"},
 }

@@ -21,7 +21,7 @@ from support.tiny_engine import EOS, HEADER
 from tokabatch.engine.executor import InProcessExecutor
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.model.families import family_names
-from tokabatch.scheduling.contracts import Completion, Continuations, SamplingParams
+from tokabatch.scheduling.contracts import Completion, Continuations, Requests, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits
 
@@ -155,3 +155,55 @@ def test_a_token_that_breaks_the_model_costs_those_texts_alone_that_read_it(
     assert broken == dict.fromkeys(spoilt, "nan_logits")
     rest = {key: completion for key, completion in done.items() if key not in broken}
     assert_right(rest, {key: value for key, value in wanted["qwen2"].items() if key not in broken})
+
+
+def test_texts_are_scored_beside_what_is_drawn(folders, wanted):
+    """Whole prompts with log-probabilities, alternatives and none, some of them continued, among samples that are drawn;
+    workers are lost, and pages are short. Scores are transformers', and what is drawn is drawn without them, too."""
+    folder = folders[family_names()[0]]
+    model = load_double(folder)
+    texts = [prompt + continuation for prompt, continuations in ROWS for continuation in continuations]
+    lengths = np.array([len(text) for text in texts], np.int32)
+    drawn = SamplingParams(max_tokens=6, temperature=0.8, seed=3, logprobs=2)
+    sampling, params, given = [drawn], list[int](), list[int]()
+    for row, text in enumerate(texts):
+        count = 0 if row % 3 == 2 else len(text) - 1
+        if count:
+            more = row % 2
+            sampling.append(SamplingParams(max_tokens=count + more, ignore_eos=True, temperature=0.0, logprobs=row % 4))
+        params.append(len(sampling) - 1 if count else 0)
+        given.append(count)
+    requests = Requests(
+        row_index=np.arange(len(texts)),
+        tokens=np.concatenate([np.array(text, np.int32) for text in texts]),
+        start=(np.cumsum(lengths) - lengths).astype(np.int64),
+        length=lengths - np.array(given, np.int32),
+        lcp=np.zeros(len(texts), np.int32),
+        params=np.array(params, np.int32),
+        sampling=tuple(sampling),
+        given=np.array(given, np.int32),
+    )
+    plain = requests.take(np.flatnonzero(requests.given == 0))
+    assert plain.given is not None and not plain.given.any()
+    for losses, pages, running in (((), 64, 8), ((2, 5), 40, 3)):
+        limits = SchedulerLimits(4, pages, running, running + 9, 16, GroupingLimits(2, 1))
+        spec = tiny_engine.worker_spec(folder, limits)
+        done, _ = tiny_engine.generate(spec, requests, limits, 2, losses=losses)
+        alone, _ = tiny_engine.generate(spec, plain, limits, 1)
+        assert len(done) == len(texts)
+        for row, text in enumerate(texts):
+            completion, count = done[row, 0], given[row]
+            assert completion.error_code is None
+            if not count:
+                assert completion.token_ids.tolist() == alone[row, 0].token_ids.tolist()
+                continue
+            with torch.inference_mode():
+                logits = model(torch.tensor([text])).logits[0].log_softmax(-1)
+            expected = logits[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
+            np.testing.assert_allclose(completion.logprobs[:count], expected.numpy(), rtol=1e-6)
+            more = [] if row % 2 == 0 else [int(logits[-1].argmax())]
+            assert completion.token_ids.tolist() == text[1:] + more
+            if row % 4:
+                top, ids = logits[: count + len(more)].topk(row % 4)
+                assert completion.top_ids.tolist() == ids.tolist()
+                np.testing.assert_allclose(completion.top_logprobs, top.numpy(), rtol=1e-6)

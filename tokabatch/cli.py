@@ -71,6 +71,7 @@ Examples
   tokabatch export out/quickstart --to samples.jsonl      one file, ordered by row and sample
   tokabatch errors out/quickstart                         which rows became error rows, and why
   tokabatch batch requests.jsonl --model M --to results.jsonl   answer a batch file of OpenAI's API
+  tokabatch serve jobs/quickstart                         a server of OpenAI's API over the same engine
 
 \b
 Exit codes
@@ -642,6 +643,58 @@ def download(
       tokabatch download Qwen/Qwen3-0.6B
     """
     _print_result(str(_load("tokabatch.model.resolve").resolve_model(model, revision, key="MODEL", revision_key="--revision")))
+
+
+@app.command(cls=_Command)
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of the model.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Keys under model, prompt, generation, engine and server.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's API: completions, chat, log-probabilities of given texts.
+
+    Requests that wait at the same time are ordered by shared prefix and join one plan; the same seed gives the same answer
+    under any load. generation.* are the defaults of what a request leaves out. Needs the extra `serve`:
+    pip install 'tokabatch[serve]'. The first SIGTERM or Ctrl-C lets what runs be finished (server.grace_seconds), the second
+    ends at once.
+
+    \b
+    Examples
+      tokabatch serve jobs/quickstart
+      tokabatch serve jobs/quickstart server.port=8080 server.host=0.0.0.0 server.api_key=secret
+      tokabatch serve jobs/quickstart generation.max_tokens=512 engine.kv_cache_tokens=64K
+    """
+    try:
+        server = _load("tokabatch.serve.server")
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        raise UsageError(f"a server needs {error.name}; install it with: pip install 'tokabatch[serve]'") from error
+    config = _load("tokabatch.serve.settings").ServiceConfig.load(model, *(overrides or ()))
+    raise typer.Exit(server.serve(config, lambda text: print(text, file=sys.stderr)))
+
+
+@app.command(cls=_Command)
+def ping(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.", show_default=False)],
+    url: Annotated[str, typer.Option("--url", help="Where the server is.")] = "http://127.0.0.1:8000",
+    chat: Annotated[bool, typer.Option("--chat", help="Send it as a user's message.")] = False,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens of the answer.")] = 64,
+    api_key: Annotated[str | None, typer.Option("--api-key", help="The server's key.", envvar="OPENAI_API_KEY")] = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds to wait.")] = 300.0,
+) -> None:
+    """Send one prompt to a running server and print the answer.
+
+    \b
+    Example
+      tokabatch ping "Question: what is 3 + 4?" --max-tokens 32
+    """
+    answer = _load("tokabatch.serve.ping").ping(url, prompt, chat=chat, max_tokens=max_tokens, api_key=api_key, timeout=timeout)
+    _print_result(answer)
 
 
 @contextmanager

@@ -158,7 +158,9 @@ class Worker:
         if step.scored is not None:
             score = self._scoring(step, step.scored, outbox)
             outbox.send()
-            return Launched(step.index, self._nothing_drawn(step), int(np.count_nonzero(step.run_samples)), score())
+            self._slots.store(slot_A.tensor, words_AW.tensor)
+            drawn, scores = score()
+            return Launched(step.index, drawn, int(np.count_nonzero(step.run_samples)), scores)
         compute = self._by_kernels(step, outbox) if self._captured is None else self._by_graphs(self._captured, step, outbox)
         outbox.send()
         self._slots.store(slot_A.tensor, words_AW.tensor)
@@ -233,20 +235,32 @@ class Worker:
 
     def _scoring(
         self, step: StepBatch, scored: ScoredPlaces, outbox: Outbox
-    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        """A step that draws nothing, kernel by kernel: what is returned gives the logprobs of the given tokens, float64, and
-        which are the most likely ones, [R] each."""
-        hidden, target = self._hidden(step, outbox, scored.token), outbox.add(scored.target.astype(np.int64))
+    ) -> Callable[[], tuple[Sampled, tuple[torch.Tensor, ...]]]:
+        """A step that scores, and draws where it does, kernel by kernel: what is returned gives what is drawn, and what `score`
+        gives of the given tokens."""
+        ends = np.cumsum(step.run_length)[step.run_samples] - 1
+        rows = np.concatenate((scored.token, ends)) if step.draws else scored.token
+        hidden, target = self._hidden(step, outbox, rows.astype(np.int32)), outbox.add(scored.target.astype(np.int64))
+        draw = self._draw(step, outbox) if step.draws else None
 
-        def compute() -> tuple[torch.Tensor, torch.Tensor]:
+        def compute() -> tuple[Sampled, tuple[torch.Tensor, ...]]:
             hidden_RE, target_R, decoder = hidden(), target.tensor, self._decoder
-            parts = [(torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.bool))]
+            floats, ids = torch.empty(0, dtype=torch.float64), torch.empty(0, 0, dtype=torch.int32)
+            parts = [(floats, floats.bool(), ids, ids.float())]
             if decoder.mesh.is_last_stage:
                 size = max(1, (SCORED_CPU if self._device.type == "cpu" else SCORED_DEVICE) // decoder.spec.vocab_size)
                 places = [slice(start, start + size) for start in range(0, len(target_R), size)]
-                parts = [score(decoder.logits(hidden_RE[part]), target_R[part], decoder.vocabulary) for part in places]
-            logprobs, greedy = zip(*parts, strict=True)
-            return torch.cat(logprobs), torch.cat(greedy)
+                parts = [
+                    score(
+                        decoder.logits(hidden_RE[: len(target_R)][part]),
+                        target_R[part],
+                        decoder.vocabulary,
+                        scored.alternatives,
+                    )
+                    for part in places
+                ]
+            drawn = self._nothing_drawn(step) if draw is None else draw(hidden_RE[len(target_R) :])
+            return drawn, tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
         return compute
 
@@ -293,9 +307,7 @@ def _sampled(step: StepBatch) -> tuple[Int32, Int32]:
 class Launched:
     """A step on its way: its results travel to the host behind it, and `wait` is for them alone."""
 
-    def __init__(
-        self, index: int, sampled: Sampled, count: int, scores: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> None:
+    def __init__(self, index: int, sampled: Sampled, count: int, scores: tuple[torch.Tensor, ...] | None = None) -> None:
         """`count` of the rows are the step's."""
         self.launch_seconds = 0.0
         """CPU time that launching took, where it was measured."""

@@ -176,6 +176,19 @@ def cut_at_stop(text: str, stop_reason: str | int | None, behind: int = 0) -> st
     return text if found < 0 else text[:found]
 
 
+def sample_texts(
+    completions: Sequence[Completion], least: Sequence[int], decode: Callable[[Sequence[Int32]], list[str]]
+) -> list[str]:
+    """The text of each sample, without what ended it; `least` are their `min_tokens`, `decode` is the tokenizer's."""
+    texts = decode([text_token_ids(completion) for completion in completions])
+    if not any(least):
+        return [cut_at_stop(text, c.stop_reason) for text, c in zip(texts, completions, strict=True)]
+    # What the first `min_tokens` tokens say ended nothing.
+    passed = decode([c.token_ids[:count] for c, count in zip(completions, least, strict=True)])
+    cut = zip(texts, completions, passed, strict=True)
+    return [cut_at_stop(text, completion.stop_reason, len(before)) for text, completion, before in cut]
+
+
 def sample_keys(completions: Sequence[Completion], failures: Sequence[FailedRow]) -> tuple[Int64, Int32]:
     """Row and sample index of each row of the table, in its order: completions, then failures expanded."""
     rows = [completion.row_index for completion in completions]

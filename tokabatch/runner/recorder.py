@@ -31,12 +31,11 @@ from tokabatch.output.schema import (
     FailedRow,
     build_piecemeal,
     build_table,
-    cut_at_stop,
     input_names,
     key_table,
     mended,
     sample_keys,
-    text_token_ids,
+    sample_texts,
     verdict_names,
 )
 from tokabatch.output.shards import Shard, ShardWriter, count_ok, write_parquet
@@ -357,14 +356,8 @@ class Recorder:
         return parts
 
     def _texts(self, completions: Sequence[Completion]) -> list[str]:
-        texts = self._tokenizer.decode_batch([text_token_ids(completion) for completion in completions])
         least = [self._store.sampling[self._store.params[completion.row_index]].min_tokens for completion in completions]
-        if not any(least):
-            return [cut_at_stop(text, c.stop_reason) for text, c in zip(texts, completions, strict=True)]
-        # What the first `min_tokens` tokens say ended nothing.
-        passed = self._tokenizer.decode_batch([c.token_ids[:count] for c, count in zip(completions, least, strict=True)])
-        cut = zip(texts, completions, passed, strict=True)
-        return [cut_at_stop(text, completion.stop_reason, len(before)) for text, completion, before in cut]
+        return sample_texts(completions, least, self._tokenizer.decode_batch)
 
     def _count(self, table: pa.Table, sign: int = 1) -> None:
         ok = count_ok(table)

@@ -101,6 +101,7 @@ class Replica:
         name_row: Callable[[int], str] = "row {}".format,
         num_samples: int = 0,
         counts: ReplicaCounts | None = None,
+        keeps_steps: bool = True,
     ) -> None:
         """`depth` steps are in flight at most, `depth_of_few` while few samples run; `tell` takes what a person should know,
         in which `name_row` names rows.
@@ -114,7 +115,7 @@ class Replica:
         self._stop = stop or Interruption()
         self._tell = tell or (lambda text: None)
         self._name_row = name_row
-        self._watch = Stopwatch(num_samples)
+        self._watch = Stopwatch(num_samples, keeps=keeps_steps)
         self._barren = 0
         """Workers lost since a sample was finished."""
         self._drops = 0

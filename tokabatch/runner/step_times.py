@@ -19,7 +19,9 @@ from tokabatch.scheduling.scheduler import Scheduler
 class Stopwatch:
     """Told of every step handed to the device and of every result taken in, both in order."""
 
-    def __init__(self, num_samples: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, num_samples: int, clock: Callable[[], float] = time.perf_counter, *, keeps: bool = True) -> None:
+        """`keeps` is False where nobody will look at `steps`, and the work has no end."""
+        self._keeps = keeps
         self._trace = StepLog()
         self._clock = clock
         self._last = clock()
@@ -46,7 +48,8 @@ class Stopwatch:
         """The oldest step's result was taken in."""
         work, running, waiting, pages, capacity = self._in_flight.popleft()
         now = self._clock()
-        self._trace.add(work, StepState(now - self._last, running, waiting, pages, capacity, num_finished))
+        if self._keeps:
+            self._trace.add(work, StepState(now - self._last, running, waiting, pages, capacity, num_finished))
         self._last = now
 
     def steps(self) -> Steps:

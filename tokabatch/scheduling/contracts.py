@@ -110,6 +110,10 @@ class Requests:
     tokens then."""
     key: Int64 | None = None
     """The row that random numbers are drawn for, shape [R]; None is `row_index`."""
+    given: Int32 | None = None
+    """How many tokens right behind each prompt's in `tokens` are scored before one is drawn, shape [R]; None is 0 for all. They
+    count as tokens of the sample, the only one of such a prompt: `max_tokens` is their number and that of those to draw, which
+    may be none."""
 
     def __len__(self) -> int:
         return len(self.row_index)
@@ -154,6 +158,7 @@ class Requests:
             params=self.params[requests],
             span=None if self.span is None else (self.span[0][requests], self.span[1][requests]),
             key=None if self.key is None else self.key[requests],
+            given=None if self.given is None else self.given[requests],
         )
 
     def part(self, requests: Int32, first: Int32, stop: Int32) -> Requests:
@@ -171,6 +176,7 @@ class Requests:
             params=taken.params[place],
             span=(first, stop),
             key=None if taken.key is None else taken.key[place],
+            given=None if taken.given is None else taken.given[place],
         )
 
     def prompt(self, request: int) -> Int32:
@@ -238,6 +244,8 @@ class ScoredPlaces:
     """Where on the step's token axis the logits are computed."""
     target: Int32
     """The token that is scored: the one behind it."""
+    alternatives: int = 0
+    """How many of the most likely tokens are reported with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +281,9 @@ class StepBatch:
     decode_ids: Int32 | None = None
     """The token of each decode run, where the worker does not hold it: its first pipeline stage draws none."""
     scored: ScoredPlaces | None = None
-    """Where tokens are scored; no run draws one in such a step, and the results of those with `run_samples` mean nothing."""
+    """Where tokens are scored."""
+    draws: bool = True
+    """False where nothing is drawn, though tokens are scored: the results of the runs with `run_samples` mean nothing."""
 
     @property
     def num_tokens(self) -> int:
@@ -301,6 +311,10 @@ class Scores:
 
     logprob: Float64
     greedy: Bool
+    top_ids: Int32 | None = None
+    """The most likely tokens, the first one first, shape [R, K]; None where none are asked for."""
+    top_logprobs: Float32 | None = None
+    """Likewise their logarithms."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,19 @@ class Generated:
     counts: SampleCounts[int] = NO_COUNTS
 
 
+def unscored(tokens: Int32, alternatives: int) -> Generated:
+    """Given tokens in the place of what a sample has produced that reports so many alternatives; their scores come later."""
+    count = len(tokens)
+    if alternatives < 0:
+        return Generated(tokens)
+    top = (
+        (np.zeros((count, alternatives), np.int32), np.zeros((count, alternatives), np.float32))
+        if alternatives
+        else (None, None)
+    )
+    return Generated(tokens, np.zeros(count, np.float32), *top)
+
+
 def row_width(alternatives: Int32) -> Int32:
     """Values stored for a token of samples that report so many alternatives; -1 reports no log-probabilities."""
     return np.where(alternatives < 0, 1, 2 + 2 * alternatives).astype(np.int32)

@@ -31,8 +31,8 @@ class Ends:
     """The stop token or string of each; None where none ended it."""
     finite: Bool
     """Whether the logits were, shape [E]."""
-    scores: list[Scores]
-    """Of given texts, one for each; else empty."""
+    scores: list[Scores | None]
+    """Of given texts, one for each, None for samples without one; empty where there are no given texts at all."""
 
 
 class SampleEnds:
@@ -59,13 +59,16 @@ class SampleEnds:
         if not finite.all():
             ends |= {int(i): None for i in np.nonzero(~finite)[0]}
         places = np.fromiter(ends, np.int64, len(ends))
-        slots, finite, reasons, scores = slots[places], finite[places], list(ends.values()), list[Scores]()
-        if self._work.continuations is not None:
+        slots, finite, reasons, scores = slots[places], finite[places], list(ends.values()), list[Scores | None]()
+        if self._work.continuations is not None or self._work.any_given:
             slots = np.concatenate((slots, np.setdiff1d(bad_texts, slots)))
             reasons += [None] * (len(slots) - len(ends))
-            epochs = seq.epoch[slots].tolist()
-            scores = [self._scores.take(slot, epoch) for slot, epoch in zip(slots.tolist(), epochs, strict=True)]
-            finite = np.array([not np.isnan(each.logprob).any() for each in scores], np.bool_)
+            whose = zip(
+                slots.tolist(), seq.epoch[slots].tolist(), self._work.of_texts(seq.request[slots]).tolist(), strict=True
+            )
+            scores = [self._scores.take(slot, epoch) if of_text else None for slot, epoch, of_text in whose]
+            finite = np.append(finite, np.ones(len(slots) - len(finite), np.bool_))
+            finite &= np.array([each is None or not np.isnan(each.logprob).any() for each in scores], np.bool_)
         return Ends(slots, reasons, finite, scores)
 
     def completions(self, ends: Ends) -> list[Completion]:
@@ -80,7 +83,7 @@ class SampleEnds:
         if not ends.scores:
             return completions
         given = zip(completions, ends.scores, request.tolist(), strict=True)
-        return [scored(each, scores, self._work, prompt) for each, scores, prompt in given]
+        return [each if scores is None else scored(each, scores, self._work, prompt) for each, scores, prompt in given]
 
 
 def completion(

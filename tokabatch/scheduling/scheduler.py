@@ -11,7 +11,7 @@ there. Nothing is sent or computed here.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -165,7 +165,7 @@ class Scheduler:
             return []
         self._lengths.observe(ends.slots, np.array([reason is not None for reason in ends.reasons], np.bool_))
         request, completions = seq.request[ends.slots], self._ends.completions(ends)
-        if ends.scores:
+        if self.work.continuations is not None:
             self.counts.output_tokens += sum(len(each.token_ids) - 1 for each in completions if each.error_code is None)
         finished = self.kv.close(ends.slots)
         self._lengths.forget(finished)
@@ -228,12 +228,13 @@ class Scheduler:
         self._decisions.invalidate()
         return np.array(sorted(cancelled), np.int32)
 
-    def received(self, row: int, sample: int) -> Generated | None:
-        """A copy of what a sample that runs has produced so far; None for one that does not run."""
+    def under_way(self, rows: Collection[int]) -> list[tuple[int, int, Generated]]:
+        """The samples of these rows that run and have a token, each with its row, its number, and a copy of what it has."""
         seq = self.kv.slots
-        of_row = self.work.row_index[seq.request[seq.order]] == row
-        slots = seq.order[of_row & (seq.sample[seq.order] == sample)]
-        return seq.read(slots)[0] if len(slots) else None
+        row = self.work.row_index[seq.request[seq.order]]
+        of_rows = np.isin(row, np.fromiter(rows, np.int64, len(rows))) & (seq.generated[seq.order] > 0)
+        slots = seq.order[of_rows]
+        return list(zip(row[of_rows].tolist(), seq.sample[slots].tolist(), seq.read(slots), strict=True))
 
     def compact(self, least: int = COMPACTED_PROMPTS) -> None:
         """Forget the prompts in front of the first that is not finished, where they are at least so many and half of all: work

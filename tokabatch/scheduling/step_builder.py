@@ -74,7 +74,10 @@ class StepBuilder:
             token_ids=_host_tokens(slots, work, prefill.slots, prefill.tokens),
             prefix_levels=tuple(levels),
             decode_ids=decode_ids,
-            scored=self._scored(prefill.slots, start, length, token) if work.continuations is not None else None,
+            scored=self._scored(prefill.slots, start, length, token)
+            if work.continuations is not None or work.any_given
+            else None,
+            draws=work.continuations is None,
         )
 
     def _take_sampling(self) -> None:
@@ -85,16 +88,24 @@ class StepBuilder:
     def _scored(self, run_slot: Int64, start: Int32, length: Int32, token: Int32) -> ScoredPlaces | None:
         """The places of these runs at which the next token is one of a given text's. Run i computes `length[i]` tokens from
         position `start[i]` and is the step's tokens from `token[i]` on."""
-        given, slots = self._work.continuations, self._kv.slots
-        assert given is not None
+        work, given, slots = self._work, self._work.continuations, self._kv.slots
+        begin, request = start[: len(run_slot)], slots.request[run_slot]
         before = slots.prompt_length[run_slot] - 1
-        skipped = np.maximum(before - start[: len(run_slot)], 0)
-        counts = np.maximum(length[: len(run_slot)] - skipped, 0)
+        skipped = np.maximum(before - begin, 0)
+        counts = length[: len(run_slot)]
+        if given is None:
+            counts = np.minimum(counts, before + work.given[request] - begin)
+        counts = np.maximum(counts - skipped, 0)
         if not counts.any():
             return None
         run = np.repeat(np.arange(len(run_slot)), counts)
         place = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts) + skipped[run]
-        number = given.first[self._work.row_index[slots.request[run_slot]]] + slots.sample[run_slot]
+        if given is None:
+            # Beside what is drawn; the given tokens lie right behind the prompt's.
+            target = work.tokens_at(request[run], begin[run].astype(np.int64) + place + 1)
+            most = int(work.logprobs[slots.params[run_slot[counts > 0]]].max())
+            return ScoredPlaces((token[run] + place).astype(np.int32), target, max(most, 0))
+        number = given.first[work.row_index[request]] + slots.sample[run_slot]
         target = given.tokens[given.start[number][run] + start[run] + place - before[run]]
         return ScoredPlaces((token[run] + place).astype(np.int32), target)
 

@@ -28,25 +28,42 @@ class RunningScores:
         if not len(slots):
             return
         begins = np.flatnonzero(np.append(True, slots[1:] != slots[:-1]))
-        for begin, stop in zip(begins.tolist(), [*begins[1:].tolist(), len(slots)], strict=True):
-            slot, epoch = int(slots[begin]), int(epochs[begin])
+        for place, stop in zip(begins.tolist(), [*begins[1:].tolist(), len(slots)], strict=True):
+            slot, epoch, part = int(slots[place]), int(epochs[place]), slice(place, stop)
             known = self._parts.get(slot)
             if known is None or known[0] != epoch:
                 known = self._parts[slot] = (epoch, [])
-            known[1].append(Scores(scores.logprob[begin:stop], scores.greedy[begin:stop]))
+            ids, top = scores.top_ids, scores.top_logprobs
+            of_part = (None, None) if ids is None or top is None else (ids[part], top[part])
+            known[1].append(Scores(scores.logprob[part], scores.greedy[part], *of_part))
 
     def take(self, slot: int, epoch: int) -> Scores:
         """All scores of the text that ends in this slot."""
         known, parts = self._parts.pop(slot)
         assert known == epoch, "the scores are another text's"
-        return Scores(np.concatenate([part.logprob for part in parts]), np.concatenate([part.greedy for part in parts]))
+        logprob, greedy = np.concatenate([part.logprob for part in parts]), np.concatenate([part.greedy for part in parts])
+        top = [
+            (part.top_ids, part.top_logprobs) for part in parts if part.top_ids is not None and part.top_logprobs is not None
+        ]
+        if len(top) < len(parts):
+            return Scores(logprob, greedy)
+        # Steps report as many as any of their texts wants.
+        most = min(ids.shape[1] for ids, _ in top)
+        return Scores(
+            logprob,
+            greedy,
+            np.concatenate([ids[:, :most] for ids, _ in top]),
+            np.concatenate([logprobs[:, :most] for _, logprobs in top]),
+        )
 
 
 def scored(completion: Completion, scores: Scores, work: Work, prompt: int) -> Completion:
-    """What was drawn, with the given text and its scores in the place of the last token, which means nothing. One with an error
-    stays as it is."""
+    """What was drawn, with the given text and its scores in the place of the last token, which means nothing; where the text
+    is the beginning of what was drawn, with its scores. One with an error stays as it is."""
     if completion.error_code is not None:
         return completion
+    if work.continuations is None:
+        return _begun_by(completion, scores, work.given_tokens(prompt))
     given = work.continuation(prompt, completion.sample_index)
     assert len(given) == len(scores.logprob), "a token has no score, or two"
     reported = work.sampling[int(work.params[prompt])].logprobs is not None
@@ -58,3 +75,22 @@ def scored(completion: Completion, scores: Scores, work: Work, prompt: int) -> C
         logprobs=scores.logprob.astype(np.float32) if reported else None,
         score=Score(float(scores.logprob.sum()), bool(scores.greedy.all())),
     )
+
+
+def _begun_by(completion: Completion, scores: Scores, given: Int32) -> Completion:
+    """A sample that begins with a given text, of which the last token may be all that was drawn."""
+    count, drawn = len(given), len(completion.token_ids) > len(given)
+    assert count == len(scores.logprob), "a token has no score, or two"
+    merged = replace(completion, token_ids=np.concatenate((given, completion.token_ids[count:])))
+    if completion.logprobs is not None:
+        own = scores.logprob.astype(np.float32)
+        merged = replace(merged, logprobs=np.concatenate((own, completion.logprobs[count:])))
+    if completion.top_ids is not None and completion.top_logprobs is not None:
+        most = completion.top_ids.shape[1]
+        assert scores.top_ids is not None and scores.top_logprobs is not None
+        merged = replace(
+            merged,
+            top_ids=np.concatenate((scores.top_ids[:, :most], completion.top_ids[count:])),
+            top_logprobs=np.concatenate((scores.top_logprobs[:, :most], completion.top_logprobs[count:])),
+        )
+    return merged if drawn else replace(merged, finish_reason="scored", stop_reason=None)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tokabatch.arrays import Int32, Int64
+from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.scheduling.contracts import Requests, SamplingParams
 
 
@@ -29,6 +29,9 @@ class Work:
         self.length: Int32 = requests.length
         self.lcp: Int32 = requests.lcp
         self.params: Int32 = requests.params
+        self.given: Int32 = _given(requests)
+        """Tokens behind each prompt that are scored before one is drawn."""
+        self.any_given = bool(self.given.any())
         self.continuations = requests.continuations
         """The same for all that is added later."""
         self._places: dict[SamplingParams, int] | None = None
@@ -72,6 +75,16 @@ class Work:
         assert self.continuations is not None
         return self.continuations.of(int(self.row_index[prompt]), sample)
 
+    def of_texts(self, prompts: Int32) -> Bool:
+        """Whether a sample of each of these prompts has a given text, all of it or its beginning."""
+        return np.ones(len(prompts), np.bool_) if self.continuations is not None else self.given[prompts] > 0
+
+    def given_tokens(self, prompt: int) -> Int32:
+        """The tokens behind a prompt that are scored before one is drawn."""
+        part = self._part(prompt)
+        begin = int(self.start[prompt] + self.length[prompt])
+        return self._parts[part].tokens[begin : begin + int(self.given[prompt])]
+
     def num_pages(self, prompts: Int32, page_size: int) -> Int32:
         """Pages that a cache needs for a longest sample of each of these prompts, and one for the prompt's own last page, of
         which the sample has a copy."""
@@ -110,6 +123,8 @@ class Work:
         for name in ("row_index", "start", "length", "lcp"):
             setattr(self, name, np.concatenate((getattr(self, name), getattr(requests, name))))
         self.key = np.concatenate((self.key, _keys(requests)))
+        self.given = np.concatenate((self.given, _given(requests)))
+        self.any_given = bool(self.given.any())
         self.params = np.concatenate((self.params, params))
         self.num_samples = np.concatenate((self.num_samples, requests.num_samples()))
         self._dropped = np.concatenate((self._dropped, np.zeros(len(requests), np.bool_)))
@@ -128,7 +143,7 @@ class Work:
         other has are forgotten, too; the entries of `sampling` that are kept, ascending."""
         part = int(np.searchsorted(self._first, count))
         self._parts, self._first = self._parts[part:], self._first[part:] - count
-        for name in ("row_index", "key", "start", "length", "lcp", "params", "num_samples", "_dropped"):
+        for name in ("row_index", "key", "given", "start", "length", "lcp", "params", "num_samples", "_dropped"):
             setattr(self, name, getattr(self, name)[count:].copy())
         self.lcp[:1] = 0
         kept, self.params = (each.astype(np.int32) for each in np.unique(self.params, return_inverse=True))
@@ -185,6 +200,10 @@ class Work:
 
 def _keys(requests: Requests) -> Int64:
     return requests.row_index if requests.key is None else requests.key
+
+
+def _given(requests: Requests) -> Int32:
+    return np.zeros(len(requests), np.int32) if requests.given is None else requests.given
 
 
 def common_prefix(a: Int32, b: Int32) -> int:

@@ -64,6 +64,12 @@ class Tokenizer:
         return cast("int | None", self._tokenizer.eos_token_id)
 
     @property
+    def named_special_tokens(self) -> dict[str, str | None]:
+        """The texts of the tokens that have a role, by its name."""
+        named = cast("dict[str, Any]", self._tokenizer.special_tokens_map)
+        return {f"{role}_token": named.get(f"{role}_token") for role in ("bos", "eos", "pad", "unk")}
+
+    @property
     def prefix_text(self) -> str:
         """How a text spells what `add_special_tokens` puts in front of it: the BOS, or nothing."""
         return self._prefix_text

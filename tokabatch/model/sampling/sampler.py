@@ -101,14 +101,20 @@ def sample(
     return sampled
 
 
-def score(logits_RV: torch.Tensor, target_R: torch.Tensor, shard: VocabularyShard) -> tuple[torch.Tensor, torch.Tensor]:
-    """logprob_R (float64) of given tokens (int64), and whether each is the most likely one, the first of several. Computes in
-    float32, in float64 for float64 logits; a row with a NaN has the logprob NaN. Ranks as in `sample`."""
+def score(
+    logits_RV: torch.Tensor, target_R: torch.Tensor, shard: VocabularyShard, alternatives: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """logprob_R (float64) of given tokens (int64), whether each is the most likely one, the first of several, and the most
+    likely `alternatives` as ids_RK (int32) and logprobs_RK (float32). Computes in float32, in float64 for float64 logits; a row
+    with a NaN has the logprob NaN. Ranks as in `sample`."""
     logits_RV = all_gather_last(logits_RV, shard.mesh)[:, : shard.vocab_size]
     if logits_RV.dtype != torch.float64:
         logits_RV = logits_RV.float()
-    chosen_R = logits_RV.gather(1, target_R[:, None])[:, 0] - logits_RV.logsumexp(-1)
-    return chosen_R.double(), logits_RV.argmax(-1) == target_R
+    total_R = logits_RV.logsumexp(-1)
+    chosen_R = logits_RV.gather(1, target_R[:, None])[:, 0] - total_R
+    top_RK, ids_RK = logits_RV.topk(alternatives, dim=-1)
+    logprobs_RK = (top_RK - total_R[:, None]).float()
+    return chosen_R.double(), logits_RV.argmax(-1) == target_R, ids_RK.int(), logprobs_RK
 
 
 def _whole(logits_SV: torch.Tensor) -> VocabularyShard:

@@ -16,7 +16,7 @@ import numpy as np
 from tokabatch.arrays import Int32, Int64
 from tokabatch.scheduling.contracts import StepBatch
 from tokabatch.scheduling.counts import SchedulerCounts
-from tokabatch.scheduling.generated import Generated
+from tokabatch.scheduling.generated import Generated, unscored
 from tokabatch.scheduling.kv.page_pool import PagePool
 from tokabatch.scheduling.kv.prefix_tree import PrefixTree, PromptPages
 from tokabatch.scheduling.kv.slots import Slots
@@ -334,15 +334,22 @@ class KVCacheManager:
                 if output is None:
                     slots.outputs.restore(slot, Generated(given[:-1]))
                     slots.length[slot] += len(given) - 1
+            elif output is None and self._work.given[requests[i]]:
+                slot, given = int(opened[i]), self._work.given_tokens(int(requests[i]))
+                # Where none is drawn behind it, the last token is.
+                known = min(len(given), int(slots.limit[slot]) - 1)
+                slots.outputs.restore(slot, unscored(given[:known], int(self._work.logprobs[params[i]])))
+                slots.length[slot] += known
 
     def _start(self, opened: Int64, budget: int, *, leads: bool = False) -> Runs:
         """Give freshly opened slots their first tokens and the pages for them; each gets the page of its first token even
         where the budget leaves it none to compute yet."""
         slots = self.slots
         pending = slots.length[opened] - slots.computed[opened]
-        if leads and self._work.continuations is not None:
+        if leads and (self._work.continuations is not None or self._work.any_given):
             # No further than the prompt's end: what the next prompt inherits has to be computed in this very step.
-            pending = np.minimum(pending, slots.prompt_length[opened] - slots.computed[opened])
+            of_prompt = np.minimum(pending, slots.prompt_length[opened] - slots.computed[opened])
+            pending = np.where(self._work.of_texts(slots.request[opened]), of_prompt, pending)
         take = np.clip(budget - (np.cumsum(pending) - pending), 0, pending).astype(np.int32)
         if int(self.missing_pages(opened, np.maximum(take, 1)).sum()) > self.pool.num_free:
             # Preempted samples come back long: begin with one token each, which needs one page at most.

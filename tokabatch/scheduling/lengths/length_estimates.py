@@ -105,6 +105,8 @@ class LengthEstimates:
     def observe(self, slots: Int64, stopped: Bool) -> None:
         """These slots' samples are finished; `stopped` where the model ended them, not the limit."""
         if not self._all_given:
+            open_ended = ~self._given[self._slots.params[slots]]
+            slots, stopped = slots[open_ended], stopped[open_ended]
             self._lengths.observe(self._slots.request[slots], self._slots.generated[slots], stopped)
 
     def learn(self, length: Int32, stopped: Bool) -> None:

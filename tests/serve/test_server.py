@@ -1,0 +1,268 @@
+"""A server in a process of its own, asked as clients of OpenAI's API ask: answers are the model's, whatever else goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from support import tiny_models
+from support.double_precision import load_double
+from tokenizers import Tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}bot: {% endif %}"
+)
+SETTINGS = ["model.dtype=float64", "engine.kv_cache_tokens=4K", "engine.max_running=16", "server.port=0", "server.name=tiny"]
+
+
+class Server:
+    def __init__(self, folder: Path, *settings: str) -> None:
+        command = [sys.executable, "-m", "tokabatch", "serve", str(folder), *SETTINGS, *settings]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.told: list[str] = []
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.told.append(line)
+            if found := re.search(r"(http://.*)/v1;", line):
+                break
+        else:
+            raise AssertionError("".join(self.told))
+        threading.Thread(target=lambda: self.told.extend(self.process.stderr or ()), daemon=True).start()
+        self.client = httpx.Client(base_url=found[1], timeout=60, limits=httpx.Limits(max_connections=None))
+
+    def post(self, path: str, **body: Any) -> Any:
+        response = self.client.post(path, json={"model": "tiny", **body})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def texts(self, **body: Any) -> list[str]:
+        return [choice["text"] for choice in self.post("/v1/completions", **body)["choices"]]
+
+    def events(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """The parts of a streamed response, which end as the API says."""
+        with self.client.stream("POST", path, json={"model": "tiny", "stream": True, **body}) as response:
+            lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        assert lines[-1] == "[DONE]"
+        return [json.loads(line) for line in lines[:-1]]
+
+    def metric(self, name: str) -> float:
+        return float(re.search(rf"^tokabatch_{name}\S* (\S+)$", self.client.get("/metrics").text, re.MULTILINE)[1])
+
+    def wait_for(self, name: str, value: float) -> None:
+        end = time.monotonic() + 30
+        while self.metric(name) != value:
+            assert time.monotonic() < end, self.client.get("/metrics").text
+            time.sleep(0.05)
+
+    def descendants(self) -> dict[str, psutil.Process]:
+        """The scheduler's process and the worker's, by what started them."""
+        scheduler = next(p for p in psutil.Process(self.process.pid).children() if "spawn_main" in " ".join(p.cmdline()))
+        worker = next(p for p in scheduler.children() if "spawn_main" in " ".join(p.cmdline()))
+        return {"scheduler": scheduler, "worker": worker}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.add_tokenizer(tiny_models.build("llama", tmp_path_factory.mktemp("model")), TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    started = Server(folder, "server.max_body=64K", "server.max_request_tokens=20K", "server.max_waiting=100")
+    yield started
+    started.process.send_signal(signal.SIGTERM)
+    assert started.process.wait(30) == 0, "".join(started.told)
+
+
+@pytest.fixture(scope="module")
+def greedy(folder: Path) -> Any:
+    """transformers' own answer: ids and log-probabilities of the prompt and of what greedy decoding adds."""
+    model, tokenizer = load_double(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def complete(prompt: str, count: int) -> tuple[list[int], torch.Tensor, str]:
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+        begin = len(ids)
+        with torch.inference_mode():
+            for _ in range(count):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+                if ids[-1] == 2:
+                    break
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return ids, logprobs, tokenizer.decode(ids[begin:], skip_special_tokens=True)
+
+    return complete
+
+
+def test_a_completion_is_the_models_in_every_form(server, greedy):
+    prompts = ["hello", "what is 3 + 4?", "hello world"]
+    wanted = [greedy(prompt, 12) for prompt in prompts]
+    assert server.texts(prompt=prompts, max_tokens=12, temperature=0) == [text for *_, text in wanted]
+    ids = [ids[: len(prompt)] for prompt, (ids, *_) in zip(prompts, wanted, strict=True)]
+    answer = server.post("/v1/completions", prompt=ids, max_tokens=12, temperature=0, n=2, logprobs=3)
+    assert [c["index"] for c in answer["choices"]] == list(range(6))
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, prompts)) and answer["object"] == "text_completion"
+    for choice in answer["choices"]:
+        (all_ids, logprobs, text), begin = wanted[choice["index"] // 2], len(prompts[choice["index"] // 2])
+        assert choice["text"] == text
+        drawn = all_ids[begin:]
+        own = logprobs[range(begin - 1, len(all_ids) - 1), drawn]
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(own.tolist(), abs=1e-4)
+        assert len(choice["logprobs"]["top_logprobs"][0]) in (3, 4)
+        assert choice["finish_reason"] == ("stop" if drawn[-1] == 2 else "length")
+    stop = wanted[0][2][3:5]
+    assert server.texts(prompt=prompts[0], max_tokens=12, temperature=0, stop=[stop])[0] == wanted[0][2].partition(stop)[0]
+
+
+def test_echo_scores_the_prompt_and_draws_behind_it(server, greedy):
+    prompts = ["the first one", "another, longer prompt with more of it"]
+    for drawn, n, alternatives in ((1, 1, 1), (0, 1, 1), (3, 2, 2), (1, 1, 0)):
+        answer = server.post(
+            "/v1/completions", prompt=prompts, max_tokens=drawn, n=n, temperature=0, logprobs=alternatives, echo=True, seed=1
+        )
+        assert answer["usage"]["completion_tokens"] == drawn * n * len(prompts)
+        for choice in answer["choices"]:
+            prompt = prompts[choice["index"] // n]
+            ids, logprobs, text = greedy(prompt, drawn)
+            assert choice["text"] == prompt + text
+            own = logprobs[range(len(ids) - 1), ids[1:]].tolist()
+            found = choice["logprobs"]
+            assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+            assert found["token_logprobs"][1:] == pytest.approx(own, abs=1e-4)
+            assert "".join(found["tokens"]) == choice["text"]
+            for place, (value, top) in enumerate(zip(found["token_logprobs"][1:], found["top_logprobs"][1:], strict=True)):
+                is_greedy = int(logprobs[place].argmax()) == ids[place + 1]
+                assert (value == max(top.values())) is (is_greedy or not alternatives)
+    assert server.texts(prompt="plain", max_tokens=0, echo=True) == ["plain"]
+
+
+def test_the_same_seed_is_the_same_answer_alone_and_in_company(server):
+    asked = {"prompt": ["draw", "draw again"], "max_tokens": 20, "temperature": 1.5, "n": 3, "seed": 7}
+    alone = server.texts(**asked)
+    assert len(set(alone)) == 6
+    with ThreadPoolExecutor(16) as pool:
+        others = [
+            pool.submit(server.texts, prompt=f"other {i}", max_tokens=5 + i, temperature=1.0, logprobs=i % 3) for i in range(30)
+        ]
+        same = [pool.submit(server.texts, **asked) for _ in range(4)]
+        assert all(each.result() == alone for each in same) and all(each.result() for each in others)
+    unseeded = [server.texts(prompt="draw", max_tokens=20, temperature=1.5)[0] for _ in range(3)]
+    assert len(set(unseeded)) == 3
+
+
+def test_a_stream_is_the_same_answer_in_parts(server):
+    asked = {"max_tokens": 30, "temperature": 1.0, "seed": 11, "n": 2, "stop": ["e", "qq"]}
+    whole = server.post("/v1/completions", prompt=["one", "two"], logprobs=1, **asked)
+    parts = server.events("/v1/completions", prompt=["one", "two"], logprobs=1, stream_options={"include_usage": True}, **asked)
+    assert parts[-1]["usage"] == whole["usage"] and parts[-1]["choices"] == []
+    for choice in whole["choices"]:
+        mine = [part["choices"][0] for part in parts[:-1] if part["choices"][0]["index"] == choice["index"]]
+        assert "".join(part["text"] for part in mine) == choice["text"]
+        assert mine[-1]["finish_reason"] == choice["finish_reason"] and all(p["finish_reason"] is None for p in mine[:-1])
+        told = [part["logprobs"] for part in mine if part["logprobs"]]
+        assert [value for each in told for value in each["token_logprobs"]] == choice["logprobs"]["token_logprobs"]
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 30, "seed": 5}
+    whole = server.post("/v1/chat/completions", logprobs=True, top_logprobs=2, **chat)
+    assert whole["choices"][0]["message"]["role"] == "assistant" and whole["object"] == "chat.completion"
+    parts = server.events("/v1/chat/completions", logprobs=True, top_logprobs=2, **chat)
+    assert parts[0]["choices"][0]["delta"]["role"] == "assistant" and parts[0]["object"] == "chat.completion.chunk"
+    text = "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
+    assert text == whole["choices"][0]["message"]["content"]
+    content = [entry for part in parts for entry in (part["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert content == whole["choices"][0]["logprobs"]["content"]
+    prompt = server.post("/tokenize", messages=chat["messages"])
+    assert server.post("/detokenize", tokens=prompt["tokens"])["prompt"] == "user: hi\nbot: "
+    echoed = server.events("/v1/completions", prompt="one", echo=True, max_tokens=0)
+    assert echoed[0]["choices"][0]["text"] == "one"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/v1/completions", {"prompt": "x", "model": "other"}, 404, "model"),
+        ("/v1/completions", {"prompt": "x", "logit_bias": {"5000": 1}}, 400, "prompt"),
+        ("/v1/completions", {"prompt": "x", "response_format": {"type": "json_object"}}, 400, "response_format"),
+        ("/v1/completions", {"prompt": [[5000]]}, 400, "prompt"),
+        ("/v1/completions", {"prompt": "x" * 600}, 400, "prompt"),
+        ("/v1/completions", {"prompt": "x", "n": 1000, "max_tokens": 100}, 400, "max_tokens"),
+        ("/v1/completions", {"prompt": "x", "n": 101, "max_tokens": 1}, 503, None),
+        ("/v1/completions", {"prompt": "x" * 70000}, 413, None),
+        ("/v1/chat/completions", {"messages": []}, 400, "messages"),
+        ("/v1/nothing", {}, 404, None),
+        ("/tokenize", {}, 400, "prompt"),
+    ],
+)
+def test_what_cannot_be_answered_is_told_as_the_api_does(server, path, body, status, param):
+    response = server.client.post(path, json={"model": "tiny", **body})
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["param"] == param and error["message"] and error["type"]
+    assert (response.headers.get("retry-after") is not None) is (status == 503)
+
+
+def test_bodies_that_are_no_objects_are_refused(server):
+    for body in (b"", b"{", b"[1]", b"\xff", b'{"a":1,"a":2}', b"[" * 50_000, b'{"prompt": "\\ud800"}'):
+        assert server.client.post("/v1/completions", content=body).status_code == 400
+    assert server.client.get("/v1/completions").status_code == 405
+    assert server.client.get("/v1/models/tiny").json()["id"] == "tiny" and server.client.get("/health").status_code == 200
+    assert server.client.get("/tokenizer_info").json()["eos_token"] == "<eos>"
+
+
+def test_a_client_that_goes_takes_its_samples_along(server):
+    before = server.metric("samples_cancelled_total")
+    long = {"model": "tiny", "prompt": "go on", "max_tokens": 480, "ignore_eos": True, "n": 12}
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post("/v1/completions", json=long, timeout=0.3)
+    with server.client.stream("POST", "/v1/completions", json={**long, "stream": True}) as response:
+        next(response.iter_lines())
+    server.wait_for("samples_unfinished", 0)
+    assert server.metric("samples_cancelled_total") > before + 12
+    server.wait_for("samples_running", 0)
+
+
+def test_lost_processes_are_replaced_and_their_requests_computed_again(server):
+    asked = {"prompt": "survive", "max_tokens": 400, "ignore_eos": True, "temperature": 1.0, "seed": 3, "n": 4}
+    whole = server.texts(**asked)
+    for which in ("worker", "scheduler"):
+        with ThreadPoolExecutor() as pool:
+            running = pool.submit(server.texts, **asked)
+            while server.metric("samples_unfinished") < 4:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            server.descendants()[which].send_signal(signal.SIGKILL)
+            assert running.result() == whole
+    assert server.metric("scheduler_restarts_total") == 1
+    assert any("was killed by signal 9" in line for line in server.told)
+
+
+def test_a_server_with_a_key_finishes_what_runs_when_it_is_stopped(folder):
+    server = Server(folder, "server.api_key=secret", "engine.process=true")
+    assert server.client.get("/v1/models").status_code == 401
+    assert server.client.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
+    server.client.headers["Authorization"] = "Bearer secret"
+    url = str(server.client.base_url)
+    pinged = [sys.executable, "-m", "tokabatch", "ping", "hello", "--url", url, "--api-key", "secret", "--max-tokens", "5"]
+    assert subprocess.run(pinged, capture_output=True, text=True, check=True).stdout.strip()
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(server.texts, prompt="last", max_tokens=400, ignore_eos=True, n=4)
+        while server.metric("samples_unfinished") < 4:
+            time.sleep(0.01)
+        children = server.descendants()
+        server.process.send_signal(signal.SIGTERM)
+        assert len(running.result()) == 4
+    assert server.process.wait(30) == 0
+    assert not any(child.is_running() for child in children.values())

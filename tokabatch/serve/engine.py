@@ -1,0 +1,348 @@
+"""What requests are answered by: their prompts are collected, ordered, and given to the processes that decide steps.
+
+Runs in the event loop of the HTTP server. While samples run, arrivals are collected for a moment, so that prompts that share
+a prefix stand side by side in the plan; where nothing runs they start at once. A process that is lost is replaced, and what it
+had is computed again: with the same seeds it comes to the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from tokabatch.arrays import Int32
+from tokabatch.errors import EngineError, TokabatchError
+from tokabatch.input.prompt_order import Order, order_prompts
+from tokabatch.input.tokenizer.tokenizer import Tokenizer
+from tokabatch.output.schema import sample_texts
+from tokabatch.runner.replica import Standing
+from tokabatch.scheduling.contracts import Completion, Requests, SamplingParams
+from tokabatch.scheduling.generated import Generated
+from tokabatch.serve.engine_process import Add, Cancel, Done, Ended, EngineProcess, EngineSpec, Message, Progress, Told
+
+MOST_LOST = 3
+"""Processes lost in a row, without a finished sample in between, after which no other is started."""
+FIRST_KEY = 1 << 40
+"""Random numbers of prompts without a seed of their own are drawn for rows from here on: apart from those of prompts that have
+one, which are drawn for their places in their requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One prompt: its tokens, how its samples are drawn, the place whose random numbers it gets (None is one of its own), and
+    how many of its last tokens are scored, which `params.max_tokens` counts, too."""
+
+    token_ids: Int32
+    params: SamplingParams
+    key: int | None = None
+    scored: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """One finished sample and its text."""
+
+    completion: Completion
+    text: str
+
+
+@dataclass(slots=True)
+class _Live:
+    wanted: Wanted
+    samples: dict[int, Finished]
+    done: asyncio.Future[list[Finished]]
+    watch: Callable[[int, Generated | Finished], None] | None
+    begun: float
+    process: int = -1
+    """Which has it; -1 while it is collected."""
+
+    @property
+    def missing(self) -> int:
+        return self.wanted.params.n - len(self.samples)
+
+
+@dataclass(slots=True)
+class EngineCounts:
+    """What has happened so far, in requests' prompts, samples and tokens."""
+
+    prompts: int = 0
+    samples: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cancelled: int = 0
+    """Samples that nobody waited for any more."""
+    errors: dict[str, int] = field(default_factory=dict[str, int])
+    restarts: int = 0
+    """Processes that were replaced."""
+
+
+class Engine:
+    """Holds one process for each replica. All methods are for the event loop."""
+
+    def __init__(
+        self,
+        specs: Sequence[EngineSpec],
+        tokenizer: Tokenizer,
+        *,
+        collect_seconds: float,
+        most_samples: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        """`most_samples` may run and wait at a time; `tell` takes what a person should know."""
+        self.counts = EngineCounts()
+        self.failure: TokabatchError | None = None
+        """Why no sample will be drawn any more."""
+        self.failed = asyncio.Event()
+        self._specs = specs
+        self._tokenizer = tokenizer
+        self._collect_seconds = collect_seconds
+        self._most_samples = most_samples
+        self._tell = tell
+        self._loop = asyncio.get_running_loop()
+        self._live: dict[int, _Live] = {}
+        self._arrived: list[int] = []
+        self._wake = asyncio.Event()
+        self._next_row = FIRST_KEY + (time.time_ns() >> 10)
+        self._load = [0] * len(specs)
+        """Unfinished samples of each process."""
+        self._lost = [0] * len(specs)
+        self._standing: list[Standing | None] = [None] * len(specs)
+        self._ready = asyncio.Event()
+        self._closing = self._backwards = False
+        self.unfinished = 0
+        """Samples that run or wait."""
+        self._processes = [EngineProcess(spec, number, self._receive) for number, spec in enumerate(specs)]
+        self._collector = asyncio.create_task(self._collect())
+
+    async def start(self) -> None:
+        """Return when every process has loaded the model. Raises what the first one to fail says."""
+        await self._ready.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    @property
+    def standings(self) -> list[Standing]:
+        """Of each process that has loaded the model, as it last told."""
+        return [standing for standing in self._standing if standing is not None]
+
+    def has_room(self, samples: int) -> bool:
+        """Whether so many more samples may wait."""
+        return self.unfinished + samples <= self._most_samples
+
+    @contextmanager
+    def work(
+        self, prompts: Sequence[Wanted], watch: Callable[[int, int, Generated | Finished], None] | None = None
+    ) -> Generator[asyncio.Future[list[list[Finished]]]]:
+        """Have samples of these prompts drawn: a future of those of each prompt, in the order of their numbers, which raises
+        EngineError where no sample can be drawn any more. What is not finished at the end of the block is cancelled. `watch`
+        gets the place of a prompt, the number of a sample and what it has so far, again and again, and once it is finished the
+        whole."""
+        rows, futures = list[int](), list[asyncio.Future[list[Finished]]]()
+        for place, wanted in enumerate(prompts):
+            live = _Live(wanted, {}, self._loop.create_future(), None, time.monotonic())
+            if watch is not None:
+                live.watch = partial(watch, place)
+            self._live[self._next_row] = live
+            rows.append(self._next_row)
+            futures.append(live.done)
+            self.unfinished += live.missing
+            self._next_row += 1
+        self.counts.prompts += len(rows)
+        self._arrived += rows
+        self._wake.set()
+        if self.failure is not None:
+            self._fail_all(self.failure)
+        try:
+            yield asyncio.gather(*futures)
+        finally:
+            self._cancel([row for row in rows if row in self._live])
+
+    def fail_all(self, error: TokabatchError) -> None:
+        """No sample is drawn any more: whoever waits gets this."""
+        self.failure = self.failure or error
+        self._fail_all(error)
+
+    async def close(self) -> None:
+        """End the processes."""
+        self._closing = True
+        self._collector.cancel()
+        self._fail_all(EngineError("the server has ended"))
+        await asyncio.gather(*(asyncio.to_thread(process.close) for process in self._processes))
+
+    async def _collect(self) -> None:
+        while True:
+            await self._wake.wait()
+            if sum(self._load):
+                await asyncio.sleep(self._collect_seconds)
+            self._wake.clear()
+            rows, self._arrived = [row for row in self._arrived if row in self._live], []
+            if rows:
+                self._send(rows)
+
+    def _send(self, rows: list[int]) -> None:
+        """Give prompts to the processes, in an order in which neighbours share what they can: each gets a part that lies
+        together, the largest the one that has least to do."""
+        order = self._order(rows)
+        rows = [rows[place] for place in order.permutation.tolist()]
+        counts = np.array([self._live[row].missing for row in rows], np.int64)
+        begin = 0
+        for number, share in _level(self._load, int(counts.sum())):
+            stop = begin + int(np.searchsorted(np.cumsum(counts[begin:]), share))
+            stop = min(stop + 1, len(rows)) if share else begin
+            if stop > begin:
+                self._give(number, rows[begin:stop], order.lcp[begin:stop])
+            begin = stop
+        if begin < len(rows):
+            self._give(int(np.argmin(self._load)), rows[begin:], order.lcp[begin:])
+
+    def _give(self, number: int, rows: list[int], lcp: Int32) -> None:
+        lives = [self._live[row] for row in rows]
+        for live in lives:
+            live.process = number
+            self._load[number] += live.missing
+        streamed = tuple(row for row, live in zip(rows, lives, strict=True) if live.watch is not None)
+        self._processes[number].send(Add(_requests(rows, [live.wanted for live in lives], lcp), streamed))
+
+    def _order(self, rows: list[int]) -> Order:
+        """Sorted, and every other time backwards: the first prompts are like the last ones of the time before, which may still
+        hold what they share."""
+        lengths = np.array([len(self._live[row].wanted.token_ids) for row in rows], np.int32)
+        tokens = np.concatenate([self._live[row].wanted.token_ids for row in rows])
+        order = order_prompts(tokens, (np.cumsum(lengths) - lengths).astype(np.int64), lengths)
+        self._backwards = not self._backwards
+        if self._backwards:
+            return order
+        return Order(order.permutation[::-1], np.append(order.lcp[:1], order.lcp[:0:-1]))
+
+    def _cancel(self, rows: list[int]) -> None:
+        by_process: dict[int, list[int]] = {}
+        for row in rows:
+            live = self._live.pop(row)
+            self.counts.cancelled += live.missing
+            self.unfinished -= live.missing
+            live.done.cancel()
+            if live.process >= 0:
+                self._load[live.process] -= live.missing
+                by_process.setdefault(live.process, []).append(row)
+        for number, cancelled in by_process.items():
+            self._processes[number].send(Cancel(tuple(cancelled)))
+
+    def _receive(self, process: EngineProcess, message: Message | None) -> None:
+        """In the thread that listens: texts are decoded here, beside the event loop."""
+        texts: list[str] = []
+        if isinstance(message, Done):
+            least = [
+                live.wanted.params.min_tokens if (live := self._live.get(each.row_index)) is not None else 0
+                for each in message.completions
+            ]
+            texts = sample_texts(message.completions, least, self._tokenizer.decode_batch)
+        with suppress(RuntimeError):  # The loop is closed.
+            self._loop.call_soon_threadsafe(self._take, process, message, texts)
+
+    def _take(self, process: EngineProcess, message: Message | None, texts: list[str]) -> None:
+        if process is not self._processes[process.number]:
+            return
+        if isinstance(message, Done):
+            self._lost[process.number] = 0
+            for completion, text in zip(message.completions, texts, strict=True):
+                self._finish(completion, text)
+        elif isinstance(message, Progress):
+            for row, number, output in message.samples:
+                live = self._live.get(row)
+                if live is not None and live.watch is not None and number not in live.samples:
+                    live.watch(number, output)
+        elif isinstance(message, Standing):
+            self._standing[process.number] = message
+            if all(self._standing):
+                self._ready.set()
+        elif isinstance(message, Told):
+            self._tell(message.text)
+        elif not self._closing:
+            self._replace(process, message)
+
+    def _finish(self, completion: Completion, text: str) -> None:
+        row, live = completion.row_index, self._live.get(completion.row_index)
+        if live is None or completion.sample_index in live.samples:
+            return
+        counts = self.counts
+        live.samples[completion.sample_index] = finished = Finished(completion, text)
+        if live.watch is not None:
+            live.watch(completion.sample_index, finished)
+        self._load[live.process] -= 1
+        self.unfinished -= 1
+        counts.samples += 1
+        counts.output_tokens += len(completion.token_ids)
+        if completion.error_code is not None:
+            counts.errors[completion.error_code] = counts.errors.get(completion.error_code, 0) + 1
+        if not live.missing:
+            counts.prompt_tokens += completion.num_prompt_tokens
+            del self._live[row]
+            if not live.done.done():
+                live.done.set_result([live.samples[number] for number in sorted(live.samples)])
+
+    def _replace(self, process: EngineProcess, ended: Ended | None) -> None:
+        """A process is gone, or says why it goes."""
+        number = process.number
+        if isinstance(ended, Ended) and ended.error is not None:
+            self.fail_all(ended.error)
+        elif self._lost[number] >= MOST_LOST:
+            self.fail_all(EngineError(f"{process.how_it_ended()}, {MOST_LOST + 1} times without a finished sample in between"))
+        if self.failure is not None:
+            self._ready.set()
+            self.failed.set()
+            return
+        self._lost[number] += 1
+        self.counts.restarts += 1
+        rows = [row for row, live in self._live.items() if live.process == number]
+        self._tell(f"{process.how_it_ended()}. Starting another; {len(rows):,} requests are computed again")
+        self._load[number] = 0
+        self._processes[number] = EngineProcess(self._specs[number], number, self._receive)
+        for row in rows:
+            self._live[row].process = -1
+        self._arrived += rows
+        self._wake.set()
+
+    def _fail_all(self, error: TokabatchError) -> None:
+        rows = list(self._live)
+        for row in rows:
+            live = self._live[row]
+            if not live.done.done():
+                live.done.set_exception(error)
+                # Whoever waited may be gone.
+                live.done.exception()
+        self._cancel(rows)
+
+
+def _level(load: Sequence[int], more: int) -> Iterator[tuple[int, int]]:
+    """How `more` samples are divided so that all have as many as can be: pairs of a process and its share."""
+    level = -(-(sum(load) + more) // len(load))
+    for number in sorted(range(len(load)), key=load.__getitem__):
+        share = min(max(level - load[number], 0), more)
+        more -= share
+        yield number, share
+
+
+def _requests(rows: Sequence[int], prompts: Sequence[Wanted], lcp: Int32) -> Requests:
+    kinds = {params: place for place, params in enumerate(dict.fromkeys(wanted.params for wanted in prompts))}
+    length = np.array([len(wanted.token_ids) for wanted in prompts], np.int32)
+    scored = np.array([wanted.scored for wanted in prompts], np.int32)
+    begin = (np.cumsum(length) - length).astype(np.int64)
+    length -= scored
+    lcp = np.minimum(lcp, np.minimum(length, np.append(0, length[:-1])))
+    return Requests(
+        row_index=np.array(rows, np.int64),
+        tokens=np.concatenate([wanted.token_ids for wanted in prompts]),
+        start=begin,
+        length=length,
+        lcp=lcp,
+        params=np.array([kinds[wanted.params] for wanted in prompts], np.int32),
+        sampling=tuple(kinds),
+        given=scored if scored.any() else None,
+        key=np.array([row if wanted.key is None else wanted.key for row, wanted in zip(rows, prompts, strict=True)], np.int64),
+    )

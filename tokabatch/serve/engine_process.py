@@ -1,0 +1,265 @@
+"""The process that decides steps: a replica whose work comes while it runs, apart from HTTP.
+
+Main sends prompts and cancels rows; finished samples come in batches, what streams wait for a few times a second. The model is
+in another process again (`ProcessExecutor`), which is replaced where it is lost. The process ends with main.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from types import ModuleType
+from typing import Any
+
+from tokabatch.engine.child import PARENTS_SIGNALS
+from tokabatch.engine.executor import Executor
+from tokabatch.engine.heartbeat import die_with_parent
+from tokabatch.errors import EngineError, Stopped, TokabatchError
+from tokabatch.report.streams import make_tolerant
+from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.replica import Replica, Standing
+from tokabatch.scheduling.completion_batch import CompletionBatch
+from tokabatch.scheduling.contracts import Completion, Requests
+from tokabatch.scheduling.generated import Generated
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
+from tokabatch.scheduling.stop_conditions import StopRules
+
+PROGRESS_SECONDS = 0.02
+"""How often samples that are streamed are looked at."""
+STANDING_SECONDS = 0.5
+MAX_UNSENT = 64
+"""Messages on their way to main: where it takes them more slowly, steps wait."""
+STOP_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What the process is made of; picklable."""
+
+    nothing: Requests
+    """No prompt; its parameters are those of the longest samples to expect."""
+    limits: SchedulerLimits
+    stops: StopRules
+    make: Callable[[], Executor]
+    depth: int
+    depth_of_few: int | None
+    max_restarts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """To the process: prompts, in their order; the rows among them whose tokens are wanted as they come."""
+
+    requests: Requests
+    streamed: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """To the process: nobody waits for these rows any more."""
+
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """From the process: finished samples, and errors."""
+
+    completions: list[Completion]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """From the process: all that samples under way have produced so far, each with its row and number."""
+
+    samples: list[tuple[int, int, Generated]]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """From the process: what a person should know."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """From the process: it has stopped, for good where there is an error."""
+
+    error: TokabatchError | None
+
+
+Message = Done | Progress | Told | Standing | Ended
+
+
+class EngineProcess:
+    """Main's side. `receive` is called with each message, from a thread; None is the end of the process."""
+
+    def __init__(self, spec: EngineSpec, number: int, receive: Callable[[EngineProcess, Message | None], None]) -> None:
+        """Starts it; to be called from a thread that stays, since the process ends with it."""
+        self.number = number
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_main, args=(theirs, pickle.dumps(spec)), name=f"tokabatch-engine-{number}")
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+        # Nothing of the program's main module is needed there, which may be a script that would start a server of its own.
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            self._process.start()
+        finally:
+            sys.modules["__main__"] = main
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+        self._receive = receive
+        self._thread = threading.Thread(target=self._listen, name=f"engine-{number}", daemon=True)
+        self._thread.start()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def send(self, order: Add | Cancel) -> None:
+        """Where the process is gone, `receive` is told."""
+        with suppress(OSError):
+            self._pipe.send(order)
+
+    def close(self) -> None:
+        """End the process, and with it the worker."""
+        with suppress(OSError):
+            self._pipe.send(None)
+        self._process.join(STOP_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._thread.join(STOP_SECONDS)
+        self._pipe.close()
+
+    def how_it_ended(self) -> str:
+        """In words, for a process that is gone."""
+        self._process.join(STOP_SECONDS)
+        code = self._process.exitcode
+        how = "ended with code" if code is None or code >= 0 else "was killed by signal"
+        return f"the scheduler's process {how} {abs(code or 0)}"
+
+    def _listen(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                self._receive(self, self._pipe.recv())
+        self._receive(self, None)
+
+
+def _main(pipe: Connection, pickled: bytes) -> None:
+    """The process."""
+    die_with_parent()
+    for number in PARENTS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
+    make_tolerant()
+    outbox: queue.Queue[Message | None] = queue.Queue(MAX_UNSENT)
+    inbox: queue.SimpleQueue[Add | Cancel | None] = queue.SimpleQueue()
+    stopped = threading.Event()
+    spec: EngineSpec = pickle.loads(pickled)
+    sender = threading.Thread(target=_send, args=(outbox, pipe), daemon=True)
+    sender.start()
+    replica = Replica(
+        Scheduler(spec.nothing, spec.limits, spec.stops),
+        spec.make,
+        depth=spec.depth,
+        depth_of_few=spec.depth_of_few,
+        max_restarts=spec.max_restarts,
+        stop=Interruption(stopped.is_set),
+        tell=lambda text: outbox.put(Told(text)),
+        keeps_steps=False,
+    )
+    threading.Thread(target=_listen, args=(pipe, inbox, stopped), daemon=True).start()
+    error: TokabatchError | None = None
+    try:
+        Loop(replica, inbox, outbox.put).run(stopped)
+    except TokabatchError as fault:
+        error = fault
+    except Stopped:
+        pass
+    except Exception as fault:
+        reason = " ".join(traceback.format_exception_only(fault)[-1].split())
+        error = EngineError(f"the scheduler failed: {reason}; please report this\n{traceback.format_exc()}")
+    replica.close()
+    outbox.put(Ended(error))
+    outbox.put(None)
+    sender.join()
+
+
+class Loop:
+    """Steps, and between them what has come. `send` takes the messages to main."""
+
+    def __init__(
+        self, replica: Replica, inbox: queue.SimpleQueue[Add | Cancel | None], send: Callable[[Message], None]
+    ) -> None:
+        self._replica = replica
+        self._inbox = inbox
+        self._send = send
+        self._streamed: set[int] = set()
+        self._look_next = self._stand_next = 0.0
+
+    def run(self, stopped: threading.Event) -> None:
+        """Until `stopped`, which is set before the last order, None. Raises what `Replica` raises."""
+        replica = self._replica
+        self._finished(replica.start())
+        self._send(replica.standing())
+        while not stopped.is_set():
+            if replica.scheduler.done:
+                self._send(replica.standing())
+                self._obey(self._inbox.get())
+            with suppress(queue.Empty):
+                while True:
+                    self._obey(self._inbox.get_nowait())
+            if stopped.is_set() or replica.scheduler.done:
+                continue
+            self._finished(replica.step())
+            replica.scheduler.compact()
+            now = time.monotonic()
+            if self._streamed and now >= self._look_next:
+                if samples := replica.scheduler.under_way(self._streamed):
+                    self._send(Progress(samples))
+                self._look_next = now + PROGRESS_SECONDS
+            if now >= self._stand_next:
+                self._send(replica.standing())
+                self._stand_next = now + STANDING_SECONDS
+
+    def _obey(self, order: Add | Cancel | None) -> None:
+        if isinstance(order, Add):
+            self._streamed.update(order.streamed)
+            self._finished(self._replica.extend(order.requests))
+        elif isinstance(order, Cancel):
+            for row in order.rows:
+                self._replica.withdraw(row)
+            self._streamed.difference_update(order.rows)
+
+    def _finished(self, completions: Sequence[Completion]) -> None:
+        if completions:
+            self._send(Done(CompletionBatch(completions)))
+
+
+def _send(outbox: queue.Queue[Message | None], pipe: Connection) -> None:
+    while (message := outbox.get()) is not None:
+        with suppress(OSError):
+            pipe.send(message)
+
+
+def _listen(pipe: Connection, inbox: queue.SimpleQueue[Any], stopped: threading.Event) -> None:
+    """Hand on what main sends; None, or main's end, means to stop."""
+    order: Any = None
+    with suppress(EOFError, OSError):
+        while (order := pipe.recv()) is not None:
+            inbox.put(order)
+    stopped.set()
+    inbox.put(None)

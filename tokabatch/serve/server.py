@@ -1,0 +1,169 @@
+"""One server from its start to its end: the model is opened, processes are started, HTTP is served until a signal comes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+import numpy as np
+import uvicorn
+
+from tokabatch.engine.replica_sizes import MOST_STEPS
+from tokabatch.errors import EngineError, UsageError
+from tokabatch.forecast.cost_model import read_profile, size_replica
+from tokabatch.input.prompts.builder import Limits
+from tokabatch.runner.make_replica import executor_maker
+from tokabatch.runner.replica import scheduler_limits
+from tokabatch.scheduling.contracts import Requests, SamplingParams
+from tokabatch.scheduling.stop_conditions import StopRules, TokenText
+from tokabatch.serve.app import Api
+from tokabatch.serve.engine import Engine
+from tokabatch.serve.engine_process import EngineSpec
+from tokabatch.serve.prompts import Prompts
+from tokabatch.serve.settings import ServiceConfig
+from tokabatch.workload import Demand, OpenModel, open_model, special_ids
+
+EXPECTED_PROMPTS = 1 << 16
+"""Of a workload that the engine is sized for: longer than any queue."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def serve(config: ServiceConfig, tell: Callable[[str], None]) -> int:
+    """Serve until a signal says to stop; the exit status. `tell` takes what a person should know. Raises UsageError for what
+    cannot work, EngineError where the engine breaks."""
+    job = config.job().model_copy(update={"engine": config.engine.model_copy(update={"process": True})})
+    model = open_model(job)
+    context = min(config.server.context or model.spec.context_length, model.spec.context_length)
+    prompts = Prompts(job.prompt, model.generation, model.tokenizer, Limits(context, model.spec.vocab_size))
+    demand = _expected(model, context)
+    sizes = size_replica(job, demand, read_profile(job))
+    tokenizer = model.tokenizer
+    text = TokenText(tokenizer.piece_texts(), tokenizer.decode_batch, special_ids(tokenizer), tokenizer.lone_bytes())
+    nothing = demand.requests.take(np.zeros(0, np.int64))
+    on_gpu, stages, depth = model.device == "cuda", model.layout.pipeline, job.engine.queue_depth
+    spec = EngineSpec(
+        nothing=nothing,
+        limits=scheduler_limits(sizes, stages),
+        stops=StopRules(nothing.sampling, model.eos_token_ids, model.spec.vocab_size, text),
+        make=executor_maker(job, demand, sizes, tell),
+        depth=min(MOST_STEPS, max(2 if on_gpu else 1, stages + (stages > 1))) if depth == "auto" else depth,
+        depth_of_few=3 if on_gpu and stages == 1 and depth == "auto" else None,
+        max_restarts=job.engine.max_restarts,
+    )
+    listener = _listen(config.server.host, config.server.port)
+    return asyncio.run(_serve(config, model, [spec] * model.layout.replicas, prompts, context, listener, tell))
+
+
+async def _serve(
+    config: ServiceConfig,
+    model: OpenModel,
+    specs: list[EngineSpec],
+    prompts: Prompts,
+    context: int,
+    listener: socket.socket,
+    tell: Callable[[str], None],
+) -> int:
+    server = config.server
+    engine = Engine(
+        specs, model.tokenizer, collect_seconds=server.collect_ms / 1000, most_samples=server.max_waiting, tell=tell
+    )
+    api = Api(server, config.name, model, engine, prompts, context)
+    http = _Server(
+        uvicorn.Config(api.app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=None)
+    )
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            # The processes end with this one.
+            os._exit(128 + number)
+        loop.call_soon_threadsafe(stop.set)
+
+    before = {number: signal.signal(number, on_signal) for number in SIGNALS}
+    serving = asyncio.create_task(http.serve([listener]))
+    watching = [asyncio.create_task(stop.wait()), asyncio.create_task(engine.failed.wait())]
+    try:
+        starting = asyncio.create_task(engine.start())
+        await asyncio.wait((starting, *watching, serving), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            host, port = listener.getsockname()[:2]
+            tell(f"{config.name} is served at http://{host if ':' not in host else f'[{host}]'}:{port}/v1; Ctrl-C stops it")
+            await asyncio.wait((*watching, serving), return_when=asyncio.FIRST_COMPLETED)
+        api.draining = True
+        if stop.is_set() and engine.unfinished:
+            tell(f"stopping: {engine.unfinished:,} samples are finished first, for at most {server.grace_seconds:g} s")
+            end = loop.time() + server.grace_seconds
+            while engine.unfinished and engine.failure is None and loop.time() < end:
+                await asyncio.sleep(0.05)
+        engine.fail_all(EngineError("the server was stopped before this request was finished; send it again"))
+        http.should_exit = True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(serving), 5)
+        http.force_exit = True
+        await serving
+    finally:
+        for task in watching:
+            task.cancel()
+        await engine.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if engine.failed.is_set() and engine.failure is not None:
+        raise engine.failure
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to its caller."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises UsageError where that is taken or not of this machine."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        remedy = "choose others (server.host, server.port)"
+        raise UsageError(f"server.port: {host}:{port} cannot be listened on: {reason}; {remedy}") from error
+    return listener
+
+
+def _expected(model: OpenModel, context: int) -> Demand:
+    """What the engine is sized for: more prompts than any queue holds, with all kinds of samples, each half as long as the
+    context allows; one is as long as can be, and one as short."""
+    length = np.full(EXPECTED_PROMPTS, max(1, context // 2), np.int32)
+    length[0], half = 1, max(1, context - context // 2)
+    kinds = [
+        SamplingParams(temperature=temperature, top_p=top_p, max_tokens=half, logprobs=logprobs, repetition_penalty=penalty)
+        for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.9))
+        for logprobs in (None, 0, 20)
+        for penalty in (1.0, 1.1)
+    ]
+    kinds = [SamplingParams(max_tokens=1), *kinds]
+    zeros = np.zeros(EXPECTED_PROMPTS, np.int32)
+    params = (1 + np.arange(EXPECTED_PROMPTS) % (len(kinds) - 1)).astype(np.int32)
+    params[0] = 0
+    requests = Requests(
+        row_index=np.arange(EXPECTED_PROMPTS),
+        tokens=zeros[:0],
+        start=zeros.astype(np.int64),
+        length=length,
+        lcp=zeros,
+        params=params,
+        sampling=tuple(kinds),
+    )
+    return Demand(**vars(model), requests=requests, num_samples=requests.num_samples())

@@ -1,0 +1,69 @@
+"""What a server is told: the sections of a job that concern model and engine, and a section of its own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tokabatch.job import EngineConfig, GenerationConfig, Job, ModelConfig, PromptConfig, fields
+from tokabatch.job.load import load_model
+
+Port = Annotated[int, Field(ge=0, le=65535), fields.Accepts("a port, from 0 (any that is free) to 65535", "8000")]
+Milliseconds = Annotated[float, Field(ge=0, le=1000), fields.Accepts("a number of milliseconds from 0 to 1000", "5")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), validate_default=False)
+
+
+class ServerConfig(_Section):
+    """How the server listens, and how much it takes on."""
+
+    host: fields.Text = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 is every one of this machine.")
+    port: Port = Field(default=8000, description="Port to listen on; 0: any that is free.")
+    name: fields.OptionalText = Field(default=None, description="What requests call the model; null: as model.path says.")
+    api_key: fields.OptionalText = Field(
+        default=None, description="What clients have to send as `Authorization: Bearer …`; null: nothing."
+    )
+    context: fields.OptionalCount = Field(
+        default=None, description="Most tokens of a prompt and what is drawn behind it; null: the model's context."
+    )
+    collect_ms: Milliseconds = Field(
+        default=5.0, description="While samples run, requests are collected for so long, then join them together."
+    )
+    max_body: fields.Count = Field(default=32 << 20, description="Most bytes in the body of a request.")
+    max_request_tokens: fields.Count = Field(
+        default=1 << 20, description="Most tokens that one request may ask for: its prompts times n times max_tokens."
+    )
+    max_waiting: fields.Count = Field(
+        default=1 << 16, description="Most samples that may run and wait at a time; more get status 503."
+    )
+    grace_seconds: fields.Seconds = Field(
+        default=30.0, description="After the first signal to stop, what runs is finished for so long; then it is given up."
+    )
+
+
+class ServiceConfig(_Section):
+    """A server, described completely."""
+
+    model: ModelConfig
+    prompt: PromptConfig = PromptConfig()
+    generation: GenerationConfig = GenerationConfig()
+    engine: EngineConfig = EngineConfig()
+    server: ServerConfig = ServerConfig()
+
+    @classmethod
+    def load(cls, model: str, *overrides: str) -> ServiceConfig:
+        """The server of a model, with overrides such as `server.port=8080`. Raises JobError listing every problem found."""
+        return load_model(cls, {"model": {"path": model}}, overrides)[0]
+
+    def job(self, rows: str = "-", results: str = "-results") -> Job:
+        """The job that these sections are of, with `rows` as its input."""
+        given = self.model_dump(mode="json", exclude_unset=True, exclude={"server"})
+        return Job.load({**given, "input": {"path": rows}, "output": {"path": results}})
+
+    @property
+    def name(self) -> str:
+        """What requests call the model."""
+        return self.server.name or self.model.path

@@ -1,0 +1,52 @@
+"""The text of a sample while it grows: whole characters, and nothing that might become a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextStream:
+    """Decodes a sample as its tokens come. What it has given out is the beginning of the sample's text, whatever follows."""
+
+    def __init__(self, decode: Callable[[list[list[int]]], list[str]], stops: Sequence[str] = ()) -> None:
+        """`decode` gives the texts of token lists; `stops` end the sample, and are no part of its text."""
+        self._decode = decode
+        self._stops = stops
+        self._begin = 0
+        """Tokens from here on are decoded together: a token's text may depend on the ones right before it."""
+        self._read = 0
+        """Tokens whose text is in `_text`."""
+        self._text = ""
+        self._given = 0
+        """Characters of it that have been given out."""
+
+    def grow(self, tokens: Sequence[int]) -> str:
+        """The further text of a sample that has these tokens now, all of them, and goes on."""
+        before, after = self._decode([list(tokens[self._begin : self._read]), list(tokens[self._begin :])])
+        if len(after) > len(before) and not after.endswith(REPLACEMENT):
+            self._text += after[len(before) :]
+            self._begin, self._read = self._read, len(tokens)
+        return self._give(len(self._text) - self._open_stop())
+
+    def end(self, text: str) -> str:
+        """The rest of a sample that has ended with this text."""
+        given = self._given
+        self._text, self._given = text, len(text)
+        return text[given:]
+
+    def _give(self, until: int) -> str:
+        given = self._text[self._given : until]
+        self._given = max(self._given, until)
+        return given
+
+    def _open_stop(self) -> int:
+        """Characters at the end of the text that a stop string may begin with."""
+        longest = 0
+        for stop in self._stops:
+            for size in range(min(len(stop), len(self._text)), longest, -1):
+                if self._text.endswith(stop[:size]):
+                    longest = size
+                    break
+        return longest
