@@ -112,6 +112,9 @@ def test_the_format_is_told_by_the_first_line_that_can_be_read(write_rows, tmp_p
     assert (said.generation.max_tokens, said.prompt.chat, said.input.id_column) == (9, True, "custom_id")
     assert settle(rows).input.format == "rows" and settle(rows).generation.max_tokens == 256
     assert settle(batch, input={"path": str(batch), "format": "rows"}).prompt.chat == "auto"
+    other = write_rows({"prompt": "x"}, {"prompt": "y"}, name="other.jsonl")
+    with pytest.raises(InputError, match=r"other\.jsonl' is no batch file: none of its first 2 lines has custom_id, a url"):
+        settle(other, input={"path": str(other), "format": "openai"})
     with pytest.raises(JobError, match=r"mode is score, but input\.path"):
         settle(batch, mode="score")
     (tmp_path / "rows.parquet").touch()
