@@ -3,11 +3,14 @@
     sums       sums over tensor ranks of a step's hidden states, by NCCL and through peers' memory, launched and captured
     overlap    products of a layer overlapped with the exchange of their tokens, and without
     sampling   draws from shards of the vocabulary against draws from all logits: the same tokens, and the time
+    prefill    steps of long prompts through a whole model (--model), tokens scattered and products overlapped with their
+               exchange where the table measured at start says so, and all tokens on every rank
     tokens     whole jobs, greedy, tensor and pipeline against one rank: how many tokens go by before the first that differs,
                and how far the log-probabilities before it are apart
 
 Each part but the last is a world of processes of its own, ended after --timeout seconds. Times are medians on rank 0, in
-microseconds.
+microseconds, those of prefill in milliseconds. Several ranks add up in another order, so that `tokens` differ in a --dtype of
+16 bits.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.gpu.__main__ import default_scratch, ensure_model
 from benchmarks.gpu.models import write_model
+from benchmarks.gpu.prefill import prefill
 from benchmarks.gpu.shapes import SHAPES
 from tokabatch import Job, run
 from tokabatch.engine.graphs import GraphRecorder
@@ -193,8 +198,8 @@ PARTS: dict[str, Callable[[Mesh, torch.device, Callable[..., None]], None]] = {
 }
 
 
-def serve(place: Place, part: str) -> None:
-    device = torch.device("cuda", place.rank)
+def serve(place: Place, part: str, on: str, folder: Path, dtype: str) -> None:
+    device = torch.device(on, place.rank) if on == "cuda" else torch.device(on)
     mesh = Mesh.join(place, device)
 
     def show(*words: str) -> None:
@@ -203,7 +208,10 @@ def serve(place: Place, part: str) -> None:
 
     try:
         with torch.inference_mode():
-            PARTS[part](mesh, device, show)
+            if part == "prefill":
+                prefill(mesh, device, show, folder, getattr(torch, dtype))
+            else:
+                PARTS[part](mesh, device, show)
     except BaseException:
         traceback.print_exc()
         sys.exit(1)
@@ -211,10 +219,11 @@ def serve(place: Place, part: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=[*PARTS, "tokens"])
-    parser.add_argument("--model", default="llama-3.2-1b", choices=list(SHAPES), help="of tokens")
-    parser.add_argument("--device", default="cuda", help="of tokens")
-    parser.add_argument("--dtype", default="bfloat16", help="of tokens")
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "prefill", "tokens"])
+    parser.add_argument("--model", default="llama-3.2-1b", choices=list(SHAPES), help="of prefill and tokens")
+    parser.add_argument("--device", default="cuda", help="of prefill and tokens")
+    parser.add_argument("--dtype", default="bfloat16", help="of prefill and tokens")
+    parser.add_argument("--scratch", type=Path, help="folder for the model of prefill (default: memory, or a temporary one)")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds that a part may take")
     arguments = parser.parse_args()
@@ -225,8 +234,11 @@ def main() -> None:
             tokens(arguments.model, arguments.device, arguments.dtype)
             continue
         with tempfile.TemporaryDirectory() as folder:
+            scratch = arguments.scratch or default_scratch(arguments.model)
+            model = ensure_model(arguments.model, scratch) if part == "prefill" else Path(folder)
             places = [Place(rank, arguments.ranks, 1, Path(folder) / "meeting") for rank in range(arguments.ranks)]
-            ranks = [context.Process(target=serve, args=(place, part)) for place in places]
+            more = part, arguments.device, model, arguments.dtype
+            ranks = [context.Process(target=serve, args=(place, *more)) for place in places]
             for rank in ranks:
                 rank.start()
             end = time.monotonic() + arguments.timeout

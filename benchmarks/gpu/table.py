@@ -33,7 +33,7 @@ def describe_pass(figures: Figures, floor: Floor, roofline_device: str) -> list[
         "steps": f"{figures.steps:,}, the first {', '.join(f'{ms:.0f}' for ms in figures.first_steps_ms)} ms; "
         f"{figures.write_seconds:.2f} s from the last result to the end",
         "tokens": f"{figures.prompt_tokens:,} in ({figures.prefilled_tokens:,} computed), {figures.output_tokens:,} out; "
-        f"{figures.max_running:,} running at most, {figures.preemptions:,} preemptions",
+        f"{figures.max_running:,} running at most, {figures.preemptions:,} preemptions; {figures.num_pages:,} KV pages",
         "host CPU": f"{micro * (loop + launching):.2f} us a sample a step: scheduling and recording {micro * loop:.2f} "
         f"(deciding and applying {micro * deciding:.2f}), launching {micro * launching:.2f}, "
         f"{1e3 * launching / figures.steps:.1f} ms a step",

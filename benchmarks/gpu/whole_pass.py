@@ -47,7 +47,7 @@ class Figures:
     """What one pass took. `start_seconds` is from the start of the process to the first step, of it `read_seconds` for the
     input and `load_seconds` for weights, cache and warm-up; `loop_cpu_seconds` is the CPU time of scheduling and recording
     over the steps, `schedule_seconds` of it deciding and applying; `launch_cpu_seconds` is that of the worker's launches;
-    `write_seconds` is from the last result to the end."""
+    `write_seconds` is from the last result to the end; `num_pages` are the KV pages of all replicas."""
 
     device: str
     start_seconds: float
@@ -60,6 +60,7 @@ class Figures:
     prefilled_tokens: int
     steps: int
     max_running: int
+    num_pages: int
     first_steps_ms: tuple[float, ...]
     loop_cpu_seconds: float
     schedule_seconds: float
@@ -180,6 +181,7 @@ def measured(watch: Watch, summary: RunSummary, age: float) -> Figures:
         prefilled_tokens=summary.prefilled_tokens,
         steps=summary.steps,
         max_running=max((s.running for s in watch.snapshots), default=0),
+        num_pages=summary.num_pages,
         first_steps_ms=tuple(1e3 * (later - at) for at, later in pairwise(times)),
         # On a GPU the scheduler has a process of its own.
         loop_cpu_seconds=watch.loop_cpu_seconds + (summary.host_seconds if torch.cuda.is_available() else 0.0),

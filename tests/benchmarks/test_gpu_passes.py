@@ -49,6 +49,22 @@ def test_the_command(tmp_path):
     assert not (tmp_path / "out" / "completions").exists()
 
 
+def test_steps_of_long_prompts_over_ranks(tmp_path):
+    keys = ("prefill", "--model", "tiny", "--device", "cpu", "--dtype", "float32", "--scratch", str(tmp_path))
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.ranks", *keys],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    shown = [line for line in result.stdout.splitlines() if " tokens " in line]
+    assert [line.split()[0] for line in shown] == ["32", "64", "128", "256", "512"]
+    assert all("scattered" in line and "on every rank" in line for line in shown)
+
+
 def test_names_carry_job_keys():
     part = parse_part("a-full:prompts=4,engine.hydragen=false,model.dtype=float16")
     assert (part.workload, part.prompts, part.hydragen) == ("a-full", 4, False)

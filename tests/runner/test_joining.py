@@ -6,6 +6,7 @@ import errno
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from support.output_checker import check_success, table
 from support.scripted_run import scripted_engine, scripted_job
@@ -72,6 +73,11 @@ def test_small_shards_and_steps_of_many_starts_are_joined_when_the_run_completes
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert start(rows, out)[0] == 0
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    # As a version that knew of no replicas left them.
+    file = out / "steps-00000.parquet"
+    pq.write_table(pq.read_table(file).drop_columns(["replica"]), file)
+    found = read_steps(OutputFolder(out))
+    assert found is not None and {*found["replica"].tolist()} == {0.0} and found.keys() == steps.keys()
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,8 @@ def _thin(steps: Mapping[str, Float64], names: Sequence[str]) -> tuple[Float64, 
     cell, cells = replica * len(present) + place, count * len(present)
     weight = np.maximum(np.bincount(cell, weights=seconds, minlength=cells), 1e-12)
     sums = {n: np.bincount(cell, weights=steps[n] * seconds, minlength=cells) for n in names}
-    return (present + 1) * (whole / parts), {n: (sums[n] / weight).reshape(count, -1).sum(axis=0) for n in names}
+    edges: Float64 = ((present + 1) * (whole / parts)).astype(np.float64)
+    return edges, {n: (sums[n] / weight).reshape(count, -1).sum(axis=0) for n in names}
 
 
 def _rates(steps: Mapping[str, Float64], edges: Float64) -> dict[str, Float64]:
