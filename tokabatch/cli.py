@@ -182,6 +182,9 @@ OverridesArgument = Annotated[
     typer.Argument(metavar="KEY=VALUE", help=_OVERRIDES_HELP, show_default=False, autocompletion=_complete_key),
 ]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of a run.", show_default=False)]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder, start over.")]
+RetryOption = Annotated[bool, typer.Option("--retry-errors", help="Run the error rows of the run there again.")]
+RepairOption = Annotated[bool, typer.Option("--repair", help="Compute again what damaged or missing files held.")]
 KeysOption = Annotated[
     bool, typer.Option("--keys", callback=_print_keys, is_eager=True, help="Explain every key of a job file, and exit.")
 ]
@@ -200,9 +203,9 @@ def options(
 def run(
     job: JobArgument,
     overrides: OverridesArgument = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder, start over.")] = False,
-    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Run the error rows of the run there again.")] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Compute again what damaged or missing files held.")] = False,
+    overwrite: OverwriteOption = False,
+    retry_errors: RetryOption = False,
+    repair: RepairOption = False,
     shared: Annotated[
         bool, typer.Option("--shared", help="Let other runs of the job write there, too, each taking units of the plan.")
     ] = False,
@@ -256,6 +259,9 @@ def batch(
         Path | None,
         typer.Option("--errors", metavar="FILE", help="File of the errors; default: RESULTS.errors.jsonl.", show_default=False),
     ] = None,
+    overwrite: OverwriteOption = False,
+    retry_errors: RetryOption = False,
+    repair: RepairOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only messages and the summary.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="In the summary, the figures of scheduler and engine, too.")
@@ -275,7 +281,7 @@ def batch(
     with _stop_on_signals() as stop:
         loaded = batches.batch_job(requests, model, to, errors, overrides or ())
         _load("tokabatch.precheck").refuse_early(loaded)
-        summary = _run(loaded, stop, quiet)
+        summary = _run(loaded, stop, quiet, overwrite=overwrite, retry_errors=retry_errors, repair=repair)
     _print_summary(loaded, summary, verbose)
     if not summary.pending:
         _print_note(_write_batch(Path(loaded.output.path), to, errors))

@@ -120,6 +120,27 @@ def test_other_runs_have_no_results_files(tmp_path: Path) -> None:
     assert not (tmp_path / "results.jsonl").exists()
 
 
+def test_a_changed_batch_file_is_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests, results = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
+
+    def answer(*options: str) -> tuple[object, str]:
+        command = ["tokabatch", "batch", str(requests), "--model", MODEL, "--to", str(results), "-q", *options]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, "".join(capsys.readouterr())
+
+    write(requests, line("a", COMPLETIONS, prompt="Sam has 3", max_tokens=2))
+    assert answer()[0] == 0
+    write(requests, line("a", COMPLETIONS, prompt="Sam has 3", max_tokens=3))
+    code, said = answer()
+    assert code == 2 and "requests.jsonl line 1" in said and "--overwrite" in said
+    assert answer("--overwrite")[0] == 0
+    assert read(results)[0]["response"]["body"]["usage"]["completion_tokens"] == 3
+
+
 def test_a_request_that_is_not_complete_is_in_neither_file(tmp_path: Path) -> None:
     lines = [line(f"r{i}", COMPLETIONS, prompt=[f"Sam has {i}", f"There are {i}"], n=2, max_tokens=1 + i) for i in range(12)]
     results = tmp_path / "results.jsonl"
