@@ -42,6 +42,7 @@ from tokabatch.runner.interruption import Interruption
 
 if TYPE_CHECKING:
     from tokabatch.job import Job
+    from tokabatch.report.progress import Progress
     from tokabatch.report.summary import RunSummary, Section
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -362,13 +363,23 @@ def plan(
     """
     if not simulate and (device, profile, price, lengths) != (None, None, None, "max"):
         raise typer.BadParameter("--device, --lengths, --profile and --price belong to --simulate; add it")
-    with _checked_job(job, overrides) as loaded:
-        planner, sections = _load("tokabatch.runner.plan"), _load("tokabatch.report.summary").plan_sections
-        if not simulate:
-            _print_result(sections(planner.plan(loaded)))
-            return
-        scenario = _load("tokabatch.forecast.predict").Scenario(device, profile, price, lengths)
-        report, outlook = planner.plan_and_simulate(loaded, scenario)
+    # Rows are counted where someone watches; lines in a log would tell no more than the result does.
+    with _checked_job(job, overrides) as loaded, _starting(not os.isatty(2)) as progress:
+        planner = _load("tokabatch.runner.plan")
+        snapshot, begun = _load("tokabatch.report.progress").ProgressSnapshot, time.monotonic()
+
+        def on_rows(rows: int, errors: int) -> None:
+            progress.update(snapshot("reading", time.monotonic() - begun, rows_done=rows, errors=errors))
+
+        if simulate:
+            scenario = _load("tokabatch.forecast.predict").Scenario(device, profile, price, lengths)
+            report, outlook = planner.plan_and_simulate(loaded, scenario, on_rows)
+        else:
+            report, outlook = planner.plan(loaded, on_rows), None
+    sections = _load("tokabatch.report.summary").plan_sections
+    if outlook is None:
+        _print_result(sections(report))
+        return
     _print_result((*sections(report), *_load("tokabatch.report.outlook").outlook_sections(outlook)))
 
 
@@ -719,14 +730,31 @@ def _checked_job(path: Path, overrides: list[str] | None) -> Generator[Job, None
 
 
 def _run(job: Any, stop: Interruption, quiet: bool, **how: Any) -> RunSummary:
-    """Run a job with its progress shown. Exits where it was stopped before it began."""
-    runner = _load("tokabatch.runner.run")
+    """Run a job with its progress shown; the summary's times count from the start of this process. Exits where it was stopped
+    before it began."""
     try:
-        with _load("tokabatch.report.progress").open_progress(quiet) as progress:
-            return runner.run(job, progress, stop, **how)
+        with _starting(quiet) as progress:
+            runner = _load("tokabatch.runner.run")
+            before = _seconds_since_start()
+            summary: RunSummary = runner.run(job, progress, stop, **how)
+        return replace(summary, seconds=summary.seconds + before, load_seconds=summary.load_seconds + before)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         raise typer.Exit(stopped.exit_code) from None
+
+
+@contextmanager
+def _starting(quiet: bool) -> Generator[Progress, None, None]:
+    """The display of progress, which shows something before anything slow is imported."""
+    module = _load("tokabatch.report.progress")
+    with module.open_progress(quiet) as progress:
+        progress.update(module.ProgressSnapshot("starting", 0.0))
+        yield progress
+
+
+def _seconds_since_start() -> float:
+    """Since this process was started."""
+    return max(0.0, time.time() - _load("psutil").Process().create_time())
 
 
 def _print_summary(job: Any, summary: RunSummary, verbose: bool) -> None:

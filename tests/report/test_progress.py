@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -50,7 +51,23 @@ class TestRates:
         assert (rates.tokens_in, rates.eta) == (0.0, None)
         rates.add(at(0.0, "reading"))
         rates.add(at(0.0, "generating"))
-        assert (rates.tokens_out, rates.eta) == (0.0, None)
+        assert (rates.tokens_out, rates.eta, rates.done) == (0.0, None, 0.0)
+        # A sample, but for less than five seconds; then five seconds, but no sample.
+        rates.add(at(4.9, done=1))
+        assert rates.tokens_out > 0 and rates.eta is None
+        rates.add(at(5.0, done=1))
+        assert rates.eta is not None
+        early = Rates()
+        for second in range(8):
+            early.add(replace(at(float(second)), tokens_out=second * 10))
+        assert early.tokens_out == 10 and early.eta is None
+
+    def test_the_bar_is_of_tokens_and_counts_what_was_there_before(self) -> None:
+        rates = Rates()
+        rates.add(replace(at(0.0, done=100), tokens_out=0, tokens_left=400))
+        assert rates.done == 0.25
+        rates.add(replace(at(1.0, done=100), tokens_out=200, tokens_left=200))
+        assert rates.done == 0.25 + 0.75 * 0.5
 
 
 class TestLines:
@@ -90,6 +107,7 @@ class TestLive:
     def test_draws_every_phase(self) -> None:
         console, stream = a_terminal()
         with LiveProgress(console) as progress:
+            progress.update(ProgressSnapshot("starting", 0.0))
             progress.update(ProgressSnapshot("reading", 0.1, rows_done=5))
             progress.update(ProgressSnapshot("loading", 0.2, rows_done=5, rows_total=5))
             progress.message("[not markup]")
@@ -97,7 +115,7 @@ class TestLive:
             progress.update(at(2.0, done=123))
             progress.update(ProgressSnapshot("writing", 3.0, samples_total=0))
         shown = stream.getvalue()
-        for text in ("reading", "loading", "generating", "writing", "[not markup]", "samples", "400"):
+        for text in ("starting", "reading", "loading", "generating", "writing", "[not markup]", "samples", "400"):
             assert text in shown
 
     def test_shows_the_last_state_and_gives_the_cursor_back(self) -> None:
@@ -105,7 +123,11 @@ class TestLive:
         with LiveProgress(console) as progress:
             progress.update(at(1.0))
             progress.update(at(1.01, done=396))
-        assert "99.0%" in stream.getvalue() and stream.getvalue().endswith("\x1b[?25h")
+        assert (
+            "rows 99/100  samples 396/400" in stream.getvalue()
+            and "99.0%" in stream.getvalue()
+            and stream.getvalue().endswith("\x1b[?25h")
+        )
 
     def test_update_costs_nothing_between_frames(self) -> None:
         console, stream = a_terminal()

@@ -24,11 +24,13 @@ from rich.text import Text
 
 from tokabatch.report.summary import seconds_text
 
-Phase = Literal["reading", "loading", "generating", "writing"]
+Phase = Literal["starting", "reading", "loading", "generating", "writing"]
 
 _REFRESH_SECONDS = 0.2
 _LINE_SECONDS = 5.0
 _WINDOW_SECONDS = 10.0
+_TRUSTED_SECONDS = 5.0
+"""Of sampling, before the time left is estimated: at first prompts take most of a step."""
 _LATEST_SECONDS = 1.0
 """How old the state may be that stands in the last line of a run that ends in an error."""
 
@@ -150,9 +152,13 @@ class Rates:
     def __init__(self, window: float = _WINDOW_SECONDS) -> None:
         self._window = window
         self._points: deque[ProgressSnapshot] = deque()
+        self._first: ProgressSnapshot | None = None
+        """Of those in which samples are generated."""
 
     def add(self, snapshot: ProgressSnapshot) -> None:
         self._points.append(snapshot)
+        if self._first is None and snapshot.phase == "generating":
+            self._first = snapshot
         # The oldest point is the last one outside of the window, so that the window is always covered.
         while len(self._points) > 2 and self._points[1].elapsed <= snapshot.elapsed - self._window:
             self._points.popleft()
@@ -169,11 +175,25 @@ class Rates:
 
     @property
     def eta(self) -> float | None:
-        """Seconds that the tokens still expected take at the present speed; None while nothing is sampled."""
-        if not self._points:
+        """Seconds that the tokens still expected take at the present speed; None until a sample is finished and sampling goes
+        on for some seconds."""
+        if self._first is None or not self._points:
             return None
         last, speed = self._points[-1], self.tokens_out
-        return None if last.phase != "generating" or last.tokens_left is None or speed <= 0 else last.tokens_left / speed
+        if last.phase != "generating" or last.tokens_left is None or speed <= 0:
+            return None
+        trusted = last.elapsed - self._first.elapsed >= _TRUSTED_SECONDS and last.samples_done > self._first.samples_done
+        return last.tokens_left / speed if trusted else None
+
+    @property
+    def done(self) -> float | None:
+        """The share of the run that is done, by output tokens; None while nothing is known of these. Samples that were there
+        before count as such."""
+        first, last = self._first, self._points[-1] if self._points else None
+        if first is None or last is None or last.tokens_left is None or not last.samples_total:
+            return None
+        expected, before = last.tokens_out + last.tokens_left, first.samples_done / last.samples_total
+        return before + (1 - before) * last.tokens_out / expected if expected else None
 
     def _per_second(self, value: Callable[[ProgressSnapshot], int]) -> float:
         if len(self._points) < 2:
@@ -257,9 +277,11 @@ class LiveProgress:
 
 
 def _draw(snapshot: ProgressSnapshot, rates: Rates) -> Group:
-    done, total = snapshot.samples_done, snapshot.samples_total
+    done, total = float(snapshot.samples_done), snapshot.samples_total
     if snapshot.phase == "reading" or total is None:
-        done, total = snapshot.rows_done, snapshot.rows_total
+        done, total = float(snapshot.rows_done), snapshot.rows_total
+    elif snapshot.phase == "generating" and (share := rates.done) is not None:
+        done = share * total
     grid = Table.grid(padding=(0, 1))
     percent = Text(f"{done / total:.1%}" if total else "", style="bold")
     bar = ProgressBar(total=total or None, completed=done, width=40, pulse=not total, animation_time=snapshot.elapsed)
@@ -268,6 +290,8 @@ def _draw(snapshot: ProgressSnapshot, rates: Rates) -> Group:
 
 
 def _facts(snapshot: ProgressSnapshot, rates: Rates) -> list[str]:
+    if snapshot.phase == "starting":
+        return []
     facts = [f"rows {_of(snapshot.rows_done, snapshot.rows_total)}"]
     if snapshot.samples_total is not None:
         facts.append(f"samples {_of(snapshot.samples_done, snapshot.samples_total)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -27,20 +27,22 @@ from tokabatch.runner.resume import Start, preview
 from tokabatch.workload import Workload
 
 
-def plan(job: Job | Mapping[str, Any] | str | Path) -> PlanReport:
+def plan(job: Job | Mapping[str, Any] | str | Path, on_rows: Callable[[int, int], None] | None = None) -> PlanReport:
     """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError. `job` may
-    also be what `Job.load` takes."""
+    also be what `Job.load` takes. `on_rows` is told the rows and error rows read so far."""
     job = job if isinstance(job, Job) else Job.load(job)
-    with _planned(job, read_profile(job)) as (previewed, sizes):
+    with _planned(job, read_profile(job), on_rows) as (previewed, sizes):
         return _plan_report(job, previewed, sizes)
 
 
-def plan_and_simulate(job: Job, scenario: Scenario) -> tuple[PlanReport, Outlook]:
+def plan_and_simulate(
+    job: Job, scenario: Scenario, on_rows: Callable[[int, int], None] | None = None
+) -> tuple[PlanReport, Outlook]:
     """The same, and what is left of the run simulated under a scenario, for whose device everything is planned then; where
     nothing is left, the whole job. Raises UsageError for one that cannot be."""
     device = check_scenario(scenario)
     profile = scenario_profile(job, scenario, device)
-    with _planned(job, profile, device) as (previewed, sizes):
+    with _planned(job, profile, on_rows, device) as (previewed, sizes):
         workload = _to_compute(previewed)
         fleet = FleetRules(workload.layout.replicas, Ledger, wants_more, to_give)
         limits = scheduler_limits(sizes, workload.layout.pipeline)
@@ -49,11 +51,13 @@ def plan_and_simulate(job: Job, scenario: Scenario) -> tuple[PlanReport, Outlook
 
 
 @contextmanager
-def _planned(job: Job, profile: SavedProfile | None, absent: Device | None = None) -> Generator[tuple[Start, ReplicaSizes]]:
+def _planned(
+    job: Job, profile: SavedProfile | None, on_rows: Callable[[int, int], None] | None, absent: Device | None = None
+) -> Generator[tuple[Start, ReplicaSizes]]:
     """The job as a run would find it, and the sizes for what is left of it."""
     check_output(Path(job.output.path))
     with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
-        previewed = preview(job, Path(scratch), absent_gpu=absent is not None)
+        previewed = preview(job, Path(scratch), on_rows, absent_gpu=absent is not None)
         yield previewed, size_replica(job, _to_compute(previewed), profile, absent)
         previewed.workload.store.close()
 

@@ -226,13 +226,13 @@ def _record(claim: Claim, manifest: Manifest, good: Collection[tuple[Shard, List
     claim.begin(manifest.run, manifest.marks, shards, repair_command(claim.folder, manifest))
 
 
-def preview(job: Job, scratch: Path, *, absent_gpu: bool = False) -> Start:
+def preview(job: Job, scratch: Path, on_rows: OnRows | None = None, *, absent_gpu: bool = False) -> Start:
     """The same for a plan: reads what is there, changes nothing, needs no weights. Raises the same refusals, but for those of
     the device where the plan is for a GPU that is not here."""
     folder = OutputFolder(Path(job.output.path))
     earlier = find_run(folder)
     compare, clock = (earlier.compare, earlier.manifest.started) if earlier else (None, "")
-    workload = prepare(job, scratch, weights=False, compare=compare, clock=clock, absent_gpu=absent_gpu)
+    workload = prepare(job, scratch, on_rows, weights=False, compare=compare, clock=clock, absent_gpu=absent_gpu)
     if earlier is None:
         return Start.after(nothing_committed(workload.samples_of_row), workload)
     found = consistently(lambda: inspect(folder, earlier.manifest), folder.path)
