@@ -241,7 +241,7 @@ def run(
       tokabatch run jobs/quickstart.yaml --overwrite          delete the results, begin again
       tokabatch run jobs/quickstart.yaml --shared             one of any number of processes on any hosts (`tokabatch slurm`)
     """
-    with _stop_on_signals() as stop, _stop_after(deadline), _checked_job(job, overrides) as loaded:
+    with _stop_on_signals() as stop, _stop_after(deadline), _checked_job(job, overrides, shared=shared) as loaded:
         share = _load("tokabatch.runner.shared").Shared(task, units, lease) if shared else None
         summary = _run(loaded, stop, quiet, overwrite=overwrite, retry_errors=retry_errors, repair=repair, shared=share)
     _print_summary(loaded, summary, verbose)
@@ -454,6 +454,8 @@ def status(out: OutArgument) -> None:
     pace = _load("tokabatch.output.status").read_pace(out, time.time()) if found.state == "running" else None
     summary = _load("tokabatch.report.summary")
     sections = summary.status_sections(values, pace and asdict(pace))
+    shares = _load("tokabatch.output.status").read_shares(out, time.time())
+    sections += summary.share_sections(asdict(shares)) if shares is not None else ()
     if found.correct is not None:
         estimates = _load("tokabatch.report.run_estimates").read_estimates(out) or ()
         sections += summary.verdict_sections(estimates, found.committed, found.samples)
@@ -715,12 +717,12 @@ def ping(
 
 
 @contextmanager
-def _checked_job(path: Path, overrides: list[str] | None) -> Generator[Job, None, None]:
+def _checked_job(path: Path, overrides: list[str] | None, *, shared: bool = False) -> Generator[Job, None, None]:
     """The job of a file and its overrides, refused before anything slow is imported where that can be told. A refusal from
     inside is raised with where the key was written that it names."""
     loaded, written = _load("tokabatch.job").Job.load_with_places(path, *(overrides or ()))
     try:
-        _load("tokabatch.precheck").refuse_early(loaded)
+        _load("tokabatch.precheck").refuse_early(loaded, shared=shared)
         yield loaded
     except DamageError:
         raise

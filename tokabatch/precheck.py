@@ -24,10 +24,10 @@ _MOST_FILES = 64
 """Of an input whose columns are looked at; the footers of many Parquet files take longer than it is worth."""
 
 
-def refuse_early(job: Job) -> None:
+def refuse_early(job: Job, *, shared: bool = False) -> None:
     """Raises the UsageError in which the job would end seconds later. Writes nothing; reads the first rows of files of this
-    machine alone, and of a model on the hub the small files, which stay in the cache."""
-    check_output(Path(job.output.path))
+    machine alone, and of a model on the hub the small files, which stay in the cache. `shared`: others may write there."""
+    check_output(Path(job.output.path), shared=shared)
     if job.verify is not None and not (verifier := verifier_path(job.verify.kind)).is_file():
         raise JobError(f"verify.kind: there is no file {verifier} in {Path.cwd()}; check the path")
     read_spec(resolve_model(job.model.path, job.model.revision, weights=False))

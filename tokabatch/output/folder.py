@@ -426,11 +426,12 @@ class Claim:
             )
 
 
-def check_output(path: Path) -> None:
-    """Raises the OutputError that a claim of this folder would end in now; makes and changes nothing."""
+def check_output(path: Path, *, shared: bool = False) -> None:
+    """Raises the OutputError that a claim of this folder would end in now; makes and changes nothing. One of several writers,
+    `shared`, may find others there."""
     folder = OutputFolder(path)
     _refuse_foreign(folder)
-    if folder.is_claimed():
+    if not shared and folder.is_claimed():
         raise _busy(folder)
     try:
         # A link to nowhere is in the way, too.

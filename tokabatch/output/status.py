@@ -19,8 +19,10 @@ import pyarrow.compute as pc
 from tokabatch.arrays import Bool, Int32
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
+from tokabatch.output.leases import Lease, read_leases
 from tokabatch.output.manifest import Books, read_manifest, read_summary
-from tokabatch.output.shards import count_ok, read_groups
+from tokabatch.output.shards import count_ok, open_shard, read_groups
+from tokabatch.output.units import unit_of_shard, unit_sizes
 from tokabatch.storage.listing import ListedFile, consistently, is_there, list_files
 
 State = Literal["running", "complete", "incomplete", "absent"]
@@ -79,6 +81,59 @@ class Details:
 
     status: Status
     lengths: Int32
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One of several processes that write, by its leases: the units that it holds, and the seconds since it renewed one of
+    them, by the clocks of two hosts."""
+
+    name: str
+    host: str
+    units: tuple[int, ...]
+    renewed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Of a run that is cut into units: how many there are, how many of them are complete, and who is at work."""
+
+    units: int
+    complete: int
+    tasks: tuple[Task, ...]
+
+
+def read_shares(path: Path, now: float) -> Shares | None:
+    """How several processes share the run at `now` (seconds since 1970); None of one that is not cut into units. Samples that a
+    process computed before the run was cut are in no unit's files: units that need them count as complete at the end."""
+    folder = OutputFolder(path)
+
+    def read() -> Shares | None:
+        manifest = read_manifest(folder)
+        if manifest is None or not manifest.units:
+            return None
+        sizes, held = unit_sizes(folder, manifest.units_sha256), dict[tuple[str, str], list[Lease]]()
+        for lease in read_leases(folder, now):
+            held.setdefault((lease.holder.task, lease.holder.host), []).append(lease)
+        tasks = tuple(
+            Task(
+                task, host, tuple(sorted(int(lease.name) for lease in leases if lease.name.isdigit())),
+                min(lease.age for lease in leases),
+            )
+            for (task, host), leases in sorted(held.items())
+        )  # fmt: skip
+        complete = manifest.units
+        if not is_there(folder.files, folder.success):
+            there = np.zeros(manifest.units, np.int64)
+            for shard in recorded_shards(folder, manifest):
+                unit = unit_of_shard(shard.path.name)
+                if unit is not None:
+                    with open_shard(shard) as file:
+                        there[unit] += file.metadata.num_rows
+            complete = int((there >= sizes).sum())
+        return Shares(manifest.units, complete, tasks)
+
+    return consistently(read, path)
 
 
 def read_status(path: Path) -> Status:

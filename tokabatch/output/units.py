@@ -57,14 +57,24 @@ def write_units(claim: Claim, units: Units) -> str:
 def read_units(folder: OutputFolder, count: int, digest: str, start: Int64) -> Units:
     """The units that the manifest names, for samples that begin at `start` [rows + 1]. Raises DamageError where they are not as
     they were written."""
+    lengths, numbers = _read(folder, digest)
+    return Units(start, np.repeat(numbers, lengths), count)
+
+
+def unit_sizes(folder: OutputFolder, digest: str) -> Int64:
+    """Samples of each unit. Raises DamageError as `read_units`."""
+    lengths, numbers = _read(folder, digest)
+    return np.bincount(numbers, lengths).astype(np.int64)
+
+
+def _read(folder: OutputFolder, digest: str) -> Int32:
     path = _path(folder, digest)
     content = read_bytes(folder.files, path)
     if content is None or hashlib.sha256(content).hexdigest() != digest:
         raise DamageError(
             f"{path} is missing or damaged, which tells the units of the run. Without --shared, the same command completes it"
         )
-    lengths, numbers = np.load(io.BytesIO(content), allow_pickle=False)
-    return Units(start, np.repeat(numbers, lengths), count)
+    return np.load(io.BytesIO(content), allow_pickle=False)
 
 
 def unit_of_shard(name: str) -> int | None:

@@ -343,6 +343,17 @@ def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] 
     return (Section("Status", (*rows, *_pace(pace or {}))),)
 
 
+def share_sections(shares: Mapping[str, Any]) -> tuple[Section, ...]:
+    """Who computes what of a run that several processes share: its units, and a line for each process at work."""
+    rows = [("units", f"{_count(shares['units'])}, {_count(shares['complete'])} of them complete")]
+    for task in shares["tasks"]:
+        units = ", ".join(map(str, task["units"])) or "none yet"
+        rows.append(
+            (f"task {task['name']}", f"on {task['host']}, units {units}; seen {seconds_text(max(0.0, task['renewed']))} ago")
+        )
+    return (Section("Shared", tuple(rows)),)
+
+
 def _pace(pace: Mapping[str, float | None]) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     if (running := pace.get("running_seconds")) is not None:
