@@ -98,6 +98,8 @@ def test_neutral_and_harmless_fields_pass():
     for url in (CHAT, COMPLETIONS):
         most = {"max_tokens": 16} if url == COMPLETIONS else {}
         assert read(url, **neutral).settings == {"n": 1, "presence_penalty": 0, "logit_bias": {}, **most}
+    assert read(CHAT, add_special_tokens=False) and read(COMPLETIONS, add_special_tokens=True)
+    assert refused(CHAT, add_special_tokens=True).param == refused(COMPLETIONS, add_special_tokens=False).param
     assert read(CHAT, tools=[], tool_choice="none", parallel_tool_calls=True).chat == {}
     assert read(COMPLETIONS, suffix="", echo=False).rows() == [{"prompt": "Hello", "sampling_params": {"max_tokens": 16}}]
 

@@ -7,9 +7,8 @@ as those servers read them. A null is a field that is not there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Literal, cast
 
 from pydantic import ValidationError
@@ -18,6 +17,7 @@ from tokabatch.job import GenerationConfig
 from tokabatch.job.fields import DECIDED_KWARGS
 from tokabatch.job.refusals import refusals_of
 from tokabatch.openai.errors import ApiError, unsupported
+from tokabatch.openai.request_fields import SETTINGS, refuse_field
 
 Url = Literal["/v1/completions", "/v1/chat/completions"]
 COMPLETIONS: Url = "/v1/completions"
@@ -27,64 +27,6 @@ DEFAULT_MAX_TOKENS = 16
 """Of a completions request, as the API has it; a chat request that does not say it is not bounded."""
 
 Prompt = str | tuple[int, ...]
-
-_SETTINGS = (
-    *(
-        "n",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "max_tokens",
-        "min_tokens",
-        "stop",
-        "stop_token_ids",
-        "ignore_eos",
-        "seed",
-    ),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words"),
-)
-"""Fields that are settings of the same name; `top_k` -1 is off, as other servers have it."""
-_NO_EFFECT = frozenset(
-    (
-        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        *("parallel_tool_calls", "cache_salt", "priority", "request_id"),
-    )
-)
-"""Fields that change no answer."""
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "suffix": ("",),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "add_special_tokens": (True,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "truncate_prompt_tokens": (-1,),
-}
-"""Fields that are not honoured, with the values that ask for what happens anyway; null is one for every field."""
-_REFUSED = frozenset(
-    (
-        *("reasoning_effort", "verbosity", "audio", "prediction", "web_search_options", "chat_template", "prompt_logprobs"),
-        *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "allowed_token_ids"),
-        *("logits_processors", "thinking_token_budget"),
-    )
-)
-"""Further known fields that are not honoured."""
-_COMMON = frozenset((*_SETTINGS, "model", "logprobs", "stream", "stream_options", "best_of", "echo"))
-_OF_CHAT = frozenset(
-    (
-        *("messages", "top_logprobs", "max_completion_tokens", "tools", "tool_choice", "documents", "chat_template_kwargs"),
-        *("add_generation_prompt", "continue_final_message"),
-    )
-)
-_KNOWN = {COMPLETIONS: _COMMON | {"prompt"}, CHAT: _COMMON | _OF_CHAT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +94,10 @@ def _parse(url: str, body: Any) -> Request:
         raise _Fault(ApiError(f"the url {url!r} is not served; use {COMPLETIONS} or {CHAT}", "url", "invalid_value", 404))
     if not isinstance(body, dict):
         raise _Fault(ApiError(f"the body must be a JSON object, not {_kind(body)}", None, "invalid_type"))
-    known = _KNOWN[url]
     given = {name: value for name, value in cast("dict[str, Any]", body).items() if value is not None}
     for name, value in given.items():
-        _check_field(name, value, known)
+        if fault := refuse_field(name, value, url == CHAT):
+            raise _Fault(fault)
     model = given.get("model")
     if model is None:
         raise _Fault(ApiError("model is missing", "model", "missing_required_parameter"))
@@ -223,30 +165,6 @@ def _chat(given: Mapping[str, Any], common: Mapping[str, Any]) -> Request:
     return Request(**common, messages=cast("list[dict[str, Any]]", messages), chat=chat, settings=settings)
 
 
-def _check_field(name: str, value: Any, known: Collection[str]) -> None:
-    """Raises for a field that is not known, or not honoured and not neutral."""
-    if name in known or name in _NO_EFFECT:
-        return
-    if name in _NEUTRAL:
-        accepted = _NEUTRAL[name]
-        if not any(value == each and isinstance(value, bool) is isinstance(each, bool) for each in accepted):
-            told = " or ".join(str(each) for each in accepted)
-            raise _Fault(unsupported(name, f"is not supported, but for {told}; leave it out"))
-        return
-    if name in _REFUSED:
-        raise _Fault(unsupported(name, "is not supported; leave it out"))
-    of_other = name in _COMMON | _OF_CHAT | {"prompt"}
-    near = get_close_matches(name, known, n=1)
-    hint = (
-        f"it belongs to {CHAT if 'prompt' in known else COMPLETIONS}"
-        if of_other
-        else f"did you mean {near[0]}?"
-        if near
-        else ""
-    )
-    raise _Fault(ApiError(f"{name} is not a field of this request{f'; {hint}' if hint else ''}", name, "unknown_parameter"))
-
-
 def _prompts(given: Mapping[str, Any]) -> tuple[Prompt, ...]:
     prompt = given.get("prompt")
     if prompt is None:
@@ -282,7 +200,7 @@ def _settings(
 ) -> dict[str, Any]:
     """The request's settings, checked as a row's are; `called` is the field that gives `max_tokens`, which may be 0 where
     `least_tokens` is."""
-    settings = {name: given[name] for name in _SETTINGS if name in given and name != "max_tokens"}
+    settings = {name: given[name] for name in SETTINGS if name in given and name != "max_tokens"}
     if type(settings.get("top_k")) is int and settings["top_k"] == -1:
         settings["top_k"] = 0
     if max_tokens is not None:
