@@ -213,7 +213,10 @@ def run(
     units: Annotated[int, typer.Option("--units", min=1, help="Into how many units the first of them cuts the plan.")] = 256,
     task: Annotated[str, typer.Option("--task", help="What `tokabatch status` calls this one of them.")] = "",
     lease: Annotated[
-        float, typer.Option("--lease", min=0.5, help="Seconds without a sign of life before others take a run's units over.")
+        float,
+        typer.Option(
+            "--lease", min=0.5, help="Seconds after which others take over the units of a run that no longer responds."
+        ),
     ] = 60.0,
     deadline: Annotated[
         float | None, typer.Option("--deadline", help="Stop as on SIGTERM so many seconds from now.", min=0, show_default=False)
@@ -325,7 +328,10 @@ def slurm(
     _load("tokabatch.job").Job.load(job, *(overrides or ()))
     module, script = _load("tokabatch.cluster.slurm"), to or Path(f"{job.stem}.sbatch")
     array = module.Array(tasks, gpus, cpus, limit, options=tuple(option or ()), setup=tuple(setup or ()), command=command)
-    script.write_text(module.batch_script(job, tuple(overrides or ()), array, Path.cwd()))
+    try:
+        script.write_text(module.batch_script(job, tuple(overrides or ()), array, Path.cwd()))
+    except OSError as error:
+        raise UsageError(f"--to {script} cannot be written: {error.strerror}; name a file elsewhere") from error
     _print_result(module.submit(script) if submit else f"{script}: submit it with `sbatch {script}`")
 
 
