@@ -169,3 +169,11 @@ def test_what_cannot_be_reached_in_an_output_folder_is_not_taken_for_absent(name
             assert node.func.attr not in SWALLOWING, f"{name}:{node.lineno}: {ast.unparse(node)}"
             ignored = [word for word in node.keywords if word.arg == "ignore_errors"]
             assert not ignored, f"{name}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_every_folder_is_in_the_map():
+    page = (PACKAGE / "README.md").read_text()
+    folders = {path.parent.relative_to(PACKAGE).parts[0] for path in files() if path.parent != PACKAGE}
+    assert sorted(folder for folder in folders if f"| `{folder}/` |" not in page) == [], (
+        "say in tokabatch/README.md what they are for"
+    )

@@ -42,7 +42,7 @@ class PenaltyTable:
             presence=presence.copy(),
             frequency=frequency.copy(),
             num_rules=np.array([len(each) for each in rules], np.int32),
-            rules=np.concatenate([_widened(each, width) for each in rules]),
+            rules=np.concatenate([np.insert(each, [3] * (width - each.shape[1]), -1, axis=1) for each in rules]),
         )
 
     def _rules_of(self, entry: int) -> Int32:
@@ -67,8 +67,3 @@ def _rules(rules: Sequence[tuple[int, float, int, tuple[int, ...]]]) -> Int32:
         word[:3] = token, np.float32(value).view(np.int32), until
         word[3 + longest - len(before) :] = before
     return words
-
-
-def _widened(rules: Int32, width: int) -> Int32:
-    missing = width - rules.shape[1]
-    return np.insert(rules, [3] * missing, -1, axis=1) if missing else rules
