@@ -461,7 +461,7 @@ class TestGeneration:
     def test_model_defaults_fill_what_the_job_leaves_open(self) -> None:
         job = Job.load(MINIMAL, "generation.temperature=0.2")
         effective, listed = job.generation.with_model_defaults(
-            {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_length": 20, "min_p": 7.0, "repetition_penalty": 1.05}
+            {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "seed": None, "min_p": 7.0, "repetition_penalty": 1.05}
         )
         assert (effective.temperature, effective.top_p, effective.top_k, effective.min_p) == (0.2, 0.9, 20, 0.0)
         sources = {setting.key: (setting.value, setting.source) for setting in listed}

@@ -39,7 +39,9 @@ NEUTRAL: Mapping[str, Any] = {
     "renormalize_logits": False,
 }
 """What these say where they say nothing."""
-HONOURED = frozenset(("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample", "eos_token_id"))
+HONOURED_SAMPLING = frozenset(("temperature", "top_p", "top_k", "min_p", "repetition_penalty"))
+"""Keys whose values stand where the job gives none of its own."""
+HONOURED = HONOURED_SAMPLING | {"do_sample", "eos_token_id"}
 GREEDY_TOO = frozenset(("repetition_penalty",))
 """Those that also change what a greedy model says."""
 WITHOUT_EFFECT = frozenset(
@@ -90,9 +92,8 @@ def effective_generation(job: Job, folder: Path) -> tuple[GenerationConfig, tupl
     Of a model whose file says `do_sample: false` the defaults of sampling are left out: they would not be used there, either.
     """
     defaults = _read(folder / GENERATION_CONFIG)
-    if defaults.get("do_sample") is False:
-        defaults = {name: defaults[name] for name in GREEDY_TOO if name in defaults}
-    return job.generation.with_model_defaults(defaults)
+    honoured = GREEDY_TOO if defaults.get("do_sample") is False else HONOURED_SAMPLING
+    return job.generation.with_model_defaults({name: value for name, value in defaults.items() if name in honoured})
 
 
 def describe_ignored(folder: Path, job: Job, settings: Sequence[Setting]) -> tuple[str, ...]:

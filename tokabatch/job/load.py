@@ -1,6 +1,6 @@
 """A job file (or mapping) and its overrides as one validated model, or one JobError that lists all that is wrong.
 
-Knows how the values were written and where, for the messages; the model says which keys there are.
+Keeps where the values were written, for the messages; the model says which keys there are, `refusals` words what is wrong.
 """
 
 from __future__ import annotations
@@ -158,39 +158,17 @@ def _refuse_empty_sections(model: type[BaseModel], draft: _Draft) -> None:
 
 
 def _located(draft: _Draft, refusal: Refusal) -> tuple[int, str]:
-    """The refusal with where it was written, and the remedy spelled as one would write it there."""
+    """The refusal as text, with where it was written, and its sort key."""
     # The override that wrote the value, itself or as part of what is above it.
     above = [key for key in draft.overrides if refusal.path[: len(key)] == key]
     if above:
         override = draft.overrides[max(above, key=len)]
-        return _rank(list(draft.overrides.values()).index(override)), _in_override(override, refusal)
+        return _rank(list(draft.overrides.values()).index(override)), refusal.in_override(override)
     prefixes = (refusal.path[:end] for end in range(len(refusal.path), 0, -1))
     line = next((draft.lines[prefix] for prefix in prefixes if prefix in draft.lines), None)
     if line is None:
-        return _NO_LINE, _in_file(draft.name, refusal)
-    return line, _in_file(f"{draft.name}:{line}", refusal)
-
-
-def _in_override(override: str, refusal: Refusal) -> str:
-    key, _, value = override.partition("=")
-    if refusal.suggestion:
-        return f"override `{override}`: {refusal.message}; did you mean `{refusal.suggestion}={value}`?"
-    subject = "" if key.strip() == refusal.key else f"{refusal.key}: "
-    remedy = f", for example `{refusal.key}={refusal.example}`" if refusal.example is not None else ""
-    return f"override `{override}`: {subject}{refusal.message}{remedy}"
-
-
-def _in_file(where: str, refusal: Refusal) -> str:
-    remedy = ""
-    if refusal.suggestion:
-        section, _, word = refusal.suggestion.rpartition(".")
-        remedy = f"; did you mean `{word if section == dotted(refusal.path[:-1]) else refusal.suggestion}`?"
-    elif refusal.example is not None:
-        word = next(part for part in reversed(refusal.path) if isinstance(part, str))
-        remedy = f", for example `{word}: {refusal.example}`"
-    # What concerns two sections has no key of its own.
-    subject = f"{refusal.key}: " if refusal.key else ""
-    return f"{where}: {subject}{refusal.message}{remedy}"
+        return _NO_LINE, refusal.in_file(draft.name)
+    return line, refusal.in_file(f"{draft.name}:{line}")
 
 
 def _rank(number: int) -> int:

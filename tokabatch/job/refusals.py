@@ -1,6 +1,7 @@
 """Why a model refused its values, in words: the key, what was given, what is accepted, and what to write instead.
 
-Turns pydantic's errors into one sentence a key. Knows no file and no line; `load` adds where each key was written.
+Turns pydantic's errors into one sentence a key. `load` finds where each key was written; `Refusal.in_file` and
+`Refusal.in_override` put that in front.
 """
 
 from __future__ import annotations
@@ -41,6 +42,28 @@ class Refusal:
     @property
     def key(self) -> str:
         return dotted(self.path)
+
+    def in_file(self, where: str) -> str:
+        """The refusal of what stands at `where` in a job file, the remedy as one would write it there."""
+        remedy = ""
+        if self.suggestion:
+            section, _, word = self.suggestion.rpartition(".")
+            remedy = f"; did you mean `{word if section == dotted(self.path[:-1]) else self.suggestion}`?"
+        elif self.example is not None:
+            word = next(part for part in reversed(self.path) if isinstance(part, str))
+            remedy = f", for example `{word}: {self.example}`"
+        # What concerns two sections has no key of its own.
+        subject = f"{self.key}: " if self.key else ""
+        return f"{where}: {subject}{self.message}{remedy}"
+
+    def in_override(self, override: str) -> str:
+        """The refusal of what an override `key=value` sets, the remedy as an override."""
+        key, _, value = override.partition("=")
+        if self.suggestion:
+            return f"override `{override}`: {self.message}; did you mean `{self.suggestion}={value}`?"
+        subject = "" if key.strip() == self.key else f"{self.key}: "
+        remedy = f", for example `{self.key}={self.example}`" if self.example is not None else ""
+        return f"override `{override}`: {subject}{self.message}{remedy}"
 
 
 def refusals_of(model: type[BaseModel], error: ValidationError, values: Any) -> Iterator[Refusal]:

@@ -31,8 +31,6 @@ _VERIFIERS = Path(__file__).parent.parent / "scoring" / "verifiers"
 _PYTHON = ".py"
 _OWN_JUDGE = re.compile(r".+\.py(:[A-Za-z_]\w*)?|[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.DOTALL)
 _WITHOUT_ANSWER = ("code", "regex")
-# What a generation_config.json may decide where the job says nothing.
-_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class _Section(BaseModel):
@@ -203,18 +201,17 @@ class GenerationConfig(_Section):
         return SamplingParams(**self.param_values | _as_params({name: own[name] for name in given}))
 
     def with_model_defaults(self, defaults: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[Setting, ...]]:
-        """Fills what the job does not say from a model's generation_config.json, and tells where each value came from.
-        Only temperature, top_p, top_k, min_p and repetition_penalty are taken; a value that this job would refuse is left
-        out."""
+        """Fill what the job does not say from `defaults`, values of a model's generation_config.json by keys of this section,
+        and tell where each value came from. A value that a job would be refused with is left out, and so is null."""
         taken: dict[str, Any] = {}
-        for name in _MODEL_DEFAULTS:
-            if name in self.model_fields_set or defaults.get(name) is None:
+        for name, value in defaults.items():
+            if name in self.model_fields_set or value is None:
                 continue
             try:
-                GenerationConfig.model_validate({name: defaults[name]})
+                GenerationConfig.model_validate({name: value})
             except ValidationError:
                 continue
-            taken[name] = defaults[name]
+            taken[name] = value
         merged = {name: getattr(self, name) for name in self.model_fields_set} | taken
         effective = GenerationConfig.model_validate(merged)
         settings: list[Setting] = []

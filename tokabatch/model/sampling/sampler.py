@@ -40,7 +40,7 @@ _COLDEST = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What a step drew, in one tensor, so that one copy brings it to the host. See `messages.StepResult`.
+    """What a step drew, in one tensor, so that one copy brings it to the host. See `contracts.StepResult`.
 
     The rows of `packed` (int32, [3 + 2 K, S]) are the tokens, whether the logits were finite, the bits of the logprobs, K
     rows of ids and K of the bits of their logprobs, K = max(0, max_logprobs). The properties read it wherever it lies.
