@@ -104,7 +104,12 @@ def overlap(mesh: Mesh, device: torch.device, show: Callable[..., None]) -> None
 def sampling(mesh: Mesh, device: torch.device, show: Callable[..., None]) -> None:
     vocab = 128_256
     shard = VocabularyShard.of(vocab, mesh)
-    kinds = {"random": {}, "greedy": {"temperature": 0.0}, "logprobs": {"logprobs": 0}, "top_p": {"top_p": 0.9}}
+    kinds: dict[str, dict[str, Any]] = {
+        "random": {},
+        "greedy": {"temperature": 0.0},
+        "logprobs": {"logprobs": 0},
+        "top_p": {"top_p": 0.9},
+    }
     for rows in (256, 2048, 8192):
         # The same on every rank.
         logits = torch.randn(rows, vocab, generator=torch.Generator(device).manual_seed(rows), device=device).mul_(2).bfloat16()
