@@ -49,7 +49,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _READER_ENDED = 128 + signal.SIGPIPE
 _DEVICES = "h200, h100, a100 or l40s, or a variant such as h100-pcie or a100-40gb"
 
-_KEY_OF = {ModelError: "model.path", InputError: "input.path", OutputError: "output.path"}
+_KEY_OF = {ModelError: "model.path", InputError: "input.path"}
 """Where in a job to look for what a message is about that names no key."""
 
 _HELP = """Offline batch inference: complete every row of a dataset with a language model, each row n times.

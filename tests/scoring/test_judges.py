@@ -243,6 +243,10 @@ def test_references_are_checked_before_anything_is_computed(rows: Path, tmp_path
         ("import there_is_no_such_module", r"ModuleNotFoundError"),
         ("raise SystemExit(0)", r"SystemExit"),
         ("import os; os._exit(5)", r"ended with code 5 while it was loaded"),
+        (
+            "def verify(text): return True",
+            r"its `verify\(text\)` is called with a text and its row; write `verify\(text, row\)`",
+        ),
         ("def judge(text, row): return True", r"has no function `verify\(text, row\)`"),
         ("def verify(text, reference): return True", r"write `verify\(text, row\)`, where row\[COLUMN\] is the reference"),
         ("def verify(text, row, *, strict): return True", r"it needs 'strict'; give verify\.options\.strict"),

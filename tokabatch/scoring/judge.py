@@ -85,6 +85,12 @@ class Judge:
                 f"its `{spec.function}(text, reference)` is of an earlier version; write `{spec.function}(text, row)`, where "
                 "row[COLUMN] is the reference"
             )
+        by_place = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+        if len(by_place) < 2 and not any(each.kind is each.VAR_POSITIONAL for each in parameters):
+            given = ", ".join(each.name for each in parameters)
+            raise ValueError(
+                f"its `{spec.function}({given})` is called with a text and its row; write `{spec.function}(text, row)`"
+            )
         self._function: Callable[..., Any] = function
         self._options = _options(spec, parameters[2:])
         self._check = getattr(module, "check", None)

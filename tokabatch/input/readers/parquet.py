@@ -116,7 +116,9 @@ def _faults_named(file: InputFile) -> Generator[None, None, None]:
     except InputError:
         raise
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file.path} is not a readable Parquet file: {error}. Fetch or write it again.") from error
+        raise InputError(
+            f"{file.path} is not a readable Parquet file: {str(error).rstrip('.')}. Fetch or write it again."
+        ) from error
     except Exception as error:  # see `refuse_unreachable`
         refuse_unreachable(file.path, error)
 
