@@ -463,8 +463,9 @@ def status(out: OutArgument) -> None:
     shares = _load("tokabatch.output.status").read_shares(out, time.time())
     sections += summary.share_sections(asdict(shares)) if shares is not None else ()
     if found.correct is not None:
-        estimates = _load("tokabatch.report.run_estimates").read_estimates(out) or ()
-        sections += summary.verdict_sections(estimates, found.committed, found.samples)
+        verdicts = _load("tokabatch.report.run_estimates")
+        estimates, how = verdicts.read_estimates(out) or (), verdicts.read_estimator(out)
+        sections += summary.verdict_sections(estimates, found.committed, found.samples, how)
     _print_result(sections)
 
 
@@ -595,7 +596,9 @@ def export(
     ] = None,
     where: Annotated[
         str | None,
-        typer.Option("--where", metavar="correct|wrong|ok|error", help="Only samples that are so.", show_default=False),
+        typer.Option(
+            "--where", metavar="correct|wrong|ok|error|cancelled", help="Only samples that are so.", show_default=False
+        ),
     ] = None,
     form: Annotated[
         str, typer.Option("--format", metavar="samples|openai", help="openai: the results and errors files of a batch file.")
@@ -628,8 +631,8 @@ def export(
         return
     if errors is not None:
         raise UsageError("--errors belongs to --format openai; add it")
-    if where not in (None, "correct", "wrong", "ok", "error"):
-        raise UsageError(f"--where {where}: accepts correct, wrong, ok or error")
+    if where not in (None, "correct", "wrong", "ok", "error", "cancelled"):
+        raise UsageError(f"--where {where}: accepts correct, wrong, ok, error or cancelled")
     exporter = _load("tokabatch.output.export")
     names = None if columns is None else tuple(name.strip() for name in columns.split(","))
     selection = exporter.Selection(nested, names, where)

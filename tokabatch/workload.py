@@ -46,6 +46,7 @@ from tokabatch.output.shards import refuse_unwritable
 from tokabatch.parallel.layout import Layout, decide_layout, visible_devices
 from tokabatch.parallel.mesh import Mesh
 from tokabatch.scheduling.contracts import Drawn, Requests
+from tokabatch.scoring.judge import ANSWER
 from tokabatch.scoring.pool import JudgePool, open_pool
 
 Compare = Callable[[Fingerprint, RowDigests | None, RowPlaces], None]
@@ -168,6 +169,12 @@ def prepare(
     `absent_gpu`: for a GPU that is not here, of which nothing can be asked."""
     pool = None if job.verify is None else open_pool(job.verify)
     judge = None if pool is None else pool.load()
+    stop = None if job.verify is None else job.verify.stop
+    if judge is not None and stop is not None and stop.majority is not None and ANSWER not in judge.columns:
+        raise JobError(
+            f"verify.stop.majority counts equal answers, and the judge extracts none: its COLUMNS have no {ANSWER!r}. Use one "
+            "that does, such as gsm8k or choice, or verify.stop.after_correct"
+        )
     job = settle_format(job)
     model, ends, checkpoint = _open(job, absent_gpu=absent_gpu)
     tokenizer, spec, generation = model.tokenizer, model.spec, model.generation

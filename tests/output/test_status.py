@@ -12,7 +12,7 @@ import pytest
 from tokabatch.errors import OutputError
 from tokabatch.input.fingerprint import Fingerprint
 from tokabatch.output.folder import Claim
-from tokabatch.output.manifest import Manifest, Versions, mark_success, write_manifest, write_summary
+from tokabatch.output.manifest import Manifest, Versions, mark_success, write_manifest
 from tokabatch.output.shards import ShardWriter
 from tokabatch.output.status import Pace, read_pace, read_status
 
@@ -81,9 +81,14 @@ def test_a_complete_run(tmp_path: Path) -> None:
 def test_cancelled_samples_are_not_pending(tmp_path: Path) -> None:
     with Claim(tmp_path / "out") as claim:
         write_manifest(claim, MANIFEST, {})
-        write_summary(claim, {"cancelled": 4})
-    status = read_status(tmp_path / "out")
-    assert (status.cancelled, status.pending, status.state) == (4, 2, "incomplete")
+        writer = ShardWriter(claim, SCHEMA, rows_per_shard=4, flush_seconds=1e9)
+        writer.add(samples((0, "ok", True), *[(0, "cancelled", None)] * 3, (1, "error", None)))
+        writer.close()
+        status = read_status(tmp_path / "out")
+        assert (status.ok, status.errors, status.cancelled, status.pending) == (1, 1, 3, 1)
+        writer.add(samples((1, "cancelled", None)))
+        assert mark_success(claim, writer.close(), 6).closed
+    assert read_status(tmp_path / "out").state == "complete"
 
 
 def test_a_run_that_is_not_verified(tmp_path: Path) -> None:

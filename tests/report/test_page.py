@@ -40,6 +40,7 @@ RUN = RunRecord(
     samples=20,
     ok=18,
     errors=1,
+    cancelled=0,
     lengths=np.arange(1, 19, dtype=np.int32),
     summary=SUMMARY,
     steps=STEPS,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import product
 
@@ -11,11 +13,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokabatch.scoring.early_stopping import Outcome, StopRule, estimate_stopped, opened, stop_after
+from tokabatch.scoring.early_stopping import Outcome, RowTally, StopRule, estimate_stopped, opened
 from tokabatch.scoring.pass_at_k import estimate
 
-RULES = st.builds(StopRule, after_correct=st.none() | st.integers(1, 3), majority=st.none() | st.integers(1, 4))  # type: ignore[arg-type]
+RULES = st.builds(StopRule, st.integers(1, 3)) | st.builds(StopRule, st.none(), st.integers(1, 4))
 OUTCOMES = st.lists(st.builds(Outcome, st.booleans(), st.sampled_from([None, "a", "b"])), min_size=1, max_size=24)
+
+
+def stop_after(rule: StopRule, outcomes: Sequence[Outcome | None]) -> int | None:
+    """How many samples a row takes, by the definition: the shortest prefix that the rule is content with."""
+    for number in range(1, len(outcomes) + 1):
+        prefix = [outcome for outcome in outcomes[:number] if outcome is not None]
+        if len(prefix) < number:
+            return None
+        votes = Counter(outcome.answer for outcome in prefix if outcome.answer is not None)
+        if rule.after_correct is not None and sum(outcome.correct for outcome in prefix) == rule.after_correct:
+            return number
+        if rule.majority is not None and max(votes.values(), default=0) == rule.majority:
+            return number
+    return None
 
 
 @given(RULES, OUTCOMES, st.randoms(use_true_random=False))
@@ -25,14 +41,21 @@ def test_the_order_of_verdicts_decides_nothing(rule: StopRule, outcomes: list[Ou
     known: list[Outcome | None] = [None] * len(outcomes)
     numbers = list(range(len(outcomes)))
     order.shuffle(numbers)
-    decided: set[int] = set()
+    tally = RowTally(rule)
     for number in numbers:
         known[number] = outcomes[number]
-        found = stop_after(rule, known)
-        if found is not None:
-            decided.add(found)
-            assert None not in known[:found]
-    assert decided == ({expected} if expected is not None else set())
+        tally.add(number, outcomes[number])
+        assert tally.stop == stop_after(rule, known)
+        front = known.index(None) if None in known else len(known)
+        assert tally.judged == (front if tally.stop is None else tally.stop)
+    assert tally.stop == expected
+
+
+def test_a_cancelled_sample_ends_its_row() -> None:
+    tally = RowTally(StopRule(after_correct=1))
+    for number in (2, 0, 1):
+        tally.add(number, None if number == 2 else Outcome(False))
+    assert (tally.stop, tally.judged) == (2, 2)
 
 
 @given(RULES, OUTCOMES, st.integers(1, 64))
@@ -61,7 +84,6 @@ def test_examples() -> None:
     assert stop_after(StopRule(after_correct=2), [right, wrong, right]) == 3
     assert stop_after(StopRule(majority=2), [right, wrong, wrong]) == 3
     assert stop_after(StopRule(majority=1), [Outcome(False), wrong]) == 2
-    assert stop_after(StopRule(), [right] * 9) is None
     assert [opened(40, judged) for judged in (0, 3, 4, 8, 31, 32, 40)] == [4, 4, 8, 16, 32, 40, 40]
 
 

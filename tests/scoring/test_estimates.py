@@ -19,8 +19,18 @@ def judged(rows: list[list[tuple[bool, int, float]]], seed: int = 0) -> Judged:
     flat = [(row, *sample) for row, samples in enumerate(rows) for sample in samples]
     np.random.default_rng(seed).shuffle(flat)  # type: ignore[arg-type]
     row, correct, answer, logprob = (np.array(each) for each in zip(*flat, strict=True))
+    return of_arrays(row, correct, answer, logprob)
+
+
+def of_arrays(row: np.ndarray, correct: np.ndarray, answer: np.ndarray, logprob: np.ndarray) -> Judged:
     return Judged(
-        row.astype(np.int64), correct.astype(bool), correct.astype(float), answer.astype(np.int64), logprob.astype(float)
+        row=row.astype(np.int64),
+        number=np.zeros(len(row), np.int64),
+        correct=correct.astype(bool),
+        score=correct.astype(float),
+        answer=answer.astype(np.int64),
+        logprob=logprob.astype(float),
+        cancelled=np.zeros(len(row), bool),
     )
 
 
@@ -84,7 +94,7 @@ def test_what_was_not_recorded_gives_no_figure() -> None:
     rows = [[(True, -1, float("nan"))] * 4, [(False, -1, float("nan"))] * 4]
     assert list(values(estimate_all(judged(rows)))) == ["mean score", "pass@1", "pass@2", "pass@4"]
     none = np.zeros(0)
-    assert estimate_all(Judged(none.astype(int), none.astype(bool), none, none.astype(int), none)) == ()
+    assert estimate_all(of_arrays(none, none, none, none)) == ()
 
 
 def test_intervals_hold_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +108,7 @@ def test_intervals_hold_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
             correct = (random.random((50, 8)) < p[:, None]).ravel()
             row = np.repeat(np.arange(50), 8)
             nothing = np.full(400, np.nan)
-            found = estimate_all(Judged(row, correct, correct.astype(float), np.full(400, -1), nothing))
+            found = estimate_all(of_arrays(row, correct, np.full(400, -1), nothing))
             pass_at_1 = next(each for each in found if each.name == "pass@1")
             assert pass_at_1.low <= pass_at_1.value <= pass_at_1.high
             held += pass_at_1.low <= 0.4 <= pass_at_1.high

@@ -295,6 +295,24 @@ class TraceConfig(_Section):
     replica: fields.Index = Field(default=0, description="Of several replicas, the one to record; the first is 0.")
 
 
+class StopConfig(_Section):
+    """Sample a row no further once its verdicts tell enough: one of the two. They are looked at in the order of the sample
+    numbers, so where a row stops is the same on any hardware and after any restart; its further samples are rows of status
+    `cancelled`. Samples begin in waves (4, 8, 16, ...) as verdicts come in."""
+
+    after_correct: fields.OptionalCount = Field(default=None, description="Stop a row at so many right samples.")
+    majority: fields.OptionalCount = Field(
+        default=None,
+        description="Stop a row once so many of its samples give one answer (the judge's column `extracted`).",
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> StopConfig:
+        if (self.after_correct is None) == (self.majority is None):
+            raise ValueError("needs one of `after_correct` and `majority`; write {after_correct: 1}, for one")
+        return self
+
+
 class VerifyConfig(_Section):
     """Judge each sample: adds the columns `correct`, `verify_score` and `verify_error`, and pass@k to the summary. Judges have
     processes of their own, beside the run."""
@@ -308,6 +326,7 @@ class VerifyConfig(_Section):
     processes: fields.AutoCount = Field(default="auto", description="Most processes that judge; auto: half of the CPU's cores.")
     seconds: fields.Seconds = Field(default=10.0, description="A verdict that takes longer is null; its process is replaced.")
     memory_bytes: fields.Bytes = Field(default=4 << 30, description="Address space that a process of judges may have.")
+    stop: StopConfig | None = None
     allow_code_execution: fields.Flag = Field(
         default=False,
         description="Needed by kind `code`, which runs what the model wrote, with limits on time and memory but as your user.",
@@ -346,6 +365,8 @@ class VerifyConfig(_Section):
             for name in ("options", "correct_from")
             if values[name] != VerifyConfig.model_fields[name].default
         }
+        if self.stop is not None:
+            newer["stop"] = values["stop"]
         return {"kind": self.kind, "answer": self.answer, **newer}
 
 

@@ -22,8 +22,8 @@ from tokabatch.errors import OutputError
 from tokabatch.input.store.json_types import JSON_TEXTS_KEY
 from tokabatch.output.folder import Claim, OutputFolder
 from tokabatch.output.journal import Shard
-from tokabatch.output.schema import SAMPLE_SCHEMA, input_names
-from tokabatch.output.shards import count_ok, open_shard, read_groups, record_commit, write_shard
+from tokabatch.output.schema import SAMPLE_SCHEMA, input_names, verdict_names
+from tokabatch.output.shards import count_cancelled, count_ok, open_shard, read_groups, record_commit, write_shard
 from tokabatch.scheduling.contracts import Drawn
 from tokabatch.storage.listing import ListedFile
 
@@ -50,8 +50,12 @@ class Committed:
         return sum(shard.errors for shard in self.shards)
 
     @property
+    def cancelled(self) -> int:
+        return sum(shard.cancelled for shard in self.shards)
+
+    @property
     def samples(self) -> int:
-        return self.ok + self.errors
+        return self.ok + self.errors + self.cancelled
 
 
 def nothing_committed(num_samples: Int64) -> Committed:
@@ -83,20 +87,34 @@ def read_committed(
         path = file.path
         if names is not None and folder.name_of(path) not in names:
             continue
-        rows = ok = 0
+        rows = ok = cancelled = 0
         for found in read_groups(file, _COLUMNS, partial(_check_own_columns, path, schema)):
-            table = found if errors else found.filter(_is_ok(found))
+            table = found if errors else found.filter(_is_no_error(found))
             keys = _places(path, table, start)
             _refuse_repeats(path, table, keys, flags, folder)
             flags[keys] = True
-            rows, ok = rows + table.num_rows, ok + count_ok(table)
+            rows, ok, cancelled = rows + table.num_rows, ok + count_ok(table), cancelled + count_cancelled(table)
             codes.update(table["error_code"].drop_null().to_pylist())
             if "correct" in table.column_names and table.schema.field("correct").type == pa.bool_():
                 row_index = table["row_index"].to_numpy()
                 np.add.at(correct, row_index[table["correct"].fill_null(False).to_numpy(zero_copy_only=False)], 1)
                 unverified += count_ok(table.filter(pc.call_function("is_null", [table["correct"]])))
-        shards.append(Shard(folder.name_of(path), rows, ok, rows - ok, file.bytes))
+        shards.append(Shard(folder.name_of(path), rows, ok, rows - ok - cancelled, file.bytes, None, cancelled))
     return Committed(empty.drawn, tuple(shards), codes, correct, unverified)
+
+
+def read_outcomes(folder: OutputFolder, rows: Bool) -> Iterator[tuple[int, int, str, bool | None, str | None]]:
+    """Of every committed sample of the rows that are marked: its row, its number, its status, whether it was found correct, and
+    the answer that the judge extracted (None where it extracts none)."""
+    for file in folder.shards():
+        for table in read_groups(file, ("row_index", "sample_index", "status", "correct", "extracted")):
+            wanted = table.filter(pa.array(rows[table["row_index"].to_numpy()]))
+            judged = verdict_names(wanted.schema)
+            columns = [wanted[name].to_pylist() for name in ("row_index", "sample_index", "status")]
+            columns += [
+                wanted[name].to_pylist() if name in judged else [None] * wanted.num_rows for name in ("correct", "extracted")
+            ]
+            yield from zip(*columns, strict=True)
 
 
 def sampled_rows(folder: OutputFolder, rows: int) -> tuple[Bool, Bool]:
@@ -112,24 +130,49 @@ def sampled_rows(folder: OutputFolder, rows: int) -> tuple[Bool, Bool]:
     return good, bad
 
 
-def drop_errors(claim: Claim) -> int:
-    """Take the error rows out of the committed shards, so that they are missing; how many there were.
+def drop_errors(claim: Claim, *, reopen: bool = False) -> int:
+    """Take the error rows out of the committed shards, so that they are missing; how many there were. With `reopen` each row
+    goes on from its first error: what lies behind that, cancelled or not, may follow from the error, and is taken out first.
 
     A shard is replaced whole by one without them: cut short anywhere, the folder holds a run that lacks some samples.
     """
+    if reopen:
+        keys: list[Int64] = [np.zeros((2, 0), np.int64)]
+        for file in claim.folder.shards():
+            for table in read_groups(file, ("row_index", "sample_index", "status")):
+                failed = table.filter(pc.call_function("invert", [_is_no_error(table)]))
+                keys.append(np.stack((failed["row_index"].to_numpy(), failed["sample_index"].to_numpy())))
+        row, sample = np.concatenate(keys, axis=1)
+        order = np.lexsort((sample, row))
+        reopened, first = np.unique(row[order], return_index=True)
+        number = sample[order][first]
+
+        def is_in_front(table: pa.Table) -> pa.ChunkedArray[Any]:
+            row, sample = table["row_index"].to_numpy(), table["sample_index"].to_numpy()
+            place = np.minimum(np.searchsorted(reopened, row), len(reopened) - 1)
+            return pa.chunked_array([pa.array((reopened[place] != row) | (sample <= number[place]))])
+
+        if len(reopened):
+            _keep(claim, is_in_front)
+    return _keep(claim, _is_no_error)
+
+
+def _keep(claim: Claim, wanted: Callable[[pa.Table], pa.ChunkedArray[Any]]) -> int:
+    """Take what is not wanted out of the shards; how many samples that are."""
     dropped = 0
     for file in claim.folder.shards():
-        errors = sum(table.num_rows - count_ok(table) for table in read_groups(file, ("status",)))
-        if not errors:
+        keys = ("row_index", "sample_index", "status")
+        rows = kept = 0
+        for table in read_groups(file, keys):
+            rows, kept = rows + table.num_rows, kept + table.filter(wanted(table)).num_rows
+        if kept == rows:
             continue
-        dropped += errors
-        with open_shard(file) as parquet:
-            rows = parquet.metadata.num_rows
-        if errors == rows:
+        dropped += rows - kept
+        if not kept:
             _remove(claim, file.path)
         else:
-            kept = (table.filter(_is_ok(table)) for table in read_groups(file, None))
-            replace_shard(claim, file, (table for table in kept if table.num_rows))
+            tables = (table.filter(wanted(table)) for table in read_groups(file, None))
+            replace_shard(claim, file, (table for table in tables if table.num_rows))
     return dropped
 
 
@@ -199,6 +242,10 @@ def replace_shard(claim: Claim, file: ListedFile, tables: Iterable[pa.Table]) ->
     record_commit(claim, shard, written)
 
 
+def _is_no_error(table: pa.Table) -> pa.ChunkedArray[Any]:
+    return pc.call_function("not_equal", [table["status"], "error"])
+
+
 def _is_ok(table: pa.Table) -> pa.ChunkedArray[Any]:
     return pc.call_function("equal", [table["status"], "ok"])
 
@@ -211,7 +258,7 @@ def _places(path: Path, table: pa.Table, start: Int64) -> Int64:
     known &= sample < start[clipped + 1] - start[clipped]
     if not known.all():
         odd = int(np.flatnonzero(~known)[0])
-        if table["status"][odd].as_py() != "ok":
+        if table["status"][odd].as_py() == "error":
             raise OutputError(
                 f"{path} holds an error sample (number {sample[odd]}) of row {row[odd]}, which the job does not ask for any "
                 "more. Run with --retry-errors, which takes the error rows out and runs again those that there are."

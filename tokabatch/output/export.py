@@ -42,14 +42,15 @@ _KEYS = ("row_index", "sample_index")
 _ROW_FIELDS = ("id", "row_index")
 _SAMPLES = "samples"
 _BUCKET_BYTES = 128 << 20
-Where = Literal["correct", "wrong", "ok", "error"]
-_WHERE = {"correct": ("correct", True), "wrong": ("correct", False), "ok": ("status", "ok"), "error": ("status", "error")}
+Where = Literal["correct", "wrong", "ok", "error", "cancelled"]
+_WHERE = {"correct": ("correct", True), "wrong": ("correct", False)}
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
     """Which of the samples are exported, and what of them: all `columns` in the order of the output where None; `where` keeps
-    those that are right or wrong, finished or error rows; `nested` makes one record a row, its samples in a list `samples`."""
+    those that are right or wrong, finished, error rows or cancelled; `nested` makes one record a row, its samples in a list
+    `samples`."""
 
     nested: bool = False
     columns: tuple[str, ...] | None = None
@@ -147,9 +148,9 @@ def _shaped(tables: Iterator[pa.Table], selection: Selection, exported: Exported
     """What is selected of tables ordered by row and sample, counted in `exported`."""
     for table in tables:
         if selection.where is not None:
-            column, value = _WHERE[selection.where]
+            column, value = _WHERE.get(selection.where, ("status", selection.where))
             kept = pc.call_function("equal", [table[column], value])
-            ok = pc.call_function("equal", [table["status"], "error" if selection.where == "error" else "ok"])
+            ok = pc.call_function("equal", [table["status"], "ok" if column == CORRECT.name else value])
             table = table.filter(pc.call_function("and_kleene", [kept.fill_null(False), ok]))
         exported.samples += table.num_rows
         exported.rows += int(_begins(table["row_index"].to_numpy()).sum())

@@ -18,7 +18,7 @@ from tokabatch.errors import DamageError, ForeignFileError
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.journal import Record, Shard
 from tokabatch.output.manifest import RUN_KEY, Manifest, Success, read_success
-from tokabatch.output.shards import count_ok, damaged, open_shard, read_groups
+from tokabatch.output.shards import count_cancelled, count_ok, damaged, open_shard, read_groups
 from tokabatch.storage.listing import Changed, ListedFile
 
 _THREADS = 8
@@ -186,15 +186,15 @@ def _stranger(file: ListedFile, manifest: Manifest) -> str | None:
 
 def _believe(file: ListedFile, name: str, digest: str) -> tuple[Shard | None, Fault | None]:
     """A shard of a version that kept no record, of a run that is not complete."""
-    rows = ok = 0
+    rows = ok = cancelled = 0
     try:
         for table in read_groups(file, None):
             table.validate(full=True)
-            rows, ok = rows + table.num_rows, ok + count_ok(table)
+            rows, ok, cancelled = rows + table.num_rows, ok + count_ok(table), cancelled + count_cancelled(table)
     except DamageError as error:
         return None, Fault(name, str(error))
     except pa.ArrowException as error:
         return None, Fault(name, str(damaged(file.path, error)))
     except ForeignFileError:
         return None, Fault(name, "was not written by a run", "foreign")
-    return Shard(name, rows, ok, rows - ok, file.bytes, digest), None
+    return Shard(name, rows, ok, rows - ok - cancelled, file.bytes, digest, cancelled), None

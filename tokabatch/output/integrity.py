@@ -21,7 +21,7 @@ from tokabatch.output.inspection import Fault, inspect
 from tokabatch.output.journal import Shard
 from tokabatch.output.manifest import Books, read_manifest
 from tokabatch.output.remedy import repair_command
-from tokabatch.output.shards import count_ok, damaged, open_shard, read_groups
+from tokabatch.output.shards import count_cancelled, count_ok, damaged, open_shard, read_groups
 from tokabatch.storage.listing import ListedFile, consistently
 
 _SAMPLES_PER_ROW = 1 << 32
@@ -62,6 +62,7 @@ class CheckedFolder:
             "samples": self.books.samples,
             "ok": self.books.ok,
             "errors": self.books.errors,
+            **({"cancelled": self.books.cancelled} if self.books.cancelled else {}),
             "pending": self.books.pending,
         }
 
@@ -103,7 +104,7 @@ def _check(folder: OutputFolder) -> CheckedFolder:
     where = "_SUCCESS" if inspected.success is not None and not manifest.run else folder.commits.name
     faults += [Fault(name, f"is not named in {where}", "unrecorded") for name in sorted(unrecorded - repeated)]
     good = [shard for i, (shard, _) in enumerate(read) if i not in repeats and shard.name not in unrecorded]
-    books = Books(manifest.samples, sum(shard.ok for shard in good), sum(shard.errors for shard in good))
+    books = Books.of(manifest.samples, good)
     if not faults and inspected.success is not None and not (inspected.sealed and books.closed):
         told = inspected.success
         problem = f"says {told.ok:,} ok and {told.errors:,} errors in {len(told.files)} files, which is not what was committed"
@@ -123,7 +124,7 @@ def _check(folder: OutputFolder) -> CheckedFolder:
 def _read_whole(file: ListedFile, name: str, num_rows: int, known: Shard | None) -> tuple[Shard, Int64]:
     """The shard as found, and the key of each of its samples. Raises DamageError where anything in it is not as it was
     written, or of a row that the input does not have."""
-    counted = ok = coded = 0
+    counted = ok = cancelled = coded = 0
     keys = [np.zeros(0, np.int64)]
     with open_shard(file) as parquet:
         in_footer = parquet.metadata.num_rows
@@ -137,11 +138,12 @@ def _read_whole(file: ListedFile, name: str, num_rows: int, known: Shard | None)
         if beyond.any():
             raise DamageError(f"holds samples of row {row[beyond][0]}; the input has {num_rows:,} rows")
         keys.append(row * _SAMPLES_PER_ROW + sample)
-        counted, ok = counted + table.num_rows, ok + count_ok(table)
+        counted, ok, cancelled = counted + table.num_rows, ok + count_ok(table), cancelled + count_cancelled(table)
         coded += table.num_rows - table["error_code"].null_count
-    if counted != in_footer or coded != counted - ok:
+    if counted != in_footer or coded != counted - ok - cancelled:
         raise DamageError(f"holds {counted:,} rows of {in_footer:,}: {ok:,} ok and {coded:,} with an error code")
-    found = Shard(name, counted, ok, counted - ok, file.bytes, None if known is None else known.sha256)
+    digest = None if known is None else known.sha256
+    found = Shard(name, counted, ok, counted - ok - cancelled, file.bytes, digest, cancelled)
     if known is not None and found != known:
         raise DamageError(
             f"holds {found.ok:,} ok and {found.errors:,} errors; {known.ok:,} and {known.errors:,} were committed"

@@ -34,8 +34,8 @@ _CHECK = b',"crc32":"'
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One committed file. `name` is relative to the output folder; rows = ok + errors; `bytes` on disk; `sha256` of the file,
-    None where only its rows were looked at."""
+    """One committed file. `name` is relative to the output folder; rows = ok + errors + cancelled; `bytes` on disk; `sha256` of
+    the file, None where only its rows were looked at."""
 
     name: str
     rows: int
@@ -43,6 +43,7 @@ class Shard:
     errors: int
     bytes: int
     sha256: str | None = None
+    cancelled: int = 0
 
 
 @dataclass(frozen=True, slots=True)

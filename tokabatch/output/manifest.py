@@ -93,8 +93,14 @@ class Books:
 
     @property
     def closed(self) -> bool:
-        """Every sample is accounted for, as ok or as an error."""
-        return self.samples == self.ok + self.errors
+        """Every sample is accounted for, as ok, as an error or as cancelled."""
+        return self.samples == self.ok + self.errors + self.cancelled
+
+    @classmethod
+    def of(cls, samples: int, shards: Sequence[Shard]) -> Books:
+        """Of so many samples in all, those in the shards."""
+        columns = ((shard.ok, shard.errors, shard.cancelled) for shard in shards)
+        return cls(samples, *map(sum, zip((0, 0, 0), *columns, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,7 @@ class Success:
     ok: int
     errors: int
     files: tuple[Shard, ...]
+    cancelled: int = 0
 
 
 def settings_digest(fingerprint: Fingerprint) -> str:
@@ -154,13 +161,13 @@ def mark_success(claim: Claim, shards: Sequence[Shard], samples: int) -> Books:
     """Write OUT/_SUCCESS, naming every shard with its counts and its digest, if the books close; the caller looks at `closed`.
     Nothing is written where it says so already. Digests are those of the commits. Raises OSError, and whatever
     `Claim.check_folder` does."""
-    books = Books(samples, sum(shard.ok for shard in shards), sum(shard.errors for shard in shards))
+    books = Books.of(samples, shards)
     if books.closed:
         claim.check_lock()
         claim.check_folder()
         known = claim.journal.shards if claim.journal is not None else {}
         files = tuple(known[shard.name][0] if shard.name in known else shard for shard in shards)
-        success = Success(samples, books.ok, books.errors, files)
+        success = Success(samples, books.ok, books.errors, files, books.cancelled)
         said = None
         with suppress(DamageError):
             said = read_success(claim.folder)

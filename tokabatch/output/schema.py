@@ -47,8 +47,10 @@ SAMPLE_SCHEMA = pa.schema(
     ],
     metadata={b"tokabatch.schema_version": b"1"},
 )
-"""What every output has. An error row is null from `text` to `logprobs`, save for the prompt's counts where known; one of the
-code CANNOT_BE_WRITTEN keeps whatever could be written."""
+"""What every output has. `status` is `ok`, `error` or `cancelled`. An error row is null from `text` to `logprobs`, save for the
+prompt's counts where known; one of the code CANNOT_BE_WRITTEN keeps whatever could be written. A cancelled sample, which its
+row stopped before, is null in all of them and has no error either."""
+CANCELLED = "cancelled"
 CANNOT_BE_WRITTEN = "cannot_be_written"
 """The error code of a sample that was finished, but not all of whose columns can be written."""
 _WHO_AND_WHAT = ("row_index", "sample_index", "status", "error_code", "error_message")
@@ -79,16 +81,24 @@ _INPUT, _SOURCE = "input_", b"tokabatch.input"
 
 
 @dataclass(frozen=True, slots=True)
-class FailedRow:
-    """A row that was never sampled. It takes an error row for each of `samples`, so that rows x n = ok + error holds."""
+class UnsampledRow:
+    """Samples without a text, each a row of the output all the same, so that the books close: error rows where `error` says
+    why, cancelled ones where it is None, because their row had stopped before them."""
 
     row_index: int
     samples: Int32
-    error: RowError
+    error: RowError | None
 
     @property
     def num_samples(self) -> int:
         return len(self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRow(UnsampledRow):
+    """A row that could not be sampled."""
+
+    error: RowError
 
 
 def output_schema(
@@ -189,7 +199,7 @@ def sample_texts(
     return [cut_at_stop(text, completion.stop_reason, len(before)) for text, completion, before in cut]
 
 
-def sample_keys(completions: Sequence[Completion], failures: Sequence[FailedRow]) -> tuple[Int64, Int32]:
+def sample_keys(completions: Sequence[Completion], failures: Sequence[UnsampledRow]) -> tuple[Int64, Int32]:
     """Row and sample index of each row of the table, in its order: completions, then failures expanded."""
     rows = [completion.row_index for completion in completions]
     samples = [completion.sample_index for completion in completions]
@@ -202,7 +212,7 @@ def sample_keys(completions: Sequence[Completion], failures: Sequence[FailedRow]
 def build_table(
     schema: pa.Schema,
     completions: Sequence[Completion],
-    failures: Sequence[FailedRow],
+    failures: Sequence[UnsampledRow],
     *,
     texts: Sequence[str],
     ids: pa.Array | pa.ChunkedArray | Sequence[str],
@@ -229,14 +239,15 @@ def build_table(
     def of_all(values: Sequence[Any]) -> list[Any]:
         return [*values, *[None] * missing]
 
-    def of_errors(ours: Sequence[Any], theirs: Callable[[RowError], Any]) -> list[Any]:
-        return [*ours, *(theirs(failure.error) for failure in failures for _ in range(failure.num_samples))]
+    def of_errors(ours: Sequence[Any], theirs: Callable[[RowError], Any], none: str | None = None) -> list[Any]:
+        told = [none if failure.error is None else theirs(failure.error) for failure in failures]
+        return [*ours, *(each for each, failure in zip(told, failures, strict=True) for _ in range(failure.num_samples))]
 
     own: dict[str, Callable[[], Any]] = {
         "id": lambda: ids,
         "row_index": lambda: row_index,
         "sample_index": lambda: sample_index,
-        "status": lambda: np.where(nulls, "error", "ok"),
+        "status": lambda: of_errors(np.where(good, "ok", "error").tolist(), lambda error: "error", CANCELLED),
         "text": lambda: of_good(texts),
         "token_ids": lambda: _nullable_list(
             pa.array(_concatenate([c.token_ids for c in kept], np.int32)), [len(c.token_ids) for c in kept], nulls
@@ -311,7 +322,7 @@ def mended(table: pa.Table, encode: Callable[[pa.Table], object]) -> pa.Table:
     return table
 
 
-def key_table(completions: Sequence[Completion], failures: Sequence[FailedRow]) -> pa.Table:
+def key_table(completions: Sequence[Completion], failures: Sequence[UnsampledRow]) -> pa.Table:
     """Which samples they are and how they ended: what `build_piecemeal` begins with."""
     fields = [SAMPLE_SCHEMA.field(name) for name in _WHO_AND_WHAT]
     texts = [""] * len(completions)

@@ -29,6 +29,7 @@ from tokabatch.arrays import Int32, Int64
 from tokabatch.errors import DamageError, ForeignFileError, OutputError
 from tokabatch.output.folder import Claim
 from tokabatch.output.journal import Shard
+from tokabatch.output.schema import CANCELLED
 from tokabatch.storage.atomic_files import NewFile, publish
 from tokabatch.storage.listing import NO_MARK, ListedFile, Mark, mark_of
 from tokabatch.storage.parquet_file import ParquetFile
@@ -290,8 +291,8 @@ def write_shard(claim: Claim, table: pa.Table, temporary: Path, name: str) -> tu
         write_parquet(table, file, claim.identity)
         file.sync()
         size, digest, written = file.tell(), file.digest, mark_of(file.status)
-    ok = count_ok(table)
-    return Shard(name, table.num_rows, ok, table.num_rows - ok, size, digest), written
+    ok, cancelled = count_ok(table), count_cancelled(table)
+    return Shard(name, table.num_rows, ok, table.num_rows - ok - cancelled, size, digest, cancelled), written
 
 
 def record_commit(claim: Claim, shard: Shard, written: Mark) -> None:
@@ -340,8 +341,17 @@ def _fault_of(fields: Sequence[pa.Field[Any]]) -> str | None:
 
 
 def count_ok(table: pa.Table) -> int:
-    """Rows of `table` that are samples, not errors."""
-    return int(pc.call_function("sum", [pc.call_function("equal", [table["status"], "ok"])]).as_py() or 0)
+    """Rows of `table` that are finished samples."""
+    return _count(table, "ok")
+
+
+def count_cancelled(table: pa.Table) -> int:
+    """Rows of `table` that their rows stopped before."""
+    return _count(table, CANCELLED)
+
+
+def _count(table: pa.Table, status: str) -> int:
+    return int(pc.call_function("sum", [pc.call_function("equal", [table["status"], status])]).as_py() or 0)
 
 
 def shard_number(name: str) -> int:

@@ -20,8 +20,8 @@ from tokabatch.arrays import Bool, Int32
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.leases import Lease, read_leases
-from tokabatch.output.manifest import Books, read_manifest, read_summary
-from tokabatch.output.shards import count_ok, open_shard, read_groups
+from tokabatch.output.manifest import Books, read_manifest
+from tokabatch.output.shards import count_cancelled, count_ok, open_shard, read_groups
 from tokabatch.output.units import unit_of_shard, unit_sizes
 from tokabatch.storage.listing import ListedFile, consistently, is_there, list_files
 
@@ -51,7 +51,7 @@ class Status:
     @property
     def committed(self) -> int:
         """Samples in the shards."""
-        return self.ok + self.errors
+        return self.ok + self.errors + self.cancelled
 
     @property
     def pending(self) -> int | None:
@@ -195,12 +195,11 @@ def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
     running = folder.is_claimed()
     manifest = read_manifest(folder)
     shards = recorded_shards(folder, manifest)
-    ok = errors = 0
+    ok = errors = cancelled = 0
     correct: int | None = None
     for table in _groups(shards, ("status", "correct")):
-        shard_ok = count_ok(table)
-        ok += shard_ok
-        errors += table.num_rows - shard_ok
+        finished, dropped = count_ok(table), count_cancelled(table)
+        ok, errors, cancelled = ok + finished, errors + table.num_rows - finished - dropped, cancelled + dropped
         if "correct" in table.column_names:
             correct = (correct or 0) + int(_flags(table).sum())
     state: State = "incomplete"
@@ -210,14 +209,13 @@ def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
         state = "running"
     elif manifest is None and not shards:
         state = "absent"
-    cancelled = read_summary(folder).get("cancelled", 0)
     status = Status(
         state=state,
         rows=manifest.rows if manifest else None,
         samples=manifest.samples if manifest else None,
         ok=ok,
         errors=errors,
-        cancelled=cancelled if isinstance(cancelled, int) else 0,
+        cancelled=cancelled,
         shards=len(shards),
         bytes=sum(shard.bytes for shard in shards),
         correct=correct,

@@ -56,6 +56,7 @@ class RunRecord:
     samples: int
     ok: int
     errors: int
+    cancelled: int
     lengths: npt.NDArray[np.int32]
     summary: Mapping[str, Any]
     steps: Mapping[str, Float64]
@@ -131,12 +132,13 @@ def _facts(run: RunRecord) -> str:
 
 def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
     """Label, value, and whether it should worry the reader."""
-    s, pending = run.summary, run.samples - run.ok - run.errors
+    s, pending = run.summary, run.samples - run.ok - run.errors - run.cancelled
     last = ", last start" if s.get("earlier") else ""
     rows: list[tuple[str, str, bool]] = [
         (f"of {run.samples:,} samples ok", f"{run.ok:,}", False),
         ("errors", f"{run.errors:,}", run.errors > 0),
     ]
+    rows += [("cancelled, their rows had stopped", f"{run.cancelled:,}", False)] if run.cancelled else []
     rows += [("pending", f"{pending:,}", True)] if pending else []
     seconds = float(elapsed(run.steps).max()) if len(run.steps.get("seconds", ())) else 0.0
     if s.get("earlier") and seconds:

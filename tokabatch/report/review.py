@@ -17,7 +17,7 @@ from tokabatch.output.status import read_details
 from tokabatch.output.steps import read_steps
 from tokabatch.report.closing import PER_CODE
 from tokabatch.report.page import RunRecord, render_page
-from tokabatch.report.run_estimates import read_estimates
+from tokabatch.report.run_estimates import read_estimates, read_estimator
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import consistently
 
@@ -56,20 +56,21 @@ def read_record(out: Path) -> RunRecord:
         path=str(out),
         model=manifest.model_path if manifest else "",
         state=status.state,
-        samples=status.samples or status.ok + status.errors,
+        samples=status.samples or status.committed,
         ok=status.ok,
         errors=status.errors,
+        cancelled=status.cancelled,
         lengths=details.lengths,
         summary=summary,
         steps=steps,
         estimates=read_estimates(out),
-        facts=_facts(manifest, summary) if manifest else (),
+        facts=_facts(out, manifest, summary) if manifest else (),
         error_rows=error_rows(out, PER_CODE) if status.errors else None,
         samples_shown=excerpts(out, _SAMPLES, whole=True) if status.ok else {},
     )
 
 
-def _facts(manifest: Manifest, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(out: Path, manifest: Manifest, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the run was: when and where it started, on what, with which settings."""
     job, versions = manifest.job, manifest.versions
     settings = ", ".join(
@@ -82,6 +83,7 @@ def _facts(manifest: Manifest, summary: Mapping[str, Any]) -> list[tuple[str, st
         ("input", str(job.get("input", {}).get("path", ""))),
         ("settings", settings),
         ("verified by", str(verified.get("kind", ""))),
+        ("estimated", read_estimator(out) if verified else ""),
         ("device", " ".join((summary.get("device", ""), _DTYPES.get(summary.get("itemsize", 0), "")))),
         ("versions", f"tokabatch {versions.tokabatch}, torch {versions.torch}, transformers {versions.transformers}, "
          f"Python {versions.python}"),

@@ -7,9 +7,10 @@ from typing import Any, cast
 
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
-from tokabatch.output.manifest import read_manifest
+from tokabatch.output.manifest import Manifest, read_manifest
 from tokabatch.output.stored_verdicts import read_verdicts
-from tokabatch.scoring.estimates import Estimate, Judged, estimate_all
+from tokabatch.scoring.early_stopping import StopRule
+from tokabatch.scoring.estimates import Estimate, Judged, estimate_all, estimator
 from tokabatch.storage.listing import consistently
 
 
@@ -24,6 +25,16 @@ def read_estimates(path: Path) -> tuple[Estimate, ...] | None:
         if found is None:
             return None
         missing = manifest is not None and manifest.samples > len(found["row"])
-        return () if missing else estimate_all(Judged(**cast("dict[str, Any]", found)))
+        return () if missing else estimate_all(Judged(**cast("dict[str, Any]", found)), _rule(manifest))
 
     return consistently(read, path)
+
+
+def read_estimator(path: Path) -> str:
+    """What estimates them."""
+    return estimator(_rule(read_manifest(OutputFolder(path))))
+
+
+def _rule(manifest: Manifest | None) -> StopRule | None:
+    stop = None if manifest is None else (manifest.job.get("verify") or {}).get("stop")
+    return None if stop is None else StopRule(**stop)

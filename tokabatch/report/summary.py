@@ -103,6 +103,8 @@ class RunSummary:
     """Whether the job verifies its samples."""
     estimates: tuple[Estimate, ...] = ()
     """What the verdicts say once all samples are there: mean score, pass@k and so on, with intervals."""
+    estimator: str = ""
+    """How they were come to."""
     unverified: int = 0
     """Samples whose reference the verifier does not understand; pass@k counts them as wrong."""
     unverified_reasons: tuple[str, ...] = ()
@@ -272,14 +274,15 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
     if summary.verifies and summary.ok:
         unclear = [("not verified", f"{_count(summary.unverified)} samples, counted as wrong")] if summary.unverified else []
         why = [("because", reason) for reason in summary.unverified_reasons]
-        (verified,) = verdict_sections(summary.estimates, summary.samples - summary.pending, summary.samples)
+        (verified,) = verdict_sections(summary.estimates, summary.samples - summary.pending, summary.samples, summary.estimator)
         sections.append(Section(verified.title, (*verified.rows, *unclear, *why)))
     return tuple(sections)
 
 
-def verdict_sections(estimates: Sequence[Estimate], done: int, samples: int | None) -> tuple[Section, ...]:
-    """What the verdicts say, of `done` samples of so many."""
+def verdict_sections(estimates: Sequence[Estimate], done: int, samples: int | None, estimator: str = "") -> tuple[Section, ...]:
+    """What the verdicts say, of `done` samples of so many; `estimator` says how."""
     rows = [(each.name, f"{each.value:.4f}  ({each.low:.4f} to {each.high:.4f})") for each in estimates]
+    rows += [("estimated", estimator)] if estimates and estimator else []
     if samples is not None and done < samples:
         rows = [("no estimate", f"{_count(done)} of {_count(samples)} samples are there; {_PARTIAL}")]
     return (Section("Verified", tuple(rows)),)

@@ -18,14 +18,16 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
+from tokabatch.arrays import Int64
 from tokabatch.errors import EngineError, ReplicaLost, TokabatchError
 from tokabatch.forecast.step_log import StepLog, Steps, by_time
 from tokabatch.report.summary import ReplicaShare
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger, Part
 from tokabatch.runner.member import STANDING_SECONDS, STOP_SECONDS, Build, Member, to_give
-from tokabatch.runner.messages import Ended, Finished, Given, Lengths, Message, Share, Suspects, Wants, Withdraw
+from tokabatch.runner.messages import Cancel, Ended, Finished, Given, Lengths, Message, Share, Suspects, Wants, Withdraw
 from tokabatch.runner.replica import ReplicaCounts, Standing
+from tokabatch.runner.row_stops import RowLimits
 from tokabatch.runner.supply import Supply
 from tokabatch.scheduling.contracts import Completion, Requests
 from tokabatch.scheduling.counts import SchedulerCounts
@@ -57,13 +59,15 @@ class Fleet:
         interval: float | None = None,
         leave: Callable[[], None] = lambda: None,
         supply: Supply | None = None,
+        begun: Int64 | None = None,
     ) -> None:
         """A member for each entry of `devices`, its GPUs. At most `max_restarts` processes of one are lost in a row without a
         finished sample. One without a sign of life for `hang_seconds` is killed; a step that stands still is the worker's,
         which the replica watches. `interval` is the time between two standings that are wanted, in seconds; None is never.
-        Where a `supply` is given, the work is what it offers of `requests`, until it has ended."""
+        Where a `supply` is given, the work is what it offers of `requests`, until it has ended. Of each row so many samples may
+        be `begun` before `follow` says more; None is all."""
         self._supply = supply
-        self._ledger = Ledger(requests, withheld=supply is not None)
+        self._ledger = Ledger(requests, begun, withheld=supply is not None)
         self._build = build
         self._stop, self._tell, self._leave = stop, tell, leave
         self._max_restarts, self._hang_seconds, self._interval = max_restarts, hang_seconds, interval
@@ -114,6 +118,20 @@ class Fleet:
                 raise failure
         self._ended = time.monotonic()
         self.stop()
+
+    def follow(self, changes: Sequence[RowLimits]) -> None:
+        """Begin no sample of these rows beyond their limits, and draw none from their ends on; those that run are stopped."""
+        ends: dict[int, list[tuple[int, int]]] = {}
+        for change in changes:
+            self._ledger.begin(change.row, change.begin)
+            for number in self._ledger.cancel(change.row, change.end):
+                ends.setdefault(number, []).append((change.row, change.end))
+        for number, pairs in ends.items():
+            rows, first = zip(*pairs, strict=True)
+            self._members[number].send(Cancel(np.array(rows, np.int64), np.array(first, np.int32)))
+        if changes:
+            self._fed = 0.0
+            self._feed()
 
     def standing(self, *, foresee: bool = False) -> Standing:
         """Where the work stood when the members said so last; `finished` is what has come in."""

@@ -18,7 +18,8 @@ from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.errors import EngineError
 from tokabatch.scheduling.contracts import Completion, Requests
 
-FREE, DONE, WITHHELD = -1, -2, -3
+FREE, DONE, WITHHELD, NOT_BEGUN, CANCELLED = -1, -2, -3, -4, -5
+"""Of samples that no member holds: to be given to one, finished, not offered, not to be given to one yet, and not wanted."""
 SMALLEST = 64
 """A run is at least the plan's cost divided by this and the number of members."""
 SPLIT_WORTH = 8
@@ -53,7 +54,8 @@ class Ledger:
     """Of a plan over R prompts; `plan` has no samples that are drawn already, these count as done. With `withheld` no sample is
     to be had before it is offered, and none counts as left."""
 
-    def __init__(self, requests: Requests, *, withheld: bool = False) -> None:
+    def __init__(self, requests: Requests, begun: Int64 | None = None, *, withheld: bool = False) -> None:
+        """Of each row so many samples may be `begun`, shape [rows]; None is all of them."""
         self.plan = replace(requests, drawn=None)
         wanted = self.plan.num_samples()
         self._offset: Int64 = np.concatenate((np.zeros(1, np.int64), np.cumsum(wanted)))
@@ -68,15 +70,21 @@ class Ledger:
             self._place = place if withheld else None
         if withheld:
             self._holder[self._holder == FREE] = WITHHELD
+        if begun is not None:
+            number = np.arange(len(self._holder)) - np.repeat(self._offset[:-1], wanted)
+            late = number >= np.repeat(begun[self.plan.row_index], wanted)
+            self._holder[late & (self._holder == FREE)] = NOT_BEGUN
         sampling, params = self.plan.sampling, self.plan.params
         self._output: Int64 = np.array([kind.max_tokens for kind in sampling], np.int64)[params]
         """The most tokens that a sample of each prompt costs beside its prompt."""
         self._by_row: Int64 = np.argsort(self.plan.row_index)
         self._rows: Int64 = self.plan.row_index[self._by_row]
-        self._left_of: Int64 = np.add.reduceat(self._holder == FREE, self._offset[:-1], dtype=np.int64)
+        left = (self._holder != DONE) & (self._holder != WITHHELD)
+        self._left_of: Int64 = np.add.reduceat(left, self._offset[:-1], dtype=np.int64)
         self.left = int(self._left_of.sum())
-        """Samples that are not finished."""
-        self._held = Counter({FREE: self.left})
+        """Samples that are neither finished nor cancelled."""
+        kinds, counts = np.unique(self._holder, return_counts=True)
+        self._held = Counter(dict(zip(kinds.tolist(), counts.tolist(), strict=True)))
         self.finished_prompts = 0
         self._cost = int(self._costs(self._parts_of(FREE))[-1]) if self.left else 0
 
@@ -140,25 +148,46 @@ class Ledger:
         self._set(part, member)
 
     def finish(self, member: int, completions: Sequence[Completion]) -> None:
-        """A member has finished these samples. Raises EngineError for one that it does not hold."""
+        """A member has finished these samples; those that were cancelled meanwhile do not count. Raises EngineError for one
+        that it does not hold."""
         if not completions:
             return
         prompts = self.prompts(np.array([completion.row_index for completion in completions], np.int64))
         places = self._offset[prompts] + np.array([completion.sample_index for completion in completions], np.int64)
+        wanted = self._holder[places] != CANCELLED
+        prompts, places = prompts[wanted], places[wanted]
         if (self._holder[places] != member).any() or len(np.unique(places)) < len(places):
             raise EngineError("a sample was finished that its replica does not hold; please report this with the job file")
         self._holder[places] = DONE
         self._held[member] -= len(places)
-        self.left -= len(places)
-        distinct, count = np.unique(prompts, return_counts=True)
-        self._left_of[distinct] -= count
-        self.finished_prompts += int(np.count_nonzero(self._left_of[distinct] == 0))
+        self._count_down(prompts)
 
     def give_back(self, member: int, part: Part | None = None) -> int:
         """What a member holds, or this part of it, is free again; how many samples."""
-        held = self._parts_of(member) if part is None else part
-        self._set(held, FREE)
-        return len(held)
+        if part is not None:
+            # But for what was cancelled when it was on its way.
+            places = self._places(part)
+            places = places[self._holder[places] == member]
+        else:
+            places = np.flatnonzero(self._holder == member)
+        self._move(places, FREE)
+        return len(places)
+
+    def begin(self, row: int, until: int) -> None:
+        """The samples of a row before number `until` may be begun."""
+        prompt = int(self.prompts([row])[0])
+        places = np.arange(self._offset[prompt], min(self._offset[prompt] + until, self._offset[prompt + 1]))
+        self._move(places[self._holder[places] == NOT_BEGUN], FREE)
+
+    def cancel(self, row: int, first: int) -> list[int]:
+        """The samples of a row from number `first` on are not wanted any more; the members that hold some of them."""
+        prompt = int(self.prompts([row])[0])
+        places = np.arange(self._offset[prompt] + first, self._offset[prompt + 1])
+        places = places[(self._holder[places] != DONE) & (self._holder[places] != CANCELLED)]
+        holders = np.unique(self._holder[places])
+        self._move(places, CANCELLED)
+        self._count_down(np.full(len(places), prompt))
+        return holders[holders >= 0].tolist()
 
     def held(self, member: int) -> int:
         """Samples that a member holds."""
@@ -173,10 +202,22 @@ class Ledger:
         part = Part(free.prompts[mine], free.first[mine], free.stop[mine])
         return part, holders[(holders >= 0) & (holders != member)].astype(np.int64)
 
+    def _count_down(self, prompts: Int32 | Int64) -> None:
+        """Of each of these prompts (repeats allowed) one sample less is left."""
+        self.left -= len(prompts)
+        distinct, count = np.unique(prompts, return_counts=True)
+        self._left_of[distinct] -= count
+        self.finished_prompts += int(np.count_nonzero(self._left_of[distinct] == 0))
+
     def _set(self, part: Part, holder: int) -> None:
+        self._move(self._places(part), holder)
+
+    def _places(self, part: Part) -> Int64:
         count = (part.stop - part.first).astype(np.int64)
         begin = self._offset[part.prompts] + part.first
-        places = np.repeat(begin - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
+        return np.repeat(begin - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
+
+    def _move(self, places: Int64, holder: int) -> None:
         before, counts = np.unique(self._holder[places], return_counts=True)
         self._held.subtract(dict(zip(before.tolist(), counts.tolist(), strict=True)))
         self._held[holder] += len(places)

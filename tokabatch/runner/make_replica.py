@@ -21,9 +21,11 @@ from tokabatch.output.folder import Claim
 from tokabatch.report.progress import Progress
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.ledger import Ledger
 from tokabatch.runner.member import can_fork
 from tokabatch.runner.replica import Replica, Standing, scheduler_limits
 from tokabatch.runner.resume import Start
+from tokabatch.runner.stopping_replica import StoppingReplica
 from tokabatch.runner.supply import Supply
 from tokabatch.scheduling.contracts import Requests
 from tokabatch.scheduling.scheduler import Scheduler
@@ -39,7 +41,7 @@ def make_replica(
     stop: Interruption,
     progress: Progress,
     supply: Supply | None = None,
-) -> Replica | Fleet:
+) -> Replica | StoppingReplica | Fleet:
     """What does the steps: in this process where the only worker is, else in processes of their own. Raises UsageError where
     the work comes from a `supply` and processes cannot be forked."""
     workload, layout = started.left, started.left.layout
@@ -76,7 +78,12 @@ def make_replica(
 
     if supply is not None and not can_fork():
         raise UsageError("--shared needs Linux: a run divides its units between processes that are forked")
-    if supply is None and (not apart or not can_fork()):
+    here = supply is None and (not apart or not can_fork())
+    begun = None if started.stops is None else started.stops.begun()
+    if here and begun is not None and len(workload.requests):
+        first = partial(build, 0, before=Standing.before(limits), stop=stop, tell=progress.message)
+        return StoppingReplica(Ledger(workload.requests, begun), first)
+    if here:
         return build(0, workload.requests, Standing.before(limits), stop=stop, tell=progress.message)
     # A member without a sample would load the model for nothing.
     devices = layout.devices[: max(1, int(workload.num_samples.sum()))]
@@ -94,6 +101,7 @@ def make_replica(
         interval=progress.interval,
         leave=claim.leave if supply is None else supply.leave,
         supply=supply,
+        begun=begun,
     )
 
 

@@ -33,7 +33,19 @@ from tokabatch.errors import EngineError, ReplicaLost, Stopped, TokabatchError
 from tokabatch.parallel.layout import VISIBLE
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger, Part
-from tokabatch.runner.messages import Ended, Finished, Given, Lengths, Message, Order, Share, Suspects, Wants, Withdraw
+from tokabatch.runner.messages import (
+    Cancel,
+    Ended,
+    Finished,
+    Given,
+    Lengths,
+    Message,
+    Order,
+    Share,
+    Suspects,
+    Wants,
+    Withdraw,
+)
 from tokabatch.runner.replica import Replica, Standing
 from tokabatch.scheduling.completion_batch import CompletionBatch
 from tokabatch.scheduling.contracts import Completion, Requests
@@ -339,6 +351,9 @@ class _Loop:
                 samples = replica.withdraw(row)
                 pieces.append(Part(np.full(len(samples), prompt, np.int32), samples, samples + 1))
             self._outbox.put(Given(Part.joined(pieces)))
+        elif isinstance(order, Cancel):
+            for row, first in zip(order.rows.tolist(), order.first.tolist(), strict=True):
+                replica.withdraw(row, first)
         elif isinstance(order, Lengths):
             replica.scheduler.learn(order.length, order.stopped)
         return []

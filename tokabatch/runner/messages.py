@@ -28,6 +28,14 @@ class Withdraw:
 
 
 @dataclass(frozen=True, slots=True)
+class Cancel:
+    """To a member: of each of these rows, draw no sample from its first number on."""
+
+    rows: Int64
+    first: Int32
+
+
+@dataclass(frozen=True, slots=True)
 class Lengths:
     """To a member: how long samples were that others finished; `stopped` is False where the limit ended them."""
 
@@ -77,5 +85,5 @@ class Ended:
 
 Message = Finished | Wants | Given | Suspects | Ended | str
 """To main; a text is shown to the user."""
-Order = Part | Share | Withdraw | Lengths
+Order = Part | Share | Withdraw | Cancel | Lengths
 """To a member."""

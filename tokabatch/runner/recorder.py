@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -28,7 +29,7 @@ from tokabatch.output.folder import Claim
 from tokabatch.output.reasoning import split_reasoning
 from tokabatch.output.schema import (
     CANNOT_BE_WRITTEN,
-    FailedRow,
+    UnsampledRow,
     build_piecemeal,
     build_table,
     input_names,
@@ -38,11 +39,13 @@ from tokabatch.output.schema import (
     sample_texts,
     verdict_names,
 )
-from tokabatch.output.shards import Shard, ShardWriter, count_ok, write_parquet
+from tokabatch.output.shards import Shard, ShardWriter, count_cancelled, count_ok, write_parquet
 from tokabatch.output.units import Units
-from tokabatch.scheduling.contracts import Completion
-from tokabatch.scoring.judge import Verdict, verdict_columns
-from tokabatch.scoring.pool import Ticket, open_pool
+from tokabatch.runner.row_stops import RowStops
+from tokabatch.scheduling.contracts import NO_COUNTS, WORKER_CRASH, Completion
+from tokabatch.scoring.early_stopping import Outcome
+from tokabatch.scoring.judge import ANSWER, Verdict, verdict_columns
+from tokabatch.scoring.pool import NOT_JUDGED, Ticket, open_pool
 from tokabatch.workload import Workload
 
 BATCH_SAMPLES = 2048
@@ -84,14 +87,14 @@ class _Waiting:
     its row number `row`. Replaced in one assignment."""
 
     row: int
-    failures: tuple[FailedRow, ...] = ()
+    failures: tuple[UnsampledRow, ...] = ()
     finished: tuple[_Finished, ...] = ()
     bytes: int = 0
     """Of the finished samples."""
 
     def behind(self, row: int) -> _Waiting:
         """What is left when the writer has taken all samples before that row."""
-        taken, failures = row - self.row, list[FailedRow]()
+        taken, failures = row - self.row, list[UnsampledRow]()
         for failure in self.failures:
             skipped = min(taken, failure.num_samples)
             taken -= skipped
@@ -114,8 +117,10 @@ class Recorder:
         committed: Committed,
         clock: Callable[[], float] = time.monotonic,
         units: Units | None = None,
+        stops: RowStops[_Finished] | None = None,
     ) -> None:
-        """`units` are those of a run that several processes write; samples of units that are not opened are dropped."""
+        """`units` are those of a run that several processes write; samples of units that are not opened are dropped. With
+        `stops`, rows stop: a sample is recorded once all before it of its row are judged, if it is wanted then."""
         store = workload.store
         self._tokenizer = workload.tokenizer
         self._store = store
@@ -136,6 +141,9 @@ class Recorder:
         self._clock = clock
         self._flush_seconds = job.output.flush_seconds
         self._waiting = _Waiting(self._writer.num_rows)
+        self._stops = stops
+        self._unjudged: list[_Finished] = []
+        """Where rows stop: samples whose verdict `stops` has not been told."""
         self._oldest: float | None = None
         """When the first sample that is not committed yet came in."""
         self.num_unverified = committed.unverified
@@ -143,6 +151,7 @@ class Recorder:
         self._reasons: Counter[str] = Counter()
         self.error_counts = committed.error_counts.copy()
         self.num_ok = committed.ok
+        self.num_cancelled = committed.cancelled
 
     @property
     def writer(self) -> ShardWriter:
@@ -163,22 +172,25 @@ class Recorder:
         """The most frequent ones of this run, each with its count."""
         return tuple(f"{reason} ({count:,} samples)" for reason, count in self._reasons.most_common(SHOWN_REASONS))
 
-    def fail(self, failures: Sequence[FailedRow]) -> None:
-        """Rows that never became prompts."""
+    def fail(self, failures: Sequence[UnsampledRow]) -> None:
+        """Rows that never became prompts, and samples that are cancelled."""
         self._accept(failures, ())
         self._flush()
 
     def add(self, completions: Sequence[Completion]) -> None:
         """Samples that the scheduler finished; on disk after at most `flush_seconds` from their verdicts. Waits where the judge
         is too far behind."""
-        self._accept((), completions)
-        if completions and self._oldest is None:
-            self._oldest = self._clock()
+        self._take(completions)
         self._submit()
-        if self._pool is not None and (excess := len(self._waiting.finished) - MOST_UNJUDGED) > 0:
-            self._pool.wait(_tickets(self._waiting.finished[:excess]))
-        ready = self._ready()
-        if len(ready) >= BATCH_SAMPLES or (ready and self._waiting.bytes >= PIECE_BYTES):
+        pending = self._waiting.finished if self._stops is None else self._unjudged
+        if self._pool is not None and (excess := len(pending) - MOST_UNJUDGED) > 0:
+            self._pool.wait(_tickets(pending[:excess]))
+        self._follow_verdicts()
+        waiting, ready = self._waiting, self._ready()
+        if self._oldest is None and (waiting.finished or waiting.failures):
+            self._oldest = self._clock()
+        rows = len(ready) + sum(failure.num_samples for failure in waiting.failures)
+        if rows >= BATCH_SAMPLES or (ready and waiting.bytes >= PIECE_BYTES):
             self._flush()
         few = len(completions) < BATCH_SAMPLES
         if few and self._writer.num_waiting >= max(EARLY_ROWS, self._num_samples - self._writer.num_rows):
@@ -190,14 +202,16 @@ class Recorder:
 
     def finish(self, hurry: Callable[[], object] = lambda: False) -> tuple[Shard, ...]:
         """Commit everything and return all shards. Once `hurry` says so, verdicts are waited for HURRIED_SECONDS more: samples
-        that have none by then are committed without."""
+        that have none by then are committed without. Where rows stop, samples behind one that is missing or not judged are not
+        committed."""
         self._submit()
         if self._pool is not None:
-            tickets, deadline = _tickets(self._waiting.finished), math.inf
+            tickets, deadline = _tickets([*self._waiting.finished, *self._unjudged]), math.inf
             while not self._pool.wait(tickets, LOOK_SECONDS):
                 deadline = min(deadline, self._clock() + HURRIED_SECONDS) if hurry() else deadline
                 if self._clock() >= deadline:
                     self._pool.close()
+        self._follow_verdicts()
         self._flush()
         return self._commit(self._writer.close)
 
@@ -206,22 +220,49 @@ class Recorder:
         if self._pool is not None:
             self._pool.close()
 
-    def _accept(self, failures: Sequence[FailedRow], completions: Sequence[Completion]) -> None:
+    def _take(self, completions: Sequence[Completion]) -> None:
+        finished = list(map(_Finished, completions))
+        if self._stops is None:
+            self._accept((), finished)
+            return
+        for each in finished:
+            row, sample = each.completion.row_index, each.completion.sample_index
+            if self._stops.wants(row, sample):
+                self._stops.hold(row, sample, each)
+                self._unjudged.append(each)
+
+    def _accept(self, failures: Sequence[UnsampledRow], finished: Sequence[_Finished]) -> None:
         """From here on they are not lost."""
-        waiting, held = self._waiting, sum(map(_own_bytes, completions))
+        waiting, held = self._waiting, sum(_own_bytes(each.completion) for each in finished)
         self._waiting = _Waiting(
-            waiting.row,
-            (*waiting.failures, *failures),
-            (*waiting.finished, *map(_Finished, completions)),
-            waiting.bytes + held,
+            waiting.row, (*waiting.failures, *failures), (*waiting.finished, *finished), waiting.bytes + held
         )
+
+    def _follow_verdicts(self) -> None:
+        """Where rows stop: take in what has been judged, and accept what is decided by that."""
+        if self._stops is None:
+            return
+        unjudged, self._unjudged = self._unjudged, []
+        for each in unjudged:
+            completion, verdict = each.completion, each.verdict
+            if completion.error_code is None and (verdict is None or verdict.error == NOT_JUDGED):
+                self._unjudged.append(each)
+                continue
+            row, right = completion.row_index, verdict is not None and verdict.correct is True
+            answer = None if verdict is None else verdict.columns.get(ANSWER)
+            self._stops.judge(row, completion.sample_index, Outcome(right, answer))
+            if completion.error_code == WORKER_CRASH:
+                # The others of the row would kill workers, too.
+                self._stops.give_up(row, partial(_same_error, completion))
+        self._accept(self._stops.take_cancelled(), self._stops.take_kept())
 
     def _submit(self) -> None:
         """Give the judge what it has not been given. A sample whose tokens or row cannot be had is not judged: what its columns
         make of that is told there."""
         if self._pool is None:
             return
-        new = [each for each in self._waiting.finished if each.ticket is None and each.completion.error_code is None]
+        finished = self._waiting.finished if self._stops is None else self._unjudged
+        new = [each for each in finished if each.ticket is None and each.completion.error_code is None]
         for begin in range(0, len(new), BATCH_SAMPLES):
             self._submit_some(new[begin : begin + BATCH_SAMPLES])
 
@@ -287,8 +328,8 @@ class Recorder:
         return repaired
 
     def _pieces(
-        self, finished: Sequence[_Finished], failures: Sequence[FailedRow]
-    ) -> Iterator[tuple[Sequence[_Finished], Sequence[FailedRow]]]:
+        self, finished: Sequence[_Finished], failures: Sequence[UnsampledRow]
+    ) -> Iterator[tuple[Sequence[_Finished], Sequence[UnsampledRow]]]:
         """The same in their order, no more at a time than PIECE_BYTES hold."""
         if failures:
             each = self._store.row_bytes(np.array([f.row_index for f in failures], np.int64)) + SAMPLE_BYTES
@@ -300,7 +341,7 @@ class Recorder:
             for begin, end in _cuts(carried + np.array([_own_bytes(each.completion) for each in finished], np.int64)):
                 yield finished[begin:end], ()
 
-    def _tables(self, finished: Sequence[_Finished], failures: Sequence[FailedRow]) -> Iterator[pa.Table]:
+    def _tables(self, finished: Sequence[_Finished], failures: Sequence[UnsampledRow]) -> Iterator[pa.Table]:
         try:
             whole = self._table(self._schema, finished, failures)
         except BaseException as error:
@@ -318,7 +359,7 @@ class Recorder:
         key = key_table([each.completion for each in finished], failures)
         yield build_piecemeal(self._schema, key, lambda schema: self._table(schema, finished, failures))
 
-    def _table(self, schema: pa.Schema, finished: Sequence[_Finished], failures: Sequence[FailedRow]) -> pa.Table:
+    def _table(self, schema: pa.Schema, finished: Sequence[_Finished], failures: Sequence[UnsampledRow]) -> pa.Table:
         """`schema` is the output's, or a part of it."""
         completions = [each.completion for each in finished]
         rows, _ = sample_keys(completions, failures)
@@ -364,6 +405,7 @@ class Recorder:
         for code in table["error_code"].drop_null().to_pylist():
             self.error_counts[code] += sign
         self.num_ok += sign * ok
+        self.num_cancelled += sign * count_cancelled(table)
         if self._pool is None:
             return
         correct = table["correct"]
@@ -371,6 +413,12 @@ class Recorder:
         for reason, count in Counter(table["verify_error"].drop_null().to_pylist()).items():
             if reason in self._reasons or len(self._reasons) < MAX_REASONS:
                 self._reasons[reason] += sign * count
+
+
+def _same_error(completion: Completion, sample: int) -> _Finished:
+    """Another sample of the row, which ends as that one did without having begun."""
+    empty = replace(completion, sample_index=sample, token_ids=completion.token_ids[:0], counts=NO_COUNTS)
+    return _Finished(replace(empty, logprobs=None, top_ids=None, top_logprobs=None))
 
 
 def _tickets(finished: Sequence[_Finished]) -> list[Ticket]:
@@ -406,7 +454,7 @@ def _cuts(sizes: Int64) -> Iterator[tuple[int, int]]:
         yield begin, len(sizes)
 
 
-def _split(failure: FailedRow, size: int) -> Iterator[tuple[FailedRow, int]]:
+def _split(failure: UnsampledRow, size: int) -> Iterator[tuple[UnsampledRow, int]]:
     """The samples of a failed row, each of so many bytes, in parts of PIECE_BYTES; and what each part takes."""
     count = max(1, PIECE_BYTES // max(size, 1))
     for begin in range(0, failure.num_samples, count):

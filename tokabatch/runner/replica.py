@@ -187,9 +187,10 @@ class Replica:
             taken.append(requests)
         return taken
 
-    def withdraw(self, row: int) -> Int32:
-        """Take out the samples of a row that are not finished, those that run included; their numbers, ascending."""
-        samples = self.scheduler.cancel(row)
+    def withdraw(self, row: int, first: int = 0) -> Int32:
+        """Take out the samples of a row from number `first` on that are not finished, those that run included; their numbers,
+        ascending."""
+        samples = self.scheduler.cancel(row, first)
         self._watch.num_samples -= len(samples)
         return samples
 

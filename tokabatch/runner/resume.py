@@ -48,8 +48,10 @@ from tokabatch.output.manifest import (
 )
 from tokabatch.output.remedy import refuse_faults, refuse_other_verdicts, refuse_unrecorded, repair_command
 from tokabatch.output.same_job import EarlierRun
-from tokabatch.output.schema import verdict_fields
+from tokabatch.output.schema import UnsampledRow, verdict_fields
+from tokabatch.runner.row_stops import RowStops
 from tokabatch.runner.score import has_unjudged, judge_again
+from tokabatch.scoring.early_stopping import StopRule
 from tokabatch.scoring.pool import open_pool
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import reading_input, unwritable
@@ -76,20 +78,34 @@ class Reuse:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """`workload` is the whole job, `committed` what is done of it, `left` what is left to do."""
+    """`workload` is the whole job, `committed` what is done of it, `left` what is left to do. Where rows stop, `stops` knows of
+    what is committed, and `cancelled` are the samples that this cancels and that are not committed as such."""
 
     workload: Workload
     committed: Committed
     left: Workload
+    stops: RowStops[Any] | None = None
+    cancelled: tuple[UnsampledRow, ...] = ()
 
     @property
     def has_more(self) -> bool:
         """Whether anything is left to do."""
-        return bool(len(self.left.requests) or self.left.failures)
+        return bool(len(self.left.requests) or self.left.failures or self.cancelled)
 
     @classmethod
-    def after(cls, committed: Committed, workload: Workload) -> Start:
-        return cls(workload, committed, workload.without(committed.drawn))
+    def after(cls, committed: Committed, workload: Workload, job: Job, folder: OutputFolder) -> Start:
+        drawn = committed.drawn
+        if job.verify is None or job.verify.stop is None:
+            return cls(workload, committed, workload.without(drawn))
+        rule = StopRule(job.verify.stop.after_correct, job.verify.stop.majority)
+        stops: RowStops[Any] = RowStops(rule, workload.samples_of_row, drawn)
+        if committed.samples:
+            stops = RowStops.of_folder(rule, workload.samples_of_row, drawn, folder)
+        cancelled = stops.take_cancelled()
+        decided = drawn.flags.copy()
+        for each in cancelled:
+            decided[drawn.start[each.row_index] + each.samples] = True
+        return cls(workload, committed, workload.without(replace(drawn, flags=decided)), stops, tuple(cancelled))
 
 
 def start(
@@ -123,7 +139,7 @@ def start(
                     tell(f"--overwrite: deleting {len(shards):,} files, {size:,} bytes, of the run in {folder.path}")
                 claim.discard()
             _write_start(job, claim, workload, describe_run(job, workload, clock), ())
-            started = Start.after(nothing_committed(workload.samples_of_row), workload)
+            started = Start.after(nothing_committed(workload.samples_of_row), workload, job, folder)
     except OSError as error:
         # Nothing has been computed: the job is refused.
         raise unwritable(folder.path, error) from error
@@ -156,7 +172,7 @@ def _continue(
         _record(claim, manifest, found.good)
         claim.reopen()
         remove_shards(claim, bad)
-    started = _find_samples(folder, workload, errors=not reuse.retry_errors)
+    started = _find_samples(folder, workload, job, errors=not reuse.retry_errors)
     if not reuse.repair:
         refuse_unrecorded(folder, earlier.manifest, found)
     if earlier.repaired and not reuse.retry_errors:
@@ -168,7 +184,7 @@ def _continue(
         return replace(started, committed=replace(started.committed, shards=tuple(shard for shard, _ in found.good)))
     _write_start(job, claim, workload, manifest, found.good, keep_summary=done and not reuse.retry_errors)
     if reuse.retry_errors:
-        dropped = drop_errors(claim)
+        dropped = drop_errors(claim, reopen=job.verify is not None and job.verify.stop is not None)
         if dropped:
             tell(f"running {dropped:,} error rows again")
     misfits, names = list_misfits(folder, workload.output_schema)
@@ -178,7 +194,7 @@ def _continue(
         fit_columns(claim, misfits, workload.output_schema, workload.store.columns)
     if unjudged and job.verify is not None:
         _judge_left(claim, job.verify, workload, tell, on_rows)
-    return _find_samples(folder, workload) if reuse.retry_errors or misfits or unjudged else started
+    return _find_samples(folder, workload, job) if reuse.retry_errors or misfits or unjudged else started
 
 
 def _judge_left(claim: Claim, verify: VerifyConfig, workload: Workload, tell: Callable[[str], None], on_rows: OnRows) -> None:
@@ -234,18 +250,18 @@ def preview(job: Job, scratch: Path, on_rows: OnRows | None = None, *, absent_gp
     compare, clock = (earlier.compare, earlier.manifest.started) if earlier else (None, "")
     workload = prepare(job, scratch, on_rows, weights=False, compare=compare, clock=clock, absent_gpu=absent_gpu)
     if earlier is None:
-        return Start.after(nothing_committed(workload.samples_of_row), workload)
+        return Start.after(nothing_committed(workload.samples_of_row), workload, job, folder)
     found = consistently(lambda: inspect(folder, earlier.manifest), folder.path)
     refuse_faults(folder, earlier.manifest, found)
     refuse_other_verdicts(folder, earlier.manifest, found)
-    started = consistently(lambda: _find_samples(folder, workload), folder.path)
+    started = consistently(lambda: _find_samples(folder, workload, job), folder.path)
     refuse_unrecorded(folder, earlier.manifest, found)
     return started
 
 
-def _find_samples(folder: OutputFolder, workload: Workload, *, errors: bool = True) -> Start:
+def _find_samples(folder: OutputFolder, workload: Workload, job: Job, *, errors: bool = True) -> Start:
     committed = read_committed(folder, workload.samples_of_row, schema=workload.output_schema, errors=errors)
-    return Start.after(committed, workload)
+    return Start.after(committed, workload, job, folder)
 
 
 def find_run(folder: OutputFolder, *, retry_errors: bool = False) -> EarlierRun | None:

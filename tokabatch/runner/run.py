@@ -41,7 +41,7 @@ from tokabatch.output.manifest import Books, mark_success, read_summary, write_s
 from tokabatch.output.shards import shard_number
 from tokabatch.output.steps import write_steps
 from tokabatch.report.progress import ExpendableProgress, NullProgress, Phase, Progress, ProgressSnapshot
-from tokabatch.report.run_estimates import read_estimates
+from tokabatch.report.run_estimates import read_estimates, read_estimator
 from tokabatch.report.summary import RunSummary
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
@@ -50,6 +50,7 @@ from tokabatch.runner.recorder import Recorder
 from tokabatch.runner.replica import Replica
 from tokabatch.runner.resume import Reuse, Start, start
 from tokabatch.runner.shared import Shared, close_shared, cut_earlier_run, join_as_last, start_shared
+from tokabatch.runner.stopping_replica import StoppingReplica
 from tokabatch.runner.supply import Supply
 
 
@@ -85,6 +86,10 @@ def run(
             raise OutputError(
                 "--shared is for computing what lacks; give --overwrite, --retry-errors or --repair to a run alone"
             )
+        if job.verify is not None and job.verify.stop is not None:
+            raise OutputError(
+                "verify.stop looks at all samples of a row, and --shared divides them between processes; give one of the two"
+            )
         # What is in the folder comes from units, which are divided between processes.
         job = job.model_copy(update={"engine": job.engine.model_copy(update={"process": True})})
         cut_earlier_run(job, shared, on_rows, tell)
@@ -98,7 +103,8 @@ def run(
             leases = Leases(claim, shared.holder, shared.lease_seconds)
             workers.callback(leases.close)
             started, units = start_shared(job, claim, leases, shared, on_rows, tell, stop)
-        workload, recorder = started.left, Recorder(job, started.left, claim, started.committed, units=units)
+        workload = started.left
+        recorder = Recorder(job, workload, claim, started.committed, units=units, stops=started.stops)
         workers.callback(workload.store.close)
         workers.callback(recorder.close)
         sizes = size_replica(job, workload, profile)
@@ -153,7 +159,8 @@ def run(
         steps = replica.steps()
         summary = _summary(parts, steps, profile, exit_code, stalled=stalled)
         if summary.verifies and not summary.pending:
-            summary = replace(summary, estimates=read_estimates(claim.folder.path) or ())
+            found, how = read_estimates(claim.folder.path) or (), read_estimator(claim.folder.path)
+            summary = replace(summary, estimates=found, estimator=how)
         with suppress(OSError, CommitError):
             # Where the disk is full, or another run writes, the summary goes to the caller alone.
             claim.check_lock()
@@ -196,7 +203,7 @@ def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:
     """Where nothing was left to do, the figures of the work are those of the start before."""
     earlier = _earlier_summary(claim)
     if earlier and not len(steps):
-        told = ("rows", "samples", "ok", "errors", "exit_code", "stalled")
+        told = ("rows", "samples", "ok", "errors", "cancelled", "exit_code", "stalled")
         write_summary(claim, {**earlier, **{name: summary[name] for name in told}})
         return
     write_summary(claim, summary)
@@ -247,7 +254,7 @@ class _Parts:
 
     job: Job
     started: Start
-    replica: Replica | Fleet
+    replica: Replica | StoppingReplica | Fleet
     recorder: Recorder
     clock: _Clock
     stop: Interruption
@@ -289,6 +296,7 @@ def _reading(clock: _Clock, stop: Interruption, rows: int, errors: int) -> None:
 def _record_failures(parts: _Parts) -> int:
     """The rows that never became prompts; the run's exit code so far. Where the job stops at an error, it is the first one."""
     failures = parts.started.left.failures
+    parts.recorder.fail(parts.started.cancelled)
     if not failures or parts.job.errors.policy != "stop":
         parts.recorder.fail(failures)
         return EXIT_COMPLETE
@@ -319,6 +327,8 @@ def _generate(parts: _Parts) -> int:
         for completions in parts.replica.run():
             parts.clock.loaded()
             recorder.add(completions)
+            if parts.started.stops is not None and not isinstance(parts.replica, Replica):
+                parts.replica.follow(parts.started.stops.take_changes())
             parts.show("generating")
             exit_code = parts.stop.poll()
             failed = any(c.error_code is not None for c in completions) or recorder.num_unwritable > unwritable
@@ -350,6 +360,7 @@ def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_cod
         samples=workload.samples_total,
         ok=recorder.num_ok,
         errors=recorder.num_errors,
+        cancelled=recorder.num_cancelled,
         prompt_tokens=counts.prompt_tokens,
         cached_tokens=counts.cached_tokens,
         cacheable_tokens=workload.sharing().saved_tokens,

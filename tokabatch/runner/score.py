@@ -93,6 +93,12 @@ def score(
             found = consistently(partial(inspect, claim.folder, manifest), path)
             refuse_faults(claim.folder, manifest, found)
             refuse_unrecorded(claim.folder, manifest, found)
+            told = {name: value for name, value in manifest.fingerprint.settings.items() if is_of_verify(name)}
+            if job.verify.stop is not None and verify_settings(job.verify) != told:
+                raise OutputError(
+                    f"{path}: rows were stopped by the verdicts that this folder holds (verify.stop), so other verdicts of the "
+                    "samples that are there estimate nothing. They can be written beside it: --to verdicts.parquet"
+                )
             settings = {name: value for name, value in manifest.fingerprint.settings.items() if not is_of_verify(name)}
             fingerprint = replace(manifest.fingerprint, settings={**settings, **verify_settings(job.verify)})
             manifest = replace(manifest, fingerprint=fingerprint, job={**manifest.job, "verify": job.to_dict()["verify"]})
@@ -160,6 +166,9 @@ def _job(folder: OutputFolder, manifest: Manifest, overrides: Sequence[str]) -> 
     relative = own is not None and ".py" in own and not Path(own).is_absolute()
     if relative and job.verify is not None and job.verify.kind == own and Path(manifest.working_folder) != Path.cwd():
         raise JobError(f"verify.kind: {own} counts from {manifest.working_folder}; run this command there")
+    stop = (manifest.job.get("verify") or {}).get("stop")
+    if job.verify is not None and job.to_dict()["verify"]["stop"] != stop:
+        raise JobError("verify.stop: rows stop while they are sampled, and nothing is sampled here; remove it from the command")
     if job.verify is None:
         raise JobError("the job of this folder verifies nothing; say what is to judge: verify.kind=KIND verify.answer=COLUMN")
     return job

@@ -157,7 +157,7 @@ def _start(
     committed = consistently(
         lambda: read_committed(folder, workload.samples_of_row, schema=workload.output_schema), folder.path
     )
-    started = Start.after(committed, workload)
+    started = Start.after(committed, workload, job, folder)
     if started.has_more:
         claim.begin(manifest.run, manifest.marks, (), repair_command(folder, manifest))
     return started, units

@@ -350,6 +350,8 @@ class StepResult:
         )
 
 
+WORKER_CRASH = "worker_crash"
+"""The error code of samples whose row was found to kill workers."""
 Count = TypeVar("Count")
 
 

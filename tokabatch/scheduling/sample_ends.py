@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokabatch.arrays import Bool, Int32, Int64
-from tokabatch.scheduling.contracts import Completion, Scores
+from tokabatch.scheduling.contracts import WORKER_CRASH, Completion, Scores
 from tokabatch.scheduling.generated import Generated
 from tokabatch.scheduling.kv.slots import Slots
 from tokabatch.scheduling.stop_conditions import StopRules
@@ -125,4 +125,4 @@ def overflow(work: Work, prompt: int, page_size: int, num_pages: int) -> tuple[s
 
 def killed(crash: str) -> tuple[str, str]:
     """The error of a row that has been found to kill workers, the last time like this."""
-    return "worker_crash", f"the worker process died whenever this row ran: {crash}"
+    return WORKER_CRASH, f"the worker process died whenever this row ran: {crash}"

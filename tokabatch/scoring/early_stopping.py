@@ -8,7 +8,7 @@ company and after any resume. Samples behind that number are cancelled, or left 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +21,8 @@ FIRST_WAVE = 4
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
-    """Stop a row at its `after_correct`-th right sample; or once `majority` of its samples give the same answer. None: never
-    for that reason."""
+    """Stop a row at its `after_correct`-th right sample; or once `majority` of its samples give the same answer. One of the two
+    is None."""
 
     after_correct: int | None = None
     majority: int | None = None
@@ -30,27 +30,46 @@ class StopRule:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a rule looks at of one judged sample; `answer` is None where none was found in its text."""
+    """What a rule looks at of one judged sample; `answer` is None where none was found in its text. An error, or a sample that
+    the judge could not tell of, is not right."""
 
     correct: bool
     answer: Hashable = None
 
 
-def stop_after(rule: StopRule, outcomes: Sequence[Outcome | None]) -> int | None:
-    """How many samples the row takes, given what is known of each sample by its number, None where nothing is yet; None where
-    the judged prefix does not stop it. What is known behind the prefix never matters."""
-    correct, votes = 0, dict[Hashable, int]()
-    for number, outcome in enumerate(outcomes, 1):
-        if outcome is None:
-            return None
-        correct += outcome.correct
-        if rule.after_correct is not None and correct == rule.after_correct:
-            return number
-        if rule.majority is not None and outcome.answer is not None:
-            votes[outcome.answer] = votes.get(outcome.answer, 0) + 1
-            if votes[outcome.answer] == rule.majority:
-                return number
-    return None
+class RowTally:
+    """The verdicts of one row, in any order, and what its rule makes of them."""
+
+    __slots__ = ("_ahead", "_correct", "_rule", "_votes", "judged", "stop")
+
+    def __init__(self, rule: StopRule) -> None:
+        self._rule = rule
+        self._ahead: dict[int, Outcome | None] = {}
+        self._correct = 0
+        self._votes: dict[Hashable, int] = {}
+        self.judged = 0
+        """Length of the prefix that is judged; it does not grow beyond `stop`."""
+        self.stop: int | None = None
+        """How many samples the row takes, once the prefix tells."""
+
+    def add(self, number: int, outcome: Outcome | None) -> None:
+        """The verdict of a sample; None of one that was cancelled already, in front of which the row had stopped."""
+        if number >= self.judged and self.stop is None:
+            self._ahead[number] = outcome
+        while self.stop is None and self.judged in self._ahead:
+            found = self._ahead.pop(self.judged)
+            if found is None or self._decides(found):
+                self.stop = self.judged + (found is not None)
+            self.judged += found is not None
+
+    def _decides(self, outcome: Outcome) -> bool:
+        self._correct += outcome.correct
+        if self._rule.majority is None:
+            return self._correct == self._rule.after_correct
+        if outcome.answer is None:
+            return False
+        self._votes[outcome.answer] = self._votes.get(outcome.answer, 0) + 1
+        return self._votes[outcome.answer] == self._rule.majority
 
 
 def opened(num_samples: int, judged: int) -> int:

@@ -9,11 +9,12 @@ which that approaches. This module does not know where the samples come from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from tokabatch.arrays import Bool, Float64, Int64
+from tokabatch.scoring.early_stopping import StopRule, estimate_stopped
 from tokabatch.scoring.pass_at_k import estimate, ks_of, log_binomials
 
 RESAMPLES = 1000
@@ -35,25 +36,84 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The samples of a run, in any order, each array of shape [S]: its row, whether it is right, its score (0 where there is
-    none), the number of its answer (-1 where none was found; two samples of a row have the same where they answer the same),
-    and its cumulative log-probability (NaN where that was not recorded)."""
+    """The samples of a run, in any order, each array of shape [S]: its row and its number in it, whether it is right, its score
+    (0 where there is none), the number of its answer (-1 where none was found; two samples of a row have the same where they
+    answer the same), its cumulative log-probability (NaN where that was not recorded), and whether its row had stopped before
+    it, so that it was never drawn."""
 
     row: Int64
+    number: Int64
     correct: Bool
     score: Float64
     answer: Int64
     logprob: Float64
+    cancelled: Bool
+
+    def take(self, places: Int64 | Bool) -> Judged:
+        """These of them, in this order."""
+        return Judged(*(getattr(self, field.name)[places] for field in fields(self)))
+
+    def rows(self) -> tuple[Int64, Int64]:
+        """Where each row begins, and how many samples it has; they are ordered by row."""
+        begins = np.flatnonzero(np.diff(self.row, prepend=self.row[:1] - 1))
+        return begins, np.diff(np.append(begins, len(self.row)))
 
 
-def estimate_all(judged: Judged) -> tuple[Estimate, ...]:
-    """Every figure that the samples can give; maj@k needs answers, best-of-k log-probabilities. None for no samples."""
+def estimator(rule: StopRule | None) -> str:
+    """In words, how `estimate_all` comes to its figures."""
+    if rule is None:
+        return "pass@k by Chen et al. (2021) of all samples"
+    if rule.majority is not None:
+        return f"of the first {rule.majority} samples of each row, which no row stops before; pass@k by Chen et al. (2021)"
+    return (
+        f"of rows that stopped at right sample {rule.after_correct}, without that sample, which the rule made right: pass@k by "
+        "Chen et al. (2021) of N - 1 samples, as is unbiased (Girshick et al., 1946); of the others, of all samples"
+    )
+
+
+def estimate_all(judged: Judged, rule: StopRule | None = None) -> tuple[Estimate, ...]:
+    """Every figure that the samples can give; maj@k needs answers, best-of-k log-probabilities. Where a `rule` stopped rows,
+    those that it leaves without bias. None for no samples."""
     if not len(judged.row):
         return ()
-    order = np.lexsort((judged.logprob, judged.row))
-    j = Judged(*(getattr(judged, name)[order] for name in ("row", "correct", "score", "answer", "logprob")))
-    begins = np.flatnonzero(np.diff(j.row, prepend=j.row[0] - 1))
-    n = np.diff(np.append(begins, len(j.row)))
+    if rule is None:
+        columns = _of_all_samples(judged)
+    elif rule.majority is None:
+        columns = _of_rows_stopped_when_right(judged, rule)
+    else:
+        columns = _of_rows_stopped_by_majority(judged, rule.majority)
+    return _with_intervals(list(columns), np.stack(list(columns.values()), axis=1))
+
+
+def _of_rows_stopped_when_right(judged: Judged, rule: StopRule) -> dict[str, Float64]:
+    """pass@k for every k that the rows would have had samples for; and the mean score. The samples in front of the one that
+    stopped a row come in a random order, so that any of them tells the score of the first one without bias; where there is
+    none, the first one is that which stopped the row."""
+    j = judged.take(np.lexsort((judged.number, judged.row)))
+    ks = ks_of(j.rows()[1])
+    j = j.take(~j.cancelled)
+    begins, n = j.rows()
+    right = np.add.reduceat(j.correct.astype(np.int64), begins)
+    stopped = right == rule.after_correct
+    shortened = stopped & (n > 1)
+    scores = np.add.reduceat(j.score, begins) - np.where(shortened, j.score[begins + n - 1], 0.0)
+    columns = {"mean score": scores / (n - shortened)}
+    return columns | {f"pass@{k}": estimate_stopped(n, right, stopped, k) for k in ks}
+
+
+def _of_rows_stopped_by_majority(judged: Judged, votes: int) -> dict[str, Float64]:
+    """No row stops before it has so many samples: these are as without a rule. And whether the answer is right that the samples
+    of a row settled on, or most of them where they did not."""
+    taken = judged.take(~judged.cancelled)
+    columns = _of_all_samples(taken.take(taken.number < votes))
+    j = taken.take(np.lexsort((taken.number, taken.row)))
+    begins, n = j.rows()
+    return columns | {f"first to {votes}": majority(j, begins, n, int(n.max()))}
+
+
+def _of_all_samples(judged: Judged) -> dict[str, Float64]:
+    j = judged.take(np.lexsort((judged.logprob, judged.row)))
+    begins, n = j.rows()
     ks = ks_of(n)
     right = np.add.reduceat(j.correct.astype(np.int64), begins)
     columns = {"mean score": np.add.reduceat(j.score, begins) / n}
@@ -62,7 +122,7 @@ def estimate_all(judged: Judged) -> tuple[Estimate, ...]:
         columns |= {f"maj@{k}": majority(j, begins, n, k) for k in ks if k > 2}
     if not np.isnan(j.logprob).any():
         columns |= {f"best-of-{k}": best_of(j.score, begins, n, k) for k in ks if k > 1}
-    return _with_intervals(list(columns), np.stack(list(columns.values()), axis=1))
+    return columns
 
 
 def majority(j: Judged, begins: Int64, n: Int64, k: int) -> Float64:
@@ -76,7 +136,7 @@ def majority(j: Judged, begins: Int64, n: Int64, k: int) -> Float64:
     valid = pairs[:, 1] >= 0
     share_right = np.bincount(place, j.correct, len(pairs)) / np.bincount(place, minlength=len(pairs))
     first = np.searchsorted(pairs[:, 0], np.arange(rows))
-    draws = 1 if (n == k).all() else int(np.clip(DRAWN_SAMPLES // len(of_row), 1, MOST_DRAWS))
+    draws = 1 if (n <= k).all() else int(np.clip(DRAWN_SAMPLES // len(of_row), 1, MOST_DRAWS))
     random, total = np.random.default_rng(k), np.zeros(rows)
     for _ in range(draws):
         shuffled = np.lexsort((random.random(len(of_row)), of_row))

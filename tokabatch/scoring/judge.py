@@ -25,6 +25,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+ANSWER = "extracted"
+"""The column that holds the answer which a judge found in the text, where it looks for one: what a majority is of."""
 MAX_REASON = 200
 MAX_TEXT = 1 << 16
 COLUMN_TYPES: Mapping[type, str] = {str: "string", int: "int64", float: "float64", bool: "bool"}
