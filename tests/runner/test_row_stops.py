@@ -11,9 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +25,16 @@ from support.forked_runs import ForkServer
 from support.scripted_run import scripted_engine, scripted_job, scripted_run
 
 from tokabatch import Job, run
+from tokabatch.errors import JobError, OutputError
+from tokabatch.output.export import Selection, Where, export
 from tokabatch.output.integrity import check
+from tokabatch.output.status import read_status
+from tokabatch.report.review import write_report
+from tokabatch.report.summary import run_sections
+from tokabatch.runner.plan import plan
+from tokabatch.runner.score import score, score_to
+from tokabatch.scheduling.contracts import Completion
+from tokabatch.scheduling.scheduler import Scheduler
 
 ROWS, SAMPLES = 9, 24
 JUDGE = '''
@@ -164,3 +176,87 @@ def test_the_same_samples_after_kills(
             assert not [key for key, sample in found.items() if expected[key] != sample], "a sample is there that goes"
         assert partly and not differing(out, expected)
         assert check(out).exit_code == 0
+
+
+def test_whatever_counts_samples_counts_cancelled_ones(folder: Path, full: Samples, tmp_path: Path) -> None:
+    rule, out = RULES[0], tmp_path / "out"
+    expected = stopped(full, rule)
+    cancelled = sum(sample[0] == "cancelled" for sample in expected.values())
+    sections, rows = scripted(folder, out, rule), folder / "rows.jsonl"
+    told = " ".join(plan(scripted_job(rows, out, **sections)).notes)
+    assert f"saves {ROWS * (SAMPLES - 1)} of {ROWS * SAMPLES} samples at most" in told
+    summary = scripted_run(rows, out, **sections)
+    assert not differing(out, expected)
+    shown = {name: value for section in run_sections(summary) for name, *value in section.rows}
+    assert shown["samples"] == [f"{ROWS * SAMPLES} = {ROWS * SAMPLES - cancelled} ok + 0 errors + {cancelled} cancelled"]
+    assert "N - 1" in shown["estimated"][0] and "pass@16" in shown
+    # Each row's, from what it was: pass@1 with r = 1 is whether the first sample was right.
+    first = np.mean([full[row, 0][-2] == "True" for row in range(ROWS)])
+    assert summary.pass_at_k is not None and summary.pass_at_k[1] == pytest.approx(first)
+    status = read_status(out)
+    assert (status.ok, status.errors, status.cancelled, status.pending) == (ROWS * SAMPLES - cancelled, 0, cancelled, 0)
+    checked = check(out)
+    assert (
+        checked.exit_code == 0
+        and checked.facts["cancelled"] == cancelled
+        and json.loads((out / "_SUCCESS").read_text())["cancelled"] == cancelled
+    )
+    counts: dict[Where | None, int] = {
+        "cancelled": cancelled,
+        "ok": ROWS * SAMPLES - cancelled,
+        "error": 0,
+        None: ROWS * SAMPLES,
+    }
+    for where, count in counts.items():
+        assert export(out, tmp_path / "export.jsonl", Selection(where=where)).samples == count
+    assert f"{cancelled:,}</b><span>cancelled" in write_report(out).read_text()
+    # Nothing is left to do, and nothing is done.
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert scripted_run(rows, out, **sections).cancelled == cancelled
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    # Other verdicts would not have stopped these rows: they go beside the folder.
+    with pytest.raises(OutputError, match=r"--to verdicts\.parquet"):
+        score(out, ["verify.kind=regex", "verify.options={pattern: x}"])
+    with pytest.raises(JobError, match=r"verify\.stop"):
+        score(out, ["verify.stop.after_correct=2"])
+    assert score(out).judged == 0
+    told_beside = score_to(out, tmp_path / "verdicts.parquet", ["verify.kind=regex", "verify.options={pattern: x}"])
+    assert told_beside.judged == ROWS * SAMPLES - cancelled
+    # With more samples, rows that have stopped stay so; the others go on.
+    more = scripted_run(rows, out, **{**sections, "generation": {"n": 2 * SAMPLES}})
+    assert more.pending == 0 and more.cancelled >= cancelled + SAMPLES * (ROWS - 1) - SAMPLES
+    assert {key: sample for key, sample in samples(out).items() if key[1] < SAMPLES} == expected
+
+
+def test_a_row_goes_on_from_its_first_error(folder: Path, full: Samples, tmp_path: Path) -> None:
+    """A sample that failed counts as wrong; run again, the row is as if it had not failed."""
+    out, rows = tmp_path / "out", folder / "rows.jsonl"
+    expected = stopped(full, RULES[0])
+    stop = {row: [number for number in range(SAMPLES) if expected[row, number][0] == "ok"][-1] for row in range(ROWS)}
+    row = next(row for row in range(ROWS) if stop[row] < SAMPLES - 1)
+
+    def failing(completions: list[Completion]) -> list[Completion]:
+        at = [completion.row_index == row and completion.sample_index == stop[row] for completion in completions]
+        return [
+            replace(completion, error_code="nan_logits", error_message="made up") if is_it else completion
+            for completion, is_it in zip(completions, at, strict=True)
+        ]
+
+    apply = Scheduler.apply
+    with mock.patch.object(Scheduler, "apply", lambda self, result: failing(apply(self, result))):
+        summary = scripted_run(rows, out, **scripted(folder, out, RULES[0]))
+    found = samples(out)
+    assert summary.errors == 1 and found[row, stop[row]][5] == "nan_logits" and found[row, stop[row] + 1][0] == "ok"
+    with scripted_engine():
+        again = run(scripted_job(rows, out, **scripted(folder, out, RULES[0])), retry_errors=True)
+    assert again.exit_code == 0 and not differing(out, expected)
+
+
+def test_what_no_rule_can_be(folder: Path, tmp_path: Path) -> None:
+    for rule in ({}, {"after_correct": 1, "majority": 2}, {"after_correct": 0}):
+        with pytest.raises(JobError, match=r"verify\.stop"):
+            scripted_job(folder / "rows.jsonl", tmp_path / "out", **scripted(folder, tmp_path / "out", rule))
+    (tmp_path / "judge.py").write_text("def verify(text, row): return True")
+    sections = {**scripted(folder, tmp_path / "out", None), "verify": verify(tmp_path, {"majority": 2})}
+    with pytest.raises(JobError, match="'extracted'"):
+        plan(scripted_job(folder / "rows.jsonl", tmp_path / "out", **sections))

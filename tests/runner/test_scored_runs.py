@@ -147,7 +147,7 @@ def test_a_plan_counts_and_says_that_whole_texts_are_scored(model: Path, tmp_pat
     [
         ({"generation": {"temperature": 0.5, "n": 2}}, "generation: n, temperature is of no use in mode: score"),
         ({"generation": {"logprobs": 3}}, "generation: logprobs is 3; mode: score reports given tokens alone: write 0"),
-        ({"verify": {"kind": "exact", "answer": "a"}}, "verify: judges texts that were drawn, and mode: score draws none"),
+        ({"verify": {"kind": "regex", "stop": {"after_correct": 1}}}, "verify: has `stop`, which stops drawing samples"),
         ({"mode": "rank"}, "mode: got the text rank; accepts one of generate, score"),
     ],
 )
@@ -166,3 +166,47 @@ def test_several_replicas_and_a_worker_apart_give_the_same(model: Path, tmp_path
     for key, each in ours.items():
         assert each["error_message"] == theirs[key]["error_message"] and each["is_greedy"] == theirs[key]["is_greedy"]
         assert each["cumulative_logprob"] == pytest.approx(theirs[key]["cumulative_logprob"], abs=1e-9)
+
+
+def test_choices_by_likelihood(model: Path, tmp_path: Path) -> None:
+    """The most likely continuation is the row's choice; what was computed by two replicas, or by ranks, is the same."""
+    options = [" there was", " a b", " B is odd", " b a"]
+    rows: list[dict[str, Any]] = [{"prompt": f"Once upon {i}", "options": options[i % 3 :], "answer": i % 2} for i in range(9)]
+    rows += [
+        {"prompt": "Letters", "options": [" C", " A", " B"], "answer": 1},
+        {"prompt": "Once", "options": [], "answer": 0},
+    ]
+    sections: dict[str, Any] = {
+        "prompt": {"continuations": "options"},
+        "verify": {"kind": "choice", "answer": "answer", "options": {"choices": "options"}},
+    }
+    found: list[tuple[dict[tuple[int, int], dict[str, Any]], Any]] = []
+    for engine in ({}, {"replicas": 2}, {"tensor": 2}):
+        folder = tmp_path / str(engine)
+        folder.mkdir()
+        summary = run(job(model, folder, rows, **sections, engine={"device": "cpu", "page_size": 4, **engine}))
+        found.append((samples(folder), {each.name: each.value for each in summary.estimates}))
+    (first, estimates), *others = found
+    for (row, number), each in first.items():
+        assert row == 10 or each["correct"] == (number == (rows[row]["answer"] if row < 9 else 1)), each
+    chosen = {
+        name: [
+            max(
+                range(len(rows[row]["options"])),
+                key=lambda i: first[row, i]["cumulative_logprob"] / size(rows[row]["options"][i]),
+            )
+            for row in range(10)
+        ]
+        for name, size in (("accuracy", lambda text: 1), ("by characters", lambda text: len(text.strip())))
+    }
+    for name, choices in chosen.items():
+        right = sum(choice == (1 if row == 9 else rows[row]["answer"]) for row, choice in enumerate(choices))
+        assert estimates[name] == pytest.approx(right / 11), name
+    for other, figures in others:
+        assert figures == estimates and other.keys() == first.keys()
+        for key, each in other.items():
+            assert {**each, "cumulative_logprob": 0, "perplexity": 0, "num_cached_tokens": 0} == {
+                **first[key], "cumulative_logprob": 0, "perplexity": 0, "num_cached_tokens": 0,
+            }  # fmt: skip
+            if each["status"] == "ok":
+                assert abs(each["cumulative_logprob"] - first[key]["cumulative_logprob"]) < 1e-9

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokabatch.scoring import estimates
+from tokabatch.scoring.early_stopping import StopRule
 from tokabatch.scoring.estimates import Judged, estimate_all
 
 
@@ -118,3 +119,50 @@ def test_intervals_hold_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_row_says_nothing_of_others() -> None:
     (mean, *_) = estimate_all(judged([[(True, 0, 0.0), (False, 1, 1.0)]]))
     assert (mean.value, mean.low, mean.high) == (0.5, 0.0, 1.0)
+
+
+def test_rows_that_stopped_tell_what_all_samples_do() -> None:
+    """Of many rows with a chance of their own, whose wrong answers differ: figures of the rows as stopped against the truth."""
+    random = np.random.default_rng(5)
+    rows, n = 4000, 16
+    chance = random.beta(0.7, 1.2, rows)
+    right = random.random((rows, n)) < chance[:, None]
+    answer = np.where(right, 0, random.integers(1, 3, (rows, n)))
+    score = right + 0.25 * random.random((rows, n))
+    place = np.indices((rows, n))
+    for rule in (StopRule(1), StopRule(2), StopRule(majority=3)):
+        stop = [next((i for i in range(1, n) if reached(rule, right[row, :i], answer[row, :i])), n) for row in range(rows)]
+        cancelled = place[1] >= np.array(stop)[:, None]
+        found = estimate_all(
+            Judged(
+                row=place[0].ravel(),
+                number=place[1].ravel(),
+                correct=right.ravel(),
+                score=score.ravel(),
+                answer=answer.ravel(),
+                logprob=np.full(rows * n, np.nan),
+                cancelled=cancelled.ravel(),
+            ),
+            rule,
+        )
+        truth = {f"pass@{k}": float(np.mean(1 - (1 - chance) ** k)) for k in (1, 2, 4, 8, 16)}
+        truth["mean score"] = float(np.mean(chance)) + 0.125
+        votes = [Counter(answer[row, : stop[row]].tolist()) for row in range(rows)]
+        winners = [[each for each, count in row.items() if count == max(row.values())] for row in votes]
+        truth["first to 3"] = float(np.mean([(0 in best) / len(best) for best in winners]))
+        names = ["mean score", *(f"pass@{k}" for k in ((1, 2, 4, 8, 16) if rule.after_correct else (1, 2, 3)))]
+        assert [each.name for each in found if not each.name.startswith("maj")] == names + ["first to 3"] * (
+            not rule.after_correct
+        )
+        for each in found:
+            wide = each.high - each.low
+            if each.name in truth:
+                assert abs(each.value - truth[each.name]) < wide, (rule, each)
+        naive = np.mean([right[row, : stop[row]].mean() for row in range(rows)])
+        assert not rule.after_correct or naive - np.mean(chance) > 0.02
+
+
+def reached(rule: StopRule, right: np.ndarray, answer: np.ndarray) -> bool:
+    if rule.after_correct is not None:
+        return bool(right.sum() >= rule.after_correct)
+    return max(Counter(answer.tolist()).values()) >= (rule.majority or 0)

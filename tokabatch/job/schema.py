@@ -156,7 +156,8 @@ class GenerationConfig(_Section):
         default=0, description="Random seed. A sample depends only on the seed, its row and its sample number."
     )
     logprobs: fields.OptionalLogprobs = Field(
-        default=None, description="Report log probabilities: 0 the chosen token's, k also the k most likely ones'."
+        default=None,
+        description="Log-probabilities of drawn tokens: 0 of these, k also of the k most likely; of given ones by mode: score.",
     )
     repetition_penalty: fields.Repetition = Field(
         default=1.0, description="Divide the logits of tokens that stand in prompt or output already (negative ones: multiply)."
@@ -400,7 +401,9 @@ class Job(_Section):
         if info.data.get("mode") != "score" or value is None:
             return value
         if isinstance(value, VerifyConfig):
-            raise ValueError("judges texts that were drawn, and mode: score draws none; remove verify")
+            if value.stop is not None:
+                raise ValueError("has `stop`, which stops drawing samples, and mode: score draws none; remove it")
+            return value
         changed = [name for name in _SETTINGS if getattr(value, name) != GenerationConfig.model_fields[name].default]
         if useless := [name for name in changed if name != "logprobs"]:
             raise ValueError(f"{', '.join(useless)} is of no use in mode: score, which draws nothing; remove it")

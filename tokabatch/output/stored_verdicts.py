@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tokabatch.output.schema import CANCELLED, verdict_names
 from tokabatch.output.shards import read_groups
@@ -16,16 +17,18 @@ from tokabatch.storage.listing import ListedFile
 _COLUMNS = ("row_index", "sample_index", "status", "cumulative_logprob", "correct", "verify_score", "extracted")
 
 
-def read_verdicts(shards: Sequence[ListedFile]) -> Mapping[str, npt.NDArray[Any]] | None:
+def read_verdicts(shards: Sequence[ListedFile], *, characters: bool = False) -> Mapping[str, npt.NDArray[Any]] | None:
     """Arrays of one length, an entry for each sample that the shards hold: `row`, `number`, `correct`, `score` (0 without a
     verdict), `answer` (a number for each different answer, -1 for none), `logprob` (NaN where it was not recorded, minus
-    infinity of error rows where it was) and `cancelled`. None where the samples are not judged. Raises as `read_groups`
+    infinity of error rows where it was), `cancelled`, and with `characters` that number in its text, none at the ends being
+    white space. None where the samples are not judged. Raises as `read_groups`
     does."""
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in ("row", "number", "correct", "score", "logprob", "status")}
     answers: list[pa.ChunkedArray] = []
+    lengths: list[npt.NDArray[np.int64]] = []
     judged = False
     for shard in shards:
-        for table in read_groups(shard, _COLUMNS):
+        for table in read_groups(shard, (*_COLUMNS, *(("text",) if characters else ()))):
             names = verdict_names(table.schema)
             judged |= "correct" in names
             correct = _or(table, "correct", names, False, pa.bool_())
@@ -37,6 +40,9 @@ def read_verdicts(shards: Sequence[ListedFile]) -> Mapping[str, npt.NDArray[Any]
             parts["logprob"].append(table["cumulative_logprob"].cast(pa.float64()).fill_null(np.nan).to_numpy())
             parts["status"].append(table["status"].to_numpy())
             known = table["extracted"] if "extracted" in names else pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
+            if characters:
+                text = pc.call_function("utf8_trim_whitespace", [table["text"].fill_null("")])
+                lengths.append(pc.call_function("utf8_length", [text]).to_numpy().astype(np.int64))
             answers.append(known.cast(pa.string()))
     if not judged:
         return None
@@ -47,7 +53,8 @@ def read_verdicts(shards: Sequence[ListedFile]) -> Mapping[str, npt.NDArray[Any]
     ok, cancelled = status == "ok", status == CANCELLED
     if ok.any() and not np.isnan(logprob[ok]).any():
         found["logprob"] = np.where(ok, logprob, -np.inf)
-    return {**found, "answer": numbers, "cancelled": cancelled}
+    more = {"characters": np.concatenate(lengths)} if characters else {}
+    return {**found, "answer": numbers, "cancelled": cancelled, **more}
 
 
 def _or(table: pa.Table, name: str, names: Sequence[str], otherwise: object, kind: pa.DataType) -> npt.NDArray[Any]:

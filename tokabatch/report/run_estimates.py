@@ -10,7 +10,7 @@ from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import Manifest, read_manifest
 from tokabatch.output.stored_verdicts import read_verdicts
 from tokabatch.scoring.early_stopping import StopRule
-from tokabatch.scoring.estimates import Estimate, Judged, estimate_all, estimator
+from tokabatch.scoring.estimates import CHOICES, Estimate, Judged, estimate_all, estimate_choices, estimator
 from tokabatch.storage.listing import consistently
 
 
@@ -21,18 +21,29 @@ def read_estimates(path: Path) -> tuple[Estimate, ...] | None:
 
     def read() -> tuple[Estimate, ...] | None:
         manifest = read_manifest(folder)
-        found = read_verdicts(recorded_shards(folder, manifest))
+        scored = _scores_texts(manifest)
+        found = read_verdicts(recorded_shards(folder, manifest), characters=scored)
         if found is None:
             return None
         missing = manifest is not None and manifest.samples > len(found["row"])
-        return () if missing else estimate_all(Judged(**cast("dict[str, Any]", found)), _rule(manifest))
+        if missing:
+            return ()
+        arrays = cast("dict[str, Any]", found)
+        if scored:
+            return estimate_choices(characters=arrays.pop("characters"), judged=Judged(**arrays))
+        return estimate_all(Judged(**arrays), _rule(manifest))
 
     return consistently(read, path)
 
 
 def read_estimator(path: Path) -> str:
     """What estimates them."""
-    return estimator(_rule(read_manifest(OutputFolder(path))))
+    manifest = read_manifest(OutputFolder(path))
+    return CHOICES if _scores_texts(manifest) else estimator(_rule(manifest))
+
+
+def _scores_texts(manifest: Manifest | None) -> bool:
+    return manifest is not None and manifest.job.get("mode") == "score"
 
 
 def _rule(manifest: Manifest | None) -> StopRule | None:

@@ -9,6 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tokabatch.engine.replica_sizes import ReplicaSizes, page_bytes
 from tokabatch.forecast.cost_model import read_profile, size_replica
 from tokabatch.forecast.devices import Device
@@ -94,6 +96,15 @@ def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
     if not left and workload.samples_total:
         notes.append(
             f"{job.output.path} holds all of these samples: sizes and simulation are those of the whole job, as in a new folder"
+        )
+    if job.verify is not None and (stop := job.verify.stop) is not None:
+        least = stop.after_correct or stop.majority or 1
+        saved = int(np.maximum(workload.samples_of_row - least, 0).sum())
+        kind = "right samples" if stop.after_correct else "equal answers"
+        notes.append(
+            f"verify.stop: a row stops after {least} {kind}, which saves {saved:,} of {workload.samples_total:,} samples at "
+            "most; sizes and simulation are those of a run that saves none. A row's samples begin in waves (4, then up to 8, "
+            "16 and so on), each of which computes its prompt anew"
         )
     notes += ["text prompts go through the tokenizer's chat template"] if store.chat else []
     notes += workload.notes

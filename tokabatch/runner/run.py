@@ -132,6 +132,10 @@ def run(
             parts.show("writing")
             with claim.committing():
                 books = _close_books(parts, claim)
+            if not books.closed and started.stops is not None and (held := started.stops.num_held):
+                clock.progress.message(
+                    f"{held:,} finished samples stand behind others of their rows that are not judged: they are computed again"
+                )
             if books.closed:
                 # Stopped or not: where nothing is missing there is nothing to run again for.
                 exit_code = EXIT_ERRORS if books.errors > job.errors.max_fraction * books.samples else EXIT_COMPLETE

@@ -71,6 +71,22 @@ def estimator(rule: StopRule | None) -> str:
     )
 
 
+CHOICES = "the share of rows whose likeliest continuation is right: by its sum, and by that divided by its characters"
+"""How `estimate_choices` comes to its figures."""
+
+
+def estimate_choices(judged: Judged, characters: Int64) -> tuple[Estimate, ...]:
+    """Of rows whose given continuations were scored and judged: how often the most likely one is right, by its log-probability
+    and by that divided by its `characters` (acc and acc_norm of lm-evaluation-harness). Of equals the first counts."""
+    if not len(judged.row):
+        return ()
+    columns: dict[str, Float64] = {}
+    for name, likely in (("accuracy", judged.logprob), ("by characters", judged.logprob / np.maximum(characters, 1))):
+        j = judged.take(np.lexsort((judged.number, -np.nan_to_num(likely, nan=-np.inf), judged.row)))
+        columns[name] = j.correct[j.rows()[0]].astype(np.float64)
+    return _with_intervals(list(columns), np.stack(list(columns.values()), axis=1))
+
+
 def estimate_all(judged: Judged, rule: StopRule | None = None) -> tuple[Estimate, ...]:
     """Every figure that the samples can give; maj@k needs answers, best-of-k log-probabilities. Where a `rule` stopped rows,
     those that it leaves without bias. None for no samples."""

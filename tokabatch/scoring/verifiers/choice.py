@@ -1,7 +1,8 @@
 r"""Right when the option chosen is the reference's: one of `verify.options.letters` (A, B, C and D), in either case.
 
 With `verify.options.choices`, a column that holds the options' texts, there are as many letters as options, and a text that
-names no letter chooses the option whose text it is, or which alone of all it contains. The reference is a letter, bare or in
+names no letter chooses the option whose text it is, or which alone of all it contains; one that is an option's text to the
+letter chooses that in any case, unless it is one letter and other options are longer. The reference is a letter, bare or in
 brackets, an index from 0, or an option's text.
 
 The choice is the first of these that the text holds, and of several the last: the letter in a box (`\boxed{B}`); the one after
@@ -35,7 +36,10 @@ def verify(
     """Whether `text` chooses the reference. ValueError for a reference that is no choice."""
     options, letters = _options(row, letters, choices)
     expected = _letter(row.get(answer), letters, options)
-    extracted = find_choice(text, letters) or _by_text(text, letters, options)
+    same = [letter for letter, option in zip(letters, options, strict=False) if option.strip() == text.strip()]
+    alike = len(text.strip()) > 1 or all(len(option.strip()) == 1 for option in options)
+    exact = same[0] if len(same) == 1 and alike else None
+    extracted = exact or find_choice(text, letters) or _by_text(text, letters, options)
     return {"score": extracted == expected, "extracted": extracted}
 
 
