@@ -129,7 +129,7 @@ class Fleet:
         for number, pairs in ends.items():
             rows, first = zip(*pairs, strict=True)
             self._members[number].send(Cancel(np.array(rows, np.int64), np.array(first, np.int32)))
-        if changes:
+        if changes and self._ledger.has_free:
             self._fed = 0.0
             self._feed()
 
