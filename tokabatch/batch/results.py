@@ -30,6 +30,7 @@ from tokabatch.output.export import committed_shards, open_ordered
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import Manifest, read_manifest
 from tokabatch.output.plain_json import to_json
+from tokabatch.output.schema import CANCELLED
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import or_else, reason
@@ -184,7 +185,8 @@ class _Lines:
                 prompt = request.prompts[place]
                 text = prompt if isinstance(prompt, str) else self._load().decode_batch([prompt], skip_special_tokens=False)[0]
                 echo = Echo(text, Tokens(()))
-            made = [_sample(sample) for sample in samples]
+            # A row that stopped has fewer choices than were asked for.
+            made = [_sample(sample) for sample in samples if sample["status"] != CANCELLED]
             answers.append(Answer(made, told["num_prompt_tokens"], told["num_cached_tokens"] or 0, echo))
         if request.logprobs is not None and self._spell is None:
             self._spell = spelling(self._load())
