@@ -178,7 +178,7 @@ def run(
     return summary
 
 
-def _steps_of(replica: Replica | Fleet, number: int) -> int:
+def _steps_of(replica: Replica | StoppingReplica | Fleet, number: int) -> int:
     """How many steps the replica of this number took."""
     return int(np.count_nonzero(replica.steps()["replica"] == number))
 
