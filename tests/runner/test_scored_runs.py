@@ -205,8 +205,8 @@ def test_choices_by_likelihood(model: Path, tmp_path: Path) -> None:
     for other, figures in others:
         assert figures == estimates and other.keys() == first.keys()
         for key, each in other.items():
-            assert {**each, "cumulative_logprob": 0, "perplexity": 0, "num_cached_tokens": 0} == {
-                **first[key], "cumulative_logprob": 0, "perplexity": 0, "num_cached_tokens": 0,
-            }  # fmt: skip
+            # The file of the rows is another one; what was there already depends on who computed it.
+            varying = dict.fromkeys(("cumulative_logprob", "perplexity", "num_cached_tokens", "error_message"))
+            assert {**each, **varying} == {**first[key], **varying}
             if each["status"] == "ok":
                 assert abs(each["cumulative_logprob"] - first[key]["cumulative_logprob"]) < 1e-9
