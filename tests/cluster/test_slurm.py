@@ -77,7 +77,7 @@ def test_whatever_befalls_the_tasks_each_sample_is_there_once(slurm: Slurm, tmp_
         return not slurm.run("squeue", "-h").strip()
 
     slurm.wait_until(over, 500)
-    logs = "\n".join(path.read_text() for path in tmp_path.glob("tokabatch-job-*.log")) + slurm.run("sinfo", "-R")
+    logs = "\n".join(path.read_text() for path in slurm.folder.glob("tokabatch-job-*.log")) + slurm.run("sinfo", "-R")
     scene.checker.check_complete(out)
     assert len(restarted) >= 5, logs
     assert "SIGUSR1" in logs and "SIGTERM" in logs, logs

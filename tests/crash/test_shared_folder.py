@@ -23,6 +23,7 @@ from support.forked_runs import ForkServer
 
 from tokabatch.output.folder import Claim
 from tokabatch.output.shards import ShardWriter
+from tokabatch.output.status import Shares, read_shares
 from tokabatch.output.units import Units, next_number
 
 SCHEMA = pa.schema([("row_index", pa.int64()), ("sample_index", pa.int32()), ("status", pa.string())])
@@ -165,6 +166,9 @@ def test_a_writer_that_stands_still_and_wakes_adds_nothing(
     stopped = servers[0].start(job, apart=True, flags=flags("sleeper"), step_seconds=0.01)
     wait_until(lambda: bool(list((out / "data").glob("part-*"))))
     os.killpg(stopped, signal.SIGSTOP)
+    shares = read_shares(out, time.time())
+    assert shares is not None and shares.units > 6 > shares.complete
+    assert [task.name for task in shares.tasks] == ["sleeper"] and shares.tasks[0].units
     ended = servers[1].run(job, apart=True, flags=flags("heir"))
     assert ended.code == 0, ended.message
     assert (out / "_SUCCESS").exists() and long_scene.checker.check(out) == long_scene.checker.samples
@@ -173,6 +177,7 @@ def test_a_writer_that_stands_still_and_wakes_adds_nothing(
     assert woken.code in (0, 75), woken
     assert "is another task's, which published first" in woken.message
     assert servers[1].run(job, apart=True, flags=flags("third")).code == 0
+    assert read_shares(out, time.time()) == Shares(shares.units, shares.units, ())
     long_scene.checker.check_complete(out, undisturbed(long_scene))
 
 
