@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forked_runs import ForkServer
 
 from tokabatch import Job, run
 from tokabatch.batch.job import batch_job
@@ -156,40 +156,43 @@ def test_a_request_that_is_not_complete_is_in_neither_file(tmp_path: Path) -> No
     assert run(job).exit_code == 0 and write_results(Path(job.output.path), results).results == 12
 
 
-@pytest.mark.slow
 @pytest.mark.crash
 def test_killed_twice_and_run_again_each_request_is_in_one_of_the_files(tmp_path: Path) -> None:
-    lines: list[dict[str, Any] | str] = [
-        line(f"r{number}", CHAT, messages=say(f"Count {number}"), max_tokens=16)
+    """The engine is scripted, all else is the real thing."""
+    lines: list[dict[str, Any]] = [
+        line(f"r{number}", CHAT, messages=say(f"Count {number}"), max_tokens=12)
         if number % 2
-        else line(f"r{number}", COMPLETIONS, prompt=f"Sam has {number}", max_tokens=16)
+        else line(f"r{number}", COMPLETIONS, prompt=f"Sam has {number}", max_tokens=12)
         for number in range(200)
     ]
     for number in range(10, 200, 40):
-        lines[number]["body"]["reasoning_effort"] = "high"  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        lines[number]["body"]["reasoning_effort"] = "high"
     requests, results = write(tmp_path / "requests.jsonl", *lines), tmp_path / "results.jsonl"
-    command = [sys.executable, "-m", "tokabatch", "batch", str(requests), "--model", MODEL, "--to", str(results), "-q"]
-    command += [TEMPLATE, "output.flush_seconds=0.1", "engine.max_running=4", "errors.max_fraction=0.1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    shards = tmp_path / "results.jsonl.run" / "data"
-    counts: list[int] = []
-    for kill in range(2):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while process.poll() is None and len(list(shards.glob("part-*.parquet"))) < kill + 1:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        _, said = process.communicate()
-        assert process.returncode == -signal.SIGKILL, said.decode()
-        counts.append(len(list(shards.glob("part-*.parquet"))))
-        assert not results.exists()
-    assert 1 <= counts[0] < counts[1]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "195 results" in done.stdout and "5 errors" in done.stdout
+    keys = (TEMPLATE, "output.flush_seconds=0.1", "engine.max_running=4", "engine.device=cpu", "errors.max_fraction=0.1")
+    job = batch_job(str(requests), MODEL, results, None, keys)
+    shards = Path(job.output.path) / "data"
+    server, counts = ForkServer(tmp_path / "server.log"), list[int]()
+    try:
+        for kill in range(2):
+            group = server.start(job.given(), step_seconds=0.004)
+            ends = time.monotonic() + 60
+            while len(list(shards.glob("part-*.parquet"))) < 2 * kill + 2 and time.monotonic() < ends:
+                time.sleep(0.01)
+            os.killpg(group, signal.SIGKILL)
+            assert server.wait().signal == signal.SIGKILL
+            counts.append(len(list(shards.glob("part-*.parquet"))))
+        assert 2 <= counts[0] < counts[1]
+        partly = write_results(Path(job.output.path), results)
+        assert 0 < partly.results < 195 and partly.pending > 0
+        ended = server.run(job.given())
+        assert ended.code == 0, ended
+    finally:
+        server.close()
+    written = write_results(Path(job.output.path), results)
+    assert (written.results, written.errors, written.pending) == (195, 5, 0)
     good, bad = read(results), read(tmp_path / "results.errors.jsonl")
     assert Counter(each["custom_id"] for each in (*good, *bad)) == Counter(f"r{number}" for number in range(200))
     assert [each["custom_id"] for each in bad] == [f"r{number}" for number in range(10, 200, 40)]
     assert all(each["response"]["body"]["choices"][0]["finish_reason"] for each in good)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "requests.jsonl", "results.errors.jsonl", "results.jsonl", "results.jsonl.run",
-    ]  # fmt: skip
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"requests.jsonl", "results.errors.jsonl", "results.jsonl", "results.jsonl.run", "server.log"}
