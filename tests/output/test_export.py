@@ -22,8 +22,8 @@ import pytest
 
 from tokabatch.errors import OutputError, RowError
 from tokabatch.output import export as export_module
-from tokabatch.output.export import Selection, export
-from tokabatch.output.folder import Claim
+from tokabatch.output.export import Selection, _check_shards, export
+from tokabatch.output.folder import Claim, OutputFolder
 from tokabatch.output.schema import VERDICT_FIELDS, FailedRow, build_table, output_schema, sample_keys
 from tokabatch.output.shards import ShardWriter
 from tokabatch.scheduling.contracts import NO_COUNTS, Completion
@@ -239,8 +239,14 @@ def test_a_selection_that_cannot_be_names_the_remedy(tmp_path: Path) -> None:
 
 def test_refusals_name_the_remedy(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="holds no committed samples"):
+    with pytest.raises(OutputError, match=r"holds no committed samples.*check the path"):
         export(out, tmp_path / "all.jsonl")
+    # A run that has begun and committed nothing yet.
+    out.mkdir()
+    (out / "manifest.json").touch()
+    with pytest.raises(OutputError, match=r"holds no committed samples.*every output\.flush_seconds; `tokabatch status`"):
+        _check_shards(OutputFolder(out), (), Selection())
+    (out / "manifest.json").unlink()
     write_output(out, [(0, 0)], pa.table({"samples": [1]}))
     for target, message in [
         (tmp_path / "all.txt", r"ends in \.jsonl, \.csv or \.parquet"),

@@ -35,7 +35,7 @@ from tokabatch.output.remedy import refuse_faults, refuse_unrecorded
 from tokabatch.output.schema import CORRECT, own_names, verdict_names
 from tokabatch.output.scratch import scratch_folder
 from tokabatch.output.shards import ARROW_BYTES_KEY, PARQUET_OPTIONS, open_shard, read_groups
-from tokabatch.storage.listing import ListedFile, consistently
+from tokabatch.storage.listing import ListedFile, consistently, is_there
 from tokabatch.storage.write_errors import or_else, reason
 
 _KEYS = ("row_index", "sample_index")
@@ -206,7 +206,10 @@ def _is_folder(path: Path) -> bool:
 
 def _check_shards(folder: OutputFolder, shards: Sequence[ListedFile], selection: Selection) -> None:
     if not shards:
-        raise OutputError(f"{folder.path} holds no committed samples (no data/part-*.parquet); check the path")
+        remedy = "check the path"
+        if is_there(folder.files, folder.manifest):
+            remedy = "a run commits what is finished every output.flush_seconds; `tokabatch status` shows how far it is"
+        raise OutputError(f"{folder.path} holds no committed samples (no data/part-*.parquet); {remedy}")
     names = _schema(shards[0]).names
     for name in selection.columns or ():
         if name not in names:
