@@ -168,7 +168,7 @@ def close_shared(claim: Claim, workload: Workload) -> Books:
     manifest = read_manifest(claim.folder)
     assert manifest is not None, "a run that was begun has a manifest"
     shards = _recorded(claim, manifest)
-    books = Books(workload.samples_total, sum(shard.ok for shard in shards), sum(shard.errors for shard in shards))
+    books = Books.of(workload.samples_total, shards)
     return mark_success(claim, _ordered(shards), workload.samples_total) if books.closed else books
 
 
