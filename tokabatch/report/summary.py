@@ -81,12 +81,12 @@ class RunSummary:
     stalled: bool = False
     """Whether the run had to stop because the output folder took nothing of what it finished."""
     earlier: int = 0
-    """Samples that earlier runs had committed. Books and pass@k cover them, the figures of the work do not."""
+    """Samples that earlier runs had committed. Counts and pass@k include them, the figures of the work do not."""
     cancelled: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
     waited_steps: int = 0
-    """Steps that running samples sat out for want of pages."""
+    """Steps in which a running sample had to wait for pages, added up over samples."""
     max_running: int = 0
     max_step_tokens: int = 0
     """The limits of the last step."""
