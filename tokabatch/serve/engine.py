@@ -158,8 +158,11 @@ class Engine:
         self._wake.set()
         if self.failure is not None:
             self._fail_all(self.failure)
+        whole = asyncio.gather(*futures)
+        # Whoever waited for it may be gone when it ends.
+        whole.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         try:
-            yield asyncio.gather(*futures)
+            yield whole
         finally:
             self._cancel([row for row in rows if row in self._live])
 
