@@ -114,3 +114,24 @@ def test_a_large_plan_crosses_the_pipe_in_few_bytes():
     part = Part(prompts, np.zeros_like(prompts), np.full_like(prompts, 4))
     assert len(pickle.dumps(packed(part))) < 10_000
     assert np.array_equal(unpacked(packed(part)).prompts, prompts)
+
+
+def test_samples_that_may_not_begin_yet_and_such_as_are_cancelled():
+    requests = token_device.make_requests([[1, 2], [1, 3]], [SamplingParams(n=8, max_tokens=4)])
+    ledger = Ledger(requests, np.array([4, 4]))
+    run = ledger.next_run(0, 1, whole=True)
+    assert run is not None and keys(ledger.plan.part(run.prompts, run.first, run.stop)) == [
+        (r, s) for r in (0, 1) for s in range(4)
+    ]
+    assert (ledger.left, ledger.has_free) == (16, False)
+    ledger.begin(1, 6)
+    ledger.finish(0, [completion(0, 0), completion(0, 2)])
+    # Of row 0 the samples from 1 on, of which number 2 is finished, and 1 and 3 are with the member.
+    assert ledger.cancel(0, 1) == [0] and ledger.cancel(0, 1) == []
+    assert ledger.left == 8 and ledger.finished_prompts == 1
+    ledger.finish(0, [completion(0, 3), completion(1, 0)])
+    given = Part(np.array([0, 1], np.int32), np.array([1, 1], np.int32), np.array([2, 4], np.int32))
+    assert ledger.give_back(0, given) == 3, "but for what was cancelled on its way"
+    run = ledger.next_run(0, 1, whole=True)
+    assert run is not None and keys(ledger.plan.part(run.prompts, run.first, run.stop)) == [(1, s) for s in range(1, 6)]
+    assert ledger.left == 7
