@@ -15,8 +15,7 @@ from tokabatch.forecast.ranks import SUM_SECONDS, seconds_of_ranks
 from tokabatch.forecast.roofline import H200, Roofline
 from tokabatch.forecast.simulate import FleetRules, simulate
 from tokabatch.forecast.step_work import StepWork
-from tokabatch.runner.ledger import Ledger
-from tokabatch.runner.member import to_give, wants_more
+from tokabatch.runner.ledger import Ledger, to_give, wants_more
 from tokabatch.scheduling.contracts import Drawn, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import SchedulerLimits

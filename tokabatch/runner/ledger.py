@@ -3,7 +3,8 @@
 A run is what lies together in the plan and shares most: it is cut where the prompt behind the cut shares least with the one
 before. The first ones are large, and towards the end they become small (guided self-scheduling, Polychronopoulos and Kuck
 1987), so that the members end together; a prompt with many samples is cut between samples. What a member gives back, and what
-a lost one held, is free again, wherever it lies.
+a lost one held, is free again, wherever it lies. The rules for when a member gets more, and how much one gives another, stand
+here too: a simulated run follows the same ones.
 """
 
 from __future__ import annotations
@@ -24,6 +25,19 @@ SMALLEST = 64
 """A run is at least the plan's cost divided by this and the number of members."""
 SPLIT_WORTH = 8
 """A prompt's samples are divided between runs where, on both sides, they may cost so many times what their prompt does."""
+LEAST_WAITING, REFILL = 16, 1 / 4
+"""A member wants more work where fewer samples wait than this, or than this share of those that run."""
+
+
+def wants_more(waiting: int, running: int) -> bool:
+    """Whether a member with so many samples asks for more."""
+    return waiting < max(LEAST_WAITING, REFILL * running)
+
+
+def to_give(held: int, waiting: int, wanting: int) -> int:
+    """How many of its waiting samples a member gives to one that holds `wanting`, so that both hold as many, running ones
+    included: a member that runs all it can at once has no use for samples that another is about to admit."""
+    return max(0, min((held - wanting) // 2, waiting))
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from tokabatch.engine.heartbeat import die_with_parent
 from tokabatch.errors import EngineError, ReplicaLost, Stopped, TokabatchError
 from tokabatch.parallel.layout import VISIBLE
 from tokabatch.runner.interruption import Interruption
-from tokabatch.runner.ledger import Ledger, Part
+from tokabatch.runner.ledger import Ledger, Part, to_give, wants_more
 from tokabatch.runner.messages import (
     Cancel,
     Ended,
@@ -58,8 +58,6 @@ STANDING_SECONDS = 0.1
 BEAT_SECONDS = 0.5
 """How often the process gives a sign of life while it has nothing to say."""
 STOP_SECONDS = 10.0
-LEAST_WAITING, REFILL = 16, 1 / 4
-"""A member wants more work where fewer samples wait than this, or than this share of those that run."""
 _THREADS_OF_TOKENIZERS = "TOKENIZERS_PARALLELISM"
 
 
@@ -75,17 +73,6 @@ class Build(Protocol):
 def can_fork() -> bool:
     """Whether a process of many threads may be forked here; on macOS its system libraries forbid it."""
     return sys.platform == "linux"
-
-
-def wants_more(waiting: int, running: int) -> bool:
-    """Whether a member with so many samples asks for more."""
-    return waiting < max(LEAST_WAITING, REFILL * running)
-
-
-def to_give(held: int, waiting: int, wanting: int) -> int:
-    """How many of its waiting samples a member gives to one that holds `wanting`, so that both hold as many, running ones
-    included: a member that runs all it can at once has no use for samples that another is about to admit."""
-    return max(0, min((held - wanting) // 2, waiting))
 
 
 class Member:

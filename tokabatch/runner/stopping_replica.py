@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from tokabatch.forecast.step_log import Steps
-from tokabatch.runner.ledger import Ledger
-from tokabatch.runner.member import wants_more
+from tokabatch.runner.ledger import Ledger, wants_more
 from tokabatch.runner.replica import Replica, Standing
 from tokabatch.runner.row_stops import RowLimits
 from tokabatch.scheduling.contracts import Completion, Requests
