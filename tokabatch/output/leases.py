@@ -86,7 +86,8 @@ class Leases:
         return True
 
     def is_alive(self, name: str) -> bool:
-        """Whether this writer has seen another renew the lease that it could not `take`."""
+        """Whether this writer has seen another renew the lease that it could not `take`, between two looks less than LEASE
+        seconds apart."""
         return name in self._alive
 
     def drop(self, name: str) -> None:
@@ -123,8 +124,11 @@ class Leases:
         before = self._seen.get(name)
         if before is None or before[0] != found:
             self._seen[name] = found, now
-            if before is not None:
+            # A change between two looks far apart may be older than the death of its holder.
+            if before is not None and now - before[1] < self._seconds:
                 self._alive.add(name)
+            else:
+                self._alive.discard(name)
             return False
         if now - before[1] < self._seconds:
             return False
@@ -147,9 +151,11 @@ class Leases:
 
     def _renew(self) -> None:
         while not self._closed.wait(self._seconds / RENEWALS):
-            with self._guard, suppress(OSError):
+            with self._guard:
                 for descriptor in self._held.values():
-                    os.utime(descriptor)
+                    # One that was taken away (ESTALE on NFS) keeps no other from being renewed.
+                    with suppress(OSError):
+                        os.utime(descriptor)
 
 
 def read_leases(folder: OutputFolder, now: float) -> tuple[Lease, ...]:

@@ -1,0 +1,68 @@
+"""Leases: who counts as alive, and what is renewed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tokabatch.output.folder import Claim
+from tokabatch.output.leases import Holder, Leases
+
+HOLDER = Holder("task", "host", 1)
+
+
+def test_a_holder_is_alive_where_its_lease_changed_between_two_looks_that_are_close(tmp_path: Path) -> None:
+    now = 0.0
+    with Claim(tmp_path / "out", writer="a") as one, Claim(tmp_path / "out", writer="b") as other:
+        holder, reader = Leases(one, HOLDER, 60), Leases(other, HOLDER, 60, clock=lambda: now)
+        path = one.folder.units / "3.lease"
+        renewed = 1.0
+
+        def look(seconds: float, *, renew: bool) -> bool:
+            nonlocal now, renewed
+            now += seconds
+            if renew:
+                renewed += 1
+                os.utime(path, (renewed, renewed))
+            assert not reader.take("3")
+            return reader.is_alive("3")
+
+        assert holder.take("3")
+        assert not look(0, renew=False)
+        assert not look(61, renew=True), "renewed once in a minute, perhaps long before its holder was killed"
+        assert look(20, renew=True)
+        assert look(20, renew=False), "a look that sees no change takes nothing back"
+        assert not look(3600, renew=True), "what was seen an hour before says nothing of now"
+        assert look(59, renew=True)
+        now += 60
+        assert reader.take("3"), "no change for as long as a lease lasts"
+        assert not reader.is_alive("3")
+        holder.close()
+        reader.close()
+
+
+def test_a_lease_that_cannot_be_renewed_keeps_no_other_from_being_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Claim(tmp_path / "out", writer="a") as claim:
+        leases = Leases(claim, HOLDER, 0.15)
+        assert leases.take("first") and leases.take("second")
+        first, second = (claim.folder.units / f"{name}.lease" for name in ("first", "second"))
+        gone, renew, before = first.stat().st_ino, os.utime, second.stat().st_mtime_ns
+
+        def utime(descriptor: int) -> None:
+            if os.fstat(descriptor).st_ino == gone:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            renew(descriptor)
+
+        monkeypatch.setattr(os, "utime", utime)
+        deadline = time.monotonic() + 5
+        stale = first.stat().st_mtime_ns
+        while second.stat().st_mtime_ns == before or second.stat().st_mtime_ns <= stale:
+            assert time.monotonic() < deadline, "not renewed behind one that is gone"
+            time.sleep(0.01)
+        leases.close()
