@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tokabatch.scheduling.generated import STAGED_VALUES, Outputs
+from tokabatch.scheduling.generated import STAGED_VALUES, Outputs, unscored
 
 
 def append(outputs: Outputs, slots: np.ndarray, step: int, alternatives: int) -> None:
@@ -88,3 +88,15 @@ def test_a_sample_that_reports_much_makes_the_others_no_larger():
     for step in range(2000):
         append(outputs, np.arange(63), step, 0)
     assert outputs.num_bytes - empty <= 1.5 * 63 * 4 * 2000
+
+
+def test_a_sample_put_back_without_a_token_leaves_nothing_to_the_next_in_its_slot():
+    outputs, slot = Outputs(1, 2), np.array([0])
+    for alternatives in (-1, 2):
+        outputs.open(slot, np.array([alternatives], np.int32))
+        outputs.restore(0, unscored(np.zeros(0, np.int32), alternatives))
+        outputs.close(slot)
+    outputs.open(slot, np.array([-1], np.int32))
+    for step in range(2 * STAGED_VALUES):
+        append(outputs, slot, step, 0)
+    assert outputs.tokens(slot)[0].tolist() == list(range(2 * STAGED_VALUES))

@@ -204,6 +204,18 @@ class TestQuarantine:
         quarantine.advance(self.running(0, 1, 2, 3, count=1), ())
         assert quarantine.trial == {4, 5, 6, 7}
 
+    def test_suspects_that_are_over_before_their_turn_hold_up_nobody(self) -> None:
+        quarantine = Quarantine()
+        for _ in range(2):
+            quarantine.crash(self.running(*range(8)), 1)
+        quarantine.crash(self.running(0, 1, 2, 3), 1)
+        assert quarantine.trial == {0, 1}
+        quarantine.advance({}, self.running(2, 3, 4))
+        quarantine.advance(self.running(0, 1, count=1), ())
+        assert quarantine.trial == {5, 6, 7}
+        quarantine.advance({}, self.running(5, 6, 7))
+        assert quarantine.trial is None and not quarantine.active
+
     def test_only_crashes_alone_condemn(self) -> None:
         quarantine = Quarantine()
         for _ in range(2):

@@ -136,7 +136,8 @@ class Outputs:
             columns.append(output.logprobs[:, None].view(np.int32))
         if output.top_ids is not None and output.top_logprobs is not None:
             columns += [output.top_ids, output.top_logprobs.view(np.int32)]
-        self._rows[slot] = np.concatenate(columns, axis=1)
+        # Rows without a token would outlive the sample: `close` gives back those of slots that have stored something.
+        self._rows[slot] = np.concatenate(columns, axis=1) if len(output.tokens) else None
         self.count[slot] = self._stored[slot] = len(output.tokens)
 
     def _staged_rows(self, slots: Int64) -> list[Int32]:

@@ -82,10 +82,13 @@ class Quarantine:
         return request
 
     def _try_next(self) -> None:
-        if self._untried:
-            self._set_trial(self._untried.pop())
-        else:
-            self.release()
+        barred = {request for request, _ in self._bars}
+        while self._untried:
+            # Those that are over by now, such as cancelled ones, would hold up all others for good.
+            if group := [request for request in self._untried.pop() if request in barred]:
+                self._set_trial(group)
+                return
+        self.release()
 
     def _set_trial(self, requests: list[int]) -> None:
         self.trial = frozenset(requests)
