@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tokabatch.errors import OutputError
@@ -21,7 +22,7 @@ def batch_job(requests: str, model: str, results: Path, errors: Path | None = No
         "output": {"path": str(results.with_name(f"{results.name}.run"))},
     }
     job = Job.load(given, *overrides)
-    check_targets(OutputFolder(Path(job.output.path)), results, errors or errors_file(results))
+    check_targets(OutputFolder(Path(job.output.path)), results, errors or errors_file(results), job.input.path)
     return job
 
 
@@ -30,9 +31,14 @@ def errors_file(results: Path) -> Path:
     return results.with_name(f"{results.stem}.errors{results.suffix}")
 
 
-def check_targets(folder: OutputFolder, results: Path, errors: Path) -> None:
-    """Raises OutputError where the files of the run in `folder` cannot be written there."""
-    check_target(folder, results, (".jsonl",))
-    check_target(folder, errors, (".jsonl",), "--errors")
+def check_targets(folder: OutputFolder, results: Path, errors: Path, requests: str) -> None:
+    """Raises OutputError where the files of the run in `folder` cannot be written there, or would replace the requests, which
+    are a file, a folder or a glob."""
+    given = Path(requests).resolve()
+    for option, target in (("--to", results), ("--errors", errors)):
+        check_target(folder, target, (".jsonl",), option)
+        place = target.resolve()
+        if given == place or given in place.parents or fnmatchcase(str(place), str(given)):
+            raise OutputError(f"{option} {target} is among the requests (input.path {requests!r}); name a file elsewhere")
     if results.absolute() == errors.absolute():
         raise OutputError(f"--errors {errors} is the file of the results; name another one")

@@ -74,7 +74,7 @@ def write_results(path: Path, results: Path, errors: Path | None = None) -> Writ
     manifest = read_manifest(folder)
     if manifest is None:
         raise OutputError(f"{path}: no run has written here; give the folder that the job names as output.path")
-    check_targets(folder, results, errors)
+    check_targets(folder, results, errors, str(manifest.job["input"]["path"]))
     try:
         return consistently(lambda: _write(folder, manifest, committed_shards(folder), results, errors), path)
     except OSError as error:
