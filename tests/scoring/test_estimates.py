@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -166,3 +167,17 @@ def reached(rule: StopRule, right: np.ndarray, answer: np.ndarray) -> bool:
     if rule.after_correct is not None:
         return bool(right.sum() >= rule.after_correct)
     return max(Counter(answer.tolist()).values()) >= (rule.majority or 0)
+
+
+def test_a_row_that_stopped_may_have_lost_verdicts() -> None:
+    """The sample that stopped a row is left out whether or not its verdict is still there, and no verdict more than that."""
+    samples, cancelled = 8, np.arange(8) >= 3
+    whole = np.array([False, True, True, *[False] * 5])
+    for gone, expected in (((), 1 / 2), ((2,), 1 / 2), ((1, 2), None), ((0, 1, 2), None)):
+        correct = whole.copy()
+        correct[list(gone)] = False
+        row = of_arrays(np.zeros(samples), correct, np.full(samples, -1), np.full(samples, np.nan))
+        row = replace(row, number=np.arange(samples), cancelled=cancelled)
+        found = values(estimate_all(row, StopRule(after_correct=2)))
+        assert expected in (None, found["pass@1"]), gone
+        assert all(0 <= value <= 1 for value in found.values()) and f"pass@{samples}" in found

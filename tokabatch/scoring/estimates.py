@@ -90,27 +90,29 @@ def estimate_choices(judged: Judged, characters: Int64) -> tuple[Estimate, ...]:
 def estimate_all(judged: Judged, rule: StopRule | None = None) -> tuple[Estimate, ...]:
     """Every figure that the samples can give; maj@k needs answers, best-of-k log-probabilities. Where a `rule` stopped rows,
     those that it leaves without bias. None for no samples."""
-    if not len(judged.row):
+    if judged.cancelled.all():
         return ()
     if rule is None:
         columns = _of_all_samples(judged)
-    elif rule.majority is None:
-        columns = _of_rows_stopped_when_right(judged, rule)
-    else:
+    elif rule.majority is not None:
         columns = _of_rows_stopped_by_majority(judged, rule.majority)
+    else:
+        columns = _of_rows_stopped_when_right(judged, rule.after_correct or 1)
     return _with_intervals(list(columns), np.stack(list(columns.values()), axis=1))
 
 
-def _of_rows_stopped_when_right(judged: Judged, rule: StopRule) -> dict[str, Float64]:
+def _of_rows_stopped_when_right(judged: Judged, after: int) -> dict[str, Float64]:
     """pass@k for every k that the rows would have had samples for; and the mean score. The samples in front of the one that
     stopped a row come in a random order, so that any of them tells the score of the first one without bias; where there is
     none, the first one is that which stopped the row."""
     j = judged.take(np.lexsort((judged.number, judged.row)))
-    ks = ks_of(j.rows()[1])
+    ks, cut = ks_of(j.rows()[1]), np.unique(j.row[j.cancelled])
     j = j.take(~j.cancelled)
     begins, n = j.rows()
     right = np.add.reduceat(j.correct.astype(np.int64), begins)
-    stopped = right == rule.after_correct
+    # A verdict may be gone since it was counted, with a column that could not be written or a damaged file.
+    stopped = (right >= after) | np.isin(j.row[begins], cut)
+    right = np.where(stopped, np.minimum(np.minimum(right + 1, after), n), right)
     shortened = stopped & (n > 1)
     scores = np.add.reduceat(j.score, begins) - np.where(shortened, j.score[begins + n - 1], 0.0)
     columns = {"mean score": scores / (n - shortened)}
