@@ -18,6 +18,7 @@ from unittest import mock
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support import tiny_models
@@ -28,6 +29,7 @@ from tokabatch import Job, run
 from tokabatch.errors import JobError, OutputError
 from tokabatch.output.export import Selection, Where, export
 from tokabatch.output.integrity import check
+from tokabatch.output.shards import ShardWriter
 from tokabatch.output.status import read_status
 from tokabatch.report.review import write_report
 from tokabatch.report.summary import run_sections
@@ -176,6 +178,29 @@ def test_the_same_samples_after_kills(
             assert not [key for key, sample in found.items() if expected[key] != sample], "a sample is there that goes"
         assert partly and not differing(out, expected)
         assert check(out).exit_code == 0
+
+
+def test_a_sample_is_written_before_those_that_it_cancels(
+    folder: Path, full: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each piece may be on disk before the next one is, and a sample that is lost may come out otherwise the second time."""
+    written: dict[tuple[int, int], str] = {}
+    take = ShardWriter.take
+
+    def spied(self: ShardWriter, table: pa.Table) -> None:
+        rows = table.select(["row_index", "sample_index", "status"]).to_pylist()
+        written.update({(row["row_index"], row["sample_index"]): row["status"] for row in rows})
+        for row in rows:
+            if row["status"] == "cancelled":
+                front = [written.get((row["row_index"], number)) for number in range(row["sample_index"])]
+                assert "ok" in front and "error" not in front, "cancelled before the sample that stopped the row"
+                assert None not in front[: front.index("cancelled") if "cancelled" in front else None]
+        take(self, table)
+
+    monkeypatch.setattr(ShardWriter, "take", spied)
+    out = tmp_path / "out"
+    assert scripted_run(folder / "rows.jsonl", out, **scripted(folder, out, RULES[0])).exit_code == 0
+    assert not differing(out, stopped(full, RULES[0])) and "cancelled" in written.values()
 
 
 def test_whatever_counts_samples_counts_cancelled_ones(folder: Path, full: Samples, tmp_path: Path) -> None:

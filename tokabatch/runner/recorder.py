@@ -83,25 +83,38 @@ class _Finished:
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """What the writer will take next, failed rows first, then finished samples in the order they came; the first sample will be
-    its row number `row`. Replaced in one assignment."""
+    """What the writer will take next: failed rows, then finished samples in the order they came, then cancelled ones, which are
+    never on disk before the sample that stopped their row. The first sample will be its row number `row`. Replaced in one
+    assignment."""
 
     row: int
     failures: tuple[UnsampledRow, ...] = ()
     finished: tuple[_Finished, ...] = ()
     bytes: int = 0
     """Of the finished samples."""
+    cancelled: tuple[UnsampledRow, ...] = ()
+
+    @property
+    def num_unsampled(self) -> int:
+        return sum(each.num_samples for each in (*self.failures, *self.cancelled))
 
     def behind(self, row: int) -> _Waiting:
         """What is left when the writer has taken all samples before that row."""
-        taken, failures = row - self.row, list[UnsampledRow]()
-        for failure in self.failures:
-            skipped = min(taken, failure.num_samples)
-            taken -= skipped
-            if skipped < failure.num_samples:
-                failures.append(replace(failure, samples=failure.samples[skipped:]))
-        finished = self.finished[taken:]
-        return _Waiting(row, tuple(failures), finished, sum(_own_bytes(each.completion) for each in finished))
+        failures, taken = _unsampled_behind(self.failures, row - self.row)
+        finished, taken = self.finished[taken:], max(0, taken - len(self.finished))
+        cancelled, _ = _unsampled_behind(self.cancelled, taken)
+        return _Waiting(row, failures, finished, sum(_own_bytes(each.completion) for each in finished), cancelled)
+
+
+def _unsampled_behind(rows: Sequence[UnsampledRow], taken: int) -> tuple[tuple[UnsampledRow, ...], int]:
+    """What is left of `rows` without their first `taken` samples, and how many more than theirs were taken."""
+    left: list[UnsampledRow] = []
+    for each in rows:
+        skipped = min(taken, each.num_samples)
+        taken -= skipped
+        if skipped < each.num_samples:
+            left.append(replace(each, samples=each.samples[skipped:]))
+    return tuple(left), taken
 
 
 class Recorder:
@@ -187,9 +200,9 @@ class Recorder:
             self._pool.wait(_tickets(pending[:excess]))
         self._follow_verdicts()
         waiting, ready = self._waiting, self._ready()
-        if self._oldest is None and (waiting.finished or waiting.failures):
+        if self._oldest is None and (waiting.finished or waiting.num_unsampled):
             self._oldest = self._clock()
-        rows = len(ready) + sum(failure.num_samples for failure in waiting.failures)
+        rows = len(ready) + waiting.num_unsampled
         if rows >= BATCH_SAMPLES or (ready and waiting.bytes >= PIECE_BYTES):
             self._flush()
         few = len(completions) < BATCH_SAMPLES
@@ -231,11 +244,17 @@ class Recorder:
                 self._stops.hold(row, sample, each)
                 self._unjudged.append(each)
 
-    def _accept(self, failures: Sequence[UnsampledRow], finished: Sequence[_Finished]) -> None:
+    def _accept(self, unsampled: Sequence[UnsampledRow], finished: Sequence[_Finished]) -> None:
         """From here on they are not lost."""
         waiting, held = self._waiting, sum(_own_bytes(each.completion) for each in finished)
+        failures = [each for each in unsampled if each.error is not None]
+        cancelled = [each for each in unsampled if each.error is None]
         self._waiting = _Waiting(
-            waiting.row, (*waiting.failures, *failures), (*waiting.finished, *finished), waiting.bytes + held
+            waiting.row,
+            (*waiting.failures, *failures),
+            (*waiting.finished, *finished),
+            waiting.bytes + held,
+            (*waiting.cancelled, *cancelled),
         )
 
     def _follow_verdicts(self) -> None:
@@ -299,7 +318,7 @@ class Recorder:
     def _flush(self) -> None:
         self._settle()
         with self._claim.committing():
-            for piece in self._pieces(self._ready(), self._waiting.failures):
+            for piece in self._pieces(self._ready()):
                 for table in self._tables(*piece):
                     self._writer.take(table)
                     self._settle()
@@ -327,19 +346,24 @@ class Recorder:
             self._count(repaired)
         return repaired
 
-    def _pieces(
-        self, finished: Sequence[_Finished], failures: Sequence[UnsampledRow]
-    ) -> Iterator[tuple[Sequence[_Finished], Sequence[UnsampledRow]]]:
-        """The same in their order, no more at a time than PIECE_BYTES hold."""
-        if failures:
-            each = self._store.row_bytes(np.array([f.row_index for f in failures], np.int64)) + SAMPLE_BYTES
-            parts = [part for failure, size in zip(failures, each.tolist(), strict=True) for part in _split(failure, size)]
-            for begin, end in _cuts(np.array([size for _, size in parts], np.int64)):
-                yield (), [part for part, _ in parts[begin:end]]
+    def _pieces(self, finished: Sequence[_Finished]) -> Iterator[tuple[Sequence[_Finished], Sequence[UnsampledRow]]]:
+        """What waits, in the order of `_Waiting`, no more at a time than PIECE_BYTES hold; of the finished samples, these first
+        ones, and what is behind them where they are all."""
+        waiting = self._waiting
+        for part in self._unsampled_pieces(waiting.failures):
+            yield (), part
         if finished:
             carried = self._store.row_bytes(np.array([each.completion.row_index for each in finished], np.int64))
             for begin, end in _cuts(carried + np.array([_own_bytes(each.completion) for each in finished], np.int64)):
                 yield finished[begin:end], ()
+        for part in self._unsampled_pieces(waiting.cancelled if len(finished) == len(waiting.finished) else ()):
+            yield (), part
+
+    def _unsampled_pieces(self, rows: Sequence[UnsampledRow]) -> Iterator[list[UnsampledRow]]:
+        each = self._store.row_bytes(np.array([row.row_index for row in rows], np.int64)) + SAMPLE_BYTES
+        parts = [part for row, size in zip(rows, each.tolist(), strict=True) for part in _split(row, size)]
+        for begin, end in _cuts(np.array([size for _, size in parts], np.int64)):
+            yield [part for part, _ in parts[begin:end]]
 
     def _tables(self, finished: Sequence[_Finished], failures: Sequence[UnsampledRow]) -> Iterator[pa.Table]:
         try:
