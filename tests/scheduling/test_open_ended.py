@@ -144,6 +144,27 @@ def test_added_prompts_share_what_the_last_ones_hold():
     assert replica.scheduler.counts.cached_tokens == 8
 
 
+def test_a_prompt_cancelled_in_the_middle_of_its_prefill_does_not_hold_up_the_next():
+    """The second prompt has two of the four pages computed that it shares with the third, a step of it in flight."""
+    limits = SchedulerLimits(4, 64, 8, 12, 16, GroupingLimits(2, 1))
+    rows = {0: [1, 2, 3], 1: [2] * 30, 2: [2] * 17 + [3]}
+    sampling = [SamplingParams(max_tokens=25, ignore_eos=True)]
+    replica = Replica(device.make_requests(list(rows.values()), sampling), limits, rows, 2, False)
+    scheduler = replica.scheduler
+    replica.step()
+    assert scheduler.kv.tree[1].computed == 9
+    assert scheduler.cancel(1).tolist() == [0]
+    scheduler.check_integrity()
+    replica.step()
+    assert scheduler.num_running == 2 and scheduler.counts.cached_tokens == 8
+    completions = []
+    while not scheduler.done:
+        completions += replica.step()
+    assert {each.row_index: each.token_ids.tolist() for each in completions} == {
+        row: device.expected_output(row, 0, len(rows[row]), sampling[0]) for row in (0, 2)
+    }
+
+
 def test_a_prompt_that_is_added_and_does_not_fit_is_an_error(small_limits):
     requests = device.make_requests([[1]], [SamplingParams(max_tokens=2)])
     scheduler = Scheduler(requests, small_limits, rules(requests))

@@ -3,7 +3,8 @@
 Requests arrive in plan order, a depth-first walk of the prefix tree, so whatever prompt r can share with the past it can
 share with its neighbours in that order. A prompt is *open* from its first admission until its last sample is finished; it
 holds one reference to each of its pages, its samples hold only the pages they add. The last opened prompt (the cursor) stays
-open, trimmed to what its successor will share: no page is kept past its last reader, none is dropped before.
+open, trimmed to what its successor will share of what is computed: no page is kept past its last reader, none is dropped
+before.
 """
 
 from __future__ import annotations
@@ -321,12 +322,15 @@ class PrefixTree:
             before, after = self._open[order[index - 1]].pages, self._open[order[index]].pages
             assert self.sharing.sizes[index] == len(after), "a prompt's page count differs from the one noted"
             assert self.sharing.shared[index] <= common_prefix(before, after), "neighbours share fewer pages than noted"
+        finished = [prompt for prompt in self._open.values() if prompt.finished]
+        assert all(len(p.pages) * self._page_size <= p.computed for p in finished), "pages that nothing will compute are kept"
         pages = [prompt.pages for prompt in self._open.values()]
         return np.concatenate(pages) if pages else np.zeros(0, np.int32)
 
     def _trim_cursor(self, cursor: PromptPages) -> None:
         lcp = 0 if self._work.exhausted else int(self._work.lcp[self._work.next])
-        keep = min(lcp // self._page_size, cursor.full, len(cursor.pages))
+        # One cancelled in the middle of its prefill has no sample left to compute the rest: no other may wait for it.
+        keep = min(lcp // self._page_size, cursor.full, len(cursor.pages), cursor.computed // self._page_size)
         if keep == 0:
             self._cursor = None
             self._close([cursor])
