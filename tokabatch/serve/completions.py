@@ -86,7 +86,10 @@ class Completions:
         none_drawn = request.settings.get("max_tokens") == 0
         if none_drawn:
             request = replace(request, settings={**request.settings, "max_tokens": 1})
-        built = await self._prompts.build(request.rows())
+        try:
+            built = await self._prompts.build(request.rows())
+        except TokabatchError as error:
+            raise Refused(ApiError(str(error), code="engine_error", status=500)) from error
         if error := next((each for each in built if isinstance(each, RowError)), None):
             raise Refused(of_row(error, request.prompt_field))
         drafts: list[_Draft] = []

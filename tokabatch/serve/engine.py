@@ -24,7 +24,18 @@ from tokabatch.output.schema import sample_texts
 from tokabatch.runner.replica import Standing
 from tokabatch.scheduling.contracts import Completion, Requests, SamplingParams
 from tokabatch.scheduling.generated import Generated
-from tokabatch.serve.engine_process import Add, Cancel, Done, Ended, EngineProcess, EngineSpec, Message, Progress, Told
+from tokabatch.serve.engine_process import (
+    Add,
+    Cancel,
+    Done,
+    Ended,
+    EngineProcess,
+    EngineSpec,
+    Message,
+    Progress,
+    Told,
+    failure_of,
+)
 
 MOST_LOST = 3
 """Processes lost in a row, without a finished sample in between, after which no other is started."""
@@ -186,7 +197,10 @@ class Engine:
             self._wake.clear()
             rows, self._arrived = [row for row in self._arrived if row in self._live], []
             if rows:
-                self._send(rows)
+                try:
+                    self._send(rows)
+                except Exception as error:
+                    self._break(failure_of("giving prompts to the scheduler failed", error))
 
     def _send(self, rows: list[int]) -> None:
         """Give prompts to the processes, in an order in which neighbours share what they can: each gets a part that lies
@@ -249,6 +263,13 @@ class Engine:
             self._loop.call_soon_threadsafe(self._take, process, message, texts)
 
     def _take(self, process: EngineProcess, message: Message | None, texts: list[str]) -> None:
+        # The event loop would log the error, and requests would never end.
+        try:
+            self._handle(process, message, texts)
+        except Exception as error:
+            self._break(failure_of("taking what the scheduler sent failed", error))
+
+    def _handle(self, process: EngineProcess, message: Message | None, texts: list[str]) -> None:
         if process is not self._processes[process.number]:
             return
         if isinstance(message, Done):
@@ -292,24 +313,34 @@ class Engine:
     def _replace(self, process: EngineProcess, ended: Ended | None) -> None:
         """A process is gone, or says why it goes."""
         number = process.number
+        error = self.failure
         if isinstance(ended, Ended) and ended.error is not None:
-            self.fail_all(ended.error)
-        elif self._lost[number] >= MOST_LOST:
-            self.fail_all(EngineError(f"{process.how_it_ended()}, {MOST_LOST + 1} times without a finished sample in between"))
-        if self.failure is not None:
-            self._ready.set()
-            self.failed.set()
+            error = ended.error
+        elif error is None and self._lost[number] >= MOST_LOST:
+            error = EngineError(f"{process.how_it_ended()}, {MOST_LOST + 1} times without a finished sample in between")
+        if error is not None:
+            self._break(error)
             return
         self._lost[number] += 1
         self.counts.restarts += 1
         rows = [row for row, live in self._live.items() if live.process == number]
         self._tell(f"{process.how_it_ended()}. Starting another; {len(rows):,} requests are computed again")
         self._load[number] = 0
-        self._processes[number] = EngineProcess(self._specs[number], number, self._receive)
+        try:
+            self._processes[number] = EngineProcess(self._specs[number], number, self._receive)
+        except OSError as error:
+            self._break(EngineError(f"another process of the scheduler cannot be started: {error.strerror or error}"))
+            return
         for row in rows:
             self._live[row].process = -1
         self._arrived += rows
         self._wake.set()
+
+    def _break(self, error: TokabatchError) -> None:
+        """The engine has failed: the server ends, too."""
+        self._ready.set()
+        self.failed.set()
+        self.fail_all(error)
 
     def _fail_all(self, error: TokabatchError) -> None:
         rows = list(self._live)

@@ -152,10 +152,23 @@ class EngineProcess:
         return f"the scheduler's process {how} {abs(code or 0)}"
 
     def _listen(self) -> None:
-        with suppress(EOFError, OSError):
+        last: Ended | None = None
+        try:
             while True:
-                self._receive(self, self._pipe.recv())
-        self._receive(self, None)
+                try:
+                    message = self._pipe.recv()
+                except (EOFError, OSError):
+                    break
+                self._receive(self, message)
+        except BaseException as error:  # A panic of the tokenizer is no Exception.
+            last = Ended(failure_of("reading what the scheduler sent failed", error))
+        self._receive(self, last)
+
+
+def failure_of(what: str, error: BaseException) -> EngineError:
+    """What a defect is told as, with the traceback of the error that is handled."""
+    reason = " ".join(traceback.format_exception_only(error)[-1].split())
+    return EngineError(f"{what}: {reason}; please report this\n{''.join(traceback.format_exception(error))}")
 
 
 def _main(pipe: Connection, pickled: bytes) -> None:
@@ -190,8 +203,7 @@ def _main(pipe: Connection, pickled: bytes) -> None:
     except Stopped:
         pass
     except Exception as fault:
-        reason = " ".join(traceback.format_exception_only(fault)[-1].split())
-        error = EngineError(f"the scheduler failed: {reason}; please report this\n{traceback.format_exc()}")
+        error = failure_of("the scheduler failed", fault)
     replica.close()
     outbox.put(Ended(error))
     outbox.put(None)
@@ -258,8 +270,11 @@ def _send(outbox: queue.Queue[Message | None], pipe: Connection) -> None:
 def _listen(pipe: Connection, inbox: queue.SimpleQueue[Any], stopped: threading.Event) -> None:
     """Hand on what main sends; None, or main's end, means to stop."""
     order: Any = None
-    with suppress(EOFError, OSError):
+    try:
         while (order := pipe.recv()) is not None:
             inbox.put(order)
-    stopped.set()
-    inbox.put(None)
+    except (EOFError, OSError):
+        pass
+    finally:
+        stopped.set()
+        inbox.put(None)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
 
-from tokabatch.errors import RowError
+from tokabatch.errors import STOPS, EngineError, RowError
 from tokabatch.input.prompts.builder import Limits, Prompt, PromptBuilder
 from tokabatch.input.rows import Row
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ class Prompts:
         self._busy: asyncio.Task[None] | None = None
 
     async def build(self, rows: Rows) -> list[Prompt | RowError]:
-        """A prompt, or what is wrong, for each row."""
+        """A prompt, or what is wrong, for each row. Raises EngineError where the tokenizer fails."""
         future: asyncio.Future[list[Prompt | RowError]] = asyncio.get_running_loop().create_future()
         self._waiting.append((rows, future))
         if self._busy is None or self._busy.done():
@@ -42,8 +42,8 @@ class Prompts:
         return await future
 
     async def run(self, function: Any, *arguments: Any) -> Any:
-        """Call what uses the tokenizer, in the thread that does."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        """Call what uses the tokenizer, in the thread that does. Raises EngineError where the tokenizer fails."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, _call, function, *arguments)
 
     async def _work(self) -> None:
         while self._waiting:
@@ -78,3 +78,13 @@ class Prompts:
             PromptBuilder(each, generation, tokenizer, limits, now=datetime.now()) for each in (plain, config)
         )
         self._until = time.monotonic() + RENEW_SECONDS
+
+
+def _call(function: Any, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except (Exception, *STOPS):
+        raise
+    except BaseException as error:
+        # A panic of the tokenizer would end the task that other requests wait for.
+        raise EngineError(f"the tokenizer failed: {error}") from error

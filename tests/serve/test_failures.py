@@ -1,0 +1,119 @@
+"""What breaks inside a server fails the requests that wait for it, rather than leaving them without an answer."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tokabatch.errors import EngineError
+from tokabatch.scheduling.contracts import SamplingParams
+from tokabatch.serve import engine as engines
+from tokabatch.serve.engine import Engine, Wanted
+from tokabatch.serve.engine_process import Add, Ended, EngineProcess
+from tokabatch.serve.prompts import Prompts
+
+
+class Process:
+    """Stands in for a scheduler's process."""
+
+    def __init__(self, spec: Any, number: int, receive: Any) -> None:
+        if spec.started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        spec.started, self.number, self.spec = True, number, spec
+
+    def send(self, order: Any) -> None:
+        self.spec.sent.set()
+        if self.spec.send_fails and isinstance(order, Add):
+            raise ValueError("no such order")
+
+    def how_it_ended(self) -> str:
+        return "it ended"
+
+    def close(self) -> None:
+        pass
+
+
+class Spec:
+    def __init__(self, send_fails: bool = False) -> None:
+        self.started, self.send_fails, self.sent = False, send_fails, asyncio.Event()
+
+
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("restart", "another process of the scheduler cannot be started: Resource temporarily unavailable"),
+        ("send", "giving prompts to the scheduler failed: ValueError: no such order"),
+        ("message", "taking what the scheduler sent failed"),
+        ("ended", "it is broken"),
+    ],
+)
+def test_whatever_breaks_fails_all_requests_and_the_server(monkeypatch: pytest.MonkeyPatch, fault: str, told: str) -> None:
+    monkeypatch.setattr(engines, "EngineProcess", Process)
+
+    async def check() -> None:
+        spec: Any = Spec(fault == "send")
+        engine = Engine([spec], None, collect_seconds=0.0, most_samples=9, tell=lambda text: None)  # type: ignore[arg-type]
+        with engine.work([Wanted(np.array([1, 2], np.int32), SamplingParams(n=2))]) as future:
+            await spec.sent.wait()
+            process, take = engine._processes[0], engine._take
+            if fault == "restart":
+                take(process, None, [])
+            elif fault == "message":
+                take(process, engines.Progress(None), [])  # type: ignore[arg-type]
+            elif fault == "ended":
+                take(process, Ended(EngineError("it is broken")), [])
+            with pytest.raises(EngineError, match=told):
+                await asyncio.wait_for(future, 5)
+        assert engine.failed.is_set() and engine.unfinished == 0
+        with pytest.raises(EngineError, match=told):
+            await engine.start()
+        await engine.close()
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("error", [Panic("index out of bounds"), RuntimeError("index out of bounds")])
+def test_an_error_while_messages_are_read_is_told_as_the_end(error: BaseException) -> None:
+    received: list[Any] = []
+
+    class Pipe:
+        def recv(self) -> str:
+            return "message"
+
+    def receive(process: EngineProcess, message: Any) -> None:
+        received.append(message)
+        if message == "message":
+            raise error
+
+    process: Any = object.__new__(EngineProcess)
+    process._pipe, process._receive = Pipe(), receive
+    process._listen()
+    assert received[0] == "message" and isinstance(received[1], Ended) and len(received) == 2
+    assert "reading what the scheduler sent failed" in str(received[1].error) and "index out of bounds" in str(
+        received[1].error
+    )
+
+
+def test_a_panic_of_the_tokenizer_fails_its_requests_and_no_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(self: Prompts, rows: Any) -> list[Any]:
+        if "bad" in rows:
+            raise Panic("byte index 1 is not a char boundary")
+        return list(rows)
+
+    monkeypatch.setattr(Prompts, "_renew", lambda self: None)
+    monkeypatch.setattr(Prompts, "_build", build)
+
+    async def check() -> None:
+        prompts: Any = Prompts(None, None, None, None)  # type: ignore[arg-type]
+        with pytest.raises(EngineError, match="the tokenizer failed: byte index 1"):
+            await asyncio.wait_for(prompts.build(["bad"]), 5)
+        assert await asyncio.wait_for(prompts.build(["good"]), 5) == ["good"]
+
+    asyncio.run(check())
