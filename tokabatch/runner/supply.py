@@ -70,6 +70,8 @@ class Supply:
                 if self._open(unit, ledger):
                     return True
                 self._leases.drop(str(unit))
+                # What was published of it since is read at the next look.
+                alive = alive and not self._left[unit]
             elif unit in self._lost:
                 self.abandoned = True
             else:
