@@ -58,6 +58,10 @@ class OutputError(UsageError):
     """The output folder cannot be used."""
 
 
+class BusyError(OutputError):
+    """Another run writes to the output folder."""
+
+
 class DamageError(OutputError):
     """A file of the output folder is not what the run committed, or is gone; names it and the command that mends that."""
 

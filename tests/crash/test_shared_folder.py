@@ -181,6 +181,21 @@ def test_a_writer_that_stands_still_and_wakes_adds_nothing(
     long_scene.checker.check_complete(out, undisturbed(long_scene))
 
 
+def test_a_complete_run_of_one_process_stays_as_it_is(server: ForkServer, short_scene: Scene, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert server.run(short_scene.job(out)).code == 0
+
+    def content() -> dict[str, bytes]:
+        return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    before = content()
+    for task in ("one", "two"):
+        ended = server.run(short_scene.job(out), apart=True, flags=flags(task))
+        assert ended.code == 0, ended.message
+    assert content() == before
+    short_scene.checker.check_complete(out)
+
+
 def test_writers_killed_at_any_instant_lose_double_and_tear_nothing(
     servers: list[ForkServer], long_scene: Scene, undisturbed: Reference, tmp_path: Path, all_faults: bool
 ) -> None:

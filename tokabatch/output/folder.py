@@ -41,7 +41,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from tokabatch.errors import CommitError, DamageError, OutputError
+from tokabatch.errors import BusyError, CommitError, DamageError, OutputError
 from tokabatch.output.journal import Journal, Record, Shard, merged, read_record
 from tokabatch.storage.atomic_files import DurableFiles, NewFile, make_folders, publish, write_whole
 from tokabatch.storage.listing import NO_MARK, ListedFile, Mark, is_there, list_files, mark_of, unreadable
@@ -144,9 +144,9 @@ class Claim:
     it is given a name as a `writer`, which no other may have or have had.
 
     Changes nothing of what an earlier run left, but for its unfinished files. Raises OutputError where the folder cannot be
-    written, holds what no run wrote, or another run writes there. The lock belongs to the open file: a forked child holds it
-    too, for as long as it lives. Everything is written through handles of the folders that were claimed, wherever they move. A
-    claim that wrote neither a manifest nor a shard takes away what it made.
+    written or holds what no run wrote, BusyError where another run writes there. The lock belongs to the open file: a forked
+    child holds it too, for as long as it lives. Everything is written through handles of the folders that were claimed,
+    wherever they move. A claim that wrote neither a manifest nor a shard takes away what it made.
     """
 
     def __init__(self, path: Path, files: DurableFiles | None = None, *, writer: str = "") -> None:
@@ -460,8 +460,8 @@ def _unwritable(path: Path, reason: str) -> OutputError:
     return OutputError(f"output.path {str(path)!r} cannot be written: {reason}. Choose another output.path.")
 
 
-def _busy(folder: OutputFolder) -> OutputError:
-    return OutputError(
+def _busy(folder: OutputFolder) -> BusyError:
+    return BusyError(
         f"another run is writing to output.path {str(folder.path)!r}. Wait for it, stop it, or choose another output.path."
     )
 

@@ -92,9 +92,9 @@ def run(
             )
         # What is in the folder comes from units, which are divided between processes.
         job = job.model_copy(update={"engine": job.engine.model_copy(update={"process": True})})
-        cut_earlier_run(job, shared, on_rows, tell)
+        cut_earlier_run(job, shared, on_rows, tell, stop)
     out = Path(job.output.path)
-    with Claim(out) if shared is None else shared.claim(out) as claim, ExitStack() as workers:
+    with Claim(out) if shared is None else shared.claim(out, tell, stop) as claim, ExitStack() as workers:
         stalled, stalled_before = False, not overwrite and bool(_earlier_summary(claim).get("stalled"))
         leases, units = None, None
         if shared is None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from tokabatch.arrays import Int64
-from tokabatch.errors import OutputError
+from tokabatch.errors import BusyError, OutputError
 from tokabatch.input.store.kept_input import INDEX, can_be_kept, keep_input
 from tokabatch.job import Job
 from tokabatch.output.existing_results import nothing_committed, read_committed
@@ -36,7 +36,7 @@ from tokabatch.output.units import Units, read_units, write_units
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger
 from tokabatch.runner.resume import OnRows, Reuse, Start, describe_run, find_run, start
-from tokabatch.storage.atomic_files import NewFile, publish
+from tokabatch.storage.atomic_files import DurableFiles, NewFile, make_folders, publish
 from tokabatch.storage.listing import NO_MARK, consistently, is_there, read_bytes
 from tokabatch.storage.write_errors import reading_input, unwritable
 from tokabatch.workload import Workload, prepare
@@ -61,10 +61,14 @@ class Shared:
         host = socket.gethostname()
         return Holder(self.task or f"{host}-{os.getpid()}", host, os.getpid())
 
-    def claim(self, path: Path) -> Claim:
-        """One of the writers of a folder, under a name that none has had."""
-        name = re.sub(r"[^A-Za-z0-9]+", "-", self.holder.task)[:40]
-        return Claim(path, writer=f"{name}-{uuid.uuid4().hex[:12]}")
+    def claim(self, path: Path, tell: Callable[[str], None], stop: Interruption) -> Claim:
+        """One of the writers of a folder, under a name that none has had, once no run has it to itself. Raises as `Claim`."""
+        name, told = re.sub(r"[^A-Za-z0-9]+", "-", self.holder.task)[:40], False
+        while True:
+            try:
+                return Claim(path, writer=f"{name}-{uuid.uuid4().hex[:12]}")
+            except BusyError:
+                told = _wait(path, told, tell, stop)
 
     def first(self, units: Units) -> int:
         """The unit to begin with: far from where others begin."""
@@ -72,21 +76,48 @@ class Shared:
         return int(begin * units.count)
 
 
-def cut_earlier_run(job: Job, shared: Shared, on_rows: OnRows, tell: Callable[[str], None]) -> None:
-    """Where the folder holds a run that is not cut into units, and nobody writes there, cut it. Raises UsageError."""
-    path = Path(job.output.path)
-    manifest = read_manifest(OutputFolder(path))
-    if manifest is None or manifest.units:
+def cut_earlier_run(job: Job, shared: Shared, on_rows: OnRows, tell: Callable[[str], None], stop: Interruption) -> None:
+    """Where the folder holds a run that is not cut into units, cut it once nobody writes there. Raises UsageError."""
+    path, told = Path(job.output.path), False
+    while _lacks_units(read_manifest(OutputFolder(path))):
+        try:
+            claim = Claim(path)
+        except BusyError:
+            if is_there(DurableFiles(), OutputFolder(path).success):
+                # Others look at a complete run, as this one is to do.
+                return
+            told = _wait(path, told, tell, stop)
+            continue
+        with claim:
+            # Another may have cut it between the look above and the claim.
+            if _lacks_units(read_manifest(claim.folder)):
+                started = start(job, claim, on_rows, Reuse(), tell)
+                found = read_manifest(claim.folder)
+                if found is not None and started.has_more:
+                    units = _cut(started.workload, shared.units)
+                    make_folders(claim.files, claim.folder.units)
+                    named = replace(found, units=units.count, units_sha256=write_units(claim, units))
+                    write_manifest(claim, named, job.given())
+                started.workload.store.close()
         return
-    with Claim(path) as claim:
-        started = start(job, claim, on_rows, Reuse(), tell)
-        found = read_manifest(claim.folder)
-        if found is not None and started.has_more:
-            units = _cut(started.workload, shared.units)
-            claim.files.make_folder(claim.folder.units)
-            named = replace(found, units=units.count, units_sha256=write_units(claim, units))
-            write_manifest(claim, named, job.given())
-        started.workload.store.close()
+
+
+def _lacks_units(manifest: Manifest | None) -> bool:
+    return manifest is not None and not manifest.units
+
+
+def _wait(path: Path, told: bool, tell: Callable[[str], None], stop: Interruption) -> bool:
+    """A moment, until the next look whether another run still has the folder to itself; `tell` of it the first time."""
+    if not told:
+        tell(f"waiting: another run has output.path {str(path)!r} to itself, perhaps to cut it into units or to join its files")
+    _pause(stop)
+    return True
+
+
+def _pause(stop: Interruption) -> None:
+    stop.check()
+    with stop.at_once():
+        time.sleep(WAIT_SECONDS)
 
 
 def start_shared(
@@ -121,8 +152,7 @@ def _wait_for_input(job: Job, claim: Claim, leases: Leases, stop: Interruption) 
             return False
         if leases.take(_INPUT):
             return True
-        with stop.at_once():
-            time.sleep(WAIT_SECONDS)
+        _pause(stop)
 
 
 def _start(
@@ -150,7 +180,11 @@ def _start(
     else:
         manifest = earlier.manifest
         _refuse_other_extent(folder, manifest, workload)
-        units = read_units(folder, manifest.units, manifest.units_sha256, _start_of(workload))
+        start_of = _start_of(workload)
+        # Without units it is a run of one process: complete, or refused below.
+        units = Units(start_of, np.zeros(int(start_of[-1]), np.int32), 1)
+        if manifest.units:
+            units = read_units(folder, manifest.units, manifest.units_sha256, start_of)
     if makes and not workload.taken_over and not is_there(claim.files, folder.success):
         keep_input(workload.store, workload.origin, claim.files, scratch, folder.input)
     consistently(lambda: recorded_shards(folder, manifest), folder.path)
@@ -158,6 +192,11 @@ def _start(
         lambda: read_committed(folder, workload.samples_of_row, schema=workload.output_schema), folder.path
     )
     started = Start.after(committed, workload, job, folder)
+    if started.has_more and earlier is not None and not manifest.units:
+        raise OutputError(
+            f"output.path {str(folder.path)!r} holds a run that one process began, and another writes there. Run the same "
+            "command again when that has ended."
+        )
     if started.has_more:
         claim.begin(manifest.run, manifest.marks, (), repair_command(folder, manifest))
     return started, units
@@ -242,9 +281,4 @@ def _refuse_other_extent(folder: OutputFolder, manifest: Manifest, workload: Wor
             f"output.path {str(folder.path)!r} is shared by writers of {manifest.samples:,} samples of {manifest.rows:,} rows; "
             f"this job has {workload.samples_total:,} of {workload.store.num_rows:,}. End the others, then run the job once "
             "without --shared, which may add rows and samples; or choose another output.path."
-        )
-    if not manifest.units:
-        raise OutputError(
-            f"output.path {str(folder.path)!r} holds a run that one process began, and another writes there. Run the same "
-            "command again when that has ended."
         )

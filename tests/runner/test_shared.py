@@ -1,0 +1,85 @@
+"""How one of several writers begins in a folder that another run began. Without an engine: nothing is generated."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.scripted_run import scripted_job
+
+from tokabatch import Job
+from tokabatch.errors import Stopped
+from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.manifest import Manifest, read_manifest
+from tokabatch.runner import shared as sharing
+from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.resume import Reuse, start
+from tokabatch.runner.shared import Shared, cut_earlier_run
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Of a folder in which a run alone was begun, and has committed nothing."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"What is {row}?"}) + "\n" for row in range(20)))
+    job = scripted_job(rows, tmp_path / "out")
+    with Claim(tmp_path / "out") as claim:
+        start(job, claim, ignore, Reuse(), ignore).workload.store.close()
+    return job
+
+
+def ignore(*told: object) -> None:
+    pass
+
+
+def manifest_of(job: Job) -> Manifest:
+    manifest = read_manifest(OutputFolder(Path(job.output.path)))
+    assert manifest is not None
+    return manifest
+
+
+def cut(job: Job, units: int, tell: Callable[[str], None] = ignore, stop: Interruption | None = None) -> None:
+    cut_earlier_run(job, Shared(units=units), ignore, tell, stop or Interruption())
+
+
+def test_a_run_that_another_cut_in_between_is_not_cut_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A writer that was refused before the run was cut has left its folder.
+    (Path(job.output.path) / "_units").mkdir()
+    real, entered = sharing.Claim, list[int]()
+
+    def claim(path: Path, **options: Any) -> Claim:
+        entered.append(1)
+        if len(entered) == 1:
+            cut(job, 5)
+            assert manifest_of(job).units == 5
+        return real(path, **options)
+
+    monkeypatch.setattr(sharing, "Claim", claim)
+    cut(job, 3)
+    assert len(entered) == 2 and manifest_of(job).units == 5
+
+
+def test_while_another_has_the_folder_to_itself_a_writer_waits_and_can_be_stopped(job: Job) -> None:
+    path, told = Path(job.output.path), list[str]()
+    with Claim(path):
+        asked = iter([False, True])
+        with pytest.raises(Stopped):
+            cut(job, 5, stop=Interruption(lambda: next(asked)))
+        with pytest.raises(Stopped):
+            Shared().claim(path, ignore, Interruption(lambda: True))
+        waiting = threading.Thread(target=cut, args=(job, 5, told.append))
+        waiting.start()
+        deadline = time.monotonic() + 10
+        while not told:
+            assert time.monotonic() < deadline, "not told that it waits"
+            time.sleep(0.01)
+        # Longer than the attempts at one claim take, twice.
+        time.sleep(1)
+        assert waiting.is_alive() and len(told) == 1 and not manifest_of(job).units
+    waiting.join(30)
+    assert not waiting.is_alive() and manifest_of(job).units == 5
