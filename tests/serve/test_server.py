@@ -124,6 +124,10 @@ def test_a_completion_is_the_models_in_every_form(server, greedy):
         assert choice["logprobs"]["token_logprobs"] == pytest.approx(own.tolist(), abs=1e-4)
         assert len(choice["logprobs"]["top_logprobs"][0]) in (3, 4)
         assert choice["finish_reason"] == ("stop" if drawn[-1] == 2 else "length")
+    assert server.post("/v1/completions", prompt="a<eos>b", max_tokens=1)["usage"]["prompt_tokens"] == 3
+    context = server.client.get("/v1/models").json()["data"][0]["max_model_len"]
+    chat = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "hi"}], ignore_eos=True)
+    assert chat["usage"]["total_tokens"] == context and chat["choices"][0]["finish_reason"] == "length"
     stop = wanted[0][2][3:5]
     assert server.texts(prompt=prompts[0], max_tokens=12, temperature=0, stop=[stop])[0] == wanted[0][2].partition(stop)[0]
 
@@ -148,6 +152,10 @@ def test_echo_scores_the_prompt_and_draws_behind_it(server, greedy):
                 is_greedy = int(logprobs[place].argmax()) == ids[place + 1]
                 assert (value == max(top.values())) is (is_greedy or not alternatives)
     assert server.texts(prompt="plain", max_tokens=0, echo=True) == ["plain"]
+    ids, _, text = greedy(prompts[0], 1)
+    asked = {"prompt": prompts[0], "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    for setting in ({"stop_token_ids": [ids[-1]]}, {"stop": [text]}):
+        assert server.post("/v1/completions", **asked, **setting)["choices"][0]["finish_reason"] == "stop"
 
 
 def test_the_same_seed_is_the_same_answer_alone_and_in_company(server):
@@ -250,10 +258,12 @@ def test_lost_processes_are_replaced_and_their_requests_computed_again(server):
 
 
 def test_a_server_with_a_key_finishes_what_runs_when_it_is_stopped(folder):
-    server = Server(folder, "server.api_key=secret", "engine.process=true")
+    server = Server(folder, "server.api_key=secret", "engine.process=true", "generation.n=2")
     assert server.client.get("/v1/models").status_code == 401
     assert server.client.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
     server.client.headers["Authorization"] = "Bearer secret"
+    parts = server.events("/v1/completions", prompt=["one", "two"], max_tokens=2)
+    assert {part["choices"][0]["index"] for part in parts} == {0, 1, 2, 3}
     url = str(server.client.base_url)
     pinged = [sys.executable, "-m", "tokabatch", "ping", "hello", "--url", url, "--api-key", "secret", "--max-tokens", "5"]
     assert subprocess.run(pinged, capture_output=True, text=True, check=True).stdout.strip()

@@ -100,7 +100,7 @@ class Completions:
             raise Refused(
                 ApiError(
                     f"the request asks for up to {tokens:,} tokens (prompts times n times max_tokens); one may ask for "
-                    f"{self._most_tokens:,}. Send several requests, or raise server.max_request_tokens",
+                    f"{self._most_tokens:,}. Lower max_tokens, send several requests, or raise server.max_request_tokens",
                     "max_tokens",
                     "too_many_tokens",
                 )
@@ -136,7 +136,7 @@ class Completions:
                 choice = streams.get((place, number))
                 if choice is None:
                     text = TextStream(self._tokenizer.decode_batch, drafts[place].prompt.params.stop)
-                    index = place * request.n + number
+                    index = place * drafts[place].prompt.params.n + number
                     choice = streams[place, number] = _Choice(request, index, text, self.spell)
                 if isinstance(output, Finished) and output.completion.error_code is not None:
                     yield _failure(output.completion).body()
@@ -253,9 +253,10 @@ def _draft(prompt: Prompt, key: int | None, request: Request, none_drawn: bool) 
     drawn = None if none_drawn else Wanted(prompt.token_ids, params, key)
     if not request.echo or request.logprobs is None or not given:
         return _Draft(prompt, drawn, None)
-    if params.n == params.max_tokens == 1 and not params.penalised and not none_drawn:
+    stops = params.stop or params.stop_token_ids or params.ignore_eos
+    if params.n == params.max_tokens == 1 and not params.penalised and not stops and not none_drawn:
         # The token behind the prompt comes with its scores.
-        both = replace(params, max_tokens=given + 1, stop=(), stop_token_ids=(), ignore_eos=True)
+        both = replace(params, max_tokens=given + 1, ignore_eos=True)
         one = Wanted(prompt.token_ids, both, key, given)
         return _Draft(prompt, one, one)
     alone = SamplingParams(max_tokens=given, temperature=0.0, ignore_eos=True, logprobs=params.logprobs)

@@ -74,8 +74,11 @@ class Prompts:
         config, generation, tokenizer, limits = self._made_of
         # A prompt that is a text is continued as it stands.
         plain = config.model_copy(update={"chat": False, "system": None})
+        # A client's plain prompt holds its whole conversation, special tokens included, unless the settings say otherwise.
+        trusted = "special_tokens" not in config.model_fields_set
         self._plain, self._chat = (
-            PromptBuilder(each, generation, tokenizer, limits, now=datetime.now()) for each in (plain, config)
+            PromptBuilder(each, generation, tokenizer, limits, now=datetime.now(), trusts_plain_texts=trusted)
+            for each in (plain, config)
         )
         self._until = time.monotonic() + RENEW_SECONDS
 

@@ -59,9 +59,11 @@ class ServiceConfig(_Section):
         return load_model(cls, {"model": {"path": model}}, overrides)[0]
 
     def job(self, rows: str = "-", results: str = "-results") -> Job:
-        """The job that these sections are of, with `rows` as its input."""
+        """The job that these sections are of, with `rows` as its input. As in batch files, a request that does not say
+        max_tokens has what the prompt leaves of the context, unless these settings say it."""
         given = self.model_dump(mode="json", exclude_unset=True, exclude={"server"})
-        return Job.load({**given, "input": {"path": rows}, "output": {"path": results}})
+        generation = {"max_tokens": "context", **given.get("generation", {})}
+        return Job.load({**given, "generation": generation, "input": {"path": rows}, "output": {"path": results}})
 
     @property
     def name(self) -> str:
