@@ -332,7 +332,7 @@ class TestQuickstart:
         done = tokabatch("export", finished[0], "--to", "-", "--columns", "row_index,text", "--where", "ok")
         assert done.returncode == 0 and [json.loads(line)["row_index"] for line in done.stdout.splitlines()] == [0, 0, 1, 1]
         done = tokabatch("export", finished[0], "--to", "-", "--where", "good")
-        assert done.returncode == 2 and "--where good: accepts correct, wrong, ok or error" in done.stderr
+        assert done.returncode == 2 and "--where good: accepts correct, wrong, ok, error or cancelled" in done.stderr
         command = f"{sys.executable} -m tokabatch export {finished[0]} --to - | true; echo ${{PIPESTATUS[0]}}"
         piped = subprocess.run(
             ["bash", "-c", command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
