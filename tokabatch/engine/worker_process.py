@@ -64,7 +64,8 @@ def serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any, bool], p
     Steps are drained by a thread: were both sides to block in a send larger than the pipe's buffer, neither would go on.
     """
     build, spec, answers = work
-    steps: queue.SimpleQueue[StepBatch | Resume | None] = queue.SimpleQueue()
+    # Not a SimpleQueue: in Python 3.11 its `get` may wait for good where the timeout passes before the wait begins.
+    steps: queue.Queue[StepBatch | Resume | None] = queue.Queue()
     try:
         launcher = build(spec)
         pipe.send(launcher.sizes)
@@ -81,7 +82,7 @@ def serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any, bool], p
 
 
 def _work(
-    launcher: Launches, steps: queue.SimpleQueue[StepBatch | Resume | None], pipe: Connection, pulse: Pulse, answers: bool
+    launcher: Launches, steps: queue.Queue[StepBatch | Resume | None], pipe: Connection, pulse: Pulse, answers: bool
 ) -> None:
     """Launch what arrives, ahead of sending back what is done: the device always has the next step queued. Between two launches
     a moment goes to what later steps will want."""
@@ -137,7 +138,7 @@ def dropped(step: StepBatch, error: RuntimeError | MemoryError) -> StepDropped:
     return StepDropped(f"no memory for a step of {step.num_tokens:,} tokens: {reason}")
 
 
-def _drain(pipe: Connection, steps: queue.SimpleQueue[StepBatch | Resume | None]) -> None:
+def _drain(pipe: Connection, steps: queue.Queue[StepBatch | Resume | None]) -> None:
     try:
         while True:
             steps.put(pipe.recv())

@@ -56,7 +56,8 @@ class JudgePool:
         """A verdict may take so many `seconds`."""
         self._spec, self._most, self._seconds = spec, processes, seconds
         self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
-        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # Not a SimpleQueue: its `get` may wait for good where a short timeout passes before the wait begins.
+        self._news: queue.Queue[None] = queue.Queue()
         self._threads: list[threading.Thread] = []
         self._running: list[JudgeProcess] = []
         self._closed = False
