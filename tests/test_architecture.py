@@ -70,7 +70,7 @@ HEAVY_HOMES = {
         *(f"model/sampling/triton_{name}.py" for name in ("rows", "sampling", "filters", "alternatives")),
     },
     "datasets": {"input/readers/hub.py"},
-    "typer": {"cli.py"},
+    "typer": {f"cli/{name}.py" for name in ("arguments", "commands", "folder", "plan", "printing", "run", "serve")},
     "starlette": {"serve/app.py"},
     "uvicorn": {"serve/server.py"},
     "matplotlib": {"report/plots.py"},

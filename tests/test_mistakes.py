@@ -87,7 +87,6 @@ MISTAKES = [
     (("export", "nothing", "--to", "a.xlsx"), r"ends in \.jsonl, \.csv or \.parquet, or - for standard output"),
     (("export", "nothing", "--to", "a.jsonl", "--where", "right"), "accepts correct, wrong, ok, error or cancelled"),
     (("report", "nothing"), "no run has written here"),
-    (("verify", "nothing"), "no run has written here|give the folder|check the path"),
 ]
 
 

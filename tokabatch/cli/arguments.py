@@ -1,0 +1,56 @@
+"""Arguments and options that several commands have, and how a command that is missing some is answered."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from tokabatch.errors import UsageError
+
+DEVICES = "h200, h100, a100 or l40s, or a variant such as h100-pcie or a100-40gb"
+
+_OVERRIDES_HELP = """key=value, dotted as in the file: generation.n=4 engine.page_size=32 model.dtype=float32. Numbers take
+1K (1,024), 1k (1,000), M and G; a list is written as in YAML: 'generation.stop=["\\n"]'."""
+
+_DOTTED_OPTION = re.compile(r"--?((?:[a-z_]+\.)+[a-z_]+)(=.*)?", re.DOTALL)
+
+
+class Command(TyperCommand):
+    """A command that says what is missing or misspelled where that can be told, and what to write instead."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # For completion.
+            return super().parse_args(ctx, args)
+        for dotted in filter(None, map(_DOTTED_OPTION.fullmatch, args)):
+            remedy = shlex.quote(f"{dotted[1]}{dotted[2] or '=VALUE'}")
+            raise UsageError(f"{dotted[0]}: a key of the job is written without dashes: {remedy}")
+        named = ((each.opts[0], each.metavar or "") for each in self.params if each.required and not args)
+        missing = [f"{option} FILE" if option.startswith("-") else metavar for option, metavar in named]
+        if missing:
+            example = re.search(r"^ *(tokabatch .*?)(?:  |$)", self.help or "", re.MULTILINE)
+            remedy = f"; for example `{example[1]}`" if example else ""
+            raise UsageError(
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing{remedy}. See --help for more"
+            )
+        return super().parse_args(ctx, args)
+
+
+def _complete_key(incomplete: str) -> list[str]:
+    return [f"{key.name}=" for key in import_module("tokabatch.job").Job.describe_keys() if key.name.startswith(incomplete)]
+
+
+JobArgument = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help=_OVERRIDES_HELP, show_default=False, autocompletion=_complete_key),
+]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of a run.", show_default=False)]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder, start over.")]
+RetryOption = Annotated[bool, typer.Option("--retry-errors", help="Run the error rows of the run there again.")]
+RepairOption = Annotated[bool, typer.Option("--repair", help="Compute again what damaged or missing files held.")]

@@ -1,0 +1,237 @@
+"""The commands about a run's output folder: `status`, `errors`, `report`, `check`, `score` and `export`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokabatch.cli.arguments import OutArgument
+from tokabatch.cli.printing import READER_ENDED, print_note, print_result
+from tokabatch.cli.signals import stop_on_signals
+from tokabatch.errors import OutputError, Stopped, UsageError
+from tokabatch.report.streams import first_fault
+
+
+def status(out: OutArgument) -> None:
+    """Show how far the run in an output folder is; while it goes on, its speed and an estimate of the time left.
+
+    What is counted is on disk: a running job commits finished samples every output.flush_seconds.
+
+    \b
+    Example
+      tokabatch status out/quickstart
+    """
+    found = _read_state(out)
+    first = ("state", "started", "model", "input")
+    values = {**{name: getattr(found, name) for name in first}, **asdict(found), "pending": found.pending}
+    pace = import_module("tokabatch.output.status").read_pace(out, time.time()) if found.state == "running" else None
+    summary = import_module("tokabatch.report.summary")
+    sections = summary.status_sections(values, pace and asdict(pace))
+    shares = import_module("tokabatch.output.status").read_shares(out, time.time())
+    sections += summary.share_sections(asdict(shares)) if shares is not None else ()
+    if found.correct is not None:
+        verdicts = import_module("tokabatch.report.run_estimates")
+        estimates, how = verdicts.read_estimates(out) or (), verdicts.read_estimator(out)
+        sections += summary.verdict_sections(estimates, found.committed, found.samples, how)
+    print_result(sections)
+
+
+def errors(
+    out: OutArgument,
+    all_rows: Annotated[bool, typer.Option("--all", help="Name every error row, not only the first of each code.")] = False,
+) -> None:
+    """Name the rows of a run that became error rows, and say why.
+
+    Shows the first three rows of each code. `tokabatch run --retry-errors` runs error rows again.
+
+    \b
+    Examples
+      tokabatch errors out/quickstart
+      tokabatch errors out/quickstart --all
+    """
+    _read_state(out)
+    closing = import_module("tokabatch.report.closing")
+    found = import_module("tokabatch.output.excerpts").error_rows(out, None if all_rows else closing.PER_CODE)
+    print_result((closing.errors_section(found),) if found.rows else f"{out} holds no error rows")
+
+
+def report(
+    out: OutArgument,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="FILE.html", help="Default: OUT/report.html.", show_default=False),
+    ] = None,
+) -> None:
+    """Write one HTML page about a run: throughput, KV use, lengths, sharing, pass@k, predicted and actual time.
+
+    It needs no network and no other file.
+
+    \b
+    Example
+      tokabatch report out/quickstart
+    """
+    print_result(str(import_module("tokabatch.report.review").write_report(out, to)))
+
+
+def check(out: OutArgument) -> None:
+    """Read everything in an output folder back, and count.
+
+    Every byte of every file is read and held against its checksums; samples are counted by row and number. A damaged file
+    is named, with the command that recomputes what it held and nothing else. Exit code: 0 complete, 75 intact so far, 4
+    damaged.
+
+    \b
+    Example
+      tokabatch check out/quickstart
+    """
+    checked: Any = import_module("tokabatch.output.integrity").check(out)
+    faults = [(fault.file, fault.problem) for fault in checked.faults]
+    print_note(import_module("tokabatch.report.summary").check_sections(checked.facts, faults))
+    if checked.remedy:
+        # In one line, however narrow the terminal: it is to be pasted.
+        print_note(f"\nThis repairs what is damaged, and changes nothing else\n  {checked.remedy}")
+    raise typer.Exit(checked.exit_code)
+
+
+def score(
+    out: OutArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="verify.KEY=VALUE", help="Keys of the job under verify, in place of its own.", show_default=False
+        ),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="FILE.parquet", help="Write the verdicts there, not into OUT.", show_default=False),
+    ] = None,
+) -> None:
+    """Judge a run's samples again, by the job's verifier or another one, without computing any.
+
+    Each file is replaced whole, and says by what it was judged: where the command is stopped or killed, the same one goes on
+    behind the files that are done. The folder's job then verifies as given here. With --to nothing in the folder changes, and a
+    run may be writing there.
+
+    \b
+    Examples
+      tokabatch score out/quickstart verify.kind=exact
+      tokabatch score out/quickstart verify.kind=./my_judge.py:grade verify.options='{strict: true}'
+      tokabatch score out/quickstart verify.kind=exact --to verdicts.parquet
+    """
+    score = import_module("tokabatch.runner.score")
+    with stop_on_signals("leaving the files that are not judged yet as they are") as stop:
+        try:
+            if to is None:
+                scored = score.score(out, overrides or (), lambda text: print(text, file=sys.stderr), stop)
+            else:
+                scored = score.score_to(out, to, overrides or (), stop)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise typer.Exit(stopped.exit_code) from None
+    where = f"in {scored.files:,} files" if to is None else f"into {to}"
+    print_note(f"{out}: {scored.judged:,} samples judged {where}")
+    for reason, number in scored.reasons.most_common(3):
+        print_note(f"no verdict for {number:,} samples: {reason}")
+    if to is None:
+        print_note(import_module("tokabatch.report.summary").verdict_sections(scored.estimates, scored.done, scored.samples))
+
+
+def export(
+    out: OutArgument,
+    to: Annotated[
+        Path,
+        typer.Option(
+            "--to", metavar="FILE", help="File to write: .jsonl, .csv or .parquet; - for standard output.", show_default=False
+        ),
+    ],
+    nested: Annotated[bool, typer.Option("--nested", help="One record a row, its samples as a list.")] = False,
+    columns: Annotated[
+        str | None,
+        typer.Option("--columns", metavar="NAME,NAME", help="Only these columns, in this order.", show_default=False),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            "--where", metavar="correct|wrong|ok|error|cancelled", help="Only samples that are so.", show_default=False
+        ),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", metavar="samples|openai", help="openai: the results and errors files of a batch file.")
+    ] = "samples",
+    errors: Annotated[
+        Path | None,
+        typer.Option(
+            "--errors", metavar="FILE", help="With --format openai; default: RESULTS.errors.jsonl.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write a run's samples into one file, ordered by row and sample.
+
+    The run of a batch file of OpenAI's API also has its files of results and errors, one line a request: --format openai.
+
+    \b
+    Examples
+      tokabatch export out/quickstart --to samples.parquet
+      tokabatch export out/quickstart --to rows.jsonl --nested
+      tokabatch export out/quickstart --to right.csv --columns question,text --where correct
+      tokabatch export out/quickstart --to - --columns id,text | head
+      tokabatch export out/openai_batch --to results.jsonl --format openai
+    """
+    if form not in ("samples", "openai"):
+        raise UsageError(f"--format {form}: accepts samples or openai")
+    if form == "openai":
+        if nested or columns is not None or where is not None:
+            raise UsageError("--nested, --columns and --where are of --format samples; leave them out")
+        print_note(write_batch(out, to, errors))
+        return
+    if errors is not None:
+        raise UsageError("--errors belongs to --format openai; add it")
+    if where not in (None, "correct", "wrong", "ok", "error", "cancelled"):
+        raise UsageError(f"--where {where}: accepts correct, wrong, ok, error or cancelled")
+    exporter = import_module("tokabatch.output.export")
+    names = None if columns is None else tuple(name.strip() for name in columns.split(","))
+    selection = exporter.Selection(nested, names, where)
+    with stop_on_signals("taking away what is unfinished") as stop:
+        try:
+            with stop.at_once():
+                if str(to) == "-":
+                    with open(os.dup(1), "wb") as stream:
+                        exported = exporter.export(out, stream, selection)
+                else:
+                    exported = exporter.export(out, to, selection)
+        except BrokenPipeError:
+            raise typer.Exit(READER_ENDED) from None
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise typer.Exit(stopped.exit_code) from None
+    if str(to) != "-":
+        print_note(f"{to}: {exported.samples:,} samples of {exported.rows:,} rows, {exported.bytes:,} bytes")
+    elif (fault := first_fault(sys.stdout)) is not None:
+        raise UsageError(f"standard output cannot be written: {fault.strerror}")
+
+
+def write_batch(out: Path, to: Path, errors: Path | None) -> str:
+    """Write the results and errors files of a batch file's run; what to say of them."""
+    results = import_module("tokabatch.batch.results")
+    with stop_on_signals("taking away what is unfinished") as stop:
+        try:
+            with stop.at_once():
+                written = results.write_results(out, to, errors)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise typer.Exit(stopped.exit_code) from None
+    return results.describe(written, to, errors)
+
+
+def _read_state(out: Path) -> Any:
+    found = import_module("tokabatch.output.status").read_status(out)
+    if found.state == "absent":
+        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
+    return found

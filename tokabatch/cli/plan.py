@@ -1,0 +1,127 @@
+"""The commands before a run: `plan`, `keys`, and `profile`, whose cost model simulations use."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokabatch.cli.arguments import DEVICES, JobArgument, OutArgument, OverridesArgument
+from tokabatch.cli.job import checked_job, starting
+from tokabatch.cli.printing import print_note, print_result
+from tokabatch.errors import UsageError
+
+
+def _complete_section(incomplete: str) -> list[str]:
+    return [each.name for each in import_module("tokabatch.job").Job.describe_sections() if each.name.startswith(incomplete)]
+
+
+def plan(
+    job: JobArgument,
+    overrides: OverridesArgument = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Simulate the whole run as well: time, cost, KV use.")] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", help=f"Simulate on this device instead of this machine: {DEVICES}.")
+    ] = None,
+    lengths: Annotated[
+        str,
+        typer.Option(
+            "--lengths", help="Output tokens: max (max_tokens), MEAN or MEAN:SIGMA (log-normal; 0.7), or a run's OUT."
+        ),
+    ] = "max",
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="Measured cost model (see `tokabatch profile`) in place of the roofline.")
+    ] = None,
+    price: Annotated[float | None, typer.Option("--price", help="Money for an hour of the device.")] = None,
+) -> None:
+    """Check a job and show what it would do.
+
+    Loads no weights and writes nothing. Reads the whole input: counts rows, samples and tokens, shared and unshared,
+    and shows the first prompt with its token ids and the settings in effect. With --simulate the scheduler runs the whole
+    job against a cost model.
+
+    \b
+    Examples
+      tokabatch plan jobs/quickstart.yaml generation.n=100
+      tokabatch plan jobs/quickstart.yaml --simulate --lengths 70:0.4
+      tokabatch plan jobs/gsm8k.yaml --simulate --device h200 --lengths 150 --price 3.5
+    """
+    if not simulate and (device, profile, price, lengths) != (None, None, None, "max"):
+        raise typer.BadParameter("--device, --lengths, --profile and --price belong to --simulate; add it")
+    # Rows are counted where someone watches; lines in a log would tell no more than the result does.
+    with checked_job(job, overrides) as loaded, starting(not os.isatty(2)) as progress:
+        planner = import_module("tokabatch.runner.plan")
+        snapshot, begun = import_module("tokabatch.report.progress").ProgressSnapshot, time.monotonic()
+
+        def on_rows(rows: int, errors: int) -> None:
+            progress.update(snapshot("reading", time.monotonic() - begun, rows_done=rows, errors=errors))
+
+        if simulate:
+            scenario = import_module("tokabatch.forecast.predict").Scenario(device, profile, price, lengths)
+            report, outlook = planner.plan_and_simulate(loaded, scenario, on_rows)
+        else:
+            report, outlook = planner.plan(loaded, on_rows), None
+    sections = import_module("tokabatch.report.summary").plan_sections
+    if outlook is None:
+        print_result(sections(report))
+        return
+    print_result((*sections(report), *import_module("tokabatch.report.outlook").outlook_sections(outlook)))
+
+
+def keys(
+    section: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SECTION", help="A section or a key; default: all.", show_default=False, autocompletion=_complete_section
+        ),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown.")] = False,
+) -> None:
+    """Explain the keys of a job file: what each does, what it accepts, its default, an example.
+
+    \b
+    Examples
+      tokabatch keys generation
+      tokabatch keys prompt.few_shot.k
+    """
+    sections = import_module("tokabatch.job").Job.describe_sections()
+    if section is not None:
+        names = {name for each in sections for name in (each.name, *(key.name for key in each.keys))}
+        inside = [name for name in names if name == section or name.startswith(f"{section}.")]
+        if not inside:
+            by_leaf = {name.rpartition(".")[2]: name for name in names} | {name: name for name in names}
+            near = get_close_matches(section, by_leaf, n=1)
+            hint = (
+                f"did you mean `{by_leaf[near[0]]}`?"
+                if near
+                else f"there are {', '.join(each.name for each in sections if each.name)}"
+            )
+            raise UsageError(f"there is no section or key {section}; {hint}")
+        kept = ((each, tuple(key for key in each.keys if key.name in inside)) for each in sections)
+        sections = tuple(replace(each, keys=chosen) for each, chosen in kept if chosen)
+    render = import_module("tokabatch.report.key_reference")
+    print_result(render.markdown(sections) if markdown else render.plain(sections))
+
+
+def profile(
+    out: OutArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="PROFILE.json", help="File to write.", show_default=False)],
+    device: Annotated[
+        str | None, typer.Option("--device", help=f"The device it ran on, if the run has not noted it: {DEVICES}.")
+    ] = None,
+) -> None:
+    """Fit a cost model to the steps of a finished run, for `plan --simulate --profile` and the key engine.profile.
+
+    \b
+    Example
+      tokabatch profile out/quickstart --to profile.json
+    """
+    fitted = import_module("tokabatch.forecast.predict").profile_run(out, to, device)
+    terms = zip(import_module("tokabatch.forecast.profile").TERMS, fitted.coefficients, strict=True)
+    print_note(import_module("tokabatch.report.summary").profile_sections(str(to), dict(terms)))

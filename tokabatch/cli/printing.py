@@ -1,0 +1,50 @@
+"""Results and notes on standard output."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import typer
+
+from tokabatch.errors import UsageError
+from tokabatch.report.streams import first_fault
+
+if TYPE_CHECKING:
+    from tokabatch.report.summary import Section
+
+READER_ENDED = 128 + signal.SIGPIPE
+"""The exit status where the reader of standard output has ended."""
+
+
+def print_result(content: str | tuple[Section, ...]) -> None:
+    """Print what a command is for. Raises UsageError where standard output does not take it; where its reader has ended, as
+    `head` does, the command ends without a word."""
+    _print(content)
+    fault = first_fault(sys.stdout)
+    if isinstance(fault, BrokenPipeError):
+        raise typer.Exit(READER_ENDED)
+    if fault is not None:
+        raise UsageError(f"standard output cannot be written: {fault.strerror}")
+
+
+def print_note(content: str | tuple[Section, ...]) -> None:
+    """Print what is also on disk, or what the exit code says, too: where it cannot be printed, that stays true."""
+    _print(content)
+    fault = first_fault(sys.stdout)
+    if fault is not None and not isinstance(fault, BrokenPipeError):
+        print(f"standard output cannot be written: {fault.strerror}", file=sys.stderr)
+
+
+def _print(content: str | tuple[Section, ...]) -> None:
+    if isinstance(content, str):
+        print(content)
+        return
+    render = import_module("tokabatch.report.render")
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        import_module("rich.console").Console(highlight=False).print(render.tables(content))
+    else:
+        print(render.plain(content))

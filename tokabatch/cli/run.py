@@ -1,0 +1,181 @@
+"""The commands that compute samples: `run`, `batch`, and `slurm`, which writes the script that starts `run` on many hosts."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokabatch.cli.arguments import JobArgument, OverridesArgument, OverwriteOption, RepairOption, RetryOption
+from tokabatch.cli.folder import write_batch
+from tokabatch.cli.job import checked_job, starting
+from tokabatch.cli.printing import print_note, print_result
+from tokabatch.cli.signals import stop_after, stop_on_signals
+from tokabatch.errors import Stopped, UsageError
+from tokabatch.runner.interruption import Interruption
+
+if TYPE_CHECKING:
+    from tokabatch.report.summary import RunSummary
+
+
+def run(
+    job: JobArgument,
+    overrides: OverridesArgument = None,
+    overwrite: OverwriteOption = False,
+    retry_errors: RetryOption = False,
+    repair: RepairOption = False,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Let other runs of the job write there, too, each taking units of the plan.")
+    ] = False,
+    units: Annotated[int, typer.Option("--units", min=1, help="Into how many units the first of them cuts the plan.")] = 256,
+    task: Annotated[str, typer.Option("--task", help="What `tokabatch status` calls this one of them.")] = "",
+    lease: Annotated[
+        float,
+        typer.Option(
+            "--lease", min=0.5, help="Seconds after which others take over the units of a run that no longer responds."
+        ),
+    ] = 60.0,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", help="Stop as on SIGTERM so many seconds from now.", min=0, show_default=False)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only messages and the summary.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="In the summary, the figures of scheduler and engine, too.")
+    ] = False,
+) -> None:
+    """Run a job and print its summary.
+
+    The results are Parquet files under OUT/data, which appear while the run goes on. Progress goes to standard error,
+    the summary to standard output.
+
+    A run that the output folder holds is continued: whatever ended it, the same command computes the missing samples.
+    Engine settings may change, but for kv_cache_dtype; generation.n may be raised and rows added at the end of the
+    input. Anything else that decides the output is refused, and the difference shown.
+
+    \b
+    Examples
+      tokabatch run jobs/quickstart.yaml
+      tokabatch run jobs/quickstart.yaml generation.n=4 output.path=out/four --quiet
+      tokabatch run jobs/quickstart.yaml generation.n=32      16 more samples of each row
+      tokabatch run jobs/quickstart.yaml --overwrite          delete the results, begin again
+      tokabatch run jobs/quickstart.yaml --shared             one of any number of processes on any hosts (`tokabatch slurm`)
+    """
+    with stop_on_signals() as stop, stop_after(deadline), checked_job(job, overrides, shared=shared) as loaded:
+        share = import_module("tokabatch.runner.shared").Shared(task, units, lease) if shared else None
+        summary = _run(loaded, stop, quiet, overwrite=overwrite, retry_errors=retry_errors, repair=repair, shared=share)
+    _print_summary(loaded, summary, verbose)
+    raise typer.Exit(summary.exit_code)
+
+
+def batch(
+    requests: Annotated[
+        str, typer.Argument(metavar="REQUESTS.jsonl", help="A batch file of OpenAI's API; its path.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="As model.path in a job file.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", metavar="RESULTS.jsonl", help="File of the results.", show_default=False)],
+    overrides: OverridesArgument = None,
+    errors: Annotated[
+        Path | None,
+        typer.Option("--errors", metavar="FILE", help="File of the errors; default: RESULTS.errors.jsonl.", show_default=False),
+    ] = None,
+    overwrite: OverwriteOption = False,
+    retry_errors: RetryOption = False,
+    repair: RepairOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only messages and the summary.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="In the summary, the figures of scheduler and engine, too.")
+    ] = False,
+) -> None:
+    """Answer a batch file of OpenAI's API: chat and completions requests in, files of results and errors out.
+
+    The run is an ordinary one, in the folder RESULTS.jsonl.run (output.path): whatever ended it, the same command computes the
+    missing answers. The files are written when all of them are there. Whatever model the requests name, MODEL answers.
+
+    \b
+    Examples
+      tokabatch batch requests.jsonl --model Qwen/Qwen3-0.6B --to results.jsonl
+      tokabatch batch requests.jsonl --model jobs/quickstart --to results.jsonl generation.max_tokens=200
+    """
+    batches = import_module("tokabatch.batch.job")
+    with stop_on_signals() as stop:
+        loaded = batches.batch_job(requests, model, to, errors, overrides or ())
+        import_module("tokabatch.precheck").refuse_early(loaded)
+        summary = _run(loaded, stop, quiet, overwrite=overwrite, retry_errors=retry_errors, repair=repair)
+    _print_summary(loaded, summary, verbose)
+    if not summary.pending:
+        print_note(write_batch(Path(loaded.output.path), to, errors))
+    raise typer.Exit(summary.exit_code)
+
+
+def slurm(
+    job: JobArgument,
+    overrides: OverridesArgument = None,
+    tasks: Annotated[int, typer.Option("--tasks", min=1, help="Tasks of the array.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus-per-task", min=0, help="GPUs of each.")] = 0,
+    cpus: Annotated[int, typer.Option("--cpus-per-task", min=0, help="CPU cores of each; 0: as the site has it.")] = 0,
+    limit: Annotated[str, typer.Option("--time", help="Time limit of one start of a task, as sbatch has it.")] = "",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--sbatch", metavar="KEY=VALUE", help="Another option of sbatch: partition=gpu.", show_default=False),
+    ] = None,
+    setup: Annotated[
+        list[str] | None,
+        typer.Option("--setup", metavar="LINE", help="Shell before the run: 'module load cuda'.", show_default=False),
+    ] = None,
+    command: Annotated[
+        str, typer.Option("--command", help="What to call: 'apptainer exec --nv IMAGE.sif tokabatch'.")
+    ] = "tokabatch",
+    to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="Default: JOB.sbatch.", show_default=False)] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit it as well.")] = False,
+) -> None:
+    """Write the batch script that runs a job as an array of tasks on Slurm.
+
+    Every task is `tokabatch run --shared`: it takes units of the plan until none is left, so one that ends early takes what
+    others would have done, and one that never starts costs nothing. Ahead of the time limit, and when it is preempted, a task
+    commits what it has, and the script has it requeued.
+
+    \b
+    Examples
+      tokabatch slurm jobs/gsm8k.yaml --tasks 16 --gpus-per-task 1 --time 4:00:00
+      tokabatch slurm jobs/gsm8k.yaml --tasks 16 --sbatch partition=gpu --setup '. venv/bin/activate' --submit
+    """
+    import_module("tokabatch.job").Job.load(job, *(overrides or ()))
+    module, script = import_module("tokabatch.cluster.slurm"), to or Path(f"{job.stem}.sbatch")
+    array = module.Array(tasks, gpus, cpus, limit, options=tuple(option or ()), setup=tuple(setup or ()), command=command)
+    try:
+        script.write_text(module.batch_script(job, tuple(overrides or ()), array, Path.cwd()))
+    except OSError as error:
+        raise UsageError(f"--to {script} cannot be written: {error.strerror}; name a file elsewhere") from error
+    print_result(module.submit(script) if submit else f"{script}: submit it with `sbatch {script}`")
+
+
+def _run(job: Any, stop: Interruption, quiet: bool, **how: Any) -> RunSummary:
+    """Run a job with its progress shown; the summary's times count from the start of this process. Exits where it was stopped
+    before it began."""
+    try:
+        with starting(quiet) as progress:
+            runner = import_module("tokabatch.runner.run")
+            before = _seconds_since_start()
+            summary: RunSummary = runner.run(job, progress, stop, **how)
+        return replace(summary, seconds=summary.seconds + before, load_seconds=summary.load_seconds + before)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(stopped.exit_code) from None
+
+
+def _seconds_since_start() -> float:
+    """Since this process was started."""
+    return max(0.0, time.time() - import_module("psutil").Process().create_time())
+
+
+def _print_summary(job: Any, summary: RunSummary, verbose: bool) -> None:
+    sections = import_module("tokabatch.report.summary").run_sections(summary, verbose)
+    closing, out = import_module("tokabatch.report.closing"), Path(job.output.path)
+    print_note((*sections, *closing.closing_sections(out, summary)))
+    # A terminal's tables end in an empty line already.
+    print_note(("" if sys.stdout.isatty() else "\n") + closing.next_steps(out, summary))

@@ -1,0 +1,65 @@
+"""What signals do to a command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from tokabatch.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from tokabatch.report.streams import TolerantFile
+from tokabatch.runner.interruption import Interruption
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+@contextmanager
+def stop_on_signals(doing: str = "committing what is finished") -> Generator[Interruption, None, None]:
+    """Yields what Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask to stop through. The first only asks; a second Ctrl-C ends the
+    process. `doing` is what happens then."""
+    stop, before = Interruption(), {number: signal.getsignal(number) for number in _SIGNALS}
+    seen: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if number == signal.SIGINT and number in seen:
+            _say("\x1b[?25h" if os.isatty(2) else "")
+            os._exit(EXIT_INTERRUPTED)
+        if number not in seen:
+            how = "; Ctrl-C again to stop at once" if number == signal.SIGINT else f" ({signal.Signals(number).name})"
+            _say(f"stopping: {doing}{how}\n")
+        seen.append(number)
+        stop.request(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED)
+
+    # Only the main thread may set handlers; and another program's, or one that ignores the signal, stays.
+    ours = [number for number, handler in before.items() if handler in (signal.default_int_handler, signal.SIG_DFL)]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+    for number in ours:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
+
+
+@contextmanager
+def stop_after(seconds: float | None) -> Generator[None]:
+    """Ask for a stop once so many seconds are over, by a signal: one breaks into what waits."""
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say(text: str) -> None:
+    """From a signal handler: not `print`, which must not be entered anew where the signal may have struck."""
+    TolerantFile(2, stall_seconds=0).write(text.encode())
