@@ -3,10 +3,12 @@ stopped, and everything that counts samples counts them."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -26,17 +28,21 @@ from support.forked_runs import ForkServer
 from support.scripted_run import scripted_engine, scripted_job, scripted_run
 
 from tokabatch import Job, run
-from tokabatch.errors import JobError, OutputError
+from tokabatch.errors import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_STOPPED, JobError, OutputError
+from tokabatch.output import folder as folder_module
 from tokabatch.output.export import Selection, Where, export
 from tokabatch.output.integrity import check
 from tokabatch.output.shards import ShardWriter
 from tokabatch.output.status import read_status
+from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.report.review import write_report
 from tokabatch.report.summary import run_sections
+from tokabatch.runner import recorder
 from tokabatch.runner.plan import plan
 from tokabatch.runner.score import score, score_to
 from tokabatch.scheduling.contracts import Completion
 from tokabatch.scheduling.scheduler import Scheduler
+from tokabatch.storage.atomic_files import DurableFiles
 
 ROWS, SAMPLES = 9, 24
 JUDGE = '''
@@ -128,6 +134,14 @@ def test_the_same_samples_on_any_engine(folder: Path, tmp_path: Path) -> None:
     """A real model in float64: in this process, in two, and two replicas that share the rows."""
     model = tiny_models.add_tokenizer(tiny_models.build("llama", tmp_path / "llama"))
 
+    shown: list[ProgressSnapshot] = []
+
+    class Display(NullProgress):
+        interval = 0.0
+
+        def update(self, snapshot: ProgressSnapshot) -> None:
+            shown.append(snapshot)
+
     def computed(name: str, rule: dict[str, int] | None, **engine: Any) -> tuple[Path, Any]:
         job = {
             "model": {"path": str(model), "dtype": "float64"},
@@ -138,7 +152,7 @@ def test_the_same_samples_on_any_engine(folder: Path, tmp_path: Path) -> None:
             "output": {"path": str(tmp_path / name)},
             "verify": verify(folder, rule),
         }
-        return tmp_path / name, run(Job.load(job))
+        return tmp_path / name, run(Job.load(job), Display())
 
     out, summary = computed("full", None, max_running=64)
     expected = stopped(samples(out), RULES[0])
@@ -149,6 +163,7 @@ def test_the_same_samples_on_any_engine(folder: Path, tmp_path: Path) -> None:
         assert (found.exit_code, found.cancelled, found.pending) == (0, cancelled, 0), engine
         assert not differing(out, expected), engine
         assert found.output_tokens < summary.output_tokens, "running samples were not stopped"
+        assert shown[-1].samples_done == shown[-1].samples_total == ROWS * SAMPLES, engine
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -247,10 +262,24 @@ def test_whatever_counts_samples_counts_cancelled_ones(folder: Path, full: Sampl
     assert score(out).judged == 0
     told_beside = score_to(out, tmp_path / "verdicts.parquet", ["verify.kind=regex", "verify.options={pattern: x}"])
     assert told_beside.judged == ROWS * SAMPLES - cancelled
+    with pytest.raises(OutputError, match=r"verify\.stop .*Change what differs back") as refused:
+        scripted_run(rows, out, **scripted(folder, out, RULES[1]))
+    assert "tokabatch score" not in str(refused.value)
+    # Cancelled samples are not progress of a start that commits nothing.
+    job = scripted_job(rows, out, **{**sections, "generation": {"n": 2 * SAMPLES}})
+    with mock.patch.object(folder_module, "DurableFiles", TakesNoShard), scripted_engine():
+        assert [run(job).exit_code for _ in range(2)] == [EXIT_STOPPED, EXIT_STALLED]
     # With more samples, rows that have stopped stay so; the others go on.
     more = scripted_run(rows, out, **{**sections, "generation": {"n": 2 * SAMPLES}})
     assert more.pending == 0 and more.cancelled >= cancelled + SAMPLES * (ROWS - 1) - SAMPLES
     assert {key: sample for key, sample in samples(out).items() if key[1] < SAMPLES} == expected
+
+
+class TakesNoShard(DurableFiles):
+    def link(self, source: Path, target: Path) -> None:
+        if target.name.startswith("part-"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        super().link(source, target)
 
 
 def test_a_row_goes_on_from_its_first_error(folder: Path, full: Samples, tmp_path: Path) -> None:
@@ -260,21 +289,82 @@ def test_a_row_goes_on_from_its_first_error(folder: Path, full: Samples, tmp_pat
     stop = {row: [number for number in range(SAMPLES) if expected[row, number][0] == "ok"][-1] for row in range(ROWS)}
     row = next(row for row in range(ROWS) if stop[row] < SAMPLES - 1)
 
-    def failing(completions: list[Completion]) -> list[Completion]:
-        at = [completion.row_index == row and completion.sample_index == stop[row] for completion in completions]
-        return [
-            replace(completion, error_code="nan_logits", error_message="made up") if is_it else completion
-            for completion, is_it in zip(completions, at, strict=True)
-        ]
-
-    apply = Scheduler.apply
-    with mock.patch.object(Scheduler, "apply", lambda self, result: failing(apply(self, result))):
+    with failing(row, stop[row]):
         summary = scripted_run(rows, out, **scripted(folder, out, RULES[0]))
     found = samples(out)
     assert summary.errors == 1 and found[row, stop[row]][5] == "nan_logits" and found[row, stop[row] + 1][0] == "ok"
     with scripted_engine():
         again = run(scripted_job(rows, out, **scripted(folder, out, RULES[0])), retry_errors=True)
     assert again.exit_code == 0 and not differing(out, expected)
+
+
+def failing(row: int, number: int) -> Any:
+    """Inside, that sample is an error."""
+    apply = Scheduler.apply
+
+    def applied(self: Scheduler, result: Any) -> list[Completion]:
+        return [
+            replace(each, error_code="nan_logits", error_message="made up")
+            if (each.row_index, each.sample_index) == (row, number)
+            else each
+            for each in apply(self, result)
+        ]
+
+    return mock.patch.object(Scheduler, "apply", applied)
+
+
+def test_an_error_stops_the_run_where_it_is_recorded(folder: Path, full: Samples, tmp_path: Path) -> None:
+    """Not one behind the sample that stopped its row: nothing of it is kept, and each start would stop at it again."""
+    rows, expected = folder / "rows.jsonl", stopped(full, RULES[0])
+    row = next(row for row in range(ROWS) if expected[row, 3][0] == "cancelled")
+    kept = [number for number in range(4) if expected[row, number][0] == "ok"]
+    for number, code in ((3, 0), (kept[-1], EXIT_STOPPED)):
+        out = tmp_path / str(number)
+        sections = {**scripted(folder, out, RULES[0], max_running=64), "errors": {"policy": "stop", "max_fraction": 1.0}}
+        with failing(row, number):
+            summary = scripted_run(rows, out, **sections)
+            assert summary.exit_code == code and summary.errors == (code != 0)
+            if code:
+                assert samples(out)[row, number][5] == "nan_logits"
+                assert scripted_run(rows, out, **sections).exit_code == 0, "it stood still"
+            else:
+                assert not differing(out, expected)
+
+
+def test_faulty_rows_may_be_gone_when_errors_run_again(folder: Path, tmp_path: Path) -> None:
+    out, rows = tmp_path / "out", tmp_path / "rows.jsonl"
+    lines = [json.dumps({"question": "Say 0"}), json.dumps({"question": "Say 1"}), json.dumps({"other": 2})]
+    rows.write_text("\n".join(lines))
+    assert scripted_run(rows, out, **scripted(folder, out, RULES[0])).errors == SAMPLES
+    rows.write_text("\n".join(lines[:2]))
+    with scripted_engine():
+        again = run(scripted_job(rows, out, **scripted(folder, out, RULES[0])), retry_errors=True)
+    assert (again.exit_code, again.errors, again.samples) == (0, 0, 2 * SAMPLES)
+
+
+def test_a_run_that_is_stopped_before_its_last_verdicts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends as stopped. A judge that is killed while it is loaded has judged nothing: nothing of that is recorded."""
+    monkeypatch.setattr(recorder, "HURRIED_SECONDS", 0.5)
+    (tmp_path / "judge.py").write_text(
+        'import pathlib, time\nif pathlib.Path(__file__).with_name("slow").exists():\n    time.sleep(60)\n'
+        "def verify(text, row):\n    return True\n"
+    )
+    stop = threading.Event()
+
+    class Display(NullProgress):
+        interval = 0.0
+
+        def update(self, snapshot: ProgressSnapshot) -> None:
+            if snapshot.phase == "loading":
+                (tmp_path / "slow").touch()
+            if snapshot.phase == "writing":
+                stop.set()
+
+    out = tmp_path / "out"
+    sections = {**scripted(folder, out, RULES[0]), "generation": {"n": 4}, "verify": verify(tmp_path, RULES[0])}
+    with scripted_engine():
+        summary = run(scripted_job(folder / "rows.jsonl", out, **sections), Display(), stop.is_set)
+    assert stop.is_set() and (summary.exit_code, summary.pending, summary.unverified) == (EXIT_INTERRUPTED, 4 * ROWS, 0)
 
 
 def test_what_no_rule_can_be(folder: Path, tmp_path: Path) -> None:

@@ -104,11 +104,12 @@ def read_committed(
 
 
 def read_outcomes(folder: OutputFolder, rows: Bool) -> Iterator[tuple[int, int, str, bool | None, str | None]]:
-    """Of every committed sample of the rows that are marked: its row, its number, its status, whether it was found correct, and
-    the answer that the judge extracted (None where it extracts none)."""
+    """Of every committed sample of the `rows` that are marked (there may be more in the folder): its row, its number,
+    its status, whether it was found correct, and the answer that the judge extracted (None where it extracts none)."""
+    marked = np.flatnonzero(rows)
     for file in folder.shards():
         for table in read_groups(file, ("row_index", "sample_index", "status", "correct", "extracted")):
-            wanted = table.filter(pa.array(rows[table["row_index"].to_numpy()]))
+            wanted = table.filter(pa.array(np.isin(table["row_index"].to_numpy(), marked)))
             judged = verdict_names(wanted.schema)
             columns = [wanted[name].to_pylist() for name in ("row_index", "sample_index", "status")]
             columns += [

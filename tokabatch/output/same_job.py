@@ -73,7 +73,12 @@ class EarlierRun:
     def _refuse(self, differences: list[str], now: Fingerprint | None = None) -> NoReturn:
         advice = "Choose another output.path, change it back, or start over with --overwrite."
         overrides = verify_overrides(self.manifest.fingerprint, now) if now is not None else []
-        if overrides and all(is_of_verify(difference) for difference in differences):
+        if any(difference.startswith("verify.stop") for difference in differences):
+            advice = (
+                "Where rows stop follows from verify.stop while they are sampled. Change what differs back, choose another "
+                "output.path, or start over with --overwrite."
+            )
+        elif overrides and all(is_of_verify(difference) for difference in differences):
             command = " ".join(("tokabatch score", *map(quote, (str(self.folder.path), *overrides))))
             advice = f"The samples are the same: `{command}` judges them as the job does now, and the job goes on then."
         listed = "".join(f"\n  {difference}" for difference in differences)

@@ -68,6 +68,7 @@ class Fleet:
         be `begun` before `follow` says more; None is all."""
         self._supply = supply
         self._ledger = Ledger(requests, begun, withheld=supply is not None)
+        self._first_left = self._ledger.left
         self._build = build
         self._stop, self._tell, self._leave = stop, tell, leave
         self._max_restarts, self._hang_seconds, self._interval = max_restarts, hang_seconds, interval
@@ -134,14 +135,17 @@ class Fleet:
             self._feed()
 
     def standing(self, *, foresee: bool = False) -> Standing:
-        """Where the work stood when the members said so last; `finished` is what has come in."""
+        """Where the work stood when the members said so last; `finished` is what has come in, or was cancelled."""
         standings = [member.standing for member in self._members]
         scheduled, counts = SchedulerCounts(), ReplicaCounts()
         for total, parts in ((scheduled, [s.scheduled for s in standings]), (counts, [s.counts for s in standings])):
             for field in fields(total):
                 empty = Counter[str]() if field.name == "restarts" else 0
                 setattr(total, field.name, sum((getattr(part, field.name) for part in parts), empty))
-        scheduled.finished = sum(member.finished for member in self._members)
+        scheduled.finished = self._first_left - self._ledger.left
+        if self._supply is not None:
+            # What is left grows with what it offers, and no rows stop.
+            scheduled.finished = sum(member.finished for member in self._members)
         scheduled.finished_prompts = self._ledger.finished_prompts
         running = sum(standing.running for standing in standings)
         known, seen = [s.tokens_left for s in standings if s.tokens_left is not None], [s for s in standings if s.tokens_left]

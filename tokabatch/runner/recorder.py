@@ -165,6 +165,8 @@ class Recorder:
         self.error_counts = committed.error_counts.copy()
         self.num_ok = committed.ok
         self.num_cancelled = committed.cancelled
+        self.took_error = False
+        """Whether a sample that ended in an error is recorded: where rows stop, not one that is held or left out."""
 
     @property
     def writer(self) -> ShardWriter:
@@ -247,6 +249,7 @@ class Recorder:
     def _accept(self, unsampled: Sequence[UnsampledRow], finished: Sequence[_Finished]) -> None:
         """From here on they are not lost."""
         waiting, held = self._waiting, sum(_own_bytes(each.completion) for each in finished)
+        self.took_error = self.took_error or any(each.completion.error_code is not None for each in finished)
         failures = [each for each in unsampled if each.error is not None]
         cancelled = [each for each in unsampled if each.error is None]
         self._waiting = _Waiting(

@@ -140,7 +140,7 @@ def run(
                 # Stopped or not: where nothing is missing there is nothing to run again for.
                 exit_code = EXIT_ERRORS if books.errors > job.errors.max_fraction * books.samples else EXIT_COMPLETE
             elif supply is None:
-                exit_code = exit_code or EXIT_BOOKS
+                exit_code = exit_code or parts.stop.poll() or EXIT_BOOKS
             elif not exit_code:
                 # The others complete it, or it is to be run again.
                 exit_code = EXIT_STOPPED if supply.abandoned else EXIT_COMPLETE
@@ -152,7 +152,8 @@ def run(
             with suppress(TokabatchError):
                 recorder.finish(lambda: True)
             exit_code, parts = EXIT_STOPPED, _recounted(parts, claim)
-            stalled = parts.recorder.num_ok + parts.recorder.num_errors == started.committed.samples
+            found = parts.recorder
+            stalled = found.num_ok + found.num_errors + found.num_cancelled == started.committed.samples
             if stalled and stalled_before:
                 exit_code = EXIT_STALLED
                 clock.progress.message("the start before this one committed nothing either: fix that before the next start")
@@ -335,7 +336,7 @@ def _generate(parts: _Parts) -> int:
                 parts.replica.follow(parts.started.stops.take_changes())
             parts.show("generating")
             exit_code = parts.stop.poll()
-            failed = any(c.error_code is not None for c in completions) or recorder.num_unwritable > unwritable
+            failed = recorder.took_error or recorder.num_unwritable > unwritable
             failed = failed or (parts.supply is not None and parts.supply.failed)
             if parts.job.errors.policy == "stop" and failed:
                 exit_code = exit_code or EXIT_STOPPED

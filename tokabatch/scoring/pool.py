@@ -165,7 +165,7 @@ class JudgePool:
                 return None, settled, True
             reason = NOT_JUDGED if self._closed else str(lost)
         except Exception as error:  # The process cannot be started, or the row not be sent.
-            reason = f"{type(error).__name__}: {error}"
+            reason = NOT_JUDGED if self._closed else f"{type(error).__name__}: {error}"
         self._settle(batch[settled], Verdict.none(reason))
         if process is not None:
             process.close()
