@@ -42,6 +42,8 @@ class Work:
         self._until: dict[int, int] = {}
         """Of prompts that have been cut: the first sample number that is not drawn here."""
         self._dropped = np.zeros(len(requests), np.bool_)
+        self._by_row: Int64 | None = None
+        """The prompts of a beginning of the table in the order of their rows; None until a row is looked up."""
         self.next = 0
         """The first prompt that has never been begun."""
 
@@ -92,10 +94,14 @@ class Work:
 
     def upcoming(self, count: int) -> Int32:
         """The next prompts to begin, at most `count`."""
-        window = np.arange(self.next, min(self.next + count, len(self)), dtype=np.int32)
-        if not self._dropped[window].any():
-            return window
-        return self.not_begun()[:count]
+        size = count
+        while True:
+            stop = min(self.next + size, len(self))
+            stays = np.flatnonzero(~self._dropped[self.next : stop]) + self.next
+            if len(stays) >= count or stop == len(self):
+                return stays[:count].astype(np.int32)
+            # Some were taken out: look further, without a pass over all prompts.
+            size *= 2
 
     def not_begun(self) -> Int32:
         """All prompts that can still be begun, ascending."""
@@ -103,11 +109,18 @@ class Work:
 
     def of_row(self, row: int) -> list[int]:
         """The prompts of a row that have not been taken out: several where parts of its samples came one after another."""
-        return np.flatnonzero((self.row_index == row) & ~self._dropped).tolist()
+        if self._by_row is None or len(self) > 2 * len(self._by_row):
+            self._by_row = np.argsort(self.row_index, kind="stable")
+        # Those added since the rows were sorted are searched one by one.
+        ordered = self.row_index[: len(self._by_row)]
+        first, stop = (int(np.searchsorted(ordered, row, side, sorter=self._by_row)) for side in ("left", "right"))
+        added = np.flatnonzero(self.row_index[len(ordered) :] == row) + len(ordered)
+        prompts = np.concatenate((self._by_row[first:stop], added))
+        return prompts[~self._dropped[prompts]].tolist()
 
     def begin(self, count: int) -> None:
         """The first `count` of `upcoming` are begun."""
-        self._move_to(int(self.upcoming(count)[-1]) + 1)
+        self.next = self._from(int(self.upcoming(count)[-1]) + 1)
 
     def extend(self, requests: Requests) -> Int32:
         """Add prompts behind the last one; their numbers."""
@@ -147,7 +160,7 @@ class Work:
             setattr(self, name, getattr(self, name)[count:].copy())
         self.lcp[:1] = 0
         kept, self.params = (each.astype(np.int32) for each in np.unique(self.params, return_inverse=True))
-        self._places = None
+        self._places = self._by_row = None
         self._set_sampling(tuple(self.sampling[kind] for kind in kept.tolist()))
         self._until = {prompt - count: until for prompt, until in self._until.items() if prompt >= count}
         self.next -= count
@@ -158,12 +171,16 @@ class Work:
         if not len(prompts):
             return
         self._dropped[prompts] = True
-        stays = self.not_begun()
-        if len(stays):
+        if self.lcp is self._parts[0].lcp:
             self.lcp = self.lcp.copy()
-            # Between two that stay, the common prefix is the shortest of those in between.
-            self.lcp[stays] = np.minimum.reduceat(self.lcp[: stays[-1] + 1], np.append(self.next, stays[:-1] + 1))
-        self._move_to(self.next)
+        # Between two that stay, the common prefix is the shortest of those in between.
+        successor = 0
+        for prompt in prompts.tolist():
+            if successor <= prompt:
+                successor = self._from(prompt)
+            if successor < len(self):
+                self.lcp[successor] = min(self.lcp[successor], self.lcp[prompt])
+        self.next = self._from(self.next)
 
     def cut(self, prompt: int, until: int) -> None:
         """Draw no sample of a prompt from number `until` on."""
@@ -193,9 +210,10 @@ class Work:
         part = self._part(prompt)
         return self._parts[part].prompt(prompt - int(self._first[part]))
 
-    def _move_to(self, prompt: int) -> None:
-        left = np.flatnonzero(~self._dropped[prompt:])
-        self.next = prompt + int(left[0]) if len(left) else len(self)
+    def _from(self, prompt: int) -> int:
+        """The first prompt from this number on that has not been taken out."""
+        ahead = self._dropped[prompt:]
+        return prompt + int(ahead.argmin()) if len(ahead) and not ahead.all() else len(self)
 
 
 def _keys(requests: Requests) -> Int64:
