@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.scripted_run import scripted_job
+from support.scripted_run import scripted_engine, scripted_job
 
-from tokabatch import Job
-from tokabatch.errors import Stopped
+from tokabatch import Job, run
+from tokabatch.errors import EXIT_STOPPED, CommitError, Stopped
 from tokabatch.output.folder import Claim, OutputFolder
 from tokabatch.output.manifest import Manifest, read_manifest
+from tokabatch.runner import run as running
 from tokabatch.runner import shared as sharing
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.resume import Reuse, start
@@ -83,3 +84,28 @@ def test_while_another_has_the_folder_to_itself_a_writer_waits_and_can_be_stoppe
         assert waiting.is_alive() and len(told) == 1 and not manifest_of(job).units
     waiting.join(30)
     assert not waiting.is_alive() and manifest_of(job).units == 5
+
+
+def test_a_run_whose_joining_left_no_success_is_to_be_started_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(job.output.path)
+
+    removed = list[int]()
+
+    def fail(*arguments: object) -> None:
+        assert (path / "_SUCCESS").exists()
+        if not removed:
+            (path / "_SUCCESS").unlink()
+            removed.append(1)
+        raise CommitError("the disk is full")
+
+    monkeypatch.setattr(running, "join_as_last", fail)
+    with scripted_engine():
+        assert run(job, shared=Shared(units=1)).exit_code == EXIT_STOPPED
+        assert run(job, shared=Shared(units=1)).exit_code == 0
+        monkeypatch.undo()
+    with scripted_engine():
+        success = (path / "_SUCCESS").stat()
+        assert run(job, shared=Shared(units=1)).exit_code == 0
+    # One journal now, and no shard to join with another: the mark of the end stays.
+    assert not list((path / "_units").glob("commits-*")) and len(list((path / "data").iterdir())) == 1
+    assert (path / "_SUCCESS").stat().st_mtime_ns == success.st_mtime_ns

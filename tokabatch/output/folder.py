@@ -153,6 +153,9 @@ class Claim:
         self.files = files or DurableFiles()
         self.files.alone = not writer
         self.folder = OutputFolder(path, self.files, writer)
+        self.clears = not writer
+        """Whether what others left unfinished, and the input of a complete run, go with `release`. Not one of several writers':
+        on another host, whose locks may be apart, they may be in use."""
         self.journal: Journal | None = None
         """The record of commits, once the run has begun; a folder without a run has none."""
         self.identity: Mapping[bytes, bytes] = {}
@@ -220,12 +223,7 @@ class Claim:
             self.journal.close()
             self.journal = None
         self.files.alone = True
-        folder = self.folder
-        folder.journal = folder.commits
-        for name in self.files.names(folder.temporaries):
-            if name != folder.temporary.name:
-                with suppress(OSError):
-                    self.files.remove_tree(folder.temporaries / name)
+        self.folder.journal = self.folder.commits
         return True
 
     def check_lock(self) -> None:
@@ -293,9 +291,11 @@ class Claim:
             self.journal.close()
         if self._descriptor is not None:
             with suppress(OSError):
-                self.files.remove_tree(self.folder.temporaries if self.files.alone else self.folder.temporary)
-                if self.files.alone and is_there(self.files, self.folder.success):
+                self.files.remove_tree(self.folder.temporaries if self.clears else self.folder.temporary)
+                if self.clears and is_there(self.files, self.folder.success):
                     self.files.remove_tree(self.folder.input)
+                if self.files.alone and not self.clears and not self.files.names(self.folder.temporaries):
+                    self.files.remove_tree(self.folder.temporaries)
             if self.files.alone:
                 self._remove_unused()
             os.close(self._descriptor)

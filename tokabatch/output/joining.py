@@ -34,7 +34,7 @@ from tokabatch.output.shards import (
     shard_number,
     write_shard,
 )
-from tokabatch.storage.listing import Changed, ListedFile, Mark
+from tokabatch.storage.listing import Changed, ListedFile, Mark, is_there
 
 FEW_ROWS, FEW_BYTES = 4096, 32 << 20
 """Shards that hold as much as either stay as they are: joining reads and writes everything again after the last result, which
@@ -57,6 +57,9 @@ def join_small(claim: Claim, rows_per_shard: int, stop: Callable[[], object], te
             return
         kept = [known for name, known in journal.shards.items() if name not in names]
         made = _fill(claim, new, small, kept, rows_per_shard, stop)
+        if made and is_there(files, folder.success):
+            # It names the shards that are about to go.
+            claim.reopen(keep_summary=True)
         swapped = bool(made) and _swap(claim, new, made, names)
     except DamageError:
         raise

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tokabatch.errors import CommitError
 from tokabatch.output.plain_json import to_json
 from tokabatch.storage.atomic_files import DurableFiles, NewFile
 from tokabatch.storage.listing import NO_MARK, Changed, ListedFile, Mark, mark_of, read_bytes
@@ -101,8 +102,14 @@ class Journal:
         self._append({"done": name})
 
     def restore(self) -> None:
-        """Write the record anew where it is not the file that was written here. Raises OSError."""
+        """Write the record anew where it is not the file that was written here. Raises OSError; CommitError where it is one of
+        several and is gone: what it says is in the one that took their place, and may have been joined since."""
         found = self._files.look(self._path)
+        if found is None and not self._files.alone:
+            raise CommitError(
+                f"{self._path} was taken away while this run wrote, perhaps by a run that has the folder to itself. This "
+                "one stops; what is committed is whole. Run the same command again, which adds what lacks."
+            )
         if found is None or mark_of(found) != self._mark:
             self.close()
             self._file = self._write_anew()

@@ -52,6 +52,7 @@ from tokabatch.runner.resume import Reuse, Start, start
 from tokabatch.runner.shared import Shared, close_shared, cut_earlier_run, join_as_last, start_shared
 from tokabatch.runner.stopping_replica import StoppingReplica
 from tokabatch.runner.supply import Supply
+from tokabatch.storage.listing import is_there
 
 
 def run(
@@ -121,6 +122,7 @@ def run(
         # Closed last: what is finished is committed first, a GPU's process takes a second to end.
         workers.callback(replica.close)
         parts = _Parts(job, started, replica, recorder, clock, stop, supply)
+        complete = False
         try:
             exit_code = EXIT_COMPLETE if supply is not None else _record_failures(parts)
             if exit_code == EXIT_COMPLETE and (len(workload.requests) or (supply is not None and started.has_more)):
@@ -136,6 +138,7 @@ def run(
                 clock.progress.message(
                     f"{held:,} finished samples stand behind others of their rows that are not judged: they are computed again"
                 )
+            complete = books.closed
             if books.closed:
                 # Stopped or not: where nothing is missing there is nothing to run again for.
                 exit_code = EXIT_ERRORS if books.errors > job.errors.max_fraction * books.samples else EXIT_COMPLETE
@@ -170,12 +173,15 @@ def run(
             # Where the disk is full, or another run writes, the summary goes to the caller alone.
             claim.check_lock()
             _write_record(claim, summary.to_dict(), steps)
-        if supply is not None:
+        if supply is not None and complete:
             try:
                 with claim.committing():
                     join_as_last(job, claim, workload, stop, tell)
             except CommitError as error:
                 tell(str(error))
+                if not is_there(claim.files, claim.folder.success):
+                    # Every sample is there, and the next start says so.
+                    summary = replace(summary, exit_code=EXIT_STOPPED)
     return summary
 
 

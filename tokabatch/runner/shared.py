@@ -216,7 +216,7 @@ def join_as_last(job: Job, claim: Claim, workload: Workload, stop: Interruption,
     Some file systems keep the locks of each host apart; one host alone may do so, the first that comes to it. Raises OSError,
     and as `join_small`."""
     folder, manifest, host = claim.folder, read_manifest(claim.folder), socket.gethostname().encode()
-    if not claim.take_alone() or manifest is None or not folder.journals():
+    if manifest is None or not claim.take_alone() or not manifest.units:
         return
     shards = _recorded(claim, manifest)
     if sum(shard.rows for shard in shards) != workload.samples_total:
@@ -229,8 +229,10 @@ def join_as_last(job: Job, claim: Claim, workload: Workload, stop: Interruption,
         publish(claim.files, mine, folder.joiner)
     if read_bytes(claim.files, folder.joiner) != host:
         return
+    claim.clears = True
+    if not folder.journals():
+        return
     claim.begin(manifest.run, manifest.marks, ((shard, NO_MARK) for shard in shards), repair_command(folder, manifest))
-    claim.reopen(keep_summary=True)
     join_small(claim, job.output.rows_per_shard, stop.poll, tell)
     assert claim.journal is not None
     mark_success(claim, _ordered(shard for shard, _ in claim.journal.shards.values()), workload.samples_total)
