@@ -168,5 +168,7 @@ def test_a_row_s_fault_is_the_request_s_or_the_engine_s():
         "messages",
         "invalid_request_error",
     )
+    named = of_row(RowError("bad_sampling", "row 3: sampling_params.stop_token_ids names 99, but"), "messages")
+    assert (named.param, named.code, named.status) == ("stop_token_ids", "invalid_value", 400)
     lost = of_row(RowError("nan_logits", "the model's logits held NaN"), "messages")
     assert (lost.status, lost.code, lost.param, lost.type) == (500, "nan_logits", None, "server_error")

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from tokabatch.errors import EngineError
+from tokabatch.runner.replica import Standing
 from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.serve import engine as engines
+from tokabatch.serve.app import Api
 from tokabatch.serve.engine import Engine, Wanted
 from tokabatch.serve.engine_process import Add, Ended, EngineProcess
 from tokabatch.serve.prompts import Prompts
@@ -61,6 +63,7 @@ def test_whatever_breaks_fails_all_requests_and_the_server(monkeypatch: pytest.M
         spec: Any = Spec(fault == "send")
         engine = Engine([spec], None, collect_seconds=0.0, most_samples=9, tell=lambda text: None)  # type: ignore[arg-type]
         with engine.work([Wanted(np.array([1, 2], np.int32), SamplingParams(n=2))]) as future:
+            assert engine.has_room(7) and not engine.has_room(8)
             await spec.sent.wait()
             process, take = engine._processes[0], engine._take
             if fault == "restart":
@@ -115,5 +118,23 @@ def test_a_panic_of_the_tokenizer_fails_its_requests_and_no_later_ones(monkeypat
         with pytest.raises(EngineError, match="the tokenizer failed: byte index 1"):
             await asyncio.wait_for(prompts.build(["bad"]), 5)
         assert await asyncio.wait_for(prompts.build(["good"]), 5) == ["good"]
+
+    asyncio.run(check())
+
+
+def test_a_server_is_healthy_from_the_loaded_model_to_its_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "EngineProcess", Process)
+
+    async def check() -> None:
+        api: Any = object.__new__(Api)
+        spec: Any = Spec()
+        engine = Engine([spec], None, collect_seconds=0.0, most_samples=9, tell=lambda text: None)  # type: ignore[arg-type]
+        api.draining, api._engine = False, engine
+        assert (await api._health(None)).status_code == 503
+        engine._take(engine._processes[0], Standing.before(None), [])  # type: ignore[arg-type]
+        assert (await api._health(None)).status_code == 200
+        engine.fail_all(EngineError("gone"))
+        assert (await api._health(None)).status_code == 503
+        await engine.close()
 
     asyncio.run(check())

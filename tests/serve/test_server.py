@@ -202,12 +202,12 @@ def test_a_stream_is_the_same_answer_in_parts(server):
     ("path", "body", "status", "param"),
     [
         ("/v1/completions", {"prompt": "x", "model": "other"}, 404, "model"),
-        ("/v1/completions", {"prompt": "x", "logit_bias": {"5000": 1}}, 400, "prompt"),
+        ("/v1/completions", {"prompt": "x", "logit_bias": {"5000": 1}}, 400, "logit_bias"),
         ("/v1/completions", {"prompt": "x", "response_format": {"type": "json_object"}}, 400, "response_format"),
         ("/v1/completions", {"prompt": [[5000]]}, 400, "prompt"),
         ("/v1/completions", {"prompt": "x" * 600}, 400, "prompt"),
         ("/v1/completions", {"prompt": "x", "n": 1000, "max_tokens": 100}, 400, "max_tokens"),
-        ("/v1/completions", {"prompt": "x", "n": 101, "max_tokens": 1}, 503, None),
+        ("/v1/completions", {"prompt": "x", "n": 101, "max_tokens": 1}, 400, "n"),
         ("/v1/completions", {"prompt": "x" * 70000}, 413, None),
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("/v1/nothing", {}, 404, None),
@@ -219,7 +219,6 @@ def test_what_cannot_be_answered_is_told_as_the_api_does(server, path, body, sta
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert error["param"] == param and error["message"] and error["type"]
-    assert (response.headers.get("retry-after") is not None) is (status == 503)
 
 
 def test_bodies_that_are_no_objects_are_refused(server):
@@ -261,6 +260,7 @@ def test_a_server_with_a_key_finishes_what_runs_when_it_is_stopped(folder):
     server = Server(folder, "server.api_key=secret", "engine.process=true", "generation.n=2")
     assert server.client.get("/v1/models").status_code == 401
     assert server.client.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
+    assert server.client.get("/v1/models", headers={"Authorization": "bearer secret"}).status_code == 200
     server.client.headers["Authorization"] = "Bearer secret"
     parts = server.events("/v1/completions", prompt=["one", "two"], max_tokens=2)
     assert {part["choices"][0]["index"] for part in parts} == {0, 1, 2, 3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ _OF_REQUESTS = {
     "bad_unicode": "invalid_json",
 }
 """What the API calls the faults of a row that are its request's own; all others are the engine's."""
+_SETTING = re.compile(r"sampling_params\.(\w+)")
+"""How messages name the setting at fault, a field of the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,10 @@ def unsupported(field: str, why: str) -> ApiError:
 
 
 def of_row(error: RowError, param: str | None = None) -> ApiError:
-    """The error of a row that came from a request: 400 where the request is at fault, 500 where it is not."""
+    """The error of a row that came from a request: 400 where the request is at fault, 500 where it is not. `param` is at fault
+    unless the message names a setting."""
     if error.code in _OF_REQUESTS:
+        if error.code == "bad_sampling" and (setting := _SETTING.search(error.message)):
+            param = setting[1]
         return ApiError(error.message, param, _OF_REQUESTS[error.code])
     return ApiError(error.message, None, error.code, 500)

@@ -79,7 +79,9 @@ class Api:
         key = self._config.api_key
 
         async def guarded(http: HttpRequest) -> Response:
-            given = http.headers.get("authorization", "").removeprefix("Bearer ")
+            given = http.headers.get("authorization", "")
+            # The scheme's name is the same in lower case (RFC 9110, 11.1).
+            given = given[7:] if given[:7].lower() == "bearer " else given
             try:
                 if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
                     error = ApiError("the API key is wrong or missing (Authorization: Bearer …)", None, "invalid_api_key", 401)
@@ -128,8 +130,7 @@ class Api:
         return JSONResponse(described)
 
     async def _health(self, http: HttpRequest) -> Response:
-        well = self._engine.failure is None and not self.draining
-        return PlainTextResponse("", 200 if well else 503)
+        return PlainTextResponse("", 200 if self._engine.ready and not self.draining else 503)
 
     async def _tokenize(self, http: HttpRequest) -> Response:
         body = await self._body(http)

@@ -106,6 +106,12 @@ class Completions:
                 )
             )
         samples = sum(wanted.params.n for draft in drafts for wanted in draft.wanted)
+        if samples > (most := self._engine.most_samples):
+            message = (
+                f"the request asks for {samples:,} samples (prompts times n), but at most {most:,} run and wait at a time. "
+            )
+            advice = "Send several requests, or raise server.max_waiting"
+            raise Refused(ApiError(message + advice, "n", "too_many_samples"))
         if not self._engine.has_room(samples):
             raise Refused(ApiError("too many samples wait; send the request again later", code="overloaded", status=503), 1)
         return drafts

@@ -113,7 +113,7 @@ class Engine:
         self._specs = specs
         self._tokenizer = tokenizer
         self._collect_seconds = collect_seconds
-        self._most_samples = most_samples
+        self.most_samples = most_samples
         self._tell = tell
         self._loop = asyncio.get_running_loop()
         self._live: dict[int, _Live] = {}
@@ -138,13 +138,18 @@ class Engine:
             raise self.failure
 
     @property
+    def ready(self) -> bool:
+        """Whether every process has loaded the model, and none has failed."""
+        return self._ready.is_set() and self.failure is None
+
+    @property
     def standings(self) -> list[Standing]:
         """Of each process that has loaded the model, as it last told."""
         return [standing for standing in self._standing if standing is not None]
 
     def has_room(self, samples: int) -> bool:
         """Whether so many more samples may wait."""
-        return self.unfinished + samples <= self._most_samples
+        return self.unfinished + samples <= self.most_samples
 
     @contextmanager
     def work(
