@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Generator
@@ -55,6 +56,9 @@ def serve(config: ServiceConfig, tell: Callable[[str], None]) -> int:
         depth_of_few=3 if on_gpu and stages == 1 and depth == "auto" else None,
         max_restarts=job.engine.max_restarts,
     )
+    # Each connection is a file, and the soft limit is often 1,024.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listener = _listen(config.server.host, config.server.port)
     return asyncio.run(_serve(config, model, [spec] * model.layout.replicas, prompts, context, listener, tell))
 
@@ -74,7 +78,14 @@ async def _serve(
     )
     api = Api(server, config.name, model, engine, prompts, context)
     http = _Server(
-        uvicorn.Config(api.app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=None)
+        uvicorn.Config(
+            api.app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            proxy_headers=False,
+            timeout_graceful_shutdown=None,
+        )
     )
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
