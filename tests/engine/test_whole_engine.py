@@ -162,7 +162,7 @@ class Judge:
 def assert_as_near_as_transformers(
     device: Device, folder: Path, prompts: Sequence[list[int]], completions: list[Completion]
 ) -> None:
-    every = -(-len(completions) // device.size(len(completions), 60))
+    every = -(-len(completions) // device.size(len(completions), 15))
     ours, theirs = Judge(device, folder).errors(prompts, completions[::every])
     assert ours.mean() < 1.3 * theirs.mean() + 1e-3, (float(ours.mean()), float(theirs.mean()))
     assert ours.max() < 3 * theirs.max() + 1e-2, (float(ours.max()), float(theirs.max()))
@@ -172,9 +172,9 @@ def assert_as_near_as_transformers(
 @pytest.mark.parametrize("family", family_names())
 def test_logprobs_are_as_near_to_float32_as_transformers(device, folder, family, head_dim):
     model = folder(family, head_dim)
-    params = SamplingParams(n=6, max_tokens=24, logprobs=0, ignore_eos=True)
+    params = SamplingParams(n=device.size(6, 3), max_tokens=24, logprobs=0, ignore_eos=True)
     completions = generate(device, model, PROMPTS, params, Ways())
-    assert len(completions) == 6 * len(PROMPTS) and all(len(c.token_ids) == 24 for c in completions)
+    assert len(completions) == params.n * len(PROMPTS) and all(len(c.token_ids) == 24 for c in completions)
     assert_as_near_as_transformers(device, model, PROMPTS, completions)
 
 
@@ -192,7 +192,7 @@ def test_logprobs_are_as_near_to_float32_as_transformers(device, folder, family,
 )
 def test_no_way_of_executing_shows(device, folder, ways):
     model = folder("llama", 64)
-    params = SamplingParams(n=5, max_tokens=20, logprobs=0, ignore_eos=True)
+    params = SamplingParams(n=device.size(5, 2), max_tokens=20, logprobs=0, ignore_eos=True)
     completions = generate(device, model, PROMPTS, params, ways)
     assert_as_near_as_transformers(device, model, PROMPTS, completions)
 
@@ -224,10 +224,10 @@ def test_samples_start_and_finish_in_every_pattern(device, folder, counts, ways)
     header = random_prompts(1, 40, 1, seed=9)[0][:40]
     rng = np.random.default_rng(len(counts))
     prompts = [header[: size // 2] + rng.integers(3, VOCAB, size).tolist() for size, _, _ in counts]
-    longest = max(n for _, n, _ in counts)
-    params = SamplingParams(n=longest, max_tokens=max(out for _, _, out in counts), logprobs=0, ignore_eos=True)
+    most = max(n for _, n, _ in counts)
+    params = SamplingParams(n=device.size(most, min(most, 5)), max_tokens=max(out for _, _, out in counts), logprobs=0, ignore_eos=True)
     completions = generate(device, model, prompts, params, ways)
-    assert len(completions) == longest * len(prompts)
+    assert len(completions) == params.n * len(prompts)
     assert_as_near_as_transformers(device, model, prompts, completions)
 
 

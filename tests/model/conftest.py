@@ -72,11 +72,6 @@ class NaiveAttend:
         return torch.einsum("htu,uhd->thd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def naive_attend() -> type[NaiveAttend]:
     return NaiveAttend

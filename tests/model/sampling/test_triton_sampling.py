@@ -115,27 +115,39 @@ def test_the_same_tokens_and_logprobs_without_filters(device, dtype, vocab, temp
     agree(random_logits(2 * ROWS, vocab, dtype), device, temperature=temperature, logprobs=0)
 
 
-@pytest.mark.parametrize("params", FILTERS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_tokens_with_filters(device, dtype, params):
-    agree(random_logits(ROWS, 700, dtype), device, **params)
+# Of one block of the vocabulary, and of many; the interpreter takes each filter once in either, in one type.
+SIZES = (
+    [(700, torch.bfloat16, 2), (2_000, torch.float32, 2)]
+    if INTERPRETING
+    else [(vocab, dtype, rows) for vocab, rows in ((700, 32), (20_000, 48), (128_256, 48)) for dtype in DTYPES]
+)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, *FILTERS], ids=str)
+@pytest.mark.parametrize(("vocab", "dtype", "rows"), SIZES, ids=str)
+def test_the_same_tokens_with_filters(device, vocab, dtype, rows, params):
+    logprobs = -1 if vocab == 700 else 1
+    agree(random_logits(rows, vocab, dtype), device, at_least=1.0 if vocab == 700 else 0.85, logprobs=logprobs, **params)
 
 
 @pytest.mark.parametrize("params", FILTERS, ids=str)
-def test_the_same_tokens_where_many_are_tied(device, params):
+@pytest.mark.parametrize(("vocab", "rows"), [(700, 2)] if INTERPRETING else [(700, 32), (128_256, 48)])
+def test_the_same_tokens_where_many_are_tied(device, vocab, rows, params):
     # Where top_p times the number of tokens tied is a whole number, it is for rounding whether one more passes.
-    agree(few_values(ROWS, 700, torch.bfloat16), device, at_least=0.9, **params)
-    agree(torch.zeros(ROWS, 512), device, **params)
+    agree(few_values(rows, vocab, torch.bfloat16), device, at_least=0.85, **params)
+    agree(torch.zeros(rows, vocab).half(), device, at_least=0.85, **params)
 
 
 @pytest.mark.parametrize("top_p", [0.25, 0.5, 0.75])
 def test_of_equals_at_the_edge_those_of_higher_id_pass(device, top_p):
     """All masses are alike and powers of two, so the edge is exact."""
-    got = fused(torch.full((6 * ROWS, 512), 2.0).bfloat16(), device, top_p=top_p).token_S
+    got = fused(torch.full((8 if INTERPRETING else 192, 512), 2.0).bfloat16(), device, top_p=top_p).token_S
     assert got.min() >= 512 * (1 - top_p) and got.max() > 450
 
 
-@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, FILTERS[4], FILTERS[1], FILTERS[12]], ids=str)
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0.0}, {}, *([] if INTERPRETING else [FILTERS[4], FILTERS[1]]), FILTERS[12]], ids=str
+)
 def test_rows_that_are_not_finite_are_told_and_harm_no_other(device, params):
     logits = random_logits(7, 600, torch.float32)
     clean = fused(logits, device, **params)
@@ -163,14 +175,14 @@ def mixed(rows):
 
 
 def test_a_draw_is_the_same_alone_and_in_any_company(device):
-    rows = 16 if INTERPRETING else 500
+    rows = 12 if INTERPRETING else 500
     logits = random_logits(rows, 1040 if INTERPRETING else 20_000, torch.bfloat16).to(device)
     given = sampler_inputs(rows, device=device, **mixed(rows))
     together = Sampled(kernels().sample(logits, given, None))
     shuffled = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
     again = Sampled(kernels().sample(logits[shuffled.to(device)], rows_of(given.table, shuffled), None))
     assert torch.equal(again.packed, together.packed[:, shuffled.to(device)])
-    for row in range(0, rows, 1 if INTERPRETING else 7):
+    for row in range(0, rows, 2 if INTERPRETING else 7):
         # Alone, a row without filters or logprobs runs other variants of the kernels.
         alone = Sampled(kernels().sample(logits[row : row + 1], rows_of(given.table, torch.tensor([row])), None))
         assert torch.equal(alone.packed[:3, 0], together.packed[:3, row])
@@ -256,38 +268,21 @@ def draw_many(logits_V, draws, device, **params):
     return counts.cpu().double()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRETING else DTYPES, ids=str)
 @pytest.mark.parametrize(
     "params", [{}, {"temperature": 0.6}, {"temperature": 1.9}, *FILTERS[4:6], FILTERS[8], FILTERS[12]], ids=str
 )
 def test_many_draws_follow_the_exact_distribution(device, dtype, params):
-    vocab, draws = (4, 12) if INTERPRETING else (32_000, 4_000_000)
+    vocab, draws = (4, 6) if INTERPRETING else (32_000, 4_000_000)
     logits_V = random_logits(1, vocab, dtype)[0]
     counts = draw_many(logits_V.to(device), draws, device, **params)
     assert counts.sum() > 0.99 * draws
     assert chi_square_is_plausible(counts, exact(logits_V, **params))
 
 
-REAL_ROWS = 2 if INTERPRETING else 48
-REAL_SIZES = [2_000] if INTERPRETING else [20_000, 128_256]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, *FILTERS], ids=str)
-@pytest.mark.parametrize("vocab", REAL_SIZES)
-def test_the_same_tokens_at_real_sizes(device, dtype, vocab, params):
-    agree(random_logits(REAL_ROWS, vocab, dtype), device, at_least=0.85, logprobs=1, **params)
-
-
-@pytest.mark.parametrize("params", FILTERS, ids=str)
-def test_the_same_tokens_at_real_sizes_where_many_are_tied(device, params):
-    agree(few_values(REAL_ROWS, REAL_SIZES[-1], torch.bfloat16), device, at_least=0.85, **params)
-    agree(torch.zeros(REAL_ROWS, REAL_SIZES[-1]).half(), device, at_least=0.85, **params)
-
-
 def test_random_filters_draw_what_the_plain_path_draws(device):
     generator = torch.Generator().manual_seed(7)
-    rows, vocab = (3, 700) if INTERPRETING else (64, 50_257)
+    rows, vocab = (2, 700) if INTERPRETING else (64, 50_257)
     for spread in (0.01, 0.5, 2.0, 8.0):
 
         def pick(low, high):
@@ -300,7 +295,7 @@ def test_random_filters_draw_what_the_plain_path_draws(device):
             "top_p": torch.tensor(pick(0.01, 1.0)).masked_fill(off[1], 1.0).tolist(),
             "min_p": torch.tensor(pick(0.0, 0.3)).masked_fill(off[2], 0.0).tolist(),
         }
-        for dtype in DTYPES:
+        for dtype in DTYPES[:1] if INTERPRETING and spread < 2 else DTYPES:
             agree(random_logits(rows, vocab, dtype, spread), device, at_least=0.85, **params)
 
 
