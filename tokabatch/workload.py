@@ -23,7 +23,8 @@ from tokabatch.input.batch_files import settle_format
 from tokabatch.input.fingerprint import Fingerprint, describe
 from tokabatch.input.generation_defaults import EndTokens, describe_ignored, effective_generation, find_end_tokens
 from tokabatch.input.prompt_order import Sharing, longest_first, measure_sharing, order_prompts
-from tokabatch.input.prompts.builder import Limits, refuse_beyond
+from tokabatch.input.prompts.builder import Limits
+from tokabatch.input.prompts.row_settings import refuse_beyond
 from tokabatch.input.rows import NO_PLACES, RowPlaces
 from tokabatch.input.store.kept_input import Origin, describe_origin, load_kept
 from tokabatch.input.store.row_digests import RowDigests
@@ -212,7 +213,6 @@ def prepare(
         compare(fingerprint, None, NO_PLACES)
     schema = output_schema(
         store.column_schema,
-        columns=job.output.columns,
         id_column=job.input.id_column,
         verdicts=() if judge is None else verdict_fields(judge.columns),
         reasoning=tags is not None,

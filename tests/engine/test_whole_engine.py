@@ -225,7 +225,9 @@ def test_samples_start_and_finish_in_every_pattern(device, folder, counts, ways)
     rng = np.random.default_rng(len(counts))
     prompts = [header[: size // 2] + rng.integers(3, VOCAB, size).tolist() for size, _, _ in counts]
     most = max(n for _, n, _ in counts)
-    params = SamplingParams(n=device.size(most, min(most, 5)), max_tokens=max(out for _, _, out in counts), logprobs=0, ignore_eos=True)
+    params = SamplingParams(
+        n=device.size(most, min(most, 5)), max_tokens=max(out for _, _, out in counts), logprobs=0, ignore_eos=True
+    )
     completions = generate(device, model, prompts, params, ways)
     assert len(completions) == params.n * len(prompts)
     assert_as_near_as_transformers(device, model, prompts, completions)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from tokabatch.arrays import Bool, Int32, Int64
-from tokabatch.errors import STOPS, OutputError, RowError
+from tokabatch.errors import STOPS, RowError
 from tokabatch.scheduling.contracts import Completion
 
 _TOKEN_LOGPROBS = pa.struct(
@@ -104,28 +103,20 @@ class FailedRow(UnsampledRow):
 def output_schema(
     inputs: pa.Schema,
     *,
-    columns: Literal["all"] | Sequence[str] = "all",
     id_column: str | None = None,
     verdicts: Sequence[pa.Field[Any]] = (),
     reasoning: bool = False,
     scored: bool = False,
 ) -> pa.Schema:
     """Our columns, `verdicts` among them, REASONING_FIELDS where texts are split and SCORE_FIELDS where they are scored, then
-    those of the input that `columns` names, in the input's order.
+    `inputs`, those of the input that the output carries.
 
     An input column `id` that is the id column is not repeated: our `id` carries it. One whose name is ours, such as `text`, is
-    called `input_text`. Raises OutputError for a column that the input does not have.
+    called `input_text`.
     """
     ours = [*SAMPLE_SCHEMA, *(SCORE_FIELDS if scored else ()), *(REASONING_FIELDS if reasoning else ()), *verdicts]
     own_names = {field.name for field in ours}
-    if columns != "all":
-        for name in columns:
-            if name not in inputs.names:
-                nearest = get_close_matches(name, inputs.names, n=1)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(inputs.names) or 'no columns'}."
-                raise OutputError(f"output.columns names {name!r}, which the input does not have; {hint}")
-    chosen = [field for field in inputs if columns == "all" or field.name in columns]
-    chosen = [field for field in chosen if not (field.name == "id" == id_column)]
+    chosen = [field for field in inputs if not (field.name == "id" == id_column)]
     taken = own_names | {field.name for field in chosen}
     for place, field in enumerate(chosen):
         if field.name in own_names:

@@ -131,11 +131,13 @@ def test_the_same_tokens_with_filters(device, vocab, dtype, rows, params):
 
 
 @pytest.mark.parametrize("params", FILTERS, ids=str)
-@pytest.mark.parametrize(("vocab", "rows"), [(700, 2)] if INTERPRETING else [(700, 32), (128_256, 48)])
-def test_the_same_tokens_where_many_are_tied(device, vocab, rows, params):
+@pytest.mark.parametrize(
+    ("vocab", "flat", "rows"), [(700, 512, 2)] if INTERPRETING else [(700, 512, 32), (128_256, 128_256, 48)]
+)
+def test_the_same_tokens_where_many_are_tied(device, vocab, flat, rows, params):
     # Where top_p times the number of tokens tied is a whole number, it is for rounding whether one more passes.
-    agree(few_values(rows, vocab, torch.bfloat16), device, at_least=0.85, **params)
-    agree(torch.zeros(rows, vocab).half(), device, at_least=0.85, **params)
+    agree(few_values(rows, vocab, torch.bfloat16), device, at_least=0.9 if vocab == 700 else 0.85, **params)
+    agree(torch.zeros(rows, flat).half(), device, at_least=0.85, **params)
 
 
 @pytest.mark.parametrize("top_p", [0.25, 0.5, 0.75])

@@ -6,7 +6,7 @@ reads no files but the few-shot examples, and knows no schedule.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
@@ -16,23 +16,17 @@ import numpy as np
 from tokabatch.arrays import Int32
 from tokabatch.errors import RowError
 from tokabatch.input.prompts.blanking import Blank, Blanking, Span
-from tokabatch.input.prompts.chat import decoded
 from tokabatch.input.prompts.columns import PROMPT, PromptColumns
 from tokabatch.input.prompts.notes import Spelled, describe_prompts
+from tokabatch.input.prompts.row_settings import RowSettings
 from tokabatch.input.prompts.sources import SAMPLING_PARAMS, Draft, PromptSource
 from tokabatch.input.rows import NO_PLACES, Row, RowPlaces
-from tokabatch.input.tokenizer.stop_texts import refuse_special
 from tokabatch.job import GenerationConfig, PromptConfig
 from tokabatch.scheduling.contracts import SamplingParams
 
 if TYPE_CHECKING:
     from tokabatch.input.tokenizer.special_token_spelling import Occurrence
     from tokabatch.input.tokenizer.tokenizer import Tokenizer
-
-MAX_KNOWN_SETTINGS = 1024
-"""Settings of rows that are checked once, however many rows have the same."""
-NAMING_TOKENS = frozenset(("logprobs", "stop", "stop_token_ids", "logit_bias", "bad_words"))
-"""The settings of which only the model can tell whether they can be; the job's own have been checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +69,8 @@ class PromptBuilder:
         `prompt.special_tokens` says."""
         self._trusts_plain_texts = trusts_plain_texts
         self._policy = config.special_tokens
-        self._row_settings: dict[str, SamplingParams | RowError] = {}
         self._tokenizer = tokenizer
-        self._bad_words: dict[str, list[list[int]]] = {}
-        """The token ids of each text."""
-        given = {name: getattr(generation, name) for name in generation.model_fields_set}
-        self._generation = GenerationConfig.model_validate(given | {"bad_words": self._encode_words(generation.bad_words)})
-        self._params = self._generation.params()
+        self._settings = RowSettings(generation, tokenizer, limits.vocab_size)
         self._limits = limits
         self._blanking = Blanking(tokenizer.special_texts, tokenizer.special_tokens.normalized)
         self._source = PromptSource(config, tokenizer, limits.vocab_size, typed=typed, now=now)
@@ -210,7 +199,7 @@ class PromptBuilder:
             max_tokens=max(map(len, texts)),
             temperature=0.0,
             ignore_eos=True,
-            logprobs=self._params.logprobs,
+            logprobs=self._settings.of_job.logprobs,
         )
         finished = self._finish(row, prompt, params)
         if isinstance(finished, RowError):
@@ -265,7 +254,7 @@ class PromptBuilder:
         return len(occurrences) - len(_overlapping(occurrences, self._blanking.written_by(self._source.few_shot)))
 
     def _finish(self, row: Row, ids: Sequence[int], params: SamplingParams | None = None) -> Prompt | RowError:
-        settled = params or self._row_params(row.prompt_columns)
+        settled = params or self._settings.of(row.prompt_columns)
         if isinstance(settled, RowError):
             return settled
         params = settled
@@ -289,55 +278,6 @@ class PromptBuilder:
         params = params if params.max_tokens else replace(params, max_tokens=room)
         return Prompt(row.index, np.asarray(ids, dtype=np.int32), params)
 
-    def _row_params(self, row: Mapping[str, Any]) -> SamplingParams | RowError:
-        given = row.get(SAMPLING_PARAMS)
-        if given is None:
-            return self._params
-        # Rows mostly have one of a few settings. Text tells `true` from 1, which are equal and of which one is refused.
-        written = repr(given)
-        params = self._row_settings.get(written)
-        if params is None:
-            params = self._check_settings(given)
-            if len(self._row_settings) < MAX_KNOWN_SETTINGS:
-                self._row_settings[written] = params
-        return params
-
-    def _check_settings(self, given: Any) -> SamplingParams | RowError:
-        """What a row that gives these settings, an object or its JSON text, is sampled with."""
-        given = decoded(given)
-        if not isinstance(given, Mapping):
-            return RowError("bad_sampling", f"{SAMPLING_PARAMS} must be an object of settings, not {type(given).__name__}")
-        settings = cast("Mapping[str, Any]", given)
-        if settings.get("bad_words") is not None:
-            settings = {**settings, "bad_words": self._encode_words(settings["bad_words"])}
-        params = self._generation.row_params(settings)
-        if isinstance(params, SamplingParams) and not NAMING_TOKENS.isdisjoint(settings):
-            if fault := refuse_beyond(params, self._limits.vocab_size):
-                return RowError("bad_sampling", f"{SAMPLING_PARAMS}.{fault}")
-            if fault := refuse_special(params.stop, self._tokenizer.special_texts):
-                return RowError("bad_sampling", f"{SAMPLING_PARAMS}.{fault}")
-        return params
-
-    def _encode_words(self, words: Any) -> Any:
-        """`bad_words` with token ids in place of texts. A text is ruled out as it stands and behind a space, where that is
-        another token and not one more, as vLLM has it. What is no text is left to be refused."""
-        if isinstance(words, str):
-            words = [words]
-        if not isinstance(words, list | tuple):
-            return words
-        encoded: list[Any] = []
-        for word in cast("Sequence[Any]", words):
-            if not isinstance(word, str) or not word:
-                encoded.append(word)
-                continue
-            if word not in self._bad_words:
-                begins = word.lstrip(" ") or word
-                alone, behind = self._tokenizer.encode_batch([begins, " " + begins], False)
-                other = behind[:1] != alone[:1] and len(behind) == len(alone)
-                self._bad_words[word] = [list(ids) for ids in ([alone, behind] if other else [alone])]
-            encoded += self._bad_words[word]
-        return encoded
-
     def _draft(self, row: Mapping[str, Any]) -> Draft | RowError:
         draft = self._source.draft(row)
         limit = self._limits.context_length
@@ -347,21 +287,6 @@ class PromptBuilder:
                 f"the prompt of {len(draft.text)} characters has more than {2 * limit} tokens; the model's context is {limit}",
             )
         return draft
-
-
-def refuse_beyond(params: SamplingParams, vocab_size: int) -> str | None:
-    """Why a model of so many tokens cannot be sampled so: a setting means a token that it has not."""
-    if (params.logprobs or 0) > vocab_size:
-        return f"logprobs is {params.logprobs}, but the model has {vocab_size} tokens; write at most that many"
-    named: dict[str, Iterable[int]] = {
-        "stop_token_ids": params.stop_token_ids,
-        "logit_bias": (token for token, _ in params.logit_bias),
-        "bad_words": (token for word in params.bad_words for token in word),
-    }
-    for name, tokens in named.items():
-        if (largest := max(tokens, default=-1)) >= vocab_size:
-            return f"{name} names {largest}, but the model's token ids end at {vocab_size - 1}"
-    return None
 
 
 def _overlapping(occurrences: Sequence[Occurrence], spans: Sequence[Span]) -> list[Occurrence]:

@@ -266,6 +266,7 @@ class _Spools:
         ids = self._ids.finish(places) if self._ids else None
         columns = self._columns.finish()
         carried = job.output.columns
+        # Those that `output.columns` names; a judge's rows have the others too.
         names = [name for name in columns.schema.names if carried == "all" or name in carried]
         return InputStore(
             num_rows=self.num_rows,

@@ -1,0 +1,102 @@
+"""What each row is sampled with: its own column `sampling_params` over the job's `generation`; the token ids of `bad_words`;
+which settings name tokens that the model does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from tokabatch.errors import RowError
+from tokabatch.input.prompts.chat import decoded
+from tokabatch.input.prompts.sources import SAMPLING_PARAMS
+from tokabatch.input.tokenizer.stop_texts import refuse_special
+from tokabatch.job import GenerationConfig
+from tokabatch.scheduling.contracts import SamplingParams
+
+if TYPE_CHECKING:
+    from tokabatch.input.tokenizer.tokenizer import Tokenizer
+
+MAX_KNOWN = 1024
+"""Settings of rows that are checked once, however many rows have the same."""
+NAMING_TOKENS = frozenset(("logprobs", "stop", "stop_token_ids", "logit_bias", "bad_words"))
+"""The settings of which only the model can tell whether they can be; the job's own have been checked."""
+
+
+class RowSettings:
+    """The settings of a job's rows, for a model of `vocab_size` tokens."""
+
+    def __init__(self, generation: GenerationConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._known: dict[str, SamplingParams | RowError] = {}
+        self._bad_words: dict[str, list[list[int]]] = {}
+        """The token ids of each text."""
+        given = {name: getattr(generation, name) for name in generation.model_fields_set}
+        self._generation = GenerationConfig.model_validate(given | {"bad_words": self._encode_words(generation.bad_words)})
+        self.of_job = self._generation.params()
+        """Of a row without settings of its own."""
+
+    def of(self, row: Mapping[str, Any]) -> SamplingParams | RowError:
+        """The parameters of a row of these columns; the code of its error is `bad_sampling`."""
+        given = row.get(SAMPLING_PARAMS)
+        if given is None:
+            return self.of_job
+        # Rows mostly have one of a few settings. Text tells `true` from 1, which are equal and of which one is refused.
+        written = repr(given)
+        params = self._known.get(written)
+        if params is None:
+            params = self._check(given)
+            if len(self._known) < MAX_KNOWN:
+                self._known[written] = params
+        return params
+
+    def _check(self, given: Any) -> SamplingParams | RowError:
+        """What a row that gives these settings, an object or its JSON text, is sampled with."""
+        given = decoded(given)
+        if not isinstance(given, Mapping):
+            return RowError("bad_sampling", f"{SAMPLING_PARAMS} must be an object of settings, not {type(given).__name__}")
+        settings = cast("Mapping[str, Any]", given)
+        if settings.get("bad_words") is not None:
+            settings = {**settings, "bad_words": self._encode_words(settings["bad_words"])}
+        params = self._generation.row_params(settings)
+        if isinstance(params, SamplingParams) and not NAMING_TOKENS.isdisjoint(settings):
+            if fault := refuse_beyond(params, self._vocab_size):
+                return RowError("bad_sampling", f"{SAMPLING_PARAMS}.{fault}")
+            if fault := refuse_special(params.stop, self._tokenizer.special_texts):
+                return RowError("bad_sampling", f"{SAMPLING_PARAMS}.{fault}")
+        return params
+
+    def _encode_words(self, words: Any) -> Any:
+        """`bad_words` with token ids in place of texts. A text is ruled out as it stands and behind a space, where that is
+        another token and not one more, as vLLM has it. What is no text is left to be refused."""
+        if isinstance(words, str):
+            words = [words]
+        if not isinstance(words, list | tuple):
+            return words
+        encoded: list[Any] = []
+        for word in cast("Sequence[Any]", words):
+            if not isinstance(word, str) or not word:
+                encoded.append(word)
+                continue
+            if word not in self._bad_words:
+                begins = word.lstrip(" ") or word
+                alone, behind = self._tokenizer.encode_batch([begins, " " + begins], False)
+                other = behind[:1] != alone[:1] and len(behind) == len(alone)
+                self._bad_words[word] = [list(ids) for ids in ([alone, behind] if other else [alone])]
+            encoded += self._bad_words[word]
+        return encoded
+
+
+def refuse_beyond(params: SamplingParams, vocab_size: int) -> str | None:
+    """Why a model of so many tokens cannot be sampled so: a setting means a token that it has not."""
+    if (params.logprobs or 0) > vocab_size:
+        return f"logprobs is {params.logprobs}, but the model has {vocab_size} tokens; write at most that many"
+    named: dict[str, Iterable[int]] = {
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": (token for token, _ in params.logit_bias),
+        "bad_words": (token for word in params.bad_words for token in word),
+    }
+    for name, tokens in named.items():
+        if (largest := max(tokens, default=-1)) >= vocab_size:
+            return f"{name} names {largest}, but the model's token ids end at {vocab_size - 1}"
+    return None
