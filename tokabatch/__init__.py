@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokabatch.errors import EngineError, JobError, OutputError, TokabatchError, UsageError
     from tokabatch.job import Job
+    from tokabatch.report.plan_report import PlanReport
     from tokabatch.report.progress import Progress, ProgressSnapshot
-    from tokabatch.report.summary import PlanReport, RunSummary
+    from tokabatch.report.summary import RunSummary
     from tokabatch.runner.plan import plan
     from tokabatch.runner.run import run
 
@@ -36,7 +37,7 @@ __all__ = [
 
 _HOME = {
     "Job": "tokabatch.job",
-    "PlanReport": "tokabatch.report.summary",
+    "PlanReport": "tokabatch.report.plan_report",
     "Progress": "tokabatch.report.progress",
     "ProgressSnapshot": "tokabatch.report.progress",
     "RunSummary": "tokabatch.report.summary",

@@ -10,7 +10,7 @@ import pytest
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt
 from tokabatch.output.steps import elapsed
 from tokabatch.report.page import RunRecord, _rates, _thin, render_page
-from tokabatch.report.summary import seconds_text
+from tokabatch.report.sections import seconds_text
 from tokabatch.scoring.estimates import Estimate
 
 STEPS = {"replica": np.zeros(60)} | {

@@ -10,19 +10,11 @@ import pytest
 from rich.console import Console
 
 from tokabatch.job import Setting
+from tokabatch.report.folder_state import status_sections
+from tokabatch.report.plan_report import ModelFacts, PlanReport, ReplicaFacts, plan_sections
 from tokabatch.report.render import plain, tables
-from tokabatch.report.summary import (
-    ModelFacts,
-    PlanReport,
-    ReplicaFacts,
-    RunSummary,
-    Section,
-    plan_sections,
-    run_sections,
-    seconds_text,
-    status_sections,
-    verdict_sections,
-)
+from tokabatch.report.sections import Section, seconds_text
+from tokabatch.report.summary import RunSummary, run_sections, verdict_sections
 from tokabatch.scoring.estimates import Estimate
 
 SUMMARY = RunSummary(

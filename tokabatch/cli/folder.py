@@ -32,14 +32,14 @@ def status(out: OutArgument) -> None:
     first = ("state", "started", "model", "input")
     values = {**{name: getattr(found, name) for name in first}, **asdict(found), "pending": found.pending}
     pace = import_module("tokabatch.output.status").read_pace(out, time.time()) if found.state == "running" else None
-    summary = import_module("tokabatch.report.summary")
-    sections = summary.status_sections(values, pace and asdict(pace))
+    shown = import_module("tokabatch.report.folder_state")
+    sections = shown.status_sections(values, pace and asdict(pace))
     shares = import_module("tokabatch.output.status").read_shares(out, time.time())
-    sections += summary.share_sections(asdict(shares)) if shares is not None else ()
+    sections += shown.share_sections(asdict(shares)) if shares is not None else ()
     if found.correct is not None:
         verdicts = import_module("tokabatch.report.run_estimates")
         estimates, how = verdicts.read_estimates(out) or (), verdicts.read_estimator(out)
-        sections += summary.verdict_sections(estimates, found.committed, found.samples, how)
+        sections += import_module("tokabatch.report.summary").verdict_sections(estimates, found.committed, found.samples, how)
     print_result(sections)
 
 
@@ -93,7 +93,7 @@ def check(out: OutArgument) -> None:
     """
     checked: Any = import_module("tokabatch.output.integrity").check(out)
     faults = [(fault.file, fault.problem) for fault in checked.faults]
-    print_note(import_module("tokabatch.report.summary").check_sections(checked.facts, faults))
+    print_note(import_module("tokabatch.report.folder_state").check_sections(checked.facts, faults))
     if checked.remedy:
         # In one line, however narrow the terminal: it is to be pasted.
         print_note(f"\nThis repairs what is damaged, and changes nothing else\n  {checked.remedy}")

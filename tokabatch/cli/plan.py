@@ -67,7 +67,7 @@ def plan(
             report, outlook = planner.plan_and_simulate(loaded, scenario, on_rows)
         else:
             report, outlook = planner.plan(loaded, on_rows), None
-    sections = import_module("tokabatch.report.summary").plan_sections
+    sections = import_module("tokabatch.report.plan_report").plan_sections
     if outlook is None:
         print_result(sections(report))
         return
@@ -124,4 +124,4 @@ def profile(
     """
     fitted = import_module("tokabatch.forecast.predict").profile_run(out, to, device)
     terms = zip(import_module("tokabatch.forecast.profile").TERMS, fitted.coefficients, strict=True)
-    print_note(import_module("tokabatch.report.summary").profile_sections(str(to), dict(terms)))
+    print_note(import_module("tokabatch.report.outlook").profile_sections(str(to), dict(terms)))

@@ -14,7 +14,7 @@ from tokabatch.errors import UsageError
 from tokabatch.report.streams import first_fault
 
 if TYPE_CHECKING:
-    from tokabatch.report.summary import Section
+    from tokabatch.report.sections import Section
 
 READER_ENDED = 128 + signal.SIGPIPE
 """The exit status where the reader of standard output has ended."""

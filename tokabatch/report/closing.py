@@ -9,7 +9,8 @@ from pathlib import Path
 from tokabatch.errors import TokabatchError
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, error_rows, excerpts
 from tokabatch.report.render import plain
-from tokabatch.report.summary import RunSummary, Section
+from tokabatch.report.sections import Section
+from tokabatch.report.summary import RunSummary
 
 _SAMPLES = 3
 PER_CODE = 3

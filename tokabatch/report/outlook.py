@@ -1,12 +1,22 @@
-"""What a simulation found, as plain frozen values, and the sections of facts that are shown of it. Knows no simulator."""
+"""What a simulation found, as plain frozen values, and what is shown of it and of a fitted cost model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tokabatch.report.summary import Section, seconds_text
+from tokabatch.report.sections import Section, seconds_text
 
 _BARS = " ▁▂▃▄▅▆▇█"
+_PER_UNIT = {"step": "each step", "sequences": "each running sample of it", "groups": "each group with a shared prefix"}
+_OPERATORS = {
+    "dense": "matrix products of the layers",
+    "logits": "logits and sampling",
+    "elementwise": "norms and activations",
+    "prefix": "attention to shared prefixes",
+    "prefill": "attention of prompt tokens",
+    "decode": "attention of output tokens",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +109,11 @@ def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
         columns = ("engine.max_running", "engine.max_step_tokens", "time", "output tok/s", " ")
         sections.append(Section(f"Settings tried on {outlook.trial_samples:,} samples", table, columns))
     return tuple(sections)
+
+
+def profile_sections(file: str, terms: Mapping[str, float]) -> tuple[Section, ...]:
+    """A fitted cost model, written to `file`: seconds of overhead, and how many times its theoretical minimum each operator
+    takes."""
+    rows = [(unit, f"{terms[name] * 1000:.3g} ms") for name, unit in _PER_UNIT.items()]
+    rows += [(what, f"{terms[name]:.3g} times the theoretical minimum") for name, what in _OPERATORS.items()]
+    return (Section("Cost model", (("file", file), *rows)),)

@@ -15,7 +15,7 @@ from tokabatch.output.excerpts import ErrorRows, Excerpt, Kind
 from tokabatch.output.steps import REPLICA, elapsed
 from tokabatch.report import plots
 from tokabatch.report.closing import errors_section
-from tokabatch.report.summary import seconds_text
+from tokabatch.report.sections import seconds_text
 from tokabatch.scoring.estimates import Estimate
 
 _POINTS = 400

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tokabatch.report.summary import Section
+from tokabatch.report.sections import Section
 
 
 def plain(sections: Sequence[Section]) -> str:

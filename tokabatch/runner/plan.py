@@ -21,7 +21,7 @@ from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes
 from tokabatch.output.folder import check_output
 from tokabatch.report.outlook import Outlook
-from tokabatch.report.summary import ModelFacts, PlanReport, ReplicaFacts
+from tokabatch.report.plan_report import ModelFacts, PlanReport, ReplicaFacts
 from tokabatch.runner.ledger import Ledger, to_give, wants_more
 from tokabatch.runner.replica import scheduler_limits
 from tokabatch.runner.resume import Start, preview

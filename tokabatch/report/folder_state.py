@@ -1,0 +1,54 @@
+"""What `tokabatch status` and `tokabatch check` show of an output folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokabatch.report.sections import Section, count_text, seconds_text
+
+
+def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] | None = None) -> tuple[Section, ...]:
+    """The state of an output folder: (name, value) as they come, unknown ones left out; `pace` is that of a running job."""
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        text = f"{value:.4f}" if isinstance(value, float) else count_text(value) if isinstance(value, int) else str(value)
+        rows.append((name.replace("_", " "), text))
+    return (Section("Status", (*rows, *_pace(pace or {}))),)
+
+
+def share_sections(shares: Mapping[str, Any]) -> tuple[Section, ...]:
+    """Who computes what of a run that several processes share: its units, and a line for each process at work."""
+    rows = [("units", f"{count_text(shares['units'])}, {count_text(shares['complete'])} of them complete")]
+    for task in shares["tasks"]:
+        units = ", ".join(map(str, task["units"])) or "none yet"
+        rows.append(
+            (f"task {task['name']}", f"on {task['host']}, units {units}; seen {seconds_text(max(0.0, task['renewed']))} ago")
+        )
+    return (Section("Shared", tuple(rows)),)
+
+
+def _pace(pace: Mapping[str, float | None]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    if (running := pace.get("running_seconds")) is not None:
+        rows.append(("running for", seconds_text(running)))
+    if (commit := pace.get("commit_seconds")) is not None:
+        rows.append(("last commit", f"{seconds_text(commit)} ago"))
+    samples, tokens = pace.get("samples_per_second"), pace.get("tokens_per_second")
+    if samples is not None and tokens is not None:
+        rows.append(("speed", f"{samples:,.3g} samples, {tokens:,.0f} output tokens per second"))
+    if rows:
+        left = pace.get("seconds_left")
+        rows.append(("time left", "known after three commits" if left is None else f"about {seconds_text(left)} at this speed"))
+    return rows
+
+
+def check_sections(facts: Mapping[str, int | str], faults: Sequence[tuple[str, str]]) -> tuple[Section, ...]:
+    """What reading a folder back found; `faults` are files and what is wrong with them."""
+    rows = tuple((name, count_text(value) if isinstance(value, int) else value) for name, value in facts.items())
+    sections = [Section("Checked", rows)]
+    if faults:
+        sections.append(Section("Damaged", tuple(("", f"{file} {problem}") for file, problem in faults)))
+    return tuple(sections)

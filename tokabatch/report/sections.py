@@ -1,0 +1,33 @@
+"""Sections of facts, as all commands show them, and how numbers are written in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A titled list of (label, value). With `columns`, `rows` is a table under those headings instead."""
+
+    title: str
+    rows: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...] = ()
+
+
+def count_text(number: int) -> str:
+    return f"{number:,}"
+
+
+def share_text(part: int, whole: int) -> str:
+    return f" ({part / whole:.1%})" if whole else ""
+
+
+def seconds_text(seconds: float) -> str:
+    """`4.1 ms`, `0.41 s`, `12.3 s`, `4:05` (minutes) or `3:04:05`."""
+    if 0 < seconds < 0.01:
+        return f"{seconds * 1000:.1f} ms"
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
