@@ -4,14 +4,15 @@ A scripted device answers every step at once with random tokens; samples end by 
 most 400). Timed are `schedule` (page growth, grouping and admission included) and `apply` in the steady state, the running
 limit full. The workloads: `chat` has one sample a prompt and shares nothing, the most admissions and the largest forests;
 `chat 2` to `chat 8` are the same with so many samples a prompt; `repeated` has 512 samples for each of many prompts behind one
-900-token header. Times are CPU time of the scheduling thread; `renewal` is the longest renewal of the length model among these
-steps.
+900-token header. All of them take their steps in turn, so that whatever else the machine does strikes all alike. Times are CPU
+time of the scheduling thread; `renewal` is the longest renewal of the length model among these steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,8 @@ class Timing:
     running: float
     schedule_ms: float
     apply_ms: float
+    median_ms: float
+    """Of both together."""
     p99_ms: float
     renewal_ms: float
 
@@ -67,46 +70,68 @@ def answer(step: StepBatch, rng: np.random.Generator) -> StepResult:
     return StepResult.of_tokens(step.index, token)
 
 
-def measure(workload: str, running: int, steps: int) -> Timing:
-    requests = requests_of(workload, running)
-    limits = SchedulerLimits(
-        page_size=PAGE,
-        num_pages=running * (1024 + MAX_OUTPUT) // PAGE,
-        max_running=running,
-        max_step_tokens=running + max(8192, 4 * running),
-        max_pages_per_sequence=-(-(1024 + MAX_OUTPUT) // PAGE),
-        grouping=GroupingLimits(4, 4),
-    )
-    scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [EOS], VOCAB, None))
-    rng = np.random.default_rng(1)
-    schedule: list[float] = []
-    apply: list[float] = []
-    active: list[int] = []
-    renewals = timed_renewals(scheduler)
-    while len(schedule) < steps:
+class Replica:
+    """A scheduler of one workload, and what its steps have taken."""
+
+    def __init__(self, workload: str, running: int) -> None:
+        requests = requests_of(workload, running)
+        limits = SchedulerLimits(
+            page_size=PAGE,
+            num_pages=running * (1024 + MAX_OUTPUT) // PAGE,
+            max_running=running,
+            max_step_tokens=running + max(8192, 4 * running),
+            max_pages_per_sequence=-(-(1024 + MAX_OUTPUT) // PAGE),
+            grouping=GroupingLimits(4, 4),
+        )
+        self.scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [EOS], VOCAB, None))
+        self._rng = np.random.default_rng(1)
+        self._schedule, self._apply, self._active = list[float](), list[float](), list[int]()
+        self._renewals = timed_renewals(self.scheduler)
+
+    @property
+    def steady(self) -> bool:
+        """The running limit has been full for a mean output length."""
+        return self.scheduler.counts.steps > MEAN_OUTPUT
+
+    def step(self) -> None:
+        """One step; it counts once the state is steady."""
         begin = time.thread_time()
-        batch = scheduler.schedule()
+        batch = self.scheduler.schedule()
         middle = time.thread_time()
         assert batch is not None, "the workload ran out before the measurement did"
-        result = answer(batch, rng)
+        result = answer(batch, self._rng)
         resume = time.thread_time()
-        scheduler.apply(result)
+        self.scheduler.apply(result)
         end = time.thread_time()
-        # Steady state: the running limit has been full for a mean output length.
-        if scheduler.counts.steps > MEAN_OUTPUT:
-            schedule.append(middle - begin)
-            apply.append(end - resume)
-            active.append(scheduler.num_running)
+        if self.steady:
+            self._schedule.append(middle - begin)
+            self._apply.append(end - resume)
+            self._active.append(self.scheduler.num_running)
         else:
-            renewals.clear()
-    total = np.array(schedule) + np.array(apply)
-    return Timing(
-        float(np.mean(active)),
-        float(np.mean(schedule)) * 1e3,
-        float(np.mean(apply)) * 1e3,
-        float(np.quantile(total, 0.99)) * 1e3,
-        max(renewals, default=0.0) * 1e3,
-    )
+            self._renewals.clear()
+
+    def timing(self) -> Timing:
+        schedule, apply = np.array(self._schedule), np.array(self._apply)
+        return Timing(
+            float(np.mean(self._active)),
+            float(np.mean(schedule)) * 1e3,
+            float(np.mean(apply)) * 1e3,
+            float(np.median(schedule + apply)) * 1e3,
+            float(np.quantile(schedule + apply, 0.99)) * 1e3,
+            max(self._renewals, default=0.0) * 1e3,
+        )
+
+
+def measure(workloads: Sequence[str], running: int, steps: int) -> list[Timing]:
+    """All of them, step by step in turn once each is steady, so that whatever else the machine does strikes all alike."""
+    replicas = [Replica(workload, running) for workload in workloads]
+    for replica in replicas:
+        while not replica.steady:
+            replica.step()
+    for _ in range(steps):
+        for replica in replicas:
+            replica.step()
+    return [replica.timing() for replica in replicas]
 
 
 def timed_renewals(scheduler: Scheduler) -> list[float]:
@@ -132,15 +157,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--workload", nargs="+", default=WORKLOADS, choices=WORKLOADS)
     args = parser.parse_args()
-    heads = f"{'schedule':>9} {'apply':>7} {'total':>7} {'p99':>7} {'renewal':>8}  ms a step   us/sequence"
+    heads = f"{'schedule':>9} {'apply':>7} {'total':>7} {'median':>7} {'p99':>7} {'renewal':>8}  ms a step   us/sequence"
     print(f"{'workload':10} {'running':>8} {heads}")
-    for workload in args.workload:
-        for running in args.running:
-            t = measure(workload, running, args.steps)
+    for running in args.running:
+        for workload, t in zip(args.workload, measure(args.workload, running, args.steps), strict=True):
             total = t.schedule_ms + t.apply_ms
             print(
-                f"{workload:10} {t.running:8.0f} {t.schedule_ms:9.3f} {t.apply_ms:7.3f} {total:7.3f} {t.p99_ms:7.3f} "
-                f"{t.renewal_ms:8.3f}  {total * 1e3 / t.running:22.3f}",
+                f"{workload:10} {t.running:8.0f} {t.schedule_ms:9.3f} {t.apply_ms:7.3f} {total:7.3f} {t.median_ms:7.3f} "
+                f"{t.p99_ms:7.3f} {t.renewal_ms:8.3f}  {total * 1e3 / t.running:22.3f}",
                 flush=True,
             )
 

@@ -60,7 +60,7 @@ class SampleEnds:
             ends |= {int(i): None for i in np.nonzero(~finite)[0]}
         places = np.fromiter(ends, np.int64, len(ends))
         slots, finite, reasons, scores = slots[places], finite[places], list(ends.values()), list[Scores | None]()
-        if self._work.continuations is not None or self._work.any_given:
+        if self._work.has_texts:
             slots = np.concatenate((slots, np.setdiff1d(bad_texts, slots)))
             reasons += [None] * (len(slots) - len(ends))
             whose = zip(

@@ -74,9 +74,7 @@ class StepBuilder:
             token_ids=_host_tokens(slots, work, prefill.slots, prefill.tokens),
             prefix_levels=tuple(levels),
             decode_ids=decode_ids,
-            scored=self._scored(prefill.slots, start, length, token)
-            if work.continuations is not None or work.any_given
-            else None,
+            scored=self._scored(prefill.slots, start, length, token) if work.has_texts else None,
             draws=work.continuations is None,
         )
 

@@ -31,7 +31,7 @@ class Work:
         self.params: Int32 = requests.params
         self.given: Int32 = _given(requests)
         """Tokens behind each prompt that are scored before one is drawn."""
-        self.any_given = bool(self.given.any())
+        self._any_given = bool(self.given.any())
         self.continuations = requests.continuations
         """The same for all that is added later."""
         self._places: dict[SamplingParams, int] | None = None
@@ -76,6 +76,11 @@ class Work:
         """The tokens that are scored in the place of a sample."""
         assert self.continuations is not None
         return self.continuations.of(int(self.row_index[prompt]), sample)
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether any prompt has a given text behind it."""
+        return self.continuations is not None or self._any_given
 
     def of_texts(self, prompts: Int32) -> Bool:
         """Whether a sample of each of these prompts has a given text, all of it or its beginning."""
@@ -137,7 +142,7 @@ class Work:
             setattr(self, name, np.concatenate((getattr(self, name), getattr(requests, name))))
         self.key = np.concatenate((self.key, _keys(requests)))
         self.given = np.concatenate((self.given, _given(requests)))
-        self.any_given = bool(self.given.any())
+        self._any_given = bool(self.given.any())
         self.params = np.concatenate((self.params, params))
         self.num_samples = np.concatenate((self.num_samples, requests.num_samples()))
         self._dropped = np.concatenate((self._dropped, np.zeros(len(requests), np.bool_)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from support import token_device as device
@@ -12,6 +14,7 @@ from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.kv.manager import KVCacheManager
 from tokabatch.scheduling.kv.prefix_tree import PromptPages
+from tokabatch.scheduling.kv.slots import Slots
 from tokabatch.scheduling.lengths.length_estimates import LengthEstimates
 from tokabatch.scheduling.policy.forecast_policy import ForecastPolicy
 from tokabatch.scheduling.policy.policy import Candidates
@@ -72,3 +75,23 @@ def test_one_answer_can_be_replaced_alone():
     for policy, in_order in ((OnePromptAfterAnother, True), (ForecastPolicy, False)):
         rows = [row for row, _ in device.drive(requests, limits, prompts, policy=policy)[0]]
         assert (rows == sorted(rows)) is in_order
+
+
+class LastPromptsFirst(ForecastPolicy):
+    """Prompts that have been open before come in in the opposite of their order."""
+
+    def order(self, waiting: list[PromptPages]) -> list[PromptPages]:
+        return waiting[::-1]
+
+
+def test_samples_that_begin_in_another_order_are_opened_at_once_and_run_in_that_of_the_plan(monkeypatch):
+    prompts = [[1, 2, 3, i] for i in range(6)]
+    requests = device.make_requests(prompts, [SamplingParams(n=6, max_tokens=9)])
+    calls: list[str] = []
+    for owner, name in ((Slots, "open"), (KVCacheManager, "take_changes")):
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, name=name, method=method: calls.append(name) or method(*given))
+    limits = SchedulerLimits(4, 200, 14, 20, 16, GroupingLimits(2, 1))
+    completions, _ = device.drive(requests, limits, prompts, policy=LastPromptsFirst)
+    assert len(completions) == 36
+    assert ("open", "open") not in pairwise(calls), "a step opens the slots of its samples in several calls"

@@ -93,41 +93,28 @@ class KVCacheManager:
         """Slots opened since the last `take_changes`."""
         return np.concatenate(self._opened) if self._opened else _NO_SLOTS
 
-    def open_next(self, count: int, budget: int) -> Runs:
-        """Begin up to `count` prompts that have never been open, in plan order, and admit the first sample of each, which
-        computes the prompt: together at most `budget` tokens. Fewer come in where pages or tokens run out."""
-        return self._lead(opened, budget) if (opened := self.tree.open_next(count, budget)) else NO_RUNS
-
     def open(self, request: int, budget: int) -> Runs | None:
         """Admit one sample of a prompt that has been open before and is not computed, giving the prompt pages again where it
         has none. None while another prompt must compute what the two share, or where pages are missing."""
         prompt = self.tree[request] if request in self.tree else self.tree.reopen(request)
-        return None if prompt is None else self._lead([prompt], budget)
+        return None if prompt is None else self._admit([], _NONE, [prompt], budget)
 
-    def fork(self, requests: list[int], counts: Int32, budget: int) -> Runs:
+    def fork(self, requests: list[int], counts: Int32, num_fresh: int, budget: int) -> Runs:
         """Admit `counts[i]` samples of each computed prompt: they read its full pages in place, and copy its last one where
-        that is filled in part."""
-        prompts, slots = [self.tree[request] for request in requests], self.slots
-        taken = [prompt.take_sample() for prompt, count in zip(prompts, counts.tolist(), strict=True) for _ in range(count)]
-        request = np.repeat(np.array(requests, np.int32), counts)
-        opened = slots.open(request, np.array([sample for sample, _ in taken], np.int32))
-        full = np.array([prompt.full for prompt in prompts], np.int32)
-        pages = np.concatenate([prompt.pages[: prompt.full] for prompt in prompts])
-        shared = np.repeat(full, counts)
-        # Each sample's span of `pages` is that of its prompt.
-        first = np.repeat(np.cumsum(full) - full, counts) - (np.cumsum(shared) - shared)
-        self._share(opened, shared, pages[np.arange(int(shared.sum())) + np.repeat(first, shared)])
-        last = self._work.length[request] - 1
-        self._fill(opened, request, last, [output for _, output in taken])
-        for prompt, count in zip(prompts, counts.tolist(), strict=True):
+        that is filled in part. Then begin up to `num_fresh` prompts that have never been open, in plan order, with one sample
+        each, which computes the prompt. Together at most `budget` tokens: fewer prompts begin where pages or tokens run out."""
+        forks, num_forks = [self.tree[request] for request in requests], int(counts.sum())
+        for prompt, count in zip(forks, counts.tolist(), strict=True):
             prompt.live += count
-        runs = self._start(opened, budget)
-        begun = last % self.page_size > 0
-        if begun.any():
-            tail = [prompt.pages[prompt.full] if prompt.full < len(prompt.pages) else 0 for prompt in prompts]
-            copies = np.repeat(np.array(tail, np.int32), counts)[begun], slots.page_table[opened[begun], shared[begun]]
-            self._copies.append(copies)
-        return runs
+        if num_forks and (self._work.has_texts or any(prompt.preempted for prompt in forks)):
+            # How many tokens and pages these take depends on what each has; all others take one of both.
+            runs = self._admit(forks, counts, [], budget)
+            return Runs.joined((runs, self.fork([], _NONE, num_fresh, budget - int(runs.tokens.sum()))))
+        num_fresh, budget_left = min(num_fresh, self.slots.num_free - num_forks), budget - num_forks
+        fresh = list[PromptPages]()
+        if num_fresh > 0 and budget_left > 0:
+            fresh = self.tree.open_next(num_fresh, budget_left, self.pool.num_free - num_forks)
+        return self._admit(forks, counts, fresh, budget) if num_forks or fresh else NO_RUNS
 
     def at_page_end(self, slots: Int64) -> Int64:
         """Those of decoding slots whose next token needs a page that they do not have."""
@@ -295,19 +282,36 @@ class KVCacheManager:
         live = {int(r): int(c) for r, c in zip(*np.unique(slots.request[slots.order], return_counts=True), strict=True)}
         assert all(prompt.live == live.get(prompt.request, 0) for prompt in self.tree), "live counts differ"
 
-    def _lead(self, prompts: list[PromptPages], budget: int) -> Runs:
-        """Admit one sample of each prompt, which computes the prompt in the prompt's own pages."""
-        taken = [prompt.take_sample() for prompt in prompts]
-        requests = np.array([prompt.request for prompt in prompts], np.int32)
-        opened = self.slots.open(requests, np.array([sample for sample, _ in taken], np.int32))
-        counts = np.array([len(prompt.pages) for prompt in prompts], np.int32)
-        self._share(opened, counts, np.concatenate([prompt.pages for prompt in prompts]))
-        computed = np.array([prompt.computed for prompt in prompts], np.int32)
-        self._fill(opened, requests, computed, [output for _, output in taken])
-        for prompt, slot in zip(prompts, opened.tolist(), strict=True):
-            prompt.leader = slot
-            prompt.live += 1
-        return self._start(opened, budget, leads=True)
+    def _admit(self, forks: list[PromptPages], counts: Int32, leads: list[PromptPages], budget: int) -> Runs:
+        """Open slots for `counts[i]` samples of each computed prompt, and for one of each of `leads`, which computes the prompt
+        in the prompt's own pages; what they compute at once. Each gets the page of its first token even where the budget leaves
+        it none to compute yet."""
+        slots, prompts, num_forks = self.slots, [*forks, *leads], int(counts.sum())
+        counts = np.append(counts, np.ones(len(leads), np.int32))
+        taken = [prompt.take_sample() for prompt, count in zip(prompts, counts.tolist(), strict=True) for _ in range(count)]
+        request = np.repeat(np.array([prompt.request for prompt in prompts], np.int32), counts)
+        opened = slots.open(request, np.array([sample for sample, _ in taken], np.int32))
+        self._opened.append(opened)
+        self._share(opened, counts, [*(p.pages[: p.full] for p in forks), *(p.pages for p in leads)])
+        start = self._work.length[request] - 1
+        start[num_forks:] = [prompt.computed for prompt in leads]
+        self._fill(opened, request, start, [output for _, output in taken])
+        ends = slots.length[opened]
+        if leads:
+            for prompt, slot in zip(leads, opened[num_forks:].tolist(), strict=True):
+                prompt.leader = slot
+                prompt.live += 1
+            if self._work.has_texts:
+                # No further than the prompt's end: what the next prompt inherits has to be computed in this very step.
+                leading = np.arange(len(opened)) >= num_forks
+                ends = np.where(leading & self._work.of_texts(request), slots.prompt_length[opened], ends)
+        take = slots.prefill_chunks(opened, ends, budget)
+        if int(self.missing_pages(opened, np.maximum(take, 1)).sum()) > self.pool.num_free:
+            # Preempted samples come back long: begin with one token each, which needs one page at most.
+            take = np.minimum(take, 1)
+        self.grow(opened, np.maximum(take, 1))
+        self._copy_last_pages(opened[:num_forks], forks, counts[: len(forks)])
+        return Runs(opened[take > 0], take[take > 0])
 
     def _fill(self, opened: Int64, requests: Int32, start: Int32, outputs: list[Generated | None]) -> None:
         """Set the columns of freshly opened slots, computed up to `start`; preempted samples get their output back."""
@@ -341,30 +345,27 @@ class KVCacheManager:
                 slots.outputs.restore(slot, unscored(given[:known], int(self._work.logprobs[params[i]])))
                 slots.length[slot] += known
 
-    def _start(self, opened: Int64, budget: int, *, leads: bool = False) -> Runs:
-        """Give freshly opened slots their first tokens and the pages for them; each gets the page of its first token even
-        where the budget leaves it none to compute yet."""
-        slots = self.slots
-        pending = slots.length[opened] - slots.computed[opened]
-        if leads and (self._work.continuations is not None or self._work.any_given):
-            # No further than the prompt's end: what the next prompt inherits has to be computed in this very step.
-            of_prompt = np.minimum(pending, slots.prompt_length[opened] - slots.computed[opened])
-            pending = np.where(self._work.of_texts(slots.request[opened]), of_prompt, pending)
-        take = np.clip(budget - (np.cumsum(pending) - pending), 0, pending).astype(np.int32)
-        if int(self.missing_pages(opened, np.maximum(take, 1)).sum()) > self.pool.num_free:
-            # Preempted samples come back long: begin with one token each, which needs one page at most.
-            take = np.minimum(take, 1)
-        self.grow(opened, np.maximum(take, 1))
-        self._opened.append(opened)
-        return Runs(opened[take > 0], take[take > 0])
+    def _share(self, opened: Int64, counts: Int32, pages: list[Int32]) -> None:
+        """Point the first columns of the slots at the pages that they share, `counts[i]` slots in turn at `pages[i]`."""
+        sizes = np.array([len(each) for each in pages], np.int32)
+        shared = np.repeat(sizes, counts)
+        owner = np.repeat(opened, shared)
+        column = np.arange(len(owner), dtype=np.int32) - np.repeat(np.cumsum(shared) - shared, shared).astype(np.int32)
+        page = np.concatenate(pages)[column + np.repeat(np.repeat(np.cumsum(sizes) - sizes, counts), shared)]
+        self.slots.page_table[owner, column] = page
+        self.slots.shared_pages[opened] = self.slots.num_pages[opened] = shared
+        self._cells.append(Cells(owner, column, page))
 
-    def _share(self, slots: Int64, counts: Int32, pages: Int32) -> None:
-        """Point the first `counts[i]` columns of each slot at its prompt's pages, given slot after slot."""
-        owner = np.repeat(slots, counts)
-        column = np.arange(len(owner), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32)
-        self.slots.page_table[owner, column] = pages
-        self.slots.shared_pages[slots] = self.slots.num_pages[slots] = counts
-        self._cells.append(Cells(owner, column, pages))
+    def _copy_last_pages(self, opened: Int64, prompts: list[PromptPages], counts: Int32) -> None:
+        """Copy each prompt's last page, where that is filled in part, to the own pages of its `counts[i]` slots."""
+        slots = self.slots
+        partial = (slots.prompt_length[opened] - 1) % self.page_size > 0
+        if partial.any():
+            tail = [prompt.pages[prompt.full] if prompt.full < len(prompt.pages) else 0 for prompt in prompts]
+            copied = opened[partial]
+            self._copies.append(
+                (np.repeat(np.array(tail, np.int32), counts)[partial], slots.page_table[copied, slots.shared_pages[copied]])
+            )
 
     def _leave(self, slots: Int64) -> list[PromptPages]:
         """Close slots, free their own pages, and take their samples off the prompts they belong to, which are returned."""

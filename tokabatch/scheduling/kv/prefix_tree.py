@@ -201,10 +201,10 @@ class PrefixTree:
                 best = (prompt, pages)
         return best
 
-    def open_next(self, count: int, budget: int) -> list[PromptPages]:
+    def open_next(self, count: int, budget: int, num_pages: int) -> list[PromptPages]:
         """Open up to `count` prompts that were never open before, in order, each sharing what its predecessor holds or is
-        about to compute in the same step. Fewer come back when pages or the step's tokens run out, or none while the first must
-        wait."""
+        about to compute in the same step. Fewer come back when `num_pages` or the step's tokens run out, or none while the
+        first must wait."""
         batch, size = self._work.upcoming(count), self._page_size
         first = int(batch[0])
         full = (self._work.length[batch] - 1) // size
@@ -217,7 +217,7 @@ class PrefixTree:
         # What the next one inherits is computed in this very step: `budget` runs out in the last one opened or behind it.
         computed = np.cumsum(self._work.length[batch] - shared * size)
         count = min(len(batch), int(np.searchsorted(computed, budget)) + 1)
-        count = min(count, int(np.searchsorted(np.cumsum(fresh), self._pool.num_free, side="right")))
+        count = min(count, int(np.searchsorted(np.cumsum(fresh), num_pages, side="right")))
         if count == 0:
             return []
         stops = np.cumsum(fresh[:count])

@@ -53,7 +53,7 @@ class Slots:
         return len(self._free)
 
     def open(self, requests: Int32, samples: Int32) -> Int64:
-        """Claim a slot for each (request, sample), requests ascending; the caller fills the other columns."""
+        """Claim a slot for each (request, sample), in any order; the caller fills the other columns."""
         slots = np.array(self._free[-len(requests) :], np.int64)
         del self._free[-len(requests) :]
         self.request[slots], self.sample[slots] = requests, samples
@@ -62,11 +62,8 @@ class Slots:
             column[slots] = 0
         self.admitted[slots] = self.num_admissions + np.arange(len(slots))
         self.num_admissions += len(slots)
-        if not len(self.order) or requests[0] >= self.request[self.order[-1]]:
-            self.order = np.concatenate((self.order, slots))
-        else:
-            place = np.searchsorted(self.request[self.order], requests, side="right")
-            self.order = np.insert(self.order, place, slots)
+        order = np.concatenate((self.order, slots))
+        self.order = order[np.argsort(self.request[order], kind="stable")]
         return slots
 
     def close(self, slots: Int64) -> None:
@@ -92,6 +89,12 @@ class Slots:
             return pending, pending[:0]
         prefilling = pending[~on_device]
         return pending[on_device], prefilling[np.argsort(self.admitted[prefilling], kind="stable")]
+
+    def prefill_chunks(self, slots: Int64, ends: Int32, budget: int) -> Int32:
+        """How many tokens up to position `ends[i]` each of these slots computes in a step that has `budget` for all of them,
+        which the first ones take up; shape as `ends`."""
+        pending = ends - self.computed[slots]
+        return np.clip(budget - (np.cumsum(pending) - pending), 0, pending).astype(np.int32)
 
     def own_pages(self, slots: Int64) -> Int32:
         """Pages held by these slots themselves, prompts' pages excluded."""

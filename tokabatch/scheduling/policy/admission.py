@@ -42,13 +42,8 @@ class Admission:
         if candidates is None:
             return NO_RUNS
         counts, first_ticket = self._policy.admit(candidates), self._kv.slots.num_admissions
-        taken, complete = self._admit_known(candidates, counts, budget, step)
-        if complete:
-            budget_left = budget - sum(int(runs.tokens.sum()) for runs in taken)
-            fresh = counts[candidates.num_known :]
-            count = len(fresh) if fresh.all() else int(np.argmin(fresh > 0))
-            if count and budget_left > 0 and self._kv.slots.num_free:
-                taken.append(self._kv.open_next(min(count, self._kv.slots.num_free), budget_left))
+        fresh = counts[candidates.num_known :]
+        taken = self._admit(candidates, counts, len(fresh) if fresh.all() else int(np.argmin(fresh > 0)), budget, step)
         opened, runs = self._kv.opened, Runs.joined(taken)
         self._lengths.begin(opened, candidates.lengths[self._kv.slots.admitted[opened] - first_ticket])
         case, first = self._policy.case, int(candidates.request[0])
@@ -106,8 +101,9 @@ class Admission:
         asking = [(prompt, [sample], size) for (sample, size), tokens in zip(preempted, before, strict=True) if tokens < budget]
         return asking, sum(1 + produced for _, _, produced in asking)
 
-    def _admit_known(self, candidates: Candidates, counts: Int32, budget: int, step: int) -> tuple[list[Runs], bool]:
-        """Admit samples of prompts that have been open before; and whether all candidates among them got a sample in."""
+    def _admit(self, candidates: Candidates, counts: Int32, num_fresh: int, budget: int, step: int) -> list[Runs]:
+        """Admit samples of prompts that have been open before, and where all candidates among these got a sample in, begin
+        `num_fresh` others."""
         kv, tree, taken = self._kv, self._kv.tree, list[Runs]()
         requests = candidates.request[: candidates.num_known].tolist()
         forks = [request in tree and tree[request].can_fork(step) for request in requests]
@@ -120,16 +116,23 @@ class Admission:
                 tokens = budget - np.cumsum(asked * (produced + 1)) + asked * (produced + 1)
                 enter = np.clip(np.minimum(room, tokens), 0, asked)
                 count = len(enter) if enter.all() else int(np.argmin(enter > 0))
+                # Those never begun come in with the last ones: one opening of slots costs as much for few as for many.
+                last = places[-1] == len(requests) - 1
+                num_fresh = num_fresh if count == len(enter) else 0
                 if count:
-                    taken.append(kv.fork([requests[i] for i in places[:count]], enter[:count], budget))
+                    taken.append(
+                        kv.fork([requests[i] for i in places[:count]], enter[:count], num_fresh if last else 0, budget)
+                    )
                     budget -= int(taken[-1].tokens.sum())
-                if count < len(enter):
-                    return taken, False
+                if last or count < len(enter):
+                    return taken
                 continue
             for i in places:
                 runs = kv.open(requests[i], budget) if counts[i] > 0 and budget > 0 and kv.slots.num_free else None
                 if runs is None:
-                    return taken, False
+                    return taken
                 taken.append(runs)
                 budget -= int(runs.tokens.sum())
-        return taken, True
+        if num_fresh:
+            taken.append(kv.fork([], counts[:0], num_fresh, budget))
+        return taken

@@ -95,8 +95,7 @@ class StepDecisions:
     def _continue_prefill(self, slots: Int64, budget: int) -> Runs:
         """Share the token budget among prefills under way, oldest first; each takes what pages it needs or waits."""
         seq = self._kv.slots
-        pending = seq.length[slots] - seq.computed[slots]
-        take = np.minimum(np.maximum(budget - (np.cumsum(pending) - pending), 0), pending).astype(np.int32)
+        take = seq.prefill_chunks(slots, seq.length[slots], budget)
         slots, take = slots[take > 0], take[take > 0]
         keep = np.cumsum(self._kv.missing_pages(slots, take)) <= self._kv.num_free_pages
         runs = Runs(slots[keep], take[keep])
