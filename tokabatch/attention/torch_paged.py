@@ -11,7 +11,9 @@ Q queries a pass, L keys a pass.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,12 +26,13 @@ from tokabatch.scheduling.contracts import StepBatch
 BLOCK_BYTES = 8 << 20
 """Keys and values gathered at a time; measured on a 32 MB L3: 4 to 16 MB are within 5 % of each other, 50 MB costs 30 %."""
 MAX_SCORES = 1 << 23
-"""Scores held at a time; splits long prompts along their queries, so that each part also skips the keys it may not see."""
+"""Scores held at a time."""
 MAX_BATCHED_QUERIES = 64
 """Passes of more queries are computed alone: their own product fills the cores."""
-MAX_QUERIES = 128
-"""Of a part of a long prompt, which skips the keys behind it. Of 96, 128, 192 and all at prompts of 400 tokens, the first two
-took least."""
+MAX_QUERIES = 64
+"""Of a part of such a pass, which skips the keys behind it. Of 32 to 128 at prompts of 400 tokens, 48 and 64 took least."""
+FEW_SCORES = 1 << 16
+"""Passes of so few scores, padded ones included, are computed together whatever their numbers of queries: a call costs more."""
 UNMASKED = -1
 
 
@@ -66,6 +69,20 @@ class _Block:
     """Some of its tokens attend to other pages in a pass of their own, so that the log-sum-exp is wanted."""
 
 
+@dataclass(frozen=True, slots=True)
+class _LongPass:
+    """A pass of many queries: in parts along them, of which each skips the keys behind its last query."""
+
+    tokens: slice
+    pages: torch.Tensor
+    queries: int
+    """Of a part."""
+    seen: int
+    """Keys that the first query sees; UNMASKED where every query sees all."""
+    merged: bool
+    """See `_Block`."""
+
+
 class TorchPagedAttention:
     """See `AttentionBackend`. The cache of a layer is [K, pages, P * D], so that a gathered page is one contiguous copy and
     the gathered block already has the layout of a batched matrix product."""
@@ -83,8 +100,9 @@ class TorchPagedAttention:
         page_bytes = 2 * shape.num_kv_heads * shape.page_size * shape.head_dim * dtype.itemsize
         self._block_pages = max(1, BLOCK_BYTES // page_bytes)
         self._write_T = torch.empty(0, dtype=torch.int64)
-        self._own: list[_Block] = []
-        self._shared: list[_Block] = []
+        self._own: list[_Block | _LongPass] = []
+        self._shared: list[_Block | _LongPass] = []
+        self._causal_QQ = torch.full((MAX_QUERIES, MAX_QUERIES), -math.inf, dtype=self._compute, device=device).triu_(1)
 
     def plan(self, step: StepBatch, outbox: Outbox) -> None:
         self.page_table[step.table_slot, step.table_column] = step.table_page
@@ -126,56 +144,70 @@ class TorchPagedAttention:
             flat = cache.view(shape.num_kv_heads, -1, shape.head_dim)
             flat.index_copy_(1, self._write_T, new_TKD.to(self.dtype).transpose(0, 1))
         q_KTGD = q_THD.view(len(q_THD), shape.num_kv_heads, -1, shape.head_dim).transpose(0, 1)
-        out_KTGD = torch.empty(q_KTGD.shape, dtype=self._compute, device=self.device)
+        out_THD = torch.empty(q_THD.shape, dtype=self._compute, device=self.device)
+        out_KTGD = out_THD.view(len(q_THD), shape.num_kv_heads, -1, shape.head_dim).transpose(0, 1)
         lse_KTG = torch.empty(q_KTGD.shape[:-1], dtype=self._compute, device=self.device) if self._shared else None
         for block in self._own:
-            out, lse = self._pass(block, q_KTGD, k_cache, v_cache, need_lse=block.merged)
-            out_KTGD[:, block.tokens] = out
-            if block.merged and lse_KTG is not None:
-                lse_KTG[:, block.tokens] = lse
+            for tokens, out, lse in self._passes(block, q_KTGD, k_cache, v_cache, need_lse=block.merged):
+                out_KTGD[:, tokens] = out
+                if block.merged and lse_KTG is not None:
+                    lse_KTG[:, tokens] = lse
         for block in self._shared:
             assert lse_KTG is not None
-            out, lse = self._pass(block, q_KTGD, k_cache, v_cache, need_lse=True)
-            _merge_into(out_KTGD, lse_KTG, block.tokens, out, lse)
-        return out_KTGD.transpose(0, 1).reshape(q_THD.shape).to(q_THD.dtype)
+            for tokens, out, lse in self._passes(block, q_KTGD, k_cache, v_cache, need_lse=True):
+                _merge_into(out_KTGD, lse_KTG, tokens, out, lse)
+        return out_THD.to(q_THD.dtype)
 
-    def _pass(
-        self, block: _Block, q_KTGD: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, need_lse: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One block's attention: outputs [K, tokens, G, D] and natural log-sum-exp [K, tokens, G] (empty unless asked for)."""
-        dim, group = self.shape.head_dim, q_KTGD.shape[2]
-        q = q_KTGD[:, block.tokens]
-        batch = self.shape.num_kv_heads * block.num_passes
-        q_BQD = (q.to(self._compute) * dim**-0.5).reshape(batch, -1, dim)
+    def _passes(
+        self, block: _Block | _LongPass, q_KTGD: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, need_lse: bool
+    ) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """One block's attention, a part of its tokens at a time: these, outputs [K, tokens, G, D] and natural log-sum-exp
+        [K, tokens, G] (empty unless asked for)."""
+        kv_heads, _, group, dim = q_KTGD.shape
+        batch = kv_heads * (block.num_passes if isinstance(block, _Block) else 1)
         k_BLD = k_cache.index_select(1, block.pages).view(batch, -1, dim).to(self._compute)
         v_BLD = v_cache.index_select(1, block.pages).view(batch, -1, dim).to(self._compute)
-        scores = torch.bmm(q_BQD, k_BLD.transpose(1, 2))
-        if block.mask_BQL is not None:
-            runs, queries, keys = block.mask_BQL.shape
-            scores.view(-1, runs, queries, group, keys).add_(block.mask_BQL.unsqueeze(2))
-        if not need_lse:
-            return torch.bmm(torch.softmax(scores, -1), v_BLD).view(q.shape), scores.new_empty(0)
-        highest = scores.amax(-1, keepdim=True)
-        total = scores.sub_(highest).exp_().sum(-1, keepdim=True)
-        out = torch.bmm(scores, v_BLD).div_(total)
-        return out.view(q.shape), highest.add_(total.log_()).view(q.shape[:-1])
+        q_BQD = q_KTGD[:, block.tokens].to(self._compute).reshape(batch, -1, dim) * dim**-0.5
+        if isinstance(block, _Block):
+            scores = torch.bmm(q_BQD, k_BLD.transpose(1, 2))
+            if block.mask_BQL is not None:
+                runs, queries, keys = block.mask_BQL.shape
+                scores.view(-1, runs, queries, group, keys).add_(block.mask_BQL.unsqueeze(2))
+            yield block.tokens, *_weighted(scores, v_BLD, (kv_heads, -1, group, dim), need_lse)
+            return
+        count = q_BQD.shape[1] // group
+        for begin in range(0, count, block.queries):
+            queries = min(block.queries, count - begin)
+            keys = k_BLD.shape[1] if block.seen == UNMASKED else block.seen + begin + queries - 1
+            scores = torch.bmm(q_BQD[:, begin * group : (begin + queries) * group], k_BLD[:, :keys].transpose(1, 2))
+            if block.seen != UNMASKED:
+                behind = scores.view(kv_heads, queries, group, keys).narrow(3, keys - queries, queries)
+                behind.add_(self._causal_QQ[:queries, None, :queries])
+            tokens = slice(block.tokens.start + begin, block.tokens.start + begin + queries)
+            yield tokens, *_weighted(scores, v_BLD[:, :keys], (kv_heads, queries, group, dim), need_lse)
 
-    def _plan(self, passes: _PagePasses) -> list[_Block]:
+    def _plan(self, passes: _PagePasses) -> list[_Block | _LongPass]:
         """Passes of like numbers of queries and pages together, in blocks that fit the cache budget; long ones alone."""
         alone = np.nonzero(passes.queries > MAX_BATCHED_QUERIES)[0].tolist()
-        blocks = [block for index in alone for block in self._plan_alone(passes, index)]
+        blocks: list[_Block | _LongPass] = [self._plan_alone(passes, index) for index in alone]
         pages = passes.last - passes.first
         query_class = np.ceil(np.log2(passes.queries)).astype(np.int32)
-        for chosen in np.unique(query_class[passes.queries <= MAX_BATCHED_QUERIES]):
+        present = np.unique(query_class[passes.queries <= MAX_BATCHED_QUERIES])
+        per_page = self.shape.num_heads * self.shape.page_size
+        for low, high in pairwise(present):
+            if int(pages[query_class == low].sum()) * (per_page << int(high)) <= FEW_SCORES:
+                query_class[query_class == low] = high
+        for chosen in present:
             members = np.nonzero(query_class == chosen)[0]
             members = members[np.argsort(-pages[members], kind="stable")]
             begin = 0
             while begin < len(members):
                 width = int(pages[members[begin]])
-                scores = self.shape.num_heads * (1 << int(chosen)) * width * self.shape.page_size
+                scores = (per_page << int(chosen)) * width
                 fits = max(1, min(self._block_pages // width, MAX_SCORES // scores))
-                narrow = np.searchsorted(-pages[members], -(3 * width // 4), side="right")
-                end = min(begin + fits, max(begin + 1, int(narrow)))
+                narrow = int(np.searchsorted(-pages[members], -(3 * width // 4), side="right"))
+                few = FEW_SCORES // max(scores, 16 * per_page * width)
+                end = min(begin + fits, max(begin + 1, narrow, begin + few))
                 blocks.append(self._batch(passes.take(members[begin:end])))
                 begin = end
         return blocks
@@ -197,23 +229,18 @@ class TorchPagedAttention:
             merged=bool((passes.first > 0).any()),
         )
 
-    def _plan_alone(self, passes: _PagePasses, index: int) -> list[_Block]:
-        """One pass of many queries, split along them where the scores would grow too large."""
+    def _plan_alone(self, passes: _PagePasses, index: int) -> _LongPass:
+        """One pass of many queries, in parts whose scores are not too many."""
         size, slot = self.shape.page_size, passes.slot[index]
-        first, all_pages = int(passes.first[index]), int(passes.last[index])
+        first, last = int(passes.first[index]), int(passes.last[index])
         token, queries, position = int(passes.token[index]), int(passes.queries[index]), int(passes.position[index])
-        stride = max(16, min(MAX_QUERIES, MAX_SCORES // (self.shape.num_heads * (all_pages - first) * size)))
-        blocks: list[_Block] = []
-        for begin in range(0, queries, stride):
-            end = min(queries, begin + stride)
-            last = all_pages if position == UNMASKED else -(-(position + end) // size)
-            mask = None
-            if position != UNMASKED:
-                key_L, position_Q = np.arange(first * size, last * size), np.arange(position + begin, position + end)
-                mask = self._mask(key_L[None, None, :] > position_Q[None, :, None])
-            pages = self._tensor(self.page_table[slot, first:last])
-            blocks.append(_Block(slice(token + begin, token + end), pages, 1, mask, merged=first > 0))
-        return blocks
+        return _LongPass(
+            tokens=slice(token, token + queries),
+            pages=self._tensor(self.page_table[slot, first:last]),
+            queries=max(16, min(MAX_QUERIES, MAX_SCORES // (self.shape.num_heads * (last - first) * size))),
+            seen=UNMASKED if position == UNMASKED else position + 1 - first * size,
+            merged=first > 0,
+        )
 
     def _mask(self, hidden: np.ndarray) -> torch.Tensor | None:
         if not hidden.any():
@@ -230,6 +257,18 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def _weighted(
+    scores: torch.Tensor, v_BLD: torch.Tensor, shape: tuple[int, ...], need_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values weighted by the softmax of `scores`, which may be overwritten, as `shape`, and its log-sum-exp."""
+    if not need_lse:
+        return torch.bmm(torch.softmax(scores, -1), v_BLD).view(shape), scores.new_empty(0)
+    highest = scores.amax(-1, keepdim=True)
+    total = scores.sub_(highest).exp_().sum(-1, keepdim=True)
+    out = torch.bmm(scores, v_BLD).div_(total)
+    return out.view(shape), highest.add_(total.log_()).view(shape[:-1])
 
 
 def _merge_into(

@@ -117,11 +117,11 @@ class PromptSource:
         value = row.get(column)
         if value is None:
             return missing_field(column, row)
-        if not isinstance(value, list) or not all(type(item) is int for item in cast("list[Any]", value)):
+        if not isinstance(value, list) or not set(map(type, cast("list[Any]", value))) <= {int}:
             return RowError("bad_type", f"the column {column!r} must hold a list of token ids (whole numbers)")
         ids = cast("list[int]", value)
-        outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)
-        if outside is not None:
+        if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
+            outside = next(token for token in ids if not 0 <= token < self._vocab_size)
             return RowError("bad_token_id", f"token id {outside} is outside the model's {self._vocab_size} ids")
         return Draft(token_ids=ids)
 
