@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from queue import SimpleQueue
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -87,6 +89,9 @@ def test_an_error_while_messages_are_read_is_told_as_the_end(error: BaseExceptio
     received: list[Any] = []
 
     class Pipe:
+        def poll(self, seconds: float) -> bool:
+            return True
+
         def recv(self) -> str:
             return "message"
 
@@ -96,7 +101,9 @@ def test_an_error_while_messages_are_read_is_told_as_the_end(error: BaseExceptio
             raise error
 
     process: Any = object.__new__(EngineProcess)
-    process._pipe, process._receive = Pipe(), receive
+    process._pipe, process._receive, process._process, process._orders = Pipe(), receive, Mock(), SimpleQueue()
+    process._silent, process._hang_seconds = 0.0, 9.0
+    process._process.is_alive.return_value = False
     process._listen()
     assert received[0] == "message" and isinstance(received[1], Ended) and len(received) == 2
     assert "reading what the scheduler sent failed" in str(received[1].error) and "index out of bounds" in str(

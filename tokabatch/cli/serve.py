@@ -21,7 +21,8 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's API: completions, chat, log-probabilities of given texts.
+    """Serve a model over HTTP, as OpenAI's API: completions, chat, log-probabilities of given texts,
+    files and batches.
 
     Requests that wait at the same time are ordered by shared prefix and join one plan; the same seed gives the same answer
     under any load. generation.* are the defaults of what a request leaves out. Needs the extra `serve`:

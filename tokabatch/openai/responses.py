@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from tokabatch.arrays import Float32, Int32
 from tokabatch.openai.requests import CHAT, Request
 from tokabatch.scheduling.contracts import Completion
 
@@ -17,6 +18,17 @@ Spell = Callable[[int], str]
 """The text of a token id; U+FFFD where it is part of a character."""
 
 
+class Reported(Protocol):
+    """What comes with each of a sample's T tokens where it is asked for: shapes [T], [T, K] and [T, K]."""
+
+    @property
+    def logprobs(self) -> Float32 | None: ...
+    @property
+    def top_ids(self) -> Int32 | None: ...
+    @property
+    def top_logprobs(self) -> Float32 | None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """Token ids, each with the logarithm of its probability, and the most likely tokens in its place, the first one first. A
@@ -25,6 +37,27 @@ class Tokens:
     ids: Sequence[int]
     logprobs: Sequence[float | None] = ()
     top: Sequence[Sequence[tuple[int, float]]] = ()
+
+    @classmethod
+    def of(cls, ids: Int32, reported: Reported) -> Tokens:
+        """Those that a sample has drawn, with what is reported of them."""
+        logprobs: Sequence[float] = () if reported.logprobs is None else reported.logprobs.tolist()
+        top: list[list[tuple[int, float]]] = []
+        if reported.top_ids is not None and reported.top_logprobs is not None:
+            pairs = zip(reported.top_ids.tolist(), reported.top_logprobs.tolist(), strict=True)
+            top = [list(zip(ids, values, strict=True)) for ids, values in pairs]
+        return cls(ids.tolist(), logprobs, top)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Tokens]) -> Tokens:
+        """One behind the other."""
+        ids = [each for part in parts for each in part.ids]
+        logprobs = [each for part in parts for each in part.logprobs]
+        return cls(ids, logprobs, [each for part in parts for each in part.top])
+
+    def behind(self, count: int) -> Tokens:
+        """Without the first `count`."""
+        return Tokens(self.ids[count:], self.logprobs[count:], self.top[count:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +72,7 @@ class Sample:
     @classmethod
     def of(cls, completion: Completion, text: str) -> Sample:
         """The sample of a completion that is no error, decoded as `text`."""
-        logprobs: Sequence[float] = () if completion.logprobs is None else completion.logprobs.tolist()
-        top: list[list[tuple[int, float]]] = []
-        if completion.top_ids is not None and completion.top_logprobs is not None:
-            pairs = zip(completion.top_ids.tolist(), completion.top_logprobs.tolist(), strict=True)
-            top = [list(zip(ids, values, strict=True)) for ids, values in pairs]
-        return cls(text, Tokens(completion.token_ids.tolist(), logprobs, top), completion.finish_reason)
+        return cls(text, Tokens.of(completion.token_ids, completion), completion.finish_reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,16 @@ job ─► start (rows, prompts, plan order; what is done already) ─► sizes 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.errors import (
     EXIT_BOOKS,
     EXIT_COMPLETE,
@@ -47,12 +48,26 @@ from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.make_replica import make_replica
 from tokabatch.runner.recorder import Recorder
-from tokabatch.runner.replica import Replica
+from tokabatch.runner.replica import Standing
 from tokabatch.runner.resume import Reuse, Start, start
 from tokabatch.runner.shared import Shared, close_shared, cut_earlier_run, join_as_last, start_shared
 from tokabatch.runner.stopping_replica import StoppingReplica
 from tokabatch.runner.supply import Supply
+from tokabatch.scheduling.contracts import Completion
 from tokabatch.storage.listing import is_there
+
+
+class Replicas(Protocol):
+    """What does the steps of a run; see `Replica`."""
+
+    def run(self) -> Iterator[list[Completion]]: ...
+    def stop(self) -> list[Completion]: ...
+    def standing(self, *, foresee: bool = False) -> Standing: ...
+    def steps(self) -> Steps: ...
+    def close(self) -> None: ...
+
+
+MakeReplicas = Callable[[Job, Start, ReplicaSizes, Claim, Interruption, Progress, Supply | None], Replicas]
 
 
 def run(
@@ -64,6 +79,7 @@ def run(
     retry_errors: bool = False,
     repair: bool = False,
     shared: Shared | None = None,
+    make: MakeReplicas = make_replica,
 ) -> RunSummary:
     """Complete every row of the job's input and write the output folder; a run that the folder holds is continued.
 
@@ -76,7 +92,7 @@ def run(
     neither committed anything. While the input is still read there is nothing to commit: it ends in Stopped (a
     KeyboardInterrupt) and leaves the folder as it was.
     `shared`: others may write into the folder at the same time, each computing units of the plan. The run ends when all of them
-    are complete or with others; what these have not committed is pending in the summary.
+    are complete or with others; what these have not committed is pending in the summary. `make` makes what does the steps.
     """
     job = job if isinstance(job, Job) else Job.load(job)
     clock, reuse = _Clock(ExpendableProgress(progress or NullProgress())), Reuse(overwrite, retry_errors, repair)
@@ -118,7 +134,7 @@ def run(
         supply = None
         if shared is not None and leases is not None and units is not None:
             supply = Supply(claim, started, units, leases, recorder, shared.first(units), tell)
-        replica = make_replica(job, started, sizes, claim, stop, clock.progress, supply)
+        replica = make(job, started, sizes, claim, stop, clock.progress, supply)
         # Closed last: what is finished is committed first, a GPU's process takes a second to end.
         workers.callback(replica.close)
         parts = _Parts(job, started, replica, recorder, clock, stop, supply)
@@ -185,7 +201,7 @@ def run(
     return summary
 
 
-def _steps_of(replica: Replica | StoppingReplica | Fleet, number: int) -> int:
+def _steps_of(replica: Replicas, number: int) -> int:
     """How many steps the replica of this number took."""
     return int(np.count_nonzero(replica.steps()["replica"] == number))
 
@@ -265,7 +281,7 @@ class _Parts:
 
     job: Job
     started: Start
-    replica: Replica | StoppingReplica | Fleet
+    replica: Replicas
     recorder: Recorder
     clock: _Clock
     stop: Interruption
@@ -338,7 +354,7 @@ def _generate(parts: _Parts) -> int:
         for completions in parts.replica.run():
             parts.clock.loaded()
             recorder.add(completions)
-            if parts.started.stops is not None and not isinstance(parts.replica, Replica):
+            if parts.started.stops is not None and isinstance(parts.replica, StoppingReplica | Fleet):
                 parts.replica.follow(parts.started.stops.take_changes())
             parts.show("generating")
             exit_code = parts.stop.poll()

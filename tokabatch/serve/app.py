@@ -24,11 +24,14 @@ from tokabatch.input.prompts.builder import Prompt
 from tokabatch.openai.errors import ApiError, of_row
 from tokabatch.openai.requests import parse_request
 from tokabatch.openai.responses import Head
+from tokabatch.serve.batches import Batches
 from tokabatch.serve.completions import Completions, Refused
 from tokabatch.serve.engine import Engine
+from tokabatch.serve.file_routes import FileRoutes
 from tokabatch.serve.metrics import render
 from tokabatch.serve.prompts import Prompts
 from tokabatch.serve.settings import ServerConfig
+from tokabatch.serve.stored_files import StoredFiles
 from tokabatch.workload import OpenModel
 
 CLIENT_GONE = 499
@@ -41,9 +44,17 @@ class Api:
     """The application of one server; `app` is it for an ASGI server."""
 
     def __init__(
-        self, config: ServerConfig, name: str, model: OpenModel, engine: Engine, prompts: Prompts, context: int
+        self,
+        config: ServerConfig,
+        name: str,
+        model: OpenModel,
+        engine: Engine,
+        prompts: Prompts,
+        context: int,
+        files: StoredFiles | None,
+        batches: Batches | None,
     ) -> None:
-        """`name` is what requests call the model."""
+        """`name` is what requests call the model; `files` and `batches` are None where they are not served."""
         self.draining = False
         """No more requests are taken."""
         self.answered: dict[int, int] = {}
@@ -68,6 +79,8 @@ class Api:
             ("/tokenizer_info", self._tokenizer_info, "GET"),
             ("/metrics", self._metrics, "GET"),
         ]
+        if files is not None and batches is not None:
+            routes += FileRoutes(files, batches, self._body, config.max_file).routes
         guarded = [Route(path, self._guard(handler), methods=[method]) for path, handler, method in routes]
         self.app = Starlette(
             routes=[Route("/health", self._health), *guarded],

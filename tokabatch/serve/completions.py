@@ -31,8 +31,7 @@ from tokabatch.openai.responses import (
     usage,
 )
 from tokabatch.scheduling.contracts import Completion, SamplingParams
-from tokabatch.scheduling.generated import Generated
-from tokabatch.serve.engine import Engine, Finished, Wanted
+from tokabatch.serve.engine import Engine, Finished, News, Wanted
 from tokabatch.serve.prompts import Prompts
 from tokabatch.serve.text_stream import TextStream
 
@@ -131,7 +130,7 @@ class Completions:
 
     async def stream(self, request: Request, drafts: list[_Draft], head: Head) -> AsyncGenerator[dict[str, Any]]:
         """The parts of the response as they come; the last one is an error object where it cannot be finished."""
-        events: asyncio.Queue[tuple[int, int, Generated | Finished] | None] = asyncio.Queue()
+        events: asyncio.Queue[tuple[int, int, News | Finished] | None] = asyncio.Queue()
         wanted = [each for draft in drafts for each in draft.wanted]
         streams: dict[tuple[int, int], _Choice] = {}
         common, extra = head.fields(request, chunk=True), {"usage": None} if request.include_usage else {}
@@ -214,44 +213,52 @@ class _Choice:
         self._text = text
         self._spell = spell
         self._begun = False
-        self._told = self._offset = 0
-        """Tokens whose log-probabilities have been told, and characters given out."""
+        self._untold: list[Tokens] = []
+        """With log-probabilities."""
+        self._seen = self._offset = 0
+        """Tokens that have come, and where in the text the next one begins whose log-probability is told."""
 
-    def parts(self, output: Generated | Finished) -> list[dict[str, Any]]:
+    def parts(self, output: News | Finished) -> list[dict[str, Any]]:
         """The choices of the chunks that are due; the last ones where the sample is finished."""
         done = output.completion if isinstance(output, Finished) else None
-        text = self._text.end(output.text) if isinstance(output, Finished) else self._text.grow(output.tokens.tolist())
+        if isinstance(output, Finished):
+            self._take(Tokens.of(output.completion.token_ids, output.completion), 0)
+            text = self._text.end(output.text)
+        else:
+            text = self._text.grow(self._take(Tokens.of(output.output.tokens, output.output), output.begin))
         parts: list[dict[str, Any]] = []
         chat = self._request.url == CHAT
         if chat and not self._begun:
             parts.append(self._part({"delta": {"role": "assistant", "content": ""}}))
         self._begun = True
-        source: Completion | Generated = output.completion if isinstance(output, Finished) else output
-        logprobs = self._logprobs(source) if text or done is not None else None
+        logprobs = self._logprobs() if text or done is not None else None
         if text or logprobs:
             parts.append(self._part({"delta": {"content": text}} if chat else {"text": text}, logprobs))
-            self._offset += len(text)
         if done is not None:
             parts.append(self._part({"delta": {}} if chat else {"text": ""}, None, finish_reason(done.finish_reason)))
         return parts
 
+    def _take(self, tokens: Tokens, begin: int) -> Sequence[int]:
+        """The tokens that have not come before: where a process was replaced, all come once more."""
+        fresh = tokens.behind(self._seen - begin)
+        self._seen += len(fresh.ids)
+        if self._request.logprobs is not None and fresh.ids:
+            self._untold.append(fresh)
+        return fresh.ids
+
     def _part(self, content: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
         return {"index": self._index, **content, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, source: Completion | Generated) -> dict[str, Any] | None:
+    def _logprobs(self) -> dict[str, Any] | None:
         """Of the tokens that have not been told."""
-        ids = source.token_ids if isinstance(source, Completion) else source.tokens
-        if self._request.logprobs is None or source.logprobs is None or len(ids) == self._told:
+        if not self._untold:
             return None
-        top: list[list[tuple[int, float]]] = []
-        if source.top_ids is not None and source.top_logprobs is not None:
-            pairs = zip(source.top_ids[self._told :].tolist(), source.top_logprobs[self._told :].tolist(), strict=True)
-            top = [list(zip(*each, strict=True)) for each in pairs]
-        tokens = Tokens(ids[self._told :].tolist(), source.logprobs[self._told :].tolist(), top)
-        self._told = len(ids)
+        tokens, self._untold = Tokens.joined(self._untold), []
         if self._request.url == CHAT:
             return chat_logprobs(tokens, self._spell)
-        return text_logprobs(tokens, self._spell, self._offset)
+        begin = self._offset
+        self._offset += sum(len(self._spell(token)) for token in tokens.ids)
+        return text_logprobs(tokens, self._spell, begin)
 
 
 def _draft(prompt: Prompt, key: int | None, request: Request, none_drawn: bool) -> _Draft:

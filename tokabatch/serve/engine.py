@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,6 +37,8 @@ from tokabatch.serve.engine_process import (
     failure_of,
 )
 
+RESERVED = 1 / 8
+"""Of the samples that run, and of those that wait in front of others, so many are not in the background."""
 MOST_LOST = 3
 """Processes lost in a row, without a finished sample in between, after which no other is started."""
 FIRST_KEY = 1 << 40
@@ -63,13 +65,26 @@ class Finished:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """What a sample under way has drawn behind its first `begin` tokens."""
+
+    begin: int
+    output: Generated
+
+
+Watch = Callable[[int, News | Finished], None]
+Texts = Mapping[tuple[int, int], str]
+"""By row and sample."""
+
+
 @dataclass(slots=True)
 class _Live:
     wanted: Wanted
     samples: dict[int, Finished]
     done: asyncio.Future[list[Finished]]
-    watch: Callable[[int, Generated | Finished], None] | None
-    begun: float
+    watch: Watch | None
+    background: bool = False
     process: int = -1
     """Which has it; -1 while it is collected."""
 
@@ -127,7 +142,9 @@ class Engine:
         self._ready = asyncio.Event()
         self._closing = self._backwards = False
         self.unfinished = 0
-        """Samples that run or wait."""
+        """Samples that run or wait, those in the background apart."""
+        self.eased = asyncio.Event()
+        """Set whenever samples have ended."""
         self._processes = [EngineProcess(spec, number, self._receive) for number, spec in enumerate(specs)]
         self._collector = asyncio.create_task(self._collect())
 
@@ -143,31 +160,45 @@ class Engine:
         return self._ready.is_set() and self.failure is None
 
     @property
-    def standings(self) -> list[Standing]:
-        """Of each process that has loaded the model, as it last told."""
-        return [standing for standing in self._standing if standing is not None]
+    def standings(self) -> dict[int, Standing]:
+        """By number, of each process that has loaded the model, as it last told."""
+        return {number: standing for number, standing in enumerate(self._standing) if standing is not None}
 
     def has_room(self, samples: int) -> bool:
         """Whether so many more samples may wait."""
         return self.unfinished + samples <= self.most_samples
 
+    @property
+    def spare(self) -> int:
+        """How many more samples may be given in the background, so that others which come find slots and pages."""
+        standings = self.standings.values()
+        most = sum(standing.limits.max_running for standing in standings)
+        reserved = max(1, int(most * RESERVED))
+        if sum(standing.waiting for standing in standings) > reserved:
+            return 0
+        return most - reserved - sum(self._load) - len(self._arrived)
+
     @contextmanager
     def work(
-        self, prompts: Sequence[Wanted], watch: Callable[[int, int, Generated | Finished], None] | None = None
+        self,
+        prompts: Sequence[Wanted],
+        watch: Callable[[int, int, News | Finished], None] | None = None,
+        *,
+        background: bool = False,
     ) -> Generator[asyncio.Future[list[list[Finished]]]]:
         """Have samples of these prompts drawn: a future of those of each prompt, in the order of their numbers, which raises
         EngineError where no sample can be drawn any more. What is not finished at the end of the block is cancelled. `watch`
-        gets the place of a prompt, the number of a sample and what it has so far, again and again, and once it is finished the
-        whole."""
+        gets the place of a prompt, the number of a sample and what it has drawn since, again and again, and once it is finished
+        the whole. In the `background` samples are not decoded and are watched as they finish alone; give as many as `spare`
+        says."""
         rows, futures = list[int](), list[asyncio.Future[list[Finished]]]()
         for place, wanted in enumerate(prompts):
-            live = _Live(wanted, {}, self._loop.create_future(), None, time.monotonic())
-            if watch is not None:
-                live.watch = partial(watch, place)
+            watched = None if watch is None else partial(watch, place)
+            live = _Live(wanted, {}, self._loop.create_future(), watched, background)
             self._live[self._next_row] = live
             rows.append(self._next_row)
             futures.append(live.done)
-            self.unfinished += live.missing
+            self.unfinished += 0 if background else live.missing
             self._next_row += 1
         self.counts.prompts += len(rows)
         self._arrived += rows
@@ -228,7 +259,8 @@ class Engine:
         for live in lives:
             live.process = number
             self._load[number] += live.missing
-        streamed = tuple(row for row, live in zip(rows, lives, strict=True) if live.watch is not None)
+        pairs = zip(rows, lives, strict=True)
+        streamed = tuple(row for row, live in pairs if live.watch is not None and not live.background)
         self._processes[number].send(Add(_requests(rows, [live.wanted for live in lives], lcp), streamed))
 
     def _order(self, rows: list[int]) -> Order:
@@ -247,45 +279,46 @@ class Engine:
         for row in rows:
             live = self._live.pop(row)
             self.counts.cancelled += live.missing
-            self.unfinished -= live.missing
+            self.unfinished -= 0 if live.background else live.missing
             live.done.cancel()
             if live.process >= 0:
                 self._load[live.process] -= live.missing
                 by_process.setdefault(live.process, []).append(row)
         for number, cancelled in by_process.items():
             self._processes[number].send(Cancel(tuple(cancelled)))
+        self.eased.set()
 
     def _receive(self, process: EngineProcess, message: Message | None) -> None:
         """In the thread that listens: texts are decoded here, beside the event loop."""
-        texts: list[str] = []
+        texts: dict[tuple[int, int], str] = {}
         if isinstance(message, Done):
-            least = [
-                live.wanted.params.min_tokens if (live := self._live.get(each.row_index)) is not None else 0
-                for each in message.completions
-            ]
-            texts = sample_texts(message.completions, least, self._tokenizer.decode_batch)
+            lives = ((each, self._live.get(each.row_index)) for each in message.completions)
+            told = [(each, live.wanted.params.min_tokens) for each, live in lives if live is not None and not live.background]
+            decoded = sample_texts([each for each, _ in told], [least for _, least in told], self._tokenizer.decode_batch)
+            texts = {(each.row_index, each.sample_index): text for (each, _), text in zip(told, decoded, strict=True)}
         with suppress(RuntimeError):  # The loop is closed.
             self._loop.call_soon_threadsafe(self._take, process, message, texts)
 
-    def _take(self, process: EngineProcess, message: Message | None, texts: list[str]) -> None:
+    def _take(self, process: EngineProcess, message: Message | None, texts: Texts) -> None:
         # The event loop would log the error, and requests would never end.
         try:
             self._handle(process, message, texts)
         except Exception as error:
             self._break(failure_of("taking what the scheduler sent failed", error))
 
-    def _handle(self, process: EngineProcess, message: Message | None, texts: list[str]) -> None:
+    def _handle(self, process: EngineProcess, message: Message | None, texts: Texts) -> None:
         if process is not self._processes[process.number]:
             return
         if isinstance(message, Done):
             self._lost[process.number] = 0
-            for completion, text in zip(message.completions, texts, strict=True):
-                self._finish(completion, text)
+            for completion in message.completions:
+                self._finish(completion, texts.get((completion.row_index, completion.sample_index), ""))
+            self.eased.set()
         elif isinstance(message, Progress):
-            for row, number, output in message.samples:
+            for row, number, begin, output in message.samples:
                 live = self._live.get(row)
                 if live is not None and live.watch is not None and number not in live.samples:
-                    live.watch(number, output)
+                    live.watch(number, News(begin, output))
         elif isinstance(message, Standing):
             self._standing[process.number] = message
             if all(self._standing):
@@ -304,7 +337,7 @@ class Engine:
         if live.watch is not None:
             live.watch(completion.sample_index, finished)
         self._load[live.process] -= 1
-        self.unfinished -= 1
+        self.unfinished -= 0 if live.background else 1
         counts.samples += 1
         counts.output_tokens += len(completion.token_ids)
         if completion.error_code is not None:

@@ -40,6 +40,8 @@ STANDING_SECONDS = 0.5
 MAX_UNSENT = 64
 """Messages on their way to main: where it takes them more slowly, steps wait."""
 STOP_SECONDS = 10.0
+BEAT_SECONDS = 0.5
+"""How often the process gives a sign of life while it has nothing to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class EngineSpec:
     depth: int
     depth_of_few: int | None
     max_restarts: int
+    hang_seconds: float
+    """A process without a sign of life for so long is killed. A step that stands still is the worker's, which it watches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +84,10 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """From the process: all that samples under way have produced so far, each with its row and number."""
+    """From the process: what samples under way have produced since the last time, each with its row and number, and how many
+    tokens it had before."""
 
-    samples: list[tuple[int, int, Generated]]
+    samples: list[tuple[int, int, int, Generated]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,48 +126,85 @@ class EngineProcess:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self._receive = receive
-        self._thread = threading.Thread(target=self._listen, name=f"engine-{number}", daemon=True)
-        self._thread.start()
+        self._hang_seconds = spec.hang_seconds
+        self._silent = 0.0
+        """Seconds since the last sign of life."""
+        self._orders: queue.SimpleQueue[Add | Cancel | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=target, name=f"engine-{number}-{target.__name__}", daemon=True)
+            for target in (self._listen, self._write)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def pid(self) -> int | None:
         return self._process.pid
 
     def send(self, order: Add | Cancel) -> None:
-        """Where the process is gone, `receive` is told."""
-        with suppress(OSError):
-            self._pipe.send(order)
+        """Returns at once, however slowly the process takes it. Where the process is gone, `receive` is told."""
+        self._orders.put(order)
 
     def close(self) -> None:
         """End the process, and with it the worker."""
-        with suppress(OSError):
-            self._pipe.send(None)
+        self._orders.put(None)
         self._process.join(STOP_SECONDS)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-        self._thread.join(STOP_SECONDS)
+        for thread in self._threads:
+            thread.join(STOP_SECONDS)
         self._pipe.close()
 
     def how_it_ended(self) -> str:
-        """In words, for a process that is gone."""
-        self._process.join(STOP_SECONDS)
+        """In words, for a process that `receive` has been told is gone."""
+        if self._silent > self._hang_seconds:
+            return f"the scheduler's process gave no sign of life for {self._silent:.0f} s and was killed"
         code = self._process.exitcode
         how = "ended with code" if code is None or code >= 0 else "was killed by signal"
         return f"the scheduler's process {how} {abs(code or 0)}"
 
+    def _write(self) -> None:
+        order: Add | Cancel | None = None
+        try:
+            while (order := self._orders.get()) is not None:
+                self._pipe.send(order)
+            self._pipe.send(None)
+        except OSError:
+            pass  # The process is gone, which `_listen` tells.
+        except Exception as error:
+            self._receive(self, Ended(failure_of("giving prompts to the scheduler failed", error)))
+
     def _listen(self) -> None:
         last: Ended | None = None
         try:
-            while True:
-                try:
-                    message = self._pipe.recv()
-                except (EOFError, OSError):
-                    break
-                self._receive(self, message)
+            self._receive_all()
         except BaseException as error:  # A panic of the tokenizer is no Exception.
             last = Ended(failure_of("reading what the scheduler sent failed", error))
+            self._process.kill()
+        self._process.join(STOP_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._orders.put(None)
         self._receive(self, last)
+
+    def _receive_all(self) -> None:
+        """Return when the process is gone; where it gives no sign of life, it is killed. Until the first one it imports."""
+        heard = False
+        while self._silent <= self._hang_seconds:
+            try:
+                if not self._pipe.poll(BEAT_SECONDS):
+                    # Not by the clock: this process may have been the one that was stopped.
+                    self._silent += BEAT_SECONDS if heard else 0.0
+                    continue
+                message = self._pipe.recv()
+            except (EOFError, OSError):
+                return
+            self._silent, heard = 0.0, True
+            if message is not None:
+                self._receive(self, message)
+        self._process.kill()
 
 
 def failure_of(what: str, error: BaseException) -> EngineError:
@@ -219,7 +261,8 @@ class Loop:
         self._replica = replica
         self._inbox = inbox
         self._send = send
-        self._streamed: set[int] = set()
+        self._streamed: dict[int, dict[int, int]] = {}
+        """Rows whose tokens are wanted as they come: of each unfinished sample how many tokens main has."""
         self._look_next = self._stand_next = 0.0
 
     def run(self, stopped: threading.Event) -> None:
@@ -240,7 +283,7 @@ class Loop:
             replica.scheduler.compact()
             now = time.monotonic()
             if self._streamed and now >= self._look_next:
-                if samples := replica.scheduler.under_way(self._streamed):
+                if samples := self._news():
                     self._send(Progress(samples))
                 self._look_next = now + PROGRESS_SECONDS
             if now >= self._stand_next:
@@ -249,20 +292,52 @@ class Loop:
 
     def _obey(self, order: Add | Cancel | None) -> None:
         if isinstance(order, Add):
-            self._streamed.update(order.streamed)
+            given, streamed = order.requests, set(order.streamed)
+            rows = zip(given.row_index.tolist(), given.params.tolist(), strict=True)
+            self._streamed |= {row: dict.fromkeys(range(given.sampling[at].n), 0) for row, at in rows if row in streamed}
             self._finished(self._replica.extend(order.requests))
         elif isinstance(order, Cancel):
             for row in order.rows:
                 self._replica.withdraw(row)
-            self._streamed.difference_update(order.rows)
+                self._streamed.pop(row, None)
+
+    def _news(self) -> list[tuple[int, int, int, Generated]]:
+        """What streamed samples have that main does not have yet."""
+        news: list[tuple[int, int, int, Generated]] = []
+        for row, number, output in self._replica.scheduler.under_way(self._streamed):
+            had = self._streamed[row].get(number, 0)
+            if len(output.tokens) > had:
+                self._streamed[row][number] = len(output.tokens)
+                news.append((row, number, had, _behind(output, had)))
+        return news
 
     def _finished(self, completions: Sequence[Completion]) -> None:
+        for each in completions:
+            if each.row_index in self._streamed:
+                left = self._streamed[each.row_index]
+                left.pop(each.sample_index, None)
+                if not left:
+                    del self._streamed[each.row_index]
         if completions:
             self._send(Done(CompletionBatch(completions)))
 
 
+def _behind(output: Generated, count: int) -> Generated:
+    """The same without its first tokens."""
+    parts = (output.tokens, output.logprobs, output.top_ids, output.top_logprobs)
+    return Generated(*(None if part is None else part[count:] for part in parts))  # type: ignore[arg-type]
+
+
 def _send(outbox: queue.Queue[Message | None], pipe: Connection) -> None:
-    while (message := outbox.get()) is not None:
+    """Send what is put in, until None is; and None as a sign of life."""
+    while True:
+        beat = False
+        try:
+            message = outbox.get(timeout=BEAT_SECONDS)
+        except queue.Empty:
+            message, beat = None, True
+        if message is None and not beat:
+            return
         with suppress(OSError):
             pipe.send(message)
 

@@ -9,7 +9,7 @@ from tokabatch.serve.engine import Engine
 
 def render(engine: Engine, answered: Mapping[int, int]) -> str:
     """`answered` counts responses by status."""
-    counts, standings = engine.counts, engine.standings
+    counts, numbered = engine.counts, engine.standings
     lines: list[str] = []
 
     def metric(name: str, kind: str, about: str, values: Mapping[str, float]) -> None:
@@ -29,7 +29,6 @@ def render(engine: Engine, answered: Mapping[int, int]) -> str:
     metric("output_tokens_total", "counter", "Tokens of finished samples.", {"": counts.output_tokens})
     metric("scheduler_restarts_total", "counter", "Scheduler processes replaced.", {"": counts.restarts})
     metric("samples_unfinished", "gauge", "Samples that run or wait.", {"": engine.unfinished})
-    numbered = dict(enumerate(standings))
     metric("samples_running", "gauge", "Samples that run.", each({n: s.running for n, s in numbered.items()}))
     metric(
         "kv_cache_usage", "gauge", "Used part of the KV cache, from 0 to 1.", each({n: s.kv_used for n, s in numbered.items()})

@@ -9,6 +9,8 @@ import signal
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
 from types import FrameType
 
 import numpy as np
@@ -23,10 +25,12 @@ from tokabatch.runner.replica import scheduler_limits
 from tokabatch.scheduling.contracts import Requests, SamplingParams
 from tokabatch.scheduling.stop_conditions import StopRules, TokenText
 from tokabatch.serve.app import Api
+from tokabatch.serve.batches import Batches
 from tokabatch.serve.engine import Engine
 from tokabatch.serve.engine_process import EngineSpec
 from tokabatch.serve.prompts import Prompts
 from tokabatch.serve.settings import ServiceConfig
+from tokabatch.serve.stored_files import StoredFiles
 from tokabatch.workload import Demand, OpenModel, open_model, special_ids
 
 EXPECTED_PROMPTS = 1 << 16
@@ -55,12 +59,14 @@ def serve(config: ServiceConfig, tell: Callable[[str], None]) -> int:
         depth=min(MOST_STEPS, max(2 if on_gpu else 1, stages + (stages > 1))) if depth == "auto" else depth,
         depth_of_few=3 if on_gpu and stages == 1 and depth == "auto" else None,
         max_restarts=job.engine.max_restarts,
+        hang_seconds=job.engine.hang_seconds,
     )
     # Each connection is a file, and the soft limit is often 1,024.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listener = _listen(config.server.host, config.server.port)
-    return asyncio.run(_serve(config, model, [spec] * model.layout.replicas, prompts, context, listener, tell))
+    files = _open_files(config, tell)
+    return asyncio.run(_serve(config, model, [spec] * model.layout.replicas, prompts, context, files, listener, tell))
 
 
 async def _serve(
@@ -69,6 +75,7 @@ async def _serve(
     specs: list[EngineSpec],
     prompts: Prompts,
     context: int,
+    files: StoredFiles | None,
     listener: socket.socket,
     tell: Callable[[str], None],
 ) -> int:
@@ -76,7 +83,8 @@ async def _serve(
     engine = Engine(
         specs, model.tokenizer, collect_seconds=server.collect_ms / 1000, most_samples=server.max_waiting, tell=tell
     )
-    api = Api(server, config.name, model, engine, prompts, context)
+    batches = None if files is None else Batches(files, config, engine)
+    api = Api(server, config.name, model, engine, prompts, context, files, batches)
     http = _Server(
         uvicorn.Config(
             api.app,
@@ -105,14 +113,18 @@ async def _serve(
         if starting.done():
             starting.result()
             host, port = listener.getsockname()[:2]
+            if batches is not None:
+                batches.begin(context, tell)
             tell(f"{config.name} is served at http://{host if ':' not in host else f'[{host}]'}:{port}/v1; Ctrl-C stops it")
             await asyncio.wait((*watching, serving), return_when=asyncio.FIRST_COMPLETED)
         api.draining = True
+        closing = asyncio.gather(*([] if batches is None else [batches.close()]))
         if stop.is_set() and engine.unfinished:
             tell(f"stopping: {engine.unfinished:,} samples are finished first, for at most {server.grace_seconds:g} s")
             end = loop.time() + server.grace_seconds
             while engine.unfinished and engine.failure is None and loop.time() < end:
                 await asyncio.sleep(0.05)
+        await closing
         engine.fail_all(EngineError("the server was stopped before this request was finished; send it again"))
         http.should_exit = True
         with suppress(TimeoutError):
@@ -136,6 +148,21 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None]:
         yield
+
+
+def _open_files(config: ServiceConfig, tell: Callable[[str], None]) -> StoredFiles | None:
+    """The folder of files and batches. Where the settings do not name it, a server does without rather than not at all."""
+    try:
+        if config.server.files is None:
+            return None
+        if find_spec("python_multipart") is None:
+            raise UsageError("server.files needs python-multipart; install it with: pip install 'tokabatch[serve]'")
+        return StoredFiles(Path(config.server.files).absolute())
+    except UsageError as error:
+        if "files" in config.server.model_fields_set:
+            raise
+        tell(f"/v1/files and /v1/batches are not served: {error}")
+        return None
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -39,6 +39,14 @@ class ServerConfig(_Section):
     max_waiting: fields.Count = Field(
         default=1 << 16, description="Most samples that may run and wait at a time; more get status 503."
     )
+    files: fields.OptionalText = Field(
+        default="tokabatch-files",
+        description="Folder of /v1/files and /v1/batches, made when the server starts; null: neither.",
+    )
+    max_file: fields.Count = Field(default=512 << 20, description="Most bytes in a file that is uploaded.")
+    flush_seconds: fields.Seconds = Field(
+        default=10.0, description="Finished samples of a batch are on disk after at most so long."
+    )
     grace_seconds: fields.Seconds = Field(
         default=30.0, description="After the first signal to stop, what runs is finished for so long; then it is given up."
     )
@@ -58,12 +66,13 @@ class ServiceConfig(_Section):
         """The server of a model, with overrides such as `server.port=8080`. Raises JobError listing every problem found."""
         return load_model(cls, {"model": {"path": model}}, overrides)[0]
 
-    def job(self, rows: str = "-", results: str = "-results") -> Job:
-        """The job that these sections are of, with `rows` as its input. As in batch files, a request that does not say
-        max_tokens has what the prompt leaves of the context, unless these settings say it."""
+    def job(self, rows: str = "-", results: str = "-results", form: str = "rows") -> Job:
+        """The job that these sections are of, with `rows` as its input, of the format `form`. As in batch files, a request that
+        does not say max_tokens has what the prompt leaves of the context, unless these settings say it."""
         given = self.model_dump(mode="json", exclude_unset=True, exclude={"server"})
         generation = {"max_tokens": "context", **given.get("generation", {})}
-        return Job.load({**given, "generation": generation, "input": {"path": rows}, "output": {"path": results}})
+        output = {"path": results, "flush_seconds": self.server.flush_seconds}
+        return Job.load({**given, "generation": generation, "input": {"path": rows, "format": form}, "output": output})
 
     @property
     def name(self) -> str:

@@ -14,20 +14,22 @@ class TextStream:
         """`decode` gives the texts of token lists; `stops` end the sample, and are no part of its text."""
         self._decode = decode
         self._stops = stops
-        self._begin = 0
-        """Tokens from here on are decoded together: a token's text may depend on the ones right before it."""
-        self._read = 0
-        """Tokens whose text is in `_text`."""
+        self._before: list[int] = []
+        """Tokens whose text is in `_text`; those after them are decoded together with them, since a token's text may depend on
+        the ones right before it."""
+        self._behind: list[int] = []
+        """Tokens whose text is not in it yet."""
         self._text = ""
         self._given = 0
         """Characters of it that have been given out."""
 
     def grow(self, tokens: Sequence[int]) -> str:
-        """The further text of a sample that has these tokens now, all of them, and goes on."""
-        before, after = self._decode([list(tokens[self._begin : self._read]), list(tokens[self._begin :])])
+        """The further text of a sample that has drawn these tokens, too, and goes on."""
+        self._behind += tokens
+        before, after = self._decode([self._before, self._before + self._behind])
         if len(after) > len(before) and not after.endswith(REPLACEMENT):
             self._text += after[len(before) :]
-            self._begin, self._read = self._read, len(tokens)
+            self._before, self._behind = self._behind, []
         return self._give(len(self._text) - self._open_stop())
 
     def end(self, text: str) -> str:

@@ -1,0 +1,130 @@
+"""Files and batches of a server that is killed in the middle: every request has its answer, the one that a run gives."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support import tiny_models
+from support.running_server import Server
+
+import tokabatch
+from tokabatch.batch.job import batch_job
+from tokabatch.batch.results import write_results
+from tokabatch.errors import UsageError
+from tokabatch.serve.stored_files import StoredFiles
+
+URL = "/v1/completions"
+
+
+def line(number: int, **body: Any) -> dict[str, Any]:
+    asked = {"model": "tiny", "prompt": f"number {number}", "max_tokens": 250, "ignore_eos": True, "seed": number, **body}
+    return {"custom_id": f"r{number}", "method": "POST", "url": URL, "body": asked}
+
+
+def upload(client: httpx.Client, lines: list[dict[str, Any]]) -> str:
+    content = "".join(json.dumps(each) + "\n" for each in lines).encode()
+    answer = client.post("/v1/files", data={"purpose": "batch"}, files={"file": ("asked.jsonl", content)})
+    assert answer.status_code == 200 and answer.json()["bytes"] == len(content), answer.text
+    return answer.json()["id"]
+
+
+def create(client: httpx.Client, file: str, **more: Any) -> dict[str, Any]:
+    body = {"input_file_id": file, "endpoint": URL, "completion_window": "24h", **more}
+    answer = client.post("/v1/batches", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def until(client: httpx.Client, batch: str, reached: Any) -> dict[str, Any]:
+    end = time.monotonic() + 90
+    while not reached(found := client.get(f"/v1/batches/{batch}").json()):
+        assert time.monotonic() < end, found
+        time.sleep(0.05)
+    return found
+
+
+def objects(client: httpx.Client, file: str) -> dict[str, dict[str, Any]]:
+    lines = client.get(f"/v1/files/{file}/content").text.splitlines()
+    return {each["custom_id"]: each for each in map(json.loads, lines)}
+
+
+def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
+    folder, kept = tiny_models.add_tokenizer(tiny_models.build("llama", tmp_path / "model")), tmp_path / "files"
+    settings = (f"server.files={kept}", "server.flush_seconds=0.3", "generation.seed=1", "server.max_file=64K")
+    server = Server(folder, *settings)
+    client = server.client
+    asked = [line(number, n=1 + number % 2, prompt=[f"number {number}"] * (1 + number % 3)) for number in range(40)]
+    asked[7]["body"]["suffix"] = "no"
+    file = upload(client, asked)
+    batch = create(client, file, metadata={"of": "mine"})
+    assert (batch["status"], batch["metadata"], batch["object"]) == ("validating", {"of": "mine"}, "batch")
+
+    # Others wait their turn, or never have one.
+    late, cancelled = create(client, file, completion_window="1s"), create(client, upload(client, [line(0)]))
+    assert client.post(f"/v1/batches/{cancelled['id']}/cancel").json()["status"] == "cancelling"
+    for found, code in ((cancelled, "batch_cancelled"), (late, "batch_expired")):
+        found = until(client, found["id"], lambda each: each["status"] in ("cancelled", "expired", "completed"))
+        assert code == f"batch_{found['status']}" and found["output_file_id"] is None
+        assert {each["error"]["code"] for each in objects(client, found["error_file_id"]).values()} == {code}
+    wrong = create(client, upload(client, [line(0), line(1, model="other")]))
+    assert client.post(f"/v1/batches/{cancelled['id']}/cancel").status_code == 400
+    assert client.delete(f"/v1/files/{file}").json()["error"]["code"] == "file_in_use"
+    for path, body in (("/v1/batches", {"input_file_id": "file-1", "endpoint": URL}), ("/v1/batches", {"endpoint": "/v1/x"})):
+        assert client.post(path, json=body).status_code == 400
+    for form, content in (({"purpose": "assistants"}, b"x"), ({}, b"x"), ({"purpose": "batch"}, b"x" * 70000)):
+        answer = client.post("/v1/files", data=form, files={"file": ("a.jsonl", content)})
+        assert answer.status_code == (413 if len(content) > 9 else 400), answer.text
+    assert client.post("/v1/files", content=b"x").status_code == 400
+    assert client.get("/v1/files/file-../content").status_code == client.get("/v1/batches/batch-1").status_code == 404
+
+    # A client's request passes the rows that wait.
+    until(client, batch["id"], lambda each: each["request_counts"]["completed"] >= 8)
+    assert server.texts(prompt="hello", max_tokens=2)
+    assert until(client, batch["id"], lambda each: True)["request_counts"]["completed"] < 30
+    time.sleep(0.5)
+    server.process.send_signal(signal.SIGKILL)
+    server.process.wait()
+    server = Server(folder, *settings)
+    client = server.client
+    found = until(client, batch["id"], lambda each: each["status"] not in ("validating", "in_progress", "finalizing"))
+    assert found["status"] == "completed" and found["request_counts"] == {"total": 40, "completed": 39, "failed": 1}
+    assert all(found[f"{state}_at"] for state in ("created", "in_progress", "finalizing", "completed", "expires"))
+    assert (
+        any("continuing" in text for text in server.told)
+        or json.loads((kept / f"{batch['id']}.run" / "summary.json").read_text())["earlier"]
+    )
+    results, errors = objects(client, found["output_file_id"]), objects(client, found["error_file_id"])
+    assert results.keys() | errors.keys() == {each["custom_id"] for each in asked} and errors.keys() == {"r7"}
+
+    # The same as a run of the file.
+    (tmp_path / "asked.jsonl").write_bytes(client.get(f"/v1/files/{file}/content").content)
+    job = batch_job(str(tmp_path / "asked.jsonl"), str(folder), tmp_path / "to.jsonl", None, ["model.dtype=float64"])
+    tokabatch.run(job)
+    write_results(Path(job.output.path), tmp_path / "to.jsonl")
+    for wanted in map(json.loads, (tmp_path / "to.jsonl").read_text().splitlines()):
+        mine = results[wanted["custom_id"]]["response"]["body"]
+        assert mine["choices"] == wanted["response"]["body"]["choices"]
+
+    found = until(client, wrong["id"], lambda each: each["status"] == "failed")
+    assert found["errors"]["data"][0]["line"] == 2 and "'other'" in found["errors"]["data"][0]["message"]
+    listed = client.get("/v1/batches", params={"limit": 2}).json()
+    assert listed["has_more"] and len(listed["data"]) == 2
+    more = client.get("/v1/batches", params={"after": listed["last_id"]}).json()
+    assert {each["id"] for each in listed["data"] + more["data"]} >= {batch["id"], wrong["id"], late["id"]}
+    assert client.delete(f"/v1/files/{file}").json()["deleted"] and client.get(f"/v1/files/{file}").status_code == 404
+    assert client.get("/v1/files", params={"purpose": "batch_output"}).json()["data"]
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(30) == 0, "".join(server.told)
+
+
+def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
+    first = StoredFiles(tmp_path)
+    with pytest.raises(UsageError, match="another server uses"):
+        StoredFiles(tmp_path)
+    assert first.get("file-../../etc/passwd") is None

@@ -1,0 +1,345 @@
+"""The API's /v1/batches: each batch is a run, whose folder `batch-ID.run` lies beside its record, `batch-ID.json`.
+
+A batch waits its turn, is looked through, and run; what is finished is committed as in any run, and a server that is started
+again goes on with what the one before has left. One is computed at a time, in the order in which they came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokabatch.arrays import Int64
+from tokabatch.batch.results import write_results
+from tokabatch.errors import EXIT_STOPPED, STOPS, EngineError, TokabatchError, UsageError
+from tokabatch.input.batch_files import BODY, CUSTOM_ID, PROMPT_INDEX, URL, open_rows
+from tokabatch.job import Job
+from tokabatch.openai.errors import ApiError
+from tokabatch.openai.requests import CHAT, COMPLETIONS
+from tokabatch.output.export import committed_shards
+from tokabatch.output.folder import OutputFolder
+from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.replica import scheduler_limits
+from tokabatch.runner.run import run
+from tokabatch.serve.background_run import BackgroundReplica
+from tokabatch.serve.completions import Refused
+from tokabatch.serve.engine import Engine
+from tokabatch.serve.settings import ServiceConfig
+from tokabatch.serve.stored_files import StoredFiles, new_id
+
+ENDED = frozenset(("completed", "failed", "expired", "cancelled"))
+SHOWN_FAULTS = 20
+RETRY_SECONDS = 30.0
+_WINDOW = re.compile(r"(\d+)([smhd])")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_FIELDS = frozenset(("input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"))
+_TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
+Batch = dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Lines:
+    """The requests of a batch file: the one that each row is of, which of them are faulty, and what is wrong with the file."""
+
+    request_of_row: Int64
+    faulty: list[bool] = field(default_factory=list[bool])
+    errors: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+
+class Batches:
+    """All methods are for the event loop."""
+
+    def __init__(self, files: StoredFiles, config: ServiceConfig, engine: Engine) -> None:
+        self._files = files
+        self._config = config
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._known: dict[str, Batch] = {}
+        self._waiting: asyncio.Queue[Batch] = asyncio.Queue()
+        self._stop = Interruption()
+        self._current: Batch | None = None
+        self._closing = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        for batch in sorted(files.records("batch"), key=lambda batch: (batch["created_at"], batch["id"])):
+            self._known[batch["id"]] = batch
+            if batch["status"] not in ENDED:
+                self._enqueue(batch)
+
+    def begin(self, most: int, tell: Any) -> None:
+        """Compute what waits. `most` tokens may a prompt and its sample have; `tell` takes what a person should know."""
+        self._most, self._tell = most, tell
+        self._worker = self._spawn(self._work())
+
+    async def close(self) -> None:
+        """Break off what is computed; what is finished of it is committed."""
+        self._closing = True
+        self._stop.request(EXIT_STOPPED)
+        # The one that computes ends by itself.
+        if self._current is None:
+            for task in self._tasks:
+                task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def create(self, body: dict[str, Any]) -> Batch:
+        """Raises Refused."""
+        if unknown := next((name for name, value in body.items() if name not in _FIELDS and value is not None), None):
+            raise _refused(f"{unknown} is not a field of this request", unknown, "unknown_parameter")
+        if body.get("output_expires_after") is not None:
+            raise _refused("output_expires_after is not supported; delete the files", "output_expires_after")
+        endpoint, window = body.get("endpoint"), body.get("completion_window", "24h")
+        if endpoint not in (CHAT, COMPLETIONS):
+            raise _refused(f"endpoint must be {CHAT} or {COMPLETIONS}", "endpoint")
+        found = _WINDOW.fullmatch(window) if isinstance(window, str) else None
+        if found is None:
+            raise _refused("completion_window must be a time such as 24h, 90m or 30s", "completion_window")
+        metadata = body.get("metadata")
+        if metadata is not None and not isinstance(metadata, dict):
+            raise _refused("metadata must be an object", "metadata")
+        name = body.get("input_file_id")
+        stored = self._files.get(name) if isinstance(name, str) else None
+        if stored is None:
+            raise _refused(f"there is no file {name!r}", "input_file_id", "not_found")
+        if stored.purpose != "batch":
+            raise _refused(f"the purpose of {name} is {stored.purpose!r}, not 'batch'", "input_file_id")
+        now = int(time.time())
+        batch: Batch = {
+            "id": new_id("batch"),
+            "object": "batch",
+            "endpoint": endpoint,
+            "errors": None,
+            "input_file_id": name,
+            "completion_window": window,
+            "status": "validating",
+            "output_file_id": None,
+            "error_file_id": None,
+            "created_at": now,
+            "expires_at": now + int(found[1]) * _UNITS[found[2]],
+            **{f"{state}_at": None for state in _TIMES},
+            "request_counts": {"total": 0, "completed": 0, "failed": 0},
+            "metadata": metadata,
+        }
+        self._files.write_record(batch["id"], batch)
+        self._known[batch["id"]] = batch
+        self._enqueue(batch)
+        return batch
+
+    def get(self, name: str) -> Batch:
+        """Raises Refused."""
+        if name not in self._known:
+            raise Refused(ApiError(f"there is no batch {name!r}", "batch_id", "not_found", 404))
+        return self._known[name]
+
+    def all(self) -> list[Batch]:
+        """The newest one last."""
+        return list(self._known.values())
+
+    def uses(self, file: str) -> str | None:
+        """A batch that is not over and has this file as its input."""
+        return next((b["id"] for b in self._known.values() if b["input_file_id"] == file and b["status"] not in ENDED), None)
+
+    def cancel(self, name: str) -> Batch:
+        """Raises Refused where it is over."""
+        batch = self.get(name)
+        if batch["status"] in ENDED:
+            raise _refused(f"{name} is {batch['status']} and cannot be cancelled", "batch_id")
+        if batch["status"] not in ("cancelling", "finalizing"):
+            self._set(batch, "cancelling")
+            self._break_off(batch)
+        return batch
+
+    def _enqueue(self, batch: Batch) -> None:
+        self._waiting.put_nowait(batch)
+        self._loop.call_later(max(0.0, batch["expires_at"] - time.time()), self._break_off, batch)
+
+    def _break_off(self, batch: Batch) -> None:
+        """It is cancelled, or its time is over."""
+        if batch is self._current:
+            self._stop.request(EXIT_STOPPED)
+        elif batch["status"] not in ENDED and not self._closing:
+            self._spawn(self._finish(batch, "cancelled" if batch["status"] == "cancelling" else "expired"))
+
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _set(self, batch: Batch, status: str) -> None:
+        batch["status"] = status
+        batch[f"{status}_at"] = batch[f"{status}_at"] or int(time.time())
+        self._files.write_record(batch["id"], batch)
+
+    async def _work(self) -> None:
+        while not self._closing:
+            batch = await self._waiting.get()
+            if batch["status"] in ENDED:
+                continue
+            self._current, self._stop = batch, Interruption()
+            try:
+                await self._complete(batch)
+            except (TokabatchError, OSError) as error:
+                if not self._closing and self._engine.failure is None:
+                    self._tell(f"{batch['id']} stands still, and is tried again in {RETRY_SECONDS:g} s: {error}")
+                    self._loop.call_later(RETRY_SECONDS, self._waiting.put_nowait, batch)
+            except Exception as error:
+                self._tell(f"{batch['id']} has failed: {type(error).__name__}: {error}; please report this")
+                self._fail(batch, [{"code": "internal_error", "message": f"{type(error).__name__}: {error}"}])
+            finally:
+                self._current = None
+
+    async def _complete(self, batch: Batch) -> None:
+        """Raises TokabatchError or OSError where it cannot go on for now."""
+        lines = await asyncio.to_thread(self._look_through, batch)
+        if lines.errors:
+            self._fail(batch, lines.errors)
+            return
+        batch["request_counts"]["total"] = len(lines.faulty)
+        summary, target = None, self._files.path(batch["id"], ".run")
+        begun = target.exists()
+        if batch["status"] != "cancelling" and batch["expires_at"] > time.time():
+            self._set(batch, "in_progress")
+            job = self._config.job(str(self._files.path(batch["input_file_id"])), str(target), "openai")
+            try:
+                summary = await asyncio.to_thread(self._run, job, lines, batch)
+            except UsageError as error:
+                if begun:
+                    raise
+                self._fail(batch, [{"code": "invalid_request", "message": str(error)}])
+                return
+            except STOPS:
+                pass  # It was still being read.
+        if self._closing:
+            return
+        if summary is not None and not summary.pending:
+            self._set(batch, "finalizing")
+            await self._finish(batch, "completed")
+        elif batch["status"] == "cancelling" or batch["expires_at"] <= time.time():
+            await self._finish(batch, "cancelled" if batch["status"] == "cancelling" else "expired")
+        else:
+            raise EngineError("its run could not be finished")
+
+    def _run(self, job: Job, lines: _Lines, batch: Batch) -> Any:
+        """In a thread."""
+        return run(job, should_stop=self._stop, make=partial(self._replica, lines, batch["request_counts"]))
+
+    def _replica(self, lines: _Lines, counts: dict[str, int], job: Job, started: Any, sizes: Any, *_: Any) -> BackgroundReplica:
+        requests, left = started.left.requests, np.zeros(len(lines.faulty), np.int64)
+        np.add.at(left, lines.request_of_row[requests.row_index], 1)
+        failed = np.array(lines.faulty, np.bool_)
+
+        def count() -> None:
+            done = left == 0
+            counts["failed"] = int((done & failed).sum())
+            counts["completed"] = int((done & ~failed).sum())
+
+        def on_prompt(row: int, bad: bool) -> None:
+            request = int(lines.request_of_row[row])
+            left[request] -= 1
+            failed[request] |= bad
+            if not left[request]:
+                counts["failed" if failed[request] else "completed"] += 1
+
+        self._loop.call_soon_threadsafe(count)
+        lengths = self._most, started.left.spec.context_length
+        return BackgroundReplica(self._engine, self._loop, requests, scheduler_limits(sizes), lengths, on_prompt)
+
+    def _look_through(self, batch: Batch) -> _Lines:
+        """In a thread. What is wrong with a line alone makes it an error; a file that is not for here is refused."""
+        lines, requests = _Lines(np.zeros(0, np.int64)), list[int]()
+        job = self._config.job(str(self._files.path(batch["input_file_id"])), "-", "openai")
+        try:
+            for rows in open_rows(job.input).batches():
+                for row in rows.rows:
+                    columns = row.columns or {}
+                    if not columns.get(PROMPT_INDEX):
+                        lines.faulty.append(row.error is not None)
+                        if row.error is None:
+                            self._look_at(batch, columns, len(lines.faulty), lines.errors)
+                    requests.append(len(lines.faulty) - 1)
+        except UsageError as error:
+            lines.errors.append({"code": "invalid_file", "message": str(error), "param": None, "line": None})
+        if not requests and not lines.errors:
+            lines.errors.append({"code": "empty_file", "message": "the file holds no request", "param": None, "line": None})
+        lines.request_of_row = np.array(requests, np.int64)
+        return lines
+
+    def _look_at(self, batch: Batch, columns: Any, line: int, errors: list[dict[str, Any]]) -> None:
+        if len(errors) >= SHOWN_FAULTS:
+            return
+        if columns[URL] != batch["endpoint"]:
+            message = f"the url is {columns[URL]!r}, the batch's endpoint {batch['endpoint']!r}"
+            errors.append({"code": "mismatched_url", "message": message, "param": "url", "line": line})
+        elif (model := json.loads(columns[BODY]).get("model")) != self._config.name:
+            message = f"the model {model!r} is not served here; this server has {self._config.name!r}"
+            errors.append({"code": "model_not_found", "message": message, "param": "body.model", "line": line})
+
+    def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
+        batch["errors"] = {"object": "list", "data": errors}
+        self._set(batch, "failed")
+
+    async def _finish(self, batch: Batch, status: str) -> None:
+        """Keep the files of results and errors, and say how it ended."""
+        code = None if status == "completed" else f"batch_{status}"
+        found = await asyncio.to_thread(self._write, batch, code)
+        batch["output_file_id"], batch["error_file_id"], counts = found
+        batch["request_counts"] |= counts
+        self._set(batch, status)
+
+    def _write(self, batch: Batch, code: str | None) -> tuple[str | None, str | None, dict[str, int]]:
+        """In a thread: what there is of the run. With a `code`, requests that have no result get an error of that code."""
+        name = batch["id"]
+        results, errors = self._files.path(name, ".results.jsonl"), self._files.path(name, ".errors.jsonl")
+        folder, counts = OutputFolder(self._files.path(name, ".run")), {"completed": 0, "failed": 0}
+        for file in (results, errors):
+            file.write_bytes(b"")
+        if folder.path.exists() and committed_shards(folder):
+            written = write_results(folder.path, results, errors)
+            counts = {"completed": written.results, "failed": written.errors}
+        if code is not None:
+            there = {line[CUSTOM_ID] for file in (results, errors) for line in _objects(file)}
+            with errors.open("a") as file:
+                for line in _objects(self._files.path(batch["input_file_id"])):
+                    if isinstance(named := line.get(CUSTOM_ID), str) and named not in there:
+                        error = {"code": code, "message": "this request was not answered before the batch ended"}
+                        request = f"batch_req_{_digest(name, named)}"
+                        file.write(json.dumps({"id": request, CUSTOM_ID: named, "response": None, "error": error}) + "\n")
+                        counts["failed"] += 1
+        kept: list[str | None] = []
+        for kind, file in (("output", results), ("error", errors)):
+            stored = f"file-{_digest(name, kind)}"
+            kept.append(stored if file.stat().st_size else None)
+            if kept[-1] is not None:
+                self._files.put(stored, f"{name}_{kind}.jsonl", "batch_output", file)
+            else:
+                file.unlink()
+        return kept[0], kept[1], counts
+
+
+def _objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects among a file's lines."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                found = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(found, dict):
+                yield found
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _refused(message: str, param: str | None, code: str = "invalid_value") -> Refused:
+    return Refused(ApiError(message, param, code))
