@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.__main__ import default_scratch, ensure_model, parse_part, run_child
+from benchmarks.gpu.__main__ import default_scratch, ensure_model, main, parse_part, run_child
 from benchmarks.gpu.jobs import check_output
 from benchmarks.gpu.trace import describe_trace, read_trace
 from benchmarks.gpu.whole_pass import Watch
@@ -21,22 +21,33 @@ from tokabatch.report.progress import ProgressSnapshot
 ROOT = Path(__file__).parent.parent.parent
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200
-    )
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Runs the command in this process, its children in theirs; returns the exit code, standard output and error."""
+
+    def start(*arguments: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *arguments])
+        code = None
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        told = capfd.readouterr()
+        return code, told.out, told.err
+
+    return start
 
 
-def test_the_command(tmp_path):
+def test_the_command(command, tmp_path):
     """Two parts, the second of which fails: the first one's figures stand beside its roofline all the same."""
-    result = command(
+    code, told, errors = command(
         "a:prompts=2", "b:engine.page_size=31", "--model", "tiny", "--scale", "0.02", "--profile",
         "--out", str(tmp_path / "out"), "--scratch", str(tmp_path),
     )  # fmt: skip
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "FAILED" in result.stdout and "a power of two" in result.stderr
+    assert code == 1, told + errors
+    assert "FAILED" in told and "a power of two" in errors
     for words in ("whole pass", "of the roofline's", "steady state", "to the first step", "host CPU", "trace "):
-        assert words in result.stdout
+        assert words in told
     records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     own, found = records[0]["figures"], records[1]["profile"]
     assert (own["output_tokens"], own["exit_code"]) == (2 * 10 * 4, 0)
@@ -142,15 +153,14 @@ def test_a_trace_knows_busy_from_idle(tmp_path):
     assert "idle 0.2 ms (20.0%)" in describe_trace(found, steps=1)[0]
 
 
-def test_the_real_experiment(tmp_path):
+def test_the_real_experiment(command, tmp_path):
     """Three rows in GSM8K's form, on the quickstart's model: samples end by themselves, and what they took is printed."""
     rows = [{"question": f"What is {n} plus 2?", "answer": f"#### {n + 2}"} for n in range(9)]
     for name in ("test.jsonl", "train.jsonl"):
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
     keys = "input.limit=3,generation.n=2,generation.max_tokens=12,model.dtype=float32,engine.device=cpu"
-    result = command(f"real:{keys}", "--model-folder", str(ROOT / "jobs/quickstart"), "--gsm8k", str(tmp_path))
-    assert result.returncode == 0, result.stdout + result.stderr
+    code, told, errors = command(f"real:{keys}", "--model-folder", str(ROOT / "jobs/quickstart"), "--gsm8k", str(tmp_path))
+    assert not code, told + errors
     for words in ("of 6 samples", "output tokens/s", "tail ", "launching", "pass@1", "running "):
-        assert words in result.stdout
-    refused = command("real", "--gsm8k", str(tmp_path))
-    assert refused.returncode == 1 and "--model-folder" in refused.stderr
+        assert words in told
+    assert "--model-folder" in str(command("real", "--gsm8k", str(tmp_path))[0])
