@@ -75,6 +75,12 @@ MISTAKES = [
     (("run", Q, "model.path=nothing"), "config.json"),
     (("run", Q, "output.columns=[qestion]"), r"did you mean 'question'\?"),
     (("run", Q, "output.path=rows.jsonl"), "Choose another output.path"),
+    (("run", Q, "output.path=/proc/nowhere/out"), r"no folder can be created in /proc \(.*Choose another output.path"),
+    (
+        ("run", Q, "prompt.template={% if context %}{{ context }}{% endif %}{{ qestion }}"),
+        r"no column context, qestion \(did you mean 'question'\?\); .* for an optional column write {{ context \| default",
+    ),
+    (("run", Q, "model.path=./mine"), r"\./mine: no such folder \(looked in /.*hub id like"),
     (("plan", Q, "engine.kv_cache_tokens=8"), r"engine\.kv_cache_tokens allows 8; set engine\.kv_cache_tokens to at least \d+"),
     (("run", Q, "input.path=nothing", "output.path=nothing/out"), "choose an output.path outside of that folder"),
     (("plan", Q, "--device", "h200"), "belong to --simulate; add it"),

@@ -172,7 +172,7 @@ def cases() -> list[Case]:
     of("unfinished", "_tmp", "forbid", 2, 75, "_tmp", "undo")
     of("running", "_tmp", "remove", 75, 75, "takes no more: No such file or directory", "again")
     of(ended, "_lock", "remove replace", 0, 0, "", "again")
-    of("running", "_lock", "remove replace", 75, 75, "its lock (_lock) was taken away", "again")
+    of("running", "_lock", "remove replace", 75, 75, "its lock (_lock) was removed", "again")
     of(ended, "_lock", "forbid", 2, 2, "Permission denied", "undo")
     of("running", "", "move", 75, 75, "was moved or replaced", "undo")
     return found

@@ -86,7 +86,7 @@ def test_a_rank_that_stands_still_is_a_hang_of_the_worker(tmp_path):
     executor.start()
     ranks = processes(executor)
     os.kill(ranks[1].pid, signal.SIGSTOP)
-    with pytest.raises(WorkerLost, match=r"rank 1 hung \(it gave no sign of life") as lost:
+    with pytest.raises(WorkerLost, match=r"rank 1 hung \(it did not respond") as lost:
         executor._receive()
     assert lost.value.cause == "hung"
     _, alive = psutil.wait_procs(ranks, timeout=2.0)

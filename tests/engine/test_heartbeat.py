@@ -39,7 +39,7 @@ def test_silence_is_a_fault(vitals):
     pass_time(vitals, 20)
     assert vitals.fault is None
     pass_time(vitals, 1)
-    assert vitals.fault == "it gave no sign of life for 21 s"
+    assert vitals.fault == "it did not respond for 21 s"
 
 
 def test_a_step_that_is_never_done_is_a_fault_whatever_the_signs(vitals):

@@ -322,7 +322,7 @@ def test_a_disk_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("code", "advice"),
     [
-        (errno.EROFS, "Read-only file system. Mount it to be written, or name"),
+        (errno.EROFS, "Read-only file system. Mount it writable, or name"),
         (errno.ENOENT, "No such file or directory. Name a"),
     ],
 )

@@ -42,6 +42,6 @@ def test_a_journal_that_was_taken_away_is_not_written_anew(tmp_path: Path) -> No
         claim.check_folder()
         assert journal.read_bytes() != b"touched"
         journal.unlink()
-        with pytest.raises(CommitError, match=r"commits-mine\.jsonl was taken away"):
+        with pytest.raises(CommitError, match=r"commits-mine\.jsonl was removed"):
             claim.check_folder()
         assert not journal.exists()

@@ -50,17 +50,17 @@ class Refusing(DurableFiles):
 @pytest.mark.parametrize(
     ("call", "code", "advice"),
     [
-        ("link", errno.EXDEV, "Invalid cross-device link. Let _tmp and data lie on one file system"),
+        ("link", errno.EXDEV, "Invalid cross-device link. Put _tmp and data on one file system"),
         ("link", errno.EACCES, "Permission denied. Give permission"),
-        ("link", errno.EROFS, "Read-only file system. Mount it to be written"),
-        ("link", errno.EIO, "Input/output error. Look at the state of the disk"),
-        ("link", errno.ESTALE, "Stale file handle. Look at the state of the file server"),
+        ("link", errno.EROFS, "Read-only file system. Mount it writable"),
+        ("link", errno.EIO, "Input/output error. Check the disk"),
+        ("link", errno.ESTALE, "Stale file handle. Check the file server"),
         ("link", errno.EINVAL, "Invalid argument. Choose another output.path"),
         ("link", errno.ENOENT, "No such file or directory. Choose another output.path"),
         ("write", errno.ENOSPC, "No space left on device. Make room there"),
         ("write", errno.EDQUOT, "Disk quota exceeded. Make room there"),
         ("write", errno.EFBIG, "File too large. Raise the limit"),
-        ("fsync", errno.EIO, "Input/output error. Look at the state of the disk"),
+        ("fsync", errno.EIO, "Input/output error. Check the disk"),
         ("open_new", errno.EMFILE, "Too many open files. Raise the limit of open files"),
     ],
 )
@@ -93,10 +93,10 @@ def test_what_a_killed_start_left_is_cleared(tmp_path: Path) -> None:
         (errno.ENOSPC, CommitError, "make room there"),
         (errno.EDQUOT, CommitError, "make room there"),
         (errno.EACCES, CommitError, "give permission"),
-        (errno.EIO, CommitError, "look at the state of the disk"),
+        (errno.EIO, CommitError, "check the disk"),
         (errno.ENOMEM, CommitError, "give the job more memory"),
         (errno.EFBIG, OutputError, "raise the limit"),
-        (errno.EXDEV, OutputError, "lie on one file system"),
+        (errno.EXDEV, OutputError, "on one file system"),
     ],
 )
 def test_a_commit_that_fails_says_what_to_do(tmp_path: Path, code: int, kind: type[Exception], word: str) -> None:
@@ -195,7 +195,7 @@ def test_an_input_that_cannot_be_kept_is_refused(tmp_path: Path, monkeypatch, co
     ("error", "kind", "text"),
     [
         (an_error(errno.EIO, "/models/a/tokenizer.json"), UsageError, "/models/a/tokenizer.json cannot be read: Input/output"),
-        (an_error(errno.ESTALE), UsageError, "the model or the input cannot be read: Stale file handle. Look at"),
+        (an_error(errno.ESTALE), UsageError, "the model or the input cannot be read: Stale file handle. Check"),
         (an_error(errno.ENOSPC, "out/_tmp/input"), OutputError, "output.path 'out' cannot be written: No space left"),
         (MemoryError(), UsageError, "no memory left"),
     ],

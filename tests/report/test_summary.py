@@ -148,7 +148,7 @@ class TestRender:
         assert shown["running for"] == "1:10" and shown["last commit"] == "3.00 s ago"
         assert shown["speed"] == "12 samples, 1,500 output tokens per second"
         assert shown["time left"] == "about 1:01:40 at this speed"
-        assert facts(status_sections({}, pace))["time left"] == "known after three commits"
+        assert facts(status_sections({}, pace))["time left"] == "not known before the third commit"
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_a_process_that_stands_still_is_killed_and_another_goes_on(monkeypatch):
             os.kill(work.fleet._members[0].pid or 0, signal.SIGSTOP)
             stopped = True
     assert work.done == EXPECTED
-    assert len(work.told) == 1 and "no sign of life" in work.told[0]
+    assert len(work.told) == 1 and "did not respond" in work.told[0]
 
 
 def test_a_process_that_is_killed_again_and_again_is_given_up(monkeypatch):

@@ -145,7 +145,7 @@ def test_a_stopped_worker_is_a_hang_even_where_the_pipe_is_full(script, queued):
             executor.submit(step)
         executor.submit(step)
         executor.collect()
-    assert lost.value.cause == "hung" and "no sign of life" in str(lost.value)
+    assert lost.value.cause == "hung" and "did not respond" in str(lost.value)
     assert SHORT.silence - 1.0 < time.monotonic() - began < SHORT.silence + 10.0
     executor.close()
 

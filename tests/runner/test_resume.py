@@ -390,7 +390,7 @@ def test_a_repaired_row_may_ask_for_fewer_samples_and_a_bad_last_row_may_go(go, 
     write_rows(rows, [*replaced(2, {"question": None, "sampling_params": {"n": 2}}), "{broken"])
     assert go().errors == 2 * N
     write_rows(rows, replaced(2, {**ROWS[2], "sampling_params": {"n": 1}}))
-    with pytest.raises(OutputError, match=r"error sample .* of row \d+, which the job does not ask for.*--retry-errors"):
+    with pytest.raises(OutputError, match=r"error sample .* of row \d+, which is no longer part of.*--retry-errors"):
         go()
     summary = go(retry_errors=True)
     assert (summary.rows, summary.samples, summary.errors, summary.exit_code) == (10, 28, 0, 0)
@@ -458,7 +458,7 @@ def test_without_the_digests_of_rows_only_unchanged_rows_go_on(go, rows, tmp_pat
     digests = tmp_path / "out" / "row_digests.parquet"
     digests.write_bytes(b"PAR1 torn")
     write_rows(rows, ROWS)
-    with pytest.raises(OutputError, match=r"row_digests\.parquet, which tells the rows, is missing or damaged"):
+    with pytest.raises(OutputError, match=r"row_digests\.parquet, which identifies the rows, is missing or damaged"):
         go(retry_errors=True)
     digests.unlink()
     write_rows(rows, replaced(4, "{broken"))

@@ -155,7 +155,7 @@ def test_refusals(rows: Path, judge: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no run has written here"):
         score(out)
     scripted_run(rows, out, output={"columns": ["question"]})
-    with pytest.raises(JobError, match="verifies nothing"):
+    with pytest.raises(JobError, match="has no verifier"):
         score(out)
     with pytest.raises(JobError, match=r"`generation\.n=4`: only keys under verify"):
         score(out, ["generation.n=4"])

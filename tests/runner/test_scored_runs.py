@@ -30,7 +30,7 @@ ROWS: list[dict[str, Any]] = [
     {"prompt_token_ids": [10, 11, 12], "continuations": [[13, 14]]},
     {"prompt": "<eos>ends", "continuations": ["."]},
 ]
-BAD = {4: "must hold a list of texts", 5: "must hold a list", 6: "token ids below 97", 7: "one token alone"}
+BAD = {4: "must hold a list of non-empty texts", 5: "must hold a list", 6: "token ids below 97", 7: "one token alone"}
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,6 @@ OverridesArgument = Annotated[
     typer.Argument(metavar="KEY=VALUE", help=_OVERRIDES_HELP, show_default=False, autocompletion=_complete_key),
 ]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of a run.", show_default=False)]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder, start over.")]
-RetryOption = Annotated[bool, typer.Option("--retry-errors", help="Run the error rows of the run there again.")]
-RepairOption = Annotated[bool, typer.Option("--repair", help="Compute again what damaged or missing files held.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder and start over.")]
+RetryOption = Annotated[bool, typer.Option("--retry-errors", help="Run the error rows of an earlier run again.")]
+RepairOption = Annotated[bool, typer.Option("--repair", help="Recompute the samples of damaged or missing files.")]

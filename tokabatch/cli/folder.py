@@ -45,7 +45,7 @@ def status(out: OutArgument) -> None:
 
 def errors(
     out: OutArgument,
-    all_rows: Annotated[bool, typer.Option("--all", help="Name every error row, not only the first of each code.")] = False,
+    all_rows: Annotated[bool, typer.Option("--all", help="Show every error row, not only the first of each code.")] = False,
 ) -> None:
     """Name the rows of a run that became error rows, and say why.
 
@@ -151,16 +151,14 @@ def export(
             "--to", metavar="FILE", help="File to write: .jsonl, .csv or .parquet; - for standard output.", show_default=False
         ),
     ],
-    nested: Annotated[bool, typer.Option("--nested", help="One record a row, its samples as a list.")] = False,
+    nested: Annotated[bool, typer.Option("--nested", help="One record per row, its samples as a list.")] = False,
     columns: Annotated[
         str | None,
         typer.Option("--columns", metavar="NAME,NAME", help="Only these columns, in this order.", show_default=False),
     ] = None,
     where: Annotated[
         str | None,
-        typer.Option(
-            "--where", metavar="correct|wrong|ok|error|cancelled", help="Only samples that are so.", show_default=False
-        ),
+        typer.Option("--where", metavar="correct|wrong|ok|error|cancelled", help="Only these samples.", show_default=False),
     ] = None,
     form: Annotated[
         str, typer.Option("--format", metavar="samples|openai", help="openai: the results and errors files of a batch file.")

@@ -38,7 +38,7 @@ def plan(
     profile: Annotated[
         Path | None, typer.Option("--profile", help="Measured cost model (see `tokabatch profile`) in place of the roofline.")
     ] = None,
-    price: Annotated[float | None, typer.Option("--price", help="Money for an hour of the device.")] = None,
+    price: Annotated[float | None, typer.Option("--price", help="Price of an hour of the device.")] = None,
 ) -> None:
     """Check a job and show what it would do.
 
@@ -113,7 +113,7 @@ def profile(
     out: OutArgument,
     to: Annotated[Path, typer.Option("--to", metavar="PROFILE.json", help="File to write.", show_default=False)],
     device: Annotated[
-        str | None, typer.Option("--device", help=f"The device it ran on, if the run has not noted it: {DEVICES}.")
+        str | None, typer.Option("--device", help=f"Device of the run, if it was not recorded: {DEVICES}.")
     ] = None,
 ) -> None:
     """Fit a cost model to the steps of a finished run, for `plan --simulate --profile` and the key engine.profile.

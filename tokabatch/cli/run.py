@@ -30,22 +30,24 @@ def run(
     retry_errors: RetryOption = False,
     repair: RepairOption = False,
     shared: Annotated[
-        bool, typer.Option("--shared", help="Let other runs of the job write there, too, each taking units of the plan.")
+        bool, typer.Option("--shared", help="Share the output folder with other processes that run the same job.")
     ] = False,
-    units: Annotated[int, typer.Option("--units", min=1, help="Into how many units the first of them cuts the plan.")] = 256,
-    task: Annotated[str, typer.Option("--task", help="What `tokabatch status` calls this one of them.")] = "",
+    units: Annotated[
+        int, typer.Option("--units", min=1, help="Number of units into which the first process divides the plan.")
+    ] = 256,
+    task: Annotated[str, typer.Option("--task", help="Name of this process in `tokabatch status`.")] = "",
     lease: Annotated[
         float,
         typer.Option(
-            "--lease", min=0.5, help="Seconds after which others take over the units of a run that no longer responds."
+            "--lease", min=0.5, help="Seconds after which others take over the units of a process that no longer responds."
         ),
     ] = 60.0,
     deadline: Annotated[
-        float | None, typer.Option("--deadline", help="Stop as on SIGTERM so many seconds from now.", min=0, show_default=False)
+        float | None, typer.Option("--deadline", help="Stop after this many seconds, as on SIGTERM.", min=0, show_default=False)
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only messages and the summary.")] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="In the summary, the figures of scheduler and engine, too.")
+        bool, typer.Option("--verbose", "-v", help="Add the figures of the scheduler and the engine to the summary.")
     ] = False,
 ) -> None:
     """Run a job and print its summary.
@@ -74,7 +76,7 @@ def run(
 
 def batch(
     requests: Annotated[
-        str, typer.Argument(metavar="REQUESTS.jsonl", help="A batch file of OpenAI's API; its path.", show_default=False)
+        str, typer.Argument(metavar="REQUESTS.jsonl", help="A batch file of OpenAI's API.", show_default=False)
     ],
     model: Annotated[str, typer.Option("--model", metavar="MODEL", help="As model.path in a job file.", show_default=False)],
     to: Annotated[Path, typer.Option("--to", metavar="RESULTS.jsonl", help="File of the results.", show_default=False)],
@@ -88,7 +90,7 @@ def batch(
     repair: RepairOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only messages and the summary.")] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="In the summary, the figures of scheduler and engine, too.")
+        bool, typer.Option("--verbose", "-v", help="Add the figures of the scheduler and the engine to the summary.")
     ] = False,
 ) -> None:
     """Answer a batch file of OpenAI's API: chat and completions requests in, files of results and errors out.
@@ -115,23 +117,27 @@ def batch(
 def slurm(
     job: JobArgument,
     overrides: OverridesArgument = None,
-    tasks: Annotated[int, typer.Option("--tasks", min=1, help="Tasks of the array.")] = 1,
-    gpus: Annotated[int, typer.Option("--gpus-per-task", min=0, help="GPUs of each.")] = 0,
-    cpus: Annotated[int, typer.Option("--cpus-per-task", min=0, help="CPU cores of each; 0: as the site has it.")] = 0,
-    limit: Annotated[str, typer.Option("--time", help="Time limit of one start of a task, as sbatch has it.")] = "",
+    tasks: Annotated[int, typer.Option("--tasks", min=1, help="Number of tasks in the array.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus-per-task", min=0, help="GPUs per task.")] = 0,
+    cpus: Annotated[int, typer.Option("--cpus-per-task", min=0, help="CPU cores per task; 0: the site's default.")] = 0,
+    limit: Annotated[str, typer.Option("--time", help="Time limit of one start of a task, in sbatch's format.")] = "",
     option: Annotated[
         list[str] | None,
-        typer.Option("--sbatch", metavar="KEY=VALUE", help="Another option of sbatch: partition=gpu.", show_default=False),
+        typer.Option(
+            "--sbatch", metavar="KEY=VALUE", help="Further option of sbatch, such as partition=gpu.", show_default=False
+        ),
     ] = None,
     setup: Annotated[
         list[str] | None,
-        typer.Option("--setup", metavar="LINE", help="Shell before the run: 'module load cuda'.", show_default=False),
+        typer.Option(
+            "--setup", metavar="LINE", help="Shell command before the run, such as 'module load cuda'.", show_default=False
+        ),
     ] = None,
     command: Annotated[
-        str, typer.Option("--command", help="What to call: 'apptainer exec --nv IMAGE.sif tokabatch'.")
+        str, typer.Option("--command", help="Command to run, such as 'apptainer exec --nv IMAGE.sif tokabatch'.")
     ] = "tokabatch",
     to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="Default: JOB.sbatch.", show_default=False)] = None,
-    submit: Annotated[bool, typer.Option("--submit", help="Submit it as well.")] = False,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit it, too.")] = False,
 ) -> None:
     """Write the batch script that runs a job as an array of tasks on Slurm.
 

@@ -49,7 +49,7 @@ def ping(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.", show_default=False)],
     url: Annotated[str, typer.Option("--url", help="Where the server is.")] = "http://127.0.0.1:8000",
     chat: Annotated[bool, typer.Option("--chat", help="Send it as a user's message.")] = False,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens of the answer.")] = 64,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Maximum number of tokens of the answer.")] = 64,
     api_key: Annotated[str | None, typer.Option("--api-key", help="The server's key.", envvar="OPENAI_API_KEY")] = None,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds to wait.")] = 300.0,
 ) -> None:

@@ -282,7 +282,7 @@ class _Rank:
         if code is not None and code < 0:
             name = next((each.name for each in signal.Signals if each == -code), "unknown")
             return WorkerLost(f"{self._name} was killed by signal {-code} ({name})", "killed")
-        return WorkerLost(f"{self._name} died (exit code {code}); its own output says why", "died")
+        return WorkerLost(f"{self._name} died (exit code {code}); see its output above for the reason", "died")
 
     def close(self, end: float) -> None:
         """Have the process end, by force at that time of the monotonic clock; its pipe is closed already."""

@@ -112,7 +112,7 @@ class Vitals:
         """Why the worker counts as hung; None where it does not."""
         patience = self._patience
         if self._silent > (patience.silence if self.ready else patience.loading):
-            return f"it gave no sign of life for {self._silent:.0f} s"
+            return f"it did not respond for {self._silent:.0f} s"
         limit = patience.step if self._finished >= WARMING_STEPS else patience.warming
         if self._standing > limit:
             oldest = self._finished + 1

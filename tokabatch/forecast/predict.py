@@ -51,7 +51,7 @@ def check_scenario(scenario: Scenario) -> Device | None:
     """The device that is assumed, None for this machine's. Raises UsageError for a bad scenario."""
     _lengths(scenario.lengths)
     if scenario.price is not None and not 0 <= scenario.price < math.inf:
-        raise UsageError(f"--price {scenario.price:g}: write the money for an hour of the device, such as 3.5")
+        raise UsageError(f"--price {scenario.price:g}: write the price of an hour of the device, such as 3.5")
     return None if scenario.device is None else known_device(scenario.device)
 
 

@@ -95,7 +95,7 @@ def _options(value: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError):
-        raise ValueError("holds values that JSON has not; write text, numbers, lists and so on") from None
+        raise ValueError("holds values that JSON does not have; write text, numbers, lists and so on") from None
     return value
 
 
@@ -202,7 +202,7 @@ LogitBias = Annotated[
 BadWords = Annotated[
     tuple[_Text | tuple[int, ...], ...],
     BeforeValidator(_bad_words),
-    Accepts("a text, or a list of texts and of lists of token ids", '["sorry", [128009]]'),
+    Accepts("a text, or a list of texts and lists of token ids", '["sorry", [128009]]'),
 ]
 Fraction = Annotated[_Finite, Field(ge=0, le=1), Accepts("a number from 0 to 1", "0.01")]
 Number = Annotated[_Finite, Accepts("a finite number", "0.5")]

@@ -71,9 +71,9 @@ class InputConfig(_Section):
     subset: fields.OptionalText = Field(default=None, description="Configuration of a hub dataset, such as main.")
     split: fields.OptionalText = Field(default=None, description="Split of a hub dataset, such as test.")
     format: Literal["auto", "rows", "openai"] = Field(
-        default="auto", description="openai: a line is a request of OpenAI's batch files; auto: by the first line."
+        default="auto", description="openai: each line is a request of an OpenAI batch file; auto: decided by the first line."
     )
-    limit: fields.OptionalCount = Field(default=None, description="Take only the first so many rows.")
+    limit: fields.OptionalCount = Field(default=None, description="Read only this many rows, from the first on.")
     id_column: fields.OptionalText = Field(default=None, description="Column whose values identify rows; null: the row number.")
 
 
@@ -81,7 +81,7 @@ class FewShotConfig(_Section):
     """Examples rendered once and put in front of every prompt."""
 
     path: fields.FilePath = Field(description="File of examples, read as input.path is.")
-    k: fields.Count = Field(default=4, description="How many examples: the first k of the file.")
+    k: fields.Count = Field(default=4, description="Number of examples: the first k of the file.")
     template: fields.Template = Field(description="Jinja template of one example.")
 
 
@@ -90,7 +90,7 @@ class PromptConfig(_Section):
     prompt, messages or prompt_token_ids is used."""
 
     template: fields.OptionalTemplate = Field(
-        default=None, description="Sandboxed Jinja over the row's columns; row['its name'] for one that is no single word."
+        default=None, description="Sandboxed Jinja over the row's columns; row['my column'] for a name that is not one word."
     )
     system: fields.OptionalTemplate = Field(default=None, description="System message, where a chat template applies.")
     chat: fields.AutoFlag = Field(
@@ -104,13 +104,13 @@ class PromptConfig(_Section):
         default={}, description="Variables for the chat template, such as enable_thinking: false."
     )
     messages: fields.OptionalText = Field(
-        default=None, description="Column of chat messages; where an assistant's text ends them, it is continued."
+        default=None, description="Column of chat messages; a final message of the assistant is continued."
     )
     token_ids: fields.OptionalText = Field(default=None, description="Column that holds a list of token ids.")
     few_shot: FewShotConfig | None = Field(default=None, description="Examples in front of every prompt.")
     continuations: fields.Text = Field(
         default="continuations",
-        description="Column with the texts, or lists of token ids, to score behind the prompt; without it, the whole text is.",
+        description="Column of continuations to score: texts or lists of token ids; rows without it are scored as a whole.",
     )
     special_tokens: Literal["text", "allow", "reject"] = Field(
         default="text",
@@ -139,16 +139,16 @@ class PromptConfig(_Section):
 class GenerationConfig(_Section):
     """How samples are drawn. A row may override any of these with a struct in its column sampling_params."""
 
-    n: fields.Samples = Field(default=1, description="Samples for each row.")
+    n: fields.Samples = Field(default=1, description="Samples per row.")
     temperature: fields.Temperature = Field(
-        default=1.0, description="Randomness of the samples; 0 always takes the most likely token."
+        default=1.0, description="Randomness of the samples; 0 always picks the most likely token."
     )
     top_p: fields.TopP = Field(
         default=1.0, description="Keep the most likely tokens whose probabilities add up to this; 1: all."
     )
     top_k: fields.OptionalTopK = Field(default=None, description="Keep only the k most likely tokens.")
     min_p: fields.MinP = Field(default=0.0, description="Drop tokens below this fraction of the most likely one's probability.")
-    max_tokens: fields.MostTokens = Field(default=256, description="Most tokens a sample may have.")
+    max_tokens: fields.MostTokens = Field(default=256, description="Maximum length of a sample, in tokens.")
     stop: fields.Texts = Field(default=(), description="Texts that end a sample.")
     stop_token_ids: fields.TokenIds = Field(default=(), description="Token ids that end a sample, besides the model's own.")
     ignore_eos: fields.Flag = Field(default=False, description="Do not end at the model's end-of-sequence tokens.")
@@ -157,19 +157,21 @@ class GenerationConfig(_Section):
     )
     logprobs: fields.OptionalLogprobs = Field(
         default=None,
-        description="Log-probabilities of drawn tokens: 0 of these, k also of the k most likely; of given ones by mode: score.",
+        description="Log-probabilities: 0 for the sampled tokens, k to add the k most likely. For given texts use mode: score.",
     )
     repetition_penalty: fields.Repetition = Field(
-        default=1.0, description="Divide the logits of tokens that stand in prompt or output already (negative ones: multiply)."
+        default=1.0, description="Divide the logits of tokens already in the prompt or output (multiply negative ones)."
     )
     presence_penalty: fields.Penalty = Field(default=0.0, description="Subtract this from the logits of tokens in the output.")
     frequency_penalty: fields.Penalty = Field(
-        default=0.0, description="Subtract this from a token's logit for each time that it stands in the output."
+        default=0.0, description="Subtract this from a token's logit for each of its occurrences in the output."
     )
-    min_tokens: fields.LeastTokens = Field(default=0, description="Tokens that a sample has at least before anything ends it.")
-    logit_bias: fields.LogitBias = Field(default={}, description="What is added to the logits of tokens, by token id.")
+    min_tokens: fields.LeastTokens = Field(
+        default=0, description="Minimum length of a sample, in tokens, before anything ends it."
+    )
+    logit_bias: fields.LogitBias = Field(default={}, description="Values added to the logits of tokens, by token id.")
     bad_words: fields.BadWords = Field(
-        default=(), description="What no sample may contain: texts, alone or behind a space, or lists of token ids."
+        default=(), description="Texts (also after a space) or lists of token ids that no sample may contain."
     )
 
     @model_validator(mode="after")
@@ -243,33 +245,39 @@ class EngineConfig(_Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the GPU where there is one.")
     replicas: fields.AutoCount = Field(
-        default="auto", description="Copies of the model at work, each on devices of its own; auto: one a visible GPU."
+        default="auto", description="Copies of the model, each on its own devices; auto: one per visible GPU."
     )
     tensor: fields.Count = Field(default=1, description="Devices over which each layer of a replica is split.")
     pipeline: fields.Count = Field(default=1, description="Devices over which the layers of a replica are divided.")
-    page_size: fields.PageSize = Field(default=16, description="Tokens in a page of the KV cache.")
+    page_size: fields.PageSize = Field(default=16, description="Tokens per page of the KV cache.")
     kv_cache_tokens: fields.AutoTokens = Field(default="auto", description="Tokens the KV cache holds; auto: what fits.")
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
         default="auto", description="Type of cached keys and values: auto, as computed; fp8, half of it, on a GPU."
     )
-    max_running: fields.AutoCount = Field(default="auto", description="Most samples running at once; auto: by what steps cost.")
-    max_step_tokens: fields.AutoCount = Field(default="auto", description="Most tokens computed in one step.")
+    max_running: fields.AutoCount = Field(
+        default="auto", description="Maximum number of samples running at once; auto: from the cost of a step."
+    )
+    max_step_tokens: fields.AutoCount = Field(default="auto", description="Maximum number of tokens computed in one step.")
     profile: fields.OptionalFile = Field(
         default=None,
-        description="Measured cost model of `tokabatch profile`: decides max_step_tokens where auto, and predicts.",
+        description="Cost model measured by `tokabatch profile`, for max_step_tokens: auto and for predictions.",
     )
-    hydragen: fields.AutoFlag = Field(default="auto", description="Attend to a shared prefix once for its whole group.")
-    hydragen_min_group: fields.AutoGroup = Field(default="auto", description="Fewest samples for a shared pass.")
-    hydragen_min_prefix: fields.AutoCount = Field(default="auto", description="Fewest shared tokens for a shared pass.")
+    hydragen: fields.AutoFlag = Field(
+        default="auto", description="Compute attention over a shared prefix once for all samples that share it."
+    )
+    hydragen_min_group: fields.AutoGroup = Field(default="auto", description="Minimum number of samples for a shared pass.")
+    hydragen_min_prefix: fields.AutoCount = Field(
+        default="auto", description="Minimum number of shared tokens for a shared pass."
+    )
     queue_depth: fields.AutoCount = Field(default="auto", description="Steps in flight; auto: 1 on a CPU, 2 on a GPU.")
     process: fields.AutoFlag = Field(
         default="auto", description="Run the model in a process of its own; auto: on a GPU, or with several replicas."
     )
     hang_seconds: fields.Seconds = Field(
-        default=120.0, description="A worker process that stands still for so long is killed and started again."
+        default=120.0, description="A worker process that makes no progress for this long is killed and restarted."
     )
     max_restarts: fields.Count = Field(
-        default=20, description="Worker processes that may be lost in a row without a sample finished in between."
+        default=20, description="Worker processes that may be lost in a row without a finished sample in between."
     )
 
 
@@ -277,12 +285,12 @@ class OutputConfig(_Section):
     """Where the completions go, as Parquet."""
 
     path: fields.FolderPath = Field(description="Folder of the results; it is created.")
-    rows_per_shard: fields.Count = Field(default=50000, description="Most samples in one Parquet file.")
-    flush_seconds: fields.Seconds = Field(default=30.0, description="Finished samples are on disk after at most so long.")
+    rows_per_shard: fields.Count = Field(default=50000, description="Maximum number of samples in one Parquet file.")
+    flush_seconds: fields.Seconds = Field(default=30.0, description="Longest time until a finished sample is on disk.")
     columns: fields.Columns = Field(default="all", description="Input columns to carry over to the output.")
     split_reasoning: fields.Tags = Field(
         default=None,
-        description="Columns reasoning_text and answer_text, the latter being what is judged: auto, by the model's own tags.",
+        description="Add columns reasoning_text and answer_text, and judge the answer alone; auto: by the model's own tags.",
     )
 
 
@@ -301,10 +309,10 @@ class StopConfig(_Section):
     numbers, so where a row stops is the same on any hardware and after any restart; its further samples are rows of status
     `cancelled`. Samples begin in waves (4, 8, 16, ...) as verdicts come in."""
 
-    after_correct: fields.OptionalCount = Field(default=None, description="Stop a row at so many right samples.")
+    after_correct: fields.OptionalCount = Field(default=None, description="Stop a row after this many correct samples.")
     majority: fields.OptionalCount = Field(
         default=None,
-        description="Stop a row once so many of its samples give one answer (the judge's column `extracted`).",
+        description="Stop a row once this many of its samples agree on an answer (the judge's column `extracted`).",
     )
 
     @model_validator(mode="after")
@@ -319,18 +327,22 @@ class VerifyConfig(_Section):
     processes of their own, beside the run."""
 
     kind: fields.Verifier = Field(
-        description="A verifier by its name, or yours: ./my_judge.py, ./my_judge.py:grade or package.module:grade."
+        description="Name of a verifier, or your own: ./my_judge.py, ./my_judge.py:grade or package.module:grade."
     )
     answer: fields.OptionalText = Field(default=None, description="Column that holds the reference answer.")
     options: fields.Options = Field(default={}, description="Further arguments of the function, by name.")
-    correct_from: fields.Number = Field(default=1.0, description="A score of so much or more counts as correct.")
-    processes: fields.AutoCount = Field(default="auto", description="Most processes that judge; auto: half of the CPU's cores.")
-    seconds: fields.Seconds = Field(default=10.0, description="A verdict that takes longer is null; its process is replaced.")
-    memory_bytes: fields.Bytes = Field(default=4 << 30, description="Address space that a process of judges may have.")
+    correct_from: fields.Number = Field(default=1.0, description="A score of at least this counts as correct.")
+    processes: fields.AutoCount = Field(
+        default="auto", description="Maximum number of judge processes; auto: half of the CPU cores."
+    )
+    seconds: fields.Seconds = Field(
+        default=10.0, description="Time limit of a verdict; one that takes longer is null, and its process is replaced."
+    )
+    memory_bytes: fields.Bytes = Field(default=4 << 30, description="Limit on the address space of a judge process.")
     stop: StopConfig | None = None
     allow_code_execution: fields.Flag = Field(
         default=False,
-        description="Needed by kind `code`, which runs what the model wrote, with limits on time and memory but as your user.",
+        description="Required by kind `code`, which runs the model's output with limits on time and memory, but as your user.",
     )
 
     @field_validator("kind")
@@ -342,7 +354,7 @@ class VerifyConfig(_Section):
         nearest = get_close_matches(kind, names, n=1)
         hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
         raise ValueError(
-            f"there is no verifier `{kind}`{hint} (there are: {', '.join(names)}; a function of yours is written as "
+            f"there is no verifier `{kind}`{hint} (there are: {', '.join(names)}; name your own function as "
             f"FILE{_PYTHON}, FILE{_PYTHON}:FUNCTION or MODULE:FUNCTION)"
         )
 
@@ -352,7 +364,7 @@ class VerifyConfig(_Section):
             raise ValueError(f"kind {self.kind} needs `answer`, the column that holds the reference answer; add it")
         if self.kind == "code" and not self.allow_code_execution:
             raise ValueError(
-                "kind code runs what the model wrote, as your user: with limits on time and memory, but it can read and delete "
+                "kind code runs the model's output as your user: with limits on time and memory, but it can read and delete "
                 "your files and use the network. Run tokabatch in a container of its own and write `allow_code_execution: true`"
             )
         return self
@@ -375,7 +387,9 @@ class ErrorsConfig(_Section):
     """What a row that cannot be completed does to the run. It always becomes an error row."""
 
     policy: Literal["continue", "stop"] = Field(default="continue", description="Continue after an error row, or stop the run.")
-    max_fraction: fields.Fraction = Field(default=0.01, description="Share of error samples above which the run exits with 3.")
+    max_fraction: fields.Fraction = Field(
+        default=0.01, description="Fraction of error samples above which the run exits with 3."
+    )
 
 
 class Job(_Section):
@@ -383,7 +397,7 @@ class Job(_Section):
 
     mode: Literal["generate", "score"] = Field(
         default="generate",
-        description="score: draw nothing; the log-probabilities of each row's continuations, or of its whole text.",
+        description="score: sample nothing, compute log-probabilities of each row's continuations or whole text.",
     )
     model: ModelConfig
     input: InputConfig
@@ -402,11 +416,11 @@ class Job(_Section):
             return value
         if isinstance(value, VerifyConfig):
             if value.stop is not None:
-                raise ValueError("has `stop`, which stops drawing samples, and mode: score draws none; remove it")
+                raise ValueError("has `stop`, which stops drawing samples, and mode: score samples none; remove it")
             return value
         changed = [name for name in _SETTINGS if getattr(value, name) != GenerationConfig.model_fields[name].default]
         if useless := [name for name in changed if name != "logprobs"]:
-            raise ValueError(f"{', '.join(useless)} is of no use in mode: score, which draws nothing; remove it")
+            raise ValueError(f"{', '.join(useless)} has no effect in mode: score, which samples nothing; remove it")
         if value.logprobs:
             raise ValueError(f"logprobs is {value.logprobs}; mode: score reports given tokens alone: write 0")
         return value

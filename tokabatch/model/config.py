@@ -35,7 +35,7 @@ class ConfigFile:
         """A positive whole number."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise self.refuse(key, f"must be a positive whole number, not {value!r}. Mend the file or fetch it again.")
+            raise self.refuse(key, f"must be a positive whole number, not {value!r}. Correct the file or fetch it again.")
         return value
 
     def optional_integer(self, key: str) -> int | None:
@@ -46,14 +46,14 @@ class ConfigFile:
         """A positive number."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise self.refuse(key, f"must be a positive number, not {value!r}. Mend the file or fetch it again.")
+            raise self.refuse(key, f"must be a positive number, not {value!r}. Correct the file or fetch it again.")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """true or false."""
         value = self._value(key, default)
         if not isinstance(value, bool):
-            raise self.refuse(key, f"must be true or false, not {value!r}. Mend the file or fetch it again.")
+            raise self.refuse(key, f"must be true or false, not {value!r}. Correct the file or fetch it again.")
         return value
 
     def section(self, key: str) -> ConfigFile | None:
@@ -62,7 +62,7 @@ class ConfigFile:
         if value is None or value == {}:
             return None
         if not isinstance(value, dict):
-            raise self.refuse(key, f"must be an object, not {value!r}. Mend the file or fetch it again.")
+            raise self.refuse(key, f"must be an object, not {value!r}. Correct the file or fetch it again.")
         return ConfigFile(self.path, cast("dict[str, Any]", value), f"{self.prefix}{key}.")
 
     def _value(self, key: str, default: object) -> object:

@@ -26,7 +26,7 @@ def resolve_model(
     if local.exists():
         raise ModelError(f"{name}: is a file. {forms}")
     if isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"{name}: no such folder. {forms}")
+        raise ModelError(f"{name}: no such folder (looked in {Path.cwd()}). {forms}")
     # Half of what a start from a local folder imports before it reads anything, and of no use there.
     hub = import_module("tokabatch.model.hub")
     return hub.fetch_model(name, revision, weights=weights, key=key, revision_key=revision_key)

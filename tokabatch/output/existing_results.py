@@ -261,11 +261,11 @@ def _places(path: Path, table: pa.Table, start: Int64) -> Int64:
         odd = int(np.flatnonzero(~known)[0])
         if table["status"][odd].as_py() == "error":
             raise OutputError(
-                f"{path} holds an error sample (number {sample[odd]}) of row {row[odd]}, which the job does not ask for any "
-                "more. Run with --retry-errors, which takes the error rows out and runs again those that there are."
+                f"{path} holds an error sample (number {sample[odd]}) of row {row[odd]}, which is no longer part of the "
+                "job. Run with --retry-errors, which removes the error rows and runs those that still belong to the job again."
             )
         raise OutputError(
-            f"{path} holds sample {sample[odd]} of row {row[odd]}, which the job does not ask for: its input has "
+            f"{path} holds sample {sample[odd]} of row {row[odd]}, which is not part of the job: its input has "
             f"{len(start) - 1:,} rows, and generation.n may be raised but not lowered. Choose another output.path, or "
             "start over with --overwrite."
         )

@@ -35,6 +35,7 @@ import fcntl
 import os
 import re
 import stat
+import tempfile
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
@@ -192,8 +193,8 @@ class Claim:
                     self.files.remove_tree(self.folder.input)
             kind = CommitError if may_pass(error) else OutputError
             raise kind(
-                f"output.path {str(self.folder.path)!r} takes no more: {reason(error)}. What is committed is whole; "
-                f"{remedy(error)} and run the same command again, which adds the rest."
+                f"output.path {str(self.folder.path)!r} takes no more: {reason(error)}. What is committed is intact; "
+                f"{remedy(error)} and run the same command again to add the rest."
             ) from error
 
     def begin(self, run: str, identity: Mapping[bytes, bytes], shards: Iterable[tuple[Shard, Mark]], repair: str) -> None:
@@ -231,8 +232,9 @@ class Claim:
         found = self.files.look(self.folder.lock)
         if self._descriptor is None or found is None or not os.path.samestat(found, os.fstat(self._descriptor)):
             raise CommitError(
-                f"output.path {str(self.folder.path)!r}: its lock (_lock) was taken away while this run wrote, so another may "
-                "write there. This one stops; what is committed is whole. End the other one, then run the same command again."
+                f"output.path {str(self.folder.path)!r}: its lock (_lock) was removed while this run was writing, so "
+                "another run may be writing there. This run stops; what is committed is intact. Stop the other one, then run "
+                "the same command again."
             )
 
     def check_folder(self) -> None:
@@ -390,14 +392,14 @@ class Claim:
                 if error.errno != errno.EOPNOTSUPP or self.files.alone:
                     raise
                 raise OutputError(
-                    f"output.path {str(self.folder.path)!r} cannot be shared: {reason(error)}, by which several writers are "
-                    "kept from publishing a sample twice. Choose a folder on another file system."
+                    f"output.path {str(self.folder.path)!r} cannot be shared: {reason(error)}, which keep several writers "
+                    "from publishing a sample twice. Choose a folder on another file system."
                 ) from error
             else:
                 if attempt:
                     raise OutputError(
-                        f"output.path {str(self.folder.path)!r} cannot be shared: a hard link there replaces what has its "
-                        "name. Choose a folder on another file system."
+                        f"output.path {str(self.folder.path)!r} cannot be shared: a hard link there replaces an existing "
+                        "file. Choose a folder on another file system."
                     )
         self.files.remove(published)
 
@@ -427,7 +429,7 @@ class Claim:
 
 
 def check_output(path: Path, *, shared: bool = False) -> None:
-    """Raises the OutputError that a claim of this folder would end in now; makes and changes nothing. One of several writers,
+    """Raises the OutputError that a claim of this folder would end in now; leaves nothing behind. One of several writers,
     `shared`, may find others there."""
     folder = OutputFolder(path)
     _refuse_foreign(folder)
@@ -445,6 +447,12 @@ def check_output(path: Path, *, shared: bool = False) -> None:
     for place in (nearest, path) if nearest == folder.data else (nearest,):
         if not os.access(place, os.W_OK | os.X_OK):
             raise _unwritable(path, f"no permission to write in {place.absolute()}")
+    if nearest not in (folder.data, path):
+        try:
+            # Some file systems take no folder from anyone, whatever the permissions say: /proc, a network's root.
+            os.rmdir(tempfile.mkdtemp(prefix=".tokabatch-", dir=nearest))
+        except OSError as error:
+            raise _unwritable(path, f"no folder can be created in {nearest} ({error.strerror})") from error
 
 
 def _refuse_foreign(folder: OutputFolder) -> None:
@@ -478,8 +486,8 @@ def _lock(folder: OutputFolder, *, shared: bool) -> int:
             os.close(descriptor)
             if error.errno in _NO_LOCKS:
                 raise OutputError(
-                    f"output.path {str(folder.path)!r}: its file system keeps no locks ({error.strerror}), so that a second "
-                    "run could not be kept away. Add --shared, by which any number of runs may write there, or choose another "
+                    f"output.path {str(folder.path)!r}: its file system has no locks ({error.strerror}), so a second run "
+                    "could not be kept out. Add --shared, with which any number of runs may write there, or choose another "
                     "output.path."
                 ) from error
             if not isinstance(error, BlockingIOError):

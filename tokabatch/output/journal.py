@@ -107,8 +107,8 @@ class Journal:
         found = self._files.look(self._path)
         if found is None and not self._files.alone:
             raise CommitError(
-                f"{self._path} was taken away while this run wrote, perhaps by a run that has the folder to itself. This "
-                "one stops; what is committed is whole. Run the same command again, which adds what lacks."
+                f"{self._path} was removed while this run was writing, perhaps by a run that has the folder to itself. This "
+                "run stops; what is committed is intact. Run the same command again to add what is missing."
             )
         if found is None or mark_of(found) != self._mark:
             self.close()

@@ -55,7 +55,9 @@ class EarlierRun:
         if held[len(common) :].any():
             self._refuse([f"input: {then.rows:,} rows then, {now.rows:,} now", *sizes])
         if held[len(known) : len(common)].any():
-            self._refuse([f"input or prompts ({self.folder.row_digests}, which tells the rows, is missing or damaged)", *sizes])
+            self._refuse(
+                [f"input or prompts ({self.folder.row_digests}, which identifies the rows, is missing or damaged)", *sizes]
+            )
         common = common.head(len(known))
         known = known.head(len(common))
         other_rows = known.content != common.content

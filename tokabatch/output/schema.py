@@ -339,8 +339,8 @@ def _with_faults(table: pa.Table, faults: dict[str, BaseException]) -> pa.Table:
     told = "; ".join(f"{name!r} ({type(error).__name__}: {str(error)[:_MAX_FAULT]})" for name, error in faults.items())
     message = (
         f"not every column of row {table['row_index'][0]} can be written: {told}. What cannot is null here, the rest is kept. "
-        "Mend the value in the input and run again with --retry-errors, or leave the column out with output.columns=[...] in "
-        "a job with another output.path; if it is not a column of the input, please report a bug."
+        "Correct the value in the input and run again with --retry-errors, or leave the column out with output.columns=[...] "
+        "in a job with another output.path; if it is not a column of the input, please report a bug."
     )
     codes = [code or CANNOT_BE_WRITTEN for code in table["error_code"].to_pylist()]
     messages = [f"{earlier}; {message}" if earlier else message for earlier in table["error_message"].to_pylist()]

@@ -41,7 +41,12 @@ def _pace(pace: Mapping[str, float | None]) -> list[tuple[str, str]]:
         rows.append(("speed", f"{samples:,.3g} samples, {tokens:,.0f} output tokens per second"))
     if rows:
         left = pace.get("seconds_left")
-        rows.append(("time left", "known after three commits" if left is None else f"about {seconds_text(left)} at this speed"))
+        rows.append(
+            (
+                "time left",
+                "not known before the third commit" if left is None else f"about {seconds_text(left)} at this speed",
+            )
+        )
     return rows
 
 

@@ -106,7 +106,7 @@ class Fleet:
                             completions += self._take(member, member.receive())
                         elif (silent := member.wait(passed)) > self._hang_seconds:
                             member.kill()
-                            raise ReplicaLost(f"the scheduler's process gave no sign of life for {silent:.0f} s and was killed")
+                            raise ReplicaLost(f"the scheduler's process did not respond for {silent:.0f} s and was killed")
                     except ReplicaLost as fault:
                         self._replace(member, fault)
                 self._feed()

@@ -101,7 +101,7 @@ def run(
     if shared is not None:
         if reuse != Reuse():
             raise OutputError(
-                "--shared is for computing what lacks; give --overwrite, --retry-errors or --repair to a run alone"
+                "--shared only computes missing samples; use --overwrite, --retry-errors or --repair in a run without --shared"
             )
         if job.verify is not None and job.verify.stop is not None:
             raise OutputError(
@@ -128,7 +128,7 @@ def run(
         if profile is None and not has_known_rates(workload.device):
             clock.progress.message(
                 f"the rates of {device_name(workload.device)} are not known: steps take up to {sizes.max_step_tokens:,} tokens "
-                "whatever suits it, and its time is not predicted. Fit a profile to this run (`tokabatch profile`) and name it "
+                "and its time is not predicted. Fit a profile to this run (`tokabatch profile`) and name it "
                 "as engine.profile"
             )
         supply = None

@@ -158,7 +158,7 @@ def _job(folder: OutputFolder, manifest: Manifest, overrides: Sequence[str]) -> 
     """The folder's job with its judge."""
     other = next((each for each in overrides if not each.startswith(("verify.", "verify="))), None)
     if other is not None:
-        raise JobError(f"override `{other}`: only keys under verify can be given here; nothing else is done again")
+        raise JobError(f"override `{other}`: only keys under verify can be given here; samples are not computed again")
     given = read_job(folder, manifest)
     verify = given.get("verify")
     own = verify and verify["kind"]
@@ -170,7 +170,7 @@ def _job(folder: OutputFolder, manifest: Manifest, overrides: Sequence[str]) -> 
     if job.verify is not None and job.to_dict()["verify"]["stop"] != stop:
         raise JobError("verify.stop: rows stop while they are sampled, and nothing is sampled here; remove it from the command")
     if job.verify is None:
-        raise JobError("the job of this folder verifies nothing; say what is to judge: verify.kind=KIND verify.answer=COLUMN")
+        raise JobError("the job of this folder has no verifier; name one: verify.kind=KIND verify.answer=COLUMN")
     return job
 
 
@@ -256,7 +256,7 @@ def _check_columns(files: Sequence[ListedFile], job: Job) -> None:
         names = ["id", *input_names(found).values()]
         if answer is not None and answer not in names:
             raise OutputError(
-                f"verify.answer: the output carries no column {answer!r} (see output.columns); it has {', '.join(names)}"
+                f"verify.answer: the output has no column {answer!r} (see output.columns); it has {', '.join(names)}"
             )
 
 

@@ -109,7 +109,7 @@ def _lacks_units(manifest: Manifest | None) -> bool:
 def _wait(path: Path, told: bool, tell: Callable[[str], None], stop: Interruption) -> bool:
     """A moment, until the next look whether another run still has the folder to itself; `tell` of it the first time."""
     if not told:
-        tell(f"waiting: another run has output.path {str(path)!r} to itself, perhaps to cut it into units or to join its files")
+        tell(f"waiting: another run has output.path {str(path)!r} to itself, perhaps to cut it into units or to join files")
     _pause(stop)
     return True
 
@@ -194,8 +194,8 @@ def _start(
     started = Start.after(committed, workload, job, folder)
     if started.has_more and earlier is not None and not manifest.units:
         raise OutputError(
-            f"output.path {str(folder.path)!r} holds a run that one process began, and another writes there. Run the same "
-            "command again when that has ended."
+            f"output.path {str(folder.path)!r} holds a run that was started without --shared, and another process is "
+            "writing there. Run the same command again when it has ended."
         )
     if started.has_more:
         claim.begin(manifest.run, manifest.marks, (), repair_command(folder, manifest))

@@ -202,7 +202,7 @@ class JudgeProcess:
             loaded = self._receive(LOADING_SECONDS)
         except (JudgeLost, OSError) as error:
             self.close()
-            raise JobError(f"verify.kind: {spec.kind}: {error} while it was loaded. Mend the file.") from error
+            raise JobError(f"verify.kind: {spec.kind}: {error} while it was loaded. Correct the file.") from error
         except BaseException:
             self.close()
             raise

@@ -102,7 +102,7 @@ class EngineCounts:
     prompt_tokens: int = 0
     output_tokens: int = 0
     cancelled: int = 0
-    """Samples that nobody waited for any more."""
+    """Samples whose client was gone."""
     errors: dict[str, int] = field(default_factory=dict[str, int])
     restarts: int = 0
     """Processes that were replaced."""

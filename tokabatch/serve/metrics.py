@@ -22,7 +22,7 @@ def render(engine: Engine, answered: Mapping[int, int]) -> str:
     metric("responses_total", "counter", "Responses by status.", {f'{{status="{s}"}}': n for s, n in answered.items()})
     metric("prompts_total", "counter", "Prompts taken.", {"": counts.prompts})
     metric("samples_total", "counter", "Samples finished, errors included.", {"": counts.samples})
-    metric("samples_cancelled_total", "counter", "Samples that nobody waited for any more.", {"": counts.cancelled})
+    metric("samples_cancelled_total", "counter", "Samples whose client was gone.", {"": counts.cancelled})
     errors = {f'{{code="{code}"}}': float(number) for code, number in counts.errors.items()}
     metric("sample_errors_total", "counter", "Samples that failed, by error code.", errors)
     metric("prompt_tokens_total", "counter", "Tokens of finished prompts.", {"": counts.prompt_tokens})
@@ -31,7 +31,10 @@ def render(engine: Engine, answered: Mapping[int, int]) -> str:
     metric("samples_unfinished", "gauge", "Samples that run or wait.", {"": engine.unfinished})
     metric("samples_running", "gauge", "Samples that run.", each({n: s.running for n, s in numbered.items()}))
     metric(
-        "kv_cache_usage", "gauge", "Used part of the KV cache, from 0 to 1.", each({n: s.kv_used for n, s in numbered.items()})
+        "kv_cache_usage",
+        "gauge",
+        "Part of the KV cache in use, from 0 to 1.",
+        each({n: s.kv_used for n, s in numbered.items()}),
     )
     metric("steps_total", "counter", "Steps computed.", each({n: s.scheduled.steps for n, s in numbered.items()}))
     metric(
@@ -43,7 +46,7 @@ def render(engine: Engine, answered: Mapping[int, int]) -> str:
     metric(
         "cached_tokens_total",
         "counter",
-        "Prompt tokens that were there already.",
+        "Prompt tokens found in the cache.",
         each({n: s.scheduled.cached_tokens for n, s in numbered.items()}),
     )
     metric(

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tokabatch.job import EngineConfig, GenerationConfig, Job, ModelConfig, PromptConfig, fields
 from tokabatch.job.load import load_model
 
-Port = Annotated[int, Field(ge=0, le=65535), fields.Accepts("a port, from 0 (any that is free) to 65535", "8000")]
+Port = Annotated[int, Field(ge=0, le=65535), fields.Accepts("a port, from 0 (any free one) to 65535", "8000")]
 Milliseconds = Annotated[float, Field(ge=0, le=1000), fields.Accepts("a number of milliseconds from 0 to 1000", "5")]
 
 
@@ -20,24 +20,24 @@ class _Section(BaseModel):
 class ServerConfig(_Section):
     """How the server listens, and how much it takes on."""
 
-    host: fields.Text = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 is every one of this machine.")
-    port: Port = Field(default=8000, description="Port to listen on; 0: any that is free.")
-    name: fields.OptionalText = Field(default=None, description="What requests call the model; null: as model.path says.")
+    host: fields.Text = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for all of this machine's.")
+    port: Port = Field(default=8000, description="Port to listen on; 0: any free port.")
+    name: fields.OptionalText = Field(default=None, description="Name of the model in requests; null: model.path.")
     api_key: fields.OptionalText = Field(
-        default=None, description="What clients have to send as `Authorization: Bearer …`; null: nothing."
+        default=None, description="Key that clients must send as `Authorization: Bearer …`; null: none."
     )
     context: fields.OptionalCount = Field(
-        default=None, description="Most tokens of a prompt and what is drawn behind it; null: the model's context."
+        default=None, description="Maximum number of tokens of a prompt and its output; null: the model's context."
     )
     collect_ms: Milliseconds = Field(
-        default=5.0, description="While samples run, requests are collected for so long, then join them together."
+        default=5.0, description="While samples run, requests are collected for this long before they join them."
     )
-    max_body: fields.Count = Field(default=32 << 20, description="Most bytes in the body of a request.")
+    max_body: fields.Count = Field(default=32 << 20, description="Maximum size of a request's body, in bytes.")
     max_request_tokens: fields.Count = Field(
-        default=1 << 20, description="Most tokens that one request may ask for: its prompts times n times max_tokens."
+        default=1 << 20, description="Maximum number of tokens per request: prompts times n times max_tokens."
     )
     max_waiting: fields.Count = Field(
-        default=1 << 16, description="Most samples that may run and wait at a time; more get status 503."
+        default=1 << 16, description="Maximum number of samples running and waiting; requests beyond it get status 503."
     )
     files: fields.OptionalText = Field(
         default="tokabatch-files",
@@ -48,7 +48,7 @@ class ServerConfig(_Section):
         default=10.0, description="Finished samples of a batch are on disk after at most so long."
     )
     grace_seconds: fields.Seconds = Field(
-        default=30.0, description="After the first signal to stop, what runs is finished for so long; then it is given up."
+        default=30.0, description="Time that running samples get to finish after the first signal to stop."
     )
 
 

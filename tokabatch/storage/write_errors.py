@@ -19,16 +19,16 @@ _REMEDIES = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there, or have the quota raised",
     errno.EFBIG: "raise the limit (`ulimit -f`)",
-    errno.EXDEV: "let _tmp and data lie on one file system: make the whole folder a link or a mount, not a part of it",
+    errno.EXDEV: "put _tmp and data on one file system: make the whole folder a link or a mount, not a part of it",
     errno.EACCES: "give permission",
     errno.EPERM: "give permission",
-    errno.EROFS: "mount it to be written",
-    errno.EIO: "look at the state of the disk",
-    errno.ESTALE: "look at the state of the file server, and mount it anew",
+    errno.EROFS: "mount it writable",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the file server, and mount it again",
     errno.ENOMEM: "give the job more memory",
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
     errno.ENFILE: "raise the system's limit of open files",
-    errno.ENOENT: "put back what was taken away",
+    errno.ENOENT: "put back what was removed",
 }
 _NEVER = frozenset({errno.EFBIG, errno.EXDEV})
 
@@ -59,7 +59,7 @@ def may_pass(error: OSError) -> bool:
 
 def unwritable(path: Path, error: OSError) -> OutputError:
     """The error of a start whose folder does not take what a run writes."""
-    note = " (while the job runs, the tokenised input lies there, too)" if is_full(error) else ""
+    note = " (the tokenised input is kept there, too, while the job runs)" if is_full(error) else ""
     what = or_else(error, f"{note}, or choose another output.path", "choose another output.path")
     return OutputError(f"output.path {str(path)!r} cannot be written: {reason(error)}. {what}.")
 
@@ -102,7 +102,7 @@ def reading_input(folder: Path) -> Generator[None]:
 
 def _unspooled(folder: Path, error: OSError) -> OutputError:
     return OutputError(
-        f"{folder}, where the tokenised input lies while the job runs, does not take it: {reason(error)}. {_sentence(error)}, "
+        f"the tokenised input cannot be written to {folder}: {reason(error)}. {_sentence(error)}, "
         "then run the same command again."
     )
 

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, whatever its name says, and what to do with one that is not what it is called.
+"""What a file is by its first bytes, despite its name, and what to do with one that is not what it is called.
 
 One refusal in place of an error row for each of its lines. Only what no JSON Lines and no Parquet file begins with is listed.
 """
@@ -52,4 +52,4 @@ def refuse_foreign(path: str, begin: bytes) -> None:
     zstd."""
     for pattern, kind, remedy in _KINDS:
         if re.match(pattern, begin[:HEAD_BYTES], re.DOTALL):
-            raise InputError(f"{path} is {kind}, whatever its name says; {remedy}")
+            raise InputError(f"{path} is {kind}, despite its name; {remedy}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
 from fsspec import AbstractFileSystem
@@ -140,11 +141,11 @@ def _list(fs: AbstractFileSystem, place: str, root: str, formats: Collection[str
         names = [name for name in sorted(matches) if wants_dots or not name.rsplit("/", 1)[-1].startswith(".")]
         files = [InputFile(fs, name) for name in names if matches[name].get("type") == "file"]
         if not files:
-            raise InputError(f"{place} matches no file; check the pattern and the folder you run in")
+            raise InputError(f"{place} matches no file; check the pattern, and the folder you run in: {Path.cwd()}")
         return files
     if fs.exists(root):
         raise InputError(f"{place} is neither a file nor a folder; write what it yields to a file and name that")
-    raise InputError(f"{place} does not exist; paths are relative to the folder you run in")
+    raise InputError(f"{place} does not exist; relative paths start from the folder you run in, {Path.cwd()}")
 
 
 def _is_glob(path: str) -> bool:

@@ -174,8 +174,8 @@ class PromptBuilder:
             if not of_text and not all(isinstance(text, list) and text and all(map(self._is_token, text)) for text in texts):
                 drafts[place] = RowError(
                     "bad_continuations",
-                    f"the column {self._given!r} must hold a list of texts that are not empty, or of lists of token ids below "
-                    f"{self._limits.vocab_size}; behind token ids, the latter",
+                    f"the column {self._given!r} must hold a list of non-empty texts, or of lists of token ids below "
+                    f"{self._limits.vocab_size}; after a prompt of token ids, lists of token ids",
                 )
                 continue
             if of_text and draft.add_special_tokens and (begins := draft.text.rstrip()):

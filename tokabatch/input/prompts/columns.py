@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from functools import cache
 
 from tokabatch.errors import InputError, JobError
-from tokabatch.input.missing import ROW, did_you_mean, list_columns
+from tokabatch.input.missing import ROW, did_you_mean, list_columns, optional
 from tokabatch.input.prompts.templates import Template, compile_template
 from tokabatch.job import Job, PromptConfig
 
@@ -43,11 +43,14 @@ class PromptColumns:
             has, its = f"the first {rows:,} rows have", "their"
             later = ". If later rows have it, put one of them first"
         if missing := self.missing(present):
-            first, key = next(iter(missing.items()))
-            near = did_you_mean(first, present, template=first in self.own_names)
+            near = {name: did_you_mean(name, present, template=name in self.own_names) for name in missing}
+            remedy = f". A template reads one by its name: {ROW}[...]" if list(missing) == [ROW] else ""
+            unlike = [name for name in missing if name in self.own_names and not near[name]]
+            if unlike and not remedy:
+                remedy = f"; {optional(unlike[0])}"
             raise InputError(
-                f"{key}: {has} no column {list_columns(missing)}{near}; {its} columns are {list_columns(present)}{later}"
-                f"{f'. A template reads one by its name: {ROW}[...]' if list(missing) == [ROW] else ''}"
+                f"{next(iter(missing.values()))}: {has} no column {', '.join(f'{name}{near[name]}' for name in missing)}; "
+                f"{its} columns are {list_columns(present)}{later}{remedy}"
             )
         if self.defaults and not set(self.defaults) & set(present):
             raise InputError(

@@ -69,7 +69,7 @@ class PromptSource:
         """Sentences on what no chat template reads, and on names that mean two things; `present` are the input's columns."""
         by_name = {name for template in self.own.templates.values() for name in template.by_name} & set(present)
         fields = [f"{ROW}[{name!r}]" for name in sorted(by_name - {ROW}) if ROW in present]
-        twofold = [f"{', '.join(fields)}: a field of the column {ROW!r}, not a column; rename that to mean columns"]
+        twofold = [f"{', '.join(fields)}: a field of the column {ROW!r}, not a column; rename {ROW!r} to name columns so"]
         columns = set(present) - self.own.own_names
         if self._chat_template and (self.chat or self._config.messages or MESSAGES in present):
             unread = self._chat_template.describe(columns)

@@ -102,7 +102,7 @@ def _opened(file: InputFile) -> Generator[ParquetFile, None, None]:
                 stream.seek(0)
                 begin = stream.read(HEAD_BYTES)
                 if begin.startswith(b"{"):
-                    raise InputError(f"{file.path} is JSON text, whatever its name says; rename it to .jsonl") from None
+                    raise InputError(f"{file.path} is JSON text, despite its name; rename it to .jsonl") from None
                 if not begin.startswith(b"PAR1"):
                     refuse_foreign(file.path, begin)
                 raise

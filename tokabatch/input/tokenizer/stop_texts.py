@@ -56,7 +56,7 @@ def describe_stops(stops: Mapping[str, str], tokenizer: Spells, special_texts: S
             )
         elif stop not in shown and stop not in shown_behind:
             sentences.append(
-                f"{stops[stop]} holds {stop!r}, which the tokenizer spells {shown!r}: no sample that it spells so ends there"
+                f"{stops[stop]} holds {stop!r}, which the tokenizer writes as {shown!r}: a sample so written does not stop"
             )
     more = (f"{len(sentences) - LISTED:,} more stop strings are like these",) if len(sentences) > LISTED else ()
     return (*sentences[:LISTED], *more)

@@ -197,20 +197,20 @@ class Tokenizer:
             if "continue_final_message" in str(error):
                 return RowError(
                     "bad_messages",
-                    "the chat template does not write the last message, an assistant's, as it stands, so that it cannot be "
+                    "the chat template changes the text of the last message, which is the assistant's, so that it cannot be "
                     "continued; end the conversation with a user's message",
                 )
             return RowError("bad_messages", f"the model's chat template refuses the messages: {error}")
         except (RecursionError, MemoryError) as error:
-            return RowError("template_too_large", f"the model's chat template ran away: {error}")
+            return RowError("template_too_large", f"the model's chat template was stopped: {error}")
         given = (messages, variables)
         shown = next((each for each in _ADDRESS.findall(text) if not _holds(given, each)), None)
         if shown is None:
             return text
         return RowError(
             "bad_messages",
-            f"the chat template writes {shown}, which Python shows of what is no text, and differently at each start; a field "
-            "that is called as a method is, is read as value['items'] (prompt.chat_template may name a mended template)",
+            f"the chat template prints {shown}, Python's representation of an object, which differs at each start; a field "
+            "that has the name of a method is read as value['items'] (name a corrected template as prompt.chat_template)",
         )
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
