@@ -26,6 +26,8 @@ from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stop_conditions import StopRules
 
 DTYPE = torch.float32 if INTERPRETING else torch.bfloat16
+N, TOKENS = (2, 4) if INTERPRETING else (4, 7)
+"""Enough for slots to be used again; a step takes the interpreter half a second."""
 VOCAB = 97
 HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 """The matrix units multiply no fewer than 16 columns."""
@@ -159,10 +161,15 @@ def generate(
 @pytest.mark.parametrize(
     ("family", "page", "grouping", "params"),
     [
-        ("llama", 4, GroupingLimits(2, 1), SamplingParams(n=4, temperature=0.0, max_tokens=6, logprobs=0, ignore_eos=True)),
-        ("qwen3", 16, GroupingLimits(2, 1), SamplingParams(n=2, top_k=5, max_tokens=6, logprobs=2, ignore_eos=True)),
-        ("qwen2", 4, None, SamplingParams(n=3, max_tokens=7, logprobs=0, ignore_eos=True)),
-        ("llama", 4, GroupingLimits(2, 1), SamplingParams(n=2, max_tokens=6, logprobs=1, **PENALISED)),
+        (
+            "llama",
+            4,
+            GroupingLimits(2, 1),
+            SamplingParams(n=N, temperature=0.0, max_tokens=TOKENS, logprobs=0, ignore_eos=True),
+        ),
+        ("qwen3", 16, GroupingLimits(2, 1), SamplingParams(n=N, top_k=5, max_tokens=TOKENS, logprobs=2, ignore_eos=True)),
+        ("qwen2", 4, None, SamplingParams(n=N, max_tokens=TOKENS, logprobs=0, ignore_eos=True)),
+        ("llama", 4, GroupingLimits(2, 1), SamplingParams(n=N, max_tokens=TOKENS, logprobs=1, **PENALISED)),
     ],
 )
 def test_captured_steps_give_what_the_torch_backend_gives(tmp_path, where, family, page, grouping, params):
@@ -208,6 +215,6 @@ def test_a_step_in_a_larger_graph_fills_no_more_planes_than_that_has(tmp_path, w
 
     monkeypatch.setattr(body, "fit", watched)
     prompts = [[5] * 40 + [9], [5] * 40 + [8, 30], [5] * 40 + [7]]
-    generate(worker, prompts, SamplingParams(n=2, temperature=0.0, max_tokens=5, ignore_eos=True), GroupingLimits(2, 1))
+    generate(worker, prompts, SamplingParams(n=2, temperature=0.0, max_tokens=TOKENS, ignore_eos=True), GroupingLimits(2, 1))
     assert all(planes <= there for planes, there, _ in most)
     assert max(planes for planes, _, _ in most) > 1
