@@ -163,9 +163,27 @@ def grade(texts, rows):
         assert sample["correct"] is (None if row == 4 else row > 2), sample
 
 
-def test_undeclared_columns_are_no_verdict(rows: Path, tmp_path: Path) -> None:
-    summary, _ = judged(rows, tmp_path, "def verify(text, row): return {'score': 1, 'colour': 'red'}")
-    assert summary.unverified == 2 * ROWS and "COLUMNS" in summary.unverified_reasons[0]
+def test_what_no_column_holds_costs_no_sample(rows: Path, tmp_path: Path) -> None:
+    source = r"""
+class Unspoken(Exception):
+    def __str__(self): raise ValueError("no text")
+
+COLUMNS = {"found": str, "count": int}
+
+def verify(text, row):
+    if row["number"] == 0: return {"score": 1, "colour": "red"}
+    if row["number"] == 1: raise ValueError("found \ud83d alone")
+    if row["number"] == 2: raise Unspoken()
+    return {"score": 1, "found": "half \ud83d", "count": 1 << (62 if row["number"] > 3 else 63)}
+"""
+    summary, found = judged(rows, tmp_path, source)
+    assert (summary.ok, summary.errors, summary.unverified) == (2 * ROWS, 0, 8)
+    reasons = [sample["verify_error"] for sample in found[::2]]
+    assert (
+        "COLUMNS" in reasons[0] and "found \ufffd alone" in reasons[1] and "Unspoken" in reasons[2] and "64 bits" in reasons[3]
+    )
+    for sample in found[8:]:
+        assert (sample["correct"], sample["found"], sample["count"]) == (True, "half \ufffd", 1 << 62)
 
 
 def test_a_slow_judge_holds_the_run_up_and_loses_nothing(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ class Verdict:
 
     @classmethod
     def none(cls, reason: str) -> Verdict:
-        return cls(None, None, " ".join(reason.split())[:MAX_REASON])
+        return cls(None, None, _well_formed(" ".join(reason.split())[:MAX_REASON]))
 
 
 def verdict_columns(verdicts: Sequence[Verdict | None], names: Sequence[str]) -> dict[str, list[Any]]:
@@ -200,10 +200,23 @@ def _same(value: Any) -> Any:
 
 def _plain(value: Any, kind: type) -> Any:
     value = value.item() if hasattr(value, "item") else value
-    return str(value)[:MAX_TEXT] if kind is str else kind(value)
+    if kind is str:
+        return _well_formed(str(value)[:MAX_TEXT])
+    made = kind(value)
+    if kind is int and not -(1 << 63) <= made < 1 << 63:
+        raise OverflowError(f"{str(value)[:80]} is beyond the 64 bits of an int in COLUMNS; declare it as str")
+    return made
+
+
+def _well_formed(text: str) -> str:
+    """The text with U+FFFD in place of halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _reason(error: BaseException) -> str:
     """ValueError is how a judge says that a row cannot be judged: its words alone."""
-    words = " ".join(str(error).split())
+    try:
+        words = " ".join(str(error).split())
+    except Exception:  # of an exception whose own text fails
+        words = ""
     return (words if type(error) is ValueError and words else f"{type(error).__name__}: {words}")[:MAX_REASON]

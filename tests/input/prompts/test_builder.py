@@ -370,6 +370,37 @@ def test_nulls_of_typed_columns_are_dropped_at_any_depth(
     assert '"arguments": {"x": null}' in texts(ingest_job(write_rows(given), prompt=tools_template))[0]
 
 
+def test_arguments_of_tool_calls_are_objects_or_json_text_as_the_template_takes_them(
+    tools_template: dict[str, Any], write_rows: Write, ingest_job: Ingest, texts: Texts
+) -> None:
+    def calling(arguments: Any) -> list[dict[str, Any]]:
+        function = {"name": "weather", "arguments": arguments}
+        turn = {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+        return [{"role": "user", "content": "hi"}, turn, {"role": "tool", "content": "5"}]
+
+    given = {"city": "Rome"}, '{"city":"Rome"}', '{"city": "Rome"', ""
+    path = write_rows(*({"messages": calling(arguments)} for arguments in given), {"prompt": calling(given[1])})
+    file = Path(tools_template["chat_template"])
+    each = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ ARGUMENTS }}{% endfor %}{% endfor %}"
+    file.write_text(each.replace("ARGUMENTS", "c.function.arguments | tojson"))
+    rome, broken = '{"city": "Rome"}', given[2]
+    assert texts(ingest_job(path, prompt=tools_template)) == [rome, rome, json.dumps(broken), "{}", rome]
+    file.write_text(each.replace("ARGUMENTS", "'>' + c.function.arguments"))
+    assert texts(ingest_job(path, prompt=tools_template)) == [f">{text}" for text in (rome, *given[1:], given[1])]
+
+
+def test_special_tokens_spelled_in_json_text_of_arguments_are_text(
+    tools_template: dict[str, Any], write_rows: Write, ingest_job: Ingest, tokenizers: dict[str, Tokenizer]
+) -> None:
+    escaped = "".join(f"\\u{ord(letter):04x}" for letter in "<|end|>")
+    rows = [call("weather", city="Rome"), call("weather", city="Rome")]
+    for row in rows:
+        row["messages"][1]["tool_calls"][0]["arguments"] = f'{{"city": "{escaped}"}}'
+    store = ingest_job(write_rows(rows[0], {"prompt": rows[1]["messages"]}), prompt=tools_template)
+    (end,) = (number for number, text in tokenizers["plain"].special_by_id.items() if text == "<|end|>")
+    assert all(end not in store.prompt(row) for row in (0, 1))
+
+
 def test_types_that_json_has_not_reach_the_chat_template_as_text(
     tools_template: dict[str, Any], tmp_path: Path, ingest_job: Ingest, texts: Texts
 ) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -94,6 +96,17 @@ def test_ids(format: str, tmp_path: Path, write_rows: Write, ingest_job: Ingest)
     store = ingest_job(path, input={"id_column": "key"})
     assert store.ids(np.asarray([3, 2, 0, 1])).to_pylist() == ["9", None, "7", "8"]
     assert {row: error.code for row, error in store.errors.items()} == {2: "missing_field"}
+
+
+def test_uuids_and_whole_decimals_are_ids(tmp_path: Path, ingest_job: Ingest) -> None:
+    numbers = [UUID(int=number) for number in (7, 8)]
+    uuids = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([number.bytes for number in numbers], pa.binary(16)))
+    decimals = pa.array([Decimal("10") ** 30, Decimal("1.50")], pa.decimal128(38, 2))
+    pq.write_table(pa.table({"prompt": ["x", "x"], "uuid": uuids, "decimal": decimals}), tmp_path / "rows.parquet")
+    store = ingest_job(tmp_path / "rows.parquet", input={"id_column": "uuid"})
+    assert store.ids(np.arange(2)).to_pylist() == [str(number) for number in numbers]
+    store = ingest_job(tmp_path / "rows.parquet", input={"id_column": "decimal"})
+    assert store.ids(np.arange(2)).to_pylist() == ["1" + "0" * 30, None] and store.errors[1].code == "bad_type"
 
 
 def test_ids_of_other_types_are_faults(write_rows: Write, ingest_job: Ingest) -> None:

@@ -1,22 +1,24 @@
 """What a row says to a chat template, checked and in the shape that templates expect: messages, tools and documents.
 
-A conversation that ends with an assistant's text is continued in that text. Each may be JSON text. Text given in parts becomes
-one text; keys of a message that are null are dropped; other keys, such as tool calls, pass through. In rows of typed columns
-(Parquet), an object has all keys that any other row's has, null where it has none: there, nulls are dropped at any depth, and
-what JSON has no type for is as in a job's template: a date in ISO 8601, a decimal number as text.
+A conversation that ends with an assistant's text is continued in that text. Each may be JSON text, and so may the arguments of
+a tool call. Text given in parts becomes one text; keys of a message that are null are dropped; other keys pass through. In rows
+of typed columns (Parquet), an object has all keys that any other row's has, null where it has none: there, nulls are dropped at
+any depth, and what JSON has no type for is as in a job's template: a date in ISO 8601, a decimal number as text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from tokabatch.errors import RowError
 from tokabatch.input.files.strict_json import parse_object
-from tokabatch.input.prompts.printing import text_of
+from tokabatch.input.prompts.printing import text_of, to_json
 from tokabatch.job.fields import DECIDED_KWARGS
 
 Message = dict[str, Any]
+CALLS = ("tool_calls", "function_call", "function")
+"""Where messages hold the calls of tools."""
 
 
 def normalise_messages(value: Any, column: str) -> list[Message] | RowError:
@@ -87,6 +89,30 @@ def decoded(value: Any) -> Any:
         row = parse_object(b'{"value":' + value.encode() + b"}")
         return row["value"] if isinstance(row, dict) and len(row) == 1 else value
     return value
+
+
+def with_arguments(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """The messages in `value` with `convert` applied to the arguments of each tool call."""
+    if isinstance(value, list):
+        return [with_arguments(item, convert) for item in cast("list[Any]", value)]
+    if not isinstance(value, Mapping):
+        return value
+    given = cast("Mapping[str, Any]", value).items()
+    return {
+        key: convert(item) if key == "arguments" else with_arguments(item, convert) if key in CALLS else item
+        for key, item in given
+    }
+
+
+def arguments_as_object(value: Any) -> Any:
+    """Arguments as most chat templates take them. OpenAI's API has them as JSON text; text that is none stays."""
+    found = decoded(value or "{}") if isinstance(value, str) else value
+    return found if isinstance(found, Mapping) else value
+
+
+def arguments_as_text(value: Any) -> Any:
+    """Arguments as JSON text, which some chat templates take instead."""
+    return to_json(value) if isinstance(value, Mapping) else value
 
 
 def plain_values(value: Any) -> Any:

@@ -8,7 +8,7 @@ the row's own go through `blank` first, which shows later which these were.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any, cast
 from tokabatch.errors import JobError, RowError
 from tokabatch.input.missing import ROW, missing_field
 from tokabatch.input.prompts.blanking import Blank, as_written
-from tokabatch.input.prompts.chat import decoded, normalise_messages, plain_values, read_kwargs, read_objects, with_system
+from tokabatch.input.prompts.chat import (
+    arguments_as_object,
+    arguments_as_text,
+    decoded,
+    normalise_messages,
+    plain_values,
+    read_kwargs,
+    read_objects,
+    with_arguments,
+    with_system,
+)
 from tokabatch.input.prompts.chat_template import DOCUMENTS, TOOLS, blank_texts, choose_chat_template
 from tokabatch.input.prompts.columns import MESSAGES, PROMPT, TOKEN_IDS, PromptColumns
 from tokabatch.input.prompts.few_shot import render_few_shot
@@ -93,10 +103,11 @@ class PromptSource:
             return RowError("bad_type", str(error))
 
     def values(self, row: Mapping[str, Any]) -> Iterator[Any]:
-        """What the row brings to its prompt; JSON text of messages, tools and documents is read."""
+        """What the row brings to its prompt; JSON text of messages, their tool calls, tools and documents is read."""
         for name in self.columns & row.keys():
             structured = name in self._chat_columns | self._kwargs_column or name in (self._config.messages, MESSAGES)
-            yield decoded(row[name]) if structured else row[name]
+            structured = structured or (name == PROMPT and isinstance(row[name], list))
+            yield with_arguments(decoded(row[name]), arguments_as_object) if structured else row[name]
 
     def wraps(self, row: Mapping[str, Any]) -> bool:
         """Whether a text of the row goes through the chat template."""
@@ -166,7 +177,16 @@ class PromptSource:
             return own
         template = self._chat_template.source_for(given.get(TOOLS))
         variables = blank_texts(self._chat_template.kwargs, blank) | own | given
-        text = self._tokenizer.apply_chat_template(with_system(messages, system), template, variables, self._now, blank)
+
+        def render(convert: Callable[[Any], Any]) -> str | RowError:
+            conversation = with_arguments(with_system(messages, system), convert)
+            return self._tokenizer.apply_chat_template(conversation, template, variables, self._now, blank)
+
+        text = render(arguments_as_object)
+        if isinstance(text, RowError) and any(message.get("tool_calls") for message in messages):
+            # A template that puts the arguments between texts refuses an object.
+            as_text = render(arguments_as_text)
+            text = text if isinstance(as_text, RowError) else as_text
         return text if isinstance(text, RowError) else Draft(text)
 
     def _given(self, value: Any) -> Any:

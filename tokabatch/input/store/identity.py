@@ -1,15 +1,18 @@
 """What identifies a row in the output: the value of `input.id_column`, or the row number.
 
-Ids are strings always: whole numbers are written in decimal. They must be there and differ; both are checked in constant
-memory per row (an 8-byte digest), and digests that collide are told from true duplicates by the ids themselves.
+Ids are strings always: whole numbers, decimals among them, are written in decimal, UUIDs in hexadecimal with dashes. They must
+be there and differ; both are checked in constant memory per row (an 8-byte digest), and digests that collide are told from
+true duplicates by the ids themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -85,7 +88,9 @@ def row_id(row: Row, column: str) -> str | RowError:
     value: Any = row.columns.get(column)
     if value is None:
         return row.error or missing_field(column, row.columns)
-    if isinstance(value, bool) or not isinstance(value, str | int):
+    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | UUID):
         return RowError("bad_type", f"the id in column {column!r} must be text or a whole number, not {type(value).__name__}")
     return str(value)
 
