@@ -186,7 +186,7 @@ def test_sizing_makes_no_context_on_the_gpu():
     """In a process of its own: once there is a context, it stays."""
     code = (
         "import ctypes, torch\n"
-        "from engine.test_sizing import FACTS, SPEC\n"
+        "from engine.test_replica_sizes import FACTS, SPEC\n"
         "from tokabatch.attention import choose_backend\n"
         "from tokabatch.engine.replica_sizes import decide_sizes\n"
         "from tokabatch.job import EngineConfig\n"
