@@ -136,6 +136,7 @@ class Recorder:
         `stops`, rows stop: a sample is recorded once all before it of its row are judged, if it is wanted then."""
         store = workload.store
         self._tokenizer = workload.tokenizer
+        self._tokenizer.get_ready_to_decode()
         self._store = store
         self._pool = open_pool(job.verify) if job.verify else None
         self._schema = workload.output_schema

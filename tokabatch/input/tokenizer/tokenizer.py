@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from typing import Any, cast
@@ -21,6 +22,7 @@ from transformers.utils import chat_template_utils
 from tokabatch.arrays import Int32
 from tokabatch.errors import RowError
 from tokabatch.input.prompts.blanking import Blank, as_written
+from tokabatch.input.tokenizer.byte_pieces import Decode, byte_level_decoding
 from tokabatch.input.tokenizer.special_token_spelling import Occurrence, SpecialTokens
 
 PROBE = "a"
@@ -44,6 +46,7 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = False
+        self._decode: Decode | None = None
         self._added = self._backend.get_added_tokens_decoder()
         self.special_by_id: Mapping[int, str] = {n: str(token.content) for n, token in self._added.items() if token.special}
         """The texts of the special tokens, by id."""
@@ -139,7 +142,14 @@ class Tokenizer:
     def decode_batch(self, batch: Sequence[Sequence[int] | Int32], skip_special_tokens: bool = True) -> list[str]:
         """The text of each list of ids; bytes that are no UTF-8 become U+FFFD."""
         lists = [ids.tolist() if isinstance(ids, np.ndarray) else list(ids) for ids in batch]
+        if self._decode is not None:
+            with suppress(IndexError):
+                return self._decode(lists, skip_special_tokens)
         return self._backend.decode_batch(lists, skip_special_tokens=skip_special_tokens)
+
+    def get_ready_to_decode(self) -> None:
+        """Have `decode_batch` decode many samples fast from now on: a tenth of a second for a vocabulary of 128,000."""
+        self._decode = self._decode or byte_level_decoding(self._backend)
 
     def piece_texts(self) -> list[str]:
         """What each id adds to a decoded text, index by id; U+FFFD where it is part of a character, empty for a special token
