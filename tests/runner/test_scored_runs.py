@@ -66,7 +66,7 @@ def wanted(model: Path) -> dict[tuple[int, int], tuple[list[int], list[int]]]:
     return {
         (0, 0): (encode("Once upon a time"), encode(" there was")),
         (0, 1): (encode("Once upon a time"), encode(" a")),
-        (0, 2): (encode("Once upon a time"), [2]),
+        (0, 2): (encode("Once upon a time"), e),
         (1, 0): (encode("Once upon a day"), encode(" x")),
         (2, 0): (encode("T"), encode("he whole of this text is scored")),
         (3, 0): (encode("Once upon"), [5, 6, 7]),

@@ -188,6 +188,31 @@ def test_the_job_s_own_special_tokens_stay_special(
         assert [ids.count(number) for number in (0, 2, 3)] == [1, 1, 1]
 
 
+def test_special_tokens_in_continuations_are_text(
+    write_rows: Write, ingest_job: Ingest, tokenizers: dict[str, Tokenizer]
+) -> None:
+    rows = [{"q": "hi", "continuations": [" a<|end|>", "b"]}, {"q": "<|end|> <|en", "continuations": ["d|>", "<|eos|>"]}]
+    tokenizer, path = tokenizers["chat"], write_rows(*rows)
+    special = set(tokenizer.special_by_id)
+
+    def scored(policy: str) -> tuple[InputStore, list[list[int]]]:
+        prompt = {"template": "<|start|>{{ q }}", "chat": False, "special_tokens": policy}
+        store = ingest_job(path, "chat", prompt=prompt, mode="score")
+        given = store.continuations
+        assert given is not None
+        bounds = zip(given.start[:-1], given.start[1:], strict=True)
+        return store, [given.tokens[begin:end].tolist() for begin, end in bounds]
+
+    store, texts = scored("text")
+    assert tokenizer.decode_batch(texts, skip_special_tokens=False) == [each for row in rows for each in row["continuations"]]
+    assert special.isdisjoint(token for ids in texts for token in ids) and store.hidden_rows == 2
+    assert [sum(token in special for token in store.prompt(row).tolist()) for row in (0, 1)] == [1, 1]
+    store, texts = scored("allow")
+    assert [sum(token in special for token in ids) for ids in texts] == [1, 0]
+    assert codes(store) == {1: "bad_continuations"}, "the prompt's last tokens are others then"
+    assert codes(scored("reject")[0]) == {0: "special_token", 1: "special_token"}
+
+
 def test_token_ids(write_rows: Write, ingest_job: Ingest) -> None:
     path = write_rows(*({"ids": ids} for ids in ([1, 2], [], [-1], [323], [322], ["a"], [1.0], [True], 5, None)))
     store = ingest_job(path, prompt={"token_ids": "ids"})

@@ -111,7 +111,7 @@ class PromptBuilder:
         """One result a row, in order; all texts of the batch are tokenised in one call."""
         drafts = [row.error or self._draft(row.prompt_columns) for row in rows]
         given = self._find_given(rows, drafts) if self._given else {}
-        quoted = self._find_quoted(rows, drafts)
+        quoted = self._find_quoted(rows, drafts, given)
         texts = {
             (place, -1): draft.text
             for place, draft in enumerate(drafts)
@@ -206,31 +206,47 @@ class PromptBuilder:
             return finished
         return replace(finished, continuations=tuple(np.asarray(text, dtype=np.int32) for text in texts))
 
-    def _find_quoted(self, rows: Sequence[Row], drafts: list[Draft | RowError]) -> dict[int, list[Occurrence]]:
-        """The places of drafts in which what a row spells of special tokens is plain text, each with those that templates
-        wrote. Where the job rejects such a row, its draft becomes the error."""
+    def _find_quoted(
+        self, rows: Sequence[Row], drafts: list[Draft | RowError], given: Mapping[int, Sequence[str | list[int]]]
+    ) -> dict[int, list[Occurrence]]:
+        """The places of drafts in which, or in whose `given` continuations, what a row spells of special tokens is plain text,
+        each with those that templates wrote. Where the job rejects such a row, its draft becomes the error."""
         texts: dict[int, str] = {}
+        behind: dict[int, list[Occurrence]] = {}
         for place, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
-            if isinstance(draft, Draft) and draft.token_ids is None and self._may_spell(row.prompt_columns):
-                texts[place] = draft.text
+            if isinstance(draft, Draft) and draft.token_ids is None:
+                behind[place] = self._spelled_behind(draft.text, row.prompt_columns, given.get(place, ()))
+                if behind[place] or self._may_spell(row.prompt_columns):
+                    texts[place] = draft.text
         quoted: dict[int, list[Occurrence]] = {}
         for place, found in zip(texts, self._tokenizer.special_tokens.find(list(texts.values())), strict=True):
             occurrences = [each for each in found if each]
             written = self._written(rows[place].prompt_columns, occurrences)
             spelled = [each for each in occurrences if each not in written]
-            if spelled and self._policy == "reject":
-                reason = f"the row spells the special token {spelled[0][2]!r} (prompt.special_tokens: reject)"
+            own = [*spelled[self._spelled_by_examples :], *behind[place]]
+            if (spelled or own) and self._policy == "reject":
+                reason = f"the row spells the special token {(spelled or own)[0][2]!r} (prompt.special_tokens: reject)"
                 drafts[place] = RowError("special_token", reason)
-            elif len(written) < len(found):
-                if len(spelled) > self._spelled_by_examples:
-                    self._spelled.note(rows[place].index, spelled[self._spelled_by_examples][2])
+            elif len(written) < len(found) or own:
+                if own:
+                    self._spelled.note(rows[place].index, own[0][2])
                 if self._policy == "text":
                     quoted[place] = written
         return quoted
 
+    def _spelled_behind(self, text: str, row: Mapping[str, Any], given: Sequence[str | list[int]]) -> list[Occurrence]:
+        """Special tokens that continuations of a prompt's `text` spell, where these are not taken as tokens."""
+        if self._policy == "allow" or self._is_trusted(row):
+            return []
+        wholes = [text + each for each in given if isinstance(each, str) and self._blanking.may_occur(each)]
+        found = self._tokenizer.special_tokens.find(wholes)
+        return [each for occurrences in found for each in occurrences if each and each[1] > len(text)]
+
+    def _is_trusted(self, row: Mapping[str, Any]) -> bool:
+        return self._trusts_plain_texts and isinstance(row.get(PROMPT), str)
+
     def _may_spell(self, row: Mapping[str, Any]) -> bool:
-        plain = self._trusts_plain_texts and isinstance(row.get(PROMPT), str)
-        if (self._policy == "allow" or plain) and not self._source.wraps(row):
+        if (self._policy == "allow" or self._is_trusted(row)) and not self._source.wraps(row):
             return False
         return self._spelled_by_examples > 0 or any(map(self._blanking.may_occur, self._source.values(row)))
 
