@@ -15,9 +15,20 @@ from difflib import get_close_matches
 from functools import cached_property
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+    with_config,
+)
+from typing_extensions import TypedDict
 
 from tokabatch.errors import JobError, RowError
 from tokabatch.job import fields
@@ -195,13 +206,15 @@ class GenerationConfig(_Section):
         """These settings under one row's own; a null in the row takes the job's value, as Parquet structs fill up with
         nulls. Code `bad_sampling` where the row names an unknown setting or a value that is not accepted."""
         given = {name: value for name, value in struct.items() if value is not None}
-        bounds = {"min_tokens": self.min_tokens, "max_tokens": self.max_tokens}
         try:
-            own = vars(GenerationConfig.model_validate(given if bounds.keys().isdisjoint(given) else bounds | given))
+            own = _ROW_SETTINGS.validate_python(given)
+            least, most = own.get("min_tokens", self.min_tokens), own.get("max_tokens", self.max_tokens)
+            if most != "context" and least > most:
+                GenerationConfig.model_validate({"min_tokens": least, "max_tokens": most})
         except ValidationError as error:
             merged = {name: getattr(self, name) for name in _SETTINGS} | given
             return RowError("bad_sampling", row_message(GenerationConfig, error, merged))
-        return SamplingParams(**self.param_values | _as_params({name: own[name] for name in given}))
+        return SamplingParams(**self.param_values | _as_params(own))
 
     def with_model_defaults(self, defaults: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[Setting, ...]]:
         """Fill what the job does not say from `defaults`, values of a model's generation_config.json by keys of this section,
@@ -225,6 +238,10 @@ class GenerationConfig(_Section):
 
 
 _SETTINGS = tuple(GenerationConfig.model_fields)  # Pydantic makes the table anew at each access.
+_HINTS = get_type_hints(GenerationConfig, include_extras=True)
+_RowSettings = TypedDict("_RowSettings", {name: _HINTS[name] for name in _SETTINGS}, total=False)  # pyright: ignore
+_ROW_SETTINGS: TypeAdapter[Any] = TypeAdapter(with_config(ConfigDict(strict=True, extra="forbid"))(_RowSettings))
+"""Checks some of the settings alone, in a third of the time that it takes to make all of them."""
 
 
 def _as_params(settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -38,13 +39,32 @@ class StopStrings:
 
     def __init__(self, strings: Iterable[str]) -> None:
         self._strings = frozenset(strings)
-        self._lengths = sorted({len(s) for s in self._strings})
-        self._tails = frozenset(s[-TAIL:] for s in self._strings)
-        self._tail_lengths = sorted({len(tail) for tail in self._tails})
-        self._ends = frozenset(tail[-size:] for tail in self._tails for size in range(1, len(tail) + 1))
-        self._last = frozenset(tail[-1] for tail in self._tails)
-        self.longest = max((len(s.encode()) for s in self._strings), default=0)
+
+    # Rows with strings of their own are many, and of most only some of this is needed.
+    @cached_property
+    def longest(self) -> int:
         """Bytes of the longest string."""
+        return max((len(s.encode()) for s in self._strings), default=0)
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return sorted({len(s) for s in self._strings})
+
+    @cached_property
+    def _tails(self) -> frozenset[str]:
+        return frozenset(s[-TAIL:] for s in self._strings)
+
+    @cached_property
+    def _tail_lengths(self) -> list[int]:
+        return sorted({len(tail) for tail in self._tails})
+
+    @cached_property
+    def _ends(self) -> frozenset[str]:
+        return frozenset(tail[-size:] for tail in self._tails for size in range(1, len(tail) + 1))
+
+    @cached_property
+    def _last(self) -> frozenset[str]:
+        return frozenset(s[-1] for s in self._strings)
 
     def __bool__(self) -> bool:
         return bool(self._strings)
@@ -87,23 +107,23 @@ class StopRules:
     def extend(self, sampling: Sequence[SamplingParams]) -> None:
         """Add the conditions of further sampling parameters, behind the others."""
         special = {} if self._text is None else self._text.special
+        fresh = {p.stop for p in sampling} - self._of_stop.keys()
+        for stop in fresh:
+            strings = StopStrings(s for s in stop if s not in special)
+            self._of_stop[stop] = strings, tuple(special[s] for s in stop if s in special)
         # Rows with settings of their own mostly have these in common.
-        ids: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], frozenset[int]] = {}
-        for each in {(p.stop_token_ids, p.ignore_eos, p.stop) for p in sampling} - self._ids_of.keys():
-            ends = () if each[1] else self._ends
-            ids[each] = frozenset((*each[0], *ends, *(special[s] for s in each[2] if s in special)))
-        fresh = {p.stop for p in sampling} - self._strings_of.keys()
-        every = StopStrings(s for stop in fresh for s in stop if s not in special)
-        self._ids_of |= ids
-        self._strings_of |= {stop: StopStrings(s for s in stop if s not in special) for stop in fresh}
-        self._suspect[[i for each in ids.values() for i in each if 0 <= i < self._vocab_size]] = True
-        if every:
+        every = [(p.stop_token_ids, p.ignore_eos, self._of_stop[p.stop][1]) for p in sampling]
+        for kind in set(every) - self._ids_of.keys():
+            listed, ignore_eos, meant = kind
+            self._ids_of[kind] = frozenset((*listed, *(() if ignore_eos else self._ends), *meant))
+            self._suspect[[i for i in self._ids_of[kind] if 0 <= i < self._vocab_size]] = True
+        if strings := StopStrings(s for stop in fresh for s in stop if s not in special):
             assert self._text is not None, "stop strings need the tokenizer's text"
             pieces = self._text.pieces[: self._vocab_size]
-            self._suspect[[i for i, piece in enumerate(pieces) if every.may_end_in(piece)]] = True
-        self.ids += [self._ids_of[p.stop_token_ids, p.ignore_eos, p.stop] for p in sampling]
+            self._suspect[[i for i, piece in enumerate(pieces) if strings.may_end_in(piece)]] = True
+        self.ids += [self._ids_of[kind] for kind in every]
         self._least += [p.min_tokens for p in sampling]
-        self._strings += [self._strings_of[p.stop] for p in sampling]
+        self._strings += [self._of_stop[p.stop][0] for p in sampling]
         self._sampling += sampling
 
     def keep(self, entries: Int32) -> None:
@@ -116,8 +136,9 @@ class StopRules:
         """The tokens that end a sample, of each entry."""
         self._least: list[int] = []
         self._strings: list[StopStrings] = []
-        self._ids_of: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], frozenset[int]] = {}
-        self._strings_of: dict[tuple[str, ...], StopStrings] = {}
+        self._ids_of: dict[tuple[tuple[int, ...], bool, tuple[int, ...]], Collection[int]] = {}
+        self._of_stop: dict[tuple[str, ...], tuple[StopStrings, tuple[int, ...]]] = {}
+        """The texts to look for of each `stop`, and the special tokens that it means."""
         self._suspect = np.zeros(self._vocab_size, np.bool_)
         self.extend(sampling)
 

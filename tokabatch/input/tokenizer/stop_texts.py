@@ -41,12 +41,12 @@ def refuse_special(stops: Iterable[str], special_texts: Set[str]) -> str | None:
 def describe_stops(stops: Mapping[str, str], tokenizer: Spells, special_texts: Set[str]) -> tuple[str, ...]:
     """Sentences on stop strings that no sample, or hardly one, will hold; `stops` names for each where it was written."""
     texts = [stop for stop in stops if stop not in special_texts]
-    spelled, behind = (
-        tokenizer.decode_batch(tokenizer.encode_batch([before + text for text in texts], add_special_tokens=False))
-        for before in ("", _BEFORE)
-    )
+    spelled = dict(zip(texts, _spelled(texts, tokenizer), strict=True))
+    changed = [stop for stop in texts if stop not in spelled[stop]]
+    behind = _spelled([_BEFORE + stop for stop in changed], tokenizer)
+    never = {stop for stop, shown in zip(changed, behind, strict=True) if stop not in shown}
     sentences: list[str] = []
-    for stop, shown, shown_behind in zip(texts, spelled, behind, strict=True):
+    for stop in texts:
         escape = _ESCAPE.search(stop)
         if escape:
             meant = _ESCAPE.sub(lambda found: found[0].encode().decode("unicode_escape"), stop)
@@ -54,9 +54,15 @@ def describe_stops(stops: Mapping[str, str], tokenizer: Spells, special_texts: S
                 f"{stops[stop]} holds '{stop}': a backslash and {escape[1]!r}, as YAML's single quotes keep them; if "
                 f"{_MEANT[escape[1]]} is meant, write {json.dumps(meant, ensure_ascii=False)}, in double quotes"
             )
-        elif stop not in shown and stop not in shown_behind:
+        elif stop in never:
             sentences.append(
-                f"{stops[stop]} holds {stop!r}, which the tokenizer writes as {shown!r}: a sample so written does not stop"
+                f"{stops[stop]} holds {stop!r}, which the tokenizer writes as {spelled[stop]!r}: a sample so written does not "
+                "stop"
             )
     more = (f"{len(sentences) - LISTED:,} more stop strings are like these",) if len(sentences) > LISTED else ()
     return (*sentences[:LISTED], *more)
+
+
+def _spelled(texts: list[str], tokenizer: Spells) -> list[str]:
+    """What becomes of texts on the way to ids and back."""
+    return tokenizer.decode_batch(tokenizer.encode_batch(texts, add_special_tokens=False)) if texts else []
