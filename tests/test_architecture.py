@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": LEAVES | {"scoring", "output", "storage"},
     "engine": LEAVES | {"model", "attention", "parallel", "report"},
     "workload": LEAVES | {"input", "output", "engine", "model", "attention", "parallel", "storage", "scoring"},
-    "precheck": LEAVES | {"input", "output", "model"},
+    "precheck": LEAVES | {"input", "output", "model", "scoring"},
     "forecast": LEAVES | {"workload", "scheduling", "input", "output", "storage", "engine", "model", "report"},
     "runner": LEAVES
     | {"workload", "forecast", "scheduling", "engine", "input", "output", "storage", "model", "attention", "scoring", "report"}

@@ -15,6 +15,7 @@ import tokabatch
 from tokabatch import Job
 from tokabatch import run as tokabatch_run
 from tokabatch.cli import app, main
+from tokabatch.cli.plan import all_sections
 from tokabatch.report import key_reference
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ def test_jobs_load():
 
 def test_the_reference_of_keys_is_that_of_the_schema():
     text = (ROOT / "jobs" / "README.md").read_text()
-    expected = key_reference.markdown(Job.describe_sections())
+    expected = key_reference.markdown(all_sections())
     remedy = "replace what stands under `## Every key` by the output of `tokabatch keys --markdown`"
     assert text.endswith(f"\n\n{expected}\n"), remedy
 

@@ -101,4 +101,4 @@ def test_stops_that_no_sample_will_hold(told: Callable[..., str]) -> None:
     said = told(nothing, rows, stop=r"\nQ:")
     assert r"""generation.stop holds '\nQ:': a backslash and 'n'""" in said
     assert "sampling_params.stop of row 1 (" in said
-    assert "rows.jsonl line 2) holds 'é', which the tokenizer spells ''" in said
+    assert "rows.jsonl line 2) holds 'é', which the tokenizer writes as ''" in said

@@ -12,27 +12,50 @@ from pathlib import Path
 
 from tokabatch.errors import JobError
 from tokabatch.input.batch_files import open_rows, settle_format
+from tokabatch.input.prompts.chat_template import choose_chat_template, refuse_missing_chat_template
 from tokabatch.input.prompts.columns import PromptColumns, check_columns, check_first_rows
 from tokabatch.input.prompts.few_shot import render_few_shot
 from tokabatch.input.readers import list_local_files
-from tokabatch.job import Job, verifier_path
+from tokabatch.input.rows import no_rows
+from tokabatch.input.tokenizer.files import has_no_chat_template, tokenizer_folder
+from tokabatch.job import Job, ModelConfig, verifier_path
+from tokabatch.model.checkpoint import read_checkpoint
 from tokabatch.model.families import read_spec
 from tokabatch.model.resolve import resolve_model
 from tokabatch.output.folder import check_output
+from tokabatch.scoring.pool import open_pool
 
 _MOST_FILES = 64
 """Of an input whose columns are looked at; the footers of many Parquet files take longer than it is worth."""
+
+
+def refuse_model(model: ModelConfig) -> None:
+    """Raises the ModelError of a model or tokenizer that is not there, is of no known family, or whose files are not whole."""
+    folder = resolve_model(model.path, model.revision, weights=False)
+    read_spec(folder)
+    if Path(model.path).expanduser().is_dir():
+        read_checkpoint(folder)
+    if model.tokenizer is not None:
+        resolve_model(model.tokenizer, weights=False, key="model.tokenizer")
+    tokenizer_folder(model)
 
 
 def refuse_early(job: Job, *, shared: bool = False) -> None:
     """Raises the UsageError in which the job would end seconds later. Writes nothing; reads the first rows of files of this
     machine alone, and of a model on the hub the small files, which stay in the cache. `shared`: others may write there."""
     check_output(Path(job.output.path), shared=shared)
-    if job.verify is not None and not (verifier := verifier_path(job.verify.kind)).is_file():
-        raise JobError(f"verify.kind: there is no file {verifier} in {Path.cwd()}; check the path")
-    read_spec(resolve_model(job.model.path, job.model.revision, weights=False))
-    if job.model.tokenizer is not None:
-        resolve_model(job.model.tokenizer, weights=False, key="model.tokenizer")
+    if job.verify is not None:
+        verifier = verifier_path(job.verify.kind)
+        if not verifier.is_file():
+            raise JobError(f"verify.kind: there is no file {verifier} in {Path.cwd()}; check the path")
+        # In a process of its own, which is there in a fraction of the time that torch takes.
+        open_pool(job.verify).load()
+    refuse_model(job.model)
+    tokenizer = tokenizer_folder(job.model)
+    if tokenizer is not None and has_no_chat_template(tokenizer):
+        name = job.model.tokenizer or job.model.path
+        if choose_chat_template(job.prompt, {}, name) is None:
+            refuse_missing_chat_template(job.prompt, name)
     columns = PromptColumns(job.prompt)
     if job.prompt.few_shot is not None:
         few_shot = job.prompt.few_shot
@@ -46,6 +69,8 @@ def refuse_early(job: Job, *, shared: bool = False) -> None:
         check_columns(job, columns, reader.schema.names)
         return
     batches = list(islice(reader.batches(), 2))
+    if not any(batch.rows for batch in batches):
+        raise no_rows(reader.name)
     rows = [row for batch in batches[:1] for row in batch.rows][: job.input.limit]
     names = {name for row in rows if row.error is None for name in (*(row.columns or ()), *row.prompt_columns)}
     if not names:

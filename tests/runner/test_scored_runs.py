@@ -145,7 +145,10 @@ def test_a_plan_counts_and_says_that_whole_texts_are_scored(model: Path, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"generation": {"temperature": 0.5, "n": 2}}, "generation: n, temperature is of no use in mode: score"),
+        (
+            {"generation": {"temperature": 0.5, "n": 2}},
+            "has no use for n, temperature; remove them",
+        ),
         ({"generation": {"logprobs": 3}}, "generation: logprobs is 3; mode: score reports given tokens alone: write 0"),
         ({"verify": {"kind": "regex", "stop": {"after_correct": 1}}}, "verify: has `stop`, which stops drawing samples"),
         ({"mode": "rank"}, "mode: got the text rank; accepts one of generate, score"),

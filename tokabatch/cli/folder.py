@@ -28,7 +28,7 @@ def status(out: OutArgument) -> None:
     Example
       tokabatch status out/quickstart
     """
-    found = _read_state(out)
+    found = read_state(out)
     first = ("state", "started", "model", "input")
     values = {**{name: getattr(found, name) for name in first}, **asdict(found), "pending": found.pending}
     pace = import_module("tokabatch.output.status").read_pace(out, time.time()) if found.state == "running" else None
@@ -56,7 +56,7 @@ def errors(
       tokabatch errors out/quickstart
       tokabatch errors out/quickstart --all
     """
-    _read_state(out)
+    read_state(out)
     closing = import_module("tokabatch.report.closing")
     found = import_module("tokabatch.output.excerpts").error_rows(out, None if all_rows else closing.PER_CODE)
     print_result((closing.errors_section(found),) if found.rows else f"{out} holds no error rows")
@@ -228,7 +228,7 @@ def write_batch(out: Path, to: Path, errors: Path | None) -> str:
     return results.describe(written, to, errors)
 
 
-def _read_state(out: Path) -> Any:
+def read_state(out: Path) -> Any:
     found = import_module("tokabatch.output.status").read_status(out)
     if found.state == "absent":
         raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")

@@ -8,18 +8,28 @@ from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tokabatch.cli.arguments import DEVICES, JobArgument, OutArgument, OverridesArgument
+from tokabatch.cli.folder import read_state
 from tokabatch.cli.job import checked_job, starting
 from tokabatch.cli.printing import print_note, print_result
 from tokabatch.errors import UsageError
 
 
 def _complete_section(incomplete: str) -> list[str]:
-    return [each.name for each in import_module("tokabatch.job").Job.describe_sections() if each.name.startswith(incomplete)]
+    return [each.name for each in all_sections() if each.name.startswith(incomplete)]
+
+
+def all_sections() -> tuple[Any, ...]:
+    """The sections of a job file, and `server`, whose keys `tokabatch serve` takes besides."""
+    server = import_module("tokabatch.serve.settings").ServerConfig
+    return (
+        *import_module("tokabatch.job").Job.describe_sections(),
+        *import_module("tokabatch.job.keys").list_sections(server, "server"),
+    )
 
 
 def plan(
@@ -83,14 +93,14 @@ def keys(
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown.")] = False,
 ) -> None:
-    """Explain the keys of a job file: what each does, what it accepts, its default, an example.
+    """Explain the keys of a job file and of a server: what each does, what it accepts, its default, an example.
 
     \b
     Examples
       tokabatch keys generation
       tokabatch keys prompt.few_shot.k
     """
-    sections = import_module("tokabatch.job").Job.describe_sections()
+    sections = all_sections()
     if section is not None:
         names = {name for each in sections for name in (each.name, *(key.name for key in each.keys))}
         inside = [name for name in names if name == section or name.startswith(f"{section}.")]
@@ -122,6 +132,7 @@ def profile(
     Example
       tokabatch profile out/quickstart --to profile.json
     """
+    read_state(out)
     fitted = import_module("tokabatch.forecast.predict").profile_run(out, to, device)
     terms = zip(import_module("tokabatch.forecast.profile").TERMS, fitted.coefficients, strict=True)
     print_note(import_module("tokabatch.report.outlook").profile_sections(str(to), dict(terms)))

@@ -17,7 +17,9 @@ def serve(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Keys under model, prompt, generation, engine and server.", show_default=False
+            metavar="KEY=VALUE",
+            help="Keys under model, prompt, generation, engine and server (`tokabatch keys server`).",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -35,13 +37,14 @@ def serve(
       tokabatch serve jobs/quickstart server.port=8080 server.host=0.0.0.0 server.api_key=secret
       tokabatch serve jobs/quickstart generation.max_tokens=512 engine.kv_cache_tokens=64K
     """
+    config = import_module("tokabatch.serve.settings").ServiceConfig.load(model, *(overrides or ()))
+    import_module("tokabatch.precheck").refuse_model(config.model)
     try:
         server = import_module("tokabatch.serve.server")
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn"):
             raise
         raise UsageError(f"a server needs {error.name}; install it with: pip install 'tokabatch[serve]'") from error
-    config = import_module("tokabatch.serve.settings").ServiceConfig.load(model, *(overrides or ()))
     raise typer.Exit(server.serve(config, lambda text: print(text, file=sys.stderr)))
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from tokabatch.errors import RowError
+from tokabatch.errors import InputError, RowError
 
 MAX_BATCH_ROWS = 1024
 MAX_BATCH_BYTES = 16 << 20
@@ -82,6 +82,11 @@ class RowPlaces:
 
 
 NO_PLACES = RowPlaces()
+
+
+def no_rows(name: str) -> InputError:
+    """The error of an input, by its name, without a row."""
+    return InputError(f"input.path {name!r} holds no rows; check the file")
 
 
 class Reader(Protocol):

@@ -59,9 +59,12 @@ class Refusal:
     def in_override(self, override: str) -> str:
         """The refusal of what an override `key=value` sets, the remedy as an override."""
         key, _, value = override.partition("=")
-        if self.suggestion:
-            return f"override `{override}`: {self.message}; did you mean `{self.suggestion}={value}`?"
         subject = "" if key.strip() == self.key else f"{self.key}: "
+        if self.suggestion:
+            inside = self.key.startswith(f"{key.strip()}.")
+            behind = key.strip().removeprefix(self.key)
+            meant = self.suggestion.rpartition(".")[2] if inside else f"{self.suggestion}{behind}={value}"
+            return f"override `{override}`: {subject}{self.message}; did you mean `{meant}`?"
         remedy = f", for example `{self.key}={self.example}`" if self.example is not None else ""
         return f"override `{override}`: {subject}{self.message}{remedy}"
 

@@ -437,7 +437,8 @@ class Job(_Section):
             return value
         changed = [name for name in _SETTINGS if getattr(value, name) != GenerationConfig.model_fields[name].default]
         if useless := [name for name in changed if name != "logprobs"]:
-            raise ValueError(f"{', '.join(useless)} has no effect in mode: score, which samples nothing; remove it")
+            remove = "remove it" if len(useless) == 1 else "remove them"
+            raise ValueError(f"mode: score samples nothing and has no use for {', '.join(useless)}; {remove}")
         if value.logprobs:
             raise ValueError(f"logprobs is {value.logprobs}; mode: score reports given tokens alone: write 0")
         return value

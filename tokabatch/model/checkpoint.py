@@ -107,7 +107,9 @@ def _declared_files(folder: Path) -> dict[Path, set[str]]:
     if not index.is_file():
         pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
         reason = f" ({pickles[0].name} is a pickle, which could run code)" if pickles else ""
-        raise ModelError(f"{folder}: neither {_SINGLE} nor {_INDEX}{reason}. Convert the model to safetensors.")
+        raise ModelError(
+            f"{folder}: it holds neither {_SINGLE} nor {_INDEX}{reason}. Fetch the model again, or convert it to safetensors."
+        )
     try:
         weight_map = cast("dict[str, str]", json.loads(index.read_bytes())["weight_map"])
         entries = [(name, str(file)) for name, file in weight_map.items()]

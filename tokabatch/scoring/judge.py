@@ -185,7 +185,8 @@ def _options(spec: JudgeSpec, parameters: Sequence[inspect.Parameter]) -> dict[s
         given["answer"] = spec.answer
     unknown = [name for name in given if name not in names and not any_name]
     if unknown:
-        raise ValueError(f"verify.options names {unknown[0]!r}, which it does not take; it takes {', '.join(names) or 'none'}")
+        known = ", ".join(name for name in names if name != "answer" or spec.answer is None) or "none"
+        raise ValueError(f"verify.options names {unknown[0]!r}, which it does not take; it takes {known}")
     required = [each.name for each in parameters if each.name in names and each.default is each.empty]
     missing = [name for name in required if name not in given]
     if missing:

@@ -18,7 +18,7 @@ class _Section(BaseModel):
 
 
 class ServerConfig(_Section):
-    """How the server listens, and how much it takes on."""
+    """Keys of `tokabatch serve`, not of a job file: where it listens, and its limits."""
 
     host: fields.Text = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for all of this machine's.")
     port: Port = Field(default=8000, description="Port to listen on; 0: any free port.")
@@ -41,11 +41,11 @@ class ServerConfig(_Section):
     )
     files: fields.OptionalText = Field(
         default="tokabatch-files",
-        description="Folder of /v1/files and /v1/batches, made when the server starts; null: neither.",
+        description="Folder of /v1/files and /v1/batches, created when the server starts; null: neither is served.",
     )
-    max_file: fields.Count = Field(default=512 << 20, description="Most bytes in a file that is uploaded.")
+    max_file: fields.Count = Field(default=512 << 20, description="Maximum size of an uploaded file, in bytes.")
     flush_seconds: fields.Seconds = Field(
-        default=10.0, description="Finished samples of a batch are on disk after at most so long."
+        default=10.0, description="Longest time until a finished sample of a batch is on disk."
     )
     grace_seconds: fields.Seconds = Field(
         default=30.0, description="Time that running samples get to finish after the first signal to stop."

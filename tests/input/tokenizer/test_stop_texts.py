@@ -45,7 +45,7 @@ def test_a_text_that_the_tokenizer_does_not_spell(tokenizers: dict[str, Tokenize
 
     stops = {"END": "sampling_params.stop of row 3", "end": "generation.stop", "<|END|>": "generation.stop"}
     (sentence,) = describe_stops(stops, Folding(), frozenset(["<|END|>"]))
-    assert sentence.startswith("sampling_params.stop of row 3 holds 'END', which the tokenizer spells 'end'")
+    assert sentence.startswith("sampling_params.stop of row 3 holds 'END', which the tokenizer writes as 'end'")
 
 
 def test_many_sentences_are_counted(tokenizers: dict[str, Tokenizer]) -> None:

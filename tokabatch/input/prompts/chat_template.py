@@ -74,6 +74,21 @@ def choose_chat_template(config: PromptConfig, templates: Mapping[str, str], tok
     return ChatTemplate(first, others[0] if others else first, config.chat_template_kwargs, names)
 
 
+def refuse_missing_chat_template(config: PromptConfig, tokenizer: str) -> None:
+    """Raises JobError where the job needs a chat template; for one that has none."""
+    needs = {
+        "prompt.chat: true": config.chat is True,
+        "prompt.messages": config.messages,
+        "prompt.system": config.system,
+        "prompt.chat_template_kwargs": config.chat_template_kwargs,
+    }
+    if key := next((key for key, needed in needs.items() if needed), None):
+        raise JobError(
+            f"{key} needs a chat template, but the tokenizer of {tokenizer!r} has none; give one as prompt.chat_template, or "
+            "use prompt.template alone"
+        )
+
+
 def blank_texts(value: Any, blank: Blank) -> Any:
     """The value with `blank` applied to the texts in it, at any depth."""
     if isinstance(value, str):

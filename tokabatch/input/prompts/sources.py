@@ -14,7 +14,7 @@ from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
-from tokabatch.errors import JobError, RowError
+from tokabatch.errors import RowError
 from tokabatch.input.missing import ROW, missing_field
 from tokabatch.input.prompts.blanking import Blank, as_written
 from tokabatch.input.prompts.chat import (
@@ -28,7 +28,13 @@ from tokabatch.input.prompts.chat import (
     with_arguments,
     with_system,
 )
-from tokabatch.input.prompts.chat_template import DOCUMENTS, TOOLS, blank_texts, choose_chat_template
+from tokabatch.input.prompts.chat_template import (
+    DOCUMENTS,
+    TOOLS,
+    blank_texts,
+    choose_chat_template,
+    refuse_missing_chat_template,
+)
 from tokabatch.input.prompts.columns import MESSAGES, PROMPT, TOKEN_IDS, PromptColumns
 from tokabatch.input.prompts.few_shot import render_few_shot
 from tokabatch.input.prompts.printing import NotText
@@ -65,7 +71,8 @@ class PromptSource:
         self._compile = cache(compile_template)
         self._render_examples = cache(render_few_shot)
         self.chat = self._chat_template is not None if config.chat == "auto" else config.chat
-        self._refuse_missing_chat_template()
+        if self._chat_template is None:
+            refuse_missing_chat_template(config, tokenizer.name)
         self.own = PromptColumns(config, self._compile)
         # What the job's own template reads is not the chat template's.
         read = frozenset[str]() if self._chat_template is None else self._chat_template.names
@@ -191,17 +198,6 @@ class PromptSource:
 
     def _given(self, value: Any) -> Any:
         return plain_values(value) if self._typed else value
-
-    def _refuse_missing_chat_template(self) -> None:
-        config, name = self._config, self._tokenizer.name
-        wants = "prompt.chat: true" if config.chat is True else "prompt.messages" if config.messages else None
-        wants = wants or ("prompt.system" if config.system else None)
-        wants = wants or ("prompt.chat_template_kwargs" if config.chat_template_kwargs else None)
-        if wants and self._chat_template is None:
-            raise JobError(
-                f"{wants} needs a chat template, but the tokenizer of {name!r} has none; give one as prompt.chat_template, or "
-                "use prompt.template alone"
-            )
 
 
 def no_chat_template(column: str) -> RowError:

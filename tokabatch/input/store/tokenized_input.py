@@ -20,7 +20,7 @@ from tokabatch.errors import InputError, RowError
 from tokabatch.input.batch_files import open_rows, settle_format
 from tokabatch.input.prompts.builder import Limits, Prompt, PromptBuilder
 from tokabatch.input.prompts.columns import check_columns, check_first_rows
-from tokabatch.input.rows import Reader, RowBatch, RowPlaces
+from tokabatch.input.rows import Reader, RowBatch, RowPlaces, no_rows
 from tokabatch.input.store.columns import Columns, ColumnSpool, open_column_spool, restore_columns
 from tokabatch.input.store.disk_arrays import ArraySpool, Texts, open_array
 from tokabatch.input.store.identity import IdSpool, read_ids
@@ -195,7 +195,7 @@ def ingest(
         if left == 0:
             break
     if spools.num_rows == 0:
-        raise InputError(f"input.path {reader.name!r} holds no rows; check the file")
+        raise no_rows(reader.name)
     if spools.any_parsed:
         check_columns(job, builder.own_columns, spools.names)
     with spooling(folder):

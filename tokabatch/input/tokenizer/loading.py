@@ -19,11 +19,11 @@ from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from tokabatch.errors import ModelError
+from tokabatch.input.tokenizer.files import TOKENIZER_JSON, tokenizer_folder
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.job import ModelConfig
 
-TOKENIZER_JSON, CONFIGS = "tokenizer.json", ("tokenizer_config.json", "config.json")
-OTHER_FILES = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+CONFIGS = ("tokenizer_config.json", "config.json")
 # transformers loads AutoTokenizer where it is first named, which takes seconds: not on import, then.
 CLASS_ALIASES = ('"PreTrainedTokenizerFast"', '"TokenizersBackend"')
 """Two names of one class; to find it by the first, transformers imports every model that it has, which takes seconds."""
@@ -45,12 +45,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     """The tokenizer the job names, from a local folder or the hub. Raises ModelError with the remedy."""
     name = model.tokenizer or model.path
     key = "model.tokenizer" if model.tokenizer else "model.path"
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not any((folder / file).exists() for file in (TOKENIZER_JSON, *OTHER_FILES)):
-        raise ModelError(
-            f"{key} {name!r} holds no tokenizer (no tokenizer.json); copy it into the folder, or name a folder or hub id "
-            "that has it as model.tokenizer"
-        )
+    folder = tokenizer_folder(model) or Path(name)
     has_file = (folder / TOKENIZER_JSON).is_file()
     loader: Any = PreTrainedTokenizerFast if has_file else transformers.AutoTokenizer
     try:
