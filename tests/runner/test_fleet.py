@@ -25,6 +25,7 @@ from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.member import can_fork
 from tokabatch.runner.replica import Replica, Standing
+from tokabatch.runner.row_stops import RowLimits
 from tokabatch.scheduling.contracts import Completion, Drawn, Requests, SamplingParams, StepBatch, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -301,3 +302,16 @@ def test_a_row_that_kills_workers_kills_few_over_the_whole_fleet():
     ]
     # Twice together, a halving for each power of two, twice alone; and once more for the other member.
     assert crashes.value <= 2 + 3 + 2 + 2
+
+
+def test_later_samples_of_a_row_that_is_suspected_go_where_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = np.full(len(PROMPTS), 2, np.int64)
+    requests = token_device.make_requests(PROMPTS, [PARAMS])
+    fleet = Fleet(requests, LIMITS, [(), ()], lambda *_, **__: None, stop=Interruption(), tell=print, begun=begun)  # pyright: ignore[reportArgumentType]
+    gathered: list[int] = []
+    monkeypatch.setattr(Fleet, "_gather", lambda self, member: gathered.append(member.number))
+    fleet._gathering = {fleet._ledger.prompts([3])[0]: 1}  # pyright: ignore[reportPrivateUsage]
+    fleet.follow([RowLimits(2, 4, PARAMS.n)])
+    assert not gathered
+    fleet.follow([RowLimits(3, 4, PARAMS.n), RowLimits(4, 4, PARAMS.n)])
+    assert gathered == [1]

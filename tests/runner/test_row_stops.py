@@ -29,6 +29,7 @@ from support.scripted_run import scripted_engine, scripted_job, scripted_run
 
 from tokabatch import Job, run
 from tokabatch.errors import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_STOPPED, JobError, OutputError
+from tokabatch.input.store.tokenized_input import InputStore
 from tokabatch.output import folder as folder_module
 from tokabatch.output.export import Selection, Where, export
 from tokabatch.output.integrity import check
@@ -216,6 +217,45 @@ def test_a_sample_is_written_before_those_that_it_cancels(
     out = tmp_path / "out"
     assert scripted_run(folder / "rows.jsonl", out, **scripted(folder, out, RULES[0])).exit_code == 0
     assert not differing(out, stopped(full, RULES[0])) and "cancelled" in written.values()
+
+
+def test_a_sample_that_cannot_be_written_stops_its_row_after_a_crash_too(
+    folder: Path, full: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its verdict stays in the error row that it becomes; the crash comes before the samples that it cancels are on disk."""
+    out, expected = tmp_path / "out", stopped(full, RULES[0])
+    row = next(row for row in range(ROWS) if expected[row, SAMPLES - 1][0] == "cancelled")
+    stop = max(number for number in range(SAMPLES) if expected[row, number][0] == "ok")
+    columns, take = InputStore.columns, ShardWriter.take
+
+    def fails(self: InputStore, rows: Any, names: Any) -> pa.Table:
+        if row in rows.tolist() and "question" in names:
+            raise pa.ArrowInvalid("offset overflow")
+        return columns(self, rows, names)
+
+    def dies(self: ShardWriter, table: pa.Table) -> None:
+        if "cancelled" in table["status"].to_pylist():
+            raise MemoryError
+        take(self, table)
+
+    monkeypatch.setattr(InputStore, "columns", fails)
+    with monkeypatch.context() as crash:
+        crash.setattr(ShardWriter, "take", dies)
+        with pytest.raises(MemoryError):
+            scripted_run(folder / "rows.jsonl", out, **scripted(folder, out, RULES[0]))
+    assert not any(sample[0] == "cancelled" for sample in samples(out).values())
+    summary = scripted_run(folder / "rows.jsonl", out, **scripted(folder, out, RULES[0]))
+    found = samples(out)
+    assert dict(summary.error_counts) == {"cannot_be_written": stop + 1}, "the row went on"
+    assert found[row, stop][0] == "error" and found[row, stop][-2:] == expected[row, stop][-2:]
+    assert {found[row, number][0] for number in range(stop + 1, SAMPLES)} == {"cancelled"}
+    assert {key: sample for key, sample in found.items() if key[0] != row} == {
+        key: sample for key, sample in expected.items() if key[0] != row
+    }
+    # Its text is there, for another judge.
+    score_to(out, tmp_path / "again.parquet", ["verify.kind=regex", "verify.options={pattern: '(?s).*'}"])
+    again = pq.read_table(tmp_path / "again.parquet", columns=["row_index", "sample_index", "correct"]).to_pylist()
+    assert {"row_index": row, "sample_index": stop, "correct": True} in again
 
 
 def test_whatever_counts_samples_counts_cancelled_ones(folder: Path, full: Samples, tmp_path: Path) -> None:

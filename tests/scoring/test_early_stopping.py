@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokabatch.scoring.early_stopping import Outcome, RowTally, StopRule, estimate_stopped, opened
+from tokabatch.scoring.early_stopping import GOES_ON, Outcome, StopRule, Tallies, estimate_stopped, opened
 from tokabatch.scoring.pass_at_k import estimate
 
 RULES = st.builds(StopRule, st.integers(1, 3)) | st.builds(StopRule, st.none(), st.integers(1, 4))
@@ -39,23 +39,26 @@ def test_the_order_of_verdicts_decides_nothing(rule: StopRule, outcomes: list[Ou
     """Verdicts come in any order, of whatever is open: every moment that decides gives the same number."""
     expected = stop_after(rule, outcomes)
     known: list[Outcome | None] = [None] * len(outcomes)
+    stop: int | None = None
     numbers = list(range(len(outcomes)))
     order.shuffle(numbers)
-    tally = RowTally(rule)
+    tallies = Tallies(rule, 3)
     for number in numbers:
         known[number] = outcomes[number]
-        tally.add(number, outcomes[number])
-        assert tally.stop == stop_after(rule, known)
+        tallies.add(1, number, outcomes[number])
+        stop = None if tallies.stop[1] == GOES_ON else tallies.stop[1]
+        assert stop == stop_after(rule, known)
         front = known.index(None) if None in known else len(known)
-        assert tally.judged == (front if tally.stop is None else tally.stop)
-    assert tally.stop == expected
+        assert tallies.judged.tolist() == [0, front if stop is None else stop, 0]
+    assert stop == expected
+    assert tallies.stop[[0, 2]].tolist() == [GOES_ON, GOES_ON], "of another row"
 
 
 def test_a_cancelled_sample_ends_its_row() -> None:
-    tally = RowTally(StopRule(after_correct=1))
+    tallies = Tallies(StopRule(after_correct=1), 1)
     for number in (2, 0, 1):
-        tally.add(number, None if number == 2 else Outcome(False))
-    assert (tally.stop, tally.judged) == (2, 2)
+        tallies.add(0, number, None if number == 2 else Outcome(False))
+    assert (tallies.stop[0], tallies.judged[0]) == (2, 2)
 
 
 @given(RULES, OUTCOMES, st.integers(1, 64))

@@ -164,26 +164,32 @@ def grade(texts, rows):
 
 
 def test_what_no_column_holds_costs_no_sample(rows: Path, tmp_path: Path) -> None:
+    """Nor does a value of another type than COLUMNS declares; NumPy's numbers are of those."""
     source = r"""
+import numpy as np
+
 class Unspoken(Exception):
     def __str__(self): raise ValueError("no text")
 
-COLUMNS = {"found": str, "count": int}
+COLUMNS = {"found": str, "count": int, "short": bool, "share": float}
 
 def verify(text, row):
-    if row["number"] == 0: return {"score": 1, "colour": "red"}
     if row["number"] == 1: raise ValueError("found \ud83d alone")
     if row["number"] == 2: raise Unspoken()
-    return {"score": 1, "found": "half \ud83d", "count": 1 << (62 if row["number"] > 3 else 63)}
+    given = {
+        0: {"colour": "red"}, 3: {"count": 1 << 63}, 4: {"count": 3.5}, 5: {"short": "false"},
+        6: {"found": "half \ud83d", "count": 1 << 62},
+        7: {"found": 3, "count": np.int32(4), "short": np.bool_(False), "share": np.float32(0.5), "score": np.bool_(True)},
+    }
+    return {"score": 1, **given[row["number"]]}
 """
     summary, found = judged(rows, tmp_path, source)
-    assert (summary.ok, summary.errors, summary.unverified) == (2 * ROWS, 0, 8)
+    assert (summary.ok, summary.errors, summary.unverified) == (2 * ROWS, 0, 12)
     reasons = [sample["verify_error"] for sample in found[::2]]
-    assert (
-        "COLUMNS" in reasons[0] and "found \ufffd alone" in reasons[1] and "Unspoken" in reasons[2] and "64 bits" in reasons[3]
-    )
-    for sample in found[8:]:
-        assert (sample["correct"], sample["found"], sample["count"]) == (True, "half \ufffd", 1 << 62)
+    parts = ["COLUMNS", "found \ufffd alone", "Unspoken", "64 bits", "'3.5' as 'count'", "'false' as 'short', which COLUMNS"]
+    assert all(part in reason for part, reason in zip(parts, reasons[:6], strict=True)) and reasons[6:] == [None, None]
+    named = [[sample[name] for name in ("correct", "found", "count", "short", "share")] for sample in found[12:]]
+    assert named == [*[[True, "half \ufffd", 1 << 62, None, None]] * 2, *[[True, "3", 4, False, 0.5]] * 2]
 
 
 def test_a_slow_judge_holds_the_run_up_and_loses_nothing(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from tokabatch.errors import OutputError
 
 OWN = '''
 from dataclasses import dataclass
+from limits import MORE
 
 @dataclass
 class Shortest:
@@ -24,7 +25,7 @@ def verify(text, row):
     reference = row["least"]
     if not isinstance(reference, int):
         raise ValueError("the reference is no number of letters")
-    return len(text) >= Shortest(reference).letters
+    return len(text) >= Shortest(reference).letters + MORE
 '''
 
 
@@ -40,6 +41,7 @@ def rows(tmp_path: Path) -> Path:
 def test_a_file_outside_the_package_judges_the_samples(rows, tmp_path):
     own = tmp_path / "length.py"
     own.write_text(OWN)
+    (tmp_path / "limits.py").write_text("MORE = 0")
     verify = {"kind": str(own), "answer": "least"}
     summary = scripted_run(rows, tmp_path / "out", verify=verify)
     samples = [row for shard in (tmp_path / "out" / "data").iterdir() for row in pq.read_table(shard).to_pylist()]
@@ -51,11 +53,15 @@ def test_a_file_outside_the_package_judges_the_samples(rows, tmp_path):
     own.write_text(OWN.replace(">=", "<="))
     with pytest.raises(OutputError, match=r"verifier/.*length\.py: [\d,]+ bytes, sha256 .* then"):
         scripted_run(rows, tmp_path / "out", verify=verify)
+    own.write_text(OWN)
+    (tmp_path / "limits.py").write_text("MORE = 1")
+    with pytest.raises(OutputError, match=r"verifier/limits\.py: 8 bytes, sha256 .* then"):
+        scripted_run(rows, tmp_path / "out", verify=verify)
 
 
 def test_paths_are_those_of_the_shell(monkeypatch, tmp_path, rows):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(OWN)
+    (tmp_path / "mine.py").write_text(OWN.replace("from limits import MORE", "MORE = 0"))
     for kind in ("~/mine.py", "mine.py", "./mine.py"):
         plan(scripted_job(rows, tmp_path / "out", verify={"kind": kind, "answer": "least"}))

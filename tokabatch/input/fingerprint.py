@@ -20,7 +20,8 @@ from tokabatch.input.prompts.chat_template import chat_template_file
 from tokabatch.input.prompts.few_shot import render_few_shot
 from tokabatch.input.readers import list_files
 from tokabatch.input.store.row_digests import RowDigests
-from tokabatch.job import GenerationConfig, Job, VerifyConfig, verifier_path
+from tokabatch.input.verifier_files import verifier_files
+from tokabatch.job import GenerationConfig, Job, VerifyConfig
 
 WEIGHTS, WEIGHT_INDEX = ".safetensors", ".safetensors.index.json"
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "logit_bias", "bad_words")
@@ -79,9 +80,9 @@ def describe(
 
 
 def verify_settings(verify: VerifyConfig) -> dict[str, str]:
-    """What the verdicts follow from, the judge's source among it."""
+    """What the verdicts follow from, the judge's source and what it imports from its folder among it."""
     told = {f"verify.{name}": json.dumps(value, ensure_ascii=False) for name, value in verify.decisive().items()}
-    return {"verifier/" + verify.kind: _mark(verifier_path(verify.kind).read_bytes()), **told}
+    return {f"verifier/{name}": _mark(content) for name, content in verifier_files(verify.kind).items()} | told
 
 
 def verify_overrides(earlier: Fingerprint, now: Fingerprint) -> list[str]:

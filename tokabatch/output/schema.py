@@ -47,7 +47,8 @@ SAMPLE_SCHEMA = pa.schema(
     metadata={b"tokabatch.schema_version": b"1"},
 )
 """What every output has. `status` is `ok`, `error` or `cancelled`. An error row is null from `text` to `logprobs`, save for the
-prompt's counts where known; one of the code CANNOT_BE_WRITTEN keeps whatever could be written. A cancelled sample, which its
+prompt's counts where known; one of the code CANNOT_BE_WRITTEN keeps whatever could be written, its verdict among it: a row that
+it stopped is stopped after a crash, too. A cancelled sample, which its
 row stopped before, is null in all of them and has no error either."""
 CANCELLED = "cancelled"
 CANNOT_BE_WRITTEN = "cannot_be_written"
@@ -334,7 +335,8 @@ def _mended_row(table: pa.Table, encode: Callable[[pa.Table], object]) -> pa.Tab
 
 
 def _with_faults(table: pa.Table, faults: dict[str, BaseException]) -> pa.Table:
-    if not faults:
+    # A sample that was never drawn is none that failed; those in front of it tell of the row's columns.
+    if not faults or CANCELLED in table["status"].to_pylist():
         return table
     told = "; ".join(f"{name!r} ({type(error).__name__}: {str(error)[:_MAX_FAULT]})" for name, error in faults.items())
     message = (
@@ -345,7 +347,6 @@ def _with_faults(table: pa.Table, faults: dict[str, BaseException]) -> pa.Table:
     codes = [code or CANNOT_BE_WRITTEN for code in table["error_code"].to_pylist()]
     messages = [f"{earlier}; {message}" if earlier else message for earlier in table["error_message"].to_pylist()]
     changed = {"status": ["error"] * table.num_rows, "error_code": codes, "error_message": messages}
-    changed |= {name: [None] * table.num_rows for name in verdict_names(table.schema)}
     for name, values in changed.items():
         place = table.schema.get_field_index(name)
         table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))

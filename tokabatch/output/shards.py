@@ -41,6 +41,8 @@ PARQUET_OPTIONS: Mapping[str, Any] = {"compression": "zstd", "write_page_checksu
 _KEY_TYPES = {"row_index": pa.int64(), "status": pa.string()}
 """Columns without which a file is no shard."""
 _ROW_GROUP_BYTES = 32 << 20
+EARLY_ROWS = 4096
+"""Where at least so many rows are buffered, and no more are still to come, little is to be left to write after the last."""
 SHARD_BYTES = 512 << 20
 """Of rows in memory: a shard that holds as many is committed, however few rows they are."""
 
@@ -94,8 +96,8 @@ class ShardWriter:
     """Buffers tables of one schema and commits them as numbered shards, in the order they came.
 
     A shard is committed when `rows_per_shard` rows are buffered (fewer, once so many made a file too large for the system),
-    when the oldest of them has waited `flush_seconds`, or when they take 512 MB of memory. Time is looked at in `add` and
-    `tick` only. Owns its files under `_tmp/`.
+    when the oldest of them has waited `flush_seconds` (`is_due`), when they take 512 MB of memory, or when little is still to
+    come (`nears_end`). Time is looked at in `add`, `is_due` and `tick` only. Owns its files under `_tmp/`.
 
     One of several writers is told by `unit_of` which unit each row is of, by the columns row_index and sample_index. It `open`s
     units, writes shards for each of them apart, and drops the rows of a unit in which another publishes first (see
@@ -199,11 +201,19 @@ class ShardWriter:
             self.commit()
         self.tick()
 
+    def is_due(self, oldest: float) -> bool:
+        """Whether rows that came in at `oldest`, by the writer's clock, have waited long enough to be committed."""
+        return self._clock() - oldest >= self._flush_seconds
+
     def tick(self) -> None:
         """Commit what has waited long enough."""
         for unit, books in self._state.units.items():
-            if books.waiting and self._clock() - books.oldest >= self._flush_seconds:
+            if books.waiting and self.is_due(books.oldest):
                 self._commit_all(unit)
+
+    def nears_end(self, to_come: int) -> bool:
+        """Whether much is buffered, and no more rows are `to_come`, so that it is to be committed now."""
+        return self.num_waiting >= max(EARLY_ROWS, to_come)
 
     def commit(self) -> None:
         """Commit everything buffered; nothing happens when there is none."""

@@ -127,6 +127,9 @@ class Fleet:
             self._ledger.begin(change.row, change.begin)
             for number in self._ledger.cancel(change.row, change.end):
                 ends.setdefault(number, []).append((change.row, change.end))
+        begun = self._ledger.prompts([change.row for change in changes]).tolist() if self._gathering and changes else ()
+        for number in {self._gathering[prompt] for prompt in begun if prompt in self._gathering}:
+            self._gather(self._members[number])
         for number, pairs in ends.items():
             rows, first = zip(*pairs, strict=True)
             self._members[number].send(Cancel(np.array(rows, np.int64), np.array(first, np.int32)))

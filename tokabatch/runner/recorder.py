@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tokabatch.arrays import Int64
 from tokabatch.errors import STOPS, TokabatchError
@@ -50,9 +51,6 @@ from tokabatch.workload import Workload
 
 BATCH_SAMPLES = 2048
 """Samples made into a table at once; fewer when `flush_seconds` are over."""
-EARLY_ROWS = 4096
-"""Where at least so many rows wait to be committed, and no more are still to come, they are committed at once, unless many came
-in just now: little is left to write after the last result then."""
 PIECE_BYTES = 64 << 20
 """Memory of the samples that wait, and of one table, both by estimate; a sample that takes more has a table of its own."""
 TOKEN_BYTES, LOGPROB_BYTES, ALTERNATIVE_BYTES = 24, 16, 16
@@ -149,11 +147,11 @@ class Recorder:
             flush_seconds=job.output.flush_seconds,
             earlier=committed.shards,
             unit_of=None if units is None else units.of,
+            clock=clock,
         )
         self._num_samples = workload.samples_total
         self._claim = claim
         self._clock = clock
-        self._flush_seconds = job.output.flush_seconds
         self._waiting = _Waiting(self._writer.num_rows)
         self._stops = stops
         self._unjudged: list[_Finished] = []
@@ -208,10 +206,10 @@ class Recorder:
         rows = len(ready) + waiting.num_unsampled
         if rows >= BATCH_SAMPLES or (ready and waiting.bytes >= PIECE_BYTES):
             self._flush()
-        few = len(completions) < BATCH_SAMPLES
-        if few and self._writer.num_waiting >= max(EARLY_ROWS, self._num_samples - self._writer.num_rows):
+        # Where many came in just now, they are decoded first.
+        if len(completions) < BATCH_SAMPLES and self._writer.nears_end(self._num_samples - self._writer.num_rows):
             self._commit(self._writer.commit)
-        if self._oldest is not None and self._clock() - self._oldest >= self._flush_seconds:
+        if self._oldest is not None and self._writer.is_due(self._oldest):
             self._flush()
             self._commit(self._writer.commit)
             self._oldest = self._clock() if self._waiting.finished else None
@@ -436,9 +434,9 @@ class Recorder:
         self.num_cancelled += sign * count_cancelled(table)
         if self._pool is None:
             return
-        correct = table["correct"]
-        self.num_unverified += sign * (ok - (len(correct) - correct.null_count))
-        for reason, count in Counter(table["verify_error"].drop_null().to_pylist()).items():
+        good = table.filter(pc.call_function("equal", [table["status"], "ok"]))
+        self.num_unverified += sign * good["correct"].null_count
+        for reason, count in Counter(good["verify_error"].drop_null().to_pylist()).items():
             if reason in self._reasons or len(self._reasons) < MAX_REASONS:
                 self._reasons[reason] += sign * count
 

@@ -7,8 +7,8 @@ a cancelled sample is the same everywhere, and what a crash loses of a row is at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from tokabatch.output.existing_results import read_outcomes
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.schema import UnsampledRow
 from tokabatch.scheduling.contracts import Drawn
-from tokabatch.scoring.early_stopping import Outcome, RowTally, StopRule, opened
+from tokabatch.scoring.early_stopping import GOES_ON, Outcome, StopRule, Tallies, opened
 
 _Sample = TypeVar("_Sample")
 
@@ -32,22 +32,17 @@ class RowLimits:
     end: int
 
 
-@dataclass(slots=True)
-class _Row(Generic[_Sample]):
-    tally: RowTally
-    begun: int
-    held: dict[int, _Sample] = field(default_factory=dict[int, _Sample])
-
-
 class RowStops(Generic[_Sample]):
     """Of a job of `num_samples` [rows] samples a row, of which those that `drawn` flags need not be drawn."""
 
     def __init__(self, rule: StopRule, num_samples: Int64, drawn: Drawn) -> None:
         self.rule = rule
         self._num_samples, self._drawn = num_samples, drawn
-        self._rows: dict[int, _Row[_Sample]] = {}
-        """Those that go on, as far as anything is known of them."""
+        self._tallies = Tallies(rule, len(num_samples))
+        self._begun: Int64 = np.minimum(opened(int(num_samples.max(initial=0)), 0), num_samples)
         self._end: Int64 = num_samples.copy()
+        self._held: dict[int, dict[int, _Sample]] = {}
+        """By row and number."""
         self._kept: list[_Sample] = []
         self._cancelled: list[UnsampledRow] = []
         self._changes: list[RowLimits] = []
@@ -58,19 +53,15 @@ class RowStops(Generic[_Sample]):
         stops = cls(rule, num_samples, drawn)
         left = drawn.counts() < num_samples
         for row, sample, status, correct, answer in read_outcomes(folder, left):
-            outcome = None if status == "cancelled" else Outcome(bool(correct), answer)
-            stops._row(row).tally.add(sample, outcome)
-        for row in list(stops._rows):
+            stops._tallies.add(row, sample, None if status == "cancelled" else Outcome(bool(correct), answer))
+        for row in np.flatnonzero((stops._tallies.judged > 0) | (stops._tallies.stop != GOES_ON)).tolist():
             stops._settle(row)
         stops._changes.clear()
         return stops
 
     def begun(self) -> Int64:
         """How many samples of each row may be begun, shape [rows]."""
-        begun = np.minimum(opened(int(self._num_samples.max(initial=0)), 0), self._num_samples)
-        for row, state in self._rows.items():
-            begun[row] = state.begun
-        return begun
+        return self._begun.copy()
 
     def wants(self, row: int, sample: int) -> bool:
         """Whether the row has not stopped in front of a sample."""
@@ -79,26 +70,25 @@ class RowStops(Generic[_Sample]):
     def hold(self, row: int, sample: int, finished: _Sample) -> None:
         """A sample is finished, and not judged yet."""
         if self.wants(row, sample):
-            self._row(row).held[sample] = finished
+            self._held.setdefault(row, {})[sample] = finished
 
     def judge(self, row: int, sample: int, outcome: Outcome) -> None:
         """The verdict of a sample that is held."""
         if not self.wants(row, sample):
             return
-        self._row(row).tally.add(sample, outcome)
+        self._tallies.add(row, sample, outcome)
         self._settle(row)
 
     def give_up(self, row: int, make: Callable[[int], _Sample]) -> None:
         """None of a row's samples can be had that have not been begun: `make` makes an error of each."""
-        if row not in self._rows:
+        begun, end, place = int(self._begun[row]), int(self._num_samples[row]), int(self._drawn.start[row])
+        if self._end[row] < end or self._tallies.judged[row] == end:
             return
-        state, end = self._rows[row], int(self._num_samples[row])
-        begun, state.begun = state.begun, end
-        place = int(self._drawn.start[row])
+        self._begun[row] = end
         for sample in range(begun, end):
             if not self._drawn.flags[place + sample]:
-                state.held[sample] = make(sample)
-                state.tally.add(sample, Outcome(False))
+                self.hold(row, sample, make(sample))
+                self._tallies.add(row, sample, Outcome(False))
         self._changes.append(RowLimits(row, begun, begun))
         self._settle(row)
 
@@ -120,33 +110,23 @@ class RowStops(Generic[_Sample]):
     @property
     def num_held(self) -> int:
         """Samples that are neither kept nor cancelled."""
-        return sum(len(state.held) for state in self._rows.values())
-
-    def held(self) -> Iterable[_Sample]:
-        """These samples."""
-        return (sample for state in self._rows.values() for sample in state.held.values())
-
-    def _row(self, row: int) -> _Row[_Sample]:
-        if row not in self._rows:
-            self._rows[row] = _Row(RowTally(self.rule), opened(int(self._num_samples[row]), 0))
-        return self._rows[row]
+        return sum(map(len, self._held.values()))
 
     def _settle(self, row: int) -> None:
         """Keep what the row's prefix has reached, and stop the row or open its next samples."""
-        state = self._rows[row]
-        judged, stop, end = state.tally.judged, state.tally.stop, int(self._num_samples[row])
-        self._kept += [state.held.pop(sample) for sample in sorted(state.held) if sample < judged]
-        if stop is not None:
+        judged, stop, end = int(self._tallies.judged[row]), int(self._tallies.stop[row]), int(self._num_samples[row])
+        held = self._held.get(row, {})
+        self._kept += [held.pop(sample) for sample in sorted(held) if sample < judged]
+        if stop != GOES_ON:
+            held.clear()
             self._end[row] = stop
             begin = int(self._drawn.start[row])
             missing = np.flatnonzero(~self._drawn.flags[begin + stop : begin + end]) + stop
             if len(missing):
                 self._cancelled.append(UnsampledRow(row, missing.astype(np.int32), None))
                 self._changes.append(RowLimits(row, stop, stop))
-        elif judged < end:
-            begun = max(state.begun, opened(end, judged))
-            if begun > state.begun:
-                state.begun = begun
-                self._changes.append(RowLimits(row, begun, end))
-            return
-        del self._rows[row]
+        elif (begun := opened(end, judged)) > self._begun[row]:
+            self._begun[row] = begun
+            self._changes.append(RowLimits(row, begun, end))
+        if not held:
+            self._held.pop(row, None)

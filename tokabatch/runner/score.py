@@ -35,6 +35,7 @@ from tokabatch.output.manifest import (
 )
 from tokabatch.output.remedy import refuse_faults, refuse_unrecorded, repair_command
 from tokabatch.output.schema import (
+    CANNOT_BE_WRITTEN,
     SAMPLE_SCHEMA,
     SCORE_FIELDS,
     input_names,
@@ -225,8 +226,15 @@ def judge_again(
         judged = "answer_text" if "answer_text" in ours else "text"
         rows = table.select(inputs).rename_columns(list(sources.values())).to_pylist() if inputs else [{}] * table.num_rows
         ids = table["id"].to_pylist()
-        good = [status == "ok" for status in table["status"].to_pylist()]
-        texts = [(text or "") if ok else None for text, ok in zip(table[judged].to_pylist(), good, strict=True)]
+        # One that could not be written whole was judged all the same.
+        good = [
+            status == "ok" or code == CANNOT_BE_WRITTEN
+            for status, code in zip(table["status"].to_pylist(), table["error_code"].to_pylist(), strict=True)
+        ]
+        texts = [
+            (text or "") if ok and whole is not None else None
+            for text, whole, ok in zip(table[judged].to_pylist(), table["text"].to_pylist(), good, strict=True)
+        ]
         tickets: list[Ticket | None] = []
         for begin in range(0, len(texts), SUBMITTED_SAMPLES):
             part = range(begin, min(begin + SUBMITTED_SAMPLES, len(texts)))

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokabatch.arrays import Bool, Float64, Int64
+from tokabatch.arrays import Bool, Float64, Int32, Int64
 from tokabatch.scoring.pass_at_k import estimate
 
 FIRST_WAVE = 4
+GOES_ON = -1
+"""In place of the number of samples that a row takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,39 +39,47 @@ class Outcome:
     answer: Hashable = None
 
 
-class RowTally:
-    """The verdicts of one row, in any order, and what its rule makes of them."""
+class Tallies:
+    """The verdicts of rows, in any order, and what a rule makes of them, arrays of shape [rows]. A row takes 12 bytes, and more
+    only for verdicts beyond its judged prefix, and for its votes where the rule counts these."""
 
-    __slots__ = ("_ahead", "_correct", "_rule", "_votes", "judged", "stop")
-
-    def __init__(self, rule: StopRule) -> None:
+    def __init__(self, rule: StopRule, rows: int) -> None:
         self._rule = rule
-        self._ahead: dict[int, Outcome | None] = {}
-        self._correct = 0
-        self._votes: dict[Hashable, int] = {}
-        self.judged = 0
+        self._ahead: dict[int, dict[int, Outcome | None]] = {}
+        self._votes: dict[int, dict[Hashable, int]] = {}
+        self._correct: Int32 = np.zeros(rows, np.int32)
+        self.judged: Int32 = np.zeros(rows, np.int32)
         """Length of the prefix that is judged; it does not grow beyond `stop`."""
-        self.stop: int | None = None
-        """How many samples the row takes, once the prefix tells."""
+        self.stop: Int32 = np.full(rows, GOES_ON, np.int32)
+        """How many samples the row takes; GOES_ON until the prefix tells."""
 
-    def add(self, number: int, outcome: Outcome | None) -> None:
+    def add(self, row: int, number: int, outcome: Outcome | None) -> None:
         """The verdict of a sample; None of one that was cancelled already, in front of which the row had stopped."""
-        if number >= self.judged and self.stop is None:
-            self._ahead[number] = outcome
-        while self.stop is None and self.judged in self._ahead:
-            found = self._ahead.pop(self.judged)
-            if found is None or self._decides(found):
-                self.stop = self.judged + (found is not None)
-            self.judged += found is not None
+        judged, stop = int(self.judged[row]), GOES_ON
+        if self.stop[row] != GOES_ON or number < judged:
+            return
+        ahead = self._ahead.setdefault(row, {})
+        ahead[number] = outcome
+        while stop == GOES_ON and judged in ahead:
+            found = ahead.pop(judged)
+            if found is None or self._decides(row, found):
+                stop = judged + (found is not None)
+            judged += found is not None
+        self.judged[row], self.stop[row] = judged, stop
+        if stop != GOES_ON or not ahead:
+            del self._ahead[row]
+        if stop != GOES_ON:
+            self._votes.pop(row, None)
 
-    def _decides(self, outcome: Outcome) -> bool:
-        self._correct += outcome.correct
+    def _decides(self, row: int, outcome: Outcome) -> bool:
+        self._correct[row] += outcome.correct
         if self._rule.majority is None:
-            return self._correct == self._rule.after_correct
+            return bool(self._correct[row] == self._rule.after_correct)
         if outcome.answer is None:
             return False
-        self._votes[outcome.answer] = self._votes.get(outcome.answer, 0) + 1
-        return self._votes[outcome.answer] == self._rule.majority
+        votes = self._votes.setdefault(row, {})
+        votes[outcome.answer] = votes.get(outcome.answer, 0) + 1
+        return votes[outcome.answer] == self._rule.majority
 
 
 def opened(num_samples: int, judged: int) -> int:

@@ -143,7 +143,8 @@ class Judge:
                 columns = {name: value for name, value in returned.items() if name != "score"}
                 if unknown := [name for name in columns if name not in self._declared]:
                     raise TypeError(f"it returned {unknown[0]!r}, which COLUMNS of its file does not declare")
-                columns = {name: _plain(value, self._declared[name]) for name, value in columns.items() if value is not None}
+                given = {name: value for name, value in columns.items() if value is not None}
+                columns = {name: _plain(value, name, self._declared[name]) for name, value in given.items()}
                 returned = returned.get("score")
             if returned is not None and hasattr(returned, "item"):  # A number of NumPy's or Torch's.
                 returned = returned.item()
@@ -199,14 +200,16 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _plain(value: Any, kind: type) -> Any:
+def _plain(value: Any, name: str, kind: type) -> Any:
+    """The value of a column as it is declared; of text whatever `str` makes of it. TypeError for one of another type."""
     value = value.item() if hasattr(value, "item") else value
     if kind is str:
         return _well_formed(str(value)[:MAX_TEXT])
-    made = kind(value)
-    if kind is int and not -(1 << 63) <= made < 1 << 63:
+    if not (isinstance(value, (int, float)) if kind is float else type(value) is kind):
+        raise TypeError(f"it returned {str(value)[:80]!r} as {name!r}, which COLUMNS declares as {kind.__name__}")
+    if kind is int and not -(1 << 63) <= value < 1 << 63:
         raise OverflowError(f"{str(value)[:80]} is beyond the 64 bits of an int in COLUMNS; declare it as str")
-    return made
+    return kind(value)
 
 
 def _well_formed(text: str) -> str:
