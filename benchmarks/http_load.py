@@ -54,7 +54,17 @@ def _spawned(process: psutil.Process) -> list[psutil.Process]:
 def serving(model: str, *settings: str) -> Generator[Server]:
     """`tokabatch serve` until the end of the block; what it tells goes to standard error. Raises RuntimeError where it ends
     before it serves."""
-    command = [sys.executable, "-m", "tokabatch", "serve", model, "server.port=0", "server.name=m", *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "tokabatch",
+        "serve",
+        model,
+        "server.port=0",
+        "server.name=m",
+        "server.files=null",
+        *settings,
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=FOLDER)
     assert process.stderr is not None
     try:
