@@ -125,3 +125,20 @@ def test_the_format_is_told_by_the_first_line_that_can_be_read(write_rows, tmp_p
 def test_a_file_of_bad_requests_alone_is_all_error_rows(ingest_job, write_rows):
     store = ingest_job(write_rows(line("a", n=0), line("b", n=0)), tokenizer="chat")
     assert store.num_rows == len(store.errors) == 2
+
+
+def test_a_limit_takes_whole_requests_and_ids_of_further_prompts_are_nobody_elses(ingest_job, write_rows):
+    lines = [line("a", prompt=["x", "y", "z"]), line("a[1]"), line("a[1][0]", prompt=["x", "y"]), line("b", prompt=["x", "y"])]
+    path = write_rows(*lines)
+    ids = ["a", "a[1]", "a[2]", "a[1][0]", "a[1][0][0]", "a[1][0][1]", "b", "b[1]"]
+    for limit, rows in ((1, 3), (2, 4), (3, 6), (9, 8)):
+        store = ingest_job(path, input={"path": str(path), "limit": limit})
+        assert store.ids(range(store.num_rows)).to_pylist() == ids[:rows]
+
+
+def test_tools_that_the_chat_template_does_not_read_are_an_error_of_the_request(ingest_job, write_rows):
+    tool = {"type": "function", "function": {"name": "f"}}
+    path = write_rows(line("a", CHAT, tools=[tool]), line("b", CHAT, documents=[{"text": "x"}]), line("c", CHAT, tools=[]))
+    store = ingest_job(path, tokenizer="chat", context=100)
+    assert {row: error.code for row, error in store.errors.items()} == {0: "unread_tools", 1: "unread_documents"}
+    assert "leave tools out" in store.errors[0].message

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 from support import tiny_models
 from support.double_precision import load_double
 from support.running_server import TEMPLATE, Server
 from tokenizers import Tokenizer
+
+HI = {"role": "user", "content": "hi"}
+LONG = {"model": "tiny", "prompt": "go on", "max_tokens": 480, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +31,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    started = Server(folder, "server.max_body=64K", "server.max_request_tokens=20K", "server.max_waiting=100")
+    started = Server(
+        folder, "server.max_body=128K", "engine.hang_seconds=5", "server.max_request_tokens=20K", "server.max_waiting=100"
+    )
     yield started
-    started.process.send_signal(signal.SIGTERM)
-    assert started.process.wait(30) == 0, "".join(started.told)
+    children = started.descendants()
+    with ThreadPoolExecutor() as pool:
+        # What would take longer is broken off by the second signal.
+        waiting = pool.submit(started.client.post, "/v1/completions", json={**LONG, "n": 40})
+        started.wait_for("samples_unfinished", 40)
+        started.process.send_signal(signal.SIGTERM)
+        while "stopping" not in "".join(started.told):
+            time.sleep(0.01)
+        assert started.client.get("/health").status_code == 503
+        refused = started.client.post("/v1/completions", json=LONG)
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        started.process.send_signal(signal.SIGTERM)
+        assert started.process.wait(5) == 128 + signal.SIGTERM, "".join(started.told)
+        assert isinstance(waiting.exception(), httpx.TransportError)
+    assert not psutil.wait_procs(list(children.values()), timeout=10)[1]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +145,8 @@ def test_a_stream_is_the_same_answer_in_parts(server):
         assert "".join(part["text"] for part in mine) == choice["text"]
         assert mine[-1]["finish_reason"] == choice["finish_reason"] and all(p["finish_reason"] is None for p in mine[:-1])
         told = [part["logprobs"] for part in mine if part["logprobs"]]
-        assert [value for each in told for value in each["token_logprobs"]] == choice["logprobs"]["token_logprobs"]
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            assert [value for each in told for value in each[name]] == choice["logprobs"][name]
     chat = {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 30, "seed": 5}
     whole = server.post("/v1/chat/completions", logprobs=True, top_logprobs=2, **chat)
     assert whole["choices"][0]["message"]["role"] == "assistant" and whole["object"] == "chat.completion"
@@ -152,7 +172,12 @@ def test_a_stream_is_the_same_answer_in_parts(server):
         ("/v1/completions", {"prompt": "x" * 600}, 400, "prompt"),
         ("/v1/completions", {"prompt": "x", "n": 1000, "max_tokens": 100}, 400, "max_tokens"),
         ("/v1/completions", {"prompt": "x", "n": 101, "max_tokens": 1}, 400, "n"),
-        ("/v1/completions", {"prompt": "x" * 70000}, 413, None),
+        ("/v1/completions", {"prompt": "x" * 70000}, 400, "prompt"),
+        ("/v1/completions", {"prompt": "x" * 140000}, 413, None),
+        ("/v1/completions", {"prompt": "x", "bad_words": [f"w{i}" for i in range(301)]}, 400, "bad_words"),
+        ("/v1/completions", {"prompt": "x", "bad_words": ["one word of very many tokens"]}, 400, "bad_words"),
+        ("/v1/chat/completions", {"messages": [HI], "tools": [{"type": "function"}]}, 400, "tools"),
+        ("/v1/chat/completions", {"messages": [HI], "documents": [{"text": "x"}]}, 400, "documents"),
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("/v1/nothing", {}, 404, None),
         ("/tokenize", {}, 400, "prompt"),
@@ -188,35 +213,40 @@ def test_a_client_that_goes_takes_its_samples_along(server):
 def test_lost_processes_are_replaced_and_their_requests_computed_again(server):
     asked = {"prompt": "survive", "max_tokens": 400, "ignore_eos": True, "temperature": 1.0, "seed": 3, "n": 4}
     whole = server.texts(**asked)
-    for which in ("worker", "scheduler"):
+    for which, number in (("worker", signal.SIGKILL), ("scheduler", signal.SIGKILL), ("scheduler", signal.SIGSTOP)):
         with ThreadPoolExecutor() as pool:
             running = pool.submit(server.texts, **asked)
             while server.metric("samples_unfinished") < 4:
                 time.sleep(0.01)
             time.sleep(0.1)
-            server.descendants()[which].send_signal(signal.SIGKILL)
+            server.descendants()[which].send_signal(number)
             assert running.result() == whole
-    assert server.metric("scheduler_restarts_total") == 1
+    assert server.metric("scheduler_restarts_total") == 2
     assert any("was killed by signal 9" in line for line in server.told)
+    assert any("gave no sign of life for" in line for line in server.told)
 
 
 def test_a_server_with_a_key_finishes_what_runs_when_it_is_stopped(folder):
-    server = Server(folder, "server.api_key=secret", "engine.process=true", "generation.n=2")
+    server = Server(folder, "server.api_key=secret", "engine.kv_cache_tokens=512", "generation.n=2")
     assert server.client.get("/v1/models").status_code == 401
     assert server.client.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
     assert server.client.get("/v1/models", headers={"Authorization": "bearer secret"}).status_code == 200
     server.client.headers["Authorization"] = "Bearer secret"
     parts = server.events("/v1/completions", prompt=["one", "two"], max_tokens=2)
     assert {part["choices"][0]["index"] for part in parts} == {0, 1, 2, 3}
+    context = server.client.get("/v1/models").json()["data"][0]["max_model_len"]
+    assert context == 512 - 16 and any("may have 496 tokens" in line for line in server.told)
+    chat = server.post("/v1/chat/completions", messages=[HI], n=1, ignore_eos=True)
+    assert chat["usage"]["total_tokens"] == context
     url = str(server.client.base_url)
     pinged = [sys.executable, "-m", "tokabatch", "ping", "hello", "--url", url, "--api-key", "secret", "--max-tokens", "5"]
     assert subprocess.run(pinged, capture_output=True, text=True, check=True).stdout.strip()
     with ThreadPoolExecutor() as pool:
-        running = pool.submit(server.texts, prompt="last", max_tokens=400, ignore_eos=True, n=4)
-        while server.metric("samples_unfinished") < 4:
+        running = pool.submit(server.texts, prompt="last", max_tokens=400, ignore_eos=True, n=1)
+        while server.metric("samples_unfinished") < 1:
             time.sleep(0.01)
         children = server.descendants()
         server.process.send_signal(signal.SIGTERM)
-        assert len(running.result()) == 4
+        assert len(running.result()) == 1
     assert server.process.wait(30) == 0
     assert not any(child.is_running() for child in children.values())

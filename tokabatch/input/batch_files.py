@@ -8,6 +8,7 @@ A line that is no request becomes an error row that has them as far as the line 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from tokabatch.openai.errors import ApiError
 
 BAD_REQUEST = "bad_request"
 """The error code of a line that is JSON, but no request that can be answered."""
+_LIKE_FURTHER = re.compile(r"\[\d+\]\Z")
 ID, CUSTOM_ID, URL, PROMPT_INDEX, BODY = COLUMNS = ("id", "custom_id", "url", "prompt_index", "body")
 
 
@@ -83,7 +85,9 @@ def split_line(line: Mapping[str, Any], place: str) -> list[LineRow]:
         return [_row(known | {ID: read.custom_id, PROMPT_INDEX: 0}, {}, error)]
     rows: list[LineRow] = []
     for number, columns in enumerate(read.request.rows()):
-        own = {ID: read.custom_id if number == 0 else f"{read.custom_id}[{number}]", PROMPT_INDEX: number}
+        # A custom_id may itself end like the id of a further prompt; none of these has number 0.
+        bare = number == 0 and not _LIKE_FURTHER.search(read.custom_id or "")
+        own = {ID: read.custom_id if bare else f"{read.custom_id}[{number}]", PROMPT_INDEX: number}
         rows.append(_row(known | own | ({} if number == 0 else {BODY: None}), columns))
     return rows
 

@@ -84,7 +84,9 @@ class InputConfig(_Section):
     format: Literal["auto", "rows", "openai"] = Field(
         default="auto", description="openai: each line is a request of an OpenAI batch file; auto: decided by the first line."
     )
-    limit: fields.OptionalCount = Field(default=None, description="Read only this many rows, from the first on.")
+    limit: fields.OptionalCount = Field(
+        default=None, description="Read only this many rows, or requests of a batch file, from the first on."
+    )
     id_column: fields.OptionalText = Field(default=None, description="Column whose values identify rows; null: the row number.")
 
 

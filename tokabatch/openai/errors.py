@@ -19,11 +19,15 @@ _OF_REQUESTS = {
     "missing_field": "invalid_value",
     "special_token": "invalid_value",
     "template_too_large": "invalid_value",
+    "unread_tools": "unsupported_parameter",
+    "unread_documents": "unsupported_parameter",
     "bad_json": "invalid_json",
     "bad_utf8": "invalid_json",
     "bad_unicode": "invalid_json",
 }
 """What the API calls the faults of a row that are its request's own; all others are the engine's."""
+_FIELDS = {"unread_tools": "tools", "unread_documents": "documents"}
+"""Those that are of one field."""
 _SETTING = re.compile(r"sampling_params\.(\w+)")
 """How messages name the setting at fault, a field of the request."""
 
@@ -58,5 +62,5 @@ def of_row(error: RowError, param: str | None = None) -> ApiError:
     if error.code in _OF_REQUESTS:
         if error.code == "bad_sampling" and (setting := _SETTING.search(error.message)):
             param = setting[1]
-        return ApiError(error.message, param, _OF_REQUESTS[error.code])
+        return ApiError(error.message, _FIELDS.get(error.code, param), _OF_REQUESTS[error.code])
     return ApiError(error.message, None, error.code, 500)

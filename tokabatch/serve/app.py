@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -36,6 +37,8 @@ from tokabatch.workload import OpenModel
 
 CLIENT_GONE = 499
 """The status noted for a client that did not wait; nobody receives it."""
+LARGE_BODY = 1 << 16
+"""Bytes from which on others would wait for a body to be read."""
 Result = TypeVar("Result")
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
@@ -64,10 +67,9 @@ class Api:
         self._model = model
         self._engine = engine
         self._prompts = prompts
-        self._context = context
-        self._completions = Completions(
-            engine, prompts, model.tokenizer, model.eos_token_ids, context, config.max_request_tokens
-        )
+        self.context = context
+        """Most tokens of a prompt and its sample."""
+        self._completions = Completions(engine, prompts, model.tokenizer, model.eos_token_ids, config.max_request_tokens)
         self._created = int(time.time())
         routes: list[tuple[str, Handler, str]] = [
             ("/v1/completions", self._complete, "POST"),
@@ -80,7 +82,7 @@ class Api:
             ("/metrics", self._metrics, "GET"),
         ]
         if files is not None and batches is not None:
-            routes += FileRoutes(files, batches, self._body, config.max_file).routes
+            routes += FileRoutes(files, batches, self._object, config.max_file).routes
         guarded = [Route(path, self._guard(handler), methods=[method]) for path, handler, method in routes]
         self.app = Starlette(
             routes=[Route("/health", self._health), *guarded],
@@ -111,7 +113,7 @@ class Api:
         return guarded
 
     async def _complete(self, http: HttpRequest) -> Response:
-        request = parse_request(http.url.path, await self._body(http))
+        request = await self._body(http, partial(parse_request, http.url.path))
         if isinstance(request, ApiError):
             raise Refused(request)
         if request.model != self._name:
@@ -133,7 +135,7 @@ class Api:
             "object": "model",
             "created": self._created,
             "owned_by": "tokabatch",
-            "max_model_len": self._context,
+            "max_model_len": self.context,
         }
         wanted = http.path_params.get("name")
         if wanted is None:
@@ -146,7 +148,7 @@ class Api:
         return PlainTextResponse("", 200 if self._engine.ready and not self.draining else 503)
 
     async def _tokenize(self, http: HttpRequest) -> Response:
-        body = await self._body(http)
+        body = await self._object(http)
         if "messages" in body:
             chat = {name: body[name] for name in ("messages", "chat_template_kwargs") if name in body}
             parsed = parse_request("/v1/chat/completions", {"model": self._name, **chat})
@@ -162,10 +164,10 @@ class Api:
             if not isinstance(special, bool):
                 raise Refused(ApiError("add_special_tokens must be true or false", "add_special_tokens", "invalid_type"))
             ids = (await self._prompts.run(self._model.tokenizer.encode_batch, [text], special))[0]
-        return JSONResponse({"count": len(ids), "max_model_len": self._context, "tokens": ids, "token_strs": None})
+        return JSONResponse({"count": len(ids), "max_model_len": self.context, "tokens": ids, "token_strs": None})
 
     async def _detokenize(self, http: HttpRequest) -> Response:
-        tokens: Any = (await self._body(http)).get("tokens")
+        tokens: Any = (await self._object(http)).get("tokens")
         most = self._model.spec.vocab_size
         if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < most for token in tokens):
             raise Refused(ApiError(f"tokens must be a list of token ids below {most}", "tokens", "invalid_value"))
@@ -176,7 +178,7 @@ class Api:
         tokenizer = self._model.tokenizer
         templates = tokenizer.chat_templates
         return JSONResponse(
-            {**tokenizer.named_special_tokens, "chat_template": templates.get("default"), "max_model_len": self._context}
+            {**tokenizer.named_special_tokens, "chat_template": templates.get("default"), "max_model_len": self.context}
         )
 
     async def _metrics(self, http: HttpRequest) -> Response:
@@ -187,8 +189,11 @@ class Api:
         what = "is not served" if status == 404 else f"does not take {http.method}"
         return JSONResponse(ApiError(f"{http.url.path} {what}", None, "not_found", status).body(), status)
 
-    async def _body(self, http: HttpRequest) -> dict[str, Any]:
-        """The JSON object that was sent. Raises Refused."""
+    async def _object(self, http: HttpRequest) -> dict[str, Any]:
+        return await self._body(http, lambda sent: sent)
+
+    async def _body(self, http: HttpRequest, read: Callable[[dict[str, Any]], Result]) -> Result:
+        """What `read` makes of the JSON object that was sent; of a large one, beside the event loop. Raises Refused."""
         most = self._config.max_body
         too_large = ApiError(f"the body has more than {most:,} bytes (server.max_body)", None, "body_too_large", 413)
         length = http.headers.get("content-length", "0")
@@ -199,10 +204,14 @@ class Api:
             body += part
             if len(body) > most:
                 raise Refused(too_large)
-        parsed = parse_object(bytes(body))
-        if isinstance(parsed, RowError):
-            raise Refused(of_row(parsed))
-        return parsed
+
+        def parse() -> Result:
+            parsed = parse_object(bytes(body))
+            if isinstance(parsed, RowError):
+                raise Refused(of_row(parsed))
+            return read(parsed)
+
+        return parse() if len(body) < LARGE_BODY else await asyncio.to_thread(parse)
 
 
 class EventStream(Response):

@@ -20,7 +20,7 @@ from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.generated import Generated
 from tokabatch.scheduling.sample_ends import completion
 from tokabatch.scheduling.scheduler import SchedulerLimits
-from tokabatch.serve.engine import Engine, Finished, News, Wanted
+from tokabatch.serve.engine import Engine, Finished, News, Wanted, too_many_rules
 
 TICK_SECONDS = 0.2
 """How often the run gets its turn while nothing is finished."""
@@ -157,16 +157,16 @@ class BackgroundReplica:
         return params
 
     def _refuse(self, prompt: int) -> bool:
-        """Whether a prompt and its samples are longer than what the engine is made for: its samples end as errors then."""
+        """Whether a prompt asks for more than what the engine is made for: its samples end as errors then."""
         length, params = int(self._requests.length[prompt]), self._params(prompt)
-        if length + params.max_tokens <= self._most:
+        row, error = int(self._requests.row_index[prompt]), None
+        if length + params.max_tokens > self._most:
+            long = f"the prompt has {length:,} tokens, and {length + params.max_tokens:,} with max_tokens; the server takes "
+            error = "prompt_too_long", f"{long}{self._most:,} (server.context, engine.kv_cache_tokens)"
+        elif (field := too_many_rules(params)) is not None:
+            error = "bad_sampling", f"{field} has more entries than the server takes"
+        if error is None:
             return False
-        row = int(self._requests.row_index[prompt])
-        error = (
-            "prompt_too_long",
-            f"the prompt has {length:,} tokens, and {length + params.max_tokens:,} with max_tokens; the server takes "
-            f"{self._most:,} (server.context)",
-        )
         for number in self._requests.samples(prompt).tolist():
             self._finished.put(completion(Generated(self._requests.tokens[:0].copy()), row, number, length, error=error))
         self._on_prompt(row, True)

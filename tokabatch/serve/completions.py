@@ -31,7 +31,7 @@ from tokabatch.openai.responses import (
     usage,
 )
 from tokabatch.scheduling.contracts import Completion, SamplingParams
-from tokabatch.serve.engine import Engine, Finished, News, Wanted
+from tokabatch.serve.engine import MOST_RULE_TOKENS, MOST_RULES, Engine, Finished, News, Wanted, too_many_rules
 from tokabatch.serve.prompts import Prompts
 from tokabatch.serve.text_stream import TextStream
 
@@ -63,15 +63,12 @@ class _Draft:
 class Completions:
     """Answers the requests of one server."""
 
-    def __init__(
-        self, engine: Engine, prompts: Prompts, tokenizer: Tokenizer, ends: Sequence[int], context: int, most_tokens: int
-    ) -> None:
+    def __init__(self, engine: Engine, prompts: Prompts, tokenizer: Tokenizer, ends: Sequence[int], most_tokens: int) -> None:
         """`most_tokens` may one request ask for; `ends` are the model's end tokens."""
         self._engine = engine
         self._prompts = prompts
         self._tokenizer = tokenizer
         self._ends = frozenset(ends)
-        self._context = context
         self._most_tokens = most_tokens
         pieces = tokenizer.piece_texts()
         self._pieces = [piece or tokenizer.special_by_id.get(token, "") for token, piece in enumerate(pieces)]
@@ -104,6 +101,10 @@ class Completions:
                     "too_many_tokens",
                 )
             )
+        for draft in drafts:
+            if draft.drawn is not None and (field := too_many_rules(draft.drawn.params)) is not None:
+                message = f"{field} has more entries than a request may have, {MOST_RULES} of {MOST_RULE_TOKENS} tokens each"
+                raise Refused(ApiError(message, field, "invalid_value"))
         samples = sum(wanted.params.n for draft in drafts for wanted in draft.wanted)
         if samples > (most := self._engine.most_samples):
             message = (

@@ -41,6 +41,9 @@ RESERVED = 1 / 8
 """Of the samples that run, and of those that wait in front of others, so many are not in the background."""
 MOST_LOST = 3
 """Processes lost in a row, without a finished sample in between, after which no other is started."""
+MOST_RULES, MOST_RULE_TOKENS = 300, 8
+"""Of one request's `logit_bias`, `bad_words` and `min_tokens`: the worker's table has room in every slot for as many as the one
+with most has, and is not sized beforehand."""
 FIRST_KEY = 1 << 40
 """Random numbers of prompts without a seed of their own are drawn for rows from here on: apart from those of prompts that have
 one, which are drawn for their places in their requests."""
@@ -163,6 +166,12 @@ class Engine:
     def standings(self) -> dict[int, Standing]:
         """By number, of each process that has loaded the model, as it last told."""
         return {number: standing for number, standing in enumerate(self._standing) if standing is not None}
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens a prompt and its sample may have for the KV cache of any process to hold them."""
+        limits = [standing.limits for standing in self.standings.values()]
+        return min((each.num_pages - 1) * each.page_size for each in limits)
 
     def has_room(self, samples: int) -> bool:
         """Whether so many more samples may wait."""
@@ -389,6 +398,15 @@ class Engine:
                 # Whoever waited may be gone.
                 live.done.exception()
         self._cancel(rows)
+
+
+def too_many_rules(params: SamplingParams) -> str | None:
+    """The field that asks for more rules than a server has room for; None where none does."""
+    if len(params.bad_words) > MOST_RULES or any(len(word) > MOST_RULE_TOKENS for word in params.bad_words):
+        return "bad_words"
+    if params.min_tokens and len(params.stop_token_ids) > MOST_RULES:
+        return "stop_token_ids"
+    return "logit_bias" if len(params.logit_bias) + len(params.bad_words) > MOST_RULES else None
 
 
 def _level(load: Sequence[int], more: int) -> Iterator[tuple[int, int]]:

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -32,6 +33,12 @@ class Prompts:
         self._thread = ThreadPoolExecutor(1, "prompts")
         self._waiting: list[tuple[Rows, asyncio.Future[list[Prompt | RowError]]]] = []
         self._busy: asyncio.Task[None] | None = None
+
+    def limit(self, context: int) -> None:
+        """From the next prompt on, so many tokens may a prompt and its sample have."""
+        config, generation, tokenizer, limits = self._made_of
+        self._made_of = config, generation, tokenizer, replace(limits, context_length=context)
+        self._until = 0.0
 
     async def build(self, rows: Rows) -> list[Prompt | RowError]:
         """A prompt, or what is wrong, for each row. Raises EngineError where the tokenizer fails."""
@@ -77,7 +84,7 @@ class Prompts:
         # A client's plain prompt holds its whole conversation, special tokens included, unless the settings say otherwise.
         trusted = "special_tokens" not in config.model_fields_set
         self._plain, self._chat = (
-            PromptBuilder(each, generation, tokenizer, limits, now=datetime.now(), trusts_plain_texts=trusted)
+            PromptBuilder(each, generation, tokenizer, limits, now=datetime.now(), trusts_plain_texts=trusted, of_requests=True)
             for each in (plain, config)
         )
         self._until = time.monotonic() + RENEW_SECONDS

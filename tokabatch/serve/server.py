@@ -88,7 +88,7 @@ async def _serve(
     http = _Server(
         uvicorn.Config(
             api.app,
-            log_level="warning",
+            log_level="error",
             access_log=False,
             lifespan="off",
             proxy_headers=False,
@@ -113,6 +113,13 @@ async def _serve(
         if starting.done():
             starting.result()
             host, port = listener.getsockname()[:2]
+            if engine.capacity < context:
+                context = api.context = engine.capacity
+                prompts.limit(context)
+                tell(
+                    f"a prompt and what is drawn behind it may have {context:,} tokens, which the KV cache holds, and not the "
+                    "model's context (engine.kv_cache_tokens)"
+                )
             if batches is not None:
                 batches.begin(context, tell)
             tell(f"{config.name} is served at http://{host if ':' not in host else f'[{host}]'}:{port}/v1; Ctrl-C stops it")

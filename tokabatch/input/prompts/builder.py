@@ -63,17 +63,18 @@ class PromptBuilder:
         now: datetime = datetime.min,
         scores: bool = False,
         trusts_plain_texts: bool = False,
+        of_requests: bool = False,
     ) -> None:
         """`scores`: nothing is drawn; rows bring what is scored in the column `prompt.continuations`, or their whole texts.
         `trusts_plain_texts`: special tokens that a text spells are tokens where no template is around it, whatever
-        `prompt.special_tokens` says."""
+        `prompt.special_tokens` says. `of_requests`: rows are requests of OpenAI's API."""
         self._trusts_plain_texts = trusts_plain_texts
         self._policy = config.special_tokens
         self._tokenizer = tokenizer
         self._settings = RowSettings(generation, tokenizer, limits.vocab_size)
         self._limits = limits
         self._blanking = Blanking(tokenizer.special_texts, tokenizer.special_tokens.normalized)
-        self._source = PromptSource(config, tokenizer, limits.vocab_size, typed=typed, now=now)
+        self._source = PromptSource(config, tokenizer, limits.vocab_size, typed=typed, now=now, of_requests=of_requests)
         self._spelled_by_examples = self._count_spelled_by_examples()
         self.chat = self._source.chat
         self._given = config.continuations if scores else None

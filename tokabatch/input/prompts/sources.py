@@ -59,9 +59,20 @@ class Draft:
 
 class PromptSource:
     """What the job says of prompts, for a tokenizer whose ids end at `vocab_size`. In `typed` rows an object has the keys of
-    any other row's; `now` is what a chat template's clock shows. Raises JobError or InputError where that cannot work."""
+    any other row's; `now` is what a chat template's clock shows. Tools and documents that no template reads are a fault of rows
+    that are requests (`of_requests`). Raises JobError or InputError where that cannot work."""
 
-    def __init__(self, config: PromptConfig, tokenizer: Tokenizer, vocab_size: int, *, typed: bool, now: datetime) -> None:
+    def __init__(
+        self,
+        config: PromptConfig,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        *,
+        typed: bool,
+        now: datetime,
+        of_requests: bool = False,
+    ) -> None:
+        self._of_requests = of_requests
         self._config = config
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -175,6 +186,9 @@ class PromptSource:
             system = self._compile(blank(self._config.system), "prompt.system").render(row)
         if isinstance(system, RowError):
             return system
+        unread = next((name for name in (TOOLS, DOCUMENTS) if row.get(name) and name not in self._chat_columns), None)
+        if unread is not None and self._of_requests:
+            return RowError(f"unread_{unread}", f"{unread} would not be seen: the chat template reads none; leave {unread} out")
         given = {name: read_objects(self._given(row.get(name)), name) for name in self._chat_columns}
         fault = next((each for each in given.values() if isinstance(each, RowError)), None)
         if fault:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from tokabatch.arrays import Int32, Int64
 from tokabatch.errors import InputError, RowError
-from tokabatch.input.batch_files import open_rows, settle_format
+from tokabatch.input.batch_files import PROMPT_INDEX, open_rows, settle_format
 from tokabatch.input.prompts.builder import Limits, Prompt, PromptBuilder
 from tokabatch.input.prompts.columns import check_columns, check_first_rows
 from tokabatch.input.rows import Reader, RowBatch, RowPlaces, no_rows
@@ -174,7 +174,15 @@ def ingest(
     # A client's plain prompt holds its whole conversation, special tokens included, unless the job says otherwise.
     trusted = batch_file and "special_tokens" not in job.prompt.model_fields_set
     builder = PromptBuilder(
-        job.prompt, given, tokenizer, limits, typed=typed, now=now, scores=job.mode == "score", trusts_plain_texts=trusted
+        job.prompt,
+        given,
+        tokenizer,
+        limits,
+        typed=typed,
+        now=now,
+        scores=job.mode == "score",
+        trusts_plain_texts=trusted,
+        of_requests=batch_file,
     )
     if reader.schema is not None:
         check_columns(job, builder.own_columns, reader.schema.names)
@@ -183,16 +191,15 @@ def ingest(
     left = job.input.limit
     needed = builder.columns | {name for name in (job.input.id_column,) if name}
     for batch in reader.batches(needed):
-        kept = batch if left is None else batch.head(left)
+        kept, left = _first(batch, left, whole_requests=batch_file)
         prompts = builder.build(kept.rows)
         with spooling(folder):
             spools.append(kept, prompts)
-        if spools.any_parsed and spools.num_rows == len(kept.rows) and left != len(kept.rows):
+        if spools.any_parsed and spools.num_rows == len(kept.rows) and left != 0:
             check_first_rows(builder.own_columns, spools.names, spools.num_rows)
         if on_rows is not None:
             on_rows(spools.num_rows, len(spools.errors))
-        left = None if left is None else left - len(kept.rows)
-        if left == 0:
+        if left == 0 and (not batch_file or len(kept.rows) < len(batch.rows)):
             break
     if spools.num_rows == 0:
         raise no_rows(reader.name)
@@ -200,6 +207,18 @@ def ingest(
         check_columns(job, builder.own_columns, spools.names)
     with spooling(folder):
         return spools.finish(job, builder)
+
+
+def _first(batch: RowBatch, left: int | None, *, whole_requests: bool) -> tuple[RowBatch, int | None]:
+    """What `input.limit` leaves of a batch, and what is left of it then: rows or, in batch files, requests with all of their
+    rows, the last of which may be in the next batch."""
+    if left is None:
+        return batch, None
+    if not whole_requests:
+        kept = batch.head(left)
+        return kept, left - len(kept.rows)
+    begins = [place for place, row in enumerate(batch.rows) if not (row.columns or {}).get(PROMPT_INDEX)]
+    return batch.head(begins[left] if left < len(begins) else len(batch.rows)), left - min(left, len(begins))
 
 
 class _Spools:
