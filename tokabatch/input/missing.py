@@ -69,7 +69,7 @@ def did_you_mean(name: str, names: Iterable[str], *, template: bool = False) -> 
 
 def optional(name: str | None = None) -> str:
     """How a template does without the column `name`."""
-    remedy = f"{{{{ {in_template(name)} | default('') }}}}" if name else "| default('') behind it"
+    remedy = f"{{{{ {in_template(name)} | default('') }}}}" if name else "| default('') after it"
     return f"for an optional column write {remedy}"
 
 

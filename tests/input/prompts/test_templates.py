@@ -95,7 +95,7 @@ def test_messages_say_what_to_write_for_a_span_of_time_and_for_null() -> None:
     assert isinstance(span, RowError) and "write {{ d.total_seconds() }}" in span.message
     assert rendered("{{ d.total_seconds() }}", d=timedelta(seconds=3)) == "3.0"
     null = rendered("{% if q | length > 2 %}x{% endif %}", q=None)
-    assert isinstance(null, RowError) and null.code == "bad_type" and "null in this row; if rows may do without" in null.message
+    assert isinstance(null, RowError) and null.code == "bad_type" and "null in this row; for an optional column" in null.message
 
 
 def test_two_words_are_told_how_to_be_written() -> None:
