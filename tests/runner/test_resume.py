@@ -20,7 +20,6 @@ from pyarrow.dataset import dataset
 from support import tiny_models
 
 from tokabatch import Job, RunSummary, cli, plan, run
-from tokabatch import workload as preparation
 from tokabatch.errors import OutputError
 from tokabatch.input import fingerprint
 from tokabatch.input.store import kept_input
@@ -34,6 +33,7 @@ from tokabatch.runner import make_replica
 from tokabatch.runner import resume as resumption
 from tokabatch.scoring import pool
 from tokabatch.scoring.judge import JudgeSpec
+from tokabatch.workload import prepare as preparation
 
 ROWS = [{"question": f"What is {i}+{i * 7 % 5}?", "answer": str(i + i * 7 % 5)} for i in range(10)]
 N = 3

@@ -128,7 +128,7 @@ def test_a_start_takes_over_what_was_tokenised(model: Path, tmp_path: Path) -> N
             run(job(model, tmp_path, rows))
     assert (tmp_path / "out" / "_input").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tokabatch.workload.ingest", None)
+        patch.setattr("tokabatch.workload.prepare.ingest", None)
         run(job(model, tmp_path, rows))
     ours, theirs = samples(tmp_path), samples(tmp_path / "whole")
     assert {key: each["cumulative_logprob"] for key, each in ours.items()} == {

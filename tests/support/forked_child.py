@@ -30,7 +30,7 @@ from tokabatch.output import folder
 from tokabatch.report.progress import NullProgress
 from tokabatch.runner import make_replica, recorder
 from tokabatch.runner.shared import Shared
-from tokabatch.workload import Workload
+from tokabatch.workload.prepare import Workload
 
 STEP_SECONDS = 0.002
 BATCH_SAMPLES = 4

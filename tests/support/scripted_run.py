@@ -21,7 +21,7 @@ from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.forecast import cost_model as pricing
 from tokabatch.report.summary import RunSummary
 from tokabatch.runner import make_replica
-from tokabatch.workload import Workload
+from tokabatch.workload.prepare import Workload
 
 MAX_TOKENS = 6
 

@@ -19,7 +19,8 @@ from tokabatch.forecast.roofline import DeviceRates, Roofline
 from tokabatch.forecast.step_log import Steps
 from tokabatch.forecast.token_budget import assumed_survival, prefill_tokens, running_samples
 from tokabatch.job import Job
-from tokabatch.workload import Demand, OpenModel, pick_device
+from tokabatch.workload.open_model import OpenModel, pick_device
+from tokabatch.workload.prepare import Demand
 
 CostModel = Roofline | Profile
 

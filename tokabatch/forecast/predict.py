@@ -29,7 +29,8 @@ from tokabatch.report.outlook import Outlook, Trial
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import consistently
-from tokabatch.workload import Workload, pick_device
+from tokabatch.workload.open_model import pick_device
+from tokabatch.workload.prepare import Workload
 
 PARTS = 48
 TRIAL_SAMPLES = 20_000

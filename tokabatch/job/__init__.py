@@ -1,22 +1,21 @@
 """The job file: strict schema, defaults, overrides; whatever is wrong is refused with file, line, key and remedy.
 
 Inside: `scalars` (what a word means), `document` (YAML with lines), `fields` (kinds of value), then `keys`, `refusals`, `load`,
-and `schema` on top.
+`generation`, and `schema` on top.
 """
 
+from tokabatch.job.generation import GenerationConfig, Setting
 from tokabatch.job.keys import Key, KeySection
 from tokabatch.job.load import Written
 from tokabatch.job.schema import (
     EngineConfig,
     ErrorsConfig,
     FewShotConfig,
-    GenerationConfig,
     InputConfig,
     Job,
     ModelConfig,
     OutputConfig,
     PromptConfig,
-    Setting,
     VerifyConfig,
     verifier_names,
     verifier_path,

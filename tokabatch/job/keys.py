@@ -1,4 +1,5 @@
-"""The keys of a strict model, read from its fields: what each accepts, its default, its description. Knows no job."""
+"""A section of a job file as a strict model, and its keys, read from its fields: what each accepts, its default, its
+description. Knows no job."""
 
 from __future__ import annotations
 
@@ -7,11 +8,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
 from tokabatch.job.fields import Accepts
 from tokabatch.job.scalars import write_value
+
+
+class Section(BaseModel):
+    """Frozen; refuses keys that it does not have, and values of another type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), validate_default=False)
 
 
 @dataclass(frozen=True, slots=True)

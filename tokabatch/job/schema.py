@@ -10,33 +10,23 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    TypeAdapter,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
-    with_config,
 )
-from typing_extensions import TypedDict
 
-from tokabatch.errors import JobError, RowError
+from tokabatch.errors import JobError
 from tokabatch.job import fields
-from tokabatch.job.keys import Key, KeySection, list_keys, list_sections
+from tokabatch.job.generation import SETTINGS, GenerationConfig
+from tokabatch.job.keys import Key, KeySection, Section, list_keys, list_sections
 from tokabatch.job.load import Written, load_model
-from tokabatch.job.refusals import row_message
-from tokabatch.job.scalars import write_value
-from tokabatch.scheduling.contracts import SamplingParams
 
 _VERIFIERS = Path(__file__).parent.parent / "scoring" / "verifiers"
 _PYTHON = ".py"
@@ -44,20 +34,7 @@ _OWN_JUDGE = re.compile(r".+\.py(:[A-Za-z_]\w*)?|[A-Za-z_][\w.]*:[A-Za-z_]\w*", 
 _WITHOUT_ANSWER = ("code", "regex")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), validate_default=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One effective setting; `source` is `job`, `generation_config.json` or `default`."""
-
-    key: str
-    value: str
-    source: str
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The model and its tokenizer."""
 
     path: fields.ModelPath = Field(description="Hugging Face id or local folder of the model (safetensors).")
@@ -73,7 +50,7 @@ class ModelConfig(_Section):
     )
 
 
-class InputConfig(_Section):
+class InputConfig(Section):
     """The rows to complete."""
 
     path: fields.InputPath = Field(
@@ -90,7 +67,7 @@ class InputConfig(_Section):
     id_column: fields.OptionalText = Field(default=None, description="Column whose values identify rows; null: the row number.")
 
 
-class FewShotConfig(_Section):
+class FewShotConfig(Section):
     """Examples rendered once and put in front of every prompt."""
 
     path: fields.FilePath = Field(description="File of examples, read as input.path is.")
@@ -98,7 +75,7 @@ class FewShotConfig(_Section):
     template: fields.Template = Field(description="Jinja template of one example.")
 
 
-class PromptConfig(_Section):
+class PromptConfig(Section):
     """How a row becomes a prompt: at most one of template, messages and token_ids. With none of them, the row's column
     prompt, messages or prompt_token_ids is used."""
 
@@ -149,117 +126,7 @@ class PromptConfig(_Section):
         return self
 
 
-class GenerationConfig(_Section):
-    """How samples are drawn. A row may override any of these with a struct in its column sampling_params."""
-
-    n: fields.Samples = Field(default=1, description="Samples per row.")
-    temperature: fields.Temperature = Field(
-        default=1.0, description="Randomness of the samples; 0 always picks the most likely token."
-    )
-    top_p: fields.TopP = Field(
-        default=1.0, description="Keep the most likely tokens whose probabilities add up to this; 1: all."
-    )
-    top_k: fields.OptionalTopK = Field(default=None, description="Keep only the k most likely tokens.")
-    min_p: fields.MinP = Field(default=0.0, description="Drop tokens below this fraction of the most likely one's probability.")
-    max_tokens: fields.MostTokens = Field(default=256, description="Maximum length of a sample, in tokens.")
-    stop: fields.Texts = Field(default=(), description="Texts that end a sample.")
-    stop_token_ids: fields.TokenIds = Field(default=(), description="Token ids that end a sample, besides the model's own.")
-    ignore_eos: fields.Flag = Field(default=False, description="Do not end at the model's end-of-sequence tokens.")
-    seed: fields.Seed = Field(
-        default=0, description="Random seed. A sample depends only on the seed, its row and its sample number."
-    )
-    logprobs: fields.OptionalLogprobs = Field(
-        default=None,
-        description="Log-probabilities: 0 for the sampled tokens, k to add the k most likely. For given texts use mode: score.",
-    )
-    repetition_penalty: fields.Repetition = Field(
-        default=1.0, description="Divide the logits of tokens already in the prompt or output (multiply negative ones)."
-    )
-    presence_penalty: fields.Penalty = Field(default=0.0, description="Subtract this from the logits of tokens in the output.")
-    frequency_penalty: fields.Penalty = Field(
-        default=0.0, description="Subtract this from a token's logit for each of its occurrences in the output."
-    )
-    min_tokens: fields.LeastTokens = Field(
-        default=0, description="Minimum length of a sample, in tokens, before anything ends it."
-    )
-    logit_bias: fields.LogitBias = Field(default={}, description="Values added to the logits of tokens, by token id.")
-    bad_words: fields.BadWords = Field(
-        default=(), description="Texts (also after a space) or lists of token ids that no sample may contain."
-    )
-
-    @model_validator(mode="after")
-    def _least_below_most(self) -> GenerationConfig:
-        if self.max_tokens != "context" and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens is {self.min_tokens}, but max_tokens is {self.max_tokens}; lower min_tokens or raise max_tokens"
-            )
-        return self
-
-    @cached_property
-    def param_values(self) -> dict[str, Any]:
-        """The fields of `params`."""
-        return _as_params({name: getattr(self, name) for name in _SETTINGS})
-
-    def params(self) -> SamplingParams:
-        """The same as the currency of the later stages; `bad_words` holds token ids alone."""
-        return SamplingParams(**self.param_values)
-
-    def row_params(self, struct: Mapping[str, Any]) -> SamplingParams | RowError:
-        """These settings under one row's own; a null in the row takes the job's value, as Parquet structs fill up with
-        nulls. Code `bad_sampling` where the row names an unknown setting or a value that is not accepted."""
-        given = {name: value for name, value in struct.items() if value is not None}
-        try:
-            own = _ROW_SETTINGS.validate_python(given)
-            least, most = own.get("min_tokens", self.min_tokens), own.get("max_tokens", self.max_tokens)
-            if most != "context" and least > most:
-                GenerationConfig.model_validate({"min_tokens": least, "max_tokens": most})
-        except ValidationError as error:
-            merged = {name: getattr(self, name) for name in _SETTINGS} | given
-            return RowError("bad_sampling", row_message(GenerationConfig, error, merged))
-        return SamplingParams(**self.param_values | _as_params(own))
-
-    def with_model_defaults(self, defaults: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[Setting, ...]]:
-        """Fill what the job does not say from `defaults`, values of a model's generation_config.json by keys of this section,
-        and tell where each value came from. A value that a job would be refused with is left out, and so is null."""
-        taken: dict[str, Any] = {}
-        for name, value in defaults.items():
-            if name in self.model_fields_set or value is None:
-                continue
-            try:
-                GenerationConfig.model_validate({name: value})
-            except ValidationError:
-                continue
-            taken[name] = value
-        merged = {name: getattr(self, name) for name in self.model_fields_set} | taken
-        effective = GenerationConfig.model_validate(merged)
-        settings: list[Setting] = []
-        for name in _SETTINGS:
-            source = "generation_config.json" if name in taken else "job" if name in merged else "default"
-            settings.append(Setting(name, write_value(getattr(effective, name)), source))
-        return effective, tuple(settings)
-
-
-_SETTINGS = tuple(GenerationConfig.model_fields)  # Pydantic makes the table anew at each access.
-_HINTS = get_type_hints(GenerationConfig, include_extras=True)
-_RowSettings = TypedDict("_RowSettings", {name: _HINTS[name] for name in _SETTINGS}, total=False)  # pyright: ignore
-_ROW_SETTINGS: TypeAdapter[Any] = TypeAdapter(with_config(ConfigDict(strict=True, extra="forbid"))(_RowSettings))
-"""Checks some of the settings alone, in a third of the time that it takes to make all of them."""
-
-
-def _as_params(settings: dict[str, Any]) -> dict[str, Any]:
-    """These settings as fields of SamplingParams, where 0 is no `top_k`, and `max_tokens: context` until a prompt is known."""
-    values = dict(settings)
-    if "top_k" in values:
-        values["top_k"] = values["top_k"] or 0
-    if values.get("max_tokens") == "context":
-        values["max_tokens"] = 0
-    if "logit_bias" in values:
-        values["logit_bias"] = tuple(sorted(values["logit_bias"].items()))
-    assert not any(isinstance(word, str) for word in values.get("bad_words", ())), "texts are encoded first"
-    return values
-
-
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """How the work is done; nothing here changes what is sampled. `auto` values are decided from the device."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the GPU where there is one.")
@@ -300,7 +167,7 @@ class EngineConfig(_Section):
     )
 
 
-class OutputConfig(_Section):
+class OutputConfig(Section):
     """Where the completions go, as Parquet."""
 
     path: fields.FolderPath = Field(description="Folder of the results; it is created.")
@@ -313,7 +180,7 @@ class OutputConfig(_Section):
     )
 
 
-class TraceConfig(_Section):
+class TraceConfig(Section):
     """Record what the device does in a few steps: a Chrome trace, for Perfetto or chrome://tracing. The run stalls for a
     second or two while it is written."""
 
@@ -323,7 +190,7 @@ class TraceConfig(_Section):
     replica: fields.Index = Field(default=0, description="Of several replicas, the one to record; the first is 0.")
 
 
-class StopConfig(_Section):
+class StopConfig(Section):
     """Sample a row no further once its verdicts tell enough: one of the two. They are looked at in the order of the sample
     numbers, so where a row stops is the same on any hardware and after any restart; its further samples are rows of status
     `cancelled`. Samples begin in waves (4, 8, 16, ...) as verdicts come in."""
@@ -341,7 +208,7 @@ class StopConfig(_Section):
         return self
 
 
-class VerifyConfig(_Section):
+class VerifyConfig(Section):
     """Judge each sample: adds the columns `correct`, `verify_score` and `verify_error`, and pass@k to the summary. Judges have
     processes of their own, beside the run."""
 
@@ -402,7 +269,7 @@ class VerifyConfig(_Section):
         return {"kind": self.kind, "answer": self.answer, **newer}
 
 
-class ErrorsConfig(_Section):
+class ErrorsConfig(Section):
     """What a row that cannot be completed does to the run. It always becomes an error row."""
 
     policy: Literal["continue", "stop"] = Field(default="continue", description="Continue after an error row, or stop the run.")
@@ -411,7 +278,7 @@ class ErrorsConfig(_Section):
     )
 
 
-class Job(_Section):
+class Job(Section):
     """One run, described completely."""
 
     mode: Literal["generate", "score"] = Field(
@@ -437,7 +304,7 @@ class Job(_Section):
             if value.stop is not None:
                 raise ValueError("has `stop`, which stops drawing samples, and mode: score samples none; remove it")
             return value
-        changed = [name for name in _SETTINGS if getattr(value, name) != GenerationConfig.model_fields[name].default]
+        changed = [name for name in SETTINGS if getattr(value, name) != GenerationConfig.model_fields[name].default]
         if useless := [name for name in changed if name != "logprobs"]:
             remove = "remove it" if len(useless) == 1 else "remove them"
             raise ValueError(f"mode: score samples nothing and has no use for {', '.join(useless)}; {remove}")

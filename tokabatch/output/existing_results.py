@@ -124,7 +124,7 @@ def sampled_rows(folder: OutputFolder, rows: int) -> tuple[Bool, Bool]:
     for shard in folder.shards():
         for table in read_groups(shard, ("row_index", "status")):
             row = table["row_index"].to_numpy()
-            ok = _is_ok(table).to_numpy()
+            ok = pc.call_function("equal", [table["status"], "ok"]).to_numpy()
             known = (row >= 0) & (row < rows)
             good[row[known & ok]] = True
             bad[row[known & ~ok]] = True
@@ -245,10 +245,6 @@ def replace_shard(claim: Claim, file: ListedFile, tables: Iterable[pa.Table]) ->
 
 def _is_no_error(table: pa.Table) -> pa.ChunkedArray[Any]:
     return pc.call_function("not_equal", [table["status"], "error"])
-
-
-def _is_ok(table: pa.Table) -> pa.ChunkedArray[Any]:
-    return pc.call_function("equal", [table["status"], "ok"])
 
 
 def _places(path: Path, table: pa.Table, start: Int64) -> Int64:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tokabatch.arrays import Bool, Int32, Int64
-from tokabatch.errors import STOPS, RowError
+from tokabatch.errors import RowError
 from tokabatch.scheduling.contracts import Completion
 
 _TOKEN_LOGPROBS = pa.struct(
@@ -47,16 +47,12 @@ SAMPLE_SCHEMA = pa.schema(
     metadata={b"tokabatch.schema_version": b"1"},
 )
 """What every output has. `status` is `ok`, `error` or `cancelled`. An error row is null from `text` to `logprobs`, save for the
-prompt's counts where known; one of the code CANNOT_BE_WRITTEN keeps whatever could be written, its verdict among it: a row that
-it stopped is stopped after a crash, too. A cancelled sample, which its
-row stopped before, is null in all of them and has no error either."""
+prompt's counts where known; one of the code `cannot_be_written` keeps whatever could be written, its verdict among it: a row
+that it stopped is stopped after a crash, too. A cancelled sample, which its row stopped before, is null in all of them and has
+no error either."""
 CANCELLED = "cancelled"
-CANNOT_BE_WRITTEN = "cannot_be_written"
-"""The error code of a sample that was finished, but not all of whose columns can be written."""
-_WHO_AND_WHAT = ("row_index", "sample_index", "status", "error_code", "error_message")
 _MAX_ENTRIES = (1 << 31) - 1
 """Of the lists in one table, all rows together: their offsets are 32 bits wide."""
-_MAX_FAULT = 300
 _OF_SAMPLE = {b"tokabatch.column": b"sample"}
 REASONING_FIELDS = tuple(pa.field(name, pa.string(), metadata=_OF_SAMPLE) for name in ("reasoning_text", "answer_text"))
 """Follow where the job splits texts (`output.split_reasoning`); null where a text has no such part."""
@@ -280,81 +276,6 @@ def _perplexity(completion: Completion) -> float | None:
         return None
     with np.errstate(over="ignore"):
         return float(np.exp(-completion.score.logprob / len(completion.token_ids)))
-
-
-def build_piecemeal(schema: pa.Schema, key: pa.Table, build: Callable[[pa.Schema], pa.Table]) -> pa.Table:
-    """The samples of one row, a column at a time, where `build` fails for the whole `schema`: columns that cannot be built are
-    null, and the samples are error rows that say which and why. `key` has the columns of `_WHO_AND_WHAT`."""
-    arrays = {name: key[name] for name in key.column_names}
-    faults: dict[str, BaseException] = {}
-    for field in schema:
-        if field.name in arrays:
-            continue
-        try:
-            arrays[field.name] = build(pa.schema([field])).column(0)
-        except STOPS:
-            raise
-        except BaseException as error:
-            arrays[field.name], faults[field.name] = _nulls(key.num_rows, field.type), error
-    return _with_faults(pa.Table.from_arrays([arrays[field.name] for field in schema], schema=schema), faults)
-
-
-def mended(table: pa.Table, encode: Callable[[pa.Table], object]) -> pa.Table:
-    """`table` with nulls in place of the values that `encode` raises for, their rows being error rows that say so. The same
-    table where nothing is wrong with it."""
-    try:
-        encode(table)
-    except STOPS:
-        raise
-    except BaseException:
-        if table.num_rows > 1:
-            half = table.num_rows // 2
-            return pa.concat_tables([mended(table.slice(0, half), encode), mended(table.slice(half), encode)])
-        return _mended_row(table, encode)
-    return table
-
-
-def key_table(completions: Sequence[Completion], failures: Sequence[UnsampledRow]) -> pa.Table:
-    """Which samples they are and how they ended: what `build_piecemeal` begins with."""
-    fields = [SAMPLE_SCHEMA.field(name) for name in _WHO_AND_WHAT]
-    texts = [""] * len(completions)
-    return build_table(pa.schema(fields), completions, failures, texts=texts, ids=[], columns=pa.table({}))
-
-
-def _mended_row(table: pa.Table, encode: Callable[[pa.Table], object]) -> pa.Table:
-    faults: dict[str, BaseException] = {}
-    for place, field in enumerate(table.schema):
-        try:
-            encode(table.select([place]))
-        except STOPS:
-            raise
-        except BaseException as error:
-            faults[field.name] = error
-            table = table.set_column(place, field, _nulls(1, field.type))
-    return _with_faults(table, faults)
-
-
-def _with_faults(table: pa.Table, faults: dict[str, BaseException]) -> pa.Table:
-    # A sample that was never drawn is none that failed; those in front of it tell of the row's columns.
-    if not faults or CANCELLED in table["status"].to_pylist():
-        return table
-    told = "; ".join(f"{name!r} ({type(error).__name__}: {str(error)[:_MAX_FAULT]})" for name, error in faults.items())
-    message = (
-        f"not every column of row {table['row_index'][0]} can be written: {told}. What cannot is null here, the rest is kept. "
-        "Correct the value in the input and run again with --retry-errors, or leave the column out with output.columns=[...] "
-        "in a job with another output.path; if it is not a column of the input, please report a bug."
-    )
-    codes = [code or CANNOT_BE_WRITTEN for code in table["error_code"].to_pylist()]
-    messages = [f"{earlier}; {message}" if earlier else message for earlier in table["error_message"].to_pylist()]
-    changed = {"status": ["error"] * table.num_rows, "error_code": codes, "error_message": messages}
-    for name, values in changed.items():
-        place = table.schema.get_field_index(name)
-        table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
-    return table
-
-
-def _nulls(count: int, kind: pa.DataType) -> pa.ChunkedArray:
-    return pa.chunked_array([pa.nulls(count, kind)])
 
 
 def _logprob_column(completions: Sequence[Completion], nulls: Bool) -> pa.ListArray:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokabatch.arrays import Bool, Int32
+from tokabatch.arrays import Int32
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.leases import Lease, read_leases
@@ -201,7 +201,7 @@ def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
         finished, dropped = count_ok(table), count_cancelled(table)
         ok, errors, cancelled = ok + finished, errors + table.num_rows - finished - dropped, cancelled + dropped
         if "correct" in table.column_names:
-            correct = (correct or 0) + int(_flags(table).sum())
+            correct = (correct or 0) + int(table["correct"].fill_null(False).to_numpy().astype(np.bool_).sum())
     state: State = "incomplete"
     if is_there(folder.files, folder.success):
         state = "complete"
@@ -236,7 +236,3 @@ def _lengths(shards: Sequence[ListedFile]) -> Int32:
 
 def _groups(shards: Sequence[ListedFile], columns: tuple[str, ...]) -> Iterator[pa.Table]:
     return chain.from_iterable(read_groups(shard, columns) for shard in shards)
-
-
-def _flags(table: pa.Table) -> Bool:
-    return table["correct"].fill_null(False).to_numpy().astype(np.bool_)

@@ -30,7 +30,7 @@ from tokabatch.runner.supply import Supply
 from tokabatch.scheduling.contracts import Requests
 from tokabatch.scheduling.scheduler import Scheduler
 from tokabatch.scheduling.stop_conditions import StopRules, TokenText
-from tokabatch.workload import Demand, special_ids
+from tokabatch.workload.prepare import Demand
 
 
 def make_replica(
@@ -48,7 +48,7 @@ def make_replica(
     tokenizer, sampling = workload.tokenizer, workload.requests.sampling
     text = None
     if any(params.stop for params in sampling):
-        text = TokenText(tokenizer.piece_texts(), tokenizer.decode_batch, special_ids(tokenizer), tokenizer.lone_bytes())
+        text = TokenText(tokenizer.piece_texts(), tokenizer.decode_batch, tokenizer.special_ids(), tokenizer.lone_bytes())
     stops = StopRules(sampling, workload.eos_token_ids, workload.spec.vocab_size, text)
     apart, depth, on_gpu = _runs_apart(job, workload), job.engine.queue_depth, workload.device == "cuda"
     stages, limits = layout.pipeline, scheduler_limits(sizes, layout.pipeline)

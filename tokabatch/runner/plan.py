@@ -25,7 +25,7 @@ from tokabatch.report.plan_report import ModelFacts, PlanReport, ReplicaFacts
 from tokabatch.runner.ledger import Ledger, to_give, wants_more
 from tokabatch.runner.replica import scheduler_limits
 from tokabatch.runner.resume import Start, preview
-from tokabatch.workload import Workload
+from tokabatch.workload.prepare import Workload
 
 
 def plan(job: Job | Mapping[str, Any] | str | Path, on_rows: Callable[[int, int], None] | None = None) -> PlanReport:

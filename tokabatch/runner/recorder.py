@@ -28,26 +28,16 @@ from tokabatch.job import Job
 from tokabatch.output.existing_results import Committed
 from tokabatch.output.folder import Claim
 from tokabatch.output.reasoning import split_reasoning
-from tokabatch.output.schema import (
-    CANNOT_BE_WRITTEN,
-    UnsampledRow,
-    build_piecemeal,
-    build_table,
-    input_names,
-    key_table,
-    mended,
-    sample_keys,
-    sample_texts,
-    verdict_names,
-)
+from tokabatch.output.schema import UnsampledRow, build_table, input_names, sample_keys, sample_texts, verdict_names
 from tokabatch.output.shards import Shard, ShardWriter, count_cancelled, count_ok, write_parquet
 from tokabatch.output.units import Units
+from tokabatch.output.unwritable import CANNOT_BE_WRITTEN, build_piecemeal, key_table, mended
 from tokabatch.runner.row_stops import RowStops
 from tokabatch.scheduling.contracts import NO_COUNTS, WORKER_CRASH, Completion
 from tokabatch.scoring.early_stopping import Outcome
 from tokabatch.scoring.judge import ANSWER, Verdict, verdict_columns
 from tokabatch.scoring.pool import NOT_JUDGED, Ticket, open_pool
-from tokabatch.workload import Workload
+from tokabatch.workload.prepare import Workload
 
 BATCH_SAMPLES = 2048
 """Samples made into a table at once; fewer when `flush_seconds` are over."""

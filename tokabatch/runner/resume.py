@@ -55,7 +55,7 @@ from tokabatch.scoring.early_stopping import StopRule
 from tokabatch.scoring.pool import open_pool
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import reading_input, unwritable
-from tokabatch.workload import Workload, prepare
+from tokabatch.workload.prepare import Workload, prepare
 
 OnRows = Callable[[int, int], None]
 

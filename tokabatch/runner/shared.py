@@ -39,7 +39,7 @@ from tokabatch.runner.resume import OnRows, Reuse, Start, describe_run, find_run
 from tokabatch.storage.atomic_files import DurableFiles, NewFile, make_folders, publish
 from tokabatch.storage.listing import NO_MARK, consistently, is_there, read_bytes
 from tokabatch.storage.write_errors import reading_input, unwritable
-from tokabatch.workload import Workload, prepare
+from tokabatch.workload.prepare import Workload, prepare
 
 WAIT_SECONDS = 0.2
 _INPUT = "input"

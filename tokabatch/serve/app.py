@@ -33,7 +33,7 @@ from tokabatch.serve.metrics import render
 from tokabatch.serve.prompts import Prompts
 from tokabatch.serve.settings import ServerConfig
 from tokabatch.serve.stored_files import StoredFiles
-from tokabatch.workload import OpenModel
+from tokabatch.workload.open_model import OpenModel
 
 CLIENT_GONE = 499
 """The status noted for a client that did not wait; nobody receives it."""

@@ -31,7 +31,8 @@ from tokabatch.serve.engine_process import EngineSpec
 from tokabatch.serve.prompts import Prompts
 from tokabatch.serve.settings import ServiceConfig
 from tokabatch.serve.stored_files import StoredFiles
-from tokabatch.workload import Demand, OpenModel, open_model, special_ids
+from tokabatch.workload.open_model import OpenModel, open_model
+from tokabatch.workload.prepare import Demand
 
 EXPECTED_PROMPTS = 1 << 16
 """Of a workload that the engine is sized for: longer than any queue."""
@@ -48,7 +49,7 @@ def serve(config: ServiceConfig, tell: Callable[[str], None]) -> int:
     demand = _expected(model, context)
     sizes = size_replica(job, demand, read_profile(job))
     tokenizer = model.tokenizer
-    text = TokenText(tokenizer.piece_texts(), tokenizer.decode_batch, special_ids(tokenizer), tokenizer.lone_bytes())
+    text = TokenText(tokenizer.piece_texts(), tokenizer.decode_batch, tokenizer.special_ids(), tokenizer.lone_bytes())
     nothing = demand.requests.take(np.zeros(0, np.int64))
     on_gpu, stages, depth = model.device == "cuda", model.layout.pipeline, job.engine.queue_depth
     spec = EngineSpec(

@@ -165,6 +165,11 @@ class Tokenizer:
             texts.extend(text[start:] for text in self.decode_batch(batch))
         return texts
 
+    def special_ids(self) -> dict[str, int]:
+        """The ids of special tokens by their text: a stop string that spells one means the token."""
+        texts = sorted(self.special_texts)
+        return {text: ids[0] for text, ids in zip(texts, self.encode_batch(texts, False), strict=True) if len(ids) == 1}
+
     def lone_bytes(self) -> frozenset[int]:
         """The ids that stand for one byte (`<0x41>`), decoded together with the bytes beside them."""
         ids = {f"<0x{byte:02X}>": self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}

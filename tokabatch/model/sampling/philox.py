@@ -1,7 +1,8 @@
 """Random numbers without state: Philox-4x32-10, a keyed hash of a counter.
 
 J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Knows
-nothing of what is sampled; the same arguments give the same bits on every device.
+nothing of what is sampled; the same arguments give the same bits on every device. A kernel cannot call torch: those of the GPU
+have it once more (`triton_rows.uniform_of`, by Triton's own Philox).
 
 Shape legend: S rows.
 """

@@ -116,7 +116,7 @@ def inverse_temperature(temperature):
 
 @triton.jit
 def uniform_of(record, position):
-    """`philox.uniform`, bit for bit: a float64 in [0, 1)."""
+    """`philox.uniform` once more, as a kernel cannot call torch, and bit for bit the same: a float64 in [0, 1)."""
     seed_low, seed_high = tl.load(record).to(tl.uint32, bitcast=True), tl.load(record + 1).to(tl.uint32, bitcast=True)
     row_low, row_high = tl.load(record + 2).to(tl.uint32, bitcast=True), tl.load(record + 3).to(tl.uint32, bitcast=True)
     sample = tl.load(record + 4).to(tl.uint32, bitcast=True)

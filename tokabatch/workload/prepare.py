@@ -13,42 +13,28 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from tokabatch.arrays import Int64
-from tokabatch.attention import choose_backend
 from tokabatch.engine.replica_sizes import WorkloadFacts, reported_token_bytes
-from tokabatch.errors import JobError, ModelError
+from tokabatch.errors import JobError
 from tokabatch.input.batch_files import settle_format
 from tokabatch.input.fingerprint import Fingerprint, describe
-from tokabatch.input.generation_defaults import EndTokens, describe_ignored, effective_generation, find_end_tokens
+from tokabatch.input.generation_defaults import describe_ignored
 from tokabatch.input.prompt_order import Sharing, longest_first, measure_sharing, order_prompts
 from tokabatch.input.prompts.builder import Limits
-from tokabatch.input.prompts.row_settings import refuse_beyond
 from tokabatch.input.rows import NO_PLACES, RowPlaces
 from tokabatch.input.store.kept_input import Origin, describe_origin, load_kept
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.input.store.tokenized_input import InputStore, ingest
-from tokabatch.input.tokenizer.loading import load_tokenizer
-from tokabatch.input.tokenizer.stop_texts import describe_stops, refuse_special
-from tokabatch.input.tokenizer.tokenizer import Tokenizer
-from tokabatch.job import GenerationConfig, Job, Setting
-from tokabatch.model.checkpoint import Checkpoint, preflight
-from tokabatch.model.config import read_config
-from tokabatch.model.families import read_spec
-from tokabatch.model.file_digests import ModelFile, known_files
-from tokabatch.model.partition import check_mesh
-from tokabatch.model.resolve import resolve_model
-from tokabatch.model.spec import ModelSpec
-from tokabatch.model.weights import named_dtype, resolve_dtype
+from tokabatch.input.tokenizer.stop_texts import describe_stops
+from tokabatch.job import GenerationConfig, Job
 from tokabatch.output.reasoning import ReasoningTags, choose_tags
 from tokabatch.output.schema import FailedRow, input_names, output_schema, verdict_fields
 from tokabatch.output.shards import refuse_unwritable
-from tokabatch.parallel.layout import Layout, decide_layout, visible_devices
-from tokabatch.parallel.mesh import Mesh
 from tokabatch.scheduling.contracts import Drawn, Requests
 from tokabatch.scoring.judge import ANSWER
 from tokabatch.scoring.pool import JudgePool, open_pool
+from tokabatch.workload.open_model import OpenModel, open_without_weights, with_weights
 
 Compare = Callable[[Fingerprint, RowDigests | None, RowPlaces], None]
 """Raises where the job is not to go on, given what decides its output, and once they are read its rows and their places."""
@@ -57,25 +43,6 @@ CHECKED_ROWS = 4096
 SHOWN_FAULTS = 3
 MOST_SAMPLES = 1_000_000_000
 """Of one run."""
-FP8_CAPABILITY = (8, 9)
-"""The first NVIDIA compute capability with e4m3."""
-
-
-@dataclass(frozen=True)
-class OpenModel:
-    """A model and its tokenizer, read and checked, without its weights."""
-
-    folder: Path
-    files: tuple[ModelFile, ...]
-    """The model's and the tokenizer's, as they were read."""
-    spec: ModelSpec
-    device: str
-    layout: Layout
-    dtype: torch.dtype
-    tokenizer: Tokenizer
-    eos_token_ids: tuple[int, ...]
-    generation: GenerationConfig
-    settings: tuple[Setting, ...]
 
 
 @dataclass(frozen=True)
@@ -177,7 +144,7 @@ def prepare(
             "that does, such as gsm8k or choice, or verify.stop.after_correct"
         )
     job = settle_format(job)
-    model, ends, checkpoint = _open(job, absent_gpu=absent_gpu)
+    model, ends, checkpoint = open_without_weights(job, absent_gpu=absent_gpu)
     tokenizer, spec, generation = model.tokenizer, model.spec, model.generation
     tags = None
     if job.output.split_reasoning is not None:
@@ -208,7 +175,7 @@ def prepare(
     samples_of_row = _samples_of_row(store, generation.n)
     requests = order_requests(store, job.engine.page_size)
     if checkpoint is None and weights:
-        model = _with_weights(job, model)
+        model = with_weights(job, model)
         fingerprint = replace(fingerprint, settings=_fingerprint(job, model).settings)
         compare(fingerprint, None, NO_PLACES)
     schema = output_schema(
@@ -247,63 +214,6 @@ def prepare(
         origin=origin,
         taken_over=taken_over is not None,
     )
-
-
-def open_model(job: Job) -> OpenModel:
-    """The job's model and tokenizer; what is not here of them is fetched. Raises UsageError for what cannot work."""
-    model, _, checkpoint = _open(job)
-    return model if checkpoint else _with_weights(job, model)
-
-
-def _open(job: Job, *, absent_gpu: bool = False) -> tuple[OpenModel, EndTokens, Checkpoint | None]:
-    """Weights that are still on the hub stay there; there is no checkpoint then."""
-    device = "cuda" if absent_gpu else pick_device(job)
-    layout = decide_layout(job.engine, device, None if absent_gpu else visible_devices())
-    folder = resolve_model(job.model.path, job.model.revision, weights=False)
-    tokenizer_folder = _tokenizer_folder(job, folder)
-    # Known before they are read: what changes in between is noticed when the weights load.
-    files = known_files(folder, tokenizer_folder)
-    spec = read_spec(folder)
-    check_mesh(spec, Mesh(0, layout.tensor, layout.pipeline))
-    checkpoint = preflight(folder, spec) if Path(job.model.path).expanduser().is_dir() else None
-    dtype = _choose_dtype(job, device, folder, spec, checkpoint)
-    if not absent_gpu:
-        _check_fp8(job, device, dtype, spec)
-    key = "path" if job.model.tokenizer is None else "tokenizer"
-    tokenizer = load_tokenizer(job.model.model_copy(update={key: str(tokenizer_folder)}))
-    if tokenizer.own_vocab_size > spec.vocab_size:
-        raise ModelError(
-            f"the tokenizer of {tokenizer.name!r} has ids up to {tokenizer.own_vocab_size - 1}, but the model in {folder} has "
-            f"embeddings for {spec.vocab_size} only (config.json: vocab_size). Use the tokenizer that belongs to these weights."
-        )
-    generation, settings = effective_generation(job, folder)
-    _check_generation(generation, spec, tokenizer)
-    ends = find_end_tokens(folder, tokenizer)
-    model = OpenModel(
-        folder=folder,
-        files=files,
-        spec=spec,
-        device=device,
-        layout=layout,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        eos_token_ids=ends.ids,
-        generation=generation,
-        settings=settings,
-    )
-    return model, ends, checkpoint
-
-
-def _tokenizer_folder(job: Job, folder: Path) -> Path:
-    """`folder` is the model's."""
-    return folder if job.model.tokenizer is None else resolve_model(job.model.tokenizer, weights=False, key="model.tokenizer")
-
-
-def _with_weights(job: Job, model: OpenModel) -> OpenModel:
-    """Fetch them, and take in what only they can tell."""
-    checkpoint = preflight(resolve_model(job.model.path, job.model.revision), model.spec)
-    dtype = _choose_dtype(job, model.device, model.folder, model.spec, checkpoint)
-    return replace(model, dtype=dtype, files=known_files(model.folder, _tokenizer_folder(job, model.folder)))
 
 
 def _fingerprint(job: Job, model: OpenModel) -> Fingerprint:
@@ -361,42 +271,6 @@ def _samples_of_row(store: InputStore, n: int) -> Int64:
     return samples
 
 
-def _choose_dtype(job: Job, device: str, folder: Path, spec: ModelSpec, checkpoint: Checkpoint | None) -> torch.dtype:
-    """`auto` is float32 on a CPU and the checkpoint's own elsewhere; its config speaks for one that is not here yet."""
-    stated = "float32" if job.model.dtype == "auto" and device == "cpu" else job.model.dtype
-    if stated == "auto" and checkpoint is None:
-        values = read_config(folder).values
-        stated = str(values.get("dtype") or values.get("torch_dtype") or "float32")
-    return named_dtype(stated) if checkpoint is None else resolve_dtype(stated, spec, checkpoint)
-
-
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of special tokens by their text: a stop string that spells one means the token."""
-    texts = sorted(tokenizer.special_texts)
-    return {text: ids[0] for text, ids in zip(texts, tokenizer.encode_batch(texts, False), strict=True) if len(ids) == 1}
-
-
-def pick_device(job: Job) -> str:
-    """`cpu` or `cuda`. Raises JobError where a GPU is asked for and there is none."""
-    available = torch.cuda.is_available()
-    if job.engine.device == "cuda" and not available:
-        raise JobError("engine.device is cuda, but torch sees no GPU; write auto or cpu, or install a CUDA build of torch")
-    return "cuda" if available and job.engine.device != "cpu" else "cpu"
-
-
-def _check_fp8(job: Job, device: str, dtype: torch.dtype, spec: ModelSpec) -> None:
-    """Raises JobError where e4m3 is asked for and the device has no units for it, or what uses them is not there."""
-    asked = {"model.quantization": job.model.quantization, "engine.kv_cache_dtype": job.engine.kv_cache_dtype}
-    key = next((key for key, value in asked.items() if value == "fp8"), None)
-    if key is None:
-        return
-    if device != "cuda" or torch.cuda.get_device_capability() < FP8_CAPABILITY:
-        raise JobError(f"{key} is fp8, which needs an NVIDIA GPU of the Ada or Hopper generation or later; remove it here")
-    _, obstacle = choose_backend(device, dtype, spec.head_dim)
-    if obstacle:
-        raise JobError(f"{key} is fp8, which needs FlashInfer's kernels: {obstacle}. Provide that, or remove it")
-
-
 def order_requests(store: InputStore, page_size: int) -> Requests:
     """The rows that have prompts, in plan order; those that may run longest come first as far as sharing allows."""
     rows = np.flatnonzero(store.length > 0)
@@ -415,18 +289,3 @@ def order_requests(store: InputStore, page_size: int) -> Requests:
         sampling=store.sampling,
         continuations=store.continuations,
     )
-
-
-def _check_generation(generation: GenerationConfig, spec: ModelSpec, tokenizer: Tokenizer) -> None:
-    """What only the model can tell of the job's own settings; a row's settings cost that row alone."""
-    ids = [word for word in generation.bad_words if not isinstance(word, str)]
-    given = {name: getattr(generation, name) for name in generation.model_fields_set} | {"bad_words": ids}
-    params = GenerationConfig.model_validate(given).params()
-    fault = refuse_beyond(params, spec.vocab_size) or refuse_special(generation.stop, tokenizer.special_texts)
-    if fault:
-        raise JobError(f"generation.{fault}")
-    if generation.max_tokens != "context" and generation.max_tokens >= spec.context_length:
-        raise JobError(
-            f"generation.max_tokens is {generation.max_tokens}, but the model's context is {spec.context_length} tokens, "
-            "prompt included; write a smaller number"
-        )

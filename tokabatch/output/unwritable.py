@@ -1,0 +1,92 @@
+"""Values that cannot be written: columns that cannot be built or encoded are null in the samples concerned, which are error
+rows that keep the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+
+from tokabatch.errors import STOPS
+from tokabatch.output.schema import CANCELLED, SAMPLE_SCHEMA, UnsampledRow, build_table
+from tokabatch.scheduling.contracts import Completion
+
+CANNOT_BE_WRITTEN = "cannot_be_written"
+"""The error code of a sample that was finished, but not all of whose columns can be written."""
+_WHO_AND_WHAT = ("row_index", "sample_index", "status", "error_code", "error_message")
+_MAX_FAULT = 300
+
+
+def build_piecemeal(schema: pa.Schema, key: pa.Table, build: Callable[[pa.Schema], pa.Table]) -> pa.Table:
+    """The samples of one row, a column at a time, where `build` fails for the whole `schema`: columns that cannot be built are
+    null, and the samples are error rows that say which and why. `key` has the columns of `_WHO_AND_WHAT`."""
+    arrays = {name: key[name] for name in key.column_names}
+    faults: dict[str, BaseException] = {}
+    for field in schema:
+        if field.name in arrays:
+            continue
+        try:
+            arrays[field.name] = build(pa.schema([field])).column(0)
+        except STOPS:
+            raise
+        except BaseException as error:
+            arrays[field.name], faults[field.name] = _nulls(key.num_rows, field.type), error
+    return _with_faults(pa.Table.from_arrays([arrays[field.name] for field in schema], schema=schema), faults)
+
+
+def mended(table: pa.Table, encode: Callable[[pa.Table], object]) -> pa.Table:
+    """`table` with nulls in place of the values that `encode` raises for, their rows being error rows that say so. The same
+    table where nothing is wrong with it."""
+    try:
+        encode(table)
+    except STOPS:
+        raise
+    except BaseException:
+        if table.num_rows > 1:
+            half = table.num_rows // 2
+            return pa.concat_tables([mended(table.slice(0, half), encode), mended(table.slice(half), encode)])
+        return _mended_row(table, encode)
+    return table
+
+
+def key_table(completions: Sequence[Completion], failures: Sequence[UnsampledRow]) -> pa.Table:
+    """Which samples they are and how they ended: what `build_piecemeal` begins with."""
+    fields = [SAMPLE_SCHEMA.field(name) for name in _WHO_AND_WHAT]
+    texts = [""] * len(completions)
+    return build_table(pa.schema(fields), completions, failures, texts=texts, ids=[], columns=pa.table({}))
+
+
+def _mended_row(table: pa.Table, encode: Callable[[pa.Table], object]) -> pa.Table:
+    faults: dict[str, BaseException] = {}
+    for place, field in enumerate(table.schema):
+        try:
+            encode(table.select([place]))
+        except STOPS:
+            raise
+        except BaseException as error:
+            faults[field.name] = error
+            table = table.set_column(place, field, _nulls(1, field.type))
+    return _with_faults(table, faults)
+
+
+def _with_faults(table: pa.Table, faults: dict[str, BaseException]) -> pa.Table:
+    # A sample that was never drawn is none that failed; those in front of it tell of the row's columns.
+    if not faults or CANCELLED in table["status"].to_pylist():
+        return table
+    told = "; ".join(f"{name!r} ({type(error).__name__}: {str(error)[:_MAX_FAULT]})" for name, error in faults.items())
+    message = (
+        f"not every column of row {table['row_index'][0]} can be written: {told}. What cannot is null here, the rest is kept. "
+        "Correct the value in the input and run again with --retry-errors, or leave the column out with output.columns=[...] "
+        "in a job with another output.path; if it is not a column of the input, please report a bug."
+    )
+    codes = [code or CANNOT_BE_WRITTEN for code in table["error_code"].to_pylist()]
+    messages = [f"{earlier}; {message}" if earlier else message for earlier in table["error_message"].to_pylist()]
+    changed = {"status": ["error"] * table.num_rows, "error_code": codes, "error_message": messages}
+    for name, values in changed.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
+    return table
+
+
+def _nulls(count: int, kind: pa.DataType) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.nulls(count, kind)])
