@@ -35,7 +35,6 @@ from tokabatch.output.manifest import (
 )
 from tokabatch.output.remedy import refuse_faults, refuse_unrecorded, repair_command
 from tokabatch.output.schema import (
-    CANNOT_BE_WRITTEN,
     SAMPLE_SCHEMA,
     SCORE_FIELDS,
     input_names,
@@ -45,6 +44,7 @@ from tokabatch.output.schema import (
     verdict_names,
 )
 from tokabatch.output.shards import PARQUET_OPTIONS, count_ok, open_shard, read_groups, shard_number
+from tokabatch.output.unwritable import CANNOT_BE_WRITTEN
 from tokabatch.report.run_estimates import read_estimates
 from tokabatch.runner.interruption import Interruption
 from tokabatch.scoring.estimates import Estimate
