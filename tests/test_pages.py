@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -95,3 +96,41 @@ def test_the_readme_s_first_job_runs_as_it_is_written(tmp_path, monkeypatch, cap
     monkeypatch.setattr(tokabatch, "run", lambda job: tokabatch_run(Job.load(job, "generation.n=64")))
     exec(in_python[1], names)
     assert names["summary"].ok == 128 and 1 in names["summary"].pass_at_k and names["summary"].dataset().count_rows() == 128
+
+
+WORDS = {
+    "OUT": "out",
+    "JOB": "job.yaml",
+    "JOB.yaml": "job.yaml",
+    "MODEL": "jobs/quickstart",
+    "SECTION": "generation",
+    "out/gsm8k": "out",
+}
+ELSEWHERE = re.compile(
+    r"tokabatch (serve|ping|run jobs/)|.*(\.\.\.|out/quickstart|out/problems| job\.yaml)|tokabatch [a-z]+( --[a-z]+)?$"
+)
+"""What tests of the server, the gallery and the first job run; and names of commands without what they are given."""
+
+
+def test_the_other_commands_of_the_pages_run(tmp_path, monkeypatch, capsys):
+    """On a small run of the quickstart, in the order of the pages."""
+    monkeypatch.chdir(tmp_path)
+    Path("jobs").symlink_to(ROOT / "jobs")
+    job = yaml.safe_load((ROOT / "jobs" / "quickstart.yaml").read_text())
+    job["input"]["limit"], job["generation"] = 2, {"n": 2, "max_tokens": 8}
+    Path("job.yaml").write_text(yaml.safe_dump({**job, "output": {"path": "out"}}))
+    body = {"model": "m", "prompt": "Question: 1 + 1?", "max_tokens": 4}
+    Path("requests.jsonl").write_text(json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}))
+    pages = [line.partition("#")[0].strip() for page in PAGES for code in _code(page.read_text()) for line in code.splitlines()]
+    commands = [line for line in dict.fromkeys(pages) if line.startswith("tokabatch ") and not ELSEWHERE.match(line)]
+    lines = [" ".join(WORDS.get(word, word) for word in line.split(" ")) for line in commands]
+    export = "tokabatch export out --format openai --to results.jsonl"
+    assert len(lines) > 8 and export in lines, lines
+    lines[lines.index(export)] = export.replace(" out ", " results.jsonl.run ")
+    for line in ("tokabatch run job.yaml --quiet", *sorted(lines, key=lambda line: line.split()[1] not in ("run", "batch"))):
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        try:
+            main()
+        except SystemExit as ended:
+            assert ended.code in (0, None), (line, capsys.readouterr().err)
+    assert Path("gsm8k.sbatch").exists() and Path("p.json").exists() and Path("out/report.html").exists()
