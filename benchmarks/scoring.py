@@ -3,7 +3,8 @@
 Rows with a context of token ids and some continuations are scored by a whole job (`mode: score`, from JSON lines to Parquet)
 and, in the same process, by transformers as lm-eval does it: every context with each of its continuations, sorted by length, in
 padded batches, logits of all positions. `--kept` has transformers compute the logits of the continuations alone
-(`logits_to_keep`). Its batch size is the best of a few on a part of the rows. The sums must agree.
+(`logits_to_keep`). Its batch size is the best of a few on a part of the rows, tried before the clock runs; both load the model
+while it runs. The sums must agree.
 
 Contexts share their first `--header` tokens, none by default. Times are wall and CPU seconds, on `--threads` threads.
 """
@@ -16,6 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -126,10 +128,11 @@ def main() -> None:
         shutil.copytree(QUICKSTART, model, ignore=shutil.ignore_patterns("*.py", "*.jsonl", "*.safetensors", "config.json"))
         save_random_model(args.model_shape, model, "float32")
         ours, wall, cpu = timed(lambda: by_tokabatch(rows, model, folder))
-        reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        load = partial(AutoModelForCausalLM.from_pretrained, model, dtype=torch.float32)
+        reference = load()
         tried = {size: timed(lambda size=size: by_transformers(reference, texts[:TRIED], size, args.kept))[2] for size in SIZES}
         size = min(tried, key=lambda size: tried[size])
-        theirs, wall_theirs, cpu_theirs = timed(lambda: by_transformers(reference, texts, size, args.kept))
+        theirs, wall_theirs, cpu_theirs = timed(lambda: by_transformers(load(), texts, size, args.kept))
     difference = max(abs(mine - other) for mine, other in zip(ours, theirs, strict=True))
     assert difference < 1e-2, difference
     print(f"largest difference of {len(texts):,} sums: {difference:.1e}; transformers in batches of {size} (tried: {tried})")
