@@ -347,7 +347,8 @@ class TestQuickstart:
         assert "tokabatch 0." in page and page.count("<details>") >= 4 and "Longest samples" in page
 
     def test_verify_reads_it_back(self, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
-        done = tokabatch("check", finished[0])
+        done = tokabatch("verify", finished[0])  # as it was called once
+        assert "called `tokabatch check` now" in done.stderr
         assert done.returncode == 0 and re.search(r"result +complete\n", done.stdout) and re.search(r"ok +4\n", done.stdout)
         shutil.copytree(finished[0], tmp_path / "copy")
         (tmp_path / "copy" / "data" / "part-00000.parquet").write_bytes(b"")

@@ -41,6 +41,7 @@ from tokabatch.report.summary import run_sections
 from tokabatch.runner import recorder
 from tokabatch.runner.plan import plan
 from tokabatch.runner.score import score, score_to
+from tokabatch.runner.shared import Shared
 from tokabatch.scheduling.contracts import Completion
 from tokabatch.scheduling.scheduler import Scheduler
 from tokabatch.storage.atomic_files import DurableFiles
@@ -415,3 +416,7 @@ def test_what_no_rule_can_be(folder: Path, tmp_path: Path) -> None:
     sections = {**scripted(folder, tmp_path / "out", None), "verify": verify(tmp_path, {"majority": 2})}
     with pytest.raises(JobError, match="'extracted'"):
         plan(scripted_job(folder / "rows.jsonl", tmp_path / "out", **sections))
+    several = scripted_job(folder / "rows.jsonl", tmp_path / "out", **scripted(folder, tmp_path / "out", RULES[0]))
+    with pytest.raises(OutputError, match=r"remove --shared, or write verify\.stop=null"):
+        run(several, shared=Shared())
+    assert not (tmp_path / "out").exists()

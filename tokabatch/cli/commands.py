@@ -12,7 +12,7 @@ import typer
 
 from tokabatch import __version__
 from tokabatch.cli.arguments import Command
-from tokabatch.cli.folder import check, errors, export, report, score, status
+from tokabatch.cli.folder import check, errors, export, report, score, status, verify
 from tokabatch.cli.plan import keys, plan, profile
 from tokabatch.cli.printing import print_result
 from tokabatch.cli.run import batch, run, slurm
@@ -68,6 +68,7 @@ for _command in (
     *(download, serve, ping),
 ):
     app.command(cls=Command)(_command)
+app.command(cls=Command, hidden=True)(verify)
 
 
 def _print_version(wanted: bool) -> None:

@@ -100,6 +100,12 @@ def check(out: OutArgument) -> None:
     raise typer.Exit(checked.exit_code)
 
 
+def verify(out: OutArgument) -> None:
+    """The earlier name of `check`."""
+    print("`tokabatch verify` is called `tokabatch check` now", file=sys.stderr)
+    check(out)
+
+
 def score(
     out: OutArgument,
     overrides: Annotated[

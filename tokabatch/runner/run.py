@@ -105,7 +105,8 @@ def run(
             )
         if job.verify is not None and job.verify.stop is not None:
             raise OutputError(
-                "verify.stop looks at all samples of a row, and --shared divides them between processes; give one of the two"
+                "verify.stop looks at all samples of a row, and --shared divides them between processes: remove --shared, or "
+                "write verify.stop=null"
             )
         # What is in the folder comes from units, which are divided between processes.
         job = job.model_copy(update={"engine": job.engine.model_copy(update={"process": True})})
