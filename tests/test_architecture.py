@@ -190,3 +190,11 @@ def test_every_folder_is_in_the_map():
     assert sorted(folder for folder in folders if f"| `{folder}/` |" not in page) == [], (
         "say in tokabatch/README.md what they are for"
     )
+
+
+def test_tests_follow_the_rooms():
+    tests, own = PACKAGE.parent / "tests", {"bad_input", "benchmarks", "cases", "crash", "jobs", "recipes", "support"}
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
+    folders = {path.parent.relative_to(tests).parts[0] for path in tests.rglob("*.py") if path.parent != tests}
+    assert folders - rooms == own
+    assert {path.name for path in tests.glob("*.py")} == {"conftest.py", "test_architecture.py", "test_interpreted_kernels.py"}

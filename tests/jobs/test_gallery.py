@@ -16,7 +16,7 @@ import pytest
 from tokabatch import Job, RunSummary, plan, run
 from tokabatch.batch.results import write_results
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 SMALL = ("model.path=jobs/quickstart", "model.dtype=float32", "generation.max_tokens=8", "input.limit=3")
 CHAT = f"prompt.chat_template='{TEMPLATE}'"

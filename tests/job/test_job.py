@@ -492,6 +492,6 @@ class TestReference:
         assert {"gsm8k", "exact"} <= set(verifier_names())
         assert not any(name.startswith("_") for name in verifier_names())
 
-    @pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("jobs/*.yaml")), ids=lambda path: path.name)
+    @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("jobs/*.yaml")), ids=lambda path: path.name)
     def test_the_jobs_of_this_repository_load(self, path: Path) -> None:
         Job.load(path)

@@ -5,5 +5,5 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-QUICKSTART = Path(__file__).parents[2] / "jobs" / "quickstart"
+QUICKSTART = Path(__file__).parents[3] / "jobs" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))

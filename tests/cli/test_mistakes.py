@@ -12,7 +12,7 @@ import pytest
 
 from tokabatch import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 Q = "jobs/quickstart.yaml"
 JOB = "model: {path: jobs/quickstart}\ninput: {path: jobs/quickstart/problems.jsonl}\n"
 REQUEST = '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "m", "prompt": "x"}}\n'

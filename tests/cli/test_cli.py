@@ -22,7 +22,7 @@ import pytest
 from tokabatch.cli import commands
 from tokabatch.errors import EngineError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUICKSTART = "jobs/quickstart.yaml"
 SMALL = ("input.limit=2", "generation.n=2", "generation.max_tokens=8")
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy", "pydantic")

@@ -19,7 +19,7 @@ from tokabatch.cli import app, main
 from tokabatch.cli.plan import all_sections
 from tokabatch.report import key_reference
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / name for name in ("README.md", "jobs/README.md", "jobs/operations.md", "tokabatch/README.md", "benchmarks/README.md")
 ]

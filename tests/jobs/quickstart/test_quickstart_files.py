@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBas
 
 from tokabatch.job import Job
 
-QUICKSTART = Path(__file__).parents[2] / "jobs" / "quickstart"
+QUICKSTART = Path(__file__).parents[3] / "jobs" / "quickstart"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from problem_generator import LEVELS, STEP_COUNTS, Problem, held_out, job_problems, problems, shots, training_problems
 from problem_themes import THEMES
 
-QUICKSTART = Path(__file__).parents[2] / "jobs" / "quickstart"
+QUICKSTART = Path(__file__).parents[3] / "jobs" / "quickstart"
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 # "half", "a third" and the two friends of a pair are the only numbers that a question spells in words.
 SPOKEN = {2, 3}
