@@ -21,6 +21,7 @@ import pytest
 
 from tokabatch.cli import commands
 from tokabatch.errors import EngineError
+from tokabatch.report.sections import seconds_text
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "jobs/quickstart.yaml"
@@ -297,7 +298,9 @@ class TestQuickstart:
         assert all(row["status"] == "ok" and row["num_output_tokens"] <= 8 for row in table)
         for name in ("manifest.json", "summary.json", "_SUCCESS"):
             assert (out / name).exists()
-        assert json.loads((out / "summary.json").read_text())
+        # The time is that of the command, imports included, on the page as on the screen.
+        seconds = json.loads((out / "summary.json").read_text())["seconds"]
+        assert f"time           {seconds_text(seconds)} (loading" in done.stdout
 
     def test_summary_on_stdout_progress_on_stderr(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
         _, done = finished

@@ -124,7 +124,9 @@ def test_what_is_missing_is_left_out(missing):
 
 def test_one_step_and_one_problem_draw_too():
     steps = {name: values[:2] for name, values in STEPS.items()}
-    assert "Throughput" in render_page(replace(RUN, steps=steps, estimates=(Estimate("pass@1", 1.0, 0.0, 1.0),)))
+    both = tuple(Estimate(name, 1.0, 0.0, 1.0) for name in ("pass@1", "pass@4", "maj@4"))
+    page = render_page(replace(RUN, steps=steps, estimates=both))
+    assert "Throughput" in page and ">pass@k and maj@k<" in page
 
 
 def test_a_part_of_a_run_gives_no_estimate():

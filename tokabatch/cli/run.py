@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -166,9 +165,8 @@ def _run(job: Any, stop: Interruption, quiet: bool, **how: Any) -> RunSummary:
     try:
         with starting(quiet) as progress:
             runner = import_module("tokabatch.runner.run")
-            before = _seconds_since_start()
-            summary: RunSummary = runner.run(job, progress, stop, **how)
-        return replace(summary, seconds=summary.seconds + before, load_seconds=summary.load_seconds + before)
+            summary: RunSummary = runner.run(job, progress, stop, seconds_before=_seconds_since_start(), **how)
+        return summary
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         raise typer.Exit(stopped.exit_code) from None

@@ -68,10 +68,10 @@ def next_steps(out: Path, summary: RunSummary) -> str:
     if summary.pending:
         rows.append(("the same command again", f"computes the {summary.pending:,} samples that are missing"))
     if summary.errors:
-        rows.append((f"tokabatch errors {folder}", "names the error rows; all of them with --all"))
+        rows.append((f"tokabatch errors {folder}", "lists the error rows"))
     if summary.ok:
-        rows.append((f"tokabatch export {folder} --to samples.jsonl", "writes the samples into one file (.csv, .parquet)"))
-    rows.append((f"tokabatch report {folder}", "writes a page about the run, with its charts and more samples"))
+        rows.append((f"tokabatch export {folder} --to samples.jsonl", "all samples in one file"))
+    rows.append((f"tokabatch report {folder}", "a page with charts"))
     return plain((Section("Next", tuple(rows)),))
 
 

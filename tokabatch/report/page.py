@@ -160,7 +160,10 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         )
     # The last of each kind, which is that of all samples, and pass@1.
     last_of_kind = {each.name.rstrip("0123456789"): each for each in run.estimates or ()}
+    mean = next((each.value for each in run.estimates or () if each.name == "mean score"), None)
     for each in run.estimates or ():
+        if each.name == "pass@1" and each.value == mean:  # Of verdicts that are right or wrong, the same figure.
+            continue
         if each.name == "pass@1" or each in last_of_kind.values():
             rows.append((f"{each.name} ({each.low:.1%} to {each.high:.1%})", f"{each.value:.1%}", False))
     if run.estimates is not None and pending:
@@ -186,11 +189,14 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
     if len(run.lengths):
         note = f"median {np.median(run.lengths):,.0f}, longest {run.lengths.max():,}"
         figures.append(("Output lengths", note, plots.histogram(run.lengths, "output tokens of a sample")))
-    curve = [each for each in run.estimates or () if each.name.startswith("pass@")]
-    if curve:
-        ks = [int(each.name[5:]) for each in curve]
+    bands: list[plots.Band] = []
+    for kind in ("pass@", "maj@"):
+        curve = [each for each in run.estimates or () if each.name.startswith(kind)]
         value, low, high = ([getattr(each, part) for each in curve] for part in ("value", "low", "high"))
-        figures.append(("pass@k", "mean over problems", plots.with_band(ks, value, low, high, "k")))
+        bands += [plots.Band(f"{kind}k", [int(e.name.removeprefix(kind)) for e in curve], value, low, high)] if curve else []
+    if bands:
+        title, note = " and ".join(band.label for band in bands), "means over problems with 95 % bands"
+        figures.append((title, note, plots.with_bands(bands, "k")))
     s = run.summary
     if s.get("prompt_tokens"):
         labels, values = (

@@ -73,13 +73,26 @@ def histogram(values: npt.NDArray[np.int32], unit: str) -> str:
     return _close(figure)
 
 
-def with_band(x: Sequence[int], value: Sequence[float], low: Sequence[float], high: Sequence[float], unit: str) -> str:
-    """A curve with its confidence band over a logarithmic axis."""
+@dataclass(frozen=True, slots=True)
+class Band:
+    """A curve over whole numbers, with its confidence band."""
+
+    label: str
+    x: Sequence[int]
+    value: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def with_bands(bands: Sequence[Band], unit: str) -> str:
+    """At most two curves with their confidence bands over a logarithmic axis."""
     figure, axes = _open()
-    axes.fill_between(x, low, high, color=SOFT, alpha=0.5, linewidth=0, label="95 % band over problems")
-    axes.plot(x, value, color=INK, marker="o", markersize=3, linewidth=1.4)
+    for band, color, soft in zip(bands, (INK, SECOND), (SOFT, SECOND), strict=False):
+        axes.fill_between(band.x, band.low, band.high, color=soft, alpha=0.5 if soft == SOFT else 0.2, linewidth=0)
+        axes.plot(band.x, band.value, color=color, marker="o", markersize=3, linewidth=1.4, label=band.label)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(list(x), [str(k) for k in x])
+    ticks = sorted({k for band in bands for k in band.x})
+    axes.set_xticks(ticks, [str(k) for k in ticks])
     axes.set_ylim(0, 1)
     axes.set_xlabel(unit)
     axes.legend(frameon=False, fontsize=8, loc="lower right")

@@ -213,7 +213,9 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
 def verdict_sections(estimates: Sequence[Estimate], done: int, samples: int | None, estimator: str = "") -> tuple[Section, ...]:
     """What the verdicts say, of `done` samples of so many; `estimator` says how."""
     rows = [(each.name, f"{each.value:.4f}  ({each.low:.4f} to {each.high:.4f})") for each in estimates]
-    rows += [("estimated", estimator)] if estimates and estimator else []
+    if estimates:
+        rows.append(("in brackets", "95 % intervals over the rows"))
+        rows += [("estimated", estimator)] if estimator else []
     if samples is not None and done < samples:
         rows = [("no estimate", f"{count_text(done)} of {count_text(samples)} samples are there; {_PARTIAL}")]
     return (Section("Verified", tuple(rows)),)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,6 +80,7 @@ def run(
     repair: bool = False,
     shared: Shared | None = None,
     make: MakeReplicas = make_replica,
+    seconds_before: float = 0.0,
 ) -> RunSummary:
     """Complete every row of the job's input and write the output folder; a run that the folder holds is continued.
 
@@ -93,9 +94,11 @@ def run(
     KeyboardInterrupt) and leaves the folder as it was.
     `shared`: others may write into the folder at the same time, each computing units of the plan. The run ends when all of them
     are complete or with others; what these have not committed is pending in the summary. `make` makes what does the steps.
+    `seconds_before`: that the caller spent before; they count as loading.
     """
     job = job if isinstance(job, Job) else Job.load(job)
-    clock, reuse = _Clock(ExpendableProgress(progress or NullProgress())), Reuse(overwrite, retry_errors, repair)
+    clock = _Clock(ExpendableProgress(progress or NullProgress()), time.perf_counter() - seconds_before)
+    reuse = Reuse(overwrite, retry_errors, repair)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
     profile, on_rows, tell = read_profile(job), partial(_reading, clock, stop), clock.progress.message
     if shared is not None:
@@ -252,7 +255,7 @@ class _Clock:
     """Where the run stands in time, and the display of it."""
 
     progress: Progress
-    begun: float = field(default_factory=time.perf_counter)
+    begun: float
     load_seconds: float = 0.0
     shown_phase: Phase | None = None
     next_show: float = 0.0
