@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 from typing import Any
+from uuid import UUID
 
 import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokabatch.output.json_lines import write_json_lines
+from tokabatch.output.json_lines import flatten, write_json_lines
 
 TYPE = pa.list_(pa.struct([("a", pa.float32()), ("b", pa.list_(pa.int32())), ("c", pa.large_list(pa.string()))]))
 ITEM = st.none() | st.fixed_dictionaries(
@@ -46,3 +47,17 @@ def test_no_rows_write_nothing() -> None:
     file = io.BytesIO()
     write_json_lines(pa.table({"x": pa.array([], TYPE)}), file)
     assert file.getvalue() == b""
+
+
+def test_cells_of_csv_hold_what_extension_types_stand_for() -> None:
+    values = {
+        "uuid": (pa.uuid(), pa.binary(16), UUID(int=1).bytes, "00000000-0000-0000-0000-000000000001"),
+        "grid": (pa.fixed_shape_tensor(pa.float32(), (2,)), pa.list_(pa.float32(), 2), [1.5, 2], "[1.5,2.0]"),
+    }
+    columns = {
+        name: pa.ExtensionArray.from_storage(kind, pa.array([value, None], storage))
+        for name, (kind, storage, value, _) in values.items()
+    }
+    cells = flatten(pa.table(columns | {"text": ['"a', None], "bytes": [b"\xff", None]})).to_pylist()
+    assert cells[0] == {name: cell for name, (*_, cell) in values.items()} | {"text": '"a', "bytes": "/w=="}
+    assert set(cells[1].values()) == {None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from support.scripted_run import carried, scripted_run
 
 from tokabatch.errors import InputError, OutputError
+from tokabatch.output.excerpts import excerpts
+from tokabatch.runner.score import score
 
 COLORS = pa.array(["red", "green", None, "red"]).dictionary_encode()
 RUNS = pa.RunEndEncodedArray.from_arrays([2, 4], ["a", None])
@@ -83,6 +86,29 @@ def test_a_column_of_any_type_comes_out_as_it_went_in(name: str, tmp_path: Path)
     if "view" not in name and "dictionary" not in name:
         assert found.type.equals(expected.type)
     assert scripted_run(file, tmp_path / "out").ok == 8, "the run that is there is not recognised"
+
+
+def test_values_beyond_python_reach_judges_and_pages_as_null(tmp_path: Path) -> None:
+    columns = {
+        "date": COLUMNS["date beyond python"],
+        "time": pa.array([2**52, 0, -(2**52), None], pa.timestamp("ms")),
+        "span": pa.array([2**50, 0, None, 1], pa.duration("s")),
+    }
+    table = pa.table({"question": [f"What is {row}?" for row in range(4)], "answer": ["x"] * 4, **columns})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "COLUMNS = {'missing': int}\ndef verify(text, row): return {'score': 1, 'missing': list(row.values()).count(None)}"
+    )
+    out = tmp_path / "out"
+    summary = scripted_run(tmp_path / "rows.parquet", out, verify={"kind": str(judge)})
+    assert (summary.ok, summary.unverified) == (8, 0)
+    assert carried(out, "missing").to_pylist() == [3, 1, 2, 2]
+    for name, column in columns.items():
+        compare(carried(out, name), pa.chunked_array([column]))
+    assert [excerpt.columns["date"] for excerpt in excerpts(out, 4)["right"]] == [None, None, date(1970, 1, 1), None]
+    scored = score(out, ["verify.kind=exact", "verify.answer=answer"])
+    assert (scored.judged, scored.reasons) == (8, {})
 
 
 def test_tags_that_pandas_wrote_as_categories(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tokabatch.arrays import Bool, Int64
+from tokabatch.input.files.arrow_rows import python_rows
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import read_manifest
@@ -171,7 +172,7 @@ def _read(shard: ListedFile, place: _Place) -> Excerpt:
         names = [name for name in schema.names if name not in _LONG_COLUMNS]
         table = file.read_row_group(place.group, columns=names).slice(place.offset, 1)
     own = own_names(schema)
-    (values,) = table.to_pylist()
+    (values,) = python_rows(table)
     return Excerpt(
         values["row_index"],
         values["sample_index"],

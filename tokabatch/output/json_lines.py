@@ -6,7 +6,7 @@ durations their count in the column's unit, maps a list of [key, value] pairs, N
 
 from __future__ import annotations
 
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -25,12 +25,13 @@ def write_json_lines(table: pa.Table, file: BinaryIO) -> None:
 
 
 def flatten(table: pa.Table) -> pa.Table:
-    """The same rows with columns as CSV has them: lists, mappings and structs as their JSON text."""
+    """The same rows with columns as CSV has them: lists, mappings and structs as their JSON text, and so what extension types
+    hold, unless it is text."""
     table = table.cast(pa.schema([field.with_type(_json_type(field.type)) for field in table.schema]))
     for place, field in enumerate(table.schema):
-        if pa.types.is_nested(field.type) or _is_bytes(field.type):
-            texts = (None if value is None else to_json(value) for value in table[place].to_pylist())
-            table = table.set_column(place, field.name, pa.array(map(_unquoted, texts), pa.string()))
+        if pa.types.is_nested(field.type) or _is_bytes(field.type) or isinstance(field.type, pa.BaseExtensionType):
+            texts = map(_cell, table[place].to_pylist())
+            table = table.set_column(place, field.name, pa.array(texts, pa.string()))
     return table
 
 
@@ -39,9 +40,12 @@ def _is_bytes(type_: pa.DataType) -> bool:
     return is_.is_binary(type_) or is_.is_large_binary(type_) or is_.is_fixed_size_binary(type_)
 
 
-def _unquoted(text: str | None) -> str | None:
-    """Base64 without the quotes of JSON."""
-    return text[1:-1] if text is not None and text[:1] == '"' else text
+def _cell(value: Any) -> str | None:
+    """A text as it is; of what JSON has as a text, such as base64, that text without its quotes."""
+    if value is None or isinstance(value, str):
+        return value
+    text = to_json(value)
+    return text[1:-1] if text[:1] == '"' else text
 
 
 def _json_type(type_: pa.DataType) -> pa.DataType:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokabatch.errors import JobError, OutputError
+from tokabatch.input.files.arrow_rows import python_rows
 from tokabatch.input.fingerprint import is_of_verify, verify_settings
 from tokabatch.job import Job
 from tokabatch.output.existing_results import replace_shard
@@ -224,7 +225,8 @@ def judge_again(
         ours, sources = own_names(table.schema), input_names(table.schema)
         inputs = list(sources)
         judged = "answer_text" if "answer_text" in ours else "text"
-        rows = table.select(inputs).rename_columns(list(sources.values())).to_pylist() if inputs else [{}] * table.num_rows
+        named = table.select(inputs).rename_columns(list(sources.values()))
+        rows = python_rows(named) if inputs else [{}] * table.num_rows
         ids = table["id"].to_pylist()
         # One that could not be written whole was judged all the same.
         good = [

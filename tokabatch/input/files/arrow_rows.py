@@ -52,6 +52,15 @@ def rows_of(batch: pa.RecordBatch, columns: Collection[str] | None, first_index:
     return RowBatch(rows, table=valid)
 
 
+def python_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows as Python values: null in place of one that Python does not have, such as a date after the year 9999."""
+    try:
+        return table.to_pylist()
+    except Exception:
+        columns = {name: _to_python(table[name])[0] for name in table.column_names}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
 def _holds(kind: pa.DataType, *tests: Callable[[pa.DataType], bool]) -> bool:
     """Whether a type is one of those tested for, or has one in it, at any depth."""
     if any(test(kind) for test in tests):
@@ -143,7 +152,7 @@ def _readable(column: pa.Array[Any], row: int) -> bool:
     return True
 
 
-def _to_python(column: pa.Array[Any]) -> tuple[list[Any], dict[int, str]]:
+def _to_python(column: pa.Array[Any] | pa.ChunkedArray) -> tuple[list[Any], dict[int, str]]:
     """The values, and why there is none, by row; extension types of the user's own may raise anything."""
     try:
         return column.to_pylist(), {}

@@ -18,6 +18,7 @@ import pyarrow as pa
 from tokabatch.arrays import Int32, Int64
 from tokabatch.errors import InputError, RowError
 from tokabatch.input.batch_files import PROMPT_INDEX, open_rows, settle_format
+from tokabatch.input.files.arrow_rows import python_rows
 from tokabatch.input.prompts.builder import Limits, Prompt, PromptBuilder
 from tokabatch.input.prompts.columns import check_columns, check_first_rows
 from tokabatch.input.rows import Reader, RowBatch, RowPlaces, no_rows
@@ -89,9 +90,9 @@ class InputStore:
         return table if in_order else table.take(pa.array(back))
 
     def input_rows(self, row_indices: Int64) -> list[dict[str, Any]]:
-        """Any rows with all columns that are kept, as Python values; those of repeated rows are one object."""
+        """Any rows with all columns that are kept, as `python_rows` has them; those of repeated rows are one object."""
         rows, back = np.unique(np.asarray(row_indices, dtype=np.int64), return_inverse=True)
-        values = self._columns.take(rows, self._columns.schema.names).to_pylist()
+        values = python_rows(self._columns.take(rows, self._columns.schema.names))
         return [values[place] if values else {} for place in back.tolist()]
 
     def row_bytes(self, row_indices: Int64) -> Int64:
