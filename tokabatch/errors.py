@@ -37,7 +37,7 @@ class TokabatchError(Exception):
 
 
 class UsageError(TokabatchError):
-    """The user can mend it; the message names what and how."""
+    """The user can correct it; the message names what and how."""
 
     exit_code = 2
 
@@ -63,7 +63,7 @@ class BusyError(OutputError):
 
 
 class DamageError(OutputError):
-    """A file of the output folder is not what the run committed, or is gone; names it and the command that mends that."""
+    """A file of the output folder is not what the run committed, or is gone; names it and the command that repairs that."""
 
     exit_code = 4
 

@@ -84,7 +84,7 @@ def _decode(
         count = tl.load(count_ptr + sequence)
         highest, mass, acc = _merged_planes(state_ptr, lse_ptr, count, plane_rows, head, at_q, is_row, is_q, DIM, ROWS, DIM_PAD)
         if tl.program_id(0) == 0:
-            # The tiles of this step are done: the next launch counts anew.
+            # The tiles of this step are done: the next launch counts from zero.
             tl.store(counter_ptr + tl.arange(0, 2), tl.zeros([2], tl.int32))
     else:
         highest = tl.full([ROWS], float("-inf"), tl.float32)

@@ -61,5 +61,5 @@ def stop_after(seconds: float | None) -> Generator[None]:
 
 
 def _say(text: str) -> None:
-    """From a signal handler: not `print`, which must not be entered anew where the signal may have struck."""
+    """From a signal handler: not `print`, which must not be entered again where the signal may have arrived."""
     TolerantFile(2, stall_seconds=0).write(text.encode())

@@ -1,4 +1,4 @@
-"""Signs of life between a worker process and its parent: each notices the end of the other, the parent also a standstill.
+"""Heartbeats between a worker process and its parent: each notices the end of the other, the parent also a standstill.
 
 The child's thread sends a few counts several times a second through a pipe of its own. The parent's thread reads them and
 kills the child where they stop, or do not move. When the parent is gone the child's next sign has no reader, and it exits.
@@ -36,9 +36,9 @@ class Patience:
     warming: float = 1800.0
     """The same for its first `WARMING_STEPS` steps, in which kernels may be compiled."""
     silence: float = 120.0
-    """Without a sign of life."""
+    """Without a heartbeat."""
     loading: float = 120.0
-    """Without a sign of life before it is ready: loading may hold the interpreter's lock."""
+    """Without a heartbeat before it is ready: loading may hold the interpreter's lock."""
 
     @classmethod
     def of(cls, seconds: float) -> Patience:
@@ -95,7 +95,7 @@ class Vitals:
         """The worker has loaded what it needs."""
 
     def beat(self, begun: int, finished: int, waiting: bool) -> None:
-        """A sign of life has come in."""
+        """A heartbeat has come in."""
         self._silent = 0.0
         if finished != self._finished or waiting or begun == finished:
             self._standing = 0.0

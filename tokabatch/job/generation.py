@@ -117,7 +117,7 @@ class GenerationConfig(Section):
         return effective, tuple(settings)
 
 
-SETTINGS = tuple(GenerationConfig.model_fields)  # Pydantic makes the table anew at each access.
+SETTINGS = tuple(GenerationConfig.model_fields)  # Pydantic rebuilds the table at each access.
 _HINTS = get_type_hints(GenerationConfig, include_extras=True)
 _RowSettings = TypedDict("_RowSettings", {name: _HINTS[name] for name in SETTINGS}, total=False)  # pyright: ignore
 _ROW_SETTINGS: TypeAdapter[Any] = TypeAdapter(with_config(ConfigDict(strict=True, extra="forbid"))(_RowSettings))

@@ -135,7 +135,7 @@ def drop_errors(claim: Claim, *, reopen: bool = False) -> int:
     """Take the error rows out of the committed shards, so that they are missing; how many there were. With `reopen` each row
     goes on from its first error: what lies behind that, cancelled or not, may follow from the error, and is taken out first.
 
-    A shard is replaced whole by one without them: cut short anywhere, the folder holds a run that lacks some samples.
+    A shard is replaced whole by one without them: cut short anywhere, the folder holds a run without some of its samples.
     """
     if reopen:
         keys: list[Int64] = [np.zeros((2, 0), np.int64)]

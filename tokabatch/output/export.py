@@ -3,7 +3,7 @@
 A distribution sort: the keys of all shards are read and ranked (about 60 bytes a sample), the ranking is cut into
 buckets that fit in memory, each shard is read once and its rows dealt out to the buckets on disk, and each bucket is
 sorted and written. A row's samples never part. This module knows the key columns and `SAMPLE_SCHEMA`; other columns pass
-through. Beside a run that writes, both readings are of one listing, or the export begins anew.
+through. Beside a run that writes, both readings are of one listing, or the export starts over.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ One writer has the folder to itself by an exclusive lock; a file system that kee
 lock together, which keeps a single one away, but no safety among them rests on it, nor on any clock:
 
 - Each sample is of one unit of the plan. Shards of unit u are named `part-u-k`, and a writer that publishes number k has read
-  all of u's shards that it saw, of which k is the first number that lacks; it adds only samples that these do not hold.
+  all of u's shards that it saw, of which k is the first missing number; it adds only samples that these do not hold.
 - A name is given by a hard link (or a rename) that fails where the name exists, and no shard is removed while several write. So
   number k is published once, after every lower one; whoever publishes it has read every shard of the unit that is there, or
   else the number that it takes is taken. By induction the shards of a unit are disjoint. One that comes late, woken after
@@ -174,7 +174,7 @@ class Claim:
         return () if self.journal is None else self.journal.shards
 
     def write(self, target: Path, content: bytes, *, keep: bool = False) -> None:
-        """Replace one of the folder's small files atomically. One that is to `keep` is written anew where others touch it while
+        """Replace one of the folder's small files atomically. One that is to `keep` is rewritten where others touch it while
         the run goes on."""
         write_whole(self.files, self.folder.temporary / target.name, target, content)
         if keep and self.files.alone:
@@ -188,7 +188,7 @@ class Claim:
             yield
         except OSError as error:
             if is_full(error) and self.files.alone:
-                # What is made anew at any time leaves its room to what is not.
+                # What can be made again leaves its room to what cannot.
                 with suppress(OSError):
                     self.files.remove_tree(self.folder.input)
             kind = CommitError if may_pass(error) else OutputError
@@ -248,7 +248,7 @@ class Claim:
                 "what is finished is committed where the folder is now. Move it back, or name its new place as output.path, "
                 "and run the same command again."
             )
-        # What tells of the run is written anew where others touched it.
+        # What tells of the run is rewritten where others touched it.
         for target, (content, mark) in list(self._kept.items()):
             found = self.files.look(target)
             if found is None or mark_of(found) != mark:
@@ -267,7 +267,7 @@ class Claim:
         self.files.sync_folder(self.folder.path)
 
     def discard(self) -> None:
-        """Delete the results of an earlier run. Cut short, it leaves a run that lacks some of its samples."""
+        """Delete the results of an earlier run. Cut short, it leaves a run without some of its samples."""
         shards = self.folder.shards()
         record = None if self.journal is not None else self.folder.record()
         if record is not None and record.problem is None:

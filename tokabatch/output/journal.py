@@ -2,7 +2,7 @@
 
 A line is on the disk before the file that it speaks of gets its name, so no committed file is without one; another line
 follows when the name is durable. Until then a crash may leave the file as it was before or as it was to be, and both count. A
-start that changes the folder writes the record anew; within one it only grows. Each line carries a checksum.
+start that changes the folder rewrites the record; within one it only grows. Each line carries a checksum.
 
     {"run": ..., "version": 1}      first
     {"holds": FILE}                 committed before this start, or still there where a change was given up
@@ -102,7 +102,7 @@ class Journal:
         self._append({"done": name})
 
     def restore(self) -> None:
-        """Write the record anew where it is not the file that was written here. Raises OSError; CommitError where it is one of
+        """Rewrite the record where it is not the file that was written here. Raises OSError; CommitError where it is one of
         several and is gone: what it says is in the one that took their place, and may have been joined since."""
         found = self._files.look(self._path)
         if found is None and not self._files.alone:
@@ -145,7 +145,7 @@ class Journal:
         return file
 
     def _append(self, *lines: Mapping[str, Any]) -> None:
-        """One that fails leaves a file that is written anew the next time."""
+        """One that fails leaves a file that is rewritten the next time."""
         self.restore()
         added = [_line(fields) for fields in lines]
         self._file.write(b"".join(added))

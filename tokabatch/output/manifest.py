@@ -43,7 +43,7 @@ class Versions:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Written before the first shard, and anew by every run that continues it. `started` is the first one's, ISO 8601 in the
+    """Written before the first shard, and again by every run that continues it. `started` is the first one's, ISO 8601 in the
     local time of then, which templates see at every start;
     `job` is the job as resolved, as plain JSON values; `samples` is what the books must close to: the sum of n over `rows`;
     `working_folder` is what the job's relative paths start from. `run` and `fingerprint_sha256` are the first start's, too, and

@@ -397,7 +397,7 @@ def read_groups(
     """The row groups of a shard, one at a time, without the columns that it does not have. Raises as `open_shard` does, what
     `check` raises for the shard's schema, and ForeignFileError where it has not the columns that say which sample a row is."""
     with open_shard(shard) as file:
-        found = file.schema_arrow  # Made anew at each access.
+        found = file.schema_arrow  # Rebuilt at each access.
         check(found)
         for name in [name for name in columns or _KEY_TYPES if name in _KEY_TYPES]:
             if name not in found.names or found.field(name).type != _KEY_TYPES[name]:

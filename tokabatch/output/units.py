@@ -84,7 +84,7 @@ def unit_of_shard(name: str) -> int | None:
 
 
 def next_number(shards: list[ListedFile]) -> int:
-    """The first number that lacks among the shards of one unit."""
+    """The first number that is missing among the shards of one unit."""
     numbers = {shard_number(shard.path.name) for shard in shards}
     return next(number for number in range(len(numbers) + 1) if number not in numbers)
 

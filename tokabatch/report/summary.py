@@ -113,7 +113,7 @@ class RunSummary:
 
     @property
     def pending(self) -> int:
-        """Samples that a later run still owes."""
+        """Samples that a later run has to compute."""
         return self.samples - self.ok - self.errors - self.cancelled
 
     @property
@@ -240,7 +240,7 @@ def _engine(summary: RunSummary) -> list[tuple[str, str]]:
 
 
 def _faults(summary: RunSummary) -> list[tuple[str, str]]:
-    """What befell the worker, where anything did."""
+    """What happened to the worker, where anything did."""
     rows: list[tuple[str, str]] = []
     if summary.restarts:
         causes = ", ".join(f"{count_text(number)} {cause}" for cause, number in summary.restarts)

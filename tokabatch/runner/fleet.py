@@ -62,7 +62,7 @@ class Fleet:
         begun: Int64 | None = None,
     ) -> None:
         """A member for each entry of `devices`, its GPUs. At most `max_restarts` processes of one are lost in a row without a
-        finished sample. One without a sign of life for `hang_seconds` is killed; a step that stands still is the worker's,
+        finished sample. One without a heartbeat for `hang_seconds` is killed; a step that stands still is the worker's,
         which the replica watches. `interval` is the time between two standings that are wanted, in seconds; None is never.
         Where a `supply` is given, the work is what it offers of `requests`, until it has ended. Of each row so many samples may
         be `begun` before `follow` says more; None is all."""

@@ -1,4 +1,4 @@
-"""A request to stop a run, made by a signal handler or another thread and heeded by the run where it can be.
+"""A request to stop a run, made by a signal handler or another thread and honoured by the run where it can be.
 
 The run asks between steps. Where it waits or loads and has nothing to lose, it lets the request break in `at_once`.
 """
@@ -23,7 +23,7 @@ class Interruption:
         """The thread that lets a request break in."""
 
     def poll(self) -> int:
-        """What the run shall exit with; 0 until a stop is requested."""
+        """What the run will exit with; 0 until a stop is requested."""
         if not self._exit_code and self._asked is not None and self._asked():
             self._exit_code = EXIT_INTERRUPTED
         return self._exit_code

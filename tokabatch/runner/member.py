@@ -56,7 +56,7 @@ SAMPLES_SENT = 2048
 """Finished samples in a message at most: main decodes the first of a step while the next ones are on their way."""
 STANDING_SECONDS = 0.1
 BEAT_SECONDS = 0.5
-"""How often the process gives a sign of life while it has nothing to say."""
+"""How often the process sends a heartbeat while it has nothing to report."""
 STOP_SECONDS = 10.0
 _THREADS_OF_TOKENIZERS = "TOKENIZERS_PARALLELISM"
 
@@ -100,7 +100,7 @@ class Member:
         self.given_up = False
         """No other process takes the place of the last one."""
         self.silent = 0.0
-        """Seconds since its last sign of life."""
+        """Seconds since its last heartbeat."""
         self.pipe: Connection | None = None
         self._process: BaseProcess | None = None
 
@@ -155,7 +155,7 @@ class Member:
             self.pipe.send(packed(order) if isinstance(order, Part) else order)
 
     def receive(self) -> Message | None:
-        """The next message, which has come in; None is a sign of life. Raises ReplicaLost where the process is gone."""
+        """The next message, which has come in; None is a heartbeat. Raises ReplicaLost where the process is gone."""
         assert self.pipe is not None and self._process is not None
         try:
             message: Message | None = self.pipe.recv()
@@ -173,7 +173,7 @@ class Member:
         return message
 
     def wait(self, seconds: float) -> float:
-        """So much time has passed without a sign of life; for how long there has been none."""
+        """So much time has passed without a heartbeat; returns how long there has been none."""
         self.silent += seconds
         return self.silent
 

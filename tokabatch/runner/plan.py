@@ -103,7 +103,7 @@ def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
         notes.append(
             f"verify.stop: a row stops after {least} {kind}, which saves {saved:,} of {workload.samples_total:,} samples at "
             "most; sizes and simulation are those of a run that saves none. A row's samples begin in waves (4, then up to 8, "
-            "16 and so on), each of which computes its prompt anew"
+            "16 and so on), each of which computes its prompt again"
         )
     notes += ["text prompts go through the tokenizer's chat template"] if store.chat else []
     notes += workload.notes

@@ -49,7 +49,7 @@ _INPUT = "input"
 @dataclass(frozen=True, slots=True)
 class Shared:
     """How a run shares its folder: its name for people, into how many units the first one cuts the plan, after how many
-    seconds without a sign of life another's units are taken over, and with which share of the plan it begins (0 to 1)."""
+    seconds without a heartbeat another's units are taken over, and with which share of the plan it begins (0 to 1)."""
 
     task: str = ""
     units: int = 256

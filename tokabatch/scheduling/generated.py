@@ -86,7 +86,7 @@ class Outputs:
             self._staged = np.zeros(len(self.count) * room, np.int32)
 
     def open(self, slots: Int64, alternatives: Int32) -> None:
-        """Begin anew in these slots; `alternatives` as in `SlotInit.logprobs`, shape [slots]."""
+        """Start over in these slots; `alternatives` as in `SlotInit.logprobs`, shape [slots]."""
         self.count[slots] = self._stored[slots] = 0
         if not self._uniform:
             width = self._width[slots] = row_width(alternatives)

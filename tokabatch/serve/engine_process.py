@@ -41,7 +41,7 @@ MAX_UNSENT = 64
 """Messages on their way to main: where it takes them more slowly, steps wait."""
 STOP_SECONDS = 10.0
 BEAT_SECONDS = 0.5
-"""How often the process gives a sign of life while it has nothing to say."""
+"""How often the process sends a heartbeat while it has nothing to report."""
 
 
 @dataclass(frozen=True, slots=True)

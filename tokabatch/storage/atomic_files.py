@@ -84,7 +84,7 @@ class DurableFiles:
         return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=folder)
 
     def open_lock(self, path: Path) -> int:
-        """A descriptor of a file that is made where it lacks, and never emptied."""
+        """A descriptor of a file, which is created where it is missing and never emptied."""
         name, folder = self._at(path)
         return os.open(name, os.O_RDWR | os.O_CREAT, 0o644, dir_fd=folder)
 
@@ -264,7 +264,7 @@ def write_whole(files: DurableFiles, temporary: Path, target: Path, content: byt
 
 
 def make_folders(files: DurableFiles, path: Path) -> None:
-    """The folder and whatever lacks above it, durably. Nothing happens where it exists."""
+    """The folder and its missing parents, durably. Nothing happens where it exists."""
     seen = [(place, files.look(place)) for place in (path, *path.parents)]
     missing = [place for place, found in seen if found is None or not stat.S_ISDIR(found.st_mode)]
     for place in reversed(missing):

@@ -1,4 +1,4 @@
-"""Reading an output folder while others may write to it: what is listed is what is read, or the reader begins anew.
+"""Reading an output folder while others may write to it: what is listed is what is read, or the reader starts over.
 
 A file that the system will not give is called unreadable, never damaged: nothing is known of it, and nothing is done to it.
 """
@@ -112,7 +112,7 @@ def unreadable(path: Path, error: OSError) -> OutputError:
 
 
 def consistently(read: Callable[[], Result], path: Path) -> Result:
-    """What `read` returns, begun anew where a file changed under it. Raises OutputError where that does not end."""
+    """What `read` returns, started over where a file changed under it. Raises OutputError where that does not end."""
     for _ in range(_ATTEMPTS):
         try:
             return read()

@@ -19,7 +19,7 @@ JSON_TEXTS_KEY = b"tokabatch.json_texts"
 """Key of a schema's metadata: the places of columns whose strings hold JSON text, as a JSON list."""
 EXACT_FLOAT = 1 << 53
 _REWRITTEN = 6
-"""How much longer JSON text may become when it is written anew: 1e15 is 1000000000000000.0 then."""
+"""How much longer JSON text may become when it is written again: 1e15 is 1000000000000000.0 then."""
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (type(None), bool, int, float, str, list, dict)}

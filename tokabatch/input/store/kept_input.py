@@ -1,7 +1,7 @@
 """The tokenised input of a run that is not complete, kept in its folder so that the next start does not make it again.
 
 OUT/_input holds the files of an `InputStore` and `index.json`: what they were made of and by, and the SHA-256 of each. A start
-takes them over where all of that is the same to the byte, and makes the input anew, from the input's own files, where anything
+takes them over where all of that is the same to the byte, and prepares it again, from the input's own files, where anything
 is not. Nothing here has to survive a crash.
 """
 

@@ -237,7 +237,7 @@ class _Block:
         return all_reduce((token_S + tokens.start).masked_fill_(~own_S, 0), self._shard.mesh)
 
     def _filtered(self, token_S: torch.Tensor, uniform_S: torch.Tensor, filtered_S: torch.Tensor) -> torch.Tensor:
-        """The same tokens but for the rows with filters, which are drawn anew from all of their logits."""
+        """The same tokens but for the rows with filters, which are drawn again from all of their logits."""
         columns, shard = self._columns, self._shard
         if self._logits_SV.device.type == "cpu":
             rows = filtered_S.nonzero()[:, 0]

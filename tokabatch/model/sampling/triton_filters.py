@@ -13,7 +13,7 @@ than k parts. Top-p alone starts with nearly all, makes two passes, and lists an
 top-k it takes one pass for the mass that top-k left, and searches among that. A last pass sums up what is kept. Rows without
 a filter leave each kernel at once.
 
-All sums have a fixed order and no atomics: a row's edge does not depend on its company.
+All sums have a fixed order and no atomics: a row's edge does not depend on the rest of the batch.
 
 Shape legend: S rows, N parts of a row.
 """

@@ -1,4 +1,4 @@
-"""Which runs of a step share which prefix pages: Hydragen groups, nested, found anew every step in vectorised passes.
+"""Which runs of a step share which prefix pages: Hydragen groups, nested, found again for every step in vectorised passes.
 
 The runs stand in plan order, so those that share a prefix are neighbours and the pages shared by neighbours form an
 LCP-interval tree. Each level of that tree that is worth it becomes one `PrefixLevel`.

@@ -35,7 +35,7 @@ class LengthEstimates:
         self.extend()
 
     def extend(self) -> None:
-        """Take in prompts that have been added. Where one may have longer outputs than any before, lengths are learned anew."""
+        """Take in prompts that have been added. Where one may be longer than any before, lengths are learned again."""
         work, longest = self._work, int(self._work.max_tokens.max(initial=1))
         self._given = np.array([params.has_given_length for params in work.sampling], np.bool_)
         self._share = np.bincount(work.params, weights=work.num_samples, minlength=len(work.sampling))

@@ -98,7 +98,7 @@ class ForecastPolicy:
         return slots[self._by_yield(slots)]
 
     def invalidate(self) -> None:
-        """Make the next forecast anew."""
+        """Start the next forecast from scratch."""
         self._steps_good_for = 0
 
     def _forecast(self, also: Int32) -> Forecast:

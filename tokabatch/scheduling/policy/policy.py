@@ -56,7 +56,7 @@ class Policy(Protocol):
         ...
 
     def rank(self, slots: Int64) -> Int64:
-        """These slots, in plan order, ordered anew: where pages are missing the last ones wait for them, and at last give
+        """These slots, in plan order, reordered: where pages are missing the last ones wait for them, and at last give
         theirs up."""
         ...
 

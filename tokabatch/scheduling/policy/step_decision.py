@@ -2,7 +2,7 @@
 
 In this order: running samples decode, as far as the policy lets them and pages are there (`preemption`); prompts under way go
 on, oldest first; waiting samples are admitted with the tokens that are left (`admission`). Where nothing at all could run,
-something gives way and the step is decided anew.
+something gives way and the step is decided again.
 """
 
 from __future__ import annotations
