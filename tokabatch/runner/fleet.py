@@ -39,6 +39,8 @@ FEED_SECONDS = 0.1
 """How often a member that wants more is looked after, beside when something comes free."""
 TELL_SECONDS = 1.0
 """How often members are told of the lengths that others saw."""
+MOST_TOLD = 1 << 16
+"""Lengths told at a time, to all members together: in a large fleet each learns enough from some."""
 
 
 class Fleet:
@@ -76,8 +78,9 @@ class Fleet:
         if interval is None and len(self._members) > 1:
             # Who has how much to give is seen from it.
             self._interval = STANDING_SECONDS
-        self._lengths: dict[int, list[tuple[int, bool]]] = {member.number: [] for member in self._members}
-        """What each is to be told of the samples that others finished."""
+        self._lengths: list[tuple[int, Sequence[tuple[int, bool]]]] = []
+        """Of the samples of each message since members were told last: whose they are, and how long each was and whether it
+        stopped by itself."""
         self._gathering: dict[int, int] = {}
         """By prompt: the member that gets all its samples."""
         self._fed = self._told = 0.0
@@ -95,7 +98,7 @@ class Fleet:
         looked = time.monotonic()
         while self._ledger.left or self._goes_on():
             with self._stop.at_once():
-                ready = wait([member.pipe for member in self._members if member.pipe is not None], TICK_SECONDS)
+                ready = set(wait([member.pipe for member in self._members if member.pipe is not None], TICK_SECONDS))
             # Not more than that: main may have been the one that was stopped.
             passed, looked = min(time.monotonic() - looked, TICK_SECONDS), time.monotonic()
             completions, failure = list[Completion](), None
@@ -262,8 +265,7 @@ class Fleet:
             if message.completions:
                 member.barren = 0
                 good = [(len(c.token_ids), c.finish_reason == "stop") for c in message.completions if c.error_code is None]
-                for number, news in self._lengths.items():
-                    news += good if number != member.number else ()
+                self._lengths.append((member.number, good))
             return message.completions
         elif isinstance(message, Wants):
             # Otherwise a part is on its way.
@@ -291,19 +293,15 @@ class Fleet:
 
     def _feed(self) -> None:
         """Give those that want more of what is free, or ask the fullest of the others for some."""
-        now = time.monotonic()
+        now, live = time.monotonic(), self._live()
         if now - self._told > TELL_SECONDS:
             self._told = now
-            for member in self._live():
-                if member.begun and (news := self._lengths[member.number]):
-                    length, stopped = np.array([n for n, _ in news], np.int32), np.array([s for _, s in news], np.bool_)
-                    self._lengths[member.number] = []
-                    member.send(Lengths(length, stopped))
-        live = self._live()
+            self._tell_lengths(live)
         hungry = sorted((member for member in live if member.wants is not None), key=lambda member: member.wants or 0)
         if not hungry or now - self._fed < FEED_SECONDS:
             return
         self._fed = now
+        starved: list[Member] = []
         for member in hungry:
             if self._supply is not None:
                 self._supply.tick(self._ledger)
@@ -312,17 +310,37 @@ class Fleet:
             run = self._next_run(member)
             if run is not None:
                 member.send(run)
-                continue
-            trying = set(self._gathering.values())
-            others = [
-                each for each in live if each is not member and each.begun and each.can_give and each.number not in trying
-            ]
-            held, own = self._ledger.held, self._ledger.held(member.number)
-            gifts = {each: to_give(held(each.number), each.standing.waiting, own) for each in others}
-            fullest = max(others, key=lambda each: gifts[each], default=None)
-            if fullest is None or not gifts[fullest] or any(each.asked for each in live) or self._ledger.has_free:
-                continue
-            fullest.send(Share(own))
+            else:
+                starved.append(member)
+        starved = starved[sum(each.asked for each in live) :]
+        if not starved or self._ledger.has_free:
+            return
+        # The one that can spare most gives to the one that has least, the next one to the next.
+        trying, held = set(self._gathering.values()), self._ledger.held
+        least = held(starved[0].number)
+        givers = [each for each in live if each.begun and each.can_give and not each.asked and each.number not in trying]
+        givers.sort(key=lambda each: to_give(held(each.number), each.standing.waiting, least), reverse=True)
+        for member, giver in zip(starved, givers, strict=False):
+            own = held(member.number)
+            if giver is member or not to_give(held(giver.number), giver.standing.waiting, own):
+                break
+            giver.send(Share(own))
+
+    def _tell_lengths(self, live: Sequence[Member]) -> None:
+        """Tell each member of lengths that others saw since the last time."""
+        count = [len(news) for _, news in self._lengths]
+        if not sum(count) or len(live) == 1:
+            self._lengths = []
+            return
+        number = np.repeat([number for number, _ in self._lengths], count)
+        length, stopped = zip(*(each for _, news in self._lengths for each in news), strict=True)
+        self._lengths = []
+        told = np.linspace(0, len(number) - 1, min(len(number), MOST_TOLD // len(live))).astype(np.int64)
+        number, length, stopped = number[told], np.array(length, np.int32)[told], np.array(stopped, np.bool_)[told]
+        for member in live:
+            others = number != member.number
+            if member.begun and others.any():
+                member.send(Lengths(length[others], stopped[others]))
 
     def _gather(self, member: Member) -> None:
         """Give a member all samples of the rows that it suspects; they are taken from the others first."""

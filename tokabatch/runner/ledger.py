@@ -100,7 +100,14 @@ class Ledger:
         kinds, counts = np.unique(self._holder, return_counts=True)
         self._held = Counter(dict(zip(kinds.tolist(), counts.tolist(), strict=True)))
         self.finished_prompts = 0
-        self._cost = int(self._costs(self._parts_of(FREE))[-1]) if self.left else 0
+        self._each = self._output + (self.plan.length - self.plan.lcp) / np.maximum(wanted, 1)
+        """Tokens that a sample of each prompt costs at most, with its part of the prompt's own; float64, shape [R]."""
+        free = np.add.reduceat(self._holder == FREE, self._offset[:-1], dtype=np.int64) if self.left else np.zeros(0)
+        self._free_cost = float((self._each * free).sum()) if self.left else 0.0
+        """Of all that is free."""
+        self._front = 0
+        """No sample in front of this one is free."""
+        self._cost = self._free_cost
 
     def offer(self, wanted: Bool) -> int:
         """Of what is withheld, the samples that are marked are free from now on (a flag a sample of the whole job, as in
@@ -121,7 +128,10 @@ class Ledger:
         self._left_of[prompts] += sign * count
         self.left += sign * len(found)
         self._held[FREE] += sign * len(found)
-        self._cost = max(self._cost, int(self._costs(self._parts_of(FREE))[-1])) if self._held[FREE] else self._cost
+        self._free_cost += sign * float((self._each[prompts] * count).sum())
+        if after == FREE and len(found):
+            self._front = min(self._front, int(found[0]))
+        self._cost = max(self._cost, self._free_cost)
         return len(found)
 
     @property
@@ -145,17 +155,31 @@ class Ledger:
         share = -(-self.left // members) - held
         if not self.has_free or (share <= 0 and not whole):
             return None
-        free = self._parts_of(FREE)
-        if not whole:
+        if whole:
+            free = self._parts_of(FREE)
+        else:
             least = self._cost / (SMALLEST * members)
-            costs, counts = self._costs(free), np.append(0, np.cumsum(free.stop - free.first))
-            wanted = max(costs[-1] / (2 * members), least)
-            limit = float(np.interp(share, counts, costs))
-            if held and limit < min(least, costs[-1] / members):
+            wanted = max(self._free_cost / (2 * members), least)
+            free, costs = self._free_front(2 * wanted)
+            limit = float(np.interp(share, np.append(0, np.cumsum(free.stop - free.first)), costs))
+            if held and limit < min(least, self._free_cost / members):
                 return None
             free = self._cut(free, costs, min(wanted, limit), limit)
         self._set(free, member)
+        self._front = int(self._offset[free.prompts[-1]] + free.stop[-1])
         return free
+
+    def _free_front(self, cost: float) -> tuple[Part, Int64]:
+        """The front of what is free, of at least this cost where there is as much, and what its pieces cost as `_costs` has it.
+        There is a sample that is free."""
+        size = 64 + int(1.5 * cost / (self._free_cost / self._held[FREE]))
+        while True:
+            stop = int(self._offset[min(np.searchsorted(self._offset, self._front + size), len(self._offset) - 1)])
+            free = self._parts_of(FREE, self._front, stop)
+            costs = self._costs(free)
+            if costs[-1] >= cost or stop == len(self._holder):
+                return free, costs
+            size *= 4
 
     def take_over(self, member: int, part: Part) -> None:
         """Record that a member holds this part from now on, whichever member held it before."""
@@ -235,19 +259,24 @@ class Ledger:
         before, counts = np.unique(self._holder[places], return_counts=True)
         self._held.subtract(dict(zip(before.tolist(), counts.tolist(), strict=True)))
         self._held[holder] += len(places)
+        each = self._each[np.searchsorted(self._offset, places, side="right") - 1]
+        self._free_cost += float(each.sum() * (holder == FREE) - each[self._holder[places] == FREE].sum())
+        if holder == FREE and len(places):
+            self._front = min(self._front, int(places.min()))
         self._holder[places] = holder
 
-    def _parts_of(self, holder: int) -> Part:
-        """Everything that one holds, in as few pieces as there can be."""
-        mine = self._holder == holder
+    def _parts_of(self, holder: int, begin: int = 0, stop: int | None = None) -> Part:
+        """Everything that one holds of the samples from number `begin` up to `stop`, in as few pieces as there can be."""
+        mine = self._holder[begin:stop] == holder
         begins, ends = mine.copy(), mine.copy()
         begins[1:] &= ~mine[:-1]
         ends[:-1] &= ~mine[1:]
         # Each prompt by itself.
-        edges = self._offset[1:-1]
+        within = np.searchsorted(self._offset, (begin + 1, begin + len(mine)))
+        edges = self._offset[within[0] : within[1]] - begin
         begins[edges] = mine[edges]
         ends[edges - 1] = mine[edges - 1]
-        first, last = np.flatnonzero(begins), np.flatnonzero(ends)
+        first, last = np.flatnonzero(begins) + begin, np.flatnonzero(ends) + begin
         prompts = (np.searchsorted(self._offset, first, side="right") - 1).astype(np.int32)
         offset = self._offset[prompts]
         return Part(prompts, (first - offset).astype(np.int32), (last + 1 - offset).astype(np.int32))

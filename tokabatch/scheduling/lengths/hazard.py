@@ -24,11 +24,13 @@ PRIOR_SAMPLES = 4.0
 ENDLESS, MOST_ENDLESS = 0.35, 0.75
 """Share of samples taken never to stop as long as no sample got far enough to tell; and its bound among those still left."""
 _LEAST_LEFT = 1e-300
+"""Bound of the share still left, by which is divided."""
 LEVEL_STOPS = 4.0
 """Stops at the lengths just before until these outweigh the run's mean in the prior of a bin."""
 _FADING, _FALL = 0.8, 0.75
 """How the weight of a stop falls from bin to bin in the level of those behind it; and the prior with the length (a power)."""
 _FINE, _RATIO = 16, 1.1
+"""Bins of one token each, and how much farther each later one reaches than the one before it."""
 _MOST_CUMULATED = 60.0
 """Bound of a cumulative hazard: a share of e^-60 that gets so far is none."""
 

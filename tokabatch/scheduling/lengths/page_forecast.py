@@ -25,6 +25,7 @@ _PAGES_SQUARED = 2.0
 """Mean square of the pages of a sequence over the square of their mean."""
 
 _FORESEEN = 0.1
+"""Share of the samples up to whose end the spread of page use grows; see `Forecast.spread`."""
 
 Curve = npt.NDArray[np.int64]
 

@@ -1,0 +1,14 @@
+"""The run's own division of a plan over members that are simulated: all end together, when one would with its share."""
+
+from __future__ import annotations
+
+from benchmarks import fleets
+
+
+def test_members_end_together_though_no_length_is_known():
+    done = fleets.share(12, 6_000, running=32)
+    assert done.finished == 6_000
+    assert done.makespan < 1.05 * done.alone and done.makespan < 1.1 * done.ideal
+    assert done.first_idle > 0.93 * done.makespan
+    # Guided self-scheduling: large runs at first, small ones in the end.
+    assert 12 * 4 < done.runs < 12 * 40
