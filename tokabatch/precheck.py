@@ -43,6 +43,8 @@ def refuse_model(model: ModelConfig) -> None:
 def refuse_early(job: Job, *, shared: bool = False) -> None:
     """Raises the UsageError in which the job would end seconds later. Writes nothing; reads the first rows of files of this
     machine alone, and of a model on the hub the small files, which stay in the cache. `shared`: others may write there."""
+    if shared:
+        job.refuse_sharing()
     check_output(Path(job.output.path), shared=shared)
     if job.verify is not None:
         verifier = verifier_path(job.verify.kind)

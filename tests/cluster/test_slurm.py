@@ -44,13 +44,15 @@ def test_whatever_befalls_the_tasks_each_sample_is_there_once(slurm: Slurm, tmp_
     questions: list[str | None] = [f"What is {row}?" for row in range(400)]
     questions[7] = None
     scene = Scene(tmp_path, questions, n=8, rows_per_shard=50, flush_seconds=1.0)
-    out, job, notes = tmp_path / "out", tmp_path / "job.json", tmp_path / "notes"
+    out, job, notes = tmp_path / "out", tmp_path / "a job.json", tmp_path / "notes"
     notes.mkdir()
     given = scene.job(out)
     given["engine"]["max_running"] = 8
     job.write_text(json.dumps(given))
     program = Path(__file__).parent / "scripted_tokabatch.py"
-    array = Array(TASKS, time="3", seconds_ahead=90, command=f"{sys.executable} {program} 0.25 {notes}")
+    array = Array(
+        TASKS, time="3", seconds_ahead=90, options=("comment=of two words",), command=f"{sys.executable} {program} 0.25 {notes}"
+    )
     script = slurm.folder / "job.sbatch"
     script.write_text(batch_script(job, ("--lease", "6"), array, tmp_path))
     slurm.run("sbatch", str(script))
@@ -77,7 +79,7 @@ def test_whatever_befalls_the_tasks_each_sample_is_there_once(slurm: Slurm, tmp_
         return not slurm.run("squeue", "-h").strip()
 
     slurm.wait_until(over, 500)
-    logs = "\n".join(path.read_text() for path in slurm.folder.glob("tokabatch-job-*.log")) + slurm.run("sinfo", "-R")
+    logs = "\n".join(path.read_text() for path in slurm.folder.glob("tokabatch-a-job-*.log")) + slurm.run("sinfo", "-R")
     scene.checker.check_complete(out)
     assert len(restarted) >= 5, logs
     assert "SIGUSR1" in logs and "SIGTERM" in logs, logs

@@ -10,9 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from tokabatch.cli import app
+from tokabatch.cluster.slurm import Array, batch_script
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+ENVIRONMENT = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3", "SLURM_CPUS_PER_TASK": "6"}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,8 @@ def test_a_task_that_was_stopped_or_killed_is_requeued(tmp_path, monkeypatch, st
     arguments += [
         "--sbatch",
         "partition=gpu",
+        "--sbatch",
+        "comment=of two words",
         "--setup",
         "export READY=yes",
         "--command",
@@ -50,12 +53,34 @@ def test_a_task_that_was_stopped_or_killed_is_requeued(tmp_path, monkeypatch, st
     assert done.returncode == status and not done.stderr
     first, *rest = log.read_text().splitlines()
     assert first == (
-        "srun yes --ntasks=1 box run tokabatch run jobs/quickstart.yaml generation.n=4 --shared --units 256 --quiet --task 3"
+        "srun yes --ntasks=1 --cpus-per-task=6 box run tokabatch "
+        "run jobs/quickstart.yaml generation.n=4 --shared --units 256 --quiet --task 3"
     )
     assert rest == (["scontrol requeue 17_3"] if requeued else [])
     text = script.read_text()
     for option in ("array=0-7", "gpus-per-task=2", "time=1:00:00", "signal=USR1@120", "requeue", "partition=gpu"):
         assert f"#SBATCH --{option}\n" in text
+    assert "#SBATCH '--comment=of two words'\n" in text
+
+
+def test_names_of_the_job_and_of_its_logs_have_no_character_that_means_something_to_slurm():
+    text = batch_script(Path("jobs/my job 100%.yaml"), (), Array(2), Path("/data/my runs"))
+    assert "#SBATCH --job-name=tokabatch-my-job-100-\n" in text
+    assert "#SBATCH --output=tokabatch-my-job-100--%A_%a.log\n" in text
+    assert "\ncd '/data/my runs' || exit 2\n" in text and " run 'jobs/my job 100%.yaml' --shared" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("errors.policy=stop", "errors.policy is stop"), ("verify.stop.after_correct=1", "verify.stop looks at all samples")],
+)
+def test_a_job_that_several_processes_cannot_compute_is_refused(tmp_path, override, message):
+    script = tmp_path / "job.sbatch"
+    job = [str(ROOT / "jobs/gsm8k.yaml"), override]
+    for command in (["slurm", *job, "--to", str(script)], ["run", *job, f"output.path={tmp_path / 'out'}", "--shared"]):
+        result = CliRunner().invoke(app, command)
+        assert message in str(result.exception)
+    assert not script.exists()
 
 
 def test_without_slurm_the_script_is_written_and_the_remedy_named(tmp_path, monkeypatch):

@@ -417,6 +417,6 @@ def test_what_no_rule_can_be(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(JobError, match="'extracted'"):
         plan(scripted_job(folder / "rows.jsonl", tmp_path / "out", **sections))
     several = scripted_job(folder / "rows.jsonl", tmp_path / "out", **scripted(folder, tmp_path / "out", RULES[0]))
-    with pytest.raises(OutputError, match=r"remove --shared, or write verify\.stop=null"):
+    with pytest.raises(JobError, match=r"remove --shared, or write verify\.stop=null"):
         run(several, shared=Shared())
     assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ container, for there is no scontrol inside.
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from dataclasses import dataclass
@@ -43,13 +44,15 @@ class Array:
 
 def batch_script(job: Path, overrides: tuple[str, ...], array: Array, folder: Path) -> str:
     """The script; relative paths of the job count from `folder`."""
-    asked = [f"job-name=tokabatch-{job.stem}", f"array=0-{array.tasks - 1}", "ntasks=1"]
+    # Names of jobs and logs have their own characters: Slurm replaces %.
+    name = re.sub(r"[^\w.-]+", "-", job.stem)
+    asked = [f"job-name=tokabatch-{name}", f"array=0-{array.tasks - 1}", "ntasks=1"]
     asked += [f"gpus-per-task={array.gpus_per_task}"] if array.gpus_per_task else []
     asked += [f"cpus-per-task={array.cpus_per_task}"] if array.cpus_per_task else []
     asked += [f"time={array.time}"] if array.time else []
-    asked += [f"signal=USR1@{array.seconds_ahead}", "requeue", "open-mode=append", f"output=tokabatch-{job.stem}-%A_%a.log"]
+    asked += [f"signal=USR1@{array.seconds_ahead}", "requeue", "open-mode=append", f"output=tokabatch-{name}-%A_%a.log"]
     asked += array.options
-    directives = "\n".join(f"#SBATCH --{option}" for option in asked)
+    directives = "\n".join(f"#SBATCH {shlex.quote(f'--{option}')}" for option in asked)
     setup = "\n".join(array.setup) or "# module load cuda; . /path/to/venv/bin/activate"
     words = [str(job), *overrides, "--shared", "--units", str(array.units), "--quiet"]
     return f"""#!/usr/bin/env bash
@@ -61,7 +64,9 @@ cd {shlex.quote(str(folder))} || exit 2
 
 # Slurm ends this script with the step. It has to live until it has had itself requeued.
 trap : TERM USR1
-srun --ntasks=1 {array.command} run {shlex.join(words)} --task "$SLURM_ARRAY_TASK_ID"
+# Of the script's cores a step has one, if it does not say how many.
+cores=${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}
+srun --ntasks=1 $cores {array.command} run {shlex.join(words)} --task "$SLURM_ARRAY_TASK_ID"
 status=$?
 
 # {EXIT_STOPPED}: stopped ahead of the time limit or by preemption; above 128: killed. Any other task goes on meanwhile.

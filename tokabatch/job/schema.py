@@ -340,6 +340,18 @@ class Job(Section):
         """The same keys by section."""
         return tuple(list_sections(cls))
 
+    def refuse_sharing(self) -> None:
+        """Raises JobError where the job cannot be divided between processes that know nothing of each other's samples."""
+        if self.verify is not None and self.verify.stop is not None:
+            raise JobError(
+                "verify.stop looks at all samples of a row, and --shared divides them between processes; give one of the two"
+            )
+        if self.errors.policy == "stop":
+            raise JobError(
+                "errors.policy is stop, and of several processes (--shared) each would stop at an error row of its own, and be "
+                "started again behind it; leave it out, and set errors.max_fraction"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, every default filled in: the record of a run. A job loaded from it has all of them set, so a
         model's own generation defaults no longer apply; `given` is the form that loads back as the same job."""
