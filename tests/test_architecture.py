@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runner": LEAVES
     | {"workload", "forecast", "scheduling", "engine", "input", "output", "storage", "model", "attention", "scoring", "report"}
     | {"parallel"},
-    "cluster": LEAVES,
+    "cluster": LEAVES | {"runner", "parallel"},
     "cli": LEAVES | {"report", "runner"},
     "serve": LEAVES
     | {
@@ -84,6 +84,7 @@ HEAVY_HOMES = {
     },
     "datasets": {"input/readers/hub.py"},
     "typer": {f"cli/{name}.py" for name in ("arguments", "commands", "folder", "plan", "printing", "run", "serve")},
+    "ray": {"cluster/ray.py"},
     "starlette": {"serve/app.py", "serve/file_routes.py"},
     "uvicorn": {"serve/server.py"},
     "matplotlib": {"report/plots.py"},

@@ -22,9 +22,9 @@ from support.faulty_files import CountedFiles
 from support.forked_runs import ForkServer
 
 from tokabatch.output.folder import Claim
-from tokabatch.output.shards import ShardWriter
+from tokabatch.output.shards import ShardWriter, shard_number
 from tokabatch.output.status import Shares, read_shares
-from tokabatch.output.units import Units, next_number
+from tokabatch.output.units import Units
 
 SCHEMA = pa.schema([("row_index", pa.int64()), ("sample_index", pa.int32()), ("status", pa.string())])
 ROWS = 7
@@ -98,7 +98,7 @@ class Writer:
         there = {row for shard in shards for row in pq.read_table(shard.path)["row_index"].to_pylist()}
         left = [row for row in range(ROWS) if row not in there]
         writer = ShardWriter(claim, SCHEMA, rows_per_shard=100, flush_seconds=3600, unit_of=self._units.of)
-        writer.open(0, next_number(shards), len(left))
+        writer.open(0, {shard_number(shard.path.name) for shard in shards}, len(left))
         while left and not writer.is_lost(0):
             size = self._sizes.pop() if self._sizes else len(left)
             rows, left = left[:size], left[size:]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from tokabatch.errors import CommitError
-from tokabatch.output.folder import Claim
+from tokabatch.errors import CommitError, DamageError
+from tokabatch.output import folder
+from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.journal import Shard
+from tokabatch.storage.atomic_files import DurableFiles
+from tokabatch.storage.listing import mark_of
 
 
 def begin(out: Path) -> Claim:
@@ -45,3 +53,111 @@ def test_a_journal_that_was_taken_away_is_not_written_anew(tmp_path: Path) -> No
         with pytest.raises(CommitError, match=r"commits-mine\.jsonl was removed"):
             claim.check_folder()
         assert not journal.exists()
+
+
+def test_a_run_alone_forgets_which_host_was_to_join_and_the_joiner_does_not(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    claim = begin(out)
+    joiner, plan, left = out / "_units" / "joiner", out / "_units" / "plan-1.npy", out / "_units" / "3.lease"
+    for path in (joiner, plan, left):
+        path.touch()
+    assert claim.take_alone()
+    claim.begin("run", {}, (), "")
+    assert joiner.exists() and plan.exists() and not left.exists()
+    claim.release()
+    with Claim(out) as alone:
+        alone.begin("run", {}, (), "")
+        assert not joiner.exists() and plan.exists()
+
+
+def test_a_reader_on_nfs_goes_by_the_leases_where_it_gets_no_exclusive_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "out", fcntl.flock
+
+    def flock(file: object, how: int) -> None:
+        if how & fcntl.LOCK_EX:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(file, how)  # pyright: ignore[reportArgumentType]
+
+    with begin(out):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        assert not OutputFolder(out).is_claimed()
+        lease = out / "_units" / "3.lease"
+        lease.touch()
+        assert OutputFolder(out).is_claimed()
+        os.utime(lease, (time.time() - 3600,) * 2)
+        assert not OutputFolder(out).is_claimed()
+
+
+def test_committed_files_are_looked_at_rarely_where_that_takes_long_and_always_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+    with Claim(tmp_path / "out") as claim:
+        path = claim.folder.data / "part-00000.parquet"
+        path.write_bytes(b"shard")
+        shard = Shard("data/part-00000.parquet", 1, 1, 0, 5, "")
+        claim.begin("run", {}, ((shard, mark_of(path.stat())),), "")
+        real = OutputFolder.shards
+
+        def slow(self: OutputFolder) -> object:
+            nonlocal looks
+            looks += 1
+            time.sleep(0.02)
+            return real(self)
+
+        for _ in range(10):
+            claim.check_folder(sparingly=True)
+        monkeypatch.setattr(OutputFolder, "shards", slow)
+        for _ in range(10):
+            claim.check_folder(sparingly=True)
+        assert looks == 1
+        monkeypatch.setattr(folder, "RARELY", 0)
+        claim.check_folder(sparingly=True)
+        assert looks == 2
+        monkeypatch.setattr(folder, "RARELY", 1000)
+        path.unlink()
+        claim.check_folder(sparingly=True)
+        with pytest.raises(DamageError, match="part-00000"):
+            claim.check_folder()
+
+
+def test_what_a_network_file_system_remembers_as_absent_is_looked_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS does, names are remembered as absent until their folder is opened anew, and what a folder holds as long as it is
+    open."""
+    known = set[str]()
+    stat, open_, listdir = os.stat, os.open, os.listdir
+    held = dict[int, list[str]]()
+
+    def look(name: object, **options: object) -> os.stat_result:
+        if os.path.basename(str(name)) in known:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        return stat(name, **options)  # pyright: ignore
+
+    def opened(name: object, flags: int, *rest: object, **options: object) -> int:
+        if os.path.basename(str(name)) in known and not flags & os.O_DIRECTORY:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        descriptor = open_(name, flags, *rest, **options)  # pyright: ignore
+        if flags & os.O_DIRECTORY:
+            known.clear()
+            held[descriptor] = listdir(descriptor)
+        return descriptor
+
+    files = DurableFiles()
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "stat", look)
+    monkeypatch.setattr(os, "listdir", lambda folder: held[folder])
+    files.hold(tmp_path)
+    (tmp_path / "manifest.json").write_bytes(b"there")
+    known.add("manifest.json")
+    assert files.look(tmp_path / "manifest.json") is not None
+    known.add("manifest.json")
+    with files.open_old(tmp_path / "manifest.json") as file:
+        assert file.read() == b"there"
+    assert files.names(tmp_path) == ["manifest.json"]
+    assert files.look(tmp_path / "nothing") is None
+    monkeypatch.undo()
+    files.let_go()

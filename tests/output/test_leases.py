@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tokabatch.output import leases
 from tokabatch.output.folder import Claim
 from tokabatch.output.leases import Holder, Leases
+from tokabatch.storage.atomic_files import DurableFiles
 
 HOLDER = Holder("task", "host", 1)
 
@@ -49,8 +51,8 @@ def test_a_lease_that_cannot_be_renewed_keeps_no_other_from_being_renewed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Claim(tmp_path / "out", writer="a") as claim:
-        leases = Leases(claim, HOLDER, 0.15)
-        assert leases.take("first") and leases.take("second")
+        held = Leases(claim, HOLDER, 0.15)
+        assert held.take("first") and held.take("second")
         first, second = (claim.folder.units / f"{name}.lease" for name in ("first", "second"))
         gone, renew, before = first.stat().st_ino, os.utime, second.stat().st_mtime_ns
 
@@ -65,4 +67,48 @@ def test_a_lease_that_cannot_be_renewed_keeps_no_other_from_being_renewed(
         while second.stat().st_mtime_ns == before or second.stat().st_mtime_ns <= stale:
             assert time.monotonic() < deadline, "not renewed behind one that is gone"
             time.sleep(0.01)
-        leases.close()
+        held.close()
+
+
+def test_a_holder_that_stands_still_renews_nothing_though_its_thread_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "STANDSTILL_SECONDS", 100.0)
+    now = 0.0
+    with Claim(tmp_path / "out", writer="a") as claim:
+        holder = Leases(claim, HOLDER, 0.03, clock=lambda: now)
+        now = 99.0
+        # Waiting for long to take it is no standstill.
+        assert holder.take("input")
+        path = claim.folder.units / "input.lease"
+
+        def is_renewed() -> bool:
+            before, deadline = path.stat().st_mtime_ns, time.monotonic() + 0.5
+            while path.stat().st_mtime_ns == before and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return path.stat().st_mtime_ns != before
+
+        now = 198.0
+        assert is_renewed()
+        now = 199.0
+        time.sleep(0.1)
+        assert not is_renewed()
+        holder.sign()
+        assert is_renewed()
+        holder.close()
+
+
+def test_a_lease_is_taken_whose_link_was_made_and_its_answer_lost(tmp_path: Path) -> None:
+    class Lossy(DurableFiles):
+        def link(self, source: Path, target: Path) -> None:
+            super().link(source, target)
+            if target.suffix == ".lease":
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    with Claim(tmp_path / "out", Lossy(), writer="a") as one, Claim(tmp_path / "out", writer="b") as other:
+        holder, second = Leases(one, HOLDER, 60), Leases(other, HOLDER, 60)
+        assert holder.take("3") and not second.take("3")
+        holder.drop("3")
+        assert second.take("3") and not holder.take("3"), "another's is not taken for one's own"
+        holder.close()
+        second.close()

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,6 +27,7 @@ from tokabatch.storage.atomic_files import DurableFiles, publish
 
 WRITTEN = ["open_new", "write", "fsync", "close"]
 FOLDER_SYNCED = ["open_folder", "fsync", "close"]
+OF_UNITS = pa.schema([("row_index", pa.int64()), ("sample_index", pa.int32()), ("status", pa.string())])
 SCHEMA = pa.schema([("row_index", pa.int64()), ("status", pa.string()), ("text", pa.string())])
 
 
@@ -431,3 +433,55 @@ def test_success_is_marked_only_when_the_books_close(tmp_path: Path) -> None:
         ("data/part-00000.parquet", 2),
         ("data/part-00001.parquet", 1),
     ]
+
+
+def writer_of_unit(claim: Claim, **options: object) -> ShardWriter:
+    def unit_of(row: object, sample: object) -> object:
+        return np.zeros(len(row), np.int32)  # pyright: ignore
+
+    return ShardWriter(claim, OF_UNITS, rows_per_shard=2, flush_seconds=30, unit_of=unit_of, **options)  # pyright: ignore
+
+
+def of_unit(begin: int, stop: int) -> pa.Table:
+    count = stop - begin
+    return pa.table([range(begin, stop), [0] * count, ["ok"] * count], schema=OF_UNITS)
+
+
+def test_numbers_that_lack_between_those_of_a_unit_are_used_and_the_others_passed_over(tmp_path: Path) -> None:
+    with Claim(tmp_path / "out", writer="a") as claim:
+        claim.begin("run", {}, (), "")
+        writer = writer_of_unit(claim)
+        # Number 1 was removed by a run that repaired the folder.
+        for number in (0, 2, 3):
+            pq.write_table(of_unit(90 + number, 91 + number), claim.folder.data / f"part-00000-0000{number}.parquet")
+        writer.open(0, {0, 2, 3}, 6)
+        writer.add(of_unit(0, 6))
+        assert writer.is_complete(0) and not writer.is_lost(0)
+        names = [path.name for path in sorted(claim.folder.data.iterdir())]
+    assert names == [f"part-00000-0000{number}.parquet" for number in range(6)]
+
+
+def test_anothers_shard_with_the_number_of_an_inode_that_was_given_back_is_not_ones_own(tmp_path: Path) -> None:
+    """Publishing is cut short; another, which publishes first, gets the inode of the file that was removed then."""
+    out = tmp_path / "out"
+
+    class Interrupted(DurableFiles):
+        def link(self, source: Path, target: Path) -> None:
+            if target.name.startswith("part-"):
+                content = b"another's".ljust(source.stat().st_size, b".")
+                # The same file of the file system, with another content.
+                os.utime(source, ns=(1, 1))
+                source.write_bytes(content)
+                os.rename(source, target)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            super().link(source, target)
+
+    with Claim(out, Interrupted(), writer="a") as claim:
+        claim.begin("run", {}, (), "")
+        writer = writer_of_unit(claim)
+        writer.open(0, (), 2)
+        with pytest.raises(OSError, match="Input/output"):
+            writer.add(of_unit(0, 2))
+        claim.files.link = DurableFiles.link.__get__(claim.files)  # pyright: ignore
+        writer.commit()
+        assert writer.is_lost(0) and not writer.shards

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from support.scripted_run import scripted_engine, scripted_job
@@ -15,12 +18,14 @@ from support.scripted_run import scripted_engine, scripted_job
 from tokabatch import Job, run
 from tokabatch.errors import EXIT_STOPPED, CommitError, Stopped
 from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.leases import Leases
 from tokabatch.output.manifest import Manifest, read_manifest
 from tokabatch.runner import run as running
 from tokabatch.runner import shared as sharing
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.resume import Reuse, start
-from tokabatch.runner.shared import Shared, cut_earlier_run
+from tokabatch.runner.shared import Shared, close_shared, cut_earlier_run
+from tokabatch.storage.atomic_files import DurableFiles
 
 
 @pytest.fixture
@@ -109,3 +114,35 @@ def test_a_run_whose_joining_left_no_success_is_to_be_started_again(job: Job, mo
     # One journal now, and no shard to join with another: the mark of the end stays.
     assert not list((path / "_units").glob("commits-*")) and len(list((path / "data").iterdir())) == 1
     assert (path / "_SUCCESS").stat().st_mtime_ns == success.st_mtime_ns
+
+
+def test_a_lease_that_cannot_be_written_ends_the_run_as_a_full_disk_does(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def take(self: Leases, name: str) -> bool:
+        if name.isdigit():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, name)
+
+    real = Leases.take
+    monkeypatch.setattr(Leases, "take", take)
+    with scripted_engine():
+        summary = run(job, shared=Shared(units=5))
+    assert (summary.exit_code, summary.ok) == (EXIT_STOPPED, 0)
+
+
+def test_names_that_others_gave_are_on_the_disk_before_the_run_is_marked_complete(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noted(DurableFiles):
+        def sync_folder(self, path: Path) -> None:
+            super().sync_folder(path)
+            happened.append(path.name)
+
+    happened = list[str]()
+    with scripted_engine():
+        run(job)
+    with Claim(Path(job.output.path), Noted(), writer="a") as claim:
+        (claim.folder.success).unlink()
+        monkeypatch.setattr(sharing, "mark_success", lambda *given: happened.append("marked"))
+        del happened[:]
+        close_shared(claim, cast("Any", SimpleNamespace(samples_total=40)))
+        assert happened == ["data", "marked"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +42,16 @@ def run(
             "--lease", min=0.5, help="Seconds after which others take over the units of a process that no longer responds."
         ),
     ] = 60.0,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="ray", help="Run the replicas on a Ray cluster.", show_default=False)
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option("--replicas", min=1, help="As engine.replicas; on Ray, one on each GPU by default.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Of the Ray cluster; default: RAY_ADDRESS, or this host's.", show_default=False),
+    ] = None,
     deadline: Annotated[
         float | None, typer.Option("--deadline", help="Stop after this many seconds, as on SIGTERM.", min=0, show_default=False)
     ] = None,
@@ -65,12 +76,32 @@ def run(
       tokabatch run jobs/quickstart.yaml generation.n=32      16 more samples of each row
       tokabatch run jobs/quickstart.yaml --overwrite          delete the results, begin again
       tokabatch run jobs/quickstart.yaml --shared             one of any number of processes on any hosts (`tokabatch slurm`)
+      tokabatch run jobs/gsm8k.yaml --on ray --replicas 16    on a Ray cluster, which runs already
     """
-    with stop_on_signals() as stop, stop_after(deadline), checked_job(job, overrides, shared=shared) as loaded:
-        share = import_module("tokabatch.runner.shared").Shared(task, units, lease) if shared else None
-        summary = _run(loaded, stop, quiet, overwrite=overwrite, retry_errors=retry_errors, repair=repair, shared=share)
+    given = [*(overrides or ()), *((f"engine.replicas={replicas}",) if replicas else ())]
+    with stop_on_signals() as stop, stop_after(deadline), checked_job(job, given, shared=shared) as loaded:
+        how: dict[str, Any] = {"overwrite": overwrite, "retry_errors": retry_errors, "repair": repair}
+        how["shared"] = import_module("tokabatch.runner.shared").Shared(task, units, lease) if shared else None
+        with _cluster(on, address) as how["cluster"]:
+            summary = _run(loaded, stop, quiet, **how)
     _print_summary(loaded, summary, verbose)
     raise typer.Exit(summary.exit_code)
+
+
+def _cluster(kind: str | None, address: str | None) -> AbstractContextManager[Any]:
+    """The cluster on which to run; of None, this host. Raises UsageError."""
+    if kind is None and address is None:
+        return nullcontext()
+    if kind is None:
+        raise UsageError("--address is that of a cluster; add --on ray")
+    if kind != "ray":
+        raise UsageError(f"--on {kind} is no kind of cluster; write --on ray (for Slurm, see `tokabatch slurm`)")
+    try:
+        return import_module("tokabatch.cluster.ray").RayCluster(address)
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise UsageError("--on ray needs Ray; install it with: pip install 'tokabatch[ray]'") from error
 
 
 def batch(
@@ -149,7 +180,7 @@ def slurm(
       tokabatch slurm jobs/gsm8k.yaml --tasks 16 --gpus-per-task 1 --time 4:00:00
       tokabatch slurm jobs/gsm8k.yaml --tasks 16 --sbatch partition=gpu --setup '. venv/bin/activate' --submit
     """
-    import_module("tokabatch.job").Job.load(job, *(overrides or ()))
+    import_module("tokabatch.job").Job.load(job, *(overrides or ())).refuse_sharing()
     module, script = import_module("tokabatch.cluster.slurm"), to or Path(f"{job.stem}.sbatch")
     array = module.Array(tasks, gpus, cpus, limit, options=tuple(option or ()), setup=tuple(setup or ()), command=command)
     try:

@@ -344,12 +344,13 @@ class Job(Section):
         """Raises JobError where the job cannot be divided between processes that know nothing of each other's samples."""
         if self.verify is not None and self.verify.stop is not None:
             raise JobError(
-                "verify.stop looks at all samples of a row, and --shared divides them between processes; give one of the two"
+                "verify.stop looks at all samples of a row, and --shared divides them between processes: remove --shared, or "
+                "write verify.stop=null"
             )
         if self.errors.policy == "stop":
             raise JobError(
                 "errors.policy is stop, and of several processes (--shared) each would stop at an error row of its own, and be "
-                "started again behind it; leave it out, and set errors.max_fraction"
+                "started again behind it: write errors.policy=continue, and set errors.max_fraction"
             )
 
     def to_dict(self) -> dict[str, Any]:

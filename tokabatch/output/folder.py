@@ -52,12 +52,16 @@ _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
 _SHARD_NAME = re.compile(r"part-\d{5,}(-\d{5,})?\.parquet")
 _JOURNAL_NAME = re.compile(r"commits-.+\.jsonl")
 _STEPS_NAME = re.compile(r"steps-\d{5,}\.parquet")
-PLAN = "plan-"
-"""With what the name begins of the file that says how the plan is cut."""
+PLAN, LEASE = "plan-", ".lease"
+"""With what the name begins of the file that says how the plan is cut, and how those of leases end."""
 PROBE = ".probe"
 """Stands in data/ for an instant at the start of a run; readers of Parquet folders pass over names with a dot."""
 _PROBE_BYTES = 1 << 16
 """Less than what most shards take: under a smaller limit of file sizes no run can work."""
+LONG_LOOK, RARELY = 0.01, 20
+"""Where a look at all committed files takes longer than this, in seconds, so many times as long passes before the next."""
+LATELY_SECONDS = 300.0
+"""A lease whose last change is not longer ago, by another host's clock, may be that of a writer that lives."""
 _CLAIM_ATTEMPTS = 5
 _CLAIM_PAUSE_SECONDS = 0.05
 
@@ -84,9 +88,13 @@ class OutputFolder:
         self.summary = path / "summary.json"
         self.success = path / "_SUCCESS"
 
-    def shards(self) -> tuple[ListedFile, ...]:
-        """What stands under the names of shards, by number."""
-        found = [file for file in list_files(self.files, self.data) if _SHARD_NAME.fullmatch(file.path.name)]
+    def shards(self, but: Collection[str] = ()) -> tuple[ListedFile, ...]:
+        """What stands under the names of shards, by number; not under names that are known already, as `name_of` has them."""
+
+        def wanted(name: str) -> bool:
+            return f"{self.data.name}/{name}" not in but and _SHARD_NAME.fullmatch(name) is not None
+
+        found = list_files(self.files, self.data, wanted)
         return tuple(sorted(found, key=lambda file: (len(file.path.name), file.path.name)))
 
     def foreign(self) -> list[str]:
@@ -133,11 +141,19 @@ class OutputFolder:
             except (FileNotFoundError, NotADirectoryError):
                 return False
             except OSError as error:
-                # NFS gives an exclusive lock to those alone who may write.
-                if error.errno in {*_NO_LOCKS, errno.EBADF}:
+                if error.errno in _NO_LOCKS:
                     return False
+                if error.errno == errno.EBADF:
+                    # NFS gives an exclusive lock to those alone who open to write.
+                    return self._is_leased()
                 raise unreadable(self.lock, error) from error
         return True
+
+    def _is_leased(self) -> bool:
+        """Whether one of several writers has renewed a lease lately, by the clocks of two hosts."""
+        now = time.time()
+        leases = list_files(self.files, self.units, lambda name: name.endswith(LEASE))
+        return any(now - lease.changed < LATELY_SECONDS for lease in leases)
 
 
 class Claim:
@@ -152,7 +168,7 @@ class Claim:
 
     def __init__(self, path: Path, files: DurableFiles | None = None, *, writer: str = "") -> None:
         self.files = files or DurableFiles()
-        self.files.alone = not writer
+        self.files.alone, self._writer = not writer, writer
         self.folder = OutputFolder(path, self.files, writer)
         self.clears = not writer
         """Whether what others left unfinished, and the input of a complete run, go with `release`. Not one of several writers':
@@ -163,6 +179,8 @@ class Claim:
         """What every shard says of its run, in its metadata."""
         self._kept: dict[Path, tuple[bytes, Mark]] = {}
         self._repair = ""
+        self._looked = self._look_seconds = 0.0
+        """When all committed files were looked at last, and how long that took."""
         self._descriptor: int | None = None
         self._made: list[Path] = []
         self._told_moved = False
@@ -206,10 +224,10 @@ class Claim:
         self.journal = Journal(self.files, folder.journal, folder.temporary / folder.commits.name, run, shards)
         self.identity, self._repair = identity, repair
         if self.files.alone:
-            for file in list_files(self.files, folder.units):
-                # What killed writers left.
-                if not file.path.name.startswith((PLAN, self.folder.joiner.name)):
-                    self.files.remove(file.path)
+            # What killed writers left. Which host joins is for all hosts' last ones, until a run has the folder to itself.
+            kept = (PLAN, folder.joiner.name) if self._writer else (PLAN,)
+            for file in list_files(self.files, folder.units, lambda name: not name.startswith(kept)):
+                self.files.remove(file.path)
 
     def take_alone(self) -> bool:
         """Let go of the share of the lock; whether no other writer is left, and this claim is that of a single one until
@@ -237,9 +255,10 @@ class Claim:
                 "the same command again."
             )
 
-    def check_folder(self) -> None:
+    def check_folder(self, *, sparingly: bool = False) -> None:
         """Raises CommitError where the folder was moved, DamageError where a committed file is not there as it was committed,
-        OutputError for one that another process put beside them. Tells each of them once."""
+        OutputError for one that another process put beside them. Tells each of them once. A look at all committed files at each
+        commit comes to the square of their number: `sparingly` leaves it out where it took long, and that not long ago."""
         moved = None if self._told_moved else self._moved()
         if moved:
             self._told_moved = True
@@ -255,7 +274,12 @@ class Claim:
                 self.write(target, content, keep=True)
         if self.journal is not None:
             self.journal.restore()
+            began = time.monotonic()
+            if sparingly and self._look_seconds > LONG_LOOK and began < self._looked + RARELY * self._look_seconds:
+                return
             self._check_shards(self.journal)
+            self._looked = time.monotonic()
+            self._look_seconds = self._looked - began
 
     def reopen(self, *, keep_summary: bool = False) -> None:
         """Take back the marks of an earlier end: from here on the run goes on; `keep_summary` where nothing is left to do."""
@@ -487,8 +511,8 @@ def _lock(folder: OutputFolder, *, shared: bool) -> int:
             if error.errno in _NO_LOCKS:
                 raise OutputError(
                     f"output.path {str(folder.path)!r}: its file system has no locks ({error.strerror}), so a second run "
-                    "could not be kept out. Add --shared, with which any number of runs may write there, or choose another "
-                    "output.path."
+                    "could not be kept out. Choose another output.path; a new run may also be written there with --shared, "
+                    "unless its job has verify.stop or errors.policy: stop."
                 ) from error
             if not isinstance(error, BlockingIOError):
                 raise

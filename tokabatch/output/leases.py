@@ -1,9 +1,10 @@
 """Leases: which of several writers computes what. They save doubled work, and decide nothing: see output/folder.py.
 
 A lease is a file in OUT/_units that says whose it is, taken by a hard link, which fails where another holds it. Its holder
-touches it three times in LEASE seconds, from a thread of its own. A reader takes it for left behind where it has seen no change
-for LEASE seconds by its own clock: times of two hosts are never compared, and the time of a file is only held against an
-earlier look at the same file. The file is opened to look at it, for a network file system may answer from memory otherwise.
+touches it three times in LEASE seconds, from a thread of its own, as long as its main thread calls `sign`. A reader takes it
+for left behind where it has seen no change for LEASE seconds by its own clock: times of two hosts are never compared, and the
+time of a file is only held against an earlier look at the same file. The file is opened to look at it, for NFS may answer from
+memory otherwise.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.folder import LEASE, Claim, OutputFolder
 from tokabatch.storage.atomic_files import NewFile
 from tokabatch.storage.listing import list_files, read_bytes
 
-SUFFIX = ".lease"
 RENEWALS = 3
 """In the time after which a lease counts as left behind."""
+STANDSTILL_SECONDS = 900.0
+"""A holder whose main thread has not called `sign` for so long counts as standing still: what it holds is renewed no more. It
+may work all the while, fetching weights, say: another then begins with the same."""
 _Seen = tuple[int, int]
 """What differs when a lease is renewed, or is another one's: inode and time of the last change."""
 
@@ -59,6 +62,7 @@ class Leases:
         self._seen: dict[str, tuple[_Seen, float]] = {}
         """Of others: what was seen last, and when that was new."""
         self._alive: set[str] = set()
+        self._signed = clock()
         self._closed = threading.Event()
         self._guard = threading.Lock()
         self._thread = threading.Thread(target=self._renew, daemon=True, name="leases")
@@ -66,7 +70,8 @@ class Leases:
 
     def take(self, name: str) -> bool:
         """Whether it is this writer's from now on. Raises OSError."""
-        path, mine = self._folder / f"{name}{SUFFIX}", self._scratch / f"{name}{SUFFIX}"
+        self.sign()
+        path, mine = self._folder / f"{name}{LEASE}", self._scratch / f"{name}{LEASE}"
         if not self._is_free(name, path):
             return False
         file = NewFile(self._files, mine)
@@ -75,8 +80,13 @@ class Leases:
             file.flush()
             try:
                 self._files.link(mine, path)
-            except FileExistsError:
-                return False
+            except OSError as error:
+                # NFS: the link may have been made, and its answer been lost.
+                found = self._files.look(path)
+                if found is None or not os.path.samestat(found, file.status):
+                    if isinstance(error, FileExistsError):
+                        return False
+                    raise
             with self._guard:
                 self._held[name] = os.dup(file.fileno())
         finally:
@@ -84,6 +94,10 @@ class Leases:
             with suppress(OSError):
                 self._files.remove(mine)
         return True
+
+    def sign(self) -> None:
+        """The holder goes on."""
+        self._signed = self._clock()
 
     def is_alive(self, name: str) -> bool:
         """Whether this writer has seen another renew the lease that it could not `take`, between two looks less than LEASE
@@ -96,7 +110,7 @@ class Leases:
             descriptor = self._held.pop(name, None)
         if descriptor is None:
             return
-        path = self._folder / f"{name}{SUFFIX}"
+        path = self._folder / f"{name}{LEASE}"
         with suppress(OSError):
             found = self._files.look(path)
             if found is not None and os.path.samestat(found, os.fstat(descriptor)):
@@ -152,7 +166,7 @@ class Leases:
     def _renew(self) -> None:
         while not self._closed.wait(self._seconds / RENEWALS):
             with self._guard:
-                for descriptor in self._held.values():
+                for descriptor in self._held.values() if self._clock() - self._signed < STANDSTILL_SECONDS else ():
                     # One that was taken away (ESTALE on NFS) keeps no other from being renewed.
                     with suppress(OSError):
                         os.utime(descriptor)
@@ -162,9 +176,9 @@ def read_leases(folder: OutputFolder, now: float) -> tuple[Lease, ...]:
     """Those that are there, by name. Raises OutputError where they cannot be read."""
     found: list[Lease] = []
     for file in list_files(folder.files, folder.units):
-        content = read_bytes(folder.files, file.path) if file.path.name.endswith(SUFFIX) else None
+        content = read_bytes(folder.files, file.path) if file.path.name.endswith(LEASE) else None
         with suppress(ValueError, TypeError):
             if content is not None:
                 holder = Holder(**json.loads(content))
-                found.append(Lease(file.path.name.removesuffix(SUFFIX), holder, now - file.changed))
+                found.append(Lease(file.path.name.removesuffix(LEASE), holder, now - file.changed))
     return tuple(found)

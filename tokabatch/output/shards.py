@@ -13,9 +13,10 @@ import errno
 import io
 import shlex
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -54,6 +55,8 @@ class _Books:
     number: int
     lacks: int | None = None
     """Samples that the unit needs beside those that are committed; None where that is not known."""
+    there: frozenset[int] = frozenset()
+    """Numbers that others' shards had when the unit was opened."""
     shards: tuple[Shard, ...] = ()
     waiting: tuple[pa.Table, ...] = ()
     oldest: float = 0.0
@@ -74,7 +77,8 @@ class _Books:
         """The shard's rows moved from those that wait to those that are committed."""
         rest = pa.concat_tables(self.waiting).slice(shard.rows)
         lacks = None if self.lacks is None else self.lacks - shard.rows
-        return _Books(self.number + 1, lacks, (*self.shards, shard), (rest,) if rest.num_rows else (), now)
+        number = next_number(self.there, self.number + 1)
+        return _Books(number, lacks, self.there, (*self.shards, shard), (rest,) if rest.num_rows else (), now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +141,10 @@ class ShardWriter:
         strikes."""
         return self._state.taken
 
-    def open(self, unit: int, number: int, lacks: int) -> None:
-        """Take rows of this unit from now on. Its next shard is to be `number`; so many samples are in none."""
-        self._state = self._state.with_books(unit, _Books(number, lacks))
+    def open(self, unit: int, there: Collection[int], lacks: int) -> None:
+        """Take rows of this unit from now on. Shards of these numbers are `there`, and have been read; so many samples are in
+        none."""
+        self._state = self._state.with_books(unit, _Books(next_number(there), lacks, frozenset(there)))
 
     def is_complete(self, unit: int) -> bool:
         """Whether all samples of a unit that was opened are committed."""
@@ -235,7 +240,7 @@ class ShardWriter:
         self._claim.check_lock()
         if not self._settle(unit):
             self._publish(unit, num_rows)
-        self._claim.check_folder()
+        self._claim.check_folder(sparingly=True)
 
     def _publish(self, unit: int, num_rows: int) -> None:
         folder, files, books = self._claim.folder, self._claim.files, self._state.units[unit]
@@ -260,7 +265,7 @@ class ShardWriter:
             publish(files, temporary, final)
         except FileExistsError as error:
             if unit != WHOLE:
-                self._state = self._state.with_books(unit, _Books(books.number, books.lacks, books.shards, lost=True))
+                self._state = self._state.with_books(unit, _Books(books.number, books.lacks, shards=books.shards, lost=True))
                 with suppress(OSError):
                     files.remove(temporary)
                 return
@@ -286,7 +291,8 @@ class ShardWriter:
         shard, written = books.attempt
         final = self._claim.folder.path / shard.name
         found = self._claim.files.look(final)
-        if found is not None and mark_of(found)[:2] == written[:2]:
+        # Another's file may have the number of an inode that was given back here; it was not written at the same instant.
+        if found is not None and mark_of(found)[:-1] == written[:-1]:
             self._claim.files.sync_folder(final.parent)
             self._book(unit, shard, written)
             return True
@@ -367,6 +373,11 @@ def _count(table: pa.Table, status: str) -> int:
 def shard_number(name: str) -> int:
     """12 of `data/part-00012.parquet`; of a unit's shard, its number within the unit."""
     return int(name.rpartition("-")[2].partition(".")[0])
+
+
+def next_number(there: Collection[int], first: int = 0) -> int:
+    """The first number, from `first` on, that is not among those that are there."""
+    return next(number for number in count(first) if number not in there)
 
 
 @contextmanager

@@ -17,9 +17,8 @@ import numpy as np
 from tokabatch.arrays import Int32, Int64
 from tokabatch.errors import DamageError
 from tokabatch.output.folder import PLAN, Claim, OutputFolder
-from tokabatch.output.shards import shard_number
 from tokabatch.storage.atomic_files import write_whole
-from tokabatch.storage.listing import ListedFile, read_bytes
+from tokabatch.storage.listing import read_bytes
 
 _UNIT_SHARD = re.compile(r"part-(\d{5,})-\d{5,}\.parquet")
 
@@ -81,12 +80,6 @@ def unit_of_shard(name: str) -> int | None:
     """3 of `part-00003-00001.parquet`; None of one that is of no unit."""
     found = _UNIT_SHARD.fullmatch(name)
     return int(found[1]) if found else None
-
-
-def next_number(shards: list[ListedFile]) -> int:
-    """The first number that is missing among the shards of one unit."""
-    numbers = {shard_number(shard.path.name) for shard in shards}
-    return next(number for number in range(len(numbers) + 1) if number not in numbers)
 
 
 def _path(folder: OutputFolder, digest: str) -> Path:

@@ -24,7 +24,7 @@ from tokabatch.forecast.step_log import StepLog, Steps, by_time
 from tokabatch.report.summary import ReplicaShare
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger, Part, to_give
-from tokabatch.runner.member import STANDING_SECONDS, STOP_SECONDS, Build, Member
+from tokabatch.runner.member import STANDING_SECONDS, STOP_SECONDS, Build, Fork, Launch, Member
 from tokabatch.runner.messages import Cancel, Ended, Finished, Given, Lengths, Message, Share, Suspects, Wants, Withdraw
 from tokabatch.runner.replica import ReplicaCounts, Standing
 from tokabatch.runner.row_stops import RowLimits
@@ -44,8 +44,8 @@ MOST_TOLD = 1 << 16
 
 
 class Fleet:
-    """See `Replica`, whose methods these are. `build` makes a member's replica in its process, `leave` lets go there of what is
-    main's."""
+    """See `Replica`, whose methods these are. `build` makes a member's replica in its process, which `launch` starts; without
+    it that is a fork of main, and `leave` lets go there of what is main's."""
 
     def __init__(
         self,
@@ -62,6 +62,7 @@ class Fleet:
         leave: Callable[[], None] = lambda: None,
         supply: Supply | None = None,
         begun: Int64 | None = None,
+        launch: Launch | None = None,
     ) -> None:
         """A member for each entry of `devices`, its GPUs. At most `max_restarts` processes of one are lost in a row without a
         finished sample. One without a heartbeat for `hang_seconds` is killed; a step that stands still is the worker's,
@@ -71,7 +72,7 @@ class Fleet:
         self._supply = supply
         self._ledger = Ledger(requests, begun, withheld=supply is not None)
         self._first_left = self._ledger.left
-        self._build = build
+        self._build, self._launch = build, launch
         self._stop, self._tell, self._leave = stop, tell, leave
         self._max_restarts, self._hang_seconds, self._interval = max_restarts, hang_seconds, interval
         self._members = [Member(number, names, Standing.before(limits)) for number, names in enumerate(devices)]
@@ -99,6 +100,8 @@ class Fleet:
         while self._ledger.left or self._goes_on():
             with self._stop.at_once():
                 ready = set(wait([member.pipe for member in self._members if member.pipe is not None], TICK_SECONDS))
+            if self._supply is not None:
+                self._supply.tick(self._ledger)
             # Not more than that: main may have been the one that was stopped.
             passed, looked = min(time.monotonic() - looked, TICK_SECONDS), time.monotonic()
             completions, failure = list[Completion](), None
@@ -239,7 +242,11 @@ class Fleet:
         return [member for member in self._members if member.pipe is not None]
 
     def _start(self, member: Member) -> None:
-        """Start a process for it, with its first run."""
+        """Start a process for it, with its first run. One that is launched may have to wait for a place: it is given its work
+        once it runs."""
+        if self._launch is not None:
+            member.begin(self._launch(member.number, self._build, self._ledger, member.before, self._interval))
+            return
         run = self._next_run(member) or Part.joined([])
 
         def leave() -> None:
@@ -248,10 +255,11 @@ class Fleet:
                     each.pipe.close()
             self._leave()
 
-        member.fork(self._build, run, self._ledger, self._interval, leave)
+        member.begin(Fork(member, self._build, run, self._ledger, self._interval, leave))
 
     def _next_run(self, member: Member) -> Part | None:
-        count = sum(not each.given_up for each in self._members)
+        # One that waits for a place may wait for long: nothing is held back for it.
+        count = sum(not each.given_up and (each.placed or self._launch is None) for each in self._members)
         return self._ledger.next_run(member.number, count, whole=count == 1)
 
     def _take(self, member: Member, message: Message | None) -> list[Completion]:
@@ -303,10 +311,8 @@ class Fleet:
         self._fed = now
         starved: list[Member] = []
         for member in hungry:
-            if self._supply is not None:
-                self._supply.tick(self._ledger)
-                if not self._ledger.has_free:
-                    self._supply.more(self._ledger)
+            if self._supply is not None and not self._ledger.has_free:
+                self._supply.more(self._ledger)
             run = self._next_run(member)
             if run is not None:
                 member.send(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,15 +22,48 @@ from tokabatch.report.progress import Progress
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger
-from tokabatch.runner.member import can_fork
+from tokabatch.runner.member import Cluster, can_fork
 from tokabatch.runner.replica import Replica, Standing, scheduler_limits
 from tokabatch.runner.resume import Start
 from tokabatch.runner.stopping_replica import StoppingReplica
 from tokabatch.runner.supply import Supply
 from tokabatch.scheduling.contracts import Requests
-from tokabatch.scheduling.scheduler import Scheduler
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stop_conditions import StopRules, TokenText
 from tokabatch.workload.prepare import Demand
+
+
+@dataclass(frozen=True, slots=True)
+class _Build:
+    """See `Build`. `make` makes the executors of the replica whose number is `traced`, `other` those of the others. It can be
+    pickled, for a process on another host."""
+
+    limits: SchedulerLimits
+    stops: StopRules
+    make: Callable[[], Executor]
+    other: Callable[[], Executor]
+    traced: int
+    depth: int
+    depth_of_few: int | None
+    max_restarts: int | None
+    name_row: Callable[[int], str]
+
+    def __call__(
+        self, number: int, requests: Requests, before: Standing, *, stop: Interruption, tell: Callable[[str], None]
+    ) -> Replica:
+        scheduled = replace(before.scheduled)
+        return Replica(
+            Scheduler(requests, self.limits, self.stops, counts=scheduled),
+            self.make if number == self.traced else self.other,
+            depth=self.depth,
+            depth_of_few=self.depth_of_few,
+            max_restarts=self.max_restarts,
+            num_samples=scheduled.finished + int(requests.num_samples().sum()),
+            counts=before.counts,
+            stop=stop,
+            tell=tell,
+            name_row=self.name_row,
+        )
 
 
 def make_replica(
@@ -41,9 +74,10 @@ def make_replica(
     stop: Interruption,
     progress: Progress,
     supply: Supply | None = None,
+    cluster: Cluster | None = None,
 ) -> Replica | StoppingReplica | Fleet:
-    """What does the steps: in this process where the only worker is, else in processes of their own. Raises UsageError where
-    the work comes from a `supply` and processes cannot be forked."""
+    """What does the steps: in this process where the only worker is, else in processes of their own, on hosts of the `cluster`
+    if there is one. Raises UsageError where the work comes from a `supply` and processes cannot be forked."""
     workload, layout = started.left, started.left.layout
     tokenizer, sampling = workload.tokenizer, workload.requests.sampling
     text = None
@@ -61,24 +95,20 @@ def make_replica(
     if job.trace and layout.replicas > 1:
         other = executor_maker(job.model_copy(update={"trace": None}), workload, sizes, lambda text: None)
 
-    def build(number: int, requests: Requests, before: Standing, *, stop: Interruption, tell: Callable[[str], None]) -> Replica:
-        scheduled = replace(before.scheduled)
-        return Replica(
-            Scheduler(requests, limits, stops, counts=scheduled),
-            make if number == traced else other,
-            depth=min(MOST_STEPS, max(2 if on_gpu else 1, stages + (stages > 1))) if depth == "auto" else depth,
-            depth_of_few=3 if on_gpu and stages == 1 and depth == "auto" else None,
-            max_restarts=job.engine.max_restarts if apart else None,
-            num_samples=scheduled.finished + int(requests.num_samples().sum()),
-            counts=before.counts,
-            stop=stop,
-            tell=tell,
-            name_row=workload.store.places.name,
-        )
-
+    build = _Build(
+        limits,
+        stops,
+        make,
+        other,
+        traced,
+        depth=min(MOST_STEPS, max(2 if on_gpu else 1, stages + (stages > 1))) if depth == "auto" else depth,
+        depth_of_few=3 if on_gpu and stages == 1 and depth == "auto" else None,
+        max_restarts=job.engine.max_restarts if apart else None,
+        name_row=workload.store.places.name,
+    )
     if supply is not None and not can_fork():
         raise UsageError("--shared needs Linux: a run divides its units between processes that are forked")
-    here = supply is None and (not apart or not can_fork())
+    here = supply is None and cluster is None and (not apart or not can_fork())
     begun = None if started.stops is None else started.stops.begun()
     if here and begun is not None and len(workload.requests):
         first = partial(build, 0, before=Standing.before(limits), stop=stop, tell=progress.message)
@@ -102,6 +132,7 @@ def make_replica(
         leave=claim.leave if supply is None else supply.leave,
         supply=supply,
         begun=begun,
+        launch=None if cluster is None else cluster.launcher(layout, workload.device, workload.folder, progress.message),
     )
 
 

@@ -1,8 +1,9 @@
 """A member of a fleet: a replica in a process of its own, so that no step waits for what becomes of finished samples.
 
 The process is forked: the plan's tokens are shared that way, not copied, and what crosses the pipe names prompts by their place
-in the plan. It is given work, and gives some back, between steps; finished samples come back in their order, sent by a thread
-whose queue is bounded: where recording is the slower of the two, the steps are held up instead of memory. It ends with main.
+in the plan. Where a `Launch` starts it instead, it may be on another host, and has a copy of the plan. It is given work, and
+gives some back, between steps; finished samples come back in their order, sent by a thread whose queue is bounded: where
+recording is the slower of the two, the steps are held up instead of memory. It ends with main.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+from socket import socket
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +33,8 @@ from tokabatch.arrays import Int64
 from tokabatch.engine.child import PARENTS_SIGNALS
 from tokabatch.engine.heartbeat import die_with_parent
 from tokabatch.errors import EngineError, ReplicaLost, Stopped, TokabatchError
-from tokabatch.parallel.layout import VISIBLE
+from tokabatch.job import EngineConfig
+from tokabatch.parallel.layout import VISIBLE, Layout
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger, Part, to_give, wants_more
 from tokabatch.runner.messages import (
@@ -75,6 +79,55 @@ def can_fork() -> bool:
     return sys.platform == "linux"
 
 
+class Process(Protocol):
+    """The process of a member, as main reaches it. Every method but `receive` and `check` also works where it is gone."""
+
+    @property
+    def pipe(self) -> Connection | socket:
+        """What is ready to read where `receive` would not wait."""
+        ...
+
+    @property
+    def pid(self) -> int | None:
+        """None on another host."""
+        ...
+
+    def receive(self) -> Message | None:
+        """The next message; None is a heartbeat. Raises ReplicaLost where the process is gone."""
+        ...
+
+    def send(self, order: Order | bytes | None) -> None: ...
+
+    def check(self) -> bool:
+        """Whether there is a process already, which gives heartbeats. Raises ReplicaLost where it is gone."""
+        ...
+
+    def kill(self) -> None: ...
+
+    def close(self, seconds: float) -> None:
+        """End the process, and with it the worker; it has so many seconds for that."""
+        ...
+
+
+class Launch(Protocol):
+    """What starts the process of a member elsewhere than by a fork of main: it calls `serve` with these arguments, and with
+    `before` and `interval` as they are there."""
+
+    def __call__(self, number: int, build: Build, ledger: Ledger, before: Standing, interval: float | None) -> Process: ...
+
+
+class Cluster(Protocol):
+    """Where the members of a fleet run that are not on this host alone."""
+
+    def layout(self, config: EngineConfig, device: str) -> Layout:
+        """How a run is laid out there whose driver is on a `cpu` or sees a GPU, `cuda`. Raises JobError."""
+        ...
+
+    def launcher(self, layout: Layout, device: str, model: Path, tell: Callable[[str], None]) -> Launch:
+        """What starts the members of a run of this layout; `model` is the folder that each of them reads."""
+        ...
+
+
 class Member:
     """Main's side of one member."""
 
@@ -82,6 +135,8 @@ class Member:
         self.number = number
         self.devices = tuple(devices)
         self.standing = standing
+        self.placed = False
+        """Its process has given a heartbeat."""
         self.begun = False
         """Its model is loaded."""
         self.ended: Ended | None = None
@@ -101,48 +156,26 @@ class Member:
         """No other process takes the place of the last one."""
         self.silent = 0.0
         """Seconds since its last heartbeat."""
-        self.pipe: Connection | None = None
-        self._process: BaseProcess | None = None
+        self._process: Process | None = None
 
     @property
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def fork(
-        self,
-        build: Build,
-        first: Part,
-        ledger: Ledger,
-        interval: float | None,
-        leave: Callable[[], None],
-    ) -> None:
-        """Start its process, on the `first` part; `leave` lets go there of what is main's. `interval` is the time between two
-        standings that are sent, in seconds; None sends the first and the last alone."""
-        self.begun, self.ended, self.wants, self.asked, self.can_give = False, None, None, False, True
-        self.parts, self.silent = 0, 0.0
-        context = multiprocessing.get_context("fork")
-        self.pipe, theirs = context.Pipe()
-        process = context.Process(
-            target=_serve,
-            args=(theirs, self, build, first, ledger, interval, leave),
-            name=f"tokabatch-replica-{self.number}",
-        )
-        # Threads of native libraries are not carried over. None of theirs is used in the fork: tokenizers' is kept from it.
-        setting = os.environ.get(_THREADS_OF_TOKENIZERS)
-        os.environ[_THREADS_OF_TOKENIZERS] = "false"
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            if setting is None:
-                del os.environ[_THREADS_OF_TOKENIZERS]
-            else:
-                os.environ[_THREADS_OF_TOKENIZERS] = setting
-        theirs.close()
-        self._process = process
+    @property
+    def pipe(self) -> Connection | socket | None:
+        """None where it has no process."""
+        return None if self._process is None else self._process.pipe
+
+    @property
+    def before(self) -> Standing:
+        """The counts with which its next process goes on."""
+        return replace(self.standing, scheduled=replace(self.standing.scheduled, finished=self.finished))
+
+    def begin(self, process: Process) -> None:
+        """This is its process from now on."""
+        self.placed, self.begun, self.ended, self.wants, self.asked, self.can_give = False, False, None, None, False, True
+        self.parts, self.silent, self._process = 0, 0.0, process
 
     def send(self, order: Order | None) -> None:
         """None is to end. Where the process is gone, the next `receive` says so."""
@@ -150,21 +183,14 @@ class Member:
             self.parts, self.wants, self.can_give = self.parts + 1, None, True
         elif isinstance(order, Share | Withdraw):
             self.asked = True
-        assert self.pipe is not None
-        with suppress(OSError):
-            self.pipe.send(packed(order) if isinstance(order, Part) else order)
+        assert self._process is not None
+        self._process.send(packed(order) if isinstance(order, Part) else order)
 
     def receive(self) -> Message | None:
         """The next message, which has come in; None is a heartbeat. Raises ReplicaLost where the process is gone."""
-        assert self.pipe is not None and self._process is not None
-        try:
-            message: Message | None = self.pipe.recv()
-        except (EOFError, OSError) as error:
-            self._process.join(STOP_SECONDS)
-            code = self._process.exitcode
-            by = "ended with code" if code is None or code >= 0 else "was killed by signal"
-            raise ReplicaLost(f"the scheduler's process {by} {abs(code or 0)}") from error
-        self.silent = 0.0
+        assert self._process is not None
+        message = self._process.receive()
+        self.silent, self.placed = 0.0, True
         if isinstance(message, Finished | Ended) and message.standing is not None:
             self.standing, self.can_give = message.standing, True
         if isinstance(message, Ended):
@@ -173,8 +199,9 @@ class Member:
         return message
 
     def wait(self, seconds: float) -> float:
-        """So much time has passed without a heartbeat; returns how long there has been none."""
-        self.silent += seconds
+        """So much time has passed without a heartbeat; for how long there has been none. Raises ReplicaLost."""
+        assert self._process is not None
+        self.silent = self.silent + seconds if self._process.check() else 0.0
         return self.silent
 
     def kill(self) -> None:
@@ -183,17 +210,74 @@ class Member:
 
     def close(self) -> None:
         """End the process, and with it the worker."""
-        if self._process is None or self.pipe is None:
+        if self._process is None:
             return
-        if self.ended is not None:
-            # The worker may have a trace to write.
+        # After its last word the worker may have a trace to write.
+        self._process.close(STOP_SECONDS if self.ended is not None else 0.0)
+        self._process = None
+
+
+class Fork:
+    """See `Process`: a fork of main. `leave` lets go there of what is main's."""
+
+    def __init__(
+        self, member: Member, build: Build, first: Part, ledger: Ledger, interval: float | None, leave: Callable[[], None]
+    ) -> None:
+        """Start the member's process, on the `first` part."""
+        context = multiprocessing.get_context("fork")
+        self.pipe, theirs = context.Pipe()
+        self._process: BaseProcess = context.Process(
+            target=_forked,
+            args=(self.pipe, theirs, member, build, first, ledger, interval, leave),
+            name=f"tokabatch-replica-{member.number}",
+        )
+        # Threads of native libraries are not carried over. None of theirs is used in the fork: tokenizers' is kept from it.
+        setting = os.environ.get(_THREADS_OF_TOKENIZERS)
+        os.environ[_THREADS_OF_TOKENIZERS] = "false"
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if setting is None:
+                del os.environ[_THREADS_OF_TOKENIZERS]
+            else:
+                os.environ[_THREADS_OF_TOKENIZERS] = setting
+        theirs.close()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def receive(self) -> Message | None:
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError) as error:
             self._process.join(STOP_SECONDS)
+            code = self._process.exitcode
+            by = "ended with code" if code is None or code >= 0 else "was killed by signal"
+            raise ReplicaLost(f"the scheduler's process {by} {abs(code or 0)}") from error
+
+    def send(self, order: Order | bytes | None) -> None:
+        with suppress(OSError):
+            self.pipe.send(order)
+
+    def check(self) -> bool:
+        return True
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self, seconds: float) -> None:
+        if seconds:
+            self._process.join(seconds)
         self.pipe.close()
         self._process.join(STOP_SECONDS)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-        self._process = self.pipe = None
 
 
 def packed(part: Part) -> bytes:
@@ -208,7 +292,8 @@ def unpacked(text: bytes) -> Part:
     return Part(np.cumsum(step, dtype=np.int32), first, stop)
 
 
-def _serve(
+def _forked(
+    mains: Connection,
     pipe: Connection,
     member: Member,
     build: Build,
@@ -224,18 +309,35 @@ def _serve(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
     # A display may have put itself before them, whose locks other threads held.
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    # While this one has it open, too, the pipe does not end with main.
+    mains.close()
     leave()
     if member.devices:
         os.environ[VISIBLE] = ",".join(member.devices)
+    serve(pipe, member.number, build, first, ledger, member.before, interval)
+
+
+def serve(
+    pipe: Connection,
+    number: int,
+    build: Build,
+    first: Part,
+    ledger: Ledger,
+    before: Standing,
+    interval: float | None,
+) -> None:
+    """What the process of member `number` does until it is told to end, in its main thread: `build` the replica for the `first`
+    part of the plan, whose counts go on from `before`, and step. `interval` is the time between two standings that are sent, in
+    seconds; None sends the first and the last alone. Where main has closed the pipe the process ends at once."""
     outbox: queue.Queue[Message | None] = queue.Queue(MAX_UNSENT)
     inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
     stopped = threading.Event()
     sender = threading.Thread(target=_send, args=(outbox, pipe), daemon=True)
     sender.start()
     requests = ledger.plan.part(first.prompts, first.first, first.stop)
-    standing = replace(member.standing, scheduled=replace(member.standing.scheduled, finished=member.finished))
-    replica = build(member.number, requests, standing, stop=Interruption(stopped.is_set), tell=outbox.put)
-    threading.Thread(target=_listen, args=(pipe, inbox, stopped, replica), daemon=True).start()
+    replica = build(number, requests, before, stop=Interruption(stopped.is_set), tell=outbox.put)
+    over = threading.Event()
+    threading.Thread(target=_listen, args=(pipe, inbox, stopped, replica, over), daemon=True).start()
     loop = _Loop(replica, ledger, inbox, outbox, interval)
     error: TokabatchError | None = None
     try:
@@ -250,6 +352,7 @@ def _serve(
     outbox.put(Ended(replica.standing(), replica.steps(), tuple(loop.idle), error))
     outbox.put(None)
     sender.join()
+    over.set()
     replica.close()
 
 
@@ -360,14 +463,17 @@ def _send(outbox: queue.Queue[Message | None], pipe: Connection) -> None:
             pipe.send(message)
 
 
-def _listen(pipe: Connection, inbox: queue.SimpleQueue[Any], stopped: threading.Event, replica: Replica) -> None:
-    """Hand on what main sends; None means to stop. Where main closes the pipe, the worker and this process end, whatever they
-    stand at."""
+def _listen(
+    pipe: Connection, inbox: queue.SimpleQueue[Any], stopped: threading.Event, replica: Replica, over: threading.Event
+) -> None:
+    """Hand on what main sends; None means to stop. Where main closes the pipe before all is `over`, the worker and this process
+    end, whatever they stand at."""
     with suppress(EOFError, OSError):
         while True:
             order = pipe.recv()
             if order is None:
                 stopped.set()
             inbox.put(order)
-    replica.close()
-    os._exit(1)
+    if not over.is_set():
+        replica.close()
+        os._exit(1)

@@ -47,6 +47,7 @@ from tokabatch.report.summary import RunSummary
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.make_replica import make_replica
+from tokabatch.runner.member import Cluster
 from tokabatch.runner.recorder import Recorder
 from tokabatch.runner.replica import Standing
 from tokabatch.runner.resume import Reuse, Start, start
@@ -55,6 +56,7 @@ from tokabatch.runner.stopping_replica import StoppingReplica
 from tokabatch.runner.supply import Supply
 from tokabatch.scheduling.contracts import Completion
 from tokabatch.storage.listing import is_there
+from tokabatch.workload.open_model import pick_device
 
 
 class Replicas(Protocol):
@@ -81,6 +83,7 @@ def run(
     shared: Shared | None = None,
     make: MakeReplicas = make_replica,
     seconds_before: float = 0.0,
+    cluster: Cluster | None = None,
 ) -> RunSummary:
     """Complete every row of the job's input and write the output folder; a run that the folder holds is continued.
 
@@ -95,6 +98,7 @@ def run(
     `shared`: others may write into the folder at the same time, each computing units of the plan. The run ends when all of them
     are complete or with others; what these have not committed is pending in the summary. `make` makes what does the steps.
     `seconds_before`: that the caller spent before; they count as loading.
+    `cluster`: its hosts run the replicas; this process plans and is the only one that writes.
     """
     job = job if isinstance(job, Job) else Job.load(job)
     clock = _Clock(ExpendableProgress(progress or NullProgress()), time.perf_counter() - seconds_before)
@@ -106,14 +110,18 @@ def run(
             raise OutputError(
                 "--shared only computes missing samples; use --overwrite, --retry-errors or --repair in a run without --shared"
             )
-        if job.verify is not None and job.verify.stop is not None:
-            raise OutputError(
-                "verify.stop looks at all samples of a row, and --shared divides them between processes: remove --shared, or "
-                "write verify.stop=null"
-            )
+        job.refuse_sharing()
         # What is in the folder comes from units, which are divided between processes.
         job = job.model_copy(update={"engine": job.engine.model_copy(update={"process": True})})
         cut_earlier_run(job, shared, on_rows, tell, stop)
+    layout = None
+    if cluster is not None:
+        if shared is not None:
+            raise UsageError("on a cluster one process writes, and --shared is for several; give one of the two")
+        layout = cluster.layout(job.engine, pick_device(job))
+        # The layout of this host is none of the run's.
+        job = job.model_copy(update={"engine": job.engine.model_copy(update={"process": True, "replicas": 1})})
+        make = partial(make_replica, cluster=cluster)
     out = Path(job.output.path)
     with Claim(out) if shared is None else shared.claim(out, tell, stop) as claim, ExitStack() as workers:
         stalled, stalled_before = False, not overwrite and bool(_earlier_summary(claim).get("stalled"))
@@ -124,6 +132,8 @@ def run(
             leases = Leases(claim, shared.holder, shared.lease_seconds)
             workers.callback(leases.close)
             started, units = start_shared(job, claim, leases, shared, on_rows, tell, stop)
+        if layout is not None:
+            started = replace(started, left=replace(started.left, layout=layout))
         workload = started.left
         recorder = Recorder(job, workload, claim, started.committed, units=units, stops=started.stops)
         workers.callback(workload.store.close)
@@ -363,7 +373,6 @@ def _generate(parts: _Parts) -> int:
             parts.show("generating")
             exit_code = parts.stop.poll()
             failed = recorder.took_error or recorder.num_unwritable > unwritable
-            failed = failed or (parts.supply is not None and parts.supply.failed)
             if parts.job.errors.policy == "stop" and failed:
                 exit_code = exit_code or EXIT_STOPPED
             if exit_code:

@@ -124,10 +124,15 @@ def start_shared(
     job: Job, claim: Claim, leases: Leases, shared: Shared, on_rows: OnRows, tell: Callable[[str], None], stop: Interruption
 ) -> tuple[Start, Units]:
     """As `start`, beside other writers. Raises UsageError."""
+
+    def signed(rows: int, errors: int) -> None:
+        leases.sign()
+        on_rows(rows, errors)
+
     while True:
-        makes = _wait_for_input(job, claim, leases, stop)
         try:
-            begun = _start(job, claim, shared, on_rows, stop, makes=makes)
+            makes = _wait_for_input(job, claim, leases, stop)
+            begun = _start(job, claim, shared, signed, stop, makes=makes)
         except OSError as error:
             raise unwritable(claim.folder.path, error) from error
         finally:
@@ -208,6 +213,9 @@ def close_shared(claim: Claim, workload: Workload) -> Books:
     assert manifest is not None, "a run that was begun has a manifest"
     shards = _recorded(claim, manifest)
     books = Books.of(workload.samples_total, shards)
+    if books.closed:
+        # Another may have published a shard whose name it has not brought to the disk yet.
+        claim.files.sync_folder(claim.folder.data)
     return mark_success(claim, _ordered(shards), workload.samples_total) if books.closed else books
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from tokabatch.output.folder import Claim
 from tokabatch.output.leases import Leases
-from tokabatch.output.shards import read_groups
-from tokabatch.output.units import Units, next_number, unit_of_shard
+from tokabatch.output.shards import read_groups, shard_number
+from tokabatch.output.units import Units, unit_of_shard
 from tokabatch.runner.ledger import Ledger
 from tokabatch.runner.recorder import Recorder
 from tokabatch.runner.resume import Start
@@ -43,6 +43,10 @@ class Supply:
         self._drawn = started.committed.drawn.flags.copy()
         """What was in the folder when it was looked at last."""
         self._seen = {shard.name for shard in started.committed.shards}
+        self._numbers: dict[int, set[int]] = {}
+        """Of the shards of each unit that were seen."""
+        for name in self._seen:
+            self._note(name)
         self._failures = started.left.failures
         self._order = [(first + i) % units.count for i in range(units.count)]
         self._left = np.bincount(units.unit[~self._drawn], minlength=units.count)
@@ -53,13 +57,15 @@ class Supply:
         """No unit is left that this writer may take or wait for."""
         self.abandoned = False
         """Units are left that others took over from here, and have not completed."""
-        self.failed = False
-        """A unit was opened that has rows which never became prompts."""
 
     def more(self, ledger: Ledger) -> bool:
-        """Whether another unit was taken; its samples are free in the ledger. Raises OSError, and as `read_groups`."""
+        """Whether another unit was taken; its samples are free in the ledger. Raises as `committing` and `read_groups`."""
         if time.monotonic() < self._next_look:
             return False
+        with self._claim.committing():
+            return self._take(ledger)
+
+    def _take(self, ledger: Ledger) -> bool:
         self._look()
         alive = True
         self.abandoned = False
@@ -81,7 +87,8 @@ class Supply:
         return False
 
     def tick(self, ledger: Ledger) -> None:
-        """Let go of the units that are committed, and of those that are another's."""
+        """Let go of the units that are committed, and of those that are another's. To be called again and again."""
+        self._leases.sign()
         for unit in list(self._held):
             lost = self._recorder.writer.is_lost(unit)
             if lost:
@@ -103,11 +110,10 @@ class Supply:
         count = self._left[unit] = int(wanted.sum())
         if not count:
             return False
-        shards = [file for file in self._claim.folder.shards() if unit_of_shard(file.path.name) == unit]
-        if any(self._claim.folder.name_of(file.path) not in self._seen for file in shards):
+        if any(unit_of_shard(file.path.name) == unit for file in self._claim.folder.shards(self._seen)):
             # Published since; its lease was not seen by the one that did.
             return False
-        self._recorder.writer.open(unit, next_number(shards), count)
+        self._recorder.writer.open(unit, self._numbers.get(unit, ()), count)
         self._held.add(unit)
         ledger.offer(wanted)
         mine = []
@@ -115,7 +121,6 @@ class Supply:
             samples = failure.samples[wanted[self._units.start[failure.row_index] + failure.samples]]
             mine += [replace(failure, samples=samples)] if len(samples) else []
         if mine:
-            self.failed = True
             self._recorder.fail(mine)
         return True
 
@@ -124,15 +129,19 @@ class Supply:
         folder = self._claim.folder
 
         def read() -> None:
-            for file in folder.shards():
+            for file in folder.shards(self._seen):
                 name = folder.name_of(file.path)
-                if name in self._seen:
-                    continue
                 for table in read_groups(file, ("row_index", "sample_index")):
                     place = self._units.start[table["row_index"].to_numpy()] + table["sample_index"].to_numpy()
                     fresh = place[~self._drawn[place]]
                     self._drawn[place] = True
                     np.subtract.at(self._left, self._units.unit[fresh], 1)
                 self._seen.add(name)
+                self._note(name)
 
         consistently(read, folder.path)
+
+    def _note(self, name: str) -> None:
+        unit = unit_of_shard(name.rpartition("/")[2])
+        if unit is not None:
+            self._numbers.setdefault(unit, set()).add(shard_number(name))

@@ -145,7 +145,7 @@ class Requests:
     def take(self, requests: Int32 | Int64) -> Requests:
         """These prompts alone, ascending."""
         # Between two that stay, the common prefix is the shortest of those in between.
-        lcp = self.lcp[:0]
+        lcp = np.zeros(0, self.lcp.dtype)
         if len(requests):
             lcp = np.minimum.reduceat(self.lcp[: requests[-1] + 1], np.append(0, requests[:-1] + 1))
         lcp[:1] = 0

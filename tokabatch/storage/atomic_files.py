@@ -13,15 +13,17 @@ import hashlib
 import io
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 _NO_SUCH_FLAG = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 _AT_FDCWD = -100
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _BUFFER_BYTES = 1 << 20
+Result = TypeVar("Result")
 Place = tuple[Path | str, int | None]
 """A name, and the handle of the folder that it counts from, if there is one."""
 
@@ -49,14 +51,19 @@ class DurableFiles:
 
     def names(self, folder: Path) -> list[str]:
         """What the folder holds, sorted."""
-        return sorted(os.listdir(self._handles.get(folder, folder)))
+        # Opened anew: of a folder that is open, NFS may say what it held a minute ago.
+        handle = self._handles.get(folder)
+        descriptor = os.open(folder if handle is None else ".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=handle)
+        try:
+            return sorted(os.listdir(descriptor))
+        finally:
+            os.close(descriptor)
 
     def look(self, path: Path, *, follow: bool = True) -> os.stat_result | None:
         """What the name stands for, the target of a link if that is to be followed; None only where the system says that it is
         not there."""
-        name, folder = self._at(path)
         try:
-            return os.stat(name, dir_fd=folder, follow_symlinks=follow)
+            return self._afresh(path, lambda name, folder: os.stat(name, dir_fd=folder, follow_symlinks=follow))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -66,9 +73,9 @@ class DurableFiles:
 
     def open_old(self, path: Path) -> BinaryIO:
         """A file to read from its beginning."""
-        name, folder = self._at(path)
         # A pipe under a file's name would be waited for.
-        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)
+        flags = os.O_RDONLY | os.O_NONBLOCK
+        descriptor = self._afresh(path, lambda name, folder: os.open(name, flags, dir_fd=folder))
         try:
             return os.fdopen(descriptor, "rb")
         except OSError:
@@ -158,6 +165,17 @@ class DurableFiles:
             _remove_tree(name, folder)
         if path in self._handles:
             os.close(self._handles.pop(path))
+
+    def _afresh(self, path: Path, call: Callable[[Path | str, int | None], Result]) -> Result:
+        """What `call` makes of the name of `path`, and of the handle that it counts from. Where the name is not there its
+        folder is opened before a second call: NFS may remember that it was not, until the folder is looked at again."""
+        name, folder = self._at(path)
+        try:
+            return call(name, folder)
+        except FileNotFoundError:
+            with suppress(OSError):
+                os.close(os.open(path.parent if folder is None else ".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder))
+            return call(name, folder)
 
     def _at(self, path: Path) -> Place:
         """The name of `path`, and the handle that it counts from."""

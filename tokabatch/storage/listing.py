@@ -72,15 +72,18 @@ class ListedFile:
             raise unreadable(self.path, error) from error
 
 
-def list_files(files: DurableFiles, folder: Path) -> tuple[ListedFile, ...]:
-    """Everything in `folder`, by name; nothing where there is no such folder. Raises OutputError where it cannot be listed."""
+def list_files(
+    files: DurableFiles, folder: Path, wanted: Callable[[str], object] = lambda name: True
+) -> tuple[ListedFile, ...]:
+    """Everything in `folder` whose name is `wanted`, by name; nothing where there is no such folder. Raises OutputError where
+    it cannot be listed."""
     try:
         if files.look(folder) is None:
             return ()
         names = files.names(folder)
     except OSError as error:
         raise unreadable(folder, error) from error
-    listed = (_listed(files, folder / name) for name in names)
+    listed = (_listed(files, folder / name) for name in names if wanted(name))
     return tuple(file for file in listed if file is not None)
 
 

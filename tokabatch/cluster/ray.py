@@ -1,0 +1,293 @@
+"""A run on a Ray cluster: actors hold the replicas of the fleet, the driver plans and is the only writer.
+
+An actor is a process that the fleet reaches by a connection, as it reaches one that it forked: Ray places the actors, gives
+each its GPUs, says when one is lost, and brings the tokenised input to each node once, as one object of its object store. What
+passes between the driver and an actor goes over a TCP connection of their own in small messages, so that results neither lie in
+the object store nor are spilled. Nothing is retried by Ray: the fleet knows what an actor had finished, and starts another.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray import cloudpickle
+from ray.exceptions import GetTimeoutError, ObjectStoreFullError, RayError, RayTaskError
+
+from tokabatch import __version__
+from tokabatch.errors import EngineError, JobError, ReplicaLost, UsageError
+from tokabatch.job import EngineConfig
+from tokabatch.parallel.layout import Layout
+from tokabatch.runner.ledger import Ledger, Part
+from tokabatch.runner.member import Build, serve
+from tokabatch.runner.messages import Message, Order
+from tokabatch.runner.replica import Standing
+from tokabatch.scheduling.contracts import Requests
+
+ADDRESS = "RAY_ADDRESS"
+TOKEN_BYTES = 32
+HELLO_SECONDS = 2.0
+"""In which whoever connects has to say the token."""
+CONNECT_SECONDS = 30.0
+CHECK_SECONDS = 0.5
+"""How often Ray is asked whether an actor has ended of which nothing is heard."""
+PATIENCE_SECONDS = 15.0
+"""How long an actor may wait for its place before the user is told."""
+LAST_WORDS_SECONDS = 5.0
+"""In which Ray says why an actor is gone whose connection has ended; it may find out later than the driver does."""
+_KEEPALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+"""A connection to a host that is gone without a word ends after half a minute."""
+
+
+class RayCluster:
+    """The actors of one run. `address` is that of a cluster which runs already, else RAY_ADDRESS is, or this host's. A program
+    that is connected to Ray already stays so. Raises UsageError where there is no cluster."""
+
+    def __init__(self, address: str | None = None) -> None:
+        address = address or os.environ.get(ADDRESS) or "auto"
+        if address.startswith("ray://"):
+            raise UsageError(
+                f"--address {address} is that of Ray's client, through which the actors cannot reach the driver; start the "
+                "command on a node of the cluster and leave --address out"
+            )
+        self._connected = not ray.is_initialized()
+        if self._connected:
+            # Ray puts a handler of its own before the one that stops the run.
+            handler = signal.getsignal(signal.SIGTERM)
+            try:
+                if ":" in address:
+                    # Ray itself tries for minutes to reach one where nothing is.
+                    host, _, port = address.rpartition(":")
+                    socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            except (OSError, RuntimeError, ValueError) as error:
+                where = "on this host" if address == "auto" else f"at {address}"
+                raise UsageError(
+                    f"there is no Ray cluster {where}: {' '.join(str(error).split())}. Start one (`ray start --head`; on the "
+                    f"other nodes `ray start --address=HEAD:6379`), or name its address by --address or {ADDRESS}"
+                ) from error
+            finally:
+                with suppress(ValueError):
+                    # Not in the main thread, where Ray has not put one either.
+                    signal.signal(signal.SIGTERM, handler)
+
+    def layout(self, config: EngineConfig, device: str) -> Layout:
+        """So many actors as `engine.replicas` says, or as the cluster's GPUs are enough for, each with the GPUs of a replica on
+        one node. Raises JobError where there are none, or the driver sees none of them."""
+        each = config.tensor * config.pipeline
+        per_node = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+        if device != "cuda" and sum(per_node) and config.device != "cpu":
+            raise JobError(
+                f"the Ray cluster has {sum(per_node)} GPUs, and the driver sees none, by which it sizes the replicas: start it "
+                "on a node that has one (it takes none itself), or write engine.device=cpu"
+            )
+        room = sum(count // each for count in per_node)
+        if device == "cuda" and not room:
+            raise JobError(
+                f"engine.tensor is {config.tensor} and engine.pipeline {config.pipeline}, which takes {each} GPUs of one node, "
+                f"and the nodes of the Ray cluster have {', '.join(map(str, per_node))}; lower them"
+            )
+        if config.replicas != "auto":
+            return Layout(config.replicas, config.tensor, config.pipeline, ((),) * config.replicas, "--replicas, on Ray")
+        if device != "cuda":
+            raise JobError("on CPUs of a Ray cluster the number of replicas has to be given: add --replicas 4, say")
+        return Layout(room, config.tensor, config.pipeline, ((),) * room, f"{sum(per_node)} GPUs of the Ray cluster")
+
+    def launcher(self, layout: Layout, device: str, model: Path, tell: Callable[[str], None]) -> Launcher:
+        """What starts the actors of a run of this layout, whose `model` is read on each node under the same path."""
+        each = layout.tensor * layout.pipeline
+        return Launcher({"num_cpus": 1, "num_gpus": each if device == "cuda" else 0}, model, tell)
+
+    def __enter__(self) -> RayCluster:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Leave the cluster, which ends the actors that are left."""
+        if self._connected:
+            ray.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """What an actor has to know before anything else of its run is unpickled there."""
+
+    address: tuple[str, int]
+    token: bytes
+    version: str
+    model: str
+
+
+class Launcher:
+    """See `Launch`. `needs` are the resources of each actor, as Ray names them."""
+
+    def __init__(self, needs: Mapping[str, Any], model: Path, tell: Callable[[str], None]) -> None:
+        self._needs, self._model, self._tell = needs, model, tell
+        self._address = str(ray.util.get_node_ip_address())
+        self._work: tuple[Any, ...] = ()
+        """The plan and what builds its replicas, in the object store."""
+
+    def __call__(self, number: int, build: Build, ledger: Ledger, before: Standing, interval: float | None) -> Actor:
+        if not self._work:
+            try:
+                # As bytes: what comes out of the object store as it is cannot be written to.
+                self._work = ray.put(ledger.plan), ray.put(cloudpickle.dumps(build))
+            except ObjectStoreFullError as error:
+                size = ledger.plan.tokens.nbytes
+                raise EngineError(
+                    f"Ray's object store on this node does not hold the tokenised input, {size:,} bytes of tokens; start its "
+                    "nodes with a larger one (`ray start --object-store-memory`)"
+                ) from error
+        return Actor(self, number, (*self._work, number, cloudpickle.dumps(before), interval))
+
+    def start(self, number: int, port: int, token: bytes, work: tuple[Any, ...]) -> tuple[Any, Any]:
+        """An actor, and what becomes ready when it has ended."""
+        terms = _Terms((self._address, port), token, __version__, str(self._model))
+        place: Any = ray.remote(TokabatchReplica)
+        actor = place.options(**self._needs, max_restarts=0, max_task_retries=0).remote()
+        return actor, actor.serve.remote(terms, *work)
+
+    def listen(self) -> socket.socket:
+        """For one actor, on an address that the nodes of the cluster reach."""
+        return socket.create_server((self._address, 0), backlog=4)
+
+    def wanted(self, number: int) -> None:
+        """Tell that an actor has no place yet."""
+        named = {"num_cpus": "CPU", "num_gpus": "GPU"}
+        needs = " and ".join(f"{count} {named[name]}" for name, count in self._needs.items() if count)
+        self._tell(f"replica {number} waits for room in the Ray cluster ({needs} of one node)")
+
+
+class Actor:
+    """See `Process`: one actor. Until it is placed and has connected, its `pipe` is the socket on which that is expected."""
+
+    def __init__(self, launcher: Launcher, number: int, work: tuple[Any, ...]) -> None:
+        self._launcher, self._number = launcher, number
+        self._token = secrets.token_bytes(TOKEN_BYTES)
+        self._listening = launcher.listen()
+        self._connection: Connection | None = None
+        self._unsent: list[Order | bytes | None] = []
+        self._told = time.monotonic() + PATIENCE_SECONDS
+        self._next_check = 0.0
+        self._actor, self._ended = launcher.start(number, self._listening.getsockname()[1], self._token, work)
+
+    @property
+    def pipe(self) -> Connection | socket.socket:
+        return self._listening if self._connection is None else self._connection
+
+    @property
+    def pid(self) -> int | None:
+        return None
+
+    def receive(self) -> Message | None:
+        if self._connection is None:
+            self._accept()
+            return None
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise ReplicaLost(self._reason(LAST_WORDS_SECONDS)) from error
+
+    def send(self, order: Order | bytes | None) -> None:
+        if self._connection is None:
+            self._unsent.append(order)
+            return
+        with suppress(OSError):
+            self._connection.send(order)
+
+    def check(self) -> bool:
+        now = time.monotonic()
+        if now < self._next_check:
+            return self._connection is not None
+        self._next_check = now + CHECK_SECONDS
+        ended, _ = ray.wait([self._ended], timeout=0)
+        if ended and (self._connection is None or not self._connection.poll(HELLO_SECONDS)):
+            raise ReplicaLost(self._reason(LAST_WORDS_SECONDS))
+        if self._connection is None and now > self._told:
+            self._told = float("inf")
+            self._launcher.wanted(self._number)
+        return self._connection is not None
+
+    def kill(self) -> None:
+        with suppress(RayError):
+            ray.kill(self._actor)
+
+    def close(self, seconds: float) -> None:
+        if seconds:
+            ray.wait([self._ended], timeout=seconds)
+        self.pipe.close()
+        self._listening.close()
+        # Its worker ends with it.
+        self.kill()
+
+    def _accept(self) -> None:
+        """Take the connection of the actor; that of any other program, which does not have the token, is closed."""
+        connected, _ = self._listening.accept()
+        _watch(connected)
+        connection = Connection(connected.detach())
+        with suppress(EOFError, OSError):
+            if connection.poll(HELLO_SECONDS) and hmac.compare_digest(connection.recv_bytes(TOKEN_BYTES), self._token):
+                self._connection = connection
+                self._listening.close()
+                for order in self._unsent:
+                    self.send(order)
+                return
+        connection.close()
+
+    def _reason(self, seconds: float) -> str:
+        """What became of it."""
+        try:
+            ray.get(self._ended, timeout=seconds)
+        except RayTaskError as error:
+            # What `serve` raised there.
+            return f"the scheduler's actor failed: {' '.join(str(error.cause or error).split())}"
+        except GetTimeoutError:
+            return "the connection to the scheduler's actor has ended"
+        except RayError as error:
+            # What may have been the cause of any such end comes behind.
+            lines = [line.strip() for line in str(error).partition("Some common causes")[0].splitlines() if line.strip()]
+            return f"the scheduler's actor is lost: {lines[-1].rstrip('.') if lines else type(error).__name__}"
+        return "the scheduler's actor has ended"
+
+
+class TokabatchReplica:
+    """An actor: the process of one member of a fleet. Its name is what `ps` and Ray show."""
+
+    def serve(self, terms: _Terms, plan: Requests, build: bytes, number: int, before: bytes, interval: float | None) -> None:
+        here = socket.gethostname()
+        if terms.version != __version__:
+            raise EngineError(f"{here} has tokabatch {__version__}, and the driver {terms.version}; install the same one")
+        if not os.access(terms.model, os.R_OK | os.X_OK):
+            raise EngineError(
+                f"{here} does not see the model's folder {terms.model}: keep it where all nodes reach it under one path (model."
+                "path, or HF_HOME for a name of the hub)"
+            )
+        connected = socket.create_connection(terms.address, CONNECT_SECONDS)
+        connected.settimeout(None)
+        _watch(connected)
+        connection = Connection(connected.detach())
+        connection.send_bytes(terms.token)
+        nothing = Part.joined([])
+        serve(connection, number, cloudpickle.loads(build), nothing, Ledger(plan), cloudpickle.loads(before), interval)
+
+
+def _watch(connected: socket.socket) -> None:
+    """Let messages leave at once, and notice where the other host is gone."""
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if sys.platform == "linux":
+        for name, value in _KEEPALIVE.items():
+            level = socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP
+            connected.setsockopt(level, getattr(socket, name), value)
