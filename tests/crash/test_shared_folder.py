@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,12 @@ def test_whatever_order_writers_of_one_unit_come_in_each_sample_is_published_onc
         assert {name for name, known in record.versions.items() if None not in known} <= listed
 
 
+def signal_all(groups: Iterable[int], number: signal.Signals) -> None:
+    for group in groups:
+        with suppress(ProcessLookupError):
+            os.killpg(group, number)
+
+
 def flags(task: str, lease: float = 1.5) -> dict[str, Any]:
     return {"shared": {"task": task, "units": 12, "lease_seconds": lease}}
 
@@ -217,7 +223,10 @@ def test_writers_killed_at_any_instant_lose_double_and_tear_nothing(
             ended = servers[victim].wait()
             assert ended.signal == signal.SIGKILL or ended.code == 0, ended
             kills += ended.signal is not None
+            # The other one goes on once the folder has been looked at.
+            signal_all(running.values(), signal.SIGSTOP)
             long_scene.checker.check(out)
+            signal_all(running.values(), signal.SIGCONT)
         for number in running:
             ended = servers[number].wait()
             assert ended.code in (0, 75), ended
