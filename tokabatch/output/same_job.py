@@ -82,7 +82,7 @@ class EarlierRun:
             )
         elif overrides and all(is_of_verify(difference) for difference in differences):
             command = " ".join(("tokabatch score", *map(quote, (str(self.folder.path), *overrides))))
-            advice = f"The samples are the same: `{command}` judges them as the job does now, and the job goes on then."
+            advice = f"The samples are the same: `{command}` judges them by this job's verifier; then the run can be continued."
         listed = "".join(f"\n  {difference}" for difference in differences)
         raise OutputError(
             f"output.path {str(self.folder.path)!r} holds the run of another job; what decides its output differs:{listed}\n"
