@@ -13,6 +13,7 @@ import pytest
 from tokabatch.errors import EngineError
 from tokabatch.runner.replica import Standing
 from tokabatch.scheduling.contracts import SamplingParams
+from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.serve import engine as engines
 from tokabatch.serve.app import Api
 from tokabatch.serve.engine import Engine, Wanted
@@ -26,10 +27,11 @@ class Process:
     def __init__(self, spec: Any, number: int, receive: Any) -> None:
         if spec.started:
             raise BlockingIOError(11, "Resource temporarily unavailable")
-        spec.started, self.number, self.spec = True, number, spec
+        spec.started, self.number, self.spec = not spec.again, number, spec
 
     def send(self, order: Any) -> None:
         self.spec.sent.set()
+        self.spec.orders.append(order)
         if self.spec.send_fails and isinstance(order, Add):
             raise ValueError("no such order")
 
@@ -41,8 +43,9 @@ class Process:
 
 
 class Spec:
-    def __init__(self, send_fails: bool = False) -> None:
-        self.started, self.send_fails, self.sent = False, send_fails, asyncio.Event()
+    def __init__(self, send_fails: bool = False, again: bool = False) -> None:
+        self.started, self.send_fails, self.sent, self.again = False, send_fails, asyncio.Event(), again
+        self.orders: list[Any] = []
 
 
 class Panic(BaseException):
@@ -142,6 +145,30 @@ def test_a_server_is_healthy_from_the_loaded_model_to_its_failure(monkeypatch: p
         assert (await api._health(None)).status_code == 200
         engine.fail_all(EngineError("gone"))
         assert (await api._health(None)).status_code == 503
+        await engine.close()
+
+    asyncio.run(check())
+
+
+def test_what_a_lost_process_had_goes_to_one_that_has_loaded_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "EngineProcess", Process)
+
+    async def check() -> None:
+        first, second = specs = Spec(again=True), Spec(again=True)
+        engine = Engine(specs, None, collect_seconds=0.0, most_samples=9, tell=lambda text: None)  # type: ignore[arg-type]
+        limits = SchedulerLimits(16, 9, 8, 8, 9, None)
+        for process in engine._processes:
+            engine._take(process, Standing.before(limits), {})
+        await engine.start()
+        assert engine.capacity == 8 * 16 and engine.spare == 2 * 8 - 2
+        prompts = [Wanted(np.array([number, 2], np.int32), SamplingParams()) for number in range(4)]
+        with engine.work(prompts):
+            await first.sent.wait()
+            assert [len(each.orders[0].requests) for each in specs] == [2, 2]
+            engine._take(engine._processes[0], None, {})
+            first.sent.clear(), second.sent.clear()
+            await second.sent.wait()
+            assert len(second.orders[1].requests) == 2 and not first.sent.is_set() and list(engine.standings) == [1]
         await engine.close()
 
     asyncio.run(check())

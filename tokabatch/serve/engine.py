@@ -248,20 +248,21 @@ class Engine:
                     self._break(failure_of("giving prompts to the scheduler failed", error))
 
     def _send(self, rows: list[int]) -> None:
-        """Give prompts to the processes, in an order in which neighbours share what they can: each gets a part that lies
-        together, the largest the one that has least to do."""
+        """Give prompts to the processes that have loaded the model, or to all, in an order in which neighbours share what they
+        can: each gets a part that lies together, the largest the one that has least to do."""
+        ready = sorted(self.standings) or range(len(self._load))
         order = self._order(rows)
         rows = [rows[place] for place in order.permutation.tolist()]
         counts = np.array([self._live[row].missing for row in rows], np.int64)
         begin = 0
-        for number, share in _level(self._load, int(counts.sum())):
+        for number, share in _level({number: self._load[number] for number in ready}, int(counts.sum())):
             stop = begin + int(np.searchsorted(np.cumsum(counts[begin:]), share))
             stop = min(stop + 1, len(rows)) if share else begin
             if stop > begin:
                 self._give(number, rows[begin:stop], order.lcp[begin:stop])
             begin = stop
         if begin < len(rows):
-            self._give(int(np.argmin(self._load)), rows[begin:], order.lcp[begin:])
+            self._give(min(ready, key=self._load.__getitem__), rows[begin:], order.lcp[begin:])
 
     def _give(self, number: int, rows: list[int], lcp: Int32) -> None:
         lives = [self._live[row] for row in rows]
@@ -373,6 +374,7 @@ class Engine:
         rows = [row for row, live in self._live.items() if live.process == number]
         self._tell(f"{process.how_it_ended()}. Starting another; {len(rows):,} requests are computed again")
         self._load[number] = 0
+        self._standing[number] = None
         try:
             self._processes[number] = EngineProcess(self._specs[number], number, self._receive)
         except OSError as error:
@@ -409,10 +411,11 @@ def too_many_rules(params: SamplingParams) -> str | None:
     return "logit_bias" if len(params.logit_bias) + len(params.bad_words) > MOST_RULES else None
 
 
-def _level(load: Sequence[int], more: int) -> Iterator[tuple[int, int]]:
-    """How `more` samples are divided so that all have as many as can be: pairs of a process and its share."""
-    level = -(-(sum(load) + more) // len(load))
-    for number in sorted(range(len(load)), key=load.__getitem__):
+def _level(load: Mapping[int, int], more: int) -> Iterator[tuple[int, int]]:
+    """How `more` samples are divided so that all have as many as can be: pairs of a process and its share. `load` are those
+    that each has already."""
+    level = -(-(sum(load.values()) + more) // len(load))
+    for number in sorted(load, key=load.__getitem__):
         share = min(max(level - load[number], 0), more)
         more -= share
         yield number, share
