@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,6 +88,19 @@ class TestAccepted:
         assert again == job and again.given() == job.given()
         assert again.generation.with_model_defaults(defaults) == job.generation.with_model_defaults(defaults)
         assert Job.load(job.to_dict()).generation.with_model_defaults(defaults)[0].top_p == 1.0
+
+    def test_numbers_and_arrays_of_numpy_are_plain_values(self) -> None:
+        drawn = {"n": np.int64(4), "temperature": np.float64(0.5), "ignore_eos": np.bool_(True), "stop": np.array(["a", "b"])}
+        given = {
+            "model": {"path": np.str_("m")},
+            "input": MappingProxyType({"path": Path("rows.jsonl")}),
+            "output": {"path": "out", "columns": ("q",)},
+            "generation": drawn | {"logit_bias": {np.int32(5): np.float32(1.5)}, "stop_token_ids": [np.int64(7)]},
+        }
+        job = Job.load(given)
+        plain = {"n": 4, "temperature": 0.5, "ignore_eos": True, "stop": ["a", "b"], "logit_bias": {"5": 1.5}}
+        sections = {"model": {"path": "m"}, "input": {"path": "rows.jsonl"}, "output": {"path": "out", "columns": ["q"]}}
+        assert job == Job.load({**sections, "generation": plain | {"stop_token_ids": [7]}})
 
     def test_the_mapping_is_left_alone(self) -> None:
         source = {"model": {"path": "m"}, "input": {"path": "x"}, "output": {"path": "o"}, "engine": None}

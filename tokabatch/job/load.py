@@ -10,8 +10,9 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from tokabatch.errors import JobError
@@ -58,7 +59,7 @@ def load_model(
 ) -> tuple[Model, Written]:
     """Reads, overrides and validates; raises JobError naming file and line, or override, for every problem found."""
     given = isinstance(source, Mapping)
-    draft = _Draft("job", copy.deepcopy(dict(source))) if given else _draft_of_file(pathlib.Path(source))
+    draft = _Draft("job", _copied(source)) if given else _draft_of_file(pathlib.Path(source))
     for number, override in enumerate(overrides):
         _apply(draft, override, number)
     _refuse_empty_sections(model, draft)
@@ -76,6 +77,17 @@ def load_model(
         raise JobError("\n".join(text for _, text in sorted(draft.problems, key=lambda problem: problem[0])))
     places = {dotted(key): f"{draft.name}:{line}" for key, line in draft.lines.items()}
     return loaded, Written(places | {dotted(key): f"override `{text}`" for key, text in draft.overrides.items()})
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a mapping as a job file would have it: NumPy's numbers and arrays as Python's, any mapping as a dict."""
+    if isinstance(value, Mapping):
+        given = cast("Mapping[Any, Any]", value)
+        return {_copied(key): _copied(item) for key, item in given.items()}
+    if isinstance(value, list | tuple):
+        items = [_copied(item) for item in cast("Sequence[Any]", value)]
+        return items if isinstance(value, list) else tuple(items)
+    return cast("Any", value).tolist() if isinstance(value, np.generic | np.ndarray) else copy.deepcopy(value)
 
 
 def _draft_of_file(path: pathlib.Path) -> _Draft:
