@@ -260,9 +260,12 @@ def _places(path: Path, table: pa.Table, start: Int64) -> Int64:
                 f"{path} holds an error sample (number {sample[odd]}) of row {row[odd]}, which is no longer part of the "
                 "job. Run with --retry-errors, which removes the error rows and runs those that still belong to the job again."
             )
+        rows = len(start) - 1
+        why = f"the input has {rows:,} rows now; rows may be added but not removed"
+        if 0 <= row[odd] < rows:
+            why = f"this row has n = {start[row[odd] + 1] - start[row[odd]]:,} now; generation.n may be raised but not lowered"
         raise OutputError(
-            f"{path} holds sample {sample[odd]} of row {row[odd]}, which is not part of the job: its input has "
-            f"{len(start) - 1:,} rows, and generation.n may be raised but not lowered. Choose another output.path, or "
+            f"{path} holds sample {sample[odd]} of row {row[odd]}, but {why}. Choose another output.path, change it back, or "
             "start over with --overwrite."
         )
     return start[row] + sample

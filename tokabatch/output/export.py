@@ -218,8 +218,8 @@ def _check_shards(folder: OutputFolder, shards: Sequence[ListedFile], selection:
             raise OutputError(f"--columns: the output has no column {name}; {hint}")
     if selection.where in ("correct", "wrong") and CORRECT.name not in verdict_names(_schema(shards[0])):
         raise OutputError(
-            f"--where {selection.where}: the run was not verified, so no sample is known to be right or wrong; use ok, error, "
-            "or run the job with verify.kind and verify.answer"
+            f"--where {selection.where}: the run was not verified, so no sample is known to be right or wrong; use ok or "
+            "error, or judge them first: tokabatch score OUT verify.kind=KIND verify.answer=COLUMN"
         )
     if selection.nested and _SAMPLES in names and (selection.columns is None or _SAMPLES in selection.columns):
         raise OutputError(f"the input has a column named {_SAMPLES!r}, which --nested uses itself; export without it")

@@ -203,7 +203,7 @@ def prepare(
             *describe_ignored(model.folder, job, model.settings),
             *store.notes,
             *(
-                (f"columns of the input with names of the output's own are written as others: {', '.join(renamed)}",)
+                (f"input columns with names that the output uses itself are renamed there: {', '.join(renamed)}",)
                 if renamed
                 else ()
             ),
