@@ -6,12 +6,12 @@ job ─► start (rows, prompts, plan order; what is done already) ─► sizes 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -30,9 +30,8 @@ from tokabatch.errors import (
     TokabatchError,
     UsageError,
 )
-from tokabatch.forecast.cost_model import device_name, has_known_rates, price_steps, read_profile, size_replica
-from tokabatch.forecast.profile import SavedProfile
-from tokabatch.forecast.step_log import Steps, tail_seconds
+from tokabatch.forecast.cost_model import device_name, has_known_rates, read_profile, size_replica
+from tokabatch.forecast.step_log import Steps
 from tokabatch.job import Job
 from tokabatch.output.existing_results import read_committed
 from tokabatch.output.folder import Claim
@@ -41,7 +40,7 @@ from tokabatch.output.leases import Leases
 from tokabatch.output.manifest import Books, mark_success, read_summary, write_summary
 from tokabatch.output.shards import shard_number
 from tokabatch.output.steps import write_steps
-from tokabatch.report.progress import ExpendableProgress, NullProgress, Phase, Progress, ProgressSnapshot
+from tokabatch.report.progress import ExpendableProgress, NullProgress, Progress, ProgressSnapshot
 from tokabatch.report.run_estimates import read_estimates, read_estimator
 from tokabatch.report.summary import RunSummary
 from tokabatch.runner.fleet import Fleet
@@ -49,25 +48,13 @@ from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.make_replica import make_replica
 from tokabatch.runner.member import Cluster
 from tokabatch.runner.recorder import Recorder
-from tokabatch.runner.replica import Standing
 from tokabatch.runner.resume import Reuse, Start, start
+from tokabatch.runner.run_state import Clock, Replicas, RunState, summarise
 from tokabatch.runner.shared import Shared, close_shared, cut_earlier_run, join_as_last, start_shared
 from tokabatch.runner.stopping_replica import StoppingReplica
 from tokabatch.runner.supply import Supply
-from tokabatch.scheduling.contracts import Completion
 from tokabatch.storage.listing import is_there
 from tokabatch.workload.open_model import pick_device
-
-
-class Replicas(Protocol):
-    """What does the steps of a run; see `Replica`."""
-
-    def run(self) -> Iterator[list[Completion]]: ...
-    def stop(self) -> list[Completion]: ...
-    def standing(self, *, foresee: bool = False) -> Standing: ...
-    def steps(self) -> Steps: ...
-    def close(self) -> None: ...
-
 
 MakeReplicas = Callable[[Job, Start, ReplicaSizes, Claim, Interruption, Progress, Supply | None], Replicas]
 
@@ -101,7 +88,7 @@ def run(
     `cluster`: its hosts run the replicas; this process plans and is the only one that writes.
     """
     job = job if isinstance(job, Job) else Job.load(job)
-    clock = _Clock(ExpendableProgress(progress or NullProgress()), time.perf_counter() - seconds_before)
+    clock = Clock(ExpendableProgress(progress or NullProgress()), time.perf_counter() - seconds_before)
     reuse = Reuse(overwrite, retry_errors, repair)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
     profile, on_rows, tell = read_profile(job), partial(_reading, clock, stop), clock.progress.message
@@ -151,19 +138,19 @@ def run(
         replica = make(job, started, sizes, claim, stop, clock.progress, supply)
         # Closed last: what is finished is committed first, a GPU's process takes a second to end.
         workers.callback(replica.close)
-        parts = _Parts(job, started, replica, recorder, clock, stop, supply)
+        state = RunState(job, started, replica, recorder, clock, stop, supply)
         complete = False
         try:
-            exit_code = EXIT_COMPLETE if supply is not None else _record_failures(parts)
+            exit_code = EXIT_COMPLETE if supply is not None else _record_failures(state)
             if exit_code == EXIT_COMPLETE and (len(workload.requests) or (supply is not None and started.has_more)):
-                exit_code = _generate(parts)
+                exit_code = _generate(state)
                 if job.trace and (taken := _steps_of(replica, job.trace.replica)) < job.trace.start:
                     clock.progress.message(
                         f"nothing was traced: the run had {taken} steps, and trace.start is {job.trace.start}; write less"
                     )
-            parts.show("writing")
+            state.show("writing")
             with claim.committing():
-                books = _close_books(parts, claim)
+                books = _close_books(state, claim)
             if not books.closed and started.stops is not None and (held := started.stops.num_held):
                 clock.progress.message(
                     f"{held:,} finished samples stand behind others of their rows that are not judged: they are computed again"
@@ -173,29 +160,29 @@ def run(
                 # Stopped or not: where nothing is missing there is nothing to run again for.
                 exit_code = EXIT_ERRORS if books.errors > job.errors.max_fraction * books.samples else EXIT_COMPLETE
             elif supply is None:
-                exit_code = exit_code or parts.stop.poll() or EXIT_BOOKS
+                exit_code = exit_code or state.stop.poll() or EXIT_BOOKS
             elif not exit_code:
                 # The others complete it, or it is to be run again.
                 exit_code = EXIT_STOPPED if supply.abandoned else EXIT_COMPLETE
             if supply is not None:
-                parts = _recounted(parts, claim)
+                state = _recounted(state, claim)
         except CommitError as error:
             clock.progress.message(str(error))
             replica.stop()
             with suppress(TokabatchError):
                 recorder.finish(lambda: True)
-            exit_code, parts = EXIT_STOPPED, _recounted(parts, claim)
-            found = parts.recorder
+            exit_code, state = EXIT_STOPPED, _recounted(state, claim)
+            found = state.recorder
             stalled = found.num_ok + found.num_errors + found.num_cancelled == started.committed.samples
             if stalled and stalled_before:
                 exit_code = EXIT_STALLED
                 clock.progress.message("the start before this one committed nothing either: fix that before the next start")
         except BaseException:
             # Whatever it is: what is finished is on disk before the caller hears of it.
-            _commit_finished(parts)
+            _commit_finished(state)
             raise
         steps = replica.steps()
-        summary = _summary(parts, steps, profile, exit_code, stalled=stalled)
+        summary = summarise(state, steps, profile, exit_code, stalled=stalled)
         if summary.verifies and not summary.pending:
             found, how = read_estimates(claim.folder.path) or (), read_estimator(claim.folder.path)
             summary = replace(summary, estimates=found, estimator=how)
@@ -220,24 +207,24 @@ def _steps_of(replica: Replicas, number: int) -> int:
     return int(np.count_nonzero(replica.steps()["replica"] == number))
 
 
-def _close_books(parts: _Parts, claim: Claim) -> Books:
+def _close_books(state: RunState, claim: Claim) -> Books:
     """Commit the rest, and where nothing is missing join the small shards and mark the run as complete."""
-    shards, samples = parts.recorder.finish(parts.stop.poll), parts.started.left.samples_total
-    if parts.supply is not None:
-        return close_shared(claim, parts.started.left)
+    shards, samples = state.recorder.finish(state.stop.poll), state.started.left.samples_total
+    if state.supply is not None:
+        return close_shared(claim, state.started.left)
     if claim.journal is not None and sum(shard.rows for shard in shards) == samples:
-        join_small(claim, parts.job.output.rows_per_shard, parts.stop.poll, parts.clock.progress.message)
+        join_small(claim, state.job.output.rows_per_shard, state.stop.poll, state.clock.progress.message)
         shards = tuple(
             sorted((shard for shard, _ in claim.journal.shards.values()), key=lambda shard: shard_number(shard.name))
         )
     return mark_success(claim, shards, samples)
 
 
-def _recounted(parts: _Parts, claim: Claim) -> _Parts:
+def _recounted(state: RunState, claim: Claim) -> RunState:
     """The same, counting what is in the folder."""
-    workload, names = parts.started.left, claim.committed if parts.supply is None else None
+    workload, names = state.started.left, claim.committed if state.supply is None else None
     committed = read_committed(claim.folder, workload.samples_of_row, names=names)
-    return replace(parts, recorder=Recorder(parts.job, workload, claim, committed))
+    return replace(state, recorder=Recorder(state.job, workload, claim, committed))
 
 
 def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:
@@ -260,120 +247,51 @@ def _earlier_summary(claim: Claim) -> dict[str, Any]:
         return {}
 
 
-@dataclass(slots=True)
-class _Clock:
-    """Where the run stands in time, and the display of it."""
-
-    progress: Progress
-    begun: float
-    load_seconds: float = 0.0
-    shown_phase: Phase | None = None
-    next_show: float = 0.0
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.begun
-
-    def loaded(self) -> None:
-        """The model is; what comes after the first time is not heard."""
-        self.load_seconds = self.load_seconds or self.elapsed
-
-    def is_due(self, phase: Phase) -> bool:
-        """Whether the display takes a snapshot now: at each new phase, and as often as it can show one."""
-        if self.progress.interval is None:
-            return False
-        return phase != self.shown_phase or self.elapsed >= self.next_show
-
-    def shown(self, phase: Phase) -> None:
-        """The next snapshot is due after an interval from now: what making this one took does not count."""
-        self.shown_phase, self.next_show = phase, self.elapsed + (self.progress.interval or 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """What a run is made of while it goes on."""
-
-    job: Job
-    started: Start
-    replica: Replicas
-    recorder: Recorder
-    clock: _Clock
-    stop: Interruption
-    supply: Supply | None = None
-    """Where others write, too: what gives this run its work."""
-
-    def show(self, phase: Phase) -> None:
-        """Tell the display where the run stands, if that is due."""
-        if not self.clock.is_due(phase):
-            return
-        workload, standing = self.started.left, self.replica.standing(foresee=True)
-        counts = standing.scheduled
-        left = int(workload.num_samples.sum())
-        self.clock.progress.update(
-            ProgressSnapshot(
-                phase=phase,
-                elapsed=self.clock.elapsed,
-                rows_done=workload.store.num_rows - len(workload.requests) + counts.finished_prompts,
-                rows_total=workload.store.num_rows,
-                samples_done=workload.samples_total - left + counts.finished,
-                samples_total=workload.samples_total,
-                errors=self.recorder.num_errors,
-                tokens_in=counts.prompt_tokens,
-                tokens_out=counts.output_tokens,
-                kv_used=standing.kv_used,
-                running=standing.running,
-                waiting=standing.waiting,
-                tokens_left=standing.tokens_left,
-            )
-        )
-        self.clock.shown(phase)
-
-
-def _reading(clock: _Clock, stop: Interruption, rows: int, errors: int) -> None:
+def _reading(clock: Clock, stop: Interruption, rows: int, errors: int) -> None:
     clock.progress.update(ProgressSnapshot("reading", clock.elapsed, rows_done=rows, errors=errors))
     stop.check()
 
 
-def _record_failures(parts: _Parts) -> int:
+def _record_failures(state: RunState) -> int:
     """The rows that never became prompts; the run's exit code so far. Where the job stops at an error, it is the first one."""
-    failures = parts.started.left.failures
-    parts.recorder.fail(parts.started.cancelled)
-    if not failures or parts.job.errors.policy != "stop":
-        parts.recorder.fail(failures)
+    failures = state.started.left.failures
+    state.recorder.fail(state.started.cancelled)
+    if not failures or state.job.errors.policy != "stop":
+        state.recorder.fail(failures)
         return EXIT_COMPLETE
     first = failures[0]
-    parts.recorder.fail([first])
+    state.recorder.fail([first])
     why = f"row {first.row_index} is an error row ({first.error.code}: {first.error.message})"
-    last = len(failures) == 1 and not len(parts.started.left.requests)
+    last = len(failures) == 1 and not len(state.started.left.requests)
     then = "It was the last one missing" if last else "Run the same command again to continue after it"
-    parts.clock.progress.message(f"errors.policy is stop: {why}. {then}")
+    state.clock.progress.message(f"errors.policy is stop: {why}. {then}")
     return EXIT_STOPPED
 
 
-def _commit_finished(parts: _Parts) -> None:
+def _commit_finished(state: RunState) -> None:
     """Commit what is finished after an exception; where that fails, too, say so and let the first one be heard."""
     try:
-        parts.recorder.finish(lambda: True)
+        state.recorder.finish(lambda: True)
     except STOPS:
         raise
     except BaseException as error:
-        parts.clock.progress.message(f"the last finished samples are not committed and will be computed again: {error}")
+        state.clock.progress.message(f"the last finished samples are not committed and will be computed again: {error}")
 
 
-def _generate(parts: _Parts) -> int:
+def _generate(state: RunState) -> int:
     """Record what the replica finishes until all is done, or the run is to stop; the run's exit code so far."""
-    recorder, unwritable = parts.recorder, parts.recorder.num_unwritable
-    parts.show("loading")
+    recorder, unwritable = state.recorder, state.recorder.num_unwritable
+    state.show("loading")
     try:
-        for completions in parts.replica.run():
-            parts.clock.loaded()
+        for completions in state.replica.run():
+            state.clock.loaded()
             recorder.add(completions)
-            if parts.started.stops is not None and isinstance(parts.replica, StoppingReplica | Fleet):
-                parts.replica.follow(parts.started.stops.take_changes())
-            parts.show("generating")
-            exit_code = parts.stop.poll()
+            if state.started.stops is not None and isinstance(state.replica, StoppingReplica | Fleet):
+                state.replica.follow(state.started.stops.take_changes())
+            state.show("generating")
+            exit_code = state.stop.poll()
             failed = recorder.took_error or recorder.num_unwritable > unwritable
-            if parts.job.errors.policy == "stop" and failed:
+            if state.job.errors.policy == "stop" and failed:
                 exit_code = exit_code or EXIT_STOPPED
             if exit_code:
                 break
@@ -381,60 +299,5 @@ def _generate(parts: _Parts) -> int:
             return EXIT_COMPLETE
     except Stopped as stopped:
         exit_code = stopped.exit_code
-    recorder.add(parts.replica.stop())
+    recorder.add(state.replica.stop())
     return exit_code
-
-
-def _summary(parts: _Parts, steps: Steps, profile: SavedProfile | None, exit_code: int, *, stalled: bool) -> RunSummary:
-    seconds, workload, recorder = parts.clock.elapsed, parts.started.left, parts.recorder
-    standing = parts.replica.standing()
-    counts, replica, limits = standing.scheduled, standing.counts, standing.limits
-    shares = parts.replica.shares() if isinstance(parts.replica, Fleet) else ()
-    # Times of all replicas, told of one.
-    num = max(1, len(shares))
-    predicted: tuple[float, str] | None = None
-    with suppress(UsageError):  # on a device whose rates are not known
-        predicted = price_steps(workload, steps, profile) if len(steps) else None
-    return RunSummary(
-        rows=workload.store.num_rows,
-        samples=workload.samples_total,
-        ok=recorder.num_ok,
-        errors=recorder.num_errors,
-        cancelled=recorder.num_cancelled,
-        prompt_tokens=counts.prompt_tokens,
-        cached_tokens=counts.cached_tokens,
-        cacheable_tokens=workload.sharing().saved_tokens,
-        prefilled_tokens=counts.prefilled_tokens,
-        output_tokens=counts.output_tokens,
-        seconds=seconds,
-        load_seconds=parts.clock.load_seconds,
-        steps=counts.steps,
-        output_path=str(parts.job.output.path),
-        exit_code=exit_code,
-        layout=str(workload.layout),
-        stalled=stalled,
-        earlier=parts.started.committed.samples,
-        preemptions=counts.preemptions,
-        recomputed_tokens=counts.recomputed_tokens,
-        waited_steps=counts.waited_steps,
-        max_running=limits.max_running,
-        max_step_tokens=limits.max_step_tokens,
-        host_seconds=replica.host_seconds,
-        restarts=tuple(sorted(replica.restarts.items())),
-        requeued=counts.requeued,
-        dropped_steps=replica.dropped_steps,
-        launch_seconds=replica.launch_seconds,
-        step_seconds=steps.seconds / num,
-        tail_seconds=tail_seconds(steps) / num,
-        num_pages=limits.num_pages,
-        device=device_name(workload.device),
-        itemsize=workload.dtype.itemsize,
-        kv_use=steps.mean("pages") / max(steps.mean("capacity"), 1.0),
-        replicas=shares if num > 1 else (),
-        predicted_seconds=predicted[0] / num if predicted else None,
-        predicted_by=predicted[1] if predicted else "",
-        error_counts=tuple(sorted(recorder.error_counts.items())),
-        verifies=parts.job.verify is not None,
-        unverified=recorder.num_unverified,
-        unverified_reasons=recorder.unverified_reasons,
-    )

@@ -1,0 +1,159 @@
+"""What a run is made of while it goes on, and what it tells of itself: snapshots for the display, the summary at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from tokabatch.errors import UsageError
+from tokabatch.forecast.cost_model import device_name, price_steps
+from tokabatch.forecast.profile import SavedProfile
+from tokabatch.forecast.step_log import Steps, tail_seconds
+from tokabatch.job import Job
+from tokabatch.report.progress import Phase, Progress, ProgressSnapshot
+from tokabatch.report.summary import RunSummary
+from tokabatch.runner.fleet import Fleet
+from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.recorder import Recorder
+from tokabatch.runner.replica import Standing
+from tokabatch.runner.resume import Start
+from tokabatch.runner.supply import Supply
+from tokabatch.scheduling.contracts import Completion
+
+
+class Replicas(Protocol):
+    """What does the steps of a run; see `Replica`."""
+
+    def run(self) -> Iterator[list[Completion]]: ...
+    def stop(self) -> list[Completion]: ...
+    def standing(self, *, foresee: bool = False) -> Standing: ...
+    def steps(self) -> Steps: ...
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Clock:
+    """Where the run stands in time, and the display of it."""
+
+    progress: Progress
+    begun: float
+    load_seconds: float = 0.0
+    shown_phase: Phase | None = None
+    next_show: float = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def loaded(self) -> None:
+        """The model is; what comes after the first time is not heard."""
+        self.load_seconds = self.load_seconds or self.elapsed
+
+    def is_due(self, phase: Phase) -> bool:
+        """Whether the display takes a snapshot now: at each new phase, and as often as it can show one."""
+        if self.progress.interval is None:
+            return False
+        return phase != self.shown_phase or self.elapsed >= self.next_show
+
+    def shown(self, phase: Phase) -> None:
+        """The next snapshot is due after an interval from now: what making this one took does not count."""
+        self.shown_phase, self.next_show = phase, self.elapsed + (self.progress.interval or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What a run is made of while it goes on."""
+
+    job: Job
+    started: Start
+    replica: Replicas
+    recorder: Recorder
+    clock: Clock
+    stop: Interruption
+    supply: Supply | None = None
+    """Where others write, too: what gives this run its work."""
+
+    def show(self, phase: Phase) -> None:
+        """Tell the display where the run stands, if that is due."""
+        if not self.clock.is_due(phase):
+            return
+        workload, standing = self.started.left, self.replica.standing(foresee=True)
+        counts = standing.scheduled
+        left = int(workload.num_samples.sum())
+        self.clock.progress.update(
+            ProgressSnapshot(
+                phase=phase,
+                elapsed=self.clock.elapsed,
+                rows_done=workload.store.num_rows - len(workload.requests) + counts.finished_prompts,
+                rows_total=workload.store.num_rows,
+                samples_done=workload.samples_total - left + counts.finished,
+                samples_total=workload.samples_total,
+                errors=self.recorder.num_errors,
+                tokens_in=counts.prompt_tokens,
+                tokens_out=counts.output_tokens,
+                kv_used=standing.kv_used,
+                running=standing.running,
+                waiting=standing.waiting,
+                tokens_left=standing.tokens_left,
+            )
+        )
+        self.clock.shown(phase)
+
+
+def summarise(state: RunState, steps: Steps, profile: SavedProfile | None, exit_code: int, *, stalled: bool) -> RunSummary:
+    """The figures of a run that has ended so."""
+    seconds, workload, recorder = state.clock.elapsed, state.started.left, state.recorder
+    standing = state.replica.standing()
+    counts, replica, limits = standing.scheduled, standing.counts, standing.limits
+    shares = state.replica.shares() if isinstance(state.replica, Fleet) else ()
+    # Times of all replicas, told of one.
+    num = max(1, len(shares))
+    predicted: tuple[float, str] | None = None
+    with suppress(UsageError):  # on a device whose rates are not known
+        predicted = price_steps(workload, steps, profile) if len(steps) else None
+    return RunSummary(
+        rows=workload.store.num_rows,
+        samples=workload.samples_total,
+        ok=recorder.num_ok,
+        errors=recorder.num_errors,
+        cancelled=recorder.num_cancelled,
+        prompt_tokens=counts.prompt_tokens,
+        cached_tokens=counts.cached_tokens,
+        cacheable_tokens=workload.sharing().saved_tokens,
+        prefilled_tokens=counts.prefilled_tokens,
+        output_tokens=counts.output_tokens,
+        seconds=seconds,
+        load_seconds=state.clock.load_seconds,
+        steps=counts.steps,
+        output_path=str(state.job.output.path),
+        exit_code=exit_code,
+        layout=str(workload.layout),
+        stalled=stalled,
+        earlier=state.started.committed.samples,
+        preemptions=counts.preemptions,
+        recomputed_tokens=counts.recomputed_tokens,
+        waited_steps=counts.waited_steps,
+        max_running=limits.max_running,
+        max_step_tokens=limits.max_step_tokens,
+        host_seconds=replica.host_seconds,
+        restarts=tuple(sorted(replica.restarts.items())),
+        requeued=counts.requeued,
+        dropped_steps=replica.dropped_steps,
+        launch_seconds=replica.launch_seconds,
+        step_seconds=steps.seconds / num,
+        tail_seconds=tail_seconds(steps) / num,
+        num_pages=limits.num_pages,
+        device=device_name(workload.device),
+        itemsize=workload.dtype.itemsize,
+        kv_use=steps.mean("pages") / max(steps.mean("capacity"), 1.0),
+        replicas=shares if num > 1 else (),
+        predicted_seconds=predicted[0] / num if predicted else None,
+        predicted_by=predicted[1] if predicted else "",
+        error_counts=tuple(sorted(recorder.error_counts.items())),
+        verifies=state.job.verify is not None,
+        unverified=recorder.num_unverified,
+        unverified_reasons=recorder.unverified_reasons,
+    )
