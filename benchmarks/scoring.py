@@ -3,8 +3,8 @@
 Rows with a context of token ids and some continuations are scored by a whole job (`mode: score`, from JSON lines to Parquet)
 and, in the same process, by transformers as lm-eval does it: every context with each of its continuations, sorted by length, in
 padded batches, logits of all positions. `--kept` has transformers compute the logits of the continuations alone
-(`logits_to_keep`). Its batch size is the best of a few on a part of the rows, tried before the clock runs; both load the model
-while it runs. The sums must agree.
+(`logits_to_keep`). Its batch size is the best of a few. Both compute a part of the rows before the clock runs, and load the
+model while it does. The sums must agree.
 
 Contexts share their first `--header` tokens, none by default. Times are wall and CPU seconds, on `--threads` threads.
 """
@@ -127,9 +127,11 @@ def main() -> None:
         folder, model = Path(name), Path(name) / "model"
         shutil.copytree(QUICKSTART, model, ignore=shutil.ignore_patterns("*.py", "*.jsonl", "*.safetensors", "config.json"))
         save_random_model(args.model_shape, model, "float32")
-        ours, wall, cpu = timed(lambda: by_tokabatch(rows, model, folder))
         load = partial(AutoModelForCausalLM.from_pretrained, model, dtype=torch.float32)
         reference = load()
+        (folder / "first").mkdir()
+        by_tokabatch(rows[: TRIED // args.choices], model, folder / "first")
+        ours, wall, cpu = timed(lambda: by_tokabatch(rows, model, folder))
         tried = {size: timed(lambda size=size: by_transformers(reference, texts[:TRIED], size, args.kept))[2] for size in SIZES}
         size = min(tried, key=lambda size: tried[size])
         theirs, wall_theirs, cpu_theirs = timed(lambda: by_transformers(load(), texts, size, args.kept))

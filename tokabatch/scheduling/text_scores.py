@@ -41,6 +41,8 @@ class RunningScores:
         """All scores of the text that ends in this slot."""
         known, parts = self._parts.pop(slot)
         assert known == epoch, "the scores are another text's"
+        if len(parts) == 1:
+            return parts[0]
         logprob, greedy = np.concatenate([part.logprob for part in parts]), np.concatenate([part.greedy for part in parts])
         top = [
             (part.top_ids, part.top_logprobs) for part in parts if part.top_ids is not None and part.top_logprobs is not None

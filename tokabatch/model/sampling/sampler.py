@@ -110,11 +110,17 @@ def score(
     logits_RV = all_gather_last(logits_RV, shard.mesh)[:, : shard.vocab_size]
     if logits_RV.dtype != torch.float64:
         logits_RV = logits_RV.float()
-    total_R = logits_RV.logsumexp(-1)
-    chosen_R = logits_RV.gather(1, target_R[:, None])[:, 0] - total_R
+    total_R, target_logit_R = logits_RV.logsumexp(-1), logits_RV.gather(1, target_R[:, None])[:, 0]
+    if logits_RV.is_cpu:
+        # Where the first of the largest stands is looked at in the rows where the given token may be it.
+        greedy_R = target_logit_R == logits_RV.amax(-1)
+        rows = greedy_R.nonzero()[:, 0]
+        greedy_R[rows] = logits_RV.index_select(0, rows).argmax(-1) == target_R[rows]
+    else:
+        greedy_R = logits_RV.argmax(-1) == target_R
     top_RK, ids_RK = logits_RV.topk(alternatives, dim=-1)
     logprobs_RK = (top_RK - total_R[:, None]).float()
-    return chosen_R.double(), logits_RV.argmax(-1) == target_R, ids_RK.int(), logprobs_RK
+    return (target_logit_R - total_R).double(), greedy_R, ids_RK.int(), logprobs_RK
 
 
 def _whole(logits_SV: torch.Tensor) -> VocabularyShard:
