@@ -3,6 +3,7 @@ taken, and whatever happens to the processes."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import random
@@ -23,7 +24,8 @@ from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.errors import EngineError, Stopped, WorkerLost
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
-from tokabatch.runner.member import can_fork
+from tokabatch.runner.ledger import Part
+from tokabatch.runner.member import Fork, can_fork
 from tokabatch.runner.replica import Replica, Standing
 from tokabatch.runner.row_stops import RowLimits
 from tokabatch.scheduling.contracts import Completion, Drawn, Requests, SamplingParams, StepBatch, StepResult
@@ -315,3 +317,53 @@ def test_later_samples_of_a_row_that_is_suspected_go_where_the_others_are(monkey
     assert not gathered
     fleet.follow([RowLimits(3, 4, PARAMS.n), RowLimits(4, 4, PARAMS.n)])
     assert gathered == [1]
+
+
+class Placed:
+    """A process that begins once there is a place for it, `after` so many seconds, as on a cluster."""
+
+    def __init__(self, after: float, start: Callable[[], Fork]) -> None:
+        self._at, self._start = time.monotonic() + after, start
+        self._process: Fork | None = None
+        self.waiting, self._other = multiprocessing.Pipe()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._process, name)
+
+    @property
+    def pipe(self) -> Any:
+        return self.waiting if self._process is None else self._process.pipe
+
+    def check(self) -> bool:
+        if self._process is None and time.monotonic() > self._at:
+            self._process = self._start()
+        return self._process is not None
+
+    def close(self, seconds: float) -> None:
+        for each in (self.waiting, self._other):
+            each.close()
+        if self._process is not None:
+            self._process.close(seconds)
+
+
+@pytest.mark.parametrize("after", [0.3, math.inf])
+def test_nothing_is_held_back_for_a_member_that_has_no_place_yet(after):
+    work = Work(partial(Device, 0.01), 2)
+    fleet = work.fleet
+
+    def launch(number: int, build: Any, ledger: Any, before: Standing, interval: float | None) -> Placed:
+        def start() -> Fork:
+            return Fork(fleet._members[number], build, Part.joined([]), ledger, interval, lambda: None)
+
+        return Placed(after if number else 0.0, start)
+
+    fleet._launch = launch
+    for _ in work.run():
+        pass
+    first, second = fleet._members
+    assert work.done == EXPECTED and work.told == []
+    assert first.finished + second.finished == len(EXPECTED)
+    if after == math.inf:
+        assert first.parts == 1, "all that there was at once"
+    else:
+        assert second.finished > 0
