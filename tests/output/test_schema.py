@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokabatch.errors import RowError
+from tokabatch.errors import JobError, RowError
 from tokabatch.output.schema import (
     VERDICT_FIELDS,
     FailedRow,
@@ -22,6 +22,7 @@ from tokabatch.output.schema import (
     output_schema,
     sample_keys,
     text_token_ids,
+    verdict_fields,
 )
 from tokabatch.scheduling.contracts import NO_COUNTS, Completion
 
@@ -223,3 +224,10 @@ def test_a_table_without_input_columns_takes_its_rows_from_the_samples() -> None
     failed = [FailedRow(2, samples(2), RowError("bad_json", "why"))]
     built = build_table(schema, made, failed, texts=["a", "b"], ids=list("0122"), columns=pa.table({}))
     assert built.num_rows == 4 and built["row_index"].to_pylist() == [0, 1, 2, 2] and schema.names[-1] == "error_message"
+
+
+def test_a_judge_s_column_may_not_be_called_as_one_of_the_output() -> None:
+    assert [field.name for field in verdict_fields({"found": "string"})][-1] == "found"
+    for name in ("text", "correct", "answer_text", "perplexity"):
+        with pytest.raises(JobError, match=f"COLUMNS of its file names '{name}'.* give it another name"):
+            verdict_fields({"found": "string", name: "string"})

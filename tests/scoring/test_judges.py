@@ -275,6 +275,8 @@ def test_references_are_checked_before_anything_is_computed(rows: Path, tmp_path
         ("def verify(text, reference): return True", r"write `verify\(text, row\)`, where row\[COLUMN\] is the reference"),
         ("def verify(text, row, *, strict): return True", r"it needs 'strict'; give verify\.options\.strict"),
         ("COLUMNS = {'a': list}\ndef verify(text, row): return True", r"write str, int, float or bool"),
+        ("COLUMNS = ['a']\ndef verify(text, row): return True", r"write names and types"),
+        ("async def verify(text, row): return True", r"`verify` is async or has `yield`; write a plain `def`"),
     ],
 )
 def test_a_file_that_gives_no_judge_is_refused_before_anything_starts(

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tokabatch.arrays import Bool, Int32, Int64
-from tokabatch.errors import RowError
+from tokabatch.errors import JobError, RowError
 from tokabatch.scheduling.contracts import Completion
 
 _TOKEN_LOGPROBS = pa.struct(
@@ -127,7 +127,13 @@ def output_schema(
 
 
 def verdict_fields(columns: Mapping[str, str]) -> tuple[pa.Field[Any], ...]:
-    """The columns of a job whose judge has these of its own, by name and Arrow type."""
+    """The columns of a job whose judge has these of its own, by name and Arrow type. Raises JobError for a name that the output
+    has already."""
+    ours = {*SAMPLE_SCHEMA.names, *(field.name for field in (*SCORE_FIELDS, *REASONING_FIELDS, *VERDICT_FIELDS))}
+    if twice := sorted(columns.keys() & ours):
+        raise JobError(
+            f"verify.kind: COLUMNS of its file names {twice[0]!r}, a column that the output has already; give it another name"
+        )
     own = [pa.field(name, pa.type_for_alias(kind), metadata=_OF_VERDICT) for name, kind in columns.items()]
     return (*VERDICT_FIELDS, *own)
 

@@ -81,6 +81,8 @@ class Judge:
         function = getattr(module, spec.function, None)
         if not callable(function):
             raise ValueError(f"it has no function `{spec.function}(text, row)`; add one")
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise ValueError(f"its `{spec.function}` is async or has `yield`; write a plain `def` that returns the verdict")
         parameters = list(inspect.signature(function).parameters.values())
         if [each.name for each in parameters[1:2]] == ["reference"]:
             raise ValueError(
@@ -103,7 +105,10 @@ class Judge:
         self._correct_from = spec.correct_from
         self.takes_batches = bool(parameters) and parameters[0].name == "texts"
         self.columns: dict[str, str] = {}
-        for name, kind in getattr(module, "COLUMNS", {}).items():
+        declared = getattr(module, "COLUMNS", {})
+        if not isinstance(declared, Mapping):
+            raise ValueError("its COLUMNS is no mapping; write names and types, such as {'found': str}")
+        for name, kind in declared.items():
             if kind not in COLUMN_TYPES:
                 raise ValueError(f"COLUMNS[{name!r}] is {kind!r}; write str, int, float or bool")
             self.columns[str(name)] = COLUMN_TYPES[kind]
