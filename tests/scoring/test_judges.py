@@ -16,9 +16,11 @@ from support.scripted_run import scripted_engine, scripted_job, scripted_run
 
 from tokabatch import plan, run
 from tokabatch.errors import JobError
+from tokabatch.job import VerifyConfig
 from tokabatch.output.integrity import check
 from tokabatch.runner import recorder
 from tokabatch.runner.interruption import Interruption
+from tokabatch.scoring import pool
 
 ROWS = 8
 
@@ -304,3 +306,25 @@ def test_no_process_is_left_when_a_run_ends(rows: Path, tmp_path: Path) -> None:
     judged(rows, tmp_path, "def verify(text, row): return True")
     left = [p for p in psutil.Process(os.getpid()).children(recursive=True) if p.pid not in before]
     assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_processes_are_started_while_samples_wait_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that all come at once, of a slow judge; those that come a few at a time, of a fast one."""
+    judge = tmp_path / "judge.py"
+    source = "import os, time\nCOLUMNS = {'pid': int}\ndef verify(text, row):\n    time.sleep(row['seconds'])\n"
+    judge.write_text(f"{source}    return {{'score': 1, 'pid': os.getpid()}}\n")
+
+    def processes_of(seconds: float, parts: int, patience: float) -> int:
+        monkeypatch.setattr(pool, "GROW_SECONDS", patience)
+        judges = pool.JudgePool(pool.judge_spec(VerifyConfig(kind=str(judge), correct_from=0.5)), 3, 10.0)
+        try:
+            tickets = [each for _ in range(parts) for each in judges.submit(["x"] * 12, [{"seconds": seconds}] * 12)]
+            assert judges.wait(tickets, 60.0)
+            found = [ticket.verdict for ticket in tickets if ticket.verdict is not None]
+            assert not any(verdict.error for verdict in found)
+            return len({verdict.columns["pid"] for verdict in found})
+        finally:
+            judges.close()
+
+    assert processes_of(0.2, parts=1, patience=0.02) == 3
+    assert processes_of(0.0, parts=5, patience=60.0) == 1
