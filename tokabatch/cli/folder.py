@@ -83,7 +83,7 @@ def report(
 def check(out: OutArgument) -> None:
     """Read everything in an output folder back, and count.
 
-    Every byte of every file is read and held against its checksums; samples are counted by row and number. A damaged file
+    Every byte of every file is read and compared with its checksums; samples are counted by row and number. A damaged file
     is named, with the command that recomputes what it held and nothing else. Exit code: 0 complete, 75 intact so far, 4
     damaged.
 
@@ -119,10 +119,10 @@ def score(
         typer.Option("--to", metavar="FILE.parquet", help="Write the verdicts there, not into OUT.", show_default=False),
     ] = None,
 ) -> None:
-    """Judge a run's samples again, by the job's verifier or another one, without computing any.
+    """Judge a run's samples again, by the job's verifier or another one, without generating any.
 
-    Each file is replaced whole, and says by what it was judged: where the command is stopped or killed, the same one goes on
-    behind the files that are done. The folder's job then verifies as given here. With --to nothing in the folder changes, and a
+    Each file is replaced as a whole and records what it was judged by: after a stop or a kill, the same command continues
+    with the files that are left. The folder's job then verifies as given here. With --to nothing in the folder changes, and a
     run may be writing there.
 
     \b

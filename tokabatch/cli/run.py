@@ -62,12 +62,12 @@ def run(
 ) -> None:
     """Run a job and print its summary.
 
-    The results are Parquet files under OUT/data, which appear while the run goes on. Progress goes to standard error,
+    The results are Parquet files under OUT/data, which appear during the run. Progress goes to standard error,
     the summary to standard output.
 
     A run that the output folder holds is continued: whatever ended it, the same command computes the missing samples.
-    Engine settings may change, but for kv_cache_dtype; generation.n may be raised and rows added at the end of the
-    input. Anything else that decides the output is refused, and the difference shown.
+    Engine settings other than kv_cache_dtype may change, generation.n may be raised and rows added at the end of the
+    input. Any other change that affects the output is refused with a list of the differences.
 
     \b
     Examples

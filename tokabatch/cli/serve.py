@@ -27,8 +27,8 @@ def serve(
     files and batches.
 
     Requests that wait at the same time are ordered by shared prefix and join one plan; the same seed gives the same answer
-    under any load. generation.* are the defaults of what a request leaves out. Needs the extra `serve`:
-    pip install 'tokabatch[serve]'. The first SIGTERM or Ctrl-C lets what runs be finished (server.grace_seconds), the second
+    under any load. Keys under generation are the defaults for what a request leaves out. Needs the extra `serve`:
+    pip install 'tokabatch[serve]'. The first SIGTERM or Ctrl-C lets running samples finish (server.grace_seconds), the second
     ends at once.
 
     \b
