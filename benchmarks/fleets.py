@@ -28,7 +28,7 @@ from tokabatch.arrays import Int32, Int64
 from tokabatch.runner import fleet as fleets
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
-from tokabatch.runner.ledger import Ledger, Part, to_give, wants_more
+from tokabatch.runner.ledger import Part, to_give, wants_more
 from tokabatch.runner.member import STANDING_SECONDS, Member, unpacked
 from tokabatch.runner.messages import Finished, Given, Share, Wants
 from tokabatch.runner.replica import Standing
@@ -54,27 +54,15 @@ class Clock:
         return self.now
 
 
-class Pipe:
-    """Main's end of a pipe whose other end is a simulated process."""
+class SimulatedProcess:
+    """See `Process`: holds and runs samples, from its first run of the plan on; `length` says how long each of the plan is."""
 
-    def __init__(self) -> None:
-        self.orders: deque[Any] = deque()
-        self.messages: deque[Any] = deque()
+    pid = None
 
-    def send(self, order: Any) -> None:
-        self.orders.append(order)
-
-    def recv(self) -> Any:
-        return self.messages.popleft()
-
-
-class SimulatedMember(Member):
-    """Holds and runs samples; `length` says how long each of the plan is."""
-
-    def __init__(self, number: int, standing: Standing, length: Int32, running: int) -> None:
-        super().__init__(number, (), standing)
-        self._length, self._running = length, running
-        self._waiting: Int64 = np.zeros(0, np.int64)
+    def __init__(self, first: Part, standing: Standing, length: Int32, running: int) -> None:
+        self.orders, self.messages = deque[Any](), deque[Any]()
+        self._standing, self._length, self._running = standing, length, running
+        self._waiting: Int64 = first.prompts.astype(np.int64)
         self._run: Int64 = np.zeros(0, np.int64)
         self._end: Int64 = np.zeros(0, np.int64)
         """The step at which each running sample has its last token."""
@@ -83,17 +71,30 @@ class SimulatedMember(Member):
         self.busy = 0.0
         """When it had its last token."""
 
-    def fork(self, build: Any, first: Part, ledger: Ledger, interval: float | None, leave: Any) -> None:
-        """There is no process."""
-        self.pipe = Pipe()  # pyright: ignore[reportAttributeAccessIssue]
-        self._process = True  # pyright: ignore[reportAttributeAccessIssue]
-        self._waiting = first.prompts.astype(np.int64)
+    @property
+    def pipe(self) -> Any:
+        """There is none: `advance` is what makes messages."""
+        return self
+
+    def receive(self) -> Any:
+        return self.messages.popleft()
+
+    def send(self, order: Any) -> None:
+        self.orders.append(order)
+
+    def check(self) -> bool:
+        return True
+
+    def kill(self) -> None:
+        pass
+
+    def close(self, seconds: float = 0.0) -> None:
+        pass
 
     def advance(self, now: float) -> float:
         """Obey, run some steps and say what is to be said; the seconds that they take."""
-        pipe: Any = self.pipe
-        while pipe.orders:
-            order = pipe.orders.popleft()
+        while self.orders:
+            order = self.orders.popleft()
             if isinstance(order, bytes):
                 self._waiting = np.concatenate((self._waiting, unpacked(order).prompts.astype(np.int64)))
                 self._given, self._told = self._given + 1, None
@@ -101,7 +102,7 @@ class SimulatedMember(Member):
                 count = to_give(len(self._run) + len(self._waiting), len(self._waiting), order.held)
                 back = np.sort(self._waiting[len(self._waiting) - count :]).astype(np.int32)
                 self._waiting = self._waiting[: len(self._waiting) - count]
-                pipe.messages.append(Given(Part(back, np.zeros_like(back), np.ones_like(back))))
+                self.messages.append(Given(Part(back, np.zeros_like(back), np.ones_like(back))))
         seconds = STEP_SECONDS + (FULL_SECONDS - STEP_SECONDS) * min(1.0, self.left / self._running)
         stop = self._step + STEPS
         self._admit(np.full(self._running - len(self._run), self._step))
@@ -117,13 +118,13 @@ class SimulatedMember(Member):
         few = wants_more(len(self._waiting), len(self._run))
         if few and (self._told is None or (len(self._waiting) < self._told and len(self._waiting) <= self._told // 2)):
             self._told = len(self._waiting)
-            pipe.messages.append(Wants(self._told, self._given))
+            self.messages.append(Wants(self._told, self._given))
         standing = None
         if now >= self._due:
             self._due = now + STANDING_SECONDS
-            standing = replace(self.standing, running=len(self._run), waiting=len(self._waiting))
+            standing = replace(self._standing, running=len(self._run), waiting=len(self._waiting))
         if len(done) or standing is not None:
-            pipe.messages.append(Finished(CompletionBatch(self._completions(done)), standing))
+            self.messages.append(Finished(CompletionBatch(self._completions(done)), standing))
         return STEPS * seconds
 
     @property
@@ -199,37 +200,41 @@ def share(count: int, rows: int, running: int) -> Shared:
 
     names = {"stop": Interruption(lambda: False), "tell": print}
     fleet: Any = timed("starting", lambda: Fleet(requests, limits, [()] * count, build, **names))  # pyright: ignore
-    members = [SimulatedMember(number, Standing.before(limits), length, running) for number in range(count)]
-    fleet._members = members
+    processes: list[SimulatedProcess] = []
+
+    def start(member: Member) -> None:
+        run = fleet._next_run(member) or Part.joined([])
+        processes.append(SimulatedProcess(run, Standing.before(limits), length, running))
+        member.begin(processes[-1])
+
     events = [(clock.now + STEP_SECONDS * number / count, number) for number in range(count)]
     first, messages, read, real = clock.now, 0, 0, fleets.time
     fleets.time = clock  # pyright: ignore
     try:
-        for member in members:
-            timed("starting", partial(fleet._start, member))
+        for member in fleet._members:
+            timed("starting", partial(start, member))
         while fleet._ledger.left:
             clock.now, number = heapq.heappop(events)
-            member = members[number]
-            heapq.heappush(events, (clock.now + member.advance(clock.now), number))
-            pipe: Any = member.pipe
-            while pipe.messages:
+            member, process = fleet._members[number], processes[number]
+            heapq.heappush(events, (clock.now + process.advance(clock.now), number))
+            while process.messages:
                 messages += 1
                 if messages % PICKLED == 1:
                     read += 1
-                    timed("reading", partial(pickle.loads, pickle.dumps(pipe.messages[0])))
+                    timed("reading", partial(pickle.loads, pickle.dumps(process.messages[0])))
                 timed("taking in", lambda member=member: fleet._take(member, member.receive()))
             timed("dividing", fleet._feed)
     finally:
         fleets.time = real
     cpu["reading"] *= messages / read
-    busy = np.array([member.busy for member in members]) - first
+    busy = np.array([process.busy for process in processes]) - first
     return Shared(
         makespan=float(busy.max()),
         first_idle=float(busy.min()),
         ideal=float(length.sum(dtype=np.int64)) / (count * running) * FULL_SECONDS,
         alone=alone(length[rng.permutation(rows)[: rows // count]], running),
-        finished=sum(member.finished for member in members),
-        runs=count + sum(member.parts for member in members),
+        finished=sum(member.finished for member in fleet._members),
+        runs=count + sum(member.parts for member in fleet._members),
         messages=messages,
         cpu=cpu,
     )
@@ -238,12 +243,12 @@ def share(count: int, rows: int, running: int) -> Shared:
 def alone(length: Int32, running: int) -> float:
     """Seconds that a member takes for samples of these lengths by itself."""
     limits = SchedulerLimits(16, 1 << 20, running, 2 * running, 100, None)
-    member, now = SimulatedMember(0, Standing.before(limits), length, running), 0.0
     every = np.arange(len(length), dtype=np.int32)
-    member.fork(None, Part(every, np.zeros_like(every), np.ones_like(every)), None, None, None)  # pyright: ignore
-    while member.left:
-        now += member.advance(now)
-    return member.busy
+    part = Part(every, np.zeros_like(every), np.ones_like(every))
+    process, now = SimulatedProcess(part, Standing.before(limits), length, running), 0.0
+    while process.left:
+        now += process.advance(now)
+    return process.busy
 
 
 def main() -> None:

@@ -87,7 +87,8 @@ def test_rows_with_settings_of_their_own(tmp_path: Path) -> None:
 
 def test_requests_of_a_batch_file(tmp_path: Path) -> None:
     _, samples = complete("openai_batch", tmp_path / "out")
-    assert [sample["custom_id"] for sample in samples] == ["capital", *["colours"] * 3, "texts"]
+    # Whole requests, whatever the limit.
+    assert [sample["custom_id"] for sample in samples] == ["capital", *["colours"] * 3, *["texts"] * 2]
     job = Job.load("jobs/openai_batch.yaml", *SMALL, CHAT, f"output.path={tmp_path / 'all'}", "input.limit=null")
     assert (run(job).ok, run(job).exit_code) == (6, 0)
     written = write_results(tmp_path / "all", tmp_path / "results.jsonl")

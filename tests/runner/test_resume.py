@@ -21,7 +21,7 @@ from support import tiny_models
 
 from tokabatch import Job, RunSummary, cli, plan, run
 from tokabatch.errors import OutputError
-from tokabatch.input import fingerprint
+from tokabatch.input import verifier_files
 from tokabatch.input.store import kept_input
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.model import file_digests
@@ -443,8 +443,8 @@ def test_other_tokens_of_the_same_rows_are_refused_with_the_versions(go, rows, t
 
 def test_another_verifier_is_another_job(go, tmp_path, monkeypatch):
     source = tmp_path / "gsm8k.py"
-    source.write_bytes(fingerprint.verifier_path("gsm8k").read_bytes())
-    monkeypatch.setattr(fingerprint, "verifier_path", lambda kind: source)
+    source.write_bytes(verifier_files.verifier_path("gsm8k").read_bytes())
+    monkeypatch.setattr(verifier_files, "verifier_path", lambda kind: source)
     go(steps=20)
     assert go(steps=2).earlier > 0
     source.write_text(source.read_text() + "\n# edited")
