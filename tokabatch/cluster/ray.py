@@ -41,14 +41,14 @@ from tokabatch.scheduling.contracts import Requests
 ADDRESS = "RAY_ADDRESS"
 TOKEN_BYTES = 32
 HELLO_SECONDS = 2.0
-"""In which whoever connects has to say the token."""
+"""A connection that has not sent the token by then is closed."""
 CONNECT_SECONDS = 30.0
 CHECK_SECONDS = 0.5
-"""How often Ray is asked whether an actor has ended of which nothing is heard."""
+"""Interval between checks with Ray whether an actor that sends nothing has ended."""
 PATIENCE_SECONDS = 15.0
 """How long an actor may wait for its place before the user is told."""
 LAST_WORDS_SECONDS = 5.0
-"""In which Ray says why an actor is gone whose connection has ended; it may find out later than the driver does."""
+"""Timeout for Ray's report of why an actor ended; it may come later than the end of the connection."""
 _KEEPALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 """A connection to a host that is gone without a word ends after half a minute."""
 

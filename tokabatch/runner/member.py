@@ -332,7 +332,7 @@ def serve(
     outbox: queue.Queue[Message | None] = queue.Queue(MAX_UNSENT)
     inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
     stopped = threading.Event()
-    sender = threading.Thread(target=_send, args=(outbox, pipe), daemon=True)
+    sender = threading.Thread(target=send_messages, args=(outbox, pipe), daemon=True)
     sender.start()
     requests = ledger.plan.part(first.prompts, first.first, first.stop)
     replica = build(number, requests, before, stop=Interruption(stopped.is_set), tell=outbox.put)
@@ -449,8 +449,9 @@ class _Loop:
         return []
 
 
-def _send(outbox: queue.Queue[Message | None], pipe: Connection) -> None:
-    """Send what is put in, until None is. Once main has closed the pipe, nothing is sent any more; the rest is `_listen`'s."""
+def send_messages(outbox: queue.Queue[Any], pipe: Connection) -> None:
+    """Send what is put into the queue, until None is; in between a None as a heartbeat. Once main has closed the pipe, nothing
+    is sent any more: what follows from that is up to the thread that receives."""
     while True:
         beat = False
         try:

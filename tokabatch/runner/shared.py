@@ -77,7 +77,7 @@ class Shared:
 
 
 def cut_earlier_run(job: Job, shared: Shared, on_rows: OnRows, tell: Callable[[str], None], stop: Interruption) -> None:
-    """Where the folder holds a run that is not cut into units, cut it once nobody writes there. Raises UsageError."""
+    """Cut a run that was begun without units into units, once no other process writes to its folder. Raises UsageError."""
     path, told = Path(job.output.path), False
     while _lacks_units(read_manifest(OutputFolder(path))):
         try:

@@ -27,6 +27,7 @@ from tokabatch.engine.heartbeat import die_with_parent
 from tokabatch.errors import EngineError, Stopped, TokabatchError
 from tokabatch.report.streams import make_tolerant
 from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.member import BEAT_SECONDS, send_messages
 from tokabatch.runner.replica import Replica, Standing
 from tokabatch.scheduling.completion_batch import CompletionBatch
 from tokabatch.scheduling.contracts import Completion, Requests
@@ -40,8 +41,6 @@ STANDING_SECONDS = 0.5
 MAX_UNSENT = 64
 """Messages on their way to main: where it takes them more slowly, steps wait."""
 STOP_SECONDS = 10.0
-BEAT_SECONDS = 0.5
-"""How often the process sends a heartbeat while it has nothing to report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +189,7 @@ class EngineProcess:
         self._receive(self, last)
 
     def _receive_all(self) -> None:
-        """Return when the process is gone; where it gives no sign of life, it is killed. Until the first one it imports."""
+        """Return when the process is gone; without heartbeats it is killed. Until the first one it imports."""
         heard = False
         while self._silent <= self._hang_seconds:
             try:
@@ -224,7 +223,7 @@ def _main(pipe: Connection, pickled: bytes) -> None:
     inbox: queue.SimpleQueue[Add | Cancel | None] = queue.SimpleQueue()
     stopped = threading.Event()
     spec: EngineSpec = pickle.loads(pickled)
-    sender = threading.Thread(target=_send, args=(outbox, pipe), daemon=True)
+    sender = threading.Thread(target=send_messages, args=(outbox, pipe), daemon=True)
     sender.start()
     replica = Replica(
         Scheduler(spec.nothing, spec.limits, spec.stops),
@@ -326,20 +325,6 @@ def _behind(output: Generated, count: int) -> Generated:
     """The same without its first tokens."""
     parts = (output.tokens, output.logprobs, output.top_ids, output.top_logprobs)
     return Generated(*(None if part is None else part[count:] for part in parts))  # type: ignore[arg-type]
-
-
-def _send(outbox: queue.Queue[Message | None], pipe: Connection) -> None:
-    """Send what is put in, until None is; and None as a sign of life."""
-    while True:
-        beat = False
-        try:
-            message = outbox.get(timeout=BEAT_SECONDS)
-        except queue.Empty:
-            message, beat = None, True
-        if message is None and not beat:
-            return
-        with suppress(OSError):
-            pipe.send(message)
 
 
 def _listen(pipe: Connection, inbox: queue.SimpleQueue[Any], stopped: threading.Event) -> None:
