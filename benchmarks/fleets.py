@@ -29,7 +29,8 @@ from tokabatch.runner import fleet as fleets
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Part, to_give, wants_more
-from tokabatch.runner.member import STANDING_SECONDS, Member, unpacked
+from tokabatch.runner.member import Member
+from tokabatch.runner.member_process import STANDING_SECONDS, unpacked
 from tokabatch.runner.messages import Finished, Given, Share, Wants
 from tokabatch.runner.replica import Standing
 from tokabatch.scheduling.completion_batch import CompletionBatch

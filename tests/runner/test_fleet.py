@@ -124,8 +124,8 @@ def nothing_is_left() -> Iterator[None]:
 
 @pytest.mark.parametrize("pause", [0.0, 0.02], ids=["taken at once", "taken slowly"])
 def test_samples_and_figures_are_those_of_a_replica_in_this_process(pause, monkeypatch):
-    monkeypatch.setattr("tokabatch.runner.member.MAX_UNSENT", 1)
-    monkeypatch.setattr("tokabatch.runner.member.SAMPLES_SENT", 2)
+    monkeypatch.setattr("tokabatch.runner.member_process.MAX_UNSENT", 1)
+    monkeypatch.setattr("tokabatch.runner.member_process.SAMPLES_SENT", 2)
     work = Work()
     for _ in work.run():
         time.sleep(pause)
@@ -152,7 +152,7 @@ def test_another_process_goes_on_where_one_was_killed():
 
 
 def test_a_process_that_stands_still_is_killed_and_another_goes_on(monkeypatch):
-    monkeypatch.setattr("tokabatch.runner.member.BEAT_SECONDS", 0.1)
+    monkeypatch.setattr("tokabatch.runner.member_process.BEAT_SECONDS", 0.1)
     work = Work(partial(Device, 0.005, load_seconds=2.0), max_restarts=1, hang_seconds=1.0)
     stopped = False
     for _ in work.run():

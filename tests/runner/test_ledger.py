@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support import token_device
 
 from tokabatch.runner.ledger import Ledger, Part
-from tokabatch.runner.member import packed, unpacked
+from tokabatch.runner.member_process import packed, unpacked
 from tokabatch.scheduling.contracts import Completion, Drawn, Requests, SamplingParams
 
 

@@ -33,7 +33,7 @@ from tokabatch.errors import EngineError, JobError, ReplicaLost, UsageError
 from tokabatch.job import EngineConfig
 from tokabatch.parallel.layout import Layout
 from tokabatch.runner.ledger import Ledger, Part
-from tokabatch.runner.member import Build, serve
+from tokabatch.runner.member_process import Build, serve
 from tokabatch.runner.messages import Message, Order
 from tokabatch.runner.replica import Standing
 from tokabatch.scheduling.contracts import Requests

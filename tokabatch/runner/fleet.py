@@ -24,7 +24,8 @@ from tokabatch.forecast.step_log import StepLog, Steps, by_time
 from tokabatch.report.summary import ReplicaShare
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger, Part, to_give
-from tokabatch.runner.member import STANDING_SECONDS, STOP_SECONDS, Build, Fork, Launch, Member
+from tokabatch.runner.member import STOP_SECONDS, Fork, Launch, Member
+from tokabatch.runner.member_process import STANDING_SECONDS, Build
 from tokabatch.runner.messages import Cancel, Ended, Finished, Given, Lengths, Message, Share, Suspects, Wants, Withdraw
 from tokabatch.runner.replica import ReplicaCounts, Standing
 from tokabatch.runner.row_stops import RowLimits

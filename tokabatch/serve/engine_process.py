@@ -27,7 +27,7 @@ from tokabatch.engine.heartbeat import die_with_parent
 from tokabatch.errors import EngineError, Stopped, TokabatchError
 from tokabatch.report.streams import make_tolerant
 from tokabatch.runner.interruption import Interruption
-from tokabatch.runner.member import BEAT_SECONDS, send_messages
+from tokabatch.runner.member_process import BEAT_SECONDS, send_messages
 from tokabatch.runner.replica import Replica, Standing
 from tokabatch.scheduling.completion_batch import CompletionBatch
 from tokabatch.scheduling.contracts import Completion, Requests

@@ -1,0 +1,233 @@
+"""What the process of a member does: it steps its replica, takes orders between steps, and sends what is finished.
+
+It is given work, and gives some back, between steps. Finished samples go to main in their order, by a thread whose queue is
+bounded: where recording is the slower of the two, the steps are held up instead of memory.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import numpy as np
+
+from tokabatch.arrays import Int64
+from tokabatch.errors import EngineError, Stopped, TokabatchError
+from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.ledger import Ledger, Part, to_give, wants_more
+from tokabatch.runner.messages import (
+    Cancel,
+    Ended,
+    Finished,
+    Given,
+    Lengths,
+    Message,
+    Order,
+    Share,
+    Suspects,
+    Wants,
+    Withdraw,
+)
+from tokabatch.runner.replica import Replica, Standing
+from tokabatch.scheduling.completion_batch import CompletionBatch
+from tokabatch.scheduling.contracts import Completion, Requests
+
+MAX_UNSENT = 64
+"""Messages that may be on their way to main."""
+SAMPLES_SENT = 2048
+"""Finished samples in a message at most: main decodes the first of a step while the next ones are on their way."""
+STANDING_SECONDS = 0.1
+BEAT_SECONDS = 0.5
+"""How often the process sends a heartbeat while it has nothing to report."""
+
+
+class Build(Protocol):
+    """What makes the replica of a member, by its number, for its first requests; `before` is the standing of the replica whose
+    place it takes, and whose counts go on."""
+
+    def __call__(
+        self, number: int, requests: Requests, before: Standing, *, stop: Interruption, tell: Callable[[str], None]
+    ) -> Replica: ...
+
+
+def packed(part: Part) -> bytes:
+    """A part in few bytes: mostly, prompts that follow one another, of each all samples."""
+    table = np.stack((np.diff(part.prompts, prepend=np.int32(0)), part.first, part.stop))
+    return zlib.compress(table.astype(np.int32).tobytes(), 1)
+
+
+def unpacked(text: bytes) -> Part:
+    """What `packed` made these bytes of."""
+    step, first, stop = np.frombuffer(zlib.decompress(text), np.int32).reshape(3, -1)
+    return Part(np.cumsum(step, dtype=np.int32), first, stop)
+
+
+def serve(
+    pipe: Connection,
+    number: int,
+    build: Build,
+    first: Part,
+    ledger: Ledger,
+    before: Standing,
+    interval: float | None,
+) -> None:
+    """What the process of member `number` does until it is told to end, in its main thread: `build` the replica for the `first`
+    part of the plan, whose counts go on from `before`, and step. `interval` is the time between two standings that are sent, in
+    seconds; None sends the first and the last alone. Where main has closed the pipe the process ends at once."""
+    outbox: queue.Queue[Message | None] = queue.Queue(MAX_UNSENT)
+    inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+    stopped = threading.Event()
+    sender = threading.Thread(target=send_messages, args=(outbox, pipe), daemon=True)
+    sender.start()
+    requests = ledger.plan.part(first.prompts, first.first, first.stop)
+    replica = build(number, requests, before, stop=Interruption(stopped.is_set), tell=outbox.put)
+    over = threading.Event()
+    threading.Thread(target=_listen, args=(pipe, inbox, stopped, replica, over), daemon=True).start()
+    loop = _Loop(replica, ledger, inbox, outbox, interval)
+    error: TokabatchError | None = None
+    try:
+        loop.run(stopped)
+    except TokabatchError as fault:
+        error = fault
+    except Stopped:
+        pass
+    except Exception as fault:
+        reason = " ".join(traceback.format_exception_only(fault)[-1].split())
+        error = EngineError(f"the scheduler failed: {reason}; please report this with the job file\n{traceback.format_exc()}")
+    outbox.put(Ended(replica.standing(), replica.steps(), tuple(loop.idle), error))
+    outbox.put(None)
+    sender.join()
+    over.set()
+    replica.close()
+
+
+class _Loop:
+    """Steps, and between them what main has sent."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        ledger: Ledger,
+        inbox: queue.SimpleQueue[Order | None],
+        outbox: queue.Queue[Message | None],
+        interval: float | None,
+    ) -> None:
+        self.idle: list[tuple[float, float]] = []
+        self._replica = replica
+        self._ledger = ledger
+        self._inbox, self._outbox = inbox, outbox
+        self._interval = interval
+        self._parts = 0
+        self._told: int | None = None
+        """Samples that waited when main was told that more is wanted."""
+        self._suspects: Int64 = np.zeros(0, np.int64)
+        self._due = 0.0
+
+    def run(self, stopped: threading.Event) -> None:
+        """Until main says to stop."""
+        replica = self._replica
+        # The first standing tells that the model is loaded: it is always sent.
+        self._tell(replica.start())
+        while not stopped.is_set():
+            completions: list[Completion] = []
+            if replica.scheduler.done:
+                self._due = 0.0 if self._interval is not None else self._due
+                self._tell([])
+                self._want()
+                began = time.monotonic()
+                order = self._inbox.get()
+                self.idle.append((began, time.monotonic()))
+                completions += self._obey(order)
+            with suppress(queue.Empty):
+                while True:
+                    completions += self._obey(self._inbox.get_nowait())
+            if not replica.scheduler.done and not stopped.is_set():
+                completions += replica.step()
+                self._want()
+            self._tell(completions)
+
+    def _tell(self, completions: list[Completion]) -> None:
+        now = time.monotonic()
+        while len(completions) > SAMPLES_SENT:
+            self._outbox.put(Finished(CompletionBatch(completions[:SAMPLES_SENT]), None))
+            completions = completions[SAMPLES_SENT:]
+        if now >= self._due:
+            standing = self._replica.standing(foresee=self._interval is not None)
+            self._outbox.put(Finished(CompletionBatch(completions), standing))
+            self._due = float("inf") if self._interval is None else now + max(self._interval, STANDING_SECONDS)
+        elif completions:
+            self._outbox.put(Finished(CompletionBatch(completions), None))
+        suspects = self._replica.scheduler.suspected_rows()
+        if not np.array_equal(suspects, self._suspects):
+            self._outbox.put(Suspects(suspects))
+        self._suspects = suspects
+
+    def _want(self) -> None:
+        """Say where few samples wait, and again when they are half as many."""
+        waiting = self._replica.waiting
+        few = wants_more(waiting, self._replica.scheduler.num_running)
+        if few and (self._told is None or (waiting < self._told and waiting <= self._told // 2)):
+            self._outbox.put(Wants(waiting, self._parts))
+            self._told = waiting
+
+    def _obey(self, order: Any) -> list[Completion]:
+        replica, ledger = self._replica, self._ledger
+        if isinstance(order, bytes):
+            part = unpacked(order)
+            self._parts, self._told = self._parts + 1, None
+            return replica.extend(ledger.plan.part(part.prompts, part.first, part.stop))
+        if isinstance(order, Share):
+            waiting = replica.waiting
+            given = replica.give_back(to_give(replica.scheduler.num_running + waiting, waiting, order.held))
+            self._outbox.put(Given(Part.joined([ledger.part(requests) for requests in given])))
+        elif isinstance(order, Withdraw):
+            pieces: list[Part] = []
+            for row, prompt in zip(order.rows.tolist(), ledger.prompts(order.rows).tolist(), strict=True):
+                samples = replica.withdraw(row)
+                pieces.append(Part(np.full(len(samples), prompt, np.int32), samples, samples + 1))
+            self._outbox.put(Given(Part.joined(pieces)))
+        elif isinstance(order, Cancel):
+            for row, first in zip(order.rows.tolist(), order.first.tolist(), strict=True):
+                replica.withdraw(row, first)
+        elif isinstance(order, Lengths):
+            replica.scheduler.learn(order.length, order.stopped)
+        return []
+
+
+def send_messages(outbox: queue.Queue[Any], pipe: Connection) -> None:
+    """Send what is put into the queue, until None is; in between a None as a heartbeat. Once main has closed the pipe, nothing
+    is sent any more: what follows from that is up to the thread that receives."""
+    while True:
+        beat = False
+        try:
+            message = outbox.get(timeout=BEAT_SECONDS)
+        except queue.Empty:
+            message, beat = None, True
+        if message is None and not beat:
+            return
+        with suppress(OSError):
+            pipe.send(message)
+
+
+def _listen(
+    pipe: Connection, inbox: queue.SimpleQueue[Any], stopped: threading.Event, replica: Replica, over: threading.Event
+) -> None:
+    """Hand on what main sends; None means to stop. Where main closes the pipe before all is `over`, the worker and this process
+    end, whatever they stand at."""
+    with suppress(EOFError, OSError):
+        while True:
+            order = pipe.recv()
+            if order is None:
+                stopped.set()
+            inbox.put(order)
+    if not over.is_set():
+        replica.close()
+        os._exit(1)
