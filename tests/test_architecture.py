@@ -168,8 +168,7 @@ def test_only_the_command_line_prints_or_exits():
 SWALLOWING = {"exists", "is_file", "is_dir", "is_symlink", "glob", "rglob", "lexists", "isfile", "isdir", "walk", "rmtree"}
 """They take what cannot be reached for what is not there, from one version of Python on or always."""
 OF_OUTPUT_FOLDERS = (
-    *("output/" + name + ".py" for name in "folder journal inspection manifest existing_results integrity status".split()),
-    *("output/" + name + ".py" for name in "export steps shards joining remedy scratch same_job units leases".split()),
+    *(f"output/{file.name}" for file in sorted(PACKAGE.glob("output/*.py"))),
     *("storage/" + name + ".py" for name in "atomic_files listing".split()),
     *("runner/" + name + ".py" for name in "resume recorder run plan shared supply".split()),
     *("input/store/row_digests.py", "report/review.py"),

@@ -22,7 +22,7 @@ from tokabatch.job import Job, ModelConfig, verifier_path
 from tokabatch.model.checkpoint import read_checkpoint
 from tokabatch.model.families import read_spec
 from tokabatch.model.resolve import resolve_model
-from tokabatch.output.folder import check_output
+from tokabatch.output.probe import check_output
 from tokabatch.scoring.pool import open_pool
 
 _MOST_FILES = 64

@@ -26,10 +26,11 @@ from tokabatch import Job, RunSummary, plan, run
 from tokabatch.errors import DamageError, OutputError
 from tokabatch.output import export as export_module
 from tokabatch.output import folder as folder_module
+from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import drop_errors
 from tokabatch.output.export import export
-from tokabatch.output.folder import Claim
 from tokabatch.output.integrity import check
+from tokabatch.output.lock import is_claimed
 from tokabatch.output.scratch import PREFIX, scratch_folder
 from tokabatch.output.status import read_status
 from tokabatch.report.progress import NullProgress
@@ -224,7 +225,7 @@ def test_verify_beside_a_writer_says_so(go: Go, tmp_path: Path, monkeypatch: pyt
     with Claim(out) as claim:
         found = check(out)
         assert (found.exit_code, found.running) == (0, True)
-        assert claim.folder.is_claimed()
+        assert is_claimed(claim.folder)
         whole = (out / "data" / "part-00000.parquet").read_bytes()
         (out / "data" / "part-00000.parquet").write_bytes(b"")
         found = check(out)

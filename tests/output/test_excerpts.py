@@ -10,11 +10,11 @@ import pytest
 
 from tokabatch.errors import DamageError
 from tokabatch.input.fingerprint import Fingerprint
+from tokabatch.output.claim import Claim
 from tokabatch.output.excerpts import ErrorRow, error_rows, excerpts
-from tokabatch.output.folder import Claim
 from tokabatch.output.manifest import Manifest, Versions, write_manifest
 from tokabatch.output.schema import CORRECT, VERDICT_FIELDS, output_schema
-from tokabatch.output.shards import ShardWriter
+from tokabatch.output.shard_writer import ShardWriter
 
 MANIFEST = Manifest("2026-01-02T03:04:05+00:00", "/", "m", Versions("1", "2", "3", "4"), 9, 18, {}, Fingerprint({}, {}))
 

@@ -22,10 +22,11 @@ import pytest
 
 from tokabatch.errors import OutputError, RowError
 from tokabatch.output import export as export_module
+from tokabatch.output.claim import Claim
 from tokabatch.output.export import Selection, _check_shards, export
-from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.folder import OutputFolder
 from tokabatch.output.schema import VERDICT_FIELDS, FailedRow, build_table, output_schema, sample_keys
-from tokabatch.output.shards import ShardWriter
+from tokabatch.output.shard_writer import ShardWriter
 from tokabatch.scheduling.contracts import NO_COUNTS, Completion
 
 UTC = datetime.timezone.utc

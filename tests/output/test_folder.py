@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from tokabatch.errors import CommitError, DamageError
-from tokabatch.output import folder
-from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output import claim as claims
+from tokabatch.output.claim import Claim
+from tokabatch.output.folder import OutputFolder
 from tokabatch.output.journal import Shard
+from tokabatch.output.lock import is_claimed
 from tokabatch.storage.atomic_files import DurableFiles
 from tokabatch.storage.listing import mark_of
 
@@ -82,12 +84,12 @@ def test_a_reader_on_nfs_goes_by_the_leases_where_it_gets_no_exclusive_lock(
 
     with begin(out):
         monkeypatch.setattr(fcntl, "flock", flock)
-        assert not OutputFolder(out).is_claimed()
+        assert not is_claimed(OutputFolder(out))
         lease = out / "_units" / "3.lease"
         lease.touch()
-        assert OutputFolder(out).is_claimed()
+        assert is_claimed(OutputFolder(out))
         os.utime(lease, (time.time() - 3600,) * 2)
-        assert not OutputFolder(out).is_claimed()
+        assert not is_claimed(OutputFolder(out))
 
 
 def test_committed_files_are_looked_at_rarely_where_that_takes_long_and_always_in_the_end(
@@ -113,10 +115,10 @@ def test_committed_files_are_looked_at_rarely_where_that_takes_long_and_always_i
         for _ in range(10):
             claim.check_folder(sparingly=True)
         assert looks == 1
-        monkeypatch.setattr(folder, "RARELY", 0)
+        monkeypatch.setattr(claims, "RARELY", 0)
         claim.check_folder(sparingly=True)
         assert looks == 2
-        monkeypatch.setattr(folder, "RARELY", 1000)
+        monkeypatch.setattr(claims, "RARELY", 1000)
         path.unlink()
         claim.check_folder(sparingly=True)
         with pytest.raises(DamageError, match="part-00000"):

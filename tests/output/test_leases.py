@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tokabatch.output import leases
-from tokabatch.output.folder import Claim
+from tokabatch.output.claim import Claim
 from tokabatch.output.leases import Holder, Leases
 from tokabatch.storage.atomic_files import DurableFiles
 

@@ -20,9 +20,11 @@ from support.faulty_files import Failing
 
 from tokabatch.errors import OutputError
 from tokabatch.input.fingerprint import Fingerprint
-from tokabatch.output.folder import Claim, check_output
+from tokabatch.output.claim import Claim
+from tokabatch.output.lock import is_claimed
 from tokabatch.output.manifest import Manifest, Versions, mark_success, read_manifest, write_manifest, write_summary
-from tokabatch.output.shards import ShardWriter
+from tokabatch.output.probe import check_output
+from tokabatch.output.shard_writer import ShardWriter
 from tokabatch.storage.atomic_files import DurableFiles, publish
 
 WRITTEN = ["open_new", "write", "fsync", "close"]
@@ -110,7 +112,7 @@ def test_rows_left_over_by_a_full_shard_wait_anew(tmp_path: Path) -> None:
 
 
 def test_many_bytes_are_cut_before_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokabatch.output.shards.SHARD_BYTES", 100)
+    monkeypatch.setattr("tokabatch.output.shard_writer.SHARD_BYTES", 100)
     with Claim(tmp_path / "out") as claim:
         writer = writer_for(claim)
         writer.add(rows(0, 50))
@@ -216,7 +218,7 @@ def test_an_interrupt_behind_the_publishing_does_not_repeat_the_shard(tmp_path: 
     with Claim(tmp_path / "out") as claim:
         writer = writer_for(claim)
         writer.add(rows(0, 3))
-        monkeypatch.setattr("tokabatch.output.shards.publish", interrupted)
+        monkeypatch.setattr("tokabatch.output.shard_writer.publish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             writer.commit()
         monkeypatch.undo()
@@ -340,9 +342,9 @@ def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path: Path, monkeypatch: 
             lock_file.unlink()
         real(descriptor, operation)
 
-    monkeypatch.setattr("tokabatch.output.folder.fcntl.flock", flock)
+    monkeypatch.setattr("tokabatch.output.lock.fcntl.flock", flock)
     with Claim(out) as claim:
-        assert lock_file.exists() and claim.folder.is_claimed()
+        assert lock_file.exists() and is_claimed(claim.folder)
 
 
 def test_check_output_refuses_as_a_claim_does_and_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +387,7 @@ def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
 def test_one_writer_a_folder_and_the_claim_dies_with_its_process(tmp_path: Path) -> None:
     out = tmp_path / "out"
     program = (
-        "import sys; from pathlib import Path; from tokabatch.output.folder import Claim\n"
+        "import sys; from pathlib import Path; from tokabatch.output.claim import Claim\n"
         "claim = Claim(Path(sys.argv[1])); print('claimed', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(out)]
@@ -395,8 +397,8 @@ def test_one_writer_a_folder_and_the_claim_dies_with_its_process(tmp_path: Path)
             Claim(out)
         other.kill()
     with Claim(out) as claim:
-        assert claim.folder.is_claimed()
-    assert not claim.folder.is_claimed()
+        assert is_claimed(claim.folder)
+    assert not is_claimed(claim.folder)
 
 
 def manifest() -> Manifest:

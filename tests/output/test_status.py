@@ -11,9 +11,10 @@ import pytest
 
 from tokabatch.errors import OutputError
 from tokabatch.input.fingerprint import Fingerprint
-from tokabatch.output.folder import Claim
+from tokabatch.output.claim import Claim
+from tokabatch.output.lock import is_claimed
 from tokabatch.output.manifest import Manifest, Versions, mark_success, write_manifest
-from tokabatch.output.shards import ShardWriter
+from tokabatch.output.shard_writer import ShardWriter
 from tokabatch.output.status import Pace, read_pace, read_status
 
 SCHEMA = pa.schema([("row_index", pa.int64()), ("status", pa.string()), ("correct", pa.bool_())])
@@ -107,7 +108,7 @@ def test_looking_does_not_disturb(tmp_path: Path) -> None:
     assert not out.exists()
     with Claim(out) as claim:
         read_status(out)
-        assert claim.folder.is_claimed()
+        assert is_claimed(claim.folder)
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.claim import Claim
+from tokabatch.output.folder import OutputFolder
 from tokabatch.output.schema import output_schema, verdict_fields
-from tokabatch.output.shards import ShardWriter
+from tokabatch.output.shard_writer import ShardWriter
 from tokabatch.output.stored_verdicts import read_verdicts
 
 

@@ -15,7 +15,7 @@ from support.scripted_run import scripted_engine, scripted_job, scripted_run
 from tokabatch import run
 from tokabatch.input.store import columns
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
-from tokabatch.output import joining, shards
+from tokabatch.output import joining, shard_writer
 from tokabatch.output import schema as output
 from tokabatch.runner import recorder
 
@@ -118,7 +118,7 @@ def test_a_value_that_cannot_be_written_costs_its_column_and_nothing_else(
 
 def test_little_is_left_to_write_after_the_last_result(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joining, "FEW_ROWS", 3)
-    monkeypatch.setattr(shards, "EARLY_ROWS", 3)
+    monkeypatch.setattr(shard_writer, "EARLY_ROWS", 3)
     monkeypatch.setattr(recorder, "BATCH_SAMPLES", 3)
     assert scripted_run(write(), tmp_path / "out", engine={"max_running": 2}).ok == 2 * ROWS
     sizes = [pq.read_metadata(path).num_rows for path in sorted((tmp_path / "out" / "data").iterdir())]

@@ -33,7 +33,7 @@ from tokabatch.input.store.tokenized_input import InputStore
 from tokabatch.output import folder as folder_module
 from tokabatch.output.export import Selection, Where, export
 from tokabatch.output.integrity import check
-from tokabatch.output.shards import ShardWriter
+from tokabatch.output.shard_writer import ShardWriter
 from tokabatch.output.status import read_status
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.report.review import write_report

@@ -15,7 +15,8 @@ from support.scripted_run import scripted_engine, scripted_job, scripted_run
 from tokabatch import run
 from tokabatch.errors import JobError, OutputError, Stopped
 from tokabatch.output import existing_results
-from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.claim import Claim
+from tokabatch.output.folder import OutputFolder
 from tokabatch.output.integrity import check
 from tokabatch.output.manifest import read_manifest
 from tokabatch.runner import score as scoring

@@ -17,7 +17,8 @@ from support.scripted_run import scripted_engine, scripted_job
 
 from tokabatch import Job, run
 from tokabatch.errors import EXIT_STOPPED, CommitError, Stopped
-from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.claim import Claim
+from tokabatch.output.folder import OutputFolder
 from tokabatch.output.leases import Leases
 from tokabatch.output.manifest import Manifest, read_manifest
 from tokabatch.runner import run as running

@@ -20,7 +20,7 @@ from tokabatch.input.store import columns
 from tokabatch.input.store import tokenized_input as store
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.output import schema as output
-from tokabatch.output import shards
+from tokabatch.output import shard_writer, shards
 from tokabatch.runner import recorder
 from tokabatch.runner.recorder import Recorder
 from tokabatch.storage import atomic_files as durable
@@ -91,11 +91,11 @@ LASTING: dict[str, tuple[Any, str]] = {
     "ids": (store.InputStore, "ids"),
     "lists of tokens": (output, "_nullable_list"),
     "a table": (recorder, "build_table"),
-    "taking a table over": (shards.ShardWriter, "take"),
-    "what is due": (shards.ShardWriter, "commit_due"),
+    "taking a table over": (shard_writer.ShardWriter, "take"),
+    "what is due": (shard_writer.ShardWriter, "commit_due"),
     "encoding": (shards, "write_parquet"),
     "counting": (shards, "count_ok"),
-    "publishing": (shards, "publish"),
+    "publishing": (shard_writer, "publish"),
     "syncing": (durable.NewFile, "sync"),
 }
 """Functions on the way of a sample to the disk."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tokabatch.output import folder, shards
+from tokabatch.output import claim, shard_writer
 from tokabatch.output.existing_results import nothing_committed
 from tokabatch.output.manifest import mark_success
 from tokabatch.runner import recorder
@@ -33,11 +33,9 @@ def no_fsync_of_folders() -> None:
 def written_under_the_final_name() -> None:
     """No temporary file: the shard grows where readers look for it."""
 
-    def write(self, table, temporary, final):
-        return shards.write_shard(self._claim, table, final, self._claim.folder.name_of(final))
-
-    shards.ShardWriter._write = write
-    shards.publish = lambda files, source, target: files.sync_folder(target.parent)
+    write = shard_writer.write_shard
+    shard_writer.write_shard = lambda claim, table, temporary, name: write(claim, table, claim.folder.path / name, name)
+    shard_writer.publish = lambda files, source, target: files.sync_folder(target.parent)
 
 
 @_mutant
@@ -55,23 +53,23 @@ def committed_keys_not_read_back() -> None:
 
 @_mutant
 def a_failed_commit_forgets_its_rows_and_goes_on() -> None:
-    real = shards.ShardWriter._commit
+    real = shard_writer.ShardWriter._commit
 
     def commit(self, unit, num_rows):
         books = self._state.units[unit]
         try:
             real(self, unit, num_rows)
         except OSError:
-            rest = shards.pa.concat_tables(books.waiting).slice(num_rows)
+            rest = shard_writer.pa.concat_tables(books.waiting).slice(num_rows)
             waiting = (rest,) if rest.num_rows else ()
-            self._state = self._state.with_books(unit, shards.replace(books, waiting=waiting, attempt=None))
+            self._state = self._state.with_books(unit, shard_writer.replace(books, waiting=waiting, attempt=None))
 
-    shards.ShardWriter._commit = commit
+    shard_writer.ShardWriter._commit = commit
 
 
 @_mutant
 def success_stays_while_the_run_goes_on() -> None:
-    folder.Claim.reopen = lambda self, *, keep_summary=False: None
+    claim.Claim.reopen = lambda self, *, keep_summary=False: None
 
 
 @_mutant
@@ -80,8 +78,8 @@ def success_is_marked_before_the_shards_are_there() -> None:
     finish = recorder.Recorder.finish
 
     def early(self, *hurry):
-        waiting = self._writer._state.units[shards.WHOLE].num_rows + len(self._waiting.finished)
-        marked = [*self._writer.shards, shards.Shard("data/part-99999.parquet", waiting, waiting, 0, 0, "none")]
+        waiting = self._writer._state.units[shard_writer.WHOLE].num_rows + len(self._waiting.finished)
+        marked = [*self._writer.shards, shard_writer.Shard("data/part-99999.parquet", waiting, waiting, 0, 0, "none")]
         mark_success(self._claim, marked, sum(shard.rows for shard in marked))
         return finish(self, *hurry)
 
@@ -91,14 +89,14 @@ def success_is_marked_before_the_shards_are_there() -> None:
 @_mutant
 def overwrite_deletes_the_manifest_first() -> None:
     """Cut short, it would leave samples of which nobody knows whose they are."""
-    real = folder.Claim.discard
+    real = claim.Claim.discard
 
     def discard(self):
         self.files.remove(self.folder.manifest)
         self.files.sync_folder(self.folder.path)
         real(self)
 
-    folder.Claim.discard = discard
+    claim.Claim.discard = discard
 
 
 @_mutant

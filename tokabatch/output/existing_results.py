@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 from tokabatch.arrays import Bool, Int64
 from tokabatch.errors import OutputError
 from tokabatch.input.store.json_types import JSON_TEXTS_KEY
-from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.claim import Claim
+from tokabatch.output.folder import OutputFolder
 from tokabatch.output.journal import Shard
 from tokabatch.output.schema import SAMPLE_SCHEMA, input_names, verdict_names
 from tokabatch.output.shards import count_cancelled, count_ok, open_shard, read_groups, record_commit, write_shard

@@ -19,6 +19,7 @@ from tokabatch.errors import DamageError, OutputError
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import Fault, inspect
 from tokabatch.output.journal import Shard
+from tokabatch.output.lock import is_claimed
 from tokabatch.output.manifest import Books, read_manifest
 from tokabatch.output.remedy import repair_command
 from tokabatch.output.shards import count_cancelled, count_ok, damaged, open_shard, read_groups
@@ -75,13 +76,13 @@ def check(path: Path) -> CheckedFolder:
     if found.running and found.faults:
         # It may have changed the folder between two looks; what is damaged stays so.
         again = consistently(lambda: _check(folder), path)
-        if set(again.faults) != set(found.faults) or not folder.is_claimed():
+        if set(again.faults) != set(found.faults) or not is_claimed(folder):
             return again
     return found
 
 
 def _check(folder: OutputFolder) -> CheckedFolder:
-    running = folder.is_claimed()
+    running = is_claimed(folder)
     manifest = read_manifest(folder)
     if manifest is None:
         why = "a run is starting there; try again later" if running else "give the folder named as output.path"
@@ -117,7 +118,7 @@ def _check(folder: OutputFolder) -> CheckedFolder:
         nothing = all(fault.kind == "foreign" or (fault.file == folder.success.name and manifest.run) for fault in faults)
         remedy = repair_command(folder, manifest, foreign, repair=not nothing)
     first_of_file = tuple({fault.file: fault for fault in reversed(faults)}.values())[::-1]
-    running = running or folder.is_claimed()
+    running = running or is_claimed(folder)
     return CheckedFolder(manifest.rows, books, tuple(good), inspected.success is not None, first_of_file, remedy, running)
 
 

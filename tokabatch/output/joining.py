@@ -23,17 +23,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from tokabatch.errors import DamageError, OutputError
-from tokabatch.output.folder import Claim
+from tokabatch.output.claim import Claim
 from tokabatch.output.journal import Shard
-from tokabatch.output.shards import (
-    ARROW_BYTES_KEY,
-    SHARD_BYTES,
-    open_shard,
-    read_groups,
-    record_commit,
-    shard_number,
-    write_shard,
-)
+from tokabatch.output.shard_writer import SHARD_BYTES
+from tokabatch.output.shards import ARROW_BYTES_KEY, open_shard, read_groups, record_commit, shard_number, write_shard
 from tokabatch.storage.listing import Changed, ListedFile, Mark, is_there
 
 FEW_ROWS, FEW_BYTES = 4096, 32 << 20

@@ -1,4 +1,4 @@
-"""Leases: which of several writers computes what. They save doubled work, and decide nothing: see output/folder.py.
+"""Leases: which of several writers computes what. They save doubled work, and decide nothing: see output/claim.py.
 
 A lease is a file in OUT/_units that says whose it is, taken by a hard link, which fails where another holds it. Its holder
 touches it three times in LEASE seconds, from a thread of its own, as long as its main thread calls `sign`. A reader takes it
@@ -18,7 +18,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tokabatch.output.folder import LEASE, Claim, OutputFolder
+from tokabatch.output.claim import Claim
+from tokabatch.output.folder import LEASE, OutputFolder
 from tokabatch.storage.atomic_files import NewFile
 from tokabatch.storage.listing import list_files, read_bytes
 

@@ -16,7 +16,8 @@ from typing import Any, cast
 
 from tokabatch.errors import DamageError
 from tokabatch.input.fingerprint import Fingerprint, is_of_verify
-from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.claim import Claim
+from tokabatch.output.folder import OutputFolder
 from tokabatch.output.journal import Shard
 from tokabatch.output.plain_json import to_json
 from tokabatch.storage.atomic_files import NewFile, publish

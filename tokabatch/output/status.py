@@ -20,6 +20,7 @@ from tokabatch.arrays import Int32
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.leases import Lease, read_leases
+from tokabatch.output.lock import is_claimed
 from tokabatch.output.manifest import Books, read_manifest
 from tokabatch.output.shards import count_cancelled, count_ok, open_shard, read_groups
 from tokabatch.output.units import unit_of_shard, unit_sizes
@@ -192,7 +193,7 @@ def output_lengths(path: Path) -> Int32:
 
 def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
     # Asked first: a run that ends in between must not look incomplete.
-    running = folder.is_claimed()
+    running = is_claimed(folder)
     manifest = read_manifest(folder)
     shards = recorded_shards(folder, manifest)
     ok = errors = cancelled = 0

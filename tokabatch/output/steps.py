@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokabatch.errors import DamageError, ForeignFileError, OutputError
-from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.claim import Claim
+from tokabatch.output.folder import OutputFolder
 from tokabatch.output.shards import PARQUET_OPTIONS
 from tokabatch.storage.atomic_files import NewFile, publish
 from tokabatch.storage.listing import Changed, ListedFile

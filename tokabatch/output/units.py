@@ -16,7 +16,8 @@ import numpy as np
 
 from tokabatch.arrays import Int32, Int64
 from tokabatch.errors import DamageError
-from tokabatch.output.folder import PLAN, Claim, OutputFolder
+from tokabatch.output.claim import Claim
+from tokabatch.output.folder import PLAN, OutputFolder
 from tokabatch.storage.atomic_files import write_whole
 from tokabatch.storage.listing import read_bytes
 

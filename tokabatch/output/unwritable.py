@@ -1,20 +1,37 @@
-"""Values that cannot be written: columns that cannot be built or encoded are null in the samples concerned, which are error
-rows that keep the rest."""
+"""What cannot be written. A column whose type Parquet does not hold is refused before a run; a value that cannot be built or
+encoded is null in its sample, which becomes an error row that keeps the rest."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyarrow as pa
 
-from tokabatch.errors import STOPS
+from tokabatch.errors import STOPS, OutputError
 from tokabatch.output.schema import CANCELLED, SAMPLE_SCHEMA, UnsampledRow, build_table
+from tokabatch.output.shards import write_parquet
 from tokabatch.scheduling.contracts import Completion
+from tokabatch.storage.parquet_file import ParquetFile
 
 CANNOT_BE_WRITTEN = "cannot_be_written"
 """The error code of a sample that was finished, but not all of whose columns can be written."""
 _WHO_AND_WHAT = ("row_index", "sample_index", "status", "error_code", "error_message")
 _MAX_FAULT = 300
+
+
+def refuse_unwritable(schema: pa.Schema) -> None:
+    """Raises OutputError where a column could be computed, but not written and read back as what it is."""
+    nullable = [field for field in schema if field.nullable]
+    if _fault_of(nullable) is None:
+        return
+    for field in nullable:
+        if fault := _fault_of([field]):
+            raise OutputError(
+                f"the column {field.name!r} has the type {field.type}, which Parquet does not hold with pyarrow "
+                f"{pa.__version__}: {fault}. Cast it in the input, or leave it out with output.columns=[...]."
+            )
 
 
 def build_piecemeal(schema: pa.Schema, key: pa.Table, build: Callable[[pa.Schema], pa.Table]) -> pa.Table:
@@ -54,6 +71,19 @@ def key_table(completions: Sequence[Completion], failures: Sequence[UnsampledRow
     fields = [SAMPLE_SCHEMA.field(name) for name in _WHO_AND_WHAT]
     texts = [""] * len(completions)
     return build_table(pa.schema(fields), completions, failures, texts=texts, ids=[], columns=pa.table({}))
+
+
+def _fault_of(fields: Sequence[pa.Field[Any]]) -> str | None:
+    """Why a row of nulls would not come back; None where it does."""
+    file = io.BytesIO()
+    try:
+        row = pa.Table.from_arrays([pa.nulls(2, field.type) for field in fields], schema=pa.schema(fields))
+        write_parquet(row.take(pa.array([1])), file)
+        found = ParquetFile(file).read().schema
+    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
+        return str(error)
+    changed = [kept.type for kept, field in zip(found, fields, strict=True) if not kept.type.equals(field.type)]
+    return f"it would be read back as {changed[0]}" if changed else None
 
 
 def _mended_row(table: pa.Table, encode: Callable[[pa.Table], object]) -> pa.Table:

@@ -17,7 +17,7 @@ from tokabatch.engine.warm_up import kinds_of_drawing
 from tokabatch.engine.worker import TraceSpec, WorkerSpec
 from tokabatch.errors import UsageError
 from tokabatch.job import Job
-from tokabatch.output.folder import Claim
+from tokabatch.output.claim import Claim
 from tokabatch.report.progress import Progress
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption

@@ -19,7 +19,7 @@ from tokabatch.forecast.profile import SavedProfile
 from tokabatch.forecast.simulate import FleetRules
 from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes
-from tokabatch.output.folder import check_output
+from tokabatch.output.probe import check_output
 from tokabatch.report.outlook import Outlook
 from tokabatch.report.plan_report import ModelFacts, PlanReport, ReplicaFacts
 from tokabatch.runner.ledger import Ledger, to_give, wants_more

@@ -25,11 +25,12 @@ import pyarrow.compute as pc
 from tokabatch.arrays import Int64
 from tokabatch.errors import STOPS, TokabatchError
 from tokabatch.job import Job
+from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import Committed
-from tokabatch.output.folder import Claim
 from tokabatch.output.reasoning import split_reasoning
 from tokabatch.output.schema import UnsampledRow, build_table, input_names, sample_keys, sample_texts, verdict_names
-from tokabatch.output.shards import Shard, ShardWriter, count_cancelled, count_ok, write_parquet
+from tokabatch.output.shard_writer import ShardWriter
+from tokabatch.output.shards import Shard, count_cancelled, count_ok, write_parquet
 from tokabatch.output.units import Units
 from tokabatch.output.unwritable import CANNOT_BE_WRITTEN, build_piecemeal, key_table, mended
 from tokabatch.runner.row_stops import RowStops

@@ -25,6 +25,7 @@ from tokabatch.errors import OutputError
 from tokabatch.input.store.kept_input import keep_input
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.job import Job, VerifyConfig
+from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import (
     Committed,
     drop_errors,
@@ -35,7 +36,7 @@ from tokabatch.output.existing_results import (
     remove_shards,
     replace_shard,
 )
-from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import Inspection, inspect
 from tokabatch.output.journal import Shard
 from tokabatch.output.manifest import (

@@ -33,8 +33,8 @@ from tokabatch.errors import (
 from tokabatch.forecast.cost_model import device_name, has_known_rates, read_profile, size_replica
 from tokabatch.forecast.step_log import Steps
 from tokabatch.job import Job
+from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import read_committed
-from tokabatch.output.folder import Claim
 from tokabatch.output.joining import join_small
 from tokabatch.output.leases import Leases
 from tokabatch.output.manifest import Books, mark_success, read_summary, write_summary

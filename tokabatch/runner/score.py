@@ -21,8 +21,9 @@ from tokabatch.errors import JobError, OutputError
 from tokabatch.input.files.arrow_rows import python_rows
 from tokabatch.input.fingerprint import is_of_verify, verify_settings
 from tokabatch.job import Job
+from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import replace_shard
-from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import inspect, recorded_shards
 from tokabatch.output.manifest import (
     VERIFIER_KEY,

@@ -23,8 +23,9 @@ from tokabatch.arrays import Int64
 from tokabatch.errors import BusyError, OutputError
 from tokabatch.input.store.kept_input import INDEX, can_be_kept, keep_input
 from tokabatch.job import Job
+from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import nothing_committed, read_committed
-from tokabatch.output.folder import Claim, OutputFolder
+from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.joining import join_small
 from tokabatch.output.journal import Shard

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tokabatch.output.folder import Claim
+from tokabatch.output.claim import Claim
 from tokabatch.output.leases import Leases
 from tokabatch.output.shards import read_groups, shard_number
 from tokabatch.output.units import Units, unit_of_shard

@@ -30,7 +30,7 @@ from tokabatch.input.tokenizer.stop_texts import describe_stops
 from tokabatch.job import GenerationConfig, Job
 from tokabatch.output.reasoning import ReasoningTags, choose_tags
 from tokabatch.output.schema import FailedRow, input_names, output_schema, verdict_fields
-from tokabatch.output.shards import refuse_unwritable
+from tokabatch.output.unwritable import refuse_unwritable
 from tokabatch.scheduling.contracts import Drawn, Requests
 from tokabatch.scoring.judge import ANSWER
 from tokabatch.scoring.pool import JudgePool, open_pool

@@ -1,0 +1,297 @@
+"""The claim on an output folder: what a process holds that writes there.
+
+One writer has the folder to itself by an exclusive lock; a file system that keeps no locks is refused. Several writers hold the
+lock together, which keeps a single one away, but no safety among them rests on it, nor on any clock:
+
+- Each sample is of one unit of the plan. Shards of unit u are named `part-u-k`, and a writer that publishes number k has read
+  all of u's shards that it saw, of which k is the first missing number; it adds only samples that these do not hold.
+- A name is given by a hard link (or a rename) that fails where the name exists, and no shard is removed while several write. So
+  number k is published once, after every lower one; whoever publishes it has read every shard of the unit that is there, or
+  else the number that it takes is taken. By induction the shards of a unit are disjoint. One that comes late, woken after
+  others took its unit over, fails, and drops what it has of the unit.
+- What is not removed cannot be missed: a listing out of date (NFS) shows fewer shards, and ends in a name that is taken.
+- A crash loses what is not published. Names and contents are on the disk before anything is said of them, as with one writer.
+- Each writer has its own `_tmp/WRITER` and its own journal. The manifest is published like a shard: the first one counts.
+- Leases (output/leases.py) say which units are being computed. Where they are wrong, work is done twice and dropped once.
+- _SUCCESS is written by whoever finds every sample there; the one that then has the lock to itself joins the small shards.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from tokabatch.errors import CommitError, DamageError, OutputError
+from tokabatch.output.folder import PLAN, OutputFolder
+from tokabatch.output.journal import Journal, Shard
+from tokabatch.output.lock import FolderLock
+from tokabatch.output.probe import probe, refuse_foreign
+from tokabatch.storage.atomic_files import DurableFiles, make_folders, write_whole
+from tokabatch.storage.listing import NO_MARK, Mark, is_there, list_files, mark_of, unreadable
+from tokabatch.storage.write_errors import is_full, may_pass, reason, remedy, unwritable
+
+LONG_LOOK, RARELY = 0.01, 20
+"""Where a look at all committed files takes longer than this, in seconds, so many times as long passes before the next."""
+
+
+class Claim:
+    """The right of one process to write into an output folder, until `release` or the process's end; of one among several where
+    it is given a name as a `writer`, which no other may have or have had.
+
+    Changes nothing of what an earlier run left, but for its unfinished files. Raises OutputError where the folder cannot be
+    written or holds what no run wrote, BusyError where another run writes there. The lock belongs to the open file: a forked
+    child holds it too, for as long as it lives. Everything is written through handles of the folders that were claimed,
+    wherever they move. A claim that wrote neither a manifest nor a shard takes away what it made.
+    """
+
+    def __init__(self, path: Path, files: DurableFiles | None = None, *, writer: str = "") -> None:
+        self.folder = OutputFolder(path, files, writer)
+        self.files = self.folder.files
+        self.files.alone, self._writer = not writer, writer
+        self.clears = not writer
+        """Whether what others left unfinished, and the input of a complete run, go with `release`. Not one of several writers':
+        on another host, whose locks may be apart, they may be in use."""
+        self.journal: Journal | None = None
+        """The record of commits, once the run has begun; a folder without a run has none."""
+        self.identity: Mapping[bytes, bytes] = {}
+        """What every shard says of its run, in its metadata."""
+        self._kept: dict[Path, tuple[bytes, Mark]] = {}
+        self._repair = ""
+        self._looked = self._look_seconds = 0.0
+        """When all committed files were looked at last, and how long that took."""
+        self._lock: FolderLock | None = None
+        self._made: list[Path] = []
+        self._told_moved = False
+        self._prepare()
+
+    @property
+    def committed(self) -> Collection[str]:
+        """The names of the shards that are known to stand in the folder."""
+        return () if self.journal is None else self.journal.shards
+
+    def write(self, target: Path, content: bytes, *, keep: bool = False) -> None:
+        """Replace one of the folder's small files atomically. One that is to `keep` is rewritten where others touch it while
+        the run goes on."""
+        write_whole(self.files, self.folder.temporary / target.name, target, content)
+        if keep and self.files.alone:
+            found = self.files.look(target)
+            self._kept[target] = content, NO_MARK if found is None else mark_of(found)
+
+    @contextmanager
+    def committing(self) -> Generator[None]:
+        """Around what writes results: raises CommitError where the system takes no more, OutputError where it never will."""
+        try:
+            yield
+        except OSError as error:
+            if is_full(error) and self.files.alone:
+                # What can be made again leaves its room to what cannot.
+                with suppress(OSError):
+                    self.files.remove_tree(self.folder.input)
+            kind = CommitError if may_pass(error) else OutputError
+            raise kind(
+                f"output.path {str(self.folder.path)!r} takes no more: {reason(error)}. What is committed is intact; "
+                f"{remedy(error)} and run the same command again to add the rest."
+            ) from error
+
+    def begin(self, run: str, identity: Mapping[bytes, bytes], shards: Iterable[tuple[Shard, Mark]], repair: str) -> None:
+        """From here on commits are recorded, and the committed files watched. `shards` stand in the folder, checked; `repair`
+        is the command that computes again what is damaged. Raises OSError."""
+        if self.journal is not None:
+            self.journal.close()
+        folder = self.folder
+        self.journal = Journal(self.files, folder.journal, folder.temporary / folder.commits.name, run, shards)
+        self.identity, self._repair = identity, repair
+        if self.files.alone:
+            # What killed writers left. Which host joins is for all hosts' last ones, until a run has the folder to itself.
+            kept = (PLAN, folder.joiner.name) if self._writer else (PLAN,)
+            for file in list_files(self.files, folder.units, lambda name: not name.startswith(kept)):
+                self.files.remove(file.path)
+
+    def take_alone(self) -> bool:
+        """Let go of the share of the lock; whether no other writer is left, and this claim is that of a single one until
+        `release`. Of several that end at once, one is: each lets go before it tries. The others write nothing from here on."""
+        assert self._lock is not None and not self.files.alone
+        if not self._lock.become_exclusive():
+            return False
+        if self.journal is not None:
+            self.journal.close()
+            self.journal = None
+        self.files.alone = True
+        self.folder.journal = self.folder.commits
+        return True
+
+    def check_lock(self) -> None:
+        """Raises CommitError where the lock is not this claim's any more: whatever were written now might meet another run."""
+        if self._lock is None or not self._lock.is_in_place():
+            raise CommitError(
+                f"output.path {str(self.folder.path)!r}: its lock (_lock) was removed while this run was writing, so "
+                "another run may be writing there. This run stops; what is committed is intact. Stop the other one, then run "
+                "the same command again."
+            )
+
+    def check_folder(self, *, sparingly: bool = False) -> None:
+        """Raises CommitError where the folder was moved, DamageError where a committed file is not there as it was committed,
+        OutputError for one that another process put beside them. Tells each of them once. A look at all committed files at each
+        commit comes to the square of their number: `sparingly` leaves it out where it took long, and that not long ago."""
+        moved = None if self._told_moved else self._moved()
+        if moved:
+            self._told_moved = True
+            raise CommitError(
+                f"output.path {str(self.folder.path)!r}: {moved} was moved or replaced while this run wrote. The run stops; "
+                "what is finished is committed where the folder is now. Move it back, or name its new place as output.path, "
+                "and run the same command again."
+            )
+        # What tells of the run is rewritten where others touched it.
+        for target, (content, mark) in list(self._kept.items()):
+            found = self.files.look(target)
+            if found is None or mark_of(found) != mark:
+                self.write(target, content, keep=True)
+        if self.journal is not None:
+            self.journal.restore()
+            began = time.monotonic()
+            if sparingly and self._look_seconds > LONG_LOOK and began < self._looked + RARELY * self._look_seconds:
+                return
+            self._check_shards(self.journal)
+            self._looked = time.monotonic()
+            self._look_seconds = self._looked - began
+
+    def reopen(self, *, keep_summary: bool = False) -> None:
+        """Take back the marks of an earlier end: from here on the run goes on; `keep_summary` where nothing is left to do."""
+        if is_there(self.files, self.folder.success):
+            probe(self.folder)
+        for mark in (self.folder.success, self.folder.summary):
+            if is_there(self.files, mark) and not (keep_summary and mark == self.folder.summary):
+                self.files.remove(mark)
+        self.files.sync_folder(self.folder.path)
+
+    def discard(self) -> None:
+        """Delete the results of an earlier run. Cut short, it leaves a run without some of its samples."""
+        shards = self.folder.shards()
+        record = None if self.journal is not None else self.folder.record()
+        if record is not None and record.problem is None:
+            # Readers beside this, and the next start if it is cut short, know what is missing on purpose.
+            held = [shard for known in record.versions.values() for shard in known[-1:] if shard is not None]
+            self.begin(record.run, {}, ((shard, NO_MARK) for shard in held), "")
+        if self.journal is not None:
+            self.journal.removes(self.folder.name_of(shard.path) for shard in shards)
+        self.reopen()
+        for shard in shards:
+            self.files.remove(shard.path)
+        self.files.sync_folder(self.folder.data)
+        steps = [file.path for file in self.folder.steps()]
+        # The record of commits before the manifest: samples are of the run that the manifest names, or there are none.
+        for path in (*steps, self.folder.commits, self.folder.row_digests, self.folder.manifest, self.folder.job):
+            if is_there(self.files, path):
+                self.files.remove(path)
+        self.files.remove_tree(self.folder.units)
+
+    def release(self) -> None:
+        """Let others write here; leaves no unfinished file behind."""
+        if self.journal is not None:
+            self.journal.close()
+        if self._lock is not None:
+            with suppress(OSError):
+                self.files.remove_tree(self.folder.temporaries if self.clears else self.folder.temporary)
+                if self.clears and is_there(self.files, self.folder.success):
+                    self.files.remove_tree(self.folder.input)
+                if self.files.alone and not self.clears and not self.files.names(self.folder.temporaries):
+                    self.files.remove_tree(self.folder.temporaries)
+            if self.files.alone:
+                self._remove_unused()
+            self._lock.release()
+            self._lock = None
+        self.files.let_go()
+
+    def leave(self) -> None:
+        """Let go of the claim in a forked child: it stays the parent's, and ends with the parent."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+        self.files.let_go()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def _prepare(self) -> None:
+        folder = self.folder
+        try:
+            self._absolute = folder.path.absolute()
+            for place in (folder.data, folder.path, *folder.path.parents):
+                if self.files.look(place, follow=False) is None:
+                    self._made.append(place)
+            make_folders(self.files, folder.data)
+            self._hold(folder.path)
+            self._hold(folder.data)
+            self._lock = FolderLock(folder, shared=not self.files.alone)
+            self._clear()
+        except BaseException as error:
+            self.release()
+            if isinstance(error, OSError):
+                raise unwritable(folder.path, error) from error
+            raise
+
+    def _hold(self, path: Path) -> None:
+        try:
+            self.files.hold(path)
+        except OSError as error:
+            raise OutputError(f"output.path {str(self.folder.path)!r}: {unreadable(path, error)}") from error
+
+    def _remove_unused(self) -> None:
+        """Needs the lock. A folder that is not empty stays."""
+        folder = self.folder
+        with suppress(OSError, OutputError):
+            if is_there(self.files, folder.manifest) or self.files.names(folder.data):
+                return
+            for leftover in (folder.commits, folder.lock):
+                with suppress(FileNotFoundError):
+                    self.files.remove(leftover)
+            if not self._moved():
+                for made in self._made:
+                    made.rmdir()
+
+    def _clear(self) -> None:
+        folder = self.folder
+        refuse_foreign(folder)
+        if self.files.alone:
+            self.files.remove_tree(folder.temporaries)
+            self.files.make_folder(folder.temporaries)
+        else:
+            for place in (folder.units, folder.temporaries):
+                make_folders(self.files, place)
+            self.files.hold(folder.units)
+            self.files.make_folder(folder.temporary)
+        self.files.hold(folder.temporary)
+        if not is_there(self.files, folder.success):
+            probe(self.folder)
+        self.files.sync_folder(folder.path)
+
+    def _moved(self) -> Path | None:
+        """What is reached by its path no more, or stands there no more."""
+        for path, name in ((self.folder.path, ""), (self.folder.data, self.folder.data.name)):
+            try:
+                if os.path.samestat(os.stat(self._absolute / name), self.files.held(path)):
+                    continue
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            return self._absolute / name
+        return None
+
+    def _check_shards(self, journal: Journal) -> None:
+        damage, strangers = journal.compare({self.folder.name_of(file.path): file for file in self.folder.shards()})
+        if damage:
+            raise DamageError(
+                f"{'; '.join(f'{self.folder.path / name} {problem}' for name, problem in damage)}. The run stops; what it "
+                f"finished is committed. To compute again what is damaged, and nothing else: {self._repair}"
+            )
+        if strangers and self.files.alone:
+            raise OutputError(
+                f"{self.folder.path / strangers[0]} was put there by another process while this run wrote. The run stops; what "
+                "it finished is committed. Move the file away, then run the same command again."
+            )

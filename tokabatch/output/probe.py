@@ -1,0 +1,97 @@
+"""Whether an output folder takes what a run writes: `check_output` looks and leaves nothing behind, `probe` writes a file as a
+shard is written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from tokabatch.errors import OutputError
+from tokabatch.output.folder import OutputFolder
+from tokabatch.output.lock import busy, is_claimed
+from tokabatch.storage.atomic_files import NewFile, publish
+from tokabatch.storage.write_errors import reason
+
+PROBE = ".probe"
+"""Stands in data/ for an instant at the start of a run; readers of Parquet folders pass over names with a dot."""
+_PROBE_BYTES = 1 << 16
+"""Less than what most shards take: under a smaller limit of file sizes no run can work."""
+
+
+def check_output(path: Path, *, shared: bool = False) -> None:
+    """Raises the OutputError that a claim of this folder would end in now; leaves nothing behind. One of several writers,
+    `shared`, may find others there."""
+    folder = OutputFolder(path)
+    refuse_foreign(folder)
+    if not shared and is_claimed(folder):
+        raise busy(folder)
+    try:
+        # A link to nowhere is in the way, too.
+        seen = ((place, folder.files.look(place, follow=False)) for place in (folder.data, path, *path.absolute().parents))
+        nearest = next(place for place, found in seen if found is not None)
+        found = folder.files.look(nearest)
+    except OSError as error:
+        raise _unwritable(path, error.strerror or str(error)) from error
+    if found is None or not stat.S_ISDIR(found.st_mode):
+        raise _unwritable(path, f"{nearest} is not a folder")
+    for place in (nearest, path) if nearest == folder.data else (nearest,):
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise _unwritable(path, f"no permission to write in {place.absolute()}")
+    if nearest not in (folder.data, path):
+        try:
+            # Some file systems take no folder from anyone, whatever the permissions say: /proc, a network's root.
+            os.rmdir(tempfile.mkdtemp(prefix=".tokabatch-", dir=nearest))
+        except OSError as error:
+            raise _unwritable(path, f"no folder can be created in {nearest} ({error.strerror})") from error
+
+
+def refuse_foreign(folder: OutputFolder) -> None:
+    """Raises OutputError where data/ holds what no run wrote."""
+    foreign = folder.foreign()
+    if foreign:
+        raise OutputError(
+            f"output.path {str(folder.path)!r} holds {len(foreign)} file(s) that no run wrote (data/{foreign[0]}). "
+            "Choose another output.path, or move them away."
+        )
+
+
+def probe(folder: OutputFolder) -> None:
+    """Write a file and commit it the way shards are: what can never work is known before anything is computed. A complete
+    run is left as it is until there is something to add."""
+    written, published = folder.temporary / "probe", folder.data / PROBE
+    if not folder.files.alone:
+        published = folder.data / f"{PROBE}-{folder.temporary.name}"
+    # A start that was killed here has left it.
+    with suppress(FileNotFoundError):
+        folder.files.remove(published)
+    for attempt in range(1 if folder.files.alone else 2):
+        with NewFile(folder.files, written) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.sync()
+        try:
+            publish(folder.files, written, published)
+        except FileExistsError:
+            if not attempt:
+                raise
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP or folder.files.alone:
+                raise
+            raise OutputError(
+                f"output.path {str(folder.path)!r} cannot be shared: {reason(error)}, which keep several writers "
+                "from publishing a sample twice. Choose a folder on another file system."
+            ) from error
+        else:
+            if attempt:
+                raise OutputError(
+                    f"output.path {str(folder.path)!r} cannot be shared: a hard link there replaces an existing "
+                    "file. Choose a folder on another file system."
+                )
+    folder.files.remove(published)
+
+
+def _unwritable(path: Path, reason: str) -> OutputError:
+    return OutputError(f"output.path {str(path)!r} cannot be written: {reason}. Choose another output.path.")

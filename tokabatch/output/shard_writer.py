@@ -1,0 +1,288 @@
+"""Committing completions: tables in, whole Parquet files out.
+
+A shard is written under `_tmp/`, flushed, fsynced, recorded in the journal, published under its final name without overwriting,
+and its folder fsynced; only then does the writer forget its rows. So a reader, a crash included, meets whole shards only, and
+a commit that an exception cut short, wherever it did, can be tried again: it neither loses nor repeats a row.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import count
+
+import numpy as np
+import pyarrow as pa
+
+from tokabatch.arrays import Int32, Int64
+from tokabatch.errors import OutputError
+from tokabatch.output.claim import Claim
+from tokabatch.output.journal import Shard
+from tokabatch.output.shards import record_commit, shard_number, write_shard
+from tokabatch.storage.atomic_files import publish
+from tokabatch.storage.listing import Mark, mark_of
+
+EARLY_ROWS = 4096
+"""Where at least so many rows are buffered, and no more are still to come, little is to be left to write after the last."""
+SHARD_BYTES = 512 << 20
+"""Of rows in memory: a shard that holds as many is committed, however few rows they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Books:
+    """Of one unit: what is committed and what waits; `number` is that of the next shard."""
+
+    number: int
+    lacks: int | None = None
+    """Samples that the unit needs beside those that are committed; None where that is not known."""
+    there: frozenset[int] = frozenset()
+    """Numbers that others' shards had when the unit was opened."""
+    shards: tuple[Shard, ...] = ()
+    waiting: tuple[pa.Table, ...] = ()
+    oldest: float = 0.0
+    attempt: tuple[Shard, Mark] | None = None
+    """The shard being published, and the mark of its file."""
+    lost: bool = False
+    """Another has published a shard: the unit is that one's."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(table.num_rows for table in self.waiting)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(table.nbytes for table in self.waiting)
+
+    def committed(self, shard: Shard, now: float) -> _Books:
+        """The shard's rows moved from those that wait to those that are committed."""
+        rest = pa.concat_tables(self.waiting).slice(shard.rows)
+        lacks = None if self.lacks is None else self.lacks - shard.rows
+        number = next_number(self.there, self.number + 1)
+        return _Books(number, lacks, self.there, (*self.shards, shard), (rest,) if rest.num_rows else (), now)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """Replaced in one assignment, so that it is true wherever an exception strikes. `taken` counts the rows taken over."""
+
+    taken: int
+    units: Mapping[int, _Books]
+
+    def with_books(self, unit: int, books: _Books) -> _State:
+        return replace(self, units={**self.units, unit: books})
+
+
+WHOLE = -1
+"""The one unit of a writer that has the folder to itself; its shards are `part-00000` and so on."""
+
+
+class ShardWriter:
+    """Buffers tables of one schema and commits them as numbered shards, in the order they came.
+
+    A shard is committed when `rows_per_shard` rows are buffered (fewer, once so many made a file too large for the system),
+    when the oldest of them has waited `flush_seconds` (`is_due`), when they take 512 MB of memory, or when little is still to
+    come (`nears_end`). Time is looked at in `add`, `is_due` and `tick` only. Owns its files under `_tmp/`.
+
+    One of several writers is told by `unit_of` which unit each row is of, by the columns row_index and sample_index. It `open`s
+    units, writes shards for each of them apart, and drops the rows of a unit in which another publishes first (see
+    output/claim.py), and those of units that are not open.
+    """
+
+    def __init__(
+        self,
+        claim: Claim,
+        schema: pa.Schema,
+        *,
+        rows_per_shard: int,
+        flush_seconds: float,
+        earlier: Sequence[Shard] = (),
+        unit_of: Callable[[Int64, Int64], Int32] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`earlier` shards stand in the folder already."""
+        self._claim = claim
+        self._schema = schema
+        self._rows_per_shard = rows_per_shard
+        self._flush_seconds = flush_seconds
+        self._unit_of = unit_of
+        self._clock = clock
+        self._earlier = tuple(earlier)
+        first = _Books(max((shard_number(shard.name) + 1 for shard in earlier), default=0))
+        self._state = _State(sum(shard.rows for shard in earlier), {} if unit_of else {WHOLE: first})
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """What is committed so far, earlier shards included."""
+        return (*self._earlier, *(shard for books in self._state.units.values() for shard in books.shards))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows taken over so far, those of earlier shards and those that were dropped included: true wherever an exception
+        strikes."""
+        return self._state.taken
+
+    def open(self, unit: int, there: Collection[int], lacks: int) -> None:
+        """Take rows of this unit from now on. Shards of these numbers are `there`, and have been read; so many samples are in
+        none."""
+        self._state = self._state.with_books(unit, _Books(next_number(there), lacks, frozenset(there)))
+
+    def is_complete(self, unit: int) -> bool:
+        """Whether all samples of a unit that was opened are committed."""
+        return self._state.units[unit].lacks == 0
+
+    def is_lost(self, unit: int) -> bool:
+        """Whether another writer has published a shard of a unit that was opened here."""
+        return self._state.units[unit].lost
+
+    @property
+    def num_waiting(self) -> int:
+        """Of these, the rows that are not committed."""
+        return sum(books.num_rows for books in self._state.units.values())
+
+    def add(self, table: pa.Table) -> None:
+        """Take over the rows of `table`; commits what is due. Raises OSError where the disk fails, the rows kept."""
+        self.take(table)
+        self.commit_due()
+
+    def take(self, table: pa.Table) -> None:
+        """Take over the rows of `table`; they are kept from here on."""
+        assert table.schema.equals(self._schema), "a table of another schema"
+        if not table.num_rows:
+            return
+        units = dict(self._state.units)
+        for unit, part in self._parts(table):
+            books = units.get(unit)
+            if books is not None and not books.lost:
+                oldest = books.oldest if books.waiting else self._clock()
+                units[unit] = replace(books, waiting=(*books.waiting, part), oldest=oldest)
+        self._state = _State(self._state.taken + table.num_rows, units)
+
+    def _parts(self, table: pa.Table) -> list[tuple[int, pa.Table]]:
+        """The rows of each unit."""
+        if self._unit_of is None:
+            return [(WHOLE, table)]
+        unit = self._unit_of(table["row_index"].to_numpy(), table["sample_index"].to_numpy())
+        return [(number, table.filter(pa.array(unit == number))) for number in np.unique(unit).tolist()]
+
+    def mend(self, mended: Callable[[pa.Table], pa.Table]) -> None:
+        """Replace the buffered tables by what `mended` makes of each, with as many rows. For where they cannot be written."""
+        if not any([self._settle(unit) for unit in self._state.units]):
+            units = {
+                unit: replace(books, waiting=tuple(mended(table) for table in books.waiting))
+                for unit, books in self._state.units.items()
+            }
+            self._state = replace(self._state, units=units)
+
+    def commit_due(self) -> None:
+        """Commit full shards, what completes a unit, and what has waited long enough. Raises OSError where the disk fails, the
+        rows kept."""
+        for unit in self._state.units:
+            while self._state.units[unit].num_rows >= self._rows_per_shard:
+                self._commit(unit, self._rows_per_shard)
+            books = self._state.units[unit]
+            if books.lacks is not None and books.num_rows and books.num_rows == books.lacks:
+                self._commit_all(unit)
+        if sum(books.num_bytes for books in self._state.units.values()) >= SHARD_BYTES:
+            self.commit()
+        self.tick()
+
+    def is_due(self, oldest: float) -> bool:
+        """Whether rows that came in at `oldest`, by the writer's clock, have waited long enough to be committed."""
+        return self._clock() - oldest >= self._flush_seconds
+
+    def tick(self) -> None:
+        """Commit what has waited long enough."""
+        for unit, books in self._state.units.items():
+            if books.waiting and self.is_due(books.oldest):
+                self._commit_all(unit)
+
+    def nears_end(self, to_come: int) -> bool:
+        """Whether much is buffered, and no more rows are `to_come`, so that it is to be committed now."""
+        return self.num_waiting >= max(EARLY_ROWS, to_come)
+
+    def commit(self) -> None:
+        """Commit everything buffered; nothing happens when there is none."""
+        for unit in self._state.units:
+            self._commit_all(unit)
+
+    def close(self) -> tuple[Shard, ...]:
+        """Commit the rest and return all shards."""
+        self.commit()
+        return self.shards
+
+    def _commit_all(self, unit: int) -> None:
+        while waiting := self._state.units[unit].num_rows:
+            self._commit(unit, min(self._rows_per_shard, waiting))
+
+    def _commit(self, unit: int, num_rows: int) -> None:
+        """Commit the first `num_rows` rows, or book the shard that an exception kept from being booked. The folder is looked at
+        behind the commit: what is finished is on the disk when the run learns that it cannot go on."""
+        self._claim.check_lock()
+        if not self._settle(unit):
+            self._publish(unit, num_rows)
+        self._claim.check_folder(sparingly=True)
+
+    def _publish(self, unit: int, num_rows: int) -> None:
+        folder, files, books = self._claim.folder, self._claim.files, self._state.units[unit]
+        of_unit = "" if unit == WHOLE else f"{unit:05d}-"
+        final = folder.data / f"part-{of_unit}{books.number:05d}.parquet"
+        temporary = folder.temporary / final.name
+        try:
+            table = pa.concat_tables(books.waiting).slice(0, num_rows)
+            shard, written = write_shard(self._claim, table, temporary, folder.name_of(final))
+        except OSError as error:
+            with suppress(OSError):
+                files.remove(temporary)
+            if error.errno != errno.EFBIG or num_rows == 1:
+                raise
+            # More than a file may hold here (`ulimit -f`): smaller ones take the same rows.
+            self._rows_per_shard = num_rows // 2
+            return
+        try:
+            if self._claim.journal is not None:
+                self._claim.journal.begins(shard)
+            self._state = self._state.with_books(unit, replace(books, attempt=(shard, written)))
+            publish(files, temporary, final)
+        except FileExistsError as error:
+            if unit != WHOLE:
+                self._state = self._state.with_books(unit, _Books(books.number, books.lacks, shards=books.shards, lost=True))
+                with suppress(OSError):
+                    files.remove(temporary)
+                return
+            raise OutputError(
+                f"{final} exists already: something else writes to this folder. Choose another output.path."
+            ) from error
+        except OSError:
+            with suppress(OSError):
+                files.remove(temporary)
+            raise
+        self._book(unit, shard, written)
+
+    def _book(self, unit: int, shard: Shard, written: Mark) -> None:
+        """The shard stands under its name."""
+        record_commit(self._claim, shard, written)
+        self._state = self._state.with_books(unit, self._state.units[unit].committed(shard, self._clock()))
+
+    def _settle(self, unit: int) -> bool:
+        """Whether a shard had its final name already when an exception struck; it is booked now."""
+        books = self._state.units[unit]
+        if books.attempt is None:
+            return False
+        shard, written = books.attempt
+        final = self._claim.folder.path / shard.name
+        found = self._claim.files.look(final)
+        # Another's file may have the number of an inode that was given back here; it was not written at the same instant.
+        if found is not None and mark_of(found)[:-1] == written[:-1]:
+            self._claim.files.sync_folder(final.parent)
+            self._book(unit, shard, written)
+            return True
+        self._state = self._state.with_books(unit, replace(books, attempt=None))
+        return False
+
+
+def next_number(there: Collection[int], first: int = 0) -> int:
+    """The first number, from `first` on, that is not among those that are there."""
+    return next(number for number in count(first) if number not in there)
