@@ -88,7 +88,12 @@ HEAVY_HOMES = {
     "starlette": {"serve/app.py", "serve/file_routes.py"},
     "uvicorn": {"serve/server.py"},
     "matplotlib": {"report/plots.py"},
-    "torch.distributed": {"parallel/mesh.py", "parallel/collectives.py", "parallel/peer_memory.py"},
+    "torch.distributed": {
+        "parallel/mesh.py",
+        "parallel/collectives.py",
+        "parallel/peer_links.py",
+        "parallel/peer_memory.py",
+    },
 }
 
 

@@ -5,27 +5,24 @@ On a machine without a GPU the kernels run in Triton's interpreter, and a graph 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support import tiny_models, token_device
+from support.captured_worker import captured_worker, sizes_of
 from support.interpreter import DEVICES, INTERPRETING
+from support.stage_pair import StagePair
 
-from tokabatch.attention.capturable import Capturable
-from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, WORTH, GraphRecorder, Ladder, size_above
-from tokabatch.engine.replica_sizes import ReplicaSizes, kv_shape
+from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, WORTH, Ladder, size_above
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.model.families import read_spec
-from tokabatch.model.weights import load_decoder
 from tokabatch.scheduling.contracts import Completion, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stop_conditions import StopRules
 
-DTYPE = torch.float32 if INTERPRETING else torch.bfloat16
 N, TOKENS = (2, 4) if INTERPRETING else (4, 7)
 """Enough for slots to be used again; a step takes the interpreter half a second."""
 VOCAB = 97
@@ -98,59 +95,28 @@ def test_coarse_sizes_are_captured_before_the_first_step():
     assert ladder.size(2100, "a") == 3072 and ladder.size(3, "a") == 256 and not ladder.make_ahead()
 
 
-class Redoing:
-    """In the place of a recorder: a graph that is its work, done again, its outputs in the same place."""
-
-    def trial(self, work: Callable[[], object]) -> None:
-        work()
-
-    def capture(self, work: Callable[[], torch.Tensor | None]) -> tuple[Redone, torch.Tensor | None]:
-        made = work()
-        return Redone(work, made), made
-
-
-class Redone:
-    def __init__(self, work: Callable[[], torch.Tensor | None], made: torch.Tensor | None) -> None:
-        self._work, self._made = work, made
-
-    def replay(self) -> None:
-        again = self._work()
-        if self._made is not None and again is not None:
-            self._made.copy_(again)
-
-
-def sizes_of(page: int, max_running: int, step: int) -> ReplicaSizes:
-    return ReplicaSizes(page, 120, max_running, step, -(-48 // page), 2, 1)
-
-
-def captured_worker(folder, sizes: ReplicaSizes, device: torch.device) -> Worker:
-    spec = read_spec(folder)
-    decoder = load_decoder(folder, spec, DTYPE, device)
-    shape = kv_shape(spec, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_pages_per_sequence)
-    # It keeps the pages and computes nothing: all steps are captured.
-    store = import_module("tokabatch.attention.triton_page_store").PageStore(shape, DTYPE, device)
-    assert isinstance(store, Capturable)
-    worker = Worker(decoder, store, sizes, penalised=True)
-    recorder = Redoing() if device.type == "cpu" else GraphRecorder()
-    make = import_module("tokabatch.engine.captured").CapturedSteps
-    with torch.inference_mode():
-        captured = make(decoder, store, worker._last_token, worker._slots, sizes.max_step_tokens, recorder, 2)
-        captured.prepare()
-    worker._captured = captured
-    return worker
-
-
 def generate(
-    worker: Worker, prompts: list[list[int]], params: SamplingParams, grouping: GroupingLimits | None
+    worker: Worker | StagePair, prompts: list[list[int]], params: SamplingParams, grouping: GroupingLimits | None
 ) -> list[Completion]:
-    sizes = worker.sizes
+    sizes, stages = worker.sizes, 2 if isinstance(worker, StagePair) else 1
     limits = SchedulerLimits(
-        sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_step_tokens, sizes.max_pages_per_sequence, grouping
+        sizes.page_size,
+        sizes.num_pages,
+        sizes.max_running,
+        sizes.max_step_tokens,
+        sizes.max_pages_per_sequence,
+        grouping,
+        stages,
     )
     scheduler = Scheduler(token_device.make_requests(prompts, [params]), limits, StopRules([params], [], VOCAB, None))
     done: list[Completion] = []
     while not scheduler.done:
-        done += scheduler.apply(worker.run(scheduler.schedule()))
+        if isinstance(worker, StagePair):
+            while scheduler.num_in_flight < stages + 1 and (step := scheduler.schedule()) is not None:
+                worker.submit(step)
+            done += scheduler.apply(worker.collect())
+        else:
+            done += scheduler.apply(worker.run(scheduler.schedule()))
         if not INTERPRETING:
             # In the place of a recorder it would compute what is captured.
             worker.make_ahead()
@@ -168,19 +134,45 @@ def generate(
             SamplingParams(n=N, temperature=0.0, max_tokens=TOKENS, logprobs=0, ignore_eos=True),
         ),
         ("qwen3", 16, GroupingLimits(2, 1), SamplingParams(n=N, top_k=5, max_tokens=TOKENS, logprobs=2, ignore_eos=True)),
-        ("qwen2", 4, None, SamplingParams(n=N, max_tokens=TOKENS, logprobs=0, ignore_eos=True)),
         ("llama", 4, GroupingLimits(2, 1), SamplingParams(n=N, max_tokens=TOKENS, logprobs=1, **PENALISED)),
     ],
 )
 def test_captured_steps_give_what_the_torch_backend_gives(tmp_path, where, family, page, grouping, params):
     """Prompts computed beside running samples, shared beginnings, forks, slots used again, steps of every size."""
     folder = tiny_models.build(family, tmp_path, **HEADS)
+    sizes = sizes_of(page, 7, 30)
+    compare(captured_worker(folder, sizes, torch.device(where)), folder, params, grouping)
+
+
+@pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize(
+    ("family", "captured", "grouping", "params"),
+    [
+        ("qwen2", (30, 12), None, SamplingParams(n=N, max_tokens=TOKENS, logprobs=0, ignore_eos=True)),
+        (
+            "qwen3",
+            (9, 30),
+            GroupingLimits(2, 1),
+            SamplingParams(n=N, top_k=5, max_tokens=TOKENS, logprobs=1, ignore_eos=True, repetition_penalty=1.4),
+        ),
+    ],
+)
+def test_captured_stages_give_what_one_rank_gives(tmp_path, where, family, captured, grouping, params):
+    """With three steps in flight, the first stage given the tokens to decode by the scheduler. Large steps are captured on one
+    stage and run kernel by kernel on the other."""
+    folder = tiny_models.build(family, tmp_path, **HEADS)
+    stages = StagePair(folder, sizes_of(4, 7, 30), torch.device(where), captured)
+    compare(stages, folder, params, grouping)
+
+
+def compare(worker: Worker | StagePair, folder: Path, params: SamplingParams, grouping: GroupingLimits | None) -> None:
+    """A job's samples and those of one rank in plain torch: the same tokens, log-probabilities but for rounding."""
     header = [5, 9, 9, 41, 3, 77, 60, 12, 13, 14, 15, 16, 17]
     prompts = [[*header, 9], [*header, 8, 30, 30, 2], [8], [*header, 8, 30, 30, 7, 50], [4] * 30]
-    sizes = sizes_of(page, 7, 30)
-    plain = WorkerSpec(folder, read_spec(folder), torch.float32, "cpu", "torch_paged", sizes, draws=(params,))
+    plain = WorkerSpec(folder, read_spec(folder), torch.float32, "cpu", "torch_paged", worker.sizes, draws=(params,))
     expected = generate(Worker.build(plain), prompts, params, grouping)
-    found = generate(captured_worker(folder, sizes, torch.device(where)), prompts, params, grouping)
+    found = generate(worker, prompts, params, grouping)
+    where = "cpu" if INTERPRETING else "cuda"
     same = [a.token_ids.tolist() == b.token_ids.tolist() for a, b in zip(expected, found, strict=True)]
     if where == "cpu":
         assert all(same)

@@ -6,6 +6,10 @@ drawn tokens: the logits and the sampler, which also leaves each token where the
 to a captured size with tokens of the spare slot. What a graph reads of a step lies in fixed buffers, written by one copy each
 before it is replayed.
 
+A pipeline stage has the graphs of its own part: an embedding on the first stage alone, a head on the last alone. What stages
+exchange stays outside: a body begins and ends in a buffer that is filled before the replay, and copied and sent behind it. So
+each stage chooses its graphs for itself, and one may run a step kernel by kernel that another runs as a graph.
+
 Imports triton: only a worker on a GPU loads this module. Shape legend: T tokens, S sampled rows, H query heads, D head
 dimension, E hidden size.
 """
@@ -45,15 +49,16 @@ class BodyKind:
 
 @dataclass(frozen=True, slots=True)
 class BodyStep:
-    """A step's body: the graph it runs, and what that reads."""
+    """A step's body: the graph it runs, what that reads, and how many tokens of `size` are the step's."""
 
     size: int
     kind: BodyKind
     words: Int32
+    count: int
 
 
 class BodyGraphs:
-    """Hidden states of steps of at most `most` tokens, left in `hidden_TE`."""
+    """Hidden states behind the stage's layers, of steps of at most `most` tokens, left in `hidden_TE`."""
 
     def __init__(
         self,
@@ -107,17 +112,25 @@ class BodyGraphs:
             plan = plan_tiles(step, self._shape, self._num_planes(size))
             if plan is None:
                 return None
-        return BodyStep(size, kind, self._laid_out(step, plan, size))
+        return BodyStep(size, kind, self._laid_out(step, plan, size), count)
 
     def make_ahead(self) -> bool:
         """See `Ladder`."""
         return self._ladder.make_ahead()
 
     def run(self, step: BodyStep, words: torch.Tensor) -> None:
-        """Launch it; `words` are the step's, on the device."""
+        """Launch it; `words` are the step's, on the device. On a pipeline stage it begins with what the previous one sends, and
+        ends with sending to the next one."""
         self._words[: len(words)].copy_(words)
-        graph = self._ladder.at(step.size, step.kind)
+        graph, mesh = self._ladder.at(step.size, step.kind), self._decoder.mesh
+        if not mesh.is_first_stage:
+            self._decoder.receive(self.hidden_TE[: step.count])
+            # What fills up is finite: its keys and values lie in a page that others may read and mask.
+            self.hidden_TE[step.count : step.size].zero_()
         graph.replay()
+        if not mesh.is_last_stage:
+            # A copy: the next step may be computed before this one is taken.
+            self._decoder.send(self.hidden_TE[: step.count].clone())
 
     def _num_planes(self, size: int) -> int:
         return min(MAX_PLANES, len(self._state) // size)
@@ -127,6 +140,8 @@ class BodyGraphs:
         columns = np.zeros((5, stride), np.int32)
         columns[0] = -1
         columns[0, : len(step.token_ids)] = step.token_ids
+        if step.decode_ids is not None:
+            columns[0, len(step.token_ids) : count] = step.decode_ids
         columns[1] = self._cache.spare_slot
         columns[1, :count], columns[2, :count] = token_slots(step), step.positions()
         columns[3, :count], columns[4, :count] = plan.own_T, plan.planes_T
@@ -157,10 +172,13 @@ class BodyGraphs:
             decode_and_merge(q_THD, pages, cache.table, where, mixed, planes)
             return mixed
 
-        last_T = self._last_token.index_select(0, slot_T)
-        hidden_TE = decoder.embed(torch.where(token_T < 0, last_T, token_T))
+        hidden_TE = room_TE = self.hidden_TE[:size]
+        if decoder.mesh.is_first_stage:
+            last_T = self._last_token.index_select(0, slot_T)
+            hidden_TE = decoder.embed(torch.where(token_T < 0, last_T, token_T))
         hidden_TE = decoder.run_layers(hidden_TE, position_T, attend, pages=KVPages(cache, slot_T, queries), may_scatter=False)
-        self.hidden_TE[:size].copy_(hidden_TE)
+        if hidden_TE is not room_TE:
+            room_TE.copy_(hidden_TE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +278,7 @@ class CapturedSteps:
         `num_cores` of the device's multiprocessors compute attention."""
         num_rows = len(last_token) - 1
         self._slots = slots
+        self._has_head = decoder.mesh.is_last_stage
         self.backend = backend
         self.body = BodyGraphs(decoder, backend.cache, last_token, (num_tokens, num_rows), recorder, num_cores)
         self.head = HeadGraphs(decoder, self.body.hidden_TE, last_token, slots, num_rows, recorder)
@@ -267,7 +286,8 @@ class CapturedSteps:
     def prepare(self) -> None:
         """Compile all kernels, and capture coarse sizes of each: what the slots have been opened for so far is drawn."""
         self.body.prepare()
-        self.head.prepare(HeadKind(*self._slots.kinds(np.arange(len(self._slots.words) - 1, dtype=np.int32))))
+        if self._has_head:
+            self.head.prepare(HeadKind(*self._slots.kinds(np.arange(len(self._slots.words) - 1, dtype=np.int32))))
 
     def make_ahead(self) -> bool:
         """Capture one graph that will be wanted; False where there is none."""

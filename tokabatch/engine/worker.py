@@ -32,11 +32,12 @@ from tokabatch.model.spec import ModelSpec
 from tokabatch.model.weights import load_decoder
 from tokabatch.parallel.collectives import compare_choice, least
 from tokabatch.parallel.mesh import Mesh, Place
+from tokabatch.parallel.peer_links import meet_neighbours
 from tokabatch.parallel.peer_memory import PeerSums
 from tokabatch.scheduling.contracts import SamplingParams, ScoredPlaces, Scores, StepBatch, StepResult
 
 AHEAD_EVERY = 4
-"""Steps after which a rank of several captures a graph that will be wanted."""
+"""Steps after which a tensor rank of several captures a graph that will be wanted."""
 
 if TYPE_CHECKING:
     from tokabatch.engine.captured import CapturedSteps
@@ -118,6 +119,9 @@ class Worker:
             decoder.peer_sums = PeerSums.meet(mesh, rows, columns, spec.dtype, decoder.device)
             if decoder.peer_sums is not None:
                 decoder.measure_scattering(sizes.max_step_tokens)
+        if device.type == "cuda" and mesh.pipeline_size > 1:
+            rows, columns = sizes.max_step_tokens, spec.spec.hidden_size
+            decoder.peer_links = meet_neighbours(mesh, rows, columns, spec.dtype, decoder.device)
         if device.type == "cuda":
             one_page = kv_shape(spec.spec, sizes.page_size, 1, 1, 1, mesh).bytes_per_page(spec.kv_dtype or spec.dtype)
             fitting = fitting_pages(decoder, sizes, one_page, penalised=penalised)
@@ -135,7 +139,7 @@ class Worker:
         for step in warm_up_steps(self.sizes, draws):
             self.run(step)
         backend = self._backend
-        if isinstance(backend, Capturable) and self._decoder.mesh.pipeline_size == 1:
+        if isinstance(backend, Capturable):
             # Triton is there only where there is a GPU.
             build = import_module("tokabatch.engine.captured").captured_on_gpu
             self._captured = build(self._decoder, backend, self._last_token, self._slots, captured_tokens(self.sizes))
@@ -165,15 +169,15 @@ class Worker:
         outbox.send()
         self._slots.store(slot_A.tensor, words_AW.tensor)
         launched = Launched(step.index, compute(), int(np.count_nonzero(step.run_samples)))
-        if self._captured is not None and not self._decoder.mesh.is_single and step.index % AHEAD_EVERY == 0:
-            # Which graph a step runs must follow from the steps alone: of two ranks that run different ones neither goes on.
+        if self._captured is not None and self._decoder.mesh.tensor_size > 1 and step.index % AHEAD_EVERY == 0:
+            # Of two tensor ranks that run different graphs neither goes on: which one a step runs follows from the steps alone.
             self._captured.make_ahead()
         return launched
 
     @torch.inference_mode()
     def make_ahead(self) -> None:
         """Get ready what steps to come will want, for some 20 ms: to be called while the device is busy."""
-        if self._captured is not None and self._decoder.mesh.is_single:
+        if self._captured is not None and self._decoder.mesh.tensor_size == 1:
             self._captured.make_ahead()
 
     def _by_kernels(self, step: StepBatch, outbox: Outbox) -> Callable[[], Sampled]:
@@ -199,9 +203,9 @@ class Worker:
 
     def _by_graphs(self, captured: CapturedSteps, step: StepBatch, outbox: Outbox) -> Callable[[], Sampled]:
         """The same by captured graphs; kernel by kernel the layers of a step that is too large for one, and the head of a step
-        with penalised rows."""
+        with penalised rows. A pipeline stage that is not the last draws nothing."""
         body = captured.body.fit(step)
-        rows = np.flatnonzero(step.run_samples)
+        rows, draws = np.flatnonzero(step.run_samples), self._decoder.mesh.is_last_stage
         if body is None:
             hidden, words = self._hidden(step, outbox, _last_tokens(step)), None
             rows = np.arange(len(rows))
@@ -210,19 +214,21 @@ class Worker:
             captured.backend.update_cache(step, outbox)
             rows = (np.cumsum(step.run_length) - 1)[rows]
         slots, positions = _sampled(step)
-        if self._penalties is not None and self._penalties.any_in(slots):
+        if draws and self._penalties is not None and self._penalties.any_in(slots):
             draw, row = self._draw(step, outbox), outbox.add(rows)
             head = head_words = None
         else:
             draw = row = None
-            head = captured.head.fit(rows.astype(np.int32), slots, positions) if len(rows) else None
+            head = captured.head.fit(rows.astype(np.int32), slots, positions) if draws and len(rows) else None
             head_words = None if head is None else outbox.add(head.words)
         chosen = [each and (each.size, each.kind) for each in (body, head)]
         compare_choice(lambda: f"captured layers and head {chosen}", self._decoder.mesh)
 
         def compute() -> Sampled:
             if hidden is not None:
-                captured.body.hidden_TE[: len(rows)].copy_(hidden())
+                hidden_SE = hidden()
+                if draws:
+                    captured.body.hidden_TE[: len(rows)].copy_(hidden_SE)
             elif body is not None and words is not None:
                 captured.body.run(body, words.tensor)
             if draw is not None and row is not None:

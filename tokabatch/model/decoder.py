@@ -25,6 +25,7 @@ from tokabatch.model.scattering import Scattering, measure_scattering
 from tokabatch.model.spec import ModelSpec
 from tokabatch.parallel.collectives import all_gather_last, all_reduce, compare_choice, receive_hidden, send_hidden
 from tokabatch.parallel.mesh import Mesh
+from tokabatch.parallel.peer_links import PeerLinks
 from tokabatch.parallel.peer_memory import PeerSums
 
 Heads = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -85,6 +86,8 @@ class Decoder:
         self.num_kv_heads = len(kv_heads(spec, mesh))
         self.peer_sums: PeerSums | None = None
         """Sums of tensor ranks on a GPU, where they may go through its peers' memory."""
+        self.peer_links: PeerLinks | None = None
+        """Likewise messages between stages."""
         self.scattering: Scattering | None = None
         """Of large steps' tokens over tensor ranks, where that was found to be faster."""
         self.dtype = weights.rotary_P1D.dtype
@@ -120,11 +123,25 @@ class Decoder:
             hidden_TE = self.embed(token_ids_T)
         else:
             shape = (token_ids_T.shape[0], self.spec.hidden_size)
-            hidden_TE = receive_hidden(torch.empty(shape, dtype=self.dtype, device=self.device), self.mesh)
+            hidden_TE = self.receive(torch.empty(shape, dtype=self.dtype, device=self.device))
         hidden = self.run_layers(hidden_TE, positions_T, attend, logit_rows_S, pages)
         if not self.mesh.is_last_stage:
-            send_hidden(hidden, self.mesh)
+            self.send(hidden)
         return hidden
+
+    def receive(self, room_TE: torch.Tensor) -> torch.Tensor:
+        """Fills `room_TE` with the hidden states that the previous stage sends next, which must have its shape, and returns it.
+        On a GPU the stream waits for them, not the host. Not on the first stage."""
+        link = self.peer_links and self.peer_links.before
+        return receive_hidden(room_TE, self.mesh) if link is None else link.receive(room_TE)
+
+    def send(self, hidden_TE: torch.Tensor) -> None:
+        """Sends hidden states, which are not to be written to again, to the next stage. Not on the last stage."""
+        link = self.peer_links and self.peer_links.behind
+        if link is None:
+            send_hidden(hidden_TE, self.mesh)
+        else:
+            link.send(hidden_TE)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """hidden_TE of the tokens, a fresh tensor. First stage only."""

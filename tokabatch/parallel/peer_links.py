@@ -1,0 +1,110 @@
+"""Hidden states from one pipeline stage to the next through memory that the next one's GPU reads (torch's symmetric memory).
+
+The sender writes a message into a slot of its own memory and sets a signal in the receiver's; the receiver copies the message
+and sets a signal back, after which the slot may be written again. All of this is ordered by the stream that computes. NCCL
+keeps a kernel running from the moment one side is ready until the other is, and it takes multiprocessors from the products of
+the step that is computed meanwhile.
+
+Peer access is all that is needed. torch calls these operators alpha: `meet_neighbours` tries them on the spot, and where they
+fail NCCL carries the messages.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+
+from tokabatch.parallel.collectives import SENDING, least
+from tokabatch.parallel.mesh import Mesh
+
+TRIED_ROWS = 300
+
+
+class Signals(Protocol):
+    """The part of torch's symmetric memory that a link uses: one flag for each channel and direction, which a kernel of the
+    current stream sets once it is clear, or clears once it is set."""
+
+    def put_signal(self, dst_rank: int, channel: int) -> None: ...
+
+    def wait_signal(self, src_rank: int, channel: int) -> None: ...
+
+
+class PeerLink:
+    """One direction between two neighbours. The sender is rank 0 of the pair. Messages arrive in their order."""
+
+    def __init__(self, signals: Signals, slots: Sequence[torch.Tensor]) -> None:
+        """`slots` are the sender's memory as this rank reaches it, each [rows, columns]; a message has no more rows."""
+        self._signals = signals
+        self._slots = slots
+        self._count = 0
+
+    def send(self, hidden_TE: torch.Tensor) -> None:
+        """Copies the message, whose memory may be written to by what the stream does next. The stream waits only where all
+        slots hold messages that have not been received."""
+        slot = self._count % len(self._slots)
+        if self._count >= len(self._slots):
+            self._signals.wait_signal(1, len(self._slots) + slot)
+        self._slots[slot][: len(hidden_TE)].copy_(hidden_TE)
+        self._signals.put_signal(1, slot)
+        self._count += 1
+
+    def receive(self, room_TE: torch.Tensor) -> torch.Tensor:
+        """Fills `room_TE`, which has the shape of the message, and returns it. The stream waits for the message."""
+        slot = self._count % len(self._slots)
+        self._signals.wait_signal(0, slot)
+        room_TE.copy_(self._slots[slot][: len(room_TE)])
+        self._signals.put_signal(0, len(self._slots) + slot)
+        self._count += 1
+        return room_TE
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLinks:
+    """A rank's links with the previous and the next stage; None on the first and on the last one."""
+
+    before: PeerLink | None
+    behind: PeerLink | None
+
+
+def meet_neighbours(mesh: Mesh, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> PeerLinks | None:
+    """Links for messages of up to so many rows. None where neighbours cannot reach each other's memory, or a message does not
+    arrive as it was sent. Every rank of the worker must call it."""
+    others = range(mesh.tensor_size, mesh.tensor_size * mesh.pipeline_size)
+    if not all(torch.cuda.can_device_access_peer(rank, rank - mesh.tensor_size) for rank in others):
+        return None
+    works, ends = True, list[PeerLink | None]()
+    try:
+        for is_sender, group in enumerate(mesh.links):
+            if group is None:
+                ends.append(None)
+                continue
+            link = _join(group, (SENDING, rows, columns), dtype, device)
+            # More messages than slots, so that each is used again.
+            for number in range(1, 2 * SENDING + 2):
+                message = torch.full((min(rows, TRIED_ROWS + number), columns), number, dtype=dtype, device=device)
+                if is_sender:
+                    link.send(message)
+                else:
+                    works = torch.equal(link.receive(torch.zeros_like(message)), message) and works
+            ends.append(link)
+    except (RuntimeError, AttributeError) as error:
+        logging.getLogger(__name__).warning("stages cannot exchange hidden states by symmetric memory, NCCL is used: %s", error)
+        return None
+    if not least(works, mesh, device):
+        logging.getLogger(__name__).warning("hidden states arrive wrong by symmetric memory, NCCL is used")
+        return None
+    return PeerLinks(*ends)
+
+
+def _join(group: dist.ProcessGroup, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> PeerLink:
+    """This rank's end of a link between the two ranks of the group, both of which must call it."""
+    memory = symmetric_memory.empty(shape, dtype=dtype, device=device)
+    handle = symmetric_memory.rendezvous(memory, group.group_name)
+    sent = memory if dist.get_rank(group) == 0 else handle.get_buffer(0, shape, dtype)
+    return PeerLink(handle, sent.unbind())
