@@ -14,7 +14,7 @@ from tokabatch import plan
 from tokabatch.errors import JobError
 from tokabatch.output.export import nest
 from tokabatch.output.reasoning import ReasoningTags, choose_tags, split_reasoning
-from tokabatch.runner.recorder import Recorder
+from tokabatch.runner.sample_tables import SampleTables
 from tokabatch.runner.score import score
 
 TAGS = ReasoningTags("<think>", "</think>")
@@ -54,10 +54,10 @@ def test_a_run_judges_the_answer_and_export_keeps_it_with_the_sample(tmp_path: P
     judge.write_text("COLUMNS = {'seen': str}\ndef verify(text, row): return {'score': text == 'Four.', 'seen': text}\n")
     said = ["<think>2 + 2</think> Four.", "<think>2 +", "Five.", "<think>x</think>Four."]
 
-    def texts(self: Recorder, completions: list) -> list[str]:
+    def texts(self: SampleTables, completions: list) -> list[str]:
         return [said[completion.row_index] for completion in completions]
 
-    with mock.patch.object(Recorder, "_texts", texts):
+    with mock.patch.object(SampleTables, "texts", texts):
         scripted_run(rows, out, verify={"kind": str(judge)}, output={"split_reasoning": ["<think>", "</think>"]})
 
     def check() -> None:

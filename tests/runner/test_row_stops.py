@@ -38,7 +38,7 @@ from tokabatch.output.status import read_status
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.report.review import write_report
 from tokabatch.report.summary import run_sections
-from tokabatch.runner import recorder
+from tokabatch.runner import judging
 from tokabatch.runner.plan import plan
 from tokabatch.runner.score import score, score_to
 from tokabatch.runner.shared import Shared
@@ -385,7 +385,7 @@ def test_faulty_rows_may_be_gone_when_errors_run_again(folder: Path, tmp_path: P
 
 def test_a_run_that_is_stopped_before_its_last_verdicts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends as stopped. A judge that is killed while it is loaded has judged nothing: nothing of that is recorded."""
-    monkeypatch.setattr(recorder, "HURRIED_SECONDS", 0.5)
+    monkeypatch.setattr(judging, "HURRIED_SECONDS", 0.5)
     (tmp_path / "judge.py").write_text(
         'import pathlib, time\nif pathlib.Path(__file__).with_name("slow").exists():\n    time.sleep(60)\n'
         "def verify(text, row):\n    return True\n"

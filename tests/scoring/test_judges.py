@@ -18,7 +18,7 @@ from tokabatch import plan, run
 from tokabatch.errors import JobError
 from tokabatch.job import VerifyConfig
 from tokabatch.output.integrity import check
-from tokabatch.runner import recorder
+from tokabatch.runner import judging, recorder
 from tokabatch.runner.interruption import Interruption
 from tokabatch.scoring import pool
 
@@ -195,7 +195,7 @@ def verify(text, row):
 
 
 def test_a_slow_judge_holds_the_run_up_and_loses_nothing(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "MOST_UNJUDGED", 2)
+    monkeypatch.setattr(judging, "MOST_UNJUDGED", 2)
     most = 0
     add = recorder.Recorder.add
 
@@ -212,7 +212,7 @@ def test_a_slow_judge_holds_the_run_up_and_loses_nothing(rows: Path, tmp_path: P
 
 
 def test_a_run_that_is_stopped_commits_what_is_not_judged(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "HURRIED_SECONDS", 0.3)
+    monkeypatch.setattr(judging, "HURRIED_SECONDS", 0.3)
     judge = tmp_path / "judge.py"
     flag = tmp_path / "hang"
     flag.touch()

@@ -21,7 +21,7 @@ from tokabatch.input.store import tokenized_input as store
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.output import schema as output
 from tokabatch.output import shard_writer, shards
-from tokabatch.runner import recorder
+from tokabatch.runner import sample_tables
 from tokabatch.runner.recorder import Recorder
 from tokabatch.storage import atomic_files as durable
 
@@ -90,7 +90,7 @@ LASTING: dict[str, tuple[Any, str]] = {
     "sizes of rows": (columns.JsonColumns, "row_bytes"),
     "ids": (store.InputStore, "ids"),
     "lists of tokens": (output, "_nullable_list"),
-    "a table": (recorder, "build_table"),
+    "a table": (sample_tables, "build_table"),
     "taking a table over": (shard_writer.ShardWriter, "take"),
     "what is due": (shard_writer.ShardWriter, "commit_due"),
     "encoding": (shards, "write_parquet"),

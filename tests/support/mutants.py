@@ -78,8 +78,8 @@ def success_is_marked_before_the_shards_are_there() -> None:
     finish = recorder.Recorder.finish
 
     def early(self, *hurry):
-        waiting = self._writer._state.units[shard_writer.WHOLE].num_rows + len(self._waiting.finished)
-        marked = [*self._writer.shards, shard_writer.Shard("data/part-99999.parquet", waiting, waiting, 0, 0, "none")]
+        waiting = self.writer._state.units[shard_writer.WHOLE].num_rows + len(self._waiting.finished)
+        marked = [*self.writer.shards, shard_writer.Shard("data/part-99999.parquet", waiting, waiting, 0, 0, "none")]
         mark_success(self._claim, marked, sum(shard.rows for shard in marked))
         return finish(self, *hurry)
 

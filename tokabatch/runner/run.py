@@ -172,8 +172,8 @@ def run(
             with suppress(TokabatchError):
                 recorder.finish(lambda: True)
             exit_code, state = EXIT_STOPPED, _recounted(state, claim)
-            found = state.recorder
-            stalled = found.num_ok + found.num_errors + found.num_cancelled == started.committed.samples
+            tally = state.recorder.tally
+            stalled = tally.ok + tally.errors + tally.cancelled == started.committed.samples
             if stalled and stalled_before:
                 exit_code = EXIT_STALLED
                 clock.progress.message("the start before this one committed nothing either: fix that before the next start")
@@ -280,7 +280,7 @@ def _commit_finished(state: RunState) -> None:
 
 def _generate(state: RunState) -> int:
     """Record what the replica finishes until all is done, or the run is to stop; the run's exit code so far."""
-    recorder, unwritable = state.recorder, state.recorder.num_unwritable
+    recorder, unwritable = state.recorder, state.recorder.tally.unwritable
     state.show("loading")
     try:
         for completions in state.replica.run():
@@ -290,7 +290,7 @@ def _generate(state: RunState) -> int:
                 state.replica.follow(state.started.stops.take_changes())
             state.show("generating")
             exit_code = state.stop.poll()
-            failed = recorder.took_error or recorder.num_unwritable > unwritable
+            failed = recorder.took_error or recorder.tally.unwritable > unwritable
             if state.job.errors.policy == "stop" and failed:
                 exit_code = exit_code or EXIT_STOPPED
             if exit_code:

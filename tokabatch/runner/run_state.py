@@ -91,7 +91,7 @@ class RunState:
                 rows_total=workload.store.num_rows,
                 samples_done=workload.samples_total - left + counts.finished,
                 samples_total=workload.samples_total,
-                errors=self.recorder.num_errors,
+                errors=self.recorder.tally.errors,
                 tokens_in=counts.prompt_tokens,
                 tokens_out=counts.output_tokens,
                 kv_used=standing.kv_used,
@@ -105,7 +105,7 @@ class RunState:
 
 def summarise(state: RunState, steps: Steps, profile: SavedProfile | None, exit_code: int, *, stalled: bool) -> RunSummary:
     """The figures of a run that has ended so."""
-    seconds, workload, recorder = state.clock.elapsed, state.started.left, state.recorder
+    seconds, workload, tally = state.clock.elapsed, state.started.left, state.recorder.tally
     standing = state.replica.standing()
     counts, replica, limits = standing.scheduled, standing.counts, standing.limits
     shares = state.replica.shares() if isinstance(state.replica, Fleet) else ()
@@ -117,9 +117,9 @@ def summarise(state: RunState, steps: Steps, profile: SavedProfile | None, exit_
     return RunSummary(
         rows=workload.store.num_rows,
         samples=workload.samples_total,
-        ok=recorder.num_ok,
-        errors=recorder.num_errors,
-        cancelled=recorder.num_cancelled,
+        ok=tally.ok,
+        errors=tally.errors,
+        cancelled=tally.cancelled,
         prompt_tokens=counts.prompt_tokens,
         cached_tokens=counts.cached_tokens,
         cacheable_tokens=workload.sharing().saved_tokens,
@@ -152,8 +152,8 @@ def summarise(state: RunState, steps: Steps, profile: SavedProfile | None, exit_
         replicas=shares if num > 1 else (),
         predicted_seconds=predicted[0] / num if predicted else None,
         predicted_by=predicted[1] if predicted else "",
-        error_counts=tuple(sorted(recorder.error_counts.items())),
+        error_counts=tuple(sorted(tally.error_counts.items())),
         verifies=state.job.verify is not None,
-        unverified=recorder.num_unverified,
-        unverified_reasons=recorder.unverified_reasons,
+        unverified=tally.unverified,
+        unverified_reasons=tally.unverified_reasons,
     )

@@ -1,0 +1,79 @@
+"""Finished samples on their way through the judge's processes: decoded and handed in once, never too many at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tokabatch.input.store.tokenized_input import InputStore
+from tokabatch.job import VerifyConfig
+from tokabatch.runner.sample_tables import SampleTables, is_of_rows
+from tokabatch.runner.waiting_samples import FinishedSample
+from tokabatch.scoring.judge import Verdict
+from tokabatch.scoring.pool import Ticket, open_pool
+
+SUBMITTED_SAMPLES = 2048
+"""Decoded and handed in at once."""
+MOST_UNJUDGED = 4096
+"""Finished samples that may wait for their verdicts; where there are more, the run waits, and the replicas with it."""
+LOOK_SECONDS, HURRIED_SECONDS = 0.2, 10.0
+
+
+class Judging:
+    """The judge of a run, fed with its finished samples."""
+
+    def __init__(self, config: VerifyConfig, store: InputStore, tables: SampleTables, clock: Callable[[], float]) -> None:
+        self._pool = open_pool(config)
+        self._store = store
+        self._tables = tables
+        self._clock = clock
+
+    def submit(self, samples: Sequence[FinishedSample]) -> None:
+        """Hand in those of `samples` that are no errors and have not been handed in. One whose tokens or row cannot be read is
+        not judged; its verdict says why."""
+        new = [each for each in samples if each.ticket is None and each.completion.error_code is None]
+        for begin in range(0, len(new), SUBMITTED_SAMPLES):
+            self._submit_some(new[begin : begin + SUBMITTED_SAMPLES])
+
+    def keep_up(self, samples: Sequence[FinishedSample]) -> None:
+        """Wait for verdicts where more than MOST_UNJUDGED of `samples` have none, those of the first ones first."""
+        if (excess := len(samples) - MOST_UNJUDGED) > 0:
+            self._pool.wait(_tickets(samples[:excess]))
+
+    def finish(self, samples: Sequence[FinishedSample], hurry: Callable[[], object]) -> None:
+        """Wait for the verdicts of all `samples`; HURRIED_SECONDS at most once `hurry` says so, without verdicts then."""
+        tickets, deadline = _tickets(samples), math.inf
+        while not self._pool.wait(tickets, LOOK_SECONDS):
+            deadline = min(deadline, self._clock() + HURRIED_SECONDS) if hurry() else deadline
+            if self._clock() >= deadline:
+                self._pool.close()
+
+    def close(self) -> None:
+        """End the processes of the judge."""
+        self._pool.close()
+
+    def _submit_some(self, new: Sequence[FinishedSample], *, again: bool = False) -> None:
+        completions = [each.completion for each in new]
+        try:
+            texts = self._tables.texts(completions)
+            rows = self._store.input_rows(np.array([each.row_index for each in completions], np.int64))
+        except BaseException as error:
+            if not is_of_rows(error):
+                raise
+            if len(new) > 1 or not again:
+                for part in (new[: len(new) // 2], new[len(new) // 2 :]):
+                    if part:
+                        self._submit_some(part, again=len(new) == 1)
+                return
+            new[0].ticket = Ticket("", {})
+            new[0].ticket.verdict = Verdict.none(f"{type(error).__name__}: {error}")
+            return
+        answers = self._tables.answers(completions, texts)
+        for each, text, ticket in zip(new, texts, self._pool.submit(answers, rows), strict=True):
+            each.text, each.ticket = text, ticket
+
+
+def _tickets(samples: Sequence[FinishedSample]) -> list[Ticket]:
+    return [each.ticket for each in samples if each.ticket is not None]

@@ -1,0 +1,132 @@
+"""Samples that wait until the shard writer takes them, and in which pieces it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tokabatch.arrays import Int64
+from tokabatch.input.store.tokenized_input import InputStore
+from tokabatch.output.schema import UnsampledRow
+from tokabatch.scheduling.contracts import Completion
+from tokabatch.scoring.judge import Verdict
+from tokabatch.scoring.pool import Ticket
+
+PIECE_BYTES = 64 << 20
+"""Memory of the samples that wait, and of one table, both by estimate; a sample that takes more has a table of its own."""
+TOKEN_BYTES, LOGPROB_BYTES, ALTERNATIVE_BYTES = 24, 16, 16
+"""By estimate: a token with its text, its logprob, one alternative to it."""
+SAMPLE_BYTES = 1024
+
+
+@dataclass(slots=True)
+class FinishedSample:
+    """A sample, its text once it is decoded, and its verdict once there is one. A sample that is not judged has no `ticket`."""
+
+    completion: Completion
+    text: str | None = None
+    ticket: Ticket | None = None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        return None if self.ticket is None else self.ticket.verdict
+
+    @property
+    def num_bytes(self) -> int:
+        """Of memory, by estimate, without the columns of its row."""
+        completion, tokens = self.completion, len(self.completion.token_ids)
+        alternatives = 0 if completion.top_ids is None else completion.top_ids.size
+        scored = 0 if completion.logprobs is None else tokens
+        return SAMPLE_BYTES + tokens * TOKEN_BYTES + scored * LOGPROB_BYTES + alternatives * ALTERNATIVE_BYTES
+
+
+Piece = tuple[Sequence[FinishedSample], Sequence[UnsampledRow]]
+"""Samples of one table."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingSamples:
+    """What the writer will take next: failed rows, then finished samples in the order they came, then cancelled ones, which are
+    never on disk before the sample that stopped their row. The first sample will be the writer's row number `row`. Replaced in
+    one assignment."""
+
+    row: int
+    failures: tuple[UnsampledRow, ...] = ()
+    finished: tuple[FinishedSample, ...] = ()
+    bytes: int = 0
+    """Of the finished samples."""
+    cancelled: tuple[UnsampledRow, ...] = ()
+
+    @property
+    def num_unsampled(self) -> int:
+        return sum(each.num_samples for each in (*self.failures, *self.cancelled))
+
+    def joined_by(self, unsampled: Sequence[UnsampledRow], finished: Sequence[FinishedSample]) -> WaitingSamples:
+        """These and further ones; of those without a sample, the ones with an error have failed, the others are cancelled."""
+        failures = [each for each in unsampled if each.error is not None]
+        cancelled = [each for each in unsampled if each.error is None]
+        return WaitingSamples(
+            self.row,
+            (*self.failures, *failures),
+            (*self.finished, *finished),
+            self.bytes + sum(each.num_bytes for each in finished),
+            (*self.cancelled, *cancelled),
+        )
+
+    def behind(self, row: int) -> WaitingSamples:
+        """What is left when the writer has taken all samples before that row."""
+        failures, taken = _unsampled_behind(self.failures, row - self.row)
+        finished, taken = self.finished[taken:], max(0, taken - len(self.finished))
+        cancelled, _ = _unsampled_behind(self.cancelled, taken)
+        return WaitingSamples(row, failures, finished, sum(each.num_bytes for each in finished), cancelled)
+
+    def pieces(self, ready: int, store: InputStore) -> Iterator[Piece]:
+        """What waits, in its order, at most PIECE_BYTES at a time: of the finished samples the first `ready` ones, and the
+        cancelled ones behind them where these are all."""
+        yield from _unsampled_pieces(self.failures, store)
+        if ready:
+            finished = self.finished[:ready]
+            carried = store.row_bytes(np.array([each.completion.row_index for each in finished], np.int64))
+            for begin, end in _cuts(carried + np.array([each.num_bytes for each in finished], np.int64)):
+                yield finished[begin:end], ()
+        if ready == len(self.finished):
+            yield from _unsampled_pieces(self.cancelled, store)
+
+
+def _unsampled_behind(rows: Sequence[UnsampledRow], taken: int) -> tuple[tuple[UnsampledRow, ...], int]:
+    """What is left of `rows` without their first `taken` samples, and how many more than theirs were taken."""
+    left: list[UnsampledRow] = []
+    for each in rows:
+        skipped = min(taken, each.num_samples)
+        taken -= skipped
+        if skipped < each.num_samples:
+            left.append(replace(each, samples=each.samples[skipped:]))
+    return tuple(left), taken
+
+
+def _unsampled_pieces(rows: Sequence[UnsampledRow], store: InputStore) -> Iterator[Piece]:
+    sizes = store.row_bytes(np.array([row.row_index for row in rows], np.int64)) + SAMPLE_BYTES
+    parts: list[UnsampledRow] = []
+    part_bytes: list[int] = []
+    for row, size in zip(rows, sizes.tolist(), strict=True):
+        # One row may have more samples than a piece holds.
+        count = max(1, PIECE_BYTES // max(size, 1))
+        for begin in range(0, row.num_samples, count):
+            parts.append(replace(row, samples=row.samples[begin : begin + count]))
+            part_bytes.append(size * parts[-1].num_samples)
+    for begin, end in _cuts(np.array(part_bytes, np.int64)):
+        yield (), parts[begin:end]
+
+
+def _cuts(sizes: Int64) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges whose sizes add up to PIECE_BYTES at most, or of one that is larger by itself."""
+    begin = held = 0
+    for place, size in enumerate(sizes.tolist()):
+        if place > begin and held + size > PIECE_BYTES:
+            yield begin, place
+            begin, held = place, 0
+        held += size
+    if len(sizes):
+        yield begin, len(sizes)
