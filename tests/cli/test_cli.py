@@ -102,6 +102,26 @@ class TestWithoutAModel:
         assert done.stdout.strip() == "[]"
         assert min(self._seconds("--help") for _ in range(5)) < 0.5
 
+    def test_every_command_writes_a_line_before_anything_heavy_is_imported(self) -> None:
+        code = (
+            "import sys\n"
+            "from tokabatch import cli\n"
+            "class Watch:\n"
+            "    def write(self, text):\n"
+            "        print(repr(text), {'torch', 'numpy', 'pyarrow', 'datasets'} & {*sys.modules}, file=sys.__stdout__)\n"
+            "    def flush(self): pass\n"
+            "sys.stderr = Watch()\n"
+            "try: cli.main()\n"
+            "except SystemExit: pass\n"
+        )
+        for words, said in (
+            ("serve m server.api_key=secret", "serve m"),
+            ("export x --to a.csv", "export x"),
+            ("keys", "keys"),
+        ):
+            done = subprocess.run([sys.executable, "-c", code, *words.split()], cwd=ROOT, capture_output=True, text=True)
+            assert re.match(rf"'tokabatch \S+: {said}' set\(\)\n", done.stdout), done.stdout + done.stderr
+
     def _seconds(self, *arguments: str) -> float:
         began = time.perf_counter()
         tokabatch(*arguments)
@@ -177,12 +197,12 @@ class TestRefusals:
     def test_jobs(self, tmp_path: Path, command: str, lines: list[str], overrides: list[str], message: str) -> None:
         done = tokabatch(command, job_file(tmp_path, *lines), *overrides)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("error: ") and message in done.stderr and "Traceback" not in done.stderr
+        assert "\nerror: " in done.stderr and message in done.stderr and "Traceback" not in done.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
 
     def test_several_problems_at_once(self, tmp_path: Path) -> None:
         done = tokabatch("run", job_file(tmp_path, "generation: {n: 0}"), "seed=1", "generation.topp=1")
-        assert done.returncode == 2 and done.stderr.startswith("errors:\n") and len(done.stderr.splitlines()) == 4
+        assert done.returncode == 2 and "\nerrors:\n" in done.stderr and len(done.stderr.splitlines()) == 5
 
     def test_no_such_job(self, tmp_path: Path) -> None:
         done = tokabatch("run", tmp_path / "x.yaml")
@@ -339,7 +359,7 @@ class TestQuickstart:
         piped = subprocess.run(
             ["bash", "-c", command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
         )
-        assert piped.stdout in ("141\n", "0\n") and piped.stderr == ""
+        assert piped.stdout in ("141\n", "0\n") and len(piped.stderr.splitlines()) == 1
 
     def test_report_shows_samples_and_settings(
         self, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from tokabatch import __version__
 from tokabatch.errors import UsageError
 
 DEVICES = "h200, h100, a100 or l40s, or a variant such as h100-pcie or a100-40gb"
@@ -21,8 +23,19 @@ _OVERRIDES_HELP = """key=value, dotted as in the file: generation.n=4 engine.pag
 _DOTTED_OPTION = re.compile(r"--?((?:[a-z_]+\.)+[a-z_]+)(=.*)?", re.DOTALL)
 
 
+_SUBJECTS = ("job", "requests", "out", "model", "section", "url")
+"""Parameters that say what a command is about; none of them is a secret, as a key of an override may be."""
+
+
 class Command(TyperCommand):
-    """A command that says what is missing or misspelled where that can be told, and what to write instead."""
+    """A command that writes a line at once, before anything slow is imported, and that names what is missing or misspelled in
+    its arguments, with what to write instead."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if not ctx.params.get("quiet"):
+            subject = next((f" {ctx.params[name]}" for name in _SUBJECTS if ctx.params.get(name)), "")
+            print(f"tokabatch {__version__}: {ctx.info_name}{subject}", file=sys.stderr, flush=True)
+        return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if ctx.resilient_parsing:  # For completion.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import import_module
@@ -38,5 +39,10 @@ def starting(quiet: bool) -> Generator[Progress, None, None]:
     """The display of progress, which shows something before anything slow is imported."""
     module = import_module("tokabatch.report.progress")
     with module.open_progress(quiet) as progress:
-        progress.update(module.ProgressSnapshot("starting", 0.0))
+        progress.update(module.ProgressSnapshot("starting", seconds_since_start()))
         yield progress
+
+
+def seconds_since_start() -> float:
+    """Since this process was started."""
+    return max(0.0, time.time() - import_module("psutil").Process().create_time())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 
 from tokabatch.cli.arguments import JobArgument, OverridesArgument, OverwriteOption, RepairOption, RetryOption
 from tokabatch.cli.folder import write_batch
-from tokabatch.cli.job import checked_job, starting
+from tokabatch.cli.job import checked_job, seconds_since_start, starting
 from tokabatch.cli.printing import print_note, print_result
 from tokabatch.cli.signals import stop_after, stop_on_signals
 from tokabatch.errors import Stopped, UsageError
@@ -196,16 +195,11 @@ def _run(job: Any, stop: Interruption, quiet: bool, **how: Any) -> RunSummary:
     try:
         with starting(quiet) as progress:
             runner = import_module("tokabatch.runner.run")
-            summary: RunSummary = runner.run(job, progress, stop, seconds_before=_seconds_since_start(), **how)
+            summary: RunSummary = runner.run(job, progress, stop, seconds_before=seconds_since_start(), **how)
         return summary
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         raise typer.Exit(stopped.exit_code) from None
-
-
-def _seconds_since_start() -> float:
-    """Since this process was started."""
-    return max(0.0, time.time() - import_module("psutil").Process().create_time())
 
 
 def _print_summary(job: Any, summary: RunSummary, verbose: bool) -> None:

@@ -39,6 +39,7 @@ def serve(
     """
     config = import_module("tokabatch.serve.settings").ServiceConfig.load(model, *(overrides or ()))
     import_module("tokabatch.precheck").refuse_model(config.model)
+    print(f"loading {config.model.path}", file=sys.stderr)
     try:
         server = import_module("tokabatch.serve.server")
     except ModuleNotFoundError as error:
