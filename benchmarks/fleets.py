@@ -1,37 +1,39 @@
 """How large a fleet one driver feeds: python -m benchmarks.fleets [--members 1000] [--rows 10000000]
 
-The run's own `Fleet` and `Ledger` divide the plan, by their own messages; simulated are the members' processes and the time. A
-member runs `--running` samples of log-normal lengths that nobody knows before they end (mean 200, at most 1,024 tokens); a step
-takes 5 ms and a part that grows with its samples. Printed are the makespan beside the ideal (all slots of all members at work
-until the last token), and what the driver takes for it: CPU seconds of dividing the plan and of taking in messages, for each
-sample and each message. Not in it are the system calls of the pipes, which are measured by themselves, and what becomes of
-finished samples afterwards (`benchmarks.durability`).
+The run's own `Fleet` divides the plan, by its own messages; simulated are the members' processes, the time, and what can be
+read. A member runs `--running` samples of log-normal lengths that nobody knows before they end (mean 200, at most 1,024
+tokens); a step takes 5 ms and a part that grows with its samples, 25 ms for all of them. Members go on while the driver
+works, for as long as its CPU time says: where they are too many for it, messages pile up and members are idle. `--record`
+adds so many microseconds for each sample, for what becomes of finished ones (`benchmarks.durability`). Not in it are the
+system calls of the pipes.
+
+The makespan stands beside two ideals: all slots of all members at work until the last token, and `pooled`, one member with the
+slots of all, which takes the next sample wherever a slot comes free. What lies between these two is the end of any run whose
+lengths are not known, and what is above the second one is the price of dividing.
 """
 
 from __future__ import annotations
 
 import argparse
 import heapq
-import multiprocessing
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
 
 from tokabatch.arrays import Int32, Int64
+from tokabatch.forecast.step_log import StepLog
 from tokabatch.runner import fleet as fleets
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Part, to_give, wants_more
-from tokabatch.runner.member import Member
 from tokabatch.runner.member_process import STANDING_SECONDS, unpacked
-from tokabatch.runner.messages import Finished, Given, Share, Wants
+from tokabatch.runner.messages import Ended, Finished, Given, Share, Wants
 from tokabatch.runner.replica import Standing
 from tokabatch.scheduling.completion_batch import CompletionBatch
 from tokabatch.scheduling.contracts import NO_COUNTS, Completion, Requests, SamplingParams
@@ -40,30 +42,21 @@ from tokabatch.scheduling.scheduler import SchedulerLimits
 MEAN, SIGMA, MAX_TOKENS, PROMPT, HEADER = 200, 0.7, 1024, 200, 100
 STEP_SECONDS, FULL_SECONDS = 0.005, 0.025
 """A step of few samples, and one of all that run at once."""
-STEPS = 8
-"""A member looks at its orders and reports once in so many steps."""
-PICKLED = 200
-"""One message in so many is pickled and read again, to see what that takes."""
-
-
-class Clock:
-    """The simulated time, in the place of the module `time`."""
-
-    now = 1.0
-
-    def monotonic(self) -> float:
-        return self.now
+PICKLED = 50
+"""The messages of one pass in so many are pickled and read again, to see what that takes."""
+NOTHING = np.zeros(0, np.int32)
 
 
 class SimulatedProcess:
-    """See `Process`: holds and runs samples, from its first run of the plan on; `length` says how long each of the plan is."""
+    """See `Process`: holds and runs samples; `length` says how long each of the plan is. It looks at its orders and reports
+    once in so many `steps`."""
 
     pid = None
 
-    def __init__(self, first: Part, standing: Standing, length: Int32, running: int) -> None:
-        self.orders, self.messages = deque[Any](), deque[Any]()
-        self._standing, self._length, self._running = standing, length, running
-        self._waiting: Int64 = first.prompts.astype(np.int64)
+    def __init__(self, standing: Standing, length: Int32, running: int, steps: int) -> None:
+        self.orders, self.messages, self._pending = deque[Any](), deque[Any](), list[Any]()
+        self._standing, self._length, self._running, self._steps = standing, length, running, steps
+        self._waiting: Int64 = np.zeros(0, np.int64)
         self._run: Int64 = np.zeros(0, np.int64)
         self._end: Int64 = np.zeros(0, np.int64)
         """The step at which each running sample has its last token."""
@@ -74,14 +67,17 @@ class SimulatedProcess:
 
     @property
     def pipe(self) -> Any:
-        """There is none: `advance` is what makes messages."""
+        """There is none: `Time` says which processes have messages."""
         return self
 
     def receive(self) -> Any:
         return self.messages.popleft()
 
     def send(self, order: Any) -> None:
-        self.orders.append(order)
+        if order is None:
+            self.messages.append(Ended(self._standing, StepLog().steps(), (), None))
+        else:
+            self.orders.append(order)
 
     def check(self) -> bool:
         return True
@@ -93,7 +89,9 @@ class SimulatedProcess:
         pass
 
     def advance(self, now: float) -> float:
-        """Obey, run some steps and say what is to be said; the seconds that they take."""
+        """Send what the last steps have made, obey, and run some more; the seconds that these take."""
+        self.messages += self._pending
+        self._pending = []
         while self.orders:
             order = self.orders.popleft()
             if isinstance(order, bytes):
@@ -105,7 +103,8 @@ class SimulatedProcess:
                 self._waiting = self._waiting[: len(self._waiting) - count]
                 self.messages.append(Given(Part(back, np.zeros_like(back), np.ones_like(back))))
         seconds = STEP_SECONDS + (FULL_SECONDS - STEP_SECONDS) * min(1.0, self.left / self._running)
-        stop = self._step + STEPS
+        steps = self._steps if self.left else 1
+        stop = self._step + steps
         self._admit(np.full(self._running - len(self._run), self._step))
         finished: list[Int64] = []
         while (over := self._end <= stop).any():
@@ -125,13 +124,22 @@ class SimulatedProcess:
             self._due = now + STANDING_SECONDS
             standing = replace(self._standing, running=len(self._run), waiting=len(self._waiting))
         if len(done) or standing is not None:
-            self.messages.append(Finished(CompletionBatch(self._completions(done)), standing))
-        return STEPS * seconds
+            self._pending.append(Finished(CompletionBatch(self._completions(done)), standing))
+        return steps * seconds
 
     @property
     def left(self) -> int:
         """Samples that it holds."""
         return len(self._run) + len(self._waiting)
+
+    @property
+    def given(self) -> int:
+        """Runs of the plan that it was given."""
+        return self._given
+
+    def hold(self, samples: Int64) -> None:
+        """Have these from the beginning."""
+        self._waiting = samples
 
     def _admit(self, free_at: Int64) -> None:
         """Begin what waits in slots that come free at these steps."""
@@ -157,96 +165,139 @@ def requests_of(count: int) -> Requests:
     return Requests(np.arange(count), tokens, start, length, lcp, np.zeros(count, np.int32), sampling)
 
 
-def pipe_seconds(members: int) -> float:
-    """CPU seconds of main to look once at the pipes of so many members."""
-    pipes = [multiprocessing.Pipe() for _ in range(members)]
-    begin = time.thread_time()
-    for _ in range(20):
-        pipes[0][1].send(None)
-        wait([pipe for pipe, _ in pipes], 1.0)
-        pipes[0][0].recv()
-    return (time.thread_time() - begin) / 20
+class Time:
+    """In the place of the module `time` and of `wait`: the driver's clock, by which members go on while it works."""
+
+    def __init__(self, record: float) -> None:
+        self.now = 1.0
+        self.busy = self.reading = self.recording = 0.0
+        """The driver's seconds: all of them, and those for reading messages and for recording samples, which are reckoned."""
+        self.messages = self.passes = 0
+        self._record, self._read = record, 0
+        self._pickle_seconds = 0.0
+        self._processes: list[SimulatedProcess] = []
+        self._events: list[tuple[float, int]] = []
+        self._began = time.thread_time()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def add(self, process: SimulatedProcess) -> None:
+        heapq.heappush(self._events, (self.now, len(self._processes)))
+        self._processes.append(process)
+
+    def took(self, samples: int) -> None:
+        """The driver has so many samples to record."""
+        self.recording += samples * self._record
+        self.now += samples * self._record
+
+    def wait(self, pipes: list[Any], timeout: float) -> list[SimulatedProcess]:
+        """The processes that have messages by the time that the driver has done its work."""
+        seconds = time.thread_time() - self._began
+        self.busy, self.now, self.passes = self.busy + seconds, self.now + seconds, self.passes + 1
+        until = self.now + timeout
+        ready = [process for process in pipes if process.messages]
+        while self._events[0][0] <= (self.now if ready else until):
+            at, number = heapq.heappop(self._events)
+            process = self._processes[number]
+            heapq.heappush(self._events, (at + process.advance(at), number))
+            if process.messages and not ready:
+                self.now = max(self.now, at)
+                ready.append(process)
+        ready = [process for process in pipes if process.messages]
+        self.now = self.now if ready else until
+        self._read_some([process.messages[0] for process in ready])
+        self._began = time.thread_time()
+        return ready
+
+    def _read_some(self, messages: list[Any]) -> None:
+        """What reading these takes goes by: measured in some passes, reckoned for the others."""
+        self.messages += len(messages)
+        if messages and (self.passes % PICKLED == 1 or not self._read):
+            texts = [pickle.dumps(message) for message in messages]
+            begin = time.thread_time()
+            for text in texts:
+                pickle.loads(text)
+            self._pickle_seconds += time.thread_time() - begin
+            self._read += len(messages)
+        seconds = len(messages) * self._pickle_seconds / max(1, self._read)
+        self.reading, self.now = self.reading + seconds, self.now + seconds
+
+    @contextmanager
+    def simulated(self) -> Generator[None]:
+        real = fleets.time, fleets.wait
+        fleets.time, fleets.wait = self, self.wait  # pyright: ignore
+        try:
+            yield
+        finally:
+            fleets.time, fleets.wait = real
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """How a fleet got through its plan: `ideal` is the time with all slots at work to the last token, `alone` what a member
-    takes for its share by itself; `cpu` the driver's CPU seconds, by what it did."""
+    """How a fleet got through its plan, in seconds. `full_slots` is the time with all slots at work to the last token, `pooled`
+    what one member with all of them takes, `alone` what a member takes for its share by itself; `busy` the driver's, of which
+    `reading` and `recording` are reckoned."""
 
     makespan: float
     first_idle: float
-    ideal: float
+    full_slots: float
+    pooled: float
     alone: float
     finished: int
     runs: int
     messages: int
-    cpu: dict[str, float]
+    passes: int
+    busy: float
+    reading: float
+    recording: float
 
 
-def share(count: int, rows: int, running: int) -> Shared:
-    """A plan of so many rows through a fleet of so many members."""
-    rng, clock = np.random.default_rng(0), Clock()
+def share(count: int, rows: int, running: int, record: float = 0.0) -> Shared:
+    """A plan of so many rows through a fleet of so many members; `record` are the driver's seconds for a finished sample."""
+    rng, clock = np.random.default_rng(0), Time(record)
     length = np.clip(rng.lognormal(np.log(MEAN) - SIGMA**2 / 2, SIGMA, rows), 1, MAX_TOKENS).astype(np.int32)
-    limits, requests = SchedulerLimits(16, 1 << 20, running, 2 * running, 100, None), requests_of(rows)
-    cpu: dict[str, float] = dict.fromkeys(("starting", "dividing", "taking in", "reading"), 0.0)
+    limits = SchedulerLimits(16, 1 << 20, running, 2 * running, 100, None)
+    processes: list[SimulatedProcess] = []
 
-    def timed(name: str, call: Callable[[], Any]) -> Any:
-        begin = time.thread_time()
-        found = call()
-        cpu[name] += time.thread_time() - begin
-        return found
+    def launch(number: int, build: Any, ledger: Any, before: Standing, pace: Any) -> SimulatedProcess:
+        steps = max(1, round(pace.finished / FULL_SECONDS))
+        processes.append(SimulatedProcess(Standing.before(limits), length, running, steps))
+        clock.add(processes[-1])
+        return processes[-1]
 
     def build(*given: Any, **names: Any) -> Any:
         raise AssertionError("a simulated member has no replica")
 
-    names = {"stop": Interruption(lambda: False), "tell": print}
-    fleet: Any = timed("starting", lambda: Fleet(requests, limits, [()] * count, build, **names))  # pyright: ignore
-    processes: list[SimulatedProcess] = []
-
-    def start(member: Member) -> None:
-        run = fleet._next_run(member) or Part.joined([])
-        processes.append(SimulatedProcess(run, Standing.before(limits), length, running))
-        member.begin(processes[-1])
-
-    events = [(clock.now + STEP_SECONDS * number / count, number) for number in range(count)]
-    first, messages, read, real = clock.now, 0, 0, fleets.time
-    fleets.time = clock  # pyright: ignore
-    try:
-        for member in fleet._members:
-            timed("starting", partial(start, member))
-        while fleet._ledger.left:
-            clock.now, number = heapq.heappop(events)
-            member, process = fleet._members[number], processes[number]
-            heapq.heappush(events, (clock.now + process.advance(clock.now), number))
-            while process.messages:
-                messages += 1
-                if messages % PICKLED == 1:
-                    read += 1
-                    timed("reading", partial(pickle.loads, pickle.dumps(process.messages[0])))
-                timed("taking in", lambda member=member: fleet._take(member, member.receive()))
-            timed("dividing", fleet._feed)
-    finally:
-        fleets.time = real
-    cpu["reading"] *= messages / read
-    busy = np.array([process.busy for process in processes]) - first
+    with clock.simulated():
+        stop = Interruption(lambda: False)
+        fleet = Fleet(requests_of(rows), limits, [()] * count, build, stop=stop, tell=print, launch=launch)
+        begun = clock.now
+        for completions in fleet.run():
+            clock.took(len(completions))
+        shares = fleet.shares()
+    busy = np.array([process.busy for process in processes]) - begun
     return Shared(
         makespan=float(busy.max()),
         first_idle=float(busy.min()),
-        ideal=float(length.sum(dtype=np.int64)) / (count * running) * FULL_SECONDS,
+        full_slots=float(length.sum(dtype=np.int64)) / (count * running) * FULL_SECONDS,
+        pooled=alone(length, count * running),
         alone=alone(length[rng.permutation(rows)[: rows // count]], running),
-        finished=sum(member.finished for member in fleet._members),
-        runs=count + sum(member.parts for member in fleet._members),
-        messages=messages,
-        cpu=cpu,
+        finished=sum(each.samples for each in shares),
+        runs=sum(process.given for process in processes),
+        messages=clock.messages,
+        passes=clock.passes,
+        busy=clock.busy + clock.reading + clock.recording,
+        reading=clock.reading,
+        recording=clock.recording,
     )
 
 
 def alone(length: Int32, running: int) -> float:
     """Seconds that a member takes for samples of these lengths by itself."""
     limits = SchedulerLimits(16, 1 << 20, running, 2 * running, 100, None)
-    every = np.arange(len(length), dtype=np.int32)
-    part = Part(every, np.zeros_like(every), np.ones_like(every))
-    process, now = SimulatedProcess(part, Standing.before(limits), length, running), 0.0
+    process, now = SimulatedProcess(Standing.before(limits), length, running, 1), 0.0
+    process.hold(np.arange(len(length)))
     while process.left:
         now += process.advance(now)
     return process.busy
@@ -257,17 +308,22 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--running", type=int, default=1024)
+    parser.add_argument("--record", type=float, default=0.0, metavar="MICROSECONDS")
     args = parser.parse_args()
-    done = share(args.members, args.rows, args.running)
+    done = share(args.members, args.rows, args.running, args.record / 1e6)
     print(f"{args.members:,} members, {done.finished:,} samples in {done.runs:,} runs, {done.messages:,} messages")
-    print(f"makespan {done.makespan:,.1f} s; the first member was idle at {done.first_idle:,.1f} s")
-    print(f"{done.makespan / done.ideal - 1:.1%} above the ideal of {done.ideal:,.1f} s")
-    print(f"{done.makespan / done.alone - 1:.1%} above the {done.alone:,.1f} s that one takes for its share by itself")
-    print("CPU of the driver:")
-    for name, seconds in done.cpu.items():
+    print(f"makespan {done.makespan:,.2f} s; the first member was idle at {done.first_idle:,.2f} s")
+    for name, seconds in (
+        ("all slots full", done.full_slots),
+        ("pooled", done.pooled),
+        ("one member's share alone", done.alone),
+    ):
+        print(f"  {name:26} {seconds:8.2f} s   the fleet {done.makespan / seconds - 1:+.1%}")
+    print(f"the driver was busy for {done.busy:,.1f} s ({done.busy / done.makespan:.0%}), in {done.passes:,} passes")
+    dividing = done.busy - done.reading - done.recording
+    for name, seconds in (("reading", done.reading), ("booking and dividing", dividing), ("recording", done.recording)):
         each = seconds / args.rows, seconds / done.messages
-        print(f"  {name:10} {seconds:8.2f} s {each[0] * 1e6:8.2f} us a sample {each[1] * 1e6:8.1f} us a message")
-    print(f"  looking at all pipes {pipe_seconds(args.members) * 1e3:.2f} ms each time")
+        print(f"  {name:22} {seconds:8.2f} s {each[0] * 1e6:8.2f} us a sample {each[1] * 1e6:8.1f} us a message")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from benchmarks import fleets
 def test_members_end_together_though_no_length_is_known():
     done = fleets.share(12, 6_000, running=32)
     assert done.finished == 6_000
-    assert done.makespan < 1.05 * done.alone and done.makespan < 1.1 * done.ideal
+    # All slots at work to the last token is what no run reaches whose lengths are unknown; one member with all slots is one.
+    assert done.full_slots < done.pooled < done.makespan < 1.03 * done.pooled and done.makespan < 1.1 * done.full_slots
     assert done.first_idle > 0.93 * done.makespan
     # Guided self-scheduling: large runs at first, small ones in the end.
     assert 12 * 4 < done.runs < 12 * 40

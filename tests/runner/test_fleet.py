@@ -26,6 +26,7 @@ from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Part
 from tokabatch.runner.member import Fork, can_fork
+from tokabatch.runner.messages import Pace
 from tokabatch.runner.replica import Replica, Standing
 from tokabatch.runner.row_stops import RowLimits
 from tokabatch.scheduling.contracts import Completion, Drawn, Requests, SamplingParams, StepBatch, StepResult
@@ -194,6 +195,28 @@ def test_what_is_finished_when_the_run_is_stopped_is_handed_over():
     assert work.fleet.standing().scheduled.finished == len(work.done)
 
 
+def test_members_of_a_large_fleet_keep_finished_samples_until_there_are_more(monkeypatch):
+    monkeypatch.setattr("tokabatch.runner.fleet.MESSAGE_SECONDS", 1000.0)
+    whole = Work(partial(Device, 0.002))
+    batches = [len(whole.done) for _ in whole.run()]
+    assert whole.done == EXPECTED and set(batches) == {0, len(EXPECTED)}, "all in one message, once nothing is left to run"
+    steps, collect = multiprocessing.get_context("fork").Value("i", 0), Device.collect
+
+    def counted(device: Device) -> StepResult:
+        steps.value += 1
+        return collect(device)
+
+    monkeypatch.setattr(Device, "collect", counted)
+    stopped = Work(partial(Device, 0.01))
+    for completions in stopped.fleet.run():
+        assert not completions
+        if steps.value > 1.2 * PARAMS.max_tokens + 4:
+            break
+    stopped.take(stopped.fleet.stop())
+    stopped.fleet.close()
+    assert 0 < len(stopped.done) < len(EXPECTED) and stopped.done.items() <= EXPECTED.items()
+
+
 def test_a_stop_breaks_into_loading():
     work = Work(partial(Device, load_seconds=60.0))
     began = time.monotonic()
@@ -351,9 +374,9 @@ def test_nothing_is_held_back_for_a_member_that_has_no_place_yet(after):
     work = Work(partial(Device, 0.01), 2)
     fleet = work.fleet
 
-    def launch(number: int, build: Any, ledger: Any, before: Standing, interval: float | None) -> Placed:
+    def launch(number: int, build: Any, ledger: Any, before: Standing, pace: Pace) -> Placed:
         def start() -> Fork:
-            return Fork(fleet._members[number], build, Part.joined([]), ledger, interval, lambda: None)
+            return Fork(fleet._members[number], build, Part.joined([]), ledger, pace, lambda: None)
 
         return Placed(after if number else 0.0, start)
 

@@ -34,7 +34,7 @@ from tokabatch.job import EngineConfig
 from tokabatch.parallel.layout import Layout
 from tokabatch.runner.ledger import Ledger, Part
 from tokabatch.runner.member_process import Build, serve
-from tokabatch.runner.messages import Message, Order
+from tokabatch.runner.messages import Message, Order, Pace
 from tokabatch.runner.replica import Standing
 from tokabatch.scheduling.contracts import Requests
 
@@ -140,7 +140,7 @@ class Launcher:
         self._work: tuple[Any, ...] = ()
         """The plan and what builds its replicas, in the object store."""
 
-    def __call__(self, number: int, build: Build, ledger: Ledger, before: Standing, interval: float | None) -> Actor:
+    def __call__(self, number: int, build: Build, ledger: Ledger, before: Standing, pace: Pace) -> Actor:
         if not self._work:
             try:
                 # As bytes: what comes out of the object store as it is cannot be written to.
@@ -151,7 +151,7 @@ class Launcher:
                     f"Ray's object store on this node does not hold the tokenised input, {size:,} bytes of tokens; start its "
                     "nodes with a larger one (`ray start --object-store-memory`)"
                 ) from error
-        return Actor(self, number, (*self._work, number, cloudpickle.dumps(before), interval))
+        return Actor(self, number, (*self._work, number, cloudpickle.dumps(before), pace))
 
     def start(self, number: int, port: int, token: bytes, work: tuple[Any, ...]) -> tuple[Any, Any]:
         """An actor, and what becomes ready when it has ended."""
@@ -266,7 +266,7 @@ class Actor:
 class TokabatchReplica:
     """An actor: the process of one member of a fleet. Its name is what `ps` and Ray show."""
 
-    def serve(self, terms: _Terms, plan: Requests, build: bytes, number: int, before: bytes, interval: float | None) -> None:
+    def serve(self, terms: _Terms, plan: Requests, build: bytes, number: int, before: bytes, pace: Pace) -> None:
         here = socket.gethostname()
         if terms.version != __version__:
             raise EngineError(f"{here} has tokabatch {__version__}, and the driver {terms.version}; install the same one")
@@ -281,7 +281,7 @@ class TokabatchReplica:
         connection = Connection(connected.detach())
         connection.send_bytes(terms.token)
         nothing = Part.joined([])
-        serve(connection, number, cloudpickle.loads(build), nothing, Ledger(plan), cloudpickle.loads(before), interval)
+        serve(connection, number, cloudpickle.loads(build), nothing, Ledger(plan), cloudpickle.loads(before), pace)
 
 
 def _watch(connected: socket.socket) -> None:

@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
-from tokabatch.arrays import Int64
+from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.errors import EngineError, ReplicaLost, TokabatchError
 from tokabatch.forecast.step_log import StepLog, Steps, by_time
 from tokabatch.report.summary import ReplicaShare
@@ -26,7 +26,7 @@ from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger, Part, to_give
 from tokabatch.runner.member import STOP_SECONDS, Fork, Launch, Member
 from tokabatch.runner.member_process import STANDING_SECONDS, Build
-from tokabatch.runner.messages import Cancel, Ended, Finished, Given, Lengths, Message, Share, Suspects, Wants, Withdraw
+from tokabatch.runner.messages import Cancel, Ended, Finished, Given, Lengths, Message, Pace, Share, Suspects, Wants, Withdraw
 from tokabatch.runner.replica import ReplicaCounts, Standing
 from tokabatch.runner.row_stops import RowLimits
 from tokabatch.runner.supply import Supply
@@ -40,6 +40,8 @@ FEED_SECONDS = 0.1
 """How often a member that wants more is looked after, beside when something comes free."""
 TELL_SECONDS = 1.0
 """How often members are told of the lengths that others saw."""
+MESSAGE_SECONDS = 2e-4
+"""Main's time for a message, by which members keep finished samples back so that it can read those of all."""
 MOST_TOLD = 1 << 16
 """Lengths told at a time, to all members together: in a large fleet each learns enough from some."""
 
@@ -75,14 +77,14 @@ class Fleet:
         self._first_left = self._ledger.left
         self._build, self._launch = build, launch
         self._stop, self._tell, self._leave = stop, tell, leave
-        self._max_restarts, self._hang_seconds, self._interval = max_restarts, hang_seconds, interval
+        self._max_restarts, self._hang_seconds = max_restarts, hang_seconds
         self._members = [Member(number, names, Standing.before(limits)) for number, names in enumerate(devices)]
-        if interval is None and len(self._members) > 1:
-            # Who has how much to give is seen from it.
-            self._interval = STANDING_SECONDS
-        self._lengths: list[tuple[int, Sequence[tuple[int, bool]]]] = []
-        """Of the samples of each message since members were told last: whose they are, and how long each was and whether it
-        stopped by itself."""
+        # Who has how much to give is seen from their standings.
+        standing = STANDING_SECONDS if interval is None and len(self._members) > 1 else interval
+        seconds = MESSAGE_SECONDS * len(self._members)
+        self._pace = Pace(None if standing is None else max(standing, seconds), seconds)
+        self._lengths: list[tuple[Int64, Int32, Bool]] = []
+        """Of samples since members were told last: whose each is, how long it was, and whether it stopped by itself."""
         self._gathering: dict[int, int] = {}
         """By prompt: the member that gets all its samples."""
         self._fed = self._told = 0.0
@@ -106,16 +108,20 @@ class Fleet:
             # Not more than that: main may have been the one that was stopped.
             passed, looked = min(time.monotonic() - looked, TICK_SECONDS), time.monotonic()
             completions, failure = list[Completion](), None
+            taken: list[tuple[int, list[Completion]]] = []
             try:
-                for member in self._live():
-                    try:
-                        if member.pipe in ready:
-                            completions += self._take(member, member.receive())
-                        elif (silent := member.wait(passed)) > self._hang_seconds:
-                            member.kill()
-                            raise ReplicaLost(f"the scheduler's process did not respond for {silent:.0f} s and was killed")
-                    except ReplicaLost as fault:
-                        self._replace(member, fault)
+                try:
+                    for member in self._live():
+                        try:
+                            if member.pipe in ready:
+                                taken.append((member.number, self._take(member, member.receive())))
+                            elif (silent := member.wait(passed)) > self._hang_seconds:
+                                member.kill()
+                                raise ReplicaLost(f"the scheduler's process did not respond for {silent:.0f} s and was killed")
+                        except ReplicaLost as fault:
+                            self._replace(member, fault)
+                finally:
+                    completions = self._book(taken)
                 self._feed()
             except TokabatchError as error:
                 # What the others have finished comes first.
@@ -246,9 +252,9 @@ class Fleet:
         """Start a process for it, with its first run. One that is launched may have to wait for a place: it is given its work
         once it runs."""
         if self._launch is not None:
-            member.begin(self._launch(member.number, self._build, self._ledger, member.before, self._interval))
+            member.begin(self._launch(member.number, self._build, self._ledger, member.before, self._pace))
             return
-        run = self._next_run(member) or Part.joined([])
+        run = self._next_run(member, self._num_sharing()) or Part.joined([])
 
         def leave() -> None:
             for each in self._members:
@@ -256,25 +262,25 @@ class Fleet:
                     each.pipe.close()
             self._leave()
 
-        member.begin(Fork(member, self._build, run, self._ledger, self._interval, leave))
+        member.begin(Fork(member, self._build, run, self._ledger, self._pace, leave))
 
-    def _next_run(self, member: Member) -> Part | None:
+    def _num_sharing(self) -> int:
+        """Members between which the work is divided."""
         # One that waits for a place may wait for long: nothing is held back for it.
-        count = sum(not each.given_up and (each.placed or self._launch is None) for each in self._members)
-        return self._ledger.next_run(member.number, count, whole=count == 1)
+        return sum(not each.given_up and (each.placed or self._launch is None) for each in self._members)
+
+    def _next_run(self, member: Member, sharing: int) -> Part | None:
+        return self._ledger.next_run(member.number, sharing, whole=sharing == 1)
 
     def _take(self, member: Member, message: Message | None) -> list[Completion]:
-        """Take in what a member says; returns the samples that it has finished."""
+        """Take in what a member says; returns the samples that it has finished, which are to be booked."""
         if isinstance(message, str):
             self._say(member, message)
         elif isinstance(message, Finished):
             self._began = self._began or time.monotonic()
-            self._ledger.finish(member.number, message.completions)
             member.finished += len(message.completions)
             if message.completions:
                 member.barren = 0
-                good = [(len(c.token_ids), c.finish_reason == "stop") for c in message.completions if c.error_code is None]
-                self._lengths.append((member.number, good))
             return message.completions
         elif isinstance(message, Wants):
             # Otherwise a part is on its way.
@@ -300,6 +306,18 @@ class Fleet:
             self._replace(member, message.error)
         return []
 
+    def _book(self, taken: Sequence[tuple[int, list[Completion]]]) -> list[Completion]:
+        """Record what the members of these numbers have finished; all of it together."""
+        completions = [completion for _, each in taken for completion in each]
+        if completions:
+            number = np.repeat(np.array([number for number, _ in taken], np.int64), [len(each) for _, each in taken])
+            self._ledger.finish(number, completions)
+            good = np.array([completion.error_code is None for completion in completions], np.bool_)
+            length = np.array([len(completion.token_ids) for completion in completions], np.int32)
+            stopped = np.array([completion.finish_reason == "stop" for completion in completions], np.bool_)
+            self._lengths.append((number[good], length[good], stopped[good]))
+        return completions
+
     def _feed(self) -> None:
         """Give those that want more of what is free, or ask the fullest of the others for some."""
         now, live = time.monotonic(), self._live()
@@ -309,12 +327,12 @@ class Fleet:
         hungry = sorted((member for member in live if member.wants is not None), key=lambda member: member.wants or 0)
         if not hungry or now - self._fed < FEED_SECONDS:
             return
-        self._fed = now
+        self._fed, sharing = now, self._num_sharing()
         starved: list[Member] = []
         for member in hungry:
             if self._supply is not None and not self._ledger.has_free:
                 self._supply.more(self._ledger)
-            run = self._next_run(member)
+            run = self._next_run(member, sharing)
             if run is not None:
                 member.send(run)
             else:
@@ -335,15 +353,12 @@ class Fleet:
 
     def _tell_lengths(self, live: Sequence[Member]) -> None:
         """Tell each member of lengths that others saw since the last time."""
-        count = [len(news) for _, news in self._lengths]
-        if not sum(count) or len(live) == 1:
-            self._lengths = []
+        news, self._lengths = self._lengths, []
+        if not news or len(live) == 1:
             return
-        number = np.repeat([number for number, _ in self._lengths], count)
-        length, stopped = zip(*(each for _, news in self._lengths for each in news), strict=True)
-        self._lengths = []
+        number, length, stopped = (np.concatenate(column) for column in zip(*news, strict=True))
         told = np.linspace(0, len(number) - 1, min(len(number), MOST_TOLD // len(live))).astype(np.int64)
-        number, length, stopped = number[told], np.array(length, np.int32)[told], np.array(stopped, np.bool_)[told]
+        number, length, stopped = number[told], length[told], stopped[told]
         for member in live:
             others = number != member.number
             if member.begun and others.any():

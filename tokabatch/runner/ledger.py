@@ -91,8 +91,9 @@ class Ledger:
         sampling, params = self.plan.sampling, self.plan.params
         self._output: Int64 = np.array([kind.max_tokens for kind in sampling], np.int64)[params]
         """The most tokens that a sample of each prompt costs beside its prompt."""
-        self._by_row: Int64 = np.argsort(self.plan.row_index)
-        self._rows: Int64 = self.plan.row_index[self._by_row]
+        self._prompt_of: Int32 = np.zeros(int(self.plan.row_index.max(initial=-1)) + 1, np.int32)
+        """The plan's number of each row's prompt."""
+        self._prompt_of[self.plan.row_index] = np.arange(len(self.plan), dtype=np.int32)
         left = (self._holder != DONE) & (self._holder != WITHHELD)
         self._left_of: Int64 = np.add.reduceat(left, self._offset[:-1], dtype=np.int64)
         self.left = int(self._left_of.sum())
@@ -141,7 +142,7 @@ class Ledger:
 
     def prompts(self, rows: Sequence[int] | Int64) -> Int32:
         """The plan's numbers of these rows' prompts."""
-        return self._by_row[np.searchsorted(self._rows, rows)].astype(np.int32)
+        return self._prompt_of[rows]
 
     def part(self, requests: Requests) -> Part:
         """What a scheduler's table of prompts and spans is of this plan."""
@@ -185,19 +186,22 @@ class Ledger:
         """Record that a member holds this part from now on, whichever member held it before."""
         self._set(part, member)
 
-    def finish(self, member: int, completions: Sequence[Completion]) -> None:
-        """A member has finished these samples; those that were cancelled meanwhile do not count. Raises EngineError for one
-        that it does not hold."""
+    def finish(self, member: int | Int64, completions: Sequence[Completion]) -> None:
+        """A member has finished these samples, or the member of each; those that were cancelled meanwhile do not count. Raises
+        EngineError for one that it does not hold."""
         if not completions:
             return
         prompts = self.prompts(np.array([completion.row_index for completion in completions], np.int64))
         places = self._offset[prompts] + np.array([completion.sample_index for completion in completions], np.int64)
+        holders = np.broadcast_to(np.int64(member), len(places))
         wanted = self._holder[places] != CANCELLED
-        prompts, places = prompts[wanted], places[wanted]
-        if (self._holder[places] != member).any() or len(np.unique(places)) < len(places):
+        if not wanted.all():
+            prompts, places, holders = prompts[wanted], places[wanted], holders[wanted]
+        if (self._holder[places] != holders).any() or len(np.unique(places)) < len(places):
             raise EngineError("a sample was finished that its replica does not hold; please report this with the job file")
         self._holder[places] = DONE
-        self._held[member] -= len(places)
+        for number, count in zip(*(each.tolist() for each in np.unique(holders, return_counts=True)), strict=True):
+            self._held[number] -= count
         self._count_down(prompts)
 
     def give_back(self, member: int, part: Part | None = None) -> int:

@@ -33,6 +33,7 @@ from tokabatch.runner.messages import (
     Finished,
     Message,
     Order,
+    Pace,
     Share,
     Withdraw,
 )
@@ -79,9 +80,9 @@ class Process(Protocol):
 
 class Launch(Protocol):
     """What starts the process of a member elsewhere than by a fork of main: it calls `serve` with these arguments, and with
-    `before` and `interval` as they are there."""
+    `before` and `pace` as they are there."""
 
-    def __call__(self, number: int, build: Build, ledger: Ledger, before: Standing, interval: float | None) -> Process: ...
+    def __call__(self, number: int, build: Build, ledger: Ledger, before: Standing, pace: Pace) -> Process: ...
 
 
 class Cluster(Protocol):
@@ -189,14 +190,14 @@ class Fork:
     """See `Process`: a fork of main. `leave` lets go there of what is main's."""
 
     def __init__(
-        self, member: Member, build: Build, first: Part, ledger: Ledger, interval: float | None, leave: Callable[[], None]
+        self, member: Member, build: Build, first: Part, ledger: Ledger, pace: Pace, leave: Callable[[], None]
     ) -> None:
         """Start the member's process, on the `first` part."""
         context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe()
         self._process: BaseProcess = context.Process(
             target=_forked,
-            args=(self.pipe, theirs, member, build, first, ledger, interval, leave),
+            args=(self.pipe, theirs, member, build, first, ledger, pace, leave),
             name=f"tokabatch-replica-{member.number}",
         )
         # Threads of native libraries are not carried over. None of theirs is used in the fork: tokenizers' is kept from it.
@@ -255,7 +256,7 @@ def _forked(
     build: Build,
     first: Part,
     ledger: Ledger,
-    interval: float | None,
+    pace: Pace,
     leave: Callable[[], None],
 ) -> None:
     """The forked process."""
@@ -270,4 +271,4 @@ def _forked(
     leave()
     if member.devices:
         os.environ[VISIBLE] = ",".join(member.devices)
-    serve(pipe, member.number, build, first, ledger, member.before, interval)
+    serve(pipe, member.number, build, first, ledger, member.before, pace)

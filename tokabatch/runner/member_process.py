@@ -31,6 +31,7 @@ from tokabatch.runner.messages import (
     Lengths,
     Message,
     Order,
+    Pace,
     Share,
     Suspects,
     Wants,
@@ -77,11 +78,11 @@ def serve(
     first: Part,
     ledger: Ledger,
     before: Standing,
-    interval: float | None,
+    pace: Pace,
 ) -> None:
     """What the process of member `number` does until it is told to end, in its main thread: `build` the replica for the `first`
-    part of the plan, whose counts go on from `before`, and step. `interval` is the time between two standings that are sent, in
-    seconds; None sends the first and the last alone. Where main has closed the pipe the process ends at once."""
+    part of the plan, whose counts go on from `before`, step, and report at this `pace`. Where main has closed the pipe the
+    process ends at once."""
     outbox: queue.Queue[Message | None] = queue.Queue(MAX_UNSENT)
     inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
     stopped = threading.Event()
@@ -91,7 +92,7 @@ def serve(
     replica = build(number, requests, before, stop=Interruption(stopped.is_set), tell=outbox.put)
     over = threading.Event()
     threading.Thread(target=_listen, args=(pipe, inbox, stopped, replica, over), daemon=True).start()
-    loop = _Loop(replica, ledger, inbox, outbox, interval)
+    loop = _Loop(replica, ledger, inbox, outbox, pace)
     error: TokabatchError | None = None
     try:
         loop.run(stopped)
@@ -118,28 +119,36 @@ class _Loop:
         ledger: Ledger,
         inbox: queue.SimpleQueue[Order | None],
         outbox: queue.Queue[Message | None],
-        interval: float | None,
+        pace: Pace,
     ) -> None:
         self.idle: list[tuple[float, float]] = []
         self._replica = replica
         self._ledger = ledger
         self._inbox, self._outbox = inbox, outbox
-        self._interval = interval
+        self._pace = pace
+        self._finished: list[Completion] = []
+        """Those that main has not been sent yet."""
         self._parts = 0
         self._told: int | None = None
         """Samples that waited when main was told that more is wanted."""
         self._suspects: Int64 = np.zeros(0, np.int64)
-        self._due = 0.0
+        self._due = self._next_message = 0.0
 
     def run(self, stopped: threading.Event) -> None:
-        """Until main says to stop."""
+        """Until main says to stop. What is finished by then, or when a step fails, is sent."""
+        try:
+            self._run(stopped)
+        finally:
+            self._send(None)
+
+    def _run(self, stopped: threading.Event) -> None:
         replica = self._replica
         # The first standing tells that the model is loaded: it is always sent.
         self._tell(replica.start())
         while not stopped.is_set():
             completions: list[Completion] = []
             if replica.scheduler.done:
-                self._due = 0.0 if self._interval is not None else self._due
+                self._due = 0.0 if self._pace.standing is not None else self._due
                 self._tell([])
                 self._want()
                 began = time.monotonic()
@@ -156,19 +165,28 @@ class _Loop:
 
     def _tell(self, completions: list[Completion]) -> None:
         now = time.monotonic()
-        while len(completions) > SAMPLES_SENT:
-            self._outbox.put(Finished(CompletionBatch(completions[:SAMPLES_SENT]), None))
-            completions = completions[SAMPLES_SENT:]
+        self._finished += completions
         if now >= self._due:
-            standing = self._replica.standing(foresee=self._interval is not None)
-            self._outbox.put(Finished(CompletionBatch(completions), standing))
-            self._due = float("inf") if self._interval is None else now + max(self._interval, STANDING_SECONDS)
-        elif completions:
-            self._outbox.put(Finished(CompletionBatch(completions), None))
+            every = self._pace.standing
+            self._send(self._replica.standing(foresee=every is not None))
+            self._due = float("inf") if every is None else now + max(every, STANDING_SECONDS)
+            self._next_message = now + self._pace.finished
+        elif now >= self._next_message or len(self._finished) >= SAMPLES_SENT or self._replica.scheduler.done:
+            self._send(None)
+            self._next_message = now + self._pace.finished
         suspects = self._replica.scheduler.suspected_rows()
         if not np.array_equal(suspects, self._suspects):
             self._outbox.put(Suspects(suspects))
         self._suspects = suspects
+
+    def _send(self, standing: Standing | None) -> None:
+        """Send what is finished, and the standing with the last of it."""
+        while len(self._finished) > SAMPLES_SENT:
+            self._outbox.put(Finished(CompletionBatch(self._finished[:SAMPLES_SENT]), None))
+            self._finished = self._finished[SAMPLES_SENT:]
+        if self._finished or standing is not None:
+            self._outbox.put(Finished(CompletionBatch(self._finished), standing))
+        self._finished = []
 
     def _want(self) -> None:
         """Say where few samples wait, and again when they are half as many."""

@@ -13,6 +13,15 @@ from tokabatch.scheduling.contracts import Completion
 
 
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """How often a member reports, in seconds: the least time between two standings (None: the first and the last alone), and
+    between two messages of finished samples while it has others to run."""
+
+    standing: float | None
+    finished: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Share:
     """To a member: give back what `to_give` says of the samples that have never been admitted here; the member that wants more
     holds so many, running ones included."""

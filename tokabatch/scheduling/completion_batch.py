@@ -5,17 +5,19 @@ A step may finish thousands. Pickled one by one, each takes either process some 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import repeat
 from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tokabatch.scheduling.contracts import Completion
+from tokabatch.scheduling.contracts import Completion, SampleCounts
 
 _FIELDS = tuple(field.name for field in fields(Completion))
+_COUNTS = tuple(field.name for field in fields(SampleCounts))
 _ARRAYS = frozenset(("token_ids", "logprobs", "top_ids", "top_logprobs"))
 
 
@@ -23,34 +25,50 @@ class CompletionBatch(list[Completion]):
     """A list that is pickled as columns. Where it arrives, samples of a batch share memory."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        columns = ([getattr(completion, name) for completion in self] for name in _FIELDS)
-        return _batch, tuple(
-            _Joined.of(column) if name in _ARRAYS else column for name, column in zip(_FIELDS, columns, strict=True)
-        )
+        columns: list[Any] = []
+        for name in _FIELDS:
+            column = [getattr(completion, name) for completion in self]
+            if name in _ARRAYS:
+                columns.append(_Joined.of(column))
+            elif name == "counts":
+                columns.append([[getattr(counts, each) for counts in column] for each in _COUNTS])
+            else:
+                columns.append(column if any(value is not None for value in column) else None)
+        return _batch, tuple(columns)
 
 
-def _batch(*columns: list[Any] | _Joined) -> CompletionBatch:
-    return CompletionBatch(map(Completion, *(each.split() if isinstance(each, _Joined) else each for each in columns)))
+def _batch(*columns: Any) -> CompletionBatch:
+    values: list[Iterable[Any]] = []
+    for name, column in zip(_FIELDS, columns, strict=True):
+        if column is None:
+            values.append(repeat(None))
+        elif isinstance(column, _Joined):
+            values.append(column.split())
+        else:
+            values.append(map(SampleCounts, *column) if name == "counts" else column)
+    return CompletionBatch(map(Completion, *values))
 
 
 @dataclass(frozen=True, slots=True)
 class _Joined:
-    """Arrays end to end: the shape of each, None where there is none, and their values where there are any."""
+    """Arrays end to end: the shape of each, None where there is none, and their values."""
 
     shapes: list[tuple[int, ...] | None]
-    values: npt.NDArray[Any] | None
+    values: npt.NDArray[Any]
 
     @classmethod
-    def of(cls, arrays: Sequence[npt.NDArray[Any] | None]) -> _Joined:
+    def of(cls, arrays: Sequence[npt.NDArray[Any] | None]) -> _Joined | None:
+        """None where there is none of them."""
         kept = [array.reshape(-1) for array in arrays if array is not None]
-        return cls([None if array is None else array.shape for array in arrays], np.concatenate(kept) if kept else None)
+        return cls([None if array is None else array.shape for array in arrays], np.concatenate(kept)) if kept else None
 
-    def split(self) -> Iterator[npt.NDArray[Any] | None]:
-        begin = 0
+    def split(self) -> list[npt.NDArray[Any] | None]:
+        split, begin = list[npt.NDArray[Any] | None](), 0
         for shape in self.shapes:
-            if shape is None or self.values is None:
-                yield None
-            else:
-                end = begin + prod(shape)
-                yield self.values[begin:end] if len(shape) == 1 else self.values[begin:end].reshape(shape)
-                begin = end
+            if shape is None:
+                split.append(None)
+                continue
+            end = begin + prod(shape)
+            split.append(self.values[begin:end] if len(shape) == 1 else self.values[begin:end].reshape(shape))
+            begin = end
+        return split
