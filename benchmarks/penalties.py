@@ -43,7 +43,9 @@ class Rows:
         slots, zero = np.arange(rows, dtype=np.int32), np.zeros(rows, np.int32)
         kinds = [SamplingParams(**case), SamplingParams()]
         entries = np.where(slots % share == 0, 0, 1).astype(np.int32)
-        penalties = PenaltyTable(kinds, lambda entry: (0,)).of(slots.astype(np.int64), entries, zero + context * 4 // 5)
+        table = PenaltyTable(lambda entry: (0,))
+        table.extend(kinds)
+        penalties = table.of(slots.astype(np.int64), entries, zero + context * 4 // 5)
         ones = np.ones(rows, np.float32)
         self.inits = SlotInit(
             slots, slots.astype(np.int64), zero, zero.astype(np.int64), ones, ones, zero, ones * 0, zero - 1, penalties

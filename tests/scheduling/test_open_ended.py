@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from support.shortsighted import Shortsighted
 from tokabatch.scheduling.contracts import Completion, Requests, SamplingParams, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
+from tokabatch.scheduling.step_builder import SamplingTable
 from tokabatch.scheduling.stop_conditions import StopRules, TokenText
 
 
@@ -211,3 +213,28 @@ def test_work_without_an_end_takes_no_more_memory_than_what_is_there_of_it(small
         stop = next((f"<{token}>" for token in whole if f"<{token}>" in waiting[row].stop), None)
         ends = whole if stop is None else whole[: [f"<{token}>" for token in whole].index(stop) + 1]
         assert completion.token_ids.tolist() == ends and (stop is None or completion.stop_reason == stop)
+
+
+def test_settings_of_new_prompts_are_looked_at_alone(monkeypatch):
+    """Where each request has a seed of its own there are as many settings as prompts."""
+    looked_at: list[int] = []
+    extend = SamplingTable.extend
+
+    def counted(table: SamplingTable, sampling: Sequence[SamplingParams]) -> None:
+        looked_at.append(len(sampling))
+        extend(table, sampling)
+
+    monkeypatch.setattr(SamplingTable, "extend", counted)
+    limits = SchedulerLimits(4, 64, 8, 64, 16, None)
+    requests, prompts = device.make_requests([[3]], [SamplingParams(max_tokens=2)]), {0: [3]}
+    replica = Replica(requests, limits, prompts, 1, False)
+    drawn: dict[int, list[int]] = {}
+    for row in range(1, 30):
+        prompts[row] = [3, row]
+        more = device.make_requests([prompts[row]], [SamplingParams(seed=row, max_tokens=2, presence_penalty=row / 20)])
+        replica.scheduler.extend(replace(more, row_index=more.row_index + row))
+        while not replica.scheduler.done:
+            drawn |= {each.row_index: each.token_ids.tolist() for each in replica.step()}
+        replica.scheduler.compact(least=1 if row % 10 == 0 else 10_000)
+    # All of those that are left, once after some have been forgotten; otherwise one at a time.
+    assert max(looked_at) <= 2 and len(drawn) == 30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.scheduling.contracts import SamplingParams
-from tokabatch.scheduling.stop_conditions import PARTIAL, StopRules, TokenText
+from tokabatch.scheduling.stop_conditions import PARTIAL, PossibleEnds, StopRules, TokenText
 
 
 def byte_level() -> Backend:
@@ -129,6 +129,35 @@ def test_ten_thousand_strings_are_ready_at_once():
     assert time.process_time() - began < 2
     suspects = [pieces[token] for token in checked.suspects(np.arange(len(pieces), dtype=np.int32))]
     assert suspects == [piece for piece in pieces if piece.startswith(("s", "ds", "nds"))]
+
+
+def test_further_strings_look_at_drawn_tokens_alone_and_find_what_the_whole_vocabulary_would_show():
+    """A server gets strings with each request, while steps wait."""
+
+    class Counted(list[str]):
+        looked_at = 0
+
+        def __getitem__(self, at: object) -> object:
+            self.looked_at += 1
+            return super().__getitem__(at)  # type: ignore[index]
+
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError("the vocabulary is gone through")
+
+    pieces = Counted(TOKENIZERS["byte-level"].piece_texts())
+    checked = StopRules([SamplingParams()], [0], len(pieces), TokenText(pieces, TOKENIZERS["byte-level"].decode_batch, {}))
+    everything, texts = np.arange(len(pieces), dtype=np.int32), TOKENIZERS["byte-level"].piece_texts()
+    assert checked.suspects(everything).tolist() == [0] and not pieces.looked_at
+    listed: list[str] = []
+    for stop in ("Q:", "b\n", "zebra"):
+        checked.extend([SamplingParams(stop=(stop,))])
+        listed.append(stop)
+        before = pieces.looked_at
+        checked.suspects(everything[[5, 5, 6]])
+        assert pieces.looked_at <= before + 2
+    ends = PossibleEnds(listed)
+    wanted = [token for token in everything.tolist() if token == 0 or ends.may_be_in(texts[token])]
+    assert checked.suspects(everything).tolist() == wanted and 1 < len(wanted) < len(pieces)
 
 
 def test_a_stop_string_that_spells_a_special_token_means_the_token():

@@ -17,14 +17,19 @@ BANNED = float("-inf")
 class PenaltyTable:
     """Of all entries of `Requests.sampling`. `stop_ids(entry)` are the tokens that end a sample of those parameters."""
 
-    def __init__(self, sampling: Sequence[SamplingParams], stop_ids: Callable[[int], Collection[int]]) -> None:
-        self._sampling = sampling
+    def __init__(self, stop_ids: Callable[[int], Collection[int]]) -> None:
         self._stop_ids = stop_ids
-        self._penalised = np.array([params.penalised for params in sampling], np.bool_)
-        self._numbers = np.array(
-            [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in sampling], np.float64
-        )
+        self._sampling: list[SamplingParams] = []
+        self._penalised = np.zeros(0, np.bool_)
+        self._numbers = np.zeros((0, 3), np.float64)
         self._rules: dict[int, Int32] = {}
+
+    def extend(self, sampling: Sequence[SamplingParams]) -> None:
+        """Add further entries behind the others."""
+        self._sampling += sampling
+        self._penalised = np.append(self._penalised, np.array([params.penalised for params in sampling], np.bool_))
+        numbers = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in sampling]
+        self._numbers = np.append(self._numbers, np.array(numbers, np.float64).reshape(-1, 3), axis=0)
 
     def of(self, slots: Int64, entries: Int32, prompt_lengths: Int32) -> SlotPenalties | None:
         """What these slots, just opened, are penalised by, or None where none of them is; arrays of one value a slot."""

@@ -21,13 +21,19 @@ _NONE = np.zeros(0, np.int32)
 class SamplingTable:
     """`Requests.sampling` as arrays, so that a step's slots are initialised by one lookup."""
 
-    def __init__(self, sampling: Sequence[SamplingParams]) -> None:
-        self.seed = np.array([p.seed for p in sampling], np.int64)
-        self.temperature = np.array([p.temperature for p in sampling], np.float32)
+    def __init__(self) -> None:
+        self.seed = np.zeros(0, np.int64)
+        self.temperature = self.top_p = self.min_p = np.zeros(0, np.float32)
+        self.top_k = np.zeros(0, np.int32)
+
+    def extend(self, sampling: Sequence[SamplingParams]) -> None:
+        """Add further entries behind the others."""
+        self.seed = np.append(self.seed, np.array([p.seed for p in sampling], np.int64))
+        self.temperature = np.append(self.temperature, np.array([p.temperature for p in sampling], np.float32))
         # Below float32's resolution nothing would be kept; the most likely token always is.
-        self.top_p = np.array([max(p.top_p, 1e-6) for p in sampling], np.float32)
-        self.top_k = np.array([p.top_k for p in sampling], np.int32)
-        self.min_p = np.array([p.min_p for p in sampling], np.float32)
+        self.top_p = np.append(self.top_p, np.array([max(p.top_p, 1e-6) for p in sampling], np.float32))
+        self.top_k = np.append(self.top_k, np.array([p.top_k for p in sampling], np.int32))
+        self.min_p = np.append(self.min_p, np.array([p.min_p for p in sampling], np.float32))
 
 
 class StepBuilder:
@@ -38,6 +44,9 @@ class StepBuilder:
         self._kv = kv
         self._grouping = grouping
         self._stops = stops
+        self._sampling: tuple[SamplingParams, ...] = ()
+        """The entries that the tables hold."""
+        self._tables = SamplingTable(), PenaltyTable(lambda entry: stops.ids[entry])
         self._take_sampling()
 
     def build(self, index: int, prefill: Runs, decoding: Int64, decode_ids: Int32 | None = None) -> StepBatch:
@@ -79,9 +88,12 @@ class StepBuilder:
         )
 
     def _take_sampling(self) -> None:
-        self._sampling = self._work.sampling
-        self._table = SamplingTable(self._sampling)
-        self._penalties = PenaltyTable(self._sampling, self._stops.ids.__getitem__)
+        known, self._sampling = self._sampling, self._work.sampling
+        if known != self._sampling[: len(known)]:  # Some have been forgotten.
+            stops = self._stops
+            known, self._tables = (), (SamplingTable(), PenaltyTable(lambda entry: stops.ids[entry]))
+        for table in self._tables:
+            table.extend(self._sampling[len(known) :])
 
     def _scored(self, run_slot: Int64, start: Int32, length: Int32, token: Int32) -> ScoredPlaces | None:
         """The places of these runs at which the next token is one of a given text's. Run i computes `length[i]` tokens from
@@ -108,7 +120,7 @@ class StepBuilder:
         return ScoredPlaces((token[run] + place).astype(np.int32), target)
 
     def _slot_inits(self, slots: Int64) -> SlotInit:
-        seq, work, table = self._kv.slots, self._work, self._table
+        seq, work, (table, penalties) = self._kv.slots, self._work, self._tables
         params = seq.params[slots]
         return SlotInit(
             slot=slots.astype(np.int32),
@@ -120,7 +132,7 @@ class StepBuilder:
             top_k=table.top_k[params],
             min_p=table.min_p[params],
             logprobs=work.logprobs[params],
-            penalties=self._penalties.of(slots, params, seq.prompt_length[slots]),
+            penalties=penalties.of(slots, params, seq.prompt_length[slots]),
         )
 
     def _groups(self, run_slot: Int64, start: Int32, token: Int32) -> tuple[list[PrefixLevel], Int32]:

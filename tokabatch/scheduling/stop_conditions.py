@@ -1,7 +1,9 @@
 """When a sample ends by itself: stop token ids and stop strings, tested for a whole step at once.
 
 A table over the vocabulary marks the tokens that can end anything; only samples that just drew one of those are looked at
-singly. The tokenizer stays with the caller, which brings `decode` and the text of each token id.
+singly. Whether a stop string may end in a token is found out when the token is first drawn: to look at a whole vocabulary would
+hold up a step for each request that comes with strings of its own. The tokenizer stays with the caller, which brings `decode`
+and the text of each token id.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ TAIL = 8
 """Characters at the end of a stop string that the table over the vocabulary looks at."""
 PARTIAL = "\ufffd"
 """In the text of a token that is a part of a character."""
+NO, YES, UNKNOWN = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,39 @@ class TokenText:
     decode: Callable[[list[list[int]]], list[str]]
     special: Mapping[str, int]
     lone_bytes: Collection[int] = ()
+
+
+class PossibleEnds:
+    """In which texts some stop strings may end, in a time that hardly depends on how many they are."""
+
+    def __init__(self, strings: Iterable[str] = ()) -> None:
+        self._tails: set[str] = set()
+        self._tail_lengths: list[int] = []
+        self._ends: set[str] = set()
+        self._last: set[str] = set()
+        self.add(strings)
+
+    def add(self, strings: Iterable[str]) -> None:
+        """These strings, too."""
+        tails = {s[-TAIL:] for s in strings} - self._tails
+        self._tails |= tails
+        self._tail_lengths = sorted({*self._tail_lengths, *map(len, tails)})
+        self._ends.update(tail[-size:] for tail in tails for size in range(1, len(tail) + 1))
+        self._last.update(tail[-1] for tail in tails)
+
+    def __bool__(self) -> bool:
+        return bool(self._tails)
+
+    def may_be_in(self, piece: str) -> bool:
+        """Whether one of the strings may end inside `piece`, whatever text is before it: the piece begins with an end of the
+        string, or holds the string's last `TAIL` characters. A piece that is not text alone may complete any character."""
+        if PARTIAL in piece:
+            return True
+        if self._last.isdisjoint(piece):
+            return False
+        if any(piece[:end] in self._ends for end in range(1, min(len(piece), TAIL) + 1)):
+            return True
+        return any(_windows(piece, length, self._tails) for length in self._tail_lengths)
 
 
 class StopStrings:
@@ -47,38 +83,16 @@ class StopStrings:
         return max((len(s.encode()) for s in self._strings), default=0)
 
     @cached_property
+    def ends(self) -> PossibleEnds:
+        """Where they may end."""
+        return PossibleEnds(self._strings)
+
+    @cached_property
     def _lengths(self) -> list[int]:
         return sorted({len(s) for s in self._strings})
 
-    @cached_property
-    def _tails(self) -> frozenset[str]:
-        return frozenset(s[-TAIL:] for s in self._strings)
-
-    @cached_property
-    def _tail_lengths(self) -> list[int]:
-        return sorted({len(tail) for tail in self._tails})
-
-    @cached_property
-    def _ends(self) -> frozenset[str]:
-        return frozenset(tail[-size:] for tail in self._tails for size in range(1, len(tail) + 1))
-
-    @cached_property
-    def _last(self) -> frozenset[str]:
-        return frozenset(s[-1] for s in self._strings)
-
     def __bool__(self) -> bool:
         return bool(self._strings)
-
-    def may_end_in(self, piece: str) -> bool:
-        """Whether one of the strings may end inside `piece`, whatever text is before it: the piece begins with an end of the
-        string, or holds the string's last `TAIL` characters. A piece that is not text alone may complete any character."""
-        if PARTIAL in piece:
-            return True
-        if self._last.isdisjoint(piece):
-            return False
-        if any(piece[:end] in self._ends for end in range(1, min(len(piece), TAIL) + 1)):
-            return True
-        return any(_windows(piece, length, self._tails) for length in self._tail_lengths)
 
     def first_in(self, text: str, behind: int = 0) -> str | None:
         """The string that begins first in `text`, the shortest of several that do, of those that end after `behind`
@@ -116,11 +130,11 @@ class StopRules:
         for kind in set(every) - self._ids_of.keys():
             listed, ignore_eos, meant = kind
             self._ids_of[kind] = frozenset((*listed, *(() if ignore_eos else self._ends), *meant))
-            self._suspect[[i for i in self._ids_of[kind] if 0 <= i < self._vocab_size]] = True
-        if strings := StopStrings(s for stop in fresh for s in stop if s not in special):
+            self._suspect[[i for i in self._ids_of[kind] if 0 <= i < self._vocab_size]] = YES
+        if strings := {s for stop in fresh for s in stop if s not in special}:
             assert self._text is not None, "stop strings need the tokenizer's text"
-            pieces = self._text.pieces[: self._vocab_size]
-            self._suspect[[i for i, piece in enumerate(pieces) if strings.may_end_in(piece)]] = True
+            self._any_ends.add(strings)
+            self._suspect[self._suspect == NO] = UNKNOWN
         self.ids += [self._ids_of[kind] for kind in every]
         self._least += [p.min_tokens for p in sampling]
         self._strings += [self._of_stop[p.stop][0] for p in sampling]
@@ -139,7 +153,9 @@ class StopRules:
         self._ids_of: dict[tuple[tuple[int, ...], bool, tuple[int, ...]], Collection[int]] = {}
         self._of_stop: dict[tuple[str, ...], tuple[StopStrings, tuple[int, ...]]] = {}
         """The texts to look for of each `stop`, and the special tokens that it means."""
-        self._suspect = np.zeros(self._vocab_size, np.bool_)
+        self._any_ends = PossibleEnds()
+        self._suspect = np.full(self._vocab_size, NO, np.int8)
+        """Whether a token may end anything; UNKNOWN until it is drawn."""
         self.extend(sampling)
 
     def find(self, tokens: Int32, slots: Int64, params: Int32, outputs: Outputs) -> dict[int, int | str]:
@@ -153,7 +169,9 @@ class StopRules:
 
     def suspects(self, tokens: Int32) -> Int32:
         """Places in `tokens` of those that may end their sample."""
-        return np.nonzero(self._suspect[tokens])[0].astype(np.int32)
+        for token in np.unique(tokens[self._suspect[tokens] == UNKNOWN]).tolist():
+            self._suspect[token] = YES if self._any_ends.may_be_in(self._piece(token)) else NO
+        return np.nonzero(self._suspect[tokens] == YES)[0].astype(np.int32)
 
     def check(self, params: Sequence[int], outputs: Sequence[Int32]) -> list[int | str | None]:
         """For each sample, by its parameters and its whole output, the stop id or string that its last token completes; None to
@@ -164,7 +182,7 @@ class StopRules:
         undecided = [
             i for i, p in enumerate(params) if reasons[i] is None and self._strings[p] and len(outputs[i]) > self._least[p]
         ]
-        open_places = [i for i in undecided if self._strings[params[i]].may_end_in(self._piece(int(outputs[i][-1])))]
+        open_places = [i for i in undecided if self._strings[params[i]].ends.may_be_in(self._piece(int(outputs[i][-1])))]
         if open_places:
             assert self._text is not None
             starts = [self._tail_start(outputs[i], self._strings[params[i]].longest) for i in open_places]

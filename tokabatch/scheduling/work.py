@@ -7,6 +7,7 @@ with the last before it that is still there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,7 +37,11 @@ class Work:
         """The same for all that is added later."""
         self._places: dict[SamplingParams, int] | None = None
         """Where each entry of `sampling` stands; None until it is asked for."""
-        self._set_sampling(requests.sampling)
+        self.sampling: tuple[SamplingParams, ...] = ()
+        self.max_tokens: Int32 = np.zeros(0, np.int32)
+        """Of each entry of `sampling`; likewise `logprobs`, -1 for none."""
+        self.logprobs: Int32 = self.max_tokens
+        self._add_sampling(requests.sampling)
         self.num_samples: Int64 = requests.num_samples()
         """How many samples each prompt has to draw, shape [R]."""
         self._until: dict[int, int] = {}
@@ -136,7 +141,7 @@ class Work:
             fresh = [kind for kind in dict.fromkeys(requests.sampling) if kind not in self._places]
             self._places |= {kind: place for place, kind in enumerate(fresh, len(self.sampling))}
             if fresh:
-                self._set_sampling((*self.sampling, *fresh))
+                self._add_sampling(fresh)
             params = np.array([self._places[kind] for kind in requests.sampling], np.int32)[params]
         for name in ("row_index", "start", "length", "lcp"):
             setattr(self, name, np.concatenate((getattr(self, name), getattr(requests, name))))
@@ -166,7 +171,8 @@ class Work:
         self.lcp[:1] = 0
         kept, self.params = (each.astype(np.int32) for each in np.unique(self.params, return_inverse=True))
         self._places = self._by_row = None
-        self._set_sampling(tuple(self.sampling[kind] for kind in kept.tolist()))
+        self.sampling = tuple(self.sampling[kind] for kind in kept.tolist())
+        self.max_tokens, self.logprobs = self.max_tokens[kept], self.logprobs[kept]
         self._until = {prompt - count: until for prompt, until in self._until.items() if prompt >= count}
         self.next -= count
         return kept
@@ -200,13 +206,13 @@ class Work:
         part = self._part(int(prompts[0]))
         return replace(self._parts[part].take(prompts - int(self._first[part])), span=spans)
 
-    def _set_sampling(self, sampling: tuple[SamplingParams, ...]) -> None:
-        self.sampling = sampling
-        self.max_tokens = np.array([params.max_tokens for params in sampling], np.int32)
-        """Of each entry of `sampling`; likewise `logprobs`, -1 for none."""
+    def _add_sampling(self, fresh: Sequence[SamplingParams]) -> None:
+        """Add entries to `sampling`, of which there are as many as prompts where each request has a seed of its own."""
+        self.sampling = (*self.sampling, *fresh) if self.sampling else tuple(fresh)
+        self.max_tokens = np.append(self.max_tokens, np.array([params.max_tokens for params in fresh], np.int32))
         # Of given tokens nothing comes with the draw.
-        drawn = [-1 if params.logprobs is None or self.continuations is not None else params.logprobs for params in sampling]
-        self.logprobs = np.array(drawn, np.int32)
+        drawn = [-1 if params.logprobs is None or self.continuations is not None else params.logprobs for params in fresh]
+        self.logprobs = np.append(self.logprobs, np.array(drawn, np.int32))
 
     def _part(self, prompt: int) -> int:
         return 0 if len(self._parts) == 1 else int(np.searchsorted(self._first, prompt, side="right")) - 1

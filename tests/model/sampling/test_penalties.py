@@ -92,7 +92,8 @@ def step(slots: list[int], starts: list[int], tokens: list[list[int]], table: np
 def inits_of(slots: list[int], kinds: list[SamplingParams], prompts: list[list[int]], temperature: float = 0.0) -> SlotInit:
     count = len(slots)
     zero, one = np.zeros(count, np.int32), np.ones(count, np.float32)
-    table = PenaltyTable(kinds, lambda entry: STOPS)
+    table = PenaltyTable(lambda entry: STOPS)
+    table.extend(kinds)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     found = table.of(np.array(slots), np.arange(count, dtype=np.int32), lengths)
     init = SlotInit(
