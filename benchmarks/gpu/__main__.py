@@ -46,7 +46,7 @@ MICRO, REAL = "micro", "real"
 RUNNING = 8192
 """Samples at once that the roofline assumes: tokabatch's limit on a GPU."""
 PROFILED_STEPS = 5
-PROFILE_AT = {"a": 60, "a-full": 100, "b": 200, "b-full": 300, "c": 30}
+PROFILE_AT = {"a": 60, "a-full": 100, "b": 200, "b-full": 300, "c": 30, "d": 40}
 """The step from which a workload is in its steady state, at full size."""
 
 

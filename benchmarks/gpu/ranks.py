@@ -5,8 +5,8 @@
     sampling   draws from shards of the vocabulary against draws from all logits: the same tokens, and the time
     prefill    steps of long prompts through a whole model (--model), tokens scattered and products overlapped with their
                exchange where the table measured at start says so, and all tokens on every rank
-    tokens     whole jobs, greedy, tensor and pipeline against one rank: how many tokens go by before the first that differs,
-               and how far the log-probabilities before it are apart
+    tokens     whole jobs, greedy, over --ranks in tensor and pipeline against one rank: how many tokens go by before the first
+               that differs, and how far the log-probabilities before it are apart
 
 Each part but the last is a world of processes of its own, ended after --timeout seconds. Times are medians on rank 0, in
 microseconds, those of prefill in milliseconds. Several ranks add up in another order, so that `tokens` differ in a --dtype of
@@ -32,7 +32,6 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.gpu.__main__ import default_scratch, ensure_model
-from benchmarks.gpu.models import write_model
 from benchmarks.gpu.prefill import prefill
 from benchmarks.gpu.shapes import SHAPES
 from tokabatch import Job, run
@@ -149,32 +148,40 @@ def inputs_of(rows: int, device: torch.device, temperature: float = 1.0, top_p: 
     return table.inputs(places.astype(np.int32), on_device.int(), on_device.int())
 
 
-def tokens(model: str, device: str, dtype: str) -> None:
+def layouts_of(ranks: int) -> dict[str, dict[str, int]]:
+    """One rank, and so many in every way to multiply tensor and pipeline."""
+    found: dict[str, dict[str, int]] = {"one rank": {}}
+    for tensor in range(ranks, 0, -1):
+        if ranks % tensor == 0 and ranks > 1:
+            found[f"tensor {tensor} x pipeline {ranks // tensor}"] = {"tensor": tensor, "pipeline": ranks // tensor}
+    return found
+
+
+def tokens(model: Path, ranks: int, device: str, dtype: str) -> None:
     """64 prompts of random tokens, half of them with a common header, 8 samples each."""
     rng = np.random.default_rng(3)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_model(model, folder / "model")
         header = rng.integers(3, 250, 100).tolist()
         rows = [
             {"ids": header[: row % 2 * 100] + rng.integers(3, 250, int(rng.integers(5, 200))).tolist()} for row in range(64)
         ]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         first: dict[tuple[int, int], tuple[list[int], list[dict[str, float]]]] = {}
-        for name, ranks in (("one rank", {}), ("tensor 2", {"tensor": 2}), ("pipeline 2", {"pipeline": 2})):
+        for name, layout in layouts_of(ranks).items():
             out = folder / name.replace(" ", "-")
             values: dict[str, Any] = {
-                "model": {"path": str(folder / "model"), "dtype": dtype},
+                "model": {"path": str(model), "dtype": dtype},
                 "input": {"path": str(folder / "rows.jsonl")},
                 "prompt": {"token_ids": "ids"},
                 "generation": {"n": 8, "temperature": 0.0, "max_tokens": 32, "ignore_eos": True, "logprobs": 0},
-                "engine": {"device": device, "process": True, "replicas": 1, "max_restarts": 1, **ranks},
+                "engine": {"device": device, "process": True, "replicas": 1, "max_restarts": 1, **layout},
                 "output": {"path": str(out), "columns": []},
             }
             try:
                 run(Job.load(values), NullProgress())
             except Exception as error:
-                print(f"{name:10} FAILED: {error}", flush=True)
+                print(f"{name:21} FAILED: {error}", flush=True)
                 continue
             columns = ["row_index", "sample_index", "token_ids", "logprobs"]
             table = pa.concat_tables([pq.read_table(file, columns=columns) for file in (out / "data").glob("*.parquet")])
@@ -189,7 +196,7 @@ def tokens(model: str, device: str, dtype: str) -> None:
                 apart += [abs(a["logprob"] - b["logprob"]) for a, b in zip(logprobs, first[key][1], strict=True)][: alike[-1]]
             at_all, whole = np.mean(np.array(alike) > 0), np.mean(np.array(alike) == 32)
             print(
-                f"{name:10} {len(alike)} samples: alike for {np.mean(alike):.1f} of 32 tokens, {at_all:.0%} in the first, "
+                f"{name:21} {len(alike)} samples: alike for {np.mean(alike):.1f} of 32 tokens, {at_all:.0%} in the first, "
                 f"{whole:.0%} to the end; log-probabilities {np.mean(apart):.2g} apart on average, "
                 f"{np.max(apart, initial=0.0):.2g} at most",
                 flush=True,
@@ -228,7 +235,9 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.2-1b", choices=list(SHAPES), help="of prefill and tokens")
     parser.add_argument("--device", default="cuda", help="of prefill and tokens")
     parser.add_argument("--dtype", default="bfloat16", help="of prefill and tokens")
-    parser.add_argument("--scratch", type=Path, help="folder for the model of prefill (default: memory, or a temporary one)")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for the model of prefill and tokens (default: memory, or a temporary one)"
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds that a part may take")
     arguments = parser.parse_args()
@@ -236,7 +245,8 @@ def main() -> None:
     for part in arguments.parts:
         print(f"== {part}", flush=True)
         if part == "tokens":
-            tokens(arguments.model, arguments.device, arguments.dtype)
+            scratch = arguments.scratch or default_scratch(arguments.model)
+            tokens(ensure_model(arguments.model, scratch), arguments.ranks, arguments.device, arguments.dtype)
             continue
         with tempfile.TemporaryDirectory() as folder:
             scratch = arguments.scratch or default_scratch(arguments.model)

@@ -24,15 +24,29 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu.cpu_shares import CpuShares
 from tokabatch import Job, run
 from tokabatch.forecast.step_log import Steps
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.steps import read_steps
-from tokabatch.report.summary import RunSummary
+from tokabatch.report.progress import NullProgress, ProgressSnapshot
+from tokabatch.report.render import plain
+from tokabatch.report.summary import RunSummary, run_sections
 
 SHOTS, SAMPLES = 8, 64
 BUCKETS = (0, 64, 512, 2048, 4096, 8192, 16384, 32768, 1 << 30)
 """Samples running, for the table of step times."""
+
+
+class CpuWatch(NullProgress):
+    """A display that shows nothing and looks at the processes' CPU time."""
+
+    def __init__(self) -> None:
+        self.shares = CpuShares()
+
+    def update(self, snapshot: ProgressSnapshot) -> None:
+        if snapshot.phase == "generating":
+            self.shares.look()
 
 
 def job(model: Path, gsm8k: Path, output: Path) -> dict[str, Any]:
@@ -99,9 +113,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the results, kept (default: a temporary one)")
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="tokabatch-real-"))
-    output = arguments.out or scratch / "out"
+    output, watch = arguments.out or scratch / "out", CpuWatch()
     try:
-        summary = run(Job.load(job(arguments.model, arguments.gsm8k, output), *arguments.overrides), overwrite=True)
+        summary = run(Job.load(job(arguments.model, arguments.gsm8k, output), *arguments.overrides), watch, overwrite=True)
+        print(plain([section for section in run_sections(summary) if section.title == "Replicas"]), flush=True)
+        print(f"CPU             {watch.shares.describe()}")
         print("\n".join(describe(summary, Steps(read_steps(OutputFolder(output)) or {}))), flush=True)
     finally:
         shutil.rmtree(scratch)

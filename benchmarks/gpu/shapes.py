@@ -60,6 +60,9 @@ SHAPES = {
     "llama-3.1-8b": Shape(
         "llama", 32, 4096, 14336, 32, 8, 128, 128256, 131072, 500000.0, 1e-5, tied=False, rope_scaling=_llama3_scaling(8.0)
     ),
+    "llama-3.1-70b": Shape(
+        "llama", 80, 8192, 28672, 64, 8, 128, 128256, 131072, 500000.0, 1e-5, tied=False, rope_scaling=_llama3_scaling(8.0)
+    ),
     # 48 of 80 layers: 86 GB, more than a device of 80 GB holds.
     "llama-3.1-70b-48": Shape(
         "llama", 48, 8192, 28672, 64, 8, 128, 128256, 131072, 500000.0, 1e-5, tied=False, rope_scaling=_llama3_scaling(8.0)

@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import torch
 
+from benchmarks.gpu.cpu_shares import CpuShares
 from tokabatch import Job, run
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.steps import elapsed, read_steps
@@ -91,6 +92,7 @@ class Watch(NullProgress):
         self._stop_file = stop_file
         self.begun: float | None = None
         """When the run began, by this process's clock; known with the first snapshot."""
+        self.cpu = CpuShares()
         self.snapshots: list[ProgressSnapshot] = []
         self.results: list[float] = []
         """Seconds since the run began at which each step's result was in; from the run's record, once it has ended."""
@@ -102,6 +104,8 @@ class Watch(NullProgress):
         if self.begun is None:
             self.begun = time.perf_counter() - snapshot.elapsed
         self.snapshots.append(snapshot)
+        if snapshot.phase == "generating":
+            self.cpu.look()
         if snapshot.elapsed >= self._next_line:
             self._next_line = snapshot.elapsed + HEARTBEAT_SECONDS
             print(
@@ -160,6 +164,7 @@ def main() -> None:
     steps = read_steps(OutputFolder(Path(job.output.path)))
     watch.results = [] if steps is None else (summary.load_seconds + np.sort(elapsed(steps))).tolist()
     print(plain([section for section in run_sections(summary) if section.title == "Replicas"]), flush=True)
+    print(f"  CPU           {watch.cpu.describe()}", flush=True)
     age = time.time() - psutil.Process().create_time() - (time.perf_counter() - (watch.begun or 0.0))
     figures = measured(watch, summary, age)
     arguments.figures.write_text(json.dumps(asdict(figures), indent=2))

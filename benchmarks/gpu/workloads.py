@@ -5,6 +5,7 @@
     b       5,000 prompts, log-normal around 214 tokens, 200 out
     b-full  50,000 such prompts, log-normal outputs around 200
     c       one document of 32k tokens, 256 questions of 50 tokens, 64 out
+    d       512 prompts of 2,048 tokens with nothing in common, 16 out: nearly all of it is prefill
 
 `scale` shrinks counts and lengths alike, to try the code out. Knows no engine and no torch.
 
@@ -84,12 +85,18 @@ def document(draw: Drawing) -> tuple[tuple[Int32, ...], Int32]:
     return prompts, np.full((len(prompts), 1), draw.size(64), np.int32)
 
 
+def long_prompts(draw: Drawing) -> tuple[tuple[Int32, ...], Int32]:
+    prompts = tuple(draw.tokens(draw.size(2048)) for _ in range(draw.size(512, 2)))
+    return prompts, np.full((len(prompts), 1), draw.size(16), np.int32)
+
+
 WORKLOADS: dict[str, Callable[[Drawing], tuple[tuple[Int32, ...], Int32]]] = {
     "a": repeated,
     "a-full": repeated_full,
     "b": chat,
     "b-full": chat_full,
     "c": document,
+    "d": long_prompts,
 }
 
 

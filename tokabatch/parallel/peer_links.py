@@ -38,10 +38,12 @@ class Signals(Protocol):
 class PeerLink:
     """One direction between two neighbours. The sender is rank 0 of the pair. Messages arrive in their order."""
 
-    def __init__(self, signals: Signals, slots: Sequence[torch.Tensor]) -> None:
-        """`slots` are the sender's memory as this rank reaches it, each [rows, columns]; a message has no more rows."""
+    def __init__(self, signals: Signals, slots: Sequence[torch.Tensor], own: torch.Tensor | None = None) -> None:
+        """`slots` are the sender's memory as this rank reaches it, each [rows, columns]; a message has no more rows. `own` is
+        what this rank has allocated for the pair, kept for as long as the link: its signals lie behind it."""
         self._signals = signals
         self._slots = slots
+        self._own = own
         self._count = 0
 
     def send(self, hidden_TE: torch.Tensor) -> None:
@@ -107,4 +109,4 @@ def _join(group: dist.ProcessGroup, shape: tuple[int, int, int], dtype: torch.dt
     memory = symmetric_memory.empty(shape, dtype=dtype, device=device)
     handle = symmetric_memory.rendezvous(memory, group.group_name)
     sent = memory if dist.get_rank(group) == 0 else handle.get_buffer(0, shape, dtype)
-    return PeerLink(handle, sent.unbind())
+    return PeerLink(handle, sent.unbind(), memory)
