@@ -348,3 +348,28 @@ def test_a_second_run_in_the_place_of_a_moved_folder_is_left_alone(
     assert scene.checker.check(away) > 0
     assert second.run(folders.job(away)).code == 0
     assert table(away) == undisturbed(scene)
+
+
+def test_a_repair_that_is_killed_anywhere_is_completed_by_the_same_command(
+    servers: list[ForkServer], folders: Folders, undisturbed: Reference, tmp_path: Path
+) -> None:
+    """Until the damaged file is gone the record names it: it is not taken for a foreign one."""
+    scene, reference, damaged = folders.scene, undisturbed(folders.scene), tmp_path / "damaged"
+    shutil.copytree(folders.folder / "complete", damaged)
+    truncate(damaged / SHARD, damaged)
+    shutil.copytree(damaged, tmp_path / "calls")
+    calls = servers[0].run(scene.job(tmp_path / "calls"), step_seconds=0, flags={"repair": True}).calls
+    first = [at for at, call in enumerate(calls) if call == "link"][1]
+
+    def work(server: ForkServer, at: int) -> None:
+        out = tmp_path / str(at)
+        shutil.copytree(damaged, out)
+        fault = {"kind": "kill", "at": at, "moment": "after"}
+        # A call that fails, such as the removal of what is not there, has no end at which to be killed.
+        ended = server.run(scene.job(out), step_seconds=0, flags={"repair": True}, fault=fault)
+        assert ended.signal == signal.SIGKILL or calls[at] == "remove"
+        again = server.run(scene.job(out), step_seconds=0, flags={"repair": True})
+        assert again.code == 0, (at, calls[at], again)
+        scene.checker.check_complete(out, reference)
+
+    share(servers, [at for at in range(first) if calls[at] in ("replace", "remove")], work)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from tokabatch.errors import CommitError, DamageError
@@ -16,8 +18,11 @@ from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.journal import Shard
 from tokabatch.output.lock import is_claimed
+from tokabatch.output.shard_writer import ShardWriter
 from tokabatch.storage.atomic_files import DurableFiles
 from tokabatch.storage.listing import mark_of
+
+SCHEMA = pa.schema([("row_index", pa.int64()), ("status", pa.string())])
 
 
 def begin(out: Path) -> Claim:
@@ -123,6 +128,26 @@ def test_committed_files_are_looked_at_rarely_where_that_takes_long_and_always_i
         claim.check_folder(sparingly=True)
         with pytest.raises(DamageError, match="part-00000"):
             claim.check_folder()
+
+
+def test_a_link_that_leads_elsewhere_in_mid_run_moves_no_results(tmp_path: Path) -> None:
+    """The path of the output is a symbolic link to a folder; in mid-run it is made to lead to a copy of that folder."""
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "out"
+    first.mkdir()
+    out.symlink_to(first)
+    with Claim(out) as claim:
+        claim.begin("run", {}, (), "")
+        writer = ShardWriter(claim, SCHEMA, rows_per_shard=1, flush_seconds=30)
+        writer.add(pa.table([[0], ["ok"]], schema=SCHEMA))
+        shutil.copytree(first, second)
+        out.unlink()
+        out.symlink_to(second)
+        with pytest.raises(CommitError, match="was moved or replaced"):
+            writer.add(pa.table([[1], ["ok"]], schema=SCHEMA))
+    assert [len(list((folder / "data").iterdir())) for folder in (first, second)] == [2, 1]
+    assert not (first / "_tmp").exists() and (second / "_tmp").exists(), "the copy was touched"
+    with Claim(out):
+        pass
 
 
 def test_what_a_network_file_system_remembers_as_absent_is_looked_up_again(

@@ -97,13 +97,20 @@ class Claim:
                 f"{remedy(error)} and run the same command again to add the rest."
             ) from error
 
-    def begin(self, run: str, identity: Mapping[bytes, bytes], shards: Iterable[tuple[Shard, Mark]], repair: str) -> None:
-        """From here on commits are recorded, and the committed files watched. `shards` stand in the folder, checked; `repair`
-        is the command that computes again what is damaged. Raises OSError."""
+    def begin(
+        self,
+        run: str,
+        identity: Mapping[bytes, bytes],
+        shards: Iterable[tuple[Shard, Mark]],
+        repair: str,
+        damaged: Iterable[Shard] = (),
+    ) -> None:
+        """From here on commits are recorded, and the committed files watched. `shards` stand in the folder, checked; the
+        `damaged` ones are about to be removed; `repair` is the command that computes again what is damaged. Raises OSError."""
         if self.journal is not None:
             self.journal.close()
         folder = self.folder
-        self.journal = Journal(self.files, folder.journal, folder.temporary / folder.commits.name, run, shards)
+        self.journal = Journal(self.files, folder.journal, folder.temporary / folder.commits.name, run, shards, damaged)
         self.identity, self._repair = identity, repair
         if self.files.alone:
             # What killed writers left. Which host joins is for all hosts' last ones, until a run has the folder to itself.

@@ -46,6 +46,8 @@ class Inspection:
     success: Success | None
     run: str
     """The run by its journal; empty where there is none."""
+    damaged: tuple[Shard, ...] = ()
+    """The shards that are there, but not as they were committed."""
 
     @property
     def to_repair(self) -> tuple[str, ...]:
@@ -74,6 +76,7 @@ def inspect(folder: OutputFolder, manifest: Manifest) -> Inspection:
     faults += problems
     good: list[tuple[Shard, ListedFile]] = []
     unrecorded: list[ListedFile] = []
+    changed: list[Shard] = []
     named = {folder.name_of(file.path): file for file in listed}
     for (name, file), digest in zip(named.items(), _digests(list(named.values())), strict=True):
         known = [each for each in versions.get(name, ()) if each is not None]
@@ -82,6 +85,7 @@ def inspect(folder: OutputFolder, manifest: Manifest) -> Inspection:
             good.append((found, file))
         elif known:
             faults.append(Fault(name, _difference(file, manifest, known[-1], digest)))
+            changed.append(known[-1])
         elif (problem := _stranger(file, manifest)) is not None:
             faults.append(Fault(name, problem, "foreign"))
         elif manifest.run or versions:
@@ -92,7 +96,8 @@ def inspect(folder: OutputFolder, manifest: Manifest) -> Inspection:
             faults += [fault] if fault is not None else []
     required = _required(versions, before) if record and not problems else [n for n in versions if None not in versions[n]]
     faults += [Fault(name, "is missing", "missing") for name in required if name not in named]
-    return Inspection(tuple(good), tuple(unrecorded), tuple(faults), success, "" if record is None else record.run)
+    run = "" if record is None else record.run
+    return Inspection(tuple(good), tuple(unrecorded), tuple(faults), success, run, tuple(changed))
 
 
 def recorded_shards(folder: OutputFolder, manifest: Manifest | None) -> tuple[ListedFile, ...]:

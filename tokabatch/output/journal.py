@@ -63,15 +63,23 @@ class Journal:
     written anew."""
 
     def __init__(
-        self, files: DurableFiles, path: Path, temporary: Path, run: str, shards: Iterable[tuple[Shard, Mark]]
+        self,
+        files: DurableFiles,
+        path: Path,
+        temporary: Path,
+        run: str,
+        shards: Iterable[tuple[Shard, Mark]],
+        damaged: Iterable[Shard] = (),
     ) -> None:
-        """Take the place of the record at `path`: `shards` stand in the folder, checked, with their marks. Raises OSError."""
+        """Take the place of the record at `path`: `shards` stand in the folder, checked, with their marks; the `damaged` ones
+        were committed, and are about to be removed. Raises OSError."""
         self._files, self._path, self._temporary = files, path, temporary
         self._shards = {shard.name: (shard, mark) for shard, mark in shards}
         self._told = set[str]()
         self._mark = NO_MARK
-        held = ({"holds": asdict(shard)} for shard, _ in self._shards.values())
-        self._lines = [_line(fields) for fields in ({"run": run, "version": VERSION}, *held)]
+        held = [{"holds": asdict(shard)} for shard, _ in self._shards.values()]
+        going = [line for shard in damaged for line in ({"holds": asdict(shard)}, {"removes": shard.name})]
+        self._lines = [_line(fields) for fields in ({"run": run, "version": VERSION}, *held, *going)]
         self._file = self._write_anew()
 
     @property
@@ -81,18 +89,15 @@ class Journal:
 
     def holds(self, shards: Iterable[Shard]) -> None:
         """These stand in the folder, whatever was about to happen to them. Raises OSError."""
-        self._append(*({"holds": asdict(shard)} for shard in shards))
-        self._file.sync()
+        self._append(*({"holds": asdict(shard)} for shard in shards), sync=True)
 
     def begins(self, shard: Shard) -> None:
         """`shard` is finished under a temporary name and about to be published. Raises OSError."""
-        self._append({"begins": asdict(shard)})
-        self._file.sync()
+        self._append({"begins": asdict(shard)}, sync=True)
 
     def removes(self, names: Iterable[str]) -> None:
         """These are about to be taken away. Raises OSError."""
-        self._append(*({"removes": name} for name in names))
-        self._file.sync()
+        self._append(*({"removes": name} for name in names), sync=True)
 
     def done(self, name: str, shard: Shard | None = None, mark: Mark = NO_MARK) -> None:
         """The file `name` is `shard` now, or gone where it is None. Not synced: until it is, both count. Raises OSError."""
@@ -144,13 +149,20 @@ class Journal:
             raise
         return file
 
-    def _append(self, *lines: Mapping[str, Any]) -> None:
-        """One that fails leaves a file that is rewritten the next time."""
+    def _append(self, *lines: Mapping[str, Any], sync: bool = False) -> None:
+        """Where this fails the record is written anew the next time. After an fsync(2) that failed, a later one of the same
+        file may succeed although the system has dropped what the first one was to write."""
         self.restore()
         added = [_line(fields) for fields in lines]
-        self._file.write(b"".join(added))
-        self._file.flush()
-        self._mark = mark_of(self._file.status)
+        try:
+            self._file.write(b"".join(added))
+            self._file.flush()
+            if sync:
+                self._file.sync()
+            self._mark = mark_of(self._file.status)
+        except BaseException:
+            self._mark = NO_MARK
+            raise
         self._lines += added
 
     def close(self) -> None:

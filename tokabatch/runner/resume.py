@@ -170,7 +170,7 @@ def _continue(
     refuse_other_verdicts(folder, earlier.manifest, found)
     if reuse.repair and (bad := found.to_repair):
         tell(f"--repair: computing again what {', '.join(bad)} held")
-        _record(claim, manifest, found.good)
+        _record(claim, manifest, found.good, found.damaged)
         claim.reopen()
         remove_shards(claim, bad)
     started = _find_samples(folder, workload, job, errors=not reuse.retry_errors)
@@ -237,10 +237,12 @@ def _write_start(
     write_manifest(claim, manifest, job.given())
 
 
-def _record(claim: Claim, manifest: Manifest, good: Collection[tuple[Shard, ListedFile]]) -> None:
-    """Begin the record of commits, in which the `good` shards stand."""
+def _record(
+    claim: Claim, manifest: Manifest, good: Collection[tuple[Shard, ListedFile]], damaged: Collection[Shard] = ()
+) -> None:
+    """Begin the record of commits, in which the `good` shards stand, and the `damaged` ones as about to be removed."""
     shards = [(shard, file.mark) for shard, file in good]
-    claim.begin(manifest.run, manifest.marks, shards, repair_command(claim.folder, manifest))
+    claim.begin(manifest.run, manifest.marks, shards, repair_command(claim.folder, manifest), damaged)
 
 
 def preview(job: Job, scratch: Path, on_rows: OnRows | None = None, *, absent_gpu: bool = False) -> Start:
