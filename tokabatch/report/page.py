@@ -20,6 +20,8 @@ from tokabatch.scoring.estimates import Estimate
 
 _POINTS = 400
 _CHARACTERS = 4000
+_SHORT = ("Prompt tokens", "Predicted and actual")
+"""Figures of half the height of the others: two of them stand above each other beside a third one."""
 _CSS = """
 :root{color-scheme:light dark;--page:#fff;--ink:#1f2328;--soft:#57606a;--line:#d0d7de;--bad:#b42318;--good:#1a7f37}
 @media(prefers-color-scheme:dark){:root{--page:#0d1117;--ink:#e6edf3;--soft:#9198a1;--line:#30363d;--bad:#ff7b72;--good:#56d364}}
@@ -28,11 +30,13 @@ body{font:15px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--page)
 margin:2rem auto;max-width:78rem;padding:0 1rem}
 h1{font-size:1.35rem;margin:0;overflow-wrap:anywhere}h2{font-size:1.1rem;margin:1.8rem 0 .6rem}
 p.sub{color:var(--soft);margin:.2rem 0 1.2rem;overflow-wrap:anywhere}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));gap:.7rem;margin-bottom:1.4rem}
+.tiles{display:grid;grid-template-columns:repeat(5,1fr);gap:.7rem;margin-bottom:1.4rem}
+@media(max-width:42rem){.tiles{grid-template-columns:1fr 1fr}}
 .tile{border:1px solid var(--line);border-radius:.5rem;padding:.5rem .8rem}
 .tile b{display:block;font-size:1.3rem}.tile span{color:var(--soft);font-size:.82rem}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:1rem}
-figure{margin:0;border:1px solid var(--line);border-radius:.5rem;padding:.7rem;min-width:0}
+figure{margin:0;border:1px solid var(--line);border-radius:.5rem;padding:.7rem;min-width:0;grid-row:span 2}
+figure.short{grid-row:span 1}
 figcaption{font-weight:600;margin-bottom:.3rem}figcaption small{font-weight:400;color:var(--soft);display:block}
 svg{width:100%;height:auto}svg text{fill:var(--ink)!important}
 .bad{color:var(--bad)}.good{color:var(--good)}
@@ -74,7 +78,8 @@ def render_page(run: RunRecord) -> str:
         for k, v, alert in _tiles(run)
     )
     figures = "".join(
-        f"<figure><figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>{svg}</figure>"
+        f"<figure{' class=short' if title in _SHORT else ''}>"
+        f"<figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>{svg}</figure>"
         for title, note, svg in _figures(run)
     )
     return (
@@ -184,11 +189,6 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
 def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
     """Title, note and drawing of each figure that there is something to draw for."""
     figures: list[tuple[str, str, str]] = []
-    if len(run.steps.get("seconds", ())) > 1:
-        figures += _step_figures(run.steps)
-    if len(run.lengths):
-        note = f"median {np.median(run.lengths):,.0f}, longest {run.lengths.max():,}"
-        figures.append(("Output lengths", note, plots.histogram(run.lengths, "output tokens of a sample")))
     bands: list[plots.Band] = []
     for kind in ("pass@", "maj@"):
         curve = [each for each in run.estimates or () if each.name.startswith(kind)]
@@ -197,6 +197,11 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
     if bands:
         title, note = " and ".join(band.label for band in bands), "means over problems with 95 % bands"
         figures.append((title, note, plots.with_bands(bands, "k")))
+    if len(run.lengths):
+        note = f"median {np.median(run.lengths):,.0f}, longest {run.lengths.max():,}"
+        figures.append(("Output lengths", note, plots.histogram(run.lengths, "output tokens of a sample")))
+    if len(run.steps.get("seconds", ())) > 1:
+        figures += _step_figures(run.steps)
     s = run.summary
     if s.get("prompt_tokens"):
         labels, values = (
@@ -209,8 +214,10 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
         )
         figures.append(("Prompt tokens", "how much shared prefixes saved", plots.bars(labels, values, "tokens")))
     if s.get("predicted_seconds") is not None:
-        drawing = plots.bars(("predicted", "actual"), (s["predicted_seconds"], s["step_seconds"]), "seconds of all steps")
-        figures.append(("Predicted and actual", f"the steps that were taken, by {s['predicted_by']}", drawing))
+        drawing = plots.bars(("predicted", "actual"), (s["predicted_seconds"], s["step_seconds"]), "seconds")
+        figures.append(
+            ("Predicted and actual", f"time of the steps that were taken; predicted by {s['predicted_by']}", drawing)
+        )
     return figures
 
 

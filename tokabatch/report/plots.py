@@ -87,8 +87,8 @@ class Band:
 def with_bands(bands: Sequence[Band], unit: str) -> str:
     """At most two curves with their confidence bands over a logarithmic axis."""
     figure, axes = _open()
-    for band, color, soft in zip(bands, (INK, SECOND), (SOFT, SECOND), strict=False):
-        axes.fill_between(band.x, band.low, band.high, color=soft, alpha=0.5 if soft == SOFT else 0.2, linewidth=0)
+    for band, color in zip(bands, (INK, SECOND), strict=False):
+        axes.fill_between(band.x, band.low, band.high, color=color, alpha=0.2, linewidth=0)
         axes.plot(band.x, band.value, color=color, marker="o", markersize=3, linewidth=1.4, label=band.label)
     axes.set_xscale("log", base=2)
     ticks = sorted({k for band in bands for k in band.x})
@@ -101,12 +101,13 @@ def with_bands(bands: Sequence[Band], unit: str) -> str:
 
 def bars(labels: Sequence[str], values: Sequence[float], unit: str) -> str:
     """Horizontal bars with their values beside them."""
-    figure, axes = _open(height=0.5 + 0.35 * len(labels))
+    figure, axes = _open(height=0.45 + 0.28 * len(labels))
     places = np.arange(len(labels))[::-1]
     axes.barh(places, values, color=[INK, SOFT, SECOND][: len(labels)], height=0.6)
     axes.set_yticks(places, labels)
     for place, value in zip(places, values, strict=True):
-        axes.text(value, place, f" {value:,.0f}" if value >= 1000 else f" {value:.3g}", va="center", fontsize=8)
+        text = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+        axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_xlabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.12g}"))

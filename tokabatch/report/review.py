@@ -76,7 +76,7 @@ def _facts(out: Path, manifest: Manifest, summary: Mapping[str, Any]) -> list[tu
     settings = ", ".join(
         f"{name} {write_value(value)}" for name, value in job.get("generation", {}).items() if value not in (None, [], {})
     )
-    verified = job.get("verify") or {}
+    verified, device = job.get("verify") or {}, summary.get("device", "")
     rows = [
         ("started", manifest.started.replace("T", " ")),
         ("model", manifest.model_path),
@@ -84,7 +84,7 @@ def _facts(out: Path, manifest: Manifest, summary: Mapping[str, Any]) -> list[tu
         ("settings", settings),
         ("verified by", str(verified.get("kind", ""))),
         ("estimated", read_estimator(out) if verified else ""),
-        ("device", " ".join((summary.get("device", ""), _DTYPES.get(summary.get("itemsize", 0), "")))),
+        ("device", " ".join(("CPU" if device == "this processor" else device, _DTYPES.get(summary.get("itemsize", 0), "")))),
         ("versions", f"tokabatch {versions.tokabatch}, torch {versions.torch}, transformers {versions.transformers}, "
          f"Python {versions.python}"),
     ]  # fmt: skip
