@@ -1,5 +1,5 @@
 """A process that judges. It begins with nothing but this: its first message is the `JudgeSpec`, its answer a `Loaded` or why it
-cannot be; then each request is answered by one message a sample.
+cannot be; then each request is answered by one message a sample, `packed`, as soon as it is judged.
 
 What the judge prints is dropped. A process that the judge forks and that returns into the judge's caller ends there. Limits on
 memory are the system's, so that they hold for libraries, too. This is no sandbox: a judge may do what its user may.
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickle
 import resource
 import signal
+import socket
+import struct
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +23,7 @@ from typing import Any
 
 from tokabatch.scoring.judge import Judge, JudgeSpec
 
+_LENGTH = struct.Struct("!Q")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -39,9 +43,30 @@ class Request:
     texts: Sequence[str] | None = None
 
 
+def packed(answer: object) -> bytes:
+    """A message to the run: its length, then its pickle."""
+    content = pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
+    return _LENGTH.pack(len(content)) + content
+
+
+def unpacked(received: bytearray) -> list[Any]:
+    """The messages that have come in whole, which are taken from the front of `received`."""
+    answers: list[Any] = []
+    begin = 0
+    while len(received) >= (content := begin + _LENGTH.size):
+        end = content + _LENGTH.unpack_from(received, begin)[0]
+        if len(received) < end:
+            break
+        answers.append(pickle.loads(received[content:end]))
+        begin = end
+    del received[:begin]
+    return answers
+
+
 def main(descriptor: int) -> None:
     """Answer what comes through the socket until its other end is closed."""
     connection, pid = Connection(descriptor), os.getpid()
+    answers = socket.socket(fileno=os.dup(descriptor))
     if sys.platform == "linux":
         # Killed with the process that started this one; and whatever a judge starts stays among this process's descendants.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -56,28 +81,28 @@ def main(descriptor: int) -> None:
         try:
             judge = Judge(spec)
         except ValueError as error:
-            connection.send(str(error))
+            answers.sendall(packed(str(error)))
             return
-        connection.send(Loaded(judge.columns, judge.takes_batches))
+        answers.sendall(packed(Loaded(judge.columns, judge.takes_batches)))
         while True:
             request: Request = connection.recv()
             if request.texts is None:
                 for row in request.rows:
-                    _answer(connection, pid, judge.check(row))
+                    _answer(answers, pid, judge.check(row))
             elif judge.takes_batches:
                 for verdict in judge.verdicts(request.texts, request.rows):
-                    _answer(connection, pid, verdict)
+                    _answer(answers, pid, verdict)
             else:
                 for text, row in zip(request.texts, request.rows, strict=True):
-                    _answer(connection, pid, judge.verdicts([text], [row])[0])
+                    _answer(answers, pid, judge.verdicts([text], [row])[0])
             while _reaped():
                 pass
 
 
-def _answer(connection: Connection, pid: int, answer: object) -> None:
+def _answer(answers: socket.socket, pid: int, answer: object) -> None:
     if os.getpid() != pid:
         os._exit(0)
-    connection.send(answer)
+    answers.sendall(packed(answer))
 
 
 def _reaped() -> bool:

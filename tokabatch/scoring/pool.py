@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,17 +23,21 @@ import psutil
 from tokabatch.errors import JobError
 from tokabatch.job import VerifyConfig, verifier_names
 from tokabatch.scoring.judge import JudgeSpec, Verdict
-from tokabatch.scoring.judge_process import Loaded, Request
+from tokabatch.scoring.judge_process import Loaded, Request, unpacked
 
-BATCH_SAMPLES = 64
-"""Most samples of one request."""
+BATCH_SAMPLES, BATCH_SECONDS = 256, 0.03
+"""Most samples of one request, and how long they may take where that is known."""
 LOADING_SECONDS = 60.0
 """How long importing a judge may take, whatever the deadline of a verdict."""
 NOT_JUDGED = "not judged: the run was stopped before"
-GROW_SECONDS = 0.5
-"""How long samples wait without a pause until another process is started. Fast judges get few, whose answers the run's own
-process is not held up by: GSM8K on a GPU with sixteen cores ran a fifth faster with two processes than with eight."""
-_LOOK_SECONDS = 0.25
+BACKLOG_SECONDS, GROW_SECONDS = 0.25, 0.5
+"""Another process is started where the samples that wait will take so long, and the last one was started so long ago. Each
+has a thread in the run's own process, which has enough to do: with eight judges of GSM8K where one keeps up, steps on a GPU
+took a fifth longer."""
+TOGETHER_SECONDS = 0.005
+"""Verdicts of so much time are received at once: to look for each as it comes would cost the run's own process half of what a
+verdict of GSM8K costs the judge."""
+_LOOK_SECONDS, _READ_BYTES = 0.25, 1 << 18
 _START = """import json, sys
 sys.path[:] = json.loads(sys.argv[2])
 from tokabatch.scoring.judge_process import main
@@ -63,8 +67,8 @@ class JudgePool:
         # Not a SimpleQueue: its `get` may wait for good where a short timeout passes before the wait begins.
         self._news: queue.Queue[None] = queue.Queue()
         self._threads: list[threading.Thread] = []
-        self._idle_at = 0.0
-        """When no sample was seen to wait, or a process was started, last."""
+        self._grown_at = 0.0
+        """When the last process was started."""
         self._running: list[JudgeProcess] = []
         self._closed = False
 
@@ -85,7 +89,7 @@ class JudgePool:
                 process = process or JudgeProcess(self._spec)
                 try:
                     for answer in process.ask(Request(rows[len(answers) :]), self._seconds):
-                        answers.append(answer)
+                        answers += answer
                 except JudgeLost as lost:
                     answers.append(str(lost))
                     process = None
@@ -119,17 +123,22 @@ class JudgePool:
         return True
 
     def _grow(self) -> None:
-        """Start a process where there is none, or where samples have waited for long."""
-        now = time.monotonic()
-        if not self._queue.qsize():
-            self._idle_at = now
-        is_enough = len(self._threads) >= self._most or now - self._idle_at < GROW_SECONDS
-        if self._closed or (self._threads and is_enough):
+        """Start a process where there is none, or where those there are fall behind."""
+        now, count = time.monotonic(), len(self._threads)
+        is_enough = count >= self._most or now - self._grown_at < GROW_SECONDS or self._backlog(now) < BACKLOG_SECONDS
+        if self._closed or (count and is_enough):
             return
         thread = threading.Thread(target=self._work, name="tokabatch-judge", daemon=True)
         thread.start()
         self._threads.append(thread)
-        self._idle_at = now
+        self._grown_at = now
+
+    def _backlog(self, now: float) -> float:
+        """Seconds that the processes will take for the samples that wait, at the pace so far."""
+        running = list(self._running)
+        seconds = sum(process.seconds_asked(now) for process in running)
+        pace = seconds / max(1, sum(process.answered for process in running))
+        return self._queue.qsize() * pace / max(1, len(self._threads))
 
     def close(self) -> None:
         """End all processes, with what they started. What is not judged by then is told so."""
@@ -146,7 +155,8 @@ class JudgePool:
         while (first := self._queue.get()) is not None:
             batch = [first]
             # Short queues are shared out: one process is not to have all of what is slow.
-            for _ in range(min(BATCH_SAMPLES - 1, self._queue.qsize() // self._most)):
+            fast = 0 if process is None else int(BATCH_SECONDS * process.answered / max(process.seconds_asked(), 1e-6))
+            for _ in range(min(BATCH_SAMPLES - 1, max(fast, self._queue.qsize() // self._most))):
                 with suppress(queue.Empty):
                     ticket = self._queue.get_nowait()
                     if ticket is None:
@@ -157,8 +167,7 @@ class JudgePool:
             while batch and not self._closed:
                 process, judged, alone = self._judge(process, batch[:1] if alone else batch, alone)
                 batch = batch[judged:]
-            for ticket in batch:
-                self._settle(ticket, Verdict.none(NOT_JUDGED))
+            self._settle(batch, [Verdict.none(NOT_JUDGED)] * len(batch))
         if process is not None:
             process.close()
 
@@ -169,12 +178,11 @@ class JudgePool:
         try:
             if process is None:
                 process = JudgeProcess(self._spec, self._running)
-            several = process.loaded.takes_batches and len(batch) > 1
-            seconds = self._seconds * (len(batch) if several else 1)
+            seconds = self._seconds * (len(batch) if process.loaded.takes_batches else 1)
             request = Request([ticket.row for ticket in batch], [ticket.text for ticket in batch])
-            for verdict in process.ask(request, seconds):
-                self._settle(batch[settled], verdict)
-                settled += 1
+            for verdicts in process.ask(request, seconds):
+                self._settle(batch[settled:], verdicts)
+                settled += len(verdicts)
             return process, settled, alone
         except JudgeLost as lost:
             if process is not None and process.loaded.takes_batches and len(batch) - settled > 1:
@@ -183,13 +191,15 @@ class JudgePool:
             reason = NOT_JUDGED if self._closed else str(lost)
         except Exception as error:  # The process cannot be started, or the row not be sent.
             reason = NOT_JUDGED if self._closed else f"{type(error).__name__}: {error}"
-        self._settle(batch[settled], Verdict.none(reason))
+        self._settle(batch[settled:], [Verdict.none(reason)])
         if process is not None:
             process.close()
         return None, settled + 1, alone
 
-    def _settle(self, ticket: Ticket, verdict: Verdict) -> None:
-        ticket.verdict = verdict
+    def _settle(self, tickets: Sequence[Ticket], verdicts: Sequence[Verdict]) -> None:
+        """The first of these tickets have these verdicts."""
+        for ticket, verdict in zip(tickets, verdicts, strict=False):
+            ticket.verdict = verdict
         self._news.put(None)
 
 
@@ -211,12 +221,18 @@ class JudgeProcess:
                 start_new_session=True,
             )
         self._connection = Connection(ours.detach())
+        self._received = bytearray()
         self._killing = threading.Lock()
         self._running = [] if running is None else running
+        self.answered = 0
+        """Rows that it has answered."""
+        self._seconds = 0.0
+        """What these took."""
+        self._asked_at: float | None = None
         self._running.append(self)
         try:
             self._connection.send(spec)
-            loaded = self._receive(LOADING_SECONDS)
+            (loaded,) = self._receive(LOADING_SECONDS)
         except (JudgeLost, OSError) as error:
             self.close()
             raise JobError(f"verify.kind: {spec.kind}: {error} while it was loaded. Correct the file.") from error
@@ -228,15 +244,29 @@ class JudgeProcess:
             raise JobError(f"verify.kind: {spec.kind}: {loaded}.")
         self.loaded: Loaded = loaded
 
-    def ask(self, request: Request, seconds: float) -> Any:
-        """The answers to a request, one by one. Raises JudgeLost where one does not come within so many seconds."""
+    def ask(self, request: Request, seconds: float) -> Iterator[list[Any]]:
+        """The answers to a request, some at a time. Raises JudgeLost where one does not come within so many seconds."""
+        left, self._asked_at = len(request.rows), time.monotonic()
         try:
-            self._connection.send(request)
-        except OSError as error:
-            self.kill()
-            raise JudgeLost(self._end()) from error
-        for _ in request.rows:
-            yield self._receive(seconds)
+            try:
+                self._connection.send(request)
+            except OSError as error:
+                self.kill()
+                raise JudgeLost(self._end()) from error
+            while left:
+                time.sleep(min(TOGETHER_SECONDS, left * self._seconds / max(1, self.answered)))
+                answers = self._receive(seconds)
+                left -= len(answers)
+                now = time.monotonic()
+                self.answered, self._seconds, self._asked_at = self.answered + len(answers), self.seconds_asked(now), now
+                yield answers
+        finally:
+            self._asked_at = None
+
+    def seconds_asked(self, now: float = 0.0) -> float:
+        """How long it took for its answers, and has been taking until `now` for the next."""
+        asked_at = self._asked_at
+        return self._seconds + (0.0 if asked_at is None else max(0.0, now - asked_at))
 
     def kill(self) -> None:
         """End it, and whatever it started: stopped, it starts nothing more and takes in what its children leave behind. May be
@@ -260,17 +290,22 @@ class JudgeProcess:
         self._running.remove(self)
         self._connection.close()
 
-    def _receive(self, seconds: float) -> Any:
+    def _receive(self, seconds: float) -> list[Any]:
+        """What has come in, or comes in first."""
         deadline = time.monotonic() + seconds
         try:
-            while not self._connection.poll(max(0.0, min(_LOOK_SECONDS, deadline - time.monotonic()))):
-                # A process that the judge forked may hold the socket open.
-                if self._process.poll() is not None:
-                    raise JudgeLost(self._end())
-                if time.monotonic() >= deadline:
-                    self.kill()
-                    raise JudgeLost(f"no verdict within {seconds:g} s")
-            return self._connection.recv()
+            while not (answers := unpacked(self._received)):
+                while not self._connection.poll(max(0.0, min(_LOOK_SECONDS, deadline - time.monotonic()))):
+                    # A process that the judge forked may hold the socket open.
+                    if self._process.poll() is not None:
+                        raise JudgeLost(self._end())
+                    if time.monotonic() >= deadline:
+                        self.kill()
+                        raise JudgeLost(f"no verdict within {seconds:g} s")
+                if not (more := os.read(self._connection.fileno(), _READ_BYTES)):
+                    raise EOFError
+                self._received += more
+            return answers
         except (EOFError, OSError) as error:
             raise JudgeLost(self._end()) from error
 
