@@ -44,6 +44,8 @@ FILES = {
     "foreign/data/mine.parquet": "",
     "judge_without.py": "x = 1\n",
     "judge_broken.py": "1 / 0\n",
+    "judge_syntax.py": "def verify(text, row)\n    return True\n",
+    "judge_imports.py": "import sympyx\n",
     "loop.jinja": "{% for m in %}",
     "requests.jsonl": '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "m", "prompt": "x"}}\n'
     * 2,
@@ -154,7 +156,15 @@ MISTAKES = [
         "no run wrote .*Choose another output.path, or move them away",
     ),
     (("run", Q, "verify.kind=./judge_without.py"), r"has no function `verify\(text, row\)`; add one"),
-    (("run", Q, "verify.kind=./judge_broken.py"), r"cannot be loaded \(ZeroDivisionError: division by zero\)"),
+    (
+        ("run", Q, "verify.kind=./judge_broken.py"),
+        r"loaded \(ZeroDivisionError in line 1: division by zero\); correct the file",
+    ),
+    (
+        ("run", Q, "verify.kind=./judge_syntax.py"),
+        r"cannot be loaded \(SyntaxError: .*\(judge_syntax.py, line 1\)\); correct the file",
+    ),
+    (("run", Q, "verify.kind=./judge_imports.py"), r"No module named 'sympyx'\); install what it imports: pip install sympyx"),
     (
         ("run", Q, "verify.kind=no.module:grade"),
         "there is no module no.module here .*give a file's path",

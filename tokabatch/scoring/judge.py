@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import Any
 
@@ -178,8 +179,13 @@ def _load(spec: JudgeSpec) -> ModuleType:
         found.loader.exec_module(module)
         return module
     except BaseException as error:
-        missing = ' (pip install "tokabatch[math]")' if getattr(error, "name", None) == "math_verify" else ""
-        raise ValueError(f"it cannot be loaded ({type(error).__name__}: {error}){missing}") from error
+        name = error.name if isinstance(error, ModuleNotFoundError) else None
+        frames = [each for each in extract_tb(error.__traceback__) if Path(each.filename).name == Path(spec.source).name]
+        where = f" in line {frames[-1].lineno}" if frames else ""
+        remedy = "correct the file, or name another judge"
+        if name is not None and name.partition(".")[0] != spec.source.partition(".")[0]:
+            remedy = f"install what it imports: pip install {name if name != 'math_verify' else repr('tokabatch[math]')}"
+        raise ValueError(f"it cannot be loaded ({type(error).__name__}{where}: {error}); {remedy}") from error
 
 
 def _options(spec: JudgeSpec, parameters: Sequence[inspect.Parameter]) -> dict[str, Any]:
