@@ -228,6 +228,8 @@ def test_dtype_auto_is_the_checkpoints(save_model):
 
 def test_resolve_takes_folders_as_they_are_and_refuses_what_is_none(tmp_path):
     assert resolve_model(tmp_path) == tmp_path
+    with pytest.raises(ModelError, match=r"model\.revision 'v1' has no effect: .* is a folder here.* Remove model\.revision"):
+        resolve_model(tmp_path, "v1")
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match="is a file"):
         resolve_model(tmp_path / "file")

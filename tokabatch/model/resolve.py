@@ -17,11 +17,17 @@ def resolve_model(
     revision_key: str = "model.revision",
 ) -> Path:
     """The folder of a model; with `weights` False, only its small files need be there. Raises ModelError with the remedy where
-    there is none to be had; `key` and `revision_key` are what the user wrote the two under."""
+    there is none to be had, and for a revision of a local folder; the user wrote the two under `key` and `revision_key`."""
     forms = f"{key} must be a model's folder or a hub id like `owner/name`."
     name = str(path_or_hub_id)
     local = Path(path_or_hub_id).expanduser()
     if local.is_dir():
+        if revision is not None:
+            raise ModelError(
+                f"{revision_key} {revision!r} has no effect: {key} {name!r} is a folder here ({local.absolute()}), and only "
+                f"models of the hub have revisions. Remove {revision_key}; to use the hub's model of that name, start where "
+                "there is no such folder."
+            )
         return local
     if local.exists():
         raise ModelError(f"{name}: is a file. {forms}")

@@ -395,6 +395,21 @@ def test_nulls_of_typed_columns_are_dropped_at_any_depth(
     assert '"arguments": {"x": null}' in texts(ingest_job(write_rows(given), prompt=tools_template))[0]
 
 
+def test_keys_of_a_message_that_are_null_are_dropped_as_transformers_does(
+    write_rows: Write, ingest_job: Ingest, texts: Texts, tokenizers: dict[str, Tokenizer]
+) -> None:
+    """OpenAI's API has `content: null` beside a call of a tool, and `tool_calls: null` elsewhere."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content if m.content is defined else 'calls' }}"
+        "{% if m.tool_calls is defined %} {{ m.tool_calls | tojson }}{% endif %}. {% endfor %}"
+    )
+    rows = [call("add", x=None), {"messages": [{"role": "user", "content": "hm", "tool_calls": None}]}]
+    shown = texts(ingest_job(write_rows(*rows), "chat", prompt={"chat_template": template}), "chat")
+    backend: Any = tokenizers["chat"]._tokenizer
+    assert shown == [backend.apply_chat_template(row["messages"], chat_template=template, tokenize=False) for row in rows]
+    assert shown[0].startswith('user: hi. assistant: calls [{"name": "add"') and shown[1] == "user: hm. "
+
+
 def test_arguments_of_tool_calls_are_objects_or_json_text_as_the_template_takes_them(
     tools_template: dict[str, Any], write_rows: Write, ingest_job: Ingest, texts: Texts
 ) -> None:

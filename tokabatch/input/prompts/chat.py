@@ -1,9 +1,10 @@
 """What a row says to a chat template, checked and in the shape that templates expect: messages, tools and documents.
 
 A conversation that ends with an assistant's text is continued in that text. Each may be JSON text, and so may the arguments of
-a tool call. Text given in parts becomes one text; keys of a message that are null are dropped; other keys pass through. In rows
-of typed columns (Parquet), an object has all keys that any other row's has, null where it has none: there, nulls are dropped at
-any depth, and what JSON has no type for is as in a job's template: a date in ISO 8601, a decimal number as text.
+a tool call. Text given in parts becomes one text; keys of a message that are null are dropped, as transformers does; other keys
+pass through. In rows of typed columns (Parquet), an object has all keys that any other row's has, null where it has none: nulls
+are dropped there at any depth, and what JSON has no type for is as in a job's template: a date in ISO 8601, a decimal number as
+text.
 """
 
 from __future__ import annotations
