@@ -134,9 +134,12 @@ class JudgePool:
         self._grown_at = now
 
     def _backlog(self, now: float) -> float:
-        """Seconds that the processes will take for the samples that wait, at the pace so far."""
+        """Seconds that the processes will take for the samples that wait, at the pace so far; 0 while there is hardly any: the
+        first verdicts of a process take longer."""
         running = list(self._running)
         seconds = sum(process.seconds_asked(now) for process in running)
+        if seconds < BACKLOG_SECONDS:
+            return 0.0
         pace = seconds / max(1, sum(process.answered for process in running))
         return self._queue.qsize() * pace / max(1, len(self._threads))
 
