@@ -209,17 +209,37 @@ def test_long_ranges_equal_dense_attention(where, step):
     check_step(step, table, cache, heads)
 
 
-def test_few_queries_over_many_keys_are_one_tile_for_each_program():
-    """256 samples behind a document of 32k tokens: four ranges fill 256 of 264 programs, five would take a second turn."""
-    zero = np.zeros(256, np.int32)
-    level = PrefixLevel(*(np.array([value], np.int32) for value in (0, 256, 0, 0, 2048)))
-    step = StepBatch(
+def decoding_step(own: int, skip: int, count: int, levels: tuple[PrefixLevel, ...]) -> StepBatch:
+    """`count` samples of one token each, `skip` pages of which their levels read."""
+    zero = np.zeros(count, np.int32)
+    return StepBatch(
         index=0, inits=SlotInit(*(np.zeros(0, np.int32) for _ in fields(SlotInit))), table_slot=zero[:0], table_column=zero[:0],
         table_page=zero[:0], clear_pages=zero[:0], copy_src=zero[:0], copy_dst=zero[:0], num_prefill_runs=0,
-        run_slot=np.arange(256, dtype=np.int32), run_start=zero + 32_800, run_length=zero + 1,
-        run_samples=np.ones(256, np.bool_),
-        run_skip=zero + 2048, token_ids=zero[:0], prefix_levels=(level,),
+        run_slot=np.arange(count, dtype=np.int32), run_start=zero + 16 * skip + own, run_length=zero + 1,
+        run_samples=np.ones(count, np.bool_), run_skip=zero + skip, token_ids=zero[:0], prefix_levels=levels,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("heads", "groups", "queries", "planes"), [((32, 8), 16, 512, 1), ((9, 3), 128, 64, 2)])
+def test_groups_that_fill_tiles_read_what_is_in_front_of_theirs(heads, groups, queries, planes):
+    """512 samples a prompt do behind 56 pages that all prompts share; 64 with a group of 3 heads, which leave a third of their
+    tiles empty, do not."""
+    first = np.arange(groups, dtype=np.int32) * queries
+    shared, own = np.full(groups, 56, np.int32), np.full(groups, 62, np.int32)
+    levels = (
+        PrefixLevel(*(np.array([value], np.int32) for value in (0, groups * queries, 0, 0, 56))),
+        PrefixLevel(first, first + queries, first, shared, own),
+    )
+    step = decoding_step(33, 62, groups * queries, levels)
+    plan = plan_tiles(step, Heads(*heads, 64).shape(16), MAX_PLANES)
+    assert plan is not None and (plan.planes_T == planes).all()
+    assert sorted(seen_keys(plan, step)[-1]) == list(range(62 * 16 + 34))
+
+
+def test_few_queries_over_many_keys_are_one_tile_for_each_program():
+    """256 samples behind a document of 32k tokens: four ranges fill 256 of 264 programs, five would take a second turn."""
+    level = PrefixLevel(*(np.array([value], np.int32) for value in (0, 256, 0, 0, 2048)))
+    step = decoding_step(32, 2048, 256, (level,))
     plan = plan_tiles(step, Heads(32, 8, 64).shape(16), MAX_PLANES)
     assert plan is not None and len(plan.wide_IW) == 32 and (plan.planes_T == 4).all()
     assert (plan.wide_IW[:, 4] - plan.wide_IW[:, 3] == 8192).all()

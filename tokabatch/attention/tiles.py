@@ -10,7 +10,7 @@ Shape legend: T tokens of the step, N passes, I tiles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,8 +30,9 @@ LONG_CONTEXT = 1024
 SPLIT_KEYS, SPLIT_STEP = 256, 64
 """Fewest keys of a split range, and what it is a multiple of."""
 FEW_TILES, ENOUGH_TILES = 2, 4
-"""Tiles a program of the device below which ranges are split, and how many they are then split into: each tile more costs
-what some 80 keys do, and its states are merged."""
+"""Tiles a program of the device below which ranges are split, and how many they are then split into."""
+TILE_KEYS = 80
+"""Each tile costs what so many keys do, and its states are merged."""
 EVEN = 0.9
 """Share of the time in which programs are busy with one tile each, from which that is the fastest: 256 queries over 32,768 keys
 take 3 to 9 % less so than in seventeen ranges."""
@@ -78,6 +79,9 @@ class _KeyRanges:
     position: Int64
     """Of the first query, where later queries see more; UNMASKED where all see all."""
 
+    def take(self, chosen: Int64) -> _KeyRanges:
+        return _KeyRanges(*(getattr(self, name)[chosen] for name in _KeyRanges.__slots__))
+
     @classmethod
     def of(cls, *columns: Int32 | Int64) -> _KeyRanges:
         return cls(*(column.astype(np.int64) for column in columns))
@@ -94,6 +98,7 @@ def plan_tiles(step: StepBatch, shape: TileShape, max_planes: int) -> TilePlan |
                    level.page_stop * size, np.full(len(level.slot), UNMASKED))
         for level in step.prefix_levels
     ]  # fmt: skip
+    passes = _joined(passes, shape)
     runs = _Runs(token, length, step.run_slot.astype(np.int64), covered, step.run_start.astype(np.int64))
     passes += _causal_passes(runs, own_T, size)
     passes += _long_contexts(runs, own_T, shape)
@@ -118,6 +123,38 @@ class _Runs:
 
     def take(self, chosen: Int64) -> _Runs:
         return _Runs(*(getattr(self, name)[chosen] for name in _Runs.__slots__))
+
+
+def _joined(levels: list[_KeyRanges], shape: TileShape) -> list[_KeyRanges]:
+    """Prefix levels, shallow ones first, in which the keys of a group are read by the groups below it, in front of their own,
+    where these have all its queries and that takes no longer: it makes fewer tiles and fewer states of each query. To share
+    keys pays where groups leave tiles half empty."""
+    kept: list[_KeyRanges] = []
+    for below in levels:
+        if kept and len(below.token):
+            above = kept[-1]
+            group = np.maximum(np.searchsorted(above.token, below.token, "right") - 1, 0)
+            inside = below.token + below.queries <= above.token[group] + above.queries[group]
+            inside &= (below.token >= above.token[group]) & (below.begin == above.end[group])
+            of, count = group[inside], len(above.token)
+            whole = np.bincount(of, below.queries[inside], count) == above.queries
+            apart = _tile_cost(above, above.begin, shape) + np.bincount(
+                of, _tile_cost(below, below.begin, shape)[inside], count
+            )
+            together = np.bincount(of, _tile_cost(below, above.begin[group], shape)[inside], count)
+            joined = whole & (together <= apart)
+            begin = np.where(inside & joined[group], above.begin[group], below.begin)
+            below = replace(below, begin=begin)
+            kept[-1] = above.take(np.flatnonzero(~joined))
+        kept.append(below)
+    return [level for level in kept if len(level.token)]
+
+
+def _tile_cost(passes: _KeyRanges, begin: Int64, shape: TileShape) -> Int64:
+    """Of each pass, were it to read keys from `begin` on, in thirds of what a wide tile takes for one."""
+    is_narrow = passes.queries * shape.group <= 3 * shape.narrow
+    height = np.where(is_narrow, shape.narrow, shape.wide) // shape.group
+    return -(-passes.queries // height) * (passes.end - begin + TILE_KEYS) * np.where(is_narrow, 1, 3)
 
 
 def _causal_passes(runs: _Runs, own_T: Int64, size: int) -> list[_KeyRanges]:
@@ -171,7 +208,7 @@ def _cut(
         chosen = np.flatnonzero(is_narrow == bool(kind))
         if not len(chosen):
             continue
-        own = _KeyRanges(*(getattr(passes, name)[chosen] for name in _KeyRanges.__slots__))
+        own = passes.take(chosen)
         per_tile = height // shape.group
         num_tiles = -(-own.queries // per_tile)
         keys = own.end - own.begin
