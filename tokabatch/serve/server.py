@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
+import selectors
 import signal
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +39,11 @@ from tokabatch.workload.prepare import Demand
 EXPECTED_PROMPTS = 1 << 16
 """Of a workload that the engine is sized for: longer than any queue."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MOST_EVENTS = 64
+"""Sockets that are read in one turn of the event loop."""
+GC_OBJECTS = 50_000
+"""New objects after which Python searches for cycles among them. With its default, 700, that search takes a third of the CPU
+time while thousands of requests are open."""
 
 
 def serve(config: ServiceConfig, tell: Callable[[str], None]) -> int:
@@ -67,7 +74,7 @@ def serve(config: ServiceConfig, tell: Callable[[str], None]) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listener = _listen(config.server.host, config.server.port)
     files = _open_files(config, tell)
-    return asyncio.run(_serve(config, model, [spec] * model.layout.replicas, prompts, context, files, listener, tell))
+    return _run(_serve(config, model, [spec] * model.layout.replicas, prompts, context, files, listener, tell))
 
 
 async def _serve(
@@ -123,6 +130,10 @@ async def _serve(
                 )
             if batches is not None:
                 batches.begin(context, tell)
+            # The modules and the model's tables are not gone through again.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
             tell(f"{config.name} is served at http://{host if ':' not in host else f'[{host}]'}:{port}/v1; Ctrl-C stops it")
             await asyncio.wait((*watching, serving), return_when=asyncio.FIRST_COMPLETED)
         api.draining = True
@@ -148,6 +159,29 @@ async def _serve(
     if engine.failed.is_set() and engine.failure is not None:
         raise engine.failure
     return 0
+
+
+class BoundedSelector(selectors.DefaultSelector):
+    """Reports a few sockets at a time. Of thousands of requests that come at once the first are given to the engine before the
+    last are read; otherwise all would be read, then all parsed, then all tokenised."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        return super().select(timeout)[:MOST_EVENTS]
+
+
+def _run(main: Coroutine[None, None, int]) -> int:
+    """As `asyncio.run`, which takes no selector."""
+    loop = asyncio.SelectorEventLoop(BoundedSelector())
+    try:
+        return loop.run_until_complete(main)
+    finally:
+        for task in (left := asyncio.all_tasks(loop)):
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
 
 
 class _Server(uvicorn.Server):
