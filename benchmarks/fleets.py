@@ -186,6 +186,11 @@ class Time:
         heapq.heappush(self._events, (self.now, len(self._processes)))
         self._processes.append(process)
 
+    def start(self) -> float:
+        """The run begins; CPU seconds of what was before it."""
+        before, self._began = self._began, time.thread_time()
+        return self._began - before
+
     def took(self, samples: int) -> None:
         """The driver has so many samples to record."""
         self.recording += samples * self._record
@@ -236,8 +241,8 @@ class Time:
 @dataclass(frozen=True, slots=True)
 class Shared:
     """How a fleet got through its plan, in seconds. `full_slots` is the time with all slots at work to the last token, `pooled`
-    what one member with all of them takes, `alone` what a member takes for its share by itself; `busy` the driver's, of which
-    `reading` and `recording` are reckoned."""
+    what one member with all of them takes, `alone` what a member takes for its share by itself; `starting` the driver's before
+    the run, `busy` those in it, of which `reading` and `recording` are reckoned."""
 
     makespan: float
     first_idle: float
@@ -248,6 +253,7 @@ class Shared:
     runs: int
     messages: int
     passes: int
+    starting: float
     busy: float
     reading: float
     recording: float
@@ -272,7 +278,7 @@ def share(count: int, rows: int, running: int, record: float = 0.0) -> Shared:
     with clock.simulated():
         stop = Interruption(lambda: False)
         fleet = Fleet(requests_of(rows), limits, [()] * count, build, stop=stop, tell=print, launch=launch)
-        begun = clock.now
+        starting, begun = clock.start(), clock.now
         for completions in fleet.run():
             clock.took(len(completions))
         shares = fleet.shares()
@@ -287,6 +293,7 @@ def share(count: int, rows: int, running: int, record: float = 0.0) -> Shared:
         runs=sum(process.given for process in processes),
         messages=clock.messages,
         passes=clock.passes,
+        starting=starting,
         busy=clock.busy + clock.reading + clock.recording,
         reading=clock.reading,
         recording=clock.recording,
@@ -320,6 +327,7 @@ def main() -> None:
     ):
         print(f"  {name:26} {seconds:8.2f} s   the fleet {done.makespan / seconds - 1:+.1%}")
     print(f"the driver was busy for {done.busy:,.1f} s ({done.busy / done.makespan:.0%}), in {done.passes:,} passes")
+    print(f"  and for {done.starting:.1f} s before the run")
     dividing = done.busy - done.reading - done.recording
     for name, seconds in (("reading", done.reading), ("booking and dividing", dividing), ("recording", done.recording)):
         each = seconds / args.rows, seconds / done.messages

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,13 @@ from support import token_device
 from support.shortsighted import Shortsighted
 
 from tokabatch.engine.replica_sizes import ReplicaSizes
-from tokabatch.errors import EngineError, Stopped, WorkerLost
+from tokabatch.errors import EngineError, ReplicaLost, Stopped, WorkerLost
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Part
 from tokabatch.runner.member import Fork, can_fork
-from tokabatch.runner.messages import Pace
+from tokabatch.runner.member_process import unpacked
+from tokabatch.runner.messages import Given, Pace, Share, Suspects, Withdraw
 from tokabatch.runner.replica import Replica, Standing
 from tokabatch.runner.row_stops import RowLimits
 from tokabatch.scheduling.contracts import Completion, Drawn, Requests, SamplingParams, StepBatch, StepResult
@@ -340,6 +342,36 @@ def test_later_samples_of_a_row_that_is_suspected_go_where_the_others_are(monkey
     assert not gathered
     fleet.follow([RowLimits(3, 4, PARAMS.n), RowLimits(4, 4, PARAMS.n)])
     assert gathered == [1]
+
+
+def test_samples_of_suspects_are_withdrawn_from_all_others_whatever_these_were_told_before() -> None:
+    requests = token_device.make_requests(PROMPTS, [PARAMS])
+    fleet = Fleet(requests, LIMITS, [(), (), ()], lambda *_, **__: None, stop=Interruption(), tell=print)  # pyright: ignore[reportArgumentType]
+    sent: list[list[Any]] = [[], [], []]
+    for member, orders in zip(fleet._members, sent, strict=True):
+        process: Any = SimpleNamespace(send=orders.append, close=lambda seconds: None, pipe=object())
+        member.begin(process)
+
+    def part(prompt: int, first: int, stop: int) -> Part:
+        return Part(*(np.array([number], np.int32) for number in (prompt, first, stop)))
+
+    suspected, other = fleet._ledger.prompts([3, 4]).tolist()
+    first, second, third = fleet._members
+    for member, held in ((first, part(suspected, 0, 2)), (second, part(suspected, 2, 4)), (second, part(other, 0, 6))):
+        fleet._ledger.take_over(member.number, held)
+    fleet._ledger.take_over(third.number, part(suspected, 4, 6))
+    second.send(Share(2))
+    fleet._take(first, Suspects(np.array([3])))
+    fleet._take(first, Suspects(np.array([3])))
+    for orders in sent[1:]:
+        assert [order.rows.tolist() for order in orders if isinstance(order, Withdraw)] == [[3]], "once"
+    # The answer to what it was asked before.
+    fleet._take(second, Given(part(other, 3, 6)))
+    fleet._take(second, Given(part(suspected, 2, 4)))
+    # Another's are free where it is lost, and go to no one else.
+    fleet._replace(third, ReplicaLost("gone"))
+    given = [unpacked(order) for order in sent[0] if isinstance(order, bytes)]
+    assert [each.first.tolist() for each in given] == [[2], [4]] and fleet._ledger.held(first.number) == PARAMS.n
 
 
 class Placed:

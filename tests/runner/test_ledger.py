@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import token_device
@@ -135,3 +136,28 @@ def test_samples_that_may_not_begin_yet_and_such_as_are_cancelled():
     run = ledger.next_run(0, 1, whole=True)
     assert run is not None and keys(ledger.plan.part(run.prompts, run.first, run.stop)) == [(1, s) for s in range(1, 6)]
     assert ledger.left == 7
+
+
+def test_what_may_begin_is_looked_for_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = 20_000
+    requests = token_device.make_requests([[row % 7] for row in range(rows)], [SamplingParams(n=8, max_tokens=4)])
+    ledger, scanned = Ledger(requests, np.full(rows, 2)), list[int]()
+    assert len(ledger.next_run(0, 1, whole=True) or ()) == 2 * rows
+    parts_of = Ledger._parts_of  # pyright: ignore[reportPrivateUsage]
+
+    def noted(self: Ledger, holder: int, begin: int = 0, stop: int | None = None) -> Part:
+        scanned.append((8 * rows if stop is None else stop) - begin)
+        return parts_of(self, holder, begin, stop)
+
+    monkeypatch.setattr(Ledger, "_parts_of", noted)
+    last, *others = (int(ledger.plan.row_index[place]) for place in (rows - 9, rows - 10, 40, 41))
+    for row in others:
+        ledger.begin(row, 4)
+    run = ledger.next_run(0, 1, whole=True)
+    assert run is not None
+    assert sorted(keys(ledger.plan.part(run.prompts, run.first, run.stop))) == [
+        (row, sample) for row in sorted(others) for sample in (2, 3)
+    ]
+    ledger.begin(last, 4)
+    scanned.clear()
+    assert len(ledger.next_run(0, 1, whole=True) or ()) == 2 and sum(scanned) < 200

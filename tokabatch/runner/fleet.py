@@ -287,7 +287,8 @@ class Fleet:
             if message.parts == member.parts:
                 member.wants, self._fed = message.waiting, 0.0
         elif isinstance(message, Given):
-            member.asked, member.can_give = False, len(message.part) > 0
+            if isinstance(member.unanswered.popleft(), Share):
+                member.can_give = len(message.part) > 0
             self._ledger.give_back(member.number, message.part)
             self._fed = 0.0
             for number in {self._gathering[p] for p in message.part.prompts.tolist() if p in self._gathering}:
@@ -337,13 +338,13 @@ class Fleet:
                 member.send(run)
             else:
                 starved.append(member)
-        starved = starved[sum(each.asked for each in live) :]
+        starved = starved[sum(bool(each.unanswered) for each in live) :]
         if not starved or self._ledger.has_free:
             return
         # The one that can spare most gives to the one that has least, the next one to the next.
         trying, held = set(self._gathering.values()), self._ledger.held
         least = held(starved[0].number)
-        givers = [each for each in live if each.begun and each.can_give and not each.asked and each.number not in trying]
+        givers = [each for each in live if each.begun and each.can_give and not each.unanswered and each.number not in trying]
         givers.sort(key=lambda each: to_give(held(each.number), each.standing.waiting, least), reverse=True)
         for member, giver in zip(starved, givers, strict=False):
             own = held(member.number)
@@ -370,9 +371,10 @@ class Fleet:
         if not len(prompts):
             return
         free, holders = self._ledger.others(member.number, prompts)
-        for number in holders.tolist():
-            if not self._members[number].asked:
-                self._members[number].send(Withdraw(self._ledger.plan.row_index[prompts]))
+        rows = self._ledger.plan.row_index[prompts]
+        for holder in [self._members[number] for number in holders.tolist()]:
+            if not any(isinstance(order, Withdraw) and np.isin(rows, order.rows).all() for order in holder.unanswered):
+                holder.send(Withdraw(rows))
         if len(free) and member.pipe is not None:
             self._ledger.take_over(member.number, free)
             member.send(free)
@@ -385,6 +387,9 @@ class Fleet:
         member.barren += 1
         member.standing.counts.restarts["scheduler"] += 1
         self._gathering = {prompt: number for prompt, number in self._gathering.items() if number != member.number}
+        for number in set(self._gathering.values()):
+            # Before any other gets what the lost one held of suspects.
+            self._gather(self._members[number])
         if member.barren <= self._max_restarts:
             self._say(member, f"{fault}. Starting another; what was under way is computed again")
             self._start(member)

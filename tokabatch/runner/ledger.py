@@ -9,6 +9,7 @@ here too: a simulated run follows the same ones.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from tokabatch.scheduling.contracts import Completion, Requests
 
 FREE, DONE, WITHHELD, NOT_BEGUN, CANCELLED = -1, -2, -3, -4, -5
 """Of samples that no member holds: to be given to one, finished, not offered, not to be given to one yet, and not wanted."""
+NOT_LEFT = (DONE, WITHHELD, CANCELLED)
+"""What does not count as left."""
 SMALLEST = 64
 """A run is at least the plan's cost divided by this and the number of members."""
 SPLIT_WORTH = 8
@@ -94,7 +97,7 @@ class Ledger:
         self._prompt_of: Int32 = np.zeros(int(self.plan.row_index.max(initial=-1)) + 1, np.int32)
         """The plan's number of each row's prompt."""
         self._prompt_of[self.plan.row_index] = np.arange(len(self.plan), dtype=np.int32)
-        left = (self._holder != DONE) & (self._holder != WITHHELD)
+        left = np.isin(self._holder, NOT_LEFT, invert=True)
         self._left_of: Int64 = np.add.reduceat(left, self._offset[:-1], dtype=np.int64)
         self.left = int(self._left_of.sum())
         """Samples that are neither finished nor cancelled."""
@@ -109,6 +112,7 @@ class Ledger:
         self._front = 0
         """No sample in front of this one is free."""
         self._cost = self._free_cost
+        """The most that was free at a time."""
 
     def offer(self, wanted: Bool) -> int:
         """Of what is withheld, the samples that are marked are free from now on (a flag a sample of the whole job, as in
@@ -123,15 +127,7 @@ class Ledger:
     def _exchange(self, wanted: Bool, before: int, after: int) -> int:
         assert self._place is not None
         found = np.flatnonzero((self._holder == before) & wanted[self._place])
-        self._holder[found] = after
-        sign = 1 if after == FREE else -1
-        prompts, count = np.unique(np.searchsorted(self._offset, found, side="right") - 1, return_counts=True)
-        self._left_of[prompts] += sign * count
-        self.left += sign * len(found)
-        self._held[FREE] += sign * len(found)
-        self._free_cost += sign * float((self._each[prompts] * count).sum())
-        if after == FREE and len(found):
-            self._front = min(self._front, int(found[0]))
+        self._change(found, after)
         self._cost = max(self._cost, self._free_cost)
         return len(found)
 
@@ -157,7 +153,7 @@ class Ledger:
         if not self.has_free or (share <= 0 and not whole):
             return None
         if whole:
-            free = self._parts_of(FREE)
+            free, _ = self._free_front(math.inf)
         else:
             least = self._cost / (SMALLEST * members)
             wanted = max(self._free_cost / (2 * members), least)
@@ -173,12 +169,12 @@ class Ledger:
     def _free_front(self, cost: float) -> tuple[Part, Int64]:
         """The front of what is free, of at least this cost where there is as much, and what its pieces cost as `_costs` has it.
         There is a sample that is free."""
-        size = 64 + int(1.5 * cost / (self._free_cost / self._held[FREE]))
+        size = 64 + int(1.5 * self._held[FREE] * min(1.0, cost / self._free_cost))
         while True:
             stop = int(self._offset[min(np.searchsorted(self._offset, self._front + size), len(self._offset) - 1)])
             free = self._parts_of(FREE, self._front, stop)
             costs = self._costs(free)
-            if costs[-1] >= cost or stop == len(self._holder):
+            if costs[-1] >= cost or len(free) == self._held[FREE]:
                 return free, costs
             size *= 4
 
@@ -199,10 +195,7 @@ class Ledger:
             prompts, places, holders = prompts[wanted], places[wanted], holders[wanted]
         if (self._holder[places] != holders).any() or len(np.unique(places)) < len(places):
             raise EngineError("a sample was finished that its replica does not hold; please report this with the job file")
-        self._holder[places] = DONE
-        for number, count in zip(*(each.tolist() for each in np.unique(holders, return_counts=True)), strict=True):
-            self._held[number] -= count
-        self._count_down(prompts)
+        self._change(places, DONE, prompts)
 
     def give_back(self, member: int, part: Part | None = None) -> int:
         """What a member holds, or this part of it, is free again; how many samples."""
@@ -212,14 +205,14 @@ class Ledger:
             places = places[self._holder[places] == member]
         else:
             places = np.flatnonzero(self._holder == member)
-        self._move(places, FREE)
+        self._change(places, FREE)
         return len(places)
 
     def begin(self, row: int, until: int) -> None:
         """The samples of a row before number `until` may be begun."""
         prompt = int(self.prompts([row])[0])
         places = np.arange(self._offset[prompt], min(self._offset[prompt] + until, self._offset[prompt + 1]))
-        self._move(places[self._holder[places] == NOT_BEGUN], FREE)
+        self._change(places[self._holder[places] == NOT_BEGUN], FREE)
 
     def cancel(self, row: int, first: int) -> list[int]:
         """The samples of a row from number `first` on are not wanted any more; the members that hold some of them."""
@@ -227,8 +220,7 @@ class Ledger:
         places = np.arange(self._offset[prompt] + first, self._offset[prompt + 1])
         places = places[(self._holder[places] != DONE) & (self._holder[places] != CANCELLED)]
         holders = np.unique(self._holder[places])
-        self._move(places, CANCELLED)
-        self._count_down(np.full(len(places), prompt))
+        self._change(places, CANCELLED)
         return holders[holders >= 0].tolist()
 
     def held(self, member: int) -> int:
@@ -244,30 +236,34 @@ class Ledger:
         part = Part(free.prompts[mine], free.first[mine], free.stop[mine])
         return part, holders[(holders >= 0) & (holders != member)].astype(np.int64)
 
-    def _count_down(self, prompts: Int32 | Int64) -> None:
-        """Of each of these prompts (repeats allowed) one sample less is left."""
-        self.left -= len(prompts)
-        distinct, count = np.unique(prompts, return_counts=True)
-        self._left_of[distinct] -= count
-        self.finished_prompts += int(np.count_nonzero(self._left_of[distinct] == 0))
-
     def _set(self, part: Part, holder: int) -> None:
-        self._move(self._places(part), holder)
+        self._change(self._places(part), holder)
 
     def _places(self, part: Part) -> Int64:
         count = (part.stop - part.first).astype(np.int64)
         begin = self._offset[part.prompts] + part.first
         return np.repeat(begin - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
 
-    def _move(self, places: Int64, holder: int) -> None:
-        before, counts = np.unique(self._holder[places], return_counts=True)
-        self._held.subtract(dict(zip(before.tolist(), counts.tolist(), strict=True)))
+    def _change(self, places: Int64, holder: int, prompts: Int64 | Int32 | None = None) -> None:
+        """These samples, of these `prompts` (one each), are `holder`'s from now on; every count follows from that."""
+        if not len(places):
+            return
+        if prompts is None:
+            prompts = np.searchsorted(self._offset, places, side="right") - 1
+        before, each = self._holder[places], self._each[prompts]
+        kinds, counts = np.unique(before, return_counts=True)
+        self._held.subtract(dict(zip(kinds.tolist(), counts.tolist(), strict=True)))
         self._held[holder] += len(places)
-        each = self._each[np.searchsorted(self._offset, places, side="right") - 1]
-        self._free_cost += float(each.sum() * (holder == FREE) - each[self._holder[places] == FREE].sum())
-        if holder == FREE and len(places):
-            self._front = min(self._front, int(places.min()))
         self._holder[places] = holder
+        self._free_cost += float(each.sum() * (holder == FREE) - each[before == FREE].sum())
+        if holder == FREE:
+            self._front = min(self._front, int(places.min()))
+        change = int(holder not in NOT_LEFT) - np.isin(before, NOT_LEFT, invert=True).astype(np.int64)
+        if change.any():
+            np.add.at(self._left_of, prompts, change)
+            self.left += int(change.sum())
+            if holder in (DONE, CANCELLED):
+                self.finished_prompts += int(np.count_nonzero(self._left_of[np.unique(prompts)] == 0))
 
     def _parts_of(self, holder: int, begin: int = 0, stop: int | None = None) -> Part:
         """Everything that one holds of the samples from number `begin` up to `stop`, in as few pieces as there can be."""

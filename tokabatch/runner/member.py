@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -113,8 +114,8 @@ class Member:
         """How many samples wait there, where more is wanted."""
         self.parts = 0
         """Those sent to this process."""
-        self.asked = False
-        """It has been asked to give samples back, and has not answered."""
+        self.unanswered = deque[Share | Withdraw]()
+        """Orders to give samples back, in turn; each is answered."""
         self.can_give = True
         """As far as its last standing tells; False once it had nothing to give after it."""
         self.finished = 0
@@ -143,7 +144,8 @@ class Member:
 
     def begin(self, process: Process) -> None:
         """This is its process from now on."""
-        self.placed, self.begun, self.ended, self.wants, self.asked, self.can_give = False, False, None, None, False, True
+        self.placed, self.begun, self.ended, self.wants, self.can_give = False, False, None, None, True
+        self.unanswered.clear()
         self.parts, self.silent, self._process = 0, 0.0, process
 
     def send(self, order: Order | None) -> None:
@@ -151,7 +153,7 @@ class Member:
         if isinstance(order, Part):
             self.parts, self.wants, self.can_give = self.parts + 1, None, True
         elif isinstance(order, Share | Withdraw):
-            self.asked = True
+            self.unanswered.append(order)
         assert self._process is not None
         self._process.send(packed(order) if isinstance(order, Part) else order)
 

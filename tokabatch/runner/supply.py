@@ -8,13 +8,14 @@ is withdrawn, and what comes of the rest is dropped. Units that another computes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from tokabatch.output.claim import Claim
 from tokabatch.output.leases import Leases
+from tokabatch.output.schema import UnsampledRow
 from tokabatch.output.shards import read_groups, shard_number
 from tokabatch.output.units import Units, unit_of_shard
 from tokabatch.runner.ledger import Ledger
@@ -47,7 +48,7 @@ class Supply:
         """Of the shards of each unit that were seen."""
         for name in self._seen:
             self._note(name)
-        self._failures = started.left.failures
+        self._failures = _by_unit(started.left.failures, units)
         self._order = [(first + i) % units.count for i in range(units.count)]
         self._left = np.bincount(units.unit[~self._drawn], minlength=units.count)
         self._held: set[int] = set()
@@ -117,7 +118,7 @@ class Supply:
         self._held.add(unit)
         ledger.offer(wanted)
         mine = []
-        for failure in self._failures:
+        for failure in self._failures.get(unit, ()):
             samples = failure.samples[wanted[self._units.start[failure.row_index] + failure.samples]]
             mine += [replace(failure, samples=samples)] if len(samples) else []
         if mine:
@@ -145,3 +146,15 @@ class Supply:
         unit = unit_of_shard(name.rpartition("/")[2])
         if unit is not None:
             self._numbers.setdefault(unit, set()).add(shard_number(name))
+
+
+def _by_unit(failures: Sequence[UnsampledRow], units: Units) -> dict[int, list[UnsampledRow]]:
+    """The error rows that have samples in each unit."""
+    found: dict[int, list[UnsampledRow]] = {}
+    if failures:
+        number = np.repeat(np.arange(len(failures)), [len(failure.samples) for failure in failures])
+        row = np.array([failure.row_index for failure in failures], np.int64)[number]
+        unit = units.of(row, np.concatenate([failure.samples for failure in failures]))
+        for each, place in np.unique(np.stack((unit, number)), axis=1).T.tolist():
+            found.setdefault(each, []).append(failures[place])
+    return found
