@@ -48,8 +48,8 @@ class StagePair:
             columns = worker._decoder.spec.hidden_size
             room = SENDING, sizes.max_step_tokens, columns
             slots = slots or list(torch.full(room, torch.nan, dtype=DTYPE, device=device).unbind())
-            link = PeerLink(Flags(rank, flags), slots)
-            worker._decoder.peer_links = PeerLinks(*((None, link) if rank == 0 else (link, None)))
+            link = PeerLink(Flags(rank, flags), 1 - rank, slots)
+            worker._decoder.peer_links = PeerLinks(*((None, link) if rank == 0 else (link, None)), slots[0])
             self._stages.append(worker)
 
     def submit(self, step: StepBatch) -> None:

@@ -114,14 +114,13 @@ class Worker:
         decoder = load_decoder(spec.folder, spec.spec, spec.dtype, device, mesh, fp8=spec.fp8)
         # Once more: they may have been replaced while they were read.
         refuse_changed(spec.files)
+        room = sizes.max_step_tokens, spec.spec.hidden_size, spec.dtype, decoder.device
+        if device.type == "cuda" and mesh.pipeline_size > 1:
+            decoder.peer_links = meet_neighbours(mesh, *room)
         if device.type == "cuda" and mesh.tensor_size > 1:
-            rows, columns = sizes.max_step_tokens, spec.spec.hidden_size
-            decoder.peer_sums = PeerSums.meet(mesh, rows, columns, spec.dtype, decoder.device)
+            decoder.peer_sums = PeerSums.meet(mesh, *room)
             if decoder.peer_sums is not None:
                 decoder.measure_scattering(sizes.max_step_tokens)
-        if device.type == "cuda" and mesh.pipeline_size > 1:
-            rows, columns = sizes.max_step_tokens, spec.spec.hidden_size
-            decoder.peer_links = meet_neighbours(mesh, rows, columns, spec.dtype, decoder.device)
         if device.type == "cuda":
             one_page = kv_shape(spec.spec, sizes.page_size, 1, 1, 1, mesh).bytes_per_page(spec.kv_dtype or spec.dtype)
             fitting = fitting_pages(decoder, sizes, one_page, penalised=penalised)

@@ -36,14 +36,14 @@ class Signals(Protocol):
 
 
 class PeerLink:
-    """One direction between two neighbours. The sender is rank 0 of the pair. Messages arrive in their order."""
+    """One direction between two neighbours. Messages arrive in their order."""
 
-    def __init__(self, signals: Signals, slots: Sequence[torch.Tensor], own: torch.Tensor | None = None) -> None:
-        """`slots` are the sender's memory as this rank reaches it, each [rows, columns]; a message has no more rows. `own` is
-        what this rank has allocated for the pair, kept for as long as the link: its signals lie behind it."""
+    def __init__(self, signals: Signals, peer: int, slots: Sequence[torch.Tensor]) -> None:
+        """`peer` is the other one's rank. `slots` are the sender's memory as this rank reaches it, each [rows, columns]; a
+        message has no more rows."""
         self._signals = signals
+        self._peer = peer
         self._slots = slots
-        self._own = own
         self._count = 0
 
     def send(self, hidden_TE: torch.Tensor) -> None:
@@ -51,17 +51,17 @@ class PeerLink:
         slots hold messages that have not been received."""
         slot = self._count % len(self._slots)
         if self._count >= len(self._slots):
-            self._signals.wait_signal(1, len(self._slots) + slot)
+            self._signals.wait_signal(self._peer, len(self._slots) + slot)
         self._slots[slot][: len(hidden_TE)].copy_(hidden_TE)
-        self._signals.put_signal(1, slot)
+        self._signals.put_signal(self._peer, slot)
         self._count += 1
 
     def receive(self, room_TE: torch.Tensor) -> torch.Tensor:
         """Fills `room_TE`, which has the shape of the message, and returns it. The stream waits for the message."""
         slot = self._count % len(self._slots)
-        self._signals.wait_signal(0, slot)
+        self._signals.wait_signal(self._peer, slot)
         room_TE.copy_(self._slots[slot][: len(room_TE)])
-        self._signals.put_signal(0, len(self._slots) + slot)
+        self._signals.put_signal(self._peer, len(self._slots) + slot)
         self._count += 1
         return room_TE
 
@@ -72,41 +72,38 @@ class PeerLinks:
 
     before: PeerLink | None
     behind: PeerLink | None
+    memory: torch.Tensor
+    """What this rank sends from, and its signals behind it: kept as long as the links."""
 
 
 def meet_neighbours(mesh: Mesh, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> PeerLinks | None:
-    """Links for messages of up to so many rows. None where neighbours cannot reach each other's memory, or a message does not
-    arrive as it was sent. Every rank of the worker must call it."""
-    others = range(mesh.tensor_size, mesh.tensor_size * mesh.pipeline_size)
-    if not all(torch.cuda.can_device_access_peer(rank, rank - mesh.tensor_size) for rank in others):
+    """Links for messages of up to so many rows. None where ranks cannot reach each other's memory, or a message does not arrive
+    as it was sent. Every rank of the worker must call it, before any of them uses symmetric memory otherwise."""
+    world = range(mesh.tensor_size * mesh.pipeline_size)
+    if not all(torch.cuda.can_device_access_peer(a, b) for a in world for b in world if a != b):
         return None
-    works, ends = True, list[PeerLink | None]()
+    works, shape = True, (SENDING, rows, columns)
     try:
-        for is_sender, group in enumerate(mesh.links):
-            if group is None:
-                ends.append(None)
-                continue
-            link = _join(group, (SENDING, rows, columns), dtype, device)
-            # More messages than slots, so that each is used again.
-            for number in range(1, 2 * SENDING + 2):
-                message = torch.full((min(rows, TRIED_ROWS + number), columns), number, dtype=dtype, device=device)
-                if is_sender:
-                    link.send(message)
-                else:
-                    works = torch.equal(link.receive(torch.zeros_like(message)), message) and works
-            ends.append(link)
+        group = dist.group.WORLD
+        assert group is not None
+        memory = symmetric_memory.empty(shape, dtype=dtype, device=device)
+        # All ranks at once: torch numbers these meetings within a process, and pairs that have met others before do not find
+        # each other.
+        handle = symmetric_memory.rendezvous(memory, group.group_name)
+        previous, following = mesh.rank - mesh.tensor_size, mesh.rank + mesh.tensor_size
+        before = None if mesh.is_first_stage else PeerLink(handle, previous, handle.get_buffer(previous, shape, dtype).unbind())
+        behind = None if mesh.is_last_stage else PeerLink(handle, following, memory.unbind())
+        # More messages than slots, so that each is used again.
+        for number in range(1, 2 * SENDING + 2):
+            message = torch.full((min(rows, TRIED_ROWS + number), columns), number, dtype=dtype, device=device)
+            if before is not None:
+                works = torch.equal(before.receive(torch.zeros_like(message)), message) and works
+            if behind is not None:
+                behind.send(message)
     except (RuntimeError, AttributeError) as error:
         logging.getLogger(__name__).warning("stages cannot exchange hidden states by symmetric memory, NCCL is used: %s", error)
         return None
     if not least(works, mesh, device):
         logging.getLogger(__name__).warning("hidden states arrive wrong by symmetric memory, NCCL is used")
         return None
-    return PeerLinks(*ends)
-
-
-def _join(group: dist.ProcessGroup, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> PeerLink:
-    """This rank's end of a link between the two ranks of the group, both of which must call it."""
-    memory = symmetric_memory.empty(shape, dtype=dtype, device=device)
-    handle = symmetric_memory.rendezvous(memory, group.group_name)
-    sent = memory if dist.get_rank(group) == 0 else handle.get_buffer(0, shape, dtype)
-    return PeerLink(handle, sent.unbind(), memory)
+    return PeerLinks(before, behind, memory)
