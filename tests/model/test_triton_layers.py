@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.interpreter import DEVICES
+from support.interpreter import DEVICES, INTERPRETING
 
 from tokabatch.model import layers
-from tokabatch.model.linear import Fp8Linear, Fp8Rows
+from tokabatch.model.linear import MANY_ROWS, DenseLinear, Fp8Linear, Fp8Rows, gated_by, gated_for
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -25,6 +25,33 @@ def test_gate(device, dtype, tokens, size):
     x = torch.randn(tokens, 2 * size, device=device).to(dtype)
     expected = torch.nn.functional.silu(x[:, :size].float()) * x[:, size:].float()
     torch.testing.assert_close(layers.fused().gate(x).float(), expected.to(dtype).float(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[INTERPRETING:])
+@pytest.mark.parametrize(("tokens", "size", "features"), [(1, 48, 64), (300, 200, 72), (129, 128, 264)])
+def test_gated_product(device, dtype, tokens, size, features):
+    """Sizes that fill no tile: rows, outputs and features beyond are left out. The interpreter multiplies no bfloat16."""
+    if device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("needs a Hopper GPU")
+    torch.manual_seed(size)
+    x = torch.randn(tokens, features, device=device).to(dtype)
+    weight = (torch.randn(2 * size, features, device=device) / features**0.5).to(dtype)
+    y = x.float() @ weight.float().t()
+    expected = torch.nn.functional.silu(y[:, :size]) * y[:, size:]
+    torch.testing.assert_close(layers.fused().gated_product(x, weight).float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("features", "inside"), [(256, True), (4096, False)])
+def test_a_product_gates_inside_where_that_is_faster(features, inside):
+    torch.manual_seed(0)
+    gate_up = DenseLinear(torch.randn(512, features, device="cuda").bfloat16(), None)
+    down = DenseLinear(torch.randn(features, 256, device="cuda").bfloat16(), None)
+    x = (torch.randn(MANY_ROWS, features, device="cuda") / features**0.5).bfloat16()
+    is_hopper = torch.cuda.get_device_capability()[0] >= 9
+    assert gate_up.gates_inside(x) is (inside and is_hopper) and not gate_up.gates_inside(x[1:])
+    expected = gated_for(down, gate_up(x))
+    torch.testing.assert_close(gated_by(gate_up, down, x), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (5, 64), (33, 2048), (9, 4096)])

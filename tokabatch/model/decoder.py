@@ -19,7 +19,7 @@ import torch
 
 from tokabatch.attention.capturable import PagedCache
 from tokabatch.model.layers import fused, rms_norm, rotate
-from tokabatch.model.linear import Input, Linear, gated_for, normed_for
+from tokabatch.model.linear import Input, Linear, gated_by, gated_for, normed_for
 from tokabatch.model.partition import VocabularyShard, kv_heads, stage_layers
 from tokabatch.model.scattering import Scattering, measure_scattering
 from tokabatch.model.spec import ModelSpec
@@ -202,7 +202,8 @@ class Decoder:
         if kept_rows_S is not None:
             mixed, hidden = mixed.index_select(0, kept_rows_S), hidden.index_select(0, kept_rows_S)
         hidden = self._add_to(hidden, layer.o, mixed)
-        gated = gated_for(layer.down, self._project(layer.gate_up, layer.mlp_norm_E, hidden))
+        normed = normed_for(layer.gate_up, hidden, layer.mlp_norm_E, self.spec.rms_norm_eps)
+        gated = gated_by(layer.gate_up, layer.down, normed)
         return self._add_to(hidden, layer.down, gated)
 
     def _scattered_layers(

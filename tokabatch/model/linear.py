@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from tokabatch.model.layers import fused, gate, rms_norm
+from tokabatch.model.layers import fused, gate, is_fused, rms_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,10 @@ class Fp8Rows:
 
 
 Input = torch.Tensor | Fp8Rows
+
+MANY_ROWS, FEW_FEATURES = 2048, 2048
+"""With so many rows of at most so many features, a product with a gated activation inside takes 3 to 10 % less than cuBLAS and a
+pass over its result (H200); at 4,096 features that pass is too small a part."""
 
 
 class Linear(Protocol):
@@ -57,6 +61,13 @@ class DenseLinear:
     def __call__(self, x_TI: Input) -> torch.Tensor:
         assert isinstance(x_TI, torch.Tensor)
         return F.linear(x_TI, self.weight_OI, self.bias_O)
+
+    def gates_inside(self, x_TI: torch.Tensor) -> bool:
+        """Whether a gated activation is faster inside this product: see `MANY_ROWS`."""
+        rows, features = x_TI.shape
+        if not is_fused(x_TI) or self.bias_O is not None or rows < MANY_ROWS or features > FEW_FEATURES or features % 8:
+            return False
+        return torch.cuda.get_device_capability(x_TI.device)[0] >= 9
 
     def add_to(self, residual_TO: torch.Tensor, x_TI: Input) -> torch.Tensor:
         assert isinstance(x_TI, torch.Tensor)
@@ -166,3 +177,10 @@ def gated_for(linear: Linear, gate_up_T2I: torch.Tensor) -> Input:
     if isinstance(linear, Fp8Linear):
         return Fp8Rows(*fused().gate_fp8(gate_up_T2I))
     return gate(gate_up_T2I)
+
+
+def gated_by(gate_up: Linear, linear: Linear, x_TI: Input) -> Input:
+    """silu(gate) * up of what `gate_up` makes of x, as `linear` takes it."""
+    if isinstance(gate_up, DenseLinear) and isinstance(x_TI, torch.Tensor) and gate_up.gates_inside(x_TI):
+        return fused().gated_product(x_TI, gate_up.weight_OI)
+    return gated_for(linear, gate_up(x_TI))

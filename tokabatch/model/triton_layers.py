@@ -9,8 +9,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _BLOCK = 2048
+_ROWS, _COLUMNS, _DEPTH, _GROUP = 128, 128, 64, 8
+"""Tile of a gated product: tokens, outputs, features read at once, and row blocks that share a block of weights."""
 FP8_MAX = 448.0
 """Largest finite e4m3 value."""
 
@@ -22,6 +25,26 @@ def _gate(gate_up_ptr, out_ptr, size, row_stride, BLOCK: tl.constexpr):
     gate = tl.load(gate_up_ptr + row * row_stride + offset, mask=inside).to(tl.float32)
     up = tl.load(gate_up_ptr + row * row_stride + size + offset, mask=inside).to(tl.float32)
     tl.store(out_ptr + row * size + offset, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated_product(
+    x_desc, weight_desc, out_desc, num_tokens, size, features,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Tile after tile of both products of the same outputs, side by side. What a block of columns takes of the other product's
+    weights beyond `size` falls outside of the output."""
+    row_tiles, column_tiles = tl.cdiv(num_tokens, ROWS), tl.cdiv(size, COLUMNS)
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS):
+        first = tile // (GROUP * column_tiles) * GROUP
+        height, within = tl.minimum(row_tiles - first, GROUP), tile % (GROUP * column_tiles)
+        row, column = (first + within % height) * ROWS, within // height * COLUMNS
+        gate, up = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
+        for step in range(tl.cdiv(features, DEPTH)):
+            x = x_desc.load([row, step * DEPTH])
+            gate = tl.dot(x, weight_desc.load([column, step * DEPTH]).T, gate)
+            up = tl.dot(x, weight_desc.load([size + column, step * DEPTH]).T, up)
+        out_desc.store([row, column], (gate * tl.sigmoid(gate) * up).to(out_desc.dtype))
 
 
 @triton.jit
@@ -124,6 +147,24 @@ def gate(gate_up_T2F: torch.Tensor) -> torch.Tensor:
     if num_tokens:
         grid = (num_tokens, triton.cdiv(double // 2, _BLOCK))
         _gate[grid](gate_up_T2F, out_TF, double // 2, gate_up_T2F.stride(0), BLOCK=_BLOCK, num_warps=4)
+    return out_TF
+
+
+def gated_product(x_TE: torch.Tensor, weight_2FE: torch.Tensor) -> torch.Tensor:
+    """silu(x gate^T) * (x up^T), a new contiguous [T, F], of weights whose first F rows are the gate's. Both sums stay in
+    float32 until the end. For Hopper GPUs and later ones; E is a multiple of 8."""
+    num_tokens, features = x_TE.shape
+    size = weight_2FE.shape[0] // 2
+    out_TF = x_TE.new_empty(num_tokens, size)
+    if num_tokens:
+        programs = torch.cuda.get_device_properties(x_TE.device).multi_processor_count if x_TE.is_cuda else 2
+        x_desc = TensorDescriptor.from_tensor(x_TE, [_ROWS, _DEPTH])
+        weight_desc = TensorDescriptor.from_tensor(weight_2FE, [_COLUMNS, _DEPTH])
+        out_desc = TensorDescriptor.from_tensor(out_TF, [_ROWS, _COLUMNS])
+        _gated_product[(programs,)](
+            x_desc, weight_desc, out_desc, num_tokens, size, features,
+            ROWS=_ROWS, COLUMNS=_COLUMNS, DEPTH=_DEPTH, GROUP=_GROUP, PROGRAMS=programs, num_warps=8, num_stages=3,
+        )  # fmt: skip
     return out_TF
 
 
