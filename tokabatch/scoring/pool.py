@@ -64,8 +64,8 @@ class JudgePool:
         """A verdict may take so many `seconds`."""
         self._spec, self._most, self._seconds = spec, processes, seconds
         self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
-        # Not a SimpleQueue: its `get` may wait for good where a short timeout passes before the wait begins.
-        self._news: queue.Queue[None] = queue.Queue()
+        self._news = threading.Event()
+        """Verdicts have come in since the last look."""
         self._threads: list[threading.Thread] = []
         self._grown_at = 0.0
         """When the last process was started."""
@@ -118,8 +118,8 @@ class JudgePool:
                 left = _LOOK_SECONDS if deadline is None else min(_LOOK_SECONDS, deadline - time.monotonic())
                 if left <= 0:
                     return False
-                with suppress(queue.Empty):
-                    self._news.get(timeout=left)
+                self._news.wait(left)
+                self._news.clear()
         return True
 
     def _grow(self) -> None:
@@ -203,7 +203,7 @@ class JudgePool:
         """The first of these tickets have these verdicts."""
         for ticket, verdict in zip(tickets, verdicts, strict=False):
             ticket.verdict = verdict
-        self._news.put(None)
+        self._news.set()
 
 
 class JudgeLost(Exception):
