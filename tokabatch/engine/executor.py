@@ -180,12 +180,12 @@ class ProcessExecutor:
             for rank in self._ranks:
                 rank.pipe.send_bytes(pickled)
         except OSError as error:
-            # Results of earlier steps, and last of all what went wrong, may still lie in the pipes.
+            # Results of earlier steps, and behind them the error, may still be in the pipes.
             while True:
                 self._receive(error)
 
     def _receive(self, cause: Exception | None = None) -> tuple[_Rank, StepResult | ReplicaSizes]:
-        """The next message of any rank. Raises what a rank tells of, or WorkerLost where one is gone."""
+        """The next message of any rank. Raises the error that a rank reports, or WorkerLost where one is gone."""
         # A dead worker's end closes at once, unless a process that it left behind holds it open.
         while not (ready := wait([rank.pipe for rank in self._ranks], ALIVE_SECONDS)):
             for rank in self._ranks:
@@ -201,8 +201,8 @@ class ProcessExecutor:
         return rank, message
 
     def _lost(self, found: TokabatchError) -> TokabatchError:
-        """What to raise where one rank has told of `found`; the others are ended. A rank that was killed is the cause of what
-        its neighbours tell: that their connection is lost."""
+        """The error to raise after one rank has reported `found`; ends the others. The neighbours of a rank that was killed
+        report a lost connection, so that its kill is looked for first."""
         if len(self._ranks) > 1:
             # A process that is killed closes its connections before it has ended.
             end = time.monotonic() + DYING_SECONDS
@@ -216,8 +216,8 @@ class ProcessExecutor:
 
 
 class GroupExecutor(ProcessExecutor):
-    """See `Executor`. A worker of `tensor` times `pipeline` ranks. What one of them dies of, or has no memory for, ends them
-    all: they cannot go on without each other."""
+    """See `Executor`. A worker of `tensor` times `pipeline` ranks. The failure of one rank, want of memory included, ends
+    all of them."""
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ class _Rank:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process has ended, or is about to; what it had still to tell is lost."""
+        """Whether the process has ended, or is about to; messages that it has sent are dropped."""
         try:
             while self.pipe.poll():
                 self.pipe.recv()
@@ -274,7 +274,7 @@ class _Rank:
         return not self.process.is_alive()
 
     def gone(self) -> WorkerLost:
-        """What became of the process."""
+        """How the process ended, as an error to raise."""
         self.process.join(STOP_SECONDS)
         if self.watch.fault is not None:
             return WorkerLost(f"{self._name} hung ({self.watch.fault}) and was killed", "hung")

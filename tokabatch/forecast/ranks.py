@@ -1,4 +1,4 @@
-"""What a step takes a replica over several devices: the cost of one device's part, and what the devices tell each other.
+"""Time of a step of a replica over several devices: the cost of one device's part, and of what the devices exchange.
 
 Tensor parallelism splits the heads, the inner layer and the vocabulary, and sums the hidden states of a step's tokens twice a
 layer. Pipeline parallelism divides the layers: a stage has its share of a step, and sends the hidden states on.

@@ -19,18 +19,18 @@ _all_gather: Any = vars(dist).get("all_gather_single") or vars(dist)["all_gather
 _reduce_scatter: Any = vars(dist).get("reduce_scatter_single") or vars(dist)["reduce_scatter_tensor"]
 
 SENDING = 2
-"""Hidden states that a stage may have on their way before it computes the next ones."""
+"""Messages with hidden states that a stage may have under way."""
 
 
 def all_reduce(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """Sums `x` in place over the tensor ranks."""
+    """Sum `x` in place over the tensor ranks."""
     if mesh.tensor_size > 1:
         dist.all_reduce(x, group=mesh.tensor_group)
     return x
 
 
 def all_gather_last(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """Concatenates the tensor ranks' `x` (equal shapes) along the last axis."""
+    """Concatenate the tensor ranks' `x` (equal shapes) along the last axis."""
     if mesh.tensor_size == 1:
         return x
     rows = all_gather_first(x[None], mesh)
@@ -56,7 +56,7 @@ def reduce_scatter_first(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
 
 
 def least(value: int, mesh: Mesh, device: torch.device, *, of_stage: bool = False) -> int:
-    """The smallest value of all ranks, or of the own stage's; waits for them."""
+    """The smallest value of all ranks, or of those of this stage, all of which must call it."""
     if mesh.is_single:
         return value
     smallest = torch.tensor(int(value), device=device)
@@ -65,8 +65,8 @@ def least(value: int, mesh: Mesh, device: torch.device, *, of_stage: bool = Fals
 
 
 def compare_choice(choice: Callable[[], object], mesh: Mesh) -> None:
-    """Where ranks are to compare (`Mesh.compares`), wait for all tensor ranks of the stage, and raise EngineError where their
-    choices of what to compute next differ. Unnoticed, each would wait for the other in another collective for ever."""
+    """Where `Mesh.compares` is set, compare the choices of all tensor ranks of the stage of what to compute next, and raise
+    EngineError where they differ. Otherwise different collectives would wait for each other for ever."""
     if not mesh.compares or mesh.tensor_size == 1:
         return
     own, all_choices = str(choice()), [""] * mesh.tensor_size
@@ -80,8 +80,8 @@ def compare_choice(choice: Callable[[], object], mesh: Mesh) -> None:
 
 
 def send_hidden(hidden_TE: torch.Tensor, mesh: Mesh) -> None:
-    """Hands the hidden states, which are not to be written to again, to the same tensor rank of the next pipeline stage. What
-    is computed next need not wait until they are taken."""
+    """Send hidden states, which must not be written to again, to the same tensor rank of the next pipeline stage. Returns
+    before they are received; at most `SENDING` messages are under way."""
     if len(mesh.sending) == SENDING:
         mesh.sending.popleft()[0].wait()
     hidden_TE = hidden_TE.contiguous()
@@ -91,6 +91,6 @@ def send_hidden(hidden_TE: torch.Tensor, mesh: Mesh) -> None:
 
 
 def receive_hidden(hidden_TE: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """Fills `hidden_TE` from the previous pipeline stage and returns it."""
+    """Fill `hidden_TE` from the previous pipeline stage and return it."""
     dist.recv(hidden_TE, src=mesh.rank - mesh.tensor_size, group=mesh.links[0])
     return hidden_TE

@@ -5,8 +5,8 @@ and sets a signal back, after which the slot may be written again. All of this i
 keeps a kernel running from the moment one side is ready until the other is, and it takes multiprocessors from the products of
 the step that is computed meanwhile.
 
-Peer access is all that is needed. torch calls these operators alpha: `meet_neighbours` tries them on the spot, and where they
-fail NCCL carries the messages.
+Peer access is all that is needed. torch calls these operators alpha: `meet_neighbours` tests them when a worker starts, and
+NCCL carries the messages where they fail.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sums and products of tensor ranks through memory that the GPUs of a host reach in each other (torch's symmetric memory).
 
-Peer access is all that is needed, no multicast. torch calls these operators alpha: `PeerSums.meet` and `measure_overlap` try
-them on the spot, and where they fail or are slower the plain collectives stay.
+Peer access is all that is needed, no multicast. torch calls these operators alpha: `PeerSums.meet` and `measure_overlap` test
+them when a worker starts, and plain collectives are used where they fail or are slower.
 
 Shape legend: T tokens of a step, t those of one rank, I input features, O output features.
 """
@@ -35,7 +35,7 @@ class PeerSums:
 
     @classmethod
     def meet(cls, mesh: Mesh, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> PeerSums | None:
-        """For sums of up to so many rows. None where the ranks cannot reach each other's memory, or do not come to NCCL's sum.
+        """For sums of up to so many rows. None where the ranks have no peer access, or a sum differs from NCCL's.
         Every tensor rank must call it."""
         if not _all_reach(mesh):
             return None
