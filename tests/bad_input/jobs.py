@@ -228,7 +228,9 @@ BAD_JOBS = [
         _keys(prompt={"template": "{{ promt }}"}),
         r"no column promt \(did you mean 'prompt'\?\); its columns are id, prompt",
     ),
-    BadJob("template without an end", _keys(prompt={"template": "{{ prompt"}), r"prompt\.template is no valid Jinja.*line 1"),
+    BadJob(
+        "template without an end", _keys(prompt={"template": "{{ prompt"}), r"prompt\.template is not a valid Jinja.*line 1"
+    ),
     BadJob("messages without a chat template", _keys(prompt={"messages": "prompt"}), "needs a chat template"),
     # The input
     BadJob("no such file", _keys(input={"path": "nowhere.jsonl"}), r"input\.path 'nowhere\.jsonl' does not exist"),

@@ -137,7 +137,7 @@ def test_the_cluster_says_how_many_replicas_fit_and_leaves_signals_to_the_run(cl
     [
         (["--on", "ray", "--address", "ray://head:10001"], "is that of Ray's client"),
         (["--on", "ray", "--address", "127.0.0.1:1"], "there is no Ray cluster at 127.0.0.1:1"),
-        (["--on", "dask"], "--on dask is no kind of cluster"),
+        (["--on", "dask"], "--on dask is not a kind of cluster"),
         (["--address", "head:6379"], "add --on ray"),
     ],
 )

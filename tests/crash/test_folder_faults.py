@@ -131,7 +131,7 @@ def cases() -> list[Case]:
     of(ended, SHARD, "add_copy", 2, 4, "part-00077.parquet holds sample", "undo")
     of(ended, SHARD, "add_of_another_job", 2, 4, "part-00077.parquet is of another run", "undo")
     of(ended, SHARD, "add_foreign", 2, 4, "part-00077.parquet was not written by this run", "undo")
-    of(ended, SHARD, "add_garbage", 2, 4, "part-00077.parquet is no Parquet file", "undo")
+    of(ended, SHARD, "add_garbage", 2, 4, "part-00077.parquet is not a readable Parquet file", "undo")
     of(ended, SHARD, "add_folder", 2, 4, "no run wrote (data/part-00077.parquet)", "undo")
     of(ended, SHARD, "add_notes", 2, 4, "no run wrote (data/notes.txt)", "undo")
     of("running", SHARD, "add_copy add_of_another_job add_foreign add_folder", 2, 4, "part-00077.parquet was put there", "undo")

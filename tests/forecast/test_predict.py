@@ -57,7 +57,7 @@ def test_a_plan_is_simulated_in_its_layout(job, key, devices):
 @pytest.mark.parametrize(
     ("scenario", "message"),
     [
-        (Scenario(device="abacus"), "known are h200"),
+        (Scenario(device="abacus"), "write one of h200"),
         (Scenario(device="h200", lengths="many"), "write max, MEAN"),
         (Scenario(device="h200", lengths="0"), "at least 1"),
         (Scenario(device="h200", profile=Path("README.md")), "is not a profile"),
@@ -148,7 +148,7 @@ def test_a_profile_takes_the_place_of_a_profile_alone(job, tmp_path):
     run(job)
     file = tmp_path / "job.yaml"
     file.write_text("model: mine")
-    with pytest.raises(UsageError, match="exists and is no profile"):
+    with pytest.raises(UsageError, match="exists and is not a profile"):
         profile_run(tmp_path / "out", file)
     assert file.read_text() == "model: mine"
     with pytest.raises(OutputError, match="cannot be written"):

@@ -91,8 +91,8 @@ def test_a_custom_id_that_occurs_twice_is_refused_with_both_lines(ingest_job, wr
     with pytest.raises(InputError) as refused:
         ingest_job(path)
     assert str(refused.value) == (
-        f"each custom_id must be of one request, but some occur twice: 'b' ({path} line 2 and {path} line 3), "
-        f"'a' ({path} line 1 and {path} line 4). Rename one of each two."
+        f"each custom_id must be unique, but some occur twice: 'b' ({path} line 2 and {path} line 3), "
+        f"'a' ({path} line 1 and {path} line 4). Rename one of each pair."
     )
 
 
@@ -113,12 +113,12 @@ def test_the_format_is_told_by_the_first_line_that_can_be_read(write_rows, tmp_p
     assert settle(rows).input.format == "rows" and settle(rows).generation.max_tokens == 256
     assert settle(batch, input={"path": str(batch), "format": "rows"}).prompt.chat == "auto"
     other = write_rows({"prompt": "x"}, {"prompt": "y"}, name="other.jsonl")
-    with pytest.raises(InputError, match=r"other\.jsonl' is no batch file: none of its first 2 lines has custom_id, a url"):
+    with pytest.raises(InputError, match=r"other\.jsonl' is not a batch file: none of its first 2 lines has custom_id, a url"):
         settle(other, input={"path": str(other), "format": "openai"})
     with pytest.raises(JobError, match=r"mode is score, but input\.path"):
         settle(batch, mode="score")
     (tmp_path / "rows.parquet").touch()
-    with pytest.raises(InputError, match=r"input\.format is openai, but input\.path .*rows\.parquet' is no \.jsonl"):
+    with pytest.raises(InputError, match=r"input\.format is openai, but input\.path .*rows\.parquet' is not a \.jsonl"):
         settle(batch, input={"path": str(tmp_path / "rows.parquet"), "format": "openai"})
 
 

@@ -237,7 +237,7 @@ class TestRefusedFiles:
             ("generation: {logit_bias: 5}", "got the number 5; accepts a mapping of token ids to numbers from -100 to 100"),
             (
                 "generation: {logit_bias: {no: 5}}",
-                "generation.logit_bias: names 'no', which is no token id; write whole",
+                "generation.logit_bias: names 'no', which is not a token id; write whole",
             ),
             (
                 "generation: {logit_bias: {7: 101}}",

@@ -198,7 +198,7 @@ def test_an_input_that_cannot_be_kept_is_refused(tmp_path: Path, monkeypatch, co
         (an_error(errno.EIO, "/models/a/tokenizer.json"), UsageError, "/models/a/tokenizer.json cannot be read: Input/output"),
         (an_error(errno.ESTALE), UsageError, "the model or the input cannot be read: Stale file handle. Check"),
         (an_error(errno.ENOSPC, "out/_tmp/input"), OutputError, "output.path 'out' cannot be written: No space left"),
-        (MemoryError(), UsageError, "no memory left"),
+        (MemoryError(), UsageError, "ran out of memory"),
     ],
 )
 def test_what_the_system_does_not_give_while_the_input_is_read(error: Exception, kind: type[Exception], text: str) -> None:

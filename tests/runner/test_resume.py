@@ -378,7 +378,7 @@ def test_a_repaired_row_is_run_again_and_held_to_nothing_it_was(go, rows, tmp_pa
     told = Messages()
     summary = go(progress=told)
     assert (summary.earlier, summary.errors, summary.output_tokens) == (30, N, 0), "without the flag error rows are final"
-    assert "error rows that are other rows now: 1; --retry-errors runs them" in told.texts
+    assert "1 error rows have changed in the input; --retry-errors runs them again" in told.texts
     summary = go(retry_errors=True)
     assert (summary.earlier, summary.errors, summary.exit_code) == (27, 0, 0) and table(tmp_path / "out") == whole
     write_rows(rows, replaced(4, {**ROWS[4], "answer": "0"}))
@@ -635,7 +635,7 @@ def test_columns_of_ours_in_another_version_are_refused_with_the_real_reason_alo
     manifest = {key: value for key, value in manifest.items() if key != "sha256"}
     (tmp_path / "out" / "manifest.json").write_text(json.dumps({**manifest, "run": ""}))
     with pytest.raises(
-        OutputError, match=r"that this version writes otherwise: num_output_tokens \(int64 there, int32 now\)\. Use"
+        OutputError, match=r"that this version writes differently: num_output_tokens \(int64 there, int32 now\)\. Use"
     ):
         go()
 

@@ -338,7 +338,10 @@ def test_regex() -> None:
     assert right(regex, "1, 2", "1", pattern=r"\d", which="first") and not right(regex, "none", "1", pattern=r"\d")
     assert right(regex, "so: Paris.", "paris", pattern=r"so: (\w+)", ignore_case=True)
     assert regex.verify("any 5", {}, pattern=r"\d")["score"] and not regex.verify("any", {}, pattern=r"\d")["score"]
-    for options, message in [({"pattern": "("}, "no regular expression"), ({"pattern": "a", "which": "all"}, "first or last")]:
+    for options, message in [
+        ({"pattern": "("}, "not a valid regular expression"),
+        ({"pattern": "a", "which": "all"}, "first or last"),
+    ]:
         with pytest.raises(ValueError, match=message):
             regex.check({}, **options)
 
@@ -381,7 +384,7 @@ def test_choice_by_the_text_of_an_option(text: str, letter: str | None) -> None:
     for answer in ("Saturn", "D", 3, None):
         with pytest.raises(ValueError, match="nor one of the options"):
             choice.check({**row, "answer": answer}, answer="answer", choices="options")
-    with pytest.raises(ValueError, match="'options' is no list"):
+    with pytest.raises(ValueError, match="'options' is not a list"):
         choice.check({"answer": "B", "options": "none"}, answer="answer", choices="options")
 
 
@@ -405,5 +408,5 @@ def test_math(text: str, reference: str, expected: bool) -> None:
 def test_math_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
     monkeypatch.delitem(sys.modules, "tokabatch.scoring.verifiers.math", raising=False)
-    with pytest.raises(ValueError, match=r"pip install \"tokabatch\[math\]\""):
+    with pytest.raises(ValueError, match=r"pip install 'tokabatch\[math\]'"):
         loaded("math")

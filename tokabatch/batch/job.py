@@ -39,6 +39,6 @@ def check_targets(folder: OutputFolder, results: Path, errors: Path, requests: s
         check_target(folder, target, (".jsonl",), option)
         place = target.resolve()
         if given == place or given in place.parents or fnmatchcase(str(place), str(given)):
-            raise OutputError(f"{option} {target} is among the requests (input.path {requests!r}); name a file elsewhere")
+            raise OutputError(f"{option} {target} is one of the request files (input.path {requests!r}); name a file elsewhere")
     if results.absolute() == errors.absolute():
         raise OutputError(f"--errors {errors} is the file of the results; name another one")

@@ -20,7 +20,7 @@ DEVICES = "h200, h100, a100 or l40s, or a variant such as h100-pcie or a100-40gb
 _OVERRIDES_HELP = """key=value, dotted as in the file: generation.n=4 engine.page_size=32 model.dtype=float32. Numbers take
 1K (1,024), 1k (1,000), M and G; a list is written as in YAML: 'generation.stop=["\\n"]'."""
 
-_DOTTED_OPTION = re.compile(r"--?((?:[a-z_]+\.)+[a-z_]+)(=.*)?", re.DOTALL)
+_OPTION = re.compile(r"(--?)([a-z_]+(?:[.-][a-z_]+)*)(=.*)?", re.DOTALL)
 
 
 _SUBJECTS = ("job", "requests", "out", "model", "section", "url")
@@ -40,9 +40,8 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if ctx.resilient_parsing:  # For completion.
             return super().parse_args(ctx, args)
-        for dotted in filter(None, map(_DOTTED_OPTION.fullmatch, args)):
-            remedy = shlex.quote(f"{dotted[1]}{dotted[2] or '=VALUE'}")
-            raise UsageError(f"{dotted[0]}: a key of the job is written without dashes: {remedy}")
+        if any(each.name == "overrides" for each in self.params):
+            self._refuse_dashes(ctx, args)
         named = ((each.opts[0], each.metavar or "") for each in self.params if each.required and not args)
         missing = [f"{option} FILE" if option.startswith("-") else metavar for option, metavar in named]
         if missing:
@@ -52,6 +51,24 @@ class Command(TyperCommand):
                 f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing{remedy}. See --help for more"
             )
         return super().parse_args(ctx, args)
+
+    def _refuse_dashes(self, ctx: Any, args: list[str]) -> None:
+        """Raise UsageError for a key of the job that is written as an option: `--generation.n=4`, `--temperature 0`, `-n 4`."""
+        options = {name for each in self.get_params(ctx) for name in (*each.opts, *each.secondary_opts)}
+        for word, following in zip(args, (*args[1:], "-"), strict=False):
+            written = _OPTION.fullmatch(word)
+            if written is None or f"{written[1]}{written[2]}" in options:
+                continue
+            keys, word_of = (
+                [each.name for each in import_module("tokabatch.job").Job.describe_keys()],
+                written[2].replace("-", "_"),
+            )
+            keys += [f"server.{name}" for name in import_module("tokabatch.serve.settings").ServerConfig.model_fields]
+            named = [key for key in keys if word_of in (key, key.rpartition(".")[2], key.removesuffix(".path"))]
+            if named or "." in word_of:
+                value = written[3] or ("=VALUE" if following.startswith("-") or "=" in following else f"={following}")
+                remedy = shlex.quote(f"{named[0] if named else word_of}{value}")
+                raise UsageError(f"{word}: a key of the job is written without dashes: {remedy}")
 
 
 def _complete_key(incomplete: str) -> list[str]:

@@ -192,7 +192,7 @@ def export(
         raise UsageError(f"--format {form}: accepts samples or openai")
     if form == "openai":
         if nested or columns is not None or where is not None:
-            raise UsageError("--nested, --columns and --where are of --format samples; leave them out")
+            raise UsageError("--nested, --columns and --where apply to --format samples only; leave them out")
         print_note(write_batch(out, to, errors))
         return
     if errors is not None:

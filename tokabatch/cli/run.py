@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
@@ -92,9 +93,9 @@ def _cluster(kind: str | None, address: str | None) -> AbstractContextManager[An
     if kind is None and address is None:
         return nullcontext()
     if kind is None:
-        raise UsageError("--address is that of a cluster; add --on ray")
+        raise UsageError("--address names a Ray cluster; add --on ray")
     if kind != "ray":
-        raise UsageError(f"--on {kind} is no kind of cluster; write --on ray (for Slurm, see `tokabatch slurm`)")
+        raise UsageError(f"--on {kind} is not a kind of cluster; write --on ray (for Slurm, see `tokabatch slurm`)")
     try:
         return import_module("tokabatch.cluster.ray").RayCluster(address)
     except ModuleNotFoundError as error:
@@ -179,6 +180,8 @@ def slurm(
       tokabatch slurm jobs/gsm8k.yaml --tasks 16 --gpus-per-task 1 --time 4:00:00
       tokabatch slurm jobs/gsm8k.yaml --tasks 16 --sbatch partition=gpu --setup '. venv/bin/activate' --submit
     """
+    if limit and not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|infinite|unlimited", limit.lower()):
+        raise UsageError(f"--time {limit}: write it in sbatch's format, such as 4:00:00 (hours) or 2-12 (days-hours)")
     import_module("tokabatch.job").Job.load(job, *(overrides or ())).refuse_sharing()
     module, script = import_module("tokabatch.cluster.slurm"), to or Path(f"{job.stem}.sbatch")
     array = module.Array(tasks, gpus, cpus, limit, options=tuple(option or ()), setup=tuple(setup or ()), command=command)

@@ -61,7 +61,7 @@ class RayCluster:
         address = address or os.environ.get(ADDRESS) or "auto"
         if address.startswith("ray://"):
             raise UsageError(
-                f"--address {address} is that of Ray's client, through which the actors cannot reach the driver; start the "
+                f"--address {address} is a Ray Client address, over which actors cannot reach the driver; start the "
                 "command on a node of the cluster and leave --address out"
             )
         self._connected = not ray.is_initialized()
@@ -92,8 +92,8 @@ class RayCluster:
         per_node = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
         if device != "cuda" and sum(per_node) and config.device != "cpu":
             raise JobError(
-                f"the Ray cluster has {sum(per_node)} GPUs, and the driver sees none, by which it sizes the replicas: start it "
-                "on a node that has one (it takes none itself), or write engine.device=cpu"
+                f"the Ray cluster has {sum(per_node)} GPUs, but the driver sees none, and it needs one to size the replicas: "
+                "start it on a node with a GPU (which it does not occupy), or write engine.device=cpu"
             )
         room = sum(count // each for count in per_node)
         if device == "cuda" and not room:
@@ -104,7 +104,7 @@ class RayCluster:
         if config.replicas != "auto":
             return Layout(config.replicas, config.tensor, config.pipeline, ((),) * config.replicas, "--replicas, on Ray")
         if device != "cuda":
-            raise JobError("on CPUs of a Ray cluster the number of replicas has to be given: add --replicas 4, say")
+            raise JobError("on the CPUs of a Ray cluster, the number of replicas must be given: add --replicas 4, for example")
         return Layout(room, config.tensor, config.pipeline, ((),) * room, f"{sum(per_node)} GPUs of the Ray cluster")
 
     def launcher(self, layout: Layout, device: str, model: Path, tell: Callable[[str], None]) -> Launcher:
@@ -168,7 +168,7 @@ class Launcher:
         """Tell that an actor has no place yet."""
         named = {"num_cpus": "CPU", "num_gpus": "GPU"}
         needs = " and ".join(f"{count} {named[name]}" for name, count in self._needs.items() if count)
-        self._tell(f"replica {number} waits for room in the Ray cluster ({needs} of one node)")
+        self._tell(f"replica {number} is pending: no room in the Ray cluster ({needs} of one node)")
 
 
 class Actor:

@@ -235,7 +235,7 @@ class GroupExecutor(ProcessExecutor):
         self._spawn(specs, tensor * (pipeline - 1), build, patience or Patience(), start_method)
 
     def resume(self) -> None:
-        raise WorkerLost("a rank of the worker had no memory for a step, which ended them all", "out of memory")
+        raise WorkerLost("a rank of the worker ran out of memory in a step, so all ranks were stopped", "out of memory")
 
     def close(self) -> None:
         super().close()

@@ -62,7 +62,7 @@ def has_known_rates(device: str) -> bool:
 def known_device(key: str) -> Device:
     """The device of this key. Raises UsageError for one whose rates are not known."""
     if key not in KNOWN:
-        raise UsageError(f"there is no device `{key}` to simulate; known are {', '.join(KNOWN)}")
+        raise UsageError(f"there is no device `{key}` to simulate; write one of {', '.join(KNOWN)}")
     return KNOWN[key]
 
 

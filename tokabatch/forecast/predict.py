@@ -126,7 +126,7 @@ def profile_run(out: Path, target: Path, device: str | None = None) -> Profile:
         try:
             load_profile(target)
         except UsageError as error:
-            raise UsageError(f"--to {target} exists and is no profile; name another file") from error
+            raise UsageError(f"--to {target} exists and is not a profile; name another file") from error
     # Consecutive steps are to be those of one replica.
     order = np.argsort(columns[REPLICA], kind="stable")
     columns = {name: values[order] for name, values in columns.items()}

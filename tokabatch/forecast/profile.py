@@ -123,7 +123,7 @@ def load_profile(path: Path) -> SavedProfile:
         raise UsageError(f"{path} is not a profile; {_REMEDY}") from error
     rates = (device.flops, device.bytes_per_second, profile.itemsize)
     if document.get("kind") != _KIND or not (all(map(_is_cost, coefficients)) and all(map(_is_cost, rates)) and all(rates)):
-        raise UsageError(f"{path} is not a profile, or one with values that cannot be; {_REMEDY}")
+        raise UsageError(f"{path} is not a profile, or holds impossible values; {_REMEDY}")
     return profile
 
 

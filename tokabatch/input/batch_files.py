@@ -35,15 +35,17 @@ def settle_format(job: Job) -> Job:
     chosen = job.input.format
     if chosen != "rows" and not is_of_files(job.input, "jsonl"):
         if chosen == "openai":
-            raise InputError(f"input.format is openai, but input.path {job.input.path!r} is no .jsonl; name the batch file")
+            raise InputError(
+                f"input.format is openai, but input.path {job.input.path!r} is not a .jsonl file; name the batch file"
+            )
         chosen = "rows"
     if chosen != "rows":
         batch = next(open_path(job.input.path).batches(), None)
         lines = [row.columns for row in (batch.rows if batch else ()) if row.columns is not None]
         if chosen == "openai" and lines and not any(map(is_batch_line, lines)):
             raise InputError(
-                f"input.path {job.input.path!r} is no batch file: none of its first {len(lines):,} lines has custom_id, a url "
-                "such as /v1/chat/completions, and body. Write input.format: rows for rows of another kind"
+                f"input.path {job.input.path!r} is not a batch file: none of its first {len(lines):,} lines has custom_id, a "
+                "url such as /v1/chat/completions, and body. Write input.format: rows for rows of another kind"
             )
         chosen = "openai" if chosen == "openai" or (lines and is_batch_line(lines[0])) else "rows"
     if chosen == "rows":

@@ -102,6 +102,10 @@ def _syntax_message(error: yaml.MarkedYAMLError, name: str) -> str:
         what += " (indent with spaces, not tabs)"
     elif "mapping values are not allowed" in what:
         what += ' (text that contains ": " needs quotes)'
+    elif "unknown escape character" in what:
+        what += " (write the text in single quotes, in which a backslash stands for itself)"
+    elif "expected <block end>" in what:
+        what += " (check the indentation: keys of one section begin in the same column)"
     elif "single document" in what:
         what = "holds more than one document; keep one job a file, and remove the `---` line"
     return f"{where}: not valid YAML: {what}"

@@ -66,7 +66,7 @@ def _logit_bias(value: Any) -> Any:
     for key, bias in cast("Mapping[Any, Any]", pairs).items():
         token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
         if not _is_token(token):
-            raise ValueError(f"names {key!r}, which is no token id; write whole numbers >= 0, such as {{128009: -100}}")
+            raise ValueError(f"names {key!r}, which is not a token id; write whole numbers >= 0, such as {{128009: -100}}")
         if bias is not None:
             if isinstance(bias, bool) or not isinstance(bias, int | float) or not -MAX_BIAS <= bias <= MAX_BIAS:
                 raise ValueError(

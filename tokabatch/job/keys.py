@@ -91,7 +91,11 @@ def accepts_of(info: FieldInfo) -> Accepts:
             return entry
     section = section_of(info.annotation)
     if section is not None:
-        return Accepts(f"a mapping of the keys {', '.join(section.model_fields)}", "{}")
+        fields = section.model_fields
+        shown = [name for name in fields if fields[name].is_required()] or list(fields)[:1]
+        example = ", ".join(f"{name}: {accepts_of(fields[name]).example}" for name in shown)
+        null = "" if info.is_required() or info.default is not None else ", or null"
+        return Accepts(f"a mapping of the keys {', '.join(fields)}{null}", f"{{{example}}}")
     assert get_origin(info.annotation) is Literal, info
     choices = [write_value(choice) for choice in get_args(info.annotation)]
     return Accepts(f"one of {', '.join(choices)}", choices[0])

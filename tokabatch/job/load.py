@@ -10,6 +10,7 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -107,10 +108,13 @@ def _read_text(path: pathlib.Path) -> str:
     except FileNotFoundError:
         folder = path.parent
         others = sorted(str(other) for pattern in ("*.yaml", "*.yml") for other in folder.glob(pattern))
-        near = f"; job files there: {', '.join(others[:5])}" if others else ""
+        meant = get_close_matches(str(path), others, n=1, cutoff=0.8)
+        near = f"; did you mean {meant[0]}?" if meant else f"; job files there: {', '.join(others[:5])}" if others else ""
         raise JobError(f"{path}: no such file (looked in {folder.absolute()}){near}") from None
     except IsADirectoryError:
-        raise JobError(f"{path}: is a folder; name the job file inside it") from None
+        beside = pathlib.Path(f"{path}.yaml")
+        remedy = f"did you mean {beside}?" if beside.is_file() else "name the job file inside it"
+        raise JobError(f"{path}: is a folder; {remedy}") from None
     except UnicodeDecodeError as error:
         raise JobError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
     except OSError as error:

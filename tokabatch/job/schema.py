@@ -199,7 +199,7 @@ class StopConfig(Section):
     @model_validator(mode="after")
     def _one(self) -> StopConfig:
         if (self.after_correct is None) == (self.majority is None):
-            raise ValueError("needs one of `after_correct` and `majority`; write {after_correct: 1}, for one")
+            raise ValueError("needs `after_correct` or `majority`, for example {after_correct: 1}")
         return self
 
 
@@ -302,7 +302,7 @@ class Job(Section):
         changed = [name for name in SETTINGS if getattr(value, name) != GenerationConfig.model_fields[name].default]
         if useless := [name for name in changed if name != "logprobs"]:
             remove = "remove it" if len(useless) == 1 else "remove them"
-            raise ValueError(f"mode: score samples nothing and has no use for {', '.join(useless)}; {remove}")
+            raise ValueError(f"mode: score generates no samples, so these have no effect: {', '.join(useless)}; {remove}")
         if value.logprobs:
             raise ValueError(f"logprobs is {value.logprobs}; mode: score reports given tokens alone: write 0")
         return value
@@ -349,8 +349,8 @@ class Job(Section):
             )
         if self.errors.policy == "stop":
             raise JobError(
-                "errors.policy is stop, and of several processes (--shared) each would stop at an error row of its own, and be "
-                "started again behind it: write errors.policy=continue, and set errors.max_fraction"
+                "errors.policy is stop, and with --shared one process would stop at an error row while the others go on: write "
+                "errors.policy=continue, and set errors.max_fraction"
             )
 
     def to_dict(self) -> dict[str, Any]:

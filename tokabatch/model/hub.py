@@ -44,7 +44,7 @@ def fetch_model(name: str, revision: str | None, *, weights: bool, key: str, rev
             "Connect (HF_HUB_OFFLINE unset), or name a local folder as model.path in the job: on a machine that is connected, "
             f"`tokabatch download {name}` prints one to copy."
         )
-        raise ModelError(f"{absent}, not in the hub cache, and the hub is out of reach. {remedy}") from error
+        raise ModelError(f"{absent}, not in the hub cache, and the hub cannot be reached. {remedy}") from error
     except HFValidationError as error:
         raise ModelError(f"{name}: neither a folder nor a hub id ({error}). Check {key}.") from error
     except Exception as error:  # of the disk, or of the HTTP client that the hub library happens to use

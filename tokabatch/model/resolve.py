@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -31,8 +32,10 @@ def resolve_model(
         return local
     if local.exists():
         raise ModelError(f"{name}: is a file. {forms}")
+    if found := re.fullmatch(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)(?:/.*)?", name):
+        raise ModelError(f"{name}: is a web address; write {found[1]}")
     if isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"{name}: no such folder (looked in {Path.cwd()}). {forms}")
+        raise ModelError(f"{name}: no such folder{'' if local.is_absolute() else f' (looked in {Path.cwd()})'}. {forms}")
     # Half of what a start from a local folder imports before it reads anything, and of no use there.
     hub = import_module("tokabatch.model.hub")
     return hub.fetch_model(name, revision, weights=weights, key=key, revision_key=revision_key)

@@ -292,7 +292,7 @@ def _check_own_columns(path: Path, schema: pa.Schema | None, found: pa.Schema) -
     told = [f"{name} ({before or 'absent'} there, {now} now)" for name, before, now in types if name in SAMPLE_SCHEMA.names]
     if told:
         raise OutputError(
-            f"{path} has columns that this version writes otherwise: {', '.join(told)}. Use the version that wrote it, "
+            f"{path} has columns that this version writes differently: {', '.join(told)}. Use the version that wrote it, "
             "choose another output.path, or start over with --overwrite."
         )
 

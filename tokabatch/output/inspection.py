@@ -175,13 +175,13 @@ def _difference(file: ListedFile, manifest: Manifest, committed: Shard, digest: 
 def _stranger(file: ListedFile, manifest: Manifest) -> str | None:
     """Why a file that no record names is not of this run; None where it is."""
     if not file.is_file:
-        return "is no file"
+        return "is not a file"
     try:
         with open_shard(file) as parquet:
             metadata = parquet.schema_arrow.metadata or {}
     except DamageError:
         # A run without a record may have lost it to damage.
-        return "is no Parquet file that can be read" if manifest.run else None
+        return "is not a readable Parquet file" if manifest.run else None
     told = metadata.get(RUN_KEY, b"").decode(errors="replace")
     if told:
         mine = {key: value for key, value in manifest.identity.items() if metadata.get(key) == value}

@@ -112,7 +112,7 @@ class Journal:
         found = self._files.look(self._path)
         if found is None and not self._files.alone:
             raise CommitError(
-                f"{self._path} was removed while this run was writing, perhaps by a run that has the folder to itself. This "
+                f"{self._path} was removed while this run was writing, perhaps by a run without --shared. This "
                 "run stops; what is committed is intact. Run the same command again to add what is missing."
             )
         if found is None or mark_of(found) != self._mark:

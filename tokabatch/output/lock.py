@@ -38,9 +38,9 @@ class FolderLock:
                 os.close(descriptor)
                 if error.errno in _NO_LOCKS:
                     raise OutputError(
-                        f"output.path {str(folder.path)!r}: its file system has no locks ({error.strerror}), so a second run "
-                        "could not be kept out. Choose another output.path; a new run may also be written there with --shared, "
-                        "unless its job has verify.stop or errors.policy: stop."
+                        f"output.path {str(folder.path)!r}: its file system does not support locks ({error.strerror}), so a "
+                        "second run could not be kept out. Choose another output.path; a new run may be written there with "
+                        "--shared, unless its job has verify.stop or errors.policy: stop."
                     ) from error
                 if not isinstance(error, BlockingIOError):
                     raise

@@ -87,7 +87,9 @@ def open_shard(shard: ListedFile) -> Generator[ParquetFile]:
     """A shard to read, its checksums verified. Raises OutputError naming it where it cannot be read, DamageError where it is no
     whole Parquet file, ForeignFileError for a folder, and Changed where it is not the one that was listed."""
     if not shard.is_file:
-        raise ForeignFileError(f"{shard.path} is no file: no run wrote it. Move it away, then run the same command again.")
+        raise ForeignFileError(
+            f"{shard.path} is not a file, so no run wrote it. Move it away, then run the same command again."
+        )
     try:
         with shard.open() as file, ParquetFile(file, page_checksum_verification=True) as parquet:
             yield parquet

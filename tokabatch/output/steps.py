@@ -91,7 +91,7 @@ def elapsed(columns: Columns) -> npt.NDArray[np.float64]:
 
 def _read(file: ListedFile) -> pa.Table:
     if not file.is_file:
-        raise ForeignFileError(f"{file.path} is no file: no run wrote it. Move it away.")
+        raise ForeignFileError(f"{file.path} is not a file, so no run wrote it. Move it away.")
     try:
         with file.open() as stream, ParquetFile(stream, page_checksum_verification=True) as parquet:
             return parquet.read()

@@ -29,8 +29,8 @@ def refuse_unwritable(schema: pa.Schema) -> None:
     for field in nullable:
         if fault := _fault_of([field]):
             raise OutputError(
-                f"the column {field.name!r} has the type {field.type}, which Parquet does not hold with pyarrow "
-                f"{pa.__version__}: {fault}. Cast it in the input, or leave it out with output.columns=[...]."
+                f"the column {field.name!r} has the type {field.type}, which pyarrow {pa.__version__} cannot write to "
+                f"Parquet: {fault}. Cast it in the input, or leave it out with output.columns=[...]."
             )
 
 

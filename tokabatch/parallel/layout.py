@@ -56,7 +56,7 @@ def decide_layout(config: EngineConfig, device: str, visible: Sequence[str] | No
     if asked != "auto":
         replicas, reason = asked, "engine.replicas"
         if replicas > 1 and sys.platform != "linux":
-            raise JobError(f"engine.replicas is {asked}; several replicas run on Linux alone, write 1")
+            raise JobError(f"engine.replicas is {asked}; several replicas need Linux, write 1")
         if replicas > 1 and config.process is False:
             raise JobError(f"engine.replicas is {asked}, and each has processes of its own; remove engine.process: false")
     elif present is None:

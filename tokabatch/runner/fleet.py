@@ -300,7 +300,9 @@ class Fleet:
             self._gather(member)
         elif isinstance(message, Ended):
             if not isinstance(message.error, EngineError):
-                raise message.error or EngineError("a replica has ended before its work; please report this with the job file")
+                raise message.error or EngineError(
+                    "a replica ended before its work was done; please report this with the job file"
+                )
             if len(self._live()) == 1:
                 raise message.error
             member.barren = self._max_restarts

@@ -107,7 +107,7 @@ def make_replica(
         name_row=workload.store.places.name,
     )
     if supply is not None and not can_fork():
-        raise UsageError("--shared needs Linux: a run divides its units between processes that are forked")
+        raise UsageError("--shared needs Linux: it forks processes")
     here = supply is None and cluster is None and (not apart or not can_fork())
     begun = None if started.stops is None else started.stops.begun()
     if here and begun is not None and len(workload.requests):

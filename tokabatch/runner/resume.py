@@ -177,7 +177,7 @@ def _continue(
     if not reuse.repair:
         refuse_unrecorded(folder, earlier.manifest, found)
     if earlier.repaired and not reuse.retry_errors:
-        tell(f"error rows that are other rows now: {earlier.repaired:,}; --retry-errors runs them")
+        tell(f"{earlier.repaired:,} error rows have changed in the input; --retry-errors runs them again")
     done = not started.has_more
     unjudged = job.verify is not None and any(has_unjudged(file) for _, file in found.good)
     if done and not unjudged and _is_complete(folder, earlier.manifest, found, manifest):
@@ -191,7 +191,7 @@ def _continue(
     misfits, names = list_misfits(folder, workload.output_schema)
     if misfits:
         told = ", ".join(names[:5]) + ", …" * (len(names) > 5)
-        tell(f"the rows make other columns than before ({told}): rewriting {len(misfits):,} files")
+        tell(f"the new rows change the columns ({told}): rewriting {len(misfits):,} files")
         fit_columns(claim, misfits, workload.output_schema, workload.store.columns)
     if unjudged and job.verify is not None:
         _judge_left(claim, job.verify, workload, tell, on_rows)
@@ -201,7 +201,7 @@ def _continue(
 def _judge_left(claim: Claim, verify: VerifyConfig, workload: Workload, tell: Callable[[str], None], on_rows: OnRows) -> None:
     """Give verdicts to the samples that an earlier start was stopped before it had judged, and with them to their files."""
     left = [file for file in claim.folder.shards() if has_unjudged(file)]
-    tell(f"judging the samples that the start before was stopped before it had judged ({len(left):,} files)")
+    tell(f"judging the samples that the previous start had not judged yet ({len(left):,} files)")
     pool = open_pool(verify)
     try:
         own = verdict_fields(pool.load().columns)

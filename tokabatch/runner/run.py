@@ -129,7 +129,7 @@ def run(
         if profile is None and not has_known_rates(workload.device):
             clock.progress.message(
                 f"the rates of {device_name(workload.device)} are not known: steps take up to {sizes.max_step_tokens:,} tokens "
-                "and its time is not predicted. Fit a profile to this run (`tokabatch profile`) and name it "
+                "and their time is not predicted. Fit a profile to this run (`tokabatch profile`) and name it "
                 "as engine.profile"
             )
         supply = None
@@ -153,7 +153,7 @@ def run(
                 books = _close_books(state, claim)
             if not books.closed and started.stops is not None and (held := started.stops.num_held):
                 clock.progress.message(
-                    f"{held:,} finished samples stand behind others of their rows that are not judged: they are computed again"
+                    f"{held:,} finished samples will be computed again: earlier samples of their rows are not judged yet"
                 )
             complete = books.closed
             if books.closed:
@@ -176,7 +176,7 @@ def run(
             stalled = tally.ok + tally.errors + tally.cancelled == started.committed.samples
             if stalled and stalled_before:
                 exit_code = EXIT_STALLED
-                clock.progress.message("the start before this one committed nothing either: fix that before the next start")
+                clock.progress.message("the previous start committed nothing either: fix the cause before you start it again")
         except BaseException:
             # Whatever it is: what is finished is on disk before the caller hears of it.
             _commit_finished(state)

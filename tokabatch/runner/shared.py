@@ -110,7 +110,10 @@ def _lacks_units(manifest: Manifest | None) -> bool:
 def _wait(path: Path, told: bool, tell: Callable[[str], None], stop: Interruption) -> bool:
     """A moment, until the next look whether another run still has the folder to itself; `tell` of it the first time."""
     if not told:
-        tell(f"waiting: another run has output.path {str(path)!r} to itself, perhaps to cut it into units or to join files")
+        tell(
+            f"waiting: another process holds output.path {str(path)!r} exclusively, for example to divide it into "
+            "units or to join files"
+        )
     _pause(stop)
     return True
 

@@ -95,7 +95,7 @@ class Supply:
             if lost:
                 ledger.withhold(self._units.unit == unit)
                 self._lost.add(unit)
-                self._tell(f"unit {unit} is another task's, which published first; what was computed of it here is discarded")
+                self._tell(f"unit {unit} was published first by another task; what this task computed of it is discarded")
             if lost or self._recorder.writer.is_complete(unit):
                 self._held.discard(unit)
                 self._leases.drop(str(unit))

@@ -108,7 +108,7 @@ class Judge:
         self.columns: dict[str, str] = {}
         declared = getattr(module, "COLUMNS", {})
         if not isinstance(declared, Mapping):
-            raise ValueError("its COLUMNS is no mapping; write names and types, such as {'found': str}")
+            raise ValueError("its COLUMNS is not a mapping; write names and types, such as {'found': str}")
         for name, kind in declared.items():
             if kind not in COLUMN_TYPES:
                 raise ValueError(f"COLUMNS[{name!r}] is {kind!r}; write str, int, float or bool")
@@ -157,7 +157,7 @@ class Judge:
             if returned is None:
                 return Verdict(None, None, "it returned None", columns)
             if not isinstance(returned, (bool, int, float)) or not math.isfinite(returned):
-                raise TypeError(f"it returned {str(returned)[:80]!r}, which is no verdict: True, False, a number or None")
+                raise TypeError(f"it returned {str(returned)[:80]!r}, which is not a verdict: True, False, a number or None")
             score = float(returned)
             return Verdict(returned if isinstance(returned, bool) else score >= self._correct_from, score, None, columns)
         except BaseException as error:

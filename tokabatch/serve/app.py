@@ -160,7 +160,7 @@ class Api:
         else:
             text, special = body.get("prompt"), body.get("add_special_tokens", True)
             if not isinstance(text, str):
-                raise Refused(ApiError("prompt must be a text", "prompt", "invalid_type"))
+                raise Refused(ApiError("prompt must be text", "prompt", "invalid_type"))
             if not isinstance(special, bool):
                 raise Refused(ApiError("add_special_tokens must be true or false", "add_special_tokens", "invalid_type"))
             ids = (await self._prompts.run(self._model.tokenizer.encode_batch, [text], special))[0]

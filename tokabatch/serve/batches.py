@@ -189,7 +189,7 @@ class Batches:
                 await self._complete(batch)
             except (TokabatchError, OSError) as error:
                 if not self._closing and self._engine.failure is None:
-                    self._tell(f"{batch['id']} stands still, and is tried again in {RETRY_SECONDS:g} s: {error}")
+                    self._tell(f"{batch['id']} is stalled and will be tried again in {RETRY_SECONDS:g} s: {error}")
                     self._loop.call_later(RETRY_SECONDS, self._waiting.put_nowait, batch)
             except Exception as error:
                 self._tell(f"{batch['id']} has failed: {type(error).__name__}: {error}; please report this")

@@ -125,8 +125,8 @@ async def _serve(
                 context = api.context = engine.capacity
                 prompts.limit(context)
                 tell(
-                    f"a prompt and what is drawn behind it may have {context:,} tokens, which the KV cache holds, and not the "
-                    "model's context (engine.kv_cache_tokens)"
+                    f"a prompt and its output together may have {context:,} tokens, because the KV cache holds no more "
+                    "(engine.kv_cache_tokens); the model's context is longer"
                 )
             if batches is not None:
                 batches.begin(context, tell)

@@ -121,7 +121,9 @@ def consistently(read: Callable[[], Result], path: Path) -> Result:
             return read()
         except Changed:
             continue
-    raise OutputError(f"{path}: its files change while they are read, for a run is writing there. Try again when it has ended.")
+    raise OutputError(
+        f"{path}: its files change while they are read, because a run is writing there. Try again when it has ended."
+    )
 
 
 def _listed(files: DurableFiles, path: Path) -> ListedFile | None:

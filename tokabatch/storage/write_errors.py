@@ -97,7 +97,7 @@ def reading_input(folder: Path) -> Generator[None]:
             f"{what} cannot be read: {reason(error)}. {_sentence(error)}, then run the same command again."
         ) from error
     except MemoryError as error:
-        raise UsageError("there is no memory left while the input is read. Give the job more memory.") from error
+        raise UsageError("the process ran out of memory while it read the input. Give the job more memory.") from error
 
 
 def _unspooled(folder: Path, error: OSError) -> OutputError:

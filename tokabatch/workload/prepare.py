@@ -264,8 +264,8 @@ def _samples_of_row(store: InputStore, n: int) -> Int64:
     total = int(samples.sum())
     if total > MOST_SAMPLES:
         raise JobError(
-            f"generation.n: the {len(samples):,} rows come to {total:,} samples; a run has at most {MOST_SAMPLES:,}, of "
-            "each of which it keeps a note. Lower generation.n (or n in sampling_params), or give parts of the rows to jobs "
+            f"generation.n: the {len(samples):,} rows come to {total:,} samples; a run has at most {MOST_SAMPLES:,}, as "
+            "it keeps a record of each. Lower generation.n (or n in sampling_params), or give parts of the rows to jobs "
             "of their own (input.path)"
         )
     return samples

@@ -70,7 +70,7 @@ def test_subset_and_split_are_accepted_for_files(folder: Path) -> None:
         ("{folder}/mixed", "mixes jsonl and parquet"),
         ("nosuchscheme://bucket/x.jsonl", "nosuchscheme"),
         ("hf://datasets/org/name", "name one file"),
-        ("{folder}/packed.parquet.gz", "compress themselves"),
+        ("{folder}/packed.parquet.gz", "inside another compressed file"),
     ],
 )
 def test_refusals_name_the_path_and_the_remedy(folder: Path, path: str, message: str) -> None:

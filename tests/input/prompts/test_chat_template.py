@@ -56,10 +56,10 @@ def test_a_file(tmp_path: Path) -> None:
     chosen = choose({}, chat_template=str(file))
     assert chosen and chosen.source_for(None) == TWO, "an editor's mark of UTF-8 is not text"
     file.write_text("{% if x %}\n{{ y")
-    with pytest.raises(JobError, match=r"prompt\.chat_template '.*chat\.jinja' is no valid Jinja template: line 2"):
+    with pytest.raises(JobError, match=r"prompt\.chat_template '.*chat\.jinja' is not a valid Jinja template: line 2"):
         choose({}, chat_template=str(file))
     file.write_bytes(b"\xff")
-    with pytest.raises(JobError, match=r"chat\.jinja' is no UTF-8 text"):
+    with pytest.raises(JobError, match=r"chat\.jinja' is not UTF-8 text"):
         choose({}, chat_template=str(file))
 
 
@@ -67,12 +67,12 @@ def test_jinja_text() -> None:
     chosen = choose({"default": ONE}, chat_template=TWO)
     assert chosen and (chosen.source_for(None), chosen.source_for([{}])) == (TWO, TWO)
     assert choose({}, chat_template=TWO * 1000)
-    with pytest.raises(JobError, match=r"prompt\.chat_template is no valid Jinja template: line 1"):
+    with pytest.raises(JobError, match=r"prompt\.chat_template is not a valid Jinja template: line 1"):
         choose({}, chat_template="{{ x")
 
 
 def test_a_faulty_one_of_the_tokenizer_matters_only_where_it_applies() -> None:
-    with pytest.raises(JobError, match="the chat template 'default' of 'model' is no valid Jinja template"):
+    with pytest.raises(JobError, match="the chat template 'default' of 'model' is not a valid Jinja template"):
         choose({"default": "{{"})
     assert choose({"default": "{{"}, chat=False) is None and choose({"default": "{{"}, token_ids="ids") is None
 

@@ -169,7 +169,7 @@ def test_the_sandbox_holds(source: str) -> None:
 
 @pytest.mark.parametrize("source", ["{{ q", "{% for a in b %}", "{{ q | nosuchfilter }}", "{% include 'x' %}{% endif %}"])
 def test_bad_syntax_names_the_key(source: str) -> None:
-    with pytest.raises(JobError, match=r"prompt\.template is no valid Jinja template"):
+    with pytest.raises(JobError, match=r"prompt\.template is not a valid Jinja template"):
         compile_template(source, "prompt.template")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
@@ -82,6 +83,8 @@ def find_files(path: str, formats: Collection[str], key: str) -> tuple[str, tupl
     """The one format of the input and its files, sorted by path. Raises InputError naming `key` of the job, the path and the
     remedy."""
     place = f"{key} {path!r}"
+    if path.startswith("hf://") and not path.startswith("hf://datasets/"):
+        raise InputError(f"{place} is not a hub dataset; write hf://datasets/OWNER/NAME")
     try:
         fs, root = cast("tuple[AbstractFileSystem, str]", url_to_fs(path))
     except ImportError as error:
@@ -93,7 +96,7 @@ def find_files(path: str, formats: Collection[str], key: str) -> tuple[str, tupl
     except Exception as error:  # see `refuse_unreachable`
         refuse_unreachable(place, error)
     try:
-        files = _list(fs, place, root, formats)
+        files = _list(fs, path, place, root, formats)
     except InputError:
         raise
     except Exception as error:  # see `refuse_unreachable`
@@ -123,7 +126,7 @@ def refuse_unreachable(place: str, error: Exception) -> NoReturn:
     raise InputError(f"{place} cannot be read: {reason}. {remedy}.") from error
 
 
-def _list(fs: AbstractFileSystem, place: str, root: str, formats: Collection[str]) -> list[InputFile]:
+def _list(fs: AbstractFileSystem, path: str, place: str, root: str, formats: Collection[str]) -> list[InputFile]:
     if fs.isfile(root):
         return [InputFile(fs, root)]
     if fs.isdir(root):
@@ -145,7 +148,11 @@ def _list(fs: AbstractFileSystem, place: str, root: str, formats: Collection[str
         return files
     if fs.exists(root):
         raise InputError(f"{place} is neither a file nor a folder; write what it yields to a file and name that")
-    raise InputError(f"{place} does not exist; relative paths start from the folder you run in, {Path.cwd()}")
+    names = [item.name for item in Path(root).parent.iterdir()] if Path(root).parent.is_dir() else []
+    meant = get_close_matches(Path(root).name, names, n=1, cutoff=0.85)
+    near = f"; did you mean {Path(path).with_name(meant[0])}?" if meant else ""
+    start = "" if Path(path).is_absolute() else f"; relative paths start from the folder you run in, {Path.cwd()}"
+    raise InputError(f"{place} does not exist{near or start}")
 
 
 def _is_glob(path: str) -> bool:

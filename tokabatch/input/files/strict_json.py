@@ -74,7 +74,7 @@ def _surrogate_fault(text: str, row: dict[str, Any]) -> RowError | None:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(error.object[error.start])
-        return RowError("bad_unicode", f"the escape \\u{code:04x} is half of a surrogate pair, which is no character")
+        return RowError("bad_unicode", f"the escape \\u{code:04x} is half of a surrogate pair, which is not a character")
     return None
 
 

@@ -64,7 +64,7 @@ def read_objects(value: Any, column: str) -> list[dict[str, Any]] | RowError | N
         return RowError(
             "bad_type",
             f"the column {column!r} goes to the chat template and must hold a list of objects, not {type(value).__name__}; "
-            "name it otherwise if it is something else",
+            "rename it if it is something else",
         )
     return cast("list[dict[str, Any]]", found)
 
@@ -147,7 +147,7 @@ def _message(given: Any, place: str) -> Message | RowError:
             cast("Mapping[str, Any]", part).get("text") if isinstance(part, Mapping) else part for part in parts
         ]
         if not all(isinstance(text, str) for text in texts):
-            return RowError("bad_type", f"{place} has content parts that are no text; only text can be completed")
+            return RowError("bad_type", f"{place} has content parts that are not text; only text can be completed")
         return {**message, "content": "".join(texts)}
     if content is None and message.keys() - {"role", "name"}:
         return message

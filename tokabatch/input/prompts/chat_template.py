@@ -134,7 +134,9 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise JobError(f"prompt.chat_template {str(file)!r} is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise JobError(
+            f"prompt.chat_template {str(file)!r} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
     except OSError as error:
         raise JobError(f"prompt.chat_template {str(file)!r} cannot be read: {error.strerror}") from error
 
@@ -144,9 +146,9 @@ def _variables(source: str, key: str) -> frozenset[str]:
     try:
         return frozenset(find_undeclared_variables(environment.parse(_GENERATION.sub("", source))))
     except TemplateSyntaxError as error:
-        raise JobError(f"{key} is no valid Jinja template: line {error.lineno}: {error.message}") from error
+        raise JobError(f"{key} is not a valid Jinja template: line {error.lineno}: {error.message}") from error
     except (TemplateError, RecursionError) as error:
-        raise JobError(f"{key} is no valid Jinja template: {error}") from error
+        raise JobError(f"{key} is not a valid Jinja template: {error}") from error
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -43,9 +43,7 @@ def text_of(value: Any, name: str | None = None, place: str = "a value of the te
     shown = f"`{name}`" if name else place
     if is_null(value):
         kind = "null" if value is None else "NaN"
-        raise UndefinedError(
-            f"{shown} is {kind} in this row; write {{{{ {name or '...'} | default('') }}}} if rows may do without"
-        )
+        raise UndefinedError(f"{shown} is {kind} in this row; write {{{{ {name or '...'} | default('') }}}} if it is optional")
     what, remedy = _description(value, name or "...")
     raise NotText(f"{shown} is {what}, which is not text; {remedy}")
 

@@ -164,7 +164,7 @@ class PromptSource:
         if column == MESSAGES or (isinstance(value, list) and not self._config.few_shot):
             return self._from_messages(row, column, blank) if self._chat_template else no_chat_template(column)
         if not isinstance(value, str):
-            kind = "binary data that is no UTF-8" if isinstance(value, bytes) else type(value).__name__
+            kind = "binary data that is not UTF-8" if isinstance(value, bytes) else type(value).__name__
             return RowError("bad_type", f"the column {column!r} must hold text, not {kind}")
         leading = "" if self.chat else self._tokenizer.prefix_text
         own = leading if leading and value.startswith(leading) else ""
@@ -188,7 +188,7 @@ class PromptSource:
             return system
         unread = next((name for name in (TOOLS, DOCUMENTS) if row.get(name) and name not in self._chat_columns), None)
         if unread is not None and self._of_requests:
-            return RowError(f"unread_{unread}", f"{unread} would not be seen: the chat template reads none; leave {unread} out")
+            return RowError(f"unread_{unread}", f"{unread} is not used by the chat template; leave {unread} out")
         given = {name: read_objects(self._given(row.get(name)), name) for name in self._chat_columns}
         fault = next((each for each in given.values() if isinstance(each, RowError)), None)
         if fault:

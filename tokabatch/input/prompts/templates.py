@@ -60,7 +60,7 @@ class Template:
         except (TemplateTooLarge, MemoryError) as error:
             return RowError("template_too_large", f"the template: {error}")
         except RecursionError:
-            return RowError("template_too_large", "the template calls itself without end")
+            return RowError("template_too_large", "the template calls itself endlessly")
         except TypeError as error:
             null = f" (a value is null in this row; {optional()})" if "NoneType" in str(error) else ""
             return RowError("bad_type", f"the template: {error}{null}")
@@ -79,9 +79,9 @@ def compile_template(source: str, key: str) -> Template:
         # Two words, where Jinja expects one.
         words = "end of print statement" in str(error.message)
         hint = "; a column whose name is not one word is written row['its name']" if words else ""
-        raise JobError(f"{key} is no valid Jinja template: line {error.lineno}: {error.message}{hint}") from error
+        raise JobError(f"{key} is not a valid Jinja template: line {error.lineno}: {error.message}{hint}") from error
     except Exception as error:  # Jinja's parser and Python's compiler raise many kinds
-        raise JobError(f"{key} is no valid Jinja template: {error or type(error).__name__}") from error
+        raise JobError(f"{key} is not a valid Jinja template: {error or type(error).__name__}") from error
     if any(tree.find_all(NOT_IN_PROMPTS)):
         raise JobError(f"{key}: a prompt's template cannot include other files, and `autoescape` makes HTML; remove that tag")
     plain, by_name = names, frozenset[str]()

@@ -81,7 +81,7 @@ class JsonLinesReader:
                 leading += rows[0].columns is None and leading == line.number - 1
                 if leading == MAX_LEADING_FAULTS:
                     raise InputError(
-                        f"{file.path} is no JSON Lines: not one of its first {leading} lines is an object ({rows[0].error}). "
+                        f"{file.path} is not JSON Lines: not one of its first {leading} lines is an object ({rows[0].error}). "
                         "Write one JSON object a line; CSV becomes that with pandas.read_csv(...).to_json(..., "
                         "orient='records', lines=True)"
                     )

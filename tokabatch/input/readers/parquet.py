@@ -44,7 +44,7 @@ def open_files(name: str, files: tuple[InputFile, ...]) -> ParquetReader:
     """The registry's entry point for `.parquet`: reads every footer."""
     compressed = next((file for file in files if file.compression), None)
     if compressed is not None:
-        raise InputError(f"{compressed.path}: Parquet files compress themselves and are not read out of another; decompress it")
+        raise InputError(f"{compressed.path}: a Parquet file inside another compressed file cannot be read; decompress it")
     schema: pa.Schema | None = None
     for file in files:
         with _opened(file) as parquet:

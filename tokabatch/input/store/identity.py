@@ -69,9 +69,7 @@ class IdSpool:
         if twice:
             told = ", ".join(twice) + (", …" if len(twice) == LISTED else "")
             if self._of_requests:
-                raise InputError(
-                    f"each custom_id must be of one request, but some occur twice: {told}. Rename one of each two."
-                )
+                raise InputError(f"each custom_id must be unique, but some occur twice: {told}. Rename one of each pair.")
             raise InputError(
                 f"input.id_column {self.column!r} must identify each row, but ids occur twice: {told}. Remove input.id_column "
                 "to number the rows instead."

@@ -112,7 +112,7 @@ def _options(row: Mapping[str, Any], letters: str, choices: str | None) -> tuple
     # A column of a multiple-choice data set may hold texts with labels: {"text": [...], "label": [...]}.
     options = options.get("text") if isinstance(options, Mapping) else options
     if not isinstance(options, list) or not 0 < len(options) <= len(_ALPHABET):
-        raise ValueError(f"its column {choices!r} is no list of 1 to {len(_ALPHABET)} options")
+        raise ValueError(f"its column {choices!r} is not a list of 1 to {len(_ALPHABET)} options")
     return [str(option) for option in options], _ALPHABET[: len(options)]
 
 

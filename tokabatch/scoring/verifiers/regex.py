@@ -58,7 +58,7 @@ def _expected(row: Mapping[str, Any], pattern: str, answer: str | None, which: s
     try:
         _compiled(pattern, ignore_case)
     except re.error as error:
-        raise ValueError(f"verify.options.pattern is no regular expression: {error}") from error
+        raise ValueError(f"verify.options.pattern is not a valid regular expression: {error}") from error
     if answer is None:
         return None
     if row.get(answer) is None:
