@@ -6,6 +6,7 @@ nothing heavy: the names arrive when first asked for.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from tokabatch.report.summary import RunSummary
     from tokabatch.runner.plan import plan
     from tokabatch.runner.run import run
+
+# Read by OpenMP once, when torch is loaded. Its threads would spin until the slowest of them has its turn: beside other busy
+# processes, most of the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 __all__ = [
