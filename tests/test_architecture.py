@@ -74,7 +74,7 @@ WITHOUT_TORCH = {
 }
 HEAVY_HOMES = {
     "transformers": {"input/tokenizer/tokenizer.py", "input/tokenizer/loading.py"},
-    "flashinfer": {"attention/flashinfer_paged.py"},
+    "flashinfer": {"attention/flashinfer_paged.py", "attention/hopper_prefix.py"},
     "triton": {
         "attention/triton_decode.py",
         "attention/triton_page_store.py",

@@ -5,16 +5,18 @@ On a machine without a GPU the kernels run in Triton's interpreter, and a graph 
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support import tiny_models, token_device
-from support.captured_worker import captured_worker, sizes_of
+from support.captured_worker import KernelByKernel, captured_worker, sizes_of
 from support.interpreter import DEVICES, INTERPRETING
 from support.stage_pair import StagePair
 
+from tokabatch.attention.capturable import PrefixKind
 from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, WORTH, Ladder, size_above
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.model.families import read_spec
@@ -145,6 +147,19 @@ def test_captured_steps_give_what_the_torch_backend_gives(tmp_path, where, famil
 
 
 @pytest.mark.parametrize("where", DEVICES)
+def test_what_all_tokens_share_is_left_to_a_kernel_of_the_backend(tmp_path, where):
+    """The first pages of a header in two parts, what is left of it in tiles."""
+    folder = tiny_models.build("llama", tmp_path, **HEADS)
+    worker = captured_worker(folder, sizes_of(4, 7, 30), torch.device(where))
+    captured = worker._captured
+    assert captured is not None and isinstance(captured.backend, KernelByKernel)
+    captured.backend.has_prefixes = True
+    params = SamplingParams(n=N, temperature=0.0, max_tokens=TOKENS, logprobs=0, ignore_eos=True)
+    compare(worker, folder, params, GroupingLimits(2, 1), PROMPTS[:2])
+    assert {kind for _, kind in captured.body._prefixes} == {PrefixKind(2, 2)}
+
+
+@pytest.mark.parametrize("where", DEVICES)
 @pytest.mark.parametrize(
     ("family", "captured", "grouping", "params"),
     [
@@ -165,10 +180,18 @@ def test_captured_stages_give_what_one_rank_gives(tmp_path, where, family, captu
     compare(stages, folder, params, grouping)
 
 
-def compare(worker: Worker | StagePair, folder: Path, params: SamplingParams, grouping: GroupingLimits | None) -> None:
+SHARED = [5, 9, 9, 41, 3, 77, 60, 12, 13, 14, 15, 16, 17]
+PROMPTS = [[*SHARED, 9], [*SHARED, 8, 30, 30, 2], [8], [*SHARED, 8, 30, 30, 7, 50], [4] * 30]
+
+
+def compare(
+    worker: Worker | StagePair,
+    folder: Path,
+    params: SamplingParams,
+    grouping: GroupingLimits | None,
+    prompts: list[list[int]] = PROMPTS,
+) -> None:
     """A job's samples and those of one rank in plain torch: the same tokens, log-probabilities but for rounding."""
-    header = [5, 9, 9, 41, 3, 77, 60, 12, 13, 14, 15, 16, 17]
-    prompts = [[*header, 9], [*header, 8, 30, 30, 2], [8], [*header, 8, 30, 30, 7, 50], [4] * 30]
     plain = WorkerSpec(folder, read_spec(folder), torch.float32, "cpu", "torch_paged", worker.sizes, draws=(params,))
     expected = generate(Worker.build(plain), prompts, params, grouping)
     found = generate(worker, prompts, params, grouping)
@@ -201,7 +224,8 @@ def test_a_step_in_a_larger_graph_fills_no_more_planes_than_that_has(tmp_path, w
     def watched(step):
         fitted = fit(step)
         if fitted is not None:
-            planes_T = fitted.words[4:].reshape(-1)[4 * (-(-fitted.size // 4) * 4) :][: step.num_tokens]
+            header = import_module("tokabatch.engine.captured").HEADER
+            planes_T = fitted.words[header:].reshape(-1)[4 * (-(-fitted.size // 4) * 4) :][: step.num_tokens]
             most.append((int(planes_T.max()), body._num_planes(fitted.size), fitted.size))
         return fitted
 

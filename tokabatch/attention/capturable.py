@@ -29,6 +29,26 @@ class PagedCache:
         return self.table.shape[0] - 1
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixKind:
+    """A pass of all queries of a step over the first `pages` of one slot, in so many `parts` along its keys."""
+
+    pages: int
+    parts: int
+
+
+class PrefixPass(Protocol):
+    """Such a pass of a fixed number of queries, planned: what a graph may hold."""
+
+    def begin(self, slot_1: torch.Tensor) -> None:
+        """Whose pages the step reads; int32 [1], on the device."""
+        ...
+
+    def attend(self, layer: int, q_THD: torch.Tensor, state_NTHD: torch.Tensor, lse_NTH: torch.Tensor) -> None:
+        """Each part's outputs [N, T, H, D] and their log-sum-exp [N, T, H], base 2."""
+        ...
+
+
 @runtime_checkable
 class Capturable(Protocol):
     """A paged cache that kernels outside the backend write and read."""
@@ -39,4 +59,13 @@ class Capturable(Protocol):
     def update_cache(self, step: StepBatch, outbox: Outbox) -> None:
         """Change the page table and pages as the step says, done once the outbox is sent: all that a step takes of
         `AttentionBackend.plan` where its attention is computed elsewhere."""
+        ...
+
+    def prefix_kind(self, queries: int, pages: int) -> PrefixKind | None:
+        """How so many queries over so many pages that all of them share, or over most of these, are computed by a kernel of the
+        backend's; None where tiles are as fast."""
+        ...
+
+    def prefix_pass(self, kind: PrefixKind, queries: int) -> PrefixPass:
+        """That pass for so many queries, planned."""
         ...

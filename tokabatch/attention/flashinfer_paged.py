@@ -18,7 +18,8 @@ import torch
 
 from tokabatch.arrays import Int32
 from tokabatch.attention.base import KVShape, token_slots
-from tokabatch.attention.capturable import PagedCache
+from tokabatch.attention.capturable import PagedCache, PrefixKind, PrefixPass
+from tokabatch.attention.hopper_prefix import TILE_QUERIES, HopperPrefix, kind_of
 from tokabatch.attention.triton_decode import decode
 from tokabatch.attention.triton_page_store import PageStore
 from tokabatch.attention.upload import Outbox, Parcel
@@ -30,9 +31,6 @@ RING = 6
 LONG_CONTEXT = 2048
 """Mean keys a decode run from which FlashInfer's decode takes over where there are too few sequences to fill the GPU: it splits
 their keys."""
-TILE_QUERIES = 128
-"""Queries of one program of the Hopper prefill kernel (fa3), which splits no keys and packs no heads: passes of fewer leave it
-idle."""
 LONG_PREFILL = 512
 """Queries from which a causal pass goes to that kernel: its plan takes the host 1.3 ms, the generic kernel's (fa2) 0.15."""
 
@@ -116,6 +114,12 @@ class FlashInferPagedAttention:
 
     def update_cache(self, step: StepBatch, outbox: Outbox) -> None:
         self._store.update_cache(step, outbox)
+
+    def prefix_kind(self, queries: int, pages: int) -> PrefixKind | None:
+        return kind_of(self.shape, self._num_cores, queries, pages) if self._has_fa3 else None
+
+    def prefix_pass(self, kind: PrefixKind, queries: int) -> PrefixPass:
+        return HopperPrefix(kind, queries, self._cache, self.shape, self._workspace)
 
     def plan(self, step: StepBatch, outbox: Outbox) -> None:
         self._store.update_cache(step, outbox)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tokabatch.arrays import Int32, Int64
+from tokabatch.attention.capturable import PrefixKind
 from tokabatch.scheduling.contracts import StepBatch
 
 WORDS = 8
@@ -87,8 +88,9 @@ class _KeyRanges:
         return cls(*(column.astype(np.int64) for column in columns))
 
 
-def plan_tiles(step: StepBatch, shape: TileShape, max_planes: int) -> TilePlan | None:
-    """None where a step needs more planes than there are."""
+def plan_tiles(step: StepBatch, shape: TileShape, max_planes: int, prefix: PrefixKind | None = None) -> TilePlan | None:
+    """None where a step needs more planes than there are. The first pages of its first level's only group, and the first planes
+    of each token, are those of a pass of this `prefix` where one is given, and not cut into tiles."""
     length, size = step.run_length.astype(np.int64), shape.page_size
     token = np.cumsum(length) - length
     covered = step.run_skip.astype(np.int64) * size
@@ -98,11 +100,16 @@ def plan_tiles(step: StepBatch, shape: TileShape, max_planes: int) -> TilePlan |
                    level.page_stop * size, np.full(len(level.slot), UNMASKED))
         for level in step.prefix_levels
     ]  # fmt: skip
+    planes_T = np.zeros(len(own_T), np.int64)
+    if prefix is not None:
+        passes[0] = replace(passes[0], begin=passes[0].begin + prefix.pages * size)
+        passes = [one for one in passes if (one.end > one.begin).any()]
+        planes_T += prefix.parts
     passes = _joined(passes, shape)
     runs = _Runs(token, length, step.run_slot.astype(np.int64), covered, step.run_start.astype(np.int64))
     passes += _causal_passes(runs, own_T, size)
     passes += _long_contexts(runs, own_T, shape)
-    planes_T, tiles = np.zeros(len(own_T), np.int64), ([], [])
+    tiles: tuple[list[Int64], list[Int64]] = ([], [])
     for place, one in enumerate(passes):
         _cut(one, shape, planes_T, max_planes - (len(passes) - 1 - place), tiles)
     if planes_T.max(initial=0) > max_planes:

@@ -23,7 +23,7 @@ import torch
 
 from tokabatch.arrays import Int32
 from tokabatch.attention.base import token_slots
-from tokabatch.attention.capturable import Capturable, PagedCache
+from tokabatch.attention.capturable import Capturable, PrefixKind, PrefixPass
 from tokabatch.attention.tiles import ENOUGH_PLANES, MAX_PLANES, WORDS, TilePlan, plan_tiles
 from tokabatch.attention.triton_decode import decode_and_merge
 from tokabatch.attention.triton_tiles import Planes, attend_tiles, tile_shape
@@ -35,6 +35,10 @@ from tokabatch.scheduling.contracts import StepBatch
 
 TILES_A_TOKEN, LEAST_TILES = 2, 8192
 """Tiles that a step may have."""
+HEADER = 8
+"""Words before the columns of tokens: of the tiles, four; the slot of the prefix."""
+MOST_PREFIXES = 8
+"""Lengths of a prefix that get graphs of their own."""
 LONG_PROMPT, MOSTLY = 512, 4096
 """Tokens of a prompt, on average, and of all prompts, from which a step is launched kernel by kernel: it takes longer than
 its launches, and kernels of one purpose are faster at long prompts."""
@@ -42,9 +46,10 @@ its launches, and kernels of one purpose are faster at long prompts."""
 
 @dataclass(frozen=True, slots=True)
 class BodyKind:
-    """`tiles`: something is attended to in tiles."""
+    """`tiles`: something is attended to in tiles, or by a kernel of the backend's over a `prefix` of all tokens."""
 
     tiles: bool
+    prefix: PrefixKind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +68,20 @@ class BodyGraphs:
     def __init__(
         self,
         decoder: Decoder,
-        cache: PagedCache,
+        backend: Capturable,
         last_token: torch.Tensor,
         limits: tuple[int, int],
         recorder: GraphRecorder,
         num_cores: int,
     ) -> None:
         """`limits`: tokens of a step, and rows of hidden states beside."""
-        (most, num_rows), device = limits, decoder.device
+        (most, num_rows), device, cache = limits, decoder.device, backend.cache
         heads = (decoder.num_heads, decoder.spec.head_dim)
         self._decoder = decoder
+        self._backend = backend
         self._cache = cache
+        self._prefixes: dict[tuple[int, PrefixKind], PrefixPass] = {}
+        """What graphs read, by size."""
         self._last_token = last_token
         self._recorder = recorder
         self._num_cores = num_cores
@@ -85,13 +93,13 @@ class BodyGraphs:
         self._lse = torch.zeros(partial, decoder.num_heads, device=device)
         self._counter = torch.zeros(2, dtype=torch.int32, device=device)
         self._max_tiles = TILES_A_TOKEN * most + LEAST_TILES
-        self._words = torch.zeros(4 + 5 * _aligned(most) + self._max_tiles * WORDS, dtype=torch.int32, device=device)
+        self._words = torch.zeros(HEADER + 5 * _aligned(most) + self._max_tiles * WORDS, dtype=torch.int32, device=device)
         self._ladder: Ladder[BodyKind, torch.cuda.CUDAGraph] = Ladder(most, self._capture)
 
     def prepare(self) -> None:
         """Compile all kernels, and capture the sizes that most steps run at."""
         self._words.zero_()
-        self._words[4 + _aligned(1)] = self._cache.spare_slot
+        self._words[HEADER + _aligned(1)] = self._cache.spare_slot
         for kind in (BodyKind(tiles=True), BodyKind(tiles=False)):
             self._recorder.trial(lambda kind=kind: self._compute(1, kind))
         self._ladder.prepare(BodyKind(tiles=True))
@@ -102,17 +110,28 @@ class BodyGraphs:
         is_long_prefill = len(step.token_ids) >= max(MOSTLY, LONG_PROMPT * step.num_prefill_runs)
         if not 0 < count <= self._ladder.most or is_long_prefill:
             return None
-        plan = plan_tiles(step, self._shape, self._num_planes(coarse_size(count, self._ladder.most)))
+        coarse = coarse_size(count, self._ladder.most)
+        prefix = self._prefix_of(step, coarse)
+        plan = plan_tiles(step, self._shape, self._num_planes(coarse), prefix)
         if plan is None or len(plan.wide_IW) + len(plan.narrow_IW) > self._max_tiles:
             return None
-        kind = BodyKind(plan.has_tiles)
+        kind = BodyKind(plan.has_tiles or prefix is not None, prefix)
         size = self._ladder.size(count, kind)
         if int(plan.planes_T.max()) > self._num_planes(size):
             # A larger graph than the step's own has fewer.
-            plan = plan_tiles(step, self._shape, self._num_planes(size))
+            plan = plan_tiles(step, self._shape, self._num_planes(size), prefix)
             if plan is None:
                 return None
         return BodyStep(size, kind, self._laid_out(step, plan, size), count)
+
+    def _prefix_of(self, step: StepBatch, size: int) -> PrefixKind | None:
+        """Of a prefix that all tokens share, where the backend has a faster kernel and not too many lengths had graphs."""
+        level = step.prefix_levels[0] if step.prefix_levels else None
+        if level is None or len(level.slot) != 1 or level.token_stop[0] - level.token_start[0] != step.num_tokens:
+            return None
+        kind = self._backend.prefix_kind(size, int(level.page_stop[0] - level.page_start[0]))
+        known = {each for _, each in self._prefixes}
+        return kind if kind in known or len(known) < MOST_PREFIXES else None
 
     def make_ahead(self) -> bool:
         """See `Ladder`."""
@@ -146,19 +165,24 @@ class BodyGraphs:
         columns[1, :count], columns[2, :count] = token_slots(step), step.positions()
         columns[3, :count], columns[4, :count] = plan.own_T, plan.planes_T
         wide, narrow = plan.wide_IW.reshape(-1), plan.narrow_IW.reshape(-1)
-        begin = 4 + columns.size
-        head = np.array((len(plan.wide_IW), len(plan.narrow_IW), begin, begin + len(wide)), np.int32)
+        begin, slot = HEADER + columns.size, step.prefix_levels[0].slot[0] if step.prefix_levels else 0
+        head = np.array((len(plan.wide_IW), len(plan.narrow_IW), begin, begin + len(wide), slot, 0, 0, 0), np.int32)
         return np.concatenate((head, columns.reshape(-1), wide, narrow))
 
     def _capture(self, size: int, kind: BodyKind) -> torch.cuda.CUDAGraph:
+        if kind.prefix is not None:
+            # Planned here, as that cannot be captured.
+            self._prefixes[size, kind.prefix] = self._backend.prefix_pass(kind.prefix, size)
         return self._recorder.capture(lambda: self._compute(size, kind))[0]
 
     def _compute(self, size: int, kind: BodyKind) -> None:
         decoder, cache = self._decoder, self._cache
-        columns = self._words[4:].narrow(0, 0, 5 * _aligned(size)).view(5, -1)[:, :size]
+        columns = self._words[HEADER:].narrow(0, 0, 5 * _aligned(size)).view(5, -1)[:, :size]
         token_T, slot_T, position_T, own_T, planes_T = columns
         queries, mixed = self._queries_THD[:size], self._mixed_THD[:size]
-        planes = None
+        planes, prefix = None, None if kind.prefix is None else self._prefixes[size, kind.prefix]
+        if prefix is not None:
+            prefix.begin(self._words[4:5])
         if kind.tiles:
             num = self._num_planes(size)
             state = self._state[: num * size].view(num, size, *self._state.shape[1:])
@@ -166,6 +190,9 @@ class BodyGraphs:
 
         def attend(layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor | None, v_TKD: torch.Tensor | None) -> torch.Tensor:
             pages = cache.k_LNKPD[layer], cache.v_LNKPD[layer]
+            if planes is not None and prefix is not None and kind.prefix is not None:
+                parts = kind.prefix.parts
+                prefix.attend(layer, q_THD, planes.state_NTHD[:parts], planes.lse_NTH[:parts])
             if planes is not None:
                 attend_tiles(q_THD, pages, cache.table, self._words, planes, self._num_cores)
             where = (slot_T, position_T, own_T, planes_T)
@@ -280,7 +307,7 @@ class CapturedSteps:
         self._slots = slots
         self._has_head = decoder.mesh.is_last_stage
         self.backend = backend
-        self.body = BodyGraphs(decoder, backend.cache, last_token, (num_tokens, num_rows), recorder, num_cores)
+        self.body = BodyGraphs(decoder, backend, last_token, (num_tokens, num_rows), recorder, num_cores)
         self.head = HeadGraphs(decoder, self.body.hidden_TE, last_token, slots, num_rows, recorder)
 
     def prepare(self) -> None:
