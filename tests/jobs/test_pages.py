@@ -17,6 +17,7 @@ from tokabatch import Job
 from tokabatch import run as tokabatch_run
 from tokabatch.cli import app, main
 from tokabatch.cli.plan import all_sections
+from tokabatch.output.schema import REASONING_FIELDS, SAMPLE_SCHEMA, SCORE_FIELDS, VERDICT_FIELDS
 from tokabatch.report import key_reference
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,16 @@ def test_the_reference_of_keys_is_that_of_the_schema():
     expected = key_reference.markdown(all_sections())
     remedy = "replace what stands under `## Every key` by the output of `tokabatch keys --markdown`"
     assert text.endswith(f"\n\n{expected}\n"), remedy
+
+
+def test_the_table_of_output_columns_is_that_of_the_schema():
+    text = (ROOT / "jobs" / "README.md").read_text()
+    section = text[text.index("## Output columns") : text.index("## OpenAI's batch files")]
+    fields = (*SAMPLE_SCHEMA, *SCORE_FIELDS, *REASONING_FIELDS, *VERDICT_FIELDS)
+    types = {"list<struct>": "list<item: struct<logprob", "list<int32>": "list<item: int32"}
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| \S", section, re.MULTILINE)
+    assert [name for name, _ in rows] == [field.name for field in fields]
+    assert all(str(field.type).startswith(types.get(kind, kind)) for (_, kind), field in zip(rows, fields, strict=True))
 
 
 def _code(text: str) -> list[str]:
