@@ -31,7 +31,7 @@ def _params(**settings: Any) -> bytes:
 BAD_ROWS = [
     BadRow("cut off", b'{"prompt": "a', "bad_json", r"line \d+ \(byte \d+\).*Unterminated string"),
     BadRow("no JSON", b"hello", "bad_json", r"line \d+ \(byte \d+\): Expecting value.*hello"),
-    BadRow("an array", b'["a"]', "bad_json", "must be a JSON object, this line is an array"),
+    BadRow("an array", b'["a"]', "bad_json", "a JSON object is expected, not an array"),
     BadRow("a number", b"7", "bad_json", "this line is a number"),
     BadRow("null", b"null", "bad_json", "this line is null"),
     BadRow("two objects", b'{"prompt": "a"} {"prompt": "b"}', "bad_json", "Extra data"),

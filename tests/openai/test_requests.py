@@ -92,6 +92,10 @@ def test_neutral_and_harmless_fields_pass():
         "guided_json": None,
         "reasoning_effort": None,
         "never_heard_of": None,
+        "detokenize": True,
+        "include_reasoning": True,
+        "kv_transfer_params": {},
+        "session_id": "s",
         "stop": None,
         "seed": None,
     }
@@ -141,6 +145,13 @@ def test_neutral_and_harmless_fields_pass():
         (COMPLETIONS, {"seed": -1}, "seed", "invalid_value"),
         (COMPLETIONS, {"logit_bias": {"a": 1}}, "logit_bias", "invalid_value"),
         (COMPLETIONS, {"prompt_logprobs": 1}, "prompt_logprobs", "unsupported_parameter"),
+        (COMPLETIONS, {"detokenize": False}, "detokenize", "unsupported_parameter"),
+        (
+            COMPLETIONS,
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+            "unsupported_parameter",
+        ),
     ],
 )
 def test_refusals_name_the_field(url, body, param, code):
@@ -156,6 +167,8 @@ def test_other_urls_and_bodies_are_refused():
     assert isinstance(other, ApiError) and other.status == 404 and "/v1/embeddings" in other.message
     for body in ([], "text", None, 3):
         assert isinstance(parse_request(CHAT, body), ApiError)
+    assert 'accepts "" alone' in refused(COMPLETIONS, suffix="end").message
+    assert "echo: true" in refused(COMPLETIONS, prompt_logprobs=1).message
     hint = refused(CHAT, temprature=1).message
     assert "did you mean temperature?" in hint
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from queue import SimpleQueue
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from support import token_device as device
 
 from tokabatch.errors import EngineError
+from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.member_process import Alive
 from tokabatch.runner.replica import Standing
 from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.scheduler import SchedulerLimits
+from tokabatch.scheduling.stop_conditions import StopRules
 from tokabatch.serve import engine as engines
 from tokabatch.serve.app import Api
 from tokabatch.serve.engine import Engine, Wanted
-from tokabatch.serve.engine_process import Add, Ended, EngineProcess
+from tokabatch.serve.engine_process import Add, Ended, EngineProcess, EngineSpec
 from tokabatch.serve.prompts import Prompts
 
 
@@ -87,6 +93,43 @@ def test_whatever_breaks_fails_all_requests_and_the_server(monkeypatch: pytest.M
     asyncio.run(check())
 
 
+def stand_still() -> Any:
+    threading.Event().wait()
+
+
+def test_a_loop_that_stands_still_in_a_process_that_runs_is_found() -> None:
+    """Its other threads run, and could give heartbeats for ever."""
+    requests = device.make_requests([[3]]).take(np.zeros(0, np.int64))
+    spec = EngineSpec(
+        nothing=requests,
+        limits=SchedulerLimits(4, 64, 8, 64, 16, None),
+        stops=StopRules(requests.sampling, [device.EOS], device.VOCAB, None),
+        make=stand_still,
+        depth=1,
+        depth_of_few=None,
+        max_restarts=0,
+        hang_seconds=1.0,
+    )
+    received: SimpleQueue[Any] = SimpleQueue()
+    process = EngineProcess(spec, 0, lambda process, message: received.put(message))
+    assert received.get(timeout=60) is None
+    assert "gave no sign of life" in process.how_it_ended()
+    process.close()
+
+
+def test_heartbeats_are_those_of_the_loop() -> None:
+    stop = Interruption()
+    alive = Alive(stop)
+    assert alive() and alive()  # It has not begun.
+    alive.idle = False
+    assert not alive()
+    alive.turns += 1
+    assert alive() and not alive()
+    with stop.at_once():
+        assert alive() and alive()
+    assert not alive()
+
+
 @pytest.mark.parametrize("error", [Panic("index out of bounds"), RuntimeError("index out of bounds")])
 def test_an_error_while_messages_are_read_is_told_as_the_end(error: BaseException) -> None:
     received: list[Any] = []
@@ -137,9 +180,15 @@ def test_a_server_is_healthy_from_the_loaded_model_to_its_failure(monkeypatch: p
 
     async def check() -> None:
         api: Any = object.__new__(Api)
-        spec: Any = Spec()
+        spec: Any = Spec(again=True)
         engine = Engine([spec], None, collect_seconds=0.0, most_samples=9, tell=lambda text: None)  # type: ignore[arg-type]
         api.draining, api._engine = False, engine
+        assert (await api._health(None)).status_code == 503
+        engine._take(engine._processes[0], Standing.before(None), [])  # type: ignore[arg-type]
+        answer = await api._health(None)
+        assert answer.status_code == 200 and json.loads(answer.body) == {"replicas": 1, "loaded": 1}
+        # Its only process is lost, and another one loads the model.
+        engine._take(engine._processes[0], None, {})
         assert (await api._health(None)).status_code == 503
         engine._take(engine._processes[0], Standing.before(None), [])  # type: ignore[arg-type]
         assert (await api._health(None)).status_code == 200

@@ -193,7 +193,14 @@ def test_what_cannot_be_answered_is_told_as_the_api_does(server, path, body, sta
 def test_bodies_that_are_no_objects_are_refused(server):
     for body in (b"", b"{", b"[1]", b"\xff", b'{"a":1,"a":2}', b"[" * 50_000, b'{"prompt": "\\ud800"}'):
         assert server.client.post("/v1/completions", content=body).status_code == 400
-    assert server.client.get("/v1/completions").status_code == 405
+    compressed = server.client.post("/v1/completions", content=b"{}", headers={"Content-Encoding": "gzip"})
+    assert compressed.status_code == 415 and "gzip" in compressed.json()["error"]["message"]
+    wrong = server.client.get("/v1/completions")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"]["code"] == "method_not_allowed"
+    for body, told in ((b" ", "is empty"), (b"null", "not null"), (b'{"seed":' + b"9" * 5000 + b"}", "thousands of digits")):
+        assert told in server.client.post("/v1/completions", content=body).json()["error"]["message"]
+    assert server.client.get("/version").json()["version"]
     assert server.client.get("/v1/models/tiny").json()["id"] == "tiny" and server.client.get("/health").status_code == 200
     assert server.client.get("/tokenizer_info").json()["eos_token"] == "<eos>"
 

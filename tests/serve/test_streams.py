@@ -25,7 +25,7 @@ def test_what_is_new_of_streamed_samples_is_sent_until_they_are_finished_or_canc
     there: list[tuple[int, int, Generated]] = []
     scheduler = SimpleNamespace(under_way=lambda rows: [each for each in there if each[0] in rows])
     replica = SimpleNamespace(extend=lambda requests: [], withdraw=lambda row: None, scheduler=scheduler)
-    loop: Any = Loop(replica, None, [].append)  # type: ignore[arg-type]
+    loop: Any = Loop(replica, None, [].append, None)  # type: ignore[arg-type]
     prompts = [Wanted(np.array([1, 2], np.int32), SamplingParams(n=n)) for n in (2, 1, 2)]
     loop._obey(Add(engines._requests([5, 6, 7], prompts, np.zeros(3, np.int32)), (5, 7)))
     there[:] = [(5, 1, drawn(3, 4)), (6, 0, drawn(9)), (7, 0, drawn(8))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -16,7 +17,7 @@ SETTINGS = (
 _NO_EFFECT = frozenset(
     (
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        *("parallel_tool_calls", "cache_salt", "priority", "request_id"),
+        *("parallel_tool_calls", "cache_salt", "priority", "request_id", "session_id", "stream_interval"),
     )
 )
 """Fields that change no answer."""
@@ -35,16 +36,25 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "truncate_prompt_tokens": (-1,),
+    "detokenize": (True,),
+    "early_stopping": (False,),
+    "include_reasoning": (True,),
+    "watermarking": (False,),
+    "kv_transfer_params": ({},),
+    "vllm_xargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
 }
 """Fields that are not honoured, with the values that ask for what happens anyway; null is one for every field."""
 _REFUSED = frozenset(
     (
         *("reasoning_effort", "verbosity", "audio", "prediction", "web_search_options", "chat_template", "prompt_logprobs"),
         *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "allowed_token_ids"),
-        *("logits_processors", "thinking_token_budget"),
+        *("logits_processors", "logprob_token_ids", "prompt_embeds", "repetition_detection", "thinking_token_budget"),
     )
 )
 """Further known fields that are not honoured."""
+_INSTEAD = {"prompt_logprobs": "echo: true with logprobs, of /v1/completions, gives the log-probabilities of a prompt"}
 _COMMON = frozenset((*SETTINGS, "model", "logprobs", "stream", "stream_options", "best_of", "echo"))
 _OF_CHAT = frozenset(
     (
@@ -66,9 +76,10 @@ def refuse_field(name: str, value: Any, chat: bool) -> ApiError | None:
         accepted = (not chat,) if name == "add_special_tokens" else _NEUTRAL[name]
         if any(value == each and isinstance(value, bool) is isinstance(each, bool) for each in accepted):
             return None
-        return unsupported(name, f"is not supported, but for {' or '.join(map(str, accepted))}; leave it out")
+        written = " or ".join(json.dumps(each, ensure_ascii=False) for each in accepted)
+        return unsupported(name, f"accepts {written} alone here; leave it out")
     if name in _REFUSED:
-        return unsupported(name, "is not supported; leave it out")
+        return unsupported(name, f"is not supported; {_INSTEAD.get(name, 'leave it out')}")
     near = get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     if name in _OF_CHAT | _OF_COMPLETIONS:

@@ -106,6 +106,9 @@ def _parse(url: str, body: Any) -> Request:
     stream, options = _flag(given, "stream"), given.get("stream_options", {})
     if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation", "continuous_usage_stats"}:
         raise _Fault(ApiError("stream_options accepts include_usage", "stream_options", "invalid_value"))
+    if options.get("continuous_usage_stats"):
+        field = "stream_options.continuous_usage_stats"
+        raise _Fault(unsupported(field, "is not supported; include_usage: true gives the usage at the end"))
     if options and not stream:
         raise _Fault(ApiError("stream_options needs stream: true", "stream_options", "invalid_value"))
     usage = _flag(cast("dict[str, Any]", options), "include_usage", "stream_options.include_usage")

@@ -28,6 +28,11 @@ class Interruption:
             self._exit_code = EXIT_INTERRUPTED
         return self._exit_code
 
+    @property
+    def waits(self) -> bool:
+        """Whether a thread is in `at_once`, waiting for others."""
+        return self._breaks_into is not None
+
     def request(self, exit_code: int) -> None:
         """Ask for the stop; only the first request counts. Raises Stopped where the calling thread is in `at_once`, as the main
         thread may be when this is called from a signal handler."""

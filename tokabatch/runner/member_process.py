@@ -86,13 +86,15 @@ def serve(
     outbox: queue.Queue[Message | None] = queue.Queue(MAX_UNSENT)
     inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
     stopped = threading.Event()
-    sender = threading.Thread(target=send_messages, args=(outbox, pipe), daemon=True)
+    stop = Interruption(stopped.is_set)
+    alive = Alive(stop)
+    sender = threading.Thread(target=send_messages, args=(outbox, pipe, alive), daemon=True)
     sender.start()
     requests = ledger.plan.part(first.prompts, first.first, first.stop)
-    replica = build(number, requests, before, stop=Interruption(stopped.is_set), tell=outbox.put)
+    replica = build(number, requests, before, stop=stop, tell=outbox.put)
     over = threading.Event()
     threading.Thread(target=_listen, args=(pipe, inbox, stopped, replica, over), daemon=True).start()
-    loop = _Loop(replica, ledger, inbox, outbox, pace)
+    loop = _Loop(replica, ledger, inbox, outbox, pace, alive)
     error: TokabatchError | None = None
     try:
         loop.run(stopped)
@@ -110,6 +112,22 @@ def serve(
     replica.close()
 
 
+class Alive:
+    """Whether the loop of a scheduler's process goes on: it turns, has nothing to do, or waits for the worker, over which
+    another watch is kept. Heartbeats are sent only then: a thread beside a loop that stands still would send them for ever."""
+
+    def __init__(self, stop: Interruption) -> None:
+        self.turns = 0
+        self.idle = True
+        """Nothing to do; also before the loop begins."""
+        self._stop = stop
+        self._seen = 0
+
+    def __call__(self) -> bool:
+        moved, self._seen = self.turns != self._seen, self.turns
+        return moved or self.idle or self._stop.waits
+
+
 class _Loop:
     """Steps, and between them what main has sent."""
 
@@ -120,12 +138,14 @@ class _Loop:
         inbox: queue.SimpleQueue[Order | None],
         outbox: queue.Queue[Message | None],
         pace: Pace,
+        alive: Alive,
     ) -> None:
         self.idle: list[tuple[float, float]] = []
         self._replica = replica
         self._ledger = ledger
         self._inbox, self._outbox = inbox, outbox
         self._pace = pace
+        self._alive = alive
         self._finished: list[Completion] = []
         """Those that main has not been sent yet."""
         self._parts = 0
@@ -142,17 +162,21 @@ class _Loop:
             self._send(None)
 
     def _run(self, stopped: threading.Event) -> None:
-        replica = self._replica
+        replica, alive = self._replica, self._alive
+        alive.idle = False
         # The first standing tells that the model is loaded: it is always sent.
         self._tell(replica.start())
         while not stopped.is_set():
+            alive.turns += 1
             completions: list[Completion] = []
             if replica.scheduler.done:
                 self._due = 0.0 if self._pace.standing is not None else self._due
                 self._tell([])
                 self._want()
                 began = time.monotonic()
+                alive.idle = True
                 order = self._inbox.get()
+                alive.idle = False
                 self.idle.append((began, time.monotonic()))
                 completions += self._obey(order)
             with suppress(queue.Empty):
@@ -220,19 +244,18 @@ class _Loop:
         return []
 
 
-def send_messages(outbox: queue.Queue[Any], pipe: Connection) -> None:
-    """Send what is put into the queue, until None is; in between a None as a heartbeat. Once main has closed the pipe, nothing
-    is sent any more: what follows from that is up to the thread that receives."""
-    while True:
-        beat = False
+def send_messages(outbox: queue.Queue[Any], pipe: Connection, alive: Callable[[], bool]) -> None:
+    """Send what is put into the queue, until None is; first, and in between while the loop is `alive`, a None as a heartbeat.
+    Once main has closed the pipe, nothing is sent any more: what follows from that is up to the thread that receives."""
+    message, beat = None, True
+    while message is not None or beat:
+        if message is not None or alive():
+            with suppress(OSError):
+                pipe.send(message)
         try:
-            message = outbox.get(timeout=BEAT_SECONDS)
+            message, beat = outbox.get(timeout=BEAT_SECONDS), False
         except queue.Empty:
             message, beat = None, True
-        if message is None and not beat:
-            return
-        with suppress(OSError):
-            pipe.send(message)
 
 
 def _listen(

@@ -10,9 +10,11 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from functools import partial
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -36,15 +38,15 @@ from tokabatch.serve.stored_files import StoredFiles
 from tokabatch.workload.open_model import OpenModel
 
 CLIENT_GONE = 499
-"""The status noted for a client that did not wait; nobody receives it."""
+"""The status noted for a client that was gone before its answer."""
 LARGE_BODY = 1 << 16
-"""Bytes from which on others would wait for a body to be read."""
+"""Bytes from which on a body is parsed beside the event loop, which it would hold up."""
 Result = TypeVar("Result")
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 
 class Api:
-    """The application of one server; `app` is it for an ASGI server."""
+    """The application of one server; `app` is its ASGI callable."""
 
     def __init__(
         self,
@@ -80,17 +82,18 @@ class Api:
             ("/detokenize", self._detokenize, "POST"),
             ("/tokenizer_info", self._tokenizer_info, "GET"),
             ("/metrics", self._metrics, "GET"),
+            ("/version", self._version, "GET"),
         ]
         if files is not None and batches is not None:
             routes += FileRoutes(files, batches, self._object, config.max_file).routes
         guarded = [Route(path, self._guard(handler), methods=[method]) for path, handler, method in routes]
         self.app = Starlette(
             routes=[Route("/health", self._health), *guarded],
-            exception_handlers={404: self._no_route, 405: self._no_route},
+            exception_handlers={404: self._no_route, 405: self._no_route, 500: self._failed},
         )
 
     def _guard(self, handler: Handler) -> Handler:
-        """Ask for the key, and say what is wrong with a request as the API does."""
+        """Check the key, and answer a request that is refused in the API's form."""
         key = self._config.api_key
 
         async def guarded(http: HttpRequest) -> Response:
@@ -107,6 +110,10 @@ class Api:
                 response = JSONResponse(refused.error.body(), refused.error.status, headers)
             except ClientDisconnect:
                 response = Response(status_code=CLIENT_GONE)
+            except OSError as error:
+                # Of files and batches: nothing else reads or writes a disk.
+                message = f"the server's files cannot be read or written: {error.strerror or error}"
+                response = JSONResponse(ApiError(message, None, "storage", 503).body(), 503, {"Retry-After": "60"})
             self.answered[response.status_code] = self.answered.get(response.status_code, 0) + 1
             return response
 
@@ -145,7 +152,12 @@ class Api:
         return JSONResponse(described)
 
     async def _health(self, http: HttpRequest) -> Response:
-        return PlainTextResponse("", 200 if self._engine.ready and not self.draining else 503)
+        engine = self._engine
+        healthy = engine.ready and bool(engine.standings) and not self.draining
+        return JSONResponse({"replicas": engine.replicas, "loaded": len(engine.standings)}, 200 if healthy else 503)
+
+    async def _version(self, http: HttpRequest) -> Response:
+        return JSONResponse({"version": version("tokabatch")})
 
     async def _tokenize(self, http: HttpRequest) -> Response:
         body = await self._object(http)
@@ -185,9 +197,20 @@ class Api:
         return PlainTextResponse(render(self._engine, self.answered), media_type="text/plain; version=0.0.4")
 
     async def _no_route(self, http: HttpRequest, error: Exception) -> Response:
-        status = int(getattr(error, "status_code", 404))
-        what = "is not served" if status == 404 else f"does not take {http.method}"
-        return JSONResponse(ApiError(f"{http.url.path} {what}", None, "not_found", status).body(), status)
+        assert isinstance(error, HTTPException)
+        what, code = (
+            ("is not served", "not_found")
+            if error.status_code == 404
+            else (f"does not take {http.method}", "method_not_allowed")
+        )
+        body = ApiError(f"{http.url.path} {what}", None, code, error.status_code).body()
+        return JSONResponse(body, error.status_code, error.headers)
+
+    async def _failed(self, http: HttpRequest, error: Exception) -> Response:
+        """A defect, whose traceback goes to standard error."""
+        self.answered[500] = self.answered.get(500, 0) + 1
+        message = f"the server failed on this request: {type(error).__name__}; please report this with its standard error"
+        return JSONResponse(ApiError(message, None, "internal_error", 500).body(), 500)
 
     async def _object(self, http: HttpRequest) -> dict[str, Any]:
         return await self._body(http, lambda sent: sent)
@@ -196,6 +219,10 @@ class Api:
         """What `read` makes of the JSON object that was sent; of a large one, beside the event loop. Raises Refused."""
         most = self._config.max_body
         too_large = ApiError(f"the body has more than {most:,} bytes (server.max_body)", None, "body_too_large", 413)
+        encoding = http.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            message = f"a body of Content-Encoding {encoding!r} cannot be read; send it as it is"
+            raise Refused(ApiError(message, None, "unsupported_encoding", 415))
         length = http.headers.get("content-length", "0")
         if length.isdecimal() and int(length) > most:
             raise Refused(too_large)
@@ -204,6 +231,9 @@ class Api:
             body += part
             if len(body) > most:
                 raise Refused(too_large)
+
+        if not body.strip():
+            raise Refused(ApiError("the body is empty; send a JSON object", None, "invalid_json"))
 
         def parse() -> Result:
             parsed = parse_object(bytes(body))

@@ -163,6 +163,11 @@ class Engine:
         return self._ready.is_set() and self.failure is None
 
     @property
+    def replicas(self) -> int:
+        """How many processes there are, or are being started."""
+        return len(self._processes)
+
+    @property
     def standings(self) -> dict[int, Standing]:
         """By number, of each process that has loaded the model, as it last told."""
         return {number: standing for number, standing in enumerate(self._standing) if standing is not None}

@@ -27,7 +27,7 @@ from tokabatch.engine.heartbeat import die_with_parent
 from tokabatch.errors import EngineError, Stopped, TokabatchError
 from tokabatch.report.streams import make_tolerant
 from tokabatch.runner.interruption import Interruption
-from tokabatch.runner.member_process import BEAT_SECONDS, send_messages
+from tokabatch.runner.member_process import BEAT_SECONDS, Alive, send_messages
 from tokabatch.runner.replica import Replica, Standing
 from tokabatch.scheduling.completion_batch import CompletionBatch
 from tokabatch.scheduling.contracts import Completion, Requests
@@ -56,7 +56,8 @@ class EngineSpec:
     depth_of_few: int | None
     max_restarts: int
     hang_seconds: float
-    """A process without a sign of life for so long is killed. A step that stands still is the worker's, which it watches."""
+    """A process without a heartbeat for so long is killed: it is stopped, or its loop stands still. A step that stands still is
+    the worker's, over which the process keeps a watch of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,9 @@ def _main(pipe: Connection, pickled: bytes) -> None:
     inbox: queue.SimpleQueue[Add | Cancel | None] = queue.SimpleQueue()
     stopped = threading.Event()
     spec: EngineSpec = pickle.loads(pickled)
-    sender = threading.Thread(target=send_messages, args=(outbox, pipe), daemon=True)
+    stop = Interruption(stopped.is_set)
+    alive = Alive(stop)
+    sender = threading.Thread(target=send_messages, args=(outbox, pipe, alive), daemon=True)
     sender.start()
     replica = Replica(
         Scheduler(spec.nothing, spec.limits, spec.stops),
@@ -231,14 +234,14 @@ def _main(pipe: Connection, pickled: bytes) -> None:
         depth=spec.depth,
         depth_of_few=spec.depth_of_few,
         max_restarts=spec.max_restarts,
-        stop=Interruption(stopped.is_set),
+        stop=stop,
         tell=lambda text: outbox.put(Told(text)),
         keeps_steps=False,
     )
     threading.Thread(target=_listen, args=(pipe, inbox, stopped), daemon=True).start()
     error: TokabatchError | None = None
     try:
-        Loop(replica, inbox, outbox.put).run(stopped)
+        Loop(replica, inbox, outbox.put, alive).run(stopped)
     except TokabatchError as fault:
         error = fault
     except Stopped:
@@ -255,9 +258,14 @@ class Loop:
     """Steps, and between them what has come. `send` takes the messages to main."""
 
     def __init__(
-        self, replica: Replica, inbox: queue.SimpleQueue[Add | Cancel | None], send: Callable[[Message], None]
+        self,
+        replica: Replica,
+        inbox: queue.SimpleQueue[Add | Cancel | None],
+        send: Callable[[Message], None],
+        alive: Alive,
     ) -> None:
         self._replica = replica
+        self._alive = alive
         self._inbox = inbox
         self._send = send
         self._streamed: dict[int, dict[int, int]] = {}
@@ -266,13 +274,18 @@ class Loop:
 
     def run(self, stopped: threading.Event) -> None:
         """Until `stopped`, which is set before the last order, None. Raises what `Replica` raises."""
-        replica = self._replica
+        replica, alive = self._replica, self._alive
+        alive.idle = False
         self._finished(replica.start())
         self._send(replica.standing())
         while not stopped.is_set():
+            alive.turns += 1
             if replica.scheduler.done:
                 self._send(replica.standing())
-                self._obey(self._inbox.get())
+                alive.idle = True
+                order = self._inbox.get()
+                alive.idle = False
+                self._obey(order)
             with suppress(queue.Empty):
                 while True:
                     self._obey(self._inbox.get_nowait())

@@ -36,10 +36,12 @@ def parse_object(data: bytes) -> dict[str, Any] | RowError:
         return RowError(BAD_JSON, f"{error.msg} at character {error.pos}: {_shown(text)}")
     except RecursionError:
         return RowError(BAD_JSON, "nested too deeply")
-    except ValueError as error:
+    except _Refused as error:
         return RowError(BAD_JSON, str(error))
+    except ValueError:  # Python's limit on the digits of an int.
+        return RowError(BAD_JSON, "a whole number has thousands of digits")
     if not isinstance(value, dict):
-        return RowError(BAD_JSON, f"a row must be a JSON object, this line is {_kind(value)}: {_shown(text)}")
+        return RowError(BAD_JSON, f"a JSON object is expected, not {_kind(value)}: {_shown(text)}")
     row = cast("dict[str, Any]", value)
     return _surrogate_fault(text, row) or row
 
