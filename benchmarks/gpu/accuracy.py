@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("texts", type=Path)
-    parser.add_argument("--field", action="append", required=True, help="may stand several times: joined by line breaks")
+    parser.add_argument("--field", action="append", required=True, help="may be given several times: joined by line breaks")
     parser.add_argument("--limit", type=int, default=48)
     arguments = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))

@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def run_sections(names: list[str], small: bool) -> list[str]:
-    """Run each section; returns those that failed. A device may lack memory, a product or Triton for one of them, and its time
+    """Run each section; returns those that failed. A device may have no memory, product or Triton for one of them, and its time
     is too dear to give up the others for that."""
     failed: list[str] = []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu real --model-folder MODEL --gsm8k FOLDER
     python -m benchmarks.gpu.real MODEL FOLDER generation.n=4 input.limit=50      # the same, any key of the job overridden
 
-The model is any trained one that knows no chat (SmolLM2-135M, say): eight worked examples, 64 samples a question, `stop` before
-the next question. FOLDER holds test.jsonl, and train*.jsonl for the examples, as the hub has them. Unlike the other workloads
-nothing is drawn beforehand: steps hold prompts and samples of all lengths side by side, and the run has the tail it has.
+The model is any trained one without a chat format (SmolLM2-135M, for example): eight worked examples, 64 samples a question,
+`stop` before the next question. FOLDER holds test.jsonl, and train*.jsonl for the examples, as the hub has them. Unlike in the
+other workloads, no lengths are drawn beforehand: steps hold prompts and samples of all lengths side by side, up to the tail.
 
 What is printed of it: output tokens a second of the steps' time (from result to result, the first steps included), the least
 that the roofline of the device allows for these very steps, the tail's share, what launching and scheduling took the host, and

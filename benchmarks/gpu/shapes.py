@@ -1,4 +1,4 @@
-"""The shapes of the models that are measured, as their published config.json give them. Knows no torch.
+"""The shapes of the models that are measured, as their published config.json give them. Imports no torch.
 
 `tiny` is none of them: it runs the same code on a CPU in seconds.
 """

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.whole_pass JOB.json FIGURES.json [KEY=VALUE ...]
 
 The clock of the whole pass runs from the first step to the last finished output on disk, so that reading, loading and warming
-up stand apart. The steady state is the longest stretch in which at least nine tenths of the most running samples run.
+up are separate. The steady state is the longest stretch in which at least nine tenths of the most running samples run.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Watch(NullProgress):
         print(f"    {text}", flush=True)
 
     def after_step(self) -> bool:
-        """Called by `run` whenever samples may have come in, and while it reads: whether to stop."""
+        """Whether to stop; `run` calls it whenever samples may have finished, and while it reads."""
         if not self.snapshots or self.snapshots[-1].phase != "generating":
             return False
         now = time.thread_time()

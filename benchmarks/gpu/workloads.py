@@ -7,7 +7,7 @@
     c       one document of 32k tokens, 256 questions of 50 tokens, 64 out
     d       512 prompts of 2,048 tokens with nothing in common, 16 out: nearly all of it is prefill
 
-`scale` shrinks counts and lengths alike, to try the code out. Knows no engine and no torch.
+`scale` shrinks counts and lengths alike, to try the code out. Imports no engine and no torch.
 
 Shape legend: P prompts, N samples a prompt.
 """

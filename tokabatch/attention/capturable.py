@@ -38,14 +38,14 @@ class PrefixKind:
 
 
 class PrefixPass(Protocol):
-    """Such a pass of a fixed number of queries, planned: what a graph may hold."""
+    """A planned pass for a fixed number of queries, which a graph may contain."""
 
     def begin(self, slot_1: torch.Tensor) -> None:
-        """Whose pages the step reads; int32 [1], on the device."""
+        """Read the page ids of this slot, int32 [1] on the device; once a step."""
         ...
 
     def attend(self, layer: int, q_THD: torch.Tensor, state_NTHD: torch.Tensor, lse_NTH: torch.Tensor) -> None:
-        """Each part's outputs [N, T, H, D] and their log-sum-exp [N, T, H], base 2."""
+        """Write the outputs of the parts, [N, T, H, D], and their log-sum-exp, [N, T, H], base 2."""
         ...
 
 
@@ -62,10 +62,9 @@ class Capturable(Protocol):
         ...
 
     def prefix_kind(self, queries: int, pages: int) -> PrefixKind | None:
-        """How so many queries over so many pages that all of them share, or over most of these, are computed by a kernel of the
-        backend's; None where tiles are as fast."""
+        """The pass for so many queries over at most so many pages that all of them share; None where tiles are as fast."""
         ...
 
     def prefix_pass(self, kind: PrefixKind, queries: int) -> PrefixPass:
-        """That pass for so many queries, planned."""
+        """Plan such a pass for so many queries."""
         ...

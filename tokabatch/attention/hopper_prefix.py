@@ -1,8 +1,8 @@
 """One long prefix of all queries of a step by FlashInfer's prefill kernel for Hopper GPUs (fa3), for captured steps.
 
-256 queries over 32,768 keys take it 0.24 ms a layer with heads of 128 dimensions, where the Triton tiles take 0.41. The keys
-are cut into parts, each a request of the kernel's, so that they fill the device. Its plan follows from the numbers of queries
-and of keys alone: it is made once, and a graph reads it for ever. Which pages the keys lie in is read from the page table.
+It takes 0.24 ms a layer for 256 queries over 32,768 keys with heads of 128 dimensions, the Triton tiles 0.41. The keys
+are split into parts, each a request to the kernel, so that all multiprocessors are busy. The plan depends on the numbers of
+queries and keys alone: it is made once for a graph. The page ids are read from the page table in each step.
 
 Shape legend: N parts, T queries, H query heads, D head dimension.
 """
@@ -16,17 +16,17 @@ from tokabatch.attention.base import KVShape
 from tokabatch.attention.capturable import PagedCache, PrefixKind
 
 LEAST_KEYS = 8192
-"""Keys from which a prefix is worth graphs of its own."""
+"""Fewest keys of a prefix that is computed this way."""
 HEAD_DIM = 128
 """With heads of 64 dimensions the tiles are as fast."""
 TILE_QUERIES = 128
-"""Queries of one program, of which it leaves idle what a pass lacks."""
+"""Queries of one program: passes of fewer leave part of it idle."""
 STEP_KEYS = 4096
-"""What the keys of a pass are a multiple of, so that few lengths, each with graphs of its own, serve all."""
+"""The keys of a pass are a multiple of this, so that prefixes of many lengths share few graphs."""
 
 
 def kind_of(shape: KVShape, num_cores: int, queries: int, pages: int) -> PrefixKind | None:
-    """How so many queries over so many pages, or most of them, are computed; None where tiles are as fast."""
+    """The pass for so many queries over at most so many pages; None where tiles are as fast."""
     tiles = -(-queries // TILE_QUERIES)
     programs = tiles * shape.num_heads
     is_full = 4 * queries >= 3 * TILE_QUERIES * tiles and programs <= num_cores
@@ -40,7 +40,7 @@ class HopperPrefix:
     """See `PrefixPass`."""
 
     def __init__(self, kind: PrefixKind, queries: int, cache: PagedCache, shape: KVShape, workspace: torch.Tensor) -> None:
-        """Plan it. `workspace` is scratch memory that kernels before and after it may use, too."""
+        """Plan it. `workspace` is scratch memory, which other kernels of the same stream may use, too."""
         parts, dtype, device = kind.parts, cache.k_LNKPD.dtype, workspace.device
         self._cache = cache
         self._page_ids = torch.zeros(kind.pages, dtype=torch.int32, device=device)

@@ -66,7 +66,7 @@ class _Block:
     num_passes: int
     mask_BQL: torch.Tensor | None
     merged: bool
-    """Some of its tokens attend to other pages in a pass of their own, so that the log-sum-exp is wanted."""
+    """Some of its tokens attend to other pages in another pass, so that the log-sum-exp is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ class TorchPagedAttention:
         self, block: _Block | _LongPass, q_KTGD: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, need_lse: bool
     ) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor]]:
         """One block's attention, a part of its tokens at a time: these, outputs [K, tokens, G, D] and natural log-sum-exp
-        [K, tokens, G] (empty unless asked for)."""
+        [K, tokens, G] (empty unless required)."""
         kv_heads, _, group, dim = q_KTGD.shape
         batch = kv_heads * (block.num_passes if isinstance(block, _Block) else 1)
         k_BLD = k_cache.index_select(1, block.pages).view(batch, -1, dim).to(self._compute)
@@ -253,7 +253,7 @@ class TorchPagedAttention:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that take host memory only where they are written: torch clears its own, numpy asks for clear pages."""
+    """Zeros that take host memory only where they are written: torch clears its own, numpy takes cleared pages."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -1,4 +1,4 @@
-"""The worker process from its first instruction on. Imports nothing heavy, so that the watches stand before anything else can
+"""The worker process from its first instruction on. Imports nothing heavy, so that the watches are set before anything else can
 take time or fail: what the worker is made of arrives pickled, and unpickling imports it."""
 
 from __future__ import annotations

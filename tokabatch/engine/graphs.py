@@ -1,4 +1,4 @@
-"""CUDA graphs for a ladder of sizes, captured when they are first wanted or, better, shortly before, in one memory.
+"""CUDA graphs for a ladder of sizes, captured at first use or, better, shortly before, sharing one memory pool.
 
 Independent of steps: `captured` says what is computed at each size.
 """
@@ -120,7 +120,7 @@ class Ladder(Generic[Kind, Made]):
         return size
 
     def make_ahead(self) -> bool:
-        """Capture one that will be wanted, while the device is busy: one that is worth it, or the next smaller coarse size, as
+        """Capture one for later steps while the device is busy: one that is worth it, or the next smaller coarse size, as
         samples end and fewer are left. False where there is none."""
         while self._worth:
             if (wanted := self._worth.pop()) not in self._made:

@@ -29,7 +29,7 @@ _LAYOUT = struct.Struct("<qq?")
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a worker may stand still before it counts as hung, in seconds."""
+    """Seconds without progress after which a worker counts as hung."""
 
     step: float = 120.0
     """Without finishing a step, while it has one."""
@@ -69,7 +69,7 @@ class Pulse:
                 self._pipe.send_bytes(_LAYOUT.pack(self.begun, self.finished, self.waiting))
                 time.sleep(BEAT_SECONDS)
         except OSError:
-            # Without cleaning up: the main thread may stand still in a kernel or a lock.
+            # Without cleaning up: the main thread may be blocked in a kernel or a lock.
             os._exit(0)
 
 
@@ -84,7 +84,7 @@ def die_with_parent() -> None:
 
 
 class Vitals:
-    """What the signs say. Knows no clock: the caller tells how much time has passed."""
+    """Evaluates the signs. It reads no clock: the caller passes the time that has elapsed."""
 
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
@@ -95,7 +95,7 @@ class Vitals:
         """The worker has loaded what it needs."""
 
     def beat(self, begun: int, finished: int, waiting: bool) -> None:
-        """A heartbeat has come in."""
+        """A heartbeat was received."""
         self._silent = 0.0
         if finished != self._finished or waiting or begun == finished:
             self._standing = 0.0
@@ -116,7 +116,7 @@ class Vitals:
         limit = patience.step if self._finished >= WARMING_STEPS else patience.warming
         if self._standing > limit:
             oldest = self._finished + 1
-            # A worker launches ahead: which of its steps stands still is not known.
+            # A worker launches ahead, so that the step that hangs is unknown.
             which = f"step {oldest} was" if self._begun == oldest else f"steps {oldest} to {self._begun} were"
             return f"{which} not done after {self._standing:.0f} s"
         return None

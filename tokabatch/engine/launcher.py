@@ -1,4 +1,4 @@
-"""Launches steps on a worker and measures: the CPU time that each launch takes and, where the job asks for it, what the device
+"""Launches steps on a worker and measures: the CPU time that each launch takes and, where the job has `trace`, what the device
 does during a few steps (torch's profiler, as a Chrome trace).
 
 Independent of process boundaries; the executors launch through it.
@@ -75,7 +75,7 @@ class StepTrace:
         activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
         self._warm_up = min(WARM_UP_STEPS, spec.start - 1)
         with warnings.catch_warnings():
-            # That a trace from step 1 on has no warm-up is what the job asked for.
+            # A trace from step 1 on has no warm-up; the job set that.
             warnings.simplefilter("ignore", UserWarning)
             steps = schedule(wait=0, warmup=self._warm_up, active=spec.steps, repeat=1)
         self._tracer = profile(activities=[activity], schedule=steps, on_trace_ready=self._write)

@@ -32,7 +32,7 @@ REPORTED_GROWTH, HOST_SHARE = 1.5, 0.6
 """Memory that kept log-probabilities take over what is stored of them (`scheduling.generated`), and the share of the host's
 free memory that they may take beside a GPU."""
 ABSENT_WORKING_BYTES, ABSENT_SHARE = 4 << 30, 0.9
-"""What a step needs beside weights and logits, and what of the rest the cache gets, on a GPU that cannot be asked."""
+"""What a step needs beside weights and logits, and what of the rest the cache gets, on a GPU whose memory cannot be queried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def decide_sizes(
     host = available_memory() // replicas
     fitting = _fitting_pages(config, spec, dtype, facts, device, max_running, host, absent_memory)
     if device == "cuda" and absent_memory is None:
-        # What the GPU holds in the end only its worker can tell; what the host keeps of it is bounded here.
+        # How much fits on the GPU only its worker can measure; what the host keeps of it is bounded here.
         reported = pages_reported(facts, max_running, page, int(host * HOST_SHARE))
         sizes = replace(sizes, useful_pages=min(sizes.useful_pages, reported))
         fitting = min(fitting, reported)
@@ -161,7 +161,7 @@ def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
         budget = fitting
         remedy = "use a machine with more memory, lower generation.logprobs or engine.max_running where they are high"
     else:
-        # A small job does not fill what is asked for.
+        # A small job does not fill the configured size.
         budget = min(asked // page, max(sizes.useful_pages, needed))
         if least <= budget and fitting < budget:
             raise JobError(
@@ -221,7 +221,7 @@ def _fitting_pages(
 
 
 def ranks_of(config: EngineConfig) -> list[Mesh]:
-    """The ranks of a worker, each where it stands."""
+    """The ranks of a worker, each with its place in the mesh."""
     return [Mesh(rank, config.tensor, config.pipeline) for rank in range(config.tensor * config.pipeline)]
 
 
@@ -249,7 +249,7 @@ def page_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, ranks:
 
 
 def _free_gpu_memory() -> int:
-    """Bytes that no process has taken, or all the GPU has where its management library is not there to tell. Asks without a
+    """Bytes that no process has taken, or all the GPU has where its management library is missing. Queries it without a
     CUDA context, which takes some hundred megabytes of the GPU for as long as its process lives: only the worker needs one."""
     total = int(torch.cuda.get_device_properties(0).total_memory)
     try:

@@ -41,7 +41,7 @@ def warm_up_steps(sizes: ReplicaSizes, draws: Sequence[SamplingParams]) -> Itera
 
 
 def kinds_of_drawing(sampling: Sequence[SamplingParams]) -> tuple[SamplingParams, ...]:
-    """One of each kind that the sampler has a kernel for, and what a step with all of them asks for."""
+    """One of each kind that the sampler has a kernel for, and one that combines all of them."""
     kinds = {_kind(params): params for params in sampling}
     found = zip(*kinds, strict=True) if kinds else ((False,), (False,), (-1,), (False,))
     random, filtered, logprobs, penalised = (max(values) for values in found)

@@ -45,7 +45,7 @@ class Launches(Protocol):
     def launch(self, step: StepBatch) -> Running: ...
 
     def make_ahead(self) -> None:
-        """Get ready what steps to come will want. Called while the device has a step behind the one that runs."""
+        """Prepare graphs for later steps. Called while the device has a step queued behind the one that runs."""
         ...
 
     def close(self) -> None: ...
@@ -58,7 +58,7 @@ class Resume:
 
 def serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any, bool], pulse: Pulse) -> None:
     """The worker process, given what builds the worker, of what, and whether it answers: its sizes when it is ready, then a
-    result for each step, until the other end closes. After any error but the want of memory it ends: the device's context may
+    result for each step, until the other end closes. After any error but a lack of memory it ends: the device's context may
     be gone, and is never used again.
 
     Steps are drained by a thread: were both sides to block in a send larger than the pipe's buffer, neither would go on.
@@ -85,7 +85,7 @@ def _work(
     launcher: Launches, steps: queue.Queue[StepBatch | Resume | None], pipe: Connection, pulse: Pulse, answers: bool
 ) -> None:
     """Launch what arrives, ahead of sending back what is done: the device always has the next step queued. Between two launches
-    a moment goes to what later steps will want."""
+    a moment is used to prepare for later steps."""
     results = pipe if answers else None
     launched: deque[Running] = deque()
     ahead = False
@@ -129,7 +129,7 @@ def _send_back(running: Running, results: Connection | None, pulse: Pulse) -> No
 
 
 def dropped(step: StepBatch, error: RuntimeError | MemoryError) -> StepDropped:
-    """What to tell of a step that the device had no memory for. Raises any other error again."""
+    """The message about a step that the device had no memory for. Raises any other error again."""
     if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and CPU_OUT_OF_MEMORY not in str(error):
         raise error
     if torch.cuda.is_initialized():

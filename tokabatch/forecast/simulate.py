@@ -79,7 +79,7 @@ class Simulation:
 
     @property
     def waited(self) -> float:
-        """Steps that running samples sat out for want of pages, over output tokens."""
+        """Steps that running samples skipped because pages were missing, over output tokens."""
         return self.counts.waited_steps / max(self.counts.output_tokens, 1)
 
 

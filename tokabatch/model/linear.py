@@ -1,8 +1,8 @@
 """Matrix products with fixed weights. Three kinds behind one protocol, chosen once at load: `DenseLinear` anywhere; on the CPU
 in float32 `PackedLinear`, which keeps oneDNN's blocked layout (about twice the speed of the plain product where MKL has no
-AVX-512 path); and `Fp8Linear`, weights and inputs in e4m3, where a job asks for it.
+AVX-512 path); and `Fp8Linear`, weights and inputs in e4m3, where a job sets `model.quantization: fp8`.
 
-What a product takes may be made in the form it wants: `normed_for` and `gated_for` round to e4m3 in the same pass that
+The input of a product can be made in the form that it takes: `normed_for` and `gated_for` round to e4m3 in the same pass that
 normalises or gates.
 
 Shape legend: T tokens, I input features, O output features.

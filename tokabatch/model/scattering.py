@@ -87,7 +87,8 @@ class Scattering:
 
 
 def measure_scattering(layer: LayerProducts, mesh: Mesh, has_row_bias: bool, most_tokens: int) -> Scattering | None:
-    """What is worth it for a model of such layers, by its first one; None where nothing is. Every tensor rank must call it."""
+    """Measure on the first layer of a model what scattering gains; None where it gains nothing.
+    Every tensor rank must call it."""
     overlapped: dict[int, frozenset[str]] = {}
     try:
         for size in SIZES:

@@ -31,11 +31,11 @@ LOADING_SECONDS = 60.0
 """How long importing a judge may take, whatever the deadline of a verdict."""
 NOT_JUDGED = "not judged: the run was stopped before"
 BACKLOG_SECONDS, GROW_SECONDS = 0.25, 0.5
-"""Another process is started where the samples that wait will take so long, and the last one was started so long ago. Each
-has a thread in the run's own process, which has enough to do: with eight judges of GSM8K where one keeps up, steps on a GPU
-took a fifth longer."""
+"""Another process is started where the waiting samples will take the existing ones so long, and the last one was started so
+long ago. Each has a thread in the main process: with eight judges of GSM8K where one keeps up, steps on a GPU took a fifth
+longer."""
 TOGETHER_SECONDS = 0.005
-"""Verdicts of so much time are received at once: to look for each as it comes would cost the run's own process half of what a
+"""Verdicts are received in intervals of so many seconds: to receive each by itself would cost the main process half of what a
 verdict of GSM8K costs the judge."""
 _LOOK_SECONDS, _READ_BYTES = 0.25, 1 << 18
 _START = """import json, sys
@@ -144,7 +144,7 @@ class JudgePool:
         return self._queue.qsize() * pace / max(1, len(self._threads))
 
     def close(self) -> None:
-        """End all processes, with what they started. What is not judged by then is told so."""
+        """End all processes, with what they started. Samples without a verdict get one that says so (`NOT_JUDGED`)."""
         self._closed = True
         for _ in self._threads:
             self._queue.put(None)
@@ -214,7 +214,7 @@ class JudgeProcess:
     """One process with the judge loaded. Raises JobError where the judge cannot be."""
 
     def __init__(self, spec: JudgeSpec, running: list[JudgeProcess] | None = None) -> None:
-        """While it lives it stands in `running`, for other threads to kill it."""
+        """While the process runs it is in `running`, so that other threads can kill it."""
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -267,7 +267,7 @@ class JudgeProcess:
             self._asked_at = None
 
     def seconds_asked(self, now: float = 0.0) -> float:
-        """How long it took for its answers, and has been taking until `now` for the next."""
+        """Seconds that its answers took, and that the next one has been taking until `now`."""
         asked_at = self._asked_at
         return self._seconds + (0.0 if asked_at is None else max(0.0, now - asked_at))
 
@@ -288,13 +288,13 @@ class JudgeProcess:
             self._process.wait()
 
     def close(self) -> None:
-        """`kill`, by the thread that asks."""
+        """`kill`, and close the connection; called by the thread that uses it."""
         self.kill()
         self._running.remove(self)
         self._connection.close()
 
     def _receive(self, seconds: float) -> list[Any]:
-        """What has come in, or comes in first."""
+        """At least one message. Raises JudgeLost where none comes within so many seconds."""
         deadline = time.monotonic() + seconds
         try:
             while not (answers := unpacked(self._received)):
@@ -343,6 +343,6 @@ def judge_spec(verify: VerifyConfig) -> JudgeSpec:
 
 
 def open_pool(verify: VerifyConfig) -> JudgePool:
-    """The pool that a job asks for; it starts nothing yet."""
+    """The pool of a job; no process is started yet."""
     processes = max(1, len(os.sched_getaffinity(0)) // 2) if verify.processes == "auto" else verify.processes
     return JudgePool(judge_spec(verify), processes, verify.seconds)

@@ -1,4 +1,4 @@
-"""Penalties and biases: what is done to the logits of the rows that ask for it before a token is drawn from them.
+"""Penalties and biases: changes to the logits of some rows before a token is drawn from them.
 
 In this order, which is transformers' and vLLM's: rules add their values (`logit_bias`; minus infinity for `bad_words`, and for
 tokens that would end a sample before `min_tokens`), then the tokens of prompt and output are divided by `repetition_penalty`,
@@ -35,7 +35,7 @@ _TOKEN, _VALUE, _UNTIL, _BEFORE = 0, 1, 2, 3
 
 @dataclass(frozen=True, slots=True)
 class PenalisedRows:
-    """Those of a step's rows that are penalised, and what the host knows of them."""
+    """The penalised rows of a step, with the facts about them that the host needs."""
 
     table: Penalties
     count: int
@@ -49,7 +49,7 @@ class PenalisedRows:
     """Some row has a penalty besides rules."""
     num_rules: int
     num_before: int
-    """Tokens of the longest context that a rule asks for."""
+    """Tokens of the longest context of a rule."""
 
     def blocks(self, vocab_size: int) -> Iterator[PenalisedBlock]:
         """In parts that bound the scratch memory."""
@@ -85,7 +85,7 @@ class Penalties:
         self._numbers = torch.zeros(num_slots, 4, dtype=torch.float64, device=device)
         """The length of the prompt, repetition, presence and frequency penalty of each slot."""
         self._rules = self._no_rules(num_slots, 0, 0)
-        # What the host must know of a step's rows, by slot.
+        # What the host needs to launch a step, by slot.
         self._penalised, self._counted = np.zeros((2, num_slots), np.bool_)
         self._num_rules, self._num_before = np.zeros((2, num_slots), np.int32)
 

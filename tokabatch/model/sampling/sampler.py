@@ -64,7 +64,7 @@ class Sampled:
 
     @property
     def logprob_S(self) -> torch.Tensor:
-        """float32, of the drawn token under the unmodified distribution; NaN where the row asked for none."""
+        """float32, of the drawn token under the unmodified distribution; NaN where the row has `logprobs` off."""
         return self.packed[2].view(torch.float32)
 
     @property
@@ -258,7 +258,7 @@ class _Block:
         return token_S.index_copy(0, rows, torch.where(filtered_S[rows], drawn, token_S[rows]))
 
     def _logprobs(self, token_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the drawn tokens, NaN where none is wanted, and the most likely ones' ids and theirs."""
+        """Of the drawn tokens, NaN where the row has them off, and the most likely ones' ids and theirs."""
         logits_SV, shard, wanted = self._logits_SV, self._shard, self._inputs.max_logprobs
         none_SK = torch.empty(len(token_S), 0, dtype=torch.float32, device=token_S.device)
         if wanted < 0:

@@ -1,6 +1,6 @@
 """Sampling parameters by slot: a table on the device that a step indexes, and the same on the host.
 
-Opening slots sends their records in one transfer and scatters them. What a step must know of its rows before it launches
+Opening slots sends their records in one transfer and scatters them. What is needed of a step's rows before it is launched
 (`SamplerInputs`) is read from the host's copy, so nothing waits for the device. On a CPU both are one memory.
 
 Shape legend: S rows of a step, A slots opened, W words of a record.
@@ -85,7 +85,7 @@ class SlotColumns:
 
 @dataclass(frozen=True, slots=True)
 class SamplerInputs:
-    """How each of a step's rows is drawn, and what the host knows about them all."""
+    """How each row of a step is drawn, and the facts about all of them that choose kernels."""
 
     table: SlotTable
     slot_S: torch.Tensor
@@ -96,7 +96,7 @@ class SamplerInputs:
     any_filter: bool
     """Some row that is not greedy uses top_p, top_k or min_p."""
     max_logprobs: int
-    """The maximum of `logprobs`: -1 where no row wants any."""
+    """The maximum of `logprobs`: -1 where all rows have them off."""
 
 
 class SlotTable:
@@ -106,7 +106,7 @@ class SlotTable:
         self._records = np.zeros(num_slots, RECORD)
         self._records["temperature"] = self._records["top_p"] = 1.0
         self._records["logprobs"] = -1
-        # What `inputs` tells of a step's rows, by slot: it changes only when a slot is opened.
+        # What `inputs` returns for each slot: it changes only when the slot is opened.
         self._random = np.ones(num_slots, np.bool_)
         self._filtered = np.zeros(num_slots, np.bool_)
         self._logprobs = np.full(num_slots, -1, np.int32)
@@ -122,7 +122,7 @@ class SlotTable:
             self.store(*to_device_all((slot_A, words_AW), self.words.device))
 
     def note(self, slot_A: Int64, words_AW: Int32) -> None:
-        """The host's part of `open`: what `inputs` tells is up to date; the device's records are not."""
+        """The host's part of `open`: `inputs` is up to date afterwards, the records on the device are not."""
         if not len(slot_A):
             return
         records = words_AW.view(RECORD)[:, 0]
@@ -152,7 +152,7 @@ class SlotTable:
 
 
 def packed(inits: SlotInit) -> tuple[Int64, Int32]:
-    """What `SlotTable.open` wants on the device: the slots [A], and their records as words [A, W]."""
+    """What `SlotTable.open` sends to the device: the slots [A], and their records as words [A, W]."""
     records = np.empty(len(inits.slot), RECORD)
     for field in RECORD.names or ():
         records[field] = getattr(inits, field)

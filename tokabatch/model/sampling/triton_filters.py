@@ -61,7 +61,7 @@ def _kth_largest(key, exists, k, SHIFT: tl.constexpr):
 def _list_parts(highest, low, finite, list_ptr, mass_ptr, part_stride, WIDTH: tl.constexpr, SHIFT: tl.constexpr):
     """Lists a row's parts that reach above a key, sets the masses of the others to 0, and returns how many there are."""
     part = tl.arange(0, WIDTH)
-    # A row that is not finite lists no part and keeps its masses, which tell of it.
+    # A row that is not finite lists no part and keeps its masses, which show that.
     considered = part < tl.where(finite, part_stride, 0)
     key = key_of(highest, SHIFT)
     active = considered & (key > low)
@@ -270,7 +270,7 @@ def _filter(
                 logits_ptr, list_ptr, count, vocab, top, inverse, edge - 1, high, above, wanted,
                 step, _NO_END, False, SHIFT, STAGES,
             )  # fmt: skip
-            # A tied token passes while those before it hold less than is wanted.
+            # A tied token passes while those before it hold less than the required mass.
             ties = (wanted - above) / tl.exp((value_of(edge, SHIFT) - top) * inverse)
             keep = tl.ceil(tl.minimum(tl.maximum(ties, 1.0), 2.0**30)).to(tl.int32)
         each = tl.exp((value_of(edge, SHIFT) - top) * inverse)

@@ -110,7 +110,7 @@ def is_filtered(record):
 
 @triton.jit
 def inverse_temperature(temperature):
-    """1 for a greedy row, whose masses only tell whether it is finite."""
+    """1 for a greedy row, whose masses only show whether it is finite."""
     return tl.where(temperature > 0, 1.0 / tl.maximum(temperature, _COLDEST), 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Samples on a GPU: every logit is read once, in its own dtype, whatever the batch asks for besides filters.
+"""Samples on a GPU: every logit is read once, in its own dtype, whatever the batch needs besides filters.
 
 The first kernel leaves, for each part of 128 tokens of a row, its largest logit and its sum of exponentials. In the second,
 one program a row makes the row's uniform number, finds the part that it falls into by the running mass, and walks that part:
@@ -208,7 +208,7 @@ def sample(
 
 
 def summarise(rows: Rows, want_plain: bool, shard: VocabularyShard) -> torch.Tensor:
-    """Of each row and each of this rank's parts the largest logit, the mass at the row's temperature, and where that is wanted
+    """Of each row and each of this rank's parts the largest logit, the mass at the row's temperature, and where needed
     the mass at temperature 1: float32, [2 or 3, S, N]."""
     device, num_rows = rows.logits_SV.device, len(rows.logits_SV)
     part_stride = rows.part_stride // shard.mesh.tensor_size
