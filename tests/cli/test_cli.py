@@ -426,7 +426,7 @@ class TestQuickstart:
         )  # fmt: skip
         assert done.returncode == 3, done.stderr
         assert "generating" not in done.stderr
-        assert "bad_json" in done.stdout and "2 = 1 ok + 1 errors" in done.stdout
+        assert "bad_json" in done.stdout and "2 = 1 ok + 1 error" in done.stdout
         named = re.compile(r"bad_json +1 +\S*rows.jsonl line 2 .*Expecting value")
         assert named.search(done.stdout) and f"tokabatch errors {tmp_path / 'out'} " in done.stdout
         found = tokabatch("errors", tmp_path / "out")

@@ -28,6 +28,7 @@ def test_right_and_wrong_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = [replace(SAMPLE, row_index=row, correct=False) for row in (5, 6)]
     shown = show(monkeypatch, {"right": tuple(right), "wrong": tuple(wrong)})
     assert list(shown) == ["row 0, sample 0, right", "row 1, sample 0, right", "row 5, sample 0, wrong"]
+    assert list(show(monkeypatch, {"wrong": (replace(SAMPLE, unjudged="it hung"),)})) == ["row 0, sample 0, no verdict"]
     assert list(show(monkeypatch, {"right": tuple(right)})) == [f"row {row}, sample 0, right" for row in (0, 1, 2)]
 
 

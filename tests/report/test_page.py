@@ -80,10 +80,12 @@ def test_samples_error_rows_and_what_the_run_was():
     right = Excerpt(3, 1, "text <i>", "stop", 12, True, {"question": "q & a", "none": None})
     wrong = replace(right, row_index=4, correct=False, text="x" * 9000)
     errors = ErrorRows((ErrorRow(7, "7", 2, "bad_json", "line 8: <why>"),), {"bad_json": 5})
-    shown = {"right": (right,), "wrong": (wrong,), "longest": (right,)}
+    unjudged = replace(wrong, row_index=5, correct=None, unjudged="it <hung>", finish_reason="scored")
+    shown = {"right": (right,), "wrong": (wrong, unjudged), "longest": (right,)}
     page = render_page(replace(RUN, facts=[("device", "a <GPU>")], error_rows=errors, samples_shown=shown))
-    assert page.count("<details>") == 3 and page.index("Right samples") < page.index("Wrong samples") < page.index("Longest")
+    assert page.count("<details>") == 4 and page.index("Right samples") < page.index("Wrong samples") < page.index("Longest")
     assert "row 3, sample 1 <small>12 tokens, ended by stop" in page and "text &lt;i&gt;" in page and "q &amp; a" in page
+    assert "no verdict</b> <small>(it &lt;hung&gt;)</small> row 5" in page and "ended by scored" not in page
     assert "x […]" in page and "x" * 4001 not in page
     assert "<td>bad_json<td>7<td>line 8: &lt;why&gt;" in page and "and 4 more of this code" in page
     assert "<th>device<td>a &lt;GPU&gt;" in page
@@ -97,7 +99,7 @@ def test_every_figure_of_a_whole_run_is_there():
     for title in (*titles, "Predicted and actual"):
         assert f"<figcaption>{title}" in page
     assert page.count("<svg") == 7
-    for fact in ("97.2%", "132", "pass@4 (70.0% to 80.0%)", "mean score", "pending", "40.0 s"):
+    for fact in ("77.8%", "132", "pass@4 (70.0% to 80.0%)", "pass@1 (30.0% to 50.0%)", "pending", "40.0 s"):
         assert fact in page
     assert len(page) < 400_000
 

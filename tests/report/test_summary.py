@@ -71,6 +71,16 @@ class TestRunSummary:
     def test_no_row_at_all(self) -> None:
         assert facts(run_sections(replace(SUMMARY, ok=0, errors=400)))["result"].startswith("no row could be completed")
 
+    def test_what_worries_is_told_first(self) -> None:
+        assert "10 of 400 samples (2.5%) are errors" in facts(run_sections(SUMMARY))["result"]
+        silent = replace(SUMMARY, exit_code=0, unverified=390)
+        assert "NO SAMPLE HAS A VERDICT" in facts(run_sections(silent))["result"]
+        assert facts(run_sections(replace(silent, unverified=389)))["result"] == "complete"
+
+    def test_the_work_of_a_start_that_continued_a_run_is_called_that(self) -> None:
+        titles = [section.title for section in run_sections(replace(SUMMARY, earlier=300))]
+        assert "Work of this start" in titles and "Work" not in titles
+
     def test_in_a_notebook(self) -> None:
         shown = replace(SUMMARY, output_path="out/<x>")._repr_html_()
         assert "<b>Run</b><table><tr><td>result</td>" in shown and "out/&lt;x&gt;" in shown and "<x>" not in shown

@@ -85,10 +85,10 @@ def field_at(model: type[BaseModel], path: Sequence[str | int]) -> FieldInfo | N
 
 
 def accepts_of(info: FieldInfo) -> Accepts:
-    """The words for a field's type."""
+    """The words for a field's type, with an example of the field's own where it has one."""
     for entry in info.metadata:
         if isinstance(entry, Accepts):
-            return entry
+            return Accepts(entry.what, info.examples[0]) if info.examples else entry
     section = section_of(info.annotation)
     if section is not None:
         fields = section.model_fields
@@ -98,4 +98,5 @@ def accepts_of(info: FieldInfo) -> Accepts:
         return Accepts(f"a mapping of the keys {', '.join(fields)}{null}", f"{{{example}}}")
     assert get_origin(info.annotation) is Literal, info
     choices = [write_value(choice) for choice in get_args(info.annotation)]
-    return Accepts(f"one of {', '.join(choices)}", choices[0])
+    other = next(each for each in choices if each != write_value(info.default))
+    return Accepts(f"one of {', '.join(choices)}", info.examples[0] if info.examples else other)

@@ -33,12 +33,14 @@ class ModelConfig(Section):
     """The model and its tokenizer."""
 
     path: fields.ModelPath = Field(description="Hugging Face id or local folder of the model (safetensors).")
-    revision: fields.OptionalText = Field(default=None, description="Branch, tag or commit of a hub model.")
+    revision: fields.OptionalText = Field(examples=["main"], default=None, description="Branch, tag or commit of a hub model.")
     tokenizer: fields.OptionalModelPath = Field(
         default=None, description="Id or folder of the tokenizer, if not the model's own."
     )
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Type to compute in; auto is the model's own on a GPU and float32 on a CPU."
+        examples=["bfloat16"],
+        default="auto",
+        description="Type to compute in; auto is the model's own on a GPU and float32 on a CPU.",
     )
     quantization: Literal["none", "fp8"] = Field(
         default="none", description="fp8: the layers' products in e4m3, weights rounded when they load; on a GPU."
@@ -51,15 +53,19 @@ class InputConfig(Section):
     path: fields.InputPath = Field(
         description="JSONL (.gz, .zst) or Parquet: a file, folder, glob or fsspec URL; or hf://datasets/OWNER/NAME."
     )
-    subset: fields.OptionalText = Field(default=None, description="Configuration of a hub dataset, such as main.")
-    split: fields.OptionalText = Field(default=None, description="Split of a hub dataset, such as test.")
+    subset: fields.OptionalText = Field(
+        examples=["main"], default=None, description="Configuration of a hub dataset, such as main."
+    )
+    split: fields.OptionalText = Field(examples=["test"], default=None, description="Split of a hub dataset, such as test.")
     format: Literal["auto", "rows", "openai"] = Field(
         default="auto", description="openai: each line is a request of an OpenAI batch file; auto: decided by the first line."
     )
     limit: fields.OptionalCount = Field(
         default=None, description="Read only this many rows, or requests of a batch file, from the first on."
     )
-    id_column: fields.OptionalText = Field(default=None, description="Column whose values identify rows; null: the row number.")
+    id_column: fields.OptionalText = Field(
+        examples=["task_id"], default=None, description="Column whose values identify rows; null: the row number."
+    )
 
 
 class FewShotConfig(Section):
@@ -77,7 +83,11 @@ class PromptConfig(Section):
     template: fields.OptionalTemplate = Field(
         default=None, description="Sandboxed Jinja over the row's columns; row['my column'] for a name that is not one word."
     )
-    system: fields.OptionalTemplate = Field(default=None, description="System message, where a chat template applies.")
+    system: fields.OptionalTemplate = Field(
+        examples=['"You answer in one short sentence."'],
+        default=None,
+        description="System message, where a chat template applies.",
+    )
     chat: fields.AutoFlag = Field(
         default="auto", description="Whether the tokenizer's chat template applies; auto: where it has one."
     )
@@ -89,11 +99,16 @@ class PromptConfig(Section):
         default={}, description="Variables for the chat template, such as enable_thinking: false."
     )
     messages: fields.OptionalText = Field(
-        default=None, description="Column of chat messages; a final message of the assistant is continued."
+        examples=["messages"],
+        default=None,
+        description="Column of chat messages; a final message of the assistant is continued.",
     )
-    token_ids: fields.OptionalText = Field(default=None, description="Column that holds a list of token ids.")
+    token_ids: fields.OptionalText = Field(
+        examples=["prompt_token_ids"], default=None, description="Column that holds a list of token ids."
+    )
     few_shot: FewShotConfig | None = Field(default=None, description="Examples in front of every prompt.")
     continuations: fields.Text = Field(
+        examples=["options"],
         default="continuations",
         description="Column of continuations to score: texts or lists of token ids; rows without it are scored as a whole.",
     )
@@ -126,7 +141,7 @@ class EngineConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the GPU where there is one.")
     replicas: fields.AutoCount = Field(
-        default="auto", description="Copies of the model, each on its own devices; auto: one per visible GPU."
+        examples=["8"], default="auto", description="Copies of the model, each on its own devices; auto: one per visible GPU."
     )
     tensor: fields.Count = Field(default=1, description="Devices over which each layer of a replica is split.")
     pipeline: fields.Count = Field(default=1, description="Devices over which the layers of a replica are divided.")
@@ -136,9 +151,13 @@ class EngineConfig(Section):
         default="auto", description="Type of cached keys and values: auto, as computed; fp8, half of it, on a GPU."
     )
     max_running: fields.AutoCount = Field(
-        default="auto", description="Maximum number of samples running at once; auto: from the cost of a step."
+        examples=["256"],
+        default="auto",
+        description="Maximum number of samples running at once; auto: from the cost of a step.",
     )
-    max_step_tokens: fields.AutoCount = Field(default="auto", description="Maximum number of tokens computed in one step.")
+    max_step_tokens: fields.AutoCount = Field(
+        examples=["4K"], default="auto", description="Maximum number of tokens computed in one step."
+    )
     profile: fields.OptionalFile = Field(
         default=None,
         description="Cost model measured by `tokabatch profile`, for max_step_tokens: auto and for predictions.",
@@ -166,7 +185,9 @@ class OutputConfig(Section):
     """Where the completions go, as Parquet."""
 
     path: fields.FolderPath = Field(description="Folder of the results; it is created.")
-    rows_per_shard: fields.Count = Field(default=50000, description="Maximum number of samples in one Parquet file.")
+    rows_per_shard: fields.Count = Field(
+        examples=["10000"], default=50000, description="Maximum number of samples in one Parquet file."
+    )
     flush_seconds: fields.Seconds = Field(default=30.0, description="Longest time until a finished sample is on disk.")
     columns: fields.Columns = Field(default="all", description="Input columns to carry over to the output.")
     split_reasoning: fields.Tags = Field(
@@ -179,10 +200,14 @@ class TraceConfig(Section):
     """Record what the device does in a few steps: a Chrome trace, for Perfetto or chrome://tracing. The run stalls for a
     second or two while it is written."""
 
-    path: fields.FilePath = Field(description="File to write, such as trace.json.gz; one that exists is replaced.")
-    start: fields.Count = Field(default=50, description="The first step to record; a run's first step is 1.")
-    steps: fields.Count = Field(default=5, description="How many steps to record.")
-    replica: fields.Index = Field(default=0, description="Of several replicas, the one to record; the first is 0.")
+    path: fields.FilePath = Field(
+        examples=["trace.json.gz"], description="File to write, such as trace.json.gz; one that exists is replaced."
+    )
+    start: fields.Count = Field(examples=["100"], default=50, description="The first step to record; a run's first step is 1.")
+    steps: fields.Count = Field(examples=["10"], default=5, description="How many steps to record.")
+    replica: fields.Index = Field(
+        examples=["1"], default=0, description="Of several replicas, the one to record; the first is 0."
+    )
 
 
 class StopConfig(Section):
@@ -210,11 +235,13 @@ class VerifyConfig(Section):
     kind: fields.Verifier = Field(
         description="Name of a verifier, or your own: ./my_judge.py, ./my_judge.py:grade or package.module:grade."
     )
-    answer: fields.OptionalText = Field(default=None, description="Column that holds the reference answer.")
+    answer: fields.OptionalText = Field(
+        examples=["answer"], default=None, description="Column that holds the reference answer."
+    )
     options: fields.Options = Field(default={}, description="Further arguments of the function, by name.")
     correct_from: fields.Number = Field(default=1.0, description="A score of at least this counts as correct.")
     processes: fields.AutoCount = Field(
-        default="auto", description="Maximum number of judge processes; auto: half of the CPU cores."
+        examples=["4"], default="auto", description="Maximum number of judge processes; auto: half of the CPU cores."
     )
     seconds: fields.Seconds = Field(
         default=10.0, description="Time limit of a verdict; one that takes longer is null, and its process is replaced."

@@ -61,6 +61,8 @@ class Excerpt:
     num_output_tokens: int
     correct: bool | None
     columns: Mapping[str, Any]
+    unjudged: str = ""
+    """Why the job's judge gave no verdict, where it gave none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,4 +183,5 @@ def _read(shard: ListedFile, place: _Place) -> Excerpt:
         values["num_output_tokens"] or 0,
         values["correct"] if CORRECT.name in own else None,
         {name: value for name, value in values.items() if name not in own},
+        values["verify_error"] or "it is not judged yet" if CORRECT.name in own and values["correct"] is None else "",
     )

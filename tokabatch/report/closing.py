@@ -52,7 +52,8 @@ def _few(out: Path) -> list[Excerpt]:
 
 
 def _sample(sample: Excerpt) -> tuple[str, str]:
-    verdict = "" if sample.correct is None else ", right" if sample.correct else ", wrong"
+    verdict = ", right" if sample.correct else "" if sample.correct is None else ", wrong"
+    verdict = ", no verdict" if sample.unjudged else verdict
     label = f"row {sample.row_index:,}, sample {sample.sample_index:,}{verdict}"
     return label, _cut(sample.text.strip(), _SAMPLE_LINES, _SAMPLE_CHARACTERS) or "(no text)"
 

@@ -103,7 +103,7 @@ def _errors(run: RunRecord) -> str:
 def _samples(run: RunRecord) -> str:
     titles: dict[Kind, str] = {
         "right": "Right samples",
-        "wrong": "Wrong samples",
+        "wrong": "Wrong samples, and those without a verdict",
         "first": "Samples",
         "longest": "Longest samples",
     }
@@ -116,8 +116,11 @@ def _samples(run: RunRecord) -> str:
 
 
 def _sample(sample: Excerpt) -> str:
-    mark = "" if sample.correct is None else "<b class=good>right</b> " if sample.correct else "<b class=bad>wrong</b> "
-    ended = f"{sample.num_output_tokens:,} tokens, ended by {sample.finish_reason}"
+    mark = "<b class=good>right</b> " if sample.correct else "" if sample.correct is None else "<b class=bad>wrong</b> "
+    if sample.unjudged:
+        mark = f"<b class=bad>no verdict</b> <small>({escape(sample.unjudged)})</small> "
+    ended = f"{sample.num_output_tokens:,} tokens"
+    ended += "" if sample.finish_reason == "scored" else f", ended by {sample.finish_reason}"
     columns = "".join(f"<tr><th>{escape(name)}<td>{escape(_cut(value))}" for name, value in sample.columns.items())
     return (
         f"<details><summary>{mark}row {sample.row_index:,}, sample {sample.sample_index:,} "
@@ -139,7 +142,18 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
     """Label, value, and whether it should worry the reader."""
     s, pending = run.summary, run.samples - run.ok - run.errors - run.cancelled
     last = ", last start" if s.get("earlier") else ""
-    rows: list[tuple[str, str, bool]] = [
+    rows: list[tuple[str, str, bool]] = []
+    # The last of each kind, which is that of all samples, and pass@1.
+    last_of_kind = {each.name.rstrip("0123456789"): each for each in run.estimates or ()}
+    pass_at_1 = next((each.value for each in run.estimates or () if each.name == "pass@1"), None)
+    for each in run.estimates or ():
+        if each.name == "mean score" and each.value == pass_at_1:  # Of verdicts that are right or wrong, the same figure.
+            continue
+        if each.name == "pass@1" or each in last_of_kind.values():
+            rows.append((f"{each.name} ({each.low:.1%} to {each.high:.1%})", f"{each.value:.1%}", False))
+    if run.estimates is not None and pending:
+        rows.append(("of pass@k before all samples are there: short ones finish first", "no estimate", True))
+    rows += [
         (f"of {run.samples:,} samples ok", f"{run.ok:,}", False),
         ("errors", f"{run.errors:,}", run.errors > 0),
     ]
@@ -155,24 +169,9 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         rows.append(("output tokens a second", f"{s['output_tokens_per_second']:,.0f}", False))
     if len(run.lengths):
         rows.append(("output tokens", f"{int(run.lengths.sum(dtype=np.int64)):,}", False))
-    if s.get("cacheable_tokens"):
-        rows.append(
-            (
-                "of the shared prompt tokens not computed again" + last,
-                f"{s['cached_tokens'] / s['cacheable_tokens']:.1%}",
-                False,
-            )
-        )
-    # The last of each kind, which is that of all samples, and pass@1.
-    last_of_kind = {each.name.rstrip("0123456789"): each for each in run.estimates or ()}
-    mean = next((each.value for each in run.estimates or () if each.name == "mean score"), None)
-    for each in run.estimates or ():
-        if each.name == "pass@1" and each.value == mean:  # Of verdicts that are right or wrong, the same figure.
-            continue
-        if each.name == "pass@1" or each in last_of_kind.values():
-            rows.append((f"{each.name} ({each.low:.1%} to {each.high:.1%})", f"{each.value:.1%}", False))
-    if run.estimates is not None and pending:
-        rows.append(("of pass@k before all samples are there: short ones finish first", "no estimate", True))
+    if s.get("cached_tokens"):
+        share = f"{s['cached_tokens'] / s['prompt_tokens']:.1%}"
+        rows.append(("of the prompt tokens shared and not computed again" + last, share, False))
     if s.get("step_seconds"):
         rows.append(
             (

@@ -73,9 +73,8 @@ def read_record(out: Path) -> RunRecord:
 def _facts(out: Path, manifest: Manifest, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the run was: when and where it started, on what, with which settings."""
     job, versions = manifest.job, manifest.versions
-    settings = ", ".join(
-        f"{name} {write_value(value)}" for name, value in job.get("generation", {}).items() if value not in (None, [], {})
-    )
+    drawn = {} if job.get("mode") == "score" else job.get("generation", {})
+    settings = ", ".join(f"{name} {write_value(value)}" for name, value in drawn.items() if value not in (None, [], {}))
     verified, device = job.get("verify") or {}, summary.get("device", "")
     rows = [
         ("started", manifest.started.replace("T", " ")),

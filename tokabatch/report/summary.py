@@ -18,7 +18,6 @@ from tokabatch.scoring.estimates import Estimate
 _EXIT_WORDS = {
     0: "complete",
     2: "stopped like the start before it: nothing can be written to the output folder; fix that, then run it again",
-    3: "complete, but with more errors than errors.max_fraction allows",
     4: "the sample counts do not add up: rows x n is not ok + errors + cancelled + pending. This is a bug, please report it",
     75: "stopped before the end; what was finished is committed, run it again to go on",
     130: "interrupted before the end; what was finished is committed, run it again to go on",
@@ -159,8 +158,13 @@ class RunSummary:
 def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, ...]:
     """The final summary of a run; `verbose` adds the figures of the scheduler and the engine."""
     result = _EXIT_WORDS.get(summary.exit_code, f"exit code {summary.exit_code}")
+    if summary.exit_code == 3:
+        share = f"{summary.errors:,} of {summary.samples:,} samples ({summary.errors / max(1, summary.samples):.1%}) are errors"
+        result = f"complete, but {share}, more than errors.max_fraction allows; raise it to accept them"
     if summary.exit_code == 3 and not summary.ok:
         result = "no row could be completed: the error rows say why"
+    if summary.exit_code == 0 and summary.ok and summary.unverified >= summary.ok:
+        result = "complete, but NO SAMPLE HAS A VERDICT: correct the judge or the references, then run `tokabatch score`"
     counts = [
         ("result", result),
         ("rows", count_text(summary.rows)),
@@ -185,7 +189,8 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
     if not summary.steps:
         work = [("time", seconds_text(summary.seconds)), ("computed", "nothing: no sample was missing")]
         work = work if not summary.pending and summary.ok else work[:1]
-    sections = [Section("Run", tuple(counts)), Section("Work", (*work, *_faults(summary)))]
+    title = "Work of this start" if summary.earlier and summary.steps else "Work"
+    sections = [Section("Run", tuple(counts)), Section(title, (*work, *_faults(summary)))]
     if summary.replicas:
         columns = ("replica", "samples", "output tokens", "prefilled tokens", "idle", "idle in the last tenth")
         table = tuple(
@@ -212,7 +217,10 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
 
 def verdict_sections(estimates: Sequence[Estimate], done: int, samples: int | None, estimator: str = "") -> tuple[Section, ...]:
     """What the verdicts say, of `done` samples of so many; `estimator` says how."""
-    rows = [(each.name, f"{each.value:.4f}  ({each.low:.4f} to {each.high:.4f})") for each in estimates]
+    # Of verdicts that are right or wrong, the mean score is pass@1.
+    same = {each.value for each in estimates if each.name == "pass@1"}
+    shown = [each for each in estimates if each.name != "mean score" or each.value not in same]
+    rows = [(each.name, f"{each.value:.4f}  ({each.low:.4f} to {each.high:.4f})") for each in shown]
     if estimates:
         rows.append(("in brackets", "95 % intervals over the rows"))
         rows += [("estimated", estimator)] if estimator else []
@@ -259,7 +267,7 @@ def _steps(summary: RunSummary) -> str:
 
 
 def _books(summary: RunSummary) -> str:
-    parts = [f"{count_text(summary.ok)} ok", f"{count_text(summary.errors)} errors"]
+    parts = [f"{count_text(summary.ok)} ok", f"{count_text(summary.errors)} error{'' if summary.errors == 1 else 's'}"]
     parts += [f"{count_text(summary.cancelled)} cancelled"] if summary.cancelled else []
     parts += [f"{count_text(summary.pending)} pending"] if summary.pending else []
     return f"{count_text(summary.samples)} = {' + '.join(parts)}"

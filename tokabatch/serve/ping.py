@@ -31,7 +31,9 @@ def ping(url: str, prompt: str, *, chat: bool, max_tokens: int, api_key: str | N
         raise kind(f"{base} answers with status {error.code}: {text}") from error
     except OSError as error:
         reason = getattr(error, "reason", None) or error
-        raise UsageError(f"no server at {base}: {reason}; start one with `tokabatch serve MODEL`") from error
+        raise UsageError(
+            f"no server at {base}: {reason}; start one with `tokabatch serve MODEL`, or give its address with --url"
+        ) from error
     except (ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{base} does not answer as a server of OpenAI's API does") from error
 

@@ -20,30 +20,43 @@ class _Section(BaseModel):
 class ServerConfig(_Section):
     """Keys of `tokabatch serve`, not of a job file: where it listens, and its limits."""
 
-    host: fields.Text = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for all of this machine's.")
+    host: fields.Text = Field(
+        examples=["0.0.0.0"], default="127.0.0.1", description="Address to listen on; 0.0.0.0 for all of this machine's."
+    )
     port: Port = Field(default=8000, description="Port to listen on; 0: any free port.")
-    name: fields.OptionalText = Field(default=None, description="Name of the model in requests; null: model.path.")
+    name: fields.OptionalText = Field(
+        examples=["my-model"], default=None, description="Name of the model in requests; null: model.path."
+    )
     api_key: fields.OptionalText = Field(
-        default=None, description="Key that clients must send as `Authorization: Bearer …`; null: none."
+        examples=["secret"], default=None, description="Key that clients must send as `Authorization: Bearer …`; null: none."
     )
     context: fields.OptionalCount = Field(
-        default=None, description="Maximum number of tokens of a prompt and its output; null: the model's context."
+        examples=["8192"],
+        default=None,
+        description="Maximum number of tokens of a prompt and its output; null: the model's context.",
     )
     collect_ms: Milliseconds = Field(
         default=5.0, description="While samples run, requests are collected for this long before they join them."
     )
-    max_body: fields.Count = Field(default=32 << 20, description="Maximum size of a request's body, in bytes.")
+    max_body: fields.Count = Field(
+        examples=["64M"], default=32 << 20, description="Maximum size of a request's body, in bytes."
+    )
     max_request_tokens: fields.Count = Field(
-        default=1 << 20, description="Maximum number of tokens per request: prompts times n times max_tokens."
+        examples=["4M"], default=1 << 20, description="Maximum number of tokens per request: prompts times n times max_tokens."
     )
     max_waiting: fields.Count = Field(
-        default=1 << 16, description="Maximum number of samples running and waiting; requests beyond it get status 503."
+        examples=["1K"],
+        default=1 << 16,
+        description="Maximum number of samples running and waiting; requests beyond it get status 503.",
     )
     files: fields.OptionalText = Field(
+        examples=["batches"],
         default="tokabatch-files",
         description="Folder of /v1/files and /v1/batches, created when the server starts; null: neither is served.",
     )
-    max_file: fields.Count = Field(default=512 << 20, description="Maximum size of an uploaded file, in bytes.")
+    max_file: fields.Count = Field(
+        examples=["1G"], default=512 << 20, description="Maximum size of an uploaded file, in bytes."
+    )
     flush_seconds: fields.Seconds = Field(
         default=10.0, description="Longest time until a finished sample of a batch is on disk."
     )

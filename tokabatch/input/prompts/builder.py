@@ -106,7 +106,10 @@ class PromptBuilder:
         )
         whole = self._given is not None and self._given not in present
         of_whole = (f"the input has no column {self._given!r} (prompt.continuations): each row's whole text is scored",)
-        return (*self._source.describe(present), *described, *(of_whole if whole else ()))
+        templated = self._given is not None and self.chat and self._config.chat == "auto" and self._config.messages is None
+        of_chat = ("mode is score, and texts go through the chat template; write prompt.chat: false to score them as they are",)
+        notes = (*(of_whole if whole else ()), *(of_chat if templated else ()))
+        return (*self._source.describe(present), *described, *notes)
 
     def build(self, rows: Sequence[Row]) -> list[Prompt | RowError]:
         """One result a row, in order; all texts of the batch are tokenised in one call."""
