@@ -139,7 +139,7 @@ def test_a_killed_scheduler_is_counted_and_the_next_one_goes_on_counting(model, 
     summary = run(job(model, rows, tmp_path / "killed"), Striking())
     assert table(tmp_path / "killed") == table(tmp_path / "calm")
     assert dict(summary.restarts) == {"scheduler": 1}
-    assert summary.prompt_tokens > struck[0] and summary.prompt_tokens >= calm.prompt_tokens > 0
+    assert summary.prefilled_tokens > struck[0] and summary.prompt_tokens >= calm.prompt_tokens > 0
     assert summary.prefilled_tokens + summary.cached_tokens >= summary.prompt_tokens
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
@@ -14,7 +12,7 @@ import typer
 
 from tokabatch.cli.arguments import DEVICES, JobArgument, OutArgument, OverridesArgument
 from tokabatch.cli.folder import read_state
-from tokabatch.cli.job import checked_job, starting
+from tokabatch.cli.job import checked_job, seconds_since_start, starting
 from tokabatch.cli.printing import print_note, print_result
 from tokabatch.errors import UsageError
 
@@ -64,17 +62,19 @@ def plan(
     """
     if not simulate and (device, profile, price, lengths) != (None, None, None, "max"):
         raise typer.BadParameter("--device, --lengths, --profile and --price belong to --simulate; add it")
-    # Rows are counted where someone watches; lines in a log would tell no more than the result does.
-    with checked_job(job, overrides) as loaded, starting(not os.isatty(2)) as progress:
+    with checked_job(job, overrides) as loaded, starting(False) as progress:
         planner = import_module("tokabatch.runner.plan")
-        snapshot, begun = import_module("tokabatch.report.progress").ProgressSnapshot, time.monotonic()
+        snapshot = import_module("tokabatch.report.progress").ProgressSnapshot
 
         def on_rows(rows: int, errors: int) -> None:
-            progress.update(snapshot("reading", time.monotonic() - begun, rows_done=rows, errors=errors))
+            progress.update(snapshot("reading", seconds_since_start(), rows_done=rows, errors=errors))
+
+        def on_steps(steps: int) -> None:
+            progress.update(snapshot("simulating", seconds_since_start(), steps=steps))
 
         if simulate:
             scenario = import_module("tokabatch.forecast.predict").Scenario(device, profile, price, lengths)
-            report, outlook = planner.plan_and_simulate(loaded, scenario, on_rows)
+            report, outlook = planner.plan_and_simulate(loaded, scenario, on_rows, on_steps)
         else:
             report, outlook = planner.plan(loaded, on_rows), None
     sections = import_module("tokabatch.report.plan_report").plan_sections

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count as counter
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +71,11 @@ def predict_run(
     device: Device | None,
     profile: SavedProfile | None,
     fleet: FleetRules | None = None,
+    on_steps: Callable[[int], None] = lambda steps: None,
 ) -> Outlook:
     """Simulate the whole job in its layout, each replica under `limits` on the scenario's `device`, then a part of it on one
-    replica under others. `fleet` says how several replicas share the work. Raises UsageError where nothing is left to run, or
+    replica under others. `fleet` says how several replicas share the work; `on_steps` is told how many steps were
+    simulated. Raises UsageError where nothing is left to run, or
     nothing is known of this machine's device."""
     if not len(workload.requests):
         raise UsageError("there is nothing to simulate: every row is an error row; `plan` without --simulate says why")
@@ -80,7 +83,7 @@ def predict_run(
     lengths, described = _lengths(scenario.lengths)
     begin = time.perf_counter()
     layout = workload.layout
-    seconds = seconds_of_ranks(cost, layout.tensor, layout.pipeline)
+    seconds = _counting(seconds_of_ranks(cost, layout.tensor, layout.pipeline), on_steps)
     whole = simulate(workload.requests, limits, seconds, lengths, fleet=fleet)
     trials, trial_samples = _trials(workload, limits, seconds, lengths)
     counts = whole.counts
@@ -182,6 +185,18 @@ def _lengths(described: str) -> tuple[Lengths, str]:
     if not (values[0] >= 1 and 0 <= values[1] <= 4):
         raise UsageError(f"--lengths {described}: MEAN is at least 1, SIGMA from 0 to 4")
     return lognormal(*values), f"log-normal, mean {values[0]:g}, sigma {values[1]:g}, cut at max_tokens"
+
+
+def _counting(seconds: Callable[[StepWork], Number], on_steps: Callable[[int], None]) -> Callable[[StepWork], Number]:
+    """The same seconds, telling how many steps were asked for, every 64 of them."""
+    steps = counter()
+
+    def told(work: StepWork) -> Number:
+        if (number := next(steps)) % 64 == 0:
+            on_steps(number)
+        return seconds(work)
+
+    return told
 
 
 def _trials(

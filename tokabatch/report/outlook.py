@@ -107,7 +107,7 @@ def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
             for trial in outlook.trials
         )
         columns = ("engine.max_running", "engine.max_step_tokens", "time", "output tok/s", " ")
-        sections.append(Section(f"Settings tried on {outlook.trial_samples:,} samples", table, columns))
+        sections.append(Section(f"Settings tried for one replica, on {outlook.trial_samples:,} samples", table, columns))
     return tuple(sections)
 
 

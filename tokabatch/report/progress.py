@@ -24,7 +24,7 @@ from rich.text import Text
 
 from tokabatch.report.sections import seconds_text
 
-Phase = Literal["starting", "reading", "loading", "generating", "writing"]
+Phase = Literal["starting", "reading", "simulating", "loading", "generating", "writing"]
 
 _REFRESH_SECONDS = 0.2
 _LINE_SECONDS = 5.0
@@ -38,8 +38,8 @@ _LATEST_SECONDS = 1.0
 @dataclass(frozen=True, slots=True)
 class ProgressSnapshot:
     """Where a run stands. Totals are None while they are not known; a row is done with its last sample; `kv_used` is the
-    fraction of the KV pages in use; `elapsed` counts seconds since the run began; `tokens_in` are the prompt tokens of the
-    samples begun, those shared with others included, `tokens_out` the tokens sampled."""
+    fraction of the KV pages in use; `elapsed` counts seconds since the run began; `tokens_in` are the prompt tokens
+    computed, of which shared ones count once, `tokens_out` the tokens sampled, `steps` those of a simulation."""
 
     phase: Phase
     elapsed: float
@@ -53,6 +53,7 @@ class ProgressSnapshot:
     kv_used: float = 0.0
     running: int = 0
     waiting: int = 0
+    steps: int = 0
     tokens_left: int | None = None
     """Output tokens still expected, by the lengths seen so far."""
 
@@ -292,6 +293,8 @@ def _draw(snapshot: ProgressSnapshot, rates: Rates) -> Group:
 def _facts(snapshot: ProgressSnapshot, rates: Rates) -> list[str]:
     if snapshot.phase == "starting":
         return []
+    if snapshot.phase == "simulating":
+        return [f"steps {snapshot.steps:,}"]
     facts = [f"rows {_of(snapshot.rows_done, snapshot.rows_total)}"]
     if snapshot.samples_total is not None:
         facts.append(f"samples {_of(snapshot.samples_done, snapshot.samples_total)}")

@@ -37,7 +37,10 @@ def plan(job: Job | Mapping[str, Any] | str | Path, on_rows: Callable[[int, int]
 
 
 def plan_and_simulate(
-    job: Job, scenario: Scenario, on_rows: Callable[[int, int], None] | None = None
+    job: Job,
+    scenario: Scenario,
+    on_rows: Callable[[int, int], None] | None = None,
+    on_steps: Callable[[int], None] = lambda steps: None,
 ) -> tuple[PlanReport, Outlook]:
     """The same, and what is left of the run simulated under a scenario, for whose device everything is planned then; where
     nothing is left, the whole job. Raises UsageError for one that cannot be."""
@@ -47,7 +50,7 @@ def plan_and_simulate(
         workload = _to_compute(previewed)
         fleet = FleetRules(workload.layout.replicas, Ledger, wants_more, to_give)
         limits = scheduler_limits(sizes, workload.layout.pipeline)
-        outlook = predict_run(workload, limits, scenario, device, profile, fleet)
+        outlook = predict_run(workload, limits, scenario, device, profile, fleet, on_steps)
         return _plan_report(job, previewed, sizes), outlook
 
 

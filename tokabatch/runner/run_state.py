@@ -92,7 +92,7 @@ class RunState:
                 samples_done=workload.samples_total - left + counts.finished,
                 samples_total=workload.samples_total,
                 errors=self.recorder.tally.errors,
-                tokens_in=counts.prompt_tokens,
+                tokens_in=counts.prefilled_tokens,
                 tokens_out=counts.output_tokens,
                 kv_used=standing.kv_used,
                 running=standing.running,

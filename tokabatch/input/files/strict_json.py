@@ -33,7 +33,7 @@ def parse_object(data: bytes) -> dict[str, Any] | RowError:
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        return RowError(BAD_JSON, f"{error.msg} at character {error.pos}: {_shown(text)}")
+        return RowError(BAD_JSON, f"{error.msg.removesuffix(' at')} at character {error.pos}: {_shown(text)}")
     except RecursionError:
         return RowError(BAD_JSON, "nested too deeply")
     except _Refused as error:
