@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,10 +26,10 @@ if __name__ == "__main__":
     recorder.BATCH_SAMPLES = 4
     add, file = recorder.Recorder.add, (notes / f"finished-{os.getpid()}").open("a", buffering=1)
 
-    def noted(self: recorder.Recorder, completions: list) -> None:  # pyright: ignore[reportMissingTypeArgument]
+    def noted(self: recorder.Recorder, completions: list, goes_on: Callable[[], bool]) -> None:  # pyright: ignore
         for completion in completions:
             file.write(f"{completion.row_index} {completion.sample_index}\n")
-        add(self, completions)
+        add(self, completions, goes_on)
 
     recorder.Recorder.add = noted
     del sys.argv[1:3]

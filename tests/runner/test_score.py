@@ -22,7 +22,7 @@ from tokabatch.output.manifest import read_manifest
 from tokabatch.runner import score as scoring
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.score import score, score_to
-from tokabatch.scoring.pool import NOT_JUDGED
+from tokabatch.scheduling.contracts import NOT_JUDGED
 
 OLD = {"kind": "gsm8k", "answer": "answer"}
 VERDICTS = ("correct", "verify_score", "verify_error", "extracted", "length")

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pyarrow.parquet as pq
 import pytest
 from support.scripted_run import scripted_engine, scripted_job
 
@@ -21,9 +22,11 @@ from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.leases import Leases
 from tokabatch.output.manifest import Manifest, read_manifest
+from tokabatch.runner import judging
 from tokabatch.runner import run as running
 from tokabatch.runner import shared as sharing
 from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.recorder import Recorder
 from tokabatch.runner.resume import Reuse, start
 from tokabatch.runner.shared import Shared, close_shared, cut_earlier_run
 from tokabatch.storage.atomic_files import DurableFiles
@@ -145,5 +148,31 @@ def test_names_that_others_gave_are_on_the_disk_before_the_run_is_marked_complet
         (claim.folder.success).unlink()
         monkeypatch.setattr(sharing, "mark_success", lambda *given: happened.append("marked"))
         del happened[:]
-        close_shared(claim, cast("Any", SimpleNamespace(samples_total=40)))
+        close_shared(job, claim, cast("Any", SimpleNamespace(samples_total=40)), Interruption(), ignore, ignore)
         assert happened == ["data", "marked"]
+
+
+def test_the_last_of_several_writers_has_judged_what_another_left(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer is stopped during its last verdicts. The next one finds every sample there, has the others judged, and joins."""
+    monkeypatch.setattr(judging, "HURRIED_SECONDS", 0.3)
+    judge, slow = tmp_path / "judge.py", tmp_path / "slow"
+    judge.write_text(
+        f"import os, time\ndef verify(text, row):\n    time.sleep(60 * os.path.exists({str(slow)!r}))\n    return True\n"
+    )
+    slow.touch()
+    judged = scripted_job(tmp_path / "rows.jsonl", tmp_path / "judged", verify={"kind": str(judge), "seconds": 300.0})
+    folder = OutputFolder(tmp_path / "judged")
+    stop = Interruption()
+    finish = Recorder.finish
+    monkeypatch.setattr(Recorder, "finish", lambda self, *given: (stop.request(75), finish(self, *given))[1])
+    with scripted_engine():
+        first = run(judged, should_stop=stop, shared=Shared(units=2))
+        assert (first.exit_code, first.pending, first.estimates) == (75, 0, ()) and not folder.success.exists()
+        slow.unlink()
+        monkeypatch.undo()
+        second = run(judged, shared=Shared(units=2))
+    assert (second.exit_code, second.unverified) == (0, 0) and second.estimates and folder.success.exists()
+    assert not folder.units.exists() or not folder.journals()
+    assert all(row["correct"] for path in folder.data.iterdir() for row in pq.read_table(path, columns=["correct"]).to_pylist())

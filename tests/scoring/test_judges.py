@@ -20,6 +20,7 @@ from tokabatch.job import VerifyConfig
 from tokabatch.output.integrity import check
 from tokabatch.runner import judging, recorder
 from tokabatch.runner.interruption import Interruption
+from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.scoring import pool
 
 ROWS = 8
@@ -199,9 +200,9 @@ def test_a_slow_judge_holds_the_run_up_and_loses_nothing(rows: Path, tmp_path: P
     most = 0
     add = recorder.Recorder.add
 
-    def watched(self: recorder.Recorder, completions: Any) -> None:
+    def watched(self: recorder.Recorder, completions: Any, *goes_on: Any) -> None:
         nonlocal most
-        add(self, completions)
+        add(self, completions, *goes_on)
         most = max(most, sum(each.ticket is not None and each.verdict is None for each in self._waiting.finished))
 
     monkeypatch.setattr(recorder.Recorder, "add", watched)
@@ -209,6 +210,28 @@ def test_a_slow_judge_holds_the_run_up_and_loses_nothing(rows: Path, tmp_path: P
     summary, found = judged(rows, tmp_path, source, processes=2)
     assert summary.ok == 2 * ROWS and all(sample["correct"] for sample in found)
     assert 0 < most <= 2
+
+
+def test_while_a_run_waits_for_verdicts_it_commits_others_and_can_be_stopped(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first sample's verdict takes long. Those behind it are committed after `flush_seconds`, then a stop is heard. What
+    is not judged is missing: the run is not complete, and nothing is estimated."""
+    monkeypatch.setattr(judging, "MOST_UNJUDGED", 2)
+    monkeypatch.setattr(judging, "HURRIED_SECONDS", 0.3)
+    judge, out = tmp_path / "judge.py", tmp_path / "out"
+    judge.write_text("import time\ndef verify(text, row):\n    time.sleep(0 if row['number'] else 30)\n    return True\n")
+    verify = {"kind": str(judge), "seconds": 300.0, "processes": 2}
+    job = scripted_job(rows, out, verify=verify, output={"path": str(out), "flush_seconds": 0.2}, engine={"max_running": 2})
+    began = time.monotonic()
+    with scripted_engine():
+        summary = run(job, should_stop=lambda: bool(list((out / "data").glob("part-*"))))
+    assert time.monotonic() - began < 20, "a stop was not heard"
+    assert (summary.exit_code, summary.estimates) == (130, ()) and not (out / "_SUCCESS").exists()
+    found = samples(out)
+    assert any(each["correct"] for each in found) and {each["verify_error"] for each in found if not each["correct"]} == {
+        NOT_JUDGED
+    }
 
 
 def test_a_run_that_is_stopped_commits_what_is_not_judged(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,8 +253,10 @@ def test_a_run_that_is_stopped_commits_what_is_not_judged(rows: Path, tmp_path: 
     monkeypatch.setattr(recorder.Recorder, "finish", stopped)
     job = scripted_job(rows, tmp_path / "out", verify={"kind": str(judge), "seconds": 300.0})
     with scripted_engine():
-        run(job, should_stop=stop)
+        stopped_run = run(job, should_stop=stop)
     assert time.monotonic() - began < 60
+    assert (stopped_run.exit_code, stopped_run.pending, stopped_run.estimates) == (130, 0, ())
+    assert not (tmp_path / "out" / "_SUCCESS").exists() and check(tmp_path / "out").exit_code == 75
     found = samples(tmp_path / "out")
     assert Counter(sample["verify_error"] is None for sample in found)[True] >= 1
     assert len(found) == 2 * ROWS and all("run was stopped" in (each["verify_error"] or "run was stopped") for each in found)

@@ -46,7 +46,7 @@ def committed_keys_not_read_back() -> None:
     def forget(out, num_samples, **given):
         found = real(out, num_samples, **given)
         nothing = nothing_committed(num_samples)
-        return found.__class__(nothing.drawn, found.shards, found.error_counts, found.correct, found.unverified)
+        return found.__class__(nothing.drawn, found.shards, found.error_counts, found.unverified)
 
     resumption.read_committed = forget
 

@@ -24,21 +24,28 @@ from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.journal import Shard
 from tokabatch.output.schema import SAMPLE_SCHEMA, input_names, verdict_names
-from tokabatch.output.shards import count_cancelled, count_ok, open_shard, read_groups, record_commit, write_shard
+from tokabatch.output.shards import (
+    count_cancelled,
+    count_ok,
+    count_unjudged,
+    open_shard,
+    read_groups,
+    record_commit,
+    write_shard,
+)
 from tokabatch.scheduling.contracts import Drawn
 from tokabatch.storage.listing import ListedFile
 
-_COLUMNS = ("row_index", "sample_index", "status", "error_code", "correct")
+_COLUMNS = ("row_index", "sample_index", "status", "error_code", "correct", "verify_error")
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The committed samples of a job: which, and how they came out. `correct` has shape [rows]."""
+    """The committed samples of a job: which, and how they came out."""
 
     drawn: Drawn
     shards: tuple[Shard, ...]
     error_counts: Counter[str]
-    correct: Int64
     unverified: int
     """Samples whose reference the verifier does not understand."""
 
@@ -63,7 +70,7 @@ def nothing_committed(num_samples: Int64) -> Committed:
     """An empty folder's, for a job of so many samples a row."""
     start = np.concatenate((np.zeros(1, np.int64), np.cumsum(num_samples, dtype=np.int64)))
     drawn = Drawn(start, np.zeros(int(start[-1]), np.bool_))
-    return Committed(drawn, (), Counter(), np.zeros(len(num_samples), np.int64), 0)
+    return Committed(drawn, (), Counter(), 0)
 
 
 def read_committed(
@@ -81,27 +88,27 @@ def read_committed(
     that the job does not ask for. The input's columns may differ: see `fit_columns`.
     """
     empty = nothing_committed(num_samples)
-    start, flags, correct, codes = empty.drawn.start, empty.drawn.flags, empty.correct, empty.error_counts
+    start, flags, codes = empty.drawn.start, empty.drawn.flags, empty.error_counts
     shards: list[Shard] = []
     unverified = 0
     for file in folder.shards():
         path = file.path
         if names is not None and folder.name_of(path) not in names:
             continue
-        rows = ok = cancelled = 0
+        rows = ok = cancelled = unjudged = 0
         for found in read_groups(file, _COLUMNS, partial(_check_own_columns, path, schema)):
             table = found if errors else found.filter(_is_no_error(found))
             keys = _places(path, table, start)
             _refuse_repeats(path, table, keys, flags, folder)
             flags[keys] = True
             rows, ok, cancelled = rows + table.num_rows, ok + count_ok(table), cancelled + count_cancelled(table)
+            unjudged += count_unjudged(table)
             codes.update(table["error_code"].drop_null().to_pylist())
             if "correct" in table.column_names and table.schema.field("correct").type == pa.bool_():
-                row_index = table["row_index"].to_numpy()
-                np.add.at(correct, row_index[table["correct"].fill_null(False).to_numpy(zero_copy_only=False)], 1)
                 unverified += count_ok(table.filter(pc.call_function("is_null", [table["correct"]])))
-        shards.append(Shard(folder.name_of(path), rows, ok, rows - ok - cancelled, file.bytes, None, cancelled))
-    return Committed(empty.drawn, tuple(shards), codes, correct, unverified)
+        errors_there = rows - ok - cancelled
+        shards.append(Shard(folder.name_of(path), rows, ok, errors_there, file.bytes, None, cancelled, unjudged))
+    return Committed(empty.drawn, tuple(shards), codes, unverified)
 
 
 def read_outcomes(folder: OutputFolder, rows: Bool) -> Iterator[tuple[int, int, str, bool | None, str | None]]:

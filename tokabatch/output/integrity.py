@@ -143,8 +143,8 @@ def _read_whole(file: ListedFile, name: str, num_rows: int, known: Shard | None)
         coded += table.num_rows - table["error_code"].null_count
     if counted != in_footer or coded != counted - ok - cancelled:
         raise DamageError(f"holds {counted:,} rows of {in_footer:,}: {ok:,} ok and {coded:,} with an error code")
-    digest = None if known is None else known.sha256
-    found = Shard(name, counted, ok, counted - ok - cancelled, file.bytes, digest, cancelled)
+    digest, unjudged = (None, 0) if known is None else (known.sha256, known.unjudged)
+    found = Shard(name, counted, ok, counted - ok - cancelled, file.bytes, digest, cancelled, unjudged)
     if known is not None and found != known:
         raise DamageError(
             f"holds {found.ok:,} ok and {found.errors:,} errors; {known.ok:,} and {known.errors:,} were committed"

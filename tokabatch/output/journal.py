@@ -36,7 +36,7 @@ _CHECK = b',"crc32":"'
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One committed file. `name` is relative to the output folder; rows = ok + errors + cancelled; `bytes` on disk; `sha256` of
-    the file, None where only its rows were looked at."""
+    the file, None where only its rows were looked at. The verdicts of `unjudged` rows are still to come."""
 
     name: str
     rows: int
@@ -45,6 +45,7 @@ class Shard:
     bytes: int
     sha256: str | None = None
     cancelled: int = 0
+    unjudged: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,8 @@ class Books:
     ok: int
     errors: int
     cancelled: int = 0
+    unjudged: int = 0
+    """Of these, the samples whose verdicts are still to come."""
 
     @property
     def pending(self) -> int:
@@ -94,14 +96,14 @@ class Books:
 
     @property
     def closed(self) -> bool:
-        """Every sample is accounted for, as ok, as an error or as cancelled."""
-        return self.samples == self.ok + self.errors + self.cancelled
+        """Every sample is accounted for, as ok, as an error or as cancelled, and judged."""
+        return self.samples == self.ok + self.errors + self.cancelled and not self.unjudged
 
     @classmethod
     def of(cls, samples: int, shards: Sequence[Shard]) -> Books:
         """Of so many samples in all, those in the shards."""
-        columns = ((shard.ok, shard.errors, shard.cancelled) for shard in shards)
-        return cls(samples, *map(sum, zip((0, 0, 0), *columns, strict=True)))
+        columns = ((shard.ok, shard.errors, shard.cancelled, shard.unjudged) for shard in shards)
+        return cls(samples, *map(sum, zip((0, 0, 0, 0), *columns, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from tokabatch.errors import DamageError, ForeignFileError
 from tokabatch.output.claim import Claim
 from tokabatch.output.journal import Shard
-from tokabatch.output.schema import CANCELLED
+from tokabatch.output.schema import CANCELLED, verdict_names
+from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.storage.atomic_files import NewFile
 from tokabatch.storage.listing import NO_MARK, ListedFile, Mark, mark_of
 from tokabatch.storage.parquet_file import ParquetFile
@@ -41,7 +42,8 @@ def write_shard(claim: Claim, table: pa.Table, temporary: Path, name: str) -> tu
         file.sync()
         size, digest, written = file.tell(), file.digest, mark_of(file.status)
     ok, cancelled = count_ok(table), count_cancelled(table)
-    return Shard(name, table.num_rows, ok, table.num_rows - ok - cancelled, size, digest, cancelled), written
+    errors = table.num_rows - ok - cancelled
+    return Shard(name, table.num_rows, ok, errors, size, digest, cancelled, count_unjudged(table)), written
 
 
 def record_commit(claim: Claim, shard: Shard, written: Mark) -> None:
@@ -73,8 +75,13 @@ def count_cancelled(table: pa.Table) -> int:
     return _count(table, CANCELLED)
 
 
-def _count(table: pa.Table, status: str) -> int:
-    return int(pc.call_function("sum", [pc.call_function("equal", [table["status"], status])]).as_py() or 0)
+def count_unjudged(table: pa.Table) -> int:
+    """Rows of `table` whose verdict is still to come."""
+    return _count(table, NOT_JUDGED, "verify_error") if "verify_error" in verdict_names(table.schema) else 0
+
+
+def _count(table: pa.Table, value: str, column: str = "status") -> int:
+    return int(pc.call_function("sum", [pc.call_function("equal", [table[column], value])]).as_py() or 0)
 
 
 def shard_number(name: str) -> int:

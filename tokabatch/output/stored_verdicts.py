@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,19 +13,22 @@ import pyarrow.compute as pc
 
 from tokabatch.output.schema import CANCELLED, verdict_names
 from tokabatch.output.shards import read_groups
+from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.storage.listing import ListedFile
 
-_COLUMNS = ("row_index", "sample_index", "status", "cumulative_logprob", "correct", "verify_score", "extracted")
+_VERDICT = ("correct", "verify_score", "verify_error", "extracted")
+_COLUMNS = ("row_index", "sample_index", "status", "cumulative_logprob", *_VERDICT)
 
 
 def read_verdicts(shards: Sequence[ListedFile], *, characters: bool = False) -> Mapping[str, npt.NDArray[Any]] | None:
     """Arrays of one length, an entry for each sample that the shards hold: `row`, `number`, `correct`, `score` (0 without a
     verdict), `answer` (a number for each different answer, -1 for none), `logprob` (NaN where it was not recorded, minus
-    infinity of error rows where it was), `cancelled`, and with `characters` that number in its text, none at the ends being
-    white space. None where the samples are not judged. Raises as `read_groups`
+    infinity of error rows where it was), `cancelled`, `unjudged` where the verdict is still to come, and with `characters` that
+    number in its text, none at the ends being white space. None where the samples are not judged. Raises as `read_groups`
     does."""
-    parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in ("row", "number", "correct", "score", "logprob", "status")}
-    answers: list[pa.ChunkedArray] = []
+    names_of_parts = ("row", "number", "correct", "score", "logprob", "status", "unjudged", "answer")
+    parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names_of_parts}
+    numbers: dict[bytes, int] = {}
     lengths: list[npt.NDArray[np.int64]] = []
     judged = False
     for shard in shards:
@@ -39,22 +43,31 @@ def read_verdicts(shards: Sequence[ListedFile], *, characters: bool = False) -> 
             parts["score"].append(score if "verify_score" in names else correct.astype(np.float64))
             parts["logprob"].append(table["cumulative_logprob"].cast(pa.float64()).fill_null(np.nan).to_numpy())
             parts["status"].append(table["status"].to_numpy())
+            waits = [reason == NOT_JUDGED for reason in table["verify_error"].to_pylist()] if "verify_error" in names else None
+            parts["unjudged"].append(np.array(waits, np.bool_) if waits else np.zeros(table.num_rows, np.bool_))
             known = table["extracted"] if "extracted" in names else pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
+            parts["answer"] += [_numbered(chunk, numbers) for chunk in known.cast(pa.string()).chunks]
             if characters:
                 text = pc.call_function("utf8_trim_whitespace", [table["text"].fill_null("")])
                 lengths.append(pc.call_function("utf8_length", [text]).to_numpy().astype(np.int64))
-            answers.append(known.cast(pa.string()))
     if not judged:
         return None
-    encoded = pa.chunked_array([chunk for each in answers for chunk in each.chunks], pa.string()).combine_chunks()
-    numbers = encoded.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
     found = {name: np.concatenate(values) for name, values in parts.items()}
     status, logprob = found.pop("status"), found["logprob"]
     ok, cancelled = status == "ok", status == CANCELLED
     if ok.any() and not np.isnan(logprob[ok]).any():
         found["logprob"] = np.where(ok, logprob, -np.inf)
     more = {"characters": np.concatenate(lengths)} if characters else {}
-    return {**found, "answer": numbers, "cancelled": cancelled, **more}
+    return {**found, "cancelled": cancelled, **more}
+
+
+def _numbered(answers: pa.Array[Any], numbers: dict[bytes, int]) -> npt.NDArray[np.int64]:
+    """The number of each answer, -1 of none. `numbers` has those given so far, by digest: answers may be whole texts, which all
+    together need not fit in memory."""
+    encoded = answers.dictionary_encode()
+    digests = (hashlib.blake2b(text.encode(), digest_size=16).digest() for text in encoded.dictionary.to_pylist())
+    known = np.array([*(numbers.setdefault(digest, len(numbers)) for digest in digests), -1], np.int64)
+    return known[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
 
 
 def _or(table: pa.Table, name: str, names: Sequence[str], otherwise: object, kind: pa.DataType) -> npt.NDArray[Any]:

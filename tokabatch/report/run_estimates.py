@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +16,8 @@ from tokabatch.storage.listing import consistently
 
 
 def read_estimates(path: Path) -> tuple[Estimate, ...] | None:
-    """The figures of the output folder `path`; none while samples are missing, None where they are not judged. Raises
-    OutputError where the folder cannot be read, DamageError where it is damaged."""
+    """The figures of the output folder `path`; none while samples or verdicts are missing, None where no sample is judged.
+    Raises OutputError where the folder cannot be read, DamageError where it is damaged."""
     folder = OutputFolder(path)
 
     def read() -> tuple[Estimate, ...] | None:
@@ -25,10 +26,9 @@ def read_estimates(path: Path) -> tuple[Estimate, ...] | None:
         found = read_verdicts(recorded_shards(folder, manifest), characters=scored)
         if found is None:
             return None
-        missing = manifest is not None and manifest.samples > len(found["row"])
-        if missing:
+        arrays = dict(cast("Mapping[str, Any]", found))
+        if arrays.pop("unjudged").any() or (manifest is not None and manifest.samples > len(arrays["row"])):
             return ()
-        arrays = cast("dict[str, Any]", found)
         if scored:
             return estimate_choices(characters=arrays.pop("characters"), judged=Judged(**arrays))
         return estimate_all(Judged(**arrays), _rule(manifest))

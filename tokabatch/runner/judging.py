@@ -19,6 +19,7 @@ SUBMITTED_SAMPLES = 2048
 MOST_UNJUDGED = 4096
 """Finished samples that may wait for their verdicts; where there are more, the run waits, and the replicas with it."""
 LOOK_SECONDS, HURRIED_SECONDS = 0.2, 10.0
+"""How long one call waits for verdicts at most, and all of them once the run is to stop."""
 
 
 class Judging:
@@ -29,6 +30,7 @@ class Judging:
         self._store = store
         self._tables = tables
         self._clock = clock
+        self._deadline = math.inf
 
     def submit(self, samples: Sequence[FinishedSample]) -> None:
         """Hand in those of `samples` that are no errors and have not been handed in. One whose tokens or row cannot be read is
@@ -37,18 +39,21 @@ class Judging:
         for begin in range(0, len(new), SUBMITTED_SAMPLES):
             self._submit_some(new[begin : begin + SUBMITTED_SAMPLES])
 
-    def keep_up(self, samples: Sequence[FinishedSample]) -> None:
-        """Wait for verdicts where more than MOST_UNJUDGED of `samples` have none, those of the first ones first."""
-        if (excess := len(samples) - MOST_UNJUDGED) > 0:
-            self._pool.wait(_tickets(samples[:excess]))
+    def keeps_up(self, samples: Sequence[FinishedSample]) -> bool:
+        """Wait LOOK_SECONDS at most until of all but the last MOST_UNJUDGED of `samples` there are verdicts; whether there
+        are."""
+        return self._pool.wait(_tickets(samples[: max(0, len(samples) - MOST_UNJUDGED)]), LOOK_SECONDS)
 
-    def finish(self, samples: Sequence[FinishedSample], hurry: Callable[[], object]) -> None:
-        """Wait for the verdicts of all `samples`; HURRIED_SECONDS at most once `hurry` says so, without verdicts then."""
-        tickets, deadline = _tickets(samples), math.inf
-        while not self._pool.wait(tickets, LOOK_SECONDS):
-            deadline = min(deadline, self._clock() + HURRIED_SECONDS) if hurry() else deadline
-            if self._clock() >= deadline:
-                self._pool.close()
+    def is_done(self, samples: Sequence[FinishedSample], goes_on: Callable[[], bool]) -> bool:
+        """Wait LOOK_SECONDS at most for the verdicts of all `samples`; whether they are there. HURRIED_SECONDS after the run
+        no longer `goes_on` the judge is ended: what it has not judged is NOT_JUDGED."""
+        if self._pool.wait(_tickets(samples), LOOK_SECONDS):
+            return True
+        if not goes_on() and self._deadline == math.inf:
+            self._deadline = self._clock() + HURRIED_SECONDS
+        if self._clock() >= self._deadline:
+            self._pool.close()
+        return False
 
     def close(self) -> None:
         """End the processes of the judge."""

@@ -135,9 +135,10 @@ class Recorder:
         self._accept(failures, ())
         self._flush()
 
-    def add(self, completions: Sequence[Completion]) -> None:
-        """Samples that the scheduler finished; on disk after at most `flush_seconds` from their verdicts. Waits where the judge
-        is too far behind."""
+    def add(self, completions: Sequence[Completion], goes_on: Callable[[], bool] = lambda: True) -> None:
+        """Samples that the scheduler finished; on disk after at most `flush_seconds` from their verdicts. Where the judge is
+        too far behind this waits for it, and commits what is judged meanwhile, as long as the run `goes_on`, which is asked
+        several times a second."""
         finished = list(map(FinishedSample, completions))
         if self._stops is None:
             self._accept((), finished)
@@ -147,9 +148,16 @@ class Recorder:
                 if self._stops.wants(row, sample):
                     self._stops.hold(row, sample, each)
                     self._unjudged.append(each)
-        if self._judging is not None:
-            self._judging.submit(self._pending)
-            self._judging.keep_up(self._pending)
+        if self._judging is None:
+            self._commit_due(len(completions))
+            return
+        self._judging.submit(self._pending)
+        self._commit_due(len(completions))
+        while not self._judging.keeps_up(self._pending) and goes_on():
+            self._commit_due(0)
+
+    def _commit_due(self, arrived: int) -> None:
+        """Record what is judged, and commit what is due; so many samples have `arrived` just now."""
         self._follow_verdicts()
         waiting, ready = self._waiting, self._num_ready()
         if self._oldest is None and (waiting.finished or waiting.num_unsampled):
@@ -157,20 +165,21 @@ class Recorder:
         if ready + waiting.num_unsampled >= BATCH_SAMPLES or (ready and waiting.bytes >= PIECE_BYTES):
             self._flush()
         # Where many came in just now, they are decoded first.
-        if len(completions) < BATCH_SAMPLES and self.writer.nears_end(self._num_samples - self.writer.num_rows):
+        if arrived < BATCH_SAMPLES and self.writer.nears_end(self._num_samples - self.writer.num_rows):
             self._commit(self.writer.commit)
         if self._oldest is not None and self.writer.is_due(self._oldest):
             self._flush()
             self._commit(self.writer.commit)
             self._oldest = self._clock() if self._waiting.finished else None
 
-    def finish(self, hurry: Callable[[], object] = lambda: False) -> tuple[Shard, ...]:
-        """Commit everything and return all shards. Once `hurry` says so, verdicts are waited for a few seconds more: samples
-        that have none by then are committed without. Where rows stop, samples behind one that is missing or not judged are not
-        committed."""
+    def finish(self, goes_on: Callable[[], bool] = lambda: True) -> tuple[Shard, ...]:
+        """Commit everything and return all shards. Once the run no longer `goes_on`, which is asked several times a second,
+        verdicts are waited for a few seconds more: samples that have none by then are committed without. Where rows stop,
+        samples behind one that is missing or not judged are not committed."""
         if self._judging is not None:
             self._judging.submit(self._pending)
-            self._judging.finish([*self._waiting.finished, *self._unjudged], hurry)
+            while not self._judging.is_done([*self._waiting.finished, *self._unjudged], goes_on):
+                self._commit_due(0)
         self._follow_verdicts()
         self._flush()
         return self._commit(self.writer.close)
@@ -209,15 +218,14 @@ class Recorder:
         self._accept(self._stops.take_cancelled(), self._stops.take_kept())
 
     def _num_ready(self) -> int:
-        """How many finished samples are in front of the first that waits for its verdict."""
+        """How many finished samples do not wait for their verdicts."""
         finished = self._waiting.finished
-        if self._judging is None:
-            return len(finished)
-        late = (i for i, each in enumerate(finished) if each.completion.error_code is None and each.verdict is None)
-        return next(late, len(finished))
+        return len(finished) if self._judging is None else sum(each.is_ready for each in finished)
 
     def _flush(self) -> None:
         self._settle()
+        if self._judging is not None:
+            self._waiting = self._waiting.ready_first()
         with self._claim.committing():
             for piece in self._waiting.pieces(self._num_ready(), self._store):
                 for table in self._tables.build(*piece):

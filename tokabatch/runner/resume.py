@@ -194,11 +194,11 @@ def _continue(
         tell(f"the new rows change the columns ({told}): rewriting {len(misfits):,} files")
         fit_columns(claim, misfits, workload.output_schema, workload.store.columns)
     if unjudged and job.verify is not None:
-        _judge_left(claim, job.verify, workload, tell, on_rows)
+        judge_left(claim, job.verify, workload, tell, on_rows)
     return _find_samples(folder, workload, job) if reuse.retry_errors or misfits or unjudged else started
 
 
-def _judge_left(claim: Claim, verify: VerifyConfig, workload: Workload, tell: Callable[[str], None], on_rows: OnRows) -> None:
+def judge_left(claim: Claim, verify: VerifyConfig, workload: Workload, tell: Callable[[str], None], on_rows: OnRows) -> None:
     """Give verdicts to the samples that an earlier start was stopped before it had judged, and with them to their files."""
     left = [file for file in claim.folder.shards() if has_unjudged(file)]
     tell(f"judging the samples that the previous start had not judged yet ({len(left):,} files)")

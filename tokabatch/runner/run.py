@@ -48,7 +48,7 @@ from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.make_replica import make_replica
 from tokabatch.runner.member import Cluster
 from tokabatch.runner.recorder import Recorder
-from tokabatch.runner.resume import Reuse, Start, start
+from tokabatch.runner.resume import OnRows, Reuse, Start, start
 from tokabatch.runner.run_state import Clock, Replicas, RunState, summarise
 from tokabatch.runner.shared import Shared, close_shared, cut_earlier_run, join_as_last, start_shared
 from tokabatch.runner.stopping_replica import StoppingReplica
@@ -150,27 +150,25 @@ def run(
                     )
             state.show("writing")
             with claim.committing():
-                books = _close_books(state, claim)
+                books = _close_books(state, claim, on_rows)
             if not books.closed and started.stops is not None and (held := started.stops.num_held):
                 clock.progress.message(
                     f"{held:,} finished samples will be computed again: earlier samples of their rows are not judged yet"
                 )
-            complete = books.closed
-            if books.closed:
-                # Stopped or not: where nothing is missing there is nothing to run again for.
-                exit_code = EXIT_ERRORS if books.errors > job.errors.max_fraction * books.samples else EXIT_COMPLETE
-            elif supply is None:
-                exit_code = exit_code or state.stop.poll() or EXIT_BOOKS
-            elif not exit_code:
-                # The others complete it, or it is to be run again.
-                exit_code = EXIT_STOPPED if supply.abandoned else EXIT_COMPLETE
+            if books.unjudged:
+                clock.progress.message(
+                    f"{books.unjudged:,} finished samples are not judged yet, and nothing is estimated before: the same "
+                    "command has them judged"
+                )
+            complete, stopped = books.closed, exit_code or state.stop.poll()
+            exit_code = _exit_code(books, job.errors.max_fraction, stopped, None if supply is None else supply.abandoned)
             if supply is not None:
                 state = _recounted(state, claim)
         except CommitError as error:
             clock.progress.message(str(error))
             replica.stop()
             with suppress(TokabatchError):
-                recorder.finish(lambda: True)
+                recorder.finish(lambda: False)
             exit_code, state = EXIT_STOPPED, _recounted(state, claim)
             tally = state.recorder.tally
             stalled = tally.ok + tally.errors + tally.cancelled == started.committed.samples
@@ -184,8 +182,11 @@ def run(
         steps = replica.steps()
         summary = summarise(state, steps, profile, exit_code, stalled=stalled)
         if summary.verifies and not summary.pending:
-            found, how = read_estimates(claim.folder.path) or (), read_estimator(claim.folder.path)
-            summary = replace(summary, estimates=found, estimator=how)
+            try:
+                found, how = read_estimates(claim.folder.path) or (), read_estimator(claim.folder.path)
+                summary = replace(summary, estimates=found, estimator=how)
+            except Exception as error:
+                clock.progress.message(f"nothing is estimated of the verdicts, which are committed: {error}")
         with suppress(OSError, CommitError):
             # Where the disk is full, or another run writes, the summary goes to the caller alone.
             claim.check_lock()
@@ -207,12 +208,26 @@ def _steps_of(replica: Replicas, number: int) -> int:
     return int(np.count_nonzero(replica.steps()["replica"] == number))
 
 
-def _close_books(state: RunState, claim: Claim) -> Books:
+def _exit_code(books: Books, max_fraction: float, stopped: int, abandoned: bool | None) -> int:
+    """How a run ends that was `stopped` with an exit code or, where that is 0, had no more to do. `abandoned`: units are left
+    that others took over and have not completed; None where there are no others."""
+    if books.closed:
+        # Stopped or not: where nothing is missing there is nothing to run again for.
+        return EXIT_ERRORS if books.errors > max_fraction * books.samples else EXIT_COMPLETE
+    if stopped:
+        return stopped
+    if abandoned is None:
+        return EXIT_STOPPED if books.unjudged and not books.pending else EXIT_BOOKS
+    # The others complete it, or it is to be run again.
+    return EXIT_STOPPED if abandoned else EXIT_COMPLETE
+
+
+def _close_books(state: RunState, claim: Claim, on_rows: OnRows) -> Books:
     """Commit the rest, and where nothing is missing join the small shards and mark the run as complete."""
-    shards, samples = state.recorder.finish(state.stop.poll), state.started.left.samples_total
+    shards, samples = state.recorder.finish(state.goes_on), state.started.left.samples_total
     if state.supply is not None:
-        return close_shared(claim, state.started.left)
-    if claim.journal is not None and sum(shard.rows for shard in shards) == samples:
+        return close_shared(state.job, claim, state.started.left, state.stop, state.clock.progress.message, on_rows)
+    if claim.journal is not None and Books.of(samples, shards).closed:
         join_small(claim, state.job.output.rows_per_shard, state.stop.poll, state.clock.progress.message)
         shards = tuple(
             sorted((shard for shard, _ in claim.journal.shards.values()), key=lambda shard: shard_number(shard.name))
@@ -271,7 +286,7 @@ def _record_failures(state: RunState) -> int:
 def _commit_finished(state: RunState) -> None:
     """Commit what is finished after an exception; where that fails, too, say so and let the first one be heard."""
     try:
-        state.recorder.finish(lambda: True)
+        state.recorder.finish(lambda: False)
     except STOPS:
         raise
     except BaseException as error:
@@ -285,7 +300,7 @@ def _generate(state: RunState) -> int:
     try:
         for completions in state.replica.run():
             state.clock.loaded()
-            recorder.add(completions)
+            recorder.add(completions, state.goes_on)
             if state.started.stops is not None and isinstance(state.replica, StoppingReplica | Fleet):
                 state.replica.follow(state.started.stops.take_changes())
             state.show("generating")
@@ -299,5 +314,5 @@ def _generate(state: RunState) -> int:
             return EXIT_COMPLETE
     except Stopped as stopped:
         exit_code = stopped.exit_code
-    recorder.add(state.replica.stop())
+    recorder.add(state.replica.stop(), state.goes_on)
     return exit_code

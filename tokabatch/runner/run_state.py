@@ -76,6 +76,13 @@ class RunState:
     supply: Supply | None = None
     """Where others write, too: what gives this run its work."""
 
+    def goes_on(self) -> bool:
+        """To be called while the run waits: tell the display and other writers that it goes on; False where it is to stop."""
+        if self.supply is not None:
+            self.supply.sign()
+        self.show(self.clock.shown_phase or "generating")
+        return not self.stop.poll()
+
     def show(self, phase: Phase) -> None:
         """Tell the display where the run stands, if that is due."""
         if not self.clock.is_due(phase):

@@ -49,9 +49,10 @@ from tokabatch.output.shards import PARQUET_OPTIONS, count_ok, open_shard, read_
 from tokabatch.output.unwritable import CANNOT_BE_WRITTEN
 from tokabatch.report.run_estimates import read_estimates
 from tokabatch.runner.interruption import Interruption
+from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.scoring.estimates import Estimate
 from tokabatch.scoring.judge import verdict_columns
-from tokabatch.scoring.pool import NOT_JUDGED, JudgePool, Ticket, open_pool
+from tokabatch.scoring.pool import JudgePool, Ticket, open_pool
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import unwritable

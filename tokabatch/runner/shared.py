@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from tokabatch.arrays import Int64
-from tokabatch.errors import BusyError, OutputError
+from tokabatch.errors import BusyError, OutputError, Stopped
 from tokabatch.input.store.kept_input import INDEX, can_be_kept, keep_input
 from tokabatch.job import Job
 from tokabatch.output.claim import Claim
@@ -36,7 +36,7 @@ from tokabatch.output.shards import shard_number
 from tokabatch.output.units import Units, read_units, write_units
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger
-from tokabatch.runner.resume import OnRows, Reuse, Start, describe_run, find_run, start
+from tokabatch.runner.resume import OnRows, Reuse, Start, describe_run, find_run, judge_left, start
 from tokabatch.storage.atomic_files import DurableFiles, NewFile, make_folders, publish
 from tokabatch.storage.listing import NO_MARK, consistently, is_there, read_bytes
 from tokabatch.storage.write_errors import reading_input, unwritable
@@ -211,12 +211,26 @@ def _start(
     return started, units
 
 
-def close_shared(claim: Claim, workload: Workload) -> Books:
-    """Mark the run as complete where every sample is there, whoever computed it. Raises OSError."""
+def close_shared(
+    job: Job, claim: Claim, workload: Workload, stop: Interruption, tell: Callable[[str], None], on_rows: OnRows
+) -> Books:
+    """Mark the run as complete where every sample is there, whoever computed it. What others were stopped before they had
+    judged is judged where no other writer is left. Raises OSError."""
     manifest = read_manifest(claim.folder)
     assert manifest is not None, "a run that was begun has a manifest"
     shards = _recorded(claim, manifest)
     books = Books.of(workload.samples_total, shards)
+    may_judge = books.unjudged and not books.pending and job.verify is not None and not stop.poll()
+    if may_judge and job.verify is not None and _take_over(claim, manifest):
+        shards = _recorded(claim, manifest)
+        claim.begin(
+            manifest.run, manifest.marks, ((shard, NO_MARK) for shard in shards), repair_command(claim.folder, manifest)
+        )
+        assert claim.journal is not None
+        with suppress(Stopped):
+            judge_left(claim, job.verify, workload, tell, on_rows)
+        shards = [shard for shard, _ in claim.journal.shards.values()]
+        books = Books.of(workload.samples_total, shards)
     if books.closed:
         # Another may have published a shard whose name it has not brought to the disk yet.
         claim.files.sync_folder(claim.folder.data)
@@ -225,29 +239,37 @@ def close_shared(claim: Claim, workload: Workload) -> Books:
 
 def join_as_last(job: Job, claim: Claim, workload: Workload, stop: Interruption, tell: Callable[[str], None]) -> None:
     """The last act of a writer: where no other is left and every sample is there, make one journal, and join the small shards.
-    Some file systems keep the locks of each host apart; one host alone may do so, the first that comes to it. Raises OSError,
-    and as `join_small`."""
-    folder, manifest, host = claim.folder, read_manifest(claim.folder), socket.gethostname().encode()
-    if manifest is None or not claim.take_alone() or not manifest.units:
+    Raises OSError, and as `join_small`."""
+    folder, manifest = claim.folder, read_manifest(claim.folder)
+    if claim.files.alone and claim.journal is None:
+        # Another host has the folder.
         return
-    shards = _recorded(claim, manifest)
-    if sum(shard.rows for shard in shards) != workload.samples_total:
-        return
+    if not claim.files.alone:
+        if manifest is None or not _take_over(claim, manifest):
+            return
+        shards = _recorded(claim, manifest)
+        if sum(shard.rows for shard in shards) != workload.samples_total or not folder.journals():
+            return
+        claim.begin(manifest.run, manifest.marks, ((shard, NO_MARK) for shard in shards), repair_command(folder, manifest))
+    join_small(claim, job.output.rows_per_shard, stop.poll, tell)
+    assert claim.journal is not None
+    mark_success(claim, _ordered(shard for shard, _ in claim.journal.shards.values()), workload.samples_total)
+
+
+def _take_over(claim: Claim, manifest: Manifest) -> bool:
+    """Whether no other writer is left, and the folder is this one's alone from now on. Some file systems keep the locks of each
+    host apart; one host alone may have it, the first that comes to it. Raises OSError."""
+    folder, host = claim.folder, socket.gethostname().encode()
+    if not claim.take_alone() or not manifest.units:
+        return False
     mine = folder.temporary / folder.joiner.name
     with NewFile(claim.files, mine) as file:
         file.write(host)
         file.sync()
     with suppress(FileExistsError):
         publish(claim.files, mine, folder.joiner)
-    if read_bytes(claim.files, folder.joiner) != host:
-        return
-    claim.clears = True
-    if not folder.journals():
-        return
-    claim.begin(manifest.run, manifest.marks, ((shard, NO_MARK) for shard in shards), repair_command(folder, manifest))
-    join_small(claim, job.output.rows_per_shard, stop.poll, tell)
-    assert claim.journal is not None
-    mark_success(claim, _ordered(shard for shard, _ in claim.journal.shards.values()), workload.samples_total)
+    claim.clears = read_bytes(claim.files, folder.joiner) == host
+    return claim.clears
 
 
 def _ordered(shards: Iterable[Shard]) -> list[Shard]:

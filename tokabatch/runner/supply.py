@@ -100,6 +100,10 @@ class Supply:
                 self._held.discard(unit)
                 self._leases.drop(str(unit))
 
+    def sign(self) -> None:
+        """This writer goes on, whatever it waits for."""
+        self._leases.sign()
+
     def leave(self) -> None:
         """Let go of the folder in a forked child."""
         self._leases.leave()

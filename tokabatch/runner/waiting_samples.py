@@ -34,6 +34,11 @@ class FinishedSample:
         return None if self.ticket is None else self.ticket.verdict
 
     @property
+    def is_ready(self) -> bool:
+        """Whether it has its verdict, or is an error and gets none."""
+        return self.completion.error_code is not None or self.verdict is not None
+
+    @property
     def num_bytes(self) -> int:
         """Of memory, by estimate, without the columns of its row."""
         completion, tokens = self.completion, len(self.completion.token_ids)
@@ -48,7 +53,7 @@ Piece = tuple[Sequence[FinishedSample], Sequence[UnsampledRow]]
 
 @dataclass(frozen=True, slots=True)
 class WaitingSamples:
-    """What the writer will take next: failed rows, then finished samples in the order they came, then cancelled ones, which are
+    """What the writer will take next: failed rows, then finished samples, then cancelled ones, which are
     never on disk before the sample that stopped their row. The first sample will be the writer's row number `row`. Replaced in
     one assignment."""
 
@@ -74,6 +79,10 @@ class WaitingSamples:
             self.bytes + sum(each.num_bytes for each in finished),
             (*self.cancelled, *cancelled),
         )
+
+    def ready_first(self) -> WaitingSamples:
+        """The same, with the finished samples that are ready in front of those that wait for their verdicts."""
+        return replace(self, finished=tuple(sorted(self.finished, key=lambda each: not each.is_ready)))
 
     def behind(self, row: int) -> WaitingSamples:
         """What is left when the writer has taken all samples before that row."""

@@ -352,6 +352,8 @@ class StepResult:
 
 WORKER_CRASH = "worker_crash"
 """The error code of samples whose row was found to kill workers."""
+NOT_JUDGED = "not judged: the run was stopped before"
+"""Stands in `verify_error` of finished samples whose verdict is still to come."""
 Count = TypeVar("Count")
 
 

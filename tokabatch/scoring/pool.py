@@ -22,6 +22,7 @@ import psutil
 
 from tokabatch.errors import JobError
 from tokabatch.job import VerifyConfig, verifier_names
+from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.scoring.judge import JudgeSpec, Verdict
 from tokabatch.scoring.judge_process import Loaded, Request, unpacked
 
@@ -29,7 +30,6 @@ BATCH_SAMPLES, BATCH_SECONDS = 256, 0.03
 """Most samples of one request, and how long they may take where that is known."""
 LOADING_SECONDS = 60.0
 """How long importing a judge may take, whatever the deadline of a verdict."""
-NOT_JUDGED = "not judged: the run was stopped before"
 BACKLOG_SECONDS, GROW_SECONDS = 0.25, 0.5
 """Another process is started where the waiting samples will take the existing ones so long, and the last one was started so
 long ago. Each has a thread in the main process: with eight judges of GSM8K where one keeps up, steps on a GPU took a fifth
