@@ -84,10 +84,25 @@ def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line, parse_constant=refuse) for line in text.split("\n")[:-1]]
 
 
-@pytest.fixture(params=[1 << 30, 1500, 1], ids=["one bucket", "some buckets", "a bucket a row"])
+@pytest.fixture(
+    params=[(1 << 30, 1 << 30), (1500, 1 << 30), (1, 1 << 30), (1500, 0), (1, 0)],
+    ids=["one bucket", "some buckets", "a bucket a row", "buckets in parts", "a part a sample"],
+)
 def bucket_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(export_module, "_BUCKET_BYTES", request.param)
-    return request.param
+    """With the size above which a bucket is sorted in parts."""
+    monkeypatch.setattr(export_module, "_BUCKET_BYTES", request.param[0])
+    monkeypatch.setattr(export_module, "_WIDENED_BYTES", request.param[1])
+    return request.param[0]
+
+
+def test_a_row_that_one_record_does_not_hold_is_refused_with_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "_WIDENED_BYTES", 0)
+    monkeypatch.setattr(export_module, "_COLUMN_BYTES", 100)
+    write_output(tmp_path / "out", shuffled_keys(3, 30), questions(3))
+    with pytest.raises(OutputError, match=r"samples of row 0 hold more than 100 bytes in one column.*without --nested"):
+        export(tmp_path / "out", tmp_path / "all.jsonl", Selection(nested=True))
 
 
 def test_jsonl_is_ordered_and_whole(tmp_path: Path, bucket_bytes: int) -> None:

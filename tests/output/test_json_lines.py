@@ -7,6 +7,7 @@ import json
 from typing import Any
 from uuid import UUID
 
+import numpy as np
 import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,3 +62,31 @@ def test_cells_of_csv_hold_what_extension_types_stand_for() -> None:
     cells = flatten(pa.table(columns | {"text": ['"a', None], "bytes": [b"\xff", None]})).to_pylist()
     assert cells[0] == {name: cell for name, (*_, cell) in values.items()} | {"text": '"a', "bytes": "/w=="}
     assert set(cells[1].values()) == {None}
+
+
+def test_times_beyond_the_years_that_arrow_prints_can_be_read_back() -> None:
+    """Arrow has `<value out of range: ...>` for them or, with a time zone, another year."""
+    far, near = [10**15, -(10**14), None, 0], ["1970-01-01 00:00:00", "1970-01-01 01:00:00+0100"]
+    seconds = pa.array(far, pa.timestamp("s"))
+    table = pa.table(
+        {
+            "plain": seconds,
+            "zone": seconds.cast(pa.timestamp("s", "Europe/Berlin")),
+            "day": pa.array([2**31 - 1, -(2**31), None, 0], pa.int32()).cast(pa.date32()),
+            "nested": pa.array(
+                [[{"at": each, "n": 1}] for each in far], pa.list_(pa.struct({"at": seconds.type, "n": pa.int8()}))
+            ),
+            "map": pa.array([[("a", each)] for each in far], pa.map_(pa.string(), seconds.type)),
+            "coded": seconds.dictionary_encode(),
+        }
+    )
+    file = io.BytesIO()
+    write_json_lines(table, file)
+    rows = [json.loads(line) for line in file.getvalue().splitlines()]
+    for row, count in zip(rows[:2], far, strict=False):
+        texts = [row["plain"], row["zone"].removesuffix("Z"), row["nested"][0]["at"], row["map"][0][1], row["coded"]]
+        assert {np.datetime64(text, "s").astype(int) for text in texts} == {count}
+    assert [np.datetime64(row["day"], "D").astype(int) for row in rows[:2]] == [2**31 - 1, -(2**31)]
+    assert rows[2]["plain"] is None and rows[2]["nested"] == [{"at": None, "n": 1}]
+    assert [rows[3]["plain"], rows[3]["zone"]] == near
+    assert [cell for row in flatten(table).to_pylist() for cell in row.values() if "out of range" in str(cell)] == []

@@ -40,10 +40,12 @@ from tokabatch.report.review import write_report
 from tokabatch.report.summary import run_sections
 from tokabatch.runner import judging
 from tokabatch.runner.plan import plan
+from tokabatch.runner.row_stops import RowStops
 from tokabatch.runner.score import score, score_to
 from tokabatch.runner.shared import Shared
-from tokabatch.scheduling.contracts import Completion
+from tokabatch.scheduling.contracts import Completion, Drawn
 from tokabatch.scheduling.scheduler import Scheduler
+from tokabatch.scoring.early_stopping import Outcome, StopRule
 from tokabatch.storage.atomic_files import DurableFiles
 
 ROWS, SAMPLES = 9, 24
@@ -420,3 +422,16 @@ def test_what_no_rule_can_be(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"remove --shared, or write verify\.stop=null"):
         run(several, shared=Shared())
     assert not (tmp_path / "out").exists()
+
+
+def test_many_samples_behind_one_that_is_missing_cost_little_each() -> None:
+    """Each verdict looks at what its row's prefix has reached, not at all that is held."""
+    count = 16_384
+    stops: RowStops[int] = RowStops(
+        StopRule(majority=10**6), np.array([count]), Drawn(np.array([0, count]), np.zeros(count, bool))
+    )
+    began = time.process_time()
+    for sample in [*range(1, count), 0]:
+        stops.hold(0, sample, sample)
+        stops.judge(0, sample, Outcome(False, "a"))
+    assert time.process_time() - began < 2 and stops.take_kept() == list(range(count))

@@ -42,6 +42,9 @@ _KEYS = ("row_index", "sample_index")
 _ROW_FIELDS = ("id", "row_index")
 _SAMPLES = "samples"
 _BUCKET_BYTES = 128 << 20
+_WIDENED_BYTES, _COLUMN_BYTES = 1 << 30, (1 << 31) - 1
+"""A table above the first size is sorted with 64-bit offsets. Tables that are passed on have 32-bit ones, so the values of a
+column may take no more than the second."""
 Where = Literal["correct", "wrong", "ok", "error", "cancelled"]
 _WHERE = {"correct": ("correct", True), "wrong": ("correct", False)}
 
@@ -103,7 +106,7 @@ def _export(folder: OutputFolder, shards: Sequence[ListedFile], target: Path | B
     _check_shards(folder, shards, selection)
     needed = None if selection.columns is None else (*_KEYS, "status", CORRECT.name, *selection.columns)
     place = target.absolute().parent if isinstance(target, Path) else Path(tempfile.gettempdir())
-    with open_ordered(shards, place, needed) as (schema, ordered, scratch):
+    with open_ordered(shards, place, needed, whole_rows=selection.nested) as (schema, ordered, scratch):
         exported = Exported()
         tables = _shaped(ordered, selection, exported)
         shaped = next(_shaped(iter([schema.empty_table()]), selection, Exported())).schema
@@ -123,12 +126,13 @@ def _export(folder: OutputFolder, shards: Sequence[ListedFile], target: Path | B
 
 @contextmanager
 def open_ordered(
-    shards: Sequence[ListedFile], place: Path, columns: Collection[str] | None = None
+    shards: Sequence[ListedFile], place: Path, columns: Collection[str] | None = None, *, whole_rows: bool = True
 ) -> Generator[tuple[pa.Schema, Iterator[pa.Table], Path]]:
-    """The samples of shards, one at least, as tables ordered by row and sample, a row's samples in one table: their schema, the
-    tables, and a folder for further files, which lies in `place` and is removed in the end. `columns` are those that are read,
-    as far as they are there; `row_index` and `sample_index` have to be among them. Raises ForeignFileError where the shards are
-    of different runs, OSError where the folder takes no more."""
+    """The samples of shards, one at least, as tables ordered by row and sample: their schema, the tables, and a folder for
+    further files, which lies in `place` and is removed in the end. `columns` are those that are read, as far as they are there;
+    `row_index` and `sample_index` have to be among them. With `whole_rows` a row's samples are in one table. Raises
+    ForeignFileError where the shards are of different runs, OSError where the folder takes no more, and OutputError where one
+    table does not hold a whole row."""
     schema = _schema(shards[0])
     for shard in shards[1:]:
         if not _schema(shard).equals(schema):
@@ -141,11 +145,12 @@ def open_ordered(
     with scratch_folder(place) as scratch:
         bucket, num_buckets = _cut(shards)
         _deal(shards, schema, bucket, scratch)
-        yield schema, _sorted_buckets(scratch, num_buckets), scratch
+        yield schema, _sorted_buckets(scratch, num_buckets, whole_rows=whole_rows), scratch
 
 
 def _shaped(tables: Iterator[pa.Table], selection: Selection, exported: Exported) -> Iterator[pa.Table]:
     """What is selected of tables ordered by row and sample, counted in `exported`."""
+    last_row = -1
     for table in tables:
         if selection.where is not None:
             column, value = _WHERE.get(selection.where, ("status", selection.where))
@@ -153,7 +158,8 @@ def _shaped(tables: Iterator[pa.Table], selection: Selection, exported: Exported
             ok = pc.call_function("equal", [table["status"], "ok" if column == CORRECT.name else value])
             table = table.filter(pc.call_function("and_kleene", [kept.fill_null(False), ok]))
         exported.samples += table.num_rows
-        exported.rows += int(_begins(table["row_index"].to_numpy()).sum())
+        rows = np.append(last_row, table["row_index"].to_numpy())
+        exported.rows, last_row = exported.rows + int(_begins(rows)[1:].sum()), rows[-1]
         if selection.columns is not None:
             hidden = ["row_index"] if selection.nested and "row_index" not in selection.columns else []
             table = table.select([*hidden, *selection.columns])
@@ -273,7 +279,7 @@ def _deal(shards: Sequence[ListedFile], schema: pa.Schema, bucket: Int64, scratc
                     stream.write_table(dealt.slice(first, last - first))
 
 
-def _sorted_buckets(scratch: Path, num_buckets: int) -> Iterator[pa.Table]:
+def _sorted_buckets(scratch: Path, num_buckets: int, *, whole_rows: bool) -> Iterator[pa.Table]:
     """The buckets one after another, each ordered by its keys; frees their disk space as it goes."""
     for number in range(num_buckets):
         path = _bucket_path(scratch, number)
@@ -285,7 +291,42 @@ def _sorted_buckets(scratch: Path, num_buckets: int) -> Iterator[pa.Table]:
         path.unlink()
         table = pa.concat_tables(tables)
         order = np.lexsort((table["sample_index"].to_numpy(), table["row_index"].to_numpy()))
-        yield table.take(pa.array(order))
+        if table.nbytes <= _WIDENED_BYTES:
+            yield table.take(pa.array(order))
+        else:
+            yield from _taken_in_parts(table, order, whole_rows=whole_rows)
+
+
+def _taken_in_parts(table: pa.Table, order: Int64, *, whole_rows: bool) -> Iterator[pa.Table]:
+    """The rows of a table in this order, about _BUCKET_BYTES at a time, or what a whole row of the input takes."""
+    wide = table.cast(pa.schema([field.with_type(_widened(field.type)) for field in table.schema], table.schema.metadata))
+    row = table["row_index"].to_numpy()[order]
+    at_once = max(1, _BUCKET_BYTES * len(order) // table.nbytes)
+    ends = np.append(np.flatnonzero(_begins(row))[1:], len(order)) if whole_rows else np.arange(1, len(order) + 1)
+    begin = 0
+    while begin < len(order):
+        end = int(ends[min(np.searchsorted(ends, begin + at_once), len(ends) - 1)])
+        part = wide.take(pa.array(order[begin:end]))
+        if max(column.nbytes for column in part.columns) > _COLUMN_BYTES:
+            raise OutputError(
+                f"the samples of row {row[begin]} hold more than {_COLUMN_BYTES:,} bytes in one column, which is more than one "
+                "record of a row takes. Export without --nested, or fewer columns."
+            )
+        yield part.cast(table.schema)
+        begin = end
+
+
+def _widened(type_: pa.DataType) -> pa.DataType:
+    """The type with 64-bit offsets."""
+    if pa.types.is_string(type_):
+        return pa.large_string()
+    if pa.types.is_binary(type_):
+        return pa.large_binary()
+    if pa.types.is_list(type_):
+        return pa.large_list(type_.value_field.with_type(_widened(type_.value_type)))
+    if pa.types.is_struct(type_):
+        return pa.struct([field.with_type(_widened(field.type)) for field in type_])
+    return type_
 
 
 def _write(file: BinaryIO, suffix: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:

@@ -1,14 +1,17 @@
 """Arrow tables as JSON Lines: one object a row, in UTF-8.
 
 What JSON has no type for: timestamps, dates, times and decimals become their text at full precision, bytes base64,
-durations their count in the column's unit, maps a list of [key, value] pairs, NaN and Infinity null.
+durations their count in the column's unit, maps a list of [key, value] pairs, NaN and Infinity null. Years of more than four
+digits are written in full, as `numpy.datetime64` reads them.
 """
 
 from __future__ import annotations
 
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tokabatch.output.plain_json import to_json
 
@@ -17,7 +20,7 @@ _BYTES_AT_ONCE = 4 << 20
 
 def write_json_lines(table: pa.Table, file: BinaryIO) -> None:
     """Append the rows of `table` to an open binary file."""
-    table = table.cast(pa.schema([field.with_type(_json_type(field.type)) for field in table.schema]))
+    table = _plain(table)
     rows_at_once = max(1, _BYTES_AT_ONCE * table.num_rows // max(table.nbytes, 1))
     for begin in range(0, table.num_rows, rows_at_once):
         lines = [to_json(row) for row in table.slice(begin, rows_at_once).to_pylist()]
@@ -27,12 +30,69 @@ def write_json_lines(table: pa.Table, file: BinaryIO) -> None:
 def flatten(table: pa.Table) -> pa.Table:
     """The same rows with columns as CSV has them: lists, mappings and structs as their JSON text, and so what extension types
     hold, unless it is text."""
-    table = table.cast(pa.schema([field.with_type(_json_type(field.type)) for field in table.schema]))
+    table = _plain(table)
     for place, field in enumerate(table.schema):
         if pa.types.is_nested(field.type) or _is_bytes(field.type) or isinstance(field.type, pa.BaseExtensionType):
             texts = map(_cell, table[place].to_pylist())
             table = table.set_column(place, field.name, pa.array(texts, pa.string()))
     return table
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """The same rows in types whose values are exact as Python objects."""
+    plain = table.cast(pa.schema([field.with_type(_json_type(field.type)) for field in table.schema]))
+    for place, field in enumerate(table.schema):
+        if any(map(_has_far_times, table[place].chunks)):
+            counts = table[place].cast(_json_type(field.type, counts=True)).to_pylist()
+            values = [_with_far_times(field.type, *each) for each in zip(plain[place].to_pylist(), counts, strict=True)]
+            plain = plain.set_column(place, plain.field(place), pa.array(values, plain.field(place).type))
+    return plain
+
+
+def _has_far_times(values: pa.Array[Any]) -> bool:
+    """Whether there is a time, at any depth, that Arrow does not print: of the years from 32768 on, or as long ago."""
+    type_, is_ = values.type, pa.types
+    if is_.is_dictionary(type_):
+        return _has_far_times(values.dictionary)
+    if is_.is_timestamp(type_) or is_.is_date(type_):
+        bounds = pc.call_function("min_max", [values.cast(_json_type(type_, counts=True))]).as_py()
+        return any(bound is not None and abs(bound) > _near(type_) for bound in bounds.values())
+    if is_.is_struct(type_):
+        return any(map(_has_far_times, values.flatten()))
+    if is_.is_map(type_):
+        return _has_far_times(values.keys) or _has_far_times(values.items)
+    is_list = is_.is_list(type_) or is_.is_large_list(type_) or is_.is_fixed_size_list(type_)
+    return is_list and _has_far_times(values.flatten())
+
+
+def _with_far_times(type_: pa.DataType, text: Any, count: Any) -> Any:
+    """A value of this type, whose times `text` has as Arrow prints them, and `count` as numbers."""
+    is_ = pa.types
+    if text is None:
+        return None
+    if is_.is_dictionary(type_):
+        return _with_far_times(type_.value_type, text, count)
+    if is_.is_timestamp(type_) or is_.is_date(type_):
+        if abs(count) <= _near(type_):
+            return text
+        return str(np.datetime64(count, _unit(type_))).replace("T", " ") + ("Z" if getattr(type_, "tz", None) else "")
+    if is_.is_struct(type_):
+        return {field.name: _with_far_times(field.type, text[field.name], count[field.name]) for field in type_}
+    if is_.is_map(type_):
+        types = type_.key_type, type_.item_type
+        return [tuple(map(_with_far_times, types, *each)) for each in zip(text, count, strict=True)]
+    if is_.is_list(type_) or is_.is_large_list(type_) or is_.is_fixed_size_list(type_):
+        return [_with_far_times(type_.value_type, *each) for each in zip(text, count, strict=True)]
+    return text
+
+
+def _unit(type_: pa.DataType) -> str:
+    return type_.unit if pa.types.is_timestamp(type_) else "D" if pa.types.is_date32(type_) else "ms"
+
+
+def _near(type_: pa.DataType) -> int:
+    """How many units from 1970 Arrow prints: 30,000 years."""
+    return int(np.timedelta64(30_000 * 365, "D") / np.timedelta64(1, _unit(type_)))
 
 
 def _is_bytes(type_: pa.DataType) -> bool:
@@ -48,11 +108,14 @@ def _cell(value: Any) -> str | None:
     return text[1:-1] if text[:1] == '"' else text
 
 
-def _json_type(type_: pa.DataType) -> pa.DataType:
-    """The type to convert to before values become Python objects, which could not hold them all exactly."""
+def _json_type(type_: pa.DataType, *, counts: bool = False) -> pa.DataType:
+    """The type to convert to before values become Python objects, which could not hold them all exactly; with `counts` of times
+    as numbers of their unit."""
     is_ = pa.types
+    if counts and (is_.is_timestamp(type_) or is_.is_date(type_)):
+        return pa.int32() if is_.is_date32(type_) else pa.int64()
     if is_.is_dictionary(type_):
-        return _json_type(type_.value_type)
+        return _json_type(type_.value_type, counts=counts)
     if is_.is_timestamp(type_) or is_.is_date(type_) or is_.is_time(type_) or is_.is_decimal(type_):
         return pa.string()
     if is_.is_duration(type_):
@@ -60,13 +123,13 @@ def _json_type(type_: pa.DataType) -> pa.DataType:
     if is_.is_float16(type_):
         return pa.float32()
     if is_.is_struct(type_):
-        return pa.struct([field.with_type(_json_type(field.type)) for field in type_])
+        return pa.struct([field.with_type(_json_type(field.type, counts=counts)) for field in type_])
     if is_.is_list(type_):
-        return pa.list_(type_.value_field.with_type(_json_type(type_.value_type)))
+        return pa.list_(type_.value_field.with_type(_json_type(type_.value_type, counts=counts)))
     if is_.is_large_list(type_):
-        return pa.large_list(type_.value_field.with_type(_json_type(type_.value_type)))
+        return pa.large_list(type_.value_field.with_type(_json_type(type_.value_type, counts=counts)))
     if is_.is_fixed_size_list(type_):
-        return pa.list_(type_.value_field.with_type(_json_type(type_.value_type)), type_.list_size)
+        return pa.list_(type_.value_field.with_type(_json_type(type_.value_type, counts=counts)), type_.list_size)
     if is_.is_map(type_):
-        return pa.map_(_json_type(type_.key_type), _json_type(type_.item_type))
+        return pa.map_(_json_type(type_.key_type, counts=counts), _json_type(type_.item_type, counts=counts))
     return type_

@@ -150,7 +150,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         if each.name == "mean score" and each.value == pass_at_1:  # Of verdicts that are right or wrong, the same figure.
             continue
         if each.name == "pass@1" or each in last_of_kind.values():
-            rows.append((f"{each.name} ({each.low:.1%} to {each.high:.1%})", f"{each.value:.1%}", False))
+            rows.append((f"{each.name}{each.interval('.1%')}", f"{each.value:.1%}", False))
     if run.estimates is not None and pending:
         rows.append(("of pass@k before all samples are there: short ones finish first", "no estimate", True))
     rows += [

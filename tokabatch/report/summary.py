@@ -220,7 +220,7 @@ def verdict_sections(estimates: Sequence[Estimate], done: int, samples: int | No
     # Of verdicts that are right or wrong, the mean score is pass@1.
     same = {each.value for each in estimates if each.name == "pass@1"}
     shown = [each for each in estimates if each.name != "mean score" or each.value not in same]
-    rows = [(each.name, f"{each.value:.4f}  ({each.low:.4f} to {each.high:.4f})") for each in shown]
+    rows = [(each.name, f"{each.value:.4f} {each.interval('.4f')}") for each in shown]
     if estimates:
         rows.append(("in brackets", "95 % intervals over the rows"))
         rows += [("estimated", estimator)] if estimator else []

@@ -43,6 +43,8 @@ class RowStops(Generic[_Sample]):
         self._end: Int64 = num_samples.copy()
         self._held: dict[int, dict[int, _Sample]] = {}
         """By row and number."""
+        self._reached: Int64 = np.zeros(len(num_samples), np.int64)
+        """Up to which sample of a row those held have been kept."""
         self._kept: list[_Sample] = []
         self._cancelled: list[UnsampledRow] = []
         self._changes: list[RowLimits] = []
@@ -116,7 +118,8 @@ class RowStops(Generic[_Sample]):
         """Keep what the row's prefix has reached, and stop the row or open its next samples."""
         judged, stop, end = int(self._tallies.judged[row]), int(self._tallies.stop[row]), int(self._num_samples[row])
         held = self._held.get(row, {})
-        self._kept += [held.pop(sample) for sample in sorted(held) if sample < judged]
+        self._kept += [held.pop(sample) for sample in range(int(self._reached[row]), judged) if sample in held]
+        self._reached[row] = judged
         if stop != GOES_ON:
             held.clear()
             self._end[row] = stop

@@ -160,7 +160,8 @@ def run(
                     f"{books.unjudged:,} finished samples are not judged yet, and nothing is estimated before: the same "
                     "command has them judged"
                 )
-            complete, stopped = books.closed, exit_code or state.stop.poll()
+            complete = books.closed
+            stopped = exit_code or (0 if complete else state.stop.poll())
             exit_code = _exit_code(books, job.errors.max_fraction, stopped, None if supply is None else supply.abandoned)
             if supply is not None:
                 state = _recounted(state, claim)

@@ -9,6 +9,7 @@ which that approaches. This module does not know where the samples come from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -26,12 +27,16 @@ MOST_DRAWS = 32
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One figure, such as `pass@4`, with the bounds of its interval."""
+    """One figure, such as `pass@4`, with the bounds of its interval: infinite where one row alone has scores of any size."""
 
     name: str
     value: float
     low: float
     high: float
+
+    def interval(self, form: str) -> str:
+        """The bounds in brackets, formatted so, behind a space; empty where there are none."""
+        return f" ({self.low:{form}} to {self.high:{form}})" if np.isfinite(self.low) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,8 @@ def estimate_all(judged: Judged, rule: StopRule | None = None) -> tuple[Estimate
         columns = _of_rows_stopped_by_majority(judged, rule.majority)
     else:
         columns = _of_rows_stopped_when_right(judged, rule.after_correct or 1)
-    return _with_intervals(list(columns), np.stack(list(columns.values()), axis=1))
+    are_shares = bool(((judged.score >= 0) & (judged.score <= 1)).all())
+    return _with_intervals(list(columns), np.stack(list(columns.values()), axis=1), are_shares=are_shares)
 
 
 def _of_rows_stopped_when_right(judged: Judged, after: int) -> dict[str, Float64]:
@@ -126,7 +132,7 @@ def _of_rows_stopped_by_majority(judged: Judged, votes: int) -> dict[str, Float6
     columns = _of_all_samples(taken.take(taken.number < votes))
     j = taken.take(np.lexsort((taken.number, taken.row)))
     begins, n = j.rows()
-    return columns | {f"first to {votes}": majority(j, begins, n, int(n.max()))}
+    return columns | {f"first to {votes}": majority(j, begins, n, [int(n.max())])[0]}
 
 
 def _of_all_samples(judged: Judged) -> dict[str, Float64]:
@@ -137,33 +143,45 @@ def _of_all_samples(judged: Judged) -> dict[str, Float64]:
     columns = {"mean score": np.add.reduceat(j.score, begins) / n}
     columns |= {f"pass@{k}": estimate(n, right, k) for k in ks}
     if (j.answer >= 0).any():
-        columns |= {f"maj@{k}": majority(j, begins, n, k) for k in ks if k > 2}
+        voting = [k for k in ks if k > 2]
+        columns |= {f"maj@{k}": value for k, value in zip(voting, majority(j, begins, n, voting), strict=True)}
     if not np.isnan(j.logprob).any():
         columns |= {f"best-of-{k}": best_of(j.score, begins, n, k) for k in ks if k > 1}
     return columns
 
 
-def majority(j: Judged, begins: Int64, n: Int64, k: int) -> Float64:
-    """maj@k of each row, shape [R]; `j` is ordered by row, of which each begins at `begins` and has `n` samples. Where k < n,
-    the mean over random subsets of k, the same at every call."""
+def majority(j: Judged, begins: Int64, n: Int64, ks: Sequence[int]) -> list[Float64]:
+    """maj@k of each row, shape [R], for each of the `ks`; `j` is ordered by row, each of which begins at `begins` and has `n`
+    samples. Where k < n, the mean over random subsets of k, the same at every call."""
     rows = len(begins)
     of_row = np.repeat(np.arange(rows), n)
     # The answers of a row stand together, the rows in order: counts of one row are a range.
-    pairs, place = np.unique(np.stack((of_row, j.answer), axis=1), axis=0, return_inverse=True)
-    place = place.ravel()
-    valid = pairs[:, 1] >= 0
+    width = int(j.answer.max(initial=-1)) + 2
+    pairs, place = np.unique(of_row * width + j.answer + 1, return_inverse=True)
+    row_of_pair, valid = pairs // width, pairs % width > 0
     share_right = np.bincount(place, j.correct, len(pairs)) / np.bincount(place, minlength=len(pairs))
-    first = np.searchsorted(pairs[:, 0], np.arange(rows))
-    draws = 1 if (n <= k).all() else int(np.clip(DRAWN_SAMPLES // len(of_row), 1, MOST_DRAWS))
-    random, total = np.random.default_rng(k), np.zeros(rows)
-    for _ in range(draws):
-        shuffled = np.lexsort((random.random(len(of_row)), of_row))
-        chosen = shuffled[np.arange(len(of_row)) - np.repeat(begins, n) < k]
-        votes = np.where(valid, np.bincount(place[chosen], minlength=len(pairs)), 0)
-        most = np.maximum.reduceat(votes, first)
-        wins = (votes == most[pairs[:, 0]]) & (votes > 0)
-        total += np.add.reduceat(wins * share_right, first) / np.maximum(np.add.reduceat(wins.astype(np.int64), first), 1)
-    return total / draws
+    first = np.searchsorted(row_of_pair, np.arange(rows))
+    draws = [1 if (n <= k).all() else int(np.clip(DRAWN_SAMPLES // len(of_row), 1, MOST_DRAWS)) for k in ks]
+    random, totals = np.random.default_rng(0), [np.zeros(rows) for _ in ks]
+    for draw in range(max(draws, default=0)):
+        rank = _random_ranks(random, begins, n)
+        for k, total, count in zip(ks, totals, draws, strict=True):
+            if draw < count:
+                votes = np.where(valid, np.bincount(place[rank < k], minlength=len(pairs)), 0)
+                most = np.maximum.reduceat(votes, first)
+                wins = (votes == most[row_of_pair]) & (votes > 0)
+                shares = np.add.reduceat(wins * share_right, first)
+                total += shares / np.maximum(np.add.reduceat(wins.astype(np.int64), first), 1) / count
+    return totals
+
+
+def _random_ranks(random: np.random.Generator, begins: Int64, n: Int64) -> Int64:
+    """The place of each sample in a random order of its row, shape [S]. Rows of one length are sorted together."""
+    ranks = np.empty(int(n.sum()), np.int64)
+    for length in np.unique(n).tolist():
+        place = begins[n == length][:, None] + np.arange(length)
+        ranks[place] = random.random(place.shape).argsort(axis=1)
+    return ranks
 
 
 def best_of(score: Float64, begins: Int64, n: Int64, k: int) -> Float64:
@@ -175,11 +193,13 @@ def best_of(score: Float64, begins: Int64, n: Int64, k: int) -> Float64:
     return np.add.reduceat(np.where(possible, np.exp(log_chance), 0.0) * score, begins)
 
 
-def _with_intervals(names: list[str], values: Float64) -> tuple[Estimate, ...]:
-    """`values` has shape [rows, figures]."""
+def _with_intervals(names: list[str], values: Float64, *, are_shares: bool = True) -> tuple[Estimate, ...]:
+    """`values` has shape [rows, figures]; `are_shares` where no score is below 0 or above 1."""
     rows, means = len(values), values.mean(axis=0)
     if rows == 1:
-        low, high = np.zeros_like(means), np.ones_like(means)
+        # One row says nothing of others. Chances are bounded, and scores are where all are between 0 and 1.
+        bounded = np.array([are_shares or not name.startswith(("mean score", "best-of-")) for name in names])
+        low, high = np.where(bounded, 0.0, -np.inf), np.where(bounded, 1.0, np.inf)
     elif rows > BOOTSTRAPPED_ROWS:
         spread = 1.96 * values.std(axis=0, ddof=1) / rows**0.5
         low, high = means - spread, means + spread
