@@ -202,4 +202,4 @@ def test_a_million_samples_are_estimated_in_seconds() -> None:
     began = time.process_time()
     found = values(estimate_all(many))
     assert time.process_time() - began < 5
-    assert 0.4 <= found["maj@4"] <= 0.6 and found["maj@16"] >= found["maj@4"]
+    assert all(abs(found[f"maj@{k}"] - 0.4) < 0.02 for k in (4, 8, 16)), "answers say nothing of what is right here"
