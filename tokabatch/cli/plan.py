@@ -59,6 +59,7 @@ def plan(
       tokabatch plan jobs/quickstart.yaml generation.n=100
       tokabatch plan jobs/quickstart.yaml --simulate --lengths 70:0.4
       tokabatch plan jobs/gsm8k.yaml --simulate --device h200 --lengths 150 --price 3.5
+      tokabatch plan jobs/gsm8k.yaml --simulate --device h100 engine.replicas=8           a host with eight GPUs
     """
     if not simulate and (device, profile, price, lengths) != (None, None, None, "max"):
         raise typer.BadParameter("--device, --lengths, --profile and --price belong to --simulate; add it")

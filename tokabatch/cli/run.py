@@ -7,6 +7,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -50,7 +51,7 @@ def run(
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option("--address", help="Of the Ray cluster; default: RAY_ADDRESS, or this host's.", show_default=False),
+        typer.Option("--address", help="Address of the Ray cluster; default: RAY_ADDRESS, or this host's.", show_default=False),
     ] = None,
     deadline: Annotated[
         float | None, typer.Option("--deadline", help="Stop after this many seconds, as on SIGTERM.", min=0, show_default=False)
@@ -76,7 +77,7 @@ def run(
       tokabatch run jobs/quickstart.yaml generation.n=32      16 more samples of each row
       tokabatch run jobs/quickstart.yaml --overwrite          delete the results, begin again
       tokabatch run jobs/quickstart.yaml --shared             one of any number of processes on any hosts (`tokabatch slurm`)
-      tokabatch run jobs/gsm8k.yaml --on ray --replicas 16    on a Ray cluster, which runs already
+      tokabatch run jobs/gsm8k.yaml --on ray --replicas 16    on a Ray cluster that is running
     """
     given = [*(overrides or ()), *((f"engine.replicas={replicas}",) if replicas else ())]
     with stop_on_signals() as stop, stop_after(deadline), checked_job(job, given, shared=shared) as loaded:
@@ -171,9 +172,9 @@ def slurm(
 ) -> None:
     """Write the batch script that runs a job as an array of tasks on Slurm.
 
-    Every task is `tokabatch run --shared`: it takes units of the plan until none is left, so one that ends early takes what
-    others would have done, and one that never starts costs nothing. Ahead of the time limit, and when it is preempted, a task
-    commits what it has, and the script has it requeued.
+    Each task is `tokabatch run --shared`, which computes units of the plan until none is left: the work is balanced, and a
+    task that never starts is not missed. Before its time limit, and when it is preempted, a task commits its finished samples
+    and is requeued by the script.
 
     \b
     Examples
@@ -182,7 +183,12 @@ def slurm(
     """
     if limit and not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|infinite|unlimited", limit.lower()):
         raise UsageError(f"--time {limit}: write it in sbatch's format, such as 4:00:00 (hours) or 2-12 (days-hours)")
-    import_module("tokabatch.job").Job.load(job, *(overrides or ())).refuse_sharing()
+    loaded = import_module("tokabatch.job").Job.load(job, *(overrides or ()))
+    loaded.refuse_sharing()
+    if not gpus:
+        print("the tasks get no GPU; --gpus-per-task 1 gives each of them one", file=sys.stderr)
+    if Path(gettempdir()) in Path(loaded.output.path).absolute().parents:
+        print(f"output.path {loaded.output.path}: every host has its own {gettempdir()}; use a shared folder", file=sys.stderr)
     module, script = import_module("tokabatch.cluster.slurm"), to or Path(f"{job.stem}.sbatch")
     array = module.Array(tasks, gpus, cpus, limit, options=tuple(option or ()), setup=tuple(setup or ()), command=command)
     try:
