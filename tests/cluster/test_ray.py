@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from crash.conftest import Scene
+from support import token_device
 from typer.testing import CliRunner
 
+from tokabatch import __version__
 from tokabatch.cli import app
-from tokabatch.errors import JobError, UsageError
+from tokabatch.engine.replica_sizes import ReplicaSizes
+from tokabatch.errors import EngineError, JobError, UsageError
 from tokabatch.job import EngineConfig
+from tokabatch.runner.fleet import Fleet
+from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.replica import Replica, Standing
+from tokabatch.scheduling.contracts import Requests, SamplingParams, StepBatch, StepResult
+from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
+from tokabatch.scheduling.stop_conditions import StopRules
 
 ray = pytest.importorskip("ray", reason="needs Ray (`pip install -e .[dev]`)")
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from tokabatch.cluster.ray import RayCluster  # noqa: E402
+from tokabatch.cluster.ray import Launcher, RayCluster  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "scripted_tokabatch.py"
@@ -110,15 +123,66 @@ def test_whatever_is_lost_each_sample_is_there_once(cluster: Any, tmp_path: Path
     scene.checker.check_complete(out)
 
 
-def test_the_cluster_says_how_many_replicas_fit_and_leaves_signals_to_the_run(cluster: Any) -> None:
-    gpus = cluster.add_node(num_gpus=5, **NODE)
-    before = signal.getsignal(signal.SIGTERM)
+def test_actors_have_gpus_of_one_node_each_and_one_that_cannot_work_says_why(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray counts GPUs that it was told of. The tokens are more than the nodes' object stores hold."""
+    # What runs there is the node's own package where the driver does not stand in its folder.
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "tokabatch", other / "tokabatch")
+    for file in (other / "tokabatch").rglob("*.py"):
+        text = file.read_text()
+        changed = re.sub(r"\bPace\b", "Rhythm", text).replace(f'__version__ = "{__version__}"', '__version__ = "9.9"')
+        if changed != text:
+            file.write_text(changed)
+    prompts, params = [[row, 2, 3, 4, 5] for row in range(8)], SamplingParams(n=40, max_tokens=30, ignore_eos=True)
+    plan = token_device.make_requests(prompts, [params])
+    plan = replace(plan, tokens=np.concatenate((plan.tokens, np.zeros(25_000_000, np.int32))))
+    assert plan.tokens.nbytes > NODE["object_store_memory"]
+    limits, told = SchedulerLimits(4, 200, 16, 64, 16, None), list[str]()
+
+    class Device:
+        sizes = ReplicaSizes(4, 200, 16, 64, 16, 2, 1)
+
+        def __init__(self) -> None:
+            self.device, self.waiting = token_device.TokenDevice(limits), list[StepResult]()
+            self.device.prompts = prompts
+
+        def submit(self, step: StepBatch) -> None:
+            self.waiting.append(self.device.run(step))
+
+        def collect(self) -> StepResult:
+            time.sleep(0.01)
+            return self.waiting.pop(0)
+
+        def start(self) -> None: ...
+
+        def resume(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    def build(number: int, requests: Requests, before: Standing, *, stop: Any, tell: Callable[[str], None]) -> Replica:
+        tell(f"{ray.get_runtime_context().get_node_id()} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+        rules = StopRules(requests.sampling, [token_device.EOS], token_device.VOCAB, None)
+        scheduler = Scheduler(requests, limits, rules, counts=before.scheduled)
+        count = before.scheduled.finished + int(requests.num_samples().sum())
+        return Replica(
+            scheduler, Device, depth=2, max_restarts=0, num_samples=count, counts=before.counts, stop=stop, tell=tell
+        )
+
+    def fleet(count: int, launch: Any) -> Fleet:
+        devices: list[tuple[str, ...]] = [()] * count
+        return Fleet(plan, limits, devices, build, stop=Interruption(), tell=told.append, interval=0.0, launch=launch)
+
+    nodes = [cluster.add_node(**{**NODE, "num_cpus": 2}, num_gpus=gpus) for gpus in (2, 5)]
+    path = os.pathsep.join([str(other), str(ROOT / "tests")])
+    nodes.append(cluster.add_node(**NODE, resources={"other": 1}, env_vars={"PYTHONPATH": path}))
     try:
+        before = signal.getsignal(signal.SIGTERM)
         with RayCluster(cluster.address) as found:
-            assert signal.getsignal(signal.SIGTERM) is before
+            assert signal.getsignal(signal.SIGTERM) is before, "signals are left to the run"
             config = EngineConfig()
-            layout = found.layout(config.model_copy(update={"tensor": 2}), "cuda")
-            assert (layout.replicas, layout.devices) == (2, ((), ()))
             assert found.layout(config.model_copy(update={"replicas": 7}), "cuda").replicas == 7
             for update, device, message in (
                 ({"tensor": 8}, "cuda", "takes 8 GPUs of one node"),
@@ -127,8 +191,26 @@ def test_the_cluster_says_how_many_replicas_fit_and_leaves_signals_to_the_run(cl
             ):
                 with pytest.raises(JobError, match=message):
                     found.layout(config.model_copy(update=update), device)
+            layout = found.layout(config.model_copy(update={"tensor": 2}), "cuda")
+            assert (layout.replicas, layout.devices) == (3, ((), (), ()))
+            running = fleet(layout.replicas, found.launcher(layout, "cuda", tmp_path, told.append))
+            samples = [(c.row_index, c.sample_index) for completions in running.run() for c in completions]
+            running.close()
+            assert sorted(samples) == [(row, sample) for row in range(8) for sample in range(40)]
+            places = [text.partition(": ")[2].split() for text in told]
+            here = sorted(sorted(gpus for node, gpus in places if node == each.node_id) for each in nodes[:2])
+            assert here == [["0,1"], ["0,1", "2,3"]], told
+            for needs, model, message in (
+                ({"num_cpus": 1, "resources": {"other": 1}}, tmp_path, f"has tokabatch 9.9, and the driver {__version__}"),
+                ({"num_cpus": 1, "num_gpus": 1}, Path("/no/such"), "does not see the model's folder /no/such"),
+            ):
+                refused = fleet(1, Launcher(needs, model, told.append))
+                with pytest.raises(EngineError, match=message):
+                    list(refused.run())
+                refused.close()
     finally:
-        cluster.remove_node(gpus)
+        for node in nodes:
+            cluster.remove_node(node)
     assert not ray.is_initialized()
 
 

@@ -42,8 +42,8 @@ def test_opening_a_unit_looks_at_its_own_error_rows_alone(monkeypatch: pytest.Mo
     started = SimpleNamespace(committed=committed, left=SimpleNamespace(failures=failures))
     leases = SimpleNamespace(take=lambda name: True)
     monkeypatch.setattr("tokabatch.runner.supply.replace", lambda row, samples: (row.row_index, samples.tolist()))
-    parts: list[Any] = [claim, started, units, leases, recorder]
-    supply, ledger = Supply(*parts, 0, print), SimpleNamespace(offer=lambda wanted: None)
+    parts: list[Any] = [claim, started, units, leases, recorder, 0, print]
+    supply, ledger = Supply(*parts), SimpleNamespace(offer=lambda wanted: None)
     given: list[Any] = [ledger]
     for number in range(2):
         ErrorRow.looks = 0

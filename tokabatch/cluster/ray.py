@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +35,6 @@ from tokabatch.runner.ledger import Ledger, Part
 from tokabatch.runner.member_process import Build, serve
 from tokabatch.runner.messages import Message, Order, Pace
 from tokabatch.runner.replica import Standing
-from tokabatch.scheduling.contracts import Requests
 
 ADDRESS = "RAY_ADDRESS"
 TOKEN_BYTES = 32
@@ -121,16 +119,6 @@ class RayCluster:
             ray.shutdown()
 
 
-@dataclass(frozen=True, slots=True)
-class _Terms:
-    """What an actor has to know before anything else of its run is unpickled there."""
-
-    address: tuple[str, int]
-    token: bytes
-    version: str
-    model: str
-
-
 class Launcher:
     """See `Launch`. `needs` are the resources of each actor, as Ray names them."""
 
@@ -151,14 +139,15 @@ class Launcher:
                     f"Ray's object store on this node does not hold the tokenised input, {size:,} bytes of tokens; start its "
                     "nodes with a larger one (`ray start --object-store-memory`)"
                 ) from error
-        return Actor(self, number, (*self._work, number, cloudpickle.dumps(before), pace))
+        return Actor(self, number, before, pace)
 
-    def start(self, number: int, port: int, token: bytes, work: tuple[Any, ...]) -> tuple[Any, Any]:
+    def start(self, number: int, port: int, token: bytes, before: Standing, pace: Pace) -> tuple[Any, Any]:
         """An actor, and what becomes ready when it has ended."""
-        terms = _Terms((self._address, port), token, __version__, str(self._model))
+        own = cloudpickle.dumps(((self._address, port), token, str(self._model), number, before, pace))
         place: Any = ray.remote(TokabatchReplica)
         actor = place.options(**self._needs, max_restarts=0, max_task_retries=0).remote()
-        return actor, actor.serve.remote(terms, *work)
+        # In a list references arrive as such.
+        return actor, actor.serve.remote(__version__, own, list(self._work))
 
     def listen(self) -> socket.socket:
         """For one actor, on an address that the nodes of the cluster reach."""
@@ -174,7 +163,7 @@ class Launcher:
 class Actor:
     """See `Process`: one actor. Until it is placed and has connected, its `pipe` is the socket on which that is expected."""
 
-    def __init__(self, launcher: Launcher, number: int, work: tuple[Any, ...]) -> None:
+    def __init__(self, launcher: Launcher, number: int, before: Standing, pace: Pace) -> None:
         self._launcher, self._number = launcher, number
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._listening = launcher.listen()
@@ -182,7 +171,7 @@ class Actor:
         self._unsent: list[Order | bytes | None] = []
         self._told = time.monotonic() + PATIENCE_SECONDS
         self._next_check = 0.0
-        self._actor, self._ended = launcher.start(number, self._listening.getsockname()[1], self._token, work)
+        self._actor, self._ended = launcher.start(number, self._listening.getsockname()[1], self._token, before, pace)
 
     @property
     def pipe(self) -> Connection | socket.socket:
@@ -266,22 +255,24 @@ class Actor:
 class TokabatchReplica:
     """An actor: the process of one member of a fleet. Its name is what `ps` and Ray show."""
 
-    def serve(self, terms: _Terms, plan: Requests, build: bytes, number: int, before: bytes, pace: Pace) -> None:
+    def serve(self, version: str, own: bytes, shared: list[Any]) -> None:
+        """`own` and what `shared` refers to are unpickled once it is known that both ends have the same `version`."""
         here = socket.gethostname()
-        if terms.version != __version__:
-            raise EngineError(f"{here} has tokabatch {__version__}, and the driver {terms.version}; install the same one")
-        if not os.access(terms.model, os.R_OK | os.X_OK):
+        if version != __version__:
+            raise EngineError(f"{here} has tokabatch {__version__}, and the driver {version}; install the same one")
+        address, token, model, number, before, pace = cloudpickle.loads(own)
+        if not os.access(model, os.R_OK | os.X_OK):
             raise EngineError(
-                f"{here} does not see the model's folder {terms.model}: keep it where all nodes reach it under one path (model."
-                "path, or HF_HOME for a name of the hub)"
+                f"{here} does not see the model's folder {model}: keep it where all nodes reach it under one path (model.path, "
+                "or HF_HOME for a name of the hub)"
             )
-        connected = socket.create_connection(terms.address, CONNECT_SECONDS)
+        plan, build = ray.get(shared)
+        connected = socket.create_connection(address, CONNECT_SECONDS)
         connected.settimeout(None)
         _watch(connected)
         connection = Connection(connected.detach())
-        connection.send_bytes(terms.token)
-        nothing = Part.joined([])
-        serve(connection, number, cloudpickle.loads(build), nothing, Ledger(plan), cloudpickle.loads(before), pace)
+        connection.send_bytes(token)
+        serve(connection, number, cloudpickle.loads(build), Part.joined([]), Ledger(plan), before, pace)
 
 
 def _watch(connected: socket.socket) -> None:

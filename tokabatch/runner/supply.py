@@ -158,7 +158,7 @@ def _by_unit(failures: Sequence[UnsampledRow], units: Units) -> dict[int, list[U
     if failures:
         number = np.repeat(np.arange(len(failures)), [len(failure.samples) for failure in failures])
         row = np.array([failure.row_index for failure in failures], np.int64)[number]
-        unit = units.of(row, np.concatenate([failure.samples for failure in failures]))
+        unit = units.of(row, np.concatenate([failure.samples for failure in failures]).astype(np.int64))
         for each, place in np.unique(np.stack((unit, number)), axis=1).T.tolist():
             found.setdefault(each, []).append(failures[place])
     return found
