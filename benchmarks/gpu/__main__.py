@@ -75,6 +75,8 @@ class Places:
 
 
 def main() -> None:
+    # As an exception, so that a child with all its processes is ended first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     arguments = parse_arguments()
     parts = [parse_part(text) for text in arguments.names if text.partition(":")[0] not in (MICRO, REAL)]
     out: Path = arguments.out or Path(tempfile.mkdtemp(prefix="tokabatch-gpu-"))

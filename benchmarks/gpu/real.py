@@ -41,6 +41,8 @@ BUCKETS = (0, 64, 512, 2048, 4096, 8192, 16384, 32768, 1 << 30)
 class CpuWatch(NullProgress):
     """A display that shows nothing and looks at the processes' CPU time."""
 
+    interval = 0.1
+
     def __init__(self) -> None:
         self.shares = CpuShares()
 
