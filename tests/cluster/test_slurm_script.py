@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from tokabatch.cli import app
 from tokabatch.cluster.slurm import Array, batch_script
+from tokabatch.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3", "SLURM_CPUS_PER_TASK": "6"}
@@ -18,7 +19,7 @@ ENVIRONMENT = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3", "SLURM_CP
 
 @pytest.mark.parametrize(
     ("status", "restarts", "requeued"),
-    [(0, "", False), (75, "", True), (75, "40", True), (137, "4", True), (137, "5", False), (2, "", False)],
+    [(0, "", False), (75, "", True), (75, "40", True), (75, "100", False), (137, "4", True), (137, "5", False), (2, "", False)],
 )
 def test_a_task_that_was_stopped_or_killed_is_requeued(tmp_path, monkeypatch, status, restarts, requeued):
     monkeypatch.chdir(ROOT)
@@ -88,3 +89,46 @@ def test_without_slurm_the_script_is_written_and_the_remedy_named(tmp_path, monk
     script = tmp_path / "job.sbatch"
     result = CliRunner().invoke(app, ["slurm", str(ROOT / "jobs/quickstart.yaml"), "--to", str(script), "--submit"])
     assert script.exists() and "sbatch cannot be started" in str(result.exception)
+
+
+def _write(*arguments: str) -> tuple[str, str]:
+    """The script that these arguments make of the first job of the gallery in the working folder, and what is printed."""
+    result = CliRunner().invoke(app, ["slurm", str(ROOT / "jobs/quickstart.yaml"), "--to", "job.sbatch", *arguments])
+    if result.exception is not None:
+        raise result.exception
+    return Path("job.sbatch").read_text(), result.output
+
+
+def test_options_are_written_as_sbatch_reads_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, _ = _write("--tasks", "4", "--sbatch", "--partition=gpu", "--sbatch", "exclusive", "--sbatch", "array=0-3%2")
+    directives = [line for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert {"#SBATCH --partition=gpu", "#SBATCH --exclusive", "#SBATCH --array=0-3%2"} <= set(directives)
+    assert len([line for line in directives if "--array" in line]) == 1
+    for wrong in ("-p gpu", "partition gpu", "partition=gpu account=me", "partition=gpu --mem=0", ""):
+        with pytest.raises(UsageError, match="write one long option of sbatch"):
+            _write("--sbatch", wrong)
+    for limit, ahead in (("2:00", 30), ("3", 45), ("4:00:00", 120), ("1-12", 120), ("UNLIMITED", 120)):
+        assert f"signal=USR1@{ahead}\n" in _write("--time", limit)[0]
+
+
+def test_what_would_fail_in_the_queue_is_told_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="write --gpus-per-task 4"):
+        _write("--gpus-per-task", "2", "engine.replicas=2", "engine.tensor=2", "engine.device=auto")
+    Path("job.sbatch").write_text("model: precious")
+    with pytest.raises(UsageError, match="is there and no script of"):
+        _write()
+    assert Path("job.sbatch").read_text() == "model: precious"
+    Path("job.sbatch").unlink()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/_SUCCESS").touch()
+    text, told = _write("--setup", ". missing/bin/activate", f"output.path={tmp_path / 'out'}")
+    assert "nothing to do" in told and "every host has its own" in told
+    log = tmp_path / "log"
+    (tmp_path / "srun").write_text(f"#!/bin/sh\necho started >> {log}\n")
+    (tmp_path / "srun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **ENVIRONMENT}
+    done = subprocess.run(["bash", "job.sbatch"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "missing/bin/activate" in done.stderr and not log.exists()
+    assert _write()[0] != text

@@ -65,6 +65,8 @@ def test_next_steps_are_commands_to_paste() -> None:
         "tokabatch report 'out/a b'",
     ):
         assert f"\n  {command}  " in text
+    others = closing.next_steps(OUT, replace(SUMMARY, ok=300, exit_code=0))
+    assert "again" not in others and "status" in others and "how far the other processes are" in others
     assert "errors" not in closing.next_steps(OUT, replace(SUMMARY, errors=0)) and "again" not in closing.next_steps(
         OUT, SUMMARY
     )

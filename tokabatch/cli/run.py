@@ -165,7 +165,7 @@ def slurm(
         ),
     ] = None,
     command: Annotated[
-        str, typer.Option("--command", help="Command to run, such as 'apptainer exec --nv IMAGE.sif tokabatch'.")
+        str, typer.Option("--command", help="Command that starts tokabatch, such as 'apptainer exec --nv IMAGE.sif tokabatch'.")
     ] = "tokabatch",
     to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="Default: JOB.sbatch.", show_default=False)] = None,
     submit: Annotated[bool, typer.Option("--submit", help="Submit it, too.")] = False,
@@ -185,16 +185,19 @@ def slurm(
         raise UsageError(f"--time {limit}: write it in sbatch's format, such as 4:00:00 (hours) or 2-12 (days-hours)")
     loaded = import_module("tokabatch.job").Job.load(job, *(overrides or ()))
     loaded.refuse_sharing()
-    if not gpus:
+    each = loaded.engine.tensor * loaded.engine.pipeline * (1 if loaded.engine.replicas == "auto" else loaded.engine.replicas)
+    if gpus and each > gpus and loaded.engine.device != "cpu":
+        raise UsageError(f"engine.replicas, tensor and pipeline take {each} GPUs in each task; write --gpus-per-task {each}")
+    if not gpus and loaded.engine.device != "cpu" and not any("gpu" in each or "gres" in each for each in option or ()):
         print("the tasks get no GPU; --gpus-per-task 1 gives each of them one", file=sys.stderr)
-    if Path(gettempdir()) in Path(loaded.output.path).absolute().parents:
-        print(f"output.path {loaded.output.path}: every host has its own {gettempdir()}; use a shared folder", file=sys.stderr)
+    for key, path in (("output.path", loaded.output.path), ("model.path", loaded.model.path)):
+        if Path(gettempdir()) in Path(path).absolute().parents:
+            print(f"{key} {path}: every host has its own {gettempdir()}; use a shared folder", file=sys.stderr)
+    if (Path(loaded.output.path) / "_SUCCESS").exists():
+        print(f"output.path {loaded.output.path} holds a complete run: the tasks will find nothing to do", file=sys.stderr)
     module, script = import_module("tokabatch.cluster.slurm"), to or Path(f"{job.stem}.sbatch")
     array = module.Array(tasks, gpus, cpus, limit, options=tuple(option or ()), setup=tuple(setup or ()), command=command)
-    try:
-        script.write_text(module.batch_script(job, tuple(overrides or ()), array, Path.cwd()))
-    except OSError as error:
-        raise UsageError(f"--to {script} cannot be written: {error.strerror}; name a file elsewhere") from error
+    module.write_script(script, module.batch_script(job, tuple(overrides or ()), array, Path.cwd()))
     print_result(module.submit(script) if submit else f"{script}: submit it with `sbatch {script}`")
 
 

@@ -17,21 +17,27 @@ from tokabatch.errors import EXIT_STOPPED, UsageError
 
 UNITS_PER_TASK, LEAST_UNITS = 32, 64
 """A task that ends early takes others' units: what it can wait for in the end is one unit."""
-MOST_CRASHES = 5
-"""A task that a signal killed is requeued so often at most."""
+MOST_CRASHES, MOST_STARTS = 5, 100
+"""A task that a signal killed is requeued so often at most, and one that stopped by itself: a time limit in which nothing can
+be finished would have it requeued for ever."""
+SECONDS_AHEAD = 120
+"""So long before the time limit tasks are told to stop; a quarter of a limit of a few minutes."""
+MARK = "# Written by `tokabatch slurm`."
+"""By which a script of ours is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """What the script asks Slurm for. `seconds_ahead` of the time limit tasks are told to stop; `options` are further ones of
-    sbatch, such as `partition=gpu`; `setup` are lines of shell before the run (modules, a virtual environment); `command` is
-    what to call, `apptainer exec --nv IMAGE tokabatch` for one in a container."""
+    """What the script asks Slurm for. `seconds_ahead` of the time limit tasks are told to stop (None: by `SECONDS_AHEAD`);
+    `options` are further ones of sbatch, such as `partition=gpu`, each in place of the script's own of that name; `setup` are
+    commands before the run (modules, a virtual environment), one a line, whose failure ends the task; `command` is what to
+    call, `apptainer exec --nv IMAGE tokabatch` for one in a container."""
 
     tasks: int
     gpus_per_task: int = 0
     cpus_per_task: int = 0
     time: str = ""
-    seconds_ahead: int = 120
+    seconds_ahead: int | None = None
     options: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
     command: str = "tokabatch"
@@ -43,21 +49,25 @@ class Array:
 
 
 def batch_script(job: Path, overrides: tuple[str, ...], array: Array, folder: Path) -> str:
-    """The script; relative paths of the job count from `folder`."""
+    """The script; relative paths of the job count from `folder`. Raises UsageError for options that sbatch would not read."""
     # Names of jobs and logs have their own characters: Slurm replaces %.
     name = re.sub(r"[^\w.-]+", "-", job.stem)
     asked = [f"job-name=tokabatch-{name}", f"array=0-{array.tasks - 1}", "ntasks=1"]
     asked += [f"gpus-per-task={array.gpus_per_task}"] if array.gpus_per_task else []
     asked += [f"cpus-per-task={array.cpus_per_task}"] if array.cpus_per_task else []
     asked += [f"time={array.time}"] if array.time else []
-    asked += [f"signal=USR1@{array.seconds_ahead}", "requeue", "open-mode=append", f"output=tokabatch-{name}-%A_%a.log"]
-    asked += array.options
+    ahead = _seconds_ahead(array.time) if array.seconds_ahead is None else array.seconds_ahead
+    asked += [f"signal=USR1@{ahead}", "requeue", "open-mode=append", f"output=tokabatch-{name}-%A_%a.log"]
+    given = [_option(option) for option in array.options]
+    names = {option.partition("=")[0] for option in given}
+    asked = [option for option in asked if option.partition("=")[0] not in names] + given
     directives = "\n".join(f"#SBATCH {shlex.quote(f'--{option}')}" for option in asked)
-    setup = "\n".join(array.setup) or "# module load cuda; . /path/to/venv/bin/activate"
+    lines = [f"{line} || exit 2" for line in array.setup if line.strip()]
+    setup = "\n".join(lines) or "# module load cuda; . /path/to/venv/bin/activate"
     words = [str(job), *overrides, "--shared", "--units", str(array.units), "--quiet"]
     return f"""#!/usr/bin/env bash
 {directives}
-# Written by `tokabatch slurm`. Submit with sbatch, as often as you like: what is there is not computed again.
+{MARK} Submit with sbatch, as often as you like: what is there is not computed again.
 
 cd {shlex.quote(str(folder))} || exit 2
 {setup}
@@ -71,11 +81,47 @@ status=$?
 
 # {EXIT_STOPPED}: stopped ahead of the time limit or by preemption; above 128: killed. Any other task goes on meanwhile.
 restarts=${{SLURM_RESTART_COUNT:-0}}
-if [ $status -eq {EXIT_STOPPED} ] || {{ [ $status -gt 128 ] && [ "$restarts" -lt {MOST_CRASHES} ]; }}; then
+most=0
+[ $status -eq {EXIT_STOPPED} ] && most={MOST_STARTS}
+[ $status -gt 128 ] && most={MOST_CRASHES}
+if [ "$restarts" -lt $most ]; then
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID" && sleep 60
 fi
 exit $status
 """
+
+
+def write_script(path: Path, text: str) -> None:
+    """Write the script, over an earlier one alone. Raises UsageError."""
+    try:
+        if path.exists() and MARK not in path.read_text(errors="replace"):
+            raise UsageError(f"--to {path} is there and no script of `tokabatch slurm`; name another file, or move it away")
+        path.write_text(text)
+    except OSError as error:
+        raise UsageError(f"--to {path} cannot be written: {error.strerror}; name a file elsewhere") from error
+
+
+def _option(given: str) -> str:
+    """An option as a directive has it behind its dashes. Raises UsageError."""
+    found = re.fullmatch(r"(?:--)?([a-z][a-z0-9-]+)(?:=(.*))?", given.strip())
+    if found is None or re.search(r"\s-|\s[a-z-]+=", found[2] or ""):
+        raise UsageError(
+            f"--sbatch {given!r}: write one long option of sbatch, such as --sbatch partition=gpu, for each of them"
+        )
+    return found[1] if found[2] is None else f"{found[1]}={found[2]}"
+
+
+def _seconds_ahead(limit: str) -> int:
+    """Of a time limit as sbatch takes it: minutes, minutes:seconds, hours:minutes:seconds, or days-hours and so on."""
+    days, dash, rest = limit.rpartition("-")
+    if not rest.replace(":", "").isdigit():
+        return SECONDS_AHEAD
+    parts = [int(part) for part in rest.split(":")]
+    if not dash:
+        parts = [0, *parts] if len(parts) < 3 else parts
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    whole = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    return max(1, min(SECONDS_AHEAD, whole // 4))
 
 
 def submit(script: Path) -> str:

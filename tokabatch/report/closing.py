@@ -66,7 +66,9 @@ def next_steps(out: Path, summary: RunSummary) -> str:
     """Commands to go on with, as text that is not wrapped: each is in one line, however narrow the terminal, to be pasted."""
     folder = shlex.quote(str(out))
     rows: list[tuple[str, str]] = []
-    if summary.pending:
+    if summary.pending and summary.exit_code == 0:
+        rows.append((f"tokabatch status {folder}", "shows how far the other processes are"))
+    elif summary.pending:
         rows.append(("the same command again", f"computes the {summary.pending:,} samples that are missing"))
     if summary.errors:
         rows.append((f"tokabatch errors {folder}", "lists the error rows"))

@@ -163,7 +163,9 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
         result = f"complete, but {share}, more than errors.max_fraction allows; raise it to accept them"
     if summary.exit_code == 3 and not summary.ok:
         result = "no row could be completed: the error rows say why"
-    if summary.exit_code == 0 and summary.ok and summary.unverified >= summary.ok:
+    if summary.exit_code == 0 and summary.pending:
+        result = "this process has nothing left to compute; other processes of the run (--shared) compute the pending samples"
+    elif summary.exit_code == 0 and summary.ok and summary.unverified >= summary.ok:
         result = "complete, but NO SAMPLE HAS A VERDICT: correct the judge or the references, then run `tokabatch score`"
     counts = [
         ("result", result),
