@@ -194,6 +194,18 @@ def test_the_scores_of_one_row_have_no_interval_where_they_are_no_shares() -> No
     assert shares["mean score"].interval(".2f") == shares["best-of-2"].interval(".2f") == " (0.00 to 1.00)"
 
 
+def test_rows_that_are_all_wrong_or_all_right_leave_the_chance_that_others_are_not() -> None:
+    """None of 20 problems solved: the true share may be 0.168 by Clopper and Pearson, where 2.5 % of experiments see none."""
+    for right, interval in ((False, " (0.0000 to 0.1684)"), (True, " (0.8316 to 1.0000)")):
+        found = estimate_all(judged([[(right, 0, 0.0)] * 4] * 20))
+        assert {each.interval(".4f") for each in found if not each.name.startswith("maj")} == {interval}
+    assert pytest.approx(0.025, rel=0.01) == (1 - 0.1684) ** 20
+    large = judged([[(False, 0, 0.0)]] * 20_001)
+    assert estimate_all(large)[0].high == pytest.approx(1 - 0.025 ** (1 / 20_001))
+    alike = replace(judged([[(True, 0, 0.0)] * 2] * 5), score=np.full(10, 7.0))
+    assert estimate_all(alike)[0].interval(".1f") == "", "scores may be any numbers"
+
+
 def test_a_million_samples_are_estimated_in_seconds() -> None:
     """One sort of the answers serves every k, and one of random numbers each draw: 14 s before, half a second now."""
     rows, n, random = 62_500, 16, np.random.default_rng(0)

@@ -4,7 +4,8 @@ Every figure is the mean over rows of what one row estimates without bias, whate
 pass@k (`pass_at_k`); maj@k, whether the answer that most of k samples give is right, ties shared out; best-of-k, the score of
 the most likely of k samples by cumulative log-probability. Samples that ended in an error or have no verdict count as wrong.
 Intervals are the bootstrap's over rows (Efron, 1979; percentiles of 1,000 resamples), and for very many rows the normal one,
-which that approaches. This module does not know where the samples come from.
+which that approaches. Where all rows give the same figure, such as 0 or 1, no resample differs: then they are those of Clopper
+and Pearson (1934) for none of so many rows being another. This module does not know where the samples come from.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MOST_DRAWS = 32
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One figure, such as `pass@4`, with the bounds of its interval: infinite where one row alone has scores of any size."""
+    """One figure, such as `pass@4`, with the bounds of its interval: infinite where scores of any size do not differ."""
 
     name: str
     value: float
@@ -196,9 +197,10 @@ def best_of(score: Float64, begins: Int64, n: Int64, k: int) -> Float64:
 def _with_intervals(names: list[str], values: Float64, *, are_shares: bool = True) -> tuple[Estimate, ...]:
     """`values` has shape [rows, figures]; `are_shares` where no score is below 0 or above 1."""
     rows, means = len(values), values.mean(axis=0)
+    # Chances are between 0 and 1, scores where all of them are.
+    bounded = np.array([are_shares or not name.startswith(("mean score", "best-of-")) for name in names])
     if rows == 1:
-        # One row says nothing of others. Chances are bounded, and scores are where all are between 0 and 1.
-        bounded = np.array([are_shares or not name.startswith(("mean score", "best-of-")) for name in names])
+        # One row says nothing of others.
         low, high = np.where(bounded, 0.0, -np.inf), np.where(bounded, 1.0, np.inf)
     elif rows > BOOTSTRAPPED_ROWS:
         spread = 1.96 * values.std(axis=0, ddof=1) / rows**0.5
@@ -207,4 +209,8 @@ def _with_intervals(names: list[str], values: Float64, *, are_shares: bool = Tru
         random = np.random.default_rng(0)
         resampled = np.stack([random.multinomial(rows, np.full(rows, 1 / rows)) @ values / rows for _ in range(RESAMPLES)])
         low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
+    # Of rows that are all alike, others may be this share of all rows, whose figures are between 0 and 1.
+    alike, others = (np.ptp(values, axis=0) < 1e-12) & (rows > 1), 1 - 0.025 ** (1 / rows)
+    low = np.where(alike, np.where(bounded, means * (1 - others), -np.inf), low)
+    high = np.where(alike, np.where(bounded, means * (1 - others) + others, np.inf), high)
     return tuple(Estimate(*each) for each in zip(names, means.tolist(), low.tolist(), high.tolist(), strict=True))

@@ -211,6 +211,9 @@ def test_special_tokens_in_continuations_are_text(
     assert [sum(token in special for token in ids) for ids in texts] == [1, 0]
     assert codes(store) == {1: "bad_continuations"}, "the prompt's last tokens are others then"
     assert codes(scored("reject")[0]) == {0: "special_token", 1: "special_token"}
+    path = write_rows({"prompt": "hi", "continuations": [" a", "b"]})
+    templated = ingest_job(path, "chat", prompt={"special_tokens": "reject"}, mode="score")
+    assert not templated.errors, "the chat template's own are the prompt's"
 
 
 def test_token_ids(write_rows: Write, ingest_job: Ingest) -> None:

@@ -17,6 +17,7 @@ FEW_SHOT = {"template": "{{ question }}", "few_shot": {"path": "x", "k": 2, "tem
 def notes(prompt: dict[str, Any], **facts: Any) -> str:
     job = Job.load({"model": {"path": "m"}, "input": {"path": "x"}, "output": {"path": "o"}, "prompt": prompt})
     given = {"rows": 2, "spelled": Spelled(), "chat": False, "columns": ["question", "answer"], "special_texts": ["<|end|>"]}
+    given["read"] = {"question"}
     return "\n".join(describe_prompts(job.prompt, **(given | facts)))
 
 
@@ -40,6 +41,12 @@ def notes(prompt: dict[str, Any], **facts: Any) -> str:
             {"spelled": SPELLED},
             "rows that spell special tokens: 1,200 (row 4: '<|end|>'), taken as plain text; if they hold chat",
         ),
+        (
+            {},
+            {"columns": ["temperature", "max_tokens"]},
+            "not settings of their rows, and not used: max_tokens, temperature. A row's",
+        ),
+        ({}, {"columns": ["top_p", "question"]}, 'a mapping in the column sampling_params: {"top_p": ...}'),
         ({}, {"spelled": SPELLED, "chat": True}, "write prompt.special_tokens: allow and prompt.chat: false"),
         (
             ALLOW,

@@ -101,6 +101,7 @@ class PromptBuilder:
             spelled=self._spelled,
             chat=self.chat,
             columns=present,
+            read=self.columns,
             special_texts=self._tokenizer.special_texts,
             places=places,
         )
@@ -239,10 +240,11 @@ class PromptBuilder:
         return quoted
 
     def _spelled_behind(self, text: str, row: Mapping[str, Any], given: Sequence[str | list[int]]) -> list[Occurrence]:
-        """Special tokens that continuations of a prompt's `text` spell, where these are not taken as tokens."""
+        """Special tokens that the continuations of a prompt's `text` spell, where these are not taken as tokens; `given` has
+        each continuation with the prompt in front."""
         if self._policy == "allow" or self._is_trusted(row):
             return []
-        wholes = [text + each for each in given if isinstance(each, str) and self._blanking.may_occur(each)]
+        wholes = [each for each in given if isinstance(each, str) and self._blanking.may_occur(each)]
         found = self._tokenizer.special_tokens.find(wholes)
         return [each for occurrences in found for each in occurrences if each and each[1] > len(text)]
 

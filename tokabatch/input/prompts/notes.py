@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from tokabatch.input.missing import list_columns
 from tokabatch.input.prompts.templates import compile_template
 from tokabatch.input.rows import NO_PLACES, RowPlaces
-from tokabatch.job import PromptConfig
+from tokabatch.job import GenerationConfig, PromptConfig
 
+_PLAIN_NAMES = frozenset(("n", "seed", "stop"))
+"""Settings whose names columns of any data may have."""
 SINGLE_BRACES = re.compile(r"(?<![{$\\])\{ ?([A-Za-z_][A-Za-z0-9_]*) ?\}(?!\})")
 
 
@@ -33,14 +35,27 @@ def describe_prompts(
     spelled: Spelled,
     chat: bool,
     columns: Collection[str],
+    read: Collection[str],
     special_texts: Collection[str],
     places: RowPlaces = NO_PLACES,
 ) -> tuple[str, ...]:
-    """`chat` says whether texts go through the chat template; `columns` are the input's, of which there are so many `rows`."""
+    """`chat` says whether texts go through the chat template; `columns` are the input's, of which there are so many `rows`;
+    `read` are those that prompts and settings are made of."""
     return (
+        *_describe_settings(columns, read),
         *_describe_templates(config, rows, columns),
         *_describe_markup(config, spelled, chat, special_texts, places),
     )
+
+
+def _describe_settings(columns: Collection[str], read: Collection[str]) -> Iterator[str]:
+    """Columns that look like a row's settings, and are none."""
+    names = sorted((set(columns) & GenerationConfig.model_fields.keys()) - set(read) - _PLAIN_NAMES)
+    if names:
+        yield (
+            f"not settings of their rows, and not used: {', '.join(names)}. A row's settings are a mapping in the column "
+            f'sampling_params: {{"{names[0]}": ...}}'
+        )
 
 
 def _describe_templates(config: PromptConfig, rows: int, columns: Collection[str]) -> Iterator[str]:
