@@ -58,7 +58,7 @@ def test_what_cannot_be_read_back_is_left_out(monkeypatch: pytest.MonkeyPatch) -
 
 def test_next_steps_are_commands_to_paste() -> None:
     text = closing.next_steps(OUT, replace(SUMMARY, ok=300))
-    assert "  the same command again  " in text and "computes the 90 samples that are missing" in text
+    assert "  the same command again  " in text and "computes the missing 90 samples" in text
     for command in (
         "tokabatch errors 'out/a b'",
         "tokabatch export 'out/a b' --to samples.jsonl",

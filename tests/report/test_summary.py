@@ -107,6 +107,7 @@ class TestPlan:
         shown = facts(plan_sections(a_plan(error_counts=(("bad_json", 2), ("empty_prompt", 1)))))
         assert shown["rows"] == "100, 3 with errors" and shown["error bad_json"] == "2"
         assert shown["shared tokens"] == "600 (60.0%)"
+        assert shown["parameters"] == "3,400,000 (0.01 GiB in float32)"
         assert shown["pages"] == "1,024 (16,384 tokens, 24.0 MiB)"
 
     def test_pages_unknown_before_the_device_is(self) -> None:

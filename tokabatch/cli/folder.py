@@ -41,8 +41,9 @@ def status(out: OutArgument) -> None:
         estimates, how = verdicts.read_estimates(out) or (), verdicts.read_estimator(out)
         sections += import_module("tokabatch.report.summary").verdict_sections(estimates, found.committed, found.samples, how)
     if found.state == "incomplete" and found.pending:
-        next_step = ("the same `tokabatch run` again", f"computes the {found.pending:,} samples that are missing")
-        sections += (import_module("tokabatch.report.sections").Section("Next", (next_step,)),)
+        sections_of = import_module("tokabatch.report.sections")
+        next_step = ("the same `tokabatch run` again", f"computes the missing {sections_of.counted(found.pending, 'sample')}")
+        sections += (sections_of.Section("Next", (next_step,)),)
     print_result(sections)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokabatch.errors import TokabatchError
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, error_rows, excerpts
 from tokabatch.report.render import plain
-from tokabatch.report.sections import Section
+from tokabatch.report.sections import Section, counted
 from tokabatch.report.summary import RunSummary
 
 _SAMPLES = 3
@@ -69,7 +69,7 @@ def next_steps(out: Path, summary: RunSummary) -> str:
     if summary.pending and summary.exit_code == 0:
         rows.append((f"tokabatch status {folder}", "shows how far the other processes are"))
     elif summary.pending:
-        rows.append(("the same command again", f"computes the {summary.pending:,} samples that are missing"))
+        rows.append(("the same command again", f"computes the missing {counted(summary.pending, 'sample')}"))
     if summary.errors:
         rows.append((f"tokabatch errors {folder}", "lists the error rows"))
     if summary.ok:

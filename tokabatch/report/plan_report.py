@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tokabatch.job import Setting
 from tokabatch.report.sections import Section, count_text, share_text
 
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _SHOWN_CHARACTERS = 4000
 _FOLDED_TOKEN_IDS = 12
 """Shown of a prompt at either end."""
@@ -84,7 +85,10 @@ def plan_sections(report: PlanReport) -> tuple[Section, ...]:
         ("path", model.path),
         ("architecture", f"{model.family}, {model.layers} layers, hidden size {count_text(model.hidden_size)}"),
         ("attention", f"{model.heads} heads, {model.kv_heads} KV heads of {model.head_dim}"),
-        ("parameters", count_text(model.parameters)),
+        (
+            "parameters",
+            f"{count_text(model.parameters)} ({model.parameters * _BYTES[model.dtype] / (1 << 30):,.2f} GiB in {model.dtype})",
+        ),
         ("vocabulary", count_text(model.vocab_size)),
         ("context", f"{count_text(model.context_length)} tokens"),
         ("dtype", model.dtype),

@@ -18,6 +18,11 @@ def count_text(number: int) -> str:
     return f"{number:,}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 sample`, `1,200 samples`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def share_text(part: int, whole: int) -> str:
     return f" ({part / whole:.1%})" if whole else ""
 

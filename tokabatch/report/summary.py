@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tokabatch.report.sections import Section, count_text, seconds_text, share_text
+from tokabatch.report.sections import Section, count_text, counted, seconds_text, share_text
 from tokabatch.scoring.estimates import Estimate
 
 _EXIT_WORDS = {
@@ -171,8 +171,8 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
         ("result", result),
         ("rows", count_text(summary.rows)),
         ("samples", _books(summary)),
-        *((("from earlier runs", f"{count_text(summary.earlier)} samples"),) if summary.earlier else ()),
-        *((f"error {code}", f"{count_text(number)} samples") for code, number in summary.error_counts),
+        *((("from earlier runs", counted(summary.earlier, "sample")),) if summary.earlier else ()),
+        *((f"error {code}", counted(number, "sample")) for code, number in summary.error_counts),
         ("output", summary.output_path),
     ]
     prompts = count_text(summary.prompt_tokens)
@@ -208,9 +208,7 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
     if verbose:
         sections.append(Section("Engine", tuple(_engine(summary))))
     if summary.verifies and summary.ok:
-        unclear = (
-            [("not verified", f"{count_text(summary.unverified)} samples, counted as wrong")] if summary.unverified else []
-        )
+        unclear = [("not verified", f"{counted(summary.unverified, 'sample')}, counted as wrong")] if summary.unverified else []
         why = [("because", reason) for reason in summary.unverified_reasons]
         (verified,) = verdict_sections(summary.estimates, summary.samples - summary.pending, summary.samples, summary.estimator)
         sections.append(Section(verified.title, (*verified.rows, *unclear, *why)))
@@ -269,7 +267,7 @@ def _steps(summary: RunSummary) -> str:
 
 
 def _books(summary: RunSummary) -> str:
-    parts = [f"{count_text(summary.ok)} ok", f"{count_text(summary.errors)} error{'' if summary.errors == 1 else 's'}"]
+    parts = [f"{count_text(summary.ok)} ok", counted(summary.errors, "error")]
     parts += [f"{count_text(summary.cancelled)} cancelled"] if summary.cancelled else []
     parts += [f"{count_text(summary.pending)} pending"] if summary.pending else []
     return f"{count_text(summary.samples)} = {' + '.join(parts)}"
