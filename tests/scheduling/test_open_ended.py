@@ -224,6 +224,12 @@ def test_settings_of_new_prompts_are_looked_at_alone(monkeypatch):
         looked_at.append(len(sampling))
         extend(table, sampling)
 
+    def has_given_length(params: SamplingParams) -> bool:
+        asked.append(params)
+        return True
+
+    asked: list[SamplingParams] = []
+    monkeypatch.setattr(SamplingParams, "has_given_length", property(has_given_length))
     monkeypatch.setattr(SamplingTable, "extend", counted)
     limits = SchedulerLimits(4, 64, 8, 64, 16, None)
     requests, prompts = device.make_requests([[3]], [SamplingParams(max_tokens=2)]), {0: [3]}
@@ -237,4 +243,4 @@ def test_settings_of_new_prompts_are_looked_at_alone(monkeypatch):
             drawn |= {each.row_index: each.token_ids.tolist() for each in replica.step()}
         replica.scheduler.compact(least=1 if row % 10 == 0 else 10_000)
     # All of those that are left, once after some have been forgotten; otherwise one at a time.
-    assert max(looked_at) <= 2 and len(drawn) == 30
+    assert max(looked_at) <= 2 and len(drawn) == 30 and len(asked) < 40

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
 import signal
 import time
@@ -11,12 +13,15 @@ from typing import Any
 import httpx
 import pytest
 from support import tiny_models
+from support import token_device as device
 from support.running_server import Server
 
 import tokabatch
 from tokabatch.batch.job import batch_job
 from tokabatch.batch.results import write_results
-from tokabatch.errors import UsageError
+from tokabatch.errors import EngineError, UsageError
+from tokabatch.scheduling.scheduler import SchedulerLimits
+from tokabatch.serve.background_run import BackgroundReplica
 from tokabatch.serve.stored_files import StoredFiles
 
 URL = "/v1/completions"
@@ -75,8 +80,14 @@ def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
     wrong = create(client, upload(client, [line(0), line(1, model="other")]))
     assert client.post(f"/v1/batches/{cancelled['id']}/cancel").status_code == 400
     assert client.delete(f"/v1/files/{file}").json()["error"]["code"] == "file_in_use"
-    for path, body in (("/v1/batches", {"input_file_id": "file-1", "endpoint": URL}), ("/v1/batches", {"endpoint": "/v1/x"})):
-        assert client.post(path, json=body).status_code == 400
+    bad = (
+        {"endpoint": "/v1/x"},
+        {"input_file_id": "file-1"},
+        {"input_file_id": batch["id"]},
+        {"completion_window": "9" * 400 + "d"},
+    )
+    for body in bad:
+        assert client.post("/v1/batches", json={"input_file_id": file, "endpoint": URL, **body}).status_code == 400
     for form, content in (({"purpose": "assistants"}, b"x"), ({}, b"x"), ({"purpose": "batch"}, b"x" * 70000)):
         answer = client.post("/v1/files", data=form, files={"file": ("a.jsonl", content)})
         assert answer.status_code == (413 if len(content) > 9 else 400), answer.text
@@ -90,15 +101,20 @@ def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
     time.sleep(0.5)
     server.process.send_signal(signal.SIGKILL)
     server.process.wait()
+    run = kept / f"{batch['id']}.run"
+    committed = {path.name for path in run.glob("data/part-*")}
+    assert committed
+    (kept / "file-0.upload").write_bytes(b"half")
+    odd = {**batch, "id": f"batch-{'0' * 24}", "expires_at": 10**400, "input_file_id": "file-gone"}
+    (kept / f"{odd['id']}.json").write_text(json.dumps(odd))
+    (kept / f"batch-{'1' * 24}.json").write_text("{")
     server = Server(folder, *settings)
     client = server.client
+    until(client, batch["id"], lambda each: each["status"] == "in_progress" and each["request_counts"]["completed"])
+    assert committed <= {path.name for path in run.glob("data/part-*")}, "the run was begun anew"
     found = until(client, batch["id"], lambda each: each["status"] not in ("validating", "in_progress", "finalizing"))
     assert found["status"] == "completed" and found["request_counts"] == {"total": 40, "completed": 39, "failed": 1}
     assert all(found[f"{state}_at"] for state in ("created", "in_progress", "finalizing", "completed", "expires"))
-    assert (
-        any("continuing" in text for text in server.told)
-        or json.loads((kept / f"{batch['id']}.run" / "summary.json").read_text())["earlier"]
-    )
     results, errors = objects(client, found["output_file_id"]), objects(client, found["error_file_id"])
     assert results.keys() | errors.keys() == {each["custom_id"] for each in asked} and errors.keys() == {"r7"}
 
@@ -109,10 +125,12 @@ def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
     write_results(Path(job.output.path), tmp_path / "to.jsonl")
     for wanted in map(json.loads, (tmp_path / "to.jsonl").read_text().splitlines()):
         mine = results[wanted["custom_id"]]["response"]["body"]
-        assert mine["choices"] == wanted["response"]["body"]["choices"]
+        assert mine["model"] == "tiny" and mine["choices"] == wanted["response"]["body"]["choices"]
 
     found = until(client, wrong["id"], lambda each: each["status"] == "failed")
     assert found["errors"]["data"][0]["line"] == 2 and "'other'" in found["errors"]["data"][0]["message"]
+    assert not (kept / "file-0.upload").exists() and not run.exists()
+    assert client.get(f"/v1/batches/{odd['id']}").json()["status"] == "failed"
     listed = client.get("/v1/batches", params={"limit": 2}).json()
     assert listed["has_more"] and len(listed["data"]) == 2
     more = client.get("/v1/batches", params={"after": listed["last_id"]}).json()
@@ -128,3 +146,39 @@ def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="another server uses"):
         StoredFiles(tmp_path)
     assert first.get("file-../../etc/passwd") is None
+
+
+def test_the_records_of_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = StoredFiles(tmp_path)
+    for number in range(3):
+        first.path(f"file-{number:024}", ".upload").write_bytes(b"x")
+        first.put(f"file-{number:024}", "a", "batch", first.path(f"file-{number:024}", ".upload"))
+    fcntl.flock(first._lock, fcntl.LOCK_UN)
+    (tmp_path / f"file-{'9' * 24}.jsonl").write_bytes(b"without a record")
+    again = StoredFiles(tmp_path)
+    assert not (tmp_path / f"file-{'9' * 24}.jsonl").exists()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} is read"))
+    assert [file.id for file in again.all()] == [f"file-{number:024}" for number in range(3)]
+    again.delete("file-" + "0" * 24)
+    assert again.get("file-" + "0" * 24) is None and len(again.all()) == 2
+
+
+@pytest.mark.parametrize("where", ["feed", "draw"])
+def test_a_defect_beside_the_run_ends_the_run(where: str) -> None:
+    """Otherwise the batch would stand still for ever."""
+
+    class Broken:
+        failure, spare, eased = None, 8, asyncio.Event()
+
+        def work(self, *prompts: Any, **options: Any) -> Any:
+            raise ZeroDivisionError("a defect")
+
+    async def check() -> None:
+        requests = device.make_requests([[3], [4]])
+        engine: Any = Broken() if where == "draw" else object()
+        limits, loop = SchedulerLimits(4, 64, 8, 64, 16, None), asyncio.get_running_loop()
+        replica = BackgroundReplica(engine, loop, requests, limits, (4096, 4096), lambda row, failed: None)
+        with pytest.raises(EngineError, match="engine failed"):
+            await asyncio.wait_for(asyncio.to_thread(lambda: list(replica.run())), 10)
+
+    asyncio.run(check())

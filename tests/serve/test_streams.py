@@ -52,3 +52,20 @@ def test_a_process_that_begins_again_repeats_nothing() -> None:
     assert [part["text"] for parts in found for part in parts] == ["ab", "c", "d"]
     offsets = [part["logprobs"]["text_offset"] for parts in found for part in parts]
     assert offsets == [[0, 1], [2], [3]]
+
+
+def test_parts_of_characters_without_end_cost_what_they_are() -> None:
+    decoded = 0
+
+    def decode(lists: list[list[int]]) -> list[str]:
+        nonlocal decoded
+        decoded += sum(map(len, lists))
+        return [bytes(tokens).decode(errors="replace") for tokens in lists]
+
+    stream, tokens = TextStream(decode, ["é!", "xyz"]), [ord("a"), *[0xE4] * 2000]
+    given = "".join(stream.grow([token]) for token in tokens)
+    assert given == "a" and decoded < 10 * len(tokens)
+    # What comes behind them is given out at once, but for what a stop string may begin with.
+    given += stream.grow([ord("b")]) + stream.grow(list("é".encode()))
+    assert given == "a" + 2000 * "\N{REPLACEMENT CHARACTER}" + "b"
+    assert given + stream.grow([ord("?")]) == given + "é?"

@@ -67,26 +67,35 @@ def describe(written: Written, results: Path, errors: Path | None = None) -> str
     return "\n".join(lines)
 
 
-def write_results(path: Path, results: Path, errors: Path | None = None) -> Written:
+def write_results(path: Path, results: Path, errors: Path | None = None, *, model: str | None = None) -> Written:
     """Write the files of the run in the output folder `path`, in the order of the requests; both are replaced when they are
-    whole, that of the errors first. Raises OutputError where the run is of another kind, or a file cannot be written."""
+    whole, that of the errors first. `model` is what responses call the model, unless it is the job's `model.path`. Raises
+    OutputError where the run is of another kind, or a file cannot be written."""
     folder, errors = OutputFolder(path), errors or errors_file(results)
     manifest = read_manifest(folder)
     if manifest is None:
         raise OutputError(f"{path}: no run has written here; give the folder that the job names as output.path")
     check_targets(folder, results, errors, str(manifest.job["input"]["path"]))
     try:
-        return consistently(lambda: _write(folder, manifest, committed_shards(folder), results, errors), path)
+        return consistently(lambda: _write(folder, manifest, committed_shards(folder), results, errors, model), path)
     except OSError as error:
         raise OutputError(
             f"--to {results} cannot be written: {reason(error)}. {or_else(error, ', or name a file elsewhere', '')}"
         ) from error
 
 
-def _write(folder: OutputFolder, manifest: Manifest, shards: Sequence[ListedFile], results: Path, errors: Path) -> Written:
+def _write(
+    folder: OutputFolder,
+    manifest: Manifest,
+    shards: Sequence[ListedFile],
+    results: Path,
+    errors: Path,
+    model: str | None,
+) -> Written:
     if not shards:
         raise OutputError(f"{folder.path} holds no committed samples (no data/part-*.parquet); check the path")
-    written, lines = Written(pending=manifest.samples, model=str(manifest.job["model"]["path"])), _Lines(manifest)
+    model = model or str(manifest.job["model"]["path"])
+    written, lines = Written(pending=manifest.samples, model=model), _Lines(manifest, model)
     with open_ordered(shards, results.absolute().parent, (*_SAMPLE_COLUMNS, *_CARRIED)) as (schema, tables, scratch):
         if missing := [name for name in _CARRIED if name not in schema.names]:
             raise OutputError(
@@ -130,11 +139,11 @@ def _requests(samples: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str
 class _Lines:
     """Makes the line of a request from its samples."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, model: str) -> None:
         self._manifest = manifest
         self._n = int(manifest.job["generation"]["n"])
         self._created = int(datetime.fromisoformat(manifest.started).timestamp())
-        self._model = str(manifest.job["model"]["path"])
+        self._model = model
         self._fingerprint = f"fp_{manifest.fingerprint_sha256[:10]}" if manifest.fingerprint_sha256 else None
         self._tokenizer: Tokenizer | None = None
         self._spell: Spell | None = None

@@ -21,6 +21,7 @@ from tokabatch.scheduling.generated import Generated
 from tokabatch.scheduling.sample_ends import completion
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.serve.engine import Engine, Finished, News, Wanted, too_many_rules
+from tokabatch.serve.engine_process import failure_of
 
 TICK_SECONDS = 0.2
 """How often the run gets its turn while nothing is finished."""
@@ -115,15 +116,25 @@ class BackgroundReplica:
                     task = asyncio.create_task(self._draw(known))
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
+                    task.add_done_callback(self._note_failure)
                 await asyncio.sleep(FEED_SECONDS)
             await asyncio.gather(*tasks)
             if self._engine.failure is not None:
                 raise self._engine.failure
         except TokabatchError as error:
             self._finished.put(error)
+        except Exception as error:
+            self._finished.put(failure_of("giving prompts of the run to the engine failed", error))
         finally:
             for task in tasks:
                 task.cancel()
+
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        """The run ends with what a task has failed with."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        known = isinstance(error, TokabatchError)
+        self._finished.put(error if known else failure_of("having samples of the run drawn by the engine failed", error))
 
     async def _draw(self, prompts: Sequence[int]) -> None:
         """Have the samples of these prompts drawn. Of a prompt some of whose samples are there already all are: a start after a

@@ -1,7 +1,8 @@
 """The API's /v1/batches: each batch is a run, whose folder `batch-ID.run` lies beside its record, `batch-ID.json`.
 
 A batch waits its turn, is looked through, and run; what is finished is committed as in any run, and a server that is started
-again goes on with what the one before has left. One is computed at a time, in the order in which they came.
+again goes on with what the one before has left. One is computed at a time, in the order in which they came. Of a batch that is
+over, its record and its files of results and errors are kept until a client deletes these; its run is removed.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import asyncio
 import hashlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,9 +43,13 @@ from tokabatch.serve.stored_files import StoredFiles, new_id
 ENDED = frozenset(("completed", "failed", "expired", "cancelled"))
 SHOWN_FAULTS = 20
 RETRY_SECONDS = 30.0
-_WINDOW = re.compile(r"(\d+)([smhd])")
+MOST_SECONDS = 366 * 86400
+"""Of a batch's completion window."""
+_WINDOW = re.compile(r"([0-9]{1,9})([smhd])")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _FIELDS = frozenset(("input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"))
+_RECORD = frozenset(("id", "status", "created_at", "expires_at", "input_file_id", "endpoint", "request_counts"))
+"""What is needed of a record; one without these is not a server's."""
 _TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
 Batch = dict[str, Any]
 
@@ -68,12 +75,16 @@ class Batches:
         self._waiting: asyncio.Queue[Batch] = asyncio.Queue()
         self._stop = Interruption()
         self._current: Batch | None = None
+        self._finishing = asyncio.Lock()
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
-        for batch in sorted(files.records("batch"), key=lambda batch: (batch["created_at"], batch["id"])):
+        records = (record for record in files.records("batch") if record.keys() >= _RECORD)
+        for batch in sorted(records, key=lambda batch: (batch["created_at"], batch["id"])):
             self._known[batch["id"]] = batch
             if batch["status"] not in ENDED:
                 self._enqueue(batch)
+            else:
+                self._remove_run(batch)
 
     def begin(self, most: int, tell: Any) -> None:
         """Compute what waits. `most` tokens may a prompt and its sample have; `tell` takes what a person should know."""
@@ -100,8 +111,9 @@ class Batches:
         if endpoint not in (CHAT, COMPLETIONS):
             raise _refused(f"endpoint must be {CHAT} or {COMPLETIONS}", "endpoint")
         found = _WINDOW.fullmatch(window) if isinstance(window, str) else None
-        if found is None:
-            raise _refused("completion_window must be a time such as 24h, 90m or 30s", "completion_window")
+        seconds = int(found[1]) * _UNITS[found[2]] if found is not None else MOST_SECONDS + 1
+        if seconds > MOST_SECONDS:
+            raise _refused("completion_window must be a time such as 24h, 90m or 30s, of a year at most", "completion_window")
         metadata = body.get("metadata")
         if metadata is not None and not isinstance(metadata, dict):
             raise _refused("metadata must be an object", "metadata")
@@ -123,7 +135,7 @@ class Batches:
             "output_file_id": None,
             "error_file_id": None,
             "created_at": now,
-            "expires_at": now + int(found[1]) * _UNITS[found[2]],
+            "expires_at": now + seconds,
             **{f"{state}_at": None for state in _TIMES},
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
             "metadata": metadata,
@@ -159,7 +171,8 @@ class Batches:
 
     def _enqueue(self, batch: Batch) -> None:
         self._waiting.put_nowait(batch)
-        self._loop.call_later(max(0.0, batch["expires_at"] - time.time()), self._break_off, batch)
+        delay = min(max(0, batch["expires_at"] - int(time.time())), MOST_SECONDS)
+        self._loop.call_later(delay, self._break_off, batch)
 
     def _break_off(self, batch: Batch) -> None:
         """It is cancelled, or its time is over."""
@@ -174,10 +187,18 @@ class Batches:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _set(self, batch: Batch, status: str) -> None:
-        batch["status"] = status
-        batch[f"{status}_at"] = batch[f"{status}_at"] or int(time.time())
-        self._files.write_record(batch["id"], batch)
+    def _set(self, batch: Batch, status: str, **more: Any) -> None:
+        """Raises OSError where it cannot be kept; nothing has changed then."""
+        name = f"{status}_at"
+        changed = {**batch, "status": status, name: batch[name] or int(time.time()), **more}
+        self._files.write_record(batch["id"], changed)
+        batch |= changed
+        if status in ENDED:
+            self._remove_run(batch)
+
+    def _remove_run(self, batch: Batch) -> None:
+        """Of a batch that is over: what it has come to are its files of results and errors."""
+        self._loop.run_in_executor(None, partial(shutil.rmtree, self._files.path(batch["id"], ".run"), ignore_errors=True))
 
     async def _work(self) -> None:
         while not self._closing:
@@ -187,13 +208,17 @@ class Batches:
             self._current, self._stop = batch, Interruption()
             try:
                 await self._complete(batch)
-            except (TokabatchError, OSError) as error:
-                if not self._closing and self._engine.failure is None:
-                    self._tell(f"{batch['id']} is stalled and will be tried again in {RETRY_SECONDS:g} s: {error}")
-                    self._loop.call_later(RETRY_SECONDS, self._waiting.put_nowait, batch)
             except Exception as error:
-                self._tell(f"{batch['id']} has failed: {type(error).__name__}: {error}; please report this")
-                self._fail(batch, [{"code": "internal_error", "message": f"{type(error).__name__}: {error}"}])
+                if self._closing or self._engine.failure is not None:
+                    continue
+                if not isinstance(error, (TokabatchError, OSError)):
+                    message = f"{type(error).__name__}: {error}"
+                    self._tell(f"{batch['id']} has failed: {message}; please report this")
+                    with suppress(OSError):
+                        self._fail(batch, [{"code": "internal_error", "message": message}])
+                if batch["status"] not in ENDED:
+                    self._tell(f"{batch['id']} stands still, and is tried again in {RETRY_SECONDS:g} s: {error}")
+                    self._loop.call_later(RETRY_SECONDS, self._waiting.put_nowait, batch)
             finally:
                 self._current = None
 
@@ -284,16 +309,18 @@ class Batches:
             errors.append({"code": "model_not_found", "message": message, "param": "body.model", "line": line})
 
     def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
-        batch["errors"] = {"object": "list", "data": errors}
-        self._set(batch, "failed")
+        self._set(batch, "failed", errors={"object": "list", "data": errors})
 
     async def _finish(self, batch: Batch, status: str) -> None:
         """Keep the files of results and errors, and say how it ended."""
         code = None if status == "completed" else f"batch_{status}"
-        found = await asyncio.to_thread(self._write, batch, code)
-        batch["output_file_id"], batch["error_file_id"], counts = found
-        batch["request_counts"] |= counts
-        self._set(batch, status)
+        # A batch that waits may be cancelled at the moment when its turn comes.
+        async with self._finishing:
+            if batch["status"] in ENDED:
+                return
+            results, errors, counts = await asyncio.to_thread(self._write, batch, code)
+            counted = {**batch["request_counts"], **counts}
+            self._set(batch, status, output_file_id=results, error_file_id=errors, request_counts=counted)
 
     def _write(self, batch: Batch, code: str | None) -> tuple[str | None, str | None, dict[str, int]]:
         """In a thread: what there is of the run. With a `code`, requests that have no result get an error of that code."""
@@ -303,7 +330,7 @@ class Batches:
         for file in (results, errors):
             file.write_bytes(b"")
         if folder.path.exists() and committed_shards(folder):
-            written = write_results(folder.path, results, errors)
+            written = write_results(folder.path, results, errors, model=self._config.name)
             counts = {"completed": written.results, "failed": written.errors}
         if code is not None:
             there = {line[CUSTOM_ID] for file in (results, errors) for line in _objects(file)}

@@ -88,14 +88,17 @@ class FileRoutes:
 
     async def _list_files(self, http: HttpRequest) -> Response:
         purpose = http.query_params.get("purpose")
-        found = [file.body() for file in self._files.all() if purpose in (None, file.purpose)]
-        return _page(http, found if http.query_params.get("order") == "asc" else found[::-1])
+        found = [file for file in self._files.all() if purpose in (None, file.purpose)]
+        ordered = found if http.query_params.get("order") == "asc" else found[::-1]
+        return _page(http, [file.id for file in ordered], lambda at: ordered[at].body())
 
     async def _get_file(self, http: HttpRequest) -> Response:
         return JSONResponse(self._file(http).body())
 
     async def _content(self, http: HttpRequest) -> Response:
-        return FileResponse(self._files.path(self._file(http).id), media_type="application/octet-stream")
+        path = self._files.path(self._file(http).id)
+        path.stat()
+        return FileResponse(path, media_type="application/octet-stream")
 
     async def _delete(self, http: HttpRequest) -> Response:
         file = self._file(http)
@@ -107,7 +110,7 @@ class FileRoutes:
 
     def _file(self, http: HttpRequest) -> StoredFile:
         name = http.path_params["name"]
-        file = self._files.get(name) if name.startswith("file-") else None
+        file = self._files.get(name)
         if file is None:
             raise Refused(ApiError(f"there is no file {name!r}", "file_id", "not_found", 404))
         return file
@@ -116,7 +119,8 @@ class FileRoutes:
         return JSONResponse(self._batches.create(await self._body(http)))
 
     async def _list_batches(self, http: HttpRequest) -> Response:
-        return _page(http, self._batches.all()[::-1])
+        found = self._batches.all()[::-1]
+        return _page(http, [batch["id"] for batch in found], found.__getitem__)
 
     async def _get_batch(self, http: HttpRequest) -> Response:
         return JSONResponse(self._batches.get(http.path_params["name"]))
@@ -125,16 +129,14 @@ class FileRoutes:
         return JSONResponse(self._batches.cancel(http.path_params["name"]))
 
 
-def _page(http: HttpRequest, found: Sequence[dict[str, Any]]) -> Response:
-    """A part of a list: at most `limit` objects behind the one named by `after`."""
-    limit, after = (
-        http.query_params.get("limit", "20" if "batches" in http.url.path else str(MOST_LISTED)),
-        http.query_params.get("after"),
-    )
+def _page(http: HttpRequest, ids: Sequence[str], show: Callable[[int], dict[str, Any]]) -> Response:
+    """A part of a list: at most `limit` objects behind the one named by `after`. `show` makes an object by its place."""
+    limit = http.query_params.get("limit", "20" if "batches" in http.url.path else str(MOST_LISTED))
+    after = http.query_params.get("after")
     if not limit.isdecimal() or not 1 <= int(limit) <= MOST_LISTED:
         raise Refused(ApiError(f"limit must be a number from 1 to {MOST_LISTED:,}", "limit", "invalid_value"))
-    begin = 0 if after is None else 1 + next((at for at, each in enumerate(found) if each["id"] == after), len(found))
-    page = found[begin : begin + int(limit)]
-    ends = (page[0]["id"], page[-1]["id"]) if page else (None, None)
-    more = begin + len(page) < len(found)
-    return JSONResponse({"object": "list", "data": page, "first_id": ends[0], "last_id": ends[1], "has_more": more})
+    begin = 0 if after is None else ids.index(after) + 1 if after in ids else len(ids)
+    places = range(begin, min(begin + int(limit), len(ids)))
+    ends = (ids[places[0]], ids[places[-1]]) if places else (None, None)
+    body = {"object": "list", "data": [show(at) for at in places], "first_id": ends[0], "last_id": ends[1]}
+    return JSONResponse({**body, "has_more": places.stop < len(ids)})

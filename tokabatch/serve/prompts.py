@@ -72,10 +72,9 @@ class Prompts:
         if time.monotonic() > self._until:
             self._renew()
         listed = [Row(index, columns) for index, columns in enumerate(rows)]
-        built = self._chat.build([row for row in listed if "messages" in rows[row.index]])
-        plain = self._plain.build([row for row in listed if "messages" not in rows[row.index]])
-        parts = iter(built), iter(plain)
-        return [next(parts["messages" not in row]) for row in rows]
+        chats = iter(self._chat.build([row for row in listed if "messages" in rows[row.index]]))
+        plain = iter(self._plain.build([row for row in listed if "messages" not in rows[row.index]]))
+        return [next(chats if "messages" in row else plain) for row in rows]
 
     def _renew(self) -> None:
         config, generation, tokenizer, limits = self._made_of

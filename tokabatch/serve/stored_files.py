@@ -1,6 +1,7 @@
 """The files of the API's /v1/files, in one folder: `file-ID.jsonl`, and beside each `file-ID.json`, which says what it is.
 
-A file is there once its record is. The folder is one server's at a time.
+A file is there once its record is. The folder is one server's at a time, which reads the records when it starts; what a crash
+has left of files without a record is removed then.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,14 @@ class StoredFiles:
             raise UsageError(
                 f"server.files: {folder} cannot be used: {reason(error)}; name another folder, or write null for none"
             ) from error
+        listed = self._files.names(folder)
+        for name in listed:
+            stem, _, suffix = name.partition(".")
+            if suffix == "upload" or (suffix == "jsonl" and stem.startswith("file-") and f"{stem}.json" not in listed):
+                (folder / name).unlink(missing_ok=True)
+        known = {field.name for field in fields(StoredFile)}
+        kept = (StoredFile(**each) for each in self.records("file") if each.keys() == known)
+        self._known = {file.id: file for file in sorted(kept, key=lambda file: (file.created_at, file.id))}
 
     def path(self, name: str, suffix: str = ".jsonl") -> Path:
         """Where what belongs to an id lies."""
@@ -73,33 +83,31 @@ class StoredFiles:
         self._files.replace(content, self.path(name))
         stored = StoredFile(name, size, int(time.time()), filename, purpose)
         self.write_record(name, asdict(stored))
+        self._known[name] = stored
         return stored
 
     def get(self, name: str) -> StoredFile | None:
         """None where there is no such file."""
-        if not _ID.fullmatch(name) or self._files.look(self.path(name, ".json")) is None:
-            return None
-        return StoredFile(**self.read_record(name))
+        return self._known.get(name)
 
     def all(self) -> list[StoredFile]:
         """The newest one last."""
-        return sorted((StoredFile(**each) for each in self.records("file")), key=lambda file: (file.created_at, file.id))
+        return list(self._known.values())
 
     def delete(self, name: str) -> None:
         """Its record first."""
+        self._known.pop(name, None)
         for suffix in (".json", ".jsonl"):
             self.path(name, suffix).unlink(missing_ok=True)
         self._files.sync_folder(self.folder)
 
     def records(self, kind: str) -> Iterator[dict[str, Any]]:
-        """All of files or of batches."""
+        """All of files or of batches that can be read."""
         for name in self._files.names(self.folder):
             stem = name.removesuffix(".json")
             if stem != name and _ID.fullmatch(stem) and stem.startswith(kind):
-                yield self.read_record(stem)
-
-    def read_record(self, name: str) -> dict[str, Any]:
-        return json.loads(self.path(name, ".json").read_bytes())
+                with suppress(ValueError):
+                    yield json.loads(self.path(stem, ".json").read_bytes())
 
     def write_record(self, name: str, record: dict[str, Any]) -> None:
         """Replace it: a crash leaves the old or the new."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+OPEN_TOKENS = 16
+"""Tokens of an open character up to which all are decoded again with each further one."""
 
 
 class TextStream:
@@ -13,12 +16,16 @@ class TextStream:
     def __init__(self, decode: Callable[[list[list[int]]], list[str]], stops: Sequence[str] = ()) -> None:
         """`decode` gives the texts of token lists; `stops` end the sample, and are no part of its text."""
         self._decode = decode
-        self._stops = stops
+        self._stops = sorted(stops)
+        self._longest = max(map(len, stops), default=0)
+        """Characters of the longest of them."""
         self._before: list[int] = []
         """Tokens whose text is in `_text`; those after them are decoded together with them, since a token's text may depend on
         the ones right before it."""
         self._behind: list[int] = []
         """Tokens whose text is not in it yet."""
+        self._next_look = 2 * OPEN_TOKENS
+        """How many they are when all of them are decoded again, where no character seems to end before."""
         self._text = ""
         self._given = 0
         """Characters of it that have been given out."""
@@ -26,10 +33,15 @@ class TextStream:
     def grow(self, tokens: Sequence[int]) -> str:
         """The further text of a sample that has drawn these tokens, too, and goes on."""
         self._behind += tokens
+        # A sample may go on with parts of characters for ever: to decode all of them with each would take quadratic time.
+        many = OPEN_TOKENS < len(self._behind) < self._next_look
+        if many and (not tokens or self._decode([list(tokens)])[0].endswith(REPLACEMENT)):
+            return ""
         before, after = self._decode([self._before, self._before + self._behind])
         if len(after) > len(before) and not after.endswith(REPLACEMENT):
             self._text += after[len(before) :]
             self._before, self._behind = self._behind, []
+        self._next_look = 2 * max(OPEN_TOKENS, len(self._behind))
         return self._give(len(self._text) - self._open_stop())
 
     def end(self, text: str) -> str:
@@ -45,10 +57,9 @@ class TextStream:
 
     def _open_stop(self) -> int:
         """Characters at the end of the text that a stop string may begin with."""
-        longest = 0
-        for stop in self._stops:
-            for size in range(min(len(stop), len(self._text)), longest, -1):
-                if self._text.endswith(stop[:size]):
-                    longest = size
-                    break
-        return longest
+        for size in range(min(self._longest, len(self._text)), 0, -1):
+            end = self._text[-size:]
+            at = bisect_left(self._stops, end)
+            if at < len(self._stops) and self._stops[at].startswith(end):
+                return size
+        return 0

@@ -30,6 +30,8 @@ class LengthEstimates:
         self._replaced = lengths
         self._caution = Caution()
         self._longest = 0
+        self._given = np.zeros(0, np.bool_)
+        """Of each kind of sampling parameters, whether it gives the length."""
         self._expected = np.zeros(slots.num_slots, np.int32)
         """Output tokens that the sample in each slot is taken to have in the end."""
         self.extend()
@@ -37,7 +39,8 @@ class LengthEstimates:
     def extend(self) -> None:
         """Take in prompts that have been added. Where one may be longer than any before, lengths are learned again."""
         work, longest = self._work, int(self._work.max_tokens.max(initial=1))
-        self._given = np.array([params.has_given_length for params in work.sampling], np.bool_)
+        fresh = [params.has_given_length for params in work.sampling[len(self._given) :]]
+        self._given = np.append(self._given, np.array(fresh, np.bool_))
         self._share = np.bincount(work.params, weights=work.num_samples, minlength=len(work.sampling))
         """Samples to draw with each kind of sampling parameters."""
         self._all_given = bool(self._given.all()) and self._replaced is None
@@ -125,6 +128,7 @@ class LengthEstimates:
     def forget_first(self, count: int) -> None:
         """See `Work.forget`."""
         self._model.forget_first(count)
+        self._given = self._given[:0]
         self.extend()
 
     def _generated(self, slots: Int64) -> Int32:
