@@ -424,8 +424,8 @@ def test_finished_samples_are_committed_when_damage_is_found(go: Go, tmp_path: P
     out = tmp_path / "out"
     real = runner.Recorder.add
 
-    def add(self: Any, completions: Any) -> None:
-        real(self, completions)
+    def add(self: Any, completions: Any, *given: Any) -> None:
+        real(self, completions, *given)
         if (out / "data" / "part-00000.parquet").exists() and time.sleep(0.01) is None:
             (out / "data" / "part-00000.parquet").write_bytes(b"")
 
