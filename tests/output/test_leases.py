@@ -112,3 +112,30 @@ def test_a_lease_is_taken_whose_link_was_made_and_its_answer_lost(tmp_path: Path
         assert second.take("3") and not holder.take("3"), "another's is not taken for one's own"
         holder.close()
         second.close()
+
+
+def test_of_two_that_find_a_lease_left_behind_the_later_one_leaves_the_new_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, rename = 0.0, os.rename
+    claims = [Claim(tmp_path / "out", writer=name) for name in "abc"]
+    dead, first, second = (Leases(claim, HOLDER, 60, clock=lambda: now) for claim in claims)
+    assert dead.take("3") and not first.take("3") and not second.take("3")
+    now = 61.0
+    dead.sign()
+
+    def late(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        assert first.take("3"), "the other was faster"
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    assert not second.take("3")
+    path = tmp_path / "out/_units/3.lease"
+    assert path.exists() and path.stat().st_nlink == 1
+    first.drop("3")
+    assert not path.exists(), "it was the first one's still"
+    assert not list((tmp_path / "out/_tmp").rglob("*.stale"))
+    for each, claim in zip((dead, first, second), claims, strict=True):
+        each.close()
+        claim.release()

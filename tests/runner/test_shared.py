@@ -176,3 +176,34 @@ def test_the_last_of_several_writers_has_judged_what_another_left(
     assert (second.exit_code, second.unverified) == (0, 0) and second.estimates and folder.success.exists()
     assert not folder.units.exists() or not folder.journals()
     assert all(row["correct"] for path in folder.data.iterdir() for row in pq.read_table(path, columns=["correct"]).to_pylist())
+
+
+def test_hosts_of_one_name_are_told_apart_and_containers_of_one_host_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where locks of each host are apart, one host alone joins: both would with names alone."""
+    manifest: Any = SimpleNamespace(units=3)
+    taken: list[bool] = []
+    for number, (boot, name) in enumerate((("one", "node"), ("two", "node"), ("one", "container"))):
+        (tmp_path / boot).write_text(f"{boot}\n")
+        monkeypatch.setattr(sharing, "BOOT_ID", tmp_path / boot)
+        monkeypatch.setattr("socket.gethostname", lambda name=name: name)
+        claim = Claim(tmp_path / "out", writer=f"w{number}")
+        claim.begin("run", {}, (), "")
+        taken.append(sharing._take_over(claim, manifest))  # pyright: ignore[reportPrivateUsage]
+        claim.clears = False
+        claim.release()
+    assert taken == [True, False, True]
+
+
+def test_a_full_disk_while_an_earlier_run_is_cut_is_told_as_one(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sharing, "write_units", full)
+    with pytest.raises(CommitError, match="takes no more"):
+        cut_earlier_run(job, Shared(units=4), ignore, ignore, Interruption())
+    monkeypatch.undo()
+    assert not manifest_of(job).units
+    cut_earlier_run(job, Shared(units=4), ignore, ignore, Interruption())
+    assert manifest_of(job).units

@@ -152,6 +152,12 @@ class Leases:
         with suppress(OSError):
             # Of several that find it left behind, one gets it.
             os.rename(path, aside)
+            if self._look(aside) != found:
+                # Another has taken it away since the look, and its own was in its place; or its holder goes on.
+                with suppress(FileExistsError):
+                    self._files.link(aside, path)
+                self._files.remove(aside)
+                return False
             self._files.remove(aside)
         self._seen.pop(name, None)
         return True

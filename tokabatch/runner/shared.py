@@ -43,6 +43,8 @@ from tokabatch.storage.write_errors import reading_input, unwritable
 from tokabatch.workload.prepare import Workload, prepare
 
 WAIT_SECONDS = 0.2
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Differs between any two hosts, whatever their names, and is the same in all containers of one, as the locks of files are."""
 _INPUT = "input"
 """The lease of the one that tokenises the input and writes the manifest."""
 
@@ -96,9 +98,10 @@ def cut_earlier_run(job: Job, shared: Shared, on_rows: OnRows, tell: Callable[[s
                 found = read_manifest(claim.folder)
                 if found is not None and started.has_more:
                     units = _cut(started.workload, shared.units)
-                    make_folders(claim.files, claim.folder.units)
-                    named = replace(found, units=units.count, units_sha256=write_units(claim, units))
-                    write_manifest(claim, named, job.given())
+                    with claim.committing():
+                        make_folders(claim.files, claim.folder.units)
+                        named = replace(found, units=units.count, units_sha256=write_units(claim, units))
+                        write_manifest(claim, named, job.given())
                 started.workload.store.close()
         return
 
@@ -260,6 +263,8 @@ def _take_over(claim: Claim, manifest: Manifest) -> bool:
     """Whether no other writer is left, and the folder is this one's alone from now on. Some file systems keep the locks of each
     host apart; one host alone may have it, the first that comes to it. Raises OSError."""
     folder, host = claim.folder, socket.gethostname().encode()
+    with suppress(OSError):
+        host = BOOT_ID.read_bytes().strip()
     if not claim.take_alone() or not manifest.units:
         return False
     mine = folder.temporary / folder.joiner.name
