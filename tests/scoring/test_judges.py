@@ -354,3 +354,10 @@ def test_processes_are_started_where_those_there_fall_behind(tmp_path: Path, mon
 
     assert processes_of(0.2, parts=1) == 3
     assert processes_of(0.0, parts=50) == 1
+
+    # Those of several replicas begin together, as many as the job allows.
+    for most, at_once, begun in ((3, 2, 2), (1, 2, 1)):
+        judges = pool.JudgePool(pool.judge_spec(VerifyConfig(kind=str(judge), correct_from=0.5)), most, 10.0, at_once)
+        assert judges.wait(judges.submit(["x"], [{"seconds": 0.0}]), 60.0)
+        assert len(judges._threads) == begun
+        judges.close()

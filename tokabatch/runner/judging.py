@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,8 @@ SUBMITTED_SAMPLES = 2048
 """Decoded and handed in at once."""
 MOST_UNJUDGED = 4096
 """Finished samples that may wait for their verdicts; where there are more, the run waits, and the replicas with it."""
+KEPT_BYTES = 32 << 20
+"""Memory of rows that are kept for further samples of theirs, by estimate; those of one batch may take more."""
 LOOK_SECONDS, HURRIED_SECONDS = 0.2, 10.0
 """How long one call waits for verdicts at most, and all of them once the run is to stop."""
 
@@ -25,17 +28,34 @@ LOOK_SECONDS, HURRIED_SECONDS = 0.2, 10.0
 class Judging:
     """The judge of a run, fed with its finished samples."""
 
-    def __init__(self, config: VerifyConfig, store: InputStore, tables: SampleTables, clock: Callable[[], float]) -> None:
-        self._pool = open_pool(config)
+    def __init__(
+        self,
+        config: VerifyConfig,
+        store: InputStore,
+        tables: SampleTables,
+        clock: Callable[[], float],
+        replicas: int = 1,
+    ) -> None:
+        """A process for each of the `replicas` is started at once, where the job allows as many."""
+        self._pool = open_pool(config, at_once=replicas)
         self._store = store
+        self._rows: dict[int, Mapping[str, Any]] = {}
+        self._row_bytes = 0
+        """Rows read last, and their memory by estimate: a row's samples come in many messages."""
         self._tables = tables
         self._clock = clock
         self._deadline = math.inf
 
     def submit(self, samples: Sequence[FinishedSample]) -> None:
-        """Hand in those of `samples` that are no errors and have not been handed in. One whose tokens or row cannot be read is
-        not judged; its verdict says why."""
-        new = [each for each in samples if each.ticket is None and each.completion.error_code is None]
+        """Hand in those of `samples` that are no errors and have not been handed in, which stand behind all that have been. One
+        whose tokens or row cannot be read is not judged; its verdict says why."""
+        new: list[FinishedSample] = []
+        for each in reversed(samples):
+            if each.ticket is not None:
+                break
+            if each.completion.error_code is None:
+                new.append(each)
+        new.reverse()
         for begin in range(0, len(new), SUBMITTED_SAMPLES):
             self._submit_some(new[begin : begin + SUBMITTED_SAMPLES])
 
@@ -63,7 +83,7 @@ class Judging:
         completions = [each.completion for each in new]
         try:
             texts = self._tables.texts(completions)
-            rows = self._store.input_rows(np.array([each.row_index for each in completions], np.int64))
+            rows = self._input_rows([each.row_index for each in completions])
         except BaseException as error:
             if not is_of_rows(error):
                 raise
@@ -78,6 +98,18 @@ class Judging:
         answers = self._tables.answers(completions, texts)
         for each, text, ticket in zip(new, texts, self._pool.submit(answers, rows), strict=True):
             each.text, each.ticket = text, ticket
+
+    def _input_rows(self, row_indices: Sequence[int]) -> list[Mapping[str, Any]]:
+        missing = np.array(sorted({row for row in row_indices if row not in self._rows}), np.int64)
+        if len(missing):
+            size = int(self._store.row_bytes(missing).sum())
+            if self._row_bytes + size > KEPT_BYTES:
+                self._rows, self._row_bytes = {}, 0
+                missing = np.array(sorted(set(row_indices)), np.int64)
+                size = int(self._store.row_bytes(missing).sum())
+            self._rows |= zip(missing.tolist(), self._store.input_rows(missing), strict=True)
+            self._row_bytes += size
+        return [self._rows[row] for row in row_indices]
 
 
 def _tickets(samples: Sequence[FinishedSample]) -> list[Ticket]:

@@ -37,6 +37,8 @@ from tokabatch.workload.prepare import Workload
 
 BATCH_SAMPLES = 2048
 """Samples made into a table at once; fewer when `flush_seconds` are over."""
+LOOKED_AT = 512
+"""Samples that come in before those that wait are looked at again."""
 SHOWN_REASONS, MAX_REASONS = 3, 1000
 _Result = TypeVar("_Result")
 
@@ -106,7 +108,9 @@ class Recorder:
         `stops`, rows stop: a sample is recorded once all before it of its row are judged, if it is wanted then."""
         self._store = workload.store
         self._tables = SampleTables(workload, verdict_names(workload.output_schema) if job.verify else [])
-        self._judging = Judging(job.verify, workload.store, self._tables, clock) if job.verify else None
+        self._judging = None
+        if job.verify:
+            self._judging = Judging(job.verify, workload.store, self._tables, clock, workload.layout.replicas)
         self.writer = ShardWriter(
             claim,
             workload.output_schema,
@@ -124,6 +128,8 @@ class Recorder:
         self._stops = stops
         self._unjudged: list[FinishedSample] = []
         """Where rows stop: samples whose verdict has not been passed to `stops`."""
+        self._arrived = 0
+        """Samples that have come in since the last look at which are ready."""
         self._oldest: float | None = None
         """When the first sample that is not committed yet came in."""
         self.tally = Tally.of(committed)
@@ -159,11 +165,15 @@ class Recorder:
     def _commit_due(self, arrived: int) -> None:
         """Record what is judged, and commit what is due; so many samples have `arrived` just now."""
         self._follow_verdicts()
-        waiting, ready = self._waiting, self._num_ready()
+        waiting = self._waiting
         if self._oldest is None and (waiting.finished or waiting.num_unsampled):
             self._oldest = self._clock()
-        if ready + waiting.num_unsampled >= BATCH_SAMPLES or (ready and waiting.bytes >= PIECE_BYTES):
-            self._flush()
+        # A look at all that wait takes longer than to record a few: not with every message.
+        self._arrived += arrived
+        if not arrived or self._arrived >= LOOKED_AT:
+            self._arrived, ready = 0, self._num_ready()
+            if ready + waiting.num_unsampled >= BATCH_SAMPLES or (ready and waiting.bytes >= PIECE_BYTES):
+                self._flush()
         # Where many came in just now, they are decoded first.
         if arrived < BATCH_SAMPLES and self.writer.nears_end(self._num_samples - self.writer.num_rows):
             self._commit(self.writer.commit)

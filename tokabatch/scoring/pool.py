@@ -56,13 +56,14 @@ class Ticket:
 
 
 class JudgePool:
-    """Judges in the order of submission, several at once. The first process starts with the first sample, others one by one
+    """Judges in the order of submission, several at once. The first processes start with the first sample, others one by one
     while those there are too few; each has a thread that waits for its answers. The caller's thread takes no lock, so that an
     exception may strike it anywhere."""
 
-    def __init__(self, spec: JudgeSpec, processes: int, seconds: float) -> None:
-        """A verdict may take so many `seconds`."""
+    def __init__(self, spec: JudgeSpec, processes: int, seconds: float, at_once: int = 1) -> None:
+        """At most so many `processes`, `at_once` of them with the first sample; a verdict may take so many `seconds`."""
         self._spec, self._most, self._seconds = spec, processes, seconds
+        self._at_once = min(at_once, processes)
         self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._news = threading.Event()
         """Verdicts have come in since the last look."""
@@ -123,14 +124,15 @@ class JudgePool:
         return True
 
     def _grow(self) -> None:
-        """Start a process where there is none, or where those there are fall behind."""
+        """Start the first processes where there is none, and another one where those there are fall behind."""
         now, count = time.monotonic(), len(self._threads)
         is_enough = count >= self._most or now - self._grown_at < GROW_SECONDS or self._backlog(now) < BACKLOG_SECONDS
         if self._closed or (count and is_enough):
             return
-        thread = threading.Thread(target=self._work, name="tokabatch-judge", daemon=True)
-        thread.start()
-        self._threads.append(thread)
+        for _ in range(1 if count else self._at_once):
+            thread = threading.Thread(target=self._work, name="tokabatch-judge", daemon=True)
+            thread.start()
+            self._threads.append(thread)
         self._grown_at = now
 
     def _backlog(self, now: float) -> float:
@@ -342,7 +344,7 @@ def judge_spec(verify: VerifyConfig) -> JudgeSpec:
     )
 
 
-def open_pool(verify: VerifyConfig) -> JudgePool:
-    """The pool of a job; no process is started yet."""
+def open_pool(verify: VerifyConfig, at_once: int = 1) -> JudgePool:
+    """The pool of a job, `at_once` of whose processes begin together; none is started yet."""
     processes = max(1, len(os.sched_getaffinity(0)) // 2) if verify.processes == "auto" else verify.processes
-    return JudgePool(judge_spec(verify), processes, verify.seconds)
+    return JudgePool(judge_spec(verify), processes, verify.seconds, at_once)
