@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -175,6 +176,8 @@ def test_a_stream_is_the_same_answer_in_parts(server):
         ("/v1/completions", {"prompt": "x" * 70000}, 400, "prompt"),
         ("/v1/completions", {"prompt": "x" * 140000}, 413, None),
         ("/v1/completions", {"prompt": "x", "bad_words": [f"w{i}" for i in range(301)]}, 400, "bad_words"),
+        ("/v1/completions", {"prompt": "x", "stop": [f"w{i}" for i in range(301)]}, 400, "stop"),
+        ("/v1/completions", {"prompt": "x", "stop": "w" * 1001}, 400, "stop"),
         ("/v1/completions", {"prompt": "x", "bad_words": ["one word of very many tokens"]}, 400, "bad_words"),
         ("/v1/chat/completions", {"messages": [HI], "tools": [{"type": "function"}]}, 400, "tools"),
         ("/v1/chat/completions", {"messages": [HI], "documents": [{"text": "x"}]}, 400, "documents"),
@@ -253,7 +256,10 @@ def test_a_server_with_a_key_finishes_what_runs_when_it_is_stopped(folder):
         while server.metric("samples_unfinished") < 1:
             time.sleep(0.01)
         children = server.descendants()
+        slow = socket.create_connection((server.client.base_url.host, server.client.base_url.port))
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: 9\r\n\r\n{")
         server.process.send_signal(signal.SIGTERM)
         assert len(running.result()) == 1
-    assert server.process.wait(30) == 0
+    assert server.process.wait(30) == 0 and not any("Traceback" in line for line in server.told)
+    slow.close()
     assert not any(child.is_running() for child in children.values())

@@ -174,8 +174,8 @@ class BackgroundReplica:
         if length + params.max_tokens > self._most:
             long = f"the prompt has {length:,} tokens, and {length + params.max_tokens:,} with max_tokens; the server takes "
             error = "prompt_too_long", f"{long}{self._most:,} (server.context, engine.kv_cache_tokens)"
-        elif (field := too_many_rules(params)) is not None:
-            error = "bad_sampling", f"{field} has more entries than the server takes"
+        elif (excess := too_many_rules(params)) is not None:
+            error = "bad_sampling", f"{excess[0]} may hold {excess[1]} in a request"
         if error is None:
             return False
         for number in self._requests.samples(prompt).tolist():

@@ -31,7 +31,7 @@ from tokabatch.openai.responses import (
     usage,
 )
 from tokabatch.scheduling.contracts import Completion, SamplingParams
-from tokabatch.serve.engine import MOST_RULE_TOKENS, MOST_RULES, Engine, Finished, News, Wanted, too_many_rules
+from tokabatch.serve.engine import Engine, Finished, News, Wanted, too_many_rules
 from tokabatch.serve.prompts import Prompts
 from tokabatch.serve.text_stream import TextStream
 
@@ -47,17 +47,17 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A prompt of a request: what is drawn behind it, and what scores it, each where that is asked for. They are one where a
-    single sample does both."""
+    """A prompt of a request: what is drawn behind it, and what scores it, each where that is asked for; or `both`, a single
+    sample that does both."""
 
     prompt: Prompt
-    drawn: Wanted | None
-    scored: Wanted | None
+    drawn: Wanted | None = None
+    scored: Wanted | None = None
+    both: Wanted | None = None
 
     @property
     def wanted(self) -> list[Wanted]:
-        found = [self.drawn, self.scored] if self.drawn is not self.scored else [self.drawn]
-        return [each for each in found if each is not None]
+        return [each for each in (self.drawn, self.scored, self.both) if each is not None]
 
 
 class Completions:
@@ -102,9 +102,8 @@ class Completions:
                 )
             )
         for draft in drafts:
-            if draft.drawn is not None and (field := too_many_rules(draft.drawn.params)) is not None:
-                message = f"{field} has more entries than a request may have, {MOST_RULES} of {MOST_RULE_TOKENS} tokens each"
-                raise Refused(ApiError(message, field, "invalid_value"))
+            if draft.drawn is not None and (excess := too_many_rules(draft.drawn.params)) is not None:
+                raise Refused(ApiError(f"{excess[0]} may hold {excess[1]} in a request", excess[0], "invalid_value"))
         samples = sum(wanted.params.n for draft in drafts for wanted in draft.wanted)
         if samples > (most := self._engine.most_samples):
             message = (
@@ -176,17 +175,17 @@ class Completions:
             given = request.prompts[place] if request.prompts else ""
             text = given if isinstance(given, str) else self._tokenizer.decode_batch([ids], skip_special_tokens=False)[0]
             tokens = Tokens(ids, [None] if request.logprobs is not None else (), [()] if request.logprobs else ())
-            if draft.scored is not None:
+            if draft.scored is not None or draft.both is not None:
                 scored = Sample.of(finished[-1][0].completion, "").tokens
                 count = len(ids) - 1
                 tokens = Tokens(ids, [None, *scored.logprobs[:count]], [(), *scored.top[:count]] if scored.top else ())
-                if draft.scored is draft.drawn:
+                if draft.both is not None:
                     samples = [self._behind(finished[0][0].completion, count)]
             echo = Echo(text, tokens)
         cached = 0
-        if draft.drawn is not None and draft.drawn is not draft.scored:
+        if draft.drawn is not None:
             cached = min(sample.completion.counts.cached_tokens for sample in finished[0])
-        if draft.drawn is None:
+        if draft.drawn is None and draft.both is None:
             samples = [Sample("", Tokens([]), "length")] * draft.prompt.params.n
         return Answer(samples, len(ids), cached, echo)
 
@@ -266,13 +265,12 @@ def _draft(prompt: Prompt, key: int | None, request: Request, none_drawn: bool) 
     params, given = prompt.params, len(prompt.token_ids) - 1
     drawn = None if none_drawn else Wanted(prompt.token_ids, params, key)
     if not request.echo or request.logprobs is None or not given:
-        return _Draft(prompt, drawn, None)
+        return _Draft(prompt, drawn)
     stops = params.stop or params.stop_token_ids or params.ignore_eos
     if params.n == params.max_tokens == 1 and not params.penalised and not stops and not none_drawn:
         # The token behind the prompt comes with its scores.
         both = replace(params, max_tokens=given + 1, ignore_eos=True)
-        one = Wanted(prompt.token_ids, both, key, given)
-        return _Draft(prompt, one, one)
+        return _Draft(prompt, both=Wanted(prompt.token_ids, both, key, given))
     alone = SamplingParams(max_tokens=given, temperature=0.0, ignore_eos=True, logprobs=params.logprobs)
     return _Draft(prompt, drawn, Wanted(prompt.token_ids, alone, key, given))
 

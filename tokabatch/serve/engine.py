@@ -44,6 +44,8 @@ MOST_LOST = 3
 MOST_RULES, MOST_RULE_TOKENS = 300, 8
 """Of one request's `logit_bias`, `bad_words` and `min_tokens`: the worker's table has room in every slot for as many as the one
 with most has, and is not sized beforehand."""
+MOST_STOP_CHARACTERS = 1000
+"""Of each of a request's stop strings, of which there may be `MOST_RULES`: steps are held up while they are searched for."""
 FIRST_KEY = 1 << 40
 """Random numbers of prompts without a seed of their own are drawn for rows from here on: apart from those of prompts that have
 one, which are drawn for their places in their requests."""
@@ -407,13 +409,18 @@ class Engine:
         self._cancel(rows)
 
 
-def too_many_rules(params: SamplingParams) -> str | None:
-    """The field that asks for more rules than a server has room for; None where none does."""
+def too_many_rules(params: SamplingParams) -> tuple[str, str] | None:
+    """The field that asks for more than a server has room for, and what it may hold; None where none does."""
+    words = f"at most {MOST_RULES} entries of {MOST_RULE_TOKENS} tokens each"
     if len(params.bad_words) > MOST_RULES or any(len(word) > MOST_RULE_TOKENS for word in params.bad_words):
-        return "bad_words"
+        return "bad_words", words
+    if len(params.stop) > MOST_RULES or any(len(stop) > MOST_STOP_CHARACTERS for stop in params.stop):
+        return "stop", f"at most {MOST_RULES} texts of {MOST_STOP_CHARACTERS:,} characters each"
     if params.min_tokens and len(params.stop_token_ids) > MOST_RULES:
-        return "stop_token_ids"
-    return "logit_bias" if len(params.logit_bias) + len(params.bad_words) > MOST_RULES else None
+        return "stop_token_ids", f"at most {MOST_RULES} tokens beside min_tokens"
+    if len(params.logit_bias) + len(params.bad_words) > MOST_RULES:
+        return "logit_bias", f"at most {MOST_RULES} entries, those of bad_words included"
+    return None
 
 
 def _level(load: Mapping[int, int], more: int) -> Iterator[tuple[int, int]]:

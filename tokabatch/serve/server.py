@@ -39,6 +39,8 @@ from tokabatch.workload.prepare import Demand
 EXPECTED_PROMPTS = 1 << 16
 """Of a workload that the engine is sized for: longer than any queue."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SEND_SECONDS = 2.0
+"""For the last answers to be sent before the server ends."""
 MOST_EVENTS = 64
 """Sockets that are read in one turn of the event loop."""
 GC_OBJECTS = 50_000
@@ -146,8 +148,13 @@ async def _serve(
         await closing
         engine.fail_all(EngineError("the server was stopped before this request was finished; send it again"))
         http.should_exit = True
-        with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(serving), 5)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(serving), SEND_SECONDS)
+        # What is left are clients that do not send or read on: their requests end as if they were gone.
+        for connection in list(http.server_state.connections):
+            connection.transport.abort()
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(serving), SEND_SECONDS)
         http.force_exit = True
         await serving
     finally:
