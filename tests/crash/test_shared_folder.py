@@ -182,10 +182,32 @@ def test_a_writer_that_stands_still_and_wakes_adds_nothing(
     os.killpg(stopped, signal.SIGCONT)
     woken = servers[0].wait()
     assert woken.code in (0, 75), woken
-    assert "is another task's, which published first" in woken.message
+    assert "was published first by another task" in woken.message
     assert servers[1].run(job, apart=True, flags=flags("third")).code == 0
     assert read_shares(out, time.time()) == Shares(shares.units, shares.units, ())
     long_scene.checker.check_complete(out, undisturbed(long_scene))
+
+
+def test_another_makes_the_input_where_its_maker_stands_still(
+    servers: list[ForkServer], short_scene: Scene, undisturbed: Reference, tmp_path: Path
+) -> None:
+    for attempt in range(20):
+        out = tmp_path / str(attempt)
+        maker = servers[0].start(short_scene.job(out), apart=True, flags=flags("maker"))
+        wait_until((out / "_units/input.lease").exists)
+        os.killpg(maker, signal.SIGSTOP)
+        if not (out / "manifest.json").exists():
+            break
+        # It was faster.
+        os.killpg(maker, signal.SIGCONT)
+        servers[0].wait()
+    assert not (out / "manifest.json").exists()
+    ended = servers[1].run(short_scene.job(out), apart=True, flags=flags("heir", lease=0.5))
+    assert ended.code == 0 and (out / "_SUCCESS").exists(), ended
+    os.killpg(maker, signal.SIGCONT)
+    assert servers[0].wait().code == 0
+    short_scene.checker.check_complete(out, undisturbed(short_scene))
+    assert not list(out.rglob("*.lease"))
 
 
 def test_a_complete_run_of_one_process_stays_as_it_is(server: ForkServer, short_scene: Scene, tmp_path: Path) -> None:
