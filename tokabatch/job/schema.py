@@ -137,7 +137,7 @@ class PromptConfig(Section):
 
 
 class EngineConfig(Section):
-    """How the work is done; nothing here changes what is sampled. `auto` values are decided from the device."""
+    """How the work is done; no key here changes what is sampled. `auto` values are decided from the device."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the GPU where there is one.")
     replicas: fields.AutoCount = Field(
@@ -197,7 +197,7 @@ class OutputConfig(Section):
 
 
 class TraceConfig(Section):
-    """Record what the device does in a few steps: a Chrome trace, for Perfetto or chrome://tracing. The run stalls for a
+    """Record what the device does in a few steps: a Chrome trace, for Perfetto or chrome://tracing. The run pauses for a
     second or two while it is written."""
 
     path: fields.FilePath = Field(
@@ -211,7 +211,7 @@ class TraceConfig(Section):
 
 
 class StopConfig(Section):
-    """Sample a row no further once its verdicts tell enough: one of the two. They are looked at in the order of the sample
+    """Stop sampling a row once its verdicts suffice; give one of the two. Verdicts are read in the order of the sample
     numbers, so where a row stops is the same on any hardware and after any restart; its further samples are rows of status
     `cancelled`. Samples begin in waves (4, 8, 16, ...) as verdicts come in."""
 
