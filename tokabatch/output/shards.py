@@ -6,7 +6,7 @@ Every page has a checksum, every file the identity of its run in its metadata.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -87,6 +87,17 @@ def _count(table: pa.Table, value: str, column: str = "status") -> int:
 def shard_number(name: str) -> int:
     """12 of `data/part-00012.parquet`; of a unit's shard, its number within the unit."""
     return int(name.rpartition("-")[2].partition(".")[0])
+
+
+def in_order(shards: Iterable[Shard]) -> tuple[Shard, ...]:
+    """By number, those of several units by unit then."""
+    return tuple(sorted(shards, key=lambda shard: (shard_number(shard.name), shard.name)))
+
+
+def claimed_shards(claim: Claim) -> tuple[Shard, ...]:
+    """Those that stand in a folder whose commits are recorded, in order."""
+    assert claim.journal is not None, "a run that writes has a journal"
+    return in_order(shard for shard, _ in claim.journal.shards.values())
 
 
 @contextmanager

@@ -180,7 +180,9 @@ def _continue(
         tell(f"{earlier.repaired:,} error rows have changed in the input; --retry-errors runs them again")
     done = not started.has_more
     unjudged = job.verify is not None and any(has_unjudged(file) for _, file in found.good)
-    if done and not unjudged and _is_complete(folder, earlier.manifest, found, manifest):
+    same = (earlier.manifest.rows, earlier.manifest.samples) == (manifest.rows, manifest.samples)
+    sealed = done and not unjudged and found.sealed and same and job_is_whole(folder, earlier.manifest)
+    if sealed and (not earlier.manifest.run or RowDigests.read(folder.row_digests) is not None):
         # Nothing in the folder changes, whatever happens from here on.
         return replace(started, committed=replace(started.committed, shards=tuple(shard for shard, _ in found.good)))
     _write_start(job, claim, workload, manifest, found.good, keep_summary=done and not reuse.retry_errors)
@@ -210,13 +212,6 @@ def judge_left(claim: Claim, verify: VerifyConfig, workload: Workload, tell: Cal
             replace_shard(claim, file, list(judge_again(file, own, pool, check)))
     finally:
         pool.close()
-
-
-def _is_complete(folder: OutputFolder, earlier: Manifest, found: Inspection, now: Manifest) -> bool:
-    """Whether the folder says so of this job, in files that are whole."""
-    same = (earlier.rows, earlier.samples) == (now.rows, now.samples)
-    whole = job_is_whole(folder, earlier) and (not earlier.run or RowDigests.read(folder.row_digests) is not None)
-    return found.sealed and same and whole
 
 
 def _write_start(

@@ -38,7 +38,7 @@ from tokabatch.output.existing_results import read_committed
 from tokabatch.output.joining import join_small
 from tokabatch.output.leases import Leases
 from tokabatch.output.manifest import Books, mark_success, read_summary, write_summary
-from tokabatch.output.shards import shard_number
+from tokabatch.output.shards import claimed_shards
 from tokabatch.output.steps import write_steps
 from tokabatch.report.progress import ExpendableProgress, NullProgress, Progress, ProgressSnapshot
 from tokabatch.report.run_estimates import read_estimates, read_estimator
@@ -144,7 +144,7 @@ def run(
             exit_code = EXIT_COMPLETE if supply is not None else _record_failures(state)
             if exit_code == EXIT_COMPLETE and (len(workload.requests) or (supply is not None and started.has_more)):
                 exit_code = _generate(state)
-                if job.trace and (taken := _steps_of(replica, job.trace.replica)) < job.trace.start:
+                if job.trace and (taken := np.count_nonzero(replica.steps()["replica"] == job.trace.replica)) < job.trace.start:
                     clock.progress.message(
                         f"nothing was traced: the run had {taken} steps, and trace.start is {job.trace.start}; write less"
                     )
@@ -204,11 +204,6 @@ def run(
     return summary
 
 
-def _steps_of(replica: Replicas, number: int) -> int:
-    """How many steps the replica of this number took."""
-    return int(np.count_nonzero(replica.steps()["replica"] == number))
-
-
 def _exit_code(books: Books, max_fraction: float, stopped: int, abandoned: bool | None) -> int:
     """How a run ends that was `stopped` with an exit code or, where that is 0, had no more to do. `abandoned`: units are left
     that others took over and have not completed; None where there are no others."""
@@ -230,9 +225,7 @@ def _close_books(state: RunState, claim: Claim, on_rows: OnRows) -> Books:
         return close_shared(state.job, claim, state.started.left, state.stop, state.clock.progress.message, on_rows)
     if claim.journal is not None and Books.of(samples, shards).closed:
         join_small(claim, state.job.output.rows_per_shard, state.stop.poll, state.clock.progress.message)
-        shards = tuple(
-            sorted((shard for shard, _ in claim.journal.shards.values()), key=lambda shard: shard_number(shard.name))
-        )
+        shards = claimed_shards(claim)
     return mark_success(claim, shards, samples)
 
 

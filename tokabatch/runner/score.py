@@ -45,7 +45,7 @@ from tokabatch.output.schema import (
     verdict_fields,
     verdict_names,
 )
-from tokabatch.output.shards import PARQUET_OPTIONS, count_ok, open_shard, read_groups, shard_number
+from tokabatch.output.shards import PARQUET_OPTIONS, claimed_shards, count_ok, open_shard, read_groups
 from tokabatch.output.unwritable import CANNOT_BE_WRITTEN
 from tokabatch.report.run_estimates import read_estimates
 from tokabatch.runner.interruption import Interruption
@@ -206,9 +206,7 @@ def _rejudge(
             scored.reasons.update(table["verify_error"].drop_null().to_pylist())
         scored = replace(scored, judged=scored.judged + sum(map(count_ok, tables)))
         tell(f"{file.path.name}: judged ({number:,} of {len(left):,} files)")
-    assert claim.journal is not None
-    shards = sorted((shard for shard, _ in claim.journal.shards.values()), key=lambda shard: shard_number(shard.name))
-    mark_success(claim, shards, manifest.samples)
+    mark_success(claim, claimed_shards(claim), manifest.samples)
     scored = replace(scored, estimates=read_estimates(claim.folder.path) or ())
     summary = read_summary(claim.folder)
     if summary:

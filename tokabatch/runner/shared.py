@@ -11,7 +11,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -32,7 +32,7 @@ from tokabatch.output.journal import Shard
 from tokabatch.output.leases import Holder, Leases
 from tokabatch.output.manifest import Books, Manifest, mark_success, read_manifest, write_manifest
 from tokabatch.output.remedy import repair_command
-from tokabatch.output.shards import shard_number
+from tokabatch.output.shards import claimed_shards, in_order
 from tokabatch.output.units import Units, read_units, write_units
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger
@@ -229,15 +229,14 @@ def close_shared(
         claim.begin(
             manifest.run, manifest.marks, ((shard, NO_MARK) for shard in shards), repair_command(claim.folder, manifest)
         )
-        assert claim.journal is not None
         with suppress(Stopped):
             judge_left(claim, job.verify, workload, tell, on_rows)
-        shards = [shard for shard, _ in claim.journal.shards.values()]
+        shards = claimed_shards(claim)
         books = Books.of(workload.samples_total, shards)
     if books.closed:
         # Another may have published a shard whose name it has not brought to the disk yet.
         claim.files.sync_folder(claim.folder.data)
-    return mark_success(claim, _ordered(shards), workload.samples_total) if books.closed else books
+    return mark_success(claim, in_order(shards), workload.samples_total) if books.closed else books
 
 
 def join_as_last(job: Job, claim: Claim, workload: Workload, stop: Interruption, tell: Callable[[str], None]) -> None:
@@ -255,8 +254,7 @@ def join_as_last(job: Job, claim: Claim, workload: Workload, stop: Interruption,
             return
         claim.begin(manifest.run, manifest.marks, ((shard, NO_MARK) for shard in shards), repair_command(folder, manifest))
     join_small(claim, job.output.rows_per_shard, stop.poll, tell)
-    assert claim.journal is not None
-    mark_success(claim, _ordered(shard for shard, _ in claim.journal.shards.values()), workload.samples_total)
+    mark_success(claim, claimed_shards(claim), workload.samples_total)
 
 
 def _take_over(claim: Claim, manifest: Manifest) -> bool:
@@ -275,10 +273,6 @@ def _take_over(claim: Claim, manifest: Manifest) -> bool:
         publish(claim.files, mine, folder.joiner)
     claim.clears = read_bytes(claim.files, folder.joiner) == host
     return claim.clears
-
-
-def _ordered(shards: Iterable[Shard]) -> list[Shard]:
-    return sorted(shards, key=lambda shard: (shard_number(shard.name), shard.name))
 
 
 def _recorded(claim: Claim, manifest: Manifest) -> list[Shard]:
