@@ -566,7 +566,7 @@ def test_rows_that_widen_a_column_extend_the_schema(narrow, wide, kind, go, rows
     told = Messages()
     summary = go(progress=told)
     assert (summary.earlier, summary.samples, summary.exit_code) == (6, 12, 0)
-    assert any(re.search(r"other columns than before \(score.*\): rewriting 2 files", text) for text in told.texts)
+    assert any(re.search(r"the new rows change the columns \(score.*\): rewriting 2 files", text) for text in told.texts)
     data = tmp_path / "out" / "data"
     found = dataset(data).to_table()
     assert found.schema.field("score").type.equals(kind) and found.num_rows == 12
