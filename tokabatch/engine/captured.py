@@ -27,10 +27,10 @@ from tokabatch.attention.capturable import Capturable, PrefixKind, PrefixPass
 from tokabatch.attention.tiles import ENOUGH_PLANES, MAX_PLANES, WORDS, TilePlan, plan_tiles
 from tokabatch.attention.triton_decode import decode_and_merge
 from tokabatch.attention.triton_tiles import Planes, attend_tiles, tile_shape
-from tokabatch.engine.graphs import FINEST, GraphRecorder, Ladder, coarse_size
+from tokabatch.engine.captured_head import HeadGraphs, HeadKind
+from tokabatch.engine.graphs import FINEST, GraphRecorder, Ladder, aligned, coarse_size
 from tokabatch.model.decoder import Decoder, KVPages
-from tokabatch.model.sampling.sampler import sample
-from tokabatch.model.sampling.slot_table import SamplerInputs, SlotTable
+from tokabatch.model.sampling.slot_table import SlotTable
 from tokabatch.scheduling.contracts import StepBatch
 
 TILES_A_TOKEN, LEAST_TILES = 2, 8192
@@ -93,13 +93,13 @@ class BodyGraphs:
         self._lse = torch.zeros(partial, decoder.num_heads, device=device)
         self._counter = torch.zeros(2, dtype=torch.int32, device=device)
         self._max_tiles = TILES_A_TOKEN * most + LEAST_TILES
-        self._words = torch.zeros(HEADER + 5 * _aligned(most) + self._max_tiles * WORDS, dtype=torch.int32, device=device)
+        self._words = torch.zeros(HEADER + 5 * aligned(most) + self._max_tiles * WORDS, dtype=torch.int32, device=device)
         self._ladder: Ladder[BodyKind, torch.cuda.CUDAGraph] = Ladder(most, self._capture)
 
     def prepare(self) -> None:
         """Compile all kernels, and capture the sizes that most steps run at."""
         self._words.zero_()
-        self._words[HEADER + _aligned(1)] = self._cache.spare_slot
+        self._words[HEADER + aligned(1)] = self._cache.spare_slot
         for kind in (BodyKind(tiles=True), BodyKind(tiles=False)):
             self._recorder.trial(lambda kind=kind: self._compute(1, kind))
         self._ladder.prepare(BodyKind(tiles=True))
@@ -155,7 +155,7 @@ class BodyGraphs:
         return min(MAX_PLANES, len(self._state) // size)
 
     def _laid_out(self, step: StepBatch, plan: TilePlan, size: int) -> Int32:
-        count, stride = step.num_tokens, _aligned(size)
+        count, stride = step.num_tokens, aligned(size)
         columns = np.zeros((5, stride), np.int32)
         columns[0] = -1
         columns[0, : len(step.token_ids)] = step.token_ids
@@ -177,7 +177,7 @@ class BodyGraphs:
 
     def _compute(self, size: int, kind: BodyKind) -> None:
         decoder, cache = self._decoder, self._cache
-        columns = self._words[HEADER:].narrow(0, 0, 5 * _aligned(size)).view(5, -1)[:, :size]
+        columns = self._words[HEADER:].narrow(0, 0, 5 * aligned(size)).view(5, -1)[:, :size]
         token_T, slot_T, position_T, own_T, planes_T = columns
         queries, mixed = self._queries_THD[:size], self._mixed_THD[:size]
         planes, prefix = None, None if kind.prefix is None else self._prefixes[size, kind.prefix]
@@ -206,85 +206,6 @@ class BodyGraphs:
         hidden_TE = decoder.run_layers(hidden_TE, position_T, attend, pages=KVPages(cache, slot_T, queries), may_scatter=False)
         if hidden_TE is not room_TE:
             room_TE.copy_(hidden_TE)
-
-
-@dataclass(frozen=True, slots=True)
-class HeadKind:
-    """The fields of `SamplerInputs` that choose kernels."""
-
-    any_random: bool
-    any_filter: bool
-    max_logprobs: int
-
-
-@dataclass(frozen=True, slots=True)
-class HeadStep:
-    """A step's head: the graph it runs, and what that reads."""
-
-    size: int
-    kind: HeadKind
-    words: Int32
-
-
-class HeadGraphs:
-    """Draws of at most `most` rows of `hidden_TE`."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        hidden_TE: torch.Tensor,
-        last_token: torch.Tensor,
-        slots: SlotTable,
-        most: int,
-        recorder: GraphRecorder,
-    ) -> None:
-        self._decoder = decoder
-        self._hidden_TE = hidden_TE
-        self._last_token = last_token
-        self._slots = slots
-        self._recorder = recorder
-        self._words = torch.zeros(3 * _aligned(most), dtype=torch.int32, device=decoder.device)
-        self._ladder: Ladder[HeadKind, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = Ladder(most, self._capture)
-
-    def prepare(self, kind: HeadKind) -> None:
-        """Capture the sizes that most draws run at."""
-        self._words.zero_()
-        self._recorder.trial(lambda: self._compute(1, kind))
-        self._ladder.prepare(kind)
-
-    def fit(self, rows: Int32, slots: Int32, positions: Int32) -> HeadStep:
-        """Of a step that draws from `rows` of the hidden states, at least one."""
-        kind = HeadKind(*self._slots.kinds(slots))
-        size = self._ladder.size(len(rows), kind)
-        columns = np.zeros((3, _aligned(size)), np.int32)
-        columns[1] = len(self._last_token) - 1
-        columns[:, : len(rows)] = rows, slots, positions
-        return HeadStep(size, kind, columns.reshape(-1))
-
-    def make_ahead(self) -> bool:
-        """See `Ladder`."""
-        return self._ladder.make_ahead()
-
-    def run(self, step: HeadStep, words: torch.Tensor) -> torch.Tensor:
-        """Launch it; the draws as `Sampled.packed` has them, for the whole size, until the next head of that size runs."""
-        self._words[: len(words)].copy_(words)
-        graph, packed = self._ladder.at(step.size, step.kind)
-        graph.replay()
-        return packed
-
-    def _capture(self, size: int, kind: HeadKind) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        return self._recorder.capture(lambda: self._compute(size, kind))
-
-    def _compute(self, size: int, kind: HeadKind) -> torch.Tensor:
-        row_S, slot_S, position_S = self._words.narrow(0, 0, 3 * _aligned(size)).view(3, -1)[:, :size]
-        logits_SV = self._decoder.logits(self._hidden_TE.index_select(0, row_S))
-        inputs = SamplerInputs(self._slots, slot_S, position_S, kind.any_random, kind.any_filter, kind.max_logprobs)
-        return sample(logits_SV, inputs, self._last_token, shard=self._decoder.vocabulary).packed
-
-
-def _aligned(count: int) -> int:
-    """Words that a column of so many takes: kernels read columns that begin at 16 bytes as they do at capture."""
-    return -(-count // 4) * 4
 
 
 class CapturedSteps:

@@ -62,6 +62,11 @@ def size_above(count: int, steps: int) -> int:
     return -(-count // step) * step
 
 
+def aligned(count: int) -> int:
+    """Words that a column of so many takes: kernels read columns that begin at 16 bytes as they do at capture."""
+    return -(-count // 4) * 4
+
+
 def coarse_size(count: int, most: int) -> int:
     """The size of a graph that is captured at once."""
     return min(most, size_above(count, 1 if count <= SMALL else COARSE_STEPS))
