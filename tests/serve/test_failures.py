@@ -22,7 +22,8 @@ from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.scheduling.stop_conditions import StopRules
 from tokabatch.serve import engine as engines
 from tokabatch.serve.app import Api
-from tokabatch.serve.engine import Engine, Wanted
+from tokabatch.serve.dispatch import Wanted
+from tokabatch.serve.engine import Engine
 from tokabatch.serve.engine_process import Add, Ended, EngineProcess, EngineSpec
 from tokabatch.serve.prompts import Prompts
 

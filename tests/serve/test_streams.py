@@ -10,9 +10,9 @@ import numpy as np
 from tokabatch.openai.requests import parse_request
 from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.generated import Generated
-from tokabatch.serve import engine as engines
 from tokabatch.serve.completions import _Choice
-from tokabatch.serve.engine import News, Wanted
+from tokabatch.serve.dispatch import Wanted, as_requests
+from tokabatch.serve.engine import News
 from tokabatch.serve.engine_process import Add, Cancel, Loop
 from tokabatch.serve.text_stream import TextStream
 
@@ -27,7 +27,7 @@ def test_what_is_new_of_streamed_samples_is_sent_until_they_are_finished_or_canc
     replica = SimpleNamespace(extend=lambda requests: [], withdraw=lambda row: None, scheduler=scheduler)
     loop: Any = Loop(replica, None, [].append, None)  # type: ignore[arg-type]
     prompts = [Wanted(np.array([1, 2], np.int32), SamplingParams(n=n)) for n in (2, 1, 2)]
-    loop._obey(Add(engines._requests([5, 6, 7], prompts, np.zeros(3, np.int32)), (5, 7)))
+    loop._obey(Add(as_requests([5, 6, 7], prompts, np.zeros(3, np.int32)), (5, 7)))
     there[:] = [(5, 1, drawn(3, 4)), (6, 0, drawn(9)), (7, 0, drawn(8))]
     sent = [(*each[:3], each[3].tokens.tolist(), each[3].logprobs.tolist()) for each in loop._news()]
     assert sent == [(5, 1, 0, [3, 4], [3, 4]), (7, 0, 0, [8], [8])]

@@ -20,7 +20,8 @@ from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.generated import Generated
 from tokabatch.scheduling.sample_ends import completion
 from tokabatch.scheduling.scheduler import SchedulerLimits
-from tokabatch.serve.engine import Engine, Finished, News, Wanted, too_many_rules
+from tokabatch.serve.dispatch import Wanted, too_many_rules
+from tokabatch.serve.engine import Engine, Finished, News
 from tokabatch.serve.engine_process import failure_of
 
 TICK_SECONDS = 0.2

@@ -31,7 +31,8 @@ from tokabatch.openai.responses import (
     usage,
 )
 from tokabatch.scheduling.contracts import Completion, SamplingParams
-from tokabatch.serve.engine import Engine, Finished, News, Wanted, too_many_rules
+from tokabatch.serve.dispatch import Wanted, too_many_rules
+from tokabatch.serve.engine import Engine, Finished, News
 from tokabatch.serve.prompts import Prompts
 from tokabatch.serve.text_stream import TextStream
 

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
-
 from tokabatch.arrays import Int32
 from tokabatch.errors import EngineError, TokabatchError
-from tokabatch.input.prompt_order import Order, order_prompts
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.output.schema import sample_texts
 from tokabatch.runner.replica import Standing
-from tokabatch.scheduling.contracts import Completion, Requests, SamplingParams
+from tokabatch.scheduling.contracts import Completion
 from tokabatch.scheduling.generated import Generated
+from tokabatch.serve.dispatch import Wanted, as_requests, divided, ordered
 from tokabatch.serve.engine_process import (
     Add,
     Cancel,
@@ -41,25 +39,9 @@ RESERVED = 1 / 8
 """Of the samples that run, and of those that wait in front of others, so many are not in the background."""
 MOST_LOST = 3
 """Processes lost in a row, without a finished sample in between, after which no other is started."""
-MOST_RULES, MOST_RULE_TOKENS = 300, 8
-"""Of one request's `logit_bias`, `bad_words` and `min_tokens`: the worker's table has room in every slot for as many as the one
-with most has, and is not sized beforehand."""
-MOST_STOP_CHARACTERS = 1000
-"""Of each of a request's stop strings, of which there may be `MOST_RULES`: steps are held up while they are searched for."""
 FIRST_KEY = 1 << 40
 """Random numbers of prompts without a seed of their own are drawn for rows from here on: apart from those of prompts that have
 one, which are drawn for their places in their requests."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """One prompt: its tokens, how its samples are drawn, the place whose random numbers it gets (None is one of its own), and
-    how many of its last tokens are scored, which `params.max_tokens` counts, too."""
-
-    token_ids: Int32
-    params: SamplingParams
-    key: int | None = None
-    scored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,21 +237,13 @@ class Engine:
                     self._break(failure_of("giving prompts to the scheduler failed", error))
 
     def _send(self, rows: list[int]) -> None:
-        """Give prompts to the processes that have loaded the model, or to all, in an order in which neighbours share what they
-        can: each gets a part that lies together, the largest the one that has least to do."""
-        ready = sorted(self.standings) or range(len(self._load))
-        order = self._order(rows)
-        rows = [rows[place] for place in order.permutation.tolist()]
-        counts = np.array([self._live[row].missing for row in rows], np.int64)
-        begin = 0
-        for number, share in _level({number: self._load[number] for number in ready}, int(counts.sum())):
-            stop = begin + int(np.searchsorted(np.cumsum(counts[begin:]), share))
-            stop = min(stop + 1, len(rows)) if share else begin
-            if stop > begin:
-                self._give(number, rows[begin:stop], order.lcp[begin:stop])
-            begin = stop
-        if begin < len(rows):
-            self._give(min(ready, key=self._load.__getitem__), rows[begin:], order.lcp[begin:])
+        """Give prompts to the processes that have loaded the model, or to all."""
+        lives = [self._live[row] for row in rows]
+        load = {number: self._load[number] for number in sorted(self.standings) or range(len(self._load))}
+        self._backwards = not self._backwards
+        order = ordered([live.wanted.token_ids for live in lives], self._backwards)
+        for number, places, lcp in divided(order, [live.missing for live in lives], load):
+            self._give(number, [rows[place] for place in places], lcp)
 
     def _give(self, number: int, rows: list[int], lcp: Int32) -> None:
         lives = [self._live[row] for row in rows]
@@ -278,18 +252,7 @@ class Engine:
             self._load[number] += live.missing
         pairs = zip(rows, lives, strict=True)
         streamed = tuple(row for row, live in pairs if live.watch is not None and not live.background)
-        self._processes[number].send(Add(_requests(rows, [live.wanted for live in lives], lcp), streamed))
-
-    def _order(self, rows: list[int]) -> Order:
-        """Sorted, and every other time backwards: the first prompts are like the last ones of the time before, which may still
-        hold what they share."""
-        lengths = np.array([len(self._live[row].wanted.token_ids) for row in rows], np.int32)
-        tokens = np.concatenate([self._live[row].wanted.token_ids for row in rows])
-        order = order_prompts(tokens, (np.cumsum(lengths) - lengths).astype(np.int64), lengths)
-        self._backwards = not self._backwards
-        if self._backwards:
-            return order
-        return Order(order.permutation[::-1], np.append(order.lcp[:1], order.lcp[:0:-1]))
+        self._processes[number].send(Add(as_requests(rows, [live.wanted for live in lives], lcp), streamed))
 
     def _cancel(self, rows: list[int]) -> None:
         by_process: dict[int, list[int]] = {}
@@ -407,47 +370,3 @@ class Engine:
                 # Whoever waited may be gone.
                 live.done.exception()
         self._cancel(rows)
-
-
-def too_many_rules(params: SamplingParams) -> tuple[str, str] | None:
-    """The field that asks for more than a server has room for, and what it may hold; None where none does."""
-    words = f"at most {MOST_RULES} entries of {MOST_RULE_TOKENS} tokens each"
-    if len(params.bad_words) > MOST_RULES or any(len(word) > MOST_RULE_TOKENS for word in params.bad_words):
-        return "bad_words", words
-    if len(params.stop) > MOST_RULES or any(len(stop) > MOST_STOP_CHARACTERS for stop in params.stop):
-        return "stop", f"at most {MOST_RULES} texts of {MOST_STOP_CHARACTERS:,} characters each"
-    if params.min_tokens and len(params.stop_token_ids) > MOST_RULES:
-        return "stop_token_ids", f"at most {MOST_RULES} tokens beside min_tokens"
-    if len(params.logit_bias) + len(params.bad_words) > MOST_RULES:
-        return "logit_bias", f"at most {MOST_RULES} entries, those of bad_words included"
-    return None
-
-
-def _level(load: Mapping[int, int], more: int) -> Iterator[tuple[int, int]]:
-    """How `more` samples are divided so that all have as many as can be: pairs of a process and its share. `load` are those
-    that each has already."""
-    level = -(-(sum(load.values()) + more) // len(load))
-    for number in sorted(load, key=load.__getitem__):
-        share = min(max(level - load[number], 0), more)
-        more -= share
-        yield number, share
-
-
-def _requests(rows: Sequence[int], prompts: Sequence[Wanted], lcp: Int32) -> Requests:
-    kinds = {params: place for place, params in enumerate(dict.fromkeys(wanted.params for wanted in prompts))}
-    length = np.array([len(wanted.token_ids) for wanted in prompts], np.int32)
-    scored = np.array([wanted.scored for wanted in prompts], np.int32)
-    begin = (np.cumsum(length) - length).astype(np.int64)
-    length -= scored
-    lcp = np.minimum(lcp, np.minimum(length, np.append(0, length[:-1])))
-    return Requests(
-        row_index=np.array(rows, np.int64),
-        tokens=np.concatenate([wanted.token_ids for wanted in prompts]),
-        start=begin,
-        length=length,
-        lcp=lcp,
-        params=np.array([kinds[wanted.params] for wanted in prompts], np.int32),
-        sampling=tuple(kinds),
-        given=scored if scored.any() else None,
-        key=np.array([row if wanted.key is None else wanted.key for row, wanted in zip(rows, prompts, strict=True)], np.int64),
-    )
