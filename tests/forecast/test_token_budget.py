@@ -82,8 +82,8 @@ def test_samples_that_cost_nothing_all_run_at_once():
 def test_the_tail_of_an_experiment_of_a_few_rounds_is_held_short():
     """84,416 samples of at most 320 tokens, 32,768 at once: 2.6 rounds, a quarter of the time with less than half of them."""
     cost, spread = unmeasured_gpu(Roofline(SMALL, H200)).seconds, survival_of(84_416, 320)
-    assert running_samples(cost, 84_416, spread) == 6144
-    of_few, of_most = (expected_seconds(cost, 84_416, number, spread) for number in (6144, 24_576))
+    assert running_samples(cost, 84_416, spread) == 8192
+    of_few, of_most = (expected_seconds(cost, 84_416, number, spread) for number in (8192, 24_576))
     assert of_few[1] / of_few[0] < TAIL_GOAL < 0.2 < of_most[1] / of_most[0]
     assert of_most[0] < of_few[0] < (1 + AFFORDABLE) * of_most[0]
 
