@@ -81,29 +81,46 @@ class MainKiller(Killer):
 
 
 class ChildKiller(Killer):
-    """Kills one random child of a run, which then goes on by itself."""
+    """Kills one random process of a run, which then goes on by itself."""
 
     engine: ClassVar[dict[str, Any]] = {"process": True, "max_restarts": 1000}
+    ranks: ClassVar[int] = 1
 
     def _one_folder(self, out: Path, count: int, seconds: float, mutant: str | None) -> None:
-        pid = self.server.start(self.scene.job(out, engine=self.engine), apart=True, mutant=mutant)
+        pid = self.server.start(self.scene.job(out, engine=self.engine), apart=True, ranks=self.ranks, mutant=mutant)
         ends = time.monotonic() + self.random.uniform(0.2, 1.0) * seconds
         while time.monotonic() < ends and self.kills < count:
             time.sleep(self.random.uniform(0, seconds / 4))
             with suppress(psutil.NoSuchProcess):
-                children = psutil.Process(pid).children(recursive=True)
-                if children:
-                    self.random.choice(children).kill()
+                victims = self._victims(psutil.Process(pid))
+                if victims:
+                    self.random.choice(victims).kill()
                     self.kills += 1
         ended = self.server.wait()
         assert ended.code == 0, ended
         self.scene.checker.check_complete(out, self.reference)
 
+    def _victims(self, main: psutil.Process) -> list[psutil.Process]:
+        return main.children(recursive=True)
+
 
 class MemberKiller(ChildKiller):
-    """Kills a scheduler or a worker of a run of two replicas."""
+    """Kills a member of a fleet of two: its scheduler, whose worker ends with it."""
 
     engine: ClassVar[dict[str, Any]] = {"replicas": 2, "max_restarts": 1000}
+
+    def _victims(self, main: psutil.Process) -> list[psutil.Process]:
+        return main.children()
+
+
+class RankKiller(ChildKiller):
+    """Kills one of the four ranks of a fleet of two, whose workers have two each."""
+
+    engine: ClassVar[dict[str, Any]] = {"replicas": 2, "max_restarts": 1000}
+    ranks: ClassVar[int] = 2
+
+    def _victims(self, main: psutil.Process) -> list[psutil.Process]:
+        return [rank for member in main.children() for rank in member.children()]
 
 
 def measure(server: ForkServer, scene: Scene, folder: Path) -> float:
@@ -114,8 +131,8 @@ def measure(server: ForkServer, scene: Scene, folder: Path) -> float:
 
 @pytest.mark.parametrize(
     "victim",
-    [Killer, ChildKiller, MainKiller, MemberKiller],
-    ids=["the process group", "one random child", "main of a fleet", "a process of a fleet"],
+    [Killer, ChildKiller, MainKiller, MemberKiller, RankKiller],
+    ids=["the process group", "one random child", "main of a fleet", "a member of a fleet", "a rank of a fleet"],
 )
 def test_kills_at_any_instant_lose_double_and_tear_nothing(
     victim: type[Killer],

@@ -10,23 +10,24 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from benchmarks.scripted_engine import QUICKSTART, Script, build_worker, quickstart_script
+from benchmarks.scripted_engine import QUICKSTART, Script, ScriptedWorker, build_worker, quickstart_script
 from support import faulty_files, mutants, privileges
 from tokabatch import Job, run
-from tokabatch.engine.executor import Executor, InProcessExecutor, ProcessExecutor
+from tokabatch.engine.executor import Executor, GroupExecutor, InProcessExecutor, ProcessExecutor
 from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.errors import TokabatchError
 from tokabatch.forecast import cost_model as pricing
 from tokabatch.input.tokenizer.loading import load_tokenizer
 from tokabatch.job import ModelConfig
 from tokabatch.output import folder
+from tokabatch.parallel.mesh import Place
 from tokabatch.report.progress import NullProgress
 from tokabatch.runner import make_replica, recorder
 from tokabatch.runner.shared import Shared
@@ -40,11 +41,29 @@ def _make_within(script: Script, job: Job, workload: Workload, sizes: ReplicaSiz
     return partial(InProcessExecutor, (script, sizes), build_worker)
 
 
-def _make_apart(script: Script, job: Job, workload: Workload, sizes: ReplicaSizes, tell: object) -> Callable[[], Executor]:
-    """The worker in a process of its own: forked, as nothing here has threads or a GPU and importing takes seconds."""
+def _make_apart(
+    script: Script, ranks: int, job: Job, workload: Workload, sizes: ReplicaSizes, tell: object
+) -> Callable[[], Executor]:
+    """The worker in a process of its own, or in one for each rank: forked, as nothing here has threads or a GPU and importing
+    takes seconds."""
     fork = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method=None: fork
+    if ranks > 1:
+        return partial(GroupExecutor, RankSpec(script, sizes), ranks, 1, build_rank)
     return partial(ProcessExecutor, (script, sizes), build_worker)
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpec:
+    """What a scripted rank is made of."""
+
+    script: Script
+    sizes: ReplicaSizes
+    place: Place | None = None
+
+
+def build_rank(spec: RankSpec) -> ScriptedWorker:
+    return ScriptedWorker(spec.script, spec.sizes)
 
 
 class PowerCut(BaseException):
@@ -65,7 +84,8 @@ class Child:
     def run(self, request: dict[str, Any], told: int) -> int:
         """The exit code, as `tokabatch run` would have it; `told` is a descriptor for what there is to tell."""
         script = quickstart_script(slots=64, step_seconds=request.get("step_seconds", STEP_SECONDS))
-        make_replica.executor_maker = partial(_make_apart if request.get("apart") else _make_within, script)
+        apart = partial(_make_apart, script, request.get("ranks", 1))
+        make_replica.executor_maker = apart if request.get("apart") else partial(_make_within, script)
         recorder.BATCH_SAMPLES = BATCH_SAMPLES
         if request.get("mutant"):
             mutants.MUTANTS[request["mutant"]]()
