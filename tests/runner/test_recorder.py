@@ -17,7 +17,9 @@ from tokabatch.input.store import columns
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.output import joining, shard_writer
 from tokabatch.output import schema as output
-from tokabatch.runner import recorder
+from tokabatch.runner import judging, recorder
+from tokabatch.runner.waiting_samples import FinishedSample, WaitingSamples
+from tokabatch.scoring.judge import Verdict
 
 ROWS = 10
 Write = Callable[..., Path]
@@ -147,3 +149,53 @@ def test_more_list_entries_than_a_column_holds_are_no_assertion(
     long = [row for row in table(tmp_path / "few") if row["num_output_tokens"] > 3]
     assert dict(summary.error_counts) == {"cannot_be_written": len(long)}
     assert all(row["token_ids"] is None and row["text"] is not None and "'token_ids'" in row["error_message"] for row in long)
+
+
+def test_a_sample_is_not_written_before_its_verdict(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a look at which samples are judged and what is written by it, a judge's thread sets another verdict."""
+    judge, late = tmp_path / "judge.py", list[FinishedSample]()
+    judge.write_text("import time\ndef verify(text, row):\n    time.sleep(0.05)\n    return True\n")
+    real = WaitingSamples.ready_first
+
+    def ready_first(self: WaitingSamples) -> Any:
+        found = real(self)
+        waiting = [each for each in self.finished if each.ticket is not None and each.verdict is None]
+        for each in waiting[1:][-1:]:
+            assert each.ticket is not None
+            each.ticket.verdict = Verdict(True, 1.0)
+            late.append(each)
+        return found
+
+    monkeypatch.setattr(WaitingSamples, "ready_first", ready_first)
+    verify = {"kind": str(judge), "processes": 1}
+    summary = scripted_run(write(), tmp_path / "out", verify=verify, output={"flush_seconds": 0.05})
+    assert late and (summary.exit_code, summary.unverified) == (0, 0)
+    assert all(row["correct"] for row in table(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("piece_bytes", [1, recorder.PIECE_BYTES])
+def test_samples_that_wait_for_verdicts_are_looked_at_for_their_memory_but_not_at_every_step(
+    piece_bytes: int, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, looks, waiting = tmp_path / "judge.py", list[int](), list[int]()
+    judge.write_text("def verify(text, row): return True\n")
+    add, is_ready = recorder.Recorder.add, FinishedSample.is_ready
+
+    def looked(self: FinishedSample) -> bool:
+        looks.append(1)
+        return is_ready.__get__(self)
+
+    def added(self: recorder.Recorder, completions: Any, *goes_on: Any) -> None:
+        if piece_bytes > 1 or completions:
+            before = len(looks)
+            add(self, completions, *goes_on)
+            assert completions or len(looks) == before, "a look where nothing had come in"
+            waiting.append(len(self._waiting.finished))  # pyright: ignore[reportPrivateUsage]
+
+    monkeypatch.setattr(FinishedSample, "is_ready", property(looked))
+    monkeypatch.setattr(recorder.Recorder, "add", added)
+    monkeypatch.setattr(recorder, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(judging, "MOST_UNJUDGED", 0)
+    sections: Any = {"verify": {"kind": str(judge)}, "engine": {"max_running": 2}, "output": {"flush_seconds": 3600.0}}
+    assert scripted_run(write(), tmp_path / "out", **sections).pass_at_k == {1: 1.0, 2: 1.0}
+    assert max(waiting) <= 2 if piece_bytes == 1 else len(waiting) > 2 * ROWS

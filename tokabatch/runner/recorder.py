@@ -160,18 +160,20 @@ class Recorder:
         self._judging.submit(self._pending)
         self._commit_due(len(completions))
         while not self._judging.keeps_up(self._pending) and goes_on():
-            self._commit_due(0)
+            self._commit_due(0, waits=True)
 
-    def _commit_due(self, arrived: int) -> None:
-        """Record what is judged, and commit what is due; so many samples have `arrived` just now."""
+    def _commit_due(self, arrived: int, *, waits: bool = False) -> None:
+        """Record what is judged, and commit what is due; so many samples have `arrived` just now, or the run `waits` for
+        verdicts."""
         self._follow_verdicts()
         waiting = self._waiting
         if self._oldest is None and (waiting.finished or waiting.num_unsampled):
             self._oldest = self._clock()
-        # A look at all that wait takes longer than to record a few: not with every message.
+        # A look at all that wait for verdicts takes longer than to record a few: not with every message.
         self._arrived += arrived
-        if not arrived or self._arrived >= LOOKED_AT:
-            self._arrived, ready = 0, self._num_ready()
+        if self._judging is None or waits or self._arrived >= LOOKED_AT or waiting.bytes >= PIECE_BYTES:
+            ready = len(waiting.finished) if self._judging is None else sum(each.is_ready for each in waiting.finished)
+            self._arrived = 0
             if ready + waiting.num_unsampled >= BATCH_SAMPLES or (ready and waiting.bytes >= PIECE_BYTES):
                 self._flush()
         # Where many came in just now, they are decoded first.
@@ -189,7 +191,7 @@ class Recorder:
         if self._judging is not None:
             self._judging.submit(self._pending)
             while not self._judging.is_done([*self._waiting.finished, *self._unjudged], goes_on):
-                self._commit_due(0)
+                self._commit_due(0, waits=True)
         self._follow_verdicts()
         self._flush()
         return self._commit(self.writer.close)
@@ -227,17 +229,13 @@ class Recorder:
                 self._stops.give_up(row, partial(_same_error, completion))
         self._accept(self._stops.take_cancelled(), self._stops.take_kept())
 
-    def _num_ready(self) -> int:
-        """How many finished samples do not wait for their verdicts."""
-        finished = self._waiting.finished
-        return len(finished) if self._judging is None else sum(each.is_ready for each in finished)
-
     def _flush(self) -> None:
         self._settle()
+        ready = len(self._waiting.finished)
         if self._judging is not None:
-            self._waiting = self._waiting.ready_first()
+            self._waiting, ready = self._waiting.ready_first()
         with self._claim.committing():
-            for piece in self._waiting.pieces(self._num_ready(), self._store):
+            for piece in self._waiting.pieces(ready, self._store):
                 for table in self._tables.build(*piece):
                     self.writer.take(table)
                     self._settle()

@@ -80,9 +80,12 @@ class WaitingSamples:
             (*self.cancelled, *cancelled),
         )
 
-    def ready_first(self) -> WaitingSamples:
-        """The same, with the finished samples that are ready in front of those that wait for their verdicts."""
-        return replace(self, finished=tuple(sorted(self.finished, key=lambda each: not each.is_ready)))
+    def ready_first(self) -> tuple[WaitingSamples, int]:
+        """The same, with the finished samples that are ready in front of those that wait for a verdict, and how many are."""
+        # Other threads set verdicts meanwhile: order and number are of the same look at each.
+        flags = [each.is_ready for each in self.finished]
+        order = sorted(range(len(flags)), key=lambda at: not flags[at])
+        return replace(self, finished=tuple(self.finished[at] for at in order)), sum(flags)
 
     def behind(self, row: int) -> WaitingSamples:
         """What is left when the writer has taken all samples before that row."""
