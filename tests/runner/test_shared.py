@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -155,7 +156,8 @@ def test_names_that_others_gave_are_on_the_disk_before_the_run_is_marked_complet
 def test_the_last_of_several_writers_has_judged_what_another_left(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A writer is stopped during its last verdicts. The next one finds every sample there, has the others judged, and joins."""
+    """A writer is stopped during its last verdicts. The next one finds every sample there, has the others judged, and joins;
+    beside another that is just ending it is to be run again, and leaves the summary to that one."""
     monkeypatch.setattr(judging, "HURRIED_SECONDS", 0.3)
     judge, slow = tmp_path / "judge.py", tmp_path / "slow"
     judge.write_text(
@@ -172,6 +174,11 @@ def test_the_last_of_several_writers_has_judged_what_another_left(
         assert (first.exit_code, first.pending, first.estimates) == (75, 0, ()) and not folder.success.exists()
         slow.unlink()
         monkeypatch.undo()
+        folder.summary.write_text('{"written_by": "other"}')
+        with Claim(folder.path, writer="other"):
+            beside = run(judged, shared=Shared(units=2))
+        assert (beside.exit_code, beside.pending) == (EXIT_STOPPED, 0) and not folder.success.exists()
+        assert folder.summary.read_text() == '{"written_by": "other"}'
         second = run(judged, shared=Shared(units=2))
     assert (second.exit_code, second.unverified) == (0, 0) and second.estimates and folder.success.exists()
     assert not folder.units.exists() or not folder.journals()
@@ -191,6 +198,8 @@ def test_hosts_of_one_name_are_told_apart_and_containers_of_one_host_are_not(
         claim = Claim(tmp_path / "out", writer=f"w{number}")
         claim.begin("run", {}, (), "")
         taken.append(sharing._take_over(claim, manifest))  # pyright: ignore[reportPrivateUsage]
+        with nullcontext() if taken[-1] else pytest.raises(CommitError, match="another host"):
+            claim.check_lock()
         claim.clears = False
         claim.release()
     assert taken == [True, False, True]

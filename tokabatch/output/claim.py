@@ -132,7 +132,13 @@ class Claim:
         return True
 
     def check_lock(self) -> None:
-        """Raises CommitError where the lock is not this claim's any more: whatever were written now might meet another run."""
+        """Raises CommitError where the lock is not this claim's any more, or another host has the folder: whatever were written
+        now might meet another run."""
+        if self.files.alone and not self.clears:
+            raise CommitError(
+                f"output.path {str(self.folder.path)!r}: a writer of another host completes the run there. What this one "
+                "committed is intact."
+            )
         if self._lock is None or not self._lock.is_in_place():
             raise CommitError(
                 f"output.path {str(self.folder.path)!r}: its lock (_lock) was removed while this run was writing, so "

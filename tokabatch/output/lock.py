@@ -63,12 +63,14 @@ class FolderLock:
         return self._descriptor is not None and found is not None and os.path.samestat(found, os.fstat(self._descriptor))
 
     def become_exclusive(self) -> bool:
-        """Give up the share of the lock; whether no other process holds one, and this lock is exclusive now."""
+        """Give up the share of the lock; whether no other process holds one, and this lock is exclusive now. Where another
+        does, this one is released."""
         assert self._descriptor is not None
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self.release()
             return False
         return True
 

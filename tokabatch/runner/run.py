@@ -214,8 +214,8 @@ def _exit_code(books: Books, max_fraction: float, stopped: int, abandoned: bool 
         return stopped
     if abandoned is None:
         return EXIT_STOPPED if books.unjudged and not books.pending else EXIT_BOOKS
-    # The others complete it, or it is to be run again.
-    return EXIT_STOPPED if abandoned else EXIT_COMPLETE
+    # The others complete it, or it is to be run again: what is left to judge, none of them may have been the last to judge.
+    return EXIT_STOPPED if abandoned or (books.unjudged and not books.pending) else EXIT_COMPLETE
 
 
 def _close_books(state: RunState, claim: Claim, on_rows: OnRows) -> Books:
