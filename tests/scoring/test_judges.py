@@ -15,9 +15,11 @@ import pytest
 from support.scripted_run import scripted_engine, scripted_job, scripted_run
 
 from tokabatch import plan, run
+from tokabatch.cli.folder import status
 from tokabatch.errors import JobError
 from tokabatch.job import VerifyConfig
 from tokabatch.output.integrity import check
+from tokabatch.output.status import read_status
 from tokabatch.runner import judging, recorder
 from tokabatch.runner.interruption import Interruption
 from tokabatch.scheduling.contracts import NOT_JUDGED
@@ -197,19 +199,25 @@ def verify(text, row):
 
 def test_a_slow_judge_holds_the_run_up_and_loses_nothing(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "MOST_UNJUDGED", 2)
-    most = 0
+    # Their columns alone would be few enough bytes for all rows.
+    monkeypatch.setattr(judging, "KEPT_BYTES", 4 * judging.ROW_BYTES)
+    most = kept = 0
     add = recorder.Recorder.add
 
     def watched(self: recorder.Recorder, completions: Any, *goes_on: Any) -> None:
-        nonlocal most
+        nonlocal most, kept
         add(self, completions, *goes_on)
         most = max(most, sum(each.ticket is not None and each.verdict is None for each in self._waiting.finished))
+        kept = max(kept, len(self._judging._rows) if self._judging else 0)
 
     monkeypatch.setattr(recorder.Recorder, "add", watched)
     source = "import time\ndef verify(text, row):\n    time.sleep(0.05)\n    return True\n"
-    summary, found = judged(rows, tmp_path, source, processes=2)
+    judge, out = tmp_path / "judge.py", tmp_path / "out"
+    judge.write_text(source)
+    summary = scripted_run(rows, out, verify={"kind": str(judge), "processes": 2}, engine={"max_running": 2})
+    found = samples(out)
     assert summary.ok == 2 * ROWS and all(sample["correct"] for sample in found)
-    assert 0 < most <= 2
+    assert 0 < most <= 2 and 0 < kept < 4
 
 
 def test_while_a_run_waits_for_verdicts_it_commits_others_and_can_be_stopped(
@@ -232,7 +240,9 @@ def test_while_a_run_waits_for_verdicts_it_commits_others_and_can_be_stopped(
     }
 
 
-def test_a_run_that_is_stopped_commits_what_is_not_judged(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_stopped_commits_what_is_not_judged(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(judging, "HURRIED_SECONDS", 0.3)
     judge = tmp_path / "judge.py"
     flag = tmp_path / "hang"
@@ -258,6 +268,11 @@ def test_a_run_that_is_stopped_commits_what_is_not_judged(rows: Path, tmp_path: 
     found = samples(tmp_path / "out")
     assert Counter(sample["verify_error"] is None for sample in found)[True] >= 1
     assert len(found) == 2 * ROWS and all("run was stopped" in (each["verify_error"] or "run was stopped") for each in found)
+    unjudged = sum(each["verify_error"] is not None for each in found)
+    assert read_status(tmp_path / "out").unjudged == unjudged
+    capsys.readouterr()
+    status(tmp_path / "out")
+    assert f"again  judges {unjudged} samples\n" in capsys.readouterr().out
     monkeypatch.undo()
     flag.unlink()
     with scripted_engine():

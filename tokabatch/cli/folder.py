@@ -40,10 +40,11 @@ def status(out: OutArgument) -> None:
         verdicts = import_module("tokabatch.report.run_estimates")
         estimates, how = verdicts.read_estimates(out) or (), verdicts.read_estimator(out)
         sections += import_module("tokabatch.report.summary").verdict_sections(estimates, found.committed, found.samples, how)
-    if found.state == "incomplete" and found.pending:
+    todo = (("computes the missing", found.pending), ("judges", found.unjudged))
+    if found.state == "incomplete" and any(number for _, number in todo):
         sections_of = import_module("tokabatch.report.sections")
-        next_step = ("the same `tokabatch run` again", f"computes the missing {sections_of.counted(found.pending, 'sample')}")
-        sections += (sections_of.Section("Next", (next_step,)),)
+        does = " and ".join(f"{verb} {sections_of.counted(number, 'sample')}" for verb, number in todo if number)
+        sections += (sections_of.Section("Next", (("the same `tokabatch run` again", does),)),)
     print_result(sections)
 
 

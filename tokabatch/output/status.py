@@ -22,7 +22,7 @@ from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.leases import Lease, read_leases
 from tokabatch.output.lock import is_claimed
 from tokabatch.output.manifest import Books, read_manifest
-from tokabatch.output.shards import count_cancelled, count_ok, open_shard, read_groups
+from tokabatch.output.shards import count_cancelled, count_ok, count_unjudged, open_shard, read_groups
 from tokabatch.output.units import unit_of_shard, unit_sizes
 from tokabatch.storage.listing import ListedFile, consistently, is_there, list_files
 
@@ -43,6 +43,8 @@ class Status:
     bytes: int
     correct: int | None
     """Samples found correct; None where the job does not verify."""
+    unjudged: int | None
+    """Samples whose verdicts are still to come; None where the job does not verify."""
     started: str | None = None
     """When the run was first started, in the local time of then."""
     model: str | None = None
@@ -198,11 +200,13 @@ def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
     shards = recorded_shards(folder, manifest)
     ok = errors = cancelled = 0
     correct: int | None = None
-    for table in _groups(shards, ("status", "correct")):
+    unjudged: int | None = None
+    for table in _groups(shards, ("status", "correct", "verify_error")):
         finished, dropped = count_ok(table), count_cancelled(table)
         ok, errors, cancelled = ok + finished, errors + table.num_rows - finished - dropped, cancelled + dropped
         if "correct" in table.column_names:
             correct = (correct or 0) + int(table["correct"].fill_null(False).to_numpy().astype(np.bool_).sum())
+            unjudged = (unjudged or 0) + count_unjudged(table)
     state: State = "incomplete"
     if is_there(folder.files, folder.success):
         state = "complete"
@@ -220,6 +224,7 @@ def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
         shards=len(shards),
         bytes=sum(shard.bytes for shard in shards),
         correct=correct,
+        unjudged=unjudged,
         started=manifest and manifest.started.replace("T", " "),
         model=manifest and manifest.job.get("model", {}).get("path"),
         input=manifest and manifest.job.get("input", {}).get("path"),

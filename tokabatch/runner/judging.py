@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tokabatch.arrays import Int64
 from tokabatch.input.store.tokenized_input import InputStore
 from tokabatch.job import VerifyConfig
 from tokabatch.runner.sample_tables import SampleTables, is_of_rows
@@ -21,6 +22,8 @@ MOST_UNJUDGED = 4096
 """Finished samples that may wait for their verdicts; where there are more, the run waits, and the replicas with it."""
 KEPT_BYTES = 32 << 20
 """Memory of rows that are kept for further samples of theirs, by estimate; those of one batch may take more."""
+ROW_BYTES = 500
+"""Of these, what a row of a few columns takes as Python objects beside the bytes of its columns, by estimate."""
 LOOK_SECONDS, HURRIED_SECONDS = 0.2, 10.0
 """How long one call waits for verdicts at most, and all of them once the run is to stop."""
 
@@ -102,14 +105,17 @@ class Judging:
     def _input_rows(self, row_indices: Sequence[int]) -> list[Mapping[str, Any]]:
         missing = np.array(sorted({row for row in row_indices if row not in self._rows}), np.int64)
         if len(missing):
-            size = int(self._store.row_bytes(missing).sum())
+            size = self._size(missing)
             if self._row_bytes + size > KEPT_BYTES:
                 self._rows, self._row_bytes = {}, 0
                 missing = np.array(sorted(set(row_indices)), np.int64)
-                size = int(self._store.row_bytes(missing).sum())
+                size = self._size(missing)
             self._rows |= zip(missing.tolist(), self._store.input_rows(missing), strict=True)
             self._row_bytes += size
         return [self._rows[row] for row in row_indices]
+
+    def _size(self, rows: Int64) -> int:
+        return int(self._store.row_bytes(rows).sum()) + ROW_BYTES * len(rows)
 
 
 def _tickets(samples: Sequence[FinishedSample]) -> list[Ticket]:
