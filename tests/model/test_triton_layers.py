@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.interpreter import DEVICES, INTERPRETING
 
-from tokabatch.model import layers
+from tokabatch.model import layers, linear
 from tokabatch.model.linear import MANY_ROWS, DenseLinear, Fp8Linear, Fp8Rows, gated_by, gated_for
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -39,6 +39,14 @@ def test_gated_product(device, dtype, tokens, size, features):
     y = x.float() @ weight.float().t()
     expected = torch.nn.functional.silu(y[:, :size]) * y[:, size:]
     torch.testing.assert_close(layers.fused().gated_product(x, weight).float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("outputs", "features", "inside"), [(512, 256, True), (504, 256, False), (512, 252, False)])
+def test_a_product_gates_inside_where_descriptors_take_its_sizes(outputs, features, inside, monkeypatch):
+    monkeypatch.setattr(linear, "is_fused", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    gate_up = DenseLinear(torch.empty(outputs, features, dtype=torch.bfloat16), None)
+    assert gate_up.gates_inside(torch.empty(MANY_ROWS, features, dtype=torch.bfloat16)) is inside
 
 
 @pytest.mark.gpu

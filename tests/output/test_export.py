@@ -101,8 +101,31 @@ def test_a_row_that_one_record_does_not_hold_is_refused_with_its_number(
     monkeypatch.setattr(export_module, "_WIDENED_BYTES", 0)
     monkeypatch.setattr(export_module, "_COLUMN_BYTES", 100)
     write_output(tmp_path / "out", shuffled_keys(3, 30), questions(3))
-    with pytest.raises(OutputError, match=r"samples of row 0 hold more than 100 bytes in one column.*without --nested"):
+    with pytest.raises(
+        OutputError, match=r"samples of row 0 hold more than 100 bytes or entries in one column.*without --nested"
+    ):
         export(tmp_path / "out", tmp_path / "all.jsonl", Selection(nested=True))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_samples_far_above_the_mean_are_taken_in_smaller_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nested: bool
+) -> None:
+    """Rows whose texts and lists fit alone, not beside each other, after many small ones."""
+    monkeypatch.setattr(export_module, "_WIDENED_BYTES", 0)
+    monkeypatch.setattr(export_module, "_COLUMN_BYTES", 100)
+    tall = [row >= 40 for row in range(50)]
+    inputs = pa.table(
+        {
+            "question": ["q" * (90 if large else 1) for large in tall],
+            "entries": [["", "x"] * (40 if large else 1) for large in tall],
+        }
+    )
+    write_output(tmp_path / "out", shuffled_keys(50, 1), inputs)
+    export(tmp_path / "out", tmp_path / "all.jsonl", Selection(nested=nested))
+    records = lines(tmp_path / "all.jsonl")
+    assert [record["question"] for record in records] == inputs["question"].to_pylist()
+    assert [record["entries"] for record in records] == inputs["entries"].to_pylist()
 
 
 def test_jsonl_is_ordered_and_whole(tmp_path: Path, bucket_bytes: int) -> None:

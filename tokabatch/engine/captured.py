@@ -148,8 +148,7 @@ class BodyGraphs:
             self.hidden_TE[step.count : step.size].zero_()
         graph.replay()
         if not mesh.is_last_stage:
-            # A copy: the next step may be computed before this one is taken.
-            self._decoder.send(self.hidden_TE[: step.count].clone())
+            self._decoder.send(self.hidden_TE[: step.count])
 
     def _num_planes(self, size: int) -> int:
         return min(MAX_PLANES, len(self._state) // size)

@@ -136,10 +136,11 @@ class Decoder:
         return receive_hidden(room_TE, self.mesh) if link is None else link.receive(room_TE)
 
     def send(self, hidden_TE: torch.Tensor) -> None:
-        """Sends hidden states, which are not to be written to again, to the next stage. Not on the last stage."""
+        """Sends a copy of hidden states, so that their memory may be written to again, to the next stage. Not on the last
+        stage."""
         link = self.peer_links and self.peer_links.behind
         if link is None:
-            send_hidden(hidden_TE, self.mesh)
+            send_hidden(hidden_TE.clone(), self.mesh)
         else:
             link.send(hidden_TE)
 

@@ -65,7 +65,10 @@ class DenseLinear:
     def gates_inside(self, x_TI: torch.Tensor) -> bool:
         """Whether a gated activation is faster inside this product: see `MANY_ROWS`."""
         rows, features = x_TI.shape
-        if not is_fused(x_TI) or self.bias_O is not None or rows < MANY_ROWS or features > FEW_FEATURES or features % 8:
+        if not is_fused(x_TI) or self.bias_O is not None or rows < MANY_ROWS or features > FEW_FEATURES:
+            return False
+        # Half of the outputs are the gate's. Tensor descriptors take rows of a multiple of 16 bytes.
+        if features % 8 or self.weight_OI.shape[0] % 16:
             return False
         return torch.cuda.get_device_capability(x_TI.device)[0] >= 9
 

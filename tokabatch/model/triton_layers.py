@@ -152,7 +152,7 @@ def gate(gate_up_T2F: torch.Tensor) -> torch.Tensor:
 
 def gated_product(x_TE: torch.Tensor, weight_2FE: torch.Tensor) -> torch.Tensor:
     """silu(x gate^T) * (x up^T), a new contiguous [T, F], of weights whose first F rows are the gate's. Both sums stay in
-    float32 until the end. For Hopper GPUs and later ones; E is a multiple of 8."""
+    float32 until the end. For Hopper GPUs and later ones; E and F are multiples of 8."""
     num_tokens, features = x_TE.shape
     size = weight_2FE.shape[0] // 2
     out_TF = x_TE.new_empty(num_tokens, size)

@@ -43,8 +43,8 @@ _ROW_FIELDS = ("id", "row_index")
 _SAMPLES = "samples"
 _BUCKET_BYTES = 128 << 20
 _WIDENED_BYTES, _COLUMN_BYTES = 1 << 30, (1 << 31) - 1
-"""A table above the first size is sorted with 64-bit offsets. Tables that are passed on have 32-bit ones, so the values of a
-column may take no more than the second."""
+"""A table above the first size is sorted with 64-bit offsets. Tables that are passed on have 32-bit ones, so a column may hold
+no more bytes of text, nor entries of lists, than the second."""
 Where = Literal["correct", "wrong", "ok", "error", "cancelled"]
 _WHERE = {"correct": ("correct", True), "wrong": ("correct", False)}
 
@@ -298,22 +298,38 @@ def _sorted_buckets(scratch: Path, num_buckets: int, *, whole_rows: bool) -> Ite
 
 
 def _taken_in_parts(table: pa.Table, order: Int64, *, whole_rows: bool) -> Iterator[pa.Table]:
-    """The rows of a table in this order, about _BUCKET_BYTES at a time, or what a whole row of the input takes."""
+    """The rows of a table in this order, about _BUCKET_BYTES at a time, or what a whole row of the input takes; fewer where
+    those that are beside each other are far above the mean."""
     wide = table.cast(pa.schema([field.with_type(_widened(field.type)) for field in table.schema], table.schema.metadata))
     row = table["row_index"].to_numpy()[order]
-    at_once = max(1, _BUCKET_BYTES * len(order) // table.nbytes)
+    most = at_once = max(1, _BUCKET_BYTES * len(order) // table.nbytes)
     ends = np.append(np.flatnonzero(_begins(row))[1:], len(order)) if whole_rows else np.arange(1, len(order) + 1)
     begin = 0
     while begin < len(order):
         end = int(ends[min(np.searchsorted(ends, begin + at_once), len(ends) - 1)])
         part = wide.take(pa.array(order[begin:end]))
-        if max(column.nbytes for column in part.columns) > _COLUMN_BYTES:
+        if max(sum(map(_largest_offset, column.chunks)) for column in part.columns) > _COLUMN_BYTES:
+            if at_once > 1:
+                at_once //= 2
+                continue
             raise OutputError(
-                f"the samples of row {row[begin]} hold more than {_COLUMN_BYTES:,} bytes in one column, which is more than one "
-                "record of a row takes. Export without --nested, or fewer columns."
+                f"the samples of row {row[begin]} hold more than {_COLUMN_BYTES:,} bytes or entries in one column, which is "
+                "more than one record of a row takes. Export without --nested, or fewer columns."
             )
         yield part.cast(table.schema)
-        begin = end
+        begin, at_once = end, min(most, 2 * at_once)
+
+
+def _largest_offset(values: pa.Array) -> int:
+    """Of the texts and lists in an array, at any depth."""
+    if isinstance(values, (pa.LargeStringArray, pa.LargeBinaryArray)):
+        return pc.call_function("sum", [pc.call_function("binary_length", [values])]).as_py() or 0
+    if isinstance(values, pa.LargeListArray):
+        entries = values.flatten()
+        return max(len(entries), _largest_offset(entries))
+    if isinstance(values, pa.StructArray):
+        return max(map(_largest_offset, values.flatten()), default=0)
+    return 0
 
 
 def _widened(type_: pa.DataType) -> pa.DataType:

@@ -22,6 +22,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 
 from tokabatch.parallel.collectives import SENDING, least
 from tokabatch.parallel.mesh import Mesh
+from tokabatch.parallel.peer_memory import all_reach
 
 TRIED_ROWS = 300
 
@@ -79,10 +80,9 @@ class PeerLinks:
 def meet_neighbours(mesh: Mesh, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> PeerLinks | None:
     """Links for messages of up to so many rows. None where ranks cannot reach each other's memory, or a message does not arrive
     as it was sent. Every rank of the worker must call it, before any of them uses symmetric memory otherwise."""
-    world = range(mesh.tensor_size * mesh.pipeline_size)
-    if not all(torch.cuda.can_device_access_peer(a, b) for a in world for b in world if a != b):
+    if not all_reach(range(mesh.tensor_size * mesh.pipeline_size)):
         return None
-    works, shape = True, (SENDING, rows, columns)
+    links, shape = None, (SENDING, rows, columns)
     try:
         group = dist.group.WORLD
         assert group is not None
@@ -93,17 +93,25 @@ def meet_neighbours(mesh: Mesh, rows: int, columns: int, dtype: torch.dtype, dev
         previous, following = mesh.rank - mesh.tensor_size, mesh.rank + mesh.tensor_size
         before = None if mesh.is_first_stage else PeerLink(handle, previous, handle.get_buffer(previous, shape, dtype).unbind())
         behind = None if mesh.is_last_stage else PeerLink(handle, following, memory.unbind())
+        links = PeerLinks(before, behind, memory)
+    except (RuntimeError, AttributeError) as error:
+        logging.getLogger(__name__).warning("stages cannot exchange hidden states by symmetric memory, NCCL is used: %s", error)
+    # Agreed on before the first message: without its neighbour's link a rank would wait for ever.
+    if not least(links is not None, mesh, device) or links is None:
+        return None
+    works = True
+    try:
         # More messages than slots, so that each is used again.
         for number in range(1, 2 * SENDING + 2):
             message = torch.full((min(rows, TRIED_ROWS + number), columns), number, dtype=dtype, device=device)
-            if before is not None:
-                works = torch.equal(before.receive(torch.zeros_like(message)), message) and works
-            if behind is not None:
-                behind.send(message)
+            if links.before is not None:
+                works = torch.equal(links.before.receive(torch.zeros_like(message)), message) and works
+            if links.behind is not None:
+                links.behind.send(message)
     except (RuntimeError, AttributeError) as error:
-        logging.getLogger(__name__).warning("stages cannot exchange hidden states by symmetric memory, NCCL is used: %s", error)
-        return None
+        logging.getLogger(__name__).warning("messages by symmetric memory fail: %s", error)
+        works = False
     if not least(works, mesh, device):
         logging.getLogger(__name__).warning("hidden states arrive wrong by symmetric memory, NCCL is used")
         return None
-    return PeerLinks(before, behind, memory)
+    return links

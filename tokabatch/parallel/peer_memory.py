@@ -37,21 +37,29 @@ class PeerSums:
     def meet(cls, mesh: Mesh, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> PeerSums | None:
         """For sums of up to so many rows. None where the ranks have no peer access, or a sum differs from NCCL's.
         Every tensor rank must call it."""
-        if not _all_reach(mesh):
+        first = mesh.rank - mesh.tensor_rank
+        if not all_reach(range(first, first + mesh.tensor_size)):
             return None
-        works = True
+        sums, works = None, True
         try:
             sums = cls(mesh, rows, columns, dtype, device)
-            for count in (1, min(rows, 300)):
-                given = torch.randn(count, columns, device=device).to(dtype)
-                expected = all_reduce(given.clone(), mesh).float()
-                found = sums.sum(sums.room(count).copy_(given)).float()
-                works = works and bool(((found - expected).abs() <= 0.05 * (1.0 + expected.abs())).all())
         except (RuntimeError, AttributeError) as error:
             logging.getLogger(__name__).warning("sums through symmetric memory do not work here, NCCL is used: %s", error)
+        # Agreed on before the first sum: without another rank's memory it would never end.
+        if not least(sums is not None, mesh, device, of_stage=True) or sums is None:
             return None
+        trials = [torch.randn(count, columns, device=device).to(dtype) for count in (1, min(rows, 300))]
+        # NCCL's sums first, so that a rank whose own sum fails meets the others at `least`.
+        all_expected = [all_reduce(given.clone(), mesh).float() for given in trials]
+        try:
+            for given, expected in zip(trials, all_expected, strict=True):
+                found = sums.sum(sums.room(len(given)).copy_(given)).float()
+                works = works and bool(((found - expected).abs() <= 0.05 * (1.0 + expected.abs())).all())
+        except (RuntimeError, AttributeError) as error:
+            logging.getLogger(__name__).warning("sums through symmetric memory fail: %s", error)
+            works = False
         if not least(works, mesh, device, of_stage=True):
-            logging.getLogger(__name__).warning("sums through symmetric memory differ from NCCL's, which is used")
+            logging.getLogger(__name__).warning("sums through symmetric memory fail or differ from NCCL's, which is used")
             return None
         return sums
 
@@ -131,8 +139,6 @@ def _slowest(work: Callable[[], torch.Tensor], mesh: Mesh, device: torch.device)
     return float(elapsed)
 
 
-def _all_reach(mesh: Mesh) -> bool:
-    """Whether the GPUs of a stage's ranks have peer access to each other: a fact of the host, on which all ranks agree."""
-    first = mesh.rank - mesh.tensor_rank
-    own = range(first, first + mesh.tensor_size)
-    return all(torch.cuda.can_device_access_peer(a, b) for a in own for b in own if a != b)
+def all_reach(ranks: range) -> bool:
+    """Whether the GPUs of these ranks have peer access to each other: a fact of the host, on which all ranks agree."""
+    return all(torch.cuda.can_device_access_peer(a, b) for a in ranks for b in ranks if a != b)
