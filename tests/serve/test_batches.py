@@ -9,8 +9,10 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
+import numpy as np
 import pytest
 from support import tiny_models
 from support import token_device as device
@@ -22,7 +24,8 @@ from tokabatch.batch.results import write_results
 from tokabatch.errors import EngineError, UsageError
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.serve.background_run import BackgroundReplica
-from tokabatch.serve.stored_files import StoredFiles
+from tokabatch.serve.batches import Batches, _Lines
+from tokabatch.serve.stored_files import StoredFiles, new_id
 
 URL = "/v1/completions"
 
@@ -104,7 +107,8 @@ def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
     run = kept / f"{batch['id']}.run"
     committed = {path.name for path in run.glob("data/part-*")}
     assert committed
-    (kept / "file-0.upload").write_bytes(b"half")
+    (kept / f"file-{0:024}.upload").write_bytes(b"half")
+    (kept / "file-mine.jsonl").write_bytes(b"a user's")
     odd = {**batch, "id": f"batch-{'0' * 24}", "expires_at": 10**400, "input_file_id": "file-gone"}
     (kept / f"{odd['id']}.json").write_text(json.dumps(odd))
     (kept / f"batch-{'1' * 24}.json").write_text("{")
@@ -129,7 +133,8 @@ def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
 
     found = until(client, wrong["id"], lambda each: each["status"] == "failed")
     assert found["errors"]["data"][0]["line"] == 2 and "'other'" in found["errors"]["data"][0]["message"]
-    assert not (kept / "file-0.upload").exists() and not run.exists()
+    assert not (kept / f"file-{0:024}.upload").exists() and not run.exists()
+    assert (kept / "file-mine.jsonl").exists()
     assert client.get(f"/v1/batches/{odd['id']}").json()["status"] == "failed"
     listed = client.get("/v1/batches", params={"limit": 2}).json()
     assert listed["has_more"] and len(listed["data"]) == 2
@@ -146,6 +151,36 @@ def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="another server uses"):
         StoredFiles(tmp_path)
     assert first.get("file-../../etc/passwd") is None
+
+
+def test_a_batch_that_is_cancelled_as_its_turn_comes_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends while its lines are looked through."""
+    ran: list[str] = []
+
+    def look(self: Batches, batch: dict[str, Any]) -> _Lines:
+        while batch["status"] != "cancelled":
+            time.sleep(0.01)
+        return _Lines(np.zeros(0, np.int64))
+
+    monkeypatch.setattr(Batches, "_look_through", look)
+    monkeypatch.setattr(Batches, "_write", lambda self, batch, code: (None, None, {}))
+    monkeypatch.setattr(Batches, "_run", lambda self, job, lines, batch: ran.append(batch["id"]))
+
+    async def main() -> str:
+        files = StoredFiles(tmp_path)
+        name = new_id("file")
+        files.path(name, ".upload").write_bytes(b"{}")
+        files.put(name, "asked.jsonl", "batch", files.path(name, ".upload"))
+        (tmp_path / f"{new_id('file')}.json").write_text("[]")
+        batches = Batches(files, mock.Mock(), mock.Mock(failure=None))
+        batch = batches.create({"input_file_id": name, "endpoint": URL})
+        batches.cancel(batch["id"])
+        batches.begin(100, print)
+        await asyncio.sleep(0.3)
+        await batches.close()
+        return batch["status"]
+
+    assert asyncio.run(main()) == "cancelled" and not ran
 
 
 def test_the_records_of_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,9 @@ def test_of_many_sockets_a_few_are_read_at_a_time_and_all_in_turn() -> None:
         for ours, theirs in pairs:
             selector.register(ours, 1)
             theirs.send(b"x")
+        # Read or not, each is reported.
+        seen = {key.fd for _ in range(3) for key, _ in selector.select(0)}
+        assert seen == {ours.fileno() for ours, _ in pairs}
         read: list[int] = []
         while ready := selector.select(0):
             assert len(ready) <= MOST_EVENTS

@@ -179,7 +179,7 @@ def slurm(
     \b
     Examples
       tokabatch slurm jobs/gsm8k.yaml --tasks 16 --gpus-per-task 1 --time 4:00:00
-      tokabatch slurm jobs/gsm8k.yaml --tasks 16 --sbatch partition=gpu --setup '. venv/bin/activate' --submit
+      tokabatch slurm jobs/gsm8k.yaml --tasks 16 --gpus-per-task 1 --sbatch partition=gpu --setup '. venv/bin/activate' --submit
     """
     if limit and not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|infinite|unlimited", limit.lower()):
         raise UsageError(f"--time {limit}: write it in sbatch's format, such as 4:00:00 (hours) or 2-12 (days-hours)")
@@ -188,7 +188,11 @@ def slurm(
     each = loaded.engine.tensor * loaded.engine.pipeline * (1 if loaded.engine.replicas == "auto" else loaded.engine.replicas)
     if gpus and each > gpus and loaded.engine.device != "cpu":
         raise UsageError(f"engine.replicas, tensor and pipeline take {each} GPUs in each task; write --gpus-per-task {each}")
-    if not gpus and loaded.engine.device != "cpu" and not any("gpu" in each or "gres" in each for each in option or ()):
+    if (
+        not gpus
+        and loaded.engine.device != "cpu"
+        and not any(each.lstrip("-").startswith(("gpus", "gres")) for each in option or ())
+    ):
         print("the tasks get no GPU; --gpus-per-task 1 gives each of them one", file=sys.stderr)
     for key, path in (("output.path", loaded.output.path), ("model.path", loaded.model.path)):
         if Path(gettempdir()) in Path(path).absolute().parents:

@@ -110,6 +110,8 @@ class Api:
                 response = JSONResponse(refused.error.body(), refused.error.status, headers)
             except ClientDisconnect:
                 response = Response(status_code=CLIENT_GONE)
+            except (ConnectionError, TimeoutError):
+                raise
             except OSError as error:
                 # Of files and batches: nothing else reads or writes a disk.
                 message = f"the server's files cannot be read or written: {error.strerror or error}"

@@ -217,7 +217,7 @@ class Batches:
                     with suppress(OSError):
                         self._fail(batch, [{"code": "internal_error", "message": message}])
                 if batch["status"] not in ENDED:
-                    self._tell(f"{batch['id']} stands still, and is tried again in {RETRY_SECONDS:g} s: {error}")
+                    self._tell(f"{batch['id']} could not go on and is tried again in {RETRY_SECONDS:g} s: {error}")
                     self._loop.call_later(RETRY_SECONDS, self._waiting.put_nowait, batch)
             finally:
                 self._current = None
@@ -225,6 +225,8 @@ class Batches:
     async def _complete(self, batch: Batch) -> None:
         """Raises TokabatchError or OSError where it cannot go on for now."""
         lines = await asyncio.to_thread(self._look_through, batch)
+        if batch["status"] in ENDED:
+            return  # Cancelled or expired meanwhile.
         if lines.errors:
             self._fail(batch, lines.errors)
             return

@@ -170,10 +170,20 @@ async def _serve(
 
 class BoundedSelector(selectors.DefaultSelector):
     """Reports a few sockets at a time. Of thousands of requests that come at once the first are given to the engine before the
-    last are read; otherwise all would be read, then all parsed, then all tokenised."""
+    last are read; otherwise all would be read, then all parsed, then all tokenised. Each socket has its turn, also beside
+    others that are never read to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        return super().select(timeout)[:MOST_EVENTS]
+        ready = super().select(timeout)
+        if len(ready) <= MOST_EVENTS:
+            return ready
+        first = self._first % len(ready)
+        self._first = first + MOST_EVENTS
+        return (ready[first:] + ready[:first])[:MOST_EVENTS]
 
 
 def _run(main: Coroutine[None, None, int]) -> int:

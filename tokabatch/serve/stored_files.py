@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokabatch.errors import UsageError
 from tokabatch.storage.atomic_files import DurableFiles, make_folders, write_whole
@@ -65,7 +65,9 @@ class StoredFiles:
         listed = self._files.names(folder)
         for name in listed:
             stem, _, suffix = name.partition(".")
-            if suffix == "upload" or (suffix == "jsonl" and stem.startswith("file-") and f"{stem}.json" not in listed):
+            # The folder may hold files of others.
+            is_half = suffix == "upload" or (suffix == "jsonl" and stem.startswith("file-") and f"{stem}.json" not in listed)
+            if is_half and _ID.fullmatch(stem):
                 (folder / name).unlink(missing_ok=True)
         known = {field.name for field in fields(StoredFile)}
         kept = (StoredFile(**each) for each in self.records("file") if each.keys() == known)
@@ -96,9 +98,9 @@ class StoredFiles:
 
     def delete(self, name: str) -> None:
         """Its record first."""
-        self._known.pop(name, None)
         for suffix in (".json", ".jsonl"):
             self.path(name, suffix).unlink(missing_ok=True)
+        self._known.pop(name, None)
         self._files.sync_folder(self.folder)
 
     def records(self, kind: str) -> Iterator[dict[str, Any]]:
@@ -106,8 +108,11 @@ class StoredFiles:
         for name in self._files.names(self.folder):
             stem = name.removesuffix(".json")
             if stem != name and _ID.fullmatch(stem) and stem.startswith(kind):
+                record: Any = None
                 with suppress(ValueError):
-                    yield json.loads(self.path(stem, ".json").read_bytes())
+                    record = json.loads(self.path(stem, ".json").read_bytes())
+                if isinstance(record, dict):
+                    yield cast("dict[str, Any]", record)
 
     def write_record(self, name: str, record: dict[str, Any]) -> None:
         """Replace it: a crash leaves the old or the new."""
