@@ -6,14 +6,14 @@ lock together, which keeps a single one away, but no safety among them rests on 
 - Each sample is of one unit of the plan. Shards of unit u are named `part-u-k`, and a writer that publishes number k has read
   all of u's shards that it saw, of which k is the first missing number; it adds only samples that these do not hold.
 - A name is given by a hard link (or a rename) that fails where the name exists, and no shard is removed while several write. So
-  number k is published once, after every lower one; whoever publishes it has read every shard of the unit that is there, or
+  number k is published once, after every lower one; its publisher has read every shard of the unit that is there, or
   else the number that it takes is taken. By induction the shards of a unit are disjoint. One that comes late, woken after
   others took its unit over, fails, and drops what it has of the unit.
 - What is not removed cannot be missed: a listing out of date (NFS) shows fewer shards, and ends in a name that is taken.
 - A crash loses what is not published. Names and contents are on the disk before anything is said of them, as with one writer.
 - Each writer has its own `_tmp/WRITER` and its own journal. The manifest is published like a shard: the first one counts.
 - Leases (output/leases.py) say which units are being computed. Where they are wrong, work is done twice and dropped once.
-- _SUCCESS is written by whoever finds every sample there; the one that then has the lock to itself joins the small shards.
+- _SUCCESS comes from the writer that finds all samples there; the one that then has the lock to itself joins the small shards.
 """
 
 from __future__ import annotations

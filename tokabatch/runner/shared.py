@@ -217,7 +217,7 @@ def _start(
 def close_shared(
     job: Job, claim: Claim, workload: Workload, stop: Interruption, tell: Callable[[str], None], on_rows: OnRows
 ) -> Books:
-    """Mark the run as complete where every sample is there, whoever computed it. What others were stopped before they had
+    """Mark the run as complete where every sample is there, by any writer. What others were stopped before they had
     judged is judged where no other writer is left. Raises OSError."""
     manifest = read_manifest(claim.folder)
     assert manifest is not None, "a run that was begun has a manifest"

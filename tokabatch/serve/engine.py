@@ -212,7 +212,7 @@ class Engine:
             self._cancel([row for row in rows if row in self._live])
 
     def fail_all(self, error: TokabatchError) -> None:
-        """No sample is drawn any more: whoever waits gets this."""
+        """No sample is drawn any more: requests that wait end in this."""
         self.failure = self.failure or error
         self._fail_all(error)
 
