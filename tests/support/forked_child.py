@@ -41,8 +41,8 @@ def _make_within(script: Script, job: Job, workload: Workload, sizes: ReplicaSiz
     return partial(InProcessExecutor, (script, sizes), build_worker)
 
 
-def _make_apart(
-    script: Script, ranks: int, job: Job, workload: Workload, sizes: ReplicaSizes, tell: object
+def make_apart(
+    script: Script, job: Job, workload: Workload, sizes: ReplicaSizes, tell: object, ranks: int = 1
 ) -> Callable[[], Executor]:
     """The worker in a process of its own, or in one for each rank: forked, as nothing here has threads or a GPU and importing
     takes seconds."""
@@ -84,7 +84,7 @@ class Child:
     def run(self, request: dict[str, Any], told: int) -> int:
         """The exit code, as `tokabatch run` would have it; `told` is a descriptor for what there is to tell."""
         script = quickstart_script(slots=64, step_seconds=request.get("step_seconds", STEP_SECONDS))
-        apart = partial(_make_apart, script, request.get("ranks", 1))
+        apart = partial(make_apart, script, ranks=request.get("ranks", 1))
         make_replica.executor_maker = apart if request.get("apart") else partial(_make_within, script)
         recorder.BATCH_SAMPLES = BATCH_SAMPLES
         if request.get("mutant"):
