@@ -215,6 +215,20 @@ def test_an_e4m3_cache_holds_twice_as_much(gpu_memory):
     assert half == pytest.approx(2 * full, rel=0.01)
 
 
+def test_fp8_weights_take_a_byte_a_number_and_leave_more_of_a_gpu_to_the_cache(memory):
+    memory(1 << 40)
+    whole, rounded = (weight_bytes(SPEC, torch.bfloat16, False, fp8=fp8) for fp8 in (False, True))
+    # Two layers: queries, keys, values and output of the attention, gate, up and down of the MLP; a scale for each output.
+    outputs = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
+    numbers = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
+    assert whole - rounded == numbers - 4 * outputs
+    wide = replace(SPEC, hidden_size=4096, intermediate_size=8192)
+    facts = replace(FACTS, num_samples=10**6, unique_prompt_tokens=10**9, num_prompts=10**6, longest_output=4000)
+    here = (decide_sizes(EngineConfig(), wide, torch.bfloat16, facts, "cuda", absent_memory=8 << 30, fp8=f) for f in (0, 1))
+    full, half = (sizes.num_pages for sizes in here)
+    assert half > full
+
+
 @pytest.mark.parametrize(
     ("config", "key"),
     [

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tokabatch.job import Setting
 from tokabatch.report.folder_state import status_sections
-from tokabatch.report.plan_report import ModelFacts, PlanReport, ReplicaFacts, plan_sections
+from tokabatch.report.plan_report import HostFacts, ModelFacts, PlanReport, ReplicaFacts, plan_sections
 from tokabatch.report.render import plain, tables
 from tokabatch.report.sections import Section, seconds_text
 from tokabatch.report.summary import RunSummary, run_sections, verdict_sections
@@ -26,11 +26,14 @@ SUMMARY = RunSummary(
 )  # fmt: skip
 MODEL = ModelFacts("m", "llama", 3_400_000, 6, 256, 4, 2, 64, 2048, 4096, "float32")
 
+REPLICA = ReplicaFacts(1536, 16, 1024, 512, 1536, 13_600_000, "float32", 8 << 20)
+
 
 def a_plan(**changes: object) -> PlanReport:
     values: dict[str, object] = dict(
         model=MODEL, layout="1 replica: 1 visible GPU",
-        replica=ReplicaFacts(1536, 16, 1024, 512, 1536), rows=100, samples=400,
+        replica=REPLICA, host=HostFacts(3 << 10, 5 << 20, 7 << 30), least_seconds=(90.0, "this CPU, by the roofline"),
+        rows=100, samples=400,
         prompt_tokens=1000, unique_tokens=400,
         max_output_tokens=102_400, longest_prompt=77, first_prompt="Question: [bold]1+1[/bold]?\n  Answer:",
         first_token_ids=(1, 22, 333), settings=(Setting("n", "4", "job"), Setting("temperature", "0.6", "default")),
@@ -107,12 +110,25 @@ class TestPlan:
         shown = facts(plan_sections(a_plan(error_counts=(("bad_json", 2), ("empty_prompt", 1)))))
         assert shown["rows"] == "100, 3 with errors" and shown["error bad_json"] == "2"
         assert shown["shared tokens"] == "600 (60.0%)"
-        assert shown["parameters"] == "3,400,000 (0.01 GiB in float32)"
-        assert shown["pages"] == "1,024 (16,384 tokens, 24.0 MiB)"
+        assert shown["parameters"] == "3,400,000" and shown["weights"] == "13 MiB in float32"
+        assert shown["workspace"] == "8 MiB for the logits of a step, activations beside it"
+        assert shown["KV cache"] == "24 MiB (1,024 pages, 16,384 tokens)"
+        assert shown["tokenized input"].startswith("3 KiB on disk") and shown["finished samples"].startswith("at most 5 MiB")
+        assert shown["output"].startswith("at most 7 GiB of disk")
+        assert shown["time"].startswith(
+            "at least 1:30 if every sample has max_tokens tokens; --simulate predicts it\n(this CPU, by"
+        )
 
-    def test_pages_unknown_before_the_device_is(self) -> None:
-        shown = facts(plan_sections(a_plan(replica=ReplicaFacts(1536, 16, None, 512, 1536))))
-        assert shown["pages"] == "as many as the device's memory holds"
+    def test_memory_of_a_gpu_is_measured_at_start_and_assumed_for_another(self) -> None:
+        here = replace(REPLICA, measured_at_start=True)
+        shown = facts(plan_sections(a_plan(replica=here, least_seconds=None)))
+        assert shown["KV cache"].startswith("at most 24 MiB") and "measured when the model is loaded" in shown["workspace"]
+        assert "not known for this device" in shown["time"]
+        elsewhere = replace(REPLICA, working_bytes=4 << 30, weight_type="fp8, embeddings in bfloat16")
+        shown = facts(plan_sections(a_plan(replica=elsewhere)))
+        assert "4 GiB assumed for activations" in shown["workspace"] and shown["weights"].endswith(
+            "in fp8, embeddings in bfloat16"
+        )
 
     def test_settings_say_where_they_come_from(self) -> None:
         text = plain(plan_sections(a_plan()))

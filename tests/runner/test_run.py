@@ -356,6 +356,13 @@ def test_plan_counts_what_run_then_does(model, rows, tmp_path):
     assert planned.samples == summary.samples
     assert planned.first_prompt == HEADER + f"Q: {ROWS[0]['question']}\nA:"
     assert summary.output_tokens <= planned.max_output_tokens
+    written = read(tmp_path / "out")
+    assert planned.host.output_bytes > sum(
+        len((each["text"] or "").encode()) + 4 * len(each["token_ids"] or ()) for each in written
+    )
+    assert planned.host.waiting_bytes <= planned.host.output_bytes and planned.host.input_bytes > 0
+    assert planned.replica.weight_bytes >= 4 * planned.model.parameters and planned.replica.pages > 0
+    assert planned.least_seconds is not None and planned.least_seconds[0] > 0
 
 
 def test_a_display_that_raises_costs_nothing_but_the_display(model, rows, tmp_path):

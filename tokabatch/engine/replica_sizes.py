@@ -20,7 +20,7 @@ from tokabatch.attention.base import KVShape
 from tokabatch.errors import JobError
 from tokabatch.job import EngineConfig
 from tokabatch.model.partition import VocabularyShard, kv_heads, stage_layers
-from tokabatch.model.spec import ModelSpec, tensor_shapes
+from tokabatch.model.spec import ModelSpec, layer_prefix, tensor_shapes
 from tokabatch.parallel.mesh import Mesh
 
 MAX_QUEUE_DEPTH = 3
@@ -108,10 +108,11 @@ def decide_sizes(
     running_samples: int | None = None,
     absent_memory: int | None = None,
     replicas: int = 1,
+    fp8: bool = False,
 ) -> ReplicaSizes:
     """Raises JobError where not even the shortest sample can fit, with the numbers and the key to change. `prefill_tokens` and
     `running_samples` are what a cost model says of the device, `absent_memory` the bytes of a GPU that is not here, whose sizes
-    can only be estimated. Each of the `replicas` has an equal part of the host's memory."""
+    can only be estimated. Each of the `replicas` has an equal part of the host's memory. `fp8`: the layers' weights are."""
     page = config.page_size
     _check_limits(config, spec)
     defaults = DEFAULTS[device]
@@ -143,7 +144,7 @@ def decide_sizes(
         asked_tokens=None if config.kv_cache_tokens == "auto" else config.kv_cache_tokens,
     )
     host = available_memory() // replicas
-    fitting = _fitting_pages(config, spec, dtype, facts, device, max_running, host, absent_memory)
+    fitting = _fitting_pages(config, spec, dtype, facts, device, max_running, host, absent_memory, fp8)
     if device == "cuda" and absent_memory is None:
         # How much fits on the GPU only its worker can measure; what the host keeps of it is bounded here.
         reported = pages_reported(facts, max_running, page, int(host * HOST_SHARE))
@@ -200,6 +201,7 @@ def _fitting_pages(
     max_running: int,
     host_memory: int,
     absent_memory: int | None,
+    fp8: bool,
 ) -> int:
     """Pages that the device's memory holds beside the weights; on a GPU at most, as only a step shows what it needs itself,
     and on one of `absent_memory` bytes that is not here beside an estimate of that."""
@@ -209,13 +211,12 @@ def _fitting_pages(
         left = host_memory - sum(weight_bytes(spec, dtype, head_apart=True, mesh=mesh) for mesh in ranks)
         return pages_reported(facts, max_running, config.page_size, int(left * share), page_bytes(config, spec, dtype, ranks))
     if absent_memory is not None:
-        share, logits = ABSENT_SHARE, max_running * spec.vocab_size * (dtype.itemsize + 4)
-        free = absent_memory - logits - ABSENT_WORKING_BYTES
+        share, free = ABSENT_SHARE, absent_memory - logits_bytes(max_running, spec, dtype) - ABSENT_WORKING_BYTES
     else:
         free = _free_gpu_memory()
     # Every rank holds the same pages, each its part of them: the one that has least left decides.
     return min(
-        int((free - weight_bytes(spec, dtype, head_apart=False, mesh=mesh)) * share) // page_bytes(config, spec, dtype, [mesh])
+        int((free - weight_bytes(spec, dtype, False, mesh, fp8=fp8)) * share) // page_bytes(config, spec, dtype, [mesh])
         for mesh in ranks
     )
 
@@ -268,9 +269,9 @@ def available_memory() -> int:
     return min(available, limit - used)
 
 
-def weight_bytes(spec: ModelSpec, dtype: torch.dtype, head_apart: bool, mesh: Mesh | None = None) -> int:
+def weight_bytes(spec: ModelSpec, dtype: torch.dtype, head_apart: bool, mesh: Mesh | None = None, *, fp8: bool = False) -> int:
     """Memory of a rank's weights; None is all of them. `head_apart`: tied embeddings count twice, as a CPU keeps the head in a
-    layout of its own."""
+    layout of its own. With `fp8` a number of the layers' matrices takes one byte, and each of their outputs a float32 scale."""
     mesh = mesh or Mesh.single()
     own = replace(
         spec,
@@ -280,14 +281,26 @@ def weight_bytes(spec: ModelSpec, dtype: torch.dtype, head_apart: bool, mesh: Me
         intermediate_size=len(mesh.shard(spec.intermediate_size)),
         vocab_size=VocabularyShard.of(spec.vocab_size, mesh).width,
     )
-    numbers, vocabulary = sum(prod(shape) for shape in tensor_shapes(own).values()), own.vocab_size * own.hidden_size
+    shapes = tensor_shapes(own)
+    numbers, vocabulary = sum(map(prod, shapes.values())), own.vocab_size * own.hidden_size
     # Where it is tied the last stage holds the embedding as its head.
     held = mesh.is_first_stage + mesh.is_last_stage
     if spec.tied_embeddings:
         numbers += vocabulary * (min(held, 1 + head_apart) - 1)
     else:
         numbers += vocabulary * (held - 2)
-    return numbers * dtype.itemsize
+    if not fp8:
+        return numbers * dtype.itemsize
+    rounded = [
+        shape for name, shape in shapes.items() if name.startswith(layer_prefix(0).removesuffix("0.")) and len(shape) == 2
+    ]
+    in_fp8 = sum(map(prod, rounded))
+    return (numbers - in_fp8) * dtype.itemsize + in_fp8 + 4 * sum(shape[0] for shape in rounded)
+
+
+def logits_bytes(max_running: int, spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Memory of the logits of so many samples: as computed, and in float32 as they are drawn from."""
+    return max_running * spec.vocab_size * (dtype.itemsize + 4)
 
 
 def kv_shape(

@@ -129,6 +129,7 @@ def size_replica(job: Job, workload: Demand, profile: SavedProfile | None, absen
         running_samples=None if cost is None or workload.device != "cuda" else _worth_running(cost, workload),
         absent_memory=None if absent is None else int(absent.memory),
         replicas=workload.layout.replicas,
+        fp8=job.model.quantization == "fp8",
     )
 
 

@@ -20,6 +20,7 @@ from tokabatch.forecast.ranks import seconds_of_ranks
 from tokabatch.forecast.simulate import FleetRules, Simulation, simulate
 from tokabatch.forecast.step_log import Steps
 from tokabatch.forecast.step_work import Number, StepWork
+from tokabatch.forecast.token_budget import assumed_survival, expected_seconds
 from tokabatch.job import Job
 from tokabatch.model.families import read_spec
 from tokabatch.output.folder import OutputFolder
@@ -114,6 +115,23 @@ def predict_run(
         trials=trials,
         trial_samples=trial_samples,
     )
+
+
+def least_seconds(
+    workload: Workload, max_running: int, device: Device | None, profile: SavedProfile | None
+) -> tuple[float, str]:
+    """What a job takes at least where every sample has max_tokens tokens and each replica runs so many at once, without the
+    attention to prompts and without the scheduler, which `predict_run` simulates; and on what, by which cost model. Raises
+    UsageError where nothing is known of this machine's device."""
+    cost, described = cost_model(workload, device, profile)
+    layout, sampling = workload.layout, workload.requests.sampling
+    seconds = seconds_of_ranks(cost, layout.tensor, layout.pipeline)
+    kinds = np.bincount(workload.requests.params, weights=workload.num_samples, minlength=len(sampling))
+    longest = assumed_survival([each.max_tokens for each in sampling], [True] * len(sampling), kinds.astype(np.float64))
+    samples, prompts = int(workload.num_samples.sum()), workload.sharing().unique_tokens
+    drawing, _ = expected_seconds(seconds, -(-samples // layout.replicas), max_running, longest)
+    reading = float(seconds(StepWork(tokens=prompts / layout.replicas, sampled=0.0, sequences=0.0)))
+    return drawing + reading, f"{device_of(cost).name}, by {described}"
 
 
 def profile_run(out: Path, target: Path, device: str | None = None) -> Profile:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokabatch.job import Setting
-from tokabatch.report.sections import Section, count_text, share_text
+from tokabatch.report.sections import Section, bytes_text, count_text, seconds_text, share_text
 
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _SHOWN_CHARACTERS = 4000
 _FOLDED_TOKEN_IDS = 12
 """Shown of a prompt at either end."""
@@ -32,13 +31,31 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaFacts:
-    """A KV cache of `pages` of `page_size` tokens, None where the device decides that at start; and what a step may hold."""
+    """Of a replica, on its devices together: what a step may hold, and the memory that it takes, in bytes. `pages` is how many
+    pages of `page_size` tokens the KV cache has; with `measured_at_start` it has at most as many, because the device is
+    measured when the model is loaded. `working_bytes` are those of a step beside its logits, None where they are unknown."""
 
     bytes_per_token: int
     page_size: int
-    pages: int | None
+    pages: int
     max_running: int
     max_step_tokens: int
+    weight_bytes: int
+    weight_type: str
+    logits_bytes: int
+    working_bytes: int | None = None
+    measured_at_start: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What a run takes of the host beside the model, in bytes. `input_bytes` are on disk, mapped into memory; at most
+    `waiting_bytes` of finished samples are in memory until they are committed; `output_bytes` is the size of all samples
+    before compression, each with max_tokens tokens."""
+
+    input_bytes: int
+    waiting_bytes: int
+    output_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +75,10 @@ class PlanReport:
     first_prompt: str
     first_token_ids: tuple[int, ...]
     settings: tuple[Setting, ...]
+    host: HostFacts
+    least_seconds: tuple[float, str] | None = None
+    """Of the samples to compute, each with max_tokens tokens, and on what device, by which cost model; None for a device whose
+    rates are not known."""
     error_counts: tuple[tuple[str, int], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -85,10 +106,7 @@ def plan_sections(report: PlanReport) -> tuple[Section, ...]:
         ("path", model.path),
         ("architecture", f"{model.family}, {model.layers} layers, hidden size {count_text(model.hidden_size)}"),
         ("attention", f"{model.heads} heads, {model.kv_heads} KV heads of {model.head_dim}"),
-        (
-            "parameters",
-            f"{count_text(model.parameters)} ({model.parameters * _BYTES[model.dtype] / (1 << 30):,.2f} GiB in {model.dtype})",
-        ),
+        ("parameters", count_text(model.parameters)),
         ("vocabulary", count_text(model.vocab_size)),
         ("context", f"{count_text(model.context_length)} tokens"),
         ("dtype", model.dtype),
@@ -97,6 +115,8 @@ def plan_sections(report: PlanReport) -> tuple[Section, ...]:
         Section("Model", facts),
         Section("Work", _plan_work(report)),
         Section("Engine", (("layout", report.layout), *_plan_replica(report.replica))),
+        Section("Memory of each replica", _memory(report.replica)),
+        Section("Host", _host(report.host)),
         Section("Generation", tuple((s.key, s.value, s.source) for s in report.settings), ("key", "value", "from")),
         Section("First prompt", (("", text),)),
         Section(f"Its {count_text(len(ids))} token ids", (("", shown),)),
@@ -115,18 +135,43 @@ def _plan_work(report: PlanReport) -> tuple[tuple[str, str], ...]:
         ("unique tokens", f"{count_text(report.unique_tokens)} to prefill at least"),
         ("shared tokens", f"{count_text(report.shared_tokens)}{shared}"),
         ("output tokens", f"at most {count_text(report.max_output_tokens)}"),
+        ("time", _time(report.least_seconds)),
     )
 
 
+def _time(least: tuple[float, str] | None) -> str:
+    if least is None:
+        return "not known for this device; --simulate --device predicts it for another one"
+    seconds, described = least
+    return f"at least {seconds_text(seconds)} if every sample has max_tokens tokens; --simulate predicts it\n({described})"
+
+
 def _plan_replica(replica: ReplicaFacts) -> tuple[tuple[str, str], ...]:
-    size = [("bytes per token", count_text(replica.bytes_per_token)), ("page", f"{count_text(replica.page_size)} tokens")]
-    pages = "as many as the device's memory holds"
-    if replica.pages is not None:
-        tokens = replica.pages * replica.page_size
-        size_in_mib = tokens * replica.bytes_per_token / (1 << 20)
-        pages = f"{count_text(replica.pages)} ({count_text(tokens)} tokens, {size_in_mib:,.1f} MiB)"
     return (
-        *size,
-        ("pages", pages),
         ("a step", f"at most {count_text(replica.max_running)} samples, {count_text(replica.max_step_tokens)} tokens"),
+        ("page", f"{count_text(replica.page_size)} tokens of the KV cache, {count_text(replica.bytes_per_token)} bytes each"),
+    )
+
+
+def _memory(replica: ReplicaFacts) -> tuple[tuple[str, str], ...]:
+    tokens = replica.pages * replica.page_size
+    pages = f"{count_text(replica.pages)} pages, {count_text(tokens)} tokens"
+    kv_bytes = tokens * replica.bytes_per_token
+    beside = "activations beside it are measured when the model is loaded"
+    if replica.working_bytes is not None:
+        beside = f"{bytes_text(replica.working_bytes)} assumed for activations"
+    elif not replica.measured_at_start:
+        beside = "activations beside it"
+    return (
+        ("weights", f"{bytes_text(replica.weight_bytes)} in {replica.weight_type}"),
+        ("workspace", f"{bytes_text(replica.logits_bytes)} for the logits of a step, {beside}"),
+        ("KV cache", f"{'at most ' if replica.measured_at_start else ''}{bytes_text(kv_bytes)} ({pages})"),
+    )
+
+
+def _host(host: HostFacts) -> tuple[tuple[str, str], ...]:
+    return (
+        ("tokenized input", f"{bytes_text(host.input_bytes)} on disk until the run is complete, mapped into memory"),
+        ("finished samples", f"at most {bytes_text(host.waiting_bytes)} of memory until they are committed"),
+        ("output", f"at most {bytes_text(host.output_bytes)} of disk, less by compression"),
     )

@@ -23,6 +23,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def bytes_text(number: float) -> str:
+    """`12 B`, `701 MiB`, `1.52 GiB`: three digits or more."""
+    unit = "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if number < 1000 or unit == "TiB":
+            break
+        number /= 1024
+    return f"{number:,.0f} {unit}" if number >= 100 or unit == "B" else f"{number:,.3g} {unit}"
+
+
 def share_text(part: int, whole: int) -> str:
     return f" ({part / whole:.1%})" if whole else ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -11,29 +11,43 @@ from typing import Any
 
 import numpy as np
 
-from tokabatch.engine.replica_sizes import ReplicaSizes, page_bytes
+from tokabatch.engine.replica_sizes import (
+    ABSENT_WORKING_BYTES,
+    ReplicaSizes,
+    logits_bytes,
+    page_bytes,
+    ranks_of,
+    weight_bytes,
+)
+from tokabatch.errors import UsageError
 from tokabatch.forecast.cost_model import read_profile, size_replica
 from tokabatch.forecast.devices import Device
-from tokabatch.forecast.predict import Scenario, check_scenario, predict_run, scenario_profile
+from tokabatch.forecast.predict import Scenario, check_scenario, least_seconds, predict_run, scenario_profile
 from tokabatch.forecast.profile import SavedProfile
 from tokabatch.forecast.simulate import FleetRules
 from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes
 from tokabatch.output.probe import check_output
+from tokabatch.output.shard_writer import SHARD_BYTES
 from tokabatch.report.outlook import Outlook
-from tokabatch.report.plan_report import ModelFacts, PlanReport, ReplicaFacts
+from tokabatch.report.plan_report import HostFacts, ModelFacts, PlanReport, ReplicaFacts
 from tokabatch.runner.ledger import Ledger, to_give, wants_more
 from tokabatch.runner.replica import scheduler_limits
 from tokabatch.runner.resume import Start, preview
 from tokabatch.workload.prepare import Workload
+
+_TOKEN_ID_BYTES, _SAMPLE_BYTES, _ROW_BYTES = 4, 100, 32
+"""Of a sample's token ids, each; of its own columns beside text, token ids and log-probabilities; of a row's numbers beside its
+tokens and columns in a tokenised input."""
 
 
 def plan(job: Job | Mapping[str, Any] | str | Path, on_rows: Callable[[int, int], None] | None = None) -> PlanReport:
     """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError. `job` may
     also be what `Job.load` takes. `on_rows` is told the rows and error rows read so far."""
     job = job if isinstance(job, Job) else Job.load(job)
-    with _planned(job, read_profile(job), on_rows) as (previewed, sizes):
-        return _plan_report(job, previewed, sizes)
+    profile = read_profile(job)
+    with _planned(job, profile, on_rows) as (previewed, sizes):
+        return _plan_report(job, previewed, sizes, None, profile)
 
 
 def plan_and_simulate(
@@ -51,7 +65,7 @@ def plan_and_simulate(
         fleet = FleetRules(workload.layout.replicas, Ledger, wants_more, to_give)
         limits = scheduler_limits(sizes, workload.layout.pipeline)
         outlook = predict_run(workload, limits, scenario, device, profile, fleet, on_steps)
-        return _plan_report(job, previewed, sizes), outlook
+        return _plan_report(job, previewed, sizes, device, profile), outlook
 
 
 @contextmanager
@@ -71,7 +85,9 @@ def _to_compute(previewed: Start) -> Workload:
     return previewed.left if len(previewed.left.requests) else previewed.workload
 
 
-def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
+def _plan_report(
+    job: Job, previewed: Start, sizes: ReplicaSizes, absent: Device | None, profile: SavedProfile | None
+) -> PlanReport:
     workload = previewed.workload
     spec, store, sharing = workload.spec, workload.store, workload.sharing()
     model = ModelFacts(
@@ -87,7 +103,6 @@ def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
         context_length=spec.context_length,
         dtype=str(workload.dtype).removeprefix("torch."),
     )
-    per_page = page_bytes(job.engine, spec, workload.dtype)
     requests = workload.requests
     limits = [params.max_tokens for params in requests.sampling]
     first = store.first_prompt_row
@@ -118,9 +133,7 @@ def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
     return PlanReport(
         model=model,
         layout=str(workload.layout),
-        replica=ReplicaFacts(
-            per_page // sizes.page_size, sizes.page_size, sizes.num_pages, sizes.max_running, sizes.max_step_tokens
-        ),
+        replica=_replica_facts(job, workload, sizes, absent is not None),
         rows=store.num_rows,
         samples=workload.samples_total,
         prompt_tokens=sharing.total_tokens,
@@ -130,6 +143,53 @@ def _plan_report(job: Job, previewed: Start, sizes: ReplicaSizes) -> PlanReport:
         first_prompt=workload.tokenizer.decode_batch([ids], skip_special_tokens=False)[0],
         first_token_ids=tuple(ids),
         settings=workload.settings,
+        host=_host_facts(job, workload, ids),
+        least_seconds=_least_seconds(_to_compute(previewed), sizes, absent, profile),
         error_counts=workload.error_counts,
         notes=tuple(notes),
     )
+
+
+def _replica_facts(job: Job, workload: Workload, sizes: ReplicaSizes, absent: bool) -> ReplicaFacts:
+    spec, dtype, on_gpu = workload.spec, workload.dtype, workload.device == "cuda"
+    fp8, named = job.model.quantization == "fp8", str(dtype).removeprefix("torch.")
+    ranks = ranks_of(job.engine)
+    return ReplicaFacts(
+        bytes_per_token=page_bytes(job.engine, spec, dtype) // sizes.page_size,
+        page_size=sizes.page_size,
+        pages=sizes.num_pages,
+        max_running=sizes.max_running,
+        max_step_tokens=sizes.max_step_tokens,
+        weight_bytes=sum(weight_bytes(spec, dtype, not on_gpu, mesh, fp8=fp8) for mesh in ranks),
+        weight_type=f"fp8, embeddings in {named}" if fp8 else named,
+        logits_bytes=logits_bytes(sizes.max_running, spec, dtype),
+        working_bytes=ABSENT_WORKING_BYTES * len(ranks) if absent else None,
+        measured_at_start=on_gpu and not absent,
+    )
+
+
+def _host_facts(job: Job, workload: Workload, ids: Sequence[int]) -> HostFacts:
+    """Of texts whose tokens are as long as those of the first prompt, whose token ids are given."""
+    store, n = workload.store, workload.samples_of_row
+    text = workload.tokenizer.decode_batch([list(ids)], skip_special_tokens=False)[0]
+    token = _TOKEN_ID_BYTES + (len(text.encode()) / len(ids) if len(ids) else 0.0)
+    requests, facts = workload.requests, workload.facts()
+    limits = np.array([params.max_tokens for params in requests.sampling], np.int64)[requests.params]
+    drawn = float((limits * workload.num_samples).sum()) * token + facts.reported_bytes
+    rows = store.row_bytes(np.arange(store.num_rows))
+    carried = float((rows * n).sum()) + workload.samples_total * _SAMPLE_BYTES
+    shards = min(1.0, job.output.rows_per_shard / max(1, workload.samples_total))
+    return HostFacts(
+        input_bytes=store.tokens.nbytes + int(rows.sum()) + store.num_rows * _ROW_BYTES,
+        waiting_bytes=int(min((drawn + carried) * shards, SHARD_BYTES)),
+        output_bytes=int(drawn + carried),
+    )
+
+
+def _least_seconds(
+    workload: Workload, sizes: ReplicaSizes, device: Device | None, profile: SavedProfile | None
+) -> tuple[float, str] | None:
+    try:
+        return least_seconds(workload, sizes.max_running, device, profile) if len(workload.requests) else None
+    except UsageError:  # The rates of this machine's GPU are not known; the job runs all the same.
+        return None
