@@ -96,7 +96,9 @@ def test_each_continuation_is_a_row_with_its_figures(model: Path, tmp_path: Path
         assert each["perplexity"] == pytest.approx(math.exp(-float(logprobs.mean())), rel=1e-12)
         assert each["is_greedy"] == bool((logits.argmax(-1) == torch.tensor(given)).all())
         assert [token["logprob"] for token in each["logprobs"]] == pytest.approx(logprobs.tolist(), rel=1e-6)
-    assert good[0, 0]["text"] == " there was" and good[1, 0]["text"] == " x"
+    texts = {key: each["text"] for key, each in good.items()}
+    assert (texts[0, 0], texts[1, 0], texts[9, 0]) == (" there was", " x", ".")
+    assert texts[2, 0] == "The whole of this text is scored"
     assert (summary.ok, summary.errors, summary.output_tokens) == (9, 4, sum(len(given) for _, given in wanted(model).values()))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 
 from tokabatch.errors import STOPS, TokabatchError
@@ -55,7 +56,16 @@ class SampleTables:
         yield build_piecemeal(self._schema, key, lambda schema: self._table(schema, finished, failures))
 
     def texts(self, completions: Sequence[Completion]) -> list[str]:
-        """The decoded text of each."""
+        """The decoded text of each sample; of a scored text what it adds to its prompt, or all of it where its row is scored as
+        a whole."""
+        if self._store.continuations is not None:
+            heads = [self._store.prompt(completion.row_index)[-1:] for completion in completions]
+            begins = self._tokenizer.decode_batch(heads)
+            both = zip(heads, (completion.token_ids for completion in completions), strict=True)
+            wholes = self._tokenizer.decode_batch([np.concatenate(pair) for pair in both])
+            is_whole = [self._store.scored_whole[completion.row_index] for completion in completions]
+            parts = zip(wholes, begins, is_whole, strict=True)
+            return [text if whole else text.removeprefix(begin) for text, begin, whole in parts]
         least = [self._store.sampling[self._store.params[completion.row_index]].min_tokens for completion in completions]
         return sample_texts(completions, least, self._tokenizer.decode_batch)
 

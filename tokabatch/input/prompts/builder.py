@@ -38,6 +38,8 @@ class Prompt:
     params: SamplingParams
     continuations: tuple[Int32, ...] = ()
     """What is scored behind it, where that is the job: of each text its token ids, at least one."""
+    scored_whole: bool = False
+    """Whether the one text that is scored is the row's own, behind its first token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,8 @@ class PromptBuilder:
         finished = self._finish(row, prompt, params)
         if isinstance(finished, RowError):
             return finished
-        return replace(finished, continuations=tuple(np.asarray(text, dtype=np.int32) for text in texts))
+        continuations = tuple(np.asarray(text, dtype=np.int32) for text in texts)
+        return replace(finished, continuations=continuations, scored_whole=given is None)
 
     def _find_quoted(
         self, rows: Sequence[Row], drafts: list[Draft | RowError], given: Mapping[int, Sequence[str | list[int]]]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pyarrow as pa
 
-from tokabatch.arrays import Int32, Int64
+from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.errors import InputError, RowError
 from tokabatch.input.batch_files import PROMPT_INDEX, open_rows, settle_format
 from tokabatch.input.files.arrow_rows import python_rows
@@ -37,6 +37,7 @@ _TOKENS, _START, _LENGTH, _PARAMS = "tokens.bin", "start.bin", "length.bin", "pa
 _COLUMNS, _IDS = "columns", "ids.bin"
 _SETTINGS = tuple(field.name for field in fields(SamplingParams))
 _GIVEN = ("continuation_first.bin", "continuation_start.bin", "continuation_tokens.bin")
+_SCORED_WHOLE = "scored_whole.bin"
 MAX_NAMES = 10_000
 MAX_MESSAGE = 500
 """Characters of an error's message: a bad row may be large, and there may be many."""
@@ -67,6 +68,8 @@ class InputStore:
     places: RowPlaces
     continuations: Continuations | None
     """What is scored behind the prompts, where that is the job."""
+    scored_whole: Bool
+    """Rows whose whole text is scored, behind its first token; shape [num_rows] where texts are scored, else [0]."""
     _columns: Columns
     _ids: Texts | None
 
@@ -144,6 +147,7 @@ class InputStore:
             digests=RowDigests.open(folder),
             places=RowPlaces([(row, name, line) for row, name, line in state["begins"]]),
             continuations=_open_given(folder) if state["scores"] else None,
+            scored_whole=open_array(folder / _SCORED_WHOLE, np.bool_),
             _columns=columns,
             _ids=Texts.open(folder / _IDS) if state["ids"] else None,
         )
@@ -248,6 +252,7 @@ class _Spools:
         self._begins: list[tuple[int, str, int]] = []
         self._digests = DigestSpool(folder)
         self._given = _GivenSpool(folder) if job.mode == "score" else None
+        self._scored_whole = ArraySpool(folder / _SCORED_WHOLE, np.bool_)
 
     def append(self, batch: RowBatch, prompts: Sequence[Prompt | RowError]) -> None:
         faults = self._ids.append(batch.rows) if self._ids else {}
@@ -273,6 +278,7 @@ class _Spools:
         )
         if self._given is not None:
             self._given.append([() if each is None else each.continuations for each in good])
+            self._scored_whole.append([each is not None and each.scored_whole for each in good])
         for row in batch.rows:
             if row.columns is not None:
                 self.any_parsed |= row.error is None
@@ -303,6 +309,7 @@ class _Spools:
             digests=self._digests.finish(),
             places=places,
             continuations=None if self._given is None else self._given.finish(),
+            scored_whole=self._scored_whole.finish(),
             _columns=columns,
             _ids=ids,
         )
