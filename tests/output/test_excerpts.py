@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from support.shards import write_rows
 
 from tokabatch.errors import DamageError
 from tokabatch.input.fingerprint import Fingerprint
@@ -35,7 +36,7 @@ def folder(out: Path, *shards: list[dict[str, Any]], verified: bool = False) -> 
         write_manifest(claim, MANIFEST, {})
         writer = ShardWriter(claim, schema, rows_per_shard=1000, flush_seconds=1e9)
         for rows in shards:
-            writer.add(pa.Table.from_pylist(rows, schema=schema))
+            write_rows(writer, pa.Table.from_pylist(rows, schema=schema))
             writer.commit()
     return out
 

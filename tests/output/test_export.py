@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.shards import write_rows
 
 from tokabatch.errors import OutputError, RowError
 from tokabatch.output import export as export_module
@@ -50,7 +51,8 @@ def write_output(
             chunk = [completion(*key) for key in keys[begin : begin + 5]]
             failed = failures if begin == 0 else ()
             rows, _ = sample_keys(chunk, failed)
-            writer.add(
+            write_rows(
+                writer,
                 build_table(
                     schema,
                     chunk,
@@ -59,7 +61,7 @@ def write_output(
                     ids=[str(row) for row in rows],
                     columns=inputs.take(pa.array(rows)),
                     more={"correct": [made.sample_index == 1 for made in chunk]},
-                )
+                ),
             )
         writer.close()
 
@@ -270,7 +272,7 @@ def test_a_selection_that_cannot_be_names_the_remedy(tmp_path: Path) -> None:
     schema = output_schema(questions(1).schema)
     with Claim(tmp_path / "plain") as claim:
         writer = ShardWriter(claim, schema, rows_per_shard=9, flush_seconds=1e9)
-        writer.add(pa.Table.from_pylist([{"row_index": 0, "sample_index": 0, "status": "ok"}], schema))
+        write_rows(writer, pa.Table.from_pylist([{"row_index": 0, "sample_index": 0, "status": "ok"}], schema))
         writer.close()
     with pytest.raises(OutputError, match=r"--where correct: the run was not verified.* use ok"):
         export(tmp_path / "plain", tmp_path / "all.jsonl", Selection(where="correct"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from support.shards import write_rows
 
 from tokabatch.errors import CommitError, DamageError
 from tokabatch.output import claim as claims
@@ -138,12 +139,12 @@ def test_a_link_that_leads_elsewhere_in_mid_run_moves_no_results(tmp_path: Path)
     with Claim(out) as claim:
         claim.begin("run", {}, (), "")
         writer = ShardWriter(claim, SCHEMA, rows_per_shard=1, flush_seconds=30)
-        writer.add(pa.table([[0], ["ok"]], schema=SCHEMA))
+        write_rows(writer, pa.table([[0], ["ok"]], schema=SCHEMA))
         shutil.copytree(first, second)
         out.unlink()
         out.symlink_to(second)
         with pytest.raises(CommitError, match="was moved or replaced"):
-            writer.add(pa.table([[1], ["ok"]], schema=SCHEMA))
+            write_rows(writer, pa.table([[1], ["ok"]], schema=SCHEMA))
     assert [len(list((folder / "data").iterdir())) for folder in (first, second)] == [2, 1]
     assert not (first / "_tmp").exists() and (second / "_tmp").exists(), "the copy was touched"
     with Claim(out):

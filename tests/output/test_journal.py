@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from support.shards import write_rows
 
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
@@ -52,8 +53,8 @@ def test_what_an_fsync_has_failed_to_write_is_written_anew(tmp_path: Path) -> No
         claim.begin("run", {}, (), "")
         writer = ShardWriter(claim, SCHEMA, rows_per_shard=2, flush_seconds=30)
         with pytest.raises(OSError, match="quota"):
-            writer.add(pa.table([[0, 1], ["ok"] * 2], schema=SCHEMA))
-        writer.add(pa.table([[2, 3], ["ok"] * 2], schema=SCHEMA))
+            write_rows(writer, pa.table([[0, 1], ["ok"] * 2], schema=SCHEMA))
+        write_rows(writer, pa.table([[2, 3], ["ok"] * 2], schema=SCHEMA))
     files.cut_power(out / "commits.jsonl")
     record = OutputFolder(out).record()
     assert record is not None and record.problem is None and not record.torn

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.faulty_files import Failing
+from support.shards import write_rows
 
 from tokabatch.errors import OutputError
 from tokabatch.input.fingerprint import Fingerprint
@@ -61,9 +62,9 @@ def writer_for(claim: Claim, rows_per_shard: int = 1000, clock: Callable[[], flo
 def test_shards_are_cut_at_rows_per_shard(tmp_path: Path) -> None:
     with Claim(tmp_path / "out") as claim:
         writer = writer_for(claim, rows_per_shard=4)
-        writer.add(rows(0, 3))
+        write_rows(writer, rows(0, 3))
         assert committed(tmp_path / "out") == {}
-        writer.add(rows(3, 10, errors=1))
+        write_rows(writer, rows(3, 10, errors=1))
         assert list(committed(tmp_path / "out")) == ["part-00000.parquet", "part-00001.parquet"]
         shards = writer.close()
     assert committed(tmp_path / "out") == {
@@ -82,9 +83,9 @@ def test_a_shard_is_cut_when_its_oldest_row_has_waited(tmp_path: Path) -> None:
     with Claim(tmp_path / "out") as claim:
         writer = writer_for(claim, clock=clock)
         clock.now += 1000
-        writer.add(rows(0, 1))
+        write_rows(writer, rows(0, 1))
         clock.now += 20
-        writer.add(rows(1, 2))
+        write_rows(writer, rows(1, 2))
         clock.now += 9.9
         writer.tick()
         assert writer.shards == ()
@@ -100,9 +101,9 @@ def test_rows_left_over_by_a_full_shard_wait_anew(tmp_path: Path) -> None:
     clock = Clock()
     with Claim(tmp_path / "out") as claim:
         writer = writer_for(claim, rows_per_shard=2, clock=clock)
-        writer.add(rows(0, 1))
+        write_rows(writer, rows(0, 1))
         clock.now += 29
-        writer.add(rows(1, 3))
+        write_rows(writer, rows(1, 3))
         clock.now += 29
         writer.tick()
         assert len(writer.shards) == 1
@@ -115,14 +116,14 @@ def test_many_bytes_are_cut_before_many_rows(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("tokabatch.output.shard_writer.SHARD_BYTES", 100)
     with Claim(tmp_path / "out") as claim:
         writer = writer_for(claim)
-        writer.add(rows(0, 50))
+        write_rows(writer, rows(0, 50))
         assert len(writer.shards) == 1
 
 
 def test_an_empty_run_commits_nothing_and_closes_its_books(tmp_path: Path) -> None:
     with Claim(tmp_path / "out") as claim:
         writer = writer_for(claim)
-        writer.add(rows(0, 0))
+        write_rows(writer, rows(0, 0))
         assert mark_success(claim, writer.close(), 0).closed
     assert json.loads((tmp_path / "out" / "_SUCCESS").read_text())["files"] == []
 
@@ -130,7 +131,7 @@ def test_an_empty_run_commits_nothing_and_closes_its_books(tmp_path: Path) -> No
 def test_pages_carry_checksums_and_a_flipped_bit_is_seen(tmp_path: Path) -> None:
     with Claim(tmp_path / "out") as claim:
         writer = writer_for(claim)
-        writer.add(rows(0, 500))
+        write_rows(writer, rows(0, 500))
         path = tmp_path / "out" / writer.close()[0].name
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
@@ -143,7 +144,7 @@ def test_row_groups_stay_small_where_rows_are_large(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("tokabatch.output.shards._ROW_GROUP_BYTES", 1000)
     with Claim(tmp_path / "out") as claim:
         writer = writer_for(claim)
-        writer.add(rows(0, 500))
+        write_rows(writer, rows(0, 500))
         path = tmp_path / "out" / writer.close()[0].name
     metadata = pq.read_metadata(path)
     assert metadata.num_rows == 500 and 10 <= metadata.num_row_groups <= 50
@@ -154,7 +155,7 @@ def test_the_commit_is_synced_before_it_is_published(tmp_path: Path) -> None:
     with Claim(tmp_path / "out", files) as claim:
         writer = writer_for(claim)
         files.calls.clear()
-        writer.add(rows(0, 3))
+        write_rows(writer, rows(0, 3))
         writer.close()
     assert files.calls == [*WRITTEN, "link", *FOLDER_SYNCED, "remove"]
 
@@ -166,7 +167,7 @@ def test_a_failed_commit_keeps_its_rows_and_can_be_tried_again(tmp_path: Path, c
     out = tmp_path / "out"
     with Claim(out, files) as claim:
         writer = writer_for(claim)
-        writer.add(rows(0, 3))
+        write_rows(writer, rows(0, 3))
         files.calls.clear()
         files.at, files.error = call, OSError(code, os.strerror(code))
         with pytest.raises(OSError) as caught:
@@ -195,14 +196,14 @@ def test_an_interrupt_at_any_call_neither_loses_nor_repeats_rows(tmp_path: Path,
         files.calls.clear()
         files.at, files.error = call, KeyboardInterrupt()
         try:
-            writer.add(rows(0, 4))
+            write_rows(writer, rows(0, 4))
         except KeyboardInterrupt:
             files.at = None
-            writer.add(rows(4, 5))
+            write_rows(writer, rows(4, 5))
         else:
             files.at = None
-            writer.add(rows(4, 5))
-        writer.add(rows(5, 8))
+            write_rows(writer, rows(4, 5))
+        write_rows(writer, rows(5, 8))
         shards = writer.close()
     held = committed(out)
     assert [row for name in sorted(held) for row in held[name]] == list(range(8))
@@ -217,12 +218,12 @@ def test_an_interrupt_behind_the_publishing_does_not_repeat_the_shard(tmp_path: 
 
     with Claim(tmp_path / "out") as claim:
         writer = writer_for(claim)
-        writer.add(rows(0, 3))
+        write_rows(writer, rows(0, 3))
         monkeypatch.setattr("tokabatch.output.shard_writer.publish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             writer.commit()
         monkeypatch.undo()
-        writer.add(rows(3, 5))
+        write_rows(writer, rows(3, 5))
         writer.close()
     assert committed(tmp_path / "out") == {"part-00000.parquet": [0, 1, 2], "part-00001.parquet": [3, 4]}
 
@@ -233,7 +234,7 @@ def test_a_temporary_name_that_stays_behind_does_not_undo_the_commit(tmp_path: P
         writer = writer_for(claim, rows_per_shard=3)
         files.calls.clear()
         files.at = 8
-        writer.add(rows(0, 3))
+        write_rows(writer, rows(0, 3))
         assert len(writer.close()) == 1
     assert committed(tmp_path / "out") == {"part-00000.parquet": [0, 1, 2]}
 
@@ -245,7 +246,7 @@ def test_without_hard_links_a_rename_that_does_not_replace_publishes(tmp_path: P
         writer = writer_for(claim, rows_per_shard=3)
         files.calls.clear()
         files.at, files.error = 4, OSError(errno.EPERM, "no links here")
-        writer.add(rows(0, 3))
+        write_rows(writer, rows(0, 3))
     assert files.calls == [*WRITTEN, "link", "rename_new", *FOLDER_SYNCED]
     assert committed(out) == {"part-00000.parquet": [0, 1, 2]}
 
@@ -260,7 +261,7 @@ def test_a_shard_that_exists_is_never_replaced(
     files = Failing()
     with Claim(tmp_path / "out", files) as claim:
         writer = writer_for(claim)
-        writer.add(rows(0, 3))
+        write_rows(writer, rows(0, 3))
         foreign = tmp_path / "out" / "data" / "part-00000.parquet"
         foreign.write_bytes(b"another's")
         files.calls.clear()
@@ -275,7 +276,7 @@ def test_files_that_no_run_wrote_are_refused_and_stay(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Claim(out) as claim:
         writer = writer_for(claim)
-        writer.add(rows(0, 1))
+        write_rows(writer, rows(0, 1))
         writer.close()
     (out / "data" / "part-mine.parquet").write_bytes(b"mine")
     with pytest.raises(
@@ -290,12 +291,12 @@ def test_further_shards_are_numbered_behind_those_that_are_there(tmp_path: Path)
     out = tmp_path / "out"
     with Claim(out) as claim:
         writer = writer_for(claim, rows_per_shard=2)
-        writer.add(rows(0, 6))
+        write_rows(writer, rows(0, 6))
         earlier = writer.close()
     (out / earlier[1].name).unlink()
     with Claim(out) as claim:
         writer = ShardWriter(claim, SCHEMA, rows_per_shard=2, flush_seconds=30, earlier=[earlier[0], earlier[2]])
-        writer.add(rows(2, 4))
+        write_rows(writer, rows(2, 4))
         assert [shard.name for shard in writer.close()][-1] == "data/part-00003.parquet"
     assert committed(out) == {"part-00000.parquet": [0, 1], "part-00002.parquet": [4, 5], "part-00003.parquet": [2, 3]}
 
@@ -350,7 +351,7 @@ def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path: Path, monkeypatch: 
 def test_check_output_refuses_as_a_claim_does_and_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Claim(tmp_path / "full") as claim:
         writer = writer_for(claim)
-        writer.add(rows(0, 1))
+        write_rows(writer, rows(0, 1))
         writer.close()
         (tmp_path / "busy").mkdir()
         with Claim(tmp_path / "busy"), pytest.raises(OutputError, match="another run is writing"):
@@ -421,7 +422,7 @@ def test_success_is_marked_only_when_the_books_close(tmp_path: Path) -> None:
     success = tmp_path / "out" / "_SUCCESS"
     with Claim(tmp_path / "out") as claim:
         writer = writer_for(claim, rows_per_shard=2)
-        writer.add(rows(0, 3, errors=1))
+        write_rows(writer, rows(0, 3, errors=1))
         shards = writer.close()
         books = mark_success(claim, shards, 4)
         assert not books.closed and books.pending == 1 and not success.exists()
@@ -457,7 +458,7 @@ def test_numbers_that_lack_between_those_of_a_unit_are_used_and_the_others_passe
         for number in (0, 2, 3):
             pq.write_table(of_unit(90 + number, 91 + number), claim.folder.data / f"part-00000-0000{number}.parquet")
         writer.open(0, {0, 2, 3}, 6)
-        writer.add(of_unit(0, 6))
+        write_rows(writer, of_unit(0, 6))
         assert writer.is_complete(0) and not writer.is_lost(0)
         names = [path.name for path in sorted(claim.folder.data.iterdir())]
     assert names == [f"part-00000-0000{number}.parquet" for number in range(6)]
@@ -483,7 +484,7 @@ def test_anothers_shard_with_the_number_of_an_inode_that_was_given_back_is_not_o
         writer = writer_of_unit(claim)
         writer.open(0, (), 2)
         with pytest.raises(OSError, match="Input/output"):
-            writer.add(of_unit(0, 2))
+            write_rows(writer, of_unit(0, 2))
         claim.files.link = DurableFiles.link.__get__(claim.files)  # pyright: ignore
         writer.commit()
         assert writer.is_lost(0) and not writer.shards

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from support.shards import write_rows
 
 from tokabatch.errors import OutputError
 from tokabatch.input.fingerprint import Fingerprint
@@ -39,7 +40,7 @@ def test_the_life_of_a_run(tmp_path: Path) -> None:
         status = read_status(out)
         assert (status.state, status.rows, status.samples, status.pending) == ("running", 3, 6, 6)
         assert status.correct is None
-        writer.add(samples((2, "ok", True), (0, "ok", False), (0, "ok", True), (2, "error", None)))
+        write_rows(writer, samples((2, "ok", True), (0, "ok", False), (0, "ok", True), (2, "error", None)))
         status = read_status(out)
         assert (status.ok, status.errors, status.pending, status.shards) == (3, 1, 2, 1)
         assert status.correct == 2
@@ -57,7 +58,7 @@ def test_the_pace_of_a_running_job_is_that_of_its_commits(tmp_path: Path) -> Non
         writer = ShardWriter(claim, schema, rows_per_shard=10, flush_seconds=1e9)
         for number, at in enumerate((-100, 30, 60, 90)):
             rows = [(row, "ok", True, 7) for row in range(10)]
-            writer.add(samples(*rows, schema=schema))
+            write_rows(writer, samples(*rows, schema=schema))
             os.utime(out / "data" / f"part-{number:05}.parquet", (begun + at, begun + at))
             if number == 1:
                 assert read_pace(out, begun + 40) == Pace(*map(pytest.approx, (40, 10, 1 / 3, 7 / 3)))
@@ -71,8 +72,8 @@ def test_a_complete_run(tmp_path: Path) -> None:
     with Claim(out) as claim:
         write_manifest(claim, MANIFEST, {})
         writer = ShardWriter(claim, SCHEMA, rows_per_shard=4, flush_seconds=1e9)
-        writer.add(samples((2, "ok", True), (0, "ok", False), (0, "ok", True), (2, "error", None)))
-        writer.add(samples((5, "ok", False), (2, "ok", True)))
+        write_rows(writer, samples((2, "ok", True), (0, "ok", False), (0, "ok", True), (2, "error", None)))
+        write_rows(writer, samples((5, "ok", False), (2, "ok", True)))
         mark_success(claim, writer.close(), 6)
         assert read_status(out).state == "complete"
     status = read_status(out)
@@ -83,11 +84,11 @@ def test_cancelled_samples_are_not_pending(tmp_path: Path) -> None:
     with Claim(tmp_path / "out") as claim:
         write_manifest(claim, MANIFEST, {})
         writer = ShardWriter(claim, SCHEMA, rows_per_shard=4, flush_seconds=1e9)
-        writer.add(samples((0, "ok", True), *[(0, "cancelled", None)] * 3, (1, "error", None)))
+        write_rows(writer, samples((0, "ok", True), *[(0, "cancelled", None)] * 3, (1, "error", None)))
         writer.close()
         status = read_status(tmp_path / "out")
         assert (status.ok, status.errors, status.cancelled, status.pending) == (1, 1, 3, 1)
-        writer.add(samples((1, "cancelled", None)))
+        write_rows(writer, samples((1, "cancelled", None)))
         assert mark_success(claim, writer.close(), 6).closed
     assert read_status(tmp_path / "out").state == "complete"
 
@@ -96,7 +97,7 @@ def test_a_run_that_is_not_verified(tmp_path: Path) -> None:
     schema = pa.schema(list(SCHEMA)[:2])
     with Claim(tmp_path / "out") as claim:
         writer = ShardWriter(claim, schema, rows_per_shard=1, flush_seconds=1e9)
-        writer.add(samples((0, "ok", None), schema=schema))
+        write_rows(writer, samples((0, "ok", None), schema=schema))
     status = read_status(tmp_path / "out")
     assert (status.state, status.rows, status.samples, status.pending) == ("incomplete", None, None, None)
     assert (status.ok, status.correct) == (1, None)

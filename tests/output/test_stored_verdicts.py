@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from support.shards import write_rows
 
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
@@ -23,7 +24,8 @@ def written(out: Path, shards: list[list[dict[str, Any]]], **columns: str) -> Ou
     with Claim(out) as claim:
         writer = ShardWriter(claim, schema, rows_per_shard=100, flush_seconds=1e9)
         for rows in shards:
-            writer.add(pa.Table.from_pylist([{"sample_index": 0, "status": "ok", **row} for row in rows], schema=schema))
+            samples = [{"sample_index": 0, "status": "ok", **row} for row in rows]
+            write_rows(writer, pa.Table.from_pylist(samples, schema=schema))
             writer.commit()
     return OutputFolder(out)
 

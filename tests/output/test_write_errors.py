@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.scripted_run import scripted_engine, scripted_job, scripted_run
+from support.shards import write_rows
 
 from tokabatch import run
 from tokabatch.errors import CommitError, OutputError, UsageError
@@ -124,7 +125,7 @@ def test_shards_are_as_small_as_the_system_wants_them(tmp_path: Path) -> None:
     with Claim(tmp_path / "out", files) as claim:
         files.limit = 100_000
         writer = ShardWriter(claim, rows.schema, rows_per_shard=5000, flush_seconds=1e9)
-        writer.add(rows)
+        write_rows(writer, rows)
         assert sum(shard.rows for shard in writer.close()) == 1000
         assert len(writer.shards) > 5 and all(shard.bytes <= files.limit for shard in writer.shards)
         assert len({shard.rows for shard in writer.shards[:5]}) == 1, "the size that fits is found once"

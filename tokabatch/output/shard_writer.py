@@ -82,13 +82,14 @@ WHOLE = -1
 class ShardWriter:
     """Buffers tables of one schema and commits them as numbered shards, in the order they came.
 
-    A shard is committed when `rows_per_shard` rows are buffered (fewer, once so many made a file too large for the system),
-    when the oldest of them has waited `flush_seconds` (`is_due`), when they take 512 MB of memory, or when little is still to
-    come (`nears_end`). Time is looked at in `add`, `is_due` and `tick` only. Owns its files under `_tmp/`.
+    A shard is committed when `rows_per_shard` rows are buffered (fewer, once that many made a file too large for the system),
+    when the oldest of them has waited `flush_seconds` (`is_due`), when they take 512 MB of memory, or when few rows are still
+    to come (`nears_end`). No thread of its own: a shard is committed in the call that finds it due. Owns its files under
+    `_tmp/`.
 
-    One of several writers is told by `unit_of` which unit each row is of, by the columns row_index and sample_index. It `open`s
-    units, writes shards for each of them apart, and drops the rows of a unit in which another publishes first (see
-    output/claim.py), and those of units that are not open.
+    With several writers, `unit_of` gives each row's unit from the columns row_index and sample_index. A writer `open`s units
+    and writes each into shards of its own; it drops the rows of a unit in which another writer publishes first (see
+    output/claim.py) and of units that are not open.
     """
 
     def __init__(
@@ -141,11 +142,6 @@ class ShardWriter:
     def num_waiting(self) -> int:
         """Of these, the rows that are not committed."""
         return sum(books.num_rows for books in self._state.units.values())
-
-    def add(self, table: pa.Table) -> None:
-        """Take over the rows of `table`; commits what is due. Raises OSError where the disk fails, the rows kept."""
-        self.take(table)
-        self.commit_due()
 
     def take(self, table: pa.Table) -> None:
         """Take over the rows of `table`; they are kept from here on."""
