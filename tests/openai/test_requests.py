@@ -167,7 +167,8 @@ def test_other_urls_and_bodies_are_refused():
     assert isinstance(other, ApiError) and other.status == 404 and "/v1/embeddings" in other.message
     for body in ([], "text", None, 3):
         assert isinstance(parse_request(CHAT, body), ApiError)
-    assert 'accepts "" alone' in refused(COMPLETIONS, suffix="end").message
+    assert 'suffix can only be ""; leave it out' in refused(COMPLETIONS, suffix="end").message
+    assert "describe its format in the prompt" in refused(CHAT, response_format={"type": "json_object"}).message
     assert "echo: true" in refused(COMPLETIONS, prompt_logprobs=1).message
     hint = refused(CHAT, temprature=1).message
     assert "did you mean temperature?" in hint

@@ -54,7 +54,12 @@ _REFUSED = frozenset(
     )
 )
 """Further known fields that are not honoured."""
-_INSTEAD = {"prompt_logprobs": "echo: true with logprobs, of /v1/completions, gives the log-probabilities of a prompt"}
+_DESCRIBE = "output is not constrained here: describe its format in the prompt, and leave the field out"
+_INSTEAD = {
+    "prompt_logprobs": "echo: true with logprobs, of /v1/completions, gives the log-probabilities of a prompt",
+    **dict.fromkeys(("response_format", "structured_outputs", "allowed_token_ids"), _DESCRIBE),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _DESCRIBE),
+}
 _COMMON = frozenset((*SETTINGS, "model", "logprobs", "stream", "stream_options", "best_of", "echo"))
 _OF_CHAT = frozenset(
     (
@@ -77,7 +82,7 @@ def refuse_field(name: str, value: Any, chat: bool) -> ApiError | None:
         if any(value == each and isinstance(value, bool) is isinstance(each, bool) for each in accepted):
             return None
         written = " or ".join(json.dumps(each, ensure_ascii=False) for each in accepted)
-        return unsupported(name, f"accepts {written} alone here; leave it out")
+        return unsupported(name, f"can only be {written}; {_INSTEAD.get(name, 'leave it out')}")
     if name in _REFUSED:
         return unsupported(name, f"is not supported; {_INSTEAD.get(name, 'leave it out')}")
     near = get_close_matches(name, known, n=1)
