@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 from pathlib import Path
@@ -52,9 +53,20 @@ def test_a_name_with_glob_characters_is_a_file_first(tmp_path: Path) -> None:
     assert values(str(tmp_path / "x[1].jsonl")) == [1]
 
 
-def test_subset_and_split_are_accepted_for_files(folder: Path) -> None:
-    reader = open_reader(InputConfig(path=str(folder / "a.jsonl"), subset="main", split="test"))
-    assert len(list(reader.batches())) == 1
+def test_subset_and_split_are_accepted_for_files_but_not_beside_other_splits(folder: Path) -> None:
+    def read(path: Path, split: str) -> int:
+        return sum(len(batch.rows) for batch in open_reader(InputConfig(path=str(path), subset="main", split=split)).batches())
+
+    assert (read(folder, "test"), read(folder / "a.jsonl", "a")) == (3, 1)
+    (folder / "sub/c.jsonl").rename(folder / "sub/test-00000-of-00001.jsonl")
+    assert read(folder / "sub", "test") == 1
+    with pytest.raises(InputError, match=r"more than the split 'test', and.*/a\.jsonl would be read"):
+        read(folder, "test")
+
+
+def test_the_case_of_an_extension_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "X.JSONL.GZ").write_bytes(gzip.compress(b'{"a": 1}\n'))
+    assert values(str(tmp_path)) == [1]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +75,8 @@ def test_subset_and_split_are_accepted_for_files(folder: Path) -> None:
         ("{folder}/nothing.jsonl", "does not exist"),
         ("{folder}/*.parquet", "matches no file"),
         ("{folder}/empty", "holds no .jsonl or .parquet file"),
+        ("{folder}/saved", r"holds data-0.arrow\); .*load_from_disk"),
+        ("{folder}/rows.jsonl.xz", "decompress it with unxz"),
         ("{folder}/data.json", r"rename it to \.jsonl if .*jq -c"),
         ("{folder}/pipe.jsonl", "neither a file nor a folder"),
         ("{folder}/data.csv", "Parquet or JSON Lines"),
@@ -82,6 +96,8 @@ def test_refusals_name_the_path_and_the_remedy(folder: Path, path: str, message:
         "mixed/a.jsonl",
         "mixed/b.parquet",
         "empty/notes.md",
+        "saved/data-0.arrow",
+        "rows.jsonl.xz",
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")

@@ -108,7 +108,8 @@ def _inflate(begin: bytes, stream: IO[bytes], file: InputFile, new: Callable[[],
                 plain = current.decompress(data)
             except (zlib.error, zstandard.ZstdError) as error:
                 raise InputError(
-                    f"{file.path} is damaged near compressed byte {consumed}: {error}. Fetch or compress it again."
+                    f"{file.path} is damaged near compressed byte {consumed + len(block) - len(data)}: {error}. Fetch or "
+                    "compress it again."
                 ) from error
             if plain:
                 yield plain

@@ -36,7 +36,13 @@ ADVICE = {
     "csv": "convert it to Parquet or JSON Lines, for example with pandas.read_csv(...).to_parquet(...)",
     "tsv": "convert it to Parquet or JSON Lines, for example with pandas.read_csv(..., sep='\\t').to_parquet(...)",
     "txt": 'write one JSON object a line, for example {"prompt": "..."}, into a .jsonl file',
+    "arrow": "convert it, for example with datasets.load_from_disk(FOLDER).to_parquet(FILE), or pandas.read_feather(...)",
+    "bz2": "decompress it with bunzip2, or compress it with zstd instead",
+    "xz": "decompress it with unxz, or compress it with zstd instead",
+    "zip": "unpack it with unzip",
+    "xlsx": "save it as CSV, and convert that with pandas.read_csv(...).to_parquet(...)",
 }
+"""What to do with a file of each extension that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +75,14 @@ class InputFile:
 
     @property
     def compression(self) -> str:
-        """`.gz`, `.zst`, or the empty string."""
-        return next((suffix for suffix in COMPRESSIONS if self.path.endswith(suffix)), "")
+        """`.gz`, `.zst`, or the empty string, whatever the case of the name's letters."""
+        return next((suffix for suffix in COMPRESSIONS if self.path.lower().endswith(suffix)), "")
 
     @property
     def format(self) -> str:
         """The extension below any compression, without its dot: `jsonl` for `a.jsonl.gz`."""
-        name = self.path.rsplit("/", 1)[-1].removesuffix(self.compression)
-        return name.rsplit(".", 1)[-1].lower() if "." in name else ""
+        name = self.path.rsplit("/", 1)[-1].lower().removesuffix(self.compression)
+        return name.rsplit(".", 1)[-1] if "." in name else ""
 
 
 def find_files(path: str, formats: Collection[str], key: str) -> tuple[str, tuple[InputFile, ...]]:
@@ -136,7 +142,8 @@ def _list(fs: AbstractFileSystem, path: str, place: str, root: str, formats: Col
         known = [file for file in files if file.format in formats]
         if not known:
             seen = ", ".join(file.path.rsplit("/", 1)[-1] for file in files[:5]) or "nothing"
-            raise InputError(f"{place} is a folder that holds no {_spell(formats)} file (it holds {seen}); check the path")
+            advice = next((ADVICE[file.format] for file in files if file.format in ADVICE), "check the path")
+            raise InputError(f"{place} is a folder that holds no {_spell(formats)} file (it holds {seen}); {advice}")
         return known
     if _is_glob(root):
         matches = cast("dict[str, dict[str, Any]]", fs.glob(root, detail=True))

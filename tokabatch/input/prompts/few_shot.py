@@ -6,7 +6,6 @@ Each example ends with a newline of its own template, or gets a blank line after
 from __future__ import annotations
 
 from tokabatch.errors import InputError, RowError
-from tokabatch.input.missing import list_columns
 from tokabatch.input.prompts.templates import compile_template
 from tokabatch.input.readers import open_path
 from tokabatch.input.rows import Row, RowPlaces
@@ -31,7 +30,6 @@ def render_few_shot(path: str, k: int, template: str) -> str:
     for row in rows:
         text = row.error or compiled.render(row.columns or {})
         if isinstance(text, RowError):
-            columns = f" (the row has the columns {list_columns(row.columns)})" if row.columns is not None else ""
-            raise InputError(f"prompt.few_shot.path {path}, {RowPlaces(begins).name(row.index)}: {text.message}{columns}")
+            raise InputError(f"prompt.few_shot.path {path}, {RowPlaces(begins).name(row.index)}: {text.message}")
         examples.append(text if text.endswith("\n") else text + SEPARATOR)
     return "".join(examples)

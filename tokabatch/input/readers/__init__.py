@@ -7,7 +7,9 @@ A file `readers/<extension>.py` reads files of that extension through its `open_
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+import re
 from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
@@ -22,11 +24,21 @@ HUB_SCHEME = "hf://datasets/"
 
 
 def open_reader(config: InputConfig) -> Reader:
-    """The reader for the job's input. `subset` and `split` mean something to hub datasets only and are ignored for files,
-    so that one job can be pointed at a local copy by overriding `input.path` alone. `limit` is applied by the caller."""
+    """The reader for the job's input. `subset` and `split` select nothing among files, so that one job can be pointed at a
+    local copy of one split by overriding `input.path` alone; a copy that holds others, too, is refused. `limit` is applied by
+    the caller."""
     path = config.path
     if _is_hub_dataset(path):
         return importlib.import_module(f"{__name__}.{HUB}").open_dataset(path, config.subset, config.split)
+    for key, part in (("subset", config.subset), ("split", config.split)):
+        files = [file.path for file in find_files(path, formats(), "input.path")[1]] if part else []
+        above = len(os.path.commonpath(files)) if files else 0
+        others = [file for file in files if part not in re.split(r"[/._-]", file[above:])]
+        if 0 < len(others) < len(files):
+            raise InputError(
+                f"input.path {path!r} holds more than the {key} {part!r}, and input.{key} selects nothing among files: "
+                f"{others[0]} would be read, too. Name only the files to read, for example by a pattern"
+            )
     return open_path(path)
 
 
