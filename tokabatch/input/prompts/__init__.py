@@ -1,1 +1,1 @@
-"""From a row to its prompt: template or chat, the special tokens that the row spells, and settings of its own."""
+"""From a row to its prompt: template or chat, special tokens spelled out in the row, and the row's own sampling settings."""

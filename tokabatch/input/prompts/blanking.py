@@ -1,9 +1,9 @@
-"""Special tokens that a row spells out, told from those that the job's templates and the model's chat template write.
+"""Tell special tokens spelled out in a row from those that the job's templates and the model's chat template write.
 
-A prompt is rendered as it is, so whatever a template computes with a row's value is computed with the true text. Where a row
-may spell a special token, it is rendered once more with the special texts in the templates blanked out: where the two agree but
-for the blanks, the blanks are what the templates wrote, and every other special token is the row's. A token that the template
-begins or ends (`<|{{ role }}|>`) is the template's. This module knows no tokenizer, only its special texts.
+A prompt is rendered as it is, so a template computes with the true text of each value. A row that may spell a special token is
+rendered a second time, with the special texts in the templates blanked out. Where the two renderings agree except for the
+blanks, the blanks are what the templates wrote, and every other special token comes from the row. A token that a template
+begins or ends (`<|{{ role }}|>`) counts as the template's. Needs no tokenizer, only its special texts.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from functools import cache, cached_property
 from typing import Any, cast
 
 BLANK = "\x7f"
-"""A character that no template treats unlike any other, and that JSON does not escape."""
+"""A character that no template treats specially and that JSON does not escape."""
 COMMON, LESS_COMMON = "_-'\".,:;!?()*#/", "<>[]{}=+&"
-"""Punctuation by how often texts have it; other characters are rarer."""
+"""Punctuation by how common it is in texts; other characters are rarer."""
 
 Span = tuple[int, int]
 Blank = Callable[[str], str]
 
 
 def as_written(source: str) -> str:
-    """Blanks nothing."""
+    """Return the source unchanged."""
     return source
 
 
 class Blanking:
-    """For the special texts of one tokenizer; `normalized` where it finds some of them in normalised text only, which other
+    """Blanks out the special texts of one tokenizer. `normalized`: it matches some of them in normalised text only, which other
     characters may turn into."""
 
     def __init__(self, texts: Iterable[str], normalized: bool = False) -> None:
@@ -38,7 +38,7 @@ class Blanking:
 
     @cached_property
     def _sites(self) -> re.Pattern[str]:
-        """Whole special texts, longest first; beginnings in front of a quote or a tag, and ends behind one."""
+        """Matches whole special texts, longest first, their beginnings before a quote or a tag, and their ends after one."""
         texts = self._texts
         begins = _alternatives(text[:end] for text in texts for end in range(1, len(text)))
         ends = _alternatives(text[begin:] for text in texts for begin in range(1, len(text)))
@@ -48,7 +48,7 @@ class Blanking:
         return re.compile("|".join(parts) or "(?!)")
 
     def may_occur(self, value: Any) -> bool:
-        """Whether a special text may come out of a value, or of anything in lists and mappings, whatever is done with it."""
+        """Return whether a template can produce a special text from a value, or from anything in its lists and mappings."""
         if isinstance(value, str):
             return self._suspicious.search(value) is not None
         if isinstance(value, Mapping):
@@ -57,18 +57,19 @@ class Blanking:
         return isinstance(value, list | tuple) and any(map(self.may_occur, cast("list[Any]", value)))
 
     def sites(self, source: str) -> list[Span]:
-        """Where a template's source spells special texts, or the beginning or end of one around what it inserts."""
+        """Return where a template's source spells special texts, or the beginning or end of one around an inserted value."""
         return [found.span() for found in self._sites.finditer(source)]
 
     def blanked(self, source: str, site: Span | None = None) -> str:
-        """The source with all its sites blanked, or one alone."""
+        """Return the source with all its sites blanked, or only the given one."""
         for begin, end in self.sites(source) if site is None else [site]:
             source = source[:begin] + re.sub(r"\S", BLANK, source[begin:end]) + source[end:]
         return source
 
     def written_by(self, render: Callable[[Blank], str | None]) -> list[Span]:
-        """The parts of special texts that templates wrote into `render(as_written)`. `render` renders the same row with each
-        template's source, and each special text that it is given by name, put through its argument; None where that fails."""
+        """Return the spans of `render(as_written)` that are parts of special texts written by templates. `render` renders the
+        row with each template's source, and each special text passed by name, put through its argument; it returns None on
+        failure."""
         text = render(as_written) or ""
         sources: dict[str, None] = {}
 
@@ -79,7 +80,8 @@ class Blanking:
         spans = _blanks(text, render(blank_all))
         if spans is not None:
             return spans
-        # A template computes with a special text that it spells: blank them one by one, and leave out those.
+        # A template computes with a special text that it spells: blank the sites one by one, and leave out those that change
+        # the result.
         sites = [(source, site) for source in sources for site in self.sites(source)]
         alone = (_blanks(text, render(self._blank_one(*site))) for site in sites)
         return [span for spans in alone for span in spans or ()]
@@ -89,7 +91,7 @@ class Blanking:
 
 
 def _blanks(text: str, blanked: str | None) -> list[Span] | None:
-    """Where `blanked` has blanks and `text` has not; None where they differ in anything else."""
+    """Return the spans where `blanked` has blanks and `text` does not; None if they differ in anything else."""
     if blanked is None or len(text) != len(blanked):
         return None
     spans = [found.span() for found in re.finditer(f"{BLANK}+", blanked)]
@@ -101,7 +103,8 @@ def _blanks(text: str, blanked: str | None) -> list[Span] | None:
 
 
 def _suspicious(texts: list[str], normalized: bool) -> re.Pattern[str]:
-    """Finds a character without which no special text can be, the rarest that will do. `&` may become any in HTML."""
+    """Return a pattern for the fewest, rarest characters one of which every special text contains. `&` may become any character
+    in HTML."""
     marks = [{c for c in text if not c.isalnum() and not c.isspace()} for text in texts]
     if not all(marks):
         return re.compile("")

@@ -1,7 +1,7 @@
-"""Rows to prompts: rendered by `sources`, tokenised in batches, and bounded by the model's context.
+"""From rows to prompts: rendered by `sources`, tokenised in batches, checked against the model's context length.
 
-Special tokens that a row spells are ordinary text, tokens, or a fault of the row, as `prompt.special_tokens` says. This module
-reads no files but the few-shot examples, and knows no schedule.
+`prompt.special_tokens` decides whether special tokens spelled out in a row are plain text, tokens, or an error of the row.
+Reads no files except the few-shot examples.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row, ready to be scheduled. `token_ids` has shape [length], at least one."""
+    """One row's prompt, ready to be scheduled. `token_ids` has shape [length], length >= 1."""
 
     row_index: int
     token_ids: Int32
     params: SamplingParams
     continuations: tuple[Int32, ...] = ()
-    """What is scored behind it, where that is the job: of each text its token ids, at least one."""
+    """In mode score, the token ids of each text to score after the prompt, each with at least one id."""
     scored_whole: bool = False
-    """Whether the one text that is scored is the row's own, behind its first token."""
+    """Whether the row's own text is scored, everything after its first token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Token counts of the model: its context, and the ids that it has embeddings for."""
+    """The model's context length in tokens, and the number of ids that it has embeddings for."""
 
     context_length: int
     vocab_size: int
 
 
 class PromptBuilder:
-    """Holds what the job decides once for all rows; `typed` and `now` are as in `PromptSource`. Raises JobError or InputError
-    where that cannot work."""
+    """Builds the prompts of one job. `typed` and `now` are as in `PromptSource`. Raises JobError or InputError for settings
+    that cannot work."""
 
     def __init__(
         self,
@@ -67,8 +67,8 @@ class PromptBuilder:
         trusts_plain_texts: bool = False,
         of_requests: bool = False,
     ) -> None:
-        """`scores`: nothing is drawn; rows bring what is scored in the column `prompt.continuations`, or their whole texts.
-        `trusts_plain_texts`: special tokens that a text spells are tokens where no template is around it, whatever
+        """`scores`: nothing is sampled; rows bring the texts to score in the column `prompt.continuations`, or are scored as a
+        whole. `trusts_plain_texts`: special tokens spelled in a text are tokens wherever no template surrounds it, whatever
         `prompt.special_tokens` says. `of_requests`: rows are requests of OpenAI's API."""
         self._trusts_plain_texts = trusts_plain_texts
         self._policy = config.special_tokens
@@ -86,17 +86,17 @@ class PromptBuilder:
 
     @property
     def own_columns(self) -> PromptColumns:
-        """What the job alone says of columns."""
+        """The columns that the job alone determines."""
         return self._source.own
 
     @property
     def hidden_rows(self) -> int:
-        """Prompts in which a row's text spelled a special token, encoded as plain text."""
+        """Number of prompts in which a special token spelled by the row was encoded as plain text."""
         return self._spelled.rows if self._policy == "text" else 0
 
     def describe(self, present: Collection[str], rows: int, places: RowPlaces = NO_PLACES) -> tuple[str, ...]:
-        """Sentences on prompts that may not be what their author meant, once all `rows` of the input are built; `present` are
-        its columns."""
+        """Return notes on prompts that may not be what their author intended, once all `rows` of the input are built; `present`
+        are the input's columns."""
         described = describe_prompts(
             self._config,
             rows=rows,
@@ -115,7 +115,7 @@ class PromptBuilder:
         return (*self._source.describe(present), *described, *notes)
 
     def build(self, rows: Sequence[Row]) -> list[Prompt | RowError]:
-        """One result a row, in order; all texts of the batch are tokenised in one call."""
+        """Return a prompt or an error for each row, in order. All texts of the batch are tokenised in one call."""
         drafts = [row.error or self._draft(row.prompt_columns) for row in rows]
         given = self._find_given(rows, drafts) if self._given else {}
         quoted = self._find_quoted(rows, drafts, given)
@@ -142,7 +142,7 @@ class PromptBuilder:
                 continue
             texts_given = None
             if place in given:
-                # Of a text's tokens, those behind as many as the prompt has.
+                # The text was tokenised with its prompt in front: drop as many tokens as the prompt has.
                 each_given = enumerate(given[place])
                 texts_given = [
                     ids[place, number][len(prompt) :] if isinstance(each, str) else each for number, each in each_given
@@ -156,7 +156,7 @@ class PromptBuilder:
         drafts: Sequence[Draft | RowError],
         quoted: Mapping[int, list[Occurrence]],
     ) -> dict[tuple[int, int], Sequence[int]]:
-        """Token ids of texts that begin as the draft at the place that each key begins with."""
+        """Return the token ids of each text. A key begins with the place of the draft that the text begins with."""
         ids: dict[tuple[int, int], Sequence[int]] = {}
         for add_bos in (False, True):
             keys = [key for key in texts if isinstance(each := drafts[key[0]], Draft) and each.add_special_tokens is add_bos]
@@ -168,9 +168,9 @@ class PromptBuilder:
         return ids
 
     def _find_given(self, rows: Sequence[Row], drafts: list[Draft | RowError]) -> dict[int, list[str | list[int]]]:
-        """What each row has to be scored, by place: lists of token ids, or texts with the prompt in front, which are tokenised
-        whole. White space at the end of a plain prompt goes to the continuations, as most tokenizers would have it. Where a row
-        has none, or none that can be used, it is not there, or its draft becomes the error."""
+        """Return what is scored for each row, by place: lists of token ids, or texts with the prompt in front, to be tokenised
+        as a whole. Trailing white space of a plain prompt moves to its continuations, as most tokenizers split text. Rows
+        without continuations are left out; where they are invalid, the row's draft becomes the error."""
         given: dict[int, list[str | list[int]]] = {}
         for place, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
             value = (row.columns or {}).get(self._given or "")
@@ -196,7 +196,7 @@ class PromptBuilder:
         return type(value) is int and 0 <= value < self._limits.vocab_size
 
     def _finish_scored(self, row: Row, prompt: Sequence[int], given: Sequence[Sequence[int]] | None) -> Prompt | RowError:
-        """A row whose continuations are scored; without any it is the whole text behind its first token."""
+        """Make the prompt of a scored row; without continuations, its whole text after the first token is scored."""
         prompt, texts = (prompt[:1], [prompt[1:]]) if given is None else (prompt, given)
         if (short := next((number for number, text in enumerate(texts) if not len(text)), None)) is not None:
             what = "the text has one token alone" if given is None else f"continuation {short} adds no token to the prompt"
@@ -217,8 +217,9 @@ class PromptBuilder:
     def _find_quoted(
         self, rows: Sequence[Row], drafts: list[Draft | RowError], given: Mapping[int, Sequence[str | list[int]]]
     ) -> dict[int, list[Occurrence]]:
-        """The places of drafts in which, or in whose `given` continuations, what a row spells of special tokens is plain text,
-        each with those that templates wrote. Where the job rejects such a row, its draft becomes the error."""
+        """Find the drafts in which special tokens spelled by the row, or by its `given` continuations, are plain text; return
+        by place the special tokens that templates wrote there. Where the job rejects such a row, its draft becomes the
+        error."""
         texts: dict[int, str] = {}
         behind: dict[int, list[Occurrence]] = {}
         for place, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
@@ -243,8 +244,8 @@ class PromptBuilder:
         return quoted
 
     def _spelled_behind(self, text: str, row: Mapping[str, Any], given: Sequence[str | list[int]]) -> list[Occurrence]:
-        """Special tokens that the continuations of a prompt's `text` spell, where these are not taken as tokens; `given` has
-        each continuation with the prompt in front."""
+        """Return the special tokens spelled by the continuations of a prompt's `text`, unless they are taken as tokens; `given`
+        has each continuation with the prompt in front."""
         if self._policy == "allow" or self._is_trusted(row):
             return []
         wholes = [each for each in given if isinstance(each, str) and self._blanking.may_occur(each)]
@@ -260,7 +261,7 @@ class PromptBuilder:
         return self._spelled_by_examples > 0 or any(map(self._blanking.may_occur, self._source.values(row)))
 
     def _written(self, row: Mapping[str, Any], occurrences: Sequence[Occurrence]) -> list[Occurrence]:
-        """Those special tokens of the row's prompt that templates wrote."""
+        """Return those special tokens of the row's prompt that templates wrote."""
         if not occurrences:
             return []
 
@@ -271,7 +272,7 @@ class PromptBuilder:
         return _overlapping(occurrences, self._blanking.written_by(render))
 
     def _count_spelled_by_examples(self) -> int:
-        """How many special tokens the rows of the few-shot examples spell."""
+        """Count the special tokens spelled by the rows of the few-shot examples."""
         text = self._source.few_shot()
         if not text or self._policy == "allow":
             return 0

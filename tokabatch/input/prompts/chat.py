@@ -1,10 +1,10 @@
-"""What a row says to a chat template, checked and in the shape that templates expect: messages, tools and documents.
+"""A row's messages, tools and documents, checked and in the shape that chat templates expect.
 
-A conversation that ends with an assistant's text is continued in that text. Each may be JSON text, and so may the arguments of
-a tool call. Text given in parts becomes one text; keys of a message that are null are dropped, as transformers does; other keys
-pass through. In rows of typed columns (Parquet), an object has all keys that any other row's has, null where it has none: nulls
-are dropped there at any depth, and what JSON has no type for is as in a job's template: a date in ISO 8601, a decimal number as
-text.
+A conversation that ends with an assistant's text is continued in that text. Messages, tools, documents and the arguments of a
+tool call may be JSON text. Text given in parts is joined; keys of a message that are null are dropped, as in transformers;
+other keys pass through. In rows of typed columns (Parquet) an object has every key that any row's object has, null where it has
+no value: such nulls are dropped at any depth. Values without a JSON type print as in a job's template: a date in ISO 8601, a
+decimal number as text.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tokabatch.job.fields import DECIDED_KWARGS
 
 Message = dict[str, Any]
 CALLS = ("tool_calls", "function_call", "function")
-"""Where messages hold the calls of tools."""
+"""Keys of messages that hold tool calls."""
 
 
 def normalise_messages(value: Any, column: str) -> list[Message] | RowError:
-    """The conversation in `value`, or `bad_type` / `empty_prompt`."""
+    """Return the conversation in `value`, or an error `bad_type`, `bad_messages`, `missing_field` or `empty_prompt`."""
     value = decoded(value)
     if not isinstance(value, list):
         return RowError("bad_type", f"the column {column!r} must hold a list of messages, not {type(value).__name__}")
@@ -49,14 +49,14 @@ def normalise_messages(value: Any, column: str) -> list[Message] | RowError:
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:
-    """A system message in front, unless the conversation brings its own."""
+    """Put a system message in front, unless the conversation has its own."""
     if system is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
 
 
 def read_objects(value: Any, column: str) -> list[dict[str, Any]] | RowError | None:
-    """The tools or documents in `value`, a list of objects; None where there is none, `bad_type` for anything else."""
+    """Return the tools or documents in `value`, a list of objects; None if there are none, `bad_type` for anything else."""
     found = decoded(value)
     if found is None or found == [] or (isinstance(found, str) and found.strip() in ("", "null")):
         return None
@@ -70,7 +70,8 @@ def read_objects(value: Any, column: str) -> list[dict[str, Any]] | RowError | N
 
 
 def read_kwargs(value: Any, column: str) -> dict[str, Any] | RowError:
-    """The row's own variables for the chat template; `bad_type` for anything but an object of variables that are its to set."""
+    """Return the row's own variables for the chat template; `bad_type` for anything but an object, and for variables that the
+    run sets."""
     found = decoded(value)
     if found is None or (isinstance(found, str) and not found.strip()):
         return {}
@@ -83,7 +84,8 @@ def read_kwargs(value: Any, column: str) -> dict[str, Any] | RowError:
 
 
 def decoded(value: Any) -> Any:
-    """What JSON text says, and the JSON texts in a list; any other text as it is, and so is JSON that a row could not hold."""
+    """Parse a value, or the items of a list, that is JSON text; leave any other text, and JSON that no row may hold, as it
+    is."""
     if isinstance(value, list):
         return [decoded(item) for item in cast("list[Any]", value)]
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
@@ -93,7 +95,7 @@ def decoded(value: Any) -> Any:
 
 
 def with_arguments(value: Any, convert: Callable[[Any], Any]) -> Any:
-    """The messages in `value` with `convert` applied to the arguments of each tool call."""
+    """Return the messages in `value` with `convert` applied to the arguments of each tool call."""
     if isinstance(value, list):
         return [with_arguments(item, convert) for item in cast("list[Any]", value)]
     if not isinstance(value, Mapping):
@@ -106,18 +108,19 @@ def with_arguments(value: Any, convert: Callable[[Any], Any]) -> Any:
 
 
 def arguments_as_object(value: Any) -> Any:
-    """Arguments as most chat templates take them. OpenAI's API has them as JSON text; text that is none stays."""
+    """Return arguments as an object, which most chat templates expect. OpenAI's API sends JSON text; text that is not JSON is
+    kept."""
     found = decoded(value or "{}") if isinstance(value, str) else value
     return found if isinstance(found, Mapping) else value
 
 
 def arguments_as_text(value: Any) -> Any:
-    """Arguments as JSON text, which some chat templates take instead."""
+    """Return arguments as JSON text, which some chat templates expect."""
     return to_json(value) if isinstance(value, Mapping) else value
 
 
 def plain_values(value: Any) -> Any:
-    """A value of a typed column as JSON would have brought it. Raises NotText for binary data."""
+    """Convert a value of a typed column to what JSON would have brought. Raises NotText for binary data."""
     if isinstance(value, Mapping):
         given = cast("Mapping[str, Any]", value)
         return {key: plain_values(item) for key, item in given.items() if item is not None}

@@ -1,8 +1,8 @@
-"""Which chat template a job uses, and what the template is given beside the messages.
+"""Choose the chat template of a job, and check it; nothing is rendered here.
 
-It is what `prompt.chat_template` says (a file, the name of one of the tokenizer's templates, or Jinja text), else the
-tokenizer's own: `default`, or `tool_use` where a row brings tools and there is one. `prompt.chat_template_kwargs` and a row's
-columns `tools` and `documents` reach the template as variables of these names. This module renders nothing.
+`prompt.chat_template` (a file, the name of one of the tokenizer's templates, or Jinja text) comes first, then the tokenizer's
+own: `default`, or `tool_use`, if it exists, for rows with tools. `prompt.chat_template_kwargs` and a row's columns `tools` and
+`documents` reach the template as variables of these names.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tokabatch.job import PromptConfig
 DEFAULT, TOOL_USE = "default", "tool_use"
 TOOLS, DOCUMENTS = "tools", "documents"
 GIVEN = frozenset(("messages", "add_generation_prompt", TOOLS, DOCUMENTS, "raise_exception", "strftime_now"))
-"""Variables and functions that every template is given."""
+"""Variables and functions passed to every template."""
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-"""A tag of transformers that marks the model's words and prints nothing."""
+"""A tag of transformers that marks the assistant's words and prints nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +38,14 @@ class ChatTemplate:
     with_tools: str
     kwargs: Mapping[str, Any]
     names: frozenset[str]
-    """The variables that the two read."""
+    """The variables that the two sources read."""
 
     def source_for(self, tools: Any) -> str:
-        """The template of a row with these tools, which may be None."""
+        """Return the template for a row with these tools, which may be None."""
         return self.source if tools is None else self.with_tools
 
     def describe(self, columns: Collection[str]) -> tuple[str, ...]:
-        """Sentences on what is given to the template and not read by it; `columns` are the input's."""
+        """Return notes on variables that the template does not read; `columns` are the input's."""
         own = [name for name in sorted(self.names - GIVEN) if not name.endswith("_token")]
         sentences = [
             f"prompt.chat_template_kwargs: the chat template reads no {name!r}{did_you_mean(name, own)}; of its own it reads "
@@ -59,8 +59,8 @@ class ChatTemplate:
 
 
 def choose_chat_template(config: PromptConfig, templates: Mapping[str, str], tokenizer: str) -> ChatTemplate | None:
-    """The job's chat template; `templates` are those of the tokenizer by name. None where there is none to use. Raises JobError
-    for one that is not there or no Jinja, and where nothing says which of several is meant."""
+    """Return the job's chat template, None if none applies; `templates` are the tokenizer's by name. Raises JobError for a
+    template that does not exist or is not Jinja, and for an ambiguous choice."""
     sources = None if config.token_ids else _sources(config, templates, tokenizer)
     if sources is None:
         return None
@@ -75,7 +75,7 @@ def choose_chat_template(config: PromptConfig, templates: Mapping[str, str], tok
 
 
 def refuse_missing_chat_template(config: PromptConfig, tokenizer: str) -> None:
-    """Raises JobError where the job needs a chat template; for one that has none."""
+    """Raise JobError if the job needs a chat template; called where there is none."""
     needs = {
         "prompt.chat: true": config.chat is True,
         "prompt.messages": config.messages,
@@ -90,7 +90,7 @@ def refuse_missing_chat_template(config: PromptConfig, tokenizer: str) -> None:
 
 
 def blank_texts(value: Any, blank: Blank) -> Any:
-    """The value with `blank` applied to the texts in it, at any depth."""
+    """Return the value with `blank` applied to the texts in it, at any depth."""
     if isinstance(value, str):
         return blank(value)
     if isinstance(value, Mapping):
@@ -99,13 +99,13 @@ def blank_texts(value: Any, blank: Blank) -> Any:
 
 
 def chat_template_file(config: PromptConfig) -> Path | None:
-    """The file that `prompt.chat_template` names; None where it is not given or says something else."""
+    """Return the file that `prompt.chat_template` names; None if it names none."""
     given = config.chat_template
     return Path(given) if given and not _is_jinja(given) and Path(given).is_file() else None
 
 
 def _sources(config: PromptConfig, templates: Mapping[str, str], tokenizer: str) -> dict[str, str] | None:
-    """The template's source, and that for rows with tools where it is another, by what messages call them."""
+    """Return the template's source by its name in messages, followed by the source for rows with tools if that differs."""
     chosen, file = config.chat_template, chat_template_file(config)
     if file is not None:
         return {f"prompt.chat_template {chosen!r}": _read(file)}

@@ -1,4 +1,4 @@
-"""The columns that a job's prompts are made of, as far as the job alone says; needs no tokenizer."""
+"""The columns that prompts are made of, as far as the job alone determines them, without a tokenizer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tokabatch.job import Job, PromptConfig
 
 PROMPT, MESSAGES, TOKEN_IDS = "prompt", "messages", "prompt_token_ids"
 FIRST_ROWS = 1000
-"""Rows of which one must have each column that every prompt needs, or the rest of the input is not read."""
+"""If none of this many first rows has a column that every prompt needs, the rest of the input is not read."""
 
 
 class PromptColumns:
-    """`templates` are the job's own, compiled; `defaults` the columns of which one is the prompt where the job names none.
-    Raises JobError for a template that is no Jinja, and for settings that exclude each other."""
+    """`templates` are the job's own, compiled; `defaults` the columns searched for a prompt if the job names none. Raises
+    JobError for a template that is not valid Jinja and for settings that exclude each other."""
 
     def __init__(self, config: PromptConfig, compile: Callable[[str, str], Template] | None = None) -> None:
         compile = compile or cache(compile_template)
@@ -31,13 +31,13 @@ class PromptColumns:
         }
 
     def missing(self, present: Collection[str]) -> dict[str, str]:
-        """The columns that every prompt needs and that are not `present`, each with the key that names it."""
+        """Return the columns that every prompt needs and that are not `present`, each with the job's key that names it."""
         needed = {name: key for key, each in self.templates.items() for name in each.required(present)} | self.named
         return {name: needed[name] for name in sorted(needed) if name not in present}
 
     def check(self, present: Collection[str], rows: int | None = None) -> None:
-        """Raises InputError where a column that every prompt needs is not among those that are `present` in the whole input,
-        or in its first so many `rows`."""
+        """Raise InputError if a column that every prompt needs is not `present` in the whole input, or in its first `rows`
+        rows."""
         has, its, later = "the input has", "its", ""
         if rows is not None:
             has, its = f"the first {rows:,} rows have", "their"
@@ -70,7 +70,7 @@ class PromptColumns:
 
 
 def check_columns(job: Job, prompt: PromptColumns, present: Collection[str]) -> None:
-    """The same for all columns that the job names, of the whole input."""
+    """Run the same check for all columns that the job names, on the whole input."""
     prompt.check(present)
     named = {"input.id_column": job.input.id_column, "verify.answer": job.verify.answer if job.verify else None}
     wanted = [(key, name) for key, name in named.items() if name]
@@ -82,6 +82,6 @@ def check_columns(job: Job, prompt: PromptColumns, present: Collection[str]) -> 
 
 
 def check_first_rows(prompt: PromptColumns, present: Collection[str], rows: int) -> None:
-    """The same of the first `rows`, which have the columns that are `present`; says nothing of fewer than 1,000."""
+    """Run the same check on the first `rows` rows, which have the columns `present`; fewer than 1,000 rows are not checked."""
     if rows >= FIRST_ROWS and present:
         prompt.check(present, rows)

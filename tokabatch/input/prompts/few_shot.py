@@ -1,6 +1,6 @@
 """The examples in front of every prompt: the first k rows of a file, rendered once.
 
-Each example ends with a newline of its own template, or gets a blank line after it, so that examples never run together.
+Each example ends with its template's own newline, or is followed by a blank line, so that examples never run together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SEPARATOR = "\n\n"
 
 
 def render_few_shot(path: str, k: int, template: str) -> str:
-    """The joined examples: the first `k` rows of `path`. Raises InputError naming the file and row where one cannot be
+    """Return the joined examples: the first `k` rows of `path`. Raises InputError naming the file and the row that cannot be
     rendered."""
     compiled = compile_template(template, "prompt.few_shot.template")
     rows: list[Row] = []

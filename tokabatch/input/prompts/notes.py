@@ -1,4 +1,4 @@
-"""Sentences on prompts that may not be what their author meant: all alike, or with chat markup twice or as plain text."""
+"""Notes on prompts that may not be what their author intended: all alike, or with chat markup twice or as plain text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tokabatch.input.rows import NO_PLACES, RowPlaces
 from tokabatch.job import GenerationConfig, PromptConfig
 
 _PLAIN_NAMES = frozenset(("n", "seed", "stop"))
-"""Settings whose names columns of any data may have."""
+"""Settings with names that ordinary data columns may have."""
 SINGLE_BRACES = re.compile(r"(?<![{$\\])\{ ?([A-Za-z_][A-Za-z0-9_]*) ?\}(?!\})")
 
 
 @dataclass
 class Spelled:
-    """How many rows spell special tokens, and the first of them with what it spells."""
+    """The number of rows that spell special tokens, and the first such row with its token."""
 
     rows: int = 0
     first: tuple[int, str] | None = None
@@ -39,8 +39,8 @@ def describe_prompts(
     special_texts: Collection[str],
     places: RowPlaces = NO_PLACES,
 ) -> tuple[str, ...]:
-    """`chat` says whether texts go through the chat template; `columns` are the input's, of which there are so many `rows`;
-    `read` are those that prompts and settings are made of."""
+    """Return the notes. `chat`: texts go through the chat template; `columns` are those of the input, which has `rows` rows;
+    `read` are the columns that prompts and settings are made of."""
     return (
         *_describe_settings(columns, read),
         *_describe_templates(config, rows, columns),
@@ -49,7 +49,7 @@ def describe_prompts(
 
 
 def _describe_settings(columns: Collection[str], read: Collection[str]) -> Iterator[str]:
-    """Columns that look like a row's settings, and are none."""
+    """Note columns that look like settings of a row, but are not."""
     names = sorted((set(columns) & GenerationConfig.model_fields.keys()) - set(read) - _PLAIN_NAMES)
     if names:
         yield (
@@ -59,7 +59,7 @@ def _describe_settings(columns: Collection[str], read: Collection[str]) -> Itera
 
 
 def _describe_templates(config: PromptConfig, rows: int, columns: Collection[str]) -> Iterator[str]:
-    """What names no column, and columns in single braces."""
+    """Note templates that name no column, and columns in single braces."""
     few_shot = config.few_shot
     templates = {"template": config.template, "system": config.system, "few_shot.template": few_shot and few_shot.template}
     for key, source in templates.items():
@@ -81,7 +81,7 @@ def _describe_templates(config: PromptConfig, rows: int, columns: Collection[str
 def _describe_markup(
     config: PromptConfig, spelled: Spelled, chat: bool, special_texts: Collection[str], places: RowPlaces
 ) -> Iterator[str]:
-    """A template that writes chat markup itself, in front of the chat template, and rows that hold special tokens."""
+    """Note a template that writes chat markup although a chat template applies, and rows that contain special tokens."""
     written = next((text for text in sorted(special_texts) if config.template and text and text in config.template), None)
     if chat and written:
         yield (

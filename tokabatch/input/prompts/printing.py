@@ -1,6 +1,8 @@
-"""What a template may write: a text as it is, the digits of a number, True or False, a date or time in ISO 8601. Everything
-else is refused with what to write instead, so that no prompt ever holds what Python shows of an object: lists, objects and
-null, numbers that are none, binary data, methods, functions. JSON, where a template asks for it, is text too.
+"""The text of values in a template: texts as they are, digits of numbers, True or False, dates and times in ISO 8601, and JSON
+where a template asks for it.
+
+Everything else is refused with a remedy, so that no prompt ever contains the Python representation of an object: lists, objects
+and null, NaN and infinity, binary data, methods, functions.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ class NotText(TypeError):
 
 
 def is_null(value: Any) -> bool:
-    """Null, or the NaN that data frames write for it."""
+    """Return whether a value is null, or the NaN that data frames use for it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def text_of(value: Any, name: str | None = None, place: str = "a value of the template") -> str:
-    """The text of a value that is written out or made into text; `name` is what the template calls it, `place` where it is
-    used. Raises UndefinedError for null and for what is missing, NotText for what has no text."""
+    """Return the text of a value; `name` is its name in the template, `place` where it is used. Raises UndefinedError for null
+    and missing values, NotText for values without a text."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool | int | date | time | UUID):
@@ -55,7 +57,7 @@ def to_json(
     separators: Sequence[str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """The filter `tojson` as chat templates have it: plain JSON, no characters escaped for HTML, keys in their order."""
+    """The filter `tojson` of chat templates: plain JSON, no characters escaped for HTML, keys in their order."""
     pair = None if separators is None else (separators[0], separators[1])
     try:
         return json.dumps(
@@ -72,7 +74,7 @@ def to_json(
 
 
 def _json_value(value: Any) -> Any:
-    """What stands in JSON for a value that JSON has no type for."""
+    """Replace a value that has no JSON type."""
     if isinstance(value, range | KeysView | ValuesView | ItemsView):
         return list(cast("Sequence[Any]", value))
     if isinstance(value, Mapping):
@@ -81,7 +83,7 @@ def _json_value(value: Any) -> Any:
 
 
 def _description(value: Any, name: str) -> tuple[str, str]:
-    """What a value without a text is, and what to write instead."""
+    """Return what kind of value has no text, and what to write instead."""
     if isinstance(value, bytes | bytearray | memoryview):
         return "binary and no UTF-8", "store it as text, or leave it out of the prompt"
     if isinstance(value, Mapping):

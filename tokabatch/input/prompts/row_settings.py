@@ -1,5 +1,5 @@
-"""What each row is sampled with: its own column `sampling_params` over the job's `generation`; the token ids of `bad_words`;
-which settings name tokens that the model does not have."""
+"""The sampling parameters of each row: its column `sampling_params` over the job's `generation`, with `bad_words` as token ids;
+settings that name tokens outside the model's vocabulary are errors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from tokabatch.input.tokenizer.tokenizer import Tokenizer
 
 MAX_KNOWN = 1024
-"""Settings of rows that are checked once, however many rows have the same."""
+"""Number of different settings of rows that are cached."""
 NAMING_TOKENS = frozenset(("logprobs", "stop", "stop_token_ids", "logit_bias", "bad_words"))
-"""The settings of which only the model can tell whether they can be; the job's own have been checked."""
+"""Settings that only the model can validate; the job's own are checked before."""
 
 
 class RowSettings:
-    """The settings of a job's rows, for a model of `vocab_size` tokens."""
+    """Makes sampling parameters of rows, for a model of `vocab_size` tokens."""
 
     def __init__(self, generation: GenerationConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
@@ -34,14 +34,15 @@ class RowSettings:
         given = {name: getattr(generation, name) for name in generation.model_fields_set}
         self._generation = GenerationConfig.model_validate(given | {"bad_words": self._encode_words(generation.bad_words)})
         self.of_job = self._generation.params()
-        """Of a row without settings of its own."""
+        """Parameters of rows without settings of their own."""
 
     def of(self, row: Mapping[str, Any]) -> SamplingParams | RowError:
-        """The parameters of a row of these columns; the code of its error is `bad_sampling`."""
+        """Return the parameters of a row with these columns, or an error `bad_sampling`."""
         given = row.get(SAMPLING_PARAMS)
         if given is None:
             return self.of_job
-        # Rows mostly have one of a few settings. Text tells `true` from 1, which are equal and of which one is refused.
+        # Most rows share a few settings. The text distinguishes `true` from 1, which compare equal although one of them is
+        # refused.
         written = repr(given)
         params = self._known.get(written)
         if params is None:
@@ -51,7 +52,7 @@ class RowSettings:
         return params
 
     def _check(self, given: Any) -> SamplingParams | RowError:
-        """What a row that gives these settings, an object or its JSON text, is sampled with."""
+        """Return the parameters for these settings, an object or its JSON text."""
         given = decoded(given)
         if not isinstance(given, Mapping):
             return RowError("bad_sampling", f"{SAMPLING_PARAMS} must be an object of settings, not {type(given).__name__}")
@@ -67,8 +68,8 @@ class RowSettings:
         return params
 
     def _encode_words(self, words: Any) -> Any:
-        """`bad_words` with token ids in place of texts. A text is ruled out as it stands and behind a space, where that is
-        another token and not one more, as vLLM has it. What is no text is left to be refused."""
+        """Return `bad_words` with token ids in place of texts. A text is banned as it is and after a space, where that is a
+        different token and not one more, as in vLLM. Anything that is not text is left for the validation to refuse."""
         if isinstance(words, str):
             words = [words]
         if not isinstance(words, list | tuple):
@@ -88,7 +89,8 @@ class RowSettings:
 
 
 def refuse_beyond(params: SamplingParams, vocab_size: int) -> str | None:
-    """Why a model of so many tokens cannot be sampled so: a setting means a token that it has not."""
+    """Return why a model of `vocab_size` tokens cannot be sampled with `params`, None if it can: a setting names a token that
+    it does not have."""
     if (params.logprobs or 0) > vocab_size:
         return f"logprobs is {params.logprobs}, but the model has {vocab_size} tokens; write at most that many"
     named: dict[str, Iterable[int]] = {

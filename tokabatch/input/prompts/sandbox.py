@@ -1,13 +1,13 @@
-"""A Jinja environment in which a template can neither reach out nor run away.
+"""A Jinja environment with limits: templates reach nothing outside of their row and cannot run away.
 
-On top of Jinja's immutable sandbox every rendering has a budget: loop rounds and calls are counted, no operation may make a
-text, list or number beyond a limit, the output is cut off there, and at every one of these points the CPU time is looked at.
-Values nested in themselves over and over count with all that they would unfold to. Undefined names are errors; text is
-rendered exactly as written (no auto-escaping, a trailing newline stays).
+On top of Jinja's immutable sandbox, each rendering has a budget: loop iterations and calls are counted, no operation may make a
+text, list or number beyond a limit, the output is cut off at one, and CPU time is checked at each of these points. Values
+nested in themselves count with everything that they expand to. Undefined names are errors; text is rendered exactly as written
+(no auto-escaping, trailing newlines kept). Only the row's texts and numbers reach the output, never the Python representation
+of an object (`printing`).
 
-What reaches the text are the row's texts and numbers, never what Python shows of an object (`printing`). A column goes before
-a function of Jinja's, and a field before a method: `order.items` is the row's, and so is `range`; `order.items()` and
-`range(3)` are calls.
+A column takes precedence over a function of Jinja's, and a field over a method: `order.items` is the row's field, and so is
+`range`; `order.items()` and `range(3)` are calls.
 """
 
 from __future__ import annotations
@@ -33,23 +33,24 @@ MAX_NUMBER_BITS = 4096
 MAX_DIGITS = 100
 MAX_CPU_SECONDS = 10.0
 ADDING = ("center", "batch", "slice", "wordwrap")
-"""Filters that may make a text or list as long as a number among their arguments."""
+"""Filters whose result may be as long as a number among their arguments."""
 MULTIPLYING = ("replace", "indent", "join", "tojson")
 SLOW = ("urlize", "wordwrap", "striptags", "xmlattr", "title", "wordcount", "truncate")
-"""Filters that take a microsecond a character, or more."""
+"""Filters that take a microsecond or more for each character."""
 MAX_SLOW_CHARACTERS = 200_000
 _COUNTED, _JOINED, _BUILT, _SHOWN, _METHOD = "_counted", "_joined", "_built", "_shown", "_method"
 GLOBALS = {name: f"jinja_{name}" for name in ("range", "dict", "cycler", "joiner", "namespace")}
-"""Jinja's functions and what they are called inside: a template that calls one means it, one that writes or reads such a name
+"""Jinja's functions and their names inside. A template that calls such a name means the function; one that writes or reads it
 means the row's column."""
 
 
 class TemplateTooLarge(SecurityError):
-    """The rendering went past its budget."""
+    """The rendering exceeded its budget."""
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Parses templates so that each loop round, concatenation and list passes a check. One rendering at a time."""
+    """Compiles templates so that each loop iteration, concatenation and list passes a check. Not reentrant: one rendering at a
+    time."""
 
     intercepted_binops = frozenset(["*", "**", "+", "%"])
 
@@ -64,7 +65,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._begun = 0.0
 
     def render(self, generate: Callable[[Mapping[str, Any]], Iterable[str]], values: Mapping[str, Any]) -> str:
-        """The text that a compiled template's `generate` yields. Raises TemplateTooLarge past the budget."""
+        """Return the text that a compiled template's `generate` yields. Raises TemplateTooLarge beyond the budget."""
         self._rounds = self._calls = 0
         self._begun = time.thread_time()
         pieces: list[str] = []
@@ -105,7 +106,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return result
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Macros, functions and methods; those of texts are the only ones that could make much out of little."""
+        """Check calls of macros, functions and methods; only methods of texts can make much out of little."""
         self._spend()
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, float):
@@ -117,7 +118,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self._built(result) if isinstance(result, dict) else result
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """`str.format` and `str.format_map`, which could make a text of any length."""
+        """Wrap `str.format` and `str.format_map`, which could make a text of any length."""
         return None if super().wrap_str_format(value) is None else _refuse_format
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -125,13 +126,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().getitem(obj, argument)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """`obj.attribute`: the field of an object before its method."""
+        """Look up `obj.attribute`: the field of an object before its method."""
         if isinstance(obj, Mapping) and attribute in obj:
             return cast("Mapping[str, Any]", obj)[attribute]
         return super().getattr(obj, attribute)
 
     def _spend(self) -> None:
-        """One call or operation more."""
+        """Count one more call or operation."""
         self._calls += 1
         if self._calls > MAX_CALLS:
             raise TemplateTooLarge(f"it makes more than {MAX_CALLS:,} calls and operations")
@@ -156,23 +157,23 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join([text_of(part, place="a part of a ~ b") for part in parts])
 
     def _built(self, value: Any) -> Any:
-        """A list, tuple or dict that the template has put together."""
+        """Measure a list, tuple or dict that the template has built."""
         self._look_at_clock()
         _size(value)
         return value
 
     def _shown(self, value: Any, name: str | None) -> str:
-        """The text of every value that is written out."""
+        """Return the text of a value that is written to the output."""
         text = text_of(value, name)
         _check(len(text))
         return text
 
     def _method(self, obj: Any, attribute: str) -> Any:
-        """`obj.attribute` where it is called: a method before the field of that name."""
+        """Look up `obj.attribute` in a call: the method before the field of that name."""
         return super().getattr(obj, attribute)
 
     def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The filter with its arguments measured first."""
+        """Wrap a filter so that its arguments are measured first."""
         context = context_arguments(function)
 
         def bounded(*args: Any, **kwargs: Any) -> Any:
@@ -192,8 +193,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _name_calls(tree: nodes.Template) -> None:
-    """Calls reach Jinja's functions and methods, whatever columns and fields are called. A name that the template itself
-    defines stays its own."""
+    """Make calls reach Jinja's functions and methods, whatever the names of columns and fields. Names that the template defines
+    itself are left alone."""
     own = {node.name for node in tree.find_all((nodes.Name, nodes.Macro)) if getattr(node, "ctx", "store") != "load"}
     for call in list(tree.find_all(nodes.Call)):
         called = call.node
@@ -210,7 +211,7 @@ def _written(node: nodes.Expr) -> nodes.Expr:
 
 
 def _spelled(node: nodes.Node) -> str | None:
-    """How the template spells a column, field or item."""
+    """Return how the template spells a column, field or item."""
     if isinstance(node, nodes.Name):
         return node.name
     if isinstance(node, nodes.Getattr | nodes.Getitem) and (owner := _spelled(node.node)):
@@ -221,7 +222,7 @@ def _spelled(node: nodes.Node) -> str | None:
 
 
 def _wrap_literals(tree: nodes.Template) -> None:
-    """Measure each list, tuple and dict that the template puts together out of values, as it does so."""
+    """Measure each list, tuple and dict that the template builds out of values."""
     for parent in list(tree.find_all(nodes.Node)):
         for name, value in list(parent.iter_fields()):
             if isinstance(value, nodes.Expr):
@@ -260,7 +261,8 @@ def _product(values: Iterable[Any]) -> int:
 
 
 def _size(value: Any) -> int:
-    """Characters of a text; of a list or mapping its items and all that is in them, however often it is in them."""
+    """Return the size of a value: the characters of a text; for a list or mapping, its items and everything in them, counted
+    each time it occurs."""
     if isinstance(value, str):
         return len(value)
     if not isinstance(value, list | tuple | dict):

@@ -1,9 +1,9 @@
-"""The text or token ids of one row's prompt, before it is tokenised.
+"""The text or token ids of one row's prompt, before tokenisation.
 
 A prompt comes from a template, a column of chat messages, a column of token ids or, by default, from the first of the columns
-`prompt` (text or messages), `messages` and `prompt_token_ids` that a row fills. The chat template applies to messages always,
-to text where `prompt.chat` is true, or auto and the tokenizer has one; token ids are taken as they are. All words that are not
-the row's own go through `blank` first, which shows later which these were.
+`prompt` (text or messages), `messages` and `prompt_token_ids` that has a value in the row. The chat template applies to
+messages always, and to text if `prompt.chat` is true, or auto and the tokenizer has one; token ids are taken as they are. All
+words that are not the row's own pass through `blank`, which later identifies them.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Draft:
 
 
 class PromptSource:
-    """What the job says of prompts, for a tokenizer whose ids end at `vocab_size`. In `typed` rows an object has the keys of
-    any other row's; `now` is what a chat template's clock shows. Tools and documents that no template reads are a fault of rows
-    that are requests (`of_requests`). Raises JobError or InputError where that cannot work."""
+    """Makes a row's prompt as the job describes it, for a tokenizer whose ids end at `vocab_size`. In `typed` rows an object
+    has every key that any row's object has; `now` is the time that chat templates see. If rows are requests (`of_requests`),
+    tools and documents that no template reads are an error. Raises JobError or InputError for settings that cannot work."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class PromptSource:
         if self._chat_template is None:
             refuse_missing_chat_template(config, tokenizer.name)
         self.own = PromptColumns(config, self._compile)
-        # What the job's own template reads is not the chat template's.
+        # Columns read by the job's own template are not passed to the chat template.
         read = frozenset[str]() if self._chat_template is None else self._chat_template.names
         self._chat_columns = (frozenset((TOOLS, DOCUMENTS)) & read) - self.own.own_names
         self._kwargs_column = (frozenset[str]() if self._chat_template is None else {TEMPLATE_KWARGS}) - self.own.own_names
@@ -94,7 +94,7 @@ class PromptSource:
         self.columns = of_job | self._chat_columns | self._kwargs_column
 
     def describe(self, present: Collection[str]) -> tuple[str, ...]:
-        """Sentences on what no chat template reads, and on names that mean two things; `present` are the input's columns."""
+        """Return notes on columns that no chat template reads and on ambiguous names; `present` are the input's columns."""
         by_name = {name for template in self.own.templates.values() for name in template.by_name} & set(present)
         fields = [f"{ROW}[{name!r}]" for name in sorted(by_name - {ROW}) if ROW in present]
         twofold = [f"{', '.join(fields)}: a field of the column {ROW!r}, not a column; rename {ROW!r} to name columns so"]
@@ -106,7 +106,7 @@ class PromptSource:
         return (*(twofold if fields else ()), *unread)
 
     def draft(self, row: Mapping[str, Any], blank: Blank = as_written) -> Draft | RowError:
-        """The prompt of a row; the sources of all templates, and special texts that stand around the row's text, go through
+        """Return the prompt of a row; the sources of all templates, and the special texts around the row's text, pass through
         `blank`."""
         try:
             if self._config.template is not None:
@@ -121,18 +121,19 @@ class PromptSource:
             return RowError("bad_type", str(error))
 
     def values(self, row: Mapping[str, Any]) -> Iterator[Any]:
-        """What the row brings to its prompt; JSON text of messages, their tool calls, tools and documents is read."""
+        """Iterate over the values that a row's prompt is made of, with JSON text of messages, their tool calls, tools and
+        documents parsed."""
         for name in self.columns & row.keys():
             structured = name in self._chat_columns | self._kwargs_column or name in (self._config.messages, MESSAGES)
             structured = structured or (name == PROMPT and isinstance(row[name], list))
             yield with_arguments(decoded(row[name]), arguments_as_object) if structured else row[name]
 
     def wraps(self, row: Mapping[str, Any]) -> bool:
-        """Whether a text of the row goes through the chat template."""
+        """Return whether a text of the row goes through the chat template."""
         return self.chat and (self._config.template is not None or isinstance(row.get(PROMPT), str))
 
     def few_shot(self, blank: Blank = as_written) -> str:
-        """The examples in front of every prompt."""
+        """Return the examples in front of every prompt."""
         few_shot = self._config.few_shot
         return self._render_examples(few_shot.path, few_shot.k, blank(few_shot.template)) if few_shot else ""
 
@@ -179,7 +180,7 @@ class PromptSource:
         return self._chat([{"role": "user", "content": text}], row, blank)
 
     def _chat(self, messages: list[dict[str, Any]], row: Mapping[str, Any], blank: Blank) -> Draft | RowError:
-        """The chat template writes its own BOS, so none is added."""
+        """Apply the chat template, which writes its own BOS: none is added."""
         assert self._chat_template is not None
         system = None
         if self._config.system is not None:
@@ -205,7 +206,7 @@ class PromptSource:
 
         text = render(arguments_as_object)
         if isinstance(text, RowError) and any(message.get("tool_calls") for message in messages):
-            # A template that puts the arguments between texts refuses an object.
+            # A template that concatenates the arguments with text fails on an object.
             as_text = render(arguments_as_text)
             text = text if isinstance(as_text, RowError) else as_text
         return text if isinstance(text, RowError) else Draft(text)

@@ -1,7 +1,8 @@
-"""Jinja's filters for prompts: those that make a text of a value take what has one, as `printing` says, and give plain text.
+"""Jinja's filters for prompts. Filters that convert their value to text accept what has a text (`printing`) and return plain
+text.
 
-`default` stands in for null as well as for what is missing, since Parquet has only null for both. `tojson` is that of chat
-templates. `random` is left out, for a prompt must come out the same at every start, and `pprint`, which shows Python.
+`default` applies to null as well as to missing values, because Parquet has only null for both. `tojson` is that of chat
+templates. `random` is left out, since prompts must be reproducible, and so is `pprint`, which prints Python.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ TEXT = frozenset(
     "capitalize center e escape filesizeformat forceescape indent lower replace safe string striptags title trim truncate "
     "upper urlencode urlize wordcount wordwrap xmlattr".split()
 )
-"""Those that make a text of their value."""
+"""Filters that convert their value to text."""
 PAIRS = ("urlencode", "xmlattr")
-"""Those of them that take an object too, whose values become texts."""
+"""Those that also accept an object, whose values are converted."""
 
 
 def prompt_filters(filters: Mapping[str, Filter]) -> dict[str, Filter]:
-    """`filters` is Jinja's own set."""
+    """Return the filters for prompts; `filters` are Jinja's own."""
     kept = {name: _plain(function) for name, function in filters.items() if name not in LEFT_OUT}
     kept |= {name: _of_text(name, filters[name]) for name in TEXT}
     return kept | {"join": _join(filters["join"]), "default": _default, "d": _default, "tojson": to_json}
@@ -40,7 +41,7 @@ def _default(value: Any, default_value: Any = "", boolean: bool = False) -> Any:
 
 
 def _of_text(name: str, function: Filter) -> Filter:
-    """The filter, whose value becomes a text first; what else it is given must be a text or a number."""
+    """Wrap a filter so that its value is converted to text first; its other arguments must be texts or numbers."""
     context, place = context_arguments(function), f"the value of the filter {name}"
 
     @wraps(function)
@@ -83,10 +84,10 @@ def _plain(function: Filter) -> Filter:
 
 
 def _plain_text(value: Any) -> Any:
-    """Markup, whose methods write whatever they are given, becomes plain text."""
+    """Convert Markup to plain text: its methods print whatever they are given."""
     return "".join((value, "")) if isinstance(value, str) and type(value) is not str else value
 
 
 def context_arguments(function: Filter) -> int:
-    """How many arguments Jinja hands the filter in front of the value."""
+    """Return how many arguments Jinja passes to the filter in front of the value."""
     return int(hasattr(function, "jinja_pass_arg"))

@@ -1,10 +1,10 @@
-"""A prompt template of the job: which columns it needs, and its text for one row.
+"""A prompt template of the job: the columns it needs, and its text for one row.
 
-A column that the template reads must have a value in every row. What the template itself guards is free: a name under
-`| default(...)` may be missing or null, one under `is defined` may be missing. One that it tests (`{% if hint %}`, `is none`,
-`hint or question`) may be null, or missing in some rows, where it is taken for null.
+A column that the template reads must have a value in every row, unless the template guards it: a name under `| default(...)`
+may be missing or null, one under `is defined` may be missing. One that it tests (`{% if hint %}`, `is none`, `hint or
+question`) may be null; where it is missing in a row, it reads as null.
 
-`row['a name']` is the column of that name, whatever it is called, where no column is called `row`.
+`row['a name']` is the column of that name, whatever it is called, unless a column is called `row`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ NOT_IN_PROMPTS = (nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport, 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Compiled once; `names` are all the columns it mentions, `by_name` those of them that it mentions as `row['name']` alone,
-    `row` too where that is all it is used for."""
+    """A compiled template. `names` are all columns that it mentions; `by_name` those that it mentions only as `row['name']`,
+    and `row` itself if that is its only use."""
 
     sandbox: Sandbox
     compiled: CompiledTemplate
@@ -40,11 +40,11 @@ class Template:
     _non_null: frozenset[str]
 
     def required(self, present: Collection[str]) -> frozenset[str]:
-        """The columns that an input must have that has those that are `present`."""
+        """Return the columns that the input must have, given those that are `present`."""
         return _of_columns(self._required, self.by_name, present)
 
     def render(self, row: Mapping[str, Any]) -> str | RowError:
-        """The text for one row, or why there is none: `missing_field`, `bad_type`, `template_failed`, `template_too_large`."""
+        """Return the text for one row, or an error `missing_field`, `bad_type`, `template_failed` or `template_too_large`."""
         for name in _of_columns(self._non_null, self.by_name, row):
             if row.get(name) is None:
                 error = missing_field(name, row, template=True)
@@ -64,12 +64,12 @@ class Template:
         except TypeError as error:
             null = f" (a value is null in this row; {optional()})" if "NoneType" in str(error) else ""
             return RowError("bad_type", f"the template: {error}{null}")
-        except Exception as error:  # whatever a template computes costs its row alone
+        except Exception as error:  # any failure inside a template is an error of its row
             return RowError("template_failed", f"the template: {error or type(error).__name__}")
 
 
 def compile_template(source: str, key: str) -> Template:
-    """`key` is the job's key that holds it, for messages. Raises JobError with the template's line."""
+    """Compile a template; `key` is the job's key that holds it, for messages. Raises JobError with the template's line."""
     sandbox = Sandbox()
     try:
         tree = sandbox.parse(source)
@@ -96,7 +96,7 @@ def compile_template(source: str, key: str) -> Template:
 
 
 def _of_columns(names: frozenset[str], by_name: frozenset[str], present: Collection[str]) -> frozenset[str]:
-    """Those names that columns have to have: where there is a column `row`, `row['name']` is a field of it."""
+    """Return which names must be columns: if there is a column `row`, `row['name']` is a field of it."""
     return names - by_name | (by_name & {ROW}) if ROW in present and by_name else names
 
 
@@ -105,7 +105,7 @@ def _is_row(node: nodes.Node) -> bool:
 
 
 def _column(node: nodes.Node) -> str | None:
-    """The column that a part of a template stands for, if it does."""
+    """Return the column that a node of a template refers to, None if it refers to none."""
     if isinstance(node, nodes.Name):
         return node.name
     if isinstance(node, nodes.Getattr) and _is_row(node.node):
@@ -121,7 +121,7 @@ def _guarded(tree: nodes.Template) -> Iterator[str | None]:
 
 
 def _tested(tree: nodes.Template) -> Iterator[str | None]:
-    """What stands in a condition, and beside `and`, `or` and `not`."""
+    """Iterate over the columns in conditions and beside `and`, `or` and `not`."""
     conditions = [branch.test for branch in tree.find_all((nodes.If, nodes.CondExpr))]
     conditions += [side for pair in tree.find_all((nodes.And, nodes.Or)) for side in (pair.left, pair.right)]
     for condition in (*conditions, *(each.node for each in tree.find_all(nodes.Not))):

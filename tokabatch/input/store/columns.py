@@ -1,7 +1,7 @@
-"""The input's columns, kept on disk in the order of the rows, so that a sample's output row can carry them.
+"""The input's columns, kept on disk in row order, so that output rows can carry them.
 
-Rows of a typed source are kept as Arrow batches, those of JSON Lines as the text they came in, typed when they are asked
-for. A row that could not be parsed has nulls. This module knows no prompts and no output format.
+Rows of a typed source are kept as Arrow batches; rows of JSON Lines as their text, typed when they are read back. A row that
+could not be parsed has nulls. Independent of prompts and of the output format.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _TYPES, _STARTS = "types", "starts"
 
 
 class Columns(Protocol):
-    """Finished columns."""
+    """Columns that can be read back."""
 
     @property
     def schema(self) -> pa.Schema: ...
     def take(self, rows: Int64, names: Sequence[str]) -> pa.Table:
-        """The named columns of ascending, distinct rows; nulls for a column that no row has. Without names, a table without
-        rows."""
+        """Return the named columns of ascending, distinct rows; nulls for a column that no row has. Without names, a table
+        without rows."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """What `restore_columns` needs beside the files, as plain JSON values."""
+        """Return what `restore_columns` needs besides the files, as plain JSON values."""
         ...
 
     def row_bytes(self, rows: Int64) -> Int64:
-        """What each of these rows, in any order, will take in memory at most, shape [rows]."""
+        """Return an upper bound of the memory that each of these rows takes, in any order, shape [rows]."""
         ...
 
     def close(self) -> None: ...
@@ -55,14 +55,14 @@ class ColumnSpool(Protocol):
 
 
 def open_column_spool(path: Path, schema: pa.Schema | None, names: Sequence[str], *, others: bool) -> ColumnSpool:
-    """Keeps the named columns, and all others where these are wanted too, of a source with this schema; None for JSON."""
+    """Open a spool for the named columns, and for all others if `others`, of a source with this schema; None for JSON."""
     if schema is None:
         return JsonColumnSpool(path.with_suffix(".jsonl"), names, others)
     return ArrowColumnSpool(path.with_suffix(".arrow"), schema, None if others else names)
 
 
 def restore_columns(path: Path, state: Mapping[str, Any]) -> Columns:
-    """The finished columns of a spool at `path`."""
+    """Reopen the columns of a finished spool at `path`."""
     if (types := state.get(_TYPES)) is not None:
         texts = Texts.open(path.with_suffix(".jsonl"))
         return JsonColumns(texts, {name: JsonType.restored(kind) for name, kind in types.items()})
@@ -94,10 +94,10 @@ class ArrowColumnSpool:
 
 
 class ArrowColumns:
-    """Reads single batches back through a memory map."""
+    """Reads single batches through a memory map."""
 
     def __init__(self, path: Path, starts: Int64, sizes: Int64) -> None:
-        """`starts` is the first row of each batch, and the number of rows; `sizes` what each row takes in memory."""
+        """`starts` holds the first row of each batch, followed by the number of rows; `sizes` the memory of each row."""
         self._sizes = sizes
         self._source = pa.memory_map(str(path))
         self._file = ipc.open_file(self._source)
@@ -128,7 +128,7 @@ class ArrowColumns:
 
 
 class JsonColumnSpool:
-    """Writes the rows' text and learns their columns' types."""
+    """Writes the rows' text and infers the types of their columns."""
 
     def __init__(self, path: Path, names: Sequence[str], others: bool) -> None:
         self._texts = TextSpool(path)
@@ -155,14 +155,14 @@ class JsonColumnSpool:
                 known.add(value)
 
     def finish(self) -> Columns:
-        # A column that is asked for is there, though no row could be read.
+        # A requested column exists even if no row could be read.
         for name in sorted(self._wanted):
             self._types.setdefault(name, JsonType())
         return JsonColumns(self._texts.finish(), self._types)
 
 
 class JsonColumns:
-    """Parses the rows that are asked for."""
+    """Parses requested rows."""
 
     def __init__(self, texts: Texts, types: dict[str, JsonType]) -> None:
         self._texts = texts
@@ -196,7 +196,7 @@ class JsonColumns:
         return pa.field(name, self._types.get(name, JsonType()).arrow())
 
     def close(self) -> None:
-        """Nothing is held open but memory maps, which go with this object."""
+        """Do nothing: only memory maps are open, which are released with this object."""
 
     def _row(self, row: int) -> dict[str, Any]:
         text = self._texts.get(row)

@@ -1,6 +1,6 @@
-"""Arrays and texts that grow on disk while a dataset streams by, then are read back through memory maps.
+"""Arrays and texts that grow on disk while a dataset streams by and are then read back through memory maps.
 
-Each spool owns the file it was given until `finish`; what is finished can be opened again. Nothing here is durable.
+Each spool owns its file until `finish`; a finished file can be opened again. Nothing here is durable.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class ArraySpool(Generic[Scalar]):
         self.length += len(array)
 
     def finish(self) -> npt.NDArray[Scalar]:
-        """The whole array, memory-mapped and read-only."""
+        """Return the whole array, memory-mapped and read-only."""
         self._file.close()
         return open_array(self._path, self._dtype.type)
 
 
 def open_array(path: Path, dtype: type[Scalar]) -> npt.NDArray[Scalar]:
-    """A finished array, memory-mapped and read-only."""
+    """Open a finished array, memory-mapped and read-only."""
     if path.stat().st_size == 0:
         return np.empty(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
@@ -55,7 +55,7 @@ class Texts:
 
     @classmethod
     def open(cls, path: Path) -> Texts:
-        """Those of a finished spool."""
+        """Open the texts of a finished spool."""
         return cls(open_array(path, np.uint8), open_array(_offsets(path), np.int64))
 
     def get(self, row: int) -> bytes:
@@ -63,7 +63,7 @@ class Texts:
 
 
 class TextSpool:
-    """Byte strings one after another, and where each begins."""
+    """Byte strings, one after another, and their offsets."""
 
     def __init__(self, path: Path) -> None:
         self._data = ArraySpool(path, np.uint8)

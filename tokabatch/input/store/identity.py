@@ -1,8 +1,7 @@
 """What identifies a row in the output: the value of `input.id_column`, or the row number.
 
-Ids are strings always: whole numbers, decimals among them, are written in decimal, UUIDs in hexadecimal with dashes. They must
-be there and differ; both are checked in constant memory per row (an 8-byte digest), and digests that collide are told from
-true duplicates by the ids themselves.
+Ids are always strings: whole numbers, also of decimal type, in decimal, UUIDs in hexadecimal with dashes. They must be present
+and unique. Both are checked with an 8-byte digest for each row; where digests collide, the ids themselves are compared.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ LISTED = 10
 
 
 class IdSpool:
-    """Collects the ids of `column`, for messages those of requests."""
+    """Collects the ids of `column`; `of_requests` if messages should call them custom_ids."""
 
     def __init__(self, path: Path, column: str, of_requests: bool = False) -> None:
         self.column = column
@@ -39,7 +38,7 @@ class IdSpool:
         self._rows = ArraySpool(self._checks[1], np.int64)
 
     def append(self, rows: Sequence[Row]) -> dict[int, RowError]:
-        """Keeps the rows' ids; the rows that have none, by row number."""
+        """Keep the rows' ids; return the errors of rows without one, by row number."""
         ids = [row_id(row, self.column) for row in rows]
         texts = [NULL if isinstance(each, RowError) else each.encode() for each in ids]
         good = [(row.index, text) for row, text in zip(rows, texts, strict=True) if text != NULL]
@@ -49,7 +48,7 @@ class IdSpool:
         return {row.index: each for row, each in zip(rows, ids, strict=True) if isinstance(each, RowError)}
 
     def finish(self, places: RowPlaces = NO_PLACES) -> Texts:
-        """All ids. Raises InputError with the first ten that occur more than once."""
+        """Return all ids. Raises InputError with the first ten that occur more than once."""
         texts = self._texts.finish()
         rows, digests = self._rows.finish(), self._digests.finish()
         order = np.argsort(digests, kind="stable")
@@ -80,7 +79,7 @@ class IdSpool:
 
 
 def row_id(row: Row, column: str) -> str | RowError:
-    """The id of one row; the row's own error where it could not be parsed."""
+    """Return the id of one row, or an error; for a row that could not be parsed, its own."""
     if row.columns is None:
         return row.error or RowError("missing_field", "the row could not be read")
     value: Any = row.columns.get(column)
@@ -94,7 +93,7 @@ def row_id(row: Row, column: str) -> str | RowError:
 
 
 def read_ids(texts: Texts | None, rows: Int64) -> pa.Array[Any]:
-    """Ids of the given rows; the row number without an id column, null where a row has no id."""
+    """Return the ids of the given rows: the row number without an id column, null where a row has no id."""
     if texts is None:
         return pa.array(rows).cast(pa.string())
     raw = [texts.get(row) for row in rows.tolist()]

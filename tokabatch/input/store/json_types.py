@@ -1,8 +1,8 @@
-"""Arrow types for JSON values, learned while the values stream by.
+"""Arrow types for JSON values, inferred while the values stream by.
 
-Whole numbers and fractions in one column become float64 where that loses nothing; values of different kinds, numbers beyond
-64 bits, objects without or with too many different keys become a string column that holds each value's JSON text. Constant
-memory for a bounded number of columns. This module knows no files.
+Whole numbers and fractions in one column become float64 if that loses nothing. Values of different kinds, numbers beyond 64
+bits, empty objects and objects with too many different keys become a string column of JSON text. Memory is bounded for a
+bounded number of columns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ JSON_TEXTS_KEY = b"tokabatch.json_texts"
 """Key of a schema's metadata: the places of columns whose strings hold JSON text, as a JSON list."""
 EXACT_FLOAT = 1 << 53
 _REWRITTEN = 6
-"""How much longer JSON text may become when it is written again: 1e15 is 1000000000000000.0 then."""
+"""How much longer JSON text may become when it is rewritten: 1e15 becomes 1000000000000000.0."""
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (type(None), bool, int, float, str, list, dict)}
@@ -42,7 +42,7 @@ class JsonType:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any], depth: int = 0) -> JsonType:
-        """What `state` described."""
+        """Restore an object from its `state`."""
         kind = cls(depth)
         kind._kinds = {_KINDS[name] for name in state["kinds"]}
         kind._inexact, kind._as_text = bool(state["inexact"]), bool(state["as_text"])
@@ -51,7 +51,7 @@ class JsonType:
         return kind
 
     def state(self) -> dict[str, Any]:
-        """Everything learned, as plain JSON values."""
+        """Return everything inferred, as plain JSON values."""
         return {
             "kinds": sorted(kind.__name__ for kind in self._kinds),
             "inexact": self._inexact,
@@ -75,7 +75,7 @@ class JsonType:
             self._add_object(value)
 
     def arrow(self) -> pa.DataType:
-        """The type that every value seen fits, once encoded."""
+        """Return the type that fits every value seen, once encoded."""
         kinds = self._kinds - {type(None)}
         if self.is_text():
             return pa.string()
@@ -90,7 +90,7 @@ class JsonType:
         return pa.struct([pa.field(name, field.arrow()) for name, field in self._fields.items()])
 
     def encoder(self) -> Encoder | None:
-        """What turns a value into one of the Arrow type; None where nothing needs to change."""
+        """Return a function that converts a value to the Arrow type; None if nothing needs converting."""
         if self.is_text():
             return _json_text if self._holds_json() else None
         if list in self._kinds:
@@ -106,22 +106,22 @@ class JsonType:
         return encode_object if fields else None
 
     def fixed_bytes(self) -> int:
-        """The memory that an Arrow value takes however short its JSON text is."""
+        """Return the bytes that an Arrow value takes however short its JSON text is."""
         if self.is_text() or list in self._kinds:
             return 8
         return 8 if not self._fields else sum(field.fixed_bytes() for field in self._fields.values())
 
     def growth(self) -> int:
-        """Bytes that an Arrow value may take for each byte of its JSON text, beside the fixed ones."""
+        """Return the bytes that an Arrow value may take for each byte of its JSON text, besides the fixed ones."""
         if self.is_text():
             return _REWRITTEN if self._holds_json() else 1
         if list in self._kinds:
-            # An item and what parts it from the next are two bytes of text at least.
+            # An item and its separator are at least two bytes of text.
             return self._items.growth() + -(-self._items.fixed_bytes() // 2) if self._items else 1
         return max((field.growth() for field in self._fields.values()), default=0)
 
     def json_texts(self, path: str) -> Iterator[str]:
-        """Where the strings of the Arrow type hold JSON text, of all places below `path`: `tags[]` are a list's items."""
+        """Iterate over the places below `path` where strings of the Arrow type hold JSON text: `tags[]` are a list's items."""
         if self.is_text():
             if self._holds_json():
                 yield path
@@ -132,14 +132,14 @@ class JsonType:
             yield from field.json_texts(f"{path}.{name}")
 
     def is_text(self) -> bool:
-        """Whether the column is strings: the values are, or they do not fit one other type."""
+        """Return whether the column is of strings: all values are, or no other single type fits them."""
         kinds = self._kinds - {type(None)}
         if not kinds or self._as_text or kinds == {str} or (kinds == {dict} and not self._fields):
             return True
         return not (len(kinds) == 1 or (kinds == {int, float} and not self._inexact))
 
     def _holds_json(self) -> bool:
-        """Of a string column: whether its strings are JSON text, not the values themselves."""
+        """Return whether a string column holds JSON text rather than the values themselves."""
         return not self._kinds <= {str, type(None)}
 
     def _add_object(self, value: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""The tokenised input of a run that is not complete, kept in its folder so that the next start does not make it again.
+"""The tokenised input of an unfinished run, kept in its folder so that the next start need not make it again.
 
-OUT/_input holds the files of an `InputStore` and `index.json`: what they were made of and by, and the SHA-256 of each. A start
-takes them over where all of that is the same to the byte, and prepares it again, from the input's own files, where anything
-is not. Nothing here has to survive a crash.
+OUT/_input holds the files of an `InputStore` and `index.json`, which records what they were made of and by, and the SHA-256 of
+each. A start reuses them if all of that is identical, and otherwise tokenises the input's own files again. Nothing here has to
+survive a crash.
 """
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ _THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a tokenised input is made of: `settings` decide it beside the content of `files`; `marks` tell a file that was
-    written to while it was read."""
+    """What a tokenised input is made of: `settings`, and the content of `files`; `marks` reveal a file that was written to
+    while it was read."""
 
     settings: Mapping[str, Any]
     files: tuple[Path, ...]
     marks: tuple[tuple[int, ...], ...]
 
     def unchanged(self) -> bool:
-        """Whether nothing was written to the files since."""
+        """Return whether the files were left unchanged since."""
         return _marks(self.files) == self.marks
 
 
 def describe_origin(
     job: Job, fingerprint: Fingerprint, generation: GenerationConfig, limits: Limits, clock: str
 ) -> Origin | None:
-    """None for an input that is not local, or read in part: to compare it takes as long as to read it."""
+    """Describe what the job's tokenised input is made of. None for an input that is remote or read in part: comparing it would
+    take as long as reading it."""
     files = list_local_files(job.input)
     if files is None or not can_be_kept(job):
         return None
@@ -69,13 +70,13 @@ def describe_origin(
 
 
 def can_be_kept(job: Job) -> bool:
-    """Whether the tokenised input of this job can be kept at all."""
+    """Return whether the tokenised input of this job can be kept at all."""
     return list_local_files(job.input) is not None and job.input.limit is None
 
 
 def keep_input(store: InputStore, origin: Origin | None, files: DurableFiles, folder: Path, kept: Path) -> None:
-    """Move the files of the finished `store` from `folder` to `kept`, in place of what is there. Without an origin, and where
-    that is not possible, nothing is kept."""
+    """Move the files of the finished `store` from `folder` to `kept`, replacing what is there. Without an origin, or if the
+    move fails, nothing is kept."""
     with suppress(OSError):
         files.remove_tree(kept)
         if origin is None:
@@ -94,7 +95,7 @@ def keep_input(store: InputStore, origin: Origin | None, files: DurableFiles, fo
 
 
 def load_kept(folder: Path, origin: Origin) -> InputStore | None:
-    """The input that is kept in `folder`; None where there is none of this origin, or a byte of it has changed."""
+    """Load the input kept in `folder`; None if there is none of this origin, or if a byte of it has changed."""
     try:
         digest, _, text = (folder / INDEX).read_bytes().partition(b"\n")
         if hashlib.sha256(text).hexdigest().encode() != digest:
@@ -119,7 +120,7 @@ def _same(pool: ThreadPoolExecutor, files: Sequence[Path], expected: Mapping[str
 
 
 def _digests(pool: ThreadPoolExecutor, files: Sequence[Path]) -> dict[str, list[Any]]:
-    """The size and SHA-256 of each file."""
+    """Return the size and SHA-256 of each file."""
     sums = pool.map(_digest, files)
     return {str(path): [path.stat().st_size, digest] for path, digest in zip(files, sums, strict=True)}
 

@@ -1,7 +1,7 @@
-"""What each row of the input and its prompt were, in 16 bytes, kept beside the shards as OUT/row_digests.parquet.
+"""64-bit digests of each row of the input and of its prompt, kept beside the shards as OUT/row_digests.parquet.
 
-With it a run is continued only where the rows that it has sampled, and the prompts made of them, are the same; the first row
-that differs can be named; and a row that was never sampled may be replaced. This module knows no manifest and no shard.
+They let a run continue only if the rows that it has sampled, and their prompts, are unchanged, name the first row that differs,
+and allow a row that was never sampled to be replaced.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ _BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class RowDigests:
-    """64-bit digests of each row's content and of its prompt's token ids, arrays of shape [rows]."""
+    """Digests of each row's content and of its prompt's token ids, arrays of shape [rows]."""
 
     content: UInt64
     prompt: UInt64
 
     @classmethod
     def open(cls, folder: Path) -> RowDigests:
-        """Those of a finished spool in `folder`."""
+        """Open the digests of a finished spool in `folder`."""
         return cls(open_array(folder / _CONTENT_FILE, np.uint64), open_array(folder / _PROMPT_FILE, np.uint64))
 
     def __len__(self) -> int:
         return len(self.content)
 
     def head(self, rows: int) -> RowDigests:
-        """Those of the first `rows` rows."""
+        """Return the digests of the first `rows` rows."""
         return RowDigests(self.content[:rows], self.prompt[:rows])
 
     @property
@@ -62,7 +62,7 @@ class RowDigests:
         return hashlib.sha256(self.prompt.tobytes()).hexdigest()
 
     def to_parquet(self) -> bytes:
-        """The content of a Parquet file, its pages with checksums."""
+        """Return the content of a Parquet file whose pages have checksums."""
         sink = pa.BufferOutputStream()
         table = pa.table({_CONTENT: self.content, _PROMPT: self.prompt})
         pq.write_table(table, sink, compression="none", use_dictionary=False, write_page_checksum=True)
@@ -70,8 +70,7 @@ class RowDigests:
 
     @classmethod
     def read(cls, path: Path) -> RowDigests | None:
-        """What `to_parquet` wrote; None where there is no such file or it is damaged. Raises OutputError where it cannot be
-        read."""
+        """Read what `to_parquet` wrote; None if the file is missing or damaged. Raises OutputError if it cannot be read."""
         content = read_bytes(DurableFiles(), path)
         if content is None:
             return None
@@ -84,15 +83,15 @@ class RowDigests:
 
 
 class DigestSpool:
-    """The digests of rows that stream by. Rows count by content: the text of a JSON line, the values of an Arrow row whatever
-    its columns' types, the code of one that could not be read."""
+    """Digests rows as they stream by. A row is its content: the text of a JSON line, the values of an Arrow row whatever its
+    columns' types, the error code of a row that could not be read."""
 
     def __init__(self, folder: Path) -> None:
         self._content = ArraySpool(folder / _CONTENT_FILE, np.uint64)
         self._prompt = ArraySpool(folder / _PROMPT_FILE, np.uint64)
 
     def append(self, batch: RowBatch, prompts: Sequence[npt.NDArray[np.int32] | None]) -> None:
-        """`prompts` are the token ids of each row, None for one that has no prompt."""
+        """Add a batch; `prompts` are the token ids of each row, None for a row without a prompt."""
         faults = [b"" if row.error is None else row.error.code.encode() for row in batch.rows]
         values = batch.texts if batch.table is None else _values(batch.table)
         self._content.append(digest_each(value + fault for value, fault in zip(values, faults, strict=True)))
@@ -103,13 +102,13 @@ class DigestSpool:
 
 
 def digest_each(contents: Iterable[bytes]) -> UInt64:
-    """64 bits of BLAKE2b for each of the byte strings."""
+    """Return 64 bits of BLAKE2b for each byte string."""
     digests = b"".join(blake2b(content, digest_size=_BYTES).digest() for content in contents)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64, copy=False)
 
 
 def _values(table: pa.RecordBatch) -> list[bytes]:
-    """What each row holds, whatever rows stand beside it."""
+    """Return the content of each row, independent of the rows around it."""
     try:
         return [repr(_plain(values)).encode(errors="surrogatepass") for values in table.to_pylist()]
     except Exception:  # a value that Python does not have, such as a date after the year 9999
@@ -118,7 +117,8 @@ def _values(table: pa.RecordBatch) -> list[bytes]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as it is in every type that it fits: further files of a dataset may widen a column's type or add fields."""
+    """Return a value in a form that is the same in every type it fits: further files may widen a column's type or add
+    fields."""
     if isinstance(value, dict):
         fields = cast("dict[str, Any]", value)
         return {name: _plain(fields[name]) for name in sorted(fields) if fields[name] is not None}

@@ -1,7 +1,7 @@
 """The whole input, tokenised once and kept on disk: what planning, scheduling and the output read.
 
 `ingest` is a single pass over the rows in bounded memory; everything per row lives in files of the given folder, which the
-caller owns and removes. This module knows no schedule and no output format.
+caller owns and removes. Independent of the schedule and of the output format.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _GIVEN = ("continuation_first.bin", "continuation_start.bin", "continuation_toke
 _SCORED_WHOLE = "scored_whole.bin"
 MAX_NAMES = 10_000
 MAX_MESSAGE = 500
-"""Characters of an error's message: a bad row may be large, and there may be many."""
+"""Maximum length of an error's message, in characters: a bad row may be large, and there may be many."""
 
 
 @dataclass(frozen=True)
@@ -60,58 +60,58 @@ class InputStore:
     chat: bool
     """Whether text prompts go through the chat template."""
     notes: tuple[str, ...]
-    """Sentences on prompts that may not be what their author meant."""
+    """Notes on prompts that may not be what their author intended."""
     hidden_rows: int
-    """Prompts in which a row's text spelled a special token, encoded as plain text."""
+    """Number of prompts in which a special token spelled by the row was encoded as plain text."""
     digests: RowDigests
-    """Of the rows and their prompts."""
+    """Digests of the rows and of their prompts."""
     places: RowPlaces
     continuations: Continuations | None
-    """What is scored behind the prompts, where that is the job."""
+    """The texts to score after the prompts; None in mode generate."""
     scored_whole: Bool
-    """Rows whose whole text is scored, behind its first token; shape [num_rows] where texts are scored, else [0]."""
+    """Rows whose whole text is scored, after its first token: shape [num_rows] in mode score, else [0]."""
     _columns: Columns
     _ids: Texts | None
 
     def prompt(self, row: int) -> Int32:
-        """Token ids of one row, shape [length]."""
+        """Return the token ids of one row's prompt, shape [length]."""
         start = int(self.start[row])
         return self.tokens[start : start + int(self.length[row])]
 
     @property
     def first_prompt_row(self) -> int | None:
-        """The first row that has a prompt."""
+        """The first row that has a prompt; None if no row has one."""
         found = np.flatnonzero(self.length[: len(self.errors) + 1])
         return int(found[0]) if len(found) else None
 
     def columns(self, row_indices: Int64, names: Sequence[str] | None = None) -> pa.Table:
-        """Input columns of any rows in any order, repeats included; `names` overrides those of `column_schema`. Nulls for
-        a row that could not be read. Arrow's tables without columns have no rows, whatever `row_indices` holds."""
+        """Return input columns of any rows in any order, repeats included; `names` overrides `column_schema`. Rows that could
+        not be read are null. An Arrow table without columns has no rows, whatever `row_indices` holds."""
         rows, back = np.unique(np.asarray(row_indices, dtype=np.int64), return_inverse=True)
         table = self._columns.take(rows, self.column_schema.names if names is None else names)
         in_order = not table.num_columns or np.array_equal(back, np.arange(len(rows)))
         return table if in_order else table.take(pa.array(back))
 
     def input_rows(self, row_indices: Int64) -> list[dict[str, Any]]:
-        """Any rows with all columns that are kept, as `python_rows` has them; those of repeated rows are one object."""
+        """Return any rows with all columns that are kept, converted as by `python_rows`; repeats of a row are one object."""
         rows, back = np.unique(np.asarray(row_indices, dtype=np.int64), return_inverse=True)
         values = python_rows(self._columns.take(rows, self._columns.schema.names))
         return [values[place] if values else {} for place in back.tolist()]
 
     def row_bytes(self, row_indices: Int64) -> Int64:
-        """The memory that the columns of each of these rows take at most, shape [rows]."""
+        """Return an upper bound of the memory that the columns of each of these rows take, shape [rows]."""
         return self._columns.row_bytes(np.asarray(row_indices, dtype=np.int64))
 
     def ids(self, row_indices: Int64) -> pa.Array[Any]:
-        """The rows' ids as strings: of `input.id_column`, else the row number; null where a row has none."""
+        """Return the rows' ids as strings: from `input.id_column`, else the row number; null for a row without one."""
         return read_ids(self._ids, np.asarray(row_indices, dtype=np.int64))
 
     def close(self) -> None:
-        """Releases the files; the folder is the caller's."""
+        """Release the files; the folder stays the caller's."""
         self._columns.close()
 
     def state(self) -> dict[str, Any]:
-        """What `restored` needs beside the files, as plain JSON values."""
+        """Return what `restored` needs besides the files, as plain JSON values."""
         return {
             "num_rows": self.num_rows,
             "kinds": len(self.sampling),
@@ -129,7 +129,7 @@ class InputStore:
 
     @classmethod
     def restored(cls, folder: Path, state: Mapping[str, Any]) -> InputStore:
-        """The finished store in `folder`, of that state."""
+        """Reopen the finished store in `folder` from its `state`."""
         columns = restore_columns(folder / _COLUMNS, state["columns"])
         settings = [_unshared(state["settings"][name], state["kinds"]) for name in _SETTINGS]
         return cls(
@@ -164,12 +164,12 @@ def ingest(
     on_rows: Callable[[int, int], None] | None = None,
     clock: str = "",
 ) -> InputStore:
-    """Reads, renders and tokenises the job's input into `folder`, which must exist and be empty.
+    """Read, render and tokenise the job's input into `folder`, which must exist and be empty.
 
     `generation` is the job's with the model's defaults filled in; `vocab_size` the number of embeddings (default: the
-    tokenizer's). `on_rows` is told the number of rows and error rows so far after each batch. `clock` is the time that
-    templates see, ISO 8601 (default: now). Raises InputError or JobError where the input as a whole cannot be used,
-    OutputError where the folder does not take it; a faulty row is an entry in `errors`.
+    tokenizer's). `on_rows` is called after each batch with the numbers of rows and error rows so far. `clock` is the time that
+    templates see, ISO 8601 (default: now). Raises InputError or JobError if the input as a whole cannot be used, OutputError if
+    the folder cannot be written; a bad row becomes an entry in `errors`.
     """
     limits = Limits(context_length, vocab_size or tokenizer.vocab_size)
     job = settle_format(job)
@@ -215,8 +215,8 @@ def ingest(
 
 
 def _first(batch: RowBatch, left: int | None, *, whole_requests: bool) -> tuple[RowBatch, int | None]:
-    """What `input.limit` leaves of a batch, and what is left of it then: rows or, in batch files, requests with all of their
-    rows, the last of which may be in the next batch."""
+    """Cut a batch at `input.limit`; return it with what is left of the limit: rows or, in batch files, requests with all of
+    their rows, the last of which may be in the next batch."""
     if left is None:
         return batch, None
     if not whole_requests:
@@ -239,7 +239,7 @@ class _Spools:
             folder / _COLUMNS,
             reader.schema,
             () if carried == "all" else carried,
-            # A judge is given the whole row.
+            # A judge sees the whole row.
             others=carried == "all" or job.verify is not None,
         )
         of_requests = job.input.format == "openai"
@@ -261,7 +261,7 @@ class _Spools:
         places = RowPlaces(self._begins)
         for row, each in zip(batch.rows, results, strict=True):
             if isinstance(each, RowError):
-                # A reader's own error says it already.
+                # An error from the reader names its line already.
                 line = places.line(row.index) if row.error is None else ""
                 self.errors[row.index] = _shortened(RowError(each.code, f"{line}: {each.message}") if line else each)
         good = [each if isinstance(each, Prompt) else None for each in results]
@@ -292,7 +292,7 @@ class _Spools:
         ids = self._ids.finish(places) if self._ids else None
         columns = self._columns.finish()
         carried = job.output.columns
-        # Those that `output.columns` names; a judge's rows have the others too.
+        # Only those in `output.columns`; the others are kept for a judge.
         names = [name for name in columns.schema.names if carried == "all" or name in carried]
         return InputStore(
             num_rows=self.num_rows,
@@ -316,21 +316,21 @@ class _Spools:
 
 
 def _shared(values: Iterable[Any]) -> tuple[list[Any], list[int]]:
-    """The distinct values, and which of them stands in each place; no places where there is only one."""
+    """Return the distinct values, and the index of each place's value; no indices if there is only one value."""
     number: dict[Any, int] = {}
     places = [number.setdefault(value, len(number)) for value in values]
     return list(number), places if len(number) > 1 else []
 
 
 def _unshared(column: Sequence[list[Any]], count: int) -> list[Any]:
-    """What `_shared` was given, `count` values, after a way through JSON, which has lists for tuples."""
+    """Undo `_shared` for `count` values after a round trip through JSON, which turns tuples into lists."""
     values, places = column
     given = [_tuples(value) for value in values]
     return [given[place] for place in places or [0] * count]
 
 
 class _GivenSpool:
-    """What is scored behind the prompts, row after row."""
+    """The texts to score after the prompts, row after row."""
 
     def __init__(self, folder: Path) -> None:
         first, start, tokens = (folder / name for name in _GIVEN)
@@ -340,7 +340,7 @@ class _GivenSpool:
         self._start.append([0])
 
     def append(self, rows: Sequence[Sequence[Int32]]) -> None:
-        """The texts of some rows."""
+        """Append the texts of some rows."""
         counts, texts = np.array([len(texts) for texts in rows], np.int64), [text for texts in rows for text in texts]
         self._first.append(self._start.length - 1 + np.cumsum(counts) - counts)
         self._start.append(self._tokens.length + np.cumsum([len(text) for text in texts], dtype=np.int64))

@@ -1,1 +1,1 @@
-"""The model's tokenizer, read from its files, and what its special tokens are in texts."""
+"""The model's tokenizer, read from its files, and how texts spell its special tokens."""

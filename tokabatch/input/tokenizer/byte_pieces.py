@@ -1,8 +1,8 @@
-"""Decoding of byte-level vocabularies (GPT-2's scheme, which Llama 3, Qwen and SmolLM have): an id stands for some bytes, and a
-text is the bytes of its ids.
+"""Decoding of byte-level vocabularies (GPT-2's scheme, used by Llama 3, Qwen and SmolLM): an id maps to bytes, and a text is
+the bytes of its ids.
 
-tokenizers' own decoding takes a lock and allocates a string for every token, so that its threads hold each other up: 2,048
-samples of 200 tokens take sixteen cores as long as one.
+tokenizers' own decoding takes a lock and allocates a string for every token, so its threads block each other: 2,048 samples of
+200 tokens take as long on sixteen cores as on one.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Callable, Sequence
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
 Decode = Callable[[Sequence[Sequence[int]], bool], list[str]]
-"""Lists of ids, and whether special tokens are left out. Raises IndexError for an id beyond the vocabulary."""
+"""Decodes lists of ids; the flag leaves special tokens out. Raises IndexError for an id beyond the vocabulary."""
 
 
 def byte_level_decoding(backend: Tokenizer) -> Decode | None:
-    """What gives the texts that `backend.decode_batch` gives; None where its decoder is another."""
+    """Return a function equivalent to `backend.decode_batch`; None if its decoder is not byte-level."""
     if not isinstance(backend.decoder, decoders.ByteLevel):
         return None
     alphabet = _alphabet()
     vocabulary = backend.get_vocab(with_added_tokens=True)
     pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for token, number in vocabulary.items():
-        # Added tokens may be spelled in other characters, and stand for themselves then.
+        # Added tokens may contain other characters; those map to themselves.
         spelled = token.translate(alphabet) if alphabet.keys() >= set(map(ord, token)) else None
         pieces[number] = token.encode() if spelled is None else spelled.encode("latin-1")
     plain = pieces.copy()
@@ -39,7 +39,7 @@ def byte_level_decoding(backend: Tokenizer) -> Decode | None:
 
 
 def _alphabet() -> dict[int, int]:
-    """The byte that each character of the scheme's alphabet stands for."""
+    """Return the byte of each character of the scheme's alphabet."""
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in own]
     alphabet = {byte: byte for byte in own} | {256 + place: byte for place, byte in enumerate(others)}

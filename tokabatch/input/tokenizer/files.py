@@ -1,4 +1,4 @@
-"""What the files of a tokenizer's folder show without transformers, which takes seconds to import."""
+"""What can be read from a tokenizer's folder without transformers, which takes seconds to import."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _TEMPLATES = (f"{_TEMPLATE}.jinja", f"{_TEMPLATE}.json", "additional_chat_templa
 
 
 def tokenizer_folder(model: ModelConfig) -> Path | None:
-    """The local folder that the job's tokenizer is read from; None for one on the hub. Raises ModelError where no file of a
-    tokenizer is in it."""
+    """Return the local folder of the job's tokenizer; None if it is on the hub. Raises ModelError if the folder holds no
+    tokenizer."""
     name = model.tokenizer or model.path
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -32,7 +32,7 @@ def tokenizer_folder(model: ModelConfig) -> Path | None:
 
 
 def has_no_chat_template(folder: Path) -> bool:
-    """Whether no file of a tokenizer's folder holds a chat template; False where that cannot be told."""
+    """Return whether a tokenizer's folder certainly holds no chat template; False if that cannot be decided."""
     if any((folder / name).exists() for name in _TEMPLATES):
         return False
     try:

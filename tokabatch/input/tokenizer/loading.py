@@ -1,7 +1,8 @@
-"""From a folder's files to its tokenizer. `tokenizer.json` is the truth; `tokenizer_config.json` adds to it.
+"""Load a tokenizer from its folder.
 
-transformers builds a class of its own for some families and puts that class's pre-tokenizer or normalizer in place of the
-file's. Here the file's are used, and what transformers would have replaced is told.
+`tokenizer.json` is authoritative; `tokenizer_config.json` adds to it. For some families transformers builds a class of its own
+and replaces the file's pre-tokenizer or normalizer by that class's. Here the file's are used, and what transformers would have
+replaced is reported.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.job import ModelConfig
 
 CONFIGS = ("tokenizer_config.json", "config.json")
-# transformers loads AutoTokenizer where it is first named, which takes seconds: not on import, then.
+# transformers loads AutoTokenizer when it is first named, which takes seconds: not on import.
 CLASS_ALIASES = ('"PreTrainedTokenizerFast"', '"TokenizersBackend"')
-"""Two names of one class; to find it by the first, transformers imports every model that it has, which takes seconds."""
+"""Two names of one class. Looking it up by the first makes transformers import every model that it has, which takes seconds."""
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 BYTE_LEVEL_FLAGS = ("add_prefix_space", "trim_offsets", "use_regex")
-"""Of a ByteLevel: they mean nothing to a decoder, nor to a post-processor's ids."""
+"""Parameters of a ByteLevel that have no effect in a decoder or on a post-processor's ids."""
 MODEL_SETTINGS = (
     "dropout",
     "unk_token",
@@ -42,7 +43,7 @@ MODEL_SETTINGS = (
 
 
 def load_tokenizer(model: ModelConfig) -> Tokenizer:
-    """The tokenizer the job names, from a local folder or the hub. Raises ModelError with the remedy."""
+    """Load the tokenizer that the job names, from a local folder or the hub. Raises ModelError with the remedy."""
     name = model.tokenizer or model.path
     key = "model.tokenizer" if model.tokenizer else "model.path"
     folder = tokenizer_folder(model) or Path(name)
@@ -54,7 +55,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
             revision=model.revision if model.tokenizer is None else None,
             trust_remote_code=False,
         )
-    except Exception as error:  # transformers raises many kinds for a missing, damaged or remote-code tokenizer
+    except Exception as error:  # transformers raises many kinds of error for a missing, damaged or remote-code tokenizer
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise ModelError(
             f"cannot load the tokenizer of {name!r} ({key}): {reason}. Check that the folder holds tokenizer.json, or "
@@ -66,8 +67,8 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
 
 
 def _replaced(folder: Path, backend: Backend) -> tuple[str, ...]:
-    """The parts of tokenizer.json that transformers' AutoTokenizer would replace, seen on a copy without a vocabulary; empty
-    where that cannot be loaded."""
+    """Return the parts of tokenizer.json that transformers' AutoTokenizer would replace, found on a copy without a vocabulary;
+    empty if that copy cannot be loaded."""
     if not isinstance(backend.model, models.BPE):
         return ()
     settings = {name: getattr(backend.model, name) for name in MODEL_SETTINGS}
@@ -80,18 +81,18 @@ def _replaced(folder: Path, backend: Backend) -> tuple[str, ...]:
         bare.save(str(Path(copy) / TOKENIZER_JSON))
         try:
             theirs = _parts(_load_as_auto(folder, Path(copy)))
-        except Exception:  # a class that needs a vocabulary, or code of its own: there is nothing to compare with
+        except Exception:  # a class that needs a vocabulary, or remote code: there is nothing to compare with
             return ()
     return tuple(name for name, value in _parts(bare).items() if value != theirs[name])
 
 
 def _load_as_auto(folder: Path, copy: Path) -> Backend:
-    """What AutoTokenizer makes of the file in `copy` beside the folder's configurations."""
+    """Load the file in `copy`, with the folder's configurations, as AutoTokenizer does."""
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in CONFIGS if (folder / name).is_file()}
     for name, text in texts.items():
         (copy / name).write_text(text.replace(*CLASS_ALIASES), encoding="utf-8")
     tokenizer, model = (json.loads(texts.get(name, "{}")) for name in CONFIGS)
-    # A whole configuration is needed only where no class is named; to import it takes seconds.
+    # A whole configuration, which takes seconds to import, is needed only if no class is named.
     config = SimpleNamespace(model_type=model.get("model_type", ""), tokenizer_class=model.get("tokenizer_class"))
     known = {"config": config} if tokenizer.get("tokenizer_class") else {}
     auto: Any = transformers.AutoTokenizer.from_pretrained(str(copy), trust_remote_code=False, **known)
@@ -99,7 +100,7 @@ def _load_as_auto(folder: Path, copy: Path) -> Backend:
 
 
 def _parts(backend: Backend) -> dict[str, Any]:
-    """What decides ids and texts beside the vocabulary; an empty affix is none."""
+    """Return what decides ids and texts besides the vocabulary; an empty affix counts as none."""
     values = cast("dict[str, Any]", json.loads(backend.to_str()))
     idle = {"pre_tokenizer": ("trim_offsets",), "normalizer": ()}
     parts: dict[str, Any] = {name: _without(values[name], idle.get(name, BYTE_LEVEL_FLAGS)) for name in PARTS}

@@ -1,9 +1,8 @@
-"""Where texts have special tokens, and texts in which some of them are ordinary text.
+"""Find special tokens in texts, and encode texts in which some of them are plain text.
 
-They are found as the tokenizer finds them. Those that a row spells are encoded as any text is: a copy of the tokenizer knows
-each special token under an alias that no text holds, with the same id and the same way of taking in spaces, and under its own
-text no more. Texts go through it whole, so that whatever depends on what stands beside a piece, or on its being the first,
-comes out as in the original.
+They are found as the tokenizer finds them. Plain ones are encoded with a copy of the tokenizer in which each special token has
+an alias that no text contains, with the same id and the same handling of spaces, and its own text has no meaning. Texts go
+through the copy as a whole, so whatever depends on neighbouring pieces, or on being first, comes out as in the original.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
 Occurrence = tuple[int, int, str]
-"""Where a text has a special token, and which: begin, end, its text."""
+"""A special token in a text: begin, end, its text."""
 FIRST_LETTER, LETTERS, SECRET_LETTERS = 0x1200, 64, 16
-"""Ethiopic syllables: letters without case, marks or compositions, which normalizers leave alone."""
+"""Ethiopic syllables: letters without case, marks or compositions, which normalizers leave unchanged."""
 
 
 class SpecialTokens:
-    """Those of a tokenizer, whose added tokens are given by id."""
+    """The special tokens of a tokenizer; `added` are its added tokens by id."""
 
     def __init__(self, backend: Backend, added: Mapping[int, AddedToken]) -> None:
         self._backend = backend
@@ -35,13 +34,14 @@ class SpecialTokens:
 
     @cached_property
     def normalized(self) -> bool:
-        """Whether some are found in normalised text, where other characters may spell them, too: those that are matched there,
-        and those that the model has among its own pieces."""
+        """Whether some are matched in normalised text, where other characters may spell them, too: those declared so, and those
+        among the model's own pieces."""
         found = (token.normalized or token.content in self._own_pieces for token in self._special.values())
         return self._backend.normalizer is not None and any(found)
 
     def find(self, texts: Sequence[str]) -> list[list[Occurrence | None]]:
-        """Those of each text, in order; None for one that the text does not spell, such as the id of unknown text."""
+        """Return the special tokens in each text, in order; None for one that the text does not spell, such as the id of
+        unknown text."""
         if (pattern := self._found_by_text) is not None:
             return [[(*each.span(), each[0]) for each in pattern.finditer(text) if each[0] in self.texts] for text in texts]
         results: list[list[Occurrence | None]] = []
@@ -51,7 +51,7 @@ class SpecialTokens:
         return results
 
     def encode_quoted(self, batch: Sequence[tuple[str, Sequence[Occurrence]]]) -> list[list[int]]:
-        """Ids of each text, in which the given occurrences, in order, are special tokens and nothing else is."""
+        """Return the ids of each text, in which exactly the given occurrences, in order, are special tokens."""
         return self._aliases.encode(batch) if batch else []
 
     @cached_property
@@ -67,14 +67,14 @@ class SpecialTokens:
 
     @cached_property
     def _found_by_text(self) -> re.Pattern[str] | None:
-        """Finds them where nothing but their text decides: as the longest of those added tokens that are looked for first."""
+        """Matches tokens that nothing but their text decides: the longest of the added tokens that are matched first."""
         if any(t.normalized or t.single_word or t.content in self._own_pieces for t in self._special.values()):
             return None
         first = sorted((str(t.content) for t in self._added.values() if not t.normalized), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, first)) or "(?!)")
 
     def _spelled_at(self, text: str, number: int, place: tuple[int, int]) -> Occurrence | None:
-        """The token `number` where `text` spells it, without the spaces that it takes in."""
+        """Return the token `number` if `text` spells it, without the spaces that it absorbs."""
         token, (begin, end) = self._special[number], place
         content, normalizer = str(token.content), self._backend.normalizer
         if token.lstrip and not content[:1].isspace():
@@ -88,12 +88,12 @@ class SpecialTokens:
 
 
 class AliasEncoder:
-    """Made from a tokenizer and its added tokens, in about the time that loading it takes."""
+    """A copy of a tokenizer with aliases for its special tokens; takes about as long to make as loading the tokenizer."""
 
     def __init__(self, backend: Backend, added: Mapping[int, AddedToken]) -> None:
         state = json.loads(backend.to_str())
         special = {str(token.content): number for number, token in added.items() if token.special}
-        # Random, so that no row can contain it; the ids do not depend on it.
+        # Random, so that no row can contain it; ids do not depend on it.
         secret = _spelled(secrets.randbits(6 * SECRET_LETTERS), SECRET_LETTERS)
         self._aliases = {text: text[0] + secret + _spelled(number, 6) + text[-1] for text, number in special.items()}
         _rename(state["model"], self._aliases)
@@ -103,7 +103,7 @@ class AliasEncoder:
         self._ids = {cast("int", self._backend.token_to_id(name)): number for number, name in names.items()}
 
     def encode(self, batch: Sequence[tuple[str, Sequence[Occurrence]]]) -> list[list[int]]:
-        """Ids of each text, in which the given occurrences, in order, are special tokens and nothing else is."""
+        """Return the ids of each text, in which exactly the given occurrences, in order, are special tokens."""
         encodings = self._backend.encode_batch_fast([self._aliased(*each) for each in batch], add_special_tokens=False)
         return [[self._ids.get(token, token) for token in encoding.ids] for encoding in encodings]
 
@@ -117,7 +117,7 @@ class AliasEncoder:
 
 
 def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Puts the aliases into the vocabulary, so that no text is made of a special token by the model itself."""
+    """Put the aliases into the vocabulary, so that the model itself makes no special token of a text."""
     merged = {"".join(pair) if isinstance(pair, list) else pair.replace(" ", "", 1) for pair in model.get("merges") or ()}
     names = {text: alias for text, alias in names.items() if text not in merged}
     vocab = cast("dict[str, int] | list[list[Any]]", model["vocab"])

@@ -1,7 +1,7 @@
-"""What can be said of stop strings before a sample is drawn: which cannot be looked for, and which no sample will hold.
+"""Check stop strings before anything is sampled: which cannot be matched, and which no sample can contain.
 
-A stop string that is a special token's text means the token; inside a longer one it would never be found, for special tokens
-are not part of a sample's text.
+A stop string that is the text of a special token means that token. Inside a longer string it would never match, because special
+tokens are not part of a sample's text.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _ESCAPE = re.compile(r"\\([nrt])")
 _MEANT = {"n": "a newline", "r": "a carriage return", "t": "a tab"}
 LISTED = 3
 _BEFORE = "a"
-"""In front of a text, where tokenizers may put a space before the first word or drop one."""
+"""Put in front of a text, where tokenizers may add a space before the first word or drop one."""
 
 
 class Spells(Protocol):
-    """The part of a tokenizer that turns texts to ids and back."""
+    """The encoding and decoding part of a tokenizer."""
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]: ...
 
@@ -27,7 +27,7 @@ class Spells(Protocol):
 
 
 def refuse_special(stops: Iterable[str], special_texts: Set[str]) -> str | None:
-    """Why one of the stop strings cannot be looked for, with the remedy: a special token stands inside it."""
+    """Return why one of the stop strings cannot be matched, with the remedy: it contains a special token. None if all can."""
     for stop in stops:
         hidden = None if stop in special_texts else min((text for text in special_texts if text in stop), default=None)
         if hidden:
@@ -39,7 +39,7 @@ def refuse_special(stops: Iterable[str], special_texts: Set[str]) -> str | None:
 
 
 def describe_stops(stops: Mapping[str, str], tokenizer: Spells, special_texts: Set[str]) -> tuple[str, ...]:
-    """Sentences on stop strings that no sample, or hardly one, will hold; `stops` names for each where it was written."""
+    """Return notes on stop strings that samples never, or hardly ever, contain; `stops` maps each to where it was written."""
     texts = [stop for stop in stops if stop not in special_texts]
     spelled = dict(zip(texts, _spelled(texts, tokenizer), strict=True))
     changed = [stop for stop in texts if stop not in spelled[stop]]
@@ -64,5 +64,5 @@ def describe_stops(stops: Mapping[str, str], tokenizer: Spells, special_texts: S
 
 
 def _spelled(texts: list[str], tokenizer: Spells) -> list[str]:
-    """What becomes of texts on the way to ids and back."""
+    """Return the texts after encoding and decoding."""
     return tokenizer.decode_batch(tokenizer.encode_batch(texts, add_special_tokens=False)) if texts else []

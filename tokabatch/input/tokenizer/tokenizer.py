@@ -1,7 +1,7 @@
 """The model's tokenizer: texts to ids and back, in batches on every core.
 
-It adds a BOS where the tokenizer would and the text has none, and never an end token after a prompt. It knows no rows and no
-templates but the model's own chat template.
+Adds a BOS where the tokenizer would and the text has none, and never an end token after a prompt. Renders the model's own chat
+template; rows and other templates are handled in `input/prompts`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SLICE_CHARACTERS = 256 << 10
 LONG_TEXT_CHARACTERS = 1 << 20
 LISTED = 5
 _ADDRESS = re.compile(r"<[^<>]{1,200} at 0x[0-9a-f]{6,}>")
-"""What Python shows of a method, a function or a generator."""
+"""The Python representation of a method, a function or a generator."""
 
 
 class Tokenizer:
-    """Immutable in use; safe to share between threads that only encode and decode."""
+    """Immutable in use, and safe to share between threads that only encode and decode."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, name: str, replaced: tuple[str, ...] = ()) -> None:
         self.name = name
@@ -58,7 +58,7 @@ class Tokenizer:
 
     @property
     def chat_templates(self) -> Mapping[str, str]:
-        """The sources of the chat templates by name; that of an only one is `default`."""
+        """The sources of the chat templates by name; an only template is called `default`."""
         held = cast("str | dict[str, str] | None", self._tokenizer.chat_template)
         return {} if held is None else {"default": held} if isinstance(held, str) else held
 
@@ -68,13 +68,13 @@ class Tokenizer:
 
     @property
     def named_special_tokens(self) -> dict[str, str | None]:
-        """The texts of the tokens that have a role, by its name."""
+        """The texts of the bos, eos, pad and unk tokens, by role."""
         named = cast("dict[str, Any]", self._tokenizer.special_tokens_map)
         return {f"{role}_token": named.get(f"{role}_token") for role in ("bos", "eos", "pad", "unk")}
 
     @property
     def prefix_text(self) -> str:
-        """How a text spells what `add_special_tokens` puts in front of it: the BOS, or nothing."""
+        """The text of what `add_special_tokens` puts in front: the BOS, or nothing."""
         return self._prefix_text
 
     @cached_property
@@ -84,15 +84,15 @@ class Tokenizer:
 
     @cached_property
     def own_vocab_size(self) -> int:
-        """One more than the largest token id of the vocabulary proper, without tokens added to it."""
+        """One more than the largest token id of the vocabulary without added tokens."""
         return max(self._backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
 
     def token_text(self, token: int) -> str:
-        """How the vocabulary spells a token; empty for an id that is not in it."""
+        """Return the vocabulary's spelling of a token; empty for an unused id."""
         return self._backend.id_to_token(token) or ""
 
     def describe(self, num_embeddings: int) -> tuple[str, ...]:
-        """Sentences on what a user may not expect of this tokenizer, beside a model of so many embeddings."""
+        """Return notes on what may surprise a user of this tokenizer with a model of `num_embeddings` embeddings."""
         sentences: list[str] = []
         if self.replaced:
             sentences.append(
@@ -116,20 +116,21 @@ class Tokenizer:
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:
-        """The special tokens, and where texts have them."""
+        """Finds and quotes special tokens in texts."""
         return SpecialTokens(self._backend, self._added)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of each text; a BOS is added where asked for, unless the text begins with its own."""
+        """Return the token ids of each text, with a BOS in front if `add_special_tokens`, unless the text begins with its
+        own."""
         return [self._with_prefix(ids, add_special_tokens) for ids in self._encode(texts)]
 
     def encode_quoted(self, batch: Sequence[tuple[str, Sequence[Occurrence]]], add_special_tokens: bool) -> list[list[int]]:
-        """Ids of texts in which the given occurrences are special tokens, and what else they spell is ordinary text."""
+        """Return the ids of texts in which only the given occurrences are special tokens; other spellings are plain text."""
         return [self._with_prefix(ids, add_special_tokens) for ids in self.special_tokens.encode_quoted(batch)]
 
     def exceeds(self, text: str, limit: int) -> bool:
-        """Whether a very long text certainly has more than `limit` tokens, found slice by slice in little memory. A slice's
-        count can differ from its share of the whole only at its two cuts, so twice the limit is a safe margin."""
+        """Return whether a very long text certainly has more than `limit` tokens, counted slice by slice in little memory. A
+        slice's count can differ from its share of the whole only at its two ends, so twice the limit is a safe margin."""
         if len(text) <= LONG_TEXT_CHARACTERS:
             return False
         count = 0
@@ -140,7 +141,7 @@ class Tokenizer:
         return False
 
     def decode_batch(self, batch: Sequence[Sequence[int] | Int32], skip_special_tokens: bool = True) -> list[str]:
-        """The text of each list of ids; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of each list of ids; bytes that are not UTF-8 become U+FFFD."""
         lists = [ids.tolist() if isinstance(ids, np.ndarray) else list(ids) for ids in batch]
         if self._decode is not None:
             with suppress(IndexError):
@@ -148,14 +149,14 @@ class Tokenizer:
         return self._backend.decode_batch(lists, skip_special_tokens=skip_special_tokens)
 
     def get_ready_to_decode(self) -> None:
-        """Have `decode_batch` decode many samples fast from now on: a tenth of a second for a vocabulary of 128,000."""
+        """Make later calls of `decode_batch` fast for many samples; takes a tenth of a second for a vocabulary of 128,000."""
         self._decode = self._decode or byte_level_decoding(self._backend)
 
     def piece_texts(self) -> list[str]:
-        """What each id adds to a decoded text, index by id; U+FFFD where it is part of a character, empty for a special token
-        and for an id not in use.
+        """Return what each id adds to a decoded text, by id: U+FFFD for a part of a character, empty for a special token and an
+        unused id.
 
-        Decoded behind a letter, since a first token may lose its leading space.
+        Ids are decoded after a letter, since a first token may lose its leading space.
         """
         before = self._encode([PROBE])[0][-1:]
         start = len(self.decode_batch([before])[0])
@@ -166,12 +167,12 @@ class Tokenizer:
         return texts
 
     def special_ids(self) -> dict[str, int]:
-        """The ids of special tokens by their text: a stop string that spells one means the token."""
+        """Return the ids of special tokens by their text: a stop string that spells one means the token."""
         texts = sorted(self.special_texts)
         return {text: ids[0] for text, ids in zip(texts, self.encode_batch(texts, False), strict=True) if len(ids) == 1}
 
     def lone_bytes(self) -> frozenset[int]:
-        """The ids that stand for one byte (`<0x41>`), decoded together with the bytes beside them."""
+        """Return the ids that represent one byte (`<0x41>`), which are decoded together with the bytes beside them."""
         ids = {f"<0x{byte:02X}>": self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
         found = {text: token for text, token in ids.items() if token is not None}
         decoded = self.decode_batch([[token] for token in found.values()], skip_special_tokens=False)
@@ -185,16 +186,16 @@ class Tokenizer:
         now: datetime,
         blank: Blank = as_written,
     ) -> str | RowError:
-        """The conversation as the model wants it, up to where its answer begins. A conversation that ends with an assistant
-        message is continued in that message. `variables` are the template's own, tools and documents among them; `now` is what
-        its clock shows. `bad_messages` where the template refuses it. The template, and the special texts that it is given by
-        name, go through `blank`."""
+        """Render the conversation for the model, up to where its answer begins; one that ends with an assistant message is
+        continued in that message. `variables` are the template's own, tools and documents among them; `now` is the time that it
+        sees. Returns an error `bad_messages` if the template refuses the conversation. The template, and the special texts
+        passed to it by name, pass through `blank`."""
         resumed = messages[-1].get("role") == "assistant"
         names = cast("dict[str, Any]", self._tokenizer.special_tokens_map).items() if blank is not as_written else ()
         blanked: dict[str, Any] = {name: blank(text) for name, text in names if isinstance(text, str)}
         source = blank(template)
         try:
-            # transformers has no other way to set the clock: it keeps each compiled template, and its own says what time it is.
+            # transformers offers no other way to set the clock: it caches each compiled template with its own `strftime_now`.
             compiled = chat_template_utils._compile_jinja_template(source)  # pyright: ignore[reportPrivateUsage]
             compiled.globals["strftime_now"] = now.strftime
             text = cast(
@@ -237,7 +238,7 @@ class Tokenizer:
 
 
 def _holds(value: Any, text: str) -> bool:
-    """Whether a text in `value`, at any depth, holds this one."""
+    """Return whether a text in `value`, at any depth, contains this one."""
     if isinstance(value, str):
         return text in value
     if isinstance(value, Mapping):
