@@ -1,8 +1,8 @@
 """OpenAI's batch files as input: a line is a request, and each of its prompts a row with the settings of the request.
 
 A row has the columns `id` (the custom_id; `custom_id[1]` and so on for the further prompts of a list), `custom_id`, `url`,
-`prompt_index` and `body`, the request's JSON text, in the first row of a request alone; other keys of a line are columns, too.
-A line that is no request becomes an error row that has them as far as the line does.
+`prompt_index` and, in the first row of a request, `body`, the request's JSON text; other keys of a line are columns, too. A
+line that is not a valid request becomes an error row with as many of these columns as the line has.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from tokabatch.openai.batch_lines import is_batch_line, read_line
 from tokabatch.openai.errors import ApiError
 
 BAD_REQUEST = "bad_request"
-"""The error code of a line that is JSON, but no request that can be answered."""
+"""The error code of a line of valid JSON that is not a valid request."""
 _LIKE_FURTHER = re.compile(r"\[\d+\]\Z")
 ID, CUSTOM_ID, URL, PROMPT_INDEX, BODY = COLUMNS = ("id", "custom_id", "url", "prompt_index", "body")
 
 
 def settle_format(job: Job) -> Job:
-    """The job with `input.format` decided where it is auto. That of batch files decides further keys where the job does not say
-    them: rows are known by custom_id, completions prompts are taken as they are, and a request that does not say max_tokens has
-    what the prompt leaves of the model's context. Raises InputError where the input is no such file, though the job says so,
-    and JobError where such a job scores texts."""
+    """Return the job with `input.format: auto` decided. The format of batch files sets further keys that the job leaves open:
+    rows are identified by custom_id, completions prompts are taken as they are, and a request without max_tokens may use what
+    its prompt leaves of the model's context. Raises InputError if the job gives this format and the input has another, and
+    JobError if such a job scores texts."""
     chosen = job.input.format
     if chosen != "rows" and not is_of_files(job.input, "jsonl"):
         if chosen == "openai":
@@ -70,13 +70,13 @@ def settle_format(job: Job) -> Job:
 
 
 def open_rows(config: InputConfig) -> Reader:
-    """The reader for the input of a job whose format is settled."""
+    """Return the reader of a job's input; its format must be settled."""
     reader = open_reader(config)
     return replace(reader, split=split_line) if config.format == "openai" and isinstance(reader, JsonLinesReader) else reader
 
 
 def split_line(line: Mapping[str, Any], place: str) -> list[LineRow]:
-    """The rows of a line's object; its errors name the place."""
+    """Return the rows of a line's object; `place` is named in its errors."""
     read = read_line(line)
     known = {name: value for name, value in line.items() if name not in ("method", *COLUMNS)}
     body = line.get(BODY)
@@ -87,7 +87,7 @@ def split_line(line: Mapping[str, Any], place: str) -> list[LineRow]:
         return [_row(known | {ID: read.custom_id, PROMPT_INDEX: 0}, {}, error)]
     rows: list[LineRow] = []
     for number, columns in enumerate(read.request.rows()):
-        # A custom_id may itself end like the id of a further prompt; none of these has number 0.
+        # A custom_id may itself end like the id of a further prompt, but those never have number 0.
         bare = number == 0 and not _LIKE_FURTHER.search(read.custom_id or "")
         own = {ID: read.custom_id if bare else f"{read.custom_id}[{number}]", PROMPT_INDEX: number}
         rows.append(_row(known | own | ({} if number == 0 else {BODY: None}), columns))

@@ -1,10 +1,10 @@
-"""What decides a run's output, so that a folder's run is continued by the same job only, and a difference can be shown.
+"""What decides a run's output: only the same job may continue a folder's run, and a difference can be shown.
 
-In it: the model's and the tokenizer's files, how prompts are made, how samples are drawn, what a row of the output holds, the
-verifier's source, the input's rows and the token ids of their prompts. Not in it: `generation.n`, further rows at the end, the
-versions of libraries (what they change in a prompt is seen in its tokens), and what is under `engine`, but for the cache's
-type: a sample depends on none of them but for rounding. Files are known by size and digest, the rows by digests of their
-content, whatever file they lie in.
+Included: the model's and the tokenizer's files, how prompts are made, how samples are drawn, what an output row holds, the
+verifier's source, the input's rows and the token ids of their prompts. Not included: `generation.n`, rows appended to the
+input, the versions of libraries (a change of prompts shows in their tokens), and the section `engine` except for the cache's
+type: samples depend on those only by rounding. Files are compared by size and digest, rows by digests of their content,
+whatever file they are in.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ WEIGHTS, WEIGHT_INDEX = ".safetensors", ".safetensors.index.json"
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "logit_bias", "bad_words")
 _SHOWN = 60
 _PLAIN = re.compile(r"(?!(?i:true|false|null)$)[A-Za-z_./][\w./:-]*", re.ASCII)
-"""Text that an override takes as it stands."""
+"""Text that needs no quotes in an override."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """`settings` are texts by name; `rows` input rows have the digest `rows_sha256`, the token ids of their prompts the digest
-    `prompts_sha256`. `input_bytes` (sizes by path) are for messages only. A run may have more rows than the one it
+    """`settings` are texts by name; the `rows` rows of the input have the digest `rows_sha256`, the token ids of their prompts
+    the digest `prompts_sha256`. `input_bytes` (sizes by path) are for messages only. A run may have more rows than the one it
     continues."""
 
     settings: Mapping[str, str]
@@ -43,18 +43,18 @@ class Fingerprint:
     prompts_sha256: str = ""
 
     def with_rows(self, digests: RowDigests) -> Fingerprint:
-        """The same job, its rows known."""
+        """Return the same job with its rows."""
         return replace(self, rows=len(digests), rows_sha256=digests.content_sha256, prompts_sha256=digests.prompt_sha256)
 
 
 def describe(
     job: Job, generation: GenerationConfig, eos_token_ids: tuple[int, ...], files: Mapping[str, str], dtype: str
 ) -> Fingerprint:
-    """Everything but the rows. `dtype` is what is computed in, whatever the job says; `generation` has the model's defaults
-    filled in; `files` is what each of the model's and the tokenizer's files holds, the weights perhaps not yet there."""
+    """Describe everything but the rows. `dtype` is the type computed in; `generation` has the model's defaults filled in;
+    `files` maps the model's and the tokenizer's files to what they hold, weights possibly missing."""
     settings = dict(files)
     prompt = job.prompt.model_dump(mode="json", exclude={"continuations"} if job.mode == "generate" else None)
-    # Runs that know nothing of these keys, or of penalties, go on without them.
+    # Runs from before these keys and penalties existed can be continued without them.
     prompt = {name: value for name, value in prompt.items() if value or not name.startswith("chat_template")}
     if file := chat_template_file(job.prompt):
         prompt["chat_template"] = _mark(file.read_bytes())
@@ -80,13 +80,13 @@ def describe(
 
 
 def verify_settings(verify: VerifyConfig) -> dict[str, str]:
-    """What the verdicts follow from, the judge's source and what it imports from its folder among it."""
+    """Return what the verdicts depend on, including the judge's source and what it imports from its folder."""
     told = {f"verify.{name}": json.dumps(value, ensure_ascii=False) for name, value in verify.decisive().items()}
     return {f"verifier/{name}": _mark(content) for name, content in verifier_files(verify.kind).items()} | told
 
 
 def verify_overrides(earlier: Fingerprint, now: Fingerprint) -> list[str]:
-    """The overrides with which a folder of `earlier` is judged as `now` is; empty where that judges nothing."""
+    """Return the overrides that judge a folder of `earlier` as `now` does; empty if `now` judges nothing."""
     values = {name: json.loads(value) for name, value in now.settings.items() if name.startswith("verify.")}
     if not values:
         return []
@@ -104,12 +104,12 @@ def verify_overrides(earlier: Fingerprint, now: Fingerprint) -> list[str]:
 
 
 def is_of_verify(name: str) -> bool:
-    """Whether a setting is one of `verify_settings`."""
+    """Return whether a setting is one of `verify_settings`."""
     return name.startswith(("verify.", "verifier/"))
 
 
 def changed_settings(earlier: Fingerprint, now: Fingerprint) -> list[str]:
-    """A line for each setting or file that differs. Weights that are not here yet are not compared."""
+    """Return a line for each setting or file that differs. Weights that are not downloaded yet are not compared."""
     weights_here = any(name.endswith(WEIGHTS) for name in now.settings)
     names = dict.fromkeys((*now.settings, *earlier.settings))
     compared = [name for name in names if weights_here or not name.endswith((WEIGHTS, WEIGHT_INDEX))]
@@ -121,7 +121,7 @@ def changed_settings(earlier: Fingerprint, now: Fingerprint) -> list[str]:
 
 
 def changed_sizes(earlier: Fingerprint, now: Fingerprint) -> list[str]:
-    """A line for each input file whose size differs."""
+    """Return a line for each input file whose size differs."""
     return [
         f"{name}: {_size(earlier.input_bytes.get(name))} then, {_size(now.input_bytes.get(name))} now"
         for name in dict.fromkeys((*earlier.input_bytes, *now.input_bytes))

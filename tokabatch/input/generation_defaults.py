@@ -1,6 +1,6 @@
-"""What a model's own files say about generation: sampling defaults for what the job leaves open, and its end tokens.
+"""Generation settings in a model's own files: sampling defaults for what the job leaves open, and the end tokens.
 
-Reads `generation_config.json` and `config.json` of a local model folder; knows no tokenizer class and no hub.
+Reads `generation_config.json` and `config.json` of a local model folder, without transformers or the hub.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ NEUTRAL: Mapping[str, Any] = {
     "remove_invalid_values": False,
     "renormalize_logits": False,
 }
-"""What these say where they say nothing."""
+"""Values of keys that have no effect."""
 HONOURED_SAMPLING = frozenset(("temperature", "top_p", "top_k", "min_p", "repetition_penalty"))
-"""Keys whose values stand where the job gives none of its own."""
+"""Keys whose values apply unless the job gives its own."""
 HONOURED = HONOURED_SAMPLING | {"do_sample", "eos_token_id"}
 GREEDY_TOO = frozenset(("repetition_penalty",))
-"""Those that also change what a greedy model says."""
+"""Those that also affect greedy decoding."""
 WITHOUT_EFFECT = frozenset(
     (
         *("bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "_from_model_config"),
@@ -54,7 +54,7 @@ WITHOUT_EFFECT = frozenset(
         *("assistant_early_exit", "assistant_lookbehind", "trust_remote_code"),
     )
 )
-"""Keys that do not decide which tokens are drawn."""
+"""Keys that do not decide which tokens are sampled."""
 OWN_KEYS = {
     "max_new_tokens": "max_tokens",
     "max_length": "max_tokens",
@@ -80,16 +80,16 @@ class NamesTokens(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EndTokens:
-    """The ids that end a sample, and a sentence where the model's files do not agree on them."""
+    """The ids that end a sample, and a note if the model's files disagree on them."""
 
     ids: tuple[int, ...]
     note: str | None = None
 
 
 def effective_generation(job: Job, folder: Path) -> tuple[GenerationConfig, tuple[Setting, ...]]:
-    """The job's generation with the model's defaults where the job says nothing, and where each value came from.
+    """Return the job's generation with the model's defaults for what the job leaves open, and where each value came from.
 
-    Of a model whose file says `do_sample: false` the defaults of sampling are left out: they would not be used there, either.
+    The sampling defaults of a model whose file says `do_sample: false` are left out: they would not be used there, either.
     """
     defaults = _read(folder / GENERATION_CONFIG)
     honoured = GREEDY_TOO if defaults.get("do_sample") is False else HONOURED_SAMPLING
@@ -97,7 +97,7 @@ def effective_generation(job: Job, folder: Path) -> tuple[GenerationConfig, tupl
 
 
 def describe_ignored(folder: Path, job: Job, settings: Sequence[Setting]) -> tuple[str, ...]:
-    """Sentences on what generation_config.json says and the run does not do, its values included."""
+    """Return notes on keys and values of generation_config.json that the run does not follow."""
     defaults = _read(folder / GENERATION_CONFIG)
     given = job.generation.model_fields_set
     sentences: list[str] = []
@@ -127,8 +127,8 @@ def describe_ignored(folder: Path, job: Job, settings: Sequence[Setting]) -> tup
 
 
 def find_end_tokens(folder: Path, tokenizer: NamesTokens) -> EndTokens:
-    """The model's end tokens: those of generation_config.json, else of config.json, and any other special token that one of the
-    two or the tokenizer names as such. May be empty."""
+    """Return the model's end tokens: those of generation_config.json, else of config.json, and any other special token that
+    either file or the tokenizer names as one. May be empty."""
     named = {name: _ids(_read(folder / name).get("eos_token_id")) for name in (GENERATION_CONFIG, CONFIG)}
     named[TOKENIZER] = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     named = {name: ids for name, ids in named.items() if ids}
@@ -149,8 +149,8 @@ def find_end_tokens(folder: Path, tokenizer: NamesTokens) -> EndTokens:
 
 
 def _refused(key: str, defaults: Mapping[str, Any], taken: Collection[str]) -> bool:
-    """Whether some end token is no id, `do_sample` is neither true nor false, or a sampling default was left out because a job
-    would be refused with it."""
+    """Return whether an end token is not an id, `do_sample` is neither true nor false, or a sampling default was left out
+    because a job would be refused with it."""
     if key == "eos_token_id":
         return not all(map(_is_id, _listed(defaults[key])))
     if key == "do_sample":

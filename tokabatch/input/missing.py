@@ -1,4 +1,4 @@
-"""What is said where a row has not what a template or a job names: what it has instead, and what to write."""
+"""Messages for columns, fields and items that a row does not have: what it has instead, and what to write."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from jinja2.utils import missing
 from tokabatch.errors import RowError
 
 ROW = "row"
-"""What a template calls the whole row, where no column has this name."""
+"""The name of the whole row in a template, unless a column has this name."""
 NO_NAMES = frozenset("true false none True False None and or not in is if else".split())
-"""Words that Jinja reads as something else than a name."""
+"""Words that are not names in Jinja."""
 LISTED = 20
 SHOWN = 40
 
 
 class Missing(StrictUndefined):
-    """A name, field or item that is not there: an error wherever a template uses it."""
+    """A name, field or item that does not exist: an error wherever a template uses it."""
 
     @property
     def _undefined_message(self) -> str:
@@ -40,26 +40,26 @@ class Missing(StrictUndefined):
 
 
 def in_template(column: str) -> str:
-    """How a template spells a column: its name, or `row['its name']` where Jinja would read something else."""
+    """Return how a template spells a column: its name, or `row['its name']` if Jinja would read something else."""
     plain = name_re.fullmatch(column) is not None and column not in NO_NAMES
     return column if plain else f"{ROW}[{column!r}]"
 
 
 def missing_field(name: str, row: Mapping[str, Any], *, template: bool = False) -> RowError:
-    """`name` is null in the row, or not there; `template` where one names it."""
+    """Return the error of a column that is null or missing in the row; `template` if a template names it."""
     if name in row:
         return RowError("missing_field", f"the column {name!r} is null in this row")
     return RowError("missing_field", f"the column {name!r} is missing in this row{suggestion(name, row, template=template)}")
 
 
 def suggestion(name: str, names: Iterable[Any], *, template: bool = False) -> str:
-    """What a misspelt `name` may have been meant for, and what there is."""
+    """Suggest what a misspelt `name` may mean, and list what exists."""
     listed = [str(each) for each in names]
     return f"{did_you_mean(name, listed, template=template)}; it has {list_columns(listed)}"
 
 
 def did_you_mean(name: str, names: Iterable[str], *, template: bool = False) -> str:
-    """The name that is nearest, and how a template spells it where that is otherwise, in brackets; or nothing."""
+    """Return the nearest name in brackets, with its spelling in a template if that differs; or nothing."""
     near = get_close_matches(name, list(names), n=1)
     if not near:
         return ""
@@ -68,13 +68,13 @@ def did_you_mean(name: str, names: Iterable[str], *, template: bool = False) -> 
 
 
 def optional(name: str | None = None) -> str:
-    """How a template does without the column `name`."""
+    """Return how a template does without the column `name`."""
     remedy = f"{{{{ {in_template(name)} | default('') }}}}" if name else "| default('') after it"
     return f"for an optional column write {remedy}"
 
 
 def list_columns(names: Iterable[Any]) -> str:
-    """Column names for a message, at most 20."""
+    """List column names for a message, at most 20."""
     listed = sorted(str(name) for name in names)
     more = f" and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
     return (", ".join(listed[:LISTED]) + more) or "none"

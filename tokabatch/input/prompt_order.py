@@ -1,16 +1,15 @@
 """The plan order: prompts sorted by their token ids, each with the length it shares with its predecessor.
 
-Sorting token sequences lexicographically is the depth-first walk of their prefix tree, and the longest common prefix of
-two neighbours is the depth of the node where they part, so permutation and LCPs describe the whole tree.
+Sorting token sequences lexicographically is the depth-first walk of their prefix tree, and the longest common prefix of two
+neighbours is the depth of the node where they part, so permutation and LCPs describe the whole tree.
 
-The sort is a most-significant-digit radix sort over arrays (Kärkkäinen and Rantala, "Engineering radix sort for
-strings", 2008) with the tokens as digits. A group is a run of prompts known to agree on their first `depth` tokens. A
-round moves every group past what all its members share and splits it by the next token; a split fixes the LCPs between
-the parts. It reads only the tokens that tell prompts apart, in place, and copies at most a block of them at a time:
-memory beside the token file is about 100 bytes a prompt, whatever the prompts' length.
+The sort is a most-significant-digit radix sort over arrays (Kärkkäinen and Rantala, "Engineering radix sort for strings", 2008)
+with the tokens as digits. A group is a run of prompts that agree on their first `depth` tokens. A round moves every group past
+what all its members share and splits it by the next token; a split fixes the LCPs between the parts. Only the tokens that
+distinguish prompts are read, in place, and at most a block of them is copied at a time: memory besides the token file is about
+100 bytes per prompt, whatever the prompts' length.
 
-This module does not know samples, pages or text. Shape legend: R prompts, M members of unfinished groups, G groups,
-W tokens of a block.
+Shape legend: R prompts, M members of unfinished groups, G groups, W tokens of a block.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ _ENDED = -1
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """`permutation[i]` is the prompt that stands i-th; `lcp[i]` counts the leading tokens it shares with the one before
-    it, and `lcp[0]` is 0."""
+    """`permutation[i]` is the i-th prompt of the order; `lcp[i]` counts the leading tokens it shares with the one before it,
+    and `lcp[0]` is 0."""
 
     permutation: Int64
     lcp: Int32
@@ -57,10 +56,10 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """The prompts not yet told apart. Groups lie one after another on the member axis."""
+    """The prompts whose order is still open. Groups lie one after another on the member axis."""
 
     slot_M: Int64
-    """The place in the order of each member; places of a group are consecutive and its own."""
+    """The place of each member in the order; the places of a group are consecutive and belong to it alone."""
     first_G: Int64
     """Where each group begins on the member axis."""
     depth_G: Int64
@@ -70,7 +69,7 @@ class _Groups:
         return np.diff(self.first_G, append=len(self.slot_M))
 
     def select(self, keep_G: Bool) -> _Groups:
-        """Only the chosen groups."""
+        """Return only the chosen groups."""
         sizes_G = self.sizes()
         keep_M = np.repeat(keep_G, sizes_G)
         kept_sizes_G = sizes_G[keep_G]
@@ -80,8 +79,8 @@ class _Groups:
 def order_prompts(tokens: Int32, start: Int64, length: Int32) -> Order:
     """Sort R prompts by their token ids, a prefix before what extends it and equal prompts by their index.
 
-    Prompt r is `tokens[start[r] : start[r] + length[r]]`; `tokens` (flat, ids >= 0) may be memory-mapped and is
-    only read. `start` and `length` have shape [R]. Time is linear in the tokens that tell prompts apart, times log R.
+    Prompt r is `tokens[start[r] : start[r] + length[r]]`; `tokens` (flat, ids >= 0) may be memory-mapped and is only read.
+    `start` and `length` have shape [R]. Time is linear in the tokens that distinguish prompts, times log R.
     """
     flat = _readable(tokens)
     num_prompts = len(start)
@@ -95,10 +94,11 @@ def order_prompts(tokens: Int32, start: Int64, length: Int32) -> Order:
 
 
 def longest_first(order: Order, tokens: Int32, start: Int64, length: Int32, expected: Int32, page_size: int) -> Order:
-    """The same prompts with those first that are expected to run longest, so that none of them is left alone at the end.
+    """Move the prompts that are expected to run longest to the front, so that none of them runs alone at the end.
 
     `tokens`, `start` and `length` are those that were ordered; `expected[r]` is how long the samples of prompt r may get.
-    What shares a page beyond the header common to all stays together, and as it was inside: no full page is shared less."""
+    Prompts that share a page beyond the header common to all stay together in their order: no full page is shared less.
+    """
     if len(order) < 2:
         return order
     trunk = int(order.lcp[1:].min())
@@ -113,7 +113,7 @@ def longest_first(order: Order, tokens: Int32, start: Int64, length: Int32, expe
     into = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     place = np.repeat(first[blocks], sizes) + into
     permutation, lcp = order.permutation[place], order.lcp[place]
-    # Behind the header less than a page is shared at the new seams.
+    # After the header, less than a page is shared at the new seams.
     left = length[permutation] - trunk
     shared = _agreement(_readable(tokens), start[permutation] + trunk, left, page_size)
     seams = (np.cumsum(sizes) - sizes)[1:]
@@ -125,8 +125,8 @@ def longest_first(order: Order, tokens: Int32, start: Int64, length: Int32, expe
 def measure_sharing(length: Int32, lcp: Int32, num_samples: Int64) -> Sharing:
     """Count what R prompts share; `length`, `lcp` and `num_samples` have shape [R], in plan order.
 
-    In that order the LCP with the predecessor is the longest with any earlier prompt, so a row's own part is its length
-    less its LCP. Every row has at least one sample.
+    In that order the LCP with the predecessor is the longest with any earlier prompt, so a row's own part is its length minus
+    its LCP. Every row has at least one sample.
     """
     length_R = length.astype(np.int64)
     lcp_R = lcp.astype(np.int64)
@@ -137,7 +137,7 @@ def measure_sharing(length: Int32, lcp: Int32, num_samples: Int64) -> Sharing:
 
 
 def _readable(tokens: Int32) -> Int32:
-    """The tokens as an array that may be read at any place, cut to its ends; where no prompt has a token, of one."""
+    """Return the tokens as an array that can be indexed; with a single 0 if there are none."""
     return np.asarray(tokens) if len(tokens) else np.zeros(1, dtype=np.int32)
 
 
@@ -171,9 +171,9 @@ def _split(flat: Int32, start: Int64, length: Int32, permutation: Int64, lcp: In
 
 
 def _shared_depth(flat: Int32, start: Int64, length: Int32, permutation: Int64, groups: _Groups) -> Int64:
-    """How many leading tokens all members of each group share, shape [G], never past the end of a member.
+    """Return how many leading tokens all members of each group share, shape [G], never past the end of a member.
 
-    Blocks double while a group still agrees, so that a long shared header costs few passes and a near split few tokens.
+    Block sizes double while a group still agrees, so that a long shared header takes few passes and an early split few tokens.
     """
     depth_G = groups.depth_G.copy()
     open_G = np.arange(len(depth_G))
@@ -194,8 +194,8 @@ def _shared_depth(flat: Int32, start: Int64, length: Int32, permutation: Int64, 
 
 
 def _agreement(flat: Int32, position_M: Int64, left_M: Int64 | Int32, width: int) -> Int64:
-    """How many of the next `width` tokens each member shares with the member before it, shape [M]; the end of a prompt
-    counts as a token unlike any other. Neighbours suffice: their minimum over a group is what all of it shares."""
+    """Return how many of the next `width` tokens each member shares with the member before it, shape [M]; the end of a prompt
+    counts as a token different from any other. Neighbours suffice: the minimum over a group is what all of it shares."""
     num_members = len(position_M)
     agree_M = np.zeros(num_members, dtype=np.int64)
     step = max(_BLOCK_TOKENS // width, 2)

@@ -1,7 +1,7 @@
-"""What a reader hands on: rows in the order of the input, numbered from 0 over all of its files, faults included.
+"""The interface of readers: rows in the order of the input, numbered from 0 over all files, faulty ones included.
 
-This module knows no file format. A row that could not be read is a `Row` with an error, so that every record of the input
-is counted exactly once.
+A row that could not be read is a `Row` with an error, so that every record of the input is counted exactly once. Independent of
+file formats.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ MAX_BATCH_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record. `error` says why it has no prompt; `columns` is None where it could not even be parsed."""
+    """One record. `error` is why it has no prompt; `columns` is None if it could not even be parsed."""
 
     index: int
     columns: Mapping[str, Any] | None
     error: RowError | None = None
     prompt: Mapping[str, Any] | None = None
-    """What its prompt is made of, where that is not `columns`."""
+    """What its prompt is made of, if not `columns`."""
 
     @property
     def prompt_columns(self) -> Mapping[str, Any]:
@@ -38,21 +38,21 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """At most MAX_BATCH_ROWS consecutive rows, or fewer where they are large, with what is kept of them for the output.
+    """At most MAX_BATCH_ROWS consecutive rows, or fewer if they are large, with what is kept of them for the output.
 
-    Either `texts` holds the JSON text of each row (empty for one that could not be parsed), or `table` the rows in the
-    reader's schema. A row's `columns` may hold fewer columns than that, never others.
+    Either `texts` holds the JSON text of each row (empty if it could not be parsed), or `table` the rows in the reader's
+    schema. A row's `columns` may hold fewer columns than that, never others.
     """
 
     rows: Sequence[Row]
     texts: Sequence[bytes] = ()
     table: pa.RecordBatch | None = None
     begins: Sequence[tuple[int, str, int]] = ()
-    """Of a format of lines, each row that is not the line behind that of the row before: the row, what messages call its file,
-    and its line, from 1."""
+    """In a format of lines, each row that does not directly follow the line of the row before: the row, its file's name in
+    messages, and its line, from 1."""
 
     def head(self, count: int) -> RowBatch:
-        """The first `count` rows."""
+        """Return the first `count` rows."""
         if count >= len(self.rows):
             return self
         return RowBatch(
@@ -62,13 +62,13 @@ class RowBatch:
 
 @dataclass(frozen=True, slots=True)
 class RowPlaces:
-    """Which line each row is. `begins` has the rows at which files begin, or lines that are no or several rows, as in
-    `RowBatch`; it is empty for a format without lines."""
+    """Which line each row is on. `begins` holds the rows where a file begins, or after a line that is no row or several, as in
+    `RowBatch`; empty for a format without lines."""
 
     begins: Sequence[tuple[int, str, int]] = ()
 
     def line(self, row: int) -> str:
-        """`rows.jsonl line 6`; empty where rows are no lines."""
+        """Return `rows.jsonl line 6`, or nothing for a format without lines."""
         number = bisect_right(self.begins, row, key=itemgetter(0))
         if not number:
             return ""
@@ -76,7 +76,7 @@ class RowPlaces:
         return f"{file} line {row - first + line}"
 
     def name(self, row: int) -> str:
-        """`row 5 (rows.jsonl line 6)`, for messages."""
+        """Return `row 5 (rows.jsonl line 6)`, for messages."""
         line = self.line(row)
         return f"row {row} ({line})" if line else f"row {row}"
 
@@ -85,7 +85,7 @@ NO_PLACES = RowPlaces()
 
 
 def no_rows(name: str) -> InputError:
-    """The error of an input, by its name, without a row."""
+    """Return the error of an input without any row."""
     return InputError(f"input.path {name!r} holds no rows; check the file")
 
 
@@ -94,14 +94,14 @@ class Reader(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages call this input."""
+        """The name of this input in messages."""
         ...
 
     @property
     def schema(self) -> pa.Schema | None:
-        """The columns and their Arrow types; None where only reading every row can tell (JSON Lines)."""
+        """The columns and their Arrow types; None if they follow only from reading every row (JSON Lines)."""
         ...
 
     def batches(self, columns: Collection[str] | None = None) -> Iterator[RowBatch]:
-        """Every row in order. `columns` names those that the caller will look at in `Row.columns`; None is all."""
+        """Iterate over every row in order. `columns` names those that the caller reads from `Row.columns`; None is all."""
         ...

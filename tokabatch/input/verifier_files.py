@@ -1,7 +1,7 @@
-"""The Python files that a verifier is made of, so that an edited one is seen. They are read, never run.
+"""The Python files that a verifier consists of, so that an edited verifier is noticed. They are read, never run.
 
-Beside the verifier's own file, those that it imports, directly or not, from where it lies: from its folder, or, where it is a
-module of an installed package, from that package. Other libraries are known by their versions, which a fingerprint leaves out.
+Besides the verifier's own file, those that it imports, directly or not, from its location: its folder or, for a module of an
+installed package, that package. Other libraries are identified by version, which a fingerprint leaves out.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from tokabatch.job import verifier_names, verifier_path
 
 
 def verifier_files(kind: str) -> dict[str, bytes]:
-    """The contents of the verifier that `verify.kind` means, by name: its own file's is `kind`, the others' are paths from
-    where it lies. Raises JobError for a module that is not there, OSError for a file."""
+    """Return the contents of the verifier that `verify.kind` names: its own file under the name `kind`, the others under their
+    paths relative to its location. Raises JobError for a module that does not exist, OSError for a file."""
     path = verifier_path(kind)
     found = {kind: path.read_bytes()}
     if kind in verifier_names():
@@ -42,7 +42,7 @@ def verifier_files(kind: str) -> dict[str, bytes]:
 
 
 def _imported_names(content: bytes, file: Path, root: Path) -> Iterator[str]:
-    """The modules that a file may import, as names from `root`; none of one that is no Python."""
+    """Iterate over the modules that a file may import, as names relative to `root`; none for a file that is not Python."""
     tree = ast.Module([], [])
     with suppress(SyntaxError, ValueError):
         tree = ast.parse(content)
@@ -56,7 +56,7 @@ def _imported_names(content: bytes, file: Path, root: Path) -> Iterator[str]:
 
 
 def _files_of(name: str, root: Path) -> Iterator[Path]:
-    """A module's file below `root` and those of the packages around it, as far as they are there."""
+    """Iterate over a module's file below `root` and those of the packages around it, as far as they exist."""
     place = root
     for part in name.split("."):
         place /= part

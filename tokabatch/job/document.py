@@ -1,7 +1,7 @@
-"""A YAML text as plain values, with the line on which each key stands.
+"""A YAML text as plain values, with the line of each key.
 
-Safe by construction: no tags, no anchors or aliases (so no alias bombs), bounded size and nesting, one document, and a
-mapping at its top. Knows nothing of the job's keys.
+Safe by construction: no tags, no anchors or aliases (so no alias bombs), bounded size and nesting, one document, and a mapping
+at the top. Independent of the job's keys.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndTo
 
 @dataclass
 class _Notes:
-    """What is noted while values are made."""
+    """Findings collected while values are built."""
 
     lines: dict[Path, int] = field(default_factory=dict)
     problems: list[tuple[Path, int, str]] = field(default_factory=list)
@@ -52,11 +52,11 @@ class Document:
     problems: tuple[tuple[Path, int, str], ...] = ()
     """Faults that leave the rest readable (duplicate keys), as (path of the key, line, what is wrong)."""
     empty: frozenset[Path] = frozenset()
-    """The keys with nothing behind their colon; their value is None, as that of a written null."""
+    """The keys with nothing after their colon; their value is None, like that of an explicit null."""
 
 
 def parse_document(text: str, name: str) -> Document:
-    """Parses one YAML document; raises JobError naming `name` and the line where it cannot be read at all."""
+    """Parse one YAML document. Raises JobError naming `name` and the line if it cannot be read at all."""
     if len(text) > MAX_CHARACTERS:
         raise JobError(f"{name}: {len(text):,} characters is no job file; the limit is {MAX_CHARACTERS:,}")
     try:

@@ -1,6 +1,6 @@
-"""The kinds of value a job's keys hold: each a pydantic type with the words that explain it where another was given.
+"""The types of the job's values: each a pydantic type with the words that describe it in a refusal.
 
-Knows no section and no key; `schema` composes these, `refusals` and `keys` read the words back.
+`schema` composes these types; `refusals` and `keys` read the words back. Independent of sections and keys.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ DECIDED_KWARGS = frozenset(
         *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
     )
 )
-"""What a chat template or its renderer is given by name from elsewhere."""
+"""Names that a chat template or its renderer receives from elsewhere."""
 MAX_BIAS = 100
 MOST_SAMPLES = 1_000_000
-"""Of one row. A run keeps a flag for each sample of its rows, and the sample numbers of each open prompt."""
+"""Limit of one row: a run keeps a flag for each sample of its rows, and the sample numbers of each open prompt."""
 
 
 @dataclass(frozen=True)
 class Accepts:
-    """Stands in a type's metadata. `what` completes "accepts …"; `example` is a value as one writes it in YAML."""
+    """Part of a type's metadata. `what` completes "accepts …"; `example` is a value as it is written in YAML."""
 
     what: str
     example: str
@@ -58,7 +58,7 @@ def _token_ids(value: Any) -> Any:
 
 
 def _logit_bias(value: Any) -> Any:
-    # A Parquet map arrives as pairs, and the keys of YAML and JSON are text; structs fill up with nulls.
+    # A Parquet map arrives as pairs; keys in YAML and JSON are text; structs have a null for each key without a value.
     pairs = dict(value) if isinstance(value, list) and all(isinstance(each, tuple) for each in value) else value  # pyright: ignore
     if not isinstance(pairs, Mapping):
         return value

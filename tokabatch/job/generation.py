@@ -1,4 +1,4 @@
-"""The section `generation`: its keys, and what they come to under a row's own settings and over those of the model's files."""
+"""The section `generation`: its keys, merged with a row's own settings and with defaults from the model's files."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ class GenerationConfig(Section):
         return _as_params({name: getattr(self, name) for name in SETTINGS})
 
     def params(self) -> SamplingParams:
-        """The same as the currency of the later stages; `bad_words` holds token ids alone."""
+        """Return the same settings as SamplingParams; `bad_words` must hold token ids only."""
         return SamplingParams(**self.param_values)
 
     def row_params(self, struct: Mapping[str, Any]) -> SamplingParams | RowError:
-        """These settings under one row's own; a null in the row takes the job's value, as Parquet structs fill up with
-        nulls. Code `bad_sampling` where the row names an unknown setting or a value that is not accepted."""
+        """Merge one row's settings over these; a null in the row takes the job's value, since Parquet structs have a null for
+        each key without a value. Returns an error `bad_sampling` for unknown settings and values that are not accepted."""
         given = {name: value for name, value in struct.items() if value is not None}
         try:
             own = _ROW_SETTINGS.validate_python(given)
@@ -97,8 +97,8 @@ class GenerationConfig(Section):
         return SamplingParams(**self.param_values | _as_params(own))
 
     def with_model_defaults(self, defaults: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[Setting, ...]]:
-        """Fill what the job does not say from `defaults`, values of a model's generation_config.json by keys of this section,
-        and tell where each value came from. A value that a job would be refused with is left out, and so is null."""
+        """Fill in what the job leaves open from `defaults`, values of a model's generation_config.json under keys of this
+        section; return the result and where each value came from. Nulls and values that a job could not have are left out."""
         taken: dict[str, Any] = {}
         for name, value in defaults.items():
             if name in self.model_fields_set or value is None:
@@ -121,11 +121,12 @@ SETTINGS = tuple(GenerationConfig.model_fields)  # Pydantic rebuilds the table a
 _HINTS = get_type_hints(GenerationConfig, include_extras=True)
 _RowSettings = TypedDict("_RowSettings", {name: _HINTS[name] for name in SETTINGS}, total=False)  # pyright: ignore
 _ROW_SETTINGS: TypeAdapter[Any] = TypeAdapter(with_config(ConfigDict(strict=True, extra="forbid"))(_RowSettings))
-"""Checks some of the settings alone, in a third of the time that it takes to make all of them."""
+"""Validates only the settings given, in a third of the time that validating all of them takes."""
 
 
 def _as_params(settings: dict[str, Any]) -> dict[str, Any]:
-    """These settings as fields of SamplingParams, where 0 is no `top_k`, and `max_tokens: context` until a prompt is known."""
+    """Convert settings to fields of SamplingParams, where 0 means no `top_k`, and `max_tokens: context` until a prompt is
+    given."""
     values = dict(settings)
     if "top_k" in values:
         values["top_k"] = values["top_k"] or 0

@@ -1,5 +1,8 @@
-"""A section of a job file as a strict model, and its keys, read from its fields: what each accepts, its default, its
-description. Knows no job."""
+"""A section of a job file as a strict model, and its keys read from its fields: what each accepts, its default, its
+description.
+
+Independent of the job's own sections.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from tokabatch.job.scalars import write_value
 
 
 class Section(BaseModel):
-    """Frozen; refuses keys that it does not have, and values of another type."""
+    """Frozen; refuses unknown keys and values of another type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), validate_default=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key; `default` is None where the key must be given. `example` is a value as one writes it in YAML."""
+    """One key; `default` is None if the key is required. `example` is a value as it is written in YAML."""
 
     name: str
     accepts: str
@@ -34,7 +37,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class KeySection:
-    """The keys that stand under one heading of a job file, subsections apart."""
+    """The keys under one heading of a job file, without those of its subsections."""
 
     name: str
     description: str
@@ -42,7 +45,7 @@ class KeySection:
 
 
 def list_sections(model: type[BaseModel], name: str = "") -> Iterator[KeySection]:
-    """The sections below a model, each before its subsections, in the order in which the model declares them."""
+    """Iterate over the sections below a model, each before its subsections, in the order of declaration."""
     leaves = tuple(key for key in list_keys(model, f"{name}." if name else "") if key.name.rpartition(".")[0] == name)
     if leaves:
         yield KeySection(name, " ".join((model.__doc__ or "").split()), leaves)
@@ -53,7 +56,7 @@ def list_sections(model: type[BaseModel], name: str = "") -> Iterator[KeySection
 
 
 def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
-    """Every leaf key below a model, dotted, in the order in which the model declares them."""
+    """Iterate over every leaf key below a model, dotted, in the order of declaration."""
     for name, info in model.model_fields.items():
         section = section_of(info.annotation)
         if section is not None:
@@ -65,17 +68,17 @@ def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The model that a field holds, optional or not; None where the field is a leaf."""
+    """Return the model that a field holds, optional or not; None for a leaf."""
     candidates = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     for candidate in candidates:
-        # Python 3.10 takes `tuple[int, ...]` for a type; the origin tells them apart.
+        # In Python 3.10 `tuple[int, ...]` is an instance of type; its origin distinguishes it.
         if get_origin(candidate) is None and isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
 
 
 def field_at(model: type[BaseModel], path: Sequence[str | int]) -> FieldInfo | None:
-    """The field that a path of keys leads to; None where there is no such field."""
+    """Return the field at a path of keys; None if there is no such field."""
     owner: type[BaseModel] | None = model
     info: FieldInfo | None = None
     for part in path:
@@ -85,7 +88,7 @@ def field_at(model: type[BaseModel], path: Sequence[str | int]) -> FieldInfo | N
 
 
 def accepts_of(info: FieldInfo) -> Accepts:
-    """The words for a field's type, with an example of the field's own where it has one."""
+    """Return the words for a field's type, with the field's own example if it has one."""
     for entry in info.metadata:
         if isinstance(entry, Accepts):
             return Accepts(entry.what, info.examples[0]) if info.examples else entry

@@ -1,6 +1,7 @@
-"""A job file (or mapping) and its overrides as one validated model, or one JobError that lists all that is wrong.
+"""Load a job file (or mapping) and its overrides as one validated model, or raise one JobError that lists everything that is
+wrong.
 
-Keeps where the values were written, for the messages; the model says which keys there are, `refusals` words what is wrong.
+Records where each value was written, for messages; `refusals` phrases what is wrong.
 """
 
 from __future__ import annotations
@@ -26,31 +27,31 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _TEMPLATE_OPENINGS = ("{{", "{%", "{#")
 _NO_LINE = 1 << 30
-"""Sorts what has no line behind what has one."""
+"""Sorts problems without a line after those with one."""
 
 
 @dataclass
 class _Draft:
-    """Values on their way to validation, with where each was written and what is already known to be wrong."""
+    """Values before validation, with where each was written and the problems found so far."""
 
     name: str
     values: dict[str, Any]
     lines: dict[Path, int] = field(default_factory=dict)
     overrides: dict[Path, str] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)
-    """(sort key, text): by line, then whatever has no line, then overrides."""
+    """(sort key, text): by line, then problems without a line, then overrides."""
     empty: frozenset[Path] = frozenset()
-    """Keys of the file with nothing behind them."""
+    """Keys of the file with nothing after them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Where each key of a job was written: `places` by its dotted name, as messages begin with it."""
+    """Where each key of a job was written, by its dotted name; messages begin with this place."""
 
     places: Mapping[str, str]
 
     def locate(self, message: str, key: str = "") -> str:
-        """The message with, in front, the place of the first key that it names and the job gives, else of `key`."""
+        """Prefix the message with the place of the first key that it names and the job gives, else of `key`."""
         named = re.findall(r"(?<![\w.])[a-z_]+(?:\.[a-z_]+)+", message)
         return next((f"{self.places[name]}: {message}" for name in (*named, key) if name in self.places), message)
 
@@ -58,13 +59,13 @@ class Written:
 def load_model(
     model: type[Model], source: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str]
 ) -> tuple[Model, Written]:
-    """Reads, overrides and validates; raises JobError naming file and line, or override, for every problem found."""
+    """Read, override and validate. Raises JobError naming file and line, or override, for every problem found."""
     given = isinstance(source, Mapping)
     draft = _Draft("job", _copied(source)) if given else _draft_of_file(pathlib.Path(source))
     for number, override in enumerate(overrides):
         _apply(draft, override, number)
     _refuse_empty_sections(model, draft)
-    # `engine:` with nothing under it, and a section left out whose keys are required, read as empty mappings.
+    # `engine:` with nothing under it, and an omitted section with required keys, read as empty mappings.
     for name, info in model.model_fields.items():
         empty = draft.values.get(name) is None
         if empty and section_of(info.annotation) is info.annotation and (name in draft.values or info.is_required()):
@@ -81,7 +82,7 @@ def load_model(
 
 
 def _copied(value: Any) -> Any:
-    """A copy of a mapping as a job file would have it: NumPy's numbers and arrays as Python's, any mapping as a dict."""
+    """Copy a mapping as a job file would have it: NumPy's numbers and arrays as Python's, any mapping as a dict."""
     if isinstance(value, Mapping):
         given = cast("Mapping[Any, Any]", value)
         return {_copied(key): _copied(item) for key, item in given.items()}
@@ -143,12 +144,12 @@ def _apply(draft: _Draft, override: str, number: int) -> None:
     target[parts[-1]] = value
     draft.lines = {path: line for path, line in draft.lines.items() if path[: len(written)] != written}
     draft.overrides = {path: raw for path, raw in draft.overrides.items() if path[: len(written)] != written}
-    # Also under the topmost section that it made, so that a key missing there is laid at its door.
+    # Also for the topmost section that it created, so that a key missing there is attributed to this override.
     draft.overrides[written] = draft.overrides[parts] = override
 
 
 def _parse_value(text: str) -> Any:
-    """A scalar as in a file; a list, mapping or quoted text where it opens like one; a Jinja template stays text."""
+    """Parse a scalar as in a file; a list, mapping or quoted text if it opens like one; a Jinja template stays text."""
     stripped = text.strip()
     if stripped.startswith(("[", "{", '"', "'")) and not stripped.startswith(_TEMPLATE_OPENINGS):
         document = parse_document(stripped, "value")
@@ -160,7 +161,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _refuse_empty_sections(model: type[BaseModel], draft: _Draft) -> None:
-    """`verify:` with nothing under it is a section cut short, where null would be none at all; which is meant must be said."""
+    """Refuse `verify:` with nothing under it: it may be a section cut short, or mean null; the job must say which."""
     for path in draft.empty & draft.lines.keys():
         info = field_at(model, path)
         section = section_of(info.annotation) if info is not None else None
@@ -174,8 +175,8 @@ def _refuse_empty_sections(model: type[BaseModel], draft: _Draft) -> None:
 
 
 def _located(draft: _Draft, refusal: Refusal) -> tuple[int, str]:
-    """The refusal as text, with where it was written, and its sort key."""
-    # The override that wrote the value, itself or as part of what is above it.
+    """Return the refusal's sort key, and its text with where the value was written."""
+    # The override that wrote the value, or a section above it.
     above = [key for key in draft.overrides if refusal.path[: len(key)] == key]
     if above:
         override = draft.overrides[max(above, key=len)]

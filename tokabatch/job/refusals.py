@@ -1,6 +1,6 @@
 """Why a model refused its values, in words: the key, what was given, what is accepted, and what to write instead.
 
-Turns pydantic's errors into one sentence a key. `load` finds where each key was written; `Refusal.in_file` and
+Turns pydantic's errors into one sentence per key. `load` finds where each key was written; `Refusal.in_file` and
 `Refusal.in_override` put that in front.
 """
 
@@ -26,13 +26,13 @@ _ELSEWHERE = {
     **dict.fromkeys(("min_new_tokens", "min_length"), "min_tokens"),
     **{"top_logprobs": "logprobs", "bad_words_ids": "bad_words", "sequence_bias": "logit_bias", "random_seed": "seed"},
 }
-"""What other tools call settings of ours."""
+"""Names of our settings in other tools."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One thing that is wrong. `path` leads to the key; `suggestion` is the dotted key that was probably meant, if any;
-    `example` a value that would be accepted, if the value is at fault."""
+    """One problem. `path` leads to the key; `suggestion` is the dotted key that was probably meant, if any; `example` is an
+    accepted value, if the value is at fault."""
 
     path: Path
     message: str
@@ -44,7 +44,7 @@ class Refusal:
         return dotted(self.path)
 
     def in_file(self, where: str) -> str:
-        """The refusal of what stands at `where` in a job file, the remedy as one would write it there."""
+        """Phrase the refusal of a value at `where` in a job file, with the remedy in the file's notation."""
         remedy = ""
         if self.suggestion:
             section, _, word = self.suggestion.rpartition(".")
@@ -52,12 +52,12 @@ class Refusal:
         elif self.example is not None:
             word = next(part for part in reversed(self.path) if isinstance(part, str))
             remedy = f", for example `{word}: {self.example}`"
-        # What concerns two sections has no key of its own.
+        # A problem between two sections has no key of its own.
         subject = f"{self.key}: " if self.key else ""
         return f"{where}: {subject}{self.message}{remedy}"
 
     def in_override(self, override: str) -> str:
-        """The refusal of what an override `key=value` sets, the remedy as an override."""
+        """Phrase the refusal of an override `key=value`, with the remedy as an override."""
         key, _, value = override.partition("=")
         subject = "" if key.strip() == self.key else f"{self.key}: "
         if self.suggestion:
@@ -70,7 +70,7 @@ class Refusal:
 
 
 def refusals_of(model: type[BaseModel], error: ValidationError, values: Any) -> Iterator[Refusal]:
-    """One refusal for each key at fault, in pydantic's order; `values` is what was validated."""
+    """Iterate over one refusal for each key at fault, in pydantic's order; `values` were validated."""
     seen: set[Path] = set()
     for details in error.errors(include_url=False, include_context=True):
         path, owner = _locate(model, details["loc"])
@@ -81,7 +81,7 @@ def refusals_of(model: type[BaseModel], error: ValidationError, values: Any) -> 
 
 
 def row_message(model: type[BaseModel], error: ValidationError, values: Mapping[str, Any]) -> str:
-    """The refusals of one row's settings as one line."""
+    """Phrase the refusals of one row's settings in one line."""
     parts: list[str] = []
     for refusal in refusals_of(model, error, values):
         hint = f"; did you mean `{refusal.suggestion}`?" if refusal.suggestion else ""
@@ -90,7 +90,7 @@ def row_message(model: type[BaseModel], error: ValidationError, values: Mapping[
 
 
 def dotted(path: Path) -> str:
-    """`("generation", "stop", 0)` as `generation.stop[0]`."""
+    """Write `("generation", "stop", 0)` as `generation.stop[0]`."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -98,7 +98,7 @@ def dotted(path: Path) -> str:
 
 
 def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[Path, type[BaseModel]]:
-    """Pydantic's location without its union branches, which is a path in the values, and the model it ends in."""
+    """Return pydantic's location without its union branches, as a path in the values, and the model that it ends in."""
     path: list[str | int] = []
     owner = model
     for depth, part in enumerate(loc):
@@ -115,7 +115,7 @@ def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[Path, t
 
 
 def _as_written(path: Path, values: Any) -> Path:
-    """The path without an index into a value that was given in place of a list of one."""
+    """Drop an index into a value that was given in place of a list of one."""
     for depth in range(len(path)):
         above = _lookup(values, path[:depth])
         if isinstance(path[depth], int) and not isinstance(above, list | tuple | Mapping):

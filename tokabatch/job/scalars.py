@@ -1,7 +1,7 @@
-"""What an unquoted word of a job file or override means: YAML 1.2 core scalars, plus `1K` (1,024) and `1k` (1,000).
+"""The meaning of an unquoted word in a job file or override: YAML 1.2 core scalars, plus `1K` (1,024) and `1k` (1,000).
 
-Differs from YAML 1.1 where that surprises: `1e3` and `1e-5` are numbers, `yes`, `on` and `12:30` are text. `1e3` is a
-whole number, so that it fits where one is asked for. Knows no keys and no types of fields.
+Differs from YAML 1.1 in its pitfalls: `1e3` and `1e-5` are numbers; `yes`, `on` and `12:30` are text. `1e3` is a whole number,
+valid wherever one is required.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MULTIPLIER = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "k": 10**3, "m": 10**6,
 
 
 def parse_scalar(text: str) -> Scalar:
-    """The value of one plain (unquoted) scalar; whatever is neither null, boolean nor number is text."""
+    """Parse one plain (unquoted) scalar; whatever is neither null, boolean nor number is text."""
     if text in _NULL:
         return None
     if text in _BOOL:
@@ -49,7 +49,7 @@ def parse_scalar(text: str) -> Scalar:
 
 
 def write_value(value: Any) -> str:
-    """A value as one would write it in YAML, on one line."""
+    """Write a value as in YAML, on one line."""
     if value is None:
         return "null"
     if isinstance(value, bool):

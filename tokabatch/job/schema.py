@@ -1,7 +1,7 @@
-"""The job: everything a run does, as frozen, strict, nested models. Field descriptions are the reference of the keys.
+"""The job: everything that a run does, as frozen, strict, nested models. Field descriptions are the reference of the keys.
 
-`Job.load` is the way in; it raises JobError for whatever is wrong with a job on its own. Whether the files
-and columns it names exist is for the readers to say.
+`Job.load` is the entry point; it raises JobError for whatever is wrong with a job on its own. Whether its files and columns
+exist is checked by the readers.
 """
 
 from __future__ import annotations
@@ -278,8 +278,8 @@ class VerifyConfig(Section):
         return self
 
     def decisive(self) -> dict[str, Any]:
-        """What the verdicts follow from, beside the judge's source; of keys that are newer than the first two, those that are
-        used, so that a run without them is the same job as ever."""
+        """Return what the verdicts depend on, besides the judge's source. Newer keys are included only if they are used, so
+        that runs from before those keys remain the same job."""
         values = self.model_dump(mode="json")
         newer = {
             name: values[name]
@@ -292,7 +292,7 @@ class VerifyConfig(Section):
 
 
 class ErrorsConfig(Section):
-    """What a row that cannot be completed does to the run. It always becomes an error row."""
+    """How a run treats a row that cannot be completed, which always becomes an error row."""
 
     policy: Literal["continue", "stop"] = Field(default="continue", description="Continue after an error row, or stop the run.")
     max_fraction: fields.Fraction = Field(
@@ -346,29 +346,27 @@ class Job(Section):
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any], *overrides: str) -> Job:
-        """Reads a job file (or a mapping of the same shape) and applies overrides such as `generation.n=4`.
-
-        Paths inside are relative to the working directory. Raises JobError listing every problem that was found.
-        """
+        """Read a job file (or a mapping of the same shape) and apply overrides such as `generation.n=4`. Paths inside are
+        relative to the working directory. Raises JobError listing every problem found."""
         return load_model(cls, source, overrides)[0]
 
     @classmethod
     def load_with_places(cls, source: str | Path | Mapping[str, Any], *overrides: str) -> tuple[Job, Written]:
-        """The same, and where each key was written, for messages."""
+        """Load a job as `load` does; also return where each key was written, for messages."""
         return load_model(cls, source, overrides)
 
     @classmethod
     def describe_keys(cls) -> tuple[Key, ...]:
-        """Every key a job file may hold, in its order."""
+        """Return every key of a job file, in order."""
         return tuple(list_keys(cls))
 
     @classmethod
     def describe_sections(cls) -> tuple[KeySection, ...]:
-        """The same keys by section."""
+        """Return the same keys by section."""
         return tuple(list_sections(cls))
 
     def refuse_sharing(self) -> None:
-        """Raises JobError where the job cannot be divided between processes that know nothing of each other's samples."""
+        """Raise JobError if the job cannot be divided between processes that do not see each other's samples."""
         if self.verify is not None and self.verify.stop is not None:
             raise JobError(
                 "verify.stop looks at all samples of a row, and --shared divides them between processes: remove --shared, or "
@@ -381,23 +379,23 @@ class Job(Section):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, every default filled in: the record of a run. A job loaded from it has all of them set, so a
-        model's own generation defaults no longer apply; `given` is the form that loads back as the same job."""
+        """Return plain JSON values with every default filled in: the record of a run. A job loaded from it has every key set,
+        so a model's own generation defaults no longer apply; `given` returns the form that loads back as the same job."""
         return self.model_dump(mode="json")
 
     def given(self) -> dict[str, Any]:
-        """Plain JSON values of what the job says, without defaults: `Job.load(job.given())` is this job again."""
+        """Return plain JSON values of what the job gives, without defaults: `Job.load(job.given())` is the same job."""
         return self.model_dump(mode="json", exclude_unset=True)
 
 
 def verifier_names() -> tuple[str, ...]:
-    """The verifiers that exist: one for each file of the folder, none of them imported."""
+    """Return the names of all verifiers: one for each file of the folder, none of them imported."""
     return tuple(sorted(path.stem for path in _VERIFIERS.glob("*.py") if not path.stem.startswith("_")))
 
 
 def verifier_path(kind: str) -> Path:
-    """The source of the verifier that `verify.kind` means. Imports nothing: judges are not loaded into this process. Raises
-    JobError for a module that is not there."""
+    """Return the source file of the verifier that `verify.kind` names. Imports nothing: judges are not loaded into this
+    process. Raises JobError for a module that does not exist."""
     source = kind.partition(":")[0]
     if source.endswith(_PYTHON):
         return Path(source)

@@ -1,1 +1,1 @@
-"""Everything that is settled before the first step: the model that is opened, the samples that it is to draw."""
+"""Everything that is settled before the first step: the opened model, and the samples to draw from it."""

@@ -1,6 +1,6 @@
 """A model and its tokenizer, opened and checked without weights: files, device and dtype, generation defaults, end tokens.
 
-Whatever the user got wrong about them surfaces here, in seconds.
+User errors in these surface here, within seconds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class OpenModel:
 
     folder: Path
     files: tuple[ModelFile, ...]
-    """The model's and the tokenizer's, as they were read."""
+    """The model's and the tokenizer's files, as they were read."""
     spec: ModelSpec
     device: str
     layout: Layout
@@ -51,18 +51,18 @@ class OpenModel:
 
 
 def open_model(job: Job) -> OpenModel:
-    """The job's model and tokenizer; what is not here of them is fetched. Raises UsageError for what cannot work."""
+    """Open the job's model and tokenizer; download what is missing. Raises UsageError for whatever cannot work."""
     model, _, checkpoint = open_without_weights(job)
     return model if checkpoint else with_weights(job, model)
 
 
 def open_without_weights(job: Job, *, absent_gpu: bool = False) -> tuple[OpenModel, EndTokens, Checkpoint | None]:
-    """Weights that are still on the hub stay there; there is no checkpoint then."""
+    """Open them without downloading weights; the checkpoint is None if weights are still on the hub."""
     device = "cuda" if absent_gpu else pick_device(job)
     layout = decide_layout(job.engine, device, None if absent_gpu else visible_devices())
     folder = resolve_model(job.model.path, job.model.revision, weights=False)
     tokenizer_folder = _tokenizer_folder(job, folder)
-    # Known before they are read: what changes in between is noticed when the weights load.
+    # Recorded before they are read: a change in between is noticed when the weights load.
     files = known_files(folder, tokenizer_folder)
     spec = read_spec(folder)
     check_mesh(spec, Mesh(0, layout.tensor, layout.pipeline))
@@ -96,19 +96,20 @@ def open_without_weights(job: Job, *, absent_gpu: bool = False) -> tuple[OpenMod
 
 
 def _tokenizer_folder(job: Job, folder: Path) -> Path:
-    """`folder` is the model's."""
+    """Return the tokenizer's folder; `folder` is the model's."""
     return folder if job.model.tokenizer is None else resolve_model(job.model.tokenizer, weights=False, key="model.tokenizer")
 
 
 def with_weights(job: Job, model: OpenModel) -> OpenModel:
-    """Fetch them, and take in what only they can tell."""
+    """Download the weights and complete the model with what depends on them."""
     checkpoint = preflight(resolve_model(job.model.path, job.model.revision), model.spec)
     dtype = _choose_dtype(job, model.device, model.folder, model.spec, checkpoint)
     return replace(model, dtype=dtype, files=known_files(model.folder, _tokenizer_folder(job, model.folder)))
 
 
 def _choose_dtype(job: Job, device: str, folder: Path, spec: ModelSpec, checkpoint: Checkpoint | None) -> torch.dtype:
-    """`auto` is float32 on a CPU and the checkpoint's own elsewhere; its config speaks for one that is not here yet."""
+    """Resolve the dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere, taken from its config if the weights
+    are not downloaded yet."""
     stated = "float32" if job.model.dtype == "auto" and device == "cpu" else job.model.dtype
     if stated == "auto" and checkpoint is None:
         values = read_config(folder).values
@@ -117,7 +118,7 @@ def _choose_dtype(job: Job, device: str, folder: Path, spec: ModelSpec, checkpoi
 
 
 def pick_device(job: Job) -> str:
-    """`cpu` or `cuda`. Raises JobError where a GPU is asked for and there is none."""
+    """Return `cpu` or `cuda`. Raises JobError if the job requires a GPU and there is none."""
     available = torch.cuda.is_available()
     if job.engine.device == "cuda" and not available:
         raise JobError("engine.device is cuda, but torch sees no GPU; write auto or cpu, or install a CUDA build of torch")
@@ -125,7 +126,7 @@ def pick_device(job: Job) -> str:
 
 
 def _check_fp8(job: Job, device: str, dtype: torch.dtype, spec: ModelSpec) -> None:
-    """Raises JobError where e4m3 is asked for and the device has no units for it, or what uses them is not there."""
+    """Raise JobError if the job uses e4m3 and the device has no units for it, or the required kernels are missing."""
     asked = {"model.quantization": job.model.quantization, "engine.kv_cache_dtype": job.engine.kv_cache_dtype}
     key = next((key for key, value in asked.items() if value == "fp8"), None)
     if key is None:
@@ -138,7 +139,7 @@ def _check_fp8(job: Job, device: str, dtype: torch.dtype, spec: ModelSpec) -> No
 
 
 def _check_generation(generation: GenerationConfig, spec: ModelSpec, tokenizer: Tokenizer) -> None:
-    """What only the model can tell of the job's own settings; a row's settings cost that row alone."""
+    """Check the job's own settings against the model; a row's settings are checked with the row."""
     ids = [word for word in generation.bad_words if not isinstance(word, str)]
     given = {name: getattr(generation, name) for name in generation.model_fields_set} | {"bad_words": ids}
     params = GenerationConfig.model_validate(given).params()

@@ -1,7 +1,7 @@
 """Everything that is settled before weights load: the model's files, the tokenised input, and the plan order.
 
-`prepare` serves `run` and `plan` alike; whatever the user got wrong surfaces here, in seconds. It writes into the scratch
-folder it is given and nowhere else.
+`prepare` serves `run` and `plan` alike; user errors surface here, within seconds. It writes into the given scratch folder and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -37,24 +37,25 @@ from tokabatch.scoring.pool import JudgePool, open_pool
 from tokabatch.workload.open_model import OpenModel, open_without_weights, with_weights
 
 Compare = Callable[[Fingerprint, RowDigests | None, RowPlaces], None]
-"""Raises where the job is not to go on, given what decides its output, and once they are read its rows and their places."""
+"""Raises if the job must not continue the earlier run, given what decides its output and, once they are read, its rows and
+their places."""
 CHECKED_ROWS = 4096
-"""Rows given to a judge at once to look at their references."""
+"""Number of rows whose references a judge checks at once."""
 SHOWN_FAULTS = 3
 MOST_SAMPLES = 1_000_000_000
-"""Of one run."""
+"""Maximum number of samples of one run."""
 
 
 @dataclass(frozen=True)
 class Demand(OpenModel):
-    """A model, and the samples that are to be drawn from it, or such as may come to be."""
+    """A model, and the samples to draw from it, or that may be requested of it."""
 
     requests: Requests
     num_samples: Int64
-    """Samples to draw of each request, in plan order."""
+    """Number of samples to draw of each request, in plan order."""
 
     def facts(self) -> WorkloadFacts:
-        """What the engine's sizes follow from."""
+        """Return what the engine's sizes are derived from."""
         sampling, params = self.requests.sampling, self.requests.params
         limit = np.array([kind.max_tokens for kind in sampling], np.int64)[params]
         alternatives = [-1 if kind.logprobs is None else kind.logprobs for kind in sampling]
@@ -75,30 +76,30 @@ class Demand(OpenModel):
 
 @dataclass(frozen=True)
 class Workload(Demand):
-    """A job that can start."""
+    """A job that is ready to start."""
 
     store: InputStore
     failures: tuple[FailedRow, ...]
     output_schema: pa.Schema
     samples_of_row: Int64
-    """Samples of each row of the input, whether drawn already or not."""
+    """Number of samples of each row of the input, drawn already or not."""
     fingerprint: Fingerprint
     tags: ReasoningTags | None = None
-    """Where texts are split into thinking and answer; None where they are not."""
+    """The tags that separate reasoning from the answer; None if texts are not split."""
     origin: Origin | None = None
-    """What the tokenised input is made of; None where it cannot be kept."""
+    """What the tokenised input is made of; None if it cannot be kept."""
     taken_over: bool = False
-    """Whether the tokenised input is that of an earlier start."""
+    """Whether the tokenised input was reused from an earlier start."""
     notes: tuple[str, ...] = ()
-    """Sentences for the user: what the model's files, the settings and the rows have in them that may surprise."""
+    """Notes for the user on what may surprise in the model's files, the settings and the rows."""
 
     @property
     def samples_total(self) -> int:
-        """All samples that the output has to account for."""
+        """The number of all samples that the output has to account for."""
         return int(self.samples_of_row.sum())
 
     def without(self, drawn: Drawn) -> Workload:
-        """What is left to do of the same job."""
+        """Return what is left to do of the same job."""
         requests = self.requests.without(drawn)
         failures: list[FailedRow] = []
         for failure in self.failures:
@@ -110,7 +111,7 @@ class Workload(Demand):
 
     @property
     def error_counts(self) -> tuple[tuple[str, int], ...]:
-        """Rows that could not become prompts, by code."""
+        """The number of rows that could not become prompts, by error code."""
         return tuple(sorted(Counter(failure.error.code for failure in self.failures).items()))
 
     def sharing(self) -> Sharing:
@@ -128,13 +129,14 @@ def prepare(
     clock: str = "",
     absent_gpu: bool = False,
 ) -> Workload:
-    """Check the verifier and the model, read and tokenise the input, order it. Raises UsageError for whatever cannot work;
-    `on_rows` is told the rows and error rows read so far. Weights that are still on the hub are fetched
-    last, and only if `weights` says so.
-    `kept` is where the tokenised input of an earlier start may lie: it is taken over where it is this job's. `clock` is the
-    time that templates see.
-    `compare` is called as soon as there is more to compare with an earlier run: settings, rows, weights.
-    `absent_gpu`: for a GPU that is not here, of which nothing can be asked."""
+    """Check the verifier and the model, read and tokenise the input, and order it.
+
+    `on_rows` is called with the numbers of rows and error rows read so far. Weights that are still on the hub are downloaded
+    last, and only if `weights` is True. `kept` may hold the tokenised input of an earlier start, which is reused if it is the
+    same job's. `clock` is the time that templates see. `compare` is called as soon as there is more to compare with an earlier
+    run: settings, rows, weights. `absent_gpu`: plan for a GPU that is not in this machine. Raises UsageError for whatever
+    cannot work.
+    """
     pool = None if job.verify is None else open_pool(job.verify)
     judge = None if pool is None else pool.load()
     stop = None if job.verify is None else job.verify.stop
@@ -217,13 +219,13 @@ def prepare(
 
 
 def _fingerprint(job: Job, model: OpenModel) -> Fingerprint:
-    """What decides the output, as far as it is known before the rows are read."""
+    """Return what decides the output, as far as it is determined before the rows are read."""
     marks = {file.name: file.mark for file in model.files}
     return describe(job, model.generation, model.eos_token_ids, marks, str(model.dtype).removeprefix("torch."))
 
 
 def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None) -> tuple[str, ...]:
-    """Which of the rows that have prompts cannot be judged, whatever the text, as far as the judge can tell beforehand."""
+    """Return notes on rows with prompts that the judge finds, before any text, cannot be judged."""
     faults: dict[int, str] = {}
     for begin in range(0, store.num_rows, CHECKED_ROWS):
         rows = np.arange(begin, min(begin + CHECKED_ROWS, store.num_rows), dtype=np.int64)
@@ -242,11 +244,11 @@ def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None) -> 
 
 
 def _accept(fingerprint: Fingerprint, digests: RowDigests | None, places: RowPlaces) -> None:
-    """There is no earlier run."""
+    """Accept the job: there is no earlier run."""
 
 
 def _stops(store: InputStore, generation: GenerationConfig) -> dict[str, str]:
-    """Every stop string, and where it was written first."""
+    """Return every stop string, and where it was first written."""
     good = np.flatnonzero(store.length > 0)
     used, first = np.unique(store.params[good], return_index=True)
     stops: dict[str, str] = {}
@@ -257,7 +259,8 @@ def _stops(store: InputStore, generation: GenerationConfig) -> dict[str, str]:
 
 
 def _samples_of_row(store: InputStore, n: int) -> Int64:
-    """A row that could not become a prompt has the job's own number. Raises JobError where they are too many."""
+    """Return the number of samples of each row: the job's own for a row without a prompt. Raises JobError if there are too
+    many."""
     samples = np.full(store.num_rows, n, np.int64)
     good = np.flatnonzero(store.length > 0)
     samples[good] = np.array([params.n for params in store.sampling], np.int64)[store.params[good]]
@@ -272,7 +275,7 @@ def _samples_of_row(store: InputStore, n: int) -> Int64:
 
 
 def order_requests(store: InputStore, page_size: int) -> Requests:
-    """The rows that have prompts, in plan order; those that may run longest come first as far as sharing allows."""
+    """Return the rows that have prompts, in plan order; those that may run longest come first as far as sharing allows."""
     rows = np.flatnonzero(store.length > 0)
     start, length = store.start[rows], store.length[rows]
     order = order_prompts(store.tokens, start, length)

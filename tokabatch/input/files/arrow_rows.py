@@ -1,9 +1,9 @@
-"""An Arrow batch as rows: the columns asked for become Python values, the batch itself stays the payload.
+"""An Arrow batch as rows: the columns in use become Python values, and the batch itself stays the payload.
 
-Numbers of 32 bits and less have their shortest digits. Binary values that are UTF-8 are texts in the rows: many writers store
-text so. Maps are mappings, as objects of JSON are, where their keys are texts or whole numbers; a key that occurs twice is a
-fault of its row, as in JSON. A single Arrow value can be text that is not UTF-8, and one that is asked for can be beyond what
-Python has (a date after the year 9999): faults of their rows. This module knows no file format.
+Numbers of 32 bits and less get their shortest digits. Binary values that are valid UTF-8 become texts, because many writers
+store text that way. Maps become mappings, like JSON objects, if their keys are texts or whole numbers; a repeated key is an
+error of its row, as in JSON. So are text that is not UTF-8, and a value in use that Python cannot represent (a date after the
+year 9999). Independent of file formats.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_
 
 
 def rows_of(batch: pa.RecordBatch, columns: Collection[str] | None, first_index: int, place: str) -> RowBatch:
-    """Rows numbered from `first_index`. `place` names the file in messages."""
+    """Return the rows, numbered from `first_index`. `place` names the file in messages."""
     faults: dict[int, RowError] = {}
     valid = batch
     values: dict[str, list[Any]] = {}
@@ -53,7 +53,8 @@ def rows_of(batch: pa.RecordBatch, columns: Collection[str] | None, first_index:
 
 
 def python_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows as Python values: null in place of one that Python does not have, such as a date after the year 9999."""
+    """Return the rows as Python values: null in place of one that Python cannot represent, such as a date after the year
+    9999."""
     try:
         return table.to_pylist()
     except Exception:
@@ -62,7 +63,7 @@ def python_rows(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def _holds(kind: pa.DataType, *tests: Callable[[pa.DataType], bool]) -> bool:
-    """Whether a type is one of those tested for, or has one in it, at any depth."""
+    """Return whether a type, or one nested in it at any depth, passes one of the tests."""
     if any(test(kind) for test in tests):
         return True
     if isinstance(kind, pa.DictionaryType):
@@ -72,7 +73,8 @@ def _holds(kind: pa.DataType, *tests: Callable[[pa.DataType], bool]) -> bool:
 
 
 def _shortest(value: Any, kind: Any) -> Any:
-    """The value with its 32-bit and 16-bit numbers by their shortest digits, 0.1 and not 0.10000000149011612, outside maps."""
+    """Return the value with its 32-bit and 16-bit numbers in their shortest digits, 0.1 and not 0.10000000149011612, except in
+    maps."""
     if value is None or not _holds(kind, *_SHORT_FLOATS):
         return value
     if pa.types.is_struct(kind):
@@ -83,7 +85,7 @@ def _shortest(value: Any, kind: Any) -> Any:
 
 
 def _read_maps(values: list[Any], kind: pa.DataType) -> dict[int, str]:
-    """Makes mappings of the maps in `values`; why there is none, by row."""
+    """Turn the maps in `values` into mappings, in place; return the faults by row."""
     faults: dict[int, str] = {}
     for row, value in enumerate(values):
         try:
@@ -94,11 +96,11 @@ def _read_maps(values: list[Any], kind: pa.DataType) -> dict[int, str]:
 
 
 class _Twice(ValueError):
-    """A key that a map has more than once."""
+    """A key occurs more than once in a map."""
 
 
 def _mappings(value: Any, kind: Any) -> Any:
-    """The value with its maps as mappings, at any depth; one with keys of another type stays a list of pairs."""
+    """Return the value with its maps as mappings, at any depth; a map with keys of another type stays a list of pairs."""
     if value is None or not _holds(kind, pa.types.is_map):
         return value
     if pa.types.is_dictionary(kind):
@@ -118,7 +120,7 @@ def _mappings(value: Any, kind: Any) -> Any:
 
 
 def _texts(value: Any) -> Any:
-    """The value with bytes that are UTF-8 as text, at any depth; others stay bytes."""
+    """Return the value with bytes that are valid UTF-8 as text, at any depth; other bytes are kept."""
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -134,7 +136,7 @@ def _texts(value: Any) -> Any:
 
 
 def _broken_text(column: pa.Array[Any]) -> list[int]:
-    """Rows whose value holds text that is no UTF-8; a fast check of the whole column comes first."""
+    """Return the rows whose value holds text that is not UTF-8; a fast check of the whole column comes first."""
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:
@@ -147,13 +149,13 @@ def _readable(column: pa.Array[Any], row: int) -> bool:
         column[row].as_py()
     except UnicodeDecodeError:
         return False
-    except Exception:  # another fault, which matters only where the value is asked for
+    except Exception:  # another fault, which matters only if the column is in use
         return True
     return True
 
 
 def _to_python(column: pa.Array[Any] | pa.ChunkedArray) -> tuple[list[Any], dict[int, str]]:
-    """The values, and why there is none, by row; extension types of the user's own may raise anything."""
+    """Return the values, and the faults of those without one, by row. Users' own extension types may raise anything."""
     try:
         return column.to_pylist(), {}
     except Exception:
@@ -169,7 +171,7 @@ def _to_python(column: pa.Array[Any] | pa.ChunkedArray) -> tuple[list[Any], dict
 
 
 def _without(column: pa.Array[Any], rows: list[int]) -> pa.Array[Any]:
-    """Nulls in these rows. PyArrow selects rows of every type, but chooses between two arrays of few."""
+    """Set these rows to null. PyArrow takes rows of every type, but chooses between two arrays of only a few."""
     places = np.arange(len(column))
     return column.take(pa.array(places, mask=np.isin(places, rows)))
 

@@ -1,9 +1,9 @@
-"""Arrow types as a run carries them: values and logical types stay, encodings go.
+"""Arrow types as a run carries them: values and logical types are kept, encodings are not.
 
-A dictionary, a run-end encoding and a view are ways to lay the same values out in memory. PyArrow cannot select rows of all of
-them, write all of them, or read all of them back, so columns are decoded once, where they enter. Parquet has no seconds (it
-has milliseconds) and one type of date. Everything else (large offsets, decimals, time zones, extension types, nested
-nullability) is kept. This module knows no file and no column names.
+Dictionaries, run-end encodings and views are memory layouts of the same values. PyArrow cannot select rows of all of them,
+write all of them, or read all of them back, so columns are decoded once, on entry. Parquet has no seconds (it has milliseconds)
+and one type of date. Everything else (large offsets, decimals, time zones, extension types, nested nullability) is kept.
+Independent of files and column names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.t
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type of the same values without dictionaries, run-end encodings and views, at any depth, as Parquet has it."""
+    """Return the type of the same values without dictionaries, run-end encodings and views, at any depth, as Parquet has it."""
     if isinstance(kind, pa.BaseExtensionType):
         storage = plain_type(kind.storage_type)
         return kind if storage.equals(kind.storage_type) else storage
@@ -54,10 +54,10 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def plain_array(array: Any) -> pa.Array[Any]:
-    """The same values in `plain_type(array.type)`; the array itself where that is its type. Raises ArrowInvalid where a date is
-    not a whole day, or a time too far away.
+    """Return the same values in `plain_type(array.type)`; the array itself if it has that type. Raises ArrowInvalid for a date
+    that is not a whole day and for a time out of range.
 
-    PyArrow's own casts are not used for nested types: some fail, and that of a list view with a null loses values (26.0).
+    PyArrow's own casts are not used for nested types: some fail, and the cast of a list view with a null loses values (26.0).
     """
     kind = array.type
     plain = plain_type(kind)
@@ -93,7 +93,7 @@ def plain_array(array: Any) -> pa.Array[Any]:
 
 
 def row_bytes(array: Any) -> Int64:
-    """The memory that each value of a plain array takes, shape [values]; validity bits are not counted."""
+    """Return the memory of each value of a plain array, shape [values], without validity bits."""
     kind, count = array.type, len(array)
     if isinstance(kind, pa.BaseExtensionType):
         return row_bytes(array.storage)
@@ -117,7 +117,7 @@ def row_bytes(array: Any) -> Int64:
 
 
 def fields_of(kind: Any) -> list[pa.Field[Any]]:
-    """The fields of a struct type."""
+    """Return the fields of a struct type."""
     return [kind.field(place) for place in range(kind.num_fields)]
 
 
@@ -130,14 +130,14 @@ def _is(kind: pa.DataType, *tests: Callable[[pa.DataType], bool]) -> bool:
 
 
 def _between(array: Any, sizes: Int64) -> Int64:
-    """Sums of `sizes`, one for each value of the lists in `array`."""
+    """Sum `sizes`, one for each value of the lists in `array`, over each list."""
     ends = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)))
     offsets = array.offsets.to_numpy()
     return ends[offsets[1:]] - ends[offsets[:-1]] + 8
 
 
 def _list_of_views(array: Any, plain: pa.DataType) -> pa.Array[Any]:
-    """A list array from one of list views, whose lists may overlap and lie in any order."""
+    """Make a list array of list views, whose lists may overlap and lie in any order."""
     nulls = array.is_null()
     valid = array.is_valid().to_numpy(zero_copy_only=False)
     sizes = np.where(valid, array.sizes.to_numpy(), 0).astype(np.int64)

@@ -1,6 +1,6 @@
-"""What a file is by its first bytes, despite its name, and what to do with one that is not what it is called.
+"""Recognise a file's true format from its first bytes, and suggest what to do with a misnamed one.
 
-One refusal in place of an error row for each of its lines. Only what no JSON Lines and no Parquet file begins with is listed.
+One refusal takes the place of an error row for each line. Only beginnings that no JSON Lines or Parquet file has are listed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from tokabatch.errors import InputError
 
 HEAD_BYTES = 512
-"""Bytes of a beginning that tell."""
+"""Number of leading bytes that are looked at."""
 _TO_PARQUET = "convert it to Parquet or JSON Lines"
 _TO_UTF_8 = "JSON Lines is UTF-8; convert it, for example with: iconv -f UTF-16 -t UTF-8 old.jsonl > new.jsonl"
 _KINDS: tuple[tuple[bytes, str, str], ...] = (
@@ -44,12 +44,11 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
         "write each object as a line, for example with: jq -c . old.jsonl > new.jsonl",
     ),
 )
-"""Patterns of a beginning, what has it, and the remedy."""
+"""Patterns of a file's beginning, its format, and the remedy."""
 
 
 def refuse_foreign(path: str, begin: bytes) -> None:
-    """Raises InputError where a file that begins so is of a known kind that is neither JSON Lines nor compressed with gzip or
-    zstd."""
+    """Raise InputError if a file that begins with these bytes is in a known format other than JSON Lines, gzip and zstd."""
     for pattern, kind, remedy in _KINDS:
         if re.match(pattern, begin[:HEAD_BYTES], re.DOTALL):
             raise InputError(f"{path} is {kind}, despite its name; {remedy}")

@@ -1,8 +1,8 @@
-"""Bytes of a file, decompressed and cut into lines at `\\n` only, in bounded memory.
+"""Bytes of a file, decompressed and split into lines at `\\n` only, in bounded memory.
 
-Whether it is compressed is read from its first bytes: a name may say otherwise. A compressed file that ends too early or is
-damaged is refused, because how many rows are missing cannot be known; a line beyond the size limit is reported and skipped,
-never held.
+Compression is detected from the first bytes, since names can be wrong. A compressed file that is cut short or damaged is
+refused, because the number of missing rows is unknown; a line beyond the size limit is reported and skipped, never held in
+memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ZSTD = b"\x28\xb5\x2f\xfd"
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """`number` counts from 1; `offset` is its first byte in the decompressed file; `data` is None when it was too long."""
+    """`number` counts from 1; `offset` is the first byte in the decompressed file; `data` is None if the line is too long."""
 
     number: int
     offset: int
@@ -37,7 +37,7 @@ class Line:
 
 
 class Decompressor(Protocol):
-    """The part that zlib's and zstandard's decompression objects have in common."""
+    """The common interface of zlib's and zstandard's decompression objects."""
 
     @property
     def eof(self) -> bool: ...
@@ -47,8 +47,8 @@ class Decompressor(Protocol):
 
 
 def read_lines(file: InputFile, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
-    """Every line without its `\\n`; a last line without `\\n` counts, an empty piece after the last `\\n` does not. Raises
-    InputError for a file of another kind, which `refuse_foreign` knows."""
+    """Iterate over the lines without their `\\n`; a last line without `\\n` counts, an empty piece after the last `\\n` does
+    not. Raises InputError for a file of another format (see `refuse_foreign`)."""
     with file.open() as stream:
         begin = next(_raw_blocks(stream, file, COMPRESSED_READ_BYTES), b"")
         compression = ".gz" if begin.startswith(GZIP) else ".zst" if begin.startswith(ZSTD) else file.compression
@@ -66,7 +66,7 @@ def read_lines(file: InputFile, max_line_bytes: int = MAX_LINE_BYTES) -> Iterato
 
 
 def split_lines(blocks: Iterator[bytes], max_line_bytes: int) -> Iterator[Line]:
-    """Cut a byte stream into lines, holding at most `max_line_bytes` and one block."""
+    """Split a byte stream into lines, holding at most `max_line_bytes` and one block."""
     pending: list[bytes] = []
     held = length = offset = 0
     number = 1
@@ -97,7 +97,7 @@ def _raw_blocks(stream: IO[bytes], file: InputFile, size: int) -> Iterator[bytes
 
 
 def _inflate(begin: bytes, stream: IO[bytes], file: InputFile, new: Callable[[], Decompressor]) -> Iterator[bytes]:
-    """Decompress one member or frame after another; `begin` has been read from the stream."""
+    """Decompress one member or frame after another; `begin` has been read from the stream already."""
     current: Decompressor | None = None
     consumed = 0
     for block in chain((begin,), _raw_blocks(stream, file, COMPRESSED_READ_BYTES)):

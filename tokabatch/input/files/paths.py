@@ -1,7 +1,7 @@
 """From a path of the job to an ordered list of files: a file, a folder, a glob or an fsspec URL.
 
-This module knows no file format beyond its extension. Folders are read recursively; names that begin with `.` or `_` are
-bookkeeping of other tools and are no data.
+Folders are read recursively; names that begin with `.` or `_` are bookkeeping of other tools, not data. Formats are told apart
+by extension only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PACKAGES = {
     "http": "aiohttp requests",
     "https": "aiohttp requests",
 }
-"""What fsspec needs for a URL, by its scheme."""
+"""The package that fsspec needs for a URL, by its scheme."""
 ADVICE = {
     "json": "rename it to .jsonl if it holds one object a line; an array becomes that with: jq -c '.[]' data.json > data.jsonl",
     "ndjson": "rename it to .jsonl",
@@ -42,12 +42,12 @@ ADVICE = {
     "zip": "unpack it with unzip",
     "xlsx": "save it as CSV, and convert that with pandas.read_csv(...).to_parquet(...)",
 }
-"""What to do with a file of each extension that cannot be read."""
+"""What to do with a file that cannot be read, by its extension."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One file of the input. `path` is as its file system spells it."""
+    """One file of the input. `path` is the name in its file system."""
 
     fs: AbstractFileSystem
     path: str
@@ -60,13 +60,13 @@ class InputFile:
 
     @property
     def shown(self) -> str:
-        """What messages call it: the path from the working directory where it lies below that."""
+        """The name in messages: relative to the working directory if the file is below it."""
         below = f"{os.getcwd()}/"
         return self.path.removeprefix(below) if isinstance(self.fs, LocalFileSystem) else self.path
 
     @property
     def size(self) -> int:
-        """In bytes; -1 where its file system does not tell."""
+        """Size in bytes; -1 if the file system does not report it."""
         try:
             size = cast("int | None", self.fs.size(self.path))
         except Exception as error:  # see `refuse_unreachable`
@@ -80,14 +80,14 @@ class InputFile:
 
     @property
     def format(self) -> str:
-        """The extension below any compression, without its dot: `jsonl` for `a.jsonl.gz`."""
+        """The extension below any compression, in lower case without its dot: `jsonl` for `a.jsonl.gz`."""
         name = self.path.rsplit("/", 1)[-1].lower().removesuffix(self.compression)
         return name.rsplit(".", 1)[-1] if "." in name else ""
 
 
 def find_files(path: str, formats: Collection[str], key: str) -> tuple[str, tuple[InputFile, ...]]:
-    """The one format of the input and its files, sorted by path. Raises InputError naming `key` of the job, the path and the
-    remedy."""
+    """Return the one format of the input and its files, sorted by path. Raises InputError naming `key` of the job, the path and
+    the remedy."""
     place = f"{key} {path!r}"
     if path.startswith("hf://") and not path.startswith("hf://datasets/"):
         raise InputError(f"{place} is not a hub dataset; write hf://datasets/OWNER/NAME")
@@ -123,8 +123,8 @@ def find_files(path: str, formats: Collection[str], key: str) -> tuple[str, tupl
 
 
 def refuse_unreachable(place: str, error: Exception) -> NoReturn:
-    """The refusal of a file or folder that its file system will not give. Callers catch Exception: each of fsspec's file
-    systems raises kinds of its own (those of its HTTP client, mostly), and the hub's client has changed its package before."""
+    """Raise InputError for a file or folder that cannot be reached. Callers catch Exception: each of fsspec's file systems
+    raises errors of its own (mostly those of its HTTP client), and the hub's client has changed its package before."""
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     remedy = "Check that it exists and can be read"
     if not isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):

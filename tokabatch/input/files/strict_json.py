@@ -1,7 +1,7 @@
-"""One JSON object from one line of bytes, read strictly, or the reason why not.
+"""Parse one JSON object from a line of bytes, strictly.
 
 Stricter than Python's `json`: duplicate keys, NaN, Infinity, numbers that overflow to infinity, nesting beyond MAX_DEPTH and
-text with lone surrogates are faults. This module knows nothing of files; the caller adds where the line stood.
+text with lone surrogates are errors. The caller adds the line's place to messages.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ BAD_JSON = "bad_json"
 
 
 class _Refused(ValueError):
-    """A fault that Python's `json` would let pass."""
+    """A fault that Python's `json` would accept."""
 
 
 def parse_object(data: bytes) -> dict[str, Any] | RowError:
-    """The object in `data`, or a RowError `bad_json`, `bad_utf8` or `bad_unicode` without the line's place."""
+    """Return the object in `data`, or a RowError `bad_json`, `bad_utf8` or `bad_unicode` without the line's place."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -47,7 +47,7 @@ def parse_object(data: bytes) -> dict[str, Any] | RowError:
 
 
 def _depth_fault(text: str) -> str | None:
-    """Only a line with many brackets is looked at character by character."""
+    """Return the fault of a text that nests too deeply. Only texts with many brackets are scanned character by character."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return None
     depth, in_string, escaped = 0, False, False
@@ -69,7 +69,7 @@ def _depth_fault(text: str) -> str | None:
 
 
 def _surrogate_fault(text: str, row: dict[str, Any]) -> RowError | None:
-    """Half a surrogate pair can only come from a `\\ud...` escape, so other lines are not searched."""
+    """Return the fault of half a surrogate pair. It can only come from an escape `\\ud...`, so other lines are not searched."""
     if "\\ud" not in text and "\\uD" not in text:
         return None
     try:

@@ -1,7 +1,7 @@
-"""Where rows come from. A reader is one file in this folder; the file's name is its key.
+"""The input's readers. A reader is one file in this folder, named after the extension that it reads.
 
 A file `readers/<extension>.py` reads files of that extension through its `open_files(name, files) -> Reader`. `hub.py` reads
-`hf://datasets/org/name` through its `open_dataset`. Adding a format is adding a file; it is imported only when it is used.
+`hf://datasets/org/name` through its `open_dataset`. To add a format, add a file; it is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ HUB_SCHEME = "hf://datasets/"
 
 
 def open_reader(config: InputConfig) -> Reader:
-    """The reader for the job's input. `subset` and `split` select nothing among files, so that one job can be pointed at a
-    local copy of one split by overriding `input.path` alone; a copy that holds others, too, is refused. `limit` is applied by
+    """Return the reader of the job's input. `subset` and `split` select nothing among files, so that one job can be pointed at
+    a local copy of one split by overriding `input.path` alone; a copy that also holds others is refused. `limit` is applied by
     the caller."""
     path = config.path
     if _is_hub_dataset(path):
@@ -43,7 +43,7 @@ def open_reader(config: InputConfig) -> Reader:
 
 
 def open_path(path: str, key: str = "input.path") -> Reader:
-    """The reader for a file, folder, glob or fsspec URL; `key` is where the job names it."""
+    """Return the reader of a file, folder, glob or fsspec URL; `key` is the job's key that holds the path."""
     if _is_hub_dataset(path):
         example = f"{path.rstrip('/')}/data/FILE.parquet"
         raise InputError(f"{key} {path!r} is a whole hub dataset; name one file of it, such as {example}")
@@ -52,12 +52,12 @@ def open_path(path: str, key: str = "input.path") -> Reader:
 
 
 def is_of_files(config: InputConfig, kind: str) -> bool:
-    """Whether the input is files of one kind, named by its extension. Raises InputError where there are none."""
+    """Return whether the input is files of one format, named by its extension. Raises InputError if there are none."""
     return not _is_hub_dataset(config.path) and find_files(config.path, formats(), "input.path")[0] == kind
 
 
 def list_files(config: InputConfig) -> dict[str, int]:
-    """The size in bytes of each file of the input by its path; empty for a hub dataset, -1 where a server does not tell."""
+    """Return the size in bytes of each input file by its path; empty for a hub dataset, -1 if a server does not report it."""
     if _is_hub_dataset(config.path):
         return {}
     _, files = find_files(config.path, formats(), "input.path")
@@ -65,7 +65,7 @@ def list_files(config: InputConfig) -> dict[str, int]:
 
 
 def list_local_files(config: InputConfig) -> tuple[Path, ...] | None:
-    """The files of the input in their order; None where they do not lie on this machine's own file system."""
+    """Return the input's files in order; None if they are not on this machine's own file system."""
     if _is_hub_dataset(config.path):
         return None
     _, files = find_files(config.path, formats(), "input.path")
@@ -75,10 +75,10 @@ def list_local_files(config: InputConfig) -> tuple[Path, ...] | None:
 
 
 def formats() -> tuple[str, ...]:
-    """The file extensions that can be read."""
+    """Return the file extensions that can be read."""
     return tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name != HUB)
 
 
 def _is_hub_dataset(path: str) -> bool:
-    """A whole dataset, not a file inside its repository."""
+    """Return whether a path is a whole dataset, not a file inside its repository."""
     return path.startswith(HUB_SCHEME) and path.removeprefix(HUB_SCHEME).strip("/").count("/") <= 1

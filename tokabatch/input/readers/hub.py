@@ -1,7 +1,7 @@
 """A dataset of the Hugging Face hub, streamed: `hf://datasets/org/name`, or `hf://datasets/org/name@revision`.
 
-Subset and split come from the job; the revision from the path. The rows come as Arrow batches in the dataset's own types
-where the hub declares them. This module is the only one that imports `datasets`.
+Subset and split come from the job, the revision from the path. Rows arrive as Arrow batches, in the dataset's own types if the
+hub declares them. The only module that imports `datasets`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class HubReader:
 
 
 def open_dataset(path: str, subset: str | None, split: str | None) -> HubReader:
-    """The registry's entry point for `hf://datasets/org/name[@revision]`. Raises InputError with what to change."""
+    """Open `hf://datasets/org/name[@revision]`: the registry's entry point. Raises InputError with the remedy."""
     repository, _, revision = path.removeprefix(HUB_SCHEME).partition("@")
     name = f"{path} ({', '.join(part for part in (subset, split) if part) or 'default'})"
     if not constants.HF_HUB_OFFLINE:
@@ -69,7 +69,7 @@ def open_dataset(path: str, subset: str | None, split: str | None) -> HubReader:
 
 
 def _check_reachable(path: str, repository: str, revision: str | None) -> None:
-    """One request without retries, so that a machine without a network is told so within seconds."""
+    """Send one request without retries, so that a machine without a network is refused within seconds."""
     try:
         HfApi().dataset_info(repository, revision=revision, timeout=CONNECT_SECONDS)
     except (RepositoryNotFoundError, GatedRepoError) as error:

@@ -1,8 +1,7 @@
-"""JSON Lines, plain or compressed with gzip or zstd: one object a line, every faulty line a row with an error.
+"""JSON Lines, plain or compressed with gzip or zstd: one object per line, every faulty line a row with an error.
 
-A line is what stands between two `\\n`. Blank lines at the end of a file are no rows; a blank line before a further row is
-a fault of its own, so that line numbers and rows never drift apart unseen. A file whose first lines are all faulty is no JSON
-Lines, and refused as a whole.
+Lines are separated by `\\n`. Blank lines at the end of a file are no rows; a blank line before another row is an error row, so
+that line numbers and rows stay aligned. A file whose first lines are all faulty is not JSON Lines and is refused as a whole.
 """
 
 from __future__ import annotations
@@ -19,13 +18,12 @@ from tokabatch.input.rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, Row, RowBatch
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_LEADING_FAULTS = 100
-"""Faulty lines at the beginning of a file: so many have one cause."""
+"""Faulty lines at the beginning of a file that show it is in another format."""
 
 
 @dataclass(frozen=True, slots=True)
 class LineRow:
-    """A row that stands in a line: its columns (None where the line is no object) and their JSON text, and what `Row` has
-    beside them."""
+    """A row on a line: its columns (None if the line is no object) and their JSON text, and the further fields of `Row`."""
 
     columns: Mapping[str, Any] | None
     text: bytes
@@ -39,8 +37,8 @@ Split = Callable[[dict[str, Any], str], Sequence[LineRow]]
 
 @dataclass(frozen=True, slots=True)
 class JsonLinesReader:
-    """Reads its files one after another. `schema` is None: JSON rows show their types only as they are read. An object is a
-    row, unless `split` makes others of it."""
+    """Reads its files one after another. `schema` is None: the types of JSON values are found as rows are read. An object is a
+    row, unless `split` makes several of it."""
 
     name: str
     files: tuple[InputFile, ...]
@@ -49,7 +47,7 @@ class JsonLinesReader:
     split: Split | None = None
 
     def batches(self, columns: Collection[str] | None = None) -> Iterator[RowBatch]:
-        """`columns` is ignored: a JSON object is parsed whole."""
+        """Iterate over the rows. `columns` is ignored: a JSON object is parsed as a whole."""
         rows: list[Row] = []
         texts: list[bytes] = []
         begins: list[tuple[int, str, int]] = []
@@ -71,7 +69,7 @@ class JsonLinesReader:
             yield RowBatch(rows, texts, begins=begins)
 
     def _lines(self) -> Iterator[tuple[InputFile, Line, Sequence[LineRow]]]:
-        """Every line with its rows."""
+        """Iterate over the lines, each with its rows."""
         for file in self.files:
             leading = 0
             for line in _without_trailing_blanks(read_lines(file, self.max_line_bytes)):
@@ -88,7 +86,7 @@ class JsonLinesReader:
                 yield file, line, rows
 
     def _rows(self, file: InputFile, line: Line) -> Sequence[LineRow]:
-        """At least one."""
+        """Return the rows of a line, at least one."""
         place = f"{file.shown} line {line.number} (byte {line.offset})"
         if line.data is None:
             limit = self.max_line_bytes
@@ -103,7 +101,7 @@ class JsonLinesReader:
 
 
 def open_files(name: str, files: tuple[InputFile, ...]) -> JsonLinesReader:
-    """The registry's entry point for `.jsonl`."""
+    """Open `.jsonl` files: the registry's entry point."""
     return JsonLinesReader(name, files)
 
 

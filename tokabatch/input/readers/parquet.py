@@ -1,7 +1,7 @@
-"""Parquet files of one dataset, read a small batch at a time.
+"""Parquet files of one dataset, read in small batches.
 
-The schema is the union of the files' schemas, known from their footers before the first row, in plain types. Text that is not
-valid UTF-8 is a fault of its row and null in the payload.
+The schema is the union of the files' schemas in plain types, read from their footers before the first row. Text that is not
+valid UTF-8 is an error of its row and null in the payload.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ParquetReader:
 
 
 def open_files(name: str, files: tuple[InputFile, ...]) -> ParquetReader:
-    """The registry's entry point for `.parquet`: reads every footer."""
+    """Open `.parquet` files and read every footer: the registry's entry point."""
     compressed = next((file for file in files if file.compression), None)
     if compressed is not None:
         raise InputError(f"{compressed.path}: a Parquet file inside another compressed file cannot be read; decompress it")
@@ -61,10 +61,9 @@ def open_files(name: str, files: tuple[InputFile, ...]) -> ParquetReader:
 
 
 def plain_schema(schema: pa.Schema) -> pa.Schema:
-    """The same columns in their plain types. Fields keep their metadata (that of an extension type which is not registered here
-    says what it is), the schema does not: it speaks of this table. Every column may be null, for a row that cannot be read is.
-    Raises
-    InputError on two columns of one name."""
+    """Return the same columns in their plain types. Fields keep their metadata (it names an extension type that is not
+    registered here); the schema's own metadata, which describes this table, is dropped. Every column is nullable, because a row
+    that cannot be read is null. Raises InputError if two columns have one name."""
     twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if twice:
         raise InputError(f"the input has more than one column named {', '.join(twice)}; rename them")
@@ -72,7 +71,7 @@ def plain_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def conform(batch: pa.RecordBatch, schema: pa.Schema, path: str) -> pa.RecordBatch:
-    """`batch` in `schema`: columns in its order, those that are missing null."""
+    """Return `batch` in `schema`: columns in its order, missing ones null."""
     arrays: list[pa.Array[Any]] = []
     for field in schema:
         try:
@@ -124,8 +123,8 @@ def _faults_named(file: InputFile) -> Generator[None, None, None]:
 
 
 def _row_batches(parquet: ParquetFile, file: InputFile) -> Iterator[pa.RecordBatch]:
-    """Batches of one row group after another (a batch across two can come out torn where a type is null), fewer rows where
-    they are large."""
+    """Iterate over batches, one row group after another (a batch across two row groups can be corrupt for columns of type
+    null), with fewer rows if they are large."""
     for number in range(parquet.metadata.num_row_groups):
         group = parquet.metadata.row_group(number)
         row_bytes = max(1, group.total_byte_size // max(group.num_rows, 1))
