@@ -51,12 +51,13 @@ def _spawned(process: psutil.Process) -> list[psutil.Process]:
 
 
 @contextmanager
-def serving(model: str, *settings: str) -> Generator[Server]:
-    """`tokabatch serve` until the end of the block; what it tells goes to standard error. Raises RuntimeError where it ends
-    before it serves."""
+def serving(model: str, *settings: str, through: Sequence[str] = ()) -> Generator[Server]:
+    """`tokabatch serve` until the end of the block; what it tells goes to standard error. `through` is a module that runs it,
+    with that module's arguments. Raises RuntimeError where it ends before it serves."""
     command = [
         sys.executable,
         "-m",
+        *through,
         "tokabatch",
         "serve",
         model,

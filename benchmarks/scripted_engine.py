@@ -16,6 +16,8 @@ import numpy as np
 
 from tokabatch.arrays import Int32, Int64
 from tokabatch.engine.replica_sizes import ReplicaSizes
+from tokabatch.forecast.cost_model import CostModel
+from tokabatch.forecast.step_work import measure_work
 from tokabatch.scheduling.contracts import StepBatch, StepResult
 
 STOP_ONE_IN = 12
@@ -96,3 +98,48 @@ class ScriptedWorker:
 def build_worker(made_of: tuple[Script, ReplicaSizes]) -> ScriptedWorker:
     """What an executor calls for its worker."""
     return ScriptedWorker(*made_of)
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A step whose result a device would have at that time of the monotonic clock."""
+
+    result: StepResult
+    end: float
+
+    @property
+    def done(self) -> bool:
+        return time.monotonic() >= self.end
+
+    def wait(self) -> StepResult:
+        time.sleep(max(0.0, self.end - time.monotonic()))
+        return self.result
+
+
+class PacedWorker:
+    """A scripted worker whose steps take as long as a cost model says, one behind the other, while the caller goes on: the pace
+    of a GPU."""
+
+    def __init__(self, script: Script, sizes: ReplicaSizes, cost: CostModel) -> None:
+        self.sizes = sizes
+        self._worker = ScriptedWorker(script, sizes)
+        self._cost = cost
+        self._free = 0.0
+        """When the device has computed all that was launched."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def make_ahead(self) -> None:
+        """Everything is ready."""
+
+    def launch(self, step: StepBatch) -> Timed:
+        result = self._worker.launch(step).result
+        seconds = float(self._cost.seconds(measure_work(step, self.sizes.page_size)))
+        self._free = max(self._free, time.monotonic()) + seconds
+        return Timed(result, self._free)
+
+
+def build_paced_worker(made_of: tuple[Script, ReplicaSizes, CostModel]) -> PacedWorker:
+    """What an executor calls for its worker."""
+    return PacedWorker(*made_of)

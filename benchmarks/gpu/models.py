@@ -36,20 +36,24 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 EOS = 2
 
 
-def write_model(name: str, folder: Path) -> int:
-    """A folder that tokabatch, transformers, vLLM and SGLang load. Returns the bytes of the weights. Raises KeyError for an
-    unknown name."""
+def write_model(name: str, folder: Path, *, sparse: bool = False) -> int:
+    """A folder that tokabatch, transformers, vLLM and SGLang load. Returns the bytes of the weights; `sparse`: all are 0, and
+    take no room on the disk. Raises KeyError for an unknown name."""
     shape = SHAPES[name]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(shape), indent=2))
     write_tokenizer(folder, shape)
     tensors = tensor_shapes(read_spec(folder))
-    blocks = _Blocks()
+    total = 2 * sum(prod(size) for size in tensors.values())
     with (folder / "model.safetensors").open("wb") as file:
         file.write(_header(tensors))
+        if sparse:
+            file.truncate(file.tell() + total)
+            return total
+        blocks = _Blocks()
         for (tensor, size), begin in zip(tensors.items(), _offsets(tensors), strict=True):
             _write_cut(file, blocks[_kind(tensor, size)], begin, prod(size))
-    return 2 * sum(prod(size) for size in tensors.values())
+    return total
 
 
 def config(shape: Shape) -> dict[str, Any]:

@@ -4,7 +4,8 @@ The workload is run as a job, then its prompts are sent to a server all at once,
 open already; each `--turns` times. Output tokens a second of both: of the run from the first step to the last output on disk,
 of the server from the first request to the last answer; the CPU seconds of each process of the server and of the client show
 which is the bottleneck. `--exact N` sends N of the prompts in float64 with one seed, alone and in company, and compares texts
-and log-probabilities with those of a run. On a CPU: --model tiny --scale 0.02.
+and log-probabilities with those of a run. On a CPU: --model tiny --scale 0.02. `--absent h200` measures what the host does
+beside steps at the pace of a GPU that is not here (`benchmarks.absent_gpu`); nothing is compared then.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.gpu import jobs
 from benchmarks.gpu.__main__ import default_scratch, ensure_model, run_child
+from benchmarks.gpu.models import write_model
 from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.whole_pass import Figures
 from benchmarks.gpu.workloads import make_gpu_workload
@@ -45,14 +47,21 @@ def main() -> None:
     parser.add_argument("--exact", type=int, default=64, metavar="N", help="prompts that are compared in float64; 0 for none")
     parser.add_argument("--timeout", type=float, default=200.0, help="seconds that one run may take")
     parser.add_argument("--scratch", type=Path, help="folder for the model (default: memory, or a temporary one)")
+    parser.add_argument("--absent", metavar="GPU", help="a GPU that is not here, such as h200")
     chosen = parser.parse_args()
-    model = ensure_model(chosen.model, chosen.scratch or default_scratch(chosen.model))
+    scratch = chosen.scratch or default_scratch(chosen.model)
+    through: list[str] = []
+    if chosen.absent:
+        model, through, chosen.exact = scratch / f"{chosen.model}-sparse", ["benchmarks.absent_gpu", chosen.absent], 0
+        write_model(chosen.model, model, sparse=True)
+    else:
+        model = ensure_model(chosen.model, scratch)
     workload = make_gpu_workload("b", read_spec(model).vocab_size, chosen.scale)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ran = [run(model, workload, folder, chosen.settings, chosen.timeout).rate for _ in range(chosen.turns)]
+        ran = [run(model, workload, folder, chosen.settings, chosen.timeout, through).rate for _ in range(chosen.turns)]
         if ran:
-            with serving(str(model), *chosen.settings) as server:
+            with serving(str(model), *chosen.settings, through=through) as server:
                 send_all(server.url, URL, bodies(workload.take(8)), 1)
                 for _ in ran:
                     serve(server, workload, chosen.clients, max(ran))
@@ -64,13 +73,15 @@ def main() -> None:
                 compare(server, few, folder)
 
 
-def run(model: Path, workload: Workload, folder: Path, settings: Sequence[str], timeout_s: float) -> Figures:
-    """The workload as a job, in a process of its own; its output stays in `folder`."""
+def run(
+    model: Path, workload: Workload, folder: Path, settings: Sequence[str], timeout_s: float, through: Sequence[str] = ()
+) -> Figures:
+    """The workload as a job, in a process of its own; its output stays in `folder`. `through` as `serving` has it."""
     source, output, job, figures = (folder / each for each in ("rows.parquet", "completions", "job.json", "figures.json"))
     shutil.rmtree(output, ignore_errors=True)
     jobs.write_input(workload, source)
     job.write_text(json.dumps(jobs.job(model, source, output, workload)))
-    run_child(["benchmarks.gpu.whole_pass", str(job), str(figures), *settings], timeout_s)
+    run_child([*through, "benchmarks.gpu.whole_pass", str(job), str(figures), *settings], timeout_s)
     jobs.check_output(output, workload)
     found = Figures.load(figures)
     print(f"run on {found.device}: {found.rate:,.0f} output tokens/s, {found.whole_seconds:.2f} s", flush=True)

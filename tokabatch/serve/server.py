@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 import resource
+import select
 import selectors
 import signal
 import socket
+import sys
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -41,7 +44,7 @@ EXPECTED_PROMPTS = 1 << 16
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SEND_SECONDS = 2.0
 """For the last answers to be sent before the server ends."""
-MOST_EVENTS = 64
+MOST_EVENTS = 8
 """Sockets that are read in one turn of the event loop."""
 GC_OBJECTS = 50_000
 """New objects after which Python searches for cycles among them. With its default, 700, that search takes a third of the CPU
@@ -171,24 +174,35 @@ async def _serve(
 class BoundedSelector(selectors.DefaultSelector):
     """Reports a few sockets at a time. Of thousands of requests that come at once the first are given to the engine before the
     last are read; otherwise all would be read, then all parsed, then all tokenised. Each socket has its turn, also beside
-    others that are never read to their end."""
+    others that are never read to their end: epoll reports those first that it has not reported for longest."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._first = 0
+        self._few = select.epoll.fromfd(os.dup(self.fileno()))
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(timeout)
-        if len(ready) <= MOST_EVENTS:
+        # Rounded up, as epoll counts milliseconds: a timer of less would be looked at again and again.
+        seconds = -1.0 if timeout is None else math.ceil(max(0.0, timeout) * 1e3) * 1e-3
+        keys, ready = self.get_map(), list[tuple[selectors.SelectorKey, int]]()
+        try:
+            events = self._few.poll(seconds, MOST_EVENTS)
+        except InterruptedError:
             return ready
-        first = self._first % len(ready)
-        self._first = first + MOST_EVENTS
-        return (ready[first:] + ready[:first])[:MOST_EVENTS]
+        for file, event in events:
+            key = keys[file]
+            reads = selectors.EVENT_READ if event & ~select.EPOLLOUT else 0
+            writes = selectors.EVENT_WRITE if event & ~select.EPOLLIN else 0
+            ready.append((key, (reads | writes) & key.events))
+        return ready
+
+    def close(self) -> None:
+        self._few.close()
+        super().close()
 
 
 def _run(main: Coroutine[None, None, int]) -> int:
     """As `asyncio.run`, which takes no selector."""
-    loop = asyncio.SelectorEventLoop(BoundedSelector())
+    loop = asyncio.SelectorEventLoop(BoundedSelector() if sys.platform == "linux" else None)
     try:
         return loop.run_until_complete(main)
     finally:
