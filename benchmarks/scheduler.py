@@ -4,8 +4,10 @@ A scripted device answers every step at once with random tokens; samples end by 
 most 400). Timed are `schedule` (page growth, grouping and admission included) and `apply` in the steady state, the running
 limit full. The workloads: `chat` has one sample a prompt and shares nothing, the most admissions and the largest forests;
 `chat 2` to `chat 8` are the same with so many samples a prompt; `repeated` has 512 samples for each of many prompts behind one
-900-token header. All of them take their steps in turn, so that whatever else the machine does strikes all alike. Times are CPU
-time of the scheduling thread; `renewal` is the longest renewal of the length model among these steps.
+900-token header; `experiment` has 64 samples of 51 tokens on average behind each of many prompts of 1,380 tokens with a header
+of 1,312, ended by a stop string of several tokens, as GSM8K with eight worked examples (`benchmarks.gpu.real`). All of them
+take their steps in turn, so that whatever else the machine does strikes all alike. Times are CPU time of the scheduling thread;
+`renewal` is the longest renewal of the length model among these steps.
 """
 
 from __future__ import annotations
@@ -17,13 +19,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tokabatch.arrays import Bool, Int32
 from tokabatch.scheduling.contracts import Requests, SamplingParams, StepBatch, StepResult
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
-from tokabatch.scheduling.stop_conditions import StopRules
+from tokabatch.scheduling.stop_conditions import StopRules, TokenText
 
 VOCAB, EOS, PAGE = 128_256, 128_001, 16
 MEAN_OUTPUT, MAX_OUTPUT = 200, 400
+MEAN_ANSWER = 51
+STOP, STOP_TOKENS = "\nQuestion:", (1, 2, 3)
+PIECES = ["x", "\n", "Question", ":", *(" word" for _ in range(4, VOCAB))]
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Timing:
     renewal_ms: float
 
 
-WORKLOADS = ("chat", "chat 2", "chat 4", "chat 8", "repeated")
+WORKLOADS = ("chat", "chat 2", "chat 4", "chat 8", "repeated", "experiment")
 
 
 def requests_of(workload: str, running: int) -> Requests:
@@ -47,12 +53,18 @@ def requests_of(workload: str, running: int) -> Requests:
         count = 6 * running // n
         length = np.clip(rng.lognormal(np.log(180), 0.6, count), 16, 1024).astype(np.int32)
         lcp = np.zeros(count, np.int32)
-    else:
+    elif workload == "repeated":
         count, n = max(8, 6 * running // 512), 512
         length = np.full(count, 1000, np.int32)
         lcp = np.full(count, 900, np.int32)
         lcp[0] = 0
-    sampling = (SamplingParams(n=n, max_tokens=MAX_OUTPUT),)
+    else:
+        count, n = max(8, 12 * running // 64), 64
+        length = rng.integers(1340, 1420, count, dtype=np.int32)
+        lcp = np.full(count, 1312, np.int32)
+        lcp[0] = 0
+    stop = (STOP,) if workload == "experiment" else ()
+    sampling = (SamplingParams(n=n, max_tokens=MAX_OUTPUT, stop=stop),)
     return Requests(
         row_index=np.arange(count),
         tokens=rng.integers(0, VOCAB, int(length.sum()), dtype=np.int32),
@@ -64,10 +76,34 @@ def requests_of(workload: str, running: int) -> Requests:
     )
 
 
-def answer(step: StepBatch, rng: np.random.Generator) -> StepResult:
-    count = int(step.run_samples.sum())
-    token = np.where(rng.random(count) < 1 / MEAN_OUTPUT, EOS, rng.integers(0, EOS, count)).astype(np.int32)
-    return StepResult.of_tokens(step.index, token)
+class Device:
+    """Draws at random at once. With `strings` a sample ends with the tokens of `STOP`, else with the end token."""
+
+    def __init__(self, running: int, *, strings: bool) -> None:
+        self._rng = np.random.default_rng(1)
+        self._strings = strings
+        self._ending = np.zeros(running, np.int64)
+        """Tokens of `STOP` that the sample in each slot has drawn."""
+
+    def answer(self, step: StepBatch) -> StepResult:
+        slots = step.run_slot[step.run_samples]
+        token = self._rng.integers(len(STOP_TOKENS) + 1, EOS, len(slots))
+        if not self._strings:
+            return StepResult.of_tokens(step.index, np.where(self._ends(slots, MEAN_OUTPUT), EOS, token).astype(np.int32))
+        self._ending[step.inits.slot] = 0
+        ending = self._ending[slots]
+        ending += (ending > 0) | self._ends(slots, MEAN_ANSWER - len(STOP_TOKENS))
+        self._ending[slots] = ending
+        stop = np.array((0, *STOP_TOKENS))[np.minimum(ending, len(STOP_TOKENS))]
+        return StepResult.of_tokens(step.index, np.where(ending > 0, stop, token).astype(np.int32))
+
+    def _ends(self, slots: Int32, mean: int) -> Bool:
+        return self._rng.random(len(slots)) < 1 / mean
+
+
+def decode(batch: Sequence[Sequence[int]]) -> list[str]:
+    """As a tokenizer of these pieces would."""
+    return ["".join(map(PIECES.__getitem__, tokens)) for tokens in batch]
 
 
 class Replica:
@@ -77,14 +113,15 @@ class Replica:
         requests = requests_of(workload, running)
         limits = SchedulerLimits(
             page_size=PAGE,
-            num_pages=running * (1024 + MAX_OUTPUT) // PAGE,
+            num_pages=running * (1420 + MAX_OUTPUT) // PAGE,
             max_running=running,
             max_step_tokens=running + max(8192, 4 * running),
-            max_pages_per_sequence=-(-(1024 + MAX_OUTPUT) // PAGE),
+            max_pages_per_sequence=-(-(1420 + MAX_OUTPUT) // PAGE),
             grouping=GroupingLimits(4, 4),
         )
-        self.scheduler = Scheduler(requests, limits, StopRules(requests.sampling, [EOS], VOCAB, None))
-        self._rng = np.random.default_rng(1)
+        stops = StopRules(requests.sampling, [EOS], VOCAB, TokenText(PIECES, decode, {}))
+        self.scheduler = Scheduler(requests, limits, stops)
+        self._device = Device(running, strings=workload == "experiment")
         self._schedule, self._apply, self._active = list[float](), list[float](), list[int]()
         self._renewals = timed_renewals(self.scheduler)
 
@@ -99,7 +136,7 @@ class Replica:
         batch = self.scheduler.schedule()
         middle = time.thread_time()
         assert batch is not None, "the workload ran out before the measurement did"
-        result = answer(batch, self._rng)
+        result = self._device.answer(batch)
         resume = time.thread_time()
         self.scheduler.apply(result)
         end = time.thread_time()

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.scheduling.contracts import SamplingParams
+from tokabatch.scheduling.generated import Outputs
 from tokabatch.scheduling.stop_conditions import PARTIAL, PossibleEnds, StopRules, TokenText
 
 
@@ -54,10 +55,16 @@ def rules(tokenizer: Tokenizer, params: SamplingParams) -> StopRules:
 
 
 def first_stop(checked: StopRules, tokens: list[int]) -> int | None:
-    """How many tokens the sample has when the rules end it."""
+    """How many tokens the sample has when the rules end it: by its whole output, and by what is noted of its last tokens."""
+    outputs, slot = Outputs(1, -1), np.zeros(1, np.int64)
+    nothing = np.zeros((1, 0), np.int32)
     for count in range(1, len(tokens) + 1):
         so_far = np.array(tokens[:count], np.int32)
-        if len(checked.suspects(so_far[-1:])) and checked.check([0], [so_far])[0] is not None:
+        outputs.append(slot, so_far[-1:], np.zeros(1, np.float32), nothing, nothing.view(np.float32))
+        suspect = len(checked.suspects(so_far[-1:])) > 0
+        ended = checked.check([0], [so_far])[0] if suspect else None
+        assert checked.find(so_far[-1:], slot, np.zeros(1, np.int32), outputs) == ({} if ended is None else {0: ended})
+        if ended is not None:
             return count
     return None
 
@@ -96,6 +103,18 @@ def test_any_tokens_and_any_strings(kind, data):
     drawn = dict.fromkeys(data.draw(st.lists(parts, min_size=1, max_size=4)))
     stops = tuple(stop for stop in drawn if stop and PARTIAL not in stop) or ("x",)
     assert first_stop(rules(tokenizer, SamplingParams(stop=stops)), tokens) == first_in_text(tokenizer, tokens, stops)
+
+
+def test_what_is_noted_is_what_the_tokens_say():
+    """Rules shared by many samples, which note what the first of them ended in: the same as rules that have noted nothing."""
+    tokenizer = TOKENIZERS["byte-level"]
+    parts = ["a", "b", "Q", ":", "\n", "\n\n", "你", "é", "Q:", "\nQ"]
+    rng = np.random.default_rng(0)
+    shared = rules(tokenizer, SamplingParams(stop=("\nQ:", "bb")))
+    for _ in range(300):
+        tokens = tokenizer.encode_batch(["".join(rng.choice(parts, rng.integers(1, 40)))], False)[0]
+        assert first_stop(shared, tokens) == first_in_text(tokenizer, tokens, ["\nQ:", "bb"])
+    assert shared._noted
 
 
 def test_special_tokens_between_the_tokens_of_a_string_count_for_nothing():

@@ -125,9 +125,30 @@ class Outputs:
         """Token ids of each slot's sample, shape [T]; not to be written to, and good until the next call of another method."""
         return [rows[:, 0] for rows in self._read(slots)]
 
+    def tails(self, slots: Int64, size: int) -> Int32:
+        """The last tokens of each slot's sample, at most `size`, right-aligned, -1 where it has fewer; shape [S, size]."""
+        place, column = self.count[slots, None] - size + np.arange(size), slots[:, None]
+        at = (place + column) & self._mask[slots, None]
+        tails = np.where(place >= 0, self._staged[column * self._room + at * self._width[slots, None]], -1)
+        # Some of them are in the slot's rows.
+        for i in np.flatnonzero(self._stored[slots] > np.maximum(place[:, 0], 0)).tolist():
+            rows = self._read(slots[i : i + 1])[0][-size:, 0]
+            tails[i, size - len(rows) :] = rows
+        return tails
+
     def read(self, slots: Int64) -> list[Generated]:
         """Copies of what these slots have produced."""
-        return [_generated(rows) for rows in self._read(slots)]
+        if not self._uniform:
+            return [_generated(rows) for rows in self._read(slots)]
+        # One copy for all that are staged, whose memory they share.
+        count = np.where(self._stored[slots] > 0, 0, self.count[slots])
+        begin = np.cumsum(count) - count
+        first = slots * self._room + (slots & self._mask[slots])
+        tokens = self._staged[np.arange(int(count.sum())) + np.repeat(first - begin, count)]
+        read = [Generated(tokens[at:stop]) for at, stop in zip(begin.tolist(), (begin + count).tolist(), strict=True)]
+        for place in np.flatnonzero(self._stored[slots]).tolist():
+            read[place] = _generated(self._read(slots[place : place + 1])[0])
+        return read
 
     def restore(self, slot: int, output: Generated) -> None:
         """Put back what a preempted sample had produced into a slot just opened for it."""
