@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tokabatch import Job, plan, run
 from tokabatch.errors import JobError
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
+from tokabatch.runner.shared import Shared
+from tokabatch.storage.atomic_files import DurableFiles
 
 HEADER = "Each line adds two numbers: 1+1=2, 2+5=7, 3+4=7, 8+1=9.\n"
 ROWS = [{"question": f"What is {i}+{i * 7 % 5}?", "answer": str(i + i * 7 % 5), "extra": {"i": i}} for i in range(12)]
@@ -56,6 +59,25 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 def drawn(out: Path) -> list[tuple[int, int, list[int]]]:
     return [(row["row_index"], row["sample_index"], row["token_ids"]) for row in read(out)]
+
+
+def test_nothing_that_is_still_open_or_mapped_is_removed(model, rows, tmp_path, monkeypatch):
+    """NFS would keep it under another name, and its folder with it."""
+    removed, in_use, remove = list[str](), list[str](), DurableFiles.remove_tree
+
+    def watched(files: DurableFiles, path: Path) -> None:
+        used = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+        used += [os.path.realpath(handle) for handle in Path("/proc/self/fd").iterdir()]
+        removed.append(path.name)
+        in_use.extend(each for each in used if each.startswith(f"{path}/") and not os.path.isdir(each))
+        remove(files, path)
+
+    monkeypatch.setattr(DurableFiles, "remove_tree", watched)
+    # The second one finds a run without units, which it looks at alone first.
+    for shared in (None, Shared()):
+        assert run(job(model, rows, tmp_path / "out"), shared=shared).exit_code == 0
+    assert run(job(model, rows, tmp_path / "shared"), shared=Shared()).exit_code == 0
+    assert {"_tmp", "_input"} <= set(removed) and not in_use
 
 
 def test_greedy_text_is_that_of_transformers(model, rows, tmp_path):

@@ -8,21 +8,26 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.scripted_run import scripted_engine, scripted_job
 
 from tokabatch import Job, run
-from tokabatch.errors import EXIT_STOPPED, CommitError, Stopped
+from tokabatch.errors import EXIT_STOPPED, CommitError, DamageError, Stopped
+from tokabatch.output import existing_results
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
+from tokabatch.output.integrity import check
 from tokabatch.output.leases import Leases
 from tokabatch.output.manifest import Manifest, read_manifest
+from tokabatch.output.shard_writer import ShardWriter
+from tokabatch.output.shards import claimed_shards
 from tokabatch.runner import judging
 from tokabatch.runner import run as running
 from tokabatch.runner import shared as sharing
@@ -149,15 +154,16 @@ def test_names_that_others_gave_are_on_the_disk_before_the_run_is_marked_complet
         (claim.folder.success).unlink()
         monkeypatch.setattr(sharing, "mark_success", lambda *given: happened.append("marked"))
         del happened[:]
-        close_shared(job, claim, cast("Any", SimpleNamespace(samples_total=40)), Interruption(), ignore, ignore)
+        nobody: Any = None
+        close_shared(job, claim, nobody, cast("Any", SimpleNamespace(samples_total=40)), Interruption(), ignore, ignore)
         assert happened == ["data", "marked"]
 
 
-def test_the_last_of_several_writers_has_judged_what_another_left(
+def test_verdicts_that_another_left_are_given_beside_others_and_where_there_are_no_locks(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A writer is stopped during its last verdicts. The next one finds every sample there, has the others judged, and joins;
-    beside another that is just ending it is to be run again, and leaves the summary to that one."""
+    """A writer is stopped during its last verdicts, and the one that gives them is killed. The next one finds every sample
+    there and does the rest; one that has the folder to itself joins."""
     monkeypatch.setattr(judging, "HURRIED_SECONDS", 0.3)
     judge, slow = tmp_path / "judge.py", tmp_path / "slow"
     judge.write_text(
@@ -167,22 +173,57 @@ def test_the_last_of_several_writers_has_judged_what_another_left(
     judged = scripted_job(tmp_path / "rows.jsonl", tmp_path / "judged", verify={"kind": str(judge), "seconds": 300.0})
     folder = OutputFolder(tmp_path / "judged")
     stop = Interruption()
-    finish = Recorder.finish
+    finish, publish = Recorder.finish, existing_results.publish
     monkeypatch.setattr(Recorder, "finish", lambda self, *given: (stop.request(75), finish(self, *given))[1])
+
+    def without_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    def killed(files: DurableFiles, source: Path, target: Path) -> None:
+        publish(files, source, target)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
     with scripted_engine():
         first = run(judged, should_stop=stop, shared=Shared(units=2))
         assert (first.exit_code, first.pending, first.estimates) == (75, 0, ()) and not folder.success.exists()
         slow.unlink()
         monkeypatch.undo()
-        folder.summary.write_text('{"written_by": "other"}')
-        with Claim(folder.path, writer="other"):
-            beside = run(judged, shared=Shared(units=2))
-        assert (beside.exit_code, beside.pending) == (EXIT_STOPPED, 0) and not folder.success.exists()
-        assert folder.summary.read_text() == '{"written_by": "other"}'
+        with monkeypatch.context() as patch:
+            patch.setattr("fcntl.flock", without_locks)
+            with monkeypatch.context() as inner:
+                inner.setattr(existing_results, "publish", killed)
+                assert run(judged, shared=Shared(units=2)).exit_code == 75
+            (folder.units / "verdicts.lease").write_text(json.dumps({"task": "killed", "host": "other", "pid": 1}))
+            beside = run(judged, shared=Shared(units=2, lease_seconds=0.5))
+        assert (beside.exit_code, beside.pending, beside.unverified) == (0, 0, 0) and beside.estimates
+        assert folder.success.exists() and folder.journals()
         second = run(judged, shared=Shared(units=2))
-    assert (second.exit_code, second.unverified) == (0, 0) and second.estimates and folder.success.exists()
-    assert not folder.units.exists() or not folder.journals()
+    assert second.exit_code == 0 and not folder.journals() and not list(folder.units.glob("judged-*"))
+    assert check(folder.path).exit_code == 0
     assert all(row["correct"] for path in folder.data.iterdir() for row in pq.read_table(path, columns=["correct"]).to_pylist())
+
+
+def test_of_two_that_give_verdicts_at_once_one_is_believed_by_all(tmp_path: Path) -> None:
+    """The lease of the first one counted as left behind while it stood still."""
+    schema = pa.schema([("status", pa.string()), ("verify_error", pa.string())])
+    with ExitStack() as open_claims:
+        drew, one, two = (open_claims.enter_context(Claim(tmp_path / "out", writer=name)) for name in ("drew", "one", "two"))
+        for claim in (drew, one, two):
+            claim.begin("run", {}, (), "")
+        writer = ShardWriter(drew, schema, rows_per_shard=9, flush_seconds=3600)
+        writer.add(pa.table([["ok"], ["not judged"]], schema=schema))
+        writer.commit()
+        (seen,) = drew.folder.shards()
+        existing_results.replace_shard(one, seen, [pa.table([["ok"], ["one's"]], schema=schema)])
+        existing_results.replace_shard(two, seen, [pa.table([["ok"], ["two's"]], schema=schema)])
+        for claim in (drew, one, two):
+            claim.check_folder()
+            (shard,) = claimed_shards(claim)
+            assert shard.sha256 == drew.folder.shards()[0].digest()
+        assert pq.read_table(seen.path)["verify_error"].to_pylist() == ["one's"]
+        seen.path.write_bytes(b"damaged")
+        with pytest.raises(DamageError, match="is not what was committed"):
+            drew.check_folder()
 
 
 def test_hosts_of_one_name_are_told_apart_and_containers_of_one_host_are_not(

@@ -10,6 +10,9 @@ lock together, which keeps a single one away, but no safety among them rests on 
   else the number that it takes is taken. By induction the shards of a unit are disjoint. One that comes late, woken after
   others took its unit over, fails, and drops what it has of the unit.
 - What is not removed cannot be missed: a listing out of date (NFS) shows fewer shards, and ends in a name that is taken.
+- What was stopped before its verdicts came gets them once every sample is there. A shard with its verdicts is first published
+  as `_units/judged-part-u-k`, and only what stands there takes the shard's place: it is replaced by one content alone, whoever
+  judges and whenever they wake.
 - A crash loses what is not published. Names and contents are on the disk before anything is said of them, as with one writer.
 - Each writer has its own `_tmp/WRITER` and its own journal. The manifest is published like a shard: the first one counts.
 - Leases (output/leases.py) say which units are being computed. Where they are wrong, work is done twice and dropped once.
@@ -207,10 +210,12 @@ class Claim:
         if self.journal is not None:
             self.journal.close()
         if self._lock is not None:
-            with suppress(OSError):
-                self.files.remove_tree(self.folder.temporaries if self.clears else self.folder.temporary)
+            # On NFS a folder with a file that is still in use stays, and is left to the next claim.
+            with suppress(OSError, OutputError):
                 if self.clears and is_there(self.files, self.folder.success):
                     self.files.remove_tree(self.folder.input)
+            with suppress(OSError, OutputError):
+                self.files.remove_tree(self.folder.temporaries if self.clears else self.folder.temporary)
                 if self.files.alone and not self.clears and not self.files.names(self.folder.temporaries):
                     self.files.remove_tree(self.folder.temporaries)
             if self.files.alone:
@@ -297,7 +302,8 @@ class Claim:
         return None
 
     def _check_shards(self, journal: Journal) -> None:
-        damage, strangers = journal.compare({self.folder.name_of(file.path): file for file in self.folder.shards()})
+        listed = {self.folder.name_of(file.path): file for file in self.folder.shards()}
+        damage, strangers = journal.compare(listed) if self.files.alone else journal.compare(listed, self.folder.record)
         if damage:
             raise DamageError(
                 f"{'; '.join(f'{self.folder.path / name} {problem}' for name, problem in damage)}. The run stops; what it "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from tokabatch.arrays import Bool, Int64
 from tokabatch.errors import OutputError
 from tokabatch.input.store.json_types import JSON_TEXTS_KEY
 from tokabatch.output.claim import Claim
-from tokabatch.output.folder import OutputFolder
+from tokabatch.output.folder import JUDGED, OutputFolder
 from tokabatch.output.journal import Shard
 from tokabatch.output.schema import SAMPLE_SCHEMA, input_names, verdict_names
 from tokabatch.output.shards import (
@@ -34,7 +35,8 @@ from tokabatch.output.shards import (
     write_shard,
 )
 from tokabatch.scheduling.contracts import Drawn
-from tokabatch.storage.listing import ListedFile
+from tokabatch.storage.atomic_files import NewFile, publish
+from tokabatch.storage.listing import ListedFile, read_bytes
 
 _COLUMNS = ("row_index", "sample_index", "status", "error_code", "correct", "verify_error")
 
@@ -241,11 +243,21 @@ def _remove(claim: Claim, path: Path) -> None:
 
 
 def replace_shard(claim: Claim, file: ListedFile, tables: Iterable[pa.Table]) -> None:
-    """Put a shard of these rows in its place, in one step. Raises OSError."""
+    """Put a shard of these rows in its place, in one step. Of several writers that do, the first one's rows take its place, and
+    the others' are dropped. Raises OSError."""
     temporary = claim.folder.temporary / file.path.name
     shard, written = write_shard(claim, pa.concat_tables(tables), temporary, claim.folder.name_of(file.path))
     if claim.journal is not None:
         claim.journal.begins(shard)
+    if not claim.files.alone:
+        decided = claim.folder.units / f"{JUDGED}{file.path.name}"
+        with suppress(FileExistsError):
+            publish(claim.files, temporary, decided)
+        content = read_bytes(claim.files, decided)
+        assert content is not None, "it is removed by a run alone, which no other writes beside"
+        with NewFile(claim.files, temporary) as copy:
+            copy.write(content)
+            copy.sync()
     claim.files.replace(temporary, file.path)
     claim.files.sync_folder(file.path.parent)
     record_commit(claim, shard, written)

@@ -26,8 +26,9 @@ from tokabatch.storage.listing import ListedFile, list_files
 _SHARD_NAME = re.compile(r"part-\d{5,}(-\d{5,})?\.parquet")
 _JOURNAL_NAME = re.compile(r"commits-.+\.jsonl")
 _STEPS_NAME = re.compile(r"steps-\d{5,}\.parquet")
-PLAN, LEASE = "plan-", ".lease"
-"""The prefix of the file that says how the plan is cut into units, and the suffix of lease files."""
+PLAN, JUDGED, LEASE = "plan-", "judged-", ".lease"
+"""The prefixes of the file that says how the plan is cut into units and of shards that got their verdicts late, and the suffix
+of lease files."""
 
 
 class OutputFolder:

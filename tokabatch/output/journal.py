@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,17 +120,24 @@ class Journal:
             self.close()
             self._file = self._write_anew()
 
-    def compare(self, listed: Mapping[str, ListedFile]) -> tuple[list[tuple[str, str]], list[str]]:
+    def compare(
+        self, listed: Mapping[str, ListedFile], others: Callable[[], Record | None] = lambda: None
+    ) -> tuple[list[tuple[str, str]], list[str]]:
         """The committed files that are not there as they were committed, with what is wrong, told once; and the names that are
-        not in the record. Reads those files only that were touched since their content was known."""
+        not in the record. Reads those files only that were touched since their content was known. Where several processes
+        write, `others` is what all of them recorded: one of them may have replaced a file by one with its verdicts."""
         damage: list[tuple[str, str]] = []
         for name, (shard, mark) in list(self._shards.items()):
             file = listed.get(name)
             if file is not None and file.mark == mark:
                 continue
-            if file is not None and _has_content(file, shard):
-                self._shards[name] = (shard, file.mark)
-                continue
+            if file is not None:
+                record = None if _has_content(file, shard) else others()
+                known = [shard] if record is None else [each for each in record.versions.get(name, ()) if each is not None]
+                now = next((each for each in known if _has_content(file, each)), None)
+                if now is not None:
+                    self._shards[name] = (now, file.mark)
+                    continue
             del self._shards[name]
             self._told.add(name)
             damage.append((name, "is gone" if file is None else "is not what was committed any more"))

@@ -1,6 +1,6 @@
 """Leases: which of several writers computes what. They save doubled work, and decide nothing: see output/claim.py.
 
-A lease is a file in OUT/_units that says whose it is, taken by a hard link, which fails where another holds it. Its holder
+A lease is a file in OUT/_units that says whose it is, named by a hard link, which fails where another holds it. Its holder
 touches it three times in LEASE seconds, from a thread of its own, as long as its main thread calls `sign`. A reader takes it
 for left behind where it has seen no change for LEASE seconds by its own clock: times of two hosts are never compared, and the
 time of a file is only held against an earlier look at the same file. The file is opened to look at it, for NFS may answer from
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import LEASE, OutputFolder
-from tokabatch.storage.atomic_files import NewFile
+from tokabatch.storage.atomic_files import NewFile, name_first
 from tokabatch.storage.listing import list_files, read_bytes
 
 RENEWALS = 3
@@ -80,14 +80,9 @@ class Leases:
             file.write(self._content)
             file.flush()
             try:
-                self._files.link(mine, path)
-            except OSError as error:
-                # NFS: the link may have been made, and its answer been lost.
-                found = self._files.look(path)
-                if found is None or not os.path.samestat(found, file.status):
-                    if isinstance(error, FileExistsError):
-                        return False
-                    raise
+                name_first(self._files, mine, path)
+            except FileExistsError:
+                return False
             with self._guard:
                 self._held[name] = os.dup(file.fileno())
         finally:
@@ -155,7 +150,7 @@ class Leases:
             if self._look(aside) != found:
                 # Another has taken it away since the look, and its own was in its place; or its holder goes on.
                 with suppress(FileExistsError):
-                    self._files.link(aside, path)
+                    name_first(self._files, aside, path)
                 self._files.remove(aside)
                 return False
             self._files.remove(aside)

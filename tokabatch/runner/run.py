@@ -31,6 +31,7 @@ from tokabatch.errors import (
     UsageError,
 )
 from tokabatch.forecast.cost_model import device_name, has_known_rates, read_profile, size_replica
+from tokabatch.forecast.profile import SavedProfile
 from tokabatch.forecast.step_log import Steps
 from tokabatch.job import Job
 from tokabatch.output.claim import Claim
@@ -40,6 +41,7 @@ from tokabatch.output.leases import Leases
 from tokabatch.output.manifest import Books, mark_success, read_summary, write_summary
 from tokabatch.output.shards import claimed_shards
 from tokabatch.output.steps import write_steps
+from tokabatch.parallel.layout import Layout
 from tokabatch.report.progress import ExpendableProgress, NullProgress, Progress, ProgressSnapshot
 from tokabatch.report.run_estimates import read_estimates, read_estimator
 from tokabatch.report.summary import RunSummary
@@ -110,8 +112,26 @@ def run(
         job = job.model_copy(update={"engine": job.engine.model_copy(update={"process": True, "replicas": 1})})
         make = partial(make_replica, cluster=cluster)
     out = Path(job.output.path)
-    with Claim(out) if shared is None else shared.claim(out, tell, stop) as claim, ExitStack() as workers:
-        stalled, stalled_before = False, not overwrite and bool(_earlier_summary(claim).get("stalled"))
+    with Claim(out) if shared is None else shared.claim(out, tell, stop) as claim:
+        return _run_in_folder(job, claim, clock, stop, profile, reuse, shared, make, layout)
+
+
+def _run_in_folder(
+    job: Job,
+    claim: Claim,
+    clock: Clock,
+    stop: Interruption,
+    profile: SavedProfile | None,
+    reuse: Reuse,
+    shared: Shared | None,
+    make: MakeReplicas,
+    layout: Layout | None,
+) -> RunSummary:
+    """As `run`. When it returns nothing of the folder is open or mapped: what the claim removes then is gone on NFS, too, where
+    a file that is in use only gets another name."""
+    on_rows, tell = partial(_reading, clock, stop), clock.progress.message
+    with ExitStack() as workers:
+        stalled, stalled_before = False, not reuse.overwrite and bool(_earlier_summary(claim).get("stalled"))
         leases, units = None, None
         if shared is None:
             started = start(job, claim, on_rows, reuse, tell, stop.at_once)
@@ -150,7 +170,7 @@ def run(
                     )
             state.show("writing")
             with claim.committing():
-                books = _close_books(state, claim, on_rows)
+                books = _close_books(state, claim, leases, on_rows)
             if not books.closed and started.stops is not None and (held := started.stops.num_held):
                 clock.progress.message(
                     f"{held:,} finished samples will be computed again: earlier samples of their rows are not judged yet"
@@ -218,11 +238,11 @@ def _exit_code(books: Books, max_fraction: float, stopped: int, abandoned: bool 
     return EXIT_STOPPED if abandoned or (books.unjudged and not books.pending) else EXIT_COMPLETE
 
 
-def _close_books(state: RunState, claim: Claim, on_rows: OnRows) -> Books:
+def _close_books(state: RunState, claim: Claim, leases: Leases | None, on_rows: OnRows) -> Books:
     """Commit the rest, and where nothing is missing join the small shards and mark the run as complete."""
     shards, samples = state.recorder.finish(state.goes_on), state.started.left.samples_total
-    if state.supply is not None:
-        return close_shared(state.job, claim, state.started.left, state.stop, state.clock.progress.message, on_rows)
+    if leases is not None:
+        return close_shared(state.job, claim, leases, state.started.left, state.stop, state.clock.progress.message, on_rows)
     if claim.journal is not None and Books.of(samples, shards).closed:
         join_small(claim, state.job.output.rows_per_shard, state.stop.poll, state.clock.progress.message)
         shards = claimed_shards(claim)

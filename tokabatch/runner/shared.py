@@ -22,7 +22,7 @@ import numpy as np
 from tokabatch.arrays import Int64
 from tokabatch.errors import BusyError, OutputError, Stopped
 from tokabatch.input.store.kept_input import INDEX, can_be_kept, keep_input
-from tokabatch.job import Job
+from tokabatch.job import Job, VerifyConfig
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import nothing_committed, read_committed
 from tokabatch.output.folder import OutputFolder
@@ -45,8 +45,8 @@ from tokabatch.workload.prepare import Workload, prepare
 WAIT_SECONDS = 0.2
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Differs between any two hosts, whatever their names, and is the same in all containers of one, as the locks of files are."""
-_INPUT = "input"
-"""The lease of the one that tokenises the input and writes the manifest."""
+_INPUT, _VERDICTS = "input", "verdicts"
+"""Leases: of the one that tokenises the input and writes the manifest, and of the one that gives verdicts that are missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +94,21 @@ def cut_earlier_run(job: Job, shared: Shared, on_rows: OnRows, tell: Callable[[s
         with claim:
             # Another may have cut it between the look above and the claim.
             if _lacks_units(read_manifest(claim.folder)):
-                started = start(job, claim, on_rows, Reuse(), tell)
-                found = read_manifest(claim.folder)
-                if found is not None and started.has_more:
-                    units = _cut(started.workload, shared.units)
-                    with claim.committing():
-                        make_folders(claim.files, claim.folder.units)
-                        named = replace(found, units=units.count, units_sha256=write_units(claim, units))
-                        write_manifest(claim, named, job.given())
-                started.workload.store.close()
+                _cut_run(job, claim, shared, on_rows, tell)
         return
+
+
+def _cut_run(job: Job, claim: Claim, shared: Shared, on_rows: OnRows, tell: Callable[[str], None]) -> None:
+    """Name units in the manifest, where anything is left to do. When it returns no file of the folder is mapped."""
+    started = start(job, claim, on_rows, Reuse(), tell)
+    found = read_manifest(claim.folder)
+    if found is not None and started.has_more:
+        units = _cut(started.workload, shared.units)
+        with claim.committing():
+            make_folders(claim.files, claim.folder.units)
+            named = replace(found, units=units.count, units_sha256=write_units(claim, units))
+            write_manifest(claim, named, job.given())
+    started.workload.store.close()
 
 
 def _lacks_units(manifest: Manifest | None) -> bool:
@@ -215,23 +220,26 @@ def _start(
 
 
 def close_shared(
-    job: Job, claim: Claim, workload: Workload, stop: Interruption, tell: Callable[[str], None], on_rows: OnRows
+    job: Job,
+    claim: Claim,
+    leases: Leases,
+    workload: Workload,
+    stop: Interruption,
+    tell: Callable[[str], None],
+    on_rows: OnRows,
 ) -> Books:
     """Mark the run as complete where every sample is there, by any writer. What others were stopped before they had
-    judged is judged where no other writer is left. Raises OSError."""
+    judged is judged here, unless another does so. Raises OSError."""
     manifest = read_manifest(claim.folder)
     assert manifest is not None, "a run that was begun has a manifest"
     shards = _recorded(claim, manifest)
     books = Books.of(workload.samples_total, shards)
-    may_judge = books.unjudged and not books.pending and job.verify is not None and not stop.poll()
-    if may_judge and job.verify is not None and _take_over(claim, manifest):
-        shards = _recorded(claim, manifest)
-        claim.begin(
-            manifest.run, manifest.marks, ((shard, NO_MARK) for shard in shards), repair_command(claim.folder, manifest)
-        )
+    if books.unjudged and not books.pending and job.verify is not None and not stop.poll():
+        if claim.journal is None:
+            claim.begin(manifest.run, manifest.marks, (), repair_command(claim.folder, manifest))
         with suppress(Stopped):
-            judge_left(claim, job.verify, workload, tell, on_rows)
-        shards = claimed_shards(claim)
+            _judge_left(job.verify, claim, leases, workload, stop, tell, on_rows)
+        shards = _recorded(claim, manifest)
         books = Books.of(workload.samples_total, shards)
     if books.closed:
         # Another may have published a shard whose name it has not brought to the disk yet.
@@ -239,20 +247,41 @@ def close_shared(
     return mark_success(claim, in_order(shards), workload.samples_total) if books.closed else books
 
 
+def _judge_left(
+    verify: VerifyConfig,
+    claim: Claim,
+    leases: Leases,
+    workload: Workload,
+    stop: Interruption,
+    tell: Callable[[str], None],
+    on_rows: OnRows,
+) -> None:
+    """Give the verdicts that are missing, where every sample is there, until another is seen to do so. Raises Stopped."""
+
+    def signed(rows: int, errors: int) -> None:
+        leases.sign()
+        on_rows(rows, errors)
+
+    while not leases.take(_VERDICTS):
+        if leases.is_alive(_VERDICTS):
+            return
+        _pause(stop)
+    try:
+        consistently(lambda: judge_left(claim, verify, workload, tell, signed), claim.folder.path)
+    finally:
+        leases.drop(_VERDICTS)
+
+
 def join_as_last(job: Job, claim: Claim, workload: Workload, stop: Interruption, tell: Callable[[str], None]) -> None:
     """The last act of a writer: where no other is left and every sample is there, make one journal, and join the small shards.
     Raises OSError, and as `join_small`."""
     folder, manifest = claim.folder, read_manifest(claim.folder)
-    if claim.files.alone and claim.journal is None:
-        # Another host has the folder.
+    if manifest is None or not _take_over(claim, manifest):
         return
-    if not claim.files.alone:
-        if manifest is None or not _take_over(claim, manifest):
-            return
-        shards = _recorded(claim, manifest)
-        if sum(shard.rows for shard in shards) != workload.samples_total or not folder.journals():
-            return
-        claim.begin(manifest.run, manifest.marks, ((shard, NO_MARK) for shard in shards), repair_command(folder, manifest))
+    shards = _recorded(claim, manifest)
+    if sum(shard.rows for shard in shards) != workload.samples_total or not folder.journals():
+        return
+    claim.begin(manifest.run, manifest.marks, ((shard, NO_MARK) for shard in shards), repair_command(folder, manifest))
     join_small(claim, job.output.rows_per_shard, stop.poll, tell)
     mark_success(claim, claimed_shards(claim), workload.samples_total)
 

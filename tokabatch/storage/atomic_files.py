@@ -243,16 +243,7 @@ def publish(files: DurableFiles, source: Path, target: Path) -> None:
     Where the name cannot be made durable it is taken back, so that the same commit can be tried again; where others write, too,
     it stays, for they may go by it already.
     """
-    linked = True
-    try:
-        files.link(source, target)
-    except OSError as error:
-        # NFS: the link may have been made, and its answer been lost.
-        if not _is_same(files, source, target):
-            if error.errno not in _NO_HARD_LINKS:
-                raise
-            files.rename_new(source, target)
-            linked = False
+    linked = name_first(files, source, target)
     try:
         files.sync_folder(target.parent)
     except OSError:
@@ -264,6 +255,21 @@ def publish(files: DurableFiles, source: Path, target: Path) -> None:
         # The commit stands; a second name that stays behind is cleared with its folder.
         with suppress(OSError):
             files.remove(source)
+
+
+def name_first(files: DurableFiles, source: Path, target: Path) -> bool:
+    """Give `source` the name `target`, by a hard link, or by a rename where there are none; whether it has its first name, too.
+    Raises FileExistsError where `target` exists."""
+    try:
+        files.link(source, target)
+    except OSError as error:
+        # NFS: the link may have been made, and its answer been lost.
+        if not _is_same(files, source, target):
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            files.rename_new(source, target)
+            return False
+    return True
 
 
 def _is_same(files: DurableFiles, one: Path, other: Path) -> bool:
