@@ -1,6 +1,6 @@
-"""A few of a run's samples and its error rows, read from an output folder for a person to look at.
+"""A few samples of a run and its error rows, read from an output folder for people to look at.
 
-Of a folder with error rows only the row groups that hold some are read: the statistics of `error_code` say which.
+For error rows, only the row groups that hold some are read, found by the statistics of `error_code`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LONG_COLUMNS = frozenset(("token_ids", "logprobs"))
 
 @dataclass(frozen=True, slots=True)
 class ErrorRow:
-    """A row of the input that has no completion: `samples` of it are error samples of one `code`."""
+    """An input row without a completion: `samples` of its samples are errors with one `code`."""
 
     row_index: int
     id: str | None
@@ -44,7 +44,7 @@ class ErrorRow:
 
 @dataclass(frozen=True, slots=True)
 class ErrorRows:
-    """Error rows, by code and then in the order of the input; `counts` is how many rows of each code there are in all."""
+    """Error rows, by code and then in the order of the input; `counts` is the total number of rows for each code."""
 
     rows: tuple[ErrorRow, ...]
     counts: Mapping[str, int]
@@ -52,7 +52,7 @@ class ErrorRows:
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """One sample with the columns of its row; `correct` is None where the job does not verify."""
+    """One sample with the columns of its row; `correct` is None if the job does not verify."""
 
     row_index: int
     sample_index: int
@@ -62,12 +62,12 @@ class Excerpt:
     correct: bool | None
     columns: Mapping[str, Any]
     unjudged: str = ""
-    """Why the job's judge gave no verdict, where it gave none."""
+    """Why the job's judge gave no verdict, if it gave none."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a sample stands; `rank` orders the candidates of a kind."""
+    """The place of a sample; `rank` orders the candidates of a kind."""
 
     rank: tuple[int, int, int]
     shard: int
@@ -76,14 +76,15 @@ class _Place:
 
 
 def error_rows(path: Path, per_code: int | None = None) -> ErrorRows:
-    """The error rows in the output folder `path`, of each code the first `per_code` where given. Raises OutputError where the
-    folder cannot be read, DamageError where it is damaged."""
+    """Return the error rows in the output folder `path`, at most the first `per_code` of each code. Raises OutputError if the
+    folder cannot be read, DamageError if it is damaged."""
     return consistently(lambda: _error_rows(_shards(path), per_code), path)
 
 
 def excerpts(path: Path, count: int, *, whole: bool = False) -> dict[Kind, tuple[Excerpt, ...]]:
-    """Up to `count` samples of each kind, each of another row: the first right and wrong ones where the job verifies, else the
-    first ones. They are looked for in the first shard that has any; with `whole` in all, and the longest are there, too."""
+    """Return up to `count` samples of each kind, each from another row: the first right and wrong ones if the job verifies,
+    else the first ones. They come from the first shard that has any; with `whole`, all shards are searched, also for the
+    longest samples."""
     return consistently(lambda: _excerpts(_shards(path), count, whole), path)
 
 
@@ -124,7 +125,7 @@ def _error_tables(shards: Sequence[ListedFile]) -> Iterator[pa.Table]:
 
 
 def _all_null(file: ParquetFile, group: int) -> bool:
-    # Columns of lists take several places in the file: a column is found by its path.
+    # A list column has several leaf columns in the file: find it by its path.
     described = file.metadata.row_group(group)
     column = next(c for c in map(described.column, range(described.num_columns)) if c.path_in_schema == "error_code")
     statistics = column.statistics
@@ -148,7 +149,7 @@ def _excerpts(shards: Sequence[ListedFile], count: int, whole: bool) -> dict[Kin
 
 
 def _candidates(table: pa.Table, whole: bool) -> dict[Kind, list[tuple[tuple[int, int, int], int]]]:
-    """For each kind, of each row its first sample: the rank and the offset in the table."""
+    """Return, for each kind, the first sample of each row: its rank and its offset in the table."""
     ok: Bool = np.asarray(table["status"].to_pylist(), dtype=object) == "ok"
     rows, samples = table["row_index"].to_numpy(), table["sample_index"].to_numpy()
     masks: dict[Kind, Bool] = {"first": ok}

@@ -1,9 +1,9 @@
 """One file out of many shards, ordered by row and sample, in bounded memory.
 
-A distribution sort: the keys of all shards are read and ranked (about 60 bytes a sample), the ranking is cut into
-buckets that fit in memory, each shard is read once and its rows dealt out to the buckets on disk, and each bucket is
-sorted and written. A row's samples never part. This module knows the key columns and `SAMPLE_SCHEMA`; other columns pass
-through. Beside a run that writes, both readings are of one listing, or the export starts over.
+A distribution sort: the keys of all shards are read and ranked (about 60 bytes per sample), the ranking is cut into buckets
+that fit in memory, each shard is read once and its rows are distributed to the buckets on disk, and each bucket is sorted and
+written. A row's samples stay together. Only the key columns and `SAMPLE_SCHEMA` matter here; other columns pass through. While
+a run writes to the folder, both readings must see one listing, or the export starts over.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ _ROW_FIELDS = ("id", "row_index")
 _SAMPLES = "samples"
 _BUCKET_BYTES = 128 << 20
 _WIDENED_BYTES, _COLUMN_BYTES = 1 << 30, (1 << 31) - 1
-"""A table above the first size is sorted with 64-bit offsets. Tables that are passed on have 32-bit ones, so a column may hold
-no more bytes of text, nor entries of lists, than the second."""
+"""A table above the first size is sorted with 64-bit offsets. Tables that are returned have 32-bit offsets, so the second
+bounds the bytes of text, and the entries of lists, in one column."""
 Where = Literal["correct", "wrong", "ok", "error", "cancelled"]
 _WHERE = {"correct": ("correct", True), "wrong": ("correct", False)}
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which of the samples are exported, and what of them: all `columns` in the order of the output where None; `where` keeps
-    those that are right or wrong, finished, error rows or cancelled; `nested` makes one record a row, its samples in a list
+    """Which samples are exported, and which columns: all, in the order of the output, if `columns` is None; `where` keeps those
+    that are right or wrong, finished, error rows or cancelled; `nested` makes one record per row, with its samples in a list
     `samples`."""
 
     nested: bool = False
@@ -62,7 +62,7 @@ class Selection:
 
 @dataclass(slots=True)
 class Exported:
-    """What was written: `rows` of the input, with `samples` over all of them, in `bytes`."""
+    """What was written: `rows` of the input with `samples` in total, in `bytes`."""
 
     rows: int = 0
     samples: int = 0
@@ -71,12 +71,9 @@ class Exported:
 
 def export(path: Path, target: Path | BinaryIO, selection: Selection | None = None) -> Exported:
     """Write the committed samples of the output folder `path` to `target`, ordered by row and sample: a file (.jsonl, .csv or
-    .parquet), which is replaced, or an open stream, which takes JSON Lines.
-
-    A run that is not complete exports what it has. Raises OutputError where there is nothing to export, something cannot be
-    read, or `target` is no place for it, DamageError where a shard is not as it was committed, BrokenPipeError where the
-    stream's reader ends.
-    """
+    .parquet), which is replaced, or an open stream, which receives JSON Lines. A run that is not complete exports what it has.
+    Raises OutputError if there is nothing to export, something cannot be read, or `target` cannot be written, DamageError if a
+    shard is not as it was committed, BrokenPipeError if the reader of the stream ends."""
     folder, chosen = OutputFolder(path), selection or Selection()
     if isinstance(target, Path):
         check_target(folder, target)
@@ -92,7 +89,7 @@ def export(path: Path, target: Path | BinaryIO, selection: Selection | None = No
 
 
 def committed_shards(folder: OutputFolder) -> tuple[ListedFile, ...]:
-    """The shards that are as they were committed; it is an error where others are there."""
+    """Return the shards that are as they were committed; raise an error if there are others."""
     manifest = read_manifest(folder)
     if manifest is None:
         return folder.shards()
@@ -128,11 +125,11 @@ def _export(folder: OutputFolder, shards: Sequence[ListedFile], target: Path | B
 def open_ordered(
     shards: Sequence[ListedFile], place: Path, columns: Collection[str] | None = None, *, whole_rows: bool = True
 ) -> Generator[tuple[pa.Schema, Iterator[pa.Table], Path]]:
-    """The samples of shards, one at least, as tables ordered by row and sample: their schema, the tables, and a folder for
-    further files, which lies in `place` and is removed in the end. `columns` are those that are read, as far as they are there;
-    `row_index` and `sample_index` have to be among them. With `whole_rows` a row's samples are in one table. Raises
-    ForeignFileError where the shards are of different runs, OSError where the folder takes no more, and OutputError where one
-    table does not hold a whole row."""
+    """Provide the samples of at least one shard as tables ordered by row and sample: their schema, the tables, and a folder for
+    further files, which lies in `place` and is removed at the end. `columns` are those to read, as far as they exist, and must
+    include `row_index` and `sample_index`. With `whole_rows` a row's samples are in one table. Raises ForeignFileError if the
+    shards are of different runs, OSError if the folder cannot be written, and OutputError if one table does not hold a whole
+    row."""
     schema = _schema(shards[0])
     for shard in shards[1:]:
         if not _schema(shard).equals(schema):
@@ -149,7 +146,7 @@ def open_ordered(
 
 
 def _shaped(tables: Iterator[pa.Table], selection: Selection, exported: Exported) -> Iterator[pa.Table]:
-    """What is selected of tables ordered by row and sample, counted in `exported`."""
+    """Iterate over what is selected of tables ordered by row and sample, and count it in `exported`."""
     last_row = -1
     for table in tables:
         if selection.where is not None:
@@ -169,7 +166,7 @@ def _shaped(tables: Iterator[pa.Table], selection: Selection, exported: Exported
 
 
 def nest(table: pa.Table) -> pa.Table:
-    """One record a row from a table ordered by row and sample: `id`, `row_index`, the input columns, then `samples`."""
+    """Return one record per row of a table ordered by row and sample: `id`, `row_index`, the input columns, then `samples`."""
     rows = table["row_index"].to_numpy()
     first = np.flatnonzero(_begins(rows))
     sample_names = [name for name in own_names(table.schema) if name not in _ROW_FIELDS]
@@ -188,7 +185,7 @@ def nest(table: pa.Table) -> pa.Table:
 def check_target(
     folder: OutputFolder, target: Path, suffixes: Sequence[str] = (".jsonl", ".csv", ".parquet"), option: str = "--to"
 ) -> None:
-    """Raises OutputError where a file of the run in `folder` cannot be written there; `option` is what names it."""
+    """Raise OutputError if a file of the run in `folder` cannot be written there; `option` is the option that names it."""
     if target.suffix not in suffixes:
         listed = " or ".join([", ".join(suffixes[:-1]), suffixes[-1]] if len(suffixes) > 1 else suffixes)
         stream = ", or - for standard output" if len(suffixes) > 1 else ""
@@ -237,7 +234,7 @@ def _schema(shard: ListedFile) -> pa.Schema:
 
 
 def _cut(shards: Sequence[ListedFile]) -> tuple[Int64, int]:
-    """The bucket of each sample, in the order of the shards; the number of buckets."""
+    """Return the bucket of each sample, in the order of the shards, and the number of buckets."""
     rows: list[Int64] = []
     samples: list[Int64] = []
     sizes: list[Int64] = []
@@ -253,7 +250,7 @@ def _cut(shards: Sequence[ListedFile]) -> tuple[Int64, int]:
     order = np.lexsort((np.concatenate(samples), row))
     begins = _begins(row[order])
     before = np.cumsum(np.concatenate(sizes)[order])
-    # A whole row goes where its first sample goes.
+    # A whole row goes to the bucket of its first sample.
     _, of_row = np.unique(before[begins] // _BUCKET_BYTES, return_inverse=True)
     bucket = np.empty(len(row), dtype=np.int64)
     bucket[order] = of_row[np.cumsum(begins) - 1]
@@ -280,7 +277,7 @@ def _deal(shards: Sequence[ListedFile], schema: pa.Schema, bucket: Int64, scratc
 
 
 def _sorted_buckets(scratch: Path, num_buckets: int, *, whole_rows: bool) -> Iterator[pa.Table]:
-    """The buckets one after another, each ordered by its keys; frees their disk space as it goes."""
+    """Iterate over the buckets, each ordered by its keys; free their disk space along the way."""
     for number in range(num_buckets):
         path = _bucket_path(scratch, number)
         tables: list[pa.Table] = []
@@ -298,8 +295,8 @@ def _sorted_buckets(scratch: Path, num_buckets: int, *, whole_rows: bool) -> Ite
 
 
 def _taken_in_parts(table: pa.Table, order: Int64, *, whole_rows: bool) -> Iterator[pa.Table]:
-    """The rows of a table in this order, about _BUCKET_BYTES at a time, or what a whole row of the input takes; fewer where
-    those that are beside each other are far above the mean."""
+    """Take the rows of a table in this order, about _BUCKET_BYTES at a time, or as much as a whole row of the input takes;
+    fewer where neighbouring rows are far above the mean."""
     wide = table.cast(pa.schema([field.with_type(_widened(field.type)) for field in table.schema], table.schema.metadata))
     row = table["row_index"].to_numpy()[order]
     most = at_once = max(1, _BUCKET_BYTES * len(order) // table.nbytes)
@@ -321,7 +318,7 @@ def _taken_in_parts(table: pa.Table, order: Int64, *, whole_rows: bool) -> Itera
 
 
 def _largest_offset(values: pa.Array) -> int:
-    """Of the texts and lists in an array, at any depth."""
+    """Return the offsets of the texts and lists in an array, at any depth."""
     if isinstance(values, (pa.LargeStringArray, pa.LargeBinaryArray)):
         return pc.call_function("sum", [pc.call_function("binary_length", [values])]).as_py() or 0
     if isinstance(values, pa.LargeListArray):
@@ -333,7 +330,7 @@ def _largest_offset(values: pa.Array) -> int:
 
 
 def _widened(type_: pa.DataType) -> pa.DataType:
-    """The type with 64-bit offsets."""
+    """Return the type with 64-bit offsets."""
     if pa.types.is_string(type_):
         return pa.large_string()
     if pa.types.is_binary(type_):
@@ -361,7 +358,7 @@ def _write(file: BinaryIO, suffix: str, schema: pa.Schema, tables: Iterator[pa.T
 
 
 def _begins(values: Int64) -> Bool:
-    """True where a run of equal values begins."""
+    """Return True where a run of equal values begins."""
     begins = np.ones(len(values), dtype=np.bool_)
     begins[1:] = values[1:] != values[:-1]
     return begins

@@ -1,7 +1,7 @@
-"""Holding what is in an output folder against what was committed there: the journal of commits, and `_SUCCESS`.
+"""Compare an output folder with what was committed there: the journal of commits, and `_SUCCESS`.
 
-Every byte is read: size and times are no proof. No digest is ever taken over from what is there now, but for the shards of a
-version that kept no record: those without one count as committed where all their pages have their checksums.
+Every byte is read: sizes and times prove nothing. A digest is never taken from what is there now, except for the shards of a
+version without a record: those count as committed if all their pages match their checksums.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ Kind = Literal["damaged", "missing", "unrecorded", "foreign", "record"]
 @dataclass(frozen=True, slots=True)
 class Fault:
     """What is wrong with one file of the folder. `damaged` and `missing` shards were committed; an `unrecorded` one is of this
-    run, but nothing tells its digest; a `foreign` file is not; `record` is a fault of the journal or of `_SUCCESS`."""
+    run, but its digest is on no record; a `foreign` file is not of this run; `record` is a fault of the journal or of
+    `_SUCCESS`."""
 
     file: str
     problem: str
@@ -37,17 +38,17 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """`good` are the shards that are there as they were committed, `unrecorded` those of this run of which no
-    record tells. `sealed`: `_SUCCESS` says that the run is complete, and names exactly the good ones."""
+    """`good` are the shards that are as they were committed, `unrecorded` those of this run without a record. `sealed`:
+    `_SUCCESS` says that the run is complete, and names exactly the good ones."""
 
     good: tuple[tuple[Shard, ListedFile], ...]
     unrecorded: tuple[ListedFile, ...]
     faults: tuple[Fault, ...]
     success: Success | None
     run: str
-    """The run by its journal; empty where there is none."""
+    """The run that the journal names; empty without a journal."""
     damaged: tuple[Shard, ...] = ()
-    """The shards that are there, but not as they were committed."""
+    """The shards that exist, but not as they were committed."""
 
     @property
     def to_repair(self) -> tuple[str, ...]:
@@ -61,11 +62,11 @@ class Inspection:
 
 
 def inspect(folder: OutputFolder, manifest: Manifest) -> Inspection:
-    """Read every shard of the run whose manifest this is. Raises OutputError for what cannot be read, Changed where a shard is
+    """Read every shard of the run with this manifest. Raises OutputError for what cannot be read, Changed if a shard is
     replaced meanwhile."""
     before = folder.record()
     listed = folder.shards()
-    # A file is recorded before it is published: what is listed by now is in the record that is read by now.
+    # A file is recorded before it is published, so a file in this listing is in the record, which is read after it.
     record = folder.record()
     success, faults = None, list[Fault]()
     try:
@@ -101,7 +102,7 @@ def inspect(folder: OutputFolder, manifest: Manifest) -> Inspection:
 
 
 def recorded_shards(folder: OutputFolder, manifest: Manifest | None) -> tuple[ListedFile, ...]:
-    """For readers that do not read everything: the shards, by number. Where the run keeps a record of commits, raises
+    """List the shards by number, for readers that do not read everything. If the run keeps a record of commits, raises
     ForeignFileError for a file that is not in it, DamageError for one that is missing or of another size."""
     before = folder.record()
     listed = folder.shards()
@@ -111,7 +112,7 @@ def recorded_shards(folder: OutputFolder, manifest: Manifest | None) -> tuple[Li
     for shard in listed:
         known = [each for each in record.versions.get(folder.name_of(shard.path), ()) if each is not None]
         if not known and before is not None and any(before.versions.get(folder.name_of(shard.path), ())):
-            # It was joined with others in between.
+            # It was joined with others meanwhile.
             raise Changed(shard.path)
         if not known:
             name = folder.commits.name
@@ -128,7 +129,7 @@ def recorded_shards(folder: OutputFolder, manifest: Manifest | None) -> tuple[Li
 
 
 def _required(versions: Mapping[str, tuple[Shard | None, ...]], before: Record | None) -> list[str]:
-    """The files that must be there; what was recorded while the folder was listed need not be in the listing."""
+    """Return the files that must exist; what was recorded while the folder was listed need not be in the listing."""
     earlier = {} if before is None else before.versions
     return [name for name, known in versions.items() if None not in (*known, *earlier.get(name, (None,)))]
 
@@ -136,11 +137,12 @@ def _required(versions: Mapping[str, tuple[Shard | None, ...]], before: Record |
 def _believed(
     folder: OutputFolder, manifest: Manifest, record: Record | None, success: Success | None
 ) -> tuple[Mapping[str, tuple[Shard | None, ...]], list[Fault]]:
-    """How each file may stand by the record, or by `_SUCCESS` where that is the only one; and what is wrong with the record."""
+    """Return the states that the record, or `_SUCCESS` if that is the only one, allows for each file, and what is wrong with
+    the record."""
     name = folder.commits.name
     marked = {} if success is None else {shard.name: (shard,) for shard in success.files}
     if record is None:
-        # Without shards, it may be that the run had not begun.
+        # Without shards, the run may not have begun.
         lost = bool(manifest.run) and bool(marked or folder.shards())
         return marked, [Fault(name, "is missing", "record")] if lost else []
     if manifest.run and record.run not in ("", manifest.run):
@@ -153,7 +155,7 @@ def _believed(
 
 
 def _digests(files: Sequence[ListedFile]) -> list[str]:
-    """Hashing leaves the interpreter free, and reading waits for the disk."""
+    """Digest the files in threads: hashing releases the interpreter's lock, and reading waits for the disk."""
     threads = min(_THREADS, len(os.sched_getaffinity(0)) + 1, max(1, len(files)))
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -173,7 +175,7 @@ def _difference(file: ListedFile, manifest: Manifest, committed: Shard, digest: 
 
 
 def _stranger(file: ListedFile, manifest: Manifest) -> str | None:
-    """Why a file that no record names is not of this run; None where it is."""
+    """Return why a file that no record names is not of this run; None if it is."""
     if not file.is_file:
         return "is not a file"
     try:
@@ -190,7 +192,7 @@ def _stranger(file: ListedFile, manifest: Manifest) -> str | None:
 
 
 def _believe(file: ListedFile, name: str, digest: str) -> tuple[Shard | None, Fault | None]:
-    """A shard of a version that kept no record, of a run that is not complete."""
+    """Accept a shard of a version without a record, of a run that is not complete."""
     rows = ok = cancelled = 0
     try:
         for table in read_groups(file, None):

@@ -1,8 +1,8 @@
-"""Reading a whole output folder back: every byte of every shard against its record, every page against its checksum, every key
+"""Read a whole output folder back: every byte of every shard against its record, every page against its checksum, every key
 counted.
 
-Trusts nothing that the run kept in memory, and repairs nothing: it names what is damaged and the command that computes that
-again. Beside a run that writes it reads one consistent listing, or says that it cannot.
+Repairs nothing: it names what is damaged and the command that computes it again. While a run writes to the folder, one
+consistent listing is read, or the check fails.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _SAMPLES_PER_ROW = 1 << 32
 
 @dataclass(frozen=True, slots=True)
 class CheckedFolder:
-    """What was found: the shards that are good, and the faults. `remedy` is a shell command, None where nothing is damaged."""
+    """The good shards, and the faults. `remedy` is a shell command, None if nothing is damaged."""
 
     rows: int
     books: Books
     shards: tuple[Shard, ...]
     complete: bool
-    """Whether the folder says that it is."""
+    """Whether the folder says that the run is complete."""
     faults: tuple[Fault, ...]
     remedy: str | None
     running: bool = False
@@ -44,7 +44,7 @@ class CheckedFolder:
 
     @property
     def exit_code(self) -> int:
-        """0 complete and whole, 75 whole so far, 4 damaged."""
+        """0: complete and intact; 75: intact so far; 4: damaged."""
         if self.faults:
             return 4
         return 0 if self.complete else 75
@@ -69,12 +69,12 @@ class CheckedFolder:
 
 
 def check(path: Path) -> CheckedFolder:
-    """Read the output folder `path` back. Raises OutputError where there is no run, or something cannot be read, DamageError
-    where its manifest is damaged."""
+    """Read the output folder `path` back. Raises OutputError if there is no run, or something cannot be read, DamageError if
+    its manifest is damaged."""
     folder = OutputFolder(path)
     found = consistently(lambda: _check(folder), path)
     if found.running and found.faults:
-        # It may have changed the folder between two looks; what is damaged stays so.
+        # A run may have changed the folder between two readings; real damage remains.
         again = consistently(lambda: _check(folder), path)
         if set(again.faults) != set(found.faults) or not is_claimed(folder):
             return again
@@ -114,7 +114,7 @@ def _check(folder: OutputFolder) -> CheckedFolder:
     remedy = None
     if faults:
         foreign = sorted({fault.file for fault in faults if fault.kind == "foreign"})
-        # _SUCCESS is written by any start, unless it is the only record there is.
+        # Any start rewrites _SUCCESS, unless it is the only record.
         nothing = all(fault.kind == "foreign" or (fault.file == folder.success.name and manifest.run) for fault in faults)
         remedy = repair_command(folder, manifest, foreign, repair=not nothing)
     first_of_file = tuple({fault.file: fault for fault in reversed(faults)}.values())[::-1]
@@ -123,8 +123,8 @@ def _check(folder: OutputFolder) -> CheckedFolder:
 
 
 def _read_whole(file: ListedFile, name: str, num_rows: int, known: Shard | None) -> tuple[Shard, Int64]:
-    """The shard as found, and the key of each of its samples. Raises DamageError where anything in it is not as it was
-    written, or of a row that the input does not have."""
+    """Return the shard as found, and the key of each of its samples. Raises DamageError if anything in it is not as it was
+    written, or is of a row that the input does not have."""
     counted = ok = cancelled = coded = 0
     keys = [np.zeros(0, np.int64)]
     with open_shard(file) as parquet:
@@ -153,7 +153,7 @@ def _read_whole(file: ListedFile, name: str, num_rows: int, known: Shard | None)
 
 
 def _repeats(keys: Sequence[Int64]) -> dict[int, int]:
-    """How many samples each shard holds that an earlier one (or itself) holds, for those that hold any."""
+    """Return, for each shard with any, the number of samples that an earlier shard, or itself, also holds."""
     if not keys:
         return {}
     flat = np.concatenate(keys)

@@ -30,14 +30,14 @@ from tokabatch.output.shards import ARROW_BYTES_KEY, open_shard, read_groups, re
 from tokabatch.storage.listing import Changed, ListedFile, Mark, is_there
 
 FEW_ROWS, FEW_BYTES = 4096, 32 << 20
-"""Shards that hold as much as either stay as they are: joining reads and writes everything again after the last result, which
-for few large files buys nothing."""
+"""Shards that hold as much as either of these are kept: joining reads and writes everything again after the last result, which
+gains nothing for a few large files."""
 
 
 def join_small(claim: Claim, rows_per_shard: int, stop: Callable[[], object], tell: Callable[[str], None]) -> None:
-    """Join the shards of a complete run that are small: below half the usual size, FEW_ROWS and FEW_BYTES. `stop`, looked at
-    between files, ends it without a change, as does a system that refuses. Raises OSError where it is unknown what is on the
-    disk, CommitError where the lock is lost, DamageError for a shard that is not as it was committed."""
+    """Join the small shards of a complete run: below half the usual size, FEW_ROWS and FEW_BYTES. `stop`, called between files,
+    ends it without a change, and so does a file system that cannot do it. Raises OSError if it is unknown what is on the disk,
+    CommitError if the lock is lost, DamageError for a shard that is not as it was committed."""
     journal, files, folder = claim.journal, claim.files, claim.folder
     assert journal is not None, "a run that writes has a journal"
     claim.check_folder()
@@ -51,7 +51,7 @@ def join_small(claim: Claim, rows_per_shard: int, stop: Callable[[], object], te
         kept = [known for name, known in journal.shards.items() if name not in names]
         made = _fill(claim, new, small, kept, rows_per_shard, stop)
         if made and is_there(files, folder.success):
-            # It names the shards that are about to go.
+            # _SUCCESS names the shards that are about to go.
             claim.reopen(keep_summary=True)
         swapped = bool(made) and _swap(claim, new, made, names)
     except DamageError:
@@ -66,13 +66,13 @@ def join_small(claim: Claim, rows_per_shard: int, stop: Callable[[], object], te
         files.remove_tree(new)
     for name in names if swapped else ():
         journal.done(name)
-    # A link that comes or goes changes a file's times.
+    # Adding or removing a link changes a file's times.
     for shard, written in (*kept, *made) if swapped else kept:
         record_commit(claim, shard, written)
 
 
 def _small(claim: Claim, rows_per_shard: int) -> list[ListedFile]:
-    """The small shards; none where their folder is a link, which a swap would replace."""
+    """Return the small shards; none if their folder is a link, which a swap would replace."""
     found = claim.files.look(claim.folder.data, follow=False)
     if found is None or not stat.S_ISDIR(found.st_mode):
         return []
@@ -93,8 +93,8 @@ def _fill(
     rows_per_shard: int,
     stop: Callable[[], object],
 ) -> list[tuple[Shard, Mark]]:
-    """Make the folder as it is to be; the joined shards with the marks of their files, none where it was stopped. Raises
-    OSError and as `read_groups`."""
+    """Make the new folder; return the joined shards with the marks of their files, none if it was stopped. Raises OSError, and
+    as `read_groups` does."""
     claim.files.make_folder(new)
     claim.files.hold(new)
     made: list[tuple[Shard, Mark]] = []
@@ -111,7 +111,7 @@ def _fill(
 
 
 def _joined(files: Sequence[ListedFile], rows_per_shard: int) -> Iterator[pa.Table]:
-    """Their rows, in their order, in tables of the usual size."""
+    """Iterate over the rows of these files, in order, in tables of the usual size."""
     held: list[pa.Table] = []
     for file in files:
         for table in read_groups(file, None):
@@ -125,7 +125,7 @@ def _joined(files: Sequence[ListedFile], rows_per_shard: int) -> Iterator[pa.Tab
 
 
 def _swap(claim: Claim, new: Path, made: Sequence[tuple[Shard, Mark]], names: Sequence[str]) -> bool:
-    """Raises OSError where the folder stays as it was, which the journal says then, too."""
+    """Swap the folders. On OSError the folder is as it was, and the journal says so."""
     journal = claim.journal
     assert journal is not None
     before = [journal.shards[name][0] for name in names]

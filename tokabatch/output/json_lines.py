@@ -1,8 +1,8 @@
-"""Arrow tables as JSON Lines: one object a row, in UTF-8.
+"""Arrow tables as JSON Lines: one object per row, in UTF-8.
 
-What JSON has no type for: timestamps, dates, times and decimals become their text at full precision, bytes base64,
-durations their count in the column's unit, maps a list of [key, value] pairs, NaN and Infinity null. Years of more than four
-digits are written in full, as `numpy.datetime64` reads them.
+Values without a JSON type: timestamps, dates, times and decimals become text at full precision, bytes base64, durations their
+count in the column's unit, maps a list of [key, value] pairs, NaN and Infinity null. Years of more than four digits are written
+in full, as `numpy.datetime64` reads them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def write_json_lines(table: pa.Table, file: BinaryIO) -> None:
 
 
 def flatten(table: pa.Table) -> pa.Table:
-    """The same rows with columns as CSV has them: lists, mappings and structs as their JSON text, and so what extension types
-    hold, unless it is text."""
+    """Return the same rows with columns for CSV: lists, mappings, structs and values of extension types that are not text
+    become their JSON text."""
     table = _plain(table)
     for place, field in enumerate(table.schema):
         if pa.types.is_nested(field.type) or _is_bytes(field.type) or isinstance(field.type, pa.BaseExtensionType):
@@ -39,7 +39,7 @@ def flatten(table: pa.Table) -> pa.Table:
 
 
 def _plain(table: pa.Table) -> pa.Table:
-    """The same rows in types whose values are exact as Python objects."""
+    """Return the same rows in types whose values are exact as Python objects."""
     plain = table.cast(pa.schema([field.with_type(_json_type(field.type)) for field in table.schema]))
     for place, field in enumerate(table.schema):
         if any(map(_has_far_times, table[place].chunks)):
@@ -50,7 +50,8 @@ def _plain(table: pa.Table) -> pa.Table:
 
 
 def _has_far_times(values: pa.Array[Any]) -> bool:
-    """Whether there is a time, at any depth, that Arrow does not print: of the years from 32768 on, or as long ago."""
+    """Return whether there is a time, at any depth, that Arrow does not print: in the years from 32768 on, or as far in the
+    past."""
     type_, is_ = values.type, pa.types
     if is_.is_dictionary(type_):
         return _has_far_times(values.dictionary)
@@ -66,7 +67,7 @@ def _has_far_times(values: pa.Array[Any]) -> bool:
 
 
 def _with_far_times(type_: pa.DataType, text: Any, count: Any) -> Any:
-    """A value of this type, whose times `text` has as Arrow prints them, and `count` as numbers."""
+    """Return a value of this type from `text`, with times as Arrow prints them, and `count`, with times as numbers."""
     is_ = pa.types
     if text is None:
         return None
@@ -91,7 +92,7 @@ def _unit(type_: pa.DataType) -> str:
 
 
 def _near(type_: pa.DataType) -> int:
-    """How many units from 1970 Arrow prints: 30,000 years."""
+    """Return how many units from 1970 Arrow prints: 30,000 years."""
     return int(np.timedelta64(30_000 * 365, "D") / np.timedelta64(1, _unit(type_)))
 
 
@@ -101,7 +102,7 @@ def _is_bytes(type_: pa.DataType) -> bool:
 
 
 def _cell(value: Any) -> str | None:
-    """A text as it is; of what JSON has as a text, such as base64, that text without its quotes."""
+    """Return text as it is; for a value that JSON writes as text, such as base64, that text without its quotes."""
     if value is None or isinstance(value, str):
         return value
     text = to_json(value)
@@ -109,8 +110,8 @@ def _cell(value: Any) -> str | None:
 
 
 def _json_type(type_: pa.DataType, *, counts: bool = False) -> pa.DataType:
-    """The type to convert to before values become Python objects, which could not hold them all exactly; with `counts` of times
-    as numbers of their unit."""
+    """Return the type to convert to before values become Python objects, which could not hold all of them exactly; with
+    `counts`, times become numbers of their unit."""
     is_ = pa.types
     if counts and (is_.is_timestamp(type_) or is_.is_date(type_)):
         return pa.int32() if is_.is_date32(type_) else pa.int64()

@@ -1,7 +1,7 @@
 """The small files beside the shards: what the run was, how it ended, and the mark that it is complete.
 
-All are JSON, replaced atomically. `summary.json` is the report's document; here it is a mapping to write and read. The manifest
-and `_SUCCESS` carry a digest of themselves.
+All are JSON, replaced atomically. `summary.json` belongs to the report; here it is any mapping. The manifest and `_SUCCESS`
+carry a digest of themselves.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tokabatch.storage.listing import read_bytes
 
 SCHEMA_VERSION = 3
 RUN_KEY, FINGERPRINT_KEY, VERIFIER_KEY = b"tokabatch.run", b"tokabatch.fingerprint", b"tokabatch.verifier"
-"""In a shard's metadata: which run it is of, the digest of the settings that its first start had, and the digest of what its
-verdicts follow from."""
+"""Keys of a shard's metadata: its run, the digest of the settings of the run's first start, and the digest of what its verdicts
+depend on."""
 _DIGEST = "sha256"
 
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """What computed the output."""
+    """The software and hardware that computed the output."""
 
     tokabatch: str
     torch: str
@@ -44,11 +44,11 @@ class Versions:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Written before the first shard, and again by every run that continues it. `started` is the first one's, ISO 8601 in the
-    local time of then, which templates see at every start;
-    `job` is the job as resolved, as plain JSON values; `samples` is what the books must close to: the sum of n over `rows`;
-    `working_folder` is what the job's relative paths start from. `run` and `fingerprint_sha256` are the first start's, too, and
-    empty in a run of a version that had neither these nor a record of commits; `job_sha256` is that of OUT/job.json."""
+    """Written before the first shard, and again by every start that continues the run. `started` is the time of the first
+    start, ISO 8601 in its local time, which templates see at every start; `job` is the job as resolved, as plain JSON values;
+    `samples` is the total that must be accounted for: the sum of n over `rows`; `working_folder` is what the job's relative
+    paths start from. `run` and `fingerprint_sha256` are the first start's, too; they are empty in runs of versions without them
+    or without a record of commits. `job_sha256` is that of OUT/job.json."""
 
     started: str
     working_folder: str
@@ -63,7 +63,7 @@ class Manifest:
     fingerprint_sha256: str = ""
     job_sha256: str = field(default="", compare=False)
     units: int = 0
-    """Where several processes write: into how many units the plan is cut; `units_sha256` is the digest of which."""
+    """For several writers, the number of units that the plan is cut into; `units_sha256` is the digest of the plan."""
     units_sha256: str = ""
 
     @property
@@ -73,42 +73,42 @@ class Manifest:
 
     @property
     def marks(self) -> dict[bytes, bytes]:
-        """What is written into each shard: the same, and by what its samples are judged."""
+        """The metadata of each shard: `identity`, and what its samples are judged by."""
         verify = sorted(item for item in self.fingerprint.settings.items() if is_of_verify(item[0]))
         return {**self.identity, VERIFIER_KEY: hashlib.sha256(to_json(verify).encode()).hexdigest().encode() if verify else b""}
 
 
 @dataclass(frozen=True, slots=True)
 class Books:
-    """Where the samples of a run are."""
+    """How many of a run's samples are where."""
 
     samples: int
     ok: int
     errors: int
     cancelled: int = 0
     unjudged: int = 0
-    """Of these, the samples whose verdicts are still to come."""
+    """Of these, the samples that are still to be judged."""
 
     @property
     def pending(self) -> int:
-        """Samples of which nothing is known yet."""
+        """Samples that are not accounted for yet."""
         return self.samples - self.ok - self.errors - self.cancelled
 
     @property
     def closed(self) -> bool:
-        """Every sample is accounted for, as ok, as an error or as cancelled, and judged."""
+        """Whether every sample is accounted for, as ok, as an error or as cancelled, and judged."""
         return self.samples == self.ok + self.errors + self.cancelled and not self.unjudged
 
     @classmethod
     def of(cls, samples: int, shards: Sequence[Shard]) -> Books:
-        """Of so many samples in all, those in the shards."""
+        """Count the samples in the shards, of `samples` in total."""
         columns = ((shard.ok, shard.errors, shard.cancelled, shard.unjudged) for shard in shards)
         return cls(samples, *map(sum, zip((0, 0, 0, 0), *columns, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
 class Success:
-    """What OUT/_SUCCESS says: the books, and every file of the output."""
+    """The content of OUT/_SUCCESS: the counts, and every file of the output."""
 
     samples: int
     ok: int
@@ -118,13 +118,13 @@ class Success:
 
 
 def settings_digest(fingerprint: Fingerprint) -> str:
-    """SHA-256 of what decides a sample, whatever rows there are."""
+    """Return the SHA-256 of what decides a sample, whatever rows there are."""
     return hashlib.sha256(to_json(sorted(fingerprint.settings.items())).encode()).hexdigest()
 
 
 def write_manifest(claim: Claim, manifest: Manifest, given: Mapping[str, Any]) -> None:
-    """Write OUT/manifest.json, and OUT/job.json with the job as `given`, which runs it again. One of several writers raises
-    FileExistsError where there is a manifest."""
+    """Write OUT/manifest.json, and OUT/job.json with the job as `given`, which runs it again. With several writers, raises
+    FileExistsError if there is a manifest."""
     job, files, folder = _document(given), claim.files, claim.folder
     claim.write(folder.job, job, keep=True)
     sealed = _sealed(asdict(replace(manifest, job_sha256=hashlib.sha256(job).hexdigest())))
@@ -139,13 +139,13 @@ def write_manifest(claim: Claim, manifest: Manifest, given: Mapping[str, Any]) -
 
 
 def job_is_whole(folder: OutputFolder, manifest: Manifest) -> bool:
-    """Whether OUT/job.json is there as it was written. Raises OutputError where it cannot be read."""
+    """Return whether OUT/job.json is as it was written. Raises OutputError if it cannot be read."""
     content = read_bytes(folder.files, folder.job)
     return content is not None and manifest.job_sha256 in ("", hashlib.sha256(content).hexdigest())
 
 
 def read_job(folder: OutputFolder, manifest: Manifest) -> dict[str, Any]:
-    """The job that OUT/job.json holds. Raises DamageError where that is missing or changed."""
+    """Return the job in OUT/job.json. Raises DamageError if it is missing or changed."""
     content = read_bytes(folder.files, folder.job)
     if content is None or not job_is_whole(folder, manifest):
         raise DamageError(f"{folder.job} is missing or changed. Run the same job again, which writes it.")
@@ -154,15 +154,15 @@ def read_job(folder: OutputFolder, manifest: Manifest) -> dict[str, Any]:
 
 
 def write_summary(claim: Claim, summary: Mapping[str, Any]) -> None:
-    """Write OUT/summary.json, unless it is there like that."""
+    """Write OUT/summary.json, unless it has this content already."""
     document = _document(summary)
     if read_bytes(claim.files, claim.folder.summary) != document:
         claim.write(claim.folder.summary, document)
 
 
 def mark_success(claim: Claim, shards: Sequence[Shard], samples: int) -> Books:
-    """Write OUT/_SUCCESS, naming every shard with its counts and its digest, if the books close; the caller looks at `closed`.
-    Nothing is written where it says so already. Digests are those of the commits. Raises OSError, and whatever
+    """Write OUT/_SUCCESS, naming every shard with its counts and its digest, if all samples are accounted for; the caller
+    checks `closed`. A file with this content is left alone. Digests are those of the commits. Raises OSError, and as
     `Claim.check_folder` does."""
     books = Books.of(samples, shards)
     if books.closed:
@@ -180,7 +180,7 @@ def mark_success(claim: Claim, shards: Sequence[Shard], samples: int) -> Books:
 
 
 def read_success(folder: OutputFolder) -> Success | None:
-    """OUT/_SUCCESS, or None where the run is not complete. Raises DamageError where it is damaged."""
+    """Return OUT/_SUCCESS, or None if the run is not complete. Raises DamageError if it is damaged."""
     document = _read(folder, folder.success, "Run the same command again, which writes it.")
     if document is None:
         return None
@@ -194,7 +194,7 @@ def read_success(folder: OutputFolder) -> Success | None:
 
 
 def read_manifest(folder: OutputFolder) -> Manifest | None:
-    """OUT/manifest.json, or None where there is none. Raises DamageError where it is damaged."""
+    """Return OUT/manifest.json, or None if there is none. Raises DamageError if it is damaged."""
     document = _read(folder, folder.manifest, "Restore it from a copy, or start over with --overwrite.")
     if document is None:
         return None
@@ -209,12 +209,12 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
 
 
 def read_summary(folder: OutputFolder) -> dict[str, Any]:
-    """OUT/summary.json; empty where there is none. Raises DamageError where it is damaged."""
+    """Return OUT/summary.json; empty if there is none. Raises DamageError if it is damaged."""
     return _read(folder, folder.summary, "Run the same command again, which writes it.") or {}
 
 
 def _document(value: Mapping[str, Any]) -> bytes:
-    # A file name need not be text; what of it is none is escaped, as JSON has it.
+    # A file name need not be text; its other bytes are escaped, as in JSON.
     return (to_json(value, indent=2) + "\n").encode(errors="backslashreplace")
 
 

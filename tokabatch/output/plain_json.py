@@ -1,6 +1,6 @@
-"""JSON that any parser reads: no NaN or Infinity (they become null), and a text for every value JSON has no type for.
+"""JSON that any parser reads: no NaN or Infinity (they become null), and a text for every value without a JSON type.
 
-Bytes become base64, what is left its `str`. This module knows no schema.
+Bytes become base64, other values their `str`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
-    """One JSON text, non-ASCII characters as they are."""
+    """Return one JSON text, with non-ASCII characters unescaped."""
     try:
         return _dump(value, indent)
     except ValueError:

@@ -1,5 +1,5 @@
-"""Whether an output folder takes what a run writes: `check_output` looks and leaves nothing behind, `probe` writes a file as a
-shard is written."""
+"""Check that an output folder can take what a run writes: `check_output` looks and leaves nothing behind; `probe` writes a file
+the way shards are written."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tokabatch.storage.atomic_files import NewFile, publish
 from tokabatch.storage.write_errors import reason
 
 PROBE = ".probe"
-"""Stands in data/ for an instant at the start of a run; readers of Parquet folders pass over names with a dot."""
+"""In data/ for an instant at the start of a run; readers of Parquet folders skip names that begin with a dot."""
 _PROBE_BYTES = 1 << 16
-"""Less than what most shards take: under a smaller limit of file sizes no run can work."""
+"""Smaller than almost any shard: under a smaller limit on file sizes no run can work."""
 
 
 def check_output(path: Path, *, shared: bool = False) -> None:
-    """Raises the OutputError that a claim of this folder would end in now; leaves nothing behind. One of several writers,
-    `shared`, may find others there."""
+    """Raise the OutputError that claiming this folder now would raise; leave nothing behind. With `shared`, others may be
+    writing there."""
     folder = OutputFolder(path)
     refuse_foreign(folder)
     if not shared and is_claimed(folder):
         raise busy(folder)
     try:
-        # A link to nowhere is in the way, too.
+        # A dangling link is in the way, too.
         seen = ((place, folder.files.look(place, follow=False)) for place in (folder.data, path, *path.absolute().parents))
         nearest = next(place for place, found in seen if found is not None)
         found = folder.files.look(nearest)
@@ -43,14 +43,14 @@ def check_output(path: Path, *, shared: bool = False) -> None:
             raise _unwritable(path, f"no permission to write in {place.absolute()}")
     if nearest not in (folder.data, path):
         try:
-            # Some file systems take no folder from anyone, whatever the permissions say: /proc, a network's root.
+            # Some places take no folder from anyone, whatever the permissions say: /proc, the root of a network file system.
             os.rmdir(tempfile.mkdtemp(prefix=".tokabatch-", dir=nearest))
         except OSError as error:
             raise _unwritable(path, f"no folder can be created in {nearest} ({error.strerror})") from error
 
 
 def refuse_foreign(folder: OutputFolder) -> None:
-    """Raises OutputError where data/ holds what no run wrote."""
+    """Raise OutputError if data/ holds files that no run wrote."""
     foreign = folder.foreign()
     if foreign:
         raise OutputError(
@@ -60,12 +60,12 @@ def refuse_foreign(folder: OutputFolder) -> None:
 
 
 def probe(folder: OutputFolder) -> None:
-    """Write a file and commit it the way shards are: what can never work is known before anything is computed. A complete
-    run is left as it is until there is something to add."""
+    """Write a file and commit it the way shards are committed: what can never work fails before anything is computed. A
+    complete run is left alone until there is something to add."""
     written, published = folder.temporary / "probe", folder.data / PROBE
     if not folder.files.alone:
         published = folder.data / f"{PROBE}-{folder.temporary.name}"
-    # A start that was killed here has left it.
+    # Left behind by a start that was killed here.
     with suppress(FileNotFoundError):
         folder.files.remove(published)
     for attempt in range(1 if folder.files.alone else 2):

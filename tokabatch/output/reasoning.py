@@ -1,4 +1,4 @@
-"""What a model thought, and what it answered: a sample's text split at the model's own end-of-thinking marker."""
+"""Split a sample's text into reasoning and answer, at the model's own end-of-thinking marker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokabatch.errors import JobError
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """What a model writes around its thinking; `begin` may stand at the end of the prompt instead."""
+    """The tags around a model's reasoning; `begin` may be at the end of the prompt instead."""
 
     begin: str
     end: str
@@ -22,14 +22,14 @@ KNOWN_TAGS = (
     ReasoningTags("<reasoning>", "</reasoning>"),
     ReasoningTags("<thought>", "</thought>"),
 )
-"""Of models that are trained to think: Qwen3, QwQ and DeepSeek-R1 write the first, Magistral the second."""
+"""Tags of reasoning models: Qwen3, QwQ and DeepSeek-R1 write the first, Magistral the second."""
 
 
 def choose_tags(
     asked: str | Sequence[str], *, templates: Iterable[str], is_token: Callable[[str], bool], special: Collection[str]
 ) -> ReasoningTags:
-    """The tags that `output.split_reasoning` means: those given, or for `auto` the known ones whose end the model's tokenizer
-    has as a token or in a chat template. Raises JobError where there are none, or where texts come without them."""
+    """Return the tags for `output.split_reasoning`: those given or, for `auto`, the known ones whose end tag is one of the
+    tokenizer's tokens or in a chat template. Raises JobError if there are none, or if decoded texts lack them."""
     if asked == "auto":
         written = "\n".join(templates)
         found = next((tags for tags in KNOWN_TAGS if tags.end in written or is_token(tags.end)), None)
@@ -51,8 +51,8 @@ def choose_tags(
 
 
 def split_reasoning(text: str, tags: ReasoningTags, *, begun: bool) -> tuple[str | None, str | None]:
-    """The thinking and the answer, None for what is not there; white space around either aside. `begun` says that the prompt
-    ended with the begin tag. A text that ends while it thinks has no answer; one without tags is an answer."""
+    """Return the reasoning and the answer, stripped of white space, each None if it is missing. `begun` means that the prompt
+    ended with the begin tag. A text that ends within its reasoning has no answer; one without tags is an answer."""
     before, marker, after = text.partition(tags.end)
     opened = before.lstrip().startswith(tags.begin)
     if not marker and not opened and not begun:

@@ -1,6 +1,6 @@
-"""The shell command that puts an output folder right: it moves away what is not the run's, and computes again what is damaged.
+"""The shell command that repairs an output folder: it moves away what is not the run's, and computes again what is damaged.
 
-One line that can be pasted. It deletes nothing itself; `tokabatch run --repair` deletes what it has read and found damaged.
+One line to paste into a shell. It deletes nothing itself; `tokabatch run --repair` deletes what it has read and found damaged.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _SHOWN = 5
 
 
 def repair_command(folder: OutputFolder, manifest: Manifest, foreign: Sequence[str] = (), *, repair: bool = True) -> str:
-    """`foreign` are names relative to the folder. Relative paths of the job count from the folder that it was started in.
-    Raises OutputError where the folder cannot be read."""
+    """Return the command; `foreign` are names relative to the folder. Relative paths of the job count from the folder that it
+    was started in. Raises OutputError if the folder cannot be read."""
     out = folder.path.absolute()
     commands: list[str] = []
     if foreign:
@@ -33,7 +33,7 @@ def repair_command(folder: OutputFolder, manifest: Manifest, foreign: Sequence[s
         commands.append(_join("cd", manifest.working_folder))
     whole = job_is_whole(folder, manifest)
     job = folder.job.absolute() if whole else _JOB
-    # A job's path is text; one that is not was given relative to a folder whose name is none.
+    # A job's path is text; one with other bytes was relative to a folder with such a name.
     is_text = str(out).encode(errors="replace").decode() == str(out)
     target = out if is_text else os.path.relpath(out, manifest.working_folder)
     commands.append(_join("tokabatch", "run", job, f"output.path={target}", *(["--repair"] if repair else [])))
@@ -42,8 +42,8 @@ def repair_command(folder: OutputFolder, manifest: Manifest, foreign: Sequence[s
 
 
 def refuse_faults(folder: OutputFolder, manifest: Manifest, found: Inspection, *, repair: bool = False) -> None:
-    """Raises DamageError for what was committed and is damaged (unless it is to be repaired), ForeignFileError for what is not
-    of the run. A `_SUCCESS` that is damaged is no obstacle where the journal tells the same."""
+    """Raise DamageError for damaged shards that were committed (unless they are to be repaired), ForeignFileError for files of
+    another run. A damaged `_SUCCESS` is no obstacle if the journal holds the same."""
     damage = [fault for fault in found.faults if fault.kind in ("damaged", "missing")]
     damage += [fault for fault in found.faults if fault.kind == "record" and (fault.file != "_SUCCESS" or not manifest.run)]
     foreign = [fault for fault in found.faults if fault.kind == "foreign"]
@@ -59,7 +59,7 @@ def refuse_faults(folder: OutputFolder, manifest: Manifest, found: Inspection, *
 
 
 def refuse_unrecorded(folder: OutputFolder, manifest: Manifest, found: Inspection) -> None:
-    """Raises DamageError for a shard of this run of which no record tells what was committed."""
+    """Raise DamageError for a shard of this run that no record describes."""
     if found.unrecorded:
         raise DamageError(
             _damage(folder, manifest, [f"{file.path} is in no record of commits" for file in found.unrecorded], ())
@@ -67,8 +67,8 @@ def refuse_unrecorded(folder: OutputFolder, manifest: Manifest, found: Inspectio
 
 
 def refuse_other_verdicts(folder: OutputFolder, manifest: Manifest, found: Inspection) -> None:
-    """Raises OutputError where samples of the folder are not judged by what the manifest says, as a `score` that was cut short
-    leaves them."""
+    """Raise OutputError if samples of the folder were not judged by the judge in the manifest, as after an interrupted
+    `score`."""
     others = 0
     for _, file in found.good:
         with open_shard(file) as parquet:
@@ -90,10 +90,10 @@ def _damage(folder: OutputFolder, manifest: Manifest, told: Sequence[str], forei
 
 
 def quote(text: str) -> str:
-    """One word of a shell command, in one line whatever is in it."""
+    """Quote one word of a shell command, on one line whatever it contains."""
     if text.isprintable():
         return shlex.quote(text)
-    # The shell cuts line breaks off the end of what a command prints; that of a folder's name is not the end then.
+    # The shell strips line breaks off the end of a command's output; add an end, so that those of a folder's name are kept.
     text += "/" if text.endswith("\n") else ""
     codes = text.encode(errors="surrogateescape")
     spelled = "".join(chr(code) if 32 <= code < 127 and chr(code) not in "\\'" else f"\\0{code:03o}" for code in codes)
@@ -105,7 +105,7 @@ def _join(*words: str | Path) -> str:
 
 
 def _unused(folder: OutputFolder, out: Path) -> Path:
-    """A name beside the output folder that nothing has."""
+    """Return an unused name beside the output folder."""
     number = 1
     while is_there(folder.files, aside := out.with_name(f"{out.name}.foreign{'' if number == 1 else f'-{number}'}")):
         number += 1

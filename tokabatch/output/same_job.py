@@ -1,7 +1,7 @@
-"""The run that an output folder holds, and whether a job goes on with it.
+"""Compare the run in an output folder with a job that wants to continue it.
 
-A job that would draw other samples than those that are there is refused, with what differs. A row of which nothing but error
-samples is there may be another row now: it was never sampled.
+A job that would draw other samples than those in the folder is refused, with the differences. A row with error samples only may
+have been replaced: it was never sampled.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from tokabatch.output.remedy import quote
 
 @dataclass
 class EarlierRun:
-    """`versions` are those of this process. With `retry_errors` rows without a good sample may be others, whether they have
-    an error sample or none; without it, rows that have error samples only."""
+    """`versions` are those of this process. With `retry_errors`, rows without a good sample may differ, whether or not they
+    have error samples; without it, rows that have only error samples."""
 
     folder: OutputFolder
     manifest: Manifest
     versions: Versions
     retry_errors: bool = False
     repaired: int = 0
-    """Error rows that are other rows now, known once `compare` has seen the rows."""
+    """Error rows that have been replaced, set once `compare` has seen the rows."""
 
     def compare(self, now: Fingerprint, digests: RowDigests | None = None, places: RowPlaces = NO_PLACES) -> None:
-        """Raises OutputError showing what this run had and the job has not; `digests` are given once the rows are read, with
-        the `places` of these."""
+        """Raise OutputError showing what differs between that run and the job; `digests` are given once the rows are read, with
+        their `places`."""
         differences = changed_settings(self.manifest.fingerprint, now)
         if differences:
             self._refuse(differences, now)

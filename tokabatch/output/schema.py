@@ -1,7 +1,7 @@
-"""The output schema, and completions as a table of it: one row a sample, the input columns behind ours.
+"""The output schema, and completions as a table of it: one row per sample, followed by the input columns.
 
-This module does not decode, verify or write; it is handed texts and verdicts. Building is per sample, never per token:
-list columns are made from concatenated arrays and offsets.
+Texts and verdicts are passed in; nothing is decoded, verified or written here. Work is per sample, never per token: list
+columns are made from concatenated arrays and offsets.
 """
 
 from __future__ import annotations
@@ -46,40 +46,40 @@ SAMPLE_SCHEMA = pa.schema(
     ],
     metadata={b"tokabatch.schema_version": b"1"},
 )
-"""What every output has. `status` is `ok`, `error` or `cancelled`. An error row is null from `text` to `logprobs`, save for the
-prompt's counts where known; one of the code `cannot_be_written` keeps whatever could be written, its verdict among it: a row
-that it stopped is stopped after a crash, too. A cancelled sample, which its row stopped before, is null in all of them and has
-no error either."""
+"""The columns of every output. `status` is `ok`, `error` or `cancelled`. An error row is null from `text` to `logprobs`, except
+for the prompt's counts if they are known; one with the code `cannot_be_written` keeps whatever could be written, including its
+verdict, so that a row stopped by it remains stopped after a crash. A sample cancelled by a stopped row is null in all of them
+and has no error either."""
 CANCELLED = "cancelled"
 _MAX_ENTRIES = (1 << 31) - 1
-"""Of the lists in one table, all rows together: their offsets are 32 bits wide."""
+"""Limit of the lists in one table, over all rows: their offsets are 32 bits wide."""
 _OF_SAMPLE = {b"tokabatch.column": b"sample"}
 REASONING_FIELDS = tuple(pa.field(name, pa.string(), metadata=_OF_SAMPLE) for name in ("reasoning_text", "answer_text"))
-"""Follow where the job splits texts (`output.split_reasoning`); null where a text has no such part."""
+"""Appended if the job splits texts (`output.split_reasoning`); null where a text has no such part."""
 _OF_VERDICT = {b"tokabatch.column": b"verdict"}
 VERDICT_FIELDS = tuple(
     pa.field(name, kind, metadata=_OF_VERDICT)
     for name, kind in (("correct", pa.bool_()), ("verify_score", pa.float64()), ("verify_error", pa.string()))
 )
-"""Follow when the job verifies, and behind them the judge's own columns; all null where there is no sample to judge.
-`verify_error` tells why a sample has no verdict. Their metadata says what they are."""
+"""Appended if the job verifies, followed by the judge's own columns; all null for a sample that is not judged. `verify_error`
+is why a sample has no verdict. Field metadata marks these columns."""
 CORRECT = VERDICT_FIELDS[0]
 
 _OF_SCORE = {b"tokabatch.column": b"score"}
 SCORE_FIELDS = tuple(
     pa.field(name, kind, metadata=_OF_SCORE) for name, kind in (("is_greedy", pa.bool_()), ("perplexity", pa.float64()))
 )
-"""Follow in a job that scores given texts, whose log-probability is the column `cumulative_logprob`."""
+"""Appended in mode score; the text's log-probability is in the column `cumulative_logprob`."""
 
 
 _INPUT, _SOURCE = "input_", b"tokabatch.input"
-"""In front of the name of an input column that is one of ours; and in the metadata of its field, what the input calls it."""
+"""The prefix of an input column with the name of one of ours; the metadata key of its name in the input."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnsampledRow:
-    """Samples without a text, each a row of the output all the same, so that the books close: error rows where `error` says
-    why, cancelled ones where it is None, because their row had stopped before them."""
+    """Samples without a text, which are rows of the output all the same, so that every sample is accounted for: error rows with
+    the reason `error`, or cancelled ones if it is None, because their row stopped before them."""
 
     row_index: int
     samples: Int32
@@ -105,11 +105,11 @@ def output_schema(
     reasoning: bool = False,
     scored: bool = False,
 ) -> pa.Schema:
-    """Our columns, `verdicts` among them, REASONING_FIELDS where texts are split and SCORE_FIELDS where they are scored, then
-    `inputs`, those of the input that the output carries.
+    """Return our columns including `verdicts`, REASONING_FIELDS if texts are split and SCORE_FIELDS if they are scored, then
+    `inputs`, the input columns that the output carries.
 
-    An input column `id` that is the id column is not repeated: our `id` carries it. One whose name is ours, such as `text`, is
-    called `input_text`.
+    An input column `id` that is the id column is not repeated: our `id` holds it. One with the name of ours, such as `text`,
+    becomes `input_text`.
     """
     ours = [*SAMPLE_SCHEMA, *(SCORE_FIELDS if scored else ()), *(REASONING_FIELDS if reasoning else ()), *verdicts]
     own_names = {field.name for field in ours}
@@ -127,8 +127,8 @@ def output_schema(
 
 
 def verdict_fields(columns: Mapping[str, str]) -> tuple[pa.Field[Any], ...]:
-    """The columns of a job whose judge has these of its own, by name and Arrow type. Raises JobError for a name that the output
-    has already."""
+    """Return the verdict columns of a judge with these columns of its own, by name and Arrow type. Raises JobError for a name
+    that the output has already."""
     ours = {*SAMPLE_SCHEMA.names, *(field.name for field in (*SCORE_FIELDS, *REASONING_FIELDS, *VERDICT_FIELDS))}
     if twice := sorted(columns.keys() & ours):
         raise JobError(
@@ -139,14 +139,14 @@ def verdict_fields(columns: Mapping[str, str]) -> tuple[pa.Field[Any], ...]:
 
 
 def own_names(schema: pa.Schema) -> list[str]:
-    """The columns of `schema` that are not the input's."""
+    """Return the columns of `schema` that are not the input's."""
     marked = [field.name for field in schema if b"tokabatch.column" in (field.metadata or {})]
     known = dict.fromkeys((*SAMPLE_SCHEMA.names, *marked, *verdict_names(schema)))
     return [name for name in known if name in schema.names]
 
 
 def input_names(schema: pa.Schema) -> dict[str, str]:
-    """The columns of `schema` that are the input's, each with its name there."""
+    """Return the columns of `schema` that are the input's, each with its name there."""
     own = set(own_names(schema))
     return {
         field.name: (field.metadata or {}).get(_SOURCE, field.name.encode()).decode()
@@ -156,7 +156,7 @@ def input_names(schema: pa.Schema) -> dict[str, str]:
 
 
 def verdict_names(schema: pa.Schema) -> list[str]:
-    """The columns of `schema` that a judge made, those of an earlier version included."""
+    """Return the columns of `schema` made by a judge, those of an earlier version included."""
     marked = [field.name for field in schema if (field.metadata or {}).items() >= _OF_VERDICT.items()]
     place = len(SAMPLE_SCHEMA)
     old = not marked and len(schema) > place and schema.field(place).equals(VERDICT_FIELDS[0])
@@ -164,7 +164,7 @@ def verdict_names(schema: pa.Schema) -> list[str]:
 
 
 def text_token_ids(completion: Completion) -> Int32:
-    """The tokens to decode: without the stop token that ended the sample."""
+    """Return the tokens to decode: without the stop token that ended the sample."""
     ids = completion.token_ids
     if isinstance(completion.stop_reason, int) and len(ids) and ids[-1] == completion.stop_reason:
         return ids[:-1]
@@ -172,8 +172,8 @@ def text_token_ids(completion: Completion) -> Int32:
 
 
 def cut_at_stop(text: str, stop_reason: str | int | None, behind: int = 0) -> str:
-    """The text in front of the stop string that ended the sample, the first that ends after `behind` characters; all of it
-    where none did."""
+    """Return the text before the stop string that ended the sample, its first occurrence that ends after `behind` characters;
+    all of it if none did."""
     if not isinstance(stop_reason, str) or not stop_reason:
         return text
     found = text.find(stop_reason, max(0, behind - len(stop_reason) + 1))
@@ -183,18 +183,18 @@ def cut_at_stop(text: str, stop_reason: str | int | None, behind: int = 0) -> st
 def sample_texts(
     completions: Sequence[Completion], least: Sequence[int], decode: Callable[[Sequence[Int32]], list[str]]
 ) -> list[str]:
-    """The text of each sample, without what ended it; `least` are their `min_tokens`, `decode` is the tokenizer's."""
+    """Return the text of each sample, without what ended it; `least` are their `min_tokens`, `decode` is the tokenizer's."""
     texts = decode([text_token_ids(completion) for completion in completions])
     if not any(least):
         return [cut_at_stop(text, c.stop_reason) for text, c in zip(texts, completions, strict=True)]
-    # What the first `min_tokens` tokens say ended nothing.
+    # Nothing within the first `min_tokens` tokens ends a sample.
     passed = decode([c.token_ids[:count] for c, count in zip(completions, least, strict=True)])
     cut = zip(texts, completions, passed, strict=True)
     return [cut_at_stop(text, completion.stop_reason, len(before)) for text, completion, before in cut]
 
 
 def sample_keys(completions: Sequence[Completion], failures: Sequence[UnsampledRow]) -> tuple[Int64, Int32]:
-    """Row and sample index of each row of the table, in its order: completions, then failures expanded."""
+    """Return row and sample index of each row of the table, in order: completions, then failures expanded."""
     rows = [completion.row_index for completion in completions]
     samples = [completion.sample_index for completion in completions]
     for failure in failures:
@@ -213,11 +213,11 @@ def build_table(
     columns: pa.Table,
     more: Mapping[str, Sequence[Any]] = MappingProxyType({}),
 ) -> pa.Table:
-    """A table of `schema`, which may be a part of an output's, with a row for each completion, then `num_samples` for each
-    failure.
+    """Return a table of `schema`, which may be a part of an output's, with a row for each completion, then `num_samples` for
+    each failure.
 
-    `texts` and each of `more`, split texts and verdicts by column, have an entry for each completion. `ids` and `columns`
-    have one for each row of the table (see `sample_keys`); of `columns`, those in the schema are taken. A completion with an
+    `texts` and each of `more`, split texts and verdicts by column, have an entry for each completion. `ids` and `columns` have
+    one for each row of the table (see `sample_keys`); of `columns`, those in the schema are taken. A completion with an
     `error_code` becomes an error row; its text and verdict are not used.
     """
     row_index, sample_index = sample_keys(completions, failures)
@@ -270,14 +270,14 @@ def build_table(
 
 
 def _logprob(completion: Completion) -> float | None:
-    """Of all tokens together."""
+    """Return the log-probability of all tokens together."""
     if completion.score is not None:
         return completion.score.logprob
     return None if completion.logprobs is None else float(completion.logprobs.sum(dtype=np.float64))
 
 
 def _perplexity(completion: Completion) -> float | None:
-    """exp of the mean negative log-probability of a token."""
+    """Return exp of the mean negative log-probability of a token."""
     if completion.score is None:
         return None
     with np.errstate(over="ignore"):
@@ -285,7 +285,7 @@ def _perplexity(completion: Completion) -> float | None:
 
 
 def _logprob_column(completions: Sequence[Completion], nulls: Bool) -> pa.ListArray:
-    """`nulls` marks the error rows; samples without logprobs are null as well."""
+    """Return the column `logprobs`; `nulls` marks the error rows. Samples without logprobs are null as well."""
     nulls = nulls.copy()
     nulls[: len(completions)] |= np.array([c.logprobs is None for c in completions], dtype=np.bool_)
     scored = [c for c, null in zip(completions, nulls, strict=False) if not null]
@@ -306,7 +306,7 @@ def _logprob_column(completions: Sequence[Completion], nulls: Bool) -> pa.ListAr
 
 
 def _nullable_list(flat: pa.Array, lengths: Sequence[int], nulls: Bool) -> pa.ListArray:
-    """A list for each row that `nulls` does not mark, of `lengths` in their order."""
+    """Return a list for each row that `nulls` does not mark, with `lengths` in their order."""
     all_lengths = np.zeros(len(nulls), dtype=np.int64)
     all_lengths[~nulls] = lengths
     return pa.ListArray.from_arrays(_offsets(all_lengths), flat, mask=pa.array(nulls))

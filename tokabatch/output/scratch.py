@@ -1,7 +1,7 @@
-"""A folder for what a command needs on the disk while it works, beside the file that it writes.
+"""A temporary folder on disk for a command's work, beside the file that it writes.
 
-Its owner holds a lock in it, which ends with the process: what a killed one left behind is known by that, and taken away by the
-next. Where the file system keeps no locks, nothing is taken away.
+Its owner holds a lock in it that ends with the process: this identifies what a killed process left behind, which the next one
+removes. On a file system without locks nothing is removed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LOCK = "_lock"
 
 @contextmanager
 def scratch_folder(parent: Path) -> Generator[Path]:
-    """A new, empty folder in `parent` (but for its lock), removed at the end with all that is in it. Raises OSError."""
+    """Make a new folder in `parent`, empty except for its lock, and remove it at the end with its content. Raises OSError."""
     _remove_dead(parent)
     folder, lock = _make(parent)
     try:
@@ -30,10 +30,10 @@ def scratch_folder(parent: Path) -> Generator[Path]:
 
 
 def _make(parent: Path) -> tuple[Path, int]:
-    """The folder and its lock."""
+    """Return the folder and its lock."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        # Another process may take a folder without a lock for one that was left behind.
+        # Another process may find a folder without a lock and take it for left behind.
         with suppress(FileNotFoundError):
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             with suppress(OSError):
@@ -44,7 +44,7 @@ def _make(parent: Path) -> tuple[Path, int]:
 
 
 def _remove_dead(parent: Path) -> None:
-    """What cannot be reached or locked stays."""
+    """Remove folders whose lock is free; what cannot be reached or locked stays."""
     found: list[Path] = []
     with suppress(OSError):
         found = [parent / name for name in os.listdir(parent) if name.startswith(PREFIX)]
@@ -53,7 +53,7 @@ def _remove_dead(parent: Path) -> None:
             try:
                 lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
             except FileNotFoundError:
-                # Left in the instant between the two; one that is not empty is not ours to judge.
+                # Left between making the folder and its lock; one that is not empty may be someone else's.
                 os.rmdir(folder)
                 continue
             try:
@@ -64,7 +64,7 @@ def _remove_dead(parent: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """The lock goes last: cut short, the rest is still known."""
+    """The lock is removed last: after an interruption, the rest is still recognised."""
     with suppress(FileNotFoundError):
         for name in sorted(os.listdir(folder), key=lambda name: name == _LOCK):
             os.unlink(folder / name)

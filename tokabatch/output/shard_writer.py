@@ -1,8 +1,8 @@
 """Committing completions: tables in, whole Parquet files out.
 
 A shard is written under `_tmp/`, flushed, fsynced, recorded in the journal, published under its final name without overwriting,
-and its folder fsynced; only then does the writer forget its rows. So a reader, a crash included, meets whole shards only, and
-a commit that an exception cut short, wherever it did, can be tried again: it neither loses nor repeats a row.
+and its folder fsynced; only then does the writer forget its rows. Readers, also after a crash, see whole shards only, and a
+commit interrupted by an exception, at any point, can be tried again without losing or repeating a row.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ from tokabatch.storage.atomic_files import publish
 from tokabatch.storage.listing import Mark, mark_of
 
 EARLY_ROWS = 4096
-"""Where at least so many rows are buffered, and no more are still to come, little is to be left to write after the last."""
+"""With at least this many rows buffered, and no more still to come, commit, so that little is left to write after the last
+row."""
 SHARD_BYTES = 512 << 20
-"""Of rows in memory: a shard that holds as many is committed, however few rows they are."""
+"""Buffered rows of this size in memory are committed, however few they are."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Books:
-    """Of one unit: what is committed and what waits; `number` is that of the next shard."""
+    """What is committed and what is buffered of one unit; `number` is that of the next shard."""
 
     number: int
     lacks: int | None = None
-    """Samples that the unit needs beside those that are committed; None where that is not known."""
+    """Samples that the unit still needs besides those that are committed; None if that is not known."""
     there: frozenset[int] = frozenset()
-    """Numbers that others' shards had when the unit was opened."""
+    """Numbers of other writers' shards when the unit was opened."""
     shards: tuple[Shard, ...] = ()
     waiting: tuple[pa.Table, ...] = ()
     oldest: float = 0.0
     attempt: tuple[Shard, Mark] | None = None
     """The shard being published, and the mark of its file."""
     lost: bool = False
-    """Another has published a shard: the unit is that one's."""
+    """Whether another writer has published a shard, and so owns the unit."""
 
     @property
     def num_rows(self) -> int:
@@ -57,7 +58,7 @@ class _Books:
         return sum(table.nbytes for table in self.waiting)
 
     def committed(self, shard: Shard, now: float) -> _Books:
-        """The shard's rows moved from those that wait to those that are committed."""
+        """Move the shard's rows from the buffered to the committed ones."""
         rest = pa.concat_tables(self.waiting).slice(shard.rows)
         lacks = None if self.lacks is None else self.lacks - shard.rows
         number = next_number(self.there, self.number + 1)
@@ -66,7 +67,8 @@ class _Books:
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """Replaced in one assignment, so that it is true wherever an exception strikes. `taken` counts the rows taken over."""
+    """Replaced in one assignment, so that it is consistent wherever an exception strikes. `taken` counts the rows taken
+    over."""
 
     taken: int
     units: Mapping[int, _Books]
@@ -76,7 +78,7 @@ class _State:
 
 
 WHOLE = -1
-"""The one unit of a writer that has the folder to itself; its shards are `part-00000` and so on."""
+"""The only unit of a writer that has the folder to itself; its shards are `part-00000` and so on."""
 
 
 class ShardWriter:
@@ -103,7 +105,7 @@ class ShardWriter:
         unit_of: Callable[[Int64, Int64], Int32] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`earlier` shards stand in the folder already."""
+        """`earlier` are the shards in the folder."""
         self._claim = claim
         self._schema = schema
         self._rows_per_shard = rows_per_shard
@@ -121,21 +123,21 @@ class ShardWriter:
 
     @property
     def num_rows(self) -> int:
-        """Rows taken over so far, those of earlier shards and those that were dropped included: true wherever an exception
-        strikes."""
+        """Rows taken over so far, including those of earlier shards and those that were dropped; consistent wherever an
+        exception strikes."""
         return self._state.taken
 
     def open(self, unit: int, there: Collection[int], lacks: int) -> None:
-        """Take rows of this unit from now on. Shards of these numbers are `there`, and have been read; so many samples are in
-        none."""
+        """Take rows of this unit from now on. `there` are the numbers of its shards, which have been read; `lacks` samples are
+        in none."""
         self._state = self._state.with_books(unit, _Books(next_number(there), lacks, frozenset(there)))
 
     def is_complete(self, unit: int) -> bool:
-        """Whether all samples of a unit that was opened are committed."""
+        """Return whether all samples of a unit that was opened are committed."""
         return self._state.units[unit].lacks == 0
 
     def is_lost(self, unit: int) -> bool:
-        """Whether another writer has published a shard of a unit that was opened here."""
+        """Return whether another writer has published a shard of a unit that was opened here."""
         return self._state.units[unit].lost
 
     @property
@@ -144,7 +146,7 @@ class ShardWriter:
         return sum(books.num_rows for books in self._state.units.values())
 
     def take(self, table: pa.Table) -> None:
-        """Take over the rows of `table`; they are kept from here on."""
+        """Take over the rows of `table`, which are kept from here on."""
         assert table.schema.equals(self._schema), "a table of another schema"
         if not table.num_rows:
             return
@@ -157,14 +159,14 @@ class ShardWriter:
         self._state = _State(self._state.taken + table.num_rows, units)
 
     def _parts(self, table: pa.Table) -> list[tuple[int, pa.Table]]:
-        """The rows of each unit."""
+        """Return the rows of each unit."""
         if self._unit_of is None:
             return [(WHOLE, table)]
         unit = self._unit_of(table["row_index"].to_numpy(), table["sample_index"].to_numpy())
         return [(number, table.filter(pa.array(unit == number))) for number in np.unique(unit).tolist()]
 
     def mend(self, mended: Callable[[pa.Table], pa.Table]) -> None:
-        """Replace the buffered tables by what `mended` makes of each, with as many rows. For where they cannot be written."""
+        """Replace each buffered table, which could not be written, by `mended(table)`, with as many rows."""
         if not any([self._settle(unit) for unit in self._state.units]):
             units = {
                 unit: replace(books, waiting=tuple(mended(table) for table in books.waiting))
@@ -173,8 +175,8 @@ class ShardWriter:
             self._state = replace(self._state, units=units)
 
     def commit_due(self) -> None:
-        """Commit full shards, what completes a unit, and what has waited long enough. Raises OSError where the disk fails, the
-        rows kept."""
+        """Commit full shards, what completes a unit, and what has waited long enough. Raises OSError if the disk fails; the
+        rows are kept."""
         for unit in self._state.units:
             while self._state.units[unit].num_rows >= self._rows_per_shard:
                 self._commit(unit, self._rows_per_shard)
@@ -186,7 +188,7 @@ class ShardWriter:
         self.tick()
 
     def is_due(self, oldest: float) -> bool:
-        """Whether rows that came in at `oldest`, by the writer's clock, have waited long enough to be committed."""
+        """Return whether rows that arrived at `oldest`, by the writer's clock, have waited long enough to be committed."""
         return self._clock() - oldest >= self._flush_seconds
 
     def tick(self) -> None:
@@ -196,11 +198,12 @@ class ShardWriter:
                 self._commit_all(unit)
 
     def nears_end(self, to_come: int) -> bool:
-        """Whether much is buffered, and no more rows are `to_come`, so that it is to be committed now."""
+        """Return whether many rows are buffered, and no more than that are still `to_come`, so that they should be committed
+        now."""
         return self.num_waiting >= max(EARLY_ROWS, to_come)
 
     def commit(self) -> None:
-        """Commit everything buffered; nothing happens when there is none."""
+        """Commit everything buffered, if anything is."""
         for unit in self._state.units:
             self._commit_all(unit)
 
@@ -214,8 +217,8 @@ class ShardWriter:
             self._commit(unit, min(self._rows_per_shard, waiting))
 
     def _commit(self, unit: int, num_rows: int) -> None:
-        """Commit the first `num_rows` rows, or book the shard that an exception kept from being booked. The folder is looked at
-        behind the commit: what is finished is on the disk when the run learns that it cannot go on."""
+        """Commit the first `num_rows` rows, or record the shard that an exception kept from being recorded. The folder is
+        checked after the commit: what is finished is on disk when the run finds that it cannot continue."""
         self._claim.check_lock()
         if not self._settle(unit):
             self._publish(unit, num_rows)
@@ -234,7 +237,7 @@ class ShardWriter:
                 files.remove(temporary)
             if error.errno != errno.EFBIG or num_rows == 1:
                 raise
-            # More than a file may hold here (`ulimit -f`): smaller ones take the same rows.
+            # Beyond the limit on file sizes (`ulimit -f`): smaller files take the same rows.
             self._rows_per_shard = num_rows // 2
             return
         try:
@@ -258,19 +261,19 @@ class ShardWriter:
         self._book(unit, shard, written)
 
     def _book(self, unit: int, shard: Shard, written: Mark) -> None:
-        """The shard stands under its name."""
+        """Record a shard that has its final name."""
         record_commit(self._claim, shard, written)
         self._state = self._state.with_books(unit, self._state.units[unit].committed(shard, self._clock()))
 
     def _settle(self, unit: int) -> bool:
-        """Whether a shard had its final name already when an exception struck; it is booked now."""
+        """Return whether a shard had its final name already when an exception struck; record it now."""
         books = self._state.units[unit]
         if books.attempt is None:
             return False
         shard, written = books.attempt
         final = self._claim.folder.path / shard.name
         found = self._claim.files.look(final)
-        # Another's file may have the number of an inode that was given back here; it was not written at the same instant.
+        # A file of another process may have reused an inode number; it was not written at the same instant.
         if found is not None and mark_of(found)[:-1] == written[:-1]:
             self._claim.files.sync_folder(final.parent)
             self._book(unit, shard, written)
@@ -280,5 +283,5 @@ class ShardWriter:
 
 
 def next_number(there: Collection[int], first: int = 0) -> int:
-    """The first number, from `first` on, that is not among those that are there."""
+    """Return the first number, from `first` on, that is not in `there`."""
     return next(number for number in count(first) if number not in there)

@@ -1,6 +1,6 @@
-"""A shard: one Parquet file of finished samples, how it is written and recorded, and how it is read back.
+"""A shard: one Parquet file of finished samples, how it is written, recorded and read back.
 
-Every page has a checksum, every file the identity of its run in its metadata.
+Every page has a checksum; every file names its run in its metadata.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from tokabatch.storage.listing import NO_MARK, ListedFile, Mark, mark_of
 from tokabatch.storage.parquet_file import ParquetFile
 
 ARROW_BYTES_KEY = b"tokabatch.arrow_bytes"
-"""Footer key: the size of the shard in memory, which its encoded size does not tell."""
+"""Footer key: the size of the shard in memory, which does not follow from its encoded size."""
 PARQUET_OPTIONS: Mapping[str, Any] = {"compression": "zstd", "write_page_checksum": True}
-"""How every shard is written. Without page checksums most flipped bits would go unseen."""
+"""How every shard is written. Without page checksums most flipped bits would go unnoticed."""
 _KEY_TYPES = {"row_index": pa.int64(), "status": pa.string()}
-"""Columns without which a file is no shard."""
+"""Columns that every shard has."""
 _ROW_GROUP_BYTES = 32 << 20
 
 
 def write_shard(claim: Claim, table: pa.Table, temporary: Path, name: str) -> tuple[Shard, Mark]:
-    """The finished, synced shard that is to be called `name`, under its temporary name; and the mark of its file. Raises
+    """Write and sync a shard that will be called `name`, under its temporary name; return it with the mark of its file. Raises
     OSError."""
     with NewFile(claim.files, temporary) as file:
         write_parquet(table, file, claim.identity)
@@ -47,17 +47,17 @@ def write_shard(claim: Claim, table: pa.Table, temporary: Path, name: str) -> tu
 
 
 def record_commit(claim: Claim, shard: Shard, written: Mark) -> None:
-    """Note in the journal that the shard stands under its name; `written` is the mark that its file had when it was finished. A
-    file that was touched since is read when the folder is looked at next. Raises OSError."""
+    """Record in the journal that the shard has its name; `written` is the mark of its finished file. A file that was touched
+    since is read at the next check of the folder. Raises OSError."""
     if claim.journal is not None:
         found = claim.files.look(claim.folder.path / shard.name)
-        # The names of a file count into the time of its last change, which comes last.
+        # Renaming changes a file's ctime, the last element of a mark.
         same = found is not None and mark_of(found)[:-1] == written[:-1]
         claim.journal.done(shard.name, shard, mark_of(found) if found is not None and same else NO_MARK)
 
 
 def write_parquet(table: pa.Table, file: BinaryIO, identity: Mapping[bytes, bytes] = MappingProxyType({})) -> None:
-    """Write one shard into an open file; `identity` tells in its metadata which run it is of."""
+    """Write one shard into an open file; `identity` names its run in the metadata."""
     size = table.nbytes
     metadata = {**(table.schema.metadata or {}), **identity, ARROW_BYTES_KEY: str(size).encode()}
     rows_per_group = max(1, min(table.num_rows, _ROW_GROUP_BYTES * table.num_rows // max(size, 1)))
@@ -66,17 +66,17 @@ def write_parquet(table: pa.Table, file: BinaryIO, identity: Mapping[bytes, byte
 
 
 def count_ok(table: pa.Table) -> int:
-    """Rows of `table` that are finished samples."""
+    """Count the rows of `table` that are finished samples."""
     return _count(table, "ok")
 
 
 def count_cancelled(table: pa.Table) -> int:
-    """Rows of `table` that their rows stopped before."""
+    """Count the rows of `table` that were cancelled because their row stopped before them."""
     return _count(table, CANCELLED)
 
 
 def count_unjudged(table: pa.Table) -> int:
-    """Rows of `table` whose verdict is still to come."""
+    """Count the rows of `table` that are still to be judged."""
     return _count(table, NOT_JUDGED, "verify_error") if "verify_error" in verdict_names(table.schema) else 0
 
 
@@ -85,25 +85,25 @@ def _count(table: pa.Table, value: str, column: str = "status") -> int:
 
 
 def shard_number(name: str) -> int:
-    """12 of `data/part-00012.parquet`; of a unit's shard, its number within the unit."""
+    """Return 12 for `data/part-00012.parquet`; for a unit's shard, its number within the unit."""
     return int(name.rpartition("-")[2].partition(".")[0])
 
 
 def in_order(shards: Iterable[Shard]) -> tuple[Shard, ...]:
-    """By number, those of several units by unit then."""
+    """Return the sort key of a shard: by unit, if there are several, then by number."""
     return tuple(sorted(shards, key=lambda shard: (shard_number(shard.name), shard.name)))
 
 
 def claimed_shards(claim: Claim) -> tuple[Shard, ...]:
-    """Those that stand in a folder whose commits are recorded, in order."""
+    """Return the shards in a folder whose commits are recorded, in order."""
     assert claim.journal is not None, "a run that writes has a journal"
     return in_order(shard for shard, _ in claim.journal.shards.values())
 
 
 @contextmanager
 def open_shard(shard: ListedFile) -> Generator[ParquetFile]:
-    """A shard to read, its checksums verified. Raises OutputError naming it where it cannot be read, DamageError where it is no
-    whole Parquet file, ForeignFileError for a folder, and Changed where it is not the one that was listed."""
+    """Open a shard, verifying its checksums. Raises OutputError naming it if it cannot be read, DamageError if it is not a
+    whole Parquet file, ForeignFileError for a folder, and Changed if it is not the file that was listed."""
     if not shard.is_file:
         raise ForeignFileError(
             f"{shard.path} is not a file, so no run wrote it. Move it away, then run the same command again."
@@ -116,7 +116,7 @@ def open_shard(shard: ListedFile) -> Generator[ParquetFile]:
 
 
 def damaged(path: Path, error: Exception) -> DamageError:
-    """The error for a shard that is not as it was written."""
+    """Return the error of a shard that is not as it was written."""
     out = shlex.quote(str(path.parent.parent))
     return DamageError(
         f"{path} is damaged ({error}). `tokabatch check {out}` reads every file and names the command that recomputes "
@@ -127,8 +127,8 @@ def damaged(path: Path, error: Exception) -> DamageError:
 def read_groups(
     shard: ListedFile, columns: Sequence[str] | None, check: Callable[[pa.Schema], None] = lambda found: None
 ) -> Iterator[pa.Table]:
-    """The row groups of a shard, one at a time, without the columns that it does not have. Raises as `open_shard` does, what
-    `check` raises for the shard's schema, and ForeignFileError where it has not the columns that say which sample a row is."""
+    """Iterate over the row groups of a shard, one at a time, without the columns that it does not have. Raises as `open_shard`
+    does, what `check` raises for the shard's schema, and ForeignFileError if it lacks the columns that identify samples."""
     with open_shard(shard) as file:
         found = file.schema_arrow  # Rebuilt at each access.
         check(found)

@@ -1,7 +1,6 @@
-"""How far a run is, read from its output folder by anyone at any time.
+"""The progress of a run, read from its output folder by any process at any time.
 
-The shards are the journal: what they hold is what is done. Only footers and two or three small columns are read. This
-module does not know pass@k.
+What the shards hold is what is done. Only footers and two or three small columns are read.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ State = Literal["running", "complete", "incomplete", "absent"]
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """`rows` and `samples` are what the run will have, None where no manifest says; the rest is what is committed."""
+    """`rows` and `samples` are the run's totals, None without a manifest; everything else is what is committed."""
 
     state: State
     rows: int | None
@@ -42,23 +41,23 @@ class Status:
     shards: int
     bytes: int
     correct: int | None
-    """Samples found correct; None where the job does not verify."""
+    """Samples found correct; None if the job does not verify."""
     unjudged: int | None
-    """Samples whose verdicts are still to come; None where the job does not verify."""
+    """Samples that are still to be judged; None if the job does not verify."""
     started: str | None = None
-    """When the run was first started, in the local time of then."""
+    """The time of the first start, in its local time."""
     model: str | None = None
     input: str | None = None
-    """Of the job, as it says them."""
+    """The job's own values."""
 
     @property
     def committed(self) -> int:
-        """Samples in the shards."""
+        """Number of samples in the shards."""
         return self.ok + self.errors + self.cancelled
 
     @property
     def pending(self) -> int | None:
-        """Samples still to come; None where their number is not known."""
+        """Number of samples still to come; None if the total is not known."""
         if self.samples is None:
             return None
         return Books(self.samples, self.ok, self.errors, self.cancelled).pending
@@ -66,9 +65,9 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast a running job is, by its commits: seconds since this start began and since the last commit; samples and output
-    tokens a second between the first commit of this start and the last. None before the first commit, `seconds_left` before
-    the third."""
+    """The speed of a running job, from its commits: seconds since this start began and since the last commit; samples and
+    output tokens per second between the first commit of this start and the last. None before the first commit, `seconds_left`
+    before the third."""
 
     running_seconds: float
     commit_seconds: float | None = None
@@ -79,7 +78,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """The status with what a report shows beside it, of one listing. `lengths` are the output tokens of every finished sample,
+    """The status and further details for a report, from one listing. `lengths` are the output tokens of every finished sample,
     in no particular order."""
 
     status: Status
@@ -88,8 +87,8 @@ class Details:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One of several processes that write, by its leases: the units that it holds, and the seconds since it renewed one of
-    them, by the clocks of two hosts."""
+    """One of several writers, from its leases: the units that it holds, and the seconds since it renewed one of them, by the
+    clocks of two hosts."""
 
     name: str
     host: str
@@ -99,7 +98,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Of a run that is cut into units: how many there are, how many of them are complete, and who is at work."""
+    """A run that is cut into units: how many there are, how many are complete, and which writers are active."""
 
     units: int
     complete: int
@@ -107,8 +106,9 @@ class Shares:
 
 
 def read_shares(path: Path, now: float) -> Shares | None:
-    """How several processes share the run at `now` (seconds since 1970); None of one that is not cut into units. Samples that a
-    process computed before the run was cut are in no unit's files: units that need them count as complete at the end."""
+    """Return how several processes share the run at `now` (seconds since 1970); None for a run that is not cut into units.
+    Samples that a process computed before the run was cut are in no unit's files: units that need them count as complete at the
+    end."""
     folder = OutputFolder(path)
 
     def read() -> Shares | None:
@@ -140,15 +140,15 @@ def read_shares(path: Path, now: float) -> Shares | None:
 
 
 def read_status(path: Path) -> Status:
-    """The state of the output folder `path`. Raises DamageError where one of its files is damaged, OutputError where one cannot
-    be read or is not of the run."""
+    """Return the state of the output folder `path`. Raises DamageError if one of its files is damaged, OutputError if one
+    cannot be read or is not of the run."""
     folder = OutputFolder(path)
     return consistently(lambda: _status(folder)[0], path)
 
 
 def read_pace(path: Path, now: float) -> Pace | None:
-    """How fast the job that writes to `path` is at `now` (seconds since 1970); None where none is running. A start writes the
-    manifest before its first shard, and each shard carries the time of its commit."""
+    """Return the speed of the job that writes to `path` at `now` (seconds since 1970); None if none is running. A start writes
+    the manifest before its first shard, and each shard carries the time of its commit."""
     folder = OutputFolder(path)
 
     def read() -> Pace | None:
@@ -161,7 +161,7 @@ def read_pace(path: Path, now: float) -> Pace | None:
         commits = sorted(((shard.changed, shard) for shard in shards if shard.changed > begun), key=lambda each: each[0])
         if not commits:
             return Pace(now - begun)
-        # The first commit is only where counting begins, if there are more: loading the model came before it.
+        # With more than one commit, counting begins at the first: loading the model came before it.
         since, counted = (commits[0][0], commits[1:]) if len(commits) > 1 else (begun, commits)
         samples = tokens = 0
         for table in _groups([shard for _, shard in counted], ("status", "num_output_tokens")):
@@ -177,7 +177,7 @@ def read_pace(path: Path, now: float) -> Pace | None:
 
 
 def read_details(path: Path) -> Details:
-    """The same and more, which takes longer."""
+    """Return the status and further details, which takes longer."""
     folder = OutputFolder(path)
 
     def read() -> Details:
@@ -188,13 +188,13 @@ def read_details(path: Path) -> Details:
 
 
 def output_lengths(path: Path) -> Int32:
-    """Output tokens of every finished sample in a folder, in no particular order."""
+    """Return the output tokens of every finished sample in a folder, in no particular order."""
     folder = OutputFolder(path)
     return consistently(lambda: _lengths(recorded_shards(folder, read_manifest(folder))), path)
 
 
 def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
-    # Asked first: a run that ends in between must not look incomplete.
+    # Read first: a run that ends meanwhile must not look incomplete.
     running = is_claimed(folder)
     manifest = read_manifest(folder)
     shards = recorded_shards(folder, manifest)

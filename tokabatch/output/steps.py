@@ -1,7 +1,7 @@
-"""OUT/steps-00000.parquet: the steps of a run as a table of numbers, those of each start behind those of the one before.
+"""OUT/steps-00000.parquet: the steps of a run as a table of numbers, one start after another.
 
-They are for plots and profiles, not results: a run that dies leaves none, and nothing reads them to resume. A file is replaced
-by a longer one until it is long enough, so many starts leave few files; of several writers each adds a file of its own.
+They serve plots and profiles and are not results: a run that dies leaves none, and none are read to resume. A file is replaced
+by a longer one until it is long enough, so that many starts leave few files; with several writers, each adds a file of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tokabatch.storage.parquet_file import ParquetFile
 _REMEDY = "It holds no results: move it away to do without what it tells."
 _STEPS_PER_FILE = 1 << 18
 REPLICA = "replica"
-"""The column that says whose step it was."""
+"""The column with the number of the step's replica."""
 Columns = Mapping[str, npt.NDArray[Any]]
 
 
@@ -36,7 +36,7 @@ def write_steps(claim: Claim, columns: Columns) -> None:
     place = int(files[-1].path.stem.removeprefix("steps-")) if files else 0
     if files and claim.files.alone:
         earlier = None
-        # A file that cannot be read stays as it is.
+        # A file that cannot be read is kept as it is.
         with suppress(OutputError, Changed):
             earlier = _read(files[-1])
         if earlier is not None and earlier.num_rows < _STEPS_PER_FILE and earlier.schema.equals(table.schema):
@@ -60,13 +60,13 @@ def write_steps(claim: Claim, columns: Columns) -> None:
 
 
 def read_steps(folder: OutputFolder) -> Columns | None:
-    """The steps of all starts, one after another; None where there are none. Raises DamageError where a file is damaged,
-    OutputError where it cannot be read, and Changed where it is replaced meanwhile."""
+    """Return the steps of all starts, one after another; None if there are none. Raises DamageError if a file is damaged,
+    OutputError if it cannot be read, and Changed if it is replaced meanwhile."""
     files = folder.steps()
     if not files:
         return None
     tables = [_read(file) for file in files]
-    # Before there were several replicas nothing told them apart.
+    # Files from before there were several replicas lack the column.
     tables = [
         table
         if REPLICA in table.column_names
@@ -81,7 +81,7 @@ def read_steps(folder: OutputFolder) -> Columns | None:
 
 
 def elapsed(columns: Columns) -> npt.NDArray[np.float64]:
-    """When each step ended, in seconds of stepping: those of several replicas run side by side. Shape [S]."""
+    """Return when each step ended, in seconds of stepping, shape [S]: those of several replicas run side by side."""
     ends = np.zeros(len(columns["seconds"]))
     for number in np.unique(columns[REPLICA]):
         own = columns[REPLICA] == number

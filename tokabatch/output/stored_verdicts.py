@@ -1,4 +1,4 @@
-"""The verdicts of a run's samples, read back from its shards: small columns alone, every sample a few numbers."""
+"""The verdicts of a run's samples, read back from its shards: only small columns, a few numbers per sample."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ _COLUMNS = ("row_index", "sample_index", "status", "cumulative_logprob", *_VERDI
 
 
 def read_verdicts(shards: Sequence[ListedFile], *, characters: bool = False) -> Mapping[str, npt.NDArray[Any]] | None:
-    """Arrays of one length, an entry for each sample that the shards hold: `row`, `number`, `correct`, `score` (0 without a
-    verdict), `answer` (a number for each different answer, -1 for none), `logprob` (NaN where it was not recorded, minus
-    infinity of error rows where it was), `cancelled`, `unjudged` where the verdict is still to come, and with `characters` that
-    number in its text, none at the ends being white space. None where the samples are not judged. Raises as `read_groups`
-    does."""
+    """Return arrays of one length, an entry for each sample in the shards: `row`, `number`, `correct`, `score` (0 without a
+    verdict), `answer` (a number for each distinct answer, -1 for none), `logprob` (NaN if it was not recorded, else minus
+    infinity for error rows), `cancelled`, `unjudged` (still to be judged), and with `characters` the length of its text,
+    stripped of white space. None if the samples are not judged. Raises as `read_groups` does."""
     names_of_parts = ("row", "number", "correct", "score", "logprob", "status", "unjudged", "answer")
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names_of_parts}
     numbers: dict[bytes, int] = {}
@@ -62,8 +61,8 @@ def read_verdicts(shards: Sequence[ListedFile], *, characters: bool = False) -> 
 
 
 def _numbered(answers: pa.Array[Any], numbers: dict[bytes, int]) -> npt.NDArray[np.int64]:
-    """The number of each answer, -1 of none. `numbers` has those given so far, by digest: answers may be whole texts, which all
-    together need not fit in memory."""
+    """Return the number of each answer, -1 for none. `numbers` holds those assigned so far, by digest: answers may be whole
+    texts, which together need not fit in memory."""
     encoded = answers.dictionary_encode()
     digests = (hashlib.blake2b(text.encode(), digest_size=16).digest() for text in encoded.dictionary.to_pylist())
     known = np.array([*(numbers.setdefault(digest, len(numbers)) for digest in digests), -1], np.int64)
@@ -71,7 +70,7 @@ def _numbered(answers: pa.Array[Any], numbers: dict[bytes, int]) -> npt.NDArray[
 
 
 def _or(table: pa.Table, name: str, names: Sequence[str], otherwise: object, kind: pa.DataType) -> npt.NDArray[Any]:
-    """The column, `otherwise` for its nulls and where there is none."""
+    """Return the column, with `otherwise` for nulls and for a missing column."""
     if name not in names:
         return np.full(table.num_rows, otherwise)
     return table[name].cast(kind).fill_null(pa.scalar(otherwise, kind)).to_numpy()

@@ -1,5 +1,5 @@
-"""What cannot be written. A column whose type Parquet does not hold is refused before a run; a value that cannot be built or
-encoded is null in its sample, which becomes an error row that keeps the rest."""
+"""Values that cannot be written. A column of a type that Parquet does not hold is refused before a run; a value that cannot be
+built or encoded is null in its sample, which becomes an error row that keeps the rest."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tokabatch.scheduling.contracts import Completion
 from tokabatch.storage.parquet_file import ParquetFile
 
 CANNOT_BE_WRITTEN = "cannot_be_written"
-"""The error code of a sample that was finished, but not all of whose columns can be written."""
+"""The error code of a finished sample with columns that cannot be written."""
 _WHO_AND_WHAT = ("row_index", "sample_index", "status", "error_code", "error_message")
 _MAX_FAULT = 300
 
 
 def refuse_unwritable(schema: pa.Schema) -> None:
-    """Raises OutputError where a column could be computed, but not written and read back as what it is."""
+    """Raise OutputError if a column could be computed, but not written and read back unchanged."""
     nullable = [field for field in schema if field.nullable]
     if _fault_of(nullable) is None:
         return
@@ -35,8 +35,8 @@ def refuse_unwritable(schema: pa.Schema) -> None:
 
 
 def build_piecemeal(schema: pa.Schema, key: pa.Table, build: Callable[[pa.Schema], pa.Table]) -> pa.Table:
-    """The samples of one row, a column at a time, where `build` fails for the whole `schema`: columns that cannot be built are
-    null, and the samples are error rows that say which and why. `key` has the columns of `_WHO_AND_WHAT`."""
+    """Build the samples of one row column by column, if `build` fails for the whole `schema`: columns that cannot be built are
+    null, and the samples are error rows that name them and the reason. `key` has the columns of `_WHO_AND_WHAT`."""
     arrays = {name: key[name] for name in key.column_names}
     faults: dict[str, BaseException] = {}
     for field in schema:
@@ -52,8 +52,8 @@ def build_piecemeal(schema: pa.Schema, key: pa.Table, build: Callable[[pa.Schema
 
 
 def mended(table: pa.Table, encode: Callable[[pa.Table], object]) -> pa.Table:
-    """`table` with nulls in place of the values that `encode` raises for, their rows being error rows that say so. The same
-    table where nothing is wrong with it."""
+    """Return `table` with nulls in place of values for which `encode` raises, their rows being error rows that say so; the same
+    table if there are none."""
     try:
         encode(table)
     except STOPS:
@@ -67,14 +67,14 @@ def mended(table: pa.Table, encode: Callable[[pa.Table], object]) -> pa.Table:
 
 
 def key_table(completions: Sequence[Completion], failures: Sequence[UnsampledRow]) -> pa.Table:
-    """Which samples they are and how they ended: what `build_piecemeal` begins with."""
+    """Return the columns that identify the samples and say how they ended: what `build_piecemeal` begins with."""
     fields = [SAMPLE_SCHEMA.field(name) for name in _WHO_AND_WHAT]
     texts = [""] * len(completions)
     return build_table(pa.schema(fields), completions, failures, texts=texts, ids=[], columns=pa.table({}))
 
 
 def _fault_of(fields: Sequence[pa.Field[Any]]) -> str | None:
-    """Why a row of nulls would not come back; None where it does."""
+    """Return why a row of nulls would not be read back unchanged; None if it would."""
     file = io.BytesIO()
     try:
         row = pa.Table.from_arrays([pa.nulls(2, field.type) for field in fields], schema=pa.schema(fields))
@@ -100,7 +100,7 @@ def _mended_row(table: pa.Table, encode: Callable[[pa.Table], object]) -> pa.Tab
 
 
 def _with_faults(table: pa.Table, faults: dict[str, BaseException]) -> pa.Table:
-    # A sample that was never drawn is none that failed; those in front of it tell of the row's columns.
+    # A cancelled sample was never drawn and has not failed; the samples before it report the row's columns.
     if not faults or CANCELLED in table["status"].to_pylist():
         return table
     told = "; ".join(f"{name!r} ({type(error).__name__}: {str(error)[:_MAX_FAULT]})" for name, error in faults.items())

@@ -1,6 +1,6 @@
 """Reading an output folder while others may write to it: what is listed is what is read, or the reader starts over.
 
-A file that the system will not give is called unreadable, never damaged: nothing is known of it, and nothing is done to it.
+A file that the system does not let us read is called unreadable, never damaged: its content is unknown, and it is left alone.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tokabatch.storage.atomic_files import DurableFiles, stream_digest
 _ATTEMPTS = 5
 Result = TypeVar("Result")
 Mark = tuple[int, int, int, int, int]
-"""Device, inode, bytes, and the times of the last change of content and of anything: what cannot stay when a file changes."""
+"""Device, inode, size, mtime and ctime in nanoseconds: at least one differs once a file has changed."""
 NO_MARK: Mark = (0, 0, 0, 0, 0)
 
 
 class Changed(Exception):
-    """A file is not the one that was listed any more."""
+    """A file is no longer the one that was listed."""
 
 
 def mark_of(found: os.stat_result) -> Mark:
@@ -33,7 +33,7 @@ def mark_of(found: os.stat_result) -> Mark:
 
 @dataclass(frozen=True, slots=True)
 class ListedFile:
-    """A name of a folder's listing, and what stood under it then. `is_file`: no folder, pipe or link to nowhere."""
+    """A name in a folder's listing, and the file it named then. `is_file`: neither a folder, a pipe nor a dangling link."""
 
     files: DurableFiles
     path: Path
@@ -50,24 +50,24 @@ class ListedFile:
         return self.mark[3] / 1e9
 
     def digest(self) -> str:
-        """SHA-256 of the whole file. Raises as `open` does."""
+        """Return the SHA-256 of the whole file. Raises as `open` does."""
         with self.open() as file:
             return stream_digest(file)
 
     @contextmanager
     def open(self) -> Generator[BinaryIO]:
-        """The file, to read. Raises Changed where it is another one by now or gone, OutputError where it cannot be read, in
-        here or while the context lasts."""
+        """Open the file for reading. Raises Changed if it was replaced or removed, OutputError if it cannot be read, here or
+        while the context lasts."""
         try:
             with self.files.open_old(self.path) as file:
-                # Publishing takes the second name away, which the last time tells: the content is the same.
+                # Publishing removes the second name, which changes the ctime, not the content.
                 if mark_of(os.fstat(file.fileno()))[:-1] != self.mark[:-1]:
                     raise Changed(self.path)
                 yield file
         except FileNotFoundError as error:
             raise Changed(self.path) from error
         except OSError as error:
-            if error.errno is None:  # Raised for what the content is.
+            if error.errno is None:  # Raised by the caller for the content itself.
                 raise
             raise unreadable(self.path, error) from error
 
@@ -75,8 +75,8 @@ class ListedFile:
 def list_files(
     files: DurableFiles, folder: Path, wanted: Callable[[str], object] = lambda name: True
 ) -> tuple[ListedFile, ...]:
-    """Everything in `folder` whose name is `wanted`, by name; nothing where there is no such folder. Raises OutputError where
-    it cannot be listed."""
+    """List everything in `folder` whose name is `wanted`, by name; nothing if there is no such folder. Raises OutputError if it
+    cannot be listed."""
     try:
         if files.look(folder) is None:
             return ()
@@ -88,7 +88,7 @@ def list_files(
 
 
 def is_there(files: DurableFiles, path: Path) -> bool:
-    """Whether there is something of that name. Raises OutputError where the system does not say."""
+    """Return whether there is something of that name. Raises OutputError if the system does not say."""
     try:
         return files.look(path) is not None
     except OSError as error:
@@ -96,7 +96,7 @@ def is_there(files: DurableFiles, path: Path) -> bool:
 
 
 def read_bytes(files: DurableFiles, path: Path) -> bytes | None:
-    """The content of a small file, None where there is none. Raises OutputError where it cannot be read."""
+    """Return the content of a small file, None if there is none. Raises OutputError if it cannot be read."""
     try:
         with files.open_old(path) as file:
             return file.read()
@@ -107,7 +107,7 @@ def read_bytes(files: DurableFiles, path: Path) -> bytes | None:
 
 
 def unreadable(path: Path, error: OSError) -> OutputError:
-    """The error for what the system does not give: it may be whole."""
+    """Return the error of a file that the system does not let us read: it may be intact."""
     return OutputError(
         f"{path} cannot be read: {error.strerror or error}. Nothing is known to be wrong with it, and nothing was changed; "
         "give access to it (its permissions, its mount), then run the same command again."
@@ -115,7 +115,7 @@ def unreadable(path: Path, error: OSError) -> OutputError:
 
 
 def consistently(read: Callable[[], Result], path: Path) -> Result:
-    """What `read` returns, started over where a file changed under it. Raises OutputError where that does not end."""
+    """Return the result of `read`, started over while files change under it. Raises OutputError if that does not end."""
     for _ in range(_ATTEMPTS):
         try:
             return read()
@@ -130,7 +130,7 @@ def _listed(files: DurableFiles, path: Path) -> ListedFile | None:
     try:
         found = files.look(path)
         if found is None:
-            # Gone since it was listed, or a link to nowhere.
+            # Removed since it was listed, or a dangling link.
             return ListedFile(files, path, NO_MARK, False) if files.look(path, follow=False) else None
     except OSError as error:
         raise unreadable(path, error) from error

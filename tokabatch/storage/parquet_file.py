@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 
 
 class ParquetFile(pq.ParquetFile):
-    """PyArrow's, without its threads.
+    """PyArrow's ParquetFile without its threads.
 
-    They may drop the last reference to a Python object (an open file, the bytes of one) after a read has returned. Where the
-    interpreter is ending by then, they end in the middle of a destructor, and the process aborts ("terminate called without an
-    active exception") or stands still for ever.
+    These may drop the last reference to a Python object (an open file, its bytes) after a read has returned. If the interpreter
+    is shutting down by then, they end inside a destructor, and the process aborts ("terminate called without an active
+    exception") or hangs.
     """
 
     def __init__(self, source: Any, *, page_checksum_verification: bool = False) -> None:

@@ -1,7 +1,8 @@
-"""What the errors of a file system mean for a run's folder: what is wrong, what to do about it, whether that needs another run.
+"""What a file system's errors mean for a run's folder: what is wrong, what to do about it, and whether the same command can
+succeed later.
 
-Only where the same command may work later does a run end as one to be started again. What a size limit or a second file system
-forbids is forbidden the next time, too.
+Only in that case does a run end as one to be started again. What a size limit or a second file system forbids is forbidden the
+next time, too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _NEVER = frozenset({errno.EFBIG, errno.EXDEV})
 
 
 def reason(error: OSError) -> str:
-    """What is wrong, in the system's words, with the limit that was met if there is one."""
+    """Return what is wrong, in the system's words, with the limit that was reached, if there is one."""
     said = error.strerror or str(error)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if error.errno == errno.EFBIG and limit != resource.RLIM_INFINITY:
@@ -43,37 +44,37 @@ def reason(error: OSError) -> str:
 
 
 def remedy(error: OSError) -> str:
-    """What to do about it, as the beginning of a sentence."""
+    """Return what to do about it, as the beginning of a sentence."""
     return _REMEDIES.get(error.errno or 0, "fix that")
 
 
 def is_full(error: OSError) -> bool:
-    """Whether there is no room left."""
+    """Return whether there is no space left."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def may_pass(error: OSError) -> bool:
-    """Whether the same command can work later without a change of itself."""
+    """Return whether the same command can succeed later, unchanged."""
     return error.errno not in _NEVER
 
 
 def unwritable(path: Path, error: OSError) -> OutputError:
-    """The error of a start whose folder does not take what a run writes."""
+    """Return the error of a start whose folder cannot take what a run writes."""
     note = " (the tokenised input is kept there, too, while the job runs)" if is_full(error) else ""
     what = or_else(error, f"{note}, or choose another output.path", "choose another output.path")
     return OutputError(f"output.path {str(path)!r} cannot be written: {reason(error)}. {what}.")
 
 
 def or_else(error: OSError, other: str, only: str) -> str:
-    """The remedy and, behind it, the `other` one; the `only` one where there is no more to say. As a sentence without its stop.
-    For what was not there before: nothing was taken away, where a path leads nowhere."""
+    """Return the remedy followed by the `other` one, or the `only` one if there is nothing more to say, as a sentence without
+    its full stop. For a folder that is new: a path that leads nowhere is not a folder that was taken away."""
     known = error.errno in _REMEDIES and error.errno != errno.ENOENT
     return f"{_sentence(error)}{other}" if known else only[0].upper() + only[1:]
 
 
 @contextmanager
 def spooling(folder: Path) -> Generator[None]:
-    """Around what writes the tokenised input into `folder`, or maps it: raises OutputError where that fails."""
+    """Wrap what writes the tokenised input into `folder`, or maps it: raises OutputError if that fails."""
     try:
         yield
     except OSError as error:
@@ -84,8 +85,8 @@ def spooling(folder: Path) -> Generator[None]:
 
 @contextmanager
 def reading_input(folder: Path) -> Generator[None]:
-    """Around the reading of the model and the input, before anything is computed: raises UsageError for what the system does
-    not give, and for the output folder's `folder` where that is what failed."""
+    """Wrap the reading of the model and the input, before anything is computed: raises UsageError for files that cannot be
+    read, and OutputError if the output folder `folder` is what failed."""
     try:
         yield
     except OSError as error:
