@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batch": LEAVES | {"openai", "input", "output", "storage"},
     "scheduling": LEAVES,
     "scoring": LEAVES,
-    "report": LEAVES | {"scoring", "output", "storage"},
+    "report": LEAVES | {"scoring", "output", "storage", "input"},
     "engine": LEAVES | {"model", "attention", "parallel", "report"},
     "workload": LEAVES | {"input", "output", "engine", "model", "attention", "parallel", "storage", "scoring"},
     "precheck": LEAVES | {"input", "output", "model", "scoring"},

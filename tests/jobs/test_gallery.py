@@ -15,6 +15,8 @@ import pytest
 
 from tokabatch import Job, RunSummary, plan, run
 from tokabatch.batch.results import write_results
+from tokabatch.report.page import render_page
+from tokabatch.report.review import read_record
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -55,6 +57,11 @@ def test_no_job_of_the_gallery_is_left_out() -> None:
 def test_verified_jobs_with_worked_examples(name: str, tmp_path: Path) -> None:
     summary, samples = complete(name, tmp_path / "out")
     assert list(summary.pass_at_k or ()) == [1, 2] and len(samples) == 6
+    # The page shows the prompts, examples included, made again of the rows in the output.
+    record = read_record(tmp_path / "out")
+    assert set(record.prompts) == {0, 1, 2} and "Answer: " in record.prompts[0]
+    page = render_page(record)
+    assert "<summary>Prompt, " in page and "Wrong samples" in page and "not shown" not in page
     more, _ = complete(name, tmp_path / "out", "generation.n=4")  # A finished run is extended.
     assert (more.ok, more.earlier) == (12, 6)
 
@@ -103,6 +110,9 @@ def test_scoring(tmp_path: Path) -> None:
     assert [sample["row_index"] for sample in samples] == [0, 0, 0, 1, 1]
     assert all(sample["cumulative_logprob"] < 0 for sample in samples)
     assert {sample["text"] for sample in samples} >= {" Rome.", " 56."}
+    record = read_record(tmp_path / "out")
+    assert record.prompts[0].endswith("What is the capital of Italy? The answer is") and record.per_token is not None
+    assert record.per_token.of_texts.shape == (5,) and len(record.samples_shown["lowest"]) == 2
 
 
 def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

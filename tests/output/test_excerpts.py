@@ -30,8 +30,9 @@ def bad(row: int, sample: int, code: str) -> dict[str, Any]:
     return {**known, "error_code": code, "error_message": f"line {row + 1}: why"}
 
 
-def folder(out: Path, *shards: list[dict[str, Any]], verified: bool = False) -> Path:
-    schema = output_schema(pa.schema([("question", pa.string())]), verdicts=VERDICT_FIELDS if verified else ())
+def folder(out: Path, *shards: list[dict[str, Any]], verified: bool = False, schema: pa.Schema | None = None) -> Path:
+    verdicts = VERDICT_FIELDS if verified else ()
+    schema = schema or output_schema(pa.schema([("question", pa.string())]), verdicts=verdicts)
     with Claim(out) as claim:
         write_manifest(claim, MANIFEST, {})
         writer = ShardWriter(claim, schema, rows_per_shard=1000, flush_seconds=1e9)
@@ -78,6 +79,34 @@ def test_right_wrong_and_longest(tmp_path: Path) -> None:
     longest = excerpts(out, 2, whole=True)["longest"]
     assert [(each.row_index, each.num_output_tokens) for each in longest] == [(3, 20), (0, 9)]
     assert CORRECT.name not in longest[0].columns
+
+
+def test_scored_rows_are_right_or_wrong_by_their_likeliest_text(tmp_path: Path) -> None:
+    def scored(row: int, sample: int, logprob: float, tokens: int, correct: bool | None) -> dict[str, Any]:
+        return {**good(row, sample, tokens, correct), "cumulative_logprob": logprob, "finish_reason": "scored"}
+
+    schema = output_schema(pa.schema([("question", pa.string())]), verdicts=VERDICT_FIELDS, scored=True)
+    # Row 1 has a text in each shard; its likeliest one is wrong, and the shortest.
+    first = [scored(0, 0, -9.0, 3, False), scored(0, 1, -2.0, 1, True), scored(1, 0, -5.0, 10, True)]
+    out = folder(tmp_path / "out", first, [scored(1, 1, -4.0, 1, False)], schema=schema)
+    found = excerpts(out, 2, whole=True)
+    named = {kind: [(each.row_index, each.sample_index, each.logprob) for each in of_kind] for kind, of_kind in found.items()}
+    assert named == {
+        "right": [(0, 1, -2.0)],
+        "wrong": [(1, 1, -4.0)],
+        "lowest": [(1, 1, -4.0), (0, 0, -9.0)],
+        "highest": [(1, 0, -5.0), (0, 1, -2.0)],
+    }
+    assert set(excerpts(out, 2)) == {"right"}  # Of the first shard alone.
+    unjudged = output_schema(pa.schema([("question", pa.string())]), scored=True)
+    plain = excerpts(folder(tmp_path / "plain", first, schema=unjudged), 2)
+    assert [(each.row_index, each.sample_index) for each in plain["first"]] == [(0, 0), (1, 0)]
+
+
+def test_columns_have_the_names_of_the_input(tmp_path: Path) -> None:
+    schema = output_schema(pa.schema([("text", pa.string())]))
+    out = folder(tmp_path / "out", [{**good(0, 0), "input_text": "own"}], schema=schema)
+    assert excerpts(out, 1)["first"][0].columns == {"text": "own"}
 
 
 def test_a_damaged_shard_is_told(tmp_path: Path) -> None:

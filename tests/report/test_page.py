@@ -9,7 +9,7 @@ import pytest
 
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt
 from tokabatch.output.steps import elapsed
-from tokabatch.report.page import RunRecord, _rates, _thin, render_page
+from tokabatch.report.page import PerToken, RunRecord, _rates, _thin, render_page
 from tokabatch.report.sections import seconds_text
 from tokabatch.scoring.estimates import Estimate
 
@@ -83,14 +83,40 @@ def test_samples_error_rows_and_what_the_run_was():
     unjudged = replace(wrong, row_index=5, correct=None, unjudged="it <hung>", finish_reason="scored")
     shown = {"right": (right,), "wrong": (wrong, unjudged), "longest": (right,)}
     page = render_page(replace(RUN, facts=[("device", "a <GPU>")], error_rows=errors, samples_shown=shown))
-    assert page.count("<details>") == 4 and page.index("Right samples") < page.index("Wrong samples") < page.index("Longest")
+    assert (
+        page.count("<details>") == 4
+        and "Prompt, " not in page
+        and page.index("Right samples") < page.index("Wrong samples") < page.index("Longest")
+    )
     assert "row 3, sample 1 <small>12 tokens, ended by stop" in page and "text &lt;i&gt;" in page and "q &amp; a" in page
     assert "no verdict</b> <small>(it &lt;hung&gt;)</small> row 5" in page and "ended by scored" not in page
     assert "x […]" in page and "x" * 4001 not in page
     assert "<td>bad_json<td>7<td>line 8: &lt;why&gt;" in page and "and 4 more of this code" in page
     assert "<th>device<td>a &lt;GPU&gt;" in page
+    short, long = (render_page(replace(RUN, samples_shown=shown, prompts={3: "<q>" * n})) for n in (9, 900))
+    assert short.count("<h3>Prompt, 27 characters</h3><pre>&lt;q&gt;") == 2 and short.count("<details>") == 4
+    assert long.count("<details><summary>Prompt, 2,700 characters</summary><pre>") == 2
     plain = render_page(RUN)
     assert "<details>" not in plain and "<h2>" not in plain
+
+
+def test_a_page_of_scored_texts_shows_choices_and_log_probabilities():
+    text = Excerpt(3, 1, " Rome.", "scored", 4, False, {"options": [" Rome.", "Milan <"]}, logprob=-6.0)
+    shown = {"right": (replace(text, correct=True),), "wrong": (text,), "lowest": (text,), "highest": (text,)}
+    per_token = PerToken(np.array([-1.5, -0.5]), -1.0)
+    accuracy = (Estimate("accuracy", 0.5, 0.4, 0.6), Estimate("normalized accuracy", 0.25, 0.2, 0.3))
+    page = render_page(replace(RUN, samples_shown=shown, per_token=per_token, estimates=accuracy))
+    assert "<b>50.0%</b><span>accuracy (40.0% to 60.0%)" in page and "normalized accuracy (20.0% to 30.0%)" in page
+    assert "<b>-1.000</b><span>log-probability per token" in page and "<b>2.718</b><span>perplexity" in page
+    assert (
+        page.index("Wrong choices")
+        < page.index("Right choices")
+        < page.index("Lowest log-prob")
+        < page.index("Highest log-prob")
+    )
+    assert "row 3, text 1 <small>4 tokens, log-probability -6.00, -1.50 per token</small>" in page
+    assert "[&quot; Rome.&quot;, &quot;Milan &lt;&quot;]" in page and "Longest" not in page
+    assert "<figcaption>Log-probability per token<small>lowest -1.50, median -1.00, highest -0.50" in page
 
 
 def test_every_figure_of_a_whole_run_is_there():

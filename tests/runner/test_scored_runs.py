@@ -202,7 +202,7 @@ def test_choices_by_likelihood(model: Path, tmp_path: Path) -> None:
             )
             for row in range(10)
         ]
-        for name, size in (("accuracy", lambda text: 1), ("by characters", lambda text: len(text.strip())))
+        for name, size in (("accuracy", lambda text: 1), ("normalized accuracy", lambda text: len(text.strip())))
     }
     for name, choices in chosen.items():
         right = sum(choice == (1 if row == 9 else rows[row]["answer"]) for row, choice in enumerate(choices))

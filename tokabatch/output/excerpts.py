@@ -16,17 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokabatch.arrays import Bool, Int64
+from tokabatch.arrays import Bool, Float64, Int64
 from tokabatch.input.files.arrow_rows import python_rows
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import read_manifest
-from tokabatch.output.schema import CORRECT, own_names, verdict_names
+from tokabatch.output.schema import CORRECT, SCORE_FIELDS, input_names, own_names, verdict_names
 from tokabatch.output.shards import open_shard
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.parquet_file import ParquetFile
 
-Kind = Literal["first", "right", "wrong", "longest"]
+Kind = Literal["first", "right", "wrong", "longest", "lowest", "highest"]
 _KEYS = ("row_index", "sample_index", "status", "num_output_tokens")
 _LONG_COLUMNS = frozenset(("token_ids", "logprobs"))
 
@@ -52,7 +52,7 @@ class ErrorRows:
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """One sample with the columns of its row; `correct` is None if the job does not verify."""
+    """One sample with the columns of its row, under the input's names; `correct` is None if the job does not verify."""
 
     row_index: int
     sample_index: int
@@ -63,6 +63,8 @@ class Excerpt:
     columns: Mapping[str, Any]
     unjudged: str = ""
     """Why the job's judge gave no verdict, if it gave none."""
+    logprob: float | None = None
+    """Sum of the log-probabilities of its tokens, if they were recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +86,68 @@ def error_rows(path: Path, per_code: int | None = None) -> ErrorRows:
 def excerpts(path: Path, count: int, *, whole: bool = False) -> dict[Kind, tuple[Excerpt, ...]]:
     """Return up to `count` samples of each kind, each from another row: the first right and wrong ones if the job verifies,
     else the first ones. They come from the first shard that has any; with `whole`, all shards are searched, also for the
-    longest samples."""
-    return consistently(lambda: _excerpts(_shards(path), count, whole), path)
+    longest samples.
+
+    If the job scores given texts, a row is right or wrong by its likeliest continuation, which is shown; with `whole`, the
+    texts of the lowest and the highest log-probability per token take the place of the longest."""
+
+    def choose() -> dict[Kind, tuple[Excerpt, ...]]:
+        shards = _shards(path)
+        if shards and _scores_texts(shards[0]):
+            return _scored(shards if whole else shards[:1], count, whole)
+        return _excerpts(shards, count, whole)
+
+    return consistently(choose, path)
+
+
+def _scores_texts(shard: ListedFile) -> bool:
+    with open_shard(shard) as file:
+        return SCORE_FIELDS[0].name in own_names(file.schema_arrow)
+
+
+def _scored(shards: Sequence[ListedFile], count: int, whole: bool) -> dict[Kind, tuple[Excerpt, ...]]:
+    """Return what `excerpts` does; a few numbers of every text are held at once."""
+    parts: list[tuple[Float64, ...]] = []
+    places: list[tuple[int, int]] = []
+    judged = False
+    for number, shard in enumerate(shards):
+        with open_shard(shard) as file:
+            judged = CORRECT.name in own_names(file.schema_arrow)
+            for group in range(file.num_row_groups):
+                columns = [*_KEYS, "cumulative_logprob", *([CORRECT.name] if judged else ())]
+                table = file.read_row_group(group, columns=columns)
+                numbers = [table[name].cast(pa.float64()).fill_null(0.0).to_numpy() for name in columns if name != "status"]
+                ok = np.asarray(table["status"].to_pylist(), dtype=object) == "ok"
+                parts.append((*(each[ok] for each in numbers), np.flatnonzero(ok).astype(np.float64)))
+                places += [(number, group)] * int(ok.sum())
+    if not places:
+        return {}
+    row, sample, tokens, logprob, *correct, offset = map(np.concatenate, zip(*parts, strict=True))
+    per_token = logprob / np.maximum(tokens, 1)
+
+    def of_rows(key: Float64) -> Int64:
+        """Return the text of each row with the smallest key, rows in the order of the input."""
+        order = np.lexsort((sample, key, row))
+        return order[np.unique(row[order], return_index=True)[1]]
+
+    kinds: dict[Kind, Int64] = {}
+    if judged:
+        likeliest = of_rows(-logprob)
+        right = correct[0][likeliest] > 0
+        kinds = {"right": likeliest[right], "wrong": likeliest[~right]}
+    else:
+        kinds = {"first": of_rows(sample)}
+    if whole:
+        keys: dict[Kind, Float64] = {"lowest": per_token, "highest": -per_token}
+        for kind, key in keys.items():
+            of_each = of_rows(key)
+            kinds[kind] = of_each[np.argsort(key[of_each], kind="stable")]
+
+    def read(at: int) -> Excerpt:
+        shard, group = places[at]
+        return _read(shards[shard], group, int(offset[at]))
+
+    return {kind: tuple(map(read, chosen[:count].tolist())) for kind, chosen in kinds.items() if len(chosen)}
 
 
 def _shards(path: Path) -> tuple[ListedFile, ...]:
@@ -145,7 +207,11 @@ def _excerpts(shards: Sequence[ListedFile], count: int, whole: bool) -> dict[Kin
                     best[kind] = nsmallest(count, [*best.get(kind, ()), *places], key=lambda place: place.rank)
         if any(best.values()) and not whole:
             break
-    return {kind: tuple(_read(shards[place.shard], place) for place in places) for kind, places in best.items() if places}
+    return {
+        kind: tuple(_read(shards[place.shard], place.group, place.offset) for place in places)
+        for kind, places in best.items()
+        if places
+    }
 
 
 def _candidates(table: pa.Table, whole: bool) -> dict[Kind, list[tuple[tuple[int, int, int], int]]]:
@@ -169,11 +235,11 @@ def _candidates(table: pa.Table, whole: bool) -> dict[Kind, list[tuple[tuple[int
     return result
 
 
-def _read(shard: ListedFile, place: _Place) -> Excerpt:
+def _read(shard: ListedFile, group: int, offset: int) -> Excerpt:
     with open_shard(shard) as file:
         schema = file.schema_arrow
         names = [name for name in schema.names if name not in _LONG_COLUMNS]
-        table = file.read_row_group(place.group, columns=names).slice(place.offset, 1)
+        table = file.read_row_group(group, columns=names).slice(offset, 1)
     own = own_names(schema)
     (values,) = python_rows(table)
     return Excerpt(
@@ -183,6 +249,7 @@ def _read(shard: ListedFile, place: _Place) -> Excerpt:
         values["finish_reason"] or "",
         values["num_output_tokens"] or 0,
         values["correct"] if CORRECT.name in own else None,
-        {name: value for name, value in values.items() if name not in own},
+        {source: values[name] for name, source in input_names(schema).items() if name in values},
         values["verify_error"] or "it is not judged yet" if CORRECT.name in own and values["correct"] is None else "",
+        values["cumulative_logprob"],
     )

@@ -20,11 +20,17 @@ _MESSAGE_CHARACTERS = 300
 
 def closing_sections(out: Path, summary: RunSummary) -> tuple[Section, ...]:
     """Three samples, right and wrong ones where they were judged, and the first error rows of each code. What cannot be read
-    back is left out: the run has said how it ended."""
+    back is left out: how the run ended is shown all the same."""
     sections: list[Section] = []
     try:
         if summary.ok:
-            sections.append(Section("Samples", tuple(map(_sample, _few(out)))))
+            few = _few(out)
+            scored = any(each.finish_reason == "scored" for each in few)
+            title = (
+                "Likeliest texts, with log-probabilities" if scored and summary.verifies else "Texts, with log-probabilities"
+            )
+            title = title if scored else "Samples"
+            sections.append(Section(title, tuple(map(_sample, few))))
         if summary.errors:
             sections.append(errors_section(error_rows(out, PER_CODE)))
     except (TokabatchError, OSError):
@@ -54,8 +60,10 @@ def _few(out: Path) -> list[Excerpt]:
 def _sample(sample: Excerpt) -> tuple[str, str]:
     verdict = ", right" if sample.correct else "" if sample.correct is None else ", wrong"
     verdict = ", no verdict" if sample.unjudged else verdict
-    label = f"row {sample.row_index:,}, sample {sample.sample_index:,}{verdict}"
-    return label, _cut(sample.text.strip(), _SAMPLE_LINES, _SAMPLE_CHARACTERS) or "(no text)"
+    scored = sample.finish_reason == "scored"
+    label = f"row {sample.row_index:,}, {'text' if scored else 'sample'} {sample.sample_index:,}{verdict}"
+    text = _cut(sample.text.strip(), _SAMPLE_LINES, _SAMPLE_CHARACTERS) or "(no text)"
+    return label, text if not scored or sample.logprob is None else f"{sample.logprob:.2f}  {text}"
 
 
 def _row(error: ErrorRow) -> str:
@@ -72,6 +80,8 @@ def next_steps(out: Path, summary: RunSummary) -> str:
         rows.append(("the same command again", f"computes the missing {counted(summary.pending, 'sample')}"))
     if summary.errors:
         rows.append((f"tokabatch errors {folder}", "lists the error rows"))
+        if not summary.pending:
+            rows.append(("the same command with --retry-errors", "runs them again, once they are corrected in the input"))
     if summary.ok:
         rows.append((f"tokabatch export {folder} --to samples.jsonl", "all samples in one file"))
     rows.append((f"tokabatch report {folder}", "a page with charts"))

@@ -1,7 +1,9 @@
-"""A run as one HTML page that needs nothing else: its figures first, then the curves. Knows no files and no engine."""
+"""A run as one HTML page that needs nothing else: its figures first, then the curves. Reads no files and needs no engine."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -15,11 +17,12 @@ from tokabatch.output.excerpts import ErrorRows, Excerpt, Kind
 from tokabatch.output.steps import REPLICA, elapsed
 from tokabatch.report import plots
 from tokabatch.report.closing import errors_section
-from tokabatch.report.sections import seconds_text
+from tokabatch.report.sections import counted, seconds_text
 from tokabatch.scoring.estimates import Estimate
 
 _POINTS = 400
-_CHARACTERS = 4000
+_CHARACTERS, _FOLDED = 4000, 700
+"""Shown of a text at most, and of a prompt before it is folded."""
 _SHORT = ("Prompt tokens", "Predicted and actual")
 """Figures of half the height of the others: two of them stand above each other beside a third one."""
 _CSS = """
@@ -43,9 +46,20 @@ svg{width:100%;height:auto}svg text{fill:var(--ink)!important}
 table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:.25rem .8rem .25rem 0;
 border-bottom:1px solid var(--line);overflow-wrap:anywhere}th{font-weight:400;color:var(--soft);min-width:6rem}
 details{border:1px solid var(--line);border-radius:.5rem;padding:.4rem .8rem;margin-bottom:.5rem}
-details td{white-space:pre-line}summary{cursor:pointer;overflow-wrap:anywhere}summary small{color:var(--soft)}
+details th{width:8rem}details td{white-space:pre-line}
+summary{cursor:pointer;overflow-wrap:anywhere}summary small{color:var(--soft)}
+details details{padding:.2rem .6rem;margin:.5rem 0}
+h3{font-size:.82rem;font-weight:400;color:var(--soft);margin:.6rem 0 0}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.45 ui-monospace,monospace;margin:.5rem 0}
 """
+
+
+@dataclass(frozen=True, slots=True)
+class PerToken:
+    """Log-probabilities per token of texts that were scored: of each text, shape [texts], and of all tokens together."""
+
+    of_texts: Float64
+    mean: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +83,10 @@ class RunRecord:
     facts: Sequence[tuple[str, str]] = ()
     error_rows: ErrorRows | None = None
     samples_shown: Mapping[Kind, Sequence[Excerpt]] = field(default_factory=dict[Kind, Sequence[Excerpt]])
+    prompts: Mapping[int, str] = field(default_factory=dict[int, str])
+    """Of the rows of the samples shown, by row number, where they are known."""
+    per_token: PerToken | None = None
+    """Where the job scores given texts."""
 
 
 def render_page(run: RunRecord) -> str:
@@ -100,36 +118,64 @@ def _errors(run: RunRecord) -> str:
     return f"<h2>Error rows</h2><table><tr>{head}{rows}</table>"
 
 
+_TITLES: dict[Kind, str] = {
+    "right": "Right samples",
+    "wrong": "Wrong samples, and those without a verdict",
+    "first": "Samples",
+    "longest": "Longest samples",
+}
+_TITLES_OF_SCORED: dict[Kind, str] = {
+    "wrong": "Wrong choices: the likeliest continuation of its row, which is not the right one",
+    "right": "Right choices",
+    "lowest": "Lowest log-probability per token, one text of each row",
+    "highest": "Highest log-probability per token, one text of each row",
+}
+
+
 def _samples(run: RunRecord) -> str:
-    titles: dict[Kind, str] = {
-        "right": "Right samples",
-        "wrong": "Wrong samples, and those without a verdict",
-        "first": "Samples",
-        "longest": "Longest samples",
-    }
+    titles = _TITLES if run.per_token is None else _TITLES_OF_SCORED
     parts = [
-        f"<h2>{title}</h2>{''.join(map(_sample, run.samples_shown[kind]))}"
+        f"<h2>{title}</h2>{''.join(_sample(each, run.prompts.get(each.row_index)) for each in run.samples_shown[kind])}"
         for kind, title in titles.items()
         if run.samples_shown.get(kind)
     ]
     return "".join(parts)
 
 
-def _sample(sample: Excerpt) -> str:
+def _sample(sample: Excerpt, prompt: str | None) -> str:
+    """A folded sample: its prompt, folded once more where it is long, what the model wrote, and the columns of its row."""
+    scored = sample.finish_reason == "scored"
     mark = "<b class=good>right</b> " if sample.correct else "" if sample.correct is None else "<b class=bad>wrong</b> "
     if sample.unjudged:
         mark = f"<b class=bad>no verdict</b> <small>({escape(sample.unjudged)})</small> "
-    ended = f"{sample.num_output_tokens:,} tokens"
-    ended += "" if sample.finish_reason == "scored" else f", ended by {sample.finish_reason}"
+    ended = counted(sample.num_output_tokens, "token")
+    if sample.logprob is not None and scored:
+        per_token = sample.logprob / max(1, sample.num_output_tokens)
+        ended += f", log-probability {sample.logprob:,.2f}, {per_token:,.2f} per token"
+    ended += "" if scored else f", ended by {sample.finish_reason}"
     columns = "".join(f"<tr><th>{escape(name)}<td>{escape(_cut(value))}" for name, value in sample.columns.items())
+    shown = ""
+    if prompt is not None:
+        text = f"<pre>{escape(_cut(prompt))}</pre>"
+        label = f"Prompt, {len(prompt):,} characters"
+        shown = f"<h3>{label}</h3>{text}" if len(prompt) <= _FOLDED else f"<details><summary>{label}</summary>{text}</details>"
+    name = f"row {sample.row_index:,}, {'text' if scored else 'sample'} {sample.sample_index:,}"
     return (
-        f"<details><summary>{mark}row {sample.row_index:,}, sample {sample.sample_index:,} "
-        f"<small>{escape(ended)}</small></summary><pre>{escape(_cut(sample.text))}</pre><table>{columns}</table></details>"
+        f"<details><summary>{mark}{name} <small>{escape(ended)}</small></summary>{shown}"
+        f"<h3>{'Scored text' if scored else 'Sample'}</h3><pre>{escape(_cut(sample.text))}</pre>"
+        f"{f'<h3>Row</h3><table>{columns}</table>' if columns else ''}</details>"
     )
 
 
 def _cut(value: Any) -> str:
-    text = "" if value is None else str(value)
+    """A value as text: lists and objects as JSON."""
+    text = (
+        ""
+        if value is None
+        else json.dumps(value, ensure_ascii=False, default=str)
+        if isinstance(value, list | dict)
+        else str(value)
+    )
     return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} […]"
 
 
@@ -141,6 +187,7 @@ def _facts(run: RunRecord) -> str:
 def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
     """Label, value, and whether it should worry the reader."""
     s, pending = run.summary, run.samples - run.ok - run.errors - run.cancelled
+    kind = "output" if run.per_token is None else "scored"
     last = ", last start" if s.get("earlier") else ""
     rows: list[tuple[str, str, bool]] = []
     # The last of each kind, which is that of all samples, and pass@1.
@@ -153,8 +200,11 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
             rows.append((f"{each.name}{each.interval('.1%')}", f"{each.value:.1%}", False))
     if run.estimates is not None and pending:
         rows.append(("of pass@k before all samples are there: short ones finish first", "no estimate", True))
+    if run.per_token is not None and len(run.per_token.of_texts):
+        rows.append(("log-probability per token, all texts together", f"{run.per_token.mean:,.3f}", False))
+        rows.append(("perplexity, all texts together", f"{math.exp(min(700.0, -run.per_token.mean)):,.4g}", False))
     rows += [
-        (f"of {run.samples:,} samples ok", f"{run.ok:,}", False),
+        (f"of {run.samples:,} {'samples' if run.per_token is None else 'texts'} ok", f"{run.ok:,}", False),
         ("errors", f"{run.errors:,}", run.errors > 0),
     ]
     rows += [("cancelled, their rows had stopped", f"{run.cancelled:,}", False)] if run.cancelled else []
@@ -163,12 +213,12 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
     if s.get("earlier") and seconds:
         # The summary is that of the last start alone; the steps are those of all.
         rows.append(("of computing, all starts", seconds_text(seconds), False))
-        rows.append(("output tokens a second, all starts", f"{float(run.steps['sampled'].sum()) / seconds:,.0f}", False))
+        rows.append((f"{kind} tokens a second, all starts", f"{float(run.steps['sampled'].sum()) / seconds:,.0f}", False))
     elif s.get("steps"):
         rows.append((f"of which loading {seconds_text(s['load_seconds'])}", seconds_text(s["seconds"]), False))
-        rows.append(("output tokens a second", f"{s['output_tokens_per_second']:,.0f}", False))
+        rows.append((f"{kind} tokens a second", f"{s['output_tokens_per_second']:,.0f}", False))
     if len(run.lengths):
-        rows.append(("output tokens", f"{int(run.lengths.sum(dtype=np.int64)):,}", False))
+        rows.append((f"{kind} tokens", f"{int(run.lengths.sum(dtype=np.int64)):,}", False))
     if s.get("cached_tokens"):
         share = f"{s['cached_tokens'] / s['prompt_tokens']:.1%}"
         rows.append(("of the prompt tokens shared and not computed again" + last, share, False))
@@ -196,9 +246,13 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
     if bands:
         title, note = " and ".join(band.label for band in bands), "means over problems with 95 % bands"
         figures.append((title, note, plots.with_bands(bands, "k")))
+    if run.per_token is not None and len(of_texts := run.per_token.of_texts):
+        note = f"lowest {of_texts.min():,.2f}, median {np.median(of_texts):,.2f}, highest {of_texts.max():,.2f}"
+        figures.append(("Log-probability per token", note, plots.histogram(of_texts, "of a text, natural logarithm", "texts")))
     if len(run.lengths):
         note = f"median {np.median(run.lengths):,.0f}, longest {run.lengths.max():,}"
-        figures.append(("Output lengths", note, plots.histogram(run.lengths, "output tokens of a sample")))
+        title, unit = ("Output lengths", "output tokens of a sample") if run.per_token is None else ("Lengths", "scored tokens")
+        figures.append((title, note, plots.histogram(run.lengths, unit, "samples" if run.per_token is None else "texts")))
     if len(run.steps.get("seconds", ())) > 1:
         figures += _step_figures(run.steps)
     s = run.summary
@@ -214,9 +268,9 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
         figures.append(("Prompt tokens", "how much shared prefixes saved", plots.bars(labels, values, "tokens")))
     if s.get("predicted_seconds") is not None:
         drawing = plots.bars(("predicted", "actual"), (s["predicted_seconds"], s["step_seconds"]), "seconds")
-        figures.append(
-            ("Predicted and actual", f"time of the steps that were taken; predicted by {s['predicted_by']}", drawing)
-        )
+        roofline = ", the least that arithmetic and memory allow" if "roofline" in s["predicted_by"] else ""
+        note = f"time of the steps taken; predicted by {s['predicted_by']}{roofline}"
+        figures.append(("Predicted and actual", note, drawing))
     return figures
 
 
@@ -225,15 +279,19 @@ def _step_figures(steps: Mapping[str, Float64]) -> list[tuple[str, str, str]]:
     rates = _rates(steps, edges)
     total = float(elapsed(steps).max())
     output, prefill = (
-        plots.Curve("output", rates["sampled"], filled=True),
-        plots.Curve("prefill", rates["prefill"], plots.SECOND),
+        plots.Curve("output tokens", rates["sampled"], filled=True),
+        plots.Curve("prompt tokens", rates["prefill"], plots.SECOND),
     )
     drawn = plots.over_time(edges, [output, prefill], "tokens a second")
     running = [plots.Curve("running", means["running"], filled=True), plots.Curve("waiting", means["waiting"], plots.SECOND)]
     kv = [plots.Curve("in use", means["pages"] / np.maximum(means["capacity"], 1), filled=True)]
     return [
         ("Throughput", f"{len(steps['seconds']):,} steps in {seconds_text(total)}", drawn),
-        ("KV cache in use", f"of {means['capacity'].max():,.0f} pages", plots.over_time(edges, kv, "share of pages", 1.0)),
+        (
+            "KV cache in use",
+            f"attention's keys and values of earlier tokens; {means['capacity'].max():,.0f} pages",
+            plots.over_time(edges, kv, "share of pages", 1.0),
+        ),
         ("Samples running and waiting", "", plots.over_time(edges, running, "samples")),
     ]
 

@@ -62,13 +62,14 @@ def over_time(seconds: Float64, curves: Sequence[Curve], unit: str, top: float |
     return _close(figure)
 
 
-def histogram(values: npt.NDArray[np.int32], unit: str) -> str:
-    """How many values fall into each of at most 60 bins."""
+def histogram(values: npt.NDArray[np.int32] | Float64, unit: str, counted: str) -> str:
+    """How many values, of what is `counted`, fall into each of at most 60 bins."""
     figure, axes = _open()
     axes.hist(values, bins=min(60, max(1, len(np.unique(values)))), color=INK, alpha=0.8)
-    axes.axvline(float(values.mean()), color=SECOND, linewidth=1.2, label=f"mean {values.mean():,.0f}")
+    mean, digits = float(values.mean()), 0 if np.issubdtype(values.dtype, np.integer) else 2
+    axes.axvline(mean, color=SECOND, linewidth=1.2, label=f"mean {mean:,.{digits}f}")
     axes.set_xlabel(unit)
-    axes.set_ylabel("samples")
+    axes.set_ylabel(counted)
     axes.legend(frameon=False, fontsize=8)
     return _close(figure)
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
-from tokabatch.errors import OutputError
+from tokabatch.errors import OutputError, TokabatchError
+from tokabatch.input.prompts.rebuild import rebuild_prompts
+from tokabatch.input.store.row_digests import RowDigests
+from tokabatch.job import Job
 from tokabatch.job.scalars import write_value
-from tokabatch.output.excerpts import error_rows, excerpts
+from tokabatch.output.excerpts import Excerpt, Kind, error_rows, excerpts
 from tokabatch.output.folder import OutputFolder
+from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import Manifest, read_manifest, read_summary
+from tokabatch.output.shards import read_groups
 from tokabatch.output.status import read_details
 from tokabatch.output.steps import read_steps
 from tokabatch.report.closing import PER_CODE
-from tokabatch.report.page import RunRecord, render_page
+from tokabatch.report.page import PerToken, RunRecord, render_page
 from tokabatch.report.run_estimates import read_estimates, read_estimator
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import consistently
@@ -52,6 +60,8 @@ def read_record(out: Path) -> RunRecord:
         name: np.asarray(values, np.float64) for name, values in (consistently(lambda: read_steps(folder), out) or {}).items()
     }
     summary = read_summary(folder)
+    shown = excerpts(out, _SAMPLES, whole=True) if status.ok else {}
+    prompts, obstacle = _prompts(folder, manifest, shown) if manifest and shown else ({}, "")
     return RunRecord(
         path=str(out),
         model=manifest.model_path if manifest else "",
@@ -64,13 +74,51 @@ def read_record(out: Path) -> RunRecord:
         summary=summary,
         steps=steps,
         estimates=read_estimates(out),
-        facts=_facts(out, manifest, summary) if manifest else (),
+        facts=_facts(out, manifest, summary, obstacle) if manifest else (),
         error_rows=error_rows(out, PER_CODE) if status.errors else None,
-        samples_shown=excerpts(out, _SAMPLES, whole=True) if status.ok else {},
+        samples_shown=shown,
+        prompts=prompts,
+        per_token=_per_token(folder, manifest) if manifest and manifest.job.get("mode") == "score" else None,
     )
 
 
-def _facts(out: Path, manifest: Manifest, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _per_token(folder: OutputFolder, manifest: Manifest) -> PerToken:
+    """The log-probabilities of the texts that were scored."""
+    tables = [
+        table.filter(pc.call_function("equal", [table["status"], "ok"]))
+        for shard in recorded_shards(folder, manifest)
+        for table in read_groups(shard, ("status", "cumulative_logprob", "num_output_tokens"))
+    ]
+    sums = np.concatenate([np.zeros(0), *(table["cumulative_logprob"].to_numpy() for table in tables)])
+    tokens = np.concatenate([np.zeros(0), *(table["num_output_tokens"].to_numpy() for table in tables)])
+    return PerToken(sums / np.maximum(tokens, 1), float(sums.sum() / max(tokens.sum(), 1)))
+
+
+def _prompts(folder: OutputFolder, manifest: Manifest, shown: Mapping[Kind, Sequence[Excerpt]]) -> tuple[dict[int, str], str]:
+    """The prompts of the rows that are shown, made again of the columns in the output; or why there are none."""
+    rows = {each.row_index: each.columns for kind in shown.values() for each in kind}
+    digests = RowDigests.read(folder.row_digests)
+    if digests is None:
+        return {}, "not shown: the folder holds no digests to compare them with"
+    try:
+        job = Job.load(_placed(manifest))
+        return rebuild_prompts(job, rows, digests, datetime.fromisoformat(manifest.started).replace(tzinfo=None)), ""
+    except TokabatchError as error:
+        return {}, f"not shown: {error}"
+
+
+def _placed(manifest: Manifest) -> dict[str, Any]:
+    """The run's job, its relative paths those from the folder that it ran in, its tokenizer that of the model it used."""
+    job: dict[str, Any] = json.loads(json.dumps(manifest.job))
+    job["model"] |= {"path": manifest.model_path, "revision": None}
+    for section, name in ((job["model"], "path"), (job["model"], "tokenizer"), (job["prompt"]["few_shot"] or {}, "path"),
+                          (job["prompt"], "chat_template")):  # fmt: skip
+        if section.get(name) and (path := Path(manifest.working_folder, section[name])).exists():
+            section[name] = str(path)
+    return job
+
+
+def _facts(out: Path, manifest: Manifest, summary: Mapping[str, Any], obstacle: str) -> list[tuple[str, str]]:
     """What the run was: when and where it started, on what, with which settings."""
     job, versions = manifest.job, manifest.versions
     drawn = {} if job.get("mode") == "score" else job.get("generation", {})
@@ -84,6 +132,7 @@ def _facts(out: Path, manifest: Manifest, summary: Mapping[str, Any]) -> list[tu
         ("verified by", str(verified.get("kind", ""))),
         ("estimated", read_estimator(out) if verified else ""),
         ("device", " ".join(("CPU" if device == "this processor" else device, _DTYPES.get(summary.get("itemsize", 0), "")))),
+        ("prompts", obstacle),
         ("versions", f"tokabatch {versions.tokabatch}, torch {versions.torch}, transformers {versions.transformers}, "
          f"Python {versions.python}"),
     ]  # fmt: skip

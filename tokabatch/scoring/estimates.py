@@ -77,7 +77,7 @@ def estimator(rule: StopRule | None) -> str:
     )
 
 
-CHOICES = "the share of rows whose likeliest continuation is right: by its sum, and by that divided by its characters"
+CHOICES = "share of rows whose likeliest continuation is right; normalized: its log-probability divided by its characters"
 """How `estimate_choices` comes to its figures."""
 
 
@@ -87,7 +87,7 @@ def estimate_choices(judged: Judged, characters: Int64) -> tuple[Estimate, ...]:
     if not len(judged.row):
         return ()
     columns: dict[str, Float64] = {}
-    for name, likely in (("accuracy", judged.logprob), ("by characters", judged.logprob / np.maximum(characters, 1))):
+    for name, likely in (("accuracy", judged.logprob), ("normalized accuracy", judged.logprob / np.maximum(characters, 1))):
         j = judged.take(np.lexsort((judged.number, -np.nan_to_num(likely, nan=-np.inf), judged.row)))
         columns[name] = j.correct[j.rows()[0]].astype(np.float64)
     return _with_intervals(list(columns), np.stack(list(columns.values()), axis=1))

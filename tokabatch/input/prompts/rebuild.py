@@ -1,0 +1,36 @@
+"""Prompts of a finished run made once more, to be shown: its output holds the rows they came from, but not the prompts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from tokabatch.input.prompts.builder import Limits, Prompt, PromptBuilder
+from tokabatch.input.rows import Row
+from tokabatch.input.store.row_digests import RowDigests, digest_each
+from tokabatch.input.tokenizer.loading import load_tokenizer
+from tokabatch.job import Job
+
+
+def rebuild_prompts(job: Job, rows: Mapping[int, Mapping[str, Any]], digests: RowDigests, clock: datetime) -> dict[int, str]:
+    """The texts of the prompts of these rows, by row number, special tokens included. A prompt whose token ids do not have the
+    digest that the run recorded is left out: columns may be missing, or be of other types than in the input. `clock` is the
+    time that templates see. Raises UsageError where the tokenizer or a file that the job names is gone."""
+    tokenizer = load_tokenizer(job.model)
+    limits = Limits(sys.maxsize, tokenizer.vocab_size)
+    texts: dict[int, str] = {}
+    for typed in (False, True):
+        builder = PromptBuilder(
+            job.prompt, job.generation, tokenizer, limits, typed=typed, now=clock, scores=job.mode == "score"
+        )
+        left = [Row(number, columns) for number, columns in rows.items() if number not in texts and number < len(digests)]
+        for built in builder.build(left):
+            if isinstance(built, Prompt):
+                ids = np.concatenate((built.token_ids, *built.continuations))
+                if digest_each([ids.tobytes()])[0] == digests.prompt[built.row_index]:
+                    (texts[built.row_index],) = tokenizer.decode_batch([built.token_ids.tolist()], skip_special_tokens=False)
+    return texts
