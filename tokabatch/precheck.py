@@ -15,6 +15,7 @@ from tokabatch.input.batch_files import open_rows, settle_format
 from tokabatch.input.prompts.chat_template import choose_chat_template, refuse_missing_chat_template
 from tokabatch.input.prompts.columns import PromptColumns, check_columns, check_first_rows
 from tokabatch.input.prompts.few_shot import render_few_shot
+from tokabatch.input.prompts.row_settings import refuse_beyond, refuse_beyond_context
 from tokabatch.input.readers import list_local_files
 from tokabatch.input.rows import no_rows
 from tokabatch.input.tokenizer.files import has_no_chat_template, tokenizer_folder
@@ -22,6 +23,7 @@ from tokabatch.job import Job, ModelConfig, verifier_path
 from tokabatch.model.checkpoint import read_checkpoint
 from tokabatch.model.families import read_spec
 from tokabatch.model.resolve import resolve_model
+from tokabatch.model.spec import ModelSpec
 from tokabatch.output.probe import check_output
 from tokabatch.scoring.pool import open_pool
 
@@ -29,15 +31,17 @@ _MOST_FILES = 64
 """Of an input whose columns are looked at; the footers of many Parquet files take longer than it is worth."""
 
 
-def refuse_model(model: ModelConfig) -> None:
-    """Raises the ModelError of a model or tokenizer that is not there, is of no known family, or whose files are not whole."""
+def refuse_model(model: ModelConfig) -> ModelSpec:
+    """What the model's config.json says. Raises the ModelError of a model or tokenizer that is not there, is of no known
+    family, or whose files are not whole."""
     folder = resolve_model(model.path, model.revision, weights=False)
-    read_spec(folder)
+    spec = read_spec(folder)
     if Path(model.path).expanduser().is_dir():
         read_checkpoint(folder)
     if model.tokenizer is not None:
         resolve_model(model.tokenizer, weights=False, key="model.tokenizer")
     tokenizer_folder(model)
+    return spec
 
 
 def refuse_early(job: Job, *, shared: bool = False) -> None:
@@ -52,7 +56,11 @@ def refuse_early(job: Job, *, shared: bool = False) -> None:
             raise JobError(f"verify.kind: there is no file {verifier} in {Path.cwd()}; check the path")
         # In a process of its own, which is there in a fraction of the time that torch takes.
         open_pool(job.verify).load()
-    refuse_model(job.model)
+    spec = refuse_model(job.model)
+    refuse_beyond_context(job.generation, spec.context_length)
+    # Words are token ids only behind the tokenizer.
+    if fault := refuse_beyond(job.generation.model_copy(update={"bad_words": []}).params(), spec.vocab_size):
+        raise JobError(f"generation.{fault}")
     tokenizer = tokenizer_folder(job.model)
     if tokenizer is not None and has_no_chat_template(tokenizer):
         name = job.model.tokenizer or job.model.path

@@ -10,7 +10,8 @@ import pytest
 
 from tokabatch.errors import JobError, OutputError, UsageError
 from tokabatch.forecast.cost_model import profile_of
-from tokabatch.forecast.predict import Scenario, profile_run
+from tokabatch.forecast.predict import profile_run
+from tokabatch.forecast.scenario import Scenario
 from tokabatch.job import Job
 from tokabatch.report.outlook import outlook_sections
 from tokabatch.report.review import write_report

@@ -82,6 +82,7 @@ def report(
     Example
       tokabatch report out/quickstart
     """
+    read_state(out)
     print_result(str(import_module("tokabatch.report.review").write_report(out, to)))
 
 

@@ -62,7 +62,11 @@ def plan(
       tokabatch plan jobs/gsm8k.yaml --simulate --device h100 engine.replicas=8           a host with eight GPUs
     """
     if not simulate and (device, profile, price, lengths) != (None, None, None, "max"):
-        raise typer.BadParameter("--device, --lengths, --profile and --price belong to --simulate; add it")
+        raise UsageError("--device, --lengths, --profile and --price belong to --simulate; add it")
+    assumed = import_module("tokabatch.forecast.scenario")
+    scenario = assumed.Scenario(device, profile, price, lengths)
+    if simulate:
+        assumed.check_scenario(scenario)
     with checked_job(job, overrides) as loaded, starting(False) as progress:
         planner = import_module("tokabatch.runner.plan")
         snapshot = import_module("tokabatch.report.progress").ProgressSnapshot
@@ -74,7 +78,6 @@ def plan(
             progress.update(snapshot("simulating", seconds_since_start(), steps=steps))
 
         if simulate:
-            scenario = import_module("tokabatch.forecast.predict").Scenario(device, profile, price, lengths)
             report, outlook = planner.plan_and_simulate(loaded, scenario, on_rows, on_steps)
         else:
             report, outlook = planner.plan(loaded, on_rows), None

@@ -59,13 +59,6 @@ def has_known_rates(device: str) -> bool:
     return device != "cuda" or find_device(torch.cuda.get_device_name()) is not None
 
 
-def known_device(key: str) -> Device:
-    """The device of this key. Raises UsageError for one whose rates are not known."""
-    if key not in KNOWN:
-        raise UsageError(f"there is no device `{key}` to simulate; write one of {', '.join(KNOWN)}")
-    return KNOWN[key]
-
-
 def present_device(device: str) -> Device:
     """This machine's `cpu` or `cuda`. Raises UsageError for a GPU whose rates are not known."""
     if device != "cuda":

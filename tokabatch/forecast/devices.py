@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tokabatch.errors import UsageError
 from tokabatch.forecast.roofline import H200, DeviceRates
 
 PROCESSOR = "this processor"
@@ -51,6 +52,13 @@ def find_device(name: str) -> Device | None:
     """The known device that CUDA or a summary calls `name`, to the letter: variants of a name differ in memory and rates, and
     so do slices of a GPU."""
     return next((device for device in KNOWN.values() if name in (*device.names, device.rates.name)), None)
+
+
+def known_device(key: str) -> Device:
+    """The device of this key. Raises UsageError for one whose rates are not known."""
+    if key not in KNOWN:
+        raise UsageError(f"there is no device `{key}` to simulate; write one of {', '.join(KNOWN)}")
+    return KNOWN[key]
 
 
 def measure_processor(memory: float) -> Device:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count as counter
 from pathlib import Path
 
 import numpy as np
 
 from tokabatch.errors import OutputError, UsageError
-from tokabatch.forecast.assumed_lengths import Lengths, Unstopped, lognormal, observed
-from tokabatch.forecast.cost_model import cost_model, device_name, device_of, known_device, present_device, profile_of
-from tokabatch.forecast.devices import KNOWN, PROCESSOR, Device, find_device
+from tokabatch.forecast.assumed_lengths import Lengths
+from tokabatch.forecast.cost_model import cost_model, device_name, device_of, present_device, profile_of
+from tokabatch.forecast.devices import KNOWN, PROCESSOR, Device, find_device, known_device
 from tokabatch.forecast.profile import Profile, SavedProfile, fit_profile, load_profile, profile_document
 from tokabatch.forecast.ranks import seconds_of_ranks
+from tokabatch.forecast.scenario import Scenario, read_lengths
 from tokabatch.forecast.simulate import FleetRules, Simulation, simulate
 from tokabatch.forecast.step_log import Steps
 from tokabatch.forecast.step_work import Number, StepWork
@@ -25,7 +25,6 @@ from tokabatch.job import Job
 from tokabatch.model.families import read_spec
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import read_manifest, read_summary
-from tokabatch.output.status import output_lengths
 from tokabatch.output.steps import REPLICA, read_steps
 from tokabatch.report.outlook import Outlook, Trial
 from tokabatch.scheduling.scheduler import SchedulerLimits
@@ -36,26 +35,6 @@ from tokabatch.workload.prepare import Workload
 
 PARTS = 48
 TRIAL_SAMPLES = 20_000
-
-
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """What to assume: the device by its key in `KNOWN` (None: this machine's), a `profile` in place of the job's or the
-    roofline, money an hour, and `lengths`: `max`, `MEAN`, `MEAN:SIGMA` of a log-normal distribution (sigma 0.7 by default), or
-    the output folder of an earlier run."""
-
-    device: str | None = None
-    profile: Path | None = None
-    price: float | None = None
-    lengths: str = "max"
-
-
-def check_scenario(scenario: Scenario) -> Device | None:
-    """The device that is assumed, None for this machine's. Raises UsageError for a bad scenario."""
-    _lengths(scenario.lengths)
-    if scenario.price is not None and not 0 <= scenario.price < math.inf:
-        raise UsageError(f"--price {scenario.price:g}: write the price of an hour of the device, such as 3.5")
-    return None if scenario.device is None else known_device(scenario.device)
 
 
 def scenario_profile(job: Job, scenario: Scenario, device: Device | None) -> SavedProfile | None:
@@ -81,7 +60,7 @@ def predict_run(
     if not len(workload.requests):
         raise UsageError("there is nothing to simulate: every row is an error row; `plan` without --simulate says why")
     cost, cost_described = cost_model(workload, device, profile)
-    lengths, described = _lengths(scenario.lengths)
+    lengths, described = read_lengths(scenario.lengths)
     begin = time.perf_counter()
     layout = workload.layout
     seconds = _counting(seconds_of_ranks(cost, layout.tensor, layout.pipeline), on_steps)
@@ -184,25 +163,6 @@ def over_time(steps: Steps, column: str, whole: float) -> tuple[float, ...]:
     weight = np.bincount(part, weights=seconds, minlength=PARTS)
     value = np.bincount(part, weights=seconds * steps[column], minlength=PARTS)
     return tuple((value / np.maximum(weight, 1e-12) / whole).tolist())
-
-
-def _lengths(described: str) -> tuple[Lengths, str]:
-    """The source of lengths that a scenario names, and its description."""
-    if described == "max":
-        return Unstopped(), "every sample runs to max_tokens"
-    if Path(described).is_dir():
-        found = output_lengths(Path(described))
-        if not len(found):
-            raise UsageError(f"{described} holds no finished samples to take lengths from")
-        return observed(found), f"as the {len(found):,} samples in {described}, mean {found.mean():,.0f}"
-    mean, _, sigma = described.partition(":")
-    try:
-        values = float(mean), float(sigma or 0.7)
-    except ValueError as error:
-        raise UsageError(f"--lengths {described}: write max, MEAN, MEAN:SIGMA or the folder of an earlier run") from error
-    if not (values[0] >= 1 and 0 <= values[1] <= 4):
-        raise UsageError(f"--lengths {described}: MEAN is at least 1, SIGMA from 0 to 4")
-    return lognormal(*values), f"log-normal, mean {values[0]:g}, sigma {values[1]:g}, cut at max_tokens"
 
 
 def _counting(seconds: Callable[[StepWork], Number], on_steps: Callable[[int], None]) -> Callable[[StepWork], Number]:

@@ -18,7 +18,7 @@ from tokabatch.output.steps import REPLICA, elapsed
 from tokabatch.report import plots
 from tokabatch.report.closing import errors_section
 from tokabatch.report.sections import counted, seconds_text
-from tokabatch.scoring.estimates import Estimate
+from tokabatch.scoring.estimates import Estimate, distinct
 
 _POINTS = 400
 _CHARACTERS, _FOLDED = 4000, 700
@@ -192,10 +192,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
     rows: list[tuple[str, str, bool]] = []
     # The last of each kind, which is that of all samples, and pass@1.
     last_of_kind = {each.name.rstrip("0123456789"): each for each in run.estimates or ()}
-    pass_at_1 = next((each.value for each in run.estimates or () if each.name == "pass@1"), None)
-    for each in run.estimates or ():
-        if each.name == "mean score" and each.value == pass_at_1:  # Of verdicts that are right or wrong, the same figure.
-            continue
+    for each in distinct(run.estimates or ()):
         if each.name == "pass@1" or each in last_of_kind.values():
             rows.append((f"{each.name}{each.interval('.1%')}", f"{each.value:.1%}", False))
     if run.estimates is not None and pending:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,9 +11,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from tokabatch.errors import OutputError, TokabatchError
-from tokabatch.input.prompts.rebuild import rebuild_prompts
+from tokabatch.input.prompts.rebuild import job_as_run, rebuild_prompts
 from tokabatch.input.store.row_digests import RowDigests
-from tokabatch.job import Job
 from tokabatch.job.scalars import write_value
 from tokabatch.output.excerpts import Excerpt, Kind, error_rows, excerpts
 from tokabatch.output.folder import OutputFolder
@@ -101,21 +99,10 @@ def _prompts(folder: OutputFolder, manifest: Manifest, shown: Mapping[Kind, Sequ
     if digests is None:
         return {}, "not shown: the folder holds no digests to compare them with"
     try:
-        job = Job.load(_placed(manifest))
+        job = job_as_run(manifest.job, manifest.working_folder, manifest.model_path)
         return rebuild_prompts(job, rows, digests, datetime.fromisoformat(manifest.started).replace(tzinfo=None)), ""
     except TokabatchError as error:
         return {}, f"not shown: {error}"
-
-
-def _placed(manifest: Manifest) -> dict[str, Any]:
-    """The run's job, its relative paths those from the folder that it ran in, its tokenizer that of the model it used."""
-    job: dict[str, Any] = json.loads(json.dumps(manifest.job))
-    job["model"] |= {"path": manifest.model_path, "revision": None}
-    for section, name in ((job["model"], "path"), (job["model"], "tokenizer"), (job["prompt"]["few_shot"] or {}, "path"),
-                          (job["prompt"], "chat_template")):  # fmt: skip
-        if section.get(name) and (path := Path(manifest.working_folder, section[name])).exists():
-            section[name] = str(path)
-    return job
 
 
 def _facts(out: Path, manifest: Manifest, summary: Mapping[str, Any], obstacle: str) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tokabatch.report.sections import Section, count_text, counted, seconds_text, share_text
-from tokabatch.scoring.estimates import Estimate
+from tokabatch.scoring.estimates import Estimate, distinct
 
 _EXIT_WORDS = {
     0: "complete",
@@ -217,10 +217,7 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
 
 def verdict_sections(estimates: Sequence[Estimate], done: int, samples: int | None, estimator: str = "") -> tuple[Section, ...]:
     """What the verdicts say, of `done` samples of so many; `estimator` says how."""
-    # Of verdicts that are right or wrong, the mean score is pass@1.
-    same = {each.value for each in estimates if each.name == "pass@1"}
-    shown = [each for each in estimates if each.name != "mean score" or each.value not in same]
-    rows = [(each.name, f"{each.value:.4f} {each.interval('.4f')}") for each in shown]
+    rows = [(each.name, f"{each.value:.4f} {each.interval('.4f')}") for each in distinct(estimates)]
     if estimates:
         rows.append(("in brackets", "95 % intervals over the rows"))
         rows += [("estimated", estimator)] if estimator else []

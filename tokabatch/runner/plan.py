@@ -22,8 +22,9 @@ from tokabatch.engine.replica_sizes import (
 from tokabatch.errors import UsageError
 from tokabatch.forecast.cost_model import read_profile, size_replica
 from tokabatch.forecast.devices import Device
-from tokabatch.forecast.predict import Scenario, check_scenario, least_seconds, predict_run, scenario_profile
+from tokabatch.forecast.predict import least_seconds, predict_run, scenario_profile
 from tokabatch.forecast.profile import SavedProfile
+from tokabatch.forecast.scenario import Scenario, check_scenario
 from tokabatch.forecast.simulate import FleetRules
 from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes

@@ -19,6 +19,7 @@ from tokabatch.arrays import Bool, Float64, Int64
 from tokabatch.scoring.early_stopping import StopRule, estimate_stopped
 from tokabatch.scoring.pass_at_k import estimate, ks_of, log_binomials
 
+MEAN_SCORE = "mean score"
 RESAMPLES = 1000
 BOOTSTRAPPED_ROWS = 20_000
 DRAWN_SAMPLES = 8_000_000
@@ -38,6 +39,12 @@ class Estimate:
     def interval(self, form: str) -> str:
         """The bounds in brackets, formatted so, behind a space; empty where there are none."""
         return f" ({self.low:{form}} to {self.high:{form}})" if np.isfinite(self.low) else ""
+
+
+def distinct(estimates: Sequence[Estimate]) -> tuple[Estimate, ...]:
+    """Without the mean score where it is pass@1, as it is of verdicts that are right or wrong: for a person to look at."""
+    first = {each.value for each in estimates if each.name == "pass@1"}
+    return tuple(each for each in estimates if each.name != MEAN_SCORE or each.value not in first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +129,7 @@ def _of_rows_stopped_when_right(judged: Judged, after: int) -> dict[str, Float64
     right = np.where(stopped, np.minimum(np.minimum(right + 1, after), n), right)
     shortened = stopped & (n > 1)
     scores = np.add.reduceat(j.score, begins) - np.where(shortened, j.score[begins + n - 1], 0.0)
-    columns = {"mean score": scores / (n - shortened)}
+    columns = {MEAN_SCORE: scores / (n - shortened)}
     return columns | {f"pass@{k}": estimate_stopped(n, right, stopped, k) for k in ks}
 
 
@@ -141,7 +148,7 @@ def _of_all_samples(judged: Judged) -> dict[str, Float64]:
     begins, n = j.rows()
     ks = ks_of(n)
     right = np.add.reduceat(j.correct.astype(np.int64), begins)
-    columns = {"mean score": np.add.reduceat(j.score, begins) / n}
+    columns = {MEAN_SCORE: np.add.reduceat(j.score, begins) / n}
     columns |= {f"pass@{k}": estimate(n, right, k) for k in ks}
     if (j.answer >= 0).any():
         voting = [k for k in ks if k > 2]
@@ -198,7 +205,7 @@ def _with_intervals(names: list[str], values: Float64, *, are_shares: bool = Tru
     """`values` has shape [rows, figures]; `are_shares` where no score is below 0 or above 1."""
     rows, means = len(values), values.mean(axis=0)
     # Chances are between 0 and 1, scores where all of them are.
-    bounded = np.array([are_shares or not name.startswith(("mean score", "best-of-")) for name in names])
+    bounded = np.array([are_shares or not name.startswith((MEAN_SCORE, "best-of-")) for name in names])
     if rows == 1:
         # One row says nothing of others.
         low, high = np.where(bounded, 0.0, -np.inf), np.where(bounded, 1.0, np.inf)

@@ -13,7 +13,7 @@ import torch
 from tokabatch.attention import choose_backend
 from tokabatch.errors import JobError, ModelError
 from tokabatch.input.generation_defaults import EndTokens, effective_generation, find_end_tokens
-from tokabatch.input.prompts.row_settings import refuse_beyond
+from tokabatch.input.prompts.row_settings import refuse_beyond, refuse_beyond_context
 from tokabatch.input.tokenizer.loading import load_tokenizer
 from tokabatch.input.tokenizer.stop_texts import refuse_special
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
@@ -146,8 +146,4 @@ def _check_generation(generation: GenerationConfig, spec: ModelSpec, tokenizer: 
     fault = refuse_beyond(params, spec.vocab_size) or refuse_special(generation.stop, tokenizer.special_texts)
     if fault:
         raise JobError(f"generation.{fault}")
-    if generation.max_tokens != "context" and generation.max_tokens >= spec.context_length:
-        raise JobError(
-            f"generation.max_tokens is {generation.max_tokens}, but the model's context is {spec.context_length} tokens, "
-            "prompt included; write a smaller number"
-        )
+    refuse_beyond_context(generation, spec.context_length)

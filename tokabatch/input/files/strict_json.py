@@ -26,7 +26,10 @@ def parse_object(data: bytes) -> dict[str, Any] | RowError:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        return RowError("bad_utf8", f"invalid UTF-8: {error.reason} (byte 0x{data[error.start]:02x}, {error.start} bytes in)")
+        return RowError(
+            "bad_utf8",
+            f"invalid UTF-8: {error.reason} (byte 0x{data[error.start]:02x}, {error.start} bytes in); save it as UTF-8",
+        )
     fault = _depth_fault(text)
     if fault:
         return RowError(BAD_JSON, fault)

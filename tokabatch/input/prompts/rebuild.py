@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,24 @@ from tokabatch.input.rows import Row
 from tokabatch.input.store.row_digests import RowDigests, digest_each
 from tokabatch.input.tokenizer.loading import load_tokenizer
 from tokabatch.job import Job
+
+
+def job_as_run(recorded: Mapping[str, Any], working_folder: str, model_folder: str) -> Job:
+    """The job that a run recorded, with the model in the folder that it was read from, and the paths that prompts depend on
+    taken from the folder that the run was started in. Raises JobError for a job that this version does not accept."""
+    job: dict[str, Any] = json.loads(json.dumps(recorded))
+    job["model"] |= {"path": model_folder, "revision": None}
+    few_shot: dict[str, Any] = job["prompt"].get("few_shot") or {}
+    for section, name in (
+        (job["model"], "path"),
+        (job["model"], "tokenizer"),
+        (few_shot, "path"),
+        (job["prompt"], "chat_template"),
+    ):
+        with suppress(OSError):  # A template's text is too long for a path.
+            if section.get(name) and (path := Path(working_folder, section[name])).exists():
+                section[name] = str(path)
+    return Job.load(job)
 
 
 def rebuild_prompts(job: Job, rows: Mapping[int, Mapping[str, Any]], digests: RowDigests, clock: datetime) -> dict[int, str]:

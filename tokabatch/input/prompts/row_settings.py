@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from tokabatch.errors import RowError
+from tokabatch.errors import JobError, RowError
 from tokabatch.input.prompts.chat import decoded
 from tokabatch.input.prompts.sources import SAMPLING_PARAMS
 from tokabatch.input.tokenizer.stop_texts import refuse_special
@@ -102,3 +102,12 @@ def refuse_beyond(params: SamplingParams, vocab_size: int) -> str | None:
         if (largest := max(tokens, default=-1)) >= vocab_size:
             return f"{name} names {largest}, but the model's token ids end at {vocab_size - 1}"
     return None
+
+
+def refuse_beyond_context(generation: GenerationConfig, context_length: int) -> None:
+    """Raises the JobError of a job whose samples would have no room for a prompt in a context of so many tokens."""
+    if generation.max_tokens != "context" and generation.max_tokens >= context_length:
+        raise JobError(
+            f"generation.max_tokens is {generation.max_tokens}, but the model's context is {context_length} tokens, "
+            "prompt included; write a smaller number"
+        )

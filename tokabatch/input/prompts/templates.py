@@ -78,7 +78,9 @@ def compile_template(source: str, key: str) -> Template:
     except TemplateSyntaxError as error:
         # Two words, where Jinja expects one.
         words = "end of print statement" in str(error.message)
-        hint = "; a column whose name is not one word is written row['its name']" if words else ""
+        hint = (
+            "; a column whose name is not one word is written row['its name']" if words else "; a column is written {{ name }}"
+        )
         raise JobError(f"{key} is not a valid Jinja template: line {error.lineno}: {error.message}{hint}") from error
     except Exception as error:  # Jinja's parser and Python's compiler raise many kinds
         raise JobError(f"{key} is not a valid Jinja template: {error or type(error).__name__}") from error
