@@ -132,7 +132,7 @@ def test_neutral_and_harmless_fields_pass():
         (CHAT, {"temprature": 1}, "temprature", "unknown_parameter"),
         (CHAT, {"stream": "yes"}, "stream", "invalid_type"),
         (CHAT, {"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
-        (CHAT, {"model": None}, "model", "missing_required_parameter"),
+        (CHAT, {"model": 1}, "model", "invalid_type"),
         (CHAT, {"model": 4}, "model", "invalid_type"),
         (COMPLETIONS, {"messages": USER}, "messages", "unknown_parameter"),
         (COMPLETIONS, {"best_of": 2}, "best_of", "unsupported_parameter"),

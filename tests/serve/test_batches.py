@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import json
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ URL = "/v1/completions"
 
 
 def line(number: int, **body: Any) -> dict[str, Any]:
-    asked = {"model": "tiny", "prompt": f"number {number}", "max_tokens": 250, "ignore_eos": True, "seed": number, **body}
+    asked = {"model": "tiny", "prompt": f"number {number}", "max_tokens": 110, "ignore_eos": True, "seed": number, **body}
     return {"custom_id": f"r{number}", "method": "POST", "url": URL, "body": asked}
 
 
@@ -91,6 +92,8 @@ def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
     )
     for body in bad:
         assert client.post("/v1/batches", json={"input_file_id": file, "endpoint": URL, **body}).status_code == 400
+    expiring = {"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+    assert client.post("/v1/files", data=expiring, files={"file": b"x"}).json()["error"]["param"] == "expires_after[anchor]"
     for form, content in (({"purpose": "assistants"}, b"x"), ({}, b"x"), ({"purpose": "batch"}, b"x" * 70000)):
         answer = client.post("/v1/files", data=form, files={"file": ("a.jsonl", content)})
         assert answer.status_code == (413 if len(content) > 9 else 400), answer.text
@@ -153,17 +156,31 @@ def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
     assert first.get("file-../../etc/passwd") is None
 
 
-def test_a_batch_that_is_cancelled_as_its_turn_comes_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends while its lines are looked through."""
-    ran: list[str] = []
+@pytest.mark.parametrize("defect", [None, "while it ends", "once it is over"])
+def test_a_batch_that_is_cancelled_as_its_turn_comes_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: str | None
+) -> None:
+    """It ends while its lines are looked through, and stays what it has become whatever is found there."""
+    ran, ending, looked = list[str](), threading.Event(), threading.Event()
 
     def look(self: Batches, batch: dict[str, Any]) -> _Lines:
-        while batch["status"] != "cancelled":
+        assert ending.wait(5)
+        while batch["status"] != "cancelled" and defect != "while it ends":
             time.sleep(0.01)
+        looked.set()
+        if defect is not None:
+            raise ZeroDivisionError(defect)
         return _Lines(np.zeros(0, np.int64))
 
+    def write(self: Batches, batch: dict[str, Any], code: str) -> Any:
+        ending.set()
+        if defect == "while it ends":
+            looked.wait(5)
+            time.sleep(0.1)
+        return None, None, {}
+
     monkeypatch.setattr(Batches, "_look_through", look)
-    monkeypatch.setattr(Batches, "_write", lambda self, batch, code: (None, None, {}))
+    monkeypatch.setattr(Batches, "_write", write)
     monkeypatch.setattr(Batches, "_run", lambda self, job, lines, batch: ran.append(batch["id"]))
 
     async def main() -> str:
@@ -171,16 +188,15 @@ def test_a_batch_that_is_cancelled_as_its_turn_comes_is_not_run(tmp_path: Path, 
         name = new_id("file")
         files.path(name, ".upload").write_bytes(b"{}")
         files.put(name, "asked.jsonl", "batch", files.path(name, ".upload"))
-        (tmp_path / f"{new_id('file')}.json").write_text("[]")
         batches = Batches(files, mock.Mock(), mock.Mock(failure=None))
         batch = batches.create({"input_file_id": name, "endpoint": URL})
         batches.cancel(batch["id"])
         batches.begin(100, print)
         await asyncio.sleep(0.3)
         await batches.close()
-        return batch["status"]
+        return f"{batch['status']} {batch['failed_at']}"
 
-    assert asyncio.run(main()) == "cancelled" and not ran
+    assert asyncio.run(main()) == "cancelled None" and not ran
 
 
 def test_the_records_of_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,10 +206,16 @@ def test_the_records_of_files_are_read_once(tmp_path: Path, monkeypatch: pytest.
         first.put(f"file-{number:024}", "a", "batch", first.path(f"file-{number:024}", ".upload"))
     fcntl.flock(first._lock, fcntl.LOCK_UN)
     (tmp_path / f"file-{'9' * 24}.jsonl").write_bytes(b"without a record")
+    (tmp_path / f"file-{'8' * 24}.json").write_text("[]")
     again = StoredFiles(tmp_path)
     assert not (tmp_path / f"file-{'9' * 24}.jsonl").exists()
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} is read"))
     assert [file.id for file in again.all()] == [f"file-{number:024}" for number in range(3)]
+    with monkeypatch.context() as full:
+        full.setattr(Path, "unlink", mock.Mock(side_effect=OSError("no")))
+        with pytest.raises(OSError, match="no"):
+            again.delete("file-" + "0" * 24)
+    assert again.get("file-" + "0" * 24) is not None, "it is still on the disk"
     again.delete("file-" + "0" * 24)
     assert again.get("file-" + "0" * 24) is None and len(again.all()) == 2
 

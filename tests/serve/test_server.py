@@ -116,6 +116,8 @@ def test_echo_scores_the_prompt_and_draws_behind_it(server, greedy):
                 is_greedy = int(logprobs[place].argmax()) == ids[place + 1]
                 assert (value == max(top.values())) is (is_greedy or not alternatives)
     assert server.texts(prompt="plain", max_tokens=0, echo=True) == ["plain"]
+    unnamed = server.client.post("/v1/completions", json={"prompt": "plain", "max_tokens": 0, "echo": True}).json()
+    assert (unnamed["model"], unnamed["choices"][0]["text"]) == ("tiny", "plain")
     ids, _, text = greedy(prompts[0], 1)
     asked = {"prompt": prompts[0], "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
     for setting in ({"stop_token_ids": [ids[-1]]}, {"stop": [text]}):
@@ -237,7 +239,15 @@ def test_lost_processes_are_replaced_and_their_requests_computed_again(server):
 
 
 def test_a_server_with_a_key_finishes_what_runs_when_it_is_stopped(folder):
-    server = Server(folder, "server.api_key=secret", "engine.kv_cache_tokens=512", "generation.n=2")
+    page = "https://page.example"
+    server = Server(
+        folder, "server.api_key=secret", f"server.allow_origins={page}", "engine.kv_cache_tokens=512", "generation.n=2"
+    )
+    asking = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    for origin, status in ((page, 200), ("https://other.example", 400)):
+        asked = server.client.options("/v1/completions", headers={"Origin": origin, **asking})
+        assert (asked.status_code, asked.headers.get("access-control-allow-origin") == page) == (status, status == 200)
+    assert server.client.get("/v1/models", headers={"Origin": page}).headers["access-control-allow-origin"] == page
     assert server.client.get("/v1/models").status_code == 401
     assert server.client.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
     assert server.client.get("/v1/models", headers={"Authorization": "bearer secret"}).status_code == 200

@@ -156,7 +156,7 @@ class _Lines:
         name = first[CUSTOM_ID] if first[CUSTOM_ID] is not None else f"row {first['row_index']}"
         number = hashlib.sha256(to_json([self._manifest.run, name]).encode()).hexdigest()[:24]
         request = read_batch_request(first[URL], None if first[BODY] is None else json.loads(first[BODY]))
-        if isinstance(request, Request):
+        if isinstance(request, Request) and request.model is not None:
             models[request.model] += 1
         failed = next((sample for sample in samples if sample["status"] == "error"), None)
         if failed is not None:

@@ -35,7 +35,8 @@ class Request:
     least one prompt, each text or token ids, and its answer has `settings["n"]` choices for each."""
 
     url: Url
-    model: str
+    model: str | None
+    """None where the request names none: the model that is served then."""
     prompts: tuple[Prompt, ...] = ()
     messages: list[dict[str, Any]] | None = None
     chat: Mapping[str, Any] = field(default_factory=dict)
@@ -99,9 +100,7 @@ def _parse(url: str, body: Any) -> Request:
         if fault := refuse_field(name, value, url == CHAT):
             raise _Fault(fault)
     model = given.get("model")
-    if model is None:
-        raise _Fault(ApiError("model is missing", "model", "missing_required_parameter"))
-    if not isinstance(model, str):
+    if model is not None and not isinstance(model, str):
         raise _wrong_type("model", model, "text")
     stream, options = _flag(given, "stream"), given.get("stream_options", {})
     if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation", "continuous_usage_stats"}:

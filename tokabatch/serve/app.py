@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -87,8 +89,11 @@ class Api:
         if files is not None and batches is not None:
             routes += FileRoutes(files, batches, self._object, config.max_file).routes
         guarded = [Route(path, self._guard(handler), methods=[method]) for path, handler, method in routes]
+        # Browsers ask without a key whether a page may send one.
+        cors = Middleware(CORSMiddleware, allow_origins=config.allow_origins, allow_methods=["*"], allow_headers=["*"])
         self.app = Starlette(
             routes=[Route("/health", self._health), *guarded],
+            middleware=[cors] if config.allow_origins else [],
             exception_handlers={404: self._no_route, 405: self._no_route, 500: self._failed},
         )
 
@@ -110,12 +115,6 @@ class Api:
                 response = JSONResponse(refused.error.body(), refused.error.status, headers)
             except ClientDisconnect:
                 response = Response(status_code=CLIENT_GONE)
-            except (ConnectionError, TimeoutError):
-                raise
-            except OSError as error:
-                # Of files and batches: nothing else reads or writes a disk.
-                message = f"the server's files cannot be read or written: {error.strerror or error}"
-                response = JSONResponse(ApiError(message, None, "storage", 503).body(), 503, {"Retry-After": "60"})
             self.answered[response.status_code] = self.answered.get(response.status_code, 0) + 1
             return response
 
@@ -125,7 +124,7 @@ class Api:
         request = await self._body(http, partial(parse_request, http.url.path))
         if isinstance(request, ApiError):
             raise Refused(request)
-        if request.model != self._name:
+        if request.model not in (None, self._name):
             message = f"the model {request.model!r} is not served here; this server has {self._name!r}"
             raise Refused(ApiError(message, "model", "model_not_found", 404))
         if self.draining:

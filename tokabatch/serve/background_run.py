@@ -20,7 +20,7 @@ from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.generated import Generated
 from tokabatch.scheduling.sample_ends import completion
 from tokabatch.scheduling.scheduler import SchedulerLimits
-from tokabatch.serve.dispatch import Wanted, too_many_rules
+from tokabatch.serve.dispatch import Wanted, beyond_limits
 from tokabatch.serve.engine import Engine, Finished, News
 from tokabatch.serve.engine_process import failure_of
 
@@ -175,7 +175,7 @@ class BackgroundReplica:
         if length + params.max_tokens > self._most:
             long = f"the prompt has {length:,} tokens, and {length + params.max_tokens:,} with max_tokens; the server takes "
             error = "prompt_too_long", f"{long}{self._most:,} (server.context, engine.kv_cache_tokens)"
-        elif (excess := too_many_rules(params)) is not None:
+        elif (excess := beyond_limits(params)) is not None:
             error = "bad_sampling", f"{excess[0]} may hold {excess[1]} in a request"
         if error is None:
             return False

@@ -76,6 +76,7 @@ class Batches:
         self._stop = Interruption()
         self._current: Batch | None = None
         self._finishing = asyncio.Lock()
+        """Held while a batch comes to its end: one that waits may be cancelled at the moment when its turn comes."""
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         records = (record for record in files.records("batch") if record.keys() >= _RECORD)
@@ -215,7 +216,7 @@ class Batches:
                     message = f"{type(error).__name__}: {error}"
                     self._tell(f"{batch['id']} has failed: {message}; please report this")
                     with suppress(OSError):
-                        self._fail(batch, [{"code": "internal_error", "message": message}])
+                        await self._fail(batch, [{"code": "internal_error", "message": message}])
                 if batch["status"] not in ENDED:
                     self._tell(f"{batch['id']} could not go on and is tried again in {RETRY_SECONDS:g} s: {error}")
                     self._loop.call_later(RETRY_SECONDS, self._waiting.put_nowait, batch)
@@ -228,7 +229,7 @@ class Batches:
         if batch["status"] in ENDED:
             return  # Cancelled or expired meanwhile.
         if lines.errors:
-            self._fail(batch, lines.errors)
+            await self._fail(batch, lines.errors)
             return
         batch["request_counts"]["total"] = len(lines.faulty)
         summary, target = None, self._files.path(batch["id"], ".run")
@@ -241,7 +242,7 @@ class Batches:
             except UsageError as error:
                 if begun:
                     raise
-                self._fail(batch, [{"code": "invalid_request", "message": str(error)}])
+                await self._fail(batch, [{"code": "invalid_request", "message": str(error)}])
                 return
             except STOPS:
                 pass  # It was still being read.
@@ -306,17 +307,19 @@ class Batches:
         if columns[URL] != batch["endpoint"]:
             message = f"the url is {columns[URL]!r}, the batch's endpoint {batch['endpoint']!r}"
             errors.append({"code": "mismatched_url", "message": message, "param": "url", "line": line})
-        elif (model := json.loads(columns[BODY]).get("model")) != self._config.name:
+        elif (model := json.loads(columns[BODY]).get("model")) not in (None, self._config.name):
             message = f"the model {model!r} is not served here; this server has {self._config.name!r}"
             errors.append({"code": "model_not_found", "message": message, "param": "body.model", "line": line})
 
-    def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
-        self._set(batch, "failed", errors={"object": "list", "data": errors})
+    async def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
+        """Say what is wrong with it, unless it is over."""
+        async with self._finishing:
+            if batch["status"] not in ENDED:
+                self._set(batch, "failed", errors={"object": "list", "data": errors})
 
     async def _finish(self, batch: Batch, status: str) -> None:
         """Keep the files of results and errors, and say how it ended."""
         code = None if status == "completed" else f"batch_{status}"
-        # A batch that waits may be cancelled at the moment when its turn comes.
         async with self._finishing:
             if batch["status"] in ENDED:
                 return

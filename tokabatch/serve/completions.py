@@ -31,7 +31,7 @@ from tokabatch.openai.responses import (
     usage,
 )
 from tokabatch.scheduling.contracts import Completion, SamplingParams
-from tokabatch.serve.dispatch import Wanted, too_many_rules
+from tokabatch.serve.dispatch import Wanted, beyond_limits
 from tokabatch.serve.engine import Engine, Finished, News
 from tokabatch.serve.prompts import Prompts
 from tokabatch.serve.text_stream import TextStream
@@ -103,7 +103,7 @@ class Completions:
                 )
             )
         for draft in drafts:
-            if draft.drawn is not None and (excess := too_many_rules(draft.drawn.params)) is not None:
+            if draft.drawn is not None and (excess := beyond_limits(draft.drawn.params)) is not None:
                 raise Refused(ApiError(f"{excess[0]} may hold {excess[1]} in a request", excess[0], "invalid_value"))
         samples = sum(wanted.params.n for draft in drafts for wanted in draft.wanted)
         if samples > (most := self._engine.most_samples):

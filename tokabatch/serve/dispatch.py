@@ -29,7 +29,7 @@ class Wanted:
     scored: int = 0
 
 
-def too_many_rules(params: SamplingParams) -> tuple[str, str] | None:
+def beyond_limits(params: SamplingParams) -> tuple[str, str] | None:
     """The field that asks for more than a server has room for, and what it may hold; None where none does."""
     words = f"at most {MOST_RULES} entries of {MOST_RULE_TOKENS} tokens each"
     if len(params.bad_words) > MOST_RULES or any(len(word) > MOST_RULE_TOKENS for word in params.bad_words):

@@ -31,7 +31,7 @@ class FileRoutes:
         self._batches = batches
         self._body = body
         self._most = most
-        self.routes: list[tuple[str, Handler, str]] = [
+        routes: list[tuple[str, Handler, str]] = [
             ("/v1/files", self._upload, "POST"),
             ("/v1/files", self._list_files, "GET"),
             ("/v1/files/{name}", self._get_file, "GET"),
@@ -42,6 +42,7 @@ class FileRoutes:
             ("/v1/batches/{name}", self._get_batch, "GET"),
             ("/v1/batches/{name}/cancel", self._cancel, "POST"),
         ]
+        self.routes = [(path, _stored(handler), method) for path, handler, method in routes]
 
     async def _upload(self, http: HttpRequest) -> Response:
         if not http.headers.get("content-type", "").startswith("multipart/form-data"):
@@ -72,10 +73,9 @@ class FileRoutes:
             with place.open("wb") as target:
                 shutil.copyfileobj(file.file, target, 1 << 20)
             return self._files.put(name, file.filename or "", "batch", place)
-        except OSError as error:
+        except OSError:
             place.unlink(missing_ok=True)
-            message = f"the file cannot be kept: {error.strerror or error}"
-            raise Refused(ApiError(message, None, "storage", 503), 60) from error
+            raise
 
     async def _limited(self, http: HttpRequest) -> AsyncGenerator[bytes, None]:
         length = 0
@@ -127,6 +127,21 @@ class FileRoutes:
 
     async def _cancel(self, http: HttpRequest) -> Response:
         return JSONResponse(self._batches.cancel(http.path_params["name"]))
+
+
+def _stored(handler: Handler) -> Handler:
+    """Refuse with 503 what the disk does not allow for now."""
+
+    async def checked(http: HttpRequest) -> Response:
+        try:
+            return await handler(http)
+        except (ConnectionError, TimeoutError):
+            raise  # The client's.
+        except OSError as error:
+            message = f"the server's files cannot be read or written: {error.strerror or error}"
+            raise Refused(ApiError(message, None, "storage", 503), 60) from error
+
+    return checked
 
 
 def _page(http: HttpRequest, ids: Sequence[str], show: Callable[[int], dict[str, Any]]) -> Response:

@@ -30,6 +30,11 @@ class ServerConfig(_Section):
     api_key: fields.OptionalText = Field(
         examples=["secret"], default=None, description="Key that clients must send as `Authorization: Bearer …`; null: none."
     )
+    allow_origins: fields.Texts = Field(
+        examples=["https://chat.example.org"],
+        default=(),
+        description="Origins of web pages whose scripts may call the server (CORS); `*` for all, none by default.",
+    )
     context: fields.OptionalCount = Field(
         examples=["8192"],
         default=None,
