@@ -106,7 +106,7 @@ def test_options_are_written_as_sbatch_reads_them(tmp_path, monkeypatch):
     assert {"#SBATCH --partition=gpu", "#SBATCH --exclusive", "#SBATCH --array=0-3%2"} <= set(directives)
     assert len([line for line in directives if "--array" in line]) == 1
     for wrong in ("-p gpu", "partition gpu", "partition=gpu account=me", "partition=gpu --mem=0", ""):
-        with pytest.raises(UsageError, match="write one long option of sbatch"):
+        with pytest.raises(UsageError, match="is not one long option of sbatch"):
             _write("--sbatch", wrong)
     for limit, ahead in (("2:00", 30), ("3", 45), ("4:00:00", 120), ("1-12", 120), ("UNLIMITED", 120)):
         assert f"signal=USR1@{ahead}\n" in _write("--time", limit)[0]
@@ -117,7 +117,7 @@ def test_what_would_fail_in_the_queue_is_told_before(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="write --gpus-per-task 4"):
         _write("--gpus-per-task", "2", "engine.replicas=2", "engine.tensor=2", "engine.device=auto")
     Path("job.sbatch").write_text("model: precious")
-    with pytest.raises(UsageError, match="is there and no script of"):
+    with pytest.raises(UsageError, match="was not written by `tokabatch slurm`"):
         _write()
     assert Path("job.sbatch").read_text() == "model: precious"
     Path("job.sbatch").unlink()

@@ -195,7 +195,8 @@ def slurm(
     ):
         print("the tasks get no GPU; --gpus-per-task 1 gives each of them one", file=sys.stderr)
     for key, path in (("output.path", loaded.output.path), ("model.path", loaded.model.path)):
-        if Path(gettempdir()) in Path(path).absolute().parents:
+        # A model that is no folder here is fetched by each host.
+        if Path(gettempdir()) in Path(path).absolute().parents and (key == "output.path" or Path(path).exists()):
             print(f"{key} {path}: every host has its own {gettempdir()}; use a shared folder", file=sys.stderr)
     if (Path(loaded.output.path) / "_SUCCESS").exists():
         print(f"output.path {loaded.output.path} holds a complete run: the tasks will find nothing to do", file=sys.stderr)

@@ -16,10 +16,10 @@ from pathlib import Path
 from tokabatch.errors import EXIT_STOPPED, UsageError
 
 UNITS_PER_TASK, LEAST_UNITS = 32, 64
-"""A task that ends early takes others' units: what it can wait for in the end is one unit."""
+"""Tasks that end early take units of the others, so that at the end of a run each waits for one unit at most."""
 MOST_CRASHES, MOST_STARTS = 5, 100
-"""A task that a signal killed is requeued so often at most, and one that stopped by itself: a time limit in which nothing can
-be finished would have it requeued for ever."""
+"""How often a task is requeued at most that a signal killed, and one that stopped: without a limit, one whose time limit is too
+short for a single sample would be requeued for ever."""
 SECONDS_AHEAD = 120
 """So long before the time limit tasks are told to stop; a quarter of a limit of a few minutes."""
 MARK = "# Written by `tokabatch slurm`."
@@ -49,7 +49,7 @@ class Array:
 
 
 def batch_script(job: Path, overrides: tuple[str, ...], array: Array, folder: Path) -> str:
-    """The script; relative paths of the job count from `folder`. Raises UsageError for options that sbatch would not read."""
+    """The script; relative paths of the job count from `folder`. Raises UsageError for options that are not long ones."""
     # Names of jobs and logs have their own characters: Slurm replaces %.
     name = re.sub(r"[^\w.-]+", "-", job.stem)
     asked = [f"job-name=tokabatch-{name}", f"array=0-{array.tasks - 1}", "ntasks=1"]
@@ -67,24 +67,26 @@ def batch_script(job: Path, overrides: tuple[str, ...], array: Array, folder: Pa
     words = [str(job), *overrides, "--shared", "--units", str(array.units), "--quiet"]
     return f"""#!/usr/bin/env bash
 {directives}
-{MARK} Submit with sbatch, as often as you like: what is there is not computed again.
+{MARK} Submit it with sbatch, again if need be: finished samples are not computed again.
 
 cd {shlex.quote(str(folder))} || exit 2
 {setup}
 
-# Slurm ends this script with the step. It has to live until it has had itself requeued.
+# Slurm signals this script, too, when it stops the run; the script must outlive that to requeue its task.
 trap : TERM USR1
-# Of the script's cores a step has one, if it does not say how many.
+# srun gives a step one core unless it is told how many the task has.
 cores=${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}
 srun --ntasks=1 $cores {array.command} run {shlex.join(words)} --task "$SLURM_ARRAY_TASK_ID"
 status=$?
 
-# {EXIT_STOPPED}: stopped ahead of the time limit or by preemption; above 128: killed. Any other task goes on meanwhile.
+# Status {EXIT_STOPPED}: stopped ahead of the time limit, or preempted. Above 128: killed by a signal. Both are run again, up to
+# a limit; the other tasks go on meanwhile. Any other status is final: 0 is success, else the log says what is wrong.
 restarts=${{SLURM_RESTART_COUNT:-0}}
-most=0
-[ $status -eq {EXIT_STOPPED} ] && most={MOST_STARTS}
-[ $status -gt 128 ] && most={MOST_CRASHES}
-if [ "$restarts" -lt $most ]; then
+most_restarts=0
+[ $status -eq {EXIT_STOPPED} ] && most_restarts={MOST_STARTS}
+[ $status -gt 128 ] && most_restarts={MOST_CRASHES}
+if [ "$restarts" -lt $most_restarts ]; then
+    # Slurm ends this script while it sleeps.
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID" && sleep 60
 fi
 exit $status
@@ -95,10 +97,15 @@ def write_script(path: Path, text: str) -> None:
     """Write the script, over an earlier one alone. Raises UsageError."""
     try:
         if path.exists() and MARK not in path.read_text(errors="replace"):
-            raise UsageError(f"--to {path} is there and no script of `tokabatch slurm`; name another file, or move it away")
+            raise UsageError(
+                f"--to {path} exists and was not written by `tokabatch slurm`, so it is not replaced; name another file, or "
+                "move this one away"
+            )
         path.write_text(text)
     except OSError as error:
-        raise UsageError(f"--to {path} cannot be written: {error.strerror}; name a file elsewhere") from error
+        raise UsageError(
+            f"--to {path} cannot be written: {error.strerror}; name a file in a folder that you may write to"
+        ) from error
 
 
 def _option(given: str) -> str:
@@ -106,7 +113,8 @@ def _option(given: str) -> str:
     found = re.fullmatch(r"(?:--)?([a-z][a-z0-9-]+)(?:=(.*))?", given.strip())
     if found is None or re.search(r"\s-|\s[a-z-]+=", found[2] or ""):
         raise UsageError(
-            f"--sbatch {given!r}: write one long option of sbatch, such as --sbatch partition=gpu, for each of them"
+            f"--sbatch {given!r} is not one long option of sbatch; write its long name, and --sbatch once for each option: "
+            "--sbatch partition=gpu --sbatch account=NAME"
         )
     return found[1] if found[2] is None else f"{found[1]}={found[2]}"
 
@@ -129,7 +137,13 @@ def submit(script: Path) -> str:
     try:
         done = subprocess.run(["sbatch", str(script)], capture_output=True, text=True, check=False)
     except OSError as error:
-        raise UsageError(f"sbatch cannot be started ({error.strerror}); run `sbatch {script}` where Slurm is") from error
+        raise UsageError(
+            f"sbatch cannot be started ({error.strerror}); {script} is written: run `sbatch {script}` on a host that "
+            "has Slurm's commands"
+        ) from error
     if done.returncode:
-        raise UsageError(f"sbatch refuses {script}: {done.stderr.strip()}")
+        raise UsageError(
+            f"sbatch did not accept {script}: {done.stderr.strip()}. Change the option that it names (--sbatch KEY=VALUE "
+            f"replaces the script's own), or edit the script and run `sbatch {script}`"
+        )
     return done.stdout.strip()
