@@ -1,4 +1,4 @@
-"""Where a simulated sample's length comes from. Every source is keyed: a sample has the same length in every simulation."""
+"""Lengths of simulated samples, from keyed sources: a sample has the same length in every simulation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tokabatch.arrays import Float64, Int32, Int64
 
 
 class Lengths(Protocol):
-    """Output tokens until a sample stops by itself; the simulation cuts that at max_tokens."""
+    """Gives the output tokens until a sample stops by itself; the simulation cuts them at max_tokens."""
 
     def __call__(self, row: Int64, sample: Int32) -> Int32:
-        """Lengths of N samples, at least 1."""
+        """Return the lengths of N samples, at least 1."""
         ...
 
 
@@ -29,7 +29,7 @@ class Unstopped:
 
 @dataclass(frozen=True, slots=True)
 class DrawnLengths:
-    """Lengths of a distribution given by `quantiles`: the values at evenly spaced chances from 0 to 1, interpolated."""
+    """Lengths from a distribution given by `quantiles`: the values at evenly spaced probabilities from 0 to 1, interpolated."""
 
     quantiles: Float64
     seed: int = 0
@@ -41,19 +41,19 @@ class DrawnLengths:
 
 
 def lognormal(mean: float, sigma: float, seed: int = 0) -> DrawnLengths:
-    """Log-normal lengths of this mean; `sigma` is the standard deviation of their logarithm."""
+    """Return log-normal lengths with this mean; `sigma` is the standard deviation of their logarithm."""
     normal = np.sort(np.random.default_rng(0).standard_normal(100_001))
     values = np.exp(sigma * normal)
     return DrawnLengths(values * (mean / values.mean()), seed)
 
 
 def observed(lengths: Int32, seed: int = 0) -> DrawnLengths:
-    """Lengths distributed as those of an earlier run."""
+    """Return lengths distributed like those of an earlier run."""
     return DrawnLengths(np.quantile(lengths, np.linspace(0.0, 1.0, min(len(lengths), 100_001))), seed)
 
 
 def uniform(row: Int64, sample: Int32, seed: int) -> Float64:
-    """A number in [0, 1) for each key: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), twice."""
+    """Return a number in [0, 1) for each key: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), applied twice."""
     with np.errstate(over="ignore"):
         mixed = _mix(row.astype(np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15))
         mixed = _mix(mixed ^ (sample.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03))

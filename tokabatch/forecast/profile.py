@@ -1,8 +1,9 @@
-"""A measured cost model: the roofline's operators, each with the factor that recorded steps show for it.
+"""A measured cost model: the roofline's operators, each with a factor fitted to recorded steps.
 
-seconds = step + per_sequence * sequences + per_group * groups + sum over operators of factor * roofline seconds, every
-coefficient at least 0, by non-negative least squares (Lawson and Hanson 1974). What a run did not exercise cannot be fitted
-from it, nor can operators that grow together in it be told apart; a prior therefore holds each operator near the ratio of
+    seconds = step + per_sequence * sequences + per_group * groups + sum over operators of factor * roofline seconds
+
+with every coefficient at least 0, by non-negative least squares (Lawson and Hanson 1974). What a run did not exercise cannot be
+fitted from it, nor can operators that grow together be separated; a prior therefore keeps each operator near the ratio of
 measured to roofline seconds of the whole run.
 """
 
@@ -23,45 +24,45 @@ from tokabatch.forecast.step_work import Float64, Number, StepWork
 from tokabatch.model.spec import ModelSpec
 
 TERMS = ("step", "sequences", "groups", "dense", "logits", "elementwise", "prefix", "prefill", "decode")
-"""`logits` are the head and sampling; the first three count, the others are roofline seconds."""
+"""`logits` are the head and sampling; the first three are counts, the others roofline seconds."""
 _KIND = "tokabatch profile"
 _REMEDY = "make one from a finished run with `tokabatch profile OUT --to profile.json`"
 _COUNTED = 3
 _PRIOR = 0.1
 _WINDOW = 4
-"""Consecutive steps whose times are added up: with several steps in flight results come in bursts, and what one step is said to
-have taken is partly its neighbour's."""
+"""Consecutive steps whose times are summed: with several steps in flight results arrive in bursts, and the time attributed to
+one step is partly its neighbour's."""
 _OUTLIER = 3.0
-"""Steps that take so many times what the first fit says, or less than its inverse, are left out of the second: kernels that are
-compiled or loaded on first use, a host that was busy."""
+"""Steps that take this many times the first fit's prediction, or less than its inverse, are left out of the second fit: kernels
+compiled or loaded on first use, a busy host."""
 
 
 STEP_SECONDS, SAMPLE_SECONDS = 0.0022, 0.9e-6
-"""What a step of a GPU takes beside its operators' roofline, and what a sample in it does: between kernels, in small ones and
-on the host. Fitted to an experiment with a model of 135M on an H200, at four numbers of running samples (benchmarks/LOG.md)."""
+"""What a step on a GPU, and each sample in it, costs besides the operators' roofline: between kernels, in small kernels and on
+the host. Fitted to an experiment with a model of 135M on an H200, at four numbers of running samples (benchmarks/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """`coefficients[i]` belongs to `TERMS[i]`; `source` says what was measured."""
+    """`coefficients[i]` belongs to `TERMS[i]`; `source` describes what was measured."""
 
     roofline: Roofline
     coefficients: tuple[float, ...]
     source: str = ""
 
     def seconds(self, work: StepWork) -> Number:
-        """The expected time of a step; an array where `work` holds arrays."""
+        """Return the expected time of a step; an array if `work` holds arrays."""
         terms = _terms(self.roofline, work)
         return sum((factor * term for factor, term in zip(self.coefficients, terms, strict=True)), 0.0)
 
 
 def unmeasured_gpu(roofline: Roofline) -> Profile:
-    """The roofline of a GPU with what its steps are taken to need beside it, as long as no run has been measured."""
+    """Return the roofline of a GPU plus the assumed overhead of its steps, for use until a run has been measured."""
     return Profile(roofline, (STEP_SECONDS, SAMPLE_SECONDS, 0.0, *[1.0] * (len(TERMS) - _COUNTED)))
 
 
 def fit_profile(spec: ModelSpec, device: DeviceRates, steps: Steps, itemsize: int = 2, source: str = "") -> Profile:
-    """The profile of a recorded run. Raises UsageError where there are too few steps to fit."""
+    """Fit the profile of a recorded run. Raises UsageError if there are too few steps to fit."""
     if len(steps) < len(TERMS):
         raise UsageError(f"a profile needs at least {len(TERMS)} recorded steps, this run has {len(steps)}")
     roofline = Roofline(spec, device, itemsize)
@@ -77,13 +78,13 @@ def fit_profile(spec: ModelSpec, device: DeviceRates, steps: Steps, itemsize: in
 
 
 def _in_windows(values: Float64, width: int) -> Float64:
-    """Sums over `width` consecutive rows; an incomplete last window is left out."""
+    """Sum `width` consecutive rows; an incomplete last window is left out."""
     count = len(values) // width
     return values[: count * width].reshape(count, width, *values.shape[1:]).sum(axis=1)
 
 
 def profile_document(profile: Profile) -> str:
-    """As JSON, for `load_profile`."""
+    """Return JSON for `load_profile`."""
     spec = {name: value for name, value in asdict(profile.roofline.spec).items() if name in _SPEC_FIELDS}
     document = {
         "kind": _KIND,
@@ -98,7 +99,7 @@ def profile_document(profile: Profile) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SavedProfile:
-    """A profile's file. The factors of the operators carry over to another model, less exactly."""
+    """A profile's file. The operators' factors carry over to another model, less exactly."""
 
     device: DeviceRates
     itemsize: int
@@ -110,7 +111,7 @@ class SavedProfile:
 
 
 def load_profile(path: Path) -> SavedProfile:
-    """Raises UsageError where the file is none."""
+    """Read a profile's file. Raises UsageError if it is not one."""
     try:
         document = cast("dict[str, Any]", json.loads(path.read_bytes()))
         rates = document["device"]
@@ -150,11 +151,11 @@ def _terms(roofline: Roofline, work: StepWork) -> list[Number]:
 
 
 def _fit(table: Float64, seconds: Float64) -> Float64:
-    """Coefficients by relative and absolute error alike: each step weighs by the inverse root of its time."""
+    """Fit coefficients to relative and absolute error alike: each step is weighted by the inverse root of its time."""
     weight = 1.0 / np.sqrt(np.maximum(seconds, 1e-9))
     rows, target = table * weight[:, None], seconds * weight
     norm = np.linalg.norm(rows, axis=0)
-    # A term that the run did not have is the prior's alone.
+    # A term that the run did not exercise keeps its prior.
     scale = np.where(norm > 0, norm, 1.0)
     ratio = seconds.sum() / max(float(table[:, _COUNTED:].sum()), 1e-30)
     centre = np.where(np.arange(len(TERMS)) < _COUNTED, 0.0, ratio)
@@ -164,7 +165,7 @@ def _fit(table: Float64, seconds: Float64) -> Float64:
 
 
 def solve_nonnegative(matrix: Float64, target: Float64) -> Float64:
-    """The x >= 0 that minimises |matrix @ x - target|: the active-set method of Lawson and Hanson (1974, chapter 23)."""
+    """Return the x >= 0 that minimises |matrix @ x - target|: the active-set method of Lawson and Hanson (1974, chapter 23)."""
     count = matrix.shape[1]
     free = np.zeros(count, np.bool_)
     x = np.zeros(count)

@@ -1,9 +1,8 @@
-"""The roofline of a decoder: the least time that a device's arithmetic and memory allow for a step.
+"""The roofline of a decoder: the least time that a device's arithmetic and memory bandwidth allow for a step.
 
 Every operator takes the longer of its arithmetic and its memory traffic, and the operators' times add up (Williams, Waterman
-and Patterson 2009, applied operator by operator). Nothing is credited to caches between operators and nothing is charged
-for launches, hosts or imbalance: a real step takes longer. This is the one roofline formula of the repository; benchmarks and
-plans use it alike.
+and Patterson 2009, applied operator by operator). Caches between operators are not credited, and launches, hosts and imbalance
+are not charged: a real step takes longer. Benchmarks and plans share this formula.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from tokabatch.model.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class DeviceRates:
-    """What a device reaches on large operators: `flops` and `bytes_per_second`."""
+    """What a device achieves on large operators: `flops` and `bytes_per_second`."""
 
     name: str
     flops: float
@@ -51,18 +50,18 @@ class StepSeconds:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """The cost model of `spec` on `device`, weights and cache in numbers of `itemsize` bytes. Source: see the module."""
+    """The cost model of `spec` on `device`, with weights and cache in numbers of `itemsize` bytes. Source: see the module."""
 
     spec: ModelSpec
     device: DeviceRates
     itemsize: int = 2
 
     def seconds(self, work: StepWork) -> Number:
-        """The least time of a step; an array where `work` holds arrays."""
+        """Return the least time of a step; an array if `work` holds arrays."""
         return self.by_operator(work).total
 
     def by_operator(self, work: StepWork) -> StepSeconds:
-        """The same, apart."""
+        """Return the same time by kind of operator."""
         spec, layers = self.spec, self.spec.num_layers
         wide, narrow = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         hidden, inner = spec.hidden_size, spec.intermediate_size
@@ -80,7 +79,7 @@ class Roofline:
         )
 
     def _product(self, rows: Number, num_in: int, num_out: int) -> Number:
-        """`rows` vectors times one matrix; without rows the matrix is not read."""
+        """Return the seconds of multiplying `rows` vectors by one matrix; without rows the matrix is not read."""
         return self._longer(2.0 * rows * num_in * num_out, num_in * num_out * np.minimum(rows, 1.0) + rows * (num_in + num_out))
 
     def _attention(self, pairs: Number, kv: Number) -> Number:

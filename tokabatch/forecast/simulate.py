@@ -1,4 +1,5 @@
-"""One simulated run: the real scheduler, or several of a fleet, devices that compute nothing, seconds from a cost model."""
+"""Simulate a run: the real scheduler, or several of a fleet, on devices that compute nothing, with seconds from a cost
+model."""
 
 from __future__ import annotations
 
@@ -19,19 +20,19 @@ from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stop_conditions import StopRules
 
 STOP, GO_ON = 1, 0
-"""The two tokens of this device."""
+"""The two tokens that the simulated device produces."""
 
 
 class SimulatedDevice:
-    """Computes nothing: answers steps, in order, with tokens that end each sample with `STOP` at its length, which its row and
-    number alone decide."""
+    """Computes nothing: answers steps, in order, with tokens that end each sample with `STOP` at its length, which depends only
+    on its row and number."""
 
     def __init__(self, requests: Requests, lengths: Lengths, num_slots: int) -> None:
         self._lengths = lengths
         self._prompt_length = np.zeros(int(requests.row_index.max(initial=0)) + 1, np.int32)
         self._prompt_length[requests.row_index] = requests.length
         self._end = np.zeros(num_slots, np.int64)
-        """For each slot the computed positions at which its sample draws its last token."""
+        """For each slot, the computed positions at which its sample draws its last token."""
 
     def run(self, step: StepBatch) -> StepResult:
         inits = step.inits
@@ -45,7 +46,7 @@ class SimulatedDevice:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """What a simulated run did. `steps` holds every step with its predicted seconds."""
+    """The result of a simulated run. `steps` holds every step with its predicted seconds."""
 
     steps: Steps
     counts: SchedulerCounts
@@ -53,7 +54,7 @@ class Simulation:
     """Of each replica."""
     seconds: float
     busy: tuple[float, ...]
-    """Seconds until each replica had nothing more to do."""
+    """Seconds until each replica had nothing left to do."""
 
     @property
     def output_tokens_per_second(self) -> float:
@@ -68,23 +69,24 @@ class Simulation:
 
     @property
     def tail_seconds(self) -> float:
-        """Of a replica, the mean of several."""
+        """Of one replica, the mean over several."""
         return tail_seconds(self.steps) / len(self.busy)
 
     @property
     def waste(self) -> float:
-        """Share of all computed tokens that were computed again after preemptions."""
+        """Share of all computed tokens that were recomputed after preemptions."""
         counts = self.counts
         return counts.recomputed_tokens / max(counts.prefilled_tokens + counts.output_tokens, 1)
 
     @property
     def waited(self) -> float:
-        """Steps that running samples skipped because pages were missing, over output tokens."""
+        """Steps that running samples skipped because pages were missing, per output token."""
         return self.counts.waited_steps / max(self.counts.output_tokens, 1)
 
 
 class Ledger(Protocol):
-    """Who has which samples of a plan: what a simulated fleet needs of a run's own (`runner.ledger`)."""
+    """Which member has which samples of a plan: the part of a run's own ledger (`runner.ledger`) that a simulated fleet
+    needs."""
 
     plan: Requests
     left: int
@@ -103,9 +105,9 @@ class Ledger(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FleetRules:
-    """How the `members` of a run share its plan: `ledger` is made of it; `wants_more` says whether a member with so many
-    waiting and running samples asks for more, `to_give` how many one that holds so many, of which so many wait, gives to one
-    that holds so many."""
+    """How the `members` of a run share its plan. `ledger` makes the ledger; `wants_more` says whether a member with these
+    numbers of waiting and running samples requests more; `to_give` how many samples a member gives away, from the number it
+    holds, how many of them wait, and the number that the receiver holds."""
 
     members: int
     ledger: Callable[[Requests], Ledger]
@@ -135,20 +137,20 @@ class _Member:
         return self.left - self.scheduler.num_running
 
     def extend(self, requests: Requests) -> list[Completion]:
-        """Add samples; those that do not fit the cache come back as errors."""
+        """Add samples; return those that do not fit the cache as errors."""
         self.left += int(requests.num_samples().sum())
         refused = self.scheduler.extend(requests)
         self.left -= len(refused)
         return refused
 
     def give_back(self, most: int) -> Requests | None:
-        """As the scheduler's."""
+        """Give samples back, as the scheduler does."""
         given = self.scheduler.give_back(most)
         self.left -= 0 if given is None else int(given.num_samples().sum())
         return given
 
     def step(self, cost: Callable[[StepWork], Number], waiting_elsewhere: int) -> list[Completion]:
-        """Take in the oldest step in flight, once as many are as its stages compute."""
+        """Apply the oldest step in flight, once there are as many as there are stages."""
         scheduler, limits = self.scheduler, self.scheduler.limits
         while scheduler.num_in_flight < self._depth and (step := scheduler.schedule()) is not None:
             running, pages, work = scheduler.num_running, scheduler.kv.pool.num_used, measure_work(step, limits.page_size)
@@ -172,10 +174,10 @@ def simulate(
     predictor: LengthPredictor | None = None,
     fleet: FleetRules | None = None,
 ) -> Simulation:
-    """Run the whole workload. The tokens of `requests` are read but their values do not matter; `predictor` replaces the
-    scheduler's own learning of lengths. `limits` and `cost` are those of a replica, or of each of a `fleet`. With several
-    pipeline stages `cost` is what a stage takes."""
-    # The device's stop token stands for all that ends a sample; one whose length is given stays as it is.
+    """Run the whole workload. The tokens of `requests` are read, but their values do not matter; `predictor` replaces the
+    scheduler's own prediction of lengths. `limits` and `cost` are those of a replica, or of each member of a `fleet`. With
+    several pipeline stages, `cost` is that of one stage."""
+    # The device's stop token represents whatever ends a sample; samples of given length are left as they are.
     sampling = (
         replace(params, stop=(), stop_token_ids=(), ignore_eos=params.has_given_length, logprobs=None)
         for params in requests.sampling
@@ -206,7 +208,7 @@ def simulate(
 
 
 def _feed(number: int, members: Sequence[_Member], ledger: Ledger, to_give: Callable[[int, int, int], int]) -> None:
-    """Give a member the next run of the plan, or of what the fullest of the others has not begun."""
+    """Give a member the next part of the plan, or samples that the fullest other member has not begun."""
     member = members[number]
     run = ledger.next_run(number, len(members))
     if run is None and ledger.has_free and member.scheduler.done:
@@ -227,7 +229,7 @@ def _feed(number: int, members: Sequence[_Member], ledger: Ledger, to_give: Call
 
 
 def _simulation(members: Sequence[_Member], limits: SchedulerLimits) -> Simulation:
-    """What the members did, their steps by the time that each had taken."""
+    """Combine what the members did, with their steps in order of time."""
     steps = by_time([member.log.steps() for member in members])
     counts = SchedulerCounts()
     for field in fields(SchedulerCounts):

@@ -1,6 +1,6 @@
 """The steps of a run as a table: what each computed, how long it took, and what ran and waited meanwhile.
 
-A run records it, a simulation predicts it; profiles are fitted to it and plots drawn from it. About 60 bytes a step.
+A run records it, a simulation predicts it; profiles are fitted to it and plots drawn from it. About 60 bytes per step.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy.typing as npt
 from tokabatch.forecast.step_work import WORK_FIELDS, StepWork
 
 TAIL_SHARE = 0.5
-"""The tail is what comes after the last admission once fewer than this share of the largest number run."""
+"""The tail begins after the last admission, once fewer than this share of the largest number run."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepState:
-    """`seconds` the step took, samples `running` and `waiting` once it was decided, `pages` then in use of `capacity`, and
-    samples that it `finished`; `replica` is the number of the one whose step it was."""
+    """One step: the `seconds` it took, samples `running` and `waiting` once it was decided, `pages` then in use of `capacity`,
+    and samples that it `finished`; `replica` is the number of its replica."""
 
     seconds: float
     running: int
@@ -37,7 +37,7 @@ COLUMNS = (*WORK_FIELDS, *STATE_FIELDS)
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Recorded steps, one array of shape [S] a column of `COLUMNS`."""
+    """Recorded steps, one array of shape [S] for each column of `COLUMNS`."""
 
     columns: Mapping[str, npt.NDArray[np.float32]]
 
@@ -57,19 +57,19 @@ class Steps:
         return float(self["seconds"].sum())
 
     def mean(self, name: str) -> float:
-        """Mean of a column, weighted by time."""
+        """Return the mean of a column, weighted by time."""
         return float((self[name] * self["seconds"]).sum()) / max(self.seconds, 1e-12)
 
 
 def tail_seconds(steps: Steps) -> float:
-    """Time at the end of a run in which nothing waited and fewer samples ran than `TAIL_SHARE` of the most."""
+    """The time at the end of a run in which nothing waited and fewer samples ran than `TAIL_SHARE` of the most."""
     running = steps["running"]
     tail = (steps["waiting"] == 0) & (running < TAIL_SHARE * running.max(initial=0.0))
     return float(steps["seconds"][tail].sum())
 
 
 def by_time(replicas: Sequence[Steps]) -> Steps:
-    """The steps of several replicas as one table, by the time that each had taken; the column `replica` tells them apart."""
+    """Merge the steps of several replicas into one table in order of time; the column `replica` distinguishes them."""
     order = np.argsort(np.concatenate([np.cumsum(steps["seconds"]) for steps in replicas]), kind="stable")
     columns = {name: np.concatenate([steps.columns[name] for steps in replicas])[order] for name in COLUMNS}
     number = np.repeat(np.arange(len(replicas), dtype=np.float32), [len(steps) for steps in replicas])
@@ -77,7 +77,7 @@ def by_time(replicas: Sequence[Steps]) -> Steps:
 
 
 class StepLog:
-    """Collects the steps of a run one by one; `steps` is what there is so far."""
+    """Collects the steps of a run one by one; `steps` are those so far."""
 
     def __init__(self) -> None:
         self._table = np.zeros((1024, len(COLUMNS)), np.float32)
@@ -94,5 +94,5 @@ class StepLog:
         self._count += 1
 
     def steps(self) -> Steps:
-        """What was collected so far, as copies."""
+        """Copy what was collected so far."""
         return Steps({name: self._table[: self._count, column].copy() for column, name in enumerate(COLUMNS)})

@@ -1,7 +1,7 @@
-"""The work of a step as counts: what any cost model prices.
+"""The work of a step as counts, which any cost model can price.
 
-The counts say what has to be computed and read however it is done: tokens through the dense layers, rows of logits, pairs of
-query and key, cache positions read. One `StepWork` describes one step, or, with arrays in its fields, many at once.
+The counts say what has to be computed and read, however it is done: tokens through the dense layers, rows of logits, pairs of
+query and key, cache positions read. One `StepWork` describes one step or, with arrays in its fields, many at once.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from tokabatch.arrays import Float64
 from tokabatch.scheduling.contracts import StepBatch
 
 Number = float | Float64
-"""One step's value, or one for each of several steps."""
+"""The value of one step, or of each of several steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """Counts of one step (numbers) or of S steps (arrays of shape [S]).
-
-    A pair is one query position attending to one key position, for all heads of a layer; `*_kv` are cache positions read,
-    once for each run, or once for each group where a shared prefix is read for all of its runs.
-    """
+    """Counts of one step (numbers) or of S steps (arrays of shape [S]). A pair is one query position attending to one key
+    position, for all heads of a layer; `*_kv` are cache positions read, once for each run, or once for each group if a shared
+    prefix is read for all of its runs."""
 
     tokens: Number
     """Positions that go through the dense layers."""
@@ -32,11 +30,11 @@ class StepWork:
     sequences: Number
     """Runs of the step: slots that compute anything."""
     decoded: Number = 0.0
-    """Those among them that compute the one token they sampled last."""
+    """Those among them that compute only the token that they sampled last."""
     prefill_pairs: Number = 0.0
     prefill_kv: Number = 0.0
     decode_kv: Number = 0.0
-    """Positions read by one-token runs, which are their pairs, too."""
+    """Positions read by one-token runs, which are also their pairs."""
     prefix_pairs: Number = 0.0
     prefix_kv: Number = 0.0
     groups: Number = 0.0
@@ -47,13 +45,13 @@ WORK_FIELDS = tuple(field.name for field in fields(StepWork))
 
 
 def measure_work(step: StepBatch, page_size: int) -> StepWork:
-    """The counts of a decided step; a few passes over its runs."""
+    """Count the work of a decided step, in a few passes over its runs."""
     length = step.run_length.astype(np.int64)
     end = step.run_start + length
     read = end - step.run_skip * page_size
     num_prefill = step.num_prefill_runs
     own, first = read[:num_prefill], length[:num_prefill]
-    # Query i of a run of length n sees all that lies before the run and i + 1 of its own positions.
+    # Query i of a run of length n attends to all positions before the run and to i + 1 of its own.
     pairs = own * first - first * (first - 1) // 2
     prefix_pairs = prefix_kv = groups = 0
     for level in step.prefix_levels:

@@ -1,12 +1,12 @@
-"""How many prompt tokens and how many samples a step is worth, by a cost model and the work at hand.
+"""How many prompt tokens and how many samples a step should have, given a cost model and the remaining work.
 
-Whatever a step computes, it reads the weights and is launched once. The more tokens share that, the less each of them pays,
-and beyond some number a larger step only takes memory. Simulated over workloads from chat to long prompts, total time changes
-by less than 1 % above the number of prompt tokens that is found here (benchmarks/LOG.md).
+A step reads the weights and is launched once, whatever it computes. The more tokens share that cost, the less each pays, and
+beyond some number a larger step only takes memory. Simulated over workloads from chat to long prompts, total time changes by
+less than 1 % above the number of prompt tokens found here (benchmarks/LOG.md).
 
-More running samples mean fewer steps, and a longer tail: once none is waiting, what runs ends one by one, and the device does
-less and less. How many steps a number of running samples takes follows from the number of samples and how their lengths
-spread, a fluid model of admission; what they take, from the cost model.
+More running samples mean fewer steps, and a longer tail: once none is waiting, the running samples end one by one, and the
+device is used less and less. The number of steps follows from the number of samples and the distribution of their lengths, in a
+fluid model of admission; their cost from the cost model.
 """
 
 from __future__ import annotations
@@ -22,35 +22,34 @@ from tokabatch.forecast.step_log import TAIL_SHARE
 from tokabatch.forecast.step_work import Number, StepWork
 
 FIXED_SHARE = 0.02
-"""What a step costs however many tokens it has, as a share of what its prompt tokens cost, at most."""
+"""Once a step's fixed cost is below this share of the cost of its prompt tokens, more of them gain little."""
 FEWEST, MOST = 512, 32_768
 STEP_SHARE = 0.05
-"""The most that what a step costs however small it is may be of what the samples of a decode step cost: with more of them
-there is little to gain."""
+"""Once a decode step's fixed cost is below this share of the cost of its samples, more of them gain little."""
 TAIL_GOAL, AFFORDABLE = 0.12, 0.15
-"""The share of the time that the tail may take, where that costs at most so much more time than the best number: in the tail
-the device is less than half used, and how long it lasts is the least certain part of the estimate. On one H200 a goal of 0.1
-gave GSM8K with 64 samples 6,144 running, and 10 % fewer tokens a second than 8,192."""
+"""The share of the time that the tail may take, if that costs at most this much more time than the best number: in the tail the
+device is less than half used, and its length is the least certain part of the estimate. On one H200 a goal of 0.1 gave GSM8K
+with 64 samples 6,144 running, and 10 % fewer tokens per second than 8,192."""
 ALIKE = 0.02
-"""Of numbers that differ by less the smallest will do: it needs less memory."""
+"""Of numbers that differ by less, the smallest is chosen: it needs less memory."""
 MEAN_SHARE = 1 / 6
-"""The mean length, of max_tokens, that samples are taken to have before anything is known of them, as it was in
-`benchmarks.gpu.real`: lengths are exponential, and cut at max_tokens."""
+"""The assumed mean length, as a share of max_tokens, before any sample has finished, as it was in `benchmarks.gpu.real`:
+lengths are exponential, cut at max_tokens."""
 _BINS, _ROUNDS = 64, 16
 
 
 @dataclass(frozen=True, slots=True)
 class Survival:
-    """How lengths spread: `alive[i]` is the share of the samples that have more than i x `width` output tokens, shape [B],
-    descending from 1."""
+    """The distribution of lengths: `alive[i]` is the share of the samples that have more than i x `width` output tokens, shape
+    [B], descending from 1."""
 
     alive: Float64
     width: float
 
 
 def assumed_survival(limits: Sequence[int], given: Sequence[bool], weights: Float64) -> Survival:
-    """Of samples of which nothing is known but `max_tokens`, one entry a kind of them: `given` ones have that length, the
-    others are taken to be shorter (`MEAN_SHARE`). `weights` are their numbers."""
+    """Return the lengths of samples of which only `max_tokens` is known, one entry for each kind: `given` ones have that
+    length, the others are assumed to be shorter (`MEAN_SHARE`). `weights` are their numbers."""
     limit, kept = np.maximum(np.array(limits, np.float64), 1.0), weights > 0
     longest = float(limit[kept].max(initial=1.0))
     bins = int(min(_BINS, longest))
@@ -61,8 +60,8 @@ def assumed_survival(limits: Sequence[int], given: Sequence[bool], weights: Floa
 
 
 def prefill_tokens(seconds: Callable[[StepWork], Number]) -> int:
-    """Prompt tokens to compute in a step beside what decodes: a power of two from `FEWEST` to `MOST`, the one next below the
-    number at which the fixed cost of the model `seconds` is `FIXED_SHARE` of the tokens' own."""
+    """Return the prompt tokens to compute in a step besides its decoding samples: a power of two from `FEWEST` to `MOST`, the
+    largest at which the fixed cost of the model `seconds` is still at least `FIXED_SHARE` of the tokens' own."""
     fixed = float(seconds(_prefill(1)))
     each = float(seconds(_prefill(2 * MOST)) - seconds(_prefill(MOST))) / MOST
     if each <= 0:
@@ -71,9 +70,9 @@ def prefill_tokens(seconds: Callable[[StepWork], Number]) -> int:
 
 
 def running_samples(seconds: Callable[[StepWork], Number], num_samples: int, survival: Survival) -> int:
-    """Samples to run at once on a GPU where its cache has room: 2^k or 3 x 2^k from `FEWEST` to `MOST`, and no more than a step
-    is worth (`STEP_SHARE`). It is the most with a tail of at most `TAIL_GOAL` where that is `AFFORDABLE`, else as few as take
-    hardly longer than the best number."""
+    """Return the samples to run at once on a GPU whose cache has room: 2^k or 3 x 2^k from `FEWEST` to `MOST`, and no more than
+    `STEP_SHARE` allows. It is the largest number with a tail of at most `TAIL_GOAL` if that is `AFFORDABLE`, else the smallest
+    one that takes hardly longer than the best."""
     each = float(seconds(_decode(2.0 * MOST)) - seconds(_decode(1.0 * MOST))) / MOST
     worth = MOST if each <= 0 else float(seconds(_decode(1.0))) / (STEP_SHARE * each)
     tried = sorted(number for power in range(9, 16) for number in (1 << power, 3 << (power - 1)) if number <= MOST)
@@ -86,10 +85,10 @@ def running_samples(seconds: Callable[[StepWork], Number], num_samples: int, sur
 def expected_seconds(
     seconds: Callable[[StepWork], Number], num_samples: int, running: int, survival: Survival
 ) -> tuple[float, float]:
-    """What all decode steps take where `running` samples run at once as long as there are so many, and the tail's part of it.
-    Prompts are left out: they are the same whatever runs beside."""
+    """Return the time of all decode steps with `running` samples at once as long as there are enough, and the tail's part of
+    it. Prompts are left out: they cost the same whatever runs beside them."""
     stays = np.append(survival.alive[1:] / np.maximum(survival.alive[:-1], 1e-12), 0.0)
-    # Many rounds are alike: a few show how they mix and end, the others take what a full one takes.
+    # Many rounds are alike: a few show how they mix and end; the others take as long as a full one.
     waiting = float(min(num_samples, _ROUNDS * running))
     more = (num_samples - waiting) * float(survival.alive.sum()) / running
     ages, counts, tail = np.zeros(len(stays)), list[tuple[float, float]](), list[bool]()
@@ -109,10 +108,11 @@ def expected_seconds(
 
 
 def _decode(samples: Number, own: Number = 0.0) -> StepWork:
-    """A step of samples that decode, with `own` outputs read in all."""
+    """Return the cost of a step of decoding samples that read `own` outputs in total."""
     return StepWork(tokens=samples, sampled=samples, sequences=samples, decoded=samples, decode_kv=own)
 
 
 def _prefill(tokens: int) -> StepWork:
-    """A step of prompt tokens alone, without their attention, which grows with the prompts and not with the step."""
+    """Return the cost of a step of prompt tokens only, without their attention, which depends on the prompts and not on the
+    step."""
     return StepWork(tokens=float(tokens), sampled=1.0, sequences=1.0)

@@ -1,9 +1,9 @@
-"""When a row has been sampled enough: rules that stop a row early, and what its samples then estimate.
+"""Rules that stop sampling a row early, and unbiased estimates from the samples of stopped rows.
 
-A rule looks at the verdicts of a row's samples in the order of their numbers, and only as far as all of them are known: at the
-longest prefix 0, 1, ... m - 1 that is judged. Never at the order in which they came in: the first to end are the short ones,
-which are right more or less often than others. So where a row stops follows from its samples alone, on any hardware, in any
-company and after any resume. Samples behind that number are cancelled, or left out where they were finished already.
+A rule considers the verdicts of a row's samples in the order of their numbers, and only the longest judged prefix 0, 1, ... m -
+1. It never considers the order in which samples finish: short ones finish first, and they are right more or less often than
+others. So where a row stops follows from its samples alone, on any hardware, alongside any other rows and after any restart.
+Samples after that number are cancelled, or dropped if they were finished already.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tokabatch.scoring.pass_at_k import estimate
 
 FIRST_WAVE = 4
 GOES_ON = -1
-"""In place of the number of samples that a row takes."""
+"""In place of the number of samples of a row that has not stopped."""
 
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
-    """Stop a row at its `after_correct`-th right sample; or once `majority` of its samples give the same answer. One of the two
+    """Stop a row at its `after_correct`-th right sample, or once `majority` of its samples give the same answer. One of the two
     is None."""
 
     after_correct: int | None = None
@@ -32,16 +32,16 @@ class StopRule:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a rule looks at of one judged sample; `answer` is None where none was found in its text. An error, or a sample that
-    the judge could not tell of, is not right."""
+    """What a rule considers of one judged sample; `answer` is None if its text has none. An error, or a sample without a
+    verdict, is not right."""
 
     correct: bool
     answer: Hashable = None
 
 
 class Tallies:
-    """The verdicts of rows, in any order, and what a rule makes of them, arrays of shape [rows]. A row takes 12 bytes, and more
-    only for verdicts beyond its judged prefix, and for its votes where the rule counts these."""
+    """The verdicts of rows, in any order, and the rule's decisions, arrays of shape [rows]. A row takes 12 bytes, plus the
+    verdicts beyond its judged prefix, and its votes if the rule counts them."""
 
     def __init__(self, rule: StopRule, rows: int) -> None:
         self._rule = rule
@@ -49,12 +49,12 @@ class Tallies:
         self._votes: dict[int, dict[Hashable, int]] = {}
         self._correct: Int32 = np.zeros(rows, np.int32)
         self.judged: Int32 = np.zeros(rows, np.int32)
-        """Length of the prefix that is judged; it does not grow beyond `stop`."""
+        """Length of the judged prefix; it does not grow beyond `stop`."""
         self.stop: Int32 = np.full(rows, GOES_ON, np.int32)
-        """How many samples the row takes; GOES_ON until the prefix tells."""
+        """Number of samples of the row; GOES_ON until the prefix decides it."""
 
     def add(self, row: int, number: int, outcome: Outcome | None) -> None:
-        """The verdict of a sample; None of one that was cancelled already, in front of which the row had stopped."""
+        """Add the verdict of a sample; None for one that was cancelled because its row had stopped before it."""
         judged, stop = int(self.judged[row]), GOES_ON
         if self.stop[row] != GOES_ON or number < judged:
             return
@@ -83,8 +83,8 @@ class Tallies:
 
 
 def opened(num_samples: int, judged: int) -> int:
-    """How many samples of a row may be begun once its first `judged` ones are judged and did not stop it: waves that double,
-    4, 8, 16, ... so that few are computed in vain, and the number follows from the verdicts alone."""
+    """Return how many samples of a row may have begun once its first `judged` ones are judged and did not stop it: waves that
+    double, 4, 8, 16, ..., so that few are computed in vain and the number follows from the verdicts alone."""
     wave = FIRST_WAVE
     while wave <= judged:
         wave *= 2
@@ -92,16 +92,16 @@ def opened(num_samples: int, judged: int) -> int:
 
 
 def estimate_stopped(num_samples: Int64, num_correct: Int64, stopped: Bool, k: int) -> Float64:
-    """pass@k of each row, shape [R], without bias where some were stopped at a right sample (`stopped`).
+    """Return pass@k of each row, shape [R], without bias for rows that stopped at a right sample (`stopped`).
 
-    A row that was stopped at its r-th right sample, after N, gives Chen's estimate of N - 1 samples with r - 1 right: the
-    sample that stopped it is left out, as it is right by the rule and not by chance (Girshick, Mosteller and Savage, 1946: the
-    share of the paths to where the row stopped that have no right sample among their first k). Where k is more than the wrong
-    ones of these it is 1. A row that took all its samples gives Chen's of them. Chen's estimate of N samples with r right would
-    be too high. k may be no more than the samples that a row without a rule would have had.
+    A row that stopped at its r-th right sample, after N, gives Chen's estimate for N - 1 samples with r - 1 right: the sample
+    that stopped it is left out, since it is right by the rule and not by chance (Girshick, Mosteller and Savage, 1946: the
+    share of the paths to the stopping point without a right sample among their first k). If k exceeds the number of wrong ones,
+    it is 1. A row that took all its samples gives Chen's estimate for them. Chen's estimate for N samples with r right would be
+    too high. k must not exceed the number of samples that a row without a rule would have.
     """
     n, c = num_samples - stopped, num_correct - stopped
-    # Where fewer than k are left there cannot be k wrong ones among them.
+    # With fewer than k left, there cannot be k wrong ones among them.
     few = stopped & (n < k)
     value = np.ones(len(n))
     value[~few] = estimate(n[~few], c[~few], k)

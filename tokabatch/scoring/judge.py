@@ -27,17 +27,17 @@ from types import ModuleType
 from typing import Any
 
 ANSWER = "extracted"
-"""The column that holds the answer which a judge found in the text, where it looks for one: what a majority is of."""
+"""The column with the answer that a judge extracts from the text, if it does: what a majority is counted over."""
 MAX_REASON = 200
 MAX_TEXT = 1 << 16
 COLUMN_TYPES: Mapping[type, str] = {str: "string", int: "int64", float: "float64", bool: "bool"}
-"""What a judge's columns may be, and the Arrow type of each."""
+"""The types that a judge's columns may have, and the Arrow type of each."""
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeSpec:
-    """Which function judges: `function` of the Python file `source`, or of the module of that name. `kind` is the job's
-    word; `answer` is the column of the reference answer, for functions that take it; a process may have `memory_bytes`."""
+    """The function that judges: `function` of the Python file `source`, or of the module of that name. `kind` is the job's
+    word; `answer` is the column of the reference answer, for functions that take it; `memory_bytes` limits a process."""
 
     kind: str
     source: str
@@ -50,7 +50,7 @@ class JudgeSpec:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Of one sample. `error` tells why there is none; `columns` are the judge's own."""
+    """The verdict of one sample. `error` is why there is none; `columns` are the judge's own."""
 
     correct: bool | None
     score: float | None
@@ -63,7 +63,7 @@ class Verdict:
 
 
 def verdict_columns(verdicts: Sequence[Verdict | None], names: Sequence[str]) -> dict[str, list[Any]]:
-    """The values of verdict columns, by name; null where there is no verdict."""
+    """Return the values of verdict columns, by name; null for a sample without a verdict."""
     own = {"correct": "correct", "verify_score": "score", "verify_error": "error"}
     return {
         name: [
@@ -75,7 +75,7 @@ def verdict_columns(verdicts: Sequence[Verdict | None], names: Sequence[str]) ->
 
 
 class Judge:
-    """A judge that is loaded. Raises ValueError, saying what to write instead, for one that cannot be called."""
+    """A loaded judge. Raises ValueError, with the remedy, for one that cannot be called."""
 
     def __init__(self, spec: JudgeSpec) -> None:
         module = _load(spec)
@@ -116,7 +116,7 @@ class Judge:
         self._declared: dict[str, type] = dict(getattr(module, "COLUMNS", {}))
 
     def check(self, row: Mapping[str, Any]) -> str | None:
-        """Why no text of this row can be judged; None where it can, or the judge does not say."""
+        """Return why no text of this row can be judged; None if it can, or if the judge does not say."""
         if self._check is None:
             return None
         try:
@@ -126,7 +126,8 @@ class Judge:
         return None
 
     def verdicts(self, texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        """One for each text; whatever the judge raises is the verdict's `error`, whatever it returns is checked."""
+        """Return a verdict for each text; what the judge raises becomes the verdict's `error`, and what it returns is
+        checked."""
         if not self.takes_batches:
             pairs = zip(texts, rows, strict=True)
             return [self._verdict(partial(self._function, text, row, **self._options)) for text, row in pairs]
@@ -137,7 +138,7 @@ class Judge:
         except BaseException as error:
             if len(texts) == 1:
                 return [Verdict.none(_reason(error))]
-            # One of them is at fault: the others keep their verdicts.
+            # One of them is at fault: judge them one by one, so that the others keep their verdicts.
             return [verdict for text, row in zip(texts, rows, strict=True) for verdict in self.verdicts([text], [row])]
         return [self._verdict(partial(_same, value)) for value in returned]
 
@@ -170,7 +171,7 @@ def _load(spec: JudgeSpec) -> ModuleType:
             sys.path.insert(0, os.getcwd())
             return importlib.import_module(spec.source)
         path = Path(spec.source).resolve()
-        # As for a script: what lies beside the file can be imported.
+        # As for a script, modules beside the file can be imported.
         sys.path.insert(0, str(path.parent))
         found = importlib.util.spec_from_file_location(path.stem, path)
         assert found is not None and found.loader is not None
@@ -189,7 +190,7 @@ def _load(spec: JudgeSpec) -> ModuleType:
 
 
 def _options(spec: JudgeSpec, parameters: Sequence[inspect.Parameter]) -> dict[str, Any]:
-    """The keyword arguments of each call, held against the parameters behind text and row."""
+    """Return the keyword arguments of each call, checked against the parameters after text and row."""
     any_name = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
     names = [each.name for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
     given = dict(spec.options)
@@ -212,7 +213,7 @@ def _same(value: Any) -> Any:
 
 
 def _plain(value: Any, name: str, kind: type) -> Any:
-    """The value of a column as it is declared; of text whatever `str` makes of it. TypeError for one of another type."""
+    """Return a column's value as declared; for text, the `str` of any value. Raises TypeError for a value of another type."""
     value = value.item() if hasattr(value, "item") else value
     if kind is str:
         return _well_formed(str(value)[:MAX_TEXT])
@@ -224,14 +225,14 @@ def _plain(value: Any, name: str, kind: type) -> Any:
 
 
 def _well_formed(text: str) -> str:
-    """The text with U+FFFD in place of halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
+    """Replace halves of surrogate pairs, which JSON can express and UTF-8 cannot, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _reason(error: BaseException) -> str:
-    """ValueError is how a judge says that a row cannot be judged: its words alone."""
+    """Return why the judge failed. A ValueError is its way to say that a row cannot be judged: its message alone."""
     try:
         words = " ".join(str(error).split())
-    except Exception:  # of an exception whose own text fails
+    except Exception:  # an exception whose own text fails
         words = ""
     return (words if type(error) is ValueError and words else f"{type(error).__name__}: {words}")[:MAX_REASON]

@@ -1,8 +1,9 @@
-"""A process that judges. It begins with nothing but this: its first message is the `JudgeSpec`, its answer a `Loaded` or why it
-cannot be; then each request is answered by one message a sample, `packed`, as soon as it is judged.
+"""A process that judges.
 
-What the judge prints is dropped. A process that the judge forks and that returns into the judge's caller ends there. Limits on
-memory are the system's, so that they hold for libraries, too. This is no sandbox: a judge may do what its user may.
+It starts with nothing else: the first message it receives is the `JudgeSpec`, its answer a `Loaded` or the reason why the judge
+cannot be loaded; then each request is answered by one message per sample, `packed`, as soon as it is judged. What the judge
+prints is dropped. A process that the judge forks, and that returns into the judge's caller, ends there. Limits on memory are
+the system's, so they hold for libraries, too. This is no sandbox: a judge may do whatever its user may.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What the judge's file says of itself: the Arrow types of its own columns, and whether it takes several texts at once."""
+    """What the judge's file declares: the Arrow types of its own columns, and whether it takes several texts at once."""
 
     columns: Mapping[str, str]
     takes_batches: bool
@@ -44,13 +45,13 @@ class Request:
 
 
 def packed(answer: object) -> bytes:
-    """A message to the run: its length, then its pickle."""
+    """Return a message to the run: its length, then its pickle."""
     content = pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
     return _LENGTH.pack(len(content)) + content
 
 
 def unpacked(received: bytearray) -> list[Any]:
-    """The messages that have come in whole, which are taken from the front of `received`."""
+    """Iterate over the complete messages in `received`, removing them from its front."""
     answers: list[Any] = []
     begin = 0
     while len(received) >= (content := begin + _LENGTH.size):
@@ -64,11 +65,11 @@ def unpacked(received: bytearray) -> list[Any]:
 
 
 def main(descriptor: int) -> None:
-    """Answer what comes through the socket until its other end is closed."""
+    """Answer the requests on the socket until its other end is closed."""
     connection, pid = Connection(descriptor), os.getpid()
     answers = socket.socket(fileno=os.dup(descriptor))
     if sys.platform == "linux":
-        # Killed with the process that started this one; and whatever a judge starts stays among this process's descendants.
+        # Ends with the process that started this one; whatever a judge starts remains a descendant of this process.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     null = os.open(os.devnull, os.O_RDWR)
@@ -106,7 +107,7 @@ def _answer(answers: socket.socket, pid: int, answer: object) -> None:
 
 
 def _reaped() -> bool:
-    """Whether a child of the judge's had ended."""
+    """Reap an ended child of the judge's; return whether there was one."""
     try:
         return os.waitpid(-1, os.WNOHANG)[0] > 0
     except ChildProcessError:

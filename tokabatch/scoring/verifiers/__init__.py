@@ -1,6 +1,6 @@
-"""The verifiers that come with the package: one file each, whose name is the `verify.kind` of the job.
+"""The verifiers of the package: one file each, whose name is the job's `verify.kind`.
 
-Each is written as one of a user's own would be (`tokabatch.scoring.judge` has the contract): `verify(text, row, *, answer)`,
-with the answer that it found in the text as the column `extracted`, and `check`, which raises ValueError, saying why, where the
-reference is none that it understands. A text that it does not understand is wrong, never an error.
+Each is written as a user's own would be (`tokabatch.scoring.judge` has the contract): `verify(text, row, *, answer)`, with the
+answer found in the text as the column `extracted`, and `check`, which raises ValueError with the reason for a reference that it
+cannot parse. A text that it cannot parse is wrong, never an error.
 """

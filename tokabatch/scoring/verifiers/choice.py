@@ -33,7 +33,7 @@ COLUMNS = {"extracted": str}
 def verify(
     text: str, row: Mapping[str, Any], *, answer: str, letters: str = "ABCD", choices: str | None = None
 ) -> dict[str, Any]:
-    """Whether `text` chooses the reference. ValueError for a reference that is no choice."""
+    """Return whether `text` chooses the reference. Raises ValueError for a reference that is no choice."""
     options, letters = _options(row, letters, choices)
     expected = _letter(row.get(answer), letters, options)
     same = [letter for letter, option in zip(letters, options, strict=False) if option.strip() == text.strip()]
@@ -44,16 +44,16 @@ def verify(
 
 
 def check(row: Mapping[str, Any], *, answer: str, letters: str = "ABCD", choices: str | None = None) -> None:
-    """Raises ValueError where the reference is no choice."""
+    """Raise ValueError if the reference is no choice."""
     options, letters = _options(row, letters, choices)
     _letter(row.get(answer), letters, options)
 
 
 @lru_cache(maxsize=32)
 def _evidence(letters: str) -> tuple[re.Pattern[str], ...]:
-    """What names one of `letters`, the strongest first."""
+    """Return the patterns that name one of `letters`, the strongest first."""
     upper, lower = letters, letters.lower()
-    # A and I are words, too: what follows has to end them.
+    # A and I are words, too: what follows must end them.
     plain = "".join(letter for letter in letters if letter not in "AI") or "\\Z"
     one = rf"""(?P<letter>
         [{plain}] (?! [A-Za-z0-9{_APOSTROPHES}] | -[0-9A-Za-z] )
@@ -67,7 +67,7 @@ def _evidence(letters: str) -> tuple[re.Pattern[str], ...]:
         rf"""\b(?i:choose|chose|pick|select|go\ with) {_BEFORE} {one}
         | (?<![A-Za-z0-9]) (?P<other>[{upper}]|[{lower}](?=\)))
           [)\]*"'.]* \s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b""",
-        # A text may begin with the article, so that what follows has to end the letter.
+        # A text may begin with the article: what follows must end the letter.
         rf"""\A {_BEFORE} (?P<letter>[{upper}]|[{lower}](?!\s+[a-z])) (?: \s*$ | \s*[).\]:,*\n] | \s+(?:because|since)\b )
         | \A {_BEFORE} (?P<other>[{upper}]) \s+is\b (?!{_NOT})""",
         rf"\b(?i:option|choice) {_BEFORE} {one} (?! [^\w\s]*\s+(?:is|are|was){_NOT} | [^\w\s]*\s+isn )",
@@ -78,7 +78,7 @@ def _evidence(letters: str) -> tuple[re.Pattern[str], ...]:
 
 
 def find_choice(text: str, letters: str = "ABCD") -> str | None:
-    """The letter chosen, or None where the text chooses none."""
+    """Return the chosen letter, None if the text chooses none."""
     for evidence in _evidence(letters):
         found = list(evidence.finditer(text))
         if found:
@@ -88,7 +88,7 @@ def find_choice(text: str, letters: str = "ABCD") -> str | None:
 
 
 def _by_text(text: str, letters: str, options: list[str]) -> str | None:
-    """The option whose text this is, or that it alone contains, whole words of it; in any letter case."""
+    """Return the option whose text this is, or which alone it contains as whole words, ignoring letter case."""
     said = _plain(text)
     same = [letter for letter, option in zip(letters, options, strict=False) if _plain(option) == said]
     inside = [
@@ -103,13 +103,13 @@ def _plain(text: str) -> str:
 
 
 def _options(row: Mapping[str, Any], letters: str, choices: str | None) -> tuple[list[str], str]:
-    """The options' texts, none where the row has none, and their letters."""
+    """Return the options' texts, empty if the row has none, and their letters."""
     if not letters.isalpha() or letters != letters.upper() or len(set(letters)) != len(letters):
         raise ValueError(f"verify.options.letters is {letters!r}; write different capital letters, such as ABCDEFGHIJ")
     if choices is None:
         return [], letters
     options = row.get(choices)
-    # A column of a multiple-choice data set may hold texts with labels: {"text": [...], "label": [...]}.
+    # A multiple-choice data set may hold texts with labels: {"text": [...], "label": [...]}.
     options = options.get("text") if isinstance(options, Mapping) else options
     if not isinstance(options, list) or not 0 < len(options) <= len(_ALPHABET):
         raise ValueError(f"its column {choices!r} is not a list of 1 to {len(_ALPHABET)} options")

@@ -34,7 +34,7 @@ _SHOWN = 200
 
 
 def verify(text: str, row: Mapping[str, Any], *, seconds: float = 5.0, memory_mb: int = 1024) -> dict[str, Any]:
-    """Whether the tests pass; `outcome` is `passed`, or what went wrong. ValueError for a row without tests."""
+    """Return whether the tests pass; `outcome` is `passed`, or what went wrong. Raises ValueError for a row without tests."""
     done = secrets.token_hex(16)
     # A program that ends before its tests has not passed them.
     program = f"{_program(text, row)}\nprint({done!r})\n"
@@ -68,7 +68,7 @@ def verify(text: str, row: Mapping[str, Any], *, seconds: float = 5.0, memory_mb
 
 
 def check(row: Mapping[str, Any]) -> None:
-    """Raises ValueError where the row has no tests that this verifier knows."""
+    """Raise ValueError if the row has no tests in a supported form."""
     _program("", row)
 
 
@@ -84,7 +84,7 @@ def _program(text: str, row: Mapping[str, Any]) -> str:
 
 
 def _limit(seconds: float, memory_mb: int) -> None:
-    """In the program's process, before it begins."""
+    """Set the limits, in the program's process before it starts."""
     for kind, limit in (
         (resource.RLIMIT_CPU, int(seconds) + 1),
         (resource.RLIMIT_AS, memory_mb << 20),
@@ -95,7 +95,7 @@ def _limit(seconds: float, memory_mb: int) -> None:
 
 
 def _kill_children() -> None:
-    """The program and whatever it started: orphans are this process's children, too (`judge_process`)."""
+    """Kill the program and whatever it started: orphans are children of this process, too (`judge_process`)."""
     while children := psutil.Process().children(recursive=True):
         for child in children:
             with suppress(psutil.Error):

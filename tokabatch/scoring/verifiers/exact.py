@@ -22,14 +22,14 @@ _NORMALIZE = {
 
 
 def verify(text: str, row: Mapping[str, Any], *, answer: str, normalize: str = "strip") -> dict[str, Any]:
-    """Whether `text` equals a reference, a string or what `str` makes of it. ValueError for a null reference."""
+    """Return whether `text` equals a reference, a string or the `str` of a value. Raises ValueError for a null reference."""
     expected = _expected(row, answer, normalize)
     extracted = _NORMALIZE[normalize](text)
     return {"score": extracted in expected, "extracted": extracted}
 
 
 def check(row: Mapping[str, Any], *, answer: str, normalize: str = "strip") -> None:
-    """Raises ValueError where the reference is null."""
+    """Raise ValueError if the reference is null."""
     _expected(row, answer, normalize)
 
 

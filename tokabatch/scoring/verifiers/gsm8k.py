@@ -26,7 +26,7 @@ _BRACES = r"(?:\{(?:[^{}]|\{[^{}]*\})*\}\s*)"
 _VULGAR = dict(zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "1/2 1/3 2/3 1/4 3/4 1/5 2/5 3/5 4/5 1/6 5/6 1/8 3/8 5/8 7/8".split(), strict=True))
 _GROUP_MARKS = r"\{,\}|,?\\[,!;]|['_\N{RIGHT SINGLE QUOTATION MARK}\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{THIN SPACE}]"
 _UNREAD = "√0"
-"""Stands for a term that is not read."""
+"""Placeholder for a term that is not parsed."""
 _REWRITES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"[\N{MINUS SIGN}\N{EN DASH}]", "-"),
     (r"\\?[$€£¥₹]", "$"),
@@ -76,7 +76,7 @@ _DECIMAL_COMMA = re.compile(r"(?<![0-9,])[0-9]+,$")
 
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """One run of digits and operators; `value` is None where it is not one number."""
+    """A run of digits and operators; `value` is None if it is not one number."""
 
     value: Value | None
     glued: bool
@@ -87,21 +87,19 @@ COLUMNS = {"extracted": str}
 
 
 def verify(text: str, row: Mapping[str, Any], *, answer: str) -> dict[str, Any]:
-    """Whether the answer in `text` equals the reference: a number, or a text that ends in one as solutions do.
-
-    ValueError for a reference without a number.
-    """
+    """Return whether the answer in `text` equals the reference: a number, or a text that ends in one, as solutions do. Raises
+    ValueError for a reference without a number."""
     found, expected = find_answer(text), _expected(row.get(answer))
     return {"score": found is not None and Fraction(found) == expected, "extracted": None if found is None else _written(found)}
 
 
 def check(row: Mapping[str, Any], *, answer: str) -> None:
-    """Raises ValueError where the reference holds no number."""
+    """Raise ValueError if the reference holds no number."""
     _expected(row.get(answer))
 
 
 def find_answer(text: str) -> Value | None:
-    """The number that a solution ends in; None where it holds none, or ends in what is not one number."""
+    """Return the number that a solution ends in; None if it holds none, or ends in something that is not one number."""
     _, marker, after = text.partition(_MARKER)
     places = [after.lstrip().partition("\n")[0]] if marker else []
     places += [_in_braces(text[text.rindex(_BOX) + len(_BOX) :])] if _BOX in text else []
@@ -123,7 +121,7 @@ def _expected(reference: Any) -> Fraction:
 
 
 def _written(value: Value) -> str:
-    """Equal numbers are written alike, for votes to be counted: 18, 18.5 and 1/3; those of very many digits as they are."""
+    """Write equal numbers alike, so that votes can be counted: 18, 18.5 and 1/3; numbers of very many digits as they are."""
     exact = Fraction(value)
     if max(exact.numerator.bit_length(), exact.denominator.bit_length()) > 1000:
         return f"{value:f}" if isinstance(value, Decimal) else "a fraction of many digits"
@@ -135,7 +133,7 @@ def _written(value: Value) -> str:
 
 
 def _in_braces(text: str) -> str:
-    """The text up to the brace that closes the one before it."""
+    """Return the text up to the brace that closes the opening one before it."""
     depth = 1
     for place, character in enumerate(text):
         depth += {"{": 1, "}": -1}.get(character, 0)
@@ -145,7 +143,7 @@ def _in_braces(text: str) -> str:
 
 
 def _read_terms(text: str) -> list[_Term]:
-    """The terms of a text, in order."""
+    """Return the terms of a text, in order."""
     for pattern, written in _COMPILED:
         text = pattern.sub(written, text)
     return [_term(found, text) for found in _TERM.finditer(text)]
@@ -175,8 +173,8 @@ def _value(found: re.Match[str]) -> Value | None:
 
 
 def _fraction(first: Decimal, rest: str) -> Fraction | None:
-    """1/2, or 1 1/2 with `first` the whole part; None for any other expression."""
-    # Python makes no number of more digits than some thousands.
+    """Parse 1/2, or 1 1/2 with `first` the whole part; None for any other expression."""
+    # Python refuses to parse numbers of several thousand digits.
     proper = _PROPER.fullmatch(rest) if len(rest) < 1000 else None
     if proper is None or first != int(first):
         return None

@@ -15,11 +15,11 @@ import math_verify  # pyright: ignore[reportMissingImports]
 
 COLUMNS = {"extracted": str}
 _SECONDS = 5
-"""Of the library's own limit for each of reading and comparing."""
+"""The library's own limit for parsing, and for comparing."""
 
 
 def verify(text: str, row: Mapping[str, Any], *, answer: str) -> dict[str, Any]:
-    """Whether the text's answer equals the reference. ValueError for a reference that holds no formula."""
+    """Return whether the text's answer equals the reference. Raises ValueError for a reference that holds no formula."""
     expected = _expected(row, answer)
     found = math_verify.parse(text, parsing_timeout=_SECONDS)
     if not found:
@@ -29,7 +29,7 @@ def verify(text: str, row: Mapping[str, Any], *, answer: str) -> dict[str, Any]:
 
 
 def check(row: Mapping[str, Any], *, answer: str) -> None:
-    """Raises ValueError where the reference holds no formula."""
+    """Raise ValueError if the reference holds no formula."""
     _expected(row, answer)
 
 

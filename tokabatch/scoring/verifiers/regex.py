@@ -24,7 +24,7 @@ def verify(
     which: str = "last",
     ignore_case: bool = False,
 ) -> dict[str, Any]:
-    """Whether the match is the reference. ValueError for a null reference and a pattern that is none."""
+    """Return whether the match is the reference. Raises ValueError for a null reference and for an invalid pattern."""
     expected = _expected(row, pattern, answer, which, ignore_case)
     found = list(_compiled(pattern, ignore_case).finditer(text))
     if not found:
@@ -43,7 +43,7 @@ def check(
     which: str = "last",
     ignore_case: bool = False,
 ) -> None:
-    """Raises ValueError where the reference is null, or the options are not as they have to be."""
+    """Raise ValueError if the reference is null, or the options are invalid."""
     _expected(row, pattern, answer, which, ignore_case)
 
 
