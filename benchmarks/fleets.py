@@ -35,7 +35,7 @@ from tokabatch.runner.ledger import Part, to_give, wants_more
 from tokabatch.runner.member_process import STANDING_SECONDS, unpacked
 from tokabatch.runner.messages import Ended, Finished, Given, Share, Wants
 from tokabatch.runner.replica import Standing
-from tokabatch.scheduling.completion_batch import CompletionBatch
+from tokabatch.scheduling.completion_batch import PackedCompletions
 from tokabatch.scheduling.contracts import NO_COUNTS, Completion, Requests, SamplingParams
 from tokabatch.scheduling.scheduler import SchedulerLimits
 
@@ -124,7 +124,7 @@ class SimulatedProcess:
             self._due = now + STANDING_SECONDS
             standing = replace(self._standing, running=len(self._run), waiting=len(self._waiting))
         if len(done) or standing is not None:
-            self._pending.append(Finished(CompletionBatch(self._completions(done)), standing))
+            self._pending.append(Finished(PackedCompletions.of(self._completions(done)), standing))
         return steps * seconds
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from tokabatch.scheduling.completion_batch import CompletionBatch
+from tokabatch.scheduling.completion_batch import CompletionBatch, PackedCompletions, PackedOnTheWay
 from tokabatch.scheduling.contracts import Completion, SampleCounts
 
 
@@ -41,7 +41,20 @@ def sample(index: int, tokens: int, alternatives: int | None = None, **values) -
     ],
 )
 def test_a_batch_arrives_as_it_was(completions):
-    arrived = pickle.loads(pickle.dumps(CompletionBatch(completions)))
+    packed = pickle.loads(pickle.dumps(PackedOnTheWay(completions)))
+    assert isinstance(packed, PackedCompletions)
+    assert packed.row_index.tolist() == [each.row_index for each in completions]
+    assert packed.sample_index.tolist() == [each.sample_index for each in completions]
+    assert packed.num_tokens.tolist() == [len(each.token_ids) for each in completions]
+    assert packed.stopped.tolist() == [each.finish_reason == "stop" for each in completions]
+    assert packed.failed.tolist() == [each.error_code is not None for each in completions]
+    twice = PackedCompletions.joined([packed, packed])
+    same(completions, packed)
+    same([*completions, *completions], twice)
+    same(completions, pickle.loads(pickle.dumps(CompletionBatch(completions))))
+
+
+def same(completions, arrived):
     assert len(arrived) == len(completions)
     for ours, theirs in zip(completions, arrived, strict=True):
         for field in fields(Completion):

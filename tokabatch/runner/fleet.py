@@ -30,7 +30,8 @@ from tokabatch.runner.messages import Cancel, Ended, Finished, Given, Lengths, M
 from tokabatch.runner.replica import ReplicaCounts, Standing
 from tokabatch.runner.row_stops import RowLimits
 from tokabatch.runner.supply import Supply
-from tokabatch.scheduling.contracts import Completion, Requests
+from tokabatch.scheduling.completion_batch import Completions, PackedCompletions
+from tokabatch.scheduling.contracts import Requests
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.scheduler import SchedulerLimits
 
@@ -90,8 +91,8 @@ class Fleet:
         self._fed = self._told = 0.0
         self._began = self._ended = 0.0
 
-    def run(self) -> Iterator[list[Completion]]:
-        """As `Replica.run`; yields the samples of several steps at once where they are many, an empty list where none are
+    def run(self) -> Iterator[Completions]:
+        """As `Replica.run`, packed; yields the samples of several steps at once where they are many, and none where none are
         finished."""
         # Nothing is loaded before there is something to compute.
         while not self._ledger.left and self._goes_on():
@@ -107,14 +108,14 @@ class Fleet:
                 self._supply.tick(self._ledger)
             # Not more than that: main may have been the one that was stopped.
             passed, looked = min(time.monotonic() - looked, TICK_SECONDS), time.monotonic()
-            completions, failure = list[Completion](), None
-            taken: list[tuple[int, list[Completion]]] = []
+            completions, failure = PackedCompletions.of(()), None
+            taken: list[tuple[int, PackedCompletions]] = []
             try:
                 try:
                     for member in self._live():
                         try:
-                            if member.pipe in ready:
-                                taken.append((member.number, self._take(member, member.receive())))
+                            if member.pipe in ready and len(finished := self._take(member, member.receive())):
+                                taken.append((member.number, finished))
                             elif (silent := member.wait(passed)) > self._hang_seconds:
                                 member.kill()
                                 raise ReplicaLost(f"the scheduler's process did not respond for {silent:.0f} s and was killed")
@@ -204,10 +205,10 @@ class Fleet:
             )
         return tuple(shares)
 
-    def stop(self) -> list[Completion]:
+    def stop(self) -> PackedCompletions:
         """Break the work off; returns what is finished and was not yielded. A process that is still loading, or does not end
         soon, is left to `close`."""
-        completions: list[Completion] = []
+        stopped = [PackedCompletions.of(())]
         self._ended = self._ended or time.monotonic()
         deadline = time.monotonic() + STOP_SECONDS
         waited = [member for member in self._live() if member.begun and member.ended is None]
@@ -221,14 +222,14 @@ class Fleet:
                     waited.remove(member)
                     continue
                 if isinstance(message, Finished):
-                    self._ledger.finish(member.number, message.completions)
-                    member.finished += len(message.completions)
-                    completions += message.completions
+                    finished = self._take(member, message)
+                    self._ledger.finish(member.number, finished)
+                    stopped.append(finished)
                 elif isinstance(message, Ended):
                     waited.remove(member)
                 elif isinstance(message, str):
                     self._say(member, message)
-        return completions
+        return PackedCompletions.joined(stopped)
 
     def close(self) -> None:
         """End the processes, and with them the workers."""
@@ -272,11 +273,12 @@ class Fleet:
     def _next_run(self, member: Member, sharing: int) -> Part | None:
         return self._ledger.next_run(member.number, sharing, whole=sharing == 1)
 
-    def _take(self, member: Member, message: Message | None) -> list[Completion]:
+    def _take(self, member: Member, message: Message | None) -> PackedCompletions:
         """Take in what a member says; returns the samples that it has finished, which are to be booked."""
         if isinstance(message, str):
             self._say(member, message)
         elif isinstance(message, Finished):
+            assert isinstance(message.completions, PackedCompletions), "they come so from another process"
             self._began = self._began or time.monotonic()
             member.finished += len(message.completions)
             if message.completions:
@@ -307,18 +309,17 @@ class Fleet:
                 raise message.error
             member.barren = self._max_restarts
             self._replace(member, message.error)
-        return []
+        return PackedCompletions.of(())
 
-    def _book(self, taken: Sequence[tuple[int, list[Completion]]]) -> list[Completion]:
+    def _book(self, taken: Sequence[tuple[int, PackedCompletions]]) -> PackedCompletions:
         """Record what the members of these numbers have finished; all of it together."""
-        completions = [completion for _, each in taken for completion in each]
-        if completions:
-            number = np.repeat(np.array([number for number, _ in taken], np.int64), [len(each) for _, each in taken])
-            self._ledger.finish(number, completions)
-            good = np.array([completion.error_code is None for completion in completions], np.bool_)
-            length = np.array([len(completion.token_ids) for completion in completions], np.int32)
-            stopped = np.array([completion.finish_reason == "stop" for completion in completions], np.bool_)
-            self._lengths.append((number[good], length[good], stopped[good]))
+        if not taken:
+            return PackedCompletions.of(())
+        completions = PackedCompletions.joined([each for _, each in taken])
+        number = np.repeat(np.array([number for number, _ in taken], np.int64), [len(each) for _, each in taken])
+        self._ledger.finish(number, completions)
+        good = ~completions.failed
+        self._lengths.append((number[good], completions.num_tokens[good], completions.stopped[good]))
         return completions
 
     def _feed(self) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 
 from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.errors import EngineError
-from tokabatch.scheduling.contracts import Completion, Requests
+from tokabatch.scheduling.completion_batch import Completions, sample_keys
+from tokabatch.scheduling.contracts import Requests
 
 FREE, DONE, WITHHELD, NOT_BEGUN, CANCELLED = -1, -2, -3, -4, -5
 """Of samples that no member holds: to be given to one, finished, not offered, not to be given to one yet, and not wanted."""
@@ -182,13 +183,14 @@ class Ledger:
         """Record that a member holds this part from now on, whichever member held it before."""
         self._set(part, member)
 
-    def finish(self, member: int | Int64, completions: Sequence[Completion]) -> None:
+    def finish(self, member: int | Int64, completions: Completions) -> None:
         """A member has finished these samples, or the member of each; those that were cancelled meanwhile do not count. Raises
         EngineError for one that it does not hold."""
-        if not completions:
+        if not len(completions):
             return
-        prompts = self.prompts(np.array([completion.row_index for completion in completions], np.int64))
-        places = self._offset[prompts] + np.array([completion.sample_index for completion in completions], np.int64)
+        rows, samples = sample_keys(completions)
+        prompts = self.prompts(rows)
+        places = self._offset[prompts] + samples
         holders = np.broadcast_to(np.int64(member), len(places))
         wanted = self._holder[places] != CANCELLED
         if not wanted.all():

@@ -38,7 +38,7 @@ from tokabatch.runner.messages import (
     Withdraw,
 )
 from tokabatch.runner.replica import Replica, Standing
-from tokabatch.scheduling.completion_batch import CompletionBatch
+from tokabatch.scheduling.completion_batch import PackedOnTheWay
 from tokabatch.scheduling.contracts import Completion, Requests
 
 MAX_UNSENT = 64
@@ -206,10 +206,10 @@ class _Loop:
     def _send(self, standing: Standing | None) -> None:
         """Send what is finished, and the standing with the last of it."""
         while len(self._finished) > SAMPLES_SENT:
-            self._outbox.put(Finished(CompletionBatch(self._finished[:SAMPLES_SENT]), None))
+            self._outbox.put(Finished(PackedOnTheWay(self._finished[:SAMPLES_SENT]), None))
             self._finished = self._finished[SAMPLES_SENT:]
         if self._finished or standing is not None:
-            self._outbox.put(Finished(CompletionBatch(self._finished), standing))
+            self._outbox.put(Finished(PackedOnTheWay(self._finished), standing))
         self._finished = []
 
     def _want(self) -> None:

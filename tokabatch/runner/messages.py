@@ -9,7 +9,7 @@ from tokabatch.errors import TokabatchError
 from tokabatch.forecast.step_log import Steps
 from tokabatch.runner.ledger import Part
 from tokabatch.runner.replica import Standing
-from tokabatch.scheduling.contracts import Completion
+from tokabatch.scheduling.completion_batch import Completions
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,8 @@ class Lengths:
 class Finished:
     """From a member: samples that are finished, and where the work stands if that is due."""
 
-    completions: list[Completion]
+    completions: Completions
+    """Packed where they have come to main."""
     standing: Standing | None
 
 

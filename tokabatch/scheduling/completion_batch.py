@@ -1,19 +1,22 @@
 """Finished samples on their way to another process, as columns.
 
-A step may finish thousands. Pickled one by one, each takes either process some 20 us, during which the device may wait.
+A step may finish thousands. Pickled one by one, each takes either process some 20 us, during which the device may wait. The
+process that they come to looks at a few columns, and hands the rest on as bytes: no object is made there of each sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import repeat
+from itertools import chain, repeat
 from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.scheduling.contracts import Completion, SampleCounts
 
 _FIELDS = tuple(field.name for field in fields(Completion))
@@ -21,23 +24,99 @@ _COUNTS = tuple(field.name for field in fields(SampleCounts))
 _ARRAYS = frozenset(("token_ids", "logprobs", "top_ids", "top_logprobs"))
 
 
+@dataclass(frozen=True, slots=True)
+class PackedCompletions:
+    """N finished samples as they come from another process: what is looked at without unpacking them, arrays of N, and all of
+    them in bytes. Iterating unpacks them."""
+
+    row_index: Int64
+    sample_index: Int32
+    num_tokens: Int32
+    stopped: Bool
+    """By a stop token or stop string; False where the length limit or an error ended them."""
+    failed: Bool
+    contents: tuple[bytes, ...]
+    """In the order of the arrays."""
+
+    @classmethod
+    def of(cls, completions: Sequence[Completion]) -> PackedCompletions:
+        """The same samples, packed."""
+        return cls(
+            np.array([completion.row_index for completion in completions], np.int64),
+            np.array([completion.sample_index for completion in completions], np.int32),
+            np.array([len(completion.token_ids) for completion in completions], np.int32),
+            np.array([completion.finish_reason == "stop" for completion in completions], np.bool_),
+            np.array([completion.error_code is not None for completion in completions], np.bool_),
+            (pickle.dumps(_columns(completions), pickle.HIGHEST_PROTOCOL),) if completions else (),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[PackedCompletions]) -> PackedCompletions:
+        """All samples of at least one part, in turn."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([part.row_index for part in parts]),
+            np.concatenate([part.sample_index for part in parts]),
+            np.concatenate([part.num_tokens for part in parts]),
+            np.concatenate([part.stopped for part in parts]),
+            np.concatenate([part.failed for part in parts]),
+            tuple(chain.from_iterable(part.contents for part in parts)),
+        )
+
+    def __len__(self) -> int:
+        return len(self.row_index)
+
+    def __iter__(self) -> Iterator[Completion]:
+        """Samples of the same bytes share memory."""
+        return chain.from_iterable(_completions(*pickle.loads(content)) for content in self.contents)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(len, self.contents))
+
+
 class CompletionBatch(list[Completion]):
     """A list that is pickled as columns. Where it arrives, samples of a batch share memory."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        columns: list[Any] = []
-        for name in _FIELDS:
-            column = [getattr(completion, name) for completion in self]
-            if name in _ARRAYS:
-                columns.append(_Joined.of(column))
-            elif name == "counts":
-                columns.append([[getattr(counts, each) for counts in column] for each in _COUNTS])
-            else:
-                columns.append(column if any(value is not None for value in column) else None)
-        return _batch, tuple(columns)
+        return _batch, tuple(_columns(self))
 
 
-def _batch(*columns: Any) -> CompletionBatch:
+class PackedOnTheWay(CompletionBatch):
+    """A list that arrives in another process as `PackedCompletions`: packed where, and when, it is pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        packed = PackedCompletions.of(self)
+        return PackedCompletions, tuple(getattr(packed, field.name) for field in fields(packed))
+
+
+Completions = Sequence[Completion] | PackedCompletions
+"""Finished samples, of this process or another."""
+
+
+def sample_keys(completions: Completions) -> tuple[Int64, Int32]:
+    """The row and the number of each sample, shape [N] each."""
+    if isinstance(completions, PackedCompletions):
+        return completions.row_index, completions.sample_index
+    rows = np.array([completion.row_index for completion in completions], np.int64)
+    return rows, np.array([completion.sample_index for completion in completions], np.int32)
+
+
+def _columns(completions: Sequence[Completion]) -> list[Any]:
+    columns: list[Any] = []
+    for name in _FIELDS:
+        column = [getattr(completion, name) for completion in completions]
+        if name in _ARRAYS:
+            columns.append(_Joined.of(column))
+        elif name == "counts":
+            columns.append([[getattr(counts, each) for counts in column] for each in _COUNTS])
+        else:
+            columns.append(column if any(value is not None for value in column) else None)
+    return columns
+
+
+def _completions(*columns: Any) -> Iterator[Completion]:
     values: list[Iterable[Any]] = []
     for name, column in zip(_FIELDS, columns, strict=True):
         if column is None:
@@ -46,7 +125,11 @@ def _batch(*columns: Any) -> CompletionBatch:
             values.append(column.split())
         else:
             values.append(map(SampleCounts, *column) if name == "counts" else column)
-    return CompletionBatch(map(Completion, *values))
+    return map(Completion, *values)
+
+
+def _batch(*columns: Any) -> CompletionBatch:
+    return CompletionBatch(_completions(*columns))
 
 
 @dataclass(frozen=True, slots=True)
