@@ -1,7 +1,7 @@
 """The job file: strict schema, defaults, overrides; whatever is wrong is refused with file, line, key and remedy.
 
 Inside: `scalars` (what a word means), `document` (YAML with lines), `fields` (kinds of value), then `keys`, `refusals`, `load`,
-`generation`, and `schema` on top.
+`generation` and `verify`, and `schema` on top.
 """
 
 from tokabatch.job.generation import GenerationConfig, Setting
@@ -16,10 +16,8 @@ from tokabatch.job.schema import (
     ModelConfig,
     OutputConfig,
     PromptConfig,
-    VerifyConfig,
-    verifier_names,
-    verifier_path,
 )
+from tokabatch.job.verify import VerifyConfig, verifier_names, verifier_path
 
 __all__ = [
     "EngineConfig",
