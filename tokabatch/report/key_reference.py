@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from textwrap import fill
+from typing import Any
 
 from tokabatch.job import Key, KeySection
 
-_WIDTH = 110
+_WIDTH, _PAGE_WIDTH = 110, 100
+_UNBROKEN: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 _TOP = "Outside of any section"
 
 
@@ -17,8 +19,8 @@ def plain(sections: Sequence[KeySection]) -> str:
 
 
 def markdown(sections: Sequence[KeySection]) -> str:
-    """A heading and a table for each section. An example is the line in the section of that name."""
-    return "\n\n".join(_table(each) for each in sections)
+    """A heading and a list for each section, in short lines. An example is the line in the section of that name."""
+    return "\n\n".join(map(_list, sections))
 
 
 def _paragraph(section: KeySection) -> str:
@@ -33,30 +35,21 @@ def _entry(key: Key) -> str:
     )
 
 
-def _table(section: KeySection) -> str:
-    head = (
-        f"### `{section.name}`" if section.name else f"### {_TOP}",
-        "",
-        section.description,
-        "",
-        "| key | | accepts | default | example |",
-        "|---|---|---|---|---|",
-    )
-    rows = (
-        f"| `{_leaf(key)}` | {_cell(key.description)} | {_cell(key.accepts)} | "
-        f"{'required' if key.default is None else _code(key.default)} | {_code(f'{_leaf(key)}: {key.example}')} |"
-        for key in section.keys
-    )
-    return "\n".join((*head, *rows))
+def _list(section: KeySection) -> str:
+    head = f"### `{section.name}`" if section.name else f"### {_TOP}"
+    return "\n\n".join((head, fill(section.description, _PAGE_WIDTH, **_UNBROKEN), "\n".join(map(_item, section.keys))))
+
+
+def _item(key: Key) -> str:
+    default = "required" if key.default is None else f"default {_code(key.default)}"
+    lines = (f"- `{_leaf(key)}`: {key.description}", f"  Accepts {key.accepts}; {default}.")
+    wrapped = (fill(line, _PAGE_WIDTH, subsequent_indent="  ", **_UNBROKEN) for line in lines)
+    return "\n".join((*wrapped, f"  Example: {_code(f'{_leaf(key)}: {key.example}')}"))
 
 
 def _leaf(key: Key) -> str:
     return key.name.rpartition(".")[2]
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
 def _code(text: str) -> str:
-    return f"`{_cell(text)}`"
+    return f"`{text}`"
