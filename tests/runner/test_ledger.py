@@ -161,3 +161,19 @@ def test_what_may_begin_is_looked_for_where_it_lies(monkeypatch: pytest.MonkeyPa
     ledger.begin(last, 4)
     scanned.clear()
     assert len(ledger.next_run(0, 1, whole=True) or ()) == 2 and sum(scanned) < 200
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_stretches_hold_each_sample_once_and_none_is_empty(data):
+    """However many of them one prompt's samples are cut into."""
+    count, n = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 20))
+    prompts = [data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=6)) for _ in range(count)]
+    requests = token_device.make_requests(prompts, [SamplingParams(n=n, max_tokens=40)])
+    ledger = Ledger(requests)
+    found: list[tuple[int, int]] = []
+    for part in ledger.stretches(data.draw(st.integers(1, 300))):
+        row, sample = ledger.samples(part)
+        assert len(row)
+        found += zip(row.tolist(), sample.tolist(), strict=True)
+    assert sorted(found) == sorted(keys(requests))

@@ -291,7 +291,8 @@ class Ledger:
         while place < len(free.prompts):
             # As much as a cut looks at.
             end = min(len(free.prompts), int(np.searchsorted(costs, costs[place] + 2 * each)) + 1)
-            near = Part(free.prompts[place:end], first[place:end], free.stop[place:end])
+            # What is cut off keeps its own numbers: those of the rest change below.
+            near = Part(free.prompts[place:end], first[place:end].copy(), free.stop[place:end])
             front = self._cut(near, self._costs(near), each, 1.5 * each)
             cut.append(front)
             place += len(front.prompts)
