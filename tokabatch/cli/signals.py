@@ -17,8 +17,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 @contextmanager
 def stop_on_signals(doing: str = "committing what is finished") -> Generator[Interruption, None, None]:
-    """Yields what Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask to stop through. The first only asks; a second Ctrl-C ends the
-    process. `doing` is what happens then."""
+    """Yield the interruption through which Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 request a stop. The first signal only requests
+    it; a second Ctrl-C ends the process. `doing` describes what happens in between."""
     stop, before = Interruption(), {number: signal.getsignal(number) for number in _SIGNALS}
     seen: list[int] = []
 
@@ -47,7 +47,7 @@ def stop_on_signals(doing: str = "committing what is finished") -> Generator[Int
 
 @contextmanager
 def stop_after(seconds: float | None) -> Generator[None]:
-    """Ask for a stop once so many seconds are over, by a signal: one breaks into what waits."""
+    """Request a stop after this many seconds, by a signal, which interrupts a wait."""
     if seconds is None:
         yield
         return

@@ -26,7 +26,7 @@ def is_batch_line(line: Mapping[str, Any]) -> bool:
 
 
 def read_line(line: Mapping[str, Any]) -> BatchLine:
-    """What a line asks for, or why it cannot be answered in a batch."""
+    """Return the request on a line, or why it cannot be answered in a batch."""
     custom_id, url = (value if isinstance(value := line.get(name), str) and value else None for name in ("custom_id", "url"))
     request = ApiError("custom_id must be text that is not empty", "custom_id", "invalid_value")
     if custom_id is not None:

@@ -45,7 +45,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "mm_processor_kwargs": ({},),
     "media_io_kwargs": ({},),
 }
-"""Fields that are not honoured, with the values that ask for what happens anyway; null is one for every field."""
+"""Fields that are not honoured, with the values that request what happens anyway; null is one for every field."""
 _REFUSED = frozenset(
     (
         *("reasoning_effort", "verbosity", "audio", "prediction", "web_search_options", "chat_template", "prompt_logprobs"),
@@ -71,8 +71,8 @@ _OF_COMPLETIONS = frozenset(("prompt",))
 
 
 def refuse_field(name: str, value: Any, chat: bool) -> ApiError | None:
-    """Why a field, which is not null, cannot be in a request of this kind: it is not known, or would change the answer and
-    cannot be honoured. None for one that is read, is neutral or changes nothing."""
+    """Return why a field that is not null cannot be in a request of this kind: it is unknown, or it would change the answer and
+    cannot be honoured. None for a field that is read, has a neutral value or changes nothing."""
     known = _COMMON | (_OF_CHAT if chat else _OF_COMPLETIONS)
     if name in known or name in _NO_EFFECT:
         return None

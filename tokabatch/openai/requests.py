@@ -31,8 +31,8 @@ Prompt = str | tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What one request asks for. Of a chat request `messages` is not None and `prompts` is empty; a completions request has at
-    least one prompt, each text or token ids, and its answer has `settings["n"]` choices for each."""
+    """The content of one request. A chat request has `messages` and no `prompts`; a completions request has at least one
+    prompt, each text or token ids, and its answer has `settings["n"]` choices for each."""
 
     url: Url
     model: str | None
@@ -214,7 +214,7 @@ def _settings(
         raise _Fault(unsupported("best_of", "is not supported where it differs from n; leave it out"))
     none_drawn = type(max_tokens) is int and max_tokens == least_tokens == 0
     checked = {name: value for name, value in settings.items() if not (none_drawn and name == "max_tokens")}
-    # What the job says of the other of the two is not known here.
+    # The job's value for the other of the two is not known here.
     if "min_tokens" in checked and "max_tokens" not in checked and type(checked["min_tokens"]) is int:
         checked["max_tokens"] = max(1, checked["min_tokens"])
     try:

@@ -11,7 +11,7 @@ from tokabatch.openai.requests import CHAT, Request
 from tokabatch.scheduling.contracts import Completion
 
 LEAST_LOGPROB = -9999.0
-"""What stands for the logarithm of a probability of 0, for which JSON has no number."""
+"""In place of the logarithm of a probability of 0, for which JSON has no number."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 Spell = Callable[[int], str]
@@ -19,7 +19,7 @@ Spell = Callable[[int], str]
 
 
 class Reported(Protocol):
-    """What comes with each of a sample's T tokens where it is asked for: shapes [T], [T, K] and [T, K]."""
+    """What is reported for each of a sample's T tokens, if requested: shapes [T], [T, K] and [T, K]."""
 
     @property
     def logprobs(self) -> Float32 | None: ...
@@ -62,8 +62,8 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One finished sample. `tokens` are all that were drawn, those of the stop included; its `logprobs` and `top` are empty
-    where none were asked for."""
+    """One finished sample. `tokens` are all that were sampled, including those of the stop; `logprobs` and `top` are empty if
+    none were requested."""
 
     text: str
     tokens: Tokens
@@ -77,7 +77,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt that the answer begins with; `tokens.logprobs` is empty where none were asked for."""
+    """A prompt that the answer begins with; `tokens.logprobs` is empty if none were requested."""
 
     text: str
     tokens: Tokens
@@ -95,7 +95,8 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What identifies a response. `number` makes its id, `created` is in seconds since 1970; `model` is who answered."""
+    """The identity of a response. `number` makes its id, `created` is in seconds since 1970; `model` is the name in the
+    answer."""
 
     number: str
     created: int
@@ -146,7 +147,7 @@ def chat_logprobs(tokens: Tokens, spell: Spell) -> dict[str, Any]:
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
         text = spell(token)
-        # A part of a character has bytes that its text does not tell.
+        # A token that is part of a character has bytes that its text does not show.
         return {"token": text, "logprob": _json(logprob), "bytes": None if REPLACEMENT in text else list(text.encode())}
 
     tops = tokens.top or [()] * len(tokens.ids)
@@ -158,9 +159,9 @@ def chat_logprobs(tokens: Tokens, spell: Spell) -> dict[str, Any]:
 
 
 def text_logprobs(tokens: Tokens, spell: Spell, offset: int = 0) -> dict[str, Any]:
-    """The object `logprobs` of a completions choice. Where alternatives are asked for, those of a token have the token itself
-    among them, and a prompt's first token has null; two tokens of one text are one entry, the more likely one's. `offset` is
-    where the first token begins in the choice's text."""
+    """Return the object `logprobs` of a completions choice. If alternatives are requested, those of a token include the token
+    itself, and a prompt's first token has null; two tokens of one text are one entry, with the more likely one's value.
+    `offset` is where the first token begins in the choice's text."""
     texts, offsets = [spell(token) for token in tokens.ids], list[int]()
     for text in texts:
         offsets.append(offset)
@@ -181,7 +182,8 @@ def text_logprobs(tokens: Tokens, spell: Spell, offset: int = 0) -> dict[str, An
 
 
 def chunks(request: Request, response: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A whole response as the parts of a stream: of each choice its text, then its end; then the usage, where asked for."""
+    """Split a whole response into the parts of a stream: for each choice its text, then its end; then the usage, if
+    requested."""
     chat = request.url == CHAT
     head = {name: value for name, value in response.items() if name not in ("choices", "usage")}
     if chat:

@@ -1,1 +1,1 @@
-"""What a person sees of a run: progress while it goes on, a summary after it, the plan before it. Computes no results."""
+"""What users see of a run: the plan before it, progress during it, a summary after it. Computes no results."""

@@ -71,7 +71,8 @@ def _row(error: ErrorRow) -> str:
 
 
 def next_steps(out: Path, summary: RunSummary) -> str:
-    """Commands to go on with, as text that is not wrapped: each is in one line, however narrow the terminal, to be pasted."""
+    """Return commands to continue with, as text that is not wrapped: each is on one line, however narrow the terminal, to be
+    pasted."""
     folder = shlex.quote(str(out))
     rows: list[tuple[str, str]] = []
     if summary.pending and summary.exit_code == 0:

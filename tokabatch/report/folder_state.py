@@ -20,7 +20,7 @@ def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] 
 
 
 def share_sections(shares: Mapping[str, Any]) -> tuple[Section, ...]:
-    """Who computes what of a run that several processes share: its units, and a line for each process at work."""
+    """Describe which process computes what of a shared run: its units, and a line for each active process."""
     rows = [("units", f"{count_text(shares['units'])}, {count_text(shares['complete'])} of them complete")]
     for task in shares["tasks"]:
         units = ", ".join(map(str, task["units"])) or "none yet"

@@ -24,7 +24,7 @@ _POINTS = 400
 _CHARACTERS, _FOLDED = 4000, 700
 """Shown of a text at most, and of a prompt before it is folded."""
 _SHORT = ("Prompt tokens", "Predicted and actual")
-"""Figures of half the height of the others: two of them stand above each other beside a third one."""
+"""Figures of half the height of the others: two of them are stacked beside a third one."""
 _CSS = """
 :root{color-scheme:light dark;--page:#fff;--ink:#1f2328;--soft:#57606a;--line:#d0d7de;--bad:#b42318;--good:#1a7f37}
 @media(prefers-color-scheme:dark){:root{--page:#0d1117;--ink:#e6edf3;--soft:#9198a1;--line:#30363d;--bad:#ff7b72;--good:#56d364}}
@@ -84,7 +84,7 @@ class RunRecord:
     error_rows: ErrorRows | None = None
     samples_shown: Mapping[Kind, Sequence[Excerpt]] = field(default_factory=dict[Kind, Sequence[Excerpt]])
     prompts: Mapping[int, str] = field(default_factory=dict[int, str])
-    """Of the rows of the samples shown, by row number, where they are known."""
+    """The rows of the samples shown, by row number, as far as they are known."""
     per_token: PerToken | None = None
     """Where the job scores given texts."""
 

@@ -14,7 +14,7 @@ _FOLDED_TOKEN_IDS = 12
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What is known of a model before its weights load. `family` is the Hugging Face model_type."""
+    """A model as known before its weights load. `family` is the Hugging Face model_type."""
 
     path: str
     family: str
@@ -77,7 +77,7 @@ class PlanReport:
     settings: tuple[Setting, ...]
     host: HostFacts
     least_seconds: tuple[float, str] | None = None
-    """Of the samples to compute, each with max_tokens tokens, and on what device, by which cost model; None for a device whose
+    """For the samples to compute, each with max_tokens tokens, with the device and the cost model; None for a device whose
     rates are not known."""
     error_counts: tuple[tuple[str, int], ...] = ()
     notes: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ class PlanReport:
 
     @property
     def shared_tokens(self) -> int:
-        """Prompt tokens that stand in another prompt's prefix already."""
+        """Prompt tokens that are part of another prompt's prefix."""
         return self.prompt_tokens - self.unique_tokens
 
 

@@ -32,7 +32,7 @@ _WINDOW_SECONDS = 10.0
 _TRUSTED_SECONDS = 5.0
 """Of sampling, before the time left is estimated: at first prompts take most of a step."""
 _LATEST_SECONDS = 1.0
-"""How old the state may be that stands in the last line of a run that ends in an error."""
+"""The maximum age of the state in the last line of a run that ends in an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class NullProgress:
 
 
 class ExpendableProgress:
-    """Passes on to a display until that raises, and to nothing from then on: the run goes on without it. What it raised goes to
+    """Forwards to a display until that raises, and to nothing from then on: the run continues without it. The exception goes to
     the log of this module."""
 
     def __init__(self, display: Progress) -> None:
@@ -137,7 +137,7 @@ class ExpendableProgress:
 
 
 class MessagesOnly(NullProgress):
-    """Shows what a person should know, and no progress."""
+    """Shows messages for people, and no progress."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -38,13 +38,13 @@ from tokabatch.scheduling.scheduler import SchedulerLimits
 TICK_SECONDS = 0.2
 """How often the caller of `run` gets its turn while no sample is finished."""
 FEED_SECONDS = 0.1
-"""How often a member that wants more is looked after, beside when something comes free."""
+"""How often, in seconds, work is offered to a member that requested more, besides when something becomes free."""
 TELL_SECONDS = 1.0
-"""How often members are told of the lengths that others saw."""
+"""How often, in seconds, members receive the lengths that others observed."""
 MESSAGE_SECONDS = 2e-4
 """Main's time for a message, by which members keep finished samples back so that it can read those of all."""
 MOST_TOLD = 1 << 16
-"""Lengths told at a time, to all members together: in a large fleet each learns enough from some."""
+"""Lengths sent at a time, to all members together: in a large fleet each learns enough from some of them."""
 
 
 class Fleet:
@@ -85,7 +85,7 @@ class Fleet:
         seconds = MESSAGE_SECONDS * len(self._members)
         self._pace = Pace(None if standing is None else max(standing, seconds), seconds)
         self._lengths: list[tuple[Int64, Int32, Bool]] = []
-        """Of samples since members were told last: whose each is, how long it was, and whether it stopped by itself."""
+        """Samples since the last message to members: the member of each, its length, and whether it stopped by itself."""
         self._gathering: dict[int, int] = {}
         """By prompt: the member that gets all its samples."""
         self._fed = self._told = 0.0
@@ -323,7 +323,7 @@ class Fleet:
         return completions
 
     def _feed(self) -> None:
-        """Give those that want more of what is free, or ask the fullest of the others for some."""
+        """Give free work to the members that requested more, or request some from the fullest of the others."""
         now, live = time.monotonic(), self._live()
         if now - self._told > TELL_SECONDS:
             self._told = now
@@ -356,7 +356,7 @@ class Fleet:
             giver.send(Share(own))
 
     def _tell_lengths(self, live: Sequence[Member]) -> None:
-        """Tell each member of lengths that others saw since the last time."""
+        """Send each member the lengths that others observed since the last time."""
         news, self._lengths = self._lengths, []
         if not news or len(live) == 1:
             return

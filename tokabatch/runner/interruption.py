@@ -1,6 +1,6 @@
-"""A request to stop a run, made by a signal handler or another thread and honoured by the run where it can be.
+"""A request to stop a run, made by a signal handler or another thread and honoured by the run at a safe point.
 
-The run asks between steps. Where it waits or loads and has nothing to lose, it lets the request break in `at_once`.
+The run checks for it between steps. While it waits or loads and has nothing to lose, the request may interrupt it in `at_once`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tokabatch.errors import EXIT_INTERRUPTED, Stopped
 
 
 class Interruption:
-    """`asked`, where given, is a further source of requests: it is called whenever the run asks."""
+    """`asked`, if given, is a further source of requests, called at every check."""
 
     def __init__(self, asked: Callable[[], bool] | None = None) -> None:
         self._asked = asked
@@ -34,8 +34,8 @@ class Interruption:
         return self._breaks_into is not None
 
     def request(self, exit_code: int) -> None:
-        """Ask for the stop; only the first request counts. Raises Stopped where the calling thread is in `at_once`, as the main
-        thread may be when this is called from a signal handler."""
+        """Request the stop; only the first request counts. Raises Stopped if the calling thread is in `at_once`, as the main
+        thread may be when a signal handler calls this."""
         if self._exit_code:
             return
         self._exit_code = exit_code
@@ -43,7 +43,7 @@ class Interruption:
             self._raise()
 
     def check(self) -> None:
-        """Raises Stopped where a stop was asked for."""
+        """Raise Stopped if a stop was requested."""
         if self.poll():
             self._raise()
 

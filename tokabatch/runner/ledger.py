@@ -22,7 +22,7 @@ from tokabatch.scheduling.completion_batch import Completions, sample_keys
 from tokabatch.scheduling.contracts import Requests
 
 FREE, DONE, WITHHELD, NOT_BEGUN, CANCELLED = -1, -2, -3, -4, -5
-"""Of samples that no member holds: to be given to one, finished, not offered, not to be given to one yet, and not wanted."""
+"""States of samples that no member holds: free, finished, not offered, not yet allowed, and cancelled."""
 NOT_LEFT = (DONE, WITHHELD, CANCELLED)
 """What does not count as left."""
 SMALLEST = 64
@@ -30,11 +30,11 @@ SMALLEST = 64
 SPLIT_WORTH = 8
 """A prompt's samples are divided between runs where, on both sides, they may cost so many times what their prompt does."""
 LEAST_WAITING, REFILL = 16, 1 / 4
-"""A member wants more work where fewer samples wait than this, or than this share of those that run."""
+"""A member requests more work when fewer samples wait than this, or than this share of those that run."""
 
 
 def wants_more(waiting: int, running: int) -> bool:
-    """Whether a member with so many samples asks for more."""
+    """Return whether a member with these numbers of samples requests more."""
     return waiting < max(LEAST_WAITING, REFILL * running)
 
 
@@ -73,7 +73,7 @@ class Ledger:
     to be had before it is offered, and none counts as left."""
 
     def __init__(self, requests: Requests, begun: Int64 | None = None, *, withheld: bool = False) -> None:
-        """Of each row so many samples may be `begun`, shape [rows]; None is all of them."""
+        """How many samples of each row may be `begun`, shape [rows]; None is all of them."""
         self.plan = replace(requests, drawn=None)
         wanted = self.plan.num_samples()
         self._offset: Int64 = np.concatenate((np.zeros(1, np.int64), np.cumsum(wanted)))
@@ -217,7 +217,7 @@ class Ledger:
         self._change(places[self._holder[places] == NOT_BEGUN], FREE)
 
     def cancel(self, row: int, first: int) -> list[int]:
-        """The samples of a row from number `first` on are not wanted any more; the members that hold some of them."""
+        """Cancel the samples of a row from number `first` on; return the members that hold some of them."""
         prompt = int(self.prompts([row])[0])
         places = np.arange(self._offset[prompt] + first, self._offset[prompt + 1])
         places = places[(self._holder[places] != DONE) & (self._holder[places] != CANCELLED)]

@@ -54,7 +54,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """From a member: samples that are finished, and where the work stands if that is due."""
+    """From a member: finished samples, and its progress if that is due."""
 
     completions: Completions
     """Packed where they have come to main."""

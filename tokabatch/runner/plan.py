@@ -1,4 +1,4 @@
-"""What is known of a job before it runs: everything that can be checked without weights, counts, and the run simulated."""
+"""A job before it runs: everything that can be checked without weights, counts, and a simulated run."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ tokens and columns in a tokenised input."""
 
 
 def plan(job: Job | Mapping[str, Any] | str | Path, on_rows: Callable[[int, int], None] | None = None) -> PlanReport:
-    """Check everything that can be checked without weights, and count. Writes nothing that stays. Raises UsageError. `job` may
-    also be what `Job.load` takes. `on_rows` is told the rows and error rows read so far."""
+    """Check everything that can be checked without weights, and count. Leaves nothing behind on disk. `job` may also be
+    anything that `Job.load` takes. `on_rows` is called with the numbers of rows and error rows read so far. Raises
+    UsageError."""
     job = job if isinstance(job, Job) else Job.load(job)
     profile = read_profile(job)
     with _planned(job, profile, on_rows) as (previewed, sizes):
@@ -192,5 +193,5 @@ def _least_seconds(
 ) -> tuple[float, str] | None:
     try:
         return least_seconds(workload, sizes.max_running, device, profile) if len(workload.requests) else None
-    except UsageError:  # The rates of this machine's GPU are not known; the job runs all the same.
+    except UsageError:  # The rates of this machine's GPU are not known; the job can run all the same.
         return None

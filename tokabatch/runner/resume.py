@@ -1,7 +1,7 @@
-"""What a run finds in its output folder, and how it goes on from there.
+"""What a start finds in its output folder, and how it continues from there.
 
-The folder's run is continued, at the granularity of single samples: the keys that its shards hold are done, the rest is to
-do. Nothing of an earlier run changes before the job is known to be the same (or the user said to start over).
+The folder's run is continued sample by sample: those in its shards are done, the rest is left to do. Nothing of an earlier run
+changes before the job is known to be the same (or the user chose to start over).
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class Reuse:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """`workload` is the whole job, `committed` what is done of it, `left` what is left to do. Where rows stop, `stops` knows of
-    what is committed, and `cancelled` are the samples that this cancels and that are not committed as such."""
+    """`workload` is the whole job, `committed` what is done of it, `left` what is left to do. If rows stop early, `stops`
+    includes what is committed, and `cancelled` are the samples that it cancels and that are not committed as cancelled."""
 
     workload: Workload
     committed: Committed
@@ -117,8 +117,8 @@ def start(
     tell: Callable[[str], None],
     reading: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Start:
-    """Prepare the job and take up its output folder, whose manifest then says what the run is. Raises UsageError; `tell` is
-    given a sentence for the user where the folder holds results; `reading` is entered while the folder is as it was."""
+    """Prepare the job and claim its output folder, whose manifest then describes the run. Raises UsageError; `tell` receives a
+    sentence for the user if the folder holds results; `reading` is entered while the folder is unchanged."""
     folder = claim.folder
     earlier = None if reuse.overwrite else find_run(folder, retry_errors=reuse.retry_errors)
     clock = earlier.manifest.started if earlier else datetime.now().astimezone().isoformat(timespec="seconds")
@@ -164,7 +164,7 @@ def _continue(
     tell: Callable[[str], None],
     on_rows: OnRows,
 ) -> Start:
-    """The earlier run. Its good files stay; those that are damaged are computed again where that was asked for."""
+    """Take over the earlier run. Its good files stay; damaged ones are computed again if that was requested."""
     folder = claim.folder
     refuse_faults(folder, earlier.manifest, found, repair=reuse.repair)
     refuse_other_verdicts(folder, earlier.manifest, found)
@@ -227,7 +227,7 @@ def _write_start(
     only one that there is."""
     _record(claim, manifest, good)
     claim.reopen(keep_summary=keep_summary)
-    # Once its error samples are out, a repaired row is known by these alone.
+    # Once its error samples are removed, a repaired row is identified by these alone.
     claim.write(claim.folder.row_digests, workload.store.digests.to_parquet())
     write_manifest(claim, manifest, job.given())
 
@@ -235,14 +235,14 @@ def _write_start(
 def _record(
     claim: Claim, manifest: Manifest, good: Collection[tuple[Shard, ListedFile]], damaged: Collection[Shard] = ()
 ) -> None:
-    """Begin the record of commits, in which the `good` shards stand, and the `damaged` ones as about to be removed."""
+    """Begin the record of commits, with the `good` shards as present and the `damaged` ones as about to be removed."""
     shards = [(shard, file.mark) for shard, file in good]
     claim.begin(manifest.run, manifest.marks, shards, repair_command(claim.folder, manifest), damaged)
 
 
 def preview(job: Job, scratch: Path, on_rows: OnRows | None = None, *, absent_gpu: bool = False) -> Start:
-    """The same for a plan: reads what is there, changes nothing, needs no weights. Raises the same refusals, but for those of
-    the device where the plan is for a GPU that is not here."""
+    """Do the same for a plan: read what is there, change nothing, need no weights. Raises the same refusals, except for those
+    of the device if the plan is for a GPU that is not in this machine."""
     folder = OutputFolder(Path(job.output.path))
     earlier = find_run(folder)
     compare, clock = (earlier.compare, earlier.manifest.started) if earlier else (None, "")
@@ -287,8 +287,7 @@ def _versions() -> Versions:
 
 
 def describe_run(job: Job, workload: Workload, started: str, earlier: Manifest | None = None, recorded: str = "") -> Manifest:
-    """What the folder shall say of this start; where it goes on with an `earlier` one, `recorded` is the run by its record of
-    commits."""
+    """Return the manifest of this start; if it continues an `earlier` run, `recorded` is the run in the record of commits."""
     manifest = Manifest(
         started=started,
         working_folder=os.getcwd(),

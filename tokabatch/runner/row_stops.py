@@ -51,7 +51,8 @@ class RowStops(Generic[_Sample]):
 
     @classmethod
     def of_folder(cls, rule: StopRule, num_samples: Int64, drawn: Drawn, folder: OutputFolder) -> RowStops[_Sample]:
-        """With the verdicts of what is committed, as far as rows go on. `take_cancelled` has the samples that these cancel."""
+        """Start with the verdicts of what is committed, for rows that continue. `take_cancelled` receives the samples that
+        these cancel."""
         stops = cls(rule, num_samples, drawn)
         left = drawn.counts() < num_samples
         for row, sample, status, correct, answer in read_outcomes(folder, left):

@@ -1,8 +1,9 @@
-"""Judging what a run has computed again, perhaps by another judge: no sampling, no model, no input.
+"""Judge what a run has computed again, perhaps by another judge: no sampling, no model, no input.
 
-The samples' files carry their texts and the columns of their rows. Each is replaced whole by one with the new verdicts, which
-says in its metadata by what it was judged: cut short anywhere, the folder holds the same samples, and the same command does the
-rest. The manifest names the new judge before the first file changes, so that no run goes on with verdicts of two kinds.
+The shards carry their samples' texts and the columns of their rows. Each is replaced as a whole by one with the new verdicts,
+which names its judge in its metadata: interrupted at any point, the folder holds the same samples, and the same command
+completes the work. The manifest names the new judge before the first file changes, so that no run continues with verdicts of
+two kinds.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ LOOK_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What was judged now: `judged` samples in `files`; `reasons` counts why some of them have no verdict. `done` of the run's
-    `samples` are there, and `estimates` are what they say if those are all."""
+    """The result: `judged` samples in `files`; `reasons` counts why some of them have no verdict. `done` of the run's `samples`
+    exist, and `estimates` are computed from those."""
 
     judged: int
     files: int
@@ -252,7 +253,7 @@ def judge_again(
         told = verdict_columns([ticket and ticket.verdict for ticket in tickets], [field.name for field in own])
         columns = {name: table[name] for name in ours if name not in before}
         columns |= {field.name: pa.array(told[field.name], field.type) for field in own}
-        # The input's stand last and in their order; one may have another name, where a judge has a column of its name now.
+        # The input's columns come last, in their order; one may have a new name, if the judge now has a column of its name.
         arrays = [columns[field.name] for field in list(schema)[: len(schema) - len(inputs)]]
         yield pa.Table.from_arrays([*arrays, *(table[name] for name in inputs)], schema=schema)
 

@@ -228,8 +228,8 @@ def close_shared(
     tell: Callable[[str], None],
     on_rows: OnRows,
 ) -> Books:
-    """Mark the run as complete where every sample is there, by any writer. What others were stopped before they had
-    judged is judged here, unless another does so. Raises OSError."""
+    """Mark the run as complete if every sample is there, whichever process wrote it. Samples that other writers left unjudged
+    are judged here, unless another writer does so. Raises OSError."""
     manifest = read_manifest(claim.folder)
     assert manifest is not None, "a run that was begun has a manifest"
     shards = _recorded(claim, manifest)
@@ -273,8 +273,8 @@ def _judge_left(
 
 
 def join_as_last(job: Job, claim: Claim, workload: Workload, stop: Interruption, tell: Callable[[str], None]) -> None:
-    """The last act of a writer: where no other is left and every sample is there, make one journal, and join the small shards.
-    Raises OSError, and as `join_small`."""
+    """The last act of a writer: if no other is left and every sample is there, make one journal, and join the small shards.
+    Raises OSError, and as `join_small` does."""
     folder, manifest = claim.folder, read_manifest(claim.folder)
     if manifest is None or not _take_over(claim, manifest):
         return
@@ -305,7 +305,7 @@ def _take_over(claim: Claim, manifest: Manifest) -> bool:
 
 
 def _recorded(claim: Claim, manifest: Manifest) -> list[Shard]:
-    """The shards that are there, as their writers recorded them."""
+    """Return the shards that are there, as their writers recorded them."""
 
     def read() -> list[Shard]:
         listed = recorded_shards(claim.folder, manifest)
@@ -314,7 +314,7 @@ def _recorded(claim: Claim, manifest: Manifest) -> list[Shard]:
         found: list[Shard] = []
         for file in listed:
             known = [shard for shard in versions.get(claim.folder.name_of(file.path), ()) if shard is not None]
-            # Where two began it, its content tells whose it is.
+            # If two writers began it, its content says which one published it.
             digest = file.digest() if len(known) > 1 else None
             found += [shard for shard in known if digest in (None, shard.sha256)][:1]
         return found

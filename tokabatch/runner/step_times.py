@@ -17,10 +17,10 @@ from tokabatch.scheduling.scheduler import Scheduler
 
 
 class Stopwatch:
-    """Told of every step handed to the device and of every result taken in, both in order."""
+    """Notified of every step handed to the device and of every result taken in, both in order."""
 
     def __init__(self, num_samples: int, clock: Callable[[], float] = time.perf_counter, *, keeps: bool = True) -> None:
-        """`keeps` is False where nobody will look at `steps`, and the work has no end."""
+        """`keeps` is False if `steps` is never read and the work has no end."""
         self._keeps = keeps
         self._trace = StepLog()
         self._clock = clock

@@ -13,7 +13,7 @@ from tokabatch.runner.row_stops import RowLimits
 from tokabatch.scheduling.contracts import Completion, Requests
 
 IDLE_SECONDS = 0.01
-"""How long nothing is looked at while all that may be begun is finished, and verdicts are to come."""
+"""How long to pause while everything that may begin is finished and verdicts are pending."""
 
 
 class StoppingReplica:
@@ -48,7 +48,7 @@ class StoppingReplica:
                 self._replica.withdraw(change.row, change.end)
 
     def standing(self, *, foresee: bool = False) -> Standing:
-        """Where the work stands; samples that are cancelled count as finished."""
+        """Return the progress of the work; cancelled samples count as finished."""
         standing = self._replica.standing(foresee=foresee)
         finished = self._first_left - self._ledger.left
         scheduled = replace(standing.scheduled, finished=finished, finished_prompts=self._ledger.finished_prompts)

@@ -28,7 +28,7 @@ LOOK_SECONDS = 0.5
 
 
 class Supply:
-    """Of one writer. `first` is the unit with which it begins; it goes on with those behind."""
+    """The units of one writer. `first` is the unit with which it begins; it continues with the following ones."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Supply:
     ) -> None:
         self._claim, self._units, self._leases, self._recorder, self._tell = claim, units, leases, recorder, tell
         self._drawn = started.committed.drawn.flags.copy()
-        """What was in the folder when it was looked at last."""
+        """What was in the folder when it was last read."""
         self._seen = {shard.name for shard in started.committed.shards}
         self._numbers: dict[int, set[int]] = {}
         """Of the shards of each unit that were seen."""
@@ -88,7 +88,7 @@ class Supply:
         return False
 
     def tick(self, ledger: Ledger) -> None:
-        """Let go of the units that are committed, and of those that are another's. To be called again and again."""
+        """Release the units that are committed, and those that belong to another writer. To be called repeatedly."""
         self._leases.sign()
         for unit in list(self._held):
             lost = self._recorder.writer.is_lost(unit)
@@ -101,11 +101,11 @@ class Supply:
                 self._leases.drop(str(unit))
 
     def sign(self) -> None:
-        """This writer goes on, whatever it waits for."""
+        """Keep this writer's leases alive while it waits."""
         self._leases.sign()
 
     def leave(self) -> None:
-        """Let go of the folder in a forked child."""
+        """Release the folder in a forked child."""
         self._leases.leave()
         self._claim.leave()
 

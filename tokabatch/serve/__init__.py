@@ -1,1 +1,1 @@
-"""A server of OpenAI's API over the engine of runs: requests come and go, and what they ask for is one plan at a time."""
+"""A server of OpenAI's API over the engine of runs: requests come and go, and their prompts form one plan at a time."""

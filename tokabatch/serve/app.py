@@ -89,7 +89,7 @@ class Api:
         if files is not None and batches is not None:
             routes += FileRoutes(files, batches, self._object, config.max_file).routes
         guarded = [Route(path, self._guard(handler), methods=[method]) for path, handler, method in routes]
-        # Browsers ask without a key whether a page may send one.
+        # Browsers send preflight requests (CORS) without a key.
         cors = Middleware(CORSMiddleware, allow_origins=config.allow_origins, allow_methods=["*"], allow_headers=["*"])
         self.app = Starlette(
             routes=[Route("/health", self._health), *guarded],
@@ -282,7 +282,7 @@ async def _until_gone(receive: Receive) -> None:
 
 
 async def _while_connected(http: HttpRequest, work: Awaitable[Result]) -> Result:
-    """The result, unless the client goes before it is there: the work is cancelled then, and ClientDisconnect raised."""
+    """Return the result. If the client disconnects first, cancel the work and raise ClientDisconnect."""
     working, gone = asyncio.ensure_future(work), asyncio.create_task(_until_gone(http.receive))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)

@@ -48,8 +48,8 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A prompt of a request: what is drawn behind it, and what scores it, each where that is asked for; or `both`, a single
-    sample that does both."""
+    """A prompt of a request: what is sampled after it, and what scores it, each if requested; or `both`, a single sample that
+    does both."""
 
     prompt: Prompt
     drawn: Wanted | None = None
@@ -65,7 +65,7 @@ class Completions:
     """Answers the requests of one server."""
 
     def __init__(self, engine: Engine, prompts: Prompts, tokenizer: Tokenizer, ends: Sequence[int], most_tokens: int) -> None:
-        """`most_tokens` may one request ask for; `ends` are the model's end tokens."""
+        """`most_tokens` limits the tokens of one request; `ends` are the model's end tokens."""
         self._engine = engine
         self._prompts = prompts
         self._tokenizer = tokenizer
@@ -191,7 +191,7 @@ class Completions:
         return Answer(samples, len(ids), cached, echo)
 
     def _behind(self, completion: Completion, count: int) -> Sample:
-        """What was drawn behind so many given tokens."""
+        """Return what was sampled after `given` tokens."""
         ends = int(completion.token_ids[-1]) in self._ends
         drawn = replace(
             completion,
@@ -217,7 +217,7 @@ class _Choice:
         self._untold: list[Tokens] = []
         """With log-probabilities."""
         self._seen = self._offset = 0
-        """Tokens that have come, and where in the text the next one begins whose log-probability is told."""
+        """Number of tokens received, and where in the text the next one begins whose log-probability is reported."""
 
     def parts(self, output: News | Finished) -> list[dict[str, Any]]:
         """The choices of the chunks that are due; the last ones where the sample is finished."""
@@ -251,7 +251,7 @@ class _Choice:
         return {"index": self._index, **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self) -> dict[str, Any] | None:
-        """Of the tokens that have not been told."""
+        """Return the log-probabilities of the tokens that have not been reported."""
         if not self._untold:
             return None
         tokens, self._untold = Tokens.joined(self._untold), []

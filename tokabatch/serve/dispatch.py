@@ -1,4 +1,4 @@
-"""Prompts that were collected, as work for processes: their order, which process gets which, and what a prompt may ask for."""
+"""Collected prompts as work for processes: their order, which process gets which, and the limits of a prompt."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Wanted:
 
 
 def beyond_limits(params: SamplingParams) -> tuple[str, str] | None:
-    """The field that asks for more than a server has room for, and what it may hold; None where none does."""
+    """Return the field that requests more than the server has room for, with its limit; None if no field does."""
     words = f"at most {MOST_RULES} entries of {MOST_RULE_TOKENS} tokens each"
     if len(params.bad_words) > MOST_RULES or any(len(word) > MOST_RULE_TOKENS for word in params.bad_words):
         return "bad_words", words

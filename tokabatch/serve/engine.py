@@ -36,7 +36,7 @@ from tokabatch.serve.engine_process import (
 )
 
 RESERVED = 1 / 8
-"""Of the samples that run, and of those that wait in front of others, so many are not in the background."""
+"""Of the running and of the waiting samples, this share is reserved for requests, and not for background work."""
 MOST_LOST = 3
 """Processes lost in a row, without a finished sample in between, after which no other is started."""
 FIRST_KEY = 1 << 40
@@ -107,7 +107,7 @@ class Engine:
         most_samples: int,
         tell: Callable[[str], None],
     ) -> None:
-        """`most_samples` may run and wait at a time; `tell` takes what a person should know."""
+        """At most `most_samples` run and wait at a time; `tell` receives messages for people."""
         self.counts = EngineCounts()
         self.failure: TokabatchError | None = None
         """Why no sample will be drawn any more."""
@@ -153,7 +153,7 @@ class Engine:
 
     @property
     def standings(self) -> dict[int, Standing]:
-        """By number, of each process that has loaded the model, as it last told."""
+        """The latest report of each process that has loaded the model, by its number."""
         return {number: standing for number, standing in enumerate(self._standing) if standing is not None}
 
     @property
@@ -163,7 +163,7 @@ class Engine:
         return min((each.num_pages - 1) * each.page_size for each in limits)
 
     def has_room(self, samples: int) -> bool:
-        """Whether so many more samples may wait."""
+        """Return whether this many more samples may wait."""
         return self.unfinished + samples <= self.most_samples
 
     @property
@@ -204,7 +204,7 @@ class Engine:
         if self.failure is not None:
             self._fail_all(self.failure)
         whole = asyncio.gather(*futures)
-        # Whoever waited for it may be gone when it ends.
+        # The request may have been cancelled before it ends.
         whole.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         try:
             yield whole
@@ -367,6 +367,6 @@ class Engine:
             live = self._live[row]
             if not live.done.done():
                 live.done.set_exception(error)
-                # Whoever waited may be gone.
+                # The request may have been cancelled.
                 live.done.exception()
         self._cancel(rows)

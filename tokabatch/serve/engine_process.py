@@ -36,7 +36,7 @@ from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stop_conditions import StopRules
 
 PROGRESS_SECONDS = 0.02
-"""How often samples that are streamed are looked at."""
+"""How often, in seconds, streamed samples are reported."""
 STANDING_SECONDS = 0.5
 MAX_UNSENT = 64
 """Messages on their way to main: where it takes them more slowly, steps wait."""
@@ -56,13 +56,13 @@ class EngineSpec:
     depth_of_few: int | None
     max_restarts: int
     hang_seconds: float
-    """A process without a heartbeat for so long is killed: it is stopped, or its loop stands still. A step that stands still is
-    the worker's, over which the process keeps a watch of its own."""
+    """A process without a heartbeat for this long is killed: it is stopped, or its loop hangs. A hanging step is the worker's,
+    which the process itself watches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """To the process: prompts, in their order; the rows among them whose tokens are wanted as they come."""
+    """To the process: prompts, in their order, and the rows among them whose tokens are streamed."""
 
     requests: Requests
     streamed: tuple[int, ...]
@@ -92,7 +92,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """From the process: what a person should know."""
+    """From the process: a message for people."""
 
     text: str
 
@@ -142,7 +142,7 @@ class EngineProcess:
         return self._process.pid
 
     def send(self, order: Add | Cancel) -> None:
-        """Returns at once, however slowly the process takes it. Where the process is gone, `receive` is told."""
+        """Send without waiting for the process to receive it. If the process has ended, `receive` is notified."""
         self._orders.put(order)
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class EngineProcess:
         self._pipe.close()
 
     def how_it_ended(self) -> str:
-        """In words, for a process that `receive` has been told is gone."""
+        """Describe how the process ended, once `receive` has been notified."""
         if self._silent > self._hang_seconds:
             return f"the scheduler's process gave no sign of life for {self._silent:.0f} s and was killed"
         code = self._process.exitcode
@@ -171,7 +171,7 @@ class EngineProcess:
                 self._pipe.send(order)
             self._pipe.send(None)
         except OSError:
-            pass  # The process is gone, which `_listen` tells.
+            pass  # The process has ended, which `_listen` reports.
         except Exception as error:
             self._receive(self, Ended(failure_of("giving prompts to the scheduler failed", error)))
 
@@ -208,7 +208,7 @@ class EngineProcess:
 
 
 def failure_of(what: str, error: BaseException) -> EngineError:
-    """What a defect is told as, with the traceback of the error that is handled."""
+    """Return the message for an internal error, with the traceback of the exception being handled."""
     reason = " ".join(traceback.format_exception_only(error)[-1].split())
     return EngineError(f"{what}: {reason}; please report this\n{''.join(traceback.format_exception(error))}")
 
@@ -269,7 +269,7 @@ class Loop:
         self._inbox = inbox
         self._send = send
         self._streamed: dict[int, dict[int, int]] = {}
-        """Rows whose tokens are wanted as they come: of each unfinished sample how many tokens main has."""
+        """Rows whose tokens are streamed: for each unfinished sample, the number of tokens that main has."""
         self._look_next = self._stand_next = 0.0
 
     def run(self, stopped: threading.Event) -> None:

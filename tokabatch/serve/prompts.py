@@ -35,7 +35,7 @@ class Prompts:
         self._busy: asyncio.Task[None] | None = None
 
     def limit(self, context: int) -> None:
-        """From the next prompt on, so many tokens may a prompt and its sample have."""
+        """From the next prompt on, limit the tokens of a prompt and its sample to this number."""
         config, generation, tokenizer, limits = self._made_of
         self._made_of = config, generation, tokenizer, replace(limits, context_length=context)
         self._until = 0.0
@@ -78,7 +78,7 @@ class Prompts:
 
     def _renew(self) -> None:
         config, generation, tokenizer, limits = self._made_of
-        # A prompt that is a text is continued as it stands.
+        # A prompt that is a text is continued as it is.
         plain = config.model_copy(update={"chat": False, "system": None})
         # A client's plain prompt holds its whole conversation, special tokens included, unless the settings say otherwise.
         trusted = "special_tokens" not in config.model_fields_set

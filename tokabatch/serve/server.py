@@ -52,8 +52,8 @@ time while thousands of requests are open."""
 
 
 def serve(config: ServiceConfig, tell: Callable[[str], None]) -> int:
-    """Serve until a signal says to stop; the exit status. `tell` takes what a person should know. Raises UsageError for what
-    cannot work, EngineError where the engine breaks."""
+    """Serve until a signal requests the stop; return the exit status. `tell` receives messages for people. Raises UsageError
+    for whatever cannot work, EngineError if the engine fails."""
     job = config.job().model_copy(update={"engine": config.engine.model_copy(update={"process": True})})
     model = open_model(job)
     context = min(config.server.context or model.spec.context_length, model.spec.context_length)
@@ -181,7 +181,7 @@ class BoundedSelector(selectors.DefaultSelector):
         self._few = select.epoll.fromfd(os.dup(self.fileno()))
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        # Rounded up, as epoll counts milliseconds: a timer of less would be looked at again and again.
+        # Rounded up, because epoll counts milliseconds: a shorter timer would be polled again and again.
         seconds = -1.0 if timeout is None else math.ceil(max(0.0, timeout) * 1e3) * 1e-3
         keys, ready = self.get_map(), list[tuple[selectors.SelectorKey, int]]()
         try:

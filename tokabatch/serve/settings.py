@@ -1,4 +1,4 @@
-"""What a server is told: the sections of a job that concern model and engine, and a section of its own."""
+"""The settings of a server: the sections of a job for model and engine, and a section of its own."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The files of the API's /v1/files, in one folder: `file-ID.jsonl`, and beside each `file-ID.json`, which says what it is.
+"""The files of the API's /v1/files, in one folder: `file-ID.jsonl`, and beside each `file-ID.json`, which describes it.
 
-A file is there once its record is. The folder is one server's at a time, which reads the records when it starts; what a crash
-has left of files without a record is removed then.
+A file exists once its record does. The folder belongs to one server at a time, which reads the records when it starts; files
+that a crash left without a record are removed then.
 """
 
 from __future__ import annotations

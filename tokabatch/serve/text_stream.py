@@ -31,9 +31,9 @@ class TextStream:
         """Characters of it that have been given out."""
 
     def grow(self, tokens: Sequence[int]) -> str:
-        """The further text of a sample that has drawn these tokens, too, and goes on."""
+        """Return the further text of an unfinished sample that now has these tokens, too."""
         self._behind += tokens
-        # A sample may go on with parts of characters for ever: to decode all of them with each would take quadratic time.
+        # A sample may produce parts of characters for ever: decoding all of them with each token would take quadratic time.
         many = OPEN_TOKENS < len(self._behind) < self._next_look
         if many and (not tokens or self._decode([list(tokens)])[0].endswith(REPLACEMENT)):
             return ""
