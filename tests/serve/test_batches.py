@@ -81,7 +81,7 @@ def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
         found = until(client, found["id"], lambda each: each["status"] in ("cancelled", "expired", "completed"))
         assert code == f"batch_{found['status']}" and found["output_file_id"] is None
         assert {each["error"]["code"] for each in objects(client, found["error_file_id"]).values()} == {code}
-    wrong = create(client, upload(client, [line(0), line(1, model="other")]))
+    wrong, twice = (create(client, upload(client, [line(0), each])) for each in (line(1, model="other"), line(0)))
     assert client.post(f"/v1/batches/{cancelled['id']}/cancel").status_code == 400
     assert client.delete(f"/v1/files/{file}").json()["error"]["code"] == "file_in_use"
     bad = (
@@ -124,6 +124,8 @@ def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
     assert all(found[f"{state}_at"] for state in ("created", "in_progress", "finalizing", "completed", "expires"))
     results, errors = objects(client, found["output_file_id"]), objects(client, found["error_file_id"])
     assert results.keys() | errors.keys() == {each["custom_id"] for each in asked} and errors.keys() == {"r7"}
+    # The client's name of the file, not where it lies.
+    assert errors["r7"]["response"]["body"]["error"]["message"].startswith("asked.jsonl line 8 (")
 
     # The same as a run of the file.
     (tmp_path / "asked.jsonl").write_bytes(client.get(f"/v1/files/{file}/content").content)
@@ -136,6 +138,9 @@ def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
 
     found = until(client, wrong["id"], lambda each: each["status"] == "failed")
     assert found["errors"]["data"][0]["line"] == 2 and "'other'" in found["errors"]["data"][0]["message"]
+    found = until(client, twice["id"], lambda each: each["status"] == "failed")
+    message = found["errors"]["data"][0]["message"]
+    assert "asked.jsonl line 2" in message and str(kept) not in message
     assert not (kept / f"file-{0:024}.upload").exists() and not run.exists()
     assert (kept / "file-mine.jsonl").exists()
     assert client.get(f"/v1/batches/{odd['id']}").json()["status"] == "failed"

@@ -67,17 +67,21 @@ def describe(written: Written, results: Path, errors: Path | None = None) -> str
     return "\n".join(lines)
 
 
-def write_results(path: Path, results: Path, errors: Path | None = None, *, model: str | None = None) -> Written:
+def write_results(
+    path: Path, results: Path, errors: Path | None = None, *, model: str | None = None, requests: str | None = None
+) -> Written:
     """Write the files of the run in the output folder `path`, in the order of the requests; both are replaced when they are
-    whole, that of the errors first. `model` is what responses call the model, unless it is the job's `model.path`. Raises
-    OutputError where the run is of another kind, or a file cannot be written."""
+    whole, that of the errors first. `model` is what responses call the model, and `requests` what messages call the file of
+    requests, unless these are the job's `model.path` and `input.path`. Raises OutputError where the run is of another kind, or
+    a file cannot be written."""
     folder, errors = OutputFolder(path), errors or errors_file(results)
     manifest = read_manifest(folder)
     if manifest is None:
         raise OutputError(f"{path}: no run has written here; give the folder that the job names as output.path")
     check_targets(folder, results, errors, str(manifest.job["input"]["path"]))
+    lines = _Lines(manifest, model or str(manifest.job["model"]["path"]), requests)
     try:
-        return consistently(lambda: _write(folder, manifest, committed_shards(folder), results, errors, model), path)
+        return consistently(lambda: _write(folder, manifest, committed_shards(folder), results, errors, lines), path)
     except OSError as error:
         raise OutputError(
             f"--to {results} cannot be written: {reason(error)}. {or_else(error, ', or name a file elsewhere', '')}"
@@ -90,12 +94,11 @@ def _write(
     shards: Sequence[ListedFile],
     results: Path,
     errors: Path,
-    model: str | None,
+    lines: _Lines,
 ) -> Written:
     if not shards:
         raise OutputError(f"{folder.path} holds no committed samples (no data/part-*.parquet); check the path")
-    model = model or str(manifest.job["model"]["path"])
-    written, lines = Written(pending=manifest.samples, model=model), _Lines(manifest, model)
+    written = Written(pending=manifest.samples, model=lines.model)
     with open_ordered(shards, results.absolute().parent, (*_SAMPLE_COLUMNS, *_CARRIED)) as (schema, tables, scratch):
         if missing := [name for name in _CARRIED if name not in schema.names]:
             raise OutputError(
@@ -139,11 +142,13 @@ def _requests(samples: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str
 class _Lines:
     """Makes the line of a request from its samples."""
 
-    def __init__(self, manifest: Manifest, model: str) -> None:
+    def __init__(self, manifest: Manifest, model: str, requests: str | None) -> None:
         self._manifest = manifest
         self._n = int(manifest.job["generation"]["n"])
         self._created = int(datetime.fromisoformat(manifest.started).timestamp())
-        self._model = model
+        self.model = model
+        self._path = str(manifest.job["input"]["path"])
+        self._requests = self._path if requests is None else requests
         self._fingerprint = f"fp_{manifest.fingerprint_sha256[:10]}" if manifest.fingerprint_sha256 else None
         self._tokenizer: Tokenizer | None = None
         self._spell: Spell | None = None
@@ -175,7 +180,8 @@ class _Lines:
         return {"id": f"batch_req_{number}", CUSTOM_ID: first[CUSTOM_ID], "response": response, "error": None}
 
     def _error(self, sample: Mapping[str, Any], request: Request | ApiError) -> ApiError:
-        error = RowError(sample["error_code"], sample["error_message"])
+        # A message of a row begins with the file and its line.
+        error = RowError(sample["error_code"], sample["error_message"].replace(self._path, self._requests))
         if isinstance(request, Request):
             # What is wrong beside the body.
             beside = CUSTOM_ID if sample[CUSTOM_ID] is None else "method"
@@ -186,7 +192,7 @@ class _Lines:
         )
 
     def _response(self, request: Request, rows: Sequence[Sequence[Mapping[str, Any]]], number: str) -> dict[str, Any]:
-        head = Head(number, self._created, self._model, self._fingerprint)
+        head = Head(number, self._created, self.model, self._fingerprint)
         answers: list[Answer] = []
         for place, samples in enumerate(rows):
             told, echo = samples[0], None

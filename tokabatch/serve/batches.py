@@ -242,7 +242,7 @@ class Batches:
             except UsageError as error:
                 if begun:
                     raise
-                await self._fail(batch, [{"code": "invalid_request", "message": str(error)}])
+                await self._fail(batch, [{"code": "invalid_request", "message": self._told(batch, error)}])
                 return
             except STOPS:
                 pass  # It was still being read.
@@ -295,7 +295,7 @@ class Batches:
                             self._look_at(batch, columns, len(lines.faulty), lines.errors)
                     requests.append(len(lines.faulty) - 1)
         except UsageError as error:
-            lines.errors.append({"code": "invalid_file", "message": str(error), "param": None, "line": None})
+            lines.errors.append({"code": "invalid_file", "message": self._told(batch, error), "param": None, "line": None})
         if not requests and not lines.errors:
             lines.errors.append({"code": "empty_file", "message": "the file holds no request", "param": None, "line": None})
         lines.request_of_row = np.array(requests, np.int64)
@@ -310,6 +310,15 @@ class Batches:
         elif (model := json.loads(columns[BODY]).get("model")) not in (None, self._config.name):
             message = f"the model {model!r} is not served here; this server has {self._config.name!r}"
             errors.append({"code": "model_not_found", "message": message, "param": "body.model", "line": line})
+
+    def _input_name(self, batch: Batch) -> str:
+        """What the client calls the file of requests."""
+        stored = self._files.get(batch["input_file_id"])
+        return (stored and stored.filename) or batch["input_file_id"]
+
+    def _told(self, batch: Batch, error: UsageError) -> str:
+        """The error as the client is told: with its own name of the file, not where that lies here."""
+        return str(error).replace(str(self._files.path(batch["input_file_id"])), self._input_name(batch))
 
     async def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
         """Say what is wrong with it, unless it is over."""
@@ -335,7 +344,8 @@ class Batches:
         for file in (results, errors):
             file.write_bytes(b"")
         if folder.path.exists() and committed_shards(folder):
-            written = write_results(folder.path, results, errors, model=self._config.name)
+            called = self._input_name(batch)
+            written = write_results(folder.path, results, errors, model=self._config.name, requests=called)
             counts = {"completed": written.results, "failed": written.errors}
         if code is not None:
             there = {line[CUSTOM_ID] for file in (results, errors) for line in _objects(file)}
@@ -348,10 +358,10 @@ class Batches:
                         counts["failed"] += 1
         kept: list[str | None] = []
         for kind, file in (("output", results), ("error", errors)):
-            stored = f"file-{_digest(name, kind)}"
-            kept.append(stored if file.stat().st_size else None)
+            number = f"file-{_digest(name, kind)}"
+            kept.append(number if file.stat().st_size else None)
             if kept[-1] is not None:
-                self._files.put(stored, f"{name}_{kind}.jsonl", "batch_output", file)
+                self._files.put(number, f"{name}_{kind}.jsonl", "batch_output", file)
             else:
                 file.unlink()
         return kept[0], kept[1], counts
