@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.recorder import Recorder
 from tokabatch.runner.resume import Reuse, start
 from tokabatch.runner.shared import Shared, close_shared, cut_earlier_run
-from tokabatch.storage.atomic_files import DurableFiles
+from tokabatch.storage.atomic_files import DurableFiles, NewFile
 
 
 @pytest.fixture
@@ -211,7 +212,7 @@ def test_of_two_that_give_verdicts_at_once_one_is_believed_by_all(tmp_path: Path
         for claim in (drew, one, two):
             claim.begin("run", {}, (), "")
         writer = ShardWriter(drew, schema, rows_per_shard=9, flush_seconds=3600)
-        writer.add(pa.table([["ok"], ["not judged"]], schema=schema))
+        writer.take(pa.table([["ok"], ["not judged"]], schema=schema))
         writer.commit()
         (seen,) = drew.folder.shards()
         existing_results.replace_shard(one, seen, [pa.table([["ok"], ["one's"]], schema=schema)])
@@ -257,3 +258,10 @@ def test_a_full_disk_while_an_earlier_run_is_cut_is_told_as_one(job: Job, monkey
     assert not manifest_of(job).units
     cut_earlier_run(job, Shared(units=4), ignore, ignore, Interruption())
     assert manifest_of(job).units
+
+
+def test_a_writer_whose_unfinished_files_are_gone_stops_and_says_so(tmp_path: Path) -> None:
+    with Claim(tmp_path / "out", writer="a") as claim:
+        shutil.rmtree(claim.folder.temporary)
+        with pytest.raises(CommitError, match="another process removed unfinished files"), claim.committing():
+            NewFile(claim.files, claim.folder.temporary / "shard")

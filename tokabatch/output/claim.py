@@ -94,6 +94,12 @@ class Claim:
                 # What can be made again leaves its room to what cannot.
                 with suppress(OSError):
                     self.files.remove_tree(self.folder.input)
+            if isinstance(error, FileNotFoundError) and not self.files.alone:
+                raise CommitError(
+                    f"output.path {str(self.folder.path)!r}: another process removed unfinished files of this one, perhaps "
+                    "because the file system lost its lock. What is committed is intact. Run the same command again to add "
+                    "what is missing."
+                ) from error
             kind = CommitError if may_pass(error) else OutputError
             raise kind(
                 f"output.path {str(self.folder.path)!r} takes no more: {reason(error)}. What is committed is intact; "
