@@ -81,8 +81,8 @@ def describe(
 
 def verify_settings(verify: VerifyConfig) -> dict[str, str]:
     """Return what the verdicts depend on, including the judge's source and what it imports from its folder."""
-    told = {f"verify.{name}": json.dumps(value, ensure_ascii=False) for name, value in verify.decisive().items()}
-    return {f"verifier/{name}": _mark(content) for name, content in verifier_files(verify.kind).items()} | told
+    keys = {f"verify.{name}": json.dumps(value, ensure_ascii=False) for name, value in verify.decisive().items()}
+    return {f"verifier/{name}": _mark(content) for name, content in verifier_files(verify.kind).items()} | keys
 
 
 def verify_overrides(earlier: Fingerprint, now: Fingerprint) -> list[str]:

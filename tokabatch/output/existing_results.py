@@ -308,10 +308,10 @@ def _check_own_columns(path: Path, schema: pa.Schema | None, found: pa.Schema) -
     if schema is None or found.equals(schema):
         return
     types = [(name, before, now) for name, before, now in _types(found, schema) if not _same(before, now)]
-    told = [f"{name} ({before or 'absent'} there, {now} now)" for name, before, now in types if name in SAMPLE_SCHEMA.names]
-    if told:
+    changed = [f"{name} ({before or 'absent'} there, {now} now)" for name, before, now in types if name in SAMPLE_SCHEMA.names]
+    if changed:
         raise OutputError(
-            f"{path} has columns that this version writes differently: {', '.join(told)}. Use the version that wrote it, "
+            f"{path} has columns that this version writes differently: {', '.join(changed)}. Use the version that wrote it, "
             "choose another output.path, or start over with --overwrite."
         )
 

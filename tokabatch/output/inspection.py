@@ -184,10 +184,10 @@ def _stranger(file: ListedFile, manifest: Manifest) -> str | None:
     except DamageError:
         # A run without a record may have lost it to damage.
         return "is not a readable Parquet file" if manifest.run else None
-    told = metadata.get(RUN_KEY, b"").decode(errors="replace")
-    if told:
+    run = metadata.get(RUN_KEY, b"").decode(errors="replace")
+    if run:
         mine = {key: value for key, value in manifest.identity.items() if metadata.get(key) == value}
-        return None if len(mine) == len(manifest.identity) else f"is of another run ({told[:12]})"
+        return None if len(mine) == len(manifest.identity) else f"is of another run ({run[:12]})"
     return "was not written by this run" if manifest.run else None
 
 

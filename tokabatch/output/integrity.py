@@ -107,8 +107,8 @@ def _check(folder: OutputFolder) -> CheckedFolder:
     good = [shard for i, (shard, _) in enumerate(read) if i not in repeats and shard.name not in unrecorded]
     books = Books.of(manifest.samples, good)
     if not faults and inspected.success is not None and not (inspected.sealed and books.closed):
-        told = inspected.success
-        problem = f"says {told.ok:,} ok and {told.errors:,} errors in {len(told.files)} files, which is not what was committed"
+        mark = inspected.success
+        problem = f"says {mark.ok:,} ok and {mark.errors:,} errors in {len(mark.files)} files, which is not what was committed"
         faults.append(Fault(folder.success.name, problem, "record"))
     faults += [Fault(f"data/{name}", "was not written by a run", "foreign") for name in folder.foreign()]
     remedy = None

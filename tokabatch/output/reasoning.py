@@ -26,11 +26,11 @@ KNOWN_TAGS = (
 
 
 def choose_tags(
-    asked: str | Sequence[str], *, templates: Iterable[str], is_token: Callable[[str], bool], special: Collection[str]
+    setting: str | Sequence[str], *, templates: Iterable[str], is_token: Callable[[str], bool], special: Collection[str]
 ) -> ReasoningTags:
     """Return the tags for `output.split_reasoning`: those given or, for `auto`, the known ones whose end tag is one of the
     tokenizer's tokens or in a chat template. Raises JobError if there are none, or if decoded texts lack them."""
-    if asked == "auto":
+    if setting == "auto":
         written = "\n".join(templates)
         found = next((tags for tags in KNOWN_TAGS if tags.end in written or is_token(tags.end)), None)
         if found is None:
@@ -40,7 +40,7 @@ def choose_tags(
                 "['<think>', '</think>'], or remove the key"
             )
     else:
-        begin, end = asked
+        begin, end = setting
         found = ReasoningTags(begin, end)
     if found.end in special:
         raise JobError(

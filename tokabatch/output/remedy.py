@@ -48,8 +48,8 @@ def refuse_faults(folder: OutputFolder, manifest: Manifest, found: Inspection, *
     damage += [fault for fault in found.faults if fault.kind == "record" and (fault.file != "_SUCCESS" or not manifest.run)]
     foreign = [fault for fault in found.faults if fault.kind == "foreign"]
     if damage and not repair:
-        told = [f"{folder.path / fault.file} {fault.problem}" for fault in damage]
-        raise DamageError(_damage(folder, manifest, told, [fault.file for fault in foreign]))
+        faults = [f"{folder.path / fault.file} {fault.problem}" for fault in damage]
+        raise DamageError(_damage(folder, manifest, faults, [fault.file for fault in foreign]))
     if foreign:
         names = [fault.file for fault in foreign]
         raise ForeignFileError(
@@ -72,8 +72,8 @@ def refuse_other_verdicts(folder: OutputFolder, manifest: Manifest, found: Inspe
     others = 0
     for _, file in found.good:
         with open_shard(file) as parquet:
-            told = (parquet.schema_arrow.metadata or {}).get(VERIFIER_KEY)
-        others += told is not None and told != manifest.marks[VERIFIER_KEY]
+            judged_by = (parquet.schema_arrow.metadata or {}).get(VERIFIER_KEY)
+        others += judged_by is not None and judged_by != manifest.marks[VERIFIER_KEY]
     if others:
         raise OutputError(
             f"{folder.path}: {others:,} of {len(found.good):,} files are not judged yet by the verifier that the folder names. "
@@ -81,8 +81,8 @@ def refuse_other_verdicts(folder: OutputFolder, manifest: Manifest, found: Inspe
         )
 
 
-def _damage(folder: OutputFolder, manifest: Manifest, told: Sequence[str], foreign: Sequence[str]) -> str:
-    listed = "; ".join(told[:_SHOWN]) + (f"; and {len(told) - _SHOWN:,} more" if len(told) > _SHOWN else "")
+def _damage(folder: OutputFolder, manifest: Manifest, faults: Sequence[str], foreign: Sequence[str]) -> str:
+    listed = "; ".join(faults[:_SHOWN]) + (f"; and {len(faults) - _SHOWN:,} more" if len(faults) > _SHOWN else "")
     return (
         f"{listed}. Nothing was changed. `tokabatch check {quote(str(folder.path))}` reads every file. To compute again "
         f"what is damaged, and nothing else: {repair_command(folder, manifest, foreign)}"

@@ -62,14 +62,16 @@ class EarlierRun:
         known = known.head(len(common))
         other_rows = known.content != common.content
         if (found := other_rows & held[: len(common)]).any():
-            told = f"input: its first {then.rows:,} rows are not the same any more, the first that differs is"
+            change = f"input: its first {then.rows:,} rows are not the same any more, the first that differs is"
             advice = "rows may be added at the end, and error rows may be repaired"
-            self._refuse([f"{told} {places.name(_first(found))}; {advice}", *sizes])
+            self._refuse([f"{change} {places.name(_first(found))}; {advice}", *sizes])
         if (found := (known.prompt != common.prompt) & ~other_rows & (good | ~bad)[: len(common)]).any():
-            told = f"prompts: the tokens of {int(found.sum()):,} of {then.rows:,} rows that are the same are not, the first is"
+            change = (
+                f"prompts: the tokens of {int(found.sum()):,} of {then.rows:,} rows that are the same are not, the first is"
+            )
             before, here = asdict(self.manifest.versions), asdict(self.versions)
             changed = [f"{name} {before[name]} then, {here[name]} now" for name in here if before[name] != here[name]]
-            self._refuse([f"{told} {places.name(_first(found))}", *changed])
+            self._refuse([f"{change} {places.name(_first(found))}", *changed])
         self.repaired = int(other_rows.sum())
 
     def _refuse(self, differences: list[str], now: Fingerprint | None = None) -> NoReturn:

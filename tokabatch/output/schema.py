@@ -234,8 +234,8 @@ def build_table(
         return [*values, *[None] * missing]
 
     def of_errors(ours: Sequence[Any], theirs: Callable[[RowError], Any], none: str | None = None) -> list[Any]:
-        told = [none if failure.error is None else theirs(failure.error) for failure in failures]
-        return [*ours, *(each for each, failure in zip(told, failures, strict=True) for _ in range(failure.num_samples))]
+        values = [none if failure.error is None else theirs(failure.error) for failure in failures]
+        return [*ours, *(each for each, failure in zip(values, failures, strict=True) for _ in range(failure.num_samples))]
 
     own: dict[str, Callable[[], Any]] = {
         "id": lambda: ids,

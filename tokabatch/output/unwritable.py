@@ -103,9 +103,9 @@ def _with_faults(table: pa.Table, faults: dict[str, BaseException]) -> pa.Table:
     # A cancelled sample was never drawn and has not failed; the samples before it report the row's columns.
     if not faults or CANCELLED in table["status"].to_pylist():
         return table
-    told = "; ".join(f"{name!r} ({type(error).__name__}: {str(error)[:_MAX_FAULT]})" for name, error in faults.items())
+    named = "; ".join(f"{name!r} ({type(error).__name__}: {str(error)[:_MAX_FAULT]})" for name, error in faults.items())
     message = (
-        f"not every column of row {table['row_index'][0]} can be written: {told}. What cannot is null here, the rest is kept. "
+        f"not every column of row {table['row_index'][0]} can be written: {named}. What cannot is null here, the rest is kept. "
         "Correct the value in the input and run again with --retry-errors, or leave the column out with output.columns=[...] "
         "in a job with another output.path; if it is not a column of the input, please report a bug."
     )

@@ -45,7 +45,7 @@ def visible_devices(environment: Mapping[str, str] = os.environ) -> tuple[str, .
 def decide_layout(config: EngineConfig, device: str, visible: Sequence[str] | None) -> Layout:
     """The layout that the job says, or that fits the `visible` GPUs; None is a GPU that is not here, taken as one. Raises
     JobError where there are fewer of them than the job needs."""
-    each, asked = config.tensor * config.pipeline, config.replicas
+    each, given = config.tensor * config.pipeline, config.replicas
     if each > 1 and config.process is False:
         raise JobError(
             f"engine.tensor is {config.tensor} and engine.pipeline {config.pipeline}, and every rank has a process of its own; "
@@ -53,12 +53,12 @@ def decide_layout(config: EngineConfig, device: str, visible: Sequence[str] | No
         )
     names = visible if device == "cuda" and visible is not None else ()
     present = len(names) if names else None
-    if asked != "auto":
-        replicas, reason = asked, "engine.replicas"
+    if given != "auto":
+        replicas, reason = given, "engine.replicas"
         if replicas > 1 and sys.platform != "linux":
-            raise JobError(f"engine.replicas is {asked}; several replicas need Linux, write 1")
+            raise JobError(f"engine.replicas is {given}; several replicas need Linux, write 1")
         if replicas > 1 and config.process is False:
-            raise JobError(f"engine.replicas is {asked}, and each has processes of its own; remove engine.process: false")
+            raise JobError(f"engine.replicas is {given}, and each has processes of its own; remove engine.process: false")
     elif present is None:
         replicas, reason = 1, "on a GPU that is not here" if device == "cuda" else "one uses all cores of a CPU"
     elif sys.platform != "linux":

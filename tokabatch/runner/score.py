@@ -98,8 +98,8 @@ def score(
             found = consistently(partial(inspect, claim.folder, manifest), path)
             refuse_faults(claim.folder, manifest, found)
             refuse_unrecorded(claim.folder, manifest, found)
-            told = {name: value for name, value in manifest.fingerprint.settings.items() if is_of_verify(name)}
-            if job.verify.stop is not None and verify_settings(job.verify) != told:
+            earlier = {name: value for name, value in manifest.fingerprint.settings.items() if is_of_verify(name)}
+            if job.verify.stop is not None and verify_settings(job.verify) != earlier:
                 raise OutputError(
                     f"{path}: rows were stopped by the verdicts that this folder holds (verify.stop), so other verdicts of the "
                     "samples that are there estimate nothing. They can be written beside it: --to verdicts.parquet"
@@ -211,9 +211,9 @@ def _rejudge(
     scored = replace(scored, estimates=read_estimates(claim.folder.path) or ())
     summary = read_summary(claim.folder)
     if summary:
-        told = {each.name: [each.value, each.low, each.high] for each in scored.estimates}
-        pass_at_k = {name[5:]: values[0] for name, values in told.items() if name.startswith("pass@")}
-        write_summary(claim, {**summary, "verifies": True, "estimates": told, "pass_at_k": pass_at_k or None})
+        estimates = {each.name: [each.value, each.low, each.high] for each in scored.estimates}
+        pass_at_k = {name[5:]: values[0] for name, values in estimates.items() if name.startswith("pass@")}
+        write_summary(claim, {**summary, "verifies": True, "estimates": estimates, "pass_at_k": pass_at_k or None})
     return scored
 
 
@@ -241,18 +241,18 @@ def judge_again(
         tickets: list[Ticket | None] = []
         for begin in range(0, len(texts), SUBMITTED_SAMPLES):
             part = range(begin, min(begin + SUBMITTED_SAMPLES, len(texts)))
-            asked = [place for place in part if texts[place] is not None]
-            made = pool.submit([str(texts[place]) for place in asked], [{"id": ids[place], **rows[place]} for place in asked])
+            places = [place for place in part if texts[place] is not None]
+            made = pool.submit([str(texts[place]) for place in places], [{"id": ids[place], **rows[place]} for place in places])
             while not pool.wait(made, LOOK_SECONDS):
                 check()
-            of_place = dict(zip(asked, made, strict=True))
+            of_place = dict(zip(places, made, strict=True))
             tickets += [of_place.get(place) for place in part]
         check()
         kept = pa.schema([table.schema.field(name) for name in inputs], table.schema.metadata)
         schema = output_schema(kept, verdicts=own, reasoning=judged == "answer_text", scored=SCORE_FIELDS[0].name in ours)
-        told = verdict_columns([ticket and ticket.verdict for ticket in tickets], [field.name for field in own])
+        verdicts = verdict_columns([ticket and ticket.verdict for ticket in tickets], [field.name for field in own])
         columns = {name: table[name] for name in ours if name not in before}
-        columns |= {field.name: pa.array(told[field.name], field.type) for field in own}
+        columns |= {field.name: pa.array(verdicts[field.name], field.type) for field in own}
         # The input's columns come last, in their order; one may have a new name, if the judge now has a column of its name.
         arrays = [columns[field.name] for field in list(schema)[: len(schema) - len(inputs)]]
         yield pa.Table.from_arrays([*arrays, *(table[name] for name in inputs)], schema=schema)
@@ -274,8 +274,8 @@ def _check_columns(files: Sequence[ListedFile], job: Job) -> None:
 def _is_judged(file: ListedFile, manifest: Manifest) -> bool:
     """Whether this judge has judged all samples of a shard."""
     with open_shard(file) as parquet:
-        told = (parquet.schema_arrow.metadata or {}).get(VERIFIER_KEY)
-    return told == manifest.marks[VERIFIER_KEY] and not has_unjudged(file)
+        judged_by = (parquet.schema_arrow.metadata or {}).get(VERIFIER_KEY)
+    return judged_by == manifest.marks[VERIFIER_KEY] and not has_unjudged(file)
 
 
 def has_unjudged(file: ListedFile) -> bool:

@@ -127,8 +127,8 @@ def pick_device(job: Job) -> str:
 
 def _check_fp8(job: Job, device: str, dtype: torch.dtype, spec: ModelSpec) -> None:
     """Raise JobError if the job uses e4m3 and the device has no units for it, or the required kernels are missing."""
-    asked = {"model.quantization": job.model.quantization, "engine.kv_cache_dtype": job.engine.kv_cache_dtype}
-    key = next((key for key, value in asked.items() if value == "fp8"), None)
+    settings = {"model.quantization": job.model.quantization, "engine.kv_cache_dtype": job.engine.kv_cache_dtype}
+    key = next((key for key, value in settings.items() if value == "fp8"), None)
     if key is None:
         return
     if device != "cuda" or torch.cuda.get_device_capability() < FP8_CAPABILITY:

@@ -238,9 +238,9 @@ def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None) -> 
                 faults[row] = fault or f"its column {answer!r} is null"
     if not faults:
         return ()
-    told = [f"{store.places.name(row)} cannot be judged: {fault}" for row, fault in list(faults.items())[:SHOWN_FAULTS]]
-    more = len(faults) - len(told)
-    return (*told, *((f"{more:,} more rows cannot be judged",) if more else ()))
+    shown = [f"{store.places.name(row)} cannot be judged: {fault}" for row, fault in list(faults.items())[:SHOWN_FAULTS]]
+    more = len(faults) - len(shown)
+    return (*shown, *((f"{more:,} more rows cannot be judged",) if more else ()))
 
 
 def _accept(fingerprint: Fingerprint, digests: RowDigests | None, places: RowPlaces) -> None:

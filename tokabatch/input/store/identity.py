@@ -66,11 +66,11 @@ class IdSpool:
                 )
             first.setdefault(text, row)
         if twice:
-            told = ", ".join(twice) + (", …" if len(twice) == LISTED else "")
+            shown = ", ".join(twice) + (", …" if len(twice) == LISTED else "")
             if self._of_requests:
-                raise InputError(f"each custom_id must be unique, but some occur twice: {told}. Rename one of each pair.")
+                raise InputError(f"each custom_id must be unique, but some occur twice: {shown}. Rename one of each pair.")
             raise InputError(
-                f"input.id_column {self.column!r} must identify each row, but ids occur twice: {told}. Remove input.id_column "
+                f"input.id_column {self.column!r} must identify each row, but ids occur twice: {shown}. Remove input.id_column "
                 "to number the rows instead."
             )
         for path in self._checks:

@@ -128,6 +128,6 @@ def _letter(reference: Any, letters: str, options: list[str]) -> str:
         if isinstance(reference, str) and option.strip() == reference.strip()
     ]
     if len(same) != 1:
-        told = f"no letter from {letters[0]} to {letters[-1]} and no index from 0 to {len(letters) - 1}"
-        raise ValueError(f"the reference answer {str(reference)[:80]!r} is {told}{', nor one of the options' * bool(options)}")
+        what = f"no letter from {letters[0]} to {letters[-1]} and no index from 0 to {len(letters) - 1}"
+        raise ValueError(f"the reference answer {str(reference)[:80]!r} is {what}{', nor one of the options' * bool(options)}")
     return same[0]
