@@ -21,6 +21,7 @@ lock together, which keeps a single one away, but no safety among them rests on 
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping
@@ -94,11 +95,11 @@ class Claim:
                 # What can be made again leaves its room to what cannot.
                 with suppress(OSError):
                     self.files.remove_tree(self.folder.input)
-            if isinstance(error, FileNotFoundError) and not self.files.alone:
+            if error.errno in (errno.ENOENT, errno.ESTALE) and not self.files.alone:
                 raise CommitError(
                     f"output.path {str(self.folder.path)!r}: another process removed unfinished files of this one, perhaps "
-                    "because the file system lost its lock. What is committed is intact. Run the same command again to add "
-                    "what is missing."
+                    f"because the file system lost its lock ({error.strerror}). What is committed is intact. Run the same "
+                    "command again to add what is missing."
                 ) from error
             kind = CommitError if may_pass(error) else OutputError
             raise kind(
