@@ -18,7 +18,7 @@ _ALIGNMENT = 16
 
 
 class Parcel:
-    """An array on its way: `tensor` is there once the outbox has been sent."""
+    """An array in transit: `tensor` is valid once the outbox has been sent."""
 
     __slots__ = ("_tensor",)
 
@@ -43,17 +43,17 @@ class Outbox:
         self._work: list[Callable[[], None]] = []
 
     def add(self, values: npt.NDArray[Any]) -> Parcel:
-        """The array will be on the device, with its type and shape, when `send` returns."""
+        """Register an array: it is on the device, with its type and shape, when `send` returns."""
         parcel = Parcel()
         self._waiting.append((np.ascontiguousarray(values), parcel))
         return parcel
 
     def once_sent(self, work: Callable[[], None]) -> None:
-        """Call this at the end of `send`, in the order of the calls here."""
+        """Call this function at the end of `send`, in the order of registration."""
         self._work.append(work)
 
     def send(self) -> None:
-        """Start the copy, and do the work that follows it. The stream's later work sees the values; the host does not wait."""
+        """Start the copy, and the work that follows it. The stream's later work sees the values; the host does not wait."""
         tensors = to_device_all([values for values, _ in self._waiting], self._device)
         for (_, parcel), tensor in zip(self._waiting, tensors, strict=True):
             parcel.deliver(tensor)
@@ -63,13 +63,14 @@ class Outbox:
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A tensor of the values; on a CPU it shares their memory."""
+    """Return a tensor of the values; on a CPU it shares their memory."""
     tensor = torch.from_numpy(values)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_device_all(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
-    """A tensor of each array, of its type and shape, all brought in one copy; on a CPU they share the arrays' memory."""
+    """Return a tensor of each array, of its type and shape, all transferred in one copy; on a CPU they share the arrays'
+    memory."""
     if device.type == "cpu":
         return [torch.from_numpy(values) for values in arrays]
     starts = _starts(arrays)
@@ -79,7 +80,8 @@ def to_device_all(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> l
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A host tensor that holds the values once the stream has come this far: wait for an event recorded behind this call."""
+    """Return a host tensor that holds the values once the stream has come this far: wait for an event recorded after this
+    call."""
     if tensor.device.type == "cpu":
         return tensor
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -87,7 +89,7 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _starts(arrays: Sequence[npt.NDArray[Any]]) -> list[int]:
-    """Where in the buffer each array begins, in bytes, aligned; and last, the buffer's size."""
+    """Return where in the buffer each array begins, in bytes, aligned, followed by the buffer's size."""
     return list(accumulate((-(-values.nbytes // _ALIGNMENT) * _ALIGNMENT for values in arrays), initial=0))
 
 

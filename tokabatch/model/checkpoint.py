@@ -25,7 +25,7 @@ _AGAIN = "Fetch the model again."
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies. `dtype` is safetensors' name: F64, F32, BF16 or F16."""
+    """The place of one tensor. `dtype` is safetensors' name: F64, F32, BF16 or F16."""
 
     file: Path
     dtype: str
@@ -48,10 +48,8 @@ class Checkpoint:
 
 
 def preflight(folder: Path, spec: ModelSpec) -> Checkpoint:
-    """Checks that the files are whole and hold exactly the tensors that `spec` needs, in their shapes.
-
-    Raises ModelError naming the file, the tensor and both shapes.
-    """
+    """Check that the files are complete and hold exactly the tensors that `spec` needs, in their shapes. Raises ModelError
+    naming the file, the tensor and both shapes."""
     checkpoint = read_checkpoint(folder)
     wanted = {spec.checkpoint_name(name): shape for name, shape in tensor_shapes(spec).items()}
     for name, shape in wanted.items():
@@ -77,7 +75,7 @@ def preflight(folder: Path, spec: ModelSpec) -> Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads every header. Raises ModelError for a missing or truncated file and for an index that does not fit."""
+    """Read every header. Raises ModelError for a missing or truncated file and for an index that does not match."""
     tensors: dict[str, TensorInfo] = {}
     declared = _declared_files(folder)
     for file, names in declared.items():
@@ -90,7 +88,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files that the weights are read from, the index first where there is one; empty where any of them is not there."""
+    """Return the files that the weights are read from, the index first if there is one; empty if any of them is missing."""
     try:
         declared = _declared_files(folder)
     except ModelError:
@@ -100,7 +98,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _declared_files(folder: Path) -> dict[Path, set[str]]:
-    """The files to read, each with the tensors that the index expects there; an empty set means all."""
+    """Return the files to read, each with the tensors that the index expects in it; an empty set means all."""
     single, index = folder / _SINGLE, folder / _INDEX
     if single.is_file():
         return {single: set()}
@@ -128,7 +126,7 @@ def _declared_files(folder: Path) -> dict[Path, set[str]]:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file in file order. Raises ModelError where the file is damaged."""
+    """Return the tensors of one safetensors file in file order. Raises ModelError if the file is damaged."""
     try:
         entries, data_size = _read_entries(file)
         placed = sorted((int(entry["data_offsets"][0]), name) for name, entry in entries.items())
@@ -184,7 +182,7 @@ def _bytes_differ(name: str, info: TensorInfo, other_name: str, other: TensorInf
 
 
 def _data_range(file: Path, name: str) -> tuple[int, int]:
-    """First byte and size of a tensor's data in its file."""
+    """Return the first byte and the size of a tensor's data in its file."""
     entries, data_size = _read_entries(file)
     start, stop = entries[name]["data_offsets"]
     return file.stat().st_size - data_size + int(start), int(stop) - int(start)

@@ -1,8 +1,7 @@
-"""config.json, read key by key: each value is checked for its type, and a refusal names the file, the key and the
-remedy.
+"""Read config.json key by key: the type of each value is checked, and a refusal names the file, the key and the remedy.
 
-The JSON is read as it stands; no code of the checkpoint is ever imported, and no transformers either. What a missing
-key means is for the family file to say.
+The JSON is read as it is; neither code of the checkpoint nor transformers is ever imported. Defaults for missing keys are in
+the family files.
 """
 
 from __future__ import annotations
@@ -21,43 +20,43 @@ _UNSCALED = "default"
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """The values of one config.json, or of one object inside it (`prefix` then names that object)."""
+    """The values of one config.json, or of an object inside it (then named by `prefix`)."""
 
     path: Path
     values: Mapping[str, Any]
     prefix: str = ""
 
     def refuse(self, key: str, problem: str) -> ModelError:
-        """The error to raise for a key."""
+        """Return the error to raise for a key."""
         return ModelError(f"{self.path}: `{self.prefix}{key}` {problem}")
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A positive whole number."""
+        """Return a positive whole number."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
             raise self.refuse(key, f"must be a positive whole number, not {value!r}. Correct the file or fetch it again.")
         return value
 
     def optional_integer(self, key: str) -> int | None:
-        """A positive whole number, or None where the key is absent or null."""
+        """Return a positive whole number, or None if the key is absent or null."""
         return None if self.values.get(key) is None else self.integer(key)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number."""
+        """Return a positive number."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise self.refuse(key, f"must be a positive number, not {value!r}. Correct the file or fetch it again.")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """true or false."""
+        """Return true or false."""
         value = self._value(key, default)
         if not isinstance(value, bool):
             raise self.refuse(key, f"must be true or false, not {value!r}. Correct the file or fetch it again.")
         return value
 
     def section(self, key: str) -> ConfigFile | None:
-        """The object under a key, or None where the key is absent, null or empty."""
+        """Return the object under a key, or None if the key is absent, null or empty."""
         value = self.values.get(key)
         if value is None or value == {}:
             return None
@@ -75,7 +74,7 @@ class ConfigFile:
 
 
 def read_config(folder: Path) -> ConfigFile:
-    """`folder/config.json`. Raises ModelError where there is none or it is not a JSON object."""
+    """Read `folder/config.json`. Raises ModelError if it is missing or not a JSON object."""
     path = folder / "config.json"
     if not folder.is_dir():
         remedy = "`model.path` must be a model's folder or a hub id like `owner/name`."
@@ -93,7 +92,8 @@ def read_config(folder: Path) -> ConfigFile:
 
 
 def read_rope(config: ConfigFile) -> RopeSpec:
-    """The rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before it)."""
+    """Return the rotary embedding, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before
+    it)."""
     rope = config.section("rope_scaling") or config.section("rope_parameters")
     if rope is not None and isinstance(rope.values.get("full_attention"), dict):
         rope = rope.section("full_attention")
@@ -123,7 +123,7 @@ def read_rope(config: ConfigFile) -> RopeSpec:
 
 
 def refuse_unsupported(config: ConfigFile) -> None:
-    """Refuses what no family here can do: quantised weights and activations other than SiLU."""
+    """Refuse what no family supports: quantised weights and activations other than SiLU."""
     quantization = config.section("quantization_config")
     if quantization is not None:
         method = quantization.values.get("quant_method", "unknown")
@@ -135,10 +135,8 @@ def refuse_unsupported(config: ConfigFile) -> None:
 
 
 def refuse_sliding_window(config: ConfigFile, num_layers: int, context_length: int) -> None:
-    """Refuses a window that some layer uses and that is shorter than the context; one that never bites is no window.
-
-    `max_window_layers` counts the leading layers that attend to everything; `layer_types` overrides it (Qwen2, Qwen3).
-    """
+    """Refuse a sliding window that some layer uses and that is shorter than the context. `max_window_layers` counts the leading
+    layers with full attention; `layer_types` overrides it (Qwen2, Qwen3)."""
     if not config.flag("use_sliding_window", False):
         return
     window = config.integer("sliding_window", 4096) if config.values.get("sliding_window", 4096) is not None else None

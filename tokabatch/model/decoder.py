@@ -29,7 +29,7 @@ from tokabatch.parallel.peer_links import PeerLinks
 from tokabatch.parallel.peer_memory import PeerSums
 
 Heads = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-"""q_THD, k_TKD and v_TKD, rotated by their positions; keys and values are None where they are in their cache already."""
+"""q_THD, k_TKD and v_TKD, rotated by their positions; keys and values are None if they are in their cache already."""
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 """attend(layer, *heads) -> o_THD. `layer` counts from 0 within the stage; the scale 1 / sqrt(D) is attend's. The heads are
@@ -51,7 +51,7 @@ class KVPages:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer's shard. The query, key and value heads stand one after another in `qkv`, gate and up in `gate_up`."""
+    """One layer's shard. `qkv` holds the query, key and value heads one after another, `gate_up` gate and up."""
 
     attention_norm_E: torch.Tensor
     qkv: Linear
@@ -65,7 +65,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """A stage's tensors. `embed_VE` is there on the first stage, `final_norm_E` and `head` on the last."""
+    """A stage's tensors: `embed_VE` on the first stage, `final_norm_E` and `head` on the last."""
 
     layers: tuple[LayerWeights, ...]
     rotary_P1D: torch.Tensor
@@ -85,11 +85,11 @@ class Decoder:
         self.num_heads = len(mesh.shard(spec.num_heads))
         self.num_kv_heads = len(kv_heads(spec, mesh))
         self.peer_sums: PeerSums | None = None
-        """Sums of tensor ranks on a GPU, where they may go through its peers' memory."""
+        """Sums over tensor ranks on a GPU through peer memory, if available."""
         self.peer_links: PeerLinks | None = None
         """Likewise messages between stages."""
         self.scattering: Scattering | None = None
-        """Of large steps' tokens over tensor ranks, where that was found to be faster."""
+        """Scatters the tokens of large steps over tensor ranks, if that was measured to be faster."""
         self.dtype = weights.rotary_P1D.dtype
         self.device = weights.rotary_P1D.device
         self._weights = weights
@@ -102,8 +102,8 @@ class Decoder:
         logit_rows_S: torch.Tensor | None = None,
         pages: KVPages | None = None,
     ) -> torch.Tensor:
-        """logits_SV of the tokens at `logit_rows_S` (indices into T; None: all), in the model's dtype; on a pipeline stage that
-        is not the last, an empty [0, V]. All three index tensors are int32 or int64 on the decoder's device."""
+        """Return logits_SV of the tokens at `logit_rows_S` (indices into T; None: all), in the model's dtype; on a pipeline
+        stage that is not the last, an empty [0, V]. All three index tensors are int32 or int64 on the decoder's device."""
         hidden = self.hidden(token_ids_T, positions_T, attend, logit_rows_S, pages)
         if not self.mesh.is_last_stage:
             return hidden.new_empty(0, self.spec.vocab_size)
@@ -117,8 +117,8 @@ class Decoder:
         logit_rows_S: torch.Tensor | None = None,
         pages: KVPages | None = None,
     ) -> torch.Tensor:
-        """What `forward` makes logits of: hidden_SE behind the stage's layers; on a stage that is not the last hidden_TE, which
-        the next one gets."""
+        """Return what `forward` computes logits from: hidden_SE after the stage's layers; on a stage that is not the last
+        hidden_TE, the input of the next one."""
         if self.mesh.is_first_stage:
             hidden_TE = self.embed(token_ids_T)
         else:
@@ -130,14 +130,13 @@ class Decoder:
         return hidden
 
     def receive(self, room_TE: torch.Tensor) -> torch.Tensor:
-        """Fills `room_TE` with the hidden states that the previous stage sends next, which must have its shape, and returns it.
-        On a GPU the stream waits for them, not the host. Not on the first stage."""
+        """Fill `room_TE` with the next hidden states from the previous stage, which must have its shape, and return it. On a
+        GPU the stream waits for them, not the host. Not on the first stage."""
         link = self.peer_links and self.peer_links.before
         return receive_hidden(room_TE, self.mesh) if link is None else link.receive(room_TE)
 
     def send(self, hidden_TE: torch.Tensor) -> None:
-        """Sends a copy of hidden states, so that their memory may be written to again, to the next stage. Not on the last
-        stage."""
+        """Send a copy of the hidden states, whose memory may be written to again, to the next stage. Not on the last stage."""
         link = self.peer_links and self.peer_links.behind
         if link is None:
             send_hidden(hidden_TE.clone(), self.mesh)
@@ -145,7 +144,7 @@ class Decoder:
             link.send(hidden_TE)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
-        """hidden_TE of the tokens, a fresh tensor. First stage only."""
+        """Return hidden_TE of the tokens, a fresh tensor. First stage only."""
         embed_VE = self._weights.embed_VE
         assert embed_VE is not None, "the embedding is on the first stage"
         if self.mesh.tensor_size == 1:
@@ -165,9 +164,9 @@ class Decoder:
         pages: KVPages | None = None,
         may_scatter: bool = True,
     ) -> torch.Tensor:
-        """The stage's layers; may overwrite `hidden_TE`. Returns hidden_TE, or hidden_SE after the model's last layer:
-        from its attention on, only the rows that get logits go through. `may_scatter`: see `scattering`; what it does is not
-        to be captured."""
+        """Apply the stage's layers; may overwrite `hidden_TE`. Returns hidden_TE, or hidden_SE after the model's last layer:
+        from its attention on, only rows that get logits are computed. `may_scatter`: see `scattering`, which must not be
+        captured."""
         if pages is None:
             cos, sin = self._weights.rotary_P1D.index_select(0, positions_T).chunk(2, dim=-1)
             to_heads = partial(self._rotate, cos=cos, sin=sin)
@@ -180,7 +179,7 @@ class Decoder:
             which = None if overlapping is None else sorted(overlapping)
             compare_choice(lambda: f"products of {len(hidden_TE)} tokens, scattered: {which}", self.mesh)
         if scattering is not None and overlapping is not None:
-            # The model's last layer drops rows, which then lie on every rank.
+            # The model's last layer drops rows, so every rank needs all of them.
             first = len(self.layer_range) - self.mesh.is_last_stage
             hidden = self._scattered_layers(range(first), hidden_TE, to_heads, attend, scattering, overlapping)
         for index in range(first, len(self.layer_range)):
@@ -196,9 +195,10 @@ class Decoder:
         attend: Attend,
         kept_rows_S: torch.Tensor | None,
     ) -> torch.Tensor:
-        """One layer, top to bottom; may overwrite `hidden_TE`. With `kept_rows_S`, its other rows end as keys and values."""
+        """Apply one layer, top to bottom; may overwrite `hidden_TE`. With `kept_rows_S`, other rows only contribute keys and
+        values."""
         layer, hidden = self._weights.layers[index], hidden_TE
-        # What a product gives is passed on unnamed, so that its memory is free as soon as it is used.
+        # Results of products are passed on without a name, so that their memory is freed as soon as they are used.
         mixed = attend(index, *to_heads(index, self._project(layer.qkv, layer.attention_norm_E, hidden))).flatten(1)
         if kept_rows_S is not None:
             mixed, hidden = mixed.index_select(0, kept_rows_S), hidden.index_select(0, kept_rows_S)
@@ -216,7 +216,7 @@ class Decoder:
         scattering: Scattering,
         overlapping: frozenset[str],
     ) -> torch.Tensor:
-        """Some layers with the tokens scattered over tensor ranks but for attention and the gated activation."""
+        """Apply some layers with the tokens scattered over tensor ranks, except for attention and the gated activation."""
         count, eps = len(hidden_TE), self.spec.rms_norm_eps
         own = scattering.scatter(hidden_TE)
         for index in layers:
@@ -230,8 +230,8 @@ class Decoder:
         return scattering.gather(own, count)
 
     def measure_scattering(self, most_tokens: int) -> None:
-        """Find out for steps of up to so many tokens what is faster with tokens scattered over the tensor ranks, all of which
-        must call it, and do that from now on."""
+        """Measure what is faster for steps of up to `most_tokens` tokens, scattered over the tensor ranks or not, and use it
+        from now on. All tensor ranks must call it."""
         has_row_bias = self.spec.o_bias or self.spec.mlp_bias
         self.scattering = measure_scattering(self._weights.layers[0], self.mesh, has_row_bias, most_tokens)
 
@@ -239,7 +239,7 @@ class Decoder:
         return linear(normed_for(linear, hidden, norm_E, self.spec.rms_norm_eps))
 
     def _rotate(self, index: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
-        """The heads in `qkv`, queries and keys normalised where the family does so, and rotated."""
+        """Return the heads in `qkv`, queries and keys normalised if the family does so, and rotated."""
         norm, num_rotated = self._weights.layers[index].qk_norm_HD, self.num_heads + self.num_kv_heads
         heads = qkv.view(-1, num_rotated + self.num_kv_heads, self.spec.head_dim)
         qk = heads[:, :num_rotated]
@@ -247,7 +247,7 @@ class Decoder:
         return qk[:, : self.num_heads], qk[:, self.num_heads :], heads[:, num_rotated:]
 
     def _rotate_and_store(self, index: int, qkv: torch.Tensor, positions_T: torch.Tensor, pages: KVPages) -> Heads:
-        """The same in one kernel, which also writes keys and values to the cache."""
+        """Do the same in one kernel, which also writes keys and values to the cache."""
         norm, eps, kept = self._weights.layers[index].qk_norm_HD, self.spec.rms_norm_eps, pages.cache
         angles_PD = self._weights.rotary_P1D[:, 0]
         place = positions_T, pages.slot_T, kept.table
@@ -256,7 +256,7 @@ class Decoder:
         return q_THD, None, None
 
     def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        """logits_SV of this rank's `vocabulary`, padding included. Last stage only."""
+        """Return logits_SV of this rank's `vocabulary`, padding included. Last stage only."""
         norm_E, head = self._weights.final_norm_E, self._weights.head
         assert norm_E is not None and head is not None, "the head is on the last stage"
         return head(rms_norm(hidden_SE, norm_E, self.spec.rms_norm_eps))

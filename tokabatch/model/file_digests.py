@@ -1,7 +1,7 @@
-"""The files that decide what a model draws: which of a folder's are read, how each is known, whether it is still the same.
+"""The files that decide a model's output: which files of a folder are read, how each is identified, and whether it has changed.
 
-A file is known by its size and digest; while a run lasts, also by what the file system says of it, so that a look costs no
-reading. Editors' backups and other files that lie beside them are not read, so they decide nothing.
+A file is identified by its size and digest; during a run, also by the file system's metadata, so that a check reads nothing.
+Editors' backups and other files beside them are not read, so they decide nothing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _PIECES, _PIECE_BYTES = 4096, 4096
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """One file as it was read first. `name` tells it from others of the run, `mark` what it holds; `state` is what its file
-    system said before."""
+    """One file as it was first read. `name` distinguishes it from the run's other files, `mark` identifies its content; `state`
+    is the file system's metadata before it was read."""
 
     name: str
     path: Path
@@ -39,7 +39,7 @@ class ModelFile:
 
 
 def known_files(model: Path, tokenizer: Path) -> tuple[ModelFile, ...]:
-    """The files of the two folders that are read, the weights only where all of them are there. Raises ModelError for one that
+    """Return the files read from the two folders, the weights only if all of them are there. Raises ModelError for one that
     cannot be read."""
     places = [("model", CONFIG, model / CONFIG)]
     places += [("model", path.name, path) for path in weight_files(model)]
@@ -48,7 +48,7 @@ def known_files(model: Path, tokenizer: Path) -> tuple[ModelFile, ...]:
 
 
 def refuse_changed(files: Iterable[ModelFile]) -> None:
-    """Raises ModelError for a file that holds something else by now. Only one that was touched is read again."""
+    """Raise ModelError for a file whose content has changed. Only files that were touched are read again."""
     for file in files:
         try:
             if _state(file.path) == file.state:
@@ -64,8 +64,8 @@ def refuse_changed(files: Iterable[ModelFile]) -> None:
 
 
 def file_mark(path: Path) -> str:
-    """Size and digest of a file. One beyond 64 MiB is digested by 4,096 pieces of 4 KiB, evenly spread from its first byte to
-    its last: training or merging weights changes more than lies between two of them. Raises OSError."""
+    """Return size and digest of a file. A file beyond 64 MiB is digested by 4,096 pieces of 4 KiB, evenly spread from its first
+    byte to its last: training or merging weights changes more than what lies between two of them. Raises OSError."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= _WHOLE_BYTES:
@@ -90,7 +90,7 @@ def _tokenizer_files(folder: Path) -> Iterator[Path]:
 
 def _known(name: str, path: Path) -> ModelFile:
     try:
-        # Asked first: what changes while it is read has another state from then on.
+        # Read first: a file that changes while it is read has another state afterwards.
         state = _state(path)
         return ModelFile(name, path, file_mark(path), state)
     except OSError as error:

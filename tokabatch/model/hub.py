@@ -26,8 +26,8 @@ _UNWANTED = ("*/*", "consolidated*")
 
 
 def fetch_model(name: str, revision: str | None, *, weights: bool, key: str, revision_key: str) -> Path:
-    """The folder of the model `name` in the cache. Raises ModelError with the remedy where it cannot be had; the user wrote
-    `name` and `revision` under the keys `key` and `revision_key`."""
+    """Download the model `name` and return its folder in the cache. Raises ModelError with the remedy; the user wrote `name`
+    and `revision` under the keys `key` and `revision_key`."""
     wanted = (*_WANTED, *_WEIGHTS) if weights else _WANTED
     place = name if revision is None else f"{name} at revision {revision!r}"
     absent = f"{place}: no such folder in {Path.cwd()}"
@@ -47,6 +47,6 @@ def fetch_model(name: str, revision: str | None, *, weights: bool, key: str, rev
         raise ModelError(f"{absent}, not in the hub cache, and the hub cannot be reached. {remedy}") from error
     except HFValidationError as error:
         raise ModelError(f"{name}: neither a folder nor a hub id ({error}). Check {key}.") from error
-    except Exception as error:  # of the disk, or of the HTTP client that the hub library happens to use
+    except Exception as error:  # errors of the disk, or of the HTTP client that the hub library uses
         remedy = "Run the command again; what has arrived is kept."
         raise ModelError(f"{place}: could not be fetched ({error}). {remedy}") from error

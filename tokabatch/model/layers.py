@@ -26,7 +26,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if weight.dim() == 1 and x.is_cuda:
         return F.rms_norm(x, weight.shape, weight, eps)
     if weight.dim() == 1 and x.dtype in (torch.float32, torch.float64):
-        # Torch's own writes the squares out before it adds them up, and takes twice as long.
+        # Torch's own kernel writes out the squares before it adds them up, and takes twice as long.
         mean = torch.linalg.vecdot(x, x).div_(x.shape[-1]).unsqueeze(-1)
         return (x * mean.add_(eps).rsqrt_()).mul_(weight)
     return F.rms_norm(x, weight.shape[-1:], None, eps).mul_(weight)
@@ -76,10 +76,10 @@ def gate(gate_up_T2F: torch.Tensor) -> torch.Tensor:
 
 
 def is_fused(x: torch.Tensor) -> bool:
-    """Whether the one-pass kernels of `triton_layers` take this tensor."""
+    """Return whether the one-pass kernels of `triton_layers` support this tensor."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def fused() -> ModuleType:
-    """`triton_layers`. Triton is there only where there is a GPU."""
+    """Import `triton_layers`: Triton is installed only where there is a GPU."""
     return import_module("tokabatch.model.triton_layers")

@@ -63,7 +63,7 @@ class DenseLinear:
         return F.linear(x_TI, self.weight_OI, self.bias_O)
 
     def gates_inside(self, x_TI: torch.Tensor) -> bool:
-        """Whether a gated activation is faster inside this product: see `MANY_ROWS`."""
+        """Return whether a gated activation inside this product is faster: see `MANY_ROWS`."""
         rows, features = x_TI.shape
         if not is_fused(x_TI) or self.bias_O is not None or rows < MANY_ROWS or features > FEW_FEATURES:
             return False
@@ -159,7 +159,7 @@ class Fp8Linear:
 
 
 def make_linear(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, fp8: bool = False) -> Linear:
-    """The fastest kind for the weight's device and dtype; with `fp8`, which a GPU alone has, rounded to e4m3."""
+    """Choose the fastest kind for the weight's device and dtype; with `fp8`, on a GPU only, rounded to e4m3."""
     if fp8:
         return Fp8Linear(weight_OI, bias_O)
     packable = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 and weight_OI.numel() > 0
@@ -169,21 +169,21 @@ def make_linear(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, fp8
 
 
 def normed_for(linear: Linear, x_TI: torch.Tensor, weight_I: torch.Tensor, eps: float) -> Input:
-    """x / rms(x) * weight as the product takes it."""
+    """Return x / rms(x) * weight in the form that the product takes."""
     if isinstance(linear, Fp8Linear):
         return Fp8Rows(*fused().to_fp8(x_TI, weight_I, eps))
     return rms_norm(x_TI, weight_I, eps)
 
 
 def gated_for(linear: Linear, gate_up_T2I: torch.Tensor) -> Input:
-    """silu(gate) * up as the product takes it. May overwrite the argument."""
+    """Return silu(gate) * up in the form that the product takes. May overwrite the argument."""
     if isinstance(linear, Fp8Linear):
         return Fp8Rows(*fused().gate_fp8(gate_up_T2I))
     return gate(gate_up_T2I)
 
 
 def gated_by(gate_up: Linear, linear: Linear, x_TI: Input) -> Input:
-    """silu(gate) * up of what `gate_up` makes of x, as `linear` takes it."""
+    """Return silu(gate) * up, of the product `gate_up` of x, in the form that `linear` takes."""
     if isinstance(gate_up, DenseLinear) and isinstance(x_TI, torch.Tensor) and gate_up.gates_inside(x_TI):
         return fused().gated_product(x_TI, gate_up.weight_OI)
     return gated_for(linear, gate_up(x_TI))

@@ -17,8 +17,8 @@ def resolve_model(
     key: str = "model.path",
     revision_key: str = "model.revision",
 ) -> Path:
-    """The folder of a model; with `weights` False, only its small files need be there. Raises ModelError with the remedy where
-    there is none to be had, and for a revision of a local folder; the user wrote the two under `key` and `revision_key`."""
+    """Return the folder of a model; with `weights` False, only its small files need to be there. Raises ModelError with the
+    remedy if there is none, and for a revision of a local folder; the user wrote the two under `key` and `revision_key`."""
     forms = f"{key} must be a model's folder or a hub id like `owner/name`."
     name = str(path_or_hub_id)
     local = Path(path_or_hub_id).expanduser()
@@ -36,6 +36,6 @@ def resolve_model(
         raise ModelError(f"{name}: is a web address; write {found[1]}")
     if isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"{name}: no such folder{'' if local.is_absolute() else f' (looked in {Path.cwd()})'}. {forms}")
-    # Half of what a start from a local folder imports before it reads anything, and of no use there.
+    # Half of what a start from a local folder imports before it reads anything, and unused there.
     hub = import_module("tokabatch.model.hub")
     return hub.fetch_model(name, revision, weights=weights, key=key, revision_key=revision_key)

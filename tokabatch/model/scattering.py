@@ -24,9 +24,9 @@ from tokabatch.parallel.mesh import Mesh
 from tokabatch.parallel.peer_memory import gather_and_multiply, measure_overlap, multiply_and_scatter
 
 SIZES = (4096, 8192, 16_384)
-"""Tokens at which it is measured; no smaller step has been seen to gain."""
+"""Sizes of a step at which it is measured, in tokens; no smaller step has been seen to gain."""
 GAIN = 0.98
-"""Share of the other way's time below which one is taken."""
+"""One way is chosen if it takes less than this share of the other's time."""
 
 
 class LayerProducts(Protocol):
@@ -54,30 +54,30 @@ class Scattering:
     overlapped: Mapping[int, frozenset[str]]
 
     def products(self, num_tokens: int) -> frozenset[str] | None:
-        """Those that overlap in a step of so many tokens; None where it is not scattered. Follows from the number alone, so
-        that all ranks do the same."""
+        """Return the products that overlap in a step of this many tokens; None if it is not scattered. Depends on the number
+        alone, so that all ranks do the same."""
         size = max((size for size in self.overlapped if size <= num_tokens), default=None)
         return None if size is None else self.overlapped[size]
 
     def scatter(self, x_TE: torch.Tensor) -> torch.Tensor:
-        """This rank's rows, a copy; the last rank's are filled up with zeros."""
+        """Return this rank's rows, a copy; the last rank's are padded with zeros."""
         share = -(-len(x_TE) // self.mesh.tensor_size)
         own = x_TE[self.mesh.tensor_rank * share : (self.mesh.tensor_rank + 1) * share]
         return F.pad(own, (0, 0, 0, share - len(own))) if len(own) < share else own.clone()
 
     def gather(self, x_tE: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """All ranks' rows without what they were filled up with."""
+        """Return all ranks' rows without padding."""
         return all_gather_first(x_tE, self.mesh)[:num_tokens]
 
     def column(self, linear: Linear, x_tI: torch.Tensor, overlaps: bool) -> torch.Tensor:
-        """The product of all ranks' rows, filled up ones included: [T, O]."""
+        """Return the product of all ranks' rows, padding included: [T, O]."""
         if not overlaps or not isinstance(linear, DenseLinear):
             return linear(all_gather_first(x_tI, self.mesh))
         y_TO = gather_and_multiply(x_tI, linear.weight_t_IO, self.mesh)
         return y_TO if linear.bias_O is None else y_TO.add_(linear.bias_O)
 
     def row(self, linear: Linear, x: Input, overlaps: bool) -> torch.Tensor:
-        """This rank's rows of the sum over ranks of the products of all rows, which are filled up first: [t, O]."""
+        """Return this rank's rows of the sum over ranks of the products of all rows, which are padded first: [t, O]."""
         assert isinstance(x, torch.Tensor)
         missing = -len(x) % self.mesh.tensor_size
         x_TI = F.pad(x, (0, 0, 0, missing)) if missing else x
@@ -87,8 +87,7 @@ class Scattering:
 
 
 def measure_scattering(layer: LayerProducts, mesh: Mesh, has_row_bias: bool, most_tokens: int) -> Scattering | None:
-    """Measure on the first layer of a model what scattering gains; None where it gains nothing.
-    Every tensor rank must call it."""
+    """Measure on a model's first layer what scattering gains; None if it gains nothing. Every tensor rank must call it."""
     overlapped: dict[int, frozenset[str]] = {}
     try:
         for size in SIZES:
@@ -100,7 +99,7 @@ def measure_scattering(layer: LayerProducts, mesh: Mesh, has_row_bias: bool, mos
                 if not isinstance(linear, DenseLinear):
                     return None
                 times = measure_overlap(linear.weight_t_IO, is_column, size, mesh)
-                # A bias is one rank's to add.
+                # Only one rank may add a bias.
                 may_overlap = is_column or not has_row_bias
                 if may_overlap and times.overlapped < GAIN * times.scattered:
                     found.add(name)

@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallelism of one model replica: which rank holds what, and the few collectives the model calls.
+"""Tensor and pipeline parallelism of one model replica: which rank holds what, and the few collectives that the model calls.
 
-Everything is the identity on a mesh of one, so the model's code has no second version.
+On a mesh of one everything is the identity, so the model's code has no second version.
 """

@@ -19,7 +19,7 @@ _all_gather: Any = vars(dist).get("all_gather_single") or vars(dist)["all_gather
 _reduce_scatter: Any = vars(dist).get("reduce_scatter_single") or vars(dist)["reduce_scatter_tensor"]
 
 SENDING = 2
-"""Messages with hidden states that a stage may have under way."""
+"""Messages with hidden states that a stage may have in flight."""
 
 
 def all_reduce(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
@@ -38,7 +38,7 @@ def all_gather_last(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
 
 
 def all_gather_first(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """The same along the first axis."""
+    """Concatenate them along the first axis."""
     if mesh.tensor_size == 1:
         return x
     gathered = torch.empty((mesh.tensor_size * x.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device)
@@ -47,7 +47,7 @@ def all_gather_first(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
 
 
 def reduce_scatter_first(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """This tensor rank's part, along the first axis, of the sum over all of them."""
+    """Return this tensor rank's part, along the first axis, of the sum over all of them."""
     if mesh.tensor_size == 1:
         return x
     part = torch.empty((x.shape[0] // mesh.tensor_size, *x.shape[1:]), dtype=x.dtype, device=x.device)
@@ -56,7 +56,7 @@ def reduce_scatter_first(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
 
 
 def least(value: int, mesh: Mesh, device: torch.device, *, of_stage: bool = False) -> int:
-    """The smallest value of all ranks, or of those of this stage, all of which must call it."""
+    """Return the smallest value of all ranks, or of those of this stage, all of which must call it."""
     if mesh.is_single:
         return value
     smallest = torch.tensor(int(value), device=device)
@@ -65,8 +65,8 @@ def least(value: int, mesh: Mesh, device: torch.device, *, of_stage: bool = Fals
 
 
 def compare_choice(choice: Callable[[], object], mesh: Mesh) -> None:
-    """Where `Mesh.compares` is set, compare the choices of all tensor ranks of the stage of what to compute next, and raise
-    EngineError where they differ. Otherwise different collectives would wait for each other for ever."""
+    """If `Mesh.compares` is set, compare what all tensor ranks of the stage chose to compute next, and raise EngineError if
+    they differ. Otherwise different collectives would deadlock."""
     if not mesh.compares or mesh.tensor_size == 1:
         return
     own, all_choices = str(choice()), [""] * mesh.tensor_size
@@ -81,7 +81,7 @@ def compare_choice(choice: Callable[[], object], mesh: Mesh) -> None:
 
 def send_hidden(hidden_TE: torch.Tensor, mesh: Mesh) -> None:
     """Send hidden states, which must not be written to again, to the same tensor rank of the next pipeline stage. Returns
-    before they are received; at most `SENDING` messages are under way."""
+    before they are received; at most `SENDING` messages are in flight."""
     if len(mesh.sending) == SENDING:
         mesh.sending.popleft()[0].wait()
     hidden_TE = hidden_TE.contiguous()

@@ -1,6 +1,6 @@
-"""How a run is laid out on the devices of a host: so many replicas, each on its own devices.
+"""The layout of a run on the devices of a host: a number of replicas, each on its own devices.
 
-The layout decides nothing of what is sampled, and a run may go on with another one.
+The layout does not affect what is sampled, and a run may continue with another one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 @dataclass(frozen=True, slots=True)
 class Layout:
     """`replicas` copies of the weights, each over `tensor` x `pipeline` devices. `devices` has an entry for each replica: its
-    GPUs as `CUDA_VISIBLE_DEVICES` names them, none on a CPU. `reason` says in words where the number of replicas comes from."""
+    GPUs as `CUDA_VISIBLE_DEVICES` names them, none on a CPU. `reason` explains the number of replicas."""
 
     replicas: int = 1
     tensor: int = 1
@@ -36,15 +36,16 @@ class Layout:
 
 
 def visible_devices(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """The GPUs that this process may use, each as `CUDA_VISIBLE_DEVICES` names it: a number, a UUID or the name of a slice."""
+    """Return the GPUs that this process may use, each as `CUDA_VISIBLE_DEVICES` names it: a number, a UUID or the name of a
+    slice."""
     count = torch.cuda.device_count()
     named = [name.strip() for name in environment.get(VISIBLE, "").split(",") if name.strip()]
     return tuple(named[:count]) if len(named) >= count else tuple(map(str, range(count)))
 
 
 def decide_layout(config: EngineConfig, device: str, visible: Sequence[str] | None) -> Layout:
-    """The layout that the job says, or that fits the `visible` GPUs; None is a GPU that is not here, taken as one. Raises
-    JobError where there are fewer of them than the job needs."""
+    """Return the layout given by the job, or fitting the `visible` GPUs; None plans for one GPU that is not in this machine.
+    Raises JobError if there are fewer GPUs than the job needs."""
     each, given = config.tensor * config.pipeline, config.replicas
     if each > 1 and config.process is False:
         raise JobError(

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 CHECK = "TOKABATCH_CHECK_RANKS"
-"""The environment variable that has tensor ranks compare every choice of path, for debugging: set it to 1."""
+"""The environment variable that makes tensor ranks compare every choice of path, for debugging: set it to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One rank of a worker, before it has met the others. `meeting_file` does not exist before the first of them comes."""
+    """One rank of a worker before it has joined the others. `meeting_file` must not exist before the first of them joins."""
 
     rank: int
     tensor_size: int
@@ -30,7 +30,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Where this process stands. `rank` counts within the worker: pipeline_rank * tensor_size + tensor_rank."""
+    """This process's position. `rank` counts within the worker: pipeline_rank * tensor_size + tensor_rank."""
 
     rank: int
     tensor_size: int
@@ -45,16 +45,16 @@ class Mesh:
 
     @classmethod
     def single(cls) -> Mesh:
-        """One process, no communication."""
+        """Return the mesh of one process, without communication."""
         return cls(rank=0, tensor_size=1, pipeline_size=1)
 
     @classmethod
     def join(cls, place: Place, device: torch.device) -> Mesh:
-        """Meet the other ranks. A GPU's rank takes the device of its number, which is the current one from now on; on a CPU the
+        """Join the other ranks. On a GPU the rank uses the device of its number, which becomes the current one; on a CPU the
         ranks share the cores."""
         world = place.tensor_size * place.pipeline_size
         if device.type == "cuda":
-            # Symmetric memory would else ask for multicast, which not every host has, and which is not used.
+            # Otherwise symmetric memory would request multicast, which not every host has, and which is not used.
             os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
             torch.cuda.set_device(place.rank)
         else:
@@ -66,7 +66,7 @@ class Mesh:
 
     @classmethod
     def create(cls, tensor_size: int, pipeline_size: int) -> Mesh:
-        """This process's place. Every process of the world must call it, with the same sizes."""
+        """Return this process's position. Every process of the world must call it, with the same sizes."""
         world, rank = tensor_size * pipeline_size, dist.get_rank()
         assert world == dist.get_world_size(), "the mesh must cover the world"
         own_group: dist.ProcessGroup | None = None
@@ -76,7 +76,7 @@ class Mesh:
             own_group = found if isinstance(found, dist.ProcessGroup) else None
         links: dict[int, dist.ProcessGroup | None] = {}
         for first in range(world - tensor_size):
-            # A communicator for each pair of neighbours: their messages cannot stand behind others.
+            # A communicator for each pair of neighbours: their messages are never queued behind others.
             group = dist.new_group([first, first + tensor_size])
             links[first] = group if isinstance(group, dist.ProcessGroup) else None
         links_of_rank, compares = (links.get(rank - tensor_size), links.get(rank)), os.environ.get(CHECK, "0") != "0"
@@ -103,6 +103,6 @@ class Mesh:
         return self.pipeline_rank == self.pipeline_size - 1
 
     def shard(self, size: int) -> range:
-        """This tensor rank's part of an axis of `size`: equal parts, rounded up, so that the last may be short."""
+        """Return this tensor rank's part of an axis of `size`: equal parts, rounded up, so that the last may be short."""
         part = -(-size // self.tensor_size)
         return range(min(size, self.tensor_rank * part), min(size, (self.tensor_rank + 1) * part))

@@ -78,8 +78,8 @@ class PeerLinks:
 
 
 def meet_neighbours(mesh: Mesh, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> PeerLinks | None:
-    """Links for messages of up to so many rows. None where ranks cannot reach each other's memory, or a message does not arrive
-    as it was sent. Every rank of the worker must call it, before any of them uses symmetric memory otherwise."""
+    """Return links for messages of up to `rows` rows; None if ranks cannot reach each other's memory, or if a message does not
+    arrive as it was sent. Every rank of the worker must call it, before any of them uses symmetric memory otherwise."""
     if not all_reach(range(mesh.tensor_size * mesh.pipeline_size)):
         return None
     links, shape = None, (SENDING, rows, columns)
@@ -101,7 +101,7 @@ def meet_neighbours(mesh: Mesh, rows: int, columns: int, dtype: torch.dtype, dev
         return None
     works = True
     try:
-        # More messages than slots, so that each is used again.
+        # More messages than slots, so that each slot is reused.
         for number in range(1, 2 * SENDING + 2):
             message = torch.full((min(rows, TRIED_ROWS + number), columns), number, dtype=dtype, device=device)
             if links.before is not None:

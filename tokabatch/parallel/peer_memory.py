@@ -35,8 +35,8 @@ class PeerSums:
 
     @classmethod
     def meet(cls, mesh: Mesh, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> PeerSums | None:
-        """For sums of up to so many rows. None where the ranks have no peer access, or a sum differs from NCCL's.
-        Every tensor rank must call it."""
+        """Set up sums of up to `rows` rows; None if the ranks have no peer access, or if a sum differs from NCCL's. Every
+        tensor rank must call it."""
         first = mesh.rank - mesh.tensor_rank
         if not all_reach(range(first, first + mesh.tensor_size)):
             return None
@@ -64,15 +64,15 @@ class PeerSums:
         return sums
 
     def room(self, rows: int) -> torch.Tensor:
-        """[rows, columns] to write into. What was summed there before is overwritten."""
+        """Return memory of shape [rows, columns] to write into. What was summed there before is overwritten."""
         return self._memory[: rows * self._columns].view(rows, self._columns)
 
     def holds(self, rows: int) -> bool:
-        """Whether there is room for so many rows, at least one."""
+        """Return whether there is room for this many rows, at least one."""
         return 0 < rows * self._columns <= len(self._memory)
 
     def sum(self, room: torch.Tensor) -> torch.Tensor:
-        """The same memory, now holding the sum; good until the next `room` is written."""
+        """Sum the memory over ranks in place and return it; valid until the next `room` is written."""
         torch.ops.symm_mem.two_shot_all_reduce_(room, "sum", self._group)
         return room
 
@@ -126,7 +126,7 @@ def measure_overlap(weight_t_IO: torch.Tensor, is_column: bool, num_tokens: int,
 
 
 def _slowest(work: Callable[[], torch.Tensor], mesh: Mesh, device: torch.device) -> float:
-    """Milliseconds that some work takes on the slowest rank."""
+    """Return the milliseconds that some work takes on the slowest rank."""
     work()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -140,5 +140,5 @@ def _slowest(work: Callable[[], torch.Tensor], mesh: Mesh, device: torch.device)
 
 
 def all_reach(ranks: range) -> bool:
-    """Whether the GPUs of these ranks have peer access to each other: a fact of the host, on which all ranks agree."""
+    """Return whether the GPUs of these ranks have peer access to each other: a fact of the host, on which all ranks agree."""
     return all(torch.cuda.can_device_access_peer(a, b) for a in ranks for b in ranks if a != b)

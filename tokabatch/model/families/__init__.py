@@ -16,12 +16,12 @@ from tokabatch.model.spec import ModelSpec
 
 
 def family_names() -> list[str]:
-    """The supported values of `model_type`, sorted."""
+    """Return the supported values of `model_type`, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """The model that `folder/config.json` describes. Raises ModelError, naming the key, where it is not supported."""
+    """Return the model described by `folder/config.json`. Raises ModelError, naming the key, if it is not supported."""
     config = read_config(folder)
     known = family_names()
     name = config.values.get("model_type")

@@ -28,7 +28,8 @@ def draw_filtered(
     min_p_S: torch.Tensor,
     uniform_S: torch.Tensor,
 ) -> torch.Tensor:
-    """token_S from logits already divided by the temperature. `top_k` 0, `top_p` 1 and `min_p` 0 are off."""
+    """Return token_S, drawn from logits that are already divided by the temperature. `top_k` 0, `top_p` 1 and `min_p` 0 are
+    off."""
     on_cpu = scaled_SV.device.type == "cpu"
     probs_SV = scaled_SV.softmax(-1)
     # Masks are held in the probabilities' dtype and multiplied: on the CPU a masked fill takes ten times as long.
@@ -43,7 +44,7 @@ def draw_filtered(
 
 
 def _kth_largest(scaled_SV: torch.Tensor, top_k_S: torch.Tensor, width: int) -> torch.Tensor:
-    """The k-th largest of each row, [S, 1]; minus infinity where top-k is off. `width` bounds every k."""
+    """Return the k-th largest of each row, [S, 1]; minus infinity where top-k is off. `width` bounds every k."""
     largest_SW = scaled_SV.topk(width, dim=-1).values
     last_S1 = (top_k_S[:, None].long() - 1).clamp_(0, width - 1)
     return largest_SW.gather(1, last_S1).masked_fill_(top_k_S[:, None] <= 0, -torch.inf)
@@ -51,7 +52,7 @@ def _kth_largest(scaled_SV: torch.Tensor, top_k_S: torch.Tensor, width: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Band:
-    """Tokens above `high` are in, those up to `low` are out, those in between are undecided."""
+    """Tokens above `high` pass, those up to `low` do not, those in between are undecided."""
 
     low_S1: torch.Tensor
     high_S1: torch.Tensor
@@ -60,8 +61,8 @@ class _Band:
 
 
 def _in_top_p(scaled_SV: torch.Tensor, probs_SV: torch.Tensor, top_p_S: torch.Tensor, mask_SV: torch.Tensor) -> torch.Tensor:
-    """1 for a token while the tokens before it, the more likely ones, hold less than top_p of the mass, else 0.
-    `probs_SV` need not sum to 1; `mask_SV` is scratch."""
+    """Return 1 for a token while the more likely tokens before it hold less than top_p of the mass, else 0. `probs_SV` need not
+    sum to 1; `mask_SV` is scratch."""
     mass_S1 = probs_SV.sum(-1, keepdim=True)
     wanted_S1 = (top_p_S[:, None].double() * mass_S1).to(probs_SV.dtype)
     band = _narrow(probs_SV, wanted_S1, mass_S1, mask_SV)
@@ -79,7 +80,7 @@ def _in_top_p(scaled_SV: torch.Tensor, probs_SV: torch.Tensor, top_p_S: torch.Te
 
 
 def _narrow(probs_SV: torch.Tensor, wanted_S1: torch.Tensor, mass_S1: torch.Tensor, mask_SV: torch.Tensor) -> _Band:
-    """Bisects the logarithm of top-p's bound."""
+    """Bisect the logarithm of top-p's bound."""
     high_S1 = probs_SV.amax(-1, keepdim=True)
     # Tokens below an equal share of what top-p drops are dropped together; the factor is for rounding.
     low_S1 = 0.99 * (mass_S1 - wanted_S1) / probs_SV.shape[1]
@@ -95,7 +96,7 @@ def _narrow(probs_SV: torch.Tensor, wanted_S1: torch.Tensor, mass_S1: torch.Tens
 
 
 def _compact(marked_SV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token ids of each row's non-zero places in id order, padded with 0 to W; and which of the W are such."""
+    """Return the token ids of each row's non-zero places in id order, padded with 0 to W, and which of the W are valid."""
     num_rows, vocab_size = marked_SV.shape
     if marked_SV.device.type != "cpu":
         return torch.arange(vocab_size, device=marked_SV.device).expand(num_rows, vocab_size), marked_SV > 0

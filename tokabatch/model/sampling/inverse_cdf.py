@@ -15,12 +15,12 @@ from tokabatch.model.partition import PART
 
 
 def part_maxima(logits_SV: torch.Tensor) -> torch.Tensor:
-    """The largest of each part, [S, N]; NaN where it has one. The last part may be short."""
+    """Return the largest of each part, [S, N]; NaN if it contains one. The last part may be short."""
     return _joined([part.amax(-1) for part in _parts(logits_SV)], logits_SV)
 
 
 def part_masses(logits_SV: torch.Tensor, highest_SN: torch.Tensor, temperature_S1: torch.Tensor) -> torch.Tensor:
-    """The sum of exp((x - highest of the part) / temperature) of each part, [S, N]."""
+    """Return the sum of exp((x - highest of the part) / temperature) of each part, [S, N]."""
     base_SN1 = highest_SN.masked_fill(highest_SN == -torch.inf, 0.0)[:, :, None]
     masses: list[torch.Tensor] = []
     begin = 0
@@ -32,14 +32,14 @@ def part_masses(logits_SV: torch.Tensor, highest_SN: torch.Tensor, temperature_S
 
 
 def relative_masses(mass_SN: torch.Tensor, highest_SN: torch.Tensor, temperature_S1: torch.Tensor) -> torch.Tensor:
-    """The masses of the parts of whole rows on one scale, that of the row's largest logit; float64."""
+    """Return the masses of the parts of whole rows on one scale, that of the row's largest logit; float64."""
     top_S1 = highest_SN.amax(-1, keepdim=True)
     top_S1 = top_S1.masked_fill(~top_S1.isfinite(), 0.0)
     return mass_SN.double() * ((highest_SN - top_S1) / temperature_S1).double().exp_()
 
 
 def walk(logits_SV: torch.Tensor, part_S: torch.Tensor, rest_S: torch.Tensor, temperature_S1: torch.Tensor) -> torch.Tensor:
-    """The place in V at which a share `rest` of the mass of one part is passed, [S]."""
+    """Return the place in V at which a share `rest` of the mass of one part is passed, [S]."""
     index_SC, inside_SC = _part_indices(part_S, logits_SV.shape[1])
     part_SC = logits_SV.gather(1, index_SC).masked_fill_(~inside_SC, -torch.inf)
     highest_S1 = part_SC.amax(-1, keepdim=True)
@@ -49,17 +49,15 @@ def walk(logits_SV: torch.Tensor, part_S: torch.Tensor, rest_S: torch.Tensor, te
 
 
 def first_of_part(logits_SV: torch.Tensor, part_S: torch.Tensor) -> torch.Tensor:
-    """The place in V of the first of the largest of one part, [S]."""
+    """Return the place in V of the first of the largest of one part, [S]."""
     index_SC, inside_SC = _part_indices(part_S, logits_SV.shape[1])
     part_SC = logits_SV.gather(1, index_SC).masked_fill_(~inside_SC, -torch.inf)
     return (part_S * PART + part_SC.argmax(-1)).clamp_(max=logits_SV.shape[1] - 1)
 
 
 def invert(probs_SV: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tensor:
-    """The token whose part of the cumulative distribution holds the uniform number.
-
-    Sums within parts are the probabilities' dtype, everything that accumulates or subtracts is float64.
-    """
+    """Return the token whose part of the cumulative distribution contains the uniform number. Sums within parts are in the
+    probabilities' dtype; everything that accumulates or subtracts is float64."""
     mass_SN = _joined([part.sum(-1) for part in _parts(probs_SV)], probs_SV)
     part_S, rest_S = locate(mass_SN.double(), uniform_S)
     index_SC, inside_SC = _part_indices(part_S, probs_SV.shape[1])
@@ -69,7 +67,7 @@ def invert(probs_SV: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tensor:
 
 
 def locate(mass_SN: torch.Tensor, uniform_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The part of each row that holds a share `uniform` of its mass, and how far into that part it lies, in [0, 1)."""
+    """Return the part of each row that contains a share `uniform` of its mass, and the position within that part, in [0, 1)."""
     sums_SN = mass_SN.cumsum(-1)
     total_S1 = sums_SN[:, -1:]
     # Below the total even when the product rounds up to it, so that the part found is never one of no mass.
@@ -81,7 +79,7 @@ def locate(mass_SN: torch.Tensor, uniform_S: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _parts(x_SV: torch.Tensor) -> list[torch.Tensor]:
-    """Views [S, N, C] of all whole parts and of a last one that is short, as far as there are such."""
+    """Return views [S, N, C] of all whole parts, and of a short last one, as far as they exist."""
     whole = x_SV.shape[1] // PART * PART
     parts: list[torch.Tensor] = []
     if whole:
@@ -98,6 +96,6 @@ def _joined(per_part: list[torch.Tensor], x_SV: torch.Tensor) -> torch.Tensor:
 
 
 def _part_indices(part_S: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of one part per row, clamped to the vocabulary, and which of them are inside it."""
+    """Return the token ids of one part per row, clamped to the vocabulary, and which of them are inside it."""
     index_SC = part_S[:, None] * PART + torch.arange(PART, device=part_S.device)
     return index_SC.clamp(max=vocab_size - 1), index_SC < vocab_size

@@ -28,7 +28,7 @@ from tokabatch.scheduling.contracts import SlotPenalties, StepBatch
 
 _BLOCK_CPU = 1 << 21
 _BLOCK_DEVICE = 1 << 26
-"""Logits worked on at a time: some 12 bytes of scratch memory each."""
+"""Logits processed at a time: some 12 bytes of scratch memory each."""
 _ANY, _NONE = -1, -2
 _TOKEN, _VALUE, _UNTIL, _BEFORE = 0, 1, 2, 3
 
@@ -63,7 +63,7 @@ class PenalisedRows:
 
 @dataclass(frozen=True, slots=True)
 class PenalisedBlock:
-    """Some of the rows."""
+    """Some of the penalised rows of a step."""
 
     rows: PenalisedRows
     row_B: torch.Tensor
@@ -71,12 +71,12 @@ class PenalisedBlock:
     position_B: torch.Tensor
 
     def apply(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """The changed logits of these rows, [B, V] of a wider tensor, float64 for float64 and else float32."""
+        """Return the changed logits of these rows, [B, V] of a wider tensor, float64 for float64 and else float32."""
         return self.rows.table.apply(logits_BV, self)
 
 
 class Penalties:
-    """What is kept on the device: the token ids of all pages, the page table, and each slot's penalties."""
+    """State on the device: the token ids of all pages, the page table, and each slot's penalties."""
 
     def __init__(self, num_slots: int, max_pages: int, num_pages: int, page_size: int, vocab_size: int, device: torch.device):
         self._device, self._page_size, self._vocab_size = device, page_size, vocab_size
@@ -90,7 +90,7 @@ class Penalties:
         self._num_rules, self._num_before = np.zeros((2, num_slots), np.int32)
 
     def follow(self, step: StepBatch, last_token: torch.Tensor, outbox: Outbox) -> None:
-        """Take in the slots that a step opens, the changes to the page table and the tokens that it computes, all of it done
+        """Register the slots that a step opens, the changes to the page table and the tokens that it computes, all of it done
         once the outbox is sent. `last_token` are the tokens drawn last, by slot."""
         if len(step.inits.slot):
             self._penalised[step.inits.slot] = False
@@ -114,11 +114,11 @@ class Penalties:
         outbox.once_sent(change)
 
     def any_in(self, slots: Int32) -> bool:
-        """Whether any of these slots is penalised."""
+        """Return whether any of these slots is penalised."""
         return bool(self._penalised[slots].any())
 
     def rows(self, slots: Int32, positions: Int32, outbox: Outbox) -> PenalisedRows | None:
-        """Which of a step's rows are penalised, by slot and position of the token to draw; None where none is."""
+        """Return which of a step's rows are penalised, by slot and position of the token to draw; None if none is."""
         row = np.flatnonzero(self._penalised[slots])
         if not len(row):
             return None
@@ -161,7 +161,7 @@ class Penalties:
         return wide_BV[:, :vocab_size]
 
     def _context(self, block: PenalisedBlock, vocab_size: int) -> torch.Tensor:
-        """The tokens at the positions before the one to draw, int64, `vocab_size` at the others."""
+        """Return the tokens at the positions before the one to draw, int64, `vocab_size` at the others."""
         num_pages = -(-block.rows.longest // self._page_size)
         page_BN = self._table[:, :num_pages].index_select(0, block.slot_B)
         token_BL = self._tokens.index_select(0, page_BN.flatten()).view(len(page_BN), -1).long()
@@ -233,7 +233,7 @@ class Penalties:
 
 
 def _times(context_BL: torch.Tensor, prompt_B1: torch.Tensor, width: int) -> torch.Tensor:
-    """How often the token at each position stands in its row's output; all tokens are below `width`."""
+    """Count how often the token at each position occurs in its row's output; all tokens are below `width`."""
     counts_BV = torch.zeros(len(context_BL), width, dtype=torch.int32, device=context_BL.device)
     is_output_BL = torch.arange(context_BL.shape[1], device=context_BL.device) >= prompt_B1
     counts_BV.scatter_add_(1, context_BL, is_output_BL.int())

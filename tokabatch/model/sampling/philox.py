@@ -1,8 +1,8 @@
 """Random numbers without state: Philox-4x32-10, a keyed hash of a counter.
 
-J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Knows
-nothing of what is sampled; the same arguments give the same bits on every device. A kernel cannot call torch: those of the GPU
-have it once more (`triton_rows.uniform_of`, by Triton's own Philox).
+J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The same arguments
+give the same bits on every device. GPU kernels, which cannot call torch, have their own version (`triton_rows.uniform_of`, on
+Triton's Philox).
 
 Shape legend: S rows.
 """
@@ -21,7 +21,7 @@ def philox(
     key_S: tuple[torch.Tensor, torch.Tensor],
     counter_S: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Four 32-bit words per row. All tensors are int64 and hold values below 2**32."""
+    """Return four 32-bit words per row. All tensors are int64 and hold values below 2**32."""
     key_0, key_1 = key_S
     word_0, word_1, word_2, word_3 = counter_S
     for turn in range(_ROUNDS):
@@ -38,8 +38,7 @@ def philox(
 
 
 def uniform(seed_S: torch.Tensor, row_S: torch.Tensor, sample_S: torch.Tensor, position_S: torch.Tensor) -> torch.Tensor:
-    """One float64 in [0, 1) per row, a multiple of 2**-53. The seed is the key; the counter is position, sample,
-    row."""
+    """Return one float64 in [0, 1) per row, a multiple of 2**-53. The seed is the key; the counter is position, sample, row."""
     seed, row = seed_S.long(), row_S.long()
     word_0, word_1, _, _ = philox(
         (seed & _MASK, (seed >> 32) & _MASK),
