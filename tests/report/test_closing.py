@@ -66,7 +66,7 @@ def test_next_steps_are_commands_to_paste() -> None:
     ):
         assert f"\n  {command}  " in text
     others = closing.next_steps(OUT, replace(SUMMARY, ok=300, exit_code=0))
-    assert "the same command" not in others and "status" in others and "how far the other processes are" in others
+    assert "the same command" not in others and "status" in others and "the progress of the other processes" in others
     assert "errors" not in closing.next_steps(OUT, replace(SUMMARY, errors=0))
     whole = closing.next_steps(OUT, SUMMARY)
     assert "the same command again" not in whole and "the same command with --retry-errors" in whole

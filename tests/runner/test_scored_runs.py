@@ -152,7 +152,7 @@ def test_a_plan_counts_and_says_that_whole_texts_are_scored(model: Path, tmp_pat
             "these have no effect: n, temperature; remove them",
         ),
         ({"generation": {"logprobs": 3}}, "generation: logprobs is 3; mode: score reports given tokens alone: write 0"),
-        ({"verify": {"kind": "regex", "stop": {"after_correct": 1}}}, "verify: has `stop`, which stops drawing samples"),
+        ({"verify": {"kind": "regex", "stop": {"after_correct": 1}}}, "verify: has `stop`, which has no effect in mode: score"),
         ({"mode": "rank"}, "mode: got the text rank; accepts one of generate, score"),
     ],
 )

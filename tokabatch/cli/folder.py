@@ -22,7 +22,7 @@ from tokabatch.report.streams import first_fault
 def status(out: OutArgument) -> None:
     """Show how far the run in an output folder is; while it goes on, its speed and an estimate of the time left.
 
-    What is counted is on disk: a running job commits finished samples every output.flush_seconds.
+    Only samples on disk are counted; a running job commits finished ones every output.flush_seconds.
 
     \b
     Example
@@ -74,7 +74,7 @@ def report(
         typer.Option("--to", metavar="FILE.html", help="Default: OUT/report.html.", show_default=False),
     ] = None,
 ) -> None:
-    """Write one HTML page about a run: throughput, KV use, lengths, sharing, pass@k, predicted and actual time.
+    """Write one HTML page about a run: pass@k, samples with their prompts, lengths, throughput, memory use, settings.
 
     It needs no network and no other file.
 
@@ -127,7 +127,7 @@ def score(
 ) -> None:
     """Judge a run's samples again, by the job's verifier or another one, without generating any.
 
-    Each file is replaced as a whole and records what it was judged by: after a stop or a kill, the same command continues
+    Each file is replaced as a whole and records the verifier that judged it: after a stop or a kill, the same command continues
     with the files that are left. The folder's job then verifies as given here. With --to nothing in the folder changes, and a
     run may be writing there.
 
@@ -138,7 +138,7 @@ def score(
       tokabatch score out/quickstart verify.kind=exact --to verdicts.parquet
     """
     score = import_module("tokabatch.runner.score")
-    with stop_on_signals("leaving the files that are not judged yet as they are") as stop:
+    with stop_on_signals("files that are not judged yet stay as they are") as stop:
         try:
             if to is None:
                 scored = score.score(out, overrides or (), lambda text: print(text, file=sys.stderr), stop)
@@ -208,7 +208,7 @@ def export(
     exporter = import_module("tokabatch.output.export")
     names = None if columns is None else tuple(name.strip() for name in columns.split(","))
     selection = exporter.Selection(nested, names, where)
-    with stop_on_signals("taking away what is unfinished") as stop:
+    with stop_on_signals("removing the unfinished file") as stop:
         try:
             with stop.at_once():
                 if str(to) == "-":
@@ -230,7 +230,7 @@ def export(
 def write_batch(out: Path, to: Path, errors: Path | None) -> str:
     """Write the results and errors files of a batch file's run; what to say of them."""
     results = import_module("tokabatch.batch.results")
-    with stop_on_signals("taking away what is unfinished") as stop:
+    with stop_on_signals("removing the unfinished file") as stop:
         try:
             with stop.at_once():
                 written = results.write_results(out, to, errors)

@@ -50,9 +50,8 @@ def plan(
 ) -> None:
     """Check a job and show what it would do.
 
-    Loads no weights and writes nothing. Reads the whole input: counts rows, samples and tokens, shared and unshared,
-    and shows the first prompt with its token ids and the settings in effect. With --simulate the scheduler runs the whole
-    job against a cost model.
+    Loads no weights and writes nothing. Reads the whole input and shows rows, samples and tokens, memory, disk and the least
+    time, the settings in effect, and the first prompt. With --simulate, the scheduler runs the whole job against a cost model.
 
     \b
     Examples

@@ -66,7 +66,7 @@ def run(
     The results are Parquet files under OUT/data, which appear during the run. Progress goes to standard error,
     the summary to standard output.
 
-    A run that the output folder holds is continued: whatever ended it, the same command computes the missing samples.
+    A run that is in the output folder already is continued: however it ended, the same command computes what is missing.
     Engine settings other than kv_cache_dtype may change, generation.n may be raised and rows added at the end of the
     input. Any other change that affects the output is refused with a list of the differences.
 
@@ -126,8 +126,8 @@ def batch(
 ) -> None:
     """Answer a batch file of OpenAI's API: chat and completions requests in, files of results and errors out.
 
-    The run is an ordinary one, in the folder RESULTS.jsonl.run (output.path): whatever ended it, the same command computes the
-    missing answers. The files are written when all of them are there. Whatever model the requests name, MODEL answers.
+    The run is an ordinary one, in the folder RESULTS.jsonl.run (output.path): however it ended, the same command computes the
+    missing answers. The files are written when all answers are there. MODEL answers, whatever model the requests name.
 
     \b
     Examples

@@ -103,7 +103,7 @@ def _syntax_message(error: yaml.MarkedYAMLError, name: str) -> str:
     elif "mapping values are not allowed" in what:
         what += ' (text that contains ": " needs quotes)'
     elif "unknown escape character" in what:
-        what += " (write the text in single quotes, in which a backslash stands for itself)"
+        what += " (write the text in single quotes, where a backslash has no special meaning)"
     elif "expected <block end>" in what:
         what += " (check the indentation: keys of one section begin in the same column)"
     elif "single document" in what:

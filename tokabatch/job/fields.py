@@ -172,7 +172,7 @@ Index = Annotated[Annotated[int, Field(ge=0, le=MAX_INT32)], Accepts("a whole nu
 OptionalCount = Annotated[_Count | None, Accepts("a whole number >= 1, or null", "100")]
 MostTokens = Annotated[
     Literal["context"] | _Count,
-    Accepts("a whole number >= 1, or context (what the prompt leaves of it)", "256"),
+    Accepts("a whole number >= 1, or context (all that the prompt leaves free)", "256"),
 ]
 AutoCount = Annotated[Auto | _Count, Accepts("auto, or a whole number >= 1", "auto")]
 AutoTokens = Annotated[Auto | Annotated[int, Field(ge=1, le=MAX_INT64)], Accepts("auto, or a whole number >= 1", "64K")]

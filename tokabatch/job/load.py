@@ -104,6 +104,9 @@ def _draft_of_file(path: pathlib.Path) -> _Draft:
 
 
 def _read_text(path: pathlib.Path) -> str:
+    if path.suffix in (".py", ".ipynb") and path.is_file():
+        program = f"`python {path}`" if path.suffix == ".py" else "Jupyter"
+        raise JobError(f"{path}: is a program, not a job file; start it with {program}")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -171,7 +174,7 @@ def _refuse_empty_sections(model: type[BaseModel], draft: _Draft) -> None:
         if required:
             line = draft.lines[path]
             remedy = f"give its keys ({', '.join(section.model_fields)}), or write `{path[-1]}: null` for none"
-            draft.problems.append((line, f"{draft.name}:{line}: {dotted(path)}: nothing stands under it; {remedy}"))
+            draft.problems.append((line, f"{draft.name}:{line}: {dotted(path)}: is empty; {remedy}"))
 
 
 def _located(draft: _Draft, refusal: Refusal) -> tuple[int, str]:

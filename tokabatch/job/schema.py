@@ -34,7 +34,7 @@ class ModelConfig(Section):
         description="Type to compute in; auto is the model's own on a GPU and float32 on a CPU.",
     )
     quantization: Literal["none", "fp8"] = Field(
-        default="none", description="fp8: the layers' products in e4m3, weights rounded when they load; on a GPU."
+        default="none", description="fp8: the layers' matrix products in 8 bits (e4m3), weights rounded when loaded; on a GPU."
     )
 
 
@@ -52,7 +52,7 @@ class InputConfig(Section):
         default="auto", description="openai: each line is a request of an OpenAI batch file; auto: decided by the first line."
     )
     limit: fields.OptionalCount = Field(
-        default=None, description="Read only this many rows, or requests of a batch file, from the first on."
+        default=None, description="Read only this many rows (or requests of a batch file), from the start."
     )
     id_column: fields.OptionalText = Field(
         examples=["task_id"], default=None, description="Column whose values identify rows; null: the row number."
@@ -77,11 +77,9 @@ class PromptConfig(Section):
     system: fields.OptionalTemplate = Field(
         examples=['"You answer in one short sentence."'],
         default=None,
-        description="System message, where a chat template applies.",
+        description="System message, put in front if a chat template is applied.",
     )
-    chat: fields.AutoFlag = Field(
-        default="auto", description="Whether the tokenizer's chat template applies; auto: where it has one."
-    )
+    chat: fields.AutoFlag = Field(default="auto", description="Apply the tokenizer's chat template; auto: if it has one.")
     chat_template: fields.OptionalChatTemplate = Field(
         default=None,
         description="Chat template in place of the tokenizer's own: a file, the name of one of its templates, or Jinja text.",
@@ -130,16 +128,21 @@ class PromptConfig(Section):
 class EngineConfig(Section):
     """How the work is done; no key here changes what is sampled. `auto` values are decided from the device."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the GPU where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Device to compute on; auto: the GPU, if there is one."
+    )
     replicas: fields.AutoCount = Field(
         examples=["8"], default="auto", description="Copies of the model, each on its own devices; auto: one per visible GPU."
     )
     tensor: fields.Count = Field(default=1, description="Devices over which each layer of a replica is split.")
     pipeline: fields.Count = Field(default=1, description="Devices over which the layers of a replica are divided.")
     page_size: fields.PageSize = Field(default=16, description="Tokens per page of the KV cache.")
-    kv_cache_tokens: fields.AutoTokens = Field(default="auto", description="Tokens the KV cache holds; auto: what fits.")
+    kv_cache_tokens: fields.AutoTokens = Field(
+        default="auto",
+        description="Tokens in the KV cache, the attention's keys and values of earlier tokens; auto: what fits.",
+    )
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
-        default="auto", description="Type of cached keys and values: auto, as computed; fp8, half of it, on a GPU."
+        default="auto", description="Type of the KV cache; auto: as computed; fp8: half the memory of 16 bits, on a GPU."
     )
     max_running: fields.AutoCount = Field(
         examples=["256"],
@@ -168,7 +171,7 @@ class EngineConfig(Section):
         default=120.0, description="A worker process that makes no progress for this long is killed and restarted."
     )
     max_restarts: fields.Count = Field(
-        default=20, description="Worker processes that may be lost in a row without a finished sample in between."
+        default=20, description="Worker processes that may fail in a row without a finished sample in between."
     )
 
 
@@ -183,7 +186,7 @@ class OutputConfig(Section):
     columns: fields.Columns = Field(default="all", description="Input columns to carry over to the output.")
     split_reasoning: fields.Tags = Field(
         default=None,
-        description="Add columns reasoning_text and answer_text, and judge the answer alone; auto: by the model's own tags.",
+        description="Add columns reasoning_text and answer_text, and judge only the answer; auto: split at the model's tags.",
     )
 
 
@@ -234,7 +237,7 @@ class Job(Section):
             return value
         if isinstance(value, VerifyConfig):
             if value.stop is not None:
-                raise ValueError("has `stop`, which stops drawing samples, and mode: score samples none; remove it")
+                raise ValueError("has `stop`, which has no effect in mode: score, because no samples are generated; remove it")
             return value
         changed = [name for name in SETTINGS if getattr(value, name) != GenerationConfig.model_fields[name].default]
         if useless := [name for name in changed if name != "logprobs"]:
@@ -284,8 +287,8 @@ class Job(Section):
             )
         if self.errors.policy == "stop":
             raise JobError(
-                "errors.policy is stop, and with --shared one process would stop at an error row while the others go on: write "
-                "errors.policy=continue, and set errors.max_fraction"
+                "errors.policy is stop, and with --shared one process would stop at an error row while the others continue; "
+                "write errors.policy=continue, and set errors.max_fraction"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def next_steps(out: Path, summary: RunSummary) -> str:
     folder = shlex.quote(str(out))
     rows: list[tuple[str, str]] = []
     if summary.pending and summary.exit_code == 0:
-        rows.append((f"tokabatch status {folder}", "shows how far the other processes are"))
+        rows.append((f"tokabatch status {folder}", "shows the progress of the other processes"))
     elif summary.pending:
         rows.append(("the same command again", f"computes the missing {counted(summary.pending, 'sample')}"))
     if summary.errors:

@@ -90,7 +90,7 @@ def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
         ("KV cache", f"{outlook.kv_tokens:,} tokens, {outlook.kv_mean:.1%} in use on average{waiting}"),
         ("over time", "".join(_BARS[min(8, round(share * 8))] for share in outlook.kv_over_time)),
         ("preemptions", f"{outlook.preemptions:,}, {outlook.waste:.2%} of tokens computed again"),
-        ("waiting", f"{outlook.waited:.1%} of the steps, running samples had to wait for KV cache"),
+        ("waiting", f"running samples had to wait for KV cache in {outlook.waited:.1%} of their steps"),
         ("last samples", f"{seconds_text(outlook.tail_seconds)}{tail} with fewer than half of the samples running"),
         ("simulated in", seconds_text(outlook.simulated_in)),
     ]

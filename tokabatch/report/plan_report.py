@@ -132,7 +132,7 @@ def _plan_work(report: PlanReport) -> tuple[tuple[str, str], ...]:
         ("samples", count_text(report.samples)),
         ("prompt tokens", count_text(report.prompt_tokens)),
         ("longest prompt", f"{count_text(report.longest_prompt)} tokens"),
-        ("unique tokens", f"{count_text(report.unique_tokens)} to prefill at least"),
+        ("unique tokens", f"{count_text(report.unique_tokens)}, the fewest that have to be computed"),
         ("shared tokens", f"{count_text(report.shared_tokens)}{shared}"),
         ("output tokens", f"at most {count_text(report.max_output_tokens)}"),
         ("time", _time(report.least_seconds)),

@@ -47,7 +47,7 @@ def write_report(out: Path, target: Path | None = None) -> Path:
 
 
 def read_record(out: Path) -> RunRecord:
-    """What the folder holds, as the page wants it."""
+    """Return what the page shows of the folder."""
     details = read_details(out)
     status = details.status
     if status.state == "absent":

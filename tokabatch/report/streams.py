@@ -66,7 +66,7 @@ class TolerantFile(io.RawIOBase):
         seconds = 0 if self._stalled else self._stall_seconds
         self._stalled = not poll.poll(None if seconds is None else int(1000 * seconds))
         if self._stalled:
-            raise TimeoutError(errno.ETIMEDOUT, "its reader does not read")
+            raise TimeoutError(errno.ETIMEDOUT, "its reader has stopped reading")
 
 
 def make_tolerant() -> None:

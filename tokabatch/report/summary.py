@@ -17,10 +17,10 @@ from tokabatch.scoring.estimates import Estimate, distinct
 
 _EXIT_WORDS = {
     0: "complete",
-    2: "stopped like the start before it: nothing can be written to the output folder; fix that, then run it again",
+    2: "stopped: nothing can be written to the output folder, as at the start before; fix that, then run it again",
     4: "the sample counts do not add up: rows x n is not ok + errors + cancelled + pending. This is a bug, please report it",
-    75: "stopped before the end; what was finished is committed, run it again to go on",
-    130: "interrupted before the end; what was finished is committed, run it again to go on",
+    75: "stopped before the end; finished samples are committed; run it again to continue",
+    130: "interrupted before the end; finished samples are committed; run it again to continue",
 }
 _PARTIAL = "short samples finish first, so the final value will differ"
 
@@ -162,7 +162,7 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
         share = f"{summary.errors:,} of {summary.samples:,} samples ({summary.errors / max(1, summary.samples):.1%}) are errors"
         result = f"complete, but {share}, more than errors.max_fraction allows; raise it to accept them"
     if summary.exit_code == 3 and not summary.ok:
-        result = "no row could be completed: the error rows say why"
+        result = "no row could be completed; see the error rows below"
     if summary.exit_code == 0 and summary.pending:
         result = "this process has nothing left to compute; other processes of the run (--shared) compute the pending samples"
     elif summary.exit_code == 0 and summary.ok and summary.unverified >= summary.ok:
@@ -189,7 +189,7 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
             ("last samples", f"{seconds_text(summary.tail_seconds)}{share} with fewer than half of the samples running")
         )
     if not summary.steps:
-        work = [("time", seconds_text(summary.seconds)), ("computed", "nothing: no sample was missing")]
+        work = [("time", seconds_text(summary.seconds)), ("computed", "nothing; all samples were there already")]
         work = work if not summary.pending and summary.ok else work[:1]
     title = "Work of this start" if summary.earlier and summary.steps else "Work"
     sections = [Section("Run", tuple(counts)), Section(title, (*work, *_faults(summary)))]
