@@ -29,7 +29,7 @@ def test_logits_are_spread(name, tiny_folders):
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-qwen3"])
-def test_weights_are_those_that_tokabatch_wants(name, tiny_folders):
+def test_weights_are_those_that_tokabatch_requires(name, tiny_folders):
     folder = tiny_folders[name]
     spec = read_spec(folder)
     preflight(folder, spec)

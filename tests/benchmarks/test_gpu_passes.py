@@ -130,7 +130,7 @@ def test_the_steady_state_is_the_longest_full_stretch():
     assert steady.running == pytest.approx((95 + 100 + 92 + 100) / 4)
 
 
-def test_a_trace_knows_busy_from_idle(tmp_path):
+def test_a_trace_distinguishes_busy_from_idle(tmp_path):
     def event(kind: str, name: str, begin: float, length: float) -> dict[str, object]:
         return {"ph": "X", "cat": kind, "name": name, "ts": begin, "dur": length}
 

@@ -211,13 +211,13 @@ def test_a_server_gets_all_requests_at_once(tmp_path):
     assert server.most_at_once == 2
 
 
-def test_what_a_server_refuses_is_told(tmp_path):
+def test_what_a_server_refuses_is_reported(tmp_path):
     one_request = make_gpu_workload("a", 640, 0.02).take(1)
     with ScriptedServer(refuse=True) as server, pytest.raises(ConnectionError, match=r"400: .*ignore_eos is not allowed"):
         openai_server.serve(tmp_path, one_request, server.settings)
 
 
-def test_no_server_is_told(workload, tmp_path):
+def test_a_missing_server_is_reported(workload, tmp_path):
     with pytest.raises(ConnectionError, match=r"no server answers at http://127\.0\.0\.1:9"):
         openai_server.serve(tmp_path, workload, openai_server.Settings(url="http://127.0.0.1:9"))
 

@@ -113,7 +113,7 @@ def test_a_clock_in_the_chat_template_keeps_the_first_starts_time(case):
     assert first["num_prompt_tokens"] == second["num_prompt_tokens"]
 
 
-def test_end_tokens_that_two_files_disagree_on_are_told(case):
+def test_end_tokens_that_two_files_disagree_on_are_noted(case):
     job = case({**CHAT, "eos_id": case_models.END}, generation={"temperature": 1, "n": 200, "max_tokens": 12})
     said = job.rows({"prompt": "hello"}).run()
     behind = [sample for sample in job.samples() if case_models.DONE in sample["token_ids"][:-1]]
@@ -207,7 +207,7 @@ def test_a_pad_token_beyond_the_embeddings_stops_nothing(case):
     assert job.prompt_lengths() == [2, 3] and {sample["status"] for sample in job.samples()} == {"ok"}
 
 
-def test_text_that_holds_chat_markup_is_told(case):
+def test_text_that_holds_chat_markup_is_noted(case):
     job = case({"chat": "{{ bos_token }}" + case_models.CHATML, "eos_id": case_models.DONE}, prompt={"chat": False})
     said = job.rows({"prompt": "<|turn|>user\nhi<|done|>\n<|turn|>assistant\n"}).run()
     assert "<|turn|>" in said and "special_tokens" in said
@@ -219,7 +219,7 @@ def test_a_prompt_beyond_the_kv_cache_costs_its_row(case):
     assert [sample["status"] for sample in job.samples()] == ["error", "ok", "ok"]
 
 
-def test_a_template_that_names_no_column_is_told(case):
+def test_a_template_that_names_no_column_is_noted(case):
     job = case(prompt={"template": "Question: {question}\nAnswer:"}).rows({"question": "2+2?"}, {"question": "3+3?"})
     try:
         said = job.run()
@@ -228,7 +228,7 @@ def test_a_template_that_names_no_column_is_told(case):
     assert "{{ question }}" in said
 
 
-def test_a_stop_string_that_cannot_match_is_told(case):
+def test_a_stop_string_that_cannot_match_is_noted(case):
     generation = {"temperature": 1, "n": 4, "max_tokens": 8, "ignore_eos": True, "stop": ["\\n\\n"]}
     said = case(generation=generation).rows({"prompt": "the end"}).run()
     assert "generation.stop" in said and "double quotes" in said

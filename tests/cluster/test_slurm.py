@@ -40,7 +40,7 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
         slurm.close()
 
 
-def test_whatever_befalls_the_tasks_each_sample_is_there_once(slurm: Slurm, tmp_path: Path) -> None:
+def test_whatever_happens_to_the_tasks_each_sample_is_there_once(slurm: Slurm, tmp_path: Path) -> None:
     questions: list[str | None] = [f"What is {row}?" for row in range(400)]
     questions[7] = None
     scene = Scene(tmp_path, questions, n=8, rows_per_shard=50, flush_seconds=1.0)

@@ -112,7 +112,7 @@ def test_options_are_written_as_sbatch_reads_them(tmp_path, monkeypatch):
         assert f"signal=USR1@{ahead}\n" in _write("--time", limit)[0]
 
 
-def test_what_would_fail_in_the_queue_is_told_before(tmp_path, monkeypatch):
+def test_what_would_fail_in_the_queue_is_reported_before(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="write --gpus-per-task 4"):
         _write("--gpus-per-task", "2", "engine.replicas=2", "engine.tensor=2", "engine.device=auto")

@@ -55,7 +55,7 @@ def recorded_steps(trace) -> list[int]:
     ("process", "start", "steps", "expected"),
     [(False, 8, 3, [8, 9, 10]), (True, 8, 3, [8, 9, 10]), (False, 1, 2, [1, 2]), (True, 10, 50, [10, 11, 12])],
 )
-def test_the_profile_holds_the_steps_asked_for(job, tmp_path, process, start, steps, expected):
+def test_the_profile_holds_the_requested_steps(job, tmp_path, process, start, steps, expected):
     trace = tmp_path / "deep" / "trace.json.gz"
     summary = run(job(trace={"path": str(trace), "start": start, "steps": steps}, engine={"process": process, "device": "cpu"}))
     assert summary.exit_code == 0

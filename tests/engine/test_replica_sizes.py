@@ -149,7 +149,7 @@ def test_a_gpu_settles_on_what_is_left_beside_its_largest_step(gpu_memory):
         settle_pages(asked, 5000)
 
 
-def test_a_cache_that_is_asked_for_is_not_larger_than_the_job_or_the_device(gpu_memory):
+def test_a_configured_cache_is_not_larger_than_the_job_or_the_device(gpu_memory):
     gpu_memory(8 << 30)
     small = decide_sizes(EngineConfig(kv_cache_tokens=10**7), SPEC, torch.bfloat16, replace(FACTS, num_samples=1), "cuda")
     assert settle_pages(small, 10**6).num_pages == small.useful_pages < 10**6

@@ -96,7 +96,7 @@ def test_a_custom_id_that_occurs_twice_is_refused_with_both_lines(ingest_job, wr
     )
 
 
-def test_the_format_is_told_by_the_first_line_that_can_be_read(write_rows, tmp_path):
+def test_the_first_readable_line_decides_the_format(write_rows, tmp_path):
     batch = write_rows(b"nonsense", line("a"), name="batch.jsonl")
     rows = write_rows({"custom_id": "a", "prompt": "x"}, line("b"), name="rows.jsonl")
 
@@ -127,7 +127,7 @@ def test_a_file_of_bad_requests_alone_is_all_error_rows(ingest_job, write_rows):
     assert store.num_rows == len(store.errors) == 2
 
 
-def test_a_limit_takes_whole_requests_and_ids_of_further_prompts_are_nobody_elses(ingest_job, write_rows):
+def test_a_limit_takes_whole_requests_and_ids_of_further_prompts_are_unique(ingest_job, write_rows):
     lines = [line("a", prompt=["x", "y", "z"]), line("a[1]"), line("a[1][0]", prompt=["x", "y"]), line("b", prompt=["x", "y"])]
     path = write_rows(*lines)
     ids = ["a", "a[1]", "a[2]", "a[1][0]", "a[1][0][0]", "a[1][0][1]", "b", "b[1]"]

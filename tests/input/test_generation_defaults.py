@@ -40,7 +40,7 @@ def ignored(folder: Path, **generation: Any) -> str:
     return "; ".join(describe_ignored(folder, job, effective_generation(job, folder)[1]))
 
 
-def test_what_is_not_honoured_is_told_with_its_value(tmp_path: Path) -> None:
+def test_what_is_not_honoured_is_noted_with_its_value(tmp_path: Path) -> None:
     assert ignored(tmp_path) == ""
     sampled = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
     ids = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0, "transformers_version": "5.0", "use_cache": True}
@@ -55,7 +55,7 @@ def test_what_is_not_honoured_is_told_with_its_value(tmp_path: Path) -> None:
     assert "repetition_penalty: 0.0, which is not used here" in ignored(tmp_path)
 
 
-def test_what_the_job_decides_itself_is_not_told(tmp_path: Path) -> None:
+def test_what_the_job_decides_itself_is_not_noted(tmp_path: Path) -> None:
     write(tmp_path, "generation_config.json", max_new_tokens=2048, max_length=4096, stop_strings=["END"])
     assert 'max_new_tokens: 2048, max_length: 4096, stop_strings: ["END"], which is not used here' in ignored(tmp_path)
     assert "generation.max_tokens bounds a sample" in ignored(tmp_path)
@@ -63,7 +63,7 @@ def test_what_the_job_decides_itself_is_not_told(tmp_path: Path) -> None:
     assert ignored(tmp_path, max_tokens=5, stop=["x"]) == ""
 
 
-def test_greedy_models_and_defaults_that_cannot_be_taken_are_told(tmp_path: Path) -> None:
+def test_greedy_models_and_defaults_that_cannot_be_taken_are_noted(tmp_path: Path) -> None:
     write(tmp_path, "generation_config.json", do_sample=False, temperature=0.6)
     assert "do_sample: false, which is greedy; here generation.temperature decides, and it is 1" in ignored(tmp_path)
     assert ignored(tmp_path, temperature=0.5) == ""

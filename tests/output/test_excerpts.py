@@ -109,7 +109,7 @@ def test_columns_have_the_names_of_the_input(tmp_path: Path) -> None:
     assert excerpts(out, 1)["first"][0].columns == {"text": "own"}
 
 
-def test_a_damaged_shard_is_told(tmp_path: Path) -> None:
+def test_a_damaged_shard_is_reported(tmp_path: Path) -> None:
     out = folder(tmp_path / "out", [bad(0, 0, "bad_json")])
     path = next((out / "data").iterdir())
     path.write_bytes(path.read_bytes()[:-9])

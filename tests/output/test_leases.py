@@ -70,9 +70,7 @@ def test_a_lease_that_cannot_be_renewed_keeps_no_other_from_being_renewed(
         held.close()
 
 
-def test_a_holder_that_stands_still_renews_nothing_though_its_thread_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_holder_that_hangs_renews_nothing_though_its_thread_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "STANDSTILL_SECONDS", 100.0)
     now = 0.0
     with Claim(tmp_path / "out", writer="a") as claim:

@@ -119,7 +119,7 @@ class Limited(DurableFiles):
         return super().write(descriptor, content)
 
 
-def test_shards_are_as_small_as_the_system_wants_them(tmp_path: Path) -> None:
+def test_shards_are_as_small_as_the_system_requires(tmp_path: Path) -> None:
     files = Limited()
     rows = pa.table({"status": ["ok"] * 1000, "row_index": range(1000), "text": [os.urandom(500).hex() for _ in range(1000)]})
     with Claim(tmp_path / "out", files) as claim:

@@ -115,7 +115,7 @@ def run_other_steps(mesh: Mesh, job: TinyJob) -> None:
     ("way", "told"),
     [(run_apart, r"0 and 1 .*scattered: None and .*scattered: \[\]"), (run_other_steps, "step 1 of the bytes")],
 )
-def test_a_rank_that_takes_another_path_is_told_before_it_waits_for_ever(way, told, ranks, folders):
+def test_a_rank_that_takes_another_path_is_reported_before_a_deadlock(way, told, ranks, folders):
     limits = SchedulerLimits(4, 100, 4, 60, -(-LONGEST // 4), None)
     job = TinyJob(folders["llama"], PROMPTS[:2], [SamplingParams(max_tokens=3)], limits)
     with pytest.raises(EngineError, match=told):

@@ -75,7 +75,7 @@ class TestTolerantFile:
         '"$@" --quiet | head -0; exit ${PIPESTATUS[0]}',
     ],
 )
-def test_a_run_goes_on_without_its_display(streams: str, tmp_path: Path) -> None:
+def test_a_run_continues_without_its_display(streams: str, tmp_path: Path) -> None:
     code, _, stderr = shell(streams, *RUN, f"output.path={tmp_path / 'out'}")
     assert code == 0 and "Traceback" not in stderr, stderr
     assert json.loads((tmp_path / "out" / "_SUCCESS").read_text())["ok"] == 4

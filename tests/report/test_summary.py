@@ -74,7 +74,7 @@ class TestRunSummary:
     def test_no_row_at_all(self) -> None:
         assert facts(run_sections(replace(SUMMARY, ok=0, errors=400)))["result"].startswith("no row could be completed")
 
-    def test_what_worries_is_told_first(self) -> None:
+    def test_worrying_facts_come_first(self) -> None:
         assert "10 of 400 samples (2.5%) are errors" in facts(run_sections(SUMMARY))["result"]
         silent = replace(SUMMARY, exit_code=0, unverified=390)
         assert "NO SAMPLE HAS A VERDICT" in facts(run_sections(silent))["result"]

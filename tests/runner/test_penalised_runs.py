@@ -89,7 +89,7 @@ def test_the_models_own_repetition_penalty_applies_and_decides_the_run(model: Pa
         run(job(own, tmp_path, rows, bad_words="a"))
 
 
-def test_a_run_without_penalties_goes_on_as_one_that_knew_of_none(model: Path, tmp_path: Path) -> None:
+def test_a_run_from_before_penalties_is_continued_without_them(model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     run(job(model, tmp_path, rows))
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())

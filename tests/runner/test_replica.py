@@ -150,7 +150,7 @@ def test_a_stopped_worker_is_a_hang_even_where_the_pipe_is_full(script, queued):
     executor.close()
 
 
-def test_a_hung_step_is_noticed_and_the_run_goes_on(script):
+def test_a_hung_step_is_noticed_and_the_run_continues(script):
     run = Run(script(sleep={25: 3600.0}), patience=SHORT)
     run.complete()
     run.check()
@@ -232,7 +232,7 @@ class DiesResuming:
         """Nothing is held."""
 
 
-def test_a_worker_that_dies_before_it_goes_on_with_smaller_steps_is_replaced(script):
+def test_a_worker_that_dies_before_it_continues_with_smaller_steps_is_replaced(script):
     run = Run(script())
     run.make = DiesResuming
     run.complete()

@@ -92,7 +92,7 @@ def test_the_rows_are_those_of_one_replica_and_each_has_its_share(model, rows, t
     assert [share["samples"] for share in written["replicas"]] == [share.samples for share in summary.replicas]
 
 
-def test_a_run_goes_on_with_another_number_of_replicas(model, rows, tmp_path, calm):
+def test_a_run_continues_with_another_number_of_replicas(model, rows, tmp_path, calm):
     done = [0]
     for replicas, samples in ((1, 15), (3, 40), (1, len(calm) + 1)):
         progress = StopAt(samples)

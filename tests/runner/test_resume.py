@@ -452,7 +452,7 @@ def test_another_verifier_is_another_job(go, tmp_path, monkeypatch):
         go()
 
 
-def test_without_the_digests_of_rows_only_unchanged_rows_go_on(go, rows, tmp_path, whole):
+def test_without_the_digests_of_rows_only_unchanged_rows_continue(go, rows, tmp_path, whole):
     write_rows(rows, replaced(4, "{broken"))
     go()
     digests = tmp_path / "out" / "row_digests.parquet"
@@ -499,7 +499,7 @@ def test_a_run_that_starts_afresh_takes_over_nothing(go, tmp_path):
     assert (tmp_path / "out" / "_input" / "index.json").stat().st_size
 
 
-def test_policy_stop_stops_at_the_first_error_row_and_goes_on_behind_it(go, rows, tmp_path):
+def test_policy_stop_stops_at_the_first_error_row_and_continues_after_it(go, rows, tmp_path):
     write_rows(rows, ["{broken", *ROWS[:3], "{broken again", *ROWS[3:]])
     told = Messages()
     stop = {"errors": {"policy": "stop"}}
@@ -640,7 +640,7 @@ def test_columns_of_ours_in_another_version_are_refused_with_the_real_reason_alo
         go()
 
 
-def test_samples_without_a_manifest_are_nobodys(go, model, rows, tmp_path):
+def test_samples_without_a_manifest_belong_to_no_run(go, model, rows, tmp_path):
     go()
     (tmp_path / "out" / "manifest.json").unlink()
     for attempt in (go, lambda: plan(job(model, rows, tmp_path / "out"))):

@@ -325,7 +325,7 @@ class TakesNoShard(DurableFiles):
         super().link(source, target)
 
 
-def test_a_row_goes_on_from_its_first_error(folder: Path, full: Samples, tmp_path: Path) -> None:
+def test_a_row_continues_from_its_first_error(folder: Path, full: Samples, tmp_path: Path) -> None:
     """A sample that failed counts as wrong; run again, the row is as if it had not failed."""
     out, rows = tmp_path / "out", folder / "rows.jsonl"
     expected = stopped(full, RULES[0])

@@ -99,7 +99,7 @@ def test_another_judge(before: dict[str, str] | None, rows: Path, judge: Path, t
     check_even(out)
 
 
-def test_cut_short_it_goes_on(rows: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_it_continues(rows: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, output = tmp_path / "out", {"rows_per_shard": 7}
     scripted_run(rows, out, verify=OLD, output=output)
     replace_shard, calls = existing_results.replace_shard, 0
@@ -125,7 +125,7 @@ def test_cut_short_it_goes_on(rows: Path, judge: Path, tmp_path: Path, monkeypat
     assert check(out).exit_code == 0
 
 
-def test_it_stops_when_asked(rows: Path, tmp_path: Path) -> None:
+def test_it_stops_on_request(rows: Path, tmp_path: Path) -> None:
     scripted_run(rows, tmp_path / "out", verify=OLD)
     slow = tmp_path / "slow.py"
     slow.write_text("import time\ndef verify(text, row): time.sleep(5)\n")

@@ -227,7 +227,7 @@ def test_of_two_that_give_verdicts_at_once_one_is_believed_by_all(tmp_path: Path
             drew.check_folder()
 
 
-def test_hosts_of_one_name_are_told_apart_and_containers_of_one_host_are_not(
+def test_hosts_of_one_name_are_distinguished_and_containers_of_one_host_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where locks of each host are apart, one host alone joins: both would with names alone."""
@@ -247,7 +247,7 @@ def test_hosts_of_one_name_are_told_apart_and_containers_of_one_host_are_not(
     assert taken == [True, False, True]
 
 
-def test_a_full_disk_while_an_earlier_run_is_cut_is_told_as_one(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_an_earlier_run_is_cut_is_reported_as_one(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*given: object) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -122,7 +122,7 @@ def test_kills_at_random_moments_change_nothing(model, rows, tmp_path, watched):
     assert json.loads((tmp_path / "killed" / "summary.json").read_text())["restarts"] == {"killed": KILLS}
 
 
-def test_a_killed_scheduler_is_counted_and_the_next_one_goes_on_counting(model, rows, tmp_path, watched):
+def test_a_killed_scheduler_is_counted_and_the_next_one_continues_its_counts(model, rows, tmp_path, watched):
     struck: list[int] = []
 
     class Striking(NullProgress):

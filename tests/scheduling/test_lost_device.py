@@ -145,7 +145,7 @@ def test_the_search_takes_logarithmically_many_crashes():
     assert scheduler.counts.requeued > 0 and scheduler.counts.preemptions == 0
 
 
-def test_crashes_with_progress_between_them_accuse_nobody():
+def test_crashes_with_progress_between_them_accuse_no_row():
     prompts = [[i, i + 1] for i in range(4)]
     limits = SchedulerLimits(4, 64, 8, 32, 16, None)
     params = [SamplingParams(n=1, max_tokens=40, ignore_eos=True)]
@@ -204,7 +204,7 @@ class TestQuarantine:
         quarantine.advance(self.running(0, 1, 2, 3, count=1), ())
         assert quarantine.trial == {4, 5, 6, 7}
 
-    def test_suspects_that_are_over_before_their_turn_hold_up_nobody(self) -> None:
+    def test_suspects_that_are_over_before_their_turn_hold_up_no_row(self) -> None:
         quarantine = Quarantine()
         for _ in range(2):
             quarantine.crash(self.running(*range(8)), 1)
@@ -226,7 +226,7 @@ class TestQuarantine:
         assert quarantine.crash(self.running(3), 1) == 3
         assert not quarantine.active and quarantine.trial is None
 
-    def test_a_crash_while_loading_accuses_nobody(self) -> None:
+    def test_a_crash_while_loading_accuses_no_row(self) -> None:
         quarantine = Quarantine()
         for _ in range(5):
             assert quarantine.crash({}, 0) is None

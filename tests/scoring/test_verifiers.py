@@ -322,7 +322,7 @@ def test_choice_takes_letters_and_indices() -> None:
             right(choice, "Answer: B", reference)
 
 
-def test_exact_compares_as_it_is_told() -> None:
+def test_exact_compares_as_configured() -> None:
     assert right(exact, "Yes", "yes", normalize="lower") and not right(exact, "Yes.", "yes", normalize="lower")
     assert right(exact, "The  Eiffel tower!", "eiffel tower", normalize="squad")
     assert right(exact, "b", ["a", "b"]) and not right(exact, "c", ["a", "b"])

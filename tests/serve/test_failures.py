@@ -132,7 +132,7 @@ def test_heartbeats_are_those_of_the_loop() -> None:
 
 
 @pytest.mark.parametrize("error", [Panic("index out of bounds"), RuntimeError("index out of bounds")])
-def test_an_error_while_messages_are_read_is_told_as_the_end(error: BaseException) -> None:
+def test_an_error_while_messages_are_read_is_reported_as_the_end(error: BaseException) -> None:
     received: list[Any] = []
 
     class Pipe:

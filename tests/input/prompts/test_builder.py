@@ -63,7 +63,7 @@ def test_default_columns(write_rows: Write, ingest_job: Ingest, texts: Texts) ->
     assert codes(store) == {5: "missing_field", 6: "bad_type", 7: "missing_field"}
 
 
-def test_chat_follows_the_tokenizer_unless_told(write_rows: Write, ingest_job: Ingest, texts: Texts) -> None:
+def test_chat_follows_the_tokenizer_unless_set(write_rows: Write, ingest_job: Ingest, texts: Texts) -> None:
     path = write_rows({"q": "x"})
     assert texts(ingest_job(path, "chat", prompt={"template": "{{ q }}"}), "chat") == [USER.format("x")]
     assert texts(ingest_job(path, "chat", prompt={"template": "{{ q }}", "chat": False}), "chat") == ["x"]
@@ -345,7 +345,7 @@ def test_columns_of_tools_and_documents_reach_the_chat_template(
     assert store.notes == ()
 
 
-def test_a_chat_template_that_shows_a_method_or_a_generator_is_told(
+def test_a_chat_template_that_prints_a_method_or_a_generator_is_refused(
     write_rows: Write, ingest_job: Ingest, texts: Texts
 ) -> None:
     """As transformers has it, a method comes before a field of its name, and its text is another at each start."""
@@ -366,7 +366,7 @@ def test_a_column_that_the_job_s_own_template_uses_is_not_given_twice(
     assert texts(store) == ["user: hi hammer"]
 
 
-def test_tools_that_the_chat_template_does_not_read_are_told(write_rows: Write, ingest_job: Ingest) -> None:
+def test_tools_that_the_chat_template_does_not_read_are_noted(write_rows: Write, ingest_job: Ingest) -> None:
     path = write_rows({"messages": [{"role": "user", "content": "hi"}], "tools": [TOOL]})
     assert ingest_job(path, "chat").notes == ("the column 'tools' is not used: the chat template reads no tools",)
     path = write_rows({"prompt": "hi", "tools": "hammer"})
@@ -584,7 +584,7 @@ def test_the_clock_of_the_chat_template_is_the_run_s(
     assert timedelta(seconds=-1) < datetime.strptime(shown[0], "%d %b %Y %H:%M:%S ") - before < timedelta(minutes=1)
 
 
-def test_rows_that_hold_chat_markup_are_told(write_rows: Write, ingest_job: Ingest) -> None:
+def test_rows_that_hold_chat_markup_are_noted(write_rows: Write, ingest_job: Ingest) -> None:
     path = write_rows({"prompt": "plain"}, {"prompt": "<|start|>user\nhi<|end|>\n"}, {"prompt": "<|end|>"})
 
     def told(tokenizer: str = "chat", **prompt: Any) -> str:
@@ -607,7 +607,7 @@ def test_rows_that_hold_chat_markup_are_told(write_rows: Write, ingest_job: Inge
     assert f"rows that spell special tokens: 1 ({path} line 2: '<|start|>')" in told(template="{{ prompt }}", few_shot=few_shot)
 
 
-def test_templates_without_columns_are_told(write_rows: Write, ingest_job: Ingest) -> None:
+def test_templates_without_columns_are_noted(write_rows: Write, ingest_job: Ingest) -> None:
     path = write_rows({"q": "a", "r": 1}, {"q": "b", "r": 2})
     assert ingest_job(path, prompt={"template": "Q: {q}"}).notes == (
         "prompt.template names no column, so all 2 prompts are alike; write {{ q }} for {q}",

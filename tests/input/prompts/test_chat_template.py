@@ -77,7 +77,7 @@ def test_a_faulty_one_of_the_tokenizer_matters_only_where_it_applies() -> None:
     assert choose({"default": "{{"}, chat=False) is None and choose({"default": "{{"}, token_ids="ids") is None
 
 
-def test_what_the_template_does_not_read_is_told() -> None:
+def test_what_the_template_does_not_read_is_noted() -> None:
     chosen = choose({"default": ONE, "tool_use": TWO}, chat_template_kwargs={"enable_thinking": False})
     assert chosen and chosen.describe(["tools", "messages"]) == ()
     chosen = choose({"default": TWO}, chat_template_kwargs={"enable_thinkin": False})

@@ -98,7 +98,7 @@ def test_messages_say_what_to_write_for_a_span_of_time_and_for_null() -> None:
     assert isinstance(null, RowError) and null.code == "bad_type" and "null in this row; for an optional column" in null.message
 
 
-def test_two_words_are_told_how_to_be_written() -> None:
+def test_the_spelling_of_names_of_two_words_is_suggested() -> None:
     with pytest.raises(JobError, match=r"not one word is written row\['its name'\]"):
         compile_template("{{ Correct Answer }}", "prompt.template")
 

@@ -96,7 +96,7 @@ def test_structs_drop_their_nulls(
     ("data", "message"),
     [(b'{"a": 1}\n', "JSON text.*rename it to .jsonl"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")],
 )
-def test_a_file_of_another_kind_under_the_name_of_parquet_is_told(data: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_of_another_format_named_parquet_is_refused(data: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(data * 20)
     with pytest.raises(InputError, match=message):
         open_path(str(tmp_path / "x.parquet"))

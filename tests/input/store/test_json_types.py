@@ -46,7 +46,7 @@ def restored(shown: Any, given: Any) -> Any:
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(VALUES, min_size=1, max_size=6))
-def test_every_value_can_be_told_from_the_output(values: list[Any]) -> None:
+def test_every_value_can_be_recovered_from_the_output(values: list[Any]) -> None:
     made = column(values)
     file = io.BytesIO()
     pq.write_table(pa.table({"v": made}), file)

@@ -60,7 +60,7 @@ def test_prompt_and_answer_meet_between_tokens(tokenizer: PreTrainedTokenizerBas
         assert len(whole) - len(prompt) <= job.generation.max_tokens
 
 
-def test_model_knows_the_worked_examples_form(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_model_has_learned_the_worked_examples_form(tokenizer: PreTrainedTokenizerBase) -> None:
     """Greedy, one easy problem: the answer ends in ####, and a blank line or the end token follows."""
     model = LlamaForCausalLM.from_pretrained(QUICKSTART, dtype=torch.float32)
     header = "".join(document(shot) + "\n\n" for shot in shots())

@@ -150,7 +150,7 @@ def test_of_equals_at_the_edge_those_of_higher_id_pass(device, top_p):
 @pytest.mark.parametrize(
     "params", [{"temperature": 0.0}, {}, *([] if INTERPRETING else [FILTERS[4], FILTERS[1]]), FILTERS[12]], ids=str
 )
-def test_rows_that_are_not_finite_are_told_and_harm_no_other(device, params):
+def test_rows_that_are_not_finite_are_reported_and_harm_no_other(device, params):
     logits = random_logits(7, 600, torch.float32)
     clean = fused(logits, device, **params)
     broken = logits.clone()

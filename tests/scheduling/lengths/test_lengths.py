@@ -41,7 +41,7 @@ def test_running_samples_count_as_not_yet_ended(generated):
         assert np.quantile(drawn, chance) == pytest.approx(np.quantile(rest, chance), rel=0.12, abs=2)
 
 
-def test_short_or_never_is_told_apart_by_age():
+def test_short_or_never_is_distinguished_by_age():
     rng = np.random.default_rng(1)
     never = rng.random(20_000) < 0.2
     lengths = np.where(never, 2049, rng.integers(50, 300, 20_000))
@@ -152,7 +152,7 @@ def test_endless_samples_show_before_any_has_ended(frontier):
 
 
 @pytest.mark.parametrize("max_tokens", [16_384, 32_768])
-def test_thousands_that_end_at_one_length_leave_nobody(max_tokens):
+def test_thousands_that_end_at_one_length_leave_none(max_tokens):
     edges = Bins(max_tokens).edge
     for length in {int(edges[np.searchsorted(edges, want)]) + 1 for want in (8_000, 12_000, 20_000) if want < 0.9 * max_tokens}:
         model = LengthModel(max_tokens, np.zeros(1, np.bool_))

@@ -62,7 +62,7 @@ def test_confined_a_policy_does_not_see_prompts_never_begun():
     )
 
 
-def test_confined_with_nobody_waiting_nothing_comes_in_though_nothing_runs():
+def test_confined_with_none_waiting_nothing_is_admitted_though_nothing_runs():
     policy = GuardedPolicy(Answers(1))
     policy.case = Case(alone=True, confined_to=frozenset((3,)))
     empty = np.zeros(0, np.int32)
@@ -75,7 +75,7 @@ class NobodyComesIn(ForecastPolicy):
         return np.zeros_like(candidates.counts)
 
 
-def test_a_policy_that_lets_nobody_in_gets_every_sample_done_one_by_one():
+def test_a_policy_that_admits_nothing_gets_every_sample_done_one_by_one():
     prompts = [[i, i + 1, i + 2] for i in range(3)]
     requests = device.make_requests(prompts, [SamplingParams(n=2, max_tokens=4, ignore_eos=True)])
     limits = SchedulerLimits(4, 64, 8, 32, 16, GroupingLimits(2, 1))

@@ -33,7 +33,7 @@ def stays_within(free: int, number: int, rank: list[int], end: list[int], pages:
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 200), st.lists(ENTRY, min_size=1, max_size=40), st.lists(ENTRY, max_size=5), st.randoms())
-def test_those_who_may_go_on_have_pages_to_their_ends(free, samples, prompts, random):
+def test_samples_that_may_continue_have_pages_to_their_ends(free, samples, prompts, random):
     count = len(samples)
     rank = random.sample(range(count), count) + [random.randrange(-1, count) for _ in prompts]
     end = [max(1, steps) for _, steps in samples] + [steps for _, steps in prompts]
