@@ -159,7 +159,7 @@ def test_a_stream_is_the_same_answer_in_parts(server):
     assert text == whole["choices"][0]["message"]["content"]
     content = [entry for part in parts for entry in (part["choices"][0]["logprobs"] or {"content": []})["content"]]
     assert content == whole["choices"][0]["logprobs"]["content"]
-    prompt = server.post("/tokenize", messages=chat["messages"])
+    prompt = server.post("/tokenize", messages=chat["messages"], add_special_tokens=None, return_token_strs=False)
     assert server.post("/detokenize", tokens=prompt["tokens"])["prompt"] == "user: hi\nbot: "
     echoed = server.events("/v1/completions", prompt="one", echo=True, max_tokens=0)
     assert echoed[0]["choices"][0]["text"] == "one"
@@ -186,6 +186,10 @@ def test_a_stream_is_the_same_answer_in_parts(server):
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("/v1/nothing", {}, 404, None),
         ("/tokenize", {}, 400, "prompt"),
+        ("/tokenize", {"prompt": "x", "model": "other"}, 404, "model"),
+        ("/tokenize", {"prompt": "x", "return_token_strs": True}, 400, "return_token_strs"),
+        ("/tokenize", {"messages": [HI], "add_generation_prompt": False}, 400, "add_generation_prompt"),
+        ("/detokenize", {"tokens": [5], "skip_special_tokens": True}, 400, "skip_special_tokens"),
     ],
 )
 def test_what_cannot_be_answered_is_told_as_the_api_does(server, path, body, status, param):
@@ -241,7 +245,7 @@ def test_lost_processes_are_replaced_and_their_requests_computed_again(server):
 def test_a_server_with_a_key_finishes_what_runs_when_it_is_stopped(folder):
     page = "https://page.example"
     server = Server(
-        folder, "server.api_key=secret", f"server.allow_origins={page}", "engine.kv_cache_tokens=512", "generation.n=2"
+        folder, "server.api_key=sécret", f"server.allow_origins={page}", "engine.kv_cache_tokens=512", "generation.n=2"
     )
     asking = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
     for origin, status in ((page, 200), ("https://other.example", 400)):
@@ -250,8 +254,8 @@ def test_a_server_with_a_key_finishes_what_runs_when_it_is_stopped(folder):
     assert server.client.get("/v1/models", headers={"Origin": page}).headers["access-control-allow-origin"] == page
     assert server.client.get("/v1/models").status_code == 401
     assert server.client.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
-    assert server.client.get("/v1/models", headers={"Authorization": "bearer secret"}).status_code == 200
-    server.client.headers["Authorization"] = "Bearer secret"
+    assert server.client.get("/v1/models", headers={"Authorization": "bearer sécret".encode()}).status_code == 200
+    server.client.headers["Authorization"] = "Bearer sécret"
     parts = server.events("/v1/completions", prompt=["one", "two"], max_tokens=2)
     assert {part["choices"][0]["index"] for part in parts} == {0, 1, 2, 3}
     context = server.client.get("/v1/models").json()["data"][0]["max_model_len"]
@@ -259,7 +263,7 @@ def test_a_server_with_a_key_finishes_what_runs_when_it_is_stopped(folder):
     chat = server.post("/v1/chat/completions", messages=[HI], n=1, ignore_eos=True)
     assert chat["usage"]["total_tokens"] == context
     url = str(server.client.base_url)
-    pinged = [sys.executable, "-m", "tokabatch", "ping", "hello", "--url", url, "--api-key", "secret", "--max-tokens", "5"]
+    pinged = [sys.executable, "-m", "tokabatch", "ping", "hello", "--url", url, "--api-key", "sécret", "--max-tokens", "5"]
     assert subprocess.run(pinged, capture_output=True, text=True, check=True).stdout.strip()
     with ThreadPoolExecutor() as pool:
         running = pool.submit(server.texts, prompt="last", max_tokens=400, ignore_eos=True, n=1)
@@ -267,7 +271,9 @@ def test_a_server_with_a_key_finishes_what_runs_when_it_is_stopped(folder):
             time.sleep(0.01)
         children = server.descendants()
         slow = socket.create_connection((server.client.base_url.host, server.client.base_url.port))
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: 9\r\n\r\n{")
+        slow.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer s\xc3\xa9cret\r\nContent-Length: 9\r\n\r\n{"
+        )
         server.process.send_signal(signal.SIGTERM)
         assert len(running.result()) == 1
     assert server.process.wait(30) == 0 and not any("Traceback" in line for line in server.told)

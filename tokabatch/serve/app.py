@@ -7,7 +7,7 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from functools import partial
 from importlib.metadata import version
@@ -106,7 +106,8 @@ class Api:
             # The scheme's name is the same in lower case (RFC 9110, 11.1).
             given = given[7:] if given[:7].lower() == "bearer " else given
             try:
-                if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
+                # Starlette reads headers as Latin-1, in which every byte is a character.
+                if key is not None and not hmac.compare_digest(given.encode("latin-1"), key.encode()):
                     error = ApiError("the API key is wrong or missing (Authorization: Bearer …)", None, "invalid_api_key", 401)
                     raise Refused(error)
                 response = await handler(http)
@@ -124,9 +125,7 @@ class Api:
         request = await self._body(http, partial(parse_request, http.url.path))
         if isinstance(request, ApiError):
             raise Refused(request)
-        if request.model not in (None, self._name):
-            message = f"the model {request.model!r} is not served here; this server has {self._name!r}"
-            raise Refused(ApiError(message, "model", "model_not_found", 404))
+        self._check_model(request.model)
         if self.draining:
             raise Refused(ApiError("the server is being stopped", code="shutting_down", status=503), 5)
         head = Head(uuid.uuid4().hex, int(time.time()), self._name)
@@ -136,6 +135,12 @@ class Api:
             await self._completions.prepare(request)
             return EventStream(self._completions.stream_whole(request, head))
         return EventStream(self._completions.stream(request, await self._completions.prepare(request), head))
+
+    def _check_model(self, name: Any) -> None:
+        """Raises Refused where a request names another."""
+        if name not in (None, self._name):
+            message = f"the model {name!r} is not served here; this server has {self._name!r}"
+            raise Refused(ApiError(message, "model", "model_not_found", 404))
 
     async def _models(self, http: HttpRequest) -> Response:
         described = {
@@ -161,17 +166,21 @@ class Api:
         return JSONResponse({"version": version("tokabatch")})
 
     async def _tokenize(self, http: HttpRequest) -> Response:
-        body = await self._object(http)
-        if "messages" in body:
-            chat = {name: body[name] for name in ("messages", "chat_template_kwargs") if name in body}
-            parsed = parse_request("/v1/chat/completions", {"model": self._name, **chat})
+        sent = await self._object(http)
+        # Other servers give them where they are asked for.
+        body = {name: value for name, value in sent.items() if (name, value) != ("return_token_strs", False)}
+        self._check_model(body.get("model"))
+        if body.get("messages") is not None:
+            parsed = parse_request("/v1/chat/completions", body)
             built = [parsed] if isinstance(parsed, ApiError) else await self._prompts.build(parsed.rows())
             if isinstance(built[0], ApiError | RowError):
                 raise Refused(built[0] if isinstance(built[0], ApiError) else of_row(built[0], "messages"))
             assert isinstance(built[0], Prompt)
             ids = built[0].token_ids.tolist()
         else:
-            text, special = body.get("prompt"), body.get("add_special_tokens", True)
+            _check_fields(body, "prompt", "add_special_tokens")
+            text, special = body.get("prompt"), body.get("add_special_tokens")
+            special = True if special is None else special
             if not isinstance(text, str):
                 raise Refused(ApiError("prompt must be text", "prompt", "invalid_type"))
             if not isinstance(special, bool):
@@ -180,7 +189,10 @@ class Api:
         return JSONResponse({"count": len(ids), "max_model_len": self.context, "tokens": ids, "token_strs": None})
 
     async def _detokenize(self, http: HttpRequest) -> Response:
-        tokens: Any = (await self._object(http)).get("tokens")
+        body = await self._object(http)
+        self._check_model(body.get("model"))
+        _check_fields(body, "tokens")
+        tokens: Any = body.get("tokens")
         most = self._model.spec.vocab_size
         if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < most for token in tokens):
             raise Refused(ApiError(f"tokens must be a list of token ids below {most}", "tokens", "invalid_value"))
@@ -274,6 +286,13 @@ class EventStream(Response):
                 text = json.dumps(refused.error.body(), ensure_ascii=False)
                 await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+def _check_fields(body: Mapping[str, Any], *known: str) -> None:
+    """Raises Refused for a field that is not read, `model` apart; null is a field that is not there."""
+    if unknown := next((name for name in body if name not in ("model", *known) and body[name] is not None), None):
+        message = f"{unknown} is not a field of this request; it has {' and '.join(known)}"
+        raise Refused(ApiError(message, unknown, "unknown_parameter"))
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -39,7 +39,10 @@ def ping(url: str, prompt: str, *, chat: bool, max_tokens: int, api_key: str | N
 
 
 def _call(url: str, body: dict[str, Any] | None, api_key: str | None, timeout: float) -> Any:
-    headers = {"Content-Type": "application/json"} | ({} if api_key is None else {"Authorization": f"Bearer {api_key}"})
+    headers = {"Content-Type": "application/json"}
+    if api_key is not None:
+        # http.client writes Latin-1, in which every byte is a character.
+        headers["Authorization"] = f"Bearer {api_key}".encode().decode("latin-1")
     data = None if body is None else json.dumps(body).encode()
     with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout) as response:
         return json.load(response)
