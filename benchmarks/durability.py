@@ -112,7 +112,7 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def work(rows: Path, out: Path, max_tokens: int, durable_run: bool) -> None:
-    """The process that is killed: runs the job, and tells at the end what it took."""
+    """The process that is killed: runs the job, and reports at the end what it took."""
     script = quickstart_script(slots=2048)
     make_replica.executor_maker = lambda job, workload, sizes, tell: partial(InProcessExecutor, (script, sizes), build_worker)
     phases = Phases()
@@ -135,7 +135,7 @@ def start(rows: Path, out: Path, max_tokens: int, *flags: str) -> subprocess.Pop
 
 
 def observe(pid: int) -> Mapping[str, int]:
-    """Kibibytes of memory and open files of a process, as the kernel tells them."""
+    """Kibibytes of memory and open files of a process, as the kernel reports them."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     values = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(SHOWN)}
     return {**{name: int(value) for name, value in values.items()}, "files": len(os.listdir(f"/proc/{pid}/fd"))}

@@ -103,7 +103,7 @@ def traces(scale: float) -> list[Trace]:
 
 
 class Oracle:
-    """Knows the length of every sample."""
+    """An oracle: has the length of every sample."""
 
     def __init__(self, requests: Requests, lengths: Lengths) -> None:
         self._row, self._lengths = requests.row_index, lengths

@@ -163,7 +163,7 @@ def check(arguments: argparse.Namespace, summary: RunSummary, faults: Faults, ou
         f"the run ended after {kills} kills and {stops} stops: more rows"
     )
     if arguments.replicas > 1:
-        # A scheduler that is killed may not have told yet of a worker that was.
+        # A scheduler that is killed may not have reported a worker that was.
         assert set(restarts) <= {"killed", "hung", "scheduler"} and sum(restarts.values()) <= kills + stops, restarts
         assert len(faults.told) >= sum(restarts.values()) > 0 or not kills + stops
     else:

@@ -61,7 +61,7 @@ def expected_tokens(script: Script, row: int, sample: int, prompt_length: int, m
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A step whose result is there already."""
+    """A step whose result exists already."""
 
     result: StepResult
     done: bool = True

@@ -1,4 +1,4 @@
-"""Who imports whom, read from the source: imports point down, siblings do not know each other, torch stays where it belongs."""
+"""Which module imports which, read from the source: imports point down, siblings are independent, torch stays in its home."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def prefill_work(workload: Workload) -> StepWork:
 
 
 def mean_decode_work(workload: Workload, steps: float, hydragen: bool) -> StepWork:
-    """The work of all samples spread evenly over so many steps."""
+    """The work of all samples spread evenly over this many steps."""
     common = workload.common_prefix() if len(workload.prompts) > 1 and hydragen else 0
     own_P1 = np.array([[len(prompt)] for prompt in workload.prompts], np.float64) - common
     output_PN = workload.output_length_PN.astype(np.float64)

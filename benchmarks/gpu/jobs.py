@@ -44,7 +44,7 @@ def job(model: Path, source: Path, output: Path, workload: Workload) -> dict[str
 
 
 def check_output(output: Path, workload: Workload) -> None:
-    """Every sample is there with its length. Raises ValueError where not: the figures would mean nothing."""
+    """Check that every sample is there with its length. Raises ValueError otherwise: the figures would mean nothing."""
     files = sorted((output / "data").glob("part-*.parquet"))
     columns: Sequence[str] = (PROMPT, "status", "num_output_tokens")
     table = pa.concat_tables([pq.read_table(file, columns=list(columns)) for file in files])

@@ -70,7 +70,7 @@ if INTERPRETING:
 
 @pytest.fixture(scope="module", autouse=True)
 def _interpreted_gpu() -> Generator[None]:
-    """What FlashInfer's backend asks of a GPU, where its kernels are interpreted."""
+    """What FlashInfer's backend queries of a GPU, where its kernels are interpreted."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETING:
             patch.setitem(sys.modules, "flashinfer", plain_flashinfer)

@@ -51,7 +51,7 @@ def workloads(draw):
 
 
 class Steps:
-    """Drives the scheduler; keeps the page table, and in which context each step's tokens stand."""
+    """Drives the scheduler; keeps the page table, and the context of each step's tokens."""
 
     def __init__(self, prompts: list[list[int]], page: int, grouping: GroupingLimits | None) -> None:
         longest = max(map(len, prompts)) + 6

@@ -175,7 +175,7 @@ def _broken(name: str) -> Callable[[Path], None]:
 
 
 def _remote_code(folder: Path) -> None:
-    """A model and tokenizer whose files ask for code of their own to be run."""
+    """A model and tokenizer whose files require code of their own."""
     model = folder / "model"
     (model / "evil.py").write_text(f"open({str(folder / 'RAN')!r}, 'w')\nclass Evil: pass\n")
     settings = json.loads((model / "tokenizer_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Rows that cannot be completed: what stands in the input line, the error code, and what the message has to say.
+"""Rows that cannot be completed: the input line, the error code, and what the message must say.
 
 The job takes the column `prompt` (text, or chat messages), `prompt_token_ids` and `sampling_params`; the model has 97 tokens, a
 context of 512 and no chat template.

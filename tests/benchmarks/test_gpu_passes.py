@@ -39,7 +39,7 @@ def command(monkeypatch, capfd):
 
 
 def test_the_command(command, tmp_path):
-    """Two parts, the second of which fails: the first one's figures stand beside its roofline all the same."""
+    """Two parts, the second of which fails: the first one's figures still appear beside its roofline."""
     code, told, errors = command(
         "a:prompts=2", "b:engine.page_size=31", "--model", "tiny", "--scale", "0.02", "--profile",
         "--out", str(tmp_path / "out"), "--scratch", str(tmp_path),

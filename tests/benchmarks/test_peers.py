@@ -140,7 +140,7 @@ def test_sglang_gets_every_sample(workload, stand_in, tmp_path):
 
 @dataclass
 class ScriptedServer:
-    """Answers completions as Tokasaurus does, the body in chunks; remembers what it was asked and how many at once."""
+    """Answers completions as Tokasaurus does, the body in chunks; records its requests and how many were open at once."""
 
     refuse: bool = False
     bodies: list[dict[str, Any]] = field(default_factory=list)

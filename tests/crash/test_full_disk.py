@@ -31,7 +31,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def ballast(disk: Path, leave: int) -> Path:
-    """A file that leaves so many bytes free."""
+    """A file that leaves this many bytes free."""
     path = disk / "ballast"
     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
     path.write_bytes(b"\0" * (free - leave))

@@ -81,7 +81,7 @@ class MainKiller(Killer):
 
 
 class ChildKiller(Killer):
-    """Kills one random process of a run, which then goes on by itself."""
+    """Kill one random process of a run, which then continues by itself."""
 
     engine: ClassVar[dict[str, Any]] = {"process": True, "max_restarts": 1000}
     ranks: ClassVar[int] = 1

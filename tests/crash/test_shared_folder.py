@@ -1,4 +1,4 @@
-"""Several writers of one folder: whoever dies, stands still or comes too late, nothing is lost, doubled or torn."""
+"""Several writers of one folder: whichever dies, hangs or comes too late, nothing is lost, doubled or torn."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_whatever_order_writers_of_one_unit_come_in_each_sample_is_published_onc
         assert last.failure is None
     found = [row for path in sorted((out / "data").glob("part-*")) for row in pq.read_table(path)["row_index"].to_pylist()]
     assert sorted(found) == list(range(ROWS))
-    # The journals tell the same, of every writer together.
+    # The journals of all writers agree.
     with Claim(out, writer="reader") as claim:
         record = claim.folder.record()
         assert record is not None
@@ -246,7 +246,7 @@ def test_writers_killed_at_any_instant_lose_double_and_tear_nothing(
             ended = servers[victim].wait()
             assert ended.signal == signal.SIGKILL or ended.code == 0, ended
             kills += ended.signal is not None
-            # The other one goes on once the folder has been looked at.
+            # The other one continues once the folder has been checked.
             signal_all(running.values(), signal.SIGSTOP)
             long_scene.checker.check(out)
             signal_all(running.values(), signal.SIGCONT)

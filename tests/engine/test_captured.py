@@ -210,7 +210,7 @@ def compare(
 
 @pytest.mark.parametrize("where", DEVICES)
 def test_a_step_in_a_larger_graph_fills_no_more_planes_than_that_has(tmp_path, where, monkeypatch):
-    """The graph of all tokens is there from the beginning and serves a few tokens too."""
+    """The graph of all tokens exists from the beginning and serves a few tokens, too."""
     for name, value in {"ENOUGH_PLANES": 2, "MAX_PLANES": 8, "FINEST": 4}.items():
         monkeypatch.setattr(f"tokabatch.engine.captured.{name}", value)
     for name, value in {"SHORT_RUN": 2, "LONG_CONTEXT": 3, "SPLIT_KEYS": 2, "SPLIT_STEP": 2}.items():

@@ -1,4 +1,4 @@
-"""Launch times arrive with the results, and a trace holds exactly the steps asked for, wherever the worker runs."""
+"""Launch times arrive with the results, and a trace holds exactly the requested steps, wherever the worker runs."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def processors(params: SamplingParams, prompt_length: int) -> LogitsProcessorLis
 
 
 def naive(model: PreTrainedModel, row: int, number: int) -> list[int]:
-    """One sample by a loop that computes everything anew for every token; our sampler draws where chance is asked for."""
+    """One sample by a loop that recomputes everything for every token; our sampler draws if sampling is random."""
     prompt, params = PROMPTS[row], KINDS[row]
     changed, tokens = processors(params, len(prompt)), list(prompt)
     for _ in range(params.max_tokens):

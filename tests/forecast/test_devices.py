@@ -1,4 +1,4 @@
-"""Devices are known by the names that CUDA gives them, to the letter."""
+"""Devices are identified by the exact names that CUDA gives them."""
 
 from __future__ import annotations
 

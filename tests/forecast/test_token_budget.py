@@ -36,7 +36,7 @@ SMALL = replace(
 
 
 def launching(seconds: float) -> Profile:
-    """The roofline and so many seconds for each step."""
+    """The roofline plus a fixed number of seconds for each step."""
     return Profile(ROOFLINE, (seconds, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0))
 
 

@@ -52,7 +52,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class NaiveAttend:
-    """Causal attention of one sequence over a dense cache, token by token order. Knows no pages."""
+    """Causal attention of one sequence over a dense cache without pages, in token order."""
 
     def __init__(self) -> None:
         self.keys: dict[int, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Which of a model's files are known, and what counts as a change of one."""
+"""Which of a model's files are tracked, and what counts as a change of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few samples and the error rows of an output folder: which ones are chosen, and what is told of them."""
+"""A few samples and the error rows of an output folder: which are chosen, and what is shown of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leases: who counts as alive, and what is renewed."""
+"""Leases: which writers count as alive, and what is renewed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts split at the end of a model's thinking: what is told, what is judged, and where it is refused."""
+"""Texts split at the end of a model's reasoning: what is reported, what is judged, and what is refused."""
 
 from __future__ import annotations
 

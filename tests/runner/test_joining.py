@@ -73,7 +73,7 @@ def test_small_shards_and_steps_of_many_starts_are_joined_when_the_run_completes
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert start(rows, out)[0] == 0
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    # As a version that knew of no replicas left them.
+    # As a version from before replicas left them.
     file = out / "steps-00000.parquet"
     pq.write_table(pq.read_table(file).drop_columns(["replica"]), file)
     found = read_steps(OutputFolder(out))

@@ -1,4 +1,4 @@
-"""Runs with penalties and biases: what the job, its rows and the model's own files ask for, against transformers' generate."""
+"""Runs with penalties and biases, set by the job, its rows and the model's own files, against transformers' generate."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A replica whose worker is killed, hangs, finds no memory or meets a row that kills it: the samples are those of an
-undisturbed run, and what happened is counted and told."""
+"""A replica whose worker is killed, hangs, runs out of memory or meets a row that kills it: the samples are those of an
+undisturbed run, and what happened is counted and reported."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Run:
         self.options = {"depth": 2, "max_restarts": max_restarts}
 
     def complete(self, each_step: Callable[[int, int], None] = lambda step, pid: None) -> None:
-        """`each_step` is told how many steps are done and the worker's pid."""
+        """`each_step` is called with the number of steps done and the worker's pid."""
         replica = Replica(self.scheduler, self.make, stop=self.stop, tell=self.told.append, **self.options)
         self.counts = replica.counts
         try:

@@ -1,5 +1,5 @@
-"""Whole runs of several replicas on the CPU: the rows are those of one replica, whatever number a start before had, the summary
-tells each one's share, and signals reach everybody once."""
+"""Whole runs of several replicas on the CPU: the rows are those of one replica, whatever number an earlier start had, the
+summary has each one's share, and signals reach every process once."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def calm(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> l
 
 
 class StopAt(NullProgress):
-    """Asks for a stop once so many samples are done."""
+    """Requests a stop once this many samples are done."""
 
     interval = 0.0
 

@@ -1,4 +1,4 @@
-"""Runs that are continued: what is there stays, what lacks is computed and is what one undisturbed run would have drawn."""
+"""Continued runs: what exists is kept, what is missing is computed and equals what one undisturbed run would have drawn."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def job(model: Path, rows: Path, out: Path, /, **changes: Any) -> Job:
 
 
 def table(out: Path) -> list[dict[str, Any]]:
-    """All committed samples by row and sample, without the one column that tells how a sample was scheduled."""
+    """Return all committed samples by row and sample, without the one column that depends on scheduling."""
     samples = [row for shard in sorted((out / "data").glob("*.parquet")) for row in pq.read_table(shard).to_pylist()]
     for sample in samples:
         del sample["num_cached_tokens"]

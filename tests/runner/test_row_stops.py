@@ -312,7 +312,7 @@ def test_whatever_counts_samples_counts_cancelled_ones(folder: Path, full: Sampl
     job = scripted_job(rows, out, **{**sections, "generation": {"n": 2 * SAMPLES}})
     with mock.patch.object(folder_module, "DurableFiles", TakesNoShard), scripted_engine():
         assert [run(job).exit_code for _ in range(2)] == [EXIT_STOPPED, EXIT_STALLED]
-    # With more samples, rows that have stopped stay so; the others go on.
+    # With more samples, rows that have stopped remain stopped; the others continue.
     more = scripted_run(rows, out, **{**sections, "generation": {"n": 2 * SAMPLES}})
     assert more.pending == 0 and more.cancelled >= cancelled + SAMPLES * (ROWS - 1) - SAMPLES
     assert {key: sample for key, sample in samples(out).items() if key[1] < SAMPLES} == expected

@@ -83,7 +83,7 @@ def test_another_judge(before: dict[str, str] | None, rows: Path, judge: Path, t
     assert (again.judged, again.files) == (0, 0)
     with scripted_engine():
         assert run(scripted_job(rows, out, output=output, verify={"kind": str(judge)})).ok == 24
-        # The command that is told does what it says.
+        # The suggested command does what it says.
         exact, odd = {"kind": "exact", "answer": "answer"}, {"kind": str(judge), "correct_from": 0.5, "answer": "question"}
         for other in (exact, odd, {"kind": str(judge)}, {"kind": str(judge)}):
             judge.write_text(judge.read_text() + "# edited\n")

@@ -182,7 +182,7 @@ def test_a_stopped_worker_is_replaced(model, rows, tmp_path, watched):
 
 @pytest.mark.gpu
 def test_a_run_on_a_gpu(model, rows, tmp_path):
-    """The scheduler's process is forked, and could not ask the GPU."""
+    """The scheduler's process is forked and could not query the GPU."""
     given = job(model, rows, tmp_path / "out", engine={"device": "cuda", "process": "auto"}).given()
     given["model"]["dtype"] = "bfloat16"
     summary = run(Job.load(given))

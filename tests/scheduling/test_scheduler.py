@@ -71,7 +71,7 @@ def test_a_shared_prefix_is_prefilled_once(small_limits):
 
 
 def long_winded(max_tokens: int) -> SamplingParams:
-    """Samples that could stop, as far as the scheduler knows, and never do: longer than any forecast expects."""
+    """Samples that the scheduler expects to stop and that never do: longer than any forecast expects."""
     return SamplingParams(n=2, max_tokens=max_tokens, ignore_eos=True, stop_token_ids=(device.VOCAB + 1,))
 
 

@@ -63,7 +63,7 @@ def test_a_cancelled_sample_ends_its_row() -> None:
 
 @given(RULES, OUTCOMES, st.integers(1, 64))
 def test_waves_open_what_the_rule_needs(rule: StopRule, outcomes: list[Outcome], num_samples: int) -> None:
-    """Opening by waves, a row always goes on or is done, and is done where it would be with all samples open."""
+    """Opened in waves, a row always continues or is done, and is done where it would be with all samples open."""
     outcomes = (outcomes * 64)[:num_samples]
     judged, computed = 0, 0
     while True:

@@ -29,7 +29,7 @@ from tokabatch.serve.prompts import Prompts
 
 
 class Process:
-    """Stands in for a scheduler's process."""
+    """A stand-in for a scheduler's process."""
 
     def __init__(self, spec: Any, number: int, receive: Any) -> None:
         if spec.started:

@@ -1,4 +1,4 @@
-"""A copy of the package with a few edits, as somebody who follows a recipe of its README would make them."""
+"""A copy of the package with a few edits, made as a reader who follows a recipe of its README would make them."""
 
 from __future__ import annotations
 

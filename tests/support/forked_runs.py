@@ -27,8 +27,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: `code` is its exit code, None where a signal ended it; `calls` are its commit path's system calls, where
-    it lived to tell them."""
+    """How a run ended: `code` is its exit code, None if a signal ended it; `calls` are its commit path's system calls, if it
+    survived to report them."""
 
     code: int | None
     signal: int | None
@@ -100,7 +100,7 @@ class ForkServer:
 
 
 def _processes_of(group: int) -> str:
-    """Those of the process group that are alive, and where each of their threads stands in the kernel."""
+    """List the living processes of the group, and the kernel function that each of their threads is in."""
     told: list[str] = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

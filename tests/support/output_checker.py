@@ -25,11 +25,11 @@ KNOWN = {
 }  # fmt: skip
 STEPS = re.compile(r"steps-\d{5}\.parquet")
 SCHEDULED = "num_cached_tokens"
-"""The one column that tells how a sample was scheduled, not what it is."""
+"""The one column that depends on how a sample was scheduled."""
 
 
 class Checker:
-    """Knows the input; `check` holds a folder against it."""
+    """Holds the input; `check` compares a folder with it."""
 
     def __init__(self, questions: Sequence[str | None], n: int, max_tokens: int, script: Script) -> None:
         """A question that is None makes an error row."""
@@ -63,7 +63,7 @@ class Checker:
         return len(seen)
 
     def check_complete(self, out: Path, reference: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """The same, and that nothing lacks; identical to the table of an undisturbed run where that is given."""
+        """Check the same, and that nothing is missing; identical to the table of an undisturbed run, if given."""
         found = self.check(out)
         assert found == self.samples, f"{self.samples - found} samples are lost"
         assert (out / "_SUCCESS").exists() and not (out / "_tmp").exists() and not (out / "_input").exists()

@@ -1,4 +1,4 @@
-"""Ranks that stay: processes that meet once and then compute what they are told, under any mesh of their number."""
+"""Persistent ranks: processes that connect once and then compute what they receive, under any mesh of their number."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class TinyJob:
 
 
 def run(mesh: Mesh, job: TinyJob) -> dict[tuple[int, int], Completion]:
-    """The whole job on this mesh, in float64. Every rank schedules for itself, by the results that the last stage tells."""
+    """Run the whole job on this mesh, in float64. Every rank schedules for itself, by the results that the last stage sends."""
     limits = replace(job.limits, stages=mesh.pipeline_size)
     worker = Worker.build(tiny_engine.worker_spec(job.folder, limits), mesh)
     if job.scatter_from is not None and mesh.tensor_size > 1:

@@ -35,7 +35,7 @@ class Script:
     memory_tokens: int | None = None
     """Steps of more tokens find no memory."""
     dies_loading: int = 0
-    """So many workers die before they are ready."""
+    """Number of workers that die before they are ready."""
     place: Place | None = None
     """Of one rank; scripted ranks compute the same, each for itself."""
 

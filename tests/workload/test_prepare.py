@@ -25,7 +25,7 @@ class Heard(NullProgress):
 
 @pytest.fixture
 def told(tmp_path: Path) -> Callable[..., str]:
-    """What both commands say of a job: `model` is told the folder to change it."""
+    """What both commands say of a job: `model` is called with the folder, to change it."""
 
     def tell(change: Callable[[Path], Any], rows: list[dict[str, Any]], family: str = "llama", **generation: Any) -> str:
         folder = tiny_models.add_tokenizer(tiny_models.build(family, tmp_path / "model"))

@@ -1,4 +1,4 @@
-"""What is told of prompts that may not be what their author meant."""
+"""Notes on prompts that may not be what their author intended."""
 
 from __future__ import annotations
 

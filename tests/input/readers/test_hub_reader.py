@@ -19,7 +19,7 @@ PATH = "hf://datasets/org/name"
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test asks the real hub."""
+    """No test contacts the real hub."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 

@@ -1,4 +1,4 @@
-"""Arrow types learned from JSON: any rows can be written, and nothing that a reader could tell apart is lost."""
+"""Arrow types inferred from JSON: any rows can be written, and no distinction between values is lost."""
 
 from __future__ import annotations
 

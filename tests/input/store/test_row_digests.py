@@ -1,4 +1,4 @@
-"""A row is told from another whatever file and column type it comes in; damage is seen."""
+"""Rows are distinguished whatever file and column type they come in; damage is detected."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def quoted(q: str) -> str:
 
 
 def twin_text(written: Sequence[tuple[str, str]], single_word: bool) -> str:
-    """The text for the twin. A token that must stand alone is none beside a letter, wherever it comes from."""
+    """The text for the twin. A token that must be a word of its own is none beside a letter, wherever it comes from."""
     shown = [OWN.get(name, value) for name, value in written]
     twin: list[str] = []
     for at, (name, _) in enumerate(written):

@@ -35,7 +35,7 @@ def test_a_text_that_the_tokenizer_does_not_spell(tokenizers: dict[str, Tokenize
     assert [sentence.split(",")[0] for sentence in told] == ["generation.stop holds 'end\\n'"]
 
     class Folding:
-        """A tokenizer that knows lower case only."""
+        """A tokenizer with lower case only."""
 
         def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
             return [list(map(ord, text.lower())) for text in texts]

@@ -247,7 +247,7 @@ def test_a_tiny_temperature_is_nearly_greedy_and_finite(device):
 
 
 def test_uniform_numbers_are_those_of_philox(device):
-    """Two tokens of probability 1/2 tell the first bit; a flat vocabulary of 2**14 the first fourteen."""
+    """Two tokens of probability 1/2 show the first bit; a flat vocabulary of 2**14 the first fourteen."""
     rows = 32 if INTERPRETING else 20_000
     seeds = [(-1) ** i * ((i * 0x9E3779B97F4A7 + i) % 2**63) for i in range(rows)]
     keys = [(-1) ** (i // 2) * i * 0x1234567890AB for i in range(rows)]

@@ -1,4 +1,4 @@
-"""The arrays of neighbours against sorted texts, whose common prefixes they are to know whoever comes and goes."""
+"""The arrays of neighbours against sorted texts, whose common prefixes they must track as prompts come and go."""
 
 from __future__ import annotations
 

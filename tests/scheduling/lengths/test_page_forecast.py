@@ -11,7 +11,7 @@ from tokabatch.scheduling.lengths.page_forecast import Claims, Forecast
 
 
 def pages_at(step: int, size: int, claims: Claims, first: int) -> int:
-    """Pages that the first so many of the claims hold at a step, by the definition."""
+    """Pages that the first claims hold at a step, by the definition."""
     total = 0
     for computed, shared, remaining, prompt in list(
         zip(claims.computed, claims.shared, claims.remaining, claims.prompt_pages, strict=True)
@@ -96,7 +96,7 @@ def test_a_margin_leaves_room_for_what_chance_may_bring():
     capacity = int(forecast.curve.max()) + 4000
     admitted = [forecast.admit(capacity, candidates, deviations) for deviations in (0.0, 2.0, 6.0)]
     assert admitted[0] > admitted[1] > admitted[2] > 0
-    # What is there now is known: no margin at the first step, when nothing has ended yet.
+    # The present is certain: no margin at the first step, when nothing has ended yet.
     assert forecast.spread[0] < forecast.spread.max()
 
 

@@ -1,4 +1,4 @@
-"""What holds whatever a policy says: nothing stands still, and nothing comes in that is not to."""
+"""What holds whatever a policy answers: nothing hangs, and nothing is admitted that must not be."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokabatch.scheduling.scheduler import SchedulerLimits
 
 
 class Answers(ForecastPolicy):
-    """Gives the same answer always, and notes what it was asked."""
+    """Always gives the same answer, and records its calls."""
 
     def __init__(self, *answer: int) -> None:
         self.answer = np.array(answer, np.int32)

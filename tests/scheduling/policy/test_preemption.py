@@ -1,4 +1,5 @@
-"""Who goes on when pages run short: the count against stepping through it, and what waiting saves on a whole workload."""
+"""Which samples continue when pages run short: the count against stepping through it, and what waiting saves on a whole
+workload."""
 
 from __future__ import annotations
 
