@@ -281,6 +281,15 @@ def test_the_first_signal_asks_and_the_second_ctrl_c_ends_the_process() -> None:
     ]
 
 
+def test_ctrl_c_while_the_program_is_imported_leaves_no_traceback() -> None:
+    program = (
+        "import os, signal\nfrom tokabatch import __main__ as command\n"
+        "command.import_module = lambda name: os.kill(os.getpid(), signal.SIGINT)\ncommand.start()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 def test_an_error_of_the_engine_is_a_message_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise EngineError("the worker died")

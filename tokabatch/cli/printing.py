@@ -39,12 +39,17 @@ def print_note(content: str | tuple[Section, ...]) -> None:
         print(f"standard output cannot be written: {fault.strerror}", file=sys.stderr)
 
 
+def draws_tables() -> bool:
+    """Whether standard output gets tables, each with an empty line below, and not plain text."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def _print(content: str | tuple[Section, ...]) -> None:
     if isinstance(content, str):
         print(content)
         return
     render = import_module("tokabatch.report.render")
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+    if draws_tables():
         import_module("rich.console").Console(highlight=False).print(render.tables(content))
     else:
         print(render.plain(content))

@@ -15,7 +15,7 @@ import typer
 from tokabatch.cli.arguments import JobArgument, OverridesArgument, OverwriteOption, RepairOption, RetryOption
 from tokabatch.cli.folder import write_batch
 from tokabatch.cli.job import checked_job, seconds_since_start, starting
-from tokabatch.cli.printing import print_note, print_result
+from tokabatch.cli.printing import draws_tables, print_note, print_result
 from tokabatch.cli.signals import stop_after, stop_on_signals
 from tokabatch.errors import Stopped, UsageError
 from tokabatch.runner.interruption import Interruption
@@ -211,7 +211,8 @@ def _run(job: Any, stop: Interruption, quiet: bool, **how: Any) -> RunSummary:
     before it began."""
     try:
         with starting(quiet) as progress:
-            runner = import_module("tokabatch.runner.run")
+            with stop.at_once():
+                runner = import_module("tokabatch.runner.run")
             summary: RunSummary = runner.run(job, progress, stop, seconds_before=seconds_since_start(), **how)
         return summary
     except Stopped as stopped:
@@ -223,5 +224,4 @@ def _print_summary(job: Any, summary: RunSummary, verbose: bool) -> None:
     sections = import_module("tokabatch.report.summary").run_sections(summary, verbose)
     closing, out = import_module("tokabatch.report.closing"), Path(job.output.path)
     print_note((*sections, *closing.closing_sections(out, summary)))
-    # A terminal's tables end in an empty line already.
-    print_note(("" if sys.stdout.isatty() else "\n") + closing.next_steps(out, summary))
+    print_note(("" if draws_tables() else "\n") + closing.next_steps(out, summary))

@@ -59,4 +59,4 @@ class Interruption:
             self._breaks_into = None
 
     def _raise(self) -> NoReturn:
-        raise Stopped("stopped; run the same command again to go on", self._exit_code)
+        raise Stopped("stopped; run the same command again to continue", self._exit_code)
