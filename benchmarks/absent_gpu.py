@@ -21,6 +21,7 @@ from benchmarks.scripted_engine import Script, build_paced_worker
 from tokabatch.engine.executor import Executor, ProcessExecutor
 from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.forecast import cost_model
+from tokabatch.forecast.devices import known_device
 from tokabatch.job import Job
 from tokabatch.runner import make_replica, run
 from tokabatch.serve import server
@@ -31,7 +32,7 @@ from tokabatch.workload.prepare import Demand
 @contextmanager
 def absent_gpu(key: str) -> Generator[None]:
     """Inside, the engine of jobs and servers is a scripted one at the pace of this device."""
-    device = cost_model.known_device(key)
+    device = known_device(key)
 
     def maker(job: Job, workload: Demand, sizes: ReplicaSizes, tell: object) -> Callable[[], Executor]:
         cost, _ = cost_model.cost_model(workload, device, None)

@@ -17,7 +17,8 @@ import numpy as np
 from benchmarks.gpu.models import config, write_tokenizer
 from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.workloads import make_gpu_workload
-from tokabatch.forecast.cost_model import known_device, unmeasured_gpu
+from tokabatch.forecast.cost_model import unmeasured_gpu
+from tokabatch.forecast.devices import known_device
 from tokabatch.forecast.roofline import Roofline
 from tokabatch.forecast.simulate import STOP, SimulatedDevice
 from tokabatch.forecast.step_work import measure_work
