@@ -7,12 +7,13 @@ tests alone.
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from cluster.debian_packages import unpack
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client")
 NODES = ("n1", "n2")
@@ -72,9 +73,11 @@ class Slurm:
     def start(self) -> str:
         if os.geteuid():
             return "a Slurm of one's own needs root"
-        obstacle = self._unpack()
+        obstacle = unpack(PACKAGES, self.folder, self.root, "TOKABATCH_TEST_SLURM_PACKAGES")
         if obstacle:
             return obstacle
+        if not (self.root / "usr/sbin/slurmd-wlm").exists():
+            return "Slurm is installed here otherwise than by Debian's packages"
         host, ports = socket.gethostname(), _free_ports(1 + len(NODES))
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} State=UNKNOWN"
@@ -123,34 +126,6 @@ class Slurm:
             self._running.append(
                 subprocess.Popen([program, *arguments], env=self.environment, stdout=log, stderr=log, cwd=self.folder)
             )
-
-    def _unpack(self) -> str:
-        if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-            return "Slurm's packages are Debian's, and there is no apt-get"
-        cache = Path(os.environ.get("TOKABATCH_TEST_SLURM_PACKAGES", self.folder / "packages"))
-        if not list(cache.glob("*.deb")):
-            (cache / "partial").mkdir(parents=True)
-            command = [
-                "apt-get",
-                "install",
-                "-y",
-                "--no-install-recommends",
-                "--download-only",
-                f"-oDir::Cache::archives={cache}",
-            ]
-            try:
-                done = subprocess.run([*command, *PACKAGES], capture_output=True, text=True, check=False, timeout=120)
-            except subprocess.TimeoutExpired:
-                return "Slurm's packages cannot be fetched in two minutes"
-            if done.returncode:
-                return f"Slurm's packages cannot be fetched: {done.stderr.strip()[-300:]}"
-        for package in cache.glob("*.deb"):
-            subprocess.run(["dpkg", "-x", package, self.root], check=True)
-        return (
-            ""
-            if (self.root / "usr/sbin/slurmd-wlm").exists()
-            else "Slurm is installed here otherwise than by Debian's packages"
-        )
 
 
 def _free_ports(count: int) -> list[int]:

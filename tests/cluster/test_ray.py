@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -108,6 +109,11 @@ def test_whatever_is_lost_each_sample_is_there_once(cluster: Any, tmp_path: Path
         wait_until(lambda: finished() > 300, driver, log)
         cluster.remove_node(nodes[1], allow_graceful=False)
         wait_until(lambda: finished() > 500 and log.read_text().count("Starting another") == 2, driver, log)
+        # The driver is killed as the actor that waits for a node gets one.
+        killing = threading.Timer(1.5, driver.kill)
+        killing.start()
+        nodes[1] = cluster.add_node(**NODE)
+        killing.join()
     finally:
         driver.kill()
         driver.wait()
@@ -115,7 +121,8 @@ def test_whatever_is_lost_each_sample_is_there_once(cluster: Any, tmp_path: Path
     psutil.wait_procs(left, timeout=20)
     assert not replicas(), "actors outlive their driver"
     assert 0 < scene.checker.check(out) < scene.checker.samples
-    # Two of three actors have a node; the third waits, and then takes its part.
+    # Started again while that node is gone: two of three actors have one; the third waits, and then takes its part.
+    cluster.remove_node(nodes[1], allow_graceful=False)
     again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     cluster.add_node(**NODE)
     told, _ = again.communicate(timeout=SECONDS)
