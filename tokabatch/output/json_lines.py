@@ -32,7 +32,9 @@ def flatten(table: pa.Table) -> pa.Table:
     become their JSON text."""
     table = _plain(table)
     for place, field in enumerate(table.schema):
-        if pa.types.is_nested(field.type) or _is_bytes(field.type) or isinstance(field.type, pa.BaseExtensionType):
+        is_ = pa.types
+        is_bytes = is_.is_binary(field.type) or is_.is_large_binary(field.type) or is_.is_fixed_size_binary(field.type)
+        if is_.is_nested(field.type) or is_bytes or isinstance(field.type, pa.BaseExtensionType):
             texts = map(_cell, table[place].to_pylist())
             table = table.set_column(place, field.name, pa.array(texts, pa.string()))
     return table
@@ -94,11 +96,6 @@ def _unit(type_: pa.DataType) -> str:
 def _near(type_: pa.DataType) -> int:
     """Return how many units from 1970 Arrow prints: 30,000 years."""
     return int(np.timedelta64(30_000 * 365, "D") / np.timedelta64(1, _unit(type_)))
-
-
-def _is_bytes(type_: pa.DataType) -> bool:
-    is_ = pa.types
-    return is_.is_binary(type_) or is_.is_large_binary(type_) or is_.is_fixed_size_binary(type_)
 
 
 def _cell(value: Any) -> str | None:

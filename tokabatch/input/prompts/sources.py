@@ -163,7 +163,10 @@ class PromptSource:
             return self._from_token_ids(row, column)
         value = row[column]
         if column == MESSAGES or (isinstance(value, list) and not self._config.few_shot):
-            return self._from_messages(row, column, blank) if self._chat_template else no_chat_template(column)
+            if self._chat_template is None:
+                what = f"the column {column!r} holds messages, but the tokenizer has no chat template"
+                return RowError("bad_messages", f"{what}; give one as prompt.chat_template")
+            return self._from_messages(row, column, blank)
         if not isinstance(value, str):
             kind = "binary data that is not UTF-8" if isinstance(value, bytes) else type(value).__name__
             return RowError("bad_type", f"the column {column!r} must hold text, not {kind}")
@@ -213,10 +216,3 @@ class PromptSource:
 
     def _given(self, value: Any) -> Any:
         return plain_values(value) if self._typed else value
-
-
-def no_chat_template(column: str) -> RowError:
-    return RowError(
-        "bad_messages",
-        f"the column {column!r} holds messages, but the tokenizer has no chat template; give one as prompt.chat_template",
-    )

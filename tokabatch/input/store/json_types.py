@@ -72,7 +72,14 @@ class JsonType:
             for item in value:
                 self._items.add(item)
         elif kind is dict and not self._as_text:
-            self._add_object(value)
+            for name, item in value.items():
+                field = self._fields.get(name)
+                if field is None:
+                    if len(self._fields) >= MAX_FIELDS:
+                        self._as_text, self._fields = True, {}
+                        break
+                    field = self._fields[name] = JsonType(self._depth + 1)
+                field.add(item)
 
     def arrow(self) -> pa.DataType:
         """Return the type that fits every value seen, once encoded."""
@@ -141,16 +148,6 @@ class JsonType:
     def _holds_json(self) -> bool:
         """Return whether a string column holds JSON text rather than the values themselves."""
         return not self._kinds <= {str, type(None)}
-
-    def _add_object(self, value: Mapping[str, Any]) -> None:
-        for name, item in value.items():
-            field = self._fields.get(name)
-            if field is None:
-                if len(self._fields) >= MAX_FIELDS:
-                    self._as_text, self._fields = True, {}
-                    return
-                field = self._fields[name] = JsonType(self._depth + 1)
-            field.add(item)
 
 
 def _json_text(value: Any) -> str | None:

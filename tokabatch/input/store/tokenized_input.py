@@ -132,6 +132,7 @@ class InputStore:
         """Reopen the finished store in `folder` from its `state`."""
         columns = restore_columns(folder / _COLUMNS, state["columns"])
         settings = [_unshared(state["settings"][name], state["kinds"]) for name in _SETTINGS]
+        first, start, tokens = (folder / name for name in _GIVEN)
         return cls(
             num_rows=state["num_rows"],
             tokens=open_array(folder / _TOKENS, np.int32),
@@ -146,7 +147,9 @@ class InputStore:
             hidden_rows=state["hidden_rows"],
             digests=RowDigests.open(folder),
             places=RowPlaces([(row, name, line) for row, name, line in state["begins"]]),
-            continuations=_open_given(folder) if state["scores"] else None,
+            continuations=Continuations(open_array(first, np.int64), open_array(start, np.int64), open_array(tokens, np.int32))
+            if state["scores"]
+            else None,
             scored_whole=open_array(folder / _SCORED_WHOLE, np.bool_),
             _columns=columns,
             _ids=Texts.open(folder / _IDS) if state["ids"] else None,
@@ -348,11 +351,6 @@ class _GivenSpool:
 
     def finish(self) -> Continuations:
         return Continuations(self._first.finish(), self._start.finish(), self._tokens.finish())
-
-
-def _open_given(folder: Path) -> Continuations:
-    first, start, tokens = (folder / name for name in _GIVEN)
-    return Continuations(open_array(first, np.int64), open_array(start, np.int64), open_array(tokens, np.int32))
 
 
 def _tuples(value: Any) -> Any:
