@@ -56,7 +56,7 @@ MISTAKES = [
     (("run",), "JOB.yaml is missing; for example `tokabatch run jobs/quickstart.yaml`"),
     (("run", "nope.yaml"), "no such file"),
     (("run", "."), "is a folder; name the job file inside it"),
-    (("run", "rows.jsonl"), "plain text|not valid YAML|a job file is a mapping|unknown key"),
+    (("run", "rows.jsonl"), "is a data file, not a job file; name it as input.path in a job file"),
     (("run", "tabs.yaml"), "indent with spaces, not tabs"),
     (("run", "list.yaml"), "holds a list; a job file is a mapping of sections"),
     (("run", "empty.yaml"), "holds nothing; a job file is a mapping of sections"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,9 @@ SAMPLE = Excerpt(0, 0, "a text", "stop", 3, None, {})
 
 def show(monkeypatch: pytest.MonkeyPatch, found: dict[Kind, tuple[Excerpt, ...]]) -> dict[str, str]:
     monkeypatch.setattr(closing, "excerpts", lambda out, count: found)
-    (section,) = closing.closing_sections(OUT, replace(SUMMARY, errors=0))
-    assert section.title == "Samples"
+    monkeypatch.setattr(closing, "finish_reasons", lambda out: Counter(stop=3, length=1))
+    cut, section = closing.closing_sections(OUT, replace(SUMMARY, errors=0))
+    assert cut.rows[0][1].startswith("1 sample (25.0%) ended at max_tokens") and section.title == "Samples"
     return {row[0]: row[1] for row in section.rows}
 
 

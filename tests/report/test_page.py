@@ -70,6 +70,11 @@ def test_a_resumed_run_is_shown_over_all_its_starts():
     assert f"<b>{int(RUN.lengths.sum()):,}</b><span>output tokens</span>" in page
 
 
+def test_samples_that_were_cut_off_are_counted():
+    tile = "<span>of the samples cut off at max_tokens"
+    assert f"<b class=bad>50%</b>{tile}" in render_page(replace(RUN, cut_off=9)) and tile not in render_page(RUN)
+
+
 def test_a_phone_and_a_dark_screen_are_thought_of():
     page = render_page(RUN)
     assert "minmax(min(26rem,100%),1fr)" in page and "prefers-color-scheme:dark" in page and "color-scheme:light dark" in page

@@ -162,7 +162,9 @@ def test_more_samples_extend_a_finished_run(go, tmp_path):
     assert summary.output_tokens == sum(
         sample["num_output_tokens"] for sample in table(tmp_path / "out") if sample["sample_index"] >= 2
     )
-    with pytest.raises(OutputError, match=r"sample \d of row \d.*generation\.n may be raised but not lowered"):
+    with pytest.raises(
+        OutputError, match=r"sample \d of row \d.*generation\.n may be raised but not lowered: write generation\.n=\d+"
+    ):
         go(generation={"n": 4})
     assert (tmp_path / "out" / "_SUCCESS").exists()
 

@@ -160,7 +160,10 @@ def export(
     to: Annotated[
         Path,
         typer.Option(
-            "--to", metavar="FILE", help="File to write: .jsonl, .csv or .parquet; - for standard output.", show_default=False
+            "--to",
+            metavar="FILE",
+            help="File to write: .jsonl, .csv or .parquet; - for JSON Lines on standard output.",
+            show_default=False,
         ),
     ],
     nested: Annotated[bool, typer.Option("--nested", help="One record per row, its samples as a list.")] = False,

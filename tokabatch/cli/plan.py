@@ -33,7 +33,10 @@ def all_sections() -> tuple[Any, ...]:
 def plan(
     job: JobArgument,
     overrides: OverridesArgument = None,
-    simulate: Annotated[bool, typer.Option("--simulate", help="Simulate the whole run as well: time, cost, KV use.")] = False,
+    simulate: Annotated[
+        bool,
+        typer.Option("--simulate", help="Simulate every step of the run: time, cost, KV use. Minutes for 100,000 samples."),
+    ] = False,
     device: Annotated[
         str | None, typer.Option("--device", help=f"Simulate on this device instead of this machine: {DEVICES}.")
     ] = None,

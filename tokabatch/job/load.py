@@ -107,6 +107,8 @@ def _read_text(path: pathlib.Path) -> str:
     if path.suffix in (".py", ".ipynb") and path.is_file():
         program = f"`python {path}`" if path.suffix == ".py" else "Jupyter"
         raise JobError(f"{path}: is a program, not a job file; start it with {program}")
+    if path.suffix in (".jsonl", ".parquet", ".csv", ".gz", ".zst") and path.is_file():
+        raise JobError(f"{path}: is a data file, not a job file; name it as input.path in a job file")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:

@@ -5,7 +5,7 @@ For error rows, only the row groups that hold some are read, found by the statis
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
@@ -22,7 +22,7 @@ from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import read_manifest
 from tokabatch.output.schema import CORRECT, SCORE_FIELDS, input_names, own_names, verdict_names
-from tokabatch.output.shards import open_shard
+from tokabatch.output.shards import open_shard, read_groups
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.parquet_file import ParquetFile
 
@@ -98,6 +98,21 @@ def excerpts(path: Path, count: int, *, whole: bool = False) -> dict[Kind, tuple
         return _excerpts(shards, count, whole)
 
     return consistently(choose, path)
+
+
+def finish_reasons(path: Path) -> Counter[str]:
+    """Return how many of the samples that are ok ended for each reason, such as `length`. Raises as `error_rows` does."""
+
+    def count() -> Counter[str]:
+        counts = Counter[str]()
+        for shard in _shards(path):
+            for table in read_groups(shard, ("status", "finish_reason")):
+                ok = table.filter(pc.call_function("equal", [table["status"], "ok"]))["finish_reason"].drop_null()
+                for each in pc.call_function("value_counts", [ok]).to_pylist():
+                    counts[each["values"]] += each["counts"]
+        return counts
+
+    return consistently(count, path)
 
 
 def _scores_texts(shard: ListedFile) -> bool:

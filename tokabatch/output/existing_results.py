@@ -24,6 +24,7 @@ from tokabatch.input.store.json_types import JSON_TEXTS_KEY
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import JUDGED, OutputFolder
 from tokabatch.output.journal import Shard
+from tokabatch.output.manifest import read_manifest
 from tokabatch.output.schema import SAMPLE_SCHEMA, input_names, verdict_names
 from tokabatch.output.shards import (
     count_cancelled,
@@ -283,7 +284,13 @@ def _places(path: Path, table: pa.Table, start: Int64) -> Int64:
         rows = len(start) - 1
         why = f"the input has {rows:,} rows now; rows may be added but not removed"
         if 0 <= row[odd] < rows:
-            why = f"this row has n = {start[row[odd] + 1] - start[row[odd]]:,} now; generation.n may be raised but not lowered"
+            manifest = read_manifest(OutputFolder(path.parent.parent))
+            earlier = 0 if manifest is None else manifest.job.get("generation", {}).get("n", 0)
+            why = (
+                f"this row has n = {start[row[odd] + 1] - start[row[odd]]:,} now; generation.n may be raised but not lowered: "
+                f"write generation.n={max(earlier, int(sample[odd]) + 1)}"
+            )
+            raise OutputError(f"{path} holds sample {sample[odd]} of row {row[odd]}, but {why}, or choose another output.path")
         raise OutputError(
             f"{path} holds sample {sample[odd]} of row {row[odd]}, but {why}. Choose another output.path, change it back, or "
             "start over with --overwrite."

@@ -7,9 +7,9 @@ from itertools import groupby
 from pathlib import Path
 
 from tokabatch.errors import TokabatchError
-from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, error_rows, excerpts
+from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, error_rows, excerpts, finish_reasons
 from tokabatch.report.render import plain
-from tokabatch.report.sections import Section, counted
+from tokabatch.report.sections import Section, counted, share_text
 from tokabatch.report.summary import RunSummary
 
 _SAMPLES = 3
@@ -30,12 +30,23 @@ def closing_sections(out: Path, summary: RunSummary) -> tuple[Section, ...]:
                 "Likeliest texts, with log-probabilities" if scored and summary.verifies else "Texts, with log-probabilities"
             )
             title = title if scored else "Samples"
+            sections += () if scored else _cut_off(out)
             sections.append(Section(title, tuple(map(_sample, few))))
         if summary.errors:
             sections.append(errors_section(error_rows(out, PER_CODE)))
     except (TokabatchError, OSError):
         pass
     return tuple(sections)
+
+
+def _cut_off(out: Path) -> tuple[Section, ...]:
+    """How many samples ran into a limit, where any did: they are not complete, and mostly wrong where they are judged."""
+    counts = finish_reasons(out)
+    if not counts["length"]:
+        return ()
+    text = f"{counted(counts['length'], 'sample')}{share_text(counts['length'], counts.total())}"
+    remedy = "ended at max_tokens or the end of the context; if answers are not complete, raise generation.max_tokens"
+    return (Section("Cut off", (("", f"{text} {remedy}"),)),)
 
 
 def errors_section(errors: ErrorRows) -> Section:

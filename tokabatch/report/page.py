@@ -85,6 +85,8 @@ class RunRecord:
     samples_shown: Mapping[Kind, Sequence[Excerpt]] = field(default_factory=dict[Kind, Sequence[Excerpt]])
     prompts: Mapping[int, str] = field(default_factory=dict[int, str])
     """The rows of the samples shown, by row number, as far as they are known."""
+    cut_off: int = 0
+    """Samples that ended at max_tokens or at the end of the context."""
     per_token: PerToken | None = None
     """Where the job scores given texts."""
 
@@ -204,6 +206,9 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         (f"of {run.samples:,} {'samples' if run.per_token is None else 'texts'} ok", f"{run.ok:,}", False),
         ("errors", f"{run.errors:,}", run.errors > 0),
     ]
+    if run.cut_off:
+        share = run.cut_off / max(1, run.ok)
+        rows.append(("of the samples cut off at max_tokens or the end of the context", f"{share:.0%}", share >= 0.5))
     rows += [("cancelled, their rows had stopped", f"{run.cancelled:,}", False)] if run.cancelled else []
     rows += [("pending", f"{pending:,}", True)] if pending else []
     seconds = float(elapsed(run.steps).max()) if len(run.steps.get("seconds", ())) else 0.0

@@ -14,7 +14,7 @@ from tokabatch.errors import OutputError, TokabatchError
 from tokabatch.input.prompts.rebuild import job_as_run, rebuild_prompts
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.job.scalars import write_value
-from tokabatch.output.excerpts import Excerpt, Kind, error_rows, excerpts
+from tokabatch.output.excerpts import Excerpt, Kind, error_rows, excerpts, finish_reasons
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import Manifest, read_manifest, read_summary
@@ -76,6 +76,7 @@ def read_record(out: Path) -> RunRecord:
         error_rows=error_rows(out, PER_CODE) if status.errors else None,
         samples_shown=shown,
         prompts=prompts,
+        cut_off=finish_reasons(out)["length"] if status.ok else 0,
         per_token=_per_token(folder, manifest) if manifest and manifest.job.get("mode") == "score" else None,
     )
 
