@@ -22,9 +22,11 @@ from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.scheduling.stop_conditions import StopRules
 from tokabatch.serve import engine as engines
 from tokabatch.serve.app import Api
+from tokabatch.serve.completions import Refused
 from tokabatch.serve.dispatch import Wanted
 from tokabatch.serve.engine import Engine
 from tokabatch.serve.engine_process import Add, Ended, EngineProcess, EngineSpec
+from tokabatch.serve.file_routes import FileRoutes
 from tokabatch.serve.prompts import Prompts
 
 
@@ -222,3 +224,17 @@ def test_what_a_lost_process_had_goes_to_one_that_has_loaded_the_model(monkeypat
         await engine.close()
 
     asyncio.run(check())
+
+
+def test_a_full_disk_refuses_what_is_of_files_for_now() -> None:
+    """A client that is gone is an OSError, too, and none of the disk's."""
+    batches = Mock()
+    routes = {(path, method): handler for path, handler, method in FileRoutes(Mock(), batches, Mock(), 9).routes}
+    cancel, http = routes["/v1/batches/{name}/cancel", "POST"], Mock(path_params={"name": "batch-1"})
+    batches.cancel.side_effect = OSError(28, "No space left on device")
+    with pytest.raises(Refused, match="No space left") as refused:
+        asyncio.run(cancel(http))  # type: ignore[arg-type]
+    assert (refused.value.error.status, refused.value.error.code, refused.value.retry_after) == (503, "storage", 60)
+    batches.cancel.side_effect = ConnectionResetError(104, "Connection reset by peer")
+    with pytest.raises(ConnectionResetError):
+        asyncio.run(cancel(http))  # type: ignore[arg-type]
