@@ -39,7 +39,8 @@ from tokabatch.storage.listing import NO_MARK, Mark, is_there, list_files, mark_
 from tokabatch.storage.write_errors import is_full, may_pass, reason, remedy, unwritable
 
 LONG_LOOK, RARELY = 0.01, 20
-"""Where a look at all committed files takes longer than this, in seconds, so many times as long passes before the next."""
+"""If a check of all committed files takes longer than the first number of seconds, the next one waits the second number of
+times as long."""
 
 
 class Claim:
@@ -57,8 +58,8 @@ class Claim:
         self.files = self.folder.files
         self.files.alone, self._writer = not writer, writer
         self.clears = not writer
-        """Whether what others left unfinished, and the input of a complete run, go with `release`. Not one of several writers':
-        on another host, whose locks may be apart, they may be in use."""
+        """Whether `release` removes what others left unfinished, and the input of a complete run. Not with several writers:
+        those of another host, whose locks may be separate, may be using it."""
         self.journal: Journal | None = None
         """The record of commits, once the run has begun; a folder without a run has none."""
         self.identity: Mapping[bytes, bytes] = {}
@@ -66,7 +67,7 @@ class Claim:
         self._kept: dict[Path, tuple[bytes, Mark]] = {}
         self._repair = ""
         self._looked = self._look_seconds = 0.0
-        """When all committed files were looked at last, and how long that took."""
+        """When all committed files were last checked, and how long that took."""
         self._lock: FolderLock | None = None
         self._made: list[Path] = []
         self._told_moved = False
@@ -74,12 +75,12 @@ class Claim:
 
     @property
     def committed(self) -> Collection[str]:
-        """The names of the shards that are known to stand in the folder."""
+        """The names of the shards that are known to be in the folder."""
         return () if self.journal is None else self.journal.shards
 
     def write(self, target: Path, content: bytes, *, keep: bool = False) -> None:
-        """Replace one of the folder's small files atomically. One that is to `keep` is rewritten where others touch it while
-        the run goes on."""
+        """Replace one of the folder's small files atomically. With `keep`, it is rewritten during the run if another process
+        touches it."""
         write_whole(self.files, self.folder.temporary / target.name, target, content)
         if keep and self.files.alone:
             found = self.files.look(target)
@@ -87,12 +88,12 @@ class Claim:
 
     @contextmanager
     def committing(self) -> Generator[None]:
-        """Around what writes results: raises CommitError where the system takes no more, OutputError where it never will."""
+        """Wrap what writes results: raises CommitError if the system takes no more for now, OutputError if it never will."""
         try:
             yield
         except OSError as error:
             if is_full(error) and self.files.alone:
-                # What can be made again leaves its room to what cannot.
+                # What can be made again makes room for what cannot.
                 with suppress(OSError):
                     self.files.remove_tree(self.folder.input)
             if error.errno in (errno.ENOENT, errno.ESTALE) and not self.files.alone:
@@ -115,8 +116,8 @@ class Claim:
         repair: str,
         damaged: Iterable[Shard] = (),
     ) -> None:
-        """From here on commits are recorded, and the committed files watched. `shards` stand in the folder, checked; the
-        `damaged` ones are about to be removed; `repair` is the command that computes again what is damaged. Raises OSError."""
+        """From here on record commits, and watch the committed files. `shards` are in the folder, checked; the `damaged` ones
+        are about to be removed; `repair` is the command that computes again what is damaged. Raises OSError."""
         if self.journal is not None:
             self.journal.close()
         folder = self.folder
@@ -129,8 +130,9 @@ class Claim:
                 self.files.remove(file.path)
 
     def take_alone(self) -> bool:
-        """Let go of the share of the lock; whether no other writer is left, and this claim is that of a single one until
-        `release`. Of several that end at once, one is: each lets go before it tries. The others write nothing from here on."""
+        """Release the share of the lock; return whether no other writer is left, in which case this claim is a single writer's
+        until `release`. Of several that end at once, exactly one is: each releases before it tries. The others write nothing
+        from here on."""
         assert self._lock is not None and not self.files.alone
         if not self._lock.become_exclusive():
             return False
@@ -142,8 +144,8 @@ class Claim:
         return True
 
     def check_lock(self) -> None:
-        """Raises CommitError where the lock is not this claim's any more, or another host has the folder: whatever were written
-        now might meet another run."""
+        """Raise CommitError if the lock is no longer this claim's, or another host has the folder: whatever were written now
+        might collide with another run."""
         if self.files.alone and not self.clears:
             raise CommitError(
                 f"output.path {str(self.folder.path)!r}: a writer of another host completes the run there. What this one "
@@ -157,9 +159,9 @@ class Claim:
             )
 
     def check_folder(self, *, sparingly: bool = False) -> None:
-        """Raises CommitError where the folder was moved, DamageError where a committed file is not there as it was committed,
-        OutputError for one that another process put beside them. Tells each of them once. A look at all committed files at each
-        commit comes to the square of their number: `sparingly` leaves it out where it took long, and that not long ago."""
+        """Raise CommitError if the folder was moved, DamageError if a committed file is not as it was committed, OutputError
+        for a file that another process added. Each is reported once. Checking all committed files at each commit takes
+        quadratic time: `sparingly` skips the check if a recent one took long."""
         moved = None if self._told_moved else self._moved()
         if moved:
             self._told_moved = True
@@ -168,7 +170,7 @@ class Claim:
                 "what is finished is committed where the folder is now. Move it back, or name its new place as output.path, "
                 "and run the same command again."
             )
-        # What tells of the run is rewritten where others touched it.
+        # Files that describe the run are rewritten if another process touched them.
         for target, (content, mark) in list(self._kept.items()):
             found = self.files.look(target)
             if found is None or mark_of(found) != mark:
@@ -183,7 +185,7 @@ class Claim:
             self._look_seconds = self._looked - began
 
     def reopen(self, *, keep_summary: bool = False) -> None:
-        """Take back the marks of an earlier end: from here on the run goes on; `keep_summary` where nothing is left to do."""
+        """Remove the marks of an earlier end, since the run continues; `keep_summary` if nothing is left to do."""
         if is_there(self.files, self.folder.success):
             probe(self.folder)
         for mark in (self.folder.success, self.folder.summary):
@@ -192,11 +194,11 @@ class Claim:
         self.files.sync_folder(self.folder.path)
 
     def discard(self) -> None:
-        """Delete the results of an earlier run. Cut short, it leaves a run without some of its samples."""
+        """Delete the results of an earlier run. Interrupted, it leaves a run without some of its samples."""
         shards = self.folder.shards()
         record = None if self.journal is not None else self.folder.record()
         if record is not None and record.problem is None:
-            # Readers beside this, and the next start if it is cut short, know what is missing on purpose.
+            # Concurrent readers, and the next start after an interruption, can see what is missing on purpose.
             held = [shard for known in record.versions.values() for shard in known[-1:] if shard is not None]
             self.begin(record.run, {}, ((shard, NO_MARK) for shard in held), "")
         if self.journal is not None:
@@ -213,11 +215,11 @@ class Claim:
         self.files.remove_tree(self.folder.units)
 
     def release(self) -> None:
-        """Let others write here; leaves no unfinished file behind."""
+        """Let others write here; leave no unfinished file behind."""
         if self.journal is not None:
             self.journal.close()
         if self._lock is not None:
-            # On NFS a folder with a file that is still in use stays, and is left to the next claim.
+            # On NFS a folder that contains a file in use cannot be removed, and is left to the next claim.
             with suppress(OSError, OutputError):
                 if self.clears and is_there(self.files, self.folder.success):
                     self.files.remove_tree(self.folder.input)
@@ -232,7 +234,7 @@ class Claim:
         self.files.let_go()
 
     def leave(self) -> None:
-        """Let go of the claim in a forked child: it stays the parent's, and ends with the parent."""
+        """Release the claim in a forked child: it stays the parent's, and ends with the parent."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -269,7 +271,7 @@ class Claim:
             raise OutputError(f"output.path {str(self.folder.path)!r}: {unreadable(path, error)}") from error
 
     def _remove_unused(self) -> None:
-        """Needs the lock. A folder that is not empty stays."""
+        """Remove what this claim made in a folder without a manifest or a shard. Needs the lock."""
         folder = self.folder
         with suppress(OSError, OutputError):
             if is_there(self.files, folder.manifest) or self.files.names(folder.data):

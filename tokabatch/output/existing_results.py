@@ -1,6 +1,6 @@
 """What an output folder holds already, read back from the shards themselves.
 
-Only footers and the small columns are read. Memory is one byte a sample of the whole job and two counters a row.
+Only footers and the small columns are read. Memory is one byte per sample of the whole job and two counters per row.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _COLUMNS = ("row_index", "sample_index", "status", "error_code", "correct", "ver
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The committed samples of a job: which, and how they came out."""
+    """The committed samples of a job: which, and how they ended."""
 
     drawn: Drawn
     shards: tuple[Shard, ...]
     error_counts: Counter[str]
     unverified: int
-    """Samples whose reference the verifier does not understand."""
+    """Number of samples whose reference the verifier cannot parse."""
 
     @property
     def ok(self) -> int:
@@ -70,7 +70,7 @@ class Committed:
 
 
 def nothing_committed(num_samples: Int64) -> Committed:
-    """An empty folder's, for a job of so many samples a row."""
+    """Return the results of an empty folder, for a job with these numbers of samples per row."""
     start = np.concatenate((np.zeros(1, np.int64), np.cumsum(num_samples, dtype=np.int64)))
     drawn = Drawn(start, np.zeros(int(start[-1]), np.bool_))
     return Committed(drawn, (), Counter(), 0)
@@ -130,7 +130,7 @@ def read_outcomes(folder: OutputFolder, rows: Bool) -> Iterator[tuple[int, int, 
 
 
 def sampled_rows(folder: OutputFolder, rows: int) -> tuple[Bool, Bool]:
-    """Of the first `rows` rows, those with a committed good sample, and those with an error sample; each of shape [rows]."""
+    """Return which of the first `rows` rows have a committed good sample, and which an error sample; each of shape [rows]."""
     good, bad = np.zeros(rows, np.bool_), np.zeros(rows, np.bool_)
     for shard in folder.shards():
         for table in read_groups(shard, ("row_index", "status")):
@@ -170,7 +170,7 @@ def drop_errors(claim: Claim, *, reopen: bool = False) -> int:
 
 
 def _keep(claim: Claim, wanted: Callable[[pa.Table], pa.ChunkedArray[Any]]) -> int:
-    """Take what is not wanted out of the shards; how many samples that are."""
+    """Remove unwanted samples from the shards; return how many there were."""
     dropped = 0
     for file in claim.folder.shards():
         keys = ("row_index", "sample_index", "status")
@@ -227,7 +227,7 @@ def _fitted(file: ListedFile, schema: pa.Schema, columns: Callable[[Int64], pa.T
 
 
 def remove_shards(claim: Claim, names: Collection[str]) -> None:
-    """Take shards away, where they are there, for their samples to be computed again. Raises OSError."""
+    """Remove shards, if they exist, so that their samples are computed again. Raises OSError."""
     for file in claim.folder.shards():
         if claim.folder.name_of(file.path) in names:
             _remove(claim, file.path)
@@ -269,7 +269,7 @@ def _is_no_error(table: pa.Table) -> pa.ChunkedArray[Any]:
 
 
 def _places(path: Path, table: pa.Table, start: Int64) -> Int64:
-    """Where the samples of `table` stand among all samples of the job."""
+    """Return the place of each sample of `table` among all samples of the job."""
     row, sample = table["row_index"].to_numpy(), table["sample_index"].to_numpy()
     known = (row >= 0) & (row < len(start) - 1) & (sample >= 0)
     clipped = np.where(known, row, 0)
@@ -324,7 +324,7 @@ def _check_own_columns(path: Path, schema: pa.Schema | None, found: pa.Schema) -
 
 
 def _types(found: pa.Schema, schema: pa.Schema) -> Iterator[tuple[str, pa.DataType | None, pa.DataType | None]]:
-    """Each column of the two, with its type in the first and in the second."""
+    """Return each column of the two, with its type in the first and in the second."""
     for name in dict.fromkeys((*schema.names, *found.names)):
         before, now = (each.field(name).type if name in each.names else None for each in (found, schema))
         yield name, before, now

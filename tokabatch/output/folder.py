@@ -32,7 +32,7 @@ of lease files."""
 
 
 class OutputFolder:
-    """Paths of an output folder, and its listings. Reading is free to anyone at any time; a listing that cannot be had raises
+    """Paths of an output folder, and its listings. Any process may read it at any time; a listing that fails raises
     OutputError. One of several writers has unfinished files and a journal of its own, by its name."""
 
     def __init__(self, path: Path, files: DurableFiles | None = None, writer: str = "") -> None:
@@ -54,7 +54,7 @@ class OutputFolder:
         self.success = path / "_SUCCESS"
 
     def shards(self, but: Collection[str] = ()) -> tuple[ListedFile, ...]:
-        """What stands under the names of shards, by number; not under names that are known already, as `name_of` has them."""
+        """List the files with names of shards, by number, except for the names `but`, as `name_of` gives them."""
 
         def wanted(name: str) -> bool:
             return f"{self.data.name}/{name}" not in but and _SHARD_NAME.fullmatch(name) is not None
@@ -63,7 +63,7 @@ class OutputFolder:
         return tuple(sorted(found, key=lambda file: (len(file.path.name), file.path.name)))
 
     def foreign(self) -> list[str]:
-        """Names under data/ that no run writes, hidden ones apart."""
+        """List names under data/ that no run writes, except hidden ones."""
         return [
             file.path.name
             for file in list_files(self.files, self.data)
@@ -71,16 +71,16 @@ class OutputFolder:
         ]
 
     def steps(self) -> tuple[ListedFile, ...]:
-        """The records of steps, in the order of the starts."""
+        """List the records of steps, in the order of the starts."""
         return tuple(file for file in list_files(self.files, self.path) if _STEPS_NAME.fullmatch(file.path.name))
 
     def journals(self) -> list[Path]:
-        """Those of several writers."""
+        """List the journals of several writers."""
         return [file.path for file in list_files(self.files, self.units) if _JOURNAL_NAME.fullmatch(file.path.name)]
 
     def record(self) -> Record | None:
-        """What the journals say; None where there is none. Raises OutputError where one cannot be read."""
-        # A single writer puts all that they say into its own before it removes the others.
+        """Read the journals; None if there are none. Raises OutputError if one cannot be read."""
+        # A single writer copies all of them into its own before it removes the others.
         others = [read_record(self.files, path) for path in self.journals()]
         return merged((read_record(self.files, self.commits), *others))
 

@@ -85,23 +85,24 @@ class Journal:
 
     @property
     def shards(self) -> Mapping[str, tuple[Shard, Mark]]:
-        """The files that must stand, with the mark that each had when its content was known."""
+        """The files that must exist, with the mark that each had when its content was verified."""
         return self._shards
 
     def holds(self, shards: Iterable[Shard]) -> None:
-        """These stand in the folder, whatever was about to happen to them. Raises OSError."""
+        """Record that these are in the folder, whatever was about to happen to them. Raises OSError."""
         self._append(*({"holds": asdict(shard)} for shard in shards), sync=True)
 
     def begins(self, shard: Shard) -> None:
-        """`shard` is finished under a temporary name and about to be published. Raises OSError."""
+        """Record that `shard` is finished under a temporary name and about to be published. Raises OSError."""
         self._append({"begins": asdict(shard)}, sync=True)
 
     def removes(self, names: Iterable[str]) -> None:
-        """These are about to be taken away. Raises OSError."""
+        """Record that these are about to be removed. Raises OSError."""
         self._append(*({"removes": name} for name in names), sync=True)
 
     def done(self, name: str, shard: Shard | None = None, mark: Mark = NO_MARK) -> None:
-        """The file `name` is `shard` now, or gone where it is None. Not synced: until it is, both count. Raises OSError."""
+        """Record that the file `name` is `shard` now, or gone if that is None. Not synced: until it is, both count. Raises
+        OSError."""
         self._shards.pop(name, None)
         if shard is not None:
             self._shards[name] = (shard, mark)
@@ -123,9 +124,8 @@ class Journal:
     def compare(
         self, listed: Mapping[str, ListedFile], others: Callable[[], Record | None] = lambda: None
     ) -> tuple[list[tuple[str, str]], list[str]]:
-        """The committed files that are not there as they were committed, with what is wrong, told once; and the names that are
-        not in the record. Reads those files only that were touched since their content was known. Where several processes
-        write, `others` is what all of them recorded: one of them may have replaced a file by one with its verdicts."""
+        """Return the committed files that are not as they were committed, with what is wrong, each reported once; and the names
+        that are not in the record. Only files that were touched since their content was verified are read."""
         damage: list[tuple[str, str]] = []
         for name, (shard, mark) in list(self._shards.items()):
             file = listed.get(name)
@@ -158,8 +158,8 @@ class Journal:
         return file
 
     def _append(self, *lines: Mapping[str, Any], sync: bool = False) -> None:
-        """Where this fails the record is written anew the next time. After an fsync(2) that failed, a later one of the same
-        file may succeed although the system has dropped what the first one was to write."""
+        """If this fails the record is rewritten the next time. After an fsync(2) that failed, a later one of the same file may
+        succeed although the system has dropped what the first one was to write."""
         self.restore()
         added = [_line(fields) for fields in lines]
         try:
@@ -174,13 +174,13 @@ class Journal:
         self._lines += added
 
     def close(self) -> None:
-        """What could not be written stays unwritten: the lines before a commit are on the disk already."""
+        """What could not be written stays unwritten: the lines before a commit are on disk already."""
         with suppress(OSError):
             self._file.close()
 
 
 def read_record(files: DurableFiles, path: Path) -> Record | None:
-    """The journal, None where there is none. Raises OutputError where it cannot be read."""
+    """Read the journal; None if there is none. Raises OutputError if it cannot be read."""
     content = read_bytes(files, path)
     if content is None:
         return None
@@ -208,8 +208,8 @@ def read_record(files: DurableFiles, path: Path) -> Record | None:
 
 
 def merged(records: Iterable[Record | None]) -> Record | None:
-    """What the journals of several writers say together. A file stands as any of them says; it may be missing where none says
-    that it is there. One that lost a name to another writer has only begun it."""
+    """Merge the journals of several writers. A file may be in any state that one of them allows; it may be missing if none says
+    that it exists. A writer that lost a name to another one has only begun it."""
     known = [record for record in records if record is not None]
     if not known:
         return None
@@ -248,7 +248,7 @@ def _line(fields: Mapping[str, Any]) -> bytes:
 
 
 def _fields(line: bytes) -> dict[str, Any]:
-    """Raises ValueError where the line is not as it was written."""
+    """Parse a line. Raises ValueError if it is not as it was written."""
     text, found, check = line.rpartition(_CHECK)
     if not found or check != _sum(text + b"}") + b'"}':
         raise ValueError("checksum")

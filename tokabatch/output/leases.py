@@ -24,17 +24,17 @@ from tokabatch.storage.atomic_files import NewFile, name_first
 from tokabatch.storage.listing import list_files, read_bytes
 
 RENEWALS = 3
-"""In the time after which a lease counts as left behind."""
+"""Intervals in the time after which a lease counts as abandoned."""
 STANDSTILL_SECONDS = 900.0
-"""A holder whose main thread has not called `sign` for so long counts as standing still: what it holds is renewed no more. It
-may work all the while, fetching weights, say: another then begins with the same."""
+"""A holder whose main thread has not called `sign` for this long counts as hung, and its leases are no longer renewed. It may
+be working all the while, downloading weights for example: another writer then begins the same work."""
 _Seen = tuple[int, int]
-"""What differs when a lease is renewed, or is another one's: inode and time of the last change."""
+"""What changes when a lease is renewed or replaced: inode and time of the last change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a lease: a name for people, such as a task of an array, and where it runs."""
+    """The holder of a lease: a name for people, such as a task of an array, and where it runs."""
 
     task: str
     host: str
@@ -43,7 +43,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """One that is there: `name` is what it is for; `age` the seconds since it was renewed, by the clocks of two hosts."""
+    """A lease that exists: `name` is what it is for; `age` the seconds since it was renewed, by the clocks of two hosts."""
 
     name: str
     holder: Holder
@@ -51,7 +51,7 @@ class Lease:
 
 
 class Leases:
-    """Those of one writer, renewed until `close`. The thread that renews them is a daemon: with the process, it ends."""
+    """The leases of one writer, renewed until `close`. The thread that renews them is a daemon and ends with the process."""
 
     def __init__(self, claim: Claim, holder: Holder, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._files, self._folder = claim.files, claim.folder.units
@@ -59,9 +59,9 @@ class Leases:
         self._content = json.dumps(asdict(holder)).encode()
         self._seconds, self._clock = seconds, clock
         self._held: dict[str, int] = {}
-        """The open file of each, by which it is renewed: another's that has taken its name is not touched."""
+        """The open file of each lease, by which it is renewed: another's lease under the same name is not touched."""
         self._seen: dict[str, tuple[_Seen, float]] = {}
-        """Of others: what was seen last, and when that was new."""
+        """For others' leases: what was seen last, and when that was new."""
         self._alive: set[str] = set()
         self._signed = clock()
         self._closed = threading.Event()
@@ -70,7 +70,7 @@ class Leases:
         self._thread.start()
 
     def take(self, name: str) -> bool:
-        """Whether it is this writer's from now on. Raises OSError."""
+        """Take the lease; return whether it is this writer's from now on. Raises OSError."""
         self.sign()
         path, mine = self._folder / f"{name}{LEASE}", self._scratch / f"{name}{LEASE}"
         if not self._is_free(name, path):
@@ -92,16 +92,16 @@ class Leases:
         return True
 
     def sign(self) -> None:
-        """The holder goes on."""
+        """Show that the holder is alive."""
         self._signed = self._clock()
 
     def is_alive(self, name: str) -> bool:
-        """Whether this writer has seen another renew the lease that it could not `take`, between two looks less than LEASE
-        seconds apart."""
+        """Return whether this writer has seen another renew the lease that it could not `take`, between two checks less than
+        LEASE seconds apart."""
         return name in self._alive
 
     def drop(self, name: str) -> None:
-        """Let others have it. Nothing happens where it is another's by now."""
+        """Give the lease up, unless it is another's by now."""
         with self._guard:
             descriptor = self._held.pop(name, None)
         if descriptor is None:
@@ -120,21 +120,21 @@ class Leases:
         self._held = {}
 
     def close(self) -> None:
-        """Let others have all of them."""
+        """Give up all leases."""
         self._closed.set()
         self._thread.join()
         for name in list(self._held):
             self.drop(name)
 
     def _is_free(self, name: str, path: Path) -> bool:
-        """Whether nobody holds it; one that was left behind is taken away."""
+        """Return whether no writer holds it; remove one that was abandoned."""
         found, now = self._look(path), self._clock()
         if found is None:
             return True
         before = self._seen.get(name)
         if before is None or before[0] != found:
             self._seen[name] = found, now
-            # A change between two looks far apart may be older than the death of its holder.
+            # With a long time between two checks, a change may be older than its holder's death.
             if before is not None and now - before[1] < self._seconds:
                 self._alive.add(name)
             else:
@@ -145,7 +145,7 @@ class Leases:
         self._alive.discard(name)
         aside = self._scratch / f"{name}.stale"
         with suppress(OSError):
-            # Of several that find it left behind, one gets it.
+            # Of several that find it abandoned, one gets it.
             os.rename(path, aside)
             if self._look(aside) != found:
                 # Another has taken it away since the look, and its own was in its place; or its holder goes on.
@@ -169,13 +169,13 @@ class Leases:
         while not self._closed.wait(self._seconds / RENEWALS):
             with self._guard:
                 for descriptor in self._held.values() if self._clock() - self._signed < STANDSTILL_SECONDS else ():
-                    # One that was taken away (ESTALE on NFS) keeps no other from being renewed.
+                    # One that was removed (ESTALE on NFS) does not keep the others from being renewed.
                     with suppress(OSError):
                         os.utime(descriptor)
 
 
 def read_leases(folder: OutputFolder, now: float) -> tuple[Lease, ...]:
-    """Those that are there, by name. Raises OutputError where they cannot be read."""
+    """Return the leases that exist, by name. Raises OutputError if they cannot be read."""
     found: list[Lease] = []
     for file in list_files(folder.files, folder.units):
         content = read_bytes(folder.files, file.path) if file.path.name.endswith(LEASE) else None

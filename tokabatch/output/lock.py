@@ -1,4 +1,4 @@
-"""The lock of an output folder, by which a single writer has it to itself and several hold it together."""
+"""The lock of an output folder: exclusive for a single writer, shared by several."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tokabatch.storage.listing import is_there, list_files, unreadable
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
 LATELY_SECONDS = 300.0
-"""A lease whose last change is not longer ago, by another host's clock, may be that of a writer that lives."""
+"""A lease changed this recently, by another host's clock, may belong to a living writer."""
 _ATTEMPTS = 5
 _PAUSE_SECONDS = 0.05
 
 
 class FolderLock:
     """The lock of a folder, exclusive or `shared`, until `release` or the end of the process and of the children that it forked
-    meanwhile. Raises BusyError where another process holds it, OutputError where the file system has no locks and this is to be
+    meanwhile. Raises BusyError if another process holds it, OutputError if the file system has no locks and it must be
     exclusive, OSError."""
 
     def __init__(self, folder: OutputFolder, *, shared: bool) -> None:
@@ -48,7 +48,7 @@ class FolderLock:
                 continue
             self._descriptor = descriptor
             try:
-                # The holder before may have removed the file that is locked now.
+                # The previous holder may have removed the file that is locked now.
                 if self.is_in_place():
                     return
             except OSError:
@@ -58,13 +58,13 @@ class FolderLock:
         raise busy(folder)
 
     def is_in_place(self) -> bool:
-        """Whether the file that is locked here is the one that others would lock. Raises OSError."""
+        """Return whether the file that is locked here is the one that others would lock. Raises OSError."""
         found = self._folder.files.look(self._folder.lock)
         return self._descriptor is not None and found is not None and os.path.samestat(found, os.fstat(self._descriptor))
 
     def become_exclusive(self) -> bool:
-        """Give up the share of the lock; whether no other process holds one, and this lock is exclusive now. Where another
-        does, this one is released."""
+        """Give up the share of the lock; return whether no other process holds one, in which case this lock is exclusive now.
+        Otherwise it is released."""
         assert self._descriptor is not None
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
@@ -82,8 +82,8 @@ class FolderLock:
 
 
 def is_claimed(folder: OutputFolder) -> bool:
-    """Whether one or several living processes write to the folder. False where the file system keeps no locks."""
-    # Another reader may look at the same instant.
+    """Return whether one or several living processes write to the folder. False on a file system without locks."""
+    # Another reader may check at the same instant.
     for _ in range(_ATTEMPTS):
         try:
             with folder.files.open_old(folder.lock) as file:
@@ -102,7 +102,7 @@ def is_claimed(folder: OutputFolder) -> bool:
             if error.errno in _NO_LOCKS:
                 return False
             if error.errno == errno.EBADF:
-                # NFS gives an exclusive lock to those alone who open to write.
+                # NFS grants an exclusive lock only on a file that is open for writing.
                 now = time.time()
                 leases = list_files(folder.files, folder.units, lambda name: name.endswith(LEASE))
                 return any(now - lease.changed < LATELY_SECONDS for lease in leases)
@@ -111,7 +111,7 @@ def is_claimed(folder: OutputFolder) -> bool:
 
 
 def busy(folder: OutputFolder) -> BusyError:
-    """The error for a folder to which another run writes."""
+    """Return the error of a folder to which another run writes."""
     return BusyError(
         f"another run is writing to output.path {str(folder.path)!r}. Wait for it, stop it, or choose another output.path."
     )

@@ -1,7 +1,8 @@
-"""The units of a run that several writers share: which of them each sample is in. They are cut once, and named in the manifest.
+"""The units of a run that several writers share, and which of them each sample is in. They are cut once, and named in the
+manifest.
 
 OUT/_units/plan-DIGEST.npy: int32, shape [2, R]: lengths of stretches of samples in the order of rows, and the unit of each. Its
-name is made of its content, so that two writers that begin a run at once do not meet.
+name is derived from its content, so that two writers that begin a run at once do not collide.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Units:
     count: int
 
     def of(self, row: Int64, sample: Int64) -> Int32:
-        """The unit of each of these samples, shape [N]."""
+        """Return the unit of each of these samples, shape [N]."""
         return self.unit[self.start[row] + sample]
 
     def to_bytes(self) -> bytes:
@@ -46,7 +47,7 @@ class Units:
 
 
 def write_units(claim: Claim, units: Units) -> str:
-    """Write them durably; the digest by which the manifest names them."""
+    """Write the units durably; return the digest by which the manifest names them."""
     content = units.to_bytes()
     digest = hashlib.sha256(content).hexdigest()
     path = _path(claim.folder, digest)
@@ -55,14 +56,14 @@ def write_units(claim: Claim, units: Units) -> str:
 
 
 def read_units(folder: OutputFolder, count: int, digest: str, start: Int64) -> Units:
-    """The units that the manifest names, for samples that begin at `start` [rows + 1]. Raises DamageError where they are not as
-    they were written."""
+    """Read the units that the manifest names, for samples that begin at `start` [rows + 1]. Raises DamageError if they are not
+    as they were written."""
     lengths, numbers = _read(folder, digest)
     return Units(start, np.repeat(numbers, lengths), count)
 
 
 def unit_sizes(folder: OutputFolder, digest: str) -> Int64:
-    """Samples of each unit. Raises DamageError as `read_units`."""
+    """Return the number of samples of each unit. Raises DamageError as `read_units` does."""
     lengths, numbers = _read(folder, digest)
     return np.bincount(numbers, lengths).astype(np.int64)
 
@@ -78,7 +79,7 @@ def _read(folder: OutputFolder, digest: str) -> Int32:
 
 
 def unit_of_shard(name: str) -> int | None:
-    """3 of `part-00003-00001.parquet`; None of one that is of no unit."""
+    """Return 3 for `part-00003-00001.parquet`; None for a shard of no unit."""
     found = _UNIT_SHARD.fullmatch(name)
     return int(found[1]) if found else None
 

@@ -1,8 +1,10 @@
-"""Files that a crash cannot tear: what is published under its final name is whole and on the disk.
+"""Files that a crash cannot tear: what is published under its final name is whole and on disk.
 
-`DurableFiles` is the seam: every system call by which a run's output reaches the disk, or is read back, goes through one, so a
-test can fail, cut short or kill any of them. It knows names and bytes, no file format. pathlib's `exists`, `glob` and their kin
-are not used on a run's folder: they take a file that cannot be reached for one that is not there.
+`DurableFiles` is the seam: every system call by which a run's output reaches the disk, or is read back, goes through one, so
+that a test can fail, interrupt or kill any of them. Independent of file formats.
+
+pathlib's `exists`, `glob` and similar are not used on a run's folder: they treat a file that cannot be reached as one that does
+not exist.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _BUFFER_BYTES = 1 << 20
 Result = TypeVar("Result")
 Place = tuple[Path | str, int | None]
-"""A name, and the handle of the folder that it counts from, if there is one."""
+"""A name, and the handle of the folder that it is relative to, if there is one."""
 
 
 class DurableFiles:
@@ -37,10 +39,10 @@ class DurableFiles:
     def __init__(self) -> None:
         self._handles: dict[Path, int] = {}
         self.alone = True
-        """No other process writes where this one does."""
+        """Whether no other process writes to the same folder."""
 
     def hold(self, folder: Path) -> None:
-        """Reach what lies in `folder` through a handle from now on, until `let_go`."""
+        """Reach the content of `folder` through a handle from now on, until `let_go`."""
         if folder not in self._handles:
             self._handles[folder] = self.open_folder(folder)
 
@@ -50,8 +52,8 @@ class DurableFiles:
             os.close(self._handles.popitem()[1])
 
     def names(self, folder: Path) -> list[str]:
-        """What the folder holds, sorted."""
-        # Opened anew: of a folder that is open, NFS may say what it held a minute ago.
+        """List what the folder holds, sorted."""
+        # Opened again: for a folder that is open, NFS may return a listing that is a minute old.
         handle = self._handles.get(folder)
         descriptor = os.open(folder if handle is None else ".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=handle)
         try:
@@ -60,20 +62,20 @@ class DurableFiles:
             os.close(descriptor)
 
     def look(self, path: Path, *, follow: bool = True) -> os.stat_result | None:
-        """What the name stands for, the target of a link if that is to be followed; None only where the system says that it is
-        not there."""
+        """Return the status of a name, of the target if it is a link and `follow`; None only if the system says that it does
+        not exist."""
         try:
             return self._afresh(path, lambda name, folder: os.stat(name, dir_fd=folder, follow_symlinks=follow))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def held(self, folder: Path) -> os.stat_result:
-        """The folder that is held under this path."""
+        """Return the held folder that contains this path."""
         return os.fstat(self._handles[folder])
 
     def open_old(self, path: Path) -> BinaryIO:
-        """A file to read from its beginning."""
-        # A pipe under a file's name would be waited for.
+        """Open a file to read from its beginning."""
+        # Opening a pipe under a file's name would block.
         flags = os.O_RDONLY | os.O_NONBLOCK
         descriptor = self._afresh(path, lambda name, folder: os.open(name, flags, dir_fd=folder))
         try:
@@ -83,15 +85,15 @@ class DurableFiles:
             raise
 
     def open_new(self, path: Path) -> int:
-        """A descriptor of a new, empty file, open for writing. An unfinished one of that name gives way; it is not emptied, for
-        it may have a second name that is final."""
+        """Open a new, empty file for writing and return its descriptor. An unfinished one of that name is replaced, not
+        emptied, for it may have a second name that is final."""
         name, folder = self._at(path)
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=folder)
         return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=folder)
 
     def open_lock(self, path: Path) -> int:
-        """A descriptor of a file, which is created where it is missing and never emptied."""
+        """Open a file, creating it if it is missing, never emptying it, and return its descriptor."""
         name, folder = self._at(path)
         return os.open(name, os.O_RDWR | os.O_CREAT, 0o644, dir_fd=folder)
 
@@ -100,7 +102,7 @@ class DurableFiles:
         return os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
 
     def write(self, descriptor: int, content: memoryview) -> int:
-        """How many bytes were taken, which may be fewer than there are."""
+        """Write; return how many bytes were taken, which may be fewer than given."""
         return os.write(descriptor, content)
 
     def fsync(self, descriptor: int) -> None:
@@ -110,16 +112,14 @@ class DurableFiles:
         os.close(descriptor)
 
     def link(self, source: Path, target: Path) -> None:
-        """A second name for `source`. Raises FileExistsError where `target` exists."""
+        """Give `source` a second name. Raises FileExistsError if `target` exists."""
         (old, old_folder), (new, new_folder) = self._at(source), self._at(target)
         os.link(old, new, src_dir_fd=old_folder, dst_dir_fd=new_folder)
 
     def rename_new(self, source: Path, target: Path) -> None:
-        """Rename without replacing. Raises FileExistsError where `target` exists.
-
-        Where the system cannot refuse on its own, the look and the rename are two steps; the claim on the output folder
-        keeps other writers from coming between them. Without one, raises OSError (EOPNOTSUPP).
-        """
+        """Rename without replacing. Raises FileExistsError if `target` exists. If the system cannot check by itself, the check
+        and the rename are two steps; the claim on the output folder keeps other writers from coming between them. Without a
+        claim, raises OSError (EOPNOTSUPP)."""
         old, new = self._at(source), self._at(target)
         if not _rename_at_once(old, new, _RENAME_NOREPLACE):
             if not self.alone:
@@ -130,13 +130,13 @@ class DurableFiles:
             os.rename(old[0], new[0], src_dir_fd=old[1], dst_dir_fd=new[1])
 
     def replace(self, source: Path, target: Path) -> None:
-        """Rename, taking the place of what is there."""
+        """Rename, replacing what is there."""
         (old, old_folder), (new, new_folder) = self._at(source), self._at(target)
         os.replace(old, new, src_dir_fd=old_folder, dst_dir_fd=new_folder)
 
     def exchange(self, one: Path, other: Path) -> None:
-        """Swap what two names stand for in one step; each folder that is held goes with its handle. Raises OSError where the
-        system cannot."""
+        """Swap what two names refer to in one step; handles of held folders follow them. Raises OSError if the system
+        cannot."""
         if not _rename_at_once(self._at(one), self._at(other), _RENAME_EXCHANGE):
             raise OSError(errno.EOPNOTSUPP, "the file system cannot swap two folders", str(one))
         handles = {other: self._handles.pop(one, None), one: self._handles.pop(other, None)}
@@ -151,7 +151,7 @@ class DurableFiles:
         os.mkdir(name, dir_fd=folder)
 
     def sync_folder(self, path: Path) -> None:
-        """The names in the folder are on the disk when this returns."""
+        """Sync the folder: its names are on disk when this returns."""
         descriptor = self.open_folder(path)
         try:
             self.fsync(descriptor)
@@ -159,7 +159,7 @@ class DurableFiles:
             self.close(descriptor)
 
     def remove_tree(self, path: Path) -> None:
-        """Remove a folder with all that it holds; nothing happens where it is not there. Links are removed, not followed."""
+        """Remove a folder with all that it holds, if it exists. Links are removed, not followed."""
         name, folder = self._at(path)
         with suppress(FileNotFoundError):
             _remove_tree(name, folder)
@@ -167,8 +167,8 @@ class DurableFiles:
             os.close(self._handles.pop(path))
 
     def _afresh(self, path: Path, call: Callable[[Path | str, int | None], Result]) -> Result:
-        """What `call` makes of the name of `path`, and of the handle that it counts from. Where the name is not there its
-        folder is opened before a second call: NFS may remember that it was not, until the folder is looked at again."""
+        """Call `call` with the name of `path` and the handle it is relative to. If the name does not exist, the folder is
+        opened before a second call: NFS may remember that it did not, until the folder is read again."""
         name, folder = self._at(path)
         try:
             return call(name, folder)
@@ -178,13 +178,13 @@ class DurableFiles:
             return call(name, folder)
 
     def _at(self, path: Path) -> Place:
-        """The name of `path`, and the handle that it counts from."""
+        """Return the name of `path`, and the handle it is relative to."""
         handle = self._handles.get(path.parent)
         return (path, None) if handle is None else (path.name or ".", handle)
 
 
 class NewFile(io.BufferedWriter):
-    """A file being written. `sync` before it is given its final name."""
+    """A file being written. Call `sync` before it gets its final name."""
 
     def __init__(self, files: DurableFiles, path: Path) -> None:
         self._files = files
@@ -192,18 +192,18 @@ class NewFile(io.BufferedWriter):
         super().__init__(self._unbuffered, _BUFFER_BYTES)
 
     def sync(self) -> None:
-        """Everything written so far is on the disk when this returns."""
+        """Sync the file: everything written so far is on disk when this returns."""
         self.flush()
         self._files.fsync(self.fileno())
 
     @property
     def status(self) -> os.stat_result:
-        """What the system says of the open file, whatever its names."""
+        """The status of the open file, whatever its names."""
         return os.fstat(self.fileno())
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of what was handed to the system."""
+        """The SHA-256, in hexadecimal, of what was passed to the system."""
         return self._unbuffered.hash.hexdigest()
 
 
@@ -238,11 +238,9 @@ class _Unbuffered(io.RawIOBase):
 
 
 def publish(files: DurableFiles, source: Path, target: Path) -> None:
-    """Give the finished, synced `source` its final name, durably. Raises FileExistsError where `target` exists.
-
-    Where the name cannot be made durable it is taken back, so that the same commit can be tried again; where others write, too,
-    it stays, for they may go by it already.
-    """
+    """Give the finished, synced `source` its final name, durably. Raises FileExistsError if `target` exists. A name that cannot
+    be made durable is removed, so that the same commit can be tried again; with several writers it is kept, because others may
+    rely on it already."""
     linked = name_first(files, source, target)
     try:
         files.sync_folder(target.parent)
@@ -252,18 +250,18 @@ def publish(files: DurableFiles, source: Path, target: Path) -> None:
                 files.remove(target)
         raise
     if linked:
-        # The commit stands; a second name that stays behind is cleared with its folder.
+        # The commit is done; a second name that is left behind is cleared with its folder.
         with suppress(OSError):
             files.remove(source)
 
 
 def name_first(files: DurableFiles, source: Path, target: Path) -> bool:
-    """Give `source` the name `target`, by a hard link, or by a rename where there are none; whether it has its first name, too.
-    Raises FileExistsError where `target` exists."""
+    """Give `source` the name `target`, by a hard link, or by a rename if there are none; return whether it keeps its first
+    name, too. Raises FileExistsError if `target` exists."""
     try:
         files.link(source, target)
     except OSError as error:
-        # NFS: the link may have been made, and its answer been lost.
+        # NFS: the link may have been made, and the reply lost.
         if not _is_same(files, source, target):
             if error.errno not in _NO_HARD_LINKS:
                 raise
@@ -273,13 +271,13 @@ def name_first(files: DurableFiles, source: Path, target: Path) -> bool:
 
 
 def _is_same(files: DurableFiles, one: Path, other: Path) -> bool:
-    """Whether both names stand for one file that has more than one name."""
+    """Return whether both names refer to one file with more than one name."""
     first, second = files.look(one, follow=False), files.look(other, follow=False)
     return first is not None and second is not None and first.st_nlink > 1 and os.path.samestat(first, second)
 
 
 def write_whole(files: DurableFiles, temporary: Path, target: Path, content: bytes) -> None:
-    """Write `content` to `temporary` and let it take the place of `target`: a reader sees the old or the new."""
+    """Write `content` to `temporary`, then replace `target` by it: a reader sees the old or the new content."""
     with NewFile(files, temporary) as file:
         file.write(content)
         file.sync()
@@ -288,7 +286,7 @@ def write_whole(files: DurableFiles, temporary: Path, target: Path, content: byt
 
 
 def make_folders(files: DurableFiles, path: Path) -> None:
-    """The folder and its missing parents, durably. Nothing happens where it exists."""
+    """Make the folder and its missing parents, durably; nothing if it exists."""
     seen = [(place, files.look(place)) for place in (path, *path.parents)]
     missing = [place for place, found in seen if found is None or not stat.S_ISDIR(found.st_mode)]
     for place in reversed(missing):
@@ -298,7 +296,7 @@ def make_folders(files: DurableFiles, path: Path) -> None:
 
 
 def stream_digest(file: BinaryIO) -> str:
-    """SHA-256 of what is left of an open file, in hexadecimal, as `sha256sum` prints it. Raises OSError."""
+    """Return the SHA-256 of the rest of an open file, in hexadecimal, as `sha256sum` prints it. Raises OSError."""
     digest = hashlib.sha256()
     while chunk := file.read(_BUFFER_BYTES):
         digest.update(chunk)
@@ -319,7 +317,7 @@ def _remove_tree(name: Path | str, folder: int | None) -> None:
 
 
 def _rename_at_once(source: Place, target: Place, flag: int) -> bool:
-    """renameat2(2) with a flag; False where the C library or the file system does not know it."""
+    """Call renameat2(2) with a flag; return False if the C library or the file system does not support it."""
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):
         return False
