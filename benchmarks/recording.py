@@ -1,8 +1,10 @@
-"""What main takes to record the finished samples of a fleet: python -m benchmarks.recording MODEL GSM8K [--samples 84416]
+"""What it takes to record the finished samples of a fleet: python -m benchmarks.recording MODEL GSM8K [--samples 84416]
 
 The experiment is that of `benchmarks.gpu.real`. Its samples are made up, text of the answers of GSM8K's training rows of 51
-tokens on average, and come in messages of so many (`--message`), pickled as members send them, as fast as main takes them.
-Main's CPU time a sample is that of its main thread; `--profile` prints where it goes.
+tokens on average, and come in messages of so many (`--message`), as members send them, as fast as main takes them, until all
+are on the disk. What is printed is CPU time a sample: of a member, which packs them; of main's thread, and of its process; of
+the processes that prepare samples (`--processes`; 0: main does that, as for a replica in its own process), and of the judges.
+`--profile` prints where main's goes.
 """
 
 from __future__ import annotations
@@ -19,25 +21,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from benchmarks.gpu.real import job as experiment
 from tokabatch import Job
 from tokabatch.output.claim import Claim
+from tokabatch.runner.preparers import num_preparers
 from tokabatch.runner.recorder import Recorder
 from tokabatch.runner.resume import Reuse, start
-from tokabatch.scheduling.completion_batch import CompletionBatch
+from tokabatch.scheduling.completion_batch import PackedOnTheWay
 from tokabatch.scheduling.contracts import NO_COUNTS, Completion
 
 MEAN_TOKENS = 51
 
 
-def messages(recorded: list[list[int]], rows: int, samples: int, message: int) -> Iterator[bytes]:
-    """Samples of all rows side by side, as they finish, pickled."""
+def messages(recorded: list[list[int]], rows: int, samples: int, message: int) -> Iterator[PackedOnTheWay]:
+    """Samples of all rows side by side, as they finish."""
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.geometric(1 / MEAN_TOKENS, samples), 320)
     places = rng.permutation(samples)
     for begin in range(0, samples, message):
-        batch = CompletionBatch()
+        batch = PackedOnTheWay()
         for place, length in zip(
             places[begin : begin + message].tolist(), lengths[begin : begin + message].tolist(), strict=True
         ):
@@ -54,7 +58,7 @@ def messages(recorded: list[list[int]], rows: int, samples: int, message: int) -
                     counts=NO_COUNTS,
                 )
             )
-        yield pickle.dumps(batch, pickle.HIGHEST_PROTOCOL)
+        yield batch
 
 
 def main() -> None:
@@ -64,6 +68,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="job keys to change")
     parser.add_argument("--samples", type=int, default=84_416)
     parser.add_argument("--message", type=int, default=75)
+    parser.add_argument("--processes", type=int, help="that prepare samples; as many as a run has for --replicas, if not given")
+    parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="tokabatch-recording-"))
@@ -74,20 +80,35 @@ def main() -> None:
             workload = started.left
             answers = [json.loads(line)["answer"] for line in next(arguments.gsm8k.glob("train*.jsonl")).open()]
             texts = [list(each) for each in workload.tokenizer.encode_batch(answers, add_special_tokens=False)]
-            sent = list(messages(texts, len(workload.requests), arguments.samples, arguments.message))
-            recorder = Recorder(job, workload, claim, started.committed)
+            batches = list(messages(texts, len(workload.requests), arguments.samples, arguments.message))
+            packing = time.thread_time()
+            sent = [pickle.dumps(batch, pickle.HIGHEST_PROTOCOL) for batch in batches]
+            packing = time.thread_time() - packing
+            processes = arguments.processes
+            if processes is None:
+                processes = num_preparers(job, arguments.replicas)
+            recorder = Recorder(job, workload, claim, started.committed, processes=processes)
             profile = cProfile.Profile()
             begin, cpu, process = time.perf_counter(), time.thread_time(), time.process_time()
             if arguments.profile:
                 profile.enable()
             for message in sent:
                 recorder.add(pickle.loads(message))
+            recorder.finish()
             profile.disable()
             seconds, cpu, process = time.perf_counter() - begin, time.thread_time() - cpu, time.process_time() - process
-            micro = 1e6 / arguments.samples
-            print(f"{arguments.samples:,} samples in {seconds:.2f} s; main's thread {micro * cpu:.1f} us of CPU a sample, "
-                  f"the process {micro * process:.1f}")  # fmt: skip
+            preparing = judging = 0.0
+            for child in psutil.Process().children(recursive=True):
+                times = child.cpu_times()
+                if "judge_process" in " ".join(child.cmdline()):
+                    judging += times.user + times.system
+                else:
+                    preparing += times.user + times.system
             recorder.close()
+            micro = 1e6 / arguments.samples
+            print(f"{arguments.samples:,} samples in {seconds:.2f} s; us of CPU a sample: member {micro * packing:.1f}, "
+                  f"main's thread {micro * cpu:.1f} (its process {micro * process:.1f}), {processes} preparing "
+                  f"{micro * preparing:.1f}, judges {micro * judging:.1f}")  # fmt: skip
             if arguments.profile:
                 pstats.Stats(profile).sort_stats("tottime").print_stats(22)
     finally:

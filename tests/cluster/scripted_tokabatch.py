@@ -18,12 +18,12 @@ from support.forked_child import make_apart  # noqa: E402
 
 from benchmarks.scripted_engine import quickstart_script  # noqa: E402
 from tokabatch import cli  # noqa: E402
-from tokabatch.runner import make_replica, recorder  # noqa: E402
+from tokabatch.runner import make_replica, preparation, recorder  # noqa: E402
 
 if __name__ == "__main__":
     seconds, notes = float(sys.argv[1]), Path(sys.argv[2])
     make_replica.executor_maker = partial(make_apart, quickstart_script(slots=64, step_seconds=seconds))
-    recorder.BATCH_SAMPLES = 4
+    preparation.BATCH_SAMPLES = recorder.BATCH_SAMPLES = 4
     add, file = recorder.Recorder.add, (notes / f"finished-{os.getpid()}").open("a", buffering=1)
 
     def noted(self: recorder.Recorder, completions: list, goes_on: Callable[[], bool]) -> None:  # pyright: ignore

@@ -16,7 +16,7 @@ from support.scripted_run import MAX_TOKENS, scripted_engine, scripted_job
 
 from tokabatch import Job, run
 from tokabatch.errors import OutputError, TokabatchError
-from tokabatch.runner import recorder
+from tokabatch.runner import preparation, recorder
 from tokabatch.storage.atomic_files import DurableFiles
 
 SAMPLED_CALLS = 36
@@ -47,6 +47,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No fault here is one of the disk."""
     monkeypatch.setattr(DurableFiles, "fsync", lambda self, descriptor: None)
     monkeypatch.setattr(recorder, "BATCH_SAMPLES", 3)
+    monkeypatch.setattr(preparation, "BATCH_SAMPLES", 3)
     with scripted_engine() as script:
         global checker
         checker = Checker(QUESTIONS, 2, MAX_TOKENS, script)

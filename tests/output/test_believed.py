@@ -430,7 +430,8 @@ def test_finished_samples_are_committed_when_damage_is_found(go: Go, tmp_path: P
             (out / "data" / "part-00000.parquet").write_bytes(b"")
 
     monkeypatch.setattr(runner.Recorder, "add", add)
-    monkeypatch.setattr("tokabatch.runner.recorder.BATCH_SAMPLES", 4)
+    for module in ("preparation", "recorder"):
+        monkeypatch.setattr(f"tokabatch.runner.{module}.BATCH_SAMPLES", 4)
     with pytest.raises(DamageError, match=r"part-00000\.parquet is not what was committed any more.*--repair"):
         go()
     monkeypatch.setattr(runner.Recorder, "add", real)

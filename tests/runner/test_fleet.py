@@ -24,9 +24,10 @@ from support.shortsighted import Shortsighted
 from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.errors import EngineError, ReplicaLost, Stopped, WorkerLost
 from tokabatch.runner.fleet import Fleet
+from tokabatch.runner.forked import can_fork
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Part
-from tokabatch.runner.member import Fork, can_fork
+from tokabatch.runner.member import Fork
 from tokabatch.runner.member_process import unpacked
 from tokabatch.runner.messages import Given, Pace, Share, Suspects, Withdraw
 from tokabatch.runner.replica import Replica, Standing

@@ -17,7 +17,7 @@ from tokabatch.input.store import columns
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.output import joining, shard_writer
 from tokabatch.output import schema as output
-from tokabatch.runner import judging, recorder
+from tokabatch.runner import judging, preparation, recorder
 from tokabatch.runner.waiting_samples import FinishedSample, WaitingSamples
 from tokabatch.scoring.judge import Verdict
 
@@ -122,6 +122,7 @@ def test_little_is_left_to_write_after_the_last_result(write: Write, tmp_path: P
     monkeypatch.setattr(joining, "FEW_ROWS", 3)
     monkeypatch.setattr(shard_writer, "EARLY_ROWS", 3)
     monkeypatch.setattr(recorder, "BATCH_SAMPLES", 3)
+    monkeypatch.setattr(preparation, "BATCH_SAMPLES", 3)
     assert scripted_run(write(), tmp_path / "out", engine={"max_running": 2}).ok == 2 * ROWS
     sizes = [pq.read_metadata(path).num_rows for path in sorted((tmp_path / "out" / "data").iterdir())]
     assert sum(sizes) == 2 * ROWS and len(sizes) > 2 and sizes[0] >= ROWS and sizes[-1] <= 3, sizes
@@ -131,6 +132,7 @@ def test_errors_policy_stop_stops_at_a_sample_that_cannot_be_written(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder, "BATCH_SAMPLES", 1)
+    monkeypatch.setattr(preparation, "BATCH_SAMPLES", 1)
     fails_for_row(monkeypatch, 3)
     summary = scripted_run(write(doc=str), tmp_path / "out", errors={"policy": "stop"}, engine={"max_running": 2})
     assert summary.exit_code == 75 and 0 < summary.ok + summary.errors < 20
@@ -190,11 +192,11 @@ def test_samples_that_wait_for_verdicts_are_looked_at_for_their_memory_but_not_a
             before = len(looks)
             add(self, completions, *goes_on)
             assert completions or len(looks) == before, "a look where nothing had come in"
-            waiting.append(len(self._waiting.finished))  # pyright: ignore[reportPrivateUsage]
+            waiting.append(self._preparing.num_waiting)  # pyright: ignore[reportPrivateUsage]
 
     monkeypatch.setattr(FinishedSample, "is_ready", property(looked))
     monkeypatch.setattr(recorder.Recorder, "add", added)
-    monkeypatch.setattr(recorder, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(preparation, "PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(judging, "MOST_UNJUDGED", 0)
     sections: Any = {"verify": {"kind": str(judge)}, "engine": {"max_running": 2}, "output": {"flush_seconds": 3600.0}}
     assert scripted_run(write(), tmp_path / "out", **sections).pass_at_k == {1: 1.0, 2: 1.0}

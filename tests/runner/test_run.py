@@ -249,7 +249,8 @@ class Watcher(NullProgress):
 
 @pytest.mark.parametrize("output", [{"flush_seconds": 0.001}, {"rows_per_shard": 1}], ids=["by time", "by rows"])
 def test_shards_appear_while_the_run_goes_on(output, model, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("tokabatch.runner.recorder.BATCH_SAMPLES", 1 if "rows_per_shard" in output else 10_000)
+    for module in ("preparation", "recorder"):
+        monkeypatch.setattr(f"tokabatch.runner.{module}.BATCH_SAMPLES", 1 if "rows_per_shard" in output else 10_000)
     watcher = Watcher(tmp_path / "out")
     run(job(model, rows, tmp_path / "out", output=output, engine={"max_running": 4}), watcher)
     assert 0 < watcher.seen[len(watcher.seen) // 2] < watcher.seen[-1]

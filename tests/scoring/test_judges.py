@@ -207,8 +207,9 @@ def test_a_slow_judge_holds_the_run_up_and_loses_nothing(rows: Path, tmp_path: P
     def watched(self: recorder.Recorder, completions: Any, *goes_on: Any) -> None:
         nonlocal most, kept
         add(self, completions, *goes_on)
-        most = max(most, sum(each.ticket is not None and each.verdict is None for each in self._waiting.finished))
-        kept = max(kept, len(self._judging._rows) if self._judging else 0)
+        preparing: Any = self._preparing
+        most = max(most, sum(each.ticket is not None and each.verdict is None for each in preparing.waiting.finished))
+        kept = max(kept, len(preparing._judging._rows))
 
     monkeypatch.setattr(recorder.Recorder, "add", watched)
     source = "import time\ndef verify(text, row):\n    time.sleep(0.05)\n    return True\n"

@@ -29,7 +29,7 @@ from tokabatch.job import ModelConfig
 from tokabatch.output import folder
 from tokabatch.parallel.mesh import Place
 from tokabatch.report.progress import NullProgress
-from tokabatch.runner import make_replica, recorder
+from tokabatch.runner import make_replica, preparation, recorder
 from tokabatch.runner.shared import Shared
 from tokabatch.workload.prepare import Workload
 
@@ -86,7 +86,7 @@ class Child:
         script = quickstart_script(slots=64, step_seconds=request.get("step_seconds", STEP_SECONDS))
         apart = partial(make_apart, script, ranks=request.get("ranks", 1))
         make_replica.executor_maker = apart if request.get("apart") else partial(_make_within, script)
-        recorder.BATCH_SAMPLES = BATCH_SAMPLES
+        preparation.BATCH_SAMPLES = recorder.BATCH_SAMPLES = BATCH_SAMPLES
         if request.get("mutant"):
             mutants.MUTANTS[request["mutant"]]()
         files = _files(request.get("fault"))

@@ -22,6 +22,7 @@ from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.output import schema as output
 from tokabatch.output import shard_writer, shards
 from tokabatch.runner import sample_tables
+from tokabatch.runner.preparation import Preparation
 from tokabatch.runner.recorder import Recorder
 from tokabatch.storage import atomic_files as durable
 
@@ -70,17 +71,22 @@ def injected(injection: Injection) -> Generator[Injection]:
 
         return call
 
-    accept = Recorder._accept
+    accept, prepare = Recorder._accept, Preparation._accept
 
-    def accepting(self: Recorder, *samples: Any) -> None:
-        accept(self, *samples)
-        # Without a call into the package, which would count.
-        injection.accepted += sum(len(getattr(each, "samples", "1")) for given in samples for each in given)
+    # Without a call into the package, which would count.
+    def accepting(self: Recorder, unsampled: Any, *more: Any) -> None:
+        accept(self, unsampled, *more)
+        injection.accepted += sum(len(each.samples) for each in unsampled)
+
+    def preparing(self: Preparation, finished: Any) -> None:
+        prepare(self, finished)
+        injection.accepted += len(finished)
 
     with ExitStack() as patches:
         for entry in ENTRIES:
             patches.enter_context(mock.patch.object(Recorder, entry, watched(entry)))
         patches.enter_context(mock.patch.object(Recorder, "_accept", accepting))
+        patches.enter_context(mock.patch.object(Preparation, "_accept", preparing))
         yield injection
 
 

@@ -78,7 +78,7 @@ def success_is_marked_before_the_shards_are_there() -> None:
     finish = recorder.Recorder.finish
 
     def early(self, *hurry):
-        waiting = self.writer._state.units[shard_writer.WHOLE].num_rows + len(self._waiting.finished)
+        waiting = self.writer._state.units[shard_writer.WHOLE].num_rows + self._preparing.num_waiting
         marked = [*self.writer.shards, shard_writer.Shard("data/part-99999.parquet", waiting, waiting, 0, 0, "none")]
         mark_success(self._claim, marked, sum(shard.rows for shard in marked))
         return finish(self, *hurry)

@@ -38,9 +38,10 @@ class Judging:
         tables: SampleTables,
         clock: Callable[[], float],
         replicas: int = 1,
+        most: int | None = None,
     ) -> None:
-        """A process for each of the `replicas` is started at once, where the job allows as many."""
-        self._pool = open_pool(config, at_once=replicas)
+        """A process for each of the `replicas` is started at once, where the job allows as many, and no more than `most`."""
+        self._pool = open_pool(config, at_once=replicas, most=most)
         self._store = store
         self._rows: dict[int, Mapping[str, Any]] = {}
         self._row_bytes = 0

@@ -20,9 +20,10 @@ from tokabatch.job import Job
 from tokabatch.output.claim import Claim
 from tokabatch.report.progress import Progress
 from tokabatch.runner.fleet import Fleet
+from tokabatch.runner.forked import can_fork
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger
-from tokabatch.runner.member import Cluster, can_fork
+from tokabatch.runner.member import Cluster
 from tokabatch.runner.replica import Replica, Standing, scheduler_limits
 from tokabatch.runner.resume import Start
 from tokabatch.runner.stopping_replica import StoppingReplica

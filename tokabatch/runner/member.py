@@ -9,24 +9,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-import sys
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from socket import socket
 from typing import Protocol
 
-from tokabatch.engine.child import PARENTS_SIGNALS
-from tokabatch.engine.heartbeat import die_with_parent
 from tokabatch.errors import ReplicaLost
 from tokabatch.job import EngineConfig
 from tokabatch.parallel.layout import VISIBLE, Layout
+from tokabatch.runner.forked import fork
 from tokabatch.runner.ledger import Ledger, Part
 from tokabatch.runner.member_process import Build, packed, serve
 from tokabatch.runner.messages import (
@@ -41,12 +36,6 @@ from tokabatch.runner.messages import (
 from tokabatch.runner.replica import Standing
 
 STOP_SECONDS = 10.0
-_THREADS_OF_TOKENIZERS = "TOKENIZERS_PARALLELISM"
-
-
-def can_fork() -> bool:
-    """Whether a process of many threads may be forked here; on macOS its system libraries forbid it."""
-    return sys.platform == "linux"
 
 
 class Process(Protocol):
@@ -195,27 +184,9 @@ class Fork:
         self, member: Member, build: Build, first: Part, ledger: Ledger, pace: Pace, leave: Callable[[], None]
     ) -> None:
         """Start the member's process, on the `first` part."""
-        context = multiprocessing.get_context("fork")
-        self.pipe, theirs = context.Pipe()
-        self._process: BaseProcess = context.Process(
-            target=_forked,
-            args=(self.pipe, theirs, member, build, first, ledger, pace, leave),
-            name=f"tokabatch-replica-{member.number}",
-        )
-        # Threads of native libraries are not carried over. None of theirs is used in the fork: tokenizers' is kept from it.
-        setting = os.environ.get(_THREADS_OF_TOKENIZERS)
-        os.environ[_THREADS_OF_TOKENIZERS] = "false"
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            if setting is None:
-                del os.environ[_THREADS_OF_TOKENIZERS]
-            else:
-                os.environ[_THREADS_OF_TOKENIZERS] = setting
+        self.pipe, theirs = multiprocessing.Pipe()
+        arguments = (self.pipe, theirs, member, build, first, ledger, pace, leave)
+        self._process = fork(_forked, arguments, f"tokabatch-replica-{member.number}")
         theirs.close()
 
     @property
@@ -262,12 +233,6 @@ def _forked(
     leave: Callable[[], None],
 ) -> None:
     """The forked process."""
-    die_with_parent()
-    for number in PARENTS_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
-    # A display may have put itself before them, whose locks other threads held.
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     # While this one has it open, too, the pipe does not end with main.
     mains.close()
     leave()

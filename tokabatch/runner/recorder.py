@@ -1,7 +1,8 @@
-"""From finished samples to rows on disk: judged, made into tables, handed to the shard writer, counted.
+"""From finished samples to rows on disk: made into tables with their verdicts, handed to the shard writer, counted.
 
-Samples wait here, then in the writer. `WaitingSamples` counts the rows that the writer had taken before them, so that wherever
-an exception strikes, what is handed over and what is not can be told apart: nothing is lost, and nothing handed over twice.
+Tables wait here, then in the writer. `WaitingRows` counts the rows that the writer had taken before them, and the samples that
+have come as tables, so that wherever an exception strikes, what is handed over and what is not can be told apart: nothing is
+lost, and nothing handed over twice.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import io
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -25,20 +27,22 @@ from tokabatch.output.shard_writer import ShardWriter
 from tokabatch.output.shards import Shard, count_cancelled, count_ok, write_parquet
 from tokabatch.output.units import Units
 from tokabatch.output.unwritable import CANNOT_BE_WRITTEN, mended
-from tokabatch.runner.judging import Judging
+from tokabatch.runner.preparation import BATCH_SAMPLES, Preparation, Preparing
+from tokabatch.runner.preparers import Preparers
 from tokabatch.runner.row_stops import RowStops
 from tokabatch.runner.sample_tables import SampleTables, is_of_rows
-from tokabatch.runner.waiting_samples import PIECE_BYTES, FinishedSample, WaitingSamples
-from tokabatch.scheduling.contracts import NO_COUNTS, WORKER_CRASH, Completion
+from tokabatch.runner.waiting_samples import PIECE_BYTES, WaitingRows, unsampled_pieces
+from tokabatch.scheduling.completion_batch import Completions, PackedCompletions
+from tokabatch.scheduling.contracts import WORKER_CRASH
 from tokabatch.scoring.early_stopping import Outcome
 from tokabatch.scoring.judge import ANSWER
 from tokabatch.scoring.pool import NOT_JUDGED
 from tokabatch.workload.prepare import Workload
 
-BATCH_SAMPLES = 2048
-"""Samples made into a table at once; fewer when `flush_seconds` are over."""
-LOOKED_AT = 512
-"""Samples that come in before those that wait are looked at again."""
+TableRow = tuple[pa.Table, int]
+"""One row of a table."""
+FOLLOW_SECONDS = 0.02
+"""How often verdicts are taken in where rows stop by them, though few samples have come in."""
 SHOWN_REASONS, MAX_REASONS = 3, 1000
 _Result = TypeVar("_Result")
 
@@ -82,7 +86,8 @@ class Tally:
         self.cancelled += sign * count_cancelled(table)
         if not judged:
             return
-        good = table.filter(pc.call_function("equal", [table["status"], "ok"]))
+        verdicts = table.select(["correct", "verify_error"])
+        good = verdicts.filter(pc.call_function("equal", [table["status"], "ok"]))
         self.unverified += sign * good["correct"].null_count
         for reason, count in Counter(good["verify_error"].drop_null().to_pylist()).items():
             if reason in self._reasons or len(self._reasons) < MAX_REASONS:
@@ -102,15 +107,21 @@ class Recorder:
         committed: Committed,
         clock: Callable[[], float] = time.monotonic,
         units: Units | None = None,
-        stops: RowStops[FinishedSample] | None = None,
+        stops: RowStops[TableRow] | None = None,
+        *,
+        processes: int = 0,
+        tell: Callable[[str], None] = print,
     ) -> None:
         """`units` are those of a run that several processes write; samples of units that are not opened are dropped. With
-        `stops`, rows stop: a sample is recorded once all before it of its row are judged, if it is wanted then."""
+        `stops`, rows stop: a sample is recorded once all before it of its row are judged, if it is wanted then. Samples that
+        come packed, from other processes, are prepared in so many `processes`, others in this one. The user is told where one
+        of those is lost."""
         self._store = workload.store
         self._tables = SampleTables(workload, verdict_names(workload.output_schema) if job.verify else [])
-        self._judging = None
-        if job.verify:
-            self._judging = Judging(job.verify, workload.store, self._tables, clock, workload.layout.replicas)
+        self._preparing: Preparing = Preparation(job, workload, self._tables, clock)
+        self._preparers = None
+        if processes:
+            self._preparers = Preparers(job, workload, self._tables, processes, clock, tell, hurried=stops is not None)
         self.writer = ShardWriter(
             claim,
             workload.output_schema,
@@ -122,128 +133,126 @@ class Recorder:
         )
         """What commits; units are opened there."""
         self._num_samples = workload.samples_total
+        self._judges = job.verify is not None
         self._claim = claim
         self._clock = clock
-        self._waiting = WaitingSamples(self.writer.num_rows)
+        self._waiting = WaitingRows(self.writer.num_rows)
         self._stops = stops
-        self._unjudged: list[FinishedSample] = []
-        """Where rows stop: samples whose verdict has not been passed to `stops`."""
-        self._arrived = 0
-        """Samples that have come in since the last look at which are ready."""
         self._oldest: float | None = None
         """When the first sample that is not committed yet came in."""
+        self._follow_at = 0.0
+        """When verdicts are taken in again, where rows stop by them."""
         self.tally = Tally.of(committed)
         self.took_error = False
         """Whether a sample that ended in an error is recorded: where rows stop, not one that is held or left out."""
 
     def fail(self, failures: Sequence[UnsampledRow]) -> None:
         """Rows that never became prompts, and samples that are cancelled."""
-        self._accept(failures, ())
+        self._accept(failures, None)
         self._flush()
 
-    def add(self, completions: Sequence[Completion], goes_on: Callable[[], bool] = lambda: True) -> None:
+    def add(self, completions: Completions, goes_on: Callable[[], bool] = lambda: True) -> None:
         """Samples that the scheduler finished; on disk after at most `flush_seconds` from their verdicts. Where the judge is
         too far behind this waits for it, and commits what is judged meanwhile, as long as the run `goes_on`, which is asked
         several times a second."""
-        finished = list(map(FinishedSample, completions))
-        if self._stops is None:
-            self._accept((), finished)
-        else:
-            for each in finished:
-                row, sample = each.completion.row_index, each.completion.sample_index
-                if self._stops.wants(row, sample):
-                    self._stops.hold(row, sample, each)
-                    self._unjudged.append(each)
-        if self._judging is None:
-            self._commit_due(len(completions))
-            return
-        self._judging.submit(self._pending)
+        if self._preparers is not None and isinstance(completions, PackedCompletions):
+            self._preparing = self._preparers
+        self._preparing.add(completions)
         self._commit_due(len(completions))
-        while not self._judging.keeps_up(self._pending) and goes_on():
+        while not self._preparing.keeps_up() and goes_on():
             self._commit_due(0, waits=True)
 
     def _commit_due(self, arrived: int, *, waits: bool = False) -> None:
-        """Record what is judged, and commit what is due; so many samples have `arrived` just now, or the run `waits` for
+        """Record what is ready, and commit what is due; so many samples have `arrived` just now, or the run `waits` for
         verdicts."""
-        self._follow_verdicts()
-        waiting = self._waiting
-        if self._oldest is None and (waiting.finished or waiting.num_unsampled):
-            self._oldest = self._clock()
-        # A look at all that wait for verdicts takes longer than to record a few: not with every message.
-        self._arrived += arrived
-        if self._judging is None or waits or self._arrived >= LOOKED_AT or waiting.bytes >= PIECE_BYTES:
-            ready = len(waiting.finished) if self._judging is None else sum(each.is_ready for each in waiting.finished)
-            self._arrived = 0
-            if ready + waiting.num_unsampled >= BATCH_SAMPLES or (ready and waiting.bytes >= PIECE_BYTES):
-                self._flush()
+        now = self._clock()
+        self._receive(everything=waits or (self._stops is not None and now >= self._follow_at))
+        if self._oldest is None and (len(self._waiting) or self._preparing.num_waiting):
+            self._oldest = now
+        if len(self._waiting) >= BATCH_SAMPLES:
+            self._hand_over()
         # Where many came in just now, they are decoded first.
         if arrived < BATCH_SAMPLES and self.writer.nears_end(self._num_samples - self.writer.num_rows):
             self._commit(self.writer.commit)
         if self._oldest is not None and self.writer.is_due(self._oldest):
             self._flush()
             self._commit(self.writer.commit)
-            self._oldest = self._clock() if self._waiting.finished else None
+            self._oldest = self._clock() if self._preparing.num_waiting else None
 
     def finish(self, goes_on: Callable[[], bool] = lambda: True) -> tuple[Shard, ...]:
         """Commit everything and return all shards. Once the run no longer `goes_on`, which is asked several times a second,
         verdicts are waited for a few seconds more: samples that have none by then are committed without. Where rows stop,
         samples behind one that is missing or not judged are not committed."""
-        if self._judging is not None:
-            self._judging.submit(self._pending)
-            while not self._judging.is_done([*self._waiting.finished, *self._unjudged], goes_on):
-                self._commit_due(0, waits=True)
-        self._follow_verdicts()
+        while not self._preparing.is_done(goes_on):
+            self._commit_due(0, waits=True)
         self._flush()
         return self._commit(self.writer.close)
 
     def close(self) -> None:
-        """End the processes of the judge."""
-        if self._judging is not None:
-            self._judging.close()
+        """End the processes of the judge, and those that prepare samples."""
+        self._preparing.close()
 
-    @property
-    def _pending(self) -> Sequence[FinishedSample]:
-        """Those among which the judge's next samples are."""
-        return self._waiting.finished if self._stops is None else self._unjudged
-
-    def _accept(self, unsampled: Sequence[UnsampledRow], finished: Sequence[FinishedSample]) -> None:
+    def _accept(self, unsampled: Sequence[UnsampledRow], table: pa.Table | None, received: int = 0) -> None:
         """From here on they are not lost."""
-        self.took_error = self.took_error or any(each.completion.error_code is not None for each in finished)
-        self._waiting = self._waiting.joined_by(unsampled, finished)
+        failed = table is not None and table["error_code"].null_count < table.num_rows
+        self.took_error = self.took_error or failed
+        self._waiting = self._waiting.joined_by(unsampled, table, received)
 
-    def _follow_verdicts(self) -> None:
-        """Where rows stop: take in what has been judged, and accept what is decided by that."""
-        if self._stops is None:
-            return
-        unjudged, self._unjudged = self._unjudged, []
-        for each in unjudged:
-            completion, verdict = each.completion, each.verdict
-            if completion.error_code is None and (verdict is None or verdict.error == NOT_JUDGED):
-                self._unjudged.append(each)
+    def _receive(self, *, everything: bool) -> None:
+        """Take over what has been made into tables."""
+        self._follow_at = self._clock() + FOLLOW_SECONDS
+        with self._claim.committing():
+            for table in self._preparing.tables(self._waiting.received, everything=everything):
+                if self._stops is None:
+                    self._accept((), table, table.num_rows)
+                else:
+                    self._accept((), None, table.num_rows)
+                    self._follow(table, self._stops)
+                if self._waiting.bytes >= PIECE_BYTES:
+                    self._hand_over()
+
+    def _follow(self, table: pa.Table, stops: RowStops[TableRow]) -> None:
+        """Where rows stop: take in these verdicts, and accept what is decided by them."""
+        columns = (table[name] for name in ("row_index", "sample_index", "error_code", "correct", "verify_error"))
+        answers = table[ANSWER].to_pylist() if ANSWER in table.schema.names else [None] * table.num_rows
+        for place, (row, sample, code, correct, reason) in enumerate(zip(*(each.to_pylist() for each in columns), strict=True)):
+            stops.hold(row, sample, (table, place))
+            if reason == NOT_JUDGED:
                 continue
-            row, right = completion.row_index, verdict is not None and verdict.correct is True
-            answer = None if verdict is None else verdict.columns.get(ANSWER)
-            self._stops.judge(row, completion.sample_index, Outcome(right, answer))
-            if completion.error_code == WORKER_CRASH:
+            stops.judge(row, sample, Outcome(correct is True, answers[place]))
+            if code == WORKER_CRASH:
                 # The others of the row would kill workers, too.
-                self._stops.give_up(row, partial(_same_error, completion))
-        self._accept(self._stops.take_cancelled(), self._stops.take_kept())
+                stops.give_up(row, partial(_same_error, (table, place)))
+        self._accept(stops.take_cancelled(), _together(stops.take_kept()))
 
     def _flush(self) -> None:
+        """Hand all that is ready to the writer."""
         self._settle()
-        ready = len(self._waiting.finished)
-        if self._judging is not None:
-            self._waiting, ready = self._waiting.ready_first()
+        self._receive(everything=True)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Hand what waits here to the writer, which commits what makes a whole shard."""
+        self._settle()
+        waiting = self._waiting
         with self._claim.committing():
-            for piece in self._waiting.pieces(ready, self._store):
-                for table in self._tables.build(*piece):
-                    self.writer.take(table)
-                    self._settle()
-                    self._count(table)
-                    self._commit(self.writer.commit_due)
+            for failed in unsampled_pieces(waiting.failures, self._store):
+                for table in self._tables.build((), failed):
+                    self._take(table)
+            if waiting.tables:
+                self._take(waiting.tables[0] if len(waiting.tables) == 1 else pa.concat_tables(waiting.tables).combine_chunks())
+            for cancelled in unsampled_pieces(waiting.cancelled, self._store):
+                for table in self._tables.build((), cancelled):
+                    self._take(table)
+
+    def _take(self, table: pa.Table) -> None:
+        self.writer.take(table)
+        self._settle()
+        self.tally.add(table, judged=self._judges)
+        self._commit(self.writer.commit_due)
 
     def _settle(self) -> None:
-        """Let go of the samples that the writer has taken, whatever came in between."""
+        """Let go of the rows that the writer has taken, whatever came in between."""
         self._waiting = self._waiting.behind(self.writer.num_rows)
 
     def _commit(self, commit: Callable[[], _Result]) -> _Result:
@@ -259,15 +268,25 @@ class Recorder:
     def _mended(self, table: pa.Table) -> pa.Table:
         repaired = mended(table, lambda part: write_parquet(part, io.BytesIO()))
         if repaired is not table:
-            self._count(table, -1)
-            self._count(repaired)
+            self.tally.add(table, judged=self._judges, sign=-1)
+            self.tally.add(repaired, judged=self._judges)
         return repaired
 
-    def _count(self, table: pa.Table, sign: int = 1) -> None:
-        self.tally.add(table, judged=self._judging is not None, sign=sign)
+
+def _together(rows: Sequence[TableRow]) -> pa.Table | None:
+    """A table of these rows."""
+    if not rows:
+        return None
+    tables = list({id(table): table for table, _ in rows}.values())
+    begins = np.cumsum([0, *(table.num_rows for table in tables)])
+    begin = {id(table): place for table, place in zip(tables, begins.tolist(), strict=False)}
+    return pa.concat_tables(tables).take(pa.array([begin[id(table)] + place for table, place in rows], pa.int64()))
 
 
-def _same_error(completion: Completion, sample: int) -> FinishedSample:
+def _same_error(row: TableRow, sample: int) -> TableRow:
     """Another sample of the row, which ends as that one did without having begun."""
-    empty = replace(completion, sample_index=sample, token_ids=completion.token_ids[:0], counts=NO_COUNTS)
-    return FinishedSample(replace(empty, logprobs=None, top_ids=None, top_logprobs=None))
+    table = row[0].slice(row[1], 1)
+    for name, value in (("sample_index", sample), ("num_cached_tokens", 0)):
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), pa.array([value], pa.int32()))
+    return table, 0

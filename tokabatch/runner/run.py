@@ -46,10 +46,12 @@ from tokabatch.report.progress import ExpendableProgress, NullProgress, Progress
 from tokabatch.report.run_estimates import read_estimates, read_estimator
 from tokabatch.report.summary import RunSummary
 from tokabatch.runner.fleet import Fleet
+from tokabatch.runner.forked import can_fork
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.make_replica import make_replica
 from tokabatch.runner.member import Cluster
-from tokabatch.runner.recorder import Recorder
+from tokabatch.runner.preparers import num_preparers
+from tokabatch.runner.recorder import Recorder, Tally
 from tokabatch.runner.resume import OnRows, Reuse, Start, start
 from tokabatch.runner.run_state import Clock, Replicas, RunState, summarise
 from tokabatch.runner.shared import Shared, close_shared, cut_earlier_run, join_as_last, start_shared
@@ -142,7 +144,16 @@ def _run_in_folder(
         if layout is not None:
             started = replace(started, left=replace(started.left, layout=layout))
         workload = started.left
-        recorder = Recorder(job, workload, claim, started.committed, units=units, stops=started.stops)
+        recorder = Recorder(
+            job,
+            workload,
+            claim,
+            started.committed,
+            units=units,
+            stops=started.stops,
+            processes=num_preparers(job, workload.layout.replicas) if can_fork() else 0,
+            tell=tell,
+        )
         workers.callback(workload.store.close)
         workers.callback(recorder.close)
         sizes = size_replica(job, workload, profile)
@@ -183,15 +194,13 @@ def _run_in_folder(
             complete = books.closed
             stopped = exit_code or (0 if complete else state.stop.poll())
             exit_code = _exit_code(books, job.errors.max_fraction, stopped, None if supply is None else supply.abandoned)
-            if supply is not None:
-                state = _recounted(state, claim)
+            tally = recorder.tally if supply is None else _tally(state, claim)
         except CommitError as error:
             clock.progress.message(str(error))
             replica.stop()
             with suppress(TokabatchError):
                 recorder.finish(lambda: False)
-            exit_code, state = EXIT_STOPPED, _recounted(state, claim)
-            tally = state.recorder.tally
+            exit_code, tally = EXIT_STOPPED, _tally(state, claim)
             stalled = tally.ok + tally.errors + tally.cancelled == started.committed.samples
             if stalled and stalled_before:
                 exit_code = EXIT_STALLED
@@ -201,7 +210,7 @@ def _run_in_folder(
             _commit_finished(state)
             raise
         steps = replica.steps()
-        summary = summarise(state, steps, profile, exit_code, stalled=stalled)
+        summary = summarise(state, tally, steps, profile, exit_code, stalled=stalled)
         if summary.verifies and not summary.pending:
             try:
                 found, how = read_estimates(claim.folder.path) or (), read_estimator(claim.folder.path)
@@ -249,11 +258,10 @@ def _close_books(state: RunState, claim: Claim, leases: Leases | None, on_rows: 
     return mark_success(claim, shards, samples)
 
 
-def _recounted(state: RunState, claim: Claim) -> RunState:
-    """The same, counting what is in the folder."""
-    workload, names = state.started.left, claim.committed if state.supply is None else None
-    committed = read_committed(claim.folder, workload.samples_of_row, names=names)
-    return replace(state, recorder=Recorder(state.job, workload, claim, committed))
+def _tally(state: RunState, claim: Claim) -> Tally:
+    """Of what is in the folder."""
+    names = claim.committed if state.supply is None else None
+    return Tally.of(read_committed(claim.folder, state.started.left.samples_of_row, names=names))
 
 
 def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:

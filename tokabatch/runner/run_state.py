@@ -17,7 +17,7 @@ from tokabatch.report.progress import Phase, Progress, ProgressSnapshot
 from tokabatch.report.summary import RunSummary
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.interruption import Interruption
-from tokabatch.runner.recorder import Recorder
+from tokabatch.runner.recorder import Recorder, Tally
 from tokabatch.runner.replica import Standing
 from tokabatch.runner.resume import Start
 from tokabatch.runner.supply import Supply
@@ -110,9 +110,11 @@ class RunState:
         self.clock.shown(phase)
 
 
-def summarise(state: RunState, steps: Steps, profile: SavedProfile | None, exit_code: int, *, stalled: bool) -> RunSummary:
-    """The figures of a run that has ended so."""
-    seconds, workload, tally = state.clock.elapsed, state.started.left, state.recorder.tally
+def summarise(
+    state: RunState, tally: Tally, steps: Steps, profile: SavedProfile | None, exit_code: int, *, stalled: bool
+) -> RunSummary:
+    """The figures of a run that has ended so, with the samples of this tally."""
+    seconds, workload = state.clock.elapsed, state.started.left
     standing = state.replica.standing()
     counts, replica, limits = standing.scheduled, standing.counts, standing.limits
     shares = state.replica.shares() if isinstance(state.replica, Fleet) else ()

@@ -1,4 +1,4 @@
-"""Samples that wait until the shard writer takes them, and in which pieces it does."""
+"""What is finished and not with the shard writer yet: samples until they are rows of a table, then tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
 
 from tokabatch.arrays import Int64
 from tokabatch.input.store.tokenized_input import InputStore
@@ -26,6 +27,8 @@ class FinishedSample:
     """A sample, its text once it is decoded, and its verdict once there is one. A sample that is not judged has no `ticket`."""
 
     completion: Completion
+    number: int = 0
+    """By which the process that sent it recognises it."""
     text: str | None = None
     ticket: Ticket | None = None
 
@@ -47,64 +50,104 @@ class FinishedSample:
         return SAMPLE_BYTES + tokens * TOKEN_BYTES + scored * LOGPROB_BYTES + alternatives * ALTERNATIVE_BYTES
 
 
-Piece = tuple[Sequence[FinishedSample], Sequence[UnsampledRow]]
-"""Samples of one table."""
-
-
 @dataclass(frozen=True, slots=True)
 class WaitingSamples:
-    """What the writer will take next: failed rows, then finished samples, then cancelled ones, which are
-    never on disk before the sample that stopped their row. The first sample will be the writer's row number `row`. Replaced in
-    one assignment."""
+    """Samples of which tables are to be made, in that order; the first one is number `begin` of all that there ever were.
+    Replaced in one assignment."""
 
-    row: int
-    failures: tuple[UnsampledRow, ...] = ()
+    begin: int = 0
     finished: tuple[FinishedSample, ...] = ()
     bytes: int = 0
-    """Of the finished samples."""
-    cancelled: tuple[UnsampledRow, ...] = ()
 
-    @property
-    def num_unsampled(self) -> int:
-        return sum(each.num_samples for each in (*self.failures, *self.cancelled))
-
-    def joined_by(self, unsampled: Sequence[UnsampledRow], finished: Sequence[FinishedSample]) -> WaitingSamples:
-        """These and further ones; of those without a sample, the ones with an error have failed, the others are cancelled."""
-        failures = [each for each in unsampled if each.error is not None]
-        cancelled = [each for each in unsampled if each.error is None]
-        return WaitingSamples(
-            self.row,
-            (*self.failures, *failures),
-            (*self.finished, *finished),
-            self.bytes + sum(each.num_bytes for each in finished),
-            (*self.cancelled, *cancelled),
-        )
+    def joined_by(self, finished: Sequence[FinishedSample]) -> WaitingSamples:
+        more = sum(each.num_bytes for each in finished)
+        return replace(self, finished=(*self.finished, *finished), bytes=self.bytes + more)
 
     def ready_first(self) -> tuple[WaitingSamples, int]:
-        """The same, with the finished samples that are ready in front of those that wait for a verdict, and how many are."""
+        """The same, with the samples that are ready in front of those that wait for a verdict, and how many are."""
         # Other threads set verdicts meanwhile: order and number are of the same look at each.
         flags = [each.is_ready for each in self.finished]
         order = sorted(range(len(flags)), key=lambda at: not flags[at])
         return replace(self, finished=tuple(self.finished[at] for at in order)), sum(flags)
 
-    def behind(self, row: int) -> WaitingSamples:
-        """What is left when the writer has taken all samples before that row."""
-        failures, taken = _unsampled_behind(self.failures, row - self.row)
-        finished, taken = self.finished[taken:], max(0, taken - len(self.finished))
-        cancelled, _ = _unsampled_behind(self.cancelled, taken)
-        return WaitingSamples(row, failures, finished, sum(each.num_bytes for each in finished), cancelled)
+    def behind(self, number: int) -> WaitingSamples:
+        """Those from this number on."""
+        taken = self.finished[: number - self.begin]
+        left = self.bytes - sum(each.num_bytes for each in taken)
+        return WaitingSamples(number, self.finished[len(taken) :], left)
 
-    def pieces(self, ready: int, store: InputStore) -> Iterator[Piece]:
-        """What waits, in its order, at most PIECE_BYTES at a time: of the finished samples the first `ready` ones, and the
-        cancelled ones behind them where these are all."""
-        yield from _unsampled_pieces(self.failures, store)
-        if ready:
-            finished = self.finished[:ready]
-            carried = store.row_bytes(np.array([each.completion.row_index for each in finished], np.int64))
-            for begin, end in _cuts(carried + np.array([each.num_bytes for each in finished], np.int64)):
-                yield finished[begin:end], ()
-        if ready == len(self.finished):
-            yield from _unsampled_pieces(self.cancelled, store)
+    def pieces(self, ready: int, store: InputStore) -> Iterator[tuple[FinishedSample, ...]]:
+        """The first `ready` samples, at most PIECE_BYTES at a time."""
+        if not ready:
+            return
+        finished = self.finished[:ready]
+        carried = store.row_bytes(np.array([each.completion.row_index for each in finished], np.int64))
+        for begin, end in _cuts(carried + np.array([each.num_bytes for each in finished], np.int64)):
+            yield finished[begin:end]
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingRows:
+    """What the writer will take next: failed rows, then tables of finished samples, then cancelled ones, which are never on
+    disk before the sample that stopped their row. The first sample will be the writer's row number `row`. Replaced in one
+    assignment."""
+
+    row: int
+    received: int = 0
+    """Finished samples that have come as tables so far, those that were not kept and those that the writer has included."""
+    failures: tuple[UnsampledRow, ...] = ()
+    tables: tuple[pa.Table, ...] = ()
+    bytes: int = 0
+    """Of the tables."""
+    cancelled: tuple[UnsampledRow, ...] = ()
+
+    def __len__(self) -> int:
+        """How many samples they are."""
+        unsampled = sum(each.num_samples for each in (*self.failures, *self.cancelled))
+        return unsampled + sum(table.num_rows for table in self.tables)
+
+    def joined_by(self, unsampled: Sequence[UnsampledRow], table: pa.Table | None, received: int = 0) -> WaitingRows:
+        """These and further ones, so many samples `received` with them; of those without a sample, the ones with an error have
+        failed, the others are cancelled."""
+        more = () if table is None or not table.num_rows else (table,)
+        return WaitingRows(
+            self.row,
+            self.received + received,
+            (*self.failures, *(each for each in unsampled if each.error is not None)),
+            (*self.tables, *more),
+            self.bytes + sum(each.nbytes for each in more),
+            (*self.cancelled, *(each for each in unsampled if each.error is None)),
+        )
+
+    def behind(self, row: int) -> WaitingRows:
+        """What is left when the writer has taken all samples before that row."""
+        if row == self.row:
+            return self
+        failures, taken = _unsampled_behind(self.failures, row - self.row)
+        tables: list[pa.Table] = []
+        for table in self.tables:
+            skipped = min(taken, table.num_rows)
+            taken -= skipped
+            if skipped < table.num_rows:
+                tables.append(table.slice(skipped))
+        cancelled, _ = _unsampled_behind(self.cancelled, taken)
+        size = sum(table.nbytes for table in tables)
+        return WaitingRows(row, self.received, failures, tuple(tables), size, cancelled)
+
+
+def unsampled_pieces(rows: Sequence[UnsampledRow], store: InputStore) -> Iterator[Sequence[UnsampledRow]]:
+    """These rows, at most PIECE_BYTES at a time; one may come in several pieces."""
+    sizes = store.row_bytes(np.array([row.row_index for row in rows], np.int64)) + SAMPLE_BYTES
+    parts: list[UnsampledRow] = []
+    part_bytes: list[int] = []
+    for row, size in zip(rows, sizes.tolist(), strict=True):
+        # One row may have more samples than a piece holds.
+        count = max(1, PIECE_BYTES // max(size, 1))
+        for begin in range(0, row.num_samples, count):
+            parts.append(replace(row, samples=row.samples[begin : begin + count]))
+            part_bytes.append(size * parts[-1].num_samples)
+    for begin, end in _cuts(np.array(part_bytes, np.int64)):
+        yield parts[begin:end]
 
 
 def _unsampled_behind(rows: Sequence[UnsampledRow], taken: int) -> tuple[tuple[UnsampledRow, ...], int]:
@@ -116,20 +159,6 @@ def _unsampled_behind(rows: Sequence[UnsampledRow], taken: int) -> tuple[tuple[U
         if skipped < each.num_samples:
             left.append(replace(each, samples=each.samples[skipped:]))
     return tuple(left), taken
-
-
-def _unsampled_pieces(rows: Sequence[UnsampledRow], store: InputStore) -> Iterator[Piece]:
-    sizes = store.row_bytes(np.array([row.row_index for row in rows], np.int64)) + SAMPLE_BYTES
-    parts: list[UnsampledRow] = []
-    part_bytes: list[int] = []
-    for row, size in zip(rows, sizes.tolist(), strict=True):
-        # One row may have more samples than a piece holds.
-        count = max(1, PIECE_BYTES // max(size, 1))
-        for begin in range(0, row.num_samples, count):
-            parts.append(replace(row, samples=row.samples[begin : begin + count]))
-            part_bytes.append(size * parts[-1].num_samples)
-    for begin, end in _cuts(np.array(part_bytes, np.int64)):
-        yield (), parts[begin:end]
 
 
 def _cuts(sizes: Int64) -> Iterator[tuple[int, int]]:

@@ -344,7 +344,11 @@ def judge_spec(verify: VerifyConfig) -> JudgeSpec:
     )
 
 
-def open_pool(verify: VerifyConfig, at_once: int = 1) -> JudgePool:
-    """The pool of a job, `at_once` of whose processes begin together; none is started yet."""
-    processes = max(1, len(os.sched_getaffinity(0)) // 2) if verify.processes == "auto" else verify.processes
-    return JudgePool(judge_spec(verify), processes, verify.seconds, at_once)
+def most_judges(verify: VerifyConfig) -> int:
+    """How many judge processes a job may have."""
+    return max(1, len(os.sched_getaffinity(0)) // 2) if verify.processes == "auto" else verify.processes
+
+
+def open_pool(verify: VerifyConfig, at_once: int = 1, most: int | None = None) -> JudgePool:
+    """The pool of a job, of `most` processes where it has but a part of them. `at_once` begin together; none is started yet."""
+    return JudgePool(judge_spec(verify), most or most_judges(verify), verify.seconds, at_once)
