@@ -70,6 +70,11 @@ def test_a_resumed_run_is_shown_over_all_its_starts():
     assert f"<b>{int(RUN.lengths.sum()):,}</b><span>output tokens</span>" in page
 
 
+def test_a_run_with_too_many_errors_says_so_at_the_top():
+    page = render_page(replace(RUN, summary={**SUMMARY, "exit_code": 3}, errors=2))
+    assert "a model, complete, but 2 of 20 samples are errors, more than errors.max_fraction allows</p>" in page
+
+
 def test_samples_that_were_cut_off_are_counted():
     tile = "<span>of the samples cut off at max_tokens"
     assert f"<b class=bad>50%</b>{tile}" in render_page(replace(RUN, cut_off=9)) and tile not in render_page(RUN)

@@ -205,6 +205,7 @@ def test_beside_a_run_the_verdicts_go_into_a_file(rows: Path, judge: Path, tmp_p
     assert {path: path.read_bytes() for path in files} == before
     verdicts = pq.read_table(target).sort_by([("row_index", "ascending"), ("sample_index", "ascending")]).to_pylist()
     score(out, overrides)
+    assert scored.right == sum(bool(row["correct"]) for row in verdicts)
     assert verdicts == [{name: row[name] for name in verdicts[0]} for row in samples(out)]
     for wrong in (tmp_path / "verdicts.csv", out / "data" / "x.parquet", tmp_path / "no" / "x.parquet"):
         with pytest.raises(OutputError, match=r"--to .*name a file"):

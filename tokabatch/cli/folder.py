@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -148,7 +149,8 @@ def score(
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
     where = f"in {scored.files:,} files" if to is None else f"into {to}"
-    print_note(f"{out}: {scored.judged:,} samples judged {where}")
+    right = "" if to is None else f", {scored.right:,} right ({scored.right / max(1, scored.judged):.1%})"
+    print_note(f"{out}: {scored.judged:,} samples judged {where}{right}")
     for reason, number in scored.reasons.most_common(3):
         print_note(f"no verdict for {number:,} samples: {reason}")
     if to is None:
@@ -246,5 +248,7 @@ def write_batch(out: Path, to: Path, errors: Path | None) -> str:
 def read_state(out: Path) -> Any:
     found = import_module("tokabatch.output.status").read_status(out)
     if found.state == "absent":
-        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
+        near = get_close_matches(out.name, sorted(each.name for each in out.parent.glob("*/")), n=1)
+        meant = f"; did you mean {out.with_name(near[0])}?" if near and near[0] != out.name else ""
+        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path{meant}")
     return found

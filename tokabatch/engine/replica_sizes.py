@@ -171,6 +171,11 @@ def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
             )
         remedy = f"set engine.kv_cache_tokens to at least {least * page}"
     if budget < least:
+        if asked is None and budget <= 0:
+            raise JobError(
+                "model.path: the weights leave no memory for the KV cache here; use a smaller model or a machine with more "
+                "memory (`tokabatch plan JOB --simulate --device h100` plans for a GPU that is not here)"
+            )
         allowed = f"{max(0, budget) * page} fit" if asked is None else f"engine.kv_cache_tokens allows {asked}"
         raise JobError(
             f"the shortest sample needs {least * page} tokens of KV cache (prompt plus max_tokens), but {allowed}; {remedy}, "

@@ -41,7 +41,8 @@ p.sub{color:var(--soft);margin:.2rem 0 1.2rem;overflow-wrap:anywhere}
 figure{margin:0;border:1px solid var(--line);border-radius:.5rem;padding:.7rem;min-width:0;grid-row:span 2}
 figure.short{grid-row:span 1}
 figcaption{font-weight:600;margin-bottom:.3rem}figcaption small{font-weight:400;color:var(--soft);display:block}
-svg{width:100%;height:auto}svg text{fill:var(--ink)!important}
+svg{width:100%;height:auto;overflow:visible}svg text{fill:var(--ink)!important}
+@media(max-width:42rem){svg text{font-size:11.5px!important}}
 .bad{color:var(--bad)}.good{color:var(--good)}
 table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:.25rem .8rem .25rem 0;
 border-bottom:1px solid var(--line);overflow-wrap:anywhere}th{font-weight:400;color:var(--soft);min-width:6rem}
@@ -105,10 +106,17 @@ def render_page(run: RunRecord) -> str:
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{escape(run.path)}</title><style>{_CSS}</style>"
-        f"<h1>{escape(run.path)}</h1><p class=sub>{escape(run.model)}, {escape(run.state)}</p>"
-        f"<div class=tiles>{tiles}</div><div class=plots>{figures}</div>"
-        f"{_errors(run)}{_samples(run)}{_facts(run)}</html>\n"
+        f"<h1>{escape(run.path)}</h1><p class=sub>{escape(run.model)}, {escape(_state(run))}</p>"
+        f"<div class=tiles>{tiles}</div>{_errors(run)}<div class=plots>{figures}</div>"
+        f"{_samples(run)}{_facts(run)}</html>\n"
     )
+
+
+def _state(run: RunRecord) -> str:
+    """The state, and what is wrong with a run that is complete."""
+    if run.state == "complete" and run.summary.get("exit_code") == 3:
+        return f"complete, but {run.errors:,} of {run.samples:,} samples are errors, more than errors.max_fraction allows"
+    return run.state
 
 
 def _errors(run: RunRecord) -> str:
@@ -117,7 +125,7 @@ def _errors(run: RunRecord) -> str:
     section = errors_section(run.error_rows)
     head = "".join(f"<th>{escape(name)}" for name in section.columns)
     rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}' for cell in row)}" for row in section.rows)
-    return f"<h2>Error rows</h2><table><tr>{head}{rows}</table>"
+    return f"<h2>Error rows</h2><table><tr>{head}{rows}</table><br>"
 
 
 _TITLES: dict[Kind, str] = {

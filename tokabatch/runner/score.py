@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -73,6 +74,8 @@ class Scored:
     done: int
     samples: int
     estimates: tuple[Estimate, ...] = ()
+    right: int = 0
+    """Samples judged right; counted for a file of verdicts alone."""
 
 
 def score(
@@ -156,7 +159,8 @@ def score_to(
     except OSError as error:
         raise OutputError(f"--to {target} cannot be written: {error.strerror}; name a file elsewhere") from error
     reasons = Counter[str](verdicts["verify_error"].drop_null().to_pylist() if verdicts.num_columns > 4 else ())
-    return Scored(count_ok(verdicts), 1, reasons, verdicts.num_rows, manifest.samples)
+    right = int(np.count_nonzero(verdicts["correct"].fill_null(False))) if verdicts.num_columns > 4 else 0
+    return Scored(count_ok(verdicts), 1, reasons, verdicts.num_rows, manifest.samples, right=right)
 
 
 def _job(folder: OutputFolder, manifest: Manifest, overrides: Sequence[str]) -> Job:
