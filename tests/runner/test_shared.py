@@ -20,13 +20,13 @@ import pytest
 from support.scripted_run import scripted_engine, scripted_job
 
 from tokabatch import Job, run
-from tokabatch.errors import EXIT_STOPPED, CommitError, DamageError, Stopped
+from tokabatch.errors import EXIT_STOPPED, CommitError, DamageError, OutputError, Stopped
 from tokabatch.output import existing_results
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.integrity import check
 from tokabatch.output.leases import Leases
-from tokabatch.output.manifest import Manifest, read_manifest
+from tokabatch.output.manifest import Books, Manifest, read_manifest
 from tokabatch.output.shard_writer import ShardWriter
 from tokabatch.output.shards import claimed_shards
 from tokabatch.runner import judging
@@ -231,7 +231,6 @@ def test_hosts_of_one_name_are_distinguished_and_containers_of_one_host_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where locks of each host are apart, one host alone joins: both would with names alone."""
-    manifest: Any = SimpleNamespace(units=3)
     taken: list[bool] = []
     for number, (boot, name) in enumerate((("one", "node"), ("two", "node"), ("one", "container"))):
         (tmp_path / boot).write_text(f"{boot}\n")
@@ -239,7 +238,7 @@ def test_hosts_of_one_name_are_distinguished_and_containers_of_one_host_are_not(
         monkeypatch.setattr("socket.gethostname", lambda name=name: name)
         claim = Claim(tmp_path / "out", writer=f"w{number}")
         claim.begin("run", {}, (), "")
-        taken.append(sharing._take_over(claim, manifest))  # pyright: ignore[reportPrivateUsage]
+        taken.append(claim.take_alone() and sharing._may_join(claim))  # pyright: ignore[reportPrivateUsage]
         with nullcontext() if taken[-1] else pytest.raises(CommitError, match="another host"):
             claim.check_lock()
         claim.clears = False
@@ -265,3 +264,55 @@ def test_a_writer_whose_unfinished_files_are_gone_stops_and_says_so(tmp_path: Pa
         shutil.rmtree(claim.folder.temporary)
         with pytest.raises(CommitError, match="another process removed unfinished files"), claim.committing():
             NewFile(claim.files, claim.folder.temporary / "shard")
+
+
+def test_one_that_loses_the_manifest_changes_nothing_of_the_winners_job(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both begin in an empty folder with other rows; the lease of the first counts as left behind while it stands still."""
+    out, others = tmp_path / "shared", tmp_path / "others.jsonl"
+    others.write_text("".join(json.dumps({"question": f"Who is {row}?"}) + "\n" for row in range(20)))
+    late, winner = scripted_job(tmp_path / "rows.jsonl", out), scripted_job(others, out)
+    cut_plan, begun = sharing._cut, list[int]()  # pyright: ignore[reportPrivateUsage]
+
+    def cut(*given: Any) -> Any:
+        if not begun:
+            begun.append(1)
+            (out / "_units/input.lease").unlink()
+            assert run(winner, shared=Shared(units=2)).exit_code == 0
+        return cut_plan(*given)
+
+    monkeypatch.setattr(sharing, "_cut", cut)
+    with scripted_engine():
+        with pytest.raises(OutputError, match="holds the run of another job"):
+            run(late, shared=Shared(units=2))
+        assert check(out).exit_code == 0
+        # What a winner was killed before it wrote is written by the next one that has the same rows.
+        for name in ("row_digests.parquet", "job.json"):
+            before = (out / name).read_bytes()
+            (out / name).unlink()
+            assert run(winner, shared=Shared(units=2)).exit_code == 0
+            assert (out / name).read_bytes() == before
+
+
+def test_one_that_ends_after_the_run_is_complete_joins_and_leaves_the_summary(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It closed its books before the last sample was there, and still holds its share of the lock when the other one ends."""
+    folder, close = OutputFolder(Path(job.output.path)), running.close_shared
+    told: list[bytes] = []
+
+    def early(*given: Any) -> Any:
+        if told:
+            return close(*given)
+        told.append(b"")
+        assert run(job, shared=Shared()).exit_code == 0
+        assert folder.success.exists() and folder.journals()
+        told[0] = folder.summary.read_bytes()
+        return Books(40, 0, 0)
+
+    monkeypatch.setattr(running, "close_shared", early)
+    with scripted_engine():
+        assert run(job, shared=Shared(units=5)).exit_code == 0
+    assert folder.summary.read_bytes() == told[0] and not folder.journals() and not folder.temporaries.exists()
+    assert len(folder.shards()) == 1 and check(folder.path).exit_code == 0

@@ -21,7 +21,7 @@ from tokabatch.output.folder import OutputFolder
 from tokabatch.output.journal import Shard
 from tokabatch.output.plain_json import to_json
 from tokabatch.storage.atomic_files import NewFile, publish
-from tokabatch.storage.listing import read_bytes
+from tokabatch.storage.listing import is_there, read_bytes
 
 SCHEMA_VERSION = 3
 RUN_KEY, FINGERPRINT_KEY, VERIFIER_KEY = b"tokabatch.run", b"tokabatch.fingerprint", b"tokabatch.verifier"
@@ -126,9 +126,9 @@ def write_manifest(claim: Claim, manifest: Manifest, given: Mapping[str, Any]) -
     """Write OUT/manifest.json, and OUT/job.json with the job as `given`, which runs it again. With several writers, raises
     FileExistsError if there is a manifest."""
     job, files, folder = _document(given), claim.files, claim.folder
-    claim.write(folder.job, job, keep=True)
     sealed = _sealed(asdict(replace(manifest, job_sha256=hashlib.sha256(job).hexdigest())))
     if files.alone:
+        claim.write(folder.job, job, keep=True)
         claim.write(folder.manifest, sealed, keep=True)
         return
     temporary = folder.temporary / folder.manifest.name
@@ -136,6 +136,15 @@ def write_manifest(claim: Claim, manifest: Manifest, given: Mapping[str, Any]) -
         file.write(sealed)
         file.sync()
     publish(files, temporary, folder.manifest)
+    # Only now is it known whose job the folder has.
+    claim.write(folder.job, job)
+
+
+def restore_job(claim: Claim, manifest: Manifest, given: Mapping[str, Any]) -> None:
+    """Write OUT/job.json where it is missing and `given` is the job that the manifest names."""
+    job = _document(given)
+    if not is_there(claim.files, claim.folder.job) and manifest.job_sha256 == hashlib.sha256(job).hexdigest():
+        claim.write(claim.folder.job, job)
 
 
 def job_is_whole(folder: OutputFolder, manifest: Manifest) -> bool:

@@ -220,14 +220,16 @@ def _run_in_folder(
         with suppress(OSError, CommitError):
             # Where the disk is full, or another run writes, the summary goes to the caller alone.
             claim.check_lock()
-            _write_record(claim, summary.to_dict(), steps)
-        if supply is not None and complete:
+            # Another has completed the run since this one closed its books.
+            if supply is None or complete or not is_there(claim.files, claim.folder.success):
+                _write_record(claim, summary.to_dict(), steps)
+        if supply is not None:
             try:
                 with claim.committing():
                     join_as_last(job, claim, workload, stop, tell)
             except CommitError as error:
                 tell(str(error))
-                if not is_there(claim.files, claim.folder.success):
+                if complete and not is_there(claim.files, claim.folder.success):
                     # Every sample is there, and the next start says so.
                     summary = replace(summary, exit_code=EXIT_STOPPED)
     return summary

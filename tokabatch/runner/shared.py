@@ -30,7 +30,7 @@ from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.joining import join_small
 from tokabatch.output.journal import Shard
 from tokabatch.output.leases import Holder, Leases
-from tokabatch.output.manifest import Books, Manifest, mark_success, read_manifest, write_manifest
+from tokabatch.output.manifest import Books, Manifest, mark_success, read_manifest, restore_job, write_manifest
 from tokabatch.output.remedy import repair_command
 from tokabatch.output.shards import claimed_shards, in_order
 from tokabatch.output.units import Units, read_units, write_units
@@ -188,15 +188,21 @@ def _start(
         units = _cut(workload, shared.units)
         manifest = describe_run(job, workload, clock)
         manifest = replace(manifest, units=units.count, units_sha256=write_units(claim, units))
-        claim.write(folder.row_digests, workload.store.digests.to_parquet())
         try:
             write_manifest(claim, manifest, job.given())
         except FileExistsError:
             workload.store.close()
             return None
+        claim.write(folder.row_digests, workload.store.digests.to_parquet())
     else:
         manifest = earlier.manifest
         _refuse_other_extent(folder, manifest, workload)
+        # The one that wrote the manifest may have been killed before it wrote these.
+        restore_job(claim, manifest, job.given())
+        mine, theirs = workload.fingerprint, manifest.fingerprint
+        same = (mine.rows_sha256, mine.prompts_sha256) == (theirs.rows_sha256, theirs.prompts_sha256)
+        if same and not is_there(claim.files, folder.row_digests):
+            claim.write(folder.row_digests, workload.store.digests.to_parquet())
         start_of = _start_of(workload)
         # Without units it is a run of one process: complete, or refused below.
         units = Units(start_of, np.zeros(int(start_of[-1]), np.int32), 1)
@@ -276,7 +282,10 @@ def join_as_last(job: Job, claim: Claim, workload: Workload, stop: Interruption,
     """The last act of a writer: if no other is left and every sample is there, make one journal, and join the small shards.
     Raises OSError, and as `join_small` does."""
     folder, manifest = claim.folder, read_manifest(claim.folder)
-    if manifest is None or not _take_over(claim, manifest):
+    # Whichever ends last finds the folder complete, whatever it found when it closed its books.
+    if manifest is None or not claim.take_alone() or not is_there(claim.files, folder.success):
+        return
+    if not manifest.units or not _may_join(claim):
         return
     shards = _recorded(claim, manifest)
     if sum(shard.rows for shard in shards) != workload.samples_total or not folder.journals():
@@ -286,14 +295,12 @@ def join_as_last(job: Job, claim: Claim, workload: Workload, stop: Interruption,
     mark_success(claim, claimed_shards(claim), workload.samples_total)
 
 
-def _take_over(claim: Claim, manifest: Manifest) -> bool:
-    """Whether no other writer is left, and the folder is this one's alone from now on. Some file systems keep the locks of each
-    host apart; one host alone may have it, the first that comes to it. Raises OSError."""
+def _may_join(claim: Claim) -> bool:
+    """Whether the folder is this one's alone, now that it has the lock. Where the locks of each host are apart, one host alone
+    may have it, the first that comes to it. Raises OSError."""
     folder, host = claim.folder, socket.gethostname().encode()
     with suppress(OSError):
         host = BOOT_ID.read_bytes().strip()
-    if not claim.take_alone() or not manifest.units:
-        return False
     mine = folder.temporary / folder.joiner.name
     with NewFile(claim.files, mine) as file:
         file.write(host)
