@@ -37,11 +37,11 @@ class Judging:
         store: InputStore,
         tables: SampleTables,
         clock: Callable[[], float],
-        replicas: int = 1,
-        most: int | None = None,
+        at_once: int,
+        most: int,
     ) -> None:
-        """A process for each of the `replicas` is started at once, where the job allows as many, and no more than `most`."""
-        self._pool = open_pool(config, at_once=replicas, most=most)
+        """At most so many processes, of which so many begin together."""
+        self._pool = open_pool(config, at_once, most)
         self._store = store
         self._rows: dict[int, Mapping[str, Any]] = {}
         self._row_bytes = 0

@@ -15,6 +15,7 @@ from tokabatch.runner.judging import Judging
 from tokabatch.runner.sample_tables import SampleTables
 from tokabatch.runner.waiting_samples import PIECE_BYTES, FinishedSample, WaitingSamples
 from tokabatch.scheduling.completion_batch import Completions
+from tokabatch.scoring.pool import most_judges
 from tokabatch.workload.prepare import Workload
 
 BATCH_SAMPLES = 2048
@@ -61,13 +62,15 @@ class Preparation:
         workload: Workload,
         tables: SampleTables,
         clock: Callable[[], float],
-        judges: int | None = None,
+        preparations: int = 1,
     ) -> None:
-        """At most so many `judges`, or as many as the job says; all that it may have of one for each replica begin together."""
+        """Of so many `preparations`, each has its part of the judges that the job may have; one for each replica, if it may
+        have as many, begin together."""
         self._store, self._tables = workload.store, tables
         self._judging = None
         if job.verify is not None:
-            self._judging = Judging(job.verify, workload.store, tables, clock, workload.layout.replicas, judges)
+            judges, at_once = most_judges(job.verify), -(-workload.layout.replicas // preparations)
+            self._judging = Judging(job.verify, workload.store, tables, clock, at_once, max(1, judges // preparations))
         self.waiting = WaitingSamples()
         self._arrived = 0
         """Samples that have come in since the last look at which are ready."""

@@ -85,9 +85,8 @@ class Preparers:
     ) -> None:
         """Tables are sent at short intervals where that is `hurried`. So many processes as the job allows a replica to lose
         may be lost in a row without a table."""
-        judges = None if job.verify is None else max(1, most_judges(job.verify) // count)
         seconds = HURRIED_SEND_SECONDS if hurried else SEND_SECONDS
-        self._start = lambda: _Process(job, workload, tables, judges, seconds)
+        self._start = lambda: _Process(job, workload, tables, count, seconds)
         self._count, self._clock, self._tell = count, clock, tell
         self._processes: list[_Process] = []
         self._next = 0
@@ -188,9 +187,9 @@ class _Held:
 class _Process:
     """One process, as main reaches it."""
 
-    def __init__(self, job: Job, workload: Workload, tables: SampleTables, judges: int | None, seconds: float) -> None:
+    def __init__(self, job: Job, workload: Workload, tables: SampleTables, count: int, seconds: float) -> None:
         self.pipe, theirs = Pipe()
-        self._process = fork(_main, (theirs, job, workload, tables, judges, seconds), "tokabatch-preparer")
+        self._process = fork(_main, (theirs, job, workload, tables, count, seconds), "tokabatch-preparer")
         theirs.close()
         self._held = deque[_Held]()
         self.num_waiting = self.num_bytes = 0
@@ -267,12 +266,12 @@ class _Process:
         self._process.join()
 
 
-def _main(pipe: Connection, job: Job, workload: Workload, tables: SampleTables, judges: int | None, seconds: float) -> None:
+def _main(pipe: Connection, job: Job, workload: Workload, tables: SampleTables, count: int, seconds: float) -> None:
     """The forked process."""
     keep_only((pipe.fileno(),))
     try:
-        _serve(pipe, Preparation(job, workload, tables, time.monotonic, judges), seconds)
-    except OSError:
+        _serve(pipe, Preparation(job, workload, tables, time.monotonic, count), seconds)
+    except ConnectionError:
         # Main has closed the pipe.
         pass
     except TokabatchError as error:

@@ -32,8 +32,8 @@ LOADING_SECONDS = 60.0
 """How long importing a judge may take, whatever the deadline of a verdict."""
 BACKLOG_SECONDS, GROW_SECONDS = 0.25, 0.5
 """Another process is started where the waiting samples will take the existing ones so long, and the last one was started so
-long ago. Each has a thread in the main process: with eight judges of GSM8K where one keeps up, steps on a GPU took a fifth
-longer."""
+long ago. Each has a thread in the process that hands samples in: with eight judges of GSM8K where one keeps up, beside the
+loop of steps, these took a fifth longer."""
 TOGETHER_SECONDS = 0.005
 """Verdicts are received in intervals of so many seconds: to receive each by itself would cost the main process half of what a
 verdict of GSM8K costs the judge."""
