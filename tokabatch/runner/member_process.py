@@ -165,13 +165,14 @@ class _Loop:
         replica, alive = self._replica, self._alive
         alive.idle = False
         # The first standing tells that the model is loaded: it is always sent.
-        self._tell(replica.start())
+        self._finished += replica.start()
+        self._tell()
         while not stopped.is_set():
             alive.turns += 1
             completions: list[Completion] = []
             if replica.scheduler.done:
                 self._due = 0.0 if self._pace.standing is not None else self._due
-                self._tell([])
+                self._tell()
                 self._want()
                 began = time.monotonic()
                 alive.idle = True
@@ -183,13 +184,16 @@ class _Loop:
                 while True:
                     completions += self._obey(self._inbox.get_nowait())
             if not replica.scheduler.done and not stopped.is_set():
-                completions += replica.step()
+                # What the step before has finished is sent while the worker computes: the next step is not held up by it.
+                completions += replica.step(self._tell)
                 self._want()
-            self._tell(completions)
+            self._finished += completions
+            if replica.scheduler.done:
+                self._tell()
 
-    def _tell(self, completions: list[Completion]) -> None:
+    def _tell(self) -> None:
+        """Send what is due of what is finished and of the standing."""
         now = time.monotonic()
-        self._finished += completions
         if now >= self._due:
             every = self._pace.standing
             self._send(self._replica.standing(foresee=every is not None))

@@ -135,10 +135,10 @@ class Replica:
         self._make_executor()
         return self._start_worker()
 
-    def step(self) -> list[Completion]:
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Completion]:
         """Have the next steps computed and take in the oldest one's result; returns the samples that it finished. To be called
-        while the scheduler is not done. Raises EngineError when no worker can be kept alive, ModelError when another one meets
-        other files, and Stopped."""
+        while the scheduler is not done. `meanwhile` is called once while the worker has steps to compute. Raises EngineError
+        when no worker can be kept alive, ModelError when another one meets other files, and Stopped."""
         scheduler, watch, executor = self.scheduler, self._watch, self._executor
         assert executor is not None
         try:
@@ -154,6 +154,7 @@ class Replica:
                 watch.submitted(step, scheduler)
             if not scheduler.num_in_flight:
                 raise EngineError("the scheduler has samples left but nothing to run; please report this with the job file")
+            meanwhile()
             with self._stop.at_once():
                 result = executor.collect()
             began = time.thread_time()

@@ -125,17 +125,6 @@ class Outputs:
         """Token ids of each slot's sample, shape [T]; not to be written to, and good until the next call of another method."""
         return [rows[:, 0] for rows in self._read(slots)]
 
-    def tails(self, slots: Int64, size: int) -> Int32:
-        """The last tokens of each slot's sample, at most `size`, right-aligned, -1 where it has fewer; shape [S, size]."""
-        place, column = self.count[slots, None] - size + np.arange(size), slots[:, None]
-        at = (place + column) & self._mask[slots, None]
-        tails = np.where(place >= 0, self._staged[column * self._room + at * self._width[slots, None]], -1)
-        # Some of them are in the slot's rows.
-        for i in np.flatnonzero(self._stored[slots] > np.maximum(place[:, 0], 0)).tolist():
-            rows = self._read(slots[i : i + 1])[0][-size:, 0]
-            tails[i, size - len(rows) :] = rows
-        return tails
-
     def read(self, slots: Int64) -> list[Generated]:
         """Copies of what these slots have produced."""
         if not self._uniform:

@@ -5,8 +5,6 @@ singly. Whether a stop string may end in a token is found out when the token is 
 hold up a step for each request that comes with strings of its own. Most samples that a string ends are ended by the same
 tokens, so that what the last tokens end is noted and not decoded again. The tokenizer stays with the caller, which brings
 `decode` and the text of each token id.
-
-Shape legend: P samples that may be over, K last tokens of each.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from tokabatch.arrays import Bool, Int32, Int64
+from tokabatch.arrays import Int32, Int64
 from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.generated import Outputs
 
@@ -27,7 +25,7 @@ PARTIAL = "\ufffd"
 """In the text of a token that is a part of a character."""
 NO, YES, UNKNOWN = 0, 1, 2
 TAIL_TOKENS = 16
-"""Last tokens of a sample whose outcome is noted, where these hold the end of its text."""
+"""Last tokens of a sample that are looked at first."""
 MOST_NOTED = 1 << 14
 """Outcomes that are noted at a time."""
 
@@ -123,11 +121,8 @@ class StopRules:
         self._ends = tuple(eos_token_ids)
         self._vocab_size = vocab_size
         self._text = text
-        self._num_bytes = np.full(vocab_size + 1, -1, np.int32)
-        """Bytes that each token certainly adds to a text, -1 until that is asked for. The last entry stands for no token."""
-        self._begins = np.zeros(vocab_size + 1, np.bool_)
-        """Whether the token's text is the same beside any other, likewise."""
-        self._num_bytes[-1] = 0
+        self._adds: dict[int, tuple[int, bool]] = {}
+        """What `_weigh` has found, by token."""
         self._set(sampling)
 
     def extend(self, sampling: Sequence[SamplingParams]) -> None:
@@ -168,7 +163,7 @@ class StopRules:
         self._any_ends = PossibleEnds()
         self._suspect = np.full(self._vocab_size, NO, np.int8)
         """Whether a token may end anything; UNKNOWN until it is drawn."""
-        self._noted: dict[tuple[StopStrings, bytes], str | None] = {}
+        self._noted: dict[tuple[StopStrings, tuple[int, ...]], int | str | None] = {}
         """What ends a text that ends in these tokens, among some strings."""
         self.extend(sampling)
 
@@ -178,59 +173,8 @@ class StopRules:
         places = self.suspects(tokens)
         if not len(places):
             return {}
-        whose = slots[places]
-        kinds = params[whose].tolist()
-        reasons: list[int | str | None] = [
-            token if token in self.ids[kind] else None for token, kind in zip(tokens[places].tolist(), kinds, strict=True)
-        ]
-        undecided = [i for i, kind in enumerate(kinds) if reasons[i] is None and self._strings[kind]]
-        if undecided:
-            of = [kinds[i] for i in undecided]
-            for i, reason in zip(undecided, self._by_strings(of, whose[undecided], outputs), strict=True):
-                reasons[i] = reason
-        return {place: reason for place, reason in zip(places.tolist(), reasons, strict=True) if reason is not None}
-
-    def _by_strings(self, params: Sequence[int], slots: Int64, outputs: Outputs) -> list[int | str | None]:
-        """What `check` says of samples that no stop id has ended, each with strings to look for: as noted, where it is."""
-        tails, noted = outputs.tails(slots, TAIL_TOKENS), self._noted
-        whole = outputs.count[slots] <= TAIL_TOKENS
-        sizes = self._tail_sizes(tails, np.array([self._strings[kind].longest for kind in params], np.int64), whole)
-        keys = [
-            (self._strings[kind], tail[TAIL_TOKENS - size :].tobytes()) if size and not self._least[kind] else None
-            for kind, tail, size in zip(params, tails, sizes.tolist(), strict=True)
-        ]
-        reasons: list[int | str | None] = [None if key is None else noted.get(key) for key in keys]
-        missing = [i for i, key in enumerate(keys) if key is None or key not in noted]
-        if missing:
-            if len(noted) + len(missing) > MOST_NOTED:
-                noted.clear()
-            checked = self.check([params[i] for i in missing], outputs.tokens(slots[missing]))
-            for i, reason in zip(missing, checked, strict=True):
-                reasons[i], key = reason, keys[i]
-                if key is not None and not isinstance(reason, int):
-                    noted[key] = reason
-        return reasons
-
-    def _tail_sizes(self, tails: Int32, longest: Int64, whole: Bool) -> Int64:
-        """How many of the last tokens say how a text ends in which strings of so many bytes are looked for, shape [P]; 0 where
-        `tails`, [P, K], right-aligned, -1 where there is none, do not. `whole` where they are all of the sample."""
-        num_bytes = self._num_bytes[tails]
-        if (num_bytes < 0).any():
-            for token in np.unique(tails[num_bytes < 0]).tolist():
-                self._weigh(token)
-            num_bytes = self._num_bytes[tails]
-        # A string that ends inside the last token begins so far in front of it.
-        before = np.cumsum(num_bytes[:, ::-1], axis=1) - num_bytes[:, -1:]
-        enough = (before >= longest[:, None] - 1) & self._begins[tails[:, ::-1]]
-        return np.where(enough.any(axis=1), enough.argmax(axis=1) + 1, np.where(whole, (tails >= 0).sum(axis=1), 0))
-
-    def _weigh(self, token: int) -> None:
-        """Find out what a token adds to a text."""
-        assert self._text is not None
-        piece = self._piece(token)
-        begins = self._begins[token] = bool(piece) and PARTIAL not in piece and token not in self._text.lone_bytes
-        # A first token may lose its leading spaces.
-        self._num_bytes[token] = max(len(piece.lstrip(" ").encode()), 1) if begins else bool(piece)
+        reasons = self.check(params[slots[places]].tolist(), outputs.tokens(slots[places]))
+        return {i: reason for i, reason in zip(places.tolist(), reasons, strict=True) if reason is not None}
 
     def suspects(self, tokens: Int32) -> Int32:
         """Places in `tokens` of those that may end their sample."""
@@ -247,20 +191,26 @@ class StopRules:
         reasons: list[int | str | None] = [
             int(tokens[-1]) if int(tokens[-1]) in self.ids[p] else None for p, tokens in zip(params, outputs, strict=True)
         ]
-        undecided = [
-            i for i, p in enumerate(params) if reasons[i] is None and self._strings[p] and len(outputs[i]) > self._least[p]
-        ]
-        open_places = [i for i in undecided if self._strings[params[i]].ends.may_be_in(self._piece(int(outputs[i][-1])))]
-        if open_places:
+        keys: dict[int, tuple[StopStrings, tuple[int, ...]]] = {}
+        for i, (p, tokens) in enumerate(zip(params, outputs, strict=True)):
+            if reasons[i] is None and self._strings[p] and len(tokens) > self._least[p]:
+                key = keys[i] = self._strings[p], self._tail(tokens, self._strings[p].longest)
+                if not self._least[p] and key in self._noted:
+                    reasons[i] = self._noted[key]
+                    del keys[i]
+        may_end = [i for i, (strings, tail) in keys.items() if strings.ends.may_be_in(self._piece(tail[-1]))]
+        if may_end:
             assert self._text is not None
-            starts = [self._tail_start(outputs[i], self._strings[params[i]].longest) for i in open_places]
-            tails = [outputs[i][start:].tolist() for i, start in zip(open_places, starts, strict=True)]
+            tails = [list(keys[i][1]) for i in may_end]
             # What the first `min_tokens` tokens complete ends nothing, then or later.
-            least = [self._least[params[i]] - start for i, start in zip(open_places, starts, strict=True)]
+            least = [self._least[params[i]] - len(outputs[i]) + len(tail) for i, tail in zip(may_end, tails, strict=True)]
             passed = [tail[:count] for tail, count in zip(tails, least, strict=True) if count > 0]
             behind = iter(self._text.decode(passed)) if passed else iter(())
-            for i, tail, count in zip(open_places, self._text.decode(tails), least, strict=True):
-                reasons[i] = self._strings[params[i]].first_in(tail, len(next(behind)) if count > 0 else 0)
+            for i, text, count in zip(may_end, self._text.decode(tails), least, strict=True):
+                reasons[i] = keys[i][0].first_in(text, len(next(behind)) if count > 0 else 0)
+        if len(self._noted) + len(keys) > MOST_NOTED:
+            self._noted.clear()
+        self._noted |= {key: reasons[i] for i, key in keys.items() if not self._least[params[i]]}
         return reasons
 
     def _piece(self, token: int) -> str:
@@ -268,18 +218,29 @@ class StopRules:
         assert self._text is not None
         return self._text.pieces[token] if token < len(self._text.pieces) else ""
 
-    def _tail_start(self, tokens: Int32, window: int) -> int:
-        """Where to begin decoding so that the end of the text is whole, for strings of `window` bytes; see `_tail_sizes`."""
-        before = 0
-        for place in range(len(tokens) - 1, -1, -1):
-            token = int(tokens[place])
-            if self._num_bytes[token] < 0:
-                self._weigh(token)
-            if place < len(tokens) - 1:
-                before += int(self._num_bytes[token])
-            if before >= window - 1 and self._begins[token]:
-                return place
-        return 0
+    def _tail(self, tokens: Int32, window: int) -> tuple[int, ...]:
+        """The last tokens, so many that the end of their text is whole for strings of `window` bytes: those that end inside the
+        last token begin so far in front of it. They begin with a token whose text is the same beside any other."""
+        size, before = TAIL_TOKENS, 0
+        while True:
+            tail = tokens[-size:].tolist()
+            for place in range(len(tail) - 1, -1, -1):
+                num_bytes, begins = self._adds.get(tail[place]) or self._weigh(tail[place])
+                before += num_bytes if place < len(tail) - 1 else 0
+                if before >= window - 1 and begins:
+                    return tuple(tail[place:])
+            if size >= len(tokens):
+                return tuple(tail)
+            size, before = size * TAIL_TOKENS, 0
+
+    def _weigh(self, token: int) -> tuple[int, bool]:
+        """Note bytes that a token certainly adds to a text, and whether its text is the same beside any other."""
+        assert self._text is not None
+        piece = self._piece(token)
+        begins = bool(piece) and PARTIAL not in piece and token not in self._text.lone_bytes
+        # A first token may lose its leading spaces.
+        self._adds[token] = max(len(piece.lstrip(" ").encode()), 1) if begins else len(piece[:1]), begins
+        return self._adds[token]
 
 
 def _windows(text: str, length: int, wanted: Collection[str]) -> list[int]:

@@ -49,8 +49,7 @@ class LengthModel:
         self._grouped = grouped
         self._scales = ScaleModel(max_tokens)
         self._stops, self._at_risk = np.zeros(self.bins.count), np.zeros(self.bins.count)
-        self._ended: dict[int, tuple[Float64, Float64]] = {}
-        """By prompt: stops, and time at risk of the samples that ended, in the bins of the scales."""
+        self._ended = EndedSamples(self._scales.count)
         self._finished: list[int] = []
         self._fresh: list[tuple[Int32, Int32, Bool]] = []
         self._num_fresh = self._num_seen = self._age = 0
@@ -104,7 +103,7 @@ class LengthModel:
 
     def forget_first(self, count: int) -> None:
         """The numbers of all requests become less by so many; those that had less have ended, and are counted."""
-        self._ended = {request - count: ended for request, ended in self._ended.items() if request >= count}
+        self._ended.forget_first(count)
         self._table_request = self._table_request - np.int32(count)
 
     def _draw(self, request: Int32, generated: Int32, limit: Int32, exponential: Float64) -> Int32:
@@ -126,13 +125,11 @@ class LengthModel:
         distinct, group = np.unique(request, return_inverse=True)
         stops = self._scales.stops(group[stopped], length[stopped], len(distinct))
         time = self._scales.time_at_risk(group, length, len(distinct))
-        for place, key in enumerate(distinct.tolist()):
-            earlier = self._ended.get(key, (0.0, 0.0))
-            self._ended[key] = earlier[0] + stops[place], earlier[1] + time[place]
-        known = [self._ended.pop(request) for request in self._finished if request in self._ended]
+        self._ended.add(distinct.tolist(), stops, time)
+        known = self._ended.take(self._finished)
         self._finished = []
-        if known:
-            self._scales.absorb(np.stack([stops for stops, _ in known]), np.stack([time for _, time in known]))
+        if len(known[0]):
+            self._scales.absorb(*known)
 
     def _estimate(self, request: Int32, generated: Int32) -> None:
         """Renew the table from all that ended and from what runs: hazards of the run, and of each prompt whose own lengths are
@@ -149,15 +146,57 @@ class LengthModel:
         scales = self._scales
         group = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(generated))))
         time = scales.time_at_risk(group, generated, len(first))
-        stops = np.zeros_like(time)
-        for place, key in enumerate(self._table_request.tolist()):
-            if key in self._ended:
-                stops[place] += self._ended[key][0]
-                time[place] += self._ended[key][1]
+        stops, ended_time = self._ended.of(self._table_request.tolist())
+        time += ended_time
         weight = scales.fit(scales.per_log(run, bins.of), stops, time)
         rates = scales.rates(weight, np.maximum.reduceat(generated, first))
         own = scales.per_token(rates, (bins.edge[1:] + bins.edge[:-1] + 1) / 2)
         self._table = HazardTable(bins, np.concatenate((run[None], own)))
+
+
+class EndedSamples:
+    """Of each prompt the samples that ended: stops, and time at risk, in B bins."""
+
+    def __init__(self, num_bins: int) -> None:
+        self._row: dict[int, int] = {}
+        """Where each prompt's counts are; those of row 0, of no prompt, are zero."""
+        self._free: list[int] = []
+        self._counts = np.zeros((2, 1, num_bins))
+
+    def __len__(self) -> int:
+        """Prompts of which any are counted."""
+        return len(self._row)
+
+    def add(self, requests: list[int], stops: Float64, time: Float64) -> None:
+        """Count further ones of G different prompts, shape [G, B] each."""
+        fresh = [request for request in requests if request not in self._row]
+        if len(fresh) > len(self._free):
+            size = self._counts.shape[1]
+            self._counts = np.concatenate((self._counts, np.zeros((2, size + len(fresh), self._counts.shape[2]))), axis=1)
+            self._free += range(size, self._counts.shape[1])
+        for request in fresh:
+            self._row[request] = self._free.pop()
+        rows = [self._row[request] for request in requests]
+        self._counts[0, rows] += stops
+        self._counts[1, rows] += time
+
+    def of(self, requests: list[int]) -> tuple[Float64, Float64]:
+        """Stops and time of these prompts, shape [G, B] each; zero where none has ended."""
+        stops, time = self._counts[:, [self._row.get(request, 0) for request in requests]]
+        return stops, time
+
+    def take(self, requests: list[int]) -> tuple[Float64, Float64]:
+        """Forget those of these prompts that have any, and return what was counted of them."""
+        rows = [self._row.pop(request) for request in requests if request in self._row]
+        stops, time = self._counts[:, rows]
+        self._counts[:, rows] = 0.0
+        self._free += rows
+        return stops, time
+
+    def forget_first(self, count: int) -> None:
+        """The numbers of all prompts become less by so many; those that had less are forgotten."""
+        self.take([request for request in self._row if request < count])
+        self._row = {request - count: row for request, row in self._row.items()}
 
 
 class Caution:

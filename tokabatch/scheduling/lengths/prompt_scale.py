@@ -23,6 +23,8 @@ _PRIOR_TIME = 2.0
 """Bins' worth of time at risk behind the run's hazard in each bin of the shape."""
 _PRIOR_PROMPTS = 1.0
 _ROUNDS = 2
+_LEAST_LIKELY = 1e-300
+"""Weight of a scale that is out of the question, so that one is left where all are."""
 
 
 class ScaleModel:
@@ -84,9 +86,14 @@ class ScaleModel:
         assert self._shape is not None
         per_scale = self._shape[self._source]
         passed = np.cumsum(per_scale, axis=0) * self._step
-        beyond = np.maximum(passed[None] - passed[self._bin(age)][:, None], 0.0)
-        likely = weight[:, None] * np.exp(-beyond) + 1e-300
-        return (likely * per_scale[None]).sum(axis=2) / likely.sum(axis=2)
+        bins, rates = self._bin(age), np.empty((len(weight), self.count))
+        # Prompts of one age have the chances in common.
+        for now in np.unique(bins).tolist():
+            chosen = bins == now
+            reached = np.exp(-np.maximum(passed - passed[now], 0.0))
+            stopping = weight[chosen] @ (reached * per_scale).T + _LEAST_LIKELY * per_scale.sum(axis=1)
+            rates[chosen] = stopping / (weight[chosen] @ reached.T + _LEAST_LIKELY * len(_SHIFTS))
+        return rates
 
     def per_token(self, rate: Float64, middle: Float64) -> Float64:
         """Rates per unit of log-length as stops per token at the lengths `middle`, along the last axis."""
