@@ -22,8 +22,8 @@ from support.faulty_files import CountedFiles
 from support.forked_runs import ForkServer
 
 from tokabatch.output.claim import Claim
+from tokabatch.output.shard_names import shard_number
 from tokabatch.output.shard_writer import ShardWriter
-from tokabatch.output.shards import shard_number
 from tokabatch.output.status import Shares, read_shares
 from tokabatch.output.units import Units
 

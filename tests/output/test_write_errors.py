@@ -22,8 +22,8 @@ from tokabatch.input.store import disk_arrays as spool
 from tokabatch.output import folder as folder_module
 from tokabatch.output.claim import Claim
 from tokabatch.output.integrity import check
+from tokabatch.output.shard_names import shard_number
 from tokabatch.output.shard_writer import ShardWriter
-from tokabatch.output.shards import shard_number
 from tokabatch.report.progress import NullProgress
 from tokabatch.report.review import write_report
 from tokabatch.storage.atomic_files import DurableFiles

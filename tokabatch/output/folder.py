@@ -20,10 +20,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from tokabatch.output.journal import Record, merged, read_record
+from tokabatch.output.shard_names import is_shard_name
 from tokabatch.storage.atomic_files import DurableFiles
 from tokabatch.storage.listing import ListedFile, list_files
 
-_SHARD_NAME = re.compile(r"part-\d{5,}(-\d{5,})?\.parquet")
 _JOURNAL_NAME = re.compile(r"commits-.+\.jsonl")
 _STEPS_NAME = re.compile(r"steps-\d{5,}\.parquet")
 PLAN, JUDGED, LEASE = "plan-", "judged-", ".lease"
@@ -57,7 +57,7 @@ class OutputFolder:
         """List the files with names of shards, by number, except for the names `but`, as `name_of` gives them."""
 
         def wanted(name: str) -> bool:
-            return f"{self.data.name}/{name}" not in but and _SHARD_NAME.fullmatch(name) is not None
+            return f"{self.data.name}/{name}" not in but and is_shard_name(name)
 
         found = list_files(self.files, self.data, wanted)
         return tuple(sorted(found, key=lambda file: (len(file.path.name), file.path.name)))
@@ -67,7 +67,7 @@ class OutputFolder:
         return [
             file.path.name
             for file in list_files(self.files, self.data)
-            if file.path.name[:1] != "." and not (file.is_file and _SHARD_NAME.fullmatch(file.path.name))
+            if file.path.name[:1] != "." and not (file.is_file and is_shard_name(file.path.name))
         ]
 
     def steps(self) -> tuple[ListedFile, ...]:

@@ -25,8 +25,9 @@ import pyarrow as pa
 from tokabatch.errors import DamageError, OutputError
 from tokabatch.output.claim import Claim
 from tokabatch.output.journal import Shard
+from tokabatch.output.shard_names import shard_name, shard_number
 from tokabatch.output.shard_writer import SHARD_BYTES
-from tokabatch.output.shards import ARROW_BYTES_KEY, open_shard, read_groups, record_commit, shard_number, write_shard
+from tokabatch.output.shards import ARROW_BYTES_KEY, open_shard, read_groups, record_commit, write_shard
 from tokabatch.storage.listing import Changed, ListedFile, Mark, is_there
 
 FEW_ROWS, FEW_BYTES = 4096, 32 << 20
@@ -102,7 +103,7 @@ def _fill(
     for number, table in enumerate(_joined(small, rows_per_shard), first):
         if stop():
             return []
-        path = new / f"part-{number:05d}.parquet"
+        path = new / shard_name(number)
         made.append(write_shard(claim, table, path, claim.folder.name_of(path)))
     for shard, _ in kept:
         claim.files.link(claim.folder.path / shard.name, new / Path(shard.name).name)

@@ -21,7 +21,8 @@ from tokabatch.arrays import Int32, Int64
 from tokabatch.errors import OutputError
 from tokabatch.output.claim import Claim
 from tokabatch.output.journal import Shard
-from tokabatch.output.shards import record_commit, shard_number, write_shard
+from tokabatch.output.shard_names import shard_name, shard_number
+from tokabatch.output.shards import record_commit, write_shard
 from tokabatch.storage.atomic_files import publish
 from tokabatch.storage.listing import Mark, mark_of
 
@@ -226,8 +227,7 @@ class ShardWriter:
 
     def _publish(self, unit: int, num_rows: int) -> None:
         folder, files, books = self._claim.folder, self._claim.files, self._state.units[unit]
-        of_unit = "" if unit == WHOLE else f"{unit:05d}-"
-        final = folder.data / f"part-{of_unit}{books.number:05d}.parquet"
+        final = folder.data / shard_name(books.number, None if unit == WHOLE else unit)
         temporary = folder.temporary / final.name
         try:
             table = pa.concat_tables(books.waiting).slice(0, num_rows)

@@ -20,6 +20,7 @@ from tokabatch.errors import DamageError, ForeignFileError
 from tokabatch.output.claim import Claim
 from tokabatch.output.journal import Shard
 from tokabatch.output.schema import CANCELLED, verdict_names
+from tokabatch.output.shard_names import shard_number
 from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.storage.atomic_files import NewFile
 from tokabatch.storage.listing import NO_MARK, ListedFile, Mark, mark_of
@@ -84,13 +85,8 @@ def _count(table: pa.Table, value: str, column: str = "status") -> int:
     return int(pc.call_function("sum", [pc.call_function("equal", [table[column], value])]).as_py() or 0)
 
 
-def shard_number(name: str) -> int:
-    """Return 12 for `data/part-00012.parquet`; for a unit's shard, its number within the unit."""
-    return int(name.rpartition("-")[2].partition(".")[0])
-
-
 def in_order(shards: Iterable[Shard]) -> tuple[Shard, ...]:
-    """Return the sort key of a shard: by unit, if there are several, then by number."""
+    """Return the shards sorted by number, and those of one number by unit."""
     return tuple(sorted(shards, key=lambda shard: (shard_number(shard.name), shard.name)))
 
 

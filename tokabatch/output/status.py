@@ -21,8 +21,9 @@ from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.leases import Lease, read_leases
 from tokabatch.output.lock import is_claimed
 from tokabatch.output.manifest import Books, read_manifest
+from tokabatch.output.shard_names import unit_of_shard
 from tokabatch.output.shards import count_cancelled, count_ok, count_unjudged, open_shard, read_groups
-from tokabatch.output.units import unit_of_shard, unit_sizes
+from tokabatch.output.units import unit_sizes
 from tokabatch.storage.listing import ListedFile, consistently, is_there, list_files
 
 State = Literal["running", "complete", "incomplete", "absent"]

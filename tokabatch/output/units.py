@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from tokabatch.output.claim import Claim
 from tokabatch.output.folder import PLAN, OutputFolder
 from tokabatch.storage.atomic_files import write_whole
 from tokabatch.storage.listing import read_bytes
-
-_UNIT_SHARD = re.compile(r"part-(\d{5,})-\d{5,}\.parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +73,6 @@ def _read(folder: OutputFolder, digest: str) -> Int32:
             f"{path} is missing or damaged, which tells the units of the run. Without --shared, the same command completes it"
         )
     return np.load(io.BytesIO(content), allow_pickle=False)
-
-
-def unit_of_shard(name: str) -> int | None:
-    """Return 3 for `part-00003-00001.parquet`; None for a shard of no unit."""
-    found = _UNIT_SHARD.fullmatch(name)
-    return int(found[1]) if found else None
 
 
 def _path(folder: OutputFolder, digest: str) -> Path:

@@ -16,8 +16,9 @@ import numpy as np
 from tokabatch.output.claim import Claim
 from tokabatch.output.leases import Leases
 from tokabatch.output.schema import UnsampledRow
-from tokabatch.output.shards import read_groups, shard_number
-from tokabatch.output.units import Units, unit_of_shard
+from tokabatch.output.shard_names import shard_number, unit_of_shard
+from tokabatch.output.shards import read_groups
+from tokabatch.output.units import Units
 from tokabatch.runner.ledger import Ledger
 from tokabatch.runner.recorder import Recorder
 from tokabatch.runner.resume import Start
@@ -147,7 +148,7 @@ class Supply:
         consistently(read, folder.path)
 
     def _note(self, name: str) -> None:
-        unit = unit_of_shard(name.rpartition("/")[2])
+        unit = unit_of_shard(name)
         if unit is not None:
             self._numbers.setdefault(unit, set()).add(shard_number(name))
 
