@@ -1,4 +1,4 @@
-"""How long `tokabatch run` takes to refuse a job: twelve mistakes, each in a process of its own.
+"""How long `tokabatch run` takes to refuse a job: fourteen mistakes, each in a process of its own.
 
     python -m benchmarks.refusals [REPEATS]
 
@@ -31,6 +31,8 @@ MISTAKES = {
     "no Jinja": ("JOB", "prompt.template={{ question"),
     "output.columns of another input": ("JOB", "output.columns=[qestion]"),
     "output.path is a file": ("JOB", "output.path=data.csv"),
+    "max_tokens beyond the context": ("JOB", "generation.max_tokens=4096"),
+    "a token id beyond the vocabulary": ("JOB", "generation.stop_token_ids=99999"),
 }
 
 

@@ -315,7 +315,17 @@ class TestQuickstart:
         done = tokabatch("plan", QUICKSTART, *SMALL, f"output.path={tmp_path / 'out'}")
         assert (done.returncode, list(tmp_path.iterdir())) == (0, []), done.stderr
         assert "\x1b" not in done.stdout
-        for text in ("First prompt", "token ids", "unique tokens", "longest prompt", "bytes per token", "at most 32"):
+        for text in (
+            "First prompt",
+            "token ids",
+            "unique tokens",
+            "longest prompt",
+            "bytes each",
+            "at most 32",
+            "weights",
+            "workspace",
+            "on disk until",
+        ):
             assert text in done.stdout
         assert re.search(r"max_tokens +8 +job", done.stdout) and re.search(r"\n  samples +4\n", done.stdout)
 
