@@ -292,7 +292,7 @@ def _draw(snapshot: ProgressSnapshot, rates: Rates) -> Group:
 
 def _facts(snapshot: ProgressSnapshot, rates: Rates) -> list[str]:
     if snapshot.phase == "starting":
-        return []
+        return ["loading PyTorch, the model's files and its tokenizer"]
     if snapshot.phase == "simulating":
         return [f"steps {snapshot.steps:,}"]
     facts = [f"rows {_of(snapshot.rows_done, snapshot.rows_total)}"]
