@@ -1,6 +1,7 @@
-"""Waiting samples join the next step: those the policy admits, as long as slots, tokens and pages are there.
+"""How waiting samples enter a step: finds candidates, has the policy say how many to admit, and opens their slots.
 
-A later candidate never overtakes an earlier one that does not fit, so no sample starves.
+How many are admitted is decided in `forecast_policy`; here the count is cut to the slots, tokens and pages that are free. A
+later candidate never overtakes an earlier one that does not fit, so no sample starves.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from tokabatch.scheduling.policy.policy import Candidates
 from tokabatch.scheduling.work import Work
 
 MAX_FRESH = 256
-"""Prompts begun in one step at most."""
+"""The most prompts that begin in one step."""
 
 _Known = tuple[PromptPages, list[int], int]
-"""A prompt that has been open before, the numbers of samples to admit, and the output tokens each of them has had."""
+"""A prompt that has been open before, the numbers of the samples to admit, and the output tokens that each already has."""
 
 
 class Admission:
-    """Finds candidates, and opens slots for as many of them as the policy says."""
+    """Find candidates, and open slots for as many of them as the policy admits."""
 
     def __init__(self, work: Work, kv: KVCacheManager, lengths: LengthEstimates, policy: GuardedPolicy) -> None:
         self._work = work
@@ -35,7 +36,7 @@ class Admission:
         self._policy = policy
 
     def admit(self, budget: int, step: int) -> Runs:
-        """Open slots for samples of step number `step`, which has `budget` tokens left; what they compute in it."""
+        """Open slots for samples that join step number `step`, with `budget` tokens left. Return what they compute in it."""
         if budget <= 0 or not self._kv.slots.num_free:
             return NO_RUNS
         candidates = self._candidates(budget, step)
@@ -49,14 +50,14 @@ class Admission:
         case, first = self._policy.case, int(candidates.request[0])
         if case.alone and counts[0] and not len(runs.slots) and self._kv.suspend_idle(keep=first):
             if candidates.num_known:
-                # The first alone: a prompt just suspended would stand before it and take the pages that came free.
+                # Only the first may enter: a prompt just suspended would come before it and take the pages that were freed.
                 self._policy.case = replace(case, confined_to=frozenset((first,)))
             return self.admit(budget, step)
         return runs
 
     def _candidates(self, budget: int, step: int) -> Candidates | None:
-        """As many as there are slots and tokens for, None where there are none: prompts open before in the policy's order, then
-        those never begun."""
+        """Return as many candidates as there are slots and tokens for, or None if there are none: first prompts that have been
+        open before, in the policy's order, then prompts never begun."""
         work, tree, free = self._work, self._kv.tree, self._kv.slots.num_free
         known: list[_Known] = []
         for prompt in self._policy.order([*tree.suspended, *tree.with_pending()]):
@@ -81,7 +82,7 @@ class Admission:
         return Candidates(len(known), request, counts, produced, samples, lengths)
 
     def _asking(self, prompt: PromptPages, free: int, budget: int, step: int) -> tuple[list[_Known], int]:
-        """What a prompt that has been open before has to admit with so many slots and tokens, and the tokens it takes."""
+        """Return the samples that a known prompt can fill `free` slots and `budget` tokens with, and the tokens they take."""
         present = prompt.request in self._kv.tree
         if not present or not prompt.can_fork(step):
             if present and (prompt.leader >= 0 or prompt.has_nan):
@@ -95,15 +96,15 @@ class Admission:
         if not prompt.preempted:
             count = min(prompt.num_pending, free, budget)
             return [(prompt, prompt.samples[prompt.next_sample : prompt.next_sample + count].tolist(), 0)], count
-        # Each has a length of its own, and as many tokens to compute again.
+        # Preempted samples differ in how many output tokens they have, all of which are computed again.
         preempted = [(sample, len(output.tokens)) for sample, output in islice(prompt.preempted.items(), free)]
         before = accumulate([produced for _, produced in preempted[:-1]], initial=0)
         asking = [(prompt, [sample], size) for (sample, size), tokens in zip(preempted, before, strict=True) if tokens < budget]
         return asking, sum(1 + produced for _, _, produced in asking)
 
     def _admit(self, candidates: Candidates, counts: Int32, num_fresh: int, budget: int, step: int) -> list[Runs]:
-        """Admit samples of prompts that have been open before, and where all candidates among these got a sample in, begin
-        `num_fresh` others."""
+        """Admit samples of prompts that have been open before. If each of these had a sample admitted, begin `num_fresh` new
+        prompts. Return the runs of the opened slots, in parts."""
         kv, tree, taken = self._kv, self._kv.tree, list[Runs]()
         requests = candidates.request[: candidates.num_known].tolist()
         forks = [request in tree and tree[request].can_fork(step) for request in requests]
@@ -116,7 +117,7 @@ class Admission:
                 tokens = budget - np.cumsum(asked * (produced + 1)) + asked * (produced + 1)
                 enter = np.clip(np.minimum(room, tokens), 0, asked)
                 count = len(enter) if enter.all() else int(np.argmin(enter > 0))
-                # Those never begun come in with the last ones: one opening of slots costs as much for few as for many.
+                # New prompts are opened together with the last forks: one call costs as much for few slots as for many.
                 last = places[-1] == len(requests) - 1
                 num_fresh = num_fresh if count == len(enter) else 0
                 if count:

@@ -1,8 +1,9 @@
-"""The scheduler's own policy: as many samples as will have pages at every future step, by a forecast of page use.
+"""How many samples are admitted, and which wait when pages run short: the default policy, based on a forecast of page use.
 
-Samples come in in plan order. When pages run short after all, samples wait: one that waits keeps its pages and computes
-nothing for a while, which costs no work at all, while others end and free theirs. Whatever frees most pages for the tokens it
-still takes goes first: samples are ranked by tokens to come over tokens held.
+Samples are admitted in plan order, as many as the forecast has pages for at every future step. If pages run short all the
+same, samples are held: a held sample keeps its pages and computes nothing for a while, so no work is lost, while others end
+and free their pages. Samples are ranked by tokens still to come over tokens held, so that those that free the most pages for
+the fewest further tokens run first.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from tokabatch.scheduling.policy.policy import Candidates
 from tokabatch.scheduling.work import Work
 
 FORECAST_STEPS = 8
-"""A forecast with pages to spare for every candidate at its longest serves for so many steps."""
+"""Steps for which a forecast is reused, as long as it has pages to spare for the peak use of every new candidate."""
 NEARLY_FULL = 1 / 8
-"""With a smaller share of the pages free it is looked ahead which samples can finish in what is left."""
+"""Share of the pages: with fewer free, the samples that can finish in the pages left are computed."""
 FEW = 1 / 4
-"""Once fewer than this share of the running samples can, the others begin to wait."""
+"""Share of the running samples: if fewer than this can finish, the others are held."""
 _RESOLUTION = 64
 
 
@@ -35,18 +36,19 @@ class ForecastPolicy:
         self.kv = kv
         self.lengths = lengths
         self._surely_free = self._steps_good_for = 0
-        """Pages free at every future step by the last forecast, less all that came in since; and for how long to rely on it."""
+        """Pages free at every future step by the last forecast, less the peaks of all samples admitted since; and the number of
+        steps for which that forecast is still used."""
         self._held_epoch = np.full(kv.slots.num_slots, -1, np.int32)
-        """The epoch of each slot that is held back."""
+        """The epoch in which each slot was held, -1 if it is not, shape [slots]."""
         self._holding = False
         self._steps_to_look = 0
 
     def order(self, waiting: list[PromptPages]) -> list[PromptPages]:
-        """Keep plan order, prompts without pages first."""
+        """Return the prompts as given: in plan order, those without pages first."""
         return waiting
 
     def admit(self, candidates: Candidates) -> Int32:
-        """Admit the samples that fit the pool at every future step; none while running samples wait."""
+        """Return how many samples of each candidate fit the pool at every future step; zero while running samples are held."""
         if self._holding:
             return np.zeros_like(candidates.counts)
         size, tree, num_pages = self.kv.page_size, self.kv.tree, self.kv.pool.num_pages
@@ -77,7 +79,8 @@ class ForecastPolicy:
         return np.clip(fitting - before, 0, candidates.counts).astype(np.int32)
 
     def hold(self, decoding: Int64) -> Int64:
-        """Let all go on while pages are plenty; else those that can finish, decided once in as many steps as fill a page."""
+        """Return all slots while enough pages are free, otherwise those of samples that can finish, chosen anew every
+        `page_size` steps."""
         slots, pool = self.kv.slots, self.kv.pool
         if pool.num_free > NEARLY_FULL * pool.num_pages or len(slots.order) < 2:
             self._holding = False
@@ -88,25 +91,25 @@ class ForecastPolicy:
             self._choose_held()
         going = self._not_held(decoding)
         if len(decoding) and not len(going):
-            # All that might go on have ended since.
+            # Every sample that was not held has ended.
             self._choose_held()
             going = self._not_held(decoding)
         return going
 
     def rank(self, slots: Int64) -> Int64:
-        """Put those first that free most tokens for what they still take."""
+        """Order slots by typical remaining tokens over tokens held, ascending."""
         return slots[self._by_yield(slots)]
 
     def invalidate(self) -> None:
-        """Start the next forecast from scratch."""
+        """Discard the last forecast; the next call of `admit` makes a new one."""
         self._steps_good_for = 0
 
     def _forecast(self, also: Int32) -> Forecast:
-        """Page use of what runs and of the open prompts; `also` names the steps after which candidates end."""
+        """Forecast the page use of running samples and open prompts; `also` holds the steps after which candidates end."""
         slots, tree, order = self.kv.slots, self.kv.tree, self.kv.slots.order
         remaining = self.lengths.remaining(order)
         running = Claims(
-            # A prompt under way is taken as computed: what its length holds is claimed from the start.
+            # A prompt in prefill counts as computed: the pages for its whole length are claimed from the start.
             computed=np.maximum(slots.length[order] - 1, 0),
             shared=slots.shared_pages[order],
             remaining=remaining,
@@ -121,16 +124,16 @@ class ForecastPolicy:
         return decoding[self._held_epoch[decoding] != self.kv.slots.epoch[decoding]]
 
     def _by_yield(self, slots: Int64) -> npt.NDArray[np.intp]:
-        """Places in `slots`, in the order of `rank`."""
+        """Return indices into `slots`, in the order of `rank`."""
         return np.argsort(self.lengths.typical_remaining(slots) / self.kv.slots.length[slots], kind="stable")
 
     def _choose_held(self) -> None:
-        """Decide which samples wait from now on: none if all can finish, or as long as enough can."""
+        """Choose the samples to hold from now on: none if all can finish, or as long as enough can."""
         slots, tree, order = self.kv.slots, self.kv.tree, self.kv.slots.order
         by_yield, remaining = self._by_yield(order), self.lengths.remaining(order)
         rank = np.empty(len(order), np.int32)
         rank[by_yield] = np.arange(len(order), dtype=np.int32)
-        # A prompt's pages come free behind the last of its samples, and with that one only.
+        # A prompt's pages are freed when the last of its samples ends, not before.
         held_rank = tree.last_steps(slots.request[order], rank + 1) - 1
         held_until = tree.last_steps(slots.request[order], remaining)
         number = finishing(
@@ -149,11 +152,11 @@ class ForecastPolicy:
 
 
 def finishing(free: int, page_size: int, rank: Int32, end: Int64, pages: Int32, grows: Bool) -> int:
-    """How many samples can run to their ends when only those of a rank below that number go on.
+    """Return the largest number of samples that can run to their ends if only those of a rank below that number continue.
 
-    Entry i holds `pages[i]` pages, to be freed at step `end[i]` from now if its rank is below the number asked for; where it
-    `grows` it is a sample and takes one page in `page_size` steps until then. The number is found by bisection, to one part
-    in 64 and from below: never one that does not fit."""
+    Entry i holds `pages[i]` pages, which are freed at step `end[i]` from now if its rank is below that number. Entries with
+    `grows` are samples, which take one more page every `page_size` steps until then. The number is found by bisection to
+    1/64 of the samples, rounded down, so that the samples always fit."""
     by_end = np.argsort(end, kind="stable")
     rank, end, pages, grows = rank[by_end], end[by_end], pages[by_end], grows[by_end]
 

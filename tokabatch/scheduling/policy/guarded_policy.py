@@ -1,8 +1,8 @@
-"""The cases of a step in which a policy is not free to answer, whichever policy it is.
+"""The cases in which a step overrides its policy, whichever policy it is.
 
-Alone: nothing runs, so the first candidate comes in, or the run would stand still. Short: running samples wait for a page in
-this very step, so nothing comes in. Confined: a worker has died of what it ran, or of all prompts only one is to get pages,
-so no others come in, those never begun included.
+Alone: nothing runs, so the first candidate is admitted, or the run would make no progress. Short: running samples wait for a
+page in this step, so none is admitted. Confined: only some prompts may be admitted, because a worker has died of what it ran
+or because one prompt is to get pages before all others; prompts never begun are excluded too.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from tokabatch.scheduling.policy.policy import Candidates, Policy
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What a step is like, as far as it binds every policy."""
+    """The conditions of a step that override any policy."""
 
     alone: bool = False
     """Nothing runs or is in flight."""
     short: bool = False
     """Running samples wait for a page in this step."""
     confined_to: frozenset[int] | None = None
-    """The only prompts that may come in; None is all."""
+    """The only prompts of which samples may be admitted; None means all."""
 
 
 class GuardedPolicy:
-    """Another `Policy`, within the `case` of the step that is being decided."""
+    """Wraps a `Policy` and restricts its answers to the `case` of the current step."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self.case = Case()
 
     def order(self, waiting: list[PromptPages]) -> list[PromptPages]:
-        """See `Policy`; confined, the others are left out."""
+        """See `Policy`; prompts outside `confined_to` are left out."""
         allowed = self.case.confined_to
         return self._policy.order(waiting if allowed is None else [prompt for prompt in waiting if prompt.request in allowed])
 
     def admit(self, candidates: Candidates) -> Int32:
-        """See `Policy`; never more than there are."""
+        """See `Policy`; the counts never exceed the candidates'."""
         case, counts = self.case, np.zeros_like(candidates.counts)
         asked = candidates if case.confined_to is None else candidates.begun()
         if case.short or not len(asked.counts):

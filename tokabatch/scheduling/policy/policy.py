@@ -1,8 +1,9 @@
-"""What a policy decides: in what order waiting samples come in, how many of them, and who waits when pages run short.
+"""What a scheduling policy decides: the order of waiting samples, how many are admitted, and which wait for pages.
 
-Everything else follows from the cache and the limits: a step has only so many tokens, slots and pages, a prompt is computed
-once before its samples fork. `guarded_policy` has the cases in which no policy is free to answer. To write another policy,
-derive from `ForecastPolicy` or write the five methods, and give the class to `Scheduler`.
+This is the interface; `forecast_policy` is the default implementation, and `admission` carries out what it returns.
+Everything else follows from the cache and the limits: a step has only so many tokens, slots and pages, and a prompt is
+computed once before its samples fork. `guarded_policy` overrides a policy where only one answer is possible. To write another
+policy, derive from `ForecastPolicy` or implement the five methods, and pass the class to `Scheduler`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from tokabatch.scheduling.kv.prefix_tree import PromptPages
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Waiting samples for which a step has slots and tokens: C entries, and S samples in all, in the order in which they come
-    in. The first `num_known` entries are of prompts that have been open before, the others of prompts never begun."""
+    """Waiting samples for which a step has slots and tokens: C entries, and S samples in all, in the order of
+    admission. The first `num_known` entries are of prompts that have been open before, the others of prompts never begun."""
 
     num_known: int
     request: Int32
@@ -27,40 +28,40 @@ class Candidates:
     produced: Int32
     """Output tokens that each of an entry's samples had when it was preempted, shape [C]."""
     samples: Int32
-    """The number of each sample, entry after entry, shape [S]."""
+    """The number of each sample within its prompt, grouped by entry, shape [S]."""
     lengths: Int32
-    """Output tokens that each sample is taken to have in the end, shape [S]."""
+    """Predicted output tokens of each sample in the end, shape [S]."""
 
     def begun(self) -> Candidates:
-        """Those of prompts that have been open before."""
+        """Return only the candidates of prompts that have been open before."""
         known, samples = self.num_known, int(self.counts[: self.num_known].sum())
         entries = self.request[:known], self.counts[:known], self.produced[:known]
         return Candidates(known, *entries, self.samples[:samples], self.lengths[:samples])
 
 
 class Policy(Protocol):
-    """Made by the scheduler from its work, its cache and its estimates of lengths, all of which it only reads."""
+    """A scheduling policy, constructed by the scheduler with its work, cache and length estimates, which it only reads."""
 
     def order(self, waiting: list[PromptPages]) -> list[PromptPages]:
-        """In what order prompts that have been open before come in. They are given in plan order, those without pages first.
-        Prompts never begun follow behind them in plan order, by which they share their prefixes."""
+        """Return prompts that have been open before in the order of admission. They are given in plan order, those without
+        pages first. Prompts never begun follow them, in plan order, so that they share their prefixes."""
         ...
 
     def admit(self, candidates: Candidates) -> Int32:
-        """How many samples of each candidate come in, shape [C]. None behind the first candidate of which not all do."""
+        """Return how many samples of each candidate to admit, shape [C]; zero after the first one not admitted in full."""
         ...
 
     def hold(self, decoding: Int64) -> Int64:
-        """Those of the running samples' slots that compute their next token in this step, at least one if any is given; the
-        others wait and keep their pages. Called once a step."""
+        """Return the slots, of those given, that compute their next token in this step, at least one if any is given. The
+        samples in the others wait and keep their pages. Called once a step."""
         ...
 
     def rank(self, slots: Int64) -> Int64:
-        """These slots, in plan order, reordered: where pages are missing the last ones wait for them, and at last give
-        theirs up."""
+        """Return these slots, given in plan order, by descending priority. When pages are short, the samples ranked last wait,
+        and are preempted if that is not enough."""
         ...
 
     def invalidate(self) -> None:
-        """Drop what has been worked out about the future: samples have been taken back, added or cancelled, lengths have been
-        estimated anew, or there is another number of pages."""
+        """Discard cached forecasts. Called when samples have been requeued, added or cancelled, when lengths have been
+        estimated anew, and when the number of pages has changed."""
         ...

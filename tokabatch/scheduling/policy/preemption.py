@@ -1,8 +1,8 @@
-"""Where pages are short: which running samples wait for a step, and which one is preempted.
+"""When pages are short: which running samples wait for a step, and which one is preempted.
 
-Prompts without running samples give up their pages first. Then those samples that need a page and rank last wait; where that
-were most of the step, the sample that ranks last of all is preempted: its pages come free, and what they held is computed again
-once it comes back.
+Prompts without running samples give up their pages first. Then the samples that need a page and rank last wait. If most of
+the step would wait, the sample that ranks last of all is preempted instead: its pages are freed, and what they held is
+computed again when the sample is readmitted.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tokabatch.scheduling.kv.manager import KVCacheManager
 from tokabatch.scheduling.policy.policy import Policy
 
 MOST_SHORT = 3 / 4
-"""Where a larger share of a step's samples than this is short of a page they do not all wait: one is preempted."""
+"""Largest share of a step's decoding samples that may wait for a page; above it, one sample is preempted."""
 
 
 class Preemption:
-    """Of one scheduler's cache."""
+    """Assigns pages to the decoding samples of one scheduler, and preempts samples when pages are short."""
 
     def __init__(self, kv: KVCacheManager, policy: Policy, counts: SchedulerCounts) -> None:
         self._kv = kv
@@ -27,7 +27,7 @@ class Preemption:
         self._counts = counts
 
     def make_room(self, decoding: Int64) -> tuple[Int64, int]:
-        """Give each slot the page that its next position needs; those that have it, and how many wait for one."""
+        """Give each slot the page that its next position needs. Return the slots that have it, and how many wait for one."""
         kv, num_short = self._kv, 0
         needs = kv.at_page_end(decoding)
         while len(needs) > kv.num_free_pages:
@@ -44,7 +44,7 @@ class Preemption:
         return decoding, num_short
 
     def preempt(self) -> int:
-        """Give up the pages of the sample that the policy ranks last; its slot."""
+        """Preempt the sample that the policy ranks last, freeing its pages. Return its slot."""
         seq = self._kv.slots
         assert len(seq.order) > 1, "a single sample does not fit the pool; the job was sized wrongly"
         unfinished = seq.order[seq.length[seq.order] > seq.computed[seq.order]]

@@ -1,8 +1,8 @@
-"""What a step computes: which running samples draw their next token, how the tokens left are shared out, and who comes in.
+"""What a step computes: which samples decode, how the remaining tokens are divided among prefills, and what is admitted.
 
-In this order: running samples decode, as far as the policy lets them and pages are there (`preemption`); prompts under way go
-on, oldest first; waiting samples are admitted with the tokens that are left (`admission`). Where nothing at all could run,
-something gives way and the step is decided again.
+In this order: running samples decode, as far as the policy allows and pages are free (`preemption`); prefills under way
+continue, oldest first; waiting samples are admitted with the tokens that are left (`admission`). If nothing at all could run,
+idle prompts are suspended, a sample is preempted or the quarantine is released, and the step is decided again.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from tokabatch.scheduling.work import Work
 
 @dataclass(frozen=True, slots=True)
 class StepDecision:
-    """What slots compute in a step."""
+    """What the slots compute in a step."""
 
     decoding: Int64
-    """Those that compute the token drawn last, shape [D]."""
+    """Slots that compute the token drawn last, shape [D]."""
     runs: Runs
-    """Those that compute given tokens, in plan order."""
+    """Slots that compute tokens from the host (prefill), and how many, in plan order."""
     num_waiting: int
-    """Samples that could compute a token and wait for pages."""
+    """Samples that could decode in this step but wait for pages."""
 
 
 class StepDecisions:
-    """Of one scheduler. `policy` makes its policy, whose answers are bound by the cases of `GuardedPolicy`."""
+    """Decides the steps of one scheduler. `policy` constructs its policy, which is wrapped in a `GuardedPolicy`."""
 
     def __init__(
         self,
@@ -61,14 +61,15 @@ class StepDecisions:
         self._policy.invalidate()
 
     def decide(self, max_tokens: int, stages: int, *, in_flight: bool) -> StepDecision | None:
-        """The next step, of at most `max_tokens` tokens, for a worker of so many pipeline stages; `in_flight` where results of
-        others are still to come. None where nothing can be computed before they have. Pages are assigned and slots opened."""
+        """Decide the next step, of at most `max_tokens` tokens, for a worker of `stages` pipeline stages; assign pages and open
+        slots for it. `in_flight` says that results of earlier steps are outstanding. Return None if nothing can be computed
+        before they arrive."""
         slots = self._kv.slots
         while True:
             ready, prefilling = slots.runnable()
             if stages > 1:
                 received = slots.length[ready] == slots.prompt_length[ready] + slots.generated[ready]
-                # In plan order, so that those that share a prefix stay together.
+                # In plan order, so that samples that share a prefix stay in one step.
                 ready = ready[received][: -(-len(slots.order) // (stages + 1))]
             going = self._policy.hold(ready)
             decoding, num_short = self._preemption.make_room(going)
@@ -87,13 +88,14 @@ class StepDecisions:
             if in_flight or not (len(slots.order) or self._quarantine.active):
                 return None
             if not len(slots.order):
-                # The quarantine alone holds samples back.
+                # Only the quarantine keeps samples from being admitted.
                 self._quarantine.release()
             elif not self._kv.suspend_idle():
                 self._preemption.preempt()
 
     def _continue_prefill(self, slots: Int64, budget: int) -> Runs:
-        """Share the token budget among prefills under way, oldest first; each takes what pages it needs or waits."""
+        """Divide the token budget among prefills under way, oldest first. Each gets all pages that it needs, or waits. Return
+        what they compute."""
         seq = self._kv.slots
         take = seq.prefill_chunks(slots, seq.length[slots], budget)
         slots, take = slots[take > 0], take[take > 0]
