@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from tokabatch.runner.run import run
 
 # Read by OpenMP once, when torch is loaded. Its threads would spin until the slowest of them has its turn: beside other busy
-# processes, most of the time.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# processes, most of the time. Without spinning at all, products that take microseconds wait for threads to wake up.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
 __all__ = [
