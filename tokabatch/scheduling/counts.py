@@ -1,4 +1,4 @@
-"""What a scheduler has done so far, for progress display and summary."""
+"""Running totals of a scheduler, for the progress display and the summary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class SchedulerCounts:
     prompt_tokens: int = 0
     """Prompt tokens of admitted samples, each sample counting its whole prompt."""
     cached_tokens: int = 0
-    """Those among them that were already computed when the sample was admitted."""
+    """Prompt tokens, of `prompt_tokens`, that were already computed when the sample was admitted."""
     prefilled_tokens: int = 0
     output_tokens: int = 0
     finished: int = 0
@@ -23,8 +23,8 @@ class SchedulerCounts:
     given_up_tokens: int = 0
     """Positions of preempted samples that have to be computed again."""
     recomputed_tokens: int = 0
-    """Positions computed again once a sample came back, preempted or taken back."""
+    """Positions computed again when a preempted or requeued sample was readmitted."""
     waited_steps: int = 0
-    """Steps that running samples sat out for want of pages, summed over samples."""
+    """Steps in which running samples waited for pages, summed over samples."""
     requeued: int = 0
-    """Running samples taken back because the worker was lost."""
+    """Running samples requeued because the worker was lost."""

@@ -1,4 +1,4 @@
-"""The penalties and biases of sampling parameters, as the worker gets them when a slot opens."""
+"""The penalties and biases of sampling parameters, in the form sent to the worker when a slot opens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tokabatch.arrays import Int32, Int64
 from tokabatch.scheduling.contracts import SamplingParams, SlotPenalties
 
 ALWAYS = np.iinfo(np.int32).max
-"""Output tokens before which a rule applies that has no end."""
+"""The `until` of a rule that applies to all output tokens."""
 BANNED = float("-inf")
 
 
 class PenaltyTable:
-    """Of all entries of `Requests.sampling`. `stop_ids(entry)` are the tokens that end a sample of those parameters."""
+    """The penalties of all entries of `Requests.sampling`. `stop_ids(entry)` returns the tokens that end a sample."""
 
     def __init__(self, stop_ids: Callable[[int], Collection[int]]) -> None:
         self._stop_ids = stop_ids
@@ -25,14 +25,14 @@ class PenaltyTable:
         self._rules: dict[int, Int32] = {}
 
     def extend(self, sampling: Sequence[SamplingParams]) -> None:
-        """Add further entries behind the others."""
+        """Append further entries."""
         self._sampling += sampling
         self._penalised = np.append(self._penalised, np.array([params.penalised for params in sampling], np.bool_))
         numbers = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in sampling]
         self._numbers = np.append(self._numbers, np.array(numbers, np.float64).reshape(-1, 3), axis=0)
 
     def of(self, slots: Int64, entries: Int32, prompt_lengths: Int32) -> SlotPenalties | None:
-        """What these slots, just opened, are penalised by, or None where none of them is; arrays of one value a slot."""
+        """Return the penalties of slots that have just been opened, or None if none has any. Arrays have one value a slot."""
         chosen = np.flatnonzero(self._penalised[entries])
         if not len(chosen):
             return None
@@ -65,7 +65,7 @@ class PenaltyTable:
 
 
 def _rules(rules: Sequence[tuple[int, float, int, tuple[int, ...]]]) -> Int32:
-    """As `SlotPenalties.rules` has them."""
+    """Return rules of (token, bias, until, preceding tokens) in the layout of `SlotPenalties.rules`."""
     longest = max((len(before) for *_, before in rules), default=0)
     words = np.full((len(rules), 3 + longest), -1, np.int32)
     for word, (token, value, until, before) in zip(words, rules, strict=True):

@@ -1,9 +1,9 @@
-"""Which prompts may run after a worker has crashed, so that one that kills workers is found at the cost of few crashes.
+"""Which prompts may run after a worker has crashed, so that a prompt that kills workers is found after few crashes.
 
-Most crashes come from outside, so after the first everything runs again together. Where the worker crashes again before the
-samples that ran have got past the point of the first crash, they are suspects: they run in halves, the half that crashes is
-halved again (adaptive group testing by binary splitting, Hwang 1972), and a prompt that crashes the worker twice when nothing
-else runs is condemned.
+Most crashes have an external cause, so after the first one everything runs again together. If the worker crashes again before
+the samples that ran are past the point of the first crash, they are suspects: they run in halves, the half that crashes is
+halved again (adaptive group testing by binary splitting, Hwang 1972), and a prompt that crashes the worker twice while
+nothing else runs is condemned.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ Sample = tuple[int, int]
 
 
 class Quarantine:
-    """`trial` names the requests that may run; None is all."""
+    """Group testing of suspected requests. `trial` holds the requests that may run; None means all."""
 
     def __init__(self) -> None:
         self.trial: frozenset[int] | None = None
         self._bars: dict[Sample, int] = {}
-        """The suspects, each with the output tokens it must have to be past the point of the crash."""
+        """The suspects, each with the number of output tokens at which it is past the point of the crash."""
         self._untried: list[list[int]] = []
         self._lone_crashes = 0
 
     @property
     def active(self) -> bool:
-        """Whether anything is suspected."""
+        """Whether any sample is suspected."""
         return bool(self._bars)
 
     @property
     def suspects(self) -> frozenset[int]:
-        """The requests one of which is taken to kill workers; none after a first crash alone."""
+        """The requests of which one is assumed to kill workers; empty after a single crash."""
         return frozenset() if self.trial is None else self.trial.union(*self._untried)
 
     def crash(self, running: Mapping[Sample, int], depth: int) -> int | None:
-        """The worker died with `depth` steps in flight, in which these samples ran, each with so many output tokens received.
-        Returns the request that is condemned for it, if any."""
+        """Record a crash of the worker with `depth` steps in flight. `running` maps the samples in these steps to the output
+        tokens received of each. Return the request that is condemned, or None."""
         if not running:
             return None
         requests = {request for request, _ in running}
@@ -57,7 +57,8 @@ class Quarantine:
         return self._condemn() if self._lone_crashes >= LONE_CRASHES else None
 
     def advance(self, generated: Mapping[Sample, int], ended: Collection[Sample]) -> None:
-        """Results have come in: the output tokens of the running samples, and the samples that are over."""
+        """Clear suspects after results: `generated` maps the running samples to their output tokens, `ended` holds the samples
+        that have ended."""
         self._bars = {
             sample: bar for sample, bar in self._bars.items() if sample not in ended and generated.get(sample, 0) < bar
         }
@@ -65,7 +66,7 @@ class Quarantine:
             self._try_next()
 
     def release(self) -> None:
-        """Nothing is suspected any more."""
+        """Clear all suspicions, so that every request may run."""
         self.trial, self._bars, self._untried = None, {}, []
 
     def _split(self, suspects: list[int]) -> None:
@@ -84,7 +85,7 @@ class Quarantine:
     def _try_next(self) -> None:
         barred = {request for request, _ in self._bars}
         while self._untried:
-            # Those that are over by now, such as cancelled ones, would hold up all others for good.
+            # A group whose requests have all ended, by cancellation for example, would block all others for good.
             if group := [request for request in self._untried.pop() if request in barred]:
                 self._set_trial(group)
                 return

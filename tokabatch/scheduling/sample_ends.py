@@ -1,7 +1,7 @@
-"""When a sample is over, and what is returned of it: its finish reason, or the error that it ends with.
+"""When a sample ends, and the completion that is returned of it: with its finish reason, or the error that ended it.
 
-It ends at a stop token or string (`stop_conditions`), at its limit of tokens, where the model's logits are not finite (the
-scheduler has it computed once more before), or, a given text, once its last token is scored (`text_scores`).
+A sample ends at a stop token or string (`stop_conditions`), at its limit of tokens, or where the model's logits are not finite
+(after the scheduler has had it computed once more). A given text ends once its last token is scored (`text_scores`).
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ BAD_LOGITS = ("nan_logits", "the model's logits held NaN or no finite value")
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Samples that are over, E of them."""
+    """E samples that have ended."""
 
     slots: Int64
     """Shape [E]."""
     reasons: list[int | str | None]
-    """The stop token or string of each; None where none ended it."""
+    """The stop token id or string that ended each, or None, length E."""
     finite: Bool
-    """Whether the logits were, shape [E]."""
+    """Whether the logits were finite, shape [E]."""
     scores: list[Scores | None]
-    """Of given texts, one for each, None for samples without one; empty where there are no given texts at all."""
+    """The scores of given texts, length E, None for samples without one; empty if the work has no given texts."""
 
 
 class SampleEnds:
-    """Finds the samples of one scheduler that are over."""
+    """Find the samples of one scheduler that have ended."""
 
     def __init__(self, work: Work, slots: Slots, stops: StopRules) -> None:
         self._work = work
@@ -45,14 +45,14 @@ class SampleEnds:
         self._scores = RunningScores()
 
     def add_scores(self, slots: Int64, epochs: Int32, scores: Scores | None) -> Bool:
-        """Take in a step's scores of given tokens, shape [R] (see `RunningScores`); of which of them the logits were not
-        finite, likewise."""
+        """Add a step's scores of R given tokens (see `RunningScores`). Return for which of them the logits were not finite,
+        shape [R]."""
         self._scores.add(slots, epochs, scores)
         return self._scores.bad
 
     def find(self, slots: Int64, tokens: Int32, finite: Bool, bad_texts: Int64) -> Ends:
-        """Those of these slots, which have drawn `tokens` from logits that were finite or not, whose sample is over now;
-        `bad_texts` are slots of given texts, logits of which were not finite."""
+        """Return the samples that have ended among these slots, which have drawn `tokens` from logits that were `finite` or
+        not, shape [S] each; `bad_texts` holds the slots of given texts whose logits were not finite, which end too."""
         seq = self._slots
         ends: dict[int, int | str | None] = {int(i): None for i in np.nonzero(seq.generated[slots] >= seq.limit[slots])[0]}
         ends |= self._stops.find(tokens, slots, seq.params, seq.outputs)
@@ -72,7 +72,7 @@ class SampleEnds:
         return Ends(slots, reasons, finite, scores)
 
     def completions(self, ends: Ends) -> list[Completion]:
-        """What is returned of samples that still have their slots."""
+        """Return the completions of ended samples, whose slots must still be open."""
         request = self._slots.request[ends.slots]
         columns = (self._work.row_index[request], self._slots.sample[ends.slots], self._work.length[request], ends.finite)
         ended = zip(ends.reasons, self._slots.read(ends.slots), *(column.tolist() for column in columns), strict=True)
@@ -95,7 +95,7 @@ def completion(
     reason: int | str | None = None,
     error: tuple[str, str] | None = None,
 ) -> Completion:
-    """The finished sample: `reason` is the stop token or string that ended it, `error` a code and a message."""
+    """Return a finished sample: `reason` is the stop token or string that ended it, `error` a code and a message."""
     return Completion(
         row_index=row_index,
         sample_index=sample_index,
@@ -113,7 +113,7 @@ def completion(
 
 
 def overflow(work: Work, prompt: int, page_size: int, num_pages: int) -> tuple[str, str]:
-    """The error of a prompt of which a longest sample does not fit a cache of so many pages."""
+    """Return the error, code and message, of a prompt whose longest possible sample does not fit a cache of `num_pages`."""
     length, limit = int(work.length[prompt]), int(work.max_tokens[work.params[prompt]])
     needed = int(work.num_pages(np.array([prompt], np.int32), page_size)[0])
     return "kv_cache_overflow", (
@@ -124,5 +124,5 @@ def overflow(work: Work, prompt: int, page_size: int, num_pages: int) -> tuple[s
 
 
 def killed(crash: str) -> tuple[str, str]:
-    """The error of a row that has been found to kill workers, the last time like this."""
+    """Return the error, code and message, of a row that kills workers; `crash` describes the last crash."""
     return WORKER_CRASH, f"the worker process died whenever this row ran: {crash}"

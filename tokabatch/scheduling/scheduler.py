@@ -1,11 +1,11 @@
-"""Runs a replica's samples, step by step: carries out what is decided elsewhere, and returns what is finished.
+"""The scheduler of one replica: decides its steps one by one, applies their results, and returns finished samples.
 
-`schedule` makes a step as if no sample ended, `apply` takes in what a step sampled, one or more steps later: any number of
+`schedule` makes a step as if no sample ended, `apply` applies what a step sampled, one or more steps later: any number of
 steps may be in flight, results arrive in order, and what was computed for a sample that had already ended is dropped.
-`policy/` decides what a step computes, `sample_ends` when a sample is over, `quarantine` which prompts may have killed a
-worker; `kv` owns the pages. Work is open-ended: `extend` adds prompts, `give_back` hands some to another scheduler, `cancel`
-stops a row. The worker may be lost at any time, and its cache with it: `lost_device` takes everything back that was computed
-there. Nothing is sent or computed here.
+`policy/` decides what a step computes, `sample_ends` when a sample ends, `quarantine` which prompts may have killed a
+worker; `kv` owns the pages. Work is open-ended: `extend` adds prompts, `give_back` returns some for another scheduler,
+`cancel` stops a row. The worker may be lost at any time, and its cache with it: `lost_device` requeues every running sample.
+This package neither sends nor computes the steps.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from tokabatch.scheduling.stop_conditions import StopRules
 from tokabatch.scheduling.work import Work
 
 COMPACTED_PROMPTS = 4096
-"""Finished prompts that are forgotten at a time, at least."""
+"""The least number of finished prompts that `compact` forgets at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """What the device can hold. `max_step_tokens` is at least `max_running`."""
+    """The limits of the device. `max_step_tokens` is at least `max_running`."""
 
     page_size: int
     num_pages: int
@@ -49,24 +49,24 @@ class SchedulerLimits:
     grouping: GroupingLimits | None
     """None turns Hydragen off: every sample reads its whole context by itself."""
     stages: int = 1
-    """Pipeline stages of the worker. With several, tokens return to the first one through the scheduler, so that a sample is
-    in one step in flight at a time, and one step more than stages is to be in flight."""
+    """Pipeline stages of the worker. With several, sampled tokens return to the first stage through the scheduler, so a sample
+    is in at most one step in flight; the caller should keep `stages + 1` steps in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
     slots: Int64
-    """Those that sample, shape [S]; their epochs, likewise."""
+    """Slots that sample, shape [S]; `epochs` holds their epochs."""
     epochs: Int32
     run_slots: Int64
-    """Those of all runs, sampled or not."""
+    """Slots of all runs, sampled or not."""
     scored: Int64
-    """The slot of each given token that is scored, shape [R]; their epochs, likewise."""
+    """The slot of each given token that is scored, shape [R]; `scored_epochs` holds their epochs."""
     scored_epochs: Int32
 
 
 class Scheduler:
-    """Feeds one replica from `requests`, in their order."""
+    """Schedules `requests` on one replica, in their order."""
 
     def __init__(
         self,
@@ -77,8 +77,8 @@ class Scheduler:
         policy: Callable[[Work, KVCacheManager, LengthEstimates], Policy] = ForecastPolicy,
         counts: SchedulerCounts | None = None,
     ) -> None:
-        """`lengths` replaces what is learned of them online, for simulations and comparisons; `counts` are those of a scheduler
-        that this one takes the place of, and go on."""
+        """`lengths` replaces the predictor that learns online, for simulations and comparisons; `counts` continues the totals
+        of a scheduler that this one replaces."""
         self.work = Work(requests)
         self.limits = limits
         self.counts = counts or SchedulerCounts()
@@ -92,11 +92,11 @@ class Scheduler:
         self._builder = StepBuilder(self.work, self.kv, limits.grouping, self._stops)
         self._in_flight: deque[_InFlight] = deque()
         self._last_token = np.zeros(limits.max_running, np.int32)
-        """Received last, by slot; kept for a worker of several stages."""
+        """The last token received of each slot, shape [slots]; kept up to date only for a worker of several stages."""
 
     @property
     def done(self) -> bool:
-        """Every sample of every request has been returned as a completion."""
+        """Whether every sample of every request has been returned as a completion."""
         if self.num_running or self._in_flight or not self.work.exhausted:
             return False
         return not self.kv.tree.suspended and not self.kv.tree.with_pending()
@@ -112,19 +112,20 @@ class Scheduler:
         return len(self._in_flight)
 
     def suspected_rows(self) -> Int64:
-        """Rows one of which is taken to kill workers, ascending; none after a first crash alone."""
+        """Return the rows of which one is assumed to kill workers, ascending; none after a single crash."""
         return np.unique(self.work.row_index[sorted(self._quarantine.suspects)])
 
     def learn(self, length: Int32, stopped: Bool) -> None:
-        """Samples of other prompts have ended elsewhere; `stopped` where the model ended them, not the limit."""
+        """Learn from samples of other prompts that ended on another replica, with these lengths; `stopped` is True where the
+        model ended them, not the limit."""
         self._lengths.learn(length, stopped)
 
     def expected_tokens_left(self, waiting: int) -> int:
-        """Output tokens still to come, `waiting` samples not yet admitted included, by the lengths seen so far."""
+        """Return the expected number of output tokens still to come, including those of `waiting` samples not yet admitted."""
         return self._lengths.tokens_left(waiting)
 
     def schedule(self) -> StepBatch | None:
-        """Make the next step; None when nothing can be computed before further results are applied."""
+        """Return the next step, or None if nothing can be computed before further results are applied."""
         slots, limits = self.kv.slots, self.limits
         decided = self._decisions.decide(limits.max_step_tokens, limits.stages, in_flight=bool(self._in_flight))
         if decided is None:
@@ -144,8 +145,8 @@ class Scheduler:
         return step
 
     def apply(self, result: StepResult) -> list[Completion]:
-        """Take in the oldest step in flight; returns the samples it finished. Raises nothing: logits that are not finite, alone
-        too, end their sample with the error code `nan_logits`."""
+        """Apply the result of the oldest step in flight. Return the samples that it finished. A sample whose logits are not
+        finite is computed once more alone, and ends with the error code `nan_logits` if they are not finite again."""
         step, seq = self._in_flight.popleft(), self.kv.slots
         bad = self._ends.add_scores(step.scored, step.scored_epochs, result.scores)
         if not result.finite.all() or bad.any():
@@ -172,7 +173,7 @@ class Scheduler:
         self.counts.finished += len(completions)
         self.counts.finished_prompts += len(finished)
         if not ends.finite.all() and self.work.continuations is None:
-            # What the first token's logits hold follows from the prompt, which all of its samples have in common.
+            # The first token's logits depend on the prompt alone, which all of its samples share.
             bad_prompts = {
                 prompt
                 for prompt, each in zip(request.tolist(), completions, strict=True)
@@ -183,7 +184,7 @@ class Scheduler:
         return completions
 
     def extend(self, requests: Requests) -> list[Completion]:
-        """Add prompts behind all others, in their order. Samples that do not fit the cache are returned (`settle_pages`)."""
+        """Append prompts in their order. Return the samples that do not fit the cache (see `settle_pages`)."""
         kinds = len(self.work.sampling)
         added = self.work.extend(requests)
         self._stops.extend(self.work.sampling[kinds:])
@@ -193,9 +194,9 @@ class Scheduler:
         return self._refuse_misfits(added)
 
     def give_back(self, most: int) -> Requests | None:
-        """Take out at most so many samples that have never been admitted, the last ones of the plan, for another scheduler's
-        `extend`. They come from one of the calls of `extend` (or the beginning), so that another call may give more; None where
-        there are none."""
+        """Remove at most `most` samples that have never been admitted, the last ones in plan order, and return them for another
+        scheduler's `extend`; None if there are none. All come from one call of `extend` (or from the constructor), so a
+        further call may return more."""
         work, begun = self.work, [prompt.request for prompt in self.kv.tree.with_unadmitted()]
         sources = np.array([*begun, *work.not_begun().tolist()], np.int32)[::-1]
         taken: list[tuple[int, int, int]] = []
@@ -216,8 +217,8 @@ class Scheduler:
         return given
 
     def cancel(self, row: int, from_sample: int = 0) -> Int32:
-        """Draw no sample of a row from number `from_sample` on; those that run stop, and what they had is lost. Returns the
-        numbers of the samples that had not been finished."""
+        """Cancel the samples of a row from number `from_sample` on; running ones stop and their output is lost. Return the
+        numbers of the cancelled samples, ascending; finished ones are not among them."""
         prompts, cancelled = self.work.of_row(row), list[int]()
         for prompt in prompts:
             gone = self.kv.cancel(prompt, from_sample)
@@ -229,7 +230,8 @@ class Scheduler:
         return np.array(sorted(cancelled), np.int32)
 
     def under_way(self, rows: Collection[int]) -> list[tuple[int, int, Generated]]:
-        """The samples of these rows that run and have a token, each with its row, its number, and a copy of what it has."""
+        """Return the running samples of these rows that have at least one token: row, sample number, and a copy of the
+        output."""
         seq = self.kv.slots
         row = self.work.row_index[seq.request[seq.order]]
         of_rows = np.isin(row, np.fromiter(rows, np.int64, len(rows))) & (seq.generated[seq.order] > 0)
@@ -237,8 +239,8 @@ class Scheduler:
         return list(zip(row[of_rows].tolist(), seq.sample[slots].tolist(), seq.read(slots), strict=True))
 
     def compact(self, least: int = COMPACTED_PROMPTS) -> None:
-        """Forget the prompts in front of the first that is not finished, where they are at least so many and half of all: work
-        that never ends takes no more memory than what is there of it at a time."""
+        """Forget the prompts before the first unfinished one, if they number at least `least` and half of all, so that the
+        memory of endless work is bounded by the unfinished part."""
         if self._quarantine.active or len(self.work) < least:
             return
         count = self.work.forgettable(self.kv.first_prompt())
@@ -252,8 +254,8 @@ class Scheduler:
         self._decisions.invalidate()
 
     def settle_pages(self, num_pages: int) -> list[Completion]:
-        """Take so many pages, which the device turned out to hold; before the first step, or when nothing is held any more. The
-        samples that do not fit them are returned with the error code `kv_cache_overflow`, as far as they are not finished."""
+        """Set the number of pages to what the device holds; only before the first step, or when no page is held. Return the
+        unfinished samples that do not fit, with the error code `kv_cache_overflow`."""
         self.limits = replace(self.limits, num_pages=num_pages)
         self.kv.resize(num_pages)
         self._decisions.invalidate()
@@ -261,11 +263,11 @@ class Scheduler:
         return self._refuse_misfits(np.concatenate((suspended, self.work.not_begun())))
 
     def lost_device(self, crash: str | None = None) -> list[Completion]:
-        """The worker is gone with every step in flight and every page it had computed. Running samples go back among the
-        waiting and keep the tokens received; what is computed next is computed from the beginning.
+        """Record that the worker is lost, with every step in flight and every page it had computed. Running samples are
+        requeued and keep the tokens received; their keys and values are computed again from the beginning.
 
-        `crash` says how the worker died where the cause may lie in what it ran. A prompt that has been found to kill workers
-        is given up: its unfinished samples are returned with the error code `worker_crash`.
+        `crash` describes how the worker died if what it ran may be the cause, and is None otherwise. A prompt found to kill
+        workers is given up: its row's unfinished samples are returned with the error code `worker_crash`.
         """
         condemned = None
         if crash is not None:
@@ -277,7 +279,7 @@ class Scheduler:
         self._decisions.invalidate()
         if crash is None or condemned is None:
             return []
-        # Parts of a row may have come one after another.
+        # A row may have several prompts, each with a part of its samples.
         of_row = self.work.of_row(int(self.work.row_index[condemned]))
         unfinished = [prompt for prompt in of_row if prompt >= self.work.next or self.kv.tree.begun(prompt) is not None]
         prompts, completions = np.array(unfinished, np.int32), list[Completion]()
@@ -289,7 +291,8 @@ class Scheduler:
         return completions
 
     def halve(self) -> None:
-        """Steps half as large from now on, with no more samples than they hold. Only right after `lost_device`."""
+        """Halve the size of all further steps, and limit the running samples to what such a step holds. Call it only right
+        after `lost_device`."""
         tokens = max(1, self.limits.max_step_tokens // 2)
         running = min(self.limits.max_running, tokens)
         self.limits = replace(self.limits, max_step_tokens=tokens, max_running=running)
@@ -300,9 +303,9 @@ class Scheduler:
         self.kv.check_integrity()
 
     def _compute_again(self, step: _InFlight, finite: Bool, bad_scores: Bool) -> None:
-        """Put samples whose logits were not finite back among the waiting, once each, to be computed alone in pages that are
-        cleared. The fault may be another's: keys and values that are not finite reach whatever is computed of their page, also
-        behind a mask, and a sample may have been given the page, or a part of a prompt, before anything showed."""
+        """Requeue samples whose logits were not finite, once each, to be computed alone in cleared pages. The cause may be
+        another sample: keys and values that are not finite affect everything computed from their page, even behind a mask, and
+        a sample may have been given that page, or a part of a prompt, before the fault was detected."""
         seq, spoilt = self.kv.slots, list[int]()
         for slots, epochs, bad in ((step.slots, step.epochs, ~finite), (step.scored, step.scored_epochs, bad_scores)):
             spoilt += slots[bad & (seq.epoch[slots] == epochs)].tolist()
@@ -314,13 +317,13 @@ class Scheduler:
         self._decisions.invalidate()
 
     def _received(self, slots: Int64) -> dict[Sample, int]:
-        """Output tokens received of the samples in these slots."""
+        """Return the number of output tokens received of each sample in these slots."""
         seq = self.kv.slots
         pairs = zip(seq.request[slots].tolist(), seq.sample[slots].tolist(), strict=True)
         return dict(zip(pairs, seq.generated[slots].tolist(), strict=True))
 
     def _refuse_misfits(self, prompts: Int32) -> list[Completion]:
-        """Give up those of these prompts, none of them running, of which a longest sample does not fit the cache."""
+        """Give up those of these prompts, none of which is running, whose longest possible sample does not fit the cache."""
         misfits, limits = self.kv.misfits(prompts), self.limits
         completions: list[Completion] = []
         for prompt in misfits.tolist():
@@ -329,7 +332,7 @@ class Scheduler:
         return completions
 
     def _give_up(self, request: int, error: tuple[str, str]) -> list[Completion]:
-        """Error rows for all unfinished samples of a prompt of which none is running."""
+        """Drop a prompt with no running sample. Return its unfinished samples, each with the error."""
         row, length = int(self.work.row_index[request]), int(self.work.length[request])
         completions = [
             completion(output or Generated(np.zeros(0, np.int32)), row, sample, length, error=error)

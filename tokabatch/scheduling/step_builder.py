@@ -1,4 +1,4 @@
-"""Turn a step's decisions into the message that the worker gets. Nothing is decided here."""
+"""Turn a step's decisions into the `StepBatch` that is sent to the worker. No decision is made here."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class SamplingTable:
         self.top_k = np.zeros(0, np.int32)
 
     def extend(self, sampling: Sequence[SamplingParams]) -> None:
-        """Add further entries behind the others."""
+        """Append further entries."""
         self.seed = np.append(self.seed, np.array([p.seed for p in sampling], np.int64))
         self.temperature = np.append(self.temperature, np.array([p.temperature for p in sampling], np.float32))
-        # Below float32's resolution nothing would be kept; the most likely token always is.
+        # A top_p below float32's resolution would keep no token; the most likely one must always be kept.
         self.top_p = np.append(self.top_p, np.array([max(p.top_p, 1e-6) for p in sampling], np.float32))
         self.top_k = np.append(self.top_k, np.array([p.top_k for p in sampling], np.int32))
         self.min_p = np.append(self.min_p, np.array([p.min_p for p in sampling], np.float32))
 
 
 class StepBuilder:
-    """Turns what has been decided, and what has changed in the cache, into a `StepBatch`."""
+    """Combine a step's decisions with the changes of the cache into a `StepBatch`."""
 
     def __init__(self, work: Work, kv: KVCacheManager, grouping: GroupingLimits | None, stops: StopRules) -> None:
         self._work = work
@@ -45,13 +45,13 @@ class StepBuilder:
         self._grouping = grouping
         self._stops = stops
         self._sampling: tuple[SamplingParams, ...] = ()
-        """The entries that the tables hold."""
+        """The sampling parameters in `_tables`, in their order."""
         self._tables = SamplingTable(), PenaltyTable(lambda entry: stops.ids[entry])
         self._take_sampling()
 
     def build(self, index: int, prefill: Runs, decoding: Int64, decode_ids: Int32 | None = None) -> StepBatch:
-        """The step that computes `prefill`, in plan order, and one token of each decoding slot: `decode_ids`, or the one that
-        the worker holds."""
+        """Return the step that computes `prefill`, in plan order, and one token of each decoding slot: the one in `decode_ids`,
+        or if that is None, the one that the worker holds."""
         work, slots = self._work, self._kv.slots
         if self._sampling is not work.sampling:
             self._take_sampling()
@@ -96,8 +96,8 @@ class StepBuilder:
             table.extend(self._sampling[len(known) :])
 
     def _scored(self, run_slot: Int64, start: Int32, length: Int32, token: Int32) -> ScoredPlaces | None:
-        """The places of these runs at which the next token is one of a given text's. Run i computes `length[i]` tokens from
-        position `start[i]` and is the step's tokens from `token[i]` on."""
+        """Return the places of these runs at which the next token belongs to a given text, or None if there are none. Run i
+        computes `length[i]` tokens from position `start[i]`, and begins at `token[i]` on the step's token axis."""
         work, given, slots = self._work, self._work.continuations, self._kv.slots
         begin, request = start[: len(run_slot)], slots.request[run_slot]
         before = slots.prompt_length[run_slot] - 1
@@ -111,7 +111,7 @@ class StepBuilder:
         run = np.repeat(np.arange(len(run_slot)), counts)
         place = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts) + skipped[run]
         if given is None:
-            # Beside what is drawn; the given tokens lie right behind the prompt's.
+            # Given texts that begin a sample: their tokens directly follow the prompt's.
             target = work.tokens_at(request[run], begin[run].astype(np.int64) + place + 1)
             most = int(work.logprobs[slots.params[run_slot[counts > 0]]].max())
             return ScoredPlaces((token[run] + place).astype(np.int32), target, max(most, 0))
@@ -136,8 +136,8 @@ class StepBuilder:
         )
 
     def _groups(self, run_slot: Int64, start: Int32, token: Int32) -> tuple[list[PrefixLevel], Int32]:
-        """Hydragen groups among R runs in plan order, and the leading pages of each that they cover, shape [R]. Run i computes
-        from position `start[i]` and is tokens `token[i]` to `token[i + 1]` of the step."""
+        """Return the Hydragen groups among R runs in plan order, and the number of leading pages of each run that they cover,
+        shape [R]. Run i computes from position `start[i]`, and is `token[i] : token[i + 1]` on the step's token axis."""
         nothing, limits, sharing = np.zeros(len(run_slot), np.int32), self._grouping, self._kv.tree.sharing
         if limits is None or len(run_slot) < limits.min_group:
             return [], nothing
@@ -160,7 +160,7 @@ class StepBuilder:
 
 
 def _host_tokens(seq: Slots, work: Work, slots: Int64, takes: Int32) -> Int32:
-    """Token ids of the prefill runs, one run after another: prompt tokens, then those a preempted sample had produced."""
+    """Return the token ids of the prefill runs, run after run: prompt tokens, then the output of a preempted sample."""
     if not len(slots):
         return _NONE
     run = np.repeat(np.arange(len(slots)), takes)
@@ -170,7 +170,7 @@ def _host_tokens(seq: Slots, work: Work, slots: Int64, takes: Int32) -> Int32:
     tokens = np.empty(len(run), np.int32)
     tokens[in_prompt] = work.tokens_at(seq.request[slots][run][in_prompt], position[in_prompt])
     begin = np.cumsum(takes) - takes
-    # Few runs reach behind their prompts: those of samples that were preempted or taken back.
+    # Few runs extend beyond their prompts: those of preempted or requeued samples, and of given texts.
     for i in np.flatnonzero(seq.computed[slots] + takes > seq.prompt_length[slots]).tolist():
         place = slice(int(begin[i]), int(begin[i] + takes[i]))
         output = position[place] - length[place]

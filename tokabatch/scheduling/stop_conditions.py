@@ -1,10 +1,10 @@
-"""When a sample ends by itself: stop token ids and stop strings, tested for a whole step at once.
+"""Stop conditions: which samples of a step end at a stop token id or a stop string, tested for the whole step at once.
 
-A table over the vocabulary marks the tokens that can end anything; only samples that just drew one of those are looked at
-singly. Whether a stop string may end in a token is found out when the token is first drawn: to look at a whole vocabulary would
-hold up a step for each request that comes with strings of its own. Most samples that a string ends are ended by the same
-tokens, so that what the last tokens end is noted and not decoded again. The tokenizer stays with the caller, which brings
-`decode` and the text of each token id.
+A table over the vocabulary marks the tokens that can complete a stop condition; only samples that just drew one of those are
+checked one by one. Whether a stop string may end in a token is computed when the token is first drawn: scanning the whole
+vocabulary would delay a step for each request with strings of its own. Most samples that a string ends are ended by the same
+tokens, so the outcome for the last tokens of a sample is cached and they are not decoded again. The caller owns the tokenizer,
+and passes `decode` and the text of each token id in a `TokenText`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from tokabatch.scheduling.contracts import SamplingParams
 from tokabatch.scheduling.generated import Outputs
 
 TAIL = 8
-"""Characters at the end of a stop string that the table over the vocabulary looks at."""
+"""Characters at the end of a stop string that the table over the vocabulary is built from."""
 PARTIAL = "\ufffd"
-"""In the text of a token that is a part of a character."""
+"""The replacement character, present in the text of a token that is only part of a character."""
 NO, YES, UNKNOWN = 0, 1, 2
 TAIL_TOKENS = 16
-"""Last tokens of a sample that are looked at first."""
+"""Trailing tokens of a sample that are read first; more are read where these do not suffice."""
 MOST_NOTED = 1 << 14
-"""Outcomes that are noted at a time."""
+"""The most outcomes in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenText:
-    """What stop strings need of a tokenizer: `pieces[i]` is what token i adds to a text, nothing where `decode` leaves it out;
-    `decode` gives the texts of several token lists; `special` holds the ids of special tokens by their text. What a token of
-    `lone_bytes` (byte fallback) adds depends on the tokens beside it."""
+    """The parts of a tokenizer that stop strings require. `pieces[i]` is the text that token i adds, empty if `decode` omits
+    it; `decode` returns the texts of several token lists; `special` maps the text of each special token to its id. The text of
+    a token in `lone_bytes` (byte fallback) depends on its neighbours."""
 
     pieces: Sequence[str]
     decode: Callable[[list[list[int]]], list[str]]
@@ -43,7 +43,7 @@ class TokenText:
 
 
 class PossibleEnds:
-    """In which texts some stop strings may end, in a time that hardly depends on how many they are."""
+    """Test whether any of a set of stop strings may end in a text, in a time almost independent of the number of strings."""
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
         self._tails: set[str] = set()
@@ -53,7 +53,7 @@ class PossibleEnds:
         self.add(strings)
 
     def add(self, strings: Iterable[str]) -> None:
-        """These strings, too."""
+        """Add strings to the set."""
         tails = {s[-TAIL:] for s in strings} - self._tails
         self._tails |= tails
         self._tail_lengths = sorted({*self._tail_lengths, *map(len, tails)})
@@ -64,8 +64,9 @@ class PossibleEnds:
         return bool(self._tails)
 
     def may_be_in(self, piece: str) -> bool:
-        """Whether one of the strings may end inside `piece`, whatever text is before it: the piece begins with an end of the
-        string, or holds the string's last `TAIL` characters. A piece that is not text alone may complete any character."""
+        """Return whether one of the strings may end inside `piece`, whatever text precedes it: whether the piece begins with a
+        suffix of the string, or contains the string's last `TAIL` characters. True for a piece with part of a character,
+        which may complete any character."""
         if PARTIAL in piece:
             return True
         if self._last.isdisjoint(piece):
@@ -76,20 +77,20 @@ class PossibleEnds:
 
 
 class StopStrings:
-    """Some stop strings, looked for in a time that hardly depends on how many they are."""
+    """A set of stop strings, searched for in a time almost independent of their number."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         self._strings = frozenset(strings)
 
-    # Rows with strings of their own are many, and of most only some of this is needed.
+    # Computed on first use: there may be one set for each row, and most need only some of these.
     @cached_property
     def longest(self) -> int:
-        """Bytes of the longest string."""
+        """Length of the longest string in UTF-8 bytes."""
         return max((len(s.encode()) for s in self._strings), default=0)
 
     @cached_property
     def ends(self) -> PossibleEnds:
-        """Where they may end."""
+        """The test of whether any of the strings may end in a text."""
         return PossibleEnds(self._strings)
 
     @cached_property
@@ -100,8 +101,8 @@ class StopStrings:
         return bool(self._strings)
 
     def first_in(self, text: str, behind: int = 0) -> str | None:
-        """The string that begins first in `text`, the shortest of several that do, of those that end after `behind`
-        characters."""
+        """Return the string that begins first in `text`, the shortest if several begin there, among matches that end after the
+        first `behind` characters; None if there is none."""
         found = [
             (at, length)
             for length in self._lengths
@@ -112,27 +113,27 @@ class StopStrings:
 
 
 class StopRules:
-    """The stop conditions of a scheduler, one set for each entry of its sampling parameters."""
+    """The stop conditions of a scheduler, one set for each entry of `Work.sampling`."""
 
     def __init__(
         self, sampling: Sequence[SamplingParams], eos_token_ids: Sequence[int], vocab_size: int, text: TokenText | None
     ) -> None:
-        """`text` is needed for stop strings."""
+        """`text` may be None only if no entry has stop strings."""
         self._ends = tuple(eos_token_ids)
         self._vocab_size = vocab_size
         self._text = text
         self._adds: dict[int, tuple[int, bool]] = {}
-        """What `_weigh` has found, by token."""
+        """The results of `_weigh`, by token id."""
         self._set(sampling)
 
     def extend(self, sampling: Sequence[SamplingParams]) -> None:
-        """Add the conditions of further sampling parameters, behind the others."""
+        """Append the conditions of further sampling parameters."""
         special = {} if self._text is None else self._text.special
         fresh = {p.stop for p in sampling} - self._of_stop.keys()
         for stop in fresh:
             strings = StopStrings(s for s in stop if s not in special)
             self._of_stop[stop] = strings, tuple(special[s] for s in stop if s in special)
-        # Rows with settings of their own mostly have these in common.
+        # Rows with sampling parameters of their own mostly share these.
         every = [(p.stop_token_ids, p.ignore_eos, self._of_stop[p.stop][1]) for p in sampling]
         for kind in set(every) - self._ids_of.keys():
             listed, ignore_eos, meant = kind
@@ -148,28 +149,29 @@ class StopRules:
         self._sampling += sampling
 
     def keep(self, entries: Int32) -> None:
-        """Forget the conditions of all sampling parameters but these entries, which move up."""
+        """Keep only the conditions of these entries, which are renumbered from 0 in the given order."""
         self._set([self._sampling[entry] for entry in entries.tolist()])
 
     def _set(self, sampling: Sequence[SamplingParams]) -> None:
         self._sampling: list[SamplingParams] = []
         self.ids: list[Collection[int]] = []
-        """The tokens that end a sample, of each entry."""
+        """The token ids that end a sample, one collection for each entry."""
         self._least: list[int] = []
         self._strings: list[StopStrings] = []
         self._ids_of: dict[tuple[tuple[int, ...], bool, tuple[int, ...]], Collection[int]] = {}
         self._of_stop: dict[tuple[str, ...], tuple[StopStrings, tuple[int, ...]]] = {}
-        """The texts to look for of each `stop`, and the special tokens that it means."""
+        """For each `SamplingParams.stop`: the strings to search for, and the ids of those that are special tokens."""
         self._any_ends = PossibleEnds()
         self._suspect = np.full(self._vocab_size, NO, np.int8)
-        """Whether a token may end anything; UNKNOWN until it is drawn."""
+        """Whether a token may end a sample, shape [vocabulary]; UNKNOWN until the token is first drawn."""
         self._noted: dict[tuple[StopStrings, tuple[int, ...]], int | str | None] = {}
-        """What ends a text that ends in these tokens, among some strings."""
+        """By stop strings and the last tokens of a sample: the string that ends it, or None."""
         self.extend(sampling)
 
     def find(self, tokens: Int32, slots: Int64, params: Int32, outputs: Outputs) -> dict[int, int | str]:
-        """What ends samples that have just drawn `tokens`, by place: a stop id or string. `slots` is where their outputs are;
-        `params`, of all slots, are entries of the sampling parameters."""
+        """Return the stop id or string that ends each sample which has just drawn a token, by its index in `tokens`; samples
+        that continue are left out. `tokens` and `slots` have shape [S]; `params` holds the entry of the sampling parameters of
+        every slot, shape [slots]."""
         places = self.suspects(tokens)
         if not len(places):
             return {}
@@ -177,7 +179,7 @@ class StopRules:
         return {i: reason for i, reason in zip(places.tolist(), reasons, strict=True) if reason is not None}
 
     def suspects(self, tokens: Int32) -> Int32:
-        """Places in `tokens` of those that may end their sample."""
+        """Return the indices of the entries of `tokens` that may end their sample."""
         suspect = self._suspect[tokens]
         if (unknown := suspect == UNKNOWN).any():
             for token in np.unique(tokens[unknown]).tolist():
@@ -186,8 +188,8 @@ class StopRules:
         return np.nonzero(suspect == YES)[0].astype(np.int32)
 
     def check(self, params: Sequence[int], outputs: Sequence[Int32]) -> list[int | str | None]:
-        """For each sample, by its parameters and its whole output, the stop id or string that its last token completes; None to
-        go on. All texts are decoded at once."""
+        """Return for each sample, given by its parameters' entry and its whole output, the stop id or string that its last
+        token completes, or None if it continues. All texts are decoded in one call."""
         reasons: list[int | str | None] = [
             int(tokens[-1]) if int(tokens[-1]) in self.ids[p] else None for p, tokens in zip(params, outputs, strict=True)
         ]
@@ -202,7 +204,7 @@ class StopRules:
         if may_end:
             assert self._text is not None
             tails = [list(keys[i][1]) for i in may_end]
-            # What the first `min_tokens` tokens complete ends nothing, then or later.
+            # A string that the first `min_tokens` tokens complete never ends the sample.
             least = [self._least[params[i]] - len(outputs[i]) + len(tail) for i, tail in zip(may_end, tails, strict=True)]
             passed = [tail[:count] for tail, count in zip(tails, least, strict=True) if count > 0]
             behind = iter(self._text.decode(passed)) if passed else iter(())
@@ -214,13 +216,13 @@ class StopRules:
         return reasons
 
     def _piece(self, token: int) -> str:
-        """The text of a token; empty for an id that the model has and the tokenizer has not."""
+        """Return the text of a token; empty for an id of the model that the tokenizer does not define."""
         assert self._text is not None
         return self._text.pieces[token] if token < len(self._text.pieces) else ""
 
     def _tail(self, tokens: Int32, window: int) -> tuple[int, ...]:
-        """The last tokens, so many that the end of their text is whole for strings of `window` bytes: those that end inside the
-        last token begin so far in front of it. They begin with a token whose text is the same beside any other."""
+        """Return the last tokens, enough that their text contains every string of up to `window` bytes that ends inside the
+        last token. The first of them is a token whose text does not depend on its neighbours, or the first of all."""
         size, before = TAIL_TOKENS, 0
         while True:
             tail = tokens[-size:].tolist()
@@ -234,7 +236,8 @@ class StopRules:
             size, before = size * TAIL_TOKENS, 0
 
     def _weigh(self, token: int) -> tuple[int, bool]:
-        """Note bytes that a token certainly adds to a text, and whether its text is the same beside any other."""
+        """Store and return the least number of bytes that a token adds to a text, and whether its text is independent of its
+        neighbours."""
         assert self._text is not None
         piece = self._piece(token)
         begins = bool(piece) and PARTIAL not in piece and token not in self._text.lone_bytes
@@ -244,5 +247,5 @@ class StopRules:
 
 
 def _windows(text: str, length: int, wanted: Collection[str]) -> list[int]:
-    """Where one of the wanted texts of that length begins in `text`."""
+    """Return the positions in `text` at which one of the wanted strings of that length begins."""
     return [at for at in range(len(text) - length + 1) if text[at : at + length] in wanted]

@@ -1,4 +1,4 @@
-"""The scores of given texts while their tokens come in, some with each step."""
+"""The scores of given texts, collected step by step and merged into the completions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tokabatch.scheduling.work import Work
 
 
 class RunningScores:
-    """By slot. A text that is preempted is scored from its first token on again, in another epoch of some slot."""
+    """Scores received so far, by slot. A preempted text is scored again from its first token, in another epoch of some slot."""
 
     def __init__(self) -> None:
         self._parts: dict[int, tuple[int, list[Scores]]] = {}
         self.bad: Bool = np.zeros(0, np.bool_)
-        """Of the step taken in last, shape [R]: the logits were not finite."""
+        """Whether the logits were not finite, for the tokens of the last `add`, shape [R]."""
 
     def add(self, slots: Int64, epochs: Int32, scores: Scores | None) -> None:
-        """Take in a step's scores, shape [R], each with its slot and that one's epoch when the step was decided. None comes
-        from a stand-in for the device: all tokens are certain."""
+        """Add a step's scores of R tokens, each with its slot and the slot's epoch when the step was decided. `scores` is None
+        from a stand-in for the device; then every token has probability 1."""
         if scores is None:
             scores = Scores(np.zeros(len(slots)), np.ones(len(slots), np.bool_))
         self.bad = np.isnan(scores.logprob)
@@ -38,7 +38,7 @@ class RunningScores:
             known[1].append(Scores(scores.logprob[part], scores.greedy[part], *of_part))
 
     def take(self, slot: int, epoch: int) -> Scores:
-        """All scores of the text that ends in this slot."""
+        """Remove and return all scores of the text that ends in this slot."""
         known, parts = self._parts.pop(slot)
         assert known == epoch, "the scores are another text's"
         if len(parts) == 1:
@@ -49,7 +49,7 @@ class RunningScores:
         ]
         if len(top) < len(parts):
             return Scores(logprob, greedy)
-        # Steps report as many as any of their texts wants.
+        # Each step reports as many alternatives as the most that any of its texts requests.
         most = min(ids.shape[1] for ids, _ in top)
         return Scores(
             logprob,
@@ -60,8 +60,8 @@ class RunningScores:
 
 
 def scored(completion: Completion, scores: Scores, work: Work, prompt: int) -> Completion:
-    """What was drawn, with the given text and its scores in the place of the last token, which means nothing; where the text
-    is the beginning of what was drawn, with its scores. One with an error stays as it is."""
+    """Return the completion of a given text with the text's tokens and scores: in place of all that was drawn, or, if the text
+    is the beginning of a sample, in place of that beginning. A completion with an error is returned unchanged."""
     if completion.error_code is not None:
         return completion
     if work.continuations is None:
@@ -80,7 +80,8 @@ def scored(completion: Completion, scores: Scores, work: Work, prompt: int) -> C
 
 
 def _begun_by(completion: Completion, scores: Scores, given: Int32) -> Completion:
-    """A sample that begins with a given text, of which the last token may be all that was drawn."""
+    """Return a sample that begins with a given text, with that text's tokens and scores. Where nothing is drawn after the
+    text, the text's last token replaces the one token that was drawn."""
     count, drawn = len(given), len(completion.token_ids) > len(given)
     assert count == len(scores.logprob), "a token has no score, or two"
     merged = replace(completion, token_ids=np.concatenate((given, completion.token_ids[count:])))
