@@ -1,7 +1,7 @@
-"""What crosses a package boundary: one currency per hop, frozen, numpy arrays where there are many.
+"""The types that packages exchange: one for each interface, frozen, with NumPy arrays where there are many entries.
 
-This module knows no torch, no tokenizer and no file format. `input` emits `Requests`, `scheduling` emits `StepBatch`
-and `Completion`, `engine` answers a `StepBatch` with a `StepResult`.
+This module depends on no torch, tokenizer or file format. `input` produces `Requests`, `scheduling` produces `StepBatch` and
+`Completion`, and `engine` returns a `StepResult` for each `StepBatch`.
 
 Shape legend: R requests (prompts), T tokens of a step, Q runs of a step, S sampled runs of a step, A slots opened by a step,
 U page-table cells changed by a step, C pages copied by a step, G groups of one prefix level, K most likely tokens reported.
@@ -22,9 +22,9 @@ FinishReason = Literal["stop", "length", "scored"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one row's samples are drawn. `temperature` 0 is greedy; `top_k` 0 is off; `logprobs` None reports nothing, 0 the
-    chosen token's, k also the k most likely. `max_tokens` is at least 1; 0 stands for what the prompt leaves of the model's
-    context, and only where no prompt is known yet."""
+    """The sampling parameters of one row. `temperature` 0 is greedy; `top_k` 0 is off; `logprobs` None reports no
+    log-probabilities, 0 the chosen token's, k those of the k most likely tokens too. `max_tokens` is at least 1; only before
+    the prompt is known, it may be 0, which means what the prompt leaves of the model's context."""
 
     n: int = 1
     temperature: float = 1.0
@@ -42,46 +42,46 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     min_tokens: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """Token ids, each with what is added to its logit."""
+    """Token ids, each with the bias added to its logit."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Sequences of token ids that no sample may contain."""
 
     @property
     def has_given_length(self) -> bool:
-        """Whether `max_tokens` alone ends a sample."""
+        """Whether only `max_tokens` can end a sample."""
         return self.ignore_eos and not self.stop and not self.stop_token_ids
 
     @property
     def penalised(self) -> bool:
-        """Whether logits are changed before a token is drawn from them."""
+        """Whether logits are modified before a token is drawn from them."""
         penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
         return penalties or self.min_tokens > 0 or bool(self.logit_bias) or bool(self.bad_words)
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The samples that need not be drawn again, one flag a sample of the whole job: sample s of row r is at `start[r] + s`.
-    `start` has an entry for each row and one behind the last."""
+    """The samples that are drawn already, one flag for each sample of the whole job: sample s of row r is at `start[r] + s`.
+    `start` has shape [rows + 1]."""
 
     start: Int64
     flags: Bool
 
     def counts(self) -> Int64:
-        """Such samples of each row, shape [rows]."""
+        """Return the number of drawn samples of each row, shape [rows]."""
         return np.add.reduceat(self.flags, self.start[:-1], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class Continuations:
-    """Given texts in the place of samples, of which the log-probability is wanted: sample s of row r is number `first[r] + s`,
-    and number c has the tokens `tokens[start[c] : start[c + 1]]`, at least one."""
+    """Given texts that are scored (log-probabilities) in place of drawing samples: the text of sample s of row r is number
+    `first[r] + s`, and text c has the tokens `tokens[start[c] : start[c + 1]]`, at least one."""
 
     first: Int64
     start: Int64
     tokens: Int32
 
     def of(self, row: int, sample: int) -> Int32:
-        """Token ids of one of them."""
+        """Return the token ids of one text."""
         number = int(self.first[row]) + sample
         return self.tokens[int(self.start[number]) : int(self.start[number + 1])]
 
@@ -91,9 +91,9 @@ class Requests:
     """The prompts of a run in plan order, a table of arrays. `tokens` may be memory-mapped and is never copied whole.
 
     Prompt r is `tokens[start[r] : start[r] + length[r]]`. `lcp[r]` counts the leading tokens that prompt r shares with
-    prompt r - 1 of the same order (`lcp[0]` is 0). `params[r]` indexes `sampling`. `drawn` is None where nothing is drawn yet;
+    prompt r - 1 of the same order (`lcp[0]` is 0). `params[r]` indexes `sampling`. `drawn` is None if nothing is drawn yet;
     every prompt has at least one sample to draw. `span` narrows each prompt's samples to those from its first number up to its
-    second (shape [R] each); None is all of them.
+    second (exclusive; shape [R] each); None means all of them.
     """
 
     row_index: Int64
@@ -106,20 +106,20 @@ class Requests:
     drawn: Drawn | None = None
     span: tuple[Int32, Int32] | None = None
     continuations: Continuations | None = None
-    """What is scored in the place of samples; the parameters' `n` and `max_tokens` are their number and the longest one's
-    tokens then."""
+    """The texts to score in place of samples, if any; the parameters' `n` and `max_tokens` are then the number of texts and the
+    number of tokens of the longest."""
     key: Int64 | None = None
-    """The row that random numbers are drawn for, shape [R]; None is `row_index`."""
+    """The row number that seeds the random numbers, shape [R]; None means `row_index`."""
     given: Int32 | None = None
-    """How many tokens right behind each prompt's in `tokens` are scored before one is drawn, shape [R]; None is 0 for all. They
-    count as tokens of the sample, the only one of such a prompt: `max_tokens` is their number and that of those to draw, which
-    may be none."""
+    """The number of tokens that directly follow each prompt in `tokens` and are scored before one is drawn, shape [R]; None
+    means 0 for all. They count as tokens of the sample, the only one of such a prompt: `max_tokens` is their number plus the
+    number of tokens to draw, which may be 0."""
 
     def __len__(self) -> int:
         return len(self.row_index)
 
     def samples(self, request: int) -> Int32:
-        """The numbers of the samples to draw from one prompt, ascending."""
+        """Return the numbers of the samples to draw from one prompt, ascending."""
         first, stop = 0, self.sampling[int(self.params[request])].n
         if self.span is not None:
             first, stop = int(self.span[0][request]), min(stop, int(self.span[1][request]))
@@ -129,7 +129,7 @@ class Requests:
         return (np.flatnonzero(~self.drawn.flags[begin + first : begin + stop]) + first).astype(np.int32)
 
     def num_samples(self) -> Int64:
-        """How many samples are to be drawn from each prompt, shape [R]."""
+        """Return how many samples are to be drawn from each prompt, shape [R]."""
         wanted = np.array([params.n for params in self.sampling], np.int64)[self.params]
         if self.span is None:
             return wanted if self.drawn is None else wanted - self.drawn.counts()[self.row_index]
@@ -138,13 +138,13 @@ class Requests:
         return np.array([len(self.samples(request)) for request in range(len(self))], np.int64)
 
     def without(self, drawn: Drawn) -> Requests:
-        """The same prompts but for those of which nothing is left to draw."""
+        """Return the prompts with samples left to draw, given the samples that are `drawn` already."""
         left = replace(self, drawn=drawn)
         return left.take(np.flatnonzero(left.num_samples()))
 
     def take(self, requests: Int32 | Int64) -> Requests:
-        """These prompts alone, ascending."""
-        # Between two that stay, the common prefix is the shortest of those in between.
+        """Return only these prompts, given in ascending order."""
+        # The common prefix of two prompts that are kept is the shortest of those in between.
         lcp = np.zeros(0, self.lcp.dtype)
         if len(requests):
             lcp = np.minimum.reduceat(self.lcp[: requests[-1] + 1], np.append(0, requests[:-1] + 1))
@@ -162,8 +162,8 @@ class Requests:
         )
 
     def part(self, requests: Int32, first: Int32, stop: Int32) -> Requests:
-        """Of these prompts, ascending, the samples from the first number up to the second. A prompt may come several times, for
-        samples that lie apart."""
+        """Return samples `first[i]` to `stop[i] - 1` of each prompt `requests[i]`, ascending. A prompt may occur several times,
+        for separate ranges of samples."""
         distinct, place = np.unique(requests, return_inverse=True)
         taken = self.take(distinct)
         again = np.diff(requests, prepend=-1) == 0
@@ -180,14 +180,14 @@ class Requests:
         )
 
     def prompt(self, request: int) -> Int32:
-        """Token ids of one prompt, shape [length]."""
+        """Return the token ids of one prompt, shape [length]."""
         start = int(self.start[request])
         return self.tokens[start : start + int(self.length[request])]
 
 
 @dataclass(frozen=True, slots=True)
 class SlotInit:
-    """What the sampler must know of the sequences that a step admits, arrays of A. A slot keeps this until it is reused."""
+    """The sampler's settings for the slots that a step opens, arrays of A. They hold for a slot until it is reused."""
 
     slot: Int32
     row: Int64
@@ -198,18 +198,18 @@ class SlotInit:
     top_k: Int32
     min_p: Float32
     logprobs: Int32
-    """-1 where none are wanted, else how many alternatives besides the chosen token."""
+    """The number of alternatives reported besides the chosen token; -1 reports no log-probabilities at all."""
     penalties: SlotPenalties | None = None
-    """Of those slots among them whose logits are changed before a token is drawn; None where there are none."""
+    """The penalties of those of the slots whose logits are modified before a token is drawn; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotPenalties:
-    """How the logits of N slots are changed, one entry a slot; the rules stand slot after slot, `num_rules` of each.
+    """How the logits of N slots are modified, one entry a slot; `rules` lists the rules slot after slot, `num_rules` of each.
 
-    A rule is a row of 3 + M words of `rules`: a token, the bits of the float32 that is added to its logit, and the number of
-    output tokens before which that happens; then the M tokens that the context has to end with, the last one at the end, -1 in
-    front of shorter sequences.
+    A rule is a row of 3 + M int32 in `rules`: a token, the bits of the float32 that is added to its logit, and the number of
+    output tokens before which it applies; then the M tokens that the context must end with, right-aligned, with -1 in front of
+    shorter sequences.
     """
 
     slot: Int32
@@ -241,16 +241,16 @@ class ScoredPlaces:
     """R places of a step, run by run, whose logits score a given token."""
 
     token: Int32
-    """Where on the step's token axis the logits are computed."""
+    """Positions on the step's token axis at which the logits are computed, shape [R]."""
     target: Int32
-    """The token that is scored: the one behind it."""
+    """The tokens that are scored, each following its position, shape [R]."""
     alternatives: int = 0
-    """How many of the most likely tokens are reported with it."""
+    """The number of most likely tokens reported for each place."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One forward pass, decided. Fields apply in the order they stand: slots open, the page table changes, pages are cleared,
+    """One forward pass. Its fields apply in the order in which they are listed: slots open, the page table changes, pages are cleared,
     pages are copied, the runs are computed, each layer writing all its keys and values before it attends.
 
     A run is consecutive positions of one slot; the runs lie one after another on the step's token axis, those that bring
@@ -273,24 +273,25 @@ class StepBatch:
     run_start: Int32
     run_length: Int32
     run_samples: Bool
-    """True where the run ends at the slot's last known token, so that the next one is drawn."""
+    """True if the run ends at the slot's last known token, so that the next one is drawn; shape [Q]."""
     run_skip: Int32
     """Leading pages of the run's slot that `prefix_levels` cover; the run's own causal pass begins after them."""
     token_ids: Int32
     prefix_levels: tuple[PrefixLevel, ...]
     decode_ids: Int32 | None = None
-    """The token of each decode run, where the worker does not hold it: its first pipeline stage draws none."""
+    """The token of each decode run for a worker of several pipeline stages, whose first stage draws none; None if the worker
+    holds the tokens."""
     scored: ScoredPlaces | None = None
-    """Where tokens are scored."""
+    """The places at which given tokens are scored; None if there are none."""
     draws: bool = True
-    """False where nothing is drawn, though tokens are scored: the results of the runs with `run_samples` mean nothing."""
+    """False if tokens are only scored and none is drawn: the results of the runs with `run_samples` are then meaningless."""
 
     @property
     def num_tokens(self) -> int:
         return int(self.run_length.sum())
 
     def digest(self) -> str:
-        """Of what decides how the step is computed."""
+        """Return 16 hex digits of the SHA-256 of the fields that determine how the step is computed."""
         found = hashlib.sha256()
         for values in (self.table_slot, self.table_column, self.table_page, self.clear_pages, self.copy_src, self.copy_dst):
             found.update(values.tobytes())
@@ -299,30 +300,30 @@ class StepBatch:
         return found.hexdigest()[:16]
 
     def positions(self) -> Int64:
-        """Position in its slot of each of the step's tokens, shape [T]."""
+        """Return the position in its slot of each of the step's tokens, shape [T]."""
         first = np.cumsum(self.run_length) - self.run_length
         return np.arange(self.num_tokens) + np.repeat(self.run_start - first, self.run_length)
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of given tokens, in the order of `ScoredPlaces`: natural logarithms of their probabilities, and which are the most likely
-    ones, shape [R]."""
+    """The scores of R given tokens, in the order of `ScoredPlaces`: the natural logarithms of their probabilities, and whether
+    each is the most likely token, shape [R]."""
 
     logprob: Float64
     greedy: Bool
     top_ids: Int32 | None = None
-    """The most likely tokens, the first one first, shape [R, K]; None where none are asked for."""
+    """The most likely tokens in descending order, shape [R, K]; None if none are requested."""
     top_logprobs: Float32 | None = None
-    """Likewise their logarithms."""
+    """Their log-probabilities, shape [R, K]."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What a step sampled, arrays of S in the order of the runs with `run_samples`.
 
-    `logprob` is the natural logarithm under the unmodified model distribution (temperature 1, no filter); it is NaN where the
-    slot asked for none. `top_ids` and `top_logprobs` have shape [S, K], K the largest number asked for in the step (0: none).
+    `logprob` is the natural logarithm under the unmodified model distribution (temperature 1, no filter); it is NaN where
+    none is requested. `top_ids` and `top_logprobs` have shape [S, K], K the largest number requested in the step (0: none).
     """
 
     index: int
@@ -333,12 +334,12 @@ class StepResult:
     top_ids: Int32
     top_logprobs: Float32
     launch_seconds: float = 0.0
-    """CPU time that launching the step took on the worker's side."""
+    """CPU time that the worker took to launch the step."""
     scores: Scores | None = None
 
     @classmethod
     def of_tokens(cls, index: int, token: Int32) -> StepResult:
-        """A result without log-probabilities, all of it finite: what a stand-in for the device answers."""
+        """Return a result without log-probabilities, with all logits finite, as a stand-in for the device returns it."""
         count = len(token)
         return cls(
             index=index,
@@ -353,17 +354,17 @@ class StepResult:
 WORKER_CRASH = "worker_crash"
 """The error code of samples whose row was found to kill workers."""
 NOT_JUDGED = "not judged: the run was stopped before"
-"""Stands in `verify_error` of finished samples whose verdict is still to come."""
+"""The `verify_error` of finished samples that have no verdict yet."""
 Count = TypeVar("Count")
 
 
 @dataclass(frozen=True, slots=True)
 class SampleCounts(Generic[Count]):
-    """What is counted of a sample while it runs: one sample's numbers (int), or columns over slots (Int32, shape [slots]). Each
-    field is such a column: 0 where a sample begins, and kept for it while it is preempted."""
+    """Counters of a running sample: one sample's numbers (int), or columns over slots (Int32, shape [slots]), one for each
+    field. They are 0 when a sample begins, and are kept while it is preempted."""
 
     cached_tokens: Count
-    """Prompt tokens that were computed already when the sample was admitted first."""
+    """Prompt tokens that were already computed when the sample was first admitted."""
 
 
 NO_COUNTS: SampleCounts[int] = SampleCounts(*(0 for _ in fields(SampleCounts)))
@@ -371,7 +372,8 @@ NO_COUNTS: SampleCounts[int] = SampleCounts(*(0 for _ in fields(SampleCounts)))
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Of a given text: the logarithm of its probability behind the prompt, and whether greedy sampling would have drawn it."""
+    """The score of a given text: the natural logarithm of its probability after the prompt, and whether greedy sampling would
+    draw it."""
 
     logprob: float
     greedy: bool
@@ -395,4 +397,4 @@ class Completion:
     error_code: str | None = None
     error_message: str | None = None
     score: Score | None = None
-    """Of a text that was given and not drawn."""
+    """The score of a given text; None for a drawn sample."""

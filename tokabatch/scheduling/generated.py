@@ -1,8 +1,8 @@
-"""What the running samples have produced: token ids and, where asked for, log-probabilities.
+"""The output of the running samples: token ids and, where requested, log-probabilities.
 
-Memory follows what is stored: each slot has rows of its own, which grow by half when they are full, and come and go with its
-sample. A step's results go to a staging area, a ring of rows for each slot, by one vectorised write; a slot moves its ring to
-its rows once in as many tokens as the ring holds. The slots take turns, so that no step moves much.
+Memory is proportional to what is stored: each slot has its own rows, which grow by half when they are full, and are freed with
+its sample. A step's results are written to a staging area, a ring buffer of rows for each slot, in one vectorised write; a
+slot's ring is moved to its rows each time it is full. The rings wrap at different steps, so that no step moves much.
 
 A row is W int32, and each sample has its own W: the token alone, or the token, its log-probability, K ids and K
 log-probabilities (the bits of float32).
@@ -18,13 +18,13 @@ from tokabatch.arrays import Float32, Int32, Int64
 from tokabatch.scheduling.contracts import NO_COUNTS, SampleCounts
 
 STAGED_VALUES = 1024
-"""Room of a slot's ring where no row needs more: for as many tokens alone, or fewer with their log-probabilities."""
+"""The least size of a slot's ring, in int32: as many tokens, or fewer with log-probabilities."""
 GROWTH = 1.5
 
 
 @dataclass(slots=True)
 class Generated:
-    """What one sample has produced, T tokens; a preempted one continues from here."""
+    """The output of one sample, T tokens; a preempted sample continues from it."""
 
     tokens: Int32
     """Shape [T]."""
@@ -38,7 +38,7 @@ class Generated:
 
 
 def unscored(tokens: Int32, alternatives: int) -> Generated:
-    """Given tokens in the place of what a sample has produced that reports so many alternatives; their scores come later."""
+    """Return given tokens as the output of a sample that reports `alternatives`; the scores are zero, to be replaced later."""
     count = len(tokens)
     if alternatives < 0:
         return Generated(tokens)
@@ -51,34 +51,36 @@ def unscored(tokens: Int32, alternatives: int) -> Generated:
 
 
 def row_width(alternatives: Int32) -> Int32:
-    """Values stored for a token of samples that report so many alternatives; -1 reports no log-probabilities."""
+    """Return the int32 values stored for each token of samples that report so many alternatives; -1 reports no
+    log-probabilities."""
     return np.where(alternatives < 0, 1, 2 + 2 * alternatives).astype(np.int32)
 
 
 class Outputs:
-    """The outputs of the samples in `num_slots` slots. `alternatives` is the most that any sample reports for each token, -1
-    where none reports log-probabilities."""
+    """The outputs of the samples in `num_slots` slots. `alternatives` is the most that any sample reports for each token, -1 if
+    none reports log-probabilities."""
 
     def __init__(self, num_slots: int, alternatives: int) -> None:
         self.count = np.zeros(num_slots, np.int32)
         """Tokens received of each slot's sample, shape [slots]."""
         self._stored = np.zeros(num_slots, np.int32)
-        """Those among them that are in the slot's rows; the later ones are staged."""
+        """The number of tokens, of `count`, in the slot's rows; the later ones are staged."""
         self._uniform = alternatives < 0
         self._width = np.ones(num_slots, np.int32)
         self._room = max(STAGED_VALUES, int(row_width(np.array(alternatives))))
         self._mask = np.full(num_slots, STAGED_VALUES - 1, np.int32)
-        """Rows that each slot's ring holds, less one: a power of two, as a mask is several times faster than a division."""
+        """The capacity of each slot's ring in rows, less one: the capacity is a power of two, as a mask is several times faster
+        than a division."""
         self._staged = np.zeros(num_slots * self._room, np.int32)
         self._rows: list[Int32 | None] = [None] * num_slots
 
     @property
     def num_bytes(self) -> int:
-        """Memory held, the staging area included."""
+        """Bytes of memory held, including the staging area."""
         return self._staged.nbytes + sum(rows.nbytes for rows in self._rows if rows is not None)
 
     def widen(self, alternatives: int) -> None:
-        """Make room for samples that report so many alternatives, if there is none."""
+        """Enlarge the rings for samples that report so many alternatives, if necessary."""
         room = max(STAGED_VALUES, int(row_width(np.array(alternatives))))
         if room > self._room or (self._uniform and alternatives >= 0):
             self._store(np.flatnonzero(self.count > self._stored))
@@ -93,15 +95,15 @@ class Outputs:
             self._mask[slots] = 2 ** np.floor(np.log2(self._room // width)).astype(np.int32) - 1
 
     def close(self, slots: Int64) -> None:
-        """Give back the rows of these slots."""
+        """Free the rows of these slots."""
         for slot in slots[self._stored[slots] > 0].tolist():
             self._rows[slot] = None
 
     def append(self, slots: Int64, token: Int32, logprob: Float32, top_ids: Int32, top_logprobs: Float32) -> None:
-        """Store one received token a slot, arrays over S slots. `top_ids` and `top_logprobs` have shape [S, K] with at least as
+        """Store one received token for each of S slots. `top_ids` and `top_logprobs` have shape [S, K] with at least as
         many alternatives as any of these slots reports."""
         at = self.count[slots]
-        # Where a ring wraps differs from slot to slot, or samples that began together would all be moved in one step.
+        # Rings wrap at different places, or samples that began together would all be moved in one step.
         if self._uniform:
             mask = STAGED_VALUES - 1
             place = (at + slots) & mask
@@ -122,14 +124,14 @@ class Outputs:
             self._store(full)
 
     def tokens(self, slots: Int64) -> list[Int32]:
-        """Token ids of each slot's sample, shape [T]; not to be written to, and good until the next call of another method."""
+        """Return the token ids of each slot's sample, shape [T]: read-only, and valid until the next call of another method."""
         return [rows[:, 0] for rows in self._read(slots)]
 
     def read(self, slots: Int64) -> list[Generated]:
-        """Copies of what these slots have produced."""
+        """Return copies of the outputs of these slots."""
         if not self._uniform:
             return [_generated(rows) for rows in self._read(slots)]
-        # One copy for all that are staged, whose memory they share.
+        # All staged outputs are copied at once, and share the memory of the copy.
         count = np.where(self._stored[slots] > 0, 0, self.count[slots])
         begin = np.cumsum(count) - count
         first = slots * self._room + (slots & self._mask[slots])
@@ -140,7 +142,7 @@ class Outputs:
         return read
 
     def restore(self, slot: int, output: Generated) -> None:
-        """Put back what a preempted sample had produced into a slot just opened for it."""
+        """Restore the output of a preempted sample into a slot just opened for it."""
         columns = [output.tokens[:, None]]
         if output.logprobs is not None:
             columns.append(output.logprobs[:, None].view(np.int32))
@@ -151,7 +153,8 @@ class Outputs:
         self.count[slot] = self._stored[slot] = len(output.tokens)
 
     def _staged_rows(self, slots: Int64) -> list[Int32]:
-        """What is staged of each of these slots, a view of shape [rows, W]. It never wraps: where the ring ends it is moved."""
+        """Return the staged rows of each of these slots, a view of shape [rows, W]. They never wrap: a ring is moved at its
+        end."""
         width, stored = self._width[slots], self._stored[slots]
         first = slots * self._room + ((stored + slots) & self._mask[slots]) * width
         stop = first + (self.count[slots] - stored) * width
@@ -159,7 +162,7 @@ class Outputs:
         return [self._staged[begin:end].reshape(-1, size) for begin, end, size in spans]
 
     def _read(self, slots: Int64) -> list[Int32]:
-        """The rows of each of these slots, shape [T, W]: a view where all of them are staged."""
+        """Return the rows of each of these slots, shape [T, W]: a view if all of them are staged."""
         staged = self._staged_rows(slots)
         for place in np.flatnonzero(self._stored[slots]).tolist():
             slot = int(slots[place])
@@ -169,7 +172,7 @@ class Outputs:
         return staged
 
     def _store(self, slots: Int64) -> None:
-        """Move what is staged to the slots' rows."""
+        """Move the staged rows of these slots to their own rows."""
         counts = zip(slots.tolist(), self._stored[slots].tolist(), self.count[slots].tolist(), strict=True)
         for (slot, stored, count), staged in zip(counts, self._staged_rows(slots), strict=True):
             rows = self._rows[slot]
@@ -183,7 +186,7 @@ class Outputs:
 
 
 def _generated(rows: Int32) -> Generated:
-    """Copies of all parts of a sample's rows, shape [T, W]."""
+    """Return copies of all parts of a sample's rows, shape [T, W]."""
     known = (rows.shape[1] - 2) // 2
     return Generated(
         tokens=rows[:, 0].copy(),

@@ -1,8 +1,8 @@
-"""The prompts that a scheduler has been given, in plan order, and which of them it has still to begin.
+"""The prompts of a scheduler, in plan order, and which of them have not begun.
 
-Work is open-ended: prompts are added behind the last one, those not begun can be taken out, and those at the front that are
-finished can be forgotten. A prompt that is taken out keeps its number; the common prefix noted for a prompt is always the one
-with the last before it that is still there.
+Work is open-ended: prompts are appended, those not begun can be removed, and finished ones at the front can be forgotten. A
+removed prompt keeps its number; the common prefix stored for a prompt is always the one with the nearest earlier prompt that
+has not been removed.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ class Work:
         """The number of the first prompt of each part."""
         self.row_index: Int64 = requests.row_index
         self.key: Int64 = _keys(requests)
-        """The row that each prompt's random numbers are drawn for."""
+        """The row number that seeds each prompt's random numbers, shape [R]."""
         self.start: Int64 = requests.start
         self.length: Int32 = requests.length
         self.lcp: Int32 = requests.lcp
         self.params: Int32 = requests.params
         self.given: Int32 = _given(requests)
-        """Tokens behind each prompt that are scored before one is drawn."""
+        """The number of tokens after each prompt that are scored before one is drawn, shape [R]."""
         self._any_given = bool(self.given.any())
         self.continuations = requests.continuations
-        """The same for all that is added later."""
+        """The given texts, shared by all prompts added later."""
         self._places: dict[SamplingParams, int] | None = None
-        """Where each entry of `sampling` stands; None until it is asked for."""
+        """The index of each entry of `sampling`; None until it is needed."""
         self.sampling: tuple[SamplingParams, ...] = ()
         self.max_tokens: Int32 = np.zeros(0, np.int32)
-        """Of each entry of `sampling`; likewise `logprobs`, -1 for none."""
+        """`max_tokens` of each entry of `sampling`; `logprobs` likewise, -1 for none."""
         self.logprobs: Int32 = self.max_tokens
         self._add_sampling(requests.sampling)
         self.num_samples: Int64 = requests.num_samples()
-        """How many samples each prompt has to draw, shape [R]."""
+        """The number of samples to draw from each prompt, shape [R]."""
         self._until: dict[int, int] = {}
-        """Of prompts that have been cut: the first sample number that is not drawn here."""
+        """By prompt that has been cut: the first sample number that is not drawn."""
         self._dropped = np.zeros(len(requests), np.bool_)
         self._by_row: Int64 | None = None
-        """The prompts of a beginning of the table in the order of their rows; None until a row is looked up."""
+        """The first prompts of the table, sorted by row; None until a row is looked up."""
         self.next = 0
         """The first prompt that has never been begun."""
 
@@ -57,17 +57,17 @@ class Work:
 
     @property
     def exhausted(self) -> bool:
-        """Every prompt has been begun or taken out."""
+        """Whether every prompt has been begun or removed."""
         return self.next >= len(self)
 
     def samples(self, prompt: int) -> Int32:
-        """The numbers of the samples to draw from one prompt, ascending."""
+        """Return the numbers of the samples to draw from one prompt, ascending."""
         part = self._part(prompt)
         samples = self._parts[part].samples(prompt - int(self._first[part]))
         return samples[samples < self._until[prompt]] if prompt in self._until else samples
 
     def tokens_at(self, prompt: Int32, position: Int64) -> Int32:
-        """One token of each of these prompts (repeats allowed), shape [N]."""
+        """Return one token of each of these prompts (repeats allowed), shape [N]."""
         place = self.start[prompt] + position
         if len(self._parts) == 1:
             return self._parts[0].tokens[place]
@@ -78,47 +78,47 @@ class Work:
         return tokens
 
     def continuation(self, prompt: int, sample: int) -> Int32:
-        """The tokens that are scored in the place of a sample."""
+        """Return the tokens that are scored in place of a sample."""
         assert self.continuations is not None
         return self.continuations.of(int(self.row_index[prompt]), sample)
 
     @property
     def has_texts(self) -> bool:
-        """Whether any prompt has a given text behind it."""
+        """Whether any prompt is followed by a given text."""
         return self.continuations is not None or self._any_given
 
     def of_texts(self, prompts: Int32) -> Bool:
-        """Whether a sample of each of these prompts has a given text, all of it or its beginning."""
+        """Return for each of these prompts whether its samples are, or begin with, a given text."""
         return np.ones(len(prompts), np.bool_) if self.continuations is not None else self.given[prompts] > 0
 
     def given_tokens(self, prompt: int) -> Int32:
-        """The tokens behind a prompt that are scored before one is drawn."""
+        """Return the tokens after a prompt that are scored before one is drawn."""
         part = self._part(prompt)
         begin = int(self.start[prompt] + self.length[prompt])
         return self._parts[part].tokens[begin : begin + int(self.given[prompt])]
 
     def num_pages(self, prompts: Int32, page_size: int) -> Int32:
-        """Pages that a cache needs for a longest sample of each of these prompts, and one for the prompt's own last page, of
-        which the sample has a copy."""
+        """Return the pages that the longest possible sample of each of these prompts takes, plus one for the prompt's own last
+        page, of which the sample has a copy."""
         return -(-(self.length[prompts] + self.max_tokens[self.params[prompts]]) // page_size) + 1
 
     def upcoming(self, count: int) -> Int32:
-        """The next prompts to begin, at most `count`."""
+        """Return the next prompts to begin, at most `count`."""
         size = count
         while True:
             stop = min(self.next + size, len(self))
             stays = np.flatnonzero(~self._dropped[self.next : stop]) + self.next
             if len(stays) >= count or stop == len(self):
                 return stays[:count].astype(np.int32)
-            # Some were taken out: look further, without a pass over all prompts.
+            # Some were removed: search further, without a pass over all prompts.
             size *= 2
 
     def not_begun(self) -> Int32:
-        """All prompts that can still be begun, ascending."""
+        """Return all prompts that can still be begun, ascending."""
         return (np.flatnonzero(~self._dropped[self.next :]) + self.next).astype(np.int32)
 
     def of_row(self, row: int) -> list[int]:
-        """The prompts of a row that have not been taken out: several where parts of its samples came one after another."""
+        """Return the prompts of a row that have not been removed: several if its samples were added in parts."""
         if self._by_row is None or len(self) > 2 * len(self._by_row):
             self._by_row = np.argsort(self.row_index, kind="stable")
         # Those added since the rows were sorted are searched one by one.
@@ -129,11 +129,11 @@ class Work:
         return prompts[~self._dropped[prompts]].tolist()
 
     def begin(self, count: int) -> None:
-        """The first `count` of `upcoming` are begun."""
+        """Mark the first `count` prompts of `upcoming` as begun."""
         self.next = self._from(int(self.upcoming(count)[-1]) + 1)
 
     def extend(self, requests: Requests) -> Int32:
-        """Add prompts behind the last one; their numbers."""
+        """Append prompts. Return their numbers."""
         first, there, params = len(self), np.flatnonzero(~self._dropped), requests.params
         if requests.sampling is not self.sampling and requests.sampling != self.sampling[: len(requests.sampling)]:
             if self._places is None:
@@ -158,12 +158,12 @@ class Work:
         return np.arange(first, len(self), dtype=np.int32)
 
     def forgettable(self, needed: int) -> int:
-        """How many of the prompts below number `needed`, all of them finished or taken out, `forget` can be given."""
+        """Return how many of the prompts below number `needed`, all finished or removed, can be passed to `forget`."""
         return int(self._first[np.searchsorted(self._first, min(needed, self.next), side="right") - 1])
 
     def forget(self, count: int) -> Int32:
-        """The first `count` prompts are finished: the numbers of the others become less by so many. Sampling parameters that no
-        other has are forgotten, too; the entries of `sampling` that are kept, ascending."""
+        """Forget the first `count` prompts, which are finished, and reduce the numbers of the others by `count`. Forget
+        sampling parameters that no other prompt has, too. Return the entries of `sampling` that are kept, ascending."""
         part = int(np.searchsorted(self._first, count))
         self._parts, self._first = self._parts[part:], self._first[part:] - count
         for name in ("row_index", "key", "given", "start", "length", "lcp", "params", "num_samples", "_dropped"):
@@ -184,7 +184,7 @@ class Work:
         self._dropped[prompts] = True
         if self.lcp is self._parts[0].lcp:
             self.lcp = self.lcp.copy()
-        # Between two that stay, the common prefix is the shortest of those in between.
+        # The common prefix of two prompts that are kept is the shortest of those in between.
         successor = 0
         for prompt in prompts.tolist():
             if successor <= prompt:
@@ -194,23 +194,24 @@ class Work:
         self.next = self._from(self.next)
 
     def cut(self, prompt: int, until: int) -> None:
-        """Draw no sample of a prompt from number `until` on."""
+        """Exclude the samples of a prompt from number `until` on."""
         self._until[prompt] = min(until, self._until.get(prompt, until))
 
     def part_of(self, prompts: Int32) -> Int64:
-        """Which of the calls of `extend` each prompt came with, 0 for those there from the start."""
+        """Return the index of the part that each prompt belongs to; a part is the prompts of one call of `extend`, or of the
+        constructor."""
         return np.searchsorted(self._first, prompts, side="right") - 1
 
     def requests(self, prompts: Int32, spans: tuple[Int32, Int32]) -> Requests:
-        """These prompts, ascending and of one part, with the samples of each from the first of `spans` up to the second."""
+        """Return these prompts, ascending and of one part, each with the samples from the first of `spans` up to the second."""
         part = self._part(int(prompts[0]))
         return replace(self._parts[part].take(prompts - int(self._first[part])), span=spans)
 
     def _add_sampling(self, fresh: Sequence[SamplingParams]) -> None:
-        """Add entries to `sampling`, of which there are as many as prompts where each request has a seed of its own."""
+        """Append entries to `sampling`, of which there are as many as prompts if each request has its own seed."""
         self.sampling = (*self.sampling, *fresh) if self.sampling else tuple(fresh)
         self.max_tokens = np.append(self.max_tokens, np.array([params.max_tokens for params in fresh], np.int32))
-        # Of given tokens nothing comes with the draw.
+        # Given tokens are reported by their scores, not by the draw.
         drawn = [-1 if params.logprobs is None or self.continuations is not None else params.logprobs for params in fresh]
         self.logprobs = np.append(self.logprobs, np.array(drawn, np.int32))
 
@@ -222,7 +223,7 @@ class Work:
         return self._parts[part].prompt(prompt - int(self._first[part]))
 
     def _from(self, prompt: int) -> int:
-        """The first prompt from this number on that has not been taken out."""
+        """Return the first prompt from this number on that has not been removed."""
         ahead = self._dropped[prompt:]
         return prompt + int(ahead.argmin()) if len(ahead) and not ahead.all() else len(self)
 
@@ -236,7 +237,7 @@ def _given(requests: Requests) -> Int32:
 
 
 def common_prefix(a: Int32, b: Int32) -> int:
-    """How many leading numbers two lists have in common."""
+    """Return how many leading elements two arrays have in common."""
     size = min(len(a), len(b))
     differs = a[:size] != b[:size]
     return int(differs.argmax()) if differs.any() else size
