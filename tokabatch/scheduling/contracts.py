@@ -250,13 +250,13 @@ class ScoredPlaces:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One forward pass. Its fields apply in the order in which they are listed: slots open, the page table changes, pages are cleared,
-    pages are copied, the runs are computed, each layer writing all its keys and values before it attends.
+    """One forward pass. Its fields apply in the order in which they are listed: slots open, the page table changes, pages are
+    cleared, pages are copied, the runs are computed, each layer writing all its keys and values before it attends.
 
-    A run is consecutive positions of one slot; the runs lie one after another on the step's token axis, those that bring
-    their token ids from the host first (`num_prefill_runs`, `token_ids` of their lengths summed), then the decode runs:
-    one token each, the slot's last sampled token, which the worker holds. The position p of a slot lives in page
-    `page_table[slot, p // page_size]` at offset `p % page_size`.
+    A run is consecutive positions of one slot; the runs lie one after another on the step's token axis, those that bring their
+    token ids from the host first (`num_prefill_runs`, `token_ids` of their lengths summed), then the decode runs: one token
+    each, the slot's last sampled token, which the worker holds. The position p of a slot lives in page `page_table[slot, p //
+    page_size]` at offset `p % page_size`.
     """
 
     index: int

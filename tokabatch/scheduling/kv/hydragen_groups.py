@@ -1,7 +1,7 @@
-"""Which runs of a step share which prefix pages: Hydragen groups, nested, found again for every step in vectorised passes.
+"""Which runs of a step share which prefix pages: nested Hydragen groups, computed for every step in vectorised passes.
 
-The runs stand in plan order, so those that share a prefix are neighbours and the pages shared by neighbours form an
-LCP-interval tree. Each level of that tree that is worth it becomes one `PrefixLevel`.
+The runs are in plan order, so those that share a prefix are neighbours and the pages shared by neighbours form an
+LCP-interval tree. Each level of that tree within the `GroupingLimits` becomes one `PrefixLevel`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tokabatch.scheduling.contracts import PrefixLevel
 
 @dataclass(frozen=True, slots=True)
 class GroupingLimits:
-    """A prefix pass is made for at least `min_group` runs over at least `min_pages` pages."""
+    """The least number of runs, `min_group`, and of pages, `min_pages`, of a group in a prefix pass."""
 
     min_group: int
     min_pages: int
@@ -40,7 +40,7 @@ class PromptRuns:
 
 
 def find_groups(prompts: PromptRuns, limits: GroupingLimits) -> tuple[list[PrefixLevel], Int32]:
-    """Levels from the root down, and for each prompt the leading pages that they cover."""
+    """Return the levels from the root down, and the number of leading pages of each prompt that they cover, shape [N]."""
     count = len(prompts.num_runs)
     covered = np.zeros(count, np.int32)
     levels: list[PrefixLevel] = []
@@ -55,7 +55,7 @@ def find_groups(prompts: PromptRuns, limits: GroupingLimits) -> tuple[list[Prefi
         starts[0] = True
         alone = bool(starts.all())
         if alone:
-            # Only samples of one prompt are left to share: the last level.
+            # Only samples of the same prompt share further pages: the last level.
             first, last, members, depth = np.arange(count), np.arange(count), prompts.num_runs, within
         else:
             bounds = np.append(np.flatnonzero(starts), count)

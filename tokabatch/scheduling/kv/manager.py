@@ -1,8 +1,8 @@
-"""The KV cache and everything in it: the only way to open, fork, grow and close what holds pages.
+"""The KV cache manager: the only interface through which whatever holds pages is opened, forked, grown and closed.
 
-Behind it stand the page pool (references), the prefix tree (prompts and the pages they share) and the slots (running samples
-and their page tables). Others read these; they change through the methods here alone. What a step must tell the worker of the
-changes (new slots, page-table cells, pages to copy and to clear) is collected until `take_changes`.
+It owns the page pool (references), the prefix tree (prompts and the pages they share) and the slots (running samples and their
+page tables). Other modules read these; only the methods here change them. The changes that the next step sends to the worker
+(new slots, page-table cells, pages to copy and to clear) are collected until `take_changes`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _NO_SLOTS, _NONE = np.zeros(0, np.int64), np.zeros(0, np.int32)
 
 
 class Runs(NamedTuple):
-    """What R slots compute in a step."""
+    """The slots that compute in a step, R of them, and how many tokens each."""
 
     slots: Int64
     """Shape [R]."""
     tokens: Int32
-    """How many tokens of each, shape [R]."""
+    """The number of tokens of each, shape [R]."""
 
     @staticmethod
     def joined(parts: Sequence[Runs]) -> Runs:
-        """All of them, one part after another."""
+        """Return the concatenation of all parts."""
         slots, tokens = zip(NO_RUNS, *parts, strict=True)
         return Runs(np.concatenate(slots), np.concatenate(tokens))
 
@@ -53,20 +53,20 @@ class Cells(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CacheChanges:
-    """What has changed since the step before: S opened slots, C cells of the page table, P copied pages."""
+    """The changes since the last step: S opened slots, C cells of the page table, P copied pages."""
 
     opened: Int64
     """Shape [S]."""
     cells: Cells
-    """Shape [C] each; no cell stands twice."""
+    """Shape [C] each; no cell occurs twice."""
     copy_src: Int32
-    """Pages to copy, shape [P]; to `copy_dst`, likewise."""
+    """Pages to copy, shape [P]; `copy_dst` holds the destinations."""
     copy_dst: Int32
     clear_pages: Int32
 
 
 class KVCacheManager:
-    """Owns pages, page tables, the sharing of prompts and slots."""
+    """The pages, page tables, prompts and slots of one cache."""
 
     def __init__(
         self, work: Work, counts: SchedulerCounts, num_pages: int, page_size: int, num_slots: int, max_pages_per_slot: int
@@ -85,7 +85,7 @@ class KVCacheManager:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that nothing holds."""
+        """The number of pages without a reference."""
         return self.pool.num_free
 
     @property
@@ -94,20 +94,22 @@ class KVCacheManager:
         return np.concatenate(self._opened) if self._opened else _NO_SLOTS
 
     def open(self, request: int, budget: int) -> Runs | None:
-        """Admit one sample of a prompt that has been open before and is not computed, giving the prompt pages again where it
-        has none. None while another prompt must compute what the two share, or where pages are missing."""
+        """Admit one sample of a prompt that has been open before and is not computed, reopening the prompt if it has no pages.
+        Return what the sample computes, or None while another prompt must first compute what the two share, or while there are
+        too few pages."""
         prompt = self.tree[request] if request in self.tree else self.tree.reopen(request)
         return None if prompt is None else self._admit([], _NONE, [prompt], budget)
 
     def fork(self, requests: list[int], counts: Int32, num_fresh: int, budget: int) -> Runs:
-        """Admit `counts[i]` samples of each computed prompt: they read its full pages in place, and copy its last one where
-        that is filled in part. Then begin up to `num_fresh` prompts that have never been open, in plan order, with one sample
-        each, which computes the prompt. Together at most `budget` tokens: fewer prompts begin where pages or tokens run out."""
+        """Admit `counts[i]` samples of each computed prompt, which read its full pages in place and copy its last one if that
+        is partly filled. Then begin up to `num_fresh` prompts that have never been open, in plan order, with one sample each,
+        which computes the prompt. All together compute at most `budget` tokens; fewer prompts begin if pages or tokens run out.
+        Return what the slots compute."""
         forks, num_forks = [self.tree[request] for request in requests], int(counts.sum())
         for prompt, count in zip(forks, counts.tolist(), strict=True):
             prompt.live += count
         if num_forks and (self._work.has_texts or any(prompt.preempted for prompt in forks)):
-            # How many tokens and pages these take depends on what each has; all others take one of both.
+            # These differ in the tokens and pages that they take; all others take one of both.
             runs = self._admit(forks, counts, [], budget)
             return Runs.joined((runs, self.fork([], _NONE, num_fresh, budget - int(runs.tokens.sum()))))
         num_fresh, budget_left = min(num_fresh, self.slots.num_free - num_forks), budget - num_forks
@@ -117,16 +119,17 @@ class KVCacheManager:
         return self._admit(forks, counts, fresh, budget) if num_forks or fresh else NO_RUNS
 
     def at_page_end(self, slots: Int64) -> Int64:
-        """Those of decoding slots whose next token needs a page that they do not have."""
+        """Return those of these decoding slots whose next token requires a new page."""
         return slots[(self.slots.computed >= self.slots.num_pages * self.page_size)[slots]]
 
     def missing_pages(self, slots: Int64, tokens: Int32) -> Int32:
-        """Pages that each slot is missing to compute so many more tokens."""
+        """Return how many further pages each slot requires to compute so many more tokens, shape as `slots`."""
         target = -(-(self.slots.computed[slots] + tokens) // self.page_size)
         return np.maximum(target - self.slots.num_pages[slots], 0)
 
     def grow(self, slots: Int64, tokens: Int32) -> None:
-        """Give each slot the pages that it is missing to compute so many more tokens; there are enough."""
+        """Give each slot the pages that it requires to compute so many more tokens. The caller has checked that enough are
+        free."""
         if not len(slots):
             return
         counts = self.missing_pages(slots, tokens)
@@ -139,7 +142,7 @@ class KVCacheManager:
         self._cells.append(Cells(owner, column, pages))
 
     def advance(self, step: StepBatch) -> Int64:
-        """Move the runs of a step past it, as if no sample ended; the slots that sample."""
+        """Advance the slots past a step, as if no sample ended in it. Return the slots that sample."""
         slots, run_slot = self.slots, step.run_slot.astype(np.int64)
         slots.computed[run_slot] = step.run_start + step.run_length
         prefilled = run_slot[: step.num_prefill_runs]
@@ -149,21 +152,21 @@ class KVCacheManager:
         slots.on_device[sampled] = True
         slots.length[sampled] += 1
         full = slots.length[sampled] - slots.prompt_length[sampled] >= slots.limit[sampled]
-        # The last token of the limit needs no keys and values: its slot only waits for the result.
+        # The last token of the limit requires no keys and values: its slot computes nothing more.
         slots.computed[sampled[full]] = slots.length[sampled[full]]
         return sampled
 
     def close(self, slots: Int64) -> list[int]:
-        """End the samples in these slots. Returns the prompts of which no sample is left, whose pages come free but for what
-        the next prompt shares."""
+        """Close slots whose samples have ended. Return the prompts without samples left, whose pages are freed except those
+        that the next prompt shares."""
         touched = self._leave(slots)
         finished = [prompt for prompt in touched if prompt.finished]
         self.tree.release(finished, [prompt for prompt in touched if prompt.has_nan])
         return [prompt.request for prompt in finished]
 
     def requeue(self, slot: int, *, spoilt: bool = False) -> None:
-        """Put a running sample back among the waiting; the tokens received are kept. One that is `spoilt` is computed anew
-        alone, and no sample builds on its pages, nor on its prompt's."""
+        """Requeue a running sample, keeping the tokens received. A `spoilt` sample is to be computed again alone, and no other
+        sample shares its pages or its prompt's."""
         request, sample = int(self.slots.request[slot]), int(self.slots.sample[slot])
         prompt, place = self.tree[request], np.array([slot])
         if spoilt:
@@ -175,8 +178,8 @@ class KVCacheManager:
             self.tree.release([], [prompt])
 
     def cancel(self, prompt: int, from_sample: int) -> list[int]:
-        """Take out the samples of a prompt from this number on, those that run included; their numbers. `settle` the prompt
-        afterwards."""
+        """Remove the samples of a prompt from this number on, running ones included. Return their numbers. Call `settle` for
+        the prompt afterwards."""
         slots, begun = self.slots, self.tree.begun(prompt)
         gone = self.take_unadmitted(prompt, from_sample).tolist()
         if begun is not None:
@@ -189,8 +192,8 @@ class KVCacheManager:
         return gone
 
     def take_unadmitted(self, prompt: int, from_sample: int) -> Int32:
-        """Take the samples from this number on out of those of a prompt that have never been admitted; their numbers. `settle`
-        the prompt afterwards."""
+        """Remove those samples of a prompt from this number on that have never been admitted. Return their numbers. Call
+        `settle` for the prompt afterwards."""
         samples, begun = self.tree.unadmitted(prompt), self.tree.begun(prompt)
         self._work.cut(prompt, from_sample)
         if begun is not None:
@@ -198,26 +201,25 @@ class KVCacheManager:
         return samples[samples >= from_sample]
 
     def settle(self, prompts: Int32) -> None:
-        """Samples of these prompts have been taken out: forget those without any, and free what no sample reads."""
+        """Clean up after samples of these prompts have been removed: drop prompts without samples, and free unused pages."""
         unbegun = prompts[prompts >= self._work.next]
         self._work.take_out(unbegun[[len(self._work.samples(prompt)) == 0 for prompt in unbegun.tolist()]])
         begun = (self.tree.begun(prompt) for prompt in prompts.tolist())
         self.tree.settle([prompt for prompt in begun if prompt is not None])
 
     def drop(self, request: int) -> list[tuple[int, Generated | None]]:
-        """Forget a prompt that has no pages; its samples that are left, each with what it had produced."""
+        """Drop a prompt that has no pages. Return its remaining samples, each with its output, or None if it has none."""
         if self.tree.begun(request) is None:
             return [(sample, None) for sample in self._work.samples(request).tolist()]
         prompt = self.tree.drop(request)
         return [prompt.take_sample() for _ in range(prompt.num_pending)]
 
     def suspend_idle(self, keep: int = -1) -> int:
-        """Give up the pages of every prompt without running samples, but for `keep`; how many pages come free."""
+        """Suspend every prompt without running samples except `keep`, freeing its pages. Return how many were freed."""
         return self.tree.suspend_idle(keep)
 
     def lose(self) -> None:
-        """The worker is gone, and with it all that is computed: every sample goes back among the waiting, in the order of
-        admission."""
+        """Requeue every running sample, in the order of admission, after the worker and all that it computed are lost."""
         slots = self.slots
         for slot in slots.order[np.argsort(slots.admitted[slots.order])].tolist():
             self.requeue(slot)
@@ -225,15 +227,15 @@ class KVCacheManager:
         self.suspend_idle()
 
     def resize(self, num_pages: int) -> None:
-        """Have another number of pages; none is held."""
+        """Change the number of pages; none may be held."""
         self.pool.resize(num_pages)
 
     def widen(self) -> None:
-        """Make room for what the sampling parameters of added prompts report of each token."""
+        """Enlarge the output buffers for the log-probabilities that added sampling parameters report."""
         self.slots.outputs.widen(int(self._work.logprobs.max(initial=-1)))
 
     def first_prompt(self) -> int:
-        """The number of the first prompt that anything here refers to; that of the next to begin where nothing does."""
+        """Return the number of the first prompt that is open, suspended or in a slot, or else of the next one to begin."""
         first = self._work.next if self.tree.first is None else min(self._work.next, self.tree.first)
         return min(first, int(self.slots.request[self.slots.order].min(initial=first)))
 
@@ -245,16 +247,16 @@ class KVCacheManager:
         self.tree.forget(count)
 
     def restrict(self, num_slots: int) -> None:
-        """Have fewer slots; none is in use."""
+        """Reduce the number of slots; none may be in use."""
         self.slots.restrict(num_slots)
 
     def misfits(self, prompts: Int32) -> Int32:
-        """Those of which a longest sample does not fit the cache or the page table."""
+        """Return those of these prompts whose longest possible sample does not fit the cache or the page table."""
         most = min(self.pool.num_pages, self._max_pages_per_slot + 1)
         return prompts[self._work.num_pages(prompts, self.page_size) > most]
 
     def take_changes(self) -> CacheChanges:
-        """What has changed since the last call."""
+        """Return the changes since the last call."""
         opened, cells, copies = self.opened, self._cells, self._copies
         self._opened, self._cells, self._copies = [], [], []
         return CacheChanges(
@@ -283,9 +285,9 @@ class KVCacheManager:
         assert all(prompt.live == live.get(prompt.request, 0) for prompt in self.tree), "live counts differ"
 
     def _admit(self, forks: list[PromptPages], counts: Int32, leads: list[PromptPages], budget: int) -> Runs:
-        """Open slots for `counts[i]` samples of each computed prompt, and for one of each of `leads`, which computes the prompt
-        in the prompt's own pages; what they compute at once. Each gets the page of its first token even where the budget leaves
-        it none to compute yet."""
+        """Open slots for `counts[i]` samples of each computed prompt `forks[i]`, and for one sample of each of `leads`, which
+        computes the prompt in the prompt's own pages. Return what they compute in this step. Each slot gets the page of its
+        first token, even if the budget leaves it no token to compute yet."""
         slots, prompts, num_forks = self.slots, [*forks, *leads], int(counts.sum())
         counts = np.append(counts, np.ones(len(leads), np.int32))
         taken = [prompt.take_sample() for prompt, count in zip(prompts, counts.tolist(), strict=True) for _ in range(count)]
@@ -302,19 +304,19 @@ class KVCacheManager:
                 prompt.leader = slot
                 prompt.live += 1
             if self._work.has_texts:
-                # No further than the prompt's end: what the next prompt inherits has to be computed in this very step.
+                # Stop at the prompt's end: what the next prompt inherits must be computed in this step.
                 leading = np.arange(len(opened)) >= num_forks
                 ends = np.where(leading & self._work.of_texts(request), slots.prompt_length[opened], ends)
         take = slots.prefill_chunks(opened, ends, budget)
         if int(self.missing_pages(opened, np.maximum(take, 1)).sum()) > self.pool.num_free:
-            # Preempted samples come back long: begin with one token each, which needs one page at most.
+            # Preempted samples are long: begin with one token each, which requires at most one page.
             take = np.minimum(take, 1)
         self.grow(opened, np.maximum(take, 1))
         self._copy_last_pages(opened[:num_forks], forks, counts[: len(forks)])
         return Runs(opened[take > 0], take[take > 0])
 
     def _fill(self, opened: Int64, requests: Int32, start: Int32, outputs: list[Generated | None]) -> None:
-        """Set the columns of freshly opened slots, computed up to `start`; preempted samples get their output back."""
+        """Set the columns of newly opened slots, computed up to `start`, and restore the outputs of preempted samples."""
         slots, counts = self.slots, self._counts
         length, params = self._work.length[requests], self._work.params[requests]
         slots.prompt_length[opened] = slots.length[opened] = length
@@ -340,13 +342,13 @@ class KVCacheManager:
                     slots.length[slot] += len(given) - 1
             elif output is None and self._work.given[requests[i]]:
                 slot, given = int(opened[i]), self._work.given_tokens(int(requests[i]))
-                # Where none is drawn behind it, the last token is.
+                # If no token is to be drawn after the text, its last token is drawn instead, and replaced later.
                 known = min(len(given), int(slots.limit[slot]) - 1)
                 slots.outputs.restore(slot, unscored(given[:known], int(self._work.logprobs[params[i]])))
                 slots.length[slot] += known
 
     def _share(self, opened: Int64, counts: Int32, pages: list[Int32]) -> None:
-        """Point the first columns of the slots at the pages that they share, `counts[i]` slots in turn at `pages[i]`."""
+        """Enter shared pages in the first columns of the slots' page tables: `pages[i]` for `counts[i]` slots in turn."""
         sizes = np.array([len(each) for each in pages], np.int32)
         shared = np.repeat(sizes, counts)
         owner = np.repeat(opened, shared)
@@ -357,7 +359,7 @@ class KVCacheManager:
         self._cells.append(Cells(owner, column, page))
 
     def _copy_last_pages(self, opened: Int64, prompts: list[PromptPages], counts: Int32) -> None:
-        """Copy each prompt's last page, where that is filled in part, to the own pages of its `counts[i]` slots."""
+        """Copy each prompt's last page, if it is partly filled, to the first own page of each of its `counts[i]` slots."""
         slots = self.slots
         partial = (slots.prompt_length[opened] - 1) % self.page_size > 0
         if partial.any():
@@ -368,7 +370,7 @@ class KVCacheManager:
             )
 
     def _leave(self, slots: Int64) -> list[PromptPages]:
-        """Close slots, free their own pages, and take their samples off the prompts they belong to, which are returned."""
+        """Close slots, free their own pages, and update the prompts of their samples. Return these prompts."""
         left: dict[int, PromptPages] = {}
         for slot, request in zip(slots.tolist(), self.slots.request[slots].tolist(), strict=True):
             left[request] = prompt = self.tree[request]

@@ -1,4 +1,4 @@
-"""The pool of KV pages: how many references there are to each. Slots and prompts, which hold them, are not known here."""
+"""The pool of KV pages, with a reference count for each. It does not depend on slots and prompts, which hold the references."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import numpy as np
 from tokabatch.arrays import Int32
 
 MANY = 16
-"""The part of all pages from which a look at each page is faster than one at each reference dropped: samples that share a long
-document drop thousands of references each."""
+"""From one reference dropped for so many pages on, a pass over all pages is faster than one over the references: samples that
+share a long document drop thousands of references each."""
 
 
 class PagePool:
-    """Hands out page ids 0 .. num_pages - 1. A page is free exactly when there is no reference to it.
+    """A pool of page ids 0 .. num_pages - 1. A page is free exactly when there is no reference to it.
 
-    Lowest ids go out first and freed ones are reused last-in first-out, so a small job touches a small part of the cache.
+    Lowest ids are allocated first and freed ones are reused last-in first-out, so a small job touches a small part of the
+    cache.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -27,7 +28,7 @@ class PagePool:
         self.num_free = num_pages
 
     def resize(self, num_pages: int) -> None:
-        """Start over with another number of pages; there are no references."""
+        """Reset the pool to another number of pages; no page may be held."""
         assert not self.num_used, "pages are held"
         self.num_pages = self.num_free = num_pages
         self.references = np.zeros(num_pages, np.int32)
@@ -39,7 +40,7 @@ class PagePool:
         return self.num_pages - self.num_free
 
     def allocate(self, count: int) -> Int32:
-        """Take `count` pages, one reference each. The caller has checked `num_free`."""
+        """Allocate `count` pages with one reference each, and return their ids. The caller has checked `num_free`."""
         assert count <= self.num_free, f"{count} pages asked for, {self.num_free} free"
         self.num_free -= count
         pages = self._free[self.num_free : self.num_free + count][::-1].copy()
@@ -49,7 +50,7 @@ class PagePool:
         return pages
 
     def take_to_clear(self) -> Int32:
-        """Pages handed out since the last call that the step which uses them clears first."""
+        """Return the pages allocated since the last call that the next step must clear before it uses them."""
         pages, self._to_clear = self._to_clear, []
         return np.concatenate(pages) if pages else np.zeros(0, np.int32)
 
@@ -63,9 +64,9 @@ class PagePool:
         self._push(pages)
 
     def release(self, pages: Int32) -> None:
-        """Drop one reference for each entry; an id may stand several times, once for each reference dropped."""
+        """Drop one reference for each entry; an id may occur several times, once for each reference dropped."""
         if (self.references[pages] == 1).all():
-            # These are the only references, so no page stands twice.
+            # These are the only references, so no page occurs twice.
             self.free(pages)
             return
         if len(pages) < self.num_pages // MANY:
@@ -81,7 +82,7 @@ class PagePool:
         self.num_free += len(pages)
 
     def check_integrity(self, held: Int32) -> None:
-        """`held` lists every reference that a slot or a prompt holds; raises AssertionError where the counts differ."""
+        """Raise AssertionError if the counts differ from `held`, which lists every reference that a slot or a prompt holds."""
         expected = np.bincount(held, minlength=self.num_pages)
         assert np.array_equal(expected, self.references), "reference counts differ from the pages held"
         free = self._free[: self.num_free]

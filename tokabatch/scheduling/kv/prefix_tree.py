@@ -2,9 +2,9 @@
 
 Requests arrive in plan order, a depth-first walk of the prefix tree, so whatever prompt r can share with the past it can
 share with its neighbours in that order. A prompt is *open* from its first admission until its last sample is finished; it
-holds one reference to each of its pages, its samples hold only the pages they add. The last opened prompt (the cursor) stays
-open, trimmed to what its successor will share of what is computed: no page is kept past its last reader, none is dropped
-before.
+holds one reference to each of its pages, and its samples hold only the pages that they add. The last opened prompt (the
+cursor) stays open, trimmed to the computed pages that its successor will share: a page is kept exactly until its last reader
+has finished.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from tokabatch.scheduling.work import Work, common_prefix
 
 
 class PromptPages:
-    """One prompt's pages and its samples' progress. `pages` covers the prompt, its last page possibly partial; `full` counts
-    the pages that every sample may read in place: the last token is always left out, so that a sample computes at least one."""
+    """One prompt's pages and the progress of its samples. `pages` covers the prompt, and the last page may be partly filled;
+    `full` counts the pages that every sample can read in place, which leave out the last token, so that a sample computes at
+    least one."""
 
     __slots__ = (
         "alone",
@@ -48,28 +49,29 @@ class PromptPages:
         self.full = (length - 1) // page_size
         self.pages = pages
         self.computed = computed
-        """Leading prompt tokens whose keys and values are in `pages` once the steps scheduled so far have run."""
+        """The number of leading prompt tokens whose keys and values are in `pages` once the steps scheduled so far have run."""
         self.ready_step = -1
-        """The step that computes the last of the tokens a fork needs; forks start in a later one."""
+        """The step that computes the last token required for a fork; forks start in a later step."""
         self.leader = -1
         """The slot whose sample computes the prompt, -1 for none."""
         self.live = 0
-        """Running samples."""
+        """The number of running samples."""
         self.next_sample = 0
         self.preempted: dict[int, Generated] = {}
-        """Samples put back among the waiting, first to last, each with what it had produced."""
+        """Requeued samples in the order of readmission, each with its output."""
         self.has_nan = False
-        """A sample met logits that are not finite, or is looked at again alone: no other sample builds on these pages."""
+        """Whether a sample had logits that are not finite, or is being computed again alone: no other sample may share these
+        pages."""
         self.alone: set[int] = set()
-        """Samples to compute again in pages that no other sample has a part in; the first to admit."""
+        """Samples to compute again in pages that no other sample shares; they are admitted first."""
 
     @property
     def num_pending(self) -> int:
-        """Samples to admit."""
+        """The number of samples to admit."""
         return len(self.samples) - self.next_sample + len(self.preempted)
 
     def take_sample(self) -> tuple[int, Generated | None]:
-        """Take out the next sample to admit, preempted ones first: its number, and what it had produced."""
+        """Remove and return the next sample to admit, preempted ones first: its number and its output, None if it has none."""
         if self.preempted:
             sample = next(iter(self.preempted))
             return sample, self.preempted.pop(sample)
@@ -81,11 +83,11 @@ class PromptPages:
         return self.live == 0 and self.num_pending == 0
 
     def can_fork(self, step: int) -> bool:
-        """Samples that begin in this step find the prompt computed."""
+        """Return whether samples that begin in this step can share the computed prompt."""
         return self.computed >= self.length - 1 and self.ready_step < step and not self.has_nan
 
     def advance(self, slot: int, computed: int, step: int) -> None:
-        """A step computes so many leading tokens of a slot's sample: if it leads, they are the prompt's."""
+        """Record that a step computes a slot's sample up to `computed` tokens; ignored unless that slot computes the prompt."""
         if self.leader == slot:
             self.computed, self.ready_step = min(computed, self.length), step
             if self.computed >= self.length - 1:
@@ -119,12 +121,12 @@ class PrefixTree:
         return iter(self._open.values())
 
     def with_pending(self) -> list[PromptPages]:
-        """Open prompts with samples to admit, in plan order."""
+        """Return the open prompts with samples to admit, in plan order."""
         self._waiting = {r: p for r, p in self._waiting.items() if p.num_pending and r in self._open}
         return [self._waiting[r] for r in sorted(self._waiting)]
 
     def begun(self, request: int) -> PromptPages | None:
-        """An open or suspended prompt, None for one that is neither."""
+        """Return an open or suspended prompt, or None if it is neither."""
         return self._open.get(request) or self._suspended.get(request)
 
     @property
@@ -133,7 +135,7 @@ class PrefixTree:
         return min((*self._open, *self._suspended), default=None)
 
     def forget(self, count: int) -> None:
-        """The numbers of all prompts become less by so many; see `Work.forget`."""
+        """Subtract `count` from the numbers of all prompts; see `Work.forget`."""
         self.with_pending()
         for prompt in (*self._open.values(), *self._suspended.values()):
             prompt.request -= count
@@ -143,12 +145,12 @@ class PrefixTree:
         self.sharing.renumber(count)
 
     def with_unadmitted(self) -> list[PromptPages]:
-        """Open and suspended prompts with samples that have never been admitted, in plan order."""
+        """Return the open and suspended prompts with samples that have never been admitted, in plan order."""
         prompts = {**self._open, **self._suspended}
         return [prompts[r] for r in sorted(prompts) if prompts[r].next_sample < len(prompts[r].samples)]
 
     def unadmitted(self, request: int) -> Int32:
-        """The numbers of a prompt's samples that have never been admitted, ascending."""
+        """Return the numbers of a prompt's samples that have never been admitted, ascending."""
         prompt = self.begun(request)
         if prompt is not None:
             return prompt.samples[prompt.next_sample :]
@@ -156,19 +158,19 @@ class PrefixTree:
         return samples if request >= self._work.next else samples[:0]
 
     def requeue(self, prompt: PromptPages, sample: int, output: Generated) -> None:
-        """Put a sample that has produced so much back among those to admit."""
+        """Return a preempted sample, with its output, to those to admit."""
         prompt.preempted[sample] = output
         if sample in prompt.alone:
             prompt.preempted = {sample: output, **prompt.preempted}
         self._waiting[prompt.request] = prompt
 
     def drop(self, request: int) -> PromptPages:
-        """Forget a suspended prompt, whose pending samples are the caller's now."""
+        """Remove and return a suspended prompt; the caller takes over its pending samples."""
         return self._suspended.pop(request)
 
     def settle(self, prompts: list[PromptPages]) -> None:
-        """Samples of these prompts, or of prompts that had not been begun, have been taken away: give up what none waits for
-        any more."""
+        """Free the pages that no sample will use, after samples of these prompts, or of prompts never begun, have been
+        removed."""
         for prompt in prompts:
             if prompt.finished:
                 self._suspended.pop(prompt.request, None)
@@ -178,14 +180,14 @@ class PrefixTree:
             self._trim_cursor(self._cursor)
 
     def full_pages(self, requests: Int32) -> Int32:
-        """Pages of each prompt that all its samples share."""
+        """Return the number of pages of each prompt that all its samples share."""
         return (self._work.length[requests] - 1) // self._page_size
 
     def num_pages(self, request: int) -> int:
         return -(-int(self._work.length[request]) // self._page_size)
 
     def sharable(self, request: int) -> tuple[PromptPages | None, int]:
-        """The open neighbour that shares the most leading full pages with `request`, and how many."""
+        """Return the open neighbour that shares the most leading full pages with `request`, and how many; (None, 0) if none."""
         full = (int(self._work.length[request]) - 1) // self._page_size
         best: tuple[PromptPages | None, int] = (None, 0)
         for neighbour in self.sharing.around(request):
@@ -203,8 +205,8 @@ class PrefixTree:
 
     def open_next(self, count: int, budget: int, num_pages: int) -> list[PromptPages]:
         """Open up to `count` prompts that were never open before, in order, each sharing what its predecessor holds or is
-        about to compute in the same step. Fewer come back when `num_pages` or the step's tokens run out, or none while the
-        first must wait."""
+        about to compute in the same step. Return the opened prompts: fewer if `num_pages` or `budget` tokens run out, and none
+        while the pages that the first one shares are not computed."""
         batch, size = self._work.upcoming(count), self._page_size
         first = int(batch[0])
         full = (self._work.length[batch] - 1) // size
@@ -214,7 +216,7 @@ class PrefixTree:
         if neighbour is not None and neighbour.computed < shared[0] * size:
             return []
         fresh = -(-self._work.length[batch] // size) - shared
-        # What the next one inherits is computed in this very step: `budget` runs out in the last one opened or behind it.
+        # What the next prompt inherits must be computed in this step: `budget` may run out only in the last prompt opened.
         computed = np.cumsum(self._work.length[batch] - shared * size)
         count = min(len(batch), int(np.searchsorted(computed, budget)) + 1)
         count = min(count, int(np.searchsorted(np.cumsum(fresh), num_pages, side="right")))
@@ -243,7 +245,8 @@ class PrefixTree:
         return opened
 
     def reopen(self, request: int) -> PromptPages | None:
-        """Give a suspended prompt pages again. None while a neighbour must compute first, or when too few pages are free."""
+        """Give a suspended prompt pages again, and return it. Return None while a neighbour must first compute the shared
+        pages, or while too few pages are free."""
         alone = next(iter(self._suspended[request].preempted), -1) in self._suspended[request].alone
         neighbour, shared = (None, 0) if alone else self.sharable(request)
         if neighbour is not None and neighbour.computed < shared * self._page_size:
@@ -266,8 +269,8 @@ class PrefixTree:
         return prompt
 
     def release(self, finished: list[PromptPages], tainted: list[PromptPages]) -> None:
-        """Free the pages of open prompts whose last sample has finished, where the cursor keeps what its successor shares, and
-        all pages of tainted ones without running samples."""
+        """Free the pages of open prompts whose last sample has finished, except what the cursor's successor shares, and all
+        pages of tainted prompts without running samples."""
         spoilt = [prompt for prompt in tainted if prompt.live == 0]
         for prompt in spoilt:
             self._suspend(prompt)
@@ -281,8 +284,8 @@ class PrefixTree:
             self._close(done)
 
     def suspend_idle(self, keep: int = -1) -> int:
-        """Under pressure: give up the pages of every prompt without running samples, but for `keep`. Pending samples
-        compute them again later. Returns how many pages came free."""
+        """Free the pages of every prompt without running samples except `keep`, when pages are short. Pending samples compute
+        them again later. Return how many pages were freed."""
         before = self._pool.num_free
         idle = [prompt for prompt in self._open.values() if prompt.live == 0 and prompt.request != keep]
         for prompt in idle:
@@ -292,7 +295,7 @@ class PrefixTree:
         return self._pool.num_free - before
 
     def _suspend(self, prompt: PromptPages) -> None:
-        """Note what a prompt about to be closed still has to admit."""
+        """Record a prompt that is about to be closed as suspended, if it has samples to admit."""
         if prompt is self._cursor:
             self._cursor = None
         if prompt.num_pending:
@@ -304,8 +307,8 @@ class PrefixTree:
         return [self._suspended[request] for request in sorted(self._suspended)]
 
     def last_steps(self, requests: Int32, steps: Int32) -> Int32:
-        """For every open prompt the largest of `steps` (aligned with `requests`, ascending, repeats allowed): how long its
-        samples hold it. Without running samples it is 0, with samples still to admit it has no end."""
+        """Return for every open prompt the largest of `steps` (aligned with `requests`, ascending, repeats allowed): how long
+        its samples hold its pages. It is 0 without running samples, and the largest int32 with samples still to admit."""
         last = np.zeros(len(self.sharing), np.int32)
         if len(requests):
             first = np.flatnonzero(np.append(True, requests[1:] != requests[:-1]))
@@ -329,7 +332,7 @@ class PrefixTree:
 
     def _trim_cursor(self, cursor: PromptPages) -> None:
         lcp = 0 if self._work.exhausted else int(self._work.lcp[self._work.next])
-        # One cancelled in the middle of its prefill has no sample left to compute the rest: no other may wait for it.
+        # A prompt cancelled during its prefill has no sample to compute the rest, so only computed pages can be shared.
         keep = min(lcp // self._page_size, cursor.full, len(cursor.pages), cursor.computed // self._page_size)
         if keep == 0:
             self._cursor = None
@@ -340,8 +343,8 @@ class PrefixTree:
         self.sharing.cut(cursor.request, keep)
 
     def _append(self, prompts: list[PromptPages], shared: Int32) -> None:
-        """Add prompts behind all others; `shared` pages are those each has in common with its predecessor in the plan."""
-        # The first may share with another neighbour than the one that stands right before it.
+        """Append prompts after all others; `shared` counts the pages that each shares with its predecessor in the plan."""
+        # The first may share pages with a neighbour other than its direct predecessor.
         before, _ = self.sharing.around(prompts[0].request)
         first = 0 if before is None else common_prefix(self._open[before].pages, prompts[0].pages)
         sizes = [len(prompt.pages) for prompt in prompts]

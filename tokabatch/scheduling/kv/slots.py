@@ -1,8 +1,9 @@
-"""The running samples, a struct of arrays: at thousands of sequences a Python loop a step costs more than the device's step.
+"""The running samples as a struct of arrays: with thousands of samples, a Python loop each step would take longer than the
+device.
 
-A sequence lives in a slot. `length` counts its known tokens, prompt and output, those that steps in flight are about to
-sample included; `computed` counts positions whose keys and values exist once those steps have run. Whatever lies between is
-to be computed: one token in steady decoding, more in prefill or after a preemption. There are no phases.
+Each running sample has a slot. `length` counts its tokens, prompt and output, including those that steps in flight will sample;
+`computed` counts the positions whose keys and values exist once those steps have run. The positions between are to be computed:
+one token in steady decoding, more in prefill or after a preemption. Prefill and decoding are not separate phases.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from tokabatch.scheduling.generated import Generated, Outputs
 
 
 class Slots:
-    """Arrays over slots. `order` lists the active slots in plan order. Slots are int64, as NumPy indexes fastest."""
+    """Arrays over slots. `order` lists the active slots in plan order. Slot numbers are int64, with which NumPy indexes
+    fastest."""
 
     def __init__(self, num_slots: int, max_pages: int, top_logprobs: int) -> None:
         """`top_logprobs` is the most alternatives any sample reports, -1 when none reports logprobs at all."""
@@ -33,10 +35,10 @@ class Slots:
         """Columns of the page table: the first `shared_pages` belong to the prompt, the rest up to `num_pages` to the slot."""
         self.sample_counts: SampleCounts[Int32] = SampleCounts(*(column() for _ in fields(SampleCounts)))
         self._counted = [getattr(self.sample_counts, field.name) for field in fields(SampleCounts)]
-        """Its columns."""
+        """The columns of `sample_counts`."""
         self.epoch, self.admitted = column(), np.zeros(num_slots, np.int64)
         self.on_device = np.zeros(num_slots, np.bool_)
-        """The worker holds the slot's last sampled token."""
+        """Whether the worker holds the slot's last sampled token."""
         self.page_table = np.zeros((num_slots, max_pages), np.int32)
         self.order = np.zeros(0, np.int64)
         self._free = list(range(num_slots - 1, -1, -1))
@@ -45,7 +47,7 @@ class Slots:
 
     @property
     def generated(self) -> Int32:
-        """Output tokens received of each slot."""
+        """The number of output tokens received of each slot, shape [slots]."""
         return self.outputs.count
 
     @property
@@ -53,7 +55,7 @@ class Slots:
         return len(self._free)
 
     def open(self, requests: Int32, samples: Int32) -> Int64:
-        """Claim a slot for each (request, sample), in any order; the caller fills the other columns."""
+        """Open a slot for each (request, sample), in any order, and return the slots; the caller fills the other columns."""
         slots = np.array(self._free[-len(requests) :], np.int64)
         del self._free[-len(requests) :]
         self.request[slots], self.sample[slots] = requests, samples
@@ -67,7 +69,7 @@ class Slots:
         return slots
 
     def close(self, slots: Int64) -> None:
-        """Return slots; results still in flight for them are recognised by the changed epoch."""
+        """Free slots and increment their epochs, by which results still in flight for them are recognised."""
         self.outputs.close(slots)
         self.request[slots] = -1
         self.epoch[slots] += 1
@@ -75,14 +77,14 @@ class Slots:
         self._free.extend(slots.tolist())
 
     def restrict(self, num_slots: int) -> None:
-        """Use only the first `num_slots` slots from now on; all are free."""
+        """Use only the first `num_slots` slots from now on; all slots must be free."""
         assert not len(self.order), "slots are in use"
         self.num_slots = num_slots
         self._free = list(range(num_slots - 1, -1, -1))
 
     def runnable(self) -> tuple[Int64, Int64]:
-        """Slots with something to compute: those whose last token the worker holds, in plan order, and those that the host has
-        tokens for, oldest first."""
+        """Return the slots with tokens to compute: those whose last token the worker holds, in plan order, and those whose
+        tokens come from the host, oldest first."""
         pending = self.order[(self.length > self.computed)[self.order]]
         on_device = self.on_device[pending]
         if on_device.all():
@@ -91,27 +93,27 @@ class Slots:
         return pending[on_device], prefilling[np.argsort(self.admitted[prefilling], kind="stable")]
 
     def prefill_chunks(self, slots: Int64, ends: Int32, budget: int) -> Int32:
-        """How many tokens up to position `ends[i]` each of these slots computes in a step that has `budget` for all of them,
-        which the first ones take up; shape as `ends`."""
+        """Return how many tokens up to position `ends[i]` each of these slots computes in a step with `budget` tokens for all
+        of them, granted to the first slots first; shape as `ends`."""
         pending = ends - self.computed[slots]
         return np.clip(budget - (np.cumsum(pending) - pending), 0, pending).astype(np.int32)
 
     def own_pages(self, slots: Int64) -> Int32:
-        """Pages held by these slots themselves, prompts' pages excluded."""
+        """Return the pages held by these slots themselves, excluding their prompts' pages."""
         counts = self.num_pages[slots] - self.shared_pages[slots]
         first = np.cumsum(counts) - counts
         column = np.arange(int(counts.sum())) - np.repeat(first - self.shared_pages[slots], counts)
         return self.page_table[np.repeat(slots, counts), column]
 
     def read(self, slots: Int64) -> list[Generated]:
-        """Copies of what these slots have produced."""
+        """Return copies of the outputs and counters of these slots."""
         read = self.outputs.read(slots)
         for output, *numbers in zip(read, *(column[slots].tolist() for column in self._counted), strict=True):
             output.counts = SampleCounts(*numbers)
         return read
 
     def restore(self, slot: int, output: Generated) -> None:
-        """Put back what a preempted sample had produced."""
+        """Restore the output and counters of a preempted sample."""
         self.outputs.restore(slot, output)
         for column, number in zip(self._counted, astuple(output.counts), strict=True):
             column[slot] = number
