@@ -1,5 +1,5 @@
-"""The worker process from its first instruction on. Imports nothing heavy, so that the watches are set before anything else can
-take time or fail: what the worker is made of arrives pickled, and unpickling imports it."""
+"""The worker process from its first instruction on. It imports no large module, so that the heartbeat starts before anything
+else can take time or fail: the parts of the worker arrive pickled, and unpickling imports their modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokabatch.engine.heartbeat import Pulse
 from tokabatch.report.streams import make_tolerant
 
 PARENTS_SIGNALS = frozenset([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-"""They reach the whole process group or job; when to stop is the parent's to say."""
+"""Signals that reach the whole process group or job; the child ignores them, and the parent stops it."""
 
 
 def main(steps: Connection, signs: Connection, work: bytes) -> None:

@@ -50,17 +50,17 @@ class Executor(Protocol):
 
     @property
     def sizes(self) -> ReplicaSizes:
-        """As the worker settled them when it started."""
+        """The sizes that the worker settled when it started."""
         ...
 
     def submit(self, step: StepBatch) -> None: ...
 
     def collect(self) -> StepResult:
-        """The result of the oldest step not yet collected."""
+        """Return the result of the oldest step not yet collected, waiting for it if necessary."""
         ...
 
     def resume(self) -> None:
-        """Take new steps after StepDropped."""
+        """Accept new steps after StepDropped."""
         ...
 
     def close(self) -> None:
@@ -153,7 +153,7 @@ class ProcessExecutor:
 
     @property
     def pid(self) -> int | None:
-        """Of the first rank's process."""
+        """The process id of the first rank."""
         return self._ranks[0].process.pid
 
     def submit(self, step: StepBatch) -> None:
@@ -185,7 +185,7 @@ class ProcessExecutor:
                 self._receive(error)
 
     def _receive(self, cause: Exception | None = None) -> tuple[_Rank, StepResult | ReplicaSizes]:
-        """The next message of any rank. Raises the error that a rank reports, or WorkerLost where one is gone."""
+        """Return the next message of any rank. Raise the error that a rank reports, or WorkerLost if one has ended."""
         # A dead worker's end closes at once, unless a process that it left behind holds it open.
         while not (ready := wait([rank.pipe for rank in self._ranks], ALIVE_SECONDS)):
             for rank in self._ranks:
@@ -265,7 +265,7 @@ class _Rank:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process has ended, or is about to; messages that it has sent are dropped."""
+        """Whether the process has ended or is about to end; messages that it has sent are dropped."""
         try:
             while self.pipe.poll():
                 self.pipe.recv()
@@ -274,7 +274,7 @@ class _Rank:
         return not self.process.is_alive()
 
     def gone(self) -> WorkerLost:
-        """How the process ended, as an error to raise."""
+        """Return how the process ended, as an error to raise."""
         self.process.join(STOP_SECONDS)
         if self.watch.fault is not None:
             return WorkerLost(f"{self._name} hung ({self.watch.fault}) and was killed", "hung")
@@ -285,7 +285,7 @@ class _Rank:
         return WorkerLost(f"{self._name} died (exit code {code}); see its output above for the reason", "died")
 
     def close(self, end: float) -> None:
-        """Have the process end, by force at that time of the monotonic clock; its pipe is closed already."""
+        """End the process, by force at that time of the monotonic clock; its pipe has been closed."""
         self.watch.close()
         self.process.join(max(0.0, end - time.monotonic()))
         if self.process.is_alive():

@@ -55,7 +55,7 @@ class GraphRecorder:
 
 
 def size_above(count: int, steps: int) -> int:
-    """The smallest size of the ladder that holds `count`, with so many sizes an octave."""
+    """Return the smallest size of the ladder that is at least `count`, with `steps` sizes an octave."""
     if count <= FINEST:
         return 1 << max(0, count - 1).bit_length()
     step = max(FINEST, (1 << (count - 1).bit_length() - 1) // steps)
@@ -68,12 +68,12 @@ def aligned(count: int) -> int:
 
 
 def coarse_size(count: int, most: int) -> int:
-    """The size of a graph that is captured at once."""
+    """Return the size of the graph that is captured at first use for `count`."""
     return min(most, size_above(count, 1 if count <= SMALL else COARSE_STEPS))
 
 
 def coarse_sizes(most: int) -> Iterator[int]:
-    """All of them, in order."""
+    """Return all sizes of the ladder, ascending."""
     size = 0
     while size < most:
         size = coarse_size(size + 1, most)

@@ -1,4 +1,4 @@
-"""Heartbeats between a worker process and its parent: each notices the end of the other, the parent also a standstill.
+"""Heartbeats between a worker process and its parent: each detects the end of the other, the parent also a hang.
 
 The child's thread sends a few counts several times a second through a pipe of its own. The parent's thread reads them and
 kills the child where they stop, or do not move. When the parent is gone the child's next sign has no reader, and it exits.
@@ -32,13 +32,13 @@ class Patience:
     """Seconds without progress after which a worker counts as hung."""
 
     step: float = 120.0
-    """Without finishing a step, while it has one."""
+    """Seconds without finishing a step, while one is queued."""
     warming: float = 1800.0
-    """The same for its first `WARMING_STEPS` steps, in which kernels may be compiled."""
+    """`step` for the first `WARMING_STEPS` steps, in which kernels may be compiled."""
     silence: float = 120.0
-    """Without a heartbeat."""
+    """Seconds without a heartbeat."""
     loading: float = 120.0
-    """Without a heartbeat before it is ready: loading may hold the interpreter's lock."""
+    """Seconds without a heartbeat before the worker is ready: loading may hold the interpreter's lock."""
 
     @classmethod
     def of(cls, seconds: float) -> Patience:
@@ -54,12 +54,12 @@ class Pulse:
         self._pipe = pipe
         self.begun = 0
         self.finished = 0
-        """Steps begun and finished; those dropped are finished."""
+        """The number of steps begun and finished; dropped steps count as finished."""
         self.waiting = False
         """Blocked on the parent, which does not take a result."""
 
     def start(self) -> None:
-        """Begin to send, and end this process as soon as the parent has ended."""
+        """Start sending heartbeats, and end this process as soon as the parent has ended."""
         die_with_parent()
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 
@@ -95,7 +95,7 @@ class Vitals:
         """The worker has loaded what it needs."""
 
     def beat(self, begun: int, finished: int, waiting: bool) -> None:
-        """A heartbeat was received."""
+        """Record a heartbeat."""
         self._silent = 0.0
         if finished != self._finished or waiting or begun == finished:
             self._standing = 0.0
@@ -109,7 +109,7 @@ class Vitals:
 
     @property
     def fault(self) -> str | None:
-        """Why the worker counts as hung; None where it does not."""
+        """Why the worker counts as hung; None if it does not."""
         patience = self._patience
         if self._silent > (patience.silence if self.ready else patience.loading):
             return f"it did not respond for {self._silent:.0f} s"
@@ -131,7 +131,7 @@ class Watch:
         self._kill = kill
         self._closing = threading.Event()
         self.fault: str | None = None
-        """Why the worker was killed; None where it was not."""
+        """Why the worker was killed; None if it was not."""
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
 
@@ -140,7 +140,7 @@ class Watch:
         self._vitals.ready = True
 
     def close(self) -> None:
-        """Stop watching. The pipe is the caller's to close."""
+        """Stop watching. The caller closes the pipe."""
         self._closing.set()
         self._thread.join()
 

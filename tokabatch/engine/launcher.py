@@ -19,7 +19,7 @@ from tokabatch.parallel.mesh import Mesh
 from tokabatch.scheduling.contracts import StepBatch
 
 WARM_UP_STEPS = 4
-"""Steps that are traced and thrown away: the profiler's own start stalls the first of them."""
+"""Steps that are traced and discarded: starting the profiler stalls the first of them."""
 
 
 class Launcher:
@@ -40,7 +40,7 @@ class Launcher:
 
     @property
     def sizes(self) -> ReplicaSizes:
-        """As the worker settled them."""
+        """The sizes that the worker settled."""
         return self._worker.sizes
 
     def launch(self, step: StepBatch) -> Launched:
@@ -83,7 +83,7 @@ class StepTrace:
         self._finished = False
 
     def before(self, index: int) -> None:
-        """To be called before step `index` is launched."""
+        """Start the trace when step `index` is due, or advance it; call this before each step is launched."""
         if self._finished:
             return
         if self._running:

@@ -1,4 +1,4 @@
-"""What a GPU has left for the KV cache: measured by running the largest step once, not estimated.
+"""The GPU memory left for the KV cache: measured by running the largest step once, not estimated.
 
 The step runs on the decoder and the sampler with attention left out: its outputs have the queries' size, and its own scratch is
 a constant of the backend's. Captured steps have a memory of their own, in which all of them work in turn.
@@ -20,26 +20,26 @@ from tokabatch.model.sampling.sampler import sample
 from tokabatch.model.sampling.slot_table import SlotTable
 
 RESERVED_BYTES = 2 << 30
-"""Attention's scratch, captured graphs, the pinned copies of a few steps, and what other libraries take."""
+"""Bytes for attention's scratch, captured graphs, pinned copies of a few steps, and other libraries."""
 PENALTY_BYTES = 1 << 30
-"""Scratch of the penalties (`model.sampling.penalties`)."""
+"""Bytes of scratch for penalties (`model.sampling.penalties`)."""
 CAPTURED_SHARE = 3 / 4
-"""What a captured step may have more tokens than samples may run: the prompts that take the places of finished samples come in
-batches."""
+"""Tokens of a captured step beyond one for each running sample, as a share of the samples: prompts that replace finished
+samples come in batches."""
 LEAST_CAPTURED = 512
 SLACK = 0.02
 """Share of the memory that the allocator may lose to fragments."""
 
 
 def captured_tokens(sizes: ReplicaSizes) -> int:
-    """Tokens of the largest step that is captured."""
+    """Return the number of tokens of the largest step that is captured."""
     beside = max(LEAST_CAPTURED, int(sizes.max_running * CAPTURED_SHARE))
     return min(sizes.max_step_tokens, sizes.max_running + beside)
 
 
 def fitting_pages(decoder: Decoder, sizes: ReplicaSizes, page_bytes: int, *, penalised: bool = False) -> int:
-    """Pages that the device holds beside the weights, which are loaded, and a largest step. Raises JobError where it does not
-    even hold that step. `penalised`: as in `Worker`."""
+    """Return how many pages the device holds beside the loaded weights and the largest step. Raise JobError if that step does
+    not fit. `penalised` is as in `Worker`."""
     device = decoder.device
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
@@ -68,7 +68,7 @@ def fitting_pages(decoder: Decoder, sizes: ReplicaSizes, page_bytes: int, *, pen
 
 
 def _peak(device: torch.device, work: Callable[[], object]) -> int:
-    """Bytes that some work takes at once."""
+    """Return the peak of device memory that `work` takes, in bytes."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     work()
@@ -79,7 +79,7 @@ def _peak(device: torch.device, work: Callable[[], object]) -> int:
 
 
 def _layers(decoder: Decoder, sizes: ReplicaSizes, num_tokens: int) -> None:
-    """So many tokens through all layers, all samples drawing."""
+    """Run `num_tokens` tokens through all layers, with every sample drawing."""
     device, spec = decoder.device, decoder.spec
     size = (len(decoder.layer_range), 1, decoder.num_kv_heads, sizes.page_size, spec.head_dim)
     k_LNKPD, v_LNKPD = (torch.zeros(size, dtype=decoder.dtype, device=device) for _ in range(2))
@@ -90,7 +90,7 @@ def _layers(decoder: Decoder, sizes: ReplicaSizes, num_tokens: int) -> None:
 
 
 def _draws(decoder: Decoder, num_rows: int) -> None:
-    """So many samples draw, the random way, on the last stage."""
+    """Draw `num_rows` tokens at random, on the last pipeline stage only."""
     device = decoder.device
     if not decoder.mesh.is_last_stage:
         return

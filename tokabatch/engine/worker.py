@@ -37,13 +37,13 @@ from tokabatch.parallel.peer_memory import PeerSums
 from tokabatch.scheduling.contracts import SamplingParams, ScoredPlaces, Scores, StepBatch, StepResult
 
 AHEAD_EVERY = 4
-"""Steps after which a tensor rank of several captures a graph that will be wanted."""
+"""Steps between graph captures ahead of use on a worker of several tensor ranks."""
 
 if TYPE_CHECKING:
     from tokabatch.engine.captured import CapturedSteps
 
 SCORED_CPU, SCORED_DEVICE = 1 << 22, 1 << 26
-"""Logits worked on at a time where tokens are scored."""
+"""Logits processed at a time where given tokens are scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class TraceSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """All a worker is built from; picklable, so that it can be built in another process."""
+    """The description from which a worker is built; picklable, so that it can be built in another process."""
 
     folder: Path
     spec: ModelSpec
@@ -66,28 +66,28 @@ class WorkerSpec:
     backend: str
     sizes: ReplicaSizes
     fp8: bool = False
-    """Matrices of the layers in e4m3."""
+    """Whether the matrices of the layers are stored in FP8 (e4m3)."""
     kv_dtype: torch.dtype | None = None
-    """Of keys and values where it is not the model's."""
+    """The data type of keys and values; None means the model's."""
     trace: TraceSpec | None = None
     files: tuple[ModelFile, ...] = ()
-    """What the model and its tokenizer are read from; every worker of a run refuses others."""
+    """The files of the model and its tokenizer; every worker of a run refuses files that differ from them."""
     replicas: int = 1
-    """Among which a host's processor is divided."""
+    """The number of replicas among which the cores of a host are divided."""
     draws: tuple[SamplingParams, ...] = ()
     """The kinds of drawing to warm up (`warm_up.kinds_of_drawing`)."""
     place: Place | None = None
-    """Of one rank, where the worker has several."""
+    """The place of one rank in a worker of several ranks; None for a worker of one."""
 
 
 class Worker:
     """One replica's model side. Steps run in the order given."""
 
     def __init__(self, decoder: Decoder, backend: AttentionBackend, sizes: ReplicaSizes, *, penalised: bool = False) -> None:
-        """`penalised`: some samples will be (`SamplingParams.penalised`)."""
+        """`penalised` says that some samples have penalties (`SamplingParams.penalised`)."""
         num_slots = sizes.max_running
         self.sizes = sizes
-        """As decided in the end: what the scheduler may use."""
+        """The sizes after settling the cache: the limits of the scheduler."""
         self._decoder = decoder
         self._backend = backend
         self._shared_cache = backend.cache if isinstance(backend, Capturable) else None
@@ -305,7 +305,7 @@ def _last_tokens(step: StepBatch) -> Int32 | None:
 
 
 def _sampled(step: StepBatch) -> tuple[Int32, Int32]:
-    """Slot and position of each token that is drawn, shape [S]."""
+    """Return slot and position of each token that is drawn, shape [S] each."""
     return step.run_slot[step.run_samples], (step.run_start + step.run_length)[step.run_samples]
 
 
@@ -313,9 +313,9 @@ class Launched:
     """A step on its way: its results travel to the host behind it, and `wait` is for them alone."""
 
     def __init__(self, index: int, sampled: Sampled, count: int, scores: tuple[torch.Tensor, ...] | None = None) -> None:
-        """`count` of the rows are the step's."""
+        """`count` is the number of rows that belong to the step; the others are padding."""
         self.launch_seconds = 0.0
-        """CPU time that launching took, where it was measured."""
+        """CPU time in seconds that the launch took, 0 if it was not measured."""
         self._index = index
         self._sampled = Sampled(to_host(sampled.packed)[:, :count])
         self._scores = None if scores is None else [to_host(each) for each in scores]
