@@ -1,7 +1,7 @@
-"""How long every sample is taken to be: as long as its sampling parameters say where they say it, else what the length model
-learns, or another `LengthPredictor` in its place says.
+"""The estimated length of each sample: given by its sampling parameters, or else predicted by the length model.
 
-A sample whose length its sampling parameters give (`ignore_eos` and nothing else that ends it) is never predicted.
+Another `LengthPredictor` may replace the model. A sample whose length its sampling parameters give (`ignore_eos` and no other
+stop condition) is never predicted.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from tokabatch.scheduling.lengths.predictor import Caution, LengthModel, LengthP
 from tokabatch.scheduling.work import Work
 
 LEARNED_SAMPLES = 64
-"""A prompt's own lengths are learned where it has at least so many samples: of fewer there is little to learn, and the
-more prompts the longer a renewal takes."""
+"""The least number of samples of a prompt whose own lengths are learned: fewer carry little information, and each further
+prompt makes a renewal slower."""
 
 
 class LengthEstimates:
-    """Of the running samples, by slot, and of those that wait."""
+    """Length estimates of the running samples, by slot, and of waiting ones."""
 
     def __init__(self, work: Work, slots: Slots, counts: SchedulerCounts, lengths: LengthPredictor | None) -> None:
-        """`lengths` replaces what is learned."""
+        """`lengths` replaces the length model."""
         self._work = work
         self._slots = slots
         self._counts = counts
@@ -31,13 +31,13 @@ class LengthEstimates:
         self._caution = Caution()
         self._longest = 0
         self._given = np.zeros(0, np.bool_)
-        """Of each kind of sampling parameters, whether it gives the length."""
+        """Whether each entry of the sampling parameters gives the length."""
         self._expected = np.zeros(slots.num_slots, np.int32)
-        """Output tokens that the sample in each slot is taken to have in the end."""
+        """Predicted total output tokens of the sample in each slot, shape [slots]."""
         self.extend()
 
     def extend(self) -> None:
-        """Take in prompts that have been added. Where one may be longer than any before, lengths are learned again."""
+        """Account for added prompts. If their samples may be longer than any before, start a new length model."""
         work, longest = self._work, int(self._work.max_tokens.max(initial=1))
         fresh = [params.has_given_length for params in work.sampling[len(self._given) :]]
         self._given = np.append(self._given, np.array(fresh, np.bool_))
@@ -57,7 +57,7 @@ class LengthEstimates:
         return 0.0 if self._all_given else self._caution.deviations
 
     def refresh(self) -> bool:
-        """Once a step: renew what has become out of date. True where all running samples' lengths are new."""
+        """Renew outdated estimates; call this once a step. Return whether all running samples were estimated anew."""
         if self._all_given:
             return False
         seq, counts = self._slots, self._counts
@@ -70,11 +70,11 @@ class LengthEstimates:
         return renewed
 
     def begin(self, slots: Int64, expected: Int32) -> None:
-        """Samples have just been admitted to these slots, and are taken to have so many output tokens in the end."""
+        """Set the predicted total output tokens of samples that have just been admitted to these slots."""
         self._expected[slots] = expected
 
     def predict(self, request: Int32, sample: Int32, generated: Int32, ticket: Int64) -> Int32:
-        """Total output tokens that each sample is taken to have, at least one more than it has; see `LengthPredictor`."""
+        """Return the predicted total output tokens of each sample, at least one more than it has; see `LengthPredictor`."""
         params = self._work.params[request]
         limit = self._work.max_tokens[params]
         if self._all_given:
@@ -83,18 +83,19 @@ class LengthEstimates:
         return np.maximum(np.where(self._given[params], limit, expected), generated + 1)
 
     def remaining(self, slots: Int64) -> Int32:
-        """Output tokens that each sample, by the length it is taken to have, still has to come; at least 1."""
+        """Return the predicted remaining output tokens of each sample, at least 1."""
         return np.maximum(self._expected[slots] - self._generated(slots), 1)
 
     def typical_remaining(self, slots: Int64) -> Int32:
-        """Output tokens that such samples typically still have to come, at least 1."""
+        """Return the typical remaining output tokens of samples of the same prompt and age, at least 1."""
         seq = self._slots
         known, limit = self._generated(slots), seq.limit[slots]
         typical = self._expected[slots] if self._replaced is not None else self._model.typical(seq.request[slots], known, limit)
         return np.maximum(np.where(self._given[seq.params[slots]], limit, typical) - known, 1)
 
     def tokens_left(self, waiting: int) -> int:
-        """Output tokens still to come: of the running samples, and of `waiting` more at the workload's mean."""
+        """Return the expected output tokens still to come: of the running samples, and of `waiting` more at the workload's
+        mean."""
         seq, model = self._slots, self._model
         order = seq.order
         limit, known = seq.limit[order], self._generated(order)
@@ -106,18 +107,18 @@ class LengthEstimates:
         return total + round(waiting * float(np.average(means, weights=self._share)))
 
     def observe(self, slots: Int64, stopped: Bool) -> None:
-        """These slots' samples are finished; `stopped` where the model ended them, not the limit."""
+        """Learn from finished samples, still in these slots; `stopped` is True where the model ended them, not the limit."""
         if not self._all_given:
             open_ended = ~self._given[self._slots.params[slots]]
             slots, stopped = slots[open_ended], stopped[open_ended]
             self._lengths.observe(self._slots.request[slots], self._slots.generated[slots], stopped)
 
     def learn(self, length: Int32, stopped: Bool) -> None:
-        """Samples of other prompts have ended elsewhere; see `observe`."""
+        """Learn from samples of other prompts that ended on another replica; see `observe`."""
         self._model.learn(length, stopped)
 
     def forget(self, requests: list[int]) -> None:
-        """All samples of these prompts are finished."""
+        """Forget these prompts, of which all samples are finished."""
         if not self._all_given and self._replaced is None:
             self._model.forget(requests)
 
