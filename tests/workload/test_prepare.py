@@ -12,6 +12,7 @@ from support import tiny_models
 from tokenizers import Tokenizer
 
 from tokabatch import Job, plan, run
+from tokabatch.errors import ModelError
 from tokabatch.report.progress import NullProgress
 
 
@@ -102,3 +103,24 @@ def test_stops_that_no_sample_will_hold(told: Callable[..., str]) -> None:
     assert r"""generation.stop holds '\nQ:': a backslash and 'n'""" in said
     assert "sampling_params.stop of row 1 (" in said
     assert "rows.jsonl line 2) holds 'é', which the tokenizer writes as ''" in said
+
+
+def test_a_plan_needs_no_weights_and_a_run_does(tmp_path: Path) -> None:
+    folder = tiny_models.add_tokenizer(tiny_models.build("llama", tmp_path / "model"))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    job = Job.load(
+        {
+            "model": {"path": str(folder)},
+            "input": {"path": str(tmp_path / "rows.jsonl")},
+            "engine": {"device": "cpu"},
+            "output": {"path": str(tmp_path / "out")},
+        }
+    )
+    with_weights = plan(job)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    without = plan(job)
+    assert f"{folder} holds no weights: a plan needs none, a run does" in without.notes
+    assert without.num_samples == with_weights.num_samples and not (tmp_path / "out").exists()
+    with pytest.raises(ModelError, match=r"holds neither model\.safetensors nor"):
+        run(job)

@@ -97,6 +97,12 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     return (*index, *declared)
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether the folder holds any file of weights, in a format that can be read or not."""
+    names = (_INDEX, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+    return any(next(folder.glob(name), None) is not None for name in names)
+
+
 def _declared_files(folder: Path) -> dict[Path, set[str]]:
     """Return the files to read, each with the tensors that the index expects in it; an empty set means all."""
     single, index = folder / _SINGLE, folder / _INDEX

@@ -18,7 +18,7 @@ from tokabatch.input.tokenizer.loading import load_tokenizer
 from tokabatch.input.tokenizer.stop_texts import refuse_special
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.job import GenerationConfig, Job, Setting
-from tokabatch.model.checkpoint import Checkpoint, preflight
+from tokabatch.model.checkpoint import Checkpoint, has_weights, preflight
 from tokabatch.model.config import read_config
 from tokabatch.model.families import read_spec
 from tokabatch.model.file_digests import ModelFile, known_files
@@ -56,8 +56,11 @@ def open_model(job: Job) -> OpenModel:
     return model if checkpoint else with_weights(job, model)
 
 
-def open_without_weights(job: Job, *, absent_gpu: bool = False) -> tuple[OpenModel, EndTokens, Checkpoint | None]:
-    """Open them without downloading weights; the checkpoint is None if weights are still on the hub."""
+def open_without_weights(
+    job: Job, *, weights: bool = True, absent_gpu: bool = False
+) -> tuple[OpenModel, EndTokens, Checkpoint | None]:
+    """Open them without downloading weights; the checkpoint is None if weights are still on the hub or, with `weights` False,
+    nowhere."""
     device = "cuda" if absent_gpu else pick_device(job)
     layout = decide_layout(job.engine, device, None if absent_gpu else visible_devices())
     folder = resolve_model(job.model.path, job.model.revision, weights=False)
@@ -66,7 +69,8 @@ def open_without_weights(job: Job, *, absent_gpu: bool = False) -> tuple[OpenMod
     files = known_files(folder, tokenizer_folder)
     spec = read_spec(folder)
     check_mesh(spec, Mesh(0, layout.tensor, layout.pipeline))
-    checkpoint = preflight(folder, spec) if Path(job.model.path).expanduser().is_dir() else None
+    local = Path(job.model.path).expanduser().is_dir()
+    checkpoint = preflight(folder, spec) if local and (weights or has_weights(folder)) else None
     dtype = _choose_dtype(job, device, folder, spec, checkpoint)
     if not absent_gpu:
         _check_fp8(job, device, dtype, spec)

@@ -132,10 +132,10 @@ def prepare(
     """Check the verifier and the model, read and tokenise the input, and order it.
 
     `on_rows` is called with the numbers of rows and error rows read so far. Weights that are still on the hub are downloaded
-    last, and only if `weights` is True. `kept` may hold the tokenised input of an earlier start, which is reused if it is the
-    same job's. `clock` is the time that templates see. `compare` is called as soon as there is more to compare with an earlier
-    run: settings, rows, weights. `absent_gpu`: plan for a GPU that is not in this machine. Raises UsageError for whatever
-    cannot work.
+    last, and only if `weights` is True; otherwise a local model needs none, either. `kept` may hold the tokenised input of an
+    earlier start, which is reused if it is the same job's. `clock` is the time that templates see. `compare` is called as soon
+    as there is more to compare with an earlier run: settings, rows, weights. `absent_gpu`: plan for a GPU that is not in this
+    machine. Raises UsageError for whatever cannot work.
     """
     pool = None if job.verify is None else open_pool(job.verify)
     judge = None if pool is None else pool.load()
@@ -146,7 +146,7 @@ def prepare(
             "that does, such as gsm8k or choice, or verify.stop.after_correct"
         )
     job = settle_format(job)
-    model, ends, checkpoint = open_without_weights(job, absent_gpu=absent_gpu)
+    model, ends, checkpoint = open_without_weights(job, weights=weights, absent_gpu=absent_gpu)
     tokenizer, spec, generation = model.tokenizer, model.spec, model.generation
     tags = None
     if job.output.split_reasoning is not None:
@@ -190,6 +190,7 @@ def prepare(
     refuse_unwritable(schema)
     renamed = [f"{source} as {name}" for name, source in input_names(schema).items() if source != name]
     everything = np.arange(generation.n, dtype=np.int32)
+    weightless = checkpoint is None and Path(job.model.path).expanduser().is_dir()
     return Workload(
         **vars(model),
         store=store,
@@ -202,6 +203,7 @@ def prepare(
         notes=(
             *tokenizer.describe(spec.vocab_size),
             *((ends.note,) if ends.note else ()),
+            *((f"{model.folder} holds no weights: a plan needs none, a run does",) if weightless else ()),
             *describe_ignored(model.folder, job, model.settings),
             *store.notes,
             *(
