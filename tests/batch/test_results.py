@@ -100,7 +100,10 @@ def test_answers_of_both_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert ended.value.code == 0 and "4 results" in capsys.readouterr().out
     assert (tmp_path / "again.jsonl").read_bytes() == results.read_bytes()
     assert (apart / "bad.jsonl").read_bytes() == errors.read_bytes() and len(list(apart.iterdir())) == 1
-    for wrong, told in ((["--nested"], "--nested, --columns and --where"), (["--format", "csv"], "accepts samples or openai")):
+    for wrong, told in (
+        (["--nested"], "--nested, --columns and --where"),
+        (["--format", "xml"], "accepts jsonl, csv, parquet or openai"),
+    ):
         monkeypatch.setattr(sys, "argv", ["tokabatch", "export", job.output.path, *options, *wrong])
         with pytest.raises(SystemExit) as ended:
             main()

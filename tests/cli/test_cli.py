@@ -372,6 +372,13 @@ class TestQuickstart:
     def test_export_to_standard_output(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
         done = tokabatch("export", finished[0], "--to", "-", "--columns", "row_index,text", "--where", "ok")
         assert done.returncode == 0 and [json.loads(line)["row_index"] for line in done.stdout.splitlines()] == [0, 0, 1, 1]
+        done = tokabatch("export", finished[0], "--to", "-", "--format", "csv", "--columns", "row_index,status")
+        assert done.returncode == 0 and done.stdout.splitlines() == [
+            '"row_index","status"',
+            *('0,"ok" 0,"ok" 1,"ok" 1,"ok"'.split()),
+        ]
+        done = tokabatch("export", finished[0].with_name(f"{finished[0].name}x"), "--to", "-")
+        assert done.returncode == 2 and f"names as output.path; did you mean {finished[0]}?" in done.stderr
         done = tokabatch("export", finished[0], "--to", "-", "--where", "good")
         assert done.returncode == 2 and "--where good: accepts correct, wrong, ok, error or cancelled" in done.stderr
         command = f"{sys.executable} -m tokabatch export {finished[0]} --to - | true; echo ${{PIPESTATUS[0]}}"

@@ -164,7 +164,7 @@ def export(
         typer.Option(
             "--to",
             metavar="FILE",
-            help="File to write: .jsonl, .csv or .parquet; - for JSON Lines on standard output.",
+            help="File to write: .jsonl, .csv or .parquet; - for standard output.",
             show_default=False,
         ),
     ],
@@ -178,8 +178,14 @@ def export(
         typer.Option("--where", metavar="correct|wrong|ok|error|cancelled", help="Only these samples.", show_default=False),
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", metavar="samples|openai", help="openai: the results and errors files of a batch file.")
-    ] = "samples",
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="jsonl|csv|parquet|openai",
+            help="Default: by the file's ending, jsonl for -. openai: the results and errors files of a batch file.",
+            show_default=False,
+        ),
+    ] = None,
     errors: Annotated[
         Path | None,
         typer.Option(
@@ -197,19 +203,28 @@ def export(
       tokabatch export out/quickstart --to rows.jsonl --nested
       tokabatch export out/quickstart --to right.csv --columns question,text --where correct
       tokabatch export out/quickstart --to - --columns id,text | head
+      tokabatch export out/quickstart --to - --format csv > samples.csv
       tokabatch export out/openai_batch --to results.jsonl --format openai
     """
-    if form not in ("samples", "openai"):
-        raise UsageError(f"--format {form}: accepts samples or openai")
+    if form not in (None, "jsonl", "csv", "parquet", "openai"):
+        raise UsageError(f"--format {form}: accepts jsonl, csv, parquet or openai")
     if form == "openai":
         if nested or columns is not None or where is not None:
-            raise UsageError("--nested, --columns and --where apply to --format samples only; leave them out")
+            raise UsageError("--nested, --columns and --where do not apply to --format openai; leave them out")
+        refuse_absent(out)
         print_note(write_batch(out, to, errors))
         return
     if errors is not None:
         raise UsageError("--errors belongs to --format openai; add it")
+    if form is not None and str(to) != "-" and to.suffix != f".{form}":
+        raise UsageError(
+            f"--format {form}: --to {to} does not end in .{form}; name {to.with_suffix(f'.{form}')}, or leave --format out"
+        )
+    if form == "parquet" and str(to) == "-":
+        raise UsageError("--format parquet cannot be written to standard output; name a file: --to samples.parquet")
     if where not in (None, "correct", "wrong", "ok", "error", "cancelled"):
         raise UsageError(f"--where {where}: accepts correct, wrong, ok, error or cancelled")
+    refuse_absent(out)
     exporter = import_module("tokabatch.output.export")
     names = None if columns is None else tuple(name.strip() for name in columns.split(","))
     selection = exporter.Selection(nested, names, where)
@@ -218,7 +233,7 @@ def export(
             with stop.at_once():
                 if str(to) == "-":
                     with open(os.dup(1), "wb") as stream:
-                        exported = exporter.export(out, stream, selection)
+                        exported = exporter.export(out, stream, selection, form or "jsonl")
                 else:
                     exported = exporter.export(out, to, selection)
         except BrokenPipeError:
@@ -243,6 +258,12 @@ def write_batch(out: Path, to: Path, errors: Path | None) -> str:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
     return results.describe(written, to, errors)
+
+
+def refuse_absent(out: Path) -> None:
+    """Raise OutputError if there is no such folder, with the one of nearly that name. One without a manifest is exported."""
+    if not os.path.isdir(out):
+        read_state(out)
 
 
 def read_state(out: Path) -> Any:

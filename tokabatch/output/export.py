@@ -46,6 +46,7 @@ _WIDENED_BYTES, _COLUMN_BYTES = 1 << 30, (1 << 31) - 1
 """A table above the first size is sorted with 64-bit offsets. Tables that are returned have 32-bit offsets, so the second
 bounds the bytes of text, and the entries of lists, in one column."""
 Where = Literal["correct", "wrong", "ok", "error", "cancelled"]
+StreamFormat = Literal["jsonl", "csv"]
 _WHERE = {"correct": ("correct", True), "wrong": ("correct", False)}
 
 
@@ -69,16 +70,18 @@ class Exported:
     bytes: int = 0
 
 
-def export(path: Path, target: Path | BinaryIO, selection: Selection | None = None) -> Exported:
+def export(
+    path: Path, target: Path | BinaryIO, selection: Selection | None = None, stream_format: StreamFormat = "jsonl"
+) -> Exported:
     """Write the committed samples of the output folder `path` to `target`, ordered by row and sample: a file (.jsonl, .csv or
-    .parquet), which is replaced, or an open stream, which receives JSON Lines. A run that is not complete exports what it has.
-    Raises OutputError if there is nothing to export, something cannot be read, or `target` cannot be written, DamageError if a
-    shard is not as it was committed, BrokenPipeError if the reader of the stream ends."""
+    .parquet), which is replaced, or an open stream, which receives `stream_format`. A run that is not complete exports what it
+    has. Raises OutputError if there is nothing to export, something cannot be read, or `target` cannot be written, DamageError
+    if a shard is not as it was committed, BrokenPipeError if the reader of the stream ends."""
     folder, chosen = OutputFolder(path), selection or Selection()
     if isinstance(target, Path):
         check_target(folder, target)
     try:
-        return consistently(lambda: _export(folder, committed_shards(folder), target, chosen), path)
+        return consistently(lambda: _export(folder, committed_shards(folder), target, chosen, stream_format), path)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -99,7 +102,13 @@ def committed_shards(folder: OutputFolder) -> tuple[ListedFile, ...]:
     return tuple(file for _, file in found.good)
 
 
-def _export(folder: OutputFolder, shards: Sequence[ListedFile], target: Path | BinaryIO, selection: Selection) -> Exported:
+def _export(
+    folder: OutputFolder,
+    shards: Sequence[ListedFile],
+    target: Path | BinaryIO,
+    selection: Selection,
+    stream_format: StreamFormat,
+) -> Exported:
     _check_shards(folder, shards, selection)
     needed = None if selection.columns is None else (*_KEYS, "status", CORRECT.name, *selection.columns)
     place = target.absolute().parent if isinstance(target, Path) else Path(tempfile.gettempdir())
@@ -108,7 +117,7 @@ def _export(folder: OutputFolder, shards: Sequence[ListedFile], target: Path | B
         tables = _shaped(ordered, selection, exported)
         shaped = next(_shaped(iter([schema.empty_table()]), selection, Exported())).schema
         if not isinstance(target, Path):
-            _write(target, ".jsonl", shaped, tables)
+            _write(target, f".{stream_format}", shaped, tables)
             target.flush()
             return exported
         finished = scratch / "finished"
