@@ -132,3 +132,29 @@ def test_what_would_fail_in_the_queue_is_reported_before(tmp_path, monkeypatch):
     done = subprocess.run(["bash", "job.sbatch"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "missing/bin/activate" in done.stderr and not log.exists()
     assert _write()[0] != text
+
+
+def test_a_command_of_the_setup_that_fails_ends_the_task(tmp_path: Path) -> None:
+    (tmp_path / "env").write_text("false\nfalse && export NOT=so\nexport READY=yes\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "started $READY"\n')
+    (tmp_path / "srun").chmod(0o755)
+    for setup, status, told in (
+        (". ./env   # defines READY", 0, "started yes\n"),
+        (". ./missing   # note", 2, ""),
+        ("false; export READY=no", 2, ""),
+        ("cd missing\nexport READY=no", 2, ""),
+        ("false || export READY=maybe", 0, "started maybe\n"),
+        ("load() { false; export READY=loaded; }; load | cat; load", 0, "started loaded\n"),
+        ("   ", 0, "started \n"),
+    ):
+        script = tmp_path / "job.sbatch"
+        script.write_text(batch_script(Path("a.yaml"), (), Array(2, setup=(setup, "# the last line")), tmp_path))
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **ENVIRONMENT}
+        done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (status, told), (setup, done.stderr)
+
+
+@pytest.mark.parametrize("command", ["", "  ", "tokabatch\n", "box run\ntokabatch", "tokabatch # 0.1"])
+def test_a_command_that_would_lose_its_arguments_is_refused(command: str) -> None:
+    with pytest.raises(UsageError, match="is not one command on one line"):
+        batch_script(Path("a.yaml"), (), Array(2, command=command), Path("/data"))

@@ -30,8 +30,8 @@ MARK = "# Written by `tokabatch slurm`."
 class Array:
     """What the script asks Slurm for. `seconds_ahead` of the time limit tasks are told to stop (None: by `SECONDS_AHEAD`);
     `options` are further ones of sbatch, such as `partition=gpu`, each in place of the script's own of that name; `setup` are
-    commands before the run (modules, a virtual environment), one a line, whose failure ends the task; `command` is what to
-    call, `apptainer exec --nv IMAGE tokabatch` for one in a container."""
+    lines of shell before the run (modules, a virtual environment), and a command of them that fails ends the task; `command` is
+    what to call, `apptainer exec --nv IMAGE tokabatch` for one in a container."""
 
     tasks: int
     gpus_per_task: int = 0
@@ -49,7 +49,14 @@ class Array:
 
 
 def batch_script(job: Path, overrides: tuple[str, ...], array: Array, folder: Path) -> str:
-    """The script; relative paths of the job count from `folder`. Raises UsageError for options that are not long ones."""
+    """The script; relative paths of the job count from `folder`. Raises UsageError for options that are not long ones, and for
+    a command that is not one."""
+    if not array.command.strip() or re.search(r"[\r\n]|(^|\s)#", array.command):
+        # What the script adds to it must reach the command, not the next line or a comment.
+        raise UsageError(
+            f"--command {array.command!r} is not one command on one line, without a comment; write what starts tokabatch: "
+            "--command 'apptainer exec --nv IMAGE.sif tokabatch'"
+        )
     # Names of jobs and logs have their own characters: Slurm replaces %.
     name = re.sub(r"[^\w.-]+", "-", job.stem)
     asked = [f"job-name=tokabatch-{name}", f"array=0-{array.tasks - 1}", "ntasks=1"]
@@ -62,15 +69,18 @@ def batch_script(job: Path, overrides: tuple[str, ...], array: Array, folder: Pa
     names = {option.partition("=")[0] for option in given}
     asked = [option for option in asked if option.partition("=")[0] not in names] + given
     directives = "\n".join(f"#SBATCH {shlex.quote(f'--{option}')}" for option in asked)
-    lines = [f"{line} || exit 2" for line in array.setup if line.strip()]
-    setup = "\n".join(lines) or "# module load cuda; . /path/to/venv/bin/activate"
+    # Each on a line of its own: it may end in a comment.
+    setup = "\n".join(line for line in array.setup if line.strip()) or "# module load cuda; . /path/to/venv/bin/activate"
     words = [str(job), *overrides, "--shared", "--units", str(array.units), "--quiet"]
     return f"""#!/usr/bin/env bash
 {directives}
 {MARK} Submit it with sbatch, again if need be: finished samples are not computed again.
 
 cd {shlex.quote(str(folder))} || exit 2
+# A command that fails here ends the task; inside of a script that is sourced, such as activate, that script decides.
+trap '[ ${{#BASH_SOURCE[@]}} -gt 1 ] || exit 2' ERR
 {setup}
+trap - ERR
 
 # Slurm signals this script, too, when it stops the run; the script must outlive that to requeue its task.
 trap : TERM USR1
