@@ -173,8 +173,10 @@ def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
     if budget < least:
         if asked is None and budget <= 0:
             raise JobError(
-                "model.path: the weights leave no memory for the KV cache here; use a smaller model or a machine with more "
-                "memory (`tokabatch plan JOB --simulate --device h100` plans for a GPU that is not here)"
+                "model.path: the weights, the workspace and what else is in memory leave none for the KV cache here; use a "
+                "smaller model, end other processes on the device, lower generation.logprobs or engine.max_running where they "
+                "are high, or use a machine with more memory (`tokabatch plan JOB --simulate --device h100` plans for one that "
+                "is not here)"
             )
         allowed = f"{max(0, budget) * page} fit" if asked is None else f"engine.kv_cache_tokens allows {asked}"
         raise JobError(

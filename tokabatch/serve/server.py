@@ -189,7 +189,10 @@ class BoundedSelector(selectors.DefaultSelector):
         except InterruptedError:
             return ready
         for file, event in events:
-            key = keys[file]
+            key = keys.get(file)
+            if key is None:
+                # Closed since, while a duplicate keeps the socket open.
+                continue
             reads = selectors.EVENT_READ if event & ~select.EPOLLOUT else 0
             writes = selectors.EVENT_WRITE if event & ~select.EPOLLIN else 0
             ready.append((key, (reads | writes) & key.events))

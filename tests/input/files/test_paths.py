@@ -62,6 +62,9 @@ def test_subset_and_split_are_accepted_for_files_but_not_beside_other_splits(fol
     assert read(folder / "sub", "test") == 1
     with pytest.raises(InputError, match=r"more than the split 'test', and.*/a\.jsonl would be read"):
         read(folder, "test")
+    (folder / "a.jsonl").rename(folder / "train_sft-00000-of-00001.jsonl")
+    with pytest.raises(InputError, match="more than the split 'train_sft'"):
+        read(folder, "train_sft")
 
 
 def test_the_case_of_an_extension_says_nothing(tmp_path: Path) -> None:

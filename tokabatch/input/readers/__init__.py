@@ -33,7 +33,9 @@ def open_reader(config: InputConfig) -> Reader:
     for key, part in (("subset", config.subset), ("split", config.split)):
         files = [file.path for file in find_files(path, formats(), "input.path")[1]] if part else []
         above = len(os.path.commonpath(files)) if files else 0
-        others = [file for file in files if part not in re.split(r"[/._-]", file[above:])]
+        # A split's name may itself hold a dot or an underscore: `train_sft-00000-of-00002.parquet`.
+        named = re.compile(rf"(?<![^\W_]){re.escape(part or '')}(?![^\W_])")
+        others = [file for file in files if not named.search(file, above)]
         if 0 < len(others) < len(files):
             raise InputError(
                 f"input.path {path!r} holds more than the {key} {part!r}, and input.{key} selects nothing among files: "
