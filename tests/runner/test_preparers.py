@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from support.output_checker import Checker, table
@@ -19,8 +26,9 @@ from benchmarks.scripted_engine import quickstart_script
 from tokabatch import run
 from tokabatch.errors import EngineError
 from tokabatch.report.progress import NullProgress
-from tokabatch.runner import preparation, preparers, recorder
+from tokabatch.runner import preparation, preparer_process, preparers, recorder
 from tokabatch.runner.forked import can_fork
+from tokabatch.scheduling.completion_batch import PackedCompletions
 from tokabatch.scheduling.contracts import NOT_JUDGED
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="a process of threads is forked on Linux alone")
@@ -58,15 +66,15 @@ def checker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Checker]:
     assert [child for child in psutil.Process().children(recursive=True) if child not in before] == []
 
 
-def job(folder: Path, name: str, seconds: float, **engine: Any) -> Any:
+def job(folder: Path, name: str, seconds: float, source: str = JUDGE, verify: Any = MappingProxyType({}), **engine: Any) -> Any:
     rows, judge = folder / "rows.jsonl", folder / "judge.py"
     rows.write_text("".join(json.dumps({"question": each, "number": place}) + "\n" for place, each in enumerate(QUESTIONS)))
-    judge.write_text(JUDGE.replace("SECONDS", str(seconds)))
+    judge.write_text(source.replace("SECONDS", str(seconds)))
     return scripted_job(
         rows,
         folder / name,
         generation={"n": SAMPLES},
-        verify={"kind": str(judge), "processes": 2},
+        verify={"kind": str(judge), "processes": 2, **verify},
         engine={"max_running": 8, "max_restarts": 1000, **engine},
         output={"rows_per_shard": 40, "flush_seconds": 0.3},
     )
@@ -132,7 +140,7 @@ def test_a_process_that_is_lost_again_and_again_ends_the_run(
     tmp_path: Path, checker: Checker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(preparers, "_serve", lambda *given: __import__("os")._exit(3))
+        patch.setattr(preparer_process, "_serve", lambda *given: __import__("os")._exit(3))
         with pytest.raises(EngineError, match=r"prepares samples ended with code 3; giving up \(engine.max_restarts\)"):
             run(job(tmp_path, "out", 0.0, process=True, max_restarts=2))
     checker.check(tmp_path / "out")
@@ -154,3 +162,116 @@ def test_a_run_that_is_stopped_commits_what_is_not_judged(
     found = [row for row in table(tmp_path / "out") if row["status"] == "ok"]
     assert found and {row["verify_error"] for row in found} == {NOT_JUDGED}
     checker.check(tmp_path / "out")
+
+
+def test_judges_are_added_where_they_fall_behind_and_may_end_what_they_start(
+    tmp_path: Path, checker: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While no sample comes any more; and signals that the processes leave to main are not kept from a judge's children."""
+    monkeypatch.setattr("tokabatch.scoring.pool.GROW_SECONDS", 0.1)
+    source = """
+import subprocess, time
+def verify(text, row):
+    time.sleep(SECONDS)
+    child = subprocess.Popen(["sleep", "60"])
+    child.terminate()
+    return child.wait(20) < 0
+"""
+    most, over = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not over.wait(0.05):
+            most = max(most, sum(len(each.children()) for each in processes()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        summary = run(job(tmp_path, "out", 0.05, source, {"processes": 3}, process=True))
+    finally:
+        over.set()
+        watcher.join()
+    assert summary.exit_code == 0 and most == 3
+    assert all(row["correct"] for row in table(tmp_path / "out") if row["status"] == "ok")
+
+
+def test_one_that_stands_still_is_killed_and_main_goes_on_meanwhile(
+    tmp_path: Path, checker: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though what it is sent fills every buffer on the way."""
+    hand, told, stopped = preparers._Process.hand, Told(), list[int]()
+
+    def handed(self: preparers._Process, work: preparers.Work) -> None:
+        if not stopped:
+            stopped.append(self._process.pid or 0)
+            os.kill(stopped[0], signal.SIGSTOP)
+            # It reads none of this.
+            self.send(preparers.Work(work.numbers, replace(work.completions, contents=(bytes(1 << 22),))))
+        hand(self, work)
+
+    monkeypatch.setattr(preparers._Process, "hand", handed)
+    summary = run(job(tmp_path, "out", 0.0, process=True, hang_seconds=1.0), told)
+    assert summary.exit_code == 0
+    checker.check_complete(tmp_path / "out")
+    assert any("did not respond" in text for text in told.messages), told.messages
+
+
+def test_where_one_fails_the_samples_of_the_others_are_committed(
+    tmp_path: Path, checker: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokabatch.runner.run.num_preparers", lambda job, replicas: 2)
+    real = preparation.Preparation.tables
+
+    def tables(self: preparation.Preparation, received: int, *, everything: bool) -> Any:
+        if multiprocessing.current_process().name.endswith("-1") and self.num_waiting > 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, received, everything=everything)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation.Preparation, "tables", tables)
+        # What fails is in none: all of the other's are.
+        with pytest.raises(EngineError, match="preparing samples failed: OSError"):
+            run(job(tmp_path, "out", 0.01, process=True))
+    assert checker.check(tmp_path / "out") > len([each for each in QUESTIONS if each is None]) * SAMPLES
+    assert run(job(tmp_path, "out", 0.01, process=True)).exit_code == 0
+    checker.check_complete(tmp_path / "out")
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before it is taken", "behind"])
+def test_an_exception_while_main_takes_a_table_neither_loses_nor_doubles_it(
+    before: bool, tmp_path: Path, checker: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept, tables = recorder.Recorder._accept, list[int]()
+
+    def accepting(self: recorder.Recorder, unsampled: Any, rows: Any, *received: int) -> None:
+        if rows is not None:
+            tables.append(rows.num_rows)
+        if before and len(tables) == 3 and rows is not None:
+            raise KeyboardInterrupt
+        accept(self, unsampled, rows, *received)
+        if len(tables) == 3 and rows is not None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder.Recorder, "_accept", accepting)
+        with pytest.raises(KeyboardInterrupt):
+            run(job(tmp_path, "out", 0.005, process=True))
+    failed = len([each for each in QUESTIONS if each is None]) * SAMPLES
+    # The third one came once more where it had not been taken.
+    assert checker.check(tmp_path / "out") == failed + sum(tables) - before * tables[2] and len(tables) > 3
+    assert run(job(tmp_path, "out", 0.005, process=True)).exit_code == 0
+    checker.check_complete(tmp_path / "out")
+
+
+def test_a_slow_verdict_keeps_no_bytes_of_those_behind_it() -> None:
+    process = object.__new__(preparers._Process)
+    process._held = []
+    completions = PackedCompletions(
+        np.zeros(2, np.int64), *[np.zeros(2, np.int32)] * 2, *[np.zeros(2, np.bool_)] * 2, (b"12345",)
+    )
+    for first in (0, 2, 4):
+        process._held.append(preparers._Held(preparer_process.Work(np.arange(first, first + 2), completions)))
+    process._let_go(np.array([5, 2, 1, 3]))
+    assert (process.num_waiting, process.num_bytes) == (2, 10)
+    process._let_go(np.array([5, 2, 1, 3]))
+    assert (process.num_waiting, process.num_bytes) == (2, 10), "heard of twice"

@@ -79,6 +79,10 @@ class Judging:
             self._pool.close()
         return False
 
+    def grow(self) -> None:
+        """Start another process of the judge where those there fall behind."""
+        self._pool.grow()
+
     def close(self) -> None:
         """End the processes of the judge."""
         self._pool.close()

@@ -48,6 +48,10 @@ class Preparing(Protocol):
         `goes_on` samples without a verdict are made into tables, too (`NOT_JUDGED`)."""
         ...
 
+    def check(self) -> None:
+        """Raise the error for which some samples never come as tables; all that do, come all the same."""
+        ...
+
     def close(self) -> None:
         """End the processes of the judge."""
         ...
@@ -62,15 +66,17 @@ class Preparation:
         workload: Workload,
         tables: SampleTables,
         clock: Callable[[], float],
-        preparations: int = 1,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
-        """Of so many `preparations`, each has its part of the judges that the job may have; one for each replica, if it may
-        have as many, begin together."""
+        """The first number of `part` is that of this one of so many as the second says: each has its part of the judges that
+        the job may have, of which as many begin together as there are replicas for it."""
         self._store, self._tables = workload.store, tables
         self._judging = None
         if job.verify is not None:
-            judges, at_once = most_judges(job.verify), -(-workload.layout.replicas // preparations)
-            self._judging = Judging(job.verify, workload.store, tables, clock, at_once, max(1, judges // preparations))
+            place, count = part
+            judges, at_once = most_judges(job.verify), -(-workload.layout.replicas // count)
+            most = max(1, judges // count + (place < judges % count))
+            self._judging = Judging(job.verify, workload.store, tables, clock, at_once, most)
         self.waiting = WaitingSamples()
         self._arrived = 0
         """Samples that have come in since the last look at which are ready."""
@@ -112,6 +118,13 @@ class Preparation:
 
     def is_done(self, goes_on: Callable[[], bool]) -> bool:
         return self._judging is None or self._judging.is_done(self.waiting.finished, goes_on)
+
+    def check(self) -> None: ...
+
+    def start_judges(self) -> None:
+        """Start another judge where those there are too few: to be called now and then while there are samples."""
+        if self._judging is not None:
+            self._judging.grow()
 
     def hurry(self) -> None:
         """Wait for no verdict any more: samples that have none are NOT_JUDGED."""

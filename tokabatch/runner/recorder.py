@@ -157,6 +157,8 @@ class Recorder:
         several times a second."""
         if self._preparers is not None and isinstance(completions, PackedCompletions):
             self._preparing = self._preparers
+            if self._stops is None:
+                self.took_error = self.took_error or bool(completions.failed.any())
         self._preparing.add(completions)
         self._commit_due(len(completions))
         while not self._preparing.keeps_up() and goes_on():
@@ -180,13 +182,16 @@ class Recorder:
             self._oldest = self._clock() if self._preparing.num_waiting else None
 
     def finish(self, goes_on: Callable[[], bool] = lambda: True) -> tuple[Shard, ...]:
-        """Commit everything and return all shards. Once the run no longer `goes_on`, which is asked several times a second,
-        verdicts are waited for a few seconds more: samples that have none by then are committed without. Where rows stop,
-        samples behind one that is missing or not judged are not committed."""
+        """Commit everything and return all shards; raise the error afterwards for which some samples could not be prepared.
+        Once the run no longer `goes_on`, which is asked several times a second, verdicts are waited for a few seconds more:
+        samples that have none by then are committed without. Where rows stop, samples behind one that is missing or not judged
+        are not committed."""
         while not self._preparing.is_done(goes_on):
             self._commit_due(0, waits=True)
         self._flush()
-        return self._commit(self.writer.close)
+        shards = self._commit(self.writer.close)
+        self._preparing.check()
+        return shards
 
     def close(self) -> None:
         """End the processes of the judge, and those that prepare samples."""

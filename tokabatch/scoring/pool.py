@@ -101,7 +101,7 @@ class JudgePool:
 
     def submit(self, texts: Sequence[str], rows: Sequence[Row]) -> list[Ticket]:
         """Tickets for texts, each with the row that it is of."""
-        self._grow()
+        self.grow()
         tickets = [Ticket(text, row) for text, row in zip(texts, rows, strict=True)]
         for ticket in tickets:
             if self._closed:
@@ -115,7 +115,7 @@ class JudgePool:
         deadline = None if seconds is None else time.monotonic() + seconds
         for ticket in tickets:
             while ticket.verdict is None:
-                self._grow()
+                self.grow()
                 left = _LOOK_SECONDS if deadline is None else min(_LOOK_SECONDS, deadline - time.monotonic())
                 if left <= 0:
                     return False
@@ -123,7 +123,7 @@ class JudgePool:
                 self._news.clear()
         return True
 
-    def _grow(self) -> None:
+    def grow(self) -> None:
         """Start the first processes where there is none, and another one where those there are fall behind."""
         now, count = time.monotonic(), len(self._threads)
         is_enough = count >= self._most or now - self._grown_at < GROW_SECONDS or self._backlog(now) < BACKLOG_SECONDS
