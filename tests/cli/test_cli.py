@@ -338,7 +338,7 @@ class TestQuickstart:
         for name in ("manifest.json", "summary.json", "_SUCCESS"):
             assert (out / name).exists()
         # The time is that of the command, imports included, on the page as on the screen.
-        seconds = json.loads((out / "summary.json").read_text())["seconds"]
+        seconds = json.loads((out / "summary.json").read_text())["this_start"]["seconds"]
         assert f"time           {seconds_text(seconds)} (loading" in done.stdout
 
     def test_summary_on_stdout_progress_on_stderr(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -163,7 +163,9 @@ def test_a_profile_takes_the_place_of_a_profile_alone(job, tmp_path):
 def test_a_run_on_a_device_of_unknown_rates_is_profiled_by_those_of_another(job, tmp_path):
     run(job)
     summary = tmp_path / "out" / "summary.json"
-    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"device": "NVIDIA Abacus"}))
+    written = json.loads(summary.read_text())
+    written["this_start"]["device"] = "NVIDIA Abacus"
+    summary.write_text(json.dumps(written))
     with pytest.raises(UsageError, match="rates of NVIDIA Abacus are not known"):
         profile_run(tmp_path / "out", tmp_path / "profile.json")
     assert profile_run(tmp_path / "out", tmp_path / "profile.json", "h100").roofline.device.name == "NVIDIA Abacus"

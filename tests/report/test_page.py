@@ -42,7 +42,7 @@ RUN = RunRecord(
     errors=1,
     cancelled=0,
     lengths=np.arange(1, 19, dtype=np.int32),
-    summary=SUMMARY,
+    summary={"this_start": SUMMARY},
     steps=STEPS,
     estimates=(
         Estimate("mean score", 0.4, 0.3, 0.5),
@@ -62,7 +62,7 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given():
 
 
 def test_a_resumed_run_is_shown_over_all_its_starts():
-    page = render_page(replace(RUN, summary={**SUMMARY, "earlier": 5}))
+    page = render_page(replace(RUN, summary={"this_start": {**SUMMARY, "earlier": 5}}))
     seconds, sampled = STEPS["seconds"].sum(), STEPS["sampled"].sum()
     assert "of computing, all starts" in page and f"<b>{seconds_text(float(seconds))}</b>" in page
     assert f"<b>{sampled / seconds:,.0f}</b><span>output tokens a second, all starts" in page
@@ -71,7 +71,7 @@ def test_a_resumed_run_is_shown_over_all_its_starts():
 
 
 def test_a_run_with_too_many_errors_says_so_at_the_top():
-    page = render_page(replace(RUN, summary={**SUMMARY, "exit_code": 3}, errors=2))
+    page = render_page(replace(RUN, summary={"this_start": SUMMARY, "exit_code": 3}, errors=2))
     assert "a model, complete, but 2 of 20 samples are errors, more than errors.max_fraction allows</p>" in page
 
 

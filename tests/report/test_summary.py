@@ -97,12 +97,14 @@ class TestRunSummary:
         shown = facts(run_sections(empty))
         assert shown["samples"] == "12 = 2 ok + 0 errors + 4 cancelled + 6 pending"
         assert "committed" in shown["result"]
-        assert "pass@1" not in shown and empty.to_dict()["output_tokens_per_second"] == 0
+        assert "pass@1" not in shown and empty.this_start["output_tokens_per_second"] == 0
 
     def test_to_dict_is_json(self) -> None:
         values = json.loads(json.dumps(SUMMARY.to_dict()))
         assert values["pass_at_k"] == {"1": 0.25, "4": 0.5} and values["pending"] == 0
         assert values["error_counts"] == {"prompt_too_long": 8, "bad_json": 2}
+        assert values["this_start"]["output_tokens"] == 80_000 and values["this_start"]["output_tokens_per_second"] == 2000
+        assert not values["this_start"].keys() & values.keys() and "output_tokens" not in values
 
 
 class TestPlan:

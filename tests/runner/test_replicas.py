@@ -89,7 +89,7 @@ def test_the_rows_are_those_of_one_replica_and_each_has_its_share(model, rows, t
     shown = plain(run_sections(summary))
     assert "idle in the last tenth" in shown and f"{summary.replicas[1].samples:,}" in shown
     written = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [share["samples"] for share in written["replicas"]] == [share.samples for share in summary.replicas]
+    assert [share["samples"] for share in written["this_start"]["replicas"]] == [share.samples for share in summary.replicas]
 
 
 def test_a_run_continues_with_another_number_of_replicas(model, rows, tmp_path, calm):

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,10 @@ def test_more_samples_extend_a_finished_run(go, tmp_path):
     go(generation={"n": 2})
     summary = go(generation={"n": 5})
     assert (summary.samples, summary.earlier, summary.exit_code) == (50, 20, 0)
+    reasons = Counter(sample["finish_reason"] for sample in table(tmp_path / "out"))
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert written["finish_reasons"] == dict(summary.finish_reasons) == reasons, "of all starts"
+    assert written["this_start"]["output_tokens"] == summary.output_tokens
     go(generation={"n": 5}, out="whole")
     assert table(tmp_path / "out") == table(tmp_path / "whole")
     assert summary.output_tokens == sum(

@@ -119,7 +119,7 @@ def test_kills_at_random_moments_change_nothing(model, rows, tmp_path, watched):
     assert summary.requeued > 0 and summary.recomputed_tokens > 0
     assert len(killer.told) == KILLS and "SIGKILL" in killer.told[0]
     assert table(tmp_path / "killed") == table(tmp_path / "calm")
-    assert json.loads((tmp_path / "killed" / "summary.json").read_text())["restarts"] == {"killed": KILLS}
+    assert json.loads((tmp_path / "killed" / "summary.json").read_text())["this_start"]["restarts"] == {"killed": KILLS}
 
 
 def test_a_killed_scheduler_is_counted_and_the_next_one_continues_its_counts(model, rows, tmp_path, watched):

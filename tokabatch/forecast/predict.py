@@ -131,6 +131,7 @@ def profile_run(out: Path, target: Path, device: str | None = None) -> Profile:
     order = np.argsort(columns[REPLICA], kind="stable")
     columns = {name: values[order] for name, values in columns.items()}
     summary = read_summary(folder)
+    summary = summary.get("this_start", summary)
     spec, itemsize = read_spec(Path(manifest.model_path)), int(summary.get("itemsize", 2))
     noted = str(summary.get("device", ""))
     rates = _ran_on(noted, device).rates

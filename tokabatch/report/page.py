@@ -196,7 +196,7 @@ def _facts(run: RunRecord) -> str:
 
 def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
     """Label, value, and whether it should worry the reader."""
-    s, pending = run.summary, run.samples - run.ok - run.errors - run.cancelled
+    s, pending = run.summary.get("this_start", run.summary), run.samples - run.ok - run.errors - run.cancelled
     kind = "output" if run.per_token is None else "scored"
     last = ", last start" if s.get("earlier") else ""
     rows: list[tuple[str, str, bool]] = []
@@ -265,7 +265,7 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
         figures.append((title, note, plots.histogram(run.lengths, unit, "samples" if run.per_token is None else "texts")))
     if len(run.steps.get("seconds", ())) > 1:
         figures += _step_figures(run.steps)
-    s = run.summary
+    s = run.summary.get("this_start", run.summary)
     if s.get("prompt_tokens"):
         labels, values = (
             ("without sharing", "computed", "least possible"),

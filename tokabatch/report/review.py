@@ -72,7 +72,7 @@ def read_record(out: Path) -> RunRecord:
         summary=summary,
         steps=steps,
         estimates=read_estimates(out),
-        facts=_facts(out, manifest, summary, obstacle) if manifest else (),
+        facts=_facts(out, manifest, summary.get("this_start", summary), obstacle) if manifest else (),
         error_rows=error_rows(out, PER_CODE) if status.errors else None,
         samples_shown=shown,
         prompts=prompts,

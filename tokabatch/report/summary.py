@@ -22,6 +22,11 @@ _EXIT_WORDS = {
     75: "stopped before the end; finished samples are committed; run it again to continue",
     130: "interrupted before the end; finished samples are committed; run it again to continue",
 }
+_TOTALS = (
+    *("rows", "samples", "ok", "errors", "cancelled", "exit_code", "stalled", "output_path", "error_counts", "finish_reasons"),
+    *("verifies", "estimates", "estimator", "unverified"),
+)
+"""The fields of a summary that are not of one start alone."""
 _PARTIAL = "short samples finish first, so the final value will differ"
 
 
@@ -86,6 +91,8 @@ class RunSummary:
     dropped_steps: int = 0
     """Steps that the device had no memory for; those after them were half as large."""
     error_counts: tuple[tuple[str, int], ...] = ()
+    finish_reasons: tuple[tuple[str, int], ...] = ()
+    """How many of the ok samples of all starts ended for each reason, such as `stop` and `length`."""
     verifies: bool = False
     """Whether the job verifies its samples."""
     estimates: tuple[Estimate, ...] = ()
@@ -143,15 +150,23 @@ class RunSummary:
             for section in run_sections(self)
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, derived figures included."""
-        values = asdict(self)
-        values["pending"] = self.pending
+    @property
+    def this_start(self) -> dict[str, Any]:
+        """The figures of this start alone, as JSON values, derived ones included."""
+        values = {name: value for name, value in asdict(self).items() if name not in _TOTALS}
         values["output_tokens_per_second"] = round(_rate(self.output_tokens, self.work_seconds), 1)
-        values["error_counts"] = dict(self.error_counts)
         values["restarts"] = dict(self.restarts)
+        return values
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: what all starts come to, derived figures included, and under `this_start` the figures of this one."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in _TOTALS}
+        values["pending"] = self.pending
+        values["error_counts"] = dict(self.error_counts)
+        values["finish_reasons"] = dict(self.finish_reasons)
         values["pass_at_k"] = None if self.pass_at_k is None else {str(k): value for k, value in self.pass_at_k.items()}
         values["estimates"] = {each.name: [each.value, each.low, each.high] for each in self.estimates}
+        values["this_start"] = self.this_start
         return values
 
 

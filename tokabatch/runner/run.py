@@ -35,6 +35,7 @@ from tokabatch.forecast.profile import SavedProfile
 from tokabatch.forecast.step_log import Steps
 from tokabatch.job import Job
 from tokabatch.output.claim import Claim
+from tokabatch.output.excerpts import finish_reasons
 from tokabatch.output.existing_results import read_committed
 from tokabatch.output.joining import join_small
 from tokabatch.output.leases import Leases
@@ -211,6 +212,8 @@ def _run_in_folder(
             raise
         steps = replica.steps()
         summary = summarise(state, tally, steps, profile, exit_code, stalled=stalled)
+        with suppress(OSError, UsageError):
+            summary = replace(summary, finish_reasons=tuple(sorted(finish_reasons(claim.folder.path).items())))
         if summary.verifies and not summary.pending:
             try:
                 found, how = read_estimates(claim.folder.path) or (), read_estimator(claim.folder.path)
@@ -270,7 +273,7 @@ def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:
     """Where nothing was left to do, the figures of the work are those of the start before."""
     earlier = _earlier_summary(claim)
     if earlier and not len(steps):
-        told = ("rows", "samples", "ok", "errors", "cancelled", "exit_code", "stalled")
+        told = ("rows", "samples", "ok", "errors", "cancelled", "pending", "finish_reasons", "exit_code", "stalled")
         write_summary(claim, {**earlier, **{name: summary[name] for name in told}})
         return
     write_summary(claim, summary)
