@@ -11,7 +11,7 @@ import io
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TypeVar
 
@@ -33,7 +33,7 @@ from tokabatch.runner.row_stops import RowStops
 from tokabatch.runner.sample_tables import SampleTables, is_of_rows
 from tokabatch.runner.waiting_samples import PIECE_BYTES, WaitingRows, unsampled_pieces
 from tokabatch.scheduling.completion_batch import Completions, PackedCompletions
-from tokabatch.scheduling.contracts import WORKER_CRASH
+from tokabatch.scheduling.contracts import WORKER_CRASH, SampleCounts
 from tokabatch.scoring.early_stopping import Outcome
 from tokabatch.scoring.judge import ANSWER
 from tokabatch.scoring.pool import NOT_JUDGED
@@ -291,7 +291,7 @@ def _together(rows: Sequence[TableRow]) -> pa.Table | None:
 def _same_error(row: TableRow, sample: int) -> TableRow:
     """Another sample of the row, which ends as that one did without having begun."""
     table = row[0].slice(row[1], 1)
-    for name, value in (("sample_index", sample), ("num_cached_tokens", 0)):
+    for name, value in (("sample_index", sample), *((f"num_{field.name}", 0) for field in fields(SampleCounts))):
         place = table.schema.get_field_index(name)
         table = table.set_column(place, table.schema.field(place), pa.array([value], pa.int32()))
     return table, 0
