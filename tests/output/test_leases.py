@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from tokabatch.errors import OutputError
 from tokabatch.output import leases
 from tokabatch.output.claim import Claim
 from tokabatch.output.leases import Holder, Leases
@@ -137,3 +139,19 @@ def test_of_two_that_find_a_lease_left_behind_the_later_one_leaves_the_new_one_a
     for each, claim in zip((dead, first, second), claims, strict=True):
         each.close()
         claim.release()
+
+
+def test_what_is_no_lease_under_the_name_of_one_is_named(tmp_path: Path) -> None:
+    with Claim(tmp_path / "out", writer="a") as claim:
+        writer = Leases(claim, HOLDER, 60)
+        folder, link, secret = (claim.folder.units / f"{name}.lease" for name in "123")
+        folder.mkdir()
+        link.symlink_to(link.name)
+        secret.touch(mode=0)
+        for name, place, why in (("1", folder, "Is a directory"), ("2", link, "Too many levels of symbolic links")):
+            with pytest.raises(OutputError, match=f"{place} is in the place of a lease .*{why}. Move it away") as caught:
+                writer.take(name)
+            assert caught.value.exit_code == 2
+        with pytest.raises(OutputError, match=f"{secret} .*Permission denied") if os.getuid() else nullcontext():
+            writer.take("3")
+        writer.close()

@@ -9,6 +9,7 @@ memory otherwise.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -18,6 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tokabatch.errors import OutputError
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import LEASE, OutputFolder
 from tokabatch.storage.atomic_files import NewFile, name_first
@@ -28,6 +30,8 @@ RENEWALS = 3
 STANDSTILL_SECONDS = 900.0
 """A holder whose main thread has not called `sign` for this long counts as hung, and its leases are no longer renewed. It may
 be working all the while, downloading weights for example: another writer then begins the same work."""
+_NO_LEASE = frozenset({errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EPERM})
+"""What opening a file says of one that no writer of this user made; it is the same at every start."""
 _Seen = tuple[int, int]
 """What changes when a lease is renewed or replaced: inode and time of the last change."""
 
@@ -70,7 +74,8 @@ class Leases:
         self._thread.start()
 
     def take(self, name: str) -> bool:
-        """Take the lease; return whether it is this writer's from now on. Raises OSError."""
+        """Take the lease; return whether it is this writer's from now on. Raises OSError, and OutputError if something else has
+        its name."""
         self.sign()
         path, mine = self._folder / f"{name}{LEASE}", self._scratch / f"{name}{LEASE}"
         if not self._is_free(name, path):
@@ -163,6 +168,13 @@ class Leases:
                 found = os.fstat(file.fileno())
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno not in _NO_LEASE:
+                raise
+            raise OutputError(
+                f"{path} is in the place of a lease and cannot be read: {os.strerror(error.errno)}. Move it away, then run the "
+                "same command again."
+            ) from error
         return found.st_ino, found.st_mtime_ns
 
     def _renew(self) -> None:
