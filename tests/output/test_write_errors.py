@@ -87,6 +87,15 @@ def test_what_a_killed_start_left_is_cleared(tmp_path: Path) -> None:
     (tmp_path / "data" / ".probe").write_bytes(b"")
     with Claim(tmp_path):
         assert os.listdir(tmp_path / "data") == []
+    others = tmp_path / "data" / ".probe-killed-0123456789ab"
+    others.write_bytes(b"")
+    with Claim(tmp_path, writer="a") as claim:
+        pass
+    assert others.exists(), "it may be of a writer that lives"
+    with Claim(tmp_path, writer="b") as claim:
+        # As the last one does, which joins.
+        claim.clears = claim.take_alone()
+    assert not others.exists()
 
 
 @pytest.mark.parametrize(

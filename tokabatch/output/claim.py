@@ -33,7 +33,7 @@ from tokabatch.errors import CommitError, DamageError, OutputError
 from tokabatch.output.folder import PLAN, OutputFolder
 from tokabatch.output.journal import Journal, Shard
 from tokabatch.output.lock import FolderLock
-from tokabatch.output.probe import probe, refuse_foreign
+from tokabatch.output.probe import PROBE, probe, refuse_foreign
 from tokabatch.storage.atomic_files import DurableFiles, make_folders, write_whole
 from tokabatch.storage.listing import NO_MARK, Mark, is_there, list_files, mark_of, unreadable
 from tokabatch.storage.write_errors import is_full, may_pass, reason, remedy, unwritable
@@ -223,6 +223,11 @@ class Claim:
             with suppress(OSError, OutputError):
                 if self.clears and is_there(self.files, self.folder.success):
                     self.files.remove_tree(self.folder.input)
+            with suppress(OSError, OutputError):
+                if self.clears:
+                    # Of writers that were killed at their start.
+                    for left in list_files(self.files, self.folder.data, lambda name: name.startswith(PROBE)):
+                        self.files.remove(left.path)
             with suppress(OSError, OutputError):
                 self.files.remove_tree(self.folder.temporaries if self.clears else self.folder.temporary)
                 if self.files.alone and not self.clears and not self.files.names(self.folder.temporaries):

@@ -17,7 +17,8 @@ from tokabatch.storage.atomic_files import NewFile, publish
 from tokabatch.storage.write_errors import reason
 
 PROBE = ".probe"
-"""In data/ for an instant at the start of a run; readers of Parquet folders skip names that begin with a dot."""
+"""In data/ for an instant at the start of a run, one of several writers adds its name; readers of Parquet folders skip names
+that begin with a dot."""
 _PROBE_BYTES = 1 << 16
 """Smaller than almost any shard: under a smaller limit on file sizes no run can work."""
 
@@ -90,7 +91,9 @@ def probe(folder: OutputFolder) -> None:
                     f"output.path {str(folder.path)!r} cannot be shared: a hard link there replaces an existing "
                     "file. Choose a folder on another file system."
                 )
-    folder.files.remove(published)
+    # The last writer of another host may have cleared it.
+    with suppress(FileNotFoundError):
+        folder.files.remove(published)
 
 
 def _unwritable(path: Path, reason: str) -> OutputError:
