@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -370,6 +371,11 @@ def test_check_output_refuses_as_a_claim_does_and_makes_nothing(tmp_path: Path, 
             check_output(path)
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(OutputError, match=r"cannot be written: no permission .*Choose another output\.path"):
+        check_output(tmp_path / "new" / "deep")
+    monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY | os.ST_NOSUID))
+    with pytest.raises(
+        OutputError, match=r"cannot be written: \S+ is on a read-only file system\. Choose another output\.path"
+    ):
         check_output(tmp_path / "new" / "deep")
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -21,6 +21,7 @@ from support.scripted_run import scripted_engine, scripted_job
 
 from tokabatch import Job, run
 from tokabatch.errors import EXIT_STOPPED, CommitError, DamageError, OutputError, Stopped
+from tokabatch.input.store.disk_arrays import ArraySpool
 from tokabatch.output import existing_results
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
@@ -316,3 +317,35 @@ def test_one_that_ends_after_the_run_is_complete_joins_and_leaves_the_summary(
         assert run(job, shared=Shared(units=5)).exit_code == 0
     assert folder.summary.read_bytes() == told[0] and not folder.journals() and not folder.temporaries.exists()
     assert len(folder.shards()) == 1 and check(folder.path).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.ENOSPC, CommitError),
+        (errno.EDQUOT, CommitError),
+        (errno.EIO, CommitError),
+        (errno.ESTALE, CommitError),
+        (errno.EACCES, OutputError),
+        (errno.EROFS, OutputError),
+    ],
+)
+def test_a_task_that_starts_while_the_storage_fails_is_to_be_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[Exception]
+) -> None:
+    """As one that runs then; a run alone is refused, since nobody starts it again by itself."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text('{"question": "What is 1?"}\n')
+
+    def refuse(*given: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    for place, name in ((DurableFiles, "write"), (Leases, "take"), (ArraySpool, "append"), (sharing, "write_units")):
+        with monkeypatch.context() as patch, pytest.raises((CommitError, OutputError)) as caught:
+            patch.setattr(place, name, refuse)
+            run(scripted_job(rows, out), shared=Shared(units=2))
+        assert caught.type is kind and os.strerror(code) in str(caught.value), name
+    with monkeypatch.context() as patch, pytest.raises(OutputError):
+        patch.setattr(DurableFiles, "write", refuse)
+        run(scripted_job(rows, out))
+    assert not out.exists() or not any((out / "data").iterdir())

@@ -41,7 +41,11 @@ def check_output(path: Path, *, shared: bool = False) -> None:
         raise _unwritable(path, f"{nearest} is not a folder")
     for place in (nearest, path) if nearest == folder.data else (nearest,):
         if not os.access(place, os.W_OK | os.X_OK):
-            raise _unwritable(path, f"no permission to write in {place.absolute()}")
+            read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+            where = place.absolute()
+            raise _unwritable(
+                path, f"{where} is on a read-only file system" if read_only else f"no permission to write in {where}"
+            )
     if nearest not in (folder.data, path):
         try:
             # Some places take no folder from anyone, whatever the permissions say: /proc, the root of a network file system.

@@ -39,7 +39,7 @@ from tokabatch.runner.ledger import Ledger
 from tokabatch.runner.resume import OnRows, Reuse, Start, describe_run, find_run, judge_left, start
 from tokabatch.storage.atomic_files import DurableFiles, NewFile, make_folders, publish
 from tokabatch.storage.listing import NO_MARK, consistently, is_there, read_bytes
-from tokabatch.storage.write_errors import reading_input, unwritable
+from tokabatch.storage.write_errors import reading_input, starting_beside_others, unwritable
 from tokabatch.workload.prepare import Workload, prepare
 
 WAIT_SECONDS = 0.2
@@ -64,6 +64,7 @@ class Shared:
         host = socket.gethostname()
         return Holder(self.task or f"{host}-{os.getpid()}", host, os.getpid())
 
+    @starting_beside_others()
     def claim(self, path: Path, tell: Callable[[str], None], stop: Interruption) -> Claim:
         """One of the writers of a folder, under a name that none has had, once no run has it to itself. Raises as `Claim`."""
         name, told = re.sub(r"[^A-Za-z0-9]+", "-", self.holder.task)[:40], False
@@ -79,6 +80,7 @@ class Shared:
         return int(begin * units.count)
 
 
+@starting_beside_others()
 def cut_earlier_run(job: Job, shared: Shared, on_rows: OnRows, tell: Callable[[str], None], stop: Interruption) -> None:
     """Cut a run that was begun without units into units, once no other process writes to its folder. Raises UsageError."""
     path, told = Path(job.output.path), False
@@ -132,10 +134,11 @@ def _pause(stop: Interruption) -> None:
         time.sleep(WAIT_SECONDS)
 
 
+@starting_beside_others()
 def start_shared(
     job: Job, claim: Claim, leases: Leases, shared: Shared, on_rows: OnRows, tell: Callable[[str], None], stop: Interruption
 ) -> tuple[Start, Units]:
-    """As `start`, beside other writers. Raises UsageError."""
+    """As `start`, beside other writers. Raises UsageError, and CommitError where the storage fails."""
 
     def signed(rows: int, errors: int) -> None:
         leases.sign()

@@ -14,7 +14,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokabatch.errors import OutputError, UsageError
+from tokabatch.errors import CommitError, OutputError, UsageError
 
 _REMEDIES = {
     errno.ENOSPC: "make room there",
@@ -32,6 +32,8 @@ _REMEDIES = {
     errno.ENOENT: "put back what was removed",
 }
 _NEVER = frozenset({errno.EFBIG, errno.EXDEV})
+_OF_STORAGE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
+"""What is wrong with the storage rather than with the job or its folder."""
 
 
 def reason(error: OSError) -> str:
@@ -70,6 +72,19 @@ def or_else(error: OSError, other: str, only: str) -> str:
     its full stop. For a folder that is new: a path that leads nowhere is not a folder that was taken away."""
     known = error.errno in _REMEDIES and error.errno != errno.ENOENT
     return f"{_sentence(error)}{other}" if known else only[0].upper() + only[1:]
+
+
+@contextmanager
+def starting_beside_others() -> Generator[None]:
+    """Wrap the start of one of several writers: raises CommitError, with the same words, in place of an OutputError whose cause
+    is the state of the storage. The tasks that are running end with it, too; one that starts must not be the one given up."""
+    try:
+        yield
+    except OutputError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _OF_STORAGE:
+            raise CommitError(str(error)) from cause
+        raise
 
 
 @contextmanager
