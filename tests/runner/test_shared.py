@@ -349,3 +349,25 @@ def test_a_task_that_starts_while_the_storage_fails_is_to_be_started_again(
         patch.setattr(DurableFiles, "write", refuse)
         run(scripted_job(rows, out))
     assert not out.exists() or not any((out / "data").iterdir())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_manifest_that_is_removed_while_a_task_runs_is_written_again(
+    job: Job, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    folder, finish, before = OutputFolder(Path(job.output.path)), Recorder.finish, list[bytes]()
+
+    def finished(self: Recorder, *given: Any) -> Any:
+        done = finish(self, *given) if late else None
+        before.append(folder.manifest.read_bytes())
+        folder.manifest.unlink()
+        return done if late else finish(self, *given)
+
+    monkeypatch.setattr(Recorder, "finish", finished)
+    with scripted_engine():
+        assert run(job, shared=Shared(units=2)).exit_code == 0
+    assert [folder.manifest.read_bytes()] == before and check(folder.path).exit_code == 0
+    folder.manifest.unlink()
+    nobody: Any = None
+    with Claim(folder.path, writer="a") as claim, pytest.raises(DamageError, match=r"manifest\.json was removed"):
+        close_shared(job, claim, nobody, nobody, Interruption(), ignore, ignore)

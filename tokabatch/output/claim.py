@@ -34,8 +34,8 @@ from tokabatch.output.folder import PLAN, OutputFolder
 from tokabatch.output.journal import Journal, Shard
 from tokabatch.output.lock import FolderLock
 from tokabatch.output.probe import PROBE, probe, refuse_foreign
-from tokabatch.storage.atomic_files import DurableFiles, make_folders, write_whole
-from tokabatch.storage.listing import NO_MARK, Mark, is_there, list_files, mark_of, unreadable
+from tokabatch.storage.atomic_files import DurableFiles, NewFile, make_folders, publish, write_whole
+from tokabatch.storage.listing import NO_MARK, Mark, is_there, list_files, mark_of, read_bytes, unreadable
 from tokabatch.storage.write_errors import is_full, may_pass, reason, remedy, unwritable
 
 LONG_LOOK, RARELY = 0.01, 20
@@ -85,6 +85,29 @@ class Claim:
         if keep and self.files.alone:
             found = self.files.look(target)
             self._kept[target] = content, NO_MARK if found is None else mark_of(found)
+
+    def keep(self, target: Path) -> None:
+        """From here on write this small file again if another process removes it, whichever of the writers wrote it. Raises
+        OSError, and OutputError if it cannot be read."""
+        content, found = read_bytes(self.files, target), self.files.look(target)
+        if content is not None and found is not None:
+            self._kept[target] = content, mark_of(found)
+
+    def restore_kept(self) -> None:
+        """Write again the kept files that another process touched; beside other writers, those that are gone. Raises
+        OSError."""
+        for target, (content, mark) in list(self._kept.items()):
+            found = self.files.look(target)
+            if self.files.alone and (found is None or mark_of(found) != mark):
+                self.write(target, content, keep=True)
+            elif found is None:
+                mine = self.folder.temporary / target.name
+                with NewFile(self.files, mine) as file:
+                    file.write(content)
+                    file.sync()
+                # Another writer may have been faster.
+                with suppress(FileExistsError):
+                    publish(self.files, mine, target)
 
     @contextmanager
     def committing(self) -> Generator[None]:
@@ -170,11 +193,7 @@ class Claim:
                 "what is finished is committed where the folder is now. Move it back, or name its new place as output.path, "
                 "and run the same command again."
             )
-        # Files that describe the run are rewritten if another process touched them.
-        for target, (content, mark) in list(self._kept.items()):
-            found = self.files.look(target)
-            if found is None or mark_of(found) != mark:
-                self.write(target, content, keep=True)
+        self.restore_kept()
         if self.journal is not None:
             self.journal.restore()
             began = time.monotonic()

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from tokabatch.arrays import Int64
-from tokabatch.errors import BusyError, OutputError, Stopped
+from tokabatch.errors import BusyError, DamageError, OutputError, Stopped
 from tokabatch.input.store.kept_input import INDEX, can_be_kept, keep_input
 from tokabatch.job import Job, VerifyConfig
 from tokabatch.output.claim import Claim
@@ -223,6 +223,7 @@ def _start(
             f"output.path {str(folder.path)!r} holds a run that was started without --shared, and another process is "
             "writing there. Run the same command again when it has ended."
         )
+    claim.keep(folder.manifest)
     if started.has_more:
         claim.begin(manifest.run, manifest.marks, (), repair_command(folder, manifest))
     return started, units
@@ -238,9 +239,14 @@ def close_shared(
     on_rows: OnRows,
 ) -> Books:
     """Mark the run as complete if every sample is there, whichever process wrote it. Samples that other writers left unjudged
-    are judged here, unless another writer does so. Raises OSError."""
+    are judged here, unless another writer does so. Raises OSError, and DamageError if the
+    manifest is gone."""
+    claim.restore_kept()
     manifest = read_manifest(claim.folder)
-    assert manifest is not None, "a run that was begun has a manifest"
+    if manifest is None:
+        raise DamageError(
+            f"{claim.folder.manifest} was removed while this task ran. Restore it from a copy, or choose another output.path."
+        )
     shards = _recorded(claim, manifest)
     books = Books.of(workload.samples_total, shards)
     if books.unjudged and not books.pending and job.verify is not None and not stop.poll():
