@@ -150,6 +150,16 @@ def test_no_module_imports_inside_functions():
                 assert not inner, f"{file}:{inner[0].lineno}: an import inside {node.name}"
 
 
+def test_no_simple_queue_is_read_with_a_timeout():
+    """In Python 3.11 `SimpleQueue.get` may block for good if a short timeout passes before the wait begins. A module
+    that reads any queue with a timeout therefore has none of these."""
+    for file in files():
+        tree = ast.parse(file.read_text())
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+        timed = [call for call in calls if call.func.attr == "get" and any(key.arg == "timeout" for key in call.keywords)]
+        assert not timed or "queue.SimpleQueue" not in file.read_text(), f"{file}:{timed[0].lineno}"
+
+
 def test_parquet_is_read_by_the_calling_thread_alone():
     """See `storage.parquet_file`: a process that ends may abort otherwise, once in a hundred times."""
     elsewhere = [file for file in files() if file.name != "parquet_file.py"]

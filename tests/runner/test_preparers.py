@@ -117,7 +117,7 @@ def test_processes_killed_at_any_time_lose_and_double_nothing(seed: int, tmp_pat
 
     def kill() -> None:
         nonlocal kills
-        while kills < 6 and not over.wait(chance.uniform(0.3, 0.8)):
+        while kills < 6 and not over.wait(chance.uniform(0.15, 0.5)):
             # In turn: one of all children, and one of those that hold samples.
             victims = psutil.Process().children() if kills % 2 else processes()
             if victims:

@@ -84,7 +84,7 @@ def serve(
     part of the plan, whose counts go on from `before`, step, and report at this `pace`. Where main has closed the pipe the
     process ends at once."""
     outbox: queue.Queue[Message | None] = queue.Queue(MAX_UNSENT)
-    inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+    inbox: queue.Queue[Order | None] = queue.Queue()
     stopped = threading.Event()
     stop = Interruption(stopped.is_set)
     alive = Alive(stop)
@@ -135,7 +135,7 @@ class _Loop:
         self,
         replica: Replica,
         ledger: Ledger,
-        inbox: queue.SimpleQueue[Order | None],
+        inbox: queue.Queue[Order | None],
         outbox: queue.Queue[Message | None],
         pace: Pace,
         alive: Alive,
@@ -263,7 +263,7 @@ def send_messages(outbox: queue.Queue[Any], pipe: Connection, alive: Callable[[]
 
 
 def _listen(
-    pipe: Connection, inbox: queue.SimpleQueue[Any], stopped: threading.Event, replica: Replica, over: threading.Event
+    pipe: Connection, inbox: queue.Queue[Any], stopped: threading.Event, replica: Replica, over: threading.Event
 ) -> None:
     """Hand on what main sends; None means to stop. Where main closes the pipe before all is `over`, the worker and this process
     end, whatever they stand at."""

@@ -76,7 +76,7 @@ def prepare(pipe: Connection, preparation: Preparation, seconds: float) -> None:
 
 
 def _serve(pipe: Connection, preparation: Preparation, seconds: float) -> None:
-    inbox = queue.SimpleQueue[Order]()
+    inbox = queue.Queue[Order]()
     threading.Thread(target=_listen, args=(pipe, inbox), daemon=True).start()
     sent, due, beat = 0, 0.0, 0.0
     try:
@@ -118,7 +118,7 @@ def _send(pipe: Connection, message: Message) -> None:
         raise _Gone from error
 
 
-def _orders(inbox: queue.SimpleQueue[Any], seconds: float | None) -> Sequence[Order]:
+def _orders(inbox: queue.Queue[Any], seconds: float | None) -> Sequence[Order]:
     """Those that have come; where there are none, the first that comes within so many seconds."""
     orders: list[Order] = []
     with suppress(queue.Empty):
@@ -128,7 +128,7 @@ def _orders(inbox: queue.SimpleQueue[Any], seconds: float | None) -> Sequence[Or
     return orders
 
 
-def _listen(pipe: Connection, inbox: queue.SimpleQueue[Order]) -> None:
+def _listen(pipe: Connection, inbox: queue.Queue[Order]) -> None:
     """Take in what main sends."""
     order: Order = None
     with suppress(EOFError, OSError):

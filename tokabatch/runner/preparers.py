@@ -87,16 +87,18 @@ class Preparers:
         return sum(process.num_waiting for process in self._processes)
 
     def add(self, completions: Completions) -> None:
-        self.check()
+        """Raises the error by which a process was given up, once another has the samples."""
         if not len(completions):
             return
         packed = completions if isinstance(completions, PackedCompletions) else PackedCompletions.of(completions)
-        while len(self._processes) < self._count:
+        while len(self._processes) < self._count and self._error is None:
             self._processes.append(self._start(len(self._processes)))
         self._finishing = False
         begin, self._next = self._next, self._next + len(packed)
         work = Work(np.arange(begin, self._next), packed)
-        min(self._processes, key=lambda process: process.num_waiting).hand(work)
+        if self._processes:
+            min(self._processes, key=lambda process: process.num_waiting).hand(work)
+        self.check()
 
     def tables(self, received: int, *, everything: bool) -> Iterator[pa.Table]:
         self._news.clear()

@@ -52,7 +52,7 @@ class BackgroundReplica:
         self._limits = limits
         self._most, self._planned = lengths
         self._on_prompt = on_prompt
-        self._finished: queue.SimpleQueue[Completion | TokabatchError] = queue.SimpleQueue()
+        self._finished: queue.Queue[Completion | TokabatchError] = queue.Queue()
         self._counts = SchedulerCounts()
         self._left = int(requests.num_samples().sum())
 
