@@ -259,7 +259,6 @@ BAD_JOBS = [
     BadJob("no safetensors inside", _no_header, r"model\.safetensors: .*not a.* safetensors file"),
     BadJob(".bin only", _pickles("pytorch_model.bin"), r"pytorch_model\.bin is a pickle, which could run code.*convert"),
     BadJob(".pt only", _pickles("model.pt"), r"model\.pt is a pickle, which could run code.*convert"),
-    BadJob("no weights", _without("model.safetensors"), r"neither model\.safetensors nor"),
     BadJob("missing tensor", _missing_tensor, r"model\.norm\.weight \[32\] is in none"),
     BadJob("foreign tensor", _foreign_tensor, r"adapter\.lora_A \[2, 2\] is not part of.*adapters must be merged"),
     BadJob("shapes unlike the config", _config(intermediate_size=64), r"shape \[48, 32\], but config\.json says \[64, 32\]"),

@@ -121,6 +121,6 @@ def test_a_plan_needs_no_weights_and_a_run_does(tmp_path: Path) -> None:
         file.unlink()
     without = plan(job)
     assert f"{folder} holds no weights: a plan needs none, a run does" in without.notes
-    assert without.num_samples == with_weights.num_samples and not (tmp_path / "out").exists()
+    assert without.samples == with_weights.samples and not (tmp_path / "out").exists()
     with pytest.raises(ModelError, match=r"holds neither model\.safetensors nor"):
         run(job)

@@ -117,7 +117,11 @@ class Preparation:
         return self._judging is None or self._judging.keeps_up(self.waiting.finished)
 
     def is_done(self, goes_on: Callable[[], bool]) -> bool:
-        return self._judging is None or self._judging.is_done(self.waiting.finished, goes_on)
+        if self._judging is None:
+            return True
+        # An exception may have come between `add` taking samples over and handing them in.
+        self._judging.submit(self.waiting.finished)
+        return self._judging.is_done(self.waiting.finished, goes_on)
 
     def check(self) -> None: ...
 
