@@ -168,10 +168,10 @@ class EngineConfig(Section):
         default="auto", description="Run the model in a process of its own; auto: on a GPU, or with several replicas."
     )
     hang_seconds: fields.Seconds = Field(
-        default=120.0, description="A worker process that makes no progress for this long is killed and restarted."
+        default=120.0, description="A process of the run that makes no progress for this long is killed and replaced."
     )
     max_restarts: fields.Count = Field(
-        default=20, description="Worker processes that may fail in a row without a finished sample in between."
+        default=20, description="Processes of one kind that may fail in a row without a finished sample in between."
     )
 
 

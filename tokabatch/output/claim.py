@@ -10,9 +10,9 @@ lock together, which keeps a single one away, but no safety among them rests on 
   else the number that it takes is taken. By induction the shards of a unit are disjoint. One that comes late, woken after
   others took its unit over, fails, and drops what it has of the unit.
 - What is not removed cannot be missed: a listing out of date (NFS) shows fewer shards, and ends in a name that is taken.
-- What was stopped before its verdicts came gets them once every sample is there. A shard with its verdicts is first published
-  as `_units/judged-part-u-k`, and only what stands there takes the shard's place: it is replaced by one content alone, whoever
-  judges and whenever they wake.
+- Samples whose writer stopped before their verdicts arrived are judged once every sample is in the folder. The shard with the
+  verdicts is first published as `_units/judged-part-u-k`, and only that file replaces the shard, which so gets one content,
+  however many writers judge it, and however late.
 - A crash loses what is not published. Names and contents are on the disk before anything is said of them, as with one writer.
 - Each writer has its own `_tmp/WRITER` and its own journal. The manifest is published like a shard: the first one counts.
 - Leases (output/leases.py) say which units are being computed. Where they are wrong, work is done twice and dropped once.

@@ -184,26 +184,8 @@ class Fleet:
         return by_time([nothing if member.ended is None else member.ended.steps for member in self._members])
 
     def shares(self) -> tuple[ReplicaShare, ...]:
-        """What each member did."""
-        last = self._ended - (self._ended - self._began) / 10
-        shares: list[ReplicaShare] = []
-        for member in self._members:
-            idle = () if member.ended is None else member.ended.idle
-            spans = [(max(begin, since), min(end, self._ended)) for since in (self._began, last) for begin, end in idle]
-            seconds = [max(0.0, end - begin) for begin, end in spans]
-            whole, tail = max(self._ended - self._began, 1e-9), max(self._ended - last, 1e-9)
-            scheduled = member.standing.scheduled
-            shares.append(
-                ReplicaShare(
-                    devices=member.devices,
-                    samples=member.finished,
-                    output_tokens=scheduled.output_tokens,
-                    prefilled_tokens=scheduled.prefilled_tokens,
-                    idle=sum(seconds[: len(idle)]) / whole,
-                    idle_at_end=sum(seconds[len(idle) :]) / tail,
-                )
-            )
-        return tuple(shares)
+        """Return what each member did."""
+        return tuple(member.share(self._began, self._ended) for member in self._members)
 
     def stop(self) -> PackedCompletions:
         """Break the work off; returns what is finished and was not yielded. A process that is still loading, or does not end

@@ -21,6 +21,7 @@ from typing import Protocol
 from tokabatch.errors import ReplicaLost
 from tokabatch.job import EngineConfig
 from tokabatch.parallel.layout import VISIBLE, Layout
+from tokabatch.report.summary import ReplicaShare
 from tokabatch.runner.forked import fork
 from tokabatch.runner.ledger import Ledger, Part
 from tokabatch.runner.member_process import Build, packed, serve
@@ -136,6 +137,22 @@ class Member:
         self.placed, self.begun, self.ended, self.wants, self.can_give = False, False, None, None, True
         self.unanswered.clear()
         self.parts, self.silent, self._process = 0, 0.0, process
+
+    def share(self, began: float, ended: float) -> ReplicaShare:
+        """Return what it did of the work between these two times of `time.monotonic`."""
+        last = ended - (ended - began) / 10
+        idle = () if self.ended is None else self.ended.idle
+        spans = [(max(begin, since), min(end, ended)) for since in (began, last) for begin, end in idle]
+        seconds = [max(0.0, end - begin) for begin, end in spans]
+        whole, tail = max(ended - began, 1e-9), max(ended - last, 1e-9)
+        return ReplicaShare(
+            devices=self.devices,
+            samples=self.finished,
+            output_tokens=self.standing.scheduled.output_tokens,
+            prefilled_tokens=self.standing.scheduled.prefilled_tokens,
+            idle=sum(seconds[: len(idle)]) / whole,
+            idle_at_end=sum(seconds[len(idle) :]) / tail,
+        )
 
     def send(self, order: Order | None) -> None:
         """None is to end. Where the process is gone, the next `receive` says so."""

@@ -1,6 +1,6 @@
-"""What a process that prepares samples does: main sends it samples as bytes, and is sent tables.
+"""A process that turns finished samples into tables: main sends it samples as bytes, and receives tables.
 
-It sends heartbeats from the loop that does the work. Its judges are processes of its own.
+Heartbeats come from the loop that does the work. Its judges are further processes.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ Message = Prepared | TokabatchError | None
 
 
 def prepare(pipe: Connection, preparation: Preparation, seconds: float) -> None:
-    """What the forked process does until it is told to end: send a table of what is ready as soon as it is full, and what there
-    is every so many seconds."""
+    """Run in the forked process until main ends it: send each table once it is full, and every `seconds` what is ready."""
     keep_only((pipe.fileno(),))
     for number in PARENTS_SIGNALS:
         # Caught, not ignored: judges, and what they start, are to begin with the system's way.
@@ -119,7 +118,7 @@ def _send(pipe: Connection, message: Message) -> None:
 
 
 def _orders(inbox: queue.Queue[Any], seconds: float | None) -> Sequence[Order]:
-    """Those that have come; where there are none, the first that comes within so many seconds."""
+    """Return all orders that have arrived, or the first that arrives within `seconds` (None is no limit)."""
     orders: list[Order] = []
     with suppress(queue.Empty):
         orders.append(inbox.get(timeout=seconds))
@@ -129,7 +128,7 @@ def _orders(inbox: queue.Queue[Any], seconds: float | None) -> Sequence[Order]:
 
 
 def _listen(pipe: Connection, inbox: queue.Queue[Order]) -> None:
-    """Take in what main sends."""
+    """Receive what main sends."""
     order: Order = None
     with suppress(EOFError, OSError):
         while (order := pipe.recv()) is not None:

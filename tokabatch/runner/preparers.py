@@ -1,9 +1,9 @@
-"""Processes that prepare samples beside main, which hands them bytes and is handed tables: no Python object is made there of a
-sample. Main keeps what it has handed out until it is back as rows of a table, so that nothing is lost with a process, and takes
-no sample twice: the samples of a lost one are handed to the one that takes its place.
+"""Processes that turn finished samples into tables beside main, which sends them bytes and receives tables, and so makes no
+Python object for a sample. Main keeps each sample until it is back as a row of a table, so that none is lost with a process,
+and accepts none twice: the samples of a lost process are sent to its replacement.
 
-Main never waits for one of them: threads of its own send and receive. One that stands still is killed. Where one fails, the
-others' samples are recorded before the error is raised.
+No call of main blocks on these processes: threads send and receive. A process that hangs is killed. If one fails, the samples
+of the others are recorded before the error is raised.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from tokabatch.scoring.pool import most_judges
 from tokabatch.workload.prepare import Workload
 
 REPLICAS_EACH, CORES_EACH = 2, 4
-"""A process is there for so many replicas, as long as there are so many cores for each."""
+"""Replicas that share one process, and the cores that each process needs."""
 MOST_WAITING = 8192
-"""Samples that may be with one process; where there are more, the run waits, and the replicas with it."""
+"""Samples that may be with one process; beyond that the run pauses, and the replicas with it."""
 STOP_SECONDS = 10.0
 MAX_TICK_SECONDS = 1.0
-"""Most that a silence grows between two looks: longer gaps are main's own standstill."""
+"""The most that a silence grows between two checks: in longer gaps main itself was stopped."""
 
 
 def num_preparers(job: Job, replicas: int) -> int:
-    """How many processes prepare the samples of so many replicas, each with judges of its own if the job has any."""
+    """Return the number of processes for this many replicas; each has judges of its own if the job has any."""
     count = min(-(-replicas // REPLICAS_EACH), max(1, len(os.sched_getaffinity(0)) // CORES_EACH))
     return count if job.verify is None else min(count, most_judges(job.verify))
 
