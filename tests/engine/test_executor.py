@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from support import tiny_models, token_device
+from support.processes import started_with
 
 from tokabatch.engine.executor import ProcessExecutor
 from tokabatch.engine.replica_sizes import ReplicaSizes
@@ -110,7 +111,7 @@ def test_no_orphan_is_left_when_the_parent_is_killed(when, tmp_path):
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     if when == "loading":
-        while not any("spawn_main" in " ".join(each.cmdline()) for each in psutil.Process(parent.pid).children()):
+        while not started_with("spawn_main", psutil.Process(parent.pid).children()):
             time.sleep(0.05)
     if when == "stopped":
         os.kill(pid, signal.SIGSTOP)

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 from support.output_checker import Checker, table
+from support.processes import children, started_with
 from support.scripted_run import MAX_TOKENS, scripted_engine, scripted_job
 
 from benchmarks.scripted_engine import quickstart_script
@@ -82,8 +84,7 @@ def job(folder: Path, name: str, seconds: float, source: str = JUDGE, verify: An
 
 def processes() -> list[psutil.Process]:
     """Those that prepare samples: they alone have judges as children."""
-    started = psutil.Process().children()
-    return [each for each in started if any("judge_process" in " ".join(child.cmdline()) for child in each.children())]
+    return [each for each in psutil.Process().children() if started_with("judge_process", children(each))]
 
 
 def test_the_rows_are_the_same_whoever_prepares_them(tmp_path: Path, checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +122,9 @@ def test_processes_killed_at_any_time_lose_and_double_nothing(seed: int, tmp_pat
             # In turn: one of all children, and one of those that hold samples.
             victims = psutil.Process().children() if kills % 2 else processes()
             if victims:
-                chance.choice(victims).kill()
-                kills += 1
+                with suppress(psutil.NoSuchProcess):
+                    chance.choice(victims).kill()
+                    kills += 1
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -182,7 +184,7 @@ def verify(text, row):
     def watch() -> None:
         nonlocal most
         while not over.wait(0.05):
-            most = max(most, sum(len(each.children()) for each in processes()))
+            most = max(most, sum(len(children(each)) for each in processes()))
 
     watcher = threading.Thread(target=watch)
     watcher.start()

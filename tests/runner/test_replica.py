@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support import scripted_worker, token_device
+from support.processes import started_with
 from support.scripted_worker import Script
 
 from tokabatch.engine.executor import ProcessExecutor
@@ -82,7 +83,7 @@ OTHERS: list[psutil.Process] = []
 def workers() -> list[psutil.Process]:
     """Processes that these tests have started, but for multiprocessing's own, which stay until the end."""
     own = psutil.Process().children()
-    helpers = [child for child in own if re.search("resource_tracker|forkserver", " ".join(child.cmdline()))]
+    helpers = started_with("resource_tracker", own) + started_with("forkserver", own)
     return [child for child in psutil.Process().children(recursive=True) if child not in helpers and child not in OTHERS]
 
 

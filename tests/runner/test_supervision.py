@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from support import poisoned_worker, tiny_models
+from support.processes import started_with
 
 from tokabatch import Job, run
 from tokabatch.engine.executor import ProcessExecutor
@@ -66,11 +66,7 @@ def table(out: Path) -> list[tuple[Any, ...]]:
 
 
 def worker_of(parent: int) -> psutil.Process | None:
-    for child in psutil.Process(parent).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if "spawn_main" in " ".join(child.cmdline()):
-                return child
-    return None
+    return next(iter(started_with("spawn_main", psutil.Process(parent).children(recursive=True))), None)
 
 
 class Killer(NullProgress):

@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import psutil
 
+from support.processes import started_with
+
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}bot: {% endif %}"
 )
@@ -72,6 +74,6 @@ class Server:
 
     def descendants(self) -> dict[str, psutil.Process]:
         """The scheduler's process and the worker's, by what started them."""
-        scheduler = next(p for p in psutil.Process(self.process.pid).children() if "spawn_main" in " ".join(p.cmdline()))
-        worker = next(p for p in scheduler.children() if "spawn_main" in " ".join(p.cmdline()))
+        scheduler, *_ = started_with("spawn_main", psutil.Process(self.process.pid).children())
+        worker, *_ = started_with("spawn_main", scheduler.children())
         return {"scheduler": scheduler, "worker": worker}
