@@ -15,6 +15,8 @@ from support import tiny_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokabatch import Job, plan, run
+from tokabatch.engine.executor import InProcessExecutor
+from tokabatch.engine.worker import WorkerSpec
 from tokabatch.errors import JobError
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.runner.shared import Shared
@@ -400,3 +402,13 @@ def test_a_display_that_raises_costs_nothing_but_the_display(model, rows, tmp_pa
 
     assert run(job(model, rows, tmp_path / "out"), Broken()).exit_code == 0
     assert len(read(tmp_path / "out")) == 36
+
+
+@pytest.mark.parametrize(("value", "may_overlap"), [("auto", True), (True, True), (False, False)])
+def test_async_tp_reaches_the_worker(value, may_overlap, model, rows, tmp_path, monkeypatch):
+    specs: list[WorkerSpec] = []
+    monkeypatch.setattr(
+        "tokabatch.runner.make_replica.InProcessExecutor", lambda spec: specs.append(spec) or InProcessExecutor(spec)
+    )
+    run(job(model, rows, tmp_path / "out", engine={"kv_cache_tokens": 4096, "async_tp": value}))
+    assert [spec.async_tp for spec in specs] == [may_overlap]

@@ -76,6 +76,8 @@ class WorkerSpec:
     """The number of replicas among which the cores of a host are divided."""
     draws: tuple[SamplingParams, ...] = ()
     """The kinds of drawing to warm up (`warm_up.kinds_of_drawing`)."""
+    async_tp: bool = True
+    """Whether products of tensor ranks may overlap with their exchange where that is measured to be quicker."""
     place: Place | None = None
     """The place of one rank in a worker of several ranks; None for a worker of one."""
 
@@ -119,7 +121,7 @@ class Worker:
             decoder.peer_links = meet_neighbours(mesh, *room)
         if device.type == "cuda" and mesh.tensor_size > 1:
             decoder.peer_sums = PeerSums.meet(mesh, *room)
-            if decoder.peer_sums is not None:
+            if decoder.peer_sums is not None and spec.async_tp:
                 decoder.measure_scattering(sizes.max_step_tokens)
         if device.type == "cuda":
             one_page = kv_shape(spec.spec, sizes.page_size, 1, 1, 1, mesh).bytes_per_page(spec.kv_dtype or spec.dtype)

@@ -136,6 +136,10 @@ class EngineConfig(Section):
     )
     tensor: fields.Count = Field(default=1, description="Devices over which each layer of a replica is split.")
     pipeline: fields.Count = Field(default=1, description="Devices over which the layers of a replica are divided.")
+    async_tp: fields.AutoFlag = Field(
+        default="auto",
+        description="With tensor > 1, overlap products with their exchange in large steps; auto: where measured to be quicker.",
+    )
     page_size: fields.PageSize = Field(default=16, description="Tokens per page of the KV cache.")
     kv_cache_tokens: fields.AutoTokens = Field(
         default="auto",

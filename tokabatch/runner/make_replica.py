@@ -165,6 +165,7 @@ def executor_maker(job: Job, workload: Demand, sizes: ReplicaSizes, tell: Callab
         draws=kinds_of_drawing(workload.requests.sampling),
         trace=job.trace and TraceSpec(Path(job.trace.path), job.trace.start, job.trace.steps),
         replicas=workload.layout.replicas,
+        async_tp=job.engine.async_tp is not False,
     )
     patience, layout = Patience.of(job.engine.hang_seconds), workload.layout
     if layout.tensor * layout.pipeline > 1:
