@@ -7,46 +7,55 @@ weights or the whole input is refused there.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 
 from tokabatch.errors import JobError
 from tokabatch.input.batch_files import open_rows, settle_format
+from tokabatch.input.fingerprint import describe
+from tokabatch.input.generation_defaults import effective_generation
 from tokabatch.input.prompts.chat_template import choose_chat_template, refuse_missing_chat_template
 from tokabatch.input.prompts.columns import PromptColumns, check_columns, check_first_rows
 from tokabatch.input.prompts.few_shot import render_few_shot
 from tokabatch.input.prompts.row_settings import refuse_beyond, refuse_beyond_context
-from tokabatch.input.readers import list_local_files
+from tokabatch.input.prompts.sources import SAMPLING_PARAMS
+from tokabatch.input.readers import is_of_files, list_local_files
 from tokabatch.input.rows import no_rows
 from tokabatch.input.tokenizer.files import has_no_chat_template, tokenizer_folder
 from tokabatch.job import Job, ModelConfig, verifier_path
 from tokabatch.model.checkpoint import read_checkpoint
 from tokabatch.model.families import read_spec
+from tokabatch.model.file_digests import known_files
 from tokabatch.model.resolve import resolve_model
 from tokabatch.model.spec import ModelSpec
+from tokabatch.output.folder import OutputFolder
 from tokabatch.output.probe import check_output
+from tokabatch.output.same_job import find_run
 from tokabatch.scoring.pool import open_pool
 
 _MOST_FILES = 64
 """Of an input whose columns are looked at; the footers of many Parquet files take longer than it is worth."""
 
 
-def refuse_model(model: ModelConfig) -> ModelSpec:
-    """What the model's config.json says. Raises the ModelError of a model or tokenizer that is not there, is of no known
-    family, or whose files are not whole."""
+def refuse_model(model: ModelConfig) -> tuple[ModelSpec, Path, Path]:
+    """What the model's config.json says, and the folders of the model and of its tokenizer. Raises the ModelError of a model or
+    tokenizer that is not there, is of no known family, or whose files are not whole."""
     folder = resolve_model(model.path, model.revision, weights=False)
     spec = read_spec(folder)
     if Path(model.path).expanduser().is_dir():
         read_checkpoint(folder)
+    tokenizer = folder
     if model.tokenizer is not None:
-        resolve_model(model.tokenizer, weights=False, key="model.tokenizer")
+        tokenizer = resolve_model(model.tokenizer, weights=False, key="model.tokenizer")
     tokenizer_folder(model)
-    return spec
+    return spec, folder, tokenizer
 
 
-def refuse_early(job: Job, *, shared: bool = False) -> None:
+def refuse_early(job: Job, *, shared: bool = False, overwrite: bool = False, retry_errors: bool = False) -> None:
     """Raises the UsageError in which the job would end seconds later. Writes nothing; reads the first rows of files of this
-    machine alone, and of a model on the hub the small files, which stay in the cache. `shared`: others may write there."""
+    machine alone, and of a model on the hub the small files, which stay in the cache. `shared`: others may write there;
+    `overwrite`, `retry_errors`: as the run reuses what is there."""
     if shared:
         job.refuse_sharing()
     check_output(Path(job.output.path), shared=shared)
@@ -56,36 +65,48 @@ def refuse_early(job: Job, *, shared: bool = False) -> None:
             raise JobError(f"verify.kind: there is no file {verifier} in {Path.cwd()}; check the path")
         # In a process of its own, which is there in a fraction of the time that torch takes.
         open_pool(job.verify).load()
-    spec = refuse_model(job.model)
+    spec, folder, tokenizer = refuse_model(job.model)
     refuse_beyond_context(job.generation, spec.context_length)
     # Words are token ids only behind the tokenizer.
     if fault := refuse_beyond(job.generation.model_copy(update={"bad_words": []}).params(), spec.vocab_size):
         raise JobError(f"generation.{fault}")
-    tokenizer = tokenizer_folder(job.model)
-    if tokenizer is not None and has_no_chat_template(tokenizer):
+    if tokenizer_folder(job.model) is not None and has_no_chat_template(tokenizer):
         name = job.model.tokenizer or job.model.path
         if choose_chat_template(job.prompt, {}, name) is None:
             refuse_missing_chat_template(job.prompt, name)
-    columns = PromptColumns(job.prompt)
     if job.prompt.few_shot is not None:
         few_shot = job.prompt.few_shot
         render_few_shot(few_shot.path, few_shot.k, few_shot.template)
     files = list_local_files(job.input)
-    if files is None or len(files) > _MOST_FILES:
+    if files is None and is_of_files(job.input, "jsonl"):
         return
     job = settle_format(job)
-    reader = open_rows(job.input)
+    earlier = None if overwrite else find_run(OutputFolder(Path(job.output.path)), retry_errors=retry_errors)
+    if earlier is not None:
+        # The weights, which take long to read, are compared where they are opened.
+        marks = {file.name: file.mark for file in known_files(folder, tokenizer, weights=False)}
+        dtype = None if job.model.dtype == "auto" else job.model.dtype
+        earlier.compare(describe(job, effective_generation(job, folder)[0], marks, dtype=dtype))
+    if files is None or len(files) > _MOST_FILES:
+        return
+    names = _check_columns(job)
+    if earlier is not None and names and SAMPLING_PARAMS not in names:
+        earlier.compare_n(job.generation.n)
+
+
+def _check_columns(job: Job) -> Collection[str]:
+    """Return the columns of the first rows. Raises UsageError for those that the job needs and that are not there."""
+    columns, reader = PromptColumns(job.prompt), open_rows(job.input)
     if reader.schema is not None:
         check_columns(job, columns, reader.schema.names)
-        return
+        return reader.schema.names
     batches = list(islice(reader.batches(), 2))
     if not any(batch.rows for batch in batches):
         raise no_rows(reader.name)
     rows = [row for batch in batches[:1] for row in batch.rows][: job.input.limit]
     names = {name for row in rows if row.error is None for name in (*(row.columns or ()), *row.prompt_columns)}
-    if not names:
-        return
-    if len(batches) == 1 or len(rows) == job.input.limit:
+    if names and (len(batches) == 1 or len(rows) == job.input.limit):
         check_columns(job, columns, names)
-    else:
+    elif names:
         check_first_rows(columns, names, len(rows))
+    return names

@@ -329,6 +329,36 @@ class TestQuickstart:
             assert text in done.stdout
         assert re.search(r"max_tokens +8 +job", done.stdout) and re.search(r"\n  samples +4\n", done.stdout)
 
+    def test_a_changed_job_is_refused_before_anything_slow_is_imported(
+        self, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+    ) -> None:
+        out, _ = finished
+        other = shutil.copytree(ROOT / "jobs" / "quickstart", tmp_path / "model")
+        (other / "tokenizer_config.json").write_text((other / "tokenizer_config.json").read_text() + "\n")
+        changes = (
+            "generation.temperature=0.3",
+            "generation.seed=9",
+            "generation.n=1",
+            "verify.kind=exact",
+            f"model.path={other}",
+        )
+        program = f"""
+import sys
+from tokabatch import cli
+for change in {changes!r}:
+    for command in ("run", "plan"):
+        sys.argv = ["tokabatch", command, {QUICKSTART!r}, *{SMALL!r}, "output.path={out}", change]
+        try:
+            cli.main()
+        except SystemExit as ended:
+            assert ended.code == 2, change
+        assert not {{"torch", "transformers", "tokenizers"}} & sys.modules.keys(), change
+"""
+        command = [sys.executable, "-c", program]
+        ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stderr.count("temperature: 1.0 then, 0.3 now") == ended.stderr.count("write generation.n=2") == 2
+
     def test_run_leaves_every_sample_in_parquet(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
         out, done = finished
         assert done.returncode == 0, done.stderr

@@ -27,11 +27,12 @@ from tokabatch.input.store import kept_input
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.model import file_digests
 from tokabatch.output import existing_results as committed
+from tokabatch.output import manifest as manifests
 from tokabatch.output.export import export
 from tokabatch.output.integrity import check
+from tokabatch.precheck import refuse_early
 from tokabatch.report.progress import NullProgress
 from tokabatch.runner import make_replica
-from tokabatch.runner import resume as resumption
 from tokabatch.scoring import pool
 from tokabatch.scoring.judge import JudgeSpec
 from tokabatch.workload import prepare as preparation
@@ -226,6 +227,38 @@ def test_a_change_of_what_decides_the_output_is_refused_and_shown(changes, diffe
         assert difference in str(caught.value) and "--overwrite" in str(caught.value) and caught.value.exit_code == 2
         assert str(caught.value).count(" then, ") == 1
     assert everything(tmp_path / "out") == before
+
+
+def refusal(job: Job, **how: bool) -> str:
+    """What is said before the input and the tokenizer are there; empty if nothing is."""
+    try:
+        refuse_early(job, **how)
+    except OutputError as error:
+        return str(error)
+    return ""
+
+
+def test_what_needs_neither_input_nor_tokenizer_is_refused_early_in_the_same_words(go, model, rows, tmp_path):
+    go()
+    out = tmp_path / "out"
+    assert refusal(job(model, rows, out)) == refusal(job(model, rows, out, generation={"n": N + 1})) == ""
+    retyped = shutil.copytree(model, tmp_path / "other")
+    (retyped / "generation_config.json").write_text('{"top_p": 0.5}')
+    others = [{"model": {"path": str(retyped)}}, {"generation": {"n": N - 1}}, {"verify": None}]
+    for changes in (*(changes for changes, _ in CHANGES), *others):
+        with pytest.raises(OutputError) as caught:
+            go(**changes)
+        assert refusal(job(model, rows, out, **changes)) == str(caught.value), changes
+        assert refusal(job(model, rows, out, **changes), overwrite=True) == ""
+    given = json.loads((out / "manifest.json").read_text())["fingerprint"]["settings"]
+    assert "" not in given.values(), "what is written is known"
+
+
+def test_rows_with_an_n_of_their_own_may_be_more_than_the_job_says(go, model, rows, tmp_path):
+    write_rows(rows, [{**row, "sampling_params": {"n": N}} for row in ROWS])
+    go()
+    assert refusal(job(model, rows, tmp_path / "out", generation={"n": 1})) == ""
+    assert go(generation={"n": 1}).earlier == N * len(ROWS)
 
 
 def test_auto_is_the_dtype_that_it_comes_to(go, model, tmp_path):
@@ -430,7 +463,7 @@ def test_other_tokens_of_the_same_rows_are_refused_with_the_versions(go, rows, t
             for text, ids in zip(texts, real(self, texts, add_special_tokens), strict=True)
         ]
 
-    for module in (resumption, kept_input):
+    for module in (manifests, kept_input):
         monkeypatch.setattr(module, "version", lambda name: f"{name}-0.0.1")
     assert go(steps=2).earlier > 0, "another version alone is no other prompt"
     monkeypatch.undo()

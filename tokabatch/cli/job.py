@@ -20,12 +20,12 @@ _KEY_OF = {ModelError: "model.path", InputError: "input.path"}
 
 
 @contextmanager
-def checked_job(path: Path, overrides: list[str] | None, *, shared: bool = False) -> Generator[Job, None, None]:
-    """Return the job of a file and its overrides, refused before anything slow is imported if that can be decided. A refusal
-    from inside is raised with the place where the key it names was written."""
+def checked_job(path: Path, overrides: list[str] | None, **how: bool) -> Generator[Job, None, None]:
+    """Return the job of a file and its overrides, refused before anything slow is imported if that can be decided; `how` as
+    `precheck.refuse_early` takes it. A refusal from inside is raised with the place where the key it names was written."""
     loaded, written = import_module("tokabatch.job").Job.load_with_places(path, *(overrides or ()))
     try:
-        import_module("tokabatch.precheck").refuse_early(loaded, shared=shared)
+        import_module("tokabatch.precheck").refuse_early(loaded, **how)
         yield loaded
     except DamageError:
         raise

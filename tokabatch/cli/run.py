@@ -80,8 +80,9 @@ def run(
       tokabatch run jobs/gsm8k.yaml --on ray --replicas 16    on a Ray cluster that is running
     """
     given = [*(overrides or ()), *((f"engine.replicas={replicas}",) if replicas else ())]
-    with stop_on_signals() as stop, stop_after(deadline), checked_job(job, given, shared=shared) as loaded:
-        how: dict[str, Any] = {"overwrite": overwrite, "retry_errors": retry_errors, "repair": repair}
+    reuse: dict[str, bool] = {"overwrite": overwrite, "retry_errors": retry_errors}
+    with stop_on_signals() as stop, stop_after(deadline), checked_job(job, given, shared=shared, **reuse) as loaded:
+        how: dict[str, Any] = {**reuse, "repair": repair}
         how["shared"] = import_module("tokabatch.runner.shared").Shared(task, units, lease) if shared else None
         with _cluster(on, address) as how["cluster"]:
             summary = _run(loaded, stop, quiet, **how)
@@ -137,8 +138,9 @@ def batch(
     batches = import_module("tokabatch.batch.job")
     with stop_on_signals() as stop:
         loaded = batches.batch_job(requests, model, to, errors, overrides or ())
-        import_module("tokabatch.precheck").refuse_early(loaded)
-        summary = _run(loaded, stop, quiet, overwrite=overwrite, retry_errors=retry_errors, repair=repair)
+        reuse: dict[str, bool] = {"overwrite": overwrite, "retry_errors": retry_errors}
+        import_module("tokabatch.precheck").refuse_early(loaded, **reuse)
+        summary = _run(loaded, stop, quiet, **reuse, repair=repair)
     _print_summary(loaded, summary, verbose)
     if not summary.pending:
         print_note(write_batch(Path(loaded.output.path), to, errors))

@@ -25,6 +25,8 @@ from tokabatch.job import GenerationConfig, Job, VerifyConfig
 
 WEIGHTS, WEIGHT_INDEX = ".safetensors", ".safetensors.index.json"
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "logit_bias", "bad_words")
+UNKNOWN = ""
+"""Stands for a setting that is not known yet; no setting is the empty text."""
 _SHOWN = 60
 _PLAIN = re.compile(r"(?!(?i:true|false|null)$)[A-Za-z_./][\w./:-]*", re.ASCII)
 """Text that needs no quotes in an override."""
@@ -48,10 +50,14 @@ class Fingerprint:
 
 
 def describe(
-    job: Job, generation: GenerationConfig, eos_token_ids: tuple[int, ...], files: Mapping[str, str], dtype: str
+    job: Job,
+    generation: GenerationConfig,
+    files: Mapping[str, str],
+    eos_token_ids: tuple[int, ...] | None = None,
+    dtype: str | None = None,
 ) -> Fingerprint:
-    """Describe everything but the rows. `dtype` is the type computed in; `generation` has the model's defaults filled in;
-    `files` maps the model's and the tokenizer's files to what they hold, weights possibly missing."""
+    """Describe everything but the rows. `generation` has the model's defaults filled in; `files` maps the model's and the
+    tokenizer's files to what they hold, weights possibly missing. `dtype` is the type computed in. None: not known yet."""
     settings = dict(files)
     prompt = job.prompt.model_dump(mode="json", exclude={"continuations"} if job.mode == "generate" else None)
     # Runs from before these keys and penalties existed can be continued without them.
@@ -74,6 +80,8 @@ def describe(
     }
     for section, values in sections.items():
         settings |= {f"{section}.{name}": json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+    later = {"model.dtype": dtype, "generation.end tokens": eos_token_ids}
+    settings |= {name: UNKNOWN for name, value in later.items() if value is None}
     if job.verify is not None:
         settings |= verify_settings(job.verify)
     return Fingerprint(settings, list_files(job.input))
@@ -109,14 +117,15 @@ def is_of_verify(name: str) -> bool:
 
 
 def changed_settings(earlier: Fingerprint, now: Fingerprint) -> list[str]:
-    """Return a line for each setting or file that differs. Weights that are not downloaded yet are not compared."""
+    """Return a line for each setting or file that differs. What is not known yet is not compared, nor are weights that are
+    not downloaded."""
     weights_here = any(name.endswith(WEIGHTS) for name in now.settings)
     names = dict.fromkeys((*now.settings, *earlier.settings))
     compared = [name for name in names if weights_here or not name.endswith((WEIGHTS, WEIGHT_INDEX))]
     return [
         f"{name}: {_shown(earlier.settings.get(name))} then, {_shown(now.settings.get(name))} now"
         for name in compared
-        if earlier.settings.get(name) != now.settings.get(name)
+        if now.settings.get(name) not in (UNKNOWN, earlier.settings.get(name))
     ]
 
 

@@ -38,11 +38,11 @@ class ModelFile:
     state: tuple[int, ...]
 
 
-def known_files(model: Path, tokenizer: Path) -> tuple[ModelFile, ...]:
-    """Return the files read from the two folders, the weights only if all of them are there. Raises ModelError for one that
-    cannot be read."""
+def known_files(model: Path, tokenizer: Path, *, weights: bool = True) -> tuple[ModelFile, ...]:
+    """Return the files read from the two folders, the weights only if all of them are there and `weights` is True. Raises
+    ModelError for one that cannot be read."""
     places = [("model", CONFIG, model / CONFIG)]
-    places += [("model", path.name, path) for path in weight_files(model)]
+    places += [("model", path.name, path) for path in weight_files(model) if weights]
     places += [("tokenizer", path.relative_to(tokenizer).as_posix(), path) for path in _tokenizer_files(tokenizer)]
     return tuple(_known(f"{kind}/{name}", path) for kind, name, path in places if path.is_file())
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+from tokabatch import __version__
 from tokabatch.errors import DamageError
 from tokabatch.input.fingerprint import Fingerprint, is_of_verify
 from tokabatch.output.claim import Claim
@@ -40,6 +43,12 @@ class Versions:
     python: str
     tokenizers: str = ""
     jinja2: str = ""
+
+
+def versions_here() -> Versions:
+    """Return those of this process. None of the libraries is imported for it."""
+    names = ("torch", "transformers", "tokenizers", "jinja2")
+    return Versions(tokabatch=__version__, python=platform.python_version(), **{name: version(name) for name in names})
 
 
 @dataclass(frozen=True, slots=True)

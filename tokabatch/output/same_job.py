@@ -6,19 +6,20 @@ have been replaced: it was never sampled.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import NoReturn
 
 import numpy as np
 
 from tokabatch.arrays import Bool
-from tokabatch.errors import OutputError
+from tokabatch.errors import DamageError, OutputError
 from tokabatch.input.fingerprint import Fingerprint, changed_settings, changed_sizes, is_of_verify, verify_overrides
 from tokabatch.input.rows import NO_PLACES, RowPlaces
 from tokabatch.input.store.row_digests import RowDigests
-from tokabatch.output.existing_results import sampled_rows
+from tokabatch.output.existing_results import read_committed, sampled_rows
 from tokabatch.output.folder import OutputFolder
-from tokabatch.output.manifest import Manifest, Versions
+from tokabatch.output.manifest import Manifest, Versions, read_manifest, versions_here
 from tokabatch.output.remedy import quote
 
 
@@ -42,6 +43,17 @@ class EarlierRun:
             self._refuse(differences, now)
         if digests is not None:
             self._compare_rows(now, digests, places)
+
+    def compare_n(self, n: int) -> None:
+        """Raise OutputError if the folder holds samples beyond the first `n` of a row, for a job of which no row has a number
+        of its own."""
+        then = self.manifest
+        every = then.job.get("generation", {}).get("n", 0)
+        if n >= every or then.samples != every * then.rows:
+            return
+        # Damage is refused with its own remedy.
+        with suppress(DamageError):
+            read_committed(self.folder, np.full(then.rows, n, np.int64), errors=not self.retry_errors)
 
     def _compare_rows(self, now: Fingerprint, digests: RowDigests, places: RowPlaces) -> None:
         then, common = self.manifest.fingerprint, digests.head(self.manifest.fingerprint.rows)
@@ -90,6 +102,19 @@ class EarlierRun:
             f"output.path {str(self.folder.path)!r} holds the run of another job; what decides its output differs:{listed}\n"
             f"{advice}"
         )
+
+
+def find_run(folder: OutputFolder, *, retry_errors: bool = False) -> EarlierRun | None:
+    """Return the run in the folder, None if there is none. Raises OutputError if there are samples of which no manifest says
+    whose they are."""
+    manifest = read_manifest(folder)
+    if manifest is None and (shards := folder.shards()):
+        raise OutputError(
+            f"output.path {str(folder.path)!r} holds {len(shards)} file(s) of samples (data/{shards[0].path.name}) but no "
+            "manifest.json, so it is unknown which job they are of. Choose another output.path, or start over with "
+            "--overwrite."
+        )
+    return EarlierRun(folder, manifest, versions_here(), retry_errors) if manifest else None
 
 
 def _first(marked: Bool) -> int:

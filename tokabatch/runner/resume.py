@@ -7,20 +7,15 @@ changes before the job is known to be the same (or the user chose to start over)
 from __future__ import annotations
 
 import os
-import platform
 import uuid
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tokabatch import __version__
 from tokabatch.errors import OutputError
 from tokabatch.input.store.kept_input import keep_input
 from tokabatch.input.store.row_digests import RowDigests
@@ -41,14 +36,13 @@ from tokabatch.output.inspection import Inspection, inspect
 from tokabatch.output.journal import Shard
 from tokabatch.output.manifest import (
     Manifest,
-    Versions,
     job_is_whole,
-    read_manifest,
     settings_digest,
+    versions_here,
     write_manifest,
 )
 from tokabatch.output.remedy import refuse_faults, refuse_other_verdicts, refuse_unrecorded, repair_command
-from tokabatch.output.same_job import EarlierRun
+from tokabatch.output.same_job import EarlierRun, find_run
 from tokabatch.output.schema import UnsampledRow, verdict_fields
 from tokabatch.runner.row_stops import RowStops
 from tokabatch.runner.score import has_unjudged, judge_again
@@ -262,37 +256,13 @@ def _find_samples(folder: OutputFolder, workload: Workload, job: Job, *, errors:
     return Start.after(committed, workload, job, folder)
 
 
-def find_run(folder: OutputFolder, *, retry_errors: bool = False) -> EarlierRun | None:
-    """The run in the folder, None where there is none. Raises OutputError where there are samples of which no manifest says
-    whose they are."""
-    manifest = read_manifest(folder)
-    if manifest is None and (shards := folder.shards()):
-        raise OutputError(
-            f"output.path {str(folder.path)!r} holds {len(shards)} file(s) of samples (data/{shards[0].path.name}) but no "
-            "manifest.json, so it is unknown which job they are of. Choose another output.path, or start over with "
-            "--overwrite."
-        )
-    return EarlierRun(folder, manifest, _versions(), retry_errors) if manifest else None
-
-
-def _versions() -> Versions:
-    return Versions(
-        tokabatch=__version__,
-        torch=torch.__version__,
-        transformers=version("transformers"),
-        python=platform.python_version(),
-        tokenizers=version("tokenizers"),
-        jinja2=version("jinja2"),
-    )
-
-
 def describe_run(job: Job, workload: Workload, started: str, earlier: Manifest | None = None, recorded: str = "") -> Manifest:
     """Return the manifest of this start; if it continues an `earlier` run, `recorded` is the run in the record of commits."""
     manifest = Manifest(
         started=started,
         working_folder=os.getcwd(),
         model_path=str(workload.folder),
-        versions=_versions(),
+        versions=versions_here(),
         rows=workload.store.num_rows,
         samples=workload.samples_total,
         job=job.model_copy(update={"generation": workload.generation}).to_dict(),

@@ -32,11 +32,12 @@ from tokabatch.output.journal import Shard
 from tokabatch.output.leases import Holder, Leases
 from tokabatch.output.manifest import Books, Manifest, mark_success, read_manifest, restore_job, write_manifest
 from tokabatch.output.remedy import repair_command
+from tokabatch.output.same_job import find_run
 from tokabatch.output.shards import claimed_shards, in_order
 from tokabatch.output.units import Units, read_units, write_units
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger
-from tokabatch.runner.resume import OnRows, Reuse, Start, describe_run, find_run, judge_left, start
+from tokabatch.runner.resume import OnRows, Reuse, Start, describe_run, judge_left, start
 from tokabatch.storage.atomic_files import DurableFiles, NewFile, make_folders, publish
 from tokabatch.storage.listing import NO_MARK, consistently, is_there, read_bytes
 from tokabatch.storage.write_errors import reading_input, starting_beside_others, unwritable

@@ -223,7 +223,7 @@ def prepare(
 def _fingerprint(job: Job, model: OpenModel) -> Fingerprint:
     """Return what decides the output, as far as it is determined before the rows are read."""
     marks = {file.name: file.mark for file in model.files}
-    return describe(job, model.generation, model.eos_token_ids, marks, str(model.dtype).removeprefix("torch."))
+    return describe(job, model.generation, marks, model.eos_token_ids, str(model.dtype).removeprefix("torch."))
 
 
 def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None) -> tuple[str, ...]:
