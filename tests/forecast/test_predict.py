@@ -27,6 +27,13 @@ def job(tmp_path, monkeypatch):
     return Job.load("jobs/quickstart.yaml", f"output.path={tmp_path / 'out'}", "input.limit=6", "generation.n=2")
 
 
+def test_the_share_that_is_simulated_grows_to_all_of_it(job):
+    shares: list[float] = []
+    _, outlook = plan_and_simulate(job, Scenario(lengths="70"), on_share=shares.append)
+    assert shares == sorted(shares) and shares[0] == 0.0 and shares[-1] == pytest.approx(1.0)
+    assert len(shares) > 6 and len(outlook.trials) > 1
+
+
 def test_a_plan_is_simulated_on_a_device_that_is_not_here(job):
     scenario = Scenario(device="h200", price=3.6, lengths="70:0.4")
     report, outlook = plan_and_simulate(job, scenario)

@@ -46,6 +46,19 @@ class TestRates:
         assert rates.eta == pytest.approx((400 - 150) * 50 / 100.0)
         assert len(rates._points) <= 12
 
+    def test_the_rest_of_a_simulation_takes_as_long_as_its_share_did(self) -> None:
+        rates = Rates()
+        for elapsed, share in ((8.0, 0.0), (12.0, 0.1)):
+            rates.add(ProgressSnapshot("simulating", elapsed, share=share))
+        assert rates.eta is None, "not trusted yet"
+        rates.add(ProgressSnapshot("simulating", 28.0, share=0.25))
+        assert rates.eta == pytest.approx(60.0)
+        stream = io.StringIO()
+        lines = LineProgress(stream)
+        for elapsed, share in ((8.0, 0.0), (28.0, 0.25)):
+            lines.update(ProgressSnapshot("simulating", elapsed, share=share))
+        assert stream.getvalue().splitlines()[1].endswith("simulating 25% of the simulation  eta 1:00")
+
     def test_nothing_known_yet(self) -> None:
         rates = Rates()
         assert (rates.tokens_in, rates.eta) == (0.0, None)

@@ -59,10 +59,9 @@ class Command(TyperCommand):
             written = _OPTION.fullmatch(word)
             if written is None or f"{written[1]}{written[2]}" in options:
                 continue
-            keys, word_of = (
-                [each.name for each in import_module("tokabatch.job").Job.describe_keys()],
-                written[2].replace("-", "_"),
-            )
+            keys = [each.name for each in import_module("tokabatch.job").Job.describe_keys()]
+            word_of = written[2].replace("-", "_")
+            word_of = import_module("tokabatch.job.refusals").NAMES_ELSEWHERE.get(word_of, word_of)
             keys += [f"server.{name}" for name in import_module("tokabatch.serve.settings").ServerConfig.model_fields]
             named = [key for key in keys if word_of in (key, key.rpartition(".")[2], key.removesuffix(".path"))]
             if named or "." in word_of:

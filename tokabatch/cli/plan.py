@@ -35,7 +35,7 @@ def plan(
     overrides: OverridesArgument = None,
     simulate: Annotated[
         bool,
-        typer.Option("--simulate", help="Simulate every step of the run: time, cost, KV use. Minutes for 100,000 samples."),
+        typer.Option("--simulate", help="Simulate every step of the run: time, cost, KV use."),
     ] = False,
     device: Annotated[
         str | None, typer.Option("--device", help=f"Simulate on this device instead of this machine: {DEVICES}.")
@@ -76,11 +76,11 @@ def plan(
         def on_rows(rows: int, errors: int) -> None:
             progress.update(snapshot("reading", seconds_since_start(), rows_done=rows, errors=errors))
 
-        def on_steps(steps: int) -> None:
-            progress.update(snapshot("simulating", seconds_since_start(), steps=steps))
+        def on_share(share: float) -> None:
+            progress.update(snapshot("simulating", seconds_since_start(), share=share))
 
         if simulate:
-            report, outlook = planner.plan_and_simulate(loaded, scenario, on_rows, on_steps)
+            report, outlook = planner.plan_and_simulate(loaded, scenario, on_rows, on_share)
         else:
             report, outlook = planner.plan(loaded, on_rows), None
     sections = import_module("tokabatch.report.plan_report").plan_sections

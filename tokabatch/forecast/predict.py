@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import count as counter
 from pathlib import Path
 
 import numpy as np
 
 from tokabatch.errors import OutputError, UsageError
-from tokabatch.forecast.assumed_lengths import Lengths
 from tokabatch.forecast.cost_model import cost_model, device_name, device_of, present_device, profile_of
 from tokabatch.forecast.devices import KNOWN, PROCESSOR, Device, find_device, known_device
 from tokabatch.forecast.profile import Profile, SavedProfile, fit_profile, load_profile, profile_document
@@ -19,7 +17,7 @@ from tokabatch.forecast.ranks import seconds_of_ranks
 from tokabatch.forecast.scenario import Scenario, read_lengths
 from tokabatch.forecast.simulate import FleetRules, Simulation, simulate
 from tokabatch.forecast.step_log import Steps
-from tokabatch.forecast.step_work import Number, StepWork
+from tokabatch.forecast.step_work import StepWork
 from tokabatch.forecast.token_budget import assumed_survival, expected_seconds
 from tokabatch.job import Job
 from tokabatch.model.families import read_spec
@@ -27,6 +25,7 @@ from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import read_manifest, read_summary
 from tokabatch.output.steps import REPLICA, read_steps
 from tokabatch.report.outlook import Outlook, Trial
+from tokabatch.scheduling.contracts import Requests
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import consistently
@@ -34,7 +33,8 @@ from tokabatch.workload.open_model import pick_device
 from tokabatch.workload.prepare import Workload
 
 PARTS = 48
-TRIAL_SAMPLES = 20_000
+TRIAL_SAMPLES, TRIAL_WAVES = 20_000, 8
+"""Samples that each trial runs at most, and how many times as many as run at once."""
 
 
 def scenario_profile(job: Job, scenario: Scenario, device: Device | None) -> SavedProfile | None:
@@ -51,21 +51,23 @@ def predict_run(
     device: Device | None,
     profile: SavedProfile | None,
     fleet: FleetRules | None = None,
-    on_steps: Callable[[int], None] = lambda steps: None,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> Outlook:
     """Simulate the whole job in its layout, each replica under `limits` on the scenario's `device`, then a part of it on one
-    replica under others. `fleet` says how several replicas share the work; `on_steps` is told how many steps were
-    simulated. Raises UsageError where nothing is left to run, or
-    nothing is known of this machine's device."""
+    replica under others. `fleet` says how several replicas share the work; `on_share` is called with the share of all this that
+    is done. Raises UsageError where nothing is left to run, or nothing is known of this machine's device."""
     if not len(workload.requests):
         raise UsageError("there is nothing to simulate: every row is an error row; `plan` without --simulate says why")
     cost, cost_described = cost_model(workload, device, profile)
     lengths, described = read_lengths(scenario.lengths)
     begin = time.perf_counter()
     layout = workload.layout
-    seconds = _counting(seconds_of_ranks(cost, layout.tensor, layout.pipeline), on_steps)
-    whole = simulate(workload.requests, limits, seconds, lengths, fleet=fleet)
-    trials, trial_samples = _trials(workload, limits, seconds, lengths)
+    seconds = seconds_of_ranks(cost, layout.tensor, layout.pipeline)
+    part, trial_samples = _part(workload, limits)
+    tried = _settings(limits)
+    meter = _Meter(int(workload.num_samples.sum()) + sum(trial_samples * _steps_each(each, limits) for each in tried), on_share)
+    whole = simulate(workload.requests, limits, seconds, lengths, fleet=fleet, on_finished=meter.of(1.0))
+    runs = [simulate(part, each, seconds, lengths, on_finished=meter.of(_steps_each(each, limits))) for each in tried]
     counts = whole.counts
     return Outlook(
         device=device_of(cost).name,
@@ -91,7 +93,7 @@ def predict_run(
         waited=whole.waited,
         simulated_in=time.perf_counter() - begin,
         price=scenario.price,
-        trials=trials,
+        trials=_trials(tried, runs),
         trial_samples=trial_samples,
     )
 
@@ -166,39 +168,51 @@ def over_time(steps: Steps, column: str, whole: float) -> tuple[float, ...]:
     return tuple((value / np.maximum(weight, 1e-12) / whole).tolist())
 
 
-def _counting(seconds: Callable[[StepWork], Number], on_steps: Callable[[int], None]) -> Callable[[StepWork], Number]:
-    """The same seconds, telling how many steps were asked for, every 64 of them."""
-    steps = counter()
+class _Meter:
+    """Counts simulated samples, each by the steps it takes, and tells which share of the `total` they are."""
 
-    def told(work: StepWork) -> Number:
-        if (number := next(steps)) % 64 == 0:
-            on_steps(number)
-        return seconds(work)
+    def __init__(self, total: float, tell: Callable[[float], None]) -> None:
+        self._total, self._tell, self._done = total, tell, 0.0
+        tell(0.0)
 
-    return told
+    def of(self, weight: float) -> Callable[[int], None]:
+        """Return what counts finished samples of this weight."""
+
+        def count(finished: int) -> None:
+            self._done += finished * weight
+            self._tell(min(self._done / self._total, 1.0))
+
+        return count
 
 
-def _trials(
-    workload: Workload, limits: SchedulerLimits, seconds: Callable[[StepWork], Number], lengths: Lengths
-) -> tuple[tuple[Trial, ...], int]:
-    """A few running limits and token budgets, over the first prompts of the plan that have about `TRIAL_SAMPLES` samples; how
-    many they have."""
+def _part(workload: Workload, limits: SchedulerLimits) -> tuple[Requests, int]:
+    """The first prompts of the plan, which have about as many samples as a trial takes; how many they have."""
     requests, total = workload.requests, np.cumsum(workload.num_samples)
-    count = min(len(requests), int(np.searchsorted(total, TRIAL_SAMPLES)) + 1)
+    wanted = min(TRIAL_SAMPLES, TRIAL_WAVES * limits.max_running)
+    count = min(len(requests), int(np.searchsorted(total, wanted)) + 1)
     columns = {name: getattr(requests, name)[:count] for name in ("row_index", "start", "length", "lcp", "params")}
-    part = replace(requests, **columns)
+    return replace(requests, **columns), int(total[count - 1])
+
+
+def _settings(limits: SchedulerLimits) -> list[SchedulerLimits]:
+    """A few running limits and token budgets to try."""
     budget = max(limits.max_step_tokens - limits.max_running, 1)
     pairs = {(limits.max_running, budget)}
     pairs |= {(max(1, limits.max_running // 2), budget), (max(1, limits.max_running // 4), budget)}
     pairs |= {(limits.max_running, max(1, budget // 4)), (limits.max_running, budget * 4)}
-    runs: list[tuple[int, int, Simulation]] = []
-    for running, extra in sorted(pairs):
-        tried = replace(limits, max_running=running, max_step_tokens=running + extra)
-        runs.append((running, running + extra, simulate(part, tried, seconds, lengths)))
+    return [replace(limits, max_running=running, max_step_tokens=running + extra) for running, extra in sorted(pairs)]
+
+
+def _steps_each(tried: SchedulerLimits, limits: SchedulerLimits) -> float:
+    """How many steps a sample takes under the limits that are tried, in those it takes under `limits`."""
+    return limits.max_running / tried.max_running
+
+
+def _trials(tried: Sequence[SchedulerLimits], runs: Sequence[Simulation]) -> tuple[Trial, ...]:
     # Of settings that differ by less than half a percent the smallest will do: it needs less memory.
-    least = min(run.seconds for _, _, run in runs)
-    best = next(i for i, (_, _, run) in enumerate(runs) if run.seconds <= 1.005 * least)
-    trials = tuple(
-        Trial(running, step, run.seconds, run.counts.output_tokens, i == best) for i, (running, step, run) in enumerate(runs)
+    least = min(run.seconds for run in runs)
+    best = next(i for i, run in enumerate(runs) if run.seconds <= 1.005 * least)
+    return tuple(
+        Trial(limits.max_running, limits.max_step_tokens, run.seconds, run.counts.output_tokens, i == best)
+        for i, (limits, run) in enumerate(zip(tried, runs, strict=True))
     )
-    return trials, int(total[count - 1])

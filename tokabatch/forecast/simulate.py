@@ -173,10 +173,12 @@ def simulate(
     lengths: Lengths,
     predictor: LengthPredictor | None = None,
     fleet: FleetRules | None = None,
+    on_finished: Callable[[int], None] = lambda finished: None,
 ) -> Simulation:
     """Run the whole workload. The tokens of `requests` are read, but their values do not matter; `predictor` replaces the
     scheduler's own prediction of lengths. `limits` and `cost` are those of a replica, or of each member of a `fleet`. With
-    several pipeline stages, `cost` is that of one stage."""
+    several pipeline stages, `cost` is that of one stage. `on_finished` is called at each step with the number of samples that
+    it finished."""
     # The device's stop token represents whatever ends a sample; samples of given length are left as they are.
     sampling = (
         replace(params, stop=(), stop_token_ids=(), ignore_eos=params.has_given_length, logprobs=None)
@@ -186,7 +188,7 @@ def simulate(
     if fleet is None or fleet.members == 1:
         member = _Member(requests, requests, limits, lengths, predictor)
         while not member.scheduler.done:
-            member.step(cost, 0)
+            on_finished(len(member.step(cost, 0)))
         return _simulation([member], limits)
     ledger = fleet.ledger(requests)
     nothing = ledger.plan.take(np.zeros(0, np.int64))
@@ -203,7 +205,9 @@ def simulate(
             continue
         running = sum(each.scheduler.num_running for each in members if each is not member)
         elsewhere = ledger.left - member.left - running
-        ledger.finish(number, member.step(cost, elsewhere))
+        finished = member.step(cost, elsewhere)
+        ledger.finish(number, finished)
+        on_finished(len(finished))
     return _simulation(members, limits)
 
 

@@ -39,7 +39,7 @@ _LATEST_SECONDS = 1.0
 class ProgressSnapshot:
     """Where a run stands. Totals are None while they are not known; a row is done with its last sample; `kv_used` is the
     fraction of the KV pages in use; `elapsed` counts seconds since the run began; `tokens_in` are the prompt tokens
-    computed, of which shared ones count once, `tokens_out` the tokens sampled, `steps` those of a simulation."""
+    computed, of which shared ones count once, `tokens_out` the tokens sampled, `share` what is done of a simulation."""
 
     phase: Phase
     elapsed: float
@@ -53,7 +53,7 @@ class ProgressSnapshot:
     kv_used: float = 0.0
     running: int = 0
     waiting: int = 0
-    steps: int = 0
+    share: float = 0.0
     tokens_left: int | None = None
     """Output tokens still expected, by the lengths seen so far."""
 
@@ -154,11 +154,11 @@ class Rates:
         self._window = window
         self._points: deque[ProgressSnapshot] = deque()
         self._first: ProgressSnapshot | None = None
-        """Of those in which samples are generated."""
+        """Of those in which samples are generated, or a run is simulated."""
 
     def add(self, snapshot: ProgressSnapshot) -> None:
         self._points.append(snapshot)
-        if self._first is None and snapshot.phase == "generating":
+        if self._first is None and snapshot.phase in ("generating", "simulating"):
             self._first = snapshot
         # The oldest point is the last one outside of the window, so that the window is always covered.
         while len(self._points) > 2 and self._points[1].elapsed <= snapshot.elapsed - self._window:
@@ -176,14 +176,17 @@ class Rates:
 
     @property
     def eta(self) -> float | None:
-        """Seconds that the tokens still expected take at the present speed; None until a sample is finished and sampling goes
-        on for some seconds."""
+        """Seconds that the tokens still expected take at the present speed, or the rest of a simulation at its speed so far;
+        None until a sample is finished and sampling, or simulating, goes on for some seconds."""
         if self._first is None or not self._points:
             return None
         last, speed = self._points[-1], self.tokens_out
+        seconds = last.elapsed - self._first.elapsed
+        if last.phase == "simulating":
+            return seconds * (1 - last.share) / last.share if last.share and seconds >= _TRUSTED_SECONDS else None
         if last.phase != "generating" or last.tokens_left is None or speed <= 0:
             return None
-        trusted = last.elapsed - self._first.elapsed >= _TRUSTED_SECONDS and last.samples_done > self._first.samples_done
+        trusted = seconds >= _TRUSTED_SECONDS and last.samples_done > self._first.samples_done
         return last.tokens_left / speed if trusted else None
 
     @property
@@ -279,7 +282,9 @@ class LiveProgress:
 
 def _draw(snapshot: ProgressSnapshot, rates: Rates) -> Group:
     done, total = float(snapshot.samples_done), snapshot.samples_total
-    if snapshot.phase == "reading" or total is None:
+    if snapshot.phase == "simulating":
+        done, total = snapshot.share, 1
+    elif snapshot.phase == "reading" or total is None:
         done, total = float(snapshot.rows_done), snapshot.rows_total
     elif snapshot.phase == "generating" and (share := rates.done) is not None:
         done = share * total
@@ -293,8 +298,9 @@ def _draw(snapshot: ProgressSnapshot, rates: Rates) -> Group:
 def _facts(snapshot: ProgressSnapshot, rates: Rates) -> list[str]:
     if snapshot.phase == "starting":
         return ["loading PyTorch, the model's files and its tokenizer"]
+    eta = [] if rates.eta is None else [f"eta {seconds_text(rates.eta)}"]
     if snapshot.phase == "simulating":
-        return [f"steps {snapshot.steps:,}"]
+        return [f"{snapshot.share:.0%} of the simulation", *eta]
     facts = [f"rows {_of(snapshot.rows_done, snapshot.rows_total)}"]
     if snapshot.samples_total is not None:
         facts.append(f"samples {_of(snapshot.samples_done, snapshot.samples_total)}")
@@ -303,8 +309,7 @@ def _facts(snapshot: ProgressSnapshot, rates: Rates) -> list[str]:
         return facts
     facts += [f"in {rates.tokens_in:,.0f} tok/s", f"out {rates.tokens_out:,.0f} tok/s", f"kv {snapshot.kv_used:.0%}"]
     facts += [f"running {snapshot.running:,}", f"waiting {snapshot.waiting:,}"]
-    eta = rates.eta
-    return facts if eta is None else [*facts, f"eta {seconds_text(eta)}"]
+    return [*facts, *eta]
 
 
 def _of(done: int, total: int | None) -> str:

@@ -56,17 +56,18 @@ def plan_and_simulate(
     job: Job,
     scenario: Scenario,
     on_rows: Callable[[int, int], None] | None = None,
-    on_steps: Callable[[int], None] = lambda steps: None,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> tuple[PlanReport, Outlook]:
     """The same, and what is left of the run simulated under a scenario, for whose device everything is planned then; where
-    nothing is left, the whole job. Raises UsageError for one that cannot be."""
+    nothing is left, the whole job. `on_share` is called with the share of the simulation that is done. Raises UsageError for
+    one that cannot be."""
     device = check_scenario(scenario)
     profile = scenario_profile(job, scenario, device)
     with _planned(job, profile, on_rows, device) as (previewed, sizes):
         workload = _to_compute(previewed)
         fleet = FleetRules(workload.layout.replicas, Ledger, wants_more, to_give)
         limits = scheduler_limits(sizes, workload.layout.pipeline)
-        outlook = predict_run(workload, limits, scenario, device, profile, fleet, on_steps)
+        outlook = predict_run(workload, limits, scenario, device, profile, fleet, on_share)
         return _plan_report(job, previewed, sizes, device, profile), outlook
 
 
