@@ -74,6 +74,7 @@ def refuse_early(job: Job, *, shared: bool = False, overwrite: bool = False, ret
         name = job.model.tokenizer or job.model.path
         if choose_chat_template(job.prompt, {}, name) is None:
             refuse_missing_chat_template(job.prompt, name)
+    columns = PromptColumns(job.prompt)
     if job.prompt.few_shot is not None:
         few_shot = job.prompt.few_shot
         render_few_shot(few_shot.path, few_shot.k, few_shot.template)
@@ -89,14 +90,14 @@ def refuse_early(job: Job, *, shared: bool = False, overwrite: bool = False, ret
         earlier.compare(describe(job, effective_generation(job, folder)[0], marks, dtype=dtype))
     if files is None or len(files) > _MOST_FILES:
         return
-    names = _check_columns(job)
+    names = _check_columns(job, columns)
     if earlier is not None and names and SAMPLING_PARAMS not in names:
         earlier.compare_n(job.generation.n)
 
 
-def _check_columns(job: Job) -> Collection[str]:
+def _check_columns(job: Job, columns: PromptColumns) -> Collection[str]:
     """Return the columns of the first rows. Raises UsageError for those that the job needs and that are not there."""
-    columns, reader = PromptColumns(job.prompt), open_rows(job.input)
+    reader = open_rows(job.input)
     if reader.schema is not None:
         check_columns(job, columns, reader.schema.names)
         return reader.schema.names

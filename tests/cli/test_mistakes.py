@@ -43,6 +43,7 @@ FILES = {
     "bare/config.json": (ROOT / "jobs" / "quickstart" / "config.json").read_text(),
     "pickle/config.json": (ROOT / "jobs" / "quickstart" / "config.json").read_text(),
     "pickle/pytorch_model.bin": "",
+    "moe/config.json": '{"model_type": "qwen3_moe"}',
     "typo/config.json": '{"model_type": "llamma"}',
     "foreign/data/mine.parquet": "",
     "judge_without.py": "x = 1\n",
@@ -175,6 +176,7 @@ MISTAKES = [
         "Fetch the model again, or convert it to safetensors",
     ),
     (("run", Q, "model.path=pickle"), r"pytorch_model\.bin is a pickle, which could run code"),
+    (("run", Q, "model.path=moe"), r"'qwen3_moe' is not supported; supported: llama, qwen2, qwen3\.\n"),
     (("run", Q, "model.path=typo"), "supported: llama, qwen2, qwen3. Did you mean 'llama'?"),
     (("run", Q, "model.tokenizer=bare"), "holds no tokenizer .*; copy it into the folder, or name"),
     (

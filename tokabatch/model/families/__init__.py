@@ -26,7 +26,9 @@ def read_spec(folder: Path) -> ModelSpec:
     known = family_names()
     name = config.values.get("model_type")
     if name not in known:
-        near = get_close_matches(str(name), known, n=1, cutoff=0.7)
+        # `qwen3_moe` is no misspelt `qwen3` but another architecture.
+        misspelt = not str(name).startswith(tuple(f"{family}_" for family in known))
+        near = get_close_matches(str(name), known, n=1, cutoff=0.7) if misspelt else []
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise config.refuse("model_type", f"{name!r} is not supported; supported: {', '.join(known)}.{hint}")
     build: Callable[[ConfigFile], ModelSpec] = importlib.import_module(f"{__name__}.{name}").spec
