@@ -1,4 +1,4 @@
-"""How long `tokabatch run` takes to refuse a job: fourteen mistakes, each in a process of its own.
+"""How long `tokabatch run` takes to refuse a job: eighteen mistakes, each in a process of its own.
 
     python -m benchmarks.refusals [REPEATS]
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+RUN = ("output.path=run", "input.limit=2", "generation.n=2", "generation.max_tokens=8")
 MISTAKES = {
     "no such job": ("nope.yaml",),
     "unknown key": ("JOB", "generation.temprature=1"),
@@ -33,6 +35,10 @@ MISTAKES = {
     "output.path is a file": ("JOB", "output.path=data.csv"),
     "max_tokens beyond the context": ("JOB", "generation.max_tokens=4096"),
     "a token id beyond the vocabulary": ("JOB", "generation.stop_token_ids=99999"),
+    "another temperature, into a finished run": ("JOB", *RUN, "generation.temperature=0.3"),
+    "another seed": ("JOB", *RUN, "generation.seed=9"),
+    "a smaller n": ("JOB", *RUN, "generation.n=1"),
+    "another model": ("JOB", *RUN, "model.path=other"),
 }
 
 
@@ -42,8 +48,12 @@ def main(repeats: int = 5) -> None:
         here = Path(folder)
         (here / "jobs").symlink_to(ROOT / "jobs")
         (here / "data.csv").write_text("question,answer\na,1\n")
+        job = str(here / "jobs" / "quickstart.yaml")
+        subprocess.run([sys.executable, "-m", "tokabatch", "run", job, *RUN, "-q"], cwd=here, capture_output=True, check=True)
+        other = shutil.copytree(ROOT / "jobs" / "quickstart", here / "other") / "tokenizer_config.json"
+        other.write_text(other.read_text() + "\n")
         for name, arguments in MISTAKES.items():
-            words = [str(here / "jobs" / "quickstart.yaml") if word == "JOB" else word for word in arguments]
+            words = [job if word == "JOB" else word for word in arguments]
             command = ("-m", "tokabatch", "run", *words)
             seconds, used = zip(*(_time(here, command) for _ in range(repeats)), strict=True)
             said = subprocess.run(
