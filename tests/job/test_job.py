@@ -510,3 +510,27 @@ class TestReference:
     @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("jobs/*.yaml")), ids=lambda path: path.name)
     def test_the_jobs_of_this_repository_load(self, path: Path) -> None:
         Job.load(path)
+
+
+@pytest.mark.parametrize("given", [None, 5, b"job.yaml", ["job.yaml"]])
+def test_what_is_no_job_is_refused_with_what_is_one(given: object) -> None:
+    with pytest.raises(JobError, match="a job is the path of a job file, or a mapping of its sections"):
+        Job.load(given)  # pyright: ignore[reportArgumentType]
+
+
+def test_an_override_is_text() -> None:
+    with pytest.raises(JobError, match=r"got a Python dict as an override; write text, for example 'generation\.n=4'"):
+        Job.load({}, {"generation.n": 4})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("written", "nested"),
+    [
+        ({"generation.n": 4}, "generation.n: unknown key; write `generation: {n: …}`"),
+        ({"prompt": {"few_shot.k": 4}}, "prompt.few_shot.k: unknown key; write `few_shot: {k: …}`"),
+    ],
+)
+def test_a_dotted_key_in_a_file_is_written_as_sections(written: dict[str, object], nested: str) -> None:
+    with pytest.raises(JobError) as caught:
+        Job.load(written)
+    assert f"job: {nested}" in str(caught.value).splitlines()

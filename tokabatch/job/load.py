@@ -56,13 +56,17 @@ class Written:
         return next((f"{self.places[name]}: {message}" for name in (*named, key) if name in self.places), message)
 
 
-def load_model(
-    model: type[Model], source: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str]
-) -> tuple[Model, Written]:
+def load_model(model: type[Model], source: object, overrides: Sequence[object]) -> tuple[Model, Written]:
     """Read, override and validate. Raises JobError naming file and line, or override, for every problem found."""
-    given = isinstance(source, Mapping)
-    draft = _Draft("job", _copied(source)) if given else _draft_of_file(pathlib.Path(source))
+    if isinstance(source, Mapping):
+        draft = _Draft("job", _copied(source))
+    elif isinstance(source, str | pathlib.Path):
+        draft = _draft_of_file(pathlib.Path(source))
+    else:
+        raise JobError(f"got a Python {type(source).__name__}; a job is the path of a job file, or a mapping of its sections")
     for number, override in enumerate(overrides):
+        if not isinstance(override, str):
+            raise JobError(f"got a Python {type(override).__name__} as an override; write text, for example 'generation.n=4'")
         _apply(draft, override, number)
     _refuse_empty_sections(model, draft)
     # `engine:` with nothing under it, and an omitted section with required keys, read as empty mappings.

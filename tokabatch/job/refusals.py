@@ -156,6 +156,11 @@ def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path) -> 
     if ":" in word:
         return Refusal(path, f"unknown key; write a space behind the colon: `{word.replace(':', ': ', 1)}`")
     everywhere = [key.name for key in list_keys(model)]
+    if "." in word and f"{prefix}.{path[-1]}".strip(".") in everywhere:
+        *sections, last = str(path[-1]).split(".")
+        return Refusal(
+            path, f"unknown key; write `{''.join(f'{each}: {{' for each in sections)}{last}: …{'}' * len(sections)}`"
+        )
     elsewhere = [name for name in everywhere if word in (name, name.rpartition(".")[2])]
     siblings = list(owner.model_fields)
     near = get_close_matches(word, siblings, n=1)
