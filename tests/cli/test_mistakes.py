@@ -89,7 +89,7 @@ MISTAKES = [
     (("run", Q, "n=4"), r"did you mean `generation\.n=4`\?"),
     (("run", Q, "generation.n=four"), r"accepts a whole number.*for example `generation\.n=4`"),
     (("run", Q, "generation.n=0"), "accepts a whole number from 1"),
-    (("run", Q, "generation.temperature=-1"), "accepts a finite number >= 0"),
+    (("run", Q, "generation.temperature=-1"), "accepts a number from 0 to 1,000,000"),
     (("run", Q, "generation.top_p=2"), "accepts a number above 0 and at most 1"),
     (("run", Q, "generation.max_tokens=1.5"), "accepts a whole number"),
     (("run", Q, "generation.stop=[a"), "close every quote and bracket"),

@@ -186,11 +186,11 @@ OptionalLogprobs = Annotated[
 ]
 Seed = Annotated[int, Field(ge=0, le=MAX_INT64), Accepts("a whole number from 0 to 2^63 - 1", "0")]
 
-Temperature = Annotated[_Finite, Field(ge=0), Accepts("a finite number >= 0 (0 is greedy)", "0.7")]
+Temperature = Annotated[_Finite, Field(ge=0, le=1e6), Accepts("a number from 0 to 1,000,000 (0 is greedy)", "0.7")]
 TopP = Annotated[_Finite, Field(gt=0, le=1), Accepts("a number above 0 and at most 1", "0.95")]
 MinP = Annotated[_Finite, Field(ge=0, lt=1), Accepts("a number from 0 to below 1", "0.05")]
 Repetition = Annotated[
-    _Finite, Field(gt=0, le=100), Accepts("a number above 0 and at most 100 (1 is off, more avoids repetition)", "1.1")
+    _Finite, Field(ge=0.01, le=100), Accepts("a number from 0.01 to 100 (1 is off, more avoids repetition)", "1.1")
 ]
 Penalty = Annotated[_Finite, Field(ge=-2, le=2), Accepts("a number from -2 to 2 (0 is off)", "0.5")]
 LeastTokens = Annotated[int, Field(ge=0, le=MAX_INT32), Accepts("a whole number >= 0", "10")]
