@@ -105,6 +105,7 @@ def test_neutral_and_harmless_fields_pass():
     assert read(CHAT, add_special_tokens=False) and read(COMPLETIONS, add_special_tokens=True)
     assert refused(CHAT, add_special_tokens=True).param == refused(COMPLETIONS, add_special_tokens=False).param
     assert read(CHAT, tools=[], tool_choice="none", parallel_tool_calls=True).chat == {}
+    assert not read(CHAT, stream=True, stream_options={"include_usage": None, "other": None}).include_usage
     assert read(COMPLETIONS, suffix="", echo=False).rows() == [{"prompt": "Hello", "sampling_params": {"max_tokens": 16}}]
 
 
@@ -124,7 +125,8 @@ def test_neutral_and_harmless_fields_pass():
         (CHAT, {"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "invalid_value"),
         (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens", "invalid_value"),
         (CHAT, {"messages": []}, "messages", "invalid_value"),
-        (CHAT, {"messages": ["a"]}, "messages", "invalid_type"),
+        (CHAT, {"messages": ["a"]}, "messages[0]", "invalid_type"),
+        (CHAT, {"tools": [{}, None]}, "tools[1]", "invalid_type"),
         (CHAT, {"messages": [{"content": "a"}]}, "messages[0].role", "missing_required_parameter"),
         (CHAT, {"messages": RESUMED, "add_generation_prompt": True}, "add_generation_prompt", "unsupported_value"),
         (CHAT, {"continue_final_message": True}, "continue_final_message", "unsupported_value"),
@@ -143,6 +145,7 @@ def test_neutral_and_harmless_fields_pass():
         (COMPLETIONS, {"temperature": "hot"}, "temperature", "invalid_value"),
         (COMPLETIONS, {"stop": ["a", 1]}, "stop[1]", "invalid_value"),
         (COMPLETIONS, {"seed": -1}, "seed", "invalid_value"),
+        (COMPLETIONS, {"min_tokens": 9, "max_tokens": 8}, "min_tokens", "invalid_value"),
         (COMPLETIONS, {"logit_bias": {"a": 1}}, "logit_bias", "invalid_value"),
         (COMPLETIONS, {"prompt_logprobs": 1}, "prompt_logprobs", "unsupported_parameter"),
         (COMPLETIONS, {"detokenize": False}, "detokenize", "unsupported_parameter"),
@@ -184,5 +187,9 @@ def test_a_row_s_fault_is_the_request_s_or_the_engine_s():
     )
     named = of_row(RowError("bad_sampling", "row 3: sampling_params.stop_token_ids names 99, but"), "messages")
     assert (named.param, named.code, named.status) == ("stop_token_ids", "invalid_value", 400)
+    # A request has fields, and no columns.
+    parts = of_row(RowError("bad_type", "message 0 of the column 'messages' has content parts that are not text"), "messages")
+    assert parts.message == "message 0 of messages has content parts that are not text"
+    assert named.message == "row 3: stop_token_ids names 99, but"
     lost = of_row(RowError("nan_logits", "the model's logits held NaN"), "messages")
     assert (lost.status, lost.code, lost.param, lost.type) == (500, "nan_logits", None, "server_error")

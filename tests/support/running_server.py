@@ -33,10 +33,10 @@ SETTINGS = [
 class Server:
     """`client` is where it listens."""
 
-    def __init__(self, folder: Path, *settings: str) -> None:
+    def __init__(self, folder: Path, *settings: str, cwd: Path | None = None) -> None:
         command = [sys.executable, "-m", "tokabatch", "serve", str(folder), *SETTINGS, *settings]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd)
         self.told: list[str] = []
         assert self.process.stderr is not None
         for line in self.process.stderr:

@@ -181,15 +181,14 @@ class _Lines:
 
     def _error(self, sample: Mapping[str, Any], request: Request | ApiError) -> ApiError:
         # A message of a row begins with the file and its line.
-        error = RowError(sample["error_code"], sample["error_message"].replace(self._path, self._requests))
-        if isinstance(request, Request):
-            # What is wrong beside the body.
-            beside = CUSTOM_ID if sample[CUSTOM_ID] is None else "method"
-            return of_row(error, beside if error.code == BAD_REQUEST else request.prompt_field)
-        # The message of the row also says where it stands.
-        return (
-            ApiError(error.message, request.param, request.code, request.status) if error.code == BAD_REQUEST else of_row(error)
-        )
+        error = RowError(sample["error_code"], renamed(sample["error_message"], self._path, self._requests))
+        if error.code != BAD_REQUEST:
+            return of_row(error, request.prompt_field if isinstance(request, Request) else None)
+        if isinstance(request, ApiError) and sample["error_message"].endswith(request.message):
+            # The message of the row also says where it stands.
+            return ApiError(error.message, request.param, request.code, request.status)
+        # What is wrong beside the body.
+        return of_row(error, CUSTOM_ID if sample[CUSTOM_ID] is None else "method")
 
     def _response(self, request: Request, rows: Sequence[Sequence[Mapping[str, Any]]], number: str) -> dict[str, Any]:
         head = Head(number, self._created, self.model, self._fingerprint)
@@ -213,6 +212,13 @@ class _Lines:
             tokenizer = self._manifest.job["model"]["tokenizer"]
             self._tokenizer = load_tokenizer(ModelConfig(path=self._manifest.model_path, tokenizer=tokenizer))
         return self._tokenizer
+
+
+def renamed(message: str, path: str, name: str) -> str:
+    """The message with `name` for the file at `path`, which stands there whole or from the working directory on."""
+    parts = Path(path).parts
+    known = (str(Path(*parts[begin:])) for begin in range(len(parts)))
+    return message.replace(next((each for each in known if each in message), path), name)
 
 
 def spelling(tokenizer: Tokenizer) -> Spell:

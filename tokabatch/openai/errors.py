@@ -30,6 +30,8 @@ _FIELDS = {"unread_tools": "tools", "unread_documents": "documents"}
 """Those that are of one field."""
 _SETTING = re.compile(r"sampling_params\.(\w+)")
 """How messages name the setting at fault, a field of the request."""
+_COLUMN = re.compile(r"the column '(\w+)'")
+"""How they name another field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,5 +64,6 @@ def of_row(error: RowError, param: str | None = None) -> ApiError:
     if error.code in _OF_REQUESTS:
         if error.code == "bad_sampling" and (setting := _SETTING.search(error.message)):
             param = setting[1]
-        return ApiError(error.message, _FIELDS.get(error.code, param), _OF_REQUESTS[error.code])
+        message = _COLUMN.sub(r"\1", _SETTING.sub(r"\1", error.message))
+        return ApiError(message, _FIELDS.get(error.code, param), _OF_REQUESTS[error.code])
     return ApiError(error.message, None, error.code, 500)

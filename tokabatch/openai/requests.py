@@ -103,6 +103,8 @@ def _parse(url: str, body: Any) -> Request:
     if model is not None and not isinstance(model, str):
         raise _wrong_type("model", model, "text")
     stream, options = _flag(given, "stream"), given.get("stream_options", {})
+    if isinstance(options, dict):
+        options = {name: value for name, value in cast("dict[str, Any]", options).items() if value is not None}
     if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation", "continuous_usage_stats"}:
         raise _Fault(ApiError("stream_options accepts include_usage", "stream_options", "invalid_value"))
     if options.get("continuous_usage_stats"):
@@ -110,7 +112,7 @@ def _parse(url: str, body: Any) -> Request:
         raise _Fault(unsupported(field, "is not supported; include_usage: true gives the usage at the end"))
     if options and not stream:
         raise _Fault(ApiError("stream_options needs stream: true", "stream_options", "invalid_value"))
-    usage = _flag(cast("dict[str, Any]", options), "include_usage", "stream_options.include_usage")
+    usage = _flag(options, "include_usage", "stream_options.include_usage")
     common: dict[str, Any] = {"url": url, "model": model, "stream": stream, "include_usage": usage}
     if url == CHAT:
         return _chat(given, common)
@@ -221,8 +223,9 @@ def _settings(
         GenerationConfig.model_validate(checked)
     except ValidationError as error:
         refusal = next(refusals_of(GenerationConfig, error, checked))
-        name = called if refusal.key == "max_tokens" else refusal.key or None
-        raise _Fault(ApiError(f"{f'{name}: ' if name else ''}{refusal.message}", name, "invalid_value")) from None
+        # The one rule about two settings is that of min_tokens.
+        name = called if refusal.key == "max_tokens" else refusal.key or "min_tokens"
+        raise _Fault(ApiError(f"{f'{name}: ' if refusal.key else ''}{refusal.message}", name, "invalid_value")) from None
     return settings
 
 
@@ -232,8 +235,11 @@ def _check_logprobs(name: str, value: Any) -> None:
 
 
 def _check_objects(name: str, value: Any) -> None:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in cast("list[Any]", value)):
+    if not isinstance(value, list):
         raise _wrong_type(name, value, "a list of objects")
+    for place, item in enumerate(cast("list[Any]", value)):
+        if not isinstance(item, dict):
+            raise _wrong_type(f"{name}[{place}]", item, "an object")
 
 
 def _flag(given: Mapping[str, Any], name: str, called: str | None = None) -> bool:

@@ -216,6 +216,7 @@ class Api:
             if error.status_code == 404
             else (f"does not take {http.method}", "method_not_allowed")
         )
+        self.answered[error.status_code] = self.answered.get(error.status_code, 0) + 1
         body = ApiError(f"{http.url.path} {what}", None, code, error.status_code).body()
         return JSONResponse(body, error.status_code, error.headers)
 

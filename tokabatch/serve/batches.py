@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from tokabatch.arrays import Int64
-from tokabatch.batch.results import write_results
+from tokabatch.batch.results import renamed, write_results
 from tokabatch.errors import EXIT_STOPPED, STOPS, EngineError, TokabatchError, UsageError
 from tokabatch.input.batch_files import BODY, CUSTOM_ID, PROMPT_INDEX, URL, open_rows
 from tokabatch.job import Job
@@ -318,7 +318,7 @@ class Batches:
 
     def _told(self, batch: Batch, error: UsageError) -> str:
         """The error as the client is told: with its own name of the file, not where that lies here."""
-        return str(error).replace(str(self._files.path(batch["input_file_id"])), self._input_name(batch))
+        return renamed(str(error), str(self._files.path(batch["input_file_id"])), self._input_name(batch))
 
     async def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
         """Say what is wrong with it, unless it is over."""

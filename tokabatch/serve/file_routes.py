@@ -87,9 +87,11 @@ class FileRoutes:
             yield part
 
     async def _list_files(self, http: HttpRequest) -> Response:
-        purpose = http.query_params.get("purpose")
+        purpose, order = http.query_params.get("purpose"), http.query_params.get("order", "desc")
+        if order not in ("asc", "desc"):
+            raise Refused(ApiError(f"order must be asc or desc, not {order!r}", "order", "invalid_value"))
         found = [file for file in self._files.all() if purpose in (None, file.purpose)]
-        ordered = found if http.query_params.get("order") == "asc" else found[::-1]
+        ordered = found if order == "asc" else found[::-1]
         return _page(http, [file.id for file in ordered], lambda at: ordered[at].body())
 
     async def _get_file(self, http: HttpRequest) -> Response:
@@ -150,7 +152,11 @@ def _page(http: HttpRequest, ids: Sequence[str], show: Callable[[int], dict[str,
     after = http.query_params.get("after")
     if not limit.isdecimal() or not 1 <= int(limit) <= MOST_LISTED:
         raise Refused(ApiError(f"limit must be a number from 1 to {MOST_LISTED:,}", "limit", "invalid_value"))
-    begin = 0 if after is None else ids.index(after) + 1 if after in ids else len(ids)
+    if after is not None and after not in ids:
+        raise Refused(
+            ApiError(f"after names {after!r}, which is not in the list; begin again without it", "after", "not_found")
+        )
+    begin = 0 if after is None else ids.index(after) + 1
     places = range(begin, min(begin + int(limit), len(ids)))
     ends = (ids[places[0]], ids[places[-1]]) if places else (None, None)
     body = {"object": "list", "data": [show(at) for at in places], "first_id": ends[0], "last_id": ends[1]}
