@@ -8,6 +8,7 @@ import json
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,7 +33,7 @@ URL = "/v1/completions"
 
 
 def line(number: int, **body: Any) -> dict[str, Any]:
-    asked = {"model": "tiny", "prompt": f"number {number}", "max_tokens": 110, "ignore_eos": True, "seed": number, **body}
+    asked = {"model": "tiny", "prompt": f"number {number}", "max_tokens": 64, "ignore_eos": True, "seed": number, **body}
     return {"custom_id": f"r{number}", "method": "POST", "url": URL, "body": asked}
 
 
@@ -65,11 +66,19 @@ def objects(client: httpx.Client, file: str) -> dict[str, dict[str, Any]]:
 
 def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
     folder, kept = tiny_models.add_tokenizer(tiny_models.build("llama", tmp_path / "model")), tmp_path / "files"
-    settings = (f"server.files={kept}", "server.flush_seconds=0.3", "generation.seed=1", "server.max_file=64K")
-    server = Server(folder, *settings)
-    client = server.client
+    # Messages name files from the working folder on.
+    settings = ("server.files=files", "server.flush_seconds=0.1", "generation.seed=1", "server.max_file=64K")
     asked = [line(number, n=1 + number % 2, prompt=[f"number {number}"] * (1 + number % 3)) for number in range(40)]
     asked[7]["body"]["suffix"] = "no"
+    with ThreadPoolExecutor() as pool:
+        starting = pool.submit(Server, folder, *settings, cwd=tmp_path)
+        # Meanwhile, what a run of the file gives.
+        (tmp_path / "asked.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+        job = batch_job(str(tmp_path / "asked.jsonl"), str(folder), tmp_path / "to.jsonl", None, ["model.dtype=float64"])
+        tokabatch.run(job)
+        write_results(Path(job.output.path), tmp_path / "to.jsonl")
+        server = starting.result()
+    client = server.client
     file = upload(client, asked)
     batch = create(client, file, metadata={"of": "mine"})
     assert (batch["status"], batch["metadata"], batch["object"]) == ("validating", {"of": "mine"}, "batch")
@@ -103,11 +112,12 @@ def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
     # A client's request passes the rows that wait.
     until(client, batch["id"], lambda each: each["request_counts"]["completed"] >= 8)
     assert server.texts(prompt="hello", max_tokens=2)
+    run, end = kept / f"{batch['id']}.run", time.monotonic() + 60
+    while not list(run.glob("data/part-*")) and time.monotonic() < end:
+        time.sleep(0.01)
     assert until(client, batch["id"], lambda each: True)["request_counts"]["completed"] < 30
-    time.sleep(0.5)
     server.process.send_signal(signal.SIGKILL)
     server.process.wait()
-    run = kept / f"{batch['id']}.run"
     committed = {path.name for path in run.glob("data/part-*")}
     assert committed
     (kept / f"file-{0:024}.upload").write_bytes(b"half")
@@ -115,7 +125,7 @@ def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
     odd = {**batch, "id": f"batch-{'0' * 24}", "expires_at": 10**400, "input_file_id": "file-gone"}
     (kept / f"{odd['id']}.json").write_text(json.dumps(odd))
     (kept / f"batch-{'1' * 24}.json").write_text("{")
-    server = Server(folder, *settings)
+    server = Server(folder, *settings, cwd=tmp_path)
     client = server.client
     until(client, batch["id"], lambda each: each["status"] == "in_progress" and each["request_counts"]["completed"])
     assert committed <= {path.name for path in run.glob("data/part-*")}, "the run was begun anew"
@@ -127,11 +137,7 @@ def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
     # The client's name of the file, not where it lies.
     assert errors["r7"]["response"]["body"]["error"]["message"].startswith("asked.jsonl line 8 (")
 
-    # The same as a run of the file.
-    (tmp_path / "asked.jsonl").write_bytes(client.get(f"/v1/files/{file}/content").content)
-    job = batch_job(str(tmp_path / "asked.jsonl"), str(folder), tmp_path / "to.jsonl", None, ["model.dtype=float64"])
-    tokabatch.run(job)
-    write_results(Path(job.output.path), tmp_path / "to.jsonl")
+    assert client.get(f"/v1/files/{file}/content").content == (tmp_path / "asked.jsonl").read_bytes()
     for wanted in map(json.loads, (tmp_path / "to.jsonl").read_text().splitlines()):
         mine = results[wanted["custom_id"]]["response"]["body"]
         assert mine["model"] == "tiny" and mine["choices"] == wanted["response"]["body"]["choices"]
