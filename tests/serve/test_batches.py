@@ -27,6 +27,7 @@ from tokabatch.errors import EngineError, UsageError
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.serve.background_run import BackgroundReplica
 from tokabatch.serve.batches import Batches, _Lines
+from tokabatch.serve.settings import ServiceConfig
 from tokabatch.serve.stored_files import StoredFiles, new_id
 
 URL = "/v1/completions"
@@ -208,6 +209,44 @@ def test_a_batch_that_is_cancelled_as_its_turn_comes_is_not_run(
         return f"{batch['status']} {batch['failed_at']}"
 
     assert asyncio.run(main()) == "cancelled None" and not ran
+
+
+def test_a_batch_begun_under_another_name_of_the_model_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is often the model's path, which may be written in several ways; one that was not begun has failed."""
+    monkeypatch.setattr("tokabatch.serve.batches.RETRY_SECONDS", 0.05)
+    ran, told = list[str](), list[str]()
+
+    def run(self: Batches, job: Any, lines: _Lines, batch: dict[str, Any]) -> Any:
+        ran.append(batch["id"])
+        return mock.Mock(pending=0)
+
+    monkeypatch.setattr(Batches, "_run", run)
+    monkeypatch.setattr(Batches, "_write", lambda self, batch, code: (None, None, {}))
+
+    async def serve(name: str, *wanted: str) -> list[str]:
+        files = StoredFiles(tmp_path)
+        if not files.all():
+            key = new_id("file")
+            files.path(key, ".upload").write_text(json.dumps(line(0)))
+            files.put(key, "asked.jsonl", "batch", files.path(key, ".upload"))
+        config = ServiceConfig.load("model", f"server.name={name}")
+        batches = Batches(files, config, mock.Mock(failure=None))
+        if not batches.all():
+            begun, _ = (batches.create({"input_file_id": files.all()[0].id, "endpoint": URL}) for _ in range(2))
+            files.path(begun["id"], ".run").mkdir()
+        batches.begin(100, told.append)
+        end = time.monotonic() + 10
+        while (found := sorted(batch["status"] for batch in batches.all())) != list(wanted) and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.2)
+        await batches.close()
+        fcntl.flock(files._lock, fcntl.LOCK_UN)
+        return found
+
+    waits = ["failed", "validating"]
+    assert asyncio.run(serve("other", *waits)) == waits and not ran
+    assert any("'tiny' is not served here; this server has 'other'" in text for text in told)
+    assert asyncio.run(serve("tiny", "completed", "failed")) == ["completed", "failed"] and len(ran) == 1
 
 
 def test_the_records_of_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

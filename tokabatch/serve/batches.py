@@ -228,12 +228,15 @@ class Batches:
         lines = await asyncio.to_thread(self._look_through, batch)
         if batch["status"] in ENDED:
             return  # Cancelled or expired meanwhile.
+        summary, target = None, self._files.path(batch["id"], ".run")
+        begun = target.exists()
+        if begun and lines.errors and all(error["code"] == "model_not_found" for error in lines.errors):
+            # The results so far are those of another model, under whose name a later server may go on.
+            raise EngineError(f"it was begun by another server: {lines.errors[0]['message']}")
         if lines.errors:
             await self._fail(batch, lines.errors)
             return
         batch["request_counts"]["total"] = len(lines.faulty)
-        summary, target = None, self._files.path(batch["id"], ".run")
-        begun = target.exists()
         if batch["status"] != "cancelling" and batch["expires_at"] > time.time():
             self._set(batch, "in_progress")
             job = self._config.job(str(self._files.path(batch["input_file_id"])), str(target), "openai")
