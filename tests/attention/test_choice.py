@@ -17,7 +17,7 @@ HOPPER, TURING = (9, 0), (7, 5)
         (torch.bfloat16, 64, HOPPER, True, ""),
         (torch.float16, 128, (8, 0), True, ""),
         (torch.float32, 64, HOPPER, True, "model.dtype bfloat16 or float16, and it is float32"),
-        (torch.bfloat16, 80, HOPPER, True, "serve heads of 64 and 128 dimensions, and the model's have 80"),
+        (torch.bfloat16, 80, HOPPER, True, "need heads of 64 or 128 dimensions, and the model's have 80"),
         (torch.bfloat16, 64, TURING, True, "compute capability 8.0, and this one has 7.5"),
         (torch.bfloat16, 64, HOPPER, False, "not installed"),
     ],

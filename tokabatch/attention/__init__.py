@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache. A backend is a file here that names its class `Backend`; see `base` for its contract."""
+"""Attention over the paged KV cache. A backend is a module of this folder with a class `Backend`; `base` is its contract."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ LEAST_CAPABILITY = (8, 0)
 def create_backend(
     name: str, shape: KVShape, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None
 ) -> AttentionBackend:
-    """The backend of the file `name`, its cache allocated; keys and values have the queries' dtype unless another is given."""
+    """Return the backend of the module `name`, with its cache allocated in `kv_dtype` (default: `dtype`, that of the
+    queries)."""
     return import_module(f"tokabatch.attention.{name}").Backend(shape, dtype, device, kv_dtype)
 
 
 def choose_backend(device: str, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """FlashInfer's kernels on a GPU where they can serve the model, else plain torch; and why not, empty where nothing speaks
-    against them or the device is none."""
+    """Return the name of a backend, and why it is not FlashInfer: FlashInfer on a GPU if it supports the model, plain torch
+    otherwise. The reason is empty if FlashInfer is chosen or the device is not a GPU."""
     if device != "cuda":
         return "torch_paged", ""
     obstacles: list[str] = []
     if dtype not in (torch.bfloat16, torch.float16):
         obstacles.append(f"they need model.dtype bfloat16 or float16, and it is {str(dtype).removeprefix('torch.')}")
     if head_dim not in HEAD_DIMS:
-        obstacles.append(f"they serve heads of {' and '.join(map(str, HEAD_DIMS))} dimensions, and the model's have {head_dim}")
+        obstacles.append(f"they need heads of {' or '.join(map(str, HEAD_DIMS))} dimensions, and the model's have {head_dim}")
     capability = torch.cuda.get_device_capability()
     if capability < LEAST_CAPABILITY:
         needed, found = ("{}.{}".format(*each) for each in (LEAST_CAPABILITY, capability))

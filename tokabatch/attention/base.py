@@ -1,12 +1,13 @@
-"""The contract of an attention backend: it owns the paged KV cache and the page table, and computes attention over both.
+"""The contract of an attention backend: it owns the paged KV cache and the page table, and computes attention over them.
 
-A step takes two calls. `plan` makes the step's changes to page table and pages and plans its passes; `attend` runs once a
-layer: it writes the step's keys and values, then attends. Backends are independent of models beyond `KVShape`, and of requests:
-slots, positions and pages are all they see. `tests/attention` runs every backend through the same checks. `capturable` is the
-second contract, of a backend whose cache other kernels write and read.
+A backend is called twice in a step or more: `plan` changes the page table and pages as the step requires and plans its passes;
+`attend` is called once for each layer, writes the step's keys and values to the cache and computes attention. Backends depend
+on the model only through `KVShape` and not on requests: they work with slots, positions and pages. `tests/attention` runs the
+same checks on every backend. `capturable` is a second contract, for backends whose cache other kernels read and write.
 
-A step's result is a list of passes merged by log-sum-exp: one causal pass a run over the slot's own pages, and for each
-`PrefixLevel` one unmasked pass a group over the pages it shares (Hydragen, Juravsky et al. 2024, arXiv:2402.05099).
+The attention of a step is computed in passes, merged by log-sum-exp: for each run a causal pass over the slot's own pages, and
+for each group of each `PrefixLevel` an unmasked pass over the pages that it shares (Hydragen, Juravsky et al. 2024,
+arXiv:2402.05099).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from tokabatch.scheduling.contracts import StepBatch
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """Sizes of one replica's cache. `num_slots` and `max_pages` size the page table."""
+    """The sizes of one replica's cache. `num_slots` and `max_pages` are the rows and columns of the page table; `page_size` is
+    in tokens."""
 
     num_layers: int
     num_heads: int
@@ -36,22 +38,27 @@ class KVShape:
     max_pages: int
 
     def bytes_per_page(self, dtype: torch.dtype) -> int:
+        """Return the bytes of one page, keys and values of all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.page_size * dtype.itemsize
 
 
 def token_slots(step: StepBatch) -> Int32:
-    """The slot of each of the step's tokens, shape [T]."""
+    """Return the slot of each of the step's tokens, shape [T]."""
     return np.repeat(step.run_slot, step.run_length)
 
 
 class AttentionBackend(Protocol):
-    """What every backend does."""
+    """Attention over a paged KV cache that it owns."""
 
     def plan(self, step: StepBatch, outbox: Outbox) -> None:
-        """Change the page table and pages as the step says and plan its passes, all of it done once the outbox is sent."""
+        """Change the page table and pages as the step requires and plan its passes. Both take effect when the outbox is
+        sent."""
         ...
 
     def attend(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor | None, v_TKD: torch.Tensor | None) -> torch.Tensor:
-        """softmax(q k / sqrt(D)) v of shape [T, H, D] for the step planned last. Queries and keys are rotated already. Keys and
-        values are written first; None where the decoder has written them to the cache of a `Capturable`."""
+        """Return softmax(q k / sqrt(D)) v, shape [T, H, D], for the step that was planned last.
+
+        Queries and keys have had their rotary embedding applied. Keys and values are written to the cache first; they are None
+        if the decoder has written them there itself, which requires a `Capturable`.
+        """
         ...

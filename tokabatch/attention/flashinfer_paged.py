@@ -1,11 +1,12 @@
-"""Paged attention on a GPU, for 16-bit types: FlashInfer's kernels, and one of our own for short contexts.
+"""Paged attention on a GPU, for 16-bit types: FlashInfer's kernels (Ye et al. 2025, arXiv:2501.01005), and our own kernel for
+decode runs with short contexts.
 
-The scheduler's passes map onto kernel calls one to one: a prefix level is one unmasked prefill over the pages that its groups
-share, the host's runs are one causal prefill over their own pages, and the decode runs are one call that continues from the
-levels' state (`triton_decode`, or FlashInfer's decode kernels where contexts are long). States merge by log-sum-exp, base 2
-throughout, as the kernels return it.
+Each kind of pass is one kernel call: a prefix level is an unmasked prefill over the pages that its groups share, the prefill
+runs are a causal prefill over their own pages, and the decode runs are one call that merges its result with the state of the
+levels (`triton_decode`, or FlashInfer's decode kernel if contexts are long). States are merged by log-sum-exp, which is in base
+2 throughout, as the kernels return it.
 
-Shapes: T tokens of the step, H query heads, K key-value heads, D head dim, P page size, N passes of one kernel call.
+Shapes: T tokens of the step, H query heads, K key-value heads, D head dimension, P page size, N passes of one kernel call.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from tokabatch.scheduling.contracts import PrefixLevel, StepBatch
 
 WORKSPACE_BYTES = 256 << 20
 RING = 6
-"""Sets of wrappers; more than the steps that are ever in flight."""
+"""The number of sets of wrappers: more than there are ever steps in flight."""
 LONG_CONTEXT = 2048
-"""Mean keys a decode run from which FlashInfer's decode takes over where there are too few sequences to fill the GPU: it splits
-their keys."""
+"""The mean number of keys of a decode run above which FlashInfer's decode kernel is used if there are too few sequences to
+occupy the GPU: it splits their keys."""
 LONG_PREFILL = 512
-"""Queries from which a causal pass goes to that kernel: its plan takes the host 1.3 ms, the generic kernel's (fa2) 0.15."""
+"""Mean queries from which causal passes use the prefill kernel for Hopper GPUs (fa3): its plan takes 1.3 ms on the host, that
+of the generic kernel (fa2) 0.15 ms."""
 
 Wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper | flashinfer.BatchDecodeWithPagedKVCacheWrapper
 State = tuple[torch.Tensor, torch.Tensor]
@@ -41,7 +43,7 @@ State = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _CallPasses:
-    """Passes of one prefill call, and their page lists on the way to the device."""
+    """The passes of one kernel call, arrays of N, and their page lists, which are sent to the device."""
 
     queries: Int32
     indptr: Int32
@@ -53,35 +55,37 @@ class _CallPasses:
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """A prefix level: the tokens it covers, as a slice where they are gapless."""
+    """A prefix level and the tokens that it covers: `span` from the first to the last, and their indices in `gaps` if some in
+    between are not covered."""
 
     span: slice
     gaps: Parcel | None
     passes: _CallPasses
     unchanged: bytes
-    """What its plan follows from: equal bytes, equal plan."""
+    """The bytes that determine its plan: equal bytes, equal plan."""
 
 
 @dataclass(frozen=True, slots=True)
 class _StepSection:
-    """The host's runs or the decode runs of a step: a range of tokens, the levels over it, its own pages."""
+    """The prefill runs or the decode runs of a step: a range of tokens, the prefix levels over it, and the passes over the
+    runs' own pages."""
 
     span: slice
     levels: tuple[_Level, ...]
     own: _CallPasses | None
-    """None: `triton_decode`, which reads the page table itself."""
+    """None if `triton_decode` computes them, which reads the page table itself and needs `skip`."""
     skip: Parcel | None
 
     @property
     def is_covered(self) -> bool:
-        """Every token has a state in the first level, which others merge into."""
+        """Whether the first level covers every token, so that its states are the ones that others are merged into."""
         first = self.levels[0] if self.levels else None
         return first is not None and first.gaps is None and first.span == self.span
 
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """A section whose kernels are planned."""
+    """A section with planned kernels; `own` is None if `triton_decode` is used."""
 
     section: _StepSection
     levels: tuple[Wrapper, ...]
@@ -89,8 +93,8 @@ class _Planned:
 
 
 class FlashInferPagedAttention:
-    """See `AttentionBackend` and `Capturable`. FlashInfer plans from page lists, which are made of the host's copy of the page
-    table."""
+    """See `AttentionBackend` and `Capturable`. FlashInfer's plans take page lists, which are made from the host's copy of the
+    page table."""
 
     def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None) -> None:
         assert dtype in (torch.bfloat16, torch.float16), "FlashInfer computes in 16-bit types"
@@ -102,7 +106,7 @@ class FlashInferPagedAttention:
         self._cache = self._store.cache
         self._num_cores = torch.cuda.get_device_properties(device).multi_processor_count
         self._has_fa3 = torch.cuda.get_device_capability(device)[0] == 9 and self.kv_dtype == dtype
-        # One scratch for all wrappers: their kernels run one after another on one stream.
+        # All wrappers share one workspace: their kernels run one after another on one stream.
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._sets = [_Wrappers(self._workspace) for _ in range(RING)]
         self._planned: list[_Planned] = []
@@ -220,7 +224,8 @@ class FlashInferPagedAttention:
         return _Level(span, gaps, _CallPasses(queries, indptr, indices, full, keys, causal=False), unchanged)
 
     def _page_ids(self, slots: Int32, first: Int32, last: Int32, outbox: Outbox) -> tuple[Int32, Parcel, Int32]:
-        """`page_table[slot, first : last]` of N passes: offsets [N + 1], page ids end to end on their way, and on the host."""
+        """Return `page_table[slot, first : last]` of N passes: offsets [N + 1], the concatenated page ids as sent to the
+        device, and the same on the host."""
         counts = last - first
         indptr = np.append(0, np.cumsum(counts)).astype(np.int32)
         column = np.arange(int(indptr[-1])) - np.repeat(indptr[:-1] - first, counts)
@@ -252,7 +257,7 @@ class FlashInferPagedAttention:
         return _Planned(section, levels, kept.wrapper)
 
     def _plan_level(self, level: _Level, wrappers: _Wrappers) -> Wrapper:
-        """Plan a level, unless this set's wrapper of its place planned the same: while samples only decode, groups stay."""
+        """Plan a level unless the wrapper already holds the same plan: groups do not change while samples only decode."""
         kept = wrappers.prefill(self._wants_fa3(level.passes))
         if kept.planned != level.unchanged:
             kept.planned = b""
@@ -261,7 +266,7 @@ class FlashInferPagedAttention:
         return kept.wrapper
 
     def _wants_fa3(self, passes: _CallPasses) -> bool:
-        """Whether Hopper's prefill kernel is the faster one: see TILE_QUERIES."""
+        """Return whether the prefill kernel for Hopper GPUs is faster: see `TILE_QUERIES` and `LONG_PREFILL`."""
         fewest = LONG_PREFILL if passes.causal else TILE_QUERIES
         if not self._has_fa3 or float(passes.queries.mean()) < fewest:
             return False
@@ -288,15 +293,15 @@ class FlashInferPagedAttention:
 
 @dataclass(slots=True)
 class _Kept:
-    """A prefill wrapper and what it has planned, where that is known to be of use again."""
+    """A prefill wrapper and the `_Level.unchanged` of its plan; empty if the plan cannot be used again."""
 
     wrapper: flashinfer.BatchPrefillWithPagedKVCacheWrapper
     planned: bytes = b""
 
 
 class _Wrappers:
-    """The kernels' wrappers of one step in flight. Planning fills a pinned buffer of the wrapper's that the device reads later:
-    a wrapper may be planned again only when its step has run."""
+    """The kernel wrappers of one step in flight. Planning fills a pinned buffer of the wrapper that the device reads later: a
+    wrapper may be planned again only when its step has finished."""
 
     def __init__(self, workspace: torch.Tensor) -> None:
         self._workspace = workspace
@@ -305,11 +310,11 @@ class _Wrappers:
         self._used = {False: 0, True: 0}
 
     def begin(self) -> None:
-        """A new step uses the wrappers from the first one on."""
+        """Begin a new step, which uses the wrappers from the first one on."""
         self._used = {False: 0, True: 0}
 
     def prefill(self, fa3: bool) -> _Kept:
-        """The step's next wrapper of the generic (fa2) or the Hopper kernel (fa3)."""
+        """Return the step's next wrapper of the generic kernel (fa2) or of that for Hopper GPUs (fa3)."""
         kept, place = self._prefill[fa3], self._used[fa3]
         if place == len(kept):
             backend = "fa3" if fa3 else "fa2"
@@ -319,7 +324,7 @@ class _Wrappers:
 
 
 def _run(wrapper: Wrapper, q_NHD: torch.Tensor, cache: State) -> State:
-    """The state of one kernel call. FlashInfer clears outputs that it allocates itself; these are not."""
+    """Return the state of one kernel call. FlashInfer would zero outputs that it allocates itself; these are not zeroed."""
     lse_NH = torch.empty(q_NHD.shape[:2], dtype=torch.float32, device=q_NHD.device)
     return wrapper.run(q_NHD, cache, out=torch.empty_like(q_NHD), lse=lse_NH, return_lse=True)
 

@@ -1,8 +1,8 @@
-"""One long prefix of all queries of a step by FlashInfer's prefill kernel for Hopper GPUs (fa3), for captured steps.
+"""The long prefix that all queries of a captured step share, computed by FlashInfer's prefill kernel for Hopper GPUs (fa3).
 
-It takes 0.24 ms a layer for 256 queries over 32,768 keys with heads of 128 dimensions, the Triton tiles 0.41. The keys
-are split into parts, each a request to the kernel, so that all multiprocessors are busy. The plan depends on the numbers of
-queries and keys alone: it is made once for a graph. The page ids are read from the page table in each step.
+It takes 0.24 ms a layer for 256 queries over 32,768 keys with heads of 128 dimensions, the Triton tiles 0.41 ms. The keys are
+split into parts, each a request to the kernel, so that all multiprocessors are busy. The plan depends only on the numbers of
+queries and keys and is made once for a graph. The page ids are read from the page table in each step.
 
 Shape legend: N parts, T queries, H query heads, D head dimension.
 """
@@ -16,17 +16,17 @@ from tokabatch.attention.base import KVShape
 from tokabatch.attention.capturable import PagedCache, PrefixKind
 
 LEAST_KEYS = 8192
-"""Fewest keys of a prefix that is computed this way."""
+"""The fewest keys of a prefix that is computed this way."""
 HEAD_DIM = 128
-"""With heads of 64 dimensions the tiles are as fast."""
+"""The head dimension for which it is faster; with heads of 64 dimensions the tiles are as fast."""
 TILE_QUERIES = 128
-"""Queries of one program: passes of fewer leave part of it idle."""
+"""The queries of one program of the kernel: with fewer, part of it is idle."""
 STEP_KEYS = 4096
-"""The keys of a pass are a multiple of this, so that prefixes of many lengths share few graphs."""
+"""The keys of a pass are rounded down to a multiple of this, so that prefixes of many lengths share a few graphs."""
 
 
 def kind_of(shape: KVShape, num_cores: int, queries: int, pages: int) -> PrefixKind | None:
-    """The pass for so many queries over at most so many pages; None where tiles are as fast."""
+    """See `Capturable.prefix_kind`; `num_cores` is the number of multiprocessors."""
     tiles = -(-queries // TILE_QUERIES)
     programs = tiles * shape.num_heads
     is_full = 4 * queries >= 3 * TILE_QUERIES * tiles and programs <= num_cores
@@ -40,7 +40,7 @@ class HopperPrefix:
     """See `PrefixPass`."""
 
     def __init__(self, kind: PrefixKind, queries: int, cache: PagedCache, shape: KVShape, workspace: torch.Tensor) -> None:
-        """Plan it. `workspace` is scratch memory, which other kernels of the same stream may use, too."""
+        """Plan the pass. `workspace` is scratch memory that other kernels of the same stream may use as well."""
         parts, dtype, device = kind.parts, cache.k_LNKPD.dtype, workspace.device
         self._cache = cache
         self._page_ids = torch.zeros(kind.pages, dtype=torch.int32, device=device)

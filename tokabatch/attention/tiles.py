@@ -1,11 +1,12 @@
-"""A step's attention as a work list, so that its launches are the same whatever the step holds: they can be captured.
+"""A step's attention as a work list, so that the same kernel launches serve every step and can be captured in a CUDA graph.
 
-All that a step attends to, but for the keys that a decode run reads alone, is cut into tiles: some queries of neighbouring
-tokens against a range of one slot's keys. `triton_tiles` computes a tile into a plane of partial states, and the decode kernel
-merges a token's planes with what it reads itself (`triton_decode`). Long ranges of few queries are split along their keys, into
-planes of their own, so that they fill the device. Arrays in, arrays out.
+Attention is cut into tiles: the queries of neighbouring tokens against a range of one slot's keys. Only the keys that a single
+decode run reads are left out. `triton_tiles` computes a tile into a plane of partial states, and the decode kernel merges the
+planes of a token with the keys that it reads itself (`triton_decode`). Long ranges of keys with few queries are split along the
+keys, each part into a plane of its own, so that they occupy the whole device. Input and output are arrays; nothing here runs on
+the device.
 
-Shape legend: T tokens of the step, N passes, I tiles.
+Shape legend: T tokens of the step, N passes, I tiles, W words of a tile.
 """
 
 from __future__ import annotations
@@ -19,30 +20,31 @@ from tokabatch.attention.capturable import PrefixKind
 from tokabatch.scheduling.contracts import StepBatch
 
 WORDS = 8
-"""Of a tile: first token, tokens, slot, first key, last key + 1, the first query's position, plane, unused."""
+"""int32 words of a tile: first token, number of tokens, slot, first key, last key + 1, position of the first query, plane,
+unused."""
 UNMASKED = 1 << 30
-"""The position of queries that see every key of their tile."""
+"""The position that marks queries that attend to every key of their tile."""
 MAX_PLANES, ENOUGH_PLANES = 31, 4
-"""Planes that a step has at most, and that the largest has."""
+"""The most planes of any step, and the planes of the largest step that is captured."""
 SHORT_RUN = 16
-"""Tokens of a run up to which the decode kernel serves each of them by itself."""
+"""The longest run, in tokens, whose tokens the decode kernel computes one by one."""
 LONG_CONTEXT = 1024
-"""Keys of a short run from which they may be split, and of the context of a long one from which it is a pass of its own."""
+"""Keys above which the context of a short run may be split, and above which that of a long run becomes a pass of its own."""
 SPLIT_KEYS, SPLIT_STEP = 256, 64
-"""Fewest keys of a split range, and what it is a multiple of."""
+"""The fewest keys of a part of a split range, and the multiple to which parts are rounded up."""
 FEW_TILES, ENOUGH_TILES = 2, 4
-"""Tiles a program of the device below which ranges are split, and how many they are then split into."""
+"""Tiles per program below which ranges are split, and tiles per program after the split."""
 TILE_KEYS = 80
-"""Each tile costs what so many keys do, and its states are merged."""
+"""The fixed cost of a tile, merging its states included, as a number of keys that take as long."""
 EVEN = 0.9
-"""Share of the time in which programs are busy with one tile each, from which that is the fastest: 256 queries over 32,768 keys
-take 3 to 9 % less so than in seventeen ranges."""
+"""The share of busy programs above which one tile for each program is fastest: 256 queries over 32,768 keys then take 3 to 9 %
+less time than in seventeen ranges."""
 
 
 @dataclass(frozen=True, slots=True)
 class TileShape:
-    """What tiles are cut for. A tile has `wide` or `narrow` rows, a row being a query head of the key-value head's `group`;
-    `programs` of each run at once."""
+    """The sizes that tiles are cut for. A tile has `wide` or `narrow` rows; a row is one query with one of the `group` query
+    heads of a key-value head. `wide_programs` and `narrow_programs` of them run at once."""
 
     page_size: int
     num_kv_heads: int
@@ -55,8 +57,8 @@ class TileShape:
 
 @dataclass(frozen=True, slots=True)
 class TilePlan:
-    """`own_T` is the first key that the decode kernel reads for each token itself, up to the token's position; `planes_T` the
-    partial states that it merges, planes 0 to that."""
+    """The tiles of a step, [I, W] of each kind, and the work of the decode kernel for each token: it reads the keys from
+    `own_T` up to the token's position and merges planes 0 to `planes_T - 1`."""
 
     wide_IW: Int32
     narrow_IW: Int32
@@ -70,7 +72,8 @@ class TilePlan:
 
 @dataclass(frozen=True, slots=True)
 class _KeyRanges:
-    """Queries of tokens `token : token + queries`, no token twice, against keys `begin : end` of a slot."""
+    """Passes, arrays of N: the queries of tokens `token : token + queries`, no token twice, against keys `begin : end` of a
+    slot."""
 
     token: Int64
     queries: Int64
@@ -78,7 +81,7 @@ class _KeyRanges:
     begin: Int64
     end: Int64
     position: Int64
-    """Of the first query, where later queries see more; UNMASKED where all see all."""
+    """The position of the first query of a causal pass; UNMASKED if every query attends to every key."""
 
     def take(self, chosen: Int64) -> _KeyRanges:
         return _KeyRanges(*(getattr(self, name)[chosen] for name in _KeyRanges.__slots__))
@@ -89,8 +92,9 @@ class _KeyRanges:
 
 
 def plan_tiles(step: StepBatch, shape: TileShape, max_planes: int, prefix: PrefixKind | None = None) -> TilePlan | None:
-    """None where a step needs more planes than there are. The first pages of its first level's only group, and the first planes
-    of each token, are those of a pass of this `prefix` where one is given, and not cut into tiles."""
+    """Return the tiles of a step, or None if it needs more than `max_planes` planes. With `prefix`, the first `prefix.pages`
+    pages of the only group of the first level are computed by that pass into planes 0 to `prefix.parts - 1` and are not cut
+    into tiles."""
     length, size = step.run_length.astype(np.int64), shape.page_size
     token = np.cumsum(length) - length
     covered = step.run_skip.astype(np.int64) * size
@@ -120,7 +124,7 @@ def plan_tiles(step: StepBatch, shape: TileShape, max_planes: int, prefix: Prefi
 
 @dataclass(frozen=True, slots=True)
 class _Runs:
-    """First token, length, slot, position behind the shared pages, and first position of each run."""
+    """The first token, length, slot, first position after the shared pages, and first position of each run."""
 
     token: Int64
     length: Int64
@@ -133,9 +137,12 @@ class _Runs:
 
 
 def _joined(levels: list[_KeyRanges], shape: TileShape) -> list[_KeyRanges]:
-    """Prefix levels, shallow ones first, in which the keys of a group are read by the groups below it, in front of their own,
-    where these have all its queries and that takes no longer: it makes fewer tiles and fewer states of each query. To share
-    keys pays where groups leave tiles half empty."""
+    """Merge groups of the prefix levels, given with the shallowest first, into the groups below them.
+
+    The groups below a group read its keys in front of their own if they have all of its queries and if that takes no longer:
+    there are then fewer tiles and fewer partial states of each query. Shared keys pay off where the groups would leave tiles
+    half empty.
+    """
     kept: list[_KeyRanges] = []
     for below in levels:
         if kept and len(below.token):
@@ -158,14 +165,15 @@ def _joined(levels: list[_KeyRanges], shape: TileShape) -> list[_KeyRanges]:
 
 
 def _tile_cost(passes: _KeyRanges, begin: Int64, shape: TileShape) -> Int64:
-    """Of each pass, were it to read keys from `begin` on, in thirds of what a wide tile takes for one."""
+    """Return the cost of each pass if it reads keys from `begin` on; the unit is a third of a wide tile's time for one key."""
     is_narrow = passes.queries * shape.group <= 3 * shape.narrow
     height = np.where(is_narrow, shape.narrow, shape.wide) // shape.group
     return -(-passes.queries // height) * (passes.end - begin + TILE_KEYS) * np.where(is_narrow, 1, 3)
 
 
 def _causal_passes(runs: _Runs, own_T: Int64, size: int) -> list[_KeyRanges]:
-    """Long runs: a causal pass each, and one before it over a long context. Takes their tokens out of `own_T`."""
+    """Return a causal pass for each long run, and an unmasked one for its context if that is long. Sets `own_T` of their tokens
+    to UNMASKED: the decode kernel reads no keys for them."""
     long = np.flatnonzero(runs.length > SHORT_RUN)
     if not len(long):
         return []
@@ -178,7 +186,8 @@ def _causal_passes(runs: _Runs, own_T: Int64, size: int) -> list[_KeyRanges]:
 
 
 def _long_contexts(runs: _Runs, own_T: Int64, shape: TileShape) -> list[_KeyRanges]:
-    """Short runs whose own keys take longer than a fair share of the device; moves their `own_T` behind those keys."""
+    """Return passes over the keys of short runs that take longer than an equal share of the device's time, and move their
+    `own_T` behind those keys."""
     keys = np.where(runs.length <= SHORT_RUN, runs.start - runs.covered, 0)
     if keys.max(initial=0) <= LONG_CONTEXT:
         return []
@@ -197,7 +206,7 @@ def _unmasked(runs: _Runs, end: Int64) -> list[_KeyRanges]:
 
 
 def _tokens(runs: _Runs) -> Int64:
-    """The tokens of some runs, run after run."""
+    """Return the tokens of the runs, run after run."""
     first = np.cumsum(runs.length) - runs.length
     return np.arange(int(runs.length.sum())) + np.repeat(runs.token - first, runs.length)
 
@@ -205,7 +214,8 @@ def _tokens(runs: _Runs) -> Int64:
 def _cut(
     passes: _KeyRanges, shape: TileShape, planes_T: Int64, max_planes: int, tiles: tuple[list[Int64], list[Int64]]
 ) -> None:
-    """Appends the tiles of some passes, and counts their tokens' planes: up to `max_planes`, but one for each pass at least."""
+    """Append the tiles of the passes to `tiles` and add their planes to `planes_T`: at most `max_planes`, at least one for each
+    pass."""
     rows = passes.queries * shape.group
     # A wide tile takes about as long as three narrow ones over the same keys.
     is_narrow = rows <= 3 * shape.narrow
@@ -238,7 +248,7 @@ def _cut(
 
 
 def _tiles(own: _KeyRanges, num_tiles: Int64, per_tile: int, part_keys: Int64, parts: Int64, base: Int64) -> Int64:
-    """[I, WORDS]: each pass along its queries and its keys."""
+    """Return the tiles, shape [I, W], of passes that are cut along their queries and their keys."""
     count = num_tiles * parts
     of = np.repeat(np.arange(len(count)), count)
     place = np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count)
@@ -248,7 +258,7 @@ def _tiles(own: _KeyRanges, num_tiles: Int64, per_tile: int, part_keys: Int64, p
     masked = own.position[of] != UNMASKED
     begin = own.begin[of] + part * part_keys[of]
     end = np.minimum(own.end[of], begin + part_keys[of])
-    # The last query of a causal tile sees up to its own position.
+    # The last query of a causal tile attends to keys up to its own position.
     end = np.where(masked, np.minimum(end, own.position[of] + shift + queries), end)
     position = np.where(masked, own.position[of] + shift, UNMASKED)
     columns = (own.token[of] + shift, queries, own.slot[of], begin, end, position, base[of] + part, np.zeros_like(of))

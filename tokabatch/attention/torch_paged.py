@@ -1,11 +1,11 @@
-"""Paged attention in plain torch: the backend of the CPU, and the oracle every other backend is compared with.
+"""Paged attention in plain torch: the backend for CPUs, and the reference that tests compare every other backend with.
 
-Pages are gathered into contiguous keys and values, a cache-sized block at a time, so that the product that follows reads
-them while they are still near the cores: on a CPU the gather, not the arithmetic, is the cost, and a shared prefix that is
-gathered once for its whole group is where Hydragen pays.
+Pages are gathered into contiguous keys and values in blocks that fit the processor's cache, so that the matrix product that
+follows reads them from there. On a CPU most of the time goes to the gather rather than to arithmetic: Hydragen saves it by
+gathering a shared prefix once for its whole group.
 
-Shapes: T tokens of the step, H query heads, K key-value heads, G = H / K, D head dim, P page size, B passes of a block,
-Q queries a pass, L keys a pass.
+Shapes: T tokens of the step, H query heads, K key-value heads, G = H / K, D head dimension, P page size, B passes of a block,
+Q queries of a pass, L keys of a pass.
 """
 
 from __future__ import annotations
@@ -24,23 +24,26 @@ from tokabatch.attention.upload import Outbox, to_device
 from tokabatch.scheduling.contracts import StepBatch
 
 BLOCK_BYTES = 8 << 20
-"""Keys and values gathered at a time; measured on a 32 MB L3: 4 to 16 MB are within 5 % of each other, 50 MB costs 30 %."""
+"""Bytes of keys and values gathered at a time. With 32 MB of L3 cache, 4 to 16 MB are within 5 % of each other, and 50 MB takes
+30 % longer."""
 MAX_SCORES = 1 << 23
-"""Scores held at a time."""
+"""The most scores held at a time."""
 MAX_BATCHED_QUERIES = 64
-"""Passes of more queries are computed alone: their own product fills the cores."""
+"""A pass of more queries is computed by itself: it occupies the cores without others."""
 MAX_QUERIES = 64
-"""Of a part of such a pass, which skips the keys behind it. Of 32 to 128 at prompts of 400 tokens, 48 and 64 took least."""
+"""The most queries of a part of such a pass; a part skips the keys after its last query. With prompts of 400 tokens, 48 and 64
+were the fastest values from 32 to 128."""
 FEW_SCORES = 1 << 16
-"""Passes of so few scores, padded ones included, are computed together whatever their numbers of queries: a call costs more."""
+"""Passes with at most this many scores in total, padding included, are computed together even if their numbers of queries
+differ: another call would take longer than the padding."""
 UNMASKED = -1
 
 
 @dataclass(frozen=True, slots=True)
 class _PagePasses:
-    """What to attend to, arrays of N: tokens `token : token + queries` over pages `page_table[slot, first : last]`.
+    """Attention passes, arrays of N: tokens `token : token + queries` over pages `page_table[slot, first : last]`.
 
-    `position` is that of the first query, for the causal mask; `UNMASKED` where every query sees every key.
+    `position` is that of the first query, for the causal mask, or `UNMASKED` if every query attends to every key.
     """
 
     token: Int32
@@ -57,43 +60,43 @@ class _PagePasses:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Passes computed together: B of Q queries each over L keys, both padded. Padding repeats a pass's last query, so that
-    what it writes back is written twice and is the same."""
+    """B passes computed together, padded to Q queries over L keys each. Padding repeats the last query of a pass, so that the
+    same result is written to its place twice."""
 
     tokens: slice | torch.Tensor
     pages: torch.Tensor
-    """Page ids, B * (L / P), pass after pass."""
+    """Page ids, shape [B * (L / P)], pass after pass."""
     num_passes: int
     mask_BQL: torch.Tensor | None
     merged: bool
-    """Some of its tokens attend to other pages in another pass, so that the log-sum-exp is needed."""
+    """True if some of its tokens attend to further pages in another pass, so that the log-sum-exp is needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class _LongPass:
-    """A pass of many queries: in parts along them, of which each skips the keys behind its last query."""
+    """A pass of many queries, computed in parts along them. Each part skips the keys after its last query."""
 
     tokens: slice
     pages: torch.Tensor
     queries: int
-    """Of a part."""
+    """The number of queries of a part."""
     seen: int
-    """Keys that the first query sees; UNMASKED where every query sees all."""
+    """The number of keys that the first query attends to; UNMASKED if every query attends to all."""
     merged: bool
     """See `_Block`."""
 
 
 class TorchPagedAttention:
-    """See `AttentionBackend`. The cache of a layer is [K, pages, P * D], so that a gathered page is one contiguous copy and
-    the gathered block already has the layout of a batched matrix product."""
+    """See `AttentionBackend`. The keys, and the values, of a layer have shape [K, pages, P * D]: a page is gathered by one
+    contiguous copy, and the gathered block has the layout of a batched matrix product."""
 
     def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None) -> None:
-        assert kv_dtype in (None, dtype), "keys and values are kept as they come"
+        assert kv_dtype in (None, dtype), "keys and values are stored in the dtype of the queries"
         self.shape = shape
         self.dtype = dtype
         self.device = device
         self._compute = torch.float64 if dtype == torch.float64 else torch.float32
-        """Scores, sums and merges are at least float32: a 16-bit log-sum-exp is off by percents."""
+        """The dtype of scores, sums and merges, at least float32: a log-sum-exp in 16 bits has errors of several percent."""
         self.page_table = np.zeros((shape.num_slots, shape.max_pages), np.int32)
         cache = (shape.num_layers, shape.num_kv_heads, shape.num_pages, shape.page_size * shape.head_dim)
         self.k_cache, self.v_cache = (_zeros(cache, dtype, device) for _ in range(2))
@@ -137,7 +140,7 @@ class TorchPagedAttention:
         ]
 
     def attend(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor | None, v_TKD: torch.Tensor | None) -> torch.Tensor:
-        assert k_TKD is not None and v_TKD is not None, "this cache is written here alone"
+        assert k_TKD is not None and v_TKD is not None, "only this backend writes its cache"
         shape = self.shape
         k_cache, v_cache = self.k_cache[layer], self.v_cache[layer]
         for cache, new_TKD in ((k_cache, k_TKD), (v_cache, v_TKD)):
@@ -161,8 +164,8 @@ class TorchPagedAttention:
     def _passes(
         self, block: _Block | _LongPass, q_KTGD: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, need_lse: bool
     ) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """One block's attention, a part of its tokens at a time: these, outputs [K, tokens, G, D] and natural log-sum-exp
-        [K, tokens, G] (empty unless required)."""
+        """Yield the attention of a block in parts: the tokens, their outputs [K, tokens, G, D] and their natural log-sum-exp
+        [K, tokens, G], which is empty unless `need_lse`."""
         kv_heads, _, group, dim = q_KTGD.shape
         batch = kv_heads * (block.num_passes if isinstance(block, _Block) else 1)
         k_BLD = k_cache.index_select(1, block.pages).view(batch, -1, dim).to(self._compute)
@@ -187,7 +190,8 @@ class TorchPagedAttention:
             yield tokens, *_weighted(scores, v_BLD[:, :keys], (kv_heads, queries, group, dim), need_lse)
 
     def _plan(self, passes: _PagePasses) -> list[_Block | _LongPass]:
-        """Passes of like numbers of queries and pages together, in blocks that fit the cache budget; long ones alone."""
+        """Group passes with similar numbers of queries and pages into blocks that fit the cache budget; long passes stay
+        alone."""
         alone = np.nonzero(passes.queries > MAX_BATCHED_QUERIES)[0].tolist()
         blocks: list[_Block | _LongPass] = [self._plan_alone(passes, index) for index in alone]
         pages = passes.last - passes.first
@@ -230,7 +234,7 @@ class TorchPagedAttention:
         )
 
     def _plan_alone(self, passes: _PagePasses, index: int) -> _LongPass:
-        """One pass of many queries, in parts whose scores are not too many."""
+        """Return a pass of many queries, in parts of at most about MAX_SCORES scores."""
         size, slot = self.shape.page_size, passes.slot[index]
         first, last = int(passes.first[index]), int(passes.last[index])
         token, queries, position = int(passes.token[index]), int(passes.queries[index]), int(passes.position[index])
@@ -253,7 +257,8 @@ class TorchPagedAttention:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that take host memory only where they are written: torch clears its own, numpy takes cleared pages."""
+    """Return zeros that take up host memory only once they are written: numpy allocates lazily zeroed memory, torch writes the
+    zeros itself."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
@@ -262,7 +267,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 def _weighted(
     scores: torch.Tensor, v_BLD: torch.Tensor, shape: tuple[int, ...], need_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values weighted by the softmax of `scores`, which may be overwritten, as `shape`, and its log-sum-exp."""
+    """Return the values weighted by the softmax of `scores`, in this shape, and the log-sum-exp, which is empty unless
+    `need_lse`. May overwrite `scores`."""
     if not need_lse:
         return torch.bmm(torch.softmax(scores, -1), v_BLD).view(shape), scores.new_empty(0)
     highest = scores.amax(-1, keepdim=True)
@@ -274,7 +280,8 @@ def _weighted(
 def _merge_into(
     out: torch.Tensor, lse: torch.Tensor, tokens: slice | torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
 ) -> None:
-    """Fold a second pass of some tokens, over other keys, into (out, lse): the softmax over the union of the keys."""
+    """Merge a second pass of some tokens, over other keys, into (out, lse): afterwards they hold the softmax over all the
+    keys."""
     own_lse = lse[:, tokens]
     total = torch.logaddexp(own_lse, other_lse)
     merged = out[:, tokens] * torch.exp(own_lse - total).unsqueeze(-1)

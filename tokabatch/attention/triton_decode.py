@@ -1,10 +1,11 @@
 """Decode attention over short paged contexts, one kernel call a layer, for 16-bit queries on a GPU.
 
-FlashInfer's decode kernels are built for long contexts; behind a shared prefix a sample's own context is often a few pages,
-and then the time goes to starting work rather than to reading keys. Here a program takes one sequence and one key-value head,
-reads the page table itself (nothing is planned on the host), scores its group of query heads with the matrix units, and begins
-from what other passes left, so that their merge costs no pass of its own: one state, or planes of partial states. The softmax
-is the online one of Milakov and Gimelshein 2018 (arXiv:1805.02867), in base 2, as FlashInfer's log-sum-exp is.
+FlashInfer's decode kernels are built for long contexts. After a shared prefix, a sample's own context is often a few pages, and
+most of the time is spent on launching work rather than on reading keys. Here a program handles one sequence and one key-value
+head, reads the page table itself (nothing is planned on the host), and multiplies the head's group of queries with tensor
+cores. It starts from the results of other passes, one state or planes of partial states, so that merging them takes no further
+kernel. The softmax is the online one of Milakov and Gimelshein 2018 (arXiv:1805.02867), in base 2, as FlashInfer's log-sum-exp
+is.
 
 Imports triton: only a GPU backend loads this module. Shape legend: S sequences, H query heads, K key-value heads, D head
 dimension, P page size.
@@ -21,11 +22,11 @@ import triton.language as tl
 from tokabatch.attention.triton_tiles import Planes
 
 BLOCK, WARPS, STAGES = 32, 1, 3
-"""Keys read at once, warps and pipeline stages of a program: one launch for all lengths, as a graph holds one. On an H200 it is
-at most 3 % behind the fastest of each length, at 3.1 to 4.3 TB/s in 16 bits (with heads of 128 and 64 keys 6 % behind). An e4m3
-cache, half as many bytes, is read at 1.6 to 2.7 TB/s."""
+"""Keys read at once, warps and pipeline stages of a program. One choice serves all context lengths, as a graph holds one
+launch. On an H200 it is at most 3 % slower than the best choice for each length, at 3.1 to 4.3 TB/s in 16 bits (6 % slower with
+heads of 128 dimensions and 64 keys). An e4m3 cache, with half as many bytes, is read at 1.6 to 2.7 TB/s."""
 MIN_ROWS = 16
-"""Fewest rows of a matrix-unit product; a smaller group of query heads is padded to it."""
+"""The fewest rows of a tensor-core product; smaller groups of query heads are padded to it."""
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def _merged_planes(
     state_ptr, lse_ptr, count, plane_rows, head, at_q, is_row, is_q,
     DIM: tl.constexpr, ROWS: tl.constexpr, DIM_PAD: tl.constexpr,
 ):  # fmt: skip
-    """The state that `count` partial states make together, its outputs not yet divided by the mass."""
+    """Merge `count` partial states into one: the highest score, the mass, and the outputs times the mass."""
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
@@ -60,8 +61,8 @@ def _decode(
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     HAS_PRIOR: tl.constexpr, HAS_PLANES: tl.constexpr, FIRST_UNIT: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """One sequence and one key-value head. With a prior, `out` holds its state on entry where `lse` is above minus infinity;
-    with planes, `state` and `lse` hold `count` partial states of each sequence."""
+    """Compute one sequence and one key-value head. With HAS_PRIOR, `out` holds a state on entry wherever `lse` is above minus
+    infinity; with HAS_PLANES, `state` and `lse` hold `count` partial states of each sequence."""
     sequence, kv_head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     slot = tl.load(slot_ptr + sequence).to(tl.int64)
     stop = tl.load(position_ptr + sequence) + 1
@@ -73,7 +74,7 @@ def _decode(
     is_q = is_row[:, None] & (dim < DIM)[None, :]
     q = tl.load(q_ptr + at_q, mask=is_q, other=0.0)
     if FP8:
-        # e4m3 becomes float16 in one instruction for two numbers, bfloat16 in several.
+        # One instruction converts two e4m3 numbers to float16; bfloat16 takes several.
         q = q.to(tl.float16)
     if HAS_PRIOR:
         highest = tl.load(lse_ptr + head, mask=is_row, other=float("-inf"))
@@ -84,7 +85,7 @@ def _decode(
         count = tl.load(count_ptr + sequence)
         highest, mass, acc = _merged_planes(state_ptr, lse_ptr, count, plane_rows, head, at_q, is_row, is_q, DIM, ROWS, DIM_PAD)
         if tl.program_id(0) == 0:
-            # The tiles of this step are done: the next launch counts from zero.
+            # The tiles of this step are finished: reset the counters for the next launch.
             tl.store(counter_ptr + tl.arange(0, 2), tl.zeros([2], tl.int32))
     else:
         highest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -119,12 +120,12 @@ def decode(
     out_SHD: torch.Tensor,
     prior_lse_SH: torch.Tensor | None = None,
 ) -> None:
-    """softmax(q k / sqrt(D)) v over each slot's pages from `skip` to its position, into `out_SHD`.
+    """Write softmax(q k / sqrt(D)) v over each slot's keys, from page `skip` to the query's position, to `out_SHD`.
 
-    `cache` is keys and values of one layer, each [pages, K, P, D], 16-bit or e4m3. `table` is [slots, columns], int32, as
-    are `slot`, `position` (of the query, whose own key is written already) and `skip` (leading pages left out). With
-    `prior_lse_SH`, `out_SHD` holds on entry an attention state over other keys, its log-sum-exp in base 2; that is minus
-    infinity where there is none, and `out_SHD` is not read there.
+    `cache` holds the keys and values of one layer, each [pages, K, P, D], 16-bit or e4m3. `table` is [slots, columns], int32;
+    `slot_S`, `position_S` (of the query, whose own key is already written) and `skip_S` (the leading pages to leave out) are
+    int32. With `prior_lse_SH`, `out_SHD` holds on entry an attention state over other keys, with this log-sum-exp in base 2;
+    where it is minus infinity there is no such state, and `out_SHD` is not read.
     """
     page_size = cache[0].shape[2]
     prior = (prior_lse_SH, None, None)
@@ -139,10 +140,11 @@ def decode_and_merge(
     out_SHD: torch.Tensor,
     planes: Planes | None,
 ) -> None:
-    """softmax(q k / sqrt(D)) v over keys that each sequence reads itself and over its partial states, into `out_SHD`.
+    """Write softmax(q k / sqrt(D)) v over the keys that each sequence reads itself, merged with its partial states, to
+    `out_SHD`.
 
-    `places_4S` are slot, position, first own key (none, where it is behind the position) and number of planes, int32. Without
-    `planes` nothing is merged; else their counters are zero afterwards.
+    `places_4S` are slot, position, first key to read (none is read if it is after the position) and number of planes, each
+    int32 [S]. Without `planes` nothing is merged; with them, their counters are zero afterwards. The rest is as in `decode`.
     """
     prior = (None, None, None) if planes is None else (planes.lse_NTH, planes.state_NTHD, planes.counter)
     _launch(q_SHD, cache, table, places_4S, out_SHD, prior, 1)
@@ -162,7 +164,7 @@ def _launch(
         return
     k_cache, v_cache = cache
     _, num_kv_heads, page_size, _ = k_cache.shape
-    assert q_SHD.is_contiguous() and out_SHD.is_contiguous(), "queries and outputs are read by their flat place"
+    assert q_SHD.is_contiguous() and out_SHD.is_contiguous(), "queries and outputs are addressed by flat index"
     assert k_cache.stride() == v_cache.stride() and k_cache.stride(2) == head_dim and k_cache.stride(3) == 1
     group = num_heads // num_kv_heads
     lse, state, counter = prior

@@ -1,6 +1,6 @@
-"""The pages of a cache that kernels write: keys, values and the page table on a GPU, and a step's changes to them.
+"""The paged KV cache on a GPU: keys, values and the page table, and the changes that a step makes to them.
 
-Pages are copied for all layers in one launch: thousands of samples may fork in a step, each with a page of its own.
+Pages are copied for all layers in one launch: thousands of samples may branch off a prompt in one step, each copying a page.
 Imports triton: only a GPU backend loads this module. Shapes: L layers, N pages, K key-value heads, P page size, D head dim.
 """
 
@@ -21,7 +21,7 @@ _BLOCK = 4096
 
 @triton.jit(do_not_specialize_on_alignment=["source_ptr", "target_ptr"])
 def _copy(k_ptr, v_ptr, source_ptr, target_ptr, layer_bytes, page_bytes, num_layers, BLOCK: tl.constexpr):
-    """One page of one layer, keys and values."""
+    """Copy the keys and values of one page of one layer."""
     index, layer = tl.program_id(0) // num_layers, (tl.program_id(0) % num_layers).to(tl.int64)
     source = layer * layer_bytes + tl.load(source_ptr + index).to(tl.int64) * page_bytes
     target = layer * layer_bytes + tl.load(target_ptr + index).to(tl.int64) * page_bytes
@@ -35,8 +35,9 @@ def _copy(k_ptr, v_ptr, source_ptr, target_ptr, layer_bytes, page_bytes, num_lay
 
 
 class PageStore:
-    """A layer's keys, and its values, are [N, K, P, D] (HND): what one program reads of a page is contiguous. `page_table` is
-    the host's copy of the table."""
+    """The cache of all layers and its page table. The keys, and the values, of a layer have shape [N, K, P, D] (FlashInfer's
+    HND layout), so that the part of a page that one program reads is contiguous. `page_table` is the host's copy of the
+    table."""
 
     def __init__(self, shape: KVShape, kv_dtype: torch.dtype, device: torch.device) -> None:
         size = (shape.num_layers, shape.num_pages + 1, shape.num_kv_heads, shape.page_size, shape.head_dim)
@@ -46,7 +47,7 @@ class PageStore:
         self.page_table = np.zeros((shape.num_slots, shape.max_pages), np.int32)
 
     def update_cache(self, step: StepBatch, outbox: Outbox) -> None:
-        """See `Capturable`; the host's table is changed at once."""
+        """See `Capturable`; the host's copy of the table is changed at once."""
         self.page_table[step.table_slot, step.table_column] = step.table_page
         cell = step.table_slot.astype(np.int64) * self.page_table.shape[1] + step.table_column
         values = (cell, step.table_page, step.clear_pages.astype(np.int64), step.copy_src, step.copy_dst)
@@ -67,7 +68,8 @@ class PageStore:
 
 
 def copy_pages(k_LNKPD: torch.Tensor, v_LNKPD: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-    """Pages `source` over pages `target` (integers, [C] each), of which none occurs twice and none is a source."""
+    """Copy the pages `source` to the pages `target`, integers [C] each. No page may be a target twice, or a target and a
+    source."""
     assert k_LNKPD.is_contiguous() and v_LNKPD.is_contiguous()
     layers, pages = k_LNKPD.shape[:2]
     k, v = (values.view(torch.uint8).view(layers, pages, -1) for values in (k_LNKPD, v_LNKPD))

@@ -1,10 +1,11 @@
-"""Partial attention of a work list of tiles (`tiles`), in a fixed number of programs that take one tile after another.
+"""Partial attention for a work list of tiles (`tiles`), by a fixed number of programs, each of which computes one tile after
+another.
 
-Nothing of a launch depends on the step: how many tiles there are, and what they cover, is read on the device. The partial
-states go to planes, [planes, T, H, D] and their log-sum-exp in base 2, [planes, T, H]; `triton_decode` merges them, and
-sets the counters that hand out tiles back to zero.
+The launch does not depend on the step: the number of tiles and what they cover are read on the device. The partial states are
+written to planes: outputs [planes, T, H, D] and their log-sum-exp in base 2, [planes, T, H]. `triton_decode` merges them and
+resets the counters by which programs take tiles.
 
-Imports triton: only a captured step loads this module. Shape legend: T tokens, H query heads, K key-value heads, D head
+Imports triton: loaded only for captured steps. Shape legend: T tokens, H query heads, K key-value heads, D head
 dimension, P page size.
 """
 
@@ -24,7 +25,8 @@ _WORDS = tl.constexpr(WORDS)
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Rows of a tile, keys read at once, warps and pipeline stages of a program, and programs of a multiprocessor."""
+    """How a kind of tile is computed: rows of a tile, keys read at once, warps and pipeline stages of a program, and programs
+    on each multiprocessor."""
 
     rows: int
     keys: int
@@ -39,7 +41,7 @@ NARROW = Launch(16, 64, 1, 3, 8)
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """Partial states of a step's tokens and the counters of the work lists."""
+    """The partial states of a step's tokens and the counters of the work lists."""
 
     state_NTHD: torch.Tensor
     lse_NTH: torch.Tensor
@@ -48,7 +50,7 @@ class Planes:
 
 
 def tile_shape(page_size: int, num_heads: int, num_kv_heads: int, num_cores: int) -> TileShape:
-    """What `attend_tiles` takes on a device of so many multiprocessors."""
+    """Return the sizes of tiles for `attend_tiles` on a device with `num_cores` multiprocessors."""
     group = num_heads // num_kv_heads
     wide, narrow = (max(launch.rows, triton.next_power_of_2(group)) for launch in (WIDE, NARROW))
     return TileShape(page_size, num_kv_heads, group, wide, narrow, num_cores * WIDE.programs, num_cores * NARROW.programs)
@@ -59,7 +61,8 @@ def _over_keys(
     q, acc, highest, mass, k_ptr, v_ptr, table_ptr, begin, end, last, page_stride, scale,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over keys `begin : end` of one slot, whole blocks unless MASKED; row r sees keys up to `last[r]`."""
+    """Continue the online softmax over keys `begin : end` of one slot: whole blocks, or with MASKED any range, of which row r
+    attends to keys up to `last[r]`."""
     dim = tl.arange(0, DIM_PAD)
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -82,7 +85,7 @@ def _over_keys(
         next_highest = tl.maximum(highest, tl.max(scores, 1) * scale)
         base = next_highest
         if MASKED:
-            # A row may have seen no key so far.
+            # A row may have had no key so far.
             base = tl.where(next_highest == float("-inf"), 0.0, next_highest)
         kept = tl.exp2(highest - base)
         weight = tl.exp2(scores * scale - base[:, None])
@@ -100,8 +103,8 @@ def _attend(
     KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
     BLOCK: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """`list` begins with the number of tiles of each kind and the words before the first of each. A plane has `plane_rows`
-    rows, T * H."""
+    """Compute the tiles of one kind. `list` begins with the number of tiles of each kind and the offset in words of the first
+    of each. A plane has `plane_rows` = T * H rows."""
     total = tl.load(list_ptr + KIND) * num_kv_heads
     tiles_ptr = list_ptr + tl.load(list_ptr + 2 + KIND)
     row, dim = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
@@ -125,7 +128,7 @@ def _attend(
         mass = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
         k_head, v_head, pages = k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride, table_ptr + slot * table_stride
-        # Up to here every row sees every key.
+        # Every row attends to every key before `whole`.
         whole = begin + (tl.maximum(tl.minimum(end, position + 1) - begin, 0)) // BLOCK * BLOCK
         last = position + query
         acc, highest, mass = _over_keys(
@@ -164,10 +167,11 @@ def attend_tiles(
     planes: Planes,
     num_cores: int,
 ) -> None:
-    """The partial states of all tiles, wide and narrow, into `planes`, whose tensors hold T tokens.
+    """Write the partial states of all tiles, wide and narrow, to `planes`, whose tensors hold T tokens.
 
-    `cache` is keys and values of one layer, each [pages, K, P, D], 16-bit or e4m3; `table` [slots, columns] int32. `work` is
-    int32: the number of wide and of narrow tiles, where the words of each begin, and there the tiles (`tiles.WORDS` each).
+    `cache` holds the keys and values of one layer, each [pages, K, P, D], 16-bit or e4m3; `table` is [slots, columns], int32.
+    `work` is int32: the number of wide and of narrow tiles, the offset in words of each list, and the lists (`tiles.WORDS`
+    words a tile).
     """
     num_tokens, num_heads, head_dim = q_THD.shape
     k_cache, v_cache = cache

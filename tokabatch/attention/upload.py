@@ -1,7 +1,7 @@
-"""Host arrays to a device without waiting for it: through pinned memory, in the order of the stream.
+"""Asynchronous copies of host arrays to a device, through pinned memory and in stream order.
 
-A copy from pageable memory makes the host wait until the device has finished all earlier work, and each copy costs a launch:
-what a step sends goes together, in one.
+A copy from pageable memory blocks the host until the device has finished all earlier work, and each copy costs a launch: all
+arrays of a step are therefore sent in one copy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Parcel:
 
 
 class Outbox:
-    """Collects arrays of several makers and sends them together, then does the work that needs them on the device."""
+    """Collects arrays from several callers, sends them in one copy and then runs the work that uses them on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -43,17 +43,18 @@ class Outbox:
         self._work: list[Callable[[], None]] = []
 
     def add(self, values: npt.NDArray[Any]) -> Parcel:
-        """Register an array: it is on the device, with its type and shape, when `send` returns."""
+        """Register an array to be sent. Its parcel holds a device tensor of the same type and shape once `send` has
+        returned."""
         parcel = Parcel()
         self._waiting.append((np.ascontiguousarray(values), parcel))
         return parcel
 
     def once_sent(self, work: Callable[[], None]) -> None:
-        """Call this function at the end of `send`, in the order of registration."""
+        """Register a function to be called at the end of `send`, in order of registration."""
         self._work.append(work)
 
     def send(self) -> None:
-        """Start the copy, and the work that follows it. The stream's later work sees the values; the host does not wait."""
+        """Start the copy and the registered work, without blocking. Later work of the stream finds the values in place."""
         tensors = to_device_all([values for values, _ in self._waiting], self._device)
         for (_, parcel), tensor in zip(self._waiting, tensors, strict=True):
             parcel.deliver(tensor)
@@ -63,13 +64,13 @@ class Outbox:
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Return a tensor of the values; on a CPU it shares their memory."""
+    """Return the values as a tensor on the device; on a CPU it shares the array's memory."""
     tensor = torch.from_numpy(values)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_device_all(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
-    """Return a tensor of each array, of its type and shape, all transferred in one copy; on a CPU they share the arrays'
+    """Return each array as a tensor of its type and shape on the device, all sent in one copy; on a CPU they share the arrays'
     memory."""
     if device.type == "cpu":
         return [torch.from_numpy(values) for values in arrays]
@@ -80,8 +81,8 @@ def to_device_all(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> l
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a host tensor that holds the values once the stream has come this far: wait for an event recorded after this
-    call."""
+    """Start a copy to the host and return its target. The values are valid once an event that is recorded after this call has
+    completed."""
     if tensor.device.type == "cpu":
         return tensor
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -89,7 +90,7 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _starts(arrays: Sequence[npt.NDArray[Any]]) -> list[int]:
-    """Return where in the buffer each array begins, in bytes, aligned, followed by the buffer's size."""
+    """Return the aligned offset in bytes of each array in the buffer, followed by the buffer's size."""
     return list(accumulate((-(-values.nbytes // _ALIGNMENT) * _ALIGNMENT for values in arrays), initial=0))
 
 
