@@ -171,7 +171,7 @@ def test_a_cost_model_decides_how_large_a_step_is_unless_the_job_does(memory):
 def test_without_its_management_library_a_gpu_has_all_its_memory(gpu_memory, monkeypatch):
     gpu_memory(1 << 16)
     facts = replace(FACTS, num_samples=10**6, unique_prompt_tokens=10**9, num_prompts=10**6)
-    with pytest.raises(JobError, match=r"model\.path: the weights, .* leave none .* --simulate --device h100"):
+    with pytest.raises(JobError, match=r"model\.path: .* the weights, .* no memory is left .* --simulate --device h100"):
         decide_sizes(EngineConfig(), SPEC, torch.bfloat16, facts, "cuda")
 
     def absent() -> int:

@@ -1,14 +1,14 @@
-"""Steps as two CUDA graphs: what a step computes is launched at once, whatever the number of layers.
+"""Steps as two CUDA graphs, the body and the head, each launched at once regardless of the number of layers.
 
-The body takes tokens to hidden states: embedding and all layers, attention included, whose launches depend on nothing but the
-number of tokens (`attention.tiles`); any step that is not too large has one, prefill or not. The head takes hidden states to
-drawn tokens: the logits and the sampler, which also leaves each token where the next step's body reads it. A step is filled up
-to a captured size with tokens of the spare slot. What a graph reads of a step lies in fixed buffers, written by one copy each
-before it is replayed.
+The body computes hidden states from tokens: the embedding and all layers, attention included. Its launches depend only on the
+number of tokens (`attention.tiles`), so that any step that is not too large can use it, with prefill or without. The head
+computes the drawn tokens from hidden states: the logits and the sampler, which also stores each token where the body of the
+next step reads it. A step is padded to a captured size with tokens of the spare slot. Graphs read a step from fixed buffers,
+each written by one copy before the replay.
 
-A pipeline stage has the graphs of its own part: an embedding on the first stage alone, a head on the last alone. What stages
-exchange stays outside: a body begins and ends in a buffer that is filled before the replay, and copied and sent behind it. So
-each stage chooses its graphs for itself, and one may run a step kernel by kernel that another runs as a graph.
+A pipeline stage has graphs for its own part: only the first stage has the embedding, only the last the head. Communication
+between stages is not captured: a body reads from and writes to a buffer, which is received before the replay and sent after it.
+Each stage therefore chooses its graphs independently; one may launch a step kernel by kernel while another replays a graph.
 
 Imports triton: only a worker on a GPU loads this module. Shape legend: T tokens, S sampled rows, H query heads, D head
 dimension, E hidden size.
@@ -34,19 +34,21 @@ from tokabatch.model.sampling.slot_table import SlotTable
 from tokabatch.scheduling.contracts import StepBatch
 
 TILES_A_TOKEN, LEAST_TILES = 2, 8192
-"""Tiles that a step may have."""
+"""The most tiles of a captured step: so many for each token, and so many more."""
 HEADER = 8
-"""Words before the columns of tokens: of the tiles, four; the slot of the prefix."""
+"""Words before the columns of tokens: the number of wide and of narrow tiles, the offset of each list, the slot of the prefix,
+and three unused."""
 MOST_PREFIXES = 8
-"""Lengths of a prefix that get graphs of their own."""
+"""The most kinds of prefix pass that get graphs of their own."""
 LONG_PROMPT, MOSTLY = 512, 4096
-"""Tokens of a prompt, on average, and of all prompts, from which a step is launched kernel by kernel: it takes longer than
-its launches, and kernels of one purpose are faster at long prompts."""
+"""Prompt tokens of each run, on average, and of a step in total from which it is launched kernel by kernel: it takes longer
+than its launches, and specialised kernels are faster for long prompts."""
 
 
 @dataclass(frozen=True, slots=True)
 class BodyKind:
-    """`tiles`: something is attended to in tiles, or by a kernel of the backend's over a `prefix` of all tokens."""
+    """What determines the launches of a body beside its size: whether there are `tiles` (or a prefix pass), and the pass over
+    the `prefix` that all tokens share, if the backend computes it."""
 
     tiles: bool
     prefix: PrefixKind | None = None
@@ -54,7 +56,8 @@ class BodyKind:
 
 @dataclass(frozen=True, slots=True)
 class BodyStep:
-    """A step's body: the graph it runs, what that reads, and how many tokens of `size` are the step's."""
+    """The body of a step: the size and kind of its graph, the words that the graph reads, and how many of the `size` tokens
+    belong to the step."""
 
     size: int
     kind: BodyKind
@@ -63,7 +66,7 @@ class BodyStep:
 
 
 class BodyGraphs:
-    """Hidden states behind the stage's layers, of steps of at most `most` tokens, left in `hidden_TE`."""
+    """Graphs that compute the hidden states after the stage's layers, for steps of at most `most` tokens, into `hidden_TE`."""
 
     def __init__(
         self,
@@ -74,14 +77,14 @@ class BodyGraphs:
         recorder: GraphRecorder,
         num_cores: int,
     ) -> None:
-        """`limits`: tokens of a step, and rows of hidden states beside."""
+        """`limits` are the most tokens of a captured step, and the rows that `hidden_TE` has at least."""
         (most, num_rows), device, cache = limits, decoder.device, backend.cache
         heads = (decoder.num_heads, decoder.spec.head_dim)
         self._decoder = decoder
         self._backend = backend
         self._cache = cache
         self._prefixes: dict[tuple[int, PrefixKind], PrefixPass] = {}
-        """What graphs read, by size."""
+        """The planned prefix passes, by size and kind."""
         self._last_token = last_token
         self._recorder = recorder
         self._num_cores = num_cores
@@ -97,7 +100,7 @@ class BodyGraphs:
         self._ladder: Ladder[BodyKind, torch.cuda.CUDAGraph] = Ladder(most, self._capture)
 
     def prepare(self) -> None:
-        """Compile all kernels, and capture the sizes that most steps run at."""
+        """Compile all kernels and capture the coarse sizes."""
         self._words.zero_()
         self._words[HEADER + aligned(1)] = self._cache.spare_slot
         for kind in (BodyKind(tiles=True), BodyKind(tiles=False)):
@@ -105,7 +108,8 @@ class BodyGraphs:
         self._ladder.prepare(BodyKind(tiles=True))
 
     def fit(self, step: StepBatch) -> BodyStep | None:
-        """None for a step that is too large, or mostly long prompts: kernels of one purpose are faster at those."""
+        """Return the body for a step, or None if it is too large, has too many tiles, or consists mostly of long prompts (see
+        LONG_PROMPT)."""
         count = step.num_tokens
         is_long_prefill = len(step.token_ids) >= max(MOSTLY, LONG_PROMPT * step.num_prefill_runs)
         if not 0 < count <= self._ladder.most or is_long_prefill:
@@ -118,14 +122,15 @@ class BodyGraphs:
         kind = BodyKind(plan.has_tiles or prefix is not None, prefix)
         size = self._ladder.size(count, kind)
         if int(plan.planes_T.max()) > self._num_planes(size):
-            # A larger graph than the step's own has fewer.
+            # A graph of a larger size has fewer planes.
             plan = plan_tiles(step, self._shape, self._num_planes(size), prefix)
             if plan is None:
                 return None
         return BodyStep(size, kind, self._laid_out(step, plan, size), count)
 
     def _prefix_of(self, step: StepBatch, size: int) -> PrefixKind | None:
-        """Of a prefix that all tokens share, where the backend has a faster kernel and not too many lengths had graphs."""
+        """Return the pass over a prefix that all tokens share if the backend has a faster kernel for it and there are fewer
+        than MOST_PREFIXES kinds yet."""
         level = step.prefix_levels[0] if step.prefix_levels else None
         if level is None or len(level.slot) != 1 or level.token_stop[0] - level.token_start[0] != step.num_tokens:
             return None
@@ -138,13 +143,13 @@ class BodyGraphs:
         return self._ladder.make_ahead()
 
     def run(self, step: BodyStep, words: torch.Tensor) -> None:
-        """Launch it; `words` are the step's, on the device. On a pipeline stage it begins with what the previous one sends, and
-        ends with sending to the next one."""
+        """Launch the body; `words` are the step's, on the device. A pipeline stage first receives the hidden states of the
+        previous stage, and finally sends its own to the next."""
         self._words[: len(words)].copy_(words)
         graph, mesh = self._ladder.at(step.size, step.kind), self._decoder.mesh
         if not mesh.is_first_stage:
             self._decoder.receive(self.hidden_TE[: step.count])
-            # What fills up is finite: its keys and values lie in a page that others may read and mask.
+            # Padding must be finite: its keys and values are written to a page that other samples may read under a mask.
             self.hidden_TE[step.count : step.size].zero_()
         graph.replay()
         if not mesh.is_last_stage:
@@ -170,7 +175,7 @@ class BodyGraphs:
 
     def _capture(self, size: int, kind: BodyKind) -> torch.cuda.CUDAGraph:
         if kind.prefix is not None:
-            # Planned here, as that cannot be captured.
+            # Planning cannot be captured.
             self._prefixes[size, kind.prefix] = self._backend.prefix_pass(kind.prefix, size)
         return self._recorder.capture(lambda: self._compute(size, kind))[0]
 
@@ -208,8 +213,8 @@ class BodyGraphs:
 
 
 class CapturedSteps:
-    """The graphs of a worker, for steps of at most `num_tokens` tokens; larger ones leave their hidden states in
-    `body.hidden_TE`, a row each from the first on, and use the head alone."""
+    """The graphs of a worker, for steps of at most `num_tokens` tokens. Larger steps write the hidden states of the rows that
+    are drawn to `body.hidden_TE`, from the first row on, and use only the head."""
 
     def __init__(
         self,
@@ -221,8 +226,8 @@ class CapturedSteps:
         recorder: GraphRecorder,
         num_cores: int,
     ) -> None:
-        """`last_token` and the backend's page table have an entry for each slot and the spare one, `slots` likewise;
-        `num_cores` of the device's multiprocessors compute attention."""
+        """`last_token`, `slots` and the backend's page table have an entry for each slot and for the spare slot. Attention is
+        computed on `num_cores` multiprocessors of the device."""
         num_rows = len(last_token) - 1
         self._slots = slots
         self._has_head = decoder.mesh.is_last_stage
@@ -231,24 +236,25 @@ class CapturedSteps:
         self.head = HeadGraphs(decoder, self.body.hidden_TE, last_token, slots, num_rows, recorder)
 
     def prepare(self) -> None:
-        """Compile all kernels, and capture coarse sizes of each: what the slots have been opened for so far is drawn."""
+        """Compile all kernels and capture the coarse sizes of body and head, the head for the kinds of drawing that the slots
+        have been opened for so far."""
         self.body.prepare()
         if self._has_head:
             self.head.prepare(HeadKind(*self._slots.kinds(np.arange(len(self._slots.words) - 1, dtype=np.int32))))
 
     def make_ahead(self) -> bool:
-        """Capture one graph that will be wanted; False where there is none."""
+        """Capture one graph for later steps. Return False if there is none to capture."""
         return self.body.make_ahead() or self.head.make_ahead()
 
 
 def captured_on_gpu(
     decoder: Decoder, backend: Capturable, last_token: torch.Tensor, slots: SlotTable, num_tokens: int
 ) -> CapturedSteps:
-    """Ready to run on the decoder's device."""
+    """Return the graphs of a worker on the decoder's GPU, with kernels compiled and the coarse sizes captured."""
     cores = torch.cuda.get_device_properties(decoder.device).multi_processor_count
     captured = CapturedSteps(decoder, backend, last_token, slots, num_tokens, GraphRecorder(), cores)
     captured.prepare()
-    # The memory that the trials took is free now.
+    # Return the memory that the trial runs took.
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return captured

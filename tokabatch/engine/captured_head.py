@@ -19,7 +19,7 @@ from tokabatch.model.sampling.slot_table import SamplerInputs, SlotTable
 
 @dataclass(frozen=True, slots=True)
 class HeadKind:
-    """The fields of `SamplerInputs` that choose kernels."""
+    """The fields of `SamplerInputs` that determine which kernels are launched."""
 
     any_random: bool
     any_filter: bool
@@ -28,7 +28,7 @@ class HeadKind:
 
 @dataclass(frozen=True, slots=True)
 class HeadStep:
-    """A step's head: the graph it runs, and what that reads."""
+    """The head of a step: the size and kind of its graph, and the words that the graph reads."""
 
     size: int
     kind: HeadKind
@@ -36,7 +36,7 @@ class HeadStep:
 
 
 class HeadGraphs:
-    """Draws of at most `most` rows of `hidden_TE`."""
+    """Graphs that draw tokens from at most `most` rows of `hidden_TE`."""
 
     def __init__(
         self,
@@ -56,13 +56,13 @@ class HeadGraphs:
         self._ladder: Ladder[HeadKind, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = Ladder(most, self._capture)
 
     def prepare(self, kind: HeadKind) -> None:
-        """Capture the sizes that most draws run at."""
+        """Compile all kernels and capture the coarse sizes."""
         self._words.zero_()
         self._recorder.trial(lambda: self._compute(1, kind))
         self._ladder.prepare(kind)
 
     def fit(self, rows: Int32, slots: Int32, positions: Int32) -> HeadStep:
-        """Of a step that draws from `rows` of the hidden states, at least one."""
+        """Return the head for a step that draws from the hidden states in `rows`, at least one; all three have shape [S]."""
         kind = HeadKind(*self._slots.kinds(slots))
         size = self._ladder.size(len(rows), kind)
         columns = np.zeros((3, aligned(size)), np.int32)
@@ -75,7 +75,8 @@ class HeadGraphs:
         return self._ladder.make_ahead()
 
     def run(self, step: HeadStep, words: torch.Tensor) -> torch.Tensor:
-        """Launch it; the draws as `Sampled.packed` has them, for the whole size, until the next head of that size runs."""
+        """Launch the head and return the draws in the layout of `Sampled.packed`, for the whole captured size. They are valid
+        until the next head of that size and kind is launched."""
         self._words[: len(words)].copy_(words)
         graph, packed = self._ladder.at(step.size, step.kind)
         graph.replay()

@@ -28,5 +28,5 @@ def main(steps: Connection, signs: Connection, work: bytes) -> None:
     function(steps, argument, pulse)
     sys.stdout.flush()
     sys.stderr.flush()
-    # What libraries would clean up at the interpreter's end the system does as well, without waiting for other ranks.
+    # Skips the clean-up of libraries, which may block on other ranks; the system releases the resources.
     os._exit(0)

@@ -1,6 +1,6 @@
-"""CUDA graphs for a ladder of sizes, captured at first use or, better, shortly before, sharing one memory pool.
+"""CUDA graphs for a ladder of sizes, captured at first use or, if possible, shortly before. They share one memory pool.
 
-Independent of steps: `captured` says what is computed at each size.
+This module is independent of steps: `captured` defines what is computed at each size.
 """
 
 from __future__ import annotations
@@ -12,39 +12,41 @@ from typing import Generic, TypeVar
 import torch
 
 FINEST, FINE_STEPS, COARSE_STEPS = 32, 32, 2
-"""Sizes from one power of two to the next; few of them are captured at once."""
+"""The smallest distance between sizes, and the number of fine and of coarse sizes from one power of two to the next. Coarse
+sizes are captured first."""
 SMALL = 1024
-"""Up to here a step takes hardly longer than one of half the size: a power of two each is enough, none ahead below it."""
+"""Up to this size a step takes hardly longer than one of half the size: powers of two suffice, and smaller ones are not
+captured ahead of their first use."""
 LEAST_PREPARED = 256
-"""Smallest size that is captured before the first step."""
+"""The smallest size that is captured before the first step."""
 WORTH = 16_384
-"""Tokens that steps of one size were filled up with to a larger one, from which its own graph is worth capturing: that takes
-the host some 20 ms. A step alone may be filled up with a quarter of it."""
+"""Padding in tokens, summed over the steps that one size would have saved it, from which that size is worth capturing, which
+takes about 20 ms on the host. A single step is padded by less than a quarter of it."""
 
 Kind = TypeVar("Kind", bound=Hashable)
 Made = TypeVar("Made")
 
 
 class GraphRecorder:
-    """Captures work on a stream of its own; what graphs compute with between beginning and end is one memory, used in turn."""
+    """Captures work on a stream of its own. All graphs use the same memory pool for intermediate results, one after another."""
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
 
     def trial(self, work: Callable[[], object]) -> None:
-        """Run it as it is: kernels are compiled, and libraries allocate what they keep."""
+        """Run the work without capturing it, so that kernels are compiled and libraries allocate their persistent buffers."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             work()
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def capture(self, work: Callable[[], Made]) -> tuple[torch.cuda.CUDAGraph, Made]:
-        """The graph and what the work returned, whose memory is the graph's output from now on."""
+        """Return the graph of the work and what the work returned: tensors that each replay writes."""
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            # Not `torch.cuda.graph`, which empties the allocator's cache each time. Relaxed, as libraries load kernels late.
+            # `torch.cuda.graph` would empty the allocator's cache each time. Relaxed, because libraries load kernels lazily.
             graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
             try:
                 made = work()
@@ -55,7 +57,7 @@ class GraphRecorder:
 
 
 def size_above(count: int, steps: int) -> int:
-    """Return the smallest size of the ladder that is at least `count`, with `steps` sizes an octave."""
+    """Return the smallest size that is at least `count`, on a ladder with `steps` sizes from one power of two to the next."""
     if count <= FINEST:
         return 1 << max(0, count - 1).bit_length()
     step = max(FINEST, (1 << (count - 1).bit_length() - 1) // steps)
@@ -63,7 +65,7 @@ def size_above(count: int, steps: int) -> int:
 
 
 def aligned(count: int) -> int:
-    """Words that a column of so many takes: kernels read columns that begin at 16 bytes as they do at capture."""
+    """Return the stride of a column of `count` words, so that columns begin at multiples of 16 bytes, as the kernels assume."""
     return -(-count // 4) * 4
 
 
@@ -73,7 +75,7 @@ def coarse_size(count: int, most: int) -> int:
 
 
 def coarse_sizes(most: int) -> Iterator[int]:
-    """Return all sizes of the ladder, ascending."""
+    """Yield the coarse sizes, ascending."""
     size = 0
     while size < most:
         size = coarse_size(size + 1, most)
@@ -81,7 +83,7 @@ def coarse_sizes(most: int) -> Iterator[int]:
 
 
 class Ladder(Generic[Kind, Made]):
-    """What was captured, by size and kind. Sizes end at `most`."""
+    """Captured graphs by size and kind; the largest size is `most`."""
 
     def __init__(self, most: int, make: Callable[[int, Kind], Made]) -> None:
         self.most = most
@@ -94,19 +96,23 @@ class Ladder(Generic[Kind, Made]):
         self._coarse = sorted(coarse_sizes(most), reverse=True)
 
     def prepare(self, kind: Kind) -> None:
-        """Capture the coarse sizes before the first step: the largest first, so that all else fits into its memory."""
+        """Capture the coarse sizes before the first step, the largest first, so that the others fit into its memory."""
         for size in self._coarse:
             if size >= LEAST_PREPARED or size == self.most:
                 self.at(size, kind)
 
     def at(self, size: int, kind: Kind) -> Made:
+        """Return the graph of this size and kind, captured now if it does not exist yet."""
         if (size, kind) not in self._made:
             self._made[size, kind] = self._make(size, kind)
         return self._made[size, kind]
 
     def size(self, count: int, kind: Kind) -> int:
-        """The size that `count` tokens or rows, at most `most`, shall run at: the next one where that was captured, else the
-        smallest that was, until a nearer one is worth capturing. A coarse one where that would fill up too many."""
+        """Return the size at which to run `count` tokens or rows, at most `most`.
+
+        It is the next fine size if that has been captured, otherwise the smallest captured size that fits, until a nearer one
+        is worth capturing; or the next coarse size, if the padding would be too large.
+        """
         self._kinds.setdefault(kind)
         coarse = coarse_size(count, self.most)
         fine = coarse if count <= SMALL else min(self.most, size_above(count, FINE_STEPS))
@@ -125,8 +131,8 @@ class Ladder(Generic[Kind, Made]):
         return size
 
     def make_ahead(self) -> bool:
-        """Capture one for later steps while the device is busy: one that is worth it, or the next smaller coarse size, as
-        samples end and fewer are left. False where there is none."""
+        """Capture one graph for later steps while the device is busy: a size that is worth capturing, or the next smaller
+        coarse size, which will be used as samples finish. Return False if there is none."""
         while self._worth:
             if (wanted := self._worth.pop()) not in self._made:
                 self.at(*wanted)

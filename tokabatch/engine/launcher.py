@@ -1,7 +1,7 @@
-"""Launches steps on a worker and measures: the CPU time that each launch takes and, where the job has `trace`, what the device
-does during a few steps (torch's profiler, as a Chrome trace).
+"""Launches steps on a worker, measures the CPU time of each launch and, if the job has `trace`, records a few steps with
+torch's profiler as a Chrome trace.
 
-Independent of process boundaries; the executors launch through it.
+The executors launch through it; it is independent of process boundaries.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WARM_UP_STEPS = 4
 
 
 class Launcher:
-    """Steps are launched in the order given, from one thread."""
+    """A worker with its measurements. Call it from one thread; steps are launched in the order given."""
 
     def __init__(self, worker: Worker, spec: TraceSpec | None, device: str) -> None:
         self._worker = worker
@@ -31,20 +31,21 @@ class Launcher:
 
     @classmethod
     def build(cls, spec: WorkerSpec) -> Launcher:
-        """Build the worker that the spec describes, or the one rank of it, which meets the others first. Raises what
-        `Worker.build` does."""
+        """Build the worker that the spec describes, or one rank of it, which first connects to the other ranks. Raises the
+        errors of `Worker.build`."""
         mesh = spec.place and Mesh.join(spec.place, torch.device(spec.device))
-        # One file: that of the first rank.
+        # Only the first rank writes a trace.
         traces = mesh is None or mesh.rank == 0
         return cls(Worker.build(spec, mesh), spec.trace if traces else None, spec.device)
 
     @property
     def sizes(self) -> ReplicaSizes:
-        """The sizes that the worker settled."""
+        """The sizes of the worker, with the number of KV pages settled."""
         return self._worker.sizes
 
     def launch(self, step: StepBatch) -> Launched:
-        """Queue one step on the device. The time is the calling thread's, the profiler's work left out."""
+        """Queue one step on the device. `launch_seconds` of the result is the CPU time of the calling thread, without the
+        profiler's work between steps."""
         if self._trace is not None:
             self._trace.before(step.index)
         begin = time.thread_time()
@@ -58,16 +59,16 @@ class Launcher:
         self._worker.make_ahead()
 
     def close(self) -> None:
-        """Writes the trace where the steps ended before it was complete."""
+        """Write the trace if the run ended before it was complete."""
         if self._trace is not None:
             self._trace.finish()
 
 
 class StepTrace:
-    """Records steps `start` to `start + steps - 1`, counted from 1 as steps are, and writes the trace whole or not at all.
+    """Records steps `start` to `start + steps - 1`, counted from 1, and writes the trace file atomically.
 
-    On a GPU only the device's work is recorded: to record the host's operators as well would slow launching so much that the
-    device waited for it.
+    On a GPU only the device's work is recorded: recording the host's operators as well would slow launching down so much that
+    the device would be idle between steps.
     """
 
     def __init__(self, spec: TraceSpec, device: str) -> None:
@@ -75,7 +76,7 @@ class StepTrace:
         activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
         self._warm_up = min(WARM_UP_STEPS, spec.start - 1)
         with warnings.catch_warnings():
-            # A trace from step 1 on has no warm-up; the job set that.
+            # torch warns about a trace from step 1 on, which has no warm-up.
             warnings.simplefilter("ignore", UserWarning)
             steps = schedule(wait=0, warmup=self._warm_up, active=spec.steps, repeat=1)
         self._tracer = profile(activities=[activity], schedule=steps, on_trace_ready=self._write)
@@ -93,7 +94,7 @@ class StepTrace:
             self._running = True
 
     def finish(self) -> None:
-        """Ends the recording; what has been recorded is written."""
+        """Stop recording and write what has been recorded."""
         if self._running and not self._finished:
             self._tracer.stop()
 

@@ -1,7 +1,7 @@
 """The GPU memory left for the KV cache: measured by running the largest step once, not estimated.
 
-The step runs on the decoder and the sampler with attention left out: its outputs have the queries' size, and its own scratch is
-a constant of the backend's. Captured steps have a memory of their own, in which all of them work in turn.
+The step is run through the decoder and the sampler without attention, whose outputs have the size of the queries and whose
+workspace is a constant of the backend. Captured steps share a memory pool of their own.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def fitting_pages(decoder: Decoder, sizes: ReplicaSizes, page_bytes: int, *, pen
     tokens, samples = sizes.max_step_tokens, sizes.max_running
     try:
         needed = _peak(device, lambda: _layers(decoder, sizes, tokens))
-        # Captured steps work in a memory of their own, and keep what graphs read and write in yet another.
+        # Captured steps use a memory pool of their own, and further buffers that graphs read and write.
         needed += _peak(device, lambda: _layers(decoder, sizes, captured_tokens(sizes)))
         # Hidden states, queries, attention and its partial states.
         numbers = decoder.spec.hidden_size + (2 + ENOUGH_PLANES) * decoder.num_heads * decoder.spec.head_dim

@@ -1,8 +1,8 @@
-"""How large a replica is: running limit, step size and KV pages, from the device's memory and what the job can use.
+"""The sizes of a replica: running samples, tokens of a step and KV pages, from the device's memory and the needs of the job.
 
-On a CPU sized by arithmetic: free memory less the weights. On a GPU arithmetic only refuses what cannot work before anything
-loads; the pages follow once the worker has run its largest step (`memory`). Sizes never exceed what the job can fill, so that
-a small job allocates a small cache.
+On a CPU the number of pages is computed from free memory less the weights. On a GPU this computation only rejects jobs that
+cannot fit, before anything is loaded; the number of pages is measured when the worker has run its largest step (`memory`).
+Sizes never exceed what the job can use, so that a small job allocates a small cache.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from tokabatch.parallel.mesh import Mesh
 
 MAX_QUEUE_DEPTH = 3
 MOST_STEPS = 5
-"""In flight at once, on a worker of several pipeline stages: fewer than the sets of buffers that a GPU backend rotates."""
+"""The most steps in flight on a worker with several pipeline stages: fewer than the sets of buffers of a GPU backend
+(`RING`)."""
 CGROUP = Path("/sys/fs/cgroup")
 MIN_GROUP, MIN_PREFIX_TOKENS = 4, 32
 REPORTED_GROWTH, HOST_SHARE = 1.5, 0.6
-"""Memory that kept log-probabilities take over what is stored of them (`scheduling.generated`), and the share of the host's
-free memory that they may take beside a GPU."""
+"""The ratio of the memory allocated for log-probabilities to their size (`scheduling.generated`), and the share of the host's
+free memory that they may take if the cache is on a GPU."""
 ABSENT_WORKING_BYTES, ABSENT_SHARE = 4 << 30, 0.9
-"""What a step needs beside weights and logits, and what of the rest the cache gets, on a GPU whose memory cannot be queried."""
+"""For a GPU that is not present: the memory of a step beside weights and logits, and the share of the rest for the cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceDefaults:
-    """What `auto` means on a kind of device; `memory_share` is of what is free once weights and working space are counted,
-    `max_running` and `prefill_tokens` for devices that no cost model is known of."""
+    """What `auto` means on a kind of device. `memory_share` is the share for the cache of the memory left after weights and
+    working space; `max_running` and `prefill_tokens` apply to devices without a cost model."""
 
     max_running: int
     prefill_tokens: int
@@ -53,7 +54,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True, slots=True)
 class WorkloadFacts:
-    """What the prompts are known to need, in tokens and samples."""
+    """The needs of the job's prompts, in tokens and samples."""
 
     num_samples: int
     longest_sequence: int
@@ -66,14 +67,14 @@ class WorkloadFacts:
     unique_prompt_tokens: int
     """Prompt tokens with every shared prefix counted once."""
     logprobs: int = -1
-    """The most alternatives a sample reports for each token; -1 where none reports any."""
+    """The most alternatives that a sample reports for each token; -1 if no log-probabilities are reported."""
     reported_bytes: int = 0
-    """Log-probabilities and alternatives of all samples, each at its max_tokens."""
+    """Bytes of the log-probabilities and alternatives of all samples if each reached its max_tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSizes:
-    """The decided sizes. Plain numbers: they cross the process boundary."""
+    """The sizes of a replica, as plain numbers, which are sent between processes."""
 
     page_size: int
     num_pages: int
@@ -81,19 +82,19 @@ class ReplicaSizes:
     max_step_tokens: int
     max_pages_per_sequence: int
     min_group: int
-    """0 turns Hydragen off."""
+    """The fewest samples that attend to a prefix together; 0 turns Hydragen off."""
     min_prefix_pages: int
     useful_pages: int = 0
-    """The most that the job can fill, and whose log-probabilities the host can keep."""
+    """The most pages that the job can fill and whose log-probabilities fit in the host's memory."""
     least_pages: int = 1
-    """What the shortest sample needs."""
+    """The pages of the shortest sample."""
     asked_tokens: int | None = None
-    """engine.kv_cache_tokens where the job says it."""
+    """The job's engine.kv_cache_tokens; None for `auto`."""
 
     @property
     def needed_pages(self) -> int:
-        """What the longest sample needs, one page more than it has: its prompt's last page is copied for it, and the original
-        kept."""
+        """The pages that the longest sample needs: one more than its own, as the last page of its prompt is copied for it and
+        the original kept."""
         return self.max_pages_per_sequence + 1
 
 
@@ -110,9 +111,13 @@ def decide_sizes(
     replicas: int = 1,
     fp8: bool = False,
 ) -> ReplicaSizes:
-    """Raises JobError where not even the shortest sample can fit, with the numbers and the key to change. `prefill_tokens` and
-    `running_samples` are what a cost model says of the device, `absent_memory` the bytes of a GPU that is not here, whose sizes
-    can only be estimated. Each of the `replicas` has an equal part of the host's memory. `fp8`: the layers' weights are."""
+    """Return the sizes of a replica.
+
+    `prefill_tokens` and `running_samples` are the cost model's values for the device, if there is one. `absent_memory` is the
+    memory in bytes of a GPU that is not present, whose number of pages is only an estimate. The host's memory is divided
+    equally between `replicas`. `fp8` is whether the weights of the layers are stored in fp8. Raises JobError, with the numbers
+    and the key to change, if not even the shortest sample fits.
+    """
     page = config.page_size
     _check_limits(config, spec)
     defaults = DEFAULTS[device]
@@ -127,7 +132,7 @@ def decide_sizes(
             f"write at least {max_running}, or lower engine.max_running"
         )
     per_sequence = -(-facts.longest_sequence // page)
-    # What the job can fill at most: every prompt page once, and for each running sample its output and a copied page.
+    # The most that the job can fill: every prompt page once, and for each running sample its output and a copied page.
     prompt_pages = min(facts.unique_prompt_tokens // page + 2 * facts.num_prompts, max_running * per_sequence)
     prefix = MIN_PREFIX_TOKENS if config.hydragen_min_prefix == "auto" else config.hydragen_min_prefix
     group = MIN_GROUP if config.hydragen_min_group == "auto" else config.hydragen_min_group
@@ -146,7 +151,7 @@ def decide_sizes(
     host = available_memory() // replicas
     fitting = _fitting_pages(config, spec, dtype, facts, device, max_running, host, absent_memory, fp8)
     if device == "cuda" and absent_memory is None:
-        # How much fits on the GPU only its worker can measure; what the host keeps of it is bounded here.
+        # Only the worker can measure what fits on the GPU; the log-probabilities on the host are limited here.
         reported = pages_reported(facts, max_running, page, int(host * HOST_SHARE))
         sizes = replace(sizes, useful_pages=min(sizes.useful_pages, reported))
         fitting = min(fitting, reported)
@@ -154,9 +159,9 @@ def decide_sizes(
 
 
 def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
-    """The sizes with their number of pages, where memory holds `fitting`: what the job can fill at most unless it says
-    otherwise. Samples that need more than there are become error rows (`Scheduler.settle_pages`). Raises JobError where none
-    fits."""
+    """Return the sizes with the number of pages, given that `fitting` pages fit in memory: the most that the job can fill, or
+    what engine.kv_cache_tokens says. Samples that need more pages become error rows (`Scheduler.settle_pages`). Raises JobError
+    if not even the shortest sample fits, or if engine.kv_cache_tokens exceeds the memory."""
     page, needed, least, asked = sizes.page_size, sizes.needed_pages, sizes.least_pages, sizes.asked_tokens
     if asked is None:
         budget = fitting
@@ -173,10 +178,10 @@ def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
     if budget < least:
         if asked is None and budget <= 0:
             raise JobError(
-                "model.path: the weights, the workspace and what else is in memory leave none for the KV cache here; use a "
-                "smaller model, end other processes on the device, lower generation.logprobs or engine.max_running where they "
-                "are high, or use a machine with more memory (`tokabatch plan JOB --simulate --device h100` plans for one that "
-                "is not here)"
+                "model.path: beside the weights, the workspace and other processes, no memory is left for the KV cache; use a "
+                "smaller model, end other processes on the device, lower generation.logprobs or engine.max_running if they "
+                "are high, or use a machine with more memory (`tokabatch plan JOB --simulate --device h100` plans for a device "
+                "that this machine does not have)"
             )
         allowed = f"{max(0, budget) * page} fit" if asked is None else f"engine.kv_cache_tokens allows {asked}"
         raise JobError(
@@ -210,8 +215,8 @@ def _fitting_pages(
     absent_memory: int | None,
     fp8: bool,
 ) -> int:
-    """Pages that the device's memory holds beside the weights; on a GPU at most, as only a step shows what it needs itself,
-    and on one of `absent_memory` bytes that is not here beside an estimate of that."""
+    """Return the number of pages that fit in the device's memory beside the weights. On a GPU it is an upper bound, without the
+    memory of a step; on an absent GPU of `absent_memory` bytes, the memory of a step is estimated."""
     share = DEFAULTS[device].memory_share
     ranks = ranks_of(config)
     if device == "cpu":
@@ -221,7 +226,7 @@ def _fitting_pages(
         share, free = ABSENT_SHARE, absent_memory - logits_bytes(max_running, spec, dtype) - ABSENT_WORKING_BYTES
     else:
         free = _free_gpu_memory()
-    # Every rank holds the same pages, each its part of them: the one that has least left decides.
+    # Every rank holds its part of the same pages: the rank with the least memory left determines their number.
     return min(
         int((free - weight_bytes(spec, dtype, False, mesh, fp8=fp8)) * share) // page_bytes(config, spec, dtype, [mesh])
         for mesh in ranks
@@ -229,13 +234,14 @@ def _fitting_pages(
 
 
 def ranks_of(config: EngineConfig) -> list[Mesh]:
-    """The ranks of a worker, each with its place in the mesh."""
+    """Return the ranks of a worker, each with its position in the mesh."""
     return [Mesh(rank, config.tensor, config.pipeline) for rank in range(config.tensor * config.pipeline)]
 
 
 def pages_reported(facts: WorkloadFacts, max_running: int, page_size: int, memory: int, page_bytes: int = 0) -> int:
-    """Pages of a cache, `page_bytes` each, that fit `memory` together with the log-probabilities of the samples in it: as many
-    tokens as the cache holds, or as many as the running samples may have, or all of the job's."""
+    """Return how many pages of `page_bytes` bytes fit in `memory` bytes together with the log-probabilities of the samples in
+    them. Those are bounded by the tokens in the cache, by the longest outputs of the running samples, and by the whole
+    job's."""
     token = reported_token_bytes(facts.logprobs)
     most = int(REPORTED_GROWTH * min(max_running * facts.longest_output * token, facts.reported_bytes))
     each = int(page_bytes + REPORTED_GROWTH * page_size * token)
@@ -245,29 +251,33 @@ def pages_reported(facts: WorkloadFacts, max_running: int, page_size: int, memor
 
 
 def reported_token_bytes(logprobs: int) -> int:
-    """Memory that a token's log-probability and so many alternatives take; -1 is none."""
+    """Return the bytes of a token's log-probability and `logprobs` alternatives; -1 means that none are reported."""
     return 4 + 8 * logprobs if logprobs >= 0 else 0
 
 
 def page_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, ranks: Sequence[Mesh] | None = None) -> int:
-    """Memory of a page, keys and values of all layers, on these ranks together; None is all of the worker's."""
+    """Return the bytes of a page, keys and values of all layers, on `ranks` together; None means all ranks of the worker."""
     kept = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
     ranks = ranks_of(config) if ranks is None else ranks
     return sum(kv_shape(spec, config.page_size, 1, 1, 1, mesh).bytes_per_page(kept) for mesh in ranks)
 
 
 def _free_gpu_memory() -> int:
-    """Bytes that no process has taken, or all the GPU has where its management library is missing. Queries it without a
-    CUDA context, which takes some hundred megabytes of the GPU for as long as its process lives: only the worker needs one."""
+    """Return the free bytes of the GPU, or its total if NVML is not available.
+
+    The query needs no CUDA context, which would take several hundred megabytes of the GPU for the lifetime of this process:
+    only the worker needs one.
+    """
     total = int(torch.cuda.get_device_properties(0).total_memory)
     try:
         return total - int(torch.cuda.device_memory_used())
-    except Exception:  # of NVML's bindings, which are not a dependency: absent, of another version, not allowed to look
+    except Exception:  # of NVML's bindings, which are no dependency: missing, of another version, or without permission
         return total
 
 
 def available_memory() -> int:
-    """Bytes this process may still take: the machine's, or less where a container limits it."""
+    """Return the bytes of host memory that this process may still allocate: the machine's, or the container's if that is
+    less."""
     available = int(psutil.virtual_memory().available)
     try:
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -277,8 +287,11 @@ def available_memory() -> int:
 
 
 def weight_bytes(spec: ModelSpec, dtype: torch.dtype, head_apart: bool, mesh: Mesh | None = None, *, fp8: bool = False) -> int:
-    """Memory of a rank's weights; None is all of them. `head_apart`: tied embeddings count twice, as a CPU keeps the head in a
-    layout of its own. With `fp8` a number of the layers' matrices takes one byte, and each of their outputs a float32 scale."""
+    """Return the bytes of the weights of a rank, or of all if `mesh` is None.
+
+    With `head_apart`, tied embeddings count twice, as a CPU keeps the head in a layout of its own. With `fp8`, the matrices of
+    the layers take one byte for each element and a float32 scale for each output.
+    """
     mesh = mesh or Mesh.single()
     own = replace(
         spec,
@@ -290,7 +303,7 @@ def weight_bytes(spec: ModelSpec, dtype: torch.dtype, head_apart: bool, mesh: Me
     )
     shapes = tensor_shapes(own)
     numbers, vocabulary = sum(map(prod, shapes.values())), own.vocab_size * own.hidden_size
-    # Where it is tied the last stage holds the embedding as its head.
+    # With tied embeddings the last stage holds the embedding as its head.
     held = mesh.is_first_stage + mesh.is_last_stage
     if spec.tied_embeddings:
         numbers += vocabulary * (min(held, 1 + head_apart) - 1)
@@ -306,14 +319,14 @@ def weight_bytes(spec: ModelSpec, dtype: torch.dtype, head_apart: bool, mesh: Me
 
 
 def logits_bytes(max_running: int, spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Memory of the logits of so many samples: as computed, and in float32 as they are drawn from."""
+    """Return the bytes of the logits of `max_running` samples: in `dtype` as computed, and in float32 for the sampler."""
     return max_running * spec.vocab_size * (dtype.itemsize + 4)
 
 
 def kv_shape(
     spec: ModelSpec, page_size: int, num_pages: int, num_slots: int, max_pages: int, mesh: Mesh | None = None
 ) -> KVShape:
-    """The cache of one rank: of its stage's layers and its own heads."""
+    """Return the shape of one rank's cache: the layers of its stage and its own heads."""
     mesh = mesh or Mesh.single()
     return KVShape(
         num_layers=len(stage_layers(spec, mesh)),

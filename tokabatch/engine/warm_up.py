@@ -1,6 +1,6 @@
-"""Steps that touch every kernel once, so that none is compiled or loaded while the clock runs.
+"""Warm-up steps that launch every kernel once, so that none is compiled or loaded during the run.
 
-They write to slots and pages that the first real steps overwrite before they read them.
+They write to slots and pages that the first real steps overwrite before reading them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, SlotInit, SlotPenalties, StepBatch
 
 MAX_PROMPT = 1024
-"""Tokens of the longest prompt: enough for the kernels that take long runs only."""
+"""The most tokens of the prompt: enough to launch the kernels that are used only for long runs."""
 MAX_SAMPLES = 256
 
 
 def warm_up_steps(sizes: ReplicaSizes, draws: Sequence[SamplingParams]) -> Iterator[StepBatch]:
-    """One prompt computed; many samples behind it, each with its last page copied; the same with the prompt as a shared
-    prefix; and a step for every way of drawing. Every sample's own page is one and the same: the results are not used."""
+    """Yield the steps: a prefill of one prompt; a decode step of many samples of it that copies its last page; the same with
+    the prompt as a shared prefix; and a step for each of `draws`. All samples use the same page of their own, as their results
+    are discarded. Yields nothing if the sizes leave no room for a full page."""
     page = sizes.page_size
     full = min(MAX_PROMPT // page, sizes.max_pages_per_sequence - 1, sizes.num_pages - 2, (sizes.max_step_tokens - 1) // page)
     if full < 1:
@@ -41,7 +42,7 @@ def warm_up_steps(sizes: ReplicaSizes, draws: Sequence[SamplingParams]) -> Itera
 
 
 def kinds_of_drawing(sampling: Sequence[SamplingParams]) -> tuple[SamplingParams, ...]:
-    """One of each kind that the sampler has a kernel for, and one that combines all of them."""
+    """Return one of the parameters for each kind of drawing that uses different kernels, and one that combines all kinds."""
     kinds = {_kind(params): params for params in sampling}
     found = zip(*kinds, strict=True) if kinds else ((False,), (False,), (-1,), (False,))
     random, filtered, logprobs, penalised = (max(values) for values in found)
@@ -73,7 +74,7 @@ def _step(
     none = np.zeros(0, np.int32)
     slots, start, length = runs
     zero, one = np.zeros(len(slots), np.int32), np.ones(len(slots), np.float32)
-    # All penalties, and one rule a slot that looks at one token.
+    # All penalties, and for each slot one rule about one token.
     rules = np.zeros((len(slots), 4), np.int32)
     each = np.ones(len(slots))
     penalties = SlotPenalties(slots, zero, each, each, each, num_rules=zero + np.int32(1), rules=rules)
@@ -110,6 +111,6 @@ def _step(
 
 
 def _table(slots: Int32, pages: Int32) -> tuple[Int32, Int32, Int32]:
-    """The cells that give each slot the same pages."""
+    """Return the changes of the page table (slots, columns, pages) that give each slot the same pages."""
     column = np.arange(len(pages), dtype=np.int32)
     return np.repeat(slots, len(pages)), np.tile(column, len(slots)), np.tile(pages, len(slots))

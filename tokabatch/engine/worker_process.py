@@ -1,6 +1,6 @@
-"""The worker process's side: steps are launched as they arrive, results go back in their order.
+"""The loop of a worker process: it launches steps as they arrive and returns their results in the same order.
 
-`executor` holds the other end.
+`executor` is the other end of the pipe.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ CPU_OUT_OF_MEMORY = "can't allocate memory"
 
 
 class Running(Protocol):
-    """A step on its way, as `Worker.launch` returns it."""
+    """A step in flight, as `Worker.launch` returns it."""
 
     @property
     def done(self) -> bool:
         """Whether `wait` would return at once."""
         ...
 
-    def wait(self) -> StepResult: ...
+    def wait(self) -> StepResult:
+        """Block until the step has finished, and return its result."""
+        ...
 
 
 class Launches(Protocol):
-    """What executes steps: a `Launcher` with its worker, or a scripted one in tests."""
+    """What executes steps: a `Launcher` with its worker, or a stand-in in tests."""
 
     @property
     def sizes(self) -> ReplicaSizes: ...
@@ -45,7 +47,7 @@ class Launches(Protocol):
     def launch(self, step: StepBatch) -> Running: ...
 
     def make_ahead(self) -> None:
-        """Prepare graphs for later steps. Called while the device has a step queued behind the one that runs."""
+        """Capture a graph for later steps. Called while the device has another step queued after the current one."""
         ...
 
     def close(self) -> None: ...
@@ -53,18 +55,20 @@ class Launches(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Follows the steps that a worker shall ignore because it dropped one before them."""
+    """The message after which a worker launches steps again, having dropped a step and ignored those sent after it."""
 
 
 def serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any, bool], pulse: Pulse) -> None:
-    """The worker process, given what builds the worker, of what, and whether it answers: its sizes when it is ready, then a
-    result for each step, until the other end closes. After any error but a lack of memory it ends: the device's context may
-    be gone, and is never used again.
+    """Run the worker process until the other end of the pipe closes.
 
-    Steps are drained by a thread: were both sides to block in a send larger than the pipe's buffer, neither would go on.
+    `work` is the function that builds the launcher, its argument, and whether results are sent. The sizes are sent when the
+    worker is ready, then a result for each step. After any error except lack of memory, the error is sent and the function
+    returns: the device's context may be unusable.
+
+    A thread reads the steps from the pipe: if both sides blocked in a send larger than the pipe's buffer, they would deadlock.
     """
     build, spec, answers = work
-    # Not a SimpleQueue: in Python 3.11 its `get` may wait for good where the timeout passes before the wait begins.
+    # Not a SimpleQueue: in Python 3.11 its `get` may block forever if the timeout expires before it begins to wait.
     steps: queue.Queue[StepBatch | Resume | None] = queue.Queue()
     try:
         launcher = build(spec)
@@ -84,8 +88,8 @@ def serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any, bool], p
 def _work(
     launcher: Launches, steps: queue.Queue[StepBatch | Resume | None], pipe: Connection, pulse: Pulse, answers: bool
 ) -> None:
-    """Launch what arrives, ahead of sending back what is done: the device always has the next step queued. Between two launches
-    a moment is used to prepare for later steps."""
+    """Launch arriving steps before sending back finished results, so that the device always has the next step queued. A graph
+    for later steps is captured between launches, while at least two steps are queued."""
     results = pipe if answers else None
     launched: deque[Running] = deque()
     ahead = False
@@ -113,7 +117,7 @@ def _work(
                 _send_back(launched.popleft(), results, pulse)
             pipe.send(told)
             pulse.finished = pulse.begun
-            # The steps that build on the dropped one are ignored.
+            # Ignore the steps that depend on the dropped one.
             while not isinstance(skipped := steps.get(), Resume):
                 if skipped is None:
                     return
@@ -129,7 +133,7 @@ def _send_back(running: Running, results: Connection | None, pulse: Pulse) -> No
 
 
 def dropped(step: StepBatch, error: RuntimeError | MemoryError) -> StepDropped:
-    """The message about a step that the device had no memory for. Raises any other error again."""
+    """Return the message that a step was dropped for lack of memory. Raises the error again if it is of another kind."""
     if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and CPU_OUT_OF_MEMORY not in str(error):
         raise error
     if torch.cuda.is_initialized():
