@@ -226,7 +226,7 @@ def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
         bytes=sum(shard.bytes for shard in shards),
         correct=correct,
         unjudged=unjudged,
-        started=manifest and manifest.started.replace("T", " "),
+        started=manifest and manifest.started.replace("T", " ").replace("+00:00", " UTC"),
         model=manifest and manifest.job.get("model", {}).get("path"),
         input=manifest and manifest.job.get("input", {}).get("path"),
     )

@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing else: its figures first, then the curves. Reads no files and needs no engine."""
+"""A run as a self-contained HTML page: figures first, then charts and samples. Reads no files and needs no engine."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tokabatch.scoring.estimates import Estimate, distinct
 
 _POINTS = 400
 _CHARACTERS, _FOLDED = 4000, 700
-"""Shown of a text at most, and of a prompt before it is folded."""
+"""The most characters that are shown of a text, and of a prompt without folding it."""
 _SHORT = ("Prompt tokens", "Predicted and actual")
-"""Figures of half the height of the others: two of them are stacked beside a third one."""
+"""Figures of half the height of the others; two of them are stacked beside a full one."""
 _CSS = """
 :root{color-scheme:light dark;--page:#fff;--ink:#1f2328;--soft:#57606a;--line:#d0d7de;--bad:#b42318;--good:#1a7f37}
 @media(prefers-color-scheme:dark){:root{--page:#0d1117;--ink:#e6edf3;--soft:#9198a1;--line:#30363d;--bad:#ff7b72;--good:#56d364}}
@@ -42,10 +42,13 @@ figure{margin:0;border:1px solid var(--line);border-radius:.5rem;padding:.7rem;m
 figure.short{grid-row:span 1}
 figcaption{font-weight:600;margin-bottom:.3rem}figcaption small{font-weight:400;color:var(--soft);display:block}
 svg{width:100%;height:auto;overflow:visible}svg text{fill:var(--ink)!important}
-@media(max-width:42rem){svg text{font-size:11.5px!important}}
+@media(max-width:42rem){svg text{font-size:10.5px!important}}
 .bad{color:var(--bad)}.good{color:var(--good)}
 table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:.25rem .8rem .25rem 0;
 border-bottom:1px solid var(--line);overflow-wrap:anywhere}th{font-weight:400;color:var(--soft);min-width:6rem}
+table.errors{margin-bottom:1.4rem}.errors td:first-child{white-space:nowrap}
+@media(max-width:42rem){.errors th{display:none}.errors tr{display:block;border-bottom:1px solid var(--line);padding:.35rem 0}
+.errors td{display:inline;border:0}.errors td:nth-child(2)::before{content:"row "}.errors td:last-child{display:block}}
 details{border:1px solid var(--line);border-radius:.5rem;padding:.4rem .8rem;margin-bottom:.5rem}
 details th{width:8rem}details td{white-space:pre-line}
 summary{cursor:pointer;overflow-wrap:anywhere}summary small{color:var(--soft)}
@@ -57,7 +60,7 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.45 ui-monospace,mono
 
 @dataclass(frozen=True, slots=True)
 class PerToken:
-    """Log-probabilities per token of texts that were scored: of each text, shape [texts], and of all tokens together."""
+    """The mean log-probability per token of the scored texts: of each text, shape [texts], and over all tokens."""
 
     of_texts: Float64
     mean: float
@@ -65,9 +68,12 @@ class PerToken:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """All that a page shows. `summary` is the run's summary.json, of its last start; `steps` the columns of the steps of all
-    starts, empty where none were recorded; `lengths` the output tokens of each sample that is ok; `facts` what the run was, as
-    (label, value)."""
+    """What a page shows.
+
+    `summary` is the run's summary.json, written by its last start. `steps` are columns over the steps of all starts, empty if
+    none were recorded. `lengths` are the numbers of output tokens of the samples that are ok. `facts` describe the run as
+    (label, value).
+    """
 
     path: str
     model: str
@@ -80,20 +86,20 @@ class RunRecord:
     summary: Mapping[str, Any]
     steps: Mapping[str, Float64]
     estimates: tuple[Estimate, ...] | None
-    """What the verdicts say; none while samples are missing, None where nothing is verified."""
+    """pass@k and the like; empty while samples are missing, None if nothing is verified."""
     facts: Sequence[tuple[str, str]] = ()
     error_rows: ErrorRows | None = None
     samples_shown: Mapping[Kind, Sequence[Excerpt]] = field(default_factory=dict[Kind, Sequence[Excerpt]])
     prompts: Mapping[int, str] = field(default_factory=dict[int, str])
-    """The rows of the samples shown, by row number, as far as they are known."""
+    """The prompts of the samples shown, by row number, if they could be rebuilt."""
     cut_off: int = 0
     """Samples that ended at max_tokens or at the end of the context."""
     per_token: PerToken | None = None
-    """Where the job scores given texts."""
+    """None unless the job scores given texts."""
 
 
 def render_page(run: RunRecord) -> str:
-    """The page as HTML text."""
+    """Return the page as HTML."""
     tiles = "".join(
         f"<div class=tile><b{' class=bad' if alert else ''}>{escape(v)}</b><span>{escape(k)}</span></div>"
         for k, v, alert in _tiles(run)
@@ -113,7 +119,7 @@ def render_page(run: RunRecord) -> str:
 
 
 def _state(run: RunRecord) -> str:
-    """The state, and what is wrong with a run that is complete."""
+    """Return the state, with the number of errors if a complete run has too many."""
     if run.state == "complete" and run.summary.get("exit_code") == 3:
         return f"complete, but {run.errors:,} of {run.samples:,} samples are errors, more than errors.max_fraction allows"
     return run.state
@@ -125,12 +131,12 @@ def _errors(run: RunRecord) -> str:
     section = errors_section(run.error_rows)
     head = "".join(f"<th>{escape(name)}" for name in section.columns)
     rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}' for cell in row)}" for row in section.rows)
-    return f"<h2>Error rows</h2><table><tr>{head}{rows}</table><br>"
+    return f"<h2>Error rows</h2><table class=errors><tr>{head}{rows}</table>"
 
 
 _TITLES: dict[Kind, str] = {
     "right": "Right samples",
-    "wrong": "Wrong samples, and those without a verdict",
+    "wrong": "Wrong samples",
     "first": "Samples",
     "longest": "Longest samples",
 }
@@ -143,7 +149,9 @@ _TITLES_OF_SCORED: dict[Kind, str] = {
 
 
 def _samples(run: RunRecord) -> str:
-    titles = _TITLES if run.per_token is None else _TITLES_OF_SCORED
+    titles = dict(_TITLES if run.per_token is None else _TITLES_OF_SCORED)
+    if run.per_token is None and any(each.unjudged for each in run.samples_shown.get("wrong", ())):
+        titles["wrong"] = "Wrong samples, and those without a verdict"
     parts = [
         f"<h2>{title}</h2>{''.join(_sample(each, run.prompts.get(each.row_index)) for each in run.samples_shown[kind])}"
         for kind, title in titles.items()
@@ -153,7 +161,7 @@ def _samples(run: RunRecord) -> str:
 
 
 def _sample(sample: Excerpt, prompt: str | None) -> str:
-    """A folded sample: its prompt, folded once more where it is long, what the model wrote, and the columns of its row."""
+    """Return a folded sample: its prompt (folded again if it is long), its text, and the columns of its row."""
     scored = sample.finish_reason == "scored"
     mark = "<b class=good>right</b> " if sample.correct else "" if sample.correct is None else "<b class=bad>wrong</b> "
     if sample.unjudged:
@@ -178,7 +186,7 @@ def _sample(sample: Excerpt, prompt: str | None) -> str:
 
 
 def _cut(value: Any) -> str:
-    """A value as text: lists and objects as JSON."""
+    """Return a value as text of limited length; lists and objects become JSON."""
     text = (
         ""
         if value is None
@@ -195,12 +203,12 @@ def _facts(run: RunRecord) -> str:
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
-    """Label, value, and whether it should worry the reader."""
+    """Return label, value, and whether it is shown as a warning, for each tile."""
     s, pending = run.summary.get("this_start", run.summary), run.samples - run.ok - run.errors - run.cancelled
     kind = "output" if run.per_token is None else "scored"
     last = ", last start" if s.get("earlier") else ""
     rows: list[tuple[str, str, bool]] = []
-    # The last of each kind, which is that of all samples, and pass@1.
+    # pass@1, and the last estimate of each kind, which uses all samples.
     last_of_kind = {each.name.rstrip("0123456789"): each for each in run.estimates or ()}
     for each in distinct(run.estimates or ()):
         if each.name == "pass@1" or each in last_of_kind.values():
@@ -221,7 +229,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
     rows += [("pending", f"{pending:,}", True)] if pending else []
     seconds = float(elapsed(run.steps).max()) if len(run.steps.get("seconds", ())) else 0.0
     if s.get("earlier") and seconds:
-        # The summary is that of the last start alone; the steps are those of all.
+        # The summary covers the last start, the steps cover all.
         rows.append(("of computing, all starts", seconds_text(seconds), False))
         rows.append((f"{kind} tokens a second, all starts", f"{float(run.steps['sampled'].sum()) / seconds:,.0f}", False))
     elif s.get("steps"):
@@ -246,7 +254,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
 
 
 def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
-    """Title, note and drawing of each figure that there is something to draw for."""
+    """Return title, note and SVG of each figure that has data."""
     figures: list[tuple[str, str, str]] = []
     bands: list[plots.Band] = []
     for kind in ("pass@", "maj@"):
@@ -279,7 +287,7 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
     if s.get("predicted_seconds") is not None:
         drawing = plots.bars(("predicted", "actual"), (s["predicted_seconds"], s["step_seconds"]), "seconds")
         roofline = ", the least that arithmetic and memory allow" if "roofline" in s["predicted_by"] else ""
-        note = f"time of the steps taken; predicted by {s['predicted_by']}{roofline}"
+        note = f"time of the steps; predicted by {s['predicted_by']}{roofline}"
         figures.append(("Predicted and actual", note, drawing))
     return figures
 
@@ -307,8 +315,8 @@ def _step_figures(steps: Mapping[str, Float64]) -> list[tuple[str, str, str]]:
 
 
 def _thin(steps: Mapping[str, Float64], names: Sequence[str]) -> tuple[Float64, dict[str, Float64]]:
-    """At most `_POINTS` parts of equal time: where each ends, and the columns' time-weighted means in them, those of several
-    replicas added up."""
+    """Divide the time into at most `_POINTS` equal parts. Return the end of each part in seconds and the time-weighted mean of
+    each column in it, summed over the replicas."""
     seconds, ends, replica = steps["seconds"], elapsed(steps), steps[REPLICA].astype(np.int64)
     count, whole = int(replica.max()) + 1, float(ends.max())
     parts = max(1, min(_POINTS, len(seconds) // count))
@@ -322,7 +330,7 @@ def _thin(steps: Mapping[str, Float64], names: Sequence[str]) -> tuple[Float64, 
 
 
 def _rates(steps: Mapping[str, Float64], edges: Float64) -> dict[str, Float64]:
-    """Tokens a second between consecutive edges, from the running totals."""
+    """Return tokens per second between consecutive edges, from the cumulative counts."""
     ends = elapsed(steps)
     order = np.argsort(ends, kind="stable")
     ends = np.append(0.0, ends[order])

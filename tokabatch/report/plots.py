@@ -1,7 +1,7 @@
-"""The figures of a report page, as SVG text: matplotlib draws them, nothing else knows it.
+"""The figures of a report page as SVG, drawn by matplotlib, which only this module imports.
 
-SVG by matplotlib needs no script and about 20 kB a figure; a plotting library for browsers would bring megabytes into
-every page. Text stays text, in the page's own font.
+Such an SVG needs no script and takes about 20 kB; a plotting library for browsers would add megabytes to every page. Text in
+the figures remains text, in the font of the page.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Curve:
 
 
 def over_time(seconds: Float64, curves: Sequence[Curve], unit: str, top: float | None = None) -> str:
-    """Curves over seconds since the first step; `top` fixes the axis, such as 1 for shares."""
+    """Draw curves over `seconds` since the first step. `top` is the upper end of the axis, such as 1 for shares."""
     figure, axes = _open()
     scale, name = (1.0, "seconds") if seconds[-1] < 300 else (60.0, "minutes") if seconds[-1] < 18_000 else (3600.0, "hours")
     for curve in curves:
@@ -63,20 +63,21 @@ def over_time(seconds: Float64, curves: Sequence[Curve], unit: str, top: float |
 
 
 def histogram(values: npt.NDArray[np.int32] | Float64, unit: str, counted: str) -> str:
-    """How many values, of what is `counted`, fall into each of at most 60 bins."""
+    """Draw a histogram of `values` in at most 60 bins; `counted` names what has these values."""
     figure, axes = _open()
     axes.hist(values, bins=min(60, max(1, len(np.unique(values)))), color=INK, alpha=0.8)
     mean, digits = float(values.mean()), 0 if np.issubdtype(values.dtype, np.integer) else 2
     axes.axvline(mean, color=SECOND, linewidth=1.2, label=f"mean {mean:,.{digits}f}")
     axes.set_xlabel(unit)
     axes.set_ylabel(counted)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=8)
     return _close(figure)
 
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """A curve over whole numbers, with its confidence band."""
+    """A curve over whole numbers with its confidence band."""
 
     label: str
     x: Sequence[int]
@@ -86,7 +87,7 @@ class Band:
 
 
 def with_bands(bands: Sequence[Band], unit: str) -> str:
-    """At most two curves with their confidence bands over a logarithmic axis."""
+    """Draw at most two curves with their confidence bands over a logarithmic axis."""
     figure, axes = _open()
     for band, color in zip(bands, (INK, SECOND), strict=False):
         axes.fill_between(band.x, band.low, band.high, color=color, alpha=0.2, linewidth=0)
@@ -101,7 +102,7 @@ def with_bands(bands: Sequence[Band], unit: str) -> str:
 
 
 def bars(labels: Sequence[str], values: Sequence[float], unit: str) -> str:
-    """Horizontal bars with their values beside them."""
+    """Draw horizontal bars with their values beside them."""
     figure, axes = _open(height=0.45 + 0.28 * len(labels))
     places = np.arange(len(labels))[::-1]
     axes.barh(places, values, color=[INK, SOFT, SECOND][: len(labels)], height=0.6)

@@ -113,7 +113,7 @@ def _facts(out: Path, manifest: Manifest, summary: Mapping[str, Any], obstacle: 
     settings = ", ".join(f"{name} {write_value(value)}" for name, value in drawn.items() if value not in (None, [], {}))
     verified, device = job.get("verify") or {}, summary.get("device", "")
     rows = [
-        ("started", manifest.started.replace("T", " ")),
+        ("started", manifest.started.replace("T", " ").replace("+00:00", " UTC")),
         ("model", manifest.model_path),
         ("input", str(job.get("input", {}).get("path", ""))),
         ("settings", settings),
