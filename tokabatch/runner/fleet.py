@@ -36,20 +36,21 @@ from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.scheduler import SchedulerLimits
 
 TICK_SECONDS = 0.2
-"""How often the caller of `run` gets its turn while no sample is finished."""
+"""Seconds after which `run` yields even if no sample is finished."""
 FEED_SECONDS = 0.1
-"""How often, in seconds, work is offered to a member that requested more, besides when something becomes free."""
+"""Seconds between offers of work to members that requested more, in addition to whenever samples become free."""
 TELL_SECONDS = 1.0
-"""How often, in seconds, members receive the lengths that others observed."""
+"""Seconds between messages that send members the lengths observed by others."""
 MESSAGE_SECONDS = 2e-4
-"""Main's time for a message, by which members keep finished samples back so that it can read those of all."""
+"""Main's time for a message in seconds. Members collect finished samples for that long times their number, so that main can
+keep up."""
 MOST_TOLD = 1 << 16
-"""Lengths sent at a time, to all members together: in a large fleet each learns enough from some of them."""
+"""The most lengths sent at a time, to all members together; in a large fleet each member gets a part of them."""
 
 
 class Fleet:
-    """See `Replica`, whose methods these are. `build` makes a member's replica in its process, which `launch` starts; without
-    it that is a fork of main, and `leave` lets go there of what is main's."""
+    """The members of a run, with the methods of `Replica`. `launch` starts a member's process; without it, main is forked and
+    `leave` closes main's resources in the fork. `build` creates the replica in that process."""
 
     def __init__(
         self,
@@ -68,11 +69,15 @@ class Fleet:
         begun: Int64 | None = None,
         launch: Launch | None = None,
     ) -> None:
-        """A member for each entry of `devices`, its GPUs. At most `max_restarts` processes of one are lost in a row without a
-        finished sample. One without a heartbeat for `hang_seconds` is killed; a step that stands still is the worker's,
-        which the replica watches. `interval` is the time between two standings that are wanted, in seconds; None is never.
-        Where a `supply` is given, the work is what it offers of `requests`, until it has ended. Of each row so many samples may
-        be `begun` before `follow` says more; None is all."""
+        """Create a member for each entry of `devices`, the names of its GPUs.
+
+        A member is dropped after more than `max_restarts` of its processes in a row were lost without a finished sample. A
+        process without a heartbeat for `hang_seconds` is killed; hanging steps are detected by the replica, which watches its
+        worker. `interval` is the time in seconds between the standings of a member; None requests only the first and the last,
+        unless there are several members. With a `supply`, only the samples of `requests` that it offers are computed, until it
+        has ended. `begun` is the number of samples of each row that may begin before `follow` raises it, shape [rows]; None is
+        all.
+        """
         self._supply = supply
         self._ledger = Ledger(requests, begun, withheld=supply is not None)
         self._first_left = self._ledger.left
@@ -80,21 +85,21 @@ class Fleet:
         self._stop, self._tell, self._leave = stop, tell, leave
         self._max_restarts, self._hang_seconds = max_restarts, hang_seconds
         self._members = [Member(number, names, Standing.before(limits)) for number, names in enumerate(devices)]
-        # Who has how much to give is seen from their standings.
+        # Their standings show how many samples each member can give to others.
         standing = STANDING_SECONDS if interval is None and len(self._members) > 1 else interval
         seconds = MESSAGE_SECONDS * len(self._members)
         self._pace = Pace(None if standing is None else max(standing, seconds), seconds)
         self._lengths: list[tuple[Int64, Int32, Bool]] = []
-        """Samples since the last message to members: the member of each, its length, and whether it stopped by itself."""
+        """Samples since the last message about lengths: the member of each, its length, and whether it stopped by itself."""
         self._gathering: dict[int, int] = {}
-        """By prompt: the member that gets all its samples."""
+        """For some prompts, the member that is to receive all their samples."""
         self._fed = self._told = 0.0
         self._began = self._ended = 0.0
 
     def run(self) -> Iterator[Completions]:
-        """As `Replica.run`, packed; yields the samples of several steps at once where they are many, and none where none are
-        finished."""
-        # Nothing is loaded before there is something to compute.
+        """As `Replica.run`, with packed samples: those of several steps at once if there are many, and an empty batch from time
+        to time if none is finished."""
+        # Load no model before there is something to compute.
         while not self._ledger.left and self._goes_on():
             with self._stop.at_once():
                 time.sleep(TICK_SECONDS)
@@ -106,7 +111,7 @@ class Fleet:
                 ready = set(wait([member.pipe for member in self._members if member.pipe is not None], TICK_SECONDS))
             if self._supply is not None:
                 self._supply.tick(self._ledger)
-            # Not more than that: main may have been the one that was stopped.
+            # Limited, as main itself may have been suspended.
             passed, looked = min(time.monotonic() - looked, TICK_SECONDS), time.monotonic()
             completions, failure = PackedCompletions.of(()), None
             taken: list[tuple[int, PackedCompletions]] = []
@@ -125,7 +130,7 @@ class Fleet:
                     completions = self._book(taken)
                 self._feed()
             except TokabatchError as error:
-                # What the others have finished comes first.
+                # Yield what the others have finished first.
                 failure = error
             if completions or any(member.begun for member in self._members):
                 yield completions
@@ -135,7 +140,8 @@ class Fleet:
         self.stop()
 
     def follow(self, changes: Sequence[RowLimits]) -> None:
-        """Begin no sample of these rows beyond their limits, and draw none from their ends on; those that run are stopped."""
+        """Apply new limits to rows: begin no sample beyond them, and cancel the samples from a row's end on, running ones
+        too."""
         ends: dict[int, list[tuple[int, int]]] = {}
         for change in changes:
             self._ledger.begin(change.row, change.begin)
@@ -152,7 +158,8 @@ class Fleet:
             self._feed()
 
     def standing(self, *, foresee: bool = False) -> Standing:
-        """Where the work stood when the members said so last; `finished` is what has come in, or was cancelled."""
+        """Return the sum of the members' latest standings; `finished` counts the samples that have arrived or were
+        cancelled."""
         standings = [member.standing for member in self._members]
         scheduled, counts = SchedulerCounts(), ReplicaCounts()
         for total, parts in ((scheduled, [s.scheduled for s in standings]), (counts, [s.counts for s in standings])):
@@ -179,7 +186,7 @@ class Fleet:
         )
 
     def steps(self) -> Steps:
-        """The steps whose results are in, of all members by the time that each had taken; none before the end."""
+        """Return the finished steps of all members, ordered by each member's elapsed time; empty before the end."""
         nothing = StepLog().steps()
         return by_time([nothing if member.ended is None else member.ended.steps for member in self._members])
 
@@ -188,8 +195,8 @@ class Fleet:
         return tuple(member.share(self._began, self._ended) for member in self._members)
 
     def stop(self) -> PackedCompletions:
-        """Break the work off; returns what is finished and was not yielded. A process that is still loading, or does not end
-        soon, is left to `close`."""
+        """Stop the work and return the finished samples that were not yielded yet. A process that is still loading, or does not
+        stop soon, is ended by `close`."""
         stopped = [PackedCompletions.of(())]
         self._ended = self._ended or time.monotonic()
         deadline = time.monotonic() + STOP_SECONDS
@@ -214,7 +221,7 @@ class Fleet:
         return PackedCompletions.joined(stopped)
 
     def close(self) -> None:
-        """End the processes, and with them the workers."""
+        """End the processes and their workers."""
         for member in self._members:
             if member.pipe is not None and member.ended is None:
                 member.pipe.close()
@@ -222,7 +229,7 @@ class Fleet:
             member.close()
 
     def _goes_on(self) -> bool:
-        """Whether there may be more to compute, though nothing is left of what there was."""
+        """Return whether more samples may still be offered although none is left now."""
         if self._supply is None:
             return False
         self._supply.tick(self._ledger)
@@ -232,8 +239,8 @@ class Fleet:
         return [member for member in self._members if member.pipe is not None]
 
     def _start(self, member: Member) -> None:
-        """Start a process for it, with its first run. One that is launched may have to wait for a place: it is given its work
-        once it runs."""
+        """Start a process for a member, with its first run. A launched process may be pending at first; it gets its work once
+        it runs."""
         if self._launch is not None:
             member.begin(self._launch(member.number, self._build, self._ledger, member.before, self._pace))
             return
@@ -248,15 +255,15 @@ class Fleet:
         member.begin(Fork(member, self._build, run, self._ledger, self._pace, leave))
 
     def _num_sharing(self) -> int:
-        """Members between which the work is divided."""
-        # One that waits for a place may wait for long: nothing is held back for it.
+        """Return the number of members between which the work is divided."""
+        # A process may be pending for long: no work is reserved for it.
         return sum(not each.given_up and (each.placed or self._launch is None) for each in self._members)
 
     def _next_run(self, member: Member, sharing: int) -> Part | None:
         return self._ledger.next_run(member.number, sharing, whole=sharing == 1)
 
     def _take(self, member: Member, message: Message | None) -> PackedCompletions:
-        """Take in what a member says; returns the samples that it has finished, which are to be booked."""
+        """Process a message of a member and return its finished samples, which are still to be booked."""
         if isinstance(message, str):
             self._say(member, message)
         elif isinstance(message, Finished):
@@ -294,7 +301,7 @@ class Fleet:
         return PackedCompletions.of(())
 
     def _book(self, taken: Sequence[tuple[int, PackedCompletions]]) -> PackedCompletions:
-        """Record what the members of these numbers have finished; all of it together."""
+        """Record the samples that these members, given by number, have finished, and return all of them."""
         if not taken:
             return PackedCompletions.of(())
         completions = PackedCompletions.joined([each for _, each in taken])
@@ -305,7 +312,7 @@ class Fleet:
         return completions
 
     def _feed(self) -> None:
-        """Give free work to the members that requested more, or request some from the fullest of the others."""
+        """Give free samples to the members that requested more, or request some from the members that hold the most."""
         now, live = time.monotonic(), self._live()
         if now - self._told > TELL_SECONDS:
             self._told = now
@@ -326,7 +333,7 @@ class Fleet:
         starved = starved[sum(bool(each.unanswered) for each in live) :]
         if not starved or self._ledger.has_free:
             return
-        # The one that can spare most gives to the one that has least, the next one to the next.
+        # The member with the most to spare gives to the one with the least, the next to the next, and so on.
         trying, held = set(self._gathering.values()), self._ledger.held
         least = held(starved[0].number)
         givers = [each for each in live if each.begun and each.can_give and not each.unanswered and each.number not in trying]
@@ -351,7 +358,7 @@ class Fleet:
                 member.send(Lengths(length[others], stopped[others]))
 
     def _gather(self, member: Member) -> None:
-        """Give a member all samples of the rows that it suspects; they are taken from the others first."""
+        """Assign all samples of the rows that a member suspects to it, after the others have given them back."""
         prompts = np.array(sorted(prompt for prompt, number in self._gathering.items() if number == member.number), np.int32)
         if not len(prompts):
             return
@@ -365,7 +372,7 @@ class Fleet:
             member.send(free)
 
     def _replace(self, member: Member, fault: EngineError) -> None:
-        """Start another process in the place of one that is lost, or do without it. Raises EngineError where none is left."""
+        """Start a process in place of a lost one, or drop the member. Raises EngineError if no member is left."""
         member.close()
         member.standing = replace(member.standing, running=0, waiting=0, used_pages=0, tokens_left=None)
         self._ledger.give_back(member.number)
@@ -373,7 +380,7 @@ class Fleet:
         member.standing.counts.restarts["scheduler"] += 1
         self._gathering = {prompt: number for prompt, number in self._gathering.items() if number != member.number}
         for number in set(self._gathering.values()):
-            # Before any other gets what the lost one held of suspects.
+            # Before other members can get the lost one's samples of suspected rows.
             self._gather(self._members[number])
         if member.barren <= self._max_restarts:
             self._say(member, f"{fault}. Starting another; what was under way is computed again")

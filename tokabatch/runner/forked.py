@@ -1,4 +1,4 @@
-"""Processes that are forked from main: what main has read is shared with them, not copied."""
+"""Processes forked from main, which share the memory of what main has read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ _THREADS_OF_TOKENIZERS = "TOKENIZERS_PARALLELISM"
 
 
 def can_fork() -> bool:
-    """Whether a process of many threads may be forked here; on macOS its system libraries forbid it."""
+    """Return whether a process with several threads can be forked on this system; the system libraries of macOS forbid it."""
     return sys.platform == "linux"
 
 
 def fork(target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> BaseProcess:
-    """A process that calls `target`, and ends with the calling thread. Signals to all processes of a terminal are main's."""
+    """Fork a process that calls `target` and ends with the calling thread. It ignores a terminal's signals, which main
+    handles."""
     process = multiprocessing.get_context("fork").Process(target=_run, args=(target, arguments), name=name)
-    # Threads of native libraries are not carried over. None of theirs is used in the fork: tokenizers' is kept from it.
+    # Threads of native libraries do not exist in the fork, so it must not use them: those of tokenizers are turned off.
     setting = os.environ.get(_THREADS_OF_TOKENIZERS)
     os.environ[_THREADS_OF_TOKENIZERS] = "false"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
@@ -43,8 +44,8 @@ def fork(target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> 
 
 
 def keep_only(descriptors: Collection[int]) -> None:
-    """In a fork: let go of every open file but these and the standard ones, so that locks and pipes of main end with main.
-    Their numbers stay taken, by the null device: objects that still have them close nothing else."""
+    """Close every open file of a forked process except these and the standard ones, so that main's locks and pipes end with
+    main. The file numbers are redirected to the null device, so that objects that still hold them cannot close other files."""
     kept = {0, 1, 2, *descriptors}
     null = os.open(os.devnull, os.O_RDWR)
     for number in [int(name) for name in os.listdir("/proc/self/fd")]:

@@ -1,4 +1,5 @@
-"""Finished samples on their way through the judge's processes: decoded and handed in once, never too many at a time."""
+"""Judging of finished samples: each is decoded and submitted to the judges once, and the number of waiting samples is
+limited."""
 
 from __future__ import annotations
 
@@ -17,19 +18,19 @@ from tokabatch.scoring.judge import Verdict
 from tokabatch.scoring.pool import Ticket, open_pool
 
 SUBMITTED_SAMPLES = 2048
-"""Decoded and handed in at once."""
+"""Samples that are decoded and submitted together."""
 MOST_UNJUDGED = 4096
-"""Finished samples that may wait for their verdicts; where there are more, the run waits, and the replicas with it."""
+"""The most finished samples without a verdict; above that the run, and with it the replicas, pauses."""
 KEPT_BYTES = 32 << 20
-"""Memory of rows that are kept for further samples of theirs, by estimate; those of one batch may take more."""
+"""The estimated memory in bytes of rows that are cached for further samples; the rows of one batch may take more."""
 ROW_BYTES = 500
-"""Of these, what a row of a few columns takes as Python objects beside the bytes of its columns, by estimate."""
+"""The estimated bytes of a row's Python objects, in addition to its columns."""
 LOOK_SECONDS, HURRIED_SECONDS = 0.2, 10.0
-"""How long one call waits for verdicts at most, and all of them once the run is to stop."""
+"""The most seconds that one call blocks for verdicts, and that all calls do after the run has been stopped."""
 
 
 class Judging:
-    """The judge of a run, fed with its finished samples."""
+    """The judge of a run and the samples submitted to it."""
 
     def __init__(
         self,
@@ -40,19 +41,19 @@ class Judging:
         at_once: int,
         most: int,
     ) -> None:
-        """At most so many processes, of which so many begin together."""
+        """Use at most `most` processes, of which `at_once` are started together."""
         self._pool = open_pool(config, at_once, most)
         self._store = store
         self._rows: dict[int, Mapping[str, Any]] = {}
         self._row_bytes = 0
-        """Rows read last, and their memory by estimate: a row's samples come in many messages."""
+        """The rows read last and their estimated memory: the samples of a row arrive in many messages."""
         self._tables = tables
         self._clock = clock
         self._deadline = math.inf
 
     def submit(self, samples: Sequence[FinishedSample]) -> None:
-        """Hand in those of `samples` that are no errors and have not been handed in, which stand behind all that have been. One
-        whose tokens or row cannot be read is not judged; its verdict says why."""
+        """Submit the samples that are not errors and have not been submitted yet, which come after those that have. A sample
+        whose tokens or row cannot be read gets a verdict with the reason."""
         new: list[FinishedSample] = []
         for each in reversed(samples):
             if each.ticket is not None:
@@ -64,13 +65,13 @@ class Judging:
             self._submit_some(new[begin : begin + SUBMITTED_SAMPLES])
 
     def keeps_up(self, samples: Sequence[FinishedSample]) -> bool:
-        """Wait LOOK_SECONDS at most until of all but the last MOST_UNJUDGED of `samples` there are verdicts; whether there
-        are."""
+        """Block for at most LOOK_SECONDS until all but the last MOST_UNJUDGED of `samples` have verdicts. Return whether they
+        have."""
         return self._pool.wait(_tickets(samples[: max(0, len(samples) - MOST_UNJUDGED)]), LOOK_SECONDS)
 
     def is_done(self, samples: Sequence[FinishedSample], goes_on: Callable[[], bool]) -> bool:
-        """Wait LOOK_SECONDS at most for the verdicts of all `samples`; whether they are there. HURRIED_SECONDS after the run
-        no longer `goes_on` the judge is ended: what it has not judged is NOT_JUDGED."""
+        """Block for at most LOOK_SECONDS until all `samples` have verdicts, and return whether they have. HURRIED_SECONDS after
+        `goes_on` has become False, the judge is stopped, and the remaining samples are NOT_JUDGED."""
         if self._pool.wait(_tickets(samples), LOOK_SECONDS):
             return True
         if not goes_on() and self._deadline == math.inf:
@@ -80,11 +81,11 @@ class Judging:
         return False
 
     def grow(self) -> None:
-        """Start another process of the judge where those there fall behind."""
+        """Start another process of the judge if the existing ones fall behind."""
         self._pool.grow()
 
     def close(self) -> None:
-        """End the processes of the judge."""
+        """Stop the processes of the judge."""
         self._pool.close()
 
     def _submit_some(self, new: Sequence[FinishedSample], *, again: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The replicas of a run: their schedulers, what makes their workers, and where both of them live."""
+"""Creates the replicas of a run: their schedulers, their workers, and the processes in which both run."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from tokabatch.workload.prepare import Demand
 
 @dataclass(frozen=True, slots=True)
 class _Build:
-    """See `Build`. `make` makes the executors of the replica whose number is `traced`, `other` those of the others. It can be
-    pickled, for a process on another host."""
+    """See `Build`. `make` creates the executors of the replica with the number `traced`, `other` those of the others. It can be
+    pickled for a process on another host."""
 
     limits: SchedulerLimits
     stops: StopRules
@@ -77,8 +77,9 @@ def make_replica(
     supply: Supply | None = None,
     cluster: Cluster | None = None,
 ) -> Replica | StoppingReplica | Fleet:
-    """What does the steps: in this process where the only worker is, else in processes of their own, on hosts of the `cluster`
-    if there is one. Raises UsageError where the work comes from a `supply` and processes cannot be forked."""
+    """Return what runs the steps: a replica in this process if the only worker is here as well, otherwise a fleet of processes,
+    on the hosts of the `cluster` if there is one. Raises UsageError if the work comes from a `supply` and this system cannot
+    fork processes."""
     workload, layout = started.left, started.left.layout
     tokenizer, sampling = workload.tokenizer, workload.requests.sampling
     text = None
@@ -138,8 +139,7 @@ def make_replica(
 
 
 def _runs_apart(job: Job, workload: Demand) -> bool:
-    """Whether workers have processes of their own: on a GPU, where they are several or have several ranks, or when the job asks
-    for it."""
+    """Return whether workers have processes of their own: on a GPU, with several replicas or ranks, or if the job says so."""
     layout = workload.layout
     if layout.replicas * layout.tensor * layout.pipeline > 1:
         return True
@@ -147,8 +147,8 @@ def _runs_apart(job: Job, workload: Demand) -> bool:
 
 
 def executor_maker(job: Job, workload: Demand, sizes: ReplicaSizes, tell: Callable[[str], None]) -> Callable[[], Executor]:
-    """What makes the replica's executor, and another where that one is lost. The GPU is asked here, not in the replica's
-    process, which is forked and cannot."""
+    """Return the function that creates the replica's executor and its replacements. The GPU is queried here, because the
+    replica's forked process cannot use CUDA."""
     backend, obstacle = choose_backend(workload.device, workload.dtype, workload.spec.head_dim)
     if obstacle and len(workload.requests):
         tell(f"attention runs in plain torch, many times slower than FlashInfer's kernels: {obstacle}")

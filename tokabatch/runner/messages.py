@@ -14,8 +14,8 @@ from tokabatch.scheduling.completion_batch import Completions
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often a member reports, in seconds: the least time between two standings (None: the first and the last alone), and
-    between two messages of finished samples while it has others to run."""
+    """How often a member reports: the least seconds between two standings (None: only the first and the last are sent), and
+    between two messages of finished samples while others are running."""
 
     standing: float | None
     finished: float = 0.0
@@ -23,22 +23,22 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """To a member: give back what `to_give` says of the samples that have never been admitted here; the member that wants more
-    holds so many, running ones included."""
+    """Sent to a member: give back samples that were never admitted there, as many as `ledger.to_give` returns. The member that
+    requested more holds `held` samples, running ones included."""
 
     held: int
 
 
 @dataclass(frozen=True, slots=True)
 class Withdraw:
-    """To a member: give back all samples of these rows that are not finished, those that run included."""
+    """Sent to a member: give back all unfinished samples of these rows, running ones included."""
 
     rows: Int64
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """To a member: of each of these rows, draw no sample from its first number on."""
+    """Sent to a member: cancel the samples of each row from the given number on."""
 
     rows: Int64
     first: Int32
@@ -46,7 +46,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """To a member: how long samples were that others finished; `stopped` is False where the limit ended them."""
+    """Sent to a member: the lengths of samples that others finished; `stopped` is False if the length limit ended them."""
 
     length: Int32
     stopped: Bool
@@ -54,16 +54,16 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """From a member: finished samples, and its progress if that is due."""
+    """Sent by a member: finished samples, and its standing if that is due."""
 
     completions: Completions
-    """Packed where they have come to main."""
+    """`PackedCompletions` once they have arrived in main."""
     standing: Standing | None
 
 
 @dataclass(frozen=True, slots=True)
 class Wants:
-    """From a member: it can take more, having been given so many parts; so many samples wait."""
+    """Sent by a member that has room for more samples: the number of parts that it has received, and of samples waiting."""
 
     waiting: int
     parts: int
@@ -71,21 +71,22 @@ class Wants:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """From a member: what it gives back."""
+    """Sent by a member: the samples that it gives back."""
 
     part: Part
 
 
 @dataclass(frozen=True, slots=True)
 class Suspects:
-    """From a member: rows one of which may kill workers; none where that is over."""
+    """Sent by a member: rows one of which may crash workers; empty when the suspicion has been cleared."""
 
     rows: Int64
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """From a member: its last word. `idle` are the times, by the system's monotonic clock, in which it had nothing to run."""
+    """Sent by a member as its last message. `idle` are the periods, in times of the system's monotonic clock, in which it had
+    nothing to run."""
 
     standing: Standing
     steps: Steps
@@ -94,6 +95,6 @@ class Ended:
 
 
 Message = Finished | Wants | Given | Suspects | Ended | str
-"""To main; a text is shown to the user."""
+"""Sent to main; a text is shown to the user."""
 Order = Part | Share | Withdraw | Cancel | Lengths
-"""To a member."""
+"""Sent to a member."""

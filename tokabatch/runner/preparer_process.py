@@ -1,6 +1,6 @@
-"""A process that turns finished samples into tables: main sends it samples as bytes, and receives tables.
+"""The loop of a process that turns packed samples from main into tables (see `preparers`).
 
-Heartbeats come from the loop that does the work. Its judges are further processes.
+The loop that does the work also sends the heartbeats. Judges run in further processes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from tokabatch.runner.preparation import Preparation
 from tokabatch.scheduling.completion_batch import PackedCompletions
 
 SEND_SECONDS, HURRIED_SEND_SECONDS = 0.2, 0.02
-"""How often tables are sent that are not full, and where rows stop by their verdicts, or the run is at its end."""
+"""Seconds between tables that are not full; the shorter interval applies if verdicts can stop rows, and at the end of a run."""
 BEAT_SECONDS = 0.5
-"""How often a heartbeat is sent while there are samples and no table."""
+"""Seconds between heartbeats while there are samples."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """To a process: samples, and the number of each, ascending."""
+    """Sent to a process: samples and their numbers, ascending."""
 
     numbers: Int64
     completions: PackedCompletions
@@ -42,25 +42,26 @@ class Work:
 
 @dataclass(slots=True)
 class Prepared:
-    """From a process: rows of the output, as an Arrow stream, and the number of each sample."""
+    """Sent by a process: rows of the output as an Arrow stream, and the number of each sample."""
 
     numbers: Int64
     stream: pa.Buffer
     until: int | None = None
-    """Samples that main has received once it has taken these, while it does that."""
+    """The number of samples that main will have received with this table; None while it has not been taken up."""
 
 
 Order = Work | Literal["finish", "hurry"] | None
-"""To a process: samples; to `finish`, that is to send at once what is ready; to `hurry`, and not wait for verdicts; to end."""
+"""Sent to a process: samples; "finish", to send tables at short intervals from now on; "hurry", to stop judging; None, to
+end."""
 Message = Prepared | TokabatchError | None
-"""From a process; None is a heartbeat."""
+"""Sent by a process: a table, an error, or None as a heartbeat."""
 
 
 def prepare(pipe: Connection, preparation: Preparation, seconds: float) -> None:
-    """Run in the forked process until main ends it: send each table once it is full, and every `seconds` what is ready."""
+    """Run in the forked process until main stops it: send each full table at once, and every `seconds` what is ready."""
     keep_only((pipe.fileno(),))
     for number in PARENTS_SIGNALS:
-        # Caught, not ignored: judges, and what they start, are to begin with the system's way.
+        # A handler, unlike SIG_IGN, is not inherited by judges and the programs that they start.
         signal.signal(number, _nothing)
     try:
         _serve(pipe, preparation, seconds)
@@ -128,7 +129,7 @@ def _orders(inbox: queue.Queue[Any], seconds: float | None) -> Sequence[Order]:
 
 
 def _listen(pipe: Connection, inbox: queue.Queue[Order]) -> None:
-    """Receive what main sends."""
+    """Put the orders from main into the queue, with None at the end of the pipe."""
     order: Order = None
     with suppress(EOFError, OSError):
         while (order := pipe.recv()) is not None:
@@ -137,4 +138,4 @@ def _listen(pipe: Connection, inbox: queue.Queue[Order]) -> None:
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
-    """The signal is main's."""
+    """Do nothing: main handles the signal and stops this process."""

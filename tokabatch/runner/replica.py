@@ -1,4 +1,4 @@
-"""One replica at work: steps go from the scheduler to a worker, results back, whatever happens to the worker meanwhile.
+"""The loop of one replica: steps go from the scheduler to a worker and results come back; lost workers are replaced.
 
 `Replica.run` is the loop: schedule, submit, collect, apply; its caller records what it yields. The rest of the module is what
 happens to a fault. A lost worker is replaced by a new one, up to `max_restarts` times in a row without a finished sample, and
@@ -27,43 +27,43 @@ from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 
 FEW_RUNNING = 1024
-"""Samples up to which a GPU's step is shorter than the way of its result to the scheduler and of the next step back: one step
-more is kept in flight then."""
+"""The number of running samples up to which a GPU's step takes less time than sending its result to the scheduler and the next
+step back: one more step is kept in flight then."""
 FAILED_STARTS = 2
-"""A worker that says itself why it cannot start is not tried more often in a row."""
+"""The most attempts in a row to start a worker that reports why it cannot start."""
 
 
 @dataclass(slots=True)
 class ReplicaCounts:
-    """What the summary tells of a replica beside the scheduler's counts."""
+    """The figures of a replica in the summary, besides the scheduler's counts."""
 
     host_seconds: float = 0.0
-    """CPU time of the scheduler."""
+    """CPU seconds of the scheduler."""
     launch_seconds: float = 0.0
-    """CPU time of the worker's launches."""
+    """CPU seconds of the worker's launches."""
     restarts: Counter[str] = field(default_factory=Counter[str])
-    """Workers lost, by cause."""
+    """The number of lost workers, by cause."""
     dropped_steps: int = 0
-    """Steps that the device had no memory for."""
+    """The number of steps that did not fit in the device's memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where the work of a replica stands: copies of its figures."""
+    """The state of a replica's work, as copies of its figures."""
 
     scheduled: SchedulerCounts
     counts: ReplicaCounts
     limits: SchedulerLimits
     running: int
     waiting: int
-    """Samples that run, and those that neither run nor are finished."""
+    """The numbers of samples that are running, and that are neither running nor finished."""
     used_pages: int
     tokens_left: int | None
-    """Output tokens still expected, by the lengths seen so far; None where that was not asked for."""
+    """The output tokens still expected, according to the lengths so far; None unless requested."""
 
     @classmethod
     def before(cls, limits: SchedulerLimits) -> Standing:
-        """Nothing has been done yet."""
+        """Return the standing before any work."""
         return cls(SchedulerCounts(), ReplicaCounts(), limits, 0, 0, 0, None)
 
     @property
@@ -73,7 +73,7 @@ class Standing:
 
 
 def scheduler_limits(sizes: ReplicaSizes, stages: int = 1) -> SchedulerLimits:
-    """What the scheduler of a replica of these sizes may use, its worker in so many pipeline stages."""
+    """Return the limits of the scheduler of a replica with these sizes, whose worker has `stages` pipeline stages."""
     return SchedulerLimits(
         page_size=sizes.page_size,
         num_pages=sizes.num_pages,
@@ -86,7 +86,7 @@ def scheduler_limits(sizes: ReplicaSizes, stages: int = 1) -> SchedulerLimits:
 
 
 class Replica:
-    """Runs the scheduler's work on workers that `make` makes. Without `max_restarts` a worker cannot be replaced."""
+    """Runs the scheduler's steps on workers that `make` creates; if `max_restarts` is None, lost workers are not replaced."""
 
     def __init__(
         self,
@@ -103,9 +103,9 @@ class Replica:
         counts: ReplicaCounts | None = None,
         keeps_steps: bool = True,
     ) -> None:
-        """`depth` steps are in flight at most, `depth_of_few` while few samples run; `tell` takes what a person should know,
-        in which `name_row` names rows.
-        `num_samples` are to be drawn in all; `counts` are those of a replica that this one takes the place of, and go on."""
+        """At most `depth` steps are in flight, `depth_of_few` while few samples are running. `tell` is called with messages for
+        the user, in which `name_row` names rows. `num_samples` is the number of samples to draw. `counts` are those of the
+        replica that this one replaces."""
         self.scheduler = scheduler
         self.counts = counts or ReplicaCounts()
         self._make = make
@@ -117,21 +117,21 @@ class Replica:
         self._name_row = name_row
         self._watch = Stopwatch(num_samples, keeps=keeps_steps)
         self._barren = 0
-        """Workers lost since a sample was finished."""
+        """The number of workers lost since the last finished sample."""
         self._drops = 0
-        """Steps that this worker has dropped."""
+        """The number of steps that this worker has dropped."""
         self._executor: Executor | None = None
         self._making = threading.Lock()
 
     def run(self) -> Iterator[list[Completion]]:
-        """Load the model and step until every sample is finished; yields what `start` and each `step` return."""
+        """Load the model and run steps until every sample is finished; yield the results of `start` and of each `step`."""
         yield self.start()
         while not self.scheduler.done:
             yield self.step()
 
     def start(self) -> list[Completion]:
-        """Load the model; returns the samples that its KV cache does not hold, as errors. Raises what the first worker raises
-        when it starts, EngineError when no worker can be kept alive, and Stopped."""
+        """Load the model. Return the samples that do not fit in its KV cache, as errors. Raises the error of the first worker
+        if it cannot start, EngineError if no worker can be kept alive, and Stopped."""
         self._make_executor()
         return self._start_worker()
 
@@ -179,7 +179,8 @@ class Replica:
         return self.scheduler.extend(requests)
 
     def give_back(self, most: int) -> list[Requests]:
-        """Take out at most so many samples that have never been admitted, the last ones of the plan, for another replica."""
+        """Remove and return at most `most` samples that were never admitted, the last ones of the plan, for another
+        replica."""
         taken: list[Requests] = []
         while most > 0 and (requests := self.scheduler.give_back(most)) is not None:
             count = int(requests.num_samples().sum())
@@ -189,7 +190,7 @@ class Replica:
         return taken
 
     def withdraw(self, row: int, first: int = 0) -> Int32:
-        """Take out the samples of a row from number `first` on that are not finished, those that run included; their numbers,
+        """Remove the unfinished samples of a row from number `first` on, running ones included, and return their numbers,
         ascending."""
         samples = self.scheduler.cancel(row, first)
         self._watch.num_samples -= len(samples)
@@ -197,11 +198,11 @@ class Replica:
 
     @property
     def waiting(self) -> int:
-        """Samples that neither run nor are finished."""
+        """The number of samples that are neither running nor finished."""
         return self._watch.waiting(self.scheduler)
 
     def standing(self, *, foresee: bool = False) -> Standing:
-        """Where the work stands now; `foresee` what is still to come, too."""
+        """Return the current standing, with `foresee` including the expected output tokens."""
         scheduler = self.scheduler
         waiting = self.waiting
         return Standing(
@@ -215,21 +216,21 @@ class Replica:
         )
 
     def steps(self) -> Steps:
-        """The steps whose results are in."""
+        """Return the steps whose results have arrived."""
         return self._watch.steps()
 
     def stop(self) -> list[Completion]:
-        """Break the work off; returns what is finished and was not yielded."""
+        """Stop the work and return the finished samples that were not yielded yet."""
         return []
 
     def close(self) -> None:
-        """End the worker. May be called from another thread, even while one is being made."""
+        """End the worker. May be called from another thread, even while a worker is being created."""
         with self._making:
             if self._executor is not None:
                 self._executor.close()
 
     def _start_worker(self) -> list[Completion]:
-        """Load the model; returns the samples that its KV cache does not hold, as errors."""
+        """Load the model. Return the samples that do not fit in its KV cache, as errors."""
         assert self._executor is not None
         failures = 0
         while True:
@@ -247,7 +248,8 @@ class Replica:
                 return self.scheduler.settle_pages(self._executor.sizes.num_pages)
 
     def _halve_steps(self, fault: StepDropped) -> list[Completion]:
-        """The step is dropped and the steps are halved; what was under way is computed again. Once for each worker."""
+        """Drop the step and halve the limits of later steps; the steps in flight are computed again. At most once for each
+        worker."""
         assert self._executor is not None
         self.counts.dropped_steps += 1
         self._drops += 1
@@ -269,7 +271,7 @@ class Replica:
         return []
 
     def _replace_worker(self, fault: WorkerLost) -> list[Completion]:
-        """Returns the samples that are given up because they killed their worker, as errors."""
+        """Return the samples that are given up because they crashed their worker, as errors."""
         before = self.scheduler.counts.requeued
         completions = self.scheduler.lost_device(str(fault).splitlines()[0])
         for row in sorted({completion.row_index for completion in completions}):
@@ -288,7 +290,8 @@ class Replica:
         return completions
 
     def _renew(self, fault: WorkerLost, consequence: str) -> None:
-        """Put a new worker, not yet started, in the place of a lost one, and say so. Raises where no other is to be started."""
+        """Replace a lost worker by a new one, not started yet, and show a message. Raises if no further worker may be
+        started."""
         self.close()
         self._stop.check()
         if self._max_restarts is None:

@@ -1,8 +1,8 @@
-"""Which samples of each row may be begun, which are kept and which are cancelled, as verdicts come in (`verify.stop`).
+"""Which samples of each row may begin, are kept or are cancelled, according to the verdicts so far (`verify.stop`).
 
-A row is decided on the prefix of its samples that is judged (`scoring/early_stopping.py`). Until then a finished sample is held
-here: it is recorded once the prefix has reached it, and dropped where the row stops in front of it, whatever it had come to. So
-a cancelled sample is the same everywhere, and what a crash loses of a row is at most what lies behind its prefix.
+Whether a row stops is decided by its longest prefix of judged samples (`scoring/early_stopping.py`). A finished sample is held
+here until the prefix has reached it, and is recorded then; if the row stops before it, it is dropped. The cancelled samples are
+therefore the same on any hardware, and a crash loses only samples of a row that are after its prefix.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Sample = TypeVar("_Sample")
 
 @dataclass(frozen=True, slots=True)
 class RowLimits:
-    """Of a row, samples before number `begin` may be begun, and those from number `end` on are not to be drawn."""
+    """The limits of a row: samples before number `begin` may begin; samples from number `end` on are not drawn."""
 
     row: int
     begin: int
@@ -33,7 +33,7 @@ class RowLimits:
 
 
 class RowStops(Generic[_Sample]):
-    """Of a job of `num_samples` [rows] samples a row, of which those that `drawn` flags need not be drawn."""
+    """The rows of a job with `num_samples` samples of each row, shape [rows]; those flagged in `drawn` exist already."""
 
     def __init__(self, rule: StopRule, num_samples: Int64, drawn: Drawn) -> None:
         self.rule = rule
@@ -42,17 +42,17 @@ class RowStops(Generic[_Sample]):
         self._begun: Int64 = np.minimum(opened(int(num_samples.max(initial=0)), 0), num_samples)
         self._end: Int64 = num_samples.copy()
         self._held: dict[int, dict[int, _Sample]] = {}
-        """By row and number."""
+        """Samples by row and number."""
         self._reached: Int64 = np.zeros(len(num_samples), np.int64)
-        """Up to which sample of a row those held have been kept."""
+        """For each row, the number of the sample up to which held samples have been kept."""
         self._kept: list[_Sample] = []
         self._cancelled: list[UnsampledRow] = []
         self._changes: list[RowLimits] = []
 
     @classmethod
     def of_folder(cls, rule: StopRule, num_samples: Int64, drawn: Drawn, folder: OutputFolder) -> RowStops[_Sample]:
-        """Start with the verdicts of what is committed, for rows that continue. `take_cancelled` receives the samples that
-        these cancel."""
+        """Start with the verdicts of the committed samples of rows that continue. `take_cancelled` is called with the samples
+        that they cancel."""
         stops = cls(rule, num_samples, drawn)
         left = drawn.counts() < num_samples
         for row, sample, status, correct, answer in read_outcomes(folder, left):
@@ -63,27 +63,27 @@ class RowStops(Generic[_Sample]):
         return stops
 
     def begun(self) -> Int64:
-        """How many samples of each row may be begun, shape [rows]."""
+        """Return how many samples of each row may begin, shape [rows]."""
         return self._begun.copy()
 
     def wants(self, row: int, sample: int) -> bool:
-        """Whether the row has not stopped in front of a sample."""
+        """Return whether the row has not stopped before this sample."""
         return sample < self._end[row]
 
     def hold(self, row: int, sample: int, finished: _Sample) -> None:
-        """A sample is finished, and not judged yet."""
+        """Hold a sample that is finished and not judged yet."""
         if self.wants(row, sample):
             self._held.setdefault(row, {})[sample] = finished
 
     def judge(self, row: int, sample: int, outcome: Outcome) -> None:
-        """The verdict of a sample that is held."""
+        """Record the verdict of a sample that is held."""
         if not self.wants(row, sample):
             return
         self._tallies.add(row, sample, outcome)
         self._settle(row)
 
     def give_up(self, row: int, make: Callable[[int], _Sample]) -> None:
-        """None of a row's samples can be had that have not been begun: `make` makes an error of each."""
+        """Replace all samples of a row that have not begun by errors, which `make` creates."""
         begun, end, place = int(self._begun[row]), int(self._num_samples[row]), int(self._drawn.start[row])
         if self._end[row] < end or self._tallies.judged[row] == end:
             return
@@ -96,27 +96,27 @@ class RowStops(Generic[_Sample]):
         self._settle(row)
 
     def take_kept(self) -> list[_Sample]:
-        """The samples that the prefix of their row has reached since the last call."""
+        """Return the samples that the prefix of their row has reached since the last call."""
         kept, self._kept = self._kept, []
         return kept
 
     def take_cancelled(self) -> list[UnsampledRow]:
-        """The samples that have been cancelled since."""
+        """Return the samples that have been cancelled since the last call."""
         cancelled, self._cancelled = self._cancelled, []
         return cancelled
 
     def take_changes(self) -> list[RowLimits]:
-        """The rows whose limits have changed since."""
+        """Return the rows whose limits have changed since the last call."""
         changes, self._changes = self._changes, []
         return changes
 
     @property
     def num_held(self) -> int:
-        """Samples that are neither kept nor cancelled."""
+        """Return the number of samples that are neither kept nor cancelled."""
         return sum(map(len, self._held.values()))
 
     def _settle(self, row: int) -> None:
-        """Keep what the row's prefix has reached, and stop the row or open its next samples."""
+        """Keep the samples that the row's prefix has reached, and stop the row or let its next samples begin."""
         judged, stop, end = int(self._tallies.judged[row]), int(self._tallies.stop[row]), int(self._num_samples[row])
         held = self._held.get(row, {})
         self._kept += [held.pop(sample) for sample in range(int(self._reached[row]), judged) if sample in held]

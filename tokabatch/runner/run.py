@@ -1,4 +1,4 @@
-"""One run, from the job to the report. Read `run` and you have read the architecture.
+"""One run, from the job to the summary. The function `run` shows the architecture.
 
 job ─► start (rows, prompts, plan order; what is done already) ─► sizes ─► scheduler ⇄ executor ─► recorder (shards) ─► summary
 """
@@ -77,20 +77,24 @@ def run(
     seconds_before: float = 0.0,
     cluster: Cluster | None = None,
 ) -> RunSummary:
-    """Complete every row of the job's input and write the output folder; a run that the folder holds is continued.
+    """Complete every row of the job's input and write the output folder. If the folder holds a run of this job, continue it.
 
-    `job` may also be what `Job.load` takes: the path of a job file, or a mapping of the same shape.
-    `overwrite` deletes it instead; `retry_errors` runs its error rows again; `repair` computes again what damaged files held,
-    for which DamageError is raised otherwise. Raises UsageError before any weights load for a job that cannot work or is not
-    the one whose run the folder holds, EngineError when the engine breaks. `should_stop` is asked between steps, an
-    Interruption also breaks into waiting and loading; then what is finished is committed, and the summary has the exit code
-    130 or the Interruption's. Where the folder takes no more it is 75, or 2 when the start before had to end so, too, and
-    neither committed anything. While the input is still read there is nothing to commit: it ends in Stopped (a
-    KeyboardInterrupt) and leaves the folder as it was.
-    `shared`: others may write into the folder at the same time, each computing units of the plan. The run ends when all of them
-    are complete or with others; what these have not committed is pending in the summary. `make` makes what does the steps.
-    `seconds_before`: that the caller spent before; they count as loading.
-    `cluster`: its hosts run the replicas; this process plans and is the only one that writes.
+    `job` may also be what `Job.load` takes: the path of a job file, or a mapping of the same shape. `overwrite` deletes an
+    existing run; `retry_errors` runs its error rows again; `repair` computes the contents of damaged files again, for which
+    DamageError is raised otherwise.
+
+    `should_stop` is called between steps; an Interruption also interrupts waiting and loading. After a stop, finished samples
+    are committed, and the summary has the exit code 130 or that of the Interruption. If the folder cannot be written any more,
+    the exit code is 75, or 2 if the previous start ended in the same way and neither committed anything. A stop while the input
+    is read raises Stopped (a KeyboardInterrupt) and leaves the folder as it was.
+
+    With `shared`, other processes may write to the folder at the same time, each computing units of the plan. The run ends when
+    all units are complete or held by others; samples that those have not committed are pending in the summary. With `cluster`,
+    its hosts run the replicas, and this process plans and is the only writer. `make` creates what runs the steps.
+    `seconds_before` is the time that the caller has spent; it counts as loading.
+
+    Raises UsageError before any weights are loaded if the job cannot work or the folder holds the run of another job, and
+    EngineError if the engine fails.
     """
     job = job if isinstance(job, Job) else Job.load(job)
     clock = Clock(ExpendableProgress(progress or NullProgress()), time.perf_counter() - seconds_before)
@@ -130,8 +134,8 @@ def _run_in_folder(
     make: MakeReplicas,
     layout: Layout | None,
 ) -> RunSummary:
-    """As `run`. When it returns nothing of the folder is open or mapped: what the claim removes then is gone on NFS, too, where
-    a file that is in use only gets another name."""
+    """As `run`. When it returns, no file of the folder is open or mapped, so that the claim can remove files on NFS as well,
+    where removing a file in use only renames it."""
     on_rows, tell = partial(_reading, clock, stop), clock.progress.message
     with ExitStack() as workers:
         stalled, stalled_before = False, not reuse.overwrite and bool(_earlier_summary(claim).get("stalled"))
@@ -239,8 +243,8 @@ def _run_in_folder(
 
 
 def _exit_code(books: Books, max_fraction: float, stopped: int, abandoned: bool | None) -> int:
-    """How a run ends that was `stopped` with an exit code or, where that is 0, had no more to do. `abandoned`: units are left
-    that others took over and have not completed; None where there are no others."""
+    """Return the exit code of a run that was `stopped` with a code or, if that is 0, had nothing left to do. `abandoned` is
+    whether units are left that other writers took over and have not completed; None if there are no other writers."""
     if books.closed:
         # Stopped or not: where nothing is missing there is nothing to run again for.
         return EXIT_ERRORS if books.errors > max_fraction * books.samples else EXIT_COMPLETE
@@ -253,7 +257,7 @@ def _exit_code(books: Books, max_fraction: float, stopped: int, abandoned: bool 
 
 
 def _close_books(state: RunState, claim: Claim, leases: Leases | None, on_rows: OnRows) -> Books:
-    """Commit the rest, and where nothing is missing join the small shards and mark the run as complete."""
+    """Commit the rest and, if no sample is missing, join the small shards and mark the run as complete."""
     shards, samples = state.recorder.finish(state.goes_on), state.started.left.samples_total
     if leases is not None:
         return close_shared(state.job, claim, leases, state.started.left, state.stop, state.clock.progress.message, on_rows)
@@ -270,7 +274,7 @@ def _tally(state: RunState, claim: Claim) -> Tally:
 
 
 def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:
-    """Where nothing was left to do, the figures of the work are those of the start before."""
+    """If nothing was left to do, take the figures of the work from the previous start."""
     earlier = _earlier_summary(claim)
     if earlier and not len(steps):
         told = ("rows", "samples", "ok", "errors", "cancelled", "pending", "finish_reasons", "exit_code", "stalled")
@@ -282,7 +286,7 @@ def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:
 
 
 def _earlier_summary(claim: Claim) -> dict[str, Any]:
-    """How the start before ended, as far as the folder says."""
+    """Return how the previous start ended, according to the folder."""
     try:
         return read_summary(claim.folder)
     except DamageError:
@@ -295,7 +299,8 @@ def _reading(clock: Clock, stop: Interruption, rows: int, errors: int) -> None:
 
 
 def _record_failures(state: RunState) -> int:
-    """The rows that never became prompts; the run's exit code so far. Where the job stops at an error, it is the first one."""
+    """Record the rows that never became prompts, up to the first one if the job stops at errors, and return the exit code so
+    far."""
     failures = state.started.left.failures
     state.recorder.fail(state.started.cancelled)
     if not failures or state.job.errors.policy != "stop":
@@ -311,7 +316,7 @@ def _record_failures(state: RunState) -> int:
 
 
 def _commit_finished(state: RunState) -> None:
-    """Commit what is finished after an exception; where that fails, too, say so and let the first one be heard."""
+    """Commit finished samples after an exception. If that fails as well, show a message and keep the first exception."""
     try:
         state.recorder.finish(lambda: False)
     except STOPS:
@@ -321,7 +326,7 @@ def _commit_finished(state: RunState) -> None:
 
 
 def _generate(state: RunState) -> int:
-    """Record what the replica finishes until all is done, or the run is to stop; the run's exit code so far."""
+    """Record the finished samples of the replica until none is left or the run is stopped, and return the exit code so far."""
     recorder, unwritable = state.recorder, state.recorder.tally.unwritable
     state.show("loading")
     try:

@@ -1,4 +1,4 @@
-"""What a run is made of while it goes on, and what it tells of itself: snapshots for the display, the summary at its end."""
+"""The state of a run in progress, and what is shown of it: snapshots for the display, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tokabatch.scheduling.completion_batch import Completions
 
 
 class Replicas(Protocol):
-    """What does the steps of a run; see `Replica`."""
+    """Runs the steps of a run; see `Replica`."""
 
     def run(self) -> Iterator[Completions]: ...
     def stop(self) -> Completions: ...
@@ -36,7 +36,7 @@ class Replicas(Protocol):
 
 @dataclass(slots=True)
 class Clock:
-    """Where the run stands in time, and the display of it."""
+    """The phase of a run, its times, and when the display is updated."""
 
     progress: Progress
     begun: float
@@ -49,23 +49,23 @@ class Clock:
         return time.perf_counter() - self.begun
 
     def loaded(self) -> None:
-        """The model is; what comes after the first time is not heard."""
+        """Record that the model is loaded; further calls have no effect."""
         self.load_seconds = self.load_seconds or self.elapsed
 
     def is_due(self, phase: Phase) -> bool:
-        """Whether the display takes a snapshot now: at each new phase, and as often as it can show one."""
+        """Return whether the display should be updated now: at each new phase, and then at its own interval."""
         if self.progress.interval is None:
             return False
         return phase != self.shown_phase or self.elapsed >= self.next_show
 
     def shown(self, phase: Phase) -> None:
-        """The next snapshot is due after an interval from now: what making this one took does not count."""
+        """Record that a snapshot has been made; the interval to the next one begins now."""
         self.shown_phase, self.next_show = phase, self.elapsed + (self.progress.interval or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What a run is made of while it goes on."""
+    """The parts of a run in progress."""
 
     job: Job
     started: Start
@@ -74,17 +74,17 @@ class RunState:
     clock: Clock
     stop: Interruption
     supply: Supply | None = None
-    """Where others write, too: what gives this run its work."""
+    """The source of work if other processes write to the folder as well."""
 
     def goes_on(self) -> bool:
-        """To be called while the run waits: tell the display and other writers that it goes on; False where it is to stop."""
+        """Update the display and renew leases; call this while the run is waiting. Return False if the run should stop."""
         if self.supply is not None:
             self.supply.sign()
         self.show(self.clock.shown_phase or "generating")
         return not self.stop.poll()
 
     def show(self, phase: Phase) -> None:
-        """Tell the display where the run stands, if that is due."""
+        """Update the display if that is due."""
         if not self.clock.is_due(phase):
             return
         workload, standing = self.started.left, self.replica.standing(foresee=True)
@@ -113,7 +113,7 @@ class RunState:
 def summarise(
     state: RunState, tally: Tally, steps: Steps, profile: SavedProfile | None, exit_code: int, *, stalled: bool
 ) -> RunSummary:
-    """The figures of a run that has ended so, with the samples of this tally."""
+    """Return the figures of a run that has ended with this exit code and tally."""
     seconds, workload = state.clock.elapsed, state.started.left
     standing = state.replica.standing()
     counts, replica, limits = standing.scheduled, standing.counts, standing.limits

@@ -22,7 +22,7 @@ from tokabatch.scoring.judge import verdict_columns
 from tokabatch.workload.prepare import Workload
 
 TAG_TOKENS = 16
-"""How many tokens at the end of a prompt are searched for the tag that begins the reasoning."""
+"""The number of tokens at the end of a prompt that are searched for the tag that begins the reasoning."""
 
 
 class SampleTables:
@@ -37,7 +37,7 @@ class SampleTables:
         self._verdict_names = verdict_names
 
     def build(self, finished: Sequence[FinishedSample], failures: Sequence[UnsampledRow]) -> Iterator[pa.Table]:
-        """All these samples, in one table where that can be built."""
+        """Yield tables of all these samples: one, unless some samples cannot be converted."""
         try:
             whole = self._table(self._schema, finished, failures)
         except BaseException as error:
@@ -56,8 +56,8 @@ class SampleTables:
         yield build_piecemeal(self._schema, key, lambda schema: self._table(schema, finished, failures))
 
     def texts(self, completions: Sequence[Completion]) -> list[str]:
-        """The decoded text of each sample; of a scored text what it adds to its prompt, or all of it where its row is scored as
-        a whole."""
+        """Return the decoded text of each sample. For a scored text it is the continuation, or the whole text if its row is
+        scored as a whole."""
         if self._store.continuations is not None:
             heads = [self._store.prompt(completion.row_index)[-1:] for completion in completions]
             begins = self._tokenizer.decode_batch(heads)
@@ -70,7 +70,7 @@ class SampleTables:
         return sample_texts(completions, least, self._tokenizer.decode_batch)
 
     def answers(self, completions: Sequence[Completion], texts: Sequence[str]) -> Sequence[str]:
-        """What is judged of each text: the answer behind the reasoning, where that is split off."""
+        """Return what is judged of each text: the answer after the reasoning, if that is split off."""
         return texts if self._tags is None else [answer or "" for _, answer in self._split(completions, texts)]
 
     def _table(self, schema: pa.Schema, finished: Sequence[FinishedSample], failures: Sequence[UnsampledRow]) -> pa.Table:
@@ -98,8 +98,7 @@ class SampleTables:
         return build_table(schema, completions, failures, texts=texts, ids=ids, columns=columns, more=more)
 
     def _split(self, completions: Sequence[Completion], texts: Sequence[str]) -> list[tuple[str | None, str | None]]:
-        """The reasoning and the answer of each text. A text with no end of reasoning in it may continue one that its prompt
-        began."""
+        """Return the reasoning and the answer of each text. A text without an end tag is reasoning if its prompt began it."""
         assert self._tags is not None
         tags, parts = self._tags, list[tuple[str | None, str | None]]()
         for completion, text in zip(completions, texts, strict=True):
@@ -112,6 +111,6 @@ class SampleTables:
 
 
 def is_of_rows(error: BaseException) -> bool:
-    """Whether some rows alone may have caused an exception: it neither ends the program, nor comes from the system (PyArrow
-    raises OSError without a number for what it cannot encode), nor names a remedy itself."""
+    """Return whether single rows may have caused an exception: it does not end the program, is not an error of the system
+    (PyArrow raises OSError without a number for values that it cannot encode), and has no remedy of its own."""
     return not isinstance(error, (*STOPS, TokabatchError)) and not (isinstance(error, OSError) and error.errno is not None)

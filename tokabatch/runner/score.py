@@ -65,8 +65,8 @@ LOOK_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The result: `judged` samples in `files`; `reasons` counts why some of them have no verdict. `done` of the run's `samples`
-    exist, and `estimates` are computed from those."""
+    """The result: the numbers of `judged` samples and `files`; `reasons` counts why samples have no verdict. `done` of the
+    run's `samples` exist, and `estimates` are computed from those."""
 
     judged: int
     files: int
@@ -84,9 +84,9 @@ def score(
     tell: Callable[[str], None] = lambda text: None,
     stop: Interruption | None = None,
 ) -> Scored:
-    """Judge the samples in the output folder `path`, as its job says or `overrides` of its keys under `verify` do. Files that
-    this judge has judged stay as they are. Raises UsageError where there is no run, another process writes there, or the
-    judge cannot be used; Stopped where `stop` says so, between samples."""
+    """Judge the samples in the output folder `path` by the verifier of its job, with `overrides` of keys under `verify`. Files
+    that this judge has already judged are left alone. Raises UsageError if there is no run, another process writes there, or
+    the judge cannot be used, and Stopped if `stop` interrupts it between samples."""
     stop = stop or Interruption()
     if read_manifest(OutputFolder(path)) is None:
         raise OutputError(f"{path}: no run has written here; give the folder that the job names as output.path")
@@ -127,9 +127,9 @@ def score_to(
     overrides: Sequence[str] = (),
     stop: Interruption | None = None,
 ) -> Scored:
-    """Judge the samples that are committed in the output folder `path` at this moment, also beside a run that writes there, and
-    write the verdicts to `target` (.parquet) whole: one row a sample, with its id, row and number. Nothing in the folder
-    changes. Raises as `score` does, and OutputError where the file cannot be written."""
+    """Judge the samples that are committed in the output folder `path` now, even while a run writes there, and write the
+    verdicts atomically to `target` (.parquet): one row for each sample, with its id, row and number. The folder is not changed.
+    Raises the errors of `score`, and OutputError if the file cannot be written."""
     stop, folder = stop or Interruption(), OutputFolder(path)
     manifest = read_manifest(folder)
     if manifest is None:
@@ -164,7 +164,8 @@ def score_to(
 
 
 def _job(folder: OutputFolder, manifest: Manifest, overrides: Sequence[str]) -> Job:
-    """The folder's job with its judge."""
+    """Return the folder's job with the overrides applied. Raises UsageError if it has no verifier then, or cannot be judged
+    here."""
     other = next((each for each in overrides if not each.startswith(("verify.", "verify="))), None)
     if other is not None:
         raise JobError(f"override `{other}`: only keys under verify can be given here; samples are not computed again")
@@ -224,7 +225,7 @@ def _rejudge(
 def judge_again(
     file: ListedFile, own: Sequence[pa.Field[Any]], pool: JudgePool, check: Callable[[], object]
 ) -> Iterator[pa.Table]:
-    """The samples of a shard with new verdicts, in pieces. `check` is called now and then, and may raise."""
+    """Yield the samples of a shard with new verdicts, in pieces. `check` is called regularly and may raise."""
     for table in read_groups(file, None):
         before = verdict_names(table.schema)
         ours, sources = own_names(table.schema), input_names(table.schema)
@@ -263,7 +264,7 @@ def judge_again(
 
 
 def _check_columns(files: Sequence[ListedFile], job: Job) -> None:
-    """Raises OutputError where the reference is not in the output."""
+    """Raise OutputError if the column of the reference is not in the output."""
     for file in files[:1]:
         with open_shard(file) as parquet:
             found = parquet.schema_arrow
@@ -276,14 +277,14 @@ def _check_columns(files: Sequence[ListedFile], job: Job) -> None:
 
 
 def _is_judged(file: ListedFile, manifest: Manifest) -> bool:
-    """Whether this judge has judged all samples of a shard."""
+    """Return whether this judge has judged all samples of a shard."""
     with open_shard(file) as parquet:
         judged_by = (parquet.schema_arrow.metadata or {}).get(VERIFIER_KEY)
     return judged_by == manifest.marks[VERIFIER_KEY] and not has_unjudged(file)
 
 
 def has_unjudged(file: ListedFile) -> bool:
-    """Whether a shard holds samples that a run was stopped before it had judged."""
+    """Return whether a shard holds samples that a stopped run left unjudged."""
     with open_shard(file) as parquet:
         if "verify_error" not in verdict_names(parquet.schema_arrow):
             return False

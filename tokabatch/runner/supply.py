@@ -1,8 +1,9 @@
-"""Units of the plan, taken by one of several writers of a folder as its replicas want work.
+"""Units of the plan, taken by one of several writers of a folder whenever its replicas need work.
 
-A unit is taken by its lease, and only then is it read what of it is there: the rest is free in the ledger, and its shards are
-numbered from there. Where another publishes a shard of it first (the lease was taken for left behind), what is not begun of it
-is withdrawn, and what comes of the rest is dropped. Units that another computes are waited for until that one was seen alive.
+A writer takes a unit by its lease, and then reads which of its samples exist: the others become free in the ledger, and new
+shards are numbered from there. If another writer publishes a shard of the unit first (because it took the lease for abandoned),
+the samples that have not begun are withdrawn, and the results of the others are dropped. Units that another writer holds are
+waited for until that writer has been seen alive.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tokabatch.runner.resume import Start
 from tokabatch.storage.listing import consistently
 
 LOOK_SECONDS = 0.5
-"""Between two looks for a unit while there is none to take."""
+"""Seconds between attempts to take a unit while none is available."""
 
 
 class Supply:
@@ -43,10 +44,10 @@ class Supply:
     ) -> None:
         self._claim, self._units, self._leases, self._recorder, self._tell = claim, units, leases, recorder, tell
         self._drawn = started.committed.drawn.flags.copy()
-        """What was in the folder when it was last read."""
+        """The contents of the folder when it was last read."""
         self._seen = {shard.name for shard in started.committed.shards}
         self._numbers: dict[int, set[int]] = {}
-        """Of the shards of each unit that were seen."""
+        """The shards of each unit that have been read."""
         for name in self._seen:
             self._note(name)
         self._failures = _by_unit(started.left.failures, units)
@@ -56,12 +57,13 @@ class Supply:
         self._lost: set[int] = set()
         self._next_look = 0.0
         self.ended = False
-        """No unit is left that this writer may take or wait for."""
+        """True if no unit is left that this writer may take or wait for."""
         self.abandoned = False
-        """Units are left that others took over from here, and have not completed."""
+        """True if units are left that others took over from this writer and have not completed."""
 
     def more(self, ledger: Ledger) -> bool:
-        """Whether another unit was taken; its samples are free in the ledger. Raises as `committing` and `read_groups`."""
+        """Take another unit, whose samples become free in the ledger, and return whether there was one. Raises the errors of
+        `committing` and `read_groups`."""
         if time.monotonic() < self._next_look:
             return False
         with self._claim.committing():
@@ -89,7 +91,7 @@ class Supply:
         return False
 
     def tick(self, ledger: Ledger) -> None:
-        """Release the units that are committed, and those that belong to another writer. To be called repeatedly."""
+        """Release the units that are committed and those that belong to another writer. Call this repeatedly."""
         self._leases.sign()
         for unit in list(self._held):
             lost = self._recorder.writer.is_lost(unit)
@@ -102,7 +104,7 @@ class Supply:
                 self._leases.drop(str(unit))
 
     def sign(self) -> None:
-        """Keep this writer's leases alive while it waits."""
+        """Renew this writer's leases while it is waiting."""
         self._leases.sign()
 
     def leave(self) -> None:
@@ -131,7 +133,7 @@ class Supply:
         return True
 
     def _look(self) -> None:
-        """Read which samples have been committed since the last look."""
+        """Read which samples have been committed since the last call."""
         folder = self._claim.folder
 
         def read() -> None:

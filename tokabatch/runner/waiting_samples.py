@@ -1,4 +1,4 @@
-"""What is finished and not with the shard writer yet: samples until they are rows of a table, then tables."""
+"""Buffers of finished samples that the shard writer has not accepted yet: first as samples, then as tables."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tokabatch.scoring.judge import Verdict
 from tokabatch.scoring.pool import Ticket
 
 PIECE_BYTES = 64 << 20
-"""Memory of the samples that wait, and of one table, both by estimate; a sample that takes more has a table of its own."""
+"""The estimated memory of waiting samples, and of a table, in bytes; a larger sample gets a table of its own."""
 TOKEN_BYTES, LOGPROB_BYTES, ALTERNATIVE_BYTES = 24, 16, 16
-"""By estimate: a token with its text, its logprob, one alternative to it."""
+"""Estimated bytes of a token with its text, of its log-probability, and of one alternative."""
 SAMPLE_BYTES = 1024
 
 
 @dataclass(slots=True)
 class FinishedSample:
-    """A sample, its text once it is decoded, and its verdict once there is one. A sample that is not judged has no `ticket`."""
+    """A sample with its text, once decoded, and its verdict, once judged. A sample that will not be judged has no `ticket`."""
 
     completion: Completion
     number: int = 0
-    """By which the process that sent it recognises it."""
+    """The number by which the process that sent the sample identifies it."""
     text: str | None = None
     ticket: Ticket | None = None
 
@@ -38,12 +38,12 @@ class FinishedSample:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it has its verdict, or is an error and gets none."""
+        """Whether it has its verdict, or needs none because it is an error."""
         return self.completion.error_code is not None or self.verdict is not None
 
     @property
     def num_bytes(self) -> int:
-        """Of memory, by estimate, without the columns of its row."""
+        """The estimated memory in bytes, without the columns of its row."""
         completion, tokens = self.completion, len(self.completion.token_ids)
         alternatives = 0 if completion.top_ids is None else completion.top_ids.size
         scored = 0 if completion.logprobs is None else tokens
@@ -52,8 +52,8 @@ class FinishedSample:
 
 @dataclass(frozen=True, slots=True)
 class WaitingSamples:
-    """Samples of which tables are to be made, in that order; the first one is number `begin` of all that there ever were.
-    Replaced in one assignment."""
+    """Samples to be made into tables, in this order; the first has number `begin`, counted over the whole run. It is immutable
+    and replaced in one assignment, so that an exception cannot leave it inconsistent."""
 
     begin: int = 0
     finished: tuple[FinishedSample, ...] = ()
@@ -64,20 +64,20 @@ class WaitingSamples:
         return replace(self, finished=(*self.finished, *finished), bytes=self.bytes + more)
 
     def ready_first(self) -> tuple[WaitingSamples, int]:
-        """The same, with the samples that are ready in front of those that wait for a verdict, and how many are."""
+        """Return the same samples with those that are ready moved to the front, and the number of these."""
         # Other threads set verdicts meanwhile: order and number are of the same look at each.
         flags = [each.is_ready for each in self.finished]
         order = sorted(range(len(flags)), key=lambda at: not flags[at])
         return replace(self, finished=tuple(self.finished[at] for at in order)), sum(flags)
 
     def behind(self, number: int) -> WaitingSamples:
-        """Those from this number on."""
+        """Return the samples from this number on."""
         taken = self.finished[: number - self.begin]
         left = self.bytes - sum(each.num_bytes for each in taken)
         return WaitingSamples(number, self.finished[len(taken) :], left)
 
     def pieces(self, ready: int, store: InputStore) -> Iterator[tuple[FinishedSample, ...]]:
-        """The first `ready` samples, at most PIECE_BYTES at a time."""
+        """Yield the first `ready` samples in pieces of at most PIECE_BYTES."""
         if not ready:
             return
         finished = self.finished[:ready]
@@ -88,13 +88,14 @@ class WaitingSamples:
 
 @dataclass(frozen=True, slots=True)
 class WaitingRows:
-    """What the writer will take next: failed rows, then tables of finished samples, then cancelled ones, which are never on
-    disk before the sample that stopped their row. The first sample will be the writer's row number `row`. Replaced in one
-    assignment."""
+    """What is passed to the writer next: failed rows, then tables of finished samples, then cancelled samples, which must not
+    be on disk before the sample that stopped their row. The first sample becomes row `row` of the writer. It is immutable and
+    replaced in one assignment."""
 
     row: int
     received: int = 0
-    """Finished samples that have come as tables so far, those that were not kept and those that the writer has included."""
+    """The number of finished samples received as tables so far, including those that were not kept and those already
+    written."""
     failures: tuple[UnsampledRow, ...] = ()
     tables: tuple[pa.Table, ...] = ()
     bytes: int = 0
@@ -102,13 +103,13 @@ class WaitingRows:
     cancelled: tuple[UnsampledRow, ...] = ()
 
     def __len__(self) -> int:
-        """How many samples they are."""
+        """Return the number of samples."""
         unsampled = sum(each.num_samples for each in (*self.failures, *self.cancelled))
         return unsampled + sum(table.num_rows for table in self.tables)
 
     def joined_by(self, unsampled: Sequence[UnsampledRow], table: pa.Table | None, received: int = 0) -> WaitingRows:
-        """These and further ones, so many samples `received` with them; of those without a sample, the ones with an error have
-        failed, the others are cancelled."""
+        """Return these rows and further ones, with `received` samples in total. Of the further rows without a sample, those
+        with an error have failed and the others are cancelled."""
         more = () if table is None or not table.num_rows else (table,)
         return WaitingRows(
             self.row,
@@ -120,7 +121,7 @@ class WaitingRows:
         )
 
     def behind(self, row: int) -> WaitingRows:
-        """What is left when the writer has taken all samples before that row."""
+        """Return what is left after the writer has accepted all samples before this row."""
         if row == self.row:
             return self
         failures, taken = _unsampled_behind(self.failures, row - self.row)
@@ -136,7 +137,7 @@ class WaitingRows:
 
 
 def unsampled_pieces(rows: Sequence[UnsampledRow], store: InputStore) -> Iterator[Sequence[UnsampledRow]]:
-    """These rows, at most PIECE_BYTES at a time; one may come in several pieces."""
+    """Yield the rows in pieces of at most PIECE_BYTES; a row may be divided between pieces."""
     sizes = store.row_bytes(np.array([row.row_index for row in rows], np.int64)) + SAMPLE_BYTES
     parts: list[UnsampledRow] = []
     part_bytes: list[int] = []
@@ -151,7 +152,7 @@ def unsampled_pieces(rows: Sequence[UnsampledRow], store: InputStore) -> Iterato
 
 
 def _unsampled_behind(rows: Sequence[UnsampledRow], taken: int) -> tuple[tuple[UnsampledRow, ...], int]:
-    """What is left of `rows` without their first `taken` samples, and how many more than theirs were taken."""
+    """Return `rows` without their first `taken` samples, and by how many `taken` exceeds their number."""
     left: list[UnsampledRow] = []
     for each in rows:
         skipped = min(taken, each.num_samples)
@@ -162,7 +163,7 @@ def _unsampled_behind(rows: Sequence[UnsampledRow], taken: int) -> tuple[tuple[U
 
 
 def _cuts(sizes: Int64) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges whose sizes add up to PIECE_BYTES at most, or of one that is larger by itself."""
+    """Yield consecutive ranges of at most PIECE_BYTES in total, or of a single larger item."""
     begin = held = 0
     for place, size in enumerate(sizes.tolist()):
         if place > begin and held + size > PIECE_BYTES:

@@ -1,7 +1,8 @@
-"""Finished samples on their way to another process, as columns.
+"""Finished samples packed as columns, for sending them to another process.
 
-A step may finish thousands. Pickled one by one, each takes either process some 20 us, during which the device may wait. The
-process that they come to looks at a few columns, and hands the rest on as bytes: no object is made there of each sample.
+A step may finish thousands of samples. Pickling them one by one would take each process about 20 us a sample, during which the
+device may be idle. The receiving process reads a few columns and passes the rest on as bytes, without creating an object for
+each sample.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ _ARRAYS = frozenset(("token_ids", "logprobs", "top_ids", "top_logprobs"))
 
 @dataclass(frozen=True, slots=True)
 class PackedCompletions:
-    """N finished samples as they come from another process: what is looked at without unpacking them, arrays of N, and all of
-    them in bytes. Iterating unpacks them."""
+    """N finished samples as received from another process: a few columns, arrays of N, and all samples as bytes. Iterating
+    unpacks the samples."""
 
     row_index: Int64
     sample_index: Int32
     num_tokens: Int32
     stopped: Bool
-    """By a stop token or stop string; False where the length limit or an error ended them."""
+    """True if a stop token or stop string ended the sample, False if the length limit or an error did."""
     failed: Bool
     contents: tuple[bytes, ...]
-    """In the order of the arrays."""
+    """The pickled samples, in the order of the arrays."""
 
     @classmethod
     def of(cls, completions: Sequence[Completion]) -> PackedCompletions:
-        """The same samples, packed."""
+        """Return the samples packed."""
         return cls(
             np.array([completion.row_index for completion in completions], np.int64),
             np.array([completion.sample_index for completion in completions], np.int32),
@@ -52,7 +53,7 @@ class PackedCompletions:
 
     @classmethod
     def joined(cls, parts: Sequence[PackedCompletions]) -> PackedCompletions:
-        """All samples of at least one part, in turn."""
+        """Return the samples of all parts, of which there must be at least one, in order."""
         if len(parts) == 1:
             return parts[0]
         return cls(
@@ -68,7 +69,7 @@ class PackedCompletions:
         return len(self.row_index)
 
     def __iter__(self) -> Iterator[Completion]:
-        """Samples of the same bytes share memory."""
+        """Yield the samples; those from the same bytes share memory."""
         return chain.from_iterable(_completions(*pickle.loads(content)) for content in self.contents)
 
     @property
@@ -77,14 +78,14 @@ class PackedCompletions:
 
 
 class CompletionBatch(list[Completion]):
-    """A list that is pickled as columns. Where it arrives, samples of a batch share memory."""
+    """A list that is pickled as columns. After unpickling, the samples share memory."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _batch, tuple(_columns(self))
 
 
 class PackedOnTheWay(CompletionBatch):
-    """A list that arrives in another process as `PackedCompletions`: packed where, and when, it is pickled."""
+    """A list that is packed when it is pickled, so that another process receives it as `PackedCompletions`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         packed = PackedCompletions.of(self)
@@ -96,7 +97,7 @@ Completions = Sequence[Completion] | PackedCompletions
 
 
 def sample_keys(completions: Completions) -> tuple[Int64, Int32]:
-    """The row and the number of each sample, shape [N] each."""
+    """Return the row and the number of each sample, shape [N] each."""
     if isinstance(completions, PackedCompletions):
         return completions.row_index, completions.sample_index
     rows = np.array([completion.row_index for completion in completions], np.int64)
@@ -134,14 +135,14 @@ def _batch(*columns: Any) -> CompletionBatch:
 
 @dataclass(frozen=True, slots=True)
 class _Joined:
-    """Arrays end to end: the shape of each, None where there is none, and their values."""
+    """Concatenated arrays: the shape of each (None for a missing one) and all values."""
 
     shapes: list[tuple[int, ...] | None]
     values: npt.NDArray[Any]
 
     @classmethod
     def of(cls, arrays: Sequence[npt.NDArray[Any] | None]) -> _Joined | None:
-        """None where there is none of them."""
+        """Return the arrays concatenated, or None if all are missing."""
         kept = [array.reshape(-1) for array in arrays if array is not None]
         return cls([None if array is None else array.shape for array in arrays], np.concatenate(kept)) if kept else None
 

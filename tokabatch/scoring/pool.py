@@ -1,5 +1,6 @@
-"""Processes that judge samples beside the run. Each verdict has a deadline and each process a limit on its memory; one that
-hangs or ends is killed, with all it started, and replaced. What becomes of a sample never depends on the others.
+"""Processes that judge samples beside the run. Each verdict has a deadline and each process a memory limit; a process that
+hangs or ends is killed, together with all that it started, and replaced. The verdict on a sample never depends on other
+samples.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from tokabatch.scoring.judge import JudgeSpec, Verdict
 from tokabatch.scoring.judge_process import Loaded, Request, unpacked
 
 BATCH_SAMPLES, BATCH_SECONDS = 256, 0.03
-"""Most samples of one request, and how long they may take where that is known."""
+"""The most samples of one request, and the seconds that they may take according to the average so far."""
 LOADING_SECONDS = 60.0
-"""How long importing a judge may take, whatever the deadline of a verdict."""
+"""The least timeout in seconds for importing a judge, even if that of a verdict is shorter."""
 BACKLOG_SECONDS, GROW_SECONDS = 0.25, 0.5
-"""Another process is started where the waiting samples will take the existing ones so long, and the last one was started so
-long ago. Each has a thread in the process that hands samples in: with eight judges of GSM8K where one keeps up, beside the
-loop of steps, these took a fifth longer."""
+"""Another process is started if the existing ones need the first time in seconds for the waiting samples, and the last one was
+started at least the second time ago. Processes that are not needed have a cost, as each has a thread in the process that
+submits samples: beside the loop of steps, eight judges of GSM8K, where one is enough, made the steps a fifth slower."""
 TOGETHER_SECONDS = 0.005
-"""Verdicts are received in intervals of so many seconds: to receive each by itself would cost the main process half of what a
-verdict of GSM8K costs the judge."""
+"""Seconds between the receipts of verdicts: receiving each by itself would cost the main process half as much as a verdict of
+GSM8K costs the judge."""
 _LOOK_SECONDS, _READ_BYTES = 0.25, 1 << 18
 _START = """import json, sys
 sys.path[:] = json.loads(sys.argv[2])
@@ -46,7 +47,7 @@ Row = Mapping[str, Any]
 
 
 class Ticket:
-    """One sample that is being judged; `verdict` is None until it is."""
+    """A sample submitted to the judges; `verdict` is None until it has been judged."""
 
     __slots__ = ("row", "text", "verdict")
 
@@ -56,17 +57,18 @@ class Ticket:
 
 
 class JudgePool:
-    """Judges in the order of submission, several at once. The first processes start with the first sample, others one by one
-    while those there are too few; each has a thread that waits for its answers. The caller's thread takes no lock, so that an
-    exception may strike it anywhere."""
+    """Judges samples in the order of submission, several at once. The first processes are started with the first sample,
+    further ones one by one while there are too few; each has a thread that receives its answers. The calling thread takes no
+    lock, so that it can be interrupted by an exception at any point."""
 
     def __init__(self, spec: JudgeSpec, processes: int, seconds: float, at_once: int = 1) -> None:
-        """At most so many `processes`, `at_once` of them with the first sample; a verdict may take so many `seconds`."""
+        """Allow at most `processes` processes, of which `at_once` are started with the first sample, and `seconds` for a
+        verdict."""
         self._spec, self._most, self._seconds = spec, processes, seconds
         self._at_once = min(at_once, processes)
         self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._news = threading.Event()
-        """Verdicts have come in since the last look."""
+        """Set when verdicts have arrived."""
         self._threads: list[threading.Thread] = []
         self._grown_at = 0.0
         """When the last process was started."""
@@ -74,7 +76,7 @@ class JudgePool:
         self._closed = False
 
     def load(self) -> Loaded:
-        """What the judge says of itself. Raises JobError where it cannot be loaded."""
+        """Load the judge in a process and return its description. Raises JobError if it cannot be loaded."""
         process = JudgeProcess(self._spec)
         try:
             return process.loaded
@@ -82,7 +84,7 @@ class JudgePool:
             process.close()
 
     def check(self, rows: Sequence[Row]) -> list[str | None]:
-        """Why no text of a row can be judged, for each row; in one process, now."""
+        """Return for each row why none of its texts could be judged, or None. Uses one process and blocks."""
         answers: list[str | None] = []
         process: JudgeProcess | None = None
         try:
@@ -100,7 +102,7 @@ class JudgePool:
         return answers
 
     def submit(self, texts: Sequence[str], rows: Sequence[Row]) -> list[Ticket]:
-        """Tickets for texts, each with the row that it is of."""
+        """Submit texts, each with its row, and return a ticket for each."""
         self.grow()
         tickets = [Ticket(text, row) for text, row in zip(texts, rows, strict=True)]
         for ticket in tickets:
@@ -111,7 +113,8 @@ class JudgePool:
         return tickets
 
     def wait(self, tickets: Sequence[Ticket], seconds: float | None = None) -> bool:
-        """Until all of these have verdicts, for so many seconds at most; whether they have."""
+        """Block until all of these tickets have verdicts, for at most `seconds` (None: without limit), and return whether they
+        have."""
         deadline = None if seconds is None else time.monotonic() + seconds
         for ticket in tickets:
             while ticket.verdict is None:
@@ -124,7 +127,7 @@ class JudgePool:
         return True
 
     def grow(self) -> None:
-        """Start the first processes where there is none, and another one where those there are fall behind."""
+        """Start the first processes if there is none, or another one if the existing ones fall behind."""
         now, count = time.monotonic(), len(self._threads)
         is_enough = count >= self._most or now - self._grown_at < GROW_SECONDS or self._backlog(now) < BACKLOG_SECONDS
         if self._closed or (count and is_enough):
@@ -136,8 +139,8 @@ class JudgePool:
         self._grown_at = now
 
     def _backlog(self, now: float) -> float:
-        """Seconds that the processes will take for the samples that wait, at the pace so far; 0 while there is hardly any: the
-        first verdicts of a process take longer."""
+        """Return the seconds that the processes will need for the waiting samples at their pace so far. It is 0 during their
+        first verdicts, which take longer."""
         running = list(self._running)
         seconds = sum(process.seconds_asked(now) for process in running)
         if seconds < BACKLOG_SECONDS:
@@ -146,7 +149,7 @@ class JudgePool:
         return self._queue.qsize() * pace / max(1, len(self._threads))
 
     def close(self) -> None:
-        """End all processes, with what they started. Samples without a verdict get one that says so (`NOT_JUDGED`)."""
+        """End all processes and what they started. Samples without a verdict get the verdict `NOT_JUDGED`."""
         self._closed = True
         for _ in self._threads:
             self._queue.put(None)
@@ -159,7 +162,7 @@ class JudgePool:
         process: JudgeProcess | None = None
         while (first := self._queue.get()) is not None:
             batch = [first]
-            # Short queues are shared out: one process is not to have all of what is slow.
+            # Divide short queues between the processes, so that none gets all the slow samples.
             fast = 0 if process is None else int(BATCH_SECONDS * process.answered / max(process.seconds_asked(), 1e-6))
             for _ in range(min(BATCH_SAMPLES - 1, max(fast, self._queue.qsize() // self._most))):
                 with suppress(queue.Empty):
@@ -177,8 +180,9 @@ class JudgePool:
             process.close()
 
     def _judge(self, process: JudgeProcess | None, batch: list[Ticket], alone: bool) -> tuple[JudgeProcess | None, int, bool]:
-        """The process to go on with, how many tickets at the front have verdicts now, and whether those that follow are to be
-        judged one at a time, because the judge takes several and one of them is at fault."""
+        """Judge a batch. Return the process to continue with, the number of tickets at the front that now have verdicts, and
+        whether the following ones must be judged one at a time: the judge takes several at once, and one of them made it
+        fail."""
         settled = 0
         try:
             if process is None:
@@ -194,7 +198,7 @@ class JudgePool:
                 process.close()
                 return None, settled, True
             reason = NOT_JUDGED if self._closed else str(lost)
-        except Exception as error:  # The process cannot be started, or the row not be sent.
+        except Exception as error:  # The process cannot be started, or the row cannot be sent.
             reason = NOT_JUDGED if self._closed else f"{type(error).__name__}: {error}"
         self._settle(batch[settled:], [Verdict.none(reason)])
         if process is not None:
@@ -202,21 +206,21 @@ class JudgePool:
         return None, settled + 1, alone
 
     def _settle(self, tickets: Sequence[Ticket], verdicts: Sequence[Verdict]) -> None:
-        """The first of these tickets have these verdicts."""
+        """Assign the verdicts to the first of these tickets."""
         for ticket, verdict in zip(tickets, verdicts, strict=False):
             ticket.verdict = verdict
         self._news.set()
 
 
 class JudgeLost(Exception):
-    """The process gave no answer; it is killed."""
+    """The process did not answer and was killed."""
 
 
 class JudgeProcess:
-    """One process with the judge loaded. Raises JobError where the judge cannot be."""
+    """A process that has loaded the judge. Raises JobError if the judge cannot be loaded."""
 
     def __init__(self, spec: JudgeSpec, running: list[JudgeProcess] | None = None) -> None:
-        """While the process runs it is in `running`, so that other threads can kill it."""
+        """The process is in `running` as long as it runs, so that other threads can kill it."""
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -230,9 +234,9 @@ class JudgeProcess:
         self._killing = threading.Lock()
         self._running = [] if running is None else running
         self.answered = 0
-        """Rows that it has answered."""
+        """The number of rows that it has judged."""
         self._seconds = 0.0
-        """What these took."""
+        """The seconds that these took."""
         self._asked_at: float | None = None
         self._running.append(self)
         try:
@@ -250,7 +254,7 @@ class JudgeProcess:
         self.loaded: Loaded = loaded
 
     def ask(self, request: Request, seconds: float) -> Iterator[list[Any]]:
-        """The answers to a request, some at a time. Raises JudgeLost where one does not come within so many seconds."""
+        """Send a request and yield its answers in groups. Raises JudgeLost if an answer takes longer than `seconds`."""
         left, self._asked_at = len(request.rows), time.monotonic()
         try:
             try:
@@ -269,13 +273,13 @@ class JudgeProcess:
             self._asked_at = None
 
     def seconds_asked(self, now: float = 0.0) -> float:
-        """Seconds that its answers took, and that the next one has been taking until `now`."""
+        """Return the seconds that its answers took, including the time until `now` for the one that is due."""
         asked_at = self._asked_at
         return self._seconds + (0.0 if asked_at is None else max(0.0, now - asked_at))
 
     def kill(self) -> None:
-        """End it, and whatever it started: stopped, it starts nothing more and takes in what its children leave behind. May be
-        called by any thread; one that waits for an answer has none then."""
+        """Kill the process and all that it started. It is suspended first, so that it starts nothing more while its descendants
+        are killed. Any thread may call this; a thread that is receiving an answer gets none."""
         with self._killing:
             if self._process.returncode is None:
                 with suppress(psutil.Error):
@@ -290,18 +294,18 @@ class JudgeProcess:
             self._process.wait()
 
     def close(self) -> None:
-        """`kill`, and close the connection; called by the thread that uses it."""
+        """Kill the process and close the connection. Only the thread that uses the connection may call this."""
         self.kill()
         self._running.remove(self)
         self._connection.close()
 
     def _receive(self, seconds: float) -> list[Any]:
-        """At least one message. Raises JudgeLost where none comes within so many seconds."""
+        """Return at least one message. Raises JudgeLost if none arrives within `seconds`."""
         deadline = time.monotonic() + seconds
         try:
             while not (answers := unpacked(self._received)):
                 while not self._connection.poll(max(0.0, min(_LOOK_SECONDS, deadline - time.monotonic()))):
-                    # A process that the judge forked may hold the socket open.
+                    # A process that the judge forked may keep the socket open.
                     if self._process.poll() is not None:
                         raise JudgeLost(self._end())
                     if time.monotonic() >= deadline:
@@ -334,7 +338,7 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def judge_spec(verify: VerifyConfig) -> JudgeSpec:
-    """The judge that a job names."""
+    """Return the judge that a job names."""
     source, _, function = verify.kind.partition(":")
     if verify.kind in verifier_names():
         source, function = f"tokabatch.scoring.verifiers.{verify.kind}", "verify"
@@ -345,10 +349,11 @@ def judge_spec(verify: VerifyConfig) -> JudgeSpec:
 
 
 def most_judges(verify: VerifyConfig) -> int:
-    """How many judge processes a job may have."""
+    """Return the most judge processes of a job."""
     return max(1, len(os.sched_getaffinity(0)) // 2) if verify.processes == "auto" else verify.processes
 
 
 def open_pool(verify: VerifyConfig, at_once: int = 1, most: int | None = None) -> JudgePool:
-    """The pool of a job, of `most` processes where it has but a part of them. `at_once` begin together; none is started yet."""
+    """Return the pool of a job, with no process started yet. It has at most `most` processes (default: `most_judges`), of which
+    `at_once` are started together."""
     return JudgePool(judge_spec(verify), most or most_judges(verify), verify.seconds, at_once)

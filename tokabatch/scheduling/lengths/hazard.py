@@ -1,9 +1,9 @@
-"""How likely a sample is to stop at its next token: hazards by length, and lengths drawn from them.
+"""The hazard of a sample, its probability to stop at the next token given its length, and lengths drawn from it.
 
-A piecewise-constant hazard: in each bin of lengths, stops divided by tokens at risk. Samples that are still running and those
-cut by max_tokens are at risk up to where they are and never stop, as in Kaplan and Meier's estimate (1958), of which this is
-the form with bins. Where little was seen the hazard leans on a prior, before the first end on one stop in half of
-max_tokens. Lengths are output tokens.
+The hazard is piecewise constant: in each bin of lengths, the number of stops divided by the tokens at risk. Samples that are
+still running or were cut off at max_tokens are censored: they are at risk up to their length and do not stop. This is the
+estimator of Kaplan and Meier (1958) with bins. With few observations the hazard is close to a prior, which before the first
+stop is one stop in half of max_tokens. Lengths are in output tokens.
 
 Shape legend: B bins, G groups (prompts with several samples), N samples.
 """
@@ -20,23 +20,25 @@ from tokabatch.arrays import Float64, Int32
 Indices = npt.NDArray[np.integer[Any]]
 
 PRIOR_SAMPLES = 4.0
-"""Samples' worth of tokens at risk behind the prior of each of the run's bins."""
+"""The weight of the prior in each bin of the run, as the tokens at risk of this many samples."""
 ENDLESS, MOST_ENDLESS = 0.35, 0.75
-"""Share of samples taken never to stop as long as no sample got far enough to tell; and its bound among those still left."""
+"""The assumed share of samples that never stop, while no sample has become long enough to show it; and its bound among the
+samples that have not stopped."""
 _LEAST_LEFT = 1e-300
-"""Bound of the share still left, by which is divided."""
+"""A lower bound of the share that has not stopped, which is a divisor."""
 LEVEL_STOPS = 4.0
-"""Stops at the lengths just before until these outweigh the run's mean in the prior of a bin."""
+"""The number of stops at the preceding lengths from which they outweigh the run's mean in the prior of a bin."""
 _FADING, _FALL = 0.8, 0.75
-"""How the weight of a stop falls from bin to bin in the level of those behind it; and the prior with the length (a power)."""
+"""The factor by which the weight of a stop decreases from bin to bin in the prior of later bins, and the power of the length
+with which the prior decreases."""
 _FINE, _RATIO = 16, 1.1
-"""Bins of one token each, and how much farther each later one reaches than the one before it."""
+"""The number of bins of one token, and the ratio of the ends of consecutive later bins."""
 _MOST_CUMULATED = 60.0
-"""Bound of a cumulative hazard: a share of e^-60 that gets so far is none."""
+"""An upper bound of cumulative hazards: a share of e^-60 of the samples is none."""
 
 
 class Bins:
-    """Bins of lengths: single tokens first, then ever wider ones, each at most a tenth of its length wide."""
+    """Bins of lengths: first single tokens, then increasingly wide bins, each at most a tenth of its length wide."""
 
     def __init__(self, longest: int) -> None:
         edges = list(range(min(_FINE, longest) + 1))
@@ -46,10 +48,10 @@ class Bins:
         self.width = np.diff(self.edge).astype(np.float64)
         self.count = len(self.width)
         self.of = np.repeat(np.arange(self.count), np.diff(self.edge)).astype(np.int32)
-        """The bin in which the token after so many lies, for 0 .. longest - 1."""
+        """The bin of the token that follows `i` tokens, for `i` from 0 to longest - 1."""
 
     def at_risk(self, length: Int32) -> Float64:
-        """Tokens that samples of these lengths drew in each bin, in sum, shape [B]."""
+        """Return the total number of tokens that samples of these lengths drew in each bin, shape [B]."""
         last = self.of[np.maximum(length - 1, 0)]
         ending = np.bincount(last, minlength=self.count)
         within = np.bincount(last, weights=length - self.edge[last], minlength=self.count)
@@ -57,18 +59,19 @@ class Bins:
         return within + later * self.width
 
     def stops(self, length: Int32) -> Float64:
-        """Samples that stopped at these lengths, by bin, shape [B]."""
+        """Return the number of samples in each bin, given the lengths at which they stopped, shape [B]."""
         return np.bincount(self.of[np.maximum(length - 1, 0)], minlength=self.count).astype(np.float64)
 
 
 def run_hazard(bins: Bins, stops: Float64, at_risk: Float64) -> Float64:
-    """Stops per token in each bin, over the whole run, shape [B].
+    """Return the stops per token in each bin over the whole run, shape [B].
 
-    The prior where nothing was seen: a hazard that falls with a power of the length, as high as the stops at the lengths just
-    before say, for all but some samples that never stop."""
+    The prior of bins with few observations is a hazard that decreases with a power of the length, at the level of the stops at
+    the preceding lengths, for all samples but a share that never stops.
+    """
     middle = (bins.edge[1:] + bins.edge[:-1] + 1) / 2
     falling = middle**-_FALL
-    # Before the first end this makes the mean length about half of max_tokens.
+    # Before the first stop this makes the mean length about half of max_tokens.
     longest = float(bins.edge[-1])
     overall = (1.0 + stops.sum()) / (longest ** (1 - _FALL) / (1 - _FALL) + (at_risk * falling).sum())
     place = np.arange(bins.count)
@@ -80,7 +83,7 @@ def run_hazard(bins: Bins, stops: Float64, at_risk: Float64) -> Float64:
     seen = (stops + stopping * weight) / (at_risk + weight)
     frontier = int(np.max(np.flatnonzero(at_risk > weight), initial=-1)) + 1
     left = max(float(np.exp(-(seen * bins.width)[:frontier].sum())), _LEAST_LEFT)
-    # The more samples have stopped, the fewer of the rest are taken never to stop.
+    # The more samples have stopped, the fewer of the rest are assumed never to stop.
     endless = min(ENDLESS / left, left, MOST_ENDLESS)
     reached = np.exp(-np.cumsum(np.where(place < frontier, 0.0, stopping * bins.width)))
     prior = stopping * (1 - endless) * reached / (endless + (1 - endless) * reached)
@@ -88,7 +91,7 @@ def run_hazard(bins: Bins, stops: Float64, at_risk: Float64) -> Float64:
 
 
 class HazardTable:
-    """Rows of hazards made ready to look lengths up by the chance that they are reached."""
+    """Rows of hazards, prepared for finding lengths by their survival probability."""
 
     def __init__(self, bins: Bins, hazards: Float64) -> None:
         """`hazards` has shape [rows, B]."""
@@ -100,8 +103,8 @@ class HazardTable:
         self._flat = (self._total + 2 * _MOST_CUMULATED * np.arange(len(hazards))[:, None]).ravel()
 
     def length(self, row: Int32, generated: Int32, exponential: Float64) -> Int32:
-        """The length that a sample with `generated` tokens reaches by a draw: the cumulative hazard grows by `exponential`
-        (a standard exponential variate) until there. At least generated + 1, at most the longest; shape [N]."""
+        """Return the drawn length of each sample with `generated` tokens: the length up to which the cumulative hazard grows by
+        `exponential`, a standard exponential variate. It is at least generated + 1 and at most the longest; shape [N]."""
         bins = self._bins
         longest = int(bins.edge[-1])
         generated = np.minimum(generated, longest - 1)
@@ -117,7 +120,8 @@ class HazardTable:
         return np.clip(np.where(beyond, longest, length), generated + 1, longest).astype(np.int32)
 
     def mean_lengths(self, limit: Int32) -> Float64:
-        """Expected lengths of fresh samples of the first row that may have at most `limit` tokens, 1 or more; shape [N]."""
+        """Return the expected lengths by the first row of samples that have not begun and may have at most `limit` tokens, at
+        least 1; shape [N]."""
         bins = self._bins
         token = np.arange(int(limit.max(initial=1)))
         place = bins.of[np.minimum(token, bins.edge[-1] - 1)]
@@ -126,8 +130,9 @@ class HazardTable:
 
 
 def strata(ticket: npt.NDArray[np.int64], generated: Int32) -> Float64:
-    """A standard exponential variate for each sample, by its ticket and the tokens it has: additive recurrence in two
-    dimensions (Roberts 2018), so that any run of tickets covers the distribution evenly and sums over many samples come out
-    at their expectation. A sample that outlived its last draw gets another one, independent of it."""
+    """Return a standard exponential variate for each sample, determined by its ticket and its number of tokens. The variates
+    follow an additive recurrence in two dimensions (Roberts 2018), so that any consecutive tickets cover the distribution
+    evenly and sums over many samples are close to their expectation. A sample that has become longer than its last draw gets an
+    independent one."""
     uniform = np.mod((ticket + 1) * 0.7548776662466927 + generated * 0.5698402909980532, 1.0)
     return -np.log1p(-np.minimum(uniform, 1.0 - 1e-6))

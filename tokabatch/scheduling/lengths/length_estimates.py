@@ -15,8 +15,8 @@ from tokabatch.scheduling.lengths.predictor import Caution, LengthModel, LengthP
 from tokabatch.scheduling.work import Work
 
 LEARNED_SAMPLES = 64
-"""The least number of samples of a prompt whose own lengths are learned: fewer carry little information, and each further
-prompt makes a renewal slower."""
+"""The fewest samples of a prompt whose own length distribution is estimated: fewer carry little information, and each further
+prompt makes an update slower."""
 
 
 class LengthEstimates:
@@ -37,7 +37,7 @@ class LengthEstimates:
         self.extend()
 
     def extend(self) -> None:
-        """Account for added prompts. If their samples may be longer than any before, start a new length model."""
+        """Take added prompts into account. If their samples may be longer than any before, start a new length model."""
         work, longest = self._work, int(self._work.max_tokens.max(initial=1))
         fresh = [params.has_given_length for params in work.sampling[len(self._given) :]]
         self._given = np.append(self._given, np.array(fresh, np.bool_))
@@ -107,7 +107,8 @@ class LengthEstimates:
         return total + round(waiting * float(np.average(means, weights=self._share)))
 
     def observe(self, slots: Int64, stopped: Bool) -> None:
-        """Learn from finished samples, still in these slots; `stopped` is True where the model ended them, not the limit."""
+        """Learn from finished samples that are still in these slots; `stopped` is True if the model ended them, not the
+        limit."""
         if not self._all_given:
             open_ended = ~self._given[self._slots.params[slots]]
             slots, stopped = slots[open_ended], stopped[open_ended]
@@ -123,7 +124,7 @@ class LengthEstimates:
             self._model.forget(requests)
 
     def before_forgetting(self) -> None:
-        """Count what has ended of prompts that are about to be forgotten."""
+        """Count the finished samples of prompts that are about to be forgotten."""
         self._model.settle()
 
     def forget_first(self, count: int) -> None:

@@ -1,8 +1,8 @@
-"""How long samples will be, learned while they run: see `hazard` and `prompt_scale` for the estimates.
+"""Predicted lengths of samples, learned during the run; `hazard` and `prompt_scale` have the estimators.
 
-Every sample gets a length of its own, drawn from the distribution of what remains for it and spread evenly over all
-samples, so that a forecast over thousands of them is at its expectation. `Caution` says how far above its expectation page
-use is planned for, by the work that preemptions cost.
+Each sample gets a length of its own, drawn from the distribution of its remaining length. The draws are spread evenly over all
+samples, so that a forecast over thousands of them is close to its expectation. `Caution` determines how far above the
+expectation page use is planned, from the work that preemptions cost.
 """
 
 from __future__ import annotations
@@ -16,33 +16,34 @@ from tokabatch.scheduling.lengths.hazard import Bins, Float64, HazardTable, run_
 from tokabatch.scheduling.lengths.prompt_scale import ScaleModel
 
 REFRESH_STEPS = 64
-"""The estimate is renewed after at most so many steps in which anything finished."""
+"""The estimate is updated after at most this many steps in which a sample finished."""
 TARGET_WASTE = 0.003
-"""Share of all computed tokens that may be computed again after preemptions."""
+"""The share of all computed tokens that may be recomputed after preemptions."""
 FIRST_DEVIATIONS, LEAST_DEVIATIONS, MOST_DEVIATIONS = 2.0, 1.0, 10.0
 _WINDOW_TOKENS, _GAIN, _MOST_SURPLUS = 50_000, 0.05, 20.0
 
 
 class LengthPredictor(Protocol):
-    """Lengths, as far as they can be foreseen. Arrays of N samples: their `request`, `sample` number, output tokens
-    `generated` so far, `limit` (max_tokens) and `ticket` (the number of their admission)."""
+    """Predicts the lengths of samples in output tokens. Arguments are arrays of N samples: their `request`, `sample` number,
+    output tokens `generated` so far, `limit` (max_tokens) and `ticket` (a running number of admissions)."""
 
     def predict(self, request: Int32, sample: Int32, generated: Int32, limit: Int32, ticket: Int64) -> Int32:
-        """Total lengths, from generated + 1 to limit."""
+        """Return the total lengths, from `generated` + 1 to `limit`."""
         ...
 
     def observe(self, request: Int32, length: Int32, stopped: Bool) -> None:
-        """Samples that ended; `stopped` is False where the limit, not the model, ended them."""
+        """Record samples that ended; `stopped` is False if the limit ended them, not the model."""
         ...
 
     def refresh(self, request: Int32, generated: Int32) -> bool:
-        """Asked once a step, with what runs (requests ascending); True where earlier predictions are out of date."""
+        """Update the estimate if that is due, and return whether earlier predictions are outdated. Called once a step with the
+        running samples, their requests ascending."""
         ...
 
 
 class LengthModel:
-    """The learning `LengthPredictor`. `grouped` says of each request whether it has several samples, of which a prompt's own
-    hazards can be learned."""
+    """A `LengthPredictor` that learns from finished samples. `grouped` is whether each request has enough samples for hazards
+    of its own."""
 
     def __init__(self, max_tokens: int, grouped: Bool) -> None:
         self.bins = Bins(max_tokens)
@@ -57,7 +58,7 @@ class LengthModel:
         self._table = HazardTable(self.bins, run_hazard(self.bins, self._stops, self._at_risk)[None])
 
     def extend(self, grouped: Bool) -> None:
-        """Replace what is known of each request, when more have been added."""
+        """Replace `grouped` after requests have been added."""
         self._grouped = grouped
 
     def observe(self, request: Int32, length: Int32, stopped: Bool) -> None:
@@ -66,12 +67,13 @@ class LengthModel:
         self._num_fresh += len(length)
 
     def learn(self, length: Int32, stopped: Bool) -> None:
-        """Samples of prompts that are not among these have ended."""
+        """Record samples that ended of prompts that are not among the requests."""
         self._at_risk += self.bins.at_risk(length)
         self._stops += self.bins.stops(length[stopped])
 
     def refresh(self, request: Int32, generated: Int32) -> bool:
-        """See `LengthPredictor`. The estimate is renewed when an eighth more has been seen, or after `REFRESH_STEPS`."""
+        """See `LengthPredictor`. The estimate is updated when the number of samples that ended has grown by an eighth, or after
+        `REFRESH_STEPS`."""
         self._age += 1
         due = self._num_fresh > max(8, self._num_seen // 8) or (self._num_fresh and self._age >= REFRESH_STEPS)
         if due:
@@ -85,24 +87,25 @@ class LengthModel:
         return self._draw(request, generated, limit, strata(ticket, generated))
 
     def typical(self, request: Int32, generated: Int32, limit: Int32) -> Int32:
-        """Lengths that any two samples of one prompt and age share: where the cumulative hazard has grown by 1, its mean."""
+        """Return lengths that are equal for samples of the same prompt and age: those at which the cumulative hazard has grown
+        by 1, its mean."""
         return self._draw(request, generated, limit, np.ones(len(request)))
 
     def mean_lengths(self, limit: Int32) -> Float64:
-        """Expected output tokens of samples that have not begun and may have at most `limit`, shape [N]."""
+        """Return the expected output tokens of samples that have not begun and may have at most `limit`, shape [N]."""
         return self._table.mean_lengths(limit)
 
     def forget(self, requests: list[int]) -> None:
-        """These prompts are finished: what is learned of each goes into the run's once their last samples have been counted."""
+        """Mark prompts as finished: their counts are merged into the run's once their last samples have been counted."""
         self._finished += requests
 
     def settle(self) -> None:
-        """Count all that has ended."""
+        """Count all samples that have ended."""
         if self._fresh:
             self._take_in()
 
     def forget_first(self, count: int) -> None:
-        """The numbers of all requests become less by so many; those that had less have ended, and are counted."""
+        """Reduce the numbers of all requests by `count`. The requests with lower numbers have ended and been counted."""
         self._ended.forget_first(count)
         self._table_request = self._table_request - np.int32(count)
 
@@ -115,7 +118,7 @@ class LengthModel:
         return np.maximum(np.minimum(length, limit), generated + 1)
 
     def _take_in(self) -> None:
-        """Count the samples that ended, and let finished prompts' own counts become the run's."""
+        """Count the samples that ended, and merge the counts of finished prompts into the run's."""
         request, length, stopped = (np.concatenate(part) for part in zip(*self._fresh, strict=True))
         self._fresh, self._num_seen, self._num_fresh = [], self._num_seen + self._num_fresh, 0
         self._at_risk += self.bins.at_risk(length)
@@ -132,8 +135,8 @@ class LengthModel:
             self._scales.absorb(*known)
 
     def _estimate(self, request: Int32, generated: Int32) -> None:
-        """Renew the table from all that ended and from what runs: hazards of the run, and of each prompt whose own lengths are
-        learned and that has running samples."""
+        """Update the table from the samples that ended and those that run: the hazards of the whole run, and those of each
+        grouped prompt with running samples."""
         bins = self.bins
         run = run_hazard(bins, self._stops, self._at_risk + bins.at_risk(generated))
         grouped = self._grouped[request]
@@ -155,20 +158,20 @@ class LengthModel:
 
 
 class EndedSamples:
-    """Of each prompt the samples that ended: stops, and time at risk, in B bins."""
+    """Counts of the samples that ended for each prompt: stops and time at risk in B bins."""
 
     def __init__(self, num_bins: int) -> None:
         self._row: dict[int, int] = {}
-        """Where each prompt's counts are; those of row 0, of no prompt, are zero."""
+        """The row of each prompt's counts; row 0 belongs to no prompt and is zero."""
         self._free: list[int] = []
         self._counts = np.zeros((2, 1, num_bins))
 
     def __len__(self) -> int:
-        """Prompts of which any are counted."""
+        """Return the number of prompts with counts."""
         return len(self._row)
 
     def add(self, requests: list[int], stops: Float64, time: Float64) -> None:
-        """Count further ones of G different prompts, shape [G, B] each."""
+        """Add counts of G different prompts, shape [G, B] each."""
         fresh = [request for request in requests if request not in self._row]
         if len(fresh) > len(self._free):
             size = self._counts.shape[1]
@@ -181,12 +184,12 @@ class EndedSamples:
         self._counts[1, rows] += time
 
     def of(self, requests: list[int]) -> tuple[Float64, Float64]:
-        """Stops and time of these prompts, shape [G, B] each; zero where none has ended."""
+        """Return stops and time of these prompts, shape [G, B] each; zero if no sample of a prompt has ended."""
         stops, time = self._counts[:, [self._row.get(request, 0) for request in requests]]
         return stops, time
 
     def take(self, requests: list[int]) -> tuple[Float64, Float64]:
-        """Forget those of these prompts that have any, and return what was counted of them."""
+        """Remove the counts of these prompts and return those that there were."""
         rows = [self._row.pop(request) for request in requests if request in self._row]
         stops, time = self._counts[:, rows]
         self._counts[:, rows] = 0.0
@@ -194,21 +197,21 @@ class EndedSamples:
         return stops, time
 
     def forget_first(self, count: int) -> None:
-        """The numbers of all prompts become less by so many; those that had less are forgotten."""
+        """Reduce the numbers of all prompts by `count`, and remove the prompts with lower numbers."""
         self.take([request for request in self._row if request < count])
         self._row = {request - count: row for request, row in self._row.items()}
 
 
 class Caution:
-    """The quantile of page use that admission plans for, in standard deviations above its expectation. It holds the tokens
-    computed again after preemptions near `TARGET_WASTE` of all tokens computed: more of them raise it, fewer lower it."""
+    """The quantile of page use that admission plans for, in standard deviations above the expectation. It is raised and lowered
+    so that the tokens recomputed after preemptions stay near `TARGET_WASTE` of all computed tokens."""
 
     def __init__(self) -> None:
         self.deviations = FIRST_DEVIATIONS
         self._computed = self._recomputed = 0
 
     def update(self, computed: int, recomputed: int) -> None:
-        """Called once a step with the running totals of all tokens and of those to compute again."""
+        """Adjust the quantile. Called once a step with the running totals of all computed tokens and of recomputed ones."""
         window, wasted = computed - self._computed, recomputed - self._recomputed
         if window < _WINDOW_TOKENS:
             return
