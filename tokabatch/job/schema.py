@@ -138,7 +138,7 @@ class EngineConfig(Section):
     pipeline: fields.Count = Field(default=1, description="Devices over which the layers of a replica are divided.")
     async_tp: fields.AutoFlag = Field(
         default="auto",
-        description="With tensor > 1, overlap products with their exchange in large steps; auto: where measured to be quicker.",
+        description="With tensor > 1, overlap matrix products with communication in large steps; auto: where it is faster.",
     )
     page_size: fields.PageSize = Field(default=16, description="Tokens per page of the KV cache.")
     kv_cache_tokens: fields.AutoTokens = Field(
