@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,7 +30,7 @@ from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Part
 from tokabatch.runner.member import Fork
 from tokabatch.runner.member_process import unpacked
-from tokabatch.runner.messages import Given, Pace, Share, Suspects, Withdraw
+from tokabatch.runner.messages import Given, Lengths, Pace, Share, Suspects, Withdraw
 from tokabatch.runner.replica import Replica, Standing
 from tokabatch.runner.row_stops import RowLimits
 from tokabatch.scheduling.contracts import Completion, Drawn, Requests, SamplingParams, StepBatch, StepResult
@@ -164,6 +165,25 @@ def test_a_process_that_stands_still_is_killed_and_another_goes_on(monkeypatch):
             assert work.fleet._members[0].pid is not None
             os.kill(work.fleet._members[0].pid or 0, signal.SIGSTOP)
             stopped = True
+    assert work.done == EXPECTED
+    assert len(work.told) == 1 and "did not respond" in work.told[0]
+
+
+def test_a_process_that_stands_still_holds_up_nobody_who_sends_to_it(monkeypatch):
+    monkeypatch.setattr("tokabatch.runner.member_process.BEAT_SECONDS", 0.1)
+    work = Work(partial(Device, 0.005), 2, max_restarts=1, hang_seconds=1.0)
+    first = work.fleet._members[0]
+    going_on: threading.Timer | None = None
+    for _ in work.run():
+        if len(work.done) > 4 and first.begun and going_on is None:
+            os.kill(first.pid or 0, signal.SIGSTOP)
+            # Where nobody else ends this test's wait for it.
+            going_on = threading.Timer(20.0, os.kill, (first.pid, signal.SIGCONT))
+            going_on.start()
+            # More than its pipe holds.
+            first.send(Lengths(np.zeros(1 << 20, np.int32), np.zeros(1 << 20, np.bool_)))
+    assert going_on is not None
+    going_on.cancel()
     assert work.done == EXPECTED
     assert len(work.told) == 1 and "did not respond" in work.told[0]
 
@@ -396,6 +416,10 @@ class Placed:
         if self._process is None and time.monotonic() > self._at:
             self._process = self._start()
         return self._process is not None
+
+    def hang_up(self) -> None:
+        if self._process is not None:
+            self._process.hang_up()
 
     def close(self, seconds: float) -> None:
         for each in (self.waiting, self._other):

@@ -34,6 +34,7 @@ from tokabatch.parallel.layout import Layout
 from tokabatch.runner.ledger import Ledger, Part
 from tokabatch.runner.member_process import Build, serve
 from tokabatch.runner.messages import Message, Order, Pace
+from tokabatch.runner.outbox import Outbox
 from tokabatch.runner.replica import Standing
 
 ADDRESS = "RAY_ADDRESS"
@@ -168,6 +169,8 @@ class Actor:
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._listening = launcher.listen()
         self._connection: Connection | None = None
+        self._outbox: Outbox | None = None
+        """Of the connection."""
         self._unsent: list[Order | bytes | None] = []
         self._told = time.monotonic() + PATIENCE_SECONDS
         self._next_check = 0.0
@@ -191,11 +194,10 @@ class Actor:
             raise ReplicaLost(self._reason(LAST_WORDS_SECONDS)) from error
 
     def send(self, order: Order | bytes | None) -> None:
-        if self._connection is None:
+        if self._outbox is None:
             self._unsent.append(order)
             return
-        with suppress(OSError):
-            self._connection.send(order)
+        self._outbox.put(order)
 
     def check(self) -> bool:
         now = time.monotonic()
@@ -214,11 +216,16 @@ class Actor:
         with suppress(RayError):
             ray.kill(self._actor)
 
+    def hang_up(self) -> None:
+        if self._outbox is not None:
+            self._outbox.close()
+        self._listening.close()
+
     def close(self, seconds: float) -> None:
         if seconds:
             ray.wait([self._ended], timeout=seconds)
+        self.hang_up()
         self.pipe.close()
-        self._listening.close()
         # Its worker ends with it.
         self.kill()
 
@@ -229,10 +236,10 @@ class Actor:
         connection = Connection(connected.detach())
         with suppress(EOFError, OSError):
             if connection.poll(HELLO_SECONDS) and hmac.compare_digest(connection.recv_bytes(TOKEN_BYTES), self._token):
-                self._connection = connection
+                self._connection, self._outbox = connection, Outbox(connection)
                 self._listening.close()
                 for order in self._unsent:
-                    self.send(order)
+                    self._outbox.put(order)
                 return
         connection.close()
 

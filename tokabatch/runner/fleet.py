@@ -223,8 +223,7 @@ class Fleet:
     def close(self) -> None:
         """End the processes and their workers."""
         for member in self._members:
-            if member.pipe is not None and member.ended is None:
-                member.pipe.close()
+            member.hang_up()
         for member in self._members:
             member.close()
 

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,6 +33,7 @@ from tokabatch.runner.messages import (
     Share,
     Withdraw,
 )
+from tokabatch.runner.outbox import Outbox
 from tokabatch.runner.replica import Standing
 
 STOP_SECONDS = 10.0
@@ -56,13 +56,19 @@ class Process(Protocol):
         """The next message; None is a heartbeat. Raises ReplicaLost where the process is gone."""
         ...
 
-    def send(self, order: Order | bytes | None) -> None: ...
+    def send(self, order: Order | bytes | None) -> None:
+        """Returns at once, whether or not the process reads."""
+        ...
 
     def check(self) -> bool:
         """Whether there is a process already, which gives heartbeats. Raises ReplicaLost where it is gone."""
         ...
 
     def kill(self) -> None: ...
+
+    def hang_up(self) -> None:
+        """End the connection, upon which the process ends; returns at once. `close` follows."""
+        ...
 
     def close(self, seconds: float) -> None:
         """End the process, and with it the worker; it has so many seconds for that."""
@@ -185,6 +191,11 @@ class Member:
         assert self._process is not None
         self._process.kill()
 
+    def hang_up(self) -> None:
+        """Have the process end, if there is one that has not said its last word; `close` follows."""
+        if self._process is not None and self.ended is None:
+            self._process.hang_up()
+
     def close(self) -> None:
         """End the process, and with it the worker."""
         if self._process is None:
@@ -205,6 +216,7 @@ class Fork:
         arguments = (self.pipe, theirs, member, build, first, ledger, pace, leave)
         self._process = fork(_forked, arguments, f"tokabatch-replica-{member.number}")
         theirs.close()
+        self._outbox = Outbox(self.pipe)
 
     @property
     def pid(self) -> int | None:
@@ -220,8 +232,7 @@ class Fork:
             raise ReplicaLost(f"the scheduler's process {by} {abs(code or 0)}") from error
 
     def send(self, order: Order | bytes | None) -> None:
-        with suppress(OSError):
-            self.pipe.send(order)
+        self._outbox.put(order)
 
     def check(self) -> bool:
         return True
@@ -229,9 +240,13 @@ class Fork:
     def kill(self) -> None:
         self._process.kill()
 
+    def hang_up(self) -> None:
+        self._outbox.close()
+
     def close(self, seconds: float) -> None:
         if seconds:
             self._process.join(seconds)
+        self._outbox.close()
         self.pipe.close()
         self._process.join(STOP_SECONDS)
         if self._process.is_alive():

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import math
 import os
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Literal
@@ -28,6 +26,7 @@ from tokabatch.errors import EngineError, TokabatchError
 from tokabatch.job import Job
 from tokabatch.runner.forked import fork
 from tokabatch.runner.judging import HURRIED_SECONDS, LOOK_SECONDS
+from tokabatch.runner.outbox import Outbox
 from tokabatch.runner.preparation import Preparation
 from tokabatch.runner.preparer_process import HURRIED_SEND_SECONDS, SEND_SECONDS, Message, Order, Prepared, Work, prepare
 from tokabatch.runner.sample_tables import SampleTables
@@ -208,17 +207,13 @@ class _Process:
         self._pipe, theirs = Pipe()
         self._process = fork(prepare, (theirs, preparation, seconds), f"tokabatch-preparer-{place}")
         theirs.close()
-        self._outbox = queue.SimpleQueue[Order]()
+        self._outbox = Outbox(self._pipe)
         self._inbox = deque[Message | _Lost]()
         self._silent = 0.0
         """Seconds without a message, while it has samples."""
         self._held: list[_Held] = []
-        self._threads = (
-            threading.Thread(target=_send, args=(self._pipe, self._outbox), daemon=True),
-            threading.Thread(target=_receive, args=(self._pipe, self._inbox, news), daemon=True),
-        )
-        for thread in self._threads:
-            thread.start()
+        self._receiver = threading.Thread(target=_receive, args=(self._pipe, self._inbox, news), daemon=True)
+        self._receiver.start()
 
     @property
     def num_waiting(self) -> int:
@@ -295,20 +290,9 @@ class _Process:
         self._process.join(0 if self._silent > MAX_TICK_SECONDS else STOP_SECONDS)
         self._process.kill()
         self._process.join()
-        for thread in self._threads:
-            thread.join(STOP_SECONDS)
+        self._outbox.close()
+        self._receiver.join()
         self._pipe.close()
-
-
-def _send(pipe: Connection, outbox: queue.SimpleQueue[Order]) -> None:
-    """Send what is put into the queue, to the end."""
-    # What the process had sent before its end is read, then that.
-    with suppress(OSError):
-        while True:
-            order = outbox.get()
-            pipe.send(order)
-            if order is None:
-                return
 
 
 def _receive(pipe: Connection, inbox: deque[Message | _Lost], news: threading.Event) -> None:
