@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -40,6 +41,7 @@ from tokabatch.report.review import write_report
 from tokabatch.report.summary import run_sections
 from tokabatch.runner import judging
 from tokabatch.runner.plan import plan
+from tokabatch.runner.recorder import Recorder
 from tokabatch.runner.row_stops import RowStops
 from tokabatch.runner.score import score, score_to
 from tokabatch.runner.shared import Shared
@@ -435,3 +437,22 @@ def test_many_samples_behind_one_that_is_missing_cost_little_each() -> None:
         stops.hold(0, sample, sample)
         stops.judge(0, sample, Outcome(False, "a"))
     assert time.process_time() - began < 2 and stops.take_kept() == list(range(count))
+
+
+def test_of_a_table_only_the_rows_that_are_held_stay_in_memory() -> None:
+    count = 1000
+    rows, numbers = np.arange(count), np.zeros(count, np.int64)
+    # The samples of these rows come before the first ones.
+    numbers[[3, 700]] = 1
+    columns: dict[str, Any] = {"row_index": rows, "sample_index": numbers, "error_code": pa.nulls(count, pa.string())}
+    columns |= {"correct": [False] * count, "verify_error": pa.nulls(count, pa.string()), "text": ["x" * 1000] * count}
+    stops: RowStops[Any] = RowStops(
+        StopRule(after_correct=1), np.full(count, 4), Drawn(np.arange(count + 1) * 4, np.zeros(4 * count, bool))
+    )
+    accepted: list[Any] = []
+    recorder: Any = SimpleNamespace(_accept=lambda unsampled, table: accepted.append(table))
+    Recorder._follow(recorder, pa.table(columns), stops)  # pyright: ignore[reportPrivateUsage]
+    assert [table.num_rows for table in accepted] == [count - 2] and stops.num_held == 2
+    held = [each for samples in stops._held.values() for each in samples.values()]  # pyright: ignore[reportPrivateUsage]
+    assert {table.num_rows for table, _ in held} == {2} and held[0][0].get_total_buffer_size() < 10_000
+    assert [table["row_index"][place].as_py() for table, place in held] == [3, 700]

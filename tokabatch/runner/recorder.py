@@ -220,7 +220,8 @@ class Recorder:
         """Where rows stop: take in these verdicts, and accept what is decided by them."""
         columns = (table[name] for name in ("row_index", "sample_index", "error_code", "correct", "verify_error"))
         answers = table[ANSWER].to_pylist() if ANSWER in table.schema.names else [None] * table.num_rows
-        for place, (row, sample, code, correct, reason) in enumerate(zip(*(each.to_pylist() for each in columns), strict=True)):
+        finished = list(zip(*(each.to_pylist() for each in columns), strict=True))
+        for place, (row, sample, code, correct, reason) in enumerate(finished):
             stops.hold(row, sample, (table, place))
             if reason == NOT_JUDGED:
                 continue
@@ -229,6 +230,13 @@ class Recorder:
                 # The others of the row would kill workers, too.
                 stops.give_up(row, partial(_same_error, (table, place)))
         self._accept(stops.take_cancelled(), _together(stops.take_kept()))
+        held = [place for place, (row, sample, *_) in enumerate(finished) if stops.holds(row, sample)]
+        if 0 < len(held) < table.num_rows:
+            # Those alone stay in memory, not all of the table.
+            rest = table.take(held)
+            for number, place in enumerate(held):
+                row, sample, *_ = finished[place]
+                stops.hold(row, sample, (rest, number))
 
     def _flush(self) -> None:
         """Hand all that is ready to the writer."""
@@ -290,7 +298,7 @@ def _together(rows: Sequence[TableRow]) -> pa.Table | None:
 
 def _same_error(row: TableRow, sample: int) -> TableRow:
     """Another sample of the row, which ends as that one did without having begun."""
-    table = row[0].slice(row[1], 1)
+    table = row[0].take([row[1]])
     for name, value in (("sample_index", sample), *((f"num_{field.name}", 0) for field in fields(SampleCounts))):
         place = table.schema.get_field_index(name)
         table = table.set_column(place, table.schema.field(place), pa.array([value], pa.int32()))

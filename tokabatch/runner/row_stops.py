@@ -75,6 +75,10 @@ class RowStops(Generic[_Sample]):
         if self.wants(row, sample):
             self._held.setdefault(row, {})[sample] = finished
 
+    def holds(self, row: int, sample: int) -> bool:
+        """Whether a sample is held: neither kept nor dropped."""
+        return sample in self._held.get(row, ())
+
     def judge(self, row: int, sample: int, outcome: Outcome) -> None:
         """Record the verdict of a sample that is held."""
         if not self.wants(row, sample):
