@@ -121,7 +121,7 @@ class Fleet:
                         try:
                             if member.pipe in ready and len(finished := self._take(member, member.receive())):
                                 taken.append((member.number, finished))
-                            elif (silent := member.wait(passed)) > self._hang_seconds:
+                            elif (silent := member.pass_time(passed)) > self._hang_seconds:
                                 member.kill()
                                 raise ReplicaLost(f"the scheduler's process did not respond for {silent:.0f} s and was killed")
                         except ReplicaLost as fault:

@@ -43,6 +43,20 @@ def fork(target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> 
     return process
 
 
+def how_it_ended(process: BaseProcess, seconds: float = 10.0) -> str:
+    """How a process ended; one that has closed its pipe gets so many seconds for it."""
+    process.join(seconds)
+    code = process.exitcode or 0
+    return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+
+
+def end(process: BaseProcess, seconds: float) -> None:
+    """Wait so many seconds for the end of a process, then kill it."""
+    process.join(seconds)
+    process.kill()
+    process.join()
+
+
 def keep_only(descriptors: Collection[int]) -> None:
     """Close every open file of a forked process except these and the standard ones, so that main's locks and pipes end with
     main. The file numbers are redirected to the null device, so that objects that still hold them cannot close other files."""

@@ -163,7 +163,7 @@ class Ledger:
             if held and limit < min(least, self._free_cost / members):
                 return None
             free = self._cut(free, costs, min(wanted, limit), limit)
-        self._set(free, member)
+        self.take_over(member, free)
         self._front = int(self._offset[free.prompts[-1]] + free.stop[-1])
         return free
 
@@ -181,7 +181,7 @@ class Ledger:
 
     def take_over(self, member: int, part: Part) -> None:
         """Record that a member holds this part from now on, whichever member held it before."""
-        self._set(part, member)
+        self._change(self._places(part), member)
 
     def finish(self, member: int | Int64, completions: Completions) -> None:
         """A member has finished these samples, or the member of each; those that were cancelled meanwhile do not count. Raises
@@ -237,9 +237,6 @@ class Ledger:
         mine = np.isin(free.prompts, prompts)
         part = Part(free.prompts[mine], free.first[mine], free.stop[mine])
         return part, holders[(holders >= 0) & (holders != member)].astype(np.int64)
-
-    def _set(self, part: Part, holder: int) -> None:
-        self._change(self._places(part), holder)
 
     def _places(self, part: Part) -> Int64:
         count = (part.stop - part.first).astype(np.int64)

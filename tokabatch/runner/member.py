@@ -21,7 +21,7 @@ from tokabatch.errors import ReplicaLost
 from tokabatch.job import EngineConfig
 from tokabatch.parallel.layout import VISIBLE, Layout
 from tokabatch.report.summary import ReplicaShare
-from tokabatch.runner.forked import fork
+from tokabatch.runner.forked import end, fork, how_it_ended
 from tokabatch.runner.ledger import Ledger, Part
 from tokabatch.runner.member_process import Build, packed, serve
 from tokabatch.runner.messages import (
@@ -95,7 +95,15 @@ class Cluster(Protocol):
 
 
 class Member:
-    """Main's side of one member."""
+    """Main's side of one member. Where its process stands, each line until the next, and what is sent to it meanwhile:
+
+    no process            before `begin`, after `close`; for good once `given_up`   nothing
+    waits for a place     `begin`, if a Launch starts it; not `placed`              work, which its process keeps for it
+    loads                 the first heartbeat: `placed`                             the same
+    at work               the first standing: `begun`                               every order
+    has ended             its last word: `ended`                                    nothing
+
+    A lost process goes from any line to the first one."""
 
     def __init__(self, number: int, devices: Sequence[str], standing: Standing) -> None:
         self.number = number
@@ -181,8 +189,8 @@ class Member:
         self.begun = self.begun or isinstance(message, Finished | Ended)
         return message
 
-    def wait(self, seconds: float) -> float:
-        """So much time has passed without a heartbeat; for how long there has been none. Raises ReplicaLost."""
+    def pass_time(self, seconds: float) -> float:
+        """So much time has passed without a heartbeat; return for how long there has been none. Raises ReplicaLost."""
         assert self._process is not None
         self.silent = self.silent + seconds if self._process.check() else 0.0
         return self.silent
@@ -226,10 +234,7 @@ class Fork:
         try:
             return self.pipe.recv()
         except (EOFError, OSError) as error:
-            self._process.join(STOP_SECONDS)
-            code = self._process.exitcode
-            by = "ended with code" if code is None or code >= 0 else "was killed by signal"
-            raise ReplicaLost(f"the scheduler's process {by} {abs(code or 0)}") from error
+            raise ReplicaLost(f"the scheduler's process {how_it_ended(self._process)}") from error
 
     def send(self, order: Order | bytes | None) -> None:
         self._outbox.put(order)
@@ -248,10 +253,7 @@ class Fork:
             self._process.join(seconds)
         self._outbox.close()
         self.pipe.close()
-        self._process.join(STOP_SECONDS)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        end(self._process, STOP_SECONDS)
 
 
 def _forked(

@@ -44,7 +44,7 @@ from tokabatch.scheduling.contracts import Completion, Requests
 MAX_UNSENT = 64
 """Messages that may be on their way to main."""
 SAMPLES_SENT = 2048
-"""Finished samples in a message at most: main decodes the first of a step while the next ones are on their way."""
+"""Finished samples in a message at most: main takes in the first of a step while the next ones are being packed."""
 STANDING_SECONDS = 0.1
 BEAT_SECONDS = 0.5
 """How often the process sends a heartbeat while it has nothing to report."""
@@ -184,7 +184,7 @@ class _Loop:
                 while True:
                     completions += self._obey(self._inbox.get_nowait())
             if not replica.scheduler.done and not stopped.is_set():
-                # What the step before has finished is sent while the worker computes: the next step is not held up by it.
+                # What earlier steps have finished is sent once the next ones are with the worker, which computes meanwhile.
                 completions += replica.step(self._tell)
                 self._want()
             self._finished += completions

@@ -88,7 +88,8 @@ class Preparation:
     def add(self, completions: Completions, numbers: Int64 | None = None) -> None:
         """Each has its number, if that is looked at."""
         given = repeat(0) if numbers is None else numbers.tolist()
-        self._accept([FinishedSample(each, number) for each, number in zip(completions, given, strict=False)])
+        # From here on they are not lost.
+        self.waiting = self.waiting.joined_by([FinishedSample(*pair) for pair in zip(completions, given, strict=False)])
         self._arrived += len(completions)
         if self._judging is not None:
             self._judging.submit(self.waiting.finished)
@@ -137,10 +138,6 @@ class Preparation:
     def close(self) -> None:
         if self._judging is not None:
             self._judging.close()
-
-    def _accept(self, finished: list[FinishedSample]) -> None:
-        """From here on they are not lost."""
-        self.waiting = self.waiting.joined_by(finished)
 
     def _settle(self, received: int) -> None:
         """Let go of the samples whose tables are taken, whatever came in between."""

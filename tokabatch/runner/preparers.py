@@ -24,7 +24,7 @@ import pyarrow as pa
 from tokabatch.arrays import Int64
 from tokabatch.errors import EngineError, TokabatchError
 from tokabatch.job import Job
-from tokabatch.runner.forked import fork
+from tokabatch.runner.forked import end, fork, how_it_ended
 from tokabatch.runner.judging import HURRIED_SECONDS, LOOK_SECONDS
 from tokabatch.runner.outbox import Outbox
 from tokabatch.runner.preparation import Preparation
@@ -249,10 +249,7 @@ class _Process:
                 message.until = received + len(message.numbers)
                 return message
             if isinstance(message, _Lost):
-                self._process.join(STOP_SECONDS)
-                code = self._process.exitcode or 0
-                by = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-                raise _Lost(f"a process that prepares samples {by}")
+                raise _Lost(f"a process that prepares samples {how_it_ended(self._process)}")
             if message is not None:
                 raise message
             self._inbox.popleft()
@@ -287,9 +284,7 @@ class _Process:
     def close(self) -> None:
         """End the process, and with it its judges."""
         self.send(None)
-        self._process.join(0 if self._silent > MAX_TICK_SECONDS else STOP_SECONDS)
-        self._process.kill()
-        self._process.join()
+        end(self._process, 0 if self._silent > MAX_TICK_SECONDS else STOP_SECONDS)
         self._outbox.close()
         self._receiver.join()
         self._pipe.close()

@@ -173,7 +173,7 @@ class Recorder:
             self._oldest = now
         if len(self._waiting) >= BATCH_SAMPLES:
             self._hand_over()
-        # Where many came in just now, they are decoded first.
+        # Where many came in just now, decoding them comes before the early commit.
         if arrived < BATCH_SAMPLES and self.writer.nears_end(self._num_samples - self.writer.num_rows):
             self._commit(self.writer.commit)
         if self._oldest is not None and self.writer.is_due(self._oldest):

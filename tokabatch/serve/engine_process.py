@@ -26,6 +26,7 @@ from tokabatch.engine.executor import Executor
 from tokabatch.engine.heartbeat import die_with_parent
 from tokabatch.errors import EngineError, Stopped, TokabatchError
 from tokabatch.report.streams import make_tolerant
+from tokabatch.runner.forked import end, how_it_ended
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.member_process import BEAT_SECONDS, Alive, send_messages
 from tokabatch.runner.replica import Replica, Standing
@@ -148,10 +149,7 @@ class EngineProcess:
     def close(self) -> None:
         """End the process, and with it the worker."""
         self._orders.put(None)
-        self._process.join(STOP_SECONDS)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        end(self._process, STOP_SECONDS)
         for thread in self._threads:
             thread.join(STOP_SECONDS)
         self._pipe.close()
@@ -160,9 +158,7 @@ class EngineProcess:
         """Describe how the process ended, once `receive` has been notified."""
         if self._silent > self._hang_seconds:
             return f"the scheduler's process gave no sign of life for {self._silent:.0f} s and was killed"
-        code = self._process.exitcode
-        how = "ended with code" if code is None or code >= 0 else "was killed by signal"
-        return f"the scheduler's process {how} {abs(code or 0)}"
+        return f"the scheduler's process {how_it_ended(self._process)}"
 
     def _write(self) -> None:
         order: Add | Cancel | None = None
@@ -182,10 +178,7 @@ class EngineProcess:
         except BaseException as error:  # A panic of the tokenizer is no Exception.
             last = Ended(failure_of("reading what the scheduler sent failed", error))
             self._process.kill()
-        self._process.join(STOP_SECONDS)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        end(self._process, STOP_SECONDS)
         self._orders.put(None)
         self._receive(self, last)
 
