@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,6 +26,7 @@ from tokabatch.runner import judging, recorder
 from tokabatch.runner.interruption import Interruption
 from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.scoring import pool
+from tokabatch.scoring.judge_process import Request
 
 ROWS = 8
 
@@ -345,6 +348,24 @@ def test_no_process_is_left_when_a_run_ends(rows: Path, tmp_path: Path) -> None:
     judged(rows, tmp_path, "def verify(text, row): return True")
     left = [p for p in psutil.Process(os.getpid()).children(recursive=True) if p.pid not in before]
     assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_judge_that_does_not_read_its_request_costs_a_verdict(tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text("def verify(text, row): return True")
+    process = pool.JudgeProcess(pool.judge_spec(VerifyConfig(kind=str(judge))))
+    child = process._process  # pyright: ignore[reportPrivateUsage]
+    # Where nothing else ends the wait.
+    end = threading.Timer(20.0, child.kill)
+    end.start()
+    try:
+        assert [each.correct for verdicts in process.ask(Request([{}], ["right"]), 10.0) for each in verdicts] == [True]
+        child.send_signal(signal.SIGSTOP)
+        with pytest.raises(pool.JudgeLost, match="not read within 1 s"):
+            list(process.ask(Request([{}], ["x" * (1 << 24)]), 1.0))
+    finally:
+        end.cancel()
+        process.close()
 
 
 def test_processes_are_started_where_those_there_fall_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

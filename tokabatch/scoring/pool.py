@@ -10,6 +10,7 @@ import os
 import queue
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -258,7 +259,11 @@ class JudgeProcess:
         left, self._asked_at = len(request.rows), time.monotonic()
         try:
             try:
+                self._limit_writes(seconds)
                 self._connection.send(request)
+            except BlockingIOError as error:
+                self.kill()
+                raise JudgeLost(f"its request was not read within {seconds:g} s") from error
             except OSError as error:
                 self.kill()
                 raise JudgeLost(self._end()) from error
@@ -298,6 +303,12 @@ class JudgeProcess:
         self.kill()
         self._running.remove(self)
         self._connection.close()
+
+    def _limit_writes(self, seconds: float) -> None:
+        """From now on a write that makes no progress for so many seconds raises BlockingIOError."""
+        with socket.socket(fileno=os.dup(self._connection.fileno())) as ours:
+            timeout = struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
 
     def _receive(self, seconds: float) -> list[Any]:
         """Return at least one message. Raises JudgeLost if none arrives within `seconds`."""
