@@ -24,15 +24,18 @@ def test_texts_of_any_ids_are_those_of_tokenizers(tokenizer_folders: dict[str, P
     for skip in (False, True):
         texts = backend.decode_batch(batch, skip_special_tokens=skip)
         assert decode(batch, skip) == texts
+        assert decode([np.array(ids, np.int32) for ids in batch], skip) == texts
+        assert [text for ids in batch[:500] for text in decode([ids], skip)] == texts[:500]
         assert sum("\ufffd" in text for text in texts) > 1000 and any("two words" in text for text in texts)
 
 
+@pytest.mark.parametrize("times", [1, 100])
 def test_a_tokenizer_that_is_ready_decodes_the_same_with_ids_beyond_its_vocabulary(
-    tokenizer_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    times: int, tokenizer_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = load_tokenizer(ModelConfig(path=str(tokenizer_folders["plain"])))
     ids = tokenizer.encode_batch(["the quick täglich 😀"], add_special_tokens=False)[0]
-    batch = [np.array(ids, np.int32), np.array([*ids, 1 << 20], np.int32)]
+    batch = [np.array(ids * times, np.int32), np.array([*ids, 1 << 20] * times, np.int32)]
     before = tokenizer.decode_batch(batch)
     tokenizer.get_ready_to_decode()
     assert tokenizer.decode_batch(batch) == before

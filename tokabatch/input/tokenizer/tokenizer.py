@@ -142,10 +142,10 @@ class Tokenizer:
 
     def decode_batch(self, batch: Sequence[Sequence[int] | Int32], skip_special_tokens: bool = True) -> list[str]:
         """Return the text of each list of ids; bytes that are not UTF-8 become U+FFFD."""
-        lists = [ids.tolist() if isinstance(ids, np.ndarray) else list(ids) for ids in batch]
         if self._decode is not None:
             with suppress(IndexError):
-                return self._decode(lists, skip_special_tokens)
+                return self._decode(batch, skip_special_tokens)
+        lists = [ids.tolist() if isinstance(ids, np.ndarray) else list(ids) for ids in batch]
         return self._backend.decode_batch(lists, skip_special_tokens=skip_special_tokens)
 
     def get_ready_to_decode(self) -> None:
