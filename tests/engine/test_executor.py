@@ -119,7 +119,7 @@ def test_no_orphan_is_left_when_the_parent_is_killed(when, tmp_path):
     assert family
     parent.kill()
     parent.wait()
-    _, alive = psutil.wait_procs(family, timeout=5.0)
+    _, alive = psutil.wait_procs(family, timeout=30.0)
     assert not alive
 
 

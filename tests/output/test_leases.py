@@ -64,7 +64,7 @@ def test_a_lease_that_cannot_be_renewed_keeps_no_other_from_being_renewed(
             renew(descriptor)
 
         monkeypatch.setattr(os, "utime", utime)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         stale = first.stat().st_mtime_ns
         while second.stat().st_mtime_ns == before or second.stat().st_mtime_ns <= stale:
             assert time.monotonic() < deadline, "not renewed behind one that is gone"

@@ -42,7 +42,7 @@ class TestTolerantFile:
         began = time.monotonic()
         for _ in range(50):
             assert file.write(b"x" * 8192) == 8192
-        assert 0.3 <= time.monotonic() - began < 2.0 and isinstance(file.fault, TimeoutError)
+        assert 0.3 <= time.monotonic() - began < 10.0 and isinstance(file.fault, TimeoutError)
         while len(os.read(reader, 1 << 20)) == 1 << 20:
             pass
         file.write(b"again")

@@ -247,7 +247,7 @@ def test_a_stop_breaks_into_loading():
     signal.setitimer(signal.ITIMER_REAL, 0.5)
     with pytest.raises(Stopped):
         list(work.run())
-    assert not len(work.fleet.stop()) and time.monotonic() - began < 5.0
+    assert not len(work.fleet.stop()) and time.monotonic() - began < 30.0
 
 
 @pytest.mark.parametrize("short", [False, True], ids=["roomy", "preempting"])

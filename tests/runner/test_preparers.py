@@ -115,12 +115,13 @@ def test_processes_killed_at_any_time_lose_and_double_nothing(seed: int, tmp_pat
     """Members and processes that prepare samples, while these travel between them."""
     assert run(job(tmp_path, "calm", 0.0)).exit_code == 0
     over, kills, told, chance = threading.Event(), 0, Told(), random.Random(seed)
+    others = psutil.Process().children()
 
     def kill() -> None:
         nonlocal kills
         while kills < 6 and not over.wait(chance.uniform(0.15, 0.5)):
-            # In turn: one of all children, and one of those that hold samples.
-            victims = psutil.Process().children() if kills % 2 else processes()
+            # In turn: one of all that the run has started, and one of those that hold samples.
+            victims = [each for each in psutil.Process().children() if each not in others] if kills % 2 else processes()
             if victims:
                 with suppress(psutil.NoSuchProcess):
                     chance.choice(victims).kill()

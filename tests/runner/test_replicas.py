@@ -121,5 +121,5 @@ def test_a_signal_to_all_processes_stops_the_run_once_and_leaves_none(model, row
     _, told = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else 75), told
     assert told.count("stopping") == 1 and "Traceback" not in told
-    gone, alive = psutil.wait_procs(family, timeout=5)
+    gone, alive = psutil.wait_procs(family, timeout=30)
     assert len(gone) >= 4 and not alive

@@ -176,7 +176,7 @@ def test_a_batch_that_is_cancelled_as_its_turn_comes_is_not_run(
     ran, ending, looked = list[str](), threading.Event(), threading.Event()
 
     def look(self: Batches, batch: dict[str, Any]) -> _Lines:
-        assert ending.wait(5)
+        assert ending.wait(60)
         while batch["status"] != "cancelled" and defect != "while it ends":
             time.sleep(0.01)
         looked.set()
@@ -187,7 +187,7 @@ def test_a_batch_that_is_cancelled_as_its_turn_comes_is_not_run(
     def write(self: Batches, batch: dict[str, Any], code: str) -> Any:
         ending.set()
         if defect == "while it ends":
-            looked.wait(5)
+            looked.wait(60)
             time.sleep(0.1)
         return None, None, {}
 
@@ -286,6 +286,6 @@ def test_a_defect_beside_the_run_ends_the_run(where: str) -> None:
         limits, loop = SchedulerLimits(4, 64, 8, 64, 16, None), asyncio.get_running_loop()
         replica = BackgroundReplica(engine, loop, requests, limits, (4096, 4096), lambda row, failed: None)
         with pytest.raises(EngineError, match="engine failed"):
-            await asyncio.wait_for(asyncio.to_thread(lambda: list(replica.run())), 10)
+            await asyncio.wait_for(asyncio.to_thread(lambda: list(replica.run())), 60)
 
     asyncio.run(check())
