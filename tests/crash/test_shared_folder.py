@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from crash.conftest import Reference, Scene
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ from support.faulty_files import CountedFiles
 from support.forked_runs import ForkServer
 
 from tokabatch.output.claim import Claim
+from tokabatch.output.integrity import check
 from tokabatch.output.shard_names import shard_number
 from tokabatch.output.shard_writer import ShardWriter
 from tokabatch.output.status import Shares, read_shares
@@ -256,3 +259,98 @@ def test_writers_killed_at_any_instant_lose_double_and_tear_nothing(
         ended = servers[0].run(job, apart=True, flags=flags("last", lease=0.5))
         assert ended.code == 0, ended
         long_scene.checker.check_complete(out, undisturbed(long_scene))
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def move(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "names"),
+    [
+        (remove, "_units"),
+        (remove, "_units/*"),
+        (remove, "_units/plan-*"),
+        (truncate, "_units/plan-*"),
+        (remove, "_units/commits-*"),
+    ],
+)
+def test_what_several_writers_keep_beside_the_shards_is_written_again_in_mid_run(
+    servers: list[ForkServer],
+    long_scene: Scene,
+    undisturbed: Reference,
+    tmp_path: Path,
+    harm: Callable[[Path], None],
+    names: str,
+) -> None:
+    out = tmp_path / "out"
+    job = long_scene.job(out)
+    running = [server.start(job, apart=True, flags=flags(str(i)), step_seconds=0.01) for i, server in enumerate(servers)]
+    wait_until(lambda: len(list((out / "_units").glob("commits-*"))) == 2 and len(list((out / "data").glob("part-*"))) > 8)
+    signal_all(running, signal.SIGSTOP)
+    assert not (out / "_SUCCESS").exists()
+    for path in out.glob(names):
+        harm(path)
+    signal_all(running, signal.SIGCONT)
+    for ended in [server.wait() for server in servers]:
+        # Where a file is gone in the middle of a commit, the task ends and is run again.
+        assert ended.code in (0, 75), ended
+    ended = servers[0].run(job, apart=True, flags=flags("last"))
+    assert ended.code == 0, ended
+    long_scene.checker.check_complete(out, undisturbed(long_scene))
+    assert check(out).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("harm", "names", "recorded"),
+    [
+        (remove, "_units/plan-*", True),
+        (truncate, "_units/plan-*", True),
+        (remove, "_units", False),
+        (move, "_units", False),
+        (remove, "_units/commits-one*", False),
+    ],
+)
+def test_what_ended_writers_recorded_is_computed_again_by_one_command(
+    servers: list[ForkServer],
+    long_scene: Scene,
+    undisturbed: Reference,
+    tmp_path: Path,
+    harm: Callable[[Path], None],
+    names: str,
+    recorded: bool,
+) -> None:
+    """The units are made again from the plan; digests are not made from what is there."""
+    out = tmp_path / "out"
+    job = long_scene.job(out)
+    for server, task in zip(servers, ("one", "two"), strict=True):
+        group, before = (
+            server.start(job, apart=True, flags=flags(task, lease=0.5), step_seconds=0.01),
+            len(list(out.glob("data/*"))),
+        )
+        wait_until(lambda before=before: len(list(out.glob("data/part-*"))) > before + 3)
+        signal_all([group], signal.SIGKILL)
+        server.wait()
+    for path in out.glob(names):
+        harm(path)
+    shutil.rmtree(out / "elsewhere", ignore_errors=True)
+    if not recorded:
+        found = check(out)
+        assert found.exit_code == 4 and found.remedy is not None and found.remedy.endswith(f"output.path={out} --repair")
+        for shared in ({}, flags("three", lease=0.5), flags("three", lease=0.5)):
+            ended = servers[0].run(job, apart=True, flags=shared)
+            assert ended.code == 4 and ("tokabatch check" in ended.message or "--repair" in ended.message), ended
+        ended = servers[0].run(job, apart=True, flags={"repair": True})
+        assert ended.code == 0, ended
+    ended = servers[0].run(job, apart=True, flags=flags("last", lease=0.5))
+    assert ended.code == 0, ended
+    long_scene.checker.check_complete(out, undisturbed(long_scene))
+    assert check(out).exit_code == 0

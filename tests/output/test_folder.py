@@ -49,7 +49,7 @@ def test_what_others_left_unfinished_and_the_input_are_the_joiners_to_remove(tmp
     assert joiner != (out / "_tmp").exists()
 
 
-def test_a_journal_that_was_taken_away_is_not_written_anew(tmp_path: Path) -> None:
+def test_a_journal_that_was_taken_away_is_written_anew_unless_a_single_writer_has_joined_it(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with begin(out) as claim:
         journal = out / "_units" / "commits-mine.jsonl"
@@ -57,6 +57,12 @@ def test_a_journal_that_was_taken_away_is_not_written_anew(tmp_path: Path) -> No
         journal.write_bytes(b"touched")
         claim.check_folder()
         assert journal.read_bytes() != b"touched"
+        written = journal.read_bytes()
+        shutil.rmtree(journal.parent)
+        with claim.committing():
+            claim.check_folder()
+        assert journal.read_bytes() == written
+        (out / "commits.jsonl").touch()
         journal.unlink()
         with pytest.raises(CommitError, match=r"commits-mine\.jsonl was removed"):
             claim.check_folder()

@@ -113,6 +113,7 @@ class Claim:
     def committing(self) -> Generator[None]:
         """Wrap what writes results: raises CommitError if the system takes no more for now, OutputError if it never will."""
         try:
+            self._hold_units()
             yield
         except OSError as error:
             if is_full(error) and self.files.alone:
@@ -143,8 +144,8 @@ class Claim:
         are about to be removed; `repair` is the command that computes again what is damaged. Raises OSError."""
         if self.journal is not None:
             self.journal.close()
-        folder = self.folder
-        self.journal = Journal(self.files, folder.journal, folder.temporary / folder.commits.name, run, shards, damaged)
+        folder, whole = self.folder, None if self.files.alone else self.folder.commits
+        self.journal = Journal(self.files, folder.journal, folder.temporary / folder.commits.name, run, shards, damaged, whole)
         self.identity, self._repair = identity, repair
         if self.files.alone:
             # What killed writers left. Which host joins is for all hosts' last ones, until a run has the folder to itself.
@@ -287,6 +288,15 @@ class Claim:
             if isinstance(error, OSError):
                 raise unwritable(folder.path, error) from error
             raise
+
+    def _hold_units(self) -> None:
+        """Make the folder of several writers again if another process removed it. Each of them writes again what it had there:
+        its journal, and what it keeps."""
+        files, units = self.files, self.folder.units
+        found = None if files.alone else files.look(units)
+        if not files.alone and (found is None or not os.path.samestat(found, files.held(units))):
+            make_folders(files, units)
+            files.hold(units)
 
     def _hold(self, path: Path) -> None:
         try:

@@ -19,7 +19,7 @@ from tokabatch.output.folder import OutputFolder
 from tokabatch.output.journal import Record, Shard
 from tokabatch.output.manifest import RUN_KEY, Manifest, Success, read_success
 from tokabatch.output.shards import count_cancelled, count_ok, damaged, open_shard, read_groups
-from tokabatch.storage.listing import Changed, ListedFile
+from tokabatch.storage.listing import Changed, ListedFile, is_there
 
 _THREADS = 8
 Kind = Literal["damaged", "missing", "unrecorded", "foreign", "record"]
@@ -103,10 +103,12 @@ def inspect(folder: OutputFolder, manifest: Manifest) -> Inspection:
 
 def recorded_shards(folder: OutputFolder, manifest: Manifest | None) -> tuple[ListedFile, ...]:
     """List the shards by number, for readers that do not read everything. If the run keeps a record of commits, raises
-    ForeignFileError for a file that is not in it, DamageError for one that is missing or of another size."""
+    ForeignFileError for a file of another run, DamageError for one that is missing, of another size or in no record."""
     before = folder.record()
     listed = folder.shards()
     record = folder.record() if manifest is not None and manifest.run else None
+    if record is None and listed and manifest is not None and manifest.run and not is_there(folder.files, folder.success):
+        raise damaged(listed[0].path, ValueError("there is no record of commits"))
     if record is None or record.problem is not None:
         return listed
     for shard in listed:
@@ -114,11 +116,10 @@ def recorded_shards(folder: OutputFolder, manifest: Manifest | None) -> tuple[Li
         if not known and before is not None and any(before.versions.get(folder.name_of(shard.path), ())):
             # It was joined with others meanwhile.
             raise Changed(shard.path)
+        if not known and manifest is not None and (problem := _stranger(shard, manifest)) is not None:
+            raise ForeignFileError(f"{shard.path} {problem}. Move it away, then try again.")
         if not known:
-            name = folder.commits.name
-            raise ForeignFileError(
-                f"{shard.path} is not of this run, for {name} does not name it. Move it away, then try again."
-            )
+            raise damaged(shard.path, ValueError("it is in no record of commits"))
         if shard.bytes not in [each.bytes for each in known]:
             raise damaged(shard.path, ValueError(f"it has {shard.bytes:,} bytes; {known[-1].bytes:,} were committed"))
     names = {folder.name_of(shard.path) for shard in listed}

@@ -17,6 +17,7 @@ is what they say together. The next start that writes alone makes one of them.
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -71,10 +72,13 @@ class Journal:
         run: str,
         shards: Iterable[tuple[Shard, Mark]],
         damaged: Iterable[Shard] = (),
+        whole: Path | None = None,
     ) -> None:
         """Take the place of the record at `path`: `shards` stand in the folder, checked, with their marks; the `damaged` ones
-        were committed, and are about to be removed. Raises OSError."""
+        were committed, and are about to be removed. `whole` is where a single writer makes one journal of this and others.
+        Raises OSError."""
         self._files, self._path, self._temporary = files, path, temporary
+        self._whole, self._whole_mark = whole, _mark(files, whole)
         self._shards = {shard.name: (shard, mark) for shard, mark in shards}
         self._told = set[str]()
         self._mark = NO_MARK
@@ -109,12 +113,12 @@ class Journal:
         self._append({"done": name})
 
     def restore(self) -> None:
-        """Rewrite the record where it is not the file that was written here. Raises OSError; CommitError where it is one of
-        several and is gone: what it says is in the one that took their place, and may have been joined since."""
+        """Rewrite the record where it is not the file that was written here. Raises OSError; CommitError where a single writer
+        has made one of several: what this one says is in there, and may have been joined since."""
         found = self._files.look(self._path)
-        if found is None and not self._files.alone:
+        if found is None and _mark(self._files, self._whole) != self._whole_mark:
             raise CommitError(
-                f"{self._path} was removed while this run was writing, perhaps by a run without --shared. This "
+                f"{self._path} was removed while this run was writing, by a run without --shared. This "
                 "run stops; what is committed is intact. Run the same command again to add what is missing."
             )
         if found is None or mark_of(found) != self._mark:
@@ -233,6 +237,17 @@ def _apply(versions: dict[str, tuple[Shard | None, ...]], fields: Mapping[str, A
         return
     shard = Shard(**value)
     versions[shard.name] = (shard,) if kind == "holds" else (*versions.get(shard.name, (None,)), shard)
+
+
+def _mark(files: DurableFiles, path: Path | None) -> Mark:
+    """The mark of a file, which is opened for that: NFS may answer from memory otherwise."""
+    try:
+        if path is not None:
+            with files.open_old(path) as file:
+                return mark_of(os.fstat(file.fileno()))
+    except FileNotFoundError:
+        pass
+    return NO_MARK
 
 
 def _has_content(file: ListedFile, shard: Shard) -> bool:

@@ -116,7 +116,7 @@ def read_shares(path: Path, now: float) -> Shares | None:
         manifest = read_manifest(folder)
         if manifest is None or not manifest.units:
             return None
-        sizes, held = unit_sizes(folder, manifest.units_sha256), dict[tuple[str, str], list[Lease]]()
+        held: dict[tuple[str, str], list[Lease]] = {}
         for lease in read_leases(folder, now):
             held.setdefault((lease.holder.task, lease.holder.host), []).append(lease)
         tasks = tuple(
@@ -128,7 +128,7 @@ def read_shares(path: Path, now: float) -> Shares | None:
         )  # fmt: skip
         complete = manifest.units
         if not is_there(folder.files, folder.success):
-            there = np.zeros(manifest.units, np.int64)
+            sizes, there = unit_sizes(folder, manifest.units_sha256), np.zeros(manifest.units, np.int64)
             for shard in recorded_shards(folder, manifest):
                 unit = unit_of_shard(shard.path.name)
                 if unit is not None:

@@ -34,6 +34,10 @@ class Units:
         """Return the unit of each of these samples, shape [N]."""
         return self.unit[self.start[row] + sample]
 
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
     def to_bytes(self) -> bytes:
         edges = np.flatnonzero(np.diff(self.unit)) + 1
         begins = np.concatenate((np.zeros(min(1, len(self.unit)), np.int64), edges))
@@ -47,7 +51,7 @@ def write_units(claim: Claim, units: Units) -> str:
     """Write the units durably; return the digest by which the manifest names them."""
     content = units.to_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    path = _path(claim.folder, digest)
+    path = units_path(claim.folder, digest)
     write_whole(claim.files, claim.folder.temporary / path.name, path, content)
     return digest
 
@@ -66,14 +70,16 @@ def unit_sizes(folder: OutputFolder, digest: str) -> Int64:
 
 
 def _read(folder: OutputFolder, digest: str) -> Int32:
-    path = _path(folder, digest)
+    path = units_path(folder, digest)
     content = read_bytes(folder.files, path)
     if content is None or hashlib.sha256(content).hexdigest() != digest:
         raise DamageError(
-            f"{path} is missing or damaged, which tells the units of the run. Without --shared, the same command completes it"
+            f"{path}, which says how the run is cut into units, is missing or damaged. Run the same command again with the "
+            "--units of the first start, which writes it, or without --shared."
         )
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
-def _path(folder: OutputFolder, digest: str) -> Path:
+def units_path(folder: OutputFolder, digest: str) -> Path:
+    """Return the file of the units with this digest."""
     return folder.units / f"{PLAN}{digest[:16]}.npy"

@@ -34,7 +34,7 @@ from tokabatch.output.manifest import Books, Manifest, mark_success, read_manife
 from tokabatch.output.remedy import repair_command
 from tokabatch.output.same_job import find_run
 from tokabatch.output.shards import claimed_shards, in_order
-from tokabatch.output.units import Units, read_units, write_units
+from tokabatch.output.units import Units, read_units, units_path, write_units
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger
 from tokabatch.runner.resume import OnRows, Reuse, Start, describe_run, judge_left, start
@@ -188,6 +188,9 @@ def _start(
         scratch.mkdir()
         compare = earlier.compare if earlier else None
         workload = prepare(job, scratch, on_rows, compare=compare, kept=folder.input, clock=clock)
+    start_of = _start_of(workload)
+    # Those of a complete run, from which none is taken.
+    units = Units(start_of, np.zeros(int(start_of[-1]), np.int32), 1)
     if earlier is None:
         units = _cut(workload, shared.units)
         manifest = describe_run(job, workload, clock)
@@ -207,11 +210,6 @@ def _start(
         same = (mine.rows_sha256, mine.prompts_sha256) == (theirs.rows_sha256, theirs.prompts_sha256)
         if same and not is_there(claim.files, folder.row_digests):
             claim.write(folder.row_digests, workload.store.digests.to_parquet())
-        start_of = _start_of(workload)
-        # Without units it is a run of one process: complete, or refused below.
-        units = Units(start_of, np.zeros(int(start_of[-1]), np.int32), 1)
-        if manifest.units:
-            units = read_units(folder, manifest.units, manifest.units_sha256, start_of)
     if makes and not workload.taken_over and not is_there(claim.files, folder.success):
         keep_input(workload.store, workload.origin, claim.files, scratch, folder.input)
     consistently(lambda: recorded_shards(folder, manifest), folder.path)
@@ -219,15 +217,32 @@ def _start(
         lambda: read_committed(folder, workload.samples_of_row, schema=workload.output_schema), folder.path
     )
     started = Start.after(committed, workload, job, folder)
-    if started.has_more and earlier is not None and not manifest.units:
-        raise OutputError(
-            f"output.path {str(folder.path)!r} holds a run that was started without --shared, and another process is "
-            "writing there. Run the same command again when it has ended."
-        )
+    if earlier is not None:
+        if started.has_more and not manifest.units:
+            raise OutputError(
+                f"output.path {str(folder.path)!r} holds a run that was started without --shared, and another process is "
+                "writing there. Run the same command again when it has ended."
+            )
+        if started.has_more:
+            units = _read_or_write_units(claim, manifest, workload, shared.units)
     claim.keep(folder.manifest)
     if started.has_more:
+        claim.keep(units_path(folder, manifest.units_sha256))
         claim.begin(manifest.run, manifest.marks, (), repair_command(folder, manifest))
     return started, units
+
+
+def _read_or_write_units(claim: Claim, manifest: Manifest, workload: Workload, count: int) -> Units:
+    """The units that the manifest names. If their file is missing or damaged, the plan is cut again, and the file written if
+    that makes the same units. Raises DamageError if it does not."""
+    try:
+        return read_units(claim.folder, manifest.units, manifest.units_sha256, _start_of(workload))
+    except DamageError:
+        units = _cut(workload, count)
+        if units.digest != manifest.units_sha256:
+            raise
+        write_units(claim, units)
+        return units
 
 
 def close_shared(

@@ -42,9 +42,12 @@ class DurableFiles:
         """Whether no other process writes to the same folder."""
 
     def hold(self, folder: Path) -> None:
-        """Reach the content of `folder` through a handle from now on, until `let_go`."""
-        if folder not in self._handles:
-            self._handles[folder] = self.open_folder(folder)
+        """Reach the content of `folder` through a handle from now on, until `let_go`. If it is held already, the folder that
+        has its name now takes its place."""
+        before = self._handles.pop(folder, None)
+        if before is not None:
+            os.close(before)
+        self._handles[folder] = self.open_folder(folder)
 
     def let_go(self) -> None:
         """Close all handles; paths are names again."""
