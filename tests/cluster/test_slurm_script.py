@@ -17,11 +17,29 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3", "SLURM_CPUS_PER_TASK": "6"}
 
 
+RUNNING = "RUNNING None"
+
+
 @pytest.mark.parametrize(
-    ("status", "restarts", "requeued"),
-    [(0, "", False), (75, "", True), (75, "40", True), (75, "100", False), (137, "4", True), (137, "5", False), (2, "", False)],
+    ("status", "restarts", "state", "requeued"),
+    [
+        (0, "", RUNNING, False),
+        (75, "", RUNNING, True),
+        (75, "40", RUNNING, True),
+        (75, "100", RUNNING, False),
+        (137, "4", RUNNING, True),
+        (137, "5", RUNNING, False),
+        (2, "", RUNNING, False),
+        (75, "", "", True),  # squeue failed
+        (75, "", "COMPLETING TimeLimit", True),
+        (75, "", "COMPLETING None", False),  # by scancel
+        (137, "", "COMPLETING None", False),
+        (75, "", "CANCELLED None", False),
+    ],
 )
-def test_a_task_that_was_stopped_or_killed_is_requeued(tmp_path, monkeypatch, status, restarts, requeued):
+def test_a_task_that_was_stopped_or_killed_is_requeued_unless_it_was_cancelled(
+    tmp_path, monkeypatch, status, restarts, state, requeued
+):
     monkeypatch.chdir(ROOT)
     script, log = tmp_path / "job.sbatch", tmp_path / "log"
     arguments = ["slurm", "jobs/quickstart.yaml", "generation.n=4", "--tasks", "8", "--gpus-per-task", "2", "--time", "1:00:00"]
@@ -42,6 +60,7 @@ def test_a_task_that_was_stopped_or_killed_is_requeued(tmp_path, monkeypatch, st
     for name, does in {
         "srun": f'echo "srun $READY $*" >> {log}; exit {status}',
         "scontrol": f'echo "scontrol $*" >> {log}; exit 1',
+        "squeue": f'[ "$*" = "--noheader --jobs=17_3 --format=%T %r" ] && echo "{state}"',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)

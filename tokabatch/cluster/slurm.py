@@ -95,9 +95,12 @@ restarts=${{SLURM_RESTART_COUNT:-0}}
 most_restarts=0
 [ $status -eq {EXIT_STOPPED} ] && most_restarts={MOST_STARTS}
 [ $status -gt 128 ] && most_restarts={MOST_CRASHES}
+task="${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
+# scancel stops a run like a preemption does, but Slurm has ended the job by then, not for its time limit: it stays cancelled.
+case $(squeue --noheader --jobs="$task" --format='%T %r') in CANCELLED* | "COMPLETING None") most_restarts=0 ;; esac
 if [ "$restarts" -lt $most_restarts ]; then
     # Slurm ends this script while it sleeps.
-    scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID" && sleep 60
+    scontrol requeue "$task" && sleep 60
 fi
 exit $status
 """
