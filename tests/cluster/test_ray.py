@@ -23,6 +23,7 @@ from crash.conftest import Scene
 from support import token_device
 from typer.testing import CliRunner
 
+from benchmarks.scripted_engine import QUICKSTART
 from tokabatch import __version__
 from tokabatch.cli import app
 from tokabatch.engine.replica_sizes import ReplicaSizes
@@ -93,7 +94,9 @@ def test_whatever_is_lost_each_sample_is_there_once(cluster: Any, tmp_path: Path
     scene = Scene(tmp_path, questions, n=8, rows_per_shard=50, flush_seconds=0.5)
     job, notes, log, out = tmp_path / "job.json", tmp_path / "notes", tmp_path / "log", tmp_path / "out"
     notes.mkdir()
-    job.write_text(json.dumps(scene.job(out)))
+    # The driver's working folder is not that of the nodes.
+    shutil.copytree(QUICKSTART, tmp_path / "model")
+    job.write_text(json.dumps(scene.job(Path("out"), model={"path": "model"}, input={"path": scene.rows.name})))
     nodes = [cluster.add_node(**NODE) for _ in range(2)]
     command = [sys.executable, str(PROGRAM), "0.03", str(notes), "run", str(job), "--quiet"]
     command += ["--on", "ray", "--replicas", "3", "--address", cluster.address]
@@ -102,7 +105,7 @@ def test_whatever_is_lost_each_sample_is_there_once(cluster: Any, tmp_path: Path
         return sum(len(path.read_text().splitlines()) for path in notes.iterdir())
 
     with log.open("wb") as file:
-        driver = subprocess.Popen(command, stdout=file, stderr=file)
+        driver = subprocess.Popen(command, stdout=file, stderr=file, cwd=tmp_path)
     try:
         wait_until(lambda: finished() > 100 and len(replicas()) == 3, driver, log)
         replicas()[0].kill()
@@ -123,7 +126,7 @@ def test_whatever_is_lost_each_sample_is_there_once(cluster: Any, tmp_path: Path
     assert 0 < scene.checker.check(out) < scene.checker.samples
     # Started again while that node is gone: two of three actors have one; the third waits, and then takes its part.
     cluster.remove_node(nodes[1], allow_graceful=False)
-    again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
     cluster.add_node(**NODE)
     told, _ = again.communicate(timeout=SECONDS)
     assert again.returncode == 0, told
@@ -228,6 +231,7 @@ def test_actors_have_gpus_of_one_node_each_and_one_that_cannot_work_says_why(
         (["--on", "ray", "--address", "127.0.0.1:1"], "there is no Ray cluster at 127.0.0.1:1"),
         (["--on", "dask"], "--on dask is not a kind of cluster"),
         (["--address", "head:6379"], "add --on ray"),
+        (["--shared", "--on", "ray", "--address", "head:6379"], "give one of the two"),
     ],
 )
 def test_what_is_no_cluster_is_refused_and_the_remedy_named(tmp_path: Path, options: list[str], message: str) -> None:

@@ -109,7 +109,7 @@ class RayCluster:
     def launcher(self, layout: Layout, device: str, model: Path, tell: Callable[[str], None]) -> Launcher:
         """What starts the actors of a run of this layout, whose `model` is read on each node under the same path."""
         each = layout.tensor * layout.pipeline
-        return Launcher({"num_cpus": 1, "num_gpus": each if device == "cuda" else 0}, model, tell)
+        return Launcher({"num_cpus": 1, "num_gpus": each if device == "cuda" else 0}, model.absolute(), tell)
 
     def __enter__(self) -> RayCluster:
         return self

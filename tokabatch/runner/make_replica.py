@@ -152,9 +152,10 @@ def executor_maker(job: Job, workload: Demand, sizes: ReplicaSizes, tell: Callab
     backend, obstacle = choose_backend(workload.device, workload.dtype, workload.spec.head_dim)
     if obstacle and len(workload.requests):
         tell(f"attention runs in plain torch, many times slower than FlashInfer's kernels: {obstacle}")
+    # A worker on another host has another working folder.
     spec = WorkerSpec(
-        folder=workload.folder,
-        files=workload.files,
+        folder=workload.folder.absolute(),
+        files=tuple(replace(file, path=file.path.absolute()) for file in workload.files),
         spec=workload.spec,
         dtype=workload.dtype,
         device=workload.device,
@@ -163,7 +164,7 @@ def executor_maker(job: Job, workload: Demand, sizes: ReplicaSizes, tell: Callab
         fp8=job.model.quantization == "fp8",
         kv_dtype=torch.float8_e4m3fn if job.engine.kv_cache_dtype == "fp8" else None,
         draws=kinds_of_drawing(workload.requests.sampling),
-        trace=job.trace and TraceSpec(Path(job.trace.path), job.trace.start, job.trace.steps),
+        trace=job.trace and TraceSpec(Path(job.trace.path).absolute(), job.trace.start, job.trace.steps),
         replicas=workload.layout.replicas,
         async_tp=job.engine.async_tp is not False,
     )

@@ -101,6 +101,8 @@ def run(
     reuse = Reuse(overwrite, retry_errors, repair)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
     profile, on_rows, tell = read_profile(job), partial(_reading, clock, stop), clock.progress.message
+    if cluster is not None and shared is not None:
+        raise UsageError("on a cluster one process writes, and --shared is for several; give one of the two")
     if shared is not None:
         if reuse != Reuse():
             raise OutputError(
@@ -112,8 +114,6 @@ def run(
         cut_earlier_run(job, shared, on_rows, tell, stop)
     layout = None
     if cluster is not None:
-        if shared is not None:
-            raise UsageError("on a cluster one process writes, and --shared is for several; give one of the two")
         layout = cluster.layout(job.engine, pick_device(job))
         # The layout of this host is none of the run's.
         job = job.model_copy(update={"engine": job.engine.model_copy(update={"process": True, "replicas": 1})})
