@@ -100,6 +100,15 @@ class Leases:
         """Show that the holder is alive."""
         self._signed = self._clock()
 
+    def signing(self, call: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """Return what calls `sign`, and then `call`."""
+
+        def signed(first: int, second: int) -> None:
+            self.sign()
+            call(first, second)
+
+        return signed
+
     def is_alive(self, name: str) -> bool:
         """Return whether this writer has seen another renew the lease that it could not `take`, between two checks less than
         LEASE seconds apart."""

@@ -11,8 +11,8 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 from tokabatch.arrays import Int64
 from tokabatch.errors import BusyError, DamageError, OutputError, Stopped
 from tokabatch.input.store.kept_input import INDEX, can_be_kept, keep_input
-from tokabatch.job import Job, VerifyConfig
+from tokabatch.job import Job
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import nothing_committed, read_committed
 from tokabatch.output.folder import OutputFolder
@@ -141,14 +141,10 @@ def start_shared(
 ) -> tuple[Start, Units]:
     """As `start`, beside other writers. Raises UsageError, and CommitError where the storage fails."""
 
-    def signed(rows: int, errors: int) -> None:
-        leases.sign()
-        on_rows(rows, errors)
-
     while True:
         try:
             makes = _wait_for_input(job, claim, leases, stop)
-            begun = _start(job, claim, shared, signed, stop, makes=makes)
+            begun = _start(job, claim, shared, leases.signing(on_rows), stop, makes=makes)
         except OSError as error:
             raise unwritable(claim.folder.path, error) from error
         finally:
@@ -268,8 +264,10 @@ def close_shared(
     if books.unjudged and not books.pending and job.verify is not None and not stop.poll():
         if claim.journal is None:
             claim.begin(manifest.run, manifest.marks, (), repair_command(claim.folder, manifest))
-        with suppress(Stopped):
-            _judge_left(job.verify, claim, leases, workload, stop, tell, on_rows)
+        with suppress(Stopped), _lease_on_verdicts(leases, stop) as mine:
+            if mine:
+                verify, signed = job.verify, leases.signing(on_rows)
+                consistently(lambda: judge_left(claim, verify, workload, tell, signed), claim.folder.path)
         shards = _recorded(claim, manifest)
         books = Books.of(workload.samples_total, shards)
     if books.closed:
@@ -278,27 +276,13 @@ def close_shared(
     return mark_success(claim, in_order(shards), workload.samples_total) if books.closed else books
 
 
-def _judge_left(
-    verify: VerifyConfig,
-    claim: Claim,
-    leases: Leases,
-    workload: Workload,
-    stop: Interruption,
-    tell: Callable[[str], None],
-    on_rows: OnRows,
-) -> None:
-    """Give the verdicts that are missing, where every sample is there, until another is seen to do so. Raises Stopped."""
-
-    def signed(rows: int, errors: int) -> None:
-        leases.sign()
-        on_rows(rows, errors)
-
-    while not leases.take(_VERDICTS):
-        if leases.is_alive(_VERDICTS):
-            return
+@contextmanager
+def _lease_on_verdicts(leases: Leases, stop: Interruption) -> Generator[bool]:
+    """Whether the missing verdicts are this one's to give, and not those of another that is seen to do so. Raises Stopped."""
+    while not (mine := leases.take(_VERDICTS)) and not leases.is_alive(_VERDICTS):
         _pause(stop)
     try:
-        consistently(lambda: judge_left(claim, verify, workload, tell, signed), claim.folder.path)
+        yield mine
     finally:
         leases.drop(_VERDICTS)
 
