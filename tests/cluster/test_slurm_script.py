@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -177,3 +179,26 @@ def test_a_command_of_the_setup_that_fails_ends_the_task(tmp_path: Path) -> None
 def test_a_command_that_would_lose_its_arguments_is_refused(command: str) -> None:
     with pytest.raises(UsageError, match="is not one command on one line"):
         batch_script(Path("a.yaml"), (), Array(2, command=command), Path("/data"))
+
+
+def test_a_cancelled_task_stays_so_whatever_signals_come_again(tmp_path: Path) -> None:
+    """scancel: Slurm signals all processes of the job, its script and what the script runs included."""
+    script, log = tmp_path / "job.sbatch", tmp_path / "log"
+    script.write_text(batch_script(Path("a.yaml"), (), Array(2, command=str(tmp_path / "tokabatch")), tmp_path))
+    for name, does in {
+        "tokabatch": "trap 'exit 75' TERM; touch started; while :; do sleep 0.05; done",
+        "srun": 'while [ "$1" != run ]; do case $1 in -*) shift ;; *) break ;; esac; done; exec "$@"',
+        "squeue": "touch asked; sleep 1; echo COMPLETING None",
+        "scontrol": f'echo "$*" >> {log}',
+    }.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **ENVIRONMENT}
+    job = subprocess.Popen(["bash", str(script)], env=environment, start_new_session=True)
+    for mark in ("started", "asked"):
+        deadline = time.monotonic() + 60
+        while not (tmp_path / mark).exists():
+            assert time.monotonic() < deadline, mark
+            time.sleep(0.01)
+        os.killpg(job.pid, signal.SIGTERM)
+    assert job.wait(60) == 75 and not log.exists()
