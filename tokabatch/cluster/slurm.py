@@ -95,14 +95,16 @@ restarts=${{SLURM_RESTART_COUNT:-0}}
 most_restarts=0
 [ $status -eq {EXIT_STOPPED} ] && most_restarts={MOST_STARTS}
 [ $status -gt 128 ] && most_restarts={MOST_CRASHES}
-task="${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
-# scancel stops a run like a preemption does, but Slurm has ended the job by then, not for its time limit: it stays cancelled.
-# Signals that come again do not reach the commands that ask Slurm.
-state=$(trap '' TERM USR1; squeue --noheader --jobs="$task" --format='%T %r')
-case $state in CANCELLED* | "COMPLETING None") most_restarts=0 ;; esac
 if [ "$restarts" -lt $most_restarts ]; then
-    # Slurm ends this script while it sleeps.
-    (trap '' TERM USR1; scontrol requeue "$task") && sleep 60
+    # scancel stops a run like a preemption does, but Slurm has ended the job by then, and not for its time limit: it stays
+    # cancelled. Signals that come again do not reach these commands.
+    task="${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
+    state=$(trap '' TERM USR1; squeue --noheader --jobs="$task" --format='%T %r')
+    case $state in
+        CANCELLED* | "COMPLETING None") ;;
+        # Slurm ends this script while it sleeps.
+        *) (trap '' TERM USR1; scontrol requeue "$task") && sleep 60 ;;
+    esac
 fi
 exit $status
 """
