@@ -354,3 +354,17 @@ def test_what_ended_writers_recorded_is_computed_again_by_one_command(
     assert ended.code == 0, ended
     long_scene.checker.check_complete(out, undisturbed(long_scene))
     assert check(out).exit_code == 0
+
+
+@pytest.mark.parametrize("harm", [remove, move])
+def test_the_folder_of_shards_that_is_taken_away_in_mid_run_is_named(
+    server: ForkServer, long_scene: Scene, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    out = tmp_path / "out"
+    task = server.start(long_scene.job(out), apart=True, flags=flags("one"), step_seconds=0.01)
+    wait_until(lambda: len(list((out / "data").glob("part-*"))) > 4)
+    os.killpg(task, signal.SIGSTOP)
+    harm(out / "data")
+    os.killpg(task, signal.SIGCONT)
+    ended = server.wait()
+    assert ended.code == 75 and f"{out / 'data'} was moved or replaced" in ended.message, ended

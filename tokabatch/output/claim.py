@@ -121,6 +121,7 @@ class Claim:
                 with suppress(OSError):
                     self.files.remove_tree(self.folder.input)
             if error.errno in (errno.ENOENT, errno.ESTALE) and not self.files.alone:
+                self._refuse_moved(error)
                 raise CommitError(
                     f"output.path {str(self.folder.path)!r}: another process removed unfinished files of this one, perhaps "
                     f"because the file system lost its lock ({error.strerror}). What is committed is intact. Run the same "
@@ -186,14 +187,7 @@ class Claim:
         """Raise CommitError if the folder was moved, DamageError if a committed file is not as it was committed, OutputError
         for a file that another process added. Each is reported once. Checking all committed files at each commit takes
         quadratic time: `sparingly` skips the check if a recent one took long."""
-        moved = None if self._told_moved else self._moved()
-        if moved:
-            self._told_moved = True
-            raise CommitError(
-                f"output.path {str(self.folder.path)!r}: {moved} was moved or replaced while this run wrote. The run stops; "
-                "what is finished is committed where the folder is now. Move it back, or name its new place as output.path, "
-                "and run the same command again."
-            )
+        self._refuse_moved()
         self.restore_kept()
         if self.journal is not None:
             self.journal.restore()
@@ -332,6 +326,16 @@ class Claim:
         if not is_there(self.files, folder.success):
             probe(self.folder)
         self.files.sync_folder(folder.path)
+
+    def _refuse_moved(self, cause: OSError | None = None) -> None:
+        moved = None if self._told_moved else self._moved()
+        if moved:
+            self._told_moved = True
+            raise CommitError(
+                f"output.path {str(self.folder.path)!r}: {moved} was moved or replaced while this run wrote. The run stops; "
+                "what is finished is committed where the folder is now. Move it back, or name its new place as output.path, "
+                "and run the same command again."
+            ) from cause
 
     def _moved(self) -> Path | None:
         """What is reached by its path no more, or stands there no more."""
