@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -238,3 +239,23 @@ def test_what_is_no_cluster_is_refused_and_the_remedy_named(tmp_path: Path, opti
     result = CliRunner().invoke(app, ["run", str(ROOT / "jobs/quickstart.yaml"), f"output.path={tmp_path / 'out'}", *options])
     assert isinstance(result.exception, UsageError) and message in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
+def test_an_address_where_something_else_listens_is_refused_soon(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
+    monkeypatch.setattr("tokabatch.cluster.ray.CONNECT_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            connected, _ = listening.accept()
+            with connected:
+                connected.sendall(answer)
+                connected.recv(1000)
+                time.sleep(3)
+
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(UsageError, match=f"there is no Ray cluster at {address}: {'another' if answer else 'timed out'}"):
+            RayCluster(address)
+        assert time.monotonic() - began < 60

@@ -52,6 +52,11 @@ _KEEPALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KE
 """A connection to a host that is gone without a word ends after half a minute."""
 
 
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000 04 00 00000000")
+"""How an HTTP/2 client begins, with its own, empty settings frame."""
+_FRAME_BYTES, _SETTINGS = 9, b"\x04"
+
+
 class RayCluster:
     """The actors of one run. `address` is that of a cluster which runs already, else RAY_ADDRESS is, or this host's. A program
     that is connected to Ray already stays so. Raises UsageError where there is no cluster."""
@@ -69,9 +74,7 @@ class RayCluster:
             handler = signal.getsignal(signal.SIGTERM)
             try:
                 if ":" in address:
-                    # Ray itself tries for minutes to reach one where nothing is.
-                    host, _, port = address.rpartition(":")
-                    socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+                    _refuse_other_service(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             except (OSError, RuntimeError, ValueError) as error:
                 where = "on this host" if address == "auto" else f"at {address}"
@@ -280,6 +283,17 @@ class TokabatchReplica:
         connection = Connection(connected.detach())
         connection.send_bytes(token)
         serve(connection, number, cloudpickle.loads(build), Part.joined([]), Ledger(plan), before, pace)
+
+
+def _refuse_other_service(address: str) -> None:
+    """Raise OSError or ValueError if nothing listens at `address`, or something other than a gRPC server such as Ray's, which
+    begins with a settings frame (RFC 9113, 3.4). Ray itself would try for a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as connected:
+        if os.environ.get("RAY_USE_TLS", "0") == "0":
+            connected.sendall(_PREFACE)
+            if connected.recv(_FRAME_BYTES)[3:4] != _SETTINGS:
+                raise OSError("another service listens there; Ray's own port is 6379 unless its head was started with another")
 
 
 def _watch(connected: socket.socket) -> None:
