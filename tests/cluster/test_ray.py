@@ -204,7 +204,8 @@ def test_actors_have_gpus_of_one_node_each_and_one_that_cannot_work_says_why(
                     found.layout(config.model_copy(update=update), device)
             layout = found.layout(config.model_copy(update={"tensor": 2}), "cuda")
             assert (layout.replicas, layout.devices) == (3, ((), (), ()))
-            running = fleet(layout.replicas, found.launcher(layout, "cuda", tmp_path, told.append))
+            # That an actor is pending on a busy machine is none of what the replicas tell.
+            running = fleet(layout.replicas, found.launcher(layout, "cuda", tmp_path, lambda text: None))
             samples = [(c.row_index, c.sample_index) for completions in running.run() for c in completions]
             running.close()
             assert sorted(samples) == [(row, sample) for row in range(8) for sample in range(40)]
