@@ -197,7 +197,7 @@ def test_actors_have_gpus_of_one_node_each_and_one_that_cannot_work_says_why(
             assert found.layout(config.model_copy(update={"replicas": 7}), "cuda").replicas == 7
             for update, device, message in (
                 ({"tensor": 8}, "cuda", "takes 8 GPUs of one node"),
-                ({}, "cpu", "the driver sees none"),
+                ({}, "cpu", "the driver's node has none"),
                 ({"device": "cpu"}, "cpu", "add --replicas 4"),
             ):
                 with pytest.raises(JobError, match=message):
@@ -214,7 +214,7 @@ def test_actors_have_gpus_of_one_node_each_and_one_that_cannot_work_says_why(
             assert here == [["0,1"], ["0,1", "2,3"]], told
             for needs, model, message in (
                 ({"num_cpus": 1, "resources": {"other": 1}}, tmp_path, f"has tokabatch 9.9, and the driver {__version__}"),
-                ({"num_cpus": 1, "num_gpus": 1}, Path("/no/such"), "does not see the model's folder /no/such"),
+                ({"num_cpus": 1, "num_gpus": 1}, Path("/no/such"), "cannot read the model's folder /no/such"),
             ):
                 refused = fleet(1, Launcher(needs, model, told.append))
                 with pytest.raises(EngineError, match=message):

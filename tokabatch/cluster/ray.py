@@ -1,9 +1,9 @@
-"""A run on a Ray cluster: actors hold the replicas of the fleet, the driver plans and is the only writer.
+"""A run on a Ray cluster: actors hold the replicas of the fleet; the driver plans the run and is the only writer.
 
-An actor is a process that the fleet reaches by a connection, as it reaches one that it forked: Ray places the actors, gives
-each its GPUs, says when one is lost, and brings the tokenised input to each node once, as one object of its object store. What
-passes between the driver and an actor goes over a TCP connection of their own in small messages, so that results neither lie in
-the object store nor are spilled. Nothing is retried by Ray: the fleet knows what an actor had finished, and starts another.
+The fleet communicates with an actor over a connection, as with a process on its own host. Ray places the actors, assigns their
+GPUs, reports when one is lost, and copies the tokenised input to each node once, as an object of its object store. The driver
+and an actor exchange small messages over a TCP connection of their own, so that results neither occupy the object store nor are
+spilled to disk. Ray retries nothing: the fleet has a record of what a lost actor had finished, and starts another.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from tokabatch.runner.replica import Standing
 ADDRESS = "RAY_ADDRESS"
 TOKEN_BYTES = 32
 HELLO_SECONDS = 2.0
-"""A connection that has not sent the token by then is closed."""
+"""Timeout in seconds for the token on a new connection; a connection without it is closed."""
 CONNECT_SECONDS = 30.0
 CHECK_SECONDS = 0.5
-"""Interval between checks with Ray whether an actor that sends nothing has ended."""
+"""Seconds between queries to Ray whether a silent actor has ended."""
 PATIENCE_SECONDS = 15.0
-"""How long an actor may wait for its place before the user is told."""
+"""Seconds that an actor may be pending before a message is shown."""
 LAST_WORDS_SECONDS = 5.0
-"""Timeout for Ray's report of why an actor ended; it may come later than the end of the connection."""
+"""Timeout in seconds for Ray's report of why an actor ended, which may arrive after the connection has closed."""
 _KEEPALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
-"""A connection to a host that is gone without a word ends after half a minute."""
+"""Socket options with which a connection to an unreachable host ends after half a minute."""
 
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000 04 00 00000000")
@@ -58,8 +58,11 @@ _FRAME_BYTES, _SETTINGS = 9, b"\x04"
 
 
 class RayCluster:
-    """The actors of one run. `address` is that of a cluster which runs already, else RAY_ADDRESS is, or this host's. A program
-    that is connected to Ray already stays so. Raises UsageError where there is no cluster."""
+    """A connection to a Ray cluster for the time of one run, as a context manager.
+
+    `address` is that of a running cluster; the default is RAY_ADDRESS, or else the cluster of this host. A program that is
+    already connected to Ray keeps its connection. Raises UsageError if there is no cluster.
+    """
 
     def __init__(self, address: str | None = None) -> None:
         address = address or os.environ.get(ADDRESS) or "auto"
@@ -70,7 +73,7 @@ class RayCluster:
             )
         self._connected = not ray.is_initialized()
         if self._connected:
-            # Ray puts a handler of its own before the one that stops the run.
+            # `ray.init` replaces the handler that stops the run.
             handler = signal.getsignal(signal.SIGTERM)
             try:
                 if ":" in address:
@@ -84,18 +87,19 @@ class RayCluster:
                 ) from error
             finally:
                 with suppress(ValueError):
-                    # Not in the main thread, where Ray has not put one either.
+                    # Outside the main thread neither this nor Ray can set a handler.
                     signal.signal(signal.SIGTERM, handler)
 
     def layout(self, config: EngineConfig, device: str) -> Layout:
-        """So many actors as `engine.replicas` says, or as the cluster's GPUs are enough for, each with the GPUs of a replica on
-        one node. Raises JobError where there are none, or the driver sees none of them."""
+        """Return the layout: `engine.replicas` actors, or as many as the cluster's GPUs suffice for, each with the GPUs of a
+        replica on one node. Raises JobError if no node has enough GPUs, if the driver has none although the cluster does, or if
+        the number of replicas is not given on CPUs."""
         each = config.tensor * config.pipeline
         per_node = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
         if device != "cuda" and sum(per_node) and config.device != "cpu":
             raise JobError(
-                f"the Ray cluster has {sum(per_node)} GPUs, but the driver sees none, and it needs one to size the replicas: "
-                "start it on a node with a GPU (which it does not occupy), or write engine.device=cpu"
+                f"the Ray cluster has {sum(per_node)} GPUs, but the driver's node has none, and the driver needs one to size "
+                "the replicas: start it on a node with a GPU (which it does not occupy), or write engine.device=cpu"
             )
         room = sum(count // each for count in per_node)
         if device == "cuda" and not room:
@@ -110,7 +114,8 @@ class RayCluster:
         return Layout(room, config.tensor, config.pipeline, ((),) * room, f"{sum(per_node)} GPUs of the Ray cluster")
 
     def launcher(self, layout: Layout, device: str, model: Path, tell: Callable[[str], None]) -> Launcher:
-        """What starts the actors of a run of this layout, whose `model` is read on each node under the same path."""
+        """Return what starts the actors of a run with this layout. `model` is a folder that each node can read under the same
+        path; `tell` is called with messages for the user."""
         each = layout.tensor * layout.pipeline
         return Launcher({"num_cpus": 1, "num_gpus": each if device == "cuda" else 0}, model.absolute(), tell)
 
@@ -118,54 +123,54 @@ class RayCluster:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Leave the cluster, which ends the actors that are left."""
+        """Disconnect from the cluster, which ends any remaining actors."""
         if self._connected:
             ray.shutdown()
 
 
 class Launcher:
-    """See `Launch`. `needs` are the resources of each actor, as Ray names them."""
+    """See `Launch`. `needs` are the resources of each actor, by Ray's names."""
 
     def __init__(self, needs: Mapping[str, Any], model: Path, tell: Callable[[str], None]) -> None:
         self._needs, self._model, self._tell = needs, model, tell
         self._address = str(ray.util.get_node_ip_address())
         self._work: tuple[Any, ...] = ()
-        """The plan and what builds its replicas, in the object store."""
+        """References to the plan and the pickled `Build` in the object store."""
 
     def __call__(self, number: int, build: Build, ledger: Ledger, before: Standing, pace: Pace) -> Actor:
         if not self._work:
             try:
-                # As bytes: what comes out of the object store as it is cannot be written to.
+                # Pickled to bytes: arrays that come from the object store directly are read-only.
                 self._work = ray.put(ledger.plan), ray.put(cloudpickle.dumps(build))
             except ObjectStoreFullError as error:
                 size = ledger.plan.tokens.nbytes
                 raise EngineError(
-                    f"Ray's object store on this node does not hold the tokenised input, {size:,} bytes of tokens; start its "
-                    "nodes with a larger one (`ray start --object-store-memory`)"
+                    f"the tokenised input, {size:,} bytes of tokens, does not fit in Ray's object store on this node; start "
+                    "the nodes with a larger one (`ray start --object-store-memory`)"
                 ) from error
         return Actor(self, number, before, pace)
 
     def start(self, number: int, port: int, token: bytes, before: Standing, pace: Pace) -> tuple[Any, Any]:
-        """An actor, and what becomes ready when it has ended."""
+        """Start an actor. Return it and the reference that becomes ready when it has ended."""
         own = cloudpickle.dumps(((self._address, port), token, str(self._model), number, before, pace))
         place: Any = ray.remote(TokabatchReplica)
         actor = place.options(**self._needs, max_restarts=0, max_task_retries=0).remote()
-        # In a list references arrive as such.
+        # References inside a list are passed on as references, not as their values.
         return actor, actor.serve.remote(__version__, own, list(self._work))
 
     def listen(self) -> socket.socket:
-        """For one actor, on an address that the nodes of the cluster reach."""
+        """Return a listening socket for one actor, on an address that the nodes of the cluster can reach."""
         return socket.create_server((self._address, 0), backlog=4)
 
     def wanted(self, number: int) -> None:
-        """Tell that an actor has no place yet."""
+        """Show the message that an actor is pending."""
         named = {"num_cpus": "CPU", "num_gpus": "GPU"}
         needs = " and ".join(f"{count} {named[name]}" for name, count in self._needs.items() if count)
         self._tell(f"replica {number} is pending: no room in the Ray cluster ({needs} of one node)")
 
 
 class Actor:
-    """See `Process`: one actor. Until it is placed and has connected, its `pipe` is the socket on which that is expected."""
+    """See `Process`: one actor. Until it has been placed and has connected, its `pipe` is the listening socket."""
 
     def __init__(self, launcher: Launcher, number: int, before: Standing, pace: Pace) -> None:
         self._launcher, self._number = launcher, number
@@ -233,7 +238,7 @@ class Actor:
         self.kill()
 
     def _accept(self) -> None:
-        """Take the connection of the actor; that of any other program, which does not have the token, is closed."""
+        """Accept the actor's connection and send what is queued; close a connection that does not send the token."""
         connected, _ = self._listening.accept()
         _watch(connected)
         connection = Connection(connected.detach())
@@ -247,34 +252,35 @@ class Actor:
         connection.close()
 
     def _reason(self, seconds: float) -> str:
-        """What became of it."""
+        """Return why the actor ended."""
         try:
             ray.get(self._ended, timeout=seconds)
         except RayTaskError as error:
-            # What `serve` raised there.
+            # An exception of `serve` in the actor.
             return f"the scheduler's actor failed: {' '.join(str(error.cause or error).split())}"
         except GetTimeoutError:
             return "the connection to the scheduler's actor has ended"
         except RayError as error:
-            # What may have been the cause of any such end comes behind.
+            # Ray appends a general list of possible causes.
             lines = [line.strip() for line in str(error).partition("Some common causes")[0].splitlines() if line.strip()]
             return f"the scheduler's actor is lost: {lines[-1].rstrip('.') if lines else type(error).__name__}"
         return "the scheduler's actor has ended"
 
 
 class TokabatchReplica:
-    """An actor: the process of one member of a fleet. Its name is what `ps` and Ray show."""
+    """The actor that runs one member of a fleet. `ps` and Ray show the name of this class."""
 
     def serve(self, version: str, own: bytes, shared: list[Any]) -> None:
-        """`own` and what `shared` refers to are unpickled once it is known that both ends have the same `version`."""
+        """Run the member until it is stopped. `own` and the objects of `shared` are unpickled only after the `version` of the
+        driver has been compared. Raises EngineError if it differs, or if this node cannot read the model's folder."""
         here = socket.gethostname()
         if version != __version__:
             raise EngineError(f"{here} has tokabatch {__version__}, and the driver {version}; install the same one")
         address, token, model, number, before, pace = cloudpickle.loads(own)
         if not os.access(model, os.R_OK | os.X_OK):
             raise EngineError(
-                f"{here} does not see the model's folder {model}: keep it where all nodes reach it under one path (model.path, "
-                "or HF_HOME for a name of the hub)"
+                f"{here} cannot read the model's folder {model}: keep it where all nodes can read it under the same path "
+                "(model.path, or HF_HOME for a model of the hub)"
             )
         plan, build = ray.get(shared)
         connected = socket.create_connection(address, CONNECT_SECONDS)
@@ -297,7 +303,7 @@ def _refuse_other_service(address: str) -> None:
 
 
 def _watch(connected: socket.socket) -> None:
-    """Let messages leave at once, and notice where the other host is gone."""
+    """Send messages without delay, and detect an unreachable host by keepalive."""
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if sys.platform == "linux":
         for name, value in _KEEPALIVE.items():

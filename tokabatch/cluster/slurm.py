@@ -1,8 +1,8 @@
 """The batch script of a run on Slurm: an array of tasks, each of them `tokabatch run --shared` on the same job and folder.
 
-A task stops with exit code 75 where it is to run again: Slurm signals it ahead of the time limit, or to preempt it. Slurm
-by itself requeues no job for its exit code (unless the site sets RequeueExit=75), so the script does. It stands outside of any
-container, for there is no scontrol inside.
+A task that stops because of Slurm's signal, before the time limit or at preemption, exits with code 75. Slurm itself does not
+requeue a job because of its exit code (unless the site sets RequeueExit=75), so the script does. The script runs outside any
+container, where scontrol is available.
 """
 
 from __future__ import annotations
@@ -16,22 +16,26 @@ from pathlib import Path
 from tokabatch.errors import EXIT_STOPPED, UsageError
 
 UNITS_PER_TASK, LEAST_UNITS = 32, 64
-"""Tasks that end early take units of the others, so that at the end of a run each waits for one unit at most."""
+"""Units of the plan for each task, and the fewest of a run. A task that has finished its units takes over units of others, so
+that at the end of a run the tasks differ by one unit at most."""
 MOST_CRASHES, MOST_STARTS = 5, 100
-"""How often a task is requeued at most that a signal killed, and one that stopped: without a limit, one whose time limit is too
-short for a single sample would be requeued for ever."""
+"""How often a task is requeued at most after being killed by a signal, and after stopping with exit code 75. Without a limit, a
+task whose time limit is too short for a single sample would be requeued forever."""
 SECONDS_AHEAD = 120
-"""So long before the time limit tasks are told to stop; a quarter of a limit of a few minutes."""
+"""Seconds before the time limit at which tasks are signalled to stop; a quarter of the limit if that is shorter."""
 MARK = "# Written by `tokabatch slurm`."
-"""By which a script of ours is known."""
+"""The comment that marks a script as written by this command."""
 
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """What the script asks Slurm for. `seconds_ahead` of the time limit tasks are told to stop (None: by `SECONDS_AHEAD`);
-    `options` are further ones of sbatch, such as `partition=gpu`, each in place of the script's own of that name; `setup` are
-    lines of shell before the run (modules, a virtual environment), and a command of them that fails ends the task; `command` is
-    what to call, `apptainer exec --nv IMAGE tokabatch` for one in a container."""
+    """What the script requests of Slurm.
+
+    Tasks are signalled to stop `seconds_ahead` of the time limit (None: see `SECONDS_AHEAD`). `options` are further long
+    options of sbatch, such as `partition=gpu`, each replacing the script's own of that name. `setup` are lines of shell before
+    the run (modules, a virtual environment); if one of their commands fails, the task ends. `command` starts tokabatch, in a
+    container for example `apptainer exec --nv IMAGE tokabatch`.
+    """
 
     tasks: int
     gpus_per_task: int = 0
@@ -44,20 +48,20 @@ class Array:
 
     @property
     def units(self) -> int:
-        """Into how many the plan is cut."""
+        """The number of units that the plan is cut into."""
         return max(LEAST_UNITS, UNITS_PER_TASK * self.tasks)
 
 
 def batch_script(job: Path, overrides: tuple[str, ...], array: Array, folder: Path) -> str:
-    """The script; relative paths of the job count from `folder`. Raises UsageError for options that are not long ones, and for
-    a command that is not one."""
+    """Return the text of the script; relative paths of the job are relative to `folder`. Raises UsageError if an option is not
+    a long one, or if the command is not a single command on one line."""
     if not array.command.strip() or re.search(r"[\r\n]|(^|\s)#", array.command):
-        # What the script adds to it must reach the command, not the next line or a comment.
+        # The arguments that the script appends would otherwise end up on another line or in a comment.
         raise UsageError(
             f"--command {array.command!r} is not one command on one line, without a comment; write what starts tokabatch: "
             "--command 'apptainer exec --nv IMAGE.sif tokabatch'"
         )
-    # Names of jobs and logs have their own characters: Slurm replaces %.
+    # Slurm expands % in the names of jobs and logs.
     name = re.sub(r"[^\w.-]+", "-", job.stem)
     asked = [f"job-name=tokabatch-{name}", f"array=0-{array.tasks - 1}", "ntasks=1"]
     asked += [f"gpus-per-task={array.gpus_per_task}"] if array.gpus_per_task else []
@@ -69,28 +73,28 @@ def batch_script(job: Path, overrides: tuple[str, ...], array: Array, folder: Pa
     names = {option.partition("=")[0] for option in given}
     asked = [option for option in asked if option.partition("=")[0] not in names] + given
     directives = "\n".join(f"#SBATCH {shlex.quote(f'--{option}')}" for option in asked)
-    # Each on a line of its own: it may end in a comment.
+    # Each on a line of its own, as one may end in a comment.
     setup = "\n".join(line for line in array.setup if line.strip()) or "# module load cuda; . /path/to/venv/bin/activate"
     words = [str(job), *overrides, "--shared", "--units", str(array.units), "--quiet"]
     return f"""#!/usr/bin/env bash
 {directives}
-{MARK} Submit it with sbatch, again if need be: finished samples are not computed again.
+{MARK} Submit it with sbatch, again if necessary: finished samples are not computed again.
 
 cd {shlex.quote(str(folder))} || exit 2
-# A command that fails here ends the task; inside of a script that is sourced, such as activate, that script decides.
+# A command that fails here ends the task. Commands inside a sourced script, such as activate, may fail.
 trap '[ ${{#BASH_SOURCE[@]}} -gt 1 ] || exit 2' ERR
 {setup}
 trap - ERR
 
-# Slurm signals this script, too, when it stops the run; the script must outlive that to requeue its task.
+# Slurm also signals this script when it stops the run; the script must survive the signal to requeue its task.
 trap : TERM USR1
-# srun gives a step one core unless it is told how many the task has.
+# Without --cpus-per-task srun would give the step a single core.
 cores=${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}
 srun --ntasks=1 $cores {array.command} run {shlex.join(words)} --task "$SLURM_ARRAY_TASK_ID"
 status=$?
 
-# Status {EXIT_STOPPED}: stopped ahead of the time limit, or preempted. Above 128: killed by a signal. Both are run again, up to
-# a limit; the other tasks go on meanwhile. Any other status is final: 0 is success, else the log says what is wrong.
+# Status {EXIT_STOPPED}: stopped before the time limit, or preempted. Above 128: killed by a signal. Both are run again, up to
+# a limit, while the other tasks continue. Any other status is final: 0 is success; for the others, see the log.
 restarts=${{SLURM_RESTART_COUNT:-0}}
 most_restarts=0
 [ $status -eq {EXIT_STOPPED} ] && most_restarts={MOST_STARTS}
@@ -111,7 +115,8 @@ exit $status
 
 
 def write_script(path: Path, text: str) -> None:
-    """Write the script, over an earlier one alone. Raises UsageError."""
+    """Write the script; replace only a file that this command wrote before. Raises UsageError if it cannot be written or
+    another file is in its place."""
     try:
         if path.exists() and MARK not in path.read_text(errors="replace"):
             raise UsageError(
@@ -126,7 +131,7 @@ def write_script(path: Path, text: str) -> None:
 
 
 def _option(given: str) -> str:
-    """An option as a directive has it behind its dashes. Raises UsageError."""
+    """Return an option as a directive takes it, without dashes. Raises UsageError if it is not one long option."""
     found = re.fullmatch(r"(?:--)?([a-z][a-z0-9-]+)(?:=(.*))?", given.strip())
     if found is None or re.search(r"\s-|\s[a-z-]+=", found[2] or ""):
         raise UsageError(
@@ -137,7 +142,8 @@ def _option(given: str) -> str:
 
 
 def _seconds_ahead(limit: str) -> int:
-    """Of a time limit as sbatch takes it: minutes, minutes:seconds, hours:minutes:seconds, or days-hours and so on."""
+    """Return the seconds between signal and time limit, given the limit in sbatch's formats: minutes, minutes:seconds,
+    hours:minutes:seconds, or days-hours and so on."""
     days, dash, rest = limit.rpartition("-")
     if not rest.replace(":", "").isdigit():
         return SECONDS_AHEAD
@@ -150,7 +156,7 @@ def _seconds_ahead(limit: str) -> int:
 
 
 def submit(script: Path) -> str:
-    """Give the script to Slurm; what sbatch says. Raises UsageError where that fails."""
+    """Submit the script to Slurm and return the output of sbatch. Raises UsageError if that fails."""
     try:
         done = subprocess.run(["sbatch", str(script)], capture_output=True, text=True, check=False)
     except OSError as error:

@@ -1,10 +1,10 @@
-"""Who holds which samples of a plan: one entry a sample, kept by main, from which the members of a fleet are given *runs*.
+"""The record of which member of a fleet holds which samples of a plan, with one entry for each sample, kept by main.
 
-A run is what lies together in the plan and shares most: it is cut where the prompt behind the cut shares least with the one
-before. The first ones are large, and towards the end they become small (guided self-scheduling, Polychronopoulos and Kuck
-1987), so that the members end together; a prompt with many samples is cut between samples. What a member gives back, and what
-a lost one held, is free again, wherever it lies. The rules for when a member gets more, and how much one gives another, stand
-here too: a simulated run follows the same ones.
+Members receive *runs*: consecutive samples of the plan, cut where the prompts on either side of the cut share the shortest
+prefix. The first runs are large and later ones become smaller (guided self-scheduling, Polychronopoulos and Kuck 1987), so that
+the members finish together; a prompt with many samples may be cut between samples. The samples that a member gives back, and
+those of a lost member, are free again. The rules for when a member gets more work and how much one member gives another are
+also here; a simulated run uses the same rules.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from tokabatch.scheduling.completion_batch import Completions, sample_keys
 from tokabatch.scheduling.contracts import Requests
 
 FREE, DONE, WITHHELD, NOT_BEGUN, CANCELLED = -1, -2, -3, -4, -5
-"""States of samples that no member holds: free, finished, not offered, not yet allowed, and cancelled."""
+"""States of samples that no member holds: free, finished, not offered yet, not allowed to begin yet, and cancelled."""
 NOT_LEFT = (DONE, WITHHELD, CANCELLED)
-"""What does not count as left."""
+"""The states that do not count as left."""
 SMALLEST = 64
 """A run is at least the plan's cost divided by this and the number of members."""
 SPLIT_WORTH = 8
-"""A prompt's samples are divided between runs where, on both sides, they may cost so many times what their prompt does."""
+"""A prompt's samples may be divided between two runs if those on either side cost at least this many times as much as the
+prompt."""
 LEAST_WAITING, REFILL = 16, 1 / 4
-"""A member requests more work when fewer samples wait than this, or than this share of those that run."""
+"""A member requests more work when fewer samples are waiting than this, or than this share of the running ones."""
 
 
 def wants_more(waiting: int, running: int) -> bool:
@@ -39,15 +40,16 @@ def wants_more(waiting: int, running: int) -> bool:
 
 
 def to_give(held: int, waiting: int, wanting: int) -> int:
-    """How many of its waiting samples a member gives to one that holds `wanting`, so that both hold as many, running ones
-    included: a member that runs all it can at once has no use for samples that another is about to admit."""
+    """Return how many of its `waiting` samples a member that holds `held` gives to one that holds `wanting`, so that both then
+    hold the same number. Running samples are counted on both sides: a member whose batch is full has no use for samples that
+    another is about to admit."""
     return max(0, min((held - wanting) // 2, waiting))
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Samples of a plan: of each of the `prompts`, numbers in plan order, those from `first` up to `stop`. A prompt comes
-    several times where its samples lie apart."""
+    """Samples of a plan: for each of the `prompts`, numbers in plan order, the samples from `first` up to `stop`. A prompt
+    occurs several times if its samples are not consecutive."""
 
     prompts: Int32
     first: Int32
@@ -55,7 +57,7 @@ class Part:
 
     @classmethod
     def joined(cls, parts: Sequence[Part]) -> Part:
-        """All of them, in the order of the plan."""
+        """Return the union of the parts, in plan order."""
         empty = np.zeros(0, np.int32)
         prompts = np.concatenate([empty, *(part.prompts for part in parts)])
         first = np.concatenate([empty, *(part.first for part in parts)])
@@ -64,23 +66,23 @@ class Part:
         return cls(prompts[order], first[order], stop[order])
 
     def __len__(self) -> int:
-        """How many samples they are."""
+        """Return the number of samples."""
         return int((self.stop - self.first).sum(dtype=np.int64))
 
 
 class Ledger:
-    """Of a plan over R prompts; `plan` has no samples that are drawn already, these count as done. With `withheld` no sample is
-    to be had before it is offered, and none counts as left."""
+    """The record for a plan over R prompts. Samples that were drawn before are not in `plan` and count as finished. With
+    `withheld`, no sample can be given out, or counts as left, before it is offered."""
 
     def __init__(self, requests: Requests, begun: Int64 | None = None, *, withheld: bool = False) -> None:
-        """How many samples of each row may be `begun`, shape [rows]; None is all of them."""
+        """`begun` is the number of samples of each row that may begin, shape [rows]; None is all of them."""
         self.plan = replace(requests, drawn=None)
         wanted = self.plan.num_samples()
         self._offset: Int64 = np.concatenate((np.zeros(1, np.int64), np.cumsum(wanted)))
-        """Where each prompt's samples begin among all."""
+        """The index of each prompt's first sample among all samples."""
         self._holder = np.full(int(self._offset[-1]), FREE, np.int16)
         self._place: Int64 | None = None
-        """Where each sample stands among those of the whole job, as in `Drawn`."""
+        """The index of each sample among those of the whole job, as in `Drawn`."""
         if requests.drawn is not None:
             place = np.repeat(requests.drawn.start[requests.row_index] - self._offset[:-1], wanted)
             place += np.arange(len(place))
@@ -94,35 +96,35 @@ class Ledger:
             self._holder[late & (self._holder == FREE)] = NOT_BEGUN
         sampling, params = self.plan.sampling, self.plan.params
         self._output: Int64 = np.array([kind.max_tokens for kind in sampling], np.int64)[params]
-        """The most tokens that a sample of each prompt costs beside its prompt."""
+        """The most tokens that a sample of each prompt may generate."""
         self._prompt_of: Int32 = np.zeros(int(self.plan.row_index.max(initial=-1)) + 1, np.int32)
-        """The plan's number of each row's prompt."""
+        """The number in the plan of each row's prompt."""
         self._prompt_of[self.plan.row_index] = np.arange(len(self.plan), dtype=np.int32)
         left = np.isin(self._holder, NOT_LEFT, invert=True)
         self._left_of: Int64 = np.add.reduceat(left, self._offset[:-1], dtype=np.int64)
         self.left = int(self._left_of.sum())
-        """Samples that are neither finished nor cancelled."""
+        """The number of samples that are neither finished nor cancelled."""
         kinds, counts = np.unique(self._holder, return_counts=True)
         self._held = Counter(dict(zip(kinds.tolist(), counts.tolist(), strict=True)))
         self.finished_prompts = 0
         self._each = self._output + (self.plan.length - self.plan.lcp) / np.maximum(wanted, 1)
-        """Tokens that a sample of each prompt costs at most, with its part of the prompt's own; float64, shape [R]."""
+        """The most tokens that a sample of each prompt costs, with its share of the prompt's tokens; float64, shape [R]."""
         free = np.add.reduceat(self._holder == FREE, self._offset[:-1], dtype=np.int64) if self.left else np.zeros(0)
         self._free_cost = float((self._each * free).sum()) if self.left else 0.0
-        """Of all that is free."""
+        """The cost of all free samples."""
         self._front = 0
-        """No sample in front of this one is free."""
+        """No sample before this index is free."""
         self._cost = self._free_cost
-        """The most that was free at a time."""
+        """The largest cost that was free at any time."""
 
     def offer(self, wanted: Bool) -> int:
-        """Of what is withheld, the samples that are marked are free from now on (a flag a sample of the whole job, as in
-        `Drawn`); how many."""
+        """Make the marked samples free if they are withheld, and return their number. `wanted` has a flag for each sample of
+        the whole job, as in `Drawn`."""
         assert self._place is not None, "the ledger of a plan that says what is drawn, withheld"
         return self._exchange(wanted, WITHHELD, FREE)
 
     def withhold(self, wanted: Bool) -> None:
-        """Of what is free, the samples that are marked are not to be had any more."""
+        """Withhold the marked samples again if they are free."""
         self._exchange(wanted, FREE, WITHHELD)
 
     def _exchange(self, wanted: Bool, before: int, after: int) -> int:
@@ -134,21 +136,21 @@ class Ledger:
 
     @property
     def has_free(self) -> bool:
-        """Whether any sample is with no member."""
+        """Whether any sample is free."""
         return self._held[FREE] > 0
 
     def prompts(self, rows: Sequence[int] | Int64) -> Int32:
-        """The plan's numbers of these rows' prompts."""
+        """Return the numbers in the plan of these rows' prompts."""
         return self._prompt_of[rows]
 
     def part(self, requests: Requests) -> Part:
-        """What a scheduler's table of prompts and spans is of this plan."""
+        """Return the part of this plan that a scheduler's `requests` describe."""
         assert requests.span is not None
         return Part(self.prompts(requests.row_index), *requests.span)
 
     def next_run(self, member: int, members: int, *, whole: bool = False) -> Part | None:
-        """The next run for one of so many members, which holds it from now on; None where none is free, or where it holds its
-        share of all that is left already. With `whole` all that is free."""
+        """Return the next run for a member and record that it holds it. Return None if nothing is free, or if the member
+        already holds its share of all that is left, given the number of `members`. With `whole`, return all that is free."""
         held = self.held(member)
         share = -(-self.left // members) - held
         if not self.has_free or (share <= 0 and not whole):
@@ -168,8 +170,8 @@ class Ledger:
         return free
 
     def _free_front(self, cost: float) -> tuple[Part, Int64]:
-        """The front of what is free, of at least this cost where there is as much, and what its pieces cost as `_costs` has it.
-        There is a sample that is free."""
+        """Return the first free samples in plan order, of at least this cost if there are enough, and the costs of their pieces
+        as in `_costs`. At least one sample must be free."""
         size = 64 + int(1.5 * self._held[FREE] * min(1.0, cost / self._free_cost))
         while True:
             stop = int(self._offset[min(np.searchsorted(self._offset, self._front + size), len(self._offset) - 1)])
@@ -184,8 +186,8 @@ class Ledger:
         self._change(self._places(part), member)
 
     def finish(self, member: int | Int64, completions: Completions) -> None:
-        """A member has finished these samples, or the member of each; those that were cancelled meanwhile do not count. Raises
-        EngineError for one that it does not hold."""
+        """Record that a member, or the member given for each sample, has finished these samples; cancelled ones are not
+        counted. Raises EngineError for a sample that the member does not hold."""
         if not len(completions):
             return
         rows, samples = sample_keys(completions)
@@ -200,9 +202,9 @@ class Ledger:
         self._change(places, DONE, prompts)
 
     def give_back(self, member: int, part: Part | None = None) -> int:
-        """What a member holds, or this part of it, is free again; how many samples."""
+        """Make what a member holds, or this part of it, free again, and return the number of samples."""
         if part is not None:
-            # But for what was cancelled when it was on its way.
+            # Except for samples that have been cancelled meanwhile.
             places = self._places(part)
             places = places[self._holder[places] == member]
         else:
@@ -211,7 +213,7 @@ class Ledger:
         return len(places)
 
     def begin(self, row: int, until: int) -> None:
-        """The samples of a row before number `until` may be begun."""
+        """Allow the samples of a row before number `until` to begin."""
         prompt = int(self.prompts([row])[0])
         places = np.arange(self._offset[prompt], min(self._offset[prompt] + until, self._offset[prompt + 1]))
         self._change(places[self._holder[places] == NOT_BEGUN], FREE)
@@ -226,11 +228,11 @@ class Ledger:
         return holders[holders >= 0].tolist()
 
     def held(self, member: int) -> int:
-        """Samples that a member holds."""
+        """Return the number of samples that a member holds."""
         return self._held[member]
 
     def others(self, member: int, prompts: Int32) -> tuple[Part, Int64]:
-        """Of these prompts, what neither the member holds nor is done: the part that is free, and which others hold some."""
+        """Return the free part of these prompts, and the other members that hold samples of them."""
         elsewhere = np.concatenate([np.arange(*self._offset[[prompt, prompt + 1]]) for prompt in np.unique(prompts).tolist()])
         holders = np.unique(self._holder[elsewhere])
         free = self._parts_of(FREE)
@@ -244,7 +246,7 @@ class Ledger:
         return np.repeat(begin - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
 
     def _change(self, places: Int64, holder: int, prompts: Int64 | Int32 | None = None) -> None:
-        """These samples, of these `prompts` (one each), are `holder`'s from now on; every count follows from that."""
+        """Set the holder of the samples at these places, and update all counts. `prompts` are their prompts, one for each."""
         if not len(places):
             return
         if prompts is None:
@@ -265,7 +267,7 @@ class Ledger:
                 self.finished_prompts += int(np.count_nonzero(self._left_of[np.unique(prompts)] == 0))
 
     def _parts_of(self, holder: int, begin: int = 0, stop: int | None = None) -> Part:
-        """Everything that one holds of the samples from number `begin` up to `stop`, in as few pieces as there can be."""
+        """Return what `holder` holds of the samples from index `begin` up to `stop`, in as few pieces as possible."""
         mine = self._holder[begin:stop] == holder
         begins, ends = mine.copy(), mine.copy()
         begins[1:] &= ~mine[:-1]
@@ -281,7 +283,7 @@ class Ledger:
         return Part(prompts, (first - offset).astype(np.int32), (last + 1 - offset).astype(np.int32))
 
     def stretches(self, count: int) -> list[Part]:
-        """All that is free, cut into about so many parts of about the same cost, where prompts share least."""
+        """Return all that is free, cut into about `count` parts of similar cost, where prompts share the shortest prefixes."""
         free, cut = self._parts_of(FREE), list[Part]()
         costs = self._costs(free)
         each, place, first = max(1.0, float(costs[-1]) / count), 0, free.first.copy()
@@ -299,19 +301,19 @@ class Ledger:
         return cut
 
     def samples(self, part: Part) -> tuple[Int64, Int64]:
-        """The row and the number of each sample of a part, shape [N] each."""
+        """Return the row and the number of each sample of a part, shape [N] each."""
         count = (part.stop - part.first).astype(np.int64)
         first = np.repeat(part.first - (np.cumsum(count) - count), count)
         return np.repeat(self.plan.row_index[part.prompts], count), first + np.arange(int(count.sum()))
 
     def _costs(self, part: Part) -> Int64:
-        """Tokens that the pieces of a part cost at most, added up, and 0 in front: shape [pieces + 1]."""
+        """Return the cumulative cost in tokens of the pieces of a part, beginning with 0: shape [pieces + 1]."""
         prompts = part.prompts
         own = np.where(np.diff(prompts, prepend=-1) > 0, self.plan.length[prompts] - self.plan.lcp[prompts], 0)
         return np.append(0, np.cumsum(own + (part.stop - part.first) * self._output[prompts]))
 
     def _cut(self, part: Part, costs: Int64, wanted: float, limit: float) -> Part:
-        """The front of a part, about as much as `wanted` and not more than `limit`, but at least one sample."""
+        """Return the front of a part, of about the cost `wanted` and at most `limit`, but at least one sample."""
         prompts = part.prompts
         inside = np.flatnonzero((costs[1:] >= wanted / 2) & (costs[1:] <= min(1.5 * wanted, limit))) + 1
         if costs[-1] <= limit and costs[-1] <= 1.5 * wanted:

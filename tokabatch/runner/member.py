@@ -1,8 +1,8 @@
-"""A member of a fleet, as main reaches it: a replica in a process of its own, so that no step waits for what becomes of
-finished samples. What that process does is in `member_process`.
+"""Main's end of a member of a fleet: a replica in a process of its own, so that steps are not delayed by the processing of
+finished samples. `member_process` is the other end.
 
-The process is forked: the plan's tokens are shared that way, not copied, and what crosses the pipe names prompts by their place
-in the plan. Where a `Launch` starts it instead, it may be on another host, and has a copy of the plan. It ends with main.
+The process is forked, so that it shares the plan's tokens without a copy; messages refer to prompts by their number in the
+plan. A process started by a `Launch` instead may run on another host and has a copy of the plan. Either ends with main.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ STOP_SECONDS = 10.0
 
 
 class Process(Protocol):
-    """The process of a member, as main reaches it. Every method but `receive` and `check` also works where it is gone."""
+    """Main's end of a member's process. All methods except `receive` and `check` also work after it has ended."""
 
     @property
     def pipe(self) -> Connection | socket:
-        """What is ready to read where `receive` would not wait."""
+        """The object that is readable when `receive` does not block."""
         ...
 
     @property
     def pid(self) -> int | None:
-        """None on another host."""
+        """The process id; None on another host."""
         ...
 
     def receive(self) -> Message | None:
-        """The next message; None is a heartbeat. Raises ReplicaLost where the process is gone."""
+        """Return the next message; None is a heartbeat. Raises ReplicaLost if the process has ended."""
         ...
 
     def send(self, order: Order | bytes | None) -> None:
@@ -61,7 +61,7 @@ class Process(Protocol):
         ...
 
     def check(self) -> bool:
-        """Whether there is a process already, which gives heartbeats. Raises ReplicaLost where it is gone."""
+        """Return whether the process runs already, so that heartbeats are due. Raises ReplicaLost if it has ended."""
         ...
 
     def kill(self) -> None: ...
@@ -71,26 +71,26 @@ class Process(Protocol):
         ...
 
     def close(self, seconds: float) -> None:
-        """End the process, and with it the worker; it has so many seconds for that."""
+        """End the process and its worker: kill it if it has not stopped after `seconds`."""
         ...
 
 
 class Launch(Protocol):
-    """What starts the process of a member elsewhere than by a fork of main: it calls `serve` with these arguments, and with
-    `before` and `pace` as they are there."""
+    """Starts the process of a member other than by a fork of main; the process calls `serve` with these arguments."""
 
     def __call__(self, number: int, build: Build, ledger: Ledger, before: Standing, pace: Pace) -> Process: ...
 
 
 class Cluster(Protocol):
-    """Where the members of a fleet run that are not on this host alone."""
+    """The hosts on which the members of a fleet run."""
 
     def layout(self, config: EngineConfig, device: str) -> Layout:
-        """How a run is laid out there whose driver is on a `cpu` or sees a GPU, `cuda`. Raises JobError."""
+        """Return the layout of a run; `device` is that of the driver, `cpu` or `cuda`. Raises JobError if the cluster cannot
+        hold it."""
         ...
 
     def launcher(self, layout: Layout, device: str, model: Path, tell: Callable[[str], None]) -> Launch:
-        """What starts the members of a run of this layout; `model` is the folder that each of them reads."""
+        """Return what starts the members of a run with this layout; `model` is the folder from which each loads the model."""
         ...
 
 
@@ -110,24 +110,24 @@ class Member:
         self.devices = tuple(devices)
         self.standing = standing
         self.placed = False
-        """Its process has given a heartbeat."""
+        """True once the process has sent a message."""
         self.begun = False
-        """Its model is loaded."""
+        """True once the model is loaded."""
         self.ended: Ended | None = None
         self.wants: int | None = None
-        """How many samples wait there, where more is wanted."""
+        """The number of samples waiting there if the member has requested more; None otherwise."""
         self.parts = 0
-        """Those sent to this process."""
+        """The suspected rows that were sent to this process."""
         self.unanswered = deque[Share | Withdraw]()
-        """Orders to give samples back, in turn; each is answered."""
+        """Orders to give samples back that have not been answered yet, in order."""
         self.can_give = True
-        """As far as its last standing tells; False once it had nothing to give after it."""
+        """Whether it may have samples to give, according to its latest standing; False once it had none since."""
         self.finished = 0
-        """Samples that came from here, from lost processes of this member included."""
+        """The samples that this member has finished, including those of its lost processes."""
         self.barren = 0
-        """Its processes lost in a row without a finished sample."""
+        """The number of its processes lost in a row without a finished sample."""
         self.given_up = False
-        """No other process takes the place of the last one."""
+        """True once the member is dropped: its last process is not replaced."""
         self.silent = 0.0
         """Seconds since its last heartbeat."""
         self._process: Process | None = None
@@ -138,22 +138,22 @@ class Member:
 
     @property
     def pipe(self) -> Connection | socket | None:
-        """None where it has no process."""
+        """The `pipe` of its process; None if it has none."""
         return None if self._process is None else self._process.pipe
 
     @property
     def before(self) -> Standing:
-        """The counts with which its next process goes on."""
+        """The counts from which its next process continues."""
         return replace(self.standing, scheduled=replace(self.standing.scheduled, finished=self.finished))
 
     def begin(self, process: Process) -> None:
-        """This is its process from now on."""
+        """Begin with a new process."""
         self.placed, self.begun, self.ended, self.wants, self.can_give = False, False, None, None, True
         self.unanswered.clear()
         self.parts, self.silent, self._process = 0, 0.0, process
 
     def share(self, began: float, ended: float) -> ReplicaShare:
-        """Return what it did of the work between these two times of `time.monotonic`."""
+        """Return the member's share of the work between these two times of `time.monotonic`."""
         last = ended - (ended - began) / 10
         idle = () if self.ended is None else self.ended.idle
         spans = [(max(begin, since), min(end, ended)) for since in (began, last) for begin, end in idle]
@@ -169,7 +169,7 @@ class Member:
         )
 
     def send(self, order: Order | None) -> None:
-        """None is to end. Where the process is gone, the next `receive` says so."""
+        """Send an order; None stops the process. If the process has ended, the next `receive` raises ReplicaLost."""
         if isinstance(order, Part):
             self.parts, self.wants, self.can_give = self.parts + 1, None, True
         elif isinstance(order, Share | Withdraw):
@@ -178,7 +178,7 @@ class Member:
         self._process.send(packed(order) if isinstance(order, Part) else order)
 
     def receive(self) -> Message | None:
-        """The next message, which has come in; None is a heartbeat. Raises ReplicaLost where the process is gone."""
+        """Return the message that has arrived; None is a heartbeat. Raises ReplicaLost if the process has ended."""
         assert self._process is not None
         message = self._process.receive()
         self.silent, self.placed = 0.0, True
@@ -205,16 +205,16 @@ class Member:
             self._process.hang_up()
 
     def close(self) -> None:
-        """End the process, and with it the worker."""
+        """End the process and its worker."""
         if self._process is None:
             return
-        # After its last word the worker may have a trace to write.
+        # The worker may still have a trace to write.
         self._process.close(STOP_SECONDS if self.ended is not None else 0.0)
         self._process = None
 
 
 class Fork:
-    """See `Process`: a fork of main. `leave` lets go there of what is main's."""
+    """See `Process`: a fork of main. `leave` closes main's resources in the fork."""
 
     def __init__(
         self, member: Member, build: Build, first: Part, ledger: Ledger, pace: Pace, leave: Callable[[], None]
@@ -266,8 +266,8 @@ def _forked(
     pace: Pace,
     leave: Callable[[], None],
 ) -> None:
-    """The forked process."""
-    # While this one has it open, too, the pipe does not end with main.
+    """Run the forked process."""
+    # If this copy stayed open, the pipe would not close when main ends.
     mains.close()
     leave()
     if member.devices:

@@ -1,7 +1,7 @@
-"""What the process of a member does: it steps its replica, takes orders between steps, and sends what is finished.
+"""The loop of a member's process: it runs the steps of its replica, follows orders between steps, and sends finished samples.
 
-It is given work, and gives some back, between steps. Finished samples go to main in their order, by a thread whose queue is
-bounded: where recording is the slower of the two, the steps are held up instead of memory.
+The orders assign samples to it or request some back. A thread sends finished samples to main in their order, from a bounded
+queue: if recording is slower than the steps, the steps are delayed and memory use does not grow.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from tokabatch.scheduling.completion_batch import PackedOnTheWay
 from tokabatch.scheduling.contracts import Completion, Requests
 
 MAX_UNSENT = 64
-"""Messages that may be on their way to main."""
+"""The most messages in the queue to main."""
 SAMPLES_SENT = 2048
 """Finished samples in a message at most: main takes in the first of a step while the next ones are being packed."""
 STANDING_SECONDS = 0.1
 BEAT_SECONDS = 0.5
-"""How often the process sends a heartbeat while it has nothing to report."""
+"""Seconds between heartbeats while there is nothing else to send."""
 
 
 class Build(Protocol):
-    """What makes the replica of a member, by its number, for its first requests; `before` is the standing of the replica whose
-    place it takes, and whose counts go on."""
+    """Creates the replica of a member, given its number and first requests. `before` is the standing of the replica that it
+    replaces, whose counts it continues."""
 
     def __call__(
         self, number: int, requests: Requests, before: Standing, *, stop: Interruption, tell: Callable[[str], None]
@@ -60,13 +60,13 @@ class Build(Protocol):
 
 
 def packed(part: Part) -> bytes:
-    """A part in few bytes: mostly, prompts that follow one another, of each all samples."""
+    """Return a compact encoding of a part, which mostly consists of consecutive prompts with all their samples."""
     table = np.stack((np.diff(part.prompts, prepend=np.int32(0)), part.first, part.stop))
     return zlib.compress(table.astype(np.int32).tobytes(), 1)
 
 
 def unpacked(text: bytes) -> Part:
-    """What `packed` made these bytes of."""
+    """Decode the result of `packed`."""
     step, first, stop = np.frombuffer(zlib.decompress(text), np.int32).reshape(3, -1)
     return Part(np.cumsum(step, dtype=np.int32), first, stop)
 
@@ -80,8 +80,8 @@ def serve(
     before: Standing,
     pace: Pace,
 ) -> None:
-    """What the process of member `number` does until it is told to end, in its main thread: `build` the replica for the `first`
-    part of the plan, whose counts go on from `before`, step, and report at this `pace`. Where main has closed the pipe the
+    """Run the process of member `number`, in its main thread, until main stops it: `build` the replica for the `first` part of
+    the plan, with counts that continue from `before`, run its steps, and report at this `pace`. If main closes the pipe, the
     process ends at once."""
     outbox: queue.Queue[Message | None] = queue.Queue(MAX_UNSENT)
     inbox: queue.Queue[Order | None] = queue.Queue()
@@ -113,13 +113,14 @@ def serve(
 
 
 class Alive:
-    """Whether the loop of a scheduler's process goes on: it turns, has nothing to do, or waits for the worker, over which
-    another watch is kept. Heartbeats are sent only then: a thread beside a loop that stands still would send them for ever."""
+    """Whether the loop of a scheduler's process makes progress: it has completed an iteration since the last call, is idle, or
+    is blocked on the worker, which has a heartbeat of its own. Heartbeats are sent only then, as their thread would otherwise
+    go on sending them beside a loop that hangs."""
 
     def __init__(self, stop: Interruption) -> None:
         self.turns = 0
         self.idle = True
-        """Nothing to do; also before the loop begins."""
+        """True while there is nothing to do, and before the loop begins."""
         self._stop = stop
         self._seen = 0
 
@@ -129,7 +130,7 @@ class Alive:
 
 
 class _Loop:
-    """Steps, and between them what main has sent."""
+    """The steps of a replica and, between them, the orders of main."""
 
     def __init__(
         self,
@@ -147,15 +148,15 @@ class _Loop:
         self._pace = pace
         self._alive = alive
         self._finished: list[Completion] = []
-        """Those that main has not been sent yet."""
+        """The suspected rows that have not been sent to main yet."""
         self._parts = 0
         self._told: int | None = None
-        """Samples that waited when main was told that more is wanted."""
+        """The number of waiting samples when more were requested."""
         self._suspects: Int64 = np.zeros(0, np.int64)
         self._due = self._next_message = 0.0
 
     def run(self, stopped: threading.Event) -> None:
-        """Until main says to stop. What is finished by then, or when a step fails, is sent."""
+        """Run until main sends the order to stop. The samples finished by then, or when a step fails, are sent."""
         try:
             self._run(stopped)
         finally:
@@ -164,7 +165,7 @@ class _Loop:
     def _run(self, stopped: threading.Event) -> None:
         replica, alive = self._replica, self._alive
         alive.idle = False
-        # The first standing tells that the model is loaded: it is always sent.
+        # The first standing is always sent: it shows that the model is loaded.
         self._finished += replica.start()
         self._tell()
         while not stopped.is_set():
@@ -192,7 +193,7 @@ class _Loop:
                 self._tell()
 
     def _tell(self) -> None:
-        """Send what is due of what is finished and of the standing."""
+        """Send finished samples and the standing if they are due."""
         now = time.monotonic()
         if now >= self._due:
             every = self._pace.standing
@@ -208,7 +209,7 @@ class _Loop:
         self._suspects = suspects
 
     def _send(self, standing: Standing | None) -> None:
-        """Send what is finished, and the standing with the last of it."""
+        """Send the finished samples, with the standing in the last message."""
         while len(self._finished) > SAMPLES_SENT:
             self._outbox.put(Finished(PackedOnTheWay(self._finished[:SAMPLES_SENT]), None))
             self._finished = self._finished[SAMPLES_SENT:]
@@ -217,7 +218,7 @@ class _Loop:
         self._finished = []
 
     def _want(self) -> None:
-        """Say where few samples wait, and again when they are half as many."""
+        """Request more samples if few are waiting, and again when their number has halved."""
         waiting = self._replica.waiting
         few = wants_more(waiting, self._replica.scheduler.num_running)
         if few and (self._told is None or (waiting < self._told and waiting <= self._told // 2)):
@@ -249,8 +250,8 @@ class _Loop:
 
 
 def send_messages(outbox: queue.Queue[Any], pipe: Connection, alive: Callable[[], bool]) -> None:
-    """Send what is put into the queue, until None is; first, and in between while the loop is `alive`, a None as a heartbeat.
-    Once main has closed the pipe, nothing is sent any more: what follows from that is up to the thread that receives."""
+    """Send the messages of the queue until None. A heartbeat (None) is sent first, and in between while the loop is `alive`.
+    After main has closed the pipe, messages are discarded; the receiving thread handles that case."""
     message, beat = None, True
     while message is not None or beat:
         if message is not None or alive():
@@ -265,8 +266,8 @@ def send_messages(outbox: queue.Queue[Any], pipe: Connection, alive: Callable[[]
 def _listen(
     pipe: Connection, inbox: queue.Queue[Any], stopped: threading.Event, replica: Replica, over: threading.Event
 ) -> None:
-    """Hand on what main sends; None means to stop. Where main closes the pipe before all is `over`, the worker and this process
-    end, whatever they stand at."""
+    """Pass on the orders of main; None means to stop. If main closes the pipe before all is `over`, end the worker and this
+    process immediately."""
     with suppress(EOFError, OSError):
         while True:
             order = pipe.recv()

@@ -38,13 +38,13 @@ from tokabatch.runner.resume import Start, preview
 from tokabatch.workload.prepare import Workload
 
 _TOKEN_ID_BYTES, _SAMPLE_BYTES, _ROW_BYTES = 4, 100, 32
-"""Of a sample's token ids, each; of its own columns beside text, token ids and log-probabilities; of a row's numbers beside its
-tokens and columns in a tokenised input."""
+"""Estimated bytes: of a token id of a sample; of a sample's columns besides text, token ids and log-probabilities; and of a
+row's numbers in a tokenised input, besides its tokens and columns."""
 
 
 def plan(job: Job | Mapping[str, Any] | str | Path, on_rows: Callable[[int, int], None] | None = None) -> PlanReport:
-    """Check everything that can be checked without weights, and count. Leaves nothing behind on disk. `job` may also be
-    anything that `Job.load` takes. `on_rows` is called with the numbers of rows and error rows read so far. Raises
+    """Check everything that can be checked without weights, and count rows, samples and tokens. Leaves nothing on disk. `job`
+    may also be anything that `Job.load` takes. `on_rows` is called with the numbers of rows and error rows read so far. Raises
     UsageError."""
     job = job if isinstance(job, Job) else Job.load(job)
     profile = read_profile(job)
@@ -75,7 +75,7 @@ def plan_and_simulate(
 def _planned(
     job: Job, profile: SavedProfile | None, on_rows: Callable[[int, int], None] | None, absent: Device | None = None
 ) -> Generator[tuple[Start, ReplicaSizes]]:
-    """The job as a run would find it, and the sizes for what is left of it."""
+    """Return the job as a run would start it, and the sizes for what is left of it."""
     check_output(Path(job.output.path))
     with tempfile.TemporaryDirectory(prefix="tokabatch-plan-") as scratch:
         previewed = preview(job, Path(scratch), on_rows, absent_gpu=absent is not None)
@@ -84,7 +84,7 @@ def _planned(
 
 
 def _to_compute(previewed: Start) -> Workload:
-    """What a run would compute; of a finished run, what it has computed."""
+    """Return what a run would compute, or, for a finished run, what it has computed."""
     return previewed.left if len(previewed.left.requests) else previewed.workload
 
 
@@ -172,7 +172,7 @@ def _replica_facts(job: Job, workload: Workload, sizes: ReplicaSizes, absent: bo
 
 
 def _host_facts(job: Job, workload: Workload, ids: Sequence[int]) -> HostFacts:
-    """Of texts whose tokens are as long as those of the first prompt, whose token ids are given."""
+    """Return the estimated bytes of texts, assuming the mean token length of the first prompt, whose token ids are given."""
     store, n = workload.store, workload.samples_of_row
     text = workload.tokenizer.decode_batch([list(ids)], skip_special_tokens=False)[0]
     token = _TOKEN_ID_BYTES + (len(text.encode()) / len(ids) if len(ids) else 0.0)

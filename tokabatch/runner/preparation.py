@@ -1,4 +1,4 @@
-"""Finished samples on their way to tables: decoded, judged where the job verifies, and built. In this process, or in others."""
+"""Preparation of finished samples for recording: they are decoded, judged if the job verifies, and made into tables."""
 
 from __future__ import annotations
 
@@ -19,41 +19,44 @@ from tokabatch.scoring.pool import most_judges
 from tokabatch.workload.prepare import Workload
 
 BATCH_SAMPLES = 2048
-"""Samples made into a table at once; fewer when time is over."""
+"""The samples of a full table."""
 LOOKED_AT = 512
-"""Samples that come in before those that wait are looked at again."""
+"""New samples after which all waiting ones are checked for verdicts again."""
 
 
 class Preparing(Protocol):
-    """What makes tables of finished samples, each once it has its verdict."""
+    """Makes tables of finished samples, each sample after its verdict has arrived."""
 
     @property
     def num_waiting(self) -> int:
-        """Samples that have not come as tables."""
+        """The samples that have been added and not yet returned in tables."""
         ...
 
-    def add(self, completions: Completions) -> None: ...
+    def add(self, completions: Completions) -> None:
+        """Add finished samples."""
+        ...
 
     def tables(self, received: int, *, everything: bool) -> Iterator[pa.Table]:
-        """Tables that are to be taken now, of samples behind those that have been `received` so far; with `everything` all for
-        which there are verdicts. A table is taken when the next one is asked for."""
+        """Yield the tables that are ready, after the first `received` samples; with `everything`, also tables that are not
+        full. A table counts as received when the next one is requested."""
         ...
 
     def keeps_up(self) -> bool:
-        """Whether more may be added; waits a fraction of a second for that, in which `tables` may come to have some."""
+        """Return whether more samples may be added. If not, block for a fraction of a second first, after which `tables` may
+        have some."""
         ...
 
     def is_done(self, goes_on: Callable[[], bool]) -> bool:
-        """Whether `tables` has everything; waits a fraction of a second for that. Some seconds after the run no longer
-        `goes_on` samples without a verdict are made into tables, too (`NOT_JUDGED`)."""
+        """Return whether `tables` can yield all samples. If not, block for a fraction of a second first. Some seconds after
+        `goes_on` has become False, samples without a verdict are made into tables as well (`NOT_JUDGED`)."""
         ...
 
     def check(self) -> None:
-        """Raise the error for which some samples never come as tables; all that do, come all the same."""
+        """Raise the error because of which some samples will never be in a table. The tables of the others are complete."""
         ...
 
     def close(self) -> None:
-        """End the processes of the judge."""
+        """Stop the processes."""
         ...
 
 
@@ -68,8 +71,8 @@ class Preparation:
         clock: Callable[[], float],
         part: tuple[int, int] = (0, 1),
     ) -> None:
-        """The first number of `part` is that of this one of so many as the second says: each has its part of the judges that
-        the job may have, of which as many begin together as there are replicas for it."""
+        """`part` is the number of this instance and how many there are. Each gets an equal part of the judges that the job may
+        have, and starts as many at once as it has replicas."""
         self._store, self._tables = workload.store, tables
         self._judging = None
         if job.verify is not None:
@@ -79,14 +82,14 @@ class Preparation:
             self._judging = Judging(job.verify, workload.store, tables, clock, at_once, most)
         self.waiting = WaitingSamples()
         self._arrived = 0
-        """Samples that have come in since the last look at which are ready."""
+        """The samples that have been added since the last check for verdicts."""
 
     @property
     def num_waiting(self) -> int:
         return len(self.waiting.finished)
 
     def add(self, completions: Completions, numbers: Int64 | None = None) -> None:
-        """Each has its number, if that is looked at."""
+        """Add samples, with a number for each if `numbers` will be called."""
         given = repeat(0) if numbers is None else numbers.tolist()
         # From here on they are not lost.
         self.waiting = self.waiting.joined_by([FinishedSample(*pair) for pair in zip(completions, given, strict=False)])
@@ -96,7 +99,7 @@ class Preparation:
 
     def tables(self, received: int, *, everything: bool) -> Iterator[pa.Table]:
         self._settle(received)
-        # A look at all that wait for verdicts takes longer than to record a few: not with every message.
+        # Checking all waiting samples takes longer than recording a few, so it is not done with every message.
         few = self._judging is not None and self._arrived < LOOKED_AT and self.waiting.bytes < PIECE_BYTES
         if few and not everything:
             return
@@ -111,7 +114,7 @@ class Preparation:
                 self._settle(self.waiting.begin + table.num_rows)
 
     def numbers(self, count: int) -> Int64:
-        """Of the samples of a table that `tables` has yielded, shape [count]."""
+        """Return the numbers of the samples of the table that `tables` has just yielded, shape [count]."""
         return np.array([each.number for each in self.waiting.finished[:count]], np.int64)
 
     def keeps_up(self) -> bool:
@@ -120,19 +123,19 @@ class Preparation:
     def is_done(self, goes_on: Callable[[], bool]) -> bool:
         if self._judging is None:
             return True
-        # An exception may have come between `add` taking samples over and handing them in.
+        # An exception may have interrupted `add` before it submitted the samples.
         self._judging.submit(self.waiting.finished)
         return self._judging.is_done(self.waiting.finished, goes_on)
 
     def check(self) -> None: ...
 
     def start_judges(self) -> None:
-        """Start another judge where those there are too few: to be called now and then while there are samples."""
+        """Start another judge if there are too few. Call this regularly while there are samples."""
         if self._judging is not None:
             self._judging.grow()
 
     def hurry(self) -> None:
-        """Wait for no verdict any more: samples that have none are NOT_JUDGED."""
+        """Stop judging: samples without a verdict become NOT_JUDGED."""
         self.close()
 
     def close(self) -> None:
@@ -140,5 +143,5 @@ class Preparation:
             self._judging.close()
 
     def _settle(self, received: int) -> None:
-        """Let go of the samples whose tables are taken, whatever came in between."""
+        """Let go of the first `received` samples, whose tables have been taken."""
         self.waiting = self.waiting.behind(received)

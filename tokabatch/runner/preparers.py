@@ -1,8 +1,8 @@
-"""Processes that turn finished samples into tables beside main, which sends them bytes and receives tables, and so makes no
-Python object for a sample. Main keeps each sample until it is back as a row of a table, so that none is lost with a process,
-and accepts none twice: the samples of a lost process are sent to its replacement.
+"""Processes that turn finished samples into tables. Main sends them packed samples and receives tables, and so creates no
+Python object for a sample. Main keeps each sample until it has come back as a row of a table, and accepts no sample twice: if a
+process is lost, its remaining samples are sent to its replacement.
 
-No call of main blocks on these processes: threads send and receive. A process that hangs is killed. If one fails, the samples
+Main never blocks on these processes: threads send and receive. A process that hangs is killed. If one fails, the samples
 of the others are recorded before the error is raised.
 """
 
@@ -36,12 +36,12 @@ from tokabatch.scoring.pool import most_judges
 from tokabatch.workload.prepare import Workload
 
 REPLICAS_EACH, CORES_EACH = 2, 4
-"""Replicas that share one process, and the cores that each process needs."""
+"""Replicas for each process, and CPU cores for each process."""
 MOST_WAITING = 8192
-"""Samples that may be with one process; beyond that the run pauses, and the replicas with it."""
+"""The most samples that one process may hold; above that the run, and with it the replicas, pauses."""
 STOP_SECONDS = 10.0
 MAX_TICK_SECONDS = 1.0
-"""The most that a silence grows between two checks: in longer gaps main itself was stopped."""
+"""The most seconds between two checks that count as silence of a process: in a longer gap, main itself was suspended."""
 
 
 def num_preparers(job: Job, replicas: int) -> int:
@@ -51,7 +51,7 @@ def num_preparers(job: Job, replicas: int) -> int:
 
 
 class Preparers:
-    """See `Preparing`: in processes of their own, which begin with the first samples."""
+    """See `Preparing`: by processes of their own, which are started with the first samples."""
 
     def __init__(
         self,
@@ -64,13 +64,14 @@ class Preparers:
         *,
         hurried: bool,
     ) -> None:
-        """Tables are sent at short intervals where that is `hurried`. So many processes as the job allows a replica to lose
-        may be lost in a row without a table, and one may be silent for as long as a replica."""
+        """Start no process yet; there will be `count`. With `hurried`, tables are sent at short intervals. The limits are those
+        of replicas: engine.max_restarts processes may be lost in a row without a table, and a process may be silent for
+        engine.hang_seconds."""
         seconds = HURRIED_SEND_SECONDS if hurried else SEND_SECONDS
         self._make = lambda place: Preparation(job, workload, tables, time.monotonic, (place, count))
         self._seconds, self._count, self._clock, self._tell = seconds, count, clock, tell
         self._news = threading.Event()
-        """Something has come from a process since the last look."""
+        """Set when a message from a process has arrived."""
         self._processes: list[_Process] = []
         self._next = 0
         """The number of the next sample."""
@@ -86,7 +87,7 @@ class Preparers:
         return sum(process.num_waiting for process in self._processes)
 
     def add(self, completions: Completions) -> None:
-        """Raises the error by which a process was given up, once another has the samples."""
+        """See `Preparing`. Raises the error of a process that was given up, after the samples have been handed to another."""
         if not len(completions):
             return
         packed = completions if isinstance(completions, PackedCompletions) else PackedCompletions.of(completions)
@@ -103,7 +104,7 @@ class Preparers:
         self._news.clear()
         for process in self._processes:
             process.settle(received)
-        # Not more than that: main may have been the one that was stopped.
+        # Limited, as main itself may have been suspended.
         passed, self._looked = min(time.monotonic() - self._looked, MAX_TICK_SECONDS), time.monotonic()
         for process in list(self._processes):
             try:
@@ -161,7 +162,8 @@ class Preparers:
             process.send(order)
 
     def _replace(self, lost: _Process, fault: _Lost) -> None:
-        """Another process takes the place of one that is lost, and its samples."""
+        """Start a process in place of a lost one and send it the samples that are not back yet; give up after too many
+        losses."""
         self._lost += 1
         if self._lost > self._max_lost:
             self._give_up(lost, EngineError(f"{fault}; giving up (engine.max_restarts). What is finished is committed."))
@@ -182,25 +184,26 @@ class Preparers:
         self._processes[self._processes.index(lost)] = another
 
     def _give_up(self, process: _Process, error: TokabatchError) -> None:
-        """Do without a process, whose samples are computed again by another run; `check` says why."""
+        """Drop a process; `check` raises the error. Its samples are not recorded, so that the next start computes them
+        again."""
         self._error = self._error or error
         self._processes.remove(process)
         process.close()
 
 
 class _Lost(Exception):
-    """A process has ended, or was killed."""
+    """A process has ended or was killed."""
 
 
 class _Held:
-    """Samples that a process has, and which of them it has not given back."""
+    """Samples that were sent to a process, with a flag for each that has not come back."""
 
     def __init__(self, work: Work) -> None:
         self.work, self.left = work, np.ones(len(work.completions), np.bool_)
 
 
 class _Process:
-    """One process, as main reaches it; the one of this `place`."""
+    """Main's end of one process; `place` is its number, which its replacement inherits."""
 
     def __init__(self, preparation: Preparation, place: int, seconds: float, news: threading.Event) -> None:
         self.place = place
@@ -210,23 +213,23 @@ class _Process:
         self._outbox = Outbox(self._pipe)
         self._inbox = deque[Message | _Lost]()
         self._silent = 0.0
-        """Seconds without a message, while it has samples."""
+        """Seconds without a message while it holds samples."""
         self._held: list[_Held] = []
         self._receiver = threading.Thread(target=_receive, args=(self._pipe, self._inbox, news), daemon=True)
         self._receiver.start()
 
     @property
     def num_waiting(self) -> int:
-        """Samples that it has."""
+        """The samples that have not come back."""
         return sum(int(np.count_nonzero(held.left)) for held in self._held)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are kept of them."""
+        """The bytes of the samples that are kept for it."""
         return sum(held.work.completions.num_bytes for held in self._held)
 
     def hand(self, work: Work) -> None:
-        """It has these samples from now on, whatever becomes of them on the way."""
+        """Send samples, which are kept until they come back."""
         self._held.append(_Held(work))
         self.send(work)
 
@@ -234,15 +237,16 @@ class _Process:
         self._outbox.put(order)
 
     def watch(self, passed: float, most: float) -> None:
-        """So many seconds have passed. Raises _Lost where the process has been silent for `most`, and kills it."""
+        """Add the `passed` seconds to its silence. If that exceeds `most` seconds, kill the process and raise _Lost."""
         self._silent = self._silent + passed if self._held and not self._inbox else 0.0
         if self._silent > most:
             self._process.kill()
             raise _Lost(f"a process that prepares samples did not respond for {self._silent:.0f} s and was killed")
 
     def next(self, received: int) -> Prepared | None:
-        """What has come in, which main will have `received` samples with; it is there until `settle` hears of that many. Raises
-        _Lost where the process has ended, and the error that it failed with."""
+        """Return the next table that has arrived, or None. `received` is the number of samples that main has received before
+        it; the table is kept until `settle` is called with a number that includes it. Raises _Lost if the process has ended, or
+        the error that it reported."""
         while self._inbox:
             message = self._inbox[0]
             if isinstance(message, Prepared):
@@ -256,7 +260,7 @@ class _Process:
         return None
 
     def settle(self, received: int) -> None:
-        """Main has received so many samples: whether the last ones were those that had come in from here."""
+        """Let go of the table that `next` returned last if it is among the `received` samples that main has taken."""
         message = self._inbox[0] if self._inbox else None
         if not isinstance(message, Prepared) or message.until is None:
             return
@@ -267,7 +271,7 @@ class _Process:
         self._inbox.popleft()
 
     def _let_go(self, numbers: Int64) -> None:
-        """The samples of these numbers are back."""
+        """Record that the samples of these numbers have come back."""
         numbers = np.sort(numbers)
         for held in self._held:
             theirs = held.work.numbers
@@ -276,13 +280,13 @@ class _Process:
         self._held = [held for held in self._held if held.left.any()]
 
     def left(self) -> Iterator[Work]:
-        """What it has not given back."""
+        """Yield the samples that have not come back."""
         for held in self._held:
             completions = [each for each, left in zip(held.work.completions, held.left, strict=True) if left]
             yield Work(held.work.numbers[held.left], PackedCompletions.of(completions))
 
     def close(self) -> None:
-        """End the process, and with it its judges."""
+        """Stop the process and its judges."""
         self.send(None)
         end(self._process, 0 if self._silent > MAX_TICK_SECONDS else STOP_SECONDS)
         self._outbox.close()
@@ -291,7 +295,7 @@ class _Process:
 
 
 def _receive(pipe: Connection, inbox: deque[Message | _Lost], news: threading.Event) -> None:
-    """Take in what the process sends, to its end."""
+    """Receive the messages of the process until it ends."""
     try:
         while True:
             inbox.append(pipe.recv())
@@ -299,5 +303,5 @@ def _receive(pipe: Connection, inbox: deque[Message | _Lost], news: threading.Ev
     except (EOFError, OSError):
         inbox.append(_Lost())
     except Exception as error:
-        inbox.append(EngineError(f"what a process that prepares samples sent cannot be read: {error}"))
+        inbox.append(EngineError(f"a message of a process that prepares samples cannot be read: {error}"))
     news.set()

@@ -1,8 +1,8 @@
-"""From finished samples to rows on disk: made into tables with their verdicts, handed to the shard writer, counted.
+"""Records finished samples: they are made into tables with their verdicts, passed to the shard writer and counted.
 
-Tables wait here, then in the writer. `WaitingRows` counts the rows that the writer had taken before them, and the samples that
-have come as tables, so that wherever an exception strikes, what is handed over and what is not can be told apart: nothing is
-lost, and nothing handed over twice.
+Tables are buffered here and then in the writer. `WaitingRows` counts the rows that the writer has accepted and the samples that
+have been made into tables. Wherever an exception interrupts, these counts show what has been passed on, so that no row is lost
+or passed on twice.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tokabatch.workload.prepare import Workload
 TableRow = tuple[pa.Table, int]
 """One row of a table."""
 FOLLOW_SECONDS = 0.02
-"""How often verdicts are taken in where rows stop by them, though few samples have come in."""
+"""Seconds between collecting verdicts if rows stop by them, even if few samples have arrived."""
 SHOWN_REASONS, MAX_REASONS = 3, 1000
 _Result = TypeVar("_Result")
 
@@ -95,9 +95,9 @@ class Tally:
 
 
 class Recorder:
-    """Takes completions in any order. `finish` commits the rest; nothing is lost before that but to a crash. The tally begins
-    with what is `committed` already. Every method that writes raises CommitError where the output folder takes no more; what
-    was not committed then is kept, and the next call tries again."""
+    """Records completions, which may arrive in any order. `finish` commits the rest; before that, only a crash can lose
+    samples. The tally begins with the samples that are `committed` already. Every method that writes raises CommitError if the
+    output folder cannot be written; the rows are kept, and the next call tries again."""
 
     def __init__(
         self,
@@ -112,10 +112,10 @@ class Recorder:
         processes: int = 0,
         tell: Callable[[str], None] = print,
     ) -> None:
-        """`units` are those of a run that several processes write; samples of units that are not opened are dropped. With
-        `stops`, rows stop: a sample is recorded once all before it of its row are judged, if it is wanted then. Samples that
-        come packed, from other processes, are prepared in so many `processes`, others in this one. The user is told where one
-        of those is lost."""
+        """`units` are those of a run that several processes write; samples of units that are not open are dropped. With
+        `stops`, a sample is recorded when all earlier samples of its row have been judged, unless the row has stopped by then.
+        Packed samples from other processes are prepared in `processes` further processes, others in this one. A message is
+        shown if one of those processes is lost."""
         self._store = workload.store
         self._tables = SampleTables(workload, verdict_names(workload.output_schema) if job.verify else [])
         self._preparing: Preparing = Preparation(job, workload, self._tables, clock)
@@ -139,12 +139,12 @@ class Recorder:
         self._waiting = WaitingRows(self.writer.num_rows)
         self._stops = stops
         self._oldest: float | None = None
-        """When the first sample that is not committed yet came in."""
+        """The time at which the first sample that is not committed yet arrived."""
         self._follow_at = 0.0
-        """When verdicts are taken in again, where rows stop by them."""
+        """The time at which verdicts are collected next, if rows stop by them."""
         self.tally = Tally.of(committed)
         self.took_error = False
-        """Whether a sample that ended in an error is recorded: where rows stop, not one that is held or left out."""
+        """Return whether a sample that ended in an error is recorded: if rows stop, only when its row has reached it."""
 
     def fail(self, failures: Sequence[UnsampledRow]) -> None:
         """Rows that never became prompts, and samples that are cancelled."""
@@ -152,9 +152,9 @@ class Recorder:
         self._flush()
 
     def add(self, completions: Completions, goes_on: Callable[[], bool] = lambda: True) -> None:
-        """Samples that the scheduler finished; on disk after at most `flush_seconds` from their verdicts. Where the judge is
-        too far behind this waits for it, and commits what is judged meanwhile, as long as the run `goes_on`, which is asked
-        several times a second."""
+        """Record samples that the scheduler has finished; they are on disk at most `flush_seconds` after their verdicts. If the
+        judge is too far behind, block until it has caught up, and commit what is judged meanwhile, as long as `goes_on`, which
+        is called several times a second, returns True."""
         if self._preparers is not None and isinstance(completions, PackedCompletions):
             self._preparing = self._preparers
             if self._stops is None:
@@ -165,8 +165,8 @@ class Recorder:
             self._commit_due(0, waits=True)
 
     def _commit_due(self, arrived: int, *, waits: bool = False) -> None:
-        """Record what is ready, and commit what is due; so many samples have `arrived` just now, or the run `waits` for
-        verdicts."""
+        """Record what is ready and commit what is due. `arrived` is the number of new samples; `waits` is whether the run is
+        blocked until verdicts arrive."""
         now = self._clock()
         self._receive(everything=waits or (self._stops is not None and now >= self._follow_at))
         if self._oldest is None and (len(self._waiting) or self._preparing.num_waiting):
@@ -182,10 +182,10 @@ class Recorder:
             self._oldest = self._clock() if self._preparing.num_waiting else None
 
     def finish(self, goes_on: Callable[[], bool] = lambda: True) -> tuple[Shard, ...]:
-        """Commit everything and return all shards; raise the error afterwards for which some samples could not be prepared.
-        Once the run no longer `goes_on`, which is asked several times a second, verdicts are waited for a few seconds more:
-        samples that have none by then are committed without. Where rows stop, samples behind one that is missing or not judged
-        are not committed."""
+        """Commit everything and return all shards; then raise the error because of which samples could not be prepared, if
+        there is one. `goes_on` is called several times a second; once it returns False, verdicts may still arrive for a few
+        seconds, and samples that have none by then are committed without. If rows stop, samples after one that is missing or
+        not judged are not committed."""
         while not self._preparing.is_done(goes_on):
             self._commit_due(0, waits=True)
         self._flush()
@@ -194,7 +194,7 @@ class Recorder:
         return shards
 
     def close(self) -> None:
-        """End the processes of the judge, and those that prepare samples."""
+        """Stop the judges and the processes that prepare samples."""
         self._preparing.close()
 
     def _accept(self, unsampled: Sequence[UnsampledRow], table: pa.Table | None, received: int = 0) -> None:
@@ -204,7 +204,7 @@ class Recorder:
         self._waiting = self._waiting.joined_by(unsampled, table, received)
 
     def _receive(self, *, everything: bool) -> None:
-        """Take over what has been made into tables."""
+        """Collect the tables that are ready."""
         self._follow_at = self._clock() + FOLLOW_SECONDS
         with self._claim.committing():
             for table in self._preparing.tables(self._waiting.received, everything=everything):
@@ -217,7 +217,7 @@ class Recorder:
                     self._hand_over()
 
     def _follow(self, table: pa.Table, stops: RowStops[TableRow]) -> None:
-        """Where rows stop: take in these verdicts, and accept what is decided by them."""
+        """Apply verdicts to rows that stop, and accept the samples that are kept."""
         columns = (table[name] for name in ("row_index", "sample_index", "error_code", "correct", "verify_error"))
         answers = table[ANSWER].to_pylist() if ANSWER in table.schema.names else [None] * table.num_rows
         finished = list(zip(*(each.to_pylist() for each in columns), strict=True))
@@ -239,13 +239,13 @@ class Recorder:
                 stops.hold(row, sample, (rest, number))
 
     def _flush(self) -> None:
-        """Hand all that is ready to the writer."""
+        """Pass all that is ready to the writer."""
         self._settle()
         self._receive(everything=True)
         self._hand_over()
 
     def _hand_over(self) -> None:
-        """Hand what waits here to the writer, which commits what makes a whole shard."""
+        """Pass the buffered rows to the writer, which commits full shards."""
         self._settle()
         waiting = self._waiting
         with self._claim.committing():
@@ -265,7 +265,7 @@ class Recorder:
         self._commit(self.writer.commit_due)
 
     def _settle(self) -> None:
-        """Let go of the rows that the writer has taken, whatever came in between."""
+        """Drop the rows that the writer has accepted, even if an exception interrupted the call that passed them on."""
         self._waiting = self._waiting.behind(self.writer.num_rows)
 
     def _commit(self, commit: Callable[[], _Result]) -> _Result:

@@ -1,7 +1,7 @@
-"""A run that several processes write, each of which takes units of its plan: how one of them begins, and how it ends.
+"""The start and the end of one of several processes that write a run together, each computing units of its plan.
 
-The first one cuts the plan and writes the manifest; while it tokenises the input the others wait for it, and map what it made.
-A run that one process began is cut the same way once nobody writes there.
+The first process divides the plan and writes the manifest; while it tokenises the input, the others wait for the result and
+then map it. A run that was begun by a single process is divided in the same way when no other process writes to it.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ _INPUT, _VERDICTS = "input", "verdicts"
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """How a run shares its folder: its name for people, into how many units the first one cuts the plan, after how many
-    seconds without a heartbeat another's units are taken over, and with which share of the plan it begins (0 to 1)."""
+    """The settings of a shared run: its name in messages, the number of units that the first process divides the plan into, the
+    seconds without a heartbeat after which the units of another process are taken over, and the position in the plan at which
+    it begins, as a share from 0 to 1."""
 
     task: str = ""
     units: int = 256
@@ -67,7 +68,8 @@ class Shared:
 
     @starting_beside_others()
     def claim(self, path: Path, tell: Callable[[str], None], stop: Interruption) -> Claim:
-        """One of the writers of a folder, under a name that none has had, once no run has it to itself. Raises as `Claim`."""
+        """Claim the folder for one of several writers, under a new name, once no run holds it exclusively. Raises the errors of
+        `Claim`."""
         name, told = re.sub(r"[^A-Za-z0-9]+", "-", self.holder.task)[:40], False
         while True:
             try:
@@ -76,14 +78,14 @@ class Shared:
                 told = _wait(path, told, tell, stop)
 
     def first(self, units: Units) -> int:
-        """The unit to begin with: far from where others begin."""
+        """Return the unit to begin with, far from where others begin."""
         begin = uuid.uuid4().int / 2**128 if self.begin is None else self.begin % 1.0
         return int(begin * units.count)
 
 
 @starting_beside_others()
 def cut_earlier_run(job: Job, shared: Shared, on_rows: OnRows, tell: Callable[[str], None], stop: Interruption) -> None:
-    """Cut a run that was begun without units into units, once no other process writes to its folder. Raises UsageError."""
+    """Divide a run that was begun without units into units, once no other process writes to its folder. Raises UsageError."""
     path, told = Path(job.output.path), False
     while _lacks_units(read_manifest(OutputFolder(path))):
         try:
@@ -119,7 +121,7 @@ def _lacks_units(manifest: Manifest | None) -> bool:
 
 
 def _wait(path: Path, told: bool, tell: Callable[[str], None], stop: Interruption) -> bool:
-    """A moment, until the next look whether another run still has the folder to itself; `tell` of it the first time."""
+    """Sleep until the next check whether another run still holds the folder exclusively; show a message the first time."""
     if not told:
         tell(
             f"waiting: another process holds output.path {str(path)!r} exclusively, for example to divide it into "
@@ -139,7 +141,7 @@ def _pause(stop: Interruption) -> None:
 def start_shared(
     job: Job, claim: Claim, leases: Leases, shared: Shared, on_rows: OnRows, tell: Callable[[str], None], stop: Interruption
 ) -> tuple[Start, Units]:
-    """As `start`, beside other writers. Raises UsageError, and CommitError where the storage fails."""
+    """As `start`, beside other writers. Raises UsageError, and CommitError if the storage fails."""
 
     while True:
         try:
@@ -160,7 +162,8 @@ def start_shared(
 
 
 def _wait_for_input(job: Job, claim: Claim, leases: Leases, stop: Interruption) -> bool:
-    """Wait while another tokenises the input; whether it is this one's to do, and to keep for the others."""
+    """Wait while another process tokenises the input. Return whether this process must do it, and keep the result for the
+    others."""
     folder = claim.folder
     while True:
         made = (folder.success, folder.input / INDEX)
@@ -175,7 +178,7 @@ def _wait_for_input(job: Job, claim: Claim, leases: Leases, stop: Interruption) 
 def _start(
     job: Job, claim: Claim, shared: Shared, on_rows: OnRows, stop: Interruption, *, makes: bool
 ) -> tuple[Start, Units] | None:
-    """None where another has written the manifest meanwhile."""
+    """Return None if another process has written the manifest meanwhile."""
     folder, scratch = claim.folder, claim.folder.temporary / "input"
     earlier = find_run(folder)
     clock = earlier.manifest.started if earlier else datetime.now().astimezone().isoformat(timespec="seconds")
@@ -288,8 +291,8 @@ def _lease_on_verdicts(leases: Leases, stop: Interruption) -> Generator[bool]:
 
 
 def join_as_last(job: Job, claim: Claim, workload: Workload, stop: Interruption, tell: Callable[[str], None]) -> None:
-    """The last act of a writer: if no other is left and every sample is there, make one journal, and join the small shards.
-    Raises OSError, and as `join_small` does."""
+    """Merge the journals and join the small shards if no other writer is left and every sample exists. Raises OSError and the
+    errors of `join_small`."""
     folder, manifest = claim.folder, read_manifest(claim.folder)
     # Whichever ends last finds the folder complete, whatever it found when it closed its books.
     if manifest is None or not claim.take_alone() or not is_there(claim.files, folder.success):
@@ -305,8 +308,8 @@ def join_as_last(job: Job, claim: Claim, workload: Workload, stop: Interruption,
 
 
 def _may_join(claim: Claim) -> bool:
-    """Whether the folder is this one's alone, now that it has the lock. Where the locks of each host are apart, one host alone
-    may have it, the first that comes to it. Raises OSError."""
+    """Return whether this writer, which holds the lock, has the folder to itself. If locks are separate on each host, only the
+    first host to come may have it. Raises OSError."""
     folder, host = claim.folder, socket.gethostname().encode()
     with suppress(OSError):
         host = BOOT_ID.read_bytes().strip()
@@ -343,7 +346,7 @@ def _start_of(workload: Workload) -> Int64:
 
 
 def _cut(workload: Workload, count: int) -> Units:
-    """The plan in about `count` units; rows that never became prompts are spread over them."""
+    """Divide the plan into about `count` units; rows that never became prompts are spread over them."""
     start = _start_of(workload)
     ledger = Ledger(workload.requests)
     parts = ledger.stretches(max(1, count)) if len(workload.requests) else []
