@@ -91,8 +91,7 @@ class Preparation:
     def add(self, completions: Completions, numbers: Int64 | None = None) -> None:
         """Add samples, with a number for each if `numbers` will be called."""
         given = repeat(0) if numbers is None else numbers.tolist()
-        # From here on they are not lost.
-        self.waiting = self.waiting.joined_by([FinishedSample(*pair) for pair in zip(completions, given, strict=False)])
+        self._accept([FinishedSample(each, number) for each, number in zip(completions, given, strict=False)])
         self._arrived += len(completions)
         if self._judging is not None:
             self._judging.submit(self.waiting.finished)
@@ -141,6 +140,10 @@ class Preparation:
     def close(self) -> None:
         if self._judging is not None:
             self._judging.close()
+
+    def _accept(self, finished: list[FinishedSample]) -> None:
+        """Add samples in a single assignment, so that an exception loses none of them."""
+        self.waiting = self.waiting.joined_by(finished)
 
     def _settle(self, received: int) -> None:
         """Let go of the first `received` samples, whose tables have been taken."""
