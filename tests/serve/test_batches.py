@@ -249,6 +249,36 @@ def test_a_batch_begun_under_another_name_of_the_model_waits_for_it(tmp_path: Pa
     assert asyncio.run(serve("tiny", "completed", "failed")) == ["completed", "failed"] and len(ran) == 1
 
 
+@pytest.mark.parametrize("how", ["cancelled", "expired"])
+def test_a_batch_begun_under_another_name_ends_there_when_cancelled_or_expired(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokabatch.serve.batches.RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(Batches, "_write", lambda self, batch, code: (None, None, {}))
+
+    async def main() -> str:
+        files, told, key = StoredFiles(tmp_path), list[str](), new_id("file")
+        files.path(key, ".upload").write_text(json.dumps(line(0)))
+        files.put(key, "asked.jsonl", "batch", files.path(key, ".upload"))
+        batches = Batches(files, ServiceConfig.load("model", "server.name=other"), mock.Mock(failure=None))
+        batch = batches.create({"input_file_id": key, "endpoint": URL})
+        files.path(batch["id"], ".run").mkdir()
+        batches.begin(100, told.append)
+        end = time.monotonic() + 10
+        while not told and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        if how == "cancelled":
+            batches.cancel(batch["id"])
+        else:
+            batch["expires_at"] = int(time.time()) - 1
+        while batch["status"] != how and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        await batches.close()
+        return batch["status"]
+
+    assert asyncio.run(main()) == how
+
+
 def test_the_records_of_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = StoredFiles(tmp_path)
     for number in range(3):

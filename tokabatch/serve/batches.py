@@ -231,6 +231,8 @@ class Batches:
         summary, target = None, self._files.path(batch["id"], ".run")
         begun = target.exists()
         if begun and lines.errors and all(error["code"] == "model_not_found" for error in lines.errors):
+            if await self._end_if_over(batch):
+                return
             # The results so far are those of another model, under whose name a later server may go on.
             raise EngineError(f"it was begun by another server: {lines.errors[0]['message']}")
         if lines.errors:
@@ -254,10 +256,15 @@ class Batches:
         if summary is not None and not summary.pending:
             self._set(batch, "finalizing")
             await self._finish(batch, "completed")
-        elif batch["status"] == "cancelling" or batch["expires_at"] <= time.time():
-            await self._finish(batch, "cancelled" if batch["status"] == "cancelling" else "expired")
-        else:
+        elif not await self._end_if_over(batch):
             raise EngineError("its run could not be finished")
+
+    async def _end_if_over(self, batch: Batch) -> bool:
+        """End a batch that is being cancelled or has expired, with the results that it has; return whether it is one."""
+        if batch["status"] != "cancelling" and batch["expires_at"] > time.time():
+            return False
+        await self._finish(batch, "cancelled" if batch["status"] == "cancelling" else "expired")
+        return True
 
     def _run(self, job: Job, lines: _Lines, batch: Batch) -> Any:
         """In a thread."""
