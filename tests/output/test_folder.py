@@ -195,3 +195,18 @@ def test_what_a_network_file_system_remembers_as_absent_is_looked_up_again(
     assert files.look(tmp_path / "nothing") is None
     monkeypatch.undo()
     files.let_go()
+
+
+def test_a_folder_that_cannot_be_opened_again_is_held_as_before(tmp_path: Path) -> None:
+    files, folder = DurableFiles(), tmp_path / "folder"
+    folder.mkdir()
+    files.hold(folder)
+    before = files.held(folder)
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        files.hold(folder)
+    assert os.path.samestat(files.held(folder), before)
+    folder.mkdir()
+    files.hold(folder)
+    assert not os.path.samestat(files.held(folder), before)
+    files.let_go()

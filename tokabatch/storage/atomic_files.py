@@ -45,9 +45,14 @@ class DurableFiles:
         """Reach the content of `folder` through a handle from now on, until `let_go`. If it is held already, the folder that
         has its name now takes its place."""
         before = self._handles.pop(folder, None)
+        try:
+            self._handles[folder] = self.open_folder(folder)
+        except BaseException:
+            if before is not None:
+                self._handles[folder] = before
+            raise
         if before is not None:
             os.close(before)
-        self._handles[folder] = self.open_folder(folder)
 
     def let_go(self) -> None:
         """Close all handles; paths are names again."""
