@@ -28,6 +28,7 @@ from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.model import file_digests
 from tokabatch.output import existing_results as committed
 from tokabatch.output import manifest as manifests
+from tokabatch.output import same_job
 from tokabatch.output.export import export
 from tokabatch.output.integrity import check
 from tokabatch.precheck import refuse_early
@@ -35,6 +36,7 @@ from tokabatch.report.progress import NullProgress
 from tokabatch.runner import make_replica
 from tokabatch.scoring import pool
 from tokabatch.scoring.judge import JudgeSpec
+from tokabatch.storage.listing import Changed
 from tokabatch.workload import prepare as preparation
 
 ROWS = [{"question": f"What is {i}+{i * 7 % 5}?", "answer": str(i + i * 7 % 5)} for i in range(10)]
@@ -252,6 +254,21 @@ def test_what_needs_neither_input_nor_tokenizer_is_refused_early_in_the_same_wor
         assert refusal(job(model, rows, out, **changes), overwrite=True) == ""
     given = json.loads((out / "manifest.json").read_text())["fingerprint"]["settings"]
     assert "" not in given.values(), "what is written is known"
+
+
+def test_a_smaller_n_is_refused_though_files_change_while_they_are_read(go, model, rows, tmp_path, monkeypatch):
+    go()
+    read, asked = same_job.read_committed, 0
+
+    def changing(*given: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise Changed
+        return read(*given, **options)
+
+    monkeypatch.setattr(same_job, "read_committed", changing)
+    assert "generation.n" in refusal(job(model, rows, tmp_path / "out", generation={"n": N - 1})) and asked == 2
 
 
 def test_rows_with_an_n_of_their_own_may_be_more_than_the_job_says(go, model, rows, tmp_path):

@@ -21,6 +21,7 @@ from tokabatch.output.existing_results import read_committed, sampled_rows
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import Manifest, Versions, read_manifest, versions_here
 from tokabatch.output.remedy import quote
+from tokabatch.storage.listing import consistently
 
 
 @dataclass
@@ -53,7 +54,8 @@ class EarlierRun:
             return
         # Damage is refused with its own remedy.
         with suppress(DamageError):
-            read_committed(self.folder, np.full(then.rows, n, np.int64), errors=not self.retry_errors)
+            counts = np.full(then.rows, n, np.int64)
+            consistently(lambda: read_committed(self.folder, counts, errors=not self.retry_errors), self.folder.path)
 
     def _compare_rows(self, now: Fingerprint, digests: RowDigests, places: RowPlaces) -> None:
         then, common = self.manifest.fingerprint, digests.head(self.manifest.fingerprint.rows)
