@@ -34,7 +34,7 @@ from tokabatch.parallel.layout import Layout
 from tokabatch.runner.ledger import Ledger, Part
 from tokabatch.runner.member_process import Build, serve
 from tokabatch.runner.messages import Message, Order, Pace
-from tokabatch.runner.outbox import Outbox
+from tokabatch.runner.order_sender import OrderSender
 from tokabatch.runner.replica import Standing
 
 ADDRESS = "RAY_ADDRESS"
@@ -177,7 +177,7 @@ class Actor:
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._listening = launcher.listen()
         self._connection: Connection | None = None
-        self._outbox: Outbox | None = None
+        self._sender: OrderSender | None = None
         """Of the connection."""
         self._unsent: list[Order | bytes | None] = []
         self._told = time.monotonic() + PATIENCE_SECONDS
@@ -202,10 +202,10 @@ class Actor:
             raise ReplicaLost(self._reason(LAST_WORDS_SECONDS)) from error
 
     def send(self, order: Order | bytes | None) -> None:
-        if self._outbox is None:
+        if self._sender is None:
             self._unsent.append(order)
             return
-        self._outbox.put(order)
+        self._sender.put(order)
 
     def check(self) -> bool:
         now = time.monotonic()
@@ -225,8 +225,8 @@ class Actor:
             ray.kill(self._actor)
 
     def hang_up(self) -> None:
-        if self._outbox is not None:
-            self._outbox.close()
+        if self._sender is not None:
+            self._sender.close()
         self._listening.close()
 
     def close(self, seconds: float) -> None:
@@ -244,10 +244,10 @@ class Actor:
         connection = Connection(connected.detach())
         with suppress(EOFError, OSError):
             if connection.poll(HELLO_SECONDS) and hmac.compare_digest(connection.recv_bytes(TOKEN_BYTES), self._token):
-                self._connection, self._outbox = connection, Outbox(connection)
+                self._connection, self._sender = connection, OrderSender(connection)
                 self._listening.close()
                 for order in self._unsent:
-                    self._outbox.put(order)
+                    self._sender.put(order)
                 return
         connection.close()
 

@@ -118,7 +118,7 @@ class Journal:
         found = self._files.look(self._path)
         if found is None and _mark(self._files, self._whole) != self._whole_mark:
             raise CommitError(
-                f"{self._path} was removed while this run was writing, by a run without --shared. This "
+                f"{self._path} was removed while this run was writing, perhaps by a run without --shared. This "
                 "run stops; what is committed is intact. Run the same command again to add what is missing."
             )
         if found is None or mark_of(found) != self._mark:

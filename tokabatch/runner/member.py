@@ -33,7 +33,7 @@ from tokabatch.runner.messages import (
     Share,
     Withdraw,
 )
-from tokabatch.runner.outbox import Outbox
+from tokabatch.runner.order_sender import OrderSender
 from tokabatch.runner.replica import Standing
 
 STOP_SECONDS = 10.0
@@ -117,7 +117,7 @@ class Member:
         self.wants: int | None = None
         """The number of samples waiting there if the member has requested more; None otherwise."""
         self.parts = 0
-        """The suspected rows that were sent to this process."""
+        """The number of parts that were sent to this process."""
         self.unanswered = deque[Share | Withdraw]()
         """Orders to give samples back that have not been answered yet, in order."""
         self.can_give = True
@@ -224,7 +224,7 @@ class Fork:
         arguments = (self.pipe, theirs, member, build, first, ledger, pace, leave)
         self._process = fork(_forked, arguments, f"tokabatch-replica-{member.number}")
         theirs.close()
-        self._outbox = Outbox(self.pipe)
+        self._sender = OrderSender(self.pipe)
 
     @property
     def pid(self) -> int | None:
@@ -237,7 +237,7 @@ class Fork:
             raise ReplicaLost(f"the scheduler's process {how_it_ended(self._process)}") from error
 
     def send(self, order: Order | bytes | None) -> None:
-        self._outbox.put(order)
+        self._sender.put(order)
 
     def check(self) -> bool:
         return True
@@ -246,12 +246,12 @@ class Fork:
         self._process.kill()
 
     def hang_up(self) -> None:
-        self._outbox.close()
+        self._sender.close()
 
     def close(self, seconds: float) -> None:
         if seconds:
             self._process.join(seconds)
-        self._outbox.close()
+        self._sender.close()
         self.pipe.close()
         end(self._process, STOP_SECONDS)
 

@@ -148,7 +148,7 @@ class _Loop:
         self._pace = pace
         self._alive = alive
         self._finished: list[Completion] = []
-        """The suspected rows that have not been sent to main yet."""
+        """The finished samples that have not been sent to main yet."""
         self._parts = 0
         self._told: int | None = None
         """The number of waiting samples when more were requested."""

@@ -26,7 +26,7 @@ from tokabatch.errors import EngineError, TokabatchError
 from tokabatch.job import Job
 from tokabatch.runner.forked import end, fork, how_it_ended
 from tokabatch.runner.judging import HURRIED_SECONDS, LOOK_SECONDS
-from tokabatch.runner.outbox import Outbox
+from tokabatch.runner.order_sender import OrderSender
 from tokabatch.runner.preparation import Preparation
 from tokabatch.runner.preparer_process import HURRIED_SEND_SECONDS, SEND_SECONDS, Message, Order, Prepared, Work, prepare
 from tokabatch.runner.sample_tables import SampleTables
@@ -210,7 +210,7 @@ class _Process:
         self._pipe, theirs = Pipe()
         self._process = fork(prepare, (theirs, preparation, seconds), f"tokabatch-preparer-{place}")
         theirs.close()
-        self._outbox = Outbox(self._pipe)
+        self._sender = OrderSender(self._pipe)
         self._inbox = deque[Message | _Lost]()
         self._silent = 0.0
         """Seconds without a message while it holds samples."""
@@ -234,7 +234,7 @@ class _Process:
         self.send(work)
 
     def send(self, order: Order) -> None:
-        self._outbox.put(order)
+        self._sender.put(order)
 
     def watch(self, passed: float, most: float) -> None:
         """Add the `passed` seconds to its silence. If that exceeds `most` seconds, kill the process and raise _Lost."""
@@ -289,7 +289,7 @@ class _Process:
         """Stop the process and its judges."""
         self.send(None)
         end(self._process, 0 if self._silent > MAX_TICK_SECONDS else STOP_SECONDS)
-        self._outbox.close()
+        self._sender.close()
         self._receiver.join()
         self._pipe.close()
 

@@ -144,7 +144,7 @@ class Recorder:
         """The time at which verdicts are collected next, if rows stop by them."""
         self.tally = Tally.of(committed)
         self.took_error = False
-        """Return whether a sample that ended in an error is recorded: if rows stop, only when its row has reached it."""
+        """Whether a sample that ended in an error is recorded: if rows stop, only when its row has reached it."""
 
     def fail(self, failures: Sequence[UnsampledRow]) -> None:
         """Rows that never became prompts, and samples that are cancelled."""
@@ -232,7 +232,7 @@ class Recorder:
         self._accept(stops.take_cancelled(), _together(stops.take_kept()))
         held = [place for place, (row, sample, *_) in enumerate(finished) if stops.holds(row, sample)]
         if 0 < len(held) < table.num_rows:
-            # Those alone stay in memory, not all of the table.
+            # Only these stay in memory, not the rows of the table that have been recorded.
             rest = table.take(held)
             for number, place in enumerate(held):
                 row, sample, *_ = finished[place]

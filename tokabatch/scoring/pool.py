@@ -31,7 +31,7 @@ from tokabatch.scoring.judge_process import Loaded, Request, unpacked
 BATCH_SAMPLES, BATCH_SECONDS = 256, 0.03
 """The most samples of one request, and the seconds that they may take according to the average so far."""
 LOADING_SECONDS = 60.0
-"""The least timeout in seconds for importing a judge, even if that of a verdict is shorter."""
+"""The timeout in seconds for importing a judge."""
 BACKLOG_SECONDS, GROW_SECONDS = 0.25, 0.5
 """Another process is started if the existing ones need the first time in seconds for the waiting samples, and the last one was
 started at least the second time ago. Processes that are not needed have a cost, as each has a thread in the process that

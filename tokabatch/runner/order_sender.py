@@ -1,0 +1,51 @@
+"""Orders to another process, sent by a thread, so that the caller does not block on a process that does not read and can detect
+that it hangs."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class OrderSender:
+    """Sends through a pipe whose ends are sockets. The owner of the pipe receives from it and closes it."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._queue = queue.SimpleQueue[Any]()
+        self._thread = threading.Thread(target=self._send, name="order-sender", daemon=True)
+        self._thread.start()
+
+    def put(self, order: Any) -> None:
+        """Queue an order; None is the last one. If the process has ended, orders are dropped, and reading the pipe raises
+        EOFError."""
+        self._queue.put(order)
+
+    def close(self) -> None:
+        """Shut the pipe down in both directions, which interrupts a send in progress: the other end reads what has arrived,
+        then the end of the pipe. Call it before the pipe is closed; further calls do nothing."""
+        self._shut_down()
+        self._queue.put(None)
+        self._thread.join()
+
+    def _send(self) -> None:
+        try:
+            order: Any = self
+            while order is not None:
+                order = self._queue.get()
+                self._pipe.send(order)
+        except OSError:
+            return  # The process has ended.
+        except BaseException:
+            # Otherwise both processes would go on without orders.
+            self._shut_down()
+            raise
+
+    def _shut_down(self) -> None:
+        with suppress(OSError), socket.socket(fileno=os.dup(self._pipe.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
