@@ -5,9 +5,9 @@
     python -m benchmarks.gpu.figures four --model-folder MODEL --gsm8k FOLDER
     python -m benchmarks.gpu.figures one real fp8 --seconds 560                  # some, as far as they fit in 560 s
 
-Each command has a time limit of its own and is ended with all its processes when that is over; those that follow run all the
-same. With --seconds they share that time: the one that is running then is ended, and those behind it are left out. At the end a
-line for each command says how it ended. --list prints the commands alone.
+Each command has its own time limit, after which it is killed with all its processes; the following commands still run.
+--seconds limits the total: the command that runs at that moment is killed, and the rest are skipped. At the end there is a line
+with the outcome of each command. --list only prints the commands.
 """
 
 from __future__ import annotations

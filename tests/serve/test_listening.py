@@ -1,4 +1,4 @@
-"""Where a server listens, and what it says where it cannot."""
+"""The address that a server listens on, and the error if it cannot."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Process(Protocol):
         ...
 
     def send(self, order: Order | bytes | None) -> None:
-        """Returns at once, whether or not the process reads."""
+        """Send an order without blocking, even if the process does not read."""
         ...
 
     def check(self) -> bool:
@@ -95,15 +95,16 @@ class Cluster(Protocol):
 
 
 class Member:
-    """Main's side of one member. Where its process stands, each line until the next, and what is sent to it meanwhile:
+    """Main's side of one member. The states of its process, the event or attribute that marks the beginning of each, and the
+    orders that are sent in it:
 
-    no process            before `begin`, after `close`; for good once `given_up`   nothing
-    waits for a place     `begin`, if a Launch starts it; not `placed`              work, which its process keeps for it
-    loads                 the first heartbeat: `placed`                             the same
-    at work               the first standing: `begun`                               every order
-    has ended             its last word: `ended`                                    nothing
+    none        before `begin`, after `close`; permanent if `given_up`          none
+    pending     `begin`, if a Launch starts the process; not `placed`           work, which is queued for the process
+    loading     the first heartbeat: `placed`                                   the same
+    running     the first standing: `begun`                                     all
+    ended       the last message: `ended`                                       none
 
-    A lost process goes from any line to the first one."""
+    If the process is lost, the state is none again, whichever it was."""
 
     def __init__(self, number: int, devices: Sequence[str], standing: Standing) -> None:
         self.number = number
@@ -200,7 +201,7 @@ class Member:
         self._process.kill()
 
     def hang_up(self) -> None:
-        """Have the process end, if there is one that has not said its last word; `close` follows."""
+        """Make the process end, if there is one that has not sent its last message. Call `close` afterwards."""
         if self._process is not None and self.ended is None:
             self._process.hang_up()
 

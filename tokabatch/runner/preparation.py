@@ -146,5 +146,5 @@ class Preparation:
         self.waiting = self.waiting.joined_by(finished)
 
     def _settle(self, received: int) -> None:
-        """Let go of the first `received` samples, whose tables have been taken."""
+        """Drop the first `received` samples, whose tables have been taken."""
         self.waiting = self.waiting.behind(received)

@@ -260,7 +260,7 @@ class _Process:
         return None
 
     def settle(self, received: int) -> None:
-        """Let go of the table that `next` returned last if it is among the `received` samples that main has taken."""
+        """Drop the table that `next` returned last if it is among the `received` samples that main has taken."""
         message = self._inbox[0] if self._inbox else None
         if not isinstance(message, Prepared) or message.until is None:
             return

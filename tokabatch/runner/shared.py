@@ -281,7 +281,7 @@ def close_shared(
 
 @contextmanager
 def _lease_on_verdicts(leases: Leases, stop: Interruption) -> Generator[bool]:
-    """Whether the missing verdicts are this one's to give, and not those of another that is seen to do so. Raises Stopped."""
+    """Yield whether this writer is to compute the missing verdicts; False if another live writer does. Raises Stopped."""
     while not (mine := leases.take(_VERDICTS)) and not leases.is_alive(_VERDICTS):
         _pause(stop)
     try:
