@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import queue
 import random
 import signal
 import threading
@@ -24,6 +25,7 @@ from support.shortsighted import Shortsighted
 
 from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.errors import EngineError, ReplicaLost, Stopped, WorkerLost
+from tokabatch.runner import member_process
 from tokabatch.runner.fleet import Fleet
 from tokabatch.runner.forked import can_fork
 from tokabatch.runner.interruption import Interruption
@@ -142,6 +144,23 @@ def test_samples_and_figures_are_those_of_a_replica_in_this_process(pause, monke
     steps, expected = work.fleet.steps(), here.steps()
     assert len(steps) == len(expected) > 0
     assert all((steps[name] == expected[name]).all() for name in steps.columns if name != "seconds")
+
+
+def test_samples_are_collected_while_main_is_behind():
+    """Steps are not delayed by a pause of main: what they finish goes into one message once there is room."""
+    scheduler = SimpleNamespace(done=False, suspected_rows=lambda: np.zeros(0, np.int64))
+    outbox: queue.Queue[Any] = queue.Queue(2)
+    loop = member_process._Loop(SimpleNamespace(scheduler=scheduler), None, queue.Queue(), outbox, Pace(None), None)
+    loop._due = float("inf")
+    samples = [SimpleNamespace(number=number) for number in range(5)]
+    for sample in samples[:4]:
+        loop._finished.append(sample)
+        loop._tell()
+    assert outbox.qsize() == 2
+    outbox.get()
+    loop._finished.append(samples[4])
+    loop._tell()
+    assert [list(message.completions) for message in outbox.queue] == [samples[1:2], samples[2:]]
 
 
 def test_another_process_goes_on_where_one_was_killed():

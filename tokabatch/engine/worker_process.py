@@ -88,12 +88,15 @@ def serve(pipe: Connection, work: tuple[Callable[[Any], Launches], Any, bool], p
 def _work(
     launcher: Launches, steps: queue.Queue[StepBatch | Resume | None], pipe: Connection, pulse: Pulse, answers: bool
 ) -> None:
-    """Launch arriving steps before sending back finished results, so that the device always has the next step queued. A graph
-    for later steps is captured between launches, while at least two steps are queued."""
+    """Launch arriving steps, and send back finished results as soon as the device has another step queued: the scheduler
+    decides the next step from them, and a launch may take as long as a small step. A graph for later steps is captured between
+    launches, while at least two steps are queued."""
     results = pipe if answers else None
     launched: deque[Running] = deque()
     ahead = False
     while True:
+        while len(launched) > 1 and launched[0].done:
+            _send_back(launched.popleft(), results, pulse)
         try:
             step = steps.get(timeout=POLL_SECONDS if launched else None)
         except queue.Empty:

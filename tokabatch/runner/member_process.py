@@ -193,14 +193,17 @@ class _Loop:
                 self._tell()
 
     def _tell(self) -> None:
-        """Send finished samples and the standing if they are due."""
-        now = time.monotonic()
+        """Send finished samples and the standing if they are due. While main is behind, samples are collected for a larger
+        message instead, so that a pause of main does not delay the steps."""
+        now, done = time.monotonic(), self._replica.scheduler.done
+        if self._outbox.full() and len(self._finished) < SAMPLES_SENT and not done:
+            return
         if now >= self._due:
             every = self._pace.standing
             self._send(self._replica.standing(foresee=every is not None))
             self._due = float("inf") if every is None else now + max(every, STANDING_SECONDS)
             self._next_message = now + self._pace.finished
-        elif now >= self._next_message or len(self._finished) >= SAMPLES_SENT or self._replica.scheduler.done:
+        elif now >= self._next_message or len(self._finished) >= SAMPLES_SENT or done:
             self._send(None)
             self._next_message = now + self._pace.finished
         suspects = self._replica.scheduler.suspected_rows()

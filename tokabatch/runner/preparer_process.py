@@ -80,6 +80,7 @@ def _serve(pipe: Connection, preparation: Preparation, seconds: float) -> None:
     threading.Thread(target=_listen, args=(pipe, inbox), daemon=True).start()
     sent, due, beat = 0, 0.0, 0.0
     try:
+        preparation.start_judges()
         while True:
             for order in _orders(inbox, min(seconds, BEAT_SECONDS) if preparation.num_waiting else None):
                 if order is None:

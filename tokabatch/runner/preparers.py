@@ -37,7 +37,7 @@ from tokabatch.workload.prepare import Workload
 
 REPLICAS_EACH, CORES_EACH = 2, 4
 """Replicas for each process, and CPU cores for each process."""
-MOST_WAITING = 8192
+MOST_WAITING = 32_768
 """The most samples that one process may hold; above that the run, and with it the replicas, pauses."""
 STOP_SECONDS = 10.0
 MAX_TICK_SECONDS = 1.0
@@ -51,7 +51,7 @@ def num_preparers(job: Job, replicas: int) -> int:
 
 
 class Preparers:
-    """See `Preparing`: by processes of their own, which are started with the first samples."""
+    """See `Preparing`: by processes of their own, which are started when the first replica reports."""
 
     def __init__(
         self,
@@ -88,11 +88,11 @@ class Preparers:
 
     def add(self, completions: Completions) -> None:
         """See `Preparing`. Raises the error of a process that was given up, after the samples have been handed to another."""
+        while len(self._processes) < self._count and self._error is None:
+            self._processes.append(self._start(len(self._processes)))
         if not len(completions):
             return
         packed = completions if isinstance(completions, PackedCompletions) else PackedCompletions.of(completions)
-        while len(self._processes) < self._count and self._error is None:
-            self._processes.append(self._start(len(self._processes)))
         self._finishing = False
         begin, self._next = self._next, self._next + len(packed)
         work = Work(np.arange(begin, self._next), packed)

@@ -26,9 +26,9 @@ from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 
-FEW_RUNNING = 1024
-"""The number of running samples up to which a GPU's step takes less time than sending its result to the scheduler and the next
-step back: one more step is kept in flight then."""
+FEW_RUNNING = 4096
+"""The number of running samples up to which a small model's step may take less time than sending its result to the scheduler
+and the next step back: one more step is kept in flight then."""
 FAILED_STARTS = 2
 """The most attempts in a row to start a worker that reports why it cannot start."""
 
