@@ -549,3 +549,11 @@ def test_threads_of_torch_hardly_spin_unless_the_user_says_so(given, spins):
     code = "import tokabatch.cli, torch"
     shown = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=True).stderr
     assert f"GOMP_SPINCOUNT = {spins}" in shown
+
+
+def test_ctrl_c_after_the_end_prints_no_traceback() -> None:
+    """While libraries run what they have registered for the exit."""
+    interrupted = "atexit.register(os.kill, os.getpid(), signal.SIGINT)"
+    code = f"import atexit, os, signal; from tokabatch.cli import commands as c; c.main = lambda: {interrupted}; c.program()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokabatch.errors import JobError, RowError
-from tokabatch.job import GenerationConfig, Job, verifier_names
+from tokabatch.job import GenerationConfig, Job, names_elsewhere, verifier_names
 from tokabatch.job.scalars import parse_scalar, write_value
 from tokabatch.scheduling.contracts import SamplingParams
 
@@ -393,6 +393,13 @@ class TestOverrides:
         ("override", "message"),
         [
             ("n=4", "override `n=4`: unknown key; did you mean `generation.n=4`?"),
+            ("generation.temp=1", "did you mean `generation.temperature=1`?"),
+            ("input.name=main", "did you mean `input.subset=main`?"),
+            ("generation.do_sample=true", "unknown key; none is needed: generation.temperature 0 picks"),
+            ("gpu_memory_utilization=0.9", "unknown key; none is needed: the KV cache takes what memory is free"),
+            ("output.format=jsonl", "unknown key; the output is Parquet; `tokabatch export"),
+            ("generation.length_penalty=2", "unknown key; beam search is not supported"),
+            ("prompt.gr\udcc3\udcb6\udcc3\udc9fe=4", "override `prompt.größe=4`: unknown key; the keys of prompt are"),
             ("generation.maxtokens=4", "unknown key; did you mean `generation.max_tokens=4`?"),
             ("path=x", "override `path=x`: unknown key; there are `model.path`, `input.path`"),
             ("a.b.c=4", "override `a.b.c=4`: a: unknown key"),
@@ -536,3 +543,11 @@ def test_a_dotted_key_in_a_file_is_written_as_sections(written: dict[str, object
     with pytest.raises(JobError) as caught:
         Job.load(written)
     assert f"job: {nested}" in str(caught.value).splitlines()
+
+
+def test_names_of_other_tools_lead_to_keys_that_exist() -> None:
+    keys = {key.name for key in Job.describe_keys()}
+    known = keys | {name.rpartition(".")[2] for name in keys} | set(Job.model_fields)
+    assert known.issuperset(names_elsewhere._KEYS.values())  # pyright: ignore[reportPrivateUsage]
+    ours = keys | {name.rpartition(".")[2] for name in keys}
+    assert not ours & {*names_elsewhere._KEYS, *names_elsewhere._WITHOUT_KEY}  # pyright: ignore[reportPrivateUsage]

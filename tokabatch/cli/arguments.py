@@ -61,7 +61,10 @@ class Command(TyperCommand):
                 continue
             keys = [each.name for each in import_module("tokabatch.job").Job.describe_keys()]
             word_of = written[2].replace("-", "_")
-            word_of = import_module("tokabatch.job.refusals").NAMES_ELSEWHERE.get(word_of, word_of)
+            elsewhere = import_module("tokabatch.job.names_elsewhere")
+            if reason := elsewhere.why_none(tuple(word_of.split("."))):
+                raise UsageError(f"{word}: {reason}")
+            word_of = elsewhere.our_name((word_of,))
             keys += [f"server.{name}" for name in import_module("tokabatch.serve.settings").ServerConfig.model_fields]
             named = [key for key in keys if word_of in (key, key.rpartition(".")[2], key.removesuffix(".path"))]
             if named or "." in word_of:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 from contextlib import suppress
 from typing import Annotated
@@ -106,6 +107,10 @@ def program() -> None:
     except SystemExit as end:
         status.append(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
+    finally:
+        if status:
+            # All is done; what libraries do at exit would print a traceback.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def main() -> None:

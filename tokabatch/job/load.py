@@ -132,6 +132,9 @@ def _read_text(path: pathlib.Path) -> str:
 
 
 def _apply(draft: _Draft, override: str, number: int) -> None:
+    if not override.isascii():
+        # In some locales Python reads the bytes of arguments as surrogates.
+        override = override.encode(errors="surrogateescape").decode(errors="replace")
     key, equals, text = override.partition("=")
     parts = tuple(key.strip().split("."))
     if not equals or not all(parts):

@@ -16,27 +16,10 @@ from pydantic_core import ErrorDetails
 
 from tokabatch.job.document import Path
 from tokabatch.job.keys import accepts_of, field_at, list_keys, section_of
+from tokabatch.job.names_elsewhere import our_name, why_none
 from tokabatch.job.scalars import write_value
 
 _SHOWN = 60
-NAMES_ELSEWHERE = {
-    **dict.fromkeys(("max_completion_tokens", "max_new_tokens", "max_length", "max_output_tokens"), "max_tokens"),
-    **dict.fromkeys(("stop_strings", "stop_sequences", "until"), "stop"),
-    **dict.fromkeys(("num_return_sequences", "num_samples", "best_of"), "n"),
-    **dict.fromkeys(("min_new_tokens", "min_length"), "min_tokens"),
-    **{"top_logprobs": "logprobs", "bad_words_ids": "bad_words", "sequence_bias": "logit_bias", "random_seed": "seed"},
-    **dict.fromkeys(("sampling_params", "gen_kwargs", "generation_kwargs", "generation_config"), "generation"),
-    **dict.fromkeys(("model_name_or_path", "model_name", "model_id", "model_path", "pretrained"), "model.path"),
-    **{"torch_dtype": "model.dtype", "max_num_batched_tokens": "engine.max_step_tokens"},
-    **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "input_file", "input_path"), "input.path"),
-    **dict.fromkeys(("output_dir", "output_file", "output_path"), "output.path"),
-    **{"num_fewshot": "prompt.few_shot.k", "system_prompt": "prompt.system", "system_instruction": "prompt.system"},
-    **dict.fromkeys(("tensor_parallel_size", "tp_size", "tp"), "engine.tensor"),
-    **dict.fromkeys(("pipeline_parallel_size", "pp_size", "pp"), "engine.pipeline"),
-    **dict.fromkeys(("data_parallel_size", "dp_size", "dp"), "engine.replicas"),
-    **dict.fromkeys(("max_num_seqs", "batch_size", "max_batch_size"), "engine.max_running"),
-}
-"""Names of our settings in other tools; ours are whole keys where the last word alone has several meanings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +134,7 @@ def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details
 
 
 def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path) -> Refusal:
-    word = NAMES_ELSEWHERE.get(str(path[-1]), str(path[-1]))
+    word = our_name(path)
     prefix = dotted(path[:-1])
     if ":" in word:
         return Refusal(path, f"unknown key; write a space behind the colon: `{word.replace(':', ': ', 1)}`")
@@ -164,6 +147,8 @@ def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path) -> 
     elsewhere = [name for name in everywhere if word in (name, name.rpartition(".")[2])]
     siblings = list(owner.model_fields)
     near = get_close_matches(word, siblings, n=1)
+    if reason := why_none(path):
+        return Refusal(path, f"unknown key; {reason}")
     if len(elsewhere) > 1:
         return Refusal(path, f"unknown key; there are {', '.join(f'`{name}`' for name in elsewhere)}")
     if elsewhere:

@@ -1,0 +1,122 @@
+"""Names that settings have in other tools: which of our keys each is, or why there is none.
+
+Where a name means several things, it stands with its section (`input.name`).
+"""
+
+from __future__ import annotations
+
+from tokabatch.job.document import Path
+
+_KEYS = {
+    **dict.fromkeys(("max_completion_tokens", "max_new_tokens", "max_length", "max_output_tokens"), "max_tokens"),
+    **dict.fromkeys(("stop_strings", "stop_sequences", "until"), "stop"),
+    **dict.fromkeys(("num_return_sequences", "num_samples", "best_of"), "n"),
+    **dict.fromkeys(("min_new_tokens", "min_length"), "min_tokens"),
+    **{"top_logprobs": "logprobs", "bad_words_ids": "bad_words", "sequence_bias": "logit_bias", "random_seed": "seed"},
+    **{"eos_token_id": "stop_token_ids", "temp": "temperature"},
+    **dict.fromkeys(("sampling_params", "gen_kwargs", "generation_kwargs", "generation_config"), "generation"),
+    **dict.fromkeys(("model_name_or_path", "model_name", "model_id", "model_path", "pretrained", "model.name"), "model.path"),
+    **dict.fromkeys(("torch_dtype", "precision"), "model.dtype"),
+    **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "input_file", "input_path"), "input.path"),
+    **dict.fromkeys(("input.name", "input.config", "config_name", "dataset_config_name"), "input.subset"),
+    **dict.fromkeys(("output_dir", "output_file", "output_path"), "output.path"),
+    **{"num_fewshot": "prompt.few_shot.k", "system_prompt": "prompt.system", "system_instruction": "prompt.system"},
+    **dict.fromkeys(("apply_chat_template", "use_chat_template"), "prompt.chat"),
+    **dict.fromkeys(("tensor_parallel_size", "tp_size", "tp"), "engine.tensor"),
+    **dict.fromkeys(("pipeline_parallel_size", "pp_size", "pp"), "engine.pipeline"),
+    **dict.fromkeys(("data_parallel_size", "dp_size", "dp", "num_gpus", "n_gpus", "gpus"), "engine.replicas"),
+    **dict.fromkeys(("max_num_seqs", "batch_size", "max_batch_size", "max_running_requests"), "engine.max_running"),
+    **dict.fromkeys(
+        ("max_num_batched_tokens", "max_batch_prefill_tokens", "chunked_prefill_size", "max_prefill_tokens"),
+        "engine.max_step_tokens",
+    ),
+    "block_size": "engine.page_size",
+    **dict.fromkeys(("verify.num_workers", "verify.workers"), "verify.processes"),
+}
+"""Ours are whole keys where the last word alone has several meanings."""
+
+_COLUMN = 'a column is named in prompt.template, as in "{{ question }}", or by prompt.messages'
+_BEAMS = "beam search is not supported; generation.n draws several samples"
+_FILTERS = "not supported; what narrows the choice of a token is top_k, top_p and min_p"
+_REPEATS = "not supported; repetition_penalty, frequency_penalty and presence_penalty discourage repetition"
+_STRUCTURE = "structured output is not supported"
+_LORA = "adapters (LoRA) are not supported; merge the adapter into its model (in peft: merge_and_unload), and name that model"
+_MEMORY = "none is needed: the KV cache takes what memory is free; engine.kv_cache_tokens limits it"
+_CONTEXT = "none is needed: the context is the model's own; generation.max_tokens limits a sample"
+_SHARED = "none is needed: what prompts share is always computed once"
+_KERNELS = "none is needed: the device decides which kernels compute attention"
+_CHAT = "none is needed: a chat template opens the assistant's turn, and a final message of the assistant is continued"
+_SPECULATION = "speculative decoding is not supported"
+_PROCESSES = "none is needed: as many processes are started as the host has use for"
+_TIME = "no time limit applies to a sample; generation.max_tokens limits its length, and `tokabatch run --deadline` a start"
+_PADDING = "none is needed: nothing is padded"
+_CUT = "prompts are never cut; one that is too long becomes an error row"
+_TRACKING = "reporting to other services is not supported; the figures are in OUT/summary.json and `tokabatch status OUT`"
+_WITHOUT_KEY = {
+    "do_sample": "none is needed: generation.temperature 0 picks the most likely token, any other value draws",
+    **dict.fromkeys(
+        ("num_beams", "use_beam_search", "beam_width", "length_penalty", "early_stopping", "num_beam_groups"), _BEAMS
+    ),
+    **dict.fromkeys(("typical_p", "epsilon_cutoff", "eta_cutoff", "top_a", "tfs_z", "mirostat"), _FILTERS),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_repetition_penalty", "dry_multiplier"), _REPEATS),
+    **dict.fromkeys(
+        ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding", "structured_outputs"), _STRUCTURE
+    ),
+    **dict.fromkeys(("response_format", "json_schema", "grammar"), _STRUCTURE),
+    **dict.fromkeys(("logits_processors", "logits_processor"), "not supported; logit_bias and bad_words change single tokens"),
+    **dict.fromkeys(
+        ("echo", "prompt_logprobs"), "a sample is without its prompt; `mode: score` computes log-probabilities of given texts"
+    ),
+    "skip_special_tokens": "none is needed: the column text is without special tokens, token_ids has them all",
+    "include_stop_str_in_output": "the column text ends in front of the stop text; token_ids has its tokens",
+    **dict.fromkeys(("pad_token_id", "pad_token", "padding", "padding_side"), _PADDING),
+    **dict.fromkeys(("timeout", "max_time", "request_timeout"), _TIME),
+    **dict.fromkeys(("gpu_memory_utilization", "mem_fraction_static", "max_memory", "swap_space", "cpu_offload_gb"), _MEMORY),
+    **dict.fromkeys(("max_model_len", "max_seq_len", "max_seq_length", "context_length", "ctx_size", "n_ctx"), _CONTEXT),
+    **dict.fromkeys(("enable_prefix_caching", "disable_radix_cache", "use_cache", "cache_prompt"), _SHARED),
+    "enable_chunked_prefill": "none is needed: long prompts are always computed in parts (engine.max_step_tokens)",
+    **dict.fromkeys(
+        ("enforce_eager", "disable_cuda_graph"), "none is needed: a GPU runs steps as CUDA graphs where that pays off"
+    ),
+    **dict.fromkeys(("attn_implementation", "attention_backend", "use_flash_attention_2", "flash_attn"), _KERNELS),
+    "engine.backend": "there is one engine; the device decides which kernels it uses",
+    "trust_remote_code": "none is needed: a model's own code is never run",
+    **dict.fromkeys(("load_in_8bit", "load_in_4bit"), "not supported; on a GPU, model.quantization=fp8 halves the weights"),
+    **dict.fromkeys(("enable_lora", "max_loras", "lora_modules", "lora_path", "adapter", "peft"), _LORA),
+    **dict.fromkeys(
+        ("speculative_model", "speculative_config", "num_speculative_tokens", "draft_model", "assistant_model"), _SPECULATION
+    ),
+    **dict.fromkeys(("add_generation_prompt", "continue_final_message"), _CHAT),
+    **dict.fromkeys(
+        ("enable_thinking", "thinking", "reasoning_effort"),
+        "it is a variable of the model's chat template; write it under prompt.chat_template_kwargs",
+    ),
+    **dict.fromkeys(("truncation", "truncate_prompt_tokens", "max_prompt_length"), _CUT),
+    **dict.fromkeys(("text_column", "prompt_column", "column", "question_column", "text_field"), _COLUMN),
+    **dict.fromkeys(("shuffle", "shuffle_seed"), "none is needed: a sample does not depend on the order of the rows"),
+    "streaming": "none is needed: the input is read piece by piece",
+    **dict.fromkeys(("num_workers", "num_proc", "workers"), _PROCESSES),
+    **dict.fromkeys(
+        ("output.format", "output_format"), "the output is Parquet; `tokabatch export OUT --to FILE` writes .jsonl or .csv"
+    ),
+    **dict.fromkeys(
+        ("overwrite", "retry_errors", "repair"), "it is an option of the command, such as `tokabatch run JOB --overwrite`"
+    ),
+    **dict.fromkeys(("resume", "resume_from", "checkpoint_dir"), "none is needed: the same command continues a stopped run"),
+    **dict.fromkeys(("wandb", "mlflow", "report_to", "wandb_project"), _TRACKING),
+}
+
+
+def our_name(path: Path) -> str:
+    """The name that a key of another tool has here, or its last word as it is."""
+    return _find(_KEYS, path) or str(path[-1])
+
+
+def why_none(path: Path) -> str | None:
+    """Why there is no key for a setting of another tool, and what to do; None for other names."""
+    return _find(_WITHOUT_KEY, path)
+
+
+def _find(table: dict[str, str], path: Path) -> str | None:
+    last = str(path[-1])
+    return table.get(".".join(str(part) for part in path[-2:]), table.get(last))
