@@ -27,9 +27,10 @@ MOUNT = Path("/mnt/export")
 PROGRAM = Path(__file__).resolve()
 NETWORK, PORT = "10.213", 9000
 MEMORY = "1500M"
+# Without UseGetpwnam, the server looks for plug-ins of libnfsidmap where Debian installs them, and ends if there are none.
 CONFIGURATION = """
 NFS_CORE_PARAM {{ Protocols = 4; NFS_Port = {port}; Enable_NLM = false; Enable_RQUOTA = false; Plugins_Dir = "{plugins}"; }}
-NFSV4 {{ Lease_Lifetime = 6; Grace_Period = 10; RecoveryRoot = "{folder}/recovery"; }}
+NFSV4 {{ UseGetpwnam = true; Lease_Lifetime = 6; Grace_Period = 10; RecoveryRoot = "{folder}/recovery"; }}
 EXPORT {{
   Export_Id = 1; Path = {folder}/export; Pseudo = /export; Protocols = 4; Transports = TCP;
   Access_Type = RW; Squash = No_Root_Squash; SecType = sys; FSAL {{ Name = VFS; }}
@@ -111,7 +112,8 @@ class Nfs:
                         break
                 time.sleep(0.5)
             else:
-                return f"host {host} does not come up: {(self.folder / f'host{host}.log').read_text()[-800:]}"
+                logs = [(self.folder / name).read_text()[-800:] for name in (f"host{host}.log", "ganesha.log")]
+                return f"host {host} does not mount the folder: {logs[0]}\nThe server's log: {logs[1]}"
         return ""
 
     def serve(self) -> None:
