@@ -232,6 +232,10 @@ def test_actors_have_gpus_of_one_node_each_and_one_that_cannot_work_says_why(
         (["--on", "ray", "--address", "ray://head:10001"], "is a Ray Client address"),
         (["--on", "ray", "--address", "127.0.0.1:1"], "there is no Ray cluster at 127.0.0.1:1"),
         (["--on", "dask"], "--on dask is not a kind of cluster"),
+        (
+            ["--shared", "--on", "slurm"],
+            "(for Slurm, see `tokabatch slurm`)",
+        ),
         (["--address", "head:6379"], "add --on ray"),
         (["--shared", "--on", "ray", "--address", "head:6379"], "give one of the two"),
     ],

@@ -83,9 +83,12 @@ def run(
     reuse: dict[str, bool] = {"overwrite": overwrite, "retry_errors": retry_errors}
     with stop_on_signals() as stop, stop_after(deadline), checked_job(job, given, shared=shared, **reuse) as loaded:
         how: dict[str, Any] = {**reuse, "repair": repair}
-        how["shared"] = import_module("tokabatch.runner.shared").Shared(task, units, lease) if shared else None
-        if shared and on is not None:
-            raise UsageError(f"with --on {on} one process writes, and --shared is for several; give one of the two")
+        how["shared"] = None
+        if shared:
+            sharing = import_module("tokabatch.runner.shared")
+            how["shared"] = sharing.Shared(task, units, lease)
+            if on == "ray":
+                raise UsageError(sharing.ONE_WRITER)
         with _cluster(on, address) as how["cluster"]:
             summary = _run(loaded, stop, quiet, **how)
     _print_summary(loaded, summary, verbose)

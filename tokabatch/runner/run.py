@@ -55,7 +55,7 @@ from tokabatch.runner.preparers import num_preparers
 from tokabatch.runner.recorder import Recorder, Tally
 from tokabatch.runner.resume import OnRows, Reuse, Start, start
 from tokabatch.runner.run_state import Clock, Replicas, RunState, summarise
-from tokabatch.runner.shared import Shared, close_shared, cut_earlier_run, join_as_last, start_shared
+from tokabatch.runner.shared import ONE_WRITER, Shared, close_shared, cut_earlier_run, join_as_last, start_shared
 from tokabatch.runner.stopping_replica import StoppingReplica
 from tokabatch.runner.supply import Supply
 from tokabatch.storage.listing import is_there
@@ -102,7 +102,7 @@ def run(
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
     profile, on_rows, tell = read_profile(job), partial(_reading, clock, stop), clock.progress.message
     if cluster is not None and shared is not None:
-        raise UsageError("on a cluster one process writes, and --shared is for several; give one of the two")
+        raise UsageError(ONE_WRITER)
     if shared is not None:
         if reuse != Reuse():
             raise OutputError(

@@ -43,6 +43,8 @@ from tokabatch.storage.listing import NO_MARK, consistently, is_there, read_byte
 from tokabatch.storage.write_errors import reading_input, starting_beside_others, unwritable
 from tokabatch.workload.prepare import Workload, prepare
 
+ONE_WRITER = "on a Ray cluster (--on ray) one process writes, and --shared is for several; give one of the two"
+"""Why a run has a cluster or shares its folder, but not both."""
 WAIT_SECONDS = 0.2
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Differs between any two hosts, whatever their names, and is the same in all containers of one, as the locks of files are."""
