@@ -58,7 +58,7 @@ class Refusing(DurableFiles):
         ("link", errno.EIO, "Input/output error. Check the disk"),
         ("link", errno.ESTALE, "Stale file handle. Check the file server"),
         ("link", errno.EINVAL, "Invalid argument. Choose another output.path"),
-        ("link", errno.ENOENT, "No such file or directory. Choose another output.path"),
+        ("link", errno.ENOENT, "No such file or directory. If another process removed files there"),
         ("write", errno.ENOSPC, "No space left on device. Make room there"),
         ("write", errno.EDQUOT, "Disk quota exceeded. Make room there"),
         ("write", errno.EFBIG, "File too large. Raise the limit"),

@@ -22,6 +22,7 @@ from support.scripted_run import scripted_engine, scripted_job
 from tokabatch import Job, run
 from tokabatch.errors import EXIT_STOPPED, CommitError, DamageError, OutputError, Stopped
 from tokabatch.input.store.disk_arrays import ArraySpool
+from tokabatch.output import claim as claims
 from tokabatch.output import existing_results
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
@@ -326,6 +327,7 @@ def test_one_that_ends_after_the_run_is_complete_joins_and_leaves_the_summary(
         (errno.EDQUOT, CommitError),
         (errno.EIO, CommitError),
         (errno.ESTALE, CommitError),
+        (errno.ENOENT, CommitError),
         (errno.EACCES, OutputError),
         (errno.EROFS, OutputError),
     ],
@@ -349,6 +351,23 @@ def test_a_task_that_starts_while_the_storage_fails_is_to_be_started_again(
         patch.setattr(DurableFiles, "write", refuse)
         run(scripted_job(rows, out))
     assert not out.exists() or not any((out / "data").iterdir())
+
+
+@pytest.mark.parametrize("place", ["_tmp", "."])
+def test_a_task_whose_folder_is_removed_as_it_starts_is_to_be_started_again(
+    job: Job, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    out, probe = Path(job.output.path), claims.probe
+
+    def probed(folder: OutputFolder) -> None:
+        shutil.rmtree(out / place)
+        probe(folder)
+
+    with monkeypatch.context() as patch, pytest.raises(CommitError, match="run the same command again"):
+        patch.setattr(claims, "probe", probed)
+        Shared().claim(out, ignore, Interruption())
+    with scripted_engine():
+        assert run(job, shared=Shared(units=2)).exit_code == 0
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -32,8 +32,8 @@ _REMEDIES = {
     errno.ENOENT: "put back what was removed",
 }
 _NEVER = frozenset({errno.EFBIG, errno.EXDEV})
-_OF_STORAGE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
-"""What is wrong with the storage rather than with the job or its folder."""
+_PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENOENT})
+"""What is wrong with the storage, or was removed meanwhile, rather than wrong with the job or its folder."""
 
 
 def reason(error: OSError) -> str:
@@ -62,6 +62,9 @@ def may_pass(error: OSError) -> bool:
 
 def unwritable(path: Path, error: OSError) -> OutputError:
     """Return the error of a start whose folder cannot take what a run writes."""
+    if error.errno == errno.ENOENT:
+        what = "If another process removed files there, run the same command again; otherwise choose another output.path"
+        return OutputError(f"output.path {str(path)!r} cannot be written: {reason(error)}. {what}.")
     note = " (the tokenised input is kept there, too, while the job runs)" if is_full(error) else ""
     what = or_else(error, f"{note}, or choose another output.path", "choose another output.path")
     return OutputError(f"output.path {str(path)!r} cannot be written: {reason(error)}. {what}.")
@@ -69,7 +72,7 @@ def unwritable(path: Path, error: OSError) -> OutputError:
 
 def or_else(error: OSError, other: str, only: str) -> str:
     """Return the remedy followed by the `other` one, or the `only` one if there is nothing more to say, as a sentence without
-    its full stop. For a folder that is new: a path that leads nowhere is not a folder that was taken away."""
+    its full stop. For a file that is new: a path that leads nowhere is not a file that was removed."""
     known = error.errno in _REMEDIES and error.errno != errno.ENOENT
     return f"{_sentence(error)}{other}" if known else only[0].upper() + only[1:]
 
@@ -77,12 +80,13 @@ def or_else(error: OSError, other: str, only: str) -> str:
 @contextmanager
 def starting_beside_others() -> Generator[None]:
     """Wrap the start of one of several writers: raises CommitError, with the same words, in place of an OutputError whose cause
-    is the state of the storage. The tasks that are running end with it, too; one that starts must not be the one given up."""
+    is the state of the storage, or that files were removed. The tasks that are running end with it, too; one that starts must
+    not be the one given up."""
     try:
         yield
     except OutputError as error:
         cause = error.__cause__
-        if isinstance(cause, OSError) and cause.errno in _OF_STORAGE:
+        if isinstance(cause, OSError) and cause.errno in _PASSING:
             raise CommitError(str(error)) from cause
         raise
 
