@@ -9,6 +9,7 @@ import os
 import queue
 import random
 import signal
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -186,6 +187,26 @@ def test_a_process_that_stands_still_is_killed_and_another_goes_on(monkeypatch):
             stopped = True
     assert work.done == EXPECTED
     assert len(work.told) == 1 and "did not respond" in work.told[0]
+
+
+def test_a_process_that_stops_in_the_middle_of_a_message_is_killed_and_another_goes_on(monkeypatch):
+    monkeypatch.setattr("tokabatch.runner.order_sender.STALL_SECONDS", 1)
+    stopped, send = multiprocessing.get_context("fork").Value("i", 0), member_process.send_messages
+
+    def stopping(outbox, pipe, alive):
+        with stopped.get_lock():
+            stopped.value += 1
+        if stopped.value == 1:
+            os.write(pipe.fileno(), struct.pack("!i", 1000) + bytes(10))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        send(outbox, pipe, alive)
+
+    monkeypatch.setattr(member_process, "send_messages", stopping)
+    work = Work(partial(Device, 0.005), 1, max_restarts=1)
+    for _ in work.run():
+        pass
+    assert work.done == EXPECTED
+    assert len(work.told) == 1 and "stopped in the middle of a message" in work.told[0]
 
 
 def test_a_process_that_stands_still_holds_up_nobody_who_sends_to_it(monkeypatch):

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import stat
+import struct
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 from unittest.mock import Mock
@@ -96,27 +102,48 @@ def test_whatever_breaks_fails_all_requests_and_the_server(monkeypatch: pytest.M
     asyncio.run(check())
 
 
+def idle_spec(make: Callable[[], Any], hang_seconds: float) -> EngineSpec:
+    """Of a process whose worker is started by `make`, and that gets no prompts."""
+    requests = device.make_requests([[3]]).take(np.zeros(0, np.int64))
+    return EngineSpec(
+        nothing=requests,
+        limits=SchedulerLimits(4, 64, 8, 64, 16, None),
+        stops=StopRules(requests.sampling, [device.EOS], device.VOCAB, None),
+        make=make,
+        depth=1,
+        depth_of_few=None,
+        max_restarts=0,
+        hang_seconds=hang_seconds,
+    )
+
+
 def stand_still() -> Any:
     threading.Event().wait()
 
 
 def test_a_loop_that_stands_still_in_a_process_that_runs_is_found() -> None:
     """Its other threads run, and could give heartbeats for ever."""
-    requests = device.make_requests([[3]]).take(np.zeros(0, np.int64))
-    spec = EngineSpec(
-        nothing=requests,
-        limits=SchedulerLimits(4, 64, 8, 64, 16, None),
-        stops=StopRules(requests.sampling, [device.EOS], device.VOCAB, None),
-        make=stand_still,
-        depth=1,
-        depth_of_few=None,
-        max_restarts=0,
-        hang_seconds=1.0,
-    )
     received: SimpleQueue[Any] = SimpleQueue()
-    process = EngineProcess(spec, 0, lambda process, message: received.put(message))
+    process = EngineProcess(idle_spec(stand_still, 1.0), 0, lambda process, message: received.put(message))
     assert received.get(timeout=60) is None
     assert "gave no sign of life" in process.how_it_ended()
+    process.close()
+
+
+def stop_in_a_message() -> Any:
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):
+            if number > 2 and stat.S_ISSOCK(os.fstat(number).st_mode):
+                os.write(number, struct.pack("!i", 1000) + bytes(10))
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_process_that_stops_in_the_middle_of_a_message_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokabatch.runner.order_sender.STALL_SECONDS", 1)
+    received: SimpleQueue[Any] = SimpleQueue()
+    process = EngineProcess(idle_spec(stop_in_a_message, 1000.0), 0, lambda process, message: received.put(message))
+    assert received.get(timeout=60) is None
+    assert "killed by signal 9" in process.how_it_ended()
     process.close()
 
 

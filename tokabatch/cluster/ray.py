@@ -34,7 +34,7 @@ from tokabatch.parallel.layout import Layout
 from tokabatch.runner.ledger import Ledger, Part
 from tokabatch.runner.member_process import Build, serve
 from tokabatch.runner.messages import Message, Order, Pace
-from tokabatch.runner.order_sender import OrderSender
+from tokabatch.runner.order_sender import OrderSender, limit_stalls
 from tokabatch.runner.replica import Standing
 
 ADDRESS = "RAY_ADDRESS"
@@ -198,6 +198,9 @@ class Actor:
             return None
         try:
             return self._connection.recv()
+        except BlockingIOError as error:
+            self.kill()
+            raise ReplicaLost("the scheduler's actor stopped in the middle of a message and was killed") from error
         except (EOFError, OSError) as error:
             raise ReplicaLost(self._reason(LAST_WORDS_SECONDS)) from error
 
@@ -244,6 +247,7 @@ class Actor:
         connection = Connection(connected.detach())
         with suppress(EOFError, OSError):
             if connection.poll(HELLO_SECONDS) and hmac.compare_digest(connection.recv_bytes(TOKEN_BYTES), self._token):
+                limit_stalls(connection)
                 self._connection, self._sender = connection, OrderSender(connection)
                 self._listening.close()
                 for order in self._unsent:

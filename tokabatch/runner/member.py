@@ -33,7 +33,7 @@ from tokabatch.runner.messages import (
     Share,
     Withdraw,
 )
-from tokabatch.runner.order_sender import OrderSender
+from tokabatch.runner.order_sender import OrderSender, limit_stalls
 from tokabatch.runner.replica import Standing
 
 STOP_SECONDS = 10.0
@@ -53,7 +53,8 @@ class Process(Protocol):
         ...
 
     def receive(self) -> Message | None:
-        """Return the next message; None is a heartbeat. Raises ReplicaLost if the process has ended."""
+        """Return the next message; None is a heartbeat. Raises ReplicaLost if the process has ended, or has stopped in the
+        middle of the message."""
         ...
 
     def send(self, order: Order | bytes | None) -> None:
@@ -225,6 +226,7 @@ class Fork:
         arguments = (self.pipe, theirs, member, build, first, ledger, pace, leave)
         self._process = fork(_forked, arguments, f"tokabatch-replica-{member.number}")
         theirs.close()
+        limit_stalls(self.pipe)
         self._sender = OrderSender(self.pipe)
 
     @property
@@ -234,6 +236,9 @@ class Fork:
     def receive(self) -> Message | None:
         try:
             return self.pipe.recv()
+        except BlockingIOError as error:
+            self.kill()
+            raise ReplicaLost("the scheduler's process stopped in the middle of a message and was killed") from error
         except (EOFError, OSError) as error:
             raise ReplicaLost(f"the scheduler's process {how_it_ended(self._process)}") from error
 

@@ -6,10 +6,21 @@ from __future__ import annotations
 import os
 import queue
 import socket
+import struct
 import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
+
+STALL_SECONDS = 30
+"""The longest pause within a message; a process that is stopped while it sends one would block the receiver without end."""
+
+
+def limit_stalls(pipe: Connection) -> None:
+    """Make `recv` raise BlockingIOError after a pause of STALL_SECONDS within a message; time for which this process is stopped
+    itself does not count. The ends of the pipe are sockets."""
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALL_SECONDS, 0))
 
 
 class OrderSender:

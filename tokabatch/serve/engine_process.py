@@ -29,6 +29,7 @@ from tokabatch.report.streams import make_tolerant
 from tokabatch.runner.forked import end, how_it_ended
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.member_process import BEAT_SECONDS, Alive, send_messages
+from tokabatch.runner.order_sender import limit_stalls
 from tokabatch.runner.replica import Replica, Standing
 from tokabatch.scheduling.completion_batch import CompletionBatch
 from tokabatch.scheduling.contracts import Completion, Requests
@@ -126,6 +127,7 @@ class EngineProcess:
             sys.modules["__main__"] = main
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
+        limit_stalls(self._pipe)
         self._receive = receive
         self._hang_seconds = spec.hang_seconds
         self._silent = 0.0
@@ -192,6 +194,8 @@ class EngineProcess:
                     self._silent += BEAT_SECONDS if heard else 0.0
                     continue
                 message = self._pipe.recv()
+            except BlockingIOError:
+                break  # It stopped in the middle of a message.
             except (EOFError, OSError):
                 return
             self._silent, heard = 0.0, True
