@@ -30,7 +30,8 @@ def describe_pass(figures: Figures, floor: Floor, roofline_device: str) -> list[
         f"{figures.read_seconds:.1f}, loading {figures.load_seconds:.1f})",
         "whole pass": f"{figures.whole_seconds:.2f} s, {figures.rate:,.0f} output tokens/s: {figures.rate / floor.rate:.0%} "
         f"of the roofline's {floor.rate:,.0f} ({floor.seconds:.2f} s, prefill {floor.prefill_seconds:.2f})",
-        "steps": f"{figures.steps:,}, the first {', '.join(f'{ms:.0f}' for ms in figures.first_steps_ms)} ms; "
+        "steps": f"{figures.steps:,}, {figures.step_seconds:.2f} s on each replica; the first "
+        f"{', '.join(f'{ms:.0f}' for ms in figures.first_steps_ms)} ms; "
         f"{figures.write_seconds:.2f} s from the last result to the end",
         "tokens": f"{figures.prompt_tokens:,} in ({figures.prefilled_tokens:,} computed), {figures.output_tokens:,} out; "
         f"{figures.max_running:,} running at most, {figures.preemptions:,} preemptions; {figures.num_pages:,} KV pages",

@@ -60,6 +60,8 @@ class Figures:
     prompt_tokens: int
     prefilled_tokens: int
     steps: int
+    step_seconds: float
+    """The time of the steps, of several replicas the mean: without the seconds by which one started before another."""
     max_running: int
     num_pages: int
     first_steps_ms: tuple[float, ...]
@@ -185,6 +187,7 @@ def measured(watch: Watch, summary: RunSummary, age: float) -> Figures:
         prompt_tokens=summary.prompt_tokens,
         prefilled_tokens=summary.prefilled_tokens,
         steps=summary.steps,
+        step_seconds=summary.step_seconds,
         max_running=max((s.running for s in watch.snapshots), default=0),
         num_pages=summary.num_pages,
         first_steps_ms=tuple(1e3 * (later - at) for at, later in pairwise(times)),
