@@ -88,7 +88,7 @@ def _serve(pipe: Connection, preparation: Preparation, seconds: float) -> None:
                 if isinstance(order, Work):
                     preparation.add(order.completions, order.numbers)
                 elif order == "finish":
-                    seconds = HURRIED_SEND_SECONDS
+                    seconds, due = HURRIED_SEND_SECONDS, 0.0
                 else:
                     preparation.hurry()
             preparation.start_judges()
