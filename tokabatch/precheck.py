@@ -22,11 +22,12 @@ from tokabatch.input.prompts.row_settings import refuse_beyond, refuse_beyond_co
 from tokabatch.input.prompts.sources import SAMPLING_PARAMS
 from tokabatch.input.readers import is_of_files, list_local_files
 from tokabatch.input.rows import no_rows
-from tokabatch.input.tokenizer.files import has_no_chat_template, tokenizer_folder
+from tokabatch.input.tokenizer.files import TOKENIZER_JSON, has_no_chat_template, tokenizer_folder
 from tokabatch.job import Job, ModelConfig, verifier_path
 from tokabatch.model.checkpoint import read_checkpoint
 from tokabatch.model.families import read_spec
 from tokabatch.model.file_digests import known_files
+from tokabatch.model.foreign_files import refuse_pointer
 from tokabatch.model.resolve import resolve_model
 from tokabatch.model.spec import ModelSpec
 from tokabatch.output.folder import OutputFolder
@@ -48,7 +49,8 @@ def refuse_model(model: ModelConfig) -> tuple[ModelSpec, Path, Path]:
     tokenizer = folder
     if model.tokenizer is not None:
         tokenizer = resolve_model(model.tokenizer, weights=False, key="model.tokenizer")
-    tokenizer_folder(model)
+    if (local := tokenizer_folder(model)) is not None:
+        refuse_pointer(local / TOKENIZER_JSON)
     return spec, folder, tokenizer
 
 
@@ -82,15 +84,15 @@ def refuse_early(job: Job, *, shared: bool = False, overwrite: bool = False, ret
     if files is None and is_of_files(job.input, "jsonl"):
         return
     job = settle_format(job)
+    names = () if files is None or len(files) > _MOST_FILES else _check_columns(job, columns)
     earlier = None if overwrite else find_run(OutputFolder(Path(job.output.path)), retry_errors=retry_errors)
     if earlier is not None:
         # The weights, which take long to read, are compared where they are opened.
         marks = {file.name: file.mark for file in known_files(folder, tokenizer, weights=False)}
         dtype = None if job.model.dtype == "auto" else job.model.dtype
         earlier.compare(describe(job, effective_generation(job, folder)[0], marks, dtype=dtype))
-    if files is None or len(files) > _MOST_FILES:
-        return
-    names = _check_columns(job, columns)
+    if earlier is not None and job.input.limit is not None and job.input.format != "openai":
+        earlier.compare_limit(job.input.limit)
     if earlier is not None and names and SAMPLING_PARAMS not in names:
         earlier.compare_n(job.generation.n)
 

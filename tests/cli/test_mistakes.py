@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 Q = "jobs/quickstart.yaml"
 JOB = "model: {path: jobs/quickstart}\ninput: {path: jobs/quickstart/problems.jsonl}\n"
 REQUEST = '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "m", "prompt": "x"}}\n'
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 FILES = {
     "array.jsonl": '[{"question": "a"}]\n',
     "data.csv": "question,answer\na,1\n",
@@ -46,6 +47,15 @@ FILES = {
     "moe/config.json": '{"model_type": "qwen3_moe"}',
     "typo/config.json": '{"model_type": "llamma"}',
     "foreign/data/mine.parquet": "",
+    "adapter/adapter_config.json": "{}",
+    "gguf/model.Q4_K_M.gguf": "GGUF",
+    "pointer.jsonl.gz": POINTER,
+    "cloned/config.json": (ROOT / "jobs" / "quickstart" / "config.json").read_text(),
+    "cloned/tokenizer.json": "{}",
+    "cloned/model.safetensors": POINTER,
+    "clone/config.json": POINTER,
+    "words/config.json": (ROOT / "jobs" / "quickstart" / "config.json").read_text(),
+    "words/tokenizer.json": POINTER,
     "judge_without.py": "x = 1\n",
     "judge_broken.py": "1 / 0\n",
     "judge_syntax.py": "def verify(text, row)\n    return True\n",
@@ -152,6 +162,15 @@ MISTAKES = [
     (("run", Q, "generation.min_tokens=900"), "lower min_tokens or raise max_tokens"),
     (("run", Q, "input.path=empty.jsonl"), "holds no rows; check the file"),
     (("run", Q, "input.path=packed.jsonl.gz"), "Fetch or compress it again"),
+    (("run", Q, "input.path=pointer.jsonl.gz"), "is a pointer of Git LFS, not the file itself.* git lfs pull"),
+    (("run", Q, "model.path=cloned"), "cloned/model.safetensors: is a pointer of Git LFS.*`git lfs pull`"),
+    (("run", Q, "model.path=clone"), "clone/config.json: is a pointer of Git LFS.*`git lfs pull`"),
+    (("plan", Q, "model.tokenizer=words"), "words/tokenizer.json: is a pointer of Git LFS.*`git lfs pull`"),
+    (("run", Q, "model.path=adapter"), r"it is an adapter \(LoRA\), not a whole model.* merge it into its base model"),
+    (("run", Q, "model.path=gguf"), "GGUF files are not supported; name the same model in safetensors"),
+    (("run", Q, "model.path=gguf/model.Q4_K_M.gguf"), "GGUF files are not supported"),
+    (("run", Q, "model.path=jobs/quickstart/model.safetensors"), "is a file; name its folder, jobs/quickstart"),
+    (("run", Q, "model.path=jobs"), "jobs: holds no config.json itself; did you mean jobs/quickstart"),
     (("run", Q, "input.id_column=ident"), "no column 'ident'; its columns are answer, question"),
     (
         ("run", Q, "prompt.few_shot.path=none.jsonl"),

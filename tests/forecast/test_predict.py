@@ -48,6 +48,17 @@ def test_a_plan_is_simulated_on_a_device_that_is_not_here(job):
     assert longest.seconds > outlook.seconds
 
 
+def test_a_run_on_this_machine_is_simulated_on_a_device_of_another_dtype(job):
+    """Which `auto` comes to there."""
+    job = job.model_copy(update={"model": job.model.model_copy(update={"dtype": "auto"})})
+    run(job)
+    report, outlook = plan_and_simulate(job, Scenario(device="h200"))
+    assert report.model.dtype == "bfloat16" and report.samples == outlook.samples == 12
+    other = job.model_copy(update={"generation": job.generation.model_copy(update={"seed": 9})})
+    with pytest.raises(OutputError, match=r"generation\.seed: 0 then, 9 now"):
+        plan_and_simulate(other, Scenario(device="h200"))
+
+
 @pytest.mark.parametrize(("key", "devices"), [("replicas", 3), ("tensor", 2), ("pipeline", 2)])
 def test_a_plan_is_simulated_in_its_layout(job, key, devices):
     scenario = Scenario(device="h200", price=3.6, lengths="70:0.4")

@@ -21,7 +21,7 @@ from pyarrow.dataset import dataset
 from support import tiny_models
 
 from tokabatch import Job, RunSummary, cli, plan, run
-from tokabatch.errors import OutputError
+from tokabatch.errors import InputError, OutputError
 from tokabatch.input import verifier_files
 from tokabatch.input.store import kept_input
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
@@ -252,8 +252,25 @@ def test_what_needs_neither_input_nor_tokenizer_is_refused_early_in_the_same_wor
             go(**changes)
         assert refusal(job(model, rows, out, **changes)) == str(caught.value), changes
         assert refusal(job(model, rows, out, **changes), overwrite=True) == ""
+    with pytest.raises(OutputError) as caught:
+        go(input={"limit": 9})
+    limited = job(model, rows, out, input={"limit": 9})
+    assert refusal(limited) == str(caught.value) and "10 rows then, 9 now" in refusal(limited)
+    assert refusal(limited, overwrite=True) == refusal(job(model, rows, out, input={"limit": 10})) == ""
     given = json.loads((out / "manifest.json").read_text())["fingerprint"]["settings"]
     assert "" not in given.values(), "what is written is known"
+
+
+def test_a_wrong_column_is_named_before_what_differs_from_the_run_in_the_folder(go, model, rows, tmp_path):
+    go()
+    with pytest.raises(InputError, match=r"no column qestion \(did you mean 'question'\?\)"):
+        refuse_early(job(model, rows, tmp_path / "out", prompt={"template": "{{ qestion }}"}))
+
+
+def test_an_empty_table_is_refused_early(model, tmp_path):
+    pq.write_table(pa.table({"question": pa.array([], pa.string())}), tmp_path / "empty.parquet")
+    with pytest.raises(InputError, match="holds no rows"):
+        refuse_early(job(model, tmp_path / "empty.parquet", tmp_path / "out", verify=None))
 
 
 def test_a_smaller_n_is_refused_though_files_change_while_they_are_read(go, model, rows, tmp_path, monkeypatch):
@@ -282,7 +299,7 @@ def test_auto_is_the_dtype_that_it_comes_to(go, model, tmp_path):
     """On a CPU, float32 whether the job says so or not; where a GPU would make it another, the run is another."""
     go(steps=20, model={"path": str(model), "dtype": "auto"})
     assert go(steps=2, model={"path": str(model), "dtype": "float32"}).earlier > 0
-    with pytest.raises(OutputError, match=r'model.dtype: "float32" then, "bfloat16" now'):
+    with pytest.raises(OutputError, match=r'(?s)model.dtype: "float32" then, "bfloat16" now.*model.dtype=float32 that run'):
         go(steps=2, model={"path": str(model), "dtype": "bfloat16"})
 
 

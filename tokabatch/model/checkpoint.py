@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tokabatch.errors import ModelError
+from tokabatch.model.foreign_files import refuse_pointer
 from tokabatch.model.spec import ModelSpec, tensor_shapes
 
 _SINGLE = "model.safetensors"
@@ -133,6 +134,7 @@ def _declared_files(folder: Path) -> dict[Path, set[str]]:
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Return the tensors of one safetensors file in file order. Raises ModelError if the file is damaged."""
+    refuse_pointer(file)
     try:
         entries, data_size = _read_entries(file)
         placed = sorted((int(entry["data_offsets"][0]), name) for name, entry in entries.items())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tokabatch.errors import ModelError
+from tokabatch.model.foreign_files import refuse_pointer, refuse_without_config
 from tokabatch.model.spec import Llama3Scaling, RopeSpec
 
 _UNSCALED = "default"
@@ -79,12 +80,12 @@ def read_config(folder: Path) -> ConfigFile:
     if not folder.is_dir():
         remedy = "`model.path` must be a model's folder or a hub id like `owner/name`."
         raise ModelError(f"{folder}: no such folder. {remedy}")
+    if not path.exists():
+        refuse_without_config(folder)
     try:
         values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        remedy = "A model's folder holds config.json, *.safetensors and a tokenizer."
-        raise ModelError(f"{path}: not found. {remedy}") from None
     except (OSError, ValueError) as error:
+        refuse_pointer(path)
         raise ModelError(f"{path}: cannot be read as JSON ({error}). Fetch the file again.") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path}: must hold a JSON object. Fetch the file again.")

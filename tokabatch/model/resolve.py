@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from tokabatch.errors import ModelError
+from tokabatch.model.foreign_files import refuse_file
 
 
 def resolve_model(
@@ -31,6 +32,7 @@ def resolve_model(
             )
         return local
     if local.exists():
+        refuse_file(local)
         raise ModelError(f"{name}: is a file. {forms}")
     if found := re.fullmatch(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)(?:/.*)?", name):
         raise ModelError(f"{name}: is a web address; write {found[1]}")

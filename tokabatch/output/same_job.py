@@ -6,6 +6,8 @@ have been replaced: it was never sampled.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import NoReturn
@@ -57,6 +59,20 @@ class EarlierRun:
             counts = np.full(then.rows, n, np.int64)
             consistently(lambda: read_committed(self.folder, counts, errors=not self.retry_errors), self.folder.path)
 
+    def compare_limit(self, limit: int) -> None:
+        """Raise OutputError if the folder holds samples of rows behind the first `limit`."""
+        if limit >= self.manifest.rows:
+            return
+        # Damage is refused with its own remedy.
+        with suppress(DamageError):
+            good, bad = consistently(lambda: sampled_rows(self.folder, self.manifest.rows), self.folder.path)
+            self._refuse_fewer(limit, good if self.retry_errors else good | ~bad)
+
+    def _refuse_fewer(self, rows: int, held: Bool, sizes: Sequence[str] = ()) -> None:
+        """Raise OutputError if rows behind the first `rows` have samples that count; `held` is of shape [rows then]."""
+        if held[rows:].any():
+            self._refuse([f"input: {self.manifest.rows:,} rows then, {rows:,} now", *sizes])
+
     def _compare_rows(self, now: Fingerprint, digests: RowDigests, places: RowPlaces) -> None:
         then, common = self.manifest.fingerprint, digests.head(self.manifest.fingerprint.rows)
         sums = (common.content_sha256, common.prompt_sha256)
@@ -66,8 +82,7 @@ class EarlierRun:
         known = RowDigests.read(self.folder.row_digests) or digests.head(0)
         good, bad = sampled_rows(self.folder, then.rows)
         held = good if self.retry_errors else good | ~bad
-        if held[len(common) :].any():
-            self._refuse([f"input: {then.rows:,} rows then, {now.rows:,} now", *sizes])
+        self._refuse_fewer(len(common), held, sizes)
         if held[len(known) : len(common)].any():
             self._refuse(
                 [f"input or prompts ({self.folder.row_digests}, which identifies the rows, is missing or damaged)", *sizes]
@@ -99,6 +114,9 @@ class EarlierRun:
         elif overrides and all(is_of_verify(difference) for difference in differences):
             command = " ".join(("tokabatch score", *map(quote, (str(self.folder.path), *overrides))))
             advice = f"The samples are the same: `{command}` judges them by this job's verifier; then the run can be continued."
+        elif any(difference.startswith("model.dtype: ") for difference in differences):
+            then = json.loads(self.manifest.fingerprint.settings["model.dtype"])
+            advice += f" With model.dtype={then} that run is continued (auto follows the device)."
         listed = "".join(f"\n  {difference}" for difference in differences)
         raise OutputError(
             f"output.path {str(self.folder.path)!r} holds the run of another job; what decides its output differs:{listed}\n"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tokabatch.errors import OutputError
+from tokabatch.input.fingerprint import UNKNOWN, Fingerprint
 from tokabatch.input.store.kept_input import keep_input
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.job import Job, VerifyConfig
@@ -236,10 +237,16 @@ def _record(
 
 def preview(job: Job, scratch: Path, on_rows: OnRows | None = None, *, absent_gpu: bool = False) -> Start:
     """Do the same for a plan: read what is there, change nothing, need no weights. Raises the same refusals, except for those
-    of the device if the plan is for a GPU that is not in this machine."""
+    of the device, and of the dtype that follows it, if the plan is for a GPU that is not in this machine."""
     folder = OutputFolder(Path(job.output.path))
     earlier = find_run(folder)
-    compare, clock = (earlier.compare, earlier.manifest.started) if earlier else (None, "")
+    clock = earlier.manifest.started if earlier else ""
+    elsewhere = absent_gpu and job.model.dtype == "auto"
+
+    def compare(now: Fingerprint, *rows: Any) -> None:
+        if earlier is not None:
+            earlier.compare(replace(now, settings={**now.settings, "model.dtype": UNKNOWN}) if elsewhere else now, *rows)
+
     workload = prepare(job, scratch, on_rows, weights=False, compare=compare, clock=clock, absent_gpu=absent_gpu)
     if earlier is None:
         return Start.after(nothing_committed(workload.samples_of_row), workload, job, folder)

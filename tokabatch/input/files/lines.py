@@ -54,6 +54,8 @@ def read_lines(file: InputFile, max_line_bytes: int = MAX_LINE_BYTES) -> Iterato
         compression = ".gz" if begin.startswith(GZIP) else ".zst" if begin.startswith(ZSTD) else file.compression
         if compression == file.compression and begin.lstrip()[:1] == b"{":
             compression = ""
+        if compression and not begin.startswith((GZIP, ZSTD)):
+            refuse_foreign(file.path, begin)
         if compression == ".gz":
             blocks = _inflate(begin, stream, file, lambda: zlib.decompressobj(GZIP_WINDOW))
         elif compression == ".zst":

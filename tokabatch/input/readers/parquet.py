@@ -18,7 +18,7 @@ from tokabatch.input.files.arrow_rows import rows_of
 from tokabatch.input.files.arrow_types import plain_array, plain_type
 from tokabatch.input.files.content import HEAD_BYTES, refuse_foreign
 from tokabatch.input.files.paths import InputFile, refuse_unreachable
-from tokabatch.input.rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, RowBatch
+from tokabatch.input.rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, RowBatch, no_rows
 from tokabatch.storage.parquet_file import ParquetFile
 
 
@@ -41,13 +41,15 @@ class ParquetReader:
 
 
 def open_files(name: str, files: tuple[InputFile, ...]) -> ParquetReader:
-    """Open `.parquet` files and read every footer: the registry's entry point."""
+    """Open `.parquet` files and read every footer: the registry's entry point. Raises InputError if there are no rows."""
     compressed = next((file for file in files if file.compression), None)
     if compressed is not None:
         raise InputError(f"{compressed.path}: a Parquet file inside another compressed file cannot be read; decompress it")
     schema: pa.Schema | None = None
+    rows = 0
     for file in files:
         with _opened(file) as parquet:
+            rows += parquet.metadata.num_rows
             own = plain_schema(parquet.schema_arrow)
         try:
             schema = own if schema is None else pa.unify_schemas([schema, own], promote_options="permissive")
@@ -56,6 +58,8 @@ def open_files(name: str, files: tuple[InputFile, ...]) -> ParquetReader:
                 f"{file.path} has columns of other types than {files[0].path}: {error}. Cast them to one type in all files, or "
                 "run the files as jobs of their own."
             ) from error
+    if not rows:
+        raise no_rows(name)
     assert schema is not None
     return ParquetReader(name, files, schema)
 
