@@ -12,9 +12,7 @@ import pytest
 import typer
 import yaml
 
-import tokabatch
 from tokabatch import Job
-from tokabatch import run as tokabatch_run
 from tokabatch.cli import app, main
 from tokabatch.cli.plan import all_sections
 from tokabatch.output.schema import REASONING_FIELDS, SAMPLE_SCHEMA, SCORE_FIELDS, VERDICT_FIELDS
@@ -105,7 +103,6 @@ def test_the_readme_s_first_job_runs_as_it_is_written(tmp_path, monkeypatch, cap
     assert len(names["samples"]) == 128
     in_python = re.search(r"From Python: `(.*?)`", section)
     assert in_python is not None
-    monkeypatch.setattr(tokabatch, "run", lambda job: tokabatch_run(Job.load(job, "generation.n=64")))
     exec(in_python[1], names)
     assert names["summary"].ok == 128 and 1 in names["summary"].pass_at_k and names["summary"].dataset().count_rows() == 128
 

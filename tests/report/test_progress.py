@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 import time
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 from rich.console import Console
@@ -19,6 +21,7 @@ from tokabatch.report.progress import (
     Progress,
     ProgressSnapshot,
     Rates,
+    default_progress,
     open_progress,
 )
 
@@ -220,3 +223,11 @@ class TestChoice:
             progress.update(at(1.0))
             progress.message("x")
         assert capfd.readouterr() == ("", "")
+
+
+def test_a_notebook_shows_lines_and_a_script_nothing(monkeypatch, capsys):
+    default_progress().update(ProgressSnapshot("reading", 1.0, rows_done=3))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    default_progress().update(ProgressSnapshot("reading", 1.0, rows_done=3))
+    assert "rows 3" in capsys.readouterr().out

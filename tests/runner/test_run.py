@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tokabatch import Job, plan, run
 from tokabatch.engine.executor import InProcessExecutor
 from tokabatch.engine.worker import WorkerSpec
-from tokabatch.errors import JobError
+from tokabatch.errors import JobError, UsageError
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.runner.shared import Shared
 from tokabatch.storage.atomic_files import DurableFiles
@@ -412,3 +412,8 @@ def test_async_tp_reaches_the_worker(value, may_overlap, model, rows, tmp_path, 
     )
     run(job(model, rows, tmp_path / "out", engine={"kv_cache_tokens": 4096, "async_tp": value}))
     assert [spec.async_tp for spec in specs] == [may_overlap]
+
+
+def test_an_override_is_not_taken_for_a_display():
+    with pytest.raises(UsageError, match=r"write run\(Job\.load\(\.\.\., 'generation\.n=2'\)\)"):
+        run("jobs/quickstart.yaml", "generation.n=2")  # pyright: ignore[reportArgumentType]

@@ -42,7 +42,7 @@ figure{margin:0;border:1px solid var(--line);border-radius:.5rem;padding:.7rem;m
 figure.short{grid-row:span 1}
 figcaption{font-weight:600;margin-bottom:.3rem}figcaption small{font-weight:400;color:var(--soft);display:block}
 svg{width:100%;height:auto;overflow:visible}svg text{fill:var(--ink)!important}
-@media(max-width:42rem){svg text{font-size:10.5px!important}}
+@media(max-width:42rem){svg text{font-size:12.5px!important}}
 .bad{color:var(--bad)}.good{color:var(--good)}
 table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:.25rem .8rem .25rem 0;
 border-bottom:1px solid var(--line);overflow-wrap:anywhere}th{font-weight:400;color:var(--soft);min-width:6rem}
@@ -285,9 +285,9 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
         )
         figures.append(("Prompt tokens", "how much shared prefixes saved", plots.bars(labels, values, "tokens")))
     if s.get("predicted_seconds") is not None:
-        drawing = plots.bars(("predicted", "actual"), (s["predicted_seconds"], s["step_seconds"]), "seconds")
-        roofline = ", the least that arithmetic and memory allow" if "roofline" in s["predicted_by"] else ""
-        note = f"time of the steps; predicted by {s['predicted_by']}{roofline}"
+        drawing = plots.bars(("predicted", "actual"), (s["predicted_seconds"], s["step_seconds"]), "seconds of all steps")
+        roofline = " (the least possible)" if "roofline" in s["predicted_by"] else ""
+        note = f"predicted by {s['predicted_by']}{roofline}"
         figures.append(("Predicted and actual", note, drawing))
     return figures
 
@@ -310,7 +310,11 @@ def _step_figures(steps: Mapping[str, Float64]) -> list[tuple[str, str, str]]:
             f"attention's keys and values of earlier tokens; {means['capacity'].max():,.0f} pages",
             plots.over_time(edges, kv, "share of pages", 1.0),
         ),
-        ("Samples running and waiting", "", plots.over_time(edges, running, "samples")),
+        (
+            "Samples running and waiting",
+            f"at most {means['running'].max():,.0f} at once",
+            plots.over_time(edges, running, "samples"),
+        ),
     ]
 
 

@@ -26,6 +26,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
+    "axes.labelpad": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#8b949e",
@@ -103,7 +104,7 @@ def with_bands(bands: Sequence[Band], unit: str) -> str:
 
 def bars(labels: Sequence[str], values: Sequence[float], unit: str) -> str:
     """Draw horizontal bars with their values beside them."""
-    figure, axes = _open(height=0.45 + 0.28 * len(labels))
+    figure, axes = _open(height=0.42 + 0.25 * len(labels))
     places = np.arange(len(labels))[::-1]
     axes.barh(places, values, color=[INK, SOFT, SECOND][: len(labels)], height=0.6)
     axes.set_yticks(places, labels)

@@ -82,6 +82,11 @@ def open_progress(quiet: bool) -> Progress:
     return ExpendableProgress(LiveProgress(console) if live else LineProgress(sys.stderr))
 
 
+def default_progress() -> Progress:
+    """The display of a run from Python: lines in the output of a notebook's cell, elsewhere none."""
+    return LineProgress(sys.stdout) if "ipykernel" in sys.modules else NullProgress()
+
+
 class NullProgress:
     """Shows nothing."""
 

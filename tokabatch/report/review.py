@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from tokabatch.errors import OutputError, TokabatchError
 from tokabatch.input.prompts.rebuild import job_as_run, rebuild_prompts
 from tokabatch.input.store.row_digests import RowDigests
+from tokabatch.job import GenerationConfig
 from tokabatch.job.scalars import write_value
 from tokabatch.output.excerpts import Excerpt, Kind, error_rows, excerpts, finish_reasons
 from tokabatch.output.folder import OutputFolder
@@ -110,7 +111,10 @@ def _facts(out: Path, manifest: Manifest, summary: Mapping[str, Any], obstacle: 
     """What the run was: when and where it started, on what, with which settings."""
     job, versions = manifest.job, manifest.versions
     drawn = {} if job.get("mode") == "score" else job.get("generation", {})
-    settings = ", ".join(f"{name} {write_value(value)}" for name, value in drawn.items() if value not in (None, [], {}))
+    defaults = GenerationConfig().model_dump(mode="json")
+    always = ("n", "temperature", "max_tokens", "seed")
+    chosen = {name: value for name, value in drawn.items() if name in always or value != defaults.get(name)}
+    settings = ", ".join(f"{name} {write_value(value)}" for name, value in chosen.items())
     verified, device = job.get("verify") or {}, summary.get("device", "")
     rows = [
         ("started", manifest.started.replace("T", " ").replace("+00:00", " UTC")),

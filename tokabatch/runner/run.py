@@ -43,7 +43,7 @@ from tokabatch.output.manifest import Books, mark_success, read_summary, write_s
 from tokabatch.output.shards import claimed_shards
 from tokabatch.output.steps import write_steps
 from tokabatch.parallel.layout import Layout
-from tokabatch.report.progress import ExpendableProgress, NullProgress, Progress, ProgressSnapshot
+from tokabatch.report.progress import ExpendableProgress, Progress, ProgressSnapshot, default_progress
 from tokabatch.report.run_estimates import read_estimates, read_estimator
 from tokabatch.report.summary import RunSummary
 from tokabatch.runner.fleet import Fleet
@@ -79,9 +79,9 @@ def run(
 ) -> RunSummary:
     """Complete every row of the job's input and write the output folder. If the folder holds a run of this job, continue it.
 
-    `job` may also be what `Job.load` takes: the path of a job file, or a mapping of the same shape. `overwrite` deletes an
-    existing run; `retry_errors` runs its error rows again; `repair` computes the contents of damaged files again, for which
-    DamageError is raised otherwise.
+    `job` may also be what `Job.load` takes: the path of a job file, or a mapping of the same shape. Without `progress`, a
+    notebook shows lines, anything else nothing. `overwrite` deletes an existing run; `retry_errors` runs its error rows again;
+    `repair` computes the contents of damaged files again, for which DamageError is raised otherwise.
 
     `should_stop` is called between steps; an Interruption also interrupts waiting and loading. After a stop, finished samples
     are committed, and the summary has the exit code 130 or that of the Interruption. If the folder cannot be written any more,
@@ -96,8 +96,10 @@ def run(
     Raises UsageError before any weights are loaded if the job cannot work or the folder holds the run of another job, and
     EngineError if the engine fails.
     """
+    if isinstance(progress, str):
+        raise UsageError(f"run takes no overrides: write run(Job.load(..., {progress!r}))")
     job = job if isinstance(job, Job) else Job.load(job)
-    clock = Clock(ExpendableProgress(progress or NullProgress()), time.perf_counter() - seconds_before)
+    clock = Clock(ExpendableProgress(progress or default_progress()), time.perf_counter() - seconds_before)
     reuse = Reuse(overwrite, retry_errors, repair)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
     profile, on_rows, tell = read_profile(job), partial(_reading, clock, stop), clock.progress.message
