@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": LEAVES,
     "input": LEAVES | {"storage", "openai"},
     "output": LEAVES | {"storage", "input"},
-    "batch": LEAVES | {"openai", "input", "output", "storage"},
+    "batch": LEAVES | {"openai", "input", "output", "storage", "report"},
     "scheduling": LEAVES,
     "scoring": LEAVES,
     "report": LEAVES | {"scoring", "output", "storage", "input"},

@@ -16,7 +16,7 @@ from support.forked_runs import ForkServer
 
 from tokabatch import Job, run
 from tokabatch.batch.job import batch_job
-from tokabatch.batch.results import describe, write_results
+from tokabatch.batch.results import Written, describe, write_results
 from tokabatch.cli import main
 from tokabatch.errors import OutputError
 
@@ -120,6 +120,14 @@ def test_answers_of_both_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         ):
             batch_job(str(given), MODEL, requests, tmp_path / "bad.jsonl")
     assert batch_job(str(requests), MODEL, results).input.path == str(requests)
+
+
+def test_counts_of_one_are_in_the_singular(tmp_path: Path) -> None:
+    one = describe(Written(1, 1, 1, "ours", Counter(gpt=1)), tmp_path / "r.jsonl")
+    assert "r.jsonl: 1 result; " in one and "r.errors.jsonl: 1 error\n" in one and "1 sample is not computed yet" in one
+    assert "1 request names the model 'gpt'; ours answered it" in one
+    none = describe(Written(0, 2_000, 2, "ours", Counter(gpt=3)), tmp_path / "r.jsonl")
+    assert "0 results; " in none and "2,000 errors\n" in none and "2 samples are not" in none and "3 requests name" in none
 
 
 def test_other_runs_have_no_results_files(tmp_path: Path) -> None:

@@ -124,3 +124,11 @@ def test_a_plan_needs_no_weights_and_a_run_does(tmp_path: Path) -> None:
     assert without.samples == with_weights.samples and not (tmp_path / "out").exists()
     with pytest.raises(ModelError, match=r"holds neither model\.safetensors nor"):
         run(job)
+
+
+def test_a_pointer_of_git_lfs_in_place_of_the_tokenizer_is_named(told: Callable[..., str]) -> None:
+    def point(folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+
+    with pytest.raises(ModelError, match=r"tokenizer\.json: is a pointer of Git LFS, .*`git lfs pull`"):
+        told(point, [{"prompt": "a"}])

@@ -31,6 +31,7 @@ from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import Manifest, read_manifest
 from tokabatch.output.plain_json import to_json
 from tokabatch.output.schema import CANCELLED
+from tokabatch.report.sections import counted
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import or_else, reason
@@ -56,14 +57,19 @@ class Written:
 
 def describe(written: Written, results: Path, errors: Path | None = None) -> str:
     """What was written, in a few lines for the user."""
-    lines = [f"{results}: {written.results:,} results; {errors or errors_file(results)}: {written.errors:,} errors"]
+    lines = [
+        f"{results}: {counted(written.results, 'result')}; {errors or errors_file(results)}: {counted(written.errors, 'error')}"
+    ]
     if written.pending:
-        lines.append(f"{written.pending:,} samples are not computed yet; run the job again, then export again")
+        are = "is" if written.pending == 1 else "are"
+        lines.append(f"{counted(written.pending, 'sample')} {are} not computed yet; run the job again, then export again")
     others = {name: count for name, count in written.models.items() if name != written.model}
     if others:
         name = max(others, key=lambda name: others[name])
         what = f"the model {name!r}" if len(others) == 1 else f"{len(others):,} other models, {name!r} most often"
-        lines.append(f"{sum(others.values()):,} requests name {what}; {written.model} answered them")
+        number = sum(others.values())
+        names, them = ("names", "it") if number == 1 else ("name", "them")
+        lines.append(f"{counted(number, 'request')} {names} {what}; {written.model} answered {them}")
     return "\n".join(lines)
 
 

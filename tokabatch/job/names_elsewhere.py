@@ -1,6 +1,6 @@
 """Names that settings have in other tools: which of our keys each is, or why there is none.
 
-Where a name means several things, it stands with its section (`input.name`).
+Where a name means several things, it stands with its section (`input.name`). Values likewise.
 """
 
 from __future__ import annotations
@@ -34,6 +34,16 @@ _KEYS = {
     **dict.fromkeys(("verify.num_workers", "verify.workers"), "verify.processes"),
 }
 """Ours are whole keys where the last word alone has several meanings."""
+
+_VALUES = {
+    "model.dtype": {
+        **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
+        **dict.fromkeys(("fp16", "f16", "half", "torch.float16", "torch.half"), "float16"),
+        **dict.fromkeys(("fp32", "f32", "float", "full", "torch.float32"), "float32"),
+        **dict.fromkeys(("fp64", "f64", "double", "torch.float64"), "float64"),
+    }
+}
+"""By key: how other tools write a value, and ours."""
 
 _COLUMN = 'a column is named in prompt.template, as in "{{ question }}", or by prompt.messages'
 _BEAMS = "beam search is not supported; generation.n draws several samples"
@@ -110,6 +120,11 @@ _WITHOUT_KEY = {
 def our_name(path: Path) -> str:
     """The name that a key of another tool has here, or its last word as it is."""
     return _find(_KEYS, path) or str(path[-1])
+
+
+def our_value(path: Path, value: object) -> str | None:
+    """The value that one of another tool has here; None for other values."""
+    return _VALUES.get(".".join(map(str, path)), {}).get(value.lower()) if isinstance(value, str) else None
 
 
 def why_none(path: Path) -> str | None:

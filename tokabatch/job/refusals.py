@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from tokabatch.job.document import Path
 from tokabatch.job.keys import accepts_of, field_at, list_keys, section_of
-from tokabatch.job.names_elsewhere import our_name, why_none
+from tokabatch.job.names_elsewhere import our_name, our_value, why_none
 from tokabatch.job.scalars import write_value
 
 _SHOWN = 60
@@ -128,6 +128,8 @@ def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details
     if details["type"] == "missing":
         return Refusal(path, f"missing; accepts {accepts.what}", example=accepts.example)
     given = _lookup(values, path)
+    if ours := our_value(path, given):
+        return Refusal(path, f"got {_describe(given)}; write {ours}")
     wants_text = details["type"] == "string_type" and isinstance(given, bool | int | float)
     quotes = " (text that looks like a number or true/false needs quotes)" if wants_text else ""
     return Refusal(path, f"got {_describe(given)}; accepts {accepts.what}{quotes}", example=accepts.example)

@@ -14,6 +14,7 @@ from tokabatch.attention import choose_backend
 from tokabatch.errors import JobError, ModelError
 from tokabatch.input.generation_defaults import EndTokens, effective_generation, find_end_tokens
 from tokabatch.input.prompts.row_settings import refuse_beyond, refuse_beyond_context
+from tokabatch.input.tokenizer.files import TOKENIZER_JSON
 from tokabatch.input.tokenizer.loading import load_tokenizer
 from tokabatch.input.tokenizer.stop_texts import refuse_special
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
@@ -22,6 +23,7 @@ from tokabatch.model.checkpoint import Checkpoint, has_weights, preflight
 from tokabatch.model.config import read_config
 from tokabatch.model.families import read_spec
 from tokabatch.model.file_digests import ModelFile, known_files
+from tokabatch.model.foreign_files import refuse_pointer
 from tokabatch.model.partition import check_mesh
 from tokabatch.model.resolve import resolve_model
 from tokabatch.model.spec import ModelSpec
@@ -74,6 +76,7 @@ def open_without_weights(
     dtype = _choose_dtype(job, device, folder, spec, checkpoint)
     if not absent_gpu:
         _check_fp8(job, device, dtype, spec)
+    refuse_pointer(tokenizer_folder / TOKENIZER_JSON)
     key = "path" if job.model.tokenizer is None else "tokenizer"
     tokenizer = load_tokenizer(job.model.model_copy(update={key: str(tokenizer_folder)}))
     if tokenizer.own_vocab_size > spec.vocab_size:

@@ -7,6 +7,7 @@ memory.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ COMPRESSED_READ_BYTES = 16 << 10
 MAX_LINE_BYTES = 64 << 20
 GZIP, GZIP_WINDOW = b"\x1f\x8b", 31
 ZSTD = b"\x28\xb5\x2f\xfd"
+_CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
+"""Bytes that no text has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,11 @@ def read_lines(file: InputFile, max_line_bytes: int = MAX_LINE_BYTES) -> Iterato
             compression = ""
         if compression and not begin.startswith((GZIP, ZSTD)):
             refuse_foreign(file.path, begin)
+            if begin and not _CONTROL.search(begin):
+                raise InputError(
+                    f"{file.path} is not compressed, despite its name: it is text that does not begin with a JSON object. "
+                    "Fetch it again, or make it JSON Lines."
+                )
         if compression == ".gz":
             blocks = _inflate(begin, stream, file, lambda: zlib.decompressobj(GZIP_WINDOW))
         elif compression == ".zst":
