@@ -277,9 +277,9 @@ def test_the_first_signal_asks_and_the_second_ctrl_c_ends_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", IN_HANDLER], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "thread 0\n"), done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("stopping: ")] == [
-        "stopping: committing finished samples (SIGTERM)",
-        "stopping: committing finished samples (SIGUSR1)",
-        "stopping: committing finished samples; Ctrl-C again to stop at once",
+        "stopping: committing finished samples, if any (SIGTERM)",
+        "stopping: committing finished samples, if any (SIGUSR1)",
+        "stopping: committing finished samples, if any; Ctrl-C again to stop at once",
     ]
 
 
@@ -513,7 +513,7 @@ for change in {changes!r}:
         stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
         assert "Traceback" not in stderr and "committed" in stdout and " pending" in stdout
-        assert stderr.count("stopping: committing finished samples; Ctrl-C again to stop at once\n") == 1
+        assert stderr.count("stopping: committing finished samples, if any; Ctrl-C again to stop at once\n") == 1
         committed = sum(pq.read_metadata(shard).num_rows for shard in out.glob("data/part-*.parquet"))
         assert f" = {committed:,} ok" in stdout and committed > 0
         assert not (out / "_SUCCESS").exists()

@@ -143,3 +143,9 @@ def test_the_other_commands_of_the_pages_run(tmp_path, monkeypatch, capsys):
         except SystemExit as ended:
             assert ended.code in (0, None), (line, capsys.readouterr().err)
     assert Path("gsm8k.sbatch").exists() and Path("p.json").exists() and Path("out/report.html").exists()
+
+
+def test_the_readme_says_how_to_get_and_install_it_in_under_a_thousand_words():
+    text = (ROOT / "README.md").read_text()
+    install = text[text.index("## Install") : text.index("## A first job")]
+    assert len(text.split()) < 1000 and "git clone" in install and "CPU build" in install and "CUDA" in install

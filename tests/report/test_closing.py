@@ -34,6 +34,13 @@ def test_right_and_wrong_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(show(monkeypatch, {"right": tuple(right)})) == [f"row {row}, sample 0, right" for row in (0, 1, 2)]
 
 
+def test_a_notebook_shows_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closing, "excerpts", lambda out, count: {"first": (replace(SAMPLE, text="a <b>\nc"),)})
+    monkeypatch.setattr(closing, "finish_reasons", lambda out: Counter(stop=3))
+    shown = replace(SUMMARY, errors=0)._repr_html_()
+    assert "row 0, sample 0" in shown and "<td>a &lt;b&gt;<br>c</td>" in shown
+
+
 def test_samples_that_nobody_judged_and_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ("", "x" * 5000, "\n".join("abcdefghijklmnop"))
     found = tuple(replace(SAMPLE, row_index=row, text=text) for row, text in enumerate(texts))

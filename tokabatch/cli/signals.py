@@ -16,7 +16,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @contextmanager
-def stop_on_signals(doing: str = "committing finished samples") -> Generator[Interruption, None, None]:
+def stop_on_signals(doing: str = "committing finished samples, if any") -> Generator[Interruption, None, None]:
     """Yield the interruption through which Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 request a stop. The first signal only requests
     it; a second Ctrl-C ends the process. `doing` describes what happens in between."""
     stop, before = Interruption(), {number: signal.getsignal(number) for number in _SIGNALS}

@@ -139,15 +139,17 @@ class RunSummary:
         return import_module("pyarrow.dataset").dataset(Path(self.output_path) / "data", format="parquet")
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the sections of `run_sections` as tables."""
+        """What a notebook shows: the sections of the terminal's end as tables."""
+        # It builds on this module.
+        closing = import_module("tokabatch.report.closing")
         return "".join(
             f"<b>{escape(section.title)}</b><table>"
             + "".join(
-                f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+                f"<tr>{''.join(f'<td>{_html(cell)}</td>' for cell in row)}</tr>"
                 for row in (*filter(None, (section.columns,)), *section.rows)
             )
             + "</table>"
-            for section in run_sections(self)
+            for section in (*run_sections(self), *closing.closing_sections(Path(self.output_path), self))
         )
 
     @property
@@ -168,6 +170,10 @@ class RunSummary:
         values["estimates"] = {each.name: [each.value, each.low, each.high] for each in self.estimates}
         values["this_start"] = self.this_start
         return values
+
+
+def _html(cell: str) -> str:
+    return escape(cell).replace("\n", "<br>")
 
 
 def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, ...]:
