@@ -40,7 +40,7 @@ from tokabatch.scheduling.stop_conditions import StopRules
 ray = pytest.importorskip("ray", reason="needs Ray (`pip install -e .[dev]`)")
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from tokabatch.cluster.ray import Launcher, RayCluster  # noqa: E402
+from tokabatch.cluster.ray import Actor, Launcher, RayCluster  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "scripted_tokabatch.py"
@@ -87,6 +87,17 @@ def wait_until(reached: Callable[[], bool], driver: subprocess.Popen[bytes], log
         assert driver.poll() is None, f"the driver has ended with {driver.returncode}: {log.read_text()}"
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
+
+
+@pytest.mark.timeout(60)
+def test_a_connection_that_stops_within_its_first_message_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokabatch.runner.order_sender.STALL_SECONDS", 1)
+    actor = Actor.__new__(Actor)
+    actor._listening, actor._token, actor._connection = socket.create_server(("127.0.0.1", 0)), bytes(16), None
+    with actor._listening, socket.create_connection(actor._listening.getsockname()) as end:
+        end.send(b"x")
+        actor._accept()
+        assert actor._connection is None and end.recv(1) == b""
 
 
 def test_whatever_is_lost_each_sample_is_there_once(cluster: Any, tmp_path: Path) -> None:

@@ -545,6 +545,23 @@ def test_a_dotted_key_in_a_file_is_written_as_sections(written: dict[str, object
     assert f"job: {nested}" in str(caught.value).splitlines()
 
 
+def test_bytes_of_an_override() -> None:
+    """As Python reads them from the command line where they are no UTF-8, and in a locale of ASCII."""
+    job = {"model": {"path": "m"}, "input": {"path": "rows.jsonl"}, "prompt": {"template": "x"}, "output": {"path": "out"}}
+    for override in ("output.path=caf\udce9", "output.path=caf\ud800"):
+        with pytest.raises(JobError, match="a folder's path"):
+            Job.load(job, override)
+    assert Job.load(job, "generation.stop=caf\udcc3\udca9").generation.stop == ("café",)
+    assert Job.load(job, "generation.stop=café").generation.stop == ("café",)
+
+
+def test_a_section_decides_what_a_name_means() -> None:
+    assert names_elsewhere.why_none(("verify", "timeout")) is None
+    assert names_elsewhere.our_name(("verify", "timeout")) == "verify.seconds"
+    assert names_elsewhere.why_none(("generation", "timeout"))
+    assert "--repair" in str(names_elsewhere.why_none(("repair",)))
+
+
 def test_names_of_other_tools_lead_to_keys_that_exist() -> None:
     keys = {key.name for key in Job.describe_keys()}
     known = keys | {name.rpartition(".")[2] for name in keys} | set(Job.model_fields)

@@ -164,6 +164,24 @@ def test_samples_are_collected_while_main_is_behind():
     assert [list(message.completions) for message in outbox.queue] == [samples[1:2], samples[2:]]
 
 
+@pytest.mark.timeout(30)
+def test_a_step_is_not_delayed_by_a_request_for_more_samples():
+    """While the queue to main is full, more samples are requested after a later step."""
+    stopped, outbox = threading.Event(), queue.Queue(1)
+
+    def step(meanwhile: Callable[[], None]) -> list[Completion]:
+        stopped.set()
+        outbox.put("full")
+        return []
+
+    scheduler = SimpleNamespace(done=False, num_running=0, suspected_rows=lambda: np.zeros(0, np.int64))
+    replica = SimpleNamespace(scheduler=scheduler, waiting=0, start=list, step=step)
+    loop = member_process._Loop(replica, None, queue.Queue(), outbox, Pace(None), SimpleNamespace(turns=0))
+    loop._due = math.inf
+    loop._run(stopped)
+    assert list(outbox.queue) == ["full"]
+
+
 def test_another_process_goes_on_where_one_was_killed():
     work = Work(partial(Device, 0.005), max_restarts=3)
     kills = 0

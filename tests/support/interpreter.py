@@ -48,5 +48,5 @@ def _patch_once_a_launch() -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_what_is_not, launch_unpatched
 
 
-if INTERPRETING:
+if INTERPRETING and interpreter_works():
     _patch_once_a_launch()

@@ -57,7 +57,8 @@ class Command(TyperCommand):
         options = {name for each in self.get_params(ctx) for name in (*each.opts, *each.secondary_opts)}
         for word, following in zip(args, (*args[1:], "-"), strict=False):
             written = _OPTION.fullmatch(word)
-            if written is None or f"{written[1]}{written[2]}" in options:
+            # An option that is begun, such as --gpus for --gpus-per-task, is suggested by the parser.
+            if written is None or any(name.startswith(f"{written[1]}{written[2]}") for name in options):
                 continue
             keys = [each.name for each in import_module("tokabatch.job").Job.describe_keys()]
             word_of = written[2].replace("-", "_")

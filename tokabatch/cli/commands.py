@@ -109,8 +109,8 @@ def program() -> None:
         raise
     finally:
         if status:
-            # All is done; what libraries do at exit would print a traceback.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # All is done; in what libraries do at exit, an interrupt would print a traceback.
+            signal.signal(signal.SIGINT, lambda *_: leave())
 
 
 def main() -> None:

@@ -245,9 +245,9 @@ class Actor:
         connected, _ = self._listening.accept()
         _watch(connected)
         connection = Connection(connected.detach())
+        limit_stalls(connection)
         with suppress(EOFError, OSError):
             if connection.poll(HELLO_SECONDS) and hmac.compare_digest(connection.recv_bytes(TOKEN_BYTES), self._token):
-                limit_stalls(connection)
                 self._connection, self._sender = connection, OrderSender(connection)
                 self._listening.close()
                 for order in self._unsent:

@@ -10,6 +10,7 @@ import copy
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, TypeVar, cast
@@ -133,8 +134,9 @@ def _read_text(path: pathlib.Path) -> str:
 
 def _apply(draft: _Draft, override: str, number: int) -> None:
     if not override.isascii():
-        # In some locales Python reads the bytes of arguments as surrogates.
-        override = override.encode(errors="surrogateescape").decode(errors="replace")
+        # In some locales Python reads the bytes of arguments as surrogates. Other bytes than UTF-8 are refused.
+        with suppress(UnicodeError):
+            override = override.encode(errors="surrogateescape").decode()
     key, equals, text = override.partition("=")
     parts = tuple(key.strip().split("."))
     if not equals or not all(parts):

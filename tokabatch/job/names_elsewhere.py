@@ -32,6 +32,7 @@ _KEYS = {
     ),
     "block_size": "engine.page_size",
     **dict.fromkeys(("verify.num_workers", "verify.workers"), "verify.processes"),
+    "verify.timeout": "verify.seconds",
 }
 """Ours are whole keys where the last word alone has several meanings."""
 
@@ -52,7 +53,7 @@ _REPEATS = "not supported; repetition_penalty, frequency_penalty and presence_pe
 _STRUCTURE = "structured output is not supported"
 _LORA = "adapters (LoRA) are not supported; merge the adapter into its model (in peft: merge_and_unload), and name that model"
 _MEMORY = "none is needed: the KV cache takes what memory is free; engine.kv_cache_tokens limits it"
-_CONTEXT = "none is needed: the context is the model's own; generation.max_tokens limits a sample"
+_CONTEXT = "none is needed: the context is the model's own (server.context: a server's); generation.max_tokens limits a sample"
 _SHARED = "none is needed: what prompts share is always computed once"
 _KERNELS = "none is needed: the device decides which kernels compute attention"
 _CHAT = "none is needed: a chat template opens the assistant's turn, and a final message of the assistant is continued"
@@ -103,15 +104,16 @@ _WITHOUT_KEY = {
     ),
     **dict.fromkeys(("truncation", "truncate_prompt_tokens", "max_prompt_length"), _CUT),
     **dict.fromkeys(("text_column", "prompt_column", "column", "question_column", "text_field"), _COLUMN),
-    **dict.fromkeys(("shuffle", "shuffle_seed"), "none is needed: a sample does not depend on the order of the rows"),
+    **dict.fromkeys(("shuffle", "shuffle_seed"), "none is needed: rows are computed in the order that shares the most"),
     "streaming": "none is needed: the input is read piece by piece",
     **dict.fromkeys(("num_workers", "num_proc", "workers"), _PROCESSES),
     **dict.fromkeys(
         ("output.format", "output_format"), "the output is Parquet; `tokabatch export OUT --to FILE` writes .jsonl or .csv"
     ),
-    **dict.fromkeys(
-        ("overwrite", "retry_errors", "repair"), "it is an option of the command, such as `tokabatch run JOB --overwrite`"
-    ),
+    **{
+        name.replace("-", "_"): f"it is an option: `tokabatch run JOB --{name}`"
+        for name in ("overwrite", "retry-errors", "repair")
+    },
     **dict.fromkeys(("resume", "resume_from", "checkpoint_dir"), "none is needed: the same command continues a stopped run"),
     **dict.fromkeys(("wandb", "mlflow", "report_to", "wandb_project"), _TRACKING),
 }
@@ -129,9 +131,12 @@ def our_value(path: Path, value: object) -> str | None:
 
 def why_none(path: Path) -> str | None:
     """Why there is no key for a setting of another tool, and what to do; None for other names."""
-    return _find(_WITHOUT_KEY, path)
+    return None if _with_section(path) in _KEYS else _find(_WITHOUT_KEY, path)
 
 
 def _find(table: dict[str, str], path: Path) -> str | None:
-    last = str(path[-1])
-    return table.get(".".join(str(part) for part in path[-2:]), table.get(last))
+    return table.get(_with_section(path), table.get(str(path[-1])))
+
+
+def _with_section(path: Path) -> str:
+    return ".".join(str(part) for part in path[-2:])

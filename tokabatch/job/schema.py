@@ -167,12 +167,16 @@ class EngineConfig(Section):
     hydragen_min_prefix: fields.AutoCount = Field(
         default="auto", description="Minimum number of shared tokens for a shared pass."
     )
-    queue_depth: fields.AutoCount = Field(default="auto", description="Steps in flight; auto: 1 on a CPU, 2 on a GPU.")
+    queue_depth: fields.AutoCount = Field(
+        default="auto", description="Steps in flight; auto: 1 on a CPU, 2 on a GPU, 3 there while few samples run."
+    )
     process: fields.AutoFlag = Field(
         default="auto", description="Run the model in a process of its own; auto: on a GPU, or with several replicas."
     )
     hang_seconds: fields.Seconds = Field(
-        default=120.0, description="A process of the run that makes no progress for this long is killed and replaced."
+        default=120.0,
+        description="A process of the run that makes no progress for this long is killed and replaced; also one that stops for "
+        "30 seconds in the middle of a message.",
     )
     max_restarts: fields.Count = Field(
         default=20, description="Processes of one kind that may fail in a row without a finished sample in between."

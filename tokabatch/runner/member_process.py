@@ -187,7 +187,8 @@ class _Loop:
             if not replica.scheduler.done and not stopped.is_set():
                 # What earlier steps have finished is sent once the next ones are with the worker, which computes meanwhile.
                 completions += replica.step(self._tell)
-                self._want()
+                if not self._outbox.full():
+                    self._want()
             self._finished += completions
             if replica.scheduler.done:
                 self._tell()

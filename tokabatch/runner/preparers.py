@@ -37,7 +37,7 @@ from tokabatch.workload.prepare import Workload
 
 REPLICAS_EACH, CORES_EACH = 2, 4
 """Replicas for each process, and CPU cores for each process."""
-MOST_WAITING = 32_768
+MOST_WAITING = 8192
 """The most samples that one process may hold; above that the run, and with it the replicas, pauses."""
 STOP_SECONDS = 10.0
 MAX_TICK_SECONDS = 1.0

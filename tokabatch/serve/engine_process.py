@@ -132,6 +132,8 @@ class EngineProcess:
         self._hang_seconds = spec.hang_seconds
         self._silent = 0.0
         """Seconds since the last sign of life."""
+        self._stalled = False
+        """Whether it stopped in the middle of a message."""
         self._orders: queue.SimpleQueue[Add | Cancel | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=target, name=f"engine-{number}-{target.__name__}", daemon=True)
@@ -160,6 +162,8 @@ class EngineProcess:
         """Describe how the process ended, once `receive` has been notified."""
         if self._silent > self._hang_seconds:
             return f"the scheduler's process gave no sign of life for {self._silent:.0f} s and was killed"
+        if self._stalled:
+            return "the scheduler's process stopped in the middle of a message and was killed"
         return f"the scheduler's process {how_it_ended(self._process)}"
 
     def _write(self) -> None:
@@ -195,7 +199,8 @@ class EngineProcess:
                     continue
                 message = self._pipe.recv()
             except BlockingIOError:
-                break  # It stopped in the middle of a message.
+                self._stalled = True
+                break
             except (EOFError, OSError):
                 return
             self._silent, heard = 0.0, True
