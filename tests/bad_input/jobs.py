@@ -69,7 +69,7 @@ def _cut_gzip(folder: Path) -> Changes:
 
 
 def _broken_zstd(folder: Path) -> Changes:
-    return _rows(b"no zstd", "rows.jsonl.zst")(folder)
+    return _rows(b"\0no zstd", "rows.jsonl.zst")(folder)
 
 
 def _two_formats(folder: Path) -> Changes:
@@ -241,6 +241,7 @@ BAD_JOBS = [
     BadJob("only blank lines", _rows(b"\n\n\n"), "holds no rows"),
     BadJob("gzip cut short", _cut_gzip, "cut short.*rows are missing"),
     BadJob("broken zstd", _broken_zstd, "damaged near compressed byte 0"),
+    BadJob("text named .zst", _rows(b"no zstd", "rows.jsonl.zst"), "is not compressed, despite its name"),
     BadJob("UTF-16", _rows("{}\n".encode("utf-16")), "UTF-16 text.*iconv"),
     BadJob("CSV", _rows(b"a,b\n", "rows.csv"), r"rows\.csv is not a format.*to_parquet"),
     BadJob("a JSON array", _rows(b"[]", "rows.json"), "jq -c"),

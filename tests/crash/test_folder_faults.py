@@ -203,7 +203,8 @@ class Folders:
             shutil.copytree(self.folder / case.state, out)
             case.harm(out / case.file, self.other / case.file)
             return self.run(server, case, out)
-        pid = server.start(self.job(out), step_seconds=0.02, powerless=case.harm is forbid)
+        # Long enough for a busy machine to stop it before its last look at the folder.
+        pid = server.start(self.job(out), step_seconds=0.06, powerless=case.harm is forbid)
         try:
             while not (out / LAST).exists():
                 time.sleep(0.002)

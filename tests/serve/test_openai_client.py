@@ -147,7 +147,7 @@ def test_a_full_server_is_tried_again_and_then_an_error(server: Server, client: 
         # The first client gives up meanwhile, and makes room.
         assert len(complete(client.with_options(max_retries=9), n=5).choices) == 5
         assert isinstance(waiting.exception(), openai.APITimeoutError)
-    assert 'tokabatch_responses_total{status="404"}' in server.client.get("/metrics").text
+    assert 'tokabatch_responses_total{status="503"}' in server.client.get("/metrics").text
 
 
 def test_files_and_batches(client: Client) -> None:
