@@ -1,5 +1,5 @@
-"""Orders to another process, sent by a thread, so that the caller does not block on a process that does not read and can detect
-that it hangs."""
+"""Pipes to another process that may hang. Orders are sent by a thread, so that the caller does not block on a process that does
+not read and can detect that it hangs; receiving ends where the process stops in the middle of a message."""
 
 from __future__ import annotations
 
