@@ -154,6 +154,7 @@ MISTAKES = [
     (("export", "nothing", "--to", "a.xlsx"), r"ends in \.jsonl, \.csv or \.parquet, or - for standard output"),
     (("export", "nothing", "--to", "a.jsonl", "--where", "right"), "accepts correct, wrong, ok, error or cancelled"),
     (("report", "nothing"), "no run has written here"),
+    (("report", "nothing", "--to", "page.pdf"), r"the page is HTML; name page\.html"),
     (("run", "section.yaml"), r"section\.yaml:4: generate: unknown key; did you mean `generation`\?"),
     (("run", "half.yaml"), r"errors:\n.*input\.path: missing; accepts .*output\.path: missing; accepts a folder's path"),
     (("run", "anchor.yaml"), r"anchor\.yaml:3: .*write the value out, or put text that begins with & or \* in quotes"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt
 from tokabatch.output.steps import elapsed
-from tokabatch.report.page import PerToken, RunRecord, _rates, _thin, render_page
+from tokabatch.report.page import PerToken, RunRecord, _columns, _rates, _thin, render_page
 from tokabatch.report.sections import seconds_text
 from tokabatch.scoring.estimates import Estimate
 
@@ -82,8 +83,25 @@ def test_samples_that_were_cut_off_are_counted():
 
 def test_a_phone_and_a_dark_screen_are_thought_of():
     page = render_page(RUN)
-    assert "minmax(min(26rem,100%),1fr)" in page and "prefers-color-scheme:dark" in page and "color-scheme:light dark" in page
-    assert "content='width=device-width'" in page
+    assert "minmax(min(21rem,100%),1fr)" in page and "prefers-color-scheme:dark" in page and "color-scheme:light dark" in page
+    assert "content='width=device-width'" in page and "@media(max-width:60rem){.tiles{grid-template-columns:repeat(3" in page
+
+
+def test_a_figure_is_drawn_for_wide_and_for_narrow_columns_with_text_of_one_size():
+    page = render_page(RUN)
+    widths = {
+        name: {float(width) for width in re.findall(rf'<svg class={name} .*? viewBox="0 0 ([0-9.]+) ', page)}
+        for name in ("wide", "narrow")
+    }
+    assert widths == {"wide": {403.2}, "narrow": {266.4}} and "svg text{font-size" not in page
+    wide, narrow = (
+        set(re.findall(r'id="(\w{11})"', part)) for part in re.findall(r"<svg class=.*?</svg>", page, re.DOTALL)[:2]
+    )
+    assert wide and narrow and not wide & narrow
+
+
+def test_the_last_line_of_tiles_has_the_fewest_gaps():
+    assert [_columns(tiles) for tiles in (8, 9, 10, 11, 12, 13)] == [4, 5, 5, 4, 4, 5]
 
 
 def test_samples_error_rows_and_what_the_run_was():
@@ -98,8 +116,10 @@ def test_samples_error_rows_and_what_the_run_was():
         and "Prompt, " not in page
         and page.index("Right samples") < page.index("Wrong samples") < page.index("Longest")
     )
-    assert "row 3, sample 1 <small>12 tokens, ended by stop" in page and "text &lt;i&gt;" in page and "q &amp; a" in page
-    assert "no verdict</b> <small>(it &lt;hung&gt;)</small> row 5" in page and "ended by scored" not in page
+    assert "row 3, sample 1 <small>12 tokens</small><div>text &lt;i&gt;</div>" in page and "q &amp; a" in page
+    assert "no verdict</b> <small>(it &lt;hung&gt;)</small> row 5" in page
+    cut = replace(right, finish_reason="length", text=" a\n\nb" + " c" * 200)
+    assert f"12 tokens, cut off</small><div>a b{' c' * 97}</div>" in render_page(replace(RUN, samples_shown={"first": (cut,)}))
     assert "x […]" in page and "x" * 4001 not in page
     assert "<td>bad_json<td>7<td>line 8: &lt;why&gt;" in page and "and 4 more of this code" in page
     assert "<th>device<td>a &lt;GPU&gt;" in page
@@ -124,7 +144,7 @@ def test_a_page_of_scored_texts_shows_choices_and_log_probabilities():
         < page.index("Lowest log-prob")
         < page.index("Highest log-prob")
     )
-    assert "row 3, text 1 <small>4 tokens, log-probability -6.00, -1.50 per token</small>" in page
+    assert "row 3, text 1 <small>4 tokens, log-probability -6.00, -1.50 per token</small><div>Rome.</div>" in page
     assert "[&quot; Rome.&quot;, &quot;Milan &lt;&quot;]" in page and "Longest" not in page
     assert "<figcaption>Log-probability per token<small>lowest -1.50, median -1.00, highest -0.50" in page
 
@@ -134,7 +154,8 @@ def test_every_figure_of_a_whole_run_is_there():
     titles = ("Throughput", "KV cache in use", "Samples running and waiting", "Output lengths", "pass@k", "Prompt tokens")
     for title in (*titles, "Predicted and actual"):
         assert f"<figcaption>{title}" in page
-    assert page.count("<svg") == 7
+    assert page.count("<svg") == 2 * 5 and page.count("<div class=bars>") == 2
+    assert "<span>computed</span><div><i style='width:18.7%;background:#9ec5fe'></i>210</div>" in page
     for fact in ("77.8%", "132", "pass@4 (70.0% to 80.0%)", "pass@1 (30.0% to 50.0%)", "pending", "40.0 s"):
         assert fact in page
     assert len(page) < 400_000
@@ -157,7 +178,7 @@ def test_replicas_run_side_by_side():
 def test_what_is_missing_is_left_out(missing):
     empty = {"steps": {}, "summary": {}, "estimates": (), "lengths": np.zeros(0, np.int32)}
     page = render_page(replace(RUN, **{missing: empty[missing]}))
-    assert page.count("<svg") == {"steps": 4, "summary": 5, "estimates": 6, "lengths": 6}[missing]
+    assert page.count("<figure") == {"steps": 4, "summary": 5, "estimates": 6, "lengths": 6}[missing]
 
 
 def test_one_step_and_one_problem_draw_too():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -83,7 +84,11 @@ def report(
     Example
       tokabatch report out/quickstart
     """
+    if to is not None and to.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--to {to}: the page is HTML; name {to.with_suffix('.html')} (a browser prints it as PDF)")
     read_state(out)
+    # It tells of caches that it cannot write in the home of a container's user.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     print_result(str(import_module("tokabatch.report.review").write_report(out, to)))
 
 

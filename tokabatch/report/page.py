@@ -21,10 +21,11 @@ from tokabatch.report.sections import counted, seconds_text
 from tokabatch.scoring.estimates import Estimate, distinct
 
 _POINTS = 400
-_CHARACTERS, _FOLDED = 4000, 700
-"""The most characters that are shown of a text, and of a prompt without folding it."""
+_CHARACTERS, _FOLDED, _BEGINNING = 4000, 700, 200
+"""The most characters that are shown of a text, of a prompt without folding it, and of a sample that is folded."""
 _SHORT = ("Prompt tokens", "Predicted and actual")
 """Figures of half the height of the others; two of them are stacked beside a full one."""
+_COLORS = (plots.INK, "#9ec5fe", plots.SECOND)
 _CSS = """
 :root{color-scheme:light dark;--page:#fff;--ink:#1f2328;--soft:#57606a;--line:#d0d7de;--bad:#b42318;--good:#1a7f37}
 @media(prefers-color-scheme:dark){:root{--page:#0d1117;--ink:#e6edf3;--soft:#9198a1;--line:#30363d;--bad:#ff7b72;--good:#56d364}}
@@ -33,16 +34,20 @@ body{font:15px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--page)
 margin:2rem auto;max-width:78rem;padding:0 1rem}
 h1{font-size:1.35rem;margin:0;overflow-wrap:anywhere}h2{font-size:1.1rem;margin:1.8rem 0 .6rem}
 p.sub{color:var(--soft);margin:.2rem 0 1.2rem;overflow-wrap:anywhere}
-.tiles{display:grid;grid-template-columns:repeat(5,1fr);gap:.7rem;margin-bottom:1.4rem}
+.tiles{display:grid;grid-template-columns:repeat(var(--columns),1fr);gap:.7rem;margin-bottom:1.4rem}
+@media(max-width:60rem){.tiles{grid-template-columns:repeat(3,1fr)}}
 @media(max-width:42rem){.tiles{grid-template-columns:1fr 1fr}}
 .tile{border:1px solid var(--line);border-radius:.5rem;padding:.5rem .8rem}
 .tile b{display:block;font-size:1.3rem}.tile span{color:var(--soft);font-size:.82rem}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:1rem}
-figure{margin:0;border:1px solid var(--line);border-radius:.5rem;padding:.7rem;min-width:0;grid-row:span 2}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(21rem,100%),1fr));gap:1rem}
+figure{margin:0;border:1px solid var(--line);border-radius:.5rem;padding:.7rem;min-width:0;grid-row:span 2;
+container-type:inline-size;display:flex;flex-direction:column}
 figure.short{grid-row:span 1}
+.bars{flex:1;display:grid;grid-template-columns:auto 1fr;gap:.5rem .7rem;align-content:center;font-size:.82rem}
+.bars div{display:flex;gap:.4rem;align-items:center}.bars i{height:.9rem;min-width:1px}
 figcaption{font-weight:600;margin-bottom:.3rem}figcaption small{font-weight:400;color:var(--soft);display:block}
-svg{width:100%;height:auto;overflow:visible}svg text{fill:var(--ink)!important}
-@media(max-width:42rem){svg text{font-size:12.5px!important}}
+svg{display:block;width:100%;height:auto}svg text{fill:var(--ink)!important}svg.narrow{display:none}
+@container(max-width:27rem){svg.wide{display:none}svg.narrow{display:block}}
 .bad{color:var(--bad)}.good{color:var(--good)}
 table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:.25rem .8rem .25rem 0;
 border-bottom:1px solid var(--line);overflow-wrap:anywhere}th{font-weight:400;color:var(--soft);min-width:6rem}
@@ -52,6 +57,8 @@ table.errors{margin-bottom:1.4rem}.errors td:first-child{white-space:nowrap}
 details{border:1px solid var(--line);border-radius:.5rem;padding:.4rem .8rem;margin-bottom:.5rem}
 details th{width:8rem}details td{white-space:pre-line}
 summary{cursor:pointer;overflow-wrap:anywhere}summary small{color:var(--soft)}
+summary div{color:var(--soft);font-size:.82rem;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
+details[open]>summary div{display:none}
 details details{padding:.2rem .6rem;margin:.5rem 0}
 h3{font-size:.82rem;font-weight:400;color:var(--soft);margin:.6rem 0 0}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.45 ui-monospace,monospace;margin:.5rem 0}
@@ -100,10 +107,10 @@ class RunRecord:
 
 def render_page(run: RunRecord) -> str:
     """Return the page as HTML."""
-    tiles = "".join(
+    tiles = [
         f"<div class=tile><b{' class=bad' if alert else ''}>{escape(v)}</b><span>{escape(k)}</span></div>"
         for k, v, alert in _tiles(run)
-    )
+    ]
     figures = "".join(
         f"<figure{' class=short' if title in _SHORT else ''}>"
         f"<figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>{svg}</figure>"
@@ -113,9 +120,15 @@ def render_page(run: RunRecord) -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{escape(run.path)}</title><style>{_CSS}</style>"
         f"<h1>{escape(run.path)}</h1><p class=sub>{escape(run.model)}, {escape(_state(run))}</p>"
-        f"<div class=tiles>{tiles}</div>{_errors(run)}<div class=plots>{figures}</div>"
+        f"<div class=tiles style='--columns:{_columns(len(tiles))}'>{''.join(tiles)}</div>{_errors(run)}"
+        f"<div class=plots>{figures}</div>"
         f"{_samples(run)}{_facts(run)}</html>\n"
     )
+
+
+def _columns(tiles: int) -> int:
+    """Return how many tiles stand side by side on a wide screen, so that the last line has the fewest gaps."""
+    return min((5, 4), key=lambda columns: -tiles % columns)
 
 
 def _state(run: RunRecord) -> str:
@@ -170,16 +183,17 @@ def _sample(sample: Excerpt, prompt: str | None) -> str:
     if sample.logprob is not None and scored:
         per_token = sample.logprob / max(1, sample.num_output_tokens)
         ended += f", log-probability {sample.logprob:,.2f}, {per_token:,.2f} per token"
-    ended += "" if scored else f", ended by {sample.finish_reason}"
+    ended += ", cut off" if sample.finish_reason == "length" else ""
     columns = "".join(f"<tr><th>{escape(name)}<td>{escape(_cut(value))}" for name, value in sample.columns.items())
     shown = ""
     if prompt is not None:
         text = f"<pre>{escape(_cut(prompt))}</pre>"
         label = f"Prompt, {len(prompt):,} characters"
         shown = f"<h3>{label}</h3>{text}" if len(prompt) <= _FOLDED else f"<details><summary>{label}</summary>{text}</details>"
+    beginning = " ".join(sample.text[:_BEGINNING].split())
     name = f"row {sample.row_index:,}, {'text' if scored else 'sample'} {sample.sample_index:,}"
     return (
-        f"<details><summary>{mark}{name} <small>{escape(ended)}</small></summary>{shown}"
+        f"<details><summary>{mark}{name} <small>{escape(ended)}</small><div>{escape(beginning)}</div></summary>{shown}"
         f"<h3>{'Scored text' if scored else 'Sample'}</h3><pre>{escape(_cut(sample.text))}</pre>"
         f"{f'<h3>Row</h3><table>{columns}</table>' if columns else ''}</details>"
     )
@@ -283,13 +297,24 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
                 s["prompt_tokens"] - s["cacheable_tokens"],
             ),
         )
-        figures.append(("Prompt tokens", "how much shared prefixes saved", plots.bars(labels, values, "tokens")))
+        figures.append(("Prompt tokens", "how much shared prefixes saved", _bars(labels, values)))
     if s.get("predicted_seconds") is not None:
-        drawing = plots.bars(("predicted", "actual"), (s["predicted_seconds"], s["step_seconds"]), "seconds of all steps")
+        drawing = _bars(("predicted", "actual"), (s["predicted_seconds"], s["step_seconds"]))
         roofline = " (the least possible)" if "roofline" in s["predicted_by"] else ""
-        note = f"predicted by {s['predicted_by']}{roofline}"
+        note = f"seconds of all steps; predicted by {s['predicted_by']}{roofline}"
         figures.append(("Predicted and actual", note, drawing))
     return figures
+
+
+def _bars(labels: Sequence[str], values: Sequence[float]) -> str:
+    """Draw horizontal bars with their values beside them."""
+    longest = max(*values, 1e-12)
+    rows = (
+        f"<span>{label}</span><div><i style='width:{80 * value / longest:.1f}%;background:{color}'></i>"
+        f"{f'{value:,.0f}' if value >= 1000 else f'{value:.3g}'}</div>"
+        for label, value, color in zip(labels, values, _COLORS, strict=False)
+    )
+    return f"<div class=bars>{''.join(rows)}</div>"
 
 
 def _step_figures(steps: Mapping[str, Float64]) -> list[tuple[str, str, str]]:

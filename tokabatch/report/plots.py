@@ -1,7 +1,8 @@
 """The figures of a report page as SVG, drawn by matplotlib, which only this module imports.
 
 Such an SVG needs no script and takes about 20 kB; a plotting library for browsers would add megabytes to every page. Text in
-the figures remains text, in the font of the page.
+the figures remains text, in the font of the page. Each figure is drawn twice, as `svg.wide` and `svg.narrow`, of which the page
+shows the one for the width that it has: text keeps its size and its place on a phone.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
 from tokabatch.arrays import Float64
 
-INK, SOFT, SECOND = "#1f6feb", "#9ec5fe", "#d1741f"
-_SIZE = (5.6, 2.6)
+INK, SECOND = "#1f6feb", "#d1741f"
+_WIDTHS, _HEIGHT = {"wide": 5.6, "narrow": 3.7}, 2.6
+"""In inches of 72 units."""
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -32,7 +34,6 @@ _STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#8b949e",
     "xtick.color": "#57606a",
     "ytick.color": "#57606a",
-    "svg.hashsalt": "tokabatch",
 }
 
 
@@ -59,7 +60,7 @@ def over_time(seconds: Float64, curves: Sequence[Curve], unit: str, top: float |
     axes.set_xlabel(name)
     axes.set_ylabel(unit)
     if len(curves) > 1:
-        axes.legend(frameon=False, loc="best", fontsize=8)
+        _legend(axes)
     return _close(figure)
 
 
@@ -72,7 +73,7 @@ def histogram(values: npt.NDArray[np.int32] | Float64, unit: str, counted: str) 
     axes.set_xlabel(unit)
     axes.set_ylabel(counted)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     return _close(figure)
 
 
@@ -98,35 +99,29 @@ def with_bands(bands: Sequence[Band], unit: str) -> str:
     axes.set_xticks(ticks, [str(k) for k in ticks])
     axes.set_ylim(0, 1)
     axes.set_xlabel(unit)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    _legend(axes)
     return _close(figure)
 
 
-def bars(labels: Sequence[str], values: Sequence[float], unit: str) -> str:
-    """Draw horizontal bars with their values beside them."""
-    figure, axes = _open(height=0.42 + 0.25 * len(labels))
-    places = np.arange(len(labels))[::-1]
-    axes.barh(places, values, color=[INK, SOFT, SECOND][: len(labels)], height=0.6)
-    axes.set_yticks(places, labels)
-    for place, value in zip(places, values, strict=True):
-        text = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-        axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_xlabel(unit)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.12g}"))
-    axes.margins(x=0.15)
-    return _close(figure)
+def _legend(axes: Axes) -> None:
+    """Name the curves in a line above the axes, where they cover nothing."""
+    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=2)
 
 
-def _open(height: float = _SIZE[1]) -> tuple[Figure, Axes]:
+def _open() -> tuple[Figure, Axes]:
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
+        figure = Figure(layout="constrained")
         return figure, figure.add_subplot()
 
 
 def _close(figure: Figure) -> str:
-    sink = io.StringIO()
-    with mpl.rc_context(_STYLE):
-        figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = sink.getvalue()
-    return text[text.index("<svg") :]
+    drawn: list[str] = []
+    for name, width in _WIDTHS.items():
+        figure.set_size_inches(width, _HEIGHT)
+        sink = io.StringIO()
+        # The ids of the two differ: one of a figure that is not displayed cannot be referred to.
+        with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+            figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        text = sink.getvalue()
+        drawn.append(text[text.index("<svg") :].replace("<svg", f"<svg class={name}", 1))
+    return "".join(drawn)
