@@ -131,14 +131,15 @@ class Outputs:
         """Return copies of the outputs of these slots."""
         if not self._uniform:
             return [_generated(rows) for rows in self._read(slots)]
-        # All staged outputs are copied at once, and share the memory of the copy.
-        count = np.where(self._stored[slots] > 0, 0, self.count[slots])
-        begin = np.cumsum(count) - count
-        first = slots * self._room + (slots & self._mask[slots])
-        tokens = self._staged[np.arange(int(count.sum())) + np.repeat(first - begin, count)]
-        read = [Generated(tokens[at:stop]) for at, stop in zip(begin.tolist(), (begin + count).tolist(), strict=True)]
-        for place in np.flatnonzero(self._stored[slots]).tolist():
-            read[place] = _generated(self._read(slots[place : place + 1])[0])
+        # As by `_read`, in two thirds of the time: thousands of samples may end in one step.
+        stored = self._stored[slots]
+        first = slots * self._room + ((stored + slots) & self._mask[slots])
+        spans = zip(first.tolist(), (first + self.count[slots] - stored).tolist(), strict=True)
+        read = [Generated(self._staged[begin:end].copy()) for begin, end in spans]
+        for place in np.flatnonzero(stored).tolist():
+            rows = self._rows[int(slots[place])]
+            assert rows is not None
+            read[place].tokens = np.concatenate((rows[: stored[place], 0], read[place].tokens))
         return read
 
     def restore(self, slot: int, output: Generated) -> None:
