@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -69,6 +70,8 @@ def keep_only(descriptors: Collection[int]) -> None:
 
 def _run(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     die_with_parent()
+    # The collector would visit what main has read, and so copy its pages.
+    gc.freeze()
     for number in PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
