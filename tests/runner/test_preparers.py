@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ from tokabatch import run
 from tokabatch.errors import EngineError
 from tokabatch.report.progress import NullProgress
 from tokabatch.runner import preparation, preparer_process, preparers, recorder
-from tokabatch.runner.forked import can_fork
+from tokabatch.runner.forked import can_fork, fork
 from tokabatch.scheduling.completion_batch import PackedCompletions
 from tokabatch.scheduling.contracts import NOT_JUDGED
 
@@ -58,7 +59,7 @@ class Told(NullProgress):
 @pytest.fixture
 def checker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Checker]:
     """Small tables, sent often: samples of one message come back in several, and in another order."""
-    for module in (preparation, recorder):
+    for module in (preparation, preparers, recorder):
         monkeypatch.setattr(module, "BATCH_SAMPLES", 8)
     monkeypatch.setattr(preparation, "LOOKED_AT", 4)
     monkeypatch.setattr(preparers, "SEND_SECONDS", 0.02)
@@ -287,3 +288,82 @@ def test_a_slow_verdict_keeps_no_bytes_of_those_behind_it() -> None:
     assert (process.num_waiting, process.num_bytes) == (2, 10)
     process._let_go(np.array([5, 2, 1, 3]))
     assert (process.num_waiting, process.num_bytes) == (2, 10), "heard of twice"
+
+
+@pytest.mark.parametrize(
+    ("cores", "replicas", "judged", "expected"),
+    [(2, 1, False, 1), (8, 1, False, 2), (16, 1, False, 4), (128, 1, False, 4), (128, 16, False, 8), (16, 1, True, 1)],
+)
+def test_how_many_processes_there_are(
+    cores: int, replicas: int, judged: bool, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    judging = job(tmp_path, "out", 0.0)
+    plain = judging.model_copy(update={"verify": None})
+    assert preparers.num_preparers(judging if judged else plain, replicas) == expected
+
+
+def test_few_samples_at_a_time_go_to_one_process_and_many_at_once_to_all() -> None:
+    class Process:
+        num_waiting = num_bytes = 0
+
+        def hand(self, work: preparer_process.Work) -> None:
+            self.num_waiting += len(work.numbers)
+
+    every = object.__new__(preparers.Preparers)
+    every._processes, every._count, every._next, every._error = [Process() for _ in range(4)], 4, 0, None  # pyright: ignore
+    few = [(75, [75, 0, 0, 0]), (75, [150, 0, 0, 0])]
+    many = [(2048, [2198, 0, 0, 0]), (2048, [2198, 2048, 0, 0]), (2048, [2198, 2048, 2048, 0]), (2048, [2198, *[2048] * 3])]
+    for count, expected in few + many:
+        every.add(
+            PackedCompletions(
+                np.zeros(count, np.int64), *[np.zeros(count, np.int32)] * 2, *[np.zeros(count, np.bool_)] * 2, (b"",)
+            )
+        )
+        assert [process.num_waiting for process in every._processes] == expected
+
+
+def test_many_samples_at_once_come_back_in_several_tables_of_which_the_first_can_be_recorded_meanwhile(
+    tmp_path: Path, checker: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = list[int]()
+    taken = preparers._Process.next
+
+    def watched(self: preparers._Process, received: int) -> Any:
+        prepared = taken(self, received)
+        if prepared is not None:
+            sizes.append(len(prepared.numbers))
+        return prepared
+
+    monkeypatch.setattr(preparers._Process, "next", watched)
+    # Nothing is ready before all samples have come.
+    monkeypatch.setattr(preparers, "SEND_SECONDS", 60.0)
+    monkeypatch.setattr(preparation, "LOOKED_AT", 10_000)
+    assert run(job(tmp_path, "out", 0.0, process=True, replicas=1)).exit_code == 0
+    assert max(sizes) == 8 and sum(sizes) == len([each for each in QUESTIONS if each is not None]) * SAMPLES, sizes
+
+
+def test_processes_end_while_the_last_samples_are_written(
+    tmp_path: Path, checker: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close, left = recorder.ShardWriter.close, list[int]()
+
+    def closing(self: recorder.ShardWriter) -> Any:
+        until = time.monotonic() + 20
+        while processes() and time.monotonic() < until:
+            time.sleep(0.02)
+        left.append(len(processes()))
+        return close(self)
+
+    monkeypatch.setattr(recorder.ShardWriter, "close", closing)
+    assert run(job(tmp_path, "out", 0.0, process=True, replicas=1)).exit_code == 0
+    assert left == [0]
+
+
+def test_the_collector_of_a_forked_process_leaves_what_main_has_read_alone() -> None:
+    """It would copy every page with an object of main."""
+    ours, theirs = multiprocessing.Pipe()
+    process = fork(lambda: theirs.send((gc.get_freeze_count(), len(gc.get_objects()))), (), "forked")
+    frozen, others = ours.recv()
+    process.join()
+    assert frozen > 10_000 > others

@@ -107,7 +107,7 @@ class Preparation:
             self.waiting, ready = self.waiting.ready_first()
         if not everything and ready < BATCH_SAMPLES and self.waiting.bytes < PIECE_BYTES:
             return
-        for piece in self.waiting.pieces(ready, self._store):
+        for piece in self.waiting.pieces(ready, self._store, BATCH_SAMPLES):
             for table in self._tables.build(piece, ()):
                 yield table
                 self._settle(self.waiting.begin + table.num_rows)

@@ -27,7 +27,7 @@ from tokabatch.job import Job
 from tokabatch.runner.forked import end, fork, how_it_ended
 from tokabatch.runner.judging import HURRIED_SECONDS, LOOK_SECONDS
 from tokabatch.runner.order_sender import OrderSender
-from tokabatch.runner.preparation import Preparation
+from tokabatch.runner.preparation import BATCH_SAMPLES, Preparation
 from tokabatch.runner.preparer_process import HURRIED_SEND_SECONDS, SEND_SECONDS, Message, Order, Prepared, Work, prepare
 from tokabatch.runner.sample_tables import SampleTables
 from tokabatch.runner.waiting_samples import PIECE_BYTES
@@ -37,6 +37,9 @@ from tokabatch.workload.prepare import Workload
 
 REPLICAS_EACH, CORES_EACH = 2, 4
 """Replicas for each process, and CPU cores for each process."""
+MOST_AT_ONCE = 4
+"""The processes of a few replicas, where there are cores enough: a step of 8,192 samples that all end in it has as many full
+tables, which are made side by side."""
 MOST_WAITING = 8192
 """The most samples that one process may hold; above that the run, and with it the replicas, pauses."""
 STOP_SECONDS = 10.0
@@ -45,9 +48,12 @@ MAX_TICK_SECONDS = 1.0
 
 
 def num_preparers(job: Job, replicas: int) -> int:
-    """Return the number of processes for this many replicas; each has judges of its own if the job has any."""
-    count = min(-(-replicas // REPLICAS_EACH), max(1, len(os.sched_getaffinity(0)) // CORES_EACH))
-    return count if job.verify is None else min(count, most_judges(job.verify))
+    """Return the number of processes for this many replicas. Each has judges of its own if the job has any, which are then
+    what samples wait for, so that there are no processes beyond those that the replicas need."""
+    needed, cores = -(-replicas // REPLICAS_EACH), max(1, len(os.sched_getaffinity(0)) // CORES_EACH)
+    if job.verify is not None:
+        return min(needed, cores, most_judges(job.verify))
+    return min(max(needed, MOST_AT_ONCE), cores)
 
 
 class Preparers:
@@ -73,6 +79,8 @@ class Preparers:
         self._news = threading.Event()
         """Set when a message from a process has arrived."""
         self._processes: list[_Process] = []
+        self._leaving: list[_Process] = []
+        """Those that have been told to end, as nothing is left for them to do."""
         self._next = 0
         """The number of the next sample."""
         self._lost, self._max_lost = 0, job.engine.max_restarts
@@ -97,7 +105,8 @@ class Preparers:
         begin, self._next = self._next, self._next + len(packed)
         work = Work(np.arange(begin, self._next), packed)
         if self._processes:
-            min(self._processes, key=lambda process: process.num_waiting).hand(work)
+            # The first one that has less than a full table to make: few samples at a time make no small tables in each.
+            min(self._processes, key=lambda process: max(process.num_waiting, BATCH_SAMPLES - 1)).hand(work)
         self.check()
 
     def tables(self, received: int, *, everything: bool) -> Iterator[pa.Table]:
@@ -127,6 +136,10 @@ class Preparers:
 
     def is_done(self, goes_on: Callable[[], bool]) -> bool:
         if not self.num_waiting:
+            # They end while main writes what they have prepared.
+            self._leaving, self._processes = [*self._leaving, *self._processes], []
+            for process in self._leaving:
+                process.send(None)
             return True
         if not self._finishing:
             self._order("finish")
@@ -149,6 +162,8 @@ class Preparers:
 
     def close(self) -> None:
         for process in self._processes:
+            process.send(None)
+        for process in (*self._leaving, *self._processes):
             process.close()
 
     def _start(self, place: int) -> _Process:

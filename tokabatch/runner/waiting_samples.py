@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -76,13 +77,13 @@ class WaitingSamples:
         left = self.bytes - sum(each.num_bytes for each in taken)
         return WaitingSamples(number, self.finished[len(taken) :], left)
 
-    def pieces(self, ready: int, store: InputStore) -> Iterator[tuple[FinishedSample, ...]]:
-        """Yield the first `ready` samples in pieces of at most PIECE_BYTES."""
+    def pieces(self, ready: int, store: InputStore, most: int) -> Iterator[tuple[FinishedSample, ...]]:
+        """Yield the first `ready` samples in pieces of at most `most` samples and PIECE_BYTES."""
         if not ready:
             return
         finished = self.finished[:ready]
         carried = store.row_bytes(np.array([each.completion.row_index for each in finished], np.int64))
-        for begin, end in _cuts(carried + np.array([each.num_bytes for each in finished], np.int64)):
+        for begin, end in _cuts(carried + np.array([each.num_bytes for each in finished], np.int64), most):
             yield finished[begin:end]
 
 
@@ -162,11 +163,11 @@ def _unsampled_behind(rows: Sequence[UnsampledRow], taken: int) -> tuple[tuple[U
     return tuple(left), taken
 
 
-def _cuts(sizes: Int64) -> Iterator[tuple[int, int]]:
-    """Yield consecutive ranges of at most PIECE_BYTES in total, or of a single larger item."""
+def _cuts(sizes: Int64, most: float = math.inf) -> Iterator[tuple[int, int]]:
+    """Yield consecutive ranges of at most `most` items and PIECE_BYTES in total, or of a single larger item."""
     begin = held = 0
     for place, size in enumerate(sizes.tolist()):
-        if place > begin and held + size > PIECE_BYTES:
+        if place > begin and (held + size > PIECE_BYTES or place - begin >= most):
             yield begin, place
             begin, held = place, 0
         held += size
