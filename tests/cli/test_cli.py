@@ -65,6 +65,19 @@ class TestWithoutAModel:
             assert f"\n  {command} " in done.stdout
             assert "Example" in tokabatch(command, "--help").stdout
 
+    def test_help_fits_80_columns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        pages = [tokabatch("--help").stdout]
+        assert "..." not in pages[0].partition("Commands:")[2]
+        pages += [
+            tokabatch(each, "--help").stdout for each in re.findall(r"^  ([a-z]+) ", pages[0].partition("Commands:")[2], re.M)
+        ]
+        assert len(pages) == 16 and not [line for page in pages for line in page.splitlines() if len(line) > 80]
+
+    def test_a_key_is_explained_by_its_last_word_alone(self) -> None:
+        done = tokabatch("keys", "top_p")
+        assert "generation.top_p" in done.stdout and "generation.top_k" not in done.stdout
+
     def test_every_key_is_explained(self) -> None:
         done = tokabatch("keys")
         assert done.returncode == 0
@@ -147,7 +160,7 @@ class TestWithoutAModel:
     )
     def test_a_wrong_command_line_is_exit_2(self, arguments: tuple[str, ...]) -> None:
         done = tokabatch(*arguments)
-        assert done.returncode == 2 and "Traceback" not in done.stderr and "Usage" in done.stderr
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "error: " in done.stderr
 
     @pytest.mark.parametrize(
         ("command", "missing"),

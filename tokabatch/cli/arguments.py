@@ -1,16 +1,18 @@
-"""Arguments and options that several commands have, and how a command that is missing some is answered."""
+"""Arguments and options that several commands have, and how a command line is refused: with what to write instead."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from tokabatch import __version__
 from tokabatch.errors import UsageError
@@ -22,6 +24,28 @@ _OVERRIDES_HELP = """key=value, dotted as in the file: generation.n=4 engine.pag
 
 _OPTION = re.compile(r"(--?)([a-z_]+(?:[.-][a-z_]+)*)(=.*)?", re.DOTALL)
 
+_Refused = cast("type[Exception]", typer.BadParameter.__bases__[0])
+"""What the parser raises for a command line that it does not take."""
+
+_OPTIONS_ELSEWHERE = {
+    **dict.fromkeys(("--dry-run", "--check", "--validate"), "`tokabatch plan JOB.yaml` checks a job without running it"),
+    **dict.fromkeys(("--force", "--clean", "--restart"), "--overwrite starts over"),
+    **dict.fromkeys(("-o", "--out", "--output", "--output-file"), "the file to write is named by --to"),
+    **dict.fromkeys(("--config", "--job", "--file", "-f", "-c"), "a job file is named without an option"),
+    **dict.fromkeys(("-i", "--input", "--input-file"), "the file to read is named without an option"),
+    **dict.fromkeys(("--cpu", "--cuda", "--gpu"), "the device is a key of the job: engine.device=cpu"),
+}
+_COMMANDS_ELSEWHERE = {
+    **dict.fromkeys(("validate", "lint", "dry-run", "simulate", "estimate"), "plan JOB.yaml"),
+    **dict.fromkeys(("resume", "continue", "start", "generate", "infer", "retry"), "run JOB.yaml"),
+    **dict.fromkeys(("ls", "list", "show", "info", "progress", "watch"), "status OUT"),
+    **dict.fromkeys(("eval", "evaluate", "judge", "grade"), "score OUT"),
+    **dict.fromkeys(("convert", "dump", "cat"), "export OUT --to FILE"),
+    **dict.fromkeys(("server", "chat"), "serve MODEL"),
+    **dict.fromkeys(("config", "schema", "options"), "keys"),
+    **{"run-batch": "batch REQUESTS.jsonl --model MODEL --to RESULTS.jsonl", "version": "--version", "help": "--help"},
+}
+"""What other tools call it, and how it is written here."""
 
 _SUBJECTS = ("job", "requests", "out", "model", "section", "url")
 """Parameters that say what a command is about; none of them is a secret, as a key of an override may be."""
@@ -45,12 +69,15 @@ class Command(TyperCommand):
         named = ((each.opts[0], each.metavar or "") for each in self.params if each.required and not args)
         missing = [f"{option} FILE" if option.startswith("-") else metavar for option, metavar in named]
         if missing:
-            example = re.search(r"^ *(tokabatch .*?)(?:  |$)", self.help or "", re.MULTILINE)
-            remedy = f"; for example `{example[1]}`" if example else ""
-            raise UsageError(
-                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing{remedy}. See --help for more"
-            )
-        return super().parse_args(ctx, args)
+            raise UsageError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing{self._example()}")
+        try:
+            return super().parse_args(ctx, args)
+        except _Refused as error:
+            raise UsageError(f"{_message(error, self.get_params(ctx))}{self._example()}") from None
+
+    def _example(self) -> str:
+        example = re.search(r"^ *(tokabatch .*?)(?:  |$)", self.help or "", re.MULTILINE)
+        return f"{f'; for example `{example[1]}`' if example else ''}. See --help for more"
 
     def _refuse_dashes(self, ctx: Any, args: list[str]) -> None:
         """Raise UsageError for a key of the job that is written as an option: `--generation.n=4`, `--temperature 0`, `-n 4`."""
@@ -72,6 +99,44 @@ class Command(TyperCommand):
                 value = written[3] or ("=VALUE" if following.startswith("-") or "=" in following else f"={following}")
                 remedy = shlex.quote(f"{named[0] if named else word_of}{value}")
                 raise UsageError(f"{word}: a key of the job is written without dashes: {remedy}")
+
+
+class Group(TyperGroup):
+    """The program itself, which names the command that was meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _Refused as error:
+            where = "; a command comes first, and its options behind it: tokabatch run jobs/quickstart.yaml --quiet"
+            raise UsageError(f"{_message(error, ())}{where}") from None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if ctx.resilient_parsing or self.get_command(ctx, name) is not None:
+            return super().resolve_command(ctx, args)
+        names = [each for each, command in self.commands.items() if not command.hidden]
+        if meant := _COMMANDS_ELSEWHERE.get(name.lower()):
+            remedy = f"write `tokabatch {meant}`"
+        elif name.endswith((".yaml", ".yml")):
+            remedy = f"to run that job, write `tokabatch run {shlex.quote(name)}`"
+        elif near := get_close_matches(name, names, n=1):
+            remedy = f"did you mean `{near[0]}`?"
+        else:
+            remedy = f"the commands are {', '.join(names)}"
+        raise UsageError(f"there is no command {name}; {remedy}")
+
+
+def _message(error: Any, params: Sequence[Any]) -> str:
+    """What the parser says, with the option that was meant."""
+    option = getattr(error, "option_name", None)
+    names = [name for each in params for name in each.opts if name.startswith("-")]
+    if option is None or option in names:
+        return error.format_message().rstrip(".")
+    near = get_close_matches(option, names, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"the options are {', '.join(names)}" if names else ""
+    remedy = _OPTIONS_ELSEWHERE.get(option, remedy)
+    return f"there is no option {option}{f'; {remedy}' if remedy else ''}"
 
 
 def _complete_key(incomplete: str) -> list[str]:

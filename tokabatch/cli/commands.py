@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from tokabatch import __version__
-from tokabatch.cli.arguments import Command
+from tokabatch.cli.arguments import Command, Group
 from tokabatch.cli.folder import check, errors, export, report, score, status, verify
 from tokabatch.cli.plan import keys, plan, profile
 from tokabatch.cli.printing import print_result
@@ -28,36 +28,35 @@ before the weights load, the results are Parquet files in the job's output folde
 
 \b
 Examples
-  tokabatch plan jobs/quickstart.yaml                     check a job, show its first prompt and its size
-  tokabatch run jobs/quickstart.yaml                      run it; after a crash or a stop, compute what is missing
-  tokabatch run jobs/quickstart.yaml generation.n=4       with one key changed
-  tokabatch slurm jobs/gsm8k.yaml --tasks 16              write the batch script of a run on many hosts
-  tokabatch keys generation                               the keys of a section of a job file, explained
-  tokabatch plan JOB.yaml --simulate --lengths 200        predict its time, cost and KV use
-  tokabatch status out/quickstart                         how far a run is
-  tokabatch report out/quickstart                         one HTML page about the run
-  tokabatch score out/quickstart verify.kind=exact        judge the samples again without generating any
-  tokabatch check out/quickstart                          read every file back and count
-  tokabatch export out/quickstart --to samples.jsonl      one file, ordered by row and sample
-  tokabatch errors out/quickstart                         which rows became error rows, and why
-  tokabatch batch requests.jsonl --model M --to results.jsonl   answer a batch file of OpenAI's API
-  tokabatch serve jobs/quickstart                         serve OpenAI's API with the same engine
+  tokabatch plan jobs/quickstart.yaml                check it, show its size
+  tokabatch run jobs/quickstart.yaml                 run it, or continue it
+  tokabatch run jobs/quickstart.yaml generation.n=4  with one key changed
+  tokabatch status out/quickstart                    how far a run is
+  tokabatch errors out/quickstart                    its error rows, and why
+  tokabatch export out/quickstart --to all.jsonl     all samples in one file
+  tokabatch report out/quickstart                    an HTML page about it
+  tokabatch score out/quickstart verify.kind=exact   judge the samples again
+  tokabatch check out/quickstart                     read every file back
+  tokabatch keys generation                          the keys of a section
+  tokabatch serve jobs/quickstart                    serve OpenAI's API
 
 \b
 Exit codes
   0    complete
   1    internal error
-  2    the command line, the job file or a file it names is wrong, or the output folder cannot be written; the message
-       says what is wrong and what to do about it
+  2    the command line, the job, a file it names or the output folder is
+       wrong; the message says what, and what to do about it
   3    complete, but with more errors than errors.max_fraction allows
-  4    a committed file is damaged or missing (the message names it, and the command that computes it again), or the
-       sample counts do not add up, which is a bug (please report it)
-  75   stopped before the end (SIGTERM, SIGHUP, SIGUSR1, disk full, an error row under errors.policy=stop); what was
-       finished is committed, the same command continues from there
+  4    a committed file is damaged or missing (the message names it, and the
+       command that computes it again), or the sample counts do not add up,
+       which is a bug (please report it)
+  75   stopped (SIGTERM, SIGHUP, SIGUSR1, disk full, errors.policy=stop); what
+       was finished is committed, the same command continues from there
   130  interrupted (Ctrl-C); as 75
 """
 
 app = typer.Typer(
+    cls=Group,
     help=_HELP,
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from difflib import get_close_matches
 from importlib import import_module
@@ -17,14 +18,15 @@ import typer
 from tokabatch.cli.arguments import OutArgument
 from tokabatch.cli.printing import READER_ENDED, print_note, print_result
 from tokabatch.cli.signals import stop_on_signals
-from tokabatch.errors import OutputError, Stopped, UsageError
+from tokabatch.errors import JobError, OutputError, Stopped, UsageError
 from tokabatch.report.streams import first_fault
 
 
 def status(out: OutArgument) -> None:
-    """Show how far the run in an output folder is; while it goes on, its speed and an estimate of the time left.
+    """Show how far the run in an output folder is.
 
-    Only samples on disk are counted; a running job commits finished ones every output.flush_seconds.
+    While it goes on, also its speed and an estimate of the time left. Only samples on disk are counted; a running job commits
+    finished ones every output.flush_seconds.
 
     \b
     Example
@@ -76,9 +78,10 @@ def report(
         typer.Option("--to", metavar="FILE.html", help="Default: OUT/report.html.", show_default=False),
     ] = None,
 ) -> None:
-    """Write one HTML page about a run: pass@k, samples with their prompts, lengths, throughput, memory use, settings.
+    """Write one HTML page about a run.
 
-    It needs no network and no other file.
+    It shows pass@k, samples with their prompts, lengths, throughput, memory use and settings. It needs no network and no
+    other file.
 
     \b
     Example
@@ -131,16 +134,16 @@ def score(
         typer.Option("--to", metavar="FILE.parquet", help="Write the verdicts there, not into OUT.", show_default=False),
     ] = None,
 ) -> None:
-    """Judge a run's samples again, by the job's verifier or another one, without generating any.
+    """Judge a run's samples again, without generating any.
 
-    Each file is replaced as a whole and records the verifier that judged it: after a stop or a kill, the same command continues
-    with the files that are left. The folder's job then verifies as given here. With --to nothing in the folder changes, and a
-    run may be writing there.
+    The judge is the job's verifier or another one. Each file is replaced as a whole and records the verifier that judged it:
+    after a stop or a kill, the same command continues with the files that are left. The folder's job then verifies as given
+    here. With --to nothing in the folder changes, and a run may be writing there.
 
     \b
     Examples
       tokabatch score out/quickstart verify.kind=exact
-      tokabatch score out/quickstart verify.kind=./my_judge.py:grade verify.options='{strict: true}'
+      tokabatch score out/quickstart verify.kind=./my_judge.py:grade
       tokabatch score out/quickstart verify.kind=exact --to verdicts.parquet
     """
     score = import_module("tokabatch.runner.score")
@@ -206,7 +209,7 @@ def export(
     Examples
       tokabatch export out/quickstart --to samples.parquet
       tokabatch export out/quickstart --to rows.jsonl --nested
-      tokabatch export out/quickstart --to right.csv --columns question,text --where correct
+      tokabatch export out/quickstart --to right.csv --where correct
       tokabatch export out/quickstart --to - --columns id,text | head
       tokabatch export out/quickstart --to - --format csv > samples.csv
       tokabatch export out/openai_batch --to results.jsonl --format openai
@@ -266,15 +269,28 @@ def write_batch(out: Path, to: Path, errors: Path | None) -> str:
 
 
 def refuse_absent(out: Path) -> None:
-    """Raise OutputError if there is no such folder, with the one of nearly that name. One without a manifest is exported."""
-    if not os.path.isdir(out):
+    """Raise OutputError if there is no such folder, or no run in it, with the one that was meant. A run without a manifest is
+    exported."""
+    if not os.path.isdir(out) or (not os.path.isdir(out / "data") and _meant(out)):
         read_state(out)
 
 
 def read_state(out: Path) -> Any:
     found = import_module("tokabatch.output.status").read_status(out)
     if found.state == "absent":
-        near = get_close_matches(out.name, sorted(each.name for each in out.parent.glob("*/")), n=1)
-        meant = f"; did you mean {out.with_name(near[0])}?" if near and near[0] != out.name else ""
-        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path{meant}")
+        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path{_meant(out)}")
     return found
+
+
+def _meant(out: Path) -> str:
+    """Which folder was meant: the one that a job file names, the run around or below `out`, or one of nearly that name."""
+    if out.is_file():
+        job = import_module("tokabatch.job").Job
+        with suppress(JobError):
+            return f", here {job.load(out).output.path}"
+    inside = sorted(each.parent for each in out.glob("*/manifest.json"))
+    around = [each for each in out.parents if (each / "manifest.json").is_file()]
+    if inside or around:
+        return f"; there are {', '.join(map(str, inside[:5]))}" if inside else f"; did you mean {around[0]}?"
+    near = get_close_matches(out.name, sorted(each.name for each in out.parent.glob("*/")), n=1)
+    return f"; did you mean {out.with_name(near[0])}?" if near and near[0] != out.name else ""

@@ -60,8 +60,8 @@ def plan(
     Examples
       tokabatch plan jobs/quickstart.yaml generation.n=100
       tokabatch plan jobs/quickstart.yaml --simulate --lengths 70:0.4
-      tokabatch plan jobs/gsm8k.yaml --simulate --device h200 --lengths 150 --price 3.5
-      tokabatch plan jobs/gsm8k.yaml --simulate --device h100 engine.replicas=8           a host with eight GPUs
+      tokabatch plan jobs/gsm8k.yaml --simulate --device h200 --price 3.5
+      tokabatch plan jobs/gsm8k.yaml --simulate --device h100 engine.replicas=8
     """
     if not simulate and (device, profile, price, lengths) != (None, None, None, "max"):
         raise UsageError("--device, --lengths, --profile and --price belong to --simulate; add it")
@@ -99,17 +99,21 @@ def keys(
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown.")] = False,
 ) -> None:
-    """Explain the keys of a job file and of a server: what each does, what it accepts, its default, an example.
+    """Explain the keys of a job file and of a server.
+
+    What each does, what it accepts, its default, an example.
 
     \b
     Examples
       tokabatch keys generation
       tokabatch keys prompt.few_shot.k
+      tokabatch keys top_p
     """
     sections = all_sections()
     if section is not None:
         names = {name for each in sections for name in (each.name, *(key.name for key in each.keys))}
         inside = [name for name in names if name == section or name.startswith(f"{section}.")]
+        inside = inside or [name for name in names if name.rpartition(".")[2] == section]
         if not inside:
             by_leaf = {name.rpartition(".")[2]: name for name in names} | {name: name for name in names}
             near = get_close_matches(section, by_leaf, n=1)
@@ -132,7 +136,9 @@ def profile(
         str | None, typer.Option("--device", help=f"Device of the run, if it was not recorded: {DEVICES}.")
     ] = None,
 ) -> None:
-    """Fit a cost model to the steps of a finished run, for `plan --simulate --profile` and the key engine.profile.
+    """Fit a cost model to the steps of a finished run.
+
+    `plan --simulate --profile` and the key engine.profile take it.
 
     \b
     Example

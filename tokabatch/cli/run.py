@@ -73,11 +73,11 @@ def run(
     \b
     Examples
       tokabatch run jobs/quickstart.yaml
-      tokabatch run jobs/quickstart.yaml generation.n=4 output.path=out/four --quiet
-      tokabatch run jobs/quickstart.yaml generation.n=32      16 more samples of each row
-      tokabatch run jobs/quickstart.yaml --overwrite          delete the results, begin again
-      tokabatch run jobs/quickstart.yaml --shared             one of any number of processes on any hosts (`tokabatch slurm`)
-      tokabatch run jobs/gsm8k.yaml --on ray --replicas 16    on a Ray cluster that is running
+      tokabatch run jobs/quickstart.yaml generation.n=4 output.path=out/four
+      tokabatch run jobs/quickstart.yaml generation.n=32   16 more of each row
+      tokabatch run jobs/quickstart.yaml --overwrite       start over
+      tokabatch run jobs/quickstart.yaml --shared          one process of several
+      tokabatch run jobs/gsm8k.yaml --on ray               on a Ray cluster
     """
     given = [*(overrides or ()), *((f"engine.replicas={replicas}",) if replicas else ())]
     reuse: dict[str, bool] = {"overwrite": overwrite, "retry_errors": retry_errors}
@@ -130,15 +130,16 @@ def batch(
         bool, typer.Option("--verbose", "-v", help="Add the figures of the scheduler and the engine to the summary.")
     ] = False,
 ) -> None:
-    """Answer a batch file of OpenAI's API: chat and completions requests in, files of results and errors out.
+    """Answer a batch file of OpenAI's API.
 
-    The run is an ordinary one, in the folder RESULTS.jsonl.run (output.path): however it ended, the same command computes the
-    missing answers. The files are written when all answers are there. MODEL answers, whatever model the requests name.
+    Chat and completions requests in, files of results and errors out. The run is an ordinary one, in the folder
+    RESULTS.jsonl.run (output.path): however it ended, the same command computes the missing answers. The files are written
+    when all answers are there. MODEL answers, whatever model the requests name.
 
     \b
     Examples
       tokabatch batch requests.jsonl --model Qwen/Qwen3-0.6B --to results.jsonl
-      tokabatch batch requests.jsonl --model jobs/quickstart --to results.jsonl generation.max_tokens=200
+      tokabatch batch in.jsonl --model M --to out.jsonl generation.max_tokens=200
     """
     batches = import_module("tokabatch.batch.job")
     with stop_on_signals() as stop:
@@ -177,16 +178,17 @@ def slurm(
     to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="Default: JOB.sbatch.", show_default=False)] = None,
     submit: Annotated[bool, typer.Option("--submit", help="Submit it, too.")] = False,
 ) -> None:
-    """Write the batch script that runs a job as an array of tasks on Slurm.
+    """Write the batch script that runs a job on Slurm.
 
-    Each task is `tokabatch run --shared`, which computes units of the plan until none is left: the work is balanced, and a
-    task that never starts is not missed. Before its time limit, and when it is preempted, a task commits its finished samples
-    and is requeued by the script.
+    Each task of the array is `tokabatch run --shared`, which computes units of the plan until none is left: the work is
+    balanced, and a task that never starts is not missed. Before its time limit, and when it is preempted, a task commits its
+    finished samples and is requeued by the script.
 
     \b
     Examples
-      tokabatch slurm jobs/gsm8k.yaml --tasks 16 --gpus-per-task 1 --time 4:00:00
-      tokabatch slurm jobs/gsm8k.yaml --tasks 16 --gpus-per-task 1 --sbatch partition=gpu --setup '. venv/bin/activate' --submit
+      tokabatch slurm jobs/gsm8k.yaml --tasks 16 --time 4:00:00
+      tokabatch slurm jobs/gsm8k.yaml --gpus-per-task 1 --sbatch partition=gpu
+      tokabatch slurm jobs/gsm8k.yaml --setup '. venv/bin/activate' --submit
     """
     if limit and not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|infinite|unlimited", limit.lower()):
         raise UsageError(f"--time {limit}: write it in sbatch's format, such as 4:00:00 (hours) or 2-12 (days-hours)")

@@ -23,19 +23,18 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's API: completions, chat, log-probabilities of given texts,
-    files and batches.
+    """Serve a model over HTTP, as OpenAI's API.
 
-    Requests that wait at the same time are ordered by shared prefix and join one plan; the same seed gives the same answer
-    under any load. Keys under generation are the defaults for what a request leaves out. Needs the extra `serve`:
-    pip install 'tokabatch[serve]'. The first SIGTERM or Ctrl-C lets running samples finish (server.grace_seconds), the second
-    ends at once.
+    Completions, chat, log-probabilities of given texts, files and batches. Requests that wait at the same time are ordered by
+    shared prefix and join one plan; the same seed gives the same answer under any load. Keys under generation are the
+    defaults for what a request leaves out. Needs the extra `serve`: pip install 'tokabatch[serve]'. The first SIGTERM or
+    Ctrl-C lets running samples finish (server.grace_seconds), the second ends at once.
 
     \b
     Examples
       tokabatch serve jobs/quickstart
-      tokabatch serve jobs/quickstart server.port=8080 server.host=0.0.0.0 server.api_key=secret
-      tokabatch serve jobs/quickstart generation.max_tokens=512 engine.kv_cache_tokens=64K
+      tokabatch serve jobs/quickstart server.host=0.0.0.0 server.api_key=secret
+      tokabatch serve jobs/quickstart server.port=8080 generation.max_tokens=512
     """
     config = import_module("tokabatch.serve.settings").ServiceConfig.load(model, *(overrides or ()))
     import_module("tokabatch.precheck").refuse_model(config.model)
