@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -510,7 +511,7 @@ class TestReference:
             wrong = "[{}]" if key.name.endswith(("_kwargs", "_bias", ".options")) else "{a: 1}"
             advice = re.search(r"for example `(.*)`$", refusal(base, *few_shot, f"{key.name}={wrong}"))
             assert advice is not None, key.name
-            Job.load(base, *few_shot, advice[1])
+            Job.load(base, *few_shot, *shlex.split(advice[1]))
 
     def test_verifiers_are_listed_without_importing_them(self) -> None:
         assert {"gsm8k", "exact"} <= set(verifier_names())

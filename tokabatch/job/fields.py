@@ -141,6 +141,12 @@ OptionalModelPath = Annotated[
     Accepts("a Hugging Face id or a local folder, or null", "meta-llama/Llama-3.2-1B-Instruct"),
 ]
 Text = Annotated[_Text, Accepts("text", "name")]
+Column = Annotated[_Text, Accepts("a column's name", "name")]
+OptionalColumn = Annotated[_Text | None, Accepts("a column's name, or null", "name")]
+MessagesColumn = Annotated[
+    _Text | None,
+    Accepts("a column's name, or null (messages that all rows have are written as prompt.system and prompt.template)", "name"),
+]
 Template = Annotated[_Text, Accepts("text (a Jinja template)", '"Question: {{ question }}\\nAnswer:"')]
 OptionalTemplate = Annotated[_Text | None, Accepts("text (a Jinja template), or null", '"Question: {{ question }}\\nAnswer:"')]
 

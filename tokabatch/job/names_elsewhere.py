@@ -14,12 +14,17 @@ _KEYS = {
     **dict.fromkeys(("min_new_tokens", "min_length"), "min_tokens"),
     **{"top_logprobs": "logprobs", "bad_words_ids": "bad_words", "sequence_bias": "logit_bias", "random_seed": "seed"},
     **{"eos_token_id": "stop_token_ids", "temp": "temperature"},
-    **dict.fromkeys(("sampling_params", "gen_kwargs", "generation_kwargs", "generation_config"), "generation"),
+    **dict.fromkeys(("sampling_params", "sampling", "gen_kwargs", "generation_kwargs", "generation_config"), "generation"),
     **dict.fromkeys(("model_name_or_path", "model_name", "model_id", "model_path", "pretrained", "model.name"), "model.path"),
     **dict.fromkeys(("torch_dtype", "precision"), "model.dtype"),
-    **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "input_file", "input_path"), "input.path"),
+    **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "data", "input_file", "input_path"), "input.path"),
     **dict.fromkeys(("input.name", "input.config", "config_name", "dataset_config_name"), "input.subset"),
+    **dict.fromkeys(("input.file", "input.files", "input.dir", "input.data"), "input.path"),
+    **dict.fromkeys(("max_samples", "max_examples", "num_examples", "num_rows"), "input.limit"),
+    **{"input.template": "prompt.template", "prompt_template": "prompt.template"},
     **dict.fromkeys(("output_dir", "output_file", "output_path"), "output.path"),
+    **dict.fromkeys(("output.dir", "output.folder", "output.file"), "output.path"),
+    **dict.fromkeys(("judge", "grader", "scorer", "evaluate", "metric"), "verify.kind"),
     **{"num_fewshot": "prompt.few_shot.k", "system_prompt": "prompt.system", "system_instruction": "prompt.system"},
     **dict.fromkeys(("apply_chat_template", "use_chat_template"), "prompt.chat"),
     **dict.fromkeys(("tensor_parallel_size", "tp_size", "tp"), "engine.tensor"),
@@ -42,7 +47,8 @@ _VALUES = {
         **dict.fromkeys(("fp16", "f16", "half", "torch.float16", "torch.half"), "float16"),
         **dict.fromkeys(("fp32", "f32", "float", "full", "torch.float32"), "float32"),
         **dict.fromkeys(("fp64", "f64", "double", "torch.float64"), "float64"),
-    }
+    },
+    "engine.device": {"gpu": "cuda", "cuda:0": "cuda", "nvidia": "cuda"},
 }
 """By key: how other tools write a value, and ours."""
 
@@ -105,6 +111,9 @@ _WITHOUT_KEY = {
     **dict.fromkeys(("truncation", "truncate_prompt_tokens", "max_prompt_length"), _CUT),
     **dict.fromkeys(("text_column", "prompt_column", "column", "question_column", "text_field"), _COLUMN),
     **dict.fromkeys(("shuffle", "shuffle_seed"), "none is needed: rows are computed in the order that shares the most"),
+    **dict.fromkeys(("task", "tasks", "task_name"), "there is no list of tasks; jobs/gsm8k.yaml shows how one is written"),
+    **dict.fromkeys(("cache_dir", "hf_home"), "none is needed: the hub's cache is where the variable HF_HOME says"),
+    **dict.fromkeys(("token", "hf_token", "use_auth_token"), "none is needed: a token is read from the variable HF_TOKEN"),
     "streaming": "none is needed: the input is read piece by piece",
     **dict.fromkeys(("num_workers", "num_proc", "workers"), _PROCESSES),
     **dict.fromkeys(

@@ -6,6 +6,9 @@ Turns pydantic's errors into one sentence per key. `load` finds where each key w
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -58,7 +61,7 @@ class Refusal:
             behind = key.strip().removeprefix(self.key)
             meant = self.suggestion.rpartition(".")[2] if inside else f"{self.suggestion}{behind}={value}"
             return f"override `{override}`: {subject}{self.message}; did you mean `{meant}`?"
-        remedy = f", for example `{self.key}={self.example}`" if self.example is not None else ""
+        remedy = f", for example `{shlex.quote(f'{self.key}={self.example}')}`" if self.example is not None else ""
         return f"override `{override}`: {subject}{self.message}{remedy}"
 
 
@@ -132,7 +135,23 @@ def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details
         return Refusal(path, f"got {_describe(given)}; write {ours}")
     wants_text = details["type"] == "string_type" and isinstance(given, bool | int | float)
     quotes = " (text that looks like a number or true/false needs quotes)" if wants_text else ""
-    return Refusal(path, f"got {_describe(given)}; accepts {accepts.what}{quotes}", example=accepts.example)
+    example = _as_section(section_of(info.annotation), given) or accepts.example
+    return Refusal(path, f"got {_describe(given)}; accepts {accepts.what}{quotes}", example=example)
+
+
+def _as_section(section: type[BaseModel] | None, given: Any) -> str | None:
+    """A text given in place of a section, as the section's required key or its first one; None if that does not take it."""
+    if section is None or not isinstance(given, str):
+        return None
+    fields = section.model_fields
+    name = next((each for each in fields if fields[each].is_required()), next(iter(fields)))
+    try:
+        section.model_validate({name: given})
+    except ValidationError as error:
+        if any(details["loc"] == (name,) for details in error.errors()):
+            return None
+    text = given if re.fullmatch(r"[A-Za-z.][\w./-]*", given) else json.dumps(given, ensure_ascii=False)
+    return f"{{{name}: {text}}}"
 
 
 def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path) -> Refusal:
@@ -151,6 +170,8 @@ def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path) -> 
     near = get_close_matches(word, siblings, n=1)
     if reason := why_none(path):
         return Refusal(path, f"unknown key; {reason}")
+    if prefix and word in model.model_fields:
+        return Refusal(path, "unknown key", suggestion=word)
     if len(elsewhere) > 1:
         return Refusal(path, f"unknown key; there are {', '.join(f'`{name}`' for name in elsewhere)}")
     if elsewhere:

@@ -54,7 +54,7 @@ class InputConfig(Section):
     limit: fields.OptionalCount = Field(
         default=None, description="Read only this many rows (or requests of a batch file), from the start."
     )
-    id_column: fields.OptionalText = Field(
+    id_column: fields.OptionalColumn = Field(
         examples=["task_id"], default=None, description="Column whose values identify rows; null: the row number."
     )
 
@@ -87,16 +87,16 @@ class PromptConfig(Section):
     chat_template_kwargs: fields.TemplateKwargs = Field(
         default={}, description="Variables for the chat template, such as enable_thinking: false."
     )
-    messages: fields.OptionalText = Field(
+    messages: fields.MessagesColumn = Field(
         examples=["messages"],
         default=None,
         description="Column of chat messages; a final message of the assistant is continued.",
     )
-    token_ids: fields.OptionalText = Field(
+    token_ids: fields.OptionalColumn = Field(
         examples=["prompt_token_ids"], default=None, description="Column that holds a list of token ids."
     )
     few_shot: FewShotConfig | None = Field(default=None, description="Examples in front of every prompt.")
-    continuations: fields.Text = Field(
+    continuations: fields.Column = Field(
         examples=["options"],
         default="continuations",
         description="Column of continuations to score: texts or lists of token ids; rows without it are scored as a whole.",

@@ -47,7 +47,7 @@ class VerifyConfig(Section):
     kind: fields.Verifier = Field(
         description="Name of a verifier, or your own: ./my_judge.py, ./my_judge.py:grade or package.module:grade."
     )
-    answer: fields.OptionalText = Field(
+    answer: fields.OptionalColumn = Field(
         examples=["answer"], default=None, description="Column that holds the reference answer."
     )
     options: fields.Options = Field(default={}, description="Further arguments of the function, by name.")

@@ -181,7 +181,7 @@ def _load(spec: JudgeSpec) -> ModuleType:
         return module
     except BaseException as error:
         name = error.name if isinstance(error, ModuleNotFoundError) else None
-        frames = [each for each in extract_tb(error.__traceback__) if Path(each.filename).name == Path(spec.source).name]
+        frames = [each for each in extract_tb(error.__traceback__) if Path(each.filename) == Path(spec.source).resolve()]
         where = f" in line {frames[-1].lineno}" if frames else ""
         remedy = "correct the file, or name another judge"
         if name is not None and name.partition(".")[0] != spec.source.partition(".")[0]:
