@@ -225,9 +225,15 @@ class TestChoice:
         assert capfd.readouterr() == ("", "")
 
 
-def test_a_notebook_shows_lines_and_a_script_nothing(monkeypatch, capsys):
+def test_a_notebook_and_a_script_on_a_terminal_show_lines(monkeypatch, capsys):
     default_progress().update(ProgressSnapshot("reading", 1.0, rows_done=3))
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True)
+        default_progress().update(ProgressSnapshot("reading", 1.0, rows_done=3))
+        assert "rows 3" in capsys.readouterr().err
+        patch.setattr(sys, "stderr", None)
+        default_progress().update(ProgressSnapshot("reading", 1.0, rows_done=3))
     monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
     default_progress().update(ProgressSnapshot("reading", 1.0, rows_done=3))
     assert "rows 3" in capsys.readouterr().out

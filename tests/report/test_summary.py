@@ -84,6 +84,9 @@ class TestRunSummary:
         titles = [section.title for section in run_sections(replace(SUMMARY, earlier=300))]
         assert "Work of this start" in titles and "Work" not in titles
 
+    def test_printed_by_a_script(self) -> None:
+        assert str(SUMMARY).startswith("Run\n  result") and "\n  pass@1 " in str(SUMMARY)
+
     def test_in_a_notebook(self) -> None:
         shown = replace(SUMMARY, output_path="out/<x>")._repr_html_()
         assert "<b>Run</b><table><tr><td>result</td>" in shown and "out/&lt;x&gt;" in shown and "<x>" not in shown
@@ -177,7 +180,13 @@ class TestRender:
         assert shown["running for"] == "1:10" and shown["last commit"] == "3.00 s ago"
         assert shown["speed"] == "12 samples, 1,500 output tokens per second"
         assert shown["time left"] == "about 1:01:40 at this speed"
-        assert facts(status_sections({}, pace))["time left"] == "not known before the third commit"
+        early = facts(status_sections({}, pace))
+        assert early["time left"] == "known after three commits, as is the speed" and "speed" not in early
+
+    def test_status_says_how_much_is_done(self) -> None:
+        shown = facts(status_sections({"rows": 4, "samples": 8, "ok": 5, "errors": 1, "cancelled": 0, "pending": 2}))
+        assert (shown["samples"], shown["ok"], shown["pending"]) == ("8, 75.0% done", "5", "2") and "cancelled" not in shown
+        assert facts(status_sections({"samples": 0, "pending": 0}))["samples"] == "0"
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def closing_sections(out: Path, summary: RunSummary) -> tuple[Section, ...]:
             )
             title = title if scored else "Samples"
             sections += () if scored else _cut_off(out)
-            sections.append(Section(title, tuple(map(_sample, few))))
+            # None, where the folder was moved meanwhile.
+            sections += [Section(title, tuple(map(_sample, few)))] if few else []
         if summary.errors:
             sections.append(errors_section(error_rows(out, PER_CODE)))
     except (TokabatchError, OSError):

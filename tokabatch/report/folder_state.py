@@ -12,9 +12,11 @@ def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] 
     """The state of an output folder: (name, value) as they come, unknown ones left out; `pace` is that of a running job."""
     rows: list[tuple[str, str]] = []
     for name, value in values.items():
-        if value is None:
+        if value is None or (name == "cancelled" and not value):
             continue
         text = f"{value:.4f}" if isinstance(value, float) else count_text(value) if isinstance(value, int) else str(value)
+        if name == "samples" and value and values.get("pending") is not None:
+            text += f", {1 - values['pending'] / value:.1%} done"
         rows.append((name.replace("_", " "), text))
     return (Section("Status", (*rows, *_pace(pace or {}))),)
 
@@ -36,17 +38,13 @@ def _pace(pace: Mapping[str, float | None]) -> list[tuple[str, str]]:
         rows.append(("running for", seconds_text(running)))
     if (commit := pace.get("commit_seconds")) is not None:
         rows.append(("last commit", f"{seconds_text(commit)} ago"))
-    samples, tokens = pace.get("samples_per_second"), pace.get("tokens_per_second")
-    if samples is not None and tokens is not None:
+    samples, tokens, left = (pace.get(name) for name in ("samples_per_second", "tokens_per_second", "seconds_left"))
+    # The first samples to finish are few and short: their speed says nothing of the run's.
+    if samples is not None and tokens is not None and left is not None:
         rows.append(("speed", f"{samples:,.3g} samples, {tokens:,.0f} output tokens per second"))
-    if rows:
-        left = pace.get("seconds_left")
-        rows.append(
-            (
-                "time left",
-                "not known before the third commit" if left is None else f"about {seconds_text(left)} at this speed",
-            )
-        )
+        rows.append(("time left", f"about {seconds_text(left)} at this speed"))
+    elif rows:
+        rows.append(("time left", "known after three commits, as is the speed"))
     return rows
 
 

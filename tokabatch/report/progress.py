@@ -83,8 +83,11 @@ def open_progress(quiet: bool) -> Progress:
 
 
 def default_progress() -> Progress:
-    """The display of a run from Python: lines in the output of a notebook's cell, elsewhere none."""
-    return LineProgress(sys.stdout) if "ipykernel" in sys.modules else NullProgress()
+    """The display of a run from Python: lines in the output of a notebook's cell, or on a terminal; elsewhere none."""
+    if "ipykernel" in sys.modules:
+        return LineProgress(sys.stdout)
+    # A program without a console has no stream.
+    return LineProgress(sys.stderr) if sys.stderr is not None and sys.stderr.isatty() else NullProgress()  # pyright: ignore[reportUnnecessaryComparison]
 
 
 class NullProgress:

@@ -138,10 +138,12 @@ class RunSummary:
         # It imports pandas where there is one, which takes a second; a run has no use for it.
         return import_module("pyarrow.dataset").dataset(Path(self.output_path) / "data", format="parquet")
 
+    def __str__(self) -> str:
+        """What `tokabatch run` prints at the end."""
+        return import_module("tokabatch.report.render").plain(self._sections())
+
     def _repr_html_(self) -> str:
-        """What a notebook shows: the sections of the terminal's end as tables."""
-        # It builds on this module.
-        closing = import_module("tokabatch.report.closing")
+        """What a notebook shows: the same as tables."""
         return "".join(
             f"<b>{escape(section.title)}</b><table>"
             + "".join(
@@ -149,8 +151,13 @@ class RunSummary:
                 for row in (*filter(None, (section.columns,)), *section.rows)
             )
             + "</table>"
-            for section in (*run_sections(self), *closing.closing_sections(Path(self.output_path), self))
+            for section in self._sections()
         )
+
+    def _sections(self) -> tuple[Section, ...]:
+        # It builds on this module.
+        closing = import_module("tokabatch.report.closing")
+        return (*run_sections(self), *closing.closing_sections(Path(self.output_path), self))
 
     @property
     def this_start(self) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def _plan_report(
             "most; sizes and simulation are those of a run that saves none. A row's samples begin in waves (4, then up to 8, "
             "16 and so on), each of which computes its prompt again"
         )
-    notes += ["text prompts go through the tokenizer's chat template"] if store.chat else []
+    notes += ["the tokenizer's chat template is applied"] if store.chat else []
     notes += workload.notes
     seen: set[str] = set()
     for failure in workload.failures:

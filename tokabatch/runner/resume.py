@@ -45,6 +45,7 @@ from tokabatch.output.manifest import (
 from tokabatch.output.remedy import refuse_faults, refuse_other_verdicts, refuse_unrecorded, repair_command
 from tokabatch.output.same_job import EarlierRun, find_run
 from tokabatch.output.schema import UnsampledRow, verdict_fields
+from tokabatch.report.sections import counted
 from tokabatch.runner.row_stops import RowStops
 from tokabatch.runner.score import has_unjudged, judge_again
 from tokabatch.scoring.early_stopping import StopRule
@@ -132,7 +133,7 @@ def start(
                 shards = folder.shards()
                 if shards:
                     size = sum(shard.bytes for shard in shards)
-                    tell(f"--overwrite: deleting {len(shards):,} files, {size:,} bytes, of the run in {folder.path}")
+                    tell(f"--overwrite: deleting {counted(len(shards), 'file')}, {size:,} bytes, of the run in {folder.path}")
                 claim.discard()
             _write_start(job, claim, workload, describe_run(job, workload, clock), ())
             started = Start.after(nothing_committed(workload.samples_of_row), workload, job, folder)
@@ -188,7 +189,7 @@ def _continue(
     misfits, names = list_misfits(folder, workload.output_schema)
     if misfits:
         told = ", ".join(names[:5]) + ", …" * (len(names) > 5)
-        tell(f"the new rows change the columns ({told}): rewriting {len(misfits):,} files")
+        tell(f"the new rows change the columns ({told}): rewriting {counted(len(misfits), 'file')}")
         fit_columns(claim, misfits, workload.output_schema, workload.store.columns)
     if unjudged and job.verify is not None:
         judge_left(claim, job.verify, workload, tell, on_rows)
@@ -198,7 +199,7 @@ def _continue(
 def judge_left(claim: Claim, verify: VerifyConfig, workload: Workload, tell: Callable[[str], None], on_rows: OnRows) -> None:
     """Give verdicts to the samples that an earlier start was stopped before it had judged, and with them to their files."""
     left = [file for file in claim.folder.shards() if has_unjudged(file)]
-    tell(f"judging the samples that the previous start had not judged yet ({len(left):,} files)")
+    tell(f"judging the samples that the previous start had not judged yet ({counted(len(left), 'file')})")
     pool = open_pool(verify)
     try:
         own = verdict_fields(pool.load().columns)

@@ -80,8 +80,8 @@ def run(
     """Complete every row of the job's input and write the output folder. If the folder holds a run of this job, continue it.
 
     `job` may also be what `Job.load` takes: the path of a job file, or a mapping of the same shape. Without `progress`, a
-    notebook shows lines, anything else nothing. `overwrite` deletes an existing run; `retry_errors` runs its error rows again;
-    `repair` computes the contents of damaged files again, for which DamageError is raised otherwise.
+    notebook and a terminal show lines, anything else nothing. `overwrite` deletes an existing run; `retry_errors` runs its
+    error rows again; `repair` computes the contents of damaged files again, for which DamageError is raised otherwise.
 
     `should_stop` is called between steps; an Interruption also interrupts waiting and loading. After a stop, finished samples
     are committed, and the summary has the exit code 130 or that of the Interruption. If the folder cannot be written any more,

@@ -207,7 +207,14 @@ def prepare(
             *describe_ignored(model.folder, job, model.settings),
             *store.notes,
             *(
-                (f"input columns with names that the output uses itself are renamed there: {', '.join(renamed)}",)
+                (
+                    f"input columns with names that the output uses itself are renamed there: {', '.join(renamed)}"
+                    + (
+                        "; input.id_column=id makes it the output's id"
+                        if "id as input_id" in renamed and job.input.id_column is None
+                        else ""
+                    ),
+                )
                 if renamed
                 else ()
             ),
