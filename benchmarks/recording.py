@@ -61,6 +61,17 @@ def messages(recorded: list[list[int]], rows: int, samples: int, message: int) -
         yield batch
 
 
+def cpu_of_children(processes: int) -> tuple[float, float]:
+    """CPU seconds of the processes that prepare samples, which end by themselves by now, and of the judges, which are theirs
+    if there are any, or else ours."""
+    children = psutil.Process().children()
+    while processes and any(child.status() != psutil.STATUS_ZOMBIE for child in children):
+        time.sleep(0.02)
+    times = [child.cpu_times() for child in children]
+    own = sum(each.user + each.system for each in times)
+    return (own, sum(each.children_user + each.children_system for each in times)) if processes else (0.0, own)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -97,13 +108,7 @@ def main() -> None:
             recorder.finish()
             profile.disable()
             seconds, cpu, process = time.perf_counter() - begin, time.thread_time() - cpu, time.process_time() - process
-            preparing = judging = 0.0
-            for child in psutil.Process().children(recursive=True):
-                times = child.cpu_times()
-                if "judge_process" in " ".join(child.cmdline()):
-                    judging += times.user + times.system
-                else:
-                    preparing += times.user + times.system
+            preparing, judging = cpu_of_children(processes)
             recorder.close()
             micro = 1e6 / arguments.samples
             print(f"{arguments.samples:,} samples in {seconds:.2f} s; us of CPU a sample: member {micro * packing:.1f}, "

@@ -230,21 +230,16 @@ class _Process:
         self._silent = 0.0
         """Seconds without a message while it holds samples."""
         self._held: list[_Held] = []
+        self.num_waiting = self.num_bytes = 0
+        """The samples that have not come back, and the bytes that are kept for it."""
         self._receiver = threading.Thread(target=_receive, args=(self._pipe, self._inbox, news), daemon=True)
         self._receiver.start()
 
-    @property
-    def num_waiting(self) -> int:
-        """The samples that have not come back."""
-        return sum(int(np.count_nonzero(held.left)) for held in self._held)
-
-    @property
-    def num_bytes(self) -> int:
-        """The bytes of the samples that are kept for it."""
-        return sum(held.work.completions.num_bytes for held in self._held)
-
     def hand(self, work: Work) -> None:
         """Send samples, which are kept until they come back."""
+        # In this order, so that an exception in between leaves no held sample uncounted.
+        self.num_waiting += len(work.completions)
+        self.num_bytes += work.completions.num_bytes
         self._held.append(_Held(work))
         self.send(work)
 
@@ -293,6 +288,9 @@ class _Process:
             begin, end = np.searchsorted(numbers, (theirs[0], theirs[-1] + 1))
             held.left[np.searchsorted(theirs, numbers[begin:end])] = False
         self._held = [held for held in self._held if held.left.any()]
+        # Not at each look at them: hundreds of messages may be held.
+        self.num_waiting = sum(int(np.count_nonzero(held.left)) for held in self._held)
+        self.num_bytes = sum(held.work.completions.num_bytes for held in self._held)
 
     def left(self) -> Iterator[Work]:
         """Yield the samples that have not come back."""
