@@ -7,7 +7,7 @@ from multiprocessing import Pipe
 
 import pytest
 
-from tokabatch.runner.order_sender import OrderSender
+from tokabatch.runner.order_sender import OrderSender, receive_buffer, send_buffer
 
 MORE_THAN_FITS = bytes(1 << 24)
 """More than a socket's buffers hold."""
@@ -59,3 +59,24 @@ def test_an_order_that_cannot_be_sent_ends_the_connection(monkeypatch: pytest.Mo
         here.recv()
     sender.close()
     assert failed == [TypeError]
+
+
+def test_a_buffer_arrives_behind_its_message_or_the_pipe_ends() -> None:
+    here, there = Pipe()
+    sent, received = bytes(range(256)) * (1 << 14), bytearray(1 << 22)
+
+    def send() -> None:
+        here.send(len(sent))
+        send_buffer(here, memoryview(sent))
+        here.send("behind")
+        send_buffer(here, memoryview(sent)[:100])
+        here.close()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert there.recv() == len(received)
+    receive_buffer(there, memoryview(received))
+    assert received == sent and there.recv() == "behind"
+    with pytest.raises(EOFError):
+        receive_buffer(there, memoryview(received))
+    sender.join()

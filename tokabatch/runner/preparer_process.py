@@ -23,6 +23,7 @@ from tokabatch.arrays import Int64
 from tokabatch.engine.child import PARENTS_SIGNALS
 from tokabatch.errors import EngineError, TokabatchError
 from tokabatch.runner.forked import keep_only
+from tokabatch.runner.order_sender import send_buffer
 from tokabatch.runner.preparation import Preparation
 from tokabatch.scheduling.completion_batch import PackedCompletions
 
@@ -42,10 +43,12 @@ class Work:
 
 @dataclass(slots=True)
 class Prepared:
-    """Sent by a process: rows of the output as an Arrow stream, and the number of each sample."""
+    """Sent by a process, with an Arrow stream of so many bytes behind it: rows of the output, and the number of each sample."""
 
     numbers: Int64
-    stream: pa.Buffer
+    num_bytes: int
+    stream: pa.Buffer | None = None
+    """The stream, once it has been received."""
     until: int | None = None
     """The number of samples that main will have received with this table; None while it has not been taken up."""
 
@@ -97,7 +100,8 @@ def _serve(pipe: Connection, preparation: Preparation, seconds: float) -> None:
                 sink = pa.BufferOutputStream()
                 with pa.ipc.new_stream(sink, table.schema) as stream:
                     stream.write_table(table)
-                _send(pipe, Prepared(preparation.numbers(table.num_rows), sink.getvalue()))
+                rows = sink.getvalue()
+                _send(pipe, Prepared(preparation.numbers(table.num_rows), rows.size), rows)
                 sent += table.num_rows
             now = time.monotonic()
             due = now + seconds if everything else due
@@ -112,9 +116,11 @@ class _Gone(Exception):
     """Main has closed the pipe."""
 
 
-def _send(pipe: Connection, message: Message) -> None:
+def _send(pipe: Connection, message: Message, behind: pa.Buffer | None = None) -> None:
     try:
         pipe.send(message)
+        if behind is not None:
+            send_buffer(pipe, memoryview(behind))
     except OSError as error:
         raise _Gone from error
 

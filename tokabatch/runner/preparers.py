@@ -26,7 +26,7 @@ from tokabatch.errors import EngineError, TokabatchError
 from tokabatch.job import Job
 from tokabatch.runner.forked import end, fork, how_it_ended
 from tokabatch.runner.judging import HURRIED_SECONDS, LOOK_SECONDS
-from tokabatch.runner.order_sender import OrderSender
+from tokabatch.runner.order_sender import OrderSender, receive_buffer
 from tokabatch.runner.preparation import BATCH_SAMPLES, Preparation
 from tokabatch.runner.preparer_process import HURRIED_SEND_SECONDS, SEND_SECONDS, Message, Order, Prepared, Work, prepare
 from tokabatch.runner.sample_tables import SampleTables
@@ -311,7 +311,11 @@ def _receive(pipe: Connection, inbox: deque[Message | _Lost], news: threading.Ev
     """Receive the messages of the process until it ends."""
     try:
         while True:
-            inbox.append(pipe.recv())
+            message = pipe.recv()
+            if isinstance(message, Prepared):
+                stream = message.stream = pa.allocate_buffer(message.num_bytes)
+                receive_buffer(pipe, memoryview(stream))
+            inbox.append(message)
             news.set()
     except (EOFError, OSError):
         inbox.append(_Lost())
