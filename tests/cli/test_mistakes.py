@@ -283,6 +283,7 @@ MISTAKES = [
     ),
     (("score", "nothing", "verify.kind=exact"), "give the folder that the job names as output.path"),
     (("profile", "nothing", "--to", "p.json"), "give the folder that the job names as output.path"),
+    (("serve", Q), r"is a job file; name the model itself: tokabatch serve jobs/quickstart\n"),
     (("serve", "nowhere"), r"nowhere: no such folder \(looked in /.*\)\. model\.path must be a model's folder or a hub id"),
     (("serve", "jobs/quickstart", "server.prt=1"), r"did you mean `server\.port=1`\?"),
     (("serve", "jobs/quickstart", "server.port=99999"), r"accepts a port, from 0 .* for example `server\.port=8000`"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tokabatch.scoring import estimates
 from tokabatch.scoring.early_stopping import StopRule
-from tokabatch.scoring.estimates import Judged, estimate_all
+from tokabatch.scoring.estimates import Estimate, Judged, distinct, estimate_all
 
 
 def judged(rows: list[list[tuple[bool, int, float]]], seed: int = 0) -> Judged:
@@ -215,3 +215,10 @@ def test_a_million_samples_are_estimated_in_seconds() -> None:
     found = values(estimate_all(many))
     assert time.process_time() - began < 5
     assert all(abs(found[f"maj@{k}"] - 0.4) < 0.02 for k in (4, 8, 16)), "answers say nothing of what is right here"
+
+
+def test_a_mean_score_that_is_pass_at_1_is_shown_once():
+    """Summed in another order, the two may differ in the last bit."""
+    shown = [Estimate("mean score", 0.05, 0.0, 0.2), Estimate("pass@1", 0.05 - 2**-56, 0.0, 0.2)]
+    assert [each.name for each in distinct(shown)] == ["pass@1"]
+    assert len(distinct([Estimate("mean score", 0.06, 0.0, 0.2), shown[1]])) == 2

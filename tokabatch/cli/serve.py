@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,6 +38,9 @@ def serve(
       tokabatch serve jobs/quickstart server.host=0.0.0.0 server.api_key=secret
       tokabatch serve jobs/quickstart server.port=8080 generation.max_tokens=512
     """
+    if model.endswith((".yaml", ".yml")) and Path(model).is_file():
+        served = import_module("tokabatch.job").Job.load(model).model.path
+        raise UsageError(f"{model}: is a job file; name the model itself: tokabatch serve {shlex.quote(served)}")
     config = import_module("tokabatch.serve.settings").ServiceConfig.load(model, *(overrides or ()))
     import_module("tokabatch.precheck").refuse_model(config.model)
     print(f"loading {config.model.path}", file=sys.stderr)

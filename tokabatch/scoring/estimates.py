@@ -10,6 +10,7 @@ and Pearson (1934) for none of so many rows being another. This module does not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -43,8 +44,10 @@ class Estimate:
 
 def distinct(estimates: Sequence[Estimate]) -> tuple[Estimate, ...]:
     """Without the mean score where it is pass@1, as it is of verdicts that are right or wrong: for a person to look at."""
-    first = {each.value for each in estimates if each.name == "pass@1"}
-    return tuple(each for each in estimates if each.name != MEAN_SCORE or each.value not in first)
+    # The two are summed in different orders.
+    first = [each.value for each in estimates if each.name == "pass@1"]
+    same = [each for each in estimates if each.name == MEAN_SCORE and any(math.isclose(each.value, value) for value in first)]
+    return tuple(each for each in estimates if each not in same)
 
 
 @dataclass(frozen=True, slots=True)
