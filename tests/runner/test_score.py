@@ -160,6 +160,8 @@ def test_refusals(rows: Path, judge: Path, tmp_path: Path) -> None:
         score(out)
     with pytest.raises(JobError, match=r"`generation\.n=4`: only keys under verify"):
         score(out, ["generation.n=4"])
+    with pytest.raises(JobError, match=r"`kind=exact`: only keys under verify .*; write verify\.kind=exact"):
+        score(out, ["kind=exact"])
     with pytest.raises(OutputError, match=r"no column 'answer' \(see output\.columns\); it has id, question"):
         score(out, ["verify={kind: exact, answer: answer}"])
     with pytest.raises(JobError, match="cannot be loaded"):

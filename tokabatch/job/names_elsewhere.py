@@ -15,7 +15,9 @@ _KEYS = {
     **{"top_logprobs": "logprobs", "bad_words_ids": "bad_words", "sequence_bias": "logit_bias", "random_seed": "seed"},
     **{"eos_token_id": "stop_token_ids", "temp": "temperature"},
     **dict.fromkeys(("sampling_params", "sampling", "gen_kwargs", "generation_kwargs", "generation_config"), "generation"),
-    **dict.fromkeys(("model_name_or_path", "model_name", "model_id", "model_path", "pretrained", "model.name"), "model.path"),
+    **dict.fromkeys(
+        ("model_name_or_path", "model_name", "model_id", "model_path", "pretrained", "model.name", "model_args"), "model.path"
+    ),
     **dict.fromkeys(("torch_dtype", "precision"), "model.dtype"),
     **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "data", "input_file", "input_path"), "input.path"),
     **dict.fromkeys(("input.name", "input.config", "config_name", "dataset_config_name"), "input.subset"),
@@ -111,6 +113,7 @@ _WITHOUT_KEY = {
     **dict.fromkeys(("truncation", "truncate_prompt_tokens", "max_prompt_length"), _CUT),
     **dict.fromkeys(("text_column", "prompt_column", "column", "question_column", "text_field"), _COLUMN),
     **dict.fromkeys(("shuffle", "shuffle_seed"), "none is needed: rows are computed in the order that shares the most"),
+    "log_samples": "none is needed: all samples are written, with the columns of their rows",
     **dict.fromkeys(("task", "tasks", "task_name"), "there is no list of tasks; jobs/gsm8k.yaml shows how one is written"),
     **dict.fromkeys(("cache_dir", "hf_home"), "none is needed: the hub's cache is where the variable HF_HOME says"),
     **dict.fromkeys(("token", "hf_token", "use_auth_token"), "none is needed: a token is read from the variable HF_TOKEN"),

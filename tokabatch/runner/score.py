@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from tokabatch.errors import JobError, OutputError
 from tokabatch.input.files.arrow_rows import python_rows
 from tokabatch.input.fingerprint import is_of_verify, verify_settings
-from tokabatch.job import Job
+from tokabatch.job import Job, VerifyConfig
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import replace_shard
 from tokabatch.output.folder import OutputFolder
@@ -168,7 +168,8 @@ def _job(folder: OutputFolder, manifest: Manifest, overrides: Sequence[str]) -> 
     here."""
     other = next((each for each in overrides if not each.startswith(("verify.", "verify="))), None)
     if other is not None:
-        raise JobError(f"override `{other}`: only keys under verify can be given here; samples are not computed again")
+        meant = f"; write verify.{other}" if other.partition("=")[0] in VerifyConfig.model_fields else ""
+        raise JobError(f"override `{other}`: only keys under verify can be given here, samples are not computed again{meant}")
     given = read_job(folder, manifest)
     verify = given.get("verify")
     own = verify and verify["kind"]

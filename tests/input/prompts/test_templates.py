@@ -98,6 +98,12 @@ def test_messages_say_what_to_write_for_a_span_of_time_and_for_null() -> None:
     assert isinstance(null, RowError) and null.code == "bad_type" and "null in this row; for an optional column" in null.message
 
 
+@pytest.mark.parametrize("source", ["Q: {{ question", "{{ q }}{% if a", "{% if q %}x"])
+def test_what_is_left_open_is_to_be_closed(source: str) -> None:
+    with pytest.raises(JobError, match=r"line 1: .*[^.]; close what was opened: \{\{ name \}\}"):
+        compile_template(source, "prompt.template")
+
+
 def test_the_spelling_of_names_of_two_words_is_suggested() -> None:
     with pytest.raises(JobError, match=r"not one word is written row\['its name'\]"):
         compile_template("{{ Correct Answer }}", "prompt.template")

@@ -76,12 +76,12 @@ def compile_template(source: str, key: str) -> Template:
         compiled = sandbox.from_string(source)
         names = frozenset(find_undeclared_variables(tree)) - frozenset(sandbox.globals)
     except TemplateSyntaxError as error:
-        # Two words, where Jinja expects one.
-        words = "end of print statement" in str(error.message)
-        hint = (
-            "; a column whose name is not one word is written row['its name']" if words else "; a column is written {{ name }}"
-        )
-        raise JobError(f"{key} is not a valid Jinja template: line {error.lineno}: {error.message}{hint}") from error
+        message, hint = str(error.message).rstrip("."), "a column is written {{ name }}"
+        if "nexpected end of template" in message:
+            hint = "close what was opened: {{ name }}, {% if … %} … {% endif %}"
+        elif "end of print statement" in message:  # Two words, where Jinja expects one.
+            hint = "a column whose name is not one word is written row['its name']"
+        raise JobError(f"{key} is not a valid Jinja template: line {error.lineno}: {message}; {hint}") from error
     except Exception as error:  # Jinja's parser and Python's compiler raise many kinds
         raise JobError(f"{key} is not a valid Jinja template: {error or type(error).__name__}") from error
     if any(tree.find_all(NOT_IN_PROMPTS)):
