@@ -83,7 +83,11 @@ def test_samples_that_were_cut_off_are_counted():
 
 def test_a_phone_and_a_dark_screen_are_thought_of():
     page = render_page(RUN)
-    assert "minmax(min(21rem,100%),1fr)" in page and "prefers-color-scheme:dark" in page and "color-scheme:light dark" in page
+    assert (
+        "repeat(auto-fill,minmax(min(21rem,100%),1fr))" in page
+        and "prefers-color-scheme:dark" in page
+        and "color-scheme:light dark" in page
+    )
     assert "content='width=device-width'" in page and "@media(max-width:60rem){.tiles{grid-template-columns:repeat(3" in page
 
 

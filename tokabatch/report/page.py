@@ -39,7 +39,7 @@ p.sub{color:var(--soft);margin:.2rem 0 1.2rem;overflow-wrap:anywhere}
 @media(max-width:42rem){.tiles{grid-template-columns:1fr 1fr}}
 .tile{border:1px solid var(--line);border-radius:.5rem;padding:.5rem .8rem}
 .tile b{display:block;font-size:1.3rem}.tile span{color:var(--soft);font-size:.82rem}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(21rem,100%),1fr));gap:1rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(21rem,100%),1fr));gap:1rem}
 figure{margin:0;border:1px solid var(--line);border-radius:.5rem;padding:.7rem;min-width:0;grid-row:span 2;
 container-type:inline-size;display:flex;flex-direction:column}
 figure.short{grid-row:span 1}
