@@ -103,6 +103,12 @@ class TestLines:
         assert "samples 110/400" in lines[-1] and "out 500 tok/s" in lines[-1] and "kv 43%" in lines[-1]
         assert "running 64  waiting 200  eta 29.0 s" in lines[-1]
 
+    def test_no_speed_before_the_first_step(self) -> None:
+        stream = io.StringIO()
+        with LineProgress(stream) as progress:
+            progress.update(at(1.0))
+        assert stream.getvalue().endswith("samples 0/400  errors 1  waiting 200\n")
+
     def test_no_control_codes(self) -> None:
         stream = io.StringIO()
         with LineProgress(stream, interval=0.0) as progress:

@@ -315,8 +315,10 @@ def _facts(snapshot: ProgressSnapshot, rates: Rates) -> list[str]:
     facts.append(f"errors {snapshot.errors:,}")
     if snapshot.phase != "generating":
         return facts
-    facts += [f"in {rates.tokens_in:,.0f} tok/s", f"out {rates.tokens_out:,.0f} tok/s", f"kv {snapshot.kv_used:.0%}"]
-    facts += [f"running {snapshot.running:,}", f"waiting {snapshot.waiting:,}"]
+    if snapshot.tokens_in or snapshot.tokens_out:
+        facts += [f"in {rates.tokens_in:,.0f} tok/s", f"out {rates.tokens_out:,.0f} tok/s", f"kv {snapshot.kv_used:.0%}"]
+        facts.append(f"running {snapshot.running:,}")
+    facts.append(f"waiting {snapshot.waiting:,}")
     return [*facts, *eta]
 
 
