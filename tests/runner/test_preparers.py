@@ -292,13 +292,16 @@ def test_a_slow_verdict_keeps_no_bytes_of_those_behind_it() -> None:
 
 @pytest.mark.parametrize(
     ("cores", "replicas", "judged", "expected"),
-    [(2, 1, False, 1), (8, 1, False, 2), (16, 1, False, 4), (128, 1, False, 4), (128, 16, False, 8), (16, 1, True, 1)],
-)
+    [(2, 1, False, 1), (8, 1, False, 2), (16, 1, False, 4), (128, 1, False, 4), (128, 16, False, 16), (16, 1, True, 1),
+     (64, 4, True, 4), (8, 4, True, 2)],
+)  # fmt: skip
 def test_how_many_processes_there_are(
     cores: int, replicas: int, judged: bool, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     judging = job(tmp_path, "out", 0.0)
+    assert judging.verify is not None
+    judging = judging.model_copy(update={"verify": judging.verify.model_copy(update={"processes": "auto"})})
     plain = judging.model_copy(update={"verify": None})
     assert preparers.num_preparers(judging if judged else plain, replicas) == expected
 
