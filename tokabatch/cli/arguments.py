@@ -105,6 +105,8 @@ class Group(TyperGroup):
     """The program itself, which names the command that was meant."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:  # Shows the help.
+            return super().parse_args(ctx, args)
         try:
             return super().parse_args(ctx, args)
         except _Refused as error:
