@@ -1,5 +1,6 @@
 """Pipes to another process that may hang. Orders are sent by a thread, so that the caller does not block on a process that does
-not read and can detect that it hangs; receiving ends where the process stops in the middle of a message."""
+not read and can detect that it hangs; receiving ends where the process stops in the middle of a message. Large buffers
+pass as plain bytes."""
 
 from __future__ import annotations
 
