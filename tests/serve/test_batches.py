@@ -279,6 +279,46 @@ def test_a_batch_begun_under_another_name_ends_there_when_cancelled_or_expired(
     assert asyncio.run(main()) == how
 
 
+@pytest.mark.parametrize(
+    ("status", "ends", "counts", "code"),
+    [
+        ("validating", "expired", (5, 0, 5), "batch_expired"),
+        ("cancelling", "cancelled", (5, 0, 5), "batch_cancelled"),
+        # All answers were there in time.
+        ("finalizing", "completed", (0, 0, 0), None),
+    ],
+)
+def test_a_batch_that_ends_before_its_turn_counts_every_line(
+    status: str, ends: str, counts: tuple[int, int, int], code: str | None, tmp_path: Path
+) -> None:
+    """Those without a custom_id, and those that are no JSON, too; a request of two prompts is one."""
+    asked = [*map(json.dumps, (line(0), line(1, prompt=["a", "b"]), {**line(2), "custom_id": None}, {"url": URL})), "{half"]
+
+    async def main() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        files, key = StoredFiles(tmp_path), new_id("file")
+        files.path(key, ".upload").write_text("\n".join(asked))
+        files.put(key, "asked.jsonl", "batch", files.path(key, ".upload"))
+        config = ServiceConfig.load("model")
+        batch = Batches(files, config, mock.Mock(failure=None)).create(
+            {"input_file_id": key, "endpoint": URL, "completion_window": "1m"}
+        )
+        # What a server leaves that was killed then.
+        files.write_record(batch["id"], {**batch, "status": status, "expires_at": batch["created_at"]})
+        batches = Batches(files, config, mock.Mock(failure=None))
+        batch, end = batches.get(batch["id"]), time.monotonic() + 10
+        while batch["status"] == status and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        written = files.path(batch["error_file_id"]).read_text().splitlines() if batch["error_file_id"] else []
+        return batch, [json.loads(each) for each in written]
+
+    batch, errors = asyncio.run(main())
+    assert batch["status"] == ends
+    assert batch["request_counts"] == dict(zip(("total", "completed", "failed"), counts, strict=True))
+    assert [each["custom_id"] for each in errors] == (["r0", "r1", None, None, None] if code else [])
+    assert {each["error"]["code"] for each in errors} == ({code} if code else set())
+    assert len({each["id"] for each in errors}) == len(errors)
+
+
 def test_the_records_of_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = StoredFiles(tmp_path)
     for number in range(3):

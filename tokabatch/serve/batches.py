@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from tokabatch.arrays import Int64
 from tokabatch.batch.results import renamed, write_results
 from tokabatch.errors import EXIT_STOPPED, STOPS, EngineError, TokabatchError, UsageError
 from tokabatch.input.batch_files import BODY, CUSTOM_ID, PROMPT_INDEX, URL, open_rows
+from tokabatch.input.rows import Row
 from tokabatch.job import Job
 from tokabatch.openai.errors import ApiError
 from tokabatch.openai.requests import CHAT, COMPLETIONS
@@ -180,7 +182,7 @@ class Batches:
         if batch is self._current:
             self._stop.request(EXIT_STOPPED)
         elif batch["status"] not in ENDED and not self._closing:
-            self._spawn(self._finish(batch, "cancelled" if batch["status"] == "cancelling" else "expired"))
+            self._spawn(self._finish(batch, _end_of(batch)))
 
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)
@@ -260,10 +262,10 @@ class Batches:
             raise EngineError("its run could not be finished")
 
     async def _end_if_over(self, batch: Batch) -> bool:
-        """End a batch that is being cancelled or has expired, with the results that it has; return whether it is one."""
+        """End a batch that is being cancelled or whose time is over, with the results that it has; return whether it is one."""
         if batch["status"] != "cancelling" and batch["expires_at"] > time.time():
             return False
-        await self._finish(batch, "cancelled" if batch["status"] == "cancelling" else "expired")
+        await self._finish(batch, _end_of(batch))
         return True
 
     def _run(self, job: Job, lines: _Lines, batch: Batch) -> Any:
@@ -294,22 +296,25 @@ class Batches:
     def _look_through(self, batch: Batch) -> _Lines:
         """In a thread. What is wrong with a line alone makes it an error; a file that is not for here is refused."""
         lines, requests = _Lines(np.zeros(0, np.int64)), list[int]()
-        job = self._config.job(str(self._files.path(batch["input_file_id"])), "-", "openai")
         try:
-            for rows in open_rows(job.input).batches():
-                for row in rows.rows:
-                    columns = row.columns or {}
-                    if not columns.get(PROMPT_INDEX):
-                        lines.faulty.append(row.error is not None)
-                        if row.error is None:
-                            self._look_at(batch, columns, len(lines.faulty), lines.errors)
-                    requests.append(len(lines.faulty) - 1)
+            for row in self._rows(batch):
+                columns = row.columns or {}
+                if not columns.get(PROMPT_INDEX):
+                    lines.faulty.append(row.error is not None)
+                    if row.error is None:
+                        self._look_at(batch, columns, len(lines.faulty), lines.errors)
+                requests.append(len(lines.faulty) - 1)
         except UsageError as error:
             lines.errors.append({"code": "invalid_file", "message": self._told(batch, error), "param": None, "line": None})
         if not requests and not lines.errors:
             lines.errors.append({"code": "empty_file", "message": "the file holds no request", "param": None, "line": None})
         lines.request_of_row = np.array(requests, np.int64)
         return lines
+
+    def _rows(self, batch: Batch) -> Iterator[Row]:
+        """Of its input. Raises UsageError."""
+        job = self._config.job(str(self._files.path(batch["input_file_id"])), "-", "openai")
+        return (row for rows in open_rows(job.input).batches() for row in rows.rows)
 
     def _look_at(self, batch: Batch, columns: Any, line: int, errors: list[dict[str, Any]]) -> None:
         if len(errors) >= SHOWN_FAULTS:
@@ -358,14 +363,22 @@ class Batches:
             written = write_results(folder.path, results, errors, model=self._config.name, requests=called)
             counts = {"completed": written.results, "failed": written.errors}
         if code is not None:
-            there = {line[CUSTOM_ID] for file in (results, errors) for line in _objects(file)}
-            with errors.open("a") as file:
-                for line in _objects(self._files.path(batch["input_file_id"])):
-                    if isinstance(named := line.get(CUSTOM_ID), str) and named not in there:
-                        error = {"code": code, "message": "this request was not answered before the batch ended"}
-                        request = f"batch_req_{_digest(name, named)}"
-                        file.write(json.dumps({"id": request, CUSTOM_ID: named, "response": None, "error": error}) + "\n")
-                        counts["failed"] += 1
+            # Faulty lines may have no custom_id: as many of them are there as have their lines.
+            there = Counter(_custom_ids(results, errors))
+            with errors.open("a") as file, suppress(UsageError):
+                for row in self._rows(batch):
+                    columns = row.columns or {}
+                    if columns.get(PROMPT_INDEX):
+                        continue
+                    named = columns.get(CUSTOM_ID)
+                    if there[named]:
+                        there[named] -= 1
+                        continue
+                    error = {"code": code, "message": "this request was not answered before the batch ended"}
+                    request = f"batch_req_{_digest(name, str(row.index))}"
+                    file.write(json.dumps({"id": request, CUSTOM_ID: named, "response": None, "error": error}) + "\n")
+                    counts["failed"] += 1
+            counts["total"] = sum(counts.values())
         kept: list[str | None] = []
         for kind, file in (("output", results), ("error", errors)):
             number = f"file-{_digest(name, kind)}"
@@ -377,16 +390,15 @@ class Batches:
         return kept[0], kept[1], counts
 
 
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects among a file's lines."""
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                found = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(found, dict):
-                yield found
+def _custom_ids(*files: Path) -> Iterator[str | None]:
+    for path in files:
+        with path.open("rb") as file:
+            yield from (json.loads(line)[CUSTOM_ID] for line in file)
+
+
+def _end_of(batch: Batch) -> str:
+    """How a batch ends that is being cancelled or whose time is over; one that is finalizing has all its answers."""
+    return {"cancelling": "cancelled", "finalizing": "completed"}.get(batch["status"], "expired")
 
 
 def _digest(*parts: str) -> str:
