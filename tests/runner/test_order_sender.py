@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from multiprocessing import Pipe
 
 import pytest
 
-from tokabatch.runner.order_sender import OrderSender, receive_buffer, send_buffer
+from tokabatch.runner.order_sender import OrderSender, limit_stalls, receive_buffer, send_buffer
 
 MORE_THAN_FITS = bytes(1 << 24)
 """More than a socket's buffers hold."""
@@ -80,3 +82,15 @@ def test_a_buffer_arrives_behind_its_message_or_the_pipe_ends() -> None:
     with pytest.raises(EOFError):
         receive_buffer(there, memoryview(received))
     sender.join()
+
+
+def test_a_default_timeout_of_the_program_leaves_the_pipe_blocking() -> None:
+    socket.setdefaulttimeout(1.0)
+    try:
+        here, there = Pipe()
+        limit_stalls(there)
+    finally:
+        socket.setdefaulttimeout(None)
+    assert os.get_blocking(there.fileno())
+    here.close()
+    there.close()

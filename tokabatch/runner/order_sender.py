@@ -21,24 +21,25 @@ def limit_stalls(pipe: Connection) -> None:
     """Make `recv` raise BlockingIOError after a pause of STALL_SECONDS within a message; time for which this process is stopped
     itself does not count. The ends of the pipe are sockets."""
     with socket.socket(fileno=os.dup(pipe.fileno())) as end:
+        # A program that has set a default timeout for sockets would otherwise make this one, and the pipe, non-blocking.
+        end.setblocking(True)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALL_SECONDS, 0))
 
 
 def send_buffer(pipe: Connection, buffer: memoryview) -> None:
     """Send a buffer's bytes as they are. A message that says how many follow is sent before: to pickle the bytes with it would
-    copy them several times at both ends, which takes ten times as long. The ends of the pipe are sockets."""
-    with socket.socket(fileno=os.dup(pipe.fileno())) as end:
-        end.sendall(buffer)
+    copy them several times at both ends, which takes ten times as long."""
+    while len(buffer):
+        buffer = buffer[os.write(pipe.fileno(), buffer) :]
 
 
 def receive_buffer(pipe: Connection, buffer: memoryview) -> None:
     """Fill a buffer with the bytes of the other end's `send_buffer`. Raises EOFError if the pipe ends before."""
-    with socket.socket(fileno=os.dup(pipe.fileno())) as end:
-        while len(buffer):
-            count = end.recv_into(buffer)
-            if not count:
-                raise EOFError
-            buffer = buffer[count:]
+    while len(buffer):
+        count = os.readv(pipe.fileno(), [buffer])
+        if not count:
+            raise EOFError
+        buffer = buffer[count:]
 
 
 class OrderSender:
