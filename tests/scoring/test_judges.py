@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -396,3 +397,18 @@ def test_processes_are_started_where_those_there_fall_behind(tmp_path: Path, mon
         assert judges.wait(judges.submit(["x"], [{"seconds": 0.0}]), 60.0)
         assert len(judges._threads) == begun
         judges.close()
+
+
+def test_a_default_timeout_for_sockets_leaves_judges_their_time(tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text("import time\ndef verify(text, row):\n    time.sleep(0.3)\n    return len(text) == 1 << 24")
+    socket.setdefaulttimeout(0.05)
+    try:
+        process = pool.JudgeProcess(pool.judge_spec(VerifyConfig(kind=str(judge))))
+        try:
+            answers = [each for group in process.ask(Request([{}, {}], ["x" * (1 << 24), "x"]), 10.0) for each in group]
+        finally:
+            process.close()
+    finally:
+        socket.setdefaulttimeout(None)
+    assert [answer.correct for answer in answers] == [True, False]

@@ -223,6 +223,9 @@ class JudgeProcess:
     def __init__(self, spec: JudgeSpec, running: list[JudgeProcess] | None = None) -> None:
         """The process is in `running` as long as it runs, so that other threads can kill it."""
         ours, theirs = socket.socketpair()
+        # They are not where the program has set a default timeout for sockets.
+        ours.setblocking(True)
+        theirs.setblocking(True)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _START, str(theirs.fileno()), json.dumps(sys.path)],
@@ -307,6 +310,7 @@ class JudgeProcess:
     def _limit_writes(self, seconds: float) -> None:
         """From now on a write that makes no progress for so many seconds raises BlockingIOError."""
         with socket.socket(fileno=os.dup(self._connection.fileno())) as ours:
+            ours.setblocking(True)
             timeout = struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
 
