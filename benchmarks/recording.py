@@ -64,8 +64,8 @@ def messages(recorded: list[list[int]], rows: int, samples: int, message: int) -
 def cpu_of_children(processes: int) -> tuple[float, float]:
     """CPU seconds of the processes that prepare samples, which end by themselves by now, and of the judges, which are theirs
     if there are any, or else ours."""
-    children = psutil.Process().children()
-    while processes and any(child.status() != psutil.STATUS_ZOMBIE for child in children):
+    children, until = psutil.Process().children(), time.monotonic() + 10.0
+    while processes and time.monotonic() < until and any(child.status() != psutil.STATUS_ZOMBIE for child in children):
         time.sleep(0.02)
     times = [child.cpu_times() for child in children]
     own = sum(each.user + each.system for each in times)

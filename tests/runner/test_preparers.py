@@ -59,7 +59,7 @@ class Told(NullProgress):
 @pytest.fixture
 def checker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Checker]:
     """Small tables, sent often: samples of one message come back in several, and in another order."""
-    for module in (preparation, preparers, recorder):
+    for module in (preparation, recorder):
         monkeypatch.setattr(module, "BATCH_SAMPLES", 8)
     monkeypatch.setattr(preparation, "LOOKED_AT", 4)
     monkeypatch.setattr(preparers, "SEND_SECONDS", 0.02)
@@ -292,9 +292,8 @@ def test_a_slow_verdict_keeps_no_bytes_of_those_behind_it() -> None:
 
 @pytest.mark.parametrize(
     ("cores", "replicas", "judged", "expected"),
-    [(2, 1, False, 1), (8, 1, False, 2), (16, 1, False, 4), (128, 1, False, 4), (128, 16, False, 16), (16, 1, True, 1),
-     (64, 4, True, 4), (8, 4, True, 2)],
-)  # fmt: skip
+    [(2, 1, False, 1), (2, 4, False, 1), (128, 1, False, 1), (64, 4, False, 4), (64, 4, True, 4), (8, 4, True, 2)],
+)
 def test_how_many_processes_there_are(
     cores: int, replicas: int, judged: bool, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,26 +303,6 @@ def test_how_many_processes_there_are(
     judging = judging.model_copy(update={"verify": judging.verify.model_copy(update={"processes": "auto"})})
     plain = judging.model_copy(update={"verify": None})
     assert preparers.num_preparers(judging if judged else plain, replicas) == expected
-
-
-def test_few_samples_at_a_time_go_to_one_process_and_many_at_once_to_all() -> None:
-    class Process:
-        num_waiting = num_bytes = 0
-
-        def hand(self, work: preparer_process.Work) -> None:
-            self.num_waiting += len(work.numbers)
-
-    every = object.__new__(preparers.Preparers)
-    every._processes, every._count, every._next, every._error = [Process() for _ in range(4)], 4, 0, None  # pyright: ignore
-    few = [(75, [75, 0, 0, 0]), (75, [150, 0, 0, 0])]
-    many = [(2048, [2198, 0, 0, 0]), (2048, [2198, 2048, 0, 0]), (2048, [2198, 2048, 2048, 0]), (2048, [2198, *[2048] * 3])]
-    for count, expected in few + many:
-        every.add(
-            PackedCompletions(
-                np.zeros(count, np.int64), *[np.zeros(count, np.int32)] * 2, *[np.zeros(count, np.bool_)] * 2, (b"",)
-            )
-        )
-        assert [process.num_waiting for process in every._processes] == expected
 
 
 def test_many_samples_at_once_come_back_in_several_tables_of_which_the_first_can_be_recorded_meanwhile(

@@ -27,14 +27,18 @@ _OPTION = re.compile(r"(--?)([a-z_]+(?:[.-][a-z_]+)*)(=.*)?", re.DOTALL)
 _Refused = cast("type[Exception]", typer.BadParameter.__bases__[0])
 """What the parser raises for a command line that it does not take."""
 
-_OPTIONS_ELSEWHERE = {
-    **dict.fromkeys(("--dry-run", "--check", "--validate"), "`tokabatch plan JOB.yaml` checks a job without running it"),
-    **dict.fromkeys(("--force", "--clean", "--restart"), "--overwrite starts over"),
-    **dict.fromkeys(("-o", "--out", "--output", "--output-file"), "the file to write is named by --to"),
-    **dict.fromkeys(("--config", "--job", "--file", "-f", "-c"), "a job file is named without an option"),
-    **dict.fromkeys(("-i", "--input", "--input-file"), "the file to read is named without an option"),
-    **dict.fromkeys(("--cpu", "--cuda", "--gpu"), "the device is a key of the job: engine.device=cpu"),
-}
+_OPTIONS_ELSEWHERE = (
+    (("--dry-run", "--check", "--validate"), "job", "`tokabatch plan JOB.yaml` checks a job without running it"),
+    (("--force", "--clean", "--restart"), "--overwrite", "--overwrite starts over"),
+    (("-o", "--out", "--output", "--output-file"), "--to", "the file to write is named by --to"),
+    (("-o", "--out", "--output"), "job", "the folder to write is a key of the job: output.path=FOLDER"),
+    (("--config", "--job", "--file", "-f", "-c"), "job", "the job file is named without an option"),
+    (("-i", "--input", "--input-file"), "requests", "the file to read is named without an option"),
+    (("-i", "--input", "--input-file"), "job", "the file to read is a key of the job: input.path=FILE"),
+    (("--cpu",), "overrides", "the device is a key: engine.device=cpu"),
+    (("--cuda", "--gpu"), "overrides", "the device is a key: engine.device=cuda"),
+)
+"""What other tools call it, a parameter that a command must have for the remedy, and the remedy."""
 _COMMANDS_ELSEWHERE = {
     **dict.fromkeys(("validate", "lint", "dry-run", "simulate", "estimate"), "plan JOB.yaml"),
     **dict.fromkeys(("resume", "continue", "start", "generate", "infer", "retry"), "run JOB.yaml"),
@@ -111,7 +115,7 @@ class Group(TyperGroup):
             return super().parse_args(ctx, args)
         except _Refused as error:
             where = "; a command comes first, and its options behind it: tokabatch run jobs/quickstart.yaml --quiet"
-            raise UsageError(f"{_message(error, ())}{where}") from None
+            raise UsageError(f"{_message(error, self.get_params(ctx), near_ones=False)}{where}") from None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
@@ -129,15 +133,17 @@ class Group(TyperGroup):
         raise UsageError(f"there is no command {name}; {remedy}")
 
 
-def _message(error: Any, params: Sequence[Any]) -> str:
-    """What the parser says, with the option that was meant."""
+def _message(error: Any, params: Sequence[Any], *, near_ones: bool = True) -> str:
+    """What the parser says, with the option that was meant: one of these parameters if `near_ones`, or what others call it."""
     option = getattr(error, "option_name", None)
     names = [name for each in params for name in each.opts if name.startswith("-")]
+    has = {*names, *(each.name for each in params)}
     if option is None or option in names:
         return error.format_message().rstrip(".")
     near = get_close_matches(option, names, n=1)
     remedy = f"did you mean {near[0]}?" if near else f"the options are {', '.join(names)}" if names else ""
-    remedy = _OPTIONS_ELSEWHERE.get(option, remedy)
+    remedy = remedy if near_ones else ""
+    remedy = next((text for options, needs, text in _OPTIONS_ELSEWHERE if option in options and needs in has), remedy)
     return f"there is no option {option}{f'; {remedy}' if remedy else ''}"
 
 

@@ -88,7 +88,8 @@ def report(
       tokabatch report out/quickstart
     """
     if to is not None and to.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"--to {to}: the page is HTML; name {to.with_suffix('.html')} (a browser prints it as PDF)")
+        named = to.with_suffix(".html") if to.name.strip(".") else to / "report.html"
+        raise UsageError(f"--to {to}: the page is HTML; name {named} (a browser prints it as PDF)")
     read_state(out)
     # It tells of caches that it cannot write in the home of a container's user.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -289,8 +290,10 @@ def _meant(out: Path) -> str:
         with suppress(JobError):
             return f", here {job.load(out).output.path}"
     inside = sorted(each.parent for each in out.glob("*/manifest.json"))
-    around = [each for each in out.parents if (each / "manifest.json").is_file()]
+    around = [each for each in out.parents if (each / "manifest.json").is_file() and (each / "data").is_dir()]
     if inside or around:
-        return f"; there are {', '.join(map(str, inside[:5]))}" if inside else f"; did you mean {around[0]}?"
+        more = ", …" * (len(inside) > 5)
+        there = f"; the runs below it: {', '.join(map(str, inside[:5]))}{more}"
+        return there if inside else f"; did you mean {around[0]}?"
     near = get_close_matches(out.name, sorted(each.name for each in out.parent.glob("*/")), n=1)
     return f"; did you mean {out.with_name(near[0])}?" if near and near[0] != out.name else ""

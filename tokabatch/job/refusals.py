@@ -139,6 +139,10 @@ def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details
     return Refusal(path, f"got {_describe(given)}; accepts {accepts.what}{quotes}", example=example)
 
 
+_NOT_TEXT = frozenset({"true", "false", "yes", "no", "on", "off", "null", ".inf", ".nan"})
+"""Words that YAML does not read as text."""
+
+
 def _as_section(section: type[BaseModel] | None, given: Any) -> str | None:
     """A text given in place of a section, as the section's required key or its first one; None if that does not take it."""
     if section is None or not isinstance(given, str):
@@ -150,7 +154,8 @@ def _as_section(section: type[BaseModel] | None, given: Any) -> str | None:
     except ValidationError as error:
         if any(details["loc"] == (name,) for details in error.errors()):
             return None
-    text = given if re.fullmatch(r"[A-Za-z.][\w./-]*", given) else json.dumps(given, ensure_ascii=False)
+    is_plain = re.fullmatch(r"[A-Za-z.][\w./-]*", given) and given.lower() not in _NOT_TEXT
+    text = given if is_plain else json.dumps(given, ensure_ascii=False)
     return f"{{{name}: {text}}}"
 
 

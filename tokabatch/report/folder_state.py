@@ -16,7 +16,8 @@ def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] 
             continue
         text = f"{value:.4f}" if isinstance(value, float) else count_text(value) if isinstance(value, int) else str(value)
         if name == "samples" and value and values.get("pending") is not None:
-            text += f", {1 - values['pending'] / value:.1%} done"
+            # Rounded down: 100 % says that none is pending.
+            text += f", {(value - values['pending']) * 1000 // value / 10}% done"
         rows.append((name.replace("_", " "), text))
     return (Section("Status", (*rows, *_pace(pace or {}))),)
 

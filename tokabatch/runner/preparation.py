@@ -107,6 +107,8 @@ class Preparation:
             self.waiting, ready = self.waiting.ready_first()
         if not everything and ready < BATCH_SAMPLES and self.waiting.bytes < PIECE_BYTES:
             return
+        if not everything and self.waiting.bytes < PIECE_BYTES:
+            ready -= ready % BATCH_SAMPLES
         for piece in self.waiting.pieces(ready, self._store, BATCH_SAMPLES):
             for table in self._tables.build(piece, ()):
                 yield table

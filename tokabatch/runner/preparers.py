@@ -27,7 +27,7 @@ from tokabatch.job import Job
 from tokabatch.runner.forked import end, fork, how_it_ended
 from tokabatch.runner.judging import HURRIED_SECONDS, LOOK_SECONDS
 from tokabatch.runner.order_sender import OrderSender, receive_buffer
-from tokabatch.runner.preparation import BATCH_SAMPLES, Preparation
+from tokabatch.runner.preparation import Preparation
 from tokabatch.runner.preparer_process import HURRIED_SEND_SECONDS, SEND_SECONDS, Message, Order, Prepared, Work, prepare
 from tokabatch.runner.sample_tables import SampleTables
 from tokabatch.runner.waiting_samples import PIECE_BYTES
@@ -38,9 +38,6 @@ from tokabatch.workload.prepare import Workload
 CORES_EACH = 4
 """CPU cores for each process. One process prepares some 15,000 judged samples of 50 tokens a second, a little more than an H200
 draws of a model of 135M parameters."""
-MOST_AT_ONCE = 4
-"""The processes of a few replicas, where there are cores enough: a step of 8,192 samples that all end in it has as many full
-tables, which are made side by side."""
 MOST_WAITING = 8192
 """The most samples that one process may hold; above that the run, and with it the replicas, pauses."""
 STOP_SECONDS = 10.0
@@ -50,11 +47,9 @@ MAX_TICK_SECONDS = 1.0
 
 def num_preparers(job: Job, replicas: int) -> int:
     """Return the number of processes for this many replicas: one for each, where there are cores enough. Each has judges of
-    its own if the job has any, which are then what samples wait for, so that there are no further processes."""
-    cores = max(1, len(os.sched_getaffinity(0)) // CORES_EACH)
-    if job.verify is not None:
-        return min(replicas, cores, most_judges(job.verify))
-    return min(max(replicas, MOST_AT_ONCE), cores)
+    its own if the job has any."""
+    count = min(replicas, max(1, len(os.sched_getaffinity(0)) // CORES_EACH))
+    return count if job.verify is None else min(count, most_judges(job.verify))
 
 
 class Preparers:
@@ -106,8 +101,7 @@ class Preparers:
         begin, self._next = self._next, self._next + len(packed)
         work = Work(np.arange(begin, self._next), packed)
         if self._processes:
-            # The first one that has less than a full table to make: few samples at a time make no small tables in each.
-            min(self._processes, key=lambda process: max(process.num_waiting, BATCH_SAMPLES - 1)).hand(work)
+            min(self._processes, key=lambda process: process.num_waiting).hand(work)
         self.check()
 
     def tables(self, received: int, *, everything: bool) -> Iterator[pa.Table]:
@@ -238,10 +232,7 @@ class _Process:
 
     def hand(self, work: Work) -> None:
         """Send samples, which are kept until they come back."""
-        # In this order, so that an exception in between leaves no held sample uncounted.
-        self.num_waiting += len(work.completions)
-        self.num_bytes += work.completions.num_bytes
-        self._held.append(_Held(work))
+        self._hold([*self._held, _Held(work)])
         self.send(work)
 
     def send(self, order: Order) -> None:
@@ -288,10 +279,13 @@ class _Process:
             theirs = held.work.numbers
             begin, end = np.searchsorted(numbers, (theirs[0], theirs[-1] + 1))
             held.left[np.searchsorted(theirs, numbers[begin:end])] = False
-        self._held = [held for held in self._held if held.left.any()]
-        # Not at each look at them: hundreds of messages may be held.
-        self.num_waiting = sum(int(np.count_nonzero(held.left)) for held in self._held)
-        self.num_bytes = sum(held.work.completions.num_bytes for held in self._held)
+        self._hold([held for held in self._held if held.left.any()])
+
+    def _hold(self, held: list[_Held]) -> None:
+        """Keep these, and count them: not at each look, as hundreds of messages may be held."""
+        self._held = held
+        self.num_waiting = sum(int(np.count_nonzero(each.left)) for each in held)
+        self.num_bytes = sum(each.work.completions.num_bytes for each in held)
 
     def left(self) -> Iterator[Work]:
         """Yield the samples that have not come back."""

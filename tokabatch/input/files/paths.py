@@ -159,11 +159,11 @@ def _list(fs: AbstractFileSystem, path: str, place: str, root: str, formats: Col
     names = [item.name for item in Path(root).parent.iterdir()] if Path(root).parent.is_dir() else []
     meant = get_close_matches(Path(root).name, names, n=1, cutoff=0.85)
     near = f"; did you mean {Path(path).with_name(meant[0])}?" if meant else ""
-    if not near and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).parent.is_dir():
-        near = f"; a dataset of the hub is written hf://datasets/{path}"
+    start = "" if Path(path).is_absolute() else f"; relative paths start from the folder you run in, {Path.cwd()}"
+    if not near and re.fullmatch(r"[\w.-]+/[\w-]+", path) and not Path(path).parent.is_dir():
+        near = f"{start}; a dataset of the hub is written hf://datasets/{path}"
     if not near and "$" in path:
         near = "; variables such as $HOME are not replaced here: write the path out"
-    start = "" if Path(path).is_absolute() else f"; relative paths start from the folder you run in, {Path.cwd()}"
     raise InputError(f"{place} does not exist{near or start}")
 
 
