@@ -130,7 +130,7 @@ class Preparers:
         return False
 
     def is_done(self, goes_on: Callable[[], bool]) -> bool:
-        if not self.num_waiting:
+        if not any(process.holds_samples for process in self._processes):
             # They end while main writes what they have prepared.
             self._leaving, self._processes = [*self._leaving, *self._processes], []
             for process in self._leaving:
@@ -230,9 +230,16 @@ class _Process:
         self._receiver = threading.Thread(target=_receive, args=(self._pipe, self._inbox, news), daemon=True)
         self._receiver.start()
 
+    @property
+    def holds_samples(self) -> bool:
+        return bool(self._held)
+
     def hand(self, work: Work) -> None:
         """Send samples, which are kept until they come back."""
-        self._hold([*self._held, _Held(work)])
+        # Counted first, so that an exception in between leaves no held sample uncounted.
+        self.num_waiting += len(work.completions)
+        self.num_bytes += work.completions.num_bytes
+        self._held.append(_Held(work))
         self.send(work)
 
     def send(self, order: Order) -> None:
@@ -279,13 +286,10 @@ class _Process:
             theirs = held.work.numbers
             begin, end = np.searchsorted(numbers, (theirs[0], theirs[-1] + 1))
             held.left[np.searchsorted(theirs, numbers[begin:end])] = False
-        self._hold([held for held in self._held if held.left.any()])
-
-    def _hold(self, held: list[_Held]) -> None:
-        """Keep these, and count them: not at each look, as hundreds of messages may be held."""
-        self._held = held
-        self.num_waiting = sum(int(np.count_nonzero(each.left)) for each in held)
-        self.num_bytes = sum(each.work.completions.num_bytes for each in held)
+        self._held = [held for held in self._held if held.left.any()]
+        # Not at each look at them: hundreds of messages may be held.
+        self.num_waiting = sum(int(np.count_nonzero(held.left)) for held in self._held)
+        self.num_bytes = sum(held.work.completions.num_bytes for held in self._held)
 
     def left(self) -> Iterator[Work]:
         """Yield the samples that have not come back."""
