@@ -26,7 +26,8 @@ from tokabatch.batch.results import write_results
 from tokabatch.errors import EngineError, UsageError
 from tokabatch.scheduling.scheduler import SchedulerLimits
 from tokabatch.serve.background_run import BackgroundReplica
-from tokabatch.serve.batches import Batches, _Lines
+from tokabatch.serve.batch_files import BatchFiles, InputLines
+from tokabatch.serve.batches import Batches
 from tokabatch.serve.settings import ServiceConfig
 from tokabatch.serve.stored_files import StoredFiles, new_id
 
@@ -175,24 +176,24 @@ def test_a_batch_that_is_cancelled_as_its_turn_comes_is_not_run(
     """It ends while its lines are looked through, and stays what it has become whatever is found there."""
     ran, ending, looked = list[str](), threading.Event(), threading.Event()
 
-    def look(self: Batches, batch: dict[str, Any]) -> _Lines:
+    def look(self: BatchFiles, batch: dict[str, Any]) -> InputLines:
         assert ending.wait(60)
         while batch["status"] != "cancelled" and defect != "while it ends":
             time.sleep(0.01)
         looked.set()
         if defect is not None:
             raise ZeroDivisionError(defect)
-        return _Lines(np.zeros(0, np.int64))
+        return InputLines(np.zeros(0, np.int64))
 
-    def write(self: Batches, batch: dict[str, Any], code: str) -> Any:
+    def write(self: BatchFiles, batch: dict[str, Any], code: str) -> Any:
         ending.set()
         if defect == "while it ends":
             looked.wait(60)
             time.sleep(0.1)
         return None, None, {}
 
-    monkeypatch.setattr(Batches, "_look_through", look)
-    monkeypatch.setattr(Batches, "_write", write)
+    monkeypatch.setattr(BatchFiles, "look_through", look)
+    monkeypatch.setattr(BatchFiles, "write_results", write)
     monkeypatch.setattr(Batches, "_run", lambda self, job, lines, batch: ran.append(batch["id"]))
 
     async def main() -> str:
@@ -216,12 +217,12 @@ def test_a_batch_begun_under_another_name_of_the_model_waits_for_it(tmp_path: Pa
     monkeypatch.setattr("tokabatch.serve.batches.RETRY_SECONDS", 0.05)
     ran, told = list[str](), list[str]()
 
-    def run(self: Batches, job: Any, lines: _Lines, batch: dict[str, Any]) -> Any:
+    def run(self: Batches, job: Any, lines: InputLines, batch: dict[str, Any]) -> Any:
         ran.append(batch["id"])
         return mock.Mock(pending=0)
 
     monkeypatch.setattr(Batches, "_run", run)
-    monkeypatch.setattr(Batches, "_write", lambda self, batch, code: (None, None, {}))
+    monkeypatch.setattr(BatchFiles, "write_results", lambda self, batch, code: (None, None, {}))
 
     async def serve(name: str, *wanted: str) -> list[str]:
         files = StoredFiles(tmp_path)
@@ -254,7 +255,7 @@ def test_a_batch_begun_under_another_name_ends_there_when_cancelled_or_expired(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tokabatch.serve.batches.RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(Batches, "_write", lambda self, batch, code: (None, None, {}))
+    monkeypatch.setattr(BatchFiles, "write_results", lambda self, batch, code: (None, None, {}))
 
     async def main() -> str:
         files, told, key = StoredFiles(tmp_path), list[str](), new_id("file")

@@ -8,42 +8,30 @@ over, its record and its files of results and errors are kept until a client del
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import re
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tokabatch.arrays import Int64
-from tokabatch.batch.results import renamed, write_results
 from tokabatch.errors import EXIT_STOPPED, STOPS, EngineError, TokabatchError, UsageError
-from tokabatch.input.batch_files import BODY, CUSTOM_ID, PROMPT_INDEX, URL, open_rows
-from tokabatch.input.rows import Row
 from tokabatch.job import Job
 from tokabatch.openai.errors import ApiError
 from tokabatch.openai.requests import CHAT, COMPLETIONS
-from tokabatch.output.export import committed_shards
-from tokabatch.output.folder import OutputFolder
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.replica import scheduler_limits
 from tokabatch.runner.run import run
 from tokabatch.serve.background_run import BackgroundReplica
+from tokabatch.serve.batch_files import Batch, BatchFiles, InputLines
 from tokabatch.serve.completions import Refused
 from tokabatch.serve.engine import Engine
 from tokabatch.serve.settings import ServiceConfig
 from tokabatch.serve.stored_files import StoredFiles, new_id
 
 ENDED = frozenset(("completed", "failed", "expired", "cancelled"))
-SHOWN_FAULTS = 20
 RETRY_SECONDS = 30.0
 MOST_SECONDS = 366 * 86400
 """Of a batch's completion window."""
@@ -53,16 +41,6 @@ _FIELDS = frozenset(("input_file_id", "endpoint", "completion_window", "metadata
 _RECORD = frozenset(("id", "status", "created_at", "expires_at", "input_file_id", "endpoint", "request_counts"))
 """What is needed of a record; one without these is not a server's."""
 _TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
-Batch = dict[str, Any]
-
-
-@dataclass(slots=True)
-class _Lines:
-    """The requests of a batch file: the one that each row is of, which of them are faulty, and what is wrong with the file."""
-
-    request_of_row: Int64
-    faulty: list[bool] = field(default_factory=list[bool])
-    errors: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
 class Batches:
@@ -70,7 +48,7 @@ class Batches:
 
     def __init__(self, files: StoredFiles, config: ServiceConfig, engine: Engine) -> None:
         self._files = files
-        self._config = config
+        self._batch_files = BatchFiles(files, config)
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._known: dict[str, Batch] = {}
@@ -227,7 +205,7 @@ class Batches:
 
     async def _complete(self, batch: Batch) -> None:
         """Raises TokabatchError or OSError where it cannot go on for now."""
-        lines = await asyncio.to_thread(self._look_through, batch)
+        lines = await asyncio.to_thread(self._batch_files.look_through, batch)
         if batch["status"] in ENDED:
             return  # Cancelled or expired meanwhile.
         summary, target = None, self._files.path(batch["id"], ".run")
@@ -243,13 +221,15 @@ class Batches:
         batch["request_counts"]["total"] = len(lines.faulty)
         if batch["status"] != "cancelling" and batch["expires_at"] > time.time():
             self._set(batch, "in_progress")
-            job = self._config.job(str(self._files.path(batch["input_file_id"])), str(target), "openai")
+            job = self._batch_files.job(batch, str(target))
             try:
                 summary = await asyncio.to_thread(self._run, job, lines, batch)
             except UsageError as error:
                 if begun:
                     raise
-                await self._fail(batch, [{"code": "invalid_request", "message": self._told(batch, error)}])
+                await self._fail(
+                    batch, [{"code": "invalid_request", "message": self._batch_files.client_message(batch, error)}]
+                )
                 return
             except STOPS:
                 pass  # It was still being read.
@@ -268,11 +248,13 @@ class Batches:
         await self._finish(batch, _end_of(batch))
         return True
 
-    def _run(self, job: Job, lines: _Lines, batch: Batch) -> Any:
+    def _run(self, job: Job, lines: InputLines, batch: Batch) -> Any:
         """In a thread."""
         return run(job, should_stop=self._stop, make=partial(self._replica, lines, batch["request_counts"]))
 
-    def _replica(self, lines: _Lines, counts: dict[str, int], job: Job, started: Any, sizes: Any, *_: Any) -> BackgroundReplica:
+    def _replica(
+        self, lines: InputLines, counts: dict[str, int], job: Job, started: Any, sizes: Any, *_: Any
+    ) -> BackgroundReplica:
         requests, left = started.left.requests, np.zeros(len(lines.faulty), np.int64)
         np.add.at(left, lines.request_of_row[requests.row_index], 1)
         failed = np.array(lines.faulty, np.bool_)
@@ -293,48 +275,6 @@ class Batches:
         lengths = self._most, started.left.spec.context_length
         return BackgroundReplica(self._engine, self._loop, requests, scheduler_limits(sizes), lengths, on_prompt)
 
-    def _look_through(self, batch: Batch) -> _Lines:
-        """In a thread. What is wrong with a line alone makes it an error; a file that is not for here is refused."""
-        lines, requests = _Lines(np.zeros(0, np.int64)), list[int]()
-        try:
-            for row in self._rows(batch):
-                columns = row.columns or {}
-                if not columns.get(PROMPT_INDEX):
-                    lines.faulty.append(row.error is not None)
-                    if row.error is None:
-                        self._look_at(batch, columns, len(lines.faulty), lines.errors)
-                requests.append(len(lines.faulty) - 1)
-        except UsageError as error:
-            lines.errors.append({"code": "invalid_file", "message": self._told(batch, error), "param": None, "line": None})
-        if not requests and not lines.errors:
-            lines.errors.append({"code": "empty_file", "message": "the file holds no request", "param": None, "line": None})
-        lines.request_of_row = np.array(requests, np.int64)
-        return lines
-
-    def _rows(self, batch: Batch) -> Iterator[Row]:
-        """Of its input. Raises UsageError."""
-        job = self._config.job(str(self._files.path(batch["input_file_id"])), "-", "openai")
-        return (row for rows in open_rows(job.input).batches() for row in rows.rows)
-
-    def _look_at(self, batch: Batch, columns: Any, line: int, errors: list[dict[str, Any]]) -> None:
-        if len(errors) >= SHOWN_FAULTS:
-            return
-        if columns[URL] != batch["endpoint"]:
-            message = f"the url is {columns[URL]!r}, the batch's endpoint {batch['endpoint']!r}"
-            errors.append({"code": "mismatched_url", "message": message, "param": "url", "line": line})
-        elif (model := json.loads(columns[BODY]).get("model")) not in (None, self._config.name):
-            message = f"the model {model!r} is not served here; this server has {self._config.name!r}"
-            errors.append({"code": "model_not_found", "message": message, "param": "body.model", "line": line})
-
-    def _input_name(self, batch: Batch) -> str:
-        """What the client calls the file of requests."""
-        stored = self._files.get(batch["input_file_id"])
-        return (stored and stored.filename) or batch["input_file_id"]
-
-    def _told(self, batch: Batch, error: UsageError) -> str:
-        """The error as the client is told: with its own name of the file, not where that lies here."""
-        return renamed(str(error), str(self._files.path(batch["input_file_id"])), self._input_name(batch))
-
     async def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
         """Say what is wrong with it, unless it is over."""
         async with self._finishing:
@@ -347,62 +287,14 @@ class Batches:
         async with self._finishing:
             if batch["status"] in ENDED:
                 return
-            results, errors, counts = await asyncio.to_thread(self._write, batch, code)
+            results, errors, counts = await asyncio.to_thread(self._batch_files.write_results, batch, code)
             counted = {**batch["request_counts"], **counts}
             self._set(batch, status, output_file_id=results, error_file_id=errors, request_counts=counted)
-
-    def _write(self, batch: Batch, code: str | None) -> tuple[str | None, str | None, dict[str, int]]:
-        """In a thread: what there is of the run. With a `code`, requests that have no result get an error of that code."""
-        name = batch["id"]
-        results, errors = self._files.path(name, ".results.jsonl"), self._files.path(name, ".errors.jsonl")
-        folder, counts = OutputFolder(self._files.path(name, ".run")), {"completed": 0, "failed": 0}
-        for file in (results, errors):
-            file.write_bytes(b"")
-        if folder.path.exists() and committed_shards(folder):
-            called = self._input_name(batch)
-            written = write_results(folder.path, results, errors, model=self._config.name, requests=called)
-            counts = {"completed": written.results, "failed": written.errors}
-        if code is not None:
-            # Faulty lines may have no custom_id: as many of them are there as have their lines.
-            there = Counter(_custom_ids(results, errors))
-            with errors.open("a") as file, suppress(UsageError):
-                for row in self._rows(batch):
-                    columns = row.columns or {}
-                    if columns.get(PROMPT_INDEX):
-                        continue
-                    named = columns.get(CUSTOM_ID)
-                    if there[named]:
-                        there[named] -= 1
-                        continue
-                    error = {"code": code, "message": "this request was not answered before the batch ended"}
-                    request = f"batch_req_{_digest(name, str(row.index))}"
-                    file.write(json.dumps({"id": request, CUSTOM_ID: named, "response": None, "error": error}) + "\n")
-                    counts["failed"] += 1
-            counts["total"] = sum(counts.values())
-        kept: list[str | None] = []
-        for kind, file in (("output", results), ("error", errors)):
-            number = f"file-{_digest(name, kind)}"
-            kept.append(number if file.stat().st_size else None)
-            if kept[-1] is not None:
-                self._files.put(number, f"{name}_{kind}.jsonl", "batch_output", file)
-            else:
-                file.unlink()
-        return kept[0], kept[1], counts
-
-
-def _custom_ids(*files: Path) -> Iterator[str | None]:
-    for path in files:
-        with path.open("rb") as file:
-            yield from (json.loads(line)[CUSTOM_ID] for line in file)
 
 
 def _end_of(batch: Batch) -> str:
     """How a batch ends that is being cancelled or whose time is over; one that is finalizing has all its answers."""
     return {"cancelling": "cancelled", "finalizing": "completed"}.get(batch["status"], "expired")
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
 def _refused(message: str, param: str | None, code: str = "invalid_value") -> Refused:
