@@ -31,12 +31,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.scripted_engine import QUICKSTART, build_worker, quickstart_script
-from tokabatch import Job, run
+from tokabatch import Job
 from tokabatch.engine.executor import InProcessExecutor
 from tokabatch.input.store import row_digests
 from tokabatch.output import shards
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.runner import make_replica
+from tokabatch.runner.run import run
 from tokabatch.storage import atomic_files as durable
 from tokabatch.storage.atomic_files import DurableFiles
 

@@ -33,9 +33,10 @@ import pyarrow.parquet as pq
 
 from benchmarks.gpu.models import write_model
 from benchmarks.gpu.shapes import SHAPES
-from tokabatch import Job, run
+from tokabatch import Job
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.report.summary import RunSummary
+from tokabatch.runner.run import run
 
 PROMPT_TOKENS, HEADER_TOKENS = 200, 120
 USED_IDS = 600

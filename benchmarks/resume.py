@@ -19,10 +19,11 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.scripted_engine import QUICKSTART, build_worker, quickstart_script
-from tokabatch import Job, run
+from tokabatch import Job
 from tokabatch.engine.executor import InProcessExecutor
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.runner import make_replica
+from tokabatch.runner.run import run
 
 STEPS = 3
 WORDS = "the quick brown fox jumps over a lazy dog while many other animals watch and wonder".split()

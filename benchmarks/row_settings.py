@@ -25,10 +25,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.scripted_engine import QUICKSTART, build_worker, quickstart_script
-from tokabatch import Job, run
+from tokabatch import Job
 from tokabatch.engine.executor import InProcessExecutor
 from tokabatch.report.progress import LineProgress, ProgressSnapshot
 from tokabatch.runner import make_replica
+from tokabatch.runner.run import run
 
 LONGEST = 40_000
 KINDS: dict[str, Callable[[int], dict[str, Any] | None]] = {

@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.models import SHAPES, save_random_model, vocab_size
 from benchmarks.scripted_engine import QUICKSTART
-from tokabatch import Job, run
+from tokabatch import Job
 from tokabatch.report.progress import NullProgress
+from tokabatch.runner.run import run
 
 SIZES = (4, 16, 64)
 """Batches tried with transformers."""

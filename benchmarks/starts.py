@@ -17,10 +17,11 @@ from pathlib import Path
 
 from benchmarks.resume import write_rows
 from benchmarks.scripted_engine import QUICKSTART, build_worker, quickstart_script
-from tokabatch import Job, run
+from tokabatch import Job
 from tokabatch.engine.executor import InProcessExecutor
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.runner import make_replica
+from tokabatch.runner.run import run
 
 SLOTS, STEPS = 8, 3
 

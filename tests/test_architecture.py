@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"parallel"},
     "cluster": LEAVES | {"runner", "parallel"},
     "cli": LEAVES | {"report", "runner"},
+    "api": LEAVES | {"report", "runner"},
     "serve": LEAVES
     | {
         "openai",
@@ -52,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model",
         "report",
     },
-    "__init__": LEAVES | {"report", "runner"},
+    "__init__": LEAVES | {"report", "api"},
     "__main__": {"cli"},
 }
 WITHOUT_TORCH = {
@@ -70,6 +71,7 @@ WITHOUT_TORCH = {
     "scoring",
     "report",
     "precheck",
+    "api",
     "cli",
 }
 HEAVY_HOMES = {

@@ -11,13 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokabatch.api import plan, run
     from tokabatch.errors import EngineError, JobError, OutputError, TokabatchError, UsageError
     from tokabatch.job import Job
     from tokabatch.report.plan_report import PlanReport
     from tokabatch.report.progress import Progress, ProgressSnapshot
     from tokabatch.report.summary import RunSummary
-    from tokabatch.runner.plan import plan
-    from tokabatch.runner.run import run
 
 # Read by OpenMP once, when torch is loaded. Its threads would spin until the slowest of them has its turn: beside other busy
 # processes, most of the time. Without spinning at all, products that take microseconds wait for threads to wake up.
@@ -48,8 +47,7 @@ _HOME = {
     "Progress": "tokabatch.report.progress",
     "ProgressSnapshot": "tokabatch.report.progress",
     "RunSummary": "tokabatch.report.summary",
-    "plan": "tokabatch.runner.plan",
-    "run": "tokabatch.runner.run",
+    **dict.fromkeys(("plan", "run"), "tokabatch.api"),
     **dict.fromkeys(("EngineError", "JobError", "OutputError", "TokabatchError", "UsageError"), "tokabatch.errors"),
 }
 

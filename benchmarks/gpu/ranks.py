@@ -34,7 +34,7 @@ import torch
 from benchmarks.gpu.__main__ import default_scratch, ensure_model
 from benchmarks.gpu.prefill import prefill
 from benchmarks.gpu.shapes import SHAPES
-from tokabatch import Job, run
+from tokabatch import Job
 from tokabatch.engine.graphs import GraphRecorder
 from tokabatch.model.partition import VocabularyShard
 from tokabatch.model.sampling.sampler import sample
@@ -43,6 +43,7 @@ from tokabatch.parallel.collectives import all_gather_last, all_reduce
 from tokabatch.parallel.mesh import Mesh, Place
 from tokabatch.parallel.peer_memory import PeerSums, measure_overlap
 from tokabatch.report.progress import NullProgress
+from tokabatch.runner.run import run
 from tokabatch.scheduling.contracts import SlotInit
 
 LAYERS = {"8B": SHAPES["llama-3.1-8b"].products, "70B": (("qkv", 8192, 10_240), ("o", 8192, 8192), ("gate_up", 8192, 57_344),

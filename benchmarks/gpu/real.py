@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.cpu_shares import CpuShares
-from tokabatch import Job, run
+from tokabatch import Job
 from tokabatch.forecast.step_log import Steps
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.steps import read_steps
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.report.render import plain
 from tokabatch.report.summary import RunSummary, run_sections
+from tokabatch.runner.run import run
 
 SHOTS, SAMPLES = 8, 64
 BUCKETS = (0, 64, 512, 2048, 4096, 8192, 16384, 32768, 1 << 30)

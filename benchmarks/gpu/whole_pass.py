@@ -22,12 +22,13 @@ import psutil
 import torch
 
 from benchmarks.gpu.cpu_shares import CpuShares
-from tokabatch import Job, run
+from tokabatch import Job
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.steps import elapsed, read_steps
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.report.render import plain
 from tokabatch.report.summary import RunSummary, run_sections
+from tokabatch.runner.run import run
 
 STEADY_SHARE = 0.9
 HEARTBEAT_SECONDS = 10.0

@@ -375,6 +375,38 @@ for change in {changes!r}:
         assert ended.returncode == 0, ended.stderr
         assert ended.stderr.count("temperature: 1.0 then, 0.3 now") == ended.stderr.count("write generation.n=2") == 2
 
+    def test_a_wrong_job_from_python_is_refused_before_anything_slow_is_imported(
+        self, finished: tuple[Path, subprocess.CompletedProcess[str]]
+    ) -> None:
+        program = f"""
+import sys
+from tokabatch import Job, UsageError, plan, run
+given = Job.load({QUICKSTART!r}, *{SMALL!r}, "output.path={finished[0]}").given()
+wrong = (
+    ("generation", {{"temprature": 1}}, "did you mean `temperature`"),
+    ("input", {{"path": "nope.jsonl"}}, "nope.jsonl"),
+    ("prompt", {{"template": "{{{{ qestion }}}}"}}, "did you mean 'question'"),
+    ("model", {{"path": "./nope"}}, "nope"),
+    ("generation", {{"seed": 9}}, "seed: .* then, 9 now"),
+)
+for section, values, said in wrong:
+    for called in (run, plan):
+        try:
+            called({{**given, section: {{**given[section], **values}}}})
+        except UsageError as error:
+            print(said, "|", str(error).replace("\\n", " "))
+try:
+    run({QUICKSTART!r}, "generation.n=4")
+except UsageError as error:
+    print("run takes no overrides |", error)
+assert not {{"torch", "transformers", "tokenizers"}} & sys.modules.keys()
+"""
+        command = [sys.executable, "-c", program]
+        ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        lines = [line.split(" | ") for line in ended.stdout.splitlines()]
+        assert len(lines) == 11 and all(re.search(said, error) for said, error in lines), ended.stdout
+
     def test_run_leaves_every_sample_in_parquet(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
         out, done = finished
         assert done.returncode == 0, done.stderr

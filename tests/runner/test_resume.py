@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas
 import pyarrow as pa
@@ -319,7 +320,11 @@ def test_other_weights_tokenizers_and_rows_are_refused(go, model, rows, tmp_path
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(OutputError, match=r"model/model\.safetensors: [\d,]+ bytes, sha256 .* then, "):
+    unread = mock.Mock(side_effect=AssertionError("the input was read"))
+    with (
+        mock.patch.multiple(preparation, ingest=unread, load_kept=unread),
+        pytest.raises(OutputError, match=r"model/model\.safetensors: [\d,]+ bytes, sha256 .* then, "),
+    ):
         go(**changes)
     weights.write_bytes((model / "model.safetensors").read_bytes())
     config = json.loads((copy / "tokenizer_config.json").read_text())

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -42,11 +41,8 @@ _TOKEN_ID_BYTES, _SAMPLE_BYTES, _ROW_BYTES = 4, 100, 32
 row's numbers in a tokenised input, besides its tokens and columns."""
 
 
-def plan(job: Job | Mapping[str, Any] | str | Path, on_rows: Callable[[int, int], None] | None = None) -> PlanReport:
-    """Check everything that can be checked without weights, and count rows, samples and tokens. Leaves nothing on disk. `job`
-    may also be anything that `Job.load` takes. `on_rows` is called with the numbers of rows and error rows read so far. Raises
-    UsageError."""
-    job = job if isinstance(job, Job) else Job.load(job)
+def plan(job: Job, on_rows: Callable[[int, int], None] | None = None) -> PlanReport:
+    """As `tokabatch.plan`. Raises UsageError."""
     profile = read_profile(job)
     with _planned(job, profile, on_rows) as (previewed, sizes):
         return _plan_report(job, previewed, sizes, None, profile)

@@ -6,7 +6,7 @@ job ─► start (rows, prompts, plan order; what is done already) ─► sizes 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -65,7 +65,7 @@ MakeReplicas = Callable[[Job, Start, ReplicaSizes, Claim, Interruption, Progress
 
 
 def run(
-    job: Job | Mapping[str, Any] | str | Path,
+    job: Job,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | Interruption | None = None,
     *,
@@ -77,28 +77,8 @@ def run(
     seconds_before: float = 0.0,
     cluster: Cluster | None = None,
 ) -> RunSummary:
-    """Complete every row of the job's input and write the output folder. If the folder holds a run of this job, continue it.
-
-    `job` may also be what `Job.load` takes: the path of a job file, or a mapping of the same shape. Without `progress`, a
-    notebook and a terminal show lines, anything else nothing. `overwrite` deletes an existing run; `retry_errors` runs its
-    error rows again; `repair` computes the contents of damaged files again, for which DamageError is raised otherwise.
-
-    `should_stop` is called between steps; an Interruption also interrupts waiting and loading. After a stop, finished samples
-    are committed, and the summary has the exit code 130 or that of the Interruption. If the folder cannot be written any more,
-    the exit code is 75, or 2 if the previous start ended in the same way and neither committed anything. A stop while the input
-    is read raises Stopped (a KeyboardInterrupt) and leaves the folder as it was.
-
-    With `shared`, other processes may write to the folder at the same time, each computing units of the plan. The run ends when
-    all units are complete or held by others; samples that those have not committed are pending in the summary. With `cluster`,
-    its hosts run the replicas, and this process plans and is the only writer. `make` creates what runs the steps.
-    `seconds_before` is the time that the caller has spent; it counts as loading.
-
-    Raises UsageError before any weights are loaded if the job cannot work or the folder holds the run of another job, and
-    EngineError if the engine fails.
-    """
-    if isinstance(progress, str):
-        raise UsageError(f"run takes no overrides: write run(Job.load(..., {progress!r}))")
-    job = job if isinstance(job, Job) else Job.load(job)
+    """As `tokabatch.run`. `make` creates what runs the steps; `seconds_before` is what the caller has spent; it counts as
+    loading. Raises UsageError and EngineError."""
     clock = Clock(ExpendableProgress(progress or default_progress()), time.perf_counter() - seconds_before)
     reuse = Reuse(overwrite, retry_errors, repair)
     stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
