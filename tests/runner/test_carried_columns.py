@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import tempfile
 from datetime import date
@@ -15,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from support.scripted_run import carried, scripted_run
+from support.scripted_run import carried, scripted_job, scripted_run
 
+from tokabatch import plan
 from tokabatch.errors import InputError, OutputError
 from tokabatch.output.excerpts import excerpts
 from tokabatch.runner.score import score
@@ -240,6 +242,30 @@ def test_json_values_come_out_as_they_went_in(values: list[Any]) -> None:
         assert scripted_run(rows, out).ok == 2 * len(values)
         found = carried(out, "c").to_pylist()
     assert len(found) == len(values) and all(map(same_json, found, values)), found
+
+
+def test_values_of_several_kinds_reach_judges_as_they_are(tmp_path: Path) -> None:
+    """In a run, when it is judged again, and on the page; only the output's columns, which have one type, are JSON text."""
+    mixed: list[Any] = ["7", 7, None, ["a", 2, None], {"k": [1, "x"]}, {"k": "1"}, 2**70, True]
+    lines = [{"question": "x", "id": "n", "c": each, "list": [each, each], "in": {"c": each}} for each in mixed]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judge = tmp_path / "judge.py"
+    judge.write_text("COLUMNS = {'saw': str}\ndef verify(text, row): return {'score': 1, 'saw': repr(row)}\n")
+    out = tmp_path / "out"
+    scripted_run(tmp_path / "rows.jsonl", out, verify={"kind": str(judge)})
+
+    def saw() -> list[dict[str, Any]]:
+        found = [ast.literal_eval(text) for text in carried(out, "saw").to_pylist()]
+        return [{name: row[name] for name in line} for row, line in zip(found, lines, strict=True)]
+
+    assert saw() == lines
+    assert carried(out, "c").to_pylist() == [None if each is None else json.dumps(each) for each in mixed]
+    judge.write_text(judge.read_text() + "# edited\n")
+    score(out)
+    assert saw() == lines
+    assert [each.columns["c"] for each in excerpts(out, len(mixed))["right"]] == mixed
+    notes = plan(scripted_job(tmp_path / "rows.jsonl", tmp_path / "new")).notes
+    assert any(note.endswith("JSON text in the output: c, list[], in.c") for note in notes), notes
 
 
 LEAVES: list[tuple[pa.DataType, st.SearchStrategy[Any]]] = [

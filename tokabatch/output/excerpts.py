@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from tokabatch.arrays import Bool, Float64, Int64
 from tokabatch.input.files.arrow_rows import python_rows
+from tokabatch.input.store.json_types import parse_json_texts
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import read_manifest
@@ -257,6 +258,10 @@ def _read(shard: ListedFile, group: int, offset: int) -> Excerpt:
         table = file.read_row_group(group, columns=names).slice(offset, 1)
     own = own_names(schema)
     (values,) = python_rows(table)
+    sources = {name: source for name, source in input_names(schema).items() if name in values}
+    columns = {source: values[name] for name, source in sources.items()}
+    named = pa.schema([schema.field(name).with_name(source) for name, source in sources.items()], schema.metadata)
+    parse_json_texts([columns], named)
     return Excerpt(
         values["row_index"],
         values["sample_index"],
@@ -264,7 +269,7 @@ def _read(shard: ListedFile, group: int, offset: int) -> Excerpt:
         values["finish_reason"] or "",
         values["num_output_tokens"] or 0,
         values["correct"] if CORRECT.name in own else None,
-        {source: values[name] for name, source in input_names(schema).items() if name in values},
+        columns,
         values["verify_error"] or "it is not judged yet" if CORRECT.name in own and values["correct"] is None else "",
         values["cumulative_logprob"],
     )

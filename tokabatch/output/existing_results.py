@@ -5,7 +5,6 @@ Only footers and the small columns are read. Memory is one byte per sample of th
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ import pyarrow.compute as pc
 
 from tokabatch.arrays import Bool, Int64
 from tokabatch.errors import OutputError
-from tokabatch.input.store.json_types import JSON_TEXTS_KEY
+from tokabatch.input.store.json_types import json_texts
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import JUDGED, OutputFolder
 from tokabatch.output.journal import Shard
@@ -196,16 +195,12 @@ def list_misfits(folder: OutputFolder, schema: pa.Schema) -> tuple[list[ListedFi
     for file in folder.shards():
         with open_shard(file) as parquet:
             found = parquet.schema_arrow
-        texts = _json_texts(found) ^ _json_texts(schema)
+        texts = set(json_texts(found)) ^ set(json_texts(schema))
         if texts or not found.equals(schema):
             files.append(file)
             names.update(dict.fromkeys(name for name, before, now in _types(found, schema) if not _same(before, now)))
             names.update(dict.fromkeys(sorted(texts)))
     return files, list(names)
-
-
-def _json_texts(schema: pa.Schema) -> set[str]:
-    return set(json.loads((schema.metadata or {}).get(JSON_TEXTS_KEY, b"[]")))
 
 
 def fit_columns(claim: Claim, files: Sequence[ListedFile], schema: pa.Schema, columns: Callable[[Int64], pa.Table]) -> None:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from tokabatch.errors import JobError, OutputError
 from tokabatch.input.files.arrow_rows import python_rows
 from tokabatch.input.fingerprint import is_of_verify, verify_settings
+from tokabatch.input.store.json_types import parse_json_texts
 from tokabatch.job import Job, VerifyConfig
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import replace_shard
@@ -234,6 +235,7 @@ def judge_again(
         judged = "answer_text" if "answer_text" in ours else "text"
         named = table.select(inputs).rename_columns(list(sources.values()))
         rows = python_rows(named) if inputs else [{}] * table.num_rows
+        parse_json_texts(rows, named.schema.with_metadata(table.schema.metadata))
         ids = table["id"].to_pylist()
         # One that could not be written whole was judged all the same.
         good = [

@@ -1,14 +1,14 @@
 """Arrow types for JSON values, inferred while the values stream by.
 
 Whole numbers and fractions in one column become float64 if that loses nothing. Values of different kinds, numbers beyond 64
-bits, empty objects and objects with too many different keys become a string column of JSON text. Memory is bounded for a
-bounded number of columns.
+bits, empty objects and objects with too many different keys become a string column of JSON text. A schema's metadata names the
+places of such strings, and `parse_json_texts` makes values of them again. Memory is bounded for a bounded number of columns.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -152,3 +152,35 @@ class JsonType:
 
 def _json_text(value: Any) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def json_texts(schema: pa.Schema) -> list[str]:
+    """Return the places of strings that hold JSON text, by the schema's metadata: `answer`, `meta.size`, `tags[]`."""
+    return json.loads((schema.metadata or {}).get(JSON_TEXTS_KEY, b"[]"))
+
+
+def parse_json_texts(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
+    """Replace in `rows`, read with this schema, every JSON text by the value that the input's row held. Other columns stay."""
+    places = frozenset(json_texts(schema))
+    if not places:
+        return
+    parsers = {field.name: parse for field in schema if (parse := _parser(field.type, field.name, places))}
+    for row in rows:
+        row.update({name: parse(row[name]) for name, parse in parsers.items()})
+
+
+def _parser(kind: pa.DataType, path: str, places: Collection[str]) -> Encoder | None:
+    """Return the inverse of `JsonType.encoder` for the values at `path`; None if there is no JSON text among them."""
+    if path in places:
+        return lambda text: None if text is None else json.loads(text)
+    if pa.types.is_list(kind):
+        item = _parser(kind.value_type, f"{path}[]", places)
+        return None if item is None else lambda value: None if value is None else [item(each) for each in value]
+    if not pa.types.is_struct(kind):
+        return None
+    fields = {field.name: parse for field in kind if (parse := _parser(field.type, f"{path}.{field.name}", places))}
+
+    def parse_object(value: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        return None if value is None else {name: fields[name](item) if name in fields else item for name, item in value.items()}
+
+    return parse_object if fields else None

@@ -25,6 +25,7 @@ from tokabatch.input.rows import Reader, RowBatch, RowPlaces, no_rows
 from tokabatch.input.store.columns import Columns, ColumnSpool, open_column_spool, restore_columns
 from tokabatch.input.store.disk_arrays import ArraySpool, Texts, open_array
 from tokabatch.input.store.identity import IdSpool, read_ids
+from tokabatch.input.store.json_types import parse_json_texts
 from tokabatch.input.store.row_digests import DigestSpool, RowDigests
 from tokabatch.job import GenerationConfig, Job
 from tokabatch.scheduling.contracts import Continuations, SamplingParams
@@ -93,9 +94,11 @@ class InputStore:
         return table if in_order else table.take(pa.array(back))
 
     def input_rows(self, row_indices: Int64) -> list[dict[str, Any]]:
-        """Return any rows with all columns that are kept, converted as by `python_rows`; repeats of a row are one object."""
+        """Return any rows with all columns that are kept, converted as by `python_rows`, JSON text as the value that it stands
+        for; repeats of a row are one object."""
         rows, back = np.unique(np.asarray(row_indices, dtype=np.int64), return_inverse=True)
         values = python_rows(self._columns.take(rows, self._columns.schema.names))
+        parse_json_texts(values, self._columns.schema)
         return [values[place] if values else {} for place in back.tolist()]
 
     def row_bytes(self, row_indices: Int64) -> Int64:
