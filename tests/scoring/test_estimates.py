@@ -93,6 +93,17 @@ def test_majority_of_subsets_is_near_its_definition(monkeypatch: pytest.MonkeyPa
     assert estimate_all(judged(rows)) == estimate_all(judged(rows)), "the same at every call"
 
 
+@pytest.mark.parametrize("rule", [None, StopRule(majority=3), StopRule(1)])
+@pytest.mark.parametrize("likely", [np.nan, 0.0])
+def test_figures_do_not_depend_on_the_order_of_arrival(likely: float, rule: StopRule | None) -> None:
+    random = np.random.default_rng(2)
+    answer = random.integers(-1, 4, 40 * 16)
+    row = np.repeat(np.arange(40), 16)
+    made = of_arrays(row, answer == 0, answer, np.full(len(answer), likely))
+    made = replace(made, number=np.tile(np.arange(16), 40))
+    assert estimate_all(made, rule) == estimate_all(made.take(random.permutation(len(answer))), rule)
+
+
 def test_what_was_not_recorded_gives_no_figure() -> None:
     rows = [[(True, -1, float("nan"))] * 4, [(False, -1, float("nan"))] * 4]
     assert list(values(estimate_all(judged(rows)))) == ["mean score", "pass@1", "pass@2", "pass@4"]

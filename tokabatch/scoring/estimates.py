@@ -147,7 +147,8 @@ def _of_rows_stopped_by_majority(judged: Judged, votes: int) -> dict[str, Float6
 
 
 def _of_all_samples(judged: Judged) -> dict[str, Float64]:
-    j = judged.take(np.lexsort((judged.logprob, judged.row)))
+    # Samples of one log-probability by their number: the subsets that maj@k draws do not depend on the order of arrival.
+    j = judged.take(np.lexsort((judged.number, judged.logprob, judged.row)))
     begins, n = j.rows()
     ks = ks_of(n)
     right = np.add.reduceat(j.correct.astype(np.int64), begins)
