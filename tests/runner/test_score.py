@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import pytest
 from support.scripted_run import scripted_engine, scripted_job, scripted_run
 
 from tokabatch import run
+from tokabatch.cli import main
 from tokabatch.errors import JobError, OutputError, Stopped
 from tokabatch.output import existing_results
 from tokabatch.output.claim import Claim
+from tokabatch.output.export import export
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.integrity import check
 from tokabatch.output.manifest import read_manifest
+from tokabatch.report import review
 from tokabatch.runner import score as scoring
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.score import score, score_to
@@ -209,9 +213,42 @@ def test_beside_a_run_the_verdicts_go_into_a_file(rows: Path, judge: Path, tmp_p
     score(out, overrides)
     assert scored.right == sum(bool(row["correct"]) for row in verdicts)
     assert verdicts == [{name: row[name] for name in verdicts[0]} for row in samples(out)]
-    for wrong in (tmp_path / "verdicts.csv", out / "data" / "x.parquet", tmp_path / "no" / "x.parquet"):
-        with pytest.raises(OutputError, match=r"--to .*name a file"):
+    for wrong, told in (
+        (tmp_path / "verdicts.csv", r"name a file that ends in \.parquet"),
+        (out / "data" / "x.parquet", "lies among the run's own shards"),
+        (tmp_path / "no" / "x.parquet", "does not exist; create it first"),
+    ):
+        with pytest.raises(OutputError, match=f"--to .*{told}"):
             score_to(out, wrong, overrides)
+
+
+def test_an_export_does_not_replace_what_the_job_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    line = json.dumps({"question": "x", "answer": "1"}) + "\n"
+    Path("in/rows.jsonl").write_text(line)
+    Path("shots.jsonl").write_text(line)
+    few_shot = {"path": "shots.jsonl", "k": 1, "template": "{{ question }}"}
+    prompt = {"template": "{{ question }}", "few_shot": few_shot}
+    for place, given in enumerate(("in/rows.jsonl", "in/*.jsonl", "in")):
+        out = Path(f"out{place}")
+        scripted_run(Path(given), out, prompt=prompt)
+        monkeypatch.chdir("in")
+        for target in ("rows.jsonl", "../shots.jsonl", *(("new.jsonl",) if place else ())):
+            with pytest.raises(OutputError, match=r"is one of the files that the job reads \((input|prompt\.few_shot)\.path "):
+                export(Path("..") / out, Path(target))
+        export(Path("..") / out, Path("new.csv"))
+        monkeypatch.chdir(tmp_path)
+        export(out, Path("new.jsonl"))
+    # Nor is a page drawn before it is known that it can be written.
+    monkeypatch.setattr(review, "read_record", None)
+    monkeypatch.setattr(sys, "argv", ["tokabatch", "report", "out0", "--to", "none/page.html"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "the folder none does not exist; create it first" in capsys.readouterr().err
+    assert Path("in/rows.jsonl").read_text() == Path("shots.jsonl").read_text() == line
 
 
 def test_columns_of_the_input_with_names_of_ours_go_all_the_way(tmp_path: Path) -> None:

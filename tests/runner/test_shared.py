@@ -36,7 +36,8 @@ from tokabatch.runner import run as running
 from tokabatch.runner import shared as sharing
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.recorder import Recorder
-from tokabatch.runner.resume import Reuse, start
+from tokabatch.runner.resume import start
+from tokabatch.runner.reuse import Reuse
 from tokabatch.runner.shared import Shared, close_shared, cut_earlier_run
 from tokabatch.storage.atomic_files import DurableFiles, NewFile
 

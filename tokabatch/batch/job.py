@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tokabatch.errors import OutputError
 from tokabatch.job import Job
-from tokabatch.output.export import check_target
+from tokabatch.output.export import check_target, refuse_input
 from tokabatch.output.folder import OutputFolder
 
 
@@ -22,7 +21,9 @@ def batch_job(requests: str, model: str, results: Path, errors: Path | None = No
         "output": {"path": str(results.with_name(f"{results.name}.run"))},
     }
     job = Job.load(given, *overrides)
-    check_targets(OutputFolder(Path(job.output.path)), results, errors or errors_file(results), job.input.path)
+    check_targets(OutputFolder(Path(job.output.path)), results, errors or errors_file(results))
+    for option, target in (("--to", results), ("--errors", errors or errors_file(results))):
+        refuse_input(job.given(), target, option)
     return job
 
 
@@ -31,14 +32,9 @@ def errors_file(results: Path) -> Path:
     return results.with_name(f"{results.stem}.errors{results.suffix}")
 
 
-def check_targets(folder: OutputFolder, results: Path, errors: Path, requests: str) -> None:
-    """Raises OutputError where the files of the run in `folder` cannot be written there, or would replace the requests, which
-    are a file, a folder or a glob."""
-    given = Path(requests).resolve()
+def check_targets(folder: OutputFolder, results: Path, errors: Path) -> None:
+    """Raises OutputError where the files of the run in `folder` cannot be written there."""
     for option, target in (("--to", results), ("--errors", errors)):
         check_target(folder, target, (".jsonl",), option)
-        place = target.resolve()
-        if given == place or given in place.parents or fnmatchcase(str(place), str(given)):
-            raise OutputError(f"{option} {target} is one of the request files (input.path {requests!r}); name a file elsewhere")
     if results.absolute() == errors.absolute():
         raise OutputError(f"--errors {errors} is the file of the results; name another one")

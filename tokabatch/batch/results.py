@@ -84,7 +84,7 @@ def write_results(
     manifest = read_manifest(folder)
     if manifest is None:
         raise OutputError(f"{path}: no run has written here; give the folder that the job names as output.path")
-    check_targets(folder, results, errors, str(manifest.job["input"]["path"]))
+    check_targets(folder, results, errors)
     lines = _Lines(manifest, model or str(manifest.job["model"]["path"]), requests)
     try:
         return consistently(lambda: _write(folder, manifest, committed_shards(folder), results, errors, lines), path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from tempfile import gettempdir
@@ -19,6 +20,7 @@ from tokabatch.cli.printing import draws_tables, print_note, print_result
 from tokabatch.cli.signals import stop_after, stop_on_signals
 from tokabatch.errors import Stopped, UsageError
 from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.reuse import Reuse
 
 if TYPE_CHECKING:
     from tokabatch.report.summary import RunSummary
@@ -80,11 +82,12 @@ def run(
       tokabatch run jobs/gsm8k.yaml --on ray               on a Ray cluster
     """
     given = [*(overrides or ()), *((f"engine.replicas={replicas}",) if replicas else ())]
-    reuse: dict[str, bool] = {"overwrite": overwrite, "retry_errors": retry_errors}
-    with stop_on_signals() as stop, stop_after(deadline), checked_job(job, given, shared=shared, **reuse) as loaded:
-        how: dict[str, Any] = {**reuse, "repair": repair}
-        how["shared"] = None
+    reuse = Reuse(overwrite, retry_errors, repair)
+    early = {"shared": shared, "overwrite": overwrite, "retry_errors": retry_errors}
+    with stop_on_signals() as stop, stop_after(deadline), checked_job(job, given, **early) as loaded:
+        how: dict[str, Any] = {**asdict(reuse), "shared": None}
         if shared:
+            reuse.refuse_sharing()
             sharing = import_module("tokabatch.runner.shared")
             how["shared"] = sharing.Shared(task, units, lease)
             if on == "ray":
@@ -143,10 +146,10 @@ def batch(
     """
     batches = import_module("tokabatch.batch.job")
     with stop_on_signals() as stop:
+        reuse = Reuse(overwrite, retry_errors, repair)
         loaded = batches.batch_job(requests, model, to, errors, overrides or ())
-        reuse: dict[str, bool] = {"overwrite": overwrite, "retry_errors": retry_errors}
-        import_module("tokabatch.precheck").refuse_early(loaded, **reuse)
-        summary = _run(loaded, stop, quiet, **reuse, repair=repair)
+        import_module("tokabatch.precheck").refuse_early(loaded, overwrite=overwrite, retry_errors=retry_errors)
+        summary = _run(loaded, stop, quiet, **asdict(reuse))
     _print_summary(loaded, summary, verbose)
     if not summary.pending:
         print_note(write_batch(Path(loaded.output.path), to, errors))

@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -205,6 +206,22 @@ def check_target(
         raise OutputError(f"{option} {target} is a folder; name a file in it")
     if folder.data.resolve() in target.resolve().parents:
         raise OutputError(f"{option} {target} lies among the run's own shards; export to another folder")
+    if (manifest := read_manifest(folder)) is not None:
+        refuse_input(manifest.job, target, option, Path(manifest.working_folder))
+
+
+def refuse_input(job: Mapping[str, Any], target: Path, option: str, working_folder: Path = Path()) -> None:
+    """Raise OutputError if a file written to `target` would replace rows or examples that the job reads, or be read as rows."""
+    few_shot = job.get("prompt", {}).get("few_shot") or {}
+    for key, path in (("input.path", job["input"]["path"]), ("prompt.few_shot.path", few_shot.get("path"))):
+        if path is None:
+            continue
+        given, place = (working_folder / Path(path).expanduser()).resolve(), target.resolve()
+        inside = given in place.parents and target.suffix in (".jsonl", ".parquet")
+        if given == place or inside or fnmatchcase(str(place), str(given)):
+            raise OutputError(
+                f"{option} {target} is one of the files that the job reads ({key} {path!r}); name a file elsewhere"
+            )
 
 
 def _is_folder(path: Path) -> bool:

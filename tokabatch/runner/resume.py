@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokabatch.errors import OutputError
 from tokabatch.input.fingerprint import UNKNOWN, Fingerprint
 from tokabatch.input.store.kept_input import keep_input
 from tokabatch.input.store.row_digests import RowDigests
@@ -46,6 +45,7 @@ from tokabatch.output.remedy import refuse_faults, refuse_other_verdicts, refuse
 from tokabatch.output.same_job import EarlierRun, find_run
 from tokabatch.output.schema import UnsampledRow, verdict_fields
 from tokabatch.report.sections import counted
+from tokabatch.runner.reuse import Reuse
 from tokabatch.runner.row_stops import RowStops
 from tokabatch.runner.score import has_unjudged, judge_again
 from tokabatch.scoring.early_stopping import StopRule
@@ -55,22 +55,6 @@ from tokabatch.storage.write_errors import reading_input, unwritable
 from tokabatch.workload.prepare import Workload, prepare
 
 OnRows = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Reuse:
-    """What to do with the results of an earlier run: continue it (default), continue it and run its error rows again, or what
-    its damaged files held, or delete them."""
-
-    overwrite: bool = False
-    retry_errors: bool = False
-    repair: bool = False
-
-    def __post_init__(self) -> None:
-        if self.overwrite and self.retry_errors:
-            raise OutputError("--overwrite deletes every row, --retry-errors runs the error rows again; give one of the two")
-        if self.overwrite and self.repair:
-            raise OutputError("--overwrite deletes every row, --repair computes the damaged ones again; give one of the two")
 
 
 @dataclass(frozen=True, slots=True)

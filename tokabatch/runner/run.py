@@ -25,7 +25,6 @@ from tokabatch.errors import (
     STOPS,
     CommitError,
     DamageError,
-    OutputError,
     Stopped,
     TokabatchError,
     UsageError,
@@ -53,7 +52,8 @@ from tokabatch.runner.make_replica import make_replica
 from tokabatch.runner.member import Cluster
 from tokabatch.runner.preparers import num_preparers
 from tokabatch.runner.recorder import Recorder, Tally
-from tokabatch.runner.resume import OnRows, Reuse, Start, start
+from tokabatch.runner.resume import OnRows, Start, start
+from tokabatch.runner.reuse import Reuse
 from tokabatch.runner.run_state import Clock, Replicas, RunState, summarise
 from tokabatch.runner.shared import ONE_WRITER, Shared, close_shared, cut_earlier_run, join_as_last, start_shared
 from tokabatch.runner.stopping_replica import StoppingReplica
@@ -86,10 +86,7 @@ def run(
     if cluster is not None and shared is not None:
         raise UsageError(ONE_WRITER)
     if shared is not None:
-        if reuse != Reuse():
-            raise OutputError(
-                "--shared only computes missing samples; use --overwrite, --retry-errors or --repair in a run without --shared"
-            )
+        reuse.refuse_sharing()
         job.refuse_sharing()
         # What is in the folder comes from units, which are divided between processes.
         job = job.model_copy(update={"engine": job.engine.model_copy(update={"process": True})})

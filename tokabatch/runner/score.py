@@ -26,6 +26,7 @@ from tokabatch.input.store.json_types import parse_json_texts
 from tokabatch.job import Job, VerifyConfig
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import replace_shard
+from tokabatch.output.export import check_target
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import inspect, recorded_shards
 from tokabatch.output.manifest import (
@@ -135,8 +136,7 @@ def score_to(
     manifest = read_manifest(folder)
     if manifest is None:
         raise OutputError(f"{path}: no run has written here; give the folder that the job names as output.path")
-    if target.suffix != ".parquet" or folder.data.resolve() in target.resolve().parents:
-        raise OutputError(f"--to {target}: name a file FILE.parquet outside of the run's own data folder")
+    check_target(folder, target, (".parquet",))
     job = _job(folder, manifest, overrides)
     assert job.verify is not None
     pool = open_pool(job.verify)

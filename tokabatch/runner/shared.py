@@ -37,7 +37,8 @@ from tokabatch.output.shards import claimed_shards, in_order
 from tokabatch.output.units import Units, read_units, units_path, write_units
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger
-from tokabatch.runner.resume import OnRows, Reuse, Start, describe_run, judge_left, start
+from tokabatch.runner.resume import OnRows, Start, describe_run, judge_left, start
+from tokabatch.runner.reuse import Reuse
 from tokabatch.storage.atomic_files import DurableFiles, NewFile, make_folders, publish
 from tokabatch.storage.listing import NO_MARK, consistently, is_there, read_bytes
 from tokabatch.storage.write_errors import reading_input, starting_beside_others, unwritable
