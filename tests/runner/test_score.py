@@ -222,6 +222,20 @@ def test_beside_a_run_the_verdicts_go_into_a_file(rows: Path, judge: Path, tmp_p
             score_to(out, wrong, overrides)
 
 
+def test_a_run_of_which_no_row_can_be_judged_does_not_begin(rows: Path, tmp_path: Path) -> None:
+    for verify, told in (
+        ({"kind": "regex", "options": {"pattern": "("}}, "verify.options.pattern is not a valid regular expression"),
+        ({"kind": "exact", "answer": "answer", "options": {"normalize": "all"}}, "verify.options.normalize is 'all'"),
+        ({"kind": "gsm8k", "answer": "question", "options": {}}, ""),
+    ):
+        if not told:
+            assert scripted_run(rows, tmp_path / "out", verify=verify).ok == 24, "these rows can be judged"
+            continue
+        with pytest.raises(JobError, match=f"^verify: no row can be judged, row 0 .* because {re.escape(told)}"):
+            scripted_run(rows, tmp_path / "out", verify=verify)
+        assert not list(tmp_path.glob("out/data/*"))
+
+
 def test_an_export_does_not_replace_what_the_job_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -238,11 +238,14 @@ def _fingerprint(job: Job, model: OpenModel) -> Fingerprint:
 
 
 def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None) -> tuple[str, ...]:
-    """Return notes on rows with prompts that the judge finds, before any text, cannot be judged."""
+    """Return notes on rows with prompts that the judge finds, before any text, cannot be judged. Raises JobError if no row
+    can."""
     faults: dict[int, str] = {}
+    judged = 0
     for begin in range(0, store.num_rows, CHECKED_ROWS):
         rows = np.arange(begin, min(begin + CHECKED_ROWS, store.num_rows), dtype=np.int64)
         rows = rows[store.length[rows] > 0]
+        judged += len(rows)
         values = store.input_rows(rows)
         found = pool.check(values)
         nulls = [answer is not None and value.get(answer) is None for value in values]
@@ -251,6 +254,12 @@ def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None) -> 
                 faults[row] = fault or f"its column {answer!r} is null"
     if not faults:
         return ()
+    if len(faults) == judged:
+        row, fault = next(iter(faults.items()))
+        raise JobError(
+            f"verify: no row can be judged, {store.places.name(row)} because {fault}; correct verify or the rows, or leave "
+            "verify out"
+        )
     shown = [f"{store.places.name(row)} cannot be judged: {fault}" for row, fault in list(faults.items())[:SHOWN_FAULTS]]
     more = len(faults) - len(shown)
     return (*shown, *((f"{more:,} more rows cannot be judged",) if more else ()))
