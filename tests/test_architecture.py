@@ -76,9 +76,10 @@ WITHOUT_TORCH = {
 }
 HEAVY_HOMES = {
     "transformers": {"input/tokenizer/tokenizer.py", "input/tokenizer/loading.py"},
-    "flashinfer": {"attention/flashinfer_paged.py", "attention/hopper_prefix.py"},
+    "flashinfer": {"attention/flashinfer_paged.py"},
     "triton": {
         "attention/triton_decode.py",
+        "attention/triton_hopper_tiles.py",
         "attention/triton_page_store.py",
         "attention/triton_tiles.py",
         "model/triton_layers.py",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import partialmethod
 from importlib import import_module
 
 import numpy as np
@@ -19,6 +20,7 @@ from support.interpreter import DEVICES, INTERPRETING
 
 from tokabatch.attention import tiles as tiles_module
 from tokabatch.attention.base import token_slots
+from tokabatch.attention.capturable import PagedCache
 from tokabatch.attention.tiles import MAX_PLANES, UNMASKED, TilePlan, TileShape, plan_tiles
 from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, SlotInit, StepBatch
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
@@ -77,6 +79,7 @@ def seen_keys(plan: TilePlan, step: StepBatch) -> list[list[int]]:
     keys = [list(range(own, position + 1)) for own, position in zip(plan.own_T.tolist(), positions.tolist(), strict=True)]
     planes: list[list[int]] = [[] for _ in keys]
     for token, queries, slot, begin, end, first, plane, _ in np.concatenate((plan.wide_IW, plan.narrow_IW)).tolist():
+        assert begin < end
         for query in range(queries):
             assert first == UNMASKED or slots[token + query] == slot
             last = end - 1 if first == UNMASKED else min(end - 1, first + query)
@@ -112,7 +115,9 @@ def test_too_many_levels_are_refused_and_few_planes_split_less():
             assert plan_tiles(step, Heads(4, 2, 8).shape(4), most - 1) is None
 
 
-def attend(step: StepBatch, table: np.ndarray, cache: tuple[torch.Tensor, ...], heads: Heads, queries_THD: torch.Tensor):
+def attend(
+    step: StepBatch, table: np.ndarray, cache: tuple[torch.Tensor, ...], heads: Heads, queries_THD: torch.Tensor, hopper: bool
+):
     """What the kernels make of a step whose keys are all in the cache; states that nobody wrote are NaN."""
     triton_tiles, triton_decode = (import_module(f"tokabatch.attention.{name}") for name in ("triton_tiles", "triton_decode"))
     where, page = queries_THD.device, cache[0].shape[2]
@@ -129,7 +134,13 @@ def attend(step: StepBatch, table: np.ndarray, cache: tuple[torch.Tensor, ...], 
     )
     tables = torch.from_numpy(table).to(where)
     if plan.has_tiles:
-        triton_tiles.attend_tiles(queries_THD, cache, tables, work, planes, 2)
+        for kind in (triton_tiles.WIDE, triton_tiles.NARROW)[hopper:]:
+            triton_tiles.attend_tiles(kind, queries_THD, cache, tables, work, planes, 2)
+        if hopper:
+            layer = PagedCache(cache[0][None], cache[1][None], tables)
+            kernel = triton_tiles.hopper_tiles(layer, heads.heads, DTYPE, 2)
+            assert kernel is not None
+            kernel.attend(0, queries_THD, work, planes)
     columns = (token_slots(step), step.positions().astype(np.int32), plan.own_T, plan.planes_T)
     places = tuple(torch.from_numpy(column).to(where) for column in columns)
     out = torch.full_like(queries_THD, math.nan)
@@ -139,10 +150,12 @@ def attend(step: StepBatch, table: np.ndarray, cache: tuple[torch.Tensor, ...], 
     return out
 
 
-def check_step(step: StepBatch, table: np.ndarray, cache: tuple[torch.Tensor, ...], heads: Heads) -> None:
+def check_step(
+    step: StepBatch, table: np.ndarray, cache: tuple[torch.Tensor, ...], heads: Heads, *, hopper: bool = False
+) -> None:
     where, page = cache[0].device, cache[0].shape[2]
     queries = torch.randn(step.num_tokens, heads.heads, heads.dim, device=where).to(DTYPE)
-    out = attend(step, table, cache, heads, queries)
+    out = attend(step, table, cache, heads, queries, hopper)
     for token, (slot, position) in enumerate(zip(token_slots(step).tolist(), step.positions().tolist(), strict=True)):
         at = np.arange(position + 1)
         pages, offset = torch.from_numpy(table[slot, at // page]).long().to(where), torch.from_numpy(at % page).to(where)
@@ -189,8 +202,7 @@ def one_slot_step(start: int, length: int, prefill: bool, groups: int, page: int
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("where", DEVICES)
-@pytest.mark.parametrize(
+LONG = pytest.mark.parametrize(
     "step",
     [
         one_slot_step(0, 70, True, 1, 16),
@@ -200,6 +212,10 @@ def one_slot_step(start: int, length: int, prefill: bool, groups: int, page: int
     ],
     ids=["prompt", "prompt-behind-context", "group", "alone"],
 )
+
+
+@pytest.mark.parametrize("where", DEVICES)
+@LONG
 def test_long_ranges_equal_dense_attention(where, step):
     """Tiles of many blocks, causal and split along their keys."""
     torch.manual_seed(0)
@@ -207,6 +223,39 @@ def test_long_ranges_equal_dense_attention(where, step):
     cache = make_cache(heads, 16, 200, DTYPE, where)
     table = np.tile(np.arange(100, dtype=np.int32), (len(step.run_slot), 1))
     check_step(step, table, cache, heads)
+
+
+def needs_hopper() -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+
+
+@pytest.mark.gpu
+@LONG
+@pytest.mark.parametrize("heads", [Heads(6, 2, 64), Heads(8, 1, 128)], ids=str)
+def test_the_kernel_for_hopper_computes_long_ranges(step, heads):
+    needs_hopper()
+    torch.manual_seed(0)
+    cache = make_cache(heads, 16, 200, DTYPE, "cuda")
+    table = np.tile(np.arange(100, dtype=np.int32), (len(step.run_slot), 1))
+    check_step(step, table, cache, heads, hopper=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [8, 16, 64])
+@pytest.mark.parametrize("heads", [Heads(6, 2, 64), Heads(4, 4, 64), Heads(8, 1, 128), Heads(4, 2, 128)], ids=str)
+def test_the_kernel_for_hopper_equals_dense_attention(heads, page, monkeypatch):
+    """Every kind of pass, causal ones and parts of a block included: all tiles are wide here."""
+    needs_hopper()
+    for name, value in {**SMALL, "SPLIT_STEP": page}.items():
+        monkeypatch.setattr(tiles_module, name, value)
+    monkeypatch.setattr(Heads, "shape", partialmethod(Heads.shape, narrow=0))
+    torch.manual_seed(heads.dim)
+    prompts = [[1] * 150 + [2] * 3, [1] * 150 + [3] * 90, [1] * 12 + [2] * 4, [3] * 5]
+    cache = make_cache(heads, page, PAGES + 1, DTYPE, "cuda")
+    steps = Steps(prompts, page, GroupingLimits(2, 1))
+    for step in steps:
+        check_step(step, steps.table, cache, heads, hopper=True)
 
 
 def decoding_step(own: int, skip: int, count: int, levels: tuple[PrefixLevel, ...]) -> StepBatch:

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 from support import tiny_models, token_device
-from support.captured_worker import KernelByKernel, captured_worker, sizes_of
+from support.captured_worker import captured_worker, sizes_of
 from support.interpreter import DEVICES, INTERPRETING
 from support.stage_pair import StagePair
 
-from tokabatch.attention.capturable import PrefixKind
 from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, WORTH, Ladder, size_above
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.model.families import read_spec
@@ -144,19 +143,6 @@ def test_captured_steps_give_what_the_torch_backend_gives(tmp_path, where, famil
     folder = tiny_models.build(family, tmp_path, **HEADS)
     sizes = sizes_of(page, 7, 30)
     compare(captured_worker(folder, sizes, torch.device(where)), folder, params, grouping)
-
-
-@pytest.mark.parametrize("where", DEVICES)
-def test_what_all_tokens_share_is_left_to_a_kernel_of_the_backend(tmp_path, where):
-    """The first pages of a header in two parts, what is left of it in tiles."""
-    folder = tiny_models.build("llama", tmp_path, **HEADS)
-    worker = captured_worker(folder, sizes_of(4, 7, 30), torch.device(where))
-    captured = worker._captured
-    assert captured is not None and isinstance(captured.backend, KernelByKernel)
-    captured.backend.has_prefixes = True
-    params = SamplingParams(n=N, temperature=0.0, max_tokens=TOKENS, logprobs=0, ignore_eos=True)
-    compare(worker, folder, params, GroupingLimits(2, 1), PROMPTS[:2])
-    assert {kind for _, kind in captured.body._prefixes} == {PrefixKind(2, 2)}
 
 
 @pytest.mark.parametrize("where", DEVICES)

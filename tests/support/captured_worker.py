@@ -3,7 +3,6 @@ work, done again."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from support.interpreter import INTERPRETING
 from tokabatch.attention.base import token_slots
-from tokabatch.attention.capturable import Capturable, PagedCache, PrefixKind
+from tokabatch.attention.capturable import Capturable
 from tokabatch.attention.upload import Outbox, Parcel
 from tokabatch.engine.graphs import GraphRecorder
 from tokabatch.engine.replica_sizes import ReplicaSizes, kv_shape
@@ -55,8 +54,6 @@ class KernelByKernel:
 
     def __init__(self, store: Capturable) -> None:
         self._store = store
-        self.has_prefixes = False
-        """Whether captured steps leave the most of what all tokens share to it."""
         self._step: tuple[Parcel, Parcel] | None = None
 
     @property
@@ -65,12 +62,6 @@ class KernelByKernel:
 
     def update_cache(self, step: StepBatch, outbox: Outbox) -> None:
         self._store.update_cache(step, outbox)
-
-    def prefix_kind(self, queries: int, pages: int) -> PrefixKind | None:
-        return PrefixKind(2 * (pages // 2), 2) if self.has_prefixes and pages > 1 else None
-
-    def prefix_pass(self, kind: PrefixKind, queries: int) -> PrefixInTorch:
-        return PrefixInTorch(kind, self.cache)
 
     def plan(self, step: StepBatch, outbox: Outbox) -> None:
         self._store.update_cache(step, outbox)
@@ -90,29 +81,6 @@ class KernelByKernel:
             q_THD[:, :, None].float(), k, v, attn_mask=seen_TL[:, None, None], enable_gqa=True
         )
         return mixed[:, :, 0].to(q_THD.dtype)
-
-
-class PrefixInTorch:
-    """See `PrefixPass`."""
-
-    def __init__(self, kind: PrefixKind, cache: PagedCache) -> None:
-        self._kind, self._cache = kind, cache
-        self._page_ids = torch.zeros(kind.pages, dtype=torch.long, device=cache.table.device)
-
-    def begin(self, slot_1: torch.Tensor) -> None:
-        self._page_ids.copy_(self._cache.table.index_select(0, slot_1)[0, : self._kind.pages])
-
-    def attend(self, layer: int, q_THD: torch.Tensor, state_NTHD: torch.Tensor, lse_NTH: torch.Tensor) -> None:
-        group = q_THD.shape[1] // self._cache.k_LNKPD.shape[2]
-        for part, ids in enumerate(self._page_ids.chunk(self._kind.parts)):
-            # From [pages, K, P, D] to [H, L, D].
-            k, v = (
-                kept[layer].index_select(0, ids).transpose(0, 1).flatten(1, 2).repeat_interleave(group, 0).float()
-                for kept in (self._cache.k_LNKPD, self._cache.v_LNKPD)
-            )
-            scores_HTL = q_THD.transpose(0, 1).float() @ k.transpose(1, 2) / q_THD.shape[2] ** 0.5
-            state_NTHD[part] = (scores_HTL.softmax(-1) @ v).transpose(0, 1).to(state_NTHD.dtype)
-            lse_NTH[part] = scores_HTL.logsumexp(-1).t() / math.log(2)
 
 
 def captured_worker(

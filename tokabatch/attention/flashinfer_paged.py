@@ -19,8 +19,7 @@ import torch
 
 from tokabatch.arrays import Int32
 from tokabatch.attention.base import KVShape, token_slots
-from tokabatch.attention.capturable import PagedCache, PrefixKind, PrefixPass
-from tokabatch.attention.hopper_prefix import TILE_QUERIES, HopperPrefix, kind_of
+from tokabatch.attention.capturable import PagedCache
 from tokabatch.attention.triton_decode import decode
 from tokabatch.attention.triton_page_store import PageStore
 from tokabatch.attention.upload import Outbox, Parcel
@@ -32,6 +31,8 @@ RING = 6
 LONG_CONTEXT = 2048
 """The mean number of keys of a decode run above which FlashInfer's decode kernel is used if there are too few sequences to
 occupy the GPU: it splits their keys."""
+TILE_QUERIES = 128
+"""The queries of one program of the prefill kernel for Hopper GPUs: with fewer, part of it is idle."""
 LONG_PREFILL = 512
 """Mean queries from which causal passes use the prefill kernel for Hopper GPUs (fa3): its plan takes 1.3 ms on the host, that
 of the generic kernel (fa2) 0.15 ms."""
@@ -118,12 +119,6 @@ class FlashInferPagedAttention:
 
     def update_cache(self, step: StepBatch, outbox: Outbox) -> None:
         self._store.update_cache(step, outbox)
-
-    def prefix_kind(self, queries: int, pages: int) -> PrefixKind | None:
-        return kind_of(self.shape, self._num_cores, queries, pages) if self._has_fa3 else None
-
-    def prefix_pass(self, kind: PrefixKind, queries: int) -> PrefixPass:
-        return HopperPrefix(kind, queries, self._cache, self.shape, self._workspace)
 
     def plan(self, step: StepBatch, outbox: Outbox) -> None:
         self._store.update_cache(step, outbox)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tokabatch.arrays import Int32, Int64
-from tokabatch.attention.capturable import PrefixKind
 from tokabatch.scheduling.contracts import StepBatch
 
 WORDS = 8
@@ -91,10 +90,8 @@ class _KeyRanges:
         return cls(*(column.astype(np.int64) for column in columns))
 
 
-def plan_tiles(step: StepBatch, shape: TileShape, max_planes: int, prefix: PrefixKind | None = None) -> TilePlan | None:
-    """Return the tiles of a step, or None if it needs more than `max_planes` planes. With `prefix`, the first `prefix.pages`
-    pages of the only group of the first level are computed by that pass into planes 0 to `prefix.parts - 1` and are not cut
-    into tiles."""
+def plan_tiles(step: StepBatch, shape: TileShape, max_planes: int) -> TilePlan | None:
+    """Return the tiles of a step, or None if it needs more than `max_planes` planes."""
     length, size = step.run_length.astype(np.int64), shape.page_size
     token = np.cumsum(length) - length
     covered = step.run_skip.astype(np.int64) * size
@@ -105,10 +102,6 @@ def plan_tiles(step: StepBatch, shape: TileShape, max_planes: int, prefix: Prefi
         for level in step.prefix_levels
     ]  # fmt: skip
     planes_T = np.zeros(len(own_T), np.int64)
-    if prefix is not None:
-        passes[0] = replace(passes[0], begin=passes[0].begin + prefix.pages * size)
-        passes = [one for one in passes if (one.end > one.begin).any()]
-        planes_T += prefix.parts
     passes = _joined(passes, shape)
     runs = _Runs(token, length, step.run_slot.astype(np.int64), covered, step.run_start.astype(np.int64))
     passes += _causal_passes(runs, own_T, size)

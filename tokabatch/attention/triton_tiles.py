@@ -11,23 +11,31 @@ dimension, P page size.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
+from tokabatch.attention.capturable import PagedCache
 from tokabatch.attention.tiles import WORDS, TileShape
+
+if TYPE_CHECKING:
+    from tokabatch.attention.triton_hopper_tiles import HopperTiles
 
 _WORDS = tl.constexpr(WORDS)
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a kind of tile is computed: rows of a tile, keys read at once, warps and pipeline stages of a program, and programs
-    on each multiprocessor."""
+    """How a kind of tile is computed: its number in the header of a work list, rows of a tile, keys read at once, warps and
+    pipeline stages of a program, and programs on each multiprocessor."""
 
+    kind: int
     rows: int
     keys: int
     warps: int
@@ -35,8 +43,8 @@ class Launch:
     programs: int
 
 
-WIDE = Launch(128, 64, 4, 3, 2)
-NARROW = Launch(16, 64, 1, 3, 8)
+WIDE = Launch(0, 128, 64, 4, 3, 2)
+NARROW = Launch(1, 16, 64, 1, 3, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +57,31 @@ class Planes:
     """int32 [2], zero before a launch and after the merge."""
 
 
-def tile_shape(page_size: int, num_heads: int, num_kv_heads: int, num_cores: int) -> TileShape:
-    """Return the sizes of tiles for `attend_tiles` on a device with `num_cores` multiprocessors."""
+def tile_shape(
+    page_size: int, num_heads: int, num_kv_heads: int, num_cores: int, wide_programs: int | None = None
+) -> TileShape:
+    """Return the sizes of tiles for `attend_tiles` on a device with `num_cores` multiprocessors; `wide_programs` are those of
+    another kernel for wide tiles."""
     group = num_heads // num_kv_heads
     wide, narrow = (max(launch.rows, triton.next_power_of_2(group)) for launch in (WIDE, NARROW))
-    return TileShape(page_size, num_kv_heads, group, wide, narrow, num_cores * WIDE.programs, num_cores * NARROW.programs)
+    wide_programs = wide_programs or num_cores * WIDE.programs
+    return TileShape(page_size, num_kv_heads, group, wide, narrow, wide_programs, num_cores * NARROW.programs)
+
+
+def hopper_tiles(cache: PagedCache, num_heads: int, dtype: torch.dtype, num_cores: int) -> HopperTiles | None:
+    """Return the faster kernel for wide tiles, or None where there is none for this GPU or cache, or it does not compile."""
+    _, _, num_kv_heads, page_size, head_dim = cache.k_LNKPD.shape
+    if cache.table.device.type != "cuda" or torch.cuda.get_device_capability(cache.table.device)[0] != 9:
+        return None
+    is_whole = page_size in (8, 16, 32, 64) and head_dim in (64, 128) and num_heads // num_kv_heads <= WIDE.rows
+    if cache.k_LNKPD.dtype != dtype or dtype.itemsize != 2 or not is_whole:
+        return None
+    try:
+        return import_module("tokabatch.attention.triton_hopper_tiles").HopperTiles(cache, num_heads, num_cores)
+    except Exception as error:
+        # Its language is experimental: any release of Triton may change it.
+        logging.getLogger(__name__).warning("the attention kernel for Hopper GPUs does not compile here: %s", error)
+        return None
 
 
 @triton.jit
@@ -160,6 +188,7 @@ def _attend(
 
 
 def attend_tiles(
+    launch: Launch,
     q_THD: torch.Tensor,
     cache: tuple[torch.Tensor, torch.Tensor],
     table: torch.Tensor,
@@ -167,7 +196,7 @@ def attend_tiles(
     planes: Planes,
     num_cores: int,
 ) -> None:
-    """Write the partial states of all tiles, wide and narrow, to `planes`, whose tensors hold T tokens.
+    """Write the partial states of all tiles of a kind, `WIDE` or `NARROW`, to `planes`, whose tensors hold T tokens.
 
     `cache` holds the keys and values of one layer, each [pages, K, P, D], 16-bit or e4m3; `table` is [slots, columns], int32.
     `work` is int32: the number of wide and of narrow tiles, the offset in words of each list, and the lists (`tiles.WORDS`
@@ -179,12 +208,11 @@ def attend_tiles(
     assert q_THD.is_contiguous() and planes.state_NTHD.is_contiguous() and planes.lse_NTH.is_contiguous()
     assert k_cache.stride() == v_cache.stride() and k_cache.stride(2) == head_dim and k_cache.stride(3) == 1
     group = num_heads // num_kv_heads
-    for kind, launch in enumerate((WIDE, NARROW)):
-        rows = max(launch.rows, triton.next_power_of_2(group))
-        _attend[(num_cores * launch.programs,)](
-            q_THD, k_cache, v_cache, planes.state_NTHD, planes.lse_NTH, table, work, planes.counter,
-            num_tokens * num_heads, k_cache.stride(0), k_cache.stride(1), table.stride(0),
-            math.log2(math.e) / math.sqrt(head_dim), num_kv_heads,
-            KIND=kind, GROUP=group, ROWS=rows, DIM=head_dim, DIM_PAD=triton.next_power_of_2(head_dim), PAGE=page_size,
-            BLOCK=launch.keys, FP8=k_cache.itemsize == 1, num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
+    rows = max(launch.rows, triton.next_power_of_2(group))
+    _attend[(num_cores * launch.programs,)](
+        q_THD, k_cache, v_cache, planes.state_NTHD, planes.lse_NTH, table, work, planes.counter,
+        num_tokens * num_heads, k_cache.stride(0), k_cache.stride(1), table.stride(0),
+        math.log2(math.e) / math.sqrt(head_dim), num_kv_heads,
+        KIND=launch.kind, GROUP=group, ROWS=rows, DIM=head_dim, DIM_PAD=triton.next_power_of_2(head_dim), PAGE=page_size,
+        BLOCK=launch.keys, FP8=k_cache.itemsize == 1, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip

@@ -16,6 +16,8 @@ dimension, E hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +25,10 @@ import torch
 
 from tokabatch.arrays import Int32
 from tokabatch.attention.base import token_slots
-from tokabatch.attention.capturable import Capturable, PrefixKind, PrefixPass
+from tokabatch.attention.capturable import Capturable
 from tokabatch.attention.tiles import ENOUGH_PLANES, MAX_PLANES, WORDS, TilePlan, plan_tiles
 from tokabatch.attention.triton_decode import decode_and_merge
-from tokabatch.attention.triton_tiles import Planes, attend_tiles, tile_shape
+from tokabatch.attention.triton_tiles import NARROW, WIDE, Planes, attend_tiles, hopper_tiles, tile_shape
 from tokabatch.engine.captured_head import HeadGraphs, HeadKind
 from tokabatch.engine.graphs import FINEST, GraphRecorder, Ladder, aligned, coarse_size
 from tokabatch.model.decoder import Decoder, KVPages
@@ -35,11 +37,10 @@ from tokabatch.scheduling.contracts import StepBatch
 
 TILES_A_TOKEN, LEAST_TILES = 2, 8192
 """The most tiles of a captured step: so many for each token, and so many more."""
-HEADER = 8
-"""Words before the columns of tokens: the number of wide and of narrow tiles, the offset of each list, the slot of the prefix,
-and three unused."""
-MOST_PREFIXES = 8
-"""The most kinds of prefix pass that get graphs of their own."""
+HEADER = 4
+"""Words before the columns of tokens: the number of wide and of narrow tiles, and the offset of each list."""
+SIDE_BY_SIDE = 2048
+"""The largest step whose wide and narrow tiles are computed on two streams: in a larger one either fill the device."""
 LONG_PROMPT, MOSTLY = 512, 4096
 """Prompt tokens of each run, on average, and of a step in total from which it is launched kernel by kernel: it takes longer
 than its launches, and specialised kernels are faster for long prompts."""
@@ -47,11 +48,9 @@ than its launches, and specialised kernels are faster for long prompts."""
 
 @dataclass(frozen=True, slots=True)
 class BodyKind:
-    """What determines the launches of a body beside its size: whether there are `tiles` (or a prefix pass), and the pass over
-    the `prefix` that all tokens share, if the backend computes it."""
+    """What determines the launches of a body beside its size: whether there are `tiles`."""
 
     tiles: bool
-    prefix: PrefixKind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +82,13 @@ class BodyGraphs:
         self._decoder = decoder
         self._backend = backend
         self._cache = cache
-        self._prefixes: dict[tuple[int, PrefixKind], PrefixPass] = {}
-        """The planned prefix passes, by size and kind."""
         self._last_token = last_token
         self._recorder = recorder
         self._num_cores = num_cores
-        self._shape = tile_shape(cache.k_LNKPD.shape[3], decoder.num_heads, decoder.num_kv_heads, num_cores)
+        self._hopper = hopper_tiles(cache, decoder.num_heads, decoder.dtype, num_cores)
+        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        one_each = num_cores if self._hopper is not None else None
+        self._shape = tile_shape(cache.k_LNKPD.shape[3], decoder.num_heads, decoder.num_kv_heads, num_cores, one_each)
         self.hidden_TE = torch.zeros(max(most, num_rows), decoder.spec.hidden_size, dtype=decoder.dtype, device=device)
         self._queries_THD, self._mixed_THD = (torch.zeros(most, *heads, dtype=decoder.dtype, device=device) for _ in range(2))
         partial = max(ENOUGH_PLANES * most, MAX_PLANES * FINEST)
@@ -115,28 +115,17 @@ class BodyGraphs:
         if not 0 < count <= self._ladder.most or is_long_prefill:
             return None
         coarse = coarse_size(count, self._ladder.most)
-        prefix = self._prefix_of(step, coarse)
-        plan = plan_tiles(step, self._shape, self._num_planes(coarse), prefix)
+        plan = plan_tiles(step, self._shape, self._num_planes(coarse))
         if plan is None or len(plan.wide_IW) + len(plan.narrow_IW) > self._max_tiles:
             return None
-        kind = BodyKind(plan.has_tiles or prefix is not None, prefix)
+        kind = BodyKind(plan.has_tiles)
         size = self._ladder.size(count, kind)
         if int(plan.planes_T.max()) > self._num_planes(size):
             # A graph of a larger size has fewer planes.
-            plan = plan_tiles(step, self._shape, self._num_planes(size), prefix)
+            plan = plan_tiles(step, self._shape, self._num_planes(size))
             if plan is None:
                 return None
         return BodyStep(size, kind, self._laid_out(step, plan, size), count)
-
-    def _prefix_of(self, step: StepBatch, size: int) -> PrefixKind | None:
-        """Return the pass over a prefix that all tokens share if the backend has a faster kernel for it and there are fewer
-        than MOST_PREFIXES kinds yet."""
-        level = step.prefix_levels[0] if step.prefix_levels else None
-        if level is None or len(level.slot) != 1 or level.token_stop[0] - level.token_start[0] != step.num_tokens:
-            return None
-        kind = self._backend.prefix_kind(size, int(level.page_stop[0] - level.page_start[0]))
-        known = {each for _, each in self._prefixes}
-        return kind if kind in known or len(known) < MOST_PREFIXES else None
 
     def make_ahead(self) -> bool:
         """See `Ladder`."""
@@ -169,14 +158,11 @@ class BodyGraphs:
         columns[1, :count], columns[2, :count] = token_slots(step), step.positions()
         columns[3, :count], columns[4, :count] = plan.own_T, plan.planes_T
         wide, narrow = plan.wide_IW.reshape(-1), plan.narrow_IW.reshape(-1)
-        begin, slot = HEADER + columns.size, step.prefix_levels[0].slot[0] if step.prefix_levels else 0
-        head = np.array((len(plan.wide_IW), len(plan.narrow_IW), begin, begin + len(wide), slot, 0, 0, 0), np.int32)
+        begin = HEADER + columns.size
+        head = np.array((len(plan.wide_IW), len(plan.narrow_IW), begin, begin + len(wide)), np.int32)
         return np.concatenate((head, columns.reshape(-1), wide, narrow))
 
     def _capture(self, size: int, kind: BodyKind) -> torch.cuda.CUDAGraph:
-        if kind.prefix is not None:
-            # Planning cannot be captured.
-            self._prefixes[size, kind.prefix] = self._backend.prefix_pass(kind.prefix, size)
         return self._recorder.capture(lambda: self._compute(size, kind))[0]
 
     def _compute(self, size: int, kind: BodyKind) -> None:
@@ -184,9 +170,7 @@ class BodyGraphs:
         columns = self._words[HEADER:].narrow(0, 0, 5 * aligned(size)).view(5, -1)[:, :size]
         token_T, slot_T, position_T, own_T, planes_T = columns
         queries, mixed = self._queries_THD[:size], self._mixed_THD[:size]
-        planes, prefix = None, None if kind.prefix is None else self._prefixes[size, kind.prefix]
-        if prefix is not None:
-            prefix.begin(self._words[4:5])
+        planes = None
         if kind.tiles:
             num = self._num_planes(size)
             state = self._state[: num * size].view(num, size, *self._state.shape[1:])
@@ -194,11 +178,8 @@ class BodyGraphs:
 
         def attend(layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor | None, v_TKD: torch.Tensor | None) -> torch.Tensor:
             pages = cache.k_LNKPD[layer], cache.v_LNKPD[layer]
-            if planes is not None and prefix is not None and kind.prefix is not None:
-                parts = kind.prefix.parts
-                prefix.attend(layer, q_THD, planes.state_NTHD[:parts], planes.lse_NTH[:parts])
             if planes is not None:
-                attend_tiles(q_THD, pages, cache.table, self._words, planes, self._num_cores)
+                self._attend_tiles(layer, q_THD, planes)
             where = (slot_T, position_T, own_T, planes_T)
             decode_and_merge(q_THD, pages, cache.table, where, mixed, planes)
             return mixed
@@ -210,6 +191,30 @@ class BodyGraphs:
         hidden_TE = decoder.run_layers(hidden_TE, position_T, attend, pages=KVPages(cache, slot_T, queries), may_scatter=False)
         if hidden_TE is not room_TE:
             room_TE.copy_(hidden_TE)
+
+    def _attend_tiles(self, layer: int, q_THD: torch.Tensor, planes: Planes) -> None:
+        cache = self._cache
+        pages = cache.k_LNKPD[layer], cache.v_LNKPD[layer]
+        beside = self._beside if len(q_THD) <= SIDE_BY_SIDE else None
+        with _on(beside):
+            attend_tiles(NARROW, q_THD, pages, cache.table, self._words, planes, self._num_cores)
+        if self._hopper is not None:
+            self._hopper.attend(layer, q_THD, self._words, planes)
+        else:
+            attend_tiles(WIDE, q_THD, pages, cache.table, self._words, planes, self._num_cores)
+        if beside is not None:
+            torch.cuda.current_stream().wait_stream(beside)
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream | None) -> Generator[None]:
+    """Launch work on this stream, behind what the current one has so far; None is the current one."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
 
 
 class CapturedSteps:
