@@ -121,7 +121,9 @@ def attend(
     """What the kernels make of a step whose keys are all in the cache; states that nobody wrote are NaN."""
     triton_tiles, triton_decode = (import_module(f"tokabatch.attention.{name}") for name in ("triton_tiles", "triton_decode"))
     where, page = queries_THD.device, cache[0].shape[2]
-    plan = plan_tiles(step, heads.shape(page), MAX_PLANES)
+    # Tiles of three groups of warps: see `triton_hopper_tiles`.
+    rows = {"wide": 192} if hopper and heads.dim == 64 and heads.heads == 3 * heads.kv_heads else {}
+    plan = plan_tiles(step, heads.shape(page, **rows), MAX_PLANES)
     assert plan is not None
     wide, narrow = plan.wide_IW, plan.narrow_IW
     head = np.array([len(wide), len(narrow), 4, 4 + wide.size], np.int32)

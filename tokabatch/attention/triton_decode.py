@@ -25,6 +25,9 @@ BLOCK, WARPS, STAGES = 32, 1, 3
 """Keys read at once, warps and pipeline stages of a program. One choice serves all context lengths, as a graph holds one
 launch. On an H200 it is at most 3 % slower than the best choice for each length, at 3.1 to 4.3 TB/s in 16 bits (6 % slower with
 heads of 128 dimensions and 64 keys). An e4m3 cache, with half as many bytes, is read at 1.6 to 2.7 TB/s."""
+FEW, FEW_BLOCK, FEW_WARPS = 512, 128, 4
+"""The most programs of a launch in which each reads more keys at once, with more warps: they do not fill the device, and take
+0.6 to 0.95 of the time."""
 MIN_ROWS = 16
 """The fewest rows of a tensor-core product; smaller groups of query heads are padded to it."""
 
@@ -169,11 +172,13 @@ def _launch(
     group = num_heads // num_kv_heads
     lse, state, counter = prior
     slot, position, first, count = places
-    _decode[(num_sequences * num_kv_heads,)](
+    num_programs = num_sequences * num_kv_heads
+    block, warps = (FEW_BLOCK, FEW_WARPS) if num_programs <= FEW else (BLOCK, WARPS)
+    _decode[(num_programs,)](
         q_SHD, k_cache, v_cache, out_SHD, lse, state, counter, table, slot, position, first, count,
         num_sequences * num_heads, k_cache.stride(0), k_cache.stride(1), table.stride(0),
         math.log2(math.e) / math.sqrt(head_dim), num_kv_heads,
         GROUP=group, ROWS=max(MIN_ROWS, triton.next_power_of_2(group)), DIM=head_dim, DIM_PAD=triton.next_power_of_2(head_dim),
-        PAGE=page_size, BLOCK=BLOCK, HAS_PRIOR=lse is not None and state is None, HAS_PLANES=state is not None,
-        FIRST_UNIT=first_unit, FP8=k_cache.itemsize == 1, num_warps=WARPS, num_stages=STAGES,
+        PAGE=page_size, BLOCK=block, HAS_PRIOR=lse is not None and state is None, HAS_PLANES=state is not None,
+        FIRST_UNIT=first_unit, FP8=k_cache.itemsize == 1, num_warps=warps, num_stages=STAGES,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """The wide tiles of a work list (`tiles`) on Hopper GPUs, in Gluon, Triton's language of explicit layouts and copies.
 
 The loop is that of FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608). One warp copies pages of keys and values to shared
-memory (TMA); two groups of four warps compute 64 rows of a tile each. A group starts the scores of the next keys before it
-multiplies its last weights with their values, and computes the softmax beside that product. On an H200 a tile takes half to
-four fifths of the time that it takes in `triton_tiles`.
+memory (TMA); two or three groups of four warps compute 64 rows of a tile each. A group starts the scores of the next keys
+before it multiplies its last weights with their values, and computes the softmax beside that product. On an H200 a tile takes
+half to four fifths of the time that it takes in `triton_tiles`.
 
 Gluon is experimental: `triton_tiles.hopper_tiles` imports this module, and does without it where the kernel does not compile.
 Shape legend: T tokens, H query heads, K key-value heads, D head dimension, P page size.
@@ -12,6 +12,8 @@ Shape legend: T tokens, H query heads, K key-value heads, D head dimension, P pa
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -21,14 +23,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tokabatch.attention.capturable import PagedCache
 from tokabatch.attention.tiles import WORDS
-from tokabatch.attention.triton_tiles import WIDE, Planes
+from tokabatch.attention.triton_tiles import Planes
 
-BLOCKS = {64: (128, 4), 128: (64, 3)}
-"""The keys of a block, and the blocks that shared memory holds, by head dimension."""
 _BOX_DIMS = 64
 """Dimensions that one copy brings: 128 bytes, a swizzled row of shared memory."""
-_GROUP_ROWS = WIDE.rows // 2
-_GROUP_REGISTERS, _COPYING_REGISTERS = 240, 24
+_ROWS = 64
+"""Rows of a tile for each group of warps: the least that a product has."""
+_COPYING_REGISTERS = 24
 
 _load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -47,12 +48,11 @@ def _as_blocks(pages, STAGES: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexp
 
 
 @gluon.jit
-def _copy_pages(
-    k_box, v_box, k_pages, v_pages, k_ready, v_ready, free, table_ptr, list_ptr, table_stride, num_kv_heads,
-    STAGES: gl.constexpr, KEYS: gl.constexpr, PAGE: gl.constexpr, DIM: gl.constexpr,
-):  # fmt: skip
+def _copy_pages(pages, memory, STAGES: gl.constexpr, KEYS: gl.constexpr, PAGE: gl.constexpr, DIM: gl.constexpr):
     """Bring the keys and values of all tiles of this program, block after block. Behind the last page of a tile, that page is
     brought again: what is behind a range may not be finite, and no weight of zero would hide it."""
+    k_box, v_box, table_ptr, list_ptr, table_stride, num_kv_heads = pages
+    k_pages, v_pages, k_ready, v_ready, free = memory
     PAGES: gl.constexpr = KEYS // PAGE
     BOXES: gl.constexpr = DIM // _BOX
     total = gl.load(list_ptr) * num_kv_heads
@@ -98,11 +98,13 @@ def _weigh(scores, highest, mass, start, whole, last, end, scale, KEYS: gl.const
 
 @gluon.jit
 def _compute_rows(
-    q_ptr, state_ptr, lse_ptr, k_pages, v_pages, k_ready, v_ready, free, list_ptr, plane_rows, scale, num_kv_heads,
+    rows, memory,
     FIRST: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Compute rows FIRST to FIRST + ROWS - 1 of all tiles of this program, with four warps."""
+    q_ptr, state_ptr, lse_ptr, list_ptr, plane_rows, scale, num_kv_heads = rows
+    k_pages, v_pages, k_ready, v_ready, free = memory
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
@@ -167,7 +169,7 @@ def _compute_rows(
 def _attend(
     q_ptr, k_box, v_box, state_ptr, lse_ptr, table_ptr, list_ptr, plane_rows, table_stride, scale, num_kv_heads,
     GROUP: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, KEYS: gl.constexpr, PAGE: gl.constexpr, DIM: gl.constexpr,
-    LAYOUT: gl.constexpr, REGISTERS: gl.constexpr, COPYING_REGISTERS: gl.constexpr,
+    LAYOUT: gl.constexpr, WARP_GROUPS: gl.constexpr, REGISTERS: gl.constexpr, COPYING_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Compute the wide tiles. `list` and planes are as in `triton_tiles`; program p takes tiles p, p + programs, and so on. A
     tile has at least one key."""
@@ -181,34 +183,49 @@ def _attend(
         mbarrier.init(k_ready.index(stage), count=1)
         mbarrier.init(v_ready.index(stage), count=1)
         # One arrival of each group of warps.
-        mbarrier.init(free.index(stage), count=2)
-    gl.warp_specialize(
-        [
-            (
-                _compute_rows,
-                (
-                    q_ptr, state_ptr, lse_ptr, k_pages, v_pages, k_ready, v_ready, free, list_ptr, plane_rows, scale,
-                    num_kv_heads, 0, GROUP, ROWS, STAGES, KEYS, DIM, LAYOUT,
-                ),
-            ),
-            (
-                _compute_rows,
-                (
-                    q_ptr, state_ptr, lse_ptr, k_pages, v_pages, k_ready, v_ready, free, list_ptr, plane_rows, scale,
-                    num_kv_heads, ROWS, GROUP, ROWS, STAGES, KEYS, DIM, LAYOUT,
-                ),
-            ),
-            (
-                _copy_pages,
-                (
-                    k_box, v_box, k_pages, v_pages, k_ready, v_ready, free, table_ptr, list_ptr, table_stride, num_kv_heads,
-                    STAGES, KEYS, PAGE, DIM,
-                ),
-            ),
-        ],
-        [4, 1],
-        [REGISTERS, COPYING_REGISTERS],
-    )  # fmt: skip
+        mbarrier.init(free.index(stage), count=WARP_GROUPS)
+    memory = (k_pages, v_pages, k_ready, v_ready, free)
+    rows = (q_ptr, state_ptr, lse_ptr, list_ptr, plane_rows, scale, num_kv_heads)
+    pages = (k_box, v_box, table_ptr, list_ptr, table_stride, num_kv_heads)
+    if WARP_GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_compute_rows, (rows, memory, 0, GROUP, ROWS, STAGES, KEYS, DIM, LAYOUT)),
+                (_compute_rows, (rows, memory, ROWS, GROUP, ROWS, STAGES, KEYS, DIM, LAYOUT)),
+                (_copy_pages, (pages, memory, STAGES, KEYS, PAGE, DIM)),
+            ],
+            [4, 1],
+            [REGISTERS, COPYING_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_compute_rows, (rows, memory, 0, GROUP, ROWS, STAGES, KEYS, DIM, LAYOUT)),
+                (_compute_rows, (rows, memory, ROWS, GROUP, ROWS, STAGES, KEYS, DIM, LAYOUT)),
+                (_compute_rows, (rows, memory, 2 * ROWS, GROUP, ROWS, STAGES, KEYS, DIM, LAYOUT)),
+                (_copy_pages, (pages, memory, STAGES, KEYS, PAGE, DIM)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, COPYING_REGISTERS],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """The keys of a block, the blocks that shared memory holds, the groups of four warps, and the registers of a thread."""
+
+    keys: int
+    stages: int
+    warp_groups: int
+    registers: int
+
+    @classmethod
+    def of(cls, head_dim: int, group: int) -> Tiling:
+        """Return the fastest of those tried on an H200 for heads of 64 or 128 dimensions, `group` for each key-value head."""
+        if head_dim == 128:
+            return cls(64, 4, 2, 240)
+        # 64 samples of three heads fill a tile of three groups; otherwise these are as fast as two, or slower.
+        return cls(64, 6, 3, 160) if group % 3 == 0 else cls(128, 4, 2, 240)
 
 
 def box_layout() -> gl.NVMMASharedLayout:
@@ -217,12 +234,13 @@ def box_layout() -> gl.NVMMASharedLayout:
 
 
 class HopperTiles:
-    """Computes the wide tiles over the pages of one cache, 16-bit, with heads of a size in `BLOCKS`, P at least 8."""
+    """Computes the wide tiles over the pages of one cache, 16-bit, with heads of 64 or 128 dimensions and P from 8 to 64."""
 
     def __init__(self, cache: PagedCache, num_heads: int, num_cores: int) -> None:
         """Compile the kernel, for queries of `num_heads` heads, with one program on each of `num_cores` multiprocessors."""
         num_layers, _, self._num_kv_heads, self._page_size, self._head_dim = cache.k_LNKPD.shape
-        self._table, self._num_programs = cache.table, num_cores
+        self._tiling = Tiling.of(self._head_dim, num_heads // self._num_kv_heads)
+        self._table, self.num_programs = cache.table, num_cores
         box = [self._page_size, _BOX_DIMS]
         self._boxes = [
             [
@@ -235,15 +253,33 @@ class HopperTiles:
         no_tiles = torch.zeros(4, dtype=torch.int32, device=queries.device)
         self.attend(0, queries, no_tiles, Planes(queries[None], queries[None, :, :, 0].float(), no_tiles))
 
+    @property
+    def rows(self) -> int:
+        """The rows of a tile."""
+        return _ROWS * self._tiling.warp_groups
+
     def attend(self, layer: int, q_THD: torch.Tensor, work: torch.Tensor, planes: Planes) -> None:
         """Write the partial states of the wide tiles in `work` to `planes`, as `triton_tiles.attend_tiles` does."""
         assert q_THD.is_contiguous() and planes.state_NTHD.is_contiguous() and planes.lse_NTH.is_contiguous()
-        keys, stages = BLOCKS[self._head_dim]
         num_tokens, num_heads, _ = q_THD.shape
-        _attend[(self._num_programs,)](
+        group, tiling = num_heads // self._num_kv_heads, self._tiling
+        _attend[(self.num_programs,)](
             q_THD, *self._boxes[layer], planes.state_NTHD, planes.lse_NTH, self._table, work,
             num_tokens * num_heads, self._table.stride(0), math.log2(math.e) / math.sqrt(self._head_dim), self._num_kv_heads,
-            GROUP=num_heads // self._num_kv_heads, ROWS=_GROUP_ROWS, STAGES=stages, KEYS=keys, PAGE=self._page_size,
-            DIM=self._head_dim, LAYOUT=box_layout(), REGISTERS=_GROUP_REGISTERS, COPYING_REGISTERS=_COPYING_REGISTERS,
-            num_warps=4,
+            PAGE=self._page_size, num_warps=4, **constants(tiling, group, self._head_dim),
         )  # fmt: skip
+
+
+def constants(tiling: Tiling, group: int, head_dim: int) -> dict[str, Any]:
+    """Return the constants of the kernel besides the page size."""
+    return {
+        "GROUP": group,
+        "ROWS": _ROWS,
+        "STAGES": tiling.stages,
+        "KEYS": tiling.keys,
+        "DIM": head_dim,
+        "LAYOUT": box_layout(),
+        "WARP_GROUPS": tiling.warp_groups,
+        "REGISTERS": tiling.registers,
+        "COPYING_REGISTERS": _COPYING_REGISTERS,
+    }

@@ -58,14 +58,16 @@ class Planes:
 
 
 def tile_shape(
-    page_size: int, num_heads: int, num_kv_heads: int, num_cores: int, wide_programs: int | None = None
+    page_size: int, num_heads: int, num_kv_heads: int, num_cores: int, hopper: HopperTiles | None = None
 ) -> TileShape:
-    """Return the sizes of tiles for `attend_tiles` on a device with `num_cores` multiprocessors; `wide_programs` are those of
-    another kernel for wide tiles."""
+    """Return the sizes of tiles for `attend_tiles` on a device with `num_cores` multiprocessors, or for `hopper` and
+    `attend_tiles`."""
     group = num_heads // num_kv_heads
     wide, narrow = (max(launch.rows, triton.next_power_of_2(group)) for launch in (WIDE, NARROW))
-    wide_programs = wide_programs or num_cores * WIDE.programs
-    return TileShape(page_size, num_kv_heads, group, wide, narrow, wide_programs, num_cores * NARROW.programs)
+    programs = num_cores * WIDE.programs
+    if hopper is not None:
+        wide, programs = hopper.rows, hopper.num_programs
+    return TileShape(page_size, num_kv_heads, group, wide, narrow, programs, num_cores * NARROW.programs)
 
 
 def hopper_tiles(cache: PagedCache, num_heads: int, dtype: torch.dtype, num_cores: int) -> HopperTiles | None:

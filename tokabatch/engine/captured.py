@@ -87,8 +87,7 @@ class BodyGraphs:
         self._num_cores = num_cores
         self._hopper = hopper_tiles(cache, decoder.num_heads, decoder.dtype, num_cores)
         self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
-        one_each = num_cores if self._hopper is not None else None
-        self._shape = tile_shape(cache.k_LNKPD.shape[3], decoder.num_heads, decoder.num_kv_heads, num_cores, one_each)
+        self._shape = tile_shape(cache.k_LNKPD.shape[3], decoder.num_heads, decoder.num_kv_heads, num_cores, self._hopper)
         self.hidden_TE = torch.zeros(max(most, num_rows), decoder.spec.hidden_size, dtype=decoder.dtype, device=device)
         self._queries_THD, self._mixed_THD = (torch.zeros(most, *heads, dtype=decoder.dtype, device=device) for _ in range(2))
         partial = max(ENOUGH_PLANES * most, MAX_PLANES * FINEST)
