@@ -47,10 +47,33 @@ def make_apart(
     """The worker in a process of its own, or in one for each rank: forked, as nothing here has threads or a GPU and importing
     takes seconds."""
     fork = multiprocessing.get_context("fork")
-    multiprocessing.get_context = lambda method=None: fork
+    workers = ForkedWorkers(fork)
+    multiprocessing.get_context = lambda method=None: fork if method in (None, "fork") else workers
     if ranks > 1:
         return partial(GroupExecutor, RankSpec(script, sizes), ranks, 1, build_rank)
     return partial(ProcessExecutor, (script, sizes), build_worker)
+
+
+class ForkedWorkers:
+    """The context of processes that are forked and, like spawned ones, hold no end of a pipe that is their parent's: the pipe
+    of a worker is closed to stop it."""
+
+    def __init__(self, fork: Any) -> None:
+        self._fork = fork
+        self._ours: list[Any] = []
+
+    def Pipe(self, duplex: bool = True) -> tuple[Any, Any]:
+        ours, theirs = self._fork.Pipe(duplex)
+        self._ours.append(ours)
+        return ours, theirs
+
+    def Process(self, *, target: Callable[..., None], args: tuple[Any, ...], **how: Any) -> Any:
+        return self._fork.Process(target=self._run, args=(target, *args), **how)
+
+    def _run(self, target: Callable[..., None], *args: Any) -> None:
+        for end in self._ours:
+            end.close()
+        target(*args)
 
 
 @dataclass(frozen=True, slots=True)
