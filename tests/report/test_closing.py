@@ -74,6 +74,8 @@ def test_next_steps_are_commands_to_paste() -> None:
         "tokabatch report 'out/a b'",
     ):
         assert f"\n  {command}  " in text
+    short = closing.next_steps(Path("out/quickstart"), SUMMARY)
+    assert "--retry-errors" in short and max(map(len, short.splitlines())) <= 80
     others = closing.next_steps(OUT, replace(SUMMARY, ok=300, exit_code=0))
     assert "the same command" not in others and "status" in others and "the progress of the other processes" in others
     assert "errors" not in closing.next_steps(OUT, replace(SUMMARY, errors=0))

@@ -15,7 +15,7 @@ from tokabatch import __version__
 from tokabatch.cli.arguments import Command, Group
 from tokabatch.cli.folder import check, errors, export, report, score, status, verify
 from tokabatch.cli.plan import keys, plan, profile
-from tokabatch.cli.printing import print_result
+from tokabatch.cli.printing import print_message, print_result
 from tokabatch.cli.run import batch, run, slurm
 from tokabatch.cli.serve import download, ping, serve
 from tokabatch.errors import JobError, TokabatchError
@@ -120,5 +120,5 @@ def main() -> None:
         app()
     except TokabatchError as error:
         several = isinstance(error, JobError) and "\n" in str(error)
-        print(f"errors:\n{error}" if several else f"error: {error}", file=sys.stderr)
+        print_message(f"errors:\n{error}" if several else f"error: {error}")
         sys.exit(error.exit_code)

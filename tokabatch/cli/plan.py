@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
@@ -13,7 +14,7 @@ import typer
 from tokabatch.cli.arguments import DEVICES, JobArgument, OutArgument, OverridesArgument
 from tokabatch.cli.folder import read_state
 from tokabatch.cli.job import checked_job, seconds_since_start, starting
-from tokabatch.cli.printing import print_note, print_result
+from tokabatch.cli.printing import print_note, print_result, terminal_columns
 from tokabatch.errors import UsageError
 
 
@@ -126,7 +127,7 @@ def keys(
         kept = ((each, tuple(key for key in each.keys if key.name in inside)) for each in sections)
         sections = tuple(replace(each, keys=chosen) for each, chosen in kept if chosen)
     render = import_module("tokabatch.report.key_reference")
-    print_result(render.markdown(sections) if markdown else render.plain(sections))
+    print_result(render.markdown(sections) if markdown else render.plain(sections, terminal_columns(sys.stdout)))
 
 
 def profile(

@@ -1,12 +1,14 @@
-"""Results and notes on standard output."""
+"""Results and notes on standard output, messages on standard error."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
+from textwrap import fill
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 
@@ -37,6 +39,31 @@ def print_note(content: str | tuple[Section, ...]) -> None:
     fault = first_fault(sys.stdout)
     if fault is not None and not isinstance(fault, BrokenPipeError):
         print(f"standard output cannot be written: {fault.strerror}", file=sys.stderr)
+
+
+def print_message(text: str) -> None:
+    """Print on standard error; on a terminal, in lines that end between words."""
+    columns = terminal_columns(sys.stderr)
+    print(text if columns is None else between_words(text, columns), file=sys.stderr)
+
+
+def between_words(text: str, columns: int) -> str:
+    """Break lines longer than `columns` between words, keeping their indentation, but not within `commands`, which are to be
+    pasted. A longer word stays whole."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        held = re.sub(r"`[^`]*`", lambda found: found[0].replace(" ", "\0"), line)
+        indent = " " * (len(line) - len(line.lstrip(" ")))
+        lines.append(fill(held, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
+    return "\n".join(lines).replace("\0", " ")
+
+
+def terminal_columns(stream: TextIO) -> int | None:
+    """The width of the terminal that a stream writes to; None if it writes to none."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or None
+    except (OSError, ValueError):
+        return None
 
 
 def draws_tables() -> bool:

@@ -16,7 +16,7 @@ import typer
 from tokabatch.cli.arguments import JobArgument, OverridesArgument, OverwriteOption, RepairOption, RetryOption
 from tokabatch.cli.folder import write_batch
 from tokabatch.cli.job import checked_job, seconds_since_start, starting
-from tokabatch.cli.printing import draws_tables, print_note, print_result
+from tokabatch.cli.printing import draws_tables, print_message, print_note, print_result
 from tokabatch.cli.signals import stop_after, stop_on_signals
 from tokabatch.errors import Stopped, UsageError
 from tokabatch.runner.interruption import Interruption
@@ -205,13 +205,13 @@ def slurm(
         and loaded.engine.device != "cpu"
         and not any(each.lstrip("-").startswith(("gpus", "gres")) for each in option or ())
     ):
-        print("the tasks get no GPU; --gpus-per-task 1 gives each of them one", file=sys.stderr)
+        print_message("the tasks get no GPU; --gpus-per-task 1 gives each of them one")
     for key, path in (("output.path", loaded.output.path), ("model.path", loaded.model.path)):
         # A model that is no folder here is fetched by each host.
         if Path(gettempdir()) in Path(path).absolute().parents and (key == "output.path" or Path(path).exists()):
-            print(f"{key} {path}: every host has its own {gettempdir()}; use a shared folder", file=sys.stderr)
+            print_message(f"{key} {path}: every host has its own {gettempdir()}; use a shared folder")
     if (Path(loaded.output.path) / "_SUCCESS").exists():
-        print(f"output.path {loaded.output.path} holds a complete run: the tasks will find nothing to do", file=sys.stderr)
+        print_message(f"output.path {loaded.output.path} holds a complete run: the tasks will find nothing to do")
     module, script = import_module("tokabatch.cluster.slurm"), to or Path(f"{job.stem}.sbatch")
     array = module.Array(tasks, gpus, cpus, limit, options=tuple(option or ()), setup=tuple(setup or ()), command=command)
     module.write_script(script, module.batch_script(job, tuple(overrides or ()), array, Path.cwd()))

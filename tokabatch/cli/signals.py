@@ -28,7 +28,9 @@ def stop_on_signals(doing: str = "committing finished samples, if any") -> Gener
             os._exit(EXIT_INTERRUPTED)
         if number not in seen:
             how = "; Ctrl-C again to stop at once" if number == signal.SIGINT else f" ({signal.Signals(number).name})"
-            _say(f"stopping: {doing}{how}\n")
+            # On a terminal behind a display's last line, and with lines below for what the display will draw over.
+            before, after = ("\n", "\n\n") if os.isatty(2) else ("", "")
+            _say(f"{before}stopping: {doing}{how}\n{after}")
         seen.append(number)
         stop.request(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED)
 

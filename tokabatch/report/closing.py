@@ -94,7 +94,7 @@ def next_steps(out: Path, summary: RunSummary) -> str:
     if summary.errors:
         rows.append((f"tokabatch errors {folder}", "lists the error rows"))
         if not summary.pending:
-            rows.append(("the same command with --retry-errors", "runs them again, once they are corrected in the input"))
+            rows.append(("the same command with --retry-errors", "runs them again"))
     if summary.ok:
         rows.append((f"tokabatch export {folder} --to samples.jsonl", "all samples in one file"))
     rows.append((f"tokabatch report {folder}", "a page with charts"))

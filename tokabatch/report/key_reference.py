@@ -10,12 +10,14 @@ from tokabatch.job import Key, KeySection
 
 _WIDTH, _PAGE_WIDTH = 110, 100
 _UNBROKEN: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+_INDENTED: dict[str, Any] = {"initial_indent": "    ", "subsequent_indent": "    ", **_UNBROKEN}
 _TOP = "Outside of any section"
 
 
-def plain(sections: Sequence[KeySection]) -> str:
-    """A heading for each section, and its keys below."""
-    return "\n\n".join("\n".join((_paragraph(each), *map(_entry, each.keys))) for each in sections)
+def plain(sections: Sequence[KeySection], columns: int | None = None) -> str:
+    """A heading for each section, and its keys below, in lines of at most `columns`."""
+    width = min(columns or _WIDTH, _WIDTH)
+    return "\n\n".join("\n".join((_paragraph(each, width), *(_entry(key, width) for key in each.keys))) for each in sections)
 
 
 def markdown(sections: Sequence[KeySection]) -> str:
@@ -23,16 +25,14 @@ def markdown(sections: Sequence[KeySection]) -> str:
     return "\n\n".join(map(_list, sections))
 
 
-def _paragraph(section: KeySection) -> str:
-    return fill(f"{section.name or _TOP}: {section.description}", _WIDTH)
+def _paragraph(section: KeySection, width: int) -> str:
+    return fill(f"{section.name or _TOP}: {section.description}", width, **_UNBROKEN)
 
 
-def _entry(key: Key) -> str:
+def _entry(key: Key, width: int) -> str:
     default = "required" if key.default is None else f"default {key.default}"
     lines = (key.description, f"Accepts {key.accepts}; {default}. For example `{_leaf(key)}: {key.example}`.")
-    return "\n".join(
-        (f"\n  {key.name}", *(fill(line, _WIDTH, initial_indent="    ", subsequent_indent="    ") for line in lines))
-    )
+    return "\n".join((f"\n  {key.name}", *(fill(line, width, **_INDENTED) for line in lines)))
 
 
 def _list(section: KeySection) -> str:

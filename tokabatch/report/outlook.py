@@ -106,8 +106,9 @@ def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
             )
             for trial in outlook.trials
         )
-        columns = ("engine.max_running", "engine.max_step_tokens", "time", "output tok/s", " ")
-        sections.append(Section(f"Settings tried for one replica, on {outlook.trial_samples:,} samples", table, columns))
+        columns = ("max_running", "max_step_tokens", "time", "output tok/s", " ")
+        title = f"Settings of engine tried for one replica, on {outlook.trial_samples:,} samples"
+        sections.append(Section(title, table, columns))
     return tuple(sections)
 
 
