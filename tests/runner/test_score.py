@@ -168,7 +168,7 @@ def test_refusals(rows: Path, judge: Path, tmp_path: Path) -> None:
         score(out, ["kind=exact"])
     with pytest.raises(OutputError, match=r"no column 'answer' \(see output\.columns\); it has id, question"):
         score(out, ["verify={kind: exact, answer: answer}"])
-    with pytest.raises(JobError, match="cannot be loaded"):
+    with pytest.raises(JobError, match=r"there is no file /.*none\.py; check the path"):
         score(out, ["verify.kind=./none.py"])
     with Claim(out), pytest.raises(OutputError, match="another run is writing"):
         score(out, [f"verify.kind={judge}"])

@@ -101,7 +101,7 @@ _WITHOUT_KEY = {
     "engine.backend": "there is one engine; the device decides which kernels it uses",
     "trust_remote_code": "none is needed: a model's own code is never run",
     **dict.fromkeys(("load_in_8bit", "load_in_4bit"), "not supported; on a GPU, model.quantization=fp8 halves the weights"),
-    **dict.fromkeys(("enable_lora", "max_loras", "lora_modules", "lora_path", "adapter", "peft"), _LORA),
+    **dict.fromkeys(("lora", "enable_lora", "max_loras", "lora_modules", "lora_path", "adapter", "peft"), _LORA),
     **dict.fromkeys(
         ("speculative_model", "speculative_config", "num_speculative_tokens", "draft_model", "assistant_model"), _SPECULATION
     ),

@@ -81,7 +81,9 @@ class Judge:
         module = _load(spec)
         function = getattr(module, spec.function, None)
         if not callable(function):
-            raise ValueError(f"it has no function `{spec.function}(text, row)`; add one")
+            own = [name for name, each in inspect.getmembers(module, inspect.isfunction) if each.__module__ == module.__name__]
+            named = f", or name another: {spec.source}:{own[0]}" if own else ""
+            raise ValueError(f"it has no function `{spec.function}(text, row)`; add one{named}")
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
             raise ValueError(f"its `{spec.function}` is async or has `yield`; write a plain `def` that returns the verdict")
         parameters = list(inspect.signature(function).parameters.values())
@@ -166,6 +168,8 @@ class Judge:
 
 
 def _load(spec: JudgeSpec) -> ModuleType:
+    if spec.source.endswith(".py") and not Path(spec.source).exists():
+        raise ValueError(f"there is no file {Path(spec.source).absolute()}; check the path")
     try:
         if not spec.source.endswith(".py"):
             sys.path.insert(0, os.getcwd())

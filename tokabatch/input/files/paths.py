@@ -159,7 +159,9 @@ def _list(fs: AbstractFileSystem, path: str, place: str, root: str, formats: Col
     names = [item.name for item in Path(root).parent.iterdir()] if Path(root).parent.is_dir() else []
     meant = get_close_matches(Path(root).name, names, n=1, cutoff=0.85)
     near = f"; did you mean {Path(path).with_name(meant[0])}?" if meant else ""
-    start = "" if Path(path).is_absolute() else f"; relative paths start from the folder you run in, {Path.cwd()}"
+    there = next((each for each in Path(path).parents if each.exists()), None)
+    start = f"; check the path, of which {there} is there" if there else ""
+    start = start if Path(path).is_absolute() else f"; relative paths start from the folder you run in, {Path.cwd()}"
     if not near and re.fullmatch(r"[\w.-]+/[\w-]+", path) and not Path(path).parent.is_dir():
         near = f"{start}; a dataset of the hub is written hf://datasets/{path}"
     if not near and "$" in path:
