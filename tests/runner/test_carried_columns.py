@@ -21,6 +21,7 @@ from support.scripted_run import carried, scripted_job, scripted_run
 from tokabatch import plan
 from tokabatch.errors import InputError, OutputError
 from tokabatch.output.excerpts import excerpts
+from tokabatch.output.export import Selection, export
 from tokabatch.runner.score import score
 
 COLORS = pa.array(["red", "green", None, "red"]).dictionary_encode()
@@ -247,7 +248,7 @@ def test_json_values_come_out_as_they_went_in(values: list[Any]) -> None:
 def test_values_of_several_kinds_reach_judges_as_they_are(tmp_path: Path) -> None:
     """In a run, when it is judged again, and on the page; only the output's columns, which have one type, are JSON text."""
     mixed: list[Any] = ["7", 7, None, ["a", 2, None], {"k": [1, "x"]}, {"k": "1"}, 2**70, True]
-    lines = [{"question": "x", "id": "n", "c": each, "list": [each, each], "in": {"c": each}} for each in mixed]
+    lines = [{"question": "x", "id": "n", "c": each, "text": each, "list": [each, each], "in": {"c": each}} for each in mixed]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     judge = tmp_path / "judge.py"
     judge.write_text("COLUMNS = {'saw': str}\ndef verify(text, row): return {'score': 1, 'saw': repr(row)}\n")
@@ -264,8 +265,15 @@ def test_values_of_several_kinds_reach_judges_as_they_are(tmp_path: Path) -> Non
     score(out)
     assert saw() == lines
     assert [each.columns["c"] for each in excerpts(out, len(mixed))["right"]] == mixed
+    renamed = [{"input_text": line["text"], **{name: line[name] for name in ("c", "list", "in")}} for line in lines]
+    for nested in (True, False):
+        export(out, tmp_path / "all.jsonl", Selection(nested))
+        exported = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+        assert [{name: row[name] for name in renamed[0]} for row in exported[:: 1 if nested else 2]] == renamed
+    export(out, tmp_path / "some.jsonl", Selection(columns=("text", "c")))
+    assert json.loads((tmp_path / "some.jsonl").read_text().splitlines()[2])["c"] == 7
     notes = plan(scripted_job(tmp_path / "rows.jsonl", tmp_path / "new")).notes
-    assert any(note.endswith("JSON text in the output: c, list[], in.c") for note in notes), notes
+    assert any(note.endswith("JSON text in the output: c, text, list[], in.c") for note in notes), notes
 
 
 LEAVES: list[tuple[pa.DataType, st.SearchStrategy[Any]]] = [

@@ -258,10 +258,8 @@ def _read(shard: ListedFile, group: int, offset: int) -> Excerpt:
         table = file.read_row_group(group, columns=names).slice(offset, 1)
     own = own_names(schema)
     (values,) = python_rows(table)
-    sources = {name: source for name, source in input_names(schema).items() if name in values}
-    columns = {source: values[name] for name, source in sources.items()}
-    named = pa.schema([schema.field(name).with_name(source) for name, source in sources.items()], schema.metadata)
-    parse_json_texts([columns], named)
+    sources = input_names(schema)
+    parse_json_texts([values], schema, sources)
     return Excerpt(
         values["row_index"],
         values["sample_index"],
@@ -269,7 +267,7 @@ def _read(shard: ListedFile, group: int, offset: int) -> Excerpt:
         values["finish_reason"] or "",
         values["num_output_tokens"] or 0,
         values["correct"] if CORRECT.name in own else None,
-        columns,
+        {source: values[name] for name, source in sources.items() if name in values},
         values["verify_error"] or "it is not judged yet" if CORRECT.name in own and values["correct"] is None else "",
         values["cumulative_logprob"],
     )

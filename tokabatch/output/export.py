@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -28,12 +29,13 @@ from pyarrow import csv
 
 from tokabatch.arrays import Bool, Int64
 from tokabatch.errors import ForeignFileError, OutputError
+from tokabatch.input.store.json_types import parse_json_texts
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import inspect
 from tokabatch.output.json_lines import flatten, write_json_lines
 from tokabatch.output.manifest import read_manifest
 from tokabatch.output.remedy import refuse_faults, refuse_unrecorded
-from tokabatch.output.schema import CORRECT, own_names, verdict_names
+from tokabatch.output.schema import CORRECT, input_names, own_names, verdict_names
 from tokabatch.output.scratch import scratch_folder
 from tokabatch.output.shards import ARROW_BYTES_KEY, PARQUET_OPTIONS, open_shard, read_groups
 from tokabatch.storage.listing import ListedFile, consistently, is_there
@@ -117,13 +119,14 @@ def _export(
         exported = Exported()
         tables = _shaped(ordered, selection, exported)
         shaped = next(_shaped(iter([schema.empty_table()]), selection, Exported())).schema
+        restore = partial(parse_json_texts, schema=schema, names=input_names(schema))
         if not isinstance(target, Path):
-            _write(target, f".{stream_format}", shaped, tables)
+            _write(target, f".{stream_format}", shaped, tables, restore)
             target.flush()
             return exported
         finished = scratch / "finished"
         with finished.open("wb") as file:
-            _write(file, target.suffix, shaped, tables)
+            _write(file, target.suffix, shaped, tables, restore)
             file.flush()
             os.fsync(file.fileno())
         finished.replace(target)
@@ -368,10 +371,17 @@ def _widened(type_: pa.DataType) -> pa.DataType:
     return type_
 
 
-def _write(file: BinaryIO, suffix: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+def _write(
+    file: BinaryIO,
+    suffix: str,
+    schema: pa.Schema,
+    tables: Iterator[pa.Table],
+    restore: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """Only JSON Lines can hold values of several kinds in one column, which `restore` makes of JSON text."""
     if suffix == ".jsonl":
         for table in tables:
-            write_json_lines(table, file)
+            write_json_lines(table, file, restore)
         return
     if suffix == ".csv":
         with csv.CSVWriter(file, flatten(schema.empty_table()).schema) as lines:

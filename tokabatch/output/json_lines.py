@@ -7,6 +7,7 @@ in full, as `numpy.datetime64` reads them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -18,12 +19,16 @@ from tokabatch.output.plain_json import to_json
 _BYTES_AT_ONCE = 4 << 20
 
 
-def write_json_lines(table: pa.Table, file: BinaryIO) -> None:
-    """Append the rows of `table` to an open binary file."""
+def write_json_lines(
+    table: pa.Table, file: BinaryIO, restore: Callable[[list[dict[str, Any]]], None] = lambda rows: None
+) -> None:
+    """Append the rows of `table` to an open binary file. `restore` may change values of the rows before they are written."""
     table = _plain(table)
     rows_at_once = max(1, _BYTES_AT_ONCE * table.num_rows // max(table.nbytes, 1))
     for begin in range(0, table.num_rows, rows_at_once):
-        lines = [to_json(row) for row in table.slice(begin, rows_at_once).to_pylist()]
+        rows = table.slice(begin, rows_at_once).to_pylist()
+        restore(rows)
+        lines = [to_json(row) for row in rows]
         file.write(("\n".join(lines) + "\n").encode())
 
 

@@ -159,14 +159,16 @@ def json_texts(schema: pa.Schema) -> list[str]:
     return json.loads((schema.metadata or {}).get(JSON_TEXTS_KEY, b"[]"))
 
 
-def parse_json_texts(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
-    """Replace in `rows`, read with this schema, every JSON text by the value that the input's row held. Other columns stay."""
+def parse_json_texts(rows: Sequence[dict[str, Any]], schema: pa.Schema, names: Mapping[str, str] | None = None) -> None:
+    """Replace in `rows`, read with this schema, every JSON text by the value that the input's row held. `names` are the input's
+    columns, each with its name in the input, where it has another one there; by default all. Other columns stay."""
     places = frozenset(json_texts(schema))
     if not places:
         return
-    parsers = {field.name: parse for field in schema if (parse := _parser(field.type, field.name, places))}
+    sources = dict(zip(schema.names, schema.names, strict=True)) if names is None else names
+    parsers = {name: parse for name, source in sources.items() if (parse := _parser(schema.field(name).type, source, places))}
     for row in rows:
-        row.update({name: parse(row[name]) for name, parse in parsers.items()})
+        row.update({name: parse(row[name]) for name, parse in parsers.items() if name in row})
 
 
 def _parser(kind: pa.DataType, path: str, places: Collection[str]) -> Encoder | None:
