@@ -201,6 +201,33 @@ def test_the_same_samples_after_kills(
         assert check(out).exit_code == 0
 
 
+def test_verdicts_are_collected_however_often_an_idle_run_looks_for_them() -> None:
+    """A run that can begin nothing before they are there calls the recorder every 10 ms."""
+    now, asked = 0.0, list[bool]()
+
+    def tables(received: int, *, everything: bool) -> Iterator[pa.Table]:
+        asked.append(everything)
+        return iter(())
+
+    recorder = object.__new__(Recorder)
+    vars(recorder).update(
+        _clock=lambda: now,
+        _claim=mock.MagicMock(),
+        _stops=mock.Mock(),
+        _follow_at=0.0,
+        _oldest=None,
+        _num_samples=ROWS,
+        _waiting=mock.MagicMock(received=0),
+        _preparers=None,
+        _preparing=mock.Mock(num_waiting=1, tables=tables),
+        writer=mock.Mock(num_rows=0, **{"nears_end.return_value": False, "is_due.return_value": False}),
+    )
+    for _ in range(10):
+        recorder.add([])
+        now += 0.01
+    assert 3 <= asked.count(True) <= 6, asked
+
+
 def test_a_sample_is_written_before_those_that_it_cancels(
     folder: Path, full: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

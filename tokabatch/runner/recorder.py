@@ -205,7 +205,8 @@ class Recorder:
 
     def _receive(self, *, everything: bool) -> None:
         """Collect the tables that are ready."""
-        self._follow_at = self._clock() + FOLLOW_SECONDS
+        if everything:
+            self._follow_at = self._clock() + FOLLOW_SECONDS
         with self._claim.committing():
             for table in self._preparing.tables(self._waiting.received, everything=everything):
                 if self._stops is None:
