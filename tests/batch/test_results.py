@@ -112,12 +112,14 @@ def test_answers_of_both_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         write_results(Path(job.output.path), results, results)
     with pytest.raises(OutputError, match=r"name a file that ends in \.jsonl$"):
         batch_job(str(requests), MODEL, tmp_path / "results.csv")
-    with pytest.raises(OutputError, match=r"--errors .*requests\.jsonl is one of the files that the job reads \(input\.path "):
+    with pytest.raises(
+        OutputError, match=r"--errors .*requests\.jsonl is or would be one of the files that the job reads \(input\.path "
+    ):
         write_results(Path(job.output.path), results, requests)
     for given in (requests, tmp_path / "req*.jsonl"):
         with pytest.raises(
             OutputError,
-            match=r"--to .* is one of the files that the job reads .*; name a file elsewhere",
+            match=r"--to .* is or would be one of the files that the job reads .*; name a file elsewhere",
         ):
             batch_job(str(given), MODEL, requests, tmp_path / "bad.jsonl")
     assert batch_job(str(requests), MODEL, results).input.path == str(requests)

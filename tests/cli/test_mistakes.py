@@ -109,7 +109,7 @@ MISTAKES = [
     (("run", Q, "--output-dir", "o"), r"without dashes: output\.path=o\n"),
     (("run", "vllm.yaml"), r"vllm\.yaml:3: model_name_or_path: .*`model\.path`.*:4: sampling_params: .*`generation`"),
     (("run", Q, "model.lora=adapter"), "adapters .* are not supported; merge the adapter into its model"),
-    (("run", Q, "input.path=/no/such/rows.jsonl"), "does not exist; check the path, of which / is there"),
+    (("run", Q, "input.path=/no/such/rows.jsonl"), "does not exist; check the path"),
     (("run", Q, "engine.max_num_seqs=8"), r"did you mean `engine\.max_running=8`\?"),
     (("run", Q, "--max-model-len", "2048"), "--max-model-len: none is needed: the context is the model's own"),
     (("run", Q, "sampling_params.n=4"), r"did you mean `generation\.n=4`\?"),

@@ -30,6 +30,12 @@ MESSAGE = (
 )
 
 
+def test_a_line_with_a_command_to_paste_stays_whole() -> None:
+    line = "This moves it away and goes on: mkdir 'a b' && mv x 'a b/' && tokabatch run job.yaml output.path=out --repair"
+    assert between_words(f"{MESSAGE}\n{line}", 40).endswith("\n" + line)
+    assert between_words(f"tokabatch needs {'words ' * 20}", 40).count("\n") > 2
+
+
 @pytest.mark.parametrize("columns", [30, 40, 80, 1000])
 def test_lines_end_between_words_but_not_within_commands(columns: int) -> None:
     lines = between_words(MESSAGE, columns).split("\n")

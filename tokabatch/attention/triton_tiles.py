@@ -80,6 +80,8 @@ def hopper_tiles(cache: PagedCache, num_heads: int, dtype: torch.dtype, num_core
         return None
     try:
         return import_module("tokabatch.attention.triton_hopper_tiles").HopperTiles(cache, num_heads, num_cores)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except Exception as error:
         # Its language is experimental: any release of Triton may change it.
         logging.getLogger(__name__).warning("the attention kernel for Hopper GPUs does not compile here: %s", error)

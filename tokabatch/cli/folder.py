@@ -93,7 +93,7 @@ def report(
     read_state(out)
     if to is not None:
         exporter = import_module("tokabatch.output.export")
-        exporter.check_target(exporter.OutputFolder(out), to, (".html", ".htm"))
+        exporter.check_target(exporter.OutputFolder(out), to, (to.suffix,))
     # It tells of caches that it cannot write in the home of a container's user.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     print_result(str(import_module("tokabatch.report.review").write_report(out, to)))

@@ -47,12 +47,18 @@ def print_message(text: str) -> None:
     print(text if columns is None else between_words(text, columns), file=sys.stderr)
 
 
+_BARE_COMMAND = re.compile(r"(?:^|[ :])(?:tokabatch (?:run|score|export|plan|check|errors|download)|mkdir|mv|cd) \S")
+
+
 def between_words(text: str, columns: int) -> str:
     """Break lines longer than `columns` between words, keeping their indentation, but not within `commands`, which are to be
-    pasted. A longer word stays whole."""
+    pasted. A longer word stays whole, and so does a line with a command that has no quotes around it."""
     lines: list[str] = []
     for line in text.split("\n"):
         held = re.sub(r"`[^`]*`", lambda found: found[0].replace(" ", "\0"), line)
+        if _BARE_COMMAND.search(held):
+            lines.append(line)
+            continue
         indent = " " * (len(line) - len(line.lstrip(" ")))
         lines.append(fill(held, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
     return "\n".join(lines).replace("\0", " ")

@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +28,7 @@ from pyarrow import csv
 
 from tokabatch.arrays import Bool, Int64
 from tokabatch.errors import ForeignFileError, OutputError
+from tokabatch.input.files.paths import would_read
 from tokabatch.input.store.json_types import parse_json_texts
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import inspect
@@ -219,11 +219,10 @@ def refuse_input(job: Mapping[str, Any], target: Path, option: str, working_fold
     for key, path in (("input.path", job["input"]["path"]), ("prompt.few_shot.path", few_shot.get("path"))):
         if path is None:
             continue
-        given, place = (working_folder / Path(path).expanduser()).resolve(), target.resolve()
-        inside = given in place.parents and target.suffix in (".jsonl", ".parquet")
-        if given == place or inside or fnmatchcase(str(place), str(given)):
+        started_in = path if "://" in path else str(working_folder / Path(path).expanduser())
+        if would_read(started_in, target, ("jsonl", "parquet")):
             raise OutputError(
-                f"{option} {target} is one of the files that the job reads ({key} {path!r}); name a file elsewhere"
+                f"{option} {target} is or would be one of the files that the job reads ({key} {path!r}); name a file elsewhere"
             )
 
 

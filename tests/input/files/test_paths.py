@@ -13,6 +13,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tokabatch.errors import InputError
+from tokabatch.input.files.paths import would_read
 from tokabatch.input.prompts.few_shot import render_few_shot
 from tokabatch.input.readers import formats, open_path, open_reader
 from tokabatch.job import FewShotConfig, InputConfig
@@ -153,3 +154,30 @@ def test_a_server_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch, at: str
     monkeypatch.setattr("tokabatch.input.files.paths.url_to_fs", lambda path: (Unreachable(at), path))
     with pytest.raises(InputError, match=rf"{name}'? cannot be read: name resolution failed\. .* name the local copy\.$"):
         list(open_path(f"unreachable://set/{name}").batches())
+
+
+@pytest.mark.parametrize(
+    ("path", "target", "read"),
+    [
+        ("data/**/*.jsonl", "data/rows.jsonl", True),
+        ("data/**/*.jsonl", "data/a/b/rows.jsonl", True),
+        ("*.jsonl", "out/all.jsonl", False),
+        ("data/*.jsonl", "data/exports/all.jsonl", False),
+        ("data/../data/*.jsonl", "data/all.jsonl", True),
+        ("file://{here}/data/rows.jsonl", "data/rows.jsonl", True),
+        ("links/*.jsonl", "elsewhere/rows.jsonl", True),
+        ("data", "data/a/new.jsonl.gz", True),
+        ("data", "data/_new.jsonl", False),
+        ("data", "data/.exports/new.jsonl", False),
+        ("data", "data/new.csv", False),
+        ("hf://datasets/openai/gsm8k", "data/rows.jsonl", False),
+    ],
+)
+def test_which_new_file_a_job_would_read(path, target, read, tmp_path, monkeypatch):
+    for name in ("data/rows.jsonl", "elsewhere/rows.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/rows.jsonl").symlink_to(tmp_path / "elsewhere/rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert would_read(path.format(here=tmp_path), Path(target), ("jsonl", "parquet")) is read

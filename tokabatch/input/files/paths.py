@@ -17,6 +17,7 @@ from typing import IO, Any, NoReturn, cast
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from tokabatch.errors import InputError
 
@@ -123,6 +124,23 @@ def find_files(path: str, formats: Collection[str], key: str) -> tuple[str, tupl
     return found[0], tuple(files)
 
 
+def would_read(path: str, target: Path, formats: Collection[str]) -> bool:
+    """Return whether a job with this path reads the file `target`, or would read it if it existed. Only local paths do."""
+    if "://" in path and not path.startswith("file://"):
+        return False
+    fs, root = cast("tuple[AbstractFileSystem, str]", url_to_fs(path))
+    root = os.path.normpath(root)
+    if _is_glob(root):
+        pattern = re.compile(glob_translate(root))
+        known = any(pattern.match(name) for name in {os.path.abspath(target), str(target.resolve())})
+        return known or any(Path(name).resolve() == target.resolve() for name in cast("list[str]", fs.glob(root)))
+    place, given = target.resolve(), Path(root).resolve()
+    if given not in place.parents:
+        return given == place
+    below = place.relative_to(given).parts
+    return InputFile(fs, str(place)).format in formats and not any(part[:1] in (".", "_") for part in below)
+
+
 def refuse_unreachable(place: str, error: Exception) -> NoReturn:
     """Raise InputError for a file or folder that cannot be reached. Callers catch Exception: each of fsspec's file systems
     raises errors of its own (mostly those of its HTTP client), and the hub's client has changed its package before."""
@@ -160,7 +178,7 @@ def _list(fs: AbstractFileSystem, path: str, place: str, root: str, formats: Col
     meant = get_close_matches(Path(root).name, names, n=1, cutoff=0.85)
     near = f"; did you mean {Path(path).with_name(meant[0])}?" if meant else ""
     there = next((each for each in Path(path).parents if each.exists()), None)
-    start = f"; check the path, of which {there} is there" if there else ""
+    start = "; check the path" + (f": only {there} of it exists" if there and there.name else "")
     start = start if Path(path).is_absolute() else f"; relative paths start from the folder you run in, {Path.cwd()}"
     if not near and re.fullmatch(r"[\w.-]+/[\w-]+", path) and not Path(path).parent.is_dir():
         near = f"{start}; a dataset of the hub is written hf://datasets/{path}"
