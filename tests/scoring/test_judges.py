@@ -317,6 +317,11 @@ def test_references_are_checked_before_anything_is_computed(rows: Path, tmp_path
             r"its `verify\(text\)` is called with a text and its row; write `verify\(text, row\)`",
         ),
         ("def judge(text, row): return True", r"has no function .*; add one, or name another: .*broken\.py:judge"),
+        (
+            "def _normalise(text, case): return text\ndef first(text): return text\ndef grade(text, row): return True",
+            r"or name another: .*broken\.py:grade",
+        ),
+        ("def _normalise(text, case): return text", r"has no function `verify\(text, row\)`; add one\."),
         ("def verify(text, reference): return True", r"write `verify\(text, row\)`, where row\[COLUMN\] is the reference"),
         ("def verify(text, row, *, strict): return True", r"it needs 'strict'; give verify\.options\.strict"),
         ("COLUMNS = {'a': list}\ndef verify(text, row): return True", r"write str, int, float or bool"),

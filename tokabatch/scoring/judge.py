@@ -81,8 +81,12 @@ class Judge:
         module = _load(spec)
         function = getattr(module, spec.function, None)
         if not callable(function):
-            own = [name for name, each in inspect.getmembers(module, inspect.isfunction) if each.__module__ == module.__name__]
-            named = f", or name another: {spec.source}:{own[0]}" if own else ""
+            own = [
+                (len(inspect.signature(each).parameters) < 2, name)
+                for name, each in inspect.getmembers(module, inspect.isfunction)
+                if each.__module__ == module.__name__ and not name.startswith("_")
+            ]
+            named = f", or name another: {spec.source}:{min(own)[1]}" if own else ""
             raise ValueError(f"it has no function `{spec.function}(text, row)`; add one{named}")
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
             raise ValueError(f"its `{spec.function}` is async or has `yield`; write a plain `def` that returns the verdict")
