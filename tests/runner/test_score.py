@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.scripted_run import scripted_engine, scripted_job, scripted_run
 
-from tokabatch import run
+from tokabatch import plan, run
 from tokabatch.cli import main
 from tokabatch.errors import JobError, OutputError, Stopped
 from tokabatch.output import existing_results
@@ -234,6 +234,29 @@ def test_a_run_of_which_no_row_can_be_judged_does_not_begin(rows: Path, tmp_path
         with pytest.raises(JobError, match=f"^verify: no row can be judged, row 0 .* because {re.escape(told)}"):
             scripted_run(rows, tmp_path / "out", verify=verify)
         assert not list(tmp_path.glob("out/data/*"))
+
+
+def test_a_run_begins_if_the_judge_is_lost_while_it_checks_the_rows(rows: Path, tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text("import os\ndef check(row): os._exit(3)\ndef verify(text, row): return True\n")
+    notes = plan(scripted_job(rows, tmp_path / "out", verify={"kind": str(judge)})).notes
+    assert any("row 0 " in note and "cannot be judged: " in note and "code 3" in note for note in notes), notes
+
+
+def test_a_run_with_samples_goes_on_though_no_row_can_be_judged_now(rows: Path, tmp_path: Path) -> None:
+    judge, flag, out = tmp_path / "judge.py", tmp_path / "flag", tmp_path / "out"
+    judge.write_text(
+        f"import os\ndef check(row):\n    if os.path.exists({str(flag)!r}): raise ValueError('no reference')\n"
+        "def verify(text, row): return True\n"
+    )
+    job = scripted_job(rows, out, verify={"kind": str(judge)})
+    with scripted_engine():
+        run(job)
+        flag.touch()
+        assert any("cannot be judged: no reference" in note for note in plan(job).notes)
+        assert run(job).ok == 24
+        with pytest.raises(JobError, match="no row can be judged"):
+            run(job, overwrite=True)
 
 
 def test_an_export_does_not_replace_what_the_job_reads(

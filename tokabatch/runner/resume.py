@@ -105,8 +105,8 @@ def start(
     scratch = folder.temporary / "input"
     with reading_input(folder.path), reading():
         scratch.mkdir()
-        compare = earlier.compare if earlier else None
-        workload = prepare(job, scratch, on_rows, compare=compare, kept=folder.input, clock=clock)
+        compare, begun = (earlier.compare, bool(folder.shards())) if earlier else (None, False)
+        workload = prepare(job, scratch, on_rows, compare=compare, kept=folder.input, clock=clock, begun=begun)
         found = None if earlier is None else consistently(lambda: inspect(folder, earlier.manifest), folder.path)
     try:
         if earlier is not None and found is not None:
@@ -232,7 +232,8 @@ def preview(job: Job, scratch: Path, on_rows: OnRows | None = None, *, absent_gp
         if earlier is not None:
             earlier.compare(replace(now, settings={**now.settings, "model.dtype": UNKNOWN}) if elsewhere else now, *rows)
 
-    workload = prepare(job, scratch, on_rows, weights=False, compare=compare, clock=clock, absent_gpu=absent_gpu)
+    begun = earlier is not None and bool(folder.shards())
+    workload = prepare(job, scratch, on_rows, weights=False, compare=compare, clock=clock, absent_gpu=absent_gpu, begun=begun)
     if earlier is None:
         return Start.after(nothing_committed(workload.samples_of_row), workload, job, folder)
     found = consistently(lambda: inspect(folder, earlier.manifest), folder.path)

@@ -188,8 +188,8 @@ def _start(
     with reading_input(folder.path), stop.at_once():
         claim.files.remove_tree(scratch)
         scratch.mkdir()
-        compare = earlier.compare if earlier else None
-        workload = prepare(job, scratch, on_rows, compare=compare, kept=folder.input, clock=clock)
+        compare, begun = (earlier.compare, bool(folder.shards())) if earlier else (None, False)
+        workload = prepare(job, scratch, on_rows, compare=compare, kept=folder.input, clock=clock, begun=begun)
     start_of = _start_of(workload)
     # Those of a complete run, from which none is taken.
     units = Units(start_of, np.zeros(int(start_of[-1]), np.int32), 1)

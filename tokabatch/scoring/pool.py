@@ -84,9 +84,10 @@ class JudgePool:
         finally:
             process.close()
 
-    def check(self, rows: Sequence[Row]) -> list[str | None]:
-        """Return for each row why none of its texts could be judged, or None. Uses one process and blocks."""
-        answers: list[str | None] = []
+    def check(self, rows: Sequence[Row]) -> list[str | JudgeLost | None]:
+        """Return for each row why none of its texts could be judged, or None; JudgeLost if the judge did not say. Uses one
+        process and blocks."""
+        answers: list[str | JudgeLost | None] = []
         process: JudgeProcess | None = None
         try:
             while len(answers) < len(rows):
@@ -95,7 +96,7 @@ class JudgePool:
                     for answer in process.ask(Request(rows[len(answers) :]), self._seconds):
                         answers += answer
                 except JudgeLost as lost:
-                    answers.append(str(lost))
+                    answers.append(lost)
                     process = None
         finally:
             if process is not None:

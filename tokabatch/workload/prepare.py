@@ -129,6 +129,7 @@ def prepare(
     kept: Path | None = None,
     clock: str = "",
     absent_gpu: bool = False,
+    begun: bool = False,
 ) -> Workload:
     """Check the verifier and the model, read and tokenise the input, and order it.
 
@@ -136,7 +137,8 @@ def prepare(
     last, and only if `weights` is True; otherwise a local model needs none, either. `kept` may hold the tokenised input of an
     earlier start, which is reused if it is the same job's. `clock` is the time that templates see. `compare` is called as soon
     as there is more to compare with an earlier run: settings, rows, weights. `absent_gpu`: plan for a GPU that is not in this
-    machine. Raises UsageError for whatever cannot work.
+    machine. `begun`: samples of the run are committed, which is continued even if no row can be judged. Raises UsageError for
+    whatever cannot work.
     """
     pool = None if job.verify is None else open_pool(job.verify)
     judge = None if pool is None else pool.load()
@@ -222,7 +224,11 @@ def prepare(
                 else ()
             ),
             *((f"input columns with values of several kinds are JSON text in the output: {mixed}",) if mixed else ()),
-            *(() if pool is None or taken_over else _reference_notes(store, pool, job.verify.answer if job.verify else None)),
+            *(
+                ()
+                if pool is None or taken_over
+                else _reference_notes(store, pool, job.verify and job.verify.answer, begun=begun)
+            ),
             *describe_stops(_stops(store, generation), tokenizer, tokenizer.special_texts),
         ),
         tags=tags,
@@ -237,11 +243,11 @@ def _fingerprint(job: Job, model: OpenModel) -> Fingerprint:
     return describe(job, model.generation, marks, model.eos_token_ids, str(model.dtype).removeprefix("torch."))
 
 
-def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None) -> tuple[str, ...]:
-    """Return notes on rows with prompts that the judge finds, before any text, cannot be judged. Raises JobError if no row
-    can."""
+def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None, *, begun: bool) -> tuple[str, ...]:
+    """Return notes on rows with prompts that the judge finds, before any text, cannot be judged. Raises JobError if it finds so
+    of every row, unless the run has `begun`."""
     faults: dict[int, str] = {}
-    judged = 0
+    judged = refused = 0
     for begin in range(0, store.num_rows, CHECKED_ROWS):
         rows = np.arange(begin, min(begin + CHECKED_ROWS, store.num_rows), dtype=np.int64)
         rows = rows[store.length[rows] > 0]
@@ -250,11 +256,12 @@ def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None) -> 
         found = pool.check(values)
         nulls = [answer is not None and value.get(answer) is None for value in values]
         for row, fault, null in zip(rows.tolist(), found, nulls, strict=True):
+            refused += isinstance(fault, str)
             if fault is not None or null:
-                faults[row] = fault or f"its column {answer!r} is null"
+                faults[row] = f"its column {answer!r} is null" if fault is None else str(fault)
     if not faults:
         return ()
-    if len(faults) == judged:
+    if refused == judged and not begun:
         row, fault = next(iter(faults.items()))
         raise JobError(
             f"verify: no row can be judged, {store.places.name(row)} because {fault}; correct verify or the rows, or leave "
