@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import tempfile
+from collections.abc import Iterator
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -20,6 +21,7 @@ from support.scripted_run import carried, scripted_job, scripted_run
 
 from tokabatch import plan
 from tokabatch.errors import InputError, OutputError
+from tokabatch.input.store.json_types import JSON_TEXTS_KEY, JsonType, Place, place_name
 from tokabatch.output.excerpts import excerpts
 from tokabatch.output.export import Selection, export
 from tokabatch.runner.score import score
@@ -274,6 +276,42 @@ def test_values_of_several_kinds_reach_judges_as_they_are(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "some.jsonl").read_text().splitlines()[2])["c"] == 7
     notes = plan(scripted_job(tmp_path / "rows.jsonl", tmp_path / "new")).notes
     assert any(note.endswith("JSON text in the output: c, text, list[], in.c") for note in notes), notes
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_places_of_json_text_may_be_called_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool) -> None:
+    """A folder of an earlier version names the places by texts, of which two may be equal."""
+    lines: list[dict[str, Any]] = [
+        {"question": "x", "a.b": 1, "a": {"b": "hello"}, "t": [1], "t[]": "no JSON", "in.text": {}, "text": 1},
+        {"question": "x", "a.b": "x", "a": {"b": "7y"}, "t": ["1"], "t[]": "7y", "in.text": {}, "text": "1"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judge, out = tmp_path / "judge.py", tmp_path / "out"
+    judge.write_text("COLUMNS = {'saw': str}\ndef verify(text, row): return {'score': 1, 'saw': repr(row)}\n")
+    job = scripted_job(tmp_path / "rows.jsonl", out, verify={"kind": str(judge)})
+    notes = plan(job).notes
+    assert "input columns that no single type fits are JSON text in the output: a.b, t[], in.text, text" in notes
+    if earlier:
+        of_today = JsonType.json_texts
+
+        def by_name(kind: JsonType, place: Place) -> Iterator[Any]:
+            return (each if isinstance(each, str) else place_name(each) for each in of_today(kind, place))
+
+        monkeypatch.setattr(JsonType, "json_texts", by_name)
+    scripted_run(tmp_path / "rows.jsonl", out, verify={"kind": str(judge)})
+    monkeypatch.undo()
+    stored = pq.read_schema(next((out / "data").iterdir())).metadata[JSON_TEXTS_KEY]
+    assert (b'"a.b", "t[]"' in stored) if earlier else (b'["a.b"], ["t", null]' in stored)
+    judge.write_text(judge.read_text() + "# edited\n")
+    score(out)
+    saw = [ast.literal_eval(text) for text in carried(out, "saw").to_pylist()]
+    assert [{name: row[name] for name in line} for row, line in zip(saw, lines, strict=True)] == lines
+    assert [each.columns["a"] for each in excerpts(out, 2)["right"]] == [line["a"] for line in lines]
+    export(out, tmp_path / "all.jsonl", Selection(True))
+    exported = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    own = [{name: row[name] for name in lines[0] if name != "text"} | {"text": row["input_text"]} for row in exported]
+    assert own == lines
+    assert scripted_run(tmp_path / "rows.jsonl", out, verify={"kind": str(judge)}).ok == 4
 
 
 LEAVES: list[tuple[pa.DataType, st.SearchStrategy[Any]]] = [

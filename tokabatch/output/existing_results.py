@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from tokabatch.arrays import Bool, Int64
 from tokabatch.errors import OutputError
-from tokabatch.input.store.json_types import json_texts
+from tokabatch.input.store.json_types import json_texts, place_name
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import JUDGED, OutputFolder
 from tokabatch.output.journal import Shard
@@ -195,11 +195,11 @@ def list_misfits(folder: OutputFolder, schema: pa.Schema) -> tuple[list[ListedFi
     for file in folder.shards():
         with open_shard(file) as parquet:
             found = parquet.schema_arrow
-        texts = set(json_texts(found)) ^ set(json_texts(schema))
+        texts = set(json_texts(found, input_names(found))) ^ set(json_texts(schema))
         if texts or not found.equals(schema):
             files.append(file)
             names.update(dict.fromkeys(name for name, before, now in _types(found, schema) if not _same(before, now)))
-            names.update(dict.fromkeys(sorted(texts)))
+            names.update(dict.fromkeys(sorted(map(place_name, texts))))
     return files, list(names)
 
 

@@ -23,7 +23,7 @@ from tokabatch.input.generation_defaults import describe_ignored
 from tokabatch.input.prompt_order import Sharing, longest_first, measure_sharing, order_prompts
 from tokabatch.input.prompts.builder import Limits
 from tokabatch.input.rows import NO_PLACES, RowPlaces
-from tokabatch.input.store.json_types import json_texts
+from tokabatch.input.store.json_types import json_texts, place_name
 from tokabatch.input.store.kept_input import Origin, describe_origin, load_kept
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.input.store.tokenized_input import InputStore, ingest
@@ -193,7 +193,7 @@ def prepare(
     refuse_unwritable(schema)
     renamed = [f"{source} as {name}" for name, source in input_names(schema).items() if source != name]
     places = json_texts(store.column_schema)
-    mixed = ", ".join(places[:SHOWN_COLUMNS]) + ", …" * (len(places) > SHOWN_COLUMNS)
+    mixed = ", ".join(map(place_name, places[:SHOWN_COLUMNS])) + ", …" * (len(places) > SHOWN_COLUMNS)
     everything = np.arange(generation.n, dtype=np.int32)
     weightless = checkpoint is None and Path(job.model.path).expanduser().is_dir()
     return Workload(
@@ -223,7 +223,7 @@ def prepare(
                 if renamed
                 else ()
             ),
-            *((f"input columns with values of several kinds are JSON text in the output: {mixed}",) if mixed else ()),
+            *((f"input columns that no single type fits are JSON text in the output: {mixed}",) if mixed else ()),
             *(
                 ()
                 if pool is None or taken_over

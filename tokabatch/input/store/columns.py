@@ -168,7 +168,7 @@ class JsonColumns:
         self._texts = texts
         self._types = types
         self._encoders = {name: kind.encoder() for name, kind in types.items()}
-        places = [place for name, kind in types.items() for place in kind.json_texts(name)]
+        places = [place for name, kind in types.items() for place in kind.json_texts((name,))]
         metadata = {JSON_TEXTS_KEY: json.dumps(places)} if places else None
         self.schema = pa.schema([self._field(name) for name in types], metadata)
 

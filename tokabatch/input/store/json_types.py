@@ -16,7 +16,8 @@ import pyarrow as pa
 MAX_FIELDS = 256
 MAX_DEPTH = 16
 JSON_TEXTS_KEY = b"tokabatch.json_texts"
-"""Key of a schema's metadata: the places of columns whose strings hold JSON text, as a JSON list."""
+"""Key of a schema's metadata: the places whose strings hold JSON text, as a JSON list of lists. Earlier versions wrote the
+places as texts, by `place_name`, of which two may be equal."""
 EXACT_FLOAT = 1 << 53
 _REWRITTEN = 6
 """How much longer JSON text may become when it is rewritten: 1e15 becomes 1000000000000000.0."""
@@ -25,6 +26,8 @@ INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (type(None), bool, int, float, str, list, dict)}
 
 Encoder = Callable[[Any], Any]
+Place = tuple[str | None, ...]
+"""A column's name in the input and the way on from there: a field's name, or None for the items of a list."""
 
 
 class JsonType:
@@ -127,16 +130,16 @@ class JsonType:
             return self._items.growth() + -(-self._items.fixed_bytes() // 2) if self._items else 1
         return max((field.growth() for field in self._fields.values()), default=0)
 
-    def json_texts(self, path: str) -> Iterator[str]:
-        """Iterate over the places below `path` where strings of the Arrow type hold JSON text: `tags[]` are a list's items."""
+    def json_texts(self, place: Place) -> Iterator[Place]:
+        """Iterate over the places from `place` on where strings of the Arrow type hold JSON text."""
         if self.is_text():
             if self._holds_json():
-                yield path
+                yield place
             return
         if self._items is not None:
-            yield from self._items.json_texts(f"{path}[]")
+            yield from self._items.json_texts((*place, None))
         for name, field in self._fields.items():
-            yield from field.json_texts(f"{path}.{name}")
+            yield from field.json_texts((*place, name))
 
     def is_text(self) -> bool:
         """Return whether the column is of strings: all values are, or no other single type fits them."""
@@ -154,33 +157,67 @@ def _json_text(value: Any) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def json_texts(schema: pa.Schema) -> list[str]:
-    """Return the places of strings that hold JSON text, by the schema's metadata: `answer`, `meta.size`, `tags[]`."""
-    return json.loads((schema.metadata or {}).get(JSON_TEXTS_KEY, b"[]"))
+def place_name(place: Place) -> str:
+    """Return a place as messages name it: `answer`, `meta.size`, `tags[]`."""
+    column, *way = place
+    return f"{column}{''.join('[]' if part is None else f'.{part}' for part in way)}"
+
+
+def json_texts(schema: pa.Schema, names: Mapping[str, str] | None = None) -> list[Place]:
+    """Return the places of strings that hold JSON text, by the schema's metadata. `names` are the input's columns, each with
+    its name in the input, where it has another one there; by default all."""
+    stored = json.loads((schema.metadata or {}).get(JSON_TEXTS_KEY, b"[]"))
+    texts = {each for each in stored if isinstance(each, str)}
+    if not texts:
+        return [tuple(each) for each in stored]
+    sources = dict(zip(schema.names, schema.names, strict=True)) if names is None else names
+    strings = (place for name, source in sources.items() for place in _strings(schema.field(name).type, (source,)))
+    return [place for place in strings if place_name(place) in texts]
+
+
+def _strings(kind: pa.DataType, place: Place) -> Iterator[Place]:
+    """Iterate over the places from `place` on that hold strings."""
+    if pa.types.is_string(kind):
+        yield place
+    elif pa.types.is_list(kind):
+        yield from _strings(kind.value_type, (*place, None))
+    elif pa.types.is_struct(kind):
+        for field in kind:
+            yield from _strings(field.type, (*place, field.name))
 
 
 def parse_json_texts(rows: Sequence[dict[str, Any]], schema: pa.Schema, names: Mapping[str, str] | None = None) -> None:
-    """Replace in `rows`, read with this schema, every JSON text by the value that the input's row held. `names` are the input's
-    columns, each with its name in the input, where it has another one there; by default all. Other columns stay."""
-    places = frozenset(json_texts(schema))
+    """Replace in `rows`, read with this schema, every JSON text by the value that the input's row held. Columns that are not in
+    `names`, which are as for `json_texts`, stay."""
+    places = frozenset(json_texts(schema, names))
     if not places:
         return
     sources = dict(zip(schema.names, schema.names, strict=True)) if names is None else names
-    parsers = {name: parse for name, source in sources.items() if (parse := _parser(schema.field(name).type, source, places))}
+    parsers = {
+        name: parse for name, source in sources.items() if (parse := _parser(schema.field(name).type, (source,), places))
+    }
     for row in rows:
         row.update({name: parse(row[name]) for name, parse in parsers.items() if name in row})
 
 
-def _parser(kind: pa.DataType, path: str, places: Collection[str]) -> Encoder | None:
-    """Return the inverse of `JsonType.encoder` for the values at `path`; None if there is no JSON text among them."""
-    if path in places:
-        return lambda text: None if text is None else json.loads(text)
+def _value(text: str | None) -> Any:
+    try:
+        return None if text is None else json.loads(text)
+    except json.JSONDecodeError:
+        # An earlier version's metadata may name this place along with another one that is called the same.
+        return text
+
+
+def _parser(kind: pa.DataType, place: Place, places: Collection[Place]) -> Encoder | None:
+    """Return the inverse of `JsonType.encoder` for the values at `place`; None if there is no JSON text among them."""
+    if place in places:
+        return _value
     if pa.types.is_list(kind):
-        item = _parser(kind.value_type, f"{path}[]", places)
+        item = _parser(kind.value_type, (*place, None), places)
         return None if item is None else lambda value: None if value is None else [item(each) for each in value]
     if not pa.types.is_struct(kind):
         return None
-    fields = {field.name: parse for field in kind if (parse := _parser(field.type, f"{path}.{field.name}", places))}
+    fields = {field.name: parse for field in kind if (parse := _parser(field.type, (*place, field.name), places))}
 
     def parse_object(value: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None if value is None else {name: fields[name](item) if name in fields else item for name, item in value.items()}
