@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokabatch.errors import OutputError
 from tokabatch.job import Job
-from tokabatch.output.export import check_target, refuse_input
+from tokabatch.output.export_target import check_target, refuse_input
 from tokabatch.output.folder import OutputFolder
 
 

@@ -92,8 +92,8 @@ def report(
         raise UsageError(f"--to {to}: the page is HTML; name {named} (a browser prints it as PDF)")
     read_state(out)
     if to is not None:
-        exporter = import_module("tokabatch.output.export")
-        exporter.check_target(exporter.OutputFolder(out), to, (to.suffix,))
+        place = import_module("tokabatch.output.export_target")
+        place.check_target(place.OutputFolder(out), to, (to.suffix,))
     # It tells of caches that it cannot write in the home of a container's user.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     print_result(str(import_module("tokabatch.report.review").write_report(out, to)))

@@ -26,7 +26,7 @@ from tokabatch.input.store.json_types import parse_json_texts
 from tokabatch.job import Job, VerifyConfig
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import replace_shard
-from tokabatch.output.export import check_target
+from tokabatch.output.export_target import check_target
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import inspect, recorded_shards
 from tokabatch.output.manifest import (
