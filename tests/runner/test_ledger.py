@@ -143,13 +143,13 @@ def test_what_may_begin_is_looked_for_where_it_lies(monkeypatch: pytest.MonkeyPa
     requests = token_device.make_requests([[row % 7] for row in range(rows)], [SamplingParams(n=8, max_tokens=4)])
     ledger, scanned = Ledger(requests, np.full(rows, 2)), list[int]()
     assert len(ledger.next_run(0, 1, whole=True) or ()) == 2 * rows
-    parts_of = Ledger._parts_of  # pyright: ignore[reportPrivateUsage]
+    free_parts = Ledger._free_parts  # pyright: ignore[reportPrivateUsage]
 
-    def noted(self: Ledger, holder: int, begin: int = 0, stop: int | None = None) -> Part:
+    def noted(self: Ledger, begin: int = 0, stop: int | None = None) -> Part:
         scanned.append((8 * rows if stop is None else stop) - begin)
-        return parts_of(self, holder, begin, stop)
+        return free_parts(self, begin, stop)
 
-    monkeypatch.setattr(Ledger, "_parts_of", noted)
+    monkeypatch.setattr(Ledger, "_free_parts", noted)
     last, *others = (int(ledger.plan.row_index[place]) for place in (rows - 9, rows - 10, 40, 41))
     for row in others:
         ledger.begin(row, 4)

@@ -201,7 +201,7 @@ def test_the_same_samples_after_kills(
         assert check(out).exit_code == 0
 
 
-def test_verdicts_are_collected_however_often_an_idle_run_looks_for_them() -> None:
+def test_verdicts_are_collected_however_often_an_idle_run_looks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that can begin nothing before they are there calls the recorder every 10 ms."""
     now, asked = 0.0, list[bool]()
 
@@ -209,9 +209,9 @@ def test_verdicts_are_collected_however_often_an_idle_run_looks_for_them() -> No
         asked.append(everything)
         return iter(())
 
+    monkeypatch.setattr("tokabatch.runner.recorder.time", mock.Mock(monotonic=lambda: now))
     recorder = object.__new__(Recorder)
     vars(recorder).update(
-        _clock=lambda: now,
         _claim=mock.MagicMock(),
         _stops=mock.Mock(),
         _follow_at=0.0,

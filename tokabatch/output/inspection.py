@@ -19,7 +19,7 @@ from tokabatch.output.folder import OutputFolder
 from tokabatch.output.journal import Record, Shard
 from tokabatch.output.manifest import RUN_KEY, Manifest, Success, read_success
 from tokabatch.output.shards import count_cancelled, count_ok, damaged, open_shard, read_groups
-from tokabatch.storage.listing import Changed, ListedFile, is_there
+from tokabatch.storage.listing import Changed, ListedFile, Mark, is_there
 
 _THREADS = 8
 Kind = Literal["damaged", "missing", "unrecorded", "foreign", "record"]
@@ -55,6 +55,11 @@ class Inspection:
         """The shards whose samples have to be computed again."""
         damaged = [fault.file for fault in self.faults if fault.kind in ("damaged", "missing")]
         return (*damaged, *(f"{file.path.parent.name}/{file.path.name}" for file in self.unrecorded))
+
+    @property
+    def marked(self) -> list[tuple[Shard, Mark]]:
+        """The good shards with their marks, as the record of commits takes them."""
+        return [(shard, file.mark) for shard, file in self.good]
 
     @property
     def sealed(self) -> bool:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokabatch.errors import DamageError, ForeignFileError, OutputError
+from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import Inspection
+from tokabatch.output.journal import Shard
 from tokabatch.output.manifest import VERIFIER_KEY, Manifest, job_is_whole
 from tokabatch.output.shards import open_shard
-from tokabatch.storage.listing import is_there
+from tokabatch.storage.listing import Mark, is_there
 
 _JOB = "JOB.yaml"
 _SHOWN = 5
@@ -39,6 +41,11 @@ def repair_command(folder: OutputFolder, manifest: Manifest, foreign: Sequence[s
     commands.append(_join("tokabatch", "run", job, f"output.path={target}", *(["--repair"] if repair else [])))
     note = "" if whole else f"  # {folder.job.name} is missing or changed: write the name of the job's own file for {_JOB}"
     return " && ".join(commands) + note
+
+
+def begin_record(claim: Claim, manifest: Manifest, shards: Iterable[tuple[Shard, Mark]], damaged: Iterable[Shard] = ()) -> None:
+    """As `Claim.begin`, for the run with this manifest. Raises OSError, and OutputError if the folder cannot be read."""
+    claim.begin(manifest.run, manifest.marks, shards, repair_command(claim.folder, manifest), damaged)
 
 
 def refuse_faults(folder: OutputFolder, manifest: Manifest, found: Inspection, *, repair: bool = False) -> None:

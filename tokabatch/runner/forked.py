@@ -15,6 +15,7 @@ from typing import Any
 from tokabatch.engine.child import PARENTS_SIGNALS
 from tokabatch.engine.heartbeat import die_with_parent
 
+END_SECONDS = 10.0
 _THREADS_OF_TOKENIZERS = "TOKENIZERS_PARALLELISM"
 
 
@@ -44,9 +45,9 @@ def fork(target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> 
     return process
 
 
-def how_it_ended(process: BaseProcess, seconds: float = 10.0) -> str:
-    """How a process ended; one that has closed its pipe gets so many seconds for it."""
-    process.join(seconds)
+def how_it_ended(process: BaseProcess) -> str:
+    """Return how a process that has closed its pipe ended; wait for its end for at most END_SECONDS."""
+    process.join(END_SECONDS)
     code = process.exitcode or 0
     return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 

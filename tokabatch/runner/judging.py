@@ -4,6 +4,7 @@ limited."""
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,6 @@ class Judging:
         config: VerifyConfig,
         store: InputStore,
         tables: SampleTables,
-        clock: Callable[[], float],
         at_once: int,
         most: int,
     ) -> None:
@@ -48,7 +48,6 @@ class Judging:
         self._row_bytes = 0
         """The rows read last and their estimated memory: the samples of a row arrive in many messages."""
         self._tables = tables
-        self._clock = clock
         self._deadline = math.inf
 
     def submit(self, samples: Sequence[FinishedSample]) -> None:
@@ -75,8 +74,8 @@ class Judging:
         if self._pool.wait(_tickets(samples), LOOK_SECONDS):
             return True
         if not goes_on() and self._deadline == math.inf:
-            self._deadline = self._clock() + HURRIED_SECONDS
-        if self._clock() >= self._deadline:
+            self._deadline = time.monotonic() + HURRIED_SECONDS
+        if time.monotonic() >= self._deadline:
             self._pool.close()
         return False
 

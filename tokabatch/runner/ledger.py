@@ -117,22 +117,19 @@ class Ledger:
         self._cost = self._free_cost
         """The largest cost that was free at any time."""
 
-    def offer(self, wanted: Bool) -> int:
-        """Make the marked samples free if they are withheld, and return their number. `wanted` has a flag for each sample of
-        the whole job, as in `Drawn`."""
-        assert self._place is not None, "the ledger of a plan that says what is drawn, withheld"
-        return self._exchange(wanted, WITHHELD, FREE)
+    def offer(self, wanted: Bool) -> None:
+        """Make the marked samples free if they are withheld. `wanted` has a flag for each sample of the whole job, as in
+        `Drawn`."""
+        self._exchange(wanted, WITHHELD, FREE)
 
     def withhold(self, wanted: Bool) -> None:
         """Withhold the marked samples again if they are free."""
         self._exchange(wanted, FREE, WITHHELD)
 
-    def _exchange(self, wanted: Bool, before: int, after: int) -> int:
-        assert self._place is not None
-        found = np.flatnonzero((self._holder == before) & wanted[self._place])
-        self._change(found, after)
+    def _exchange(self, wanted: Bool, before: int, after: int) -> None:
+        assert self._place is not None, "only samples of a ledger that withholds them are offered"
+        self._change(np.flatnonzero((self._holder == before) & wanted[self._place]), after)
         self._cost = max(self._cost, self._free_cost)
-        return len(found)
 
     @property
     def has_free(self) -> bool:
@@ -175,7 +172,7 @@ class Ledger:
         size = 64 + int(1.5 * self._held[FREE] * min(1.0, cost / self._free_cost))
         while True:
             stop = int(self._offset[min(np.searchsorted(self._offset, self._front + size), len(self._offset) - 1)])
-            free = self._parts_of(FREE, self._front, stop)
+            free = self._free_parts(self._front, stop)
             costs = self._costs(free)
             if costs[-1] >= cost or len(free) == self._held[FREE]:
                 return free, costs
@@ -235,7 +232,7 @@ class Ledger:
         """Return the free part of these prompts, and the other members that hold samples of them."""
         elsewhere = np.concatenate([np.arange(*self._offset[[prompt, prompt + 1]]) for prompt in np.unique(prompts).tolist()])
         holders = np.unique(self._holder[elsewhere])
-        free = self._parts_of(FREE)
+        free = self._free_parts()
         mine = np.isin(free.prompts, prompts)
         part = Part(free.prompts[mine], free.first[mine], free.stop[mine])
         return part, holders[(holders >= 0) & (holders != member)].astype(np.int64)
@@ -266,17 +263,17 @@ class Ledger:
             if holder in (DONE, CANCELLED):
                 self.finished_prompts += int(np.count_nonzero(self._left_of[np.unique(prompts)] == 0))
 
-    def _parts_of(self, holder: int, begin: int = 0, stop: int | None = None) -> Part:
-        """Return what `holder` holds of the samples from index `begin` up to `stop`, in as few pieces as possible."""
-        mine = self._holder[begin:stop] == holder
-        begins, ends = mine.copy(), mine.copy()
-        begins[1:] &= ~mine[:-1]
-        ends[:-1] &= ~mine[1:]
-        # Each prompt by itself.
-        within = np.searchsorted(self._offset, (begin + 1, begin + len(mine)))
+    def _free_parts(self, begin: int = 0, stop: int | None = None) -> Part:
+        """Return the free samples from index `begin` up to `stop`, in as few pieces as possible."""
+        free = self._holder[begin:stop] == FREE
+        begins, ends = free.copy(), free.copy()
+        begins[1:] &= ~free[:-1]
+        ends[:-1] &= ~free[1:]
+        # No piece extends over two prompts.
+        within = np.searchsorted(self._offset, (begin + 1, begin + len(free)))
         edges = self._offset[within[0] : within[1]] - begin
-        begins[edges] = mine[edges]
-        ends[edges - 1] = mine[edges - 1]
+        begins[edges] = free[edges]
+        ends[edges - 1] = free[edges - 1]
         first, last = np.flatnonzero(begins) + begin, np.flatnonzero(ends) + begin
         prompts = (np.searchsorted(self._offset, first, side="right") - 1).astype(np.int32)
         offset = self._offset[prompts]
@@ -284,7 +281,7 @@ class Ledger:
 
     def stretches(self, count: int) -> list[Part]:
         """Return all that is free, cut into about `count` parts of similar cost, where prompts share the shortest prefixes."""
-        free, cut = self._parts_of(FREE), list[Part]()
+        free, cut = self._free_parts(), list[Part]()
         costs = self._costs(free)
         each, place, first = max(1.0, float(costs[-1]) / count), 0, free.first.copy()
         while place < len(free.prompts):

@@ -74,7 +74,7 @@ def make_replica(
     claim: Claim,
     stop: Interruption,
     progress: Progress,
-    supply: Supply | None = None,
+    supply: Supply | None,
     cluster: Cluster | None = None,
 ) -> Replica | StoppingReplica | Fleet:
     """Return what runs the steps: a replica in this process if the only worker is here as well, otherwise a fleet of processes,

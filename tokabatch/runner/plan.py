@@ -54,9 +54,9 @@ def plan_and_simulate(
     on_rows: Callable[[int, int], None] | None = None,
     on_share: Callable[[float], None] = lambda share: None,
 ) -> tuple[PlanReport, Outlook]:
-    """The same, and what is left of the run simulated under a scenario, for whose device everything is planned then; where
-    nothing is left, the whole job. `on_share` is called with the share of the simulation that is done. Raises UsageError for
-    one that cannot be."""
+    """As `plan`, for the device of a scenario, and simulate under it what is left of the run, or the whole job if nothing is
+    left. `on_share` is called with the share of the simulation that is done. Raises UsageError, also for a scenario that cannot
+    be simulated."""
     device = check_scenario(scenario)
     profile = scenario_profile(job, scenario, device)
     with _planned(job, profile, on_rows, device) as (previewed, sizes):

@@ -63,14 +63,7 @@ class Preparing(Protocol):
 class Preparation:
     """See `Preparing`: in this process."""
 
-    def __init__(
-        self,
-        job: Job,
-        workload: Workload,
-        tables: SampleTables,
-        clock: Callable[[], float],
-        part: tuple[int, int] = (0, 1),
-    ) -> None:
+    def __init__(self, job: Job, workload: Workload, tables: SampleTables, part: tuple[int, int] = (0, 1)) -> None:
         """`part` is the number of this instance and how many there are. Each gets an equal part of the judges that the job may
         have, and starts as many at once as it has replicas."""
         self._store, self._tables = workload.store, tables
@@ -79,7 +72,7 @@ class Preparation:
             place, count = part
             judges, at_once = most_judges(job.verify), -(-workload.layout.replicas // count)
             most = max(1, judges // count + (place < judges % count))
-            self._judging = Judging(job.verify, workload.store, tables, clock, at_once, most)
+            self._judging = Judging(job.verify, workload.store, tables, at_once, most)
         self.waiting = WaitingSamples()
         self._arrived = 0
         """The samples that have been added since the last check for verdicts."""

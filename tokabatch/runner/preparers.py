@@ -61,7 +61,6 @@ class Preparers:
         workload: Workload,
         tables: SampleTables,
         count: int,
-        clock: Callable[[], float],
         tell: Callable[[str], None],
         *,
         hurried: bool,
@@ -70,8 +69,8 @@ class Preparers:
         of replicas: engine.max_restarts processes may be lost in a row without a table, and a process may be silent for
         engine.hang_seconds."""
         seconds = HURRIED_SEND_SECONDS if hurried else SEND_SECONDS
-        self._make = lambda place: Preparation(job, workload, tables, time.monotonic, (place, count))
-        self._seconds, self._count, self._clock, self._tell = seconds, count, clock, tell
+        self._make = lambda place: Preparation(job, workload, tables, (place, count))
+        self._seconds, self._count, self._tell = seconds, count, tell
         self._news = threading.Event()
         """Set when a message from a process has arrived."""
         self._processes: list[_Process] = []
@@ -140,7 +139,7 @@ class Preparers:
             self._order("finish")
             self._finishing = True
         self._news.wait(LOOK_SECONDS)
-        now = self._clock()
+        now = time.monotonic()
         if not goes_on() and self._deadline == math.inf:
             self._deadline = now + HURRIED_SECONDS
         if now >= self._deadline and not self._hurries:

@@ -105,7 +105,6 @@ class Recorder:
         workload: Workload,
         claim: Claim,
         committed: Committed,
-        clock: Callable[[], float] = time.monotonic,
         units: Units | None = None,
         stops: RowStops[TableRow] | None = None,
         *,
@@ -118,10 +117,10 @@ class Recorder:
         shown if one of those processes is lost."""
         self._store = workload.store
         self._tables = SampleTables(workload, verdict_names(workload.output_schema) if job.verify else [])
-        self._preparing: Preparing = Preparation(job, workload, self._tables, clock)
+        self._preparing: Preparing = Preparation(job, workload, self._tables)
         self._preparers = None
         if processes:
-            self._preparers = Preparers(job, workload, self._tables, processes, clock, tell, hurried=stops is not None)
+            self._preparers = Preparers(job, workload, self._tables, processes, tell, hurried=stops is not None)
         self.writer = ShardWriter(
             claim,
             workload.output_schema,
@@ -129,13 +128,11 @@ class Recorder:
             flush_seconds=job.output.flush_seconds,
             earlier=committed.shards,
             unit_of=None if units is None else units.of,
-            clock=clock,
         )
         """What commits; units are opened there."""
         self._num_samples = workload.samples_total
         self._judges = job.verify is not None
         self._claim = claim
-        self._clock = clock
         self._waiting = WaitingRows(self.writer.num_rows)
         self._stops = stops
         self._oldest: float | None = None
@@ -147,7 +144,7 @@ class Recorder:
         """Whether a sample that ended in an error is recorded: if rows stop, only when its row has reached it."""
 
     def fail(self, failures: Sequence[UnsampledRow]) -> None:
-        """Rows that never became prompts, and samples that are cancelled."""
+        """Record rows that never became prompts, and cancelled samples."""
         self._accept(failures, None)
         self._flush()
 
@@ -167,7 +164,7 @@ class Recorder:
     def _commit_due(self, arrived: int, *, waits: bool = False) -> None:
         """Record what is ready and commit what is due. `arrived` is the number of new samples; `waits` is whether the run is
         blocked until verdicts arrive."""
-        now = self._clock()
+        now = time.monotonic()
         self._receive(everything=waits or (self._stops is not None and now >= self._follow_at))
         if self._oldest is None and (len(self._waiting) or self._preparing.num_waiting):
             self._oldest = now
@@ -179,7 +176,7 @@ class Recorder:
         if self._oldest is not None and self.writer.is_due(self._oldest):
             self._flush()
             self._commit(self.writer.commit)
-            self._oldest = self._clock() if self._preparing.num_waiting else None
+            self._oldest = time.monotonic() if self._preparing.num_waiting else None
 
     def finish(self, goes_on: Callable[[], bool] = lambda: True) -> tuple[Shard, ...]:
         """Commit everything and return all shards; then raise the error because of which samples could not be prepared, if
@@ -198,7 +195,7 @@ class Recorder:
         self._preparing.close()
 
     def _accept(self, unsampled: Sequence[UnsampledRow], table: pa.Table | None, received: int = 0) -> None:
-        """From here on they are not lost."""
+        """Add rows to those that the writer gets next; from here on they are not lost."""
         failed = table is not None and table["error_code"].null_count < table.num_rows
         self.took_error = self.took_error or failed
         self._waiting = self._waiting.joined_by(unsampled, table, received)
@@ -206,7 +203,7 @@ class Recorder:
     def _receive(self, *, everything: bool) -> None:
         """Collect the tables that are ready."""
         if everything:
-            self._follow_at = self._clock() + FOLLOW_SECONDS
+            self._follow_at = time.monotonic() + FOLLOW_SECONDS
         with self._claim.committing():
             for table in self._preparing.tables(self._waiting.received, everything=everything):
                 if self._stops is None:
@@ -288,7 +285,7 @@ class Recorder:
 
 
 def _together(rows: Sequence[TableRow]) -> pa.Table | None:
-    """A table of these rows."""
+    """Return a table of these rows; None if there are none."""
     if not rows:
         return None
     tables = list({id(table): table for table, _ in rows}.values())
@@ -298,7 +295,7 @@ def _together(rows: Sequence[TableRow]) -> pa.Table | None:
 
 
 def _same_error(row: TableRow, sample: int) -> TableRow:
-    """Another sample of the row, which ends as that one did without having begun."""
+    """Return another sample of the same row of the input, which ends as this one did, without having begun."""
     table = row[0].take([row[1]])
     for name, value in (("sample_index", sample), *((f"num_{field.name}", 0) for field in fields(SampleCounts))):
         place = table.schema.get_field_index(name)

@@ -173,7 +173,7 @@ class Replica:
     def extend(self, requests: Requests) -> list[Completion]:
         """See `Scheduler`."""
         if self.scheduler.done:
-            # What passed until now was no step's.
+            # The time until now counts for no step.
             self._watch.restart()
         self._watch.num_samples += int(requests.num_samples().sum())
         return self.scheduler.extend(requests)

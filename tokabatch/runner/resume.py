@@ -41,7 +41,7 @@ from tokabatch.output.manifest import (
     versions_here,
     write_manifest,
 )
-from tokabatch.output.remedy import refuse_faults, refuse_other_verdicts, refuse_unrecorded, repair_command
+from tokabatch.output.remedy import begin_record, refuse_faults, refuse_other_verdicts, refuse_unrecorded
 from tokabatch.output.same_job import EarlierRun, find_run
 from tokabatch.output.schema import UnsampledRow, verdict_fields
 from tokabatch.report.sections import counted
@@ -50,7 +50,7 @@ from tokabatch.runner.row_stops import RowStops
 from tokabatch.runner.score import has_unjudged, judge_again
 from tokabatch.scoring.early_stopping import StopRule
 from tokabatch.scoring.pool import open_pool
-from tokabatch.storage.listing import ListedFile, consistently
+from tokabatch.storage.listing import Mark, consistently
 from tokabatch.storage.write_errors import reading_input, unwritable
 from tokabatch.workload.prepare import Workload, prepare
 
@@ -72,6 +72,13 @@ class Start:
     def has_more(self) -> bool:
         """Whether anything is left to do."""
         return bool(len(self.left.requests) or self.left.failures or self.cancelled)
+
+    def introduce(self, tell: Callable[[str], None]) -> None:
+        """Tell the user what was noted of the input, and how much of the run is there already."""
+        for note in self.workload.notes:
+            tell(note)
+        if self.committed.samples:
+            tell(f"continuing: {self.committed.samples:,} of {self.workload.samples_total:,} samples are there already")
 
     @classmethod
     def after(cls, committed: Committed, workload: Workload, job: Job, folder: OutputFolder) -> Start:
@@ -124,12 +131,9 @@ def start(
     except OSError as error:
         # Nothing has been computed: the job is refused.
         raise unwritable(folder.path, error) from error
-    for note in workload.notes:
-        tell(note)
     if started.has_more and not workload.taken_over:
         keep_input(workload.store, workload.origin, claim.files, scratch, folder.input)
-    if started.committed.samples:
-        tell(f"continuing: {started.committed.samples:,} of {workload.samples_total:,} samples are there already")
+    started.introduce(tell)
     return started
 
 
@@ -150,7 +154,7 @@ def _continue(
     refuse_other_verdicts(folder, earlier.manifest, found)
     if reuse.repair and (bad := found.to_repair):
         tell(f"--repair: computing again what {', '.join(bad)} held")
-        _record(claim, manifest, found.good, found.damaged)
+        begin_record(claim, manifest, found.marked, found.damaged)
         claim.reopen()
         remove_shards(claim, bad)
     started = _find_samples(folder, workload, job, errors=not reuse.retry_errors)
@@ -165,7 +169,7 @@ def _continue(
     if sealed and (not earlier.manifest.run or RowDigests.read(folder.row_digests) is not None):
         # Nothing in the folder changes, whatever happens from here on.
         return replace(started, committed=replace(started.committed, shards=tuple(shard for shard, _ in found.good)))
-    _write_start(job, claim, workload, manifest, found.good, keep_summary=done and not reuse.retry_errors)
+    _write_start(job, claim, workload, manifest, found.marked, keep_summary=done and not reuse.retry_errors)
     if reuse.retry_errors:
         dropped = drop_errors(claim, reopen=job.verify is not None and job.verify.stop is not None)
         if dropped:
@@ -199,25 +203,17 @@ def _write_start(
     claim: Claim,
     workload: Workload,
     manifest: Manifest,
-    good: Collection[tuple[Shard, ListedFile]],
+    shards: Collection[tuple[Shard, Mark]],
     *,
     keep_summary: bool = False,
 ) -> None:
-    """Say in the folder what the run is. The record of commits comes before the marks of an earlier end go, which may be the
-    only one that there is."""
-    _record(claim, manifest, good)
+    """Write what the run is into the folder; `shards` are there. The record of commits begins before the marks of an earlier
+    end are removed, which may be the only record."""
+    begin_record(claim, manifest, shards)
     claim.reopen(keep_summary=keep_summary)
     # Once its error samples are removed, a repaired row is identified by these alone.
     claim.write(claim.folder.row_digests, workload.store.digests.to_parquet())
     write_manifest(claim, manifest, job.given())
-
-
-def _record(
-    claim: Claim, manifest: Manifest, good: Collection[tuple[Shard, ListedFile]], damaged: Collection[Shard] = ()
-) -> None:
-    """Begin the record of commits, with the `good` shards as present and the `damaged` ones as about to be removed."""
-    shards = [(shard, file.mark) for shard, file in good]
-    claim.begin(manifest.run, manifest.marks, shards, repair_command(claim.folder, manifest), damaged)
 
 
 def preview(job: Job, scratch: Path, on_rows: OnRows | None = None, *, absent_gpu: bool = False) -> Start:

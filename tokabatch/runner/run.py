@@ -142,7 +142,7 @@ def _run_in_folder(
         workers.callback(recorder.close)
         sizes = size_replica(job, workload, profile)
         if profile is None and not has_known_rates(workload.device):
-            clock.progress.message(
+            tell(
                 f"the rates of {device_name(workload.device)} are not known: steps take up to {sizes.max_step_tokens:,} tokens "
                 "and their time is not predicted. Fit a profile to this run (`tokabatch profile`) and name it "
                 "as engine.profile"
@@ -160,18 +160,14 @@ def _run_in_folder(
             if exit_code == EXIT_COMPLETE and (len(workload.requests) or (supply is not None and started.has_more)):
                 exit_code = _generate(state)
                 if job.trace and (taken := np.count_nonzero(replica.steps()["replica"] == job.trace.replica)) < job.trace.start:
-                    clock.progress.message(
-                        f"nothing was traced: the run had {taken} steps, and trace.start is {job.trace.start}; write less"
-                    )
+                    tell(f"nothing was traced: the run had {taken} steps, and trace.start is {job.trace.start}; write less")
             state.show("writing")
             with claim.committing():
                 books = _close_books(state, claim, leases, on_rows)
             if not books.closed and started.stops is not None and (held := started.stops.num_held):
-                clock.progress.message(
-                    f"{held:,} finished samples will be computed again: earlier samples of their rows are not judged yet"
-                )
+                tell(f"{held:,} finished samples will be computed again: earlier samples of their rows are not judged yet")
             if books.unjudged:
-                clock.progress.message(
+                tell(
                     f"{books.unjudged:,} finished samples are not judged yet, and nothing is estimated before: the same "
                     "command has them judged"
                 )
@@ -180,7 +176,7 @@ def _run_in_folder(
             exit_code = _exit_code(books, job.errors.max_fraction, stopped, None if supply is None else supply.abandoned)
             tally = recorder.tally if supply is None else _tally(state, claim)
         except CommitError as error:
-            clock.progress.message(str(error))
+            tell(str(error))
             replica.stop()
             with suppress(TokabatchError):
                 recorder.finish(lambda: False)
@@ -188,25 +184,17 @@ def _run_in_folder(
             stalled = tally.ok + tally.errors + tally.cancelled == started.committed.samples
             if stalled and stalled_before:
                 exit_code = EXIT_STALLED
-                clock.progress.message("the previous start committed nothing either: fix the cause before you start it again")
+                tell("the previous start committed nothing either: fix the cause before you start it again")
         except BaseException:
             # Whatever it is: what is finished is on disk before the caller hears of it.
             _commit_finished(state)
             raise
         steps = replica.steps()
-        summary = summarise(state, tally, steps, profile, exit_code, stalled=stalled)
-        with suppress(OSError, UsageError):
-            summary = replace(summary, finish_reasons=tuple(sorted(finish_reasons(claim.folder.path).items())))
-        if summary.verifies and not summary.pending:
-            try:
-                found, how = read_estimates(claim.folder.path) or (), read_estimator(claim.folder.path)
-                summary = replace(summary, estimates=found, estimator=how)
-            except Exception as error:
-                clock.progress.message(f"nothing is estimated of the verdicts, which are committed: {error}")
+        summary = _summary(claim.folder.path, summarise(state, tally, steps, profile, exit_code, stalled=stalled), tell)
         with suppress(OSError, CommitError):
             # Where the disk is full, or another run writes, the summary goes to the caller alone.
             claim.check_lock()
-            # Another has completed the run since this one closed its books.
+            # Unless another has completed the run since this one closed its books.
             if supply is None or complete or not is_there(claim.files, claim.folder.success):
                 _write_record(claim, summary.to_dict(), steps)
         if supply is not None:
@@ -221,6 +209,18 @@ def _run_in_folder(
     return summary
 
 
+def _summary(out: Path, summary: RunSummary, tell: Callable[[str], None]) -> RunSummary:
+    """Return the summary, with what the output folder says of the finished samples."""
+    with suppress(OSError, UsageError):
+        summary = replace(summary, finish_reasons=tuple(sorted(finish_reasons(out).items())))
+    if summary.verifies and not summary.pending:
+        try:
+            summary = replace(summary, estimates=read_estimates(out) or (), estimator=read_estimator(out))
+        except Exception as error:
+            tell(f"nothing is estimated of the verdicts, which are committed: {error}")
+    return summary
+
+
 def _exit_code(books: Books, max_fraction: float, stopped: int, abandoned: bool | None) -> int:
     """Return the exit code of a run that was `stopped` with a code or, if that is 0, had nothing left to do. `abandoned` is
     whether units are left that other writers took over and have not completed; None if there are no other writers."""
@@ -231,7 +231,7 @@ def _exit_code(books: Books, max_fraction: float, stopped: int, abandoned: bool 
         return stopped
     if abandoned is None:
         return EXIT_STOPPED if books.unjudged and not books.pending else EXIT_BOOKS
-    # The others complete it, or it is to be run again: what is left to judge, none of them may have been the last to judge.
+    # The others complete it. But if only verdicts are missing, there may be no other left to add them.
     return EXIT_STOPPED if abandoned or (books.unjudged and not books.pending) else EXIT_COMPLETE
 
 

@@ -28,7 +28,7 @@ from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import replace_shard
 from tokabatch.output.export_target import check_target
 from tokabatch.output.folder import OutputFolder
-from tokabatch.output.inspection import inspect, recorded_shards
+from tokabatch.output.inspection import Inspection, inspect, recorded_shards
 from tokabatch.output.manifest import (
     VERIFIER_KEY,
     Manifest,
@@ -39,7 +39,7 @@ from tokabatch.output.manifest import (
     write_manifest,
     write_summary,
 )
-from tokabatch.output.remedy import refuse_faults, refuse_unrecorded, repair_command
+from tokabatch.output.remedy import begin_record, refuse_faults, refuse_unrecorded
 from tokabatch.output.schema import (
     SAMPLE_SCHEMA,
     SCORE_FIELDS,
@@ -90,11 +90,9 @@ def score(
     that this judge has already judged are left alone. Raises UsageError if there is no run, another process writes there, or
     the judge cannot be used, and Stopped if `stop` interrupts it between samples."""
     stop = stop or Interruption()
-    if read_manifest(OutputFolder(path)) is None:
-        raise OutputError(f"{path}: no run has written here; give the folder that the job names as output.path")
+    _manifest(OutputFolder(path))
     with Claim(path) as claim:
-        manifest = read_manifest(claim.folder)
-        assert manifest is not None
+        manifest = _manifest(claim.folder)
         job = _job(claim.folder, manifest, overrides)
         assert job.verify is not None
         pool = open_pool(job.verify)
@@ -116,7 +114,7 @@ def score(
             _check_columns(files, job)
             left = [file for file in files if not _is_judged(file, manifest)]
             try:
-                return _rejudge(claim, manifest, job, found.good, left, own, pool, tell, stop)
+                return _rejudge(claim, manifest, job, found, left, own, pool, tell, stop)
             except OSError as error:
                 raise unwritable(path, error) from error
         finally:
@@ -133,9 +131,7 @@ def score_to(
     verdicts atomically to `target` (.parquet): one row for each sample, with its id, row and number. The folder is not changed.
     Raises the errors of `score`, and OutputError if the file cannot be written."""
     stop, folder = stop or Interruption(), OutputFolder(path)
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise OutputError(f"{path}: no run has written here; give the folder that the job names as output.path")
+    manifest = _manifest(folder)
     check_target(folder, target, (".parquet",))
     job = _job(folder, manifest, overrides)
     assert job.verify is not None
@@ -164,6 +160,13 @@ def score_to(
     return Scored(count_ok(verdicts), 1, reasons, verdicts.num_rows, manifest.samples, right=right)
 
 
+def _manifest(folder: OutputFolder) -> Manifest:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise OutputError(f"{folder.path}: no run has written here; give the folder that the job names as output.path")
+    return manifest
+
+
 def _job(folder: OutputFolder, manifest: Manifest, overrides: Sequence[str]) -> Job:
     """Return the folder's job with the overrides applied. Raises UsageError if it has no verifier then, or cannot be judged
     here."""
@@ -190,17 +193,15 @@ def _rejudge(
     claim: Claim,
     manifest: Manifest,
     job: Job,
-    good: Sequence[tuple[Any, ListedFile]],
+    found: Inspection,
     left: Sequence[ListedFile],
     own: Sequence[pa.Field[Any]],
     pool: JudgePool,
     tell: Callable[[str], None],
     stop: Interruption,
 ) -> Scored:
-    claim.begin(
-        manifest.run, manifest.marks, [(shard, file.mark) for shard, file in good], repair_command(claim.folder, manifest)
-    )
-    done = sum(shard.rows for shard, _ in good)
+    begin_record(claim, manifest, found.marked)
+    done = sum(shard.rows for shard, _ in found.good)
     scored = Scored(0, len(left), Counter(), done, manifest.samples)
     known = read_manifest(claim.folder)
     if left or known is None or known.marks != manifest.marks:

@@ -31,7 +31,7 @@ from tokabatch.output.joining import join_small
 from tokabatch.output.journal import Shard
 from tokabatch.output.leases import Holder, Leases
 from tokabatch.output.manifest import Books, Manifest, mark_success, read_manifest, restore_job, write_manifest
-from tokabatch.output.remedy import repair_command
+from tokabatch.output.remedy import begin_record
 from tokabatch.output.same_job import find_run
 from tokabatch.output.shards import claimed_shards, in_order
 from tokabatch.output.units import Units, read_units, units_path, write_units
@@ -157,10 +157,7 @@ def start_shared(
         if begun is not None:
             break
     started, units = begun
-    for note in started.workload.notes:
-        tell(note)
-    if started.committed.samples:
-        tell(f"continuing: {started.committed.samples:,} of {started.workload.samples_total:,} samples are there already")
+    started.introduce(tell)
     return started, units
 
 
@@ -230,7 +227,7 @@ def _start(
     claim.keep(folder.manifest)
     if started.has_more:
         claim.keep(units_path(folder, manifest.units_sha256))
-        claim.begin(manifest.run, manifest.marks, (), repair_command(folder, manifest))
+        begin_record(claim, manifest, ())
     return started, units
 
 
@@ -269,7 +266,7 @@ def close_shared(
     books = Books.of(workload.samples_total, shards)
     if books.unjudged and not books.pending and job.verify is not None and not stop.poll():
         if claim.journal is None:
-            claim.begin(manifest.run, manifest.marks, (), repair_command(claim.folder, manifest))
+            begin_record(claim, manifest, ())
         with suppress(Stopped), _lease_on_verdicts(leases, stop) as mine:
             if mine:
                 verify, signed = job.verify, leases.signing(on_rows)
@@ -305,7 +302,7 @@ def join_as_last(job: Job, claim: Claim, workload: Workload, stop: Interruption,
     shards = _recorded(claim, manifest)
     if sum(shard.rows for shard in shards) != workload.samples_total or not folder.journals():
         return
-    claim.begin(manifest.run, manifest.marks, ((shard, NO_MARK) for shard in shards), repair_command(folder, manifest))
+    begin_record(claim, manifest, ((shard, NO_MARK) for shard in shards))
     join_small(claim, job.output.rows_per_shard, stop.poll, tell)
     mark_success(claim, claimed_shards(claim), workload.samples_total)
 

@@ -30,7 +30,7 @@ class Stopwatch:
         self._in_flight: deque[tuple[StepWork, int, int, int, int]] = deque()
 
     def restart(self) -> None:
-        """The device starts over: steps in flight are lost, and the time until now is no step's."""
+        """The device starts over: steps in flight are lost, and the time until now counts for no step."""
         self._in_flight.clear()
         self._last = self._clock()
 
