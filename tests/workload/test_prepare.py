@@ -105,6 +105,26 @@ def test_stops_that_no_sample_will_hold(told: Callable[..., str]) -> None:
     assert "rows.jsonl line 2) holds 'é', which the tokenizer writes as ''" in said
 
 
+def test_an_input_of_bad_rows_only(tmp_path: Path) -> None:
+    folder = tiny_models.add_tokenizer(tiny_models.build("llama", tmp_path / "model"))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": null}\n{broken\n')
+    given = {"model": {"path": str(folder)}, "input": {"path": str(tmp_path / "rows.jsonl")}, "output": {"path": "out"}}
+    report = plan(Job.load(given))
+    assert report.notes[0] == "no row can be completed: correct the job or its input"
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{broken\n')
+    assert not any("no row" in note for note in plan(Job.load(given)).notes)
+
+
+def test_several_greedy_samples_of_a_row(told: Callable[..., str]) -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b", "sampling_params": {"temperature": 0}}]
+    assert told(nothing, rows, n=1) == ""
+    assert "generation.n above 1 for 1 of 2 rows: the samples of a row" in told(nothing, rows, n=2)
+
+
+def test_several_greedy_samples_of_all_rows(told: Callable[..., str]) -> None:
+    assert "generation.n above 1 for all rows" in told(nothing, [{"prompt": "a"}], n=2, temperature=0)
+
+
 def test_a_plan_needs_no_weights_and_a_run_does(tmp_path: Path) -> None:
     folder = tiny_models.add_tokenizer(tiny_models.build("llama", tmp_path / "model"))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')

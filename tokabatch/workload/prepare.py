@@ -206,6 +206,7 @@ def prepare(
         samples_of_row=samples_of_row,
         fingerprint=fingerprint,
         notes=(
+            *(("no row can be completed: correct the job or its input",) if len(store.errors) == store.num_rows else ()),
             *tokenizer.describe(spec.vocab_size),
             *((ends.note,) if ends.note else ()),
             *((f"{model.folder} holds no weights: a plan needs none, a run does",) if weightless else ()),
@@ -230,6 +231,7 @@ def prepare(
                 else _reference_notes(store, pool, job.verify and job.verify.answer, begun=begun)
             ),
             *describe_stops(_stops(store, generation), tokenizer, tokenizer.special_texts),
+            *_describe_greedy(store, job.mode),
         ),
         tags=tags,
         origin=origin,
@@ -241,6 +243,20 @@ def _fingerprint(job: Job, model: OpenModel) -> Fingerprint:
     """Return what decides the output, as far as it is determined before the rows are read."""
     marks = {file.name: file.mark for file in model.files}
     return describe(job, model.generation, marks, model.eos_token_ids, str(model.dtype).removeprefix("torch."))
+
+
+def _describe_greedy(store: InputStore, mode: str) -> tuple[str, ...]:
+    """Return a note if rows get several samples that are all the likeliest one."""
+    drawn = store.params[store.length > 0]
+    alike = [kind.temperature == 0 and kind.n > 1 for kind in store.sampling]
+    rows = int(np.array(alike, bool)[drawn].sum()) if alike else 0
+    if mode != "generate" or not rows:
+        return ()
+    whose = "all rows" if rows == len(drawn) else f"{rows:,} of {len(drawn):,} rows"
+    return (
+        f"generation.temperature is 0 and generation.n above 1 for {whose}: the samples of a row are all the likeliest one and "
+        "hardly differ; set a temperature above 0 for samples that do",
+    )
 
 
 def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None, *, begun: bool) -> tuple[str, ...]:

@@ -36,6 +36,10 @@ def notes(prompt: dict[str, Any], **facts: Any) -> str:
         ({"template": "{{ question }}", "system": "For {answer}"}, {}, "prompt.system has names of columns in single"),
         ({"template": "<|end|>{{ question }}"}, {"chat": True}, "writes the special token '<|end|>' itself"),
         (FEW_SHOT, {}, "prompt.few_shot.template names no column, so all 2 examples are alike; write a column as"),
+        ({"template": r"{{ question }}\nAnswer:"}, {}, "prompt.template holds a backslash and 'n', as YAML's single quotes"),
+        ({"template": r"q: {{ question }}\na:"}, {}, "put the template in double quotes"),
+        ({"template": "{{ question }}", "system": r"Be brief.\n\n"}, {}, "prompt.system holds a backslash and 'n'"),
+        (FEW_SHOT | {"few_shot": {"path": "x", "template": r"{{ q }}\n"}}, {}, "prompt.few_shot.template holds a backslash"),
         (
             {},
             {"spelled": SPELLED},
@@ -71,3 +75,8 @@ def test_it_says_what_to_write(prompt: dict[str, Any], facts: dict[str, Any], sa
 )
 def test_it_says_nothing_of_ordinary_prompts(prompt: dict[str, Any], facts: dict[str, Any]) -> None:
     assert notes(prompt, **facts) == ""
+
+
+@pytest.mark.parametrize("template", ["{{ question }}\n", r"{{ question | join('\n') }}", r"Is {{ question }} \neq \nabla f?"])
+def test_newlines_and_commands_of_latex_are_as_written(template: str) -> None:
+    assert notes({"template": template}) == ""

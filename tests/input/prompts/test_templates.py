@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,3 +188,13 @@ def test_large_values_that_are_no_attack_go_through() -> None:
     assert rendered("{{ [q, 'b'] | join(' ') }}{{ {'a': q}['a'] }}", q="x") == "x bx"
     assert rendered("{{ n | string }} {{ n | abs }} {{ n + 1 }} {{ 1.234 | round(2) }}", n=10**12).startswith("10000000000")
     assert rendered("{% for a, b in [(1, q)] %}{{ a }}{{ b }}{% endfor %}", q="x") == "1x"
+
+
+def test_the_name_of_a_file_is_no_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompt.j2").write_text("{{ q }}")
+    for source in ("prompt.j2", "@prompt.j2", f" {tmp_path}/prompt.j2"):
+        with pytest.raises(JobError, match=r"^prompt\.template is the text itself, but '.*' is a file; write the"):
+            compile_template(source, "prompt.template")
+    compile_template("other.j2", "prompt.template")
+    compile_template("prompt.j2 {{ q }}", "prompt.template")

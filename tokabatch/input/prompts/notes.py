@@ -1,4 +1,5 @@
-"""Notes on prompts that may not be what their author intended: all alike, or with chat markup twice or as plain text."""
+"""Notes on prompts that may not be what their author intended: all alike, with chat markup twice or as plain text, or with a
+backslash and a letter in place of a newline."""
 
 from __future__ import annotations
 
@@ -13,6 +14,11 @@ from tokabatch.job import GenerationConfig, PromptConfig
 
 _PLAIN_NAMES = frozenset(("n", "seed", "stop"))
 """Settings with names that ordinary data columns may have."""
+_TAGS = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
+_WRITTEN_NEWLINE = re.compile(
+    r"\\n(?!(?:abla|atural|e|earrow|eg|eq|ewcommand|ewline|exists|geq|i|leq|mid|oindent|onumber|ot|otin|u)(?![a-z]))"
+)
+"""A backslash and `n`, unless they begin a command of LaTeX."""
 SINGLE_BRACES = re.compile(r"(?<![{$\\])\{ ?([A-Za-z_][A-Za-z0-9_]*) ?\}(?!\})")
 
 
@@ -65,6 +71,11 @@ def _describe_templates(config: PromptConfig, rows: int, columns: Collection[str
     for key, source in templates.items():
         if source is None:
             continue
+        if _WRITTEN_NEWLINE.search(_TAGS.sub("", source)):
+            yield (
+                f"prompt.{key} holds a backslash and 'n', as YAML's single quotes and the command line keep them; if a newline "
+                'is meant, put the template in double quotes: "...\\n..."'
+            )
         alike = {"template": rows, "few_shot.template": few_shot.k if few_shot else 0}.get(key, 0)
         constant = key in ("template", "few_shot.template") and not compile_template(source, f"prompt.{key}").names
         found = dict.fromkeys(SINGLE_BRACES.findall(source))

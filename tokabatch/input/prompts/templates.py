@@ -9,8 +9,10 @@ question`) may be null; where it is missing in a row, it reads as null.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Template as CompiledTemplate
@@ -69,7 +71,8 @@ class Template:
 
 
 def compile_template(source: str, key: str) -> Template:
-    """Compile a template; `key` is the job's key that holds it, for messages. Raises JobError with the template's line."""
+    """Compile a template; `key` is the job's key that holds it, for messages. Raises JobError with the template's line, and for
+    the name of a file, whose text is not read."""
     sandbox = Sandbox()
     try:
         tree = sandbox.parse(source)
@@ -84,6 +87,8 @@ def compile_template(source: str, key: str) -> Template:
         raise JobError(f"{key} is not a valid Jinja template: line {error.lineno}: {message}; {hint}") from error
     except Exception as error:  # Jinja's parser and Python's compiler raise many kinds
         raise JobError(f"{key} is not a valid Jinja template: {error or type(error).__name__}") from error
+    if not names and _is_file(source):
+        raise JobError(f"{key} is the text itself, but {source!r} is a file; write the file's text there, below `template: |`")
     if any(tree.find_all(NOT_IN_PROMPTS)):
         raise JobError(f"{key}: a prompt's template cannot include other files, and `autoescape` makes HTML; remove that tag")
     plain, by_name = names, frozenset[str]()
@@ -95,6 +100,12 @@ def compile_template(source: str, key: str) -> Template:
     required = (plain | by_name - {ROW}) - frozenset(_guarded(tree))
     non_null = required - frozenset(_tested(tree))
     return Template(sandbox, compiled, names | by_name, by_name, required, non_null)
+
+
+def _is_file(source: str) -> bool:
+    """Whether the text is a file's path, perhaps behind an @, as other tools have it."""
+    path = source.strip().removeprefix("@")
+    return "\n" not in path and Path(path).suffix != "" and os.path.isfile(os.path.expanduser(path))
 
 
 def _of_columns(names: frozenset[str], by_name: frozenset[str], present: Collection[str]) -> frozenset[str]:
