@@ -33,10 +33,9 @@ from tokabatch.runner.row_stops import RowStops
 from tokabatch.runner.sample_tables import SampleTables, is_of_rows
 from tokabatch.runner.waiting_samples import PIECE_BYTES, WaitingRows, unsampled_pieces
 from tokabatch.scheduling.completion_batch import Completions, PackedCompletions
-from tokabatch.scheduling.contracts import WORKER_CRASH, SampleCounts
+from tokabatch.scheduling.contracts import NOT_JUDGED, WORKER_CRASH, SampleCounts
 from tokabatch.scoring.early_stopping import Outcome
 from tokabatch.scoring.judge import ANSWER
-from tokabatch.scoring.pool import NOT_JUDGED
 from tokabatch.workload.prepare import Workload
 
 TableRow = tuple[pa.Table, int]

@@ -45,10 +45,8 @@ class SampleEnds:
         self._scores = RunningScores()
 
     def add_scores(self, slots: Int64, epochs: Int32, scores: Scores | None) -> Bool:
-        """Add a step's scores of R given tokens (see `RunningScores`). Return for which of them the logits were not finite,
-        shape [R]."""
-        self._scores.add(slots, epochs, scores)
-        return self._scores.bad
+        """See `RunningScores.add`."""
+        return self._scores.add(slots, epochs, scores)
 
     def find(self, slots: Int64, tokens: Int32, finite: Bool, bad_texts: Int64) -> Ends:
         """Return the samples that have ended among these slots, which have drawn `tokens` from logits that were `finite` or

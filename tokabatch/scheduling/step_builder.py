@@ -47,7 +47,6 @@ class StepBuilder:
         self._sampling: tuple[SamplingParams, ...] = ()
         """The sampling parameters in `_tables`, in their order."""
         self._tables = SamplingTable(), PenaltyTable(lambda entry: stops.ids[entry])
-        self._take_sampling()
 
     def build(self, index: int, prefill: Runs, decoding: Int64, decode_ids: Int32 | None = None) -> StepBatch:
         """Return the step that computes `prefill`, in plan order, and one token of each decoding slot: the one in `decode_ids`,

@@ -100,7 +100,7 @@ class StopStrings:
     def __bool__(self) -> bool:
         return bool(self._strings)
 
-    def first_in(self, text: str, behind: int = 0) -> str | None:
+    def first_in(self, text: str, behind: int) -> str | None:
         """Return the string that begins first in `text`, the shortest if several begin there, among matches that end after the
         first `behind` characters; None if there is none."""
         found = [

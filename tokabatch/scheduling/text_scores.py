@@ -16,17 +16,16 @@ class RunningScores:
 
     def __init__(self) -> None:
         self._parts: dict[int, tuple[int, list[Scores]]] = {}
-        self.bad: Bool = np.zeros(0, np.bool_)
-        """Whether the logits were not finite, for the tokens of the last `add`, shape [R]."""
 
-    def add(self, slots: Int64, epochs: Int32, scores: Scores | None) -> None:
+    def add(self, slots: Int64, epochs: Int32, scores: Scores | None) -> Bool:
         """Add a step's scores of R tokens, each with its slot and the slot's epoch when the step was decided. `scores` is None
-        from a stand-in for the device; then every token has probability 1."""
+        from a stand-in for the device; then every token has probability 1. Return for which tokens the logits were not finite,
+        shape [R]."""
         if scores is None:
             scores = Scores(np.zeros(len(slots)), np.ones(len(slots), np.bool_))
-        self.bad = np.isnan(scores.logprob)
+        bad = np.isnan(scores.logprob)
         if not len(slots):
-            return
+            return bad
         begins = np.flatnonzero(np.append(True, slots[1:] != slots[:-1]))
         for place, stop in zip(begins.tolist(), [*begins[1:].tolist(), len(slots)], strict=True):
             slot, epoch, part = int(slots[place]), int(epochs[place]), slice(place, stop)
@@ -36,6 +35,7 @@ class RunningScores:
             ids, top = scores.top_ids, scores.top_logprobs
             of_part = (None, None) if ids is None or top is None else (ids[part], top[part])
             known[1].append(Scores(scores.logprob[part], scores.greedy[part], *of_part))
+        return bad
 
     def take(self, slot: int, epoch: int) -> Scores:
         """Remove and return all scores of the text that ends in this slot."""

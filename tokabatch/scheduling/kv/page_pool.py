@@ -19,13 +19,10 @@ class PagePool:
     """
 
     def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
-        self.references = np.zeros(num_pages, np.int32)
-        self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
         self.clears = False
         """Whether pages are cleared before they are used: some may hold values that are not finite, which no mask hides."""
-        self._to_clear: list[Int32] = []
-        self.num_free = num_pages
+        self.num_pages = self.num_free = 0
+        self.resize(num_pages)
 
     def resize(self, num_pages: int) -> None:
         """Reset the pool to another number of pages; no page may be held."""
@@ -33,7 +30,7 @@ class PagePool:
         self.num_pages = self.num_free = num_pages
         self.references = np.zeros(num_pages, np.int32)
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
-        self._to_clear = []
+        self._to_clear: list[Int32] = []
 
     @property
     def num_used(self) -> int:

@@ -183,9 +183,6 @@ class PrefixTree:
         """Return the number of pages of each prompt that all its samples share."""
         return (self._work.length[requests] - 1) // self._page_size
 
-    def num_pages(self, request: int) -> int:
-        return -(-int(self._work.length[request]) // self._page_size)
-
     def sharable(self, request: int) -> tuple[PromptPages | None, int]:
         """Return the open neighbour that shares the most leading full pages with `request`, and how many; (None, 0) if none."""
         full = (int(self._work.length[request]) - 1) // self._page_size
@@ -247,14 +244,15 @@ class PrefixTree:
     def reopen(self, request: int) -> PromptPages | None:
         """Give a suspended prompt pages again, and return it. Return None while a neighbour must first compute the shared
         pages, or while too few pages are free."""
-        alone = next(iter(self._suspended[request].preempted), -1) in self._suspended[request].alone
+        prompt = self._suspended[request]
+        alone = next(iter(prompt.preempted), -1) in prompt.alone
         neighbour, shared = (None, 0) if alone else self.sharable(request)
         if neighbour is not None and neighbour.computed < shared * self._page_size:
             return None
-        fresh = self.num_pages(request) - shared
+        fresh = -(-prompt.length // self._page_size) - shared
         if fresh > self._pool.num_free:
             return None
-        prompt = self._suspended.pop(request)
+        del self._suspended[request]
         inherited = neighbour.pages[:shared] if neighbour is not None else prompt.pages[:0]
         self._pool.retain(inherited)
         prompt.pages = np.concatenate((inherited, self._pool.allocate(fresh)))

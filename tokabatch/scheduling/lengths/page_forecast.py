@@ -19,13 +19,11 @@ import numpy.typing as npt
 from tokabatch.arrays import Int32
 
 _BLOCK_CELLS = 1 << 16
-"""Candidates times steps looked at together: bounds the working memory and what is wasted behind the first that fails."""
-
+"""Candidates times steps that are examined together; bounds the memory, and the work done after the first that does not fit."""
 _PAGES_SQUARED = 2.0
-"""Mean square of the pages of a sequence over the square of their mean."""
-
+"""The mean square of the pages of a sequence over the square of their mean."""
 _FORESEEN = 0.1
-"""Share of the samples up to whose end the spread of page use grows; see `Forecast.spread`."""
+"""The share of samples that have ended after which the spread of page use no longer grows; see `Forecast.spread`."""
 
 Curve = npt.NDArray[np.int64]
 
@@ -33,7 +31,7 @@ Curve = npt.NDArray[np.int64]
 @dataclass(frozen=True, slots=True)
 class Claims:
     """Arrays over sequences: `computed` positions, of whose pages the first `shared` are not their own, and `remaining` steps
-    (at least 1). `prompt_pages` come along with a sequence and stay as long (0 for those that bring none)."""
+    (at least 1). `prompt_pages` are the pages that a sequence adds for its prompt, held as long as its own."""
 
     computed: Int32
     shared: Int32
@@ -41,16 +39,16 @@ class Claims:
     prompt_pages: Int32
 
     def peak(self, page_size: int) -> int:
-        """Pages that all of them together hold at most."""
+        """Return the most pages that all of them together can hold."""
         own = -(-(self.computed + self.remaining) // page_size) - self.shared
         return int((own + self.prompt_pages).sum())
 
 
 class Forecast:
-    """The page-use curve of what runs. `held_pages[i]` pages stay for `held_steps[i]` steps besides (prompts)."""
+    """The page-use curve of what runs. Prompts hold `held_pages[i]` further pages for `held_steps[i]` steps."""
 
     def __init__(self, page_size: int, running: Claims, held_pages: Int32, held_steps: Int32, also: Int32) -> None:
-        """`also` names further numbers of steps after which something may end: those of the candidates to come."""
+        """`also` holds further numbers of steps after which something may end: those of candidates."""
         self.page_size = page_size
         held_steps = np.maximum(held_steps, 1)
         horizon = max(int(array.max(initial=1)) for array in (running.remaining, also))
@@ -60,7 +58,7 @@ class Forecast:
         ends[np.minimum(held_steps, horizon)] = True
         ends[horizon] = True
         self.steps: Int32 = np.flatnonzero(ends).astype(np.int32) - 1
-        """The steps at which page use is known, ascending: the last ones before something ends."""
+        """The steps at which page use is computed, ascending: the last ones before something ends."""
         self._place = np.cumsum(ends) - 1
         own, num_alive = self._private(running)
         place = self._place[np.minimum(held_steps, horizon)]
@@ -69,21 +67,22 @@ class Forecast:
         number = max(len(running.remaining), 1)
         gone = np.minimum(1.0 - num_alive / number, _FORESEEN)
         self.spread = own * np.sqrt(_PAGES_SQUARED * gone / ((1.0 - gone) * number))
-        """Standard deviation of page use at each step, were each sample to end by chance as often as the given lengths say. It
-        stops growing where a share of `_FORESEEN` has ended: what lies behind can still be met by admitting less."""
+        """The standard deviation of page use at each step if samples ended at random, as often as the given lengths say. It
+        stops growing once a share of `_FORESEEN` has ended: what comes later can still be met by admitting less."""
 
-    def spare(self, capacity: int, deviations: float = 0.0) -> int:
-        """Pages of `capacity` left at every step, with as many standard deviations to spare; negative where too few are."""
+    def spare(self, capacity: int, deviations: float) -> int:
+        """Return how many of `capacity` pages are free at every step if page use exceeds its expectation by so many standard
+        deviations; negative if they do not suffice."""
         return int((capacity - np.ceil(deviations * self.spread) - self.curve).min())
 
     def admit(self, capacity: int, candidates: Claims, deviations: float = 0.0) -> int:
-        """How many candidates, taken in their order, stay under `capacity` at every step with as many standard deviations of
-        page use to spare: none where what runs is too much already. Their `remaining` stood in `also`."""
+        """Return how many candidates, taken in their order, fit into `capacity` pages at every step if page use exceeds its
+        expectation by so many standard deviations; 0 if what runs does not fit by itself. Their `remaining` was in `also`."""
         capacity_E = capacity - np.ceil(deviations * self.spread).astype(np.int64)
         count = len(candidates.remaining)
         if not count:
             return 0
-        # The steps at which all candidates together, were they to run so long, could be too much.
+        # The steps at which all candidates together might not fit, if they ran that long.
         base = int((candidates.computed // self.page_size + 2 - candidates.shared + candidates.prompt_pages).sum())
         bound = self.curve + base + count * (self.steps // self.page_size)
         in_time = (self.steps < int(candidates.remaining.max())) | (self.curve > capacity_E)
@@ -104,7 +103,7 @@ class Forecast:
         return count
 
     def _pages(self, candidates: Claims, part: slice, steps: Int32) -> Int32:
-        """Pages of each candidate of `part` at each of the steps, shape [candidates, steps]."""
+        """Return the pages of each candidate of `part` at each of the steps, shape [candidates, steps]."""
         size = self.page_size
         computed = candidates.computed[part]
         alive = steps[None, :] < candidates.remaining[part, None]
@@ -113,8 +112,8 @@ class Forecast:
         return np.where(alive, pages, 0)
 
     def _private(self, running: Claims) -> tuple[Curve, Curve]:
-        """For t in `steps` the sum of (computed + t) // page_size + 1 - shared over sequences with t < remaining, and how many
-        these are.
+        """Return for t in `steps` the sum of (computed + t) // page_size + 1 - shared over sequences with t < remaining, and
+        the number of these.
 
         With computed = b * size + o and t = q * size + m the quotient is b + q, and one more where o + m >= size."""
         size, count = self.page_size, len(self.steps)
