@@ -47,19 +47,12 @@ than its launches, and specialised kernels are faster for long prompts."""
 
 
 @dataclass(frozen=True, slots=True)
-class BodyKind:
-    """What determines the launches of a body beside its size: whether there are `tiles`."""
-
-    tiles: bool
-
-
-@dataclass(frozen=True, slots=True)
 class BodyStep:
-    """The body of a step: the size and kind of its graph, the words that the graph reads, and how many of the `size` tokens
-    belong to the step."""
+    """The body of a step: the size and kind of its graph (whether it has tiles), the words that the graph reads, and how many
+    of the `size` tokens belong to the step."""
 
     size: int
-    kind: BodyKind
+    kind: bool
     words: Int32
     count: int
 
@@ -96,15 +89,15 @@ class BodyGraphs:
         self._counter = torch.zeros(2, dtype=torch.int32, device=device)
         self._max_tiles = TILES_A_TOKEN * most + LEAST_TILES
         self._words = torch.zeros(HEADER + 5 * aligned(most) + self._max_tiles * WORDS, dtype=torch.int32, device=device)
-        self._ladder: Ladder[BodyKind, torch.cuda.CUDAGraph] = Ladder(most, self._capture)
+        self._ladder: Ladder[bool, torch.cuda.CUDAGraph] = Ladder(most, self._capture)
 
     def prepare(self) -> None:
         """Compile all kernels and capture the coarse sizes."""
         self._words.zero_()
         self._words[HEADER + aligned(1)] = self._cache.spare_slot
-        for kind in (BodyKind(tiles=True), BodyKind(tiles=False)):
-            self._recorder.trial(lambda kind=kind: self._compute(1, kind))
-        self._ladder.prepare(BodyKind(tiles=True))
+        for has_tiles in (True, False):
+            self._recorder.trial(lambda has_tiles=has_tiles: self._compute(1, has_tiles))
+        self._ladder.prepare(True)
 
     def fit(self, step: StepBatch) -> BodyStep | None:
         """Return the body for a step, or None if it is too large, has too many tiles, or consists mostly of long prompts (see
@@ -117,14 +110,14 @@ class BodyGraphs:
         plan = plan_tiles(step, self._shape, self._num_planes(coarse))
         if plan is None or len(plan.wide_IW) + len(plan.narrow_IW) > self._max_tiles:
             return None
-        kind = BodyKind(plan.has_tiles)
-        size = self._ladder.size(count, kind)
+        has_tiles = plan.has_tiles
+        size = self._ladder.size(count, has_tiles)
         if int(plan.planes_T.max()) > self._num_planes(size):
             # A graph of a larger size has fewer planes.
             plan = plan_tiles(step, self._shape, self._num_planes(size))
             if plan is None:
                 return None
-        return BodyStep(size, kind, self._laid_out(step, plan, size), count)
+        return BodyStep(size, has_tiles, self._laid_out(step, plan, size), count)
 
     def make_ahead(self) -> bool:
         """See `Ladder`."""
@@ -161,16 +154,16 @@ class BodyGraphs:
         head = np.array((len(plan.wide_IW), len(plan.narrow_IW), begin, begin + len(wide)), np.int32)
         return np.concatenate((head, columns.reshape(-1), wide, narrow))
 
-    def _capture(self, size: int, kind: BodyKind) -> torch.cuda.CUDAGraph:
-        return self._recorder.capture(lambda: self._compute(size, kind))[0]
+    def _capture(self, size: int, has_tiles: bool) -> torch.cuda.CUDAGraph:
+        return self._recorder.capture(lambda: self._compute(size, has_tiles))[0]
 
-    def _compute(self, size: int, kind: BodyKind) -> None:
+    def _compute(self, size: int, has_tiles: bool) -> None:
         decoder, cache = self._decoder, self._cache
         columns = self._words[HEADER:].narrow(0, 0, 5 * aligned(size)).view(5, -1)[:, :size]
         token_T, slot_T, position_T, own_T, planes_T = columns
         queries, mixed = self._queries_THD[:size], self._mixed_THD[:size]
         planes = None
-        if kind.tiles:
+        if has_tiles:
             num = self._num_planes(size)
             state = self._state[: num * size].view(num, size, *self._state.shape[1:])
             planes = Planes(state, self._lse[: num * size].view(num, size, -1), self._counter)
@@ -207,7 +200,7 @@ class BodyGraphs:
 
 @contextmanager
 def _on(stream: torch.cuda.Stream | None) -> Generator[None]:
-    """Launch work on this stream, behind what the current one has so far; None is the current one."""
+    """Launch work on this stream, after all work that the current one has so far; None is the current one."""
     if stream is None:
         yield
         return

@@ -128,7 +128,7 @@ class ProcessExecutor:
         start_method: Literal["spawn", "forkserver"],
     ) -> None:
         """Start a process for each spec. All of them get every step; the one at `answering` sends the results."""
-        context = multiprocessing.get_context("spawn" if start_method == "spawn" else "forkserver")
+        context = multiprocessing.get_context(start_method)
         self._ranks: list[_Rank] = []
         self._sizes: ReplicaSizes | None = None
         try:
@@ -201,8 +201,8 @@ class ProcessExecutor:
         return rank, message
 
     def _lost(self, found: TokabatchError) -> TokabatchError:
-        """The error to raise after one rank has reported `found`; ends the others. The neighbours of a rank that was killed
-        report a lost connection, so that its kill is looked for first."""
+        """End the other ranks and return the error to raise after one rank has reported `found`. The neighbours of a rank that
+        was killed report a lost connection, so its own error is preferred."""
         if len(self._ranks) > 1:
             # A process that is killed closes its connections before it has ended.
             end = time.monotonic() + DYING_SECONDS
@@ -216,7 +216,7 @@ class ProcessExecutor:
 
 
 class GroupExecutor(ProcessExecutor):
-    """See `Executor`. A worker of `tensor` times `pipeline` ranks. The failure of one rank, want of memory included, ends
+    """See `Executor`. A worker of `tensor` times `pipeline` ranks. The failure of one rank, lack of memory included, ends
     all of them."""
 
     def __init__(
@@ -257,7 +257,7 @@ class _Rank:
         self._signs, pulse = context.Pipe(duplex=False)
         ends = (their_pipe, pulse, pickle.dumps((serve, work)))
         self.process: BaseProcess = context.Process(target=child.main, args=ends, name=WORKER_NAME, daemon=True)  # pyright: ignore
-        # Here and not in `start`, which may be broken off: a process half started would have no owner.
+        # Not in `start`, which may be interrupted: a process half started would have no owner.
         _start_shielded(self.process)
         their_pipe.close()
         pulse.close()
@@ -296,9 +296,9 @@ class _Rank:
 
 
 def _start_shielded(process: BaseProcess) -> None:
-    """Start it with the signals held back that the parent deals with, until it ignores them, and without importing the
-    program's main module: a worker needs nothing of it. It would take seconds, and a script that calls `run` where it stands
-    would call it again."""
+    """Start a process with the signals that the parent handles blocked, until it ignores them, and without importing the
+    program's main module, of which a worker needs nothing: the import would take seconds, and a script that calls `run` at its
+    top level would call it again."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, child.PARENTS_SIGNALS)
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 
 BEAT_SECONDS = 0.25
 MAX_TICK_SECONDS = 1.0
-"""Most that a silence grows between two looks: longer gaps are the parent's own standstill (Ctrl-Z, a suspended machine)."""
+"""The most seconds between two checks that count as silence: in a longer gap, the parent itself was suspended (Ctrl-Z)."""
 WARMING_STEPS = 16
 _PR_SET_PDEATHSIG = 1
 _LAYOUT = struct.Struct("<qq?")
@@ -42,7 +42,7 @@ class Patience:
 
     @classmethod
     def of(cls, seconds: float) -> Patience:
-        """The job's one number; loading and warming up get no less than the default."""
+        """Return the limits for a job's `hang_seconds`; those of loading and warming up are at least the defaults."""
         default = cls()
         return cls(seconds, max(seconds, default.warming), seconds, max(seconds, default.loading))
 
@@ -56,7 +56,7 @@ class Pulse:
         self.finished = 0
         """The number of steps begun and finished; dropped steps count as finished."""
         self.waiting = False
-        """Blocked on the parent, which does not take a result."""
+        """Whether the worker is blocked on the parent, which does not read a result."""
 
     def start(self) -> None:
         """Start sending heartbeats, and end this process as soon as the parent has ended."""
@@ -74,8 +74,8 @@ class Pulse:
 
 
 def die_with_parent() -> None:
-    """Linux kills this process when the thread that started it ends, even where it is stopped and sends no signs. Where that
-    thread's process has ended before this call, of which the system sends no signal any more, the process ends here."""
+    """Have Linux kill this process when the thread that started it ends, even if this process is stopped. If the parent process
+    has ended before this call, for which the system sends no signal, end this process now."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         parent = multiprocessing.parent_process()
@@ -92,7 +92,7 @@ class Vitals:
         self._waiting = False
         self._silent = self._standing = 0.0
         self.ready = False
-        """The worker has loaded what it needs."""
+        """Whether the worker has loaded what it needs."""
 
     def beat(self, begun: int, finished: int, waiting: bool) -> None:
         """Record a heartbeat."""
@@ -136,7 +136,7 @@ class Watch:
         self._thread.start()
 
     def ready(self) -> None:
-        """The worker has loaded what it needs."""
+        """Record that the worker has loaded what it needs."""
         self._vitals.ready = True
 
     def close(self) -> None:

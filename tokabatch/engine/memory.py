@@ -37,7 +37,7 @@ def captured_tokens(sizes: ReplicaSizes) -> int:
     return min(sizes.max_step_tokens, sizes.max_running + beside)
 
 
-def fitting_pages(decoder: Decoder, sizes: ReplicaSizes, page_bytes: int, *, penalised: bool = False) -> int:
+def fitting_pages(decoder: Decoder, sizes: ReplicaSizes, page_bytes: int, *, penalised: bool) -> int:
     """Return how many pages the device holds beside the loaded weights and the largest step. Raise JobError if that step does
     not fit. `penalised` is as in `Worker`."""
     device = decoder.device

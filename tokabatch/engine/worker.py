@@ -36,14 +36,13 @@ from tokabatch.parallel.peer_links import meet_neighbours
 from tokabatch.parallel.peer_memory import PeerSums
 from tokabatch.scheduling.contracts import SamplingParams, ScoredPlaces, Scores, StepBatch, StepResult
 
-AHEAD_EVERY = 4
-"""Steps between graph captures ahead of use on a worker of several tensor ranks."""
-
 if TYPE_CHECKING:
     from tokabatch.engine.captured import CapturedSteps
 
+AHEAD_EVERY = 4
+"""Steps between graph captures ahead of use on a worker of several tensor ranks."""
 SCORED_CPU, SCORED_DEVICE = 1 << 22, 1 << 26
-"""Logits processed at a time where given tokens are scored."""
+"""The most logits computed at a time when given tokens are scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class WorkerSpec:
     draws: tuple[SamplingParams, ...] = ()
     """The kinds of drawing to warm up (`warm_up.kinds_of_drawing`)."""
     async_tp: bool = True
-    """Whether products of tensor ranks may overlap with their exchange where that is measured to be quicker."""
+    """Whether products of tensor ranks may overlap with their exchange, if that is measured to be faster."""
     place: Place | None = None
     """The place of one rank in a worker of several ranks; None for a worker of one."""
 
@@ -94,7 +93,7 @@ class Worker:
         self._backend = backend
         self._shared_cache = backend.cache if isinstance(backend, Capturable) else None
         self._device = decoder.device
-        # One place more than slots: what fills up a captured step reads and writes there.
+        # One more entry than slots: the padding of captured steps reads and writes it.
         self._last_token = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)
         self._slots = SlotTable(num_slots + 1, self._device)
         self._penalties: Penalties | None = None
@@ -105,8 +104,8 @@ class Worker:
 
     @classmethod
     def build(cls, spec: WorkerSpec, mesh: Mesh | None = None) -> Worker:
-        """Load the weights, of one rank where there is a mesh, settle and allocate the cache, and on a GPU warm up. Raises
-        ModelError, also for a file that is not the one that the run began with, and JobError where the longest sample does not
+        """Load the weights, of one rank if there is a mesh, settle and allocate the cache, and on a GPU warm up. Raises
+        ModelError, also for a file that is not the one that the run began with, and JobError if the shortest sample does not
         fit beside what a step needs."""
         sizes, device, penalised = spec.sizes, torch.device(spec.device), any(params.penalised for params in spec.draws)
         if device.type == "cpu" and spec.replicas > 1:
@@ -136,12 +135,12 @@ class Worker:
 
     @torch.inference_mode()
     def warm_up(self, draws: Sequence[SamplingParams]) -> None:
-        """Compile and load every kernel, and have steps captured from now on where the backend shares its cache."""
+        """Compile and load every kernel. From now on steps are captured, if the backend is `Capturable`."""
         for step in warm_up_steps(self.sizes, draws):
             self.run(step)
         backend = self._backend
         if isinstance(backend, Capturable):
-            # Triton is there only where there is a GPU.
+            # Imports Triton, which need not be installed without a GPU.
             build = import_module("tokabatch.engine.captured").captured_on_gpu
             self._captured = build(self._decoder, backend, self._last_token, self._slots, captured_tokens(self.sizes))
 
@@ -171,24 +170,24 @@ class Worker:
         self._slots.store(slot_A.tensor, words_AW.tensor)
         launched = Launched(step.index, compute(), int(np.count_nonzero(step.run_samples)))
         if self._captured is not None and self._decoder.mesh.tensor_size > 1 and step.index % AHEAD_EVERY == 0:
-            # Of two tensor ranks that run different graphs neither goes on: which one a step runs follows from the steps alone.
+            # Two tensor ranks that run different graphs would deadlock: which ones exist must follow from the steps alone.
             self._captured.make_ahead()
         return launched
 
     @torch.inference_mode()
     def make_ahead(self) -> None:
-        """Get ready what steps to come will want, for some 20 ms: to be called while the device is busy."""
+        """Capture a graph for later steps, which takes some 20 ms; call this while the device is busy."""
         if self._captured is not None and self._decoder.mesh.tensor_size == 1:
             self._captured.make_ahead()
 
     def _by_kernels(self, step: StepBatch, outbox: Outbox) -> Callable[[], Sampled]:
-        """Kernel by kernel; what is returned computes the step once the outbox is sent."""
+        """Prepare the step kernel by kernel. The returned function computes it once the outbox is sent."""
         hidden = self._hidden(step, outbox, _last_tokens(step))
         draw = self._draw(step, outbox)
         return lambda: draw(hidden())
 
     def _draw(self, step: StepBatch, outbox: Outbox) -> Callable[[torch.Tensor], Sampled]:
-        """The head kernel by kernel: what is returned draws from hidden_SE once the outbox is sent."""
+        """Prepare the head kernel by kernel. The returned function draws from hidden_SE once the outbox is sent."""
         slots, positions = _sampled(step)
         slot, position = outbox.add(slots), outbox.add(positions)
         penalised = None if self._penalties is None else self._penalties.rows(slots, positions, outbox)
@@ -203,8 +202,8 @@ class Worker:
         return compute
 
     def _by_graphs(self, captured: CapturedSteps, step: StepBatch, outbox: Outbox) -> Callable[[], Sampled]:
-        """The same by captured graphs; kernel by kernel the layers of a step that is too large for one, and the head of a step
-        with penalised rows. A pipeline stage that is not the last draws nothing."""
+        """Prepare the step with captured graphs, except for the layers of a step that is too large for one and the head of a
+        step with penalised rows. Only the last pipeline stage draws."""
         body = captured.body.fit(step)
         rows, draws = np.flatnonzero(step.run_samples), self._decoder.mesh.is_last_stage
         if body is None:
@@ -243,8 +242,8 @@ class Worker:
     def _scoring(
         self, step: StepBatch, scored: ScoredPlaces, outbox: Outbox
     ) -> Callable[[], tuple[Sampled, tuple[torch.Tensor, ...]]]:
-        """A step that scores, and draws where it does, kernel by kernel: what is returned gives what is drawn, and what `score`
-        gives of the given tokens."""
+        """Prepare a step that scores given tokens, kernel by kernel. The returned function returns what is drawn, and the
+        results of `score`."""
         ends = np.cumsum(step.run_length)[step.run_samples] - 1
         rows = np.concatenate((scored.token, ends)) if step.draws else scored.token
         hidden, target = self._hidden(step, outbox, rows.astype(np.int32)), outbox.add(scored.target.astype(np.int64))
@@ -277,8 +276,8 @@ class Worker:
         return Sampled(packed)
 
     def _hidden(self, step: StepBatch, outbox: Outbox, rows_S: Int32 | None) -> Callable[[], torch.Tensor]:
-        """The layers kernel by kernel: what is returned gives hidden_SE of these of the step's tokens (None: of all) once the
-        outbox is sent."""
+        """Prepare the layers kernel by kernel. The returned function returns hidden_SE of these of the step's tokens (None: of
+        all) once the outbox is sent."""
         slot, position = outbox.add(token_slots(step)), outbox.add(step.positions().astype(np.int32))
         from_host = step.token_ids if step.decode_ids is None else np.concatenate((step.token_ids, step.decode_ids))
         token_ids = outbox.add(from_host)
@@ -300,7 +299,7 @@ class Worker:
 
 
 def _last_tokens(step: StepBatch) -> Int32 | None:
-    """Where on the step's token axis tokens are drawn; None where that is everywhere."""
+    """Return the places on the step's token axis at which tokens are drawn; None if that is everywhere."""
     if step.num_prefill_runs == 0:
         return None
     return (np.cumsum(step.run_length)[step.run_samples] - 1).astype(np.int32)
@@ -312,7 +311,7 @@ def _sampled(step: StepBatch) -> tuple[Int32, Int32]:
 
 
 class Launched:
-    """A step on its way: its results travel to the host behind it, and `wait` is for them alone."""
+    """A step in flight. Its results are copied to the host after it, and `wait` waits only for these."""
 
     def __init__(self, index: int, sampled: Sampled, count: int, scores: tuple[torch.Tensor, ...] | None = None) -> None:
         """`count` is the number of rows that belong to the step; the others are padding."""
