@@ -12,6 +12,7 @@ Shapes: T tokens of the step, H query heads, K key-value heads, D head dimension
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import flashinfer
 import numpy as np
@@ -19,7 +20,6 @@ import torch
 
 from tokabatch.arrays import Int32
 from tokabatch.attention.base import KVShape, token_slots
-from tokabatch.attention.capturable import PagedCache
 from tokabatch.attention.triton_decode import decode
 from tokabatch.attention.triton_page_store import PageStore
 from tokabatch.attention.upload import Outbox, Parcel
@@ -104,7 +104,7 @@ class FlashInferPagedAttention:
         self.device = device
         self.kv_dtype = kv_dtype or dtype
         self._store = PageStore(shape, self.kv_dtype, device)
-        self._cache = self._store.cache
+        self.cache = self._store.cache
         self._num_cores = torch.cuda.get_device_properties(device).multi_processor_count
         self._has_fa3 = torch.cuda.get_device_capability(device)[0] == 9 and self.kv_dtype == dtype
         # All wrappers share one workspace: their kernels run one after another on one stream.
@@ -112,10 +112,6 @@ class FlashInferPagedAttention:
         self._sets = [_Wrappers(self._workspace) for _ in range(RING)]
         self._planned: list[_Planned] = []
         self._slot_T = self._position_T = torch.empty(0, dtype=torch.int32, device=device)
-
-    @property
-    def cache(self) -> PagedCache:
-        return self._cache
 
     def update_cache(self, step: StepBatch, outbox: Outbox) -> None:
         self._store.update_cache(step, outbox)
@@ -139,7 +135,7 @@ class FlashInferPagedAttention:
         outbox.once_sent(plan_kernels)
 
     def attend(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor | None, v_TKD: torch.Tensor | None) -> torch.Tensor:
-        cache = (self._cache.k_LNKPD[layer], self._cache.v_LNKPD[layer])
+        cache = (self.cache.k_LNKPD[layer], self.cache.v_LNKPD[layer])
         if k_TKD is not None and v_TKD is not None:
             self._write(cache, k_TKD, v_TKD)
         q_THD = q_THD.contiguous()
@@ -152,7 +148,7 @@ class FlashInferPagedAttention:
     def _write(self, cache: State, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
         size = self.shape.page_size
         position_T = self._position_T.long()
-        page_T = self._cache.table[self._slot_T.long(), position_T // size].long()
+        page_T = self.cache.table[self._slot_T.long(), position_T // size].long()
         for pages, new_TKD in zip(cache, (k_TKD, v_TKD), strict=True):
             pages[page_T, :, position_T % size] = new_TKD.to(self.kv_dtype)
 
@@ -178,10 +174,8 @@ class FlashInferPagedAttention:
                 out_THD[tokens], lse_TH[tokens] = merged
         if planned.own is None:
             assert section.skip is not None
-            table = self._cache.table
-            place = self._slot_T[span], self._position_T[span]
-            prior = lse if levels else None
-            decode(q_THD[span], cache, table, *place, section.skip.tensor, out, prior)
+            place = self._slot_T[span], self._position_T[span], section.skip.tensor
+            decode(q_THD[span], cache, self.cache.table, *place, out, lse if levels else None)
         elif levels:
             state = _run(planned.own, q_THD[span], cache)
             flashinfer.merge_state_in_place(out, lse, *state)
@@ -228,37 +222,15 @@ class FlashInferPagedAttention:
         return indptr, outbox.add(pages), pages
 
     def _plan_section(self, section: _StepSection, wrappers: _Wrappers) -> _Planned:
-        levels = tuple(self._plan_level(level, wrappers) for level in section.levels)
-        if section.own is None:
+        levels = tuple(self._plan_prefill(level.passes, wrappers, level.unchanged) for level in section.levels)
+        own = section.own
+        if own is None:
             return _Planned(section, levels, None)
-        if not section.own.causal:
-            shape, passes = self.shape, section.own
-            wrappers.decoder.plan(
-                _host(passes.indptr),
-                passes.indices.tensor,
-                _host(passes.last_length),
-                shape.num_heads,
-                shape.num_kv_heads,
-                shape.head_dim,
-                shape.page_size,
-                q_data_type=self.dtype,
-                kv_data_type=self.kv_dtype,
-                seq_lens=_host(passes.keys),
-            )
-            return _Planned(section, levels, wrappers.decoder)
-        kept = wrappers.prefill(self._wants_fa3(section.own))
-        kept.planned = b""
-        self._plan_prefill(kept.wrapper, section.own)
-        return _Planned(section, levels, kept.wrapper)
-
-    def _plan_level(self, level: _Level, wrappers: _Wrappers) -> Wrapper:
-        """Plan a level unless the wrapper already holds the same plan: groups do not change while samples only decode."""
-        kept = wrappers.prefill(self._wants_fa3(level.passes))
-        if kept.planned != level.unchanged:
-            kept.planned = b""
-            self._plan_prefill(kept.wrapper, level.passes)
-            kept.planned = level.unchanged
-        return kept.wrapper
+        if own.causal:
+            return _Planned(section, levels, self._plan_prefill(own, wrappers))
+        keys, types = self._plan_arguments(own)
+        wrappers.decoder.plan(*keys, **types)
+        return _Planned(section, levels, wrappers.decoder)
 
     def _wants_fa3(self, passes: _CallPasses) -> bool:
         """Return whether the prefill kernel for Hopper GPUs is faster: see `TILE_QUERIES` and `LONG_PREFILL`."""
@@ -268,22 +240,23 @@ class FlashInferPagedAttention:
         programs = int((-(-passes.queries // TILE_QUERIES)).sum()) * self.shape.num_heads
         return programs >= self._num_cores
 
-    def _plan_prefill(self, wrapper: flashinfer.BatchPrefillWithPagedKVCacheWrapper, passes: _CallPasses) -> None:
-        shape = self.shape
-        wrapper.plan(
-            _host(np.append(0, np.cumsum(passes.queries))),
-            _host(passes.indptr),
-            passes.indices.tensor,
-            _host(passes.last_length),
-            shape.num_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            shape.page_size,
-            causal=passes.causal,
-            q_data_type=self.dtype,
-            kv_data_type=self.kv_dtype,
-            seq_lens=_host(passes.keys),
-        )
+    def _plan_prefill(self, passes: _CallPasses, wrappers: _Wrappers, unchanged: bytes = b"") -> Wrapper:
+        """Plan the step's next prefill wrapper, unless it already holds the plan of the same `unchanged` bytes: groups do not
+        change while samples only decode. A plan without them is not used again."""
+        kept = wrappers.prefill(self._wants_fa3(passes))
+        if not unchanged or kept.planned != unchanged:
+            kept.planned = b""
+            keys, types = self._plan_arguments(passes)
+            kept.wrapper.plan(_host(np.append(0, np.cumsum(passes.queries))), *keys, causal=passes.causal, **types)
+            kept.planned = unchanged
+        return kept.wrapper
+
+    def _plan_arguments(self, passes: _CallPasses) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments that the plans of all wrappers have in common: the keys and the sizes, and the data types."""
+        shape, lists = self.shape, (_host(passes.indptr), passes.indices.tensor, _host(passes.last_length))
+        sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.page_size
+        types = {"q_data_type": self.dtype, "kv_data_type": self.kv_dtype, "seq_lens": _host(passes.keys)}
+        return (*lists, *sizes), types
 
 
 @dataclass(slots=True)

@@ -54,8 +54,7 @@ class _PagePasses:
     position: Int32
 
     def take(self, index: np.ndarray) -> _PagePasses:
-        names = ("token", "queries", "slot", "first", "last", "position")
-        return _PagePasses(*(getattr(self, name)[index] for name in names))
+        return _PagePasses(*(getattr(self, name)[index] for name in _PagePasses.__slots__))
 
 
 @dataclass(frozen=True, slots=True)

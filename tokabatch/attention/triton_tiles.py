@@ -57,9 +57,7 @@ class Planes:
     """int32 [2], zero before a launch and after the merge."""
 
 
-def tile_shape(
-    page_size: int, num_heads: int, num_kv_heads: int, num_cores: int, hopper: HopperTiles | None = None
-) -> TileShape:
+def tile_shape(page_size: int, num_heads: int, num_kv_heads: int, num_cores: int, hopper: HopperTiles | None) -> TileShape:
     """Return the sizes of tiles for `attend_tiles` on a device with `num_cores` multiprocessors, or for `hopper` and
     `attend_tiles`."""
     group = num_heads // num_kv_heads
@@ -164,27 +162,13 @@ def _attend(
         whole = begin + (tl.maximum(tl.minimum(end, position + 1) - begin, 0)) // BLOCK * BLOCK
         last = position + query
         acc, highest, mass = _over_keys(
-            q,
-            acc,
-            highest,
-            mass,
-            k_head,
-            v_head,
-            pages,
-            begin,
-            whole,
-            last,
-            page_stride,
-            scale,
-            DIM,
-            DIM_PAD,
-            PAGE,
-            BLOCK,
-            False,
-        )
+            q, acc, highest, mass, k_head, v_head, pages, begin, whole, last, page_stride, scale,
+            DIM, DIM_PAD, PAGE, BLOCK, False,
+        )  # fmt: skip
         acc, highest, mass = _over_keys(
-            q, acc, highest, mass, k_head, v_head, pages, whole, end, last, page_stride, scale, DIM, DIM_PAD, PAGE, BLOCK, True
-        )
+            q, acc, highest, mass, k_head, v_head, pages, whole, end, last, page_stride, scale,
+            DIM, DIM_PAD, PAGE, BLOCK, True,
+        )  # fmt: skip
         out = acc / mass[:, None]
         tl.store(state_ptr + plane * plane_rows * DIM + place, out.to(state_ptr.dtype.element_ty), mask=inside)
         tl.store(lse_ptr + plane * plane_rows + head, highest + tl.log2(mass), mask=is_row)

@@ -23,11 +23,11 @@ class Layout:
     """`replicas` copies of the weights, each over `tensor` x `pipeline` devices. `devices` has an entry for each replica: its
     GPUs as `CUDA_VISIBLE_DEVICES` names them, none on a CPU. `reason` explains the number of replicas."""
 
-    replicas: int = 1
-    tensor: int = 1
-    pipeline: int = 1
-    devices: tuple[tuple[str, ...], ...] = ((),)
-    reason: str = ""
+    replicas: int
+    tensor: int
+    pipeline: int
+    devices: tuple[tuple[str, ...], ...]
+    reason: str
 
     def __str__(self) -> str:
         split = f" of {self.tensor} x {self.pipeline} devices (tensor x pipeline)" if self.tensor * self.pipeline > 1 else ""
