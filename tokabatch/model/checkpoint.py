@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from tokabatch.errors import ModelError
 from tokabatch.model.foreign_files import refuse_pointer
-from tokabatch.model.spec import ModelSpec, tensor_shapes
+from tokabatch.model.spec import EMBEDDING, HEAD, ModelSpec, tensor_shapes
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -52,7 +52,7 @@ def preflight(folder: Path, spec: ModelSpec) -> Checkpoint:
     """Check that the files are complete and hold exactly the tensors that `spec` needs, in their shapes. Raises ModelError
     naming the file, the tensor and both shapes."""
     checkpoint = read_checkpoint(folder)
-    wanted = {spec.checkpoint_name(name): shape for name, shape in tensor_shapes(spec).items()}
+    wanted = tensor_shapes(spec)
     for name, shape in wanted.items():
         found = checkpoint.tensors.get(name)
         if found is None:
@@ -60,16 +60,14 @@ def preflight(folder: Path, spec: ModelSpec) -> Checkpoint:
         if found.shape != shape:
             problem = f"tensor {name} has shape {list(found.shape)}, but config.json says {list(shape)}"
             raise ModelError(f"{found.file}: {problem}. Use the config.json that belongs to these weights.")
-    head = spec.checkpoint_name("lm_head.weight")
     for name, info in checkpoint.tensors.items():
         if name in wanted or name.endswith(_NEVER_USED):
             continue
-        if name != head:
+        if name != HEAD:
             remedy = "The weights and config.json must belong together, and adapters must be merged."
             problem = f"tensor {name} {list(info.shape)} is not part of this {spec.family} model"
             raise ModelError(f"{info.file}: {problem}. {remedy}")
-        embed = checkpoint.tensors[spec.checkpoint_name("model.embed_tokens.weight")]
-        if _bytes_differ(name, info, spec.checkpoint_name("model.embed_tokens.weight"), embed):
+        if _bytes_differ(name, info, EMBEDDING, checkpoint.tensors[EMBEDDING]):
             remedy = 'Set "tie_word_embeddings": false in config.json if the two are meant to differ.'
             raise ModelError(f"{info.file}: config.json ties {name} to the embedding, but the values differ. {remedy}")
     return checkpoint

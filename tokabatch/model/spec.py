@@ -48,14 +48,9 @@ class ModelSpec:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    checkpoint_names: tuple[tuple[str, str], ...] = ()
-    """Where a family's tensor names differ from Llama's: pairs of (our substring, the checkpoint's)."""
 
-    def checkpoint_name(self, name: str) -> str:
-        """The checkpoint's name for a tensor of `tensor_shapes`."""
-        for ours, theirs in self.checkpoint_names:
-            name = name.replace(ours, theirs)
-        return name
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def layer_prefix(layer: int) -> str:
@@ -83,10 +78,10 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if spec.qk_norm:
         of_layer |= {"self_attn.q_norm.weight": (spec.head_dim,), "self_attn.k_norm.weight": (spec.head_dim,)}
     of_layer["post_attention_layernorm.weight"] = (spec.hidden_size,)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, spec.hidden_size)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
     for layer in range(spec.num_layers):
         shapes |= {layer_prefix(layer) + name: shape for name, shape in of_layer.items()}
     shapes["model.norm.weight"] = (spec.hidden_size,)
     if not spec.tied_embeddings:
-        shapes["lm_head.weight"] = (spec.vocab_size, spec.hidden_size)
+        shapes[HEAD] = (spec.vocab_size, spec.hidden_size)
     return shapes

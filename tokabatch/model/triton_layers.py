@@ -14,8 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 _BLOCK = 2048
 _ROWS, _COLUMNS, _DEPTH, _GROUP = 128, 128, 64, 8
 """Tile of a gated product: tokens, outputs, features read at once, and row blocks that share a block of weights."""
-FP8_MAX = 448.0
-"""Largest finite e4m3 value."""
+_FP8_MAX = tl.constexpr(448.0)
+"""The largest finite e4m3 value."""
 
 
 @triton.jit
@@ -48,38 +48,36 @@ def _gated_product(
 
 
 @triton.jit
-def _store_fp8(values, inside, out_ptr, scale_ptr, row, size, offset, MAX: tl.constexpr):
-    """Round one row to e4m3 by its own scale, the largest magnitude at `MAX`."""
+def _store_fp8(values, inside, out_ptr, scale_ptr, row, size, offset):
+    """Round one row to e4m3 by its own scale, which puts the largest magnitude at e4m3's largest value."""
     largest = tl.max(tl.where(inside, tl.abs(values), 0.0), 0)
-    scale = tl.maximum(largest, 1e-12) / MAX
+    scale = tl.maximum(largest, 1e-12) / _FP8_MAX
     tl.store(out_ptr + row * size + offset, (values / scale).to(tl.float8e4nv), mask=inside)
     tl.store(scale_ptr + row, scale)
 
 
 @triton.jit
-def _gate_fp8(gate_up_ptr, out_ptr, scale_ptr, size, row_stride, MAX: tl.constexpr, BLOCK: tl.constexpr):
+def _gate_fp8(gate_up_ptr, out_ptr, scale_ptr, size, row_stride, BLOCK: tl.constexpr):
     row, offset = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = offset < size
     gate = tl.load(gate_up_ptr + row * row_stride + offset, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * row_stride + size + offset, mask=inside, other=0.0).to(tl.float32)
-    _store_fp8(gate * tl.sigmoid(gate) * up, inside, out_ptr, scale_ptr, row, size, offset, MAX)
+    _store_fp8(gate * tl.sigmoid(gate) * up, inside, out_ptr, scale_ptr, row, size, offset)
 
 
 @triton.jit
 def _norm(
-    x_ptr, weight_ptr, out_ptr, scale_ptr, size, eps, HAS_WEIGHT: tl.constexpr, HAS_NORM: tl.constexpr, TO_FP8: tl.constexpr,
-    MAX: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, weight_ptr, out_ptr, scale_ptr, size, eps, HAS_NORM: tl.constexpr, TO_FP8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: x / rms(x) * weight, to the output's dtype, or to e4m3 with the row's scale."""
+    """One row: x, or with HAS_NORM x / rms(x) * weight, to the output's dtype, or to e4m3 with the row's scale."""
     row, offset = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = offset < size
     x = tl.load(x_ptr + row * size + offset, mask=inside, other=0.0).to(tl.float32)
     if HAS_NORM:
         x = x * tl.rsqrt(tl.sum(x * x, 0) / size + eps)
-    if HAS_WEIGHT:
         x = x * tl.load(weight_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     if TO_FP8:
-        _store_fp8(x, inside, out_ptr, scale_ptr, row, size, offset, MAX)
+        _store_fp8(x, inside, out_ptr, scale_ptr, row, size, offset)
     else:
         tl.store(out_ptr + row * size + offset, x.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -176,7 +174,7 @@ def gate_fp8(gate_up_T2F: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if num_tokens:
         block = triton.next_power_of_2(size)
         _gate_fp8[(num_tokens,)](
-            gate_up_T2F, out_TF, scale_T1, size, gate_up_T2F.stride(0), MAX=FP8_MAX, BLOCK=block, num_warps=_row_warps(block)
+            gate_up_T2F, out_TF, scale_T1, size, gate_up_T2F.stride(0), BLOCK=block, num_warps=_row_warps(block)
         )
     return out_TF, scale_T1
 
@@ -189,7 +187,7 @@ def rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Te
         block = triton.next_power_of_2(size)
         _norm[(num_tokens,)](
             x_TE, weight_E, out_TE, None, size, eps,
-            HAS_WEIGHT=True, HAS_NORM=True, TO_FP8=False, MAX=FP8_MAX, BLOCK=block, num_warps=_row_warps(block),
+            HAS_NORM=True, TO_FP8=False, BLOCK=block, num_warps=_row_warps(block),
         )  # fmt: skip
     return out_TE
 
@@ -201,10 +199,9 @@ def to_fp8(x_TE: torch.Tensor, weight_E: torch.Tensor | None = None, eps: float 
     out_TE, scale_T1 = _fp8_rows(num_tokens, size, x_TE.device)
     if num_tokens:
         block = triton.next_power_of_2(size)
-        has_norm = weight_E is not None
         _norm[(num_tokens,)](
             x_TE, weight_E, out_TE, scale_T1, size, eps,
-            HAS_WEIGHT=has_norm, HAS_NORM=has_norm, TO_FP8=True, MAX=FP8_MAX, BLOCK=block, num_warps=_row_warps(block),
+            HAS_NORM=weight_E is not None, TO_FP8=True, BLOCK=block, num_warps=_row_warps(block),
         )  # fmt: skip
     return out_TE, scale_T1
 

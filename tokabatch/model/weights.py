@@ -20,7 +20,7 @@ from tokabatch.model.decoder import Decoder, DecoderWeights, LayerWeights
 from tokabatch.model.layers import rotary_table
 from tokabatch.model.linear import Linear, make_linear
 from tokabatch.model.partition import VocabularyShard, check_mesh, kv_heads, stage_layers
-from tokabatch.model.spec import ModelSpec, layer_prefix
+from tokabatch.model.spec import EMBEDDING, HEAD, ModelSpec, layer_prefix
 from tokabatch.parallel.mesh import Mesh
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -136,13 +136,13 @@ def load_decoder(
     mesh = mesh or Mesh.single()
     check_mesh(spec, mesh)
     checkpoint = preflight(folder, spec)
-    blank = _Blank(spec, mesh, resolve_dtype(dtype, spec, checkpoint), torch.device(device))
+    blank = _Blank(spec, mesh, resolve_dtype(dtype, checkpoint), torch.device(device))
     layers = [_blank_layer(blank, layer) for layer in stage_layers(spec, mesh)]
     needs_embedding = mesh.is_first_stage or (spec.tied_embeddings and mesh.is_last_stage)
-    embed = blank.vocabulary("model.embed_tokens.weight") if needs_embedding else None
+    embed = blank.vocabulary(EMBEDDING) if needs_embedding else None
     norm = blank.vector("model.norm.weight", spec.hidden_size) if mesh.is_last_stage else None
-    head = embed if spec.tied_embeddings else blank.vocabulary("lm_head.weight") if mesh.is_last_stage else None
-    _fill(checkpoint, spec, blank)
+    head = embed if spec.tied_embeddings else blank.vocabulary(HEAD) if mesh.is_last_stage else None
+    _fill(checkpoint, blank)
     layers.reverse()
     weights = DecoderWeights(
         layers=tuple(layers.pop().finish(fp8) for _ in range(len(layers))),
@@ -154,12 +154,12 @@ def load_decoder(
     return Decoder(spec, mesh, weights)
 
 
-def resolve_dtype(dtype: str | torch.dtype, spec: ModelSpec, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype by name, or the checkpoint's for "auto": that of its embedding."""
+def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype by name, or the checkpoint's for "auto": that of its embedding."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        return _STORED[checkpoint.tensors[spec.checkpoint_name("model.embed_tokens.weight")].dtype]
+        return _STORED[checkpoint.tensors[EMBEDDING].dtype]
     return named_dtype(dtype)
 
 
@@ -197,9 +197,8 @@ def _head_rows(heads: range, head_dim: int) -> range:
     return range(heads.start * head_dim, heads.stop * head_dim)
 
 
-def _fill(checkpoint: Checkpoint, spec: ModelSpec, blank: _Blank) -> None:
-    places = {spec.checkpoint_name(name): place for name, place in blank.places.items()}
-    blank.places.clear()
+def _fill(checkpoint: Checkpoint, blank: _Blank) -> None:
+    places, blank.places = blank.places, {}
     for file, names in checkpoint.by_file().items():
         with safe_open(file, framework="pt") as tensors:
             for name in names:

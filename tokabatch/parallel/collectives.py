@@ -38,7 +38,7 @@ def all_gather_last(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
 
 
 def all_gather_first(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """Concatenate them along the first axis."""
+    """Concatenate the tensor ranks' `x` (equal shapes) along the first axis."""
     if mesh.tensor_size == 1:
         return x
     gathered = torch.empty((mesh.tensor_size * x.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device)

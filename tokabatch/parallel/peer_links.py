@@ -48,8 +48,8 @@ class PeerLink:
         self._count = 0
 
     def send(self, hidden_TE: torch.Tensor) -> None:
-        """Copies the message, whose memory may be written to by what the stream does next. The stream waits only where all
-        slots hold messages that have not been received."""
+        """Copy the message, whose memory later work of the stream may write to. The stream waits only if all slots hold
+        messages that have not been received."""
         slot = self._count % len(self._slots)
         if self._count >= len(self._slots):
             self._signals.wait_signal(self._peer, len(self._slots) + slot)
@@ -58,7 +58,7 @@ class PeerLink:
         self._count += 1
 
     def receive(self, room_TE: torch.Tensor) -> torch.Tensor:
-        """Fills `room_TE`, which has the shape of the message, and returns it. The stream waits for the message."""
+        """Fill `room_TE`, which has the shape of the message, and return it. The stream waits for the message."""
         slot = self._count % len(self._slots)
         self._signals.wait_signal(self._peer, slot)
         room_TE.copy_(self._slots[slot][: len(room_TE)])

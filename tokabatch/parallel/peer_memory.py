@@ -78,22 +78,22 @@ class PeerSums:
 
 
 def gather_and_multiply(x_tI: torch.Tensor, weight_t_IO: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """All ranks' x, one below the other, times W: [T, O]. A rank's part is multiplied while the next one is fetched."""
+    """Return all ranks' x, one below the other, times W: [T, O]. A rank's part is multiplied while the next one is fetched."""
     group = mesh.tensor_group and mesh.tensor_group.group_name
     _, products = torch.ops.symm_mem.fused_all_gather_matmul(x_tI, [weight_t_IO], 0, group, return_A=False)
     return products[0]
 
 
 def multiply_and_scatter(x_TI: torch.Tensor, weight_t_IO: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """This rank's rows of the sum over ranks of x W: [t, O]. A part is sent while the next one is multiplied."""
+    """Return this rank's rows of the sum over ranks of x W: [t, O]. A part is sent while the next one is multiplied."""
     group = mesh.tensor_group and mesh.tensor_group.group_name
     return torch.ops.symm_mem.fused_matmul_reduce_scatter(x_TI, weight_t_IO, "sum", 0, group)
 
 
 @dataclass(frozen=True, slots=True)
 class OverlapTimes:
-    """Milliseconds that a product of a layer takes on the slowest rank: overlapped with the exchange of its tokens, behind or
-    before it, and with tokens that every rank has, the sum included where there is one."""
+    """Milliseconds that a product of a layer takes on the slowest rank: overlapped with the exchange of its tokens, before or
+    after that exchange, and with tokens that every rank has, including the sum if there is one."""
 
     overlapped: float
     scattered: float
@@ -101,8 +101,8 @@ class OverlapTimes:
 
 
 def measure_overlap(weight_t_IO: torch.Tensor, is_column: bool, num_tokens: int, mesh: Mesh) -> OverlapTimes:
-    """Of a step of so many tokens, a multiple of the ranks. Every tensor rank must call it, and gets the same. Raises
-    RuntimeError where the overlapped product fails, or is another one."""
+    """Measure a product of a step of so many tokens, a multiple of the ranks. Every tensor rank must call it and gets the same
+    result. Raises RuntimeError if the overlapped product fails or differs."""
     device, dtype = weight_t_IO.device, weight_t_IO.dtype
     x_TI = torch.randn(num_tokens, weight_t_IO.shape[0], device=device).to(dtype)
     if is_column:

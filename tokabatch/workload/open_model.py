@@ -73,7 +73,7 @@ def open_without_weights(
     check_mesh(spec, Mesh(0, layout.tensor, layout.pipeline))
     local = Path(job.model.path).expanduser().is_dir()
     checkpoint = preflight(folder, spec) if local and (weights or has_weights(folder)) else None
-    dtype = _choose_dtype(job, device, folder, spec, checkpoint)
+    dtype = _choose_dtype(job, device, folder, checkpoint)
     if not absent_gpu:
         _check_fp8(job, device, dtype, spec)
     refuse_pointer(tokenizer_folder / TOKENIZER_JSON)
@@ -110,18 +110,18 @@ def _tokenizer_folder(job: Job, folder: Path) -> Path:
 def with_weights(job: Job, model: OpenModel) -> OpenModel:
     """Download the weights and complete the model with what depends on them."""
     checkpoint = preflight(resolve_model(job.model.path, job.model.revision), model.spec)
-    dtype = _choose_dtype(job, model.device, model.folder, model.spec, checkpoint)
+    dtype = _choose_dtype(job, model.device, model.folder, checkpoint)
     return replace(model, dtype=dtype, files=known_files(model.folder, _tokenizer_folder(job, model.folder)))
 
 
-def _choose_dtype(job: Job, device: str, folder: Path, spec: ModelSpec, checkpoint: Checkpoint | None) -> torch.dtype:
+def _choose_dtype(job: Job, device: str, folder: Path, checkpoint: Checkpoint | None) -> torch.dtype:
     """Resolve the dtype: `auto` is float32 on a CPU and the checkpoint's own elsewhere, taken from its config if the weights
     are not downloaded yet."""
     stated = "float32" if job.model.dtype == "auto" and device == "cpu" else job.model.dtype
     if stated == "auto" and checkpoint is None:
         values = read_config(folder).values
         stated = str(values.get("dtype") or values.get("torch_dtype") or "float32")
-    return named_dtype(stated) if checkpoint is None else resolve_dtype(stated, spec, checkpoint)
+    return named_dtype(stated) if checkpoint is None else resolve_dtype(stated, checkpoint)
 
 
 def pick_device(job: Job) -> str:

@@ -133,7 +133,7 @@ def changed(
     outbox.send()
     found: dict[int, torch.Tensor] = {}
     for block in rows.blocks(VOCAB) if rows else ():
-        each = block.apply(logits.index_select(0, block.row_B))
+        each = block.rows.table.apply(logits.index_select(0, block.row_B), block)
         found |= {int(slot): values.cpu() for slot, values in zip(block.slot_B, each, strict=True)}
     return found
 

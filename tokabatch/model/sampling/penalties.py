@@ -70,10 +70,6 @@ class PenalisedBlock:
     slot_B: torch.Tensor
     position_B: torch.Tensor
 
-    def apply(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """Return the changed logits of these rows, [B, V] of a wider tensor, float64 for float64 and else float32."""
-        return self.rows.table.apply(logits_BV, self)
-
 
 class Penalties:
     """State on the device: the token ids of all pages, the page table, and each slot's penalties."""
@@ -137,7 +133,7 @@ class Penalties:
         )
 
     def apply(self, logits_BV: torch.Tensor, block: PenalisedBlock) -> torch.Tensor:
-        """See `PenalisedBlock`."""
+        """Return the changed logits of a block's rows, [B, V] of a wider tensor, float64 for float64 and else float32."""
         vocab_size, rows = logits_BV.shape[1], block.rows
         dtype = torch.float64 if logits_BV.dtype == torch.float64 else torch.float32
         # One column more takes what is meant for no token. Every row begins at 64 bytes.

@@ -144,7 +144,7 @@ def _sample_penalised(
     for block in penalised.blocks(shard.vocab_size):
         plain_BV = all_gather_last(logits_SV.index_select(0, block.row_B), shard.mesh)[:, : shard.vocab_size]
         of_block = replace(inputs, slot_S=block.slot_B, position_S=block.position_B, max_logprobs=-1)
-        drawn = sample(block.apply(plain_BV), of_block, last_token)
+        drawn = sample(penalised.table.apply(plain_BV, block), of_block, last_token)
         unchanged = _Block(plain_BV, inputs, inputs.table.columns(block.slot_B), _whole(plain_BV))
         packed[:, block.row_B] = unchanged.packed(drawn.token_S.long(), drawn.finite_S)
     return Sampled(packed)
