@@ -47,9 +47,9 @@ def lognormal(mean: float, sigma: float, seed: int = 0) -> DrawnLengths:
     return DrawnLengths(values * (mean / values.mean()), seed)
 
 
-def observed(lengths: Int32, seed: int = 0) -> DrawnLengths:
+def observed(lengths: Int32) -> DrawnLengths:
     """Return lengths distributed like those of an earlier run."""
-    return DrawnLengths(np.quantile(lengths, np.linspace(0.0, 1.0, min(len(lengths), 100_001))), seed)
+    return DrawnLengths(np.quantile(lengths, np.linspace(0.0, 1.0, min(len(lengths), 100_001))))
 
 
 def uniform(row: Int64, sample: Int32, seed: int) -> Float64:

@@ -26,16 +26,16 @@ CostModel = Roofline | Profile
 
 
 def read_profile(job: Job) -> SavedProfile | None:
-    """The job's profile, for a run on this machine; None where it names none. Raises JobError for a file that is none, or one
-    measured on another device."""
+    """Return the job's profile, for a run on this machine; None if the job names none. Raises JobError for a file that is not a
+    profile, or one measured on another device."""
     if job.engine.profile is None:
         return None
     return profile_of(Path(job.engine.profile), device_name(pick_device(job)), "engine.profile")
 
 
 def profile_of(path: Path, device: str, key: str) -> SavedProfile:
-    """The profile in a file that `key` names. Raises JobError for a file that is none, or one measured on another device than
-    the one named."""
+    """Return the profile in a file that `key` names. Raises JobError for a file that is not a profile, or one that was not
+    measured on this `device`."""
     try:
         profile = load_profile(path)
     except UsageError as error:
@@ -47,7 +47,7 @@ def profile_of(path: Path, device: str, key: str) -> SavedProfile:
 
 
 def device_name(device: str) -> str:
-    """What profiles and summaries call this machine's `cpu` or `cuda`."""
+    """Return the name of this machine's `cpu` or `cuda` in profiles and summaries."""
     if device != "cuda":
         return PROCESSOR
     found = find_device(torch.cuda.get_device_name())
@@ -55,12 +55,12 @@ def device_name(device: str) -> str:
 
 
 def has_known_rates(device: str) -> bool:
-    """Whether a roofline can be made for this machine's `cpu` or `cuda`."""
+    """Return whether a roofline can be made for this machine's `cpu` or `cuda`."""
     return device != "cuda" or find_device(torch.cuda.get_device_name()) is not None
 
 
 def present_device(device: str) -> Device:
-    """This machine's `cpu` or `cuda`. Raises UsageError for a GPU whose rates are not known."""
+    """Return this machine's `cpu` or `cuda`. Raises UsageError for a GPU whose rates are not known."""
     if device != "cuda":
         return measure_processor(available_memory())
     found = find_device(torch.cuda.get_device_name())
@@ -70,8 +70,8 @@ def present_device(device: str) -> Device:
 
 
 def cost_model(workload: OpenModel, device: Device | None, profile: SavedProfile | None) -> tuple[CostModel, str]:
-    """The measured profile where there is one, else the roofline of `device` (this machine's by default), for a GPU with what
-    steps take beside it; and what it is. Raises UsageError for a device whose rates are not known."""
+    """Return the measured profile if there is one, else the roofline of `device` (this machine's by default), for a GPU with
+    the overhead of steps; and the model in words. Raises UsageError for a device whose rates are not known."""
     if profile is not None:
         return profile.of_model(workload.spec), f"the profile of {profile.source}"
     roofline, described = _roofline(workload, device)
@@ -82,29 +82,30 @@ def cost_model(workload: OpenModel, device: Device | None, profile: SavedProfile
 
 
 def _roofline(workload: OpenModel, device: Device | None) -> tuple[Roofline, str]:
-    """The roofline of `device` (this machine's by default), and its description. Raises UsageError as `cost_model` does."""
+    """Return the roofline of `device` (this machine's by default), and the same in words. Raises UsageError as `cost_model`
+    does."""
     device = device or present_device(workload.device)
     roofline = Roofline(workload.spec, device.rates, workload.dtype.itemsize)
     return roofline, "the roofline" if device.measured else "the roofline (published rates, scaled)"
 
 
 def price_steps(workload: OpenModel, steps: Steps, profile: SavedProfile | None) -> tuple[float, str]:
-    """Seconds of steps that were taken, by the measured profile where there is one, else the least that the roofline of this
-    machine's device allows; and which it is. Raises UsageError for a device whose rates are not known."""
+    """Return the seconds of steps that were taken, by the measured profile if there is one, else the least that the roofline of
+    this machine's device allows; and the model in words. Raises UsageError for a device whose rates are not known."""
     cost, described = _roofline(workload, None) if profile is None else cost_model(workload, None, profile)
     return float(np.sum(cost.seconds(steps.work))), f"{described} of {device_of(cost).name}"
 
 
 def device_of(cost: CostModel) -> DeviceRates:
-    """The device whose seconds a cost model gives."""
+    """Return the device of a cost model."""
     return cost.roofline.device if isinstance(cost, Profile) else cost.device
 
 
 def size_replica(job: Job, workload: Demand, profile: SavedProfile | None, absent: Device | None = None) -> ReplicaSizes:
-    """The sizes on this machine's device, or what they come to on a GPU that is not here. Raises JobError.
+    """Return the sizes on this machine's device, or on an `absent` GPU. Raises JobError.
 
-    The cost model decides how large steps are where there is one: a processor is not measured for that, and some GPUs' rates
-    are not known."""
+    The cost model decides how large steps are, if there is one: a processor is not measured for that, and the rates of some
+    GPUs are not known."""
     device, cost = absent, None
     if device is None and workload.device == "cuda":
         device = find_device(torch.cuda.get_device_name())
@@ -127,7 +128,7 @@ def size_replica(job: Job, workload: Demand, profile: SavedProfile | None, absen
 
 
 def _worth_running(cost: CostModel, workload: Demand) -> int:
-    """Samples to run at once on a GPU, by what is left to draw, of which each replica draws its part."""
+    """Return how many samples a replica runs at once on a GPU, by its part of what is left to draw."""
     sampling = workload.requests.sampling
     given = [params.has_given_length for params in sampling]
     weights = np.bincount(workload.requests.params, weights=workload.num_samples, minlength=len(sampling)).astype(np.float64)

@@ -49,20 +49,20 @@ KNOWN = {
 
 
 def find_device(name: str) -> Device | None:
-    """The known device that CUDA or a summary calls `name`, to the letter: variants of a name differ in memory and rates, and
-    so do slices of a GPU."""
+    """Return the known device that has exactly this `name` in CUDA or in a summary: variants of a name differ in memory and
+    rates, and so do slices of a GPU."""
     return next((device for device in KNOWN.values() if name in (*device.names, device.rates.name)), None)
 
 
 def known_device(key: str) -> Device:
-    """The device of this key. Raises UsageError for one whose rates are not known."""
+    """Return the device of this key. Raises UsageError for one whose rates are not known."""
     if key not in KNOWN:
         raise UsageError(f"there is no device `{key}` to simulate; write one of {', '.join(KNOWN)}")
     return KNOWN[key]
 
 
 def measure_processor(memory: float) -> Device:
-    """This machine's processor, measured in float32 for about a third of a second: the best of what other work leaves."""
+    """Measure this machine's processor in float32, for about a third of a second: the fastest of several trials."""
     a = np.ones((768, 768), np.float32)
     b = np.ones(16 << 20, np.float32)
     out = np.empty_like(b)
@@ -72,7 +72,7 @@ def measure_processor(memory: float) -> Device:
 
 
 def _best_time(work: Callable[[], object]) -> float:
-    """The shortest of the repetitions that fit `_PROBE_SECONDS`, and of five at least."""
+    """Return the shortest time of the repetitions that fit into `_PROBE_SECONDS`, of at least five."""
     best, begun, count = math.inf, time.perf_counter(), 0
     while count < 5 or time.perf_counter() - begun < _PROBE_SECONDS:
         begin = time.perf_counter()

@@ -38,7 +38,7 @@ TRIAL_SAMPLES, TRIAL_WAVES = 20_000, 8
 
 
 def scenario_profile(job: Job, scenario: Scenario, device: Device | None) -> SavedProfile | None:
-    """The profile to size and price by. Raises JobError for one of another device."""
+    """Return the profile to size and price by. Raises JobError for one of another device."""
     path, key = (scenario.profile, "--profile") if scenario.profile is not None else (job.engine.profile, "engine.profile")
     name = device_name(pick_device(job)) if device is None else device.rates.name
     return None if path is None else profile_of(Path(path), name, key)
@@ -50,12 +50,12 @@ def predict_run(
     scenario: Scenario,
     device: Device | None,
     profile: SavedProfile | None,
-    fleet: FleetRules | None = None,
-    on_share: Callable[[float], None] = lambda share: None,
+    fleet: FleetRules,
+    on_share: Callable[[float], None],
 ) -> Outlook:
     """Simulate the whole job in its layout, each replica under `limits` on the scenario's `device`, then a part of it on one
     replica under others. `fleet` says how several replicas share the work; `on_share` is called with the share of all this that
-    is done. Raises UsageError where nothing is left to run, or nothing is known of this machine's device."""
+    is done. Raises UsageError if nothing is left to run, or nothing is known of this machine's device."""
     if not len(workload.requests):
         raise UsageError("there is nothing to simulate: every row is an error row; `plan` without --simulate says why")
     cost, cost_described = cost_model(workload, device, profile)
@@ -101,9 +101,9 @@ def predict_run(
 def least_seconds(
     workload: Workload, max_running: int, device: Device | None, profile: SavedProfile | None
 ) -> tuple[float, str]:
-    """What a job takes at least where every sample has max_tokens tokens and each replica runs so many at once, without the
-    attention to prompts and without the scheduler, which `predict_run` simulates; and on what, by which cost model. Raises
-    UsageError where nothing is known of this machine's device."""
+    """Return the least time of a job whose samples all have max_tokens tokens and whose replicas run so many at once, without
+    the attention to prompts and without the scheduler, which `predict_run` simulates; and the device and the cost model in
+    words. Raises UsageError if nothing is known of this machine's device."""
     cost, described = cost_model(workload, device, profile)
     layout, sampling = workload.layout, workload.requests.sampling
     seconds = seconds_of_ranks(cost, layout.tensor, layout.pipeline)
@@ -116,8 +116,9 @@ def least_seconds(
 
 
 def profile_run(out: Path, target: Path, device: str | None = None) -> Profile:
-    """Fit a profile to the steps recorded in an output folder and write it to `target`, in place of an earlier profile at most;
-    `device` is a key in `KNOWN`, for a run that has not noted its device. Raises UsageError where there are too few steps."""
+    """Fit a profile to the steps recorded in an output folder and write it to `target`, which may be an earlier profile but no
+    other file; `device` is a key in `KNOWN`, for a run that has not noted its device. Raises UsageError if there are too few
+    steps."""
     folder = OutputFolder(out)
     manifest, columns = read_manifest(folder), consistently(lambda: read_steps(folder), out)
     if manifest is None:
@@ -147,7 +148,8 @@ def profile_run(out: Path, target: Path, device: str | None = None) -> Profile:
 
 
 def _ran_on(noted: str, key: str | None) -> Device:
-    """The device of a run by what it noted, or by its key where that is not known. Raises UsageError where they differ."""
+    """Return the device of a run by the name that it noted, or by its key if the name is not known. Raises UsageError if they
+    differ."""
     found = find_device(noted)
     if key is None:
         if found is None and noted not in ("", PROCESSOR):
@@ -160,7 +162,7 @@ def _ran_on(noted: str, key: str | None) -> Device:
 
 
 def over_time(steps: Steps, column: str, whole: float) -> tuple[float, ...]:
-    """The time-weighted mean of a column over equal parts of a run, as shares of `whole`."""
+    """Return the time-weighted mean of a column over equal parts of a run, as shares of `whole`."""
     seconds = steps["seconds"]
     part = np.minimum((np.cumsum(seconds) - seconds / 2) / max(seconds.sum(), 1e-12) * PARTS, PARTS - 1).astype(np.int64)
     weight = np.bincount(part, weights=seconds, minlength=PARTS)
@@ -186,16 +188,15 @@ class _Meter:
 
 
 def _part(workload: Workload, limits: SchedulerLimits) -> tuple[Requests, int]:
-    """The first prompts of the plan, which have about as many samples as a trial takes; how many they have."""
+    """Return the first prompts of the plan, with about as many samples as a trial runs, and the number of their samples."""
     requests, total = workload.requests, np.cumsum(workload.num_samples)
     wanted = min(TRIAL_SAMPLES, TRIAL_WAVES * limits.max_running)
     count = min(len(requests), int(np.searchsorted(total, wanted)) + 1)
-    columns = {name: getattr(requests, name)[:count] for name in ("row_index", "start", "length", "lcp", "params")}
-    return replace(requests, **columns), int(total[count - 1])
+    return requests.take(np.arange(count)), int(total[count - 1])
 
 
 def _settings(limits: SchedulerLimits) -> list[SchedulerLimits]:
-    """A few running limits and token budgets to try."""
+    """Return a few running limits and token budgets to try."""
     budget = max(limits.max_step_tokens - limits.max_running, 1)
     pairs = {(limits.max_running, budget)}
     pairs |= {(max(1, limits.max_running // 2), budget), (max(1, limits.max_running // 4), budget)}
@@ -204,12 +205,12 @@ def _settings(limits: SchedulerLimits) -> list[SchedulerLimits]:
 
 
 def _steps_each(tried: SchedulerLimits, limits: SchedulerLimits) -> float:
-    """How many steps a sample takes under the limits that are tried, in those it takes under `limits`."""
+    """Return how many times as many steps a sample takes under the limits that are tried as under `limits`."""
     return limits.max_running / tried.max_running
 
 
 def _trials(tried: Sequence[SchedulerLimits], runs: Sequence[Simulation]) -> tuple[Trial, ...]:
-    # Of settings that differ by less than half a percent the smallest will do: it needs less memory.
+    # Of settings that differ by less than half a percent, the smallest is best: it needs less memory.
     least = min(run.seconds for run in runs)
     best = next(i for i, run in enumerate(runs) if run.seconds <= 1.005 * least)
     return tuple(

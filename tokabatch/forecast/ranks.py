@@ -20,8 +20,8 @@ Measured on two H200 with NVLink, from 64 KiB to 64 MiB."""
 
 
 def seconds_of_ranks(cost: Roofline | Profile, tensor: int, pipeline: int) -> Callable[[StepWork], Number]:
-    """The time of a step on `tensor` x `pipeline` devices; with several pipeline stages, that of one stage, which is the
-    interval between steps."""
+    """Return the time of a step on `tensor` x `pipeline` devices as a function of its work; with several pipeline stages, that
+    of one stage, which is the interval between steps."""
     roofline = cost.roofline if isinstance(cost, Profile) else cost
     spec, fixed = roofline.spec, cost.coefficients[0] if isinstance(cost, Profile) else 0.0
     part = replace(

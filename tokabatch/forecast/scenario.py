@@ -25,7 +25,7 @@ class Scenario:
 
 
 def check_scenario(scenario: Scenario) -> Device | None:
-    """The device that is assumed, None for this machine's. Raises UsageError for a bad scenario."""
+    """Return the device that is assumed, None for this machine's. Raises UsageError for a bad scenario."""
     read_lengths(scenario.lengths)
     if scenario.price is not None and not 0 <= scenario.price < math.inf:
         raise UsageError(f"--price {scenario.price:g}: write the price of an hour of the device, such as 3.5")
@@ -33,7 +33,7 @@ def check_scenario(scenario: Scenario) -> Device | None:
 
 
 def read_lengths(described: str) -> tuple[Lengths, str]:
-    """The source of lengths that a scenario names, and its description. Raises UsageError for one that there is not."""
+    """Return the source of lengths that a scenario names, and its description. Raises UsageError for an unknown one."""
     if described == "max":
         return Unstopped(), "every sample runs to max_tokens"
     if Path(described).is_dir():

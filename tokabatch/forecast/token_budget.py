@@ -108,11 +108,11 @@ def expected_seconds(
 
 
 def _decode(samples: Number, own: Number = 0.0) -> StepWork:
-    """Return the cost of a step of decoding samples that read `own` outputs in total."""
+    """Return the work of a step of decoding samples that read `own` outputs in total."""
     return StepWork(tokens=samples, sampled=samples, sequences=samples, decoded=samples, decode_kv=own)
 
 
 def _prefill(tokens: int) -> StepWork:
-    """Return the cost of a step of prompt tokens only, without their attention, which depends on the prompts and not on the
+    """Return the work of a step of prompt tokens only, without their attention, which depends on the prompts and not on the
     step."""
     return StepWork(tokens=float(tokens), sampled=1.0, sequences=1.0)
