@@ -61,9 +61,10 @@ def run(
         raise UsageError(f"run takes no overrides: write run(Job.load(..., {progress!r}))")
     reuse = {"overwrite": overwrite, "retry_errors": retry_errors}
     job = _checked(job, shared=shared is not None, **reuse)
+    fresh = "torch" not in sys.modules
     runner = import_module("tokabatch.runner.run")
     how = {**reuse, "repair": repair, "shared": shared, "cluster": cluster}
-    return runner.run(job, progress, should_stop, seconds_before=time.perf_counter() - begun, **how)
+    return runner.run(job, progress, should_stop, seconds_before=time.perf_counter() - begun, fresh=fresh, **how)
 
 
 def plan(job: Source, on_rows: Callable[[int, int], None] | None = None) -> PlanReport:

@@ -32,6 +32,7 @@ from tokabatch.scheduling.stop_conditions import StopRules
 
 PROMPTS = [[row // 2, 2, 3, 4, 5, 6, 7, row] for row in range(6)]
 PARAMS = SamplingParams(n=4, max_tokens=10, ignore_eos=True)
+FORKED = multiprocessing.get_context("forkserver").Process
 LIMITS = SchedulerLimits(4, 200, 16, 64, 16, GroupingLimits(2, 1))
 
 
@@ -52,7 +53,7 @@ def processes(executor: GroupExecutor) -> list[psutil.Process]:
 
 def scripted(folder: Path, patience: Patience | None = None, **faults) -> GroupExecutor:
     script = Script(LIMITS, PROMPTS, folder, **faults)
-    return GroupExecutor(script, 2, 1, scripted_worker.build, patience, "forkserver")
+    return GroupExecutor(script, 2, 1, scripted_worker.build, patience, FORKED)
 
 
 def scheduler(limits: SchedulerLimits = LIMITS, vocab_size: int = token_device.VOCAB) -> Scheduler:
@@ -64,7 +65,7 @@ def test_a_killed_rank_costs_no_sample(tmp_path):
     folder = tiny_models.build("llama", tmp_path / "llama", vocab_size=300)
     sizes = ReplicaSizes(4, 200, 16, 64, 16, 2, 1)
     spec = WorkerSpec(folder, read_spec(folder), torch.float64, "cpu", "torch_paged", sizes)
-    make = partial(GroupExecutor, spec, 2, 1, start_method="forkserver")
+    make = partial(GroupExecutor, spec, 2, 1, starter=FORKED)
     told: list[str] = []
     replica = Replica(scheduler(vocab_size=300), make, depth=2, max_restarts=3, tell=told.append)
     done, ever = {}, []

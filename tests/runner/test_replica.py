@@ -33,6 +33,7 @@ from tokabatch.scheduling.stop_conditions import StopRules
 PROMPTS = [[row // 2, 2, 3, 4, 5, 6, 7, row] for row in range(6)]
 LIMITS = SchedulerLimits(4, 200, 16, 64, 16, GroupingLimits(2, 1))
 PARAMS = SamplingParams(n=4, max_tokens=30, ignore_eos=True)
+FORKED = multiprocessing.get_context("forkserver").Process
 SHORT = Patience(step=2.0, warming=60.0, silence=2.5, loading=60.0)
 """For hangs. Elsewhere a busy machine must not pass for one."""
 
@@ -47,7 +48,7 @@ class Run:
         self.told: list[str] = []
         self.stop = Interruption()
         self.done: dict[tuple[int, int], Completion] = {}
-        self.make = partial(ProcessExecutor, script, scripted_worker.build, patience, "forkserver")
+        self.make = partial(ProcessExecutor, script, scripted_worker.build, patience, FORKED)
         self.options = {"depth": 2, "max_restarts": max_restarts}
 
     def complete(self, each_step: Callable[[int, int], None] = lambda step, pid: None) -> None:
@@ -114,7 +115,7 @@ def test_a_killed_worker_costs_no_sample(script):
 
 
 def test_death_is_noticed_at_once(script):
-    executor = ProcessExecutor(script(sleep={1: 60.0}), scripted_worker.build, start_method="forkserver")
+    executor = ProcessExecutor(script(sleep={1: 60.0}), scripted_worker.build, starter=FORKED)
     executor.start()
     executor.submit(Run(script()).scheduler.schedule())
     seen: list[float] = []
@@ -135,7 +136,7 @@ def test_death_is_noticed_at_once(script):
 @pytest.mark.parametrize("queued", [0, 40])
 def test_a_stopped_worker_is_a_hang_even_where_the_pipe_is_full(script, queued):
     run = Run(script())
-    executor = ProcessExecutor(script(), scripted_worker.build, SHORT, "forkserver")
+    executor = ProcessExecutor(script(), scripted_worker.build, SHORT, FORKED)
     executor.start()
     step = run.scheduler.schedule()
     executor.submit(step)

@@ -16,6 +16,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from support import tiny_models
+from support.processes import started_with
 
 from tokabatch import Job, run
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
@@ -117,6 +118,7 @@ def test_a_signal_to_all_processes_stops_the_run_once_and_leaves_none(model, row
         family = psutil.Process(process.pid).children(recursive=True)
     time.sleep(2.0)
     family = psutil.Process(process.pid).children(recursive=True)
+    assert not started_with("spawn_main", family), "workers are forked, which imports nothing"
     os.killpg(process.pid, number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else 75), told

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from support import poisoned_worker, tiny_models
-from support.processes import started_with
+from support.processes import children, started_with
 
 from tokabatch import Job, run
 from tokabatch.engine.executor import ProcessExecutor
@@ -66,7 +67,13 @@ def table(out: Path) -> list[tuple[Any, ...]]:
 
 
 def worker_of(parent: int) -> psutil.Process | None:
-    return next(iter(started_with("spawn_main", psutil.Process(parent).children(recursive=True))), None)
+    """A child of a scheduler, if it was spawned, or of the server that forks workers; judges are grandchildren, too."""
+    main = psutil.Process(parent)
+    with suppress(psutil.NoSuchProcess):
+        found = [each for child in children(main) for each in children(child)]
+        forked = [each for each in found if each.cmdline() == main.cmdline()]
+        return next(iter(started_with("spawn_main", found) or forked), None)
+    return None
 
 
 class Killer(NullProgress):
@@ -264,7 +271,8 @@ def test_signals_while_the_input_is_read(number, code, model, tmp_path):
 
 
 def test_a_signal_while_the_model_loads(model, rows, tmp_path):
-    running = begin(job_file(model, rows, tmp_path))
+    # No sample is finished within the seconds that it may take to stop the worker.
+    running = begin(job_file(model, rows, tmp_path, generation={"n": 400, "max_tokens": 400}))
     assert running.stderr is not None
     for line in running.stderr:
         if "loading" in line:
@@ -277,7 +285,7 @@ def test_a_signal_while_the_model_loads(model, rows, tmp_path):
     running.send_signal(signal.SIGTERM)
     stdout, stderr = running.communicate(timeout=100)
     assert running.returncode == 75 and time.monotonic() - began < 60.0, stderr
-    assert "60 pending" in stdout and not psutil.wait_procs([worker], timeout=30.0)[1]
+    assert "4,000 pending" in stdout and not psutil.wait_procs([worker], timeout=30.0)[1]
 
 
 def test_a_second_ctrl_c_exits_at_once(model, rows, tmp_path):

@@ -223,9 +223,10 @@ def _run(job: Any, stop: Interruption, quiet: bool, **how: Any) -> RunSummary:
     before it began."""
     try:
         with starting(quiet) as progress:
+            fresh = "torch" not in sys.modules
             with stop.at_once():
                 runner = import_module("tokabatch.runner.run")
-            summary: RunSummary = runner.run(job, progress, stop, seconds_before=seconds_since_start(), **how)
+            summary: RunSummary = runner.run(job, progress, stop, seconds_before=seconds_since_start(), fresh=fresh, **how)
         return summary
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

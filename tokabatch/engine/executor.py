@@ -16,13 +16,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import wait
-from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from tokabatch.engine import child
 from tokabatch.engine.heartbeat import Patience, Watch
@@ -68,6 +66,31 @@ class Executor(Protocol):
         ...
 
 
+class WorkerProcess(Protocol):
+    """What an executor uses of a process, as multiprocessing defines it."""
+
+    @property
+    def pid(self) -> int | None: ...
+
+    @property
+    def exitcode(self) -> int | None: ...
+
+    @property
+    def sentinel(self) -> int: ...
+
+    def start(self) -> None: ...
+
+    def is_alive(self) -> bool: ...
+
+    def join(self, timeout: float | None = None) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+Starter = Callable[..., WorkerProcess]
+"""Creates a process, given `target`, `args`, `name` and `daemon` as multiprocessing's `Process`."""
+
+
 class InProcessExecutor:
     """See `Executor`. A worker in this process, made by `build(spec)`, cannot be lost."""
 
@@ -107,34 +130,33 @@ class InProcessExecutor:
 
 
 class ProcessExecutor:
-    """See `Executor`. `build(spec)` makes the worker in a process of its own, which the constructor spawns, as a forked child
-    cannot use CUDA."""
+    """See `Executor`. `build(spec)` makes the worker in a process of its own, which the constructor starts with `starter`; by
+    default it is spawned, as a forked child of a process that has used CUDA cannot use it."""
 
     def __init__(
         self,
         spec: Any,
         build: Callable[[Any], Launches] = Launcher.build,
         patience: Patience | None = None,
-        start_method: Literal["spawn", "forkserver"] = "spawn",
+        starter: Starter | None = None,
     ) -> None:
-        self._spawn([spec], 0, build, patience or Patience(), start_method)
+        self._start_ranks([spec], 0, build, patience or Patience(), starter)
 
-    def _spawn(
+    def _start_ranks(
         self,
         specs: Sequence[Any],
         answering: int,
         build: Callable[[Any], Launches],
         patience: Patience,
-        start_method: Literal["spawn", "forkserver"],
+        starter: Starter | None,
     ) -> None:
         """Start a process for each spec. All of them get every step; the one at `answering` sends the results."""
-        context = multiprocessing.get_context(start_method)
         self._ranks: list[_Rank] = []
         self._sizes: ReplicaSizes | None = None
         try:
             for number, spec in enumerate(specs):
                 name = "the worker process" if len(specs) == 1 else f"the process of the worker's rank {number}"
-                self._ranks.append(_Rank(context, name, (build, spec, number == answering), patience))
+                self._ranks.append(_Rank(starter, name, (build, spec, number == answering), patience))
         except BaseException:
             self.close()
             raise
@@ -226,13 +248,13 @@ class GroupExecutor(ProcessExecutor):
         pipeline: int,
         build: Callable[[Any], Launches] = Launcher.build,
         patience: Patience | None = None,
-        start_method: Literal["spawn", "forkserver"] = "spawn",
+        starter: Starter | None = None,
     ) -> None:
         # The ranks meet by a file: a port might be another run's.
         self._folder = TemporaryDirectory(prefix="tokabatch-ranks-")
         meeting = Path(self._folder.name) / "meeting"
         specs = [replace(spec, place=Place(rank, tensor, pipeline, meeting)) for rank in range(tensor * pipeline)]
-        self._spawn(specs, tensor * (pipeline - 1), build, patience or Patience(), start_method)
+        self._start_ranks(specs, tensor * (pipeline - 1), build, patience or Patience(), starter)
 
     def resume(self) -> None:
         raise WorkerLost("a rank of the worker ran out of memory in a step, so all ranks were stopped", "out of memory")
@@ -247,16 +269,17 @@ class _Rank:
 
     def __init__(
         self,
-        context: BaseContext,
+        starter: Starter | None,
         name: str,
         work: tuple[Callable[[Any], Launches], Any, bool],
         patience: Patience,
     ) -> None:
         self._name = name
+        context = multiprocessing.get_context("spawn")
         self.pipe, their_pipe = context.Pipe()
         self._signs, pulse = context.Pipe(duplex=False)
         ends = (their_pipe, pulse, pickle.dumps((serve, work)))
-        self.process: BaseProcess = context.Process(target=child.main, args=ends, name=WORKER_NAME, daemon=True)  # pyright: ignore
+        self.process: WorkerProcess = (starter or context.Process)(target=child.main, args=ends, name=WORKER_NAME, daemon=True)
         # Not in `start`, which may be interrupted: a process half started would have no owner.
         _start_shielded(self.process)
         their_pipe.close()
@@ -295,7 +318,7 @@ class _Rank:
         self._signs.close()
 
 
-def _start_shielded(process: BaseProcess) -> None:
+def _start_shielded(process: WorkerProcess) -> None:
     """Start a process with the signals that the parent handles blocked, until it ignores them, and without importing the
     program's main module, of which a worker needs nothing: the import would take seconds, and a script that calls `run` at its
     top level would call it again."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tokabatch.attention import choose_backend
-from tokabatch.engine.executor import Executor, GroupExecutor, InProcessExecutor, ProcessExecutor
+from tokabatch.engine.executor import Executor, GroupExecutor, InProcessExecutor, ProcessExecutor, Starter
 from tokabatch.engine.heartbeat import Patience
 from tokabatch.engine.replica_sizes import MOST_STEPS, ReplicaSizes
 from tokabatch.engine.warm_up import kinds_of_drawing
@@ -76,10 +76,11 @@ def make_replica(
     progress: Progress,
     supply: Supply | None,
     cluster: Cluster | None = None,
+    starter: Starter | None = None,
 ) -> Replica | StoppingReplica | Fleet:
     """Return what runs the steps: a replica in this process if the only worker is here as well, otherwise a fleet of processes,
-    on the hosts of the `cluster` if there is one. Raises UsageError if the work comes from a `supply` and this system cannot
-    fork processes."""
+    on the hosts of the `cluster` if there is one. `starter` creates the workers' processes; without it they are spawned. Raises
+    UsageError if the work comes from a `supply` and this system cannot fork processes."""
     workload, layout = started.left, started.left.layout
     tokenizer, sampling = workload.tokenizer, workload.requests.sampling
     text = None
@@ -93,9 +94,9 @@ def make_replica(
         raise UsageError(
             f"trace.replica is {traced}, but the run has {layout.replicas} replicas; write 0 to {layout.replicas - 1}"
         )
-    make = other = executor_maker(job, workload, sizes, progress.message)
+    make = other = executor_maker(job, workload, sizes, progress.message, starter)
     if job.trace and layout.replicas > 1:
-        other = executor_maker(job.model_copy(update={"trace": None}), workload, sizes, lambda text: None)
+        other = executor_maker(job.model_copy(update={"trace": None}), workload, sizes, lambda text: None, starter)
 
     build = _Build(
         limits,
@@ -146,7 +147,9 @@ def _runs_apart(job: Job, workload: Demand) -> bool:
     return workload.device == "cuda" if job.engine.process == "auto" else job.engine.process
 
 
-def executor_maker(job: Job, workload: Demand, sizes: ReplicaSizes, tell: Callable[[str], None]) -> Callable[[], Executor]:
+def executor_maker(
+    job: Job, workload: Demand, sizes: ReplicaSizes, tell: Callable[[str], None], starter: Starter | None = None
+) -> Callable[[], Executor]:
     """Return the function that creates the replica's executor and its replacements. The GPU is queried here, because the
     replica's forked process cannot use CUDA."""
     backend, obstacle = choose_backend(workload.device, workload.dtype, workload.spec.head_dim)
@@ -170,7 +173,7 @@ def executor_maker(job: Job, workload: Demand, sizes: ReplicaSizes, tell: Callab
     )
     patience, layout = Patience.of(job.engine.hang_seconds), workload.layout
     if layout.tensor * layout.pipeline > 1:
-        return partial(GroupExecutor, spec, layout.tensor, layout.pipeline, patience=patience)
+        return partial(GroupExecutor, spec, layout.tensor, layout.pipeline, patience=patience, starter=starter)
     if _runs_apart(job, workload):
-        return partial(ProcessExecutor, spec, patience=patience)
+        return partial(ProcessExecutor, spec, patience=patience, starter=starter)
     return partial(InProcessExecutor, spec)

@@ -46,6 +46,7 @@ from tokabatch.report.progress import ExpendableProgress, Progress, ProgressSnap
 from tokabatch.report.run_estimates import read_estimates, read_estimator
 from tokabatch.report.summary import RunSummary
 from tokabatch.runner.fleet import Fleet
+from tokabatch.runner.fork_server import ForkServer
 from tokabatch.runner.forked import can_fork
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.make_replica import make_replica
@@ -76,29 +77,34 @@ def run(
     make: MakeReplicas = make_replica,
     seconds_before: float = 0.0,
     cluster: Cluster | None = None,
+    fresh: bool = False,
 ) -> RunSummary:
     """As `tokabatch.run`. `make` creates what runs the steps; `seconds_before` is what the caller has spent; it counts as
-    loading. Raises UsageError and EngineError."""
-    clock = Clock(ExpendableProgress(progress or default_progress()), time.perf_counter() - seconds_before)
-    reuse = Reuse(overwrite, retry_errors, repair)
-    stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
-    profile, on_rows, tell = read_profile(job), partial(_reading, clock, stop), clock.progress.message
-    if cluster is not None and shared is not None:
-        raise UsageError(ONE_WRITER)
-    if shared is not None:
-        reuse.refuse_sharing()
-        job.refuse_sharing()
-        # What is in the folder comes from units, which are divided between processes.
-        job = job.model_copy(update={"engine": job.engine.model_copy(update={"process": True})})
-        cut_earlier_run(job, shared, on_rows, tell, stop)
-    layout = None
-    if cluster is not None:
-        layout = cluster.layout(job.engine, pick_device(job))
-        # The layout of this host is none of the run's.
-        job = job.model_copy(update={"engine": job.engine.model_copy(update={"process": True, "replicas": 1})})
-        make = partial(make_replica, cluster=cluster)
-    out = Path(job.output.path)
-    with Claim(out) if shared is None else shared.claim(out, tell, stop) as claim:
+    loading. `fresh` says that this process has imported torch only now. Raises UsageError and EngineError."""
+    with ExitStack() as held:
+        if fresh and cluster is None and (server := ForkServer.if_possible()) is not None:
+            held.callback(server.close)
+            make = partial(make_replica, starter=server.process)
+        clock = Clock(ExpendableProgress(progress or default_progress()), time.perf_counter() - seconds_before)
+        reuse = Reuse(overwrite, retry_errors, repair)
+        stop = should_stop if isinstance(should_stop, Interruption) else Interruption(should_stop)
+        profile, on_rows, tell = read_profile(job), partial(_reading, clock, stop), clock.progress.message
+        if cluster is not None and shared is not None:
+            raise UsageError(ONE_WRITER)
+        if shared is not None:
+            reuse.refuse_sharing()
+            job.refuse_sharing()
+            # What is in the folder comes from units, which are divided between processes.
+            job = job.model_copy(update={"engine": job.engine.model_copy(update={"process": True})})
+            cut_earlier_run(job, shared, on_rows, tell, stop)
+        layout = None
+        if cluster is not None:
+            layout = cluster.layout(job.engine, pick_device(job))
+            # The layout of this host is none of the run's.
+            job = job.model_copy(update={"engine": job.engine.model_copy(update={"process": True, "replicas": 1})})
+            make = partial(make_replica, cluster=cluster)
+        out = Path(job.output.path)
+        claim = held.enter_context(Claim(out) if shared is None else shared.claim(out, tell, stop))
         return _run_in_folder(job, claim, clock, stop, profile, reuse, shared, make, layout)
 
 
