@@ -90,12 +90,12 @@ def wait_until(reached: Callable[[], bool], driver: subprocess.Popen[bytes], log
 
 
 @pytest.mark.timeout(60)
-def test_a_connection_that_stops_within_its_first_message_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokabatch.runner.order_sender.STALL_SECONDS", 1)
+@pytest.mark.parametrize("sent", [b"x", b"\x7f\xff\xff\xff"])
+def test_a_connection_that_stops_within_its_first_message_or_announces_a_long_one_is_closed(sent: bytes) -> None:
     actor = Actor.__new__(Actor)
     actor._listening, actor._token, actor._connection = socket.create_server(("127.0.0.1", 0)), bytes(16), None
     with actor._listening, socket.create_connection(actor._listening.getsockname()) as end:
-        end.send(b"x")
+        end.send(sent)
         actor._accept()
         assert actor._connection is None and end.recv(1) == b""
 

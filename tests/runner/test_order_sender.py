@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
+import pickle
+import struct
 import threading
 from multiprocessing import Pipe
 
 import pytest
 
-from tokabatch.runner.order_sender import OrderSender, limit_stalls, receive_buffer, send_buffer
+from tokabatch.runner.order_sender import MessageReader, OrderSender, receive_buffer, send_buffer
 
 MORE_THAN_FITS = bytes(1 << 24)
 """More than a socket's buffers hold."""
@@ -84,13 +85,44 @@ def test_a_buffer_arrives_behind_its_message_or_the_pipe_ends() -> None:
     sender.join()
 
 
-def test_a_default_timeout_of_the_program_leaves_the_pipe_blocking() -> None:
-    socket.setdefaulttimeout(1.0)
-    try:
-        here, there = Pipe()
-        limit_stalls(there)
-    finally:
-        socket.setdefaulttimeout(None)
-    assert os.get_blocking(there.fileno())
+def test_messages_are_received_in_parts_and_none_is_read_too_far() -> None:
+    here, there = Pipe()
+    reader = MessageReader(there)
+    content = pickle.dumps("a message")
+    whole = struct.pack("!i", len(content)) + content
+    for byte in whole[:-1]:
+        os.write(here.fileno(), bytes([byte]))
+        assert reader.receive() is None
+    os.write(here.fileno(), whole[-1:] + whole + whole)
+    assert [reader.receive(), there.recv(), reader.receive()] == ["a message"] * 3
+    assert not there.poll()
     here.close()
-    there.close()
+    with pytest.raises(EOFError):
+        reader.receive()
+
+
+def test_long_messages_are_received() -> None:
+    here, there = Pipe()
+    reader, received = MessageReader(there), list[object]()
+    content = pickle.dumps(MORE_THAN_FITS)
+
+    def send() -> None:
+        here.send(MORE_THAN_FITS)
+        # As multiprocessing sends 2 GiB and more.
+        os.write(here.fileno(), struct.pack("!iQ", -1, len(content)))
+        send_buffer(here, memoryview(content))
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    while len(received) < 2:
+        if there.poll(10.0) and (message := reader.receive()) is not None:
+            received.append(message)
+    sender.join()
+    assert received == [MORE_THAN_FITS] * 2
+
+
+def test_a_message_that_is_too_long_is_refused() -> None:
+    here, there = Pipe()
+    here.send_bytes(bytes(33))
+    with pytest.raises(OSError):
+        MessageReader(there).receive_bytes(most=32)

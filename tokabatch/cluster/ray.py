@@ -34,7 +34,7 @@ from tokabatch.parallel.layout import Layout
 from tokabatch.runner.ledger import Ledger, Part
 from tokabatch.runner.member_process import Build, serve
 from tokabatch.runner.messages import Message, Order, Pace
-from tokabatch.runner.order_sender import OrderSender, limit_stalls
+from tokabatch.runner.order_sender import MessageReader, OrderSender
 from tokabatch.runner.replica import Standing
 
 ADDRESS = "RAY_ADDRESS"
@@ -177,8 +177,9 @@ class Actor:
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._listening = launcher.listen()
         self._connection: Connection | None = None
+        self._reader: MessageReader | None = None
         self._sender: OrderSender | None = None
-        """Of the connection."""
+        """Both of the connection."""
         self._unsent: list[Order | bytes | None] = []
         self._told = time.monotonic() + PATIENCE_SECONDS
         self._next_check = 0.0
@@ -193,14 +194,11 @@ class Actor:
         return None
 
     def receive(self) -> Message | None:
-        if self._connection is None:
+        if self._reader is None:
             self._accept()
             return None
         try:
-            return self._connection.recv()
-        except BlockingIOError as error:
-            self.kill()
-            raise ReplicaLost("the scheduler's actor stopped in the middle of a message and was killed") from error
+            return self._reader.receive()
         except (EOFError, OSError) as error:
             raise ReplicaLost(self._reason(LAST_WORDS_SECONDS)) from error
 
@@ -245,10 +243,10 @@ class Actor:
         connected, _ = self._listening.accept()
         _watch(connected)
         connection = Connection(connected.detach())
-        limit_stalls(connection)
+        reader = MessageReader(connection)
         with suppress(EOFError, OSError):
-            if connection.poll(HELLO_SECONDS) and hmac.compare_digest(connection.recv_bytes(TOKEN_BYTES), self._token):
-                self._connection, self._sender = connection, OrderSender(connection)
+            if hmac.compare_digest(reader.receive_bytes(HELLO_SECONDS, TOKEN_BYTES) or b"", self._token):
+                self._connection, self._reader, self._sender = connection, reader, OrderSender(connection)
                 self._listening.close()
                 for order in self._unsent:
                     self._sender.put(order)

@@ -175,8 +175,7 @@ class EngineConfig(Section):
     )
     hang_seconds: fields.Seconds = Field(
         default=120.0,
-        description="A process of the run that makes no progress for this long is killed and replaced; also one that stops for "
-        "30 seconds in the middle of a message.",
+        description="A process of the run that makes no progress for this long is killed and replaced.",
     )
     max_restarts: fields.Count = Field(
         default=20, description="Processes of one kind that may fail in a row without a finished sample in between."

@@ -33,7 +33,7 @@ from tokabatch.runner.messages import (
     Share,
     Withdraw,
 )
-from tokabatch.runner.order_sender import OrderSender, limit_stalls
+from tokabatch.runner.order_sender import MessageReader, OrderSender
 from tokabatch.runner.replica import Standing
 
 STOP_SECONDS = 10.0
@@ -53,8 +53,8 @@ class Process(Protocol):
         ...
 
     def receive(self) -> Message | None:
-        """Return the next message; None is a heartbeat. Raises ReplicaLost if the process has ended, or has stopped in the
-        middle of the message."""
+        """Return the next message; None is a heartbeat, or a message that has not arrived in full. Raises ReplicaLost if the
+        process has ended."""
         ...
 
     def send(self, order: Order | bytes | None) -> None:
@@ -180,7 +180,8 @@ class Member:
         self._process.send(packed(order) if isinstance(order, Part) else order)
 
     def receive(self) -> Message | None:
-        """Return the message that has arrived; None is a heartbeat. Raises ReplicaLost if the process has ended."""
+        """Return the message that has arrived; None is a heartbeat or a part of a message. Raises ReplicaLost if the process
+        has ended."""
         assert self._process is not None
         message = self._process.receive()
         self.silent, self.placed = 0.0, True
@@ -226,7 +227,7 @@ class Fork:
         arguments = (self.pipe, theirs, member, build, first, ledger, pace, leave)
         self._process = fork(_forked, arguments, f"tokabatch-replica-{member.number}")
         theirs.close()
-        limit_stalls(self.pipe)
+        self._reader = MessageReader(self.pipe)
         self._sender = OrderSender(self.pipe)
 
     @property
@@ -235,10 +236,7 @@ class Fork:
 
     def receive(self) -> Message | None:
         try:
-            return self.pipe.recv()
-        except BlockingIOError as error:
-            self.kill()
-            raise ReplicaLost("the scheduler's process stopped in the middle of a message and was killed") from error
+            return self._reader.receive()
         except (EOFError, OSError) as error:
             raise ReplicaLost(f"the scheduler's process {how_it_ended(self._process)}") from error
 

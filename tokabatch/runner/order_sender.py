@@ -1,10 +1,12 @@
 """Pipes to another process that may hang. Orders are sent by a thread, so that the caller does not block on a process that does
-not read and can detect that it hangs; receiving ends where the process stops in the middle of a message. Large buffers
+not read and can detect that it hangs; a message is received in parts if the process stops in the middle of it. Large buffers
 pass as plain bytes."""
 
 from __future__ import annotations
 
+import math
 import os
+import pickle
 import queue
 import socket
 import struct
@@ -13,17 +15,49 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-STALL_SECONDS = 30
-"""The longest pause within a message; a process that is stopped while it sends one would block the receiver without end."""
+_LENGTH, _LONG_LENGTH, _CONTENT = "!i", "!Q", ""
+"""What multiprocessing sends: the length, which is -1 if a longer field with it follows, then the content."""
+PAUSE_SECONDS = 0.02
+"""The longest pause within a message after which the rest of it is received later."""
 
 
-def limit_stalls(pipe: Connection) -> None:
-    """Make `recv` raise BlockingIOError after a pause of STALL_SECONDS within a message; time for which this process is stopped
-    itself does not count. The ends of the pipe are sockets."""
-    with socket.socket(fileno=os.dup(pipe.fileno())) as end:
-        # A program that has set a default timeout for sockets would otherwise make this one, and the pipe, non-blocking.
-        end.setblocking(True)
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALL_SECONDS, 0))
+class MessageReader:
+    """Receives through a pipe whose ends are sockets, and does not block on a process that stops in the middle of a
+    message."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._kind: str = _LENGTH
+        self._content, self._filled = bytearray(struct.calcsize(_LENGTH)), 0
+        """What is being received, and the number of bytes that have arrived."""
+
+    def receive(self) -> Any:
+        """Return the next message; None if it has not arrived in full. Call this when the pipe is readable: what has arrived
+        behind the message stays there. Raises EOFError or OSError where the pipe ends."""
+        content = self.receive_bytes()
+        return None if content is None else pickle.loads(content)
+
+    def receive_bytes(self, pause: float = PAUSE_SECONDS, most: float = math.inf) -> bytearray | None:
+        """As `receive`, for a message that is not pickled; returns None after a pause of so many seconds. Raises OSError if it
+        is longer than `most` bytes."""
+        while True:
+            while self._filled < len(self._content):
+                if not self._pipe.poll(pause):
+                    return None
+                count = os.readv(self._pipe.fileno(), [memoryview(self._content)[self._filled :]])
+                if not count:
+                    raise EOFError
+                self._filled += count
+            kind, content = self._kind, self._content
+            self._filled = 0
+            if kind == _CONTENT:
+                self._kind, self._content = _LENGTH, bytearray(struct.calcsize(_LENGTH))
+                return content
+            (length,) = struct.unpack(kind, content)
+            if length > most:
+                raise OSError(f"a message of {length:,} bytes, where at most {most:,} are due")
+            self._kind = _LONG_LENGTH if length < 0 else _CONTENT
+            self._content = bytearray(struct.calcsize(_LONG_LENGTH) if length < 0 else length)
 
 
 def send_buffer(pipe: Connection, buffer: memoryview) -> None:

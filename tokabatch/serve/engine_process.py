@@ -29,7 +29,7 @@ from tokabatch.report.streams import make_tolerant
 from tokabatch.runner.forked import end, how_it_ended
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.member_process import BEAT_SECONDS, Alive, send_messages
-from tokabatch.runner.order_sender import limit_stalls
+from tokabatch.runner.order_sender import MessageReader
 from tokabatch.runner.replica import Replica, Standing
 from tokabatch.scheduling.completion_batch import CompletionBatch
 from tokabatch.scheduling.contracts import Completion, Requests
@@ -127,13 +127,11 @@ class EngineProcess:
             sys.modules["__main__"] = main
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
-        limit_stalls(self._pipe)
+        self._reader = MessageReader(self._pipe)
         self._receive = receive
         self._hang_seconds = spec.hang_seconds
         self._silent = 0.0
         """Seconds since the last sign of life."""
-        self._stalled = False
-        """Whether it stopped in the middle of a message."""
         self._orders: queue.SimpleQueue[Add | Cancel | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=target, name=f"engine-{number}-{target.__name__}", daemon=True)
@@ -162,8 +160,6 @@ class EngineProcess:
         """Describe how the process ended, once `receive` has been notified."""
         if self._silent > self._hang_seconds:
             return f"the scheduler's process gave no sign of life for {self._silent:.0f} s and was killed"
-        if self._stalled:
-            return "the scheduler's process stopped in the middle of a message and was killed"
         return f"the scheduler's process {how_it_ended(self._process)}"
 
     def _write(self) -> None:
@@ -197,10 +193,7 @@ class EngineProcess:
                     # Not by the clock: this process may have been the one that was stopped.
                     self._silent += BEAT_SECONDS if heard else 0.0
                     continue
-                message = self._pipe.recv()
-            except BlockingIOError:
-                self._stalled = True
-                break
+                message = self._reader.receive()
             except (EOFError, OSError):
                 return
             self._silent, heard = 0.0, True
