@@ -35,6 +35,22 @@ _OPTIONS_ELSEWHERE = (
     (("--config", "--job", "--file", "-f", "-c"), "job", "the job file is named without an option"),
     (("-i", "--input", "--input-file"), "requests", "the file to read is named without an option"),
     (("-i", "--input", "--input-file"), "job", "the file to read is a key of the job: input.path=FILE"),
+    (
+        (
+            "--partition",
+            "--account",
+            "--qos",
+            "--mem",
+            "--constraint",
+            "--nodes",
+            "--gres",
+            "--array",
+            "-p",
+            "-A",
+        ),
+        "--sbatch",
+        "options of sbatch itself are written as --sbatch partition=gpu",
+    ),
     (("--cpu",), "overrides", "the device is a key: engine.device=cpu"),
     (("--cuda", "--gpu"), "overrides", "the device is a key: engine.device=cuda"),
 )
@@ -70,6 +86,10 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)
         if any(each.name == "overrides" for each in self.params):
             self._refuse_dashes(ctx, args)
+        for each in self.params:
+            given = sum(word.partition("=")[0] in each.opts for word in args if word.startswith("-"))
+            if given > 1 and each.nargs == 1 and not (each.multiple or each.is_flag):
+                raise UsageError(f"{each.opts[0]} is given twice; give it once: {each.opts[0]} {each.metavar or 'VALUE'}")
         named = ((each.opts[0], each.metavar or "") for each in self.params if each.required and not args)
         missing = [f"{option} FILE" if option.startswith("-") else metavar for option, metavar in named]
         if missing:
@@ -99,6 +119,9 @@ class Command(TyperCommand):
             word_of = elsewhere.our_name((word_of,))
             keys += [f"server.{name}" for name in import_module("tokabatch.serve.settings").ServerConfig.model_fields]
             named = [key for key in keys if word_of in (key, key.rpartition(".")[2], key.removesuffix(".path"))]
+            subject = named[0].partition(".")[0] if named else ""
+            if any(each.name == subject and each.param_type_name == "argument" for each in self.params):
+                raise UsageError(f"{word}: the {subject} is named without an option{self._example()}")
             if named or "." in word_of:
                 value = written[3] or ("=VALUE" if following.startswith("-") or "=" in following else f"={following}")
                 remedy = shlex.quote(f"{named[0] if named else word_of}{value}")
@@ -140,7 +163,9 @@ def _message(error: Any, params: Sequence[Any], *, near_ones: bool = True) -> st
     has = {*names, *(each.name for each in params)}
     if option is None or option in names:
         return error.format_message().rstrip(".")
-    near = get_close_matches(option, names, n=1)
+    begun = [name for name in names if name.startswith(option) and option.startswith("--")]
+    words = {name.lstrip("-"): name for name in names}
+    near = begun or [words[word] for word in get_close_matches(option.lstrip("-"), words, n=1)]
     remedy = f"did you mean {near[0]}?" if near else f"the options are {', '.join(names)}" if names else ""
     remedy = remedy if near_ones else ""
     remedy = next((text for options, needs, text in _OPTIONS_ELSEWHERE if option in options and needs in has), remedy)

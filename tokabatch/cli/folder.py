@@ -218,6 +218,7 @@ def export(
       tokabatch export out/quickstart --to - --format csv > samples.csv
       tokabatch export out/openai_batch --to results.jsonl --format openai
     """
+    to = Path("-") if str(to) == "/dev/stdout" else to
     if form not in (None, "jsonl", "csv", "parquet", "openai"):
         raise UsageError(f"--format {form}: accepts jsonl, csv, parquet or openai")
     if form == "openai":

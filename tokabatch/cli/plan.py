@@ -116,8 +116,12 @@ def keys(
         inside = [name for name in names if name == section or name.startswith(f"{section}.")]
         inside = inside or [name for name in names if name.rpartition(".")[2] == section]
         if not inside:
+            elsewhere, path = import_module("tokabatch.job.names_elsewhere"), tuple(section.split("."))
+            if reason := elsewhere.why_none(path):
+                raise UsageError(f"there is no section or key {section}; {reason}")
             by_leaf = {name.rpartition(".")[2]: name for name in names} | {name: name for name in names}
-            near = get_close_matches(section, by_leaf, n=1)
+            ours = elsewhere.our_name(path)
+            near = [ours] if ours in by_leaf else get_close_matches(section, by_leaf, n=1)
             hint = (
                 f"did you mean `{by_leaf[near[0]]}`?"
                 if near

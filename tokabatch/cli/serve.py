@@ -68,7 +68,7 @@ def ping(
       tokabatch ping "Question: what is 3 + 4?" --max-tokens 32
     """
     answer = import_module("tokabatch.serve.ping").ping(
-        url, prompt, chat=chat, max_tokens=max_tokens, api_key=api_key, timeout=timeout
+        url if "://" in url else f"http://{url}", prompt, chat=chat, max_tokens=max_tokens, api_key=api_key, timeout=timeout
     )
     print_result(answer)
 

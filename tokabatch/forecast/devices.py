@@ -56,6 +56,7 @@ def find_device(name: str) -> Device | None:
 
 def known_device(key: str) -> Device:
     """Return the device of this key. Raises UsageError for one whose rates are not known."""
+    key = key.lower()
     if key not in KNOWN:
         raise UsageError(f"there is no device `{key}` to simulate; write one of {', '.join(KNOWN)}")
     return KNOWN[key]

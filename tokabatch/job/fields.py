@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
@@ -38,9 +39,14 @@ class Accepts:
     example: str
 
 
+_VARIABLE = re.compile(r"\$(?:[A-Z][A-Z0-9_]*|\{\w+\})")
+
+
 def _path_text(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)  # pyright: ignore[reportUnknownArgumentType]
+    if isinstance(value, str) and (found := _VARIABLE.search(value)):
+        raise ValueError(f"variables such as {found[0]} are not replaced here: write the path out")
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 

@@ -26,6 +26,11 @@ _KEYS = {
     **{"input.template": "prompt.template", "prompt_template": "prompt.template"},
     **dict.fromkeys(("output_dir", "output_file", "output_path"), "output.path"),
     **dict.fromkeys(("output.dir", "output.folder", "output.file"), "output.path"),
+    **dict.fromkeys(("verify.type", "verify.verifier", "verify.function"), "verify.kind"),
+    **dict.fromkeys(
+        ("verify.reference", "verify.target", "verify.label", "verify.gold", "verify.ground_truth", "verify.column"),
+        "verify.answer",
+    ),
     **dict.fromkeys(("judge", "grader", "scorer", "evaluate", "metric"), "verify.kind"),
     **{"num_fewshot": "prompt.few_shot.k", "system_prompt": "prompt.system", "system_instruction": "prompt.system"},
     **dict.fromkeys(("apply_chat_template", "use_chat_template"), "prompt.chat"),

@@ -121,7 +121,7 @@ def _as_written(path: Path, values: Any) -> Path:
 
 def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details: ErrorDetails, values: Any) -> Refusal:
     if details["type"] in ("extra_forbidden", "invalid_key"):
-        return _unknown_key(model, owner, path)
+        return _unknown_key(model, owner, path, _lookup(values, path[:-1]))
     if details["type"] == "value_error":
         return Refusal(path, str(details["ctx"]["error"]))  # pyright: ignore[reportTypedDictNotRequiredAccess]
     keys = [part for part in path if isinstance(part, str)]
@@ -159,9 +159,12 @@ def _as_section(section: type[BaseModel] | None, given: Any) -> str | None:
     return f"{{{name}: {text}}}"
 
 
-def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path) -> Refusal:
+def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path, given: Mapping[str, Any]) -> Refusal:
+    """`given` is the section that has the key."""
     word = our_name(path)
     prefix = dotted(path[:-1])
+    if word.isdecimal():
+        return Refusal(path, "unknown key; a comma ends a value between { and }: write a number without one, as 1000 or 0.7")
     if ":" in word:
         return Refusal(path, f"unknown key; write a space behind the colon: `{word.replace(':', ': ', 1)}`")
     everywhere = [key.name for key in list_keys(model)]
@@ -183,6 +186,9 @@ def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path) -> 
         return Refusal(path, "unknown key", suggestion=elsewhere[0])
     if near:
         return Refusal(path, "unknown key", suggestion=f"{prefix}.{near[0]}" if prefix else near[0])
+    needed = [name for name, info in owner.model_fields.items() if info.is_required() and name not in given]
+    if prefix and needed:
+        return Refusal(path, "unknown key", suggestion=f"{prefix}.{needed[0]}")
     last_words = {name.rpartition(".")[2]: name for name in everywhere}
     if far := get_close_matches(word, last_words, n=1, cutoff=0.75):
         return Refusal(path, "unknown key", suggestion=last_words[far[0]])

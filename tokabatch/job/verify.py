@@ -36,7 +36,8 @@ class StopConfig(Section):
     @model_validator(mode="after")
     def _one(self) -> StopConfig:
         if (self.after_correct is None) == (self.majority is None):
-            raise ValueError("needs `after_correct` or `majority`, for example {after_correct: 1}")
+            given = "takes one of the two" if self.majority else "needs `after_correct` or `majority`"
+            raise ValueError(f"{given}, for example {{after_correct: 1}}")
         return self
 
 

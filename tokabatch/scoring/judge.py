@@ -74,6 +74,10 @@ def verdict_columns(verdicts: Sequence[Verdict | None], names: Sequence[str]) ->
     }
 
 
+def _is_plain(function: object) -> bool:
+    return not (inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function))
+
+
 class Judge:
     """A loaded judge. Raises ValueError, with the remedy, for one that cannot be called."""
 
@@ -84,11 +88,11 @@ class Judge:
             own = [
                 (len(inspect.signature(each).parameters) < 2, name)
                 for name, each in inspect.getmembers(module, inspect.isfunction)
-                if each.__module__ == module.__name__ and not name.startswith("_")
+                if each.__module__ == module.__name__ and not name.startswith("_") and _is_plain(each)
             ]
             named = f", or name another: {spec.source}:{min(own)[1]}" if own else ""
             raise ValueError(f"it has no function `{spec.function}(text, row)`; add one{named}")
-        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        if not _is_plain(function):
             raise ValueError(f"its `{spec.function}` is async or has `yield`; write a plain `def` that returns the verdict")
         parameters = list(inspect.signature(function).parameters.values())
         if [each.name for each in parameters[1:2]] == ["reference"]:

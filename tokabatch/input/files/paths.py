@@ -182,8 +182,6 @@ def _list(fs: AbstractFileSystem, path: str, place: str, root: str, formats: Col
     start = start if Path(path).is_absolute() else f"; relative paths start from the folder you run in, {Path.cwd()}"
     if not near and re.fullmatch(r"[\w.-]+/[\w-]+", path) and not Path(path).parent.is_dir():
         near = f"{start}; a dataset of the hub is written hf://datasets/{path}"
-    if not near and "$" in path:
-        near = "; variables such as $HOME are not replaced here: write the path out"
     raise InputError(f"{place} does not exist{near or start}")
 
 

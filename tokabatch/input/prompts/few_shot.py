@@ -19,11 +19,16 @@ def render_few_shot(path: str, k: int, template: str) -> str:
     compiled = compile_template(template, "prompt.few_shot.template")
     rows: list[Row] = []
     begins: list[tuple[int, str, int]] = []
-    for batch in open_path(path, "prompt.few_shot.path").batches(compiled.names):
-        rows += batch.rows[: k - len(rows)]
-        begins += batch.begins
-        if len(rows) == k:
-            break
+    try:
+        for batch in open_path(path, "prompt.few_shot.path").batches(compiled.names):
+            rows += batch.rows[: k - len(rows)]
+            begins += batch.begins
+            if len(rows) == k:
+                break
+    except InputError as error:
+        if "prompt.few_shot.path" in str(error):
+            raise
+        raise InputError(f"prompt.few_shot.path: {error}") from error
     if len(rows) < k:
         raise InputError(f"prompt.few_shot.path {path} holds {len(rows)} rows, but few_shot.k is {k}; lower k")
     examples: list[str] = []
