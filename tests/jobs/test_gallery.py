@@ -124,9 +124,13 @@ def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said.getvalue().startswith("6 samples, 0 errors\n0 ") and len(said.getvalue().splitlines()) == 7
 
 
-def test_in_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("folder", [".", "jobs"])
+def test_in_a_notebook(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jupyter starts it in the folder of the notebook."""
+    (tmp_path / "jobs").mkdir()
+    for name in ("quickstart", "quickstart.yaml"):
+        (tmp_path / "jobs" / name).symlink_to(ROOT / "jobs" / name)
+    monkeypatch.chdir(tmp_path / folder)
     cells = json.loads((ROOT / "jobs" / "notebook.ipynb").read_text())["cells"]
     names: dict[str, Any] = {}
     for cell in cells:

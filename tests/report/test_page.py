@@ -11,6 +11,7 @@ import pytest
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt
 from tokabatch.output.steps import elapsed
 from tokabatch.report.page import PerToken, RunRecord, _columns, _rates, _thin, render_page
+from tokabatch.report.plots import histogram
 from tokabatch.report.sections import seconds_text
 from tokabatch.scoring.estimates import Estimate
 
@@ -163,6 +164,27 @@ def test_every_figure_of_a_whole_run_is_there():
     for fact in ("77.8%", "132", "pass@4 (70.0% to 80.0%)", "pass@1 (30.0% to 50.0%)", "pending", "40.0 s"):
         assert fact in page
     assert len(page) < 400_000
+
+
+def test_what_only_the_last_start_says_is_named_so():
+    page = render_page(RUN)
+    assert "last start" not in page
+    page = render_page(replace(RUN, summary={"this_start": {**SUMMARY, "earlier": 5}}))
+    assert "<small>how much shared prefixes saved, last start</small>" in page
+    assert "<small>seconds of all steps, last start; predicted by" in page
+
+
+@pytest.mark.parametrize("value", [8, 64])
+def test_axes_of_whole_numbers_have_no_fractions(value: int) -> None:
+    svg = histogram(np.full(9, value, np.int32), "tokens", "samples")
+    assert not re.findall(r">\d+\.\d+</text>", svg)
+
+
+def test_the_longest_of_equal_samples_are_not_shown():
+    one = Excerpt(0, 0, "text", "length", 8, None, {})
+    shown = replace(RUN, samples_shown={"first": [one], "longest": [one]})
+    assert "Longest samples" in render_page(shown)
+    assert "Longest samples" not in render_page(replace(shown, lengths=np.full(9, 8, np.int32)))
 
 
 def test_replicas_run_side_by_side():

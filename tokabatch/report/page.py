@@ -165,6 +165,8 @@ def _samples(run: RunRecord) -> str:
     titles = dict(_TITLES if run.per_token is None else _TITLES_OF_SCORED)
     if run.per_token is None and any(each.unjudged for each in run.samples_shown.get("wrong", ())):
         titles["wrong"] = "Wrong samples, and those without a verdict"
+    if len(run.lengths) and run.lengths.min() == run.lengths.max():
+        titles.pop("longest", None)
     parts = [
         f"<h2>{title}</h2>{''.join(_sample(each, run.prompts.get(each.row_index)) for each in run.samples_shown[kind])}"
         for kind, title in titles.items()
@@ -288,6 +290,7 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
     if len(run.steps.get("seconds", ())) > 1:
         figures += _step_figures(run.steps)
     s = run.summary.get("this_start", run.summary)
+    last = ", last start" if s.get("earlier") else ""
     if s.get("prompt_tokens"):
         labels, values = (
             ("without sharing", "computed", "least possible"),
@@ -297,11 +300,11 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
                 s["prompt_tokens"] - s["cacheable_tokens"],
             ),
         )
-        figures.append(("Prompt tokens", "how much shared prefixes saved", _bars(labels, values)))
+        figures.append(("Prompt tokens", "how much shared prefixes saved" + last, _bars(labels, values)))
     if s.get("predicted_seconds") is not None:
         drawing = _bars(("predicted", "actual"), (s["predicted_seconds"], s["step_seconds"]))
         roofline = " (the least possible)" if "roofline" in s["predicted_by"] else ""
-        note = f"seconds of all steps; predicted by {s['predicted_by']}{roofline}"
+        note = f"seconds of all steps{last}; predicted by {s['predicted_by']}{roofline}"
         figures.append(("Predicted and actual", note, drawing))
     return figures
 

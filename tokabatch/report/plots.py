@@ -56,6 +56,8 @@ def over_time(seconds: Float64, curves: Sequence[Curve], unit: str, top: float |
             axes.fill_between(seconds / scale, curve.values, color=curve.color, alpha=0.25, linewidth=0)
         axes.plot(seconds / scale, curve.values, color=curve.color, linewidth=1.4, label=curve.label)
     axes.set_ylim(0, top)
+    if top is None:
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlim(0, max(float(seconds[-1]) / scale, 1e-9))
     axes.set_xlabel(name)
     axes.set_ylabel(unit)
@@ -67,12 +69,14 @@ def over_time(seconds: Float64, curves: Sequence[Curve], unit: str, top: float |
 def histogram(values: npt.NDArray[np.int32] | Float64, unit: str, counted: str) -> str:
     """Draw a histogram of `values` in at most 60 bins; `counted` names what has these values."""
     figure, axes = _open()
+    whole = np.issubdtype(values.dtype, np.integer)
     axes.hist(values, bins=min(60, max(1, len(np.unique(values)))), color=INK, alpha=0.8)
-    mean, digits = float(values.mean()), 0 if np.issubdtype(values.dtype, np.integer) else 2
+    mean, digits = float(values.mean()), 0 if whole else 2
     axes.axvline(mean, color=SECOND, linewidth=1.2, label=f"mean {mean:,.{digits}f}")
     axes.set_xlabel(unit)
     axes.set_ylabel(counted)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in (axes.xaxis, axes.yaxis) if whole else (axes.yaxis,):
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _legend(axes)
     return _close(figure)
 
