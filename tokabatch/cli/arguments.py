@@ -88,7 +88,7 @@ class Command(TyperCommand):
             self._refuse_dashes(ctx, args)
         for each in self.params:
             given = sum(word.partition("=")[0] in each.opts for word in args if word.startswith("-"))
-            if given > 1 and each.nargs == 1 and not (each.multiple or each.is_flag):
+            if given > 1 and each.nargs == 1 and not (each.multiple or getattr(each, "is_flag", False)):
                 raise UsageError(f"{each.opts[0]} is given twice; give it once: {each.opts[0]} {each.metavar or 'VALUE'}")
         named = ((each.opts[0], each.metavar or "") for each in self.params if each.required and not args)
         missing = [f"{option} FILE" if option.startswith("-") else metavar for option, metavar in named]
