@@ -44,7 +44,6 @@ STEP_SECONDS, FULL_SECONDS = 0.005, 0.025
 """A step of few samples, and one of all that run at once."""
 PICKLED = 50
 """The messages of one pass in so many are pickled and read again, to see what that takes."""
-NOTHING = np.zeros(0, np.int32)
 
 
 class SimulatedProcess:

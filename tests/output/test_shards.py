@@ -88,12 +88,12 @@ def test_a_shard_is_cut_when_its_oldest_row_has_waited(tmp_path: Path) -> None:
         clock.now += 20
         write_rows(writer, rows(1, 2))
         clock.now += 9.9
-        writer.tick()
+        writer.commit_due()
         assert writer.shards == ()
         clock.now += 0.2
-        writer.tick()
+        writer.commit_due()
         assert committed(tmp_path / "out") == {"part-00000.parquet": [0, 1]}
-        writer.tick()
+        writer.commit_due()
         writer.close()
     assert len(committed(tmp_path / "out")) == 1
 
@@ -106,10 +106,10 @@ def test_rows_left_over_by_a_full_shard_wait_anew(tmp_path: Path) -> None:
         clock.now += 29
         write_rows(writer, rows(1, 3))
         clock.now += 29
-        writer.tick()
+        writer.commit_due()
         assert len(writer.shards) == 1
         clock.now += 2
-        writer.tick()
+        writer.commit_due()
         assert len(writer.shards) == 2
 
 

@@ -58,12 +58,12 @@ class Claim:
         self.files = self.folder.files
         self.files.alone, self._writer = not writer, writer
         self.clears = not writer
-        """Whether `release` removes what others left unfinished, and the input of a complete run. Not with several writers:
-        those of another host, whose locks may be separate, may be using it."""
+        """Whether `release` removes what others left unfinished, and the input of a complete run. False with several writers:
+        on another host, whose locks may be separate, some may be using these files."""
         self.journal: Journal | None = None
         """The record of commits, once the run has begun; a folder without a run has none."""
         self.identity: Mapping[bytes, bytes] = {}
-        """What every shard says of its run, in its metadata."""
+        """The metadata that identifies the run in every shard."""
         self._kept: dict[Path, tuple[bytes, Mark]] = {}
         self._repair = ""
         self._looked = self._look_seconds = 0.0
@@ -117,7 +117,7 @@ class Claim:
             yield
         except OSError as error:
             if is_full(error) and self.files.alone:
-                # What can be made again makes room for what cannot.
+                # The tokenised input can be made again: remove it to make room for results.
                 with suppress(OSError):
                     self.files.remove_tree(self.folder.input)
             if error.errno in (errno.ENOENT, errno.ESTALE) and not self.files.alone:
@@ -149,7 +149,7 @@ class Claim:
         self.journal = Journal(self.files, folder.journal, folder.temporary / folder.commits.name, run, shards, damaged, whole)
         self.identity, self._repair = identity, repair
         if self.files.alone:
-            # What killed writers left. Which host joins is for all hosts' last ones, until a run has the folder to itself.
+            # Files that killed writers left. The one that names the joining host is kept as long as several may write.
             kept = (PLAN, folder.joiner.name) if self._writer else (PLAN,)
             for file in list_files(self.files, folder.units, lambda name: not name.startswith(kept)):
                 self.files.remove(file.path)
@@ -338,7 +338,7 @@ class Claim:
             ) from cause
 
     def _moved(self) -> Path | None:
-        """What is reached by its path no more, or stands there no more."""
+        """Return the path of a claimed folder at which it is no longer found; None if all are in place."""
         for path, name in ((self.folder.path, ""), (self.folder.data, self.folder.data.name)):
             try:
                 if os.path.samestat(os.stat(self._absolute / name), self.files.held(path)):

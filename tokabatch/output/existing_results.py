@@ -83,11 +83,11 @@ def read_committed(
     errors: bool = True,
     names: Collection[str] | None = None,
 ) -> Committed:
-    """Every committed sample of a job of `num_samples` [rows] samples a row; without `errors`, every good one; of the shards
-    `names` alone, where that is given.
+    """Return the committed samples of a job of `num_samples` [rows] samples a row: those of the shards `names`, or of all;
+    without `errors`, only the good ones.
 
-    Raises OutputError where a shard is damaged, has columns of ours other than those of `schema`, holds a sample twice, or one
-    that the job does not ask for. The input's columns may differ: see `fit_columns`.
+    Raises OutputError if a shard is damaged, has columns of ours other than those of `schema`, or holds a sample twice or one
+    that is not part of the job. The input's columns may differ: see `fit_columns`.
     """
     empty = nothing_committed(num_samples)
     start, flags, codes = empty.drawn.start, empty.drawn.flags, empty.error_counts
@@ -114,8 +114,8 @@ def read_committed(
 
 
 def read_outcomes(folder: OutputFolder, rows: Bool) -> Iterator[tuple[int, int, str, bool | None, str | None]]:
-    """Of every committed sample of the `rows` that are marked (there may be more in the folder): its row, its number,
-    its status, whether it was found correct, and the answer that the judge extracted (None where it extracts none)."""
+    """Yield of every committed sample of the marked `rows` (there may be more in the folder): its row, its number, its status,
+    whether it was found correct, and the answer that the judge extracted (None if it extracts none)."""
     marked = np.flatnonzero(rows)
     for file in folder.shards():
         for table in read_groups(file, ("row_index", "sample_index", "status", "correct", "extracted")):
@@ -142,10 +142,10 @@ def sampled_rows(folder: OutputFolder, rows: int) -> tuple[Bool, Bool]:
 
 
 def drop_errors(claim: Claim, *, reopen: bool = False) -> int:
-    """Take the error rows out of the committed shards, so that they are missing; how many there were. With `reopen` each row
-    goes on from its first error: what lies behind that, cancelled or not, may follow from the error, and is taken out first.
+    """Remove the error rows from the committed shards, so that they are missing; return how many there were. With `reopen` each
+    row continues from its first error: the samples after it, cancelled or not, may follow from it and are removed first.
 
-    A shard is replaced whole by one without them: cut short anywhere, the folder holds a run without some of its samples.
+    Each shard is replaced as a whole: interrupted anywhere, the folder holds a run without some of its samples.
     """
     if reopen:
         keys: list[Int64] = [np.zeros((2, 0), np.int64)]
@@ -188,8 +188,8 @@ def _keep(claim: Claim, wanted: Callable[[pa.Table], pa.ChunkedArray[Any]]) -> i
 
 
 def list_misfits(folder: OutputFolder, schema: pa.Schema) -> tuple[list[ListedFile], list[str]]:
-    """The shards whose columns are not those of `schema`, and the names of these columns; where strings that were values are
-    JSON text now, or the other way round, the column is another, too."""
+    """Return the shards whose columns differ from `schema`, and the names of these columns. A column whose strings were values
+    and are JSON text now, or the other way round, differs too."""
     files: list[ListedFile] = []
     names: dict[str, None] = {}
     for file in folder.shards():
@@ -204,10 +204,10 @@ def list_misfits(folder: OutputFolder, schema: pa.Schema) -> tuple[list[ListedFi
 
 
 def fit_columns(claim: Claim, files: Sequence[ListedFile], schema: pa.Schema, columns: Callable[[Int64], pa.Table]) -> None:
-    """Give these shards the columns of `schema`: ours stay, those of the input are taken anew, by `columns`, of the rows that
-    the samples are of. All shards together are one dataset again, whichever of them a reader looks at first.
+    """Give these shards the columns of `schema`: ours stay, those of the input are read again by `columns`, for the rows of the
+    samples. All shards then have the same columns, as readers of the dataset assume.
 
-    Each is replaced whole: cut short anywhere, the folder holds the same samples, and the next start does the rest.
+    Each is replaced as a whole: interrupted anywhere, the folder holds the same samples, and the next start does the rest.
     """
     for file in files:
         replace_shard(claim, file, _fitted(file, schema, columns))
@@ -239,8 +239,8 @@ def _remove(claim: Claim, path: Path) -> None:
 
 
 def replace_shard(claim: Claim, file: ListedFile, tables: Iterable[pa.Table]) -> None:
-    """Put a shard of these rows in its place, in one step. Of several writers that do, the first one's rows take its place, and
-    the others' are dropped. Raises OSError."""
+    """Replace a shard by one of these rows, in one step. If several writers do so, the first one's rows replace it and those of
+    the others are dropped. Raises OSError."""
     temporary = claim.folder.temporary / file.path.name
     shard, written = write_shard(claim, pa.concat_tables(tables), temporary, claim.folder.name_of(file.path))
     if claim.journal is not None:

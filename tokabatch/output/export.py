@@ -135,13 +135,13 @@ def _export(
 
 @contextmanager
 def open_ordered(
-    shards: Sequence[ListedFile], place: Path, columns: Collection[str] | None = None, *, whole_rows: bool = True
+    shards: Sequence[ListedFile], place: Path, columns: Collection[str] | None, *, whole_rows: bool = True
 ) -> Generator[tuple[pa.Schema, Iterator[pa.Table], Path]]:
     """Provide the samples of at least one shard as tables ordered by row and sample: their schema, the tables, and a folder for
     further files, which lies in `place` and is removed at the end. `columns` are those to read, as far as they exist, and must
-    include `row_index` and `sample_index`. With `whole_rows` a row's samples are in one table. Raises ForeignFileError if the
-    shards are of different runs, OSError if the folder cannot be written, and OutputError if one table does not hold a whole
-    row."""
+    include `row_index` and `sample_index`; None means all. With `whole_rows` a row's samples are in one table. Raises
+    ForeignFileError if the shards are of different runs, OSError if the folder cannot be written, and OutputError if one table
+    does not hold a whole row."""
     schema = _schema(shards[0])
     for shard in shards[1:]:
         if not _schema(shard).equals(schema):

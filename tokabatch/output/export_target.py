@@ -22,9 +22,9 @@ def check_target(
         listed = " or ".join([", ".join(suffixes[:-1]), suffixes[-1]] if len(suffixes) > 1 else suffixes)
         stream = ", or - for standard output" if len(suffixes) > 1 else ""
         raise OutputError(f"{option} {target}: name a file that ends in {listed}{stream}")
-    if not _is_folder(target.absolute().parent):
+    if not _is_folder(target.absolute().parent, option):
         raise OutputError(f"{option} {target}: the folder {target.parent} does not exist; create it first")
-    if _is_folder(target):
+    if _is_folder(target, option):
         raise OutputError(f"{option} {target} is a folder; name a file in it")
     if folder.data.resolve() in target.resolve().parents:
         raise OutputError(f"{option} {target} lies among the run's own shards; export to another folder")
@@ -45,10 +45,10 @@ def refuse_input(job: Mapping[str, Any], target: Path, option: str, working_fold
             )
 
 
-def _is_folder(path: Path) -> bool:
+def _is_folder(path: Path, option: str) -> bool:
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise OutputError(f"--to {path} cannot be reached: {error.strerror}; name a file elsewhere") from error
+        raise OutputError(f"{option} {path} cannot be reached: {error.strerror}; name a file elsewhere") from error

@@ -47,7 +47,7 @@ class Inspection:
     success: Success | None
     run: str
     """The run that the journal names; empty without a journal."""
-    damaged: tuple[Shard, ...] = ()
+    damaged: tuple[Shard, ...]
     """The shards that exist, but not as they were committed."""
 
     @property

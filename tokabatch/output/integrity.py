@@ -39,7 +39,7 @@ class CheckedFolder:
     """Whether the folder says that the run is complete."""
     faults: tuple[Fault, ...]
     remedy: str | None
-    running: bool = False
+    running: bool
     """Whether a run was writing meanwhile."""
 
     @property

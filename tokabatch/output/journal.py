@@ -56,8 +56,8 @@ class Record:
 
     run: str
     versions: Mapping[str, tuple[Shard | None, ...]]
-    problem: str | None = None
-    torn: bool = False
+    problem: str | None
+    torn: bool
 
 
 class Journal:
@@ -71,8 +71,8 @@ class Journal:
         temporary: Path,
         run: str,
         shards: Iterable[tuple[Shard, Mark]],
-        damaged: Iterable[Shard] = (),
-        whole: Path | None = None,
+        damaged: Iterable[Shard],
+        whole: Path | None,
     ) -> None:
         """Take the place of the record at `path`: `shards` stand in the folder, checked, with their marks; the `damaged` ones
         were committed, and are about to be removed. `whole` is where a single writer makes one journal of this and others.

@@ -34,7 +34,7 @@ class EarlierRun:
     folder: OutputFolder
     manifest: Manifest
     versions: Versions
-    retry_errors: bool = False
+    retry_errors: bool
     repaired: int = 0
     """Error rows that have been replaced, set once `compare` has seen the rows."""
 

@@ -141,11 +141,6 @@ class ShardWriter:
         """Return whether another writer has published a shard of a unit that was opened here."""
         return self._state.units[unit].lost
 
-    @property
-    def num_waiting(self) -> int:
-        """Of these, the rows that are not committed."""
-        return sum(books.num_rows for books in self._state.units.values())
-
     def take(self, table: pa.Table) -> None:
         """Take over the rows of `table`, which are kept from here on."""
         assert table.schema.equals(self._schema), "a table of another schema"
@@ -186,22 +181,18 @@ class ShardWriter:
                 self._commit_all(unit)
         if sum(books.num_bytes for books in self._state.units.values()) >= SHARD_BYTES:
             self.commit()
-        self.tick()
+        for unit, books in self._state.units.items():
+            if books.waiting and self.is_due(books.oldest):
+                self._commit_all(unit)
 
     def is_due(self, oldest: float) -> bool:
         """Return whether rows that arrived at `oldest`, by the writer's clock, have waited long enough to be committed."""
         return self._clock() - oldest >= self._flush_seconds
 
-    def tick(self) -> None:
-        """Commit what has waited long enough."""
-        for unit, books in self._state.units.items():
-            if books.waiting and self.is_due(books.oldest):
-                self._commit_all(unit)
-
     def nears_end(self, to_come: int) -> bool:
         """Return whether many rows are buffered, and no more than that are still `to_come`, so that they should be committed
         now."""
-        return self.num_waiting >= max(EARLY_ROWS, to_come)
+        return sum(books.num_rows for books in self._state.units.values()) >= max(EARLY_ROWS, to_come)
 
     def commit(self) -> None:
         """Commit everything buffered, if anything is."""

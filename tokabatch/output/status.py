@@ -45,10 +45,10 @@ class Status:
     """Samples found correct; None if the job does not verify."""
     unjudged: int | None
     """Samples that are still to be judged; None if the job does not verify."""
-    started: str | None = None
+    started: str | None
     """The time of the first start, in its local time."""
-    model: str | None = None
-    input: str | None = None
+    model: str | None
+    input: str | None
     """The job's own values."""
 
     @property

@@ -73,7 +73,7 @@ class RunState:
     recorder: Recorder
     clock: Clock
     stop: Interruption
-    supply: Supply | None = None
+    supply: Supply | None
     """The source of work if other processes write to the folder as well."""
 
     def goes_on(self) -> bool:

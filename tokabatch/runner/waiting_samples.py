@@ -28,7 +28,7 @@ class FinishedSample:
     """A sample with its text, once decoded, and its verdict, once judged. A sample that will not be judged has no `ticket`."""
 
     completion: Completion
-    number: int = 0
+    number: int
     """The number by which the process that sent the sample identifies it."""
     text: str | None = None
     ticket: Ticket | None = None

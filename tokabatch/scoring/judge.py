@@ -123,7 +123,7 @@ class Judge:
             if kind not in COLUMN_TYPES:
                 raise ValueError(f"COLUMNS[{name!r}] is {kind!r}; write str, int, float or bool")
             self.columns[str(name)] = COLUMN_TYPES[kind]
-        self._declared: dict[str, type] = dict(getattr(module, "COLUMNS", {}))
+        self._declared: dict[str, type] = dict(declared)
 
     def check(self, row: Mapping[str, Any]) -> str | None:
         """Return why no text of this row can be judged; None if it can, or if the judge does not say."""
@@ -150,7 +150,7 @@ class Judge:
                 return [Verdict.none(_reason(error))]
             # One of them is at fault: judge them one by one, so that the others keep their verdicts.
             return [verdict for text, row in zip(texts, rows, strict=True) for verdict in self.verdicts([text], [row])]
-        return [self._verdict(partial(_same, value)) for value in returned]
+        return [self._verdict(lambda value=value: value) for value in returned]
 
     def _verdict(self, call: Callable[[], Any]) -> Verdict:
         try:
@@ -218,10 +218,6 @@ def _options(spec: JudgeSpec, parameters: Sequence[inspect.Parameter]) -> dict[s
         key = "verify.answer" if missing[0] == "answer" else f"verify.options.{missing[0]}"
         raise ValueError(f"it needs {missing[0]!r}; give {key}")
     return given
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _plain(value: Any, name: str, kind: type) -> Any:
