@@ -62,7 +62,7 @@ class Steps:
 
 
 def tail_seconds(steps: Steps) -> float:
-    """The time at the end of a run in which nothing waited and fewer samples ran than `TAIL_SHARE` of the most."""
+    """Return the time at the end of a run in which nothing waited and fewer samples ran than `TAIL_SHARE` of the most."""
     running = steps["running"]
     tail = (steps["waiting"] == 0) & (running < TAIL_SHARE * running.max(initial=0.0))
     return float(steps["seconds"][tail].sum())

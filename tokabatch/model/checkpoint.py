@@ -41,7 +41,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
 
     def by_file(self) -> dict[Path, list[str]]:
-        """The tensor names of each file, in file order."""
+        """Return the tensor names of each file, in file order."""
         files: dict[Path, list[str]] = {}
         for name, info in self.tensors.items():
             files.setdefault(info.file, []).append(name)

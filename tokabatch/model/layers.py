@@ -16,7 +16,7 @@ from tokabatch.model.spec import ModelSpec, RopeSpec
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * weight, the mean over the last axis. `weight` is [D], or [H, D] for a weight per head.
+    """Return x / rms(x) * weight, the mean over the last axis. `weight` is [D], or [H, D] for a weight per head.
 
     In 16-bit dtypes the mean is taken in float32; on a CPU the quotient is rounded before it is weighted, as transformers
     does, on a GPU one kernel does both and rounds once. float64 stays float64.
@@ -33,7 +33,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rotary_frequencies(rope: RopeSpec, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """Radians per position of each rotated pair, shape [head_dim / 2].
+    """Return the radians per position of each rotated pair, shape [head_dim / 2].
 
     Llama 3's scaling: with w the wavelength, the share kept unscaled grows linearly in original_context / w from 0 at
     `low_freq_factor` to 1 at `high_freq_factor`.
@@ -49,7 +49,7 @@ def rotary_frequencies(rope: RopeSpec, head_dim: int, dtype: torch.dtype) -> tor
 
 
 def rotary_table(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Cosines, then sines, of every position: shape [P, 1, D]. Computed in float64 for float64, else in float32."""
+    """Return cosines, then sines, of every position: shape [P, 1, D]. Computed in float64 for float64, else in float32."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     frequency = rotary_frequencies(spec.rope, spec.head_dim, exact)
     angle = torch.arange(spec.context_length, dtype=exact)[:, None] * frequency
@@ -57,8 +57,8 @@ def rotary_table(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> t
 
 
 def rotate(x_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns dimension i with dimension i + D/2 by the token's angle, whose cosines and sines are [T, 1, D/2]. Returns a
-    new contiguous tensor."""
+    """Rotate dimension i with dimension i + D/2 by the token's angle, whose cosines and sines are [T, 1, D/2]. Return a new
+    contiguous tensor."""
     first, second = x_THD.chunk(2, dim=-1)
     out_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype, device=x_THD.device)
     out_first, out_second = out_THD.chunk(2, dim=-1)
@@ -68,7 +68,7 @@ def rotate(x_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def gate(gate_up_T2F: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up. May overwrite the argument; the result may be a view of it."""
+    """Return silu(gate) * up. May overwrite the argument; the result may be a view of it."""
     if is_fused(gate_up_T2F):
         return fused().gate(gate_up_T2F)
     gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)

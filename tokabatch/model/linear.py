@@ -40,11 +40,11 @@ class Linear(Protocol):
     def __call__(self, x_TI: Input) -> torch.Tensor: ...
 
     def add_to(self, residual_TO: torch.Tensor, x_TI: Input) -> torch.Tensor:
-        """residual + x W^T + b. The residual's memory may be reused for the result."""
+        """Return residual + x W^T + b. The residual's memory may be reused for the result."""
         ...
 
     def into(self, y_TO: torch.Tensor, x_TI: Input) -> torch.Tensor:
-        """x W^T + b, written to `y_TO`, which is returned."""
+        """Write x W^T + b to `y_TO`, and return it."""
         ...
 
 
@@ -117,7 +117,7 @@ class PackedLinear:
 
 
 def padded_rows(rows: int) -> int:
-    """`rows` rounded up to five significant binary digits: a sixteenth more at most, 16 sizes for each doubling."""
+    """Return `rows` rounded up to five significant binary digits: a sixteenth more at most, 16 sizes for each doubling."""
     step = 1 << max(rows.bit_length() - 5, 0)
     return -(-rows // step) * step
 

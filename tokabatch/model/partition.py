@@ -1,6 +1,6 @@
-"""What of a model a rank holds: its query and key-value heads, its layers, its part of the vocabulary.
+"""The part of a model that a rank holds: its query and key-value heads, its layers, its part of the vocabulary.
 
-Sizing, weights, attention and the sampler all read it here. A `Mesh(rank, tensor, pipeline)` without processes will do.
+Sizing, weights, attention and the sampler all use these functions. A `Mesh(rank, tensor, pipeline)` without processes suffices.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PART = 128
 
 
 def check_mesh(spec: ModelSpec, mesh: Mesh) -> None:
-    """Raises ModelError where the mesh does not divide the model."""
+    """Raise ModelError if the mesh does not divide the model."""
     ranks, heads, kv = mesh.tensor_size, spec.num_heads, spec.num_kv_heads
     if heads % ranks:
         possible = [count for count in range(1, heads + 1) if heads % count == 0 and not (kv % count and count % kv)]
@@ -37,7 +37,7 @@ def check_mesh(spec: ModelSpec, mesh: Mesh) -> None:
 
 
 def kv_heads(spec: ModelSpec, mesh: Mesh) -> range:
-    """The key-value heads of this tensor rank. Where there are fewer of them than ranks, neighbours hold the same one."""
+    """Return the key-value heads of this tensor rank. If there are fewer of them than ranks, neighbours hold the same one."""
     copies = max(1, mesh.tensor_size // spec.num_kv_heads)
     if copies == 1:
         return mesh.shard(spec.num_kv_heads)
@@ -45,8 +45,9 @@ def kv_heads(spec: ModelSpec, mesh: Mesh) -> range:
 
 
 def stage_layers(spec: ModelSpec, mesh: Mesh) -> range:
-    """The layers of this process's pipeline stage, contiguous, such that the stage that takes longest takes least. Layers are
-    counted by their products for a token, and so is the head, in the last stage; looking up an embedding costs nothing."""
+    """Return the layers of this process's pipeline stage, contiguous, such that the slowest stage takes as little time as
+    possible. The cost of layers, and of the head in the last stage, is that of their products for a token; looking up an
+    embedding costs nothing."""
     stages, layers = mesh.pipeline_size, spec.num_layers
     if stages == 1:
         return range(layers)
@@ -63,7 +64,7 @@ def stage_layers(spec: ModelSpec, mesh: Mesh) -> range:
 @dataclass(frozen=True, slots=True)
 class VocabularyShard:
     """This tensor rank's tokens of a vocabulary. Its embedding, head and logits are padded to `width`, the same on every rank;
-    side by side they are the vocabulary, with all padding behind it."""
+    side by side they are the vocabulary, followed by all padding."""
 
     mesh: Mesh
     vocab_size: int
@@ -72,7 +73,7 @@ class VocabularyShard:
 
     @classmethod
     def of(cls, vocab_size: int, mesh: Mesh) -> VocabularyShard:
-        """Shards of whole parts; on a mesh of one tensor rank nothing is padded."""
+        """Return this rank's shard, of whole parts; on a mesh of one tensor rank nothing is padded."""
         if mesh.tensor_size == 1:
             return cls(mesh, vocab_size, range(vocab_size), vocab_size)
         width = PART * -(-vocab_size // (PART * mesh.tensor_size))

@@ -54,12 +54,12 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def layer_prefix(layer: int) -> str:
-    """What the names of one layer's tensors begin with."""
+    """Return the prefix of the names of one layer's tensors."""
     return f"model.layers.{layer}."
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the model needs, with its unsharded shape, under Llama's names and in Llama's order."""
+    """Return every tensor that the model needs, with its unsharded shape, under Llama's names and in Llama's order."""
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     matrices = {
         "self_attn.q_proj": (q_size, spec.hidden_size, spec.qkv_bias),

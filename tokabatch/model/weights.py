@@ -36,7 +36,7 @@ class _Place:
     columns: range | None = None
 
     def fill(self, source: Any) -> None:
-        """Copies from a safetensors slice; only the wanted part is read."""
+        """Copy from a safetensors slice, of which only the wanted part is read."""
         rows = slice(None) if self.rows is None else slice(self.rows.start, self.rows.stop)
         columns = self.columns
         self.target.copy_(source[rows] if columns is None else source[rows, columns.start : columns.stop])
@@ -56,13 +56,13 @@ class _Blank:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def vector(self, name: str, size: int) -> torch.Tensor:
-        """A tensor that every rank holds whole."""
+        """Return a tensor that every rank holds whole."""
         target = self.empty(size)
         self.places[name] = _Place(target)
         return target
 
     def vocabulary(self, name: str) -> torch.Tensor:
-        """This rank's vocabulary rows, padded with zeros to the same number on every rank."""
+        """Return this rank's vocabulary rows, padded with zeros to the same number on every rank."""
         shard = VocabularyShard.of(self.spec.vocab_size, self.mesh)
         target = self.empty(shard.width, self.spec.hidden_size)
         target[len(shard.tokens) :].zero_()
@@ -70,7 +70,7 @@ class _Blank:
         return target
 
     def column_parallel(self, prefix: str, parts: dict[str, range], has_bias: bool) -> _Matrix:
-        """Several projections of the hidden state as one matrix, each with the given rows of its checkpoint tensor."""
+        """Return several projections of the hidden state as one matrix, each with the given rows of its checkpoint tensor."""
         num_out = sum(len(rows) for rows in parts.values())
         weight, bias = self.empty(num_out, self.spec.hidden_size), self.empty(num_out) if has_bias else None
         start = 0
@@ -83,7 +83,7 @@ class _Blank:
         return _Matrix(weight, bias)
 
     def row_parallel(self, name: str, columns: range, has_bias: bool) -> _Matrix:
-        """A projection back to the hidden state from the given inputs. The bias is added once, by tensor rank 0."""
+        """Return a projection back to the hidden state from the given inputs. The bias is added once, by tensor rank 0."""
         weight = self.empty(self.spec.hidden_size, len(columns))
         self.places[f"{name}.weight"] = _Place(weight, columns=columns)
         bias = self.vector(f"{name}.bias", self.spec.hidden_size) if has_bias and self.mesh.tensor_rank == 0 else None
@@ -130,8 +130,8 @@ def load_decoder(
     *,
     fp8: bool = False,
 ) -> Decoder:
-    """This rank's part of the model on `device`. `dtype` "auto" is the checkpoint's; with `fp8` the layers' matrices are
-    rounded to e4m3, embedding and head are not. Raises ModelError before anything is loaded where the files and `spec` do not
+    """Return this rank's part of the model on `device`. `dtype` "auto" is the checkpoint's; with `fp8` the layers' matrices are
+    rounded to e4m3, embedding and head are not. Raises ModelError before anything is loaded if the files and `spec` do not
     agree, or the mesh does not divide the heads."""
     mesh = mesh or Mesh.single()
     check_mesh(spec, mesh)
@@ -164,7 +164,7 @@ def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dty
 
 
 def named_dtype(name: str) -> torch.dtype:
-    """The dtype that a job or a config calls so."""
+    """Return the dtype of this name in a job or a config. Raises ModelError for another name."""
     if name not in _DTYPES:
         raise ModelError(f"model.dtype: {name!r} is not one of auto, {', '.join(_DTYPES)}.")
     return _DTYPES[name]

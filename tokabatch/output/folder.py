@@ -85,5 +85,5 @@ class OutputFolder:
         return merged((read_record(self.files, self.commits), *others))
 
     def name_of(self, path: Path) -> str:
-        """A shard's name as the records have it: relative to the folder."""
+        """Return a shard's name as the records have it: relative to the folder."""
         return f"{self.data.name}/{path.name}"

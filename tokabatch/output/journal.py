@@ -162,8 +162,8 @@ class Journal:
         return file
 
     def _append(self, *lines: Mapping[str, Any], sync: bool = False) -> None:
-        """If this fails the record is rewritten the next time. After an fsync(2) that failed, a later one of the same file may
-        succeed although the system has dropped what the first one was to write."""
+        """Append lines. If this fails, the record is rewritten the next time: after an fsync(2) that failed, a later one of the
+        same file may succeed although the system has dropped what the first one was to write."""
         self.restore()
         added = [_line(fields) for fields in lines]
         try:
@@ -178,7 +178,7 @@ class Journal:
         self._lines += added
 
     def close(self) -> None:
-        """What could not be written stays unwritten: the lines before a commit are on disk already."""
+        """Close the file. What could not be written stays unwritten: the lines before a commit are on disk already."""
         with suppress(OSError):
             self._file.close()
 
@@ -240,7 +240,7 @@ def _apply(versions: dict[str, tuple[Shard | None, ...]], fields: Mapping[str, A
 
 
 def _mark(files: DurableFiles, path: Path | None) -> Mark:
-    """The mark of a file, which is opened for that: NFS may answer from memory otherwise."""
+    """Return the mark of a file, which is opened for that: NFS may answer from memory otherwise."""
     try:
         if path is not None:
             with files.open_old(path) as file:

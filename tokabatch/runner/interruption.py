@@ -23,7 +23,7 @@ class Interruption:
         """The thread that lets a request break in."""
 
     def poll(self) -> int:
-        """What the run will exit with; 0 until a stop is requested."""
+        """Return the exit code of the requested stop; 0 until one is requested."""
         if not self._exit_code and self._asked is not None and self._asked():
             self._exit_code = EXIT_INTERRUPTED
         return self._exit_code

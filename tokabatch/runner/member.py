@@ -193,7 +193,7 @@ class Member:
         return message
 
     def pass_time(self, seconds: float) -> float:
-        """So much time has passed without a heartbeat; return for how long there has been none. Raises ReplicaLost."""
+        """Add time that passed without a heartbeat; return for how long there has been none. Raises ReplicaLost."""
         assert self._process is not None
         self.silent = self.silent + seconds if self._process.check() else 0.0
         return self.silent

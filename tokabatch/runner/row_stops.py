@@ -76,7 +76,7 @@ class RowStops(Generic[_Sample]):
             self._held.setdefault(row, {})[sample] = finished
 
     def holds(self, row: int, sample: int) -> bool:
-        """Whether a sample is held: neither kept nor dropped."""
+        """Return whether a sample is held: neither kept nor dropped."""
         return sample in self._held.get(row, ())
 
     def judge(self, row: int, sample: int, outcome: Outcome) -> None:

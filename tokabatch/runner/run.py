@@ -253,13 +253,13 @@ def _close_books(state: RunState, claim: Claim, leases: Leases | None, on_rows: 
 
 
 def _tally(state: RunState, claim: Claim) -> Tally:
-    """Of what is in the folder."""
+    """Return the tally of what is in the folder."""
     names = claim.committed if state.supply is None else None
     return Tally.of(read_committed(claim.folder, state.started.left.samples_of_row, names=names))
 
 
 def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:
-    """If nothing was left to do, take the figures of the work from the previous start."""
+    """Write the summary and the steps. If nothing was left to do, keep the figures of the previous start's work."""
     earlier = _earlier_summary(claim)
     if earlier and not len(steps):
         told = ("rows", "samples", "ok", "errors", "cancelled", "pending", "finish_reasons", "exit_code", "stalled")

@@ -107,7 +107,8 @@ def cut_earlier_run(job: Job, shared: Shared, on_rows: OnRows, tell: Callable[[s
 
 
 def _cut_run(job: Job, claim: Claim, shared: Shared, on_rows: OnRows, tell: Callable[[str], None]) -> None:
-    """Name units in the manifest, where anything is left to do. When it returns no file of the folder is mapped."""
+    """Divide the run into units, if anything is left to do, and name them in the manifest. When it returns, no file of the
+    folder is mapped."""
     started = start(job, claim, on_rows, Reuse(), tell)
     found = read_manifest(claim.folder)
     if found is not None and started.has_more:
@@ -232,7 +233,7 @@ def _start(
 
 
 def _read_or_write_units(claim: Claim, manifest: Manifest, workload: Workload, count: int) -> Units:
-    """The units that the manifest names. If their file is missing or damaged, the plan is cut again, and the file written if
+    """Return the units that the manifest names. If their file is missing or damaged, cut the plan again, and write the file if
     that makes the same units. Raises DamageError if it does not."""
     try:
         return read_units(claim.folder, manifest.units, manifest.units_sha256, _start_of(workload))

@@ -1,7 +1,7 @@
-"""Times the steps of a run: for each the work it held, what ran and waited, and the wall-clock until its result was in.
+"""Times the steps of a run: for each, its work, what ran and waited, and the wall-clock time until its result was applied.
 
-A step's seconds run from the previous result to its own, so that they add up to the run: what the host does in between counts,
-unless it was hidden behind a step in flight.
+A step's seconds run from the previous result to its own, so that they add up to the run: the host's work in between counts,
+unless a step was in flight meanwhile.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokabatch.scheduling.scheduler import Scheduler
 
 
 class Stopwatch:
-    """Notified of every step handed to the device and of every result taken in, both in order."""
+    """Records every step handed to the device and every result applied, both in order."""
 
     def __init__(self, num_samples: int, clock: Callable[[], float] = time.perf_counter, *, keeps: bool = True) -> None:
         """`keeps` is False if `steps` is never read and the work has no end."""
@@ -35,17 +35,17 @@ class Stopwatch:
         self._last = self._clock()
 
     def submitted(self, step: StepBatch, scheduler: Scheduler) -> None:
-        """A step is on its way."""
+        """Record that a step was handed to the device."""
         running, waiting = scheduler.num_running, self.waiting(scheduler)
         work = measure_work(step, scheduler.limits.page_size)
         self._in_flight.append((work, running, waiting, scheduler.kv.pool.num_used, scheduler.kv.pool.num_pages))
 
     def waiting(self, scheduler: Scheduler) -> int:
-        """Samples neither finished nor running."""
+        """Return the number of samples that are neither finished nor running."""
         return max(0, self.num_samples - scheduler.counts.finished - scheduler.num_running)
 
     def collected(self, num_finished: int) -> None:
-        """The oldest step's result was taken in."""
+        """Record that the oldest step's result was applied."""
         work, running, waiting, pages, capacity = self._in_flight.popleft()
         now = self._clock()
         if self._keeps:
@@ -53,5 +53,5 @@ class Stopwatch:
         self._last = now
 
     def steps(self) -> Steps:
-        """All steps whose results are in."""
+        """Return the steps whose results were applied."""
         return self._trace.steps()

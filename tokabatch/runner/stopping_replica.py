@@ -64,7 +64,7 @@ class StoppingReplica:
         self._replica.close()
 
     def _begin(self) -> Requests | None:
-        """All that may be begun and has not been."""
+        """Return all samples that may begin and have not."""
         part = self._ledger.next_run(0, 1, whole=True)
         return None if part is None else self._ledger.plan.part(part.prompts, part.first, part.stop)
 

@@ -156,7 +156,7 @@ class Supply:
 
 
 def _by_unit(failures: Sequence[UnsampledRow], units: Units) -> dict[int, list[UnsampledRow]]:
-    """The error rows that have samples in each unit."""
+    """Return the error rows that have samples in each unit."""
     found: dict[int, list[UnsampledRow]] = {}
     if failures:
         number = np.repeat(np.arange(len(failures)), [len(failure.samples) for failure in failures])

@@ -38,12 +38,12 @@ class Estimate:
     high: float
 
     def interval(self, form: str) -> str:
-        """The bounds in brackets, formatted so, behind a space; empty where there are none."""
+        """Return the bounds in this format, in brackets after a space; empty if there are none."""
         return f" ({self.low:{form}} to {self.high:{form}})" if np.isfinite(self.low) else ""
 
 
 def distinct(estimates: Sequence[Estimate]) -> tuple[Estimate, ...]:
-    """Without the mean score where it is pass@1, as it is of verdicts that are right or wrong: for a person to look at."""
+    """Return the estimates to show, without the mean score if it equals pass@1, as it does if verdicts are right or wrong."""
     # The two are summed in different orders.
     first = [each.value for each in estimates if each.name == "pass@1"]
     same = [each for each in estimates if each.name == MEAN_SCORE and any(math.isclose(each.value, value) for value in first)]
@@ -66,17 +66,17 @@ class Judged:
     cancelled: Bool
 
     def take(self, places: Int64 | Bool) -> Judged:
-        """These of them, in this order."""
+        """Return these samples, in this order."""
         return Judged(*(getattr(self, field.name)[places] for field in fields(self)))
 
     def rows(self) -> tuple[Int64, Int64]:
-        """Where each row begins, and how many samples it has; they are ordered by row."""
+        """Return where each row begins, and how many samples it has, if the samples are ordered by row."""
         begins = np.flatnonzero(np.diff(self.row, prepend=self.row[:1] - 1))
         return begins, np.diff(np.append(begins, len(self.row)))
 
 
 def estimator(rule: StopRule | None) -> str:
-    """In words, how `estimate_all` comes to its figures."""
+    """Return in words how `estimate_all` computes its figures."""
     if rule is None:
         return "pass@k by Chen et al. (2021) of all samples"
     if rule.majority is not None:
@@ -88,12 +88,13 @@ def estimator(rule: StopRule | None) -> str:
 
 
 CHOICES = "share of rows whose likeliest continuation is right; normalized: its log-probability divided by its characters"
-"""How `estimate_choices` comes to its figures."""
+"""How `estimate_choices` computes its figures."""
 
 
 def estimate_choices(judged: Judged, characters: Int64) -> tuple[Estimate, ...]:
-    """Of rows whose given continuations were scored and judged: how often the most likely one is right, by its log-probability
-    and by that divided by its `characters` (acc and acc_norm of lm-evaluation-harness). Of equals the first counts."""
+    """Return, for rows whose given continuations were scored and judged, how often the most likely one is right: by its
+    log-probability, and by that divided by its `characters` (acc and acc_norm of lm-evaluation-harness). Of equals the first
+    counts."""
     if not len(judged.row):
         return ()
     columns: dict[str, Float64] = {}
@@ -104,8 +105,8 @@ def estimate_choices(judged: Judged, characters: Int64) -> tuple[Estimate, ...]:
 
 
 def estimate_all(judged: Judged, rule: StopRule | None = None) -> tuple[Estimate, ...]:
-    """Every figure that the samples can give; maj@k needs answers, best-of-k log-probabilities. Where a `rule` stopped rows,
-    those that it leaves without bias. None for no samples."""
+    """Return every figure that the samples can give; maj@k needs answers, best-of-k log-probabilities. If a `rule` stopped
+    rows, return the figures that it leaves without bias. Empty for no samples."""
     if judged.cancelled.all():
         return ()
     if rule is None:
@@ -119,9 +120,9 @@ def estimate_all(judged: Judged, rule: StopRule | None = None) -> tuple[Estimate
 
 
 def _of_rows_stopped_when_right(judged: Judged, after: int) -> dict[str, Float64]:
-    """pass@k for every k that the rows would have had samples for; and the mean score. The samples in front of the one that
-    stopped a row come in a random order, so that any of them tells the score of the first one without bias; where there is
-    none, the first one is that which stopped the row."""
+    """Return pass@k for every k that the rows would have had samples for, and the mean score. The samples before the one that
+    stopped a row come in a random order, so that any of them estimates the score of the first one without bias; if there is
+    none, the first one is the one that stopped the row."""
     j = judged.take(np.lexsort((judged.number, judged.row)))
     ks, cut = ks_of(j.rows()[1]), np.unique(j.row[j.cancelled])
     j = j.take(~j.cancelled)
@@ -137,8 +138,8 @@ def _of_rows_stopped_when_right(judged: Judged, after: int) -> dict[str, Float64
 
 
 def _of_rows_stopped_by_majority(judged: Judged, votes: int) -> dict[str, Float64]:
-    """No row stops before it has so many samples: these are as without a rule. And whether the answer is right that the samples
-    of a row settled on, or most of them where they did not."""
+    """Return the figures of the first `votes` samples, before which no row stops, as without a rule; and whether the answer is
+    right that the samples of a row settled on, or that most of them give if they did not settle."""
     taken = judged.take(~judged.cancelled)
     columns = _of_all_samples(taken.take(taken.number < votes))
     j = taken.take(np.lexsort((taken.number, taken.row)))
@@ -163,8 +164,8 @@ def _of_all_samples(judged: Judged) -> dict[str, Float64]:
 
 
 def majority(j: Judged, begins: Int64, n: Int64, ks: Sequence[int]) -> list[Float64]:
-    """maj@k of each row, shape [R], for each of the `ks`; `j` is ordered by row, each of which begins at `begins` and has `n`
-    samples. Where k < n, the mean over random subsets of k, the same at every call."""
+    """Return maj@k of each row, shape [R], for each of the `ks`; `j` is ordered by row, each of which begins at `begins` and
+    has `n` samples. If k < n, it is the mean over random subsets of k, the same at every call."""
     rows = len(begins)
     of_row = np.repeat(np.arange(rows), n)
     # The answers of a row stand together, the rows in order: counts of one row are a range.
@@ -188,7 +189,7 @@ def majority(j: Judged, begins: Int64, n: Int64, ks: Sequence[int]) -> list[Floa
 
 
 def _random_ranks(random: np.random.Generator, begins: Int64, n: Int64) -> Int64:
-    """The place of each sample in a random order of its row, shape [S]. Rows of one length are sorted together."""
+    """Return the place of each sample in a random order of its row, shape [S]. Rows of one length are sorted together."""
     ranks = np.empty(int(n.sum()), np.int64)
     for length in np.unique(n).tolist():
         place = begins[n == length][:, None] + np.arange(length)
@@ -197,8 +198,8 @@ def _random_ranks(random: np.random.Generator, begins: Int64, n: Int64) -> Int64
 
 
 def best_of(score: Float64, begins: Int64, n: Int64, k: int) -> Float64:
-    """best-of-k of each row, shape [R]: `score` is ordered by row and by rising log-probability. The sample with i less likely
-    ones below it is the best of k with the chance C(i, k - 1) / C(n, k)."""
+    """Return best-of-k of each row, shape [R]; `score` is ordered by row and by rising log-probability. The sample with i less
+    likely ones below it is the best of k with probability C(i, k - 1) / C(n, k)."""
     below = np.arange(len(score)) - np.repeat(begins, n)
     possible = below >= k - 1
     log_chance = log_binomials(np.where(possible, below, k - 1), k - 1) - np.repeat(log_binomials(n, k), n)
@@ -206,12 +207,13 @@ def best_of(score: Float64, begins: Int64, n: Int64, k: int) -> Float64:
 
 
 def _with_intervals(names: list[str], values: Float64, *, are_shares: bool = True) -> tuple[Estimate, ...]:
-    """`values` has shape [rows, figures]; `are_shares` where no score is below 0 or above 1."""
+    """Return the figures with their intervals; `values` has shape [rows, figures]. `are_shares` is whether all scores are from
+    0 to 1."""
     rows, means = len(values), values.mean(axis=0)
     # Chances are between 0 and 1, scores where all of them are.
     bounded = np.array([are_shares or not name.startswith((MEAN_SCORE, "best-of-")) for name in names])
     if rows == 1:
-        # One row says nothing of others.
+        # One row says nothing about others.
         low, high = np.where(bounded, 0.0, -np.inf), np.where(bounded, 1.0, np.inf)
     elif rows > BOOTSTRAPPED_ROWS:
         spread = 1.96 * values.std(axis=0, ddof=1) / rows**0.5

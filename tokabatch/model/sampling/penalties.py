@@ -52,7 +52,7 @@ class PenalisedRows:
     """Tokens of the longest context of a rule."""
 
     def blocks(self, vocab_size: int) -> Iterator[PenalisedBlock]:
-        """In parts that bound the scratch memory."""
+        """Yield the rows in parts that bound the scratch memory."""
         row, slot, position = (parcel.tensor for parcel in (self.row, self.slot, self.position))
         most = _BLOCK_CPU if row.device.type == "cpu" else _BLOCK_DEVICE
         size = max(1, most // max(vocab_size, 4 * self.longest))
@@ -214,7 +214,7 @@ class Penalties:
         outbox.once_sent(store)
 
     def _make_room(self, num_rules: int, num_before: int) -> None:
-        """For slots of so many rules, with contexts of so many tokens."""
+        """Make room for slots with this many rules, whose contexts have this many tokens."""
         num_slots, capacity, words = self._rules.shape
         if num_rules <= capacity and num_before <= words - _BEFORE:
             return

@@ -84,8 +84,8 @@ def sample(
     penalised: PenalisedRows | None = None,
     shard: VocabularyShard | None = None,
 ) -> Sampled:
-    """Draws a token per row. Computes in float32, in float64 for float64 logits. `logits_SV` is left as it is: the logits of
-    `shard`, or of the whole vocabulary. Every tensor rank must call it for the same rows, and gets the same.
+    """Draw a token per row, in float32, or in float64 for float64 logits. `logits_SV`, which is not changed, are the logits of
+    `shard`, or of the whole vocabulary. Every tensor rank must call this for the same rows, and gets the same tokens.
 
     `last_token` (integers, one per slot) receives the token drawn for each row's slot: the next step reads it there.
     Rows that are `penalised` are drawn from changed logits; their logprobs are those of the unchanged ones, as everyone's.
@@ -104,15 +104,15 @@ def sample(
 def score(
     logits_RV: torch.Tensor, target_R: torch.Tensor, shard: VocabularyShard, alternatives: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logprob_R (float64) of given tokens (int64), whether each is the most likely one, the first of several, and the most
-    likely `alternatives` as ids_RK (int32) and logprobs_RK (float32). Computes in float32, in float64 for float64 logits; a row
-    with a NaN has the logprob NaN. Ranks as in `sample`."""
+    """Return logprob_R (float64) of given tokens (int64), whether each is the most likely one, the first of several, and the
+    most likely `alternatives` as ids_RK (int32) and logprobs_RK (float32). Computed in float32, or in float64 for float64
+    logits; a row with a NaN has the logprob NaN. Ranks as in `sample`."""
     logits_RV = all_gather_last(logits_RV, shard.mesh)[:, : shard.vocab_size]
     if logits_RV.dtype != torch.float64:
         logits_RV = logits_RV.float()
     total_R, target_logit_R = logits_RV.logsumexp(-1), logits_RV.gather(1, target_R[:, None])[:, 0]
     if logits_RV.is_cpu:
-        # Where the first of the largest stands is looked at in the rows where the given token may be it.
+        # The place of the first of the largest is needed only in the rows whose given token may be it.
         greedy_R = target_logit_R == logits_RV.amax(-1)
         rows = greedy_R.nonzero()[:, 0]
         greedy_R[rows] = logits_RV.index_select(0, rows).argmax(-1) == target_R[rows]
@@ -134,7 +134,7 @@ def _sample_penalised(
     penalised: PenalisedRows,
     shard: VocabularyShard,
 ) -> Sampled:
-    """The other rows first, then in blocks those whose logits are changed, all of which every rank gathers."""
+    """Draw the other rows first, then in blocks those whose logits are changed, all of which every rank gathers."""
     num_rows = logits_SV.shape[0]
     if penalised.count < num_rows:
         packed = sample(logits_SV, inputs, last_token, None, shard).packed
@@ -151,7 +151,7 @@ def _sample_penalised(
 
 
 def _sample_plain(logits_SV: torch.Tensor, inputs: SamplerInputs, shard: VocabularyShard) -> Sampled:
-    """In blocks of rows, with torch alone: on a CPU, and for float64."""
+    """Draw in blocks of rows, with torch alone: on a CPU, and for float64."""
     num_rows = logits_SV.shape[0]
     if logits_SV.device.type != "cpu":
         block = max(1, _BLOCK_DEVICE // shard.vocab_size)
@@ -202,13 +202,13 @@ class _Block:
         return self.packed(token_S.masked_fill(~finite_S, 0), finite_S)
 
     def packed(self, token_S: torch.Tensor, finite_S: torch.Tensor) -> torch.Tensor:
-        """What was drawn with its logprobs under these logits, as `Sampled.packed` has it."""
+        """Return what was drawn, with its logprobs under these logits, in the layout of `Sampled.packed`."""
         logprob_S, top_ids_SK, top_logprobs_SK = self._logprobs(token_S)
         scalars_3S = torch.stack((token_S.int(), finite_S.int(), logprob_S.view(torch.int32)))
         return torch.cat((scalars_3S, top_ids_SK.T.int(), top_logprobs_SK.view(torch.int32).T))
 
     def _everywhere(self, own_SN: torch.Tensor, empty: float) -> torch.Tensor:
-        """A value for each part of the whole vocabulary from those of this rank's."""
+        """Return a value for each part of the whole vocabulary, given those of this rank's parts."""
         if self._shard.mesh.tensor_size == 1:
             return own_SN
         width = self._shard.width // PART
@@ -219,7 +219,7 @@ class _Block:
         return self._columns.temperature[:, None].clamp(min=_COLDEST).to(self._logits_SV.dtype)
 
     def _masses(self, temperature_S1: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Of all parts of some rows, or of all rows, relative to each row's largest logit."""
+        """Return the masses of all parts of some rows, or of all rows, relative to each row's largest logit."""
         logits_SV, own_SN, highest_SN = self._logits_SV, self._own_highest_SN, self._highest_SN
         if rows is not None and len(rows) < len(logits_SV):
             logits_SV, own_SN, highest_SN = logits_SV[rows], own_SN[rows], highest_SN[rows]
@@ -228,8 +228,8 @@ class _Block:
         return relative_masses(mass_SN, highest_SN, temperature_S1)
 
     def _walked(self, part_S: torch.Tensor, rest_S: torch.Tensor | None) -> torch.Tensor:
-        """The token that each row's draw comes to in its part: at the share `rest` of its mass where the row is random, else
-        the first of the largest."""
+        """Return the token of each row's draw within its part: if the row is random, the one at the share `rest` of the part's
+        mass, else the first of the largest."""
         tokens, columns = self._shard.tokens, self._columns
         local_S = part_S - tokens.start // PART
         own_S = (local_S >= 0) & (local_S * PART < len(tokens))
@@ -243,7 +243,7 @@ class _Block:
         return all_reduce((token_S + tokens.start).masked_fill_(~own_S, 0), self._shard.mesh)
 
     def _filtered(self, token_S: torch.Tensor, uniform_S: torch.Tensor, filtered_S: torch.Tensor) -> torch.Tensor:
-        """The same tokens but for the rows with filters, which are drawn again from all of their logits."""
+        """Return the same tokens except for the rows with filters, which are drawn again from all of their logits."""
         columns, shard = self._columns, self._shard
         if self._logits_SV.device.type == "cpu":
             rows = filtered_S.nonzero()[:, 0]
@@ -258,7 +258,8 @@ class _Block:
         return token_S.index_copy(0, rows, torch.where(filtered_S[rows], drawn, token_S[rows]))
 
     def _logprobs(self, token_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the drawn tokens, NaN where the row has them off, and the most likely ones' ids and theirs."""
+        """Return the logprobs of the drawn tokens, NaN for rows that report none, and the ids and logprobs of the most likely
+        tokens."""
         logits_SV, shard, wanted = self._logits_SV, self._shard, self._inputs.max_logprobs
         none_SK = torch.empty(len(token_S), 0, dtype=torch.float32, device=token_S.device)
         if wanted < 0:

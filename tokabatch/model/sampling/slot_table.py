@@ -122,7 +122,7 @@ class SlotTable:
             self.store(*to_device_all((slot_A, words_AW), self.words.device))
 
     def note(self, slot_A: Int64, words_AW: Int32) -> None:
-        """The host's part of `open`: `inputs` is up to date afterwards, the records on the device are not."""
+        """Do the host's part of `open`: `inputs` is up to date afterwards, the records on the device are not."""
         if not len(slot_A):
             return
         records = words_AW.view(RECORD)[:, 0]
@@ -133,26 +133,26 @@ class SlotTable:
         self._logprobs[slot_A] = records["logprobs"]
 
     def store(self, slots: torch.Tensor, words: torch.Tensor) -> None:
-        """The device's part of `open`, both arrays on the device."""
+        """Do the device's part of `open`, with both arrays on the device."""
         if len(slots) and not self._on_host:
             self.words.index_copy_(0, slots, words)
 
     def inputs(self, slots: Int32, slot_S: torch.Tensor, position_S: torch.Tensor) -> SamplerInputs:
-        """What `sample` takes for rows of these slots; `slot_S` are the same slots on the device."""
+        """Return what `sample` takes for rows of these slots; `slot_S` are the same slots on the device."""
         return SamplerInputs(self, slot_S, position_S, *self.kinds(slots))
 
     def kinds(self, slots: Int32) -> tuple[bool, bool, int]:
-        """Whether any of these slots draws at random, whether any filters, and the most alternatives that one reports."""
+        """Return whether any of these slots draws at random, whether any filters, and the most alternatives reported."""
         some = bool(self._random[slots].any()), bool(self._filtered[slots].any())
         return *some, int(self._logprobs[slots].max(initial=-1))
 
     def columns(self, slot_S: torch.Tensor) -> SlotColumns:
-        """The fields of these slots' records, copies of S, on the device."""
+        """Return the fields of these slots' records, copies of S, on the device."""
         return SlotColumns(self.words.index_select(0, slot_S))
 
 
 def packed(inits: SlotInit) -> tuple[Int64, Int32]:
-    """What `SlotTable.open` sends to the device: the slots [A], and their records as words [A, W]."""
+    """Return what `SlotTable.open` takes: the slots [A], and their records as words [A, W]."""
     records = np.empty(len(inits.slot), RECORD)
     for field in RECORD.names or ():
         records[field] = getattr(inits, field)

@@ -134,5 +134,5 @@ class LengthEstimates:
         self.extend()
 
     def _generated(self, slots: Int64) -> Int32:
-        """Output tokens of each slot, those that steps in flight are about to sample included."""
+        """Return the output tokens of each slot, including those that steps in flight will sample."""
         return self._slots.length[slots] - self._slots.prompt_length[slots]
