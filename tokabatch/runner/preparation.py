@@ -128,11 +128,8 @@ class Preparation:
         if self._judging is not None:
             self._judging.grow()
 
-    def hurry(self) -> None:
-        """Stop judging: samples without a verdict become NOT_JUDGED."""
-        self.close()
-
     def close(self) -> None:
+        """Stop judging: samples without a verdict become NOT_JUDGED."""
         if self._judging is not None:
             self._judging.close()
 

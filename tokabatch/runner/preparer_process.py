@@ -93,7 +93,7 @@ def _serve(pipe: Connection, preparation: Preparation, seconds: float) -> None:
                 elif order == "finish":
                     seconds, due = HURRIED_SEND_SECONDS, 0.0
                 else:
-                    preparation.hurry()
+                    preparation.close()
             preparation.start_judges()
             everything = time.monotonic() >= due
             for table in preparation.tables(sent, everything=everything):

@@ -162,24 +162,7 @@ def _run_in_folder(
         state = RunState(job, started, replica, recorder, clock, stop, supply)
         complete = False
         try:
-            exit_code = EXIT_COMPLETE if supply is not None else _record_failures(state)
-            if exit_code == EXIT_COMPLETE and (len(workload.requests) or (supply is not None and started.has_more)):
-                exit_code = _generate(state)
-                if job.trace and (taken := np.count_nonzero(replica.steps()["replica"] == job.trace.replica)) < job.trace.start:
-                    tell(f"nothing was traced: the run had {taken} steps, and trace.start is {job.trace.start}; write less")
-            state.show("writing")
-            with claim.committing():
-                books = _close_books(state, claim, leases, on_rows)
-            if not books.closed and started.stops is not None and (held := started.stops.num_held):
-                tell(f"{held:,} finished samples will be computed again: earlier samples of their rows are not judged yet")
-            if books.unjudged:
-                tell(
-                    f"{books.unjudged:,} finished samples are not judged yet, and nothing is estimated before: the same "
-                    "command has them judged"
-                )
-            complete = books.closed
-            stopped = exit_code or (0 if complete else state.stop.poll())
-            exit_code = _exit_code(books, job.errors.max_fraction, stopped, None if supply is None else supply.abandoned)
+            exit_code, complete = _complete(state, claim, leases, on_rows)
             tally = recorder.tally if supply is None else _tally(state, claim)
         except CommitError as error:
             tell(str(error))
@@ -213,6 +196,29 @@ def _run_in_folder(
                     # Every sample is there, and the next start says so.
                     summary = replace(summary, exit_code=EXIT_STOPPED)
     return summary
+
+
+def _complete(state: RunState, claim: Claim, leases: Leases | None, on_rows: OnRows) -> tuple[int, bool]:
+    """Compute what is left and commit it. Return the exit code, and whether the run is complete. Raises CommitError."""
+    job, started, supply, tell = state.job, state.started, state.supply, state.clock.progress.message
+    exit_code = EXIT_COMPLETE if supply is not None else _record_failures(state)
+    if exit_code == EXIT_COMPLETE and (len(started.left.requests) or (supply is not None and started.has_more)):
+        exit_code = _generate(state)
+        if job.trace and (taken := np.count_nonzero(state.replica.steps()["replica"] == job.trace.replica)) < job.trace.start:
+            tell(f"nothing was traced: the run had {taken} steps, and trace.start is {job.trace.start}; write less")
+    state.show("writing")
+    with claim.committing():
+        books = _close_books(state, claim, leases, on_rows)
+    if not books.closed and started.stops is not None and (held := started.stops.num_held):
+        tell(f"{held:,} finished samples will be computed again: earlier samples of their rows are not judged yet")
+    if books.unjudged:
+        tell(
+            f"{books.unjudged:,} finished samples are not judged yet, and nothing is estimated before: the same command has "
+            "them judged"
+        )
+    stopped = exit_code or (0 if books.closed else state.stop.poll())
+    abandoned = None if supply is None else supply.abandoned
+    return _exit_code(books, job.errors.max_fraction, stopped, abandoned), books.closed
 
 
 def _summary(out: Path, summary: RunSummary, tell: Callable[[str], None]) -> RunSummary:
