@@ -34,7 +34,7 @@ def absent_gpu(key: str) -> Generator[None]:
     """Inside, the engine of jobs and servers is a scripted one at the pace of this device."""
     device = known_device(key)
 
-    def maker(job: Job, workload: Demand, sizes: ReplicaSizes, tell: object) -> Callable[[], Executor]:
+    def maker(job: Job, workload: Demand, sizes: ReplicaSizes, *_: object) -> Callable[[], Executor]:
         cost, _ = cost_model.cost_model(workload, device, None)
         script = Script(workload.spec.vocab_size, workload.eos_token_ids[0], slots=sizes.max_running)
         return partial(ProcessExecutor, (script, sizes, cost), build_paced_worker)

@@ -115,7 +115,7 @@ def write_rows(path: Path, count: int) -> None:
 def work(rows: Path, out: Path, max_tokens: int, durable_run: bool) -> None:
     """The process that is killed: runs the job, and reports at the end what it took."""
     script = quickstart_script(slots=2048)
-    make_replica.executor_maker = lambda job, workload, sizes, tell: partial(InProcessExecutor, (script, sizes), build_worker)
+    make_replica.executor_maker = lambda job, workload, sizes, *_: partial(InProcessExecutor, (script, sizes), build_worker)
     phases = Phases()
     seam = "tokabatch.output.folder"
     sys.modules[seam].DurableFiles = TimedFiles if durable_run else PlainFiles

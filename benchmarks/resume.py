@@ -52,7 +52,7 @@ def write_rows(path: Path, rows: int, words: int) -> None:
 def work(rows: Path, out: Path, begun: float) -> None:
     """One start, stopped after a few steps; prints the seconds since `begun` at which each phase began."""
     script = quickstart_script(slots=2048)
-    make_replica.executor_maker = lambda job, workload, sizes, tell: partial(InProcessExecutor, (script, sizes), build_worker)
+    make_replica.executor_maker = lambda job, workload, sizes, *_: partial(InProcessExecutor, (script, sizes), build_worker)
     job = Job.load(
         {
             "model": {"path": str(QUICKSTART), "dtype": "float32"},

@@ -108,9 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.scripted:
         script = quickstart_script()
-        make_replica.executor_maker = lambda job, workload, sizes, tell: partial(
-            InProcessExecutor, (script, sizes), build_worker
-        )
+        make_replica.executor_maker = lambda job, workload, sizes, *_: partial(InProcessExecutor, (script, sizes), build_worker)
     found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder) / "model")

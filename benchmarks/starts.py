@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=12_000)
     given = parser.parse_args()
     script = quickstart_script(slots=SLOTS)
-    make_replica.executor_maker = lambda job, workload, sizes, tell: partial(InProcessExecutor, (script, sizes), build_worker)
+    make_replica.executor_maker = lambda job, workload, sizes, *_: partial(InProcessExecutor, (script, sizes), build_worker)
     with tempfile.TemporaryDirectory(prefix="tokabatch-starts-") as folder:
         rows, out = Path(folder) / "rows.jsonl", Path(folder) / "out"
         write_rows(rows, given.rows, 20)

@@ -37,12 +37,12 @@ STEP_SECONDS = 0.002
 BATCH_SAMPLES = 4
 
 
-def _make_within(script: Script, job: Job, workload: Workload, sizes: ReplicaSizes, tell: object) -> Callable[[], Executor]:
+def _make_within(script: Script, job: Job, workload: Workload, sizes: ReplicaSizes, *_: object) -> Callable[[], Executor]:
     return partial(InProcessExecutor, (script, sizes), build_worker)
 
 
 def make_apart(
-    script: Script, job: Job, workload: Workload, sizes: ReplicaSizes, tell: object, ranks: int = 1
+    script: Script, job: Job, workload: Workload, sizes: ReplicaSizes, *_: object, ranks: int = 1
 ) -> Callable[[], Executor]:
     """The worker in a process of its own, or in one for each rank: forked, as nothing here has threads or a GPU and importing
     takes seconds."""

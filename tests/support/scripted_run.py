@@ -31,7 +31,7 @@ def scripted_engine(script: Script | None = None) -> Generator[Script]:
     """Inside, every run's engine is the scripted one."""
     script = script or quickstart_script(slots=64)
 
-    def maker(job: Job, workload: Workload, sizes: ReplicaSizes, tell: object) -> Callable[[], Executor]:
+    def maker(job: Job, workload: Workload, sizes: ReplicaSizes, *_: object) -> Callable[[], Executor]:
         return partial(InProcessExecutor, (script, sizes), build_worker)
 
     measured = pricing.present_device("cpu")
