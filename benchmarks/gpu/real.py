@@ -114,7 +114,8 @@ def main() -> None:
     parser.add_argument("gsm8k", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="job keys to change")
     parser.add_argument("--out", type=Path, help="folder of the results, kept (default: a temporary one)")
-    arguments = parser.parse_args()
+    # Keys may stand behind the option, too.
+    arguments = parser.parse_intermixed_args()
     scratch = Path(tempfile.mkdtemp(prefix="tokabatch-real-"))
     output, watch = arguments.out or scratch / "out", CpuWatch()
     try:

@@ -16,7 +16,7 @@ from support.captured_worker import captured_worker, sizes_of
 from support.interpreter import DEVICES, INTERPRETING
 from support.stage_pair import StagePair
 
-from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, WORTH, Ladder, size_above
+from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, LEAST_WORTH, MOST_WORTH, Ladder, size_above, worth_capturing
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.model.families import read_spec
 from tokabatch.scheduling.contracts import Completion, SamplingParams
@@ -45,7 +45,7 @@ def test_a_size_is_captured_once_it_is_wanted_often():
     made: list[tuple[int, str]] = []
     ladder = Ladder(5000, lambda size, kind: made.append((size, kind)))
     filled = 0
-    while filled < WORTH:
+    while filled < MOST_WORTH:
         assert ladder.size(1040, "a") == 1536
         filled += 1536 - 1056
     ladder.at(1536, "a")
@@ -63,7 +63,7 @@ def test_a_larger_size_serves_until_a_nearer_one_is_worth_capturing():
     uses = 0
     while ladder.size(300, "a") == 1024 and not ladder.make_ahead():
         uses += 1
-    assert uses == WORTH // (1024 - 512) - 1 and made == [(1024, "a"), (512, "a")]
+    assert uses == MOST_WORTH // (1024 - 512) - 1 and made == [(1024, "a"), (512, "a")]
     assert ladder.size(300, "a") == 512 and ladder.size(300, "b") == 512
     ladder.at(9000, "a")
     # As many as that are not filled up even once.
@@ -94,6 +94,21 @@ def test_coarse_sizes_are_captured_before_the_first_step():
     ladder.prepare("a")
     assert [size for size, _ in made] == [5000, 4096, 3072, 2048, 1536, 1024, 512, 256]
     assert ladder.size(2100, "a") == 3072 and ladder.size(3, "a") == 256 and not ladder.make_ahead()
+
+
+def test_steps_of_large_models_are_filled_up_less():
+    """A token of 8B parameters takes as long as eighty of a small model: sizes are nearer, and worth capturing sooner."""
+    assert worth_capturing(100_000_000) == MOST_WORTH and worth_capturing(7_000_000_000) == LEAST_WORTH
+    made: list[tuple[int, str]] = []
+    ladder = Ladder(5000, lambda size, kind: made.append((size, kind)), LEAST_WORTH)
+    ladder.prepare("a")
+    assert [size for size, _ in made] == [5000, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256]
+    uses = 0
+    while ladder.size(1280, "a") == 1536:
+        uses += 1
+        ladder.make_ahead()
+    assert uses == LEAST_WORTH // (1536 - 1280) and ladder.size(1280, "a") == 1280
+    assert ladder.size(300, "a") == 384
 
 
 def generate(

@@ -30,7 +30,7 @@ from tokabatch.attention.tiles import ENOUGH_PLANES, MAX_PLANES, WORDS, TilePlan
 from tokabatch.attention.triton_decode import decode_and_merge
 from tokabatch.attention.triton_tiles import NARROW, WIDE, Planes, attend_tiles, hopper_tiles, tile_shape
 from tokabatch.engine.captured_head import HeadGraphs, HeadKind
-from tokabatch.engine.graphs import FINEST, GraphRecorder, Ladder, aligned, coarse_size
+from tokabatch.engine.graphs import FINEST, GraphRecorder, Ladder, aligned, worth_capturing
 from tokabatch.model.decoder import Decoder, KVPages
 from tokabatch.model.sampling.slot_table import SlotTable
 from tokabatch.scheduling.contracts import StepBatch
@@ -89,7 +89,7 @@ class BodyGraphs:
         self._counter = torch.zeros(2, dtype=torch.int32, device=device)
         self._max_tiles = TILES_A_TOKEN * most + LEAST_TILES
         self._words = torch.zeros(HEADER + 5 * aligned(most) + self._max_tiles * WORDS, dtype=torch.int32, device=device)
-        self._ladder: Ladder[bool, torch.cuda.CUDAGraph] = Ladder(most, self._capture)
+        self._ladder: Ladder[bool, torch.cuda.CUDAGraph] = Ladder(most, self._capture, worth_capturing(decoder.body_elements))
 
     def prepare(self) -> None:
         """Compile all kernels and capture the coarse sizes."""
@@ -106,7 +106,7 @@ class BodyGraphs:
         is_long_prefill = len(step.token_ids) >= max(MOSTLY, LONG_PROMPT * step.num_prefill_runs)
         if not 0 < count <= self._ladder.most or is_long_prefill:
             return None
-        coarse = coarse_size(count, self._ladder.most)
+        coarse = self._ladder.coarse(count)
         plan = plan_tiles(step, self._shape, self._num_planes(coarse))
         if plan is None or len(plan.wide_IW) + len(plan.narrow_IW) > self._max_tiles:
             return None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tokabatch.arrays import Int32
-from tokabatch.engine.graphs import GraphRecorder, Ladder, aligned
+from tokabatch.engine.graphs import GraphRecorder, Ladder, aligned, worth_capturing
 from tokabatch.model.decoder import Decoder
 from tokabatch.model.sampling.sampler import sample
 from tokabatch.model.sampling.slot_table import SamplerInputs, SlotTable
@@ -53,7 +53,8 @@ class HeadGraphs:
         self._slots = slots
         self._recorder = recorder
         self._words = torch.zeros(3 * aligned(most), dtype=torch.int32, device=decoder.device)
-        self._ladder: Ladder[HeadKind, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = Ladder(most, self._capture)
+        worth = worth_capturing(decoder.spec.hidden_size * decoder.vocabulary.width)
+        self._ladder: Ladder[HeadKind, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = Ladder(most, self._capture, worth)
 
     def prepare(self, kind: HeadKind) -> None:
         """Compile all kernels and capture the coarse sizes."""

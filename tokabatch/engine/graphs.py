@@ -15,13 +15,15 @@ FINEST, FINE_STEPS, COARSE_STEPS = 32, 32, 2
 """The smallest distance between sizes, and the number of fine and of coarse sizes from one power of two to the next. Coarse
 sizes are captured first."""
 SMALL = 1024
-"""Up to this size a step takes hardly longer than one of half the size: powers of two suffice, and smaller ones are not
-captured ahead of their first use."""
+"""The largest size up to which powers of two may suffice, as a step takes hardly longer than one of half the size; smaller
+sizes are not captured ahead of their first use."""
 LEAST_PREPARED = 256
 """The smallest size that is captured before the first step."""
-WORTH = 16_384
-"""Padding in tokens, summed over the steps that one size would have saved it, from which that size is worth capturing, which
-takes about 20 ms on the host. A single step is padded by less than a quarter of it."""
+CAPTURE_FLOPS = 1.2e13
+"""Floating-point operations that an H100 computes in the 20 ms or so that a capture takes the host."""
+LEAST_WORTH, MOST_WORTH = 2048, 16_384
+"""The limits of `worth_capturing`. The first bounds the number of graphs, which take memory; the second holds for small models,
+whose products are a small part of a step."""
 
 Kind = TypeVar("Kind", bound=Hashable)
 Made = TypeVar("Made")
@@ -56,6 +58,13 @@ class GraphRecorder:
         return graph, made
 
 
+def worth_capturing(elements: int) -> int:
+    """Return the padding in tokens, summed over the steps that one size would have saved it, from which that size is worth
+    capturing: computing so many takes as long as the capture. `elements` is the size of the matrices that a token is multiplied
+    with."""
+    return int(min(max(CAPTURE_FLOPS / (2 * max(elements, 1)), LEAST_WORTH), MOST_WORTH))
+
+
 def size_above(count: int, steps: int) -> int:
     """Return the smallest size that is at least `count`, on a ladder with `steps` sizes from one power of two to the next."""
     if count <= FINEST:
@@ -69,31 +78,25 @@ def aligned(count: int) -> int:
     return -(-count // 4) * 4
 
 
-def coarse_size(count: int, most: int) -> int:
-    """Return the size of the graph that is captured at first use for `count`."""
-    return min(most, size_above(count, 1 if count <= SMALL else COARSE_STEPS))
-
-
-def coarse_sizes(most: int) -> Iterator[int]:
-    """Yield the coarse sizes, ascending."""
-    size = 0
-    while size < most:
-        size = coarse_size(size + 1, most)
-        yield size
-
-
 class Ladder(Generic[Kind, Made]):
-    """Captured graphs by size and kind; the largest size is `most`."""
+    """Captured graphs by size and kind; the largest size is `most`. `worth` is as `worth_capturing` returns it."""
 
-    def __init__(self, most: int, make: Callable[[int, Kind], Made]) -> None:
+    def __init__(self, most: int, make: Callable[[int, Kind], Made], worth: int = MOST_WORTH) -> None:
         self.most = most
         self._make = make
+        self._worth = worth
+        # The products of so many tokens take as long as reading the weights and launching, a few milliseconds.
+        self._small = min(SMALL, max(LEAST_PREPARED, size_above(worth // 8, 1)))
         self._made: dict[tuple[int, Kind], Made] = {}
         self._filled: Counter[tuple[int, Kind]] = Counter()
-        self._worth: list[tuple[int, Kind]] = []
+        self._wanted: list[tuple[int, Kind]] = []
         self._kinds: dict[Kind, None] = {}
         self._last = 0
-        self._coarse = sorted(coarse_sizes(most), reverse=True)
+        self._coarse = sorted(self._coarse_sizes(), reverse=True)
+
+    def coarse(self, count: int) -> int:
+        """Return the size of the graph that is captured at first use for `count`."""
+        return min(self.most, size_above(count, 1 if count <= self._small else COARSE_STEPS))
 
     def prepare(self, kind: Kind) -> None:
         """Capture the coarse sizes before the first step, the largest first, so that the others fit into its memory."""
@@ -114,31 +117,38 @@ class Ladder(Generic[Kind, Made]):
         is worth capturing; or the next coarse size, if the padding would be too large.
         """
         self._kinds.setdefault(kind)
-        coarse = coarse_size(count, self.most)
-        fine = coarse if count <= SMALL else min(self.most, size_above(count, FINE_STEPS))
+        coarse = self.coarse(count)
+        fine = coarse if count <= self._small else min(self.most, size_above(count, FINE_STEPS))
         if (fine, kind) in self._made:
             self._last = fine
             return fine
         size = min((size for size, other in self._made if other == kind and size >= count), default=coarse)
-        if size - coarse >= WORTH // 4:
+        if size - coarse >= self._worth // 4:
             size = coarse
         wanted = fine if size <= coarse else coarse
         before = self._filled[wanted, kind]
         self._filled[wanted, kind] += size - wanted
-        if before < WORTH <= self._filled[wanted, kind]:
-            self._worth.append((wanted, kind))
+        if before < self._worth <= self._filled[wanted, kind]:
+            self._wanted.append((wanted, kind))
         self._last = size
         return size
 
     def make_ahead(self) -> bool:
         """Capture one graph for later steps while the device is busy: a size that is worth capturing, or the next smaller
         coarse size, which will be used as samples finish. Return False if there is none."""
-        while self._worth:
-            if (wanted := self._worth.pop()) not in self._made:
+        while self._wanted:
+            if (wanted := self._wanted.pop()) not in self._made:
                 self.at(*wanted)
                 return True
-        smaller = ((size, kind) for size in self._coarse if SMALL <= size < self._last for kind in self._kinds)
+        smaller = ((size, kind) for size in self._coarse if self._small <= size < self._last for kind in self._kinds)
         wanted = next((each for each in smaller if each not in self._made), None)
         if wanted is not None:
             self.at(*wanted)
         return wanted is not None
+
+    def _coarse_sizes(self) -> Iterator[int]:
+        """Yield the coarse sizes, ascending."""
+        size = 0
+        while size < self.most:
+            size = self.coarse(size + 1)
+            yield size

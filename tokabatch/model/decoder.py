@@ -94,6 +94,14 @@ class Decoder:
         self.device = weights.rotary_P1D.device
         self._weights = weights
 
+    @property
+    def body_elements(self) -> int:
+        """The size of the matrices that each token is multiplied with in the stage's layers."""
+        spec = self.spec
+        heads = 2 * (self.num_heads + self.num_kv_heads) * spec.head_dim
+        mlp = 3 * len(self.mesh.shard(spec.intermediate_size))
+        return len(self.layer_range) * spec.hidden_size * (heads + mlp)
+
     def forward(
         self,
         token_ids_T: torch.Tensor,
