@@ -73,3 +73,13 @@ def test_every_kind_has_a_step_of_its_own():
     steps = list(warm_up_steps(sizes, [PLAIN, FILTERED]))
     assert [step.index for step in steps] == [0, 1, 2, 3, 4]
     assert np.array_equal(steps[-1].inits.top_k, [5] * 8) and steps[2].prefix_levels and len(steps[1].copy_src) == 1
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 8])
+def test_decode_steps_fill_the_device_and_leave_it_idle(kv_heads):
+    """The decode kernel is another one for few programs (`attention.triton_decode`): both are compiled before the first step."""
+    few_programs = 512
+    steps = list(warm_up_steps(ReplicaSizes(16, 5000, 8192, 16_384, 100, 2, 1), [PLAIN]))
+    for is_shared in (False, True):
+        decodes = [step for step in steps[1:-1] if bool(step.prefix_levels) == is_shared]
+        assert {len(step.run_slot) * kv_heads <= few_programs for step in decodes} == {True, False}

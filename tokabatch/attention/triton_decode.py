@@ -56,7 +56,7 @@ def _merged_planes(
 
 @triton.jit(
     do_not_specialize=["plane_rows"],
-    do_not_specialize_on_alignment=["slot_ptr", "position_ptr", "first_ptr", "count_ptr"],
+    do_not_specialize_on_alignment=["lse_ptr", "slot_ptr", "position_ptr", "first_ptr", "count_ptr"],
 )
 def _decode(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, state_ptr, counter_ptr, table_ptr, slot_ptr, position_ptr, first_ptr, count_ptr,

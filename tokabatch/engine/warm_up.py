@@ -15,13 +15,14 @@ from tokabatch.scheduling.contracts import PrefixLevel, SamplingParams, SlotInit
 
 MAX_PROMPT = 1024
 """The most tokens of the prompt: enough to launch the kernels that are used only for long runs."""
-MAX_SAMPLES = 256
+MANY_SAMPLES, FEW_SAMPLES = 1024, 8
+"""The samples of a decode step that fills the device, and of one that does not: attention launches other kernels for it."""
 
 
 def warm_up_steps(sizes: ReplicaSizes, draws: Sequence[SamplingParams]) -> Iterator[StepBatch]:
-    """Yield the steps: a prefill of one prompt; a decode step of many samples of it that copies its last page; the same with
-    the prompt as a shared prefix; and a step for each of `draws`. All samples use the same page of their own, as their results
-    are discarded. Yields nothing if the sizes leave no room for a full page."""
+    """Yield the steps: a prefill of one prompt; decode steps of few and of many samples of it, the first of which copies its
+    last page; the same with the prompt as a shared prefix; and a step for each of `draws`. All samples use the same page of
+    their own, as their results are discarded. Yields nothing if the sizes leave no room for a full page."""
     page = sizes.page_size
     full = min(MAX_PROMPT // page, sizes.max_pages_per_sequence - 1, sizes.num_pages - 2, (sizes.max_step_tokens - 1) // page)
     if full < 1:
@@ -31,13 +32,16 @@ def warm_up_steps(sizes: ReplicaSizes, draws: Sequence[SamplingParams]) -> Itera
     length = full * page + 1
     greedy = SamplingParams(temperature=0.0)
     yield _step(0, _table(first, pages), (first, first, first + length), greedy, prefill=1)
-    slots = np.arange(min(MAX_SAMPLES, sizes.max_running), dtype=np.int32)
-    runs = slots, np.full(len(slots), full * page, np.int32), np.ones(len(slots), np.int32)
-    copy = first + full, first + full + 1
-    yield _step(1, _table(slots, pages), runs, greedy, copy=copy)
-    level = PrefixLevel(first, first + len(slots), first, first, first + full)
-    yield _step(2, _table(first, pages), runs, greedy, level=level, skip=runs[2] * full)
-    for index, params in enumerate(draws, 3):
+    copy, index = (first + full, first + full + 1), 1
+    for count in sorted({min(count, sizes.max_running) for count in (MANY_SAMPLES, FEW_SAMPLES)}):
+        slots = np.arange(count, dtype=np.int32)
+        runs = slots, np.full(count, full * page, np.int32), np.ones(count, np.int32)
+        yield _step(index, _table(slots, pages), runs, greedy, copy=copy)
+        level = PrefixLevel(first, first + count, first, first, first + full)
+        yield _step(index + 1, _table(first, pages), runs, greedy, level=level, skip=runs[2] * full)
+        copy, index = None, index + 2
+    # The many draw in every way.
+    for index, params in enumerate(draws, index):
         yield _step(index, _table(first, pages), runs, params)
 
 

@@ -27,7 +27,7 @@ def _gate(gate_up_ptr, out_ptr, size, row_stride, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * size + offset, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _gated_product(
     x_desc, weight_desc, out_desc, num_tokens, size, features,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
