@@ -77,7 +77,7 @@ def test_every_kind_has_a_step_of_its_own():
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 8])
 def test_decode_steps_fill_the_device_and_leave_it_idle(kv_heads):
-    """The decode kernel is another one for few programs (`attention.triton_decode`): both are compiled before the first step."""
+    """For few programs the decode kernel is another one (`attention.triton_decode`): both are compiled before a run."""
     few_programs = 512
     steps = list(warm_up_steps(ReplicaSizes(16, 5000, 8192, 16_384, 100, 2, 1), [PLAIN]))
     for is_shared in (False, True):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import token_device as device
 from support.scheduling_jobs import jobs
 
-from tokabatch.scheduling.contracts import Drawn, SamplingParams
+from tokabatch.scheduling.contracts import Alike, Drawn, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
 from tokabatch.scheduling.stop_conditions import StopRules
@@ -95,6 +95,25 @@ def test_known_lengths_are_never_preempted():
     params = SamplingParams(n=2, max_tokens=24, ignore_eos=True)
     _, scheduler = device.drive(device.make_requests(prompts, [params]), limits, prompts)
     assert scheduler.counts.preemptions == 0
+
+
+def test_samples_of_one_given_length_run_in_waves_of_equal_size():
+    """Pages for 14 of 20 samples: 14 and 6 would leave half of the device idle in the second wave."""
+    prompts = [[i, i + 1] for i in range(20)]
+    limits = SchedulerLimits(2, 14 * 8, 20, 60, 8, None)
+    params = SamplingParams(max_tokens=14, ignore_eos=True)
+    requests, most = device.make_requests(prompts, [params]), {}
+    for alike in (None, Alike(20, 8)):
+        scheduler = Scheduler(requests, replace(limits, alike=alike), StopRules([params], [], device.VOCAB, None))
+        assert not scheduler.settle_pages(limits.num_pages)
+        runner, running, finished = device.TokenDevice(limits), [], 0
+        runner.prompts = prompts
+        while not scheduler.done:
+            finished += len(scheduler.apply(runner.run(scheduler.schedule())))
+            running.append(scheduler.num_running)
+        assert finished == 20
+        most[alike is not None] = max(running)
+    assert most == {False: 14, True: 11}
 
 
 def test_hydragen_levels_nest(small_limits):

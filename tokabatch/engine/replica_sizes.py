@@ -22,6 +22,7 @@ from tokabatch.job import EngineConfig
 from tokabatch.model.partition import VocabularyShard, kv_heads, stage_layers
 from tokabatch.model.spec import ModelSpec, layer_prefix, tensor_shapes
 from tokabatch.parallel.mesh import Mesh
+from tokabatch.scheduling.contracts import Alike
 
 MAX_QUEUE_DEPTH = 3
 MOST_STEPS = 5
@@ -70,6 +71,8 @@ class WorkloadFacts:
     """The most alternatives that a sample reports for each token; -1 if no log-probabilities are reported."""
     reported_bytes: int = 0
     """Bytes of the log-probabilities and alternatives of all samples if each reached its max_tokens."""
+    is_alike: bool = False
+    """Whether all samples have one given length, `longest_output`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,8 @@ class ReplicaSizes:
     """The pages of the shortest sample."""
     asked_tokens: int | None = None
     """The job's engine.kv_cache_tokens; None for `auto`."""
+    alike: Alike | None = None
+    """See `SchedulerLimits`."""
 
     @property
     def needed_pages(self) -> int:
@@ -147,6 +152,7 @@ def decide_sizes(
         useful_pages=prompt_pages + max_running * (-(-facts.longest_output // page) + 2) + per_sequence + 1,
         least_pages=-(-facts.shortest_sequence // page) + 1,
         asked_tokens=None if config.kv_cache_tokens == "auto" else config.kv_cache_tokens,
+        alike=_alike(facts, page, replicas) if config.max_running == "auto" else None,
     )
     host = available_memory() // replicas
     fitting = _fitting_pages(config, spec, dtype, facts, device, max_running, host, absent_memory, fp8)
@@ -156,6 +162,15 @@ def decide_sizes(
         sizes = replace(sizes, useful_pages=min(sizes.useful_pages, reported))
         fitting = min(fitting, reported)
     return settle_pages(sizes, fitting)
+
+
+def _alike(facts: WorkloadFacts, page_size: int, replicas: int) -> Alike | None:
+    """Return what a replica draws, if all samples have one given length. A sample fills its part of the prompts' pages, its
+    output, and half of two further pages."""
+    if not facts.is_alike:
+        return None
+    pages = (facts.unique_prompt_tokens / facts.num_samples + facts.longest_output) / page_size + 1
+    return Alike(-(-facts.num_samples // replicas), pages)
 
 
 def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:

@@ -33,7 +33,8 @@ def warm_up_steps(sizes: ReplicaSizes, draws: Sequence[SamplingParams]) -> Itera
     greedy = SamplingParams(temperature=0.0)
     yield _step(0, _table(first, pages), (first, first, first + length), greedy, prefill=1)
     copy, index = (first + full, first + full + 1), 1
-    for count in sorted({min(count, sizes.max_running) for count in (MANY_SAMPLES, FEW_SAMPLES)}):
+    runs = first, first, first
+    for count in sorted({min(count, sizes.max_running) for count in (FEW_SAMPLES, MANY_SAMPLES)}):
         slots = np.arange(count, dtype=np.int32)
         runs = slots, np.full(count, full * page, np.int32), np.ones(count, np.int32)
         yield _step(index, _table(slots, pages), runs, greedy, copy=copy)
@@ -41,8 +42,8 @@ def warm_up_steps(sizes: ReplicaSizes, draws: Sequence[SamplingParams]) -> Itera
         yield _step(index + 1, _table(first, pages), runs, greedy, level=level, skip=runs[2] * full)
         copy, index = None, index + 2
     # The many draw in every way.
-    for index, params in enumerate(draws, index):
-        yield _step(index, _table(first, pages), runs, params)
+    for place, params in enumerate(draws):
+        yield _step(index + place, _table(first, pages), runs, params)
 
 
 def kinds_of_drawing(sampling: Sequence[SamplingParams]) -> tuple[SamplingParams, ...]:

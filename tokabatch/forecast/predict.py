@@ -110,7 +110,7 @@ def least_seconds(
     kinds = np.bincount(workload.requests.params, weights=workload.num_samples, minlength=len(sampling))
     longest = assumed_survival([each.max_tokens for each in sampling], [True] * len(sampling), kinds.astype(np.float64))
     samples, prompts = int(workload.num_samples.sum()), workload.sharing().unique_tokens
-    drawing, _ = expected_seconds(seconds, -(-samples // layout.replicas), max_running, longest)
+    drawing = expected_seconds(seconds, -(-samples // layout.replicas), max_running, longest)
     reading = float(seconds(StepWork(tokens=prompts / layout.replicas, sampled=0.0, sequences=0.0)))
     return drawing + reading, f"{device_of(cost).name}, by {described}"
 

@@ -4,9 +4,9 @@ A step reads the weights and is launched once, whatever it computes. The more to
 beyond some number a larger step only takes memory. Simulated over workloads from chat to long prompts, total time changes by
 less than 1 % above the number of prompt tokens found here (benchmarks/LOG.md).
 
-More running samples mean fewer steps, and a longer tail: once none is waiting, the running samples end one by one, and the
-device is used less and less. The number of steps follows from the number of samples and the distribution of their lengths, in a
-fluid model of admission; their cost from the cost model.
+More running samples mean fewer steps, of which each pays less of what a step costs whatever it computes, and more memory. The
+number of steps follows from the number of samples and the distribution of their lengths, in a fluid model of admission; their
+cost from the cost model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokabatch.arrays import Float64
-from tokabatch.forecast.step_log import TAIL_SHARE
 from tokabatch.forecast.step_work import Number, StepWork
 
 FIXED_SHARE = 0.02
@@ -26,12 +25,10 @@ FIXED_SHARE = 0.02
 FEWEST, MOST = 512, 32_768
 STEP_SHARE = 0.05
 """Once a decode step's fixed cost is below this share of the cost of its samples, more of them gain little."""
-TAIL_GOAL, AFFORDABLE = 0.12, 0.15
-"""The share of the time that the tail may take, if that costs at most this much more time than the best number: in the tail the
-device is less than half used, and its length is the least certain part of the estimate. On one H200 a goal of 0.1 gave GSM8K
-with 64 samples 6,144 running, and 10 % fewer tokens per second than 8,192."""
-ALIKE = 0.02
-"""Of numbers that differ by less, the smallest is chosen: it needs less memory."""
+ALIKE = 0.015
+"""Of numbers of running samples that differ by less in time, the smallest is chosen: it needs less memory, and the host's work
+for a larger step is the least certain part of the estimate. GSM8K with 64 samples took 8.20 s with 8,192 at once on one H200,
+7.16 with 16,384, 7.27 with 24,576 and 7.50 with 32,768."""
 MEAN_SHARE = 1 / 6
 """The assumed mean length, as a share of max_tokens, before any sample has finished, as it was in `benchmarks.gpu.real`:
 lengths are exponential, cut at max_tokens."""
@@ -70,41 +67,35 @@ def prefill_tokens(seconds: Callable[[StepWork], Number]) -> int:
 
 
 def running_samples(seconds: Callable[[StepWork], Number], num_samples: int, survival: Survival) -> int:
-    """Return the samples to run at once on a GPU whose cache has room: 2^k or 3 x 2^k from `FEWEST` to `MOST`, and no more than
-    `STEP_SHARE` allows. It is the largest number with a tail of at most `TAIL_GOAL` if that is `AFFORDABLE`, else the smallest
-    one that takes hardly longer than the best."""
+    """Return the samples to run at once on a GPU whose cache has room: 2^k or 3 x 2^k from `FEWEST` to `MOST`, no more than
+    `STEP_SHARE` allows, and the smallest number that takes hardly longer than the best."""
     each = float(seconds(_decode(2.0 * MOST)) - seconds(_decode(1.0 * MOST))) / MOST
     worth = MOST if each <= 0 else float(seconds(_decode(1.0))) / (STEP_SHARE * each)
     tried = sorted(number for power in range(9, 16) for number in (1 << power, 3 << (power - 1)) if number <= MOST)
     tried = [number for number in tried if number <= max(worth, FEWEST)]
-    total, tail = np.array([expected_seconds(seconds, num_samples, number, survival) for number in tried]).T
-    short = np.flatnonzero((tail <= TAIL_GOAL * total) & (total <= (1 + AFFORDABLE) * total.min()))
-    return tried[int(short[-1] if len(short) else np.argmax(total <= (1 + ALIKE) * total.min()))]
+    total = np.array([expected_seconds(seconds, num_samples, number, survival) for number in tried])
+    return tried[int(np.argmax(total <= (1 + ALIKE) * total.min()))]
 
 
-def expected_seconds(
-    seconds: Callable[[StepWork], Number], num_samples: int, running: int, survival: Survival
-) -> tuple[float, float]:
-    """Return the time of all decode steps with `running` samples at once as long as there are enough, and the tail's part of
-    it. Prompts are left out: they cost the same whatever runs beside them."""
+def expected_seconds(seconds: Callable[[StepWork], Number], num_samples: int, running: int, survival: Survival) -> float:
+    """Return the time of all decode steps with `running` samples at once as long as there are enough. Prompts are left out:
+    they cost the same whatever runs beside them."""
     stays = np.append(survival.alive[1:] / np.maximum(survival.alive[:-1], 1e-12), 0.0)
     # Many rounds are alike: a few show how they mix and end; the others take as long as a full one.
     waiting = float(min(num_samples, _ROUNDS * running))
     more = (num_samples - waiting) * float(survival.alive.sum()) / running
-    ages, counts, tail = np.zeros(len(stays)), list[tuple[float, float]](), list[bool]()
+    ages, counts = np.zeros(len(stays)), list[tuple[float, float]]()
     own = (np.arange(len(stays)) + 0.5) * survival.width
-    most = min(num_samples, running)
     while waiting > 0 or ages.sum() >= 0.5:
         enter = min(waiting, running - ages.sum())
         waiting -= enter
         ages[0] += enter
         counts.append((float(ages.sum()), float(ages @ own)))
-        tail.append(waiting <= 0 and counts[-1][0] < TAIL_SHARE * most)
         ages = np.append(0.0, (ages * stays)[:-1])
     taken = seconds(_decode(*np.array(counts).T)) * survival.width * np.ones(len(counts))
     mixed = float(survival.alive @ own / survival.alive.sum())
     full = float(seconds(_decode(float(running), running * mixed))) * survival.width
-    return float(taken.sum()) + more * full, float(taken[np.array(tail, np.bool_)].sum())
+    return float(taken.sum()) + more * full
 
 
 def _decode(samples: Number, own: Number = 0.0) -> StepWork:

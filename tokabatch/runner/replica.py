@@ -82,6 +82,7 @@ def scheduler_limits(sizes: ReplicaSizes, stages: int = 1) -> SchedulerLimits:
         max_pages_per_sequence=sizes.max_pages_per_sequence,
         grouping=GroupingLimits(sizes.min_group, sizes.min_prefix_pages) if sizes.min_group else None,
         stages=stages,
+        alike=sizes.alike,
     )
 
 

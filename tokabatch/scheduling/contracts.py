@@ -222,6 +222,14 @@ class SlotPenalties:
 
 
 @dataclass(frozen=True, slots=True)
+class Alike:
+    """A number of samples of one given length, and the average number of pages that each fills in the end."""
+
+    samples: int
+    pages: float
+
+
+@dataclass(frozen=True, slots=True)
 class PrefixLevel:
     """One Hydragen pass: G disjoint groups, each attending without a mask to full pages that its members share.
 

@@ -10,6 +10,7 @@ This package neither sends nor computes the steps.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tokabatch.arrays import Bool, Int32, Int64
-from tokabatch.scheduling.contracts import Completion, Requests, StepBatch, StepResult
+from tokabatch.scheduling.contracts import Alike, Completion, Requests, StepBatch, StepResult
 from tokabatch.scheduling.counts import SchedulerCounts
 from tokabatch.scheduling.generated import Generated
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
@@ -37,6 +38,10 @@ COMPACTED_PROMPTS = 4096
 """The least number of finished prompts that `compact` forgets at once."""
 
 
+UNEVEN = 1.03
+"""The largest wave as a multiple of the average: members of a fleet do not draw equal parts."""
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
     """The limits of the device. `max_step_tokens` is at least `max_running`."""
@@ -51,6 +56,17 @@ class SchedulerLimits:
     stages: int = 1
     """Pipeline stages of the worker. With several, sampled tokens return to the first stage through the scheduler, so a sample
     is in at most one step in flight; the caller should keep `stages + 1` steps in flight."""
+    alike: Alike | None = None
+    """What is to be drawn in all, if all samples have one given length; None if the number that run is not to depend on it."""
+
+    def even_wave(self, num_pages: int) -> int:
+        """Return the most samples to run at once with so many pages. Samples of one length begin and end together, wave after
+        wave; of waves as large as possible the last may be so small that it leaves most of the device idle."""
+        if self.alike is None or not self.alike.samples:
+            return self.max_running
+        fitting = max(1, min(self.max_running, int(num_pages / self.alike.pages)))
+        waves = -(-self.alike.samples // fitting)
+        return min(self.max_running, math.ceil(UNEVEN * self.alike.samples / waves))
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +272,10 @@ class Scheduler:
     def settle_pages(self, num_pages: int) -> list[Completion]:
         """Set the number of pages to what the device holds; only before the first step, or when no page is held. Return the
         unfinished samples that do not fit, with the error code `kv_cache_overflow`."""
-        self.limits = replace(self.limits, num_pages=num_pages)
+        wave = self.limits.even_wave(num_pages)
+        if wave < self.limits.max_running:
+            self.kv.restrict(wave)
+        self.limits = replace(self.limits, num_pages=num_pages, max_running=wave)
         self.kv.resize(num_pages)
         self._decisions.invalidate()
         suspended = np.array([prompt.request for prompt in self.kv.tree.suspended], np.int32)

@@ -72,6 +72,9 @@ class Demand(OpenModel):
             logprobs=max(alternatives, default=-1),
             reported_bytes=int((self.num_samples * limit * token_bytes).sum()),
             unique_prompt_tokens=int((self.requests.length.astype(np.int64) - self.requests.lcp).sum()),
+            is_alike=bool(self.num_samples.sum())
+            and len({kind.max_tokens for kind in sampling}) == 1
+            and all(kind.has_given_length for kind in sampling),
         )
 
 
