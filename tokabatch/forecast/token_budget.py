@@ -26,9 +26,8 @@ FEWEST, MOST = 512, 32_768
 STEP_SHARE = 0.05
 """Once a decode step's fixed cost is below this share of the cost of its samples, more of them gain little."""
 ALIKE = 0.015
-"""Of numbers of running samples that differ by less in time, the smallest is chosen: it needs less memory, and the host's work
-for a larger step is the least certain part of the estimate. GSM8K with 64 samples took 8.20 s with 8,192 at once on one H200,
-7.16 with 16,384, 7.27 with 24,576 and 7.50 with 32,768."""
+"""Of numbers of running samples that differ by less in time, the smallest is chosen: it needs less memory. On two H200, GSM8K
+with 64 samples took 8.20 and 7.89 s with 8,192 at once, 7.16 and 7.29 with 16,384, 7.27 and 7.34 with 24,576."""
 MEAN_SHARE = 1 / 6
 """The assumed mean length, as a share of max_tokens, before any sample has finished, as it was in `benchmarks.gpu.real`:
 lengths are exponential, cut at max_tokens."""
