@@ -1,7 +1,7 @@
-"""The claim on an output folder: what a process holds that writes there.
+"""The claim on an output folder: the right of a process to write there.
 
-One writer has the folder to itself by an exclusive lock; a file system that keeps no locks is refused. Several writers hold the
-lock together, which keeps a single one away, but no safety among them rests on it, nor on any clock:
+A single writer has the folder to itself by an exclusive lock; a file system without locks is refused. Several writers share the
+lock, which keeps a single one away, but safety among them depends neither on it nor on any clock:
 
 - Each sample is of one unit of the plan. Shards of unit u are named `part-u-k`, and a writer that publishes number k has read
   all of u's shards that it saw, of which k is the first missing number; it adds only samples that these do not hold.
@@ -9,13 +9,13 @@ lock together, which keeps a single one away, but no safety among them rests on 
   number k is published once, after every lower one; its publisher has read every shard of the unit that is there, or
   else the number that it takes is taken. By induction the shards of a unit are disjoint. One that comes late, woken after
   others took its unit over, fails, and drops what it has of the unit.
-- What is not removed cannot be missed: a listing out of date (NFS) shows fewer shards, and ends in a name that is taken.
+- Since no shard is removed, an outdated listing (NFS) can only lack shards, and then leads to a name that is taken.
 - Samples whose writer stopped before their verdicts arrived are judged once every sample is in the folder. The shard with the
   verdicts is first published as `_units/judged-part-u-k`, and only that file replaces the shard, which so gets one content,
   however many writers judge it, and however late.
-- A crash loses what is not published. Names and contents are on the disk before anything is said of them, as with one writer.
+- A crash loses what is not published. As with one writer, names and contents are on the disk before any record relies on them.
 - Each writer has its own `_tmp/WRITER` and its own journal. The manifest is published like a shard: the first one counts.
-- Leases (output/leases.py) say which units are being computed. Where they are wrong, work is done twice and dropped once.
+- Leases (output/leases.py) say which units are being computed. If they are wrong, work is done twice and dropped once.
 - _SUCCESS comes from the writer that finds all samples there; the one that then has the lock to itself joins the small shards.
 """
 
@@ -44,13 +44,13 @@ times as long."""
 
 
 class Claim:
-    """The right of one process to write into an output folder, until `release` or the process's end; of one among several where
-    it is given a name as a `writer`, which no other may have or have had.
+    """The right of one process to write to an output folder, until `release` or the end of the process. With a name as
+    `writer`, which no other writer may have or have had, it is the right of one among several.
 
-    Changes nothing of what an earlier run left, but for its unfinished files. Raises OutputError where the folder cannot be
-    written or holds what no run wrote, BusyError where another run writes there. The lock belongs to the open file: a forked
-    child holds it too, for as long as it lives. Everything is written through handles of the folders that were claimed,
-    wherever they move. A claim that wrote neither a manifest nor a shard takes away what it made.
+    Of what an earlier run left, only unfinished files are removed. Raises OutputError if the folder cannot be written or holds
+    files that no run wrote, BusyError if another run writes there. The lock belongs to the open file: a forked child holds it
+    too, as long as it lives. Everything is written through handles of the folders that were claimed, wherever they move. A
+    claim under which neither a manifest nor a shard was written removes what it created.
     """
 
     def __init__(self, path: Path, files: DurableFiles | None = None, *, writer: str = "") -> None:
@@ -87,14 +87,14 @@ class Claim:
             self._kept[target] = content, NO_MARK if found is None else mark_of(found)
 
     def keep(self, target: Path) -> None:
-        """From here on write this small file again if another process removes it, whichever of the writers wrote it. Raises
-        OSError, and OutputError if it cannot be read."""
+        """Write this small file again from now on if another process removes it, whichever writer wrote it. Raises OSError, and
+        OutputError if it cannot be read."""
         content, found = read_bytes(self.files, target), self.files.look(target)
         if content is not None and found is not None:
             self._kept[target] = content, mark_of(found)
 
     def restore_kept(self) -> None:
-        """Write again the kept files that another process touched; beside other writers, those that are gone. Raises
+        """Write again the kept files that another process touched, or with several writers, those that are gone. Raises
         OSError."""
         for target, (content, mark) in list(self._kept.items()):
             found = self.files.look(target)
@@ -141,8 +141,8 @@ class Claim:
         repair: str,
         damaged: Iterable[Shard] = (),
     ) -> None:
-        """From here on record commits, and watch the committed files. `shards` are in the folder, checked; the `damaged` ones
-        are about to be removed; `repair` is the command that computes again what is damaged. Raises OSError."""
+        """Record commits and watch the committed files from now on. `shards` are in the folder, checked; the `damaged` ones are
+        about to be removed; `repair` is the command that computes again what is damaged. Raises OSError."""
         if self.journal is not None:
             self.journal.close()
         folder, whole = self.folder, None if self.files.alone else self.folder.commits
@@ -169,8 +169,8 @@ class Claim:
         return True
 
     def check_lock(self) -> None:
-        """Raise CommitError if the lock is no longer this claim's, or another host has the folder: whatever were written now
-        might collide with another run."""
+        """Raise CommitError if this claim has lost its lock, or another host has the folder: writing might collide with another
+        run."""
         if self.files.alone and not self.clears:
             raise CommitError(
                 f"output.path {str(self.folder.path)!r}: a writer of another host completes the run there. What this one "
@@ -229,7 +229,7 @@ class Claim:
         self.files.remove_tree(self.folder.units)
 
     def release(self) -> None:
-        """Let others write here; leave no unfinished file behind."""
+        """Give up the claim, so that others can write here; leave no unfinished file behind."""
         if self.journal is not None:
             self.journal.close()
         if self._lock is not None:
@@ -284,8 +284,8 @@ class Claim:
             raise
 
     def _hold_units(self) -> None:
-        """Make the folder of several writers again if another process removed it. Each of them writes again what it had there:
-        its journal, and what it keeps."""
+        """Create the folder of several writers again if another process removed it. Each of them then writes its journal and
+        its kept files again."""
         files, units = self.files, self.folder.units
         found = None if files.alone else files.look(units)
         if not files.alone and (found is None or not os.path.samestat(found, files.held(units))):

@@ -1,8 +1,8 @@
-"""OUT/commits.jsonl: which files were committed, with counts and digests. What a start finds is held against it.
+"""OUT/commits.jsonl: which files were committed, with counts and digests. A start compares what it finds with this record.
 
-A line is on the disk before the file that it speaks of gets its name, so no committed file is without one; another line
-follows when the name is durable. Until then a crash may leave the file as it was before or as it was to be, and both count. A
-start that changes the folder rewrites the record; within one it only grows. Each line carries a checksum.
+A line is on the disk before its file gets its name, so every committed file has one; another line follows when the name is
+durable. Until then a crash may leave the file in its earlier or its new state, and both are accepted. A start that changes the
+folder rewrites the record; after that it only grows. Each line carries a checksum.
 
     {"run": ..., "version": 1}      first
     {"holds": FILE}                 committed before this start, or still there where a change was given up
@@ -10,8 +10,8 @@ start that changes the folder rewrites the record; within one it only grows. Eac
     {"removes": NAME}               is about to be taken away
     {"done": NAME}                  the last of these has happened
 
-Where several processes write, each has a journal of its own (OUT/_units/commits-WRITER.jsonl), which no other touches; `merged`
-is what they say together. The next start that writes alone makes one of them.
+If several processes write, each has a journal of its own (OUT/_units/commits-WRITER.jsonl), which no other touches; `merged`
+combines them. The next start that writes alone makes one journal of them.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What the journal of the run `run` says: how each file may stand, None among them where it may be missing. `problem` tells
-    what is wrong with the journal itself. `torn`: its last line is not whole, as a crash may leave it."""
+    """What the journal of the run `run` says: the possible states of each file, with None among them if it may be missing.
+    `problem` is what is wrong with the journal itself. `torn`: its last line is incomplete, as a crash may leave it."""
 
     run: str
     versions: Mapping[str, tuple[Shard | None, ...]]
@@ -61,8 +61,8 @@ class Record:
 
 
 class Journal:
-    """The record of a run that is being written. What it says is kept in memory, too: where others touch the file, it is
-    written anew."""
+    """The record of a run that is being written. Its content is kept in memory, too: if others touch the file, it is
+    rewritten."""
 
     def __init__(
         self,
@@ -74,8 +74,8 @@ class Journal:
         damaged: Iterable[Shard],
         whole: Path | None,
     ) -> None:
-        """Take the place of the record at `path`: `shards` stand in the folder, checked, with their marks; the `damaged` ones
-        were committed, and are about to be removed. `whole` is where a single writer makes one journal of this and others.
+        """Replace the record at `path`: `shards` are in the folder, checked, with their marks; the `damaged` ones were
+        committed, and are about to be removed. `whole` is the path at which a single writer merges this journal with others.
         Raises OSError."""
         self._files, self._path, self._temporary = files, path, temporary
         self._whole, self._whole_mark = whole, _mark(files, whole)

@@ -1,10 +1,11 @@
-"""Leases: which of several writers computes what. They save doubled work, and decide nothing: see output/claim.py.
+"""Leases: which of several writers computes what. They avoid double work, and safety does not depend on them: see
+output/claim.py.
 
-A lease is a file in OUT/_units that says whose it is, named by a hard link, which fails where another holds it. Its holder
-touches it three times in LEASE seconds, from a thread of its own, as long as its main thread calls `sign`. A reader takes it
-for left behind where it has seen no change for LEASE seconds by its own clock: times of two hosts are never compared, and the
-time of a file is only held against an earlier look at the same file. The file is opened to look at it, for NFS may answer from
-memory otherwise.
+A lease is a file in OUT/_units that names its holder. It gets its name by a hard link, which fails if another writer holds the
+lease. A thread of the holder touches the file three times in LEASE seconds, as long as its main thread calls `sign`. A lease
+counts as abandoned if a reader has seen no change of its file for LEASE seconds by the reader's own clock: times of two hosts
+are never compared, and the time of a file only with an earlier time of the same file. The file is opened for each check, as NFS
+may answer from memory otherwise.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ STANDSTILL_SECONDS = 900.0
 """A holder whose main thread has not called `sign` for this long counts as hung, and its leases are no longer renewed. It may
 be working all the while, downloading weights for example: another writer then begins the same work."""
 _NO_LEASE = frozenset({errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EPERM})
-"""What opening a file says of one that no writer of this user made; it is the same at every start."""
+"""Errors of opening a file in a lease's place that no writer of this user has made; they are the same at every start."""
 _Seen = tuple[int, int]
 """What changes when a lease is renewed or replaced: inode and time of the last change."""
 
