@@ -11,7 +11,7 @@ from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 
-from tokabatch.errors import JobError
+from tokabatch.errors import InputError, JobError
 from tokabatch.input.batch_files import open_rows, settle_format
 from tokabatch.input.fingerprint import describe
 from tokabatch.input.generation_defaults import effective_generation
@@ -83,8 +83,15 @@ def refuse_early(job: Job, *, shared: bool = False, overwrite: bool = False, ret
     files = list_local_files(job.input)
     if files is None and is_of_files(job.input, "jsonl"):
         return
-    job = settle_format(job)
-    names = () if files is None or len(files) > _MOST_FILES else _check_columns(job, columns)
+    given, job = job, settle_format(job)
+    try:
+        names = () if files is None or len(files) > _MOST_FILES else _check_columns(job, columns)
+    except InputError as error:
+        if job.input.format != "openai" or given.input.format == "openai":
+            raise
+        raise InputError(
+            f"{error}. By its first line, it is a batch file of OpenAI's API; write input.format: rows if it is not"
+        ) from error
     earlier = None if overwrite else find_run(OutputFolder(Path(job.output.path)), retry_errors=retry_errors)
     if earlier is not None:
         # The weights, which take long to read, are compared where they are opened.

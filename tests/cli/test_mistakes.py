@@ -19,6 +19,8 @@ REQUEST = '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 FILES = {
     "array.jsonl": '[{"question": "a"}]\n',
+    "data.pq": "",
+    "noend": "",
     "data.csv": "question,answer\na,1\n",
     "data.json": json.dumps([{"question": "a"}]),
     "tabs.yaml": "model:\n\tpath: m\n",
@@ -178,6 +180,12 @@ MISTAKES = [
     (("slurm", Q, "--gpus", "1"), r"no option --gpus; did you mean --gpus-per-task\?"),
     (("ping", "hello", "--url", "localhost:9"), "no server at http://localhost:9: .*tokabatch serve MODEL"),
     (("run", Q, "verify.kind=./judge_async.py"), r"add one, or name another: \./judge_async\.py:plain\."),
+    (
+        ("run", Q, "input.path=requests.jsonl"),
+        r"no column question; .*it is a batch file of OpenAI's API; write",
+    ),
+    (("run", Q, "input.path=data.pq"), r"rename it to \.parquet"),
+    (("run", Q, "input.path=noend"), r"if it holds one JSON object a line, rename it to \.jsonl"),
     (("run", Q, "input.path=$HOME/rows.jsonl"), r"variables such as \$HOME are not replaced here: write the path out"),
     (("run", Q, "generation.n", "4"), r"write key=value, for example generation\.n=4"),
     (("run", Q, "n=4"), r"did you mean `generation\.n=4`\?"),

@@ -82,3 +82,6 @@ def test_next_steps_are_commands_to_paste() -> None:
     whole = closing.next_steps(OUT, SUMMARY)
     assert "the same command again" not in whole and "the same command with --retry-errors" in whole
     assert "--retry-errors" not in text
+    unjudged = closing.next_steps(OUT, replace(SUMMARY, ok=400, errors=0, exit_code=0, unverified=400))
+    assert "\n  tokabatch score 'out/a b'  " in unjudged
+    assert "score" not in closing.next_steps(OUT, replace(SUMMARY, ok=400, errors=0, exit_code=0, unverified=399))

@@ -160,9 +160,10 @@ def score(
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
-    where = f"in {scored.files:,} files" if to is None else f"into {to}"
+    counted = import_module("tokabatch.report.sections").counted
+    where = f"in {counted(scored.files, 'file')}" if to is None else f"into {to}"
     right = "" if to is None else f", {scored.right:,} right ({scored.right / max(1, scored.judged):.1%})"
-    print_note(f"{out}: {scored.judged:,} samples judged {where}{right}")
+    print_note(f"{out}: {counted(scored.judged, 'sample')} judged {where}{right}")
     for reason, number in scored.reasons.most_common(3):
         print_note(f"no verdict for {number:,} samples: {reason}")
     if to is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokabatch.job import Setting
-from tokabatch.report.sections import Section, bytes_text, count_text, seconds_text, share_text
+from tokabatch.report.sections import Section, bytes_text, count_text, counted, seconds_text, share_text
 
 _SHOWN_CHARACTERS = 4000
 _FOLDED_TOKEN_IDS = 12
@@ -148,7 +148,7 @@ def _time(least: tuple[float, str] | None) -> str:
 
 def _plan_replica(replica: ReplicaFacts) -> tuple[tuple[str, str], ...]:
     return (
-        ("a step", f"at most {count_text(replica.max_running)} samples, {count_text(replica.max_step_tokens)} tokens"),
+        ("a step", f"at most {counted(replica.max_running, 'sample')}, {count_text(replica.max_step_tokens)} tokens"),
         ("page", f"{count_text(replica.page_size)} tokens of the KV cache, {count_text(replica.bytes_per_token)} bytes each"),
     )
 

@@ -123,6 +123,11 @@ class RunSummary:
         return self.samples - self.ok - self.errors - self.cancelled
 
     @property
+    def no_verdict(self) -> bool:
+        """Whether the run is complete and verified, and no sample has a verdict."""
+        return self.exit_code == 0 and not self.pending and 0 < self.ok <= self.unverified
+
+    @property
     def pass_at_k(self) -> Mapping[int, float] | None:
         """pass@k by k; None where there is no estimate."""
         return {int(each.name[5:]): each.value for each in self.estimates if each.name.startswith("pass@")} or None
@@ -193,7 +198,7 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
         result = "no row could be completed; see the error rows below"
     if summary.exit_code == 0 and summary.pending:
         result = "this process has nothing left to compute; other processes of the run (--shared) compute the pending samples"
-    elif summary.exit_code == 0 and summary.ok and summary.unverified >= summary.ok:
+    elif summary.no_verdict:
         result = "complete, but NO SAMPLE HAS A VERDICT: correct the judge or the references, then run `tokabatch score`"
     counts = [
         ("result", result),

@@ -74,7 +74,10 @@ class Tally:
     @property
     def unverified_reasons(self) -> tuple[str, ...]:
         """The most frequent ones of this start, each with its count."""
-        return tuple(f"{reason} ({count:,} samples)" for reason, count in self._reasons.most_common(SHOWN_REASONS))
+        return tuple(
+            f"{reason} ({count:,} sample{'' if count == 1 else 's'})"
+            for reason, count in self._reasons.most_common(SHOWN_REASONS)
+        )
 
     def add(self, table: pa.Table, *, judged: bool, sign: int = 1) -> None:
         """Count the samples of a table, or with a `sign` of -1 take them back; `judged` ones have columns of verdicts."""

@@ -34,7 +34,11 @@ _PACKAGES = {
 """The package that fsspec needs for a URL, by its scheme."""
 ADVICE = {
     "json": "rename it to .jsonl if it holds one object a line; an array becomes that with: jq -c '.[]' data.json > data.jsonl",
-    "ndjson": "rename it to .jsonl",
+    **dict.fromkeys(("ndjson", "jsonlines", "jl"), "rename it to .jsonl"),
+    **dict.fromkeys(("pq", "parq"), "rename it to .parquet"),
+    "feather": "convert it, for example with pandas.read_feather(...).to_parquet(...)",
+    **dict.fromkeys(("pkl", "pickle"), "convert it, for example with pandas.read_pickle(...).to_parquet(...)"),
+    "": "if it holds one JSON object a line, rename it to .jsonl",
     "csv": "convert it to Parquet or JSON Lines, for example with pandas.read_csv(...).to_parquet(...)",
     "tsv": "convert it to Parquet or JSON Lines, for example with pandas.read_csv(..., sep='\\t').to_parquet(...)",
     "txt": 'write one JSON object a line, for example {"prompt": "..."}, into a .jsonl file',
@@ -42,7 +46,7 @@ ADVICE = {
     "bz2": "decompress it with bunzip2, or compress it with zstd instead",
     "xz": "decompress it with unxz, or compress it with zstd instead",
     "zip": "unpack it with unzip",
-    "xlsx": "save it as CSV, and convert that with pandas.read_csv(...).to_parquet(...)",
+    "xlsx": "convert it, for example with pandas.read_excel(...).to_parquet(...), which needs the package openpyxl",
 }
 """What to do with a file that cannot be read, by its extension."""
 
