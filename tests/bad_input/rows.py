@@ -54,8 +54,8 @@ BAD_ROWS = [
     BadRow("missing field", _row(other="a"), "missing_field", "'prompt' is missing in this row; it has other"),
     BadRow("null field", _row(prompt=None), "missing_field", "'prompt' is null in this row"),
     BadRow("empty object", b"{}", "missing_field", "'prompt' is missing in this row"),
-    BadRow("number for text", _row(prompt=3), "bad_type", "'prompt' must hold text, not int"),
-    BadRow("object for text", _row(prompt={"a": 1}), "bad_type", "'prompt' must hold text, not dict"),
+    BadRow("number for text", _row(prompt=3), "bad_type", "'prompt' must hold text, not the number 3"),
+    BadRow("object for text", _row(prompt={"a": 1}), "bad_type", "'prompt' must hold text, not an object"),
     BadRow("empty prompt", _row(prompt=""), "empty_prompt", "the prompt is empty"),
     BadRow("blank prompt", _row(prompt=" \n\t "), "empty_prompt", "the prompt is empty"),
     BadRow("no token ids", _row(prompt_token_ids=[]), "empty_prompt", "no tokens"),
@@ -96,5 +96,5 @@ BAD_ROWS = [
     ),
     BadRow("more than the most tokens", _params(min_tokens=500), "bad_sampling", "params: min_tokens is 500, but"),
     BadRow("too many logprobs", _params(logprobs=98), "bad_sampling", "98"),
-    BadRow("settings in a list", _row(prompt="a", sampling_params=[1]), "bad_sampling", "must be an object.*not list"),
+    BadRow("settings in a list", _row(prompt="a", sampling_params=[1]), "bad_sampling", "must be an object.*not a list"),
 ]

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from tokabatch.errors import RowError
 from tokabatch.input.files.strict_json import parse_object
+from tokabatch.input.kinds import kind_of
 from tokabatch.input.prompts.printing import text_of, to_json
 from tokabatch.job.fields import DECIDED_KWARGS
 
@@ -26,7 +27,7 @@ def normalise_messages(value: Any, column: str) -> list[Message] | RowError:
     """Return the conversation in `value`, or an error `bad_type`, `bad_messages`, `missing_field` or `empty_prompt`."""
     value = decoded(value)
     if not isinstance(value, list):
-        return RowError("bad_type", f"the column {column!r} must hold a list of messages, not {type(value).__name__}")
+        return RowError("bad_type", f"the column {column!r} must hold a list of messages, not {kind_of(value)}")
     if not value:
         return RowError("empty_prompt", f"the column {column!r} holds no message")
     messages: list[Message] = []
@@ -63,7 +64,7 @@ def read_objects(value: Any, column: str) -> list[dict[str, Any]] | RowError | N
     if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in cast("list[Any]", found)):
         return RowError(
             "bad_type",
-            f"the column {column!r} goes to the chat template and must hold a list of objects, not {type(value).__name__}; "
+            f"the column {column!r} goes to the chat template and must hold a list of objects, not {kind_of(value)}; "
             "rename it if it is something else",
         )
     return cast("list[dict[str, Any]]", found)
@@ -76,7 +77,7 @@ def read_kwargs(value: Any, column: str) -> dict[str, Any] | RowError:
     if found is None or (isinstance(found, str) and not found.strip()):
         return {}
     if not isinstance(found, Mapping):
-        return RowError("bad_type", f"the column {column!r} must hold an object of variables, not {type(value).__name__}")
+        return RowError("bad_type", f"the column {column!r} must hold an object of variables, not {kind_of(value)}")
     variables = dict(cast("Mapping[str, Any]", found))
     if decided := next((name for name in variables if name in DECIDED_KWARGS), None):
         return RowError("bad_type", f"the column {column!r} holds {decided!r}, which the run decides itself; remove it")
@@ -138,7 +139,7 @@ def plain_values(value: Any) -> Any:
 
 def _message(given: Any, place: str) -> Message | RowError:
     if not isinstance(given, Mapping):
-        return RowError("bad_type", f"{place} must be an object with role and content, not {type(given).__name__}")
+        return RowError("bad_type", f"{place} must be an object with role and content, not {kind_of(given)}")
     message = {key: value for key, value in cast("Mapping[str, Any]", given).items() if value is not None}
     if not isinstance(message.get("role"), str):
         sharegpt = "; write `from` as role (human: user, gpt: assistant), `value` as content" if "from" in message else ""
@@ -155,6 +156,6 @@ def _message(given: Any, place: str) -> Message | RowError:
     if content is None and message.keys() - {"role", "name"}:
         return message
     if not isinstance(content, str):
-        kind = "null or missing" if content is None else type(content).__name__
+        kind = "null or missing" if content is None else kind_of(content)
         return RowError("bad_type" if content is not None else "missing_field", f"the content of {place} is {kind}, not text")
     return message

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from tokabatch.errors import JobError, RowError
+from tokabatch.input.kinds import kind_of
 from tokabatch.input.prompts.chat import decoded
 from tokabatch.input.prompts.sources import SAMPLING_PARAMS
 from tokabatch.input.tokenizer.stop_texts import refuse_special
@@ -55,7 +56,7 @@ class RowSettings:
         """Return the parameters for these settings, an object or its JSON text."""
         given = decoded(given)
         if not isinstance(given, Mapping):
-            return RowError("bad_sampling", f"{SAMPLING_PARAMS} must be an object of settings, not {type(given).__name__}")
+            return RowError("bad_sampling", f"{SAMPLING_PARAMS} must be an object of settings, not {kind_of(given)}")
         settings = cast("Mapping[str, Any]", given)
         if settings.get("bad_words") is not None:
             settings = {**settings, "bad_words": self._encode_words(settings["bad_words"])}

@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from tokabatch.errors import RowError
+from tokabatch.input.kinds import kind_of
 from tokabatch.input.missing import ROW, missing_field
 from tokabatch.input.prompts.blanking import Blank, as_written
 from tokabatch.input.prompts.chat import (
@@ -168,7 +169,7 @@ class PromptSource:
                 return RowError("bad_messages", f"{what}; give one as prompt.chat_template")
             return self._from_messages(row, column, blank)
         if not isinstance(value, str):
-            kind = "binary data that is not UTF-8" if isinstance(value, bytes) else type(value).__name__
+            kind = "binary data that is not UTF-8" if isinstance(value, bytes) else kind_of(value)
             return RowError("bad_type", f"the column {column!r} must hold text, not {kind}")
         leading = "" if self.chat else self._tokenizer.prefix_text
         own = leading if leading and value.startswith(leading) else ""

@@ -14,6 +14,7 @@ from typing import Any, cast
 from jinja2 import Environment, Undefined
 from jinja2.filters import make_attrgetter
 
+from tokabatch.input.kinds import kind_of
 from tokabatch.input.prompts.printing import NotText, is_null, text_of, to_json
 
 Filter = Callable[..., Any]
@@ -52,7 +53,7 @@ def _of_text(name: str, function: Filter) -> Filter:
             kwargs = {key: value if key == "count" else text_of(value, place=place) for key, value in kwargs.items()}
         for value in (*given, *kwargs.values()):
             if not (value is None or isinstance(value, str | int | float | Undefined)):
-                raise NotText(f"the filter {name} takes texts and numbers beside its value, not {type(value).__name__}")
+                raise NotText(f"the filter {name} takes texts and numbers beside its value, not {kind_of(value)}")
         value = args[context]
         if name in PAIRS and isinstance(value, Mapping):
             pairs = cast("Mapping[Any, Any]", value).items()

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from tokabatch.arrays import Int64
 from tokabatch.errors import InputError, RowError
+from tokabatch.input.kinds import kind_of
 from tokabatch.input.missing import missing_field
 from tokabatch.input.rows import NO_PLACES, Row, RowPlaces
 from tokabatch.input.store.disk_arrays import ArraySpool, Texts, TextSpool
@@ -88,7 +89,7 @@ def row_id(row: Row, column: str) -> str | RowError:
     if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int | UUID):
-        return RowError("bad_type", f"the id in column {column!r} must be text or a whole number, not {type(value).__name__}")
+        return RowError("bad_type", f"the id in column {column!r} must be text or a whole number, not {kind_of(value)}")
     return str(value)
 
 

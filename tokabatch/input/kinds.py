@@ -1,0 +1,18 @@
+"""What messages call a value of a row: its kind as in JSON, not its Python type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def kind_of(value: Any) -> str:
+    """Return what to call a value behind "not": `text`, `a list`, `an object`, `the number 1.5`, `true`, `null`, `binary data`,
+    or the name of its type."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        text = str(value) if isinstance(value, float) or abs(value) < 10**30 else "of more than 30 digits"
+        return f"the number {text}"
+    kinds = ((str, "text"), (list | tuple, "a list"), (Mapping, "an object"), (bytes, "binary data"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
