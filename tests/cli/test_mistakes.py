@@ -19,6 +19,7 @@ REQUEST = '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 FILES = {
     "array.jsonl": '[{"question": "a"}]\n',
+    "unjudged.yaml": JOB + "output: {path: o}\nverify: {kind: choice, answer: answer}\nprompt: {template: '{{ question }}'}\n",
     "data.pq": "",
     "noend": "",
     "data.csv": "question,answer\na,1\n",
@@ -186,6 +187,7 @@ MISTAKES = [
     ),
     (("run", Q, "input.path=data.pq"), r"rename it to \.parquet"),
     (("run", Q, "input.path=noend"), r"if it holds one JSON object a line, rename it to \.jsonl"),
+    (("plan", "unjudged.yaml"), r"unjudged\.yaml:4: verify: no row can be judged, row 0"),
     (("run", Q, "input.path=$HOME/rows.jsonl"), r"variables such as \$HOME are not replaced here: write the path out"),
     (("run", Q, "generation.n", "4"), r"write key=value, for example generation\.n=4"),
     (("run", Q, "n=4"), r"did you mean `generation\.n=4`\?"),

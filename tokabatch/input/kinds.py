@@ -14,5 +14,8 @@ def kind_of(value: Any) -> str:
     if isinstance(value, int | float):
         text = str(value) if isinstance(value, float) or abs(value) < 10**30 else "of more than 30 digits"
         return f"the number {text}"
-    kinds = ((str, "text"), (list | tuple, "a list"), (Mapping, "an object"), (bytes, "binary data"))
-    return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
+    if isinstance(value, list | tuple):
+        return "a list"
+    if isinstance(value, Mapping):
+        return "an object"
+    return {str: "text", bytes: "binary data"}.get(type(value), type(value).__name__)

@@ -52,12 +52,14 @@ class Written:
     places: Mapping[str, str]
 
     def locate(self, message: str, key: str = "") -> str:
-        """Prefix the message with the place of the first key that it names and the job gives, else of `key`."""
+        """Prefix the message with the place of the first key that it names and the job gives, or of the section that it begins
+        with, else of `key`."""
         named = re.findall(r"(?<![\w.])[a-z_]+(?:\.[a-z_]+)+", message)
         # An override may give a key with the whole section above it.
         above = [name.rpartition(".")[0] for name in named]
         named += [name for name in above if self.places.get(name, "").startswith(f"override `{name}=")]
-        return next((f"{self.places[name]}: {message}" for name in (*named, key) if name in self.places), message)
+        named += [message.partition(":")[0], key]
+        return next((f"{self.places[name]}: {message}" for name in named if name in self.places), message)
 
 
 def load_model(model: type[Model], source: object, overrides: Sequence[object]) -> tuple[Model, Written]:
