@@ -391,7 +391,7 @@ def test_the_message_says_what_to_do(
 
 
 SLOW = ("torch", "transformers", "tokenizers")
-LATE = ("engine.", "--simulate", "fp8", "max_tokens=9999", "--to r.jsonl", "long.jsonl")
+LATE = ("engine.", "--simulate", "fp8", "max_tokens=9999", "--to r.jsonl", "long.jsonl", "unjudged")
 """What torch or the whole input decides, or a run alone."""
 
 
