@@ -23,8 +23,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 EXIT_COMPLETE, EXIT_STALLED, EXIT_ERRORS, EXIT_BOOKS, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 2, 3, 4, 75, 130
-"""How a run ends: all samples are there; two starts in a row committed nothing; more error rows than allowed; sample counts do
-not add up; stopped by a signal, by a folder that takes no more or by an error row; interrupted by Ctrl-C. 1 is an error."""
+"""How a run ends: all samples are there; two starts in a row committed nothing; more error rows than allowed, or no verdict
+at all; sample counts do not add up; stopped by a signal, by a folder that takes no more or by an error row; interrupted by
+Ctrl-C. 1 is an error."""
 STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 """What ends a program rather than telling of a fault. Anything else may be one, though it be no Exception: a panic in a library
 written in Rust, such as tokenizers, is a bare BaseException."""

@@ -76,9 +76,9 @@ class TestRunSummary:
 
     def test_worrying_facts_come_first(self) -> None:
         assert "10 of 400 samples (2.5%) are errors" in facts(run_sections(SUMMARY))["result"]
-        silent = replace(SUMMARY, exit_code=0, unverified=390)
+        silent = replace(SUMMARY, exit_code=3, unverified=390)
         assert "NO SAMPLE HAS A VERDICT" in facts(run_sections(silent))["result"]
-        assert facts(run_sections(replace(silent, unverified=389)))["result"] == "complete"
+        assert facts(run_sections(replace(silent, exit_code=0, unverified=389)))["result"] == "complete"
 
     def test_the_work_of_a_start_that_continued_a_run_is_called_that(self) -> None:
         titles = [section.title for section in run_sections(replace(SUMMARY, earlier=300))]

@@ -38,6 +38,19 @@ def rows(tmp_path: Path) -> Path:
     return file
 
 
+def test_a_run_without_a_verdict_does_not_end_as_one_whose_samples_are_all_wrong(rows, tmp_path):
+    own, out = tmp_path / "broken.py", tmp_path / "out"
+    own.write_text("def verify(text, row):\n    return text.no_such_method()\n")
+    summary = scripted_run(rows, out, verify={"kind": str(own)})
+    assert (summary.exit_code, summary.ok, summary.unverified) == (3, 18, 18)
+    assert "NO SAMPLE HAS A VERDICT" in str(summary)
+    again = scripted_run(rows, out, verify={"kind": str(own)})
+    assert (again.exit_code, again.steps) == (3, 0)
+    own.write_text("def verify(text, row):\n    return None if row['least'] else False\n")
+    summary = scripted_run(rows, tmp_path / "some", verify={"kind": str(own)})
+    assert (summary.exit_code, summary.unverified) == (0, 6)
+
+
 def test_a_file_outside_the_package_judges_the_samples(rows, tmp_path):
     own = tmp_path / "length.py"
     own.write_text(OWN)

@@ -46,7 +46,8 @@ Exit codes
   1    internal error
   2    the command line, the job, a file it names or the output folder is
        wrong; the message says what, and what to do about it
-  3    complete, but with more errors than errors.max_fraction allows
+  3    complete, but with more errors than errors.max_fraction allows, or
+       without any verdict (verify)
   4    a committed file is damaged or missing (the message names it, and the
        command that computes it again), or the sample counts do not add up,
        which is a bug (please report it)

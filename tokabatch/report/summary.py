@@ -125,7 +125,7 @@ class RunSummary:
     @property
     def no_verdict(self) -> bool:
         """Whether the run is complete and verified, and no sample has a verdict."""
-        return self.exit_code == 0 and not self.pending and 0 < self.ok <= self.unverified
+        return self.exit_code in (0, 3) and not self.pending and 0 < self.ok <= self.unverified
 
     @property
     def pass_at_k(self) -> Mapping[int, float] | None:

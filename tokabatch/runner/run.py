@@ -164,6 +164,9 @@ def _run_in_folder(
         try:
             exit_code, complete = _complete(state, claim, leases, on_rows)
             tally = recorder.tally if supply is None else _tally(state, claim)
+            if exit_code == EXIT_COMPLETE and complete and 0 < tally.ok <= tally.unverified:
+                # No judge has worked, which a script would take for samples that are all wrong.
+                exit_code = EXIT_ERRORS
         except CommitError as error:
             tell(str(error))
             replica.stop()
