@@ -102,7 +102,7 @@ def test_answers_of_both_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert (apart / "bad.jsonl").read_bytes() == errors.read_bytes() and len(list(apart.iterdir())) == 1
     for wrong, told in (
         (["--nested"], "--nested, --columns and --where"),
-        (["--format", "xml"], "accepts jsonl, csv, parquet or openai"),
+        (["--columns", "text"], "--nested, --columns and --where"),
     ):
         monkeypatch.setattr(sys, "argv", ["tokabatch", "export", job.output.path, *options, *wrong])
         with pytest.raises(SystemExit) as ended:

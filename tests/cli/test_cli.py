@@ -471,7 +471,7 @@ assert not {{"torch", "transformers", "tokenizers"}} & sys.modules.keys()
         done = tokabatch("report", finished[0], "--to", tmp_path / "page.html")
         page = (tmp_path / "page.html").read_text()
         assert done.returncode == 0 and "max_tokens 8" in page and "jobs/quickstart/problems.jsonl" in page
-        assert "tokabatch 0." in page and page.count("<details>") >= 4 and "Longest samples" in page
+        assert "tokabatch 0." in page and page.count("<details>") >= 4
 
     def test_verify_reads_it_back(self, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
         done = tokabatch("verify", finished[0])  # as it was called once
