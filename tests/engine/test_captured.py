@@ -19,6 +19,8 @@ from support.stage_pair import StagePair
 from tokabatch.engine.graphs import COARSE_STEPS, FINE_STEPS, LEAST_WORTH, MOST_WORTH, Ladder, size_above, worth_capturing
 from tokabatch.engine.worker import Worker, WorkerSpec
 from tokabatch.model.families import read_spec
+from tokabatch.model.weights import load_decoder
+from tokabatch.parallel.mesh import Mesh
 from tokabatch.scheduling.contracts import Completion, SamplingParams
 from tokabatch.scheduling.kv.hydragen_groups import GroupingLimits
 from tokabatch.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -109,6 +111,15 @@ def test_steps_of_large_models_are_filled_up_less():
         ladder.make_ahead()
     assert uses == LEAST_WORTH // (1536 - 1280) and ladder.size(1280, "a") == 1280
     assert ladder.size(300, "a") == 384
+
+
+def test_ranks_of_uneven_shards_choose_the_same_graphs(tmp_path):
+    heads = {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 4}
+    folder = tiny_models.build("llama", tmp_path, **heads, intermediate_size=72)
+    spec, device = read_spec(folder), torch.device("cpu")
+    meshes = [Mesh(rank, 5, 1) for rank in range(5)]
+    assert len({len(mesh.shard(spec.intermediate_size)) for mesh in meshes}) > 1
+    assert len({load_decoder(folder, spec, torch.float32, device, mesh).body_elements for mesh in meshes}) == 1
 
 
 def generate(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tokabatch.runner.fork_server import ForkServer
+from tokabatch.runner.fork_server import REQUEST_BYTES, ForkServer
 from tokabatch.runner.forked import fork
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,10 +35,16 @@ def answer(steps: Connection, signs: Connection, work: bytes) -> None:
     os._exit(code)
 
 
-def begin(server: ForkServer):
+def hang(steps: Connection, signs: Connection, work: bytes) -> None:
+    """Look at no pipe, as in a kernel that does not end."""
+    steps.send(os.getpid())
+    time.sleep(60.0)
+
+
+def begin(server: ForkServer, target: Callable[..., None] = answer, work: bytes = b"work"):
     ours, steps = multiprocessing.Pipe()
     signs, pulse = multiprocessing.Pipe(duplex=False)
-    worker = server.process(target=answer, args=(steps, pulse, b"work"), name="worker", daemon=True)
+    worker = server.process(target=target, args=(steps, pulse, work), name="worker", daemon=True)
     worker.start()
     steps.close()
     pulse.close()
@@ -78,7 +85,7 @@ def test_a_worker_ends_with_the_process_that_requested_it(server, stopped):
     told, theirs = multiprocessing.Pipe()
 
     def member() -> None:
-        worker, pipe, _ = begin(server)
+        worker, pipe, _ = begin(server, hang)
         pipe.recv()
         theirs.send(worker.pid)
         time.sleep(60.0)
@@ -101,9 +108,32 @@ def test_without_the_server_workers_are_spawned(server):
     assert worker.exitcode == 3
 
 
-def test_workers_end_with_the_server(server):
+def test_a_request_too_large_for_a_message_is_spawned(server):
+    worker, pipe, _ = begin(server, work=bytes(REQUEST_BYTES))
+    assert pipe.recv()[2] == os.getpid()
+    pipe.send(0)
+    worker.join(20.0)
+    assert worker.exitcode == 0
+
+
+def test_where_no_process_can_be_forked_others_run_on_and_the_worker_is_spawned(server):
+    first, pipe, _ = begin(server)
+    pipe.recv()
+    psutil.Process(server._process.pid).rlimit(psutil.RLIMIT_NOFILE, (1, 1))
+    second, other, _ = begin(server)
+    assert other.recv()[2] == os.getpid()
+    assert first.is_alive()
+    other.send(0)
+    second.join(20.0)
+    assert second.exitcode == 0
+
+
+@pytest.mark.parametrize("signal_sent", [False, True])
+def test_workers_end_with_the_server(server, signal_sent):
     worker, pipe, _ = begin(server)
     pid = pipe.recv()[1]
+    if signal_sent:
+        os.kill(server._process.pid, signal.SIGKILL)
     server.close()
     with suppress(psutil.NoSuchProcess):
         psutil.Process(pid).wait(10.0)

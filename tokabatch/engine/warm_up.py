@@ -41,7 +41,7 @@ def warm_up_steps(sizes: ReplicaSizes, draws: Sequence[SamplingParams]) -> Itera
         level = PrefixLevel(first, first + count, first, first, first + full)
         yield _step(index + 1, _table(first, pages), runs, greedy, level=level, skip=runs[2] * full)
         copy, index = None, index + 2
-    # The many draw in every way.
+    # The larger step is repeated for each kind of drawing.
     for place, params in enumerate(draws):
         yield _step(index + place, _table(first, pages), runs, params)
 

@@ -201,7 +201,16 @@ def _settings(limits: SchedulerLimits) -> list[SchedulerLimits]:
     pairs = {(limits.max_running, budget)}
     pairs |= {(max(1, limits.max_running // 2), budget), (max(1, limits.max_running // 4), budget)}
     pairs |= {(limits.max_running, max(1, budget // 4)), (limits.max_running, budget * 4)}
-    return [replace(limits, max_running=running, max_step_tokens=running + extra) for running, extra in sorted(pairs)]
+    # A job that gives engine.max_running does not run in waves of equal size.
+    return [
+        replace(
+            limits,
+            max_running=running,
+            max_step_tokens=running + extra,
+            alike=limits.alike if running == limits.max_running else None,
+        )
+        for running, extra in sorted(pairs)
+    ]
 
 
 def _steps_each(tried: SchedulerLimits, limits: SchedulerLimits) -> float:

@@ -96,10 +96,11 @@ class Decoder:
 
     @property
     def body_elements(self) -> int:
-        """The size of the matrices that each token is multiplied with in the stage's layers."""
+        """The size of the matrices that each token is multiplied with in the stage's layers, on the tensor rank with the
+        largest shard: graphs are chosen by it, and all ranks must choose alike."""
         spec = self.spec
         heads = 2 * (self.num_heads + self.num_kv_heads) * spec.head_dim
-        mlp = 3 * len(self.mesh.shard(spec.intermediate_size))
+        mlp = 3 * -(-spec.intermediate_size // self.mesh.tensor_size)
         return len(self.layer_range) * spec.hidden_size * (heads + mlp)
 
     def forward(

@@ -1,5 +1,5 @@
-"""A process that starts workers without importing anything: it is forked from main when main has imported torch but not used
-it, and forks a worker whenever a member requests one.
+"""A process that starts workers without importing torch again: it is forked from main when main has imported torch but not
+used it, and forks a worker whenever a member requests one.
 
 A member cannot fork its own worker, because it is a fork of a main that has used CUDA. A worker ends with the process that
 requested it: the server kills it then, even if it is stopped or hangs in a kernel.
@@ -7,11 +7,13 @@ requested it: the server kills it then, even if it is stopped or hangs in a kern
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import pickle
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,7 +41,10 @@ class ForkServer:
     @classmethod
     def if_possible(cls) -> ForkServer | None:
         """Return a server; None if this system cannot fork, or if this process has used a GPU already."""
-        return cls() if can_fork() and not _has_used_gpu() else None
+        try:
+            return cls() if can_fork() and not _has_used_gpu() else None
+        except OSError:
+            return None
 
     def process(
         self, *, target: Callable[..., None], args: tuple[Connection, Connection, bytes], name: str, daemon: bool
@@ -66,6 +71,8 @@ class _Forked:
 
     def __init__(self, requests: socket.socket, request: bytes, ends: tuple[int, int]) -> None:
         """Raises OSError if the server does not answer, or the request is too large for one message."""
+        if len(request) > REQUEST_BYTES:
+            raise OSError(errno.EMSGSIZE, "too large for one message")
         self._code: int | None = None
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -141,13 +148,23 @@ def _serve(requests: socket.socket) -> None:
             request, ends, _, _ = socket.recv_fds(requests, REQUEST_BYTES, 3)
             if not request:
                 return
-            control = socket.socket(fileno=ends.pop())
-            process = fork(_work, (request, ends, [requests, ended, ending, control, *(each.control for each in workers)]), "")
+            control = socket.socket(fileno=ends.pop()) if len(ends) == 3 else None
+            for end in ends:
+                os.set_inheritable(end, False)
+            if control is not None:
+                others = [requests, ended, ending, *(each.control for each in workers)]
+                try:
+                    process = fork(_work, (request, ends, [*others, control]), "")
+                except OSError as error:
+                    # The member spawns its worker.
+                    control.close()
+                    print(f"tokabatch: a worker could not be forked: {error}", file=sys.stderr)
+                else:
+                    workers.append(_Served(process, control))
+                    with suppress(OSError):
+                        control.send(str(process.pid).encode())
             for end in ends:
                 os.close(end)
-            workers.append(_Served(process, control))
-            with suppress(OSError):
-                control.send(str(process.pid).encode())
 
 
 def _work(request: bytes, ends: list[int], servers: list[socket.socket]) -> None:

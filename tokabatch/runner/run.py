@@ -82,7 +82,7 @@ def run(
     """As `tokabatch.run`. `make` creates what runs the steps; `seconds_before` is what the caller has spent; it counts as
     loading. `fresh` says that this process has imported torch only now. Raises UsageError and EngineError."""
     with ExitStack() as held:
-        if fresh and cluster is None and (server := ForkServer.if_possible()) is not None:
+        if fresh and cluster is None and make is make_replica and (server := ForkServer.if_possible()) is not None:
             held.callback(server.close)
             make = partial(make_replica, starter=server.process)
         clock = Clock(ExpendableProgress(progress or default_progress()), time.perf_counter() - seconds_before)

@@ -275,7 +275,8 @@ class Scheduler:
         wave = self.limits.even_wave(num_pages)
         if wave < self.limits.max_running:
             self.kv.restrict(wave)
-        self.limits = replace(self.limits, num_pages=num_pages, max_running=wave)
+        # Only once: of a lost worker's samples some are finished, and the rest may fit into one wave.
+        self.limits = replace(self.limits, num_pages=num_pages, max_running=wave, alike=None)
         self.kv.resize(num_pages)
         self._decisions.invalidate()
         suspended = np.array([prompt.request for prompt in self.kv.tree.suspended], np.int32)
