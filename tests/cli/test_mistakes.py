@@ -174,6 +174,7 @@ MISTAKES = [
         ("serve", "--model", "jobs/quickstart"),
         "--model: the model is named without an option; for example `tokabatch serve",
     ),
+    (("serve", "jobs/quickstart", "--dtype", "float32"), r"a key of the job is written without dashes: model\.dtype=float32"),
     (
         ("slurm", Q, "--partition", "gpu"),
         "options of sbatch itself are written as --sbatch partition=gpu",

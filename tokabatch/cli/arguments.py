@@ -120,7 +120,8 @@ class Command(TyperCommand):
             keys += [f"server.{name}" for name in import_module("tokabatch.serve.settings").ServerConfig.model_fields]
             named = [key for key in keys if word_of in (key, key.rpartition(".")[2], key.removesuffix(".path"))]
             subject = named[0].partition(".")[0] if named else ""
-            if any(each.name == subject and each.param_type_name == "argument" for each in self.params):
+            is_subject = bool(named) and named[0] == f"{subject}.path"
+            if is_subject and any(each.name == subject and each.param_type_name == "argument" for each in self.params):
                 raise UsageError(f"{word}: the {subject} is named without an option{self._example()}")
             if named or "." in word_of:
                 value = written[3] or ("=VALUE" if following.startswith("-") or "=" in following else f"={following}")
@@ -163,9 +164,9 @@ def _message(error: Any, params: Sequence[Any], *, near_ones: bool = True) -> st
     has = {*names, *(each.name for each in params)}
     if option is None or option in names:
         return error.format_message().rstrip(".")
-    begun = [name for name in names if name.startswith(option) and option.startswith("--")]
+    starting = [name for name in names if name.startswith(option) and option.startswith("--")]
     words = {name.lstrip("-"): name for name in names}
-    near = begun or [words[word] for word in get_close_matches(option.lstrip("-"), words, n=1)]
+    near = starting or [words[word] for word in get_close_matches(option.lstrip("-"), words, n=1)]
     remedy = f"did you mean {near[0]}?" if near else f"the options are {', '.join(names)}" if names else ""
     remedy = remedy if near_ones else ""
     remedy = next((text for options, needs, text in _OPTIONS_ELSEWHERE if option in options and needs in has), remedy)

@@ -179,7 +179,7 @@ class Actor:
         self._connection: Connection | None = None
         self._reader: MessageReader | None = None
         self._sender: OrderSender | None = None
-        """Both of the connection."""
+        """The reader and the sender of the connection."""
         self._unsent: list[Order | bytes | None] = []
         self._told = time.monotonic() + PATIENCE_SECONDS
         self._next_check = 0.0

@@ -186,12 +186,12 @@ def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path, giv
         return Refusal(path, "unknown key", suggestion=elsewhere[0])
     if near:
         return Refusal(path, "unknown key", suggestion=f"{prefix}.{near[0]}" if prefix else near[0])
-    needed = [name for name, info in owner.model_fields.items() if info.is_required() and name not in given]
-    if prefix and needed:
-        return Refusal(path, "unknown key", suggestion=f"{prefix}.{needed[0]}")
     last_words = {name.rpartition(".")[2]: name for name in everywhere}
     if far := get_close_matches(word, last_words, n=1, cutoff=0.75):
         return Refusal(path, "unknown key", suggestion=last_words[far[0]])
+    needed = [name for name, info in owner.model_fields.items() if info.is_required() and name not in given]
+    if prefix and needed and len(given) == 1:
+        return Refusal(path, "unknown key", suggestion=f"{prefix}.{needed[0]}")
     return Refusal(path, f"unknown key; the keys {f'of {prefix}' if prefix else 'here'} are {', '.join(siblings)}")
 
 

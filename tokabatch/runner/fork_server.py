@@ -8,12 +8,12 @@ requested it: the server kills it then, even if it is stopped or hangs in a kern
 from __future__ import annotations
 
 import errno
+import logging
 import multiprocessing
 import os
 import pickle
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -158,7 +158,7 @@ def _serve(requests: socket.socket) -> None:
                 except OSError as error:
                     # The member spawns its worker.
                     control.close()
-                    print(f"tokabatch: a worker could not be forked: {error}", file=sys.stderr)
+                    logging.getLogger(__name__).warning("a worker could not be forked: %s", error)
                 else:
                     workers.append(_Served(process, control))
                     with suppress(OSError):

@@ -77,6 +77,9 @@ def test_it_says_nothing_of_ordinary_prompts(prompt: dict[str, Any], facts: dict
     assert notes(prompt, **facts) == ""
 
 
-@pytest.mark.parametrize("template", ["{{ question }}\n", r"{{ question | join('\n') }}", r"Is {{ question }} \neq \nabla f?"])
+@pytest.mark.parametrize(
+    "template",
+    ["{{ question }}\n", r"{{ question | join('\n') }}", r"{{ question }} \neq \nabla f", r"{{ question }} \nRightarrow a"],
+)
 def test_newlines_and_commands_of_latex_are_as_written(template: str) -> None:
     assert notes({"template": template}) == ""

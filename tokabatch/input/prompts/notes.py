@@ -15,9 +15,12 @@ from tokabatch.job import GenerationConfig, PromptConfig
 _PLAIN_NAMES = frozenset(("n", "seed", "stop"))
 """Settings with names that ordinary data columns may have."""
 _TAGS = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
-_WRITTEN_NEWLINE = re.compile(
-    r"\\n(?!(?:abla|atural|e|earrow|eg|eq|ewcommand|ewline|exists|geq|i|leq|mid|oindent|onumber|ot|otin|u)(?![a-z]))"
+_LATEX = (
+    "abla atural cong e earrow eg eq ewcommand ewline exists geq i leq mid oindent olimits onumber ormalsize ot otin parallel "
+    "prec rightarrow leftarrow sim subseteq succ supseteq u warrow Leftarrow Rightarrow"
 )
+"""Commands of LaTeX that begin with `n`, without it."""
+_WRITTEN_NEWLINE = re.compile(rf"\\n(?!(?:{'|'.join(_LATEX.split())})(?![a-z]))")
 """A backslash and `n`, unless they begin a command of LaTeX."""
 SINGLE_BRACES = re.compile(r"(?<![{$\\])\{ ?([A-Za-z_][A-Za-z0-9_]*) ?\}(?!\})")
 
