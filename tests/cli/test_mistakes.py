@@ -68,6 +68,7 @@ FILES = {
     "judge_syntax.py": "def verify(text, row)\n    return True\n",
     "judge.py": "def grade(text, row)\n    return True\n",
     "judge_imports.py": "import sympyx\n",
+    "colon.yaml": "model {path: m}\ninput: {path: x}\noutput: {path: o}\ngeneration: {n 4}\n",
     "flat.yaml": "model: qs\ndataset: rows.jsonl\nprompt: '{{ q }}'\nsampling: {n: 2}\n"
     "output: o\ngeneration: hot\nverify: gsm8k\n",
     "place.yaml": "model: {path: m}\ninput: {path: x, template: t}\noutput: {dir: o}\n"
@@ -315,7 +316,15 @@ MISTAKES = [
         r"cannot be loaded \(SyntaxError: .*\(judge_syntax.py, line 1\)\); correct the file",
     ),
     (("run", Q, "verify.kind=./judge.py:grade"), r"cannot be loaded \(SyntaxError: .*\(judge.py, line 1\)\); correct the file"),
-    (("run", Q, "verify.kind=./judge_imports.py"), r"No module named 'sympyx'\); install what it imports: pip install sympyx"),
+    (
+        ("run", Q, "verify.kind=./judge_imports.py"),
+        r"No module named 'sympyx'\); the module sympyx that it imports is not there: check the name, put a file of",
+    ),
+    (("run", "colon.yaml"), r"colon\.yaml:1: model \{path: .*a colon is missing behind model: write `model: \{path: …\}`"),
+    (("run", "colon.yaml"), r"generation\.n 4: .*a colon is missing behind n: write `n: 4`"),
+    (("run", Q, "generation.best_of=4"), r"not ranked by their probability; generation\.n draws several, and verify"),
+    (("export", "out", "--columns", "qid", "length", "--to", "r.csv"), r"separated by commas; write --columns qid,length\n"),
+    (("slurm", Q, "--sbatch", "partition", "gpu"), r"--sbatch: takes one word; write --sbatch partition=gpu\n"),
     (
         ("run", Q, "verify.kind=no.module:grade"),
         "there is no module no.module here .*give a file's path",

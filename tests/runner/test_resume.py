@@ -457,7 +457,7 @@ def test_a_repaired_row_is_run_again_and_held_to_nothing_it_was(go, rows, tmp_pa
     told = Messages()
     summary = go(progress=told)
     assert (summary.earlier, summary.errors, summary.output_tokens) == (30, N, 0), "without the flag error rows are final"
-    assert "1 error rows have changed in the input; --retry-errors runs them again" in told.texts
+    assert "1 error row changed in the input; --retry-errors runs error rows again" in told.texts
     summary = go(retry_errors=True)
     assert (summary.earlier, summary.errors, summary.exit_code) == (27, 0, 0) and table(tmp_path / "out") == whole
     write_rows(rows, replaced(4, {**ROWS[4], "answer": "0"}))

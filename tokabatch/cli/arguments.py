@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -94,10 +95,26 @@ class Command(TyperCommand):
         missing = [f"{option} FILE" if option.startswith("-") else metavar for option, metavar in named]
         if missing:
             raise UsageError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing{self._example()}")
+        words = list(args)  # The parser empties the list.
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except _Refused as error:
+            extra = re.search(r"unexpected extra argument.*? \((?!s\))(.*)\)", error.format_message())  # type: ignore[attr-defined]
+            self._refuse_spread(words, extra[1].split() if extra else ())
             raise UsageError(f"{_message(error, self.get_params(ctx))}{self._example()}") from None
+        self._refuse_spread(words, ctx.params.get("overrides") or ())
+        return rest
+
+    def _refuse_spread(self, args: Sequence[str], left: Sequence[str]) -> None:
+        """Raise UsageError for the value of an option that goes on in a word that is left over: `--columns qid length`."""
+        for each in self.params:
+            joint = {"NAME,NAME": ",", "KEY=VALUE": "="}.get(each.metavar or "")
+            for option, *value in zip(args, args[1:], args[2:], strict=False):
+                if joint and option in each.opts and value[1] in left and "=" not in "".join(value):
+                    more = takewhile(left.__contains__, args[args.index(option) + 3 :]) if joint == "," else ()
+                    written = joint.join(word.strip(",") for word in (*value, *more))
+                    separated = "its names are separated by commas" if joint == "," else "takes one word"
+                    raise UsageError(f"{option}: {separated}; write {option} {written}")
 
     def _example(self) -> str:
         example = re.search(r"^ *(tokabatch .*?)(?:  |$)", self.help or "", re.MULTILINE)

@@ -165,7 +165,7 @@ def score(
     right = "" if to is None else f", {scored.right:,} right ({scored.right / max(1, scored.judged):.1%})"
     print_note(f"{out}: {counted(scored.judged, 'sample')} judged {where}{right}")
     for reason, number in scored.reasons.most_common(3):
-        print_note(f"no verdict for {number:,} samples: {reason}")
+        print_note(f"no verdict for {counted(number, 'sample')}: {reason}")
     if to is None:
         print_note(import_module("tokabatch.report.summary").verdict_sections(scored.estimates, scored.done, scored.samples))
 

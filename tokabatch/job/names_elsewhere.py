@@ -10,7 +10,7 @@ from tokabatch.job.document import Path
 _KEYS = {
     **dict.fromkeys(("max_completion_tokens", "max_new_tokens", "max_length", "max_output_tokens"), "max_tokens"),
     **dict.fromkeys(("stop_strings", "stop_sequences", "until"), "stop"),
-    **dict.fromkeys(("num_return_sequences", "num_samples", "best_of"), "n"),
+    **dict.fromkeys(("num_return_sequences", "num_samples"), "n"),
     **dict.fromkeys(("min_new_tokens", "min_length"), "min_tokens"),
     **{"top_logprobs": "logprobs", "bad_words_ids": "bad_words", "sequence_bias": "logit_bias", "random_seed": "seed"},
     **{"eos_token_id": "stop_token_ids", "temp": "temperature"},
@@ -61,6 +61,10 @@ _VALUES = {
 
 _COLUMN = 'a column is named in prompt.template, as in "{{ question }}", or by prompt.messages'
 _BEAMS = "beam search is not supported; generation.n draws several samples"
+_BEST = (
+    "samples are not ranked by their probability; generation.n draws several, and verify (a judge of yours) or `mode: score` "
+    "gives scores to choose by"
+)
 _FILTERS = "not supported; what narrows the choice of a token is top_k, top_p and min_p"
 _REPEATS = "not supported; repetition_penalty, frequency_penalty and presence_penalty discourage repetition"
 _STRUCTURE = "structured output is not supported"
@@ -81,6 +85,7 @@ _WITHOUT_KEY = {
     **dict.fromkeys(
         ("num_beams", "use_beam_search", "beam_width", "length_penalty", "early_stopping", "num_beam_groups"), _BEAMS
     ),
+    "best_of": _BEST,
     **dict.fromkeys(("typical_p", "epsilon_cutoff", "eta_cutoff", "top_a", "tfs_z", "mirostat"), _FILTERS),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_repetition_penalty", "dry_multiplier"), _REPEATS),
     **dict.fromkeys(

@@ -167,6 +167,10 @@ def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path, giv
         return Refusal(path, "unknown key; a comma ends a value between { and }: write a number without one, as 1000 or 0.7")
     if ":" in word:
         return Refusal(path, f"unknown key; write a space behind the colon: `{word.replace(':', ': ', 1)}`")
+    written = re.fullmatch(r"(\w+)(?: +| *(?=\{))(.+)", word)
+    if written and (written[2].startswith("{") or written[1] in owner.model_fields):
+        value = f"{written[2]}: …}}" if written[2].startswith("{") else written[2]
+        return Refusal(path, f"unknown key; a colon is missing behind {written[1]}: write `{written[1]}: {value}`")
     everywhere = [key.name for key in list_keys(model)]
     if "." in word and f"{prefix}.{path[-1]}".strip(".") in everywhere:
         *sections, last = str(path[-1]).split(".")

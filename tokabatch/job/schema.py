@@ -79,7 +79,7 @@ class PromptConfig(Section):
         default=None,
         description="System message, put in front if a chat template is applied.",
     )
-    chat: fields.AutoFlag = Field(default="auto", description="Apply the tokenizer's chat template; auto: if it has one.")
+    chat: fields.AutoFlag = Field(default="auto", description="Apply the chat template; auto: if there is one.")
     chat_template: fields.OptionalChatTemplate = Field(
         default=None,
         description="Chat template in place of the tokenizer's own: a file, the name of one of its templates, or Jinja text.",

@@ -122,7 +122,8 @@ def _plan_report(
             "most; sizes and simulation are those of a run that saves none. A row's samples begin in waves (4, then up to 8, "
             "16 and so on), each of which computes its prompt again"
         )
-    notes += ["the tokenizer's chat template is applied"] if store.chat else []
+    whose = "the tokenizer's chat template" if job.prompt.chat_template is None else "the chat template of prompt.chat_template"
+    notes += [f"{whose} is applied"] if store.chat else []
     notes += workload.notes
     seen: set[str] = set()
     for failure in workload.failures:

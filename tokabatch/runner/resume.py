@@ -161,7 +161,7 @@ def _continue(
     if not reuse.repair:
         refuse_unrecorded(folder, earlier.manifest, found)
     if earlier.repaired and not reuse.retry_errors:
-        tell(f"{earlier.repaired:,} error rows have changed in the input; --retry-errors runs them again")
+        tell(f"{counted(earlier.repaired, 'error row')} changed in the input; --retry-errors runs error rows again")
     done = not started.has_more
     unjudged = job.verify is not None and any(has_unjudged(file) for _, file in found.good)
     same = (earlier.manifest.rows, earlier.manifest.samples) == (manifest.rows, manifest.samples)
@@ -173,7 +173,7 @@ def _continue(
     if reuse.retry_errors:
         dropped = drop_errors(claim, reopen=job.verify is not None and job.verify.stop is not None)
         if dropped:
-            tell(f"running {dropped:,} error rows again")
+            tell(f"running {counted(dropped, 'error row')} again")
     misfits, names = list_misfits(folder, workload.output_schema)
     if misfits:
         told = ", ".join(names[:5]) + ", …" * (len(names) > 5)

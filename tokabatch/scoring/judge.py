@@ -197,7 +197,12 @@ def _load(spec: JudgeSpec) -> ModuleType:
         where = f" in line {frames[-1].lineno}" if frames else ""
         remedy = "correct the file, or name another judge"
         if name is not None and name.partition(".")[0] != spec.source.partition(".")[0]:
-            remedy = f"install what it imports: pip install {name if name != 'math_verify' else repr('tokabatch[math]')}"
+            remedy = (
+                f"the module {name} that it imports is not there: check the name, put a file of yours beside the judge, or "
+                "install the package that has it (whose name may be another)"
+            )
+            if name == "math_verify":
+                remedy = "install what it imports: pip install 'tokabatch[math]'"
         raise ValueError(f"it cannot be loaded ({type(error).__name__}{where}: {error}); {remedy}") from error
 
 
