@@ -84,4 +84,5 @@ def test_next_steps_are_commands_to_paste() -> None:
     assert "--retry-errors" not in text
     unjudged = closing.next_steps(OUT, replace(SUMMARY, ok=400, errors=0, exit_code=0, unverified=400))
     assert "\n  tokabatch score 'out/a b'  " in unjudged
-    assert "score" not in closing.next_steps(OUT, replace(SUMMARY, ok=400, errors=0, exit_code=0, unverified=399))
+    assert "tokabatch score" in closing.next_steps(OUT, replace(SUMMARY, ok=400, errors=0, exit_code=0, unverified=1))
+    assert "score" not in closing.next_steps(OUT, replace(SUMMARY, ok=400, errors=0, exit_code=0, unverified=0))

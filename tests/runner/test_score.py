@@ -22,6 +22,7 @@ from tokabatch.output.export import export
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.integrity import check
 from tokabatch.output.manifest import read_manifest
+from tokabatch.output.status import read_status
 from tokabatch.report import review
 from tokabatch.runner import score as scoring
 from tokabatch.runner.interruption import Interruption
@@ -84,7 +85,7 @@ def test_another_judge(before: dict[str, str] | None, rows: Path, judge: Path, t
     manifest = read_manifest(OutputFolder(out))
     assert manifest is not None and manifest.job["verify"]["kind"] == str(judge)
     again = score(out)
-    assert (again.judged, again.files) == (0, 0)
+    assert (again.judged, again.files, again.reasons) == (2, 1, {"three": 2})
     with scripted_engine():
         assert run(scripted_job(rows, out, output=output, verify={"kind": str(judge)})).ok == 24
         # The suggested command does what it says.
@@ -127,6 +128,36 @@ def test_interrupted_it_continues(rows: Path, judge: Path, tmp_path: Path, monke
     assert score(out).files == 3
     check_even(out)
     assert check(out).exit_code == 0
+
+
+def test_samples_without_a_verdict_are_judged_again_and_no_others(rows: Path, tmp_path: Path) -> None:
+    """The cause is outside of the judge's file: a file that it reads is not there yet."""
+    out, judge, version = tmp_path / "out", tmp_path / "reading.py", tmp_path / "version.txt"
+    version.write_text("1")
+    judge.write_text(
+        "from pathlib import Path\n"
+        "COLUMNS = {'version': int}\n"
+        "def verify(text, row):\n"
+        "    here = Path(__file__).parent\n"
+        "    if row['answer'] == '3': (here / 'three.txt').read_text()\n"
+        "    return {'score': 1, 'version': int((here / 'version.txt').read_text())}\n"
+    )
+    summary = scripted_run(rows, out, verify={"kind": str(judge)}, output={"rows_per_shard": 7})
+    lacking = [row["verify_error"] is not None for row in samples(out)]
+    assert 0 < sum(lacking) == summary.unverified < summary.ok
+    assert read_status(out).without_verdict == sum(lacking)
+    version.write_text("2")
+    scored = score(out)
+    assert (scored.judged, scored.reasons.total()) == (sum(lacking), sum(lacking))
+    (tmp_path / "three.txt").write_text("")
+    scored = score(out)
+    assert (scored.judged, scored.files, scored.reasons.total()) == (sum(lacking), 1, 0)
+    # One of the 13 rows is an error row.
+    assert scored.estimates[0].value == pytest.approx(12 / 13) and read_status(out).without_verdict == 0
+    for row, lacked in zip(samples(out), lacking, strict=True):
+        good = row["status"] == "ok"
+        assert (row["correct"], row["version"]) == ((True, 2 if lacked else 1) if good else (None, None))
+    assert score(out).files == 0 and check(out).exit_code == 0
 
 
 def test_it_stops_on_request(rows: Path, tmp_path: Path) -> None:

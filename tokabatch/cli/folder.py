@@ -140,9 +140,10 @@ def score(
 ) -> None:
     """Judge a run's samples again, without generating any.
 
-    The judge is the job's verifier or another one. Each file is replaced as a whole and records the verifier that judged it:
-    after a stop or a kill, the same command continues with the files that are left. The folder's job then verifies as given
-    here. With --to nothing in the folder changes, and a run may be writing there.
+    The judge is the job's verifier, for the samples that have no verdict, or another one, for all. Each file is replaced as
+    a whole and records the verifier that judged it: after a stop or a kill, the same command continues with the files that
+    are left. The folder's job then verifies as given here. With --to nothing in the folder changes, and a run may be writing
+    there.
 
     \b
     Examples
@@ -165,7 +166,7 @@ def score(
     right = "" if to is None else f", {scored.right:,} right ({scored.right / max(1, scored.judged):.1%})"
     print_note(f"{out}: {counted(scored.judged, 'sample')} judged {where}{right}")
     for reason, number in scored.reasons.most_common(3):
-        print_note(f"no verdict for {counted(number, 'sample')}: {reason}")
+        print_note(f"no verdict for {counted(number, 'sample')}, counted as wrong: {reason}")
     if to is None:
         print_note(import_module("tokabatch.report.summary").verdict_sections(scored.estimates, scored.done, scored.samples))
 

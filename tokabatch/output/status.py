@@ -45,6 +45,8 @@ class Status:
     """Samples found correct; None if the job does not verify."""
     unjudged: int | None
     """Samples that are still to be judged; None if the job does not verify."""
+    without_verdict: int | None
+    """Samples that the judge could not judge, which count as wrong."""
     started: str | None
     """The time of the first start, in its local time."""
     model: str | None
@@ -202,12 +204,15 @@ def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
     ok = errors = cancelled = 0
     correct: int | None = None
     unjudged: int | None = None
+    failed: int | None = None
     for table in _groups(shards, ("status", "correct", "verify_error")):
         finished, dropped = count_ok(table), count_cancelled(table)
         ok, errors, cancelled = ok + finished, errors + table.num_rows - finished - dropped, cancelled + dropped
         if "correct" in table.column_names:
             correct = (correct or 0) + int(table["correct"].fill_null(False).to_numpy().astype(np.bool_).sum())
             unjudged = (unjudged or 0) + count_unjudged(table)
+            if "verify_error" in table.column_names:
+                failed = (failed or 0) + len(table) - table["verify_error"].null_count - count_unjudged(table)
     state: State = "incomplete"
     if is_there(folder.files, folder.success):
         state = "complete"
@@ -226,6 +231,7 @@ def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
         bytes=sum(shard.bytes for shard in shards),
         correct=correct,
         unjudged=unjudged,
+        without_verdict=failed,
         started=manifest and manifest.started.replace("T", " ").replace("+00:00", " UTC"),
         model=manifest and manifest.job.get("model", {}).get("path"),
         input=manifest and manifest.job.get("input", {}).get("path"),

@@ -231,6 +231,8 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
     for each in distinct(run.estimates or ()):
         if each.name == "pass@1" or each in last_of_kind.values():
             rows.append((f"{each.name}{each.interval('.1%')}", f"{each.value:.1%}", False))
+    if run.estimates is not None and run.summary.get("unverified"):
+        rows.append(("samples without a verdict, counted as wrong", f"{run.summary['unverified']:,}", True))
     if run.estimates is not None and pending:
         rows.append(("of pass@k before all samples are there: short ones finish first", "no estimate", True))
     if run.per_token is not None and len(run.per_token.of_texts):

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokabatch.errors import JobError, OutputError
@@ -86,9 +87,12 @@ def score(
     tell: Callable[[str], None] = lambda text: None,
     stop: Interruption | None = None,
 ) -> Scored:
-    """Judge the samples in the output folder `path` by the verifier of its job, with `overrides` of keys under `verify`. Files
-    that this judge has already judged are left alone. Raises UsageError if there is no run, another process writes there, or
-    the judge cannot be used, and Stopped if `stop` interrupts it between samples."""
+    """Judge the samples in the output folder `path` by the verifier of its job, with `overrides` of keys under `verify`. Of
+    files that this judge has judged already, only the samples without a verdict are judged again: the cause may be gone.
+
+    Raises UsageError if there is no run, another process writes there, or the judge cannot be used, and Stopped if `stop`
+    interrupts it between samples.
+    """
     stop = stop or Interruption()
     _manifest(OutputFolder(path))
     with Claim(path) as claim:
@@ -112,7 +116,7 @@ def score(
             manifest = replace(manifest, fingerprint=fingerprint, job={**manifest.job, "verify": job.to_dict()["verify"]})
             files = [file for _, file in found.good]
             _check_columns(files, job)
-            left = [file for file in files if not _is_judged(file, manifest)]
+            left = [file for file in files if not _is_judged(file, manifest) or _num_without_verdict(file)]
             try:
                 return _rejudge(claim, manifest, job, found, left, own, pool, tell, stop)
             except OSError as error:
@@ -209,11 +213,12 @@ def _rejudge(
         write_manifest(claim, manifest, job.given())
         claim.reopen(keep_summary=True)
     for number, file in enumerate(left, 1):
-        tables = list(judge_again(file, own, pool, stop.check))
+        again = _num_without_verdict(file) if _is_judged(file, manifest) else None
+        tables = list(judge_again(file, own, pool, stop.check, only_missing=again is not None))
         replace_shard(claim, file, tables)
         for table in tables:
             scored.reasons.update(table["verify_error"].drop_null().to_pylist())
-        scored = replace(scored, judged=scored.judged + sum(map(count_ok, tables)))
+        scored = replace(scored, judged=scored.judged + (sum(map(count_ok, tables)) if again is None else again))
         tell(f"{file.path.name}: judged ({number:,} of {len(left):,} files)")
     mark_success(claim, claimed_shards(claim), manifest.samples)
     scored = replace(scored, estimates=read_estimates(claim.folder.path) or ())
@@ -221,14 +226,21 @@ def _rejudge(
     if summary:
         estimates = {each.name: [each.value, each.low, each.high] for each in scored.estimates}
         pass_at_k = {name[5:]: values[0] for name, values in estimates.items() if name.startswith("pass@")}
-        write_summary(claim, {**summary, "verifies": True, "estimates": estimates, "pass_at_k": pass_at_k or None})
+        figures = {"verifies": True, "estimates": estimates, "pass_at_k": pass_at_k or None}
+        write_summary(claim, {**summary, **figures, "unverified": scored.reasons.total()})
     return scored
 
 
 def judge_again(
-    file: ListedFile, own: Sequence[pa.Field[Any]], pool: JudgePool, check: Callable[[], object]
+    file: ListedFile,
+    own: Sequence[pa.Field[Any]],
+    pool: JudgePool,
+    check: Callable[[], object],
+    *,
+    only_missing: bool = False,
 ) -> Iterator[pa.Table]:
-    """Yield the samples of a shard with new verdicts, in pieces. `check` is called regularly and may raise."""
+    """Yield the samples of a shard with new verdicts, in pieces; with `only_missing`, those that have a verdict keep it.
+    `check` is called regularly and may raise."""
     for table in read_groups(file, None):
         before = verdict_names(table.schema)
         ours, sources = own_names(table.schema), input_names(table.schema)
@@ -247,6 +259,9 @@ def judge_again(
             (text or "") if ok and whole is not None else None
             for text, whole, ok in zip(table[judged].to_pylist(), table["text"].to_pylist(), good, strict=True)
         ]
+        missing = table["verify_error"].combine_chunks().is_valid() if only_missing else None
+        if missing is not None:
+            texts = [text if lacks else None for text, lacks in zip(texts, missing.to_pylist(), strict=True)]
         tickets: list[Ticket | None] = []
         for begin in range(0, len(texts), SUBMITTED_SAMPLES):
             part = range(begin, min(begin + SUBMITTED_SAMPLES, len(texts)))
@@ -261,7 +276,13 @@ def judge_again(
         schema = output_schema(kept, verdicts=own, reasoning=judged == "answer_text", scored=SCORE_FIELDS[0].name in ours)
         verdicts = verdict_columns([ticket and ticket.verdict for ticket in tickets], [field.name for field in own])
         columns = {name: table[name] for name in ours if name not in before}
-        columns |= {field.name: pa.array(verdicts[field.name], field.type) for field in own}
+        made_now = {field.name: pa.array(verdicts[field.name], field.type) for field in own}
+        if missing is not None:
+            made_now = {
+                name: pc.call_function("if_else", [missing, values, table[name].combine_chunks()])
+                for name, values in made_now.items()
+            }
+        columns |= made_now
         # The input's columns come last, in their order; one may have a new name, if the judge now has a column of its name.
         arrays = [columns[field.name] for field in list(schema)[: len(schema) - len(inputs)]]
         yield pa.Table.from_arrays([*arrays, *(table[name] for name in inputs)], schema=schema)
@@ -285,6 +306,15 @@ def _is_judged(file: ListedFile, manifest: Manifest) -> bool:
     with open_shard(file) as parquet:
         judged_by = (parquet.schema_arrow.metadata or {}).get(VERIFIER_KEY)
     return judged_by == manifest.marks[VERIFIER_KEY] and not has_unjudged(file)
+
+
+def _num_without_verdict(file: ListedFile) -> int:
+    """Return the number of a shard's samples that the judge could not judge."""
+    with open_shard(file) as parquet:
+        if "verify_error" not in verdict_names(parquet.schema_arrow):
+            return 0
+        errors: pa.Table = parquet.read(["verify_error"])
+    return len(errors) - errors["verify_error"].null_count
 
 
 def has_unjudged(file: ListedFile) -> bool:
