@@ -160,6 +160,21 @@ def test_samples_without_a_verdict_are_judged_again_and_no_others(rows: Path, tm
     assert score(out).files == 0 and check(out).exit_code == 0
 
 
+def test_where_verdicts_stopped_rows_none_is_judged_again(rows: Path, tmp_path: Path) -> None:
+    out, judge = tmp_path / "out", tmp_path / "reading.py"
+    judge.write_text(
+        "from pathlib import Path\n"
+        "def verify(text, row):\n"
+        "    if row['answer'] == '3': (Path(__file__).parent / 'three.txt').read_text()\n"
+        "    return 1\n"
+    )
+    verify = {"kind": str(judge), "stop": {"after_correct": 1}}
+    summary = scripted_run(rows, out, verify=verify, generation={"n": 4})
+    (tmp_path / "three.txt").write_text("")
+    assert summary.unverified > 0 and score(out).judged == 0
+    assert read_status(out).without_verdict == summary.unverified
+
+
 def test_it_stops_on_request(rows: Path, tmp_path: Path) -> None:
     scripted_run(rows, tmp_path / "out", verify=OLD)
     slow = tmp_path / "slow.py"

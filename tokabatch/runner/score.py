@@ -88,7 +88,8 @@ def score(
     stop: Interruption | None = None,
 ) -> Scored:
     """Judge the samples in the output folder `path` by the verifier of its job, with `overrides` of keys under `verify`. Of
-    files that this judge has judged already, only the samples without a verdict are judged again: the cause may be gone.
+    files that this judge has judged already, only the samples without a verdict are judged again, as the cause may be gone;
+    none if verdicts have stopped rows (verify.stop).
 
     Raises UsageError if there is no run, another process writes there, or the judge cannot be used, and Stopped if `stop`
     interrupts it between samples.
@@ -116,7 +117,9 @@ def score(
             manifest = replace(manifest, fingerprint=fingerprint, job={**manifest.job, "verify": job.to_dict()["verify"]})
             files = [file for _, file in found.good]
             _check_columns(files, job)
-            left = [file for file in files if not _is_judged(file, manifest) or _num_without_verdict(file)]
+            # Rows that were stopped by verdicts would have gone on or stopped elsewhere by others.
+            fills = job.verify.stop is None
+            left = [file for file in files if not _is_judged(file, manifest) or (fills and _num_without_verdict(file))]
             try:
                 return _rejudge(claim, manifest, job, found, left, own, pool, tell, stop)
             except OSError as error:
@@ -226,8 +229,11 @@ def _rejudge(
     if summary:
         estimates = {each.name: [each.value, each.low, each.high] for each in scored.estimates}
         pass_at_k = {name[5:]: values[0] for name, values in estimates.items() if name.startswith("pass@")}
-        figures = {"verifies": True, "estimates": estimates, "pass_at_k": pass_at_k or None}
-        write_summary(claim, {**summary, **figures, "unverified": scored.reasons.total()})
+        figures: dict[str, Any] = {"verifies": True, "estimates": estimates, "pass_at_k": pass_at_k or None}
+        if job.verify is not None and job.verify.stop is None:
+            # What has no verdict now has just been judged.
+            figures["unverified"] = scored.reasons.total()
+        write_summary(claim, {**summary, **figures})
     return scored
 
 
