@@ -79,7 +79,7 @@ def make_replica(
     starter: Starter | None = None,
 ) -> Replica | StoppingReplica | Fleet:
     """Return what runs the steps: a replica in this process if the only worker is here as well, otherwise a fleet of processes,
-    on the hosts of the `cluster` if there is one. `starter` creates the workers' processes on a CPU; others are spawned. Raises
+    on the hosts of the `cluster` if there is one. `starter` creates the workers' processes; without it they are spawned. Raises
     UsageError if the work comes from a `supply` and this system cannot fork processes."""
     workload, layout = started.left, started.left.layout
     tokenizer, sampling = workload.tokenizer, workload.requests.sampling
@@ -94,8 +94,6 @@ def make_replica(
         raise UsageError(
             f"trace.replica is {traced}, but the run has {layout.replicas} replicas; write 0 to {layout.replicas - 1}"
         )
-    # CUDA has not been tried in forked workers.
-    starter = None if on_gpu else starter
     make = other = executor_maker(job, workload, sizes, progress.message, starter)
     if job.trace and layout.replicas > 1:
         other = executor_maker(job.model_copy(update={"trace": None}), workload, sizes, lambda text: None, starter)
