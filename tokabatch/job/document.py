@@ -13,6 +13,7 @@ import yaml
 
 from tokabatch.errors import JobError
 from tokabatch.job.scalars import parse_scalar
+from tokabatch.job.yaml_faults import explain
 
 MAX_CHARACTERS = 1 << 20
 MAX_DEPTH = 20
@@ -62,10 +63,9 @@ def parse_document(text: str, name: str) -> Document:
     try:
         _refuse_unsafe(text, name)
         node = yaml.compose(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        raise JobError(_syntax_message(error, name)) from None
     except yaml.YAMLError as error:
-        raise JobError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+        line, message = explain(error, text)
+        raise JobError(f"{name}:{line}: {message}" if line else f"{name}: {message}") from None
     if node is None:
         return Document(values=None)
     notes = _Notes()
@@ -94,23 +94,6 @@ def _refuse_unsafe(text: str, name: str) -> None:
             raise JobError(f"{name}:{line}: nested more than {MAX_DEPTH} levels deep")
 
 
-def _syntax_message(error: yaml.MarkedYAMLError, name: str) -> str:
-    mark = error.problem_mark or error.context_mark
-    where = f"{name}:{mark.line + 1}" if mark else name
-    what = " ".join(part for part in (error.context, error.problem) if part)
-    if "\\t" in what:
-        what += " (indent with spaces, not tabs)"
-    elif "mapping values are not allowed" in what:
-        what += ' (text that contains ": " needs quotes)'
-    elif "unknown escape character" in what:
-        what += " (write the text in single quotes, where a backslash has no special meaning)"
-    elif "expected <block end>" in what:
-        what += " (check the indentation: keys of one section begin in the same column)"
-    elif "single document" in what:
-        what = "holds more than one document; keep one job a file, and remove the `---` line"
-    return f"{where}: not valid YAML: {what}"
-
-
 def _construct(node: yaml.Node, path: Path, notes: _Notes) -> Any:
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
@@ -134,6 +117,10 @@ def _construct(node: yaml.Node, path: Path, notes: _Notes) -> Any:
             items.append(_construct(child, (*path, index), notes))
         return items
     assert isinstance(node, yaml.ScalarNode)
+    if node.style in ("|", ">") and not node.value:
+        line = node.start_mark.line + 1
+        notes.problems.append((path, line, f"has no text; indent every line of it further than the line with the {node.style}"))
+        return None
     if node.style is not None:
         return node.value
     if not node.value:

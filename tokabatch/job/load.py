@@ -109,7 +109,7 @@ def _draft_of_file(path: pathlib.Path) -> _Draft:
         raise JobError(f"{path}: holds {found}; a job file is a mapping of sections, for example `model: {{path: …}}`")
     draft = _Draft(str(path), document.values, document.lines, empty=document.empty)
     for key_path, line, message in document.problems:
-        draft.problems.append((line, f"{path}:{line}: {dotted(key_path)}: {message}" if key_path else message))
+        draft.problems.append((line, ": ".join(filter(None, (f"{path}:{line}", dotted(key_path), message)))))
     return draft
 
 
