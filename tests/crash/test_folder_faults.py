@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -186,16 +187,16 @@ class Folders:
         self.other = folder / "other"
         assert server.run(self.job(self.other, generation={"seed": 1})).code == 0
         assert server.run(self.job(folder / "complete")).code == 0
-        killed = server.run(self.job(folder / "unfinished"), fault={"kind": "kill", "at": self._late(), "moment": "before"})
+        calls = server.run(self.job(folder / "calls")).calls
+        # The call that publishes the third shard; the first link is that of the trial at the start.
+        last = [at for at, call in enumerate(calls) if call == "link"][3]
+        self._begun = max(at for at, call in enumerate(calls[:last]) if call == "open_new")
+        """The call with which the third shard begins."""
+        killed = server.run(self.job(folder / "unfinished"), fault={"kind": "kill", "at": last, "moment": "before"})
         assert killed.signal == signal.SIGKILL and len(list((folder / "unfinished" / "data").iterdir())) == 2
 
     def job(self, out: Path, **sections: Any) -> dict[str, Any]:
         return self.scene.job(out, **sections)
-
-    def _late(self) -> int:
-        """The call that would publish the third shard; the first link is that of the trial at the start."""
-        calls = self.server.run(self.job(self.folder / "calls")).calls
-        return [at for at, call in enumerate(calls) if call == "link"][3]
 
     def harm(self, server: ForkServer, case: Case, out: Path) -> Ended:
         """How the run ends that meets the harm."""
@@ -203,18 +204,23 @@ class Folders:
             shutil.copytree(self.folder / case.state, out)
             case.harm(out / case.file, self.other / case.file)
             return self.run(server, case, out)
-        # Long enough for a busy machine to stop it before its last look at the folder.
-        pid = server.start(self.job(out), step_seconds=0.06, powerless=case.harm is forbid)
+        pid = self.start_suspended(server, out, powerless=case.harm is forbid)
         try:
-            while not (out / LAST).exists():
-                time.sleep(0.002)
-            os.kill(pid, signal.SIGSTOP)
-            assert not (out / "_SUCCESS").exists(), "the run was too fast"
             case.harm(out / case.file, self.other / case.file)
         finally:
             os.kill(pid, signal.SIGCONT)
             ended = server.wait()
         return ended
+
+    def start_suspended(self, server: ForkServer, out: Path, **wrong: Any) -> int:
+        """Start a run; return its process id when it is suspended: two of its three shards are published, and it has not looked
+        at the folder for the last time."""
+        pid = server.start(self.job(out), fault={"kind": "suspend", "at": self._begun}, **wrong)
+        process = psutil.Process(pid)
+        while process.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.002)
+        assert (out / LAST).exists()
+        return pid
 
     def run(self, server: ForkServer, case: Case, out: Path, **flags: bool) -> Ended:
         return server.run(self.job(out), step_seconds=0, powerless=case.harm is forbid, flags=flags)
@@ -333,10 +339,7 @@ def test_a_second_run_in_the_place_of_a_moved_folder_is_left_alone(
 ) -> None:
     first, second = servers
     out, away, scene = tmp_path / "out", tmp_path / "away", folders.scene
-    pid = first.start(folders.job(out), step_seconds=0.02)
-    while not (out / LAST).exists():
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGSTOP)
+    pid = folders.start_suspended(first, out)
     out.rename(away)
     second.start(folders.job(out), step_seconds=0.02)
     while not (out / "manifest.json").exists():

@@ -1,4 +1,4 @@
-"""A file system that fails, cuts short or kills at the n-th system call of a commit, counted from 0."""
+"""A file system that fails, cuts short, suspends or kills at the n-th system call of a commit, counted from 0."""
 
 from __future__ import annotations
 
@@ -100,6 +100,18 @@ class Killing(CountedFiles):
     def after(self, name: str, arguments: tuple[object, ...], result: object) -> None:
         if len(self.calls) - 1 == self.at and self.moment == "after":
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Suspending(CountedFiles):
+    """The process is suspended before call number `at`, until it gets SIGCONT."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def before(self, name: str, arguments: tuple[object, ...]) -> None:
+        if len(self.calls) - 1 == self.at:
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class Disk(CountedFiles):

@@ -144,6 +144,8 @@ def _files(fault: dict[str, Any] | None) -> faulty_files.CountedFiles:
     at, kind = fault["at"], fault["kind"]
     if kind == "kill":
         return faulty_files.Killing(at, fault["moment"])
+    if kind == "suspend":
+        return faulty_files.Suspending(at)
     if kind == "power":
         return _Unplugged(at)
     error = OSError(getattr(errno, fault["error"]), os.strerror(getattr(errno, fault["error"])))
