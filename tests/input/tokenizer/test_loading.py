@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from tokabatch.errors import ModelError
+from tokabatch.input.tokenizer import loading
 from tokabatch.input.tokenizer.loading import load_tokenizer
 from tokabatch.job import ModelConfig
 
@@ -124,6 +128,34 @@ def test_no_class_named_in_the_files(tmp_path: Path) -> None:
     assert load_tokenizer(ModelConfig(path=str(folder))).replaced == ("pre_tokenizer",)
     (folder / "tokenizer_config.json").unlink()
     assert load_tokenizer(ModelConfig(path=str(folder))).replaced == ("pre_tokenizer",)
+
+
+@pytest.mark.parametrize(
+    "name", ["PreTrainedTokenizerFast", "TokenizersBackend", "GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizerFast"]
+)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_the_named_class_is_the_one_that_autotokenizer_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, name: str
+) -> None:
+    folder = write(
+        tmp_path / "a", LLAMA_3, model_type, bos=True, ignore_merges=True, bos_token="<|begin|>", tokenizer_class=name
+    )
+    replaced = load_tokenizer(ModelConfig(path=str(folder))).replaced
+    monkeypatch.setattr(loading, "TRUSTED_CLASSES", {})
+    assert load_tokenizer(ModelConfig(path=str(folder))).replaced == replaced
+
+
+def test_known_families_do_not_import_autotokenizer(families: list[Path]) -> None:
+    folders = [str(folder) for folder in families]
+    code = f"""
+        import sys
+        from tokabatch.input.tokenizer.loading import load_tokenizer
+        from tokabatch.job import ModelConfig
+        for folder in {folders!r}:
+            load_tokenizer(ModelConfig(path=folder))
+        assert "transformers.models.auto.tokenization_auto" not in sys.modules
+        """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 def test_a_class_that_is_code_of_its_own_is_not_needed(tmp_path: Path) -> None:

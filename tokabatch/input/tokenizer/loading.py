@@ -25,9 +25,17 @@ from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.job import ModelConfig
 
 CONFIGS = ("tokenizer_config.json", "config.json")
-# transformers loads AutoTokenizer when it is first named, which takes seconds: not on import.
+# transformers imports AutoTokenizer when it is first named, which takes seconds: only where nothing else can tell.
 CLASS_ALIASES = ('"PreTrainedTokenizerFast"', '"TokenizersBackend"')
 """Two names of one class. Looking it up by the first makes transformers import every model that it has, which takes seconds."""
+GENERAL_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
+TRUSTED_CLASSES = {
+    "llama": (*GENERAL_CLASSES, "GPT2Tokenizer"),
+    "qwen2": ("Qwen2Tokenizer",),
+    "qwen3": (*GENERAL_CLASSES, "Qwen2Tokenizer"),
+}
+"""The classes, without "Fast", that AutoTokenizer uses where a model of this type names them. AutoTokenizer itself would import
+much that a run does not use, among it scikit-learn if that is installed."""
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 BYTE_LEVEL_FLAGS = ("add_prefix_space", "trim_offsets", "use_regex")
 """Parameters of a ByteLevel that have no effect in a decoder or on a post-processor's ids."""
@@ -92,11 +100,23 @@ def _load_as_auto(folder: Path, copy: Path) -> Backend:
     for name, text in texts.items():
         (copy / name).write_text(text.replace(*CLASS_ALIASES), encoding="utf-8")
     tokenizer, model = (json.loads(texts.get(name, "{}")) for name in CONFIGS)
+    loader = _class_by_name(tokenizer, model)
+    if loader is not None:
+        return loader.from_pretrained(str(copy)).backend_tokenizer
     # A whole configuration, which takes seconds to import, is needed only if no class is named.
     config = SimpleNamespace(model_type=model.get("model_type", ""), tokenizer_class=model.get("tokenizer_class"))
     known = {"config": config} if tokenizer.get("tokenizer_class") else {}
     auto: Any = transformers.AutoTokenizer.from_pretrained(str(copy), trust_remote_code=False, **known)
     return auto.backend_tokenizer
+
+
+def _class_by_name(tokenizer: dict[str, Any], model: dict[str, Any]) -> Any:
+    """Return the class that AutoTokenizer uses with these configurations if that is the named one; None if its further rules
+    decide."""
+    name = str(tokenizer.get("tokenizer_class", "")).removesuffix("Fast")
+    if "auto_map" in tokenizer or name not in TRUSTED_CLASSES.get(model.get("model_type", ""), ()):
+        return None
+    return PreTrainedTokenizerFast if name in GENERAL_CLASSES else getattr(transformers, name)
 
 
 def _parts(backend: Backend) -> dict[str, Any]:
