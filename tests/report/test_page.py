@@ -65,11 +65,32 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given():
 
 def test_a_resumed_run_is_shown_over_all_its_starts():
     page = render_page(replace(RUN, summary={"this_start": {**SUMMARY, "earlier": 5}}))
-    seconds, sampled = STEPS["seconds"].sum(), STEPS["sampled"].sum()
+    seconds, kept = STEPS["seconds"].sum(), RUN.lengths.sum()
     assert "of computing, all starts" in page and f"<b>{seconds_text(float(seconds))}</b>" in page
-    assert f"<b>{sampled / seconds:,.0f}</b><span>output tokens a second, all starts" in page
+    # Not of the tokens sampled: those of samples that were unfinished at a stop are drawn twice.
+    assert f"<b>{kept / seconds:,.0f}</b><span>output tokens a second of computing, all starts" in page
     assert "preemptions, last start" in page and "<b>40.0 s</b>" not in page
     assert f"<b>{int(RUN.lengths.sum()):,}</b><span>output tokens</span>" in page
+
+
+@pytest.mark.parametrize("lacks", ["finished", "sampled"])
+def test_without_the_steps_of_a_killed_start_times_and_rates_are_those_of_the_last_one(lacks: str) -> None:
+    summary = {"this_start": {**SUMMARY, "earlier": 5}}
+    page = render_page(replace(RUN, summary=summary, steps={**STEPS, lacks: np.full(60, 0.2)}))
+    assert "all starts" not in page and "<span>of which loading 2.00 s, last start" in page
+    assert "<b>132</b><span>output tokens a second after loading, last start" in page
+    assert "without those of a start that was killed</small>" in page
+
+
+def test_the_steps_of_several_processes_are_no_time_that_passed() -> None:
+    page = render_page(replace(RUN, summary={"this_start": {**SUMMARY, "earlier": 5}}, shared=True))
+    assert "all starts" not in page and "of several processes one after another</small>" in page
+
+
+def test_the_rate_of_a_stopped_start_counts_unfinished_samples() -> None:
+    stopped = replace(RUN, ok=9, summary={"this_start": {**SUMMARY, "kept_tokens": 3000}})
+    assert "output tokens a second after loading, unfinished samples included<" in render_page(stopped)
+    assert "unfinished" not in render_page(RUN)
 
 
 def test_a_run_with_too_many_errors_says_so_at_the_top():

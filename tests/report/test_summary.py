@@ -49,7 +49,7 @@ class TestRunSummary:
     def test_figures(self) -> None:
         shown = facts(run_sections(SUMMARY, verbose=True))
         assert shown["samples"] == "400 = 390 ok + 10 errors"
-        assert shown["output tokens"] == "80,000 (2,000 per second)"
+        assert shown["output tokens"] == "80,000 (2,000 per second after loading)"
         assert shown["saved by sharing"] == "30,000 of 40,000 possible (75.0%)"
         assert shown["error prompt_too_long"] == "8 samples"
         assert shown["prompt tokens"] == "50,000, of which 60.0% were shared and not computed again"
@@ -73,6 +73,13 @@ class TestRunSummary:
 
     def test_no_row_at_all(self) -> None:
         assert facts(run_sections(replace(SUMMARY, ok=0, errors=400)))["result"].startswith("no row could be completed")
+
+    def test_tokens_of_unfinished_samples_are_told_apart(self) -> None:
+        shown = facts(run_sections(replace(SUMMARY, ok=200, kept_tokens=30_000)))["output tokens"]
+        assert (
+            shown == "80,000 (2,000 per second after loading), 30,000 of them in finished samples; the others are drawn again"
+        )
+        assert "drawn again" not in facts(run_sections(replace(SUMMARY, kept_tokens=79_000)))["output tokens"]
 
     def test_worrying_facts_come_first(self) -> None:
         assert "10 of 400 samples (2.5%) are errors" in facts(run_sections(SUMMARY))["result"]
@@ -178,7 +185,7 @@ class TestRender:
         pace = {"running_seconds": 70.0, "commit_seconds": 3.0, "samples_per_second": 12.0, "tokens_per_second": 1500.0}
         shown = facts(status_sections({}, {**pace, "seconds_left": 3700.0}))
         assert shown["running for"] == "1:10" and shown["last commit"] == "3.00 s ago"
-        assert shown["speed"] == "12 samples, 1,500 output tokens per second"
+        assert shown["speed"] == "12 samples, 1,500 output tokens per second, since the first commit of this start"
         assert shown["time left"] == "about 1:01:40 at this speed"
         early = facts(status_sections({}, pace))
         assert early["time left"] == "known after three commits, as is the speed" and "speed" not in early

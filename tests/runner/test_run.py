@@ -323,6 +323,8 @@ def test_a_stopped_run_commits_what_is_finished(model, rows, tmp_path):
     assert summary.exit_code == 130
     assert 0 < len(samples) == summary.ok < 36
     assert summary.pending == 36 - len(samples)
+    kept = sum(len(sample["token_ids"]) for sample in samples)
+    assert summary.kept_tokens == kept < summary.output_tokens
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 

@@ -69,8 +69,8 @@ class Status:
 @dataclass(frozen=True, slots=True)
 class Pace:
     """The speed of a running job, from its commits: seconds since this start began and since the last commit; samples and
-    output tokens per second between the first commit of this start and the last. None before the first commit, `seconds_left`
-    before the third."""
+    output tokens per second between the first commit of this start and the last, for the model was loaded before the first.
+    None before the second commit (`commit_seconds` the first), `seconds_left` before the third."""
 
     running_seconds: float
     commit_seconds: float | None = None
@@ -162,16 +162,14 @@ def read_pace(path: Path, now: float) -> Pace | None:
         begun = manifest.changed
         # Of this start; one that continues a run may find old shards, or join them.
         commits = sorted(((shard.changed, shard) for shard in shards if shard.changed > begun), key=lambda each: each[0])
-        if not commits:
-            return Pace(now - begun)
-        # With more than one commit, counting begins at the first: loading the model came before it.
-        since, counted = (commits[0][0], commits[1:]) if len(commits) > 1 else (begun, commits)
+        if len(commits) < 2:
+            return Pace(now - begun, *(now - at for at, _ in commits))
         samples = tokens = 0
-        for table in _groups([shard for _, shard in counted], ("status", "num_output_tokens")):
+        for table in _groups([shard for _, shard in commits[1:]], ("status", "num_output_tokens")):
             samples += table.num_rows
             tokens += pc.call_function("sum", [table["num_output_tokens"]]).as_py() or 0
         last = commits[-1][0]
-        spent = max(last - since, 1e-9)
+        spent = max(last - commits[0][0], 1e-9)
         speed = samples / spent
         left = status.pending / speed if len(commits) > 2 and status.pending is not None else None
         return Pace(now - begun, now - last, speed, tokens / spent, left and max(0.0, left - (now - last)))

@@ -42,7 +42,9 @@ def _pace(pace: Mapping[str, float | None]) -> list[tuple[str, str]]:
     samples, tokens, left = (pace.get(name) for name in ("samples_per_second", "tokens_per_second", "seconds_left"))
     # The first samples to finish are few and short: their speed says nothing of the run's.
     if samples is not None and tokens is not None and left is not None:
-        rows.append(("speed", f"{samples:,.3g} samples, {tokens:,.0f} output tokens per second"))
+        rows.append(
+            ("speed", f"{samples:,.3g} samples, {tokens:,.0f} output tokens per second, since the first commit of this start")
+        )
         rows.append(("time left", f"about {seconds_text(left)} at this speed"))
     elif rows:
         rows.append(("time left", "known after three commits, as is the speed"))

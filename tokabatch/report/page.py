@@ -103,6 +103,15 @@ class RunRecord:
     """Samples that ended at max_tokens or at the end of the context."""
     per_token: PerToken | None = None
     """None unless the job scores given texts."""
+    shared: bool = False
+    """Whether several processes wrote it side by side, each with steps of its own."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the steps are those of all samples: a start that was killed leaves none."""
+        tokens = float(self.lengths.sum(dtype=np.int64)) if self.per_token is None else 0.0
+        finished, sampled = (float(np.sum(self.steps.get(name, 0.0))) for name in ("finished", "sampled"))
+        return finished >= self.ok and sampled >= tokens
 
 
 def render_page(run: RunRecord) -> str:
@@ -248,13 +257,16 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
     rows += [("cancelled, their rows had stopped", f"{run.cancelled:,}", False)] if run.cancelled else []
     rows += [("pending", f"{pending:,}", True)] if pending else []
     seconds = float(elapsed(run.steps).max()) if len(run.steps.get("seconds", ())) else 0.0
-    if s.get("earlier") and seconds:
-        # The summary covers the last start, the steps cover all.
+    if s.get("earlier") and seconds and run.whole and not run.shared:
+        # The summary covers the last start, the steps cover all. Tokens that a stop lost took time and count for nothing.
+        speed = float(run.lengths.sum(dtype=np.int64)) / seconds
         rows.append(("of computing, all starts", seconds_text(seconds), False))
-        rows.append((f"{kind} tokens a second, all starts", f"{float(run.steps['sampled'].sum()) / seconds:,.0f}", False))
+        rows.append((f"{kind} tokens a second of computing, all starts", f"{speed:,.0f}", False))
     elif s.get("steps"):
-        rows.append((f"of which loading {seconds_text(s['load_seconds'])}", seconds_text(s["seconds"]), False))
-        rows.append((f"{kind} tokens a second", f"{s['output_tokens_per_second']:,.0f}", False))
+        lost = pending and (s.get("kept_tokens") or s["output_tokens"]) < s["output_tokens"]
+        also = ", unfinished samples included" if lost else ""
+        rows.append((f"of which loading {seconds_text(s['load_seconds'])}{last}", seconds_text(s["seconds"]), False))
+        rows.append((f"{kind} tokens a second after loading{also}{last}", f"{s['output_tokens_per_second']:,.0f}", False))
     if len(run.lengths):
         rows.append((f"{kind} tokens", f"{int(run.lengths.sum(dtype=np.int64)):,}", False))
     if s.get("cached_tokens"):
@@ -292,7 +304,7 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
         title, unit = ("Output lengths", "output tokens of a sample") if run.per_token is None else ("Lengths", "scored tokens")
         figures.append((title, note, plots.histogram(run.lengths, unit, "samples" if run.per_token is None else "texts")))
     if len(run.steps.get("seconds", ())) > 1:
-        figures += _step_figures(run.steps)
+        figures += _step_figures(run)
     s = run.summary.get("this_start", run.summary)
     last = ", last start" if s.get("earlier") else ""
     if s.get("prompt_tokens"):
@@ -324,7 +336,8 @@ def _bars(labels: Sequence[str], values: Sequence[float]) -> str:
     return f"<div class=bars>{''.join(rows)}</div>"
 
 
-def _step_figures(steps: Mapping[str, Float64]) -> list[tuple[str, str, str]]:
+def _step_figures(run: RunRecord) -> list[tuple[str, str, str]]:
+    steps = run.steps
     edges, means = _thin(steps, ("running", "waiting", "pages", "capacity"))
     rates = _rates(steps, edges)
     total = float(elapsed(steps).max())
@@ -335,8 +348,11 @@ def _step_figures(steps: Mapping[str, Float64]) -> list[tuple[str, str, str]]:
     drawn = plots.over_time(edges, [output, prefill], "tokens a second")
     running = [plots.Curve("running", means["running"], filled=True), plots.Curve("waiting", means["waiting"], plots.SECOND)]
     kv = [plots.Curve("in use", means["pages"] / np.maximum(means["capacity"], 1), filled=True)]
+    note = f"{len(steps['seconds']):,} steps in {seconds_text(total)}"
+    note += ", of several processes one after another" if run.shared else ""
+    note += "" if run.whole else ", without those of a start that was killed"
     return [
-        ("Throughput", f"{len(steps['seconds']):,} steps in {seconds_text(total)}", drawn),
+        ("Throughput", note, drawn),
         (
             "KV cache in use",
             f"attention's keys and values of earlier tokens; {means['capacity'].max():,.0f} pages",

@@ -62,6 +62,7 @@ def read_record(out: Path) -> RunRecord:
     shown = excerpts(out, _SAMPLES, whole=True) if status.ok else {}
     prompts, obstacle = _prompts(folder, manifest, shown) if manifest and shown else ({}, "")
     return RunRecord(
+        shared=bool(manifest and manifest.units),
         path=str(out),
         model=manifest.model_path if manifest else "",
         state=status.state,

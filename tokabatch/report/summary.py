@@ -75,6 +75,8 @@ class RunSummary:
     earlier: int = 0
     """Samples that earlier runs had committed. Counts and pass@k include them, the figures of the work do not."""
     cancelled: int = 0
+    kept_tokens: int | None = None
+    """Of the output tokens, those of samples that are ok. A later start draws those of unfinished ones again."""
     preemptions: int = 0
     recomputed_tokens: int = 0
     waited_steps: int = 0
@@ -213,7 +215,7 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
         prompts += f", of which {summary.cached_tokens / summary.prompt_tokens:.1%} were shared and not computed again"
     work = [
         ("time", f"{seconds_text(summary.seconds)} (loading {seconds_text(summary.load_seconds)})"),
-        ("output tokens", _with_rate(summary.output_tokens, summary.work_seconds)),
+        ("output tokens", _output_tokens(summary)),
         ("prompt tokens", prompts),
     ]
     if summary.tail_seconds:
@@ -309,8 +311,13 @@ def _rate(number: int, seconds: float) -> float:
     return number / seconds if seconds > 0 else 0.0
 
 
-def _with_rate(number: int, seconds: float) -> str:
-    return f"{count_text(number)} ({_rate(number, seconds):,.0f} per second)" if seconds > 0 else count_text(number)
+def _output_tokens(summary: RunSummary) -> str:
+    text, seconds = count_text(summary.output_tokens), summary.work_seconds
+    if seconds > 0:
+        text += f" ({_rate(summary.output_tokens, seconds):,.0f} per second after loading)"
+    if summary.pending and summary.kept_tokens is not None and summary.kept_tokens < summary.output_tokens:
+        text += f", {count_text(summary.kept_tokens)} of them in finished samples; the others are drawn again"
+    return text
 
 
 def _preemptions(summary: RunSummary) -> str:

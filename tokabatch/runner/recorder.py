@@ -57,6 +57,8 @@ class Tally:
     unverified: int
     """Samples without a verdict, mostly for want of a reference answer; pass@k counts them as wrong."""
     _reasons: Counter[str]
+    output_tokens: int = 0
+    """Of the samples of this start that are ok."""
 
     @classmethod
     def of(cls, committed: Committed) -> Tally:
@@ -85,6 +87,7 @@ class Tally:
         for code in table["error_code"].drop_null().to_pylist():
             self.error_counts[code] += sign
         self.ok += sign * ok
+        self.output_tokens += sign * (pc.call_function("sum", [table["num_output_tokens"]]).as_py() or 0)
         self.cancelled += sign * count_cancelled(table)
         if not judged:
             return

@@ -134,6 +134,7 @@ def summarise(
         cacheable_tokens=workload.sharing().saved_tokens,
         prefilled_tokens=counts.prefilled_tokens,
         output_tokens=counts.output_tokens,
+        kept_tokens=tally.output_tokens,
         seconds=seconds,
         load_seconds=state.clock.load_seconds,
         steps=counts.steps,
