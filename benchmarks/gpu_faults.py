@@ -2,11 +2,12 @@
 
 A whole job goes through `tokabatch.run` with random weights, and a thread sends SIGKILL and SIGSTOP to the worker process in
 random order at random moments: half of the kills whenever they come, loading included, the other faults once the worker has
-given results. The check afterwards reads the shards with plain pyarrow: every (row, sample) once, every sample ok and of full
-length, the faults counted in the summary. Exit 1 where it fails. With --compare an undisturbed run of one rank follows, and the
-share of samples with the same tokens is told: all of them on a CPU in float64, fewer in other types, whose sums depend on the
-company. With --tensor and --pipeline the worker has several ranks, any of which is struck; with --replicas so many schedulers,
-each with its worker, and any of these processes is struck. --kills 0 --stops 0 only compares.
+given results. Workers are forked as those of `tokabatch run`, but those of several schedulers are spawned. The check afterwards
+reads the shards with plain pyarrow: every (row, sample) once, every sample ok and of full length, the faults counted in the
+summary. Exit 1 where it fails. With --compare an undisturbed run of one rank follows, and the share of samples with the same
+tokens is told: all of them on a CPU in float64, fewer in other types, whose sums depend on the company. With --tensor and
+--pipeline the worker has several ranks, any of which is struck; with --replicas so many schedulers, each with its worker, and
+any of these processes is struck. --kills 0 --stops 0 only compares.
 
     python -m benchmarks.gpu_faults                                              Llama-3.2-1B shapes, bfloat16, on a GPU
     python -m benchmarks.gpu_faults --shape tiny --device cpu --dtype float64 --rows 256 --kills 2 --stops 1 --compare
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -34,6 +36,7 @@ import pyarrow.parquet as pq
 from benchmarks.gpu.models import write_model
 from benchmarks.gpu.shapes import SHAPES
 from tokabatch import Job
+from tokabatch.engine.executor import WORKER_NAME
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
 from tokabatch.report.summary import RunSummary
 from tokabatch.runner.run import run
@@ -89,7 +92,8 @@ class Faults(NullProgress):
             with suppress(psutil.NoSuchProcess):
                 # What ends with it: the other ranks, or the worker of a scheduler.
                 scheduler = victim if victim.children() else victim.parent()
-                self._struck |= {victim.pid, *(each.pid for each in scheduler.children())}
+                ended = scheduler.children() if self._replicas > 1 else self._workers()
+                self._struck |= {victim.pid, *(each.pid for each in ended)}
                 victim.send_signal(number)
                 self.sent.append(number)
 
@@ -98,10 +102,10 @@ class Faults(NullProgress):
         while not self._over.is_set():
             with suppress(psutil.NoSuchProcess):
                 fresh = [child for child in self._workers() if child.pid not in self._struck]
-                schedulers = {worker.ppid() for worker in fresh} - self._struck
-                if len(fresh) == self._ranks * self._replicas and len(schedulers) == self._replicas:
-                    whole = [*fresh, *map(psutil.Process, sorted(schedulers))]
-                    return self._random.choice(whole if self._replicas > 1 else fresh)
+                schedulers = {worker.ppid() for worker in fresh} - self._struck if self._replicas > 1 else set[int]()
+                whole = len(fresh) == self._ranks * self._replicas
+                if whole and (self._replicas == 1 or len(schedulers) == self._replicas):
+                    return self._random.choice([*fresh, *map(psutil.Process, sorted(schedulers))])
             time.sleep(0.02)
         return None
 
@@ -109,7 +113,7 @@ class Faults(NullProgress):
         found: list[psutil.Process] = []
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                if "spawn_main" in " ".join(child.cmdline()):
+                if child.name() == WORKER_NAME:
                     found.append(child)
         return found
 
@@ -193,7 +197,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_model(arguments.shape, folder / "model")
+        # In a process of its own: workers are forked from one that has not used torch.
+        writer = multiprocessing.get_context("spawn").Process(target=write_model, args=(arguments.shape, folder / "model"))
+        writer.start()
+        writer.join()
         faults = Faults(
             arguments.kills,
             arguments.stops,
@@ -205,7 +212,7 @@ def main() -> None:
         faults.thread.start()
         began = time.perf_counter()
         ranks = {name: getattr(arguments, name) for name in ("replicas", "tensor", "pipeline")}
-        summary = run(make_job(arguments, folder, "faults", ranks), faults)
+        summary = run(make_job(arguments, folder, "faults", ranks), faults, fresh=arguments.replicas == 1)
         seconds = time.perf_counter() - began
         faults.close()
         samples = check(arguments, summary, faults, folder / "faults")

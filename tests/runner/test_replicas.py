@@ -119,6 +119,8 @@ def test_a_signal_to_all_processes_stops_the_run_once_and_leaves_none(model, row
     time.sleep(2.0)
     family = psutil.Process(process.pid).children(recursive=True)
     assert not started_with("spawn_main", family), "workers are forked, which imports nothing"
+    names = [each.name() for each in family]
+    assert {"toka-forks", "toka-replica-0", "toka-replica-1"} <= set(names) and names.count("toka-worker") == 2
     os.killpg(process.pid, number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else 75), told

@@ -20,10 +20,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from support import poisoned_worker, tiny_models
-from support.processes import children, started_with
 
 from tokabatch import Job, run
-from tokabatch.engine.executor import ProcessExecutor
+from tokabatch.engine.executor import WORKER_NAME, ProcessExecutor
 from tokabatch.engine.heartbeat import Patience
 from tokabatch.errors import ModelError
 from tokabatch.report.progress import NullProgress, ProgressSnapshot
@@ -67,12 +66,10 @@ def table(out: Path) -> list[tuple[Any, ...]]:
 
 
 def worker_of(parent: int) -> psutil.Process | None:
-    """A child of a scheduler, if it was spawned, or of the server that forks workers; judges are grandchildren, too."""
-    main = psutil.Process(parent)
+    """The worker of a run, if it is there already."""
     with suppress(psutil.NoSuchProcess):
-        found = [each for child in children(main) for each in children(child)]
-        forked = [each for each in found if each.cmdline() == main.cmdline()]
-        return next(iter(started_with("spawn_main", found) or forked), None)
+        family = psutil.Process(parent).children(recursive=True)
+        return next((each for each in family if each.name() == WORKER_NAME), None)
     return None
 
 

@@ -32,7 +32,7 @@ from tokabatch.errors import TokabatchError, WorkerLost
 from tokabatch.parallel.mesh import Place
 from tokabatch.scheduling.contracts import StepBatch, StepResult
 
-WORKER_NAME = "tokabatch-worker"
+WORKER_NAME = "toka-worker"
 STOP_SECONDS = 5.0
 ALIVE_SECONDS = 0.5
 DYING_SECONDS = 0.5

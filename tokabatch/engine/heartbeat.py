@@ -23,7 +23,9 @@ BEAT_SECONDS = 0.25
 MAX_TICK_SECONDS = 1.0
 """The most seconds between two checks that count as silence: in a longer gap, the parent itself was suspended (Ctrl-Z)."""
 WARMING_STEPS = 16
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+_MOST_BYTES = 15
+"""The most bytes of a process's name in Linux."""
 _LAYOUT = struct.Struct("<qq?")
 
 
@@ -61,6 +63,7 @@ class Pulse:
     def start(self) -> None:
         """Start sending heartbeats, and end this process as soon as the parent has ended."""
         die_with_parent()
+        show_name()
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 
     def _beat(self) -> None:
@@ -81,6 +84,12 @@ def die_with_parent() -> None:
         parent = multiprocessing.parent_process()
         if parent is not None and not parent.is_alive():
             os._exit(1)
+
+
+def show_name() -> None:
+    """Have Linux list this process, in `top` and `ps -o comm`, by the name that multiprocessing gave it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, multiprocessing.current_process().name.encode()[:_MOST_BYTES])
 
 
 class Vitals:

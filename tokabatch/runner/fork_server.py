@@ -35,7 +35,7 @@ class ForkServer:
     def __init__(self) -> None:
         """Start the server. torch must not have been used in this process."""
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._process = fork(_serve, (theirs,), "tokabatch-fork-server")
+        self._process = fork(_serve, (theirs,), "toka-forks")
         theirs.close()
 
     @classmethod
@@ -52,7 +52,7 @@ class ForkServer:
         """See `Starter`: `target` is called with two pipes and the pickled work. If the server has ended, the process is
         spawned."""
         steps, signs, work = args
-        request = pickle.dumps((dict(os.environ), target, work))
+        request = pickle.dumps((name, dict(os.environ), target, work))
         try:
             return _Forked(self._requests, request, (steps.fileno(), signs.fileno()))
         except OSError:
@@ -173,7 +173,8 @@ def _work(request: bytes, ends: list[int], servers: list[socket.socket]) -> None
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for each in servers:
         each.close()
-    environment, target, work = pickle.loads(request)
+    name, environment, target, work = pickle.loads(request)
+    multiprocessing.current_process().name = name
     os.environ.clear()
     os.environ.update(environment)
     target(*map(Connection, ends), work)

@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from tokabatch.engine.child import PARENTS_SIGNALS
-from tokabatch.engine.heartbeat import die_with_parent
+from tokabatch.engine.heartbeat import die_with_parent, show_name
 
 END_SECONDS = 10.0
 _THREADS_OF_TOKENIZERS = "TOKENIZERS_PARALLELISM"
@@ -71,6 +71,7 @@ def keep_only(descriptors: Collection[int]) -> None:
 
 def _run(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     die_with_parent()
+    show_name()
     # The collector would visit what main has read, and so copy its pages.
     gc.freeze()
     for number in PARENTS_SIGNALS:

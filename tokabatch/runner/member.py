@@ -225,7 +225,7 @@ class Fork:
         """Start the member's process, on the `first` part."""
         self.pipe, theirs = multiprocessing.Pipe()
         arguments = (self.pipe, theirs, member, build, first, ledger, pace, leave)
-        self._process = fork(_forked, arguments, f"tokabatch-replica-{member.number}")
+        self._process = fork(_forked, arguments, f"toka-replica-{member.number}")
         theirs.close()
         self._reader = MessageReader(self.pipe)
         self._sender = OrderSender(self.pipe)

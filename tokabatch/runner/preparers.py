@@ -217,7 +217,7 @@ class _Process:
     def __init__(self, preparation: Preparation, place: int, seconds: float, news: threading.Event) -> None:
         self.place = place
         self._pipe, theirs = Pipe()
-        self._process = fork(prepare, (theirs, preparation, seconds), f"tokabatch-preparer-{place}")
+        self._process = fork(prepare, (theirs, preparation, seconds), f"toka-preparer-{place}")
         theirs.close()
         self._sender = OrderSender(self._pipe)
         self._inbox = deque[Message | _Lost]()

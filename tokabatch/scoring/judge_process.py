@@ -25,7 +25,7 @@ from typing import Any
 from tokabatch.scoring.judge import Judge, JudgeSpec
 
 _LENGTH = struct.Struct("!Q")
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,7 @@ def main(descriptor: int) -> None:
     if sys.platform == "linux":
         # Ends with the process that started this one; whatever a judge starts remains a descendant of this process.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, b"toka-judge")
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):

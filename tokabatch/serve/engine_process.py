@@ -23,7 +23,7 @@ from typing import Any
 
 from tokabatch.engine.child import PARENTS_SIGNALS
 from tokabatch.engine.executor import Executor
-from tokabatch.engine.heartbeat import die_with_parent
+from tokabatch.engine.heartbeat import die_with_parent, show_name
 from tokabatch.errors import EngineError, Stopped, TokabatchError
 from tokabatch.report.streams import make_tolerant
 from tokabatch.runner.forked import end, how_it_ended
@@ -117,7 +117,7 @@ class EngineProcess:
         self.number = number
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_main, args=(theirs, pickle.dumps(spec)), name=f"tokabatch-engine-{number}")
+        self._process = context.Process(target=_main, args=(theirs, pickle.dumps(spec)), name=f"toka-engine-{number}")
         before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
         # Nothing of the program's main module is needed there, which may be a script that would start a server of its own.
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
@@ -211,6 +211,7 @@ def failure_of(what: str, error: BaseException) -> EngineError:
 def _main(pipe: Connection, pickled: bytes) -> None:
     """The process."""
     die_with_parent()
+    show_name()
     for number in PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
