@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ from support.scripted_run import scripted_engine, scripted_job, scripted_run
 
 from tokabatch import plan, run
 from tokabatch.cli.folder import status
-from tokabatch.errors import JobError
+from tokabatch.errors import EngineError, JobError
 from tokabatch.job import VerifyConfig
 from tokabatch.output.integrity import check
 from tokabatch.output.status import read_status
@@ -323,6 +324,10 @@ def test_references_are_checked_before_anything_is_computed(rows: Path, tmp_path
         ),
         ("def _normalise(text, case): return text", r"has no function `verify\(text, row\)`; add one\."),
         ("def verify(text, reference): return True", r"write `verify\(text, row\)`, where row\[COLUMN\] is the reference"),
+        ("def verify(completion, expected): return True", r"write `verify\(completion, row\)`, where row\[COLUMN\] is the exp"),
+        ("def verify(row, text): return True", r"its `verify\(row, text\)` is called with the text first .*; exchange the two"),
+        ("def verify(rows, texts): return True", r"`verify\(rows, texts\)` is called with the text first"),
+        ("def verify(problem, prediction): return True", r"`verify\(problem, prediction\)` is called with the text first"),
         ("def verify(text, row, *, strict): return True", r"it needs 'strict'; give verify\.options\.strict"),
         ("COLUMNS = {'a': list}\ndef verify(text, row): return True", r"write str, int, float or bool"),
         ("COLUMNS = ['a']\ndef verify(text, row): return True", r"write names and types"),
@@ -372,6 +377,33 @@ def test_a_judge_that_does_not_read_its_request_costs_a_verdict(tmp_path: Path) 
     finally:
         end.cancel()
         process.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cause"),
+    [
+        ("sys.executable", "/no/such/python", "/no/such/python: No such file or directory"),
+        ("tokabatch.scoring.pool._START", "import there_is_no_such_module", "ended, or did not respond, before it loaded"),
+    ],
+)
+def test_a_process_that_cannot_be_started_is_no_fault_of_the_judge(
+    name: str, value: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text("def verify(text, row): return True")
+    judges = pool.JudgePool(pool.judge_spec(VerifyConfig(kind=str(judge))), 1, 10.0)
+    monkeypatch.setattr(name, value)
+    try:
+        tickets = judges.submit(["x"] * 500, [{}] * 500)
+        assert judges.wait(tickets, 30.0)
+        for ticket in tickets:
+            assert ticket.verdict is not None and ticket.verdict.correct is None
+            assert f"no process for the judge can be started: {sys.executable}"[:60] in str(ticket.verdict.error)
+            assert cause in str(ticket.verdict.error)
+        with pytest.raises(EngineError, match="no process for the judge can be started"):
+            judges.load()
+    finally:
+        judges.close()
 
 
 def test_processes_are_started_where_those_there_fall_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,12 @@ COLUMN_TYPES: Mapping[type, str] = {str: "string", int: "int64", float: "float64
 """The types that a judge's columns may have, and the Arrow type of each."""
 
 
+_TEXTS = frozenset({"text", "texts", "completion", "completions", "response", "responses", "prediction", "predictions"})
+_ROWS = frozenset({"row", "rows"})
+_REFERENCES = frozenset({"reference", "answer", "expected", "gold", "target", "label", "ground_truth", "solution"})
+"""Names of parameters that say what an author takes them to be: the sample's text, the input's row, a value of one column."""
+
+
 @dataclass(frozen=True, slots=True)
 class JudgeSpec:
     """The function that judges: `function` of the Python file `source`, or of the module of that name. `kind` is the job's
@@ -95,16 +101,21 @@ class Judge:
         if not _is_plain(function):
             raise ValueError(f"its `{spec.function}` is async or has `yield`; write a plain `def` that returns the verdict")
         parameters = list(inspect.signature(function).parameters.values())
-        if [each.name for each in parameters[1:2]] == ["reference"]:
-            raise ValueError(
-                f"its `{spec.function}(text, reference)` is of an earlier version; write `{spec.function}(text, row)`, where "
-                "row[COLUMN] is the reference"
-            )
         by_place = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
         if len(by_place) < 2 and not any(each.kind is each.VAR_POSITIONAL for each in parameters):
             given = ", ".join(each.name for each in parameters)
             raise ValueError(
                 f"its `{spec.function}({given})` is called with a text and its row; write `{spec.function}(text, row)`"
+            )
+        first, second = [*(each.name.lower() for each in by_place), "", ""][:2]
+        if first in _ROWS or (second in _TEXTS and first not in _TEXTS):
+            raise ValueError(
+                f"its `{spec.function}({first}, {second})` is called with the text first and the row second; exchange the two"
+            )
+        if second in _REFERENCES:
+            raise ValueError(
+                f"its `{spec.function}({first}, {second})` is called with a text and the whole row of the input; write "
+                f"`{spec.function}({first}, row)`, where row[COLUMN] is the {second}"
             )
         self._function: Callable[..., Any] = function
         self._options = _options(spec, parameters[2:])

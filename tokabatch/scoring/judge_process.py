@@ -1,9 +1,10 @@
 """A process that judges.
 
-It starts with nothing else: the first message it receives is the `JudgeSpec`, its answer a `Loaded` or the reason why the judge
-cannot be loaded; then each request is answered by one message per sample, `packed`, as soon as it is judged. What the judge
-prints is dropped. A process that the judge forks, and that returns into the judge's caller, ends there. Limits on memory are
-the system's, so they hold for libraries, too. This is no sandbox: a judge may do whatever its user may.
+It starts with nothing else: its first message, None, says that it runs; the first one it receives is the `JudgeSpec`, its
+answer a `Loaded` or the reason why the judge cannot be loaded; then each request is answered by one message per sample,
+`packed`, as soon as it is judged. What the judge prints is dropped. A process that the judge forks, and that returns into the
+judge's caller, ends there. Limits on memory are the system's, so they hold for libraries, too. This is no sandbox: a judge may
+do whatever its user may.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def main(descriptor: int) -> None:
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     with suppress(EOFError, OSError):
+        answers.sendall(packed(None))
         spec: JudgeSpec = connection.recv()
         resource.setrlimit(resource.RLIMIT_AS, (spec.memory_bytes, spec.memory_bytes))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

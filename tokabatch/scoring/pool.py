@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from tokabatch.errors import JobError
+from tokabatch.errors import EngineError, JobError
 from tokabatch.job import VerifyConfig, verifier_names
 from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.scoring.judge import JudgeSpec, Verdict
@@ -200,7 +200,12 @@ class JudgePool:
                 process.close()
                 return None, settled, True
             reason = NOT_JUDGED if self._closed else str(lost)
-        except Exception as error:  # The process cannot be started, or the row cannot be sent.
+        except JudgeNotStarted as error:
+            # Nor could one for the next sample: judging them all again is left to the user.
+            reason = NOT_JUDGED if self._closed else f"{error}; `tokabatch score` judges the sample again"
+            self._settle(batch, [Verdict.none(reason)] * len(batch))
+            return None, len(batch), False
+        except Exception as error:  # The row cannot be sent, or the judge cannot be loaded any more.
             reason = NOT_JUDGED if self._closed else f"{type(error).__name__}: {error}"
         self._settle(batch[settled:], [Verdict.none(reason)])
         if process is not None:
@@ -218,22 +223,30 @@ class JudgeLost(Exception):
     """The process did not answer and was killed."""
 
 
+class JudgeNotStarted(EngineError):
+    """The system or the installation of Python gives no process; the judge has no part in it."""
+
+
 class JudgeProcess:
-    """A process that has loaded the judge. Raises JobError if the judge cannot be loaded."""
+    """A process that has loaded the judge. Raises JobError if the judge cannot be loaded, JudgeNotStarted if no process can be
+    started that would load it."""
 
     def __init__(self, spec: JudgeSpec, running: list[JudgeProcess] | None = None) -> None:
         """The process is in `running` as long as it runs, so that other threads can kill it."""
-        ours, theirs = socket.socketpair()
-        # They are not where the program has set a default timeout for sockets.
-        ours.setblocking(True)
-        theirs.setblocking(True)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, str(theirs.fileno()), json.dumps(sys.path)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+        try:
+            ours, theirs = socket.socketpair()
+            # They are not where the program has set a default timeout for sockets.
+            ours.setblocking(True)
+            theirs.setblocking(True)
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _START, str(theirs.fileno()), json.dumps(sys.path)],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise JudgeNotStarted(f"no process for the judge can be started: {sys.executable}: {error.strerror}") from error
         self._connection = Connection(ours.detach())
         self._received = bytearray()
         self._killing = threading.Lock()
@@ -244,6 +257,16 @@ class JudgeProcess:
         """The seconds that these took."""
         self._asked_at: float | None = None
         self._running.append(self)
+        try:
+            # It reports that it runs before it loads the judge.
+            self._receive(LOADING_SECONDS)
+        except (JudgeLost, OSError) as error:
+            self.close()
+            cause = f"{sys.executable} ended, or did not respond, before it loaded the judge"
+            raise JudgeNotStarted(f"no process for the judge can be started: {cause}") from error
+        except BaseException:
+            self.close()
+            raise
         try:
             self._connection.send(spec)
             (loaded,) = self._receive(LOADING_SECONDS)
