@@ -399,13 +399,26 @@ try:
     run({QUICKSTART!r}, "generation.n=4")
 except UsageError as error:
     print("run takes no overrides |", error)
+for called, named, said in (
+    (run, {{"n": 3}}, r"run\\(Job.load\\('job.yaml', 'generation.n=3'\\)\\)"),
+    (plan, {{"max_new_tokens": 9}}, r"plan\\(Job.load\\('job.yaml', 'generation.max_tokens=9'\\)\\)"),
+    (run, {{"generation": {{"n": 3}}}}, r"run\\(Job.load\\('job.yaml', 'generation.n=3'\\)\\)"),
+):
+    try:
+        called("job.yaml", **named)
+    except UsageError as error:
+        print(said, "|", error)
+try:
+    run("job.yaml", nonsense=3)
+except TypeError as error:
+    print("unexpected keyword argument 'nonsense' |", error)
 assert not {{"torch", "transformers", "tokenizers"}} & sys.modules.keys()
 """
         command = [sys.executable, "-c", program]
         ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
         assert ended.returncode == 0, ended.stderr
         lines = [line.split(" | ") for line in ended.stdout.splitlines()]
-        assert len(lines) == 11 and all(re.search(said, error) for said, error in lines), ended.stdout
+        assert len(lines) == 15 and all(re.search(said, error) for said, error in lines), ended.stdout
 
     def test_run_leaves_every_sample_in_parquet(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
         out, done = finished

@@ -15,7 +15,7 @@ from tokabatch.cli.arguments import DEVICES, JobArgument, OutArgument, Overrides
 from tokabatch.cli.folder import read_state
 from tokabatch.cli.job import checked_job, seconds_since_start, starting
 from tokabatch.cli.printing import print_note, print_result, terminal_columns
-from tokabatch.errors import UsageError
+from tokabatch.errors import EXIT_ERRORS, UsageError
 
 
 def _complete_section(incomplete: str) -> list[str]:
@@ -85,10 +85,10 @@ def plan(
         else:
             report, outlook = planner.plan(loaded, on_rows), None
     sections = import_module("tokabatch.report.plan_report").plan_sections
-    if outlook is None:
-        print_result(sections(report))
-        return
-    print_result((*sections(report), *import_module("tokabatch.report.outlook").outlook_sections(outlook)))
+    simulated = () if outlook is None else import_module("tokabatch.report.outlook").outlook_sections(outlook)
+    print_result((*sections(report), *simulated))
+    if report.error_rows == report.rows:
+        raise typer.Exit(EXIT_ERRORS)
 
 
 def keys(

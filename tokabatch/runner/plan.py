@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -29,8 +30,10 @@ from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes
 from tokabatch.output.probe import check_output
 from tokabatch.output.shard_writer import SHARD_BYTES
+from tokabatch.report.closing import PER_CODE
 from tokabatch.report.outlook import Outlook
 from tokabatch.report.plan_report import HostFacts, ModelFacts, PlanReport, ReplicaFacts
+from tokabatch.report.sections import counted
 from tokabatch.runner.ledger import Ledger, to_give, wants_more
 from tokabatch.runner.replica import scheduler_limits
 from tokabatch.runner.resume import Start, preview
@@ -125,11 +128,12 @@ def _plan_report(
     whose = "the tokenizer's chat template" if job.prompt.chat_template is None else "the chat template of prompt.chat_template"
     notes += [f"{whose} is applied"] if store.chat else []
     notes += workload.notes
-    seen: set[str] = set()
+    seen: Counter[str] = Counter()
     for failure in workload.failures:
-        if failure.error.code not in seen:
-            seen.add(failure.error.code)
-            notes.append(f"row {failure.row_index}: {failure.error.code}: {failure.error.message}")
+        seen[failure.error.code] += 1
+        if seen[failure.error.code] <= PER_CODE:
+            notes.append(f"row {failure.row_index:,}: {failure.error.code}: {failure.error.message}")
+    notes += [f"{counted(number - PER_CODE, 'more row')}: {code}" for code, number in seen.items() if number > PER_CODE]
     return PlanReport(
         model=model,
         layout=str(workload.layout),
