@@ -85,6 +85,8 @@ class TestRunSummary:
         assert "10 of 400 samples (2.5%) are errors" in facts(run_sections(SUMMARY))["result"]
         silent = replace(SUMMARY, exit_code=3, unverified=390)
         assert "NO SAMPLE HAS A VERDICT" in facts(run_sections(silent))["result"]
+        assert "`tokabatch score`" in facts(run_sections(silent))["result"]
+        assert "--overwrite" in facts(run_sections(replace(silent, stops_rows=True)))["result"]
         assert facts(run_sections(replace(silent, exit_code=0, unverified=389)))["result"] == "complete"
 
     def test_the_work_of_a_start_that_continued_a_run_is_called_that(self) -> None:

@@ -160,6 +160,58 @@ def test_samples_without_a_verdict_are_judged_again_and_no_others(rows: Path, tm
     assert score(out).files == 0 and check(out).exit_code == 0
 
 
+def test_the_summary_and_the_page_follow_the_verdicts_that_are_filled_in(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run none of whose samples has a verdict, judged again in part, continued, and judged again."""
+    out, judge = tmp_path / "out", tmp_path / "reading.py"
+    judge.write_text(
+        "from pathlib import Path\n"
+        "def verify(text, row): return bool(Path(__file__).with_name('reference.txt').read_text())\n"
+    )
+    sections: dict[str, Any] = {"verify": {"kind": str(judge)}, "output": {"rows_per_shard": 7}}
+    summary = scripted_run(rows, out, **sections)
+    assert (summary.exit_code, summary.unverified) == (3, summary.ok)
+    assert "<p class=sub>" in page(out) and "errors.max_fraction" not in page(out)
+    (tmp_path / "reference.txt").write_text("there")
+    replace_shard = existing_results.replace_shard
+
+    def once(*arguments: Any) -> None:
+        replace_shard(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scoring, "replace_shard", once)
+        score(out)
+    continued = scripted_run(rows, out, **sections)
+    assert 0 < continued.unverified < summary.ok and continued.exit_code == 0
+    told = json.loads((out / "summary.json").read_text())
+    assert (told["unverified"], told["exit_code"]) == (continued.unverified, 0)
+    assert told["pass_at_k"] == {str(k): value for k, value in (continued.pass_at_k or {}).items()}
+    assert told["this_start"] == {**told["this_start"], "steps": summary.steps}
+    assert "errors.max_fraction" not in page(out) and f"<b class=bad>{continued.unverified}</b>" in page(out)
+    score(out)
+    assert json.loads((out / "summary.json").read_text())["unverified"] == 0
+    assert "without a verdict" not in page(out)
+
+
+def page(out: Path) -> str:
+    return review.write_report(out).read_text()
+
+
+def test_a_summary_without_any_verdict_is_mended_by_them(rows: Path, tmp_path: Path) -> None:
+    """The exit code 3 of such a run would otherwise be taken for too many error rows."""
+    out, judge = tmp_path / "out", tmp_path / "reading.py"
+    judge.write_text("from pathlib import Path\ndef verify(text, row): return bool(Path(__file__).with_name('r').read_text())\n")
+    assert scripted_run(rows, out, verify={"kind": str(judge)}).exit_code == 3
+    score(out)
+    assert json.loads((out / "summary.json").read_text())["exit_code"] == 3
+    (tmp_path / "r").write_text("there")
+    score(out)
+    assert json.loads((out / "summary.json").read_text())["exit_code"] == 0
+    assert "errors.max_fraction" not in page(out)
+
+
 def test_where_verdicts_stopped_rows_none_is_judged_again(rows: Path, tmp_path: Path) -> None:
     out, judge = tmp_path / "out", tmp_path / "reading.py"
     judge.write_text(
@@ -171,7 +223,10 @@ def test_where_verdicts_stopped_rows_none_is_judged_again(rows: Path, tmp_path: 
     verify = {"kind": str(judge), "stop": {"after_correct": 1}}
     summary = scripted_run(rows, out, verify=verify, generation={"n": 4})
     (tmp_path / "three.txt").write_text("")
-    assert summary.unverified > 0 and score(out).judged == 0
+    told: list[str] = []
+    assert summary.unverified > 0 and score(out, tell=told.append).judged == 0
+    what = "without a verdict: not judged again, as verdicts stop rows (verify.stop)"
+    assert told == [f"{summary.unverified} samples {what}"]
     assert read_status(out).without_verdict == summary.unverified
 
 

@@ -95,7 +95,9 @@ def next_steps(out: Path, summary: RunSummary) -> str:
         rows.append((f"tokabatch errors {folder}", "lists the error rows"))
         if not summary.pending:
             rows.append(("the same command with --retry-errors", "runs them again"))
-    if summary.unverified and not summary.pending and not summary.cancelled:
+    if summary.no_verdict and summary.stops_rows:
+        rows.append(("the same command with --overwrite", "starts over"))
+    elif summary.unverified and not summary.pending and not summary.stops_rows:
         rows.append((f"tokabatch score {folder}", "judges the samples without a verdict again"))
     if summary.ok:
         rows.append((f"tokabatch export {folder} --to samples.jsonl", "all samples in one file"))

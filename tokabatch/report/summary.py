@@ -24,7 +24,7 @@ _EXIT_WORDS = {
 }
 _TOTALS = (
     *("rows", "samples", "ok", "errors", "cancelled", "exit_code", "stalled", "output_path", "error_counts", "finish_reasons"),
-    *("verifies", "estimates", "estimator", "unverified"),
+    *("verifies", "stops_rows", "estimates", "estimator", "unverified"),
 )
 """The fields of a summary that are not of one start alone."""
 _PARTIAL = "short samples finish first, so the final value will differ"
@@ -97,6 +97,8 @@ class RunSummary:
     """How many of the ok samples of all starts ended for each reason, such as `stop` and `length`."""
     verifies: bool = False
     """Whether the job verifies its samples."""
+    stops_rows: bool = False
+    """Whether verdicts stop rows (verify.stop), so that samples are not judged again."""
     estimates: tuple[Estimate, ...] = ()
     """What the verdicts say once all samples are there: mean score, pass@k and so on, with intervals."""
     estimator: str = ""
@@ -201,7 +203,8 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
     if summary.exit_code == 0 and summary.pending:
         result = "this process has nothing left to compute; other processes of the run (--shared) compute the pending samples"
     elif summary.no_verdict:
-        result = "complete, but NO SAMPLE HAS A VERDICT: correct the judge or the references, then run `tokabatch score`"
+        remedy = "start over (--overwrite)" if summary.stops_rows else "run `tokabatch score`"
+        result = f"complete, but NO SAMPLE HAS A VERDICT: correct the judge or the references, then {remedy}"
     counts = [
         ("result", result),
         ("rows", count_text(summary.rows)),

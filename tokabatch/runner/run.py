@@ -268,11 +268,10 @@ def _tally(state: RunState, claim: Claim) -> Tally:
 
 
 def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:
-    """Write the summary and the steps. If nothing was left to do, keep the figures of the previous start's work."""
+    """Write the summary and the steps. If nothing was left to compute, keep the figures of the previous start's work."""
     earlier = _earlier_summary(claim)
     if earlier and not len(steps):
-        told = ("rows", "samples", "ok", "errors", "cancelled", "pending", "finish_reasons", "exit_code", "stalled")
-        write_summary(claim, {**earlier, **{name: summary[name] for name in told}})
+        write_summary(claim, {**earlier, **{name: value for name, value in summary.items() if name != "this_start"}})
         return
     write_summary(claim, summary)
     if len(steps) or not claim.folder.steps():

@@ -164,6 +164,7 @@ def summarise(
         predicted_by=predicted[1] if predicted else "",
         error_counts=tuple(sorted(tally.error_counts.items())),
         verifies=state.job.verify is not None,
+        stops_rows=state.job.verify is not None and state.job.verify.stop is not None,
         unverified=tally.unverified,
         unverified_reasons=tally.unverified_reasons,
     )

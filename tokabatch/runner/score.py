@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tokabatch.errors import JobError, OutputError
+from tokabatch.errors import EXIT_COMPLETE, EXIT_ERRORS, JobError, OutputError
 from tokabatch.input.files.arrow_rows import python_rows
 from tokabatch.input.fingerprint import is_of_verify, verify_settings
 from tokabatch.input.store.json_types import parse_json_texts
@@ -53,6 +53,7 @@ from tokabatch.output.schema import (
 from tokabatch.output.shards import PARQUET_OPTIONS, claimed_shards, count_ok, open_shard, read_groups
 from tokabatch.output.unwritable import CANNOT_BE_WRITTEN
 from tokabatch.report.run_estimates import read_estimates
+from tokabatch.report.sections import counted
 from tokabatch.runner.interruption import Interruption
 from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.scoring.estimates import Estimate
@@ -120,6 +121,8 @@ def score(
             # Rows that were stopped by verdicts would have gone on or stopped elsewhere by others.
             fills = job.verify.stop is None
             left = [file for file in files if not _is_judged(file, manifest) or (fills and _num_without_verdict(file))]
+            if not fills and (lacking := sum(_num_without_verdict(file) for file in files if file not in left)):
+                tell(f"{counted(lacking, 'sample')} without a verdict: not judged again, as verdicts stop rows (verify.stop)")
             try:
                 return _rejudge(claim, manifest, job, found, left, own, pool, tell, stop)
             except OSError as error:
@@ -233,6 +236,10 @@ def _rejudge(
         if job.verify is not None and job.verify.stop is None:
             # What has no verdict now has just been judged.
             figures["unverified"] = scored.reasons.total()
+            if summary.get("exit_code") == EXIT_ERRORS and not summary.get("pending"):
+                silent = 0 < summary.get("ok", 0) <= figures["unverified"]
+                too_many = summary.get("errors", 0) > job.errors.max_fraction * manifest.samples
+                figures["exit_code"] = EXIT_ERRORS if silent or too_many else EXIT_COMPLETE
         write_summary(claim, {**summary, **figures})
     return scored
 
