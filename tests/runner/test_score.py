@@ -166,8 +166,7 @@ def test_the_summary_and_the_page_follow_the_verdicts_that_are_filled_in(
     """A run none of whose samples has a verdict, judged again in part, continued, and judged again."""
     out, judge = tmp_path / "out", tmp_path / "reading.py"
     judge.write_text(
-        "from pathlib import Path\n"
-        "def verify(text, row): return bool(Path(__file__).with_name('reference.txt').read_text())\n"
+        "from pathlib import Path\ndef verify(text, row): return bool(Path(__file__).with_name('reference.txt').read_text())\n"
     )
     sections: dict[str, Any] = {"verify": {"kind": str(judge)}, "output": {"rows_per_shard": 7}}
     summary = scripted_run(rows, out, **sections)
@@ -202,11 +201,11 @@ def page(out: Path) -> str:
 def test_a_summary_without_any_verdict_is_mended_by_them(rows: Path, tmp_path: Path) -> None:
     """The exit code 3 of such a run would otherwise be taken for too many error rows."""
     out, judge = tmp_path / "out", tmp_path / "reading.py"
-    judge.write_text("from pathlib import Path\ndef verify(text, row): return bool(Path(__file__).with_name('r').read_text())\n")
+    judge.write_text("import pathlib\ndef verify(text, row): return int(pathlib.Path(__file__).with_name('r').read_text())\n")
     assert scripted_run(rows, out, verify={"kind": str(judge)}).exit_code == 3
     score(out)
     assert json.loads((out / "summary.json").read_text())["exit_code"] == 3
-    (tmp_path / "r").write_text("there")
+    (tmp_path / "r").write_text("1")
     score(out)
     assert json.loads((out / "summary.json").read_text())["exit_code"] == 0
     assert "errors.max_fraction" not in page(out)
