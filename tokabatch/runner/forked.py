@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Collection
 from multiprocessing.process import BaseProcess
@@ -16,6 +17,7 @@ from tokabatch.engine.child import PARENTS_SIGNALS
 from tokabatch.engine.heartbeat import die_with_parent, show_name
 
 END_SECONDS = 10.0
+LOOK_SECONDS = 0.005
 _THREADS_OF_TOKENIZERS = "TOKENIZERS_PARALLELISM"
 
 
@@ -47,16 +49,24 @@ def fork(target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> 
 
 def how_it_ended(process: BaseProcess) -> str:
     """Return how a process that has closed its pipe ended; wait for its end for at most END_SECONDS."""
-    process.join(END_SECONDS)
+    _join(process, END_SECONDS)
     code = process.exitcode or 0
     return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
 def end(process: BaseProcess, seconds: float) -> None:
     """Wait so many seconds for the end of a process, then kill it."""
-    process.join(seconds)
+    _join(process, seconds)
     process.kill()
     process.join()
+
+
+def _join(process: BaseProcess, seconds: float) -> None:
+    """Wait at most so many seconds for the end of a process. Its own `join` waits for the end of a pipe, which `keep_only` has
+    closed, and then for the process without a limit."""
+    limit = time.monotonic() + seconds
+    while process.is_alive() and time.monotonic() < limit:
+        time.sleep(LOOK_SECONDS)
 
 
 def keep_only(descriptors: Collection[int]) -> None:
