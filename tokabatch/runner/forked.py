@@ -76,7 +76,11 @@ def keep_only(descriptors: Collection[int]) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for number in [int(name) for name in os.listdir("/proc/self/fd")]:
         if number not in kept and number != null:
-            os.dup2(null, number)
+            try:
+                os.dup2(null, number)
+            except OSError:
+                # Beyond the limit on open files, which was lowered since it was opened.
+                os.close(number)
 
 
 def _run(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
