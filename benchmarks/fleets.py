@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import math
 import pickle
 import time
 from collections import deque
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from tokabatch.arrays import Int32, Int64
+from tokabatch.arrays import Float64, Int32, Int64
 from tokabatch.forecast.step_log import StepLog
 from tokabatch.runner import fleet as fleets
 from tokabatch.runner.fleet import Fleet
@@ -37,6 +38,7 @@ from tokabatch.runner.messages import Ended, Finished, Given, Share, Wants
 from tokabatch.runner.replica import Standing
 from tokabatch.scheduling.completion_batch import PackedCompletions
 from tokabatch.scheduling.contracts import NO_COUNTS, Completion, Requests, SamplingParams
+from tokabatch.scheduling.lengths.length_estimates import HORIZON
 from tokabatch.scheduling.scheduler import SchedulerLimits
 
 MEAN, SIGMA, MAX_TOKENS, PROMPT, HEADER = 200, 0.7, 1024, 200, 100
@@ -52,7 +54,17 @@ class SimulatedProcess:
 
     pid = None
 
-    def __init__(self, standing: Standing, length: Int32, running: int, steps: int) -> None:
+    def __init__(
+        self,
+        standing: Standing,
+        length: Int32,
+        running: int,
+        steps: int,
+        seconds: tuple[float, float] = (STEP_SECONDS, FULL_SECONDS),
+        begins: float = 0.0,
+    ) -> None:
+        """A step of few samples and one of all take so many `seconds`. It has loaded its model at the time `begins`; its first
+        run is given to it before."""
         self.orders, self.messages, self._pending = deque[Any](), deque[Any](), list[Any]()
         self._standing, self._length, self._running, self._steps = standing, length, running, steps
         self._waiting: Int64 = np.zeros(0, np.int64)
@@ -63,6 +75,8 @@ class SimulatedProcess:
         self._told: int | None = None
         self.busy = 0.0
         """When it had its last token."""
+        self._seconds, self._begins = seconds, begins
+        self._expected = expected_left(length)
 
     @property
     def pipe(self) -> Any:
@@ -97,11 +111,17 @@ class SimulatedProcess:
                 self._waiting = np.concatenate((self._waiting, unpacked(order).prompts.astype(np.int64)))
                 self._given, self._told = self._given + 1, None
             elif isinstance(order, Share):
-                count = to_give(len(self._run) + len(self._waiting), len(self._waiting), order.held)
+                count = to_give(self.left - self.headway, len(self._waiting), order.work)
                 back = np.sort(self._waiting[len(self._waiting) - count :]).astype(np.int32)
                 self._waiting = self._waiting[: len(self._waiting) - count]
                 self.messages.append(Given(Part(back, np.zeros_like(back), np.ones_like(back))))
-        seconds = STEP_SECONDS + (FULL_SECONDS - STEP_SECONDS) * min(1.0, self.left / self._running)
+        if now < self._begins:
+            if self._told is None and not self._given:
+                self._told = 0
+                self.messages += [None, Wants(0, 0)]
+            return self._begins - now
+        few, full = self._seconds
+        seconds = few + (full - few) * min(1.0, self.left / self._running)
         steps = self._steps if self.left else 1
         stop = self._step + steps
         self._admit(np.full(self._running - len(self._run), self._step))
@@ -114,8 +134,8 @@ class SimulatedProcess:
             self._admit(np.sort(ended))
         self._step = stop
         done = np.concatenate([np.zeros(0, np.int64), *finished])
-        few = wants_more(len(self._waiting), len(self._run))
-        if few and (self._told is None or (len(self._waiting) < self._told and len(self._waiting) <= self._told // 2)):
+        hungry = wants_more(len(self._waiting), len(self._run))
+        if hungry and (self._told is None or (len(self._waiting) < self._told and len(self._waiting) <= self._told // 2)):
             self._told = len(self._waiting)
             self.messages.append(Wants(self._told, self._given))
         standing = None
@@ -123,13 +143,19 @@ class SimulatedProcess:
             self._due = now + STANDING_SECONDS
             standing = replace(self._standing, running=len(self._run), waiting=len(self._waiting))
         if len(done) or standing is not None:
-            self._pending.append(Finished(PackedCompletions.of(self._completions(done)), standing))
+            self._pending.append(Finished(PackedCompletions.of(self._completions(done)), standing, self.headway))
         return steps * seconds
 
     @property
     def left(self) -> int:
         """Samples that it holds."""
         return len(self._run) + len(self._waiting)
+
+    @property
+    def headway(self) -> float:
+        """See `Scheduler`: by the lengths of all samples of the plan, as a run knows them once many have ended."""
+        age = self._step - self._end + self._length[self._run]
+        return len(age) - float(self._expected[np.minimum(age, len(self._expected) - 1)].sum())
 
     @property
     def given(self) -> int:
@@ -152,6 +178,15 @@ class SimulatedProcess:
         return [
             Completion(row, 0, ids, "stop", 2, PROMPT, NO_COUNTS) for row, ids in zip(samples.tolist(), tokens, strict=True)
         ]
+
+
+def expected_left(length: Int32) -> Float64:
+    """For each number of tokens, those expected up to the horizon over those of a sample that begins."""
+    reaching = 1 - np.cumsum(np.bincount(length)[:-1]) / len(length)
+    longer = np.append(np.cumsum(reaching[::-1])[::-1], 0.0)
+    within = math.ceil(HORIZON * length.mean())
+    expected = longer[:-1] - longer[np.minimum(np.arange(len(reaching)) + within, len(reaching))]
+    return expected / reaching / (expected[0] / reaching[0])
 
 
 def requests_of(count: int) -> Requests:
@@ -256,18 +291,33 @@ class Shared:
     busy: float
     reading: float
     recording: float
+    idle: tuple[float, ...]
+    """Of each member, between its last token and the fleet's; `samples` are those that it finished."""
+    samples: tuple[int, ...]
 
 
-def share(count: int, rows: int, running: int, record: float = 0.0) -> Shared:
-    """A plan of so many rows through a fleet of so many members; `record` are the driver's seconds for a finished sample."""
+def share(
+    count: int,
+    rows: int,
+    running: int,
+    record: float = 0.0,
+    *,
+    sigma: float = SIGMA,
+    seconds: tuple[float, float] = (STEP_SECONDS, FULL_SECONDS),
+    late: float = 0.0,
+) -> Shared:
+    """A plan of so many rows through a fleet of so many members; `record` are the driver's seconds for a finished sample.
+    Lengths are log-normal with this `sigma`, steps take so many `seconds` (of few samples, of all), and the last member begins
+    `late` seconds after the first."""
     rng, clock = np.random.default_rng(0), Time(record)
-    length = np.clip(rng.lognormal(np.log(MEAN) - SIGMA**2 / 2, SIGMA, rows), 1, MAX_TOKENS).astype(np.int32)
+    length = np.clip(rng.lognormal(np.log(MEAN) - sigma**2 / 2, sigma, rows), 1, MAX_TOKENS).astype(np.int32)
     limits = SchedulerLimits(16, 1 << 20, running, 2 * running, 100, None)
     processes: list[SimulatedProcess] = []
 
     def launch(number: int, build: Any, ledger: Any, before: Standing, pace: Any) -> SimulatedProcess:
-        steps = max(1, round(pace.finished / FULL_SECONDS))
-        processes.append(SimulatedProcess(Standing.before(limits), length, running, steps))
+        steps = max(1, round(pace.finished / seconds[1]))
+        begins = clock.now + late * number / max(1, count - 1) if late else 0.0
+        processes.append(SimulatedProcess(Standing.before(limits), length, running, steps, seconds, begins))
         clock.add(processes[-1])
         return processes[-1]
 
@@ -285,9 +335,9 @@ def share(count: int, rows: int, running: int, record: float = 0.0) -> Shared:
     return Shared(
         makespan=float(busy.max()),
         first_idle=float(busy.min()),
-        full_slots=float(length.sum(dtype=np.int64)) / (count * running) * FULL_SECONDS,
-        pooled=alone(length, count * running),
-        alone=alone(length[rng.permutation(rows)[: rows // count]], running),
+        full_slots=float(length.sum(dtype=np.int64)) / (count * running) * seconds[1],
+        pooled=alone(length, count * running, seconds),
+        alone=alone(length[rng.permutation(rows)[: rows // count]], running, seconds),
         finished=sum(each.samples for each in shares),
         runs=sum(process.given for process in processes),
         messages=clock.messages,
@@ -296,13 +346,15 @@ def share(count: int, rows: int, running: int, record: float = 0.0) -> Shared:
         busy=clock.busy + clock.reading + clock.recording,
         reading=clock.reading,
         recording=clock.recording,
+        idle=tuple((busy.max() - busy).tolist()),
+        samples=tuple(each.samples for each in shares),
     )
 
 
-def alone(length: Int32, running: int) -> float:
+def alone(length: Int32, running: int, seconds: tuple[float, float]) -> float:
     """Seconds that a member takes for samples of these lengths by itself."""
     limits = SchedulerLimits(16, 1 << 20, running, 2 * running, 100, None)
-    process, now = SimulatedProcess(Standing.before(limits), length, running, 1), 0.0
+    process, now = SimulatedProcess(Standing.before(limits), length, running, 1, seconds), 0.0
     process.hold(np.arange(len(length)))
     while process.left:
         now += process.advance(now)
@@ -315,10 +367,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--running", type=int, default=1024)
     parser.add_argument("--record", type=float, default=0.0, metavar="MICROSECONDS")
+    parser.add_argument("--sigma", type=float, default=SIGMA, help="of the lengths' logarithm; 0: all have the same")
+    parser.add_argument("--late", type=float, default=0.0, help="seconds by which the last member begins after the first")
+    parser.add_argument("--seconds", type=float, nargs=2, default=(STEP_SECONDS, FULL_SECONDS), metavar=("FEW", "FULL"))
     args = parser.parse_args()
-    done = share(args.members, args.rows, args.running, args.record / 1e6)
+    options = {"sigma": args.sigma, "seconds": tuple(args.seconds), "late": args.late}
+    done = share(args.members, args.rows, args.running, args.record / 1e6, **options)
     print(f"{args.members:,} members, {done.finished:,} samples in {done.runs:,} runs, {done.messages:,} messages")
     print(f"makespan {done.makespan:,.2f} s; the first member was idle at {done.first_idle:,.2f} s")
+    if args.members <= 16:
+        print(
+            f"  samples {', '.join(map(str, done.samples))}; idle at the end {', '.join(f'{idle:.2f}' for idle in done.idle)} s"
+        )
     for name, seconds in (
         ("all slots full", done.full_slots),
         ("pooled", done.pooled),

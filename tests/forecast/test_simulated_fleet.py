@@ -9,7 +9,7 @@ import pytest
 from forecast.test_roofline import LLAMA_1B
 from support import token_device as device
 
-from tokabatch.forecast.assumed_lengths import lognormal
+from tokabatch.forecast.assumed_lengths import Unstopped, lognormal
 from tokabatch.forecast.profile import unmeasured_gpu
 from tokabatch.forecast.ranks import SUM_SECONDS, seconds_of_ranks
 from tokabatch.forecast.roofline import H200, Roofline
@@ -58,6 +58,17 @@ def test_only_what_is_left_is_drawn():
     left = replace(requests, drawn=Drawn(np.arange(0, 101, 5), flags)).without(Drawn(np.arange(0, 101, 5), flags))
     done = simulate(left, LIMITS, seconds, lognormal(25, 0.7), fleet=of(2))
     assert done.counts.finished == int((~flags).sum())
+
+
+def test_a_replica_that_begins_late_ends_with_the_other():
+    """Samples of one length run in waves; those of the late replica are nearly done when the other begins its last wave."""
+    params = SamplingParams(max_tokens=50, ignore_eos=True)
+    requests = device.make_requests([[row % 50, row // 50] for row in range(400)], [params])
+    done = simulate(requests, LIMITS, seconds, Unstopped(), fleet=replace(of(2), starts=(0.0, 3.0)))
+    assert done.counts.finished == 400 and done.counts.output_tokens == 400 * 50
+    assert min(done.busy) > 0.97 * done.seconds
+    finished = np.bincount(done.steps["replica"].astype(int), done.steps["finished"])
+    assert finished[0] > finished[1] + 40
 
 
 def test_more_replicas_than_samples():

@@ -164,6 +164,31 @@ def test_samples_are_collected_while_main_is_behind():
     assert [list(message.completions) for message in outbox.queue] == [samples[1:2], samples[2:]]
 
 
+def test_a_member_gives_by_what_is_left_of_its_running_samples() -> None:
+    """Of those that it holds, 100 run and 60 wait; the other has the work of 60."""
+    asked: list[int] = []
+    for headway in (0.0, 95.0):
+        scheduler = SimpleNamespace(done=False, num_running=100, headway=headway, suspected_rows=lambda: np.zeros(0, np.int64))
+        replica = SimpleNamespace(scheduler=scheduler, waiting=60, give_back=lambda most: asked.append(most) or [])
+        outbox: queue.Queue[Any] = queue.Queue()
+        loop = member_process._Loop(replica, None, queue.Queue(), outbox, Pace(None, headway=True), None)
+        loop._obey(Share(60.0))
+        loop._finished = [SimpleNamespace(), SimpleNamespace()]
+        loop._send(None)
+        assert [message.headway for message in list(outbox.queue)[1:]] == [headway]
+    assert asked == [50, 2]
+
+
+def test_main_has_the_standings_of_several_members_often_however_seldom_they_are_shown() -> None:
+    requests = token_device.make_requests(PROMPTS, [PARAMS])
+    paces = [
+        Fleet(requests, LIMITS, [()] * members, lambda *_, **__: None, stop=Interruption(), tell=print, interval=10.0)._pace  # pyright: ignore
+        for members in (1, 2)
+    ]
+    assert [pace.standing for pace in paces] == [10.0, member_process.STANDING_SECONDS]
+    assert [pace.headway for pace in paces] == [False, True]
+
+
 @pytest.mark.timeout(30)
 def test_a_step_is_not_delayed_by_a_request_for_more_samples():
     """While the queue to main is full, more samples are requested after a later step."""

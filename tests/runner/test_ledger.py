@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import token_device
 
-from tokabatch.runner.ledger import Ledger, Part
+from tokabatch.runner.ledger import Ledger, Part, to_give
 from tokabatch.runner.member_process import packed, unpacked
 from tokabatch.scheduling.contracts import Completion, Drawn, Requests, SamplingParams
 
@@ -177,3 +177,56 @@ def test_stretches_hold_each_sample_once_and_none_is_empty(data):
         assert len(row)
         found += zip(row.tolist(), sample.tolist(), strict=True)
     assert sorted(found) == sorted(keys(requests))
+
+
+def of_equal(rows: int) -> Ledger:
+    return Ledger(token_device.make_requests([[row] for row in range(rows)], [SamplingParams(max_tokens=5)]))
+
+
+def part_of(first: int, stop: int) -> Part:
+    prompts = np.arange(first, stop, dtype=np.int32)
+    return Part(prompts, np.zeros_like(prompts), np.ones_like(prompts))
+
+
+def given_to(ledger: Ledger, member: int, members: int) -> int:
+    """Return how many samples a member is given until it has its share."""
+    before = ledger.held(member)
+    while ledger.next_run(member, members) is not None:
+        pass
+    return ledger.held(member) - before
+
+
+@pytest.mark.parametrize(("headway", "given"), [(0.0, 30), (18.0, 21), (-20.0, 40)])
+def test_running_samples_of_others_count_as_what_is_left_of_them(headway, given):
+    """Of 60 samples another runs 20 and 40 are free: the equal share is 30 if these have just begun, 21 if they are nearly
+    done, and all that is free if they take twice as long as others."""
+    ledger = of_equal(60)
+    ledger.take_over(1, part_of(0, 20))
+    ledger.note_headway(1, headway)
+    assert ledger.work(1) == 20 - headway
+    assert given - 1 <= given_to(ledger, 0, 2) <= given
+
+
+def test_a_lost_member_has_no_headway_any_more():
+    ledger = of_equal(40)
+    ledger.take_over(1, part_of(0, 20))
+    ledger.note_headway(1, 19.0)
+    assert ledger.give_back(1) == 20
+    ledger.take_over(1, part_of(0, 20))
+    assert ledger.work(1) == 20 and 19 <= given_to(ledger, 0, 2) <= 20
+
+
+def test_the_last_sample_is_given_to_whoever_has_none_whatever_the_others_told():
+    ledger = of_equal(3)
+    ledger.take_over(1, part_of(0, 2))
+    ledger.note_headway(1, 2.0)
+    ledger.note_headway(0, 5.0)
+    assert ledger.work(0) == 0.0 and ledger.next_run(0, 4) is not None and not ledger.has_free
+
+
+def test_what_one_gives_another_depends_on_what_is_left_of_the_running_samples():
+    # 100 run and 60 wait here, 100 run there.
+    assert to_give(160.0, 60, 100.0) == 30
+    assert to_give(160.0 - 95, 60, 60.0) == 2, "those that run here are nearly done"
+    assert to_give(160.0, 60, 220.0) == 0, "those that run there take long"
+    assert to_give(1.2, 1, 0.0) == 1 and to_give(1.0, 1, 0.0) == 0 and to_give(500.0, 7, 0.0) == 7

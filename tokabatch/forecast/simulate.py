@@ -94,7 +94,11 @@ class Ledger(Protocol):
     @property
     def has_free(self) -> bool: ...
 
-    def next_run(self, member: int, members: int, *, whole: bool = False) -> Any: ...
+    def next_run(self, member: int, members: int) -> Any: ...
+
+    def work(self, member: int) -> float: ...
+
+    def note_headway(self, member: int, headway: float) -> None: ...
 
     def part(self, requests: Requests) -> Any: ...
 
@@ -106,13 +110,15 @@ class Ledger(Protocol):
 @dataclass(frozen=True, slots=True)
 class FleetRules:
     """How the `members` of a run share its plan. `ledger` makes the ledger; `wants_more` says whether a member with these
-    numbers of waiting and running samples requests more; `to_give` how many samples a member gives away, from the number it
-    holds, how many of them wait, and the number that the receiver holds."""
+    numbers of waiting and running samples requests more; `to_give` how many samples a member gives away, from its work, the
+    number of samples waiting there, and the work of the receiver. `starts` are the seconds after which each member has
+    loaded its model, shape [members]; None is 0 for all."""
 
     members: int
     ledger: Callable[[Requests], Ledger]
     wants_more: Callable[[int, int], bool]
-    to_give: Callable[[int, int, int], int]
+    to_give: Callable[[float, int, float], int]
+    starts: Sequence[float] | None = None
 
 
 class _Member:
@@ -193,6 +199,11 @@ def simulate(
     ledger = fleet.ledger(requests)
     nothing = ledger.plan.take(np.zeros(0, np.int64))
     members = [_Member(nothing, requests, limits, lengths, predictor) for _ in range(fleet.members)]
+    for number, seconds in enumerate(fleet.starts or ()):
+        members[number].seconds = seconds
+    for number in range(len(members)):
+        # Each loads its model with a first run.
+        _feed(number, members, ledger, fleet.to_give)
     at_work = dict(enumerate(members))
     while at_work:
         # The replica whose clock is furthest behind takes the next step.
@@ -207,23 +218,22 @@ def simulate(
         elsewhere = ledger.left - member.left - running
         finished = member.step(cost, elsewhere)
         ledger.finish(number, finished)
+        ledger.note_headway(number, member.scheduler.headway)
         on_finished(len(finished))
     return _simulation(members, limits)
 
 
-def _feed(number: int, members: Sequence[_Member], ledger: Ledger, to_give: Callable[[int, int, int], int]) -> None:
+def _feed(number: int, members: Sequence[_Member], ledger: Ledger, to_give: Callable[[float, int, float], int]) -> None:
     """Give a member the next part of the plan, or samples that the fullest other member has not begun."""
     member = members[number]
     run = ledger.next_run(number, len(members))
-    if run is None and ledger.has_free and member.scheduler.done:
-        run = ledger.next_run(number, len(members), whole=True)
     if run is not None:
         given = ledger.plan.part(run.prompts, run.first, run.stop)
     elif not ledger.has_free:
-        others = (each for each in members if each is not member)
-        fullest = max(others, key=lambda each: (each.waiting > 0, each.left))
-        most = to_give(fullest.left, fullest.waiting, member.left)
-        given = fullest.give_back(most) if most > 0 else None
+        others = (each for each in range(len(members)) if each != number)
+        fullest = max(others, key=lambda each: (members[each].waiting > 0, ledger.work(each)))
+        most = to_give(ledger.work(fullest), members[fullest].waiting, ledger.work(number))
+        given = members[fullest].give_back(most) if most > 0 else None
         if given is not None:
             ledger.take_over(number, ledger.part(given))
     else:

@@ -73,10 +73,9 @@ class Fleet:
 
         A member is dropped after more than `max_restarts` of its processes in a row were lost without a finished sample. A
         process without a heartbeat for `hang_seconds` is killed; hanging steps are detected by the replica, which watches its
-        worker. `interval` is the time in seconds between the standings of a member; None requests only the first and the last,
-        unless there are several members. With a `supply`, only the samples of `requests` that it offers are computed, until it
-        has ended. `begun` is the number of samples of each row that may begin before `follow` raises it, shape [rows]; None is
-        all.
+        worker. `interval` is the time in seconds between the standings of a single member; None requests only the first and the
+        last. With a `supply`, only the samples of `requests` that it offers are computed, until it has ended. `begun` is the
+        number of samples of each row that may begin before `follow` raises it, shape [rows]; None is all.
         """
         self._supply = supply
         self._ledger = Ledger(requests, begun, withheld=supply is not None)
@@ -86,9 +85,9 @@ class Fleet:
         self._max_restarts, self._hang_seconds = max_restarts, hang_seconds
         self._members = [Member(number, names, Standing.before(limits)) for number, names in enumerate(devices)]
         # Their standings show how many samples each member can give to others.
-        standing = STANDING_SECONDS if interval is None and len(self._members) > 1 else interval
+        standing = STANDING_SECONDS if len(self._members) > 1 else interval
         seconds = MESSAGE_SECONDS * len(self._members)
-        self._pace = Pace(None if standing is None else max(standing, seconds), seconds)
+        self._pace = Pace(None if standing is None else max(standing, seconds), seconds, len(self._members) > 1)
         self._lengths: list[tuple[Int64, Int32, Bool]] = []
         """Samples since the last message about lengths: the member of each, its length, and whether it stopped by itself."""
         self._gathering: dict[int, int] = {}
@@ -268,6 +267,7 @@ class Fleet:
         elif isinstance(message, Finished):
             assert isinstance(message.completions, PackedCompletions), "they come so from another process"
             self._began = self._began or time.monotonic()
+            self._ledger.note_headway(member.number, message.headway)
             member.finished += len(message.completions)
             if message.completions:
                 member.barren = 0
@@ -333,13 +333,13 @@ class Fleet:
         if not starved or self._ledger.has_free:
             return
         # The member with the most to spare gives to the one with the least, the next to the next, and so on.
-        trying, held = set(self._gathering.values()), self._ledger.held
-        least = held(starved[0].number)
+        trying, work = set(self._gathering.values()), self._ledger.work
+        least = work(starved[0].number)
         givers = [each for each in live if each.begun and each.can_give and not each.unanswered and each.number not in trying]
-        givers.sort(key=lambda each: to_give(held(each.number), each.standing.waiting, least), reverse=True)
+        givers.sort(key=lambda each: to_give(work(each.number), each.standing.waiting, least), reverse=True)
         for member, giver in zip(starved, givers, strict=False):
-            own = held(member.number)
-            if giver is member or not to_give(held(giver.number), giver.standing.waiting, own):
+            own = work(member.number)
+            if giver is member or not to_give(work(giver.number), giver.standing.waiting, own):
                 break
             giver.send(Share(own))
 

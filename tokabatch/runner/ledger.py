@@ -39,11 +39,11 @@ def wants_more(waiting: int, running: int) -> bool:
     return waiting < max(LEAST_WAITING, REFILL * running)
 
 
-def to_give(held: int, waiting: int, wanting: int) -> int:
-    """Return how many of its `waiting` samples a member that holds `held` gives to one that holds `wanting`, so that both then
-    hold the same number. Running samples are counted on both sides: a member whose batch is full has no use for samples that
-    another is about to admit."""
-    return max(0, min((held - wanting) // 2, waiting))
+def to_give(work: float, waiting: int, wanting: float) -> int:
+    """Return how many of its `waiting` samples a member with this `work` gives to one with the work `wanting`, so that both
+    then have the same (`Ledger.work`). Running samples are counted on both sides: a member whose batch is full has no use for
+    samples that another is about to admit."""
+    return max(0, min(math.ceil((work - wanting - 1) / 2), waiting))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,10 @@ class Ledger:
         """The number of samples that are neither finished nor cancelled."""
         kinds, counts = np.unique(self._holder, return_counts=True)
         self._held = Counter(dict(zip(kinds.tolist(), counts.tolist(), strict=True)))
+        self._headway: dict[int, float] = {}
+        """The headway that was noted for each member."""
+        self._done = 0.0
+        """The sum of them."""
         self.finished_prompts = 0
         self._each = self._output + (self.plan.length - self.plan.lcp) / np.maximum(wanted, 1)
         """The most tokens that a sample of each prompt costs, with its share of the prompt's tokens; float64, shape [R]."""
@@ -147,9 +151,10 @@ class Ledger:
 
     def next_run(self, member: int, members: int, *, whole: bool = False) -> Part | None:
         """Return the next run for a member and record that it holds it. Return None if nothing is free, or if the member
-        already holds its share of all that is left, given the number of `members`. With `whole`, return all that is free."""
+        already has its share of the work that is left, given the number of `members`. With `whole`, return all that is
+        free."""
         held = self.held(member)
-        share = -(-self.left // members) - held
+        share = max(math.ceil((self.left - self._done) / members - self.work(member)), int(not held))
         if not self.has_free or (share <= 0 and not whole):
             return None
         if whole:
@@ -206,6 +211,7 @@ class Ledger:
             places = places[self._holder[places] == member]
         else:
             places = np.flatnonzero(self._holder == member)
+            self.note_headway(member, 0.0)
         self._change(places, FREE)
         return len(places)
 
@@ -227,6 +233,17 @@ class Ledger:
     def held(self, member: int) -> int:
         """Return the number of samples that a member holds."""
         return self._held[member]
+
+    def note_headway(self, member: int, headway: float) -> None:
+        """Record a member's `Scheduler.headway`, which leaves out the samples that it has finished by now."""
+        self._done += headway - self._headway.get(member, 0.0)
+        self._headway[member] = headway
+
+    def work(self, member: int) -> float:
+        """Return the work that a member holds, in samples: nearly finished ones count as less than one, and such as take longer
+        than others as more (`Scheduler.headway`)."""
+        held = self.held(member)
+        return max(0.0, held - self._headway.get(member, 0.0)) if held else 0.0
 
     def others(self, member: int, prompts: Int32) -> tuple[Part, Int64]:
         """Return the free part of these prompts, and the other members that hold samples of them."""

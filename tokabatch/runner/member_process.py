@@ -214,11 +214,12 @@ class _Loop:
 
     def _send(self, standing: Standing | None) -> None:
         """Send the finished samples, with the standing in the last message."""
+        headway = self._replica.scheduler.headway if self._pace.headway else 0.0
         while len(self._finished) > SAMPLES_SENT:
-            self._outbox.put(Finished(PackedOnTheWay(self._finished[:SAMPLES_SENT]), None))
+            self._outbox.put(Finished(PackedOnTheWay(self._finished[:SAMPLES_SENT]), None, headway))
             self._finished = self._finished[SAMPLES_SENT:]
         if self._finished or standing is not None:
-            self._outbox.put(Finished(PackedOnTheWay(self._finished), standing))
+            self._outbox.put(Finished(PackedOnTheWay(self._finished), standing, headway))
         self._finished = []
 
     def _want(self) -> None:
@@ -236,8 +237,8 @@ class _Loop:
             self._parts, self._told = self._parts + 1, None
             return replica.extend(ledger.plan.part(part.prompts, part.first, part.stop))
         if isinstance(order, Share):
-            waiting = replica.waiting
-            given = replica.give_back(to_give(replica.scheduler.num_running + waiting, waiting, order.held))
+            waiting, scheduler = replica.waiting, replica.scheduler
+            given = replica.give_back(to_give(waiting + scheduler.num_running - scheduler.headway, waiting, order.work))
             self._outbox.put(Given(Part.joined([ledger.part(requests) for requests in given])))
         elif isinstance(order, Withdraw):
             pieces: list[Part] = []

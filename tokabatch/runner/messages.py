@@ -19,14 +19,16 @@ class Pace:
 
     standing: float | None
     finished: float = 0.0
+    headway: bool = False
+    """Whether `Finished` is to have the headway, by which work is divided between several members."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Sent to a member: give back samples that were never admitted there, as many as `ledger.to_give` returns. The member that
-    requested more holds `held` samples, running ones included."""
+    """Sent to a member: give back samples that were never admitted there, as many as `ledger.to_give` returns. `work` is that
+    of the member that requested more, as `Ledger.work` returns it."""
 
-    held: int
+    work: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class Finished:
     completions: Completions
     """`PackedCompletions` once they have arrived in main."""
     standing: Standing | None
+    headway: float = 0.0
+    """`Scheduler.headway` once these samples were finished, if `Pace` requests it."""
 
 
 @dataclass(frozen=True, slots=True)

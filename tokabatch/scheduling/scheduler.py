@@ -140,6 +140,12 @@ class Scheduler:
         """Return the expected number of output tokens still to come, including those of `waiting` samples not yet admitted."""
         return self._lengths.tokens_left(waiting)
 
+    @property
+    def headway(self) -> float:
+        """How much of the work of the running samples is done, in samples: their number, less the output tokens expected of
+        them in the near future over those of a sample that begins. Negative if these samples are expected to take longer."""
+        return self._lengths.headway
+
     def schedule(self) -> StepBatch | None:
         """Return the next step, or None if nothing can be computed before further results are applied."""
         slots, limits = self.kv.slots, self.limits

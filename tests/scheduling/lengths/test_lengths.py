@@ -54,7 +54,7 @@ def test_before_anything_ended_samples_are_taken_to_be_long():
     bins = Bins(4000)
     nothing = np.zeros(bins.count)
     table = HazardTable(bins, run_hazard(bins, nothing, nothing)[None])
-    assert 1000 < table.mean_lengths(np.array([4000]))[0] < 3500
+    assert 1000 < table.expected(np.array([0]), np.array([4000]))[0] < 3500
 
 
 def test_the_mean_under_each_limit_is_that_of_lengths_cut_there():
@@ -62,7 +62,7 @@ def test_the_mean_under_each_limit_is_that_of_lengths_cut_there():
     model = learn(lengths, np.full(50_000, 1000), 1000)
     limits = np.array([1, 10, 100, 250, 1000])
     cut = np.minimum(lengths[:, None], limits).mean(axis=0)
-    assert model.mean_lengths(limits).tolist() == pytest.approx(cut.tolist(), rel=0.02)
+    assert model.expected(np.zeros_like(limits), limits).tolist() == pytest.approx(cut.tolist(), rel=0.02)
 
 
 def test_a_prompt_whose_samples_all_still_run_is_taken_to_be_long():
@@ -158,7 +158,7 @@ def test_thousands_that_end_at_one_length_leave_none(max_tokens):
         model = LengthModel(max_tokens, np.zeros(1, np.bool_))
         model.observe(np.zeros(20_000, np.int32), np.full(20_000, length, np.int32), np.ones(20_000, np.bool_))
         assert model.refresh(np.zeros(0, np.int32), np.zeros(0, np.int32))
-        assert 0 < model.mean_lengths(np.array([max_tokens]))[0] <= max_tokens
+        assert 0 < model.expected(np.array([0]), np.array([max_tokens]))[0] <= max_tokens
 
 
 def test_nothing_is_kept_of_a_prompt_whose_last_samples_have_been_counted():

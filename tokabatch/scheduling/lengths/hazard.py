@@ -10,6 +10,7 @@ Shape legend: B bins, G groups (prompts with several samples), N samples.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -119,14 +120,23 @@ class HazardTable:
         length = np.ceil(bins.edge[place] + np.minimum(into, bins.width[place]))
         return np.clip(np.where(beyond, longest, length), generated + 1, longest).astype(np.int32)
 
-    def mean_lengths(self, limit: Int32) -> Float64:
-        """Return the expected lengths by the first row of samples that have not begun and may have at most `limit` tokens, at
-        least 1; shape [N]."""
+    def expected(self, generated: Int32, most: Int32) -> Float64:
+        """Return how many of the next `most` tokens are expected, by the first row, of samples with `generated` tokens; both
+        together are at most the longest. Shape [N]."""
+        reaching, longer = self._survival
+        return (longer[generated] - longer[generated + most]) / reaching[generated]
+
+    @cached_property
+    def _survival(self) -> tuple[Float64, Float64]:
+        """The share of samples that reach a token, by the first row, and the sum of the shares from each token on. Shape
+        [longest + 1] each."""
         bins = self._bins
-        token = np.arange(int(limit.max(initial=1)))
+        token = np.arange(bins.edge[-1] + 1)
         place = bins.of[np.minimum(token, bins.edge[-1] - 1)]
         reached = self._total[0, place] + (token - bins.edge[place]) * self._rate[0, place]
-        return np.cumsum(np.exp(-reached))[limit - 1]
+        reaching = np.exp(-np.minimum(reached, _MOST_CUMULATED))
+        # From the end, so that small shares are not lost beside large sums.
+        return reaching, np.append(np.cumsum(reaching[-2::-1])[::-1], 0.0)
 
 
 def strata(ticket: npt.NDArray[np.int64], generated: Int32) -> Float64:

@@ -6,6 +6,8 @@ stop condition) is never predicted.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from tokabatch.arrays import Bool, Int32, Int64
@@ -14,6 +16,8 @@ from tokabatch.scheduling.kv.slots import Slots
 from tokabatch.scheduling.lengths.predictor import Caution, LengthModel, LengthPredictor
 from tokabatch.scheduling.work import Work
 
+HORIZON = 3 / 4
+"""How far `headway` looks ahead, in mean lengths of samples."""
 LEARNED_SAMPLES = 64
 """The fewest samples of a prompt whose own length distribution is estimated: fewer carry little information, and each further
 prompt makes an update slower."""
@@ -50,6 +54,8 @@ class LengthEstimates:
         else:
             self._model.extend(grouped)
         self._lengths: LengthPredictor = self._replaced or self._model
+        self._horizon: tuple[int, float] | None = None
+        """The horizon in tokens, and how many of so many a sample is expected to have; None if outdated."""
 
     @property
     def deviations(self) -> float:
@@ -64,6 +70,7 @@ class LengthEstimates:
         order = seq.order
         self._caution.update(counts.output_tokens + counts.prefilled_tokens, counts.given_up_tokens)
         renewed = self._lengths.refresh(seq.request[order], self._generated(order))
+        self._horizon = None if renewed else self._horizon
         due = order if renewed else order[(self._expected <= seq.length - seq.prompt_length)[order]]
         if len(due):
             self._expected[due] = self.predict(seq.request[due], seq.sample[due], self._generated(due), seq.admitted[due])
@@ -101,10 +108,31 @@ class LengthEstimates:
         limit, known = seq.limit[order], self._generated(order)
         expected = model.predict(seq.request[order], seq.sample[order], known, limit, seq.admitted[order])
         total = int((np.where(self._given[seq.params[order]], limit, expected) - seq.generated[order]).sum())
-        if not waiting:
-            return total
-        means = np.where(self._given, self._work.max_tokens, model.mean_lengths(self._work.max_tokens))
-        return total + round(waiting * float(np.average(means, weights=self._share)))
+        return total + round(waiting * self._mean_within(self._longest)) if waiting else total
+
+    @property
+    def headway(self) -> float:
+        """See `Scheduler`. Only the next tokens up to `HORIZON` count: a slot that does not come free within that time is of no
+        use to a sample that waits for it, however long it stays taken."""
+        seq, order = self._slots, self._slots.order
+        if not len(order):
+            return 0.0
+        if self._horizon is None:
+            within = math.ceil(HORIZON * self._mean_within(self._longest))
+            self._horizon = within, self._mean_within(within)
+        within, of_fresh = self._horizon
+        generated = self._generated(order)
+        most = np.minimum(seq.limit[order] - generated, within)
+        left = most
+        if not self._all_given:
+            left = np.where(self._given[seq.params[order]], most, self._model.expected(generated, most))
+        return len(order) - float(left.sum()) / of_fresh
+
+    def _mean_within(self, most: int) -> float:
+        """Return the expected output tokens of a sample that has not begun, at most `most`: the workload's mean."""
+        limit = np.minimum(self._work.max_tokens, most)
+        expected = np.where(self._given, limit, self._model.expected(np.zeros_like(limit), limit))
+        return float(np.average(expected, weights=self._share))
 
     def observe(self, slots: Int64, stopped: Bool) -> None:
         """Learn from finished samples that are still in these slots; `stopped` is True if the model ended them, not the

@@ -91,9 +91,10 @@ class LengthModel:
         by 1, its mean."""
         return self._draw(request, generated, limit, np.ones(len(request)))
 
-    def mean_lengths(self, limit: Int32) -> Float64:
-        """Return the expected output tokens of samples that have not begun and may have at most `limit`, shape [N]."""
-        return self._table.mean_lengths(limit)
+    def expected(self, generated: Int32, most: Int32) -> Float64:
+        """Return how many of the next `most` tokens are expected, whatever the prompt, of samples with `generated` tokens;
+        shape [N]."""
+        return self._table.expected(generated, most)
 
     def forget(self, requests: list[int]) -> None:
         """Mark prompts as finished: their counts are merged into the run's once their last samples have been counted."""
