@@ -46,7 +46,7 @@ class Status:
     unjudged: int | None
     """Samples that are still to be judged; None if the job does not verify."""
     without_verdict: int | None
-    """Samples that the judge could not judge, which count as wrong."""
+    """Samples that the judge could not judge, which count as wrong; None if the job does not verify."""
     started: str | None
     """The time of the first start, in its local time."""
     model: str | None
