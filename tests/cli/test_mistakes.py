@@ -102,7 +102,7 @@ MISTAKES = [
     (("run", "nope.yaml"), "no such file"),
     (("run", "."), "is a folder; name the job file inside it"),
     (("run", "rows.jsonl"), "is a data file, not a job file; name it as input.path in a job file"),
-    (("run", "tabs.yaml"), "indent with spaces, not tabs"),
+    (("run", "tabs.yaml"), "indent with spaces instead"),
     (("run", "list.yaml"), "holds a list; a job file is a mapping of sections"),
     (("run", "empty.yaml"), "holds nothing; a job file is a mapping of sections"),
     (("run", "jinja.yaml"), "quote"),

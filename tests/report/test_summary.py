@@ -81,6 +81,11 @@ class TestRunSummary:
         )
         assert "drawn again" not in facts(run_sections(replace(SUMMARY, kept_tokens=79_000)))["output tokens"]
 
+    def test_scores_between_wrong_and_right(self) -> None:
+        assert facts(run_sections(SUMMARY))["right"].startswith("a score of verify.correct_from (1.0 by default) or more")
+        alike = (Estimate("mean score", 0.25, 0.2, 0.3), Estimate("pass@1", 0.25, 0.2, 0.3))
+        assert "right" not in facts(run_sections(replace(SUMMARY, estimates=alike)))
+
     def test_worrying_facts_come_first(self) -> None:
         assert "10 of 400 samples (2.5%) are errors" in facts(run_sections(SUMMARY))["result"]
         silent = replace(SUMMARY, exit_code=3, unverified=390)

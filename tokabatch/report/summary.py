@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tokabatch.report.sections import Section, count_text, counted, seconds_text, share_text
-from tokabatch.scoring.estimates import Estimate, distinct
+from tokabatch.scoring.estimates import MEAN_SCORE, Estimate, distinct
 
 _EXIT_WORDS = {
     0: "complete",
@@ -260,6 +260,10 @@ def verdict_sections(estimates: Sequence[Estimate], done: int, samples: int | No
     rows = [(each.name, f"{each.value:.4f} {each.interval('.4f')}") for each in distinct(estimates)]
     if estimates:
         rows.append(("in brackets", "95 % intervals over the rows"))
+        if rows[0][0] == MEAN_SCORE:
+            rows.append(
+                ("right", "a score of verify.correct_from (1.0 by default) or more; others count in the mean score alone")
+            )
         rows += [("estimated", estimator)] if estimator else []
     if samples is not None and done < samples:
         rows = [("no estimate", f"{count_text(done)} of {count_text(samples)} samples are there; {_PARTIAL}")]

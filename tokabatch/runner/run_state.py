@@ -134,7 +134,8 @@ def summarise(
         cacheable_tokens=workload.sharing().saved_tokens,
         prefilled_tokens=counts.prefilled_tokens,
         output_tokens=counts.output_tokens,
-        kept_tokens=tally.output_tokens,
+        # Not known of a tally made of what is in the folder.
+        kept_tokens=tally.output_tokens if tally is state.recorder.tally else None,
         seconds=seconds,
         load_seconds=state.clock.load_seconds,
         steps=counts.steps,
