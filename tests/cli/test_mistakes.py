@@ -129,7 +129,7 @@ MISTAKES = [
     (("run", Q, "input.path=row.jsonl"), r"does not exist; did you mean rows\.jsonl\?"),
     (("run", Q, "model.path=/no/where"), r": /no/where: no such folder\. model\.path must be"),
     (("run", "escape.yaml"), r"escape\.yaml:.* unknown escape character 'd' \(write the text in single quotes"),
-    (("run", "indent.yaml"), r"not valid YAML.*\(check the indentation"),
+    (("run", "indent.yaml"), r"not valid YAML: it is indented by 1, as no line above"),
     (("run", Q, "verify=none"), r"or null, for example `'verify=\{kind: exact\}'`"),
     (
         ("run", "flat.yaml"),
