@@ -128,7 +128,7 @@ MISTAKES = [
     (("slurm", Q, "--time", "4h"), "sbatch's format, such as 4:00:00"),
     (("run", Q, "input.path=row.jsonl"), r"does not exist; did you mean rows\.jsonl\?"),
     (("run", Q, "model.path=/no/where"), r": /no/where: no such folder\. model\.path must be"),
-    (("run", "escape.yaml"), r"escape\.yaml:.* unknown escape character 'd' \(write the text in single quotes"),
+    (("run", "escape.yaml"), r"escape\.yaml:4: .* is not valid YAML: within double quotes .* and \\d is none; write \\\\d"),
     (("run", "indent.yaml"), r"not valid YAML: it is indented by 1, as no line above"),
     (("run", Q, "verify=none"), r"or null, for example `'verify=\{kind: exact\}'`"),
     (
@@ -255,7 +255,7 @@ MISTAKES = [
     (("run", "section.yaml"), r"section\.yaml:4: generate: unknown key; did you mean `generation`\?"),
     (("run", "half.yaml"), r"errors:\n.*input\.path: missing; accepts .*output\.path: missing; accepts a folder's path"),
     (("run", "anchor.yaml"), r"anchor\.yaml:3: .*write the value out, or put text that begins with & or \* in quotes"),
-    (("run", "documents.yaml"), "keep one job a file, and remove the `---` line"),
+    (("run", "documents.yaml"), "keep one job a file, and remove that line"),
     (("run", Q, "generation={n: 4, temprature: 1}"), r"generation\.temprature: unknown key; did you mean `temperature`\?"),
     (("run", Q, "modl.path=x"), r"modl: unknown key; did you mean `model\.path=x`\?"),
     (("run", Q, "model=jobs/quickstart"), "keys path, revision.*, for example `'model={path: jobs/quickstart}'`"),
