@@ -109,11 +109,24 @@ def digest_each(contents: Iterable[bytes]) -> UInt64:
 
 def _values(table: pa.RecordBatch) -> list[bytes]:
     """Return the content of each row, independent of the rows around it."""
+    columns = sorted((field.name, _is_plain(field.type)) for field in table.schema)
     try:
-        return [repr(_plain(values)).encode(errors="surrogatepass") for values in table.to_pylist()]
+        return [
+            repr({name: row[name] if plain else _plain(row[name]) for name, plain in columns if row[name] is not None}).encode(
+                errors="surrogatepass"
+            )
+            for row in table.to_pylist()
+        ]
     except Exception:  # a value that Python does not have, such as a date after the year 9999
         rows = [table.slice(row, 1) for row in range(table.num_rows)]
         return [_values(row)[0] for row in rows] if len(rows) != 1 else [table.take(pa.array([0])).serialize().to_pybytes()]
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """Return whether `_plain` would return every value of this type as it is, such as millions of token ids."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_plain(kind.value_type)
+    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)
 
 
 def _plain(value: Any) -> Any:
