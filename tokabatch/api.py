@@ -40,9 +40,11 @@ def _refusing_keys(function: Callable[Arguments, Returned]) -> Callable[Argument
     @wraps(function)
     def called(*arguments: Arguments.args, **named: Arguments.kwargs) -> Returned:
         for word, value in named.items():
+            if word in accepted:
+                continue
             name = our_name((word,))
             keys = [key.name for key in Job.describe_keys() if name in (key.name.rpartition(".")[2], key.name.split(".")[0])]
-            if word in accepted or not keys:
+            if not keys:
                 continue
             key = keys[0]
             if isinstance(value, Mapping) and value:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tokabatch.errors import JobError
@@ -34,7 +36,10 @@ FAULTS = [
     ("a:\n  b: \u201cQ: x\u201d\n", 2, '`b: "Q: x"`'),
     ('a: "\\d+"\n', 1, "a backslash begins an escape, and \\d is none; write \\\\d"),
     ('a: "C:\\users"\n', 1, "\\u is none; write \\\\u"),
+    ("a:\n  bcde:\tm\n", 2, "there is a tab in column 8; write a space instead"),
     # Text written with | or >.
+    ("a:\n  b: |\n    text\nmodel: {path: m}}\n", 4, "} in column 17 closes nothing"),
+    ("a:\n  b: |\n    text\ngeneration\n  n: 4\n", 4, "write `generation:`"),
     (
         "a:\n  b: |\n  Question {{ q }}\n  Answer\n",
         3,
@@ -86,6 +91,14 @@ def test_faults(text: str, line: int, message: str) -> None:
 def test_a_fault_of_no_known_kind_is_quoted() -> None:
     with pytest.raises(JobError, match=r"job\.yaml:3: `f: 1` is not valid YAML: YAML's parser says: mapping values are not"):
         parse_document("a:\n  b c d:e\n  f: 1\n", "job.yaml")
+
+
+def test_long_lines_cost_no_time() -> None:
+    began = time.process_time()
+    for text in ("a:\n  b: '" + "word " * 20_000 + "'\n  c: d: e\n", "a:\n  b: " + "word" * 20_000 + ": c: d\n"):
+        with pytest.raises(JobError, match="is not valid YAML"):
+            parse_document(text, "job.yaml")
+    assert time.process_time() - began < 5.0
 
 
 def test_of_a_long_line_the_part_at_fault_is_shown() -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import yaml
 
-_SHOWN = 80
-_HEADER = re.compile(r"(?P<key>[^\s#][^#]*?): *[|>][-+0-9]*\s*(#.*)?$")
+_SHOWN, _MOST_CHARACTERS = 80, 2000
+_HEADER = re.compile(r"[^#]: *[|>][-+0-9]*\s*(#.*)?$")
 """The first line of a text written with `|` or `>`."""
 _PAIR = re.compile(r"\s*(?:- +)?(?P<key>[\w.-]+): +(?P<value>\S.*?)(?: +#.*)?")
 _TEMPLATE = re.compile(r"[^\"'#]*?(?P<key>[\w.-]+): +(?P<value>\{[{%].*)")
@@ -71,7 +71,9 @@ def explain(error: yaml.YAMLError, text: str) -> tuple[int | None, str]:
     column = mark.column if row == mark.line else len(lines[row])
     begun = error.context_mark or mark
     fault = _Fault(lines, what, row, column, (min(begun.line, row), begun.column), list(_tokens(text)))
-    for pattern, cause in _CAUSES:
+    # Some patterns take a time that grows with the square of the line's length.
+    causes = _CAUSES if len(fault.line) <= _MOST_CHARACTERS else ()
+    for pattern, cause in causes:
         if re.search(pattern, what) and (found := cause(fault)) is not None:
             at, advice = found
             where = fault.start[1] if at == fault.start[0] != row else column
@@ -108,7 +110,10 @@ def _says(advice: str) -> _Cause:
 
 
 def _tab(fault: _Fault) -> tuple[int, str] | None:
-    return fault.row, f"there is a tab in column {fault.column + 1}; indent with spaces instead, two for each level"
+    where = f"there is a tab in column {fault.column + 1}"
+    if fault.line[: fault.column].strip():
+        return fault.row, f"{where}; write a space instead, or put the text in quotes"
+    return fault.row, f"{where}; indent with spaces instead, two for each level"
 
 
 def _fence(fault: _Fault) -> tuple[int, str] | None:
@@ -131,7 +136,8 @@ def _block_text(fault: _Fault) -> tuple[int, str] | None:
     width = _width(fault.lines[header])
     if any(_width(line) <= width for line in fault.lines[header + 1 : row] if line.strip()):
         return None
-    if row > header + 1 and _width(fault.lines[row]) == width and ":" in fault.lines[row]:
+    own = _width(fault.lines[row])
+    if row > header + 1 and (own < width or (own == width and ":" in fault.lines[row])):
         return None
     shown = fault.lines[header].strip()
     least = max(width + 2, max((_width(line) for line in fault.lines[header + 1 : row]), default=0))

@@ -263,7 +263,8 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         rows.append(("of computing, all starts", seconds_text(seconds), False))
         rows.append((f"{kind} tokens a second of computing, all starts", f"{speed:,.0f}", False))
     elif s.get("steps"):
-        lost = pending and (s.get("kept_tokens") or s["output_tokens"]) < s["output_tokens"]
+        kept = s.get("kept_tokens")
+        lost = pending and kept is not None and kept < s["output_tokens"]
         also = ", unfinished samples included" if lost else ""
         rows.append((f"of which loading {seconds_text(s['load_seconds'])}{last}", seconds_text(s["seconds"]), False))
         rows.append((f"{kind} tokens a second after loading{also}{last}", f"{s['output_tokens_per_second']:,.0f}", False))

@@ -62,6 +62,9 @@ from tokabatch.runner.supply import Supply
 from tokabatch.storage.listing import is_there
 from tokabatch.workload.open_model import pick_device
 
+OF_THE_WORK = frozenset({"this_start", "output_path"})
+"""What a summary keeps of the start that did the work, when a later one finds nothing to compute."""
+
 MakeReplicas = Callable[[Job, Start, ReplicaSizes, Claim, Interruption, Progress, Supply | None], Replicas]
 
 
@@ -271,7 +274,7 @@ def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:
     """Write the summary and the steps. If nothing was left to compute, keep the figures of the previous start's work."""
     earlier = _earlier_summary(claim)
     if earlier and not len(steps):
-        write_summary(claim, {**earlier, **{name: value for name, value in summary.items() if name != "this_start"}})
+        write_summary(claim, {**earlier, **{name: summary[name] for name in summary.keys() - OF_THE_WORK}})
         return
     write_summary(claim, summary)
     if len(steps) or not claim.folder.steps():

@@ -36,8 +36,10 @@ COLUMN_TYPES: Mapping[type, str] = {str: "string", int: "int64", float: "float64
 
 _TEXTS = frozenset({"text", "texts", "completion", "completions", "response", "responses", "prediction", "predictions"})
 _ROWS = frozenset({"row", "rows"})
-_REFERENCES = frozenset({"reference", "answer", "expected", "gold", "target", "label", "ground_truth", "solution"})
-"""Names of parameters that say what an author takes them to be: the sample's text, the input's row, a value of one column."""
+_REFERENCES = frozenset({"reference", "answer", "expected", "gold", "ground_truth"})
+_INPUTS = frozenset({"prompt", "problem", "question"})
+"""Names of parameters that say what an author takes them to be: the sample's text, the input's row, a value of one column, what
+the model was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class Judge:
                 f"its `{spec.function}({given})` is called with a text and its row; write `{spec.function}(text, row)`"
             )
         first, second = [*(each.name.lower() for each in by_place), "", ""][:2]
-        if first in _ROWS or (second in _TEXTS and first not in _TEXTS):
+        if first in _ROWS or (second in _TEXTS and first in _REFERENCES | _INPUTS):
             raise ValueError(
                 f"its `{spec.function}({first}, {second})` is called with the text first and the row second; exchange the two"
             )

@@ -113,9 +113,9 @@ class LengthEstimates:
     @property
     def headway(self) -> float:
         """See `Scheduler`. Only the next tokens up to `HORIZON` count: a slot that does not come free within that time is of no
-        use to a sample that waits for it, however long it stays taken."""
+        use to a sample that waits for it, however long it stays taken. 0 for given texts, all of which is computed at once."""
         seq, order = self._slots, self._slots.order
-        if not len(order):
+        if not len(order) or self._work.continuations is not None:
             return 0.0
         if self._horizon is None:
             within = math.ceil(HORIZON * self._mean_within(self._longest))
