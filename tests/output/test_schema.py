@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokabatch.errors import JobError, RowError
+from tokabatch.input.store.json_types import JSON_TEXTS_KEY
 from tokabatch.output.schema import (
     VERDICT_FIELDS,
     FailedRow,
@@ -20,6 +22,7 @@ from tokabatch.output.schema import (
     cut_at_stop,
     input_names,
     output_schema,
+    row_names,
     sample_keys,
     text_token_ids,
     verdict_fields,
@@ -97,9 +100,16 @@ def test_correct_is_ours_only_where_the_job_verifies() -> None:
 
 
 def test_the_id_column_may_be_called_id() -> None:
-    inputs = pa.schema([("id", pa.int64()), ("question", pa.string())])
-    assert input_names(output_schema(inputs, id_column="id")) == {"question": "question"}
+    inputs = pa.schema([("id", pa.string()), ("question", pa.string())])
+    schema = output_schema(inputs, id_column="id")
+    assert input_names(schema) == {"question": "question"}
+    assert row_names(schema, "id") == {"id": "id", "question": "question"} and row_names(schema, None) == input_names(schema)
     assert input_names(output_schema(inputs, id_column="question")) == {"input_id": "id", "question": "question"}
+    # Our `id` is text: what it does not stand for is carried besides.
+    texts = inputs.with_metadata({JSON_TEXTS_KEY: json.dumps([["id"]])})
+    for others in (texts, pa.schema([("id", pa.int64()), ("question", pa.string())])):
+        repeated = output_schema(others, id_column="id")
+        assert row_names(repeated, "id") == input_names(repeated) == {"input_id": "id", "question": "question"}
 
 
 def test_a_completion_becomes_one_row() -> None:

@@ -15,10 +15,11 @@ from tokabatch.input.fingerprint import Fingerprint
 from tokabatch.output.claim import Claim
 from tokabatch.output.lock import is_claimed
 from tokabatch.output.manifest import Manifest, Versions, mark_success, write_manifest
+from tokabatch.output.schema import CORRECT
 from tokabatch.output.shard_writer import ShardWriter
 from tokabatch.output.status import Pace, read_pace, read_status
 
-SCHEMA = pa.schema([("row_index", pa.int64()), ("status", pa.string()), ("correct", pa.bool_())])
+SCHEMA = pa.schema([("row_index", pa.int64()), ("status", pa.string()), CORRECT])
 MANIFEST = Manifest(
     "2026-01-02T03:04:05+00:00", "/home", "models/x", Versions("1", "2", "3", "4"), 3, 6, {}, Fingerprint({}, {})
 )

@@ -6,9 +6,12 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.scripted_run import scripted_engine, scripted_job, scripted_run
@@ -18,12 +21,17 @@ from tokabatch.cli import main
 from tokabatch.errors import JobError, OutputError, Stopped
 from tokabatch.output import existing_results
 from tokabatch.output.claim import Claim
-from tokabatch.output.export import export
+from tokabatch.output.existing_results import replace_shard
+from tokabatch.output.export import Selection, export
 from tokabatch.output.folder import OutputFolder
+from tokabatch.output.inspection import inspect
 from tokabatch.output.integrity import check
 from tokabatch.output.manifest import read_manifest
+from tokabatch.output.remedy import begin_record
 from tokabatch.output.status import read_status
+from tokabatch.output.unwritable import CANNOT_BE_WRITTEN
 from tokabatch.report import review
+from tokabatch.report.run_estimates import read_estimates
 from tokabatch.runner import score as scoring
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.score import score, score_to
@@ -194,6 +202,66 @@ def test_the_summary_and_the_page_follow_the_verdicts_that_are_filled_in(
     assert "without a verdict" not in page(out)
 
 
+def test_a_stopped_score_leaves_no_figure_of_before(
+    rows: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it stops: summary.json says nothing of the verdicts, `status` and the page count those that are there."""
+    out, reading = tmp_path / "out", tmp_path / "reading.py"
+    reading.write_text(
+        "from pathlib import Path\ndef verify(text, row): return bool(Path(__file__).with_name('reference.txt').read_text())\n"
+    )
+    summary = scripted_run(rows, out, verify={"kind": str(reading)}, output={"rows_per_shard": 7})
+    assert summary.unverified == summary.ok == read_status(out).without_verdict
+    (tmp_path / "reference.txt").write_text("there")
+    replace_shard, done = existing_results.replace_shard, 0
+
+    def once(*arguments: Any) -> None:
+        nonlocal done
+        if done:
+            raise KeyboardInterrupt
+        replace_shard(*arguments)
+        done += 1
+
+    def stop_in_the_middle(*overrides: str) -> None:
+        nonlocal done
+        done = 0
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(scoring, "replace_shard", once)
+            score(out, overrides)
+        told = json.loads((out / "summary.json").read_text())
+        assert (told["estimates"], told["pass_at_k"], told["unverified"]) == ({}, None, None)
+        assert told["ok"] == summary.ok and told["this_start"]["steps"] == summary.steps
+
+    stop_in_the_middle()
+    lacking = sum(row["status"] == "ok" and row["correct"] is None for row in samples(out))
+    assert 0 < lacking < summary.ok and read_status(out).without_verdict == lacking
+    assert f"<b class=bad>{lacking}</b><span>samples without a verdict" in page(out)
+    score(out)
+    told = json.loads((out / "summary.json").read_text())
+    assert (told["unverified"], read_status(out).without_verdict) == (0, 0) and told["pass_at_k"]["1"] > 0.9
+
+    # By another judge: the verdicts of the first one count nowhere.
+    stop_in_the_middle(f"verify.kind={judge}")
+    status = read_status(out)
+    left = sum(row["status"] == "ok" for row in samples(out) if "length" not in row)
+    assert status.of_another_judge == left > 0 == status.unjudged
+    assert status.correct == sum(bool(row["correct"]) for row in samples(out) if "length" in row)
+    assert read_estimates(out) == ()
+    shown = page(out)
+    assert f"<b class=bad>{left}</b><span>samples still to be judged" in shown and "pass@1" not in shown
+    with pytest.raises(OutputError, match=r"files are not judged yet by the verifier .* `tokabatch score"):
+        export(out, tmp_path / "samples.jsonl")
+    monkeypatch.setattr(sys, "argv", ["tokabatch", "status", str(out)])
+    with pytest.raises(SystemExit):
+        main()
+    words = capsys.readouterr().out
+    assert f"of another judge  {left}" in words and "still to be judged" in words
+    assert re.search(rf"tokabatch score \S+ +judges {left} samples", words)
+    score(out)
+    check_even(out)
+    assert read_status(out).of_another_judge is None and "samples still to be judged" not in page(out)
+
+
 def page(out: Path) -> str:
     return review.write_report(out).read_text()
 
@@ -242,17 +310,128 @@ def test_it_stops_on_request(rows: Path, tmp_path: Path) -> None:
     assert manifest is not None and manifest.job["verify"]["kind"] == "gsm8k" and check(tmp_path / "out").exit_code == 0
 
 
-def test_samples_that_a_stopped_run_left_unjudged_are_judged(rows: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    scripted_run(rows, out, verify=OLD)
+def rewrite(out: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace every sample in the folder by what `change` makes of it, as a commit of the run."""
+    manifest = read_manifest(OutputFolder(out))
+    assert manifest is not None
     with Claim(out) as claim:
+        begin_record(claim, manifest, inspect(claim.folder, manifest).marked)
         for file in claim.folder.shards():
             table = pq.read_table(file.path)
-            place = table.schema.get_field_index("verify_error")
-            undone = table.set_column(place, table.schema.field(place), [[NOT_JUDGED] * table.num_rows])
-            with Path(file.path).open("wb") as sink:
-                pq.write_table(undone, sink)
-    assert scoring._is_judged(OutputFolder(out).shards()[0], read_manifest(OutputFolder(out))) is False  # type: ignore[arg-type]
+            replace_shard(claim, file, [pa.Table.from_pylist(list(map(change, table.to_pylist())), schema=table.schema)])
+        claim.reopen(keep_summary=True)
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> Path:
+    """A judge that writes down the rows that it is called with."""
+    file = tmp_path / "counting.py"
+    file.write_text(
+        "import json\nfrom pathlib import Path\n"
+        "def verify(text, row):\n"
+        "    with (Path(__file__).with_name('calls.jsonl')).open('a') as calls: print(json.dumps(row), file=calls)\n"
+        "    return True\n"
+    )
+    return file
+
+
+def take_calls(tmp_path: Path) -> list[dict[str, Any]]:
+    """Return the rows that the judge was called with since the last call."""
+    file = tmp_path / "calls.jsonl"
+    found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    file.unlink(missing_ok=True)
+    return found
+
+
+@pytest.mark.parametrize("stop", [None, {"after_correct": 9}])
+@pytest.mark.parametrize("by", ["score", "run"])
+def test_samples_that_a_stopped_run_left_unjudged_are_judged_and_no_others(
+    stop: dict[str, int] | None, by: str, rows: Path, counting: Path, tmp_path: Path
+) -> None:
+    out, verify = tmp_path / "out", {"kind": str(counting), **({"stop": stop} if stop else {})}
+    scripted_run(rows, out, verify=verify)
+    take_calls(tmp_path)
+    unjudged = {"correct": None, "verify_score": None, "verify_error": NOT_JUDGED}
+    wanted = [(2, 0), (2, 1), (5, 1)]
+    rewrite(out, lambda row: {**row, **(unjudged if (row["row_index"], row["sample_index"]) in wanted else {})})
+    status = read_status(out)
+    assert (status.unjudged, status.without_verdict, status.of_another_judge) == (3, 0, None)
+    if by == "score":
+        assert score(out).judged == 3
+    else:
+        scripted_run(rows, out, verify=verify)
+    # The calls of one sample each, in any order.
+    assert sorted(row["answer"] for row in take_calls(tmp_path)) == ["2", "2", "5"]
+    assert read_status(out).unjudged == 0 and check(out).exit_code == 0
+    assert all(row["correct"] for row in samples(out) if row["status"] == "ok")
+
+
+@pytest.mark.parametrize(
+    ("lines", "id_column"),
+    [
+        ([{"question": "a"}, {"question": "b"}], None),
+        ([{"question": "a", "id": 5}, {"question": "b", "id": 6}], None),
+        ([{"question": "a", "id": 5}, {"question": "b", "id": 6}], "id"),
+        ([{"question": "a", "id": "5"}, {"question": "b", "id": "x"}], "id"),
+        ([{"question": "a", "id": "5"}, {"question": "b", "id": 6}], "id"),
+        ([{"question": "a", "name": "x"}, {"question": "b", "name": "y"}], "name"),
+    ],
+)
+def test_the_judge_gets_the_row_that_it_got_in_the_run(
+    lines: list[dict[str, Any]], id_column: str | None, counting: Path, tmp_path: Path
+) -> None:
+    """Whether it is called by a run, by `score`, with --to, or by a run that judges what an earlier one left unjudged."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sections: dict[str, Any] = {"input": {"id_column": id_column}, "verify": {"kind": str(counting)}, "generation": {"n": 1}}
+    scripted_run(rows, out, **sections)
+    in_order = partial(sorted, key=json.dumps)
+    given = in_order(take_calls(tmp_path))
+    assert given == in_order(lines)
+    score_to(out, tmp_path / "verdicts.parquet")
+    assert in_order(take_calls(tmp_path)) == given
+    counting.write_text(counting.read_text() + "# edited\n")
+    score(out)
+    assert in_order(take_calls(tmp_path)) == given
+    rewrite(out, lambda row: {**row, "correct": None, "verify_error": NOT_JUDGED})
+    scripted_run(rows, out, **sections)
+    assert in_order(take_calls(tmp_path)) == given
+
+
+def test_a_judge_gets_all_columns_of_samples_that_were_left_unjudged(counting: Path, tmp_path: Path) -> None:
+    """Also those that the output does not carry."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text(json.dumps({"question": "a", "answer": "1"}) + "\n")
+    sections: dict[str, Any] = {"output": {"columns": ["question"]}, "verify": {"kind": str(counting)}}
+    scripted_run(rows, out, **sections)
+    take_calls(tmp_path)
+    rewrite(out, lambda row: {**row, "correct": None, "verify_error": NOT_JUDGED})
+    scripted_run(rows, out, **sections)
+    assert take_calls(tmp_path) == [{"question": "a", "answer": "1"}] * 2
+
+
+def test_a_sample_whose_text_was_not_written_keeps_its_reason(rows: Path, judge: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    scripted_run(rows, out, verify={"kind": str(judge)})
+    lost = {"status": "error", "error_code": CANNOT_BE_WRITTEN, "error_message": "not every column", "text": None}
+    lost_rows = {(3, 0): {}, (4, 0): {}, (5, 0): {"correct": None, "verify_error": NOT_JUDGED}}
+
+    def lose(row: dict[str, Any]) -> dict[str, Any]:
+        changes = lost_rows.get((row["row_index"], row["sample_index"]))
+        return row if changes is None else {**row, **lost, **changes}
+
+    def verdicts() -> list[tuple[bool | None, str | None]]:
+        found = {(row["row_index"], row["sample_index"]): row for row in samples(out)}
+        return [(found[place]["correct"], found[place]["verify_error"]) for place in lost_rows]
+
+    rewrite(out, lose)
+    assert score(out).judged == 1, "the other sample of row 3"
+    assert verdicts() == [(None, "three"), (True, None), (None, scoring.NO_TEXT)]
+    status = read_status(out)
+    assert (status.without_verdict, status.unjudged) == (1, 0)
+    # Another judge has said nothing of them, and cannot.
+    score(out, ["verify.correct_from=0.5"])
+    assert verdicts() == [(None, scoring.NO_TEXT)] * 3
 
 
 def test_refusals(rows: Path, judge: Path, tmp_path: Path) -> None:
@@ -266,7 +445,7 @@ def test_refusals(rows: Path, judge: Path, tmp_path: Path) -> None:
         score(out, ["generation.n=4"])
     with pytest.raises(JobError, match=r"`kind=exact`: only keys under verify .*; write verify\.kind=exact"):
         score(out, ["kind=exact"])
-    with pytest.raises(OutputError, match=r"no column 'answer' \(see output\.columns\); it has id, question"):
+    with pytest.raises(OutputError, match=r"no column 'answer' \(see output\.columns\); it has question"):
         score(out, ["verify={kind: exact, answer: answer}"])
     with pytest.raises(JobError, match=r"there is no file /.*none\.py; check the path"):
         score(out, ["verify.kind=./none.py"])
@@ -419,3 +598,12 @@ def test_columns_of_the_input_with_names_of_ours_go_all_the_way(tmp_path: Path) 
         and all(found["correct"].to_pylist())
     )
     assert scripted_run(rows, out, **changes).ok == 4 and check(out).exit_code == 0
+
+
+def test_a_column_correct_of_the_input_is_no_verdict(tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text(json.dumps({"correct": True, "question": "x"}) + "\n")
+    scripted_run(rows, out, prompt={"template": "{{ question }}"})
+    assert read_status(out).correct is None and review.read_record(out).samples_shown.keys() == {"first", "longest"}
+    with pytest.raises(OutputError, match="the run was not verified"):
+        export(out, tmp_path / "right.jsonl", Selection(where="correct"))

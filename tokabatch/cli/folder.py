@@ -41,14 +41,12 @@ def status(out: OutArgument) -> None:
     shares = import_module("tokabatch.output.status").read_shares(out, time.time())
     sections += shown.share_sections(asdict(shares)) if shares is not None else ()
     if found.correct is not None:
+        verdicts_of = import_module("tokabatch.report.summary").verdict_sections
         verdicts = import_module("tokabatch.report.run_estimates")
         estimates, how = verdicts.read_estimates(out) or (), verdicts.read_estimator(out)
-        sections += import_module("tokabatch.report.summary").verdict_sections(estimates, found.committed, found.samples, how)
-    todo = (("computes the missing", found.pending), ("judges", found.unjudged))
-    if found.state == "incomplete" and any(number for _, number in todo):
-        sections_of = import_module("tokabatch.report.sections")
-        does = " and ".join(f"{verb} {sections_of.counted(number, 'sample')}" for verb, number in todo if number)
-        sections += (sections_of.Section("Next", (("the same `tokabatch run` again", does),)),)
+        unjudged = (found.unjudged or 0) + (found.of_another_judge or 0)
+        sections += verdicts_of(estimates, found.committed, found.samples, how, unjudged=unjudged)
+    sections += shown.what_is_left(out, values) if found.state == "incomplete" else ()
     print_result(sections)
 
 

@@ -22,7 +22,7 @@ from tokabatch.input.store.json_types import parse_json_texts
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import read_manifest
-from tokabatch.output.schema import CORRECT, SCORE_FIELDS, input_names, own_names, verdict_names
+from tokabatch.output.schema import CORRECT, SCORE_FIELDS, input_names, own_names, row_names, verdict_names
 from tokabatch.output.shards import open_shard, read_groups
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.parquet_file import ParquetFile
@@ -93,10 +93,13 @@ def excerpts(path: Path, count: int, *, whole: bool = False) -> dict[Kind, tuple
     texts of the lowest and the highest log-probability per token take the place of the longest."""
 
     def choose() -> dict[Kind, tuple[Excerpt, ...]]:
-        shards = _shards(path)
+        manifest = read_manifest(OutputFolder(path))
+        id_column = manifest and manifest.id_column
+        # Verdicts of another judge count nowhere.
+        shards = [each for each in _shards(path) if manifest is None or manifest.is_judge_of(_metadata(each))]
         if shards and _scores_texts(shards[0]):
-            return _scored(shards if whole else shards[:1], count, whole)
-        return _excerpts(shards, count, whole)
+            return _scored(shards if whole else shards[:1], count, whole, id_column)
+        return _excerpts(shards, count, whole, id_column)
 
     return consistently(choose, path)
 
@@ -116,12 +119,17 @@ def finish_reasons(path: Path) -> Counter[str]:
     return consistently(count, path)
 
 
+def _metadata(shard: ListedFile) -> Mapping[bytes, bytes] | None:
+    with open_shard(shard) as file:
+        return file.schema_arrow.metadata
+
+
 def _scores_texts(shard: ListedFile) -> bool:
     with open_shard(shard) as file:
         return SCORE_FIELDS[0].name in own_names(file.schema_arrow)
 
 
-def _scored(shards: Sequence[ListedFile], count: int, whole: bool) -> dict[Kind, tuple[Excerpt, ...]]:
+def _scored(shards: Sequence[ListedFile], count: int, whole: bool, id_column: str | None) -> dict[Kind, tuple[Excerpt, ...]]:
     """Return what `excerpts` does; a few numbers of every text are held at once."""
     parts: list[tuple[Float64, ...]] = []
     places: list[tuple[int, int]] = []
@@ -161,7 +169,7 @@ def _scored(shards: Sequence[ListedFile], count: int, whole: bool) -> dict[Kind,
 
     def read(at: int) -> Excerpt:
         shard, group = places[at]
-        return _read(shards[shard], group, int(offset[at]))
+        return _read(shards[shard], group, int(offset[at]), id_column)
 
     return {kind: tuple(map(read, chosen[:count].tolist())) for kind, chosen in kinds.items() if len(chosen)}
 
@@ -210,7 +218,7 @@ def _all_null(file: ParquetFile, group: int) -> bool:
     return statistics is not None and statistics.has_null_count and statistics.null_count == described.num_rows
 
 
-def _excerpts(shards: Sequence[ListedFile], count: int, whole: bool) -> dict[Kind, tuple[Excerpt, ...]]:
+def _excerpts(shards: Sequence[ListedFile], count: int, whole: bool, id_column: str | None) -> dict[Kind, tuple[Excerpt, ...]]:
     best: dict[Kind, list[_Place]] = {}
     for number, shard in enumerate(shards):
         with open_shard(shard) as file:
@@ -224,7 +232,7 @@ def _excerpts(shards: Sequence[ListedFile], count: int, whole: bool) -> dict[Kin
         if any(best.values()) and not whole:
             break
     return {
-        kind: tuple(_read(shards[place.shard], place.group, place.offset) for place in places)
+        kind: tuple(_read(shards[place.shard], place.group, place.offset, id_column) for place in places)
         for kind, places in best.items()
         if places
     }
@@ -251,15 +259,15 @@ def _candidates(table: pa.Table, whole: bool) -> dict[Kind, list[tuple[tuple[int
     return result
 
 
-def _read(shard: ListedFile, group: int, offset: int) -> Excerpt:
+def _read(shard: ListedFile, group: int, offset: int, id_column: str | None) -> Excerpt:
     with open_shard(shard) as file:
         schema = file.schema_arrow
         names = [name for name in schema.names if name not in _LONG_COLUMNS]
         table = file.read_row_group(group, columns=names).slice(offset, 1)
     own = own_names(schema)
     (values,) = python_rows(table)
-    sources = input_names(schema)
-    parse_json_texts([values], schema, sources)
+    sources = row_names(schema, id_column)
+    parse_json_texts([values], schema, input_names(schema))
     return Excerpt(
         values["row_index"],
         values["sample_index"],

@@ -29,6 +29,7 @@ from tokabatch.output.shards import (
     count_cancelled,
     count_ok,
     count_unjudged,
+    count_without_verdict,
     open_shard,
     read_groups,
     record_commit,
@@ -49,7 +50,7 @@ class Committed:
     shards: tuple[Shard, ...]
     error_counts: Counter[str]
     unverified: int
-    """Number of samples whose reference the verifier cannot parse."""
+    """Number of good samples that the judge could not judge."""
 
     @property
     def ok(self) -> int:
@@ -106,8 +107,7 @@ def read_committed(
             rows, ok, cancelled = rows + table.num_rows, ok + count_ok(table), cancelled + count_cancelled(table)
             unjudged += count_unjudged(table)
             codes.update(table["error_code"].drop_null().to_pylist())
-            if "correct" in table.column_names and table.schema.field("correct").type == pa.bool_():
-                unverified += count_ok(table.filter(pc.call_function("is_null", [table["correct"]])))
+            unverified += count_without_verdict(table)
         errors_there = rows - ok - cancelled
         shards.append(Shard(folder.name_of(path), rows, ok, errors_there, file.bytes, None, cancelled, unjudged))
     return Committed(empty.drawn, tuple(shards), codes, unverified)

@@ -33,7 +33,7 @@ from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import inspect
 from tokabatch.output.json_lines import flatten, write_json_lines
 from tokabatch.output.manifest import read_manifest
-from tokabatch.output.remedy import refuse_faults, refuse_unrecorded
+from tokabatch.output.remedy import refuse_faults, refuse_other_verdicts, refuse_unrecorded
 from tokabatch.output.schema import CORRECT, input_names, own_names, verdict_names
 from tokabatch.output.scratch import scratch_folder
 from tokabatch.output.shards import ARROW_BYTES_KEY, PARQUET_OPTIONS, open_shard, read_groups
@@ -101,6 +101,7 @@ def committed_shards(folder: OutputFolder) -> tuple[ListedFile, ...]:
     found = inspect(folder, manifest)
     refuse_faults(folder, manifest, found)
     refuse_unrecorded(folder, manifest, found)
+    refuse_other_verdicts(folder, manifest, found)
     return tuple(file for _, file in found.good)
 
 

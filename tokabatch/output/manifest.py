@@ -81,6 +81,16 @@ class Manifest:
         return {RUN_KEY: self.run.encode(), FINGERPRINT_KEY: self.fingerprint_sha256.encode()}
 
     @property
+    def id_column(self) -> str | None:
+        """The input's column that identifies rows; None if their numbers do."""
+        return json.loads(self.fingerprint.settings.get("input.id_column", "null"))
+
+    def is_judge_of(self, metadata: Mapping[bytes, bytes] | None) -> bool:
+        """Return whether the verdicts in a shard with this metadata are of this manifest's judge, as those of versions that did
+        not name it are. They are of another one after an interrupted `tokabatch score`."""
+        return (metadata or {}).get(VERIFIER_KEY) in (None, self.marks[VERIFIER_KEY])
+
+    @property
     def marks(self) -> dict[bytes, bytes]:
         """The metadata of each shard: `identity`, and what its samples are judged by."""
         verify = sorted(item for item in self.fingerprint.settings.items() if is_of_verify(item[0]))

@@ -15,7 +15,7 @@ from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import Inspection
 from tokabatch.output.journal import Shard
-from tokabatch.output.manifest import VERIFIER_KEY, Manifest, job_is_whole
+from tokabatch.output.manifest import Manifest, job_is_whole
 from tokabatch.output.shards import open_shard
 from tokabatch.storage.listing import Mark, is_there
 
@@ -79,8 +79,7 @@ def refuse_other_verdicts(folder: OutputFolder, manifest: Manifest, found: Inspe
     others = 0
     for _, file in found.good:
         with open_shard(file) as parquet:
-            judged_by = (parquet.schema_arrow.metadata or {}).get(VERIFIER_KEY)
-        others += judged_by is not None and judged_by != manifest.marks[VERIFIER_KEY]
+            others += not manifest.is_judge_of(parquet.schema_arrow.metadata)
     if others:
         raise OutputError(
             f"{folder.path}: {others:,} of {len(found.good):,} files are not judged yet by the verifier that the folder names. "

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.errors import JobError, RowError
+from tokabatch.input.store.json_types import json_texts
 from tokabatch.scheduling.contracts import Completion
 
 _TOKEN_LOGPROBS = pa.struct(
@@ -108,12 +109,13 @@ def output_schema(
     """Return our columns including `verdicts`, REASONING_FIELDS if texts are split and SCORE_FIELDS if they are scored, then
     `inputs`, the input columns that the output carries.
 
-    An input column `id` that is the id column is not repeated: our `id` holds it. One with the name of ours, such as `text`,
-    becomes `input_text`.
+    An input column `id` of texts that is the id column is not repeated: our `id` holds it. One with the name of ours, such as
+    `text`, becomes `input_text`.
     """
     ours = [*SAMPLE_SCHEMA, *(SCORE_FIELDS if scored else ()), *(REASONING_FIELDS if reasoning else ()), *verdicts]
     own_names = {field.name for field in ours}
-    chosen = [field for field in inputs if not (field.name == "id" == id_column)]
+    texts = [field.name for field in inputs if pa.types.is_string(field.type) and (field.name,) not in json_texts(inputs)]
+    chosen = [field for field in inputs if not (field.name == "id" == id_column and field.name in texts)]
     taken = own_names | {field.name for field in chosen}
     for place, field in enumerate(chosen):
         if field.name in own_names:
@@ -155,12 +157,16 @@ def input_names(schema: pa.Schema) -> dict[str, str]:
     }
 
 
+def row_names(schema: pa.Schema, id_column: str | None) -> dict[str, str]:
+    """Return the columns of `schema` that make up a row of the input, each with its name there: the input's, and our `id` if it
+    stands for the input's column of that name, which is the `id_column` then."""
+    names = input_names(schema)
+    return {"id": "id", **names} if id_column == "id" and "id" not in names.values() else names
+
+
 def verdict_names(schema: pa.Schema) -> list[str]:
-    """Return the columns of `schema` made by a judge, those of an earlier version included."""
-    marked = [field.name for field in schema if (field.metadata or {}).items() >= _OF_VERDICT.items()]
-    place = len(SAMPLE_SCHEMA)
-    old = not marked and len(schema) > place and schema.field(place).equals(VERDICT_FIELDS[0])
-    return ["correct"] if old else marked
+    """Return the columns of `schema` made by a judge."""
+    return [field.name for field in schema if (field.metadata or {}).items() >= _OF_VERDICT.items()]
 
 
 def text_token_ids(completion: Completion) -> Int32:

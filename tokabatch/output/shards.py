@@ -81,6 +81,18 @@ def count_unjudged(table: pa.Table) -> int:
     return _count(table, NOT_JUDGED, "verify_error") if "verify_error" in verdict_names(table.schema) else 0
 
 
+def count_without_verdict(table: pa.Table) -> int:
+    """Count the finished samples of `table` that the judge could not judge, without those that are still to be judged; 0 if
+    the job does not verify."""
+    if "correct" not in (names := verdict_names(table.schema)):
+        return 0
+    lacks = pc.call_function("and", [pc.call_function("equal", [table["status"], "ok"]), table["correct"].is_null()])
+    if "verify_error" in names:
+        waits = pc.call_function("equal", [table["verify_error"], NOT_JUDGED]).fill_null(False)
+        lacks = pc.call_function("and_not", [lacks, waits])
+    return int(pc.call_function("sum", [lacks]).as_py() or 0)
+
+
 def _count(table: pa.Table, value: str, column: str = "status") -> int:
     return int(pc.call_function("sum", [pc.call_function("equal", [table[column], value])]).as_py() or 0)
 

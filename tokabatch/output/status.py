@@ -21,8 +21,16 @@ from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.leases import Lease, read_leases
 from tokabatch.output.lock import is_claimed
 from tokabatch.output.manifest import Books, read_manifest
+from tokabatch.output.schema import verdict_names
 from tokabatch.output.shard_names import unit_of_shard
-from tokabatch.output.shards import count_cancelled, count_ok, count_unjudged, open_shard, read_groups
+from tokabatch.output.shards import (
+    count_cancelled,
+    count_ok,
+    count_unjudged,
+    count_without_verdict,
+    open_shard,
+    read_groups,
+)
 from tokabatch.output.units import unit_sizes
 from tokabatch.storage.listing import ListedFile, consistently, is_there, list_files
 
@@ -46,7 +54,10 @@ class Status:
     unjudged: int | None
     """Samples that are still to be judged; None if the job does not verify."""
     without_verdict: int | None
-    """Samples that the judge could not judge, which count as wrong; None if the job does not verify."""
+    """Good samples that the judge could not judge, which count as wrong; None if the job does not verify."""
+    of_another_judge: int | None
+    """Good samples in files that the job's judge has still to judge, as an interrupted `tokabatch score` leaves them, whose
+    verdicts count nowhere; None if there are none."""
     started: str | None
     """The time of the first start, in its local time."""
     model: str | None
@@ -203,14 +214,16 @@ def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
     correct: int | None = None
     unjudged: int | None = None
     failed: int | None = None
+    others: int | None = None
     for table in _groups(shards, ("status", "correct", "verify_error")):
         finished, dropped = count_ok(table), count_cancelled(table)
         ok, errors, cancelled = ok + finished, errors + table.num_rows - finished - dropped, cancelled + dropped
-        if "correct" in table.column_names:
+        if manifest is not None and not manifest.is_judge_of(table.schema.metadata):
+            others = (others or 0) + finished
+        elif "correct" in verdict_names(table.schema):
             correct = (correct or 0) + int(table["correct"].fill_null(False).to_numpy().astype(np.bool_).sum())
             unjudged = (unjudged or 0) + count_unjudged(table)
-            if "verify_error" in table.column_names:
-                failed = (failed or 0) + len(table) - table["verify_error"].null_count - count_unjudged(table)
+            failed = (failed or 0) + count_without_verdict(table)
     state: State = "incomplete"
     if is_there(folder.files, folder.success):
         state = "complete"
@@ -230,6 +243,7 @@ def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
         correct=correct,
         unjudged=unjudged,
         without_verdict=failed,
+        of_another_judge=others,
         started=manifest and manifest.started.replace("T", " ").replace("+00:00", " UTC"),
         model=manifest and manifest.job.get("model", {}).get("path"),
         input=manifest and manifest.job.get("input", {}).get("path"),

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tokabatch.output.manifest import Manifest
 from tokabatch.output.schema import CANCELLED, verdict_names
 from tokabatch.output.shards import read_groups
 from tokabatch.scheduling.contracts import NOT_JUDGED
@@ -20,11 +21,13 @@ _VERDICT = ("correct", "verify_score", "verify_error", "extracted")
 _COLUMNS = ("row_index", "sample_index", "status", "cumulative_logprob", *_VERDICT)
 
 
-def read_verdicts(shards: Sequence[ListedFile], *, characters: bool = False) -> Mapping[str, npt.NDArray[Any]] | None:
+def read_verdicts(
+    shards: Sequence[ListedFile], manifest: Manifest | None = None, *, characters: bool = False
+) -> Mapping[str, npt.NDArray[Any]] | None:
     """Return arrays of one length, an entry for each sample in the shards: `row`, `number`, `correct`, `score` (0 without a
     verdict), `answer` (a number for each distinct answer, -1 for none), `logprob` (NaN if it was not recorded, else minus
-    infinity for error rows), `cancelled`, `unjudged` (still to be judged), and with `characters` the length of its text,
-    stripped of white space. None if the samples are not judged. Raises as `read_groups` does."""
+    infinity for error rows), `cancelled`, `unjudged` (still to be judged by the judge of `manifest`), and with `characters` the
+    length of its text, stripped of white space. None if the samples are not judged. Raises as `read_groups` does."""
     names_of_parts = ("row", "number", "correct", "score", "logprob", "status", "unjudged", "answer")
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names_of_parts}
     numbers: dict[bytes, int] = {}
@@ -42,8 +45,10 @@ def read_verdicts(shards: Sequence[ListedFile], *, characters: bool = False) -> 
             parts["score"].append(score if "verify_score" in names else correct.astype(np.float64))
             parts["logprob"].append(table["cumulative_logprob"].cast(pa.float64()).fill_null(np.nan).to_numpy())
             parts["status"].append(table["status"].to_numpy())
-            waits = [reason == NOT_JUDGED for reason in table["verify_error"].to_pylist()] if "verify_error" in names else None
-            parts["unjudged"].append(np.array(waits, np.bool_) if waits else np.zeros(table.num_rows, np.bool_))
+            unjudged = np.full(table.num_rows, manifest is not None and not manifest.is_judge_of(table.schema.metadata))
+            if "verify_error" in names:
+                unjudged |= np.array([reason == NOT_JUDGED for reason in table["verify_error"].to_pylist()], np.bool_)
+            parts["unjudged"].append(unjudged)
             known = table["extracted"] if "extracted" in names else pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
             parts["answer"] += [_numbered(chunk, numbers) for chunk in known.cast(pa.string()).chunks]
             if characters:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from tokabatch.report.sections import Section, count_text, seconds_text
+from tokabatch.report.sections import Section, count_text, counted, seconds_text
 
 
 def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] | None = None) -> tuple[Section, ...]:
@@ -20,6 +22,15 @@ def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] 
             text += f", {(value - values['pending']) * 1000 // value / 10}% done"
         rows.append((name.replace("_", " "), text))
     return (Section("Status", (*rows, *_pace(pace or {}))),)
+
+
+def what_is_left(out: Path, values: Mapping[str, Any]) -> tuple[Section, ...]:
+    """The command that completes a run that is not complete, and what it does."""
+    if others := values.get("of_another_judge"):
+        return (Section("Next", ((f"tokabatch score {quote(str(out))}", f"judges {counted(others, 'sample')}"),)),)
+    todo = (("computes the missing", values.get("pending")), ("judges", values.get("unjudged")))
+    does = " and ".join(f"{verb} {counted(number, 'sample')}" for verb, number in todo if number)
+    return (Section("Next", (("the same `tokabatch run` again", does),)),) if does else ()
 
 
 def share_sections(shares: Mapping[str, Any]) -> tuple[Section, ...]:

@@ -99,6 +99,10 @@ class RunRecord:
     samples_shown: Mapping[Kind, Sequence[Excerpt]] = field(default_factory=dict[Kind, Sequence[Excerpt]])
     prompts: Mapping[int, str] = field(default_factory=dict[int, str])
     """The prompts of the samples shown, by row number, if they could be rebuilt."""
+    without_verdict: int = 0
+    """Samples that the judge could not judge."""
+    unjudged: int = 0
+    """Samples that are still to be judged."""
     cut_off: int = 0
     """Samples that ended at max_tokens or at the end of the context."""
     per_token: PerToken | None = None
@@ -143,7 +147,7 @@ def _columns(tiles: int) -> int:
 def _state(run: RunRecord) -> str:
     """Return the state, with the number of errors if a complete run has too many."""
     # With that exit code a run may have no verdicts instead, which `tokabatch score` may have given since.
-    silent = 0 < run.summary.get("ok", 0) <= run.summary.get("unverified", 0)
+    silent = 0 < run.ok <= run.without_verdict
     if run.state == "complete" and run.summary.get("exit_code") == 3 and not silent:
         return f"complete, but {run.errors:,} of {run.samples:,} samples are errors, more than errors.max_fraction allows"
     return run.state
@@ -240,8 +244,10 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
     for each in distinct(run.estimates or ()):
         if each.name == "pass@1" or each in last_of_kind.values():
             rows.append((f"{each.name}{each.interval('.1%')}", f"{each.value:.1%}", False))
-    if run.estimates is not None and run.summary.get("unverified"):
-        rows.append(("samples without a verdict, counted as wrong", f"{run.summary['unverified']:,}", True))
+    if run.without_verdict:
+        rows.append(("samples without a verdict, counted as wrong", f"{run.without_verdict:,}", True))
+    if run.unjudged:
+        rows.append(("samples still to be judged; nothing is estimated before", f"{run.unjudged:,}", True))
     if run.estimates is not None and pending:
         rows.append(("of pass@k before all samples are there: short ones finish first", "no estimate", True))
     if run.per_token is not None and len(run.per_token.of_texts):

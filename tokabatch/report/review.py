@@ -78,6 +78,8 @@ def read_record(out: Path) -> RunRecord:
         error_rows=error_rows(out, PER_CODE) if status.errors else None,
         samples_shown=shown,
         prompts=prompts,
+        without_verdict=status.without_verdict or 0,
+        unjudged=(status.unjudged or 0) + (status.of_another_judge or 0),
         cut_off=finish_reasons(out)["length"] if status.ok else 0,
         per_token=_per_token(folder, manifest) if manifest and manifest.job.get("mode") == "score" else None,
     )

@@ -23,7 +23,7 @@ def read_estimates(path: Path) -> tuple[Estimate, ...] | None:
     def read() -> tuple[Estimate, ...] | None:
         manifest = read_manifest(folder)
         scored = _scores_texts(manifest)
-        found = read_verdicts(recorded_shards(folder, manifest), characters=scored)
+        found = read_verdicts(recorded_shards(folder, manifest), manifest, characters=scored)
         if found is None:
             return None
         arrays = dict(cast("Mapping[str, Any]", found))

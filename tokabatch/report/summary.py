@@ -255,8 +255,10 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
     return tuple(sections)
 
 
-def verdict_sections(estimates: Sequence[Estimate], done: int, samples: int | None, estimator: str = "") -> tuple[Section, ...]:
-    """What the verdicts say, of `done` samples of so many; `estimator` says how."""
+def verdict_sections(
+    estimates: Sequence[Estimate], done: int, samples: int | None, estimator: str = "", *, unjudged: int = 0
+) -> tuple[Section, ...]:
+    """What the verdicts say, of `done` samples of so many, `unjudged` of which are still to be judged; `estimator` says how."""
     rows = [(each.name, f"{each.value:.4f} {each.interval('.4f')}") for each in distinct(estimates)]
     if estimates:
         rows.append(("in brackets", "95 % intervals over the rows"))
@@ -267,6 +269,8 @@ def verdict_sections(estimates: Sequence[Estimate], done: int, samples: int | No
         rows += [("estimated", estimator)] if estimator else []
     if samples is not None and done < samples:
         rows = [("no estimate", f"{count_text(done)} of {count_text(samples)} samples are there; {_PARTIAL}")]
+    elif unjudged:
+        rows = [("no estimate", f"{counted(unjudged, 'sample')} still to be judged")]
     return (Section("Verified", tuple(rows)),)
 
 

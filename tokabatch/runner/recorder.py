@@ -24,7 +24,7 @@ from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import Committed
 from tokabatch.output.schema import UnsampledRow, verdict_names
 from tokabatch.output.shard_writer import ShardWriter
-from tokabatch.output.shards import Shard, count_cancelled, count_ok, write_parquet
+from tokabatch.output.shards import Shard, count_cancelled, count_ok, count_without_verdict, write_parquet
 from tokabatch.output.units import Units
 from tokabatch.output.unwritable import CANNOT_BE_WRITTEN, mended
 from tokabatch.runner.preparation import BATCH_SAMPLES, Preparation, Preparing
@@ -55,7 +55,7 @@ class Tally:
     error_counts: Counter[str]
     """By error code."""
     unverified: int
-    """Samples without a verdict, mostly for want of a reference answer; pass@k counts them as wrong."""
+    """Good samples that the judge could not judge, mostly for want of a reference answer; pass@k counts them as wrong."""
     _reasons: Counter[str]
     output_tokens: int = 0
     """Of the samples of this start that are ok."""
@@ -91,10 +91,11 @@ class Tally:
         self.cancelled += sign * count_cancelled(table)
         if not judged:
             return
-        verdicts = table.select(["correct", "verify_error"])
-        good = verdicts.filter(pc.call_function("equal", [table["status"], "ok"]))
-        self.unverified += sign * good["correct"].null_count
+        good = table.select(["verify_error"]).filter(pc.call_function("equal", [table["status"], "ok"]))
+        self.unverified += sign * count_without_verdict(table)
         for reason, count in Counter(good["verify_error"].drop_null().to_pylist()).items():
+            if reason == NOT_JUDGED:
+                continue
             if reason in self._reasons or len(self._reasons) < MAX_REASONS:
                 self._reasons[reason] += sign * count
 

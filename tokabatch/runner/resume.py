@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from tokabatch.input.fingerprint import UNKNOWN, Fingerprint
 from tokabatch.input.store.kept_input import keep_input
 from tokabatch.input.store.row_digests import RowDigests
@@ -47,7 +49,7 @@ from tokabatch.output.schema import UnsampledRow, verdict_fields
 from tokabatch.report.sections import counted
 from tokabatch.runner.reuse import Reuse
 from tokabatch.runner.row_stops import RowStops
-from tokabatch.runner.score import has_unjudged, judge_again
+from tokabatch.runner.score import judge_again, num_lacking
 from tokabatch.scoring.early_stopping import StopRule
 from tokabatch.scoring.pool import open_pool
 from tokabatch.storage.listing import Mark, consistently
@@ -163,7 +165,7 @@ def _continue(
     if earlier.repaired and not reuse.retry_errors:
         tell(f"{counted(earlier.repaired, 'error row')} changed in the input; --retry-errors runs error rows again")
     done = not started.has_more
-    unjudged = job.verify is not None and any(has_unjudged(file) for _, file in found.good)
+    unjudged = job.verify is not None and any(num_lacking(file, "unjudged") for _, file in found.good)
     same = (earlier.manifest.rows, earlier.manifest.samples) == (manifest.rows, manifest.samples)
     sealed = done and not unjudged and found.sealed and same and job_is_whole(folder, earlier.manifest)
     if sealed and (not earlier.manifest.run or RowDigests.read(folder.row_digests) is not None):
@@ -186,14 +188,19 @@ def _continue(
 
 def judge_left(claim: Claim, verify: VerifyConfig, workload: Workload, tell: Callable[[str], None], on_rows: OnRows) -> None:
     """Give verdicts to the samples that an earlier start was stopped before it had judged, and with them to their files."""
-    left = [file for file in claim.folder.shards() if has_unjudged(file)]
+    left = [file for file in claim.folder.shards() if num_lacking(file, "unjudged")]
     tell(f"judging the samples that the previous start had not judged yet ({counted(len(left), 'file')})")
     pool = open_pool(verify)
+
+    def rows_of(table: pa.Table) -> list[dict[str, Any]]:
+        return workload.store.input_rows(table["row_index"].to_numpy())
+
     try:
         own = verdict_fields(pool.load().columns)
         for file in left:
             check = partial(on_rows, workload.store.num_rows, len(workload.failures))
-            replace_shard(claim, file, list(judge_again(file, own, pool, check)))
+            judged = judge_again(file, own, pool, check, rows_of, "unjudged")
+            replace_shard(claim, file, [table for table, _ in judged])
     finally:
         pool.close()
 

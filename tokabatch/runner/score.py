@@ -9,11 +9,11 @@ two kinds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -47,22 +47,27 @@ from tokabatch.output.schema import (
     input_names,
     output_schema,
     own_names,
+    row_names,
     verdict_fields,
     verdict_names,
 )
 from tokabatch.output.shards import PARQUET_OPTIONS, claimed_shards, count_ok, open_shard, read_groups
+from tokabatch.output.status import read_status
 from tokabatch.output.unwritable import CANNOT_BE_WRITTEN
-from tokabatch.report.run_estimates import read_estimates
+from tokabatch.report.run_estimates import read_estimates, read_estimator
 from tokabatch.report.sections import counted
 from tokabatch.runner.interruption import Interruption
 from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.scoring.estimates import Estimate
-from tokabatch.scoring.judge import verdict_columns
-from tokabatch.scoring.pool import JudgePool, Ticket, open_pool
+from tokabatch.scoring.judge import Verdict, verdict_columns
+from tokabatch.scoring.pool import JudgePool, open_pool
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import unwritable
 
+Which = Literal["all", "missing", "unjudged"]
+"""Which samples of a shard are judged: all, those without a verdict, or of these the ones that a stopped run left unjudged."""
+NO_TEXT = "its text could not be written, so that it cannot be judged"
 SUBMITTED_SAMPLES = 4096
 LOOK_SECONDS = 0.2
 
@@ -117,12 +122,20 @@ def score(
             fingerprint = replace(manifest.fingerprint, settings={**settings, **verify_settings(job.verify)})
             manifest = replace(manifest, fingerprint=fingerprint, job={**manifest.job, "verify": job.to_dict()["verify"]})
             files = [file for _, file in found.good]
-            _check_columns(files, job)
+            _check_columns(files, job, manifest.id_column)
             # Rows that were stopped by verdicts would have gone on or stopped elsewhere by others.
-            fills = job.verify.stop is None
-            left = [file for file in files if not _is_judged(file, manifest) or (fills and _num_without_verdict(file))]
-            if not fills and (lacking := sum(_num_without_verdict(file) for file in files if file not in left)):
-                tell(f"{counted(lacking, 'sample')} without a verdict: not judged again, as verdicts stop rows (verify.stop)")
+            which: Which = "missing" if job.verify.stop is None else "unjudged"
+            left: dict[ListedFile, Which] = {}
+            for file in files:
+                if not _is_judged(file, manifest):
+                    left[file] = "all"
+                elif num_lacking(file, which):
+                    left[file] = which
+            if which == "unjudged":
+                lacking = sum(num_lacking(file, "missing") - num_lacking(file, which) for file in files)
+                if lacking:
+                    what = "without a verdict: not judged again, as verdicts stop rows (verify.stop)"
+                    tell(f"{counted(lacking, 'sample')} {what}")
             try:
                 return _rejudge(claim, manifest, job, found, left, own, pool, tell, stop)
             except OSError as error:
@@ -151,9 +164,10 @@ def score_to(
 
         def judge() -> pa.Table:
             files = recorded_shards(folder, manifest)
-            _check_columns(files, job)
+            _check_columns(files, job, manifest.id_column)
             names = [*("id", "row_index", "sample_index", "status"), *(field.name for field in own)]
-            parts = [table.select(names) for file in files for table in judge_again(file, own, pool, stop.check)]
+            rows_of = partial(_carried_rows, manifest)
+            parts = [table.select(names) for file in files for table, _ in judge_again(file, own, pool, stop.check, rows_of)]
             return pa.concat_tables(parts) if parts else SAMPLE_SCHEMA.empty_table().select(names[:4])
 
         verdicts = consistently(judge, path)
@@ -204,7 +218,7 @@ def _rejudge(
     manifest: Manifest,
     job: Job,
     found: Inspection,
-    left: Sequence[ListedFile],
+    left: Mapping[ListedFile, Which],
     own: Sequence[pa.Field[Any]],
     pool: JudgePool,
     tell: Callable[[str], None],
@@ -214,32 +228,38 @@ def _rejudge(
     done = sum(shard.rows for shard, _ in found.good)
     scored = Scored(0, len(left), Counter(), done, manifest.samples)
     known = read_manifest(claim.folder)
+    summary = read_summary(claim.folder)
     if left or known is None or known.marks != manifest.marks:
-        # From here on the folder is not complete, whatever happens.
-        write_manifest(claim, manifest, job.given())
+        # From here on the folder is not complete, whatever happens, and nothing is said of the verdicts.
         claim.reopen(keep_summary=True)
-    for number, file in enumerate(left, 1):
-        again = _num_without_verdict(file) if _is_judged(file, manifest) else None
-        tables = list(judge_again(file, own, pool, stop.check, only_missing=again is not None))
-        replace_shard(claim, file, tables)
-        for table in tables:
+        if summary:
+            write_summary(claim, {**summary, "estimates": {}, "pass_at_k": None, "unverified": None})
+        write_manifest(claim, manifest, job.given())
+    for number, (file, which) in enumerate(left.items(), 1):
+        tables: list[pa.Table] = []
+        for table, judged in judge_again(file, own, pool, stop.check, partial(_carried_rows, manifest), which):
+            tables.append(table)
             scored.reasons.update(table["verify_error"].drop_null().to_pylist())
-        scored = replace(scored, judged=scored.judged + (sum(map(count_ok, tables)) if again is None else again))
+            scored = replace(scored, judged=scored.judged + judged)
+        replace_shard(claim, file, tables)
         tell(f"{file.path.name}: judged ({number:,} of {len(left):,} files)")
     mark_success(claim, claimed_shards(claim), manifest.samples)
     scored = replace(scored, estimates=read_estimates(claim.folder.path) or ())
-    summary = read_summary(claim.folder)
     if summary:
         estimates = {each.name: [each.value, each.low, each.high] for each in scored.estimates}
         pass_at_k = {name[5:]: values[0] for name, values in estimates.items() if name.startswith("pass@")}
-        figures: dict[str, Any] = {"verifies": True, "estimates": estimates, "pass_at_k": pass_at_k or None}
-        if job.verify is not None and job.verify.stop is None:
-            # What has no verdict now has just been judged.
-            figures["unverified"] = scored.reasons.total()
-            if summary.get("exit_code") == EXIT_ERRORS and not summary.get("pending"):
-                silent = 0 < summary.get("ok", 0) <= figures["unverified"]
-                too_many = summary.get("errors", 0) > job.errors.max_fraction * manifest.samples
-                figures["exit_code"] = EXIT_ERRORS if silent or too_many else EXIT_COMPLETE
+        unverified = read_status(claim.folder.path).without_verdict or 0
+        figures: dict[str, Any] = {
+            "verifies": True,
+            "estimates": estimates,
+            "estimator": read_estimator(claim.folder.path),
+            "pass_at_k": pass_at_k or None,
+            "unverified": unverified,
+        }
+        if summary.get("exit_code") in (EXIT_COMPLETE, EXIT_ERRORS) and not summary.get("pending"):
+            silent = 0 < summary.get("ok", 0) <= unverified
+            too_many = summary.get("errors", 0) > job.errors.max_fraction * manifest.samples
+            figures["exit_code"] = EXIT_ERRORS if silent or too_many else EXIT_COMPLETE
         write_summary(claim, {**summary, **figures})
     return scored
 
@@ -249,65 +269,75 @@ def judge_again(
     own: Sequence[pa.Field[Any]],
     pool: JudgePool,
     check: Callable[[], object],
-    *,
-    only_missing: bool = False,
-) -> Iterator[pa.Table]:
-    """Yield the samples of a shard with new verdicts, in pieces; with `only_missing`, those that have a verdict keep it.
-    `check` is called regularly and may raise."""
+    rows_of: Callable[[pa.Table], Sequence[Mapping[str, Any]]],
+    which: Which = "all",
+) -> Iterator[tuple[pa.Table, int]]:
+    """Yield the samples of a shard in pieces, with new verdicts for `which` of them, and how many were judged; the others keep
+    theirs. `rows_of` returns the input's row of each sample of a table. `check` is called regularly and may raise."""
     for table in read_groups(file, None):
-        before = verdict_names(table.schema)
-        ours, sources = own_names(table.schema), input_names(table.schema)
-        inputs = list(sources)
-        judged = "answer_text" if "answer_text" in ours else "text"
-        named = table.select(inputs).rename_columns(list(sources.values()))
-        rows = python_rows(named) if inputs else [{}] * table.num_rows
-        parse_json_texts(rows, named.schema.with_metadata(table.schema.metadata))
-        ids = table["id"].to_pylist()
-        # One that could not be written whole was judged all the same.
-        good = [
-            status == "ok" or code == CANNOT_BE_WRITTEN
-            for status, code in zip(table["status"].to_pylist(), table["error_code"].to_pylist(), strict=True)
-        ]
-        texts = [
-            (text or "") if ok and whole is not None else None
-            for text, whole, ok in zip(table[judged].to_pylist(), table["text"].to_pylist(), good, strict=True)
-        ]
-        missing = table["verify_error"].combine_chunks().is_valid() if only_missing else None
-        if missing is not None:
-            texts = [text if lacks else None for text, lacks in zip(texts, missing.to_pylist(), strict=True)]
-        tickets: list[Ticket | None] = []
-        for begin in range(0, len(texts), SUBMITTED_SAMPLES):
-            part = range(begin, min(begin + SUBMITTED_SAMPLES, len(texts)))
-            places = [place for place in part if texts[place] is not None]
-            made = pool.submit([str(texts[place]) for place in places], [{"id": ids[place], **rows[place]} for place in places])
-            while not pool.wait(made, LOOK_SECONDS):
+        before, ours = verdict_names(table.schema), own_names(table.schema)
+        inputs = list(input_names(table.schema))
+        again, texts = _chosen(table, which)
+        verdicts: list[Verdict | None] = [Verdict.none(NO_TEXT) if wanted else None for wanted in again]
+        places = [place for place, wanted in enumerate(again) if wanted and texts[place] is not None]
+        described = table.select(["id", "row_index", *inputs])
+        for begin in range(0, len(places), SUBMITTED_SAMPLES):
+            part = places[begin : begin + SUBMITTED_SAMPLES]
+            tickets = pool.submit([texts[place] or "" for place in part], rows_of(described.take(pa.array(part))))
+            while not pool.wait(tickets, LOOK_SECONDS):
                 check()
-            of_place = dict(zip(places, made, strict=True))
-            tickets += [of_place.get(place) for place in part]
+            for place, ticket in zip(part, tickets, strict=True):
+                verdicts[place] = ticket.verdict
         check()
         kept = pa.schema([table.schema.field(name) for name in inputs], table.schema.metadata)
-        schema = output_schema(kept, verdicts=own, reasoning=judged == "answer_text", scored=SCORE_FIELDS[0].name in ours)
-        verdicts = verdict_columns([ticket and ticket.verdict for ticket in tickets], [field.name for field in own])
+        schema = output_schema(kept, verdicts=own, reasoning="answer_text" in ours, scored=SCORE_FIELDS[0].name in ours)
         columns = {name: table[name] for name in ours if name not in before}
-        made_now = {field.name: pa.array(verdicts[field.name], field.type) for field in own}
-        if missing is not None:
-            made_now = {
-                name: pc.call_function("if_else", [missing, values, table[name].combine_chunks()])
-                for name, values in made_now.items()
-            }
-        columns |= made_now
+        values = verdict_columns(verdicts, [field.name for field in own])
+        made = {field.name: pa.array(values[field.name], field.type) for field in own}
+        if which != "all":
+            mask = pa.array(again)
+            earlier = {name: table[name].combine_chunks() for name in made}
+            made = {name: pc.call_function("if_else", [mask, value, earlier[name]]) for name, value in made.items()}
+        columns |= made
         # The input's columns come last, in their order; one may have a new name, if the judge now has a column of its name.
         arrays = [columns[field.name] for field in list(schema)[: len(schema) - len(inputs)]]
-        yield pa.Table.from_arrays([*arrays, *(table[name] for name in inputs)], schema=schema)
+        yield pa.Table.from_arrays([*arrays, *(table[name] for name in inputs)], schema=schema), len(places)
 
 
-def _check_columns(files: Sequence[ListedFile], job: Job) -> None:
+def _chosen(table: pa.Table, which: Which) -> tuple[list[bool], list[str | None]]:
+    """Return whether each sample is to be judged, and its text that is judged, None if it was not written."""
+    ours, reasons = own_names(table.schema), pa.nulls(table.num_rows)
+    if "verify_error" in verdict_names(table.schema):
+        reasons = table["verify_error"]
+    judged, names = "answer_text" if "answer_text" in ours else "text", ("status", "error_code", "text")
+    status, code, whole, answers, why = (each.to_pylist() for each in (*map(table.column, (*names, judged)), reasons))
+    texts = [None if text is None else answer or "" for text, answer in zip(whole, answers, strict=True)]
+    again = [
+        # One that could not be written whole was judged all the same. Without its text it keeps what this judge has said of it.
+        (state == "ok" or fault == CANNOT_BE_WRITTEN)
+        and _is_of(which, reason)
+        and (text is not None or which == "all" or reason == NOT_JUDGED)
+        for state, fault, text, reason in zip(status, code, texts, why, strict=True)
+    ]
+    return again, texts
+
+
+def _carried_rows(manifest: Manifest, table: pa.Table) -> list[dict[str, Any]]:
+    """Return the input's row of each sample, as far as the output carries it."""
+    names = row_names(table.schema, manifest.id_column)
+    named = table.select(list(names)).rename_columns(list(names.values()))
+    rows = python_rows(named) if names else [{} for _ in range(table.num_rows)]
+    parse_json_texts(rows, named.schema.with_metadata(table.schema.metadata))
+    return rows
+
+
+def _check_columns(files: Sequence[ListedFile], job: Job, id_column: str | None) -> None:
     """Raise OutputError if the column of the reference is not in the output."""
     for file in files[:1]:
         with open_shard(file) as parquet:
             found = parquet.schema_arrow
         answer = job.verify.answer if job.verify else None
-        names = ["id", *input_names(found).values()]
+        names = list(row_names(found, id_column).values())
         if answer is not None and answer not in names:
             raise OutputError(
                 f"verify.answer: the output has no column {answer!r} (see output.columns); it has {', '.join(names)}"
@@ -315,25 +345,22 @@ def _check_columns(files: Sequence[ListedFile], job: Job) -> None:
 
 
 def _is_judged(file: ListedFile, manifest: Manifest) -> bool:
-    """Return whether this judge has judged all samples of a shard."""
+    """Return whether the verdicts of a shard are this judge's."""
     with open_shard(file) as parquet:
         judged_by = (parquet.schema_arrow.metadata or {}).get(VERIFIER_KEY)
-    return judged_by == manifest.marks[VERIFIER_KEY] and not has_unjudged(file)
+    return judged_by == manifest.marks[VERIFIER_KEY]
 
 
-def _num_without_verdict(file: ListedFile) -> int:
-    """Return the number of a shard's samples that the judge could not judge."""
+def num_lacking(file: ListedFile, which: Which) -> int:
+    """Return the number of a shard's samples without a verdict: all of them ("missing"), or those that a stopped run left
+    unjudged."""
     with open_shard(file) as parquet:
         if "verify_error" not in verdict_names(parquet.schema_arrow):
             return 0
-        errors: pa.Table = parquet.read(["verify_error"])
-    return len(errors) - errors["verify_error"].null_count
+        table: pa.Table = parquet.read(["verify_error"])
+    return sum(_is_of(which, reason) for reason in table["verify_error"].to_pylist())
 
 
-def has_unjudged(file: ListedFile) -> bool:
-    """Return whether a shard holds samples that a stopped run left unjudged."""
-    with open_shard(file) as parquet:
-        if "verify_error" not in verdict_names(parquet.schema_arrow):
-            return False
-        errors: pa.Table = parquet.read(["verify_error"])
-    return NOT_JUDGED in errors["verify_error"].unique().to_pylist()
+def _is_of(which: Which, reason: str | None) -> bool:
+    """Return whether a sample is one of those to judge, by its `verify_error`."""
+    return which == "all" or (reason is not None if which == "missing" else reason == NOT_JUDGED)
