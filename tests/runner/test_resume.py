@@ -33,8 +33,11 @@ from tokabatch.output import same_job
 from tokabatch.output.export import export
 from tokabatch.output.integrity import check
 from tokabatch.precheck import refuse_early
+from tokabatch.report import review
+from tokabatch.report.page import render_page
 from tokabatch.report.progress import NullProgress
 from tokabatch.runner import make_replica
+from tokabatch.runner import run as runs
 from tokabatch.scoring import pool
 from tokabatch.scoring.judge import JudgeSpec
 from tokabatch.storage.listing import Changed
@@ -400,12 +403,12 @@ def test_overwrite_keeps_the_results_of_a_job_that_cannot_work(go, tmp_path):
     assert everything(tmp_path / "out") == before
 
 
-def test_retry_errors_runs_error_rows_again_and_only_those(go, tmp_path, whole, monkeypatch):
+@pytest.fixture
+def spoilt(go) -> RunSummary:
+    """A complete run with error rows, of an engine whose logits are broken in some steps."""
     real = make_replica.executor_maker
 
     class Spoiling:
-        """An engine whose logits are broken in some steps."""
-
         def __init__(self, inner: Any) -> None:
             self.inner, self.steps = inner, 0
 
@@ -419,10 +422,13 @@ def test_retry_errors_runs_error_rows_again_and_only_those(go, tmp_path, whole, 
                 result.finite[: len(result.finite) // 2] = False
             return result
 
-    monkeypatch.setattr(make_replica, "executor_maker", lambda *given: lambda: Spoiling(real(*given)()))
-    spoilt = go()
-    assert spoilt.errors > 2 and dict(spoilt.error_counts) == {"nan_logits": spoilt.errors}
-    monkeypatch.undo()
+    with mock.patch.object(make_replica, "executor_maker", lambda *given: lambda: Spoiling(real(*given)())):
+        summary = go()
+    assert summary.errors > 2 and dict(summary.error_counts) == {"nan_logits": summary.errors}
+    return summary
+
+
+def test_retry_errors_runs_error_rows_again_and_only_those(spoilt, go, tmp_path, whole):
     again = go()
     assert (again.errors, again.output_tokens) == (spoilt.errors, 0), "without the flag error rows are final"
     good = [row for row in table(tmp_path / "out") if row["status"] == "ok"]
@@ -432,6 +438,23 @@ def test_retry_errors_runs_error_rows_again_and_only_those(go, tmp_path, whole, 
     assert (summary.earlier, summary.errors, summary.exit_code) == (30 - spoilt.errors, 0, 0)
     assert table(tmp_path / "out") == whole and [row for row in whole if row in good] == good
     assert check(tmp_path / "out").exit_code == 0
+
+
+def test_the_steps_of_a_killed_start_are_missed_though_samples_were_computed_again(spoilt, go, tmp_path):
+    """Those of the error rows make up for them in the sums."""
+    out = tmp_path / "out"
+    with mock.patch.object(runs, "_write_record"):
+        assert 0 < go(retry_errors=True, steps=12).pending < spoilt.errors
+    assert not (out / "summary.json").exists()
+    for start in (go, lambda: go(generation={"n": N + 1})):
+        assert start().pending == 0
+        record = review.read_record(out)
+        assert sum(record.steps["finished"]) >= record.ok, "what is counted says nothing"
+        assert not record.whole and "all starts" not in render_page(record)
+    go(overwrite=True, steps=12)
+    go(steps=12)
+    assert go().pending == 0 and review.read_record(out).whole
+    assert "all starts" in render_page(review.read_record(out))
 
 
 def test_bad_rows_are_recorded_once_however_often_the_run_is_continued(go, rows, tmp_path):

@@ -112,10 +112,11 @@ class RunRecord:
 
     @property
     def whole(self) -> bool:
-        """Whether the steps are those of all samples: a start that was killed leaves none."""
+        """Whether the steps are those of all samples: a start that was killed leaves none, which the counts do not show where
+        samples were computed again (--retry-errors, --repair)."""
         tokens = float(self.lengths.sum(dtype=np.int64)) if self.per_token is None else 0.0
         finished, sampled = (float(np.sum(self.steps.get(name, 0.0))) for name in ("finished", "sampled"))
-        return finished >= self.ok and sampled >= tokens
+        return bool(self.summary.get("steps_of_all_starts", True)) and finished >= self.ok and sampled >= tokens
 
 
 def render_page(run: RunRecord) -> str:

@@ -24,7 +24,7 @@ _EXIT_WORDS = {
 }
 _TOTALS = (
     *("rows", "samples", "ok", "errors", "cancelled", "exit_code", "stalled", "output_path", "error_counts", "finish_reasons"),
-    *("verifies", "stops_rows", "estimates", "estimator", "unverified"),
+    *("verifies", "stops_rows", "estimates", "estimator", "unverified", "steps_of_all_starts"),
 )
 """The fields of a summary that are not of one start alone."""
 _PARTIAL = "short samples finish first, so the final value will differ"
@@ -106,6 +106,8 @@ class RunSummary:
     unverified: int = 0
     """Samples whose reference the verifier does not understand; pass@k counts them as wrong."""
     unverified_reasons: tuple[str, ...] = ()
+    steps_of_all_starts: bool = True
+    """Whether the folder's record of steps has those of every start: one that was killed leaves none."""
     replicas: tuple[ReplicaShare, ...] = ()
     """Where there were several. Seconds of steps are those of one replica on average."""
     step_seconds: float = 0.0

@@ -126,7 +126,7 @@ def _run_in_folder(
     where removing a file in use only renames it."""
     on_rows, tell = partial(_reading, clock, stop), clock.progress.message
     with ExitStack() as workers:
-        stalled, stalled_before = False, not reuse.overwrite and bool(_earlier_summary(claim).get("stalled"))
+        stalled, before = False, {} if reuse.overwrite else _earlier_summary(claim)
         leases, units = None, None
         if shared is None:
             started = start(job, claim, on_rows, reuse, tell, stop.at_once)
@@ -177,7 +177,7 @@ def _run_in_folder(
                 recorder.finish(lambda: False)
             exit_code, tally = EXIT_STOPPED, _tally(state, claim)
             stalled = tally.ok + tally.errors + tally.cancelled == started.committed.samples
-            if stalled and stalled_before:
+            if stalled and before.get("stalled"):
                 exit_code = EXIT_STALLED
                 tell("the previous start committed nothing either: fix the cause before you start it again")
         except BaseException:
@@ -186,6 +186,9 @@ def _run_in_folder(
             raise
         steps = replica.steps()
         summary = _summary(claim.folder.path, summarise(state, tally, steps, profile, exit_code, stalled=stalled), tell)
+        # A start that is killed has removed the summary and leaves none.
+        has_steps = before.get("steps_of_all_starts", True) if before else not started.committed.samples
+        summary = replace(summary, steps_of_all_starts=has_steps)
         with suppress(OSError, CommitError):
             # Where the disk is full, or another run writes, the summary goes to the caller alone.
             claim.check_lock()
@@ -276,9 +279,10 @@ def _write_record(claim: Claim, summary: dict[str, Any], steps: Steps) -> None:
     if earlier and not len(steps):
         write_summary(claim, {**earlier, **{name: summary[name] for name in summary.keys() - OF_THE_WORK}})
         return
-    write_summary(claim, summary)
     if len(steps) or not claim.folder.steps():
         write_steps(claim, steps.columns)
+    # Last: it says whether the steps are there.
+    write_summary(claim, summary)
 
 
 def _earlier_summary(claim: Claim) -> dict[str, Any]:
