@@ -136,13 +136,10 @@ def attend(
     )
     tables = torch.from_numpy(table).to(where)
     if plan.has_tiles:
-        for kind in (triton_tiles.WIDE, triton_tiles.NARROW)[hopper:]:
-            triton_tiles.attend_tiles(kind, queries_THD, cache, tables, work, planes, 2)
-        if hopper:
-            layer = PagedCache(cache[0][None], cache[1][None], tables)
-            kernel = triton_tiles.hopper_tiles(layer, heads.heads, DTYPE, 2)
-            assert kernel is not None
-            kernel.attend(0, queries_THD, work, planes)
+        layer = PagedCache(cache[0][None], cache[1][None], tables)
+        kernel = triton_tiles.hopper_tiles(layer, heads.heads, DTYPE, 2) if hopper else None
+        assert (kernel is not None) == hopper
+        triton_tiles.attend_tiles(0, queries_THD, layer, work, planes, 2, kernel)
     columns = (token_slots(step), step.positions().astype(np.int32), plan.own_T, plan.planes_T)
     places = tuple(torch.from_numpy(column).to(where) for column in columns)
     out = torch.full_like(queries_THD, math.nan)

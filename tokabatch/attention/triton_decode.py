@@ -18,8 +18,9 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from tokabatch.attention.triton_tiles import Planes
+from tokabatch.attention.triton_tiles import Planes, early, overlaps
 
 BLOCK, WARPS, STAGES = 32, 1, 3
 """Keys read at once, warps and pipeline stages of a program. One choice serves all context lengths, as a graph holds one
@@ -33,14 +34,10 @@ MIN_ROWS = 16
 
 
 @triton.jit
-def _merged_planes(
-    state_ptr, lse_ptr, count, plane_rows, head, at_q, is_row, is_q,
-    DIM: tl.constexpr, ROWS: tl.constexpr, DIM_PAD: tl.constexpr,
+def _merge_planes(
+    highest, mass, acc, state_ptr, lse_ptr, count, plane_rows, head, at_q, is_row, is_q, DIM: tl.constexpr,
 ):  # fmt: skip
     """Merge `count` partial states into one: the highest score, the mass, and the outputs times the mass."""
-    highest = tl.full([ROWS], float("-inf"), tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
     plane_rows = plane_rows.to(tl.int64)
     for plane in range(0, count):
         start = plane * plane_rows
@@ -51,7 +48,7 @@ def _merged_planes(
         mass = mass * kept + added
         acc = acc * kept[:, None] + part * added[:, None]
         highest = next_highest
-    return highest, mass, acc
+    return mass, acc
 
 
 @triton.jit(
@@ -63,6 +60,7 @@ def _decode(
     plane_rows, page_stride, head_stride, table_stride, scale, num_kv_heads,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     HAS_PRIOR: tl.constexpr, HAS_PLANES: tl.constexpr, FIRST_UNIT: tl.constexpr, FP8: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Compute one sequence and one key-value head. With HAS_PRIOR, `out` holds a state on entry wherever `lse` is above minus
     infinity; with HAS_PLANES, `state` and `lse` hold `count` partial states of each sequence."""
@@ -84,12 +82,6 @@ def _decode(
         known = highest > float("-inf")
         mass = tl.where(known, 1.0, 0.0)
         acc = tl.load(out_ptr + at_q, mask=is_q & known[:, None], other=0.0).to(tl.float32)
-    elif HAS_PLANES:
-        count = tl.load(count_ptr + sequence)
-        highest, mass, acc = _merged_planes(state_ptr, lse_ptr, count, plane_rows, head, at_q, is_row, is_q, DIM, ROWS, DIM_PAD)
-        if tl.program_id(0) == 0:
-            # The tiles of this step are finished: reset the counters for the next launch.
-            tl.store(counter_ptr + tl.arange(0, 2), tl.zeros([2], tl.int32))
     else:
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
@@ -109,6 +101,14 @@ def _decode(
         mass = mass * kept + tl.sum(weight, 1)
         acc = acc * kept[:, None] + tl.dot(weight.to(q.dtype), v.to(q.dtype))
         highest = next_highest
+    if HAS_PLANES:
+        if OVERLAPS:
+            gdc_wait()
+        count = tl.load(count_ptr + sequence)
+        mass, acc = _merge_planes(highest, mass, acc, state_ptr, lse_ptr, count, plane_rows, head, at_q, is_row, is_q, DIM)
+        if tl.program_id(0) == 0:
+            # The tiles of this step are finished: reset the counters for the next launch.
+            tl.store(counter_ptr + tl.arange(0, 2), tl.zeros([2], tl.int32))
     out = acc / mass[:, None]
     tl.store(out_ptr + at_q, out.to(out_ptr.dtype.element_ty), mask=is_q)
 
@@ -180,5 +180,6 @@ def _launch(
         math.log2(math.e) / math.sqrt(head_dim), num_kv_heads,
         GROUP=group, ROWS=max(MIN_ROWS, triton.next_power_of_2(group)), DIM=head_dim, DIM_PAD=triton.next_power_of_2(head_dim),
         PAGE=page_size, BLOCK=block, HAS_PRIOR=lse is not None and state is None, HAS_PLANES=state is not None,
-        FIRST_UNIT=first_unit, FP8=k_cache.itemsize == 1, num_warps=warps, num_stages=STAGES,
+        FIRST_UNIT=first_unit, FP8=k_cache.itemsize == 1, OVERLAPS=overlaps(q_SHD.device), num_warps=warps, num_stages=STAGES,
+        **(early(q_SHD.device) if state is not None else {}),
     )  # fmt: skip

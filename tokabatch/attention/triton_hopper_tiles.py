@@ -20,6 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from tokabatch.attention.capturable import PagedCache
 from tokabatch.attention.tiles import WORDS
@@ -173,6 +174,7 @@ def _attend(
 ):  # fmt: skip
     """Compute the wide tiles. `list` and planes are as in `triton_tiles`; program p takes tiles p, p + programs, and so on. A
     tile has at least one key."""
+    gdc_launch_dependents()
     BOXES: gl.constexpr = STAGES * (KEYS // PAGE) * (DIM // _BOX)
     k_pages = gl.allocate_shared_memory(k_box.dtype, [BOXES, PAGE, _BOX], LAYOUT)
     v_pages = gl.allocate_shared_memory(v_box.dtype, [BOXES, PAGE, _BOX], LAYOUT)

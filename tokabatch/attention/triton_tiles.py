@@ -5,6 +5,11 @@ The launch does not depend on the step: the number of tiles and what they cover 
 written to planes: outputs [planes, T, H, D] and their log-sum-exp in base 2, [planes, T, H]. `triton_decode` merges them and
 resets the counters by which programs take tiles.
 
+On Hopper GPUs and later ones, a layer's three kernels overlap (programmatic dependent launch): the narrow tiles start once all
+programs of the wide ones have started, the decode kernel once those of the narrow ones have. Neither reads what the kernel in
+front of it writes, until the decode kernel, with its own keys done, merges. By then both have ended, as the last of the narrow
+programs to end has seen the end of the wide ones.
+
 Imports triton: loaded only for captured steps. Shape legend: T tokens, H query heads, K key-value heads, D head
 dimension, P page size.
 """
@@ -20,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokabatch.attention.capturable import PagedCache
 from tokabatch.attention.tiles import WORDS, TileShape
@@ -28,6 +34,8 @@ if TYPE_CHECKING:
     from tokabatch.attention.triton_hopper_tiles import HopperTiles
 
 _WORDS = tl.constexpr(WORDS)
+FIRST_OVERLAPPING = 9
+"""The compute capability (major) from which a kernel may start before the one in front of it has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +139,12 @@ def _attend(
     q_ptr, k_ptr, v_ptr, state_ptr, lse_ptr, table_ptr, list_ptr, counter_ptr,
     plane_rows, page_stride, head_stride, table_stride, scale, num_kv_heads,
     KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, FP8: tl.constexpr,
+    BLOCK: tl.constexpr, FP8: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Compute the tiles of one kind. `list` begins with the number of tiles of each kind and the offset in words of the first
     of each. A plane has `plane_rows` = T * H rows."""
+    if OVERLAPS:
+        gdc_launch_dependents()
     total = tl.load(list_ptr + KIND) * num_kv_heads
     tiles_ptr = list_ptr + tl.load(list_ptr + 2 + KIND)
     row, dim = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
@@ -173,34 +183,66 @@ def _attend(
         tl.store(state_ptr + plane * plane_rows * DIM + place, out.to(state_ptr.dtype.element_ty), mask=inside)
         tl.store(lse_ptr + plane * plane_rows + head, highest + tl.log2(mass), mask=is_row)
         index = tl.atomic_add(counter_ptr + KIND, 1)
+    if OVERLAPS:  # noqa: SIM102 -- decided while compiling
+        if tl.program_id(0) == 0:
+            # This launch has not ended before the one in front of it has.
+            gdc_wait()
+
+
+def overlaps(device: torch.device) -> bool:
+    """Return whether a kernel on `device` may start before the one in front of it has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= FIRST_OVERLAPPING
+
+
+def early(device: torch.device) -> dict[str, bool]:
+    """Return the option of a launch that starts before the kernel in front of it has ended, where `device` has it."""
+    return {"launch_pdl": True} if overlaps(device) else {}
 
 
 def attend_tiles(
-    launch: Launch,
+    layer: int,
     q_THD: torch.Tensor,
-    cache: tuple[torch.Tensor, torch.Tensor],
-    table: torch.Tensor,
+    cache: PagedCache,
     work: torch.Tensor,
     planes: Planes,
     num_cores: int,
+    hopper: HopperTiles | None,
 ) -> None:
-    """Write the partial states of all tiles of a kind, `WIDE` or `NARROW`, to `planes`, whose tensors hold T tokens.
+    """Write the partial states of all tiles to `planes`, whose tensors hold T tokens, the wide ones with `hopper` if it is
+    given. `triton_decode.decode_and_merge` has to be launched next.
 
-    `cache` holds the keys and values of one layer, each [pages, K, P, D], 16-bit or e4m3; `table` is [slots, columns], int32.
-    `work` is int32: the number of wide and of narrow tiles, the offset in words of each list, and the lists (`tiles.WORDS`
-    words a tile).
+    `cache` is 16-bit or e4m3. `work` is int32: the number of wide and of narrow tiles, the offset in words of each list, and
+    the lists (`tiles.WORDS` words a tile).
     """
+    if hopper is not None:
+        hopper.attend(layer, q_THD, work, planes)
+    else:
+        _launch(WIDE, layer, q_THD, cache, work, planes, num_cores)
+    _launch(NARROW, layer, q_THD, cache, work, planes, num_cores, **early(q_THD.device))
+
+
+def _launch(
+    launch: Launch,
+    layer: int,
+    q_THD: torch.Tensor,
+    cache: PagedCache,
+    work: torch.Tensor,
+    planes: Planes,
+    num_cores: int,
+    **options: bool,
+) -> None:
     num_tokens, num_heads, head_dim = q_THD.shape
-    k_cache, v_cache = cache
+    k_cache, v_cache = cache.k_LNKPD[layer], cache.v_LNKPD[layer]
     _, num_kv_heads, page_size, _ = k_cache.shape
     assert q_THD.is_contiguous() and planes.state_NTHD.is_contiguous() and planes.lse_NTH.is_contiguous()
     assert k_cache.stride() == v_cache.stride() and k_cache.stride(2) == head_dim and k_cache.stride(3) == 1
     group = num_heads // num_kv_heads
     rows = max(launch.rows, triton.next_power_of_2(group))
     _attend[(num_cores * launch.programs,)](
-        q_THD, k_cache, v_cache, planes.state_NTHD, planes.lse_NTH, table, work, planes.counter,
-        num_tokens * num_heads, k_cache.stride(0), k_cache.stride(1), table.stride(0),
+        q_THD, k_cache, v_cache, planes.state_NTHD, planes.lse_NTH, cache.table, work, planes.counter,
+        num_tokens * num_heads, k_cache.stride(0), k_cache.stride(1), cache.table.stride(0),
         math.log2(math.e) / math.sqrt(head_dim), num_kv_heads,
         KIND=launch.kind, GROUP=group, ROWS=rows, DIM=head_dim, DIM_PAD=triton.next_power_of_2(head_dim), PAGE=page_size,
-        BLOCK=launch.keys, FP8=k_cache.itemsize == 1, num_warps=launch.warps, num_stages=launch.stages,
+        BLOCK=launch.keys, FP8=k_cache.itemsize == 1, OVERLAPS=overlaps(q_THD.device), num_warps=launch.warps,
+        num_stages=launch.stages, **options,
     )  # fmt: skip

@@ -16,8 +16,6 @@ dimension, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +26,7 @@ from tokabatch.attention.base import token_slots
 from tokabatch.attention.capturable import Capturable
 from tokabatch.attention.tiles import ENOUGH_PLANES, MAX_PLANES, WORDS, TilePlan, plan_tiles
 from tokabatch.attention.triton_decode import decode_and_merge
-from tokabatch.attention.triton_tiles import NARROW, WIDE, Planes, attend_tiles, hopper_tiles, tile_shape
+from tokabatch.attention.triton_tiles import Planes, attend_tiles, hopper_tiles, tile_shape
 from tokabatch.engine.captured_head import HeadGraphs, HeadKind
 from tokabatch.engine.graphs import FINEST, GraphRecorder, Ladder, aligned, worth_capturing
 from tokabatch.model.decoder import Decoder, KVPages
@@ -39,8 +37,6 @@ TILES_A_TOKEN, LEAST_TILES = 2, 8192
 """The most tiles of a captured step: so many for each token, and so many more."""
 HEADER = 4
 """Words before the columns of tokens: the number of wide and of narrow tiles, and the offset of each list."""
-SIDE_BY_SIDE = 2048
-"""The largest step whose wide and narrow tiles are computed on two streams: in a larger one either fill the device."""
 LONG_PROMPT, MOSTLY = 512, 4096
 """Prompt tokens of each run, on average, and of a step in total from which it is launched kernel by kernel: it takes longer
 than its launches, and specialised kernels are faster for long prompts."""
@@ -79,7 +75,6 @@ class BodyGraphs:
         self._recorder = recorder
         self._num_cores = num_cores
         self._hopper = hopper_tiles(cache, decoder.num_heads, decoder.dtype, num_cores)
-        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._shape = tile_shape(cache.k_LNKPD.shape[3], decoder.num_heads, decoder.num_kv_heads, num_cores, self._hopper)
         self.hidden_TE = torch.zeros(max(most, num_rows), decoder.spec.hidden_size, dtype=decoder.dtype, device=device)
         self._queries_THD, self._mixed_THD = (torch.zeros(most, *heads, dtype=decoder.dtype, device=device) for _ in range(2))
@@ -171,7 +166,7 @@ class BodyGraphs:
         def attend(layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor | None, v_TKD: torch.Tensor | None) -> torch.Tensor:
             pages = cache.k_LNKPD[layer], cache.v_LNKPD[layer]
             if planes is not None:
-                self._attend_tiles(layer, q_THD, planes)
+                attend_tiles(layer, q_THD, cache, self._words, planes, self._num_cores, self._hopper)
             where = (slot_T, position_T, own_T, planes_T)
             decode_and_merge(q_THD, pages, cache.table, where, mixed, planes)
             return mixed
@@ -183,30 +178,6 @@ class BodyGraphs:
         hidden_TE = decoder.run_layers(hidden_TE, position_T, attend, pages=KVPages(cache, slot_T, queries), may_scatter=False)
         if hidden_TE is not room_TE:
             room_TE.copy_(hidden_TE)
-
-    def _attend_tiles(self, layer: int, q_THD: torch.Tensor, planes: Planes) -> None:
-        cache = self._cache
-        pages = cache.k_LNKPD[layer], cache.v_LNKPD[layer]
-        beside = self._beside if len(q_THD) <= SIDE_BY_SIDE else None
-        with _on(beside):
-            attend_tiles(NARROW, q_THD, pages, cache.table, self._words, planes, self._num_cores)
-        if self._hopper is not None:
-            self._hopper.attend(layer, q_THD, self._words, planes)
-        else:
-            attend_tiles(WIDE, q_THD, pages, cache.table, self._words, planes, self._num_cores)
-        if beside is not None:
-            torch.cuda.current_stream().wait_stream(beside)
-
-
-@contextmanager
-def _on(stream: torch.cuda.Stream | None) -> Generator[None]:
-    """Launch work on this stream, after all work that the current one has so far; None is the current one."""
-    if stream is None:
-        yield
-        return
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
 
 
 class CapturedSteps:
